@@ -1,0 +1,82 @@
+"""Nested dictionaries of arrays, addressed by slash-separated paths.
+
+Parameters, adapters, messages and optimiser states are all such trees. A tree that was cut in two by `partition` is
+put together again by `combine`; a side that got nothing is `{}`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+__all__ = ["combine", "count_bytes", "flatten", "partition", "scale_add", "unflatten", "weighted_sum", "zeros_like"]
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a nested dictionary into one level: `{"decoder/fc1/a": leaf}`. Paths come in sorted order."""
+    return dict(sorted(traverse_util.flatten_dict(dict(tree), sep="/").items()))
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `flatten`."""
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def partition(tree: Mapping[str, Any], belongs: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a tree by the paths of its leaves: those that `belongs` accepts, and the rest. Neither side keeps holes."""
+    flat = flatten(tree)
+    inside = {path: leaf for path, leaf in flat.items() if belongs(path)}
+    outside = {path: leaf for path, leaf in flat.items() if path not in inside}
+    return unflatten(inside), unflatten(outside)
+
+
+def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Join trees of disjoint leaves.
+
+    Raises:
+        ValueError: two trees hold the same path.
+    """
+    joined: dict[str, Any] = {}
+    for tree in trees:
+        flat = flatten(tree)
+        twice = sorted(joined.keys() & flat.keys())
+        if twice:
+            raise ValueError(f"these leaves are in more than one of the trees to combine: {', '.join(twice[:5])}")
+        joined |= flat
+    return unflatten(joined)
+
+
+def weighted_sum(stacked: PyTree, weights: Float[Array, " clients"]) -> PyTree:
+    """`Σ_k weights_k · stacked_k` over the leading axis [K, …] of every leaf, in float32.
+
+    The leaves are laid side by side first, so that a client axis that is sharded costs one all-reduce in all, not one
+    per leaf. Leaves keep their dtypes.
+    """
+    if not jax.tree.leaves(stacked):
+        return stacked
+    one = jax.tree.map(lambda leaf: leaf[0], stacked)
+    _, unravel = ravel_pytree(one)
+    rows = jnp.concatenate(
+        [leaf.reshape(leaf.shape[0], -1).astype(jnp.float32) for leaf in jax.tree.leaves(stacked)], axis=1
+    )
+    summed = jnp.einsum("k,kn->n", weights.astype(jnp.float32), rows, precision="highest")
+    return unravel(summed)
+
+
+def scale_add(tree: PyTree, factor: float | Array, other: PyTree) -> PyTree:
+    """`tree + factor · other`, leaf by leaf, in each leaf's own dtype."""
+    return jax.tree.map(lambda x, y: x + jnp.asarray(factor, x.dtype) * y.astype(x.dtype), tree, other)
+
+
+def zeros_like(tree: PyTree) -> PyTree:
+    """A tree of zeros of the same shapes and dtypes; `jax.ShapeDtypeStruct` leaves are welcome."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+def count_bytes(tree: PyTree) -> int:
+    """The size in bytes of all leaves; works on shapes as on arrays."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
