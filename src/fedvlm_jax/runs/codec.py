@@ -1,0 +1,112 @@
+"""Frozen dataclasses to JSON and back, exactly.
+
+The folder of a run must bring back the very options that made it. So nothing is guessed: every field is written, an
+unknown or missing key is an error, and a value of another type than its field's is an error that names the field.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedvlm_jax.errors import UserError
+
+__all__ = ["decode", "encode"]
+
+T = TypeVar("T")
+
+
+def encode(options: Any) -> dict[str, Any]:
+    """Turn a dataclass into what `json.dumps` takes: nested dictionaries, lists, strings, numbers, `None`."""
+    return {field.name: _encode_value(getattr(options, field.name)) for field in dataclasses.fields(options)}
+
+
+def decode(kind: type[T], stored: Mapping[str, Any], where: str = "") -> T:
+    """Rebuild a `kind` from what `encode` made of it.
+
+    Args:
+        kind: the dataclass to build.
+        stored: its fields, as JSON gave them.
+        where: the path of the enclosing field, for messages.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value does not fit its field.
+    """
+    if not isinstance(stored, Mapping):
+        raise UserError(f"{where or 'the configuration'} should be a group of options, not {stored!r}")
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # T is a dataclass
+    prefix = f"{where}." if where else ""
+    unknown = sorted(set(stored) - set(names))
+    if unknown:
+        raise UserError(
+            f"unknown option {prefix}{unknown[0]} in the stored configuration; "
+            f"there are {', '.join(names)}. Was it written by another version?"
+        )
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise UserError(f"the stored configuration lacks {prefix}{missing[0]}; was it written by another version?")
+    return kind(**{name: _decode_value(hints[name], stored[name], prefix + name) for name in names})
+
+
+def _encode_value(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return encode(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_encode_value(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity
+    return value
+
+
+def _decode_value(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return decode(typing.cast("type[Any]", hint), value, where)
+    if origin in (typing.Union, types.UnionType):
+        return _decode_union(typing.get_args(hint), value, where)
+    if origin is typing.Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise _misfit(where, value, " or ".join(map(repr, typing.get_args(hint))))
+    if origin is tuple:
+        return _decode_tuple(typing.get_args(hint), value, where)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and (type(value) is int or value in ("inf", "-inf", "nan")):
+        return float(value)
+    # `type(...) is`, because True is an int to isinstance.
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise _misfit(where, value, getattr(hint, "__name__", str(hint)))
+
+
+def _decode_union(members: Sequence[Any], value: Any, where: str) -> Any:
+    if value is None and type(None) in members:
+        return None
+    for member in members:
+        if member is not type(None):
+            try:
+                return _decode_value(member, value, where)
+            except UserError:
+                continue
+    raise _misfit(where, value, " or ".join(getattr(member, "__name__", str(member)) for member in members))
+
+
+def _decode_tuple(members: Sequence[Any], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise _misfit(where, value, "a list")
+    if len(members) == 2 and members[1] is Ellipsis:
+        members = [members[0]] * len(value)
+    if len(members) != len(value):
+        raise _misfit(where, value, f"{len(members)} values")
+    return tuple(_decode_value(member, item, where) for member, item in zip(members, value, strict=True))
+
+
+def _misfit(where: str, value: Any, expected: str) -> UserError:
+    return UserError(f"the stored configuration has {where} = {value!r}; expected {expected}")

@@ -1,0 +1,201 @@
+"""What a run is made of: one frozen dataclass per choice, nested into `Run`. The command line is read off them.
+
+The FedVLM paper (arXiv 2507.17088) does not give its rank, rounds, rates and the like. Fields of that kind say so in
+their help; their defaults are this project's. No heavy package is imported here, so that `--help` answers at once.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fedvlm_jax.data.options import DataOptions
+from fedvlm_jax.runs.codec import decode, encode
+
+__all__ = [
+    "Compare",
+    "EvaluationOptions",
+    "LoraOptions",
+    "Run",
+    "SystemOptions",
+    "TrainOptions",
+    "from_json",
+    "methods_available",
+    "name_folder",
+    "objectives_available",
+    "to_json",
+]
+
+LANGUAGE_MODEL = r"language_model/.*(encoder|decoder)/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+PACKAGE = Path(__file__).parent.parent
+
+
+def _optional(metavar: str, otherwise: str) -> Any:
+    """Describe an option that may stay unset: the help then says what happens instead of "None"."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
+
+
+def methods_available() -> tuple[str, ...]:
+    """Name the federated methods: one per public file in `methods/`, found without importing any (they import jax)."""
+    return _list_choices("methods", {"record", "share"})
+
+
+def objectives_available() -> tuple[str, ...]:
+    """Name the training objectives: one per public file in `objectives/`."""
+    return _list_choices("objectives", {"record"})
+
+
+def _list_choices(room: str, infrastructure: set[str]) -> tuple[str, ...]:
+    stems = sorted(path.stem for path in (PACKAGE / room).glob("*.py"))
+    return tuple(stem.replace("_", "-") for stem in stems if not stem.startswith("_") and stem not in infrastructure)
+
+
+def _show_choices(names: tuple[str, ...]) -> str:
+    return "{" + ",".join(names) + "}"
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The low-rank adapter that each client trains"""
+
+    rank: int = 8
+    """Rank of the adapter (not given by the paper)."""
+    alpha: float = 16.0
+    """The adapter's output is scaled by alpha / rank (not given by the paper)."""
+    targets: Annotated[str, tyro.conf.arg(metavar="REGEX")] = LANGUAGE_MODEL
+    """Regular expression over parameter paths: which weights get an adapter (not given by the paper)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """How A is drawn; B starts at zero (not given by the paper)."""
+    private_a: Literal["common", "per-client"] = "common"
+    """Do clients start from one common A, or does each draw its own (not given by the paper)?"""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Rounds and local training"""
+
+    rounds: int = 16
+    """Federated rounds (not given by the paper)."""
+    local_steps: int = 4
+    """Optimiser steps of a client in a round (not given by the paper)."""
+    batch_size: int = 16
+    """Examples per local step (not given by the paper)."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The clients' optimiser (not given by the paper)."""
+    learning_rate_a: float = 5e-3
+    """Learning rate of the factors A (not given by the paper)."""
+    learning_rate_b: float = 2e-3
+    """Learning rate of the factors B (not given by the paper)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW (not given by the paper)."""
+    clip_norm: float = 1.0
+    """Clip a client's gradient to this global norm (not given by the paper)."""
+    optimizer_state: Literal["kept", "fresh"] = "kept"
+    """Does a client keep its optimiser state from round to round (not given by the paper)?"""
+    decay: float = 0.3
+    """Learning rates are multiplied by this once, late in training (not given by the paper)."""
+    decay_at: float = 0.6
+    """The fraction of the rounds after which they are (not given by the paper)."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """How clients count in the average: by their number of examples, or all alike (not given by the paper)."""
+    finetune_steps: int = 0
+    """Local steps of every client on its own after the last round."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """When and how every client's own model is evaluated"""
+
+    every: int = 2
+    """Evaluate on validation every so many rounds, and after the last."""
+    max_answer_tokens: int = 16
+    """Longest answer that is generated, in tokens."""
+    batch_size: int = 32
+    """Examples of one client that are answered at a time."""
+
+
+@dataclass(frozen=True)
+class SystemOptions:
+    """Devices, memory and speed; none of it changes what is learned beyond floating-point tolerance"""
+
+    mesh_clients: Annotated[int | None, _optional("INT", "all there are")] = None
+    """Devices over which clients are spread."""
+    wave: Annotated[int | None, _optional("INT", "by memory")] = None
+    """Clients trained at the same time; what is chosen is stored with the run."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the frozen model's arithmetic. Norms, softmax and adapters stay float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    cache: Literal["memory", "disk", "off"] = "memory"
+    """Where the frozen image features are kept, which are computed once per image."""
+    cache_dir: Annotated[Path | None, _optional("DIR", "fedvlm-jax in your cache folder")] = None
+    """Folder of the disk cache."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides what a run does."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = "florence2-nano"
+    """The frozen base: a shipped model's name, a Hugging Face Florence-2 folder, or a hub id."""
+    method: Annotated[str, tyro.conf.arg(metavar=_show_choices(methods_available()))] = "plora"
+    """`train` only: the federated method, that is, what clients share and what stays theirs."""
+    objective: Annotated[str, tyro.conf.arg(metavar=_show_choices(objectives_available()))] = "sft"
+    """What local training minimises."""
+    cohort: Annotated[int | None, _optional("INT", "all of them")] = None
+    """Clients drawn each round (not given by the paper)."""
+    seed: int = 0
+    """Decides every random choice: partition, adapters, cohorts, batches."""
+    checkpoint_every: int = 1
+    """Rounds between checkpoints."""
+    out: Annotated[Path | None, _optional("DIR", "runs/<time>-<name>")] = None
+    """Folder to write to."""
+    resume: Annotated[Path | None, _optional("RUN", "start anew")] = None
+    """`train` only: go on with the run in this folder, with the options stored there."""
+    data: DataOptions = field(default_factory=DataOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    system: SystemOptions = field(default_factory=SystemOptions)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Several methods on the same clients, cohorts and initial adapter, several seeds each."""
+
+    methods: tuple[str, ...] = ("local", "fedavg-lora", "fedavg-lora+ft", "plora")
+    """What is compared, beside zero-shot; with "+ft" after a name every client then fine-tunes on its own."""
+    seeds: int = 2
+    """How many seeds: --seed, the next, and so on."""
+    finetune_steps: int = 20
+    """Local steps of the methods with "+ft"."""
+    base: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
+    """What all the runs have in common."""
+
+    @property
+    def out(self) -> Path | None:
+        """The folder of the comparison: `base.out`, so that `--out` is one option and not two."""
+        return self.base.out
+
+
+def name_folder(name: str, now: datetime) -> Path:
+    """Name the folder of a run that was given no `--out`: `runs/<time>-<name>`."""
+    return Path("runs") / f"{now:%Y-%m-%d-%H%M%S}-{name}"
+
+
+def to_json(run: Run) -> dict[str, Any]:
+    """Turn a run into what `json.dumps` takes."""
+    return encode(run)
+
+
+def from_json(stored: Any) -> Run:
+    """Rebuild the run that `to_json` turned into JSON.
+
+    Raises:
+        UserError: an option is unknown, missing, or of the wrong type.
+    """
+    return decode(Run, stored)

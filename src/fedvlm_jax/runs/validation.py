@@ -1,0 +1,136 @@
+"""Options that cannot work, told before anything is loaded: one message each, which says what to change."""
+
+import difflib
+import re
+from pathlib import Path
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.config import Compare, Run, methods_available, objectives_available
+
+__all__ = ["FINETUNED", "validate", "validate_comparison"]
+
+FINETUNED = "+ft"
+"""What a method's name ends with in a comparison when local fine-tuning follows it."""
+
+
+def validate(run: Run) -> None:
+    """Refuse what cannot be run.
+
+    What needs the data, the model or the devices to be judged (a cohort larger than the population, a rank above a
+    layer's width) is refused where those are read.
+
+    Raises:
+        UserError: the first option, or pair of options, that cannot work.
+    """
+    _require_choice("--method", run.method, methods_available())
+    _require_choice("--objective", run.objective, objectives_available())
+    _check_model(run.model)
+    _check_numbers(run)
+    _check_pairs(run)
+
+
+def validate_comparison(comparison: Compare) -> None:
+    """Refuse a comparison that cannot be run.
+
+    Raises:
+        UserError: as `validate`, for every run it is made of.
+    """
+    base = comparison.base
+    if not comparison.methods:
+        raise UserError("--methods names no method: say which to compare, for example --methods local plora")
+    for name in comparison.methods:
+        _require_choice("--methods", name.removesuffix(FINETUNED), methods_available())
+    twice = sorted({name for name in comparison.methods if comparison.methods.count(name) > 1})
+    if twice:
+        raise UserError(f"--methods names {twice[0]} twice: leave one out")
+    _at_least("--seeds", comparison.seeds, 1)
+    if any(name.endswith(FINETUNED) for name in comparison.methods):
+        _at_least("--finetune-steps", comparison.finetune_steps, 1)
+    if base.method != Run().method:
+        raise UserError(f"--method {base.method} chooses for `fedvlm train`; here say --methods {base.method} ...")
+    if base.resume is not None:
+        raise UserError(f"--resume goes on with one run; to go on with a comparison repeat it with --out {base.resume}")
+    if base.train.finetune_steps:
+        raise UserError(
+            '--train.finetune-steps is for `fedvlm train`; here add "+ft" to a method, and --finetune-steps'
+        )
+    validate(base)
+
+
+def _check_model(model: str) -> None:
+    if not model:
+        raise UserError("--model is empty: give a shipped model's name, a folder or a Hugging Face hub id")
+    # A hub id is `name` or `owner/name`; anything else that has a slash can only be meant as a path.
+    is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith("/")
+    if is_path and not Path(model).expanduser().is_dir():
+        raise UserError(f"--model {model}: there is no such folder")
+
+
+def _check_numbers(run: Run) -> None:
+    train, evaluation, system = run.train, run.evaluation, run.system
+    for flag, value, least in (
+        ("--train.rounds", train.rounds, 1),
+        ("--train.local-steps", train.local_steps, 1),
+        ("--train.batch-size", train.batch_size, 1),
+        ("--train.finetune-steps", train.finetune_steps, 0),
+        ("--lora.rank", run.lora.rank, 1),
+        ("--cohort", run.cohort, 1),
+        ("--seed", run.seed, 0),
+        ("--checkpoint-every", run.checkpoint_every, 1),
+        ("--evaluation.every", evaluation.every, 1),
+        ("--evaluation.max-answer-tokens", evaluation.max_answer_tokens, 1),
+        ("--evaluation.batch-size", evaluation.batch_size, 1),
+        ("--system.mesh-clients", system.mesh_clients, 1),
+        ("--system.wave", system.wave, 1),
+    ):
+        _at_least(flag, value, least)
+    for flag, value in (
+        ("--train.learning-rate-a", train.learning_rate_a),
+        ("--train.learning-rate-b", train.learning_rate_b),
+        ("--train.weight-decay", train.weight_decay),
+    ):
+        if not 0 <= value < float("inf"):
+            raise UserError(f"{flag} is {value}: it must be a number of 0 or more")
+    for flag, value in (("--train.clip-norm", train.clip_norm), ("--lora.alpha", run.lora.alpha)):
+        if not 0 < value < float("inf"):
+            raise UserError(f"{flag} is {value}: it must be above 0")
+    if not 0 < train.decay <= 1:
+        raise UserError(f"--train.decay is {train.decay}: it must be above 0 and at most 1 (1 means no decay)")
+    if not 0 <= train.decay_at <= 1:
+        raise UserError(f"--train.decay-at is {train.decay_at}: it is a fraction of the rounds, from 0 to 1")
+    try:
+        re.compile(run.lora.targets)
+    except re.error as error:
+        raise UserError(f"--lora.targets {run.lora.targets!r} is not a regular expression: {error}") from None
+
+
+def _check_pairs(run: Run) -> None:
+    train, system = run.train, run.system
+    if train.learning_rate_a == 0 and train.learning_rate_b == 0:
+        raise UserError("--train.learning-rate-a and --train.learning-rate-b are both 0: nothing would be trained")
+    if train.optimizer == "sgd" and train.weight_decay:
+        raise UserError("--train.weight-decay belongs to AdamW: leave it at 0, or use --train.optimizer adamw")
+    if system.wave and run.cohort and system.wave > run.cohort:
+        raise UserError(f"--system.wave {system.wave} is wider than --cohort {run.cohort}: make the wave smaller")
+    if system.wave and system.mesh_clients and system.wave % system.mesh_clients:
+        raise UserError(
+            f"--system.wave {system.wave} does not divide over --system.mesh-clients {system.mesh_clients}: "
+            f"use a multiple of {system.mesh_clients}"
+        )
+    if system.cache_dir is not None and system.cache != "disk":
+        raise UserError(f"--system.cache-dir is for --system.cache disk, not {system.cache}")
+    if run.out is not None and run.resume is not None:
+        raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
+
+
+def _at_least(flag: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise UserError(f"{flag} is {value}: it must be {least} or more")
+
+
+def _require_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value in choices:
+        return
+    near = difflib.get_close_matches(value, choices, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"{flag} {value}: {hint}there are {', '.join(choices) or 'none'}")
