@@ -1,0 +1,32 @@
+"""`fedvlm evaluate RUN`: every client's stored adapter once more."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fedvlm_jax.errors import UserError
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help="The folder of a run.")],
+) -> None:
+    """Evaluate every client's adapter of a finished run again."""
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run}: no config.json there, so it is not the folder of a run")
+
+    from rich.console import Console
+
+    from fedvlm_jax.runs import evaluate as evaluating
+    from fedvlm_jax.runs import folders, progress, tables
+
+    show = progress.open_progress()
+    try:
+        evaluating.evaluate(run, show)
+    finally:
+        show.finish()
+    console = Console()
+    for table in tables.tabulate_run(folders.read_run(run)):
+        console.print(tables.to_rich(table))

@@ -1,0 +1,92 @@
+"""The `fedvlm` command: `cli/` holds one file per subcommand, and this file finds them.
+
+A command's file defines one function, named like the file, whose signature is its options; whatever is heavy it imports
+when it runs. So `fedvlm --help` imports neither jax nor transformers.
+"""
+
+import contextlib
+import functools
+import importlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tyro
+
+from fedvlm_jax.errors import UserError
+
+__all__ = ["commands_available", "main"]
+
+ORDER = ("train", "compare", "evaluate", "report")
+DESCRIPTION = (
+    "Federated fine-tuning of vision-language models: one frozen base, a low-rank adapter per client, a part of it "
+    "shared. `fedvlm train` without options runs on what ships with the package."
+)
+
+
+def commands_available() -> dict[str, Callable[..., None]]:
+    """Find the subcommands: every public file beside this one, in the order in which one uses them."""
+    stems = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_")} - {"main"}
+    ranked = sorted(stems, key=lambda stem: (ORDER.index(stem) if stem in ORDER else len(ORDER), stem))
+    return {stem.replace("_", "-"): getattr(importlib.import_module(f"fedvlm_jax.cli.{stem}"), stem) for stem in ranked}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Bad input ends it with one message on stderr and exit code 2; Ctrl-C with 130.
+
+    Args:
+        args: the words after `fedvlm`; those of the process by default.
+    """
+    words = list(sys.argv[1:] if args is None else args) or ["--help"]
+    try:
+        _dispatch(words)
+    except UserError as error:
+        print(f"fedvlm: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("fedvlm: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _dispatch(words: list[str]) -> None:
+    commands = commands_available()
+    if not words[0].startswith("-") and words[0] not in commands:
+        raise UserError(f"there is no command {words[0]}; there are {', '.join(commands)}")
+    chosen: list[Callable[[], None]] = []
+    # Parsing only notes what is to be done: what is printed while parsing is caught, what is printed while working not.
+    deferred = {name: _defer(command, chosen) for name, command in commands.items()}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            tyro.extras.subcommand_cli_from_dict(deferred, prog="fedvlm", description=DESCRIPTION, args=words)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        help_command = f"fedvlm {words[0]} --help" if words[0] in commands else "fedvlm --help"
+        raise UserError(f"{_read_box(complaint.getvalue())} ({help_command} lists what there is)") from None
+    for work in chosen:
+        work()
+
+
+def _defer(command: Callable[..., None], chosen: list[Callable[[], None]]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def note(*args: object, **kwargs: object) -> None:
+        chosen.append(lambda: command(*args, **kwargs))
+
+    return note
+
+
+def _read_box(text: str) -> str:
+    """Take the sentence out of the frame that tyro draws around its errors, and the flag that it would suggest."""
+    rows = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
+    # Above the first rule stands what is wrong; below it come suggestions, one flag per row.
+    rules = [number for number, row in enumerate(rows) if row.startswith("─")]
+    above = rules[0] if rules else len(rows)
+    sentence = " ".join(row for row in rows[:above] if row).rstrip(".") or " ".join(text.split())
+    sentence = re.sub(r"^Error parsing \S+: (?=--)", "", sentence)
+    flag = next((row.split()[0].rstrip(",") for row in rows[above:] if row.startswith("--")), None)
+    return f"{sentence}; did you mean {flag}?" if flag and sentence.startswith("Unrecognized") else sentence
