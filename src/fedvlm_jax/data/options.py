@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fedvlm_jax.errors import UserError
+
 Prompt = Literal["neutral", "client-language"]
 Split = Literal["train", "validation", "test"]
 
@@ -21,7 +23,7 @@ class DataOptions:
     """Which rows there are, whose they are, and how they are asked.
 
     Raises:
-        ValueError: at construction, when a value cannot mean anything (a negative count, shares that leave nothing to
+        UserError: at construction, when a value cannot mean anything (a negative count, shares that leave nothing to
             train on, a name twice); the message has the flag, the value and what is expected.
     """
 
@@ -88,4 +90,4 @@ class DataOptions:
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise ValueError(f"--data.{name.replace('_', '-')} is {value!r}; expected {expected}.")
+        raise UserError(f"--data.{name.replace('_', '-')} is {value!r}; expected {expected}.")

@@ -1,0 +1,134 @@
+"""From rows to arrays: prompts and answers as tokens, unusable rows skipped, counted and named.
+
+Pixels are not here: an `Examples` holds the index of each row's image, because images are shared and, with a frozen
+vision tower, wanted only once.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from fedvlm_jax.data.federate import ClientRows, Federation, Skipped, count_reasons
+from fedvlm_jax.data.images import Images, unique_images
+from fedvlm_jax.data.options import SPLITS
+from fedvlm_jax.data.table import Table
+from fedvlm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from fedvlm_jax.data.options import DataOptions
+
+__all__ = ["IGNORED", "Examples", "TextProcessor", "encode"]
+
+IGNORED = -100
+"""Label of a position that no loss counts, Hugging Face's convention."""
+
+MULTIPLE = 8
+"""Token axes are padded to multiples of this: few shapes, little waste."""
+
+CHUNK = 1024
+"""Texts that are tokenised at a time."""
+
+
+class TextProcessor(Protocol):
+    """What `encode` asks of a model's processor."""
+
+    def prompts(self, texts: list[str], /) -> tuple[np.ndarray, np.ndarray]:
+        """Texts -> (input_ids, attention_mask), both [B, T] integers, padded to the longest, image tokens included."""
+        ...
+
+    def answers(self, texts: list[str], max_tokens: int, /) -> np.ndarray:
+        """Texts -> labels [B, U], cut to `max_tokens` and padded with -100."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Every usable row of a federation, as arrays on the host.
+
+    Attributes:
+        image: [N] int32, index into `images`.
+        input_ids: [N, T] int32, image tokens included; T is a multiple of 8.
+        attention_mask: [N, T] int32, 1 where `input_ids` counts.
+        labels: [N, U] int32, -100 where nothing is to be learnt; U is a multiple of 8.
+        answers: N gold answers as text.
+        rows: [N] int64, the table's row numbers.
+        clients: the federation's clients with rows renumbered to 0 … N-1.
+        images: the unique images.
+        skipped: rows that were left out, with reasons; for the run's folder.
+        truncated: how many of the N answers were cut to `max_answer_tokens`.
+    """
+
+    image: Int[np.ndarray, " examples"]
+    input_ids: Int[np.ndarray, "examples tokens"]
+    attention_mask: Int[np.ndarray, "examples tokens"]
+    labels: Int[np.ndarray, "examples labels"]
+    answers: list[str]
+    rows: Int[np.ndarray, " examples"]
+    clients: tuple[ClientRows, ...]
+    images: Images
+    skipped: tuple[Skipped, ...]
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def encode(table: Table, federation: Federation, processor: TextProcessor, options: "DataOptions") -> Examples:
+    """Tokenise and check all rows of a federation. Every distinct text is tokenised once, every image decoded once.
+
+    Raises:
+        UserError: the prompt's column is not there, or more than `options.max_bad_share` of the rows are unusable.
+    """
+    column = "question" if options.prompt == "neutral" else "question_client"
+    if column not in table.columns:
+        raise UserError(
+            f"--data.prompt {options.prompt} needs the column {column!r}, which {table.name} does not have; use "
+            "--data.prompt neutral, or add the column."
+        )
+    rows = federation.rows
+    questions = [(text or "").strip() for text in table.read_text(column, rows)]
+    answers = [(text or "").strip() for text in table.read_text("chosen", rows)]
+    images, image, missing = unique_images(table, rows)
+    broken = images.find_broken()
+
+    reasons: dict[int, str] = {}
+    for place, row in enumerate(rows.tolist()):
+        if image[place] < 0:
+            reasons[place] = missing[row]
+        elif int(image[place]) in broken:
+            reasons[place] = broken[int(image[place])]
+        elif not questions[place]:
+            reasons[place] = "empty question"
+        elif not answers[place]:
+            reasons[place] = "empty answer"
+    input_ids, attention_mask, which = _tokenise_prompts(processor, questions)
+    lengths = attention_mask.sum(axis=1)
+    for place in range(len(rows)):
+        if place not in reasons and lengths[which[place]] > options.max_prompt_tokens:
+            reasons[place] = "prompt too long"
+
+    idx = table.read_text("idx", rows) if "idx" in table.columns else [None] * len(rows)
+    skipped = federation.skipped + tuple(Skipped(int(rows[p]), idx[p], reason) for p, reason in reasons.items())
+    _check_share(table, skipped, len(rows) + len(federation.skipped), options)
+
+    kept = np.asarray([place for place in range(len(rows)) if place not in reasons], np.int64)
+    used, image = np.unique(image[kept], return_inverse=True)
+    answers = [answers[place] for place in kept]
+    labels, truncated = _tokenise_answers(processor, answers, options.max_answer_tokens)
+    width = _round_up(int(lengths[which[kept]].max(initial=0)))
+    return Examples(
+        image=image.astype(np.int32),
+        input_ids=_widen(input_ids, width, 0)[which[kept], :width],
+        attention_mask=_widen(attention_mask, width, 0)[which[kept], :width],
+        labels=labels,
+        answers=answers,
+        rows=rows[kept],
+        clients=_renumber(federation.clients, kept, len(rows)),
+        images=images.select(used),
+        skipped=skipped,
+        truncated=truncated,
+    )

@@ -1,0 +1,127 @@
+"""The unique images behind a set of rows: found by content, read when needed, checked before training.
+
+Rows share images (several questions about one picture, one picture with several clients), so frozen features are
+computed and cached once per content. Pixels are never kept: an `Images` knows where its bytes lie.
+"""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
+
+from fedvlm_jax.data.table import BrokenImage, Table
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Images", "digest_rows", "unique_images"]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Unique images in the order of their first row.
+
+    Attributes:
+        table: where the bytes lie.
+        rows: [I] one row of the table for each image.
+        keys: the images' content hashes as hex, the natural key of a feature cache.
+    """
+
+    table: Table
+    rows: Int[np.ndarray, " images"]
+    keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def decode(self, index: int) -> "Image.Image":
+        """The image in RGB; transparency is laid on white.
+
+        Raises:
+            BrokenImage: the bytes are missing, cut short, or no image.
+        """
+        return _decode(self.table.read_image(int(self.rows[index])))
+
+    def find_broken(self, workers: int = 2) -> dict[int, str]:
+        """Decode every image once (JPEGs at an eighth of their size) and return index -> reason for those that fail."""
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            reasons = pool.map(self._check, range(len(self)))
+            return {index: reason for index, reason in enumerate(reasons) if reason}
+
+    def select(self, kept: Sequence[int] | np.ndarray) -> "Images":
+        """The images at the given positions, in that order."""
+        kept = np.asarray(kept, np.int64)
+        return Images(self.table, self.rows[kept], tuple(self.keys[index] for index in kept))
+
+    def _check(self, index: int) -> str | None:
+        try:
+            _decode(self.table.read_image(int(self.rows[index])), thumbnail=True)
+        except BrokenImage as error:
+            return str(error)
+        return None
+
+
+def unique_images(
+    table: Table, rows: Sequence[int] | np.ndarray
+) -> tuple[Images, Int[np.ndarray, " rows"], dict[int, str]]:
+    """Group rows by the content of their images.
+
+    Args:
+        table: where the rows lie.
+        rows: [N] row numbers.
+
+    Returns:
+        The unique images [I]; for every row the index of its image [N] int32, or -1 where it has none; and
+        row -> reason for the latter.
+    """
+    digests, missing = digest_rows(table, rows)
+    places: dict[bytes, int] = {}
+    first: list[int] = []
+    index = np.full(len(digests), -1, np.int32)
+    for position, (row, digest) in enumerate(zip(rows, digests, strict=True)):
+        if digest is None:
+            continue
+        if digest not in places:
+            places[digest] = len(first)
+            first.append(int(row))
+        index[position] = places[digest]
+    images = Images(table, np.asarray(first, np.int64), tuple(digest.hex() for digest in places))
+    return images, index, missing
+
+
+def digest_rows(table: Table, rows: Sequence[int] | np.ndarray) -> tuple[list[bytes | None], dict[int, str]]:
+    """BLAKE2b-128 of every row's encoded image (None where there is none), and row -> reason for the missing ones."""
+    digests: list[bytes | None] = []
+    missing: dict[int, str] = {}
+    for row in map(int, rows):
+        if row not in table.digests:
+            try:
+                table.digests[row] = hashlib.blake2b(table.read_image(row), digest_size=16).digest()
+            except BrokenImage as error:
+                missing[row] = str(error)
+        digests.append(table.digests.get(row))
+    return digests, missing
+
+
+def _decode(encoded: bytes, thumbnail: bool = False) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if thumbnail:
+                image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+            image.load()
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                coloured = image.convert("RGBA")
+                white = Image.new("RGBA", coloured.size, "white")
+                return Image.alpha_composite(white, coloured).convert("RGB")
+            return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise BrokenImage("image too large to decode safely") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
+        raise BrokenImage("broken or truncated image") from error
