@@ -1,0 +1,44 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) for any Flax linen model, as plain pytrees beside its parameters.
+
+An adapter mirrors only the adapted part of the parameter tree. At every adapted site it holds
+
+    a      [*stack, d_in, rank]   starts random
+    b      [*stack, rank, d_out]  starts at zero, so a fresh adapter is the identity
+    scale  [*stack]               alpha / rank (or alpha / √rank): data, since clients may differ
+
+and the site computes `y = f(x) + scale · (x a) b`. In the notation of the papers W = W0 + s·B·A, `a` is A transposed
+and `b` is B transposed. `d_in` and `d_out` are products where a layer has several input or output axes (DenseGeneral,
+Conv); `stack` are the leading axes that `nn.scan` or `nn.vmap` put on the parameters.
+
+The model is not changed and knows nothing of this. The adapter is passed as one more variable collection, `lora`, and
+an interceptor adds the low-rank term to every `nn.Dense`, `nn.DenseGeneral`, `nn.Conv` and `nn.Embed` (its tied
+`attend` too) whose scope holds such variables: exactly these types, not their subclasses. A scanned model must carry
+the collection: `nn.scan(..., variable_axes={"params": 0, "lora": 0})`. An adapter leaf that no call read is an error.
+"""
+
+from fedvlm_jax.lora.adapter import Adapter, LoRA, init, sites_of
+from fedvlm_jax.lora.algebra import concatenate, merge, truncate, unmerge
+from fedvlm_jax.lora.injection import inject
+from fedvlm_jax.lora.rules import Rule, combine, partition, virtual_paths
+from fedvlm_jax.lora.sites import LoraError, Site, Sites, find_sites, select
+
+__all__ = [
+    "Adapter",
+    "LoRA",
+    "LoraError",
+    "Rule",
+    "Site",
+    "Sites",
+    "combine",
+    "concatenate",
+    "find_sites",
+    "init",
+    "inject",
+    "merge",
+    "partition",
+    "select",
+    "sites_of",
+    "truncate",
+    "unmerge",
+    "virtual_paths",
+]

@@ -1,0 +1,92 @@
+"""What an adapter looks like (`LoRA`), how it starts (`init`), and how its sites are walked."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from fedvlm_jax import tree
+from fedvlm_jax.lora.sites import LoraError, Sites, join, select
+
+Adapter = dict[str, Any]
+
+COLLECTION = "lora"
+FACTORS = ("a", "b", "scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """What an adapter should look like.
+
+    Attributes:
+        rank: columns of `a`, rows of `b`; at most min(d_in, d_out) of every target.
+        alpha: numerator of the scale.
+        targets: regular expressions, searched (`re.search`) in the sites' paths with and without the weight's name:
+            `q_proj$`, `decoder/.*/(q|v)_proj/kernel`.
+        exclude: sites that match one of these are left out again.
+        rslora: scale = alpha / √rank (arXiv 2312.03732) instead of alpha / rank.
+        init: how `a` starts. "gaussian": N(0, 1/rank²); "kaiming": U(±1/√d_in). Both are PEFT's.
+        dtype: of `a` and `b`.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str | Sequence[str] = ".*"
+    exclude: str | Sequence[str] = ()
+    rslora: bool = False
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    dtype: Any = jnp.float32
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
+    """Make a fresh adapter: `b` is zero, so it changes nothing yet.
+
+    Every site draws from its own key, folded from its path, so that the `a` of one site does not depend on which
+    others are adapted. All layers of a stack come from one draw.
+
+    Raises:
+        LoraError: no site matches, a target cannot be adapted, or the rank is above min(d_in, d_out) somewhere.
+    """
+    if spec.rank < 1:
+        raise LoraError(f"rank must be at least 1, not {spec.rank}")
+    if spec.init not in ("gaussian", "kaiming"):
+        raise LoraError(f'init must be "gaussian" or "kaiming", not {spec.init!r}')
+    flat = {}
+    for site in select(sites, spec.targets, spec.exclude):
+        if spec.rank > min(site.d_in, site.d_out):
+            raise LoraError(f"rank {spec.rank} is above min(d_in, d_out) of {site}: lower the rank or narrow targets")
+        draw = jax.random.fold_in(key, _path_number(site.path))
+        shape = (*site.stack, site.d_in, spec.rank)
+        if spec.init == "gaussian":
+            a = jax.random.normal(draw, shape, spec.dtype) / spec.rank
+        else:
+            a = jax.random.uniform(draw, shape, spec.dtype, -1, 1) / math.sqrt(site.d_in)
+        flat[join(site.path, "a")] = a
+        flat[join(site.path, "b")] = jnp.zeros((*site.stack, spec.rank, site.d_out), spec.dtype)
+        flat[join(site.path, "scale")] = jnp.full(site.stack, spec.scale, jnp.float32)
+    return tree.unflatten(flat)
+
+
+def sites_of(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, Any, Any]]]:
+    flat = tree.flatten(adapter)
+    for path in sorted({path.rpartition("/")[0] for path in flat}):
+        missing = [name for name in FACTORS if join(path, name) not in flat]
+        if missing:
+            raise LoraError(f"the adapter at {path!r} lacks {', '.join(missing)}; is it one side of a partition?")
+        yield path, tuple(flat[join(path, name)] for name in FACTORS)  # type: ignore[misc]
+
+
+def _path_number(path: str) -> int:
+    """A stable 31-bit number for a path (FNV-1a): Python's own `hash` differs between processes."""
+    number = 2166136261
+    for byte in path.encode():
+        number = (number ^ byte) * 16777619 % 2**32
+    return number >> 1

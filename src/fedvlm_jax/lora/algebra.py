@@ -1,0 +1,105 @@
+"""The arithmetic of adapters: into the base and out again, sums of adapters, the nearest of a lower rank."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from fedvlm_jax import tree
+from fedvlm_jax.lora.adapter import Adapter, sites_of
+from fedvlm_jax.lora.sites import LoraError, as_variables, join, listing
+
+
+def merge(params: Mapping[str, Any], adapter: Adapter, *, dtype: Any = None) -> dict[str, Any]:
+    """Write the adapter into the base: `W + scale · a b`, formed in float32.
+
+    Args:
+        params: the `params` collection or a variables dictionary; the answer has the same form.
+        adapter: of this model.
+        dtype: of the merged weights; by default each weight's own. Small updates drown in bfloat16 weights
+            (a quarter of one was lost in a trial), so pass `jnp.float32` where that matters.
+
+    Raises:
+        LoraError: the adapter has a site that the parameters lack, or of another shape.
+    """
+    return _merge(params, adapter, 1.0, dtype)
+
+
+def unmerge(params: Mapping[str, Any], adapter: Adapter, *, dtype: Any = None) -> dict[str, Any]:
+    """Undo `merge` to rounding: `W − scale · a b`."""
+    return _merge(params, adapter, -1.0, dtype)
+
+
+def _merge(params: Mapping[str, Any], adapter: Adapter, sign: float, dtype: Any) -> dict[str, Any]:
+    variables = as_variables(params)
+    weights = tree.flatten(variables["params"])
+    for path, (a, b, scale) in sites_of(adapter):
+        name = next((n for w in ("kernel", "embedding") if (n := join(path, w)) in weights), None)
+        if name is None:
+            raise LoraError(f"the parameters have no kernel or embedding at {path!r}; there are:\n{listing(weights)}")
+        weight = weights[name]
+        if (*a.shape[:-2], a.shape[-2] * b.shape[-1]) != (
+            *weight.shape[: a.ndim - 2],
+            math.prod(weight.shape[a.ndim - 2 :]),
+        ):
+            raise LoraError(f"a {a.shape} and b {b.shape} at {path} do not make a weight of shape {weight.shape}")
+        delta = sign * _product(a, b, scale)
+        weights[name] = (weight.astype(jnp.float32) + delta.reshape(weight.shape)).astype(dtype or weight.dtype)
+    merged = tree.unflatten(weights)
+    return {**variables, "params": merged} if variables is params else merged
+
+
+def _product(a: Array, b: Array, scale: Array) -> Array:
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.matmul(a, b, precision="highest") * scale[..., None, None]
+
+
+def concatenate(*adapters: Adapter) -> Adapter:
+    """One adapter whose term is the sum of the adapters' terms; ranks add up, scales move into `b`.
+
+    Raises:
+        LoraError: the adapters do not have the same sites.
+    """
+    sites = [dict(sites_of(adapter)) for adapter in adapters]
+    for other in sites[1:]:
+        if other.keys() != sites[0].keys():
+            odd = sorted(other.keys() ^ sites[0].keys())
+            raise LoraError(f"adapters to concatenate must have the same sites; not all have:\n{listing(odd)}")
+    flat = {}
+    for path in sites[0]:
+        parts = [site[path] for site in sites]
+        flat[join(path, "a")] = jnp.concatenate([a for a, _, _ in parts], axis=-1)
+        flat[join(path, "b")] = jnp.concatenate([b * s[..., None, None].astype(b.dtype) for _, b, s in parts], axis=-2)
+        flat[join(path, "scale")] = jnp.ones_like(parts[0][2])
+    return tree.unflatten(flat)
+
+
+def truncate(adapter: Adapter, rank: int) -> Adapter:
+    """The best adapter of a lower rank in the Frobenius norm, by QR and a small SVD; ΔW itself is never formed.
+
+    With a = Q_a R_a and bᵀ = Q_b R_b, ΔW = Q_a (R_a R_bᵀ) Q_bᵀ and only the small matrix in the middle is decomposed;
+    its singular values are shared evenly between the factors. Scales stay. Batched over stacked layers.
+
+    Raises:
+        LoraError: `rank` is below 1 or above what a site can have.
+    """
+
+    def cut(path: str, a: Array, b: Array) -> tuple[Array, Array]:
+        limit = min(a.shape[-2], b.shape[-1], a.shape[-1])
+        if not 1 <= rank <= limit:
+            raise LoraError(f"cannot truncate {path} to rank {rank}: it must be between 1 and {limit}")
+        q_a, r_a = jnp.linalg.qr(a.astype(jnp.float32))
+        q_b, r_b = jnp.linalg.qr(b.astype(jnp.float32).mT)
+        u, s, vt = jnp.linalg.svd(jnp.matmul(r_a, r_b.mT, precision="highest"), full_matrices=False)
+        root = jnp.sqrt(s[..., :rank])
+        new_a = jnp.matmul(q_a, u[..., :rank] * root[..., None, :], precision="highest")
+        new_b = jnp.matmul(root[..., :, None] * vt[..., :rank, :], q_b.mT, precision="highest")
+        return new_a.astype(a.dtype), new_b.astype(b.dtype)
+
+    flat = {}
+    for path, (a, b, scale) in sites_of(adapter):
+        new_a, new_b = cut(path, a, b)
+        flat |= {join(path, "a"): new_a, join(path, "b"): new_b, join(path, "scale"): scale}
+    return tree.unflatten(flat)

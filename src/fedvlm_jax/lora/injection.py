@@ -1,0 +1,145 @@
+"""Running a model with an adapter, by intercepting the calls of its layers."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Array
+
+from fedvlm_jax import tree
+from fedvlm_jax.lora.adapter import COLLECTION, FACTORS, Adapter
+from fedvlm_jax.lora.sites import (
+    KINDS,
+    Kind,
+    LoraError,
+    as_tuple,
+    as_variables,
+    count_inputs,
+    find_obstacle,
+    join,
+    listing,
+    weight_name,
+)
+
+
+def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn a linen `Module.apply` into a function that takes an adapter: `fn(params, adapter, *args, **kwargs)`.
+
+    `params` is the `params` collection or a whole variables dictionary, and stays an argument: nothing is copied or
+    captured. With `adapter=None` the bare base runs. The low-rank term is computed in the layer's own dtype and works
+    under jit, grad, vmap (over adapters with the base unbatched), `nn.remat` and `nn.scan`.
+
+    Raises (while tracing):
+        LoraError: an adapter leaf has the wrong shape, or none of the model's calls read it.
+    """
+
+    def fn(params: Mapping[str, Any], adapter: Adapter | None, *args: Any, **kwargs: Any) -> Any:
+        variables = as_variables(params)
+        if adapter is None:
+            return apply_fn(variables, *args, **kwargs)
+        read: set[str] = set()
+
+        def add(next_fun: Callable[..., Any], args: Any, kw: Any, context: nn.module.InterceptorContext) -> Any:
+            out = next_fun(*args, **kw)
+            module, kind = context.module, KINDS.get(type(context.module))
+            if kind is None or module.scope is None or not module.has_variable(COLLECTION, "a"):
+                return out
+            if context.method_name not in ("__call__", "attend"):
+                return out
+            a, b, scale = (module.get_variable(COLLECTION, name) for name in FACTORS)
+            _check_shapes(module, kind, a, b, scale)
+            read.add("/".join(module.path))
+            inputs = args[0] if args else next(iter(kw.values()))
+            delta = _DELTAS[context.method_name if kind == "embed" else kind](module, inputs, a, b, scale)
+            return out + delta.astype(out.dtype)
+
+        with nn.intercept_methods(add):
+            out = apply_fn({**variables, COLLECTION: adapter}, *args, **kwargs)
+        _check_read(adapter, read, variables["params"])
+        return out
+
+    return fn
+
+
+def _dense_delta(module: nn.Dense, x: Array, a: Array, b: Array, scale: Array) -> Array:
+    x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
+    low = jnp.matmul(x, a, precision=module.precision) * scale.astype(x.dtype)
+    return jnp.matmul(low, b, precision=module.precision)
+
+
+def _dense_general_delta(module: nn.DenseGeneral, x: Array, a: Array, b: Array, scale: Array) -> Array:
+    axes = tuple(axis % x.ndim for axis in as_tuple(module.axis))
+    x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
+    x = x.reshape(*x.shape[: x.ndim - len(axes)], -1)
+    delta = _dense_delta(module, x, a, b, scale)  # type: ignore[arg-type]
+    return delta.reshape(*delta.shape[:-1], *as_tuple(module.features))
+
+
+def _conv_delta(module: nn.Conv, x: Array, a: Array, b: Array, scale: Array) -> Array:
+    # The down-projection is the same convolution with `rank` filters; the up-projection is pointwise.
+    window = as_tuple(module.kernel_size)
+    down = module.clone(features=a.shape[-1], use_bias=False, name=None, parent=None)
+    low = down.apply({"params": {"kernel": a.reshape(*window, -1, a.shape[-1])}}, x)
+    low, b = promote_dtype(low, b, dtype=module.dtype)
+    return jnp.matmul(low * scale.astype(low.dtype), b, precision=module.precision)
+
+
+def _embed_delta(module: nn.Embed, ids: Array, a: Array, b: Array, scale: Array) -> Array:
+    a, b = promote_dtype(a, b, dtype=module.dtype)
+    # Out-of-range ids give NaN in `jnp.take`; the base's own lookup has already shown them.
+    return jnp.matmul(jnp.take(a, ids, axis=0, mode="clip") * scale.astype(a.dtype), b)
+
+
+def _attend_delta(module: nn.Embed, query: Array, a: Array, b: Array, scale: Array) -> Array:
+    query, a, b = promote_dtype(query, a, b, dtype=module.dtype)
+    return jnp.matmul(jnp.matmul(query, b.T) * scale.astype(query.dtype), a.T)
+
+
+_DELTAS: dict[str, Callable[..., Array]] = {
+    "dense": _dense_delta,
+    "dense_general": _dense_general_delta,
+    "conv": _conv_delta,
+    "__call__": _embed_delta,
+    "attend": _attend_delta,
+}
+
+
+def _check_shapes(module: nn.Module, kind: Kind, a: Any, b: Any, scale: Any) -> None:
+    path = "/".join(module.path)
+    for name, leaf in zip(FACTORS, (a, b, scale), strict=True):
+        if leaf is None:
+            raise LoraError(f"the adapter at {path} has no {name!r}; a site needs a, b and scale")
+    weight = module.get_variable("params", weight_name(kind))
+    split = count_inputs(module, weight.shape)
+    if obstacle := find_obstacle(module):
+        raise LoraError(f"{path} cannot be adapted: {obstacle}")
+    d_in, d_out = math.prod(weight.shape[:split]), math.prod(weight.shape[split:])
+    rank = a.shape[-1] if a.ndim else 0
+    wanted = ((d_in, rank), (rank, d_out), ())
+    for name, leaf, shape in zip(FACTORS, (a, b, scale), wanted, strict=True):
+        if leaf.shape != shape:
+            raise LoraError(
+                f"the adapter's {join(path, name)} has shape {leaf.shape} inside the layer, expected {shape} for a "
+                f"weight of shape {weight.shape} (stack axes of scanned layers are taken off by the scan)"
+            )
+
+
+def _check_read(adapter: Adapter, read: set[str], params: Mapping[str, Any]) -> None:
+    unread = [path for path in tree.flatten(adapter) if path.rpartition("/")[0] not in read]
+    if not unread:
+        return
+    weights = tree.flatten(params)
+    known = [path for path in unread if any(w.startswith(path.rpartition("/")[0] + "/") for w in weights)]
+    why = (
+        "this call read no parameters there through an nn.Dense, nn.DenseGeneral, nn.Conv or nn.Embed of exactly that "
+        'type. Likely causes: a scan without variable_axes={"lora": 0}, an nn.Einsum or a bare self.param, a layer '
+        "that this call does not reach, or a jax.jit inside the model whose trace is cached"
+        if known
+        else "the model has no parameters at these paths: was the adapter made for another model?"
+    )
+    raise LoraError(
+        f"these adapter leaves were never read, so they would silently do nothing:\n{listing(unread)}\n{why}"
+    )
