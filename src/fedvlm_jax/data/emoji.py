@@ -100,10 +100,14 @@ def federate_emoji(table: Table, options: "DataOptions", seed: int) -> Federatio
     )
 
 
-DATASET = NamedSet("emoji", "emoji of four drawing styles, asked about in twelve languages (ships)", read_emoji, federate_emoji)
+DATASET = NamedSet(
+    "emoji", "emoji of four drawing styles, asked about in twelve languages (ships)", read_emoji, federate_emoji
+)
 
 
-def draw_mix(rng: np.random.Generator, alpha: float, prior: Float[np.ndarray, " groups"]) -> Float[np.ndarray, " groups"]:
+def draw_mix(
+    rng: np.random.Generator, alpha: float, prior: Float[np.ndarray, " groups"]
+) -> Float[np.ndarray, " groups"]:
     """A client's mix over groups: Dirichlet(alpha · G · prior), or the prior itself at alpha = inf."""
     if np.isinf(alpha):
         return prior
@@ -124,7 +128,7 @@ def draw_concepts(
         pools: the concepts of each group.
         count: how many are wanted; all there are, if there are fewer.
     """
-    queues = [[pool[place] for place in rng.permutation(len(pool))][::-1] for pool in pools]
+    queues: list[list[str]] = [[pool[place] for place in rng.permutation(len(pool))[::-1]] for pool in pools]
     drawn: list[str] = []
     while len(drawn) < count and any(queues):
         weights = np.where([bool(queue) for queue in queues], mix, 0.0)

@@ -4,8 +4,7 @@ Pixels are not here: an `Examples` holds the index of each row's image, because 
 vision tower, wanted only once.
 """
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -132,3 +131,86 @@ def encode(table: Table, federation: Federation, processor: TextProcessor, optio
         skipped=skipped,
         truncated=truncated,
     )
+
+
+def _tokenise_prompts(processor: TextProcessor, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct texts -> ids and mask [D, T], and for every text its place among the distinct ones [N]."""
+    distinct, which = _distinct(texts)
+    chunks = [processor.prompts(distinct[start : start + CHUNK]) for start in range(0, len(distinct), CHUNK)]
+    width = max((ids.shape[1] for ids, _ in chunks), default=0)
+    pads = [np.asarray(ids)[np.asarray(mask) == 0] for ids, mask in chunks]
+    pad = next((int(seen[0]) for seen in pads if seen.size), 0)  # the processor's own padding id, where it shows one
+    ids = [_widen(np.asarray(ids, np.int32), width, pad) for ids, _ in chunks]
+    masks = [_widen(np.asarray(mask, np.int32), width, 0) for _, mask in chunks]
+    empty = np.empty((0, 0), np.int32)
+    return (np.concatenate(ids), np.concatenate(masks), which) if chunks else (empty, empty, which)
+
+
+def _tokenise_answers(processor: TextProcessor, texts: Sequence[str], most: int) -> tuple[np.ndarray, int]:
+    """Labels [N, U] of at most `most` tokens, U rounded up, and how many of the N were longer.
+
+    A text that still has tokens at `most + 1` is too long; it is tokenised again to `most`, so that the processor
+    decides how a cut answer ends.
+    """
+    distinct, which = _distinct(texts)
+    chunks = []
+    long = np.zeros(len(distinct), bool)
+    for start in range(0, len(distinct), CHUNK):
+        part = distinct[start : start + CHUNK]
+        labels = np.array(processor.answers(part, most + 1), np.int32)
+        over = (labels != IGNORED).sum(axis=1) > most
+        labels = _widen(labels, most + 1, IGNORED)[:, :most]
+        if over.any():
+            cut = np.asarray(processor.answers([text for text, o in zip(part, over, strict=True) if o], most), np.int32)
+            labels[over] = _widen(cut, most, IGNORED)
+        long[start : start + CHUNK] = over
+        used = int((labels != IGNORED).sum(axis=1).max())
+        chunks.append(labels[:, :used])
+    width = _round_up(max((labels.shape[1] for labels in chunks), default=0))
+    table = (
+        np.concatenate([_widen(labels, width, IGNORED) for labels in chunks]) if chunks else np.empty((0, 0), np.int32)
+    )
+    return table[which], int(long[which].sum())
+
+
+def _distinct(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    places: dict[str, int] = {}
+    which = np.asarray([places.setdefault(text, len(places)) for text in texts], np.int64)
+    return list(places), which
+
+
+def _widen(array: np.ndarray, width: int, fill: int) -> np.ndarray:
+    missing = max(0, width - array.shape[1])
+    return np.pad(array, ((0, 0), (0, missing)), constant_values=fill)
+
+
+def _round_up(size: int) -> int:
+    return -(-max(size, 1) // MULTIPLE) * MULTIPLE
+
+
+def _renumber(clients: tuple[ClientRows, ...], kept: np.ndarray, total: int) -> tuple[ClientRows, ...]:
+    """Give every client its rows' places among the kept ones; `Federation.rows` fixes the order they are met in."""
+    place = np.full(total, -1, np.int64)
+    place[kept] = np.arange(len(kept))
+    renumbered, start = [], 0
+    for client in clients:
+        parts = []
+        for split in SPLITS:
+            size = len(client.rows_of(split))
+            part = place[start : start + size]
+            parts.append(part[part >= 0])
+            start += size
+        renumbered.append(ClientRows(client.name, *parts))
+    return tuple(renumbered)
+
+
+def _check_share(table: Table, skipped: tuple[Skipped, ...], total: int, options: "DataOptions") -> None:
+    if len(skipped) > options.max_bad_share * total:
+        counted = ", ".join(f"{count} × {reason}" for reason, count in count_reasons(skipped).items())
+        shown = "; ".join(f"row {s.row}{f' (idx {s.idx})' if s.idx else ''}: {s.reason}" for s in skipped[:5])
+        raise UserError(
+            f"{table.name}: {len(skipped)} of {total} rows cannot be used ({counted}), more than --data.max-bad-share "
+            f"{options.max_bad_share:g} allows. The first are {shown}. Mend them, or raise the share."
+        )
+    if len(skipped) == total:
+        raise UserError(f"{table.name}: none of the {total} rows can be used.")

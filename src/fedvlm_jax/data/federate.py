@@ -185,9 +185,7 @@ def _draw_splits(
         ranked = sorted(new, key=lambda digest: hashlib.blake2b(digest, key=key, digest_size=16).digest())
         test, validation = _round(options.test_share * len(new)), _round(options.validation_share * len(new))
         for rank, digest in enumerate(ranked):
-            split_of_image[digest] = (
-                "test" if rank < test else "validation" if rank < test + validation else "train"
-            )
+            split_of_image[digest] = "test" if rank < test else "validation" if rank < test + validation else "train"
         for row, digest in zip(rows, digests, strict=True):
             split_of_row[row] = "train" if digest is None else split_of_image[digest]  # the former are skipped later
     return split_of_row

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int
 
-from fedvlm_jax.data.table import BrokenImage, Table
+from fedvlm_jax.data.table import BrokenImageError, Table
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,7 +43,7 @@ class Images:
         """The image in RGB; transparency is laid on white.
 
         Raises:
-            BrokenImage: the bytes are missing, cut short, or no image.
+            BrokenImageError: the bytes are missing, cut short, or no image.
         """
         return _decode(self.table.read_image(int(self.rows[index])))
 
@@ -61,7 +61,7 @@ class Images:
     def _check(self, index: int) -> str | None:
         try:
             _decode(self.table.read_image(int(self.rows[index])), thumbnail=True)
-        except BrokenImage as error:
+        except BrokenImageError as error:
             return str(error)
         return None
 
@@ -102,7 +102,7 @@ def digest_rows(table: Table, rows: Sequence[int] | np.ndarray) -> tuple[list[by
         if row not in table.digests:
             try:
                 table.digests[row] = hashlib.blake2b(table.read_image(row), digest_size=16).digest()
-            except BrokenImage as error:
+            except BrokenImageError as error:
                 missing[row] = str(error)
         digests.append(table.digests.get(row))
     return digests, missing
@@ -122,6 +122,6 @@ def _decode(encoded: bytes, thumbnail: bool = False) -> "Image.Image":
                 return Image.alpha_composite(white, coloured).convert("RGB")
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise BrokenImage("image too large to decode safely") from error
+        raise BrokenImageError("image too large to decode safely") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
-        raise BrokenImage("broken or truncated image") from error
+        raise BrokenImageError("broken or truncated image") from error

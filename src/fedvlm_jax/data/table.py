@@ -21,7 +21,7 @@ from fedvlm_jax.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["NEEDED", "UNDERSTOOD", "BrokenImage", "Table", "read_parquet", "read_table"]
+__all__ = ["NEEDED", "UNDERSTOOD", "BrokenImageError", "Table", "read_parquet", "read_table"]
 
 NEEDED = ("image", "question", "chosen")
 UNDERSTOOD = (
@@ -32,7 +32,7 @@ UNDERSTOOD = (
 """Every column that some part of this package reads; others are kept but mean nothing here."""
 
 
-class BrokenImage(ValueError):
+class BrokenImageError(ValueError):
     """An image that is missing or cannot be decoded; the message is the reason, in a few words."""
 
 
@@ -76,22 +76,20 @@ class Table:
         """The encoded bytes of one row's image, from the table or from the file it names.
 
         Raises:
-            BrokenImage: there are none.
+            BrokenImageError: there are none.
         """
         value = self.data.column("image")[int(row)].as_py()
-        if isinstance(value, str):
-            value = {"path": value}
-        value = value or {}
+        value = value if isinstance(value, dict) else {"path": value}
         if value.get("bytes"):
             return value["bytes"]
         if not value.get("path"):
-            raise BrokenImage("no image")
+            raise BrokenImageError("no image")
         try:
             found = (self.folder / value["path"]).read_bytes()
         except (OSError, ValueError) as error:
-            raise BrokenImage("image file cannot be read") from error
+            raise BrokenImageError("image file cannot be read") from error
         if not found:
-            raise BrokenImage("no image")
+            raise BrokenImageError("no image")
         return found
 
 
@@ -185,6 +183,8 @@ def _check_type(file: Path, column: str, kind: "pa.DataType") -> None:
 def _map_files(files: Sequence[Path], columns: dict[str, "pa.DataType"]) -> "pa.Table":
     """Let `datasets` write the shards into its cache as Arrow (once per content) and memory-map the result."""
     import datasets
+    import datasets.config
+    import datasets.exceptions
     import pyarrow as pa
 
     features = datasets.Features.from_arrow_schema(pa.schema(list(columns.items())))

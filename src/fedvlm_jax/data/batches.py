@@ -1,0 +1,140 @@
+"""Which example a client sees at which step, and rows padded to few shapes: numpy index arithmetic, nothing else.
+
+A round's arrays hold what its clients touch in that round: rows [K, M] and, into them, indices [K, S, B] with a mask.
+Padding repeats a real row instead of zeros, because an attention mask without a single one makes NaN in a softmax, and
+a NaN survives multiplication by a mask.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+__all__ = ["RoundRows", "bucket", "local_batches", "pad_rows", "round_rows", "split_batches"]
+
+BATCH_STREAM = 201
+"""First integer of the random stream, which keeps it apart from every other use of the run's seed."""
+
+
+def local_batches(
+    seed: int, round_: int, client: int, n: int, steps: int, batch: int
+) -> tuple[Int[np.ndarray, "steps batch"], Bool[np.ndarray, "steps batch"]]:
+    """Epochs of permutations strung together and cut into batches.
+
+    With `n >= batch` every slot is filled, and a batch may span the end of an epoch. With `0 < n < batch` every step is
+    one epoch: each example once, the other slots masked (not repeated, so no example weighs more than another). With
+    `n = 0` everything is masked. More steps continue the same sequence.
+
+    Args:
+        seed, round_, client: non-negative integers; all that the choice depends on, with n and batch.
+        n: examples the client has.
+        steps: local steps S.
+        batch: slots B of a step.
+
+    Returns:
+        Indices [S, B] int32 in 0 … max(n, 1) - 1 and the mask [S, B] of the slots that count.
+    """
+    shape = (steps, batch)
+    if n <= 0 or steps <= 0:
+        return np.zeros(shape, np.int32), np.zeros(shape, bool)
+    rng = np.random.default_rng([BATCH_STREAM, seed, round_, client])
+    width = min(n, batch)
+    epochs = -(-steps * width // n)
+    order = np.concatenate([rng.permutation(n) for _ in range(epochs)])[: steps * width].reshape(steps, width)
+    indices = np.zeros(shape, np.int32)
+    indices[:, :width] = order
+    return indices, np.broadcast_to(np.arange(batch) < width, shape).copy()
+
+
+def split_batches(n: int, batch: int) -> tuple[Int[np.ndarray, "batches batch"], Bool[np.ndarray, "batches batch"]]:
+    """All of 0 … n - 1 once and in order, for evaluation: indices and mask [ceil(n / B), B]; padding repeats 0."""
+    count = -(-n // batch)
+    places = np.arange(count * batch).reshape(count, batch)
+    mask = places < n
+    return np.where(mask, places, 0).astype(np.int32), mask
+
+
+def bucket(n: int, sizes: Sequence[int] | None = None) -> int:
+    """The smallest size that holds `n`: from `sizes`, else 8, 12, 16, 24, 32, 48 … (from 8 on, at most a third is padding).
+
+    Raises:
+        ValueError: n is larger than all of `sizes`.
+    """
+    if sizes is None:
+        size = 8
+        while size < n:
+            size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+        return size
+    fitting = [size for size in sizes if size >= n]
+    if not fitting:
+        raise ValueError(f"{n} rows do not fit into any of the sizes {sorted(sizes)}")
+    return min(fitting)
+
+
+def pad_rows(rows: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " size"]:
+    """Row numbers padded to `size` with the first of them (with row 0, if there are none).
+
+    Raises:
+        ValueError: there are more than `size`.
+    """
+    if len(rows) > size:
+        raise ValueError(f"{len(rows)} rows do not fit into {size}")
+    padded = np.full(size, rows[0] if len(rows) else 0, np.int64)
+    padded[: len(rows)] = rows
+    return padded
+
+
+class RoundRows(NamedTuple):
+    """What a cohort reads in one round.
+
+    Attributes:
+        rows: [K, M] int64, into the arrays of an `Examples`; padded.
+        indices: [K, S, B] int32, into the M rows of the same client.
+        mask: [K, S, B] bool, False where a slot does not count.
+        counts: [K] int64, how many training examples each client has in all (its weight by examples).
+    """
+
+    rows: Int[np.ndarray, "cohort rows"]
+    indices: Int[np.ndarray, "cohort steps batch"]
+    mask: Bool[np.ndarray, "cohort steps batch"]
+    counts: Int[np.ndarray, " cohort"]
+
+
+def round_rows(
+    seed: int,
+    round_: int,
+    cohort: Sequence[int],
+    rows: Sequence[Int[np.ndarray, " n"]],
+    steps: int,
+    batch: int,
+    sizes: Sequence[int] | None = None,
+) -> RoundRows:
+    """`local_batches` of a cohort, each client with only the rows it will touch, M a bucket of the largest such number.
+
+    Args:
+        seed, round_: as in `local_batches`.
+        cohort: the clients' numbers, K of them.
+        rows: the training rows of each of these K clients.
+        steps, batch: S and B.
+        sizes: the allowed M, see `bucket`.
+    """
+    drawn = [
+        local_batches(seed, round_, client, len(own), steps, batch) for client, own in zip(cohort, rows, strict=True)
+    ]
+    touched = [np.unique(indices[mask]) for indices, mask in drawn]
+    size = bucket(max((len(used) for used in touched), default=0), sizes)
+    return RoundRows(
+        rows=_stack([pad_rows(own[used], size) for own, used in zip(rows, touched, strict=True)], (0, size), np.int64),
+        indices=_stack(
+            [np.where(mask, np.searchsorted(used, at), 0) for (at, mask), used in zip(drawn, touched, strict=True)],
+            (0, steps, batch),
+            np.int32,
+        ),
+        mask=_stack([mask for _, mask in drawn], (0, steps, batch), bool),
+        counts=np.asarray([len(own) for own in rows], np.int64),
+    )
+
+
+def _stack(parts: list[np.ndarray], empty: tuple[int, ...], kind: type) -> np.ndarray:
+    return np.stack(parts).astype(kind) if parts else np.empty(empty, kind)
