@@ -1,0 +1,19 @@
+"""Vision-language models as records of pure functions; today Florence-2 (arXiv 2311.06242)."""
+
+from fedvlm_jax.models.checkpoint import save_checkpoint
+from fedvlm_jax.models.florence2 import build, image_tokens
+from fedvlm_jax.models.hub import load_vlm, resolve_folder
+from fedvlm_jax.models.processing import Processor
+from fedvlm_jax.models.vlm import Batch, Params, Vlm
+
+__all__ = [
+    "Batch",
+    "Params",
+    "Processor",
+    "Vlm",
+    "build",
+    "image_tokens",
+    "load_vlm",
+    "resolve_folder",
+    "save_checkpoint",
+]

@@ -1,0 +1,238 @@
+"""BART, the encoder-decoder of Florence-2 (arXiv 1910.13461): post-norm layers, learned positions offset by two.
+
+Deviations: dropout and layer-drop are never applied (the model always runs as in inference). One token table serves
+encoder, decoder and the output head. Layers are scanned, so every parameter of a layer has a leading axis L.
+
+In decoding, the beams K of an example take the place of the target positions U: cross attention then needs one set of
+keys and values per example whatever the number of beams, and every dense layer sees one matrix of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.models.layers import HIDDEN, Norm, activation, dot_attention, scanned, softmax
+
+OFFSET = 2  # BART's position table starts with two rows that are never used
+
+
+class Cache(NamedTuple):
+    """Keys and values of the decoder, all layers stacked: own [L, B, K, S, H, d], cross [L, B, T, H, d]."""
+
+    key: Array
+    value: Array
+    cross_key: Array | None
+    cross_value: Array | None
+
+
+def padding_bias(attention_mask: Int[Array, "B T"]) -> Float[Array, "B 1 1 T"]:
+    """What is added to attention scores so that positions where the mask is 0 are not attended to."""
+    return jnp.where(attention_mask[:, None, None, :] != 0, 0.0, HIDDEN).astype(jnp.float32)
+
+
+def causal_bias(length: int) -> Float[Array, "1 1 U U"]:
+    """What is added to attention scores so that no position sees a later one."""
+    return jnp.where(jnp.tri(length, dtype=bool), 0.0, HIDDEN)[None, None].astype(jnp.float32)
+
+
+class MultiHead(nn.Module):
+    """Multi-head attention with separate projections; in Florence-2 the last is called `out_proj`."""
+
+    width: int
+    heads: int
+    std: float
+    dtype: Any
+
+    def setup(self) -> None:
+        if self.width % self.heads:
+            raise UserError(f"d_model {self.width} does not divide into {self.heads} attention heads")
+        init = nn.initializers.normal(self.std)
+        self.q_proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init)
+        self.k_proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init)
+        self.v_proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init)
+        self.out_proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init)
+
+    def _split(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
+
+    def keys_values(self, memory: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H d"], Float[Array, "B S H d"]]:
+        return self._split(self.k_proj(memory)), self._split(self.v_proj(memory))
+
+    def attend(self, x: Float[Array, "B T D"], key: Array, value: Array, bias: Array | None) -> Float[Array, "B T D"]:
+        return self.out_proj(dot_attention(self._split(self.q_proj(x)), key, value, bias))
+
+    def __call__(self, x: Float[Array, "B T D"], memory: Float[Array, "B S D"], bias: Array) -> Float[Array, "B T D"]:
+        return self.attend(x, *self.keys_values(memory), bias)
+
+    def step(
+        self, x: Float[Array, "B K D"], key: Float[Array, "B K S H d"], value: Float[Array, "B K S H d"], index: Array
+    ) -> tuple[Float[Array, "B K D"], Array, Array]:
+        """One new position `index` per beam: writes its key and value, attends to all positions up to it."""
+        new_key, new_value = self.keys_values(x)
+        key = jax.lax.dynamic_update_slice_in_dim(key, new_key[:, :, None].astype(key.dtype), index, 2)
+        value = jax.lax.dynamic_update_slice_in_dim(value, new_value[:, :, None].astype(value.dtype), index, 2)
+        query = self._split(self.q_proj(x)) * (self.width // self.heads) ** -0.5
+        scores = jnp.einsum("bkhd,bkshd->bkhs", query, key, preferred_element_type=jnp.float32)
+        scores = jnp.where(jnp.arange(key.shape[2]) <= index, scores, HIDDEN)
+        mixed = jnp.einsum("bkhs,bkshd->bkhd", softmax(scores, value.dtype), value)
+        return self.out_proj(mixed.reshape(*x.shape)), key, value
+
+
+class FeedForward(nn.Module):
+    """`fc1`, activation, `fc2` live in the layer itself, as in the checkpoint; this base class holds them."""
+
+    text: Any
+    dtype: Any
+
+    def _feed_forward(self, x: Float[Array, "B T D"], hidden: int) -> Float[Array, "B T D"]:
+        init = nn.initializers.normal(self.text.init_std)
+        wide = nn.Dense(hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x)
+        wide = activation(self.text.activation_function)(wide)
+        return nn.Dense(self.text.d_model, dtype=self.dtype, kernel_init=init, name="fc2")(wide)
+
+    def _heads(self, heads: int, name: str) -> MultiHead:
+        return MultiHead(self.text.d_model, heads, self.text.init_std, self.dtype, name=name)
+
+
+class EncoderLayer(FeedForward):
+    """Self-attention and feed-forward, each followed by its norm."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], bias: Array) -> tuple[Float[Array, "B T D"], None]:
+        attended = self._heads(self.text.encoder_attention_heads, "self_attn")(x, x, bias)
+        x = Norm(self.dtype, name="self_attn_layer_norm")(x + attended)
+        fed = self._feed_forward(x, self.text.encoder_ffn_dim)
+        return Norm(self.dtype, name="final_layer_norm")(x + fed), None
+
+
+class DecoderLayer(FeedForward):
+    """Causal self-attention, cross-attention and feed-forward, each followed by its norm.
+
+    Without a cache: x [B, U, D] are all target positions. With one: x [B, K, D] is one position of K beams, and where
+    the cache has no cross keys yet they are computed from `memory` and returned with it.
+    """
+
+    @nn.compact
+    def __call__(
+        self, x: Array, cache: Cache | None, memory: Array | None, bias: Array, index: Array | None
+    ) -> tuple[Array, Cache | None]:
+        own = self._heads(self.text.decoder_attention_heads, "self_attn")
+        cross = self._heads(self.text.decoder_attention_heads, "encoder_attn")
+        if cache is None:
+            attended = own(x, x, causal_bias(x.shape[1]))
+        else:
+            attended, key, value = own.step(x, cache.key, cache.value, index)
+            cache = cache._replace(key=key, value=value)
+        x = Norm(self.dtype, name="self_attn_layer_norm")(x + attended)
+        if cache is None or cache.cross_key is None:
+            key, value = cross.keys_values(memory)
+            cache = None if cache is None else cache._replace(cross_key=key, cross_value=value)
+        else:
+            key, value = cache.cross_key, cache.cross_value
+        x = Norm(self.dtype, name="encoder_attn_layer_norm")(x + cross.attend(x, key, value, bias))
+        fed = self._feed_forward(x, self.text.decoder_ffn_dim)
+        return Norm(self.dtype, name="final_layer_norm")(x + fed), cache
+
+
+class Positions(nn.Module):
+    """What encoder and decoder do to embeddings before their layers: add positions, then norm. Held by both."""
+
+    text: Any
+    dtype: Any
+    remat: bool = False
+
+    def setup(self) -> None:
+        rows, init = self.text.max_position_embeddings + OFFSET, nn.initializers.normal(self.text.init_std)
+        self.embed_positions = nn.Embed(rows, self.text.d_model, dtype=self.dtype, embedding_init=init)
+        self.layernorm_embedding = Norm(self.dtype)
+        self.layers = self._layers()
+
+    def _layers(self) -> nn.Module:
+        raise NotImplementedError
+
+    def _place(self, embeddings: Array, positions: Array) -> Array:
+        return self.layernorm_embedding(embeddings + self.embed_positions(positions + OFFSET))
+
+    def _check_length(self, length: int, what: str) -> None:
+        if length > self.text.max_position_embeddings:
+            raise UserError(f"{length} {what} do not fit max_position_embeddings={self.text.max_position_embeddings}")
+
+
+class Encoder(Positions):
+    """Token embeddings [B, T, D] to memory [B, T, D]."""
+
+    def _layers(self) -> nn.Module:
+        build = scanned(EncoderLayer, self.text.encoder_layers, (nn.broadcast,), self.remat)
+        return build(self.text, self.dtype)
+
+    def __call__(self, embeddings: Float[Array, "B T D"], bias: Array) -> Float[Array, "B T D"]:
+        self._check_length(embeddings.shape[1], "encoder tokens")
+        x, _ = self.layers(self._place(embeddings, jnp.arange(embeddings.shape[1])), bias)
+        return x
+
+
+class Decoder(Positions):
+    """Target embeddings and memory to hidden states; with a cache, one position at a time."""
+
+    def _layers(self) -> nn.Module:
+        in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+        return scanned(DecoderLayer, self.text.decoder_layers, in_axes, self.remat)(self.text, self.dtype)
+
+    def __call__(self, embeddings: Float[Array, "B U D"], memory: Array, bias: Array) -> Float[Array, "B U D"]:
+        self._check_length(embeddings.shape[1], "decoder tokens")
+        x, _ = self.layers(self._place(embeddings, jnp.arange(embeddings.shape[1])), None, memory, bias, None)
+        return x
+
+    def step(
+        self, embeddings: Float[Array, "B K D"], index: Array, cache: Cache, memory: Array | None, bias: Array
+    ) -> tuple[Float[Array, "B K D"], Cache]:
+        self._check_length(cache.key.shape[3], "generated tokens")
+        return self.layers(self._place(embeddings, index), cache, memory, bias, index)
+
+
+class Bart(nn.Module):
+    """The language model: `text` is a transformers `BartConfig`."""
+
+    text: Any
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        text, init = self.text, nn.initializers.normal(self.text.init_std)
+        self.shared = nn.Embed(text.vocab_size, text.d_model, dtype=self.dtype, embedding_init=init)
+        self.encoder = Encoder(text, self.dtype, self.remat)
+        self.decoder = Decoder(text, self.dtype, self.remat)
+
+    def embed(self, ids: Int[Array, ...]) -> Float[Array, "... D"]:
+        """Token embeddings; ids outside the vocabulary (an image token may be) are clamped, not NaN."""
+        embedded = self.shared(jnp.clip(ids, 0, self.text.vocab_size - 1))
+        return embedded * math.sqrt(self.text.d_model) if self.text.scale_embedding else embedded
+
+    def encode(self, embeddings: Float[Array, "B T D"], attention_mask: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.encoder(embeddings, padding_bias(attention_mask))
+
+    def decode(
+        self, ids: Int[Array, "B U"], memory: Float[Array, "B T D"], attention_mask: Int[Array, "B T"]
+    ) -> Float[Array, "B U V"]:
+        hidden = self.decoder(self.embed(ids), memory, padding_bias(attention_mask))
+        return self.shared.attend(hidden).astype(jnp.float32)
+
+    def step(
+        self, ids: Int[Array, "B K"], index: Array, cache: Cache, memory: Array | None, attention_mask: Array
+    ) -> tuple[Float[Array, "B K V"], Cache]:
+        hidden, cache = self.decoder.step(self.embed(ids), index, cache, memory, padding_bias(attention_mask))
+        return self.shared.attend(hidden).astype(jnp.float32), cache
+
+    def empty_cache(self, batch: int, beams: int, length: int) -> Cache:
+        """A cache for `length` positions, without cross keys: the first step fills those in."""
+        text = self.text
+        heads = text.decoder_attention_heads
+        shape = (text.decoder_layers, batch, beams, length, heads, text.d_model // heads)
+        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), None, None)

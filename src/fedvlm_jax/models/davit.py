@@ -1,0 +1,193 @@
+"""DaViT, the vision tower of Florence-2 (arXiv 2204.03645; in Florence-2: arXiv 2311.06242).
+
+Stages of a strided convolution followed by pairs of blocks: one attends between the positions of a window, the other
+between the channels of a group. Channels come last throughout: [B, height, width, D].
+
+Deviations: drop-path is never applied (the tower always runs as in inference), and the depthwise 3x3 convolutions are
+written as nine shifted products, which XLA fuses into one loop: on a CPU that was 15 to 80 times faster than a
+grouped convolution, forward and backward. They hold plain parameters and so take no adapter, like any grouped
+convolution.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.models.layers import Norm, activation, dot_attention, scanned, softmax
+
+
+def feature_size(vision: Any, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the tower's last feature map for an image of `height` x `width` pixels.
+
+    Raises:
+        UserError: where the image is too small for the tower's strides.
+    """
+    sides = [height, width]
+    for kernel, stride, pad in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
+        sides = [(side + 2 * pad - kernel) // stride + 1 for side in sides]
+    if min(sides) < 1:
+        raise UserError(f"an image of {height}x{width} pixels leaves no features after strides {vision.patch_stride}")
+    return sides[0], sides[1]
+
+
+class PatchEmbed(nn.Module):
+    """The strided convolution that opens a stage, normed before or after."""
+
+    vision: Any
+    stage: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B H W D"]:
+        vision, stage = self.vision, self.stage
+        kernel, stride, pad = vision.patch_size[stage], vision.patch_stride[stage], vision.patch_padding[stage]
+        norm = Norm(self.dtype, name="norm")
+        conv = nn.Conv(
+            vision.embed_dim[stage],
+            (kernel, kernel),
+            (stride, stride),
+            padding=((pad, pad), (pad, pad)),
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(vision.initializer_range),
+            name="conv",
+        )
+        return conv(norm(x)) if vision.patch_prenorm[stage] else norm(conv(x))
+
+
+class DepthwiseConv(nn.Module):
+    """3x3 convolution of every channel by itself, zero padding of one, as a sum of nine shifted products."""
+
+    std: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (3, 3, 1, x.shape[-1])).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(self.dtype)
+        height, width = x.shape[1:3]
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        total = bias
+        for row in range(3):
+            for column in range(3):
+                total = total + padded[:, row : row + height, column : column + width] * kernel[row, column, 0]
+        return total
+
+
+class Attention(nn.Module):
+    """What window and channel attention have in common: one projection to query, key and value, and one back."""
+
+    vision: Any
+    stage: int
+    dtype: Any
+
+    def setup(self) -> None:
+        width, init = self.vision.embed_dim[self.stage], nn.initializers.normal(self.vision.initializer_range)
+        self.qkv = nn.Dense(3 * width, use_bias=self.vision.qkv_bias, dtype=self.dtype, kernel_init=init)
+        self.proj = nn.Dense(width, dtype=self.dtype, kernel_init=init)
+
+
+class WindowAttention(Attention):
+    """Multi-head attention inside windows of `window_size`; a map that does not divide is padded with zeros."""
+
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        batch, height, width, channels = x.shape
+        side, heads = self.vision.window_size, self.vision.num_heads[self.stage]
+        x = jnp.pad(x, ((0, 0), (0, -height % side), (0, -width % side), (0, 0)))
+        rows, columns = x.shape[1] // side, x.shape[2] // side
+        windows = x.reshape(batch, rows, side, columns, side, channels).swapaxes(2, 3)
+        windows = windows.reshape(-1, side * side, channels)
+        split = self.qkv(windows).reshape(*windows.shape[:2], 3, heads, channels // heads)
+        mixed = self.proj(dot_attention(split[:, :, 0], split[:, :, 1], split[:, :, 2]))
+        mixed = mixed.reshape(batch, rows, columns, side, side, channels).swapaxes(2, 3)
+        return mixed.reshape(batch, rows * side, columns * side, channels)[:, :height, :width]
+
+
+class ChannelAttention(Attention):
+    """Attention between the channels of a group, over all positions; scores scaled by positions ** -0.5."""
+
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        batch, height, width, channels = x.shape
+        groups = self.vision.num_groups[self.stage]
+        split = self.qkv(x).reshape(batch, height * width, 3, groups, channels // groups)
+        query, key, value = split[:, :, 0], split[:, :, 1], split[:, :, 2]
+        query = query * (height * width) ** -0.5
+        scores = jnp.einsum("bngi,bngj->bgij", query, key, preferred_element_type=jnp.float32)
+        mixed = jnp.einsum("bgij,bngj->bngi", softmax(scores, value.dtype), value)
+        return self.proj(mixed.reshape(batch, height, width, channels))
+
+
+class Mlp(nn.Module):
+    """Two dense layers with the configuration's activation between."""
+
+    vision: Any
+    stage: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        vision, width = self.vision, self.vision.embed_dim[self.stage]
+        init = nn.initializers.normal(vision.initializer_range)
+        hidden = nn.Dense(int(width * vision.mlp_ratio), dtype=self.dtype, kernel_init=init, name="fc1")(x)
+        hidden = activation(vision.activation_function)(hidden)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=init, name="fc2")(hidden)
+
+
+class HalfBlock(nn.Module):
+    """Depthwise convolution, attention, depthwise convolution, MLP; each added to what came in."""
+
+    vision: Any
+    stage: int
+    dtype: Any
+    channel: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        where = (self.vision, self.stage, self.dtype)
+        std = self.vision.initializer_range
+        if self.channel:
+            attention: Attention = ChannelAttention(*where, name="channel_attn")
+        else:
+            attention = WindowAttention(*where, name="window_attn")
+        x = x + DepthwiseConv(std, self.dtype, name="conv1")(x)
+        x = x + attention(Norm(self.dtype, name="norm1")(x))
+        x = x + DepthwiseConv(std, self.dtype, name="conv2")(x)
+        return x + Mlp(*where, name="ffn")(Norm(self.dtype, name="norm2")(x))
+
+
+class Block(nn.Module):
+    """Spatial block, then channel block; shaped as the body of a scan."""
+
+    vision: Any
+    stage: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w D"], _: None) -> tuple[Float[Array, "B h w D"], None]:
+        x = HalfBlock(self.vision, self.stage, self.dtype, channel=False, name="spatial_block")(x)
+        return HalfBlock(self.vision, self.stage, self.dtype, channel=True, name="channel_block")(x), None
+
+
+class DaViT(nn.Module):
+    """The tower: `convs_i`, then the scanned `blocks_i` of every stage i.
+
+    `vision` is a transformers `Florence2VisionConfig`. Maps pixels [B, H, W, 3] to features [B, h, w, D].
+    """
+
+    vision: Any
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B h w D"]:
+        x = pixel_values.astype(self.dtype)
+        for stage, depth in enumerate(self.vision.depths):
+            x = PatchEmbed(self.vision, stage, self.dtype, name=f"convs_{stage}")(x)
+            if depth:
+                blocks = scanned(Block, depth, (nn.broadcast,), self.remat)
+                x, _ = blocks(self.vision, stage, self.dtype, name=f"blocks_{stage}")(x, None)
+        return x

@@ -1,0 +1,216 @@
+"""Florence-2 (arXiv 2311.06242): DaViT, a projector with positions, and BART; built as a `Vlm` record.
+
+A picture becomes P tokens (one for the mean, one per position of the feature map) that take the places of the image
+token in the prompt. Everything runs as in inference: no dropout, no drop-path.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fedvlm_jax import lora
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.models import generation
+from fedvlm_jax.models.bart import Bart, Cache
+from fedvlm_jax.models.davit import DaViT, feature_size
+from fedvlm_jax.models.layers import Norm
+from fedvlm_jax.models.vlm import Batch, Params, Vlm
+
+IGNORED = -100  # a label that takes part in no loss
+
+
+def temporal_embedding(length: int, width: int) -> np.ndarray:
+    """Sine in even and cosine in odd columns, wavelengths geometric up to 10000: float32 [length, width]."""
+    frequency = np.exp(np.arange(width // 2, dtype=np.float32) * np.float32(-math.log(10000) / (width // 2)))
+    angle = np.arange(length, dtype=np.float32)[:, None] * frequency
+    return np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(length, -1).astype(np.float32)
+
+
+class Projector(nn.Module):
+    """Feature map [B, h, w, D] to image tokens [B, 1 + h*w, D]: positions added, mean token first, projected, normed.
+
+    A single picture is a film of one frame, so its temporal embedding is the first row.
+    """
+
+    vision: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "B h w D"]) -> Float[Array, "B P D"]:
+        vision = self.vision
+        batch, height, width, channels = features.shape
+        rows, init = vision.max_position_embeddings, nn.initializers.normal(vision.initializer_range)
+        if max(height, width) > rows:
+            raise UserError(f"a {height}x{width} feature map does not fit max_position_embeddings={rows}")
+        half = channels // 2
+        by_row = nn.Embed(rows, half, dtype=self.dtype, embedding_init=init, name="row_embeddings")
+        by_column = nn.Embed(rows, channels - half, dtype=self.dtype, embedding_init=init, name="column_embeddings")
+        across = jnp.broadcast_to(by_column(jnp.arange(width))[None], (height, width, channels - half))
+        down = jnp.broadcast_to(by_row(jnp.arange(height))[:, None], (height, width, half))
+        time = jnp.asarray(temporal_embedding(1, channels)[0], self.dtype)
+        tokens = (features + jnp.concatenate([across, down], -1) + time).reshape(batch, -1, channels)
+        tokens = jnp.concatenate([tokens.mean(1, keepdims=True), tokens], axis=1)
+        dense = nn.Dense(
+            vision.projection_dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="image_projection"
+        )
+        return Norm(self.dtype, name="image_proj_norm")(dense(tokens))
+
+
+class Florence2(nn.Module):
+    """The whole model; `config` is a transformers `Florence2Config`. Use it through `build`."""
+
+    config: Any
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        self.vision_tower = DaViT(self.config.vision_config, self.dtype, self.remat)
+        self.image_projector = Projector(self.config.vision_config, self.dtype)
+        self.language_model = Bart(self.config.text_config, self.dtype, self.remat)
+
+    def image_features(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
+        return self.image_projector(self.vision_tower(pixel_values))
+
+    def encode(self, batch: Batch) -> Float[Array, "B T D"]:
+        if "image_features" in batch:
+            features = batch["image_features"].astype(self.dtype)
+        else:
+            features = self.image_features(batch["pixel_values"])
+        ids = batch["input_ids"]
+        embedded = place_features(self.language_model.embed(ids), features, ids == self.config.image_token_id)
+        return self.language_model.encode(embedded, batch["attention_mask"])
+
+    def logits(self, batch: Batch) -> Float[Array, "B U V"]:
+        text = self.config.text_config
+        targets = batch.get("decoder_input_ids")
+        if targets is None:
+            targets = shift_right(batch["labels"], text.pad_token_id, text.decoder_start_token_id)
+        return self.language_model.decode(targets, self.encode(batch), batch["attention_mask"])
+
+    def step(
+        self, ids: Int[Array, "B K"], index: Array, cache: Cache, memory: Array | None, attention_mask: Array
+    ) -> tuple[Float[Array, "B K V"], Cache]:
+        return self.language_model.step(ids, index, cache, memory, attention_mask)
+
+
+def place_features(
+    embedded: Float[Array, "B T D"], features: Float[Array, "B P D"], is_image: Array
+) -> Float[Array, "B T D"]:
+    """The n-th image token of every row replaced by the row's n-th feature; surplus image tokens repeat the last."""
+    order = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
+    return jnp.where(is_image[..., None], jnp.take_along_axis(features, order[..., None], axis=1), embedded)
+
+
+def shift_right(labels: Int[Array, "B U"], pad: int, start: int) -> Int[Array, "B U"]:
+    """Decoder inputs for `labels`: the start token first, everything one later, ignored labels as padding."""
+    shifted = jnp.concatenate([jnp.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
+    return jnp.where(shifted == IGNORED, pad, shifted)
+
+
+def check_config(config: Any) -> None:
+    """Raises UserError for a configuration that this model does not implement."""
+    if getattr(config, "model_type", None) != "florence2":
+        raise UserError(f"expected a Florence-2 configuration, got model_type={getattr(config, 'model_type', None)!r}")
+    vision, text = config.vision_config, config.text_config
+    if text.model_type != "bart":
+        raise UserError(f"text_config.model_type={text.model_type!r} is not supported, only 'bart'")
+    if not (config.tie_word_embeddings and text.tie_word_embeddings):
+        raise UserError("tie_word_embeddings=False is not supported: input and output embeddings share one table here")
+    if text.d_model != vision.projection_dim:
+        raise UserError(f"vision projection_dim={vision.projection_dim} must equal text d_model={text.d_model}")
+    stages = {name: len(getattr(vision, name)) for name in _PER_STAGE}
+    if len(set(stages.values())) != 1:
+        raise UserError(f"vision_config lists must all have one entry per stage, got lengths {stages}")
+    for width, heads, groups in zip(vision.embed_dim, vision.num_heads, vision.num_groups, strict=True):
+        if width % heads or width % groups:
+            raise UserError(f"embed_dim {width} does not divide into {heads} heads and {groups} groups")
+
+
+_PER_STAGE = (
+    *("depths", "patch_size", "patch_stride", "patch_padding", "patch_prenorm", "embed_dim", "num_heads", "num_groups"),
+)
+
+
+def image_tokens(config: Any, height: int, width: int) -> int:
+    """Number of image tokens P that a picture of `height` x `width` pixels becomes."""
+    rows, columns = feature_size(config.vision_config, height, width)
+    return 1 + rows * columns
+
+
+def smallest_image(vision: Any) -> int:
+    """The least side, in pixels, that leaves a feature map: what shapes are traced with."""
+    side = 1
+    for kernel, stride, pad in reversed(
+        list(zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True))
+    ):
+        side = max(1, (side - 1) * stride + kernel - 2 * pad)
+    return side
+
+
+def example_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the smallest complete batch: one picture, its image tokens, one label."""
+    side = smallest_image(config.vision_config)
+    ids = jax.ShapeDtypeStruct((1, image_tokens(config, side, side)), jnp.int32)
+    pixels = jax.ShapeDtypeStruct((1, side, side, config.vision_config.in_channels), jnp.float32)
+    labels = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return {"pixel_values": pixels, "input_ids": ids, "attention_mask": ids, "labels": labels}
+
+
+def _part(adapter: Any, *names: str) -> Any:
+    """The part of an adapter that a call reads: `lora.inject` refuses leaves that a call never reads."""
+    return {name: adapter[name] for name in names if name in adapter} or None if adapter else None
+
+
+def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generation_config: Any | None = None) -> Vlm:
+    """The Florence-2 of a transformers `Florence2Config`, as a record of pure functions; no weights are made.
+
+    Args:
+        config: transformers' `Florence2Config`; text model BART, tied embeddings.
+        dtype: what matmuls are computed in; norms, softmax and the returned logits are float32 always.
+        remat: recompute the inside of every layer in the backward pass instead of keeping it.
+        generation_config: transformers' `GenerationConfig`; without one, what `config` says about generation.
+
+    Raises:
+        UserError: for a configuration that is not implemented, naming the field.
+    """
+    check_config(config)
+    module = Florence2(config, dtype, remat)
+
+    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        return module.apply(variables, *args, **kwargs)
+
+    injected = lora.inject(apply)
+
+    def init(key: Array) -> Params:
+        zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in example_batch(config).items()}
+        return module.init(key, zeros, method="logits")["params"]
+
+    def image_features(params: Params, adapter: Any, pixel_values: Array) -> Array:
+        part = _part(adapter, "vision_tower", "image_projector")
+        return injected(params, part, pixel_values, method="image_features")
+
+    def logits(params: Params, adapter: Any, batch: Batch) -> Array:
+        return injected(params, adapter, batch, method="logits")
+
+    def logits_of(variables: Any, batch: Batch) -> Array:
+        return module.apply(variables, batch, method="logits")
+
+    return Vlm(
+        config=config,
+        dtype=dtype,
+        init=init,
+        image_features=image_features,
+        logits=logits,
+        generate=generation.make_generate(config, module, injected, generation_config),
+        image_tokens=lambda height, width: image_tokens(config, height, width),
+        example_batch=lambda: example_batch(config),
+        generation_config=generation.resolve_config(config, generation_config),
+        apply=logits_of,
+    )

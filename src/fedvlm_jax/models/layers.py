@@ -1,0 +1,89 @@
+"""Small pieces that the vision tower and the language model share: norms, activations, attention, scanned stacks.
+
+Everything that carries a weight matrix is exactly `nn.Dense`, `nn.Conv` or `nn.Embed`, because those are the types to
+which `fedvlm_jax.lora` can add an adapter. Norms and softmax are computed in float32 whatever the compute dtype is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fedvlm_jax.errors import UserError
+
+# Added to a score to hide a key. Finite, so that a row whose keys are all hidden gives numbers and not NaN.
+HIDDEN = -1e9
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The activation that Hugging Face calls `name`.
+
+    Raises:
+        UserError: for a name that is not known here; the message lists those that are.
+    """
+    if name not in _ACTIVATIONS:
+        raise UserError(f"activation {name!r} is not supported; known are {', '.join(sorted(_ACTIVATIONS))}")
+    return _ACTIVATIONS[name]
+
+
+class Norm(nn.Module):
+    """Layer norm over the last axis in float32 (epsilon 1e-5, as PyTorch's), cast back to `dtype`."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + 1e-5)
+        return (centred * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+def softmax(scores: Float[Array, "... S"], dtype: Any) -> Float[Array, "... S"]:
+    """Softmax over the last axis in float32, cast to `dtype`."""
+    return jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(dtype)
+
+
+def dot_attention(
+    query: Float[Array, "N T H d"],
+    key: Float[Array, "N S H d"],
+    value: Float[Array, "N S H d"],
+    bias: Float[
+        Array,
+        (
+            N  # H #T S
+        ),
+    ]
+    | None = None,
+) -> Float[Array, "N T D"]:
+    """Scaled dot-product attention with heads joined again at the end; `bias` is added to the scores."""
+    scores = jnp.einsum("nthd,nshd->nhts", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32)
+    weights = softmax(scores if bias is None else scores + bias, value.dtype)
+    mixed = jnp.einsum("nhts,nshd->nthd", weights, value)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def scanned(layer: type[nn.Module], length: int, in_axes: tuple[Any, ...], remat: bool) -> Callable[..., Any]:
+    """`layer` repeated `length` times as one scan: parameters, and adapters, get a leading layer axis [L, ...]."""
+    body = nn.remat(layer, prevent_cse=False) if remat else layer
+    axes = {"params": 0, "lora": 0}
+    return nn.scan(body, variable_axes=axes, split_rngs={"params": True}, in_axes=in_axes, length=length)

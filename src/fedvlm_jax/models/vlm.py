@@ -1,0 +1,79 @@
+"""The record that a vision-language model is to the rest of the package: a configuration and pure functions.
+
+Axes: C clients, B batch, T tokens, P image tokens, D width, V vocabulary, U labels.
+
+A *batch* is a dict of arrays:
+    pixel_values    [B, H, W, 3] float32, normalised as the model's processor does; or, in its place,
+    image_features  [B, P, D], what `Vlm.image_features` returned (for frozen towers: computed once and kept)
+    input_ids       [B, T] int32, image tokens included, as Hugging Face's model takes them
+    attention_mask  [B, T] int32, 0 where padded
+    labels          [B, U] int32, -100 where ignored (decoder inputs are the labels shifted right); or
+    decoder_input_ids [B, U] int32, which take precedence
+
+An *adapter* is a pytree of `fedvlm_jax.lora`, or None for the bare base. The base is an argument always:
+`jax.vmap` over adapters and batches with `in_axes=None` for params keeps each base matmul one over all clients' rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from fedvlm_jax import lora
+
+Params = dict[str, Any]
+Batch = Mapping[str, Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Vlm:
+    """A vision-language model. All functions are pure and work under jit, vmap and grad; compared by identity."""
+
+    config: Any
+    """Hugging Face's own configuration object."""
+
+    dtype: Any
+    """What matmuls are computed in. Norms, softmax and logits are float32."""
+
+    init: Callable[[Array], Params]
+    """(key) -> params: random weights, float32, top level `vision_tower`, `image_projector`, `language_model`."""
+
+    image_features: Callable[[Params, Any, Array], Array]
+    """(params, adapter, pixel_values [B, H, W, 3]) -> image tokens [B, P, D]. Of the adapter, only the part that lies
+    in the vision tower and the projector is used."""
+
+    logits: Callable[[Params, Any, Batch], Array]
+    """(params, adapter, batch) -> float32 logits [B, U, V] at the decoder's positions."""
+
+    generate: Callable[..., Array]
+    """(params, adapter, batch, max_tokens, *, num_beams=None, ...) -> ids [B, max_tokens]; see `models.generation`."""
+
+    image_tokens: Callable[[int, int], int]
+    """(height, width) in pixels -> number of image tokens P."""
+
+    example_batch: Callable[[], dict[str, jax.ShapeDtypeStruct]]
+    """() -> shapes of a smallest batch, to trace with."""
+
+    generation_config: Any
+    """transformers' `GenerationConfig`: what `generate` does where its arguments do not say otherwise."""
+
+    apply: Callable[..., Array]
+    """(variables, batch) -> logits, shaped like a linen `Module.apply`: what `lora` looks for sites in."""
+
+    @cached_property
+    def _shapes(self) -> Params:
+        return jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
+
+    def shapes(self) -> Params:
+        """The parameters' shapes and dtypes, as `jax.ShapeDtypeStruct`s; touches no device."""
+        return self._shapes
+
+    @cached_property
+    def sites(self) -> Any:
+        """Where an adapter can sit (`lora.Sites`), found by tracing once; touches no device."""
+        return lora.find_sites(self.apply, self.shapes(), self.example_batch())
