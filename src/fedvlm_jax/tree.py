@@ -63,7 +63,9 @@ def weighted_sum(stacked: PyTree, weights: Float[Array, " clients"]) -> PyTree:
     rows = jnp.concatenate(
         [leaf.reshape(leaf.shape[0], -1).astype(jnp.float32) for leaf in jax.tree.leaves(stacked)], axis=1
     )
-    summed = jnp.einsum("k,kn->n", weights.astype(jnp.float32), rows, precision="highest")
+    weights = weights.astype(jnp.float32)
+    rows = jnp.where(weights[:, None] == 0, 0, rows)  # a client that does not count may well have overflowed
+    summed = jnp.einsum("k,kn->n", weights, rows, precision="highest")
     return unravel(summed)
 
 

@@ -1,0 +1,13 @@
+"""Local training: every client fine-tunes its own adapter and nothing ever leaves it. The one to beat."""
+
+from fedvlm_jax.methods.record import Method, Setup
+from fedvlm_jax.methods.share import NOTHING, make_share_method
+
+__all__ = ["make"]
+
+SOURCE = "no communication: A_k and B_k stay private"
+
+
+def make(setup: Setup) -> Method:
+    """local, as a share rule."""
+    return make_share_method("local", SOURCE, NOTHING, setup)
