@@ -56,7 +56,7 @@ def split_batches(n: int, batch: int) -> tuple[Int[np.ndarray, "batches batch"],
 
 
 def bucket(n: int, sizes: Sequence[int] | None = None) -> int:
-    """The smallest size that holds `n`: from `sizes`, else 8, 12, 16, 24, 32, 48 … (from 8 on, at most a third is padding).
+    """The smallest size that holds `n`: from `sizes`, else 8, 12, 16, 24, 32, 48 …: at most a third padding.
 
     Raises:
         ValueError: n is larger than all of `sizes`.

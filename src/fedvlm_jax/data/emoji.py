@@ -128,7 +128,7 @@ def draw_concepts(
         pools: the concepts of each group.
         count: how many are wanted; all there are, if there are fewer.
     """
-    queues: list[list[str]] = [[pool[place] for place in rng.permutation(len(pool))[::-1]] for pool in pools]
+    queues: list[list[str]] = [[pool[int(place)] for place in rng.permutation(len(pool))[::-1]] for pool in pools]
     drawn: list[str] = []
     while len(drawn) < count and any(queues):
         weights = np.where([bool(queue) for queue in queues], mix, 0.0)

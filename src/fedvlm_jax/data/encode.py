@@ -104,7 +104,7 @@ def encode(table: Table, federation: Federation, processor: TextProcessor, optio
             reasons[place] = "empty question"
         elif not answers[place]:
             reasons[place] = "empty answer"
-    input_ids, attention_mask, which = _tokenise_prompts(processor, questions)
+    input_ids, attention_mask, which, pad = _tokenise_prompts(processor, questions)
     lengths = attention_mask.sum(axis=1)
     for place in range(len(rows)):
         if place not in reasons and lengths[which[place]] > options.max_prompt_tokens:
@@ -121,7 +121,7 @@ def encode(table: Table, federation: Federation, processor: TextProcessor, optio
     width = _round_up(int(lengths[which[kept]].max(initial=0)))
     return Examples(
         image=image.astype(np.int32),
-        input_ids=_widen(input_ids, width, 0)[which[kept], :width],
+        input_ids=_widen(input_ids, width, pad)[which[kept], :width],
         attention_mask=_widen(attention_mask, width, 0)[which[kept], :width],
         labels=labels,
         answers=answers,
@@ -133,8 +133,8 @@ def encode(table: Table, federation: Federation, processor: TextProcessor, optio
     )
 
 
-def _tokenise_prompts(processor: TextProcessor, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct texts -> ids and mask [D, T], and for every text its place among the distinct ones [N]."""
+def _tokenise_prompts(processor: TextProcessor, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Distinct texts -> ids and mask [D, T], every text's place among them [N], and the padding id."""
     distinct, which = _distinct(texts)
     chunks = [processor.prompts(distinct[start : start + CHUNK]) for start in range(0, len(distinct), CHUNK)]
     width = max((ids.shape[1] for ids, _ in chunks), default=0)
@@ -143,7 +143,9 @@ def _tokenise_prompts(processor: TextProcessor, texts: Sequence[str]) -> tuple[n
     ids = [_widen(np.asarray(ids, np.int32), width, pad) for ids, _ in chunks]
     masks = [_widen(np.asarray(mask, np.int32), width, 0) for _, mask in chunks]
     empty = np.empty((0, 0), np.int32)
-    return (np.concatenate(ids), np.concatenate(masks), which) if chunks else (empty, empty, which)
+    ids, masks = (np.concatenate(ids), np.concatenate(masks)) if chunks else (empty, empty)
+    assert (np.diff(masks, axis=1) <= 0).all(), "prompts must be padded on the right"
+    return ids, masks, which, pad
 
 
 def _tokenise_answers(processor: TextProcessor, texts: Sequence[str], most: int) -> tuple[np.ndarray, int]:

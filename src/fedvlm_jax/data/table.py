@@ -8,8 +8,10 @@ Source of the schema: the card of openbmb/RLAIF-V-Dataset (arXiv 2405.17220); `c
 `question_client` are this project's additions.
 """
 
+import contextlib
+import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,24 +127,27 @@ def read_parquet(path: Path, name: str | None = None) -> Table:
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"the folder {path} has no *.parquet file; --data wants a parquet file or a folder of them.")
-    features = _check_files(files)
-    data = _map_files(files, features)
-    if data.num_rows == 0:
+    columns, filled = _check_files(files)
+    if not filled:
         raise UserError(f"{path} has no rows; expected at least one image with question and answer.")
+    data = _map_files(filled, columns)
     return Table(name or str(path), data, path if path.is_dir() else path.parent)
 
 
-def _check_files(files: Sequence[Path]) -> dict[str, "pa.DataType"]:
-    """Read every footer; return the columns that all files share, with the first file's types."""
+def _check_files(files: Sequence[Path]) -> tuple[dict[str, "pa.DataType"], list[Path]]:
+    """Read every footer; return the columns that all files share, typed as in the first, and the files with rows."""
     import pyarrow.parquet as pq
 
     schemas: list[dict[str, pa.DataType]] = []
+    filled: list[Path] = []
     for file in files:
         try:
-            schema = pq.read_schema(file)
+            with pq.ParquetFile(file) as opened:
+                schema, count = opened.schema_arrow, opened.metadata.num_rows
         except Exception as error:  # pyarrow raises a dozen kinds for a file that is no parquet
             raise UserError(f"{file} cannot be read as parquet ({error}); replace it or remove it.") from error
         schemas.append({entry.name: entry.type for entry in schema})
+        filled += [file] * (count > 0)
         missing = [column for column in NEEDED if column not in schemas[-1]]
         if missing:
             raise UserError(
@@ -158,7 +163,7 @@ def _check_files(files: Sequence[Path]) -> dict[str, "pa.DataType"]:
                 "need the same columns; give one of them alone, or add the columns."
             )
     common = set.intersection(*(set(schema) for schema in schemas))
-    return {column: kind for column, kind in schemas[0].items() if column in common}
+    return {column: kind for column, kind in schemas[0].items() if column in common}, filled
 
 
 def _check_type(file: Path, column: str, kind: "pa.DataType") -> None:
@@ -193,16 +198,15 @@ def _map_files(files: Sequence[Path], columns: dict[str, "pa.DataType"]) -> "pa.
         if column in features:
             features[column] = datasets.Value("string")
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or datasets.config.HF_DATASETS_CACHE) / "fedvlm-jax"
-    quiet = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
     try:
-        dataset = datasets.Dataset.from_parquet(
-            [str(file.resolve()) for file in files],
-            cache_dir=str(cache),
-            columns=list(columns),
-            features=features,
-            keep_in_memory=False,
-        )
+        with _hushed():
+            dataset = datasets.Dataset.from_parquet(
+                [str(file.resolve()) for file in files],
+                cache_dir=str(cache),
+                columns=list(columns),
+                features=features,
+                keep_in_memory=False,
+            )
     except PermissionError as error:
         raise UserError(f"the cache {cache} cannot be written; set HF_DATASETS_CACHE to a folder that can.") from error
     except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, TypeError) as error:
@@ -212,11 +216,25 @@ def _map_files(files: Sequence[Path], columns: dict[str, "pa.DataType"]) -> "pa.
             f"{where} cannot be read to its end ({type(cause).__name__}: {cause}); it is damaged or its shards' "
             "types differ. Write it again, or remove it from the folder."
         ) from error
-    finally:
-        if not quiet:
-            datasets.enable_progress_bars()
     assert isinstance(dataset, datasets.Dataset)
     return dataset.data.table
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep `datasets` from drawing bars and from logging the errors that are raised anyway."""
+    import datasets
+
+    logger, bars = logging.getLogger("datasets"), not datasets.are_progress_bars_disabled()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _quote(names: Iterable[str]) -> str:

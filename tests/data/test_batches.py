@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedvlm_jax.data.batches import bucket, local_batches, pad_rows, round_rows, split_batches
+
+SMALL = st.integers(0, 12)
+
+
+@given(seed=SMALL, round_=SMALL, client=SMALL, n=st.integers(0, 30), steps=SMALL, batch=st.integers(1, 9))
+def test_every_example_once_per_epoch(seed, round_, client, n, steps, batch):
+    indices, mask = local_batches(seed, round_, client, n, steps, batch)
+    assert indices.shape == mask.shape == (steps, batch)
+    assert (indices.dtype, mask.dtype) == (np.int32, bool)
+    order = indices[mask]
+    assert len(order) == steps * min(n, batch)
+    for start in range(0, len(order) - n + 1, max(n, 1)):
+        assert sorted(order[start : start + n]) == list(range(n))
+    again, _ = local_batches(seed, round_, client, n, steps, batch)
+    assert (again == indices).all()
+
+
+def test_fewer_than_a_batch_are_masked_not_repeated():
+    indices, mask = local_batches(0, 0, 0, 3, 2, 5)
+    assert mask.tolist() == [[True, True, True, False, False]] * 2
+    assert [sorted(row[:3]) for row in indices.tolist()] == [[0, 1, 2]] * 2
+
+
+def test_seed_round_and_client_each_matter_and_more_steps_continue():
+    base = local_batches(1, 2, 3, 50, 4, 8)[0]
+    for other in [(2, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3)]:
+        assert (local_batches(*other, 50, 4, 8)[0] != base).any()
+    assert (local_batches(1, 2, 3, 50, 9, 8)[0][:4] == base).all()
+
+
+@given(n=st.integers(0, 40), batch=st.integers(1, 9))
+def test_evaluation_sees_everything_once_in_order(n, batch):
+    indices, mask = split_batches(n, batch)
+    assert indices[mask].tolist() == list(range(n))
+    assert len(indices) == -(-n // batch)
+
+
+@given(n=st.integers(0, 100_000))
+def test_buckets_hold_and_are_few(n):
+    size = bucket(n)
+    assert size >= n
+    assert n <= 8 or size * 2 < n * 3
+    assert bucket(size) == size
+
+
+def test_buckets_by_hand():
+    assert [bucket(n) for n in (0, 8, 9, 13, 17, 25, 33, 49)] == [8, 8, 12, 16, 24, 32, 48, 64]
+    assert bucket(5, (4, 16, 6)) == 6
+    with pytest.raises(ValueError, match="7 rows do not fit into any"):
+        bucket(7, (4, 6))
+
+
+def test_padding_repeats_a_real_row():
+    assert pad_rows(np.asarray([7, 9]), 4).tolist() == [7, 9, 7, 7]
+    assert pad_rows(np.asarray([], np.int64), 2).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="2 rows do not fit into 1"):
+        pad_rows(np.asarray([7, 9]), 1)
+
+
+@given(sizes=st.lists(st.integers(0, 40), max_size=5), steps=st.integers(1, 4), batch=st.integers(1, 6), seed=SMALL)
+def test_a_round_carries_only_what_it_touches(sizes, steps, batch, seed):
+    starts = np.cumsum([0, *sizes])
+    rows = [np.arange(start, start + size) + 100 for start, size in zip(starts, sizes, strict=False)]
+    cohort = [3 * place for place in range(len(sizes))]
+    got = round_rows(seed, 4, cohort, rows, steps, batch)
+    assert got.indices.shape == got.mask.shape == (len(sizes), steps, batch)
+    assert got.rows.shape[1] <= bucket(min(max(sizes, default=0), steps * batch))
+    assert got.counts.tolist() == sizes
+    for place, client in enumerate(cohort):
+        indices, mask = local_batches(seed, 4, client, sizes[place], steps, batch)
+        assert (got.mask[place] == mask).all()
+        assert (got.rows[place][got.indices[place]][mask] == rows[place][indices[mask]]).all()
+        assert set(got.rows[place]) <= ({*rows[place].tolist()} or {0})
