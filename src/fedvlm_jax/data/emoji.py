@@ -54,8 +54,9 @@ def read_emoji(file: Path = FILE) -> Table:
     missing = [column for column in COLUMNS if column not in names]
     if missing:
         raise UserError(f"{file} lacks {', '.join(missing)}; it has {', '.join(names)}. Install fedvlm-jax again.")
-    texts = [name for name in names if name != "image"]
-    return Table("emoji", pq.read_table(file, read_dictionary=[*texts, "image.bytes", "image.path"]), file.parent)
+    repeated = [name for name in names if name not in ("image", "idx")]  # idx is new in every row
+    data = pq.read_table(file, read_dictionary=[*repeated, "image.bytes", "image.path"])
+    return Table("emoji", data, file.parent)
 
 
 def federate_emoji(table: Table, options: "DataOptions", seed: int) -> Federation:

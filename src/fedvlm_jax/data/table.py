@@ -72,7 +72,7 @@ class Table:
         values = self.data.column(column)
         if rows is not None:
             values = values.take(np.asarray(rows, np.int64))
-        return [None if value is None else str(value) for value in values.to_pylist()]
+        return [text for chunk in values.chunks for text in _list_texts(chunk)]
 
     def read_image(self, row: int) -> bytes:
         """The encoded bytes of one row's image, from the table or from the file it names.
@@ -218,6 +218,16 @@ def _map_files(files: Sequence[Path], columns: dict[str, "pa.DataType"]) -> "pa.
         ) from error
     assert isinstance(dataset, datasets.Dataset)
     return dataset.data.table
+
+
+def _list_texts(chunk: "pa.Array") -> list[str | None]:
+    """An array's values as text; a dictionary's words are made once, not once per row."""
+    import pyarrow.types as is_a
+
+    if not is_a.is_dictionary(chunk.type):
+        return [None if value is None else str(value) for value in chunk.to_pylist()]
+    words = [*_list_texts(chunk.dictionary), None]
+    return [words[code] for code in chunk.indices.fill_null(len(words) - 1).tolist()]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,62 @@
+"""The contract of every named data set, and what the shipped one promises besides."""
+
+import json
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from fedvlm_jax.data.encode import encode
+from fedvlm_jax.data.federate import federate
+from fedvlm_jax.data.images import digest_rows
+from fedvlm_jax.data.options import SPLITS, DataOptions
+from fedvlm_jax.data.registry import find_sets
+from fedvlm_jax.data.table import read_table
+
+
+@pytest.mark.parametrize("name", sorted(find_sets()))
+def test_a_named_set_federates_and_encodes_with_the_defaults(name, processor):
+    options = DataOptions(source=name)
+    table = read_table(name)
+    assert table.name == name
+    federation = federate(table, options, 3)
+    again = federate(table, options, 3)
+    assert (federation.rows == again.rows).all()
+    assert len(set(federation.rows.tolist())) == len(federation.rows)
+    assert len(set(federation.names)) == len(federation.names)
+    assert json.loads(json.dumps(federation.description)) == federation.description
+    examples = encode(table, federation, processor, options)
+    parts = [client.rows_of(split) for client in examples.clients for split in SPLITS]
+    assert np.concatenate(parts).tolist() == list(range(len(examples)))
+    assert examples.image.max() == len(examples.images) - 1
+    assert not examples.skipped
+    assert examples.images.decode(0).mode == "RGB"
+
+
+def test_the_shipped_set_gives_every_client_what_the_options_say(processor):
+    table = read_table("emoji")
+    federation = federate(table, DataOptions(), 0)
+    assert len(federation.clients) == 16
+    assert {len(client.rows_of(split)) for client in federation.clients for split in SPLITS} == {120, 60}
+    assert [len(federation.clients[0].rows_of(split)) for split in SPLITS] == [120, 60, 120]
+
+
+def test_no_test_concept_is_anybodys_training_concept():
+    table = read_table("emoji")
+    concepts = defaultdict(set)
+    for concept, split in zip(table.read_text("concept"), table.read_text("split"), strict=True):
+        concepts[split].add(concept)
+    assert set(concepts) == set(SPLITS)
+    assert len(set().union(*concepts.values())) == sum(map(len, concepts.values()))
+
+
+def test_no_picture_is_trained_on_and_tested():
+    table = read_table("emoji")
+    federation = federate(table, DataOptions(images_per_client=2000, test_per_client=2000, tasks=("group",)), 0)
+    train, test = (
+        set(digest_rows(table, np.concatenate([client.rows_of(split) for client in federation.clients]))[0])
+        for split in ("train", "test")
+    )
+    assert len(train) > 3000
+    assert len(test) > 1000
+    assert not train & test
