@@ -1,7 +1,7 @@
 """Local training: a scan over a client's steps with an optax optimiser, the same for every method.
 
-Learning rates are traced and come with the round, so that a schedule or a grid of them shares one compile. The adapter's
-`scale` leaves are data and never trained.
+Learning rates are traced and come with the round, so that a schedule or a grid of them shares one compile. The
+adapter's `scale` leaves are data and never trained.
 """
 
 from collections.abc import Callable

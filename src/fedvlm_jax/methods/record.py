@@ -6,9 +6,8 @@ value itself. Axes: K clients of the cohort, M rows, S local steps, B batch.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora
@@ -16,7 +15,7 @@ from fedvlm_jax import lora
 __all__ = ["Client", "Context", "Method", "Metrics", "Setup"]
 
 Metrics = dict[str, Array]
-AnyArray = Array | np.ndarray  # on the device in a round, on the host before it
+AnyArray = Any  # a jax.Array on the device in a round, a numpy array before it
 Server = PyTree
 Personal = PyTree
 Message = PyTree

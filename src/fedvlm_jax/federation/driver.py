@@ -1,0 +1,191 @@
+"""The host's side of a federation: which method stands where, and one call per round.
+
+A `Federation` in progress is the server's state on the devices, the personal states on the host, and the compiled round.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray, PyTree
+
+from fedvlm_jax import lora, tree
+from fedvlm_jax.data.encode import Examples
+from fedvlm_jax.federation.cohort import Layout, draw_cohort, make_clients
+from fedvlm_jax.federation.inputs import Inputs
+from fedvlm_jax.federation.population import Population
+from fedvlm_jax.federation.round import RoundOutput, make_round, start_personal, to_waves
+from fedvlm_jax.federation.training import LocalTrainer
+from fedvlm_jax.methods import Method
+from fedvlm_jax.sharding import place_waves, replicate
+
+__all__ = ["Driver", "Programs", "RoundReport", "make_programs"]
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A method's compiled functions on a mesh; made once, whatever the seed, the clients or the learning rates."""
+
+    method: Method
+    mesh: Mesh
+    round: Callable[..., RoundOutput]
+    personalise: Callable[..., PyTree]
+    trained: Callable[..., PyTree]
+
+
+def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs:
+    """Build (not yet compile) a method's programs."""
+
+    def adapter_of(server: PyTree, state: PyTree, known: Any, number: Any, key: PRNGKeyArray) -> PyTree:
+        fresh = start_personal(method, key, server, number)
+        state = jax.tree.map(lambda new, old: jnp.where(known, old, new), fresh, state)
+        return method.personalise(server, state)
+
+    return Programs(
+        method,
+        mesh,
+        make_round(method, trainer, mesh),
+        jax.jit(jax.vmap(adapter_of, in_axes=(None, 0, 0, 0, None))),
+        jax.jit(jax.vmap(method.trained, in_axes=(None, 0, 0))),
+    )
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What is left of a round on the host.
+
+    Attributes:
+        numbers: the cohort.
+        metrics: of every client in it [K].
+        health: of the aggregation.
+        bytes_up, bytes_down: per client.
+        trained: (client numbers [V] of the cohort) -> the adapters as these clients had them before aggregation; None
+            where nothing was redistributed.
+    """
+
+    numbers: np.ndarray
+    metrics: dict[str, np.ndarray]
+    health: dict[str, float]
+    bytes_up: int
+    bytes_down: int
+    trained: Callable[[np.ndarray], PyTree] | None
+
+
+@dataclass
+class Driver:
+    """A federation in progress.
+
+    Attributes:
+        programs: of the method.
+        params: the base, on the devices.
+        examples, inputs: the clients' data.
+        layout: the rounds' shapes.
+        seed: decides cohorts and batches.
+        key: the run's key; decides what is drawn on the device.
+        weighting: how clients count.
+        server: the server's state.
+        population: the personal states.
+    """
+
+    programs: Programs
+    params: PyTree
+    examples: Examples
+    inputs: Inputs
+    layout: Layout
+    seed: int
+    key: PRNGKeyArray
+    weighting: Literal["examples", "uniform"]
+    server: PyTree
+    population: Population = field(init=False)
+
+    def __post_init__(self) -> None:
+        shapes = jax.eval_shape(
+            lambda key, server: start_personal(self.programs.method, key, server, jnp.int32(0)), self.key, self.server
+        )
+        self.population = Population(shapes, len(self.examples.clients))
+        self.server = replicate(self.programs.mesh, self.server)
+
+    def run_round(self, round_: int, rates: dict[str, float]) -> RoundReport:
+        """Run round `round_` (from 1): draw the cohort, train it, aggregate, write personal states back."""
+        mesh, method = self.programs.mesh, self.programs.method
+        numbers = draw_cohort(self.seed, round_, len(self.population), self.layout.cohort)
+        clients, weights = make_clients(
+            self.seed,
+            round_,
+            numbers,
+            self.population.known,
+            self.examples,
+            self.inputs,
+            self.layout,
+            self.weighting,
+        )
+        places = np.concatenate([numbers, np.repeat(numbers[:1], self.layout.places - len(numbers))])
+        personal = to_waves(self.population.gather(places), self.layout.waves)
+        before = self.server
+        out = self.programs.round(
+            self.params,
+            before,
+            place_waves(mesh, personal),
+            place_waves(mesh, clients),
+            jnp.asarray(weights),
+            {name: jnp.float32(rate) for name, rate in rates.items()},
+            jnp.int32(round_),
+            self.key,
+        )
+        host = jax.device_get(out.personal)
+        new_states = jax.tree.map(lambda x: np.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[: len(numbers)], host)
+        self.population.scatter(numbers, new_states)
+        self.server = out.server
+        sent = jax.eval_shape(lambda messages: jax.tree.map(lambda x: x[0], messages), out.messages)
+        return RoundReport(
+            numbers=numbers,
+            metrics={name: np.asarray(values)[: len(numbers)] for name, values in out.metrics.items()},
+            health={name: float(value) for name, value in out.health.items()},
+            bytes_up=tree.count_bytes(sent),
+            bytes_down=tree.count_bytes(method.download(out.server)),
+            trained=self._trained(before, numbers, out.messages) if jax.tree.leaves(out.messages) else None,
+        )
+
+    def adapters(self, numbers: np.ndarray) -> PyTree:
+        """The personalised adapters of these clients [V, …]."""
+        states = self.population.gather(numbers)
+        known = self.population.known[numbers]
+        return self.programs.personalise(self.server, states, known, np.asarray(numbers, np.int32), self.key)
+
+    def all_adapters(self, wave: int) -> PyTree:
+        """The personalised adapters of all clients, on the host [C, …]."""
+        count = len(self.population)
+        parts = []
+        for start in range(0, count, wave):
+            numbers = np.arange(start, min(start + wave, count))
+            padded = np.concatenate([numbers, np.repeat(numbers[:1], wave - len(numbers))])
+            host = jax.device_get(self.adapters(padded))
+            parts.append(jax.tree.map(lambda x, n=len(numbers): x[:n], host))
+        return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+    def _trained(self, before: PyTree, cohort: np.ndarray, messages: PyTree) -> Callable[[np.ndarray], PyTree]:
+        def adapters(numbers: np.ndarray) -> PyTree:
+            at = np.searchsorted(cohort, numbers)
+            own = jax.tree.map(lambda x: x[at], messages)
+            return self.programs.trained(before, self.population.gather(numbers), own)
+
+        return adapters
+
+    def state(self) -> PyTree:
+        """Everything that changes, for a checkpoint."""
+        return {"server": self.server, "states": self.population.states, "known": self.population.known}
+
+    def load(self, state: PyTree) -> None:
+        """Go on from a state that `state` returned."""
+        self.server = replicate(self.programs.mesh, state["server"])
+        self.population.states = jax.tree.map(np.array, state["states"])
+        self.population.known = np.array(state["known"])
+
+
+def start_adapter(key: PRNGKeyArray, sites: lora.Sites, spec: lora.LoRA) -> lora.Adapter:
+    """The adapter that a run starts from; it depends on the seed alone, so that methods start alike."""
+    return lora.init(jax.random.fold_in(key, 0), sites, spec)
