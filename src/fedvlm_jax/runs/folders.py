@@ -1,0 +1,151 @@
+"""Reading the folders that runs and comparisons leave: plain JSON in, records out, without jax or a model.
+
+A run's folder has `config.json` (options, versions, commit, what was resolved), `metrics.jsonl` (one line per round)
+and, once finished, `results.json`. A comparison's folder has `comparison.json`, which names the folders of its runs.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedvlm_jax.errors import UserError
+
+__all__ = ["ComparisonRecord", "RunRecord", "is_comparison", "read_comparison", "read_metrics", "read_run"]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished run as its folder tells it."""
+
+    folder: Path
+    config: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    results: dict[str, Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the run, nested as in `Run`."""
+        return self.config["run"]
+
+    @property
+    def method(self) -> str:
+        """The method's name, with "+ft" where local fine-tuning followed."""
+        finetuned = (self.options.get("train") or {}).get("finetune_steps", 0) > 0
+        return self.options["method"] + ("+ft" if finetuned else "")
+
+    def scores(self, model: str, metric: str = "exact_match", split: str = "test") -> dict[str, float]:
+        """Give a metric of `model` ("zero_shot" or "personal") by client; clients without examples are left out."""
+        return drop_missing((self.results[model].get(split) or {}).get(metric) or {})
+
+
+@dataclass(frozen=True)
+class ComparisonRecord:
+    """A finished comparison as its folder tells it."""
+
+    folder: Path
+    methods: list[str]
+    seeds: list[int]
+    command: str
+    runs: list[dict[str, Any]]
+    zero_shot: list[dict[str, Any]]
+    settings: dict[str, Any]
+
+    def scores(self, method: str, metric: str = "exact_match", split: str = "test") -> dict[int, dict[str, float]]:
+        """Give a metric of a method (or "zero-shot") by seed and client."""
+        entries = self.zero_shot if method == "zero-shot" else [run for run in self.runs if run["method"] == method]
+        by_seed = {entry["seed"]: drop_missing((entry.get(split) or {}).get(metric) or {}) for entry in entries}
+        return {seed: scores for seed, scores in sorted(by_seed.items()) if scores}
+
+    def folder_of(self, run: Mapping[str, Any]) -> Path:
+        """Find the folder of one of its runs, which lies inside the comparison's unless it was given elsewhere."""
+        inside = self.folder / run["folder"]
+        return inside if inside.is_dir() else Path(run["folder"])
+
+
+def drop_missing(scores: Mapping[str, float | None]) -> dict[str, float]:
+    """Leave out clients that have no score (`null` or NaN), which is what a client without examples has."""
+    return {client: float(score) for client, score in scores.items() if score is not None and not math.isnan(score)}
+
+
+def is_comparison(folder: Path) -> bool:
+    """Tell a comparison's folder from a run's."""
+    return (folder / "comparison.json").is_file()
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a finished run.
+
+    Raises:
+        UserError: the folder is no run's, the run is not finished, or a file of it is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json there, so it is not the folder of a run")
+    if not (folder / "results.json").is_file():
+        raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
+    config, results = _read_json(folder / "config.json"), _read_json(folder / "results.json")
+    _require_keys(folder / "config.json", config, ("run",))
+    _require_keys(folder / "results.json", results, ("zero_shot", "personal"))
+    return RunRecord(folder, config, read_metrics(folder), results)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl`; where a killed and resumed run wrote a round twice, the later line holds.
+
+    Raises:
+        UserError: a line other than the last is not JSON.
+    """
+    path = folder / "metrics.jsonl"
+    texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines: dict[int, dict[str, Any]] = {}
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            if number == len(texts):  # a kill may have cut the last line short
+                break
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        lines[line["round"]] = line
+    return [lines[number] for number in sorted(lines)]
+
+
+def read_comparison(folder: Path) -> ComparisonRecord:
+    """Read a finished comparison.
+
+    Raises:
+        UserError: the folder is no comparison's, or its file is damaged.
+    """
+    path = folder / "comparison.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no comparison.json there, so it is not the folder of a finished comparison")
+    stored = _read_json(path)
+    _require_keys(path, stored, ("methods", "seeds", "runs", "zero_shot"))
+    return ComparisonRecord(
+        folder=folder,
+        methods=list(stored["methods"]),
+        seeds=list(stored["seeds"]),
+        command=stored.get("command", ""),
+        runs=list(stored["runs"]),
+        zero_shot=list(stored["zero_shot"]),
+        settings=dict(stored.get("settings") or {}),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return stored
+
+
+def _require_keys(path: Path, stored: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if key not in stored:
+            raise UserError(f"{path}: the entry {key!r} is missing; was it written by another version?")

@@ -1,0 +1,301 @@
+"""The pictures of runs and comparisons. Each function draws one picture, wide or narrow (for a phone), in a theme.
+
+All accuracies are exact match on test unless the picture says validation, in per cent.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, read_metrics
+from fedvlm_jax.runs.statistics import compare_paired, mean_over_seeds
+from fedvlm_jax.runs.theme import MARKERS, Theme, choose_series, make_figure
+
+__all__ = ["Curves", "draw_clients", "draw_curves", "draw_heatmap", "draw_methods", "draw_rounds", "read_curves"]
+
+WIDE, NARROW = 7.6, 3.7
+LABELLED = 48
+"""Above so many clients their names are left out of pictures."""
+
+Curves = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
+"""Method -> the `metrics.jsonl` lines of each of its runs."""
+
+
+def draw_clients(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure:
+    """Draw every client's way from zero-shot to its personal model, best client on top."""
+    zero_shot, personal = record.scores("zero_shot"), record.scores("personal")
+    order = sorted(personal, key=lambda client: personal[client])
+    named = len(order) <= LABELLED
+    rows = np.arange(len(order))
+    ends = 100 * np.asarray([personal[client] for client in order])
+    starts = 100 * np.asarray([zero_shot.get(client, np.nan) for client in order])
+    height = 1.1 + (0.23 * len(order) if named else min(6.0, 0.05 * len(order)))
+    figure, (ax,) = make_figure(theme, NARROW if narrow else WIDE, height)
+    colour = theme.series[choose_series([record.method])[record.method]]
+    size = 36 if named else 8
+    ax.hlines(rows, starts, ends, color=theme.grid, linewidth=2.5 if named else 0.8, zorder=1)
+    ax.scatter(starts, rows, s=size, facecolors=theme.paper, edgecolors=theme.muted, linewidths=1.3, zorder=2)
+    ax.scatter(ends, rows, s=size, color=colour, zorder=3)
+    for values, shade, name, side in ((starts, theme.muted, "zero-shot", "left"), (ends, colour, "personal", "right")):
+        mean = float(np.nanmean(values))
+        ax.axvline(mean, color=shade, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        # The higher mean's label goes to its right, so that close means do not write over each other.
+        right = (mean >= 100 * np.mean([*personal.values()])) == (side == "right")
+        right = right if np.nanmean(ends) >= np.nanmean(starts) else not right
+        ax.annotate(
+            f"{name} {mean:.1f}",
+            (mean, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3 if right else -3, 3),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            color=shade,
+            fontsize=9,
+            fontweight="bold",
+        )
+    ax.set_yticks(rows if named else [], order if named else [])
+    ax.set_ylabel("" if named else f"{len(order)} clients, sorted")
+    ax.set_ylim(-0.8, len(order) - 0.2)
+    ax.set_xlabel("exact match on test, %")
+    ax.set_xlim(left=max(0.0, min(np.nanmin(starts), ends.min()) - 3))
+    return figure
+
+
+def draw_rounds(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure:
+    """Draw validation accuracy and training loss over the rounds."""
+    width, height = (NARROW, 4.6) if narrow else (WIDE, 2.9)
+    figure, (left, right) = make_figure(theme, width, height, columns=1 if narrow else 2, rows=2 if narrow else 1)
+    colour = theme.series[choose_series([record.method])[record.method]]
+    rounds, values = _read_validation(record.rounds)
+    left.plot(rounds, values, color=colour, marker="o", markersize=4, linewidth=1.8)
+    before = [
+        (line["round"], 100 * line["validation"]["before_redistribution"]["exact_match"])
+        for line in record.rounds
+        if ((line.get("validation") or {}).get("before_redistribution") or {}).get("exact_match") is not None
+    ]
+    if before:
+        left.plot(*zip(*before, strict=True), color=theme.muted, linewidth=1.2, linestyle=(0, (3, 2)))
+        _label_end(left, *before[-1], "before redistribution", theme.muted, below=before[-1][1] < values[-1])
+    if rounds:
+        _label_end(
+            left,
+            rounds[-1],
+            values[-1],
+            "after" if before else "",
+            colour,
+            below=before[-1][1] > values[-1] if before else False,
+        )
+    start = record.scores("zero_shot", split="validation")
+    if start:
+        level = 100 * float(np.mean(list(start.values())))
+        left.axhline(level, color=theme.muted, linewidth=1, linestyle=(0, (1, 2)))
+        _annotate(left, (0, level), "zero-shot", theme.muted, ("axes fraction", "data"), (2, 3))
+    chosen = record.results.get("selected_round")
+    if chosen in rounds:
+        left.plot(chosen, values[rounds.index(chosen)], "o", markersize=10, fillstyle="none", color=colour)
+    left.set_title("Validation exact match, % (ring: selected round)", fontsize=10, loc="left")
+    losses = [(line["round"], line["loss"]) for line in record.rounds if line.get("loss") is not None]
+    if losses:
+        right.plot(*zip(*losses, strict=True), color=colour, linewidth=1.8)
+    right.set_title("Training loss", fontsize=10, loc="left")
+    for ax in (left, right):
+        ax.grid(axis="y", color=theme.grid, linewidth=0.8)
+        ax.grid(visible=False, axis="x")
+        ax.set_xlabel("round")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def draw_methods(record: ComparisonRecord, theme: Theme, narrow: bool = False) -> Figure:
+    """Draw all clients under each method, and how far each method is ahead of local training client by client."""
+    scores = {method: record.scores(method) for method in ["zero-shot", *record.methods]}
+    methods = [method for method in scores if scores[method]][::-1]
+    rival = "local" if scores.get("local") else methods[-1]
+    width, height = (NARROW, 1.7 + 0.95 * len(methods)) if narrow else (WIDE, 1.1 + 0.52 * len(methods))
+    shape = {"rows": 2, "columns": 1} if narrow else {"rows": 1, "columns": 2, "width_ratios": (1.1, 1)}
+    figure, (left, right) = make_figure(theme, width, height, sharey=True, **shape)
+    series = choose_series(record.methods)
+    for row, method in enumerate(methods):
+        colour = theme.muted if method == "zero-shot" else theme.series[series[method]]
+        means = mean_over_seeds(scores[method])
+        _draw_cloud(left, row, 100 * np.asarray(list(means.values())), colour)
+        mean = 100 * float(np.mean([np.mean(list(one.values())) for one in scores[method].values()]))
+        left.plot(mean, row, "|", markersize=20, markeredgewidth=2.6, color=theme.ink, zorder=4)
+        _annotate(left, (mean, row), f"{mean:.1f}", theme.ink, "data", (0, 12), centre=True)
+        difference = compare_paired(scores[method], scores[rival])
+        # Zero-shot lies far below: it would press all others against the edge.
+        if method in (rival, "zero-shot") or difference is None:
+            word = "the yardstick" if method == rival else "not drawn"
+            _annotate(right, (0.02, row), word, theme.muted, ("axes fraction", "data"), (0, -3))
+            continue
+        by_client = compare_clients(means, mean_over_seeds(scores[rival]))
+        _draw_cloud(right, row, 100 * by_client, colour)
+        ends = [[100 * (difference.mean - difference.low)], [100 * (difference.high - difference.mean)]]
+        if np.isfinite(ends).all():
+            right.errorbar(100 * difference.mean, row, xerr=ends, color=theme.ink, capsize=3, linewidth=1.6, zorder=4)
+        right.plot(100 * difference.mean, row, "o", color=theme.ink, markersize=6, zorder=5)
+        _annotate(
+            right,
+            (100 * difference.mean, row),
+            f"{100 * difference.mean:+.1f}".replace("-", "−"),
+            theme.ink,
+            "data",
+            (0, 10),
+            centre=True,
+        )
+    left.set_yticks(range(len(methods)), methods)
+    left.set_ylim(-0.6, len(methods) - 0.3)
+    left.set_xlabel("test exact match, %; a dot is a client, the bar their mean")
+    right.axvline(0, color=theme.muted, linewidth=1)
+    right.set_xlabel(f"points ahead of {rival}; mean with 95 % interval")
+    return figure
+
+
+def compare_clients(ours: Mapping[str, float], theirs: Mapping[str, float]) -> np.ndarray:
+    """Subtract scores client by client, for the clients that both have."""
+    return np.asarray([ours[client] - theirs[client] for client in ours if client in theirs])
+
+
+def draw_heatmap(record: ComparisonRecord, theme: Theme, narrow: bool = False) -> Figure:
+    """Draw method × client as tinted cells, methods across; the best cell of each client is framed."""
+    methods = ["zero-shot", *record.methods]
+    means = {method: mean_over_seeds(record.scores(method)) for method in methods}
+    methods = [method for method in methods if means[method]]
+    clients = sorted(set.union(*(set(means[method]) for method in methods)), reverse=True)
+    values = 100 * np.asarray([[means[method].get(client, np.nan) for method in methods] for client in clients])
+    named = len(clients) <= LABELLED
+    height = 1.0 + (0.25 * len(clients) if named else 6.0)
+    figure, (ax,) = make_figure(theme, NARROW if narrow else WIDE, height)
+    top = max(float(np.nanmax(values)), 1.0)
+    best = np.nanmax(values, axis=1)
+    for row, column in np.ndindex(*values.shape):
+        value = values[row, column]
+        if np.isnan(value):
+            continue
+        # Opacity instead of a colour map: the paper shines through, light or dark, and ink stays readable on it.
+        place = (column - 0.48, row - 0.46 if named else row - 0.5)
+        size = (0.96, 0.92 if named else 1.0)
+        ax.add_patch(_tint(place, size, theme.series[0], 0.04 + 0.56 * float(value) / top))
+        if named:
+            weight = "bold" if value == best[row] else "normal"
+            ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8.5, color=theme.ink, weight=weight)
+    ax.grid(visible=False)
+    ax.spines["bottom"].set_visible(False)
+    ax.xaxis.tick_top()
+    names = [method.replace("-", "-\n", 1).replace("+", "\n+") if narrow else method for method in methods]
+    ax.set_xticks(range(len(methods)), names, fontsize=8 if narrow else 9)
+    ax.set_yticks(range(len(clients)) if named else [], clients if named else [])
+    ax.set_ylabel("" if named else f"{len(clients)} clients")
+    ax.set_xlim(-0.5, len(methods) - 0.5)
+    ax.set_ylim(-0.5, len(clients) - 0.5)
+    return figure
+
+
+def read_curves(record: ComparisonRecord) -> dict[str, list[list[dict[str, Any]]]]:
+    """Read the rounds of all runs of a comparison by method; a run whose folder is gone is left out."""
+    curves: dict[str, list[list[dict[str, Any]]]] = {}
+    for run in record.runs:
+        lines = read_metrics(record.folder_of(run))
+        if _read_validation(lines)[0]:
+            curves.setdefault(run["method"], []).append(lines)
+    return curves
+
+
+def draw_curves(curves: Curves, theme: Theme, narrow: bool = False) -> Figure:
+    """Draw validation accuracy over rounds, and over what one client has sent and received by then."""
+    width, height = (NARROW, 5.6) if narrow else (WIDE, 3.1)
+    shape = {"rows": 2, "columns": 1} if narrow else {"rows": 1, "columns": 2}
+    figure, (left, right) = make_figure(theme, width, height, sharey=True, **shape)
+    series = choose_series(list(curves))
+    for method, runs in curves.items():
+        rounds, values, sent = _average_runs(runs)
+        style: dict[str, Any] = {
+            "color": theme.series[series[method]],
+            "marker": MARKERS[series[method]],
+            "markersize": 4,
+            "linewidth": 1.6,
+        }
+        left.plot(rounds, values, label=method, **style)
+        if sent[-1] > 0:
+            right.plot(np.asarray(sent) / 2**20, values, **style)
+        else:
+            right.axhline(values[-1], color=style["color"], linewidth=1.2, linestyle=(0, (4, 3)))
+            _annotate(
+                right,
+                (0.98, values[-1]),
+                f"{method}: nothing sent",
+                style["color"],
+                ("axes fraction", "data"),
+                (0, 3),
+                ends=True,
+            )
+    left.set_xlabel("round")
+    right.set_xlabel("MiB sent and received by a client so far")
+    left.set_title("Validation exact match, %", fontsize=10, loc="left")
+    for ax in (left, right):
+        ax.grid(axis="y", color=theme.grid, linewidth=0.8)
+    left.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        loc="outside lower left",
+        ncols=2 if narrow else 4,
+        frameon=False,
+        fontsize=9,
+        labelcolor=theme.ink,
+    )
+    return figure
+
+
+def _average_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[int], list[float], list[float]]:
+    """Average accuracy over the runs of a method at the rounds that all evaluated, with the bytes moved until then."""
+    readings = [dict(zip(*_read_validation(lines), strict=True)) for lines in runs]
+    rounds = sorted(set.intersection(*(set(reading) for reading in readings))) or sorted(readings[0])
+    values = [float(np.mean([reading[number] for reading in readings if number in reading])) for number in rounds]
+    moved = {
+        line["round"]: line.get("bytes_up_per_client", 0) + line.get("bytes_down_per_client", 0) for line in runs[0]
+    }
+    return rounds, values, [sum(count for number, count in moved.items() if number <= last) for last in rounds]
+
+
+def _read_validation(lines: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
+    """Pick the rounds that were evaluated, and their validation accuracies in per cent."""
+    points = [
+        (line["round"], 100 * line["validation"]["exact_match"])
+        for line in lines
+        if (line.get("validation") or {}).get("exact_match") is not None
+    ]
+    return [number for number, _ in points], [value for _, value in points]
+
+
+def _draw_cloud(ax: Any, row: int, values: np.ndarray, colour: str) -> None:
+    """Scatter values around a row. The jitter is a fixed pattern: the same report gives the same picture."""
+    jitter = 0.13 * np.sin(2.4 * np.arange(len(values)))
+    ax.scatter(
+        values, row - 0.08 + jitter, s=26 if len(values) <= LABELLED else 8, color=colour, alpha=0.6, linewidths=0
+    )
+
+
+def _tint(place: tuple[float, float], size: tuple[float, float], colour: str, opacity: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(place, *size, facecolor=colour, alpha=opacity, linewidth=0)
+
+
+def _label_end(ax: Any, x: float, y: float, text: str, colour: str, below: bool) -> None:
+    _annotate(ax, (x, y), text, colour, "data", (0, -13 if below else 7), ends=True)
+
+
+def _annotate(
+    ax: Any,
+    at: tuple[float, float],
+    text: str,
+    colour: str,
+    frame: Any,
+    shift: tuple[int, int],
+    centre: bool = False,
+    ends: bool = False,
+) -> None:
+    align = "center" if centre else "right" if ends else "left"
+    ax.annotate(text, at, xycoords=frame, xytext=shift, textcoords="offset points", ha=align, color=colour, fontsize=9)

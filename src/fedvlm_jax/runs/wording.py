@@ -1,0 +1,108 @@
+"""What a report says in sentences. A loss is called a loss, and a difference inside its interval is called level."""
+
+import math
+from collections.abc import Sequence
+
+from fedvlm_jax.evaluation.metrics import Difference, summarise
+from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord
+from fedvlm_jax.runs.statistics import compare_paired, count_seeds_ahead, judge
+from fedvlm_jax.runs.tables import RIVALS, percent, points
+
+__all__ = ["describe_comparison", "describe_difference", "describe_run", "describe_runs"]
+
+
+def describe_run(record: RunRecord) -> list[str]:
+    """Say what a run achieved, and what it cannot say."""
+    zero_shot, personal = record.scores("zero_shot"), record.scores("personal")
+    before, after = summarise(zero_shot), summarise(personal)
+    gain = after.mean - before.mean
+    change = f"{points(gain)} points" if gain else "no change"
+    sentences = [
+        f"With {record.method}, each of {after.clients} clients with its own model gets {percent(after.mean)} of its "
+        f"test questions exactly right on average; the frozen model gets {percent(before.mean)} ({change})."
+    ]
+    if gain < 0:
+        sentences.append(f"So {record.method} lost accuracy here: training made the average client worse.")
+    sentences.append(
+        f"The worst tenth of the clients goes from {percent(before.worst_decile)} to {percent(after.worst_decile)}."
+    )
+    common = [client for client in personal if client in zero_shot]
+    better = sum(personal[client] > zero_shot[client] for client in common)
+    worse = sum(personal[client] < zero_shot[client] for client in common)
+    sentences.append(f"{better} of {len(common)} clients gained, {worse} lost.")
+    chosen = record.results.get("selected_round")
+    if chosen is not None:
+        sentences.append(f"The adapters are those of round {chosen}, chosen on validation; test was read once.")
+    sentences.append(
+        "One run of one method: whether sharing is worth it, against training alone, is what `fedvlm compare` measures."
+    )
+    return sentences
+
+
+def describe_runs(records: Sequence[RunRecord]) -> list[str]:
+    """Say what may, and what may not, be read out of several runs side by side."""
+    best = max(records, key=lambda record: summarise(record.scores("personal")).mean)
+    accuracy = percent(summarise(best.scores("personal")).mean)
+    return [
+        f"{len(records)} runs. The highest mean is that of {best.folder.name} ({best.method}): {accuracy}.",
+        "These runs were started one by one, so their clients and seeds may differ, and no interval is given. "
+        "`fedvlm compare` compares on equal terms.",
+    ]
+
+
+def describe_comparison(record: ComparisonRecord) -> list[str]:
+    """Say who is ahead of whom, method by method, against the two rivals that are hard to beat."""
+    scores = {method: record.scores(method) for method in ["zero-shot", *record.methods]}
+    scores = {method: by_seed for method, by_seed in scores.items() if by_seed}
+    means = {
+        method: sum(summarise(one).mean for one in by_seed.values()) / len(by_seed)
+        for method, by_seed in scores.items()
+    }
+    ranking = sorted((method for method in means if method != "zero-shot"), key=lambda method: -means[method])
+    sentences = [_describe_winner(ranking, means, scores)] if len(ranking) > 1 else []
+    for rival in RIVALS:
+        for method in ranking:
+            # The two rivals meet once, from fine-tuning's side.
+            if rival in scores and method != rival and not (method == RIVALS[0] and rival == RIVALS[1]):
+                difference = compare_paired(scores[method], scores[rival])
+                if difference is not None:
+                    ahead = count_seeds_ahead(scores[method], scores[rival])
+                    sentences.append(describe_difference(method, rival, difference, ahead))
+    if "zero-shot" in means:
+        sentences.append(f"Zero-shot, the frozen model alone, has {percent(means['zero-shot'])}.")
+    if len(record.seeds) < 3:
+        sentences.append(_warn_of_few_seeds(len(record.seeds)))
+    return sentences
+
+
+def describe_difference(method: str, rival: str, difference: Difference, seeds_ahead: int) -> str:
+    """Say one paired difference in a sentence."""
+    size = f"{abs(100 * difference.mean):.1f} points"
+    seeds = f"ahead in {seeds_ahead} of {difference.seeds} seeds"
+    if math.isnan(difference.low):
+        return f"{method} against {rival}: {points(difference.mean)} points, from one client, so without an interval."
+    interval = f"95 % interval {points(difference.low)} to {points(difference.high)}"
+    verdict = judge(difference)
+    if verdict == "ahead":
+        return f"{method} is ahead of {rival} by {size} ({interval}; {seeds})."
+    if verdict == "behind":
+        return f"{method} loses to {rival} by {size} ({interval}; {seeds})."
+    return (
+        f"{method} and {rival} cannot be told apart: the difference of {points(difference.mean)} points lies inside "
+        f"the noise ({interval}; {seeds})."
+    )
+
+
+def _describe_winner(ranking: list[str], means: dict[str, float], scores: dict) -> str:
+    first, second = ranking[:2]
+    sentence = f"The highest mean test accuracy is that of {first}, {percent(means[first])}"
+    difference = compare_paired(scores[first], scores[second])
+    if difference is not None and judge(difference) == "ahead":
+        return f"{sentence}, ahead of {second} with {percent(means[second])}."
+    return f"{sentence}, but its lead over {second} ({percent(means[second])}) is within the noise."
+
+
+def _warn_of_few_seeds(seeds: int) -> str:
+    if seeds == 1:
+        return "There is one seed: the intervals are over clients and say nothing about other seeds."
+    return f"There are only {seeds} seeds: the intervals are wide, and only large differences can show."
