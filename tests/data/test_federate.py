@@ -67,6 +67,11 @@ def test_without_clients_or_training_rows_there_is_no_federation(tmp_path):
         federate(read(tmp_path, [make_row(0, client="a", split="test")]), DataOptions(), 0)
 
 
+def test_negative_seeds_are_refused(emoji):
+    with pytest.raises(UserError, match="--seed is -1"):
+        federate(emoji, EMOJI, -1)
+
+
 def test_small_clients_stay_unless_told(tmp_path):
     rows = [make_row(n, client=c, split=s) for n, (c, s) in enumerate([("a", "train")] * 3 + [("b", "test")])]
     table = read(tmp_path, rows)

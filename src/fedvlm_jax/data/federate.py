@@ -22,7 +22,7 @@ from fedvlm_jax.errors import UserError
 if TYPE_CHECKING:
     from fedvlm_jax.data.options import DataOptions
 
-__all__ = ["ClientRows", "Federation", "Skipped", "check_federation", "federate", "federate_by_column"]
+__all__ = ["ClientRows", "Federation", "Skipped", "check_federation", "count_reasons", "federate", "federate_by_column"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +88,11 @@ def federate(table: Table, options: "DataOptions", seed: int) -> Federation:
         seed: a non-negative integer; the same seed gives the same federation everywhere.
 
     Raises:
-        UserError: no column says who the clients are, an unknown split, no clients, or nothing to train on.
+        UserError: no column says who the clients are, an unknown split, no clients, nothing to train on, or a negative
+            seed.
     """
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; expected 0 or a positive integer.")
     from fedvlm_jax.data.registry import find_sets
 
     named = find_sets().get(table.name)

@@ -28,41 +28,35 @@ class DataOptions:
     """
 
     source: Annotated[str, tyro.conf.arg(name="", metavar="NAME|PATH")] = "emoji"
-    """A named data set (emoji: the one that ships), or a parquet file or a folder of parquet shards with RLAIF-V's
-    columns and, optionally, client, split and language."""
+    """emoji (ships with the package), or a parquet file or folder in RLAIF-V's columns (client, split optional)."""
     prompt: Prompt = "neutral"
-    """How a question is put: neutral (the same for every client, column `question`) or client-language (column
-    `question_client`). Our choice; the FedVLM paper does not ask in several languages."""
+    """Ask all clients alike (column question), or each in its language (question_client). Ours, not the paper's."""
     languages: tuple[str, ...] = ("en", "de", "fr", "es")
-    """emoji: the languages of the clients. Our choice; not in the paper."""
+    """emoji: languages; with the vendors they make the clients. Ours, not the paper's."""
     vendors: tuple[str, ...] = ("noto", "twemoji", "fluent", "emojione")
-    """emoji: the drawing styles of the clients; one client per vendor and language. Our choice; not in the paper."""
+    """emoji: drawing styles; one client per style and language. Ours, not the paper's."""
     tasks: tuple[str, ...] = ("group", "subgroup")
-    """emoji: what is asked about every image. Our choice; not in the paper."""
+    """emoji: what is asked about every image (group, subgroup, name). Ours, not the paper's."""
     images_per_client: int = 60
-    """emoji: training images per client. Fewer are a prefix of more, so comparisons nest. Our choice; not in the
-    paper."""
+    """emoji: training images; fewer are a prefix of more, so comparisons nest. Ours, not the paper's."""
     validation_per_client: int = 30
-    """emoji: validation images per client. Our choice; not in the paper."""
+    """emoji: validation images. Ours, not the paper's."""
     test_per_client: int = 60
-    """emoji: test images per client. Our choice; not in the paper."""
+    """emoji: test images. Ours, not the paper's."""
     alpha: float = 0.3
-    """emoji: how unlike the clients' topics are (Dirichlet concentration over groups): small is unlike, inf is the same
-    mix for all. The paper says non-iid without a figure; this one is ours."""
+    """emoji: Dirichlet concentration of topics; small = clients unlike, inf = alike. Ours; the paper gives none."""
     validation_share: float = 0.1
-    """Share of a client's images for validation, where the source has no split column. Our choice; not in the paper."""
+    """Share of a client's images to validate on, where there is no split column. Ours, not the paper's."""
     test_share: float = 0.2
-    """Share of a client's images for test, where the source has no split column. Our choice; not in the paper."""
+    """Share of a client's images to test on, where there is no split column. Ours, not the paper's."""
     min_examples: int = 0
-    """Clients with fewer training rows are left out (0 keeps all, the empty ones too). Our choice; not in the paper."""
+    """Leave out clients with fewer training rows; 0 keeps all, empty ones too. Ours, not the paper's."""
     max_prompt_tokens: int = 1024
-    """A prompt with more tokens, those of the image included, is skipped. 1024 is all that Florence-2 has positions
-    for."""
+    """Skip rows with longer prompts, image tokens included; Florence-2 has 1024 positions."""
     max_answer_tokens: int = 128
-    """A longer gold answer is cut here. Our choice; not in the paper."""
+    """Cut longer answers here for training. Ours, not the paper's."""
     max_bad_share: float = 0.01
-    """Rows that cannot be used (a broken image, an empty question or answer) are skipped and listed; more than this
-    share of them is an error."""
+    """Refuse the data when more of its rows are unusable (broken image, empty text); fewer are skipped and listed."""
 
     def __post_init__(self) -> None:
         for name in ("images_per_client", "validation_per_client", "test_per_client", "min_examples"):
