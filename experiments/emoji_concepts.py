@@ -22,8 +22,14 @@ SHARED_PICTURE = 1.5
 MAN, WOMAN, PERSON = "1F468", "1F469", "1F9D1"
 GENDER_SIGNS = {"2640", "2642"}
 NEUTRAL = {
-    **{"1F466": "1F9D2", "1F467": "1F9D2", MAN: PERSON, WOMAN: PERSON, "1F474": "1F9D3", "1F475": "1F9D3"},
-    **{"1F46C": "1F46B", "1F46D": "1F46B"},
+    "1F466": "1F9D2",  # boy, girl: child
+    "1F467": "1F9D2",
+    MAN: PERSON,
+    WOMAN: PERSON,
+    "1F474": "1F9D3",  # old man, old woman: older person
+    "1F475": "1F9D3",
+    "1F46C": "1F46B",  # couples hand in hand: the one that every vendor draws
+    "1F46D": "1F46B",
 }
 """Gendered single code points that are dropped, and the concept that stays for them."""
 
