@@ -1,6 +1,7 @@
 """The HTML page of a report: one file with its style and pictures inside, for a phone and a desk, light and dark."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,12 +76,15 @@ th:first-child,td:first-child{text-align:left;padding-left:0}tbody th{font-weigh
 tr.strong>*{font-weight:700}
 figure{margin:1.4rem 0}figure svg{display:block;height:auto}.narrow{display:none}
 pre{background:var(--card);border-radius:.6rem;padding:.8rem 1rem;overflow-x:auto;font-size:.86rem;margin:.8rem 0}
+code{font-size:.9em}
 details{margin:.5rem 0}summary{cursor:pointer;color:var(--muted)}
 dl{display:grid;grid-template-columns:minmax(8rem,max-content) 1fr;gap:.15rem 1.2rem;font-size:.86rem;margin:.6rem 0}
 dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 dd.marked{font-weight:700}
 @media(max-width:40rem){main{padding:1.5rem 1rem 3rem}.wide{display:none}.narrow{display:block}
 h1{font-size:1.4rem}.figures{grid-template-columns:1fr 1fr}.figures b{font-size:1.25rem}
+th,td{padding:.4rem .38rem}table{font-size:.86rem}
+tbody th:first-child{position:sticky;left:0;background:var(--paper)}
 dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}
 """
 
@@ -104,7 +108,7 @@ def to_page(report: Report) -> str:
 def _write_section(section: Section) -> str:
     parts = [f"<section><h2>{html.escape(section.title)}</h2>"]
     if section.sentences:
-        parts.append("<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in section.sentences) + "</ul>")
+        parts.append("<ul>" + "".join(f"<li>{_mark_code(sentence)}</li>" for sentence in section.sentences) + "</ul>")
     parts += [to_html(table) for table in section.tables]
     parts += [
         f'<figure><div class="wide">{picture.wide}</div><div class="narrow">{picture.narrow}</div>'
@@ -115,6 +119,10 @@ def _write_section(section: Section) -> str:
         parts.append(f"<pre>{html.escape(section.command)}</pre>")
     parts += [_write_facts(facts) for facts in section.facts]
     return "".join(parts) + "</section>"
+
+
+def _mark_code(sentence: str) -> str:
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(sentence))
 
 
 def _write_facts(facts: Facts) -> str:

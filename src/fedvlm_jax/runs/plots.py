@@ -38,23 +38,12 @@ def draw_clients(record: RunRecord, theme: Theme, narrow: bool = False) -> Figur
     ax.hlines(rows, starts, ends, color=theme.grid, linewidth=2.5 if named else 0.8, zorder=1)
     ax.scatter(starts, rows, s=size, facecolors=theme.paper, edgecolors=theme.muted, linewidths=1.3, zorder=2)
     ax.scatter(ends, rows, s=size, color=colour, zorder=3)
-    for values, shade, name, side in ((starts, theme.muted, "zero-shot", "left"), (ends, colour, "personal", "right")):
-        mean = float(np.nanmean(values))
+    means = sorted([(float(np.nanmean(starts)), theme.muted, "zero-shot"), (float(ends.mean()), colour, "personal")])
+    # The lower mean's label stands to its left and the higher one's to its right: close means stay readable.
+    for (mean, shade, name), align, shift in zip(means, ("right", "left"), (3, -3), strict=True):
         ax.axvline(mean, color=shade, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-        # The higher mean's label goes to its right, so that close means do not write over each other.
-        right = (mean >= 100 * np.mean([*personal.values()])) == (side == "right")
-        right = right if np.nanmean(ends) >= np.nanmean(starts) else not right
-        ax.annotate(
-            f"{name} {mean:.1f}",
-            (mean, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(3 if right else -3, 3),
-            textcoords="offset points",
-            ha="left" if right else "right",
-            color=shade,
-            fontsize=9,
-            fontweight="bold",
-        )
+        label = {"ha": align, "color": shade, "fontsize": 9, "fontweight": "bold", "textcoords": "offset points"}
+        ax.annotate(f"{name} {mean:.1f}", (mean, 1), xycoords=("data", "axes fraction"), xytext=(shift, 3), **label)
     ax.set_yticks(rows if named else [], order if named else [])
     ax.set_ylabel("" if named else f"{len(order)} clients, sorted")
     ax.set_ylim(-0.8, len(order) - 0.2)
@@ -77,29 +66,19 @@ def draw_rounds(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure
     ]
     if before:
         left.plot(*zip(*before, strict=True), color=theme.muted, linewidth=1.2, linestyle=(0, (3, 2)))
-        _label_end(left, *before[-1], "before redistribution", theme.muted, below=before[-1][1] < values[-1])
-    if rounds:
-        _label_end(
-            left,
-            rounds[-1],
-            values[-1],
-            "after" if before else "",
-            colour,
-            below=before[-1][1] > values[-1] if before else False,
-        )
     start = record.scores("zero_shot", split="validation")
     if start:
         level = 100 * float(np.mean(list(start.values())))
         left.axhline(level, color=theme.muted, linewidth=1, linestyle=(0, (1, 2)))
-        _annotate(left, (0, level), "zero-shot", theme.muted, ("axes fraction", "data"), (2, 3))
+        _annotate(left, (1, level), "zero-shot", theme.muted, ("axes fraction", "data"), (0, 3), "right")
     chosen = record.results.get("selected_round")
     if chosen in rounds:
         left.plot(chosen, values[rounds.index(chosen)], "o", markersize=10, fillstyle="none", color=colour)
-    left.set_title("Validation exact match, % (ring: selected round)", fontsize=10, loc="left")
+    left.set_title("Validation exact match, %", fontsize=10, loc="left", color=theme.ink)
     losses = [(line["round"], line["loss"]) for line in record.rounds if line.get("loss") is not None]
     if losses:
         right.plot(*zip(*losses, strict=True), color=colour, linewidth=1.8)
-    right.set_title("Training loss", fontsize=10, loc="left")
+    right.set_title("Training loss", fontsize=10, loc="left", color=theme.ink)
     for ax in (left, right):
         ax.grid(axis="y", color=theme.grid, linewidth=0.8)
         ax.grid(visible=False, axis="x")
@@ -123,12 +102,13 @@ def draw_methods(record: ComparisonRecord, theme: Theme, narrow: bool = False) -
         _draw_cloud(left, row, 100 * np.asarray(list(means.values())), colour)
         mean = 100 * float(np.mean([np.mean(list(one.values())) for one in scores[method].values()]))
         left.plot(mean, row, "|", markersize=20, markeredgewidth=2.6, color=theme.ink, zorder=4)
-        _annotate(left, (mean, row), f"{mean:.1f}", theme.ink, "data", (0, 12), centre=True)
+        _annotate(left, (mean, row), f"{mean:.1f}", theme.ink, "data", (0, 12), "center")
         difference = compare_paired(scores[method], scores[rival])
         # Zero-shot lies far below: it would press all others against the edge.
         if method in (rival, "zero-shot") or difference is None:
-            word = "the yardstick" if method == rival else "not drawn"
-            _annotate(right, (0.02, row), word, theme.muted, ("axes fraction", "data"), (0, -3))
+            far = "" if difference is None else f"{100 * difference.mean:+.1f}, off the scale".replace("-", "−")
+            word = "the yardstick" if method == rival else far
+            _annotate(right, (0.02, row), word, theme.muted, ("axes fraction", "data"), (0, -3), "left")
             continue
         by_client = compare_clients(means, mean_over_seeds(scores[rival]))
         _draw_cloud(right, row, 100 * by_client, colour)
@@ -143,13 +123,13 @@ def draw_methods(record: ComparisonRecord, theme: Theme, narrow: bool = False) -
             theme.ink,
             "data",
             (0, 10),
-            centre=True,
+            "center",
         )
     left.set_yticks(range(len(methods)), methods)
     left.set_ylim(-0.6, len(methods) - 0.3)
-    left.set_xlabel("test exact match, %; a dot is a client, the bar their mean")
+    left.set_xlabel("test exact match, %")
     right.axvline(0, color=theme.muted, linewidth=1)
-    right.set_xlabel(f"points ahead of {rival}; mean with 95 % interval")
+    right.set_xlabel(f"points ahead of {rival}")
     return figure
 
 
@@ -222,18 +202,13 @@ def draw_curves(curves: Curves, theme: Theme, narrow: bool = False) -> Figure:
             right.plot(np.asarray(sent) / 2**20, values, **style)
         else:
             right.axhline(values[-1], color=style["color"], linewidth=1.2, linestyle=(0, (4, 3)))
+            level = (0.02, values[-1])
             _annotate(
-                right,
-                (0.98, values[-1]),
-                f"{method}: nothing sent",
-                style["color"],
-                ("axes fraction", "data"),
-                (0, 3),
-                ends=True,
+                right, level, f"{method}: nothing sent", style["color"], ("axes fraction", "data"), (0, 3), "left"
             )
     left.set_xlabel("round")
     right.set_xlabel("MiB sent and received by a client so far")
-    left.set_title("Validation exact match, %", fontsize=10, loc="left")
+    left.set_title("Validation exact match, %", fontsize=10, loc="left", color=theme.ink)
     for ax in (left, right):
         ax.grid(axis="y", color=theme.grid, linewidth=0.8)
     left.xaxis.get_major_locator().set_params(integer=True)
@@ -283,19 +258,7 @@ def _tint(place: tuple[float, float], size: tuple[float, float], colour: str, op
     return Rectangle(place, *size, facecolor=colour, alpha=opacity, linewidth=0)
 
 
-def _label_end(ax: Any, x: float, y: float, text: str, colour: str, below: bool) -> None:
-    _annotate(ax, (x, y), text, colour, "data", (0, -13 if below else 7), ends=True)
-
-
 def _annotate(
-    ax: Any,
-    at: tuple[float, float],
-    text: str,
-    colour: str,
-    frame: Any,
-    shift: tuple[int, int],
-    centre: bool = False,
-    ends: bool = False,
+    ax: Any, at: tuple[float, float], text: str, colour: str, frame: Any, shift: tuple[int, int], align: str
 ) -> None:
-    align = "center" if centre else "right" if ends else "left"
     ax.annotate(text, at, xycoords=frame, xytext=shift, textcoords="offset points", ha=align, color=colour, fontsize=9)

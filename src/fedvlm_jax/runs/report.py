@@ -12,8 +12,9 @@ from fedvlm_jax.runs import plots
 from fedvlm_jax.runs.config import Run, to_json
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run
 from fedvlm_jax.runs.page import Facts, Picture, Report, Section, to_markdown_page, to_page
-from fedvlm_jax.runs.statistics import compare_paired, spread
+from fedvlm_jax.runs.statistics import compare_paired, judge, spread
 from fedvlm_jax.runs.tables import (
+    MARKS,
     format_bytes,
     percent,
     points,
@@ -100,13 +101,15 @@ def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
     for method in (method for method in record.methods if scores[method]):
         mean = spread([summarise(one).mean for one in scores[method].values()]).mean
         difference = compare_paired(scores[method], scores["local"]) if scores.get("local") else None
-        against = f", {points(difference.mean)} against local" if difference and method != "local" else ""
+        mark = MARKS[judge(difference)] if difference else ""
+        against = f", {mark} {points(difference.mean)} against local" if difference and method != "local" else ""
         figures.append((percent(mean), method + against))
     pictures = [
         _draw(
             target,
             "methods",
-            "Every client under every method, and the differences to local training.",
+            "Dots are clients, mean over seeds. First: accuracy, the bar is the mean of all. Then: differences to local "
+            "training, with their mean and its 95 % interval.",
             lambda *how: plots.draw_methods(record, *how),
         ),
         _draw(
@@ -140,7 +143,7 @@ def _draw_run(record: RunRecord, target: Path, prefix: str) -> list[Picture]:
     clients = "Every client from zero-shot (ring) to its personal model (dot); dashed: means."
     pictures = [_draw(target, f"{prefix}clients", clients, lambda *how: plots.draw_clients(record, *how))]
     if record.rounds:
-        rounds = "The course of training."
+        rounds = "Validation after each evaluated round; dashed: before redistribution; ring: the selected round."
         pictures.append(_draw(target, f"{prefix}rounds", rounds, lambda *how: plots.draw_rounds(record, *how)))
     return pictures
 

@@ -13,6 +13,8 @@ from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord
 from fedvlm_jax.runs.statistics import compare_paired, judge, spread
 
 __all__ = [
+    "MARKS",
+    "RIVALS",
     "Table",
     "format_bytes",
     "format_paired",
@@ -26,6 +28,8 @@ __all__ = [
 
 MANY = 40
 """Above so many clients a table shows the two ends of the list only."""
+
+MARKS = {"ahead": "▲", "behind": "▼", "level": "≈"}
 
 RIVALS = ("local", "fedavg-lora+ft")
 """What every method is compared with, client by client: they are the two that are hard to beat."""
@@ -142,8 +146,7 @@ def format_paired(difference: Difference | None) -> str:
         return "–"
     if math.isnan(difference.low):
         return f"{points(difference.mean)} [no interval]"
-    mark = {"ahead": "▲", "behind": "▼", "level": "≈"}[judge(difference)]
-    return f"{mark} {points(difference.mean)} [{points(difference.low)}, {points(difference.high)}]"
+    return f"{MARKS[judge(difference)]} {points(difference.mean)} [{points(difference.low)}, {points(difference.high)}]"
 
 
 def points(share: float) -> str:
