@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from fedvlm_jax.data.batches import pad_rows
@@ -20,7 +21,7 @@ from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.objectives.sft import token_losses
 from fedvlm_jax.sharding import CLIENTS
 
-__all__ = ["Evaluator", "Scores", "make_evaluator"]
+__all__ = ["Evaluator", "Scores", "make_answer"]
 
 Scores = dict[str, dict[str, float]]
 """metric -> client -> value; clients without an example in the split are left out."""
@@ -44,8 +45,8 @@ class Evaluator:
         processor: decodes answers.
         wave: clients at a time.
         batch: examples of a client at a time.
-        answer: the compiled program: (params, adapters [V, …] or None, batches [V, N/B, B, …]) -> ids, sums.
-        place: puts host arrays [V, …] on the devices.
+        mesh: where clients are spread.
+        answer: the program that `make_answer` made.
     """
 
     examples: Examples
@@ -53,8 +54,8 @@ class Evaluator:
     processor: Decoder
     wave: int
     batch: int
+    mesh: Mesh
     answer: Callable[..., Any]
-    place: Callable[[Any], Any]
 
     def __call__(
         self, params: PyTree, adapters: Callable[[np.ndarray], PyTree] | None, split: Split, numbers: Sequence[int]
@@ -86,8 +87,9 @@ class Evaluator:
             counts = np.asarray([len(clients[number].rows_of(split)) for number in padded])
             batch["labels"] = np.where((np.arange(size) < counts[:, None])[..., None], batch["labels"], IGNORED)
             batch = {k: v.reshape(self.wave, size // self.batch, self.batch, *v.shape[2:]) for k, v in batch.items()}
+            batch = jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(CLIENTS)))
             own = None if adapters is None else adapters(padded)
-            ids, sums = jax.device_get(self.answer(params, own, self.place(batch)))
+            ids, sums = jax.device_get(self.answer(params, own, batch))
             for place, number in enumerate(chunk):
                 count, name = counts[place], clients[number].name
                 texts = self.processor.decode(ids[place].reshape(size, -1)[:count])
@@ -97,23 +99,6 @@ class Evaluator:
                 scores["token_accuracy"][name] = float(sums["correct"][place]) / tokens
                 scores["loss"][name] = float(sums["loss"][place]) / tokens
         return scores
-
-
-def make_evaluator(
-    vlm: Any,
-    examples: Examples,
-    inputs: Inputs,
-    processor: Decoder,
-    *,
-    wave: int,
-    batch: int,
-    max_tokens: int,
-    place: Callable[[Any], Any],
-    answer: Callable[..., Any] | None = None,
-) -> Evaluator:
-    """Build an evaluator; `answer` is a program made by an earlier call of `make_answer`, to share its compile."""
-    answer = answer or make_answer(vlm, max_tokens)
-    return Evaluator(examples, inputs, processor, wave, batch, answer, place)
 
 
 def make_answer(vlm: Any, max_tokens: int) -> Callable[..., tuple[Any, Mapping[str, Any]]]:

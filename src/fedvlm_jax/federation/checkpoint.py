@@ -1,4 +1,4 @@
-"""Checkpoints of everything that a run needs to go on: orbax writes each into a folder of its own, whole or not at all."""
+"""Checkpoints of all that a run needs to go on: orbax writes each into a folder of its own, whole or not at all."""
 
 import json
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ __all__ = ["Checkpoints"]
 class Checkpoints:
     """The newest checkpoints of a run, by round.
 
-    A state is any pytree of arrays; it is stored as a list of leaves beside their paths and shapes, and restored into the
-    structure of a template, so that nothing depends on how a container is written.
+    A state is any pytree of arrays; it is stored as a list of leaves beside their paths and shapes, and restored into
+    the structure of a template, so that nothing depends on how a container is written.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -56,8 +56,8 @@ class Checkpoints:
         if stored != wanted:
             odd = [f"  {line}" for line in sorted({*map(str, stored)} ^ {*map(str, wanted)})]
             raise UserError(
-                f"the checkpoint of round {round_} in {self._folder} does not fit this run; was its configuration changed? "
-                "Entries of only one of the two:\n" + "\n".join(odd[:20])
+                f"the checkpoint of round {round_} in {self._folder} does not fit this run; was its configuration "
+                "changed? Entries of only one of the two:\n" + "\n".join(odd[:20])
             )
         leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(template))}
         shapes = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}

@@ -86,6 +86,7 @@ def make_clients(
     inputs: Callable[[np.ndarray], dict[str, np.ndarray]],
     layout: Layout,
     weighting: Literal["examples", "uniform"],
+    steps: int | None = None,
 ) -> tuple[Client, Float[np.ndarray, " places"]]:
     """Everything a round reads of its cohort, as host arrays.
 
@@ -96,6 +97,7 @@ def make_clients(
         examples: of the population.
         inputs: (rows [...]) -> the model's inputs of these rows, arrays [..., …].
         layout: shapes; places beyond the cohort are padding, with weight 0.
+        steps: only so many of the layout's local steps; all by default.
         weighting: p_k by number of examples, or uniform; a client without examples has weight 0 either way.
 
     Returns:
@@ -110,6 +112,7 @@ def make_clients(
 
     counts = drawn.counts.astype(np.float64) if weighting == "examples" else (drawn.counts > 0).astype(np.float64)
     weights = np.concatenate([counts / max(counts.sum(), 1.0), np.zeros(padding)]).astype(np.float32)
+    drawn.mask[:, steps:] &= steps is None
     mask = np.concatenate([drawn.mask, np.zeros((padding, *drawn.mask.shape[1:]), bool)])
     client = Client(
         examples=inputs(pad(drawn.rows)),

@@ -1,6 +1,6 @@
 """The host's side of a federation: which method stands where, and one call per round.
 
-A `Federation` in progress is the server's state on the devices, the personal states on the host, and the compiled round.
+A federation in progress is the server's state on the devices, the personal states on the host, and a compiled round.
 """
 
 from collections.abc import Callable
@@ -109,8 +109,11 @@ class Driver:
         self.population = Population(shapes, len(self.examples.clients))
         self.server = replicate(self.programs.mesh, self.server)
 
-    def run_round(self, round_: int, rates: dict[str, float]) -> RoundReport:
-        """Run round `round_` (from 1): draw the cohort, train it, aggregate, write personal states back."""
+    def run_round(self, round_: int, rates: dict[str, float], steps: int | None = None) -> RoundReport:
+        """Run round `round_` (from 1): draw the cohort, train it, aggregate, write personal states back.
+
+        `steps` below the layout's local steps leaves out the others, in the same program.
+        """
         mesh, method = self.programs.mesh, self.programs.method
         numbers = draw_cohort(self.seed, round_, len(self.population), self.layout.cohort)
         clients, weights = make_clients(
@@ -122,6 +125,7 @@ class Driver:
             self.inputs,
             self.layout,
             self.weighting,
+            steps,
         )
         places = np.concatenate([numbers, np.repeat(numbers[:1], self.layout.places - len(numbers))])
         personal = to_waves(self.population.gather(places), self.layout.waves)
@@ -163,9 +167,8 @@ class Driver:
         for start in range(0, count, wave):
             numbers = np.arange(start, min(start + wave, count))
             padded = np.concatenate([numbers, np.repeat(numbers[:1], wave - len(numbers))])
-            host = jax.device_get(self.adapters(padded))
-            parts.append(jax.tree.map(lambda x, n=len(numbers): x[:n], host))
-        return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+            parts.append(jax.device_get(self.adapters(padded)))
+        return jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)
 
     def _trained(self, before: PyTree, cohort: np.ndarray, messages: PyTree) -> Callable[[np.ndarray], PyTree]:
         def adapters(numbers: np.ndarray) -> PyTree:

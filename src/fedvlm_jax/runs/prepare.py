@@ -1,0 +1,200 @@
+"""From options to everything a run needs: model, data, cached features, mesh, programs.
+
+A `Session` holds what the runs of a comparison have in common (the base on the devices, image features, compiled
+programs), so that the second run starts at once.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from fedvlm_jax import lora
+from fedvlm_jax.data.encode import Examples, encode
+from fedvlm_jax.data.federate import Federation, federate
+from fedvlm_jax.data.table import Table, read_table
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.clients import Evaluator, make_answer
+from fedvlm_jax.federation.cohort import Layout, choose_layout
+from fedvlm_jax.federation.driver import Driver, Programs, make_programs, start_adapter
+from fedvlm_jax.federation.inputs import FeatureStore, Inputs, fingerprint_params, is_vision_frozen, make_inputs
+from fedvlm_jax.federation.training import make_local_trainer
+from fedvlm_jax.methods import Setup, load_method
+from fedvlm_jax.models import Processor, load_vlm, resolve_folder
+from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.runs.config import Run
+from fedvlm_jax.sharding import CLIENTS, make_mesh, replicate
+
+__all__ = ["Prepared", "Session", "make_driver", "open_session", "prepare"]
+
+Note = Callable[[str], None]
+
+
+@dataclass
+class Session:
+    """What runs on the same model, mesh and data source share.
+
+    Attributes:
+        vlm, params, processor: the base; `params` on the mesh.
+        mesh: the devices.
+        table: the data source.
+        store: frozen image features.
+        memo: compiled programs and results that do not depend on the method, by what they do depend on.
+    """
+
+    vlm: Any
+    params: Any
+    processor: Processor
+    mesh: Mesh
+    table: Table
+    store: FeatureStore
+    memo: dict[Hashable, Any] = field(default_factory=dict)
+
+    def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value made for `key` earlier, or a new one."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything one run needs.
+
+    Attributes:
+        run: its options.
+        session: what it shares with others.
+        federation, examples, inputs: its clients and their data.
+        spec, adapter: the adapter's form, and the one that all methods start from.
+        layout: the shapes of its rounds.
+        key: decides everything drawn on devices.
+        evaluator: scores clients.
+    """
+
+    run: Run
+    session: Session
+    federation: Federation
+    examples: Examples
+    inputs: Inputs
+    spec: lora.LoRA
+    adapter: lora.Adapter
+    layout: Layout
+    key: Any
+    evaluator: Evaluator
+
+
+def open_session(run: Run, note: Note = lambda text: None) -> Session:
+    """Load the model and open the data.
+
+    Raises:
+        UserError: files are missing or do not fit, or there are fewer devices than asked for.
+    """
+    table = read_table(run.data.source)  # first: it is quick to fail
+    mesh = make_mesh(run.system.mesh_clients)
+    note(f"loading {run.model}")
+    folder = resolve_folder(run.model)
+    processor = Processor.from_folder(folder)
+    compute = jnp.bfloat16 if run.system.compute == "bfloat16" else jnp.float32
+    vlm, params = load_vlm(folder, compute_dtype=compute, remat=run.system.remat)
+    params = replicate(mesh, params)
+    features = jax.jit(lambda params, pixels: vlm.image_features(params, None, pixels))
+    cache = _cache_folder(run, params, processor) if run.system.cache == "disk" else None
+    store = FeatureStore(lambda pixels: features(params, pixels), processor, cache)
+    return Session(vlm, params, processor, mesh, table, store)
+
+
+def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepared:
+    """Cut the data into clients, tokenise, compute frozen features, and lay out the rounds.
+
+    Raises:
+        UserError: data, targets, ranks or sizes that cannot work; each with what to change.
+    """
+    spec = _make_spec(run)
+    key = jax.random.key(run.seed)
+    adapter = start_adapter(key, session.vlm.sites, spec)
+    data_key = ("data", run.data, run.seed)
+    federation = session.remember(("federation", *data_key), lambda: federate(session.table, run.data, run.seed))
+    examples = session.remember(
+        ("examples", *data_key), lambda: encode(session.table, federation, session.processor, run.data)
+    )
+    clients = examples.clients
+    note(f"{len(clients)} clients, {sum(len(c.train) for c in clients)} training examples")
+    cached = is_vision_frozen(adapter) and run.system.cache != "off"
+    inputs = session.remember(
+        ("inputs", cached, *data_key),
+        lambda: make_inputs(examples, session.processor, session.store if cached else None, note),
+    )
+    if run.cohort is not None and run.cohort > len(clients):
+        raise UserError(f"--cohort {run.cohort}: there are only {len(clients)} clients")
+    layout = _lay_out(run, examples, session.mesh, run.cohort, run.system.wave)
+    answer = session.remember(
+        ("answer", run.evaluation.max_answer_tokens),
+        lambda: make_answer(session.vlm, run.evaluation.max_answer_tokens),
+    )
+    evaluator = Evaluator(
+        examples, inputs, session.processor, layout.wave, run.evaluation.batch_size, session.mesh, answer
+    )
+    return Prepared(run, session, federation, examples, inputs, spec, adapter, layout, key, evaluator)
+
+
+def make_driver(prepared: Prepared, method: str, *, cohort: int | None, common_start: bool | None = None) -> Driver:
+    """Start a federation with a method; `cohort` None means everybody, `common_start` None what the options say."""
+    run, session = prepared.run, prepared.session
+    train = run.train
+    common = run.lora.private_a == "common" if common_start is None else common_start
+    static = (method, common, run.lora, run.objective, train.optimizer, train.weight_decay, train.clip_norm)
+
+    def make() -> Programs:
+        trainer = make_local_trainer(
+            session.vlm,
+            load_objective(run.objective),
+            optimizer=train.optimizer,
+            weight_decay=train.weight_decay,
+            clip_norm=train.clip_norm,
+        )
+        setup = Setup(
+            sites=session.vlm.sites,
+            draw=lambda key: lora.init(key, session.vlm.sites, prepared.spec),
+            start_optimizer=trainer.start,
+            keep_optimizer=train.optimizer_state == "kept",
+            common_start=common,
+        )
+        return make_programs(load_method(method, setup), trainer, session.mesh)
+
+    programs = session.remember(("programs", *static, train.optimizer_state), make)
+    return Driver(
+        programs=programs,
+        params=session.params,
+        examples=prepared.examples,
+        inputs=prepared.inputs,
+        layout=_lay_out(run, prepared.examples, session.mesh, cohort, prepared.layout.wave),
+        seed=run.seed,
+        key=prepared.key,
+        weighting=train.weighting,
+        server=programs.method.init(prepared.adapter),
+    )
+
+
+def _lay_out(run: Run, examples: Examples, mesh: Mesh, cohort: int | None, wave: int | None) -> Layout:
+    return choose_layout(
+        [len(client.train) for client in examples.clients],
+        cohort=cohort,
+        wave=wave,
+        devices=mesh.shape[CLIENTS],
+        steps=run.train.local_steps,
+        batch=run.train.batch_size,
+    )
+
+
+def _make_spec(run: Run) -> lora.LoRA:
+    options = run.lora
+    return lora.LoRA(options.rank, options.alpha, options.targets, rslora=options.rslora, init=options.init)
+
+
+def _cache_folder(run: Run, params: Any, processor: Processor) -> Path:
+    root = run.system.cache_dir or Path.home() / ".cache" / "fedvlm-jax"
+    return root / f"features-{fingerprint_params(params)}-{processor.fingerprint}-{run.system.compute}"

@@ -1,0 +1,106 @@
+"""Files that a run leaves: JSON written whole or not at all, adapters as safetensors, and where it all ran."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from fedvlm_jax import tree
+from fedvlm_jax.errors import UserError
+
+__all__ = ["describe_environment", "load_adapters", "save_adapters", "write_json"]
+
+PACKAGES = ("fedvlm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def save_adapters(
+    folder: Path, names: Sequence[str], adapters: PyTree, shared: PyTree, about: Mapping[str, Any]
+) -> None:
+    """Write `shared.safetensors` (what left the clients; absent where nothing did) and `clients/<name>.safetensors`.
+
+    Args:
+        folder: where to.
+        names: the clients' names; characters that file systems dislike become `_`, the name itself is in the metadata.
+        adapters: every client's whole adapter [C, …], shared factors included, usable by itself.
+        shared: the shared tree.
+        about: goes into the files' metadata.
+    """
+    from safetensors.numpy import save_file
+
+    metadata = {"format": "fedvlm-jax", **{name: str(value) for name, value in about.items()}}
+    (folder / "clients").mkdir(parents=True, exist_ok=True)
+    flat = tree.flatten(shared)
+    if flat:
+        arrays = {path: np.ascontiguousarray(leaf) for path, leaf in flat.items()}
+        save_file(arrays, folder / "shared.safetensors", {**metadata, "part": "shared"})
+    for number, name in enumerate(names):
+        arrays = {path: np.ascontiguousarray(leaf[number]) for path, leaf in tree.flatten(adapters).items()}
+        target = folder / "clients" / f"{safe_name(name)}.safetensors"
+        save_file(arrays, target, {**metadata, "part": "personal", "client": name})
+
+
+def load_adapters(folder: Path, names: Sequence[str]) -> PyTree:
+    """Read the clients' adapters back: [C, …] in the order of `names`.
+
+    Raises:
+        UserError: a file is missing.
+    """
+    from safetensors.numpy import load_file
+
+    own = []
+    for name in names:
+        path = folder / "clients" / f"{safe_name(name)}.safetensors"
+        if not path.is_file():
+            raise UserError(f"{path} is missing: is the run finished?")
+        own.append(load_file(path))
+    return tree.unflatten({path: np.stack([flat[path] for flat in own]) for path in own[0]})
+
+
+def safe_name(name: str) -> str:
+    """A client's name as a file's name; unlike names stay unlike."""
+    return "".join(c if c.isalnum() or c in "-_." else f"%{ord(c):x}" for c in name) or "%"
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine and, from a checkout, the commit."""
+    versions = {name: _version(name) for name in PACKAGES}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
