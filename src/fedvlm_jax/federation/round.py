@@ -106,4 +106,7 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
         server, health = method.aggregate(ctx, server, messages, weights)
         return RoundOutput(server, personal, messages, metrics, health)
 
-    return jax.jit(run, donate_argnames="personal")
+    # Told, not inferred: the server's state comes back exactly as it goes in, so the next round finds its program.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    outputs = RoundOutput(everywhere, wave_sharding(mesh), across, across, everywhere)  # type: ignore[arg-type]
+    return jax.jit(run, donate_argnames="personal", out_shardings=outputs)

@@ -1,0 +1,217 @@
+"""What every method must keep, found by name: a new file in methods/ is tested here without being mentioned."""
+
+import jax
+import numpy as np
+import pytest
+from toy import make_cohort, make_method, run_round, start_states, take
+
+from fedvlm_jax import lora, tree
+from fedvlm_jax.federation.round import make_round
+from fedvlm_jax.runs.config import methods_available
+from fedvlm_jax.sharding import make_mesh
+
+CLIENTS = 4
+WEIGHTS = np.asarray([0.1, 0.2, 0.3, 0.4], np.float32)
+SHARING = {"local": (), "fedavg-lora": ("a", "b"), "plora": ("b",)}
+
+
+class Case:
+    """A method on the toy model with its compiled round, made once per method."""
+
+    def __init__(self, name):
+        self.name = name
+        self.vlm, self.params, trainer, self.method, self.adapter = make_method(name)
+        self.round = make_round(self.method, trainer, make_mesh(1))
+        self.server = self.method.init(self.adapter)
+        self.cohort = make_cohort(CLIENTS)
+        self.states = start_states(self.method, self.server, CLIENTS)
+        self.out, self.personal = self.run(self.cohort, WEIGHTS, self.states)
+
+    def run(self, cohort, weights, states, server=None, **options):
+        server = self.server if server is None else server
+        return run_round(self.round, self.params, server, cohort, weights, states, **options)
+
+
+@pytest.fixture(scope="module", params=methods_available())
+def case(request):
+    return Case(request.param)
+
+
+def assert_close(got, want, **options):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    options = {"rtol": 2e-5, "atol": 2e-6, **options}
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **options), got, want)
+
+
+def test_structure_shapes_and_types_are_kept(case):
+    def describe(part):
+        return jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), part)
+
+    assert describe(case.out.server) == describe(case.server)
+    assert describe(case.personal) == describe(case.states)
+    own = jax.tree.map(lambda x: x[0], case.personal)
+    assert describe(case.method.personalise(case.out.server, own)) == describe(case.adapter)
+    message = jax.tree.map(lambda x: x[0], case.out.messages)
+    assert describe(case.method.trained(case.server, own, message)) == describe(case.adapter)
+
+
+def test_training_moves_the_factors_and_never_the_scale(case):
+    own = jax.tree.map(lambda x: x[1], case.personal)
+    moved = tree.flatten(case.method.personalise(case.out.server, own))
+    for path, leaf in tree.flatten(case.adapter).items():
+        same = np.array_equal(leaf, moved[path])
+        assert same == path.endswith("scale"), path
+
+
+def test_permuting_clients_permutes_results(case):
+    order = [2, 0, 3, 1]
+    out, personal = case.run(take(case.cohort, order), WEIGHTS[order], case.states)
+    assert_close(out.server, case.out.server)
+    assert_close(personal, take(case.personal, order))
+
+
+def test_waves_change_nothing(case):
+    for waves in (2, 4):
+        out, personal = case.run(case.cohort, WEIGHTS, case.states, waves=waves)
+        assert_close(out.server, case.out.server)
+        assert_close(personal, case.personal)
+        assert_close(out.messages, case.out.messages)
+
+
+def test_a_client_of_weight_zero_changes_nothing(case):
+    cohort = make_cohort(CLIENTS)
+    cohort.examples["image_features"][3] = np.nan  # whatever it computed
+    weights = np.asarray([0.2, 0.3, 0.5, 0.0], np.float32)
+    out, personal = case.run(cohort, weights, case.states)
+    alone, alone_personal = case.run(
+        take(case.cohort, [0, 1, 2]), weights[:3], start_states(case.method, case.server, 3)
+    )
+    assert_close(out.server, alone.server)
+    assert_close(take(personal, [0, 1, 2]), alone_personal)
+
+
+def test_nobody_counts_and_the_server_stays(case):
+    out, _ = case.run(case.cohort, np.zeros(CLIENTS), case.states)
+    assert_close(out.server, case.server, rtol=0, atol=0)
+
+
+def test_masked_steps_and_padded_rows_change_nothing(case):
+    cohort = make_cohort(CLIENTS)
+    rows = {name: np.concatenate([x, 7 * x[:, :2]], axis=1) for name, x in cohort.examples.items()}
+    indices = np.concatenate([cohort.indices, np.full_like(cohort.indices[:, :1], 11)], axis=1)
+    indices = np.concatenate([indices, np.zeros_like(indices[..., :1])], axis=2)
+    mask = np.zeros(indices.shape, bool)
+    mask[:, :-1, :-1] = True
+    rows["labels"] = np.minimum(rows["labels"], 4)
+    padded = cohort._replace(examples=rows, indices=indices, mask=mask)
+    out, personal = case.run(padded, WEIGHTS, case.states)
+    assert_close(out.server, case.out.server)
+    assert_close(personal, case.personal)
+
+
+def test_an_empty_client_keeps_its_start(case):
+    cohort = make_cohort(CLIENTS)
+    cohort.mask[1] = False
+    weights = np.asarray([0.3, 0.0, 0.3, 0.4])
+    out, personal = case.run(cohort, weights, case.states)
+    kept = case.method.init_client(jax.random.key(0), case.server)
+    assert_close(jax.tree.map(lambda x: x[1], personal), kept, rtol=0, atol=0)
+    assert np.isfinite(out.metrics["loss"]).all()
+
+
+def test_one_client_alone_is_not_changed_by_averaging(case):
+    out, personal = case.run(take(case.cohort, [2]), [1.0], start_states(case.method, case.server, 1))
+    own, message = (jax.tree.map(lambda x: x[0], part) for part in (personal, out.messages))
+    assert_close(
+        case.method.personalise(out.server, own), case.method.trained(case.server, own, message), atol=1e-7, rtol=1e-6
+    )
+
+
+def test_sharing_methods_agree_where_there_is_one_client(case):
+    """K = 1: averaging changes nothing, so every share rule is local training."""
+    if case.name not in SHARING:
+        pytest.skip(f"{case.name} is not a share rule over the whole adapter")
+    local = Case("local")
+    cohort = take(case.cohort, [2])
+    out, personal = case.run(cohort, [1.0], start_states(case.method, case.server, 1))
+    wanted, wanted_personal = local.run(cohort, [1.0], start_states(local.method, local.server, 1))
+    first = lambda part: jax.tree.map(lambda x: x[0], part)  # noqa: E731
+    assert_close(
+        case.method.personalise(out.server, first(personal)),
+        local.method.personalise(wanted.server, first(wanted_personal)),
+        atol=1e-6,
+    )
+
+
+def test_old_clients_go_on_from_their_own_state_and_new_ones_do_not(case):
+    """A newcomer inherits nobody's private factors or momentum, whatever lies in its place in memory."""
+    cohort = case.cohort._replace(new=np.asarray([True, False, True, False]))
+    rubbish = jax.tree.map(
+        lambda x: np.where(np.isin(np.arange(CLIENTS), [0, 2]).reshape(-1, *[1] * (x.ndim - 1)), 77, x).astype(x.dtype),
+        case.personal,
+    )
+    got, personal = case.run(cohort, WEIGHTS, rubbish)
+    clean, clean_personal = case.run(cohort, WEIGHTS, case.personal)
+    assert_close(personal, clean_personal, rtol=0, atol=0)
+    assert_close(got.server, clean.server, rtol=0, atol=0)
+    continued = jax.tree.map(lambda x: x[1], personal)
+    fresh = jax.tree.map(lambda x: x[1], case.run(case.cohort, WEIGHTS, case.states)[1])
+    assert any(
+        not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(continued), jax.tree.leaves(fresh), strict=True)
+    )
+
+
+def test_one_compile_for_all_rounds_and_rates(case):
+    before = case.round._cache_size()
+    for round_ in range(2, 5):
+        case.run(case.cohort, WEIGHTS, case.states, round_=round_, server=case.out.server)
+    assert case.round._cache_size() == before
+
+
+def test_what_travels(case):
+    """The message holds the shared factors and nothing else: no private leaf, no scale, no optimiser."""
+    if case.name not in SHARING:
+        pytest.skip(f"what {case.name} shares is told in its own tests")
+    sent = {path.rpartition("/")[2] for path in tree.flatten(case.out.messages)}
+    assert sent == set(SHARING[case.name])
+    assert tree.flatten(case.method.download(case.out.server)).keys() == tree.flatten(case.out.messages).keys()
+
+
+def test_private_start_common_or_own():
+    for common in (True, False):
+        _, _, _, method, adapter = make_method("plora", common_start=common)
+        server = method.init(adapter)
+        one, two = (method.init_client(jax.random.key(k), server)["own"] for k in (1, 2))
+        assert np.array_equal(one["fc1"]["a"], two["fc1"]["a"]) == common
+        assert set(one["fc1"]) == {"a", "scale"}
+
+
+def test_weighted_mean_of_published_vectors():
+    """FedAvgM's example: weights 1 and 2, matrices of integers; and scalars 1 (n = 1), 3 (n = 2) -> 7/3."""
+    stacked = {
+        "matrix": np.asarray([[[1, 2, 3], [4, 5, 6]], [[29, 23, 19], [17, 13, 11]]], np.float32),
+        "scalar": np.asarray([1, 3], np.float32),
+    }
+    mean = jax.jit(tree.weighted_sum)(stacked, np.asarray([1 / 3, 2 / 3], np.float32))
+    np.testing.assert_allclose(mean["matrix"], [[59 / 3, 16, 41 / 3], [38 / 3, 31 / 3, 28 / 3]], rtol=1e-6)
+    np.testing.assert_allclose(mean["scalar"], 7 / 3, rtol=1e-6)
+
+
+def test_rules_make_methods():
+    """A stranger's rule becomes a method: share B of one layer only."""
+    from toy import RATES, SPEC, make_toy
+
+    from fedvlm_jax.federation.training import make_local_trainer
+    from fedvlm_jax.methods.record import Setup
+    from fedvlm_jax.methods.share import make_share_method
+    from fedvlm_jax.objectives import load_objective
+
+    vlm, params = make_toy()
+    trainer = make_local_trainer(vlm, load_objective("sft"))
+    setup = Setup(vlm.sites, lambda key: lora.init(key, vlm.sites, SPEC), trainer.start)
+    method = make_share_method("mine", "here", lora.Rule("fc2/b$"), setup)
+    server = method.init(lora.init(jax.random.key(0), vlm.sites, SPEC))
+    run = make_round(method, trainer, make_mesh(1))
+    out, _ = run_round(run, params, server, make_cohort(2), [0.5, 0.5], start_states(method, server, 2))
+    assert list(tree.flatten(out.messages)) == ["fc2/b"]
+    assert RATES.keys() == {"a", "b"}

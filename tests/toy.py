@@ -1,0 +1,90 @@
+"""A model small enough to work out by hand, in the shape of a `Vlm`: logits = fc2(tanh(fc1(features)))."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from fedvlm_jax import lora
+from fedvlm_jax.federation.round import to_waves
+from fedvlm_jax.federation.training import make_local_trainer
+from fedvlm_jax.methods import Client, Setup, load_method
+from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.sharding import make_mesh, replicate
+
+WIDTH, VOCABULARY, LABELS = 6, 5, 3
+SPEC = lora.LoRA(rank=2, alpha=4.0, targets="fc")
+
+
+class Toy(nn.Module):
+    @nn.compact
+    def __call__(self, features):
+        hidden = jnp.tanh(nn.Dense(8, name="fc1")(features))
+        return nn.Dense(LABELS * VOCABULARY, name="fc2")(hidden).reshape(*features.shape[:-1], LABELS, VOCABULARY)
+
+
+def make_toy():
+    model = Toy()
+    example = jnp.zeros((1, WIDTH))
+    params = model.init(jax.random.key(0), example)["params"]
+    forward = lora.inject(model.apply)
+    vlm = SimpleNamespace(
+        logits=lambda params, adapter, batch: forward(params, adapter, batch["image_features"]),
+        sites=lora.find_sites(model.apply, params, example),
+    )
+    return vlm, params
+
+
+def make_method(name, *, optimizer="adamw", keep_optimizer=True, common_start=True, clip_norm=1.0):
+    """-> vlm, params, trainer, method, the adapter that all start from."""
+    vlm, params = make_toy()
+    trainer = make_local_trainer(vlm, load_objective("sft"), optimizer=optimizer, clip_norm=clip_norm)
+    setup = Setup(vlm.sites, lambda key: lora.init(key, vlm.sites, SPEC), trainer.start, keep_optimizer, common_start)
+    adapter = lora.init(jax.random.key(9), vlm.sites, SPEC)
+    return vlm, params, trainer, load_method(name, setup), adapter
+
+
+def make_cohort(clients, *, rows=10, steps=3, batch=4, seed=0):
+    """A cohort of random data, as host arrays [K, …], everybody new."""
+    rng = np.random.default_rng(seed)
+    return Client(
+        examples={
+            "image_features": rng.normal(size=(clients, rows, WIDTH)).astype(np.float32),
+            "labels": rng.integers(0, VOCABULARY, (clients, rows, LABELS)).astype(np.int32),
+        },
+        indices=rng.integers(0, rows, (clients, steps, batch)).astype(np.int32),
+        mask=np.ones((clients, steps, batch), bool),
+        weight=np.full(clients, 1 / clients, np.float32),
+        number=np.arange(clients, dtype=np.int32),
+        new=np.ones(clients, bool),
+    )
+
+
+def take(cohort, order):
+    return jax.tree.map(lambda x: x[np.asarray(order)], cohort)
+
+
+def start_states(method, server, clients):
+    one = jax.eval_shape(lambda: method.init_client(jax.random.key(0), server))
+    return jax.tree.map(lambda x: np.zeros((clients, *x.shape), x.dtype), one)
+
+
+RATES = {"a": jnp.float32(5e-2), "b": jnp.float32(5e-2)}
+
+
+def run_round(run, params, server, cohort, weights, states, *, waves=1, round_=1, key=3):
+    """One call of a round; states come back as [K, …]."""
+    out = run(
+        params,
+        replicate(make_mesh(1), server),
+        to_waves(states, waves),
+        to_waves(cohort, waves),
+        jnp.asarray(weights, jnp.float32),
+        RATES,
+        jnp.int32(round_),
+        jax.random.key(key),
+    )
+    personal = jax.tree.map(lambda x: np.swapaxes(np.asarray(x), 0, 1).reshape(-1, *x.shape[2:]), out.personal)
+    return out, personal
