@@ -193,7 +193,6 @@ class Decoder(Positions):
     def step(
         self, embeddings: Float[Array, "B K D"], index: Array, cache: Cache, memory: Array | None, bias: Array
     ) -> tuple[Float[Array, "B K D"], Cache]:
-        self._check_length(cache.key.shape[3], "generated tokens")
         return self.layers(self._place(embeddings, index), cache, memory, bias, index)
 
 
@@ -230,9 +229,15 @@ class Bart(nn.Module):
         hidden, cache = self.decoder.step(self.embed(ids), index, cache, memory, padding_bias(attention_mask))
         return self.shared.attend(hidden).astype(jnp.float32), cache
 
-    def empty_cache(self, batch: int, beams: int, length: int) -> Cache:
-        """A cache for `length` positions, without cross keys: the first step fills those in."""
-        text = self.text
-        heads = text.decoder_attention_heads
-        shape = (text.decoder_layers, batch, beams, length, heads, text.d_model // heads)
-        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), None, None)
+
+def empty_cache(text: Any, batch: int, beams: int, length: int, dtype: Any) -> Cache:
+    """A cache for `length` positions, without cross keys: the first step fills those in.
+
+    Raises:
+        UserError: where the model has fewer positions.
+    """
+    if length > text.max_position_embeddings:
+        raise UserError(f"{length} generated tokens do not fit max_position_embeddings={text.max_position_embeddings}")
+    heads = text.decoder_attention_heads
+    shape = (text.decoder_layers, batch, beams, length, heads, text.d_model // heads)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), None, None)

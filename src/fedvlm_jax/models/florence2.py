@@ -187,6 +187,7 @@ def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generat
         return module.apply(variables, *args, **kwargs)
 
     injected = lora.inject(apply)
+    options = generation.resolve_config(config, generation_config)
 
     def init(key: Array) -> Params:
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in example_batch(config).items()}
@@ -208,9 +209,9 @@ def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generat
         init=init,
         image_features=image_features,
         logits=logits,
-        generate=generation.make_generate(config, module, injected, generation_config),
+        generate=generation.make_generate(config, module, injected, options),
         image_tokens=lambda height, width: image_tokens(config, height, width),
         example_batch=lambda: example_batch(config),
-        generation_config=generation.resolve_config(config, generation_config),
+        generation_config=options,
         apply=logits_of,
     )

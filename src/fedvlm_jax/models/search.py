@@ -1,0 +1,191 @@
+"""Greedy and beam search over a decoder step, token for token as transformers 5.23 does them.
+
+Scores are processed in its order: no_repeat_ngram_size, min_length, min_new_tokens, forced BOS, forced EOS. Beam search
+follows its vectorised search: 2 K candidates a step (more with several EOS tokens), scores divided by
+length ** length_penalty, early_stopping True, False or "never".
+
+Deviation: after EOS there is always the padding token (transformers' beam search fills with EOS where padding is 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from fedvlm_jax.models.bart import Cache
+
+FAR = -1e9  # the score of what must not win but may still be compared; transformers' own number
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate; names and meanings are those of transformers' `GenerationConfig`."""
+
+    num_beams: int
+    decoder_start_token_id: int
+    pad_token_id: int
+    eos_token_ids: tuple[int, ...]
+    forced_bos_token_id: int | None
+    forced_eos_token_ids: tuple[int, ...]
+    no_repeat_ngram_size: int
+    min_length: int
+    min_new_tokens: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+
+
+class Decoder(NamedTuple):
+    """What search needs of a model with its parameters, adapter and batch: a first step and the later ones."""
+
+    batch: int
+    first: Callable[[Array], tuple[Array, Cache]]  # (ids [B, K]) -> logits [B, K, V], cache
+    step: Callable[[Array, Array, Cache], tuple[Array, Cache]]  # (ids [B, K], position, cache) -> the same
+
+
+def _is_one_of(ids: Array, wanted: tuple[int, ...]) -> Bool[Array, ...]:
+    return jnp.isin(ids, jnp.array(wanted, ids.dtype)) if wanted else jnp.zeros(ids.shape, bool)
+
+
+def process_scores(
+    scores: Float[Array, "B K V"], history: Int[Array, "B K N"], count: Array, settings: Settings
+) -> Float[Array, "B K V"]:
+    """Scores for the next token as the settings allow them; `history` holds `count` tokens, the start token first."""
+    vocabulary = jnp.arange(scores.shape[-1])
+    last = history.shape[-1] - 1
+    if settings.no_repeat_ngram_size:
+        scores = _ban_repeats(scores, history, count, settings.no_repeat_ngram_size)
+    too_short = (count < settings.min_length) | (count - 1 < settings.min_new_tokens)
+    scores = jnp.where(too_short & _is_one_of(vocabulary, settings.eos_token_ids), -jnp.inf, scores)
+    if settings.forced_bos_token_id is not None:
+        forced = jnp.where(vocabulary == settings.forced_bos_token_id, 0.0, -jnp.inf)
+        scores = jnp.where(count == 1, forced, scores)
+    if settings.forced_eos_token_ids:
+        forced = jnp.where(_is_one_of(vocabulary, settings.forced_eos_token_ids), 0.0, -jnp.inf)
+        scores = jnp.where(count == last, forced, scores)
+    return scores
+
+
+def _ban_repeats(scores: Array, history: Array, count: Array, size: int) -> Array:
+    """Minus infinity for every token that would complete an n-gram that the history already has."""
+    windows = history.shape[-1] - size + 1
+    if windows < 1:
+        return scores
+    starts = jnp.arange(windows)
+    match = jnp.broadcast_to(starts + size <= count, (*history.shape[:2], windows))
+    for offset in range(size - 1):
+        tail = jax.lax.dynamic_index_in_dim(history, jnp.maximum(count + 1 - size + offset, 0), axis=2)
+        match = match & (history[..., offset : offset + windows] == tail)
+    tokens = history[..., size - 1 :]
+    rows, beams = jnp.indices(tokens.shape[:2])
+    banned = jnp.zeros(scores.shape, bool).at[rows[..., None], beams[..., None], tokens].max(match)
+    return jnp.where(banned, -jnp.inf, scores)
+
+
+def search_greedy(decoder: Decoder, length: int, settings: Settings) -> Int[Array, "B U"]:
+    """The likeliest token at every step, until every row has met EOS or is full."""
+    start = jnp.full((decoder.batch, 1, 1 + length), settings.pad_token_id, jnp.int32)
+    start = start.at[..., 0].set(settings.decoder_start_token_id)
+
+    def choose(logits: Array, history: Array, done: Array, count: Array) -> tuple[Array, Array]:
+        token = jnp.argmax(process_scores(logits, history, count, settings), -1).astype(jnp.int32)
+        token = jnp.where(done, settings.pad_token_id, token)
+        history = jax.lax.dynamic_update_slice_in_dim(history, token[..., None], count, 2)
+        return history, done | _is_one_of(token, settings.eos_token_ids)
+
+    def body(state: tuple[Array, Array, Array, Cache]) -> tuple[Array, Array, Array, Cache]:
+        count, history, done, cache = state
+        last = jax.lax.dynamic_index_in_dim(history, count - 1, 2, keepdims=False)
+        logits, cache = decoder.step(last, count - 1, cache)
+        return count + 1, *choose(logits, history, done, count), cache
+
+    logits, cache = decoder.first(start[..., 0])
+    history, done = choose(logits, start, jnp.zeros((decoder.batch, 1), bool), jnp.int32(1))
+    state = (jnp.int32(2), history, done, cache)
+    return jax.lax.while_loop(lambda s: (s[0] <= length) & ~jnp.all(s[2]), body, state)[1][:, 0, 1:]
+
+
+class _Beams(NamedTuple):
+    """State of the search. Running hypotheses [B, K, ...] go on; finished ones are kept by their penalised score."""
+
+    count: Array  # tokens per hypothesis so far, start token included
+    running: Int[Array, "B K N"]
+    running_scores: Float[Array, "B K"]
+    finished: Int[Array, "B K N"]
+    finished_scores: Float[Array, "B K"]
+    is_finished: Bool[Array, "B K"]
+    can_improve: Bool[Array, "B 1"]
+    stuck: Bool[Array, ""]  # every candidate of the last step ended
+    cache: Cache
+
+
+def _take(array: Array, beams: Int[Array, "B M"]) -> Array:
+    return jnp.take_along_axis(array, beams.reshape(*beams.shape, *[1] * (array.ndim - 2)), axis=1)
+
+
+def search_beams(decoder: Decoder, length: int, settings: Settings) -> Int[Array, "B U"]:
+    """The hypothesis with the best score / length ** length_penalty among those that beam search finishes."""
+    batch, beams = decoder.batch, settings.num_beams
+    keep = max(2, 1 + len(settings.eos_token_ids)) * beams
+    early = settings.early_stopping is True
+
+    def advance(state: _Beams, logits: Float[Array, "B K V"], cache: Cache) -> _Beams:
+        count, width = state.count, logits.shape[-1]
+        scores = process_scores(jax.nn.log_softmax(logits, -1), state.running, count, settings)
+        scores = (scores + state.running_scores[..., None]).reshape(batch, -1)
+        top, index = jax.lax.top_k(scores, keep)
+        origin, token = index // width, (index % width).astype(jnp.int32)
+        hypotheses = jax.lax.dynamic_update_slice_in_dim(_take(state.running, origin), token[..., None], count, 2)
+        ends = _is_one_of(token, settings.eos_token_ids) | (count + 1 >= length + 1)
+
+        running_scores, chosen = jax.lax.top_k(top + ends * FAR, beams)
+        source = _take(origin, chosen)[None, :, :, None, None, None]
+        cache = cache._replace(
+            key=jnp.take_along_axis(cache.key, source, 2), value=jnp.take_along_axis(cache.value, source, 2)
+        )
+
+        newly = ends & (jnp.arange(keep) < beams)
+        penalised = top / (count.astype(jnp.float32) ** settings.length_penalty)
+        penalised = penalised + (jnp.all(state.is_finished, 1, keepdims=True) & early) * FAR
+        penalised = penalised + ~state.can_improve * FAR + ~newly * FAR
+        merged = jnp.concatenate([state.finished_scores, penalised], 1)
+        finished_scores, best = jax.lax.top_k(merged, beams)
+        finished = _take(jnp.concatenate([state.finished, hypotheses], 1), best)
+        is_finished = _take(jnp.concatenate([state.is_finished, newly], 1), best)
+
+        hoped = length if settings.early_stopping == "never" and settings.length_penalty > 0 else count
+        possible = running_scores[:, :1] / (jnp.float32(hoped) ** settings.length_penalty)
+        worst = jnp.where(is_finished, finished_scores.min(1, keepdims=True), FAR)
+        can_improve = state.can_improve & jnp.any(possible > worst, 1, keepdims=True)
+        return _Beams(
+            count + 1,
+            _take(hypotheses, chosen),
+            running_scores,
+            finished,
+            finished_scores,
+            is_finished,
+            can_improve,
+            jnp.all(ends),
+            cache,
+        )
+
+    def goes_on(state: _Beams) -> Bool[Array, ""]:
+        return jnp.any(state.can_improve) & ~(jnp.all(state.is_finished) & early) & ~state.stuck
+
+    def body(state: _Beams) -> _Beams:
+        last = jax.lax.dynamic_index_in_dim(state.running, state.count - 1, 2, keepdims=False)
+        return advance(state, *decoder.step(last, state.count - 1, state.cache))
+
+    start = jnp.full((batch, beams, 1 + length), settings.pad_token_id, jnp.int32)
+    start = start.at[..., 0].set(settings.decoder_start_token_id)
+    logits, cache = decoder.first(start[..., 0])
+    # Beams start equal, so all but the first start with a score that keeps them out.
+    scores = jnp.zeros((batch, beams)).at[:, 1:].set(FAR)
+    empty = jnp.full((batch, beams), FAR)
+    none = jnp.zeros((batch, beams), bool)
+    state = _Beams(jnp.int32(1), start, scores, start, empty, none, jnp.ones((batch, 1), bool), jnp.array(False), cache)
+    return jax.lax.while_loop(goes_on, body, advance(state, logits, cache)).finished[:, 0, 1:]
