@@ -82,11 +82,14 @@ def _defer(command: Callable[..., None], chosen: list[Callable[[], None]]) -> Ca
 
 def _read_box(text: str) -> str:
     """Take the sentence out of the frame that tyro draws around its errors, and the flag that it would suggest."""
-    rows = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
-    # Above the first rule stands what is wrong; below it come suggestions, one flag per row.
-    rules = [number for number, row in enumerate(rows) if row.startswith("─")]
+    lines = [line for line in text.splitlines() if line.strip()] or [""]
+    # The title stands in the frame's upper edge, or, where stdout is not UTF-8, above a first rule.
+    body = lines[1:-1] if lines[0].startswith("╭") else lines[2:]
+    rows = [line.strip("│ ") for line in body]
+    # Above the next rule stands what is wrong; below it come suggestions, one flag per row.
+    rules = [number for number, row in enumerate(rows) if row and not row.strip("─-")]
     above = rules[0] if rules else len(rows)
     sentence = " ".join(row for row in rows[:above] if row).rstrip(".") or " ".join(text.split())
     sentence = re.sub(r"^Error parsing \S+: (?=--)", "", sentence)
-    flag = next((row.split()[0].rstrip(",") for row in rows[above:] if row.startswith("--")), None)
+    flag = next((row.split()[0].rstrip(",") for row in rows[above:] if re.match(r"--\w", row)), None)
     return f"{sentence}; did you mean {flag}?" if flag and sentence.startswith("Unrecognized") else sentence

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, read_metrics
 from fedvlm_jax.runs.statistics import compare_paired, mean_over_seeds
+from fedvlm_jax.runs.tables import points
 from fedvlm_jax.runs.theme import MARKERS, Theme, choose_series, make_figure
 
 __all__ = ["Curves", "draw_clients", "draw_curves", "draw_heatmap", "draw_methods", "draw_rounds", "read_curves"]
@@ -44,7 +45,7 @@ def draw_clients(record: RunRecord, theme: Theme, narrow: bool = False) -> Figur
         ax.axvline(mean, color=shade, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         label = {"ha": align, "color": shade, "fontsize": 9, "fontweight": "bold", "textcoords": "offset points"}
         ax.annotate(f"{name} {mean:.1f}", (mean, 1), xycoords=("data", "axes fraction"), xytext=(shift, 3), **label)
-    ax.set_yticks(rows if named else [], order if named else [])
+    _name_rows(ax, order if named else [])
     ax.set_ylabel("" if named else f"{len(order)} clients, sorted")
     ax.set_ylim(-0.8, len(order) - 0.2)
     ax.set_xlabel("exact match on test, %")
@@ -106,7 +107,7 @@ def draw_methods(record: ComparisonRecord, theme: Theme, narrow: bool = False) -
         difference = compare_paired(scores[method], scores[rival])
         # Zero-shot lies far below: it would press all others against the edge.
         if method in (rival, "zero-shot") or difference is None:
-            far = "" if difference is None else f"{100 * difference.mean:+.1f}, off the scale".replace("-", "−")
+            far = "" if difference is None else f"{points(difference.mean)}, off the scale"
             word = "the yardstick" if method == rival else far
             _annotate(right, (0.02, row), word, theme.muted, ("axes fraction", "data"), (0, -3), "left")
             continue
@@ -119,13 +120,13 @@ def draw_methods(record: ComparisonRecord, theme: Theme, narrow: bool = False) -
         _annotate(
             right,
             (100 * difference.mean, row),
-            f"{100 * difference.mean:+.1f}".replace("-", "−"),
+            points(difference.mean),
             theme.ink,
             "data",
             (0, 10),
             "center",
         )
-    left.set_yticks(range(len(methods)), methods)
+    _name_rows(left, methods)
     left.set_ylim(-0.6, len(methods) - 0.3)
     left.set_xlabel("test exact match, %")
     right.axvline(0, color=theme.muted, linewidth=1)
@@ -146,6 +147,9 @@ def draw_heatmap(record: ComparisonRecord, theme: Theme, narrow: bool = False) -
     clients = sorted(set.union(*(set(means[method]) for method in methods)), reverse=True)
     values = 100 * np.asarray([[means[method].get(client, np.nan) for method in methods] for client in clients])
     named = len(clients) <= LABELLED
+    if not named:  # in the order of the first trained method, so that the others can be read against it
+        order = np.argsort(values[:, min(1, len(methods) - 1)], kind="stable")
+        values = values[order]
     height = 1.0 + (0.25 * len(clients) if named else 6.0)
     figure, (ax,) = make_figure(theme, NARROW if narrow else WIDE, height)
     top = max(float(np.nanmax(values)), 1.0)
@@ -166,7 +170,7 @@ def draw_heatmap(record: ComparisonRecord, theme: Theme, narrow: bool = False) -
     ax.xaxis.tick_top()
     names = [method.replace("-", "-\n", 1).replace("+", "\n+") if narrow else method for method in methods]
     ax.set_xticks(range(len(methods)), names, fontsize=8 if narrow else 9)
-    ax.set_yticks(range(len(clients)) if named else [], clients if named else [])
+    _name_rows(ax, clients if named else [])
     ax.set_ylabel("" if named else f"{len(clients)} clients")
     ax.set_xlim(-0.5, len(methods) - 0.5)
     ax.set_ylim(-0.5, len(clients) - 0.5)
@@ -250,6 +254,11 @@ def _draw_cloud(ax: Any, row: int, values: np.ndarray, colour: str) -> None:
     ax.scatter(
         values, row - 0.08 + jitter, s=26 if len(values) <= LABELLED else 8, color=colour, alpha=0.6, linewidths=0
     )
+
+
+def _name_rows(ax: Any, names: Sequence[str]) -> None:
+    """Write names beside the rows, as they are: a dollar sign in a client's name starts no formula."""
+    ax.set_yticks(range(len(names)), names, parse_math=False)
 
 
 def _tint(place: tuple[float, float], size: tuple[float, float], colour: str, opacity: float) -> Any:

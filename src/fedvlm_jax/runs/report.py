@@ -108,8 +108,8 @@ def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
         _draw(
             target,
             "methods",
-            "Dots are clients, mean over seeds. First: accuracy, the bar is the mean of all. Then: differences to local "
-            "training, with their mean and its 95 % interval.",
+            "Dots are clients, mean over seeds. First: accuracy, the bar is the mean of all. Then: differences to "
+            "local training, with their mean and its 95 % interval.",
             lambda *how: plots.draw_methods(record, *how),
         ),
         _draw(

@@ -151,7 +151,8 @@ def format_paired(difference: Difference | None) -> str:
 
 def points(share: float) -> str:
     """Write a difference of shares in percentage points, with its sign."""
-    return f"{100 * share:+.1f}".replace("-", "−")
+    written = f"{100 * share:+.1f}".replace("-", "−")
+    return "0.0" if written[1:] == "0.0" else written
 
 
 def format_bytes(count: float) -> str:

@@ -5,6 +5,7 @@ A drawing takes its colours from a `Theme`. For PNG files they are colours. For 
 for all kinds of colour vision; series differ in their markers too.
 """
 
+import html
 import io
 import itertools
 import re
@@ -148,7 +149,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
         svg = svg.replace(colour, f"var(--s{number})")
     # The size comes from the page; the view box keeps the proportions.
     svg = re.sub(r'<svg width="[^"]*" height="[^"]*"', '<svg width="100%"', re.sub(r"<svg [^>]*>", _order_size, svg))
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1).strip()
 
 
 def _order_size(tag: re.Match[str]) -> str:

@@ -78,7 +78,7 @@ def describe_comparison(record: ComparisonRecord) -> list[str]:
 def describe_difference(method: str, rival: str, difference: Difference, seeds_ahead: int) -> str:
     """Say one paired difference in a sentence."""
     size = f"{abs(100 * difference.mean):.1f} points"
-    seeds = f"ahead in {seeds_ahead} of {difference.seeds} seeds"
+    seeds = f"ahead in {seeds_ahead} of {difference.seeds} seeds" if difference.seeds > 1 else "one seed"
     if math.isnan(difference.low):
         return f"{method} against {rival}: {points(difference.mean)} points, from one client, so without an interval."
     interval = f"95 % interval {points(difference.low)} to {points(difference.high)}"

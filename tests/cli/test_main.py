@@ -1,0 +1,153 @@
+"""The command line: what `--help` may import, how bad input ends, and what reaches the functions that do the work."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import fedvlm_jax.runs
+from fedvlm_jax.cli.main import commands_available, main
+from fedvlm_jax.runs.config import Compare, Run, to_json
+
+HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "scipy.stats")
+
+
+@pytest.mark.parametrize("words", [["--help"], [], ["train", "--help"], ["compare", "--help"], ["report", "--help"]])
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    program = (
+        "import sys\nfrom fedvlm_jax.cli.main import main\n"
+        f"try:\n    main({words})\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "usage: fedvlm" in done.stdout
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_every_command_is_listed_in_order() -> None:
+    assert list(commands_available())[:4] == ["train", "compare", "evaluate", "report"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tain"], "there is no command tain; there are train, compare"),
+        (["train", "--methd", "x"], "did you mean --method?"),
+        (["train", "--data.prompt", "bad"], "invalid choice 'bad' for argument '--data.prompt'"),
+        (["train", "--data.alpha", "-1"], "--data.alpha is -1.0; expected a number above 0"),
+        (["train", "--train.rounds", "x"], "--train.rounds"),
+        (["train", "--train.rounds", "0"], "--train.rounds is 0: it must be 1 or more"),
+        (["train", "--method", "plorra"], "did you mean plora?"),
+        (["train", "--model", "./nowhere"], "there is no such folder"),
+        (["train", "--resume", "nowhere"], "no config.json there"),
+        (["train", "--resume", "nowhere", "--seed", "3", "--data", "x"], "leave out --seed, --data"),
+        (["compare", "--seeds", "0"], "--seeds is 0: it must be 1 or more"),
+        (["compare", "--methods", "plora", "plora"], "names plora twice"),
+        (["compare", "--method", "local"], "here say --methods local"),
+        (["evaluate", "nowhere"], "not the folder of a run"),
+        (["report"], "say whose report"),
+        (["report", "nowhere"], "there is no such folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    shown = capsys.readouterr()
+    assert stop.value.code == 2
+    assert expected in shown.err
+    assert shown.err.startswith("fedvlm: ")
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_flag_that_was_meant_is_named_in_every_locale(encoding: str) -> None:
+    # tyro draws other frames where stdout is not UTF-8, and the message is read out of the frame.
+    program = "from fedvlm_jax.cli.main import main; main(['train', '--methd', 'x'])"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("fedvlm: Unrecognized options: --methd, x; did you mean --method? (fedvlm train")
+
+
+def replace_work(monkeypatch: pytest.MonkeyPatch, name: str, **functions: object) -> None:
+    """Put a module without jax in the place of the one that does the work."""
+    module = types.ModuleType(f"fedvlm_jax.runs.{name}")
+    for key, function in functions.items():
+        setattr(module, key, function)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(fedvlm_jax.runs, name, module, raising=False)
+
+
+def test_train_hands_over_the_options_and_shows_table_and_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from made_up import write_run
+
+    def train(run: Run, show: object) -> Path:
+        assert run.data.source == "emoji"
+        assert run.data.prompt == "client-language"
+        assert (run.method, run.train.rounds) == ("local", 3)
+        assert run.out is not None
+        return write_run(run.out, {"a": 0.25, "b": 0.25}, {"a": 0.5, "b": 0.75}, run)
+
+    replace_work(monkeypatch, "loop", train=train)
+    flags = ["--method", "local", "--data", "emoji", "--data.prompt", "client-language", "--train.rounds", "3"]
+    main(["train", *flags, "--out", str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    assert "62.5 %" in shown
+    assert "report.html" in shown
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_folder_is_chosen_before_the_work_so_that_ctrl_c_can_name_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(run: Run, show: object) -> Path:
+        raise KeyboardInterrupt
+
+    replace_work(monkeypatch, "loop", train=train)
+    with pytest.raises(SystemExit) as stop:
+        main(["train"])
+    assert stop.value.code == 130
+    assert "fedvlm train --resume runs/" in capsys.readouterr().err
+
+
+def test_resume_reaches_the_loop_with_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from made_up import write_run
+
+    folder = write_run(tmp_path / "run", {"a": 0.25}, {"a": 0.5})
+    seen: list[Path] = []
+
+    def resume(run: Path, show: object) -> Path:
+        seen.append(run)
+        return run
+
+    replace_work(monkeypatch, "loop", resume=resume)
+    main(["train", "--resume", str(folder)])
+    assert seen == [folder]
+
+
+def test_compare_takes_the_flags_of_train_for_all_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from made_up import write_comparison
+
+    seen: list[Compare] = []
+
+    def compare(comparison: Compare, show: object) -> Path:
+        seen.append(comparison)
+        assert comparison.out is not None
+        return write_comparison(comparison.out, {"local": {0: {"a": 0.5}}}, {0: {"a": 0.2}})
+
+    replace_work(monkeypatch, "compare", compare=compare)
+    flags = ["--methods", "local", "plora", "--seeds", "5", "--train.rounds", "7"]
+    main(["compare", *flags, "--out", str(tmp_path / "c")])
+    assert seen[0].methods == ("local", "plora")
+    assert seen[0].seeds == 5
+    assert seen[0].base.train.rounds == 7
+    assert json.dumps(to_json(seen[0].base))

@@ -1,0 +1,110 @@
+"""Pictures: they show the numbers they are given, and their SVG follows the page's colours."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up import CLIENTS, write_comparison, write_run
+
+from fedvlm_jax.runs import plots
+from fedvlm_jax.runs.folders import read_comparison, read_run
+from fedvlm_jax.runs.theme import PAPER, PLACEHOLDERS, choose_series, save_png, to_svg
+
+
+def test_clients_are_sorted_and_stand_at_their_scores(tmp_path: Path) -> None:
+    record = read_run(write_run(tmp_path / "r", {"a": 0.1, "b": 0.2, "c": 0.3}, {"a": 0.9, "b": 0.4, "c": 0.5}))
+    (ax,) = plots.draw_clients(record, PAPER).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "c", "a"]
+    rings, dots = (np.asarray(collection.get_offsets()) for collection in ax.collections[-2:])
+    assert rings[:, 0] == pytest.approx([20, 30, 10])
+    assert dots[:, 0] == pytest.approx([40, 50, 90])
+    assert {text.get_text() for text in ax.texts} == {"zero-shot 20.0", "personal 60.0"}
+
+
+def test_rounds_show_validation_before_and_after_redistribution(tmp_path: Path) -> None:
+    record = read_run(write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5}, curve=(0.2, 0.3)))
+    left = plots.draw_rounds(record, PAPER).axes[0]
+    assert list(left.lines[0].get_xdata()) == [2, 4]
+    assert left.lines[0].get_ydata() == pytest.approx([20, 30])
+    assert left.lines[1].get_ydata() == pytest.approx([18, 28])
+
+
+def test_curves_average_seeds_and_add_up_bytes(tmp_path: Path) -> None:
+    # Accuracies of a made-up run end at its mean over clients: .4 and .6, so .5.
+    scores = {"plora": {0: {"a": 0.4}, 1: {"a": 0.6}}, "local": {0: {"a": 0.5}, 1: {"a": 0.5}}}
+    record = read_comparison(write_comparison(tmp_path / "c", scores, {0: {"a": 0.1}, 1: {"a": 0.1}}))
+    left, right = plots.draw_curves(plots.read_curves(record), PAPER).axes
+    assert left.lines[0].get_ydata()[-1] == pytest.approx(50)
+    assert right.lines[0].get_xdata()[-1] == pytest.approx(8 * 360_000 / 2**20)
+    assert [text.get_text() for text in right.texts] == ["local: nothing sent"]
+
+
+def test_methods_show_the_paired_difference(tmp_path: Path) -> None:
+    scores = {
+        "local": {0: {"a": 0.4, "b": 0.6}, 1: {"a": 0.5, "b": 0.7}},
+        "plora": {0: {"a": 0.3, "b": 0.5}, 1: {"a": 0.4, "b": 0.6}},
+    }
+    record = read_comparison(write_comparison(tmp_path / "c", scores, {s: {"a": 0.1, "b": 0.1} for s in (0, 1)}))
+    left, right = plots.draw_methods(record, PAPER).axes
+    assert {"45.0", "55.0", "10.0"} == {text.get_text() for text in left.texts}
+    assert {"−10.0", "the yardstick", "−45.0, off the scale"} == {text.get_text() for text in right.texts}
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_hundreds_of_clients_stay_a_picture_of_one_page(tmp_path: Path, narrow: bool) -> None:
+    many = {f"client-{number}": number / 300 for number in range(300)}
+    record = read_run(write_run(tmp_path / "r", many, many))
+    comparison = read_comparison(write_comparison(tmp_path / "c", {"local": {0: many}}, {0: many}))
+    for figure in (plots.draw_clients(record, PAPER, narrow), plots.draw_heatmap(comparison, PAPER, narrow)):
+        assert figure.get_size_inches()[1] < 8
+        assert figure.axes[0].get_yticklabels() == []
+
+
+def test_svg_takes_its_colours_and_size_from_the_page(tmp_path: Path) -> None:
+    personal = dict.fromkeys(CLIENTS, 0.5)
+    record = read_run(write_run(tmp_path / "r", dict.fromkeys(CLIENTS, 0.1), personal))
+    svg = to_svg(plots.draw_rounds(record, PLACEHOLDERS), "x", "label")
+    assert "var(--ink)" in svg
+    assert "var(--s3)" in svg
+    assert "#fe0" not in svg
+    assert "font-family" not in svg
+    assert "http" not in svg
+    assert 'width="100%"' in svg
+    assert "viewBox" in svg
+    ids, used = set(re.findall(r'id="([^"]*)"', svg)), set(re.findall(r'(?:href="#|url\(#)([^")]*)', svg))
+    assert used
+    assert used <= ids
+    assert all(name.startswith("x-") for name in ids)
+    assert svg == to_svg(plots.draw_rounds(record, PLACEHOLDERS), "x", "label")
+
+
+def test_black_and_other_fixed_colours_do_not_reach_the_page(tmp_path: Path) -> None:
+    # What matplotlib draws in its own black would vanish on a dark page.
+    scores = {"local": {0: dict.fromkeys(CLIENTS, 0.5)}, "plora": {0: dict.fromkeys(CLIENTS, 0.6)}}
+    record = read_comparison(write_comparison(tmp_path / "c", scores, {0: dict.fromkeys(CLIENTS, 0.1)}))
+    run = read_run(record.folder_of(record.runs[1]))
+    for figure in (
+        plots.draw_methods(record, PLACEHOLDERS),
+        plots.draw_heatmap(record, PLACEHOLDERS),
+        plots.draw_curves(plots.read_curves(record), PLACEHOLDERS),
+        plots.draw_clients(run, PLACEHOLDERS),
+        plots.draw_rounds(run, PLACEHOLDERS),
+    ):
+        svg = to_svg(figure, "x", "label")
+        assert set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg)) == set()
+        texts = re.findall(r"<text[^>]*>", svg)
+        assert texts
+        assert all("var(--" in text for text in texts)
+
+
+def test_png(tmp_path: Path) -> None:
+    record = read_run(write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5}))
+    save_png(plots.draw_clients(record, PAPER), tmp_path / "deep" / "p.png")
+    assert (tmp_path / "deep" / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_keep_their_colour() -> None:
+    assert choose_series(["plora", "local"]) == {"plora": 3, "local": 0}
+    assert choose_series(["other", "plora"]) == {"other": 0, "plora": 3}
+    assert len(set(choose_series(["local", "x", "y", "plora"]).values())) == 4

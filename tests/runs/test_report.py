@@ -1,0 +1,147 @@
+"""Reports: honest sentences, one page that stands alone, and the same in Markdown."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from made_up import CLIENTS, write_comparison, write_run
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.config import Run
+from fedvlm_jax.runs.folders import read_comparison
+from fedvlm_jax.runs.report import write_report
+from fedvlm_jax.runs.tables import tabulate_comparison
+from fedvlm_jax.runs.wording import describe_comparison
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Balance(HTMLParser):
+    """Checks that tags are closed in order, and that ids differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [value for name, value in attrs if name == "id" and value]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check_page(page: Path) -> str:
+    """Read a page after checking that it is well formed and asks nothing of the network."""
+    text = page.read_text(encoding="utf-8")
+    balance = Balance()
+    balance.feed(text)
+    assert balance.open == []
+    assert len(set(balance.ids)) == len(balance.ids)
+    for outside in ("http:", "https:", "src=", "@import", "<script", "<link", "url(/"):
+        assert outside not in text
+    assert "prefers-color-scheme" in text
+    return text
+
+
+def make_scores(difference: float, wobble: float = 0.0) -> dict[int, dict[str, float]]:
+    """Give three seeds of 16 clients, all `difference` from .5, with the seeds `wobble` apart."""
+    return {seed: dict.fromkeys(CLIENTS, 0.5 + difference + (seed - 1) * wobble) for seed in range(3)}
+
+
+def say_against_local(folder: Path, difference: float, wobble: float) -> list[str]:
+    """Say what a comparison of plora with local came to."""
+    scores = {"local": make_scores(0.0), "plora": make_scores(difference, wobble)}
+    return describe_comparison(read_comparison(write_comparison(folder, scores, make_scores(-0.4))))
+
+
+def test_a_losing_method_is_said_to_lose(tmp_path: Path) -> None:
+    # Differences of the seeds: −.06, −.05, −.04: mean −.05, standard error .00577, t(2) 4.303: −.0748 to −.0252.
+    said = say_against_local(tmp_path / "c", -0.05, 0.01)
+    expected = "plora loses to local by 5.0 points (95 % interval −7.5 to −2.5; ahead in 0 of 3 seeds)."
+    assert expected in said
+    assert "The highest mean test accuracy is that of local, 50.0 %, ahead of plora with 45.0 %." in said
+
+
+def test_a_difference_inside_its_interval_is_said_to_be_noise(tmp_path: Path) -> None:
+    # −.01, .02, .05: mean .02, standard error .01732, so ± .0745.
+    said = say_against_local(tmp_path / "c", 0.02, 0.03)
+    assert said[0].endswith("its lead over local (50.0 %) is within the noise.")
+    assert said[1] == (
+        "plora and local cannot be told apart: the difference of +2.0 points lies inside the noise "
+        "(95 % interval −5.5 to +9.5; ahead in 2 of 3 seeds)."
+    )
+
+
+def test_a_clear_lead_is_said_to_be_one(tmp_path: Path) -> None:
+    said = say_against_local(tmp_path / "c", 0.05, 0.01)
+    assert "plora is ahead of local by 5.0 points (95 % interval +2.5 to +7.5; ahead in 3 of 3 seeds)." in said
+
+
+def test_few_seeds_are_told(tmp_path: Path) -> None:
+    one = {0: make_scores(0.0)[0]}
+    record = read_comparison(write_comparison(tmp_path / "c", {"local": one, "plora": one}, one))
+    assert describe_comparison(record)[-1].startswith("There is one seed")
+    assert "over clients (one seed only)" in tabulate_comparison(record)[0].note
+
+
+def test_the_report_of_a_comparison_has_everything(tmp_path: Path) -> None:
+    names = ("local", "fedavg-lora", "fedavg-lora+ft", "plora")
+    scores = {name: make_scores(0.01 * number, 0.01) for number, name in enumerate(names)}
+    folder = write_comparison(tmp_path / "c", scores, make_scores(-0.4))
+    text = check_page(write_report([folder]))
+    assert "fedvlm compare --seeds 2 --data.prompt client-language" in text
+    assert "abc1234" in text
+    assert "against fedavg-lora+ft" in text
+    assert text.count("<svg") == 6
+    for name in ("methods", "clients", "curves"):
+        assert (folder / "figures" / f"{name}.png").is_file()
+        assert f"figures/{name}.png" in (folder / "report.md").read_text()
+
+
+def test_a_run_that_made_things_worse_says_so(tmp_path: Path) -> None:
+    run = Run(seed=7, method="plora")
+    folder = write_run(tmp_path / "r", {"a": 0.5, "b": 0.5}, {"a": 0.25, "b": 0.5}, run)
+    text = check_page(write_report([folder]))
+    assert "So plora lost accuracy here" in text
+    assert "0 of 2 clients gained, 1 lost." in text
+    assert "<code>fedvlm compare</code>" in text
+    assert "<dd class=marked>7</dd>" in text
+    assert "0.10.2" in text
+
+
+def test_several_runs_stand_side_by_side_without_a_verdict(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / "x", {"a": 0.1}, {"a": 0.5}),
+        write_run(tmp_path / "y", {"a": 0.1}, {"a": 0.6}, Run(method="local")),
+    ]
+    page = write_report(folders)
+    assert page == tmp_path / "report-x-and-1-more" / "report.html"
+    text = check_page(page)
+    assert "The highest mean is that of y (local): 60.0 %." in text
+    assert "no interval is given" in text
+
+
+def test_client_names_cannot_break_the_page(tmp_path: Path) -> None:
+    name = '<script>"&$x_{$'
+    check_page(write_report([write_run(tmp_path / "r", {name: 0.1}, {name: 0.5})]))
+
+
+def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5})
+    comparison = write_comparison(tmp_path / "c", {"local": {0: {"a": 0.5}}}, {0: {"a": 0.1}})
+    with pytest.raises(UserError, match="by itself"):
+        write_report([run, comparison])
+    with pytest.raises(UserError, match="needs the folder"):
+        write_report([])
+    with pytest.raises(UserError, match="no such folder"):
+        write_report([tmp_path / "nowhere"])
+    (comparison / "comparison.json").write_text(json.dumps({"methods": []}))
+    with pytest.raises(UserError, match="'seeds' is missing"):
+        write_report([comparison])

@@ -1,0 +1,130 @@
+"""Tables: their numbers worked out by hand, and the folders they are read from."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from made_up import CLIENTS, write_comparison, write_run
+from rich.console import Console
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.config import Run
+from fedvlm_jax.runs.folders import read_comparison, read_metrics, read_run
+from fedvlm_jax.runs.tables import (
+    format_bytes,
+    tabulate_comparison,
+    tabulate_run,
+    tabulate_runs,
+    to_html,
+    to_markdown,
+    to_rich,
+)
+
+# Two seeds, two clients. Means per seed: local .5, .6; plora .6, .8. Differences by seed: .1 and .2, mean .15;
+# standard error .05; Student's t with one degree of freedom at 97.5 % is 12.7062, so ± .6353.
+LOCAL = {0: {"a": 0.4, "b": 0.6}, 1: {"a": 0.5, "b": 0.7}}
+PLORA = {0: {"a": 0.5, "b": 0.7}, 1: {"a": 0.7, "b": 0.9}}
+ZERO = {0: {"a": 0.1, "b": 0.1}, 1: {"a": 0.1, "b": 0.1}}
+
+
+def test_comparison_by_hand(tmp_path: Path) -> None:
+    record = read_comparison(write_comparison(tmp_path / "c", {"local": LOCAL, "plora": PLORA}, ZERO))
+    (table,) = tabulate_comparison(record)
+    assert table.columns == ("method", "mean", "worst decile", "against local", "upload per client, round")
+    assert table.rows[1] == ("local", "55.0 ± 7.1 %", "45.0 %", "–", "0 B")
+    # Worst tenth of two clients is the worse one: (.5 + .7) / 2. Sample deviation of .6 and .8: .1414.
+    assert table.rows[2] == ("plora", "70.0 ± 14.1 %", "60.0 %", "≈ +15.0 [−48.5, +78.5]", "176 KiB")
+    assert table.rows[0][:3] == ("zero-shot", "10.0 ± 0.0 %", "10.0 %")
+    assert table.strong == {2}
+    assert "t-interval over seeds" in table.note
+
+
+def test_a_run_by_hand(tmp_path: Path) -> None:
+    # Four clients: .2 .4 .4 .6 has mean .4 and population deviation sqrt(.02) = .1414.
+    personal = {"a": 0.2, "b": 0.4, "c": 0.4, "d": 0.6}
+    record = read_run(write_run(tmp_path / "r", dict.fromkeys("abcd", 0.1), personal))
+    models, clients = tabulate_run(record)
+    assert models.rows[1] == ("personal (plora)", "40.0 %", "14.1 %", "20.0 %", "50.0 %", "0.500")
+    assert clients.rows[0] == ("d", "10.0 %", "60.0 %")
+    assert clients.rows[-1] == ("a", "10.0 %", "20.0 %")
+
+
+def test_vendor_and_language_make_a_grid(tmp_path: Path) -> None:
+    personal = {client: number / 16 for number, client in enumerate(CLIENTS)}
+    record = read_run(write_run(tmp_path / "r", dict.fromkeys(CLIENTS, 0.0), personal))
+    grid = tabulate_run(record)[1]
+    assert grid.columns == ("", "en", "de", "fr", "es")
+    assert grid.rows[1] == ("twemoji", "0 → 25", "0 → 31", "0 → 38", "0 → 44")
+
+
+def test_many_clients_lose_their_middle(tmp_path: Path) -> None:
+    personal = {f"c{number}": number / 100 for number in range(100)}
+    table = tabulate_run(read_run(write_run(tmp_path / "r", personal, personal)))[1]
+    assert len(table.rows) == 21
+    assert table.rows[0][0] == "c99"
+    assert table.rows[-1][0] == "c0"
+    assert "100 clients" in table.note
+
+
+def test_clients_without_examples_count_nowhere(tmp_path: Path) -> None:
+    record = read_run(write_run(tmp_path / "r", {"a": 0.1, "empty": None}, {"a": 0.5, "empty": None}))
+    assert record.scores("personal") == {"a": 0.5}
+    assert tabulate_run(record)[0].rows[1][1] == "50.0 %"
+
+
+def test_fine_tuning_after_federation_shows_in_the_name(tmp_path: Path) -> None:
+    stored = Run(method="fedavg-lora")
+    folder = write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5}, stored)
+    config = json.loads((folder / "config.json").read_text())
+    config["run"]["train"]["finetune_steps"] = 20
+    (folder / "config.json").write_text(json.dumps(config))
+    assert tabulate_runs([read_run(folder)]).rows[0][1] == "fedavg-lora+ft"
+
+
+def test_all_forms_show_the_same_cells(tmp_path: Path) -> None:
+    record = read_comparison(write_comparison(tmp_path / "c", {"local": LOCAL, "plora": PLORA}, ZERO))
+    (table,) = tabulate_comparison(record)
+    assert "| **plora** | **70.0 ± 14.1 %** | **60.0 %** | **≈ +15.0 [−48.5, +78.5]** |" in to_markdown(table)
+    assert "<td>≈ +15.0 [−48.5, +78.5]</td>" in to_html(table)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(to_rich(table))
+    assert "[−48.5, +78.5]" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    record = read_run(write_run(tmp_path / "r", {"<b>|": 0.1}, {"<b>|": 0.5}))
+    table = tabulate_run(record)[1]
+    assert "&lt;b&gt;|" in to_html(table)
+    assert r"<b>\|" in to_markdown(table)
+
+
+def test_bytes() -> None:
+    assert [format_bytes(count) for count in (0, 1023, 1536, 180_000, 5 * 2**20, 3 * 2**31)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "176 KiB",
+        "5.0 MiB",
+        "6.0 GiB",
+    ]
+
+
+def test_a_round_that_was_written_twice_counts_once_and_a_cut_line_not(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1, "loss": 3}\n{"round": 1, "loss": 2}\n{"round": 2, "lo')
+    assert read_metrics(tmp_path) == [{"round": 1, "loss": 2}]
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1, "lo\n{"round": 2}\n')
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        read_metrics(tmp_path)
+
+
+def test_unfinished_and_damaged_folders_say_what_to_do(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5})
+    (folder / "results.json").unlink()
+    with pytest.raises(UserError, match="fedvlm train --resume"):
+        read_run(folder)
+    (folder / "results.json").write_text("{")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        read_run(folder)
+    with pytest.raises(UserError, match=r"no comparison\.json"):
+        read_comparison(folder)
