@@ -206,13 +206,14 @@ class LiveProgress:
         finished = course.total > 0 and course.done >= course.total
         bar.add_row(
             Text(course.description, style="bold"),
-            ProgressBar(total=max(course.total, 1), completed=course.done, width=24, pulse=False),
+            ProgressBar(total=max(course.total, 1), completed=course.done, width=24, finished_style="green"),
             Text(f"round {course.done}/{course.total}"),
             Text("" if finished else course.left, style="cyan"),
         )
-        numbers = Text(
-            "  ".join(course.phrases) or "the first round compiles", style="dim" if not course.phrases else ""
-        )
+        phrases = list(course.phrases)
+        if course.accuracies and not any(phrase.startswith("validation") for phrase in phrases):
+            phrases.insert(1, f"validation {course.accuracies[-1]:.1%}")  # the newest there is, between evaluations
+        numbers = Text("  ".join(phrases) or "the first round compiles", style="" if phrases else "dim")
         if len(course.accuracies) > 1:
             numbers.append("  " + draw_sparkline(course.accuracies), style="green")
         rows = [bar, numbers]
