@@ -128,14 +128,17 @@ class DecoderLayer(FeedForward):
         if cache is None:
             attended = own(x, x, causal_bias(x.shape[1]))
         else:
+            assert index is not None
             attended, key, value = own.step(x, cache.key, cache.value, index)
             cache = cache._replace(key=key, value=value)
         x = Norm(self.dtype, name="self_attn_layer_norm")(x + attended)
         if cache is None or cache.cross_key is None:
+            assert memory is not None
             key, value = cross.keys_values(memory)
             cache = None if cache is None else cache._replace(cross_key=key, cross_value=value)
         else:
             key, value = cache.cross_key, cache.cross_value
+            assert value is not None
         x = Norm(self.dtype, name="encoder_attn_layer_norm")(x + cross.attend(x, key, value, bias))
         fed = self._feed_forward(x, self.text.decoder_ffn_dim)
         return Norm(self.dtype, name="final_layer_norm")(x + fed), cache

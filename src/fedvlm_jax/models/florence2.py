@@ -191,7 +191,7 @@ def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generat
 
     def init(key: Array) -> Params:
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in example_batch(config).items()}
-        return module.init(key, zeros, method="logits")["params"]
+        return dict(module.init(key, zeros, method="logits")["params"])
 
     def image_features(params: Params, adapter: Any, pixel_values: Array) -> Array:
         part = _part(adapter, "vision_tower", "image_projector")
@@ -199,9 +199,6 @@ def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generat
 
     def logits(params: Params, adapter: Any, batch: Batch) -> Array:
         return injected(params, adapter, batch, method="logits")
-
-    def logits_of(variables: Any, batch: Batch) -> Array:
-        return module.apply(variables, batch, method="logits")
 
     return Vlm(
         config=config,
@@ -213,5 +210,5 @@ def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generat
         image_tokens=lambda height, width: image_tokens(config, height, width),
         example_batch=lambda: example_batch(config),
         generation_config=options,
-        apply=logits_of,
+        apply=lambda variables, batch: apply(variables, batch, method="logits"),
     )

@@ -85,5 +85,6 @@ def dot_attention(
 def scanned(layer: type[nn.Module], length: int, in_axes: tuple[Any, ...], remat: bool) -> Callable[..., Any]:
     """`layer` repeated `length` times as one scan: parameters, and adapters, get a leading layer axis [L, ...]."""
     body = nn.remat(layer, prevent_cse=False) if remat else layer
+    scan: Any = nn.scan  # its annotations ask for less than it takes
     axes = {"params": 0, "lora": 0}
-    return nn.scan(body, variable_axes=axes, split_rngs={"params": True}, in_axes=in_axes, length=length)
+    return scan(body, variable_axes=axes, split_rngs={"params": True}, in_axes=in_axes, length=length)

@@ -112,7 +112,7 @@ def search_greedy(decoder: Decoder, length: int, settings: Settings) -> Int[Arra
 class _Beams(NamedTuple):
     """State of the search. Running hypotheses [B, K, ...] go on; finished ones are kept by their penalised score."""
 
-    count: Array  # tokens per hypothesis so far, start token included
+    tokens: Array  # how many a hypothesis has so far, start token included
     running: Int[Array, "B K N"]
     running_scores: Float[Array, "B K"]
     finished: Int[Array, "B K N"]
@@ -134,7 +134,7 @@ def search_beams(decoder: Decoder, length: int, settings: Settings) -> Int[Array
     early = settings.early_stopping is True
 
     def advance(state: _Beams, logits: Float[Array, "B K V"], cache: Cache) -> _Beams:
-        count, width = state.count, logits.shape[-1]
+        count, width = state.tokens, logits.shape[-1]
         scores = process_scores(jax.nn.log_softmax(logits, -1), state.running, count, settings)
         scores = (scores + state.running_scores[..., None]).reshape(batch, -1)
         top, index = jax.lax.top_k(scores, keep)
@@ -177,8 +177,8 @@ def search_beams(decoder: Decoder, length: int, settings: Settings) -> Int[Array
         return jnp.any(state.can_improve) & ~(jnp.all(state.is_finished) & early) & ~state.stuck
 
     def body(state: _Beams) -> _Beams:
-        last = jax.lax.dynamic_index_in_dim(state.running, state.count - 1, 2, keepdims=False)
-        return advance(state, *decoder.step(last, state.count - 1, state.cache))
+        last = jax.lax.dynamic_index_in_dim(state.running, state.tokens - 1, 2, keepdims=False)
+        return advance(state, *decoder.step(last, state.tokens - 1, state.cache))
 
     start = jnp.full((batch, beams, 1 + length), settings.pad_token_id, jnp.int32)
     start = start.at[..., 0].set(settings.decoder_start_token_id)
