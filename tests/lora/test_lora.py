@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Model
 from flax import linen as nn
+from linen_models import Model
 
 from fedvlm_jax import lora, tree
 

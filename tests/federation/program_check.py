@@ -1,0 +1,134 @@
+"""Runs by itself with eight forced host devices and prints what it found as JSON; `test_program.py` reads that.
+Arguments: a method and the meshes (devices x waves) to hold against one device, `plora=4x2,8x1`.
+
+A device count is fixed when jax starts, so this cannot happen inside the process of the tests.
+"""
+
+import json
+import os
+import re
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import BartConfig, Florence2Config
+
+from fedvlm_jax import lora, tree
+from fedvlm_jax.federation.round import make_round, to_waves
+from fedvlm_jax.federation.training import make_local_trainer
+from fedvlm_jax.methods import Client, Setup, load_method
+from fedvlm_jax.models import build
+from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.sharding import make_mesh, place_waves, replicate
+
+CLIENTS, ROWS, STEPS, BATCH, TOKENS, LABELS = 8, 6, 2, 3, 9, 5
+WIDTH, HIDDEN, VOCABULARY, LAYERS = 20, 28, 44, 2
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def make_model():
+    text = BartConfig(
+        vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=HIDDEN, decoder_ffn_dim=HIDDEN, max_position_embeddings=16,
+        decoder_start_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    vision = {
+        "embed_dim": [8], "depths": [1], "num_heads": [2], "num_groups": [2], "patch_size": [3], "patch_stride": [4],
+        "patch_padding": [1], "patch_prenorm": [False], "window_size": 2, "projection_dim": WIDTH,
+        "max_position_embeddings": 4, "max_temporal_embeddings": 1,
+    }  # fmt: skip
+    return build(Florence2Config(text_config=text, vision_config=vision, image_token_id=43))
+
+
+def make_cohort():
+    rng = np.random.default_rng(0)
+    rows = (CLIENTS, ROWS)
+    return Client(
+        examples={
+            "image_features": rng.normal(size=(*rows, 3, WIDTH)).astype(np.float32),
+            "input_ids": np.concatenate(
+                [np.full((*rows, 3), 43), rng.integers(3, 40, (*rows, TOKENS - 3))], axis=-1
+            ).astype(np.int32),
+            "attention_mask": np.ones((*rows, TOKENS), np.int32),
+            "labels": rng.integers(3, 40, (*rows, LABELS)).astype(np.int32),
+        },
+        indices=rng.integers(0, ROWS, (CLIENTS, STEPS, BATCH)).astype(np.int32),
+        mask=np.ones((CLIENTS, STEPS, BATCH), bool),
+        weight=np.full(CLIENTS, 1 / CLIENTS, np.float32),
+        number=np.arange(CLIENTS, dtype=np.int32),
+        new=np.ones(CLIENTS, bool),
+    )
+
+
+def run(name, vlm, params, devices, waves):
+    """-> the server's and clients' adapters after one round, and the compiled program's text."""
+    spec = lora.LoRA(rank=2, targets=r"language_model/.*(proj|fc1|fc2)")
+    trainer = make_local_trainer(vlm, load_objective("sft"))
+    method = load_method(name, Setup(vlm.sites, lambda key: lora.init(key, vlm.sites, spec), trainer.start))
+    mesh = make_mesh(devices)
+    server = method.init(lora.init(jax.random.key(1), vlm.sites, spec))
+    shapes = jax.eval_shape(lambda: method.init_client(jax.random.key(0), server))
+    states = jax.tree.map(lambda x: np.zeros((CLIENTS, *x.shape), x.dtype), shapes)
+    arguments = (
+        replicate(mesh, params),
+        replicate(mesh, server),
+        place_waves(mesh, to_waves(states, waves)),
+        place_waves(mesh, to_waves(make_cohort(), waves)),
+        jnp.full(CLIENTS, 1 / CLIENTS),
+        {"a": jnp.float32(5e-3), "b": jnp.float32(2e-3)},
+        jnp.int32(1),
+        jax.random.key(2),
+    )
+    compiled = make_round(method, trainer, mesh).lower(*arguments).compile()
+    out = compiled(*arguments)
+    own = jax.tree.map(lambda x: np.swapaxes(np.asarray(x), 0, 1).reshape(-1, *x.shape[2:]), out.personal["own"])
+    return tree.flatten({"server": out.server, "own": own}), compiled.as_text()
+
+
+def count_collectives(text):
+    return {name: len(re.findall(rf"= \S+ {name}(?:-start)?\(", text)) for name in COLLECTIVES}
+
+
+def find_copies(text, params):
+    """Shapes in the program that are a base weight once per client, whatever the order of the axes."""
+    base = set()
+    for path, leaf in tree.flatten(params["language_model"]).items():
+        if path.endswith(("kernel", "embedding")):
+            base.add(tuple(leaf.shape[-2:]))
+            base.add(tuple(leaf.shape))
+    forbidden = {tuple(sorted((CLIENTS, *shape))) for shape in base}
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\d+\[(\d+(?:,\d+)+)\]", text)}
+    return sorted(shape for shape in shapes if tuple(sorted(d for d in shape if d > 1)) in forbidden)
+
+
+def main():
+    vlm = make_model()
+    params = vlm.init(jax.random.key(0))
+    found = {}
+    for argument in sys.argv[1:]:
+        name, _, meshes = argument.partition("=")
+        alone, text = run(name, vlm, params, 1, 1)
+        entry = {"copies": find_copies(text, params), "dots": len(re.findall(r" dot\(", text)), "meshes": {}}
+        for mesh in meshes.split(","):
+            devices, waves = map(int, mesh.split("x"))
+            other, text = run(name, vlm, params, devices, waves)
+            errors = {p: float(np.abs(np.asarray(x) - np.asarray(other[p])).max()) for p, x in alone.items()}
+            entry["meshes"][mesh] = {
+                "error": max(errors.values()),
+                "collectives": count_collectives(text),
+            }
+        found[name] = entry
+    # A control: with the base under vmap as well, the search must find copies.
+    batched = jax.jit(jax.vmap(lambda params, x: jax.grad(lambda x: jnp.sum((x @ params) ** 2))(x), in_axes=(0, 0)))
+    weights = params["language_model"]["encoder"]["layers"]["fc1"]["kernel"][0]
+    text = batched.lower(jnp.stack([weights] * CLIENTS), jnp.ones((CLIENTS, BATCH, WIDTH))).compile().as_text()
+    found["control"] = {"copies": find_copies(text, params)}
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
