@@ -34,7 +34,10 @@ CHUNK = 32
 class PixelReader(Protocol):
     """What `make_inputs` asks of a model's processor."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """Size, mean, std and the like: what makes the same picture the same pixels."""
+        ...
 
     def pixels(self, images: Sequence[Any], /) -> np.ndarray:
         """PIL images -> normalised pixels [B, H, W, 3] float32."""

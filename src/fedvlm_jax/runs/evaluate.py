@@ -1,0 +1,47 @@
+"""A finished run's stored adapters, evaluated once more from their files."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.config import from_json
+from fedvlm_jax.runs.prepare import open_session, prepare
+from fedvlm_jax.runs.progress import Progress, SilentProgress
+from fedvlm_jax.runs.storage import load_adapters, write_json
+
+__all__ = ["evaluate"]
+
+
+def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
+    """Score every client's adapter of a finished run on validation and test again.
+
+    Writes `evaluation.json` beside the results and returns it: split -> metric -> client -> value, as in
+    `results.json`'s "personal".
+
+    Raises:
+        UserError: the run is not finished, a file is missing, or its clients are not those of the data now.
+    """
+    show = show or SilentProgress()
+    if not (folder / "results.json").is_file():
+        raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    run = dataclasses.replace(from_json(stored["run"]), out=folder)
+    prepared = prepare(run, open_session(run, show.note), show.note)
+    names = [client.name for client in prepared.examples.clients]
+    if names != stored["resolved"]["clients"]:
+        raise UserError(f"{folder}: its clients are not those of {run.data.source} now; has the data changed?")
+    adapters = load_adapters(folder / "adapters", names)
+    show.note(f"evaluating {len(names)} clients")
+
+    def choose(numbers: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf[numbers], adapters)
+
+    everyone = range(len(names))
+    params = prepared.session.params
+    scores = {split: prepared.evaluator(params, choose, split, everyone) for split in ("validation", "test")}
+    write_json(folder / "evaluation.json", scores)
+    return scores
