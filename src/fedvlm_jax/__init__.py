@@ -1,1 +1,45 @@
-"""Federated fine-tuning of vision-language models in JAX/Flax (FedVLM, arXiv 2507.17088)."""
+"""Federated fine-tuning of vision-language models in JAX/Flax (FedVLM, arXiv 2507.17088).
+
+The public names; each is imported when it is first used, so that importing the package costs nothing and touches no
+device:
+
+    load_vlm        (path) -> (vlm, params): a Florence-2 from a Hugging Face folder, or one that ships
+    build           (config) -> vlm: the same architecture without weights
+    Vlm, Processor  the model as a record of pure functions; text and images to arrays and back
+    lora            low-rank adapters for any Flax linen model: find_sites, LoRA, init, inject, merge, partition, combine
+    tree            nested dictionaries of arrays by path
+    methods         federated methods as records of pure functions, and how to load one by name
+    UserError       what bad input raises
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedvlm_jax import lora, methods, tree
+    from fedvlm_jax.errors import UserError
+    from fedvlm_jax.models import Processor, Vlm, build, load_vlm
+
+__all__ = ["Processor", "UserError", "Vlm", "build", "load_vlm", "lora", "methods", "tree"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Processor": "fedvlm_jax.models",
+    "UserError": "fedvlm_jax.errors",
+    "Vlm": "fedvlm_jax.models",
+    "build": "fedvlm_jax.models",
+    "load_vlm": "fedvlm_jax.models",
+}
+_ROOMS = ("lora", "methods", "tree")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"fedvlm_jax.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fedvlm_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

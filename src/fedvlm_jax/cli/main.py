@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -42,6 +43,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: the words after `fedvlm`; those of the process by default.
     """
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
+    # transformers tells at import that PyTorch is missing; here that is as it should be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         _dispatch(words)
     except UserError as error:

@@ -81,7 +81,7 @@ class Processor:
         """What every channel is divided by."""
         return tuple(self.wrapped.image_processor.image_std)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of all that decides how a picture becomes pixels, for the key of a cache."""
         settings = self.wrapped.image_processor.to_dict()
