@@ -67,13 +67,7 @@ def dot_attention(
     query: Float[Array, "N T H d"],
     key: Float[Array, "N S H d"],
     value: Float[Array, "N S H d"],
-    bias: Float[
-        Array,
-        (
-            N  # H #T S
-        ),
-    ]
-    | None = None,
+    bias: Array | None = None,
 ) -> Float[Array, "N T D"]:
     """Scaled dot-product attention with heads joined again at the end; `bias` is added to the scores."""
     scores = jnp.einsum("nthd,nshd->nhts", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32)

@@ -4,7 +4,8 @@ Axes: C clients, B batch, T tokens, P image tokens, D width, V vocabulary, U lab
 
 A *batch* is a dict of arrays:
     pixel_values    [B, H, W, 3] float32, normalised as the model's processor does; or, in its place,
-    image_features  [B, P, D], what `Vlm.image_features` returned (for frozen towers: computed once and kept)
+    image_features  [B, P, D], what `Vlm.image_features` returned (for frozen towers: computed once and kept); if both
+                    are there, these are used
     input_ids       [B, T] int32, image tokens included, as Hugging Face's model takes them
     attention_mask  [B, T] int32, 0 where padded
     labels          [B, U] int32, -100 where ignored (decoder inputs are the labels shifted right); or
