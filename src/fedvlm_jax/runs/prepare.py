@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 
 from fedvlm_jax import lora
 from fedvlm_jax.data.encode import Examples, encode
-from fedvlm_jax.data.federate import Federation, federate
+from fedvlm_jax.data.federate import Federation, count_reasons, federate
+from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.data.table import Table, read_table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Evaluator, make_answer
@@ -118,11 +119,17 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     adapter = start_adapter(key, session.vlm.sites, spec)
     data_key = ("data", run.data, run.seed)
     federation = session.remember(("federation", *data_key), lambda: federate(session.table, run.data, run.seed))
+    options = _fit_to_model(run.data, session.vlm)
     examples = session.remember(
-        ("examples", *data_key), lambda: encode(session.table, federation, session.processor, run.data)
+        ("examples", *data_key), lambda: encode(session.table, federation, session.processor, options)
     )
     clients = examples.clients
     note(f"{len(clients)} clients, {sum(len(c.train) for c in clients)} training examples")
+    if examples.skipped:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in count_reasons(examples.skipped).items())
+        note(f"left out: {reasons} (listed in the run's config.json)")
+    if examples.truncated:
+        note(f"{examples.truncated} answers cut to {options.max_answer_tokens} tokens")
     cached = is_vision_frozen(adapter) and run.system.cache != "off"
     inputs = session.remember(
         ("inputs", cached, *data_key),
@@ -176,6 +183,14 @@ def make_driver(prepared: Prepared, method: str, *, cohort: int | None, common_s
         key=prepared.key,
         weighting=train.weighting,
         server=programs.method.init(prepared.adapter),
+    )
+
+
+def _fit_to_model(data: DataOptions, vlm: Any) -> DataOptions:
+    """No text is longer than the model has positions: longer prompts are left out, longer answers cut; both are counted."""
+    most = vlm.config.text_config.max_position_embeddings
+    return data.replace(
+        max_prompt_tokens=min(data.max_prompt_tokens, most), max_answer_tokens=min(data.max_answer_tokens, most)
     )
 
 

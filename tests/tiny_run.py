@@ -1,0 +1,54 @@
+"""The smallest run there is: a random Florence-2 of a few thousand parameters over four small emoji clients."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from transformers import BartConfig, Florence2Config
+
+import fedvlm_jax
+from fedvlm_jax.data.options import DataOptions
+from fedvlm_jax.models import build, save_checkpoint
+from fedvlm_jax.runs.config import EvaluationOptions, LoraOptions, Run, TrainOptions
+
+NANO = Path(fedvlm_jax.__file__).parent / "assets" / "florence2-nano"
+
+
+def make_folder(folder: Path) -> Path:
+    """Write a complete Florence-2 folder: random weights, the shipped model's tokenizer and processor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
+        shutil.copy(NANO / name, folder / name)
+    shipped = Florence2Config.from_pretrained(NANO)
+    text = BartConfig(
+        vocab_size=shipped.text_config.vocab_size, d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        max_position_embeddings=64, decoder_start_token_id=2, forced_eos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    vision = {
+        "embed_dim": [8], "depths": [1], "num_heads": [2], "num_groups": [2], "patch_size": [16], "patch_stride": [16],
+        "patch_padding": [0], "patch_prenorm": [False], "window_size": 4, "projection_dim": 16,
+        "max_position_embeddings": 4, "max_temporal_embeddings": 1,
+    }  # fmt: skip
+    vlm = build(Florence2Config(text_config=text, vision_config=vision, image_token_id=shipped.image_token_id))
+    save_checkpoint(vlm, jax.jit(vlm.init)(jax.random.key(5)), folder)
+    return folder
+
+
+def tiny_run(model: Path, out: Path, **changes: object) -> Run:
+    """Four clients, a handful of examples, four rounds of two steps, partial participation."""
+    run = Run(
+        model=str(model),
+        cohort=3,
+        seed=1,
+        data=DataOptions(
+            languages=("en", "de"), vendors=("noto", "fluent"), images_per_client=5, validation_per_client=2,
+            test_per_client=3,
+        ),
+        train=TrainOptions(rounds=4, local_steps=2, batch_size=4),
+        lora=LoraOptions(rank=2),
+        evaluation=EvaluationOptions(every=2, max_answer_tokens=4, batch_size=6),
+        out=out,
+    )  # fmt: skip
+    return replace(run, **changes)
