@@ -187,7 +187,7 @@ def make_driver(prepared: Prepared, method: str, *, cohort: int | None, common_s
 
 
 def _fit_to_model(data: DataOptions, vlm: Any) -> DataOptions:
-    """No text is longer than the model has positions: longer prompts are left out, longer answers cut; both are counted."""
+    """Longer prompts than the model has positions are left out, longer answers are cut; both are counted."""
     most = vlm.config.text_config.max_position_embeddings
     return data.replace(
         max_prompt_tokens=min(data.max_prompt_tokens, most), max_answer_tokens=min(data.max_answer_tokens, most)
