@@ -15,14 +15,15 @@ from safetensors.numpy import load_file, save_file
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import build, load_vlm, save_checkpoint
 from fedvlm_jax.models.checkpoint import TABLE, checkpoint_names, find_slot
+from fedvlm_jax.tree import flatten
 
 GOLDEN = Path(__file__).parent / "golden"
-QUERY = "model.language_model.encoder.layers.1.self_attn.q_proj.weight"
+QUERY = "model.language_model.encoder.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(GOLDEN / "windows", tmp_path / "model"))
+    return Path(shutil.copytree(GOLDEN / "single", tmp_path / "model"))
 
 
 def rewrite(folder: Path, change: Any) -> None:
@@ -32,11 +33,11 @@ def rewrite(folder: Path, change: Any) -> None:
 
 
 def test_every_parameter_is_filled_and_nothing_else() -> None:
-    vlm, params = load_vlm(GOLDEN / "windows")
+    vlm, params = load_vlm(GOLDEN / "single")
     assert jax.tree.structure(params) == jax.tree.structure(vlm.shapes())
     assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(lambda leaf: leaf.shape, vlm.shapes())
     assert set(params) == {"vision_tower", "image_projector", "language_model"}
-    tensors = load_file(GOLDEN / "windows" / "model.safetensors")
+    tensors = load_file(GOLDEN / "single" / "model.safetensors")
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(
         tensor.size for name, tensor in tensors.items() if "pos_idx_to_embed" not in name
     )
@@ -44,8 +45,6 @@ def test_every_parameter_is_filled_and_nothing_else() -> None:
 
 def test_a_name_and_a_path_determine_each_other() -> None:
     vlm = build(make_config("windows"))
-    from fedvlm_jax.tree import flatten
-
     for path, shape in flatten(vlm.shapes()).items():
         for name, slot in checkpoint_names(path, shape.shape[0]):
             assert find_slot(name) == slot
@@ -75,10 +74,10 @@ def test_missing_extra_and_misshapen_tensors_are_all_named(folder: Path) -> None
 
 def test_more_layers_than_the_configuration_says_are_unexpected(folder: Path) -> None:
     def change(tensors: dict[str, np.ndarray]) -> None:
-        tensors[QUERY.replace(".1.", ".2.")] = tensors[QUERY]
+        tensors[QUERY.replace(".0.", ".1.")] = tensors[QUERY]
 
     rewrite(folder, change)
-    with pytest.raises(UserError, match=r"unexpected: .*layers\.2\.self_attn"):
+    with pytest.raises(UserError, match=r"unexpected: .*layers\.1\.self_attn"):
         load_vlm(folder)
 
 
@@ -127,10 +126,10 @@ def test_a_sharded_checkpoint(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_what_was_saved_loads_again(tmp_path: Path, dtype: Any) -> None:
-    vlm, params = load_vlm(GOLDEN / "odd")
+    vlm, params = load_vlm(GOLDEN / "single")
     save_checkpoint(vlm, params, tmp_path, dtype)
     names = load_file(tmp_path / "model.safetensors").keys()
-    assert names == load_file(GOLDEN / "odd" / "model.safetensors").keys()
+    assert names == load_file(GOLDEN / "single" / "model.safetensors").keys()
     again, loaded = load_vlm(tmp_path)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(dtype).astype(jnp.float32), b), params, loaded)
     assert again.config.to_dict() == vlm.config.to_dict()

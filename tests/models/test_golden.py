@@ -36,6 +36,8 @@ def test_features_logits_and_loss_are_those_of_transformers(case: Any) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_tokens_are_those_of_transformers(case: Any, name: str) -> None:
     vlm, params, batch, answers = case
+    if len(vlm.config.vision_config.depths) > 1 and name not in ("greedy_ends", "beams_early"):
+        pytest.skip("all options are tried on the model that compiles fastest")
     tokens = vlm.generate(params, None, batch, MAX_TOKENS, **to_settings(OPTIONS[name]))
     np.testing.assert_array_equal(tokens, answers[f"tokens/{name}"])
 
@@ -63,10 +65,13 @@ def test_rematerialisation_changes_no_gradient() -> None:
     vlm, params = load_vlm(GOLDEN / "single")
     other = build(vlm.config, remat=True)
     batch = make_batch("single", vlm.image_tokens(*CASES["single"][2]))
-    plain, again = (
-        jax.jit(jax.grad(lambda params, v=v: jax.nn.logsumexp(v.logits(params, None, batch))))(params)
-        for v in (vlm, other)
-    )
+    batch["image_features"] = np.ones((3, vlm.image_tokens(*CASES["single"][2]), 24), np.float32)
+
+    def gradient(v: Vlm) -> Any:
+        return jax.grad(lambda text: jax.nn.logsumexp(v.logits(params | {"language_model": text}, None, batch)))
+
+    text = params["language_model"]
+    plain, again = jax.jit(gradient(vlm))(text), jax.jit(gradient(other))(text)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), plain, again)
-    text = str(jax.make_jaxpr(jax.grad(lambda params: other.logits(params, None, batch).sum()))(params))
-    assert "remat" in text or "checkpoint" in text
+    assert "remat" not in str(jax.make_jaxpr(gradient(vlm))(text))
+    assert "remat" in str(jax.make_jaxpr(gradient(other))(text))

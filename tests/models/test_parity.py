@@ -91,7 +91,11 @@ def test_base_size(tmp_path: Path) -> None:
         features = model.get_image_features(inputs["pixel_values"]).pooler_output.numpy()
         expected = model(**inputs).logits.numpy()
         tokens = model.generate(
-            **{k: v for k, v in inputs.items() if k != "labels"}, max_new_tokens=6, num_beams=1, do_sample=False
+            **{k: v for k, v in inputs.items() if k != "labels"},
+            max_new_tokens=6,
+            min_new_tokens=5,
+            num_beams=1,
+            do_sample=False,
         )
     del model
     ours = jax.jit(lambda p, x: vlm.image_features(p, None, x))(params, batch["pixel_values"])
@@ -99,4 +103,4 @@ def test_base_size(tmp_path: Path) -> None:
     print(f"features {np.abs(ours - features).max():.2e}, logits {np.abs(logits - expected).max():.2e}")  # noqa: T201
     np.testing.assert_allclose(ours, features, atol=1e-3)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
-    np.testing.assert_array_equal(vlm.generate(params, None, batch, 6, num_beams=1), tokens[:, 1:])
+    np.testing.assert_array_equal(vlm.generate(params, None, batch, 6, min_new_tokens=5, num_beams=1), tokens[:, 1:])
