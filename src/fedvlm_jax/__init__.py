@@ -6,7 +6,7 @@ device:
     load_vlm        (path) -> (vlm, params): a Florence-2 from a Hugging Face folder, or one that ships
     build           (config) -> vlm: the same architecture without weights
     Vlm, Processor  the model as a record of pure functions; text and images to arrays and back
-    lora            low-rank adapters for any Flax linen model: find_sites, LoRA, init, inject, merge, partition, combine
+    lora            low-rank adapters for any linen model: find_sites, LoRA, init, inject, merge, partition, combine
     tree            nested dictionaries of arrays by path
     methods         federated methods as records of pure functions, and how to load one by name
     UserError       what bad input raises

@@ -79,6 +79,7 @@ class Evaluator:
         # The shape is the whole population's, so that a cohort is scored by the same program.
         most = max(len(client.rows_of(split)) for client in clients)
         size = -(-most // self.batch) * self.batch
+        by_client = NamedSharding(self.mesh, PartitionSpec(CLIENTS))
         for start in range(0, len(numbers), self.wave):
             chunk = numbers[start : start + self.wave]
             padded = np.asarray(chunk + chunk[:1] * (self.wave - len(chunk)))
@@ -87,8 +88,8 @@ class Evaluator:
             counts = np.asarray([len(clients[number].rows_of(split)) for number in padded])
             batch["labels"] = np.where((np.arange(size) < counts[:, None])[..., None], batch["labels"], IGNORED)
             batch = {k: v.reshape(self.wave, size // self.batch, self.batch, *v.shape[2:]) for k, v in batch.items()}
-            batch = jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(CLIENTS)))
-            own = None if adapters is None else adapters(padded)
+            batch = jax.device_put(batch, by_client)
+            own = None if adapters is None else jax.device_put(adapters(padded), by_client)  # one program for all kinds
             ids, sums = jax.device_get(self.answer(params, own, batch))
             for place, number in enumerate(chunk):
                 count, name = counts[place], clients[number].name

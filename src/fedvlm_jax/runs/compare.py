@@ -1,36 +1,52 @@
 """Several methods and seeds on the same clients, cohorts and initial adapter, in one folder.
 
 Everything that does not depend on the method (model, data, frozen features, zero-shot scores) is shared, and a method's
-compiled programs serve all its seeds. A comparison that was interrupted goes on where it stopped: finished runs are
-read, a half-finished one is resumed.
+compiled programs serve all its seeds. "X+ft" continues the run of X where that is in the comparison with the same
+options. A comparison that was interrupted goes on where it stopped: finished runs are read, a half-finished one is
+resumed.
 """
 
 import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import loop
-from fedvlm_jax.runs.config import Compare, Run, from_json, to_json
+from fedvlm_jax.runs.codec import encode
+from fedvlm_jax.runs.config import Compare, Run, TrainOptions, from_json, to_json
 from fedvlm_jax.runs.folders import RunRecord, read_run
 from fedvlm_jax.runs.prepare import Session, open_session
 from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.storage import describe_environment, write_json
 from fedvlm_jax.runs.validation import FINETUNED, validate_comparison
 
-__all__ = ["compare"]
+__all__ = ["compare", "finish_run"]
 
 
-def compare(comparison: Compare, show: Progress | None = None, session: Session | None = None) -> Path:
+def compare(
+    comparison: Compare,
+    show: Progress | None = None,
+    session: Session | None = None,
+    settings: Mapping[str, TrainOptions] | None = None,
+) -> Path:
     """Run every method with every seed; returns the folder with `comparison.json` and a folder per run.
+
+    Args:
+        comparison: what is compared.
+        show: where to report.
+        session: what an earlier run of the same model and data left, to start faster.
+        settings: method (with its "+ft") -> its own training options in place of `comparison.base.train`, for example
+            the learning rates tuned for it. They are kept in `comparison.json`.
 
     Raises:
         UserError: as `loop.train`, or the folder holds runs with other options.
     """
-    validate_comparison(comparison)
+    settings = dict(settings or {})
+    _check(comparison, settings)
     folder = comparison.out
     if folder is None:
         raise UserError("a comparison needs a folder: set out")
@@ -40,11 +56,12 @@ def compare(comparison: Compare, show: Progress | None = None, session: Session 
     entries: list[dict[str, Any]] = []
     zero_shot: list[dict[str, Any]] = []
     for seed in seeds:
-        records = {}
-        for method in comparison.methods:
-            run = _make_run(comparison, method, seed, folder / "runs" / f"{method}-seed{seed}")
-            records[method] = _finish(run, show, session)
-            entries.append(_describe(records[method], method, seed, folder))
+        runs = {method: _make_run(comparison, settings, method, seed) for method in comparison.methods}
+        records: dict[str, RunRecord] = {}
+        for method in sorted(runs, key=lambda name: name.endswith(FINETUNED)):  # a run comes before its continuation
+            start = records.get(method.removesuffix(FINETUNED)) if method.endswith(FINETUNED) else None
+            records[method] = finish_run(runs[method], show, session, start.folder if start else None)
+        entries += [_describe(records[method], method, seed, folder) for method in comparison.methods]
         zero_shot.append({"seed": seed, **records[comparison.methods[0]].results["zero_shot"]})
     content = {
         "methods": list(comparison.methods),
@@ -53,31 +70,69 @@ def compare(comparison: Compare, show: Progress | None = None, session: Session 
         "runs": entries,
         "zero_shot": zero_shot,
         "settings": to_json(dataclasses.replace(comparison.base, out=None)),
+        "train": {method: encode(_train_options(comparison, settings, method)) for method in comparison.methods},
         **describe_environment(),
     }
     write_json(folder / "comparison.json", content)
     return folder
 
 
-def _make_run(comparison: Compare, method: str, seed: int, out: Path) -> Run:
-    base = comparison.base
-    steps = comparison.finetune_steps if method.endswith(FINETUNED) else 0
-    train = dataclasses.replace(base.train, finetune_steps=steps)
-    return dataclasses.replace(base, method=method.removesuffix(FINETUNED), seed=seed, train=train, out=out)
+def finish_run(run: Run, show: Progress, session: Session, start: Path | None = None) -> RunRecord:
+    """Read the run if it is finished, go on with it if it was begun, else run it.
 
+    Args:
+        run: its options; `out` must be given.
+        show: where to report.
+        session: of the same model and data.
+        start: the folder of a finished run; where it is `run` without local fine-tuning, `run` continues it.
 
-def _finish(run: Run, show: Progress, session: Session) -> RunRecord:
-    """Read the run if it is finished, go on with it if it was begun, else run it."""
+    Raises:
+        UserError: as `loop.train`, or the folder holds a run with other options.
+    """
     assert run.out is not None
-    config = run.out / "config.json"
-    if not config.exists():
-        loop.train(run, show, session)
-        return read_run(run.out)
-    begun = from_json(json.loads(config.read_text(encoding="utf-8"))["run"])
-    if dataclasses.replace(begun, out=run.out) != run:
+    if not (run.out / "config.json").exists():
+        if start is not None and _is_start(start, run):
+            loop.extend(start, run, show, session)
+        else:
+            loop.train(run, show, session)
+    elif dataclasses.replace(_read_options(run.out), out=run.out) != run:
         raise UserError(f"{run.out} was made with other options: choose another --out, or repeat the first command")
-    loop.resume(run.out, show, session)
+    else:
+        loop.resume(run.out, show, session)
     return read_run(run.out)
+
+
+def _read_options(folder: Path) -> Run:
+    return from_json(json.loads((folder / "config.json").read_text(encoding="utf-8"))["run"])
+
+
+def _is_start(folder: Path, run: Run) -> bool:
+    without = dataclasses.replace(run.train, finetune_steps=0)
+    return _read_options(folder) == dataclasses.replace(run, train=without, out=_read_options(folder).out)
+
+
+def _check(comparison: Compare, settings: Mapping[str, TrainOptions]) -> None:
+    validate_comparison(comparison)
+    for method, train in settings.items():
+        if method not in comparison.methods:
+            raise UserError(f"settings for {method}, which is not compared: there are {', '.join(comparison.methods)}")
+        validate_comparison(dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, train=train)))
+
+
+def _train_options(comparison: Compare, settings: Mapping[str, TrainOptions], method: str) -> TrainOptions:
+    steps = comparison.finetune_steps if method.endswith(FINETUNED) else 0
+    return dataclasses.replace(settings.get(method, comparison.base.train), finetune_steps=steps)
+
+
+def _make_run(comparison: Compare, settings: Mapping[str, TrainOptions], method: str, seed: int) -> Run:
+    assert comparison.out is not None
+    return dataclasses.replace(
+        comparison.base,
+        method=method.removesuffix(FINETUNED),
+        seed=seed,
+        train=_train_options(comparison, settings, method),
+        out=comparison.out / "runs" / f"{method}-seed{seed}",
+    )
 
 
 def _describe(record: RunRecord, method: str, seed: int, folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fedvlm_jax.data.options import DataOptions
+from fedvlm_jax.data.options import DataOptions, Split
 from fedvlm_jax.runs.codec import decode, encode
 
 __all__ = [
@@ -116,6 +116,15 @@ class EvaluationOptions:
     """Longest answer that is generated, in tokens."""
     batch_size: int = 32
     """Examples of one client that are answered at a time."""
+    before_redistribution: bool = True
+    """Validate also what clients had before the server's average replaced their shared part."""
+    test: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = True
+    """From Python only: False leaves the test split alone, for runs that serve to choose options."""
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """What is scored at the end of a run."""
+        return ("validation", "test") if self.test else ("validation",)
 
 
 @dataclass(frozen=True)

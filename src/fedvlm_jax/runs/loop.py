@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,18 +21,19 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora, tree
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.clients import Scores
 from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.federation.driver import Driver, RoundReport
 from fedvlm_jax.methods import Method
 from fedvlm_jax.runs.config import Run, from_json, to_json
-from fedvlm_jax.runs.folders import read_metrics
+from fedvlm_jax.runs.folders import read_metrics, read_run
 from fedvlm_jax.runs.prepare import Prepared, Session, make_driver, open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.storage import describe_environment, save_adapters, write_json
 from fedvlm_jax.runs.validation import validate
 from fedvlm_jax.sharding import CLIENTS
 
-__all__ = ["resume", "train"]
+__all__ = ["extend", "resume", "train"]
 
 FINETUNING = "local"
 """The method of the local steps after a federation."""
@@ -80,6 +82,32 @@ def resume(folder: Path, show: Progress | None = None, session: Session | None =
     return _execute(dataclasses.replace(run, system=system), show, session)
 
 
+def extend(folder: Path, run: Run, show: Progress | None = None, session: Session | None = None) -> Path:
+    """Run `run`, whose rounds are those of the finished run in `folder` with local fine-tuning after them.
+
+    Nothing is trained twice: what the finished run left is copied, and the copy goes on. It ends as `train(run)` would,
+    bit for bit.
+
+    Raises:
+        UserError: the folder's run is not finished or differs in more than `finetune_steps`, or `run.out` is in use.
+    """
+    validate(run)
+    if run.out is None:
+        raise UserError("a run needs a folder: set out")
+    record = read_run(folder)
+    done = from_json(record.options)
+    if dataclasses.replace(run, out=done.out, train=dataclasses.replace(run.train, finetune_steps=0)) != done:
+        raise UserError(f"{folder} differs from {run.out} in more than local fine-tuning: it cannot go on as that run")
+    if run.out.exists():
+        raise UserError(f"{run.out} is there already: choose another folder")
+    scratch = run.out.with_name(run.out.name + ".partial")  # a kill leaves the run whole or not begun
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(folder, scratch, ignore=shutil.ignore_patterns("adapters", "results.json", "evaluation.json"))
+    write_json(scratch / "config.json", {**record.config, "run": to_json(run)})
+    scratch.replace(run.out)
+    return resume(run.out, show, session)
+
+
 def _execute(run: Run, show: Progress, session: Session | None) -> Path:
     assert run.out is not None
     session = session or open_session(run, show.note)
@@ -88,17 +116,19 @@ def _execute(run: Run, show: Progress, session: Session | None) -> Path:
     _write_config(run, prepared)
     zero_shot = session.remember(
         ("zero-shot", run.data, run.seed, run.evaluation),
-        lambda: _evaluate(prepared, None, ("validation", "test"), show),
+        lambda: _evaluate(prepared, None, run.evaluation.splits, show),
     )
     course = _Course(prepared, run.out, show)
     try:
         course.go()
     finally:
         course.checkpoints.close()
-    show.note("testing every client's own model")
+    show.note("evaluating every client's own model")
     best = course.best
     adapters = best.adapters
-    personal = _evaluate(prepared, adapters, ("validation", "test"), show)
+    known = {} if best.scores is None else {"validation": best.scores}  # these very models were scored in their round
+    splits = tuple(split for split in run.evaluation.splits if split not in known)
+    personal = {**known, **_evaluate(prepared, adapters, splits, show)}
     names = [client.name for client in prepared.examples.clients]
     save_adapters(run.out / "adapters", names, adapters, best.shared, {"method": run.method, "round": best.round})
     results = {
@@ -136,6 +166,7 @@ class _Best:
     shared: PyTree
     round: int = 0
     score: float = -math.inf
+    scores: Scores | None = None
 
 
 class _Course:
@@ -196,7 +227,7 @@ class _Course:
         everyone = range(len(self.prepared.examples.clients))
         scores = evaluator(params, self.driver.adapters, "validation", everyone)
         result: dict[str, Any] = {name: _mean(values) for name, values in scores.items()}
-        if report.trained is not None:
+        if report.trained is not None and self.prepared.run.evaluation.before_redistribution:
             before = evaluator(params, report.trained, "validation", report.numbers.tolist())
             names = before["exact_match"].keys()
             result["before_redistribution"] = {"exact_match": _mean(before["exact_match"])}
@@ -206,7 +237,7 @@ class _Course:
             adapters = self.driver.all_adapters(self.prepared.layout.wave)
             shared = jax.device_get(_shared(self.driver.programs.method, self.driver))
             shared = shared if jax.tree.leaves(shared) else self.best.shared
-            self.best = _Best(adapters, shared, round_, -math.inf if score is None else score)
+            self.best = _Best(adapters, shared, round_, -math.inf if score is None else score, scores)
         return result
 
     def _rates(self, round_: int) -> dict[str, float]:
@@ -218,7 +249,9 @@ class _Course:
         return {"driver": self.driver.state(), "best": {"adapters": self.best.adapters, "shared": self.best.shared}}
 
     def _save(self, round_: int) -> None:
-        about = {"best_round": self.best.round, "best_score": self.best.score if self.best.round else None}
+        best = self.best
+        score = best.score if best.round else None
+        about = {"best_round": best.round, "best_score": score, "best_scores": best.scores}
         self.checkpoints.save(round_, self._state(), about)
 
     def _load(self) -> int:
@@ -233,7 +266,8 @@ class _Course:
         self.driver.load(state["driver"])
         score = about["best_score"]
         best = state["best"]
-        self.best = _Best(best["adapters"], best["shared"], about["best_round"], -math.inf if score is None else score)
+        score = -math.inf if score is None else score
+        self.best = _Best(best["adapters"], best["shared"], about["best_round"], score, about["best_scores"])
         return done
 
     def _trim_metrics(self, done: int) -> None:
