@@ -102,7 +102,10 @@ def extend(folder: Path, run: Run, show: Progress | None = None, session: Sessio
         raise UserError(f"{run.out} is there already: choose another folder")
     scratch = run.out.with_name(run.out.name + ".partial")  # a kill leaves the run whole or not begun
     shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(folder, scratch, ignore=shutil.ignore_patterns("adapters", "results.json", "evaluation.json"))
+    scratch.mkdir(parents=True)
+    shutil.copy(folder / "metrics.jsonl", scratch)
+    if (folder / "checkpoints").is_dir():  # without them the copy starts anew
+        shutil.copytree(folder / "checkpoints", scratch / "checkpoints")
     write_json(scratch / "config.json", {**record.config, "run": to_json(run)})
     scratch.replace(run.out)
     return resume(run.out, show, session)

@@ -1,0 +1,146 @@
+"""Comparisons on a tiny model: settings per method, and fine-tuning that continues a run instead of repeating it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_run import make_folder, tiny_run
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs import compare as comparing
+from fedvlm_jax.runs import loop
+from fedvlm_jax.runs.config import Compare
+from fedvlm_jax.runs.folders import read_comparison, read_metrics, read_run
+from fedvlm_jax.runs.prepare import open_session
+from fedvlm_jax.runs.progress import SilentProgress
+
+TIMING = {"seconds", "clients_per_second"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    run = tiny_run(make_folder(tmp_path_factory.mktemp("model") / "tiny"), tmp_path_factory.mktemp("unused") / "none")
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, rounds=2))
+
+
+@pytest.fixture(scope="module")
+def session(base):
+    return open_session(base)
+
+
+@pytest.fixture(scope="module")
+def methods():
+    return ("fedavg-lora+ft", "local", "fedavg-lora")
+
+
+@pytest.fixture(scope="module")
+def show():
+    return SilentProgress()
+
+
+@pytest.fixture(scope="module")
+def rates(base):
+    return dataclasses.replace(base.train, learning_rate_a=1e-3)
+
+
+@pytest.fixture(scope="module")
+def folder(base, session, methods, show, rates, tmp_path_factory):
+    base = dataclasses.replace(base, out=tmp_path_factory.mktemp("comparisons") / "one")
+    comparison = Compare(methods=methods, seeds=1, finetune_steps=3, base=base)
+    return comparing.compare(comparison, show, session, settings={"local": rates})
+
+
+def read_adapters(folder):
+    return {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_every_method_has_its_own_settings(folder, base, rates):
+    stored = json.loads((folder / "comparison.json").read_text())["train"]
+    assert stored["local"]["learning_rate_a"] == rates.learning_rate_a
+    assert stored["fedavg-lora"]["learning_rate_a"] == base.train.learning_rate_a
+    assert [stored[method]["finetune_steps"] for method in stored] == [3, 0, 0]
+    for run in read_comparison(folder).runs:
+        assert read_run(folder / run["folder"]).options["train"] == stored[run["method"]]
+
+
+def test_the_order_of_methods_is_the_one_asked_for(folder, methods):
+    assert [run["method"] for run in read_comparison(folder).runs] == list(methods)
+
+
+def test_fine_tuning_does_not_repeat_the_federation(folder, show):
+    rounds = [(line["method"], line["round"]) for line in show.lines]
+    assert sorted(rounds) == [("fedavg-lora", 1), ("fedavg-lora", 2), *(("local", n) for n in (1, 2, 3, 4))]
+
+
+def test_a_continued_run_is_a_run_of_its_own(folder, base, session, tmp_path):
+    """Bit for bit what it would have been without the run that it continues."""
+    continued = read_run(folder / "runs" / "fedavg-lora+ft-seed1")
+    train = dataclasses.replace(base.train, finetune_steps=3)
+    alone = read_run(
+        loop.train(dataclasses.replace(base, method="fedavg-lora", train=train, out=tmp_path / "run"), None, session)
+    )
+    assert continued.results == alone.results
+    assert continued.config["resolved"] == alone.config["resolved"]
+    assert {**continued.options, "out": None} == {**alone.options, "out": None}
+    untimed = [
+        [{k: v for k, v in line.items() if k not in TIMING} for line in record.rounds] for record in (continued, alone)
+    ]
+    assert untimed[0] == untimed[1]
+    one, two = read_adapters(continued.folder), read_adapters(alone.folder)
+    assert len(one) == 5
+    assert one.keys() == two.keys()
+    for name, arrays in one.items():
+        for path, array in arrays.items():
+            np.testing.assert_array_equal(array, two[name][path], err_msg=f"{name} {path}")
+
+
+def test_a_repeated_comparison_reads_what_is_there(folder, base, session, methods, rates):
+    lines = len(read_metrics(folder / "runs" / "local-seed1"))
+    before = (folder / "comparison.json").read_text()
+    rest = SilentProgress()
+    base = dataclasses.replace(base, out=folder)
+    comparison = Compare(methods=methods, seeds=1, finetune_steps=3, base=base)
+    comparing.compare(comparison, rest, session, settings={"local": rates})
+    assert rest.lines == []
+    assert len(read_metrics(folder / "runs" / "local-seed1")) == lines
+    assert json.loads((folder / "comparison.json").read_text())["runs"] == json.loads(before)["runs"]
+
+
+def test_other_settings_in_the_same_folder_are_refused(folder, base, session, methods):
+    base = dataclasses.replace(base, out=folder)
+    comparison = Compare(methods=methods, seeds=1, finetune_steps=3, base=base)
+    with pytest.raises(UserError, match="local-seed1 was made with other options"):
+        comparing.compare(comparison, None, session)
+
+
+def test_settings_of_a_method_that_is_not_compared(base, session, tmp_path):
+    comparison = Compare(methods=("local",), seeds=1, base=dataclasses.replace(base, out=tmp_path))
+    with pytest.raises(UserError, match="settings for plora, which is not compared: there are local"):
+        comparing.compare(comparison, None, session, settings={"plora": base.train})
+
+
+def test_a_run_is_continued_by_its_own_fine_tuning_only(folder, base, session, tmp_path):
+    train = dataclasses.replace(base.train, finetune_steps=3, learning_rate_b=1e-4)
+    run = dataclasses.replace(base, method="fedavg-lora", train=train, out=tmp_path / "run")
+    with pytest.raises(UserError, match=r"differs from .* in more than local fine-tuning"):
+        loop.extend(folder / "runs" / "fedavg-lora-seed1", run, None, session)
+
+
+def test_the_test_split_can_be_left_alone(base, session, tmp_path):
+    evaluation = dataclasses.replace(base.evaluation, test=False)
+    run = dataclasses.replace(base, method="local", evaluation=evaluation, out=tmp_path / "run")
+    record = read_run(loop.train(run, None, session))
+    assert set(record.results["personal"]) == set(record.results["zero_shot"]) == {"validation"}
+    assert record.scores("personal") == {}
+
+
+def test_what_clients_had_before_redistribution_can_be_left_out(folder, base, session, tmp_path):
+    evaluation = dataclasses.replace(base.evaluation, before_redistribution=False)
+    run = dataclasses.replace(base, method="fedavg-lora", evaluation=evaluation, out=tmp_path / "run")
+    record = read_run(loop.train(run, None, session))
+    whole = read_run(folder / "runs" / "fedavg-lora-seed1")
+    assert "before_redistribution" in whole.rounds[-1]["validation"]
+    assert "before_redistribution" not in record.rounds[-1]["validation"]
+    assert record.results == whole.results
