@@ -29,7 +29,8 @@ class LoRA:
             `q_proj$`, `decoder/.*/(q|v)_proj/kernel`.
         exclude: sites that match one of these are left out again.
         rslora: scale = alpha / √rank (arXiv 2312.03732) instead of alpha / rank.
-        init: how `a` starts. "gaussian": N(0, 1/rank²); "kaiming": U(±1/√d_in). Both are PEFT's.
+        init: how `a` starts. "gaussian": N(0, 1/rank²); "kaiming": U(±1/√d_in). Both are PEFT's
+            for dense layers and convolutions; for embeddings PEFT starts the other way round, `a` at zero, `b` random.
         dtype: of `a` and `b`.
     """
 
