@@ -20,7 +20,7 @@ IGNORED = -100
 
 def feature_copies(run: Pretrain, vlm: Any, params: dict, corpus: Corpus, copies: int) -> np.ndarray:
     """float16 [copies, N, P, D]: features of the pictures, the first copy as they are, the others augmented."""
-    file = run.work / f"features-{copies}-{len(corpus.pixels)}.npy"
+    file = run.work / f"features-{sum(run.vision_steps)}-{copies}-{len(corpus.pixels)}.npy"
     if file.is_file():
         return np.load(file)
     extract = jax.jit(partial(vlm.image_features, params, None))

@@ -28,7 +28,8 @@ class Pretrain:
     """Checkpoints and log.jsonl."""
     folder: Path = ROOT / "src" / "fedvlm_jax" / "assets" / "florence2-nano"
     seed: int = 0
-    vision_steps: int = 1500
+    vision_steps: tuple[int, ...] = (1500,)
+    """Steps of every cosine cycle of the vision phase. A cycle added later goes on from the finished ones."""
     vision_batch: int = 32
     vision_rate: float = 4e-4
     strength: float = 0.8
@@ -95,7 +96,7 @@ def train(
     first, sums = int(state["step"]), []
     log(run, phase=phase, resumed_at=first)
     for number in range(first, steps):
-        inputs = batches(np.random.default_rng([run.seed, drawn + number]), number)
+        inputs = batches(np.random.default_rng([run.seed, drawn + number]), drawn + number)
         if len(sums) > 1:
             jax.block_until_ready(sums[-2])  # at most one step in flight
         state, metrics = step(state, *inputs)

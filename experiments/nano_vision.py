@@ -64,7 +64,7 @@ def train_vision(run: Pretrain, vlm: Any, params: dict, classes: Classes, corpus
         order = np.random.default_rng([run.seed, 7, number // per_epoch]).permutation(count)
         chosen = order[number % per_epoch * run.vision_batch :][: run.vision_batch]
         images = nano_augment.blend_styles(rng, corpus.pixels, chosen, corpus.peers)
-        ramp = min(1.0, 2 * number / run.vision_steps)  # gently at first: under full augmentation nothing is learned
+        ramp = min(1.0, 2 * number / run.vision_steps[0])  # gently at first: under full augmentation nothing is learned
         images = nano_augment.augment(rng, images, run.strength * (0.2 + 0.8 * ramp))
         images, partner, weight = nano_augment.mix_pairs(rng, images, 0.25 * ramp)
         rows = {name: getattr(corpus, name)[chosen] for name in classes.sizes}
@@ -80,7 +80,9 @@ def train_vision(run: Pretrain, vlm: Any, params: dict, classes: Classes, corpus
             for name, truth in (("group", valid.group), ("subgroup", valid.subgroup))
         }
 
-    eyes = train(run, "vision", eyes, run.vision_steps, run.vision_rate, loss, batches, evaluate)
+    for cycle, steps in enumerate(run.vision_steps):
+        drawn = sum(run.vision_steps[:cycle])
+        eyes = train(run, f"vision{cycle}", eyes, steps, run.vision_rate, loss, batches, evaluate, drawn)
     return {**params, "vision_tower": eyes["vision_tower"], "image_projector": eyes["image_projector"]}
 
 
