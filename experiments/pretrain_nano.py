@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 import tyro
 from emoji_texts import CLIENT_QUESTIONS, NEUTRAL_QUESTIONS
 from nano_corpus import load_corpus
-from nano_speed import keep_heap
 from nano_text import train_text
 from nano_training import Pretrain, log
 from nano_vision import centre_tokens, train_vision
 from transformers import AutoTokenizer
 
 from fedvlm_jax.models import build, save_checkpoint
+from fedvlm_jax.runs.heap import keep_heap
 
 
 def main(run: Pretrain) -> None:

@@ -27,6 +27,7 @@ import tyro
 from fedvlm_jax.data.options import DataOptions, Prompt
 from fedvlm_jax.runs.config import Compare, EvaluationOptions, Run, TrainOptions
 from fedvlm_jax.runs.folders import read_comparison
+from fedvlm_jax.runs.heap import keep_heap
 from fedvlm_jax.runs.tables import to_markdown
 from fedvlm_jax.runs.theme import save_png
 
@@ -302,6 +303,7 @@ def report(study: Study, words: list[str]) -> None:
 def main() -> None:
     """Run the stages that were asked for."""
     study = tyro.cli(Study, description=__doc__)
+    keep_heap()
     if study.quick:
         study = dataclasses.replace(study, **QUICK)
     study.out.mkdir(parents=True, exist_ok=True)

@@ -228,7 +228,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, session, tmp_path):
         local_steps=2,
         batch_size=4,
         optimizer="sgd",
-        clip_norm=0.0,
         learning_rate_a=1e30,
         learning_rate_b=1e30,
     )

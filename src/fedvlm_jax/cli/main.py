@@ -17,6 +17,7 @@ from pathlib import Path
 import tyro
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.heap import keep_heap
 
 __all__ = ["commands_available", "main"]
 
@@ -71,6 +72,8 @@ def _dispatch(words: list[str]) -> None:
             raise
         help_command = f"fedvlm {words[0]} --help" if words[0] in commands else "fedvlm --help"
         raise UserError(f"{_read_box(complaint.getvalue())} ({help_command} lists what there is)") from None
+    if chosen:
+        keep_heap()
     for work in chosen:
         work()
 

@@ -70,9 +70,11 @@ def dot_attention(
     bias: Array | None = None,
 ) -> Float[Array, "N T D"]:
     """Scaled dot-product attention with heads joined again at the end; `bias` is added to the scores."""
-    scores = jnp.einsum("nthd,nshd->nhts", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32)
+    # Heads first: XLA's CPU backend multiplies batches of contiguous matrices several times faster than strided ones.
+    query, key, value = (part.transpose(0, 2, 1, 3) for part in (query * query.shape[-1] ** -0.5, key, value))
+    scores = jnp.einsum("nhtd,nhsd->nhts", query, key, preferred_element_type=jnp.float32)
     weights = softmax(scores if bias is None else scores + bias, value.dtype)
-    mixed = jnp.einsum("nhts,nshd->nthd", weights, value)
+    mixed = jnp.einsum("nhts,nhsd->nhtd", weights, value).transpose(0, 2, 1, 3)
     return mixed.reshape(*mixed.shape[:2], -1)
 
 

@@ -110,7 +110,7 @@ class TrainOptions:
 class EvaluationOptions:
     """When and how every client's own model is evaluated"""
 
-    every: int = 2
+    every: int = 4
     """Evaluate on validation every so many rounds, and after the last."""
     max_answer_tokens: int = 16
     """Longest answer that is generated, in tokens."""
