@@ -1,4 +1,4 @@
-"""Writes the golden files in tests/models/golden from transformers + PyTorch: `python tests/models/make_golden.py`.
+"""Writes the golden files in tests/models/golden: `PYTHONPATH=tests python tests/models/make_golden.py`.
 
 Needs the extra `parity`. Per case of `cases.py`, a folder as transformers saves it (random weights) and answers.npz
 with image features, logits, loss and generated tokens. Ordinary tests then check this package without PyTorch.

@@ -271,5 +271,6 @@ def save_checkpoint(vlm: Any, params: Any, folder: Path | str, dtype: Any = np.f
         dtype
     )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner alone
     vlm.config.save_pretrained(folder)
     vlm.generation_config.save_pretrained(folder)
