@@ -13,7 +13,7 @@ from flax import traverse_util
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-__all__ = ["combine", "count_bytes", "flatten", "partition", "scale_add", "unflatten", "weighted_sum", "zeros_like"]
+__all__ = ["combine", "count_bytes", "flatten", "partition", "unflatten", "weighted_sum"]
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,16 +67,6 @@ def weighted_sum(stacked: PyTree, weights: Float[Array, " clients"]) -> PyTree:
     rows = jnp.where(weights[:, None] == 0, 0, rows)  # a client that does not count may well have overflowed
     summed = jnp.einsum("k,kn->n", weights, rows, precision="highest")
     return unravel(summed)
-
-
-def scale_add(tree: PyTree, factor: float | Array, other: PyTree) -> PyTree:
-    """`tree + factor · other`, leaf by leaf, in each leaf's own dtype."""
-    return jax.tree.map(lambda x, y: x + jnp.asarray(factor, x.dtype) * y.astype(x.dtype), tree, other)
-
-
-def zeros_like(tree: PyTree) -> PyTree:
-    """A tree of zeros of the same shapes and dtypes; `jax.ShapeDtypeStruct` leaves are welcome."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
 def count_bytes(tree: PyTree) -> int:

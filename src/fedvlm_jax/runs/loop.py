@@ -179,7 +179,6 @@ class _Course:
         self.prepared, self.folder, self.show = prepared, folder, show
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.phases = list(_plan(prepared.run))
-        self.seconds = 0.0
         phase = self.phases[0]
         self.driver = make_driver(prepared, phase.method, cohort=phase.cohort)
         method = self.driver.programs.method
