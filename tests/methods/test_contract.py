@@ -199,7 +199,7 @@ def test_weighted_mean_of_published_vectors():
 
 def test_rules_make_methods():
     """A stranger's rule becomes a method: share B of one layer only."""
-    from toy import RATES, SPEC, make_toy
+    from toy import SPEC, make_toy
 
     from fedvlm_jax.federation.training import make_local_trainer
     from fedvlm_jax.methods.record import Setup
@@ -214,4 +214,3 @@ def test_rules_make_methods():
     run = make_round(method, trainer, make_mesh(1))
     out, _ = run_round(run, params, server, make_cohort(2), [0.5, 0.5], start_states(method, server, 2))
     assert list(tree.flatten(out.messages)) == ["fc2/b"]
-    assert RATES.keys() == {"a", "b"}

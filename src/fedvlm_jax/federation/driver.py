@@ -18,7 +18,7 @@ from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.federation.cohort import Layout, draw_cohort, make_clients
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.federation.population import Population
-from fedvlm_jax.federation.round import RoundOutput, make_round, start_personal, to_waves
+from fedvlm_jax.federation.round import RoundOutput, from_waves, make_round, start_personal, to_waves
 from fedvlm_jax.federation.training import LocalTrainer
 from fedvlm_jax.methods import Method
 from fedvlm_jax.sharding import place_waves, replicate
@@ -140,9 +140,7 @@ class Driver:
             jnp.int32(round_),
             self.key,
         )
-        host = jax.device_get(out.personal)
-        new_states = jax.tree.map(lambda x: np.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[: len(numbers)], host)
-        self.population.scatter(numbers, new_states)
+        self.population.scatter(numbers, from_waves(jax.device_get(out.personal)))  # places beyond the cohort stay out
         self.server = out.server
         sent = jax.eval_shape(lambda messages: jax.tree.map(lambda x: x[0], messages), out.messages)
         return RoundReport(

@@ -13,13 +13,12 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora, tree
+from fedvlm_jax.data.encode import IGNORED
 from fedvlm_jax.methods import Client
 from fedvlm_jax.methods.record import Metrics
 from fedvlm_jax.objectives import Objective
 
-__all__ = ["IGNORED", "LocalTrainer", "make_local_trainer"]
-
-IGNORED = -100
+__all__ = ["LocalTrainer", "make_local_trainer"]
 
 
 class LocalTrainer(NamedTuple):

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fedvlm_jax.data.encode import IGNORED
 from fedvlm_jax.objectives.record import Metrics, Objective
 
 __all__ = ["OBJECTIVE", "token_losses"]
-
-IGNORED = -100
 
 
 def token_losses(
