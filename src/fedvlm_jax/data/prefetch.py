@@ -1,0 +1,34 @@
+"""Host work done ahead of the device: the next batches are read while this one is computed.
+
+grain (Google's input library for JAX) does it: its threads read ahead, the buffer is bounded, and elements come in
+their order whatever the number of threads, so that a run's numbers never depend on it. Its own shuffling and sharding
+stay unused: what a round reads is a function of (seed, round) alone, which is what makes a killed run resumable.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+__all__ = ["AHEAD", "read_ahead"]
+
+T = TypeVar("T")
+
+AHEAD = 2
+"""Elements that are read ahead, unless the caller says otherwise: one being read, one waiting."""
+
+
+def read_ahead(make: Callable[[int], T], start: int, stop: int, *, ahead: int = AHEAD) -> Iterator[T]:
+    """Yield `make(start)`, …, `make(stop - 1)` in order, up to `ahead` of them made before they are asked for.
+
+    Args:
+        make: index -> element, never None (grain would leave it out). It runs in another thread, and its exceptions
+            come out of the iterator in their turn.
+        start, stop: the range of indices.
+        ahead: elements in memory beside the one in use, and threads that make them; 0 makes them when asked for.
+    """
+    if ahead < 1 or stop - start < 2:
+        yield from map(make, range(start, stop))
+        return
+    import grain  # late: it takes a second to import
+
+    options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+    yield from grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options)
