@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -137,7 +136,7 @@ def test_a_kill_while_writing_loses_at_most_what_was_being_written(tmp_path, row
     store = open_store(tmp_path, tower=tower)
     assert len(store) == 6 - -(-keys // 33)
     np.testing.assert_array_equal(store.gather(images, np.arange(6)), expect(images, np.arange(6)))
-    assert os.path.getsize(tmp_path / "features.bin") == 6 * ROW
+    assert (tmp_path / "features.bin").stat().st_size == 6 * ROW
 
 
 def test_threads_agree(folder):
