@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedvlm_jax.objectives.sft import token_losses
+from fedvlm_jax.objectives.likelihood import token_losses
 
 SHAPE, VOCABULARY = (3, 4), 7
 

@@ -1,9 +1,11 @@
 """From rows to arrays: prompts and answers as tokens, unusable rows skipped, counted and named.
 
-Pixels are not here: an `Examples` holds the index of each row's image, because images are shared and, with a frozen
-vision tower, wanted only once.
+Prompts go to the model's encoder and answers to its decoder, so labels are the answers' tokens and nothing else: there
+is no part of a prompt to be masked. Pixels are not here: an `Examples` holds the index of each row's image, because
+images are shared and, with a frozen vision tower, wanted only once.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -20,10 +22,13 @@ from fedvlm_jax.errors import UserError
 if TYPE_CHECKING:
     from fedvlm_jax.data.options import DataOptions
 
-__all__ = ["IGNORED", "Examples", "TextProcessor", "encode"]
+__all__ = ["IGNORED", "LABELS", "Examples", "TextProcessor", "encode", "require_pairs"]
 
 IGNORED = -100
 """Label of a position that no loss counts, Hugging Face's convention."""
+
+LABELS = ("labels", "rejected_labels")
+"""What labels are called in a batch: the chosen answer's, and the rejected one's."""
 
 MULTIPLE = 8
 """Token axes are padded to multiples of this: few shapes, little waste."""
@@ -59,6 +64,10 @@ class Examples:
         images: the unique images.
         skipped: rows that were left out, with reasons; for the run's folder.
         truncated: how many of the N answers were cut to `max_answer_tokens`.
+        rejected: [N, U'] int32, labels of the rejected answers, as `labels` are; all -100 where a row has no rejected
+            answer that differs from the chosen one. None where the data has no column `rejected`.
+        rejected_answers: N rejected answers as they stand in the data; None where it has no such column.
+        rejected_truncated: how many of them were cut.
     """
 
     image: Int[np.ndarray, " examples"]
@@ -71,17 +80,44 @@ class Examples:
     images: Images
     skipped: tuple[Skipped, ...]
     truncated: int
+    rejected: Int[np.ndarray, "examples labels"] | None = None
+    rejected_answers: list[str] | None = None
+    rejected_truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-def encode(table: Table, federation: Federation, processor: TextProcessor, options: "DataOptions") -> Examples:
-    """Tokenise and check all rows of a federation. Every distinct text is tokenised once, every image decoded once.
+def require_pairs(table: Table) -> None:
+    """Refuse a table without rejected answers.
 
     Raises:
-        UserError: the prompt's column is not there, or more than `options.max_bad_share` of the rows are unusable.
+        UserError: it has no column `rejected`.
     """
+    if "rejected" not in table.columns:
+        raise UserError(
+            f"{table.name} has no column 'rejected', only {', '.join(table.columns)}: there is no preference to learn "
+            "from. Use --objective sft, or data with a chosen and a rejected answer in every row."
+        )
+
+
+def encode(
+    table: Table, federation: Federation, processor: TextProcessor, options: "DataOptions", *, pairs: bool = False
+) -> Examples:
+    """Tokenise and check all rows of a federation. Every distinct text is tokenised once, every image decoded once.
+
+    Args:
+        table, federation: which rows.
+        processor: of the model.
+        options: how they are asked, and what is too long.
+        pairs: skip also rows without a rejected answer, or whose two answers are the same tokens.
+
+    Raises:
+        UserError: the prompt's column is not there, `pairs` and there are no rejected answers, or more than
+            `options.max_bad_share` of the rows are unusable.
+    """
+    if pairs:
+        require_pairs(table)
     column = "question" if options.prompt == "neutral" else "question_client"
     if column not in table.columns:
         raise UserError(
@@ -90,7 +126,7 @@ def encode(table: Table, federation: Federation, processor: TextProcessor, optio
         )
     rows = federation.rows
     questions = [(text or "").strip() for text in table.read_text(column, rows)]
-    answers = [(text or "").strip() for text in table.read_text("chosen", rows)]
+    answers = _read_answers(table, rows, processor, options.max_answer_tokens)
     images, image, missing = unique_images(table, rows)
     broken = images.find_broken()
 
@@ -102,8 +138,8 @@ def encode(table: Table, federation: Federation, processor: TextProcessor, optio
             reasons[place] = broken[int(image[place])]
         elif not questions[place]:
             reasons[place] = "empty question"
-        elif not answers[place]:
-            reasons[place] = "empty answer"
+        elif reason := answers.find_fault(place, pairs):
+            reasons[place] = reason
     input_ids, attention_mask, which, pad = _tokenise_prompts(processor, questions)
     lengths = attention_mask.sum(axis=1)
     for place in range(len(rows)):
@@ -116,21 +152,57 @@ def encode(table: Table, federation: Federation, processor: TextProcessor, optio
 
     kept = np.asarray([place for place in range(len(rows)) if place not in reasons], np.int64)
     used, image = np.unique(image[kept], return_inverse=True)
-    answers = [answers[place] for place in kept]
-    labels, truncated = _tokenise_answers(processor, answers, options.max_answer_tokens)
+    has_rejected = "rejected" in table.columns
     width = _round_up(int(lengths[which[kept]].max(initial=0)))
     return Examples(
         image=image.astype(np.int32),
         input_ids=_widen(input_ids, width, pad)[which[kept], :width],
         attention_mask=_widen(attention_mask, width, 0)[which[kept], :width],
-        labels=labels,
-        answers=answers,
+        labels=_trim(answers.labels[kept]),
+        answers=[answers.chosen[place] for place in kept],
         rows=rows[kept],
         clients=_renumber(federation.clients, kept, len(rows)),
         images=images.select(used),
         skipped=skipped,
-        truncated=truncated,
+        truncated=int(answers.cut[kept].sum()),
+        rejected=_trim(answers.rejected_labels[kept]) if has_rejected else None,
+        rejected_answers=[answers.rejected[place] for place in kept] if has_rejected else None,
+        rejected_truncated=int(answers.rejected_cut[kept].sum()),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Answers:
+    """Both answers of N rows: as text, as labels [N, U], and which were cut [N]. Without a pair, no rejected labels."""
+
+    chosen: list[str]
+    rejected: list[str]
+    labels: np.ndarray
+    rejected_labels: np.ndarray
+    cut: np.ndarray
+    rejected_cut: np.ndarray
+
+    def find_fault(self, place: int, pairs: bool) -> str | None:
+        """Say why a row cannot be used."""
+        if not self.chosen[place]:
+            return "empty answer"
+        if not pairs or (self.rejected_labels[place] != IGNORED).any():
+            return None
+        if not self.rejected[place]:
+            return "empty rejected answer"
+        same = self.rejected[place] == self.chosen[place]
+        return "chosen equals rejected" if same else "chosen equals rejected once cut"
+
+
+def _read_answers(table: Table, rows: np.ndarray, processor: TextProcessor, most: int) -> _Answers:
+    chosen = [(text or "").strip() for text in table.read_text("chosen", rows)]
+    there = "rejected" in table.columns
+    rejected = [(text or "").strip() for text in table.read_text("rejected", rows)] if there else [""] * len(rows)
+    both, cut = _tokenise_answers(processor, [*chosen, *rejected], most)
+    labels, rejected_labels = both[: len(rows)], both[len(rows) :]
+    is_pair = (labels != rejected_labels).any(axis=1) & np.asarray([bool(text) for text in rejected], bool)
+    rejected_labels[~is_pair] = IGNORED
+    return _Answers(chosen, rejected, labels, rejected_labels, cut[: len(rows)], cut[len(rows) :] & is_pair)
 
 
 def _tokenise_prompts(processor: TextProcessor, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -148,8 +220,8 @@ def _tokenise_prompts(processor: TextProcessor, texts: Sequence[str]) -> tuple[n
     return ids, masks, which, pad
 
 
-def _tokenise_answers(processor: TextProcessor, texts: Sequence[str], most: int) -> tuple[np.ndarray, int]:
-    """Labels [N, U] of at most `most` tokens, U rounded up, and how many of the N were longer.
+def _tokenise_answers(processor: TextProcessor, texts: Sequence[str], most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels [N, U] of at most `most` tokens, and which of the N were longer.
 
     A text that still has tokens at `most + 1` is too long; it is tokenised again to `most`, so that the processor
     decides how a cut answer ends.
@@ -168,11 +240,15 @@ def _tokenise_answers(processor: TextProcessor, texts: Sequence[str], most: int)
         long[start : start + CHUNK] = over
         used = int((labels != IGNORED).sum(axis=1).max())
         chunks.append(labels[:, :used])
-    width = _round_up(max((labels.shape[1] for labels in chunks), default=0))
-    table = (
-        np.concatenate([_widen(labels, width, IGNORED) for labels in chunks]) if chunks else np.empty((0, 0), np.int32)
-    )
-    return table[which], int(long[which].sum())
+    width = max((labels.shape[1] for labels in chunks), default=0)
+    empty = [np.empty((0, width), np.int32)]
+    return np.concatenate([_widen(labels, width, IGNORED) for labels in chunks] or empty)[which], long[which]
+
+
+def _trim(labels: np.ndarray) -> np.ndarray:
+    """As narrow as the longest answer allows, rounded up."""
+    width = _round_up(int((labels != IGNORED).sum(axis=1).max(initial=0)))
+    return _widen(labels, width, IGNORED)[:, :width]
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -196,13 +272,13 @@ def _renumber(clients: tuple[ClientRows, ...], kept: np.ndarray, total: int) -> 
     place[kept] = np.arange(len(kept))
     renumbered, start = [], 0
     for client in clients:
-        parts = []
+        parts: dict[str, np.ndarray] = {}
         for split in SPLITS:
             size = len(client.rows_of(split))
             part = place[start : start + size]
-            parts.append(part[part >= 0])
+            parts[split] = part[part >= 0]
             start += size
-        renumbered.append(ClientRows(client.name, *parts))
+        renumbered.append(dataclasses.replace(client, **parts))
     return tuple(renumbered)
 
 

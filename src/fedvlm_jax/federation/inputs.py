@@ -7,7 +7,7 @@ later runs find again. Otherwise pixels are decoded for the rows of each round.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,10 +49,13 @@ def is_vision_frozen(adapter: dict[str, Any]) -> bool:
     return not any(part in adapter for part in VISION)
 
 
-def fingerprint_params(params: dict[str, Any]) -> str:
-    """A hash of the vision weights: what cached features are valid for."""
+def fingerprint_params(params: dict[str, Any], parts: Iterable[str] = VISION) -> str:
+    """A hash of some parts of the base: what is computed with them and kept is valid for these weights alone.
+
+    Image features depend on the vision parts, which are the default.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in jax.tree_util.tree_leaves_with_path({part: params[part] for part in VISION}):
+    for path, leaf in jax.tree_util.tree_leaves_with_path({part: params[part] for part in parts}):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
@@ -169,6 +172,8 @@ def make_inputs(
         "attention_mask": examples.attention_mask,
         "labels": examples.labels,
     }
+    if examples.rejected is not None:
+        text["rejected_labels"] = examples.rejected
     place = store.add(examples.images, note) if store is not None else None
 
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora, tree
-from fedvlm_jax.data.encode import IGNORED
+from fedvlm_jax.data.encode import IGNORED, LABELS
 from fedvlm_jax.methods import Client
 from fedvlm_jax.methods.record import Metrics
 from fedvlm_jax.objectives import Objective
@@ -69,7 +69,8 @@ def make_local_trainer(
             factors, state = carry
             indices, mask = at
             batch = {name: rows[indices] for name, rows in client.examples.items()}
-            batch["labels"] = jnp.where(mask[:, None], batch["labels"], IGNORED)
+            # An example that does not count loses all its labels: to every objective it is not there.
+            batch |= {name: jnp.where(mask[:, None], batch[name], IGNORED) for name in LABELS if name in batch}
             (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(factors, frozen, params, batch)
             updates, new_state = direction.update(gradient, state, factors)
             new_factors = optax.apply_updates(factors, _descend(updates, rates))

@@ -3,6 +3,9 @@
 Deviations: dropout and layer-drop are never applied (the model always runs as in inference). One token table serves
 encoder, decoder and the output head. Layers are scanned, so every parameter of a layer has a leading axis L.
 
+Several answers A to one prompt share its memory: they are rows of their own in self-attention, [B·A, U, D], and one row
+of queries in cross attention, [B, A·U, D], which thus needs one set of keys and values per prompt.
+
 In decoding, the beams K of an example take the place of the target positions U: cross attention then needs one set of
 keys and values per example whatever the number of beams, and every dense layer sees one matrix of rows.
 """
@@ -115,8 +118,9 @@ class EncoderLayer(FeedForward):
 class DecoderLayer(FeedForward):
     """Causal self-attention, cross-attention and feed-forward, each followed by its norm.
 
-    Without a cache: x [B, U, D] are all target positions. With one: x [B, K, D] is one position of K beams, and where
-    the cache has no cross keys yet they are computed from `memory` and returned with it.
+    Without a cache: x [B·A, U, D] are all target positions, of A answers to each prompt of `memory`. With one:
+    x [B, K, D] is one position of K beams, and where the cache has no cross keys yet they are computed from `memory`
+    and returned with it.
     """
 
     @nn.compact
@@ -139,7 +143,9 @@ class DecoderLayer(FeedForward):
         else:
             key, value = cache.cross_key, cache.cross_value
             assert value is not None
-        x = Norm(self.dtype, name="encoder_attn_layer_norm")(x + cross.attend(x, key, value, bias))
+        queries = x.reshape(key.shape[0], -1, x.shape[-1])
+        attended = cross.attend(queries, key, value, bias).reshape(x.shape)
+        x = Norm(self.dtype, name="encoder_attn_layer_norm")(x + attended)
         fed = self._feed_forward(x, self.text.decoder_ffn_dim)
         return Norm(self.dtype, name="final_layer_norm")(x + fed), cache
 
@@ -188,7 +194,7 @@ class Decoder(Positions):
         in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
         return scanned(DecoderLayer, self.text.decoder_layers, in_axes, self.remat)(self.text, self.dtype)
 
-    def __call__(self, embeddings: Float[Array, "B U D"], memory: Array, bias: Array) -> Float[Array, "B U D"]:
+    def __call__(self, embeddings: Float[Array, "N U D"], memory: Array, bias: Array) -> Float[Array, "N U D"]:
         self._check_length(embeddings.shape[1], "decoder tokens")
         x, _ = self.layers(self._place(embeddings, jnp.arange(embeddings.shape[1])), None, memory, bias, None)
         return x
@@ -221,10 +227,10 @@ class Bart(nn.Module):
         return self.encoder(embeddings, padding_bias(attention_mask))
 
     def decode(
-        self, ids: Int[Array, "B U"], memory: Float[Array, "B T D"], attention_mask: Int[Array, "B T"]
-    ) -> Float[Array, "B U V"]:
-        hidden = self.decoder(self.embed(ids), memory, padding_bias(attention_mask))
-        return self.shared.attend(hidden).astype(jnp.float32)
+        self, ids: Int[Array, "B *A U"], memory: Float[Array, "B T D"], attention_mask: Int[Array, "B T"]
+    ) -> Float[Array, "B *A U V"]:
+        hidden = self.decoder(self.embed(ids.reshape(-1, ids.shape[-1])), memory, padding_bias(attention_mask))
+        return self.shared.attend(hidden).astype(jnp.float32).reshape(*ids.shape, -1)
 
     def step(
         self, ids: Int[Array, "B K"], index: Array, cache: Cache, memory: Array | None, attention_mask: Array

@@ -87,7 +87,7 @@ class Florence2(nn.Module):
         embedded = place_features(self.language_model.embed(ids), features, ids == self.config.image_token_id)
         return self.language_model.encode(embedded, batch["attention_mask"])
 
-    def logits(self, batch: Batch) -> Float[Array, "B U V"]:
+    def logits(self, batch: Batch) -> Float[Array, "B *A U V"]:
         text = self.config.text_config
         targets = batch.get("decoder_input_ids")
         if targets is None:
@@ -108,9 +108,9 @@ def place_features(
     return jnp.where(is_image[..., None], jnp.take_along_axis(features, order[..., None], axis=1), embedded)
 
 
-def shift_right(labels: Int[Array, "B U"], pad: int, start: int) -> Int[Array, "B U"]:
+def shift_right(labels: Int[Array, "*B U"], pad: int, start: int) -> Int[Array, "*B U"]:
     """Decoder inputs for `labels`: the start token first, everything one later, ignored labels as padding."""
-    shifted = jnp.concatenate([jnp.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
+    shifted = jnp.concatenate([jnp.full_like(labels[..., :1], start), labels[..., :-1]], axis=-1)
     return jnp.where(shifted == IGNORED, pad, shifted)
 
 

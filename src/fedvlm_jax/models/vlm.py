@@ -1,6 +1,6 @@
 """The record that a vision-language model is to the rest of the package: a configuration and pure functions.
 
-Axes: C clients, B batch, T tokens, P image tokens, D width, V vocabulary, U labels.
+Axes: C clients, B batch, A answers, T tokens, P image tokens, D width, V vocabulary, U labels.
 
 A *batch* is a dict of arrays:
     pixel_values    [B, H, W, 3] float32, normalised as the model's processor does; or, in its place,
@@ -10,6 +10,8 @@ A *batch* is a dict of arrays:
     attention_mask  [B, T] int32, 0 where padded
     labels          [B, U] int32, -100 where ignored (decoder inputs are the labels shifted right); or
     decoder_input_ids [B, U] int32, which take precedence
+Labels or decoder inputs may also be [B, A, U], several answers to each prompt. They are answered as if each were asked
+alone, but the encoder runs once per prompt and its A answers share what the decoder makes of its memory.
 
 An *adapter* is a pytree of `fedvlm_jax.lora`, or None for the bare base. The base is an argument always:
 `jax.vmap` over adapters and batches with `in_axes=None` for params keeps each base matmul one over all clients' rows.
@@ -49,7 +51,7 @@ class Vlm:
     in the vision tower and the projector is used."""
 
     logits: Callable[[Params, Any, Batch], Array]
-    """(params, adapter, batch) -> float32 logits [B, U, V] at the decoder's positions."""
+    """(params, adapter, batch) -> float32 logits [B, U, V], or [B, A, U, V], at the decoder's positions."""
 
     generate: Callable[..., Array]
     """(params, adapter, batch, max_tokens, *, num_beams=None, ...) -> ids [B, max_tokens]; see `models.generation`."""

@@ -1,12 +1,13 @@
-"""Objectives: one file each, found by name (`sft` is `sft.py`'s `OBJECTIVE`)."""
+"""Objectives: one file each, found by name (`sft+dpo` is `sft_dpo.py`'s `make`)."""
 
 import importlib
 
+from fedvlm_jax.objectives.options import PreferenceOptions
 from fedvlm_jax.objectives.record import Objective
 
-__all__ = ["Objective", "load_objective"]
+__all__ = ["Objective", "PreferenceOptions", "load_objective"]
 
 
-def load_objective(name: str) -> Objective:
-    """The objective of this name, `sft` say."""
-    return importlib.import_module(f"{__name__}.{name.replace('-', '_').replace('+', '_')}").OBJECTIVE
+def load_objective(name: str, options: PreferenceOptions | None = None) -> Objective:
+    """The objective of this name, `dpo` say, made from options (by default the default ones)."""
+    return importlib.import_module(f"{__name__}.{name.replace('+', '_')}").make(options or PreferenceOptions())

@@ -1,13 +1,16 @@
-"""The record that a training objective is."""
+"""The record that a training objective is; imports no jax, because the command line reads the options beside it."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxtyping import Array, Float
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
-__all__ = ["Objective"]
+__all__ = ["Metrics", "Objective"]
 
-Metrics = dict[str, Array]
+Metrics = dict[str, "Array"]
 
 
 class Objective(NamedTuple):
@@ -16,10 +19,18 @@ class Objective(NamedTuple):
     Attributes:
         name: as the command line knows it.
         source: where it comes from.
-        loss: (vlm, params, adapter, batch) -> (scalar, metrics of scalars). `batch` is the model's (see `models.vlm`);
-            examples that do not count have all their labels at -100. Pure; a batch in which nothing counts has loss 0.
+        loss: (vlm, params, adapter, batch) -> (scalar, metrics of scalars, `loss` among them). `batch` is the model's
+            (see `models.vlm`); examples that do not count have all their labels at -100, the rejected ones as well.
+            Pure; a batch in which nothing counts has loss 0 and a gradient of 0.
+        pairs: does it need `rejected_labels` [B, U'] in the batch?
+        reference: does it need `reference_chosen` and `reference_rejected` [B] in the batch, the answers'
+            log-probabilities under the bare base?
+        reads: the fields of `PreferenceOptions` that mean something to it.
     """
 
     name: str
     source: str
     loss: Callable[[Any, Any, Any, Mapping[str, Array]], tuple[Float[Array, ""], Metrics]]
+    pairs: bool = False
+    reference: bool = False
+    reads: tuple[str, ...] = ()

@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fedvlm_jax.data.options import DataOptions, Split
+from fedvlm_jax.objectives.options import PreferenceOptions
 from fedvlm_jax.runs.codec import decode, encode
 
 __all__ = [
     "Compare",
     "EvaluationOptions",
     "LoraOptions",
+    "PreferenceOptions",
     "Run",
     "SystemOptions",
     "TrainOptions",
@@ -39,17 +41,18 @@ def _optional(metavar: str, otherwise: str) -> Any:
 
 def methods_available() -> tuple[str, ...]:
     """Name the federated methods: one per public file in `methods/`, found without importing any (they import jax)."""
-    return _list_choices("methods", {"record", "share"})
+    return tuple(stem.replace("_", "-") for stem in _list_files("methods", {"record", "share"}))
 
 
 def objectives_available() -> tuple[str, ...]:
-    """Name the training objectives: one per public file in `objectives/`."""
-    return _list_choices("objectives", {"record"})
+    """Name the training objectives: one per public file in `objectives/`; `sft_dpo` is both of them, `sft+dpo`."""
+    stems = _list_files("objectives", {"likelihood", "options", "record"})
+    return tuple(stem.replace("_", "+") for stem in stems)
 
 
-def _list_choices(room: str, infrastructure: set[str]) -> tuple[str, ...]:
+def _list_files(room: str, infrastructure: set[str]) -> list[str]:
     stems = sorted(path.stem for path in (PACKAGE / room).glob("*.py"))
-    return tuple(stem.replace("_", "-") for stem in stems if not stem.startswith("_") and stem not in infrastructure)
+    return [stem for stem in stems if not stem.startswith("_") and stem not in infrastructure]
 
 
 def _show_choices(names: tuple[str, ...]) -> str:
@@ -154,7 +157,7 @@ class Run:
     method: Annotated[str, tyro.conf.arg(metavar=_show_choices(methods_available()))] = "plora"
     """`train` only: the federated method, that is, what clients share and what stays theirs."""
     objective: Annotated[str, tyro.conf.arg(metavar=_show_choices(objectives_available()))] = "sft"
-    """What local training minimises."""
+    """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both."""
     cohort: Annotated[int | None, _optional("INT", "all of them")] = None
     """Clients drawn each round (not given by the paper)."""
     seed: int = 0
@@ -166,6 +169,7 @@ class Run:
     resume: Annotated[Path | None, _optional("RUN", "start anew")] = None
     """`train` only: go on with the run in this folder, with the options stored there."""
     data: DataOptions = field(default_factory=DataOptions)
+    preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)

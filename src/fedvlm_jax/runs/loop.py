@@ -118,7 +118,7 @@ def _execute(run: Run, show: Progress, session: Session | None) -> Path:
     run.out.mkdir(parents=True, exist_ok=True)
     _write_config(run, prepared)
     zero_shot = session.remember(
-        ("zero-shot", run.data, run.seed, run.evaluation),
+        ("zero-shot", run.data, run.seed, run.evaluation, prepared.objective.pairs),
         lambda: _evaluate(prepared, None, run.evaluation.splits, show),
     )
     course = _Course(prepared, run.out, show)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fedvlm_jax import lora
-from fedvlm_jax.data.encode import Examples, encode
+from fedvlm_jax.data.encode import Examples, encode, require_pairs
 from fedvlm_jax.data.federate import Federation, count_reasons, federate
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.data.table import Table, read_table
@@ -23,10 +23,11 @@ from fedvlm_jax.evaluation.clients import Evaluator, make_answer
 from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.driver import Driver, Programs, make_programs, start_adapter
 from fedvlm_jax.federation.inputs import FeatureStore, Inputs, fingerprint_params, is_vision_frozen, make_inputs
+from fedvlm_jax.federation.reference import ReferenceStore, add_reference, compute_reference, make_score
 from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Setup, load_method
 from fedvlm_jax.models import Processor, load_vlm, resolve_folder
-from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.objectives import Objective, load_objective
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.sharding import CLIENTS, make_mesh, replicate
 
@@ -69,6 +70,7 @@ class Prepared:
     Attributes:
         run: its options.
         session: what it shares with others.
+        objective: what its clients minimise.
         federation, examples, inputs: its clients and their data.
         spec, adapter: the adapter's form, and the one that all methods start from.
         layout: the shapes of its rounds.
@@ -78,6 +80,7 @@ class Prepared:
 
     run: Run
     session: Session
+    objective: Objective
     federation: Federation
     examples: Examples
     inputs: Inputs
@@ -94,7 +97,9 @@ def open_session(run: Run, note: Note = lambda text: None) -> Session:
     Raises:
         UserError: files are missing or do not fit, or there are fewer devices than asked for.
     """
-    table = read_table(run.data.source)  # first: it is quick to fail
+    table = read_table(run.data)  # first: it is quick to fail
+    if load_objective(run.objective, run.preference).pairs:
+        require_pairs(table)
     mesh = make_mesh(run.system.mesh_clients)
     note(f"loading {run.model}")
     folder = resolve_folder(run.model)
@@ -103,13 +108,15 @@ def open_session(run: Run, note: Note = lambda text: None) -> Session:
     vlm, params = load_vlm(folder, compute_dtype=compute, remat=run.system.remat)
     params = replicate(mesh, params)
     features = jax.jit(lambda params, pixels: vlm.image_features(params, None, pixels))
-    cache = _cache_folder(run, params, processor) if run.system.cache == "disk" else None
+    cache = None
+    if run.system.cache == "disk":
+        cache = _cache_folder(run) / f"features-{fingerprint_params(params)}-{_describe_computing(run, processor)}"
     store = FeatureStore(lambda pixels: features(params, pixels), processor, cache)
     return Session(vlm, params, processor, mesh, table, store)
 
 
 def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepared:
-    """Cut the data into clients, tokenise, compute frozen features, and lay out the rounds.
+    """Cut the data into clients, tokenise, compute what is frozen, and lay out the rounds.
 
     Raises:
         UserError: data, targets, ranks or sizes that cannot work; each with what to change.
@@ -117,11 +124,15 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     spec = _make_spec(run)
     key = jax.random.key(run.seed)
     adapter = start_adapter(key, session.vlm.sites, spec)
-    data_key = ("data", run.data, run.seed)
-    federation = session.remember(("federation", *data_key), lambda: federate(session.table, run.data, run.seed))
+    objective = load_objective(run.objective, run.preference)
+    federation = session.remember(
+        ("federation", run.data, run.seed), lambda: federate(session.table, run.data, run.seed)
+    )
+    data_key = ("data", run.data, run.seed, objective.pairs)
     options = _fit_to_model(run.data, session.vlm)
     examples = session.remember(
-        ("examples", *data_key), lambda: encode(session.table, federation, session.processor, options)
+        ("examples", *data_key),
+        lambda: encode(session.table, federation, session.processor, options, pairs=objective.pairs),
     )
     clients = examples.clients
     note(f"{len(clients)} clients, {sum(len(c.train) for c in clients)} training examples")
@@ -130,13 +141,21 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         note(f"left out: {reasons} (listed in the run's config.json)")
     if examples.truncated:
         note(f"{examples.truncated} answers cut to {options.max_answer_tokens} tokens")
+    if objective.pairs and examples.rejected_truncated:
+        note(f"{examples.rejected_truncated} rejected answers cut to {options.max_answer_tokens} tokens")
     cached = is_vision_frozen(adapter) and run.system.cache != "off"
     inputs = session.remember(
         ("inputs", cached, *data_key),
         lambda: make_inputs(examples, session.processor, session.store if cached else None, note),
     )
-    if run.cohort is not None and run.cohort > len(clients):
-        raise UserError(f"--cohort {run.cohort}: there are only {len(clients)} clients")
+    trainable = sum(not client.held_out for client in clients)
+    if run.cohort is not None and run.cohort > trainable:
+        raise UserError(f"--cohort {run.cohort}: there are only {trainable} clients that train")
+    if objective.reference:
+        reference = session.remember(
+            ("reference", *data_key), lambda: _compute_reference(run, session, examples, inputs, note)
+        )
+        inputs = add_reference(inputs, reference)
     layout = _lay_out(run, examples, session.mesh, run.cohort, run.system.wave)
     answer = session.remember(
         ("answer", run.evaluation.max_answer_tokens),
@@ -145,7 +164,7 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     evaluator = Evaluator(
         examples, inputs, session.processor, layout.wave, run.evaluation.batch_size, session.mesh, answer
     )
-    return Prepared(run, session, federation, examples, inputs, spec, adapter, layout, key, evaluator)
+    return Prepared(run, session, objective, federation, examples, inputs, spec, adapter, layout, key, evaluator)
 
 
 def make_driver(prepared: Prepared, method: str, *, cohort: int | None, common_start: bool | None = None) -> Driver:
@@ -153,12 +172,13 @@ def make_driver(prepared: Prepared, method: str, *, cohort: int | None, common_s
     run, session = prepared.run, prepared.session
     train = run.train
     common = run.lora.private_a == "common" if common_start is None else common_start
-    static = (method, common, run.lora, run.objective, train.optimizer, train.weight_decay, train.clip_norm)
+    goal = (run.objective, run.preference)
+    static = (method, common, run.lora, *goal, train.optimizer, train.weight_decay, train.clip_norm)
 
     def make() -> Programs:
         trainer = make_local_trainer(
             session.vlm,
-            load_objective(run.objective),
+            prepared.objective,
             optimizer=train.optimizer,
             weight_decay=train.weight_decay,
             clip_norm=train.clip_norm,
@@ -196,7 +216,7 @@ def _fit_to_model(data: DataOptions, vlm: Any) -> DataOptions:
 
 def _lay_out(run: Run, examples: Examples, mesh: Mesh, cohort: int | None, wave: int | None) -> Layout:
     return choose_layout(
-        [len(client.train) for client in examples.clients],
+        [len(client.train) for client in examples.clients if not client.held_out],
         cohort=cohort,
         wave=wave,
         devices=mesh.shape[CLIENTS],
@@ -210,6 +230,31 @@ def _make_spec(run: Run) -> lora.LoRA:
     return lora.LoRA(options.rank, options.alpha, options.targets, rslora=options.rslora, init=options.init)
 
 
-def _cache_folder(run: Run, params: Any, processor: Processor) -> Path:
-    root = run.system.cache_dir or Path.home() / ".cache" / "fedvlm-jax"
-    return root / f"features-{fingerprint_params(params)}-{processor.fingerprint}-{run.system.compute}"
+def _compute_reference(run: Run, session: Session, examples: Examples, inputs: Inputs, note: Note) -> Any:
+    """The base's log-probabilities of all answers; clients, seeds and runs that share rows share them."""
+
+    def open_store() -> ReferenceStore:
+        if run.system.cache != "disk":
+            return ReferenceStore()
+        weights = fingerprint_params(session.params, sorted(session.params))
+        return ReferenceStore(_cache_folder(run) / f"reference-{weights}-{_describe_computing(run, session.processor)}")
+
+    return compute_reference(
+        session.remember("score", lambda: make_score(session.vlm)),
+        session.params,
+        examples,
+        inputs,
+        session.remember("reference store", open_store),
+        batch=run.evaluation.batch_size,
+        mesh=session.mesh,
+        note=note,
+    )
+
+
+def _cache_folder(run: Run) -> Path:
+    return run.system.cache_dir or Path.home() / ".cache" / "fedvlm-jax"
+
+
+def _describe_computing(run: Run, processor: Processor) -> str:
+    """What decides the numbers beside weights and content."""
+    return f"{processor.fingerprint}-{run.system.compute}"

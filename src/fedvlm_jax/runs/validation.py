@@ -1,11 +1,13 @@
 """Options that cannot work, told before anything is loaded: one message each, which says what to change."""
 
+import dataclasses
 import difflib
 import re
 from pathlib import Path
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.config import Compare, Run, methods_available, objectives_available
+from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.runs.config import Compare, PreferenceOptions, Run, methods_available, objectives_available
 
 __all__ = ["FINETUNED", "validate", "validate_comparison"]
 
@@ -24,6 +26,7 @@ def validate(run: Run) -> None:
     """
     _require_choice("--method", run.method, methods_available())
     _require_choice("--objective", run.objective, objectives_available())
+    _check_preference(run)
     _check_model(run.model)
     _check_numbers(run)
     _check_pairs(run)
@@ -64,6 +67,21 @@ def _check_model(model: str) -> None:
     is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith("/")
     if is_path and not Path(model).expanduser().is_dir():
         raise UserError(f"--model {model}: there is no such folder")
+
+
+def _check_preference(run: Run) -> None:
+    """An option that the objective does not read would silently do nothing."""
+    stated, default = (dataclasses.asdict(options) for options in (run.preference, PreferenceOptions()))
+    changed = [name for name in stated if stated[name] != default[name]]
+    if not changed:
+        return  # the objective's file imports jax, which a run with default options need not wait for here
+    for name in changed:
+        if name not in load_objective(run.objective, run.preference).reads:
+            readers = [o for o in objectives_available() if name in load_objective(o, run.preference).reads]
+            raise UserError(
+                f"--preference.{name.replace('_', '-')} means nothing to --objective {run.objective}: leave it out, or "
+                f"use --objective {' or '.join(readers)}"
+            )
 
 
 def _check_numbers(run: Run) -> None:

@@ -1,0 +1,78 @@
+"""Direct preference optimisation (arXiv 2305.18290, eq. 7), and two losses of its kind, on pairs of answers.
+
+With the log-ratios of policy and reference, ρ_c = log π(chosen) − log π₀(chosen) and ρ_r likewise, h = ρ_c − ρ_r and β:
+
+    sigmoid             −(1 − ε) log σ(β h) − ε log σ(−β h); ε > 0 is conservative DPO (ericmitchell.ai/cdpo.pdf)
+    length-normalised   the same, each ρ divided by its answer's number of tokens (arXiv 2411.15124, Tülu 3)
+    ipo                 (h − 1 / (2 β))² (arXiv 2310.12036, eq. 17), each ρ divided by its number of tokens too: the
+                        paper leaves this open, its authors' results and TRL are so
+
+The reference π₀ is the frozen base, which is there already: no second model, and its log-probabilities come with the
+batch. The loss is the mean over the pairs that count, those that have both answers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fedvlm_jax.objectives.likelihood import score_pairs
+from fedvlm_jax.objectives.options import PreferenceOptions
+from fedvlm_jax.objectives.record import Metrics, Objective
+
+__all__ = ["READS", "compare_answers", "make"]
+
+SOURCE = "arXiv 2305.18290, eq. 7: −log σ(β h), h how much more than the base the adapter favours the chosen answer"
+READS = ("beta", "variant", "label_smoothing")
+
+
+def make(options: PreferenceOptions) -> Objective:
+    """dpo, of one of the variants."""
+
+    def loss(vlm: Any, params: Any, adapter: Any, batch: Mapping[str, Array]) -> tuple[Float[Array, ""], Metrics]:
+        value, metrics = compare_answers(options, score_pairs(vlm, params, adapter, batch), batch)
+        return value, {"loss": value, **metrics}
+
+    return Objective("dpo", SOURCE, loss, pairs=True, reference=True, reads=READS)
+
+
+def compare_answers(
+    options: PreferenceOptions, scores: Mapping[str, Array], batch: Mapping[str, Array]
+) -> tuple[Float[Array, ""], Metrics]:
+    """The preference loss of scored pairs, and how they fare.
+
+    Args:
+        options: decide the loss.
+        scores: what `score_pairs` found.
+        batch: with `reference_chosen` and `reference_rejected` [B], log-probabilities summed over the tokens.
+
+    Returns:
+        The loss, and means over the pairs that count: `reward_accuracy`, the share whose chosen answer has the larger
+        reward (a tie is no success: before training it is 0); `reward_margin`; `chosen_reward`, `rejected_reward`. A
+        reward is β ρ, with ρ as the variant has it.
+    """
+    counts = jnp.minimum(jnp.minimum(scores["chosen_tokens"], scores["rejected_tokens"]), 1.0)
+    ratios = {
+        name: jnp.where(counts > 0, scores[f"{name}_log_prob"] - batch[f"reference_{name}"], 0.0)
+        for name in ("chosen", "rejected")
+    }
+    if options.variant != "sigmoid":
+        ratios = {name: ratio / jnp.maximum(scores[f"{name}_tokens"], 1.0) for name, ratio in ratios.items()}
+    margin = ratios["chosen"] - ratios["rejected"]
+    if options.variant == "ipo":
+        losses = jnp.square(margin - 1 / (2 * options.beta))
+    else:
+        smoothing, scaled = options.label_smoothing, options.beta * margin
+        losses = -(1 - smoothing) * jax.nn.log_sigmoid(scaled) - smoothing * jax.nn.log_sigmoid(-scaled)
+
+    def average(values: Array) -> Float[Array, ""]:
+        return jnp.sum(values * counts) / jnp.maximum(counts.sum(), 1.0)
+
+    return average(losses), {
+        "reward_accuracy": average(margin > 0),
+        "reward_margin": options.beta * average(margin),
+        "chosen_reward": options.beta * average(ratios["chosen"]),
+        "rejected_reward": options.beta * average(ratios["rejected"]),
+    }

@@ -1,0 +1,35 @@
+"""Both at once: the preference loss of `dpo` plus `sft_weight` times the cross-entropy of `sft`, from one pass.
+
+The second term keeps the chosen answer likely, which a margin alone does not (as in arXiv 2404.19733, where it is
+the mean per answer; here, as in `sft`, it is the mean over all tokens of the batch).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fedvlm_jax.objectives import dpo
+from fedvlm_jax.objectives.likelihood import score_pairs
+from fedvlm_jax.objectives.options import PreferenceOptions
+from fedvlm_jax.objectives.record import Metrics, Objective
+
+__all__ = ["make"]
+
+SOURCE = "dpo + sft_weight · sft"
+
+
+def make(options: PreferenceOptions) -> Objective:
+    """sft+dpo, of one of dpo's variants."""
+
+    def loss(vlm: Any, params: Any, adapter: Any, batch: Mapping[str, Array]) -> tuple[Float[Array, ""], Metrics]:
+        scores = score_pairs(vlm, params, adapter, batch)
+        preference, metrics = dpo.compare_answers(options, scores, batch)
+        tokens = jnp.maximum(scores["chosen_tokens"].sum(), 1.0)
+        likelihood = -scores["chosen_log_prob"].sum() / tokens
+        value = preference + options.sft_weight * likelihood
+        parts = {"dpo_loss": preference, "sft_loss": likelihood}
+        return value, {"loss": value, **parts, "token_accuracy": scores["chosen_correct"].sum() / tokens, **metrics}
+
+    return Objective("sft+dpo", SOURCE, loss, pairs=True, reference=True, reads=(*dpo.READS, "sft_weight"))
