@@ -15,9 +15,8 @@ class _Run:
 
 
 def test_the_source_is_the_flag_data_itself():
-    options = tyro.cli(
-        _Run, args=["--data", "x.parquet", "--data.prompt", "client-language", "--data.alpha", "inf"]
-    ).data
+    words = "--data x.parquet --data.prompt client-language --data.partition dirichlet --data.alpha inf"
+    options = tyro.cli(_Run, args=words.split()).data
     assert (options.source, options.prompt, options.alpha) == ("x.parquet", "client-language", float("inf"))
 
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_parquet import SOURCES, draw_image, make_emoji_rows, make_row, make_rows, write_rows
 
-from fedvlm_jax.data.emoji import draw_concepts, draw_mix, read_emoji
+from fedvlm_jax.data.emoji import draw_concepts, draw_mix, read_file
 from fedvlm_jax.data.federate import federate
 from fedvlm_jax.data.options import SPLITS, DataOptions
 from fedvlm_jax.data.table import read_table
@@ -24,7 +24,7 @@ EMOJI = DataOptions(
 
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory):
-    return read_emoji(write_rows(tmp_path_factory.mktemp("emoji") / "emoji.parquet", make_emoji_rows()))
+    return read_file(write_rows(tmp_path_factory.mktemp("emoji") / "emoji.parquet", make_emoji_rows()))
 
 
 def read(tmp_path, rows, **kwargs):
@@ -92,7 +92,7 @@ def test_drawn_splits_use_every_row_once_and_no_image_twice(tmp_path_factory, ow
     picture_of = [(7 * n) % pictures for n in range(len(owners))]
     rows = [make_row(n, picture_of[n], client=f"c{owner}") for n, owner in enumerate(owners)]
     table = read(tmp_path_factory.mktemp("drawn"), rows)
-    options = DataOptions(validation_share=0.2, test_share=0.3)
+    options = DataOptions(source="a.parquet", validation_share=0.2, test_share=0.3)
     try:
         federation = federate(table, options, seed)
     except UserError:
@@ -173,7 +173,7 @@ def test_emoji_refuses_a_concept_in_two_splits(tmp_path):
     rows = make_emoji_rows(concepts=10)
     rows[0]["split"] = "test"
     with pytest.raises(UserError, match="concept '0000'"):
-        federate(read_emoji(write_rows(tmp_path / "emoji.parquet", rows)), EMOJI, 0)
+        federate(read_file(write_rows(tmp_path / "emoji.parquet", rows)), EMOJI, 0)
 
 
 def test_a_mix_has_the_moments_of_its_dirichlet():

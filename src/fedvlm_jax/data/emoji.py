@@ -6,6 +6,10 @@ clients have p. One deviation: images are drawn without replacement, so a group 
 the groups that are left, in proportion, and the realised mix is what is reported.
 
 Which concepts train, validate and test is fixed in the set itself, the same for every seed and client.
+
+Another `--data.partition` cuts anew what these clients have together, drawn with the set's own topics (alpha = inf), so
+that alpha is the partition's alone. A picture is then with one client in all the languages that it was drawn for: with
+several languages and the neutral prompt nobody could know which is wanted, so ask in the client's, or choose one.
 """
 
 from collections.abc import Sequence
@@ -15,7 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from fedvlm_jax.data.federate import ClientRows, Federation
+from fedvlm_jax.data.clients import ClientRows, Federation
+from fedvlm_jax.data.columns import federate_rows
 from fedvlm_jax.data.options import SPLITS
 from fedvlm_jax.data.registry import NamedSet
 from fedvlm_jax.data.table import Table
@@ -24,7 +29,7 @@ from fedvlm_jax.errors import UserError
 if TYPE_CHECKING:
     from fedvlm_jax.data.options import DataOptions
 
-__all__ = ["DATASET", "draw_concepts", "draw_mix", "federate_emoji", "read_emoji"]
+__all__ = ["DATASET", "draw_concepts", "draw_mix", "federate_emoji", "read_emoji", "read_file"]
 
 FILE = Path(__file__).parent.parent / "assets" / "emoji" / "emoji.parquet"
 COLUMNS = ("client", "split", "language", "concept", "task", "group", "question_client")
@@ -40,11 +45,20 @@ class _Rows(NamedTuple):
     row_of: dict[tuple[str, str], int]
 
 
-def read_emoji(file: Path = FILE) -> Table:
-    """Open the shipped set. It is small but unfolds to many rows that share images, so it stays dictionary-encoded.
+def read_emoji(options: "DataOptions") -> Table:
+    """Open the shipped set; no option says where it lies.
 
     Raises:
-        UserError: the file is not there (a broken installation) or lacks columns.
+        UserError: the file is not there or lacks columns (a broken installation).
+    """
+    return read_file(FILE)
+
+
+def read_file(file: Path) -> Table:
+    """Open a file of the set's form. It is small but unfolds to many rows that share images: dictionaries stay so.
+
+    Raises:
+        UserError: the file is not there or lacks columns.
     """
     import pyarrow.parquet as pq
 
@@ -60,14 +74,30 @@ def read_emoji(file: Path = FILE) -> Table:
 
 
 def federate_emoji(table: Table, options: "DataOptions", seed: int) -> Federation:
+    """Sample the set's own clients, or cut anew what they have together.
+
+    Raises:
+        UserError: a vendor, language or task that the set does not have, a concept in two splits, or no partition has
+            what the options ask for.
+    """
+    if options.partition == "natural" and options.partition_by is None:
+        return _sample_clients(table, options, options.alpha, seed)
+    pool = _sample_clients(table, options, np.inf, seed)
+    parts = [np.concatenate([client.rows_of(split) for client in pool.clients]) for split in SPLITS]
+    splits = np.repeat(np.arange(len(SPLITS)), [len(part) for part in parts])
+    if options.partition in ("dirichlet", "pathological"):
+        options = options.replace(partition_by=options.partition_by or "group")
+    federation = federate_rows(table, np.concatenate(parts), splits, options, seed)
+    description = {**federation.description, "splits_from": "the set's own concepts", "cut_from": list(pool.names)}
+    return Federation(federation.clients, description, federation.skipped)
+
+
+def _sample_clients(table: Table, options: "DataOptions", alpha: float, seed: int) -> Federation:
     """Sample every client's images; it is asked all of `options.tasks` about each of them.
 
     Random numbers come from (seed, position of the client among all clients of the set, split), so a client keeps its
     images whatever other clients are chosen; fewer images are a prefix of more; validation and test do not depend on
     the number of training images.
-
-    Raises:
-        UserError: a vendor, language or task that the set does not have, or a concept in two splits.
     """
     clients = table.read_text("client")
     everyone = sorted({client for client in clients if client})
@@ -85,7 +115,7 @@ def federate_emoji(table: Table, options: "DataOptions", seed: int) -> Federatio
     federated, described = [], {}
     for name in chosen:
         position = everyone.index(name)
-        mix = draw_mix(np.random.default_rng([MIX_STREAM, seed, position]), options.alpha, prior)
+        mix = draw_mix(np.random.default_rng([MIX_STREAM, seed, position]), alpha, prior)
         parts, realised = [], {}
         for number, (split, count) in enumerate(zip(SPLITS, wanted, strict=True)):
             pools = [sorted(rows_by_client[name].concepts[split].get(group, ())) for group in groups]
@@ -95,14 +125,23 @@ def federate_emoji(table: Table, options: "DataOptions", seed: int) -> Federatio
             realised[split] = _describe_mix([group_of[concept] for concept in drawn], groups)
         federated.append(ClientRows(name, *(np.asarray(part, np.int64) for part in parts)))
         described[name] = {"mix_drawn": dict(zip(groups, mix.round(4).tolist(), strict=True)), "mix_realised": realised}
-    return Federation(
-        tuple(federated),
-        {"clients_from": "vendor and language", "splits_from": "the set's own concepts", "topics": described},
-    )
+    about = {
+        "clients_from": "vendor and language",
+        "partition": {"kind": "natural", "by": "group", "alpha": alpha if np.isfinite(alpha) else "inf", "seed": seed},
+        "splits_from": "the set's own concepts",
+        "topics": described,
+    }
+    return Federation(tuple(federated), about)
 
 
 DATASET = NamedSet(
-    "emoji", "emoji of four drawing styles, asked about in twelve languages (ships)", read_emoji, federate_emoji
+    name="emoji",
+    summary="emoji of four drawing styles, asked about in twelve languages (ships)",
+    read=read_emoji,
+    federate=federate_emoji,
+    options=frozenset(
+        {"languages", "vendors", "tasks", "images_per_client", "validation_per_client", "test_per_client", "alpha"}
+    ),
 )
 
 

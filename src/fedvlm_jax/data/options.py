@@ -6,6 +6,7 @@ options with another seed give another draw of the same experiment.
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -14,8 +15,27 @@ from fedvlm_jax.errors import UserError
 
 Prompt = Literal["neutral", "client-language"]
 Split = Literal["train", "validation", "test"]
+Partition = Literal["natural", "dirichlet", "pathological", "quantity", "iid"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+OF_PARQUET = frozenset({"limit", "origins", "validation_share", "test_share"})
+"""What a source in RLAIF-V's columns reads of `NOT_EVERYWHERE`, be it a path or a named set."""
+
+NOT_EVERYWHERE = (
+    *("path", "revision", "languages", "vendors", "tasks"),
+    *("images_per_client", "validation_per_client", "test_per_client", *sorted(OF_PARQUET)),
+)
+"""Options that mean nothing for some sources, where choosing one is an error: it would silently do nothing."""
+
+OF_PARTITION: dict[Partition, frozenset[str]] = {
+    "natural": frozenset({"partition_by"}),
+    "dirichlet": frozenset({"partition_by", "clients", "alpha"}),
+    "pathological": frozenset({"partition_by", "clients", "classes_per_client"}),
+    "quantity": frozenset({"clients", "alpha"}),
+    "iid": frozenset({"clients"}),
+}
+"""What each partition reads; choosing another of these options is an error."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +44,39 @@ class DataOptions:
 
     Raises:
         UserError: at construction, when a value cannot mean anything (a negative count, shares that leave nothing to
-            train on, a name twice); the message has the flag, the value and what is expected.
+            train on, a name twice) or means nothing for this source or partition; the message has the flag, the value
+            and what is expected.
     """
 
     source: Annotated[str, tyro.conf.arg(name="", metavar="NAME|PATH")] = "emoji"
-    """emoji (ships with the package), or a parquet file or folder in RLAIF-V's columns (client, split optional)."""
+    """emoji (ships with the package), rlaif-v, or a parquet file or folder in RLAIF-V's columns (client, split
+    optional)."""
+    path: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: the Hugging Face hub)")] = (
+        None
+    )
+    """rlaif-v: folder of the downloaded parquet shards."""
+    revision: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: what the hub calls main now)")
+    ] = None
+    """rlaif-v from the hub: commit, branch or tag; older ones are smaller, so name one for figures that last."""
+    limit: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all)")] = None
+    """parquet, rlaif-v: use so many rows, one drawn from each of as many equal stretches; they keep their order."""
+    origins: tuple[str, ...] = ()
+    """parquet, rlaif-v: use only the rows of these origin_dataset; by default all."""
+    partition: Partition = "natural"
+    """Whose rows are whose: as the data say (column client, else origin_dataset; the emoji set's own clients), or cut
+    anew. Ours, not the paper's."""
+    partition_by: Annotated[
+        str | None, tyro.conf.arg(metavar="KEY", help_behavior_hint="(default: origin_dataset; emoji: group)")
+    ] = None
+    """What natural takes for clients, and of what dirichlet and pathological make them unlike: a column, or
+    question_type, generator, labeller (out of origin_split). Ours, not the paper's."""
+    clients: int = 16
+    """dirichlet, pathological, quantity, iid: number of clients. Ours, not the paper's."""
+    classes_per_client: int = 2
+    """pathological: values of the key that a client has at most. Ours, not the paper's."""
+    held_out_clients: float = 0.0
+    """Share of the clients that never train; they serve to try models on newcomers. Ours, not the paper's."""
     prompt: Prompt = "neutral"
     """Ask all clients alike (column question), or each in its language (question_client). Ours, not the paper's."""
     languages: tuple[str, ...] = ("en", "de", "fr", "es")
@@ -44,13 +92,15 @@ class DataOptions:
     test_per_client: int = 60
     """emoji: test images. Ours, not the paper's."""
     alpha: float = 0.3
-    """emoji: Dirichlet concentration of topics; small = clients unlike, inf = alike. Ours; the paper gives none."""
+    """Dirichlet concentration: emoji's topics, dirichlet's shares of every value, quantity's sizes; small = clients
+    unlike, inf = alike. Ours; the paper gives none."""
     validation_share: float = 0.1
     """Share of a client's images to validate on, where there is no split column. Ours, not the paper's."""
     test_share: float = 0.2
     """Share of a client's images to test on, where there is no split column. Ours, not the paper's."""
     min_examples: int = 0
-    """Leave out clients with fewer training rows; 0 keeps all, empty ones too. Ours, not the paper's."""
+    """Training rows a client must have: natural leaves out the others (0 keeps all, empty ones too), partitions that
+    are drawn are drawn until all have them. Ours, not the paper's."""
     max_prompt_tokens: int = 1024
     """Skip rows with longer prompts, image tokens included; Florence-2 has 1024 positions."""
     max_answer_tokens: int = 128
@@ -61,8 +111,10 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name in ("images_per_client", "validation_per_client", "test_per_client", "min_examples"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a count of 0 or more")
-        for name in ("max_prompt_tokens", "max_answer_tokens"):
+        for name in ("max_prompt_tokens", "max_answer_tokens", "clients", "classes_per_client"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a count of 1 or more")
+        _require(self.limit is None or self.limit >= 1, "limit", self.limit, "a count of 1 or more")
+        _require(0 <= self.held_out_clients < 1, "held_out_clients", self.held_out_clients, "a share below 1")
         for name in ("validation_share", "test_share", "max_bad_share"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
         _require(
@@ -72,16 +124,46 @@ class DataOptions:
             f"less than 1 together with --data.test-share ({self.test_share}), so that rows are left to train on",
         )
         _require(self.alpha > 0, "alpha", self.alpha, "a number above 0, or inf for clients that are alike")
-        for name in ("languages", "vendors", "tasks"):
+        for name in ("languages", "vendors", "tasks", "origins"):
             chosen = getattr(self, name)
-            _require(len(chosen) > 0, name, chosen, "at least one name")
+            _require(len(chosen) > 0 or name == "origins", name, chosen, "at least one name")
             _require(len(set(chosen)) == len(chosen), name, chosen, "every name once")
+        self._check_meaning()
 
     def replace(self, **changes: object) -> "DataOptions":
         """The same options with some of them changed (and checked again)."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
+    def _check_meaning(self) -> None:
+        """Refuse what was chosen and would do nothing."""
+        from fedvlm_jax.data.registry import find_sets
+
+        chosen = [entry.name for entry in dataclasses.fields(self) if getattr(self, entry.name) != entry.default]
+        sets = find_sets()
+        read = {name: entry.options for name, entry in sets.items()}
+        own = read.get(self.source, OF_PARQUET)
+        for name in (name for name in chosen if name in NOT_EVERYWHERE and name not in own):
+            meant = [f"--data {other}" for other in sorted(read) if name in read[other]]
+            raise UserError(
+                f"{_flag(name)} means nothing for --data {self.source}; it is for "
+                f"{', '.join(meant + ['parquet files'] * (name in OF_PARQUET))}. Leave it out."
+            )
+        if self.path is not None and self.revision is not None:
+            raise UserError(f"--data.revision {self.revision} is the hub's; with --data.path {self.path} leave it out.")
+        drawn = self.partition != "natural" or self.partition_by is not None
+        understood = OF_PARTITION[self.partition] | (frozenset() if drawn else own & {"alpha"})
+        for name in (name for name in chosen if name in frozenset().union(*OF_PARTITION.values()) - understood):
+            meant = ", ".join(kind for kind, options in OF_PARTITION.items() if name in options)
+            raise UserError(
+                f"{_flag(name)} means nothing with --data.partition {self.partition}; it is for {meant}. Leave it out, "
+                "or choose another partition."
+            )
+
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise UserError(f"--data.{name.replace('_', '-')} is {value!r}; expected {expected}.")
+        raise UserError(f"{_flag(name)} is {value!r}; expected {expected}.")
+
+
+def _flag(name: str) -> str:
+    return f"--data.{name.replace('_', '-')}"

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from fedvlm_jax.data.federate import Federation
+    from fedvlm_jax.data.clients import Federation
     from fedvlm_jax.data.options import DataOptions
     from fedvlm_jax.data.table import Table
 
@@ -24,14 +24,16 @@ class NamedSet(NamedTuple):
     Attributes:
         name: what the user types.
         summary: one line for listings.
-        read: opens the rows; takes nothing, because a named set knows where it lies.
+        read: opens the rows; the options say where a set lies that does not ship, and which revision of it is wanted.
         federate: (table, options, seed) -> Federation.
+        options: those of `options.NOT_EVERYWHERE` that mean something for this set; the others are refused.
     """
 
     name: str
     summary: str
-    read: "Callable[[], Table]"
+    read: "Callable[[DataOptions], Table]"
     federate: "Callable[[Table, DataOptions, int], Federation]"
+    options: frozenset[str]
 
 
 @functools.cache

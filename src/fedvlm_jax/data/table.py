@@ -23,6 +23,8 @@ from fedvlm_jax.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from fedvlm_jax.data.options import DataOptions
+
 __all__ = ["NEEDED", "UNDERSTOOD", "BrokenImageError", "Table", "read_parquet", "read_table"]
 
 NEEDED = ("image", "question", "chosen")
@@ -95,24 +97,27 @@ class Table:
         return found
 
 
-def read_table(source: str) -> Table:
+def read_table(source: "str | DataOptions") -> Table:
     """Open a named data set, a parquet file, or a folder of parquet shards.
 
     Args:
-        source: a name that `registry.find_sets` knows, or a path. A name wins over a path; `./name` is always a path.
+        source: a name that `registry.find_sets` knows, or a path; or the options that hold it, which also say where a
+            set lies that does not ship. A name wins over a path; `./name` is always a path.
 
     Raises:
         UserError: neither such a name nor such a path, or the files do not hold what is needed.
     """
+    from fedvlm_jax.data.options import DataOptions
     from fedvlm_jax.data.registry import find_sets
 
+    options = DataOptions(source=source) if isinstance(source, str) else source
     known = find_sets()
-    if source in known:
-        return known[source].read()
-    path = Path(source).expanduser()
+    if options.source in known:
+        return known[options.source].read(options)
+    path = Path(options.source).expanduser()
     if not path.exists():
         raise UserError(
-            f"--data {source!r} is neither a named data set nor a path that exists; named sets are "
+            f"--data {options.source!r} is neither a named data set nor a path that exists; named sets are "
             f"{', '.join(sorted(known))}; else give a parquet file or a folder of parquet files."
         )
     return read_parquet(path)

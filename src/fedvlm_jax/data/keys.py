@@ -1,0 +1,101 @@
+"""What rows can be told apart by: the text columns, and keys that are read out of RLAIF-V's `origin_split`.
+
+The card of openbmb/RLAIF-V-Dataset (arXiv 2405.17220) says what that column holds (the model that answered, the model
+that labelled, the type of question), not how its fields are called, and older revisions write it in other ways. So it
+is read as JSON, else as a Python literal, else as plain text, and fields are known by parts of their names. What
+cannot be made out is "unknown": a value like any other, which shows up in every count.
+"""
+
+import ast
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedvlm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from fedvlm_jax.data.table import Table
+
+__all__ = ["DERIVED", "UNKNOWN", "list_keys", "parse_origin_split", "read_key"]
+
+UNKNOWN = "unknown"
+"""Where a derived key has no value."""
+
+DERIVED = ("question_type", "generator", "labeller")
+"""The keys that `origin_split` holds."""
+
+QUESTION_TYPES = ("detailed description", "question answering")
+"""What the card names; looked for where `origin_split` has no structure."""
+
+LONGEST = 10_000
+"""Characters beyond which a text is no longer taken for a literal."""
+
+
+def list_keys(table: "Table") -> tuple[str, ...]:
+    """The keys that a table can be cut by: its columns but the image, and what `origin_split` gives."""
+    columns = tuple(column for column in table.columns if column != "image")
+    derived = DERIVED if "origin_split" in columns else ()
+    return columns + tuple(key for key in derived if key not in columns)
+
+
+def read_key(table: "Table", key: str, rows: "Sequence[int] | np.ndarray | None" = None) -> list[str | None]:
+    """Every row's value of a key, for the given rows [N] or for all; spaces around it do not count.
+
+    A column without text in a row gives None there; a derived key gives "unknown". A column of the same name wins over
+    a derived key.
+
+    Raises:
+        UserError: the table has no such key.
+    """
+    if key not in list_keys(table):
+        raise UserError(f"{table.name} has no key {key!r} to tell rows apart by; it has {', '.join(list_keys(table))}.")
+    if key in table.columns:
+        return [(text.strip() or None) if text else None for text in table.read_text(key, rows)]
+    texts = table.read_text("origin_split", rows)
+    parsed = {text: parse_origin_split(text)[key] for text in set(texts)}
+    return [parsed[text] for text in texts]
+
+
+def parse_origin_split(text: str | None) -> dict[str, str]:
+    """Read one `origin_split`: every key of `DERIVED` -> its value, or "unknown"."""
+    text = (text or "").strip()
+    fields = _read_fields(text)
+    if fields is None:
+        said = [kind for kind in QUESTION_TYPES if kind in _plain(text)]
+        return dict.fromkeys(DERIVED, UNKNOWN) | ({"question_type": said[0]} if len(said) == 1 else {})
+    kind = _find(fields, ("type",))
+    labeller = _find(fields, ("label", "feedback", "judge", "annotat"))
+    others = {name: value for name, value in fields.items() if name not in (kind, labeller)}
+    generator = _find(others, ("generat", "infer", "answer", "model"))
+    return {
+        "question_type": _plain(fields[kind]) if kind else UNKNOWN,
+        "generator": fields[generator] if generator else UNKNOWN,
+        "labeller": fields[labeller] if labeller else UNKNOWN,
+    }
+
+
+def _read_fields(text: str) -> dict[str, str] | None:
+    """The fields of a JSON object or Python dict that have a text or number for value; None if it is neither."""
+    readers: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
+    for read in readers if text.startswith("{") and len(text) <= LONGEST else ():
+        try:
+            with warnings.catch_warnings(action="ignore"):  # a literal with odd escapes is still one
+                value = read(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, Mapping):
+            stated = {str(name): " ".join(str(v).split()) for name, v in value.items() if isinstance(v, (str, int))}
+            return {name: value for name, value in stated.items() if value}
+    return None
+
+
+def _find(fields: Mapping[str, str], parts: Sequence[str]) -> str | None:
+    """The first field whose name has the first of the parts that any has."""
+    return next((name for part in parts for name in fields if part in name.casefold()), None)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().replace("_", " ").replace("-", " ").split())

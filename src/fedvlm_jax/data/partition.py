@@ -1,0 +1,112 @@
+"""Partitions: which of C clients gets which unit. Pure numpy: labels, options and a generator in, owners out.
+
+A unit is what stays together: an image with all rows about it. Units come in an order that was drawn before, and every
+client takes a run of them (of each label, where labels count), so that owners depend on nothing but that order, the
+labels and the generator. Every unit gets exactly one owner.
+
+- `cut_iid`: equal sizes, nothing else.
+- `cut_quantity`: sizes ~ Dirichlet(alpha), rows alike: "quantity skew" of Li et al. (arXiv 2102.02079).
+- `cut_dirichlet`: every label is shared out after its own Dirichlet(alpha) over the clients: Yurochkin et al. (arXiv
+  1905.12022), as in Li et al. Sizes differ then too. The other form, a mix over labels drawn per client (Hsu et al.,
+  arXiv 1909.06335; the emoji set's own topics), fixes the sizes instead, and either leaves rows over or lets labels
+  run dry; here every row is used and every share has exactly its Dirichlet's moments.
+- `cut_pathological`: shards of one label each, k to a client: McMahan et al. (arXiv 1602.05629). Deviation: their
+  shards are of one size and may span two labels; here a label gets a number of shards by its size and at least one, so
+  that k is a bound however unequal the labels are.
+"""
+
+import heapq
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from fedvlm_jax.errors import UserError
+
+__all__ = ["cut_dirichlet", "cut_iid", "cut_pathological", "cut_quantity"]
+
+
+def cut_iid(units: int, clients: int) -> Int[np.ndarray, " units"]:
+    """Give every client an equal run; sizes differ by one at most."""
+    return np.arange(units) * clients // max(units, 1)
+
+
+def cut_quantity(units: int, clients: int, alpha: float, rng: np.random.Generator) -> Int[np.ndarray, " units"]:
+    """Give every client a run whose length is its Dirichlet(alpha) share; at alpha = inf as `cut_iid`."""
+    return _deal(units, _draw_shares(clients, alpha, rng))
+
+
+def cut_dirichlet(
+    labels: Int[np.ndarray, " units"], clients: int, alpha: float, rng: np.random.Generator
+) -> Int[np.ndarray, " units"]:
+    """Share out the units of every label after a Dirichlet(alpha) over the clients of its own.
+
+    A client's share of a label has mean 1 / C and variance (1 / C)(1 - 1 / C) / (C·alpha + 1), up to rounding to whole
+    units; at alpha = inf it is 1 / C, so that clients are alike.
+    """
+    owners = np.zeros(len(labels), np.int64)
+    for label in np.unique(labels):
+        units = np.flatnonzero(labels == label)
+        # Rounding favours some places of the run; which clients stand there changes from label to label.
+        order = rng.permutation(clients)
+        owners[units] = order[_deal(len(units), _draw_shares(clients, alpha, rng))]
+    return owners
+
+
+def cut_pathological(
+    labels: Int[np.ndarray, " units"], clients: int, classes: int, rng: np.random.Generator
+) -> Int[np.ndarray, " units"]:
+    """Cut every label into shards and give every client `classes` of them, so many labels at most.
+
+    Raises:
+        UserError: there are too few labels, or so many that some would belong to nobody, or too few units.
+    """
+    values, counts = np.unique(labels, return_counts=True)
+    shards = clients * classes
+    if classes > len(values):
+        raise UserError(
+            f"--data.classes-per-client is {classes}, and the key has only {len(values)} values; choose fewer."
+        )
+    if len(values) > shards:
+        raise UserError(
+            f"--data.partition pathological: {clients} clients of {classes} values each hold {shards} values, and the "
+            f"key has {len(values)}, so some rows would belong to nobody; choose --data.clients "
+            f"{-(-len(values) // classes)} or more, or --data.classes-per-client {-(-len(values) // clients)} or more."
+        )
+    if shards > len(labels):
+        raise UserError(
+            f"--data.partition pathological: {clients} clients of {classes} shards each need {shards} images, and "
+            f"there are {len(labels)}; choose fewer --data.clients."
+        )
+    takers = rng.permutation(shards) // classes
+    owners, given = np.zeros(len(labels), np.int64), 0
+    for value, count in zip(values, _allot_shards(counts, shards), strict=True):
+        units = np.flatnonzero(labels == value)
+        owners[units] = takers[given + cut_iid(len(units), count)]
+        given += count
+    return owners
+
+
+def _allot_shards(counts: Int[np.ndarray, " labels"], shards: int) -> list[int]:
+    """One shard for every label, and each further one to the label whose shards are the largest, [L]."""
+    allotted = [1] * len(counts)
+    largest = [(-float(count), label) for label, count in enumerate(counts)]
+    heapq.heapify(largest)
+    for _ in range(shards - len(counts)):
+        _, label = heapq.heappop(largest)
+        allotted[label] += 1
+        heapq.heappush(largest, (-float(counts[label] / allotted[label]), label))
+    return allotted
+
+
+def _draw_shares(clients: int, alpha: float, rng: np.random.Generator) -> Float[np.ndarray, " clients"]:
+    if np.isinf(alpha):
+        return np.full(clients, 1 / clients)
+    shares = rng.dirichlet(np.full(clients, alpha))
+    return shares if np.isfinite(shares).all() else np.eye(clients)[rng.integers(clients)]  # alpha near 0 underflows
+
+
+def _deal(units: int, shares: Float[np.ndarray, " clients"]) -> Int[np.ndarray, " units"]:
+    """Owners of a run of units, client after client, each with its share rounded to whole units."""
+    edges = np.floor(np.cumsum(shares) * units + 0.5)
+    edges[-1] = units
+    return np.searchsorted(edges, np.arange(units), side="right")
