@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, session, tmp_path):
 
 
 def test_too_large_a_cohort(model, session, tmp_path):
-    with pytest.raises(UserError, match="--cohort 9: there are only 4 clients"):
+    with pytest.raises(UserError, match="--cohort 9: there are only 4 clients that train"):
         loop.train(tiny_run(model, tmp_path / "run", cohort=9), session=session)
 
 

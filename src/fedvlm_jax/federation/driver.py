@@ -110,12 +110,13 @@ class Driver:
         self.server = replicate(self.programs.mesh, self.server)
 
     def run_round(self, round_: int, rates: dict[str, float], steps: int | None = None) -> RoundReport:
-        """Run round `round_` (from 1): draw the cohort, train it, aggregate, write personal states back.
+        """Run round `round_` (from 1): draw the cohort (never a held-out client), train it, aggregate, write personal states back.
 
         `steps` below the layout's local steps leaves out the others, in the same program.
         """
         mesh, method = self.programs.mesh, self.programs.method
-        numbers = draw_cohort(self.seed, round_, len(self.population), self.layout.cohort)
+        trainable = np.flatnonzero([not client.held_out for client in self.examples.clients])
+        numbers = trainable[draw_cohort(self.seed, round_, len(trainable), self.layout.cohort)]
         clients, weights = make_clients(
             self.seed,
             round_,
