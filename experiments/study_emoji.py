@@ -32,7 +32,7 @@ from fedvlm_jax.runs.tables import to_markdown
 from fedvlm_jax.runs.theme import save_png
 
 METHODS = ("local", "fedavg-lora", "fedavg-lora+ft", "plora")
-GRID = ((2e-3, 2e-3), (5e-3, 2e-3), (5e-3, 5e-3), (1e-2, 5e-3))
+GRID = ((2e-3, 2e-3), (5e-3, 2e-3), (1e-2, 5e-3))
 RESULTS = Path(__file__).parent / "results"
 QUICK = {
     "grid": GRID[1:3], "seeds": 2, "images": (6,), "vendors": ("noto", "fluent"), "languages": ("en", "de"),

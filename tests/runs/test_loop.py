@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from tiny_run import make_folder, tiny_run
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs import evaluate, loop
+from fedvlm_jax.runs import course, evaluate, loop
 from fedvlm_jax.runs.config import TrainOptions, to_json
 from fedvlm_jax.runs.folders import read_metrics, read_run
 from fedvlm_jax.runs.prepare import open_session
@@ -131,8 +131,8 @@ def test_a_line_without_its_checkpoint_is_run_again(model, session, finished, tm
             raise StopError
         return original(self, round_, *rest)
 
-    original = loop.Checkpoints.save
-    monkeypatch.setattr(loop.Checkpoints, "save", fail)
+    original = course.Checkpoints.save
+    monkeypatch.setattr(course.Checkpoints, "save", fail)
     with pytest.raises(StopError):
         loop.train(run, session=session)
     assert read_metrics(run.out)[-1]["round"] == 3

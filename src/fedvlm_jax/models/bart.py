@@ -161,10 +161,6 @@ class Positions(nn.Module):
         rows, init = self.text.max_position_embeddings + OFFSET, nn.initializers.normal(self.text.init_std)
         self.embed_positions = nn.Embed(rows, self.text.d_model, dtype=self.dtype, embedding_init=init)
         self.layernorm_embedding = Norm(self.dtype)
-        self.layers = self._layers()
-
-    def _layers(self) -> nn.Module:
-        raise NotImplementedError
 
     def _place(self, embeddings: Array, positions: Array) -> Array:
         return self.layernorm_embedding(embeddings + self.embed_positions(positions + OFFSET))
@@ -177,9 +173,10 @@ class Positions(nn.Module):
 class Encoder(Positions):
     """Token embeddings [B, T, D] to memory [B, T, D]."""
 
-    def _layers(self) -> nn.Module:
+    def setup(self) -> None:
+        super().setup()
         build = scanned(EncoderLayer, self.text.encoder_layers, (nn.broadcast,), self.remat)
-        return build(self.text, self.dtype)
+        self.layers = build(self.text, self.dtype)
 
     def __call__(self, embeddings: Float[Array, "B T D"], bias: Array) -> Float[Array, "B T D"]:
         self._check_length(embeddings.shape[1], "encoder tokens")
@@ -190,9 +187,10 @@ class Encoder(Positions):
 class Decoder(Positions):
     """Target embeddings and memory to hidden states; with a cache, one position at a time."""
 
-    def _layers(self) -> nn.Module:
+    def setup(self) -> None:
+        super().setup()
         in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
-        return scanned(DecoderLayer, self.text.decoder_layers, in_axes, self.remat)(self.text, self.dtype)
+        self.layers = scanned(DecoderLayer, self.text.decoder_layers, in_axes, self.remat)(self.text, self.dtype)
 
     def __call__(self, embeddings: Float[Array, "N U D"], memory: Array, bias: Array) -> Float[Array, "N U D"]:
         self._check_length(embeddings.shape[1], "decoder tokens")

@@ -106,7 +106,7 @@ class SilentProgress:
 
 
 @dataclass
-class _Course:
+class _Pace:
     """How far one run is: what both displays are drawn from."""
 
     total: int = 0
@@ -135,11 +135,11 @@ class PlainProgress:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.course = _Course()
+        self.pace = _Pace()
 
     def start(self, total_rounds: int, description: str, done: int = 0) -> None:
         """Print what begins."""
-        self.course = _Course(total_rounds, done, description)
+        self.pace = _Pace(total_rounds, done, description)
         resumed = f", {done} of them done" if done else ""
         self._print(f"{description}: {total_rounds} rounds{resumed}")
 
@@ -149,9 +149,9 @@ class PlainProgress:
 
     def round(self, line: Mapping[str, Any]) -> None:
         """Print the round."""
-        self.course.add(line)
-        phrases = [*self.course.phrases, *([self.course.left] if self.course.left else [])]
-        self._print(f"round {self.course.done}/{self.course.total}  {'  '.join(phrases)}")
+        self.pace.add(line)
+        phrases = [*self.pace.phrases, *([self.pace.left] if self.pace.left else [])]
+        self._print(f"round {self.pace.done}/{self.pace.total}  {'  '.join(phrases)}")
 
     def finish(self) -> None:
         """Nothing to end."""
@@ -165,14 +165,14 @@ class LiveProgress:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.course = _Course()
+        self.pace = _Pace()
         self.status = ""
         self.live: Live | None = None
 
     def start(self, total_rounds: int, description: str, done: int = 0) -> None:
         """Show an empty bar (or as full as the resumed run is)."""
         self.finish()
-        self.course = _Course(total_rounds, done, description)
+        self.pace = _Pace(total_rounds, done, description)
         self.status = ""
         # The display asks for itself anew at every refresh, so that the clock of the estimate runs on.
         self.live = Live(console=self.console, get_renderable=self.render, refresh_per_second=4)
@@ -188,7 +188,7 @@ class LiveProgress:
 
     def round(self, line: Mapping[str, Any]) -> None:
         """Move the bar."""
-        self.course.add(line)
+        self.pace.add(line)
         self.status = ""
         if self.live is not None:
             self.live.refresh()
@@ -201,7 +201,7 @@ class LiveProgress:
 
     def render(self) -> Group:
         """Draw the present state: a bar line, and a line of numbers."""
-        course = self.course
+        course = self.pace
         bar = Table.grid(padding=(0, 1))
         finished = course.total > 0 and course.done >= course.total
         bar.add_row(
