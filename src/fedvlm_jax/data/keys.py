@@ -87,7 +87,12 @@ def _read_fields(text: str) -> dict[str, str] | None:
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
         if isinstance(value, Mapping):
-            stated = {str(name): " ".join(str(v).split()) for name, v in value.items() if isinstance(v, (str, int))}
+            # JSON can spell half a surrogate pair, which no file or terminal takes.
+            stated = {
+                _encodable(str(name)): " ".join(_encodable(str(v)).split())
+                for name, v in value.items()
+                if isinstance(v, (str, int))
+            }
             return {name: value for name, value in stated.items() if value}
     return None
 
@@ -95,6 +100,10 @@ def _read_fields(text: str) -> dict[str, str] | None:
 def _find(fields: Mapping[str, str], parts: Sequence[str]) -> str | None:
     """The first field whose name has the first of the parts that any has."""
     return next((name for part in parts for name in fields if part in name.casefold()), None)
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def _plain(text: str) -> str:
