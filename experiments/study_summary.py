@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fedvlm_jax.evaluation.metrics import Difference, paired_difference, summarise
+from fedvlm_jax.evaluation.intervals import Difference, paired_difference
+from fedvlm_jax.evaluation.spread import summarise
 from fedvlm_jax.runs.folders import ComparisonRecord
 from fedvlm_jax.runs.statistics import compare_paired, mean_over_seeds, spread
 from fedvlm_jax.runs.tables import Table, format_bytes, format_paired, percent, points

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from fedvlm_jax.data.batches import pad_rows
 from fedvlm_jax.data.encode import IGNORED, Examples
 from fedvlm_jax.data.options import Split
-from fedvlm_jax.evaluation.metrics import exact_match
+from fedvlm_jax.evaluation.texts import exact_match
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.objectives.sft import token_losses
 from fedvlm_jax.sharding import CLIENTS
@@ -94,7 +94,7 @@ class Evaluator:
             for place, number in enumerate(chunk):
                 count, name = counts[place], clients[number].name
                 texts = self.processor.decode(ids[place].reshape(size, -1)[:count])
-                gold = [self.examples.answers[row] for row in clients[number].rows_of(split)]
+                gold = [[self.examples.answers[row]] for row in clients[number].rows_of(split)]
                 scores["exact_match"][name] = float(exact_match(texts, gold).mean())
                 tokens = max(float(sums["tokens"][place]), 1.0)
                 scores["token_accuracy"][name] = float(sums["correct"][place]) / tokens

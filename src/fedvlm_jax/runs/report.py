@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.evaluation.metrics import summarise
+from fedvlm_jax.evaluation.spread import summarise
 from fedvlm_jax.runs import plots
 from fedvlm_jax.runs.config import Run, to_json
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run

@@ -1,11 +1,11 @@
-"""What tables, pictures and sentences read off scores by seed and client; the statistics are `evaluation.metrics`'s."""
+"""What tables, pictures and sentences read off scores by seed and client; the statistics are `evaluation`'s."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fedvlm_jax.evaluation.metrics import Difference, paired_difference
+from fedvlm_jax.evaluation.intervals import Difference, paired_difference
 
 __all__ = ["Spread", "compare_paired", "count_seeds_ahead", "judge", "mean_over_seeds", "spread"]
 

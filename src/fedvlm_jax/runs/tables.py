@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fedvlm_jax.evaluation.metrics import Difference, summarise
+from fedvlm_jax.evaluation.intervals import Difference
+from fedvlm_jax.evaluation.spread import summarise
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord
 from fedvlm_jax.runs.statistics import compare_paired, judge, spread
 

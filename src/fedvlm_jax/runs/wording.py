@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from fedvlm_jax.evaluation.metrics import Difference, summarise
+from fedvlm_jax.evaluation.intervals import Difference
+from fedvlm_jax.evaluation.spread import summarise
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord
 from fedvlm_jax.runs.statistics import compare_paired, count_seeds_ahead, judge
 from fedvlm_jax.runs.tables import RIVALS, percent, points

@@ -1,0 +1,86 @@
+"""What answers are compared in: pairs, one written form for all scripts, and the tokens that metrics count.
+
+Tokens are runs of letters, marks and digits. Scripts that write no spaces between words (Chinese, Japanese, Thai, Lao,
+Khmer, Burmese) give one token per character with its marks, as MLQA (arXiv 1910.07475) does for Chinese: no word
+segmenter is needed, and scores do not hang on a segmenter's mistakes. On ASCII this is the tokenisation of ROUGE.
+"""
+
+import functools
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["normalise", "pair_up", "tokenise", "tokenise_squad"]
+
+
+def pair_up(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[str, Sequence[str]]]:
+    """Every prediction with its gold answers.
+
+    Raises:
+        ValueError: not as many predictions as lists of gold answers, an example without one, or gold answers that
+            are a text where a list of texts is expected (each of its letters would count as an answer).
+    """
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(references)} lists of gold answers; expected as many"
+        )
+    for golds in references:
+        if isinstance(golds, str) or not golds:
+            raise ValueError(f"the gold answers of an example are {golds!r}; expected a list of one text or more")
+    return list(zip(predictions, references, strict=True))
+
+
+def normalise(text: str) -> str:
+    """One form for answers that differ only in writing, in any script.
+
+    NFKC (full-width letters become plain, й composed), case folded (ß becomes ss), white space collapsed to single
+    spaces, and punctuation, spaces and invisible format characters stripped from both ends: every Unicode category
+    P*, Z* and Cf, so also 。, 「」, « » and ¿. Inside a text punctuation stays. Symbols ($, +) are no punctuation and
+    stay; a text of punctuation alone keeps it, so that "?" and "!" remain different answers.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    spaced = " ".join(folded.split())
+    start, end = 0, len(spaced)
+    while start < end and _is_margin(spaced[start]):
+        start += 1
+    while end > start and _is_margin(spaced[end - 1]):
+        end -= 1
+    return spaced[start:end] or spaced
+
+
+def _is_margin(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category[0] in "PZ" or category in ("Cf", "Cc")
+
+
+def tokenise(text: str) -> list[str]:
+    """Tokens of a text, after `normalise`: "It's 食べ物!" gives it, s, 食, べ, 物.
+
+    Punctuation and symbols are no tokens; a text of nothing else is one token, itself, so that "?" and "!" remain
+    different here too, and only the empty text has none.
+    """
+    form = normalise(text)
+    return _patterns()[0].findall(form) or ([form] if form else [])
+
+
+def tokenise_squad(text: str) -> list[str]:
+    """Tokens as SQuAD (arXiv 1606.05250) compares them: "It's the 1,000th" gives its, 1000th.
+
+    As `tokenise`, but punctuation inside a text is deleted and so joins what it stood between, as there (Unicode's P*
+    and ASCII's symbols), and English articles are dropped. Articles of other languages are kept, because a token
+    does not tell its language. A text of articles alone keeps them: "A" is also the first of several choices.
+    """
+    tokens = tokenise(_patterns()[1].sub("", normalise(text)) or text)
+    return [token for token in tokens if token not in ("a", "an", "the")] or tokens
+
+
+@functools.cache
+def _patterns() -> tuple[Any, Any]:
+    """What is a token, and what SQuAD deletes."""
+    import regex  # late, for its tables; the standard library's re knows neither scripts nor marks
+
+    # ー, which lengthens vowels in both kana, belongs to neither script.
+    spaceless = r"\p{Han}\p{Bopomofo}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+    character = rf"[[{spaceless}]&&[\p{{L}}\p{{N}}]]\p{{M}}*"
+    word = rf"[[\p{{L}}\p{{M}}\p{{N}}]--[{spaceless}]]+"
+    return regex.compile(f"(?V1){character}|{word}"), regex.compile(r"[\p{P}$+<=>^`|~]")
