@@ -1,4 +1,7 @@
-"""A model small enough to work out by hand, in the shape of a `Vlm`: logits = fc2(tanh(fc1(features)))."""
+"""A model small enough to work out by hand, in the shape of a `Vlm`: logits = fc2(tanh(fc1(features))).
+
+It does not look at what it has said so far: several answers to one prompt have the same logits.
+"""
 
 from types import SimpleNamespace
 
@@ -30,17 +33,19 @@ def make_toy():
     example = jnp.zeros((1, WIDTH))
     params = model.init(jax.random.key(0), example)["params"]
     forward = lora.inject(model.apply)
-    vlm = SimpleNamespace(
-        logits=lambda params, adapter, batch: forward(params, adapter, batch["image_features"]),
-        sites=lora.find_sites(model.apply, params, example),
-    )
-    return vlm, params
+
+    def logits(params, adapter, batch):
+        found = forward(params, adapter, batch["image_features"])
+        several = batch["labels"].ndim == found.ndim
+        return jnp.broadcast_to(found[..., None, :, :], (*batch["labels"].shape, VOCABULARY)) if several else found
+
+    return SimpleNamespace(logits=logits, sites=lora.find_sites(model.apply, params, example)), params
 
 
-def make_method(name, *, optimizer="adamw", keep_optimizer=True, common_start=True, clip_norm=1.0):
+def make_method(name, *, objective="sft", optimizer="adamw", keep_optimizer=True, common_start=True, clip_norm=1.0):
     """-> vlm, params, trainer, method, the adapter that all start from."""
     vlm, params = make_toy()
-    trainer = make_local_trainer(vlm, load_objective("sft"), optimizer=optimizer, clip_norm=clip_norm)
+    trainer = make_local_trainer(vlm, load_objective(objective), optimizer=optimizer, clip_norm=clip_norm)
     setup = Setup(vlm.sites, lambda key: lora.init(key, vlm.sites, SPEC), trainer.start, keep_optimizer, common_start)
     adapter = lora.init(jax.random.key(9), vlm.sites, SPEC)
     return vlm, params, trainer, load_method(name, setup), adapter

@@ -104,6 +104,68 @@ def test_the_question_in_the_clients_language_needs_its_column(tmp_path, process
         make_examples(tmp_path, [row(0)], processor, LENIENT.replace(prompt="client-language"))
 
 
+def test_rejected_answers_are_labels_of_their_own(tmp_path, processor):
+    """Without the need for pairs a row counts anyway; what is no pair has no rejected label."""
+    rows = [
+        row(0, chosen="a red box", rejected="a b c d e f g h i"),
+        row(1, chosen="box", rejected=None),
+        row(2, chosen="box", rejected=" box "),
+        row(3, chosen="a b c d x", rejected="a b c d y"),
+        row(4, chosen="ball", rejected="a red box"),
+    ]
+    _, examples = make_examples(tmp_path, rows, processor, LENIENT.replace(max_answer_tokens=4))
+    assert examples.rejected.dtype == np.int32
+    assert (examples.rejected != -100).sum(1).tolist() == [4, 0, 0, 0, 4]
+    assert examples.rejected[4].tolist() == examples.labels[0].tolist()
+    assert examples.rejected_answers == ["a b c d e f g h i", "", "box", "a b c d y", "a red box"]
+    assert (examples.truncated, examples.rejected_truncated) == (1, 1)
+    _, wide = make_examples(tmp_path, rows, processor)
+    assert (wide.labels.shape[1], wide.rejected.shape[1]) == (8, 16), "each as narrow as it can be"
+    assert (wide.rejected[3] != -100).sum() == 6
+
+
+def test_where_pairs_are_needed_rows_without_one_are_skipped(tmp_path, processor):
+    rows = [
+        row(0),
+        row(1, rejected="  "),
+        row(2, chosen="box", rejected="box "),
+        row(3, chosen="a b c d x", rejected="a b c d y"),
+        row(4, chosen="", rejected=""),
+        row(5),
+    ]
+    table = read_table(str(write_rows(tmp_path / "a.parquet", rows)))
+    options = LENIENT.replace(max_answer_tokens=4)
+    examples = encode(table, federate(table, options, 0), processor, options, pairs=True)
+    assert examples.rows.tolist() == [0, 5]
+    assert (examples.rejected != -100).any(1).all()
+    assert [(s.row, s.reason) for s in examples.skipped] == [
+        (1, "empty rejected answer"),
+        (2, "chosen equals rejected"),
+        (3, "chosen equals rejected once cut"),
+        (4, "empty answer"),
+    ]
+
+
+def test_data_without_rejected_answers_has_no_pairs(tmp_path, processor):
+    table = read_table(str(write_rows(tmp_path / "a.parquet", [row(0), row(1)], drop=("rejected",))))
+    federation = federate(table, LENIENT, 0)
+    examples = encode(table, federation, processor, LENIENT)
+    assert (examples.rejected, examples.rejected_answers) == (None, None)
+    with pytest.raises(UserError, match=r"has no column 'rejected', only .*chosen.*Use --objective sft"):
+        encode(table, federation, processor, LENIENT, pairs=True)
+
+
+def test_texts_are_tokenised_once(tmp_path, processor):
+    """Chosen here and rejected there, it is one text."""
+    asked = []
+    answers = processor.answers
+    processor.answers = lambda texts, most: asked.extend(texts) or answers(texts, most)
+    rows = [row(n, chosen=("red", "blue")[n % 2], rejected=("blue", "red")[n % 2]) for n in range(6)]
+    _, examples = make_examples(tmp_path, rows, processor)
+    assert sorted(asked) == ["blue", "red"]
+    assert examples.labels[0].tolist() == examples.rejected[1].tolist()
+
+
 def test_texts_of_several_chunks_join(tmp_path, processor, monkeypatch):
     monkeypatch.setattr("fedvlm_jax.data.encode.CHUNK", 2)
     rows = [row(n, question="w " * (n + 1), chosen="v " * (6 - n)) for n in range(6)]

@@ -1,5 +1,5 @@
 """A federated LoRA round as one writes it with transformers + PEFT, and the script that stores what it finds:
-`python tests/federation/pytorch_round.py` writes golden_round.npz. Needs the extra `parity`.
+`PYTHONPATH=tests python tests/federation/pytorch_round.py` writes golden_round.npz. Needs the extra `parity`.
 
 A loop over clients, SGD, a mean of state dicts. Nothing of fedvlm_jax is in it: the base is a folder that transformers
 loads, and the start comes as arrays, `language_model/encoder/layers/fc1/a` [layers, d_in, rank].
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from federation.round_case import ALPHA, BASE, CASES, FILE, GOLDEN_CASES, RANK, STEPS, draw_start, make_clients
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from round_case import ALPHA, BASE, CASES, FILE, GOLDEN_CASES, RANK, STEPS, draw_start, make_clients
 from transformers import Florence2ForConditionalGeneration
 
 TARGETS = r".*language_model\.(encoder|decoder)\.layers\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"

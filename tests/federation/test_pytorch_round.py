@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from round_case import ALPHA, BASE, CASES, FILE, GOLDEN_CASES, RANK, STEPS, TARGETS, draw_start, make_clients
+from federation.round_case import ALPHA, BASE, CASES, FILE, GOLDEN_CASES, RANK, STEPS, TARGETS, draw_start, make_clients
 
 from fedvlm_jax import lora, tree
 from fedvlm_jax.federation.round import from_waves, make_round, to_waves
@@ -30,7 +30,7 @@ def base(request, tmp_path_factory):
             return vlm, params, dict(file)
     if any(importlib.util.find_spec(name) is None for name in ("torch", "peft")):
         pytest.skip("needs the extra `parity`: pip install -e '.[parity]'")
-    from pytorch_round import answer
+    from federation.pytorch_round import answer
 
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(8), len(leaves))

@@ -46,6 +46,43 @@ def test_labels_are_shifted_right() -> None:
     np.testing.assert_array_equal(shift_right(jnp.array([[5, 6, -100, -100]]), pad=1, start=2), [[2, 5, 6, 1]])
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_several_answers_to_a_prompt_are_answered_as_one_by_one(loaded: Any, adapted: bool) -> None:
+    vlm, params, batch = loaded
+    adapter = make_adapter(vlm, "language_model.*(q_proj|v_proj|fc1)|shared") if adapted else None
+    answers = np.random.default_rng(3).integers(3, 98, (3, 4, 6)).astype(np.int32)
+    for example, answer, length in ((0, 1, 2), (1, 3, 5), (2, 0, 0)):
+        answers[example, answer, length:] = -100
+    logits = jax.jit(lambda batch: vlm.logits(params, adapter, batch))
+    together = logits({**batch, "labels": answers})
+    assert together.shape == (3, 4, 6, vlm.config.text_config.vocab_size)
+    for number in range(answers.shape[1]):
+        alone = logits({**batch, "labels": answers[:, number]})
+        np.testing.assert_allclose(together[:, number], alone, atol=2e-5)
+    inputs = np.stack([shift_right(jnp.asarray(answers[:, number]), 1, 2) for number in range(4)], axis=1)
+    given = logits({**batch, "decoder_input_ids": inputs})
+    np.testing.assert_array_equal(given, together)
+
+
+def test_several_answers_to_a_prompt_share_the_encoder_and_its_keys(loaded: Any) -> None:
+    """With 29 tokens to a prompt, nothing in the program is 29 long once for each of the 15 answers."""
+    vlm, params, batch = loaded
+    batch = {name: jnp.asarray(array) for name, array in batch.items()}
+    for name in ("input_ids", "attention_mask"):
+        batch[name] = jnp.pad(batch[name], ((0, 0), (0, 29 - batch[name].shape[1])))
+
+    def find_shapes(batch: Any) -> set[tuple[int, ...]]:
+        text = jax.jit(lambda params, batch: vlm.logits(params, None, batch)).lower(params, batch).as_text()
+        shapes = {tuple(map(int, found.split("x"))) for found in re.findall(r"tensor<([\dx]+)xf32>", text)}
+        return {shape for shape in shapes if 29 in shape}
+
+    shared = find_shapes({**batch, "labels": jnp.full((3, 5, 6), 7)})
+    assert (3, 29, vlm.config.text_config.d_model) in shared
+    assert not [shape for shape in shared if 15 in shape or 5 in shape]
+    repeated = {name: jnp.repeat(array, 5, axis=0) for name, array in batch.items()}
+    assert [shape for shape in find_shapes(repeated) if 15 in shape], "the search itself finds nothing any more"
+
+
 def test_sites_are_found_without_weights_and_count_layers() -> None:
     vlm = build(make_config("windows"))
     sites = vlm.sites

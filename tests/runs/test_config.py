@@ -13,11 +13,13 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.config import (
     Compare,
     LoraOptions,
+    PreferenceOptions,
     Run,
     SystemOptions,
     TrainOptions,
     from_json,
     methods_available,
+    objectives_available,
     to_json,
 )
 from fedvlm_jax.runs.validation import validate, validate_comparison
@@ -26,7 +28,9 @@ UNUSUAL = Run(
     method="local",
     cohort=7,
     out=Path("runs/größer"),
+    objective="sft+dpo",
     data=DataOptions(alpha=math.inf, languages=("ja", "zh")),
+    preference=PreferenceOptions(beta=0.3, variant="length-normalised", label_smoothing=0.1, sft_weight=0.5),
     train=TrainOptions(learning_rate_a=0.1 + 0.2, decay=1.0, optimizer="sgd"),
     system=SystemOptions(wave=3, cache="disk", cache_dir=Path("cache")),
 )
@@ -66,11 +70,20 @@ def test_methods_are_found_without_their_infrastructure() -> None:
     assert not {"record", "share", "--init--"} & set(methods_available())
 
 
+def test_objectives_are_found_without_their_infrastructure() -> None:
+    assert objectives_available() == ("dpo", "sft", "sft+dpo")
+
+
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
         (Run(method="fedavg"), "did you mean fedavg-lora"),
         (Run(objective="dpo!"), "--objective dpo!"),
+        (Run(preference=PreferenceOptions(beta=0.2)), r"--preference.beta means nothing to --objective sft: .* dpo or"),
+        (
+            Run(objective="dpo", preference=PreferenceOptions(sft_weight=2.0)),
+            r"--preference.sft-weight means nothing to --objective dpo: leave it out, or use --objective sft\+dpo",
+        ),
         (Run(model="some/where/deep"), "no such folder"),
         (Run(cohort=0), "--cohort is 0"),
         (Run(train=TrainOptions(clip_norm=0)), "--train.clip-norm is 0"),
