@@ -1,15 +1,17 @@
 """The unique images behind a set of rows: found by content, read when needed, checked before training.
 
 Rows share images (several questions about one picture, one picture with several clients), so frozen features are
-computed and cached once per content. Pixels are never kept: an `Images` knows where its bytes lie.
+computed and cached once per content. Pixels are never kept: an `Images` knows where its bytes lie. Hashing and checking
+run in threads (both leave the interpreter's lock), hold one image each, and are done once per table: see `facts.py`.
 """
 
 import hashlib
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["Images", "digest_rows", "unique_images"]
+
+T = TypeVar("T")
+
+WORKERS = min(8, os.cpu_count() or 1)
+"""Threads that read, hash and decode."""
+
+PART = 64
+"""Images that a thread takes at a time."""
+
+RUN_PROGRAMS = ("EPS", "WMF")
+"""Formats for which PIL would start another program on what the file says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +60,15 @@ class Images:
         """
         return _decode(self.table.read_image(int(self.rows[index])))
 
-    def find_broken(self, workers: int = 2) -> dict[int, str]:
+    def find_broken(self, workers: int = WORKERS) -> dict[int, str]:
         """Decode every image once (JPEGs at an eighth of their size) and return index -> reason for those that fail."""
-        with ThreadPoolExecutor(max(1, workers)) as pool:
-            reasons = pool.map(self._check, range(len(self)))
-            return {index: reason for index, reason in enumerate(reasons) if reason}
+        facts = self.table.facts
+        unknown = [index for index, row in enumerate(self.rows.tolist()) if row not in facts.sound]
+        broken = {index: reason for index, reason in _map_parts(self._check, unknown, workers) if reason}
+        if len(unknown) > len(broken):
+            facts.sound.update(int(self.rows[index]) for index in unknown if index not in broken)
+            facts.save(self.table.is_embedded)
+        return broken
 
     def select(self, kept: Sequence[int] | np.ndarray) -> "Images":
         """The images at the given positions, in that order."""
@@ -94,18 +111,36 @@ def unique_images(
     return images, index, missing
 
 
-def digest_rows(table: Table, rows: Sequence[int] | np.ndarray) -> tuple[list[bytes | None], dict[int, str]]:
+def digest_rows(
+    table: Table, rows: Sequence[int] | np.ndarray, workers: int = WORKERS
+) -> tuple[list[bytes | None], dict[int, str]]:
     """BLAKE2b-128 of every row's encoded image (None where there is none), and row -> reason for the missing ones."""
-    digests: list[bytes | None] = []
+
+    def digest(row: int) -> bytes | str:
+        try:
+            return hashlib.blake2b(table.read_image(row), digest_size=16).digest()
+        except BrokenImageError as error:
+            return str(error)
+
+    known = table.facts.digests
+    unknown = list(dict.fromkeys(row for row in map(int, rows) if row not in known))
     missing: dict[int, str] = {}
-    for row in map(int, rows):
-        if row not in table.digests:
-            try:
-                table.digests[row] = hashlib.blake2b(table.read_image(row), digest_size=16).digest()
-            except BrokenImageError as error:
-                missing[row] = str(error)
-        digests.append(table.digests.get(row))
-    return digests, missing
+    for row, found in _map_parts(digest, unknown, workers):
+        if isinstance(found, str):
+            missing[row] = found
+        else:
+            known[row] = found
+    if len(unknown) > len(missing):
+        table.facts.save(table.is_embedded)
+    return [known.get(row) for row in map(int, rows)], missing
+
+
+def _map_parts(work: Callable[[int], T], items: Sequence[int], workers: int) -> Iterator[tuple[int, T]]:
+    """Item and result, in order; every thread works through parts, because a task of its own per item is dear."""
+    parts = [items[start : start + PART] for start in range(0, len(items), PART)]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for part, results in zip(parts, pool.map(lambda part: [work(item) for item in part], parts), strict=True):
+            yield from zip(part, results, strict=True)
 
 
 def _decode(encoded: bytes, thumbnail: bool = False) -> "Image.Image":
@@ -113,6 +148,10 @@ def _decode(encoded: bytes, thumbnail: bool = False) -> "Image.Image":
 
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or np.inf):  # PIL itself refuses at twice as many
+                raise Image.DecompressionBombError
+            if image.format in RUN_PROGRAMS:
+                raise BrokenImageError("image of a kind that is not read")
             if thumbnail:
                 image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
@@ -123,5 +162,7 @@ def _decode(encoded: bytes, thumbnail: bool = False) -> "Image.Image":
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise BrokenImageError("image too large to decode safely") from error
+    except BrokenImageError:
+        raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
         raise BrokenImageError("broken or truncated image") from error
