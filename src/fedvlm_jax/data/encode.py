@@ -16,7 +16,7 @@ from jaxtyping import Int
 from fedvlm_jax.data.federate import ClientRows, Federation, Skipped, count_reasons
 from fedvlm_jax.data.images import Images, unique_images
 from fedvlm_jax.data.options import SPLITS
-from fedvlm_jax.data.table import Table
+from fedvlm_jax.data.table import UNREADABLE, Table
 from fedvlm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ MULTIPLE = 8
 
 CHUNK = 1024
 """Texts that are tokenised at a time."""
+
+CHARACTERS = 16
+"""More characters per token than any text has on average. What is longer than the tokens that are wanted is not even
+tokenised: one text of megabytes would make every array as wide as itself."""
 
 
 class TextProcessor(Protocol):
@@ -138,12 +142,14 @@ def encode(
             reasons[place] = broken[int(image[place])]
         elif not questions[place]:
             reasons[place] = "empty question"
+        elif questions[place] == UNREADABLE:
+            reasons[place] = "question is not UTF-8"
         elif reason := answers.find_fault(place, pairs):
             reasons[place] = reason
-    input_ids, attention_mask, which, pad = _tokenise_prompts(processor, questions)
+    input_ids, attention_mask, which, pad, fits = _tokenise_prompts(processor, questions, options.max_prompt_tokens)
     lengths = attention_mask.sum(axis=1)
     for place in range(len(rows)):
-        if place not in reasons and lengths[which[place]] > options.max_prompt_tokens:
+        if place not in reasons and not fits[which[place]]:
             reasons[place] = "prompt too long"
 
     idx = table.read_text("idx", rows) if "idx" in table.columns else [None] * len(rows)
@@ -186,10 +192,14 @@ class _Answers:
         """Say why a row cannot be used."""
         if not self.chosen[place]:
             return "empty answer"
+        if self.chosen[place] == UNREADABLE:
+            return "answer is not UTF-8"
         if not pairs or (self.rejected_labels[place] != IGNORED).any():
             return None
         if not self.rejected[place]:
             return "empty rejected answer"
+        if self.rejected[place] == UNREADABLE:
+            return "rejected answer is not UTF-8"
         same = self.rejected[place] == self.chosen[place]
         return "chosen equals rejected" if same else "chosen equals rejected once cut"
 
@@ -200,24 +210,38 @@ def _read_answers(table: Table, rows: np.ndarray, processor: TextProcessor, most
     rejected = [(text or "").strip() for text in table.read_text("rejected", rows)] if there else [""] * len(rows)
     both, cut = _tokenise_answers(processor, [*chosen, *rejected], most)
     labels, rejected_labels = both[: len(rows)], both[len(rows) :]
-    is_pair = (labels != rejected_labels).any(axis=1) & np.asarray([bool(text) for text in rejected], bool)
+    has_text = np.asarray([text not in ("", UNREADABLE) for text in rejected], bool)
+    is_pair = (labels != rejected_labels).any(axis=1) & has_text
     rejected_labels[~is_pair] = IGNORED
     return _Answers(chosen, rejected, labels, rejected_labels, cut[: len(rows)], cut[len(rows) :] & is_pair)
 
 
-def _tokenise_prompts(processor: TextProcessor, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Distinct texts -> ids and mask [D, T], every text's place among them [N], and the padding id."""
+def _tokenise_prompts(
+    processor: TextProcessor, texts: Sequence[str], most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, np.ndarray]:
+    """Distinct texts -> ids and mask [D, T], every text's place among them [N], the padding id, and which fit [D].
+
+    T is the longest prompt of at most `most` tokens; longer ones are cut to it, to be left out.
+    """
     distinct, which = _distinct(texts)
-    chunks = [processor.prompts(distinct[start : start + CHUNK]) for start in range(0, len(distinct), CHUNK)]
+    fits = np.asarray([len(text) <= CHARACTERS * most for text in distinct], bool)
+    chunks, pad = [], None
+    for start in range(0, len(distinct), CHUNK):
+        part = [text if fits[start + n] else "" for n, text in enumerate(distinct[start : start + CHUNK])]
+        ids, mask = (np.asarray(array, np.int32) for array in processor.prompts(part))
+        if pad is None and (mask == 0).any():
+            pad = int(ids[mask == 0][0])  # the processor's own padding id, where it shows one
+        lengths = mask.sum(axis=1)
+        fits[start : start + CHUNK] &= lengths <= most
+        width = int(lengths[lengths <= most].max(initial=0))
+        chunks.append((ids[:, :width], mask[:, :width]))
     width = max((ids.shape[1] for ids, _ in chunks), default=0)
-    pads = [np.asarray(ids)[np.asarray(mask) == 0] for ids, mask in chunks]
-    pad = next((int(seen[0]) for seen in pads if seen.size), 0)  # the processor's own padding id, where it shows one
-    ids = [_widen(np.asarray(ids, np.int32), width, pad) for ids, _ in chunks]
-    masks = [_widen(np.asarray(mask, np.int32), width, 0) for _, mask in chunks]
-    empty = np.empty((0, 0), np.int32)
-    ids, masks = (np.concatenate(ids), np.concatenate(masks)) if chunks else (empty, empty)
+    pad = pad or 0
+    empty = [np.empty((0, width), np.int32)]
+    ids = np.concatenate([_widen(ids, width, pad) for ids, _ in chunks] or empty)
+    masks = np.concatenate([_widen(mask, width, 0) for _, mask in chunks] or empty)
     assert (np.diff(masks, axis=1) <= 0).all(), "prompts must be padded on the right"
-    return ids, masks, which, pad
+    return ids, masks, which, pad, fits
 
 
 def _tokenise_answers(processor: TextProcessor, texts: Sequence[str], most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -230,7 +254,7 @@ def _tokenise_answers(processor: TextProcessor, texts: Sequence[str], most: int)
     chunks = []
     long = np.zeros(len(distinct), bool)
     for start in range(0, len(distinct), CHUNK):
-        part = distinct[start : start + CHUNK]
+        part = [text[: CHARACTERS * (most + 1)] for text in distinct[start : start + CHUNK]]
         labels = np.array(processor.answers(part, most + 1), np.int32)
         over = (labels != IGNORED).sum(axis=1) > most
         labels = _widen(labels, most + 1, IGNORED)[:, :most]
