@@ -4,7 +4,7 @@ import itertools
 import json
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedvlm_jax.data.clients import ClientRows, Federation
@@ -60,6 +60,7 @@ def test_an_empty_federation_has_no_overlap() -> None:
     assert (overlap.things, overlap.leaks, overlap.shared, overlap.pairs) == (0, (), 0, ())
 
 
+@settings(deadline=None)  # scipy is imported in the first example
 @given(st.lists(st.tuples(st.integers(-1, 6), st.integers(0, 2), st.integers(0, 2)), max_size=40))
 def test_against_counting_one_by_one(stand: list[tuple[int, int, int]]) -> None:
     parts = [[[], [], []] for _ in NAMES]

@@ -146,7 +146,6 @@ def _count_pairs(holders: Int[np.ndarray, "2 held"], names: Sequence[str]) -> tu
         return ()
     held = csr_array((np.ones(holders.shape[1], np.int64), holders), shape=(int(holders[0].max()) + 1, len(names)))
     common = triu(held.T @ held, k=1).tocoo()
-    one, other, count = (np.asarray(values) for values in (common.row, common.col, common.data))
+    one, other, count = (np.asarray(values, np.int64) for values in (common.row, common.col, common.data))
     most = np.lexsort((other, one, -count))[:SHOWN]
-    found = zip(one[most].tolist(), other[most].tolist(), count[most].tolist(), strict=True)
-    return tuple((names[first], names[second], number) for first, second, number in found)
+    return tuple((names[int(one[at])], names[int(other[at])], int(count[at])) for at in most.tolist())
