@@ -86,9 +86,11 @@ def check_federation(federation: Federation, options: "DataOptions") -> Federati
         UserError: none of the clients has a training row.
     """
     if not any(len(client.train) for client in federation.clients):
+        left_out = ", ".join(f"{count} × {reason}" for reason, count in count_reasons(federation.skipped).items())
         raise UserError(
-            f"--data {options.source}: none of the {len(federation.clients)} clients has a training row; check the "
-            "split column, --data.images-per-client, --data.validation-share and --data.test-share."
+            f"--data {options.source}: none of the {len(federation.clients)} clients has a training row"
+            f"{f' (rows left out: {left_out})' if left_out else ''}; check the split column, "
+            "--data.images-per-client, --data.validation-share and --data.test-share."
         )
     rows = {client.name: {split: len(client.rows_of(split)) for split in SPLITS} for client in federation.clients}
     return Federation(federation.clients, {**federation.description, "rows": rows}, federation.skipped)
