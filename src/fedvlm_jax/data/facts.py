@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,8 @@ class ImageFacts:
     def open(cls, file: Path) -> "ImageFacts":
         """Take up what an earlier run found out; nothing where the file is not there or not whole."""
         facts = cls(file)
-        with contextlib.suppress(OSError, ValueError, KeyError), np.load(file, allow_pickle=False) as stored:
+        damaged = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
+        with contextlib.suppress(*damaged), np.load(file, allow_pickle=False) as stored:
             rows, digests, sound = stored["rows"].tolist(), stored["digests"], stored["sound"].tolist()
             facts.digests = dict(zip(rows, (digest.tobytes() for digest in digests), strict=True))
             facts.sound = set(sound)

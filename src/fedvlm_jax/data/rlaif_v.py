@@ -1,8 +1,8 @@
 """RLAIF-V: 83,132 questions about pictures, each with a preferred and a rejected answer (arXiv 2405.17220).
 
-The set that FedVLM was tried on: openbmb/RLAIF-V-Dataset on the Hugging Face hub, parquet shards of about 14 GB, licence
-CC BY-NC 4.0. It does not ship. It is read from a folder of its shards (`--data.path`), or fetched by `datasets` and kept
-in its cache. Its natural clients are its sources (`origin_dataset`), and it is split here, by image content.
+The set that FedVLM was tried on: openbmb/RLAIF-V-Dataset on the Hugging Face hub, parquet shards of about 14 GB under
+CC BY-NC 4.0. It does not ship: it is read from a folder of its shards (`--data.path`), or fetched by `datasets` and
+kept in its cache. Its natural clients are its sources (`origin_dataset`); it is split here, by image content.
 """
 
 from pathlib import Path

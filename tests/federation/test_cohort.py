@@ -1,0 +1,82 @@
+"""Who takes part and in what shapes: very unequal clients, clients without rows, held-out clients."""
+
+import itertools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from toy import LABELS, RATES, WIDTH, make_method
+
+from fedvlm_jax.data.batches import bucket
+from fedvlm_jax.data.clients import ClientRows
+from fedvlm_jax.federation.cohort import choose_layout, make_clients
+from fedvlm_jax.federation.driver import Driver, make_programs
+from fedvlm_jax.sharding import make_mesh
+
+NONE = np.empty(0, np.int64)
+
+
+def make_examples(sizes, held_out=()):
+    """Clients with so many training rows each, numbered through."""
+    rows = [np.arange(start, end) for start, end in itertools.pairwise(np.cumsum([0, *sizes]))]
+    clients = tuple(
+        ClientRows(f"c{n}", NONE if n in held_out else own, NONE, own, held_out=n in held_out)
+        for n, own in enumerate(rows)
+    )
+    return SimpleNamespace(clients=clients)
+
+
+def read(rows):
+    """Inputs that show which rows were asked for."""
+    shape = np.shape(rows)
+    return {
+        "image_features": np.broadcast_to(np.asarray(rows, np.float32)[..., None] / 1e5, (*shape, WIDTH)),
+        "labels": np.full((*shape, LABELS), 1, np.int32),
+    }
+
+
+def test_one_client_with_ninety_per_cent_of_the_rows_does_not_widen_the_others():
+    """RLAIF-V's size, one source with 90 %: a round's arrays hold what is touched, 4 steps of 8, never 75,000 rows."""
+    sizes = [74_819, 4_000, 2_500, 1_500, 300, 12, 1]
+    layout = choose_layout(sizes, cohort=None, wave=None, devices=1, steps=4, batch=8)
+    assert layout.rows == bucket(4 * 8)
+    asked = []
+    clients, weights = make_clients(
+        0, 1, np.arange(7), make_examples(sizes),
+        lambda rows: asked.append(rows.shape) or read(rows), layout, "examples",
+    )  # fmt: skip
+    assert asked == [(7, 32)]
+    assert clients.indices.shape == (1, 7, 4, 8)
+    assert clients.mask[0, :5].all()
+    assert clients.mask[0, 6].sum() == 4  # its one row once a step, and never twice in one
+    np.testing.assert_allclose(weights, np.asarray(sizes) / sum(sizes), rtol=1e-6)
+
+
+def test_a_client_without_rows_weighs_nothing():
+    layout = choose_layout([0, 5], cohort=None, wave=None, devices=1, steps=2, batch=4)
+    clients, weights = make_clients(
+        0, 1, np.arange(2), make_examples([0, 5]), read, layout, "uniform"
+    )
+    assert weights.tolist() == [0, 1]
+    assert not clients.mask[0, 0].any()
+
+
+def test_held_out_clients_are_never_in_a_cohort():
+    _, params, trainer, method, adapter = make_method("plora")
+    examples = make_examples([9] * 6, held_out=(1, 4))
+    layout = choose_layout([9] * 4, cohort=3, wave=None, devices=1, steps=2, batch=4)
+    driver = Driver(
+        programs=make_programs(method, trainer, make_mesh(1)), params=params, examples=examples, inputs=read,
+        layout=layout, seed=0, key=jax.random.key(0), weighting="examples", server=method.init(adapter),
+    )  # fmt: skip
+    seen = set()
+    for round_ in range(1, 6):
+        numbers = driver.run_round(driver.read_round(round_), RATES).numbers
+        assert len(set(numbers.tolist())) == 3
+        seen |= set(numbers.tolist())
+    assert seen == {0, 2, 3, 5}
+    assert driver.population.known.tolist() == [True, False, True, True, False, True]
+    own = driver.adapters(np.arange(6))  # a newcomer has the server's part, and the private part that all start from
+    for leaf, start in zip(jax.tree.leaves(own), jax.tree.leaves(driver.global_adapters(np.arange(6))), strict=True):
+        assert (jnp.asarray(leaf)[1] == jnp.asarray(start)[1]).all()
