@@ -34,7 +34,7 @@ def test_curves_average_seeds_and_add_up_bytes(tmp_path: Path) -> None:
     # Accuracies of a made-up run end at its mean over clients: .4 and .6, so .5.
     scores = {"plora": {0: {"a": 0.4}, 1: {"a": 0.6}}, "local": {0: {"a": 0.5}, 1: {"a": 0.5}}}
     record = read_comparison(write_comparison(tmp_path / "c", scores, {0: {"a": 0.1}, 1: {"a": 0.1}}))
-    left, right = plots.draw_curves(plots.read_curves(record), PAPER).axes
+    left, right = plots.draw_curves(plots.read_curves(record), "exact_match", PAPER).axes
     assert left.lines[0].get_ydata()[-1] == pytest.approx(50)
     assert right.lines[0].get_xdata()[-1] == pytest.approx(8 * 360_000 / 2**20)
     assert [text.get_text() for text in right.texts] == ["local: nothing sent"]
@@ -87,7 +87,7 @@ def test_black_and_other_fixed_colours_do_not_reach_the_page(tmp_path: Path) -> 
     for figure in (
         plots.draw_methods(record, PLACEHOLDERS),
         plots.draw_heatmap(record, PLACEHOLDERS),
-        plots.draw_curves(plots.read_curves(record), PLACEHOLDERS),
+        plots.draw_curves(plots.read_curves(record), "exact_match", PLACEHOLDERS),
         plots.draw_clients(run, PLACEHOLDERS),
         plots.draw_rounds(run, PLACEHOLDERS),
     ):

@@ -44,23 +44,57 @@ def test_a_run_by_hand(tmp_path: Path) -> None:
     # Four clients: .2 .4 .4 .6 has mean .4 and population deviation sqrt(.02) = .1414.
     personal = {"a": 0.2, "b": 0.4, "c": 0.4, "d": 0.6}
     record = read_run(write_run(tmp_path / "r", dict.fromkeys("abcd", 0.1), personal))
-    models, clients = tabulate_run(record)
-    assert models.rows[1] == ("personal (plora)", "40.0 %", "14.1 %", "20.0 %", "50.0 %", "0.500")
+    models, metrics, clients = tabulate_run(record)
+    # Jain: 1.6² / (4 · (.04 + .16 + .16 + .36)) = 2.56 / 2.88.
+    assert models.rows[1][:6] == ("personal (plora)", "40.0 %", "14.1 %", "20.0 %", "20.0 %", "0.889")
+    assert models.rows[1][6].startswith("+30.0 [")
+    assert models.rows[0][6] == "–"
+    assert metrics.columns == ("model", "token accuracy", "loss")
+    assert metrics.rows[1] == ("personal (plora)", "50.0 %", "0.500")
     assert clients.rows[0] == ("d", "10.0 %", "60.0 %")
     assert clients.rows[-1] == ("a", "10.0 %", "20.0 %")
+
+
+def test_a_run_judged_by_preferences_with_newcomers_and_a_matrix(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r", {"a": 0.1, "b": 0.1}, {"a": 0.5, "b": 0.1})
+    results = json.loads((folder / "results.json").read_text())
+    for model, values in (("zero_shot", (0.5, 0.5)), ("personal", (0.75, 1.0)), ("global", (0.5, 0.75))):
+        results.setdefault(model, {"test": {}})["test"]["preference_accuracy"] = dict(zip("ab", values, strict=True))
+    new = {"test": {"preference_accuracy": {"c": 0.25}}}
+    results |= {
+        "selected_by": "preference_accuracy",
+        "held_out": {"cold_start": "mean", "zero_shot": new, "personal": new},
+    }
+    results["cross_clients"] = {"clients": ["a", "b"], "preference_accuracy": [[0.75, 0.5], [1.0, 1.0]]}
+    (folder / "results.json").write_text(json.dumps(results))
+    models, metrics, clients, matrix = tabulate_run(read_run(folder))
+    assert models.title == "Preference accuracy on test, 2 clients"
+    assert [row[:2] for row in models.rows] == [
+        ("zero-shot", "50.0 %"),
+        ("global model", "62.5 %"),
+        ("personal (plora)", "87.5 %"),
+        ("held-out clients, zero-shot", "25.0 %"),
+        ("held-out clients, cold start (mean)", "25.0 %"),
+    ]
+    assert models.strong == {2}
+    assert metrics.columns == ("model", "exact match", "token accuracy", "loss")
+    assert metrics.rows[1] == ("global model", "–", "–", "–")
+    assert clients.title.startswith("Preference accuracy per client")
+    # Own: .75 and 1; others': a's model on b .5, b's on a 1. On a's data b's model is better.
+    assert matrix.rows == (("preference accuracy", "87.5 %", "75.0 %", "50.0 %", "1"),)
 
 
 def test_vendor_and_language_make_a_grid(tmp_path: Path) -> None:
     personal = {client: number / 16 for number, client in enumerate(CLIENTS)}
     record = read_run(write_run(tmp_path / "r", dict.fromkeys(CLIENTS, 0.0), personal))
-    grid = tabulate_run(record)[1]
+    grid = tabulate_run(record)[2]
     assert grid.columns == ("", "en", "de", "fr", "es")
     assert grid.rows[1] == ("twemoji", "0 → 25", "0 → 31", "0 → 38", "0 → 44")
 
 
 def test_many_clients_lose_their_middle(tmp_path: Path) -> None:
     personal = {f"c{number}": number / 100 for number in range(100)}
-    table = tabulate_run(read_run(write_run(tmp_path / "r", personal, personal)))[1]
+    table = tabulate_run(read_run(write_run(tmp_path / "r", personal, personal)))[2]
     assert len(table.rows) == 21
     assert table.rows[0][0] == "c99"
     assert table.rows[-1][0] == "c0"
@@ -94,7 +128,7 @@ def test_all_forms_show_the_same_cells(tmp_path: Path) -> None:
 
 def test_names_are_escaped(tmp_path: Path) -> None:
     record = read_run(write_run(tmp_path / "r", {"<b>|": 0.1}, {"<b>|": 0.5}))
-    table = tabulate_run(record)[1]
+    table = tabulate_run(record)[2]
     assert "&lt;b&gt;|" in to_html(table)
     assert r"<b>\|" in to_markdown(table)
 

@@ -1,30 +1,42 @@
 """Evaluating every client with its own model: many clients' adapters at once, on one base.
 
-Axes: C clients, N examples of a client (padded), B examples at a time, U labels.
+What is to be answered is cut into pieces, up to B examples of one client each, and V pieces at a time go through one
+program whatever the split, so a client with ten thousand examples beside one with ten costs what its examples cost.
+The next pieces are read while these are answered, and several models are asked about each piece while it is there.
+
+Axes: C clients, V pieces at a time, B examples of a piece, U labels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from fedvlm_jax.data.batches import pad_rows
-from fedvlm_jax.data.encode import IGNORED, Examples
+from fedvlm_jax.data.encode import IGNORED, LABELS, Examples
 from fedvlm_jax.data.options import Split
-from fedvlm_jax.evaluation.texts import exact_match
+from fedvlm_jax.data.prefetch import read_ahead
+from fedvlm_jax.evaluation.preferences import Pairs, score_preferences
+from fedvlm_jax.evaluation.texts import select_metrics
 from fedvlm_jax.federation.inputs import Inputs
-from fedvlm_jax.objectives.sft import token_losses
+from fedvlm_jax.objectives.likelihood import score_pairs, token_losses
 from fedvlm_jax.sharding import CLIENTS
 
-__all__ = ["Evaluator", "Scores", "make_answer"]
+__all__ = ["Adapters", "Evaluator", "Scores", "make_answer"]
 
 Scores = dict[str, dict[str, float]]
 """metric -> client -> value; clients without an example in the split are left out."""
+
+Adapters = Callable[[np.ndarray], PyTree]
+"""(client numbers [V], which may repeat) -> their adapters [V, …]."""
+
+
+Numbers = dict[str, Float[np.ndarray, " examples"]]
+"""Per example of a client, sums over the tokens of its answers, by the names of `score_pairs`."""
 
 
 class Decoder(Protocol):
@@ -35,18 +47,37 @@ class Decoder(Protocol):
         ...
 
 
+class _Piece(NamedTuple):
+    """Up to B examples of one client: `rows` [B], of which the first `real` count."""
+
+    client: int
+    rows: Int[np.ndarray, " examples"]
+    real: int
+
+
+class _Answers(NamedTuple):
+    """What a model said to one client's examples, and how likely it finds the answers that are there."""
+
+    texts: list[str]
+    numbers: Numbers
+
+
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates clients in waves of a fixed shape, so that there is one program per split.
+    """Evaluates clients through one program.
 
     Attributes:
         examples: of the population.
         inputs: rows -> batches.
         processor: decodes answers.
-        wave: clients at a time.
-        batch: examples of a client at a time.
-        mesh: where clients are spread.
+        wave: pieces at a time.
+        batch: examples of a piece.
+        mesh: where pieces are spread.
         answer: the program that `make_answer` made.
+        metrics: of generated answers, by name (see `evaluation.texts`).
+        beta: of the reward, which is beta times how much more likely than under the bare base an answer is.
+        base: split and client -> what `make_answer` computes of the bare base [N]; filled when the base is evaluated,
+            and from then on rewards are known.
     """
 
     examples: Examples
@@ -56,67 +87,141 @@ class Evaluator:
     batch: int
     mesh: Mesh
     answer: Callable[..., Any]
+    metrics: tuple[str, ...]
+    beta: float
+    base: dict[tuple[Split, int], Numbers]
 
     def __call__(
-        self, params: PyTree, adapters: Callable[[np.ndarray], PyTree] | None, split: Split, numbers: Sequence[int]
-    ) -> Scores:
-        """Score clients on a split.
+        self, params: PyTree, models: Mapping[str, Adapters | None], split: Split, numbers: Sequence[int]
+    ) -> dict[str, Scores]:
+        """Score models on a split, all of them in one pass over the data.
 
         Args:
             params: the base.
-            adapters: (client numbers [V]) -> their adapters [V, …]; None for the bare base (zero-shot).
+            models: name -> its adapters; None for the bare base (zero-shot).
             split: which rows.
             numbers: which clients.
 
         Returns:
-            `exact_match` of generated answers, `token_accuracy` and `loss` (nats per token) by client's name.
+            For every model: the chosen metrics of generated answers; `token_accuracy` and `loss` (nats per token) of
+            the chosen ones; and what `score_preferences` finds; each by client's name.
         """
-        clients = self.examples.clients
-        numbers = [number for number in numbers if len(clients[number].rows_of(split))]
-        scores: Scores = {"exact_match": {}, "token_accuracy": {}, "loss": {}}
-        if not numbers:
-            return scores
-        # The shape is the whole population's, so that a cohort is scored by the same program.
-        most = max(len(client.rows_of(split)) for client in clients)
-        size = -(-most // self.batch) * self.batch
-        by_client = NamedSharding(self.mesh, PartitionSpec(CLIENTS))
-        for start in range(0, len(numbers), self.wave):
-            chunk = numbers[start : start + self.wave]
-            padded = np.asarray(chunk + chunk[:1] * (self.wave - len(chunk)))
-            rows = np.stack([pad_rows(clients[number].rows_of(split), size) for number in padded])
-            batch = self.inputs(rows)
-            counts = np.asarray([len(clients[number].rows_of(split)) for number in padded])
-            batch["labels"] = np.where((np.arange(size) < counts[:, None])[..., None], batch["labels"], IGNORED)
-            batch = {k: v.reshape(self.wave, size // self.batch, self.batch, *v.shape[2:]) for k, v in batch.items()}
-            batch = jax.device_put(batch, by_client)
-            own = None if adapters is None else jax.device_put(adapters(padded), by_client)  # one program for all kinds
-            ids, sums = jax.device_get(self.answer(params, own, batch))
-            for place, number in enumerate(chunk):
-                count, name = counts[place], clients[number].name
-                texts = self.processor.decode(ids[place].reshape(size, -1)[:count])
-                gold = [[self.examples.answers[row]] for row in clients[number].rows_of(split)]
-                scores["exact_match"][name] = float(exact_match(texts, gold).mean())
-                tokens = max(float(sums["tokens"][place]), 1.0)
-                scores["token_accuracy"][name] = float(sums["correct"][place]) / tokens
-                scores["loss"][name] = float(sums["loss"][place]) / tokens
+        pieces = list(self._cut(split, numbers))
+        found: dict[str, dict[int, list[_Answers]]] = {name: {} for name in models}
+        for batch, wave in zip(self._read(pieces), self._waves(pieces), strict=True):
+            clients = np.asarray([piece.client for piece in wave])
+            for name, adapters in models.items():
+                for client, answers in self._ask(params, adapters, clients, batch, wave):
+                    found[name].setdefault(client, []).append(answers)
+        corpus = [[answer] for answer in self._gold(split, range(len(self.examples.clients)))]
+        metrics = select_metrics(self.metrics, corpus)
+        return {
+            name: self._score(split, {client: _join(parts) for client, parts in own.items()}, metrics, models[name])
+            for name, own in found.items()
+        }
+
+    def _cut(self, split: Split, numbers: Sequence[int]) -> Any:
+        for number in numbers:
+            rows = self.examples.clients[number].rows_of(split)
+            for start in range(0, len(rows), self.batch):
+                part = rows[start : start + self.batch]
+                yield _Piece(number, pad_rows(part, self.batch), len(part))
+
+    def _waves(self, pieces: list[_Piece]) -> list[list[_Piece]]:
+        """V pieces each; the last is filled up with pieces in which nothing counts."""
+        waves = [pieces[start : start + self.wave] for start in range(0, len(pieces), self.wave)]
+        if waves:
+            waves[-1] += [waves[-1][0]._replace(real=0)] * (self.wave - len(waves[-1]))
+        return waves
+
+    def _read(self, pieces: list[_Piece]) -> Any:
+        """The batches [V, B, …] of all waves, on the devices, the next one read while this one is in use."""
+        waves = self._waves(pieces)
+        across = NamedSharding(self.mesh, PartitionSpec(CLIENTS))
+
+        def make(index: int) -> dict[str, np.ndarray]:
+            batch = self.inputs(np.stack([piece.rows for piece in waves[index]]))
+            counts = np.asarray([piece.real for piece in waves[index]])[:, None]
+            counted = (np.arange(self.batch) < counts)[..., None]
+            return batch | {name: np.where(counted, batch[name], IGNORED) for name in LABELS if name in batch}
+
+        for batch in read_ahead(make, 0, len(waves)):
+            yield jax.device_put(batch, across)
+
+    def _ask(
+        self, params: PyTree, adapters: Adapters | None, clients: np.ndarray, batch: Any, wave: list[_Piece]
+    ) -> Any:
+        across = NamedSharding(self.mesh, PartitionSpec(CLIENTS))
+        own = None if adapters is None else jax.device_put(adapters(clients), across)
+        ids, numbers = jax.device_get(self.answer(params, own, batch))
+        for place, piece in enumerate(wave):
+            if piece.real:
+                texts = self.processor.decode(ids[place, : piece.real])
+                yield piece.client, _Answers(texts, {k: v[place, : piece.real] for k, v in numbers.items()})
+
+    def _gold(self, split: Split, numbers: Sequence[int]) -> list[str]:
+        return [
+            self.examples.answers[row] for number in numbers for row in self.examples.clients[number].rows_of(split)
+        ]
+
+    def _score(
+        self, split: Split, answers: dict[int, _Answers], metrics: Mapping[str, Any], adapters: Adapters | None
+    ) -> Scores:
+        scores: Scores = {name: {} for name in (*metrics, "token_accuracy", "loss")}
+        for client, (texts, numbers) in answers.items():
+            name = self.examples.clients[client].name
+            gold = [[answer] for answer in self._gold(split, [client])]
+            own = {metric: float(score(texts, gold).mean()) for metric, score in metrics.items()}
+            tokens = max(float(numbers["chosen_tokens"].sum()), 1.0)
+            own["token_accuracy"] = float(numbers["chosen_correct"].sum()) / tokens
+            own["loss"] = -float(numbers["chosen_log_prob"].sum()) / tokens
+            if adapters is None:
+                self.base[split, client] = numbers
+            own |= score_preferences(_pair(numbers, self.base.get((split, client))), self.beta)
+            for metric, value in own.items():
+                scores.setdefault(metric, {})[name] = value
         return scores
 
 
-def make_answer(vlm: Any, max_tokens: int) -> Callable[..., tuple[Any, Mapping[str, Any]]]:
-    """Compile-once `(params, adapters, batches [V, N/B, B, …]) -> ids [V, N/B, B, max_tokens], sums [V]`."""
+def _pair(numbers: Numbers, base: Numbers | None) -> Pairs:
+    """Put the numbers of a model and of the base side by side; without rejected answers there is no pair."""
+    nothing = np.zeros_like(numbers["chosen_tokens"])
+    return Pairs(
+        chosen=numbers["chosen_log_prob"],
+        rejected=numbers.get("rejected_log_prob", nothing),
+        chosen_tokens=numbers["chosen_tokens"],
+        rejected_tokens=numbers.get("rejected_tokens", nothing),
+        base_chosen=None if base is None else base["chosen_log_prob"],
+        base_rejected=None if base is None else base.get("rejected_log_prob", nothing),
+    )
 
-    def one_client(params: PyTree, adapter: PyTree, batches: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        def one_batch(batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            losses, correct, counts = token_losses(vlm.logits(params, adapter, batch), batch["labels"])
-            prompt = {name: array for name, array in batch.items() if name != "labels"}
-            ids = vlm.generate(params, adapter, prompt, max_tokens, num_beams=1)
-            return ids, {"loss": losses.sum(), "correct": correct.sum(), "tokens": counts.sum()}
 
-        ids, sums = jax.lax.map(one_batch, batches)
-        return ids, jax.tree.map(jnp.sum, sums)
+def _join(parts: list[_Answers]) -> _Answers:
+    texts = [text for part in parts for text in part.texts]
+    return _Answers(texts, {name: np.concatenate([part.numbers[name] for part in parts]) for name in parts[0].numbers})
 
-    def answer(params: PyTree, adapters: PyTree, batches: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        across = jax.vmap(one_client, in_axes=(None, None if adapters is None else 0, 0), spmd_axis_name=CLIENTS)
-        return across(params, adapters, batches)
+
+def make_answer(vlm: Any, max_tokens: int) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Compile-once `(params, adapters, batch [V, B, …]) -> ids [V, B, max_tokens], numbers [V, B]`.
+
+    The numbers are those of `objectives.likelihood.score_pairs`; of the chosen answer alone where the batch has no
+    rejected ones.
+    """
+
+    def one(params: PyTree, adapter: PyTree, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        prompt = {name: array for name, array in batch.items() if name not in LABELS}
+        return vlm.generate(params, adapter, prompt, max_tokens, num_beams=1), _score(vlm, params, adapter, batch)
+
+    def answer(params: PyTree, adapters: PyTree, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        across = jax.vmap(one, in_axes=(None, None if adapters is None else 0, 0), spmd_axis_name=CLIENTS)
+        return across(params, adapters, batch)
 
     return jax.jit(answer)
+
+
+def _score(vlm: Any, params: PyTree, adapter: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
+    if "rejected_labels" in batch:
+        return score_pairs(vlm, params, adapter, batch)
+    losses, correct, counts = token_losses(vlm.logits(params, adapter, batch), batch["labels"])
+    sums = {"chosen_log_prob": -losses, "chosen_correct": correct, "chosen_tokens": counts}
+    return {name: values.sum(axis=-1) for name, values in sums.items()}

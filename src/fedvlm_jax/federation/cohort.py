@@ -81,7 +81,6 @@ def make_clients(
     seed: int,
     round_: int,
     numbers: Int[np.ndarray, " cohort"],
-    known: np.ndarray,
     examples: Examples,
     inputs: Callable[[np.ndarray], dict[str, np.ndarray]],
     layout: Layout,
@@ -93,7 +92,6 @@ def make_clients(
     Args:
         seed, round_: decide which examples each step reads.
         numbers: the cohort.
-        known: [C] bool, who took part before.
         examples: of the population.
         inputs: (rows [...]) -> the model's inputs of these rows, arrays [..., …].
         layout: shapes; places beyond the cohort are padding, with weight 0.
@@ -101,7 +99,7 @@ def make_clients(
         weighting: p_k by number of examples, or uniform; a client without examples has weight 0 either way.
 
     Returns:
-        A `Client` of arrays [W, V, …], and the weights [K] in the cohort's order.
+        A `Client` of arrays [W, V, …], all of them new as yet, and the weights [K] in the cohort's order.
     """
     own = [examples.clients[number].train for number in numbers]
     drawn = round_rows(seed, round_, numbers.tolist(), own, layout.steps, layout.batch, [layout.rows])
@@ -120,6 +118,6 @@ def make_clients(
         mask=mask,
         weight=weights,
         number=pad(numbers).astype(np.int32),
-        new=~known[pad(numbers)],
+        new=np.ones(layout.places, bool),
     )
     return to_waves(client, layout.waves), weights

@@ -5,13 +5,13 @@ A federation in progress is the server's state on the devices, the personal stat
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora, tree
 from fedvlm_jax.data.encode import Examples
@@ -20,10 +20,10 @@ from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.federation.population import Population
 from fedvlm_jax.federation.round import RoundOutput, from_waves, make_round, start_personal, to_waves
 from fedvlm_jax.federation.training import LocalTrainer
-from fedvlm_jax.methods import Method
+from fedvlm_jax.methods import Client, Method
 from fedvlm_jax.sharding import place_waves, replicate
 
-__all__ = ["Driver", "Programs", "RoundReport", "make_programs"]
+__all__ = ["Driver", "Programs", "RoundInputs", "RoundReport", "make_programs"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,22 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs
         jax.jit(jax.vmap(adapter_of, in_axes=(None, 0, 0, 0, None))),
         jax.jit(jax.vmap(method.trained, in_axes=(None, 0, 0))),
     )
+
+
+class RoundInputs(NamedTuple):
+    """What a round reads, on the host.
+
+    Attributes:
+        round: its number.
+        numbers: the cohort.
+        clients: arrays [W, V, …]; who is new is settled when the round begins.
+        weights: [K], p_k in the cohort's order.
+    """
+
+    round: int
+    numbers: Int[np.ndarray, " cohort"]
+    clients: Client
+    weights: Float[np.ndarray, " places"]
 
 
 @dataclass(frozen=True)
@@ -109,27 +125,29 @@ class Driver:
         self.population = Population(shapes, len(self.examples.clients))
         self.server = replicate(self.programs.mesh, self.server)
 
-    def run_round(self, round_: int, rates: dict[str, float], steps: int | None = None) -> RoundReport:
-        """Run round `round_` (from 1): draw the cohort (never a held-out client), train it, aggregate, write personal states back.
+    def read_round(self, round_: int, steps: int | None = None) -> RoundInputs:
+        """Draw the cohort of round `round_` (from 1) and read its data; held-out clients are never drawn.
 
-        `steps` below the layout's local steps leaves out the others, in the same program.
+        It depends on nothing that a round changes, so rounds may be read ahead, in other threads.
+
+        Args:
+            round_: the round.
+            steps: fewer than the layout's local steps leave out the others, in the same program.
         """
-        mesh, method = self.programs.mesh, self.programs.method
         trainable = np.flatnonzero([not client.held_out for client in self.examples.clients])
         numbers = trainable[draw_cohort(self.seed, round_, len(trainable), self.layout.cohort)]
         clients, weights = make_clients(
-            self.seed,
-            round_,
-            numbers,
-            self.population.known,
-            self.examples,
-            self.inputs,
-            self.layout,
-            self.weighting,
-            steps,
+            self.seed, round_, numbers, self.examples, self.inputs, self.layout, self.weighting, steps
         )
+        return RoundInputs(round_, numbers, clients, weights)
+
+    def run_round(self, read: RoundInputs, rates: dict[str, float]) -> RoundReport:
+        """Run a round that was read: train its cohort, aggregate, write personal states back."""
+        mesh, method = self.programs.mesh, self.programs.method
+        numbers, weights = read.numbers, read.weights
         places = np.concatenate([numbers, np.repeat(numbers[:1], self.layout.places - len(numbers))])
         personal = to_waves(self.population.gather(places), self.layout.waves)
+        clients = read.clients._replace(new=to_waves(~self.population.known[places], self.layout.waves))
         before = self.server
         out = self.programs.round(
             self.params,
@@ -138,7 +156,7 @@ class Driver:
             place_waves(mesh, clients),
             jnp.asarray(weights),
             {name: jnp.float32(rate) for name, rate in rates.items()},
-            jnp.int32(round_),
+            jnp.int32(read.round),
             self.key,
         )
         self.population.scatter(numbers, from_waves(jax.device_get(out.personal)))  # places beyond the cohort stay out
@@ -155,8 +173,17 @@ class Driver:
 
     def adapters(self, numbers: np.ndarray) -> PyTree:
         """The personalised adapters of these clients [V, …]."""
-        states = self.population.gather(numbers)
-        known = self.population.known[numbers]
+        return self._personalise(self.population.gather(numbers), self.population.known[numbers], numbers)
+
+    def global_adapters(self, numbers: np.ndarray) -> PyTree:
+        """The shared part with the private part that each of these clients started from [V, …]."""
+        return self._personalise(self.population.gather(numbers), np.zeros(len(numbers), bool), numbers)
+
+    def personalise(self, states: PyTree, numbers: np.ndarray) -> PyTree:
+        """The shared part with these private states [V, …], for clients that have none of their own."""
+        return self._personalise(states, np.ones(len(numbers), bool), numbers)
+
+    def _personalise(self, states: PyTree, known: np.ndarray, numbers: np.ndarray) -> PyTree:
         return self.programs.personalise(self.server, states, known, np.asarray(numbers, np.int32), self.key)
 
     def all_adapters(self, wave: int) -> PyTree:

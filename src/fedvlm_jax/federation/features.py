@@ -87,7 +87,7 @@ class FeatureStore:
         *,
         limit: int,
         folder: Path | None = None,
-        workers: int = 2,
+        workers: int = 4,
     ) -> None:
         """Open a store.
 
@@ -178,9 +178,8 @@ class FeatureStore:
             out[there] = self._kept[places[there]]
             return
         for row in there:
-            view = memoryview(out[row : row + 1].view(np.uint8)).cast("B")
-            read = os.preadv(self._file, [view], int(places[row]) * self.row_bytes)
-            assert read == self.row_bytes, "features.bin is shorter than keys.txt says"
+            stored = os.pread(self._file, self.row_bytes, int(places[row]) * self.row_bytes)
+            out[row] = np.frombuffer(stored, self.dtype).reshape(self.shape)
 
     def _append(self, keys: list[str], features: np.ndarray) -> None:
         room = max(0, self.capacity - len(self))

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class Processor:
         """Image tokens in front of every prompt; must equal `Vlm.image_tokens` of the picture's size."""
         return int(self.wrapped.num_image_tokens)
 
-    @cached_property
+    @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels that every picture is brought to.
 

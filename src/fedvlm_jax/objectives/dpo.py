@@ -35,7 +35,7 @@ def make(options: PreferenceOptions) -> Objective:
         value, metrics = compare_answers(options, score_pairs(vlm, params, adapter, batch), batch)
         return value, {"loss": value, **metrics}
 
-    return Objective("dpo", SOURCE, loss, pairs=True, reference=True, reads=READS)
+    return Objective("dpo", SOURCE, loss, pairs=True, reference=True, select_by="preference_accuracy", reads=READS)
 
 
 def compare_answers(

@@ -25,6 +25,7 @@ class Objective(NamedTuple):
         pairs: does it need `rejected_labels` [B, U'] in the batch?
         reference: does it need `reference_chosen` and `reference_rejected` [B] in the batch, the answers'
             log-probabilities under the bare base?
+        select_by: the metric by which the best round is chosen, unless the user says otherwise.
         reads: the fields of `PreferenceOptions` that mean something to it.
     """
 
@@ -33,4 +34,5 @@ class Objective(NamedTuple):
     loss: Callable[[Any, Any, Any, Mapping[str, Array]], tuple[Float[Array, ""], Metrics]]
     pairs: bool = False
     reference: bool = False
+    select_by: str = "exact_match"
     reads: tuple[str, ...] = ()

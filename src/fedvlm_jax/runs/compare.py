@@ -55,6 +55,7 @@ def compare(
     seeds = [comparison.base.seed + number for number in range(comparison.seeds)]
     entries: list[dict[str, Any]] = []
     zero_shot: list[dict[str, Any]] = []
+    selected_by = ""
     for seed in seeds:
         runs = {method: _make_run(comparison, settings, method, seed) for method in comparison.methods}
         records: dict[str, RunRecord] = {}
@@ -63,9 +64,11 @@ def compare(
             records[method] = finish_run(runs[method], show, session, start.folder if start else None)
         entries += [_describe(records[method], method, seed, folder) for method in comparison.methods]
         zero_shot.append({"seed": seed, **records[comparison.methods[0]].results["zero_shot"]})
+        selected_by = records[comparison.methods[0]].metric
     content = {
         "methods": list(comparison.methods),
         "seeds": seeds,
+        "selected_by": selected_by,
         "command": shlex.join(["fedvlm", *sys.argv[1:]]),
         "runs": entries,
         "zero_shot": zero_shot,
@@ -142,6 +145,7 @@ def _describe(record: RunRecord, method: str, seed: int, folder: Path) -> dict[s
         "seed": seed,
         "folder": str(record.folder.relative_to(folder)),
         **record.results["personal"],
+        **{name: record.results[name] for name in ("global", "held_out") if name in record.results},
         "selected_round": record.results["selected_round"],
         "seconds": sum(line["seconds"] for line in record.rounds),
         "bytes_up_per_client": first["bytes_up_per_client"],

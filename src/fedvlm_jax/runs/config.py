@@ -119,6 +119,17 @@ class EvaluationOptions:
     """Longest answer that is generated, in tokens."""
     batch_size: int = 32
     """Examples of one client that are answered at a time."""
+    metrics: tuple[str, ...] = ("exact_match", "token_f1", "rouge_l", "cider", "vqa_accuracy")
+    """Metrics of generated answers."""
+    select_by: Annotated[str, _optional("METRIC", "exact_match; preference_accuracy for dpo")] = ""
+    """Keep the models of the round that is best on validation by this metric, ties broken by the loss."""
+    global_model: bool = True
+    """At the end, evaluate also the shared part with the initial private one, as a newcomer would have it."""
+    cross_clients: bool = False
+    """At the end, try every client's model on every client's test data."""
+    cold_start: Literal["initial", "mean", "nearest"] = "initial"
+    """Private part of held-out clients: the initial one, the mean of all, or that of the client with the most similar
+    images (not given by the paper)."""
     before_redistribution: bool = True
     """Validate also what clients had before the server's average replaced their shared part."""
     test: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = True
@@ -142,8 +153,10 @@ class SystemOptions:
     """Precision of the frozen model's arithmetic. Norms, softmax and adapters stay float32."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    cache: Literal["memory", "disk", "off"] = "memory"
-    """Where the frozen image features are kept, which are computed once per image."""
+    cache: Literal["auto", "memory", "disk", "off"] = "auto"
+    """Where the frozen image features are kept, which are computed once per image; auto: on disk above 2 GiB."""
+    cache_gib: float = 20.0
+    """Keep at most so many GiB of them; what does not fit is computed each time."""
     cache_dir: Annotated[Path | None, _optional("DIR", "fedvlm-jax in your cache folder")] = None
     """Folder of the disk cache."""
 

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.evaluation.clients import Scores
 from fedvlm_jax.federation.checkpoint import Checkpoints
-from fedvlm_jax.federation.driver import Driver, RoundReport
-from fedvlm_jax.methods import Method
+from fedvlm_jax.federation.driver import Driver, RoundInputs, RoundReport
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.folders import read_metrics
+from fedvlm_jax.runs.newcomers import start_newcomers
 from fedvlm_jax.runs.prepare import Prepared, make_driver
 from fedvlm_jax.runs.progress import Progress
 
@@ -51,13 +52,19 @@ class _Phase:
 
 @dataclass
 class Best:
-    """The models of the round that did best on validation."""
+    """The models of the round that did best on validation.
+
+    Attributes:
+        adapters: every client's own [C, …].
+        server: the server's state of the last federated round that was the best so far.
+        round: which round it was; 0 before any.
+        score: the metric that selects, and minus the loss, which breaks ties.
+    """
 
     adapters: PyTree
-    shared: PyTree
+    server: PyTree
     round: int = 0
-    score: float = -math.inf
-    scores: Scores | None = None
+    score: tuple[float, float] = (-math.inf, -math.inf)
 
 
 class Course:
@@ -69,9 +76,8 @@ class Course:
         self.phases = list(_plan(prepared.run))
         phase = self.phases[0]
         self.driver = make_driver(prepared, phase.method, cohort=phase.cohort)
-        method = self.driver.programs.method
-        start = self.driver.all_adapters(prepared.layout.wave)
-        self.best = Best(start, jax.device_get(_shared(method, self.driver)))
+        self.federated = True  # not yet in the fine-tuning after it
+        self.best = Best(self._adapters(), jax.device_get(self.driver.server))
 
     def go(self) -> None:
         """Run all rounds that are not in a checkpoint."""
@@ -81,19 +87,29 @@ class Course:
         for number, phase in enumerate(self.phases):
             if number and done < phase.first:
                 self._enter(phase)
-            for round_ in range(max(phase.first, done + 1), phase.last + 1):
-                self._round(phase, round_)
+            first = max(phase.first, done + 1)
+            rounds = read_ahead(partial(_read_round, self.driver, phase), first, phase.last + 1)
+            for _ in range(first, phase.last + 1):
+                self._round(phase, rounds)
         self.show.finish()
 
     def _enter(self, phase: _Phase) -> None:
         """Start a phase of local fine-tuning: every client's own model so far becomes its private adapter."""
-        adapters = self.driver.all_adapters(self.prepared.layout.wave)
+        adapters = self._adapters()
         self.driver = make_driver(self.prepared, phase.method, cohort=phase.cohort, common_start=True)
+        self.federated = False
         _adopt(self.driver, adapters)
 
-    def _round(self, phase: _Phase, round_: int) -> None:
-        start = time.perf_counter()
-        report = self.driver.run_round(round_, self._rates(round_), phase.steps_of(round_))
+    def _adapters(self) -> PyTree:
+        """Every client's own adapter [C, …]; what held-out clients start from was settled by the federation."""
+        adapters = self.driver.all_adapters(self.prepared.layout.wave)
+        return start_newcomers(self.prepared, self.driver, adapters) if self.federated else adapters
+
+    def _round(self, phase: _Phase, rounds: Iterator[RoundInputs]) -> None:
+        start = time.perf_counter()  # waiting for data is part of a round's time
+        read = next(rounds)
+        round_ = read.round
+        report = self.driver.run_round(read, self._rates(round_))
         seconds = time.perf_counter() - start
         line = _describe_round(round_, phase.method, report, seconds)
         if not math.isfinite(line["loss"]):
@@ -115,20 +131,20 @@ class Course:
 
     def _validate(self, round_: int, report: RoundReport) -> dict[str, Any]:
         evaluator, params = self.prepared.evaluator, self.prepared.session.params
-        everyone = range(len(self.prepared.examples.clients))
-        scores = evaluator(params, self.driver.adapters, "validation", everyone)
-        result: dict[str, Any] = {name: _mean(values) for name, values in scores.items()}
+        chosen = self.prepared.select_by
+        scores = evaluator(params, {"own": self.driver.adapters}, "validation", self.prepared.participants)["own"]
+        result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}
         if report.trained is not None and self.prepared.run.evaluation.before_redistribution:
-            before = evaluator(params, report.trained, "validation", report.numbers.tolist())
-            names = before["exact_match"].keys()
-            result["before_redistribution"] = {"exact_match": _mean(before["exact_match"])}
-            result["after_redistribution"] = {"exact_match": _mean({n: scores["exact_match"][n] for n in names})}
-        score = result["exact_match"]
-        if score is None or score > self.best.score:  # without validation data the newest is the best there is
-            adapters = self.driver.all_adapters(self.prepared.layout.wave)
-            shared = jax.device_get(_shared(self.driver.programs.method, self.driver))
-            shared = shared if jax.tree.leaves(shared) else self.best.shared
-            self.best = Best(adapters, shared, round_, -math.inf if score is None else score, scores)
+            cohort = report.numbers.tolist()
+            before = evaluator(params, {"own": report.trained}, "validation", cohort)["own"].get(chosen, {})
+            result["before_redistribution"] = {chosen: _mean(before)}
+            result["after_redistribution"] = {chosen: _mean({name: scores[chosen][name] for name in before})}
+        value, loss = result.get(chosen), result.get("loss")
+        # Without validation data the newest is the best there is.
+        score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
+        if value is None or score > self.best.score:
+            server = jax.device_get(self.driver.server) if self.federated else self.best.server
+            self.best = Best(self._adapters(), server, round_, score)
         return result
 
     def _rates(self, round_: int) -> dict[str, float]:
@@ -137,12 +153,12 @@ class Course:
         return {"a": train.learning_rate_a * factor, "b": train.learning_rate_b * factor}
 
     def _state(self) -> PyTree:
-        return {"driver": self.driver.state(), "best": {"adapters": self.best.adapters, "shared": self.best.shared}}
+        return {"driver": self.driver.state(), "best": {"adapters": self.best.adapters, "server": self.best.server}}
 
     def _save(self, round_: int) -> None:
         best = self.best
-        score = best.score if best.round else None
-        about = {"best_round": best.round, "best_score": score, "best_scores": best.scores}
+        score = [value if math.isfinite(value) else None for value in best.score]
+        about = {"best_round": best.round, "best_score": score}
         self.checkpoints.save(round_, self._state(), about)
 
     def _load(self) -> int:
@@ -153,12 +169,12 @@ class Course:
         phase = next(phase for phase in reversed(self.phases) if phase.first <= done)
         if phase is not self.phases[0]:
             self.driver = make_driver(self.prepared, phase.method, cohort=phase.cohort, common_start=True)
+            self.federated = False
         state, about = self.checkpoints.restore(done, self._state())
         self.driver.load(state["driver"])
-        score = about["best_score"]
+        metric, loss = (-math.inf if value is None else value for value in about["best_score"])
         best = state["best"]
-        score = -math.inf if score is None else score
-        self.best = Best(best["adapters"], best["shared"], about["best_round"], score, about["best_scores"])
+        self.best = Best(best["adapters"], best["server"], about["best_round"], (metric, loss))
         return done
 
     def _trim_metrics(self, done: int) -> None:
@@ -179,16 +195,16 @@ def _plan(run: Run) -> Iterator[_Phase]:
         yield _Phase(FINETUNING, None, train.rounds + 1, train.rounds + rounds, train.local_steps, train.finetune_steps)
 
 
+def _read_round(driver: Driver, phase: _Phase, round_: int) -> RoundInputs:
+    return driver.read_round(round_, phase.steps_of(round_))
+
+
 def _adopt(driver: Driver, adapters: PyTree) -> None:
     """Make these adapters [C, …] the clients' private ones, with fresh optimisers."""
     method, clients = driver.programs.method, len(driver.population)
     everyone = np.arange(clients)
     fresh = jax.vmap(lambda adapter: method.init_client(driver.key, method.init(adapter)))(adapters)
     driver.population.scatter(everyone, jax.device_get(fresh))
-
-
-def _shared(method: Method, driver: Driver) -> PyTree:
-    return method.download(driver.server)
 
 
 def _describe_round(round_: int, method: str, report: RoundReport, seconds: float) -> dict[str, Any]:

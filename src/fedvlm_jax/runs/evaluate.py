@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.config import from_json
 from fedvlm_jax.runs.prepare import open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
+from fedvlm_jax.runs.scoring import score_base, score_models
 from fedvlm_jax.runs.storage import load_adapters, write_json
 
 __all__ = ["evaluate"]
@@ -19,8 +18,8 @@ __all__ = ["evaluate"]
 def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
     """Score every client's adapter of a finished run on validation and test again.
 
-    Writes `evaluation.json` beside the results and returns it: split -> metric -> client -> value, as in
-    `results.json`'s "personal".
+    Writes `evaluation.json` beside the results and returns it, in the form of `results.json`; without the global model,
+    which is not stored.
 
     Raises:
         UserError: the run is not finished, a file is missing, or its clients are not those of the data now.
@@ -34,14 +33,7 @@ def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
     names = [client.name for client in prepared.examples.clients]
     if names != stored["resolved"]["clients"]:
         raise UserError(f"{folder}: its clients are not those of {run.data.source} now; has the data changed?")
-    adapters = load_adapters(folder / "adapters", names)
-    show.note(f"evaluating {len(names)} clients")
-
-    def choose(numbers: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf[numbers], adapters)
-
-    everyone = range(len(names))
-    params = prepared.session.params
-    scores = {split: prepared.evaluator(params, choose, split, everyone) for split in ("validation", "test")}
+    show.note(f"evaluating {len(names)} clients and the bare base")
+    scores = score_models(prepared, load_adapters(folder / "adapters", names), None, score_base(prepared))
     write_json(folder / "evaluation.json", scores)
     return scores

@@ -36,9 +36,28 @@ class RunRecord:
         finetuned = (self.options.get("train") or {}).get("finetune_steps", 0) > 0
         return self.options["method"] + ("+ft" if finetuned else "")
 
-    def scores(self, model: str, metric: str = "exact_match", split: str = "test") -> dict[str, float]:
-        """Give a metric of `model` ("zero_shot" or "personal") by client; clients without examples are left out."""
-        return drop_missing((self.results[model].get(split) or {}).get(metric) or {})
+    @property
+    def metric(self) -> str:
+        """The metric by which the run chose its models, which is the one it is judged by."""
+        return self.results.get("selected_by", "exact_match")
+
+    def scores(self, model: str, metric: str | None = None, split: str = "test") -> dict[str, float]:
+        """Give a metric of a model by client; clients without examples are left out.
+
+        Args:
+            model: "zero_shot", "personal" or "global"; of clients that never trained "held_out/zero_shot" or
+                "held_out/personal".
+            metric: the one the run is judged by, unless it is named.
+            split: "validation" or "test".
+        """
+        found: Any = self.results
+        for part in (*model.split("/"), split, metric or self.metric):
+            found = (found or {}).get(part)
+        return drop_missing(found or {})
+
+    def metrics(self, model: str = "personal", split: str = "test") -> tuple[str, ...]:
+        """Name the metrics that there are."""
+        return tuple(name for name, values in (self.results[model].get(split) or {}).items() if drop_missing(values))
 
 
 @dataclass(frozen=True)
@@ -52,11 +71,13 @@ class ComparisonRecord:
     runs: list[dict[str, Any]]
     zero_shot: list[dict[str, Any]]
     settings: dict[str, Any]
+    metric: str = "exact_match"
 
-    def scores(self, method: str, metric: str = "exact_match", split: str = "test") -> dict[int, dict[str, float]]:
-        """Give a metric of a method (or "zero-shot") by seed and client."""
+    def scores(self, method: str, metric: str | None = None, split: str = "test") -> dict[int, dict[str, float]]:
+        """Give a metric of a method (or "zero-shot") by seed and client; the one it is judged by, unless named."""
         entries = self.zero_shot if method == "zero-shot" else [run for run in self.runs if run["method"] == method]
-        by_seed = {entry["seed"]: drop_missing((entry.get(split) or {}).get(metric) or {}) for entry in entries}
+        name = metric or self.metric
+        by_seed = {entry["seed"]: drop_missing((entry.get(split) or {}).get(name) or {}) for entry in entries}
         return {seed: scores for seed, scores in sorted(by_seed.items()) if scores}
 
     def folder_of(self, run: Mapping[str, Any]) -> Path:
@@ -132,6 +153,7 @@ def read_comparison(folder: Path) -> ComparisonRecord:
         runs=list(stored["runs"]),
         zero_shot=list(stored["zero_shot"]),
         settings=dict(stored.get("settings") or {}),
+        metric=stored.get("selected_by", "exact_match"),
     )
 
 

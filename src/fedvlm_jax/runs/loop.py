@@ -8,21 +8,20 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
-from jaxtyping import PyTree
 
 from fedvlm_jax import lora, tree
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.config import Run, from_json, to_json
 from fedvlm_jax.runs.course import Course
 from fedvlm_jax.runs.folders import read_run
-from fedvlm_jax.runs.prepare import Prepared, Session, open_session, prepare
+from fedvlm_jax.runs.prepare import Prepared, Session, make_driver, open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
+from fedvlm_jax.runs.scoring import score_base, score_models
 from fedvlm_jax.runs.storage import describe_environment, save_adapters, write_json
 from fedvlm_jax.runs.validation import validate
-from fedvlm_jax.sharding import CLIENTS
+from fedvlm_jax.sharding import CLIENTS, replicate
 
 __all__ = ["extend", "resume", "train"]
 
@@ -105,39 +104,30 @@ def _execute(run: Run, show: Progress, session: Session | None) -> Path:
     prepared = prepare(run, session, show.note)
     run.out.mkdir(parents=True, exist_ok=True)
     _write_config(run, prepared)
+    show.note("asking the bare base (zero-shot)")
     zero_shot = session.remember(
-        ("zero-shot", run.data, run.seed, run.evaluation, prepared.objective.pairs),
-        lambda: _evaluate(prepared, None, run.evaluation.splits, show),
+        ("zero-shot", run.data, run.seed, run.evaluation, run.preference, prepared.objective.pairs),
+        lambda: score_base(prepared),
     )
     course = Course(prepared, run.out, show)
     try:
         course.go()
     finally:
         course.checkpoints.close()
-    show.note("evaluating every client's own model")
-    best = course.best
-    adapters = best.adapters
-    known = {} if best.scores is None else {"validation": best.scores}  # these very models were scored in their round
-    splits = tuple(split for split in run.evaluation.splits if split not in known)
-    personal = {**known, **_evaluate(prepared, adapters, splits, show)}
+    best, federation = course.best, make_driver(prepared, run.method, cohort=run.cohort)
+    federation.server = replicate(session.mesh, best.server)
     names = [client.name for client in prepared.examples.clients]
-    save_adapters(run.out / "adapters", names, adapters, best.shared, {"method": run.method, "round": best.round})
+    shared = jax.device_get(federation.programs.method.download(federation.server))
+    save_adapters(run.out / "adapters", names, best.adapters, shared, {"method": run.method, "round": best.round})
+    show.note("evaluating every client's own model")
     results = {
         "selected_round": best.round,
-        "zero_shot": zero_shot,
-        "personal": personal,
+        "selected_by": prepared.select_by,
         "description": prepared.federation.description,
+        **score_models(prepared, best.adapters, federation if jax.tree.leaves(shared) else None, zero_shot),
     }
     write_json(run.out / "results.json", results)
     return run.out
-
-
-def _evaluate(prepared: Prepared, adapters: PyTree | None, splits: tuple[Any, ...], show: Progress) -> dict[str, Any]:
-    everyone = range(len(prepared.examples.clients))
-    choose = None if adapters is None else lambda at: jax.tree.map(lambda leaf: leaf[at], adapters)
-    if adapters is None:
-        show.note("asking the bare base (zero-shot)")
-    return {split: prepared.evaluator(prepared.session.params, choose, split, everyone) for split in splits}
 
 
 def _write_config(run: Run, prepared: Prepared) -> None:

@@ -1,6 +1,6 @@
 """The pictures of runs and comparisons. Each function draws one picture, wide or narrow (for a phone), in a theme.
 
-All accuracies are exact match on test unless the picture says validation, in per cent.
+All scores are of the metric by which a run is judged, on test unless the picture says validation, in per cent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, read_metrics
+from fedvlm_jax.runs.measures import find_measure
 from fedvlm_jax.runs.statistics import compare_paired, mean_over_seeds
 from fedvlm_jax.runs.tables import points
 from fedvlm_jax.runs.theme import MARKERS, Theme, choose_series, make_figure
@@ -48,7 +49,7 @@ def draw_clients(record: RunRecord, theme: Theme, narrow: bool = False) -> Figur
     _name_rows(ax, order if named else [])
     ax.set_ylabel("" if named else f"{len(order)} clients, sorted")
     ax.set_ylim(-0.8, len(order) - 0.2)
-    ax.set_xlabel("exact match on test, %")
+    ax.set_xlabel(f"{find_measure(record.metric).label} on test, %")
     ax.set_xlim(left=max(0.0, min(np.nanmin(starts), ends.min()) - 3))
     return figure
 
@@ -58,12 +59,12 @@ def draw_rounds(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure
     width, height = (NARROW, 4.6) if narrow else (WIDE, 2.9)
     figure, (left, right) = make_figure(theme, width, height, columns=1 if narrow else 2, rows=2 if narrow else 1)
     colour = theme.series[choose_series([record.method])[record.method]]
-    rounds, values = _read_validation(record.rounds)
+    rounds, values = _read_validation(record.rounds, record.metric)
     left.plot(rounds, values, color=colour, marker="o", markersize=4, linewidth=1.8)
     before = [
-        (line["round"], 100 * line["validation"]["before_redistribution"]["exact_match"])
+        (line["round"], 100 * line["validation"]["before_redistribution"][record.metric])
         for line in record.rounds
-        if ((line.get("validation") or {}).get("before_redistribution") or {}).get("exact_match") is not None
+        if ((line.get("validation") or {}).get("before_redistribution") or {}).get(record.metric) is not None
     ]
     if before:
         left.plot(*zip(*before, strict=True), color=theme.muted, linewidth=1.2, linestyle=(0, (3, 2)))
@@ -75,7 +76,7 @@ def draw_rounds(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure
     chosen = record.results.get("selected_round")
     if chosen in rounds:
         left.plot(chosen, values[rounds.index(chosen)], "o", markersize=10, fillstyle="none", color=colour)
-    left.set_title("Validation exact match, %", fontsize=10, loc="left", color=theme.ink)
+    left.set_title(f"Validation {find_measure(record.metric).label}, %", fontsize=10, loc="left", color=theme.ink)
     losses = [(line["round"], line["loss"]) for line in record.rounds if line.get("loss") is not None]
     if losses:
         right.plot(*zip(*losses, strict=True), color=colour, linewidth=1.8)
@@ -128,7 +129,7 @@ def draw_methods(record: ComparisonRecord, theme: Theme, narrow: bool = False) -
         )
     _name_rows(left, methods)
     left.set_ylim(-0.6, len(methods) - 0.3)
-    left.set_xlabel("test exact match, %")
+    left.set_xlabel(f"test {find_measure(record.metric).label}, %")
     right.axvline(0, color=theme.muted, linewidth=1)
     right.set_xlabel(f"points ahead of {rival}")
     return figure
@@ -182,19 +183,19 @@ def read_curves(record: ComparisonRecord) -> dict[str, list[list[dict[str, Any]]
     curves: dict[str, list[list[dict[str, Any]]]] = {}
     for run in record.runs:
         lines = read_metrics(record.folder_of(run))
-        if _read_validation(lines)[0]:
+        if _read_validation(lines, record.metric)[0]:
             curves.setdefault(run["method"], []).append(lines)
     return curves
 
 
-def draw_curves(curves: Curves, theme: Theme, narrow: bool = False) -> Figure:
-    """Draw validation accuracy over rounds, and over what one client has sent and received by then."""
+def draw_curves(curves: Curves, metric: str, theme: Theme, narrow: bool = False) -> Figure:
+    """Draw a validation metric over rounds, and over what one client has sent and received by then."""
     width, height = (NARROW, 5.6) if narrow else (WIDE, 3.1)
     shape = {"rows": 2, "columns": 1} if narrow else {"rows": 1, "columns": 2}
     figure, (left, right) = make_figure(theme, width, height, sharey=True, **shape)
     series = choose_series(list(curves))
     for method, runs in curves.items():
-        rounds, values, sent = _average_runs(runs)
+        rounds, values, sent = _average_runs(runs, metric)
         style: dict[str, Any] = {
             "color": theme.series[series[method]],
             "marker": MARKERS[series[method]],
@@ -212,7 +213,7 @@ def draw_curves(curves: Curves, theme: Theme, narrow: bool = False) -> Figure:
             )
     left.set_xlabel("round")
     right.set_xlabel("MiB sent and received by a client so far")
-    left.set_title("Validation exact match, %", fontsize=10, loc="left", color=theme.ink)
+    left.set_title(f"Validation {find_measure(metric).label}, %", fontsize=10, loc="left", color=theme.ink)
     for ax in (left, right):
         ax.grid(axis="y", color=theme.grid, linewidth=0.8)
     left.xaxis.get_major_locator().set_params(integer=True)
@@ -227,9 +228,11 @@ def draw_curves(curves: Curves, theme: Theme, narrow: bool = False) -> Figure:
     return figure
 
 
-def _average_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[int], list[float], list[float]]:
-    """Average accuracy over the runs of a method at the rounds that all evaluated, with the bytes moved until then."""
-    readings = [dict(zip(*_read_validation(lines), strict=True)) for lines in runs]
+def _average_runs(
+    runs: Sequence[Sequence[Mapping[str, Any]]], metric: str
+) -> tuple[list[int], list[float], list[float]]:
+    """Average a metric over the runs of a method at the rounds that all evaluated, with the bytes moved until then."""
+    readings = [dict(zip(*_read_validation(lines, metric), strict=True)) for lines in runs]
     rounds = sorted(set.intersection(*(set(reading) for reading in readings))) or sorted(readings[0])
     values = [float(np.mean([reading[number] for reading in readings if number in reading])) for number in rounds]
     moved = {
@@ -238,12 +241,12 @@ def _average_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[int
     return rounds, values, [sum(count for number, count in moved.items() if number <= last) for last in rounds]
 
 
-def _read_validation(lines: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
-    """Pick the rounds that were evaluated, and their validation accuracies in per cent."""
+def _read_validation(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int], list[float]]:
+    """Pick the rounds that were evaluated, and their validation metrics in per cent."""
     points = [
-        (line["round"], 100 * line["validation"]["exact_match"])
+        (line["round"], 100 * line["validation"][metric])
         for line in lines
-        if (line.get("validation") or {}).get("exact_match") is not None
+        if (line.get("validation") or {}).get(metric) is not None
     ]
     return [number for number, _ in points], [value for _, value in points]
 

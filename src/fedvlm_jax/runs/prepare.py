@@ -16,13 +16,15 @@ from jax.sharding import Mesh
 from fedvlm_jax import lora
 from fedvlm_jax.data.encode import Examples, encode, require_pairs
 from fedvlm_jax.data.federate import Federation, count_reasons, federate
+from fedvlm_jax.data.images import Images
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.data.table import Table, read_table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Evaluator, make_answer
 from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.driver import Driver, Programs, make_programs, start_adapter
-from fedvlm_jax.federation.inputs import FeatureStore, Inputs, fingerprint_params, is_vision_frozen, make_inputs
+from fedvlm_jax.federation.features import GIB, FeatureStore, fingerprint_params, is_vision_frozen
+from fedvlm_jax.federation.inputs import Inputs, make_inputs
 from fedvlm_jax.federation.reference import ReferenceStore, add_reference, compute_reference, make_score
 from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Setup, load_method
@@ -35,6 +37,9 @@ __all__ = ["Prepared", "Session", "make_driver", "open_session", "prepare"]
 
 Note = Callable[[str], None]
 
+IN_MEMORY = 2 * GIB
+"""More image features than this go to disk, unless the user says otherwise."""
+
 
 @dataclass
 class Session:
@@ -44,7 +49,6 @@ class Session:
         vlm, params, processor: the base; `params` on the mesh.
         mesh: the devices.
         table: the data source.
-        store: frozen image features.
         memo: compiled programs and results that do not depend on the method, by what they do depend on.
     """
 
@@ -53,7 +57,6 @@ class Session:
     processor: Processor
     mesh: Mesh
     table: Table
-    store: FeatureStore
     memo: dict[Hashable, Any] = field(default_factory=dict)
 
     def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -90,6 +93,21 @@ class Prepared:
     key: Any
     evaluator: Evaluator
 
+    @property
+    def participants(self) -> list[int]:
+        """Numbers of the clients that train."""
+        return [number for number, client in enumerate(self.examples.clients) if not client.held_out]
+
+    @property
+    def held_out(self) -> list[int]:
+        """Numbers of the clients that never do."""
+        return [number for number, client in enumerate(self.examples.clients) if client.held_out]
+
+    @property
+    def select_by(self) -> str:
+        """The metric by which the best round is chosen."""
+        return self.run.evaluation.select_by or self.objective.select_by
+
 
 def open_session(run: Run, note: Note = lambda text: None) -> Session:
     """Load the model and open the data.
@@ -107,12 +125,7 @@ def open_session(run: Run, note: Note = lambda text: None) -> Session:
     compute = jnp.bfloat16 if run.system.compute == "bfloat16" else jnp.float32
     vlm, params = load_vlm(folder, compute_dtype=compute, remat=run.system.remat)
     params = replicate(mesh, params)
-    features = jax.jit(lambda params, pixels: vlm.image_features(params, None, pixels))
-    cache = None
-    if run.system.cache == "disk":
-        cache = _cache_folder(run) / f"features-{fingerprint_params(params)}-{_describe_computing(run, processor)}"
-    store = FeatureStore(lambda pixels: features(params, pixels), processor, cache)
-    return Session(vlm, params, processor, mesh, table, store)
+    return Session(vlm, params, processor, mesh, table)
 
 
 def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepared:
@@ -143,11 +156,8 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         note(f"{examples.truncated} answers cut to {options.max_answer_tokens} tokens")
     if objective.pairs and examples.rejected_truncated:
         note(f"{examples.rejected_truncated} rejected answers cut to {options.max_answer_tokens} tokens")
-    cached = is_vision_frozen(adapter) and run.system.cache != "off"
-    inputs = session.remember(
-        ("inputs", cached, *data_key),
-        lambda: make_inputs(examples, session.processor, session.store if cached else None, note),
-    )
+    store = _choose_store(run, session, examples.images, note) if is_vision_frozen(adapter) else None
+    inputs = make_inputs(examples, session.processor, store)
     trainable = sum(not client.held_out for client in clients)
     if run.cohort is not None and run.cohort > trainable:
         raise UserError(f"--cohort {run.cohort}: there are only {trainable} clients that train")
@@ -162,7 +172,16 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         lambda: make_answer(session.vlm, run.evaluation.max_answer_tokens),
     )
     evaluator = Evaluator(
-        examples, inputs, session.processor, layout.wave, run.evaluation.batch_size, session.mesh, answer
+        examples=examples,
+        inputs=inputs,
+        processor=session.processor,
+        wave=layout.wave,
+        batch=run.evaluation.batch_size,
+        mesh=session.mesh,
+        answer=answer,
+        metrics=run.evaluation.metrics,
+        beta=run.preference.beta,
+        base=session.remember(("numbers of the base", *data_key), dict),
     )
     return Prepared(run, session, objective, federation, examples, inputs, spec, adapter, layout, key, evaluator)
 
@@ -249,6 +268,34 @@ def _compute_reference(run: Run, session: Session, examples: Examples, inputs: I
         mesh=session.mesh,
         note=note,
     )
+
+
+def _choose_store(run: Run, session: Session, images: Images, note: Note) -> FeatureStore | None:
+    """Where these images' frozen features are kept; the same store for all runs of a session that choose alike."""
+    system = run.system
+    if system.cache == "off":
+        return None
+    limit = int(system.cache_gib * GIB)
+
+    def open_store(kind: str) -> FeatureStore:
+        features = jax.jit(lambda params, pixels: session.vlm.image_features(params, None, pixels))
+        folder = None
+        if kind == "disk":
+            name = f"features-{fingerprint_params(session.params)}-{_describe_computing(run, session.processor)}"
+            folder = _cache_folder(run) / name
+        return FeatureStore(
+            lambda pixels: features(session.params, pixels), session.processor, limit=limit, folder=folder
+        )
+
+    def open_once(kind: str) -> FeatureStore:
+        return session.remember(("features", kind, limit, system.cache_dir), lambda: open_store(kind))
+
+    store = open_once("disk" if system.cache == "disk" else "memory")
+    if system.cache == "auto" and len(images) * store.row_bytes > IN_MEMORY:
+        store = open_once("disk")
+    session.remember(("announced", *images.keys), lambda: note(store.announce(images)))
+    store.reserve(images)
+    return store
 
 
 def _cache_folder(run: Run) -> Path:

@@ -68,12 +68,17 @@ def describe_line(line: Mapping[str, Any]) -> list[str]:
     phrases = []
     if line.get("loss") is not None:
         phrases.append(f"loss {line['loss']:.3f}")
-    validation = line.get("validation")
-    if validation and validation.get("exact_match") is not None:
-        phrases.append(f"validation {validation['exact_match']:.1%}")
+    score = read_validation(line.get("validation"))
+    if score is not None:
+        phrases.append(f"validation {score:.1%}")
     if line.get("clients_per_second") is not None:
         phrases.append(f"{line['clients_per_second']:.1f} clients/s")
     return phrases
+
+
+def read_validation(validation: Mapping[str, Any] | None) -> float | None:
+    """The metric by which a run is judged, from the validation part of a round's line."""
+    return (validation or {}).get((validation or {}).get("metric", "exact_match"))
 
 
 def format_seconds(seconds: float) -> str:
@@ -119,9 +124,9 @@ class _Pace:
     def add(self, line: Mapping[str, Any]) -> None:
         self.done = int(line.get("round", self.done + 1))
         self.finished.append(time.monotonic())
-        validation = line.get("validation")
-        if validation and validation.get("exact_match") is not None:
-            self.accuracies.append(validation["exact_match"])
+        score = read_validation(line.get("validation"))
+        if score is not None:
+            self.accuracies.append(score)
         self.phrases = describe_line(line)
 
     @property

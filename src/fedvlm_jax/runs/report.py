@@ -11,12 +11,12 @@ from fedvlm_jax.evaluation.spread import summarise
 from fedvlm_jax.runs import plots
 from fedvlm_jax.runs.config import Run, to_json
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run
+from fedvlm_jax.runs.measures import find_measure, percent
 from fedvlm_jax.runs.page import Facts, Picture, Report, Section, to_markdown_page, to_page
 from fedvlm_jax.runs.statistics import compare_paired, judge, spread
 from fedvlm_jax.runs.tables import (
     MARKS,
     format_bytes,
-    percent,
     points,
     tabulate_comparison,
     tabulate_run,
@@ -92,7 +92,12 @@ def _report_runs(records: Sequence[RunRecord], target: Path) -> Report:
         (percent(summarise(record.scores("personal")).mean), f"{record.method}, {record.folder.name}")
         for record in records
     ]
-    return Report(f"fedvlm: {len(records)} runs", "exact match on test, mean of clients", figures, sections)
+    return Report(
+        f"fedvlm: {len(records)} runs",
+        f"{find_measure(records[0].metric).label} on test, mean of clients",
+        figures,
+        sections,
+    )
 
 
 def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
@@ -115,14 +120,14 @@ def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
         _draw(
             target,
             "clients",
-            "Exact match per client, %, mean over seeds; bold: the best of a client.",
+            f"{find_measure(record.metric).label} per client, %, mean over seeds; bold: the best of a client.",
             lambda *how: plots.draw_heatmap(record, *how),
         ),
     ]
     curves = plots.read_curves(record)
     if curves:
         caption = "Validation accuracy on the way, over rounds and over bytes; mean over seeds."
-        pictures.append(_draw(target, "curves", caption, lambda *how: plots.draw_curves(curves, *how)))
+        pictures.append(_draw(target, "curves", caption, lambda *how: plots.draw_curves(curves, record.metric, *how)))
     config = _read_first_config(record)
     facts = [Facts("Settings of the comparison", _flatten(record.settings))] if record.settings else []
     seeds = ", ".join(map(str, record.seeds))
@@ -135,7 +140,7 @@ def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
         Section("How it was made", how, command=record.command, facts=[*facts, *_list_facts(config)]),
     ]
     clients = len({client for by_seed in scores.values() for one in by_seed.values() for client in one})
-    subtitle = f"{clients} clients, seeds {seeds}; exact match on test, mean of clients"
+    subtitle = f"{clients} clients, seeds {seeds}; {find_measure(record.metric).label} on test, mean of clients"
     return Report("fedvlm: methods side by side", subtitle, figures, sections)
 
 

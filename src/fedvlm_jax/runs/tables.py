@@ -5,12 +5,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from fedvlm_jax.evaluation.intervals import Difference
-from fedvlm_jax.evaluation.spread import summarise
+from fedvlm_jax.evaluation.matrix import summarise_matrix
+from fedvlm_jax.evaluation.spread import summarise, summarise_gain
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord
+from fedvlm_jax.runs.measures import MEASURES, Measure, find_measure, order_measures, percent
 from fedvlm_jax.runs.statistics import compare_paired, judge, spread
 
 __all__ = [
@@ -48,9 +51,11 @@ class Table:
 
 
 def tabulate_run(record: RunRecord) -> list[Table]:
-    """Tabulate a run: zero-shot against the personal models, then client by client."""
-    clients = _tabulate_clients(record.scores("zero_shot"), record.scores("personal"))
-    return [_tabulate_models(record), *([clients] if clients.rows else [])]
+    """Tabulate a run: zero-shot against the personal models, by the metric that judges and by all others; clients."""
+    clients = _tabulate_clients(find_measure(record.metric), record.scores("zero_shot"), record.scores("personal"))
+    matrix = _tabulate_matrix(record)
+    tables = [_tabulate_models(record), _tabulate_metrics(record), clients, matrix]
+    return [table for table in tables if table.rows]
 
 
 def tabulate_runs(records: list[RunRecord]) -> Table:
@@ -62,7 +67,8 @@ def tabulate_runs(records: list[RunRecord]) -> Table:
         seed = str(record.options.get("seed", "?"))
         rows.append((record.folder.name, record.method, seed, *map(percent, figures)))
     columns = ("run", "method", "seed", "zero-shot mean", "personal mean", "std over clients", "worst decile")
-    return Table("Exact match on test", columns, tuple(rows))
+    labels = dict.fromkeys(find_measure(record.metric).label for record in records)
+    return Table(f"{_capitalise(', '.join(labels))} on test", columns, tuple(rows))
 
 
 def tabulate_comparison(record: ComparisonRecord) -> list[Table]:
@@ -86,36 +92,102 @@ def tabulate_comparison(record: ComparisonRecord) -> list[Table]:
         rows.append((method, f"{100 * accuracy.mean:.1f}{around} %", percent(worst.mean), *against, upload))
     seeds = f"{len(record.seeds)} seed{'s' if len(record.seeds) != 1 else ''}"
     note = (
-        f"Exact match on test, mean over clients ± standard deviation over {seeds}; worst decile: mean of the worst "
-        "tenth of the clients. Against another method: difference in percentage points on the same clients, "
-        f"with its 95 % t-interval over {'seeds' if len(record.seeds) > 1 else 'clients (one seed only)'}; "
+        f"{_capitalise(find_measure(record.metric).label)} on test, mean over clients ± standard deviation over "
+        f"{seeds}; worst decile: mean of the worst tenth of the clients. Against another method: difference in "
+        "percentage points on the same clients, with its 95 % t-interval over "
+        f"{'seeds' if len(record.seeds) > 1 else 'clients (one seed only)'}; "
         "▲ ahead, ▼ behind, ≈ the interval holds zero. Bold: the highest mean."
     )
     columns = ("method", "mean", "worst decile", *(f"against {rival}" for rival in rivals), "upload per client, round")
     best = frozenset(index for index, mean in enumerate(means) if mean == max(means))
-    return [Table("Methods", columns, tuple(rows), best, note)]
+    others = _tabulate_all_metrics(record, methods)
+    return [Table("Methods", columns, tuple(rows), best, note), *([others] if others.rows else [])]
+
+
+def _name_models(record: RunRecord) -> list[tuple[str, str]]:
+    """Label and key of the models that were scored; held-out clients come last."""
+    cold = (record.results.get("held_out") or {}).get("cold_start", "")
+    named = [
+        ("zero-shot", "zero_shot"),
+        ("global model", "global"),
+        (f"personal ({record.method})", "personal"),
+        ("held-out clients, zero-shot", "held_out/zero_shot"),
+        (f"held-out clients, cold start ({cold})", "held_out/personal"),
+    ]
+    return [(label, model) for label, model in named if record.scores(model)]
 
 
 def _tabulate_models(record: RunRecord) -> Table:
+    """The metric that judges: its spread over clients, and the gain over zero-shot."""
+    rows, models = [], _name_models(record)
+    for label, model in models:
+        own = record.scores(model)
+        summary = summarise(own)
+        base = record.scores("held_out/zero_shot" if model.startswith("held_out") else "zero_shot")
+        gain = "–" if model.endswith("zero_shot") else _format_gain(own, base)
+        figures = (summary.mean, summary.std, summary.min, summary.worst_decile)
+        rows.append((label, *map(percent, figures), f"{summary.jain:.3f}", gain))
+    columns = ("model", "mean", "std", "min", "worst decile", "Jain", "gain over zero-shot")
+    strong = frozenset(number for number, (_, model) in enumerate(models) if model == "personal")
+    title = f"{_capitalise(find_measure(record.metric).label)} on test, {len(record.scores('personal'))} clients"
+    note = "Spread over clients; Jain: fairness index, 1 where all are alike; gain in points with its 95 % interval."
+    return Table(title, columns, tuple(rows), strong, note)
+
+
+def _format_gain(own: Mapping[str, float], base: Mapping[str, float]) -> str:
+    common = {client: own[client] for client in own if client in base}
+    if not common:
+        return "–"
+    gain = summarise_gain(common, {client: base[client] for client in common})
+    return f"{points(gain.mean)} [{points(gain.low)}, {points(gain.high)}]"
+
+
+def _tabulate_metrics(record: RunRecord) -> Table:
+    """All the other metrics, means over clients."""
+    models = _name_models(record)
+    measures = [measure for measure in order_measures(record.metrics()) if measure.name != record.metric]
     rows = []
-    for name, model in (("zero-shot", "zero_shot"), (f"personal ({record.method})", "personal")):
-        accuracy = summarise(record.scores(model))
-        tokens, loss = record.scores(model, "token_accuracy"), record.scores(model, "loss")
-        rows.append(
-            (
-                name,
-                *map(percent, (accuracy.mean, accuracy.std, accuracy.worst_decile)),
-                percent(summarise(tokens).mean) if tokens else "–",
-                f"{summarise(loss).mean:.3f}" if loss else "–",
-            )
-        )
-    columns = ("model", "exact match", "std over clients", "worst decile", "token accuracy", "loss")
-    return Table(f"Test, {len(record.scores('personal'))} clients", columns, tuple(rows), frozenset({1}))
+    for label, model in models:
+        scores = [record.scores(model, measure.name) for measure in measures]
+        written = [m.write(summarise(own).mean) if own else "–" for m, own in zip(measures, scores, strict=True)]
+        rows.append((label, *written))
+    strong = frozenset(number for number, (_, model) in enumerate(models) if model == "personal")
+    columns = ("model", *(measure.label for measure in measures))
+    return Table("Other metrics on test, mean over clients", columns, tuple(rows), strong)
 
 
-def _tabulate_clients(zero_shot: Mapping[str, float], personal: Mapping[str, float]) -> Table:
-    """Lay clients out as a grid where their names are `row-column`, else as a list; long lists lose their middle."""
-    change = "Exact match per client, zero-shot → personal"
+def _tabulate_all_metrics(record: ComparisonRecord, methods: list[str]) -> Table:
+    """Every metric of every method, mean over clients, then over seeds."""
+    names = {name for run in record.runs for name, values in (run.get("test") or {}).items() if values}
+    measures = [measure for measure in order_measures(names) if measure.name != record.metric]
+    rows = []
+    for method in methods:
+        written = []
+        for measure in measures:
+            by_seed = record.scores(method, measure.name)
+            mean = spread([summarise(one).mean for one in by_seed.values()]).mean if by_seed else math.nan
+            written.append(measure.write(mean))
+        rows.append((method, *written))
+    columns = ("method", *(measure.label for measure in measures))
+    return Table("Other metrics on test, mean over clients and seeds", columns, tuple(rows) if measures else ())
+
+
+def _tabulate_matrix(record: RunRecord) -> Table:
+    """What the cross-client matrix says, metric by metric; empty where it was not asked for."""
+    stored = record.results.get("cross_clients") or {}
+    rows = []
+    for name, values in stored.items():
+        if name in MEASURES:
+            measure = MEASURES[name]
+            matrix = summarise_matrix(np.asarray(values), stored["clients"], measure.higher)
+            row = (measure.write(matrix.own), measure.write(matrix.others), percent(matrix.own_best))
+            rows.append((measure.label, *row, str(len(matrix.rivals))))
+    columns = ("metric", "own model", "others' models", "own is best", "better off with another's")
+    return Table("Every client's model on every client's test data", columns, tuple(rows))
+
+
+def _tabulate_clients(measure: Measure, zero_shot: Mapping[str, float], personal: Mapping[str, float]) -> Table:
+    change = f"{_capitalise(measure.label)} per client, zero-shot → personal"
     cells = {client: f"{_short(zero_shot.get(client))} → {_short(personal[client])}" for client in personal}
     split = {client: client.rsplit("-", 1) for client in personal if "-" in client}
     rows = list(dict.fromkeys(parts[0] for parts in split.values()))
@@ -132,9 +204,8 @@ def _tabulate_clients(zero_shot: Mapping[str, float], personal: Mapping[str, flo
     return Table(change, ("client", "zero-shot", "personal"), tuple(listed), note=note)
 
 
-def percent(share: float) -> str:
-    """Write a share as a percentage with one decimal."""
-    return "–" if math.isnan(share) else f"{100 * share:.1f} %"
+def _capitalise(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _short(share: float | None) -> str:

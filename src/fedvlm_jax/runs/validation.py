@@ -8,6 +8,7 @@ from pathlib import Path
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.runs.config import Compare, PreferenceOptions, Run, methods_available, objectives_available
+from fedvlm_jax.runs.measures import SELECTING
 
 __all__ = ["FINETUNED", "validate", "validate_comparison"]
 
@@ -27,6 +28,7 @@ def validate(run: Run) -> None:
     _require_choice("--method", run.method, methods_available())
     _require_choice("--objective", run.objective, objectives_available())
     _check_preference(run)
+    _check_metrics(run)
     _check_model(run.model)
     _check_numbers(run)
     _check_pairs(run)
@@ -84,6 +86,19 @@ def _check_preference(run: Run) -> None:
             )
 
 
+def _check_metrics(run: Run) -> None:
+    from fedvlm_jax.evaluation.texts import METRICS  # late: it imports numpy
+
+    evaluation = run.evaluation
+    for name in evaluation.metrics:
+        _require_choice("--evaluation.metrics", name, tuple(METRICS))
+    if evaluation.select_by:
+        _require_choice("--evaluation.select-by", evaluation.select_by, SELECTING)
+    judged_by = evaluation.select_by or load_objective(run.objective, run.preference).select_by
+    if judged_by in METRICS and judged_by not in evaluation.metrics:
+        raise UserError(f"--evaluation.metrics leaves out {judged_by}, by which the best round is chosen: add it")
+
+
 def _check_numbers(run: Run) -> None:
     train, evaluation, system = run.train, run.evaluation, run.system
     for flag, value, least in (
@@ -135,8 +150,10 @@ def _check_pairs(run: Run) -> None:
             f"--system.wave {system.wave} does not divide over --system.mesh-clients {system.mesh_clients}: "
             f"use a multiple of {system.mesh_clients}"
         )
-    if system.cache_dir is not None and system.cache != "disk":
+    if system.cache_dir is not None and system.cache not in ("auto", "disk"):
         raise UserError(f"--system.cache-dir is for --system.cache disk, not {system.cache}")
+    if not 0 < system.cache_gib < float("inf"):
+        raise UserError(f"--system.cache-gib is {system.cache_gib}: it must be above 0; --system.cache off keeps none")
     if run.out is not None and run.resume is not None:
         raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from fedvlm_jax.evaluation.intervals import Difference
 from fedvlm_jax.evaluation.spread import summarise
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord
+from fedvlm_jax.runs.measures import find_measure, percent
 from fedvlm_jax.runs.statistics import compare_paired, count_seeds_ahead, judge
-from fedvlm_jax.runs.tables import RIVALS, percent, points
+from fedvlm_jax.runs.tables import RIVALS, points
 
 __all__ = ["describe_comparison", "describe_difference", "describe_run", "describe_runs"]
 
@@ -19,11 +20,12 @@ def describe_run(record: RunRecord) -> list[str]:
     gain = after.mean - before.mean
     change = f"{points(gain)} points" if gain else "no change"
     sentences = [
-        f"With {record.method}, each of {after.clients} clients with its own model gets {percent(after.mean)} of its "
-        f"test questions exactly right on average; the frozen model gets {percent(before.mean)} ({change})."
+        f"With {record.method}, each of {after.clients} clients with its own model "
+        f"{_achieves(record.metric, after.mean)} on average; the frozen model "
+        f"{_achieves(record.metric, before.mean)} ({change})."
     ]
     if gain < 0:
-        sentences.append(f"So {record.method} lost accuracy here: training made the average client worse.")
+        sentences.append(f"So {record.method} lost here: training made the average client worse.")
     sentences.append(
         f"The worst tenth of the clients goes from {percent(before.worst_decile)} to {percent(after.worst_decile)}."
     )
@@ -38,6 +40,14 @@ def describe_run(record: RunRecord) -> list[str]:
         "One run of one method: whether sharing is worth it, against training alone, is what `fedvlm compare` measures."
     )
     return sentences
+
+
+def _achieves(metric: str, value: float) -> str:
+    if metric == "exact_match":
+        return f"gets {percent(value)} of the test questions exactly right"
+    if metric.startswith("preference_accuracy"):
+        return f"finds the preferred of two test answers likelier in {percent(value)} of all pairs"
+    return f"reaches a {find_measure(metric).label} of {percent(value)} on test"
 
 
 def describe_runs(records: Sequence[RunRecord]) -> list[str]:
@@ -96,7 +106,7 @@ def describe_difference(method: str, rival: str, difference: Difference, seeds_a
 
 def _describe_winner(ranking: list[str], means: dict[str, float], scores: dict) -> str:
     first, second = ranking[:2]
-    sentence = f"The highest mean test accuracy is that of {first}, {percent(means[first])}"
+    sentence = f"The highest mean on test is that of {first}, {percent(means[first])}"
     difference = compare_paired(scores[first], scores[second])
     if difference is not None and judge(difference) == "ahead":
         return f"{sentence}, ahead of {second} with {percent(means[second])}."

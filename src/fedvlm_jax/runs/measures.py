@@ -1,0 +1,69 @@
+"""What the metrics of a run are called, in which order they are shown, and how their values are written."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import MappingProxyType
+
+__all__ = ["MEASURES", "SELECTING", "Measure", "find_measure", "order_measures", "percent"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric.
+
+    Attributes:
+        name: its key in `results.json`.
+        label: what a reader is told.
+        share: does it lie between 0 and 1, to be written in per cent?
+        higher: is more better?
+    """
+
+    name: str
+    label: str
+    share: bool = True
+    higher: bool = True
+
+    def write(self, value: float) -> str:
+        """Write a value, or a dash where there is none."""
+        return percent(value) if self.share else "–" if math.isnan(value) else f"{value:.3f}"
+
+
+MEASURES = MappingProxyType(
+    {
+        measure.name: measure
+        for measure in (
+            Measure("exact_match", "exact match"),
+            Measure("preference_accuracy", "preference accuracy"),
+            Measure("preference_accuracy_per_token", "the same per token"),
+            Measure("reward_margin", "reward margin", share=False),
+            Measure("token_f1", "token F1"),
+            Measure("rouge_l", "ROUGE-L"),
+            Measure("cider", "CIDEr", share=False),
+            Measure("vqa_accuracy", "VQA accuracy"),
+            Measure("token_accuracy", "token accuracy"),
+            Measure("loss", "loss", share=False, higher=False),
+            Measure("perplexity", "perplexity", share=False, higher=False),
+        )
+    }
+)
+"""Metric -> how it is shown, in the order of tables."""
+
+SELECTING = tuple(name for name, measure in MEASURES.items() if measure.share and measure.higher)
+"""The metrics by which the best round may be chosen: shares, of which more is better."""
+
+
+def find_measure(name: str) -> Measure:
+    """The measure of this name; an unknown one is shown under its own."""
+    return MEASURES.get(name, Measure(name, name.replace("_", " "), share=False))
+
+
+def order_measures(names: Iterable[str]) -> list[Measure]:
+    """Measures of these names in the order of tables, unknown ones last."""
+    there = set(names)
+    return [find_measure(name) for name in [*(n for n in MEASURES if n in there), *sorted(there - MEASURES.keys())]]
+
+
+def percent(share: float) -> str:
+    """Write a share as a percentage with one decimal."""
+    return "–" if math.isnan(share) else f"{100 * share:.1f} %"

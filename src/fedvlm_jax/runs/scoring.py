@@ -1,0 +1,108 @@
+"""The numbers a run ends with: of every client's own model, the global one, newcomers, and each on others' data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from fedvlm_jax.data.options import Split
+from fedvlm_jax.evaluation.clients import Adapters, Scores
+from fedvlm_jax.federation.driver import Driver
+from fedvlm_jax.runs.prepare import Prepared
+
+__all__ = ["score_base", "score_models"]
+
+MATRIX = ("exact_match", "token_accuracy", "loss", "preference_accuracy")
+"""The metrics of the cross-client matrix."""
+
+
+def score_base(prepared: Prepared) -> dict[Split, Scores]:
+    """split -> scores of the bare base, for everybody. From then on the evaluator knows what is rewarded."""
+    return _evaluate(prepared, {"zero_shot": None})["zero_shot"]
+
+
+def score_models(
+    prepared: Prepared, adapters: PyTree, federation: Driver | None, zero_shot: Mapping[Split, Scores]
+) -> dict[str, Any]:
+    """Score the models that a run ends with.
+
+    Args:
+        prepared: the run.
+        adapters: every client's own [C, …], a held-out client's as it starts.
+        federation: with the server's state that belongs to them; None where nothing is shared.
+        zero_shot: split -> scores of the bare base, for everybody.
+
+    Returns:
+        `zero_shot`, `personal` and, where something is shared, `global`: split -> metric -> client -> value, of the
+        clients that train; `held_out`, where there are any: their `zero_shot` and `personal`, and the `cold_start`;
+        `cross_clients`, where it is asked for: the clients, and metric -> rows of values, by model down and by data
+        across.
+    """
+    options, examples = prepared.run.evaluation, prepared.examples
+
+    def personal(numbers: np.ndarray) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[numbers], adapters)
+
+    models: dict[str, Adapters | None] = {"personal": personal}
+    same = False
+    if federation is not None and options.global_model:
+        same = _is_same(personal, federation.global_adapters, prepared.participants[:1])
+        models |= {} if same else {"global": federation.global_adapters}
+    scores = {"zero_shot": zero_shot, **_evaluate(prepared, models)}
+    if same:
+        scores["global"] = scores["personal"]
+    trained = {examples.clients[number].name for number in prepared.participants}
+    results: dict[str, Any] = {name: _keep(by_split, trained) for name, by_split in scores.items()}
+    if prepared.held_out:
+        others = {examples.clients[number].name for number in prepared.held_out}
+        results["held_out"] = {
+            "cold_start": options.cold_start,
+            **{name: _keep(scores[name], others) for name in ("zero_shot", "personal")},
+        }
+    if options.cross_clients and options.test:
+        results["cross_clients"] = _cross(prepared, adapters)
+    return results
+
+
+def _evaluate(prepared: Prepared, models: Mapping[str, Adapters | None]) -> dict[str, dict[Split, Scores]]:
+    """model -> split -> scores of everybody, each split read once for all models."""
+    everyone = [*prepared.participants, *prepared.held_out]
+    splits = prepared.run.evaluation.splits
+    scored = {split: prepared.evaluator(prepared.session.params, models, split, everyone) for split in splits}
+    return {name: {split: scored[split][name] for split in splits} for name in models}
+
+
+def _is_same(personal: Adapters, general: Adapters, numbers: list[int]) -> bool:
+    """Is the global model what this client has, because its method keeps nothing private?"""
+    pair = (jax.device_get(adapters(np.asarray(numbers))) for adapters in (personal, general))
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, *pair)))
+
+
+def _keep(by_split: Mapping[Split, Scores], names: set[str]) -> dict[Split, Scores]:
+    return {
+        split: {
+            metric: {client: value for client, value in values.items() if client in names}
+            for metric, values in scores.items()
+        }
+        for split, scores in by_split.items()
+    }
+
+
+def _cross(prepared: Prepared, adapters: PyTree) -> dict[str, Any]:
+    """Every participant's model on every participant's test data, all models asked while a batch is there."""
+    clients = prepared.examples.clients
+    numbers = [number for number in prepared.participants if len(clients[number].test)]
+    names = [clients[number].name for number in numbers]
+
+    def always(number: int) -> Adapters:
+        return lambda asked: jax.tree.map(lambda leaf: leaf[np.full(len(asked), number)], adapters)
+
+    models = {name: always(number) for name, number in zip(names, numbers, strict=True)}
+    found = prepared.evaluator(prepared.session.params, models, "test", numbers)
+    metrics = [metric for metric in MATRIX if all(len(found[name].get(metric, {})) == len(names) for name in names)]
+    return {
+        "clients": names,
+        **{metric: [[found[model][metric][data] for data in names] for model in names] for metric in metrics},
+    }
