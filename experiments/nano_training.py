@@ -28,7 +28,7 @@ class Pretrain:
     """Checkpoints and log.jsonl."""
     folder: Path = ROOT / "src" / "fedvlm_jax" / "assets" / "florence2-nano"
     seed: int = 0
-    vision_steps: tuple[int, ...] = (1500,)
+    vision_steps: tuple[int, ...] = (1500, 3000)
     """Steps of every cosine cycle of the vision phase. A cycle added later goes on from the finished ones."""
     vision_batch: int = 32
     vision_rate: float = 4e-4
@@ -36,7 +36,7 @@ class Pretrain:
     """Of the augmentation in the vision phase."""
     copies: int = 6
     """Augmented copies of every training picture whose features the text half sees."""
-    text_steps: tuple[int, ...] = (1000, 1400)
+    text_steps: tuple[int, ...] = (1000, 1400, 1500)
     """Steps of every cosine cycle of the text phase."""
     text_batch: int = 64
     text_rate: float = 2e-3
