@@ -1,5 +1,5 @@
 """Runs by itself with eight forced host devices and prints what it found as JSON; `test_program.py` reads that.
-Arguments: a method and the meshes (devices x waves) to hold against one device, `plora=4x2,8x1`.
+Arguments: a method, an objective and the meshes (devices x waves) to hold against one device, `plora/dpo=4x2,8x1`.
 
 A device count is fixed when jax starts, so this cannot happen inside the process of the tests.
 """
@@ -55,6 +55,9 @@ def make_cohort():
             ).astype(np.int32),
             "attention_mask": np.ones((*rows, TOKENS), np.int32),
             "labels": rng.integers(3, 40, (*rows, LABELS)).astype(np.int32),
+            "rejected_labels": rng.integers(3, 40, (*rows, LABELS + 1)).astype(np.int32),
+            "reference_chosen": rng.normal(-20, 1, rows).astype(np.float32),
+            "reference_rejected": rng.normal(-24, 1, rows).astype(np.float32),
         },
         indices=rng.integers(0, ROWS, (CLIENTS, STEPS, BATCH)).astype(np.int32),
         mask=np.ones((CLIENTS, STEPS, BATCH), bool),
@@ -64,10 +67,11 @@ def make_cohort():
     )
 
 
-def run(name, vlm, params, devices, waves):
+def run(case, vlm, params, devices, waves):
     """-> the server's and clients' adapters after one round, and the compiled program's text."""
     spec = lora.LoRA(rank=2, targets=r"language_model/.*(proj|fc1|fc2)")
-    trainer = make_local_trainer(vlm, load_objective("sft"))
+    name, _, objective = case.partition("/")
+    trainer = make_local_trainer(vlm, load_objective(objective))
     method = load_method(name, Setup(vlm.sites, lambda key: lora.init(key, vlm.sites, spec), trainer.start))
     mesh = make_mesh(devices)
     server = method.init(lora.init(jax.random.key(1), vlm.sites, spec))

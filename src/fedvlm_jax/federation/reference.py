@@ -121,15 +121,19 @@ def compute_reference(
     size = batch * mesh.shape[CLIENTS]
     if missing:
         note(f"reference log-probabilities: {len(missing)} of {len(keys)} pairs to compute, {store.where}")
-    told = time.monotonic()
-    for start in range(0, len(missing), size):
-        rows = np.asarray(missing[start : start + size])
-        padded = np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])
-        scores = jax.device_get(score(params, jax.device_put(inputs(padded), across)))
-        values = np.stack([scores["chosen_log_prob"], scores["rejected_log_prob"]], axis=1)[: len(rows)]
-        store.add([keys[row] for row in rows], values)
+    done, told, running = 0, time.monotonic(), None
+    for start in range(0, len(missing) + size, size):
+        rows, finished = missing[start : start + size], running
+        if rows:  # while the devices work on these, the ones before are stored, and the next are read
+            padded = np.asarray(rows + rows[:1] * (size - len(rows)))
+            running = rows, score(params, jax.device_put(inputs(padded), across))
+        if finished is not None:
+            rows, scores = finished
+            values = np.stack([scores["chosen_log_prob"], scores["rejected_log_prob"]], axis=1)[: len(rows)]
+            store.add([keys[row] for row in rows], values)
+            done += len(rows)
         if time.monotonic() - told > QUIET:
-            note(f"reference log-probabilities: {start + len(rows)} of {len(missing)}")
+            note(f"reference log-probabilities: {done} of {len(missing)}")
             told = time.monotonic()
     return np.asarray([store.find(key) for key in keys], np.float32).reshape(-1, 2)
 
