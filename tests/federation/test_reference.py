@@ -134,5 +134,5 @@ def test_a_file_cut_short_by_a_kill_is_mended(tmp_path, cut):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--system.cache-dir"):
+    with pytest.raises(UserError, match=r"--system\.cache-dir"):
         ReferenceStore(tmp_path / "file" / "cache" / "reference")

@@ -121,6 +121,11 @@ class FeatureStore:
         """Bytes of one image's features."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
+    @property
+    def on_disk(self) -> bool:
+        """Are features kept in files, which later runs find again?"""
+        return self._folder is not None
+
     def announce(self, images: Images) -> str:
         """Say what keeping these images' features takes, before any is computed."""
         new = sum(key not in self._place for key in images.keys)

@@ -162,8 +162,9 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     if run.cohort is not None and run.cohort > trainable:
         raise UserError(f"--cohort {run.cohort}: there are only {trainable} clients that train")
     if objective.reference:
+        on_disk = run.system.cache == "disk" or (store is not None and store.on_disk)
         reference = session.remember(
-            ("reference", *data_key), lambda: _compute_reference(run, session, examples, inputs, note)
+            ("reference", *data_key), lambda: _compute_reference(run, session, examples, inputs, on_disk, note)
         )
         inputs = add_reference(inputs, reference)
     layout = _lay_out(run, examples, session.mesh, run.cohort, run.system.wave)
@@ -249,11 +250,13 @@ def _make_spec(run: Run) -> lora.LoRA:
     return lora.LoRA(options.rank, options.alpha, options.targets, rslora=options.rslora, init=options.init)
 
 
-def _compute_reference(run: Run, session: Session, examples: Examples, inputs: Inputs, note: Note) -> Any:
+def _compute_reference(
+    run: Run, session: Session, examples: Examples, inputs: Inputs, on_disk: bool, note: Note
+) -> Any:
     """The base's log-probabilities of all answers; clients, seeds and runs that share rows share them."""
 
     def open_store() -> ReferenceStore:
-        if run.system.cache != "disk":
+        if not on_disk:
             return ReferenceStore()
         weights = fingerprint_params(session.params, sorted(session.params))
         return ReferenceStore(_cache_folder(run) / f"reference-{weights}-{_describe_computing(run, session.processor)}")
@@ -263,7 +266,7 @@ def _compute_reference(run: Run, session: Session, examples: Examples, inputs: I
         session.params,
         examples,
         inputs,
-        session.remember("reference store", open_store),
+        session.remember(("reference store", on_disk), open_store),
         batch=run.evaluation.batch_size,
         mesh=session.mesh,
         note=note,
