@@ -34,7 +34,7 @@ class ImageFacts:
         """Take up what an earlier run found out; nothing where the file is not there or not whole."""
         facts = cls(file)
         damaged = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
-        with contextlib.suppress(*damaged), np.load(file, allow_pickle=False) as stored:
+        with contextlib.suppress(*damaged), file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
             rows, digests, sound = stored["rows"].tolist(), stored["digests"], stored["sound"].tolist()
             facts.digests = dict(zip(rows, (digest.tobytes() for digest in digests), strict=True))
             facts.sound = set(sound)

@@ -49,8 +49,7 @@ class DataOptions:
     """
 
     source: Annotated[str, tyro.conf.arg(name="", metavar="NAME|PATH")] = "emoji"
-    """emoji (ships with the package), rlaif-v, or a parquet file or folder in RLAIF-V's columns (client, split
-    optional)."""
+    """emoji (ships), rlaif-v, or a parquet file or folder in RLAIF-V's columns (client, split optional)."""
     path: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: the Hugging Face hub)")] = (
         None
     )
@@ -64,13 +63,11 @@ class DataOptions:
     origins: tuple[str, ...] = ()
     """parquet, rlaif-v: use only the rows of these origin_dataset; by default all."""
     partition: Partition = "natural"
-    """Whose rows are whose: as the data say (column client, else origin_dataset; the emoji set's own clients), or cut
-    anew. Ours, not the paper's."""
+    """natural: clients as the data have them; the others cut their rows anew. Ours, not the paper's."""
     partition_by: Annotated[
-        str | None, tyro.conf.arg(metavar="KEY", help_behavior_hint="(default: origin_dataset; emoji: group)")
+        str | None, tyro.conf.arg(metavar="KEY", help_behavior_hint="(default: client, origin_dataset; emoji: group)")
     ] = None
-    """What natural takes for clients, and of what dirichlet and pathological make them unlike: a column, or
-    question_type, generator, labeller (out of origin_split). Ours, not the paper's."""
+    """Key that clients come from: a column, or question_type, generator, labeller. Ours, not the paper's."""
     clients: int = 16
     """dirichlet, pathological, quantity, iid: number of clients. Ours, not the paper's."""
     classes_per_client: int = 2
@@ -92,15 +89,13 @@ class DataOptions:
     test_per_client: int = 60
     """emoji: test images. Ours, not the paper's."""
     alpha: float = 0.3
-    """Dirichlet concentration: emoji's topics, dirichlet's shares of every value, quantity's sizes; small = clients
-    unlike, inf = alike. Ours; the paper gives none."""
+    """emoji, dirichlet, quantity: concentration; small = clients unlike, inf = alike. Ours; the paper gives none."""
     validation_share: float = 0.1
     """Share of a client's images to validate on, where there is no split column. Ours, not the paper's."""
     test_share: float = 0.2
     """Share of a client's images to test on, where there is no split column. Ours, not the paper's."""
     min_examples: int = 0
-    """Training rows a client must have: natural leaves out the others (0 keeps all, empty ones too), partitions that
-    are drawn are drawn until all have them. Ours, not the paper's."""
+    """Training rows a client needs: natural leaves out smaller ones, others draw again. Ours, not the paper's."""
     max_prompt_tokens: int = 1024
     """Skip rows with longer prompts, image tokens included; Florence-2 has 1024 positions."""
     max_answer_tokens: int = 128
