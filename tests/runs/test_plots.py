@@ -1,5 +1,6 @@
 """Pictures: they show the numbers they are given, and their SVG follows the page's colours."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from made_up import CLIENTS, write_comparison, write_run
 
-from fedvlm_jax.runs import plots
+from fedvlm_jax.runs import heatmaps, plots
 from fedvlm_jax.runs.folders import read_comparison, read_run
 from fedvlm_jax.runs.theme import PAPER, PLACEHOLDERS, choose_series, save_png, to_svg
 
@@ -56,7 +57,7 @@ def test_hundreds_of_clients_stay_a_picture_of_one_page(tmp_path: Path, narrow: 
     many = {f"client-{number}": number / 300 for number in range(300)}
     record = read_run(write_run(tmp_path / "r", many, many))
     comparison = read_comparison(write_comparison(tmp_path / "c", {"local": {0: many}}, {0: many}))
-    for figure in (plots.draw_clients(record, PAPER, narrow), plots.draw_heatmap(comparison, PAPER, narrow)):
+    for figure in (plots.draw_clients(record, PAPER, narrow), heatmaps.draw_heatmap(comparison, PAPER, narrow)):
         assert figure.get_size_inches()[1] < 8
         assert figure.axes[0].get_yticklabels() == []
 
@@ -86,7 +87,7 @@ def test_black_and_other_fixed_colours_do_not_reach_the_page(tmp_path: Path) -> 
     run = read_run(record.folder_of(record.runs[1]))
     for figure in (
         plots.draw_methods(record, PLACEHOLDERS),
-        plots.draw_heatmap(record, PLACEHOLDERS),
+        heatmaps.draw_heatmap(record, PLACEHOLDERS),
         plots.draw_curves(plots.read_curves(record), "exact_match", PLACEHOLDERS),
         plots.draw_clients(run, PLACEHOLDERS),
         plots.draw_rounds(run, PLACEHOLDERS),
@@ -108,3 +109,14 @@ def test_methods_keep_their_colour() -> None:
     assert choose_series(["plora", "local"]) == {"plora": 3, "local": 0}
     assert choose_series(["other", "plora"]) == {"other": 0, "plora": 3}
     assert len(set(choose_series(["local", "x", "y", "plora"]).values())) == 4
+
+
+def test_the_matrix_has_data_down_and_models_across(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r", {"a": 0.1, "b": 0.1}, {"a": 0.5, "b": 0.4})
+    results = json.loads((folder / "results.json").read_text())
+    results["cross_clients"] = {"clients": ["a", "b"], "exact_match": [[0.5, 0.2], [0.3, 0.4]]}  # [model, data]
+    (folder / "results.json").write_text(json.dumps(results))
+    (ax,) = heatmaps.draw_matrix(read_run(folder), PAPER).axes
+    cells = {text.get_position(): text.get_text() for text in ax.texts}
+    assert cells == {(0, 1): "50", (1, 1): "30", (0, 0): "20", (1, 0): "40"}  # the first client's data on top
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"]

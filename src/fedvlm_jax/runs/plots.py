@@ -15,7 +15,18 @@ from fedvlm_jax.runs.statistics import compare_paired, mean_over_seeds
 from fedvlm_jax.runs.tables import points
 from fedvlm_jax.runs.theme import MARKERS, Theme, choose_series, make_figure
 
-__all__ = ["Curves", "draw_clients", "draw_curves", "draw_heatmap", "draw_methods", "draw_rounds", "read_curves"]
+__all__ = [
+    "LABELLED",
+    "NARROW",
+    "WIDE",
+    "Curves",
+    "draw_clients",
+    "draw_curves",
+    "draw_methods",
+    "draw_rounds",
+    "name_rows",
+    "read_curves",
+]
 
 WIDE, NARROW = 7.6, 3.7
 LABELLED = 48
@@ -46,7 +57,7 @@ def draw_clients(record: RunRecord, theme: Theme, narrow: bool = False) -> Figur
         ax.axvline(mean, color=shade, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         label = {"ha": align, "color": shade, "fontsize": 9, "fontweight": "bold", "textcoords": "offset points"}
         ax.annotate(f"{name} {mean:.1f}", (mean, 1), xycoords=("data", "axes fraction"), xytext=(shift, 3), **label)
-    _name_rows(ax, order if named else [])
+    name_rows(ax, order if named else [])
     ax.set_ylabel("" if named else f"{len(order)} clients, sorted")
     ax.set_ylim(-0.8, len(order) - 0.2)
     ax.set_xlabel(f"{find_measure(record.metric).label} on test, %")
@@ -127,7 +138,7 @@ def draw_methods(record: ComparisonRecord, theme: Theme, narrow: bool = False) -
             (0, 10),
             "center",
         )
-    _name_rows(left, methods)
+    name_rows(left, methods)
     left.set_ylim(-0.6, len(methods) - 0.3)
     left.set_xlabel(f"test {find_measure(record.metric).label}, %")
     right.axvline(0, color=theme.muted, linewidth=1)
@@ -138,44 +149,6 @@ def draw_methods(record: ComparisonRecord, theme: Theme, narrow: bool = False) -
 def compare_clients(ours: Mapping[str, float], theirs: Mapping[str, float]) -> np.ndarray:
     """Subtract scores client by client, for the clients that both have."""
     return np.asarray([ours[client] - theirs[client] for client in ours if client in theirs])
-
-
-def draw_heatmap(record: ComparisonRecord, theme: Theme, narrow: bool = False) -> Figure:
-    """Draw method × client as tinted cells, methods across; the best cell of each client is framed."""
-    methods = ["zero-shot", *record.methods]
-    means = {method: mean_over_seeds(record.scores(method)) for method in methods}
-    methods = [method for method in methods if means[method]]
-    clients = sorted(set.union(*(set(means[method]) for method in methods)), reverse=True)
-    values = 100 * np.asarray([[means[method].get(client, np.nan) for method in methods] for client in clients])
-    named = len(clients) <= LABELLED
-    if not named:  # in the order of the first trained method, so that the others can be read against it
-        order = np.argsort(values[:, min(1, len(methods) - 1)], kind="stable")
-        values = values[order]
-    height = 1.0 + (0.25 * len(clients) if named else 6.0)
-    figure, (ax,) = make_figure(theme, NARROW if narrow else WIDE, height)
-    top = max(float(np.nanmax(values)), 1.0)
-    best = np.nanmax(values, axis=1)
-    for row, column in np.ndindex(*values.shape):
-        value = values[row, column]
-        if np.isnan(value):
-            continue
-        # Opacity instead of a colour map: the paper shines through, light or dark, and ink stays readable on it.
-        place = (column - 0.48, row - 0.46 if named else row - 0.5)
-        size = (0.96, 0.92 if named else 1.0)
-        ax.add_patch(_tint(place, size, theme.series[0], 0.04 + 0.56 * float(value) / top))
-        if named:
-            weight = "bold" if value == best[row] else "normal"
-            ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8.5, color=theme.ink, weight=weight)
-    ax.grid(visible=False)
-    ax.spines["bottom"].set_visible(False)
-    ax.xaxis.tick_top()
-    names = [method.replace("-", "-\n", 1).replace("+", "\n+") if narrow else method for method in methods]
-    ax.set_xticks(range(len(methods)), names, fontsize=8 if narrow else 9)
-    _name_rows(ax, clients if named else [])
-    ax.set_ylabel("" if named else f"{len(clients)} clients")
-    ax.set_xlim(-0.5, len(methods) - 0.5)
-    ax.set_ylim(-0.5, len(clients) - 0.5)
-    return figure
 
 
 def read_curves(record: ComparisonRecord) -> dict[str, list[list[dict[str, Any]]]]:
@@ -259,15 +232,9 @@ def _draw_cloud(ax: Any, row: int, values: np.ndarray, colour: str) -> None:
     )
 
 
-def _name_rows(ax: Any, names: Sequence[str]) -> None:
+def name_rows(ax: Any, names: Sequence[str]) -> None:
     """Write names beside the rows, as they are: a dollar sign in a client's name starts no formula."""
     ax.set_yticks(range(len(names)), names, parse_math=False)
-
-
-def _tint(place: tuple[float, float], size: tuple[float, float], colour: str, opacity: float) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(place, *size, facecolor=colour, alpha=opacity, linewidth=0)
 
 
 def _annotate(

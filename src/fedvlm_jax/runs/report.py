@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.spread import summarise
-from fedvlm_jax.runs import plots
+from fedvlm_jax.runs import heatmaps, plots
 from fedvlm_jax.runs.config import Run, to_json
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run
 from fedvlm_jax.runs.measures import find_measure, percent
@@ -121,7 +121,7 @@ def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
             target,
             "clients",
             f"{find_measure(record.metric).label} per client, %, mean over seeds; bold: the best of a client.",
-            lambda *how: plots.draw_heatmap(record, *how),
+            lambda *how: heatmaps.draw_heatmap(record, *how),
         ),
     ]
     curves = plots.read_curves(record)
@@ -147,6 +147,9 @@ def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
 def _draw_run(record: RunRecord, target: Path, prefix: str) -> list[Picture]:
     clients = "Every client from zero-shot (ring) to its personal model (dot); dashed: means."
     pictures = [_draw(target, f"{prefix}clients", clients, lambda *how: plots.draw_clients(record, *how))]
+    if record.metric in (record.results.get("cross_clients") or {}):
+        cells = f"{find_measure(record.metric).label} of every client's model (across) on every client's test data, %."
+        pictures.append(_draw(target, f"{prefix}matrix", cells, lambda *how: heatmaps.draw_matrix(record, *how)))
     if record.rounds:
         rounds = "Validation after each evaluated round; dashed: before redistribution; ring: the selected round."
         pictures.append(_draw(target, f"{prefix}rounds", rounds, lambda *how: plots.draw_rounds(record, *how)))
