@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from jaxtyping import Int
 
+from fedvlm_jax.data.faults import find_pair_fault, find_text_fault
 from fedvlm_jax.data.federate import ClientRows, Federation, Skipped, count_reasons
 from fedvlm_jax.data.images import Images, unique_images
 from fedvlm_jax.data.options import SPLITS
-from fedvlm_jax.data.table import UNREADABLE, Table
+from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,12 +141,11 @@ def encode(
             reasons[place] = missing[row]
         elif int(image[place]) in broken:
             reasons[place] = broken[int(image[place])]
-        elif not questions[place]:
-            reasons[place] = "empty question"
-        elif questions[place] == UNREADABLE:
-            reasons[place] = "question is not UTF-8"
-        elif reason := answers.find_fault(place, pairs):
+        elif reason := find_text_fault(questions[place], answers.chosen[place]):
             reasons[place] = reason
+        elif pairs and not answers.is_pair[place]:
+            fault = find_pair_fault(answers.chosen[place], answers.rejected[place])
+            reasons[place] = fault or "chosen equals rejected once cut"
     input_ids, attention_mask, which, pad, fits = _tokenise_prompts(processor, questions, options.max_prompt_tokens)
     lengths = attention_mask.sum(axis=1)
     for place in range(len(rows)):
@@ -179,7 +179,10 @@ def encode(
 
 @dataclass(frozen=True, eq=False)
 class _Answers:
-    """Both answers of N rows: as text, as labels [N, U], and which were cut [N]. Without a pair, no rejected labels."""
+    """Both answers of N rows: as text, as labels [N, U], which were cut [N], and which are a pair [N].
+
+    What is no pair has no rejected labels.
+    """
 
     chosen: list[str]
     rejected: list[str]
@@ -187,21 +190,7 @@ class _Answers:
     rejected_labels: np.ndarray
     cut: np.ndarray
     rejected_cut: np.ndarray
-
-    def find_fault(self, place: int, pairs: bool) -> str | None:
-        """Say why a row cannot be used."""
-        if not self.chosen[place]:
-            return "empty answer"
-        if self.chosen[place] == UNREADABLE:
-            return "answer is not UTF-8"
-        if not pairs or (self.rejected_labels[place] != IGNORED).any():
-            return None
-        if not self.rejected[place]:
-            return "empty rejected answer"
-        if self.rejected[place] == UNREADABLE:
-            return "rejected answer is not UTF-8"
-        same = self.rejected[place] == self.chosen[place]
-        return "chosen equals rejected" if same else "chosen equals rejected once cut"
+    is_pair: np.ndarray
 
 
 def _read_answers(table: Table, rows: np.ndarray, processor: TextProcessor, most: int) -> _Answers:
@@ -210,10 +199,10 @@ def _read_answers(table: Table, rows: np.ndarray, processor: TextProcessor, most
     rejected = [(text or "").strip() for text in table.read_text("rejected", rows)] if there else [""] * len(rows)
     both, cut = _tokenise_answers(processor, [*chosen, *rejected], most)
     labels, rejected_labels = both[: len(rows)], both[len(rows) :]
-    has_text = np.asarray([text not in ("", UNREADABLE) for text in rejected], bool)
-    is_pair = (labels != rejected_labels).any(axis=1) & has_text
+    states = [find_pair_fault(*pair) is None for pair in zip(chosen, rejected, strict=True)]
+    is_pair = (labels != rejected_labels).any(axis=1) & np.asarray(states, bool)
     rejected_labels[~is_pair] = IGNORED
-    return _Answers(chosen, rejected, labels, rejected_labels, cut[: len(rows)], cut[len(rows) :] & is_pair)
+    return _Answers(chosen, rejected, labels, rejected_labels, cut[: len(rows)], cut[len(rows) :] & is_pair, is_pair)
 
 
 def _tokenise_prompts(
