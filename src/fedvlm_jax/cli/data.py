@@ -1,0 +1,58 @@
+"""`fedvlm data`: what a federation would look like, before any training."""
+
+import dataclasses
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fedvlm_jax.data.options import DataOptions
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.config import name_folder
+
+__all__ = ["data"]
+
+
+def data(
+    data: DataOptions = DataOptions(),  # noqa: B008  # frozen
+    seed: int = 0,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/<time>-data)")] = None,
+    check_images: bool = False,
+    strict: bool = False,
+) -> None:
+    """Show who would have which rows, of what, and whether an image stands where it may not, before any training.
+
+    Args:
+        data: the same options as those of `fedvlm train`.
+        seed: the run's; it decides the partition and the splits.
+        out: folder for data.json and data.png.
+        check_images: decode every image too, to find the broken ones; otherwise they are only hashed.
+        strict: end with exit code 1 if an image is in two splits.
+    """
+    if seed < 0:
+        raise UserError(f"--seed is {seed}: it must be 0 or more")
+    folder = out or name_folder("data", datetime.now())
+
+    from rich.console import Console
+
+    from fedvlm_jax.runs import describe, progress, tables
+
+    show = progress.open_progress()
+    try:
+        description = describe.describe_data(data, seed, folder, check_images=check_images, note=show.note)
+    finally:
+        show.finish()
+    console = Console()
+    for table in describe.tabulate_data(description):
+        console.print(tables.to_rich(dataclasses.replace(table, note="")))
+        console.print(f"{table.note}\n" if table.note else "", style="dim", markup=False, highlight=False)
+    leaks = describe.find_leaks(description)
+    for sentences, style in ((describe.word_findings(description), "yellow"), (leaks, "bold red")):
+        for sentence in sentences:
+            console.print(sentence, style=style, markup=False, highlight=False)
+    console.print(f"picture  {folder / 'data.png'}\ndata     {folder / 'data.json'}", highlight=False, soft_wrap=True)
+    if leaks and strict:
+        print(f"fedvlm: --strict: {len(leaks)} of the checks found a leak", file=sys.stderr)
+        raise SystemExit(1)
