@@ -55,9 +55,7 @@ def test_one_client_with_ninety_per_cent_of_the_rows_does_not_widen_the_others()
 
 def test_a_client_without_rows_weighs_nothing():
     layout = choose_layout([0, 5], cohort=None, wave=None, devices=1, steps=2, batch=4)
-    clients, weights = make_clients(
-        0, 1, np.arange(2), make_examples([0, 5]), read, layout, "uniform"
-    )
+    clients, weights = make_clients(0, 1, np.arange(2), make_examples([0, 5]), read, layout, "uniform")
     assert weights.tolist() == [0, 1]
     assert not clients.mask[0, 0].any()
 
