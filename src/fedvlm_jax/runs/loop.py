@@ -123,7 +123,6 @@ def _execute(run: Run, show: Progress, session: Session | None) -> Path:
     results = {
         "selected_round": best.round,
         "selected_by": prepared.select_by,
-        "description": prepared.federation.description,
         **score_models(prepared, best.adapters, federation if jax.tree.leaves(shared) else None, zero_shot),
     }
     write_json(run.out / "results.json", results)
@@ -149,4 +148,5 @@ def _write_config(run: Run, prepared: Prepared) -> None:
         "adapted_sites": [path for path, _ in lora.sites_of(prepared.adapter)],
         "skipped": [dataclasses.asdict(row) for row in prepared.examples.skipped],
     }
-    write_json(run.out / "config.json", {"run": to_json(run), **describe_environment(), "resolved": resolved})
+    about = {"resolved": resolved, "federation": prepared.federation.description}
+    write_json(run.out / "config.json", {"run": to_json(run), **describe_environment(), **about})
