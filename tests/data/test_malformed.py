@@ -247,7 +247,7 @@ TEXT = st.one_of(st.none(), st.text(st.characters(exclude_categories=("Cs",)), m
 BYTES = st.one_of(st.none(), st.binary(max_size=60), st.binary(max_size=20).map(malformed.SMALL.__add__))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     odd=st.lists(
         st.fixed_dictionaries(
