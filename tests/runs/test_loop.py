@@ -12,24 +12,13 @@ import time
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_run import make_folder, tiny_run
+from tiny_run import tiny_run
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import course, evaluate, loop
 from fedvlm_jax.runs.config import TrainOptions, to_json
 from fedvlm_jax.runs.folders import read_metrics, read_run
-from fedvlm_jax.runs.prepare import open_session
 from fedvlm_jax.runs.progress import SilentProgress
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def session(model, tmp_path_factory):
-    return open_session(tiny_run(model, tmp_path_factory.mktemp("unused")))
 
 
 @pytest.fixture(scope="module")

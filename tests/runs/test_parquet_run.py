@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from make_parquet import make_row, make_rows, write_rows
 from safetensors.numpy import load_file
-from tiny_run import make_folder, tiny_run
+from tiny_run import tiny_run
 
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.errors import UserError
@@ -15,11 +15,6 @@ from fedvlm_jax.runs.prepare import open_session, prepare
 from fedvlm_jax.runs.progress import SilentProgress
 
 TRAIN = TrainOptions(rounds=1, local_steps=2, batch_size=4)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -6,22 +6,12 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_run import make_folder, tiny_run
+from tiny_run import tiny_run
 
 from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.folders import read_run
 from fedvlm_jax.runs.newcomers import find_nearest
-from fedvlm_jax.runs.prepare import open_session, prepare
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def session(model, tmp_path_factory):
-    return open_session(tiny_run(model, tmp_path_factory.mktemp("unused")))
+from fedvlm_jax.runs.prepare import prepare
 
 
 def run_with(model, folder, session, method="plora", held_out=0.25, **evaluation):

@@ -1,0 +1,16 @@
+"""The tiny model, written once per file of tests, and a session on it."""
+
+import pytest
+from tiny_run import make_folder, tiny_run
+
+from fedvlm_jax.runs.prepare import open_session
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def session(model, tmp_path_factory):
+    return open_session(tiny_run(model, tmp_path_factory.mktemp("unused")))
