@@ -3,7 +3,8 @@
 
 The conventions are TRL's (1.16): the reference is the model with its adapter switched off; `sigmoid` sums the
 log-probabilities of a completion, `sigmoid_norm` and `ipo` take their mean over its tokens; the loss is the mean over
-the pairs. Label smoothing is that of cDPO. Nothing of fedvlm_jax is in it: one call of the model for each kind of answer, autograd.
+the pairs. Label smoothing is that of cDPO. Nothing of fedvlm_jax is in it: one call of the model for each kind of
+answer, autograd.
 """
 
 from __future__ import annotations
