@@ -12,6 +12,7 @@ from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.config import (
     Compare,
+    EvaluationOptions,
     LoraOptions,
     PreferenceOptions,
     Run,
@@ -95,7 +96,11 @@ def test_objectives_are_found_without_their_infrastructure() -> None:
         (Run(lora=LoraOptions(targets="(fc1")), "not a regular expression"),
         (Run(cohort=4, system=SystemOptions(wave=8)), "wider than --cohort 4"),
         (Run(system=SystemOptions(wave=6, mesh_clients=4)), "use a multiple of 4"),
-        (Run(system=SystemOptions(cache_dir=Path("x"))), "is for --system.cache disk"),
+        (Run(system=SystemOptions(cache="memory", cache_dir=Path("x"))), "is for --system.cache disk"),
+        (Run(system=SystemOptions(cache_gib=0.0)), "--system.cache-gib is 0.0"),
+        (Run(evaluation=EvaluationOptions(select_by="loss")), "--evaluation.select-by loss"),
+        (Run(evaluation=EvaluationOptions(metrics=("bleu",))), "--evaluation.metrics bleu"),
+        (Run(evaluation=EvaluationOptions(metrics=("cider",))), "leaves out exact_match"),
         (Run(out=Path("a"), resume=Path("b")), "exclude each other"),
     ],
 )

@@ -132,9 +132,9 @@ def compute_reference(
             values = np.stack([scores["chosen_log_prob"], scores["rejected_log_prob"]], axis=1)[: len(rows)]
             store.add([keys[row] for row in rows], values)
             done += len(rows)
-        if time.monotonic() - told > QUIET:
-            note(f"reference log-probabilities: {done} of {len(missing)}")
-            told = time.monotonic()
+            if done < len(missing) and time.monotonic() - told > QUIET:
+                note(f"reference log-probabilities: {done} of {len(missing)}")
+                told = time.monotonic()
     return np.asarray([store.find(key) for key in keys], np.float32).reshape(-1, 2)
 
 
