@@ -14,7 +14,7 @@ several languages and the neutral prompt nobody could know which is wanted, so a
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -221,7 +221,7 @@ def _describe_mix(drawn: Sequence[str], groups: Sequence[str]) -> dict[str, floa
     return {group: round(drawn.count(group) / len(drawn), 4) for group in groups} if drawn else {}
 
 
-def _check_choice(flag: str, chosen: Sequence[str], there_are: set) -> None:
+def _check_choice(flag: str, chosen: Sequence[str], there_are: set[Any]) -> None:
     unknown = [name for name in chosen if name not in there_are]
     if unknown:
         raise UserError(

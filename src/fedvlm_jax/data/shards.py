@@ -6,7 +6,7 @@ Whatever is wrong with a file is one `UserError` that names it.
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -148,7 +148,7 @@ def _find_damaged(files: Sequence[Path], columns: list[str]) -> Path | None:
 
 
 @contextlib.contextmanager
-def hush_datasets() -> Iterator[None]:
+def hush_datasets() -> Generator[None]:
     """Keep `datasets` from drawing bars and from logging the errors that are raised anyway."""
     import datasets
 

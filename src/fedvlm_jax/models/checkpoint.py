@@ -154,9 +154,7 @@ def load_params(shapes: Any, files: list[Path], dtype: Any) -> dict[str, Any]:
     """
     expected = flatten(shapes)
     stacks = {path: shape.shape[0] for path, shape in expected.items() if _is_stacked(path)}
-    wanted = {
-        (path, n) for path, shape in expected.items() for n in (range(stacks[path]) if path in stacks else [None])
-    }
+    wanted = {(path, n) for path in expected for n in (range(stacks[path]) if path in stacks else [None])}
     filled: dict[str, np.ndarray] = {}
     done: set[tuple[str, int | None]] = set()
     ties: dict[str, np.ndarray] = {}
@@ -221,7 +219,7 @@ def _check_ties(ties: dict[str, np.ndarray], shared: np.ndarray | None, dtype: A
 
 def _read(files: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
     """All tensors of safetensors files, one at a time."""
-    import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
+    import ml_dtypes  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers bfloat16 with numpy
     from safetensors import safe_open
 
     for file in files:

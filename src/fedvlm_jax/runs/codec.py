@@ -24,7 +24,7 @@ def encode(options: Any) -> dict[str, Any]:
     return {field.name: _encode_value(getattr(options, field.name)) for field in dataclasses.fields(options)}
 
 
-def decode(kind: type[T], stored: Mapping[str, Any], where: str = "") -> T:
+def decode(kind: type[T], stored: Any, where: str = "") -> T:
     """Rebuild a `kind` from what `encode` made of it.
 
     Args:

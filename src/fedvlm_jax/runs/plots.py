@@ -106,7 +106,7 @@ def draw_methods(record: ComparisonRecord, theme: Theme, narrow: bool = False) -
     methods = [method for method in scores if scores[method]][::-1]
     rival = "local" if scores.get("local") else methods[-1]
     width, height = (NARROW, 1.7 + 0.95 * len(methods)) if narrow else (WIDE, 1.1 + 0.52 * len(methods))
-    shape = {"rows": 2, "columns": 1} if narrow else {"rows": 1, "columns": 2, "width_ratios": (1.1, 1)}
+    shape: dict[str, Any] = {"rows": 2, "columns": 1} if narrow else {"columns": 2, "width_ratios": (1.1, 1)}
     figure, (left, right) = make_figure(theme, width, height, sharey=True, **shape)
     series = choose_series(record.methods)
     for row, method in enumerate(methods):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from fedvlm_jax.evaluation.intervals import Difference
 from fedvlm_jax.evaluation.spread import summarise
@@ -104,7 +105,7 @@ def describe_difference(method: str, rival: str, difference: Difference, seeds_a
     )
 
 
-def _describe_winner(ranking: list[str], means: dict[str, float], scores: dict) -> str:
+def _describe_winner(ranking: list[str], means: dict[str, float], scores: dict[str, Any]) -> str:
     first, second = ranking[:2]
     sentence = f"The highest mean on test is that of {first}, {percent(means[first])}"
     difference = compare_paired(scores[first], scores[second])
