@@ -49,8 +49,8 @@ def test_a_run_by_hand(tmp_path: Path) -> None:
     assert models.rows[1][:6] == ("personal (plora)", "40.0 %", "14.1 %", "20.0 %", "20.0 %", "0.889")
     assert models.rows[1][6].startswith("+30.0 [")
     assert models.rows[0][6] == "–"
-    assert metrics.columns == ("model", "token accuracy", "loss")
-    assert metrics.rows[1] == ("personal (plora)", "50.0 %", "0.500")
+    assert metrics.columns == ("metric", "zero-shot", "personal (plora)")
+    assert metrics.rows == (("token accuracy", "50.0 %", "50.0 %"), ("loss", "0.500", "0.500"))
     assert clients.rows[0] == ("d", "10.0 %", "60.0 %")
     assert clients.rows[-1] == ("a", "10.0 %", "20.0 %")
 
@@ -77,8 +77,8 @@ def test_a_run_judged_by_preferences_with_newcomers_and_a_matrix(tmp_path: Path)
         ("held-out clients, cold start (mean)", "25.0 %"),
     ]
     assert models.strong == {2}
-    assert metrics.columns == ("model", "exact match", "token accuracy", "loss")
-    assert metrics.rows[1] == ("global model", "–", "–", "–")
+    assert metrics.columns[:4] == ("metric", "zero-shot", "global model", "personal (plora)")
+    assert metrics.rows[0] == ("exact match", "10.0 %", "–", "30.0 %", "–", "–")
     assert clients.title.startswith("Preference accuracy per client")
     # Own: .75 and 1; others': a's model on b .5, b's on a 1. On a's data b's model is better.
     assert matrix.rows == (("preference accuracy", "87.5 %", "75.0 %", "50.0 %", "1"),)

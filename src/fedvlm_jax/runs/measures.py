@@ -35,7 +35,7 @@ MEASURES = MappingProxyType(
         for measure in (
             Measure("exact_match", "exact match"),
             Measure("preference_accuracy", "preference accuracy"),
-            Measure("preference_accuracy_per_token", "the same per token"),
+            Measure("preference_accuracy_per_token", "preference accuracy per token"),
             Measure("reward_margin", "reward margin", share=False),
             Measure("token_f1", "token F1"),
             Measure("rouge_l", "ROUGE-L"),

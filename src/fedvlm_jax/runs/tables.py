@@ -147,13 +147,11 @@ def _tabulate_metrics(record: RunRecord) -> Table:
     models = _name_models(record)
     measures = [measure for measure in order_measures(record.metrics()) if measure.name != record.metric]
     rows = []
-    for label, model in models:
-        scores = [record.scores(model, measure.name) for measure in measures]
-        written = [m.write(summarise(own).mean) if own else "–" for m, own in zip(measures, scores, strict=True)]
-        rows.append((label, *written))
-    strong = frozenset(number for number, (_, model) in enumerate(models) if model == "personal")
-    columns = ("model", *(measure.label for measure in measures))
-    return Table("Other metrics on test, mean over clients", columns, tuple(rows), strong)
+    for measure in measures:
+        scores = [record.scores(model, measure.name) for _, model in models]
+        rows.append((measure.label, *(measure.write(summarise(own).mean) if own else "–" for own in scores)))
+    columns = ("metric", *(label for label, _ in models))
+    return Table("Other metrics on test, mean over clients", columns, tuple(rows))
 
 
 def _tabulate_all_metrics(record: ComparisonRecord, methods: list[str]) -> Table:
@@ -161,15 +159,14 @@ def _tabulate_all_metrics(record: ComparisonRecord, methods: list[str]) -> Table
     names = {name for run in record.runs for name, values in (run.get("test") or {}).items() if values}
     measures = [measure for measure in order_measures(names) if measure.name != record.metric]
     rows = []
-    for method in methods:
+    for measure in measures:
         written = []
-        for measure in measures:
+        for method in methods:
             by_seed = record.scores(method, measure.name)
             mean = spread([summarise(one).mean for one in by_seed.values()]).mean if by_seed else math.nan
             written.append(measure.write(mean))
-        rows.append((method, *written))
-    columns = ("method", *(measure.label for measure in measures))
-    return Table("Other metrics on test, mean over clients and seeds", columns, tuple(rows) if measures else ())
+        rows.append((measure.label, *written))
+    return Table("Other metrics on test, mean over clients and seeds", ("metric", *methods), tuple(rows))
 
 
 def _tabulate_matrix(record: RunRecord) -> Table:
