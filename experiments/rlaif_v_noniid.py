@@ -9,8 +9,9 @@ method (plora: B averaged and sent back, A kept) against LoRA with FedAvg. Every
 its accuracy is. The clients here are RLAIF-V's sources, and what is measured is how often a model finds the preferred
 of two answers likelier (summed log-probabilities, and per token), besides metrics of generated answers.
 
-SFT learns the preferred answer alone, DPO (arXiv 2305.18290) to prefer it. Every objective's comparison is a folder
-that `fedvlm report` reads; started again, it goes on where it stopped.
+SFT learns the preferred answer alone, DPO (arXiv 2305.18290) to prefer it. Both rates of every objective and method are
+scaled by the factor that did best on validation, with a seed that the comparison does not use. Every objective's
+comparison is a folder that `fedvlm report` reads; started again, it goes on where it stopped.
 """
 
 import dataclasses
@@ -23,13 +24,13 @@ import tyro
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.evaluation.spread import summarise
 from fedvlm_jax.objectives.options import PreferenceOptions
-from fedvlm_jax.runs.compare import compare
+from fedvlm_jax.runs.compare import compare, finish_run
 from fedvlm_jax.runs.config import Compare, EvaluationOptions, LoraOptions, Run, SystemOptions, TrainOptions
-from fedvlm_jax.runs.folders import ComparisonRecord, read_comparison
+from fedvlm_jax.runs.folders import ComparisonRecord, read_comparison, read_run
 from fedvlm_jax.runs.heap import keep_heap
 from fedvlm_jax.runs.measures import find_measure
-from fedvlm_jax.runs.prepare import open_session
-from fedvlm_jax.runs.progress import open_progress
+from fedvlm_jax.runs.prepare import Session, open_session
+from fedvlm_jax.runs.progress import Progress, open_progress
 from fedvlm_jax.runs.statistics import spread
 from fedvlm_jax.runs.storage import describe_environment, write_json
 from fedvlm_jax.runs.tables import Table, to_markdown
@@ -51,6 +52,10 @@ class Preset:
     objectives: tuple[str, ...] = ("sft", "dpo")
     methods: tuple[str, ...] = ("local", "fedavg-lora", "plora")
     seeds: int = 3
+    rate_factors: tuple[float, ...] = (1.0, 0.3, 0.1)
+    """Times the learning rates of A and B, which are 5e-3 and 2e-3 in the twin and a fifth of it otherwise."""
+    tune_seed: int = 100
+    """Decides the clients and cohorts on whose validation split the factor is chosen."""
     beta: float = 0.1
     """DPO's usual value for RLAIF-V."""
     limit: int | None = None
@@ -73,7 +78,7 @@ def shared_options(preset: Preset) -> Run:
     if preset.twin:
         data = DataOptions(prompt="client-language")
         train = TrainOptions(rounds=16, local_steps=4, batch_size=16)
-        evaluation = EvaluationOptions(every=16, before_redistribution=False)
+        evaluation = EvaluationOptions(every=4, before_redistribution=False)
         return Run(data=data, train=train, lora=lora, preference=preference, evaluation=evaluation, checkpoint_every=16)
     data = DataOptions(source="rlaif-v", path=preset.path, limit=preset.limit, partition="natural")
     train = TrainOptions(rounds=40, local_steps=16, batch_size=8, learning_rate_a=1e-3, learning_rate_b=4e-4)
@@ -95,12 +100,39 @@ def run(preset: Preset) -> dict[str, ComparisonRecord]:
         evaluation = dataclasses.replace(base.evaluation, select_by=select)
         base = dataclasses.replace(base, objective=objective, evaluation=evaluation, out=out / objective)
         session = session or open_session(base, show.note)
-        comparison = Compare(preset.methods, preset.seeds, base=base)
         if not (out / objective / "comparison.json").is_file():
-            compare(comparison, show, session)
+            settings = tune(preset, base, show, session)
+            compare(Compare(preset.methods, preset.seeds, base=base), show, session, settings)
         records[objective] = read_comparison(out / objective)
     show.finish()
     return records
+
+
+def tune(preset: Preset, base: Run, show: Progress, session: Session) -> dict[str, TrainOptions]:
+    """Method -> its training options, with the rates that did best on validation; the test split stays shut."""
+    assert base.out is not None
+    evaluation = dataclasses.replace(base.evaluation, test=False)
+    chosen = {}
+    for method in preset.methods:
+        scores: dict[float, float] = {}
+        for factor in preset.rate_factors:
+            out = base.out / "tuning" / f"{method}-{factor:g}"
+            train = _scale(base.train, factor)
+            one = dataclasses.replace(
+                base, method=method, train=train, evaluation=evaluation, seed=preset.tune_seed, out=out
+            )
+            found = finish_run(one, show, session).scores("personal", split="validation")
+            scores[factor] = sum(found.values()) / len(found)
+        best = max(scores, key=lambda factor: scores[factor])  # the first of equals
+        show.note(f"{base.objective} {method}: " + ", ".join(f"x{f:g} {s:.1%}" for f, s in scores.items()))
+        chosen[method] = _scale(base.train, best)
+    return chosen
+
+
+def _scale(train: TrainOptions, factor: float) -> TrainOptions:
+    return dataclasses.replace(
+        train, learning_rate_a=factor * train.learning_rate_a, learning_rate_b=factor * train.learning_rate_b
+    )
 
 
 def tabulate(records: dict[str, ComparisonRecord]) -> Table:
@@ -130,6 +162,11 @@ def _write(record: ComparisonRecord, method: str, metric: str) -> str:
     return f"{100 * found.mean:.1f} ± {100 * found.std:.1f} %" if measure.share else f"{written} ± {found.std:.3f}"
 
 
+def _read_rates(record: ComparisonRecord) -> dict[str, tuple[float, float]]:
+    train = {run["method"]: read_run(record.folder_of(run)).options["train"] for run in record.runs}
+    return {method: (options["learning_rate_a"], options["learning_rate_b"]) for method, options in train.items()}
+
+
 def main() -> None:
     """Run, and write the table."""
     preset = tyro.cli(Preset, description=__doc__)
@@ -142,6 +179,7 @@ def main() -> None:
         "command": "python experiments/rlaif_v_noniid.py" + (" --twin" if preset.twin else ""),
         "seeds": next(iter(records.values())).seeds,
         "settings": {objective: record.settings for objective, record in records.items()},
+        "rates": {objective: _read_rates(record) for objective, record in records.items()},
         "rows": [dict(zip(table.columns, row, strict=True)) for row in table.rows],
         **describe_environment(),
     }

@@ -70,11 +70,15 @@ def test_what_the_hub_gives_is_read_like_a_folder(folder, tmp_path, monkeypatch)
 
     def give(name, **kwargs):
         asked.update(kwargs, name=name)
-        return datasets.Dataset.from_parquet([str(file) for file in sorted(folder.iterdir())], cache_dir=str(tmp_path))
+        given = datasets.Dataset.from_parquet([str(file) for file in sorted(folder.iterdir())], cache_dir=str(tmp_path))
+        given.info.download_checksums = {f"hf://datasets/openbmb/RLAIF-V-Dataset@{'4' * 40}/a.parquet": {}}
+        return given
 
     monkeypatch.setattr(datasets, "load_dataset", give)
     fetched, read = read_table(NAMED.replace(revision="abc")), read_table(NAMED.replace(path=folder))
     assert asked == {"name": "openbmb/RLAIF-V-Dataset", "split": "train", "revision": "abc"}
+    assert federate(fetched, NAMED, 0).description["revision"] == "4" * 40
+    assert "revision" not in federate(read, NAMED, 0).description
     assert fetched.columns == read.columns
     assert fetched.read_text("idx") == read.read_text("idx")
     assert [fetched.read_image(row) for row in range(0, 400, 37)] == [read.read_image(row) for row in range(0, 400, 37)]

@@ -41,6 +41,8 @@ def federate(table: Table, options: "DataOptions", seed: int) -> Federation:
 
     named = find_sets().get(table.name)
     federation = named.federate(table, options, seed) if named else federate_by_column(table, options, seed)
+    if table.revision:
+        federation = dataclasses.replace(federation, description={**federation.description, "revision": table.revision})
     federation = _leave_out(federation, options)
     federation = hold_out(federation, options.held_out_clients, seed)
     return check_federation(federation, options)

@@ -5,6 +5,8 @@ CC BY-NC 4.0. It does not ship: it is read from a folder of its shards (`--data.
 kept in its cache. Its natural clients are its sources (`origin_dataset`); it is split here, by image content.
 """
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,4 +69,6 @@ def _fetch(revision: str | None) -> Table:
             f"{error}). Where the hub can be reached, run: {command} --local-dir DIR; then give --data.path DIR."
         ) from error
     assert isinstance(dataset, datasets.Dataset)
-    return open_dataset(dataset, NAME, Path())
+    urls = dataset.info.download_checksums or {}  # hf://datasets/owner/name@commit/file
+    commits = {found[1] for url in urls if (found := re.search(r"@([0-9a-f]{40})/", url))}
+    return dataclasses.replace(open_dataset(dataset, NAME, Path()), revision=min(commits, default=revision))

@@ -58,6 +58,7 @@ class Table:
         folder: where relative image paths begin.
         blobs: where the images' bytes lie, if that is in mapped files.
         facts: what is known about the images; only `images.py` fills it.
+        revision: the commit that a set from the hub was fetched at.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Table:
     folder: Path
     blobs: Blobs | None = field(default=None, repr=False)
     facts: ImageFacts = field(default_factory=ImageFacts, repr=False)
+    revision: str | None = None
 
     def __len__(self) -> int:
         return self.data.num_rows
