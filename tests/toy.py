@@ -21,11 +21,23 @@ WIDTH, VOCABULARY, LABELS = 6, 5, 3
 SPEC = lora.LoRA(rank=2, alpha=4.0, targets="fc")
 
 
+class Half(nn.Module):
+    """One layer, in a room of its own, because some methods tell encoder and decoder apart."""
+
+    layer: str
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.width, name=self.layer)(x)
+
+
 class Toy(nn.Module):
     @nn.compact
     def __call__(self, features):
-        hidden = jnp.tanh(nn.Dense(8, name="fc1")(features))
-        return nn.Dense(LABELS * VOCABULARY, name="fc2")(hidden).reshape(*features.shape[:-1], LABELS, VOCABULARY)
+        hidden = jnp.tanh(Half("fc1", 8, name="encoder")(features))
+        said = Half("fc2", LABELS * VOCABULARY, name="decoder")(hidden)
+        return said.reshape(*features.shape[:-1], LABELS, VOCABULARY)
 
 
 def make_toy():
@@ -42,11 +54,16 @@ def make_toy():
     return SimpleNamespace(logits=logits, sites=lora.find_sites(model.apply, params, example)), params
 
 
-def make_method(name, *, objective="sft", optimizer="adamw", keep_optimizer=True, common_start=True, clip_norm=1.0):
+def make_method(
+    name, *, objective="sft", optimizer="adamw", keep_optimizer=True, common_start=True, clip_norm=1.0, **choices
+):
     """-> vlm, params, trainer, method, the adapter that all start from."""
+    choices = {"population": 4, "cohort": 4, "rounds": 4, **choices}
     vlm, params = make_toy()
     trainer = make_local_trainer(vlm, load_objective(objective), optimizer=optimizer, clip_norm=clip_norm)
-    setup = Setup(vlm.sites, lambda key: lora.init(key, vlm.sites, SPEC), trainer.start, keep_optimizer, common_start)
+    setup = Setup(
+        vlm.sites, lambda key: lora.init(key, vlm.sites, SPEC), trainer.start, keep_optimizer, common_start, **choices
+    )
     adapter = lora.init(jax.random.key(9), vlm.sites, SPEC)
     return vlm, params, trainer, load_method(name, setup), adapter
 
@@ -72,14 +89,14 @@ def take(cohort, order):
 
 
 def start_states(method, server, clients):
-    one = jax.eval_shape(lambda: method.init_client(jax.random.key(0), server))
+    one = jax.eval_shape(lambda: method.init_client(jax.random.key(0), server, jnp.int32(0)))
     return jax.tree.map(lambda x: np.zeros((clients, *x.shape), x.dtype), one)
 
 
 RATES = {"a": jnp.float32(5e-2), "b": jnp.float32(5e-2)}
 
 
-def run_round(run, params, server, cohort, weights, states, *, waves=1, round_=1, key=3):
+def run_round(run, params, server, cohort, weights, states, *, waves=1, round_=1, key=3, phase=0, rates=RATES):
     """One call of a round; states come back as [K, …]."""
     out = run(
         params,
@@ -87,9 +104,10 @@ def run_round(run, params, server, cohort, weights, states, *, waves=1, round_=1
         to_waves(states, waves),
         to_waves(cohort, waves),
         jnp.asarray(weights, jnp.float32),
-        RATES,
+        rates,
         jnp.int32(round_),
         jax.random.key(key),
+        phase=phase,
     )
     personal = jax.tree.map(lambda x: np.swapaxes(np.asarray(x), 0, 1).reshape(-1, *x.shape[2:]), out.personal)
     return out, personal

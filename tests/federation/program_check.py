@@ -75,7 +75,7 @@ def run(case, vlm, params, devices, waves):
     method = load_method(name, Setup(vlm.sites, lambda key: lora.init(key, vlm.sites, spec), trainer.start))
     mesh = make_mesh(devices)
     server = method.init(lora.init(jax.random.key(1), vlm.sites, spec))
-    shapes = jax.eval_shape(lambda: method.init_client(jax.random.key(0), server))
+    shapes = jax.eval_shape(lambda: method.init_client(jax.random.key(0), server, jnp.int32(0)))
     states = jax.tree.map(lambda x: np.zeros((CLIENTS, *x.shape), x.dtype), shapes)
     arguments = (
         replicate(mesh, params),

@@ -1,6 +1,7 @@
 """What every method must keep, found by name: a new file in methods/ is tested here without being mentioned."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy import make_cohort, make_method, run_round, start_states, take
@@ -114,7 +115,7 @@ def test_an_empty_client_keeps_its_start(case):
     cohort.mask[1] = False
     weights = np.asarray([0.3, 0.0, 0.3, 0.4])
     out, personal = case.run(cohort, weights, case.states)
-    kept = case.method.init_client(jax.random.key(0), case.server)
+    kept = case.method.init_client(jax.random.key(0), case.server, jnp.int32(1))
     assert_close(jax.tree.map(lambda x: x[1], personal), kept, rtol=0, atol=0)
     assert np.isfinite(out.metrics["loss"]).all()
 
@@ -181,9 +182,9 @@ def test_private_start_common_or_own():
     for common in (True, False):
         _, _, _, method, adapter = make_method("plora", common_start=common)
         server = method.init(adapter)
-        one, two = (method.init_client(jax.random.key(k), server)["own"] for k in (1, 2))
-        assert np.array_equal(one["fc1"]["a"], two["fc1"]["a"]) == common
-        assert set(one["fc1"]) == {"a", "scale"}
+        one, two = (method.init_client(jax.random.key(k), server, jnp.int32(k))["own"] for k in (1, 2))
+        assert np.array_equal(one["encoder"]["fc1"]["a"], two["encoder"]["fc1"]["a"]) == common
+        assert set(one["encoder"]["fc1"]) == {"a", "scale"}
 
 
 def test_weighted_mean_of_published_vectors():
@@ -213,4 +214,4 @@ def test_rules_make_methods():
     server = method.init(lora.init(jax.random.key(0), vlm.sites, SPEC))
     run = make_round(method, trainer, make_mesh(1))
     out, _ = run_round(run, params, server, make_cohort(2), [0.5, 0.5], start_states(method, server, 2))
-    assert list(tree.flatten(out.messages)) == ["fc2/b"]
+    assert list(tree.flatten(out.messages)) == ["decoder/fc2/b"]

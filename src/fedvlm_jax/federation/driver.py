@@ -3,7 +3,7 @@
 A federation in progress is the server's state on the devices, the personal states on the host, and a compiled round.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +16,13 @@ from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 from fedvlm_jax import lora, tree
 from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.federation.cohort import Layout, draw_cohort, make_clients
+from fedvlm_jax.federation.health import examine
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.federation.population import Population
 from fedvlm_jax.federation.round import RoundOutput, from_waves, make_round, start_personal, to_waves
 from fedvlm_jax.federation.training import LocalTrainer
 from fedvlm_jax.methods import Client, Method
+from fedvlm_jax.methods.parts.norms import leaf_name
 from fedvlm_jax.sharding import place_waves, replicate
 
 __all__ = ["Driver", "Programs", "RoundInputs", "RoundReport", "make_programs"]
@@ -35,6 +37,8 @@ class Programs:
     round: Callable[..., RoundOutput]
     personalise: Callable[..., PyTree]
     trained: Callable[..., PyTree]
+    health: Callable[..., dict[str, Any]]
+    base: Callable[[PyTree, PyTree], PyTree] | None
 
 
 def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs:
@@ -45,12 +49,15 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs
         state = jax.tree.map(lambda new, old: jnp.where(known, old, new), fresh, state)
         return method.personalise(server, state)
 
+    trained = jax.vmap(method.trained, in_axes=(None, 0, 0))
     return Programs(
         method,
         mesh,
         make_round(method, trainer, mesh),
         jax.jit(jax.vmap(adapter_of, in_axes=(None, 0, 0, 0, None))),
-        jax.jit(jax.vmap(method.trained, in_axes=(None, 0, 0))),
+        jax.jit(trained),
+        jax.jit(lambda server, states, messages, weights: examine(trained(server, states, messages), weights)),
+        jax.jit(method.base) if method.base is not None else None,
     )
 
 
@@ -78,9 +85,10 @@ class RoundReport:
         numbers: the cohort.
         metrics: of every client in it [K].
         health: of the aggregation.
-        bytes_up, bytes_down: per client.
+        bytes_up, bytes_down: per client, mean over the cohort; padding beyond a client's rank does not travel.
         trained: (client numbers [V] of the cohort) -> the adapters as these clients had them before aggregation; None
             where nothing was redistributed.
+        base: what these adapters were trained on.
     """
 
     numbers: np.ndarray
@@ -89,6 +97,7 @@ class RoundReport:
     bytes_up: int
     bytes_down: int
     trained: Callable[[np.ndarray], PyTree] | None
+    base: PyTree
 
 
 @dataclass
@@ -104,6 +113,7 @@ class Driver:
         key: the run's key; decides what is drawn on the device.
         weighting: how clients count.
         server: the server's state.
+        ranks: of every client; empty where all have the adapter's.
         population: the personal states.
     """
 
@@ -116,7 +126,9 @@ class Driver:
     key: PRNGKeyArray
     weighting: Literal["examples", "uniform"]
     server: PyTree
+    ranks: Sequence[int] = ()
     population: Population = field(init=False)
+    _base: tuple[PyTree, PyTree] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         shapes = jax.eval_shape(
@@ -141,6 +153,15 @@ class Driver:
         )
         return RoundInputs(round_, numbers, clients, weights)
 
+    @property
+    def base(self) -> PyTree:
+        """The base as the method has it now; formed once per state of the server."""
+        if self.programs.base is None:
+            return self.params
+        if self._base is None or self._base[0] is not self.server:
+            self._base = (self.server, self.programs.base(self.params, self.server))
+        return self._base[1]
+
     def run_round(self, read: RoundInputs, rates: dict[str, float]) -> RoundReport:
         """Run a round that was read: train its cohort, aggregate, write personal states back."""
         mesh, method = self.programs.mesh, self.programs.method
@@ -148,9 +169,9 @@ class Driver:
         places = np.concatenate([numbers, np.repeat(numbers[:1], self.layout.places - len(numbers))])
         personal = to_waves(self.population.gather(places), self.layout.waves)
         clients = read.clients._replace(new=to_waves(~self.population.known[places], self.layout.waves))
-        before = self.server
+        before, base = self.server, self.base
         out = self.programs.round(
-            self.params,
+            base,
             before,
             place_waves(mesh, personal),
             place_waves(mesh, clients),
@@ -158,18 +179,38 @@ class Driver:
             {name: jnp.float32(rate) for name, rate in rates.items()},
             jnp.int32(read.round),
             self.key,
+            phase=method.phase(read.round) if method.phase is not None else 0,
         )
-        self.population.scatter(numbers, from_waves(jax.device_get(out.personal)))  # places beyond the cohort stay out
+        states = from_waves(out.personal)
+        health = out.health | self.programs.health(before, states, out.messages, jnp.asarray(weights))
+        self.population.scatter(numbers, jax.device_get(states))  # places beyond the cohort stay out
         self.server = out.server
-        sent = jax.eval_shape(lambda messages: jax.tree.map(lambda x: x[0], messages), out.messages)
+        up, down = self._travelling(out.messages)
         return RoundReport(
             numbers=numbers,
             metrics={name: np.asarray(values)[: len(numbers)] for name, values in out.metrics.items()},
-            health={name: float(value) for name, value in out.health.items()},
-            bytes_up=tree.count_bytes(sent),
-            bytes_down=tree.count_bytes(method.download(out.server)),
+            health={name: float(value) for name, value in health.items()},
+            bytes_up=self._count_bytes(up, numbers),
+            bytes_down=self._count_bytes(down, numbers),
             trained=self._trained(before, numbers, out.messages) if jax.tree.leaves(out.messages) else None,
+            base=base,
         )
+
+    def _travelling(self, messages: PyTree) -> tuple[PyTree, PyTree]:
+        """What one client sends and what it receives, as trees of shapes."""
+        method, shapes = self.programs.method, jax.eval_shape(lambda tree: tree, messages)
+        if method.travels is not None:
+            return method.travels(self.server, shapes)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes), method.download(self.server)
+
+    def _count_bytes(self, part: PyTree, numbers: np.ndarray) -> int:
+        if not self.ranks:
+            return tree.count_bytes(part)
+        share = float(np.mean([self.ranks[number] for number in numbers])) / max(self.ranks)
+        return round(sum(
+            tree.count_bytes(leaf) * (share if leaf_name(path) in ("a", "b") else 1)
+            for path, leaf in tree.flatten(part).items()
+        ))  # fmt: skip
 
     def adapters(self, numbers: np.ndarray) -> PyTree:
         """The personalised adapters of these clients [V, …]."""

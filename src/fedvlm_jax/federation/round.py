@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
@@ -43,8 +42,8 @@ class RoundOutput(NamedTuple):
 
 
 def to_waves(tree: PyTree, waves: int) -> PyTree:
-    """Lay host arrays [K, …] out as [W, V, …], K = W·V; position k goes to wave k mod W, place k div W."""
-    return jax.tree.map(lambda x: np.swapaxes(np.asarray(x).reshape(-1, waves, *x.shape[1:]), 0, 1), tree)
+    """Lay arrays [K, …] out as [W, V, …], K = W·V; position k goes to wave k mod W, place k div W."""
+    return jax.tree.map(lambda x: x.reshape(-1, waves, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
 def from_waves(tree: PyTree) -> PyTree:
@@ -54,14 +53,14 @@ def from_waves(tree: PyTree) -> PyTree:
 
 def start_personal(method: Method, key: PRNGKeyArray, server: PyTree, number: Int[Array, ""]) -> PyTree:
     """The state that client `number` begins with; `key` is the run's, the same in every round."""
-    return method.init_client(jax.random.fold_in(jax.random.fold_in(key, 1), number), server)
+    return method.init_client(jax.random.fold_in(jax.random.fold_in(key, 1), number), server, number)
 
 
 def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..., RoundOutput]:
-    """Compile-once round: `run(params, server, personal, clients, weights, rates, round, key)`.
+    """Compile-once round: `run(params, server, personal, clients, weights, rates, round, key, *, phase=0)`.
 
     Args of the result:
-        params: the frozen base.
+        params: the frozen base, as the method has it in this round.
         server: the server's state.
         personal: personal states [W, V, …]; donated. What newcomers bring is ignored: they begin with `init_client`.
         clients: a `Client` of arrays [W, V, …].
@@ -69,6 +68,7 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
         rates: learning rates.
         round: the round's number.
         key: the run's key; a client's own is folded from it, the round and the client's number.
+        phase: of the round; static, a program each.
     """
     across = NamedSharding(mesh, PartitionSpec(CLIENTS))
 
@@ -81,11 +81,12 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
         rates: dict[str, Float[Array, ""]],
         round: Int[Array, ""],
         key: PRNGKeyArray,
+        phase: int = 0,
     ) -> RoundOutput:
-        def train(adapter: Any, state: Any, client: Client) -> Any:
-            return trainer.run(params, adapter, state, client, rates)
+        def train(factors: Any, state: Any, client: Client, **choices: Any) -> Any:
+            return trainer.run(params, factors, state, client, rates, **choices)
 
-        ctx = Context(params, round, rates, train)
+        ctx = Context(params, round, phase, rates, train)
 
         def update(personal: PyTree, client: Client) -> Any:
             fresh = start_personal(method, key, server, client.number)
@@ -103,10 +104,18 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
             (personal, messages, metrics), wave_sharding(mesh)
         )
         messages, metrics = jax.lax.with_sharding_constraint((from_waves(messages), from_waves(metrics)), across)
+        if method.deliver is not None and method.receive is not None:
+            downloads = method.deliver(ctx, server, messages, weights)
+            received = jax.vmap(method.receive)(from_waves(personal), downloads)
+            here = lambda new, old: jnp.where(weights.reshape(-1, *[1] * (new.ndim - 1)) > 0, new, old)  # noqa: E731
+            received = jax.tree.map(here, received, from_waves(personal))  # who dropped out is not there any more
+            personal = jax.lax.with_sharding_constraint(
+                to_waves(received, clients.weight.shape[0]), wave_sharding(mesh)
+            )
         server, health = method.aggregate(ctx, server, messages, weights)
         return RoundOutput(server, personal, messages, metrics, health)
 
     # Told, not inferred: the server's state comes back exactly as it goes in, so the next round finds its program.
     everywhere = NamedSharding(mesh, PartitionSpec())
     outputs = RoundOutput(everywhere, wave_sharding(mesh), across, across, everywhere)  # type: ignore[arg-type]
-    return jax.jit(run, donate_argnames="personal", out_shardings=outputs)
+    return jax.jit(run, donate_argnames="personal", static_argnames="phase", out_shardings=outputs)

@@ -1,7 +1,7 @@
 """Local training: a scan over a client's steps with an optax optimiser, the same for every method.
 
-Learning rates are traced and come with the round, so that a schedule or a grid of them shares one compile. The
-adapter's `scale` leaves are data and never trained.
+Learning rates are traced and come with the round, so that a schedule or a grid of them shares one compile. What is
+trained is named by path; all else in the tree (an adapter's `scale`, a frozen factor) is data.
 """
 
 from collections.abc import Callable
@@ -15,22 +15,26 @@ from jaxtyping import Array, Float, PyTree
 from fedvlm_jax import lora, tree
 from fedvlm_jax.data.encode import IGNORED, LABELS
 from fedvlm_jax.methods import Client
-from fedvlm_jax.methods.record import Metrics
+from fedvlm_jax.methods.record import Metrics, is_factor
 from fedvlm_jax.objectives import Objective
 
 __all__ = ["LocalTrainer", "make_local_trainer"]
+
+RATE = {"a": "a", "gate": "a"}
+"""A leaf's name -> the learning rate it is trained with; all others, b and whatever lies between a and b, with b's."""
 
 
 class LocalTrainer(NamedTuple):
     """Local training as two pure functions.
 
     Attributes:
-        start: (adapter) -> a fresh optimiser state.
-        run: (params, adapter, optimiser state, client, rates) -> (adapter, optimiser state, metrics).
+        start: (factors, trained) -> a fresh optimiser state for the leaves that `trained` names.
+        run: (params, factors, optimiser state, client, rates, **choices) -> (factors, optimiser state, metrics); the
+            choices are those of `methods.record.Train`.
     """
 
-    start: Callable[[lora.Adapter], PyTree]
-    run: Callable[..., tuple[lora.Adapter, PyTree, Metrics]]
+    start: Callable[..., PyTree]
+    run: Callable[..., tuple[PyTree, PyTree, Metrics]]
 
 
 def make_local_trainer(
@@ -43,56 +47,64 @@ def make_local_trainer(
 ) -> LocalTrainer:
     """Build local training for a model and an objective.
 
-    An optimiser step: the gradient over all trained factors is clipped to `clip_norm` (global norm), turned into a
-    direction (AdamW 1711.05101 with optax's defaults, or the gradient itself), decayed, and scaled by the rate of its
-    factor: `rates["a"]` or `rates["b"]`.
+    An optimiser step: the gradient over all trained factors is clipped to `clip_norm` (global norm), nudged, turned
+    into a direction (AdamW 1711.05101 with optax's defaults, or the gradient itself), decayed, and scaled by the rate
+    of its factor: `rates["a"]` or `rates["b"]`.
 
     The metrics are means over the steps that counted, the loss of the last of them as `last_loss`, and `steps`.
     """
-    rules = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    rules += [optax.scale_by_adam()] if optimizer == "adamw" else []
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    rules = [optax.scale_by_adam()] if optimizer == "adamw" else []
     rules += [optax.add_decayed_weights(weight_decay)] if weight_decay else []
     direction = optax.chain(*rules) if rules else optax.identity()
 
-    def loss(factors: PyTree, frozen: PyTree, params: PyTree, batch: dict[str, Array]) -> tuple[Array, Metrics]:
-        return objective.loss(vlm, params, tree.combine(factors, frozen), batch)
-
-    def start(adapter: lora.Adapter) -> PyTree:
-        return direction.init(_split(adapter)[0])
+    def start(factors: PyTree, trained: Callable[[str], bool] = is_factor) -> PyTree:
+        return direction.init(tree.partition(factors, trained)[0])
 
     def run(
-        params: PyTree, adapter: lora.Adapter, state: PyTree, client: Client, rates: dict[str, Float[Array, ""]]
-    ) -> tuple[lora.Adapter, PyTree, Metrics]:
-        factors, frozen = _split(adapter)
+        params: PyTree,
+        factors: PyTree,
+        state: PyTree,
+        client: Client,
+        rates: dict[str, Float[Array, ""]],
+        *,
+        trained: Callable[[str], bool] = is_factor,
+        assemble: Callable[[PyTree], lora.Adapter] = lambda factors: factors,
+        nudge: Callable[[PyTree], PyTree] | None = None,
+    ) -> tuple[PyTree, PyTree, Metrics]:
+        moving, frozen = tree.partition(factors, trained)
+
+        def loss(moving: PyTree, batch: dict[str, Array]) -> tuple[Array, Metrics]:
+            return objective.loss(vlm, params, assemble(tree.combine(moving, frozen)), batch)
 
         def step(carry: tuple[PyTree, PyTree], at: tuple[Array, Array]) -> tuple[tuple[PyTree, PyTree], Metrics]:
-            factors, state = carry
+            moving, state = carry
             indices, mask = at
             batch = {name: rows[indices] for name, rows in client.examples.items()}
             # An example that does not count loses all its labels: to every objective it is not there.
             batch |= {name: jnp.where(mask[:, None], batch[name], IGNORED) for name in LABELS if name in batch}
-            (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(factors, frozen, params, batch)
-            updates, new_state = direction.update(gradient, state, factors)
-            new_factors = optax.apply_updates(factors, _descend(updates, rates))
+            (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(moving, batch)
+            metrics |= {"gradient_norm": optax.tree.norm(gradient)}
+            gradient, _ = clip.update(gradient, clip.init(moving))
+            if nudge is not None:
+                gradient = jax.tree.map(jnp.add, gradient, nudge(moving))
+            updates, new_state = direction.update(gradient, state, moving)
+            new = optax.apply_updates(moving, _descend(updates, rates))
             counts = mask.any()
-            keep = lambda new, old: jnp.where(counts, new, old)  # noqa: E731
-            carry = jax.tree.map(keep, (new_factors, new_state), (factors, state))
-            metrics |= {"gradient_norm": optax.tree.norm(gradient), "counts": counts.astype(jnp.float32)}
-            return carry, metrics
+            carry = jax.tree.map(lambda new, old: jnp.where(counts, new, old), (new, new_state), (moving, state))
+            return carry, metrics | {"counts": counts.astype(jnp.float32)}
 
-        (factors, state), history = jax.lax.scan(step, (factors, state), (client.indices, client.mask))
-        return tree.combine(factors, frozen), state, _average(history)
+        (moving, state), history = jax.lax.scan(step, (moving, state), (client.indices, client.mask))
+        return tree.combine(moving, frozen), state, _average(history)
 
     return LocalTrainer(start, run)
 
 
-def _split(adapter: lora.Adapter) -> tuple[PyTree, PyTree]:
-    """The factors, which are trained, and the scales, which are not."""
-    return tree.partition(adapter, lambda path: path.rpartition("/")[2] in ("a", "b"))
-
-
 def _descend(updates: PyTree, rates: dict[str, Float[Array, ""]]) -> PyTree:
-    return tree.unflatten({path: -rates[path.rpartition("/")[2]] * u for path, u in tree.flatten(updates).items()})
+    def rate(path: str) -> Float[Array, ""]:
+        return rates[RATE.get(path.rpartition("/")[2], "b")]
+
+    return tree.unflatten({path: -rate(path) * update for path, update in tree.flatten(updates).items()})
 
 
 def _average(history: Metrics) -> Metrics:

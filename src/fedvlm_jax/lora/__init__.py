@@ -17,7 +17,7 @@ the collection: `nn.scan(..., variable_axes={"params": 0, "lora": 0})`. An adapt
 """
 
 from fedvlm_jax.lora.adapter import Adapter, LoRA, init, sites_of
-from fedvlm_jax.lora.algebra import concatenate, merge, truncate, unmerge
+from fedvlm_jax.lora.algebra import add_to_weights, concatenate, merge, truncate, unmerge
 from fedvlm_jax.lora.injection import inject
 from fedvlm_jax.lora.rules import Rule, combine, partition, virtual_paths
 from fedvlm_jax.lora.sites import LoraError, Site, Sites, find_sites, select
@@ -29,6 +29,7 @@ __all__ = [
     "Rule",
     "Site",
     "Sites",
+    "add_to_weights",
     "combine",
     "concatenate",
     "find_sites",

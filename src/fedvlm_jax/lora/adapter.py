@@ -16,6 +16,9 @@ Adapter = dict[str, Any]
 
 COLLECTION = "lora"
 FACTORS = ("a", "b", "scale")
+GATE = "gate"
+"""A fourth leaf that a site of an `nn.Dense` may have, [*stack, d_in, n]: the ranks are n groups of equal size, and each
+token weighs them by softmax(x · gate)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,8 @@ def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
 def sites_of(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, Any, Any]]]:
     flat = tree.flatten(adapter)
     for path in sorted({path.rpartition("/")[0] for path in flat}):
+        if join(path, GATE) in flat:
+            raise LoraError(f"the adapter at {path!r} has a gate: what it adds depends on the token, and is no matrix")
         missing = [name for name in FACTORS if join(path, name) not in flat]
         if missing:
             raise LoraError(f"the adapter at {path!r} lacks {', '.join(missing)}; is it one side of a partition?")

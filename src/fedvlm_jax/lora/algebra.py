@@ -32,23 +32,33 @@ def unmerge(params: Mapping[str, Any], adapter: Adapter, *, dtype: Any = None) -
     return _merge(params, adapter, -1.0, dtype)
 
 
-def _merge(params: Mapping[str, Any], adapter: Adapter, sign: float, dtype: Any) -> dict[str, Any]:
+def add_to_weights(params: Mapping[str, Any], deltas: Mapping[str, Array], *, dtype: Any = None) -> dict[str, Any]:
+    """Add a matrix to the weight of every site that is named: path of the site -> ΔW [*stack, d_in, d_out].
+
+    Raises:
+        LoraError: the parameters lack a site, or its weight has another size.
+    """
     variables = as_variables(params)
     weights = tree.flatten(variables["params"])
-    for path, (a, b, scale) in sites_of(adapter):
+    for path, delta in deltas.items():
         name = next((n for w in ("kernel", "embedding") if (n := join(path, w)) in weights), None)
         if name is None:
             raise LoraError(f"the parameters have no kernel or embedding at {path!r}; there are:\n{listing(weights)}")
         weight = weights[name]
-        if (*a.shape[:-2], a.shape[-2] * b.shape[-1]) != (
-            *weight.shape[: a.ndim - 2],
-            math.prod(weight.shape[a.ndim - 2 :]),
+        stack = delta.shape[:-2]
+        if (*stack, delta.shape[-2] * delta.shape[-1]) != (
+            *weight.shape[: len(stack)],
+            math.prod(weight.shape[len(stack) :]),
         ):
-            raise LoraError(f"a {a.shape} and b {b.shape} at {path} do not make a weight of shape {weight.shape}")
-        delta = sign * _product(a, b, scale)
+            raise LoraError(f"an update of shape {delta.shape} at {path} does not fit a weight of shape {weight.shape}")
         weights[name] = (weight.astype(jnp.float32) + delta.reshape(weight.shape)).astype(dtype or weight.dtype)
     merged = tree.unflatten(weights)
     return {**variables, "params": merged} if variables is params else merged
+
+
+def _merge(params: Mapping[str, Any], adapter: Adapter, sign: float, dtype: Any) -> dict[str, Any]:
+    deltas = {path: sign * _product(a, b, scale) for path, (a, b, scale) in sites_of(adapter)}
+    return add_to_weights(params, deltas, dtype=dtype)
 
 
 def _product(a: Array, b: Array, scale: Array) -> Array:

@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array
 
 from fedvlm_jax import tree
-from fedvlm_jax.lora.adapter import COLLECTION, FACTORS, Adapter
+from fedvlm_jax.lora.adapter import COLLECTION, FACTORS, GATE, Adapter
 from fedvlm_jax.lora.sites import (
     KINDS,
     Kind,
@@ -53,7 +54,10 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
             _check_shapes(module, kind, a, b, scale)
             read.add("/".join(module.path))
             inputs = args[0] if args else next(iter(kw.values()))
-            delta = _DELTAS[context.method_name if kind == "embed" else kind](module, inputs, a, b, scale)
+            if module.has_variable(COLLECTION, GATE):
+                delta = _gated_delta(module, kind, inputs, a, b, scale, module.get_variable(COLLECTION, GATE))
+            else:
+                delta = _DELTAS[context.method_name if kind == "embed" else kind](module, inputs, a, b, scale)
             return out + delta.astype(out.dtype)
 
         with nn.intercept_methods(add):
@@ -67,6 +71,21 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 def _dense_delta(module: nn.Dense, x: Array, a: Array, b: Array, scale: Array) -> Array:
     x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
     low = jnp.matmul(x, a, precision=module.precision) * scale.astype(x.dtype)
+    return jnp.matmul(low, b, precision=module.precision)
+
+
+def _gated_delta(module: Any, kind: Kind, x: Array, a: Array, b: Array, scale: Array, gate: Array) -> Array:
+    """Σ_i α_i(x) x a_i b_i over the n groups of ranks, α(x) = softmax(x · gate), gate [d_in, n]; in float32."""
+    groups = gate.shape[-1]
+    if kind != "dense" or gate.shape != (a.shape[-2], groups) or a.shape[-1] % groups:
+        raise LoraError(
+            f"the gate at {'/'.join(module.path)} has shape {gate.shape}: it needs an nn.Dense, and [d_in, n] with n a "
+            f"divisor of the rank {a.shape[-1]}"
+        )
+    shares = jax.nn.softmax(jnp.matmul(x.astype(jnp.float32), gate.astype(jnp.float32)), axis=-1)
+    x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
+    low = jnp.matmul(x, a, precision=module.precision) * scale.astype(x.dtype)
+    low = low * jnp.repeat(shares, a.shape[-1] // groups, axis=-1).astype(low.dtype)
     return jnp.matmul(low, b, precision=module.precision)
 
 

@@ -1,24 +1,29 @@
 """The record that a federated method is: a few pure functions, nothing that the engine would have to know by name.
 
 What `client_update` returns as its *message* is all that `aggregate` ever sees of a client. Byte counts, and later
-privacy and compression, act on messages, so a message is an *update* (a difference to what the server sent), never the
-value itself. Axes: K clients of the cohort, M rows, S local steps, B batch.
+privacy and compression, act on messages, so a message is an *update* (a difference to what the server sent) wherever
+the method has such a thing. Axes: K clients of the cohort, M rows, S local steps, B batch, R rank.
+
+The fields of `Method` after `download` are for methods that need more than one adapter that is partly averaged: the
+others leave them alone.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora
+from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
 
-__all__ = ["Client", "Context", "Method", "Metrics", "Setup"]
+__all__ = ["Client", "Context", "Method", "Metrics", "Setup", "Train", "is_factor"]
 
 Metrics = dict[str, Array]
 AnyArray = Any  # a jax.Array on the device in a round, a numpy array before it
 Server = PyTree
 Personal = PyTree
 Message = PyTree
+Download = PyTree
 
 
 class Client(NamedTuple):
@@ -41,20 +46,52 @@ class Client(NamedTuple):
     new: Bool[AnyArray, ""]
 
 
+class Train(Protocol):
+    """S local steps on a tree of factors."""
+
+    def __call__(
+        self,
+        factors: PyTree,
+        optimizer: PyTree,
+        client: Client,
+        *,
+        trained: Callable[[str], bool] = ...,
+        assemble: Callable[[PyTree], lora.Adapter] = ...,
+        nudge: Callable[[PyTree], PyTree] | None = None,
+    ) -> tuple[PyTree, PyTree, Metrics]:
+        """Train.
+
+        Args:
+            factors: the tree that holds what is trained; an adapter, unless `assemble` says how to make one of it.
+            optimizer: its state, for the same `trained`.
+            client: whose data.
+            trained: which leaves, by path; the others stay. By default `is_factor`.
+            assemble: (factors) -> the adapter that the model runs with.
+            nudge: (trained leaves) -> what is added to their gradient, a tree of the same form: a proximal term's
+                gradient, a control variate.
+
+        Returns:
+            The tree after training, the optimiser's state, and metrics.
+        """
+        ...
+
+
 class Context(NamedTuple):
     """What a method may use in a round.
 
     Attributes:
-        params: the frozen base.
+        params: the frozen base, with what `Method.base` adds to it.
         round: the round's number, from 1.
+        phase: of the round, a Python integer.
         rates: traced hyperparameters: learning rates `a` and `b`.
-        train: (adapter, optimiser state, client) -> (adapter, optimiser state, metrics): S local steps.
+        train: local training.
     """
 
     params: PyTree
     round: Int[Array, ""]
+    phase: int
     rates: dict[str, Float[Array, ""]]
-    train: Callable[[lora.Adapter, PyTree, Client], tuple[lora.Adapter, PyTree, Metrics]]
+    train: Train
 
 
 class Setup(NamedTuple):
@@ -63,16 +100,35 @@ class Setup(NamedTuple):
     Attributes:
         sites: of the model.
         draw: (key) -> a fresh adapter.
-        start_optimizer: (adapter) -> a fresh optimiser state.
+        start_optimizer: (factors, trained) -> a fresh optimiser state for the leaves that `trained` names.
         keep_optimizer: does a client keep its optimiser state between its rounds?
         common_start: do all clients start from the same personal factors, or does each draw its own?
+        population: clients that there are.
+        cohort: clients that a round has at most.
+        rounds: that the run will have.
+        ranks: of every client, or empty where all have the adapter's own; padded to it, so that shapes are equal.
+        local, server, hyper: options of local training, of the server's optimiser, and of single methods.
+        share: the rule of the method `share`.
     """
 
     sites: lora.Sites
     draw: Callable[[PRNGKeyArray], lora.Adapter]
-    start_optimizer: Callable[[lora.Adapter], PyTree]
+    start_optimizer: Callable[..., PyTree]
     keep_optimizer: bool = True
     common_start: bool = True
+    population: int = 1
+    cohort: int = 1
+    rounds: int = 1
+    ranks: Sequence[int] = ()
+    local: LocalOptions = LocalOptions()
+    server: ServerOptions = ServerOptions()
+    hyper: HyperOptions = HyperOptions()
+    share: str = ""
+
+
+def is_factor(path: str) -> bool:
+    """Does the path end in a factor of an adapter? What is trained unless a method says otherwise."""
+    return path.rpartition("/")[2] in ("a", "b")
 
 
 class Method(NamedTuple):
@@ -82,21 +138,33 @@ class Method(NamedTuple):
         name: as the command line knows it.
         source: where it comes from, and its update in a line.
         init: (adapter) -> server state; once.
-        init_client: (key, server) -> personal state, at a client's first participation.
+        init_client: (key, server, number) -> personal state, at a client's first participation.
         client_update: (context, server, personal, client, key) -> personal, message, metrics; the engine vmaps it.
         aggregate: (context, server, messages [K, …], weights [K]) -> server, metrics; sees all messages at once.
         personalise: (server, personal) -> the adapter that the client uses.
         trained: (server before the round, personal, message) -> the adapter as the client had it when it sent its
             message: what it would use if nothing were redistributed.
-        download: (server) -> the tree that a client receives; with the message, what travels.
+        download: (server) -> the tree that every client receives; with the message, what travels.
+        base: (params, server) -> params, once per round and outside of vmap; None: the base stays.
+        phase: (round) -> an integer; rounds of one phase share a program. None: there is one phase.
+        deliver: (context, server before the round, messages [K, …], weights [K]) -> what each client of the cohort
+            receives for itself [K, …]; None: nothing.
+        receive: (personal, its part of `deliver`) -> personal.
+        travels: (server, messages [K, …], all shapes) -> two trees of shapes: what a client sends, what it receives;
+            None: its message, and `download` with its part of `deliver`.
     """
 
     name: str
     source: str
     init: Callable[[lora.Adapter], Server]
-    init_client: Callable[[PRNGKeyArray, Server], Personal]
+    init_client: Callable[[PRNGKeyArray, Server, Int[Array, ""]], Personal]
     client_update: Callable[[Context, Server, Personal, Client, PRNGKeyArray], tuple[Personal, Message, Metrics]]
     aggregate: Callable[[Context, Server, Message, Float[Array, " cohort"]], tuple[Server, Metrics]]
     personalise: Callable[[Server, Personal], lora.Adapter]
     trained: Callable[[Server, Personal, Message], lora.Adapter]
     download: Callable[[Server], PyTree]
+    base: Callable[[PyTree, Server], PyTree] | None = None
+    phase: Callable[[int], int] | None = None
+    deliver: Callable[[Context, Server, Message, Float[Array, " cohort"]], Download] | None = None
+    receive: Callable[[Personal, Download], Personal] | None = None
+    travels: Callable[[Server, Message], tuple[PyTree, PyTree]] | None = None

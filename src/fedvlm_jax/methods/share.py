@@ -1,86 +1,183 @@
 """Methods that are a share rule: what the rule names is averaged, everything else stays with its client.
 
-Every client trains all of its adapter; θ_shared ← θ_shared + Σ_k p_k Δ_k. With Δ_k = θ_k − θ_shared and Σ p_k = 1 this
-is the weighted mean of the clients' values, and it leaves the server as it is when nobody counts.
+θ_shared ← θ_shared + η(Σ_k p_k Δ_k), Δ_k = θ_k − θ_shared. With Σ p_k = 1 and η the identity this is the weighted mean
+of the clients' values, and it leaves the server as it is when nobody counts. What else a method does is a field of
+`Parts`: which factors are trained in which phase, what lies between A and B, another average, something done to the
+average. FedProx (arXiv 1812.06127), SCAFFOLD (arXiv 1910.06378), the server's optimisers (arXiv 2003.00295) and ranks
+that differ between clients are here once, for all of them.
 """
 
-import re
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora, tree
-from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup
+from fedvlm_jax.lora.sites import as_patterns
+from fedvlm_jax.methods.parts import control, ranks
+from fedvlm_jax.methods.parts.norms import leaf_name, norm_of, personal_drift
+from fedvlm_jax.methods.parts.optimizers import make_server_optimizer
+from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
 
-__all__ = ["FACTORS", "FACTOR_B", "NOTHING", "make_share_method"]
+__all__ = ["FACTORS", "FACTOR_A", "FACTOR_B", "NOTHING", "Parts", "make", "make_share_method", "mean_update"]
 
 NOTHING = lora.Rule(())
 FACTORS = lora.Rule(r"(^|/)(a|b)$")
+FACTOR_A = lora.Rule(r"(^|/)a$")
 FACTOR_B = lora.Rule(r"(^|/)b$")
 
+Weights = Float[Array, " cohort"]
 
-def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup) -> Method:
-    """Build a method from a rule alone.
 
-    State: the server holds `shared`, and `start`, the private part that newcomers begin with; a client holds `own`, its
-    private part, and the state of its optimiser.
+def mean_update(shared: PyTree, messages: Message, weights: Weights) -> PyTree:
+    """Σ p_k Δ_k."""
+    del shared
+    return tree.weighted_sum(messages, weights)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a method does beside its rule.
+
+    Attributes:
+        extend: (adapter) -> the tree that is trained and shared, an adapter with more leaves say; once, at the start.
+        assemble: (tree) -> the adapter.
+        trained: phase -> (path) -> is the leaf trained? What is not trained does not travel either.
+        phase: (round) -> phase.
+        average: (shared, messages [K, …], weights [K]) -> the update of what the messages hold.
+        after: (shared, round) -> shared, when the update was added.
+        restart: the private part begins anew in every round.
     """
 
-    def init(adapter: lora.Adapter) -> Server:
-        shared, own = lora.partition(adapter, rule, setup.sites)
-        return {"shared": shared, "start": own}
+    extend: Callable[[lora.Adapter], PyTree] = lambda adapter: adapter
+    assemble: Callable[[PyTree], lora.Adapter] = lambda factors: factors
+    trained: tuple[Callable[[str], bool], ...] = (is_factor,)
+    phase: Callable[[int], int] | None = None
+    average: Callable[[PyTree, Message, Weights], PyTree] = mean_update
+    after: Callable[[PyTree, Int[Array, ""]], PyTree] | None = None
+    restart: bool = False
 
-    def init_client(key: PRNGKeyArray, server: Server) -> Personal:
+
+def make(setup: Setup) -> Method:
+    """The rule that `--share` gives."""
+    return make_share_method(
+        "share", f"--share {setup.share}: what it names is averaged", lora.Rule(setup.share), setup
+    )
+
+
+def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Parts = Parts()) -> Method:
+    """Build a method from a rule.
+
+    State: the server holds `shared`, and `start`, the private part that newcomers begin with; a client holds `own`, its
+    private part, and the state of its optimiser for every phase.
+    """
+    rule = dataclasses.replace(rule, exclude=(*as_patterns(rule.exclude), r"(^|/)scale(/|$)"))  # data, not learned
+    optimizer = make_server_optimizer(setup.server)
+    local = setup.local
+
+    def init(adapter: lora.Adapter) -> Server:
+        shared, own = lora.partition(parts.extend(adapter), rule, setup.sites)
+        server = {"shared": shared, "start": own, "optimizer": optimizer.init(shared)}
+        return server | ({"control": control.start(shared)} if local.scaffold else {})
+
+    def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
         own = server["start"]
         if not setup.common_start:
-            _, own = lora.partition(setup.draw(key), rule, setup.sites)
-        return {"own": own, "optimizer": setup.start_optimizer(lora.combine(server["shared"], own))}
+            _, own = lora.partition(parts.extend(setup.draw(key)), rule, setup.sites)
+        if setup.ranks:
+            own = ranks.cut(own, ranks.of(setup, number))
+        personal = {"own": own, "optimizer": _start_optimizers(lora.combine(server["shared"], own))}
+        personal |= {"control": control.start(server["shared"])} if local.scaffold else {}
+        return personal | ({"rank": ranks.of(setup, number)} if setup.ranks else {})
+
+    def _start_optimizers(factors: PyTree) -> tuple[PyTree, ...]:
+        return tuple(setup.start_optimizer(factors, trained) for trained in parts.trained)
 
     def client_update(
         ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
     ) -> tuple[Personal, Message, Metrics]:
         del key  # nothing here is random
-        adapter = personalise(server, personal)
-        optimizer = personal["optimizer"] if setup.keep_optimizer else setup.start_optimizer(adapter)
-        adapter, optimizer, metrics = ctx.train(adapter, optimizer, client)
-        shared, own = lora.partition(adapter, rule, setup.sites)
-        message = jax.tree.map(jnp.subtract, shared, server["shared"])
-        metrics |= {"update_norm": _norm(message), "personal_drift": _drift(own, server["start"])}
-        return {"own": own, "optimizer": optimizer}, message, metrics
+        trained = parts.trained[ctx.phase]
+        factors = _factors(server, personal)
+        optimizers = list(personal["optimizer"] if setup.keep_optimizer else _start_optimizers(factors))
+        received = lora.partition(factors, rule, setup.sites)[0]
+        nudges = [control.make_proximal(local.proximal, received)] if local.proximal else []
+        nudges += [control.make_correction(server["control"], personal["control"])] if local.scaffold else []
+        factors, optimizers[ctx.phase], metrics = ctx.train(
+            factors,
+            optimizers[ctx.phase],
+            client,
+            trained=trained,
+            assemble=parts.assemble,
+            nudge=control.make_nudge(nudges, rule, setup.sites) if nudges else None,
+        )
+        shared, own = lora.partition(factors, rule, setup.sites)
+        update = _sent(jax.tree.map(jnp.subtract, shared, received), trained)
+        message: Message = update
+        metrics |= {"update_norm": norm_of(update), "personal_drift": personal_drift(own, server["start"])}
+        state = {**personal, "own": personal["own"] if parts.restart else own, "optimizer": tuple(optimizers)}
+        if local.scaffold:
+            state["control"], moved = control.renew(server["control"], personal["control"], update, client, ctx.rates)
+            message = {"update": update, "control": moved}
+        if setup.ranks:
+            message = {"update": update, "rank": personal["rank"]}
+        return state, message, metrics
 
-    def aggregate(
-        ctx: Context, server: Server, messages: Message, weights: Float[Array, " cohort"]
-    ) -> tuple[Server, Metrics]:
-        del ctx
-        update = tree.weighted_sum(messages, weights)
-        shared = jax.tree.map(jnp.add, server["shared"], update)
-        return {**server, "shared": shared}, {"shared_norm": _norm(shared), "shared_update_norm": _norm(update)}
+    def aggregate(ctx: Context, server: Server, messages: Message, weights: Weights) -> tuple[Server, Metrics]:
+        shared = server["shared"]
+        updates = messages["update"] if local.scaffold or setup.ranks else messages
+        if setup.ranks:
+            updates = ranks.pad_updates(shared, updates, messages["rank"])
+        update = parts.average(shared, updates, weights)
+        step, state = optimizer.step(update, server["optimizer"], weights)
+        new = tree.combine(*_add(shared, step))
+        if parts.after is not None:
+            new = jax.tree.map(
+                lambda after, now: jnp.where(weights.sum() > 0, after, now), parts.after(new, ctx.round), new
+            )
+        server = {**server, "shared": new, "optimizer": state}
+        if local.scaffold:
+            server["control"] = control.average(server["control"], messages["control"], weights, setup.population)
+        return server, {"shared_norm": norm_of(new), "shared_update_norm": norm_of(update)}
+
+    def _factors(server: Server, personal: Personal) -> PyTree:
+        shared = server["shared"]
+        if setup.ranks:
+            shared = ranks.cut(shared, personal["rank"])
+        return lora.combine(shared, personal["own"])
 
     def personalise(server: Server, personal: Personal) -> lora.Adapter:
-        return lora.combine(server["shared"], personal["own"])
+        return parts.assemble(_factors(server, personal))
 
-    def trained(server: Server, personal: Personal, message: Message) -> lora.Adapter:
-        return lora.combine(jax.tree.map(jnp.add, server["shared"], message), personal["own"])
+    def trained_adapter(server: Server, personal: Personal, message: Message) -> lora.Adapter:
+        update = message["update"] if local.scaffold or setup.ranks else message
+        factors = _factors(server, personal)
+        shared, own = lora.partition(factors, rule, setup.sites)
+        return parts.assemble(lora.combine(tree.combine(*_add(shared, update)), own))
 
     def download(server: Server) -> PyTree:
-        return server["shared"]
+        return server["shared"] | ({"control": server["control"]} if local.scaffold else {})
 
-    return Method(name, source, init, init_client, client_update, aggregate, personalise, trained, download)
+    def travels(server: Server, messages: Message) -> tuple[PyTree, PyTree]:
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), messages)
+        return one, one  # what clients change is what the server sends anew
+
+    return Method(
+        name, source, init, init_client, client_update, aggregate, personalise, trained_adapter, download,
+        phase=parts.phase, travels=travels,
+    )  # fmt: skip
 
 
-def _norm(part: PyTree) -> Float[Array, ""]:
-    leaves = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(part)]
-    return jnp.sqrt(sum(leaves, start=jnp.float32(0)))
+def _sent(update: PyTree, trained: Callable[[str], bool]) -> PyTree:
+    """What was trained, by the factor's name: a layer that a rule split off is `…/b/3`."""
+    return tree.partition(update, lambda path: trained(leaf_name(path)))[0]
 
 
-def _drift(own: PyTree, start: PyTree) -> Float[Array, ""]:
-    """‖A_k − A_0‖ / ‖A_0‖ over the private factors A; 0 where none is private.
-
-    A method whose private part hardly moves is another method under its name.
-    """
-
-    def only_a(part: PyTree) -> PyTree:
-        return tree.partition(part, lambda path: re.search(r"(^|/)a(/|$)", path) is not None)[0]
-
-    return _norm(jax.tree.map(jnp.subtract, only_a(own), only_a(start))) / jnp.maximum(_norm(only_a(start)), 1e-12)
+def _add(shared: PyTree, update: PyTree) -> tuple[PyTree, PyTree]:
+    """`shared` plus an update of some of its leaves, and the leaves that it leaves alone."""
+    paths = tree.flatten(update).keys()
+    moved, kept = tree.partition(shared, lambda path: path in paths)
+    return jax.tree.map(jnp.add, moved, update), kept

@@ -12,15 +12,19 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fedvlm_jax.data.options import DataOptions, Split
+from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
 from fedvlm_jax.objectives.options import PreferenceOptions
 from fedvlm_jax.runs.codec import decode, encode
 
 __all__ = [
     "Compare",
     "EvaluationOptions",
+    "HyperOptions",
+    "LocalOptions",
     "LoraOptions",
     "PreferenceOptions",
     "Run",
+    "ServerOptions",
     "SystemOptions",
     "TrainOptions",
     "from_json",
@@ -41,7 +45,7 @@ def _optional(metavar: str, otherwise: str) -> Any:
 
 def methods_available() -> tuple[str, ...]:
     """Name the federated methods: one per public file in `methods/`, found without importing any (they import jax)."""
-    return tuple(stem.replace("_", "-") for stem in _list_files("methods", {"record", "share"}))
+    return tuple(stem.replace("_", "-") for stem in _list_files("methods", {"options", "record", "share"}))
 
 
 def objectives_available() -> tuple[str, ...]:
@@ -73,6 +77,9 @@ class LoraOptions:
     """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """How A is drawn; B starts at zero (not given by the paper)."""
+    ranks: tuple[int, ...] = ()
+    """Ranks that are dealt to the clients in turn, client k getting the k-th of them, over and over; the largest must
+    be --lora.rank, whose scale holds for all. All clients have that rank by default."""
     private_a: Literal["common", "per-client"] = "common"
     """Do clients start from one common A, or does each draw its own (not given by the paper)?"""
 
@@ -168,7 +175,10 @@ class Run:
     model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = "florence2-nano"
     """The frozen base: a shipped model's name, a Hugging Face Florence-2 folder, or a hub id."""
     method: Annotated[str, tyro.conf.arg(metavar=_show_choices(methods_available()))] = "plora"
-    """`train` only: the federated method, that is, what clients share and what stays theirs."""
+    """`train` only: the federated method, that is, what clients share and what stays theirs; share, with --share."""
+    share: Annotated[str, tyro.conf.arg(metavar="REGEX", help_behavior_hint="(default: none)")] = ""
+    """A method from a rule alone: adapter leaves in whose path this is found, as `fedvlm explain` prints them, are
+    averaged, all others stay with their client. Needs --method share."""
     objective: Annotated[str, tyro.conf.arg(metavar=_show_choices(objectives_available()))] = "sft"
     """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both."""
     cohort: Annotated[int | None, _optional("INT", "all of them")] = None
@@ -185,6 +195,9 @@ class Run:
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
+    local: LocalOptions = field(default_factory=LocalOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
+    hyper: HyperOptions = field(default_factory=HyperOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     system: SystemOptions = field(default_factory=SystemOptions)
 

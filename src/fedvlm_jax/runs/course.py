@@ -26,6 +26,7 @@ from fedvlm_jax.runs.folders import read_metrics
 from fedvlm_jax.runs.newcomers import start_newcomers
 from fedvlm_jax.runs.prepare import Prepared, make_driver
 from fedvlm_jax.runs.progress import Progress
+from fedvlm_jax.sharding import replicate
 
 __all__ = ["Best", "Course"]
 
@@ -77,6 +78,7 @@ class Course:
         phase = self.phases[0]
         self.driver = make_driver(prepared, phase.method, cohort=phase.cohort)
         self.federated = True  # not yet in the fine-tuning after it
+        self.last_server: PyTree = {}  # of the federation, where a method moves the base that is fine-tuned on
         self.best = Best(self._adapters(), jax.device_get(self.driver.server))
 
     def go(self) -> None:
@@ -95,8 +97,10 @@ class Course:
 
     def _enter(self, phase: _Phase) -> None:
         """Start a phase of local fine-tuning: every client's own model so far becomes its private adapter."""
-        adapters = self._adapters()
-        self.driver = make_driver(self.prepared, phase.method, cohort=phase.cohort, common_start=True)
+        adapters, base = self._adapters(), self.driver.base
+        if self.driver.programs.base is not None:
+            self.last_server = jax.device_get(self.driver.server)
+        self.driver = make_driver(self.prepared, phase.method, cohort=phase.cohort, go_on=(_first(adapters), base))
         self.federated = False
         _adopt(self.driver, adapters)
 
@@ -130,20 +134,20 @@ class Course:
         self.show.round(line)
 
     def _validate(self, round_: int, report: RoundReport) -> dict[str, Any]:
-        evaluator, params = self.prepared.evaluator, self.prepared.session.params
+        evaluator, params = self.prepared.evaluator, self.driver.base
         chosen = self.prepared.select_by
         scores = evaluator(params, {"own": self.driver.adapters}, "validation", self.prepared.participants)["own"]
         result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}
         if report.trained is not None and self.prepared.run.evaluation.before_redistribution:
             cohort = report.numbers.tolist()
-            before = evaluator(params, {"own": report.trained}, "validation", cohort)["own"].get(chosen, {})
+            before = evaluator(report.base, {"own": report.trained}, "validation", cohort)["own"].get(chosen, {})
             result["before_redistribution"] = {chosen: _mean(before)}
             result["after_redistribution"] = {chosen: _mean({name: scores[chosen][name] for name in before})}
         value, loss = result.get(chosen), result.get("loss")
         # Without validation data the newest is the best there is.
         score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
         if value is None or score > self.best.score:
-            server = jax.device_get(self.driver.server) if self.federated else self.best.server
+            server = jax.device_get(self.driver.server) if self.federated else self.last_server or self.best.server
             self.best = Best(self._adapters(), server, round_, score)
         return result
 
@@ -153,7 +157,8 @@ class Course:
         return {"a": train.learning_rate_a * factor, "b": train.learning_rate_b * factor}
 
     def _state(self) -> PyTree:
-        return {"driver": self.driver.state(), "best": {"adapters": self.best.adapters, "server": self.best.server}}
+        best = {"adapters": self.best.adapters, "server": self.best.server}
+        return {"driver": self.driver.state(), "best": best, "last_server": self.last_server}
 
     def _save(self, round_: int) -> None:
         best = self.best
@@ -167,10 +172,17 @@ class Course:
         if done is None:
             return 0
         phase = next(phase for phase in reversed(self.phases) if phase.first <= done)
+        federation = self.driver
         if phase is not self.phases[0]:
-            self.driver = make_driver(self.prepared, phase.method, cohort=phase.cohort, common_start=True)
+            self.last_server = jax.device_get(federation.server) if federation.programs.base is not None else {}
+            start = (_first(self.best.adapters), self.prepared.session.params)
+            self.driver = make_driver(self.prepared, phase.method, cohort=phase.cohort, go_on=start)
             self.federated = False
         state, about = self.checkpoints.restore(done, self._state())
+        self.last_server = state["last_server"]
+        if self.last_server:
+            federation.server = replicate(self.prepared.session.mesh, self.last_server)
+            self.driver.params = federation.base
         self.driver.load(state["driver"])
         metric, loss = (-math.inf if value is None else value for value in about["best_score"])
         best = state["best"]
@@ -199,11 +211,17 @@ def _read_round(driver: Driver, phase: _Phase, round_: int) -> RoundInputs:
     return driver.read_round(round_, phase.steps_of(round_))
 
 
+def _first(adapters: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.numpy.asarray(leaf[0]), adapters)
+
+
 def _adopt(driver: Driver, adapters: PyTree) -> None:
     """Make these adapters [C, …] the clients' private ones, with fresh optimisers."""
     method, clients = driver.programs.method, len(driver.population)
     everyone = np.arange(clients)
-    fresh = jax.vmap(lambda adapter: method.init_client(driver.key, method.init(adapter)))(adapters)
+    fresh = jax.vmap(lambda adapter, number: method.init_client(driver.key, method.init(adapter), number))(
+        adapters, everyone
+    )
     driver.population.scatter(everyone, jax.device_get(fresh))
 
 

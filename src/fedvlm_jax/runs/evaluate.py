@@ -10,7 +10,8 @@ from fedvlm_jax.runs.config import from_json
 from fedvlm_jax.runs.prepare import open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.scoring import score_base, score_models
-from fedvlm_jax.runs.storage import load_adapters, write_json
+from fedvlm_jax.runs.storage import BASE, load_adapters, load_base, write_json
+from fedvlm_jax.sharding import replicate
 
 __all__ = ["evaluate"]
 
@@ -34,6 +35,7 @@ def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
     if names != stored["resolved"]["clients"]:
         raise UserError(f"{folder}: its clients are not those of {run.data.source} now; has the data changed?")
     show.note(f"evaluating {len(names)} clients and the bare base")
-    scores = score_models(prepared, load_adapters(folder / "adapters", names), None, score_base(prepared))
+    params = replicate(prepared.session.mesh, load_base(folder / "adapters" / BASE, prepared.session.params))
+    scores = score_models(prepared, params, load_adapters(folder / "adapters", names), None, score_base(prepared))
     write_json(folder / "evaluation.json", scores)
     return scores

@@ -19,7 +19,7 @@ from fedvlm_jax.runs.folders import read_run
 from fedvlm_jax.runs.prepare import Prepared, Session, make_driver, open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.scoring import score_base, score_models
-from fedvlm_jax.runs.storage import describe_environment, save_adapters, write_json
+from fedvlm_jax.runs.storage import BASE, describe_environment, save_adapters, save_base, write_json
 from fedvlm_jax.runs.validation import validate
 from fedvlm_jax.sharding import CLIENTS, replicate
 
@@ -118,12 +118,15 @@ def _execute(run: Run, show: Progress, session: Session | None) -> Path:
     federation.server = replicate(session.mesh, best.server)
     names = [client.name for client in prepared.examples.clients]
     shared = jax.device_get(federation.programs.method.download(federation.server))
+    save_base(run.out / "adapters" / BASE, session.params, federation.base)
     save_adapters(run.out / "adapters", names, best.adapters, shared, {"method": run.method, "round": best.round})
     show.note("evaluating every client's own model")
     results = {
         "selected_round": best.round,
         "selected_by": prepared.select_by,
-        **score_models(prepared, best.adapters, federation if jax.tree.leaves(shared) else None, zero_shot),
+        **score_models(
+            prepared, federation.base, best.adapters, federation if jax.tree.leaves(shared) else None, zero_shot
+        ),
     }
     write_json(run.out / "results.json", results)
     return run.out

@@ -187,13 +187,32 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     return Prepared(run, session, objective, federation, examples, inputs, spec, adapter, layout, key, evaluator)
 
 
-def make_driver(prepared: Prepared, method: str, *, cohort: int | None, common_start: bool | None = None) -> Driver:
-    """Start a federation with a method; `cohort` None means everybody, `common_start` None what the options say."""
+def make_driver(
+    prepared: Prepared, method: str, *, cohort: int | None, go_on: tuple[lora.Adapter, Any] | None = None
+) -> Driver:
+    """Start a federation with a method.
+
+    Args:
+        prepared: the run.
+        method: its name.
+        cohort: clients a round; None means everybody.
+        go_on: for fine-tuning after a federation: an adapter of the form that it ended with, and its base. What the
+            options say of ranks, the server and proximal terms was the federation's.
+
+    Raises:
+        UserError: options that the method cannot work with.
+    """
     run, session = prepared.run, prepared.session
-    train = run.train
-    common = run.lora.private_a == "common" if common_start is None else common_start
-    goal = (run.objective, run.preference)
-    static = (method, common, run.lora, *goal, train.optimizer, train.weight_decay, train.clip_norm)
+    train, clients = run.train, len(prepared.examples.clients)
+    common = run.lora.private_a == "common" or go_on is not None
+    layout = _lay_out(run, prepared.examples, session.mesh, cohort, prepared.layout.wave)
+    dealt = () if go_on else run.lora.ranks
+    ranks = tuple(dealt[number % len(dealt)] for number in range(clients)) if dealt else ()
+    numbers = {"population": clients, "cohort": layout.places, "rounds": train.rounds, "ranks": ranks}
+    beside = {"hyper": run.hyper, "share": run.share}
+    beside |= {"local": run.local, "server": run.server} if go_on is None else {}
+    goal = (run.objective, run.preference, train.optimizer, train.weight_decay, train.clip_norm)
+    static = (method, common, run.lora, *goal, *numbers.values(), *beside.values())
 
     def make() -> Programs:
         trainer = make_local_trainer(
@@ -209,20 +228,23 @@ def make_driver(prepared: Prepared, method: str, *, cohort: int | None, common_s
             start_optimizer=trainer.start,
             keep_optimizer=train.optimizer_state == "kept",
             common_start=common,
+            **numbers,
+            **beside,
         )
         return make_programs(load_method(method, setup), trainer, session.mesh)
 
     programs = session.remember(("programs", *static, train.optimizer_state), make)
     return Driver(
         programs=programs,
-        params=session.params,
+        params=go_on[1] if go_on else session.params,
         examples=prepared.examples,
         inputs=prepared.inputs,
-        layout=_lay_out(run, prepared.examples, session.mesh, cohort, prepared.layout.wave),
+        layout=layout,
         seed=run.seed,
         key=prepared.key,
         weighting=train.weighting,
-        server=programs.method.init(prepared.adapter),
+        server=programs.method.init(go_on[0] if go_on else prepared.adapter),
+        ranks=ranks,
     )
 
 

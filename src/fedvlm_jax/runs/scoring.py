@@ -20,16 +20,17 @@ MATRIX = ("exact_match", "token_accuracy", "loss", "preference_accuracy")
 
 def score_base(prepared: Prepared) -> dict[Split, Scores]:
     """split -> scores of the bare base, for everybody. From then on the evaluator knows what is rewarded."""
-    return _evaluate(prepared, {"zero_shot": None})["zero_shot"]
+    return _evaluate(prepared, prepared.session.params, {"zero_shot": None})["zero_shot"]
 
 
 def score_models(
-    prepared: Prepared, adapters: PyTree, federation: Driver | None, zero_shot: Mapping[Split, Scores]
+    prepared: Prepared, params: PyTree, adapters: PyTree, federation: Driver | None, zero_shot: Mapping[Split, Scores]
 ) -> dict[str, Any]:
     """Score the models that a run ends with.
 
     Args:
         prepared: the run.
+        params: the base, with what the method added to it.
         adapters: every client's own [C, …], a held-out client's as it starts.
         federation: with the server's state that belongs to them; None where nothing is shared.
         zero_shot: split -> scores of the bare base, for everybody.
@@ -50,7 +51,7 @@ def score_models(
     if federation is not None and options.global_model:
         same = _is_same(personal, federation.global_adapters, prepared.participants[:1])
         models |= {} if same else {"global": federation.global_adapters}
-    scores = {"zero_shot": zero_shot, **_evaluate(prepared, models)}
+    scores = {"zero_shot": zero_shot, **_evaluate(prepared, params, models)}
     if same:
         scores["global"] = scores["personal"]
     trained = {examples.clients[number].name for number in prepared.participants}
@@ -62,15 +63,17 @@ def score_models(
             **{name: _keep(scores[name], others) for name in ("zero_shot", "personal")},
         }
     if options.cross_clients and options.test:
-        results["cross_clients"] = _cross(prepared, adapters)
+        results["cross_clients"] = _cross(prepared, params, adapters)
     return results
 
 
-def _evaluate(prepared: Prepared, models: Mapping[str, Adapters | None]) -> dict[str, dict[Split, Scores]]:
+def _evaluate(
+    prepared: Prepared, params: PyTree, models: Mapping[str, Adapters | None]
+) -> dict[str, dict[Split, Scores]]:
     """model -> split -> scores of everybody, each split read once for all models."""
     everyone = [*prepared.participants, *prepared.held_out]
     splits = prepared.run.evaluation.splits
-    scored = {split: prepared.evaluator(prepared.session.params, models, split, everyone) for split in splits}
+    scored = {split: prepared.evaluator(params, models, split, everyone) for split in splits}
     return {name: {split: scored[split][name] for split in splits} for name in models}
 
 
@@ -90,7 +93,7 @@ def _keep(by_split: Mapping[Split, Scores], names: set[str]) -> dict[Split, Scor
     }
 
 
-def _cross(prepared: Prepared, adapters: PyTree) -> dict[str, Any]:
+def _cross(prepared: Prepared, params: PyTree, adapters: PyTree) -> dict[str, Any]:
     """Every participant's model on every participant's test data, all models asked while a batch is there."""
     clients = prepared.examples.clients
     numbers = [number for number in prepared.participants if len(clients[number].test)]
@@ -100,7 +103,7 @@ def _cross(prepared: Prepared, adapters: PyTree) -> dict[str, Any]:
         return lambda asked: jax.tree.map(lambda leaf: leaf[np.full(len(asked), number)], adapters)
 
     models = {name: always(number) for name, number in zip(names, numbers, strict=True)}
-    found = prepared.evaluator(prepared.session.params, models, "test", numbers)
+    found = prepared.evaluator(params, models, "test", numbers)
     metrics = [metric for metric in MATRIX if all(len(found[name].get(metric, {})) == len(names) for name in names)]
     return {
         "clients": names,

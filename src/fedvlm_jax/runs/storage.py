@@ -15,9 +15,13 @@ from jaxtyping import PyTree
 from fedvlm_jax import tree
 from fedvlm_jax.errors import UserError
 
-__all__ = ["describe_environment", "load_adapters", "save_adapters", "write_json"]
+__all__ = ["BASE", "describe_environment", "load_adapters", "load_base", "save_adapters", "save_base", "write_json"]
 
 PACKAGES = ("fedvlm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+
+
+BASE = "base.safetensors"
+"""In the folder of the adapters: the base's weights that a method moved."""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -54,6 +58,23 @@ def save_adapters(
         arrays = {path: np.ascontiguousarray(leaf[number]) for path, leaf in tree.flatten(adapters).items()}
         target = folder / "clients" / f"{safe_name(name)}.safetensors"
         save_file(arrays, target, {**metadata, "part": "personal", "client": name})
+
+
+def save_base(file: Path, base: PyTree, moved: PyTree) -> None:
+    """Write the weights in which `moved` differs from `base`: what a method added to the base; no file without any."""
+    from safetensors.numpy import save_file
+
+    before, after = tree.flatten(base), tree.flatten(moved)
+    changed = {path: np.ascontiguousarray(leaf) for path, leaf in after.items() if leaf is not before[path]}
+    if changed:
+        save_file(changed, file, {"format": "fedvlm-jax", "part": "base"})
+
+
+def load_base(file: Path, base: PyTree) -> PyTree:
+    """The base with the weights that `save_base` wrote, where there are any."""
+    from safetensors.numpy import load_file
+
+    return tree.unflatten(tree.flatten(base) | (load_file(file) if file.is_file() else {}))
 
 
 def load_adapters(folder: Path, names: Sequence[str]) -> PyTree:

@@ -1,0 +1,79 @@
+"""What an aggregation left out, and how far apart the clients are: numbers for every round's line.
+
+They are computed from the adapters that the clients trained, whatever the method, in a program of their own, so that
+the round itself keeps its one all-reduce. Clients that do not count are left out.
+
+    aggregation_error     ‖Σ p_k A_k B_k − Ā B̄‖_F / ‖Σ p_k A_k B_k‖_F, in all and per half of the model: what averaging both
+                          factors would lose (it is what fedavg-lora does lose)
+    angle_a               between the column spaces of two clients' A, in degrees: the angle whose cosine is the root mean
+                          square of the principal angles' cosines, mean over pairs and sites
+    update_dissimilarity  1 − cosine of two clients' updates s·A B, mean over pairs
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from fedvlm_jax import lora
+from fedvlm_jax.methods.parts.factored import deviations, matmul, side_by_side
+
+__all__ = ["examine"]
+
+GROUPS = ("vision_tower", "image_projector", "encoder", "decoder")
+
+
+def examine(adapters: PyTree, weights: Float[Array, " K"]) -> dict[str, Float[Array, ""]]:
+    """The numbers for adapters [K, …] as they were trained; empty for adapters with a gate, whose term is no matrix."""
+    if any("gate" in str(path[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(adapters)):
+        return {}
+    counts = (weights > 0).astype(jnp.float32)
+    pairs = jnp.maximum(counts.sum() ** 2 - counts.sum(), 1)
+    lost: dict[str, Array] = {}
+    whole: dict[str, Array] = {}
+    grams = jnp.zeros((len(weights), len(weights)))
+    cosines = []
+    for path, (a, b, scale) in lora.sites_of(adapters):
+        b = b * scale[..., None, None]
+        group = next((name for name in GROUPS if re.search(rf"(^|/){name}(/|$)", path)), "rest")
+        lost[group] = lost.get(group, 0) + _squared_norm(*deviations(a, b, weights))
+        whole[group] = whole.get(group, 0) + _squared_norm(*side_by_side(a, b, weights))
+        grams += _inner_products(a, b, counts)
+        cosines.append(_mean_cosine(a, counts, pairs))
+    norms = jnp.sqrt(jnp.maximum(jnp.diagonal(grams), 1e-24))
+    likeness = jnp.sum((grams / (norms[:, None] * norms)) * (1 - jnp.eye(len(weights)))) / pairs
+    errors = {f"aggregation_error/{group}": _ratio(lost[group], whole[group]) for group in lost if len(lost) > 1}
+    return {
+        "aggregation_error": _ratio(sum(lost.values()), sum(whole.values())),
+        **errors,
+        "angle_a": jnp.degrees(jnp.arccos(jnp.clip(sum(cosines) / len(cosines), 0, 1))),
+        "update_dissimilarity": 1 - likeness,
+    }
+
+
+def _ratio(part: Array, of: Array) -> Array:
+    return jnp.sqrt(part / jnp.maximum(of, 1e-24))
+
+
+def _squared_norm(left: Float[Array, "*stack d_in R"], right: Float[Array, "*stack R d_out"]) -> Array:
+    """‖left right‖² = tr(leftᵀ left · right rightᵀ), over all layers."""
+    return jnp.maximum(jnp.sum(matmul(left.mT, left) * matmul(right, right.mT)), 0)
+
+
+def _inner_products(a: Array, b: Array, counts: Array) -> Float[Array, "K K"]:
+    """⟨a_i b_i, a_j b_j⟩ summed over layers."""
+    left, right = side_by_side(a, b, counts)
+    gram = matmul(left.mT, left) * matmul(right, right.mT)  # [*stack, KR, KR]
+    clients, rank = len(counts), a.shape[-1]
+    return gram.reshape(-1, clients, rank, clients, rank).sum(axis=(0, 2, 4))
+
+
+def _mean_cosine(a: Array, counts: Array, pairs: Array) -> Array:
+    """The root mean square cosine between column spaces, mean over pairs and layers."""
+    basis = jnp.linalg.qr(a.astype(jnp.float32))[0]  # [K, *stack, d_in, R]
+    clients, rank = a.shape[0], a.shape[-1]
+    wide = jnp.moveaxis(basis, 0, -2).reshape(-1, a.shape[-2], clients * rank)
+    squared = jnp.square(matmul(wide.mT, wide)).reshape(-1, clients, rank, clients, rank).sum(axis=(2, 4)) / rank
+    off = counts[:, None] * counts * (1 - jnp.eye(clients))
+    return jnp.mean(jnp.sum(jnp.sqrt(squared) * off, axis=(1, 2)) / pairs)

@@ -1,0 +1,60 @@
+"""APFL (arXiv 2003.13461): each client uses a mixture of the federated model and one of its own, α v_k + (1 − α) w.
+
+v_k is trained through the mixture. Mixed are the factors. α is fixed, or learned with v_k and kept between 0 and 1.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+
+from fedvlm_jax import lora, tree
+from fedvlm_jax.methods.parts import pairs
+from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
+from fedvlm_jax.methods.share import FACTORS, make_share_method
+
+__all__ = ["make"]
+
+SOURCE = "arXiv 2003.13461: w by FedAvg; v_k ← v_k − η ∇_v F_k(α v_k + (1−α) w), the mixture is what the client uses"
+
+
+def make(setup: Setup) -> Method:
+    """apfl: fedavg-lora with a second model per client, mixed with the first."""
+    federated = make_share_method("apfl", SOURCE, FACTORS, setup)
+    hyper = setup.hyper
+    trained_leaves = (lambda path: is_factor(path) or path == "alpha") if hyper.apfl_adaptive else is_factor
+
+    def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
+        state = federated.init_client(key, server, number)
+        own = {**pairs.split(federated.personalise(server, state))[0], "alpha": jnp.float32(hyper.apfl_alpha)}
+        return {"federated": state, "own": own, "optimizer": setup.start_optimizer(own, trained_leaves)}
+
+    def client_update(
+        ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
+    ) -> tuple[Personal, Message, Metrics]:
+        state, message, metrics = federated.client_update(ctx, server, personal["federated"], client, key)
+        now = federated.trained(server, state, message)
+        own = personal["own"]
+        optimizer = personal["optimizer"] if setup.keep_optimizer else setup.start_optimizer(own, trained_leaves)
+        own, optimizer, mine = ctx.train(
+            own, optimizer, client, trained=trained_leaves, assemble=lambda factors: mixture(factors, now)
+        )
+        own = {**own, "alpha": jnp.clip(own["alpha"], 0, 1)}
+        metrics |= {"loss": mine["loss"], "last_loss": mine["last_loss"], "alpha": own["alpha"]}
+        return {"federated": state, "own": own, "optimizer": optimizer}, message, metrics
+
+    def personalise(server: Server, personal: Personal) -> lora.Adapter:
+        return mixture(personal["own"], federated.personalise(server, personal["federated"]))
+
+    def trained(server: Server, personal: Personal, message: Message) -> lora.Adapter:
+        return mixture(personal["own"], federated.trained(server, personal["federated"], message))
+
+    return federated._replace(
+        init_client=init_client, client_update=client_update, personalise=personalise, trained=trained
+    )
+
+
+def mixture(own: PyTree, adapter: lora.Adapter) -> lora.Adapter:
+    """α v + (1 − α) w, factor by factor."""
+    alpha, mine = own["alpha"], {name: part for name, part in own.items() if name != "alpha"}
+    factors, scales = pairs.split(adapter)
+    return tree.combine(jax.tree.map(lambda v, w: alpha * v + (1 - alpha) * w, mine, factors), scales)

@@ -1,0 +1,53 @@
+"""CE-LoRA (arXiv 2503.23869): ΔW = B C A, of which only C, rank × rank numbers, leaves the client.
+
+Every client receives a C of its own, C_k = Σ_j w_kj C_j. The weights are a softmax of the cosine similarity of what the
+clients' C have become; the paper measures similarity of data and of models, and its equation was taken from a summary.
+C starts as the identity, so that the adapter starts as plain LoRA.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from fedvlm_jax import lora, tree
+from fedvlm_jax.methods.fedmosaic import mix_by
+from fedvlm_jax.methods.parts import pairs
+from fedvlm_jax.methods.parts.delivered import make_delivering_method
+from fedvlm_jax.methods.parts.factored import map_sites, matmul
+from fedvlm_jax.methods.parts.norms import only
+from fedvlm_jax.methods.record import Message, Method, Setup
+
+__all__ = ["make"]
+
+SOURCE = "arXiv 2503.23869: ΔW = B C A, A and B private; C_k ← Σ_j w_kj C_j, w_k = softmax of similarity"
+
+
+def make(setup: Setup) -> Method:
+    """ce-lora: all three factors are trained, the middle one is mixed."""
+
+    def deliver(start: PyTree, messages: Message, weights: Float[Array, " K"]) -> PyTree:
+        likeness = pairs.cosines(messages, weights)
+        shares = pairs.softmax_of_others(likeness, weights, setup.hyper.mix_temperature, own=True)
+        return mix_by(shares, start, messages, weights)
+
+    return make_delivering_method(
+        "ce-lora", SOURCE, setup,
+        extend=extend, trained=only("a", "b", "c"), sent=only("c"), keep_own=False,
+        assemble=lambda own, _, scales: assemble(own, scales), deliver=deliver,
+    )  # fmt: skip
+
+
+def extend(factors: PyTree) -> PyTree:
+    """c = 1 at every site."""
+
+    def one(site: dict[str, Array]) -> dict[str, Array]:
+        a = site["a"]
+        return {**site, "c": jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), (*a.shape[:-2], *[a.shape[-1]] * 2))}
+
+    return map_sites(one, factors)
+
+
+def assemble(own: PyTree, scales: PyTree) -> lora.Adapter:
+    """C is multiplied into B."""
+    middle, rest = tree.partition(own, only("c"))
+    merged = map_sites(lambda site, between: {**site, "b": matmul(between["c"], site["b"])}, rest, middle)
+    return tree.combine(merged, scales)

@@ -1,0 +1,49 @@
+"""FedALT (arXiv 2503.11880): a client's own adapter beside the mean of the *others'*, weighed token by token.
+
+    y = x W_0 + s [α(x) x A_k B_k + (1 − α(x)) x A_R B_R],    α(x) from a private router, softmax(x · gate)
+
+The own pair is never overwritten; the rest-of-the-world pair is frozen locally, and renewed by the server.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from fedvlm_jax import lora
+from fedvlm_jax.methods.parts import pairs
+from fedvlm_jax.methods.parts.delivered import make_delivering_method
+from fedvlm_jax.methods.parts.factored import map_sites
+from fedvlm_jax.methods.parts.norms import only
+from fedvlm_jax.methods.record import Message, Method, Setup
+
+__all__ = ["make"]
+
+SOURCE = "arXiv 2503.11880: y = W_0 x + s[α(x) B_k A_k x + (1−α(x)) B^R A^R x]; A^R, B^R = means over the other clients"
+
+
+def make(setup: Setup) -> Method:
+    """fedalt: own pair and router are trained, the pair is sent."""
+    return make_delivering_method(
+        "fedalt", SOURCE, setup, extend=extend, trained=only("a", "b", "gate"), assemble=assemble, deliver=deliver
+    )
+
+
+def extend(factors: PyTree) -> PyTree:
+    """A router at every site; zero, so that both pairs weigh a half."""
+    return map_sites(lambda site: {**site, "gate": jnp.zeros((*site["a"].shape[:-1], 2), site["a"].dtype)}, factors)
+
+
+def deliver(start: PyTree, messages: Message, weights: Float[Array, " K"]) -> PyTree:
+    """Means of the others' factors [K, …]."""
+    moved = pairs.others_mean(messages, weights)
+    return jax.tree.map(jnp.add, moved, start)
+
+
+def assemble(own: PyTree, rest: PyTree, scales: PyTree) -> lora.Adapter:
+    """Both pairs as one adapter of twice the rank, in two groups."""
+
+    def one(mine: dict[str, Array], theirs: dict[str, Array], scale: dict[str, Array]) -> dict[str, Array]:
+        a = jnp.concatenate([mine["a"], theirs["a"]], axis=-1)
+        return {**mine, "a": a, "b": jnp.concatenate([mine["b"], theirs["b"]], axis=-2), **scale}
+
+    return map_sites(one, own, rest, scales)

@@ -1,0 +1,36 @@
+"""FedSVD (arXiv 2505.12805): ffa-lora whose frozen A is renewed from the SVD of the product every few rounds.
+
+In our layout A B = U Σ Vᵀ; A ← U, B ← Σ Vᵀ. The product stays as it is, and the columns of A become orthonormal.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree
+
+from fedvlm_jax.methods.parts.factored import map_sites, matmul
+from fedvlm_jax.methods.parts.norms import only
+from fedvlm_jax.methods.record import Method, Setup
+from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
+
+__all__ = ["make"]
+
+SOURCE = "arXiv 2505.12805: B̄ = Σ p_k B_k with A frozen; every few rounds B̄ A = U Σ Vᵀ, A ← Vᵀ, B̄ ← U Σ"
+
+
+def make(setup: Setup) -> Method:
+    """fedsvd, as a share rule that does something to the average."""
+    every = setup.hyper.svd_every
+
+    def after(shared: PyTree, round_: Int[Array, ""]) -> PyTree:
+        renewed = map_sites(renew, shared)
+        return map_sites(
+            lambda new, old: {n: jnp.where(round_ % every == 0, new[n], old[n]) for n in old}, renewed, shared
+        )
+
+    return make_share_method("fedsvd", SOURCE, FACTORS, setup, Parts(trained=(only("b"),), after=after))
+
+
+def renew(site: dict[str, Array]) -> dict[str, Array]:
+    """The same product with orthonormal columns of A: QR of A, then the SVD of the small R_a B."""
+    q, r = jnp.linalg.qr(site["a"].astype(jnp.float32))
+    u, s, vt = jnp.linalg.svd(matmul(r, site["b"]), full_matrices=False)
+    return {"a": matmul(q, u).astype(site["a"].dtype), "b": (s[..., None] * vt).astype(site["b"].dtype)}

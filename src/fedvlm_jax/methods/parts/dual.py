@@ -1,0 +1,113 @@
+"""FedDPA (arXiv 2403.19211): a global adapter that is federated beside a local one that stays.
+
+    y = x W_0 + (1 − α) s x A_g B_g + α s x A_l B_l
+
+The global adapter is trained alone; the local one with the global one frozen beside it. Until a client has trained its
+local adapter it uses the global one as it is (α = 0). The weight α is fixed here; the paper also adapts it to each
+question by similarity.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from fedvlm_jax import lora, tree
+from fedvlm_jax.methods.parts import pairs
+from fedvlm_jax.methods.parts.norms import norm_of
+from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup
+
+__all__ = ["make_dual_method"]
+
+
+def make_dual_method(
+    name: str,
+    source: str,
+    setup: Setup,
+    *,
+    stages: Callable[[int, int], tuple[slice | None, slice | None]],
+    phase: Callable[[int], int] | None = None,
+) -> Method:
+    """Build a FedDPA.
+
+    Args:
+        name, source: as in `Method`.
+        setup: what it is made with.
+        stages: (phase, local steps) -> the steps that train the global adapter, and those that train the local one.
+        phase: as in `Method`.
+    """
+    alpha = setup.hyper.dpa_alpha
+
+    def init(adapter: lora.Adapter) -> Server:
+        factors, scales = pairs.split(adapter)
+        return {"shared": factors, "start": factors, "scales": scales}
+
+    def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
+        del number
+        own = server["start"] if setup.common_start else pairs.split(setup.draw(key))[0]
+        optimizer = setup.start_optimizer(own)
+        return {"own": own, "optimizer": {"global": optimizer, "local": optimizer}, "begun": jnp.zeros((), bool)}
+
+    def client_update(
+        ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
+    ) -> tuple[Personal, Message, Metrics]:
+        del key
+        shared, own = server["shared"], personal["own"]
+        optimizers = dict(personal["optimizer"])
+        if not setup.keep_optimizer:
+            optimizers = dict.fromkeys(optimizers, setup.start_optimizer(own))
+        message, metrics = {}, {}
+        of_global, of_local = stages(ctx.phase, client.mask.shape[0])
+        if of_global is not None:
+            trained, optimizers["global"], metrics = ctx.train(
+                shared,
+                optimizers["global"],
+                _cut(client, of_global),
+                assemble=lambda factors: tree.combine(factors, server["scales"]),
+            )
+            message = jax.tree.map(jnp.subtract, trained, shared)
+            shared = trained
+        begun = personal["begun"]
+        if of_local is not None:
+            part = _cut(client, of_local)
+            own, optimizers["local"], more = ctx.train(
+                own,
+                optimizers["local"],
+                part,
+                assemble=lambda factors: pairs.mix(shared, factors, server["scales"], alpha),
+            )
+            begun = begun | part.mask.any()
+            metrics = {**more, "steps": more["steps"] + metrics.get("steps", 0)}
+        metrics |= {"update_norm": norm_of(message)}
+        return {"own": own, "optimizer": optimizers, "begun": begun}, message, metrics
+
+    def aggregate(
+        ctx: Context, server: Server, messages: Message, weights: Float[Array, " cohort"]
+    ) -> tuple[Server, Metrics]:
+        del ctx
+        update = tree.weighted_sum(messages, weights)
+        shared = jax.tree.map(jnp.add, server["shared"], update) if update else server["shared"]
+        return {**server, "shared": shared}, {"shared_norm": norm_of(shared), "shared_update_norm": norm_of(update)}
+
+    def personalise(server: Server, personal: Personal) -> lora.Adapter:
+        weight = jnp.where(personal["begun"], alpha, 0.0)
+        return pairs.mix(server["shared"], personal["own"], server["scales"], weight)
+
+    def trained(server: Server, personal: Personal, message: Message) -> lora.Adapter:
+        shared = jax.tree.map(jnp.add, server["shared"], message) if message else server["shared"]
+        return personalise({**server, "shared": shared}, personal)
+
+    def travels(server: Server, messages: Message) -> tuple[PyTree, PyTree]:
+        del server
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), messages)
+        return one, one
+
+    return Method(
+        name, source, init, init_client, client_update, aggregate, personalise, trained,
+        download=lambda server: server["shared"], phase=phase, travels=travels,
+    )  # fmt: skip
+
+
+def _cut(client: Client, steps: slice) -> Client:
+    return client._replace(indices=client.indices[steps], mask=client.mask[steps])

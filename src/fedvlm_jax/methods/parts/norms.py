@@ -1,0 +1,40 @@
+"""What a leaf is called, norms of trees, and how far private factors went."""
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from fedvlm_jax import tree
+
+__all__ = ["leaf_name", "norm_of", "only", "personal_drift"]
+
+
+def norm_of(part: PyTree) -> Float[Array, ""]:
+    """The Frobenius norm over all leaves; 0 where there are none."""
+    leaves = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(part)]
+    return jnp.sqrt(sum(leaves, start=jnp.float32(0)))
+
+
+def personal_drift(own: PyTree, start: PyTree) -> Float[Array, ""]:
+    """‖A_k − A_0‖ / ‖A_0‖ over the private factors A; 0 where none is private.
+
+    A method whose private part hardly moves is another method under its name.
+    """
+
+    def only_a(part: PyTree) -> PyTree:
+        return tree.partition(part, lambda path: re.search(r"(^|/)a(/|$)", path) is not None)[0]
+
+    return norm_of(jax.tree.map(jnp.subtract, only_a(own), only_a(start))) / jnp.maximum(norm_of(only_a(start)), 1e-12)
+
+
+def leaf_name(path: str) -> str:
+    """The factor that a leaf is: "b" of `fc1/b`, and of `fc1/b/3`, a layer that a rule split off."""
+    return next(part for part in reversed(path.split("/")) if not part.replace(".", "").isdigit())
+
+
+def only(*names: str) -> Callable[[str], bool]:
+    """(path) -> is the leaf one of these factors?"""
+    return lambda path: leaf_name(path) in names

@@ -1,0 +1,74 @@
+"""pFedMe (arXiv 2006.08848): personal models as minimisers of Moreau envelopes around the federated one.
+
+A client holds a local copy w_k of the global model. In each of its local rounds it takes a few steps towards
+θ_k = argmin F_k(θ) + λ/2 ‖θ − w_k‖², then w_k ← w_k − η λ (w_k − θ_k). The server goes w ← (1 − β) w + β Σ p_k w_k, and θ_k is
+what the client uses. Its inner steps read one batch each, where the paper keeps one batch for all of them.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from fedvlm_jax import lora, tree
+from fedvlm_jax.methods.parts import control, pairs
+from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup
+from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
+
+__all__ = ["make"]
+
+SOURCE = "arXiv 2006.08848: θ_k ≈ argmin F_k(θ) + λ/2 ‖θ − w_k‖², w_k ← w_k − ηλ(w_k − θ_k); w ← (1−β) w + β Σ p_k w_k"
+
+
+def make(setup: Setup) -> Method:
+    """pfedme: fedavg-lora's server, with local rounds of their own."""
+    hyper = setup.hyper
+
+    def average(shared: object, messages: Message, weights: Array) -> Message:
+        del shared
+        return jax.tree.map(lambda leaf: hyper.pfedme_beta * leaf, tree.weighted_sum(messages, weights))
+
+    federated = make_share_method("pfedme", SOURCE, FACTORS, setup, Parts(average=average))
+
+    def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
+        state = federated.init_client(key, server, number)
+        own = federated.personalise(server, state)
+        return {"federated": state, "own": own, "optimizer": setup.start_optimizer(own)}
+
+    def client_update(
+        ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
+    ) -> tuple[Personal, Message, Metrics]:
+        del key
+        received, scales = pairs.split(federated.personalise(server, personal["federated"]))
+        own = personal["own"]
+        optimizer = personal["optimizer"] if setup.keep_optimizer else setup.start_optimizer(own)
+        local, history = received, []
+        steps = client.mask.shape[0]
+        for first in range(0, steps, hyper.pfedme_inner):
+            part = slice(first, min(first + hyper.pfedme_inner, steps))
+            some = client._replace(indices=client.indices[part], mask=client.mask[part])
+            start = tree.combine(pairs.split(own)[0], scales)
+            own, optimizer, metrics = ctx.train(
+                start, optimizer, some, nudge=control.make_proximal(hyper.pfedme_lambda, local)
+            )
+            pull = jnp.where(some.mask.any(), hyper.pfedme_rate * hyper.pfedme_lambda, 0.0)
+            local = jax.tree.map(lambda w, theta, pull=pull: w - pull * (w - theta), local, pairs.split(own)[0])
+            history.append(metrics)
+        steps_taken = sum(one["steps"] for one in history)
+        metrics = {
+            name: sum(one[name] * one["steps"] for one in history) / jnp.maximum(steps_taken, 1) for name in history[0]
+        }
+        message = jax.tree.map(jnp.subtract, local, received)
+        metrics |= {"last_loss": history[-1]["last_loss"], "steps": steps_taken}
+        return {**personal, "own": own, "optimizer": optimizer}, message, metrics
+
+    def personalise(server: Server, personal: Personal) -> lora.Adapter:
+        del server
+        return personal["own"]
+
+    def trained(server: Server, personal: Personal, message: Message) -> lora.Adapter:
+        del server, message
+        return personal["own"]
+
+    return federated._replace(
+        init_client=init_client, client_update=client_update, personalise=personalise, trained=trained
+    )

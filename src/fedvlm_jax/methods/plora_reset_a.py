@@ -1,0 +1,16 @@
+"""plora whose private A begins anew in every round: what FED-ALoRA's public code does (arXiv 2509.25414).
+
+The paper's rule is plora's, but the code loses the private A between rounds; so this is "share B, restart A".
+"""
+
+from fedvlm_jax.methods.record import Method, Setup
+from fedvlm_jax.methods.share import FACTOR_B, Parts, make_share_method
+
+__all__ = ["make"]
+
+SOURCE = "arXiv 2509.25414 as its code has it: B̄ = Σ p_k B_k is shared, A_k ← A_0 in every round"
+
+
+def make(setup: Setup) -> Method:
+    """plora-reset-a, as a share rule that keeps nothing."""
+    return make_share_method("plora-reset-a", SOURCE, FACTOR_B, setup, Parts(restart=True))
