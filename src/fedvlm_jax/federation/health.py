@@ -3,11 +3,11 @@
 They are computed from the adapters that the clients trained, whatever the method, in a program of their own, so that
 the round itself keeps its one all-reduce. Clients that do not count are left out.
 
-    aggregation_error     ‖Σ p_k A_k B_k − Ā B̄‖_F / ‖Σ p_k A_k B_k‖_F, in all and per half of the model: what averaging both
-                          factors would lose (it is what fedavg-lora does lose)
-    angle_a               between the column spaces of two clients' A, in degrees: the angle whose cosine is the root mean
-                          square of the principal angles' cosines, mean over pairs and sites
-    update_dissimilarity  1 − cosine of two clients' updates s·A B, mean over pairs
+    aggregation_error     ‖Σ p_k A_k B_k − Ā B̄‖_F / ‖Σ p_k A_k B_k‖_F, in all and per half of the model: what averaging
+                          both factors would lose (it is what fedavg-lora does lose)
+    angle_a               between the column spaces of two clients' A, in degrees: the angle whose cosine is the root
+                          mean square of the principal angles' cosines, mean over pairs and sites
+    update_dissimilarity  1 − cosine of two clients' low-rank terms s·A B, mean over pairs
 """
 
 import re

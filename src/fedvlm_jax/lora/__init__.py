@@ -17,7 +17,7 @@ the collection: `nn.scan(..., variable_axes={"params": 0, "lora": 0})`. An adapt
 """
 
 from fedvlm_jax.lora.adapter import Adapter, LoRA, init, sites_of
-from fedvlm_jax.lora.algebra import add_to_weights, concatenate, merge, truncate, unmerge
+from fedvlm_jax.lora.algebra import add_to_weights, concatenate, fix_signs, merge, truncate, unmerge
 from fedvlm_jax.lora.injection import inject
 from fedvlm_jax.lora.rules import Rule, combine, partition, virtual_paths
 from fedvlm_jax.lora.sites import LoraError, Site, Sites, find_sites, select
@@ -33,6 +33,7 @@ __all__ = [
     "combine",
     "concatenate",
     "find_sites",
+    "fix_signs",
     "init",
     "inject",
     "merge",

@@ -17,8 +17,8 @@ Adapter = dict[str, Any]
 COLLECTION = "lora"
 FACTORS = ("a", "b", "scale")
 GATE = "gate"
-"""A fourth leaf that a site of an `nn.Dense` may have, [*stack, d_in, n]: the ranks are n groups of equal size, and each
-token weighs them by softmax(x · gate)."""
+"""A fourth leaf that a site of an `nn.Dense` may have, [*stack, d_in, n]: the ranks are n groups of equal size, and
+each token weighs them by softmax(x · gate)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,11 +45,8 @@ def add_to_weights(params: Mapping[str, Any], deltas: Mapping[str, Array], *, dt
         if name is None:
             raise LoraError(f"the parameters have no kernel or embedding at {path!r}; there are:\n{listing(weights)}")
         weight = weights[name]
-        stack = delta.shape[:-2]
-        if (*stack, delta.shape[-2] * delta.shape[-1]) != (
-            *weight.shape[: len(stack)],
-            math.prod(weight.shape[len(stack) :]),
-        ):
+        stack, size = delta.shape[:-2], delta.shape[-2] * delta.shape[-1]
+        if (*stack, size) != (*weight.shape[: len(stack)], math.prod(weight.shape[len(stack) :])):
             raise LoraError(f"an update of shape {delta.shape} at {path} does not fit a weight of shape {weight.shape}")
         weights[name] = (weight.astype(jnp.float32) + delta.reshape(weight.shape)).astype(dtype or weight.dtype)
     merged = tree.unflatten(weights)
@@ -86,11 +83,19 @@ def concatenate(*adapters: Adapter) -> Adapter:
     return tree.unflatten(flat)
 
 
+def fix_signs(a: Array, b: Array) -> tuple[Array, Array]:
+    """The same product a b with the largest entry of every column of `a` positive: an SVD leaves the sign to chance."""
+    largest = jnp.take_along_axis(a, jnp.argmax(jnp.abs(a), axis=-2, keepdims=True), axis=-2)
+    sign = jnp.where(largest < 0, -1, 1).astype(a.dtype)
+    return a * sign, b * sign.mT
+
+
 def truncate(adapter: Adapter, rank: int) -> Adapter:
     """The best adapter of a lower rank in the Frobenius norm, by QR and a small SVD; ΔW itself is never formed.
 
     With a = Q_a R_a and bᵀ = Q_b R_b, ΔW = Q_a (R_a R_bᵀ) Q_bᵀ and only the small matrix in the middle is decomposed;
-    its singular values are shared evenly between the factors. Scales stay. Batched over stacked layers.
+    its singular values are shared evenly between the factors, and signs are settled (`fix_signs`). Scales stay. Batched
+    over stacked layers.
 
     Raises:
         LoraError: `rank` is below 1 or above what a site can have.
@@ -106,6 +111,7 @@ def truncate(adapter: Adapter, rank: int) -> Adapter:
         root = jnp.sqrt(s[..., :rank])
         new_a = jnp.matmul(q_a, u[..., :rank] * root[..., None, :], precision="highest")
         new_b = jnp.matmul(root[..., :, None] * vt[..., :rank, :], q_b.mT, precision="highest")
+        new_a, new_b = fix_signs(new_a, new_b)
         return new_a.astype(a.dtype), new_b.astype(b.dtype)
 
     flat = {}

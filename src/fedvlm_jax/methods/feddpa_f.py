@@ -1,4 +1,4 @@
-"""FedDPA-F (arXiv 2403.19211): the global adapter is federated first; in the last rounds each client trains a local one."""
+"""FedDPA-F (arXiv 2403.19211): the global adapter is federated first, in the last rounds clients train local ones."""
 
 from fedvlm_jax.methods.parts.dual import make_dual_method
 from fedvlm_jax.methods.record import Method, Setup

@@ -15,7 +15,7 @@ from fedvlm_jax.methods.record import Message, Method, Setup
 
 __all__ = ["make"]
 
-SOURCE = "arXiv 2506.11024: client k receives Σ_j w_kj (A_j, B_j), w_k = softmax of similarity over the others; own beside it"
+SOURCE = "arXiv 2506.11024: client k receives Σ_j w_kj (A_j, B_j), w_k = softmax of similarity over the others"
 
 
 def make(setup: Setup) -> Method:

@@ -42,7 +42,7 @@ def make(setup: Setup) -> Method:
 def split(
     matrix: Float[Array, "*stack d K"], steps: int
 ) -> tuple[Float[Array, "*stack d K"], Float[Array, "*stack d K"]]:
-    """Low rank and sparse, which add up to the matrix: what is left over after the last step goes to the sparse part."""
+    """Low rank and sparse, which add up to the matrix: what is left after the last step goes to the sparse part."""
     rows, columns = matrix.shape[-2:]
     threshold = 1 / jnp.sqrt(max(rows, columns))
     total = jnp.sum(jnp.abs(matrix), axis=(-2, -1), keepdims=True)

@@ -3,9 +3,11 @@
 In our layout A B = U Σ Vᵀ; A ← U, B ← Σ Vᵀ. The product stays as it is, and the columns of A become orthonormal.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
+from fedvlm_jax import lora
 from fedvlm_jax.methods.parts.factored import map_sites, matmul
 from fedvlm_jax.methods.parts.norms import only
 from fedvlm_jax.methods.record import Method, Setup
@@ -21,10 +23,8 @@ def make(setup: Setup) -> Method:
     every = setup.hyper.svd_every
 
     def after(shared: PyTree, round_: Int[Array, ""]) -> PyTree:
-        renewed = map_sites(renew, shared)
-        return map_sites(
-            lambda new, old: {n: jnp.where(round_ % every == 0, new[n], old[n]) for n in old}, renewed, shared
-        )
+        now = round_ % every == 0
+        return jax.tree.map(lambda new, old: jnp.where(now, new, old), map_sites(renew, shared), shared)
 
     return make_share_method("fedsvd", SOURCE, FACTORS, setup, Parts(trained=(only("b"),), after=after))
 
@@ -33,4 +33,5 @@ def renew(site: dict[str, Array]) -> dict[str, Array]:
     """The same product with orthonormal columns of A: QR of A, then the SVD of the small R_a B."""
     q, r = jnp.linalg.qr(site["a"].astype(jnp.float32))
     u, s, vt = jnp.linalg.svd(matmul(r, site["b"]), full_matrices=False)
-    return {"a": matmul(q, u).astype(site["a"].dtype), "b": (s[..., None] * vt).astype(site["b"].dtype)}
+    a, b = lora.fix_signs(matmul(q, u), s[..., None] * vt)
+    return {"a": a.astype(site["a"].dtype), "b": b.astype(site["b"].dtype)}

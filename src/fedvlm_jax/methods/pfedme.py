@@ -1,8 +1,8 @@
 """pFedMe (arXiv 2006.08848): personal models as minimisers of Moreau envelopes around the federated one.
 
 A client holds a local copy w_k of the global model. In each of its local rounds it takes a few steps towards
-θ_k = argmin F_k(θ) + λ/2 ‖θ − w_k‖², then w_k ← w_k − η λ (w_k − θ_k). The server goes w ← (1 − β) w + β Σ p_k w_k, and θ_k is
-what the client uses. Its inner steps read one batch each, where the paper keeps one batch for all of them.
+θ_k = argmin F_k(θ) + λ/2 ‖θ − w_k‖², then w_k ← w_k − η λ (w_k − θ_k). The server goes w ← (1 − β) w + β Σ p_k w_k, and
+θ_k is what the client uses. Its inner steps read one batch each, where the paper keeps one batch for all of them.
 """
 
 import jax

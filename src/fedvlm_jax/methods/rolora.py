@@ -1,4 +1,4 @@
-"""RoLoRA (arXiv 2409.02346): odd rounds train and average B, even rounds A; the other factor is frozen, so it is exact."""
+"""RoLoRA (arXiv 2409.02346): odd rounds train and average B, even rounds A; the other is frozen, so it is exact."""
 
 from fedvlm_jax.methods.parts.norms import only
 from fedvlm_jax.methods.record import Method, Setup

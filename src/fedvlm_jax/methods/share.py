@@ -135,9 +135,8 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
         step, state = optimizer.step(update, server["optimizer"], weights)
         new = tree.combine(*_add(shared, step))
         if parts.after is not None:
-            new = jax.tree.map(
-                lambda after, now: jnp.where(weights.sum() > 0, after, now), parts.after(new, ctx.round), new
-            )
+            counts = weights.sum() > 0
+            new = jax.tree.map(lambda after, now: jnp.where(counts, after, now), parts.after(new, ctx.round), new)
         server = {**server, "shared": new, "optimizer": state}
         if local.scaffold:
             server["control"] = control.average(server["control"], messages["control"], weights, setup.population)

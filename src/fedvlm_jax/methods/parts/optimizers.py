@@ -55,9 +55,8 @@ def make_server_optimizer(options: ServerOptions) -> ServerOptimizer:
     def step(update: PyTree, state: PyTree, weights: Float[Array, " cohort"]) -> tuple[PyTree, PyTree]:
         if options.optimizer == "avg":
             return jax.tree.map(lambda leaf: rate * leaf, update), state
-        new = {
-            "m": _over(update, state["m"], lambda d, m: options.beta1 * m + (1 - options.beta1 if second else 1) * d)
-        }
+        gain = 1 - options.beta1 if second else 1.0
+        new = {"m": _over(update, state["m"], lambda d, m: options.beta1 * m + gain * d)}
         if second:
             new["v"] = _over(update, state["v"], lambda d, v: second(v, jnp.square(d), options.beta2))
         counts = weights.sum() > 0
