@@ -11,8 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
-from tiny_run import tiny_run
+from tiny_run import StopAfter, StopError, assert_same_adapters, read_adapters, tiny_run
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import course, evaluate, loop
@@ -27,19 +26,6 @@ def finished(model, session, tmp_path_factory):
     run = tiny_run(model, tmp_path_factory.mktemp("runs") / "whole")
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, finetune_steps=3))
     return loop.train(run, session=session)
-
-
-def read_adapters(folder):
-    files = sorted((folder / "adapters").rglob("*.safetensors"))
-    return {str(path.relative_to(folder)): load_file(path) for path in files}
-
-
-def assert_same_adapters(one, two):
-    one, two = read_adapters(one), read_adapters(two)
-    assert one.keys() == two.keys()
-    for name, arrays in one.items():
-        for path, array in arrays.items():
-            np.testing.assert_array_equal(array, two[name][path], err_msg=f"{name} {path}")
 
 
 def test_what_a_run_leaves(finished):
@@ -75,23 +61,6 @@ def test_evaluating_the_stored_adapters_gives_the_results(finished):
     scores = evaluate.evaluate(finished)
     results = read_run(finished).results
     assert scores == {name: results[name] for name in ("zero_shot", "personal")}
-
-
-class StopError(Exception):
-    """Stands in for whatever ends a process."""
-
-
-class StopAfter(SilentProgress):
-    """Stops the run at a round, after its line and its checkpoint are written."""
-
-    def __init__(self, round_):
-        super().__init__()
-        self.last = round_
-
-    def round(self, line):
-        super().round(line)
-        if line["round"] == self.last:
-            raise StopError
 
 
 @pytest.mark.parametrize("stop", [1, 4, 5])

@@ -57,7 +57,7 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs
         jax.jit(jax.vmap(adapter_of, in_axes=(None, 0, 0, 0, None))),
         jax.jit(trained),
         jax.jit(lambda server, states, messages, weights: examine(trained(server, states, messages), weights)),
-        jax.jit(method.base) if method.base is not None else None,
+        method.base,  # not jitted: a compiled program would return copies of the weights that it leaves alone
     )
 
 
