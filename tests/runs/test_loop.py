@@ -15,7 +15,7 @@ from tiny_run import StopAfter, StopError, assert_same_adapters, read_adapters, 
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import course, evaluate, loop
-from fedvlm_jax.runs.config import TrainOptions, to_json
+from fedvlm_jax.runs.config import EvaluationOptions, TrainOptions, to_json
 from fedvlm_jax.runs.folders import read_metrics, read_run
 from fedvlm_jax.runs.progress import SilentProgress
 
@@ -197,6 +197,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, session, tmp_path):
 def test_too_large_a_cohort(model, session, tmp_path):
     with pytest.raises(UserError, match="--cohort 9: there are only 4 clients that train"):
         loop.train(tiny_run(model, tmp_path / "run", cohort=9), session=session)
+
+
+def test_answers_longer_than_the_model_has_positions(model, session, tmp_path):
+    evaluation = EvaluationOptions(max_answer_tokens=65)
+    with pytest.raises(UserError, match=r"--evaluation.max-answer-tokens is 65: .* has 64 positions"):
+        loop.train(tiny_run(model, tmp_path / "run", evaluation=evaluation), session=session)
 
 
 def test_options_survive_the_folder(finished, model):

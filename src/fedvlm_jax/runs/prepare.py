@@ -134,6 +134,12 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     Raises:
         UserError: data, targets, ranks or sizes that cannot work; each with what to change.
     """
+    positions = session.vlm.config.text_config.max_position_embeddings
+    if run.evaluation.max_answer_tokens > positions:
+        asked = run.evaluation.max_answer_tokens
+        raise UserError(
+            f"--evaluation.max-answer-tokens is {asked}: {run.model} has {positions} positions, ask for fewer"
+        )
     spec = _make_spec(run)
     key = jax.random.key(run.seed)
     adapter = start_adapter(key, session.vlm.sites, spec)
