@@ -17,7 +17,7 @@ from fedvlm_jax.methods.share import Parts, make_share_method
 __all__ = ["make"]
 
 SOURCE = "arXiv 2502.15436: ΔW = B R A, B and A frozen; R̄ = Σ p_k R_k"
-REFUSES = {"lora.ranks": "R is one square matrix that all clients average whole"}
+REFUSES: dict[str, str] = {"lora.ranks": "R is one square matrix that all clients average whole"}
 SEED = 977
 """The frozen factors are the same for everybody, whatever the run's seed makes of the adapter's A."""
 

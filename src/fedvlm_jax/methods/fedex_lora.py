@@ -13,7 +13,7 @@ from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 __all__ = ["make"]
 
 SOURCE = "arXiv 2410.09432: fedavg-lora, and W_0 ← W_0 + s (Σ p_k B_k A_k − B̄ Ā)"
-REFUSES = {
+REFUSES: dict[str, str] = {
     "server": "what it adds to the base makes up for the plain average, and for no other step",
     "local.scaffold": "its control variates are gradients at a base that has moved by the next round",
     "lora.ranks": "a client that truncates the averaged factors has not the exact mean that the method is about",

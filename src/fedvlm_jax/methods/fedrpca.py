@@ -16,7 +16,7 @@ from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 __all__ = ["make", "split"]
 
 SOURCE = "arXiv 2506.01194: [ΔA_k]_k = L + S by robust PCA (ΔB too); the update is mean(L) + β mean(S)"
-REFUSES = {
+REFUSES: dict[str, str] = {
     "local.scaffold": "it takes out of the updates what is a client's own, which the method looks for and amplifies",
     "lora.ranks": "what a client lacks would count as a sparse part of its own, and be amplified",
 }

@@ -17,7 +17,7 @@ __all__ = ["make"]
 
 SOURCE = "arXiv 2505.12805: B̄ = Σ p_k B_k with A frozen; every few rounds B̄ A = U Σ Vᵀ, A ← Vᵀ, B̄ ← U Σ"
 _NEW_BASIS = "an SVD gives B another basis every few rounds, in which the state of former rounds means nothing"
-REFUSES = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)
+REFUSES: dict[str, str] = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)
 
 
 def make(setup: Setup) -> Method:

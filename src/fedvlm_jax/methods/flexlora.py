@@ -16,7 +16,7 @@ __all__ = ["make"]
 
 SOURCE = "arXiv 2402.11505: Σ p_k B_k A_k = U Σ Vᵀ; client k gets the best factors of its rank"
 _NEW_BASIS = "every round's SVD gives the factors another basis, in which the last round's state means nothing"
-REFUSES = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)
+REFUSES: dict[str, str] = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)
 
 
 def make(setup: Setup) -> Method:

@@ -6,7 +6,9 @@ from fedvlm_jax.methods.share import NOTHING, Parts, make_share_method
 __all__ = ["make"]
 
 SOURCE = "no communication: A_k and B_k stay private"
-REFUSES = dict.fromkeys(("server", "local.proximal", "local.scaffold"), "nothing is shared, so there is no average")
+REFUSES: dict[str, str] = dict.fromkeys(
+    ("server", "local.proximal", "local.scaffold"), "nothing is shared, so there is no average"
+)
 
 
 def make(setup: Setup) -> Method:

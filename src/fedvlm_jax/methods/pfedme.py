@@ -19,7 +19,7 @@ __all__ = ["make"]
 SOURCE = "arXiv 2006.08848: θ_k ≈ argmin F_k(θ) + λ/2 ‖θ − w_k‖², w_k ← w_k − ηλ(w_k − θ_k); w ← (1−β) w + β Σ p_k w_k"
 
 _OWN_ROUNDS = "its local rounds are its own: the pull towards the global model is part of them"
-REFUSES = {
+REFUSES: dict[str, str] = {
     "local.proximal": _OWN_ROUNDS,
     "local.scaffold": _OWN_ROUNDS,
     "lora.ranks": "a step of w_k towards θ_k is not written for factors that are padded",

@@ -5,7 +5,7 @@ of any method: what is told is what its own functions do. Axes: K clients of the
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from fedvlm_jax.models import Vlm
 __all__ = ["OPTIMIZER", "Held", "Stage", "Tensor", "Tracer", "flatten_state", "key_shape"]
 
 OPTIMIZER = "the optimiser's state"
-"""A mark around every optimiser state that a method asks for, so that it is found again wherever the method keeps it."""
+"""A mark around every optimiser state that a method asks for, so it is found again wherever the method keeps it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Held:
     """A leaf, or some layers of one, in what is sent, received or kept.
 
     Attributes:
-        place: where the method has it, `control` say; what all have in common is left out.
+        place: where the method has it, `control` say; left out of what travels where all of that is in one place.
         layers: which, where a rule splits the stack; empty for all.
         times: how many clients' it is.
     """
@@ -104,12 +104,8 @@ class _Training:
             copies[at : at + 1] = [moved[path]]
         self.seen |= tree.flatten(factors)
         zero = jnp.zeros(())
-        metrics = {
-            "loss": zero,
-            "last_loss": zero,
-            "gradient_norm": zero,
-            "steps": client.mask.any(axis=-1).sum() * 1.0,
-        }
+        steps = client.mask.any(axis=-1).sum() * 1.0
+        metrics = {"loss": zero, "last_loss": zero, "gradient_norm": zero, "token_accuracy": zero, "steps": steps}
         return tree.combine(tree.unflatten(moved), frozen), optimizer, metrics
 
 
@@ -145,7 +141,8 @@ class Tracer:
         kept -= self._overwritten(messages)
         sizes = {path: leaf.size for path, leaf in training.seen.items()}
         state = {path: leaf for path, leaf in flatten_state(self.personal).items() if path in kept}
-        places = [self._locate(part, sizes) for part in (flatten_state(up), flatten_state(down), state)]
+        moved = [self._locate(flatten_state(part), sizes) for part in (up, down)]
+        places = [*(_leave_out_the_common(found) for found in moved), self._locate(state, sizes)]
         tensors: list[Tensor] = []
         for path, leaf in training.seen.items():
             group, _, name = path.rpartition("/")
@@ -205,17 +202,20 @@ class Tracer:
         longest_first = sorted(self.sites, key=len, reverse=True)
         for path, leaf in part.items():
             site = next((site for site in longest_first if f"/{site}/" in f"/{path}"), None)
-            if site is None or OPTIMIZER in path:
+            if OPTIMIZER in path:
                 continue
-            before, _, after = f"/{path}".partition(f"/{site}/")
-            name, _, layer = after.partition("/")
-            where = found.setdefault(f"{site}/{name}", {}).setdefault(before.strip("/"), [])
+            if site is None:  # a leaf that belongs to no site, such as one number for all
+                before, _, name = path.rpartition("/")
+                where, layer = found.setdefault(name, {}).setdefault(before, []), ""
+            else:
+                before, _, after = f"/{path}".partition(f"/{site}/")
+                name, _, layer = after.partition("/")
+                where = found.setdefault(f"{site}/{name}", {}).setdefault(before.strip("/"), [])
             where.append((layer, leaf.size))
-        several = len({place for places in found.values() for place in places}) > 1
         return {
             path: tuple(
                 Held(
-                    place if several else "",
+                    place,
                     tuple(layer for layer, _ in leaves if layer),
                     1 if leaves[0][0] else max(1, leaves[0][1] // sizes.get(path, leaves[0][1])),
                 )
@@ -238,6 +238,13 @@ class Tracer:
             jax.ShapeDtypeStruct((), jnp.int32),
             jax.ShapeDtypeStruct((), jnp.bool_),
         )
+
+
+def _leave_out_the_common(found: Mapping[str, tuple[Held, ...]]) -> Mapping[str, tuple[Held, ...]]:
+    """Where all that travels is in one place, the place says nothing."""
+    if len({held.place for several in found.values() for held in several}) > 1:
+        return found
+    return {path: tuple(replace(held, place="") for held in several) for path, several in found.items()}
 
 
 def _trace(function: Callable[..., tuple[Any, ...]], state: PyTree, *arguments: Any) -> tuple[set[str], Any]:

@@ -18,7 +18,7 @@ from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics,
 
 __all__ = ["make_delivering_method"]
 
-REFUSES = {
+REFUSES: dict[str, str] = {
     **dict.fromkeys(
         ("server", "local.proximal", "local.scaffold"),
         "every client receives a mixture of its own: there is no one average to step or to stay near",

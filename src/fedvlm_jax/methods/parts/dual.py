@@ -20,7 +20,7 @@ from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics,
 
 __all__ = ["make_dual_method"]
 
-REFUSES = {
+REFUSES: dict[str, str] = {
     **dict.fromkeys(
         ("server", "local.proximal", "local.scaffold"), "its global adapter is averaged plainly, as the paper has it"
     ),
