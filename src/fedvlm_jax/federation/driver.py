@@ -20,9 +20,9 @@ from fedvlm_jax.federation.health import examine
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.federation.population import Population
 from fedvlm_jax.federation.round import RoundOutput, from_waves, make_round, start_personal, to_waves
+from fedvlm_jax.federation.traffic import count_bytes, find_travelling
 from fedvlm_jax.federation.training import LocalTrainer
 from fedvlm_jax.methods import Client, Method
-from fedvlm_jax.methods.parts.norms import leaf_name
 from fedvlm_jax.sharding import place_waves, replicate
 
 __all__ = ["Driver", "Programs", "RoundInputs", "RoundReport", "make_programs"]
@@ -197,20 +197,16 @@ class Driver:
         )
 
     def _travelling(self, messages: PyTree) -> tuple[PyTree, PyTree]:
-        """What one client sends and what it receives, as trees of shapes."""
-        method, shapes = self.programs.method, jax.eval_shape(lambda tree: tree, messages)
-        if method.travels is not None:
-            return method.travels(self.server, shapes)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes), method.download(self.server)
+        """What one client sends and what it receives, as trees of shapes; padding of the cohort sends nothing."""
+        cohort = self.layout.cohort
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((cohort, *x.shape[1:]), x.dtype), messages)
+        return find_travelling(self.programs.method, self.params, self.server, shapes)
 
     def _count_bytes(self, part: PyTree, numbers: np.ndarray) -> int:
         if not self.ranks:
             return tree.count_bytes(part)
         share = float(np.mean([self.ranks[number] for number in numbers])) / max(self.ranks)
-        return round(sum(
-            tree.count_bytes(leaf) * (share if leaf_name(path) in ("a", "b") else 1)
-            for path, leaf in tree.flatten(part).items()
-        ))  # fmt: skip
+        return count_bytes(part, share)
 
     def adapters(self, numbers: np.ndarray) -> PyTree:
         """The personalised adapters of these clients [V, …]."""

@@ -17,6 +17,7 @@ from fedvlm_jax.objectives.options import PreferenceOptions
 from fedvlm_jax.runs.codec import decode, encode
 
 __all__ = [
+    "SHARE",
     "Compare",
     "EvaluationOptions",
     "HyperOptions",
@@ -36,6 +37,8 @@ __all__ = [
 
 LANGUAGE_MODEL = r"language_model/.*(encoder|decoder)/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 PACKAGE = Path(__file__).parent.parent
+METHOD, SHARE = "plora", "share"
+"""The method where none is named, and the one that `--share` makes of a rule; it is no file that anyone would list."""
 
 
 def _optional(metavar: str, otherwise: str) -> Any:
@@ -174,11 +177,17 @@ class Run:
 
     model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = "florence2-nano"
     """The frozen base: a shipped model's name, a Hugging Face Florence-2 folder, or a hub id."""
-    method: Annotated[str, tyro.conf.arg(metavar=_show_choices(methods_available()))] = "plora"
-    """`train` only: the federated method, that is, what clients share and what stays theirs; share, with --share."""
+    method: Annotated[
+        str,
+        tyro.conf.arg(
+            metavar=_show_choices(methods_available()), help_behavior_hint=f"(default: {METHOD}, or what --share makes)"
+        ),
+    ] = ""
+    """`train` only: the federated method, that is, what clients share and what stays theirs; `fedvlm explain` tells
+    what each does."""
     share: Annotated[str, tyro.conf.arg(metavar="REGEX", help_behavior_hint="(default: none)")] = ""
-    """A method from a rule alone: adapter leaves in whose path this is found, as `fedvlm explain` prints them, are
-    averaged, all others stay with their client. Needs --method share."""
+    """A method from a rule alone, named share: factors in whose path (as `fedvlm explain` prints it) this is found are
+    averaged, all others stay with their client. For example 'decoder/.*/b$'."""
     objective: Annotated[str, tyro.conf.arg(metavar=_show_choices(objectives_available()))] = "sft"
     """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both."""
     cohort: Annotated[int | None, _optional("INT", "all of them")] = None
@@ -200,6 +209,11 @@ class Run:
     hyper: HyperOptions = field(default_factory=HyperOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     system: SystemOptions = field(default_factory=SystemOptions)
+
+    def __post_init__(self) -> None:
+        """A rule alone is a method; so what `method` is where nobody says depends on `share`."""
+        if not self.method:
+            object.__setattr__(self, "method", SHARE if self.share else METHOD)
 
 
 @dataclass(frozen=True)

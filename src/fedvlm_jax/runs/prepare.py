@@ -28,8 +28,9 @@ from fedvlm_jax.federation.inputs import Inputs, make_inputs
 from fedvlm_jax.federation.reference import ReferenceStore, add_reference, compute_reference, make_score
 from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Setup, load_method
-from fedvlm_jax.models import Processor, load_vlm, resolve_folder
+from fedvlm_jax.models import Processor, load_vlm, read_vlm, resolve_folder
 from fedvlm_jax.objectives import Objective, load_objective
+from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.sharding import CLIENTS, make_mesh, replicate
 
@@ -121,6 +122,8 @@ def open_session(run: Run, note: Note = lambda text: None) -> Session:
     mesh = make_mesh(run.system.mesh_clients)
     note(f"loading {run.model}")
     folder = resolve_folder(run.model)
+    if run.share:
+        check_rule(run, read_vlm(folder).sites)  # before gigabytes are read
     processor = Processor.from_folder(folder)
     compute = jnp.bfloat16 if run.system.compute == "bfloat16" else jnp.float32
     vlm, params = load_vlm(folder, compute_dtype=compute, remat=run.system.remat)

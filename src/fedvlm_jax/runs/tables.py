@@ -41,13 +41,15 @@ RIVALS = ("local", "fedavg-lora+ft")
 
 @dataclass(frozen=True)
 class Table:
-    """A table of finished texts. The first column is a name, the others are figures; `strong` rows stand out."""
+    """A table of finished texts. The first column is a name, the others are figures, but for the columns in `prose`,
+    which a terminal shows as they are; `strong` rows stand out."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     strong: frozenset[int] = frozenset()
     note: str = ""
+    prose: frozenset[int] = frozenset()
 
 
 def tabulate_run(record: RunRecord) -> list[Table]:
@@ -238,11 +240,14 @@ def to_rich(table: Table) -> RichTable:
     shown = RichTable(title=table.title, title_justify="left", title_style="bold", caption=table.note or None)
     shown.caption_justify = "left"
     for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if number == 0 else "right")
+        shown.add_column(column, justify="left" if number in (0, *table.prose) else "right", overflow="fold")
     for number, row in enumerate(table.rows):
         # An interval goes below its mean, to fit 80 columns. Its brackets are text, not rich's markup.
         cells = [
-            Text(cell.replace(" [", "\n["), justify="right" if column else "left") for column, cell in enumerate(row)
+            Text(cell, justify="left")
+            if column in table.prose
+            else Text(cell.replace(" [", "\n["), justify="right" if column else "left")
+            for column, cell in enumerate(row)
         ]
         shown.add_row(*cells, style="bold" if number in table.strong else None)
     return shown

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.objectives import load_objective
-from fedvlm_jax.runs.config import Compare, PreferenceOptions, Run, methods_available, objectives_available
+from fedvlm_jax.runs.choices import check_choices, check_comparison
+from fedvlm_jax.runs.config import SHARE, Compare, PreferenceOptions, Run, methods_available, objectives_available
 from fedvlm_jax.runs.measures import SELECTING
 
 __all__ = ["FINETUNED", "validate", "validate_comparison"]
@@ -25,7 +26,13 @@ def validate(run: Run) -> None:
     Raises:
         UserError: the first option, or pair of options, that cannot work.
     """
-    _require_choice("--method", run.method, methods_available())
+    _require_choice("--method", run.method, (*methods_available(), SHARE))
+    _validate_common(run)
+    check_choices(run)
+
+
+def _validate_common(run: Run) -> None:
+    """What does not depend on the method."""
     _require_choice("--objective", run.objective, objectives_available())
     _check_preference(run)
     _check_metrics(run)
@@ -44,14 +51,14 @@ def validate_comparison(comparison: Compare) -> None:
     if not comparison.methods:
         raise UserError("--methods names no method: say which to compare, for example --methods local plora")
     for name in comparison.methods:
-        _require_choice("--methods", name.removesuffix(FINETUNED), methods_available())
+        _require_choice("--methods", name.removesuffix(FINETUNED), (*methods_available(), SHARE))
     twice = sorted({name for name in comparison.methods if comparison.methods.count(name) > 1})
     if twice:
         raise UserError(f"--methods names {twice[0]} twice: leave one out")
     _at_least("--seeds", comparison.seeds, 1)
     if any(name.endswith(FINETUNED) for name in comparison.methods):
         _at_least("--finetune-steps", comparison.finetune_steps, 1)
-    if base.method != Run().method:
+    if base.method not in (Run().method, Run(share=base.share).method):
         raise UserError(f"--method {base.method} chooses for `fedvlm train`; here say --methods {base.method} ...")
     if base.resume is not None:
         raise UserError(f"--resume goes on with one run; to go on with a comparison repeat it with --out {base.resume}")
@@ -59,7 +66,8 @@ def validate_comparison(comparison: Compare) -> None:
         raise UserError(
             '--train.finetune-steps is for `fedvlm train`; here add "+ft" to a method, and --finetune-steps'
         )
-    validate(base)
+    _validate_common(base)
+    check_comparison(base, [name.removesuffix(FINETUNED) for name in comparison.methods])
 
 
 def _check_model(model: str) -> None:

@@ -20,6 +20,13 @@ from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics,
 
 __all__ = ["make_dual_method"]
 
+REFUSES: dict[str, str] = {
+    **dict.fromkeys(
+        ("server", "local.proximal", "local.scaffold"), "its global adapter is averaged plainly, as the paper has it"
+    ),
+    "lora.ranks": "the paper's two adapters have one rank for all, and so have these",
+}
+
 
 def make_dual_method(
     name: str,
@@ -28,6 +35,7 @@ def make_dual_method(
     *,
     stages: Callable[[int, int], tuple[slice | None, slice | None]],
     phase: Callable[[int], int] | None = None,
+    reads: tuple[str, ...] = (),
 ) -> Method:
     """Build a FedDPA.
 
@@ -36,6 +44,7 @@ def make_dual_method(
         setup: what it is made with.
         stages: (phase, local steps) -> the steps that train the global adapter, and those that train the local one.
         phase: as in `Method`.
+        reads: options of its own beside alpha.
     """
     alpha = setup.hyper.dpa_alpha
 
@@ -106,6 +115,7 @@ def make_dual_method(
     return Method(
         name, source, init, init_client, client_update, aggregate, personalise, trained,
         download=lambda server: server["shared"], phase=phase, travels=travels,
+        takes=frozenset({"hyper.dpa_alpha", *reads}), refuses=REFUSES,
     )  # fmt: skip
 
 
