@@ -142,6 +142,7 @@ def _write_config(run: Run, prepared: Prepared) -> None:
         "waves": layout.waves,
         "cohort": layout.cohort,
         "rows": layout.rows,
+        "steps": layout.steps,
         "mesh_clients": prepared.session.mesh.shape[CLIENTS],
         "clients": [client.name for client in prepared.examples.clients],
         "train_examples": [len(client.train) for client in prepared.examples.clients],
