@@ -147,6 +147,8 @@ class EvaluationOptions:
     images (not given by the paper)."""
     before_redistribution: bool = True
     """Validate also what clients had before the server's average replaced their shared part."""
+    examples: int = 12
+    """At the end, store so many test examples with picture and answers for the report; 0 for none."""
     test: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = True
     """From Python only: False leaves the test split alone, for runs that serve to choose options."""
 

@@ -21,6 +21,9 @@ from fedvlm_jax.runs.measures import SELECTING
 
 __all__ = ["FINETUNED", "validate", "validate_comparison"]
 
+MOST_EXAMPLES = 48
+"""So many pictures of at most 25 KiB keep the report's page below 2 MB."""
+
 FINETUNED = "+ft"
 """What a method's name ends with in a comparison when local fine-tuning follows it."""
 
@@ -130,10 +133,16 @@ def _check_numbers(run: Run) -> None:
         ("--evaluation.every", evaluation.every, 1),
         ("--evaluation.max-answer-tokens", evaluation.max_answer_tokens, 1),
         ("--evaluation.batch-size", evaluation.batch_size, 1),
+        ("--evaluation.examples", evaluation.examples, 0),
         ("--system.mesh-clients", system.mesh_clients, 1),
         ("--system.wave", system.wave, 1),
     ):
         _at_least(flag, value, least)
+    if evaluation.examples > MOST_EXAMPLES:
+        raise UserError(
+            f"--evaluation.examples is {evaluation.examples}: it must be {MOST_EXAMPLES} or fewer, for their pictures "
+            "are part of the report's page"
+        )
     for flag, value in (
         ("--train.learning-rate-a", train.learning_rate_a),
         ("--train.learning-rate-b", train.learning_rate_b),
