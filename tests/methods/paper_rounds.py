@@ -195,10 +195,10 @@ def share(
         for k in problem.clients:
             received = hand_out(shared, problem.ranks[k]) if problem.ranks else shared
 
-            correction = minus(c, c_k[k])
+            correction = minus(c, c_k[k]) if scaffold else {}
 
             def pull(theta: Theta, received: Theta = received, correction: Theta = correction) -> Theta:
-                return {key: mu * (theta[key] - m) + correction[key] for key, m in received.items()}
+                return {key: mu * (theta[key] - m) + correction.get(key, 0) for key, m in received.items()}
 
             theta = descend(
                 received | own[k], batches[k], problem.rates, lora_gradients(problem.base, problem.scale),
