@@ -17,7 +17,7 @@ from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, make_clients
-from fedvlm_jax.federation.health import examine
+from fedvlm_jax.federation.health import OF_PAIRS, examine
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.population import Population
@@ -218,7 +218,8 @@ class Driver:
         states = from_waves(out.personal)
         counted, health = read.counted, out.health
         if len(counted):
-            health = health | self.programs.health(before, states, out.messages, jnp.asarray(weights))
+            found = self.programs.health(before, states, out.messages, jnp.asarray(weights))
+            health = health | (found if len(counted) > 1 else {k: v for k, v in found.items() if k not in OF_PAIRS})
             self.population.scatter(numbers[counted], jax.tree.map(lambda x: x[counted], jax.device_get(states)))
             self.server = out.server
         up, down = self._travelling(out.messages, max(1, len(counted)))

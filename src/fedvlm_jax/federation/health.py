@@ -19,7 +19,10 @@ from jaxtyping import Array, Float, PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.methods.parts.factored import deviations, matmul, side_by_side
 
-__all__ = ["examine"]
+__all__ = ["OF_PAIRS", "examine"]
+
+OF_PAIRS = ("angle_a", "update_dissimilarity")
+"""What means something only where at least two clients count."""
 
 GROUPS = ("vision_tower", "image_projector", "encoder", "decoder")
 
@@ -33,7 +36,7 @@ def examine(adapters: PyTree, weights: Float[Array, " K"]) -> dict[str, Float[Ar
     lost: dict[str, Array] = {}
     whole: dict[str, Array] = {}
     grams = jnp.zeros((len(weights), len(weights)))
-    cosines = []
+    cosines, zero = [], jnp.float32(0)
     for path, (a, b, scale) in lora.sites_of(adapters):
         b = b * scale[..., None, None]
         group = next((name for name in GROUPS if re.search(rf"(^|/){name}(/|$)", path)), "rest")
@@ -45,7 +48,7 @@ def examine(adapters: PyTree, weights: Float[Array, " K"]) -> dict[str, Float[Ar
     likeness = jnp.sum((grams / (norms[:, None] * norms)) * (1 - jnp.eye(len(weights)))) / pairs
     errors = {f"aggregation_error/{group}": _ratio(lost[group], whole[group]) for group in lost if len(lost) > 1}
     return {
-        "aggregation_error": _ratio(sum(lost.values()), sum(whole.values())),
+        "aggregation_error": _ratio(sum(lost.values(), start=zero), sum(whole.values(), start=zero)),
         **errors,
         "angle_a": jnp.degrees(jnp.arccos(jnp.clip(sum(cosines) / len(cosines), 0, 1))),
         "update_dissimilarity": 1 - likeness,

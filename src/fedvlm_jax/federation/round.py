@@ -83,8 +83,8 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
         key: PRNGKeyArray,
         phase: int = 0,
     ) -> RoundOutput:
-        def train(factors: Any, state: Any, client: Client, **choices: Any) -> Any:
-            return trainer.run(params, factors, state, client, rates, **choices)
+        def train(factors: Any, optimizer: Any, client: Client, **choices: Any) -> Any:
+            return trainer.run(params, factors, optimizer, client, rates, **choices)
 
         ctx = Context(params, round, phase, rates, train)
 

@@ -1,14 +1,18 @@
 """APFL (arXiv 2003.13461): each client uses a mixture of the federated model and one of its own, α v_k + (1 − α) w.
 
-v_k is trained through the mixture. Mixed are the factors. α is fixed, or learned with v_k and kept between 0 and 1.
+v_k is trained through the mixture, step by step beside w: what it is mixed with is the w of that step. Mixed are the
+factors. α is fixed, or learned with v_k and kept between 0 and 1.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora, tree
 from fedvlm_jax.methods.parts import pairs
+from fedvlm_jax.methods.parts.metrics import over_steps
 from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
 from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 
@@ -32,13 +36,31 @@ def make(setup: Setup) -> Method:
     def client_update(
         ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
     ) -> tuple[Personal, Message, Metrics]:
-        state, message, metrics = federated.client_update(ctx, server, personal["federated"], client, key)
-        now = federated.trained(server, state, message)
         own = personal["own"]
         optimizer = personal["optimizer"] if setup.keep_optimizer else setup.start_optimizer(own, trained_leaves)
-        own, optimizer, mine = ctx.train(
-            own, optimizer, client, trained=trained_leaves, assemble=lambda factors: mixture(factors, now)
-        )
+        ended: list[tuple[PyTree, PyTree, Metrics]] = []
+
+        def train(w: PyTree, w_state: PyTree, client: Client, **choices: Any) -> tuple[PyTree, PyTree, Metrics]:
+            """The federated model's training, with the private one's beside it in every step."""
+
+            def step(carry: PyTree, at: tuple[Int[Array, " batch"], Bool[Array, " batch"]]) -> tuple[PyTree, PyTree]:
+                (w, w_state), (v, v_state) = carry
+                one = client._replace(indices=at[0][None], mask=at[1][None])
+                *after, metrics = ctx.train(w, w_state, one, **choices)
+                *mine, own_metrics = ctx.train(
+                    v, v_state, one, trained=trained_leaves, assemble=lambda factors: mixture(factors, w)
+                )
+                return (tuple(after), tuple(mine)), (metrics, own_metrics)
+
+            start = ((w, w_state), (own, optimizer))
+            ((w, w_state), (v, v_state)), history = jax.lax.scan(step, start, (client.indices, client.mask))
+            metrics, own_metrics = (over_steps(part) for part in history)
+            ended.append((v, v_state, own_metrics))
+            return w, w_state, metrics
+
+        beside = ctx._replace(train=train)
+        state, message, metrics = federated.client_update(beside, server, personal["federated"], client, key)
+        own, optimizer, mine = ended[0]
         own = {**own, "alpha": jnp.clip(own["alpha"], 0, 1)}
         metrics |= {"loss": mine["loss"], "last_loss": mine["last_loss"], "alpha": own["alpha"]}
         return {"federated": state, "own": own, "optimizer": optimizer}, message, metrics

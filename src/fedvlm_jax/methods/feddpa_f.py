@@ -1,7 +1,7 @@
 """FedDPA-F (arXiv 2403.19211): the global adapter is federated first, in the last rounds clients train local ones."""
 
 from fedvlm_jax.methods.parts.dual import make_dual_method
-from fedvlm_jax.methods.record import Method, Setup
+from fedvlm_jax.methods.record import Client, Method, Setup
 
 __all__ = ["make"]
 
@@ -12,9 +12,8 @@ def make(setup: Setup) -> Method:
     """feddpa-f: the rounds are those of any other method; `--hyper.dpa-local` says how many are the local adapter's."""
     first_local = setup.rounds - max(1, round(setup.hyper.dpa_local * setup.rounds)) + 1
 
-    def stages(phase: int, steps: int) -> tuple[slice | None, slice | None]:
-        everything = slice(0, steps)
-        return (None, everything) if phase else (everything, None)
+    def stages(phase: int, client: Client) -> tuple[Client | None, Client | None]:
+        return (client, None) if phase else (None, client)
 
     return make_dual_method(
         "feddpa-f", SOURCE, setup,

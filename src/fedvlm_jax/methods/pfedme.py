@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from fedvlm_jax import lora, tree
 from fedvlm_jax.methods.parts import control, pairs
+from fedvlm_jax.methods.parts.metrics import over_steps
 from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup
 from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 
@@ -62,14 +63,8 @@ def make(setup: Setup) -> Method:
             pull = jnp.where(some.mask.any(), hyper.pfedme_rate * hyper.pfedme_lambda, 0.0)
             local = jax.tree.map(lambda w, theta, pull=pull: w - pull * (w - theta), local, pairs.split(own)[0])
             history.append(metrics)
-        steps_taken = sum(one["steps"] for one in history)
-        metrics = {
-            name: sum(one[name] * one["steps"] for one in history) / jnp.maximum(steps_taken, 1) for name in history[0]
-        }
+        metrics = over_steps({name: jnp.stack([one[name] for one in history]) for name in history[0]})
         message = jax.tree.map(jnp.subtract, local, received)
-        metrics |= {"last_loss": history[0]["last_loss"], "steps": steps_taken}
-        for one in history[1:]:  # a straggler's last groups are empty
-            metrics["last_loss"] = jnp.where(one["steps"] > 0, one["last_loss"], metrics["last_loss"])
         return {**personal, "own": own, "optimizer": optimizer}, message, metrics
 
     def personalise(server: Server, personal: Personal) -> lora.Adapter:

@@ -27,6 +27,9 @@ from fedvlm_jax.runs.validation import FINETUNED, validate_comparison
 
 __all__ = ["compare", "finish_run"]
 
+BYTES = ("bytes_up_per_client", "bytes_down_per_client")
+"""Of a round; a comparison tells their mean over the federated rounds."""
+
 
 def compare(
     comparison: Compare,
@@ -139,7 +142,7 @@ def _make_run(comparison: Compare, settings: Mapping[str, TrainOptions], method:
 
 
 def _describe(record: RunRecord, method: str, seed: int, folder: Path) -> dict[str, Any]:
-    first = record.rounds[0]
+    federated = [line for line in record.rounds if line["method"] == method.removesuffix(FINETUNED)]
     return {
         "method": method,
         "seed": seed,
@@ -148,6 +151,5 @@ def _describe(record: RunRecord, method: str, seed: int, folder: Path) -> dict[s
         **{name: record.results[name] for name in ("global", "held_out") if name in record.results},
         "selected_round": record.results["selected_round"],
         "seconds": sum(line["seconds"] for line in record.rounds),
-        "bytes_up_per_client": first["bytes_up_per_client"],
-        "bytes_down_per_client": first["bytes_down_per_client"],
+        **{name: sum(line[name] for line in federated) / len(federated) for name in BYTES},
     }

@@ -30,6 +30,7 @@ from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.reference import ReferenceStore, add_reference, compute_reference, make_score
 from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Setup, load_method
+from fedvlm_jax.methods.options import LocalOptions, ServerOptions
 from fedvlm_jax.models import Processor, load_vlm, read_vlm, resolve_folder
 from fedvlm_jax.objectives import Objective, load_objective
 from fedvlm_jax.runs.choices import check_rule
@@ -219,11 +220,9 @@ def make_driver(
     layout = _lay_out(run, prepared.examples, session.mesh, cohort, prepared.layout.wave)
     dealt = () if go_on else run.lora.ranks
     ranks = tuple(dealt[number % len(dealt)] for number in range(clients)) if dealt else ()
-    numbers = {"population": clients, "cohort": layout.places, "rounds": train.rounds, "ranks": ranks}
-    beside = {"hyper": run.hyper, "share": run.share}
-    beside |= {"local": run.local, "server": run.server} if go_on is None else {}
-    goal = (run.objective, run.preference, train.optimizer, train.weight_decay, train.clip_norm)
-    static = (method, common, run.lora, *goal, *numbers.values(), *beside.values())
+    local, server = (run.local, run.server) if go_on is None else (LocalOptions(), ServerOptions())
+    goal = (run.objective, run.preference, train.optimizer, train.weight_decay, train.clip_norm, train.optimizer_state)
+    static = (method, common, run.lora, *goal, clients, layout.places, train.rounds, ranks, run.hyper, run.share)
 
     def make() -> Programs:
         trainer = make_local_trainer(
@@ -239,12 +238,18 @@ def make_driver(
             start_optimizer=trainer.start,
             keep_optimizer=train.optimizer_state == "kept",
             common_start=common,
-            **numbers,
-            **beside,
+            population=clients,
+            cohort=layout.places,
+            rounds=train.rounds,
+            ranks=ranks,
+            local=local,
+            server=server,
+            hyper=run.hyper,
+            share=run.share,
         )
         return make_programs(load_method(method, setup), trainer, session.mesh)
 
-    programs = session.remember(("programs", *static, train.optimizer_state), make)
+    programs = session.remember(("programs", *static, local, server), make)
     return Driver(
         programs=programs,
         params=go_on[1] if go_on else session.params,

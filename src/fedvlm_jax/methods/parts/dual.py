@@ -2,9 +2,9 @@
 
     y = x W_0 + (1 − α) s x A_g B_g + α s x A_l B_l
 
-The global adapter is trained alone; the local one with the global one frozen beside it. Until a client has trained its
-local adapter it uses the global one as it is (α = 0). The weight α is fixed here; the paper also adapts it to each
-question by similarity.
+The local adapter is trained with the global one, as it was received, frozen beside it; then the global one, alone: the
+order of the authors' code. Until a client has trained its local adapter it uses the global one as it is (α = 0). The
+weight α is fixed here; the paper also adapts it to each question by similarity.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def make_dual_method(
     source: str,
     setup: Setup,
     *,
-    stages: Callable[[int, int], tuple[slice | None, slice | None]],
+    stages: Callable[[int, Client], tuple[Client | None, Client | None]],
     phase: Callable[[int], int] | None = None,
     reads: tuple[str, ...] = (),
 ) -> Method:
@@ -42,7 +42,8 @@ def make_dual_method(
     Args:
         name, source: as in `Method`.
         setup: what it is made with.
-        stages: (phase, local steps) -> the steps that train the global adapter, and those that train the local one.
+        stages: (phase, client) -> the client with the steps that train the local adapter, and with those that train the
+            global one.
         phase: as in `Method`.
         reads: options of its own beside alpha.
     """
@@ -66,29 +67,27 @@ def make_dual_method(
         optimizers = dict(personal["optimizer"])
         if not setup.keep_optimizer:
             optimizers = dict.fromkeys(optimizers, setup.start_optimizer(own))
-        message, metrics = {}, {}
-        of_global, of_local = stages(ctx.phase, client.mask.shape[0])
+        message, metrics, begun = {}, {}, personal["begun"]
+        of_local, of_global = stages(ctx.phase, client)
+        if of_local is not None:
+            own, optimizers["local"], metrics = ctx.train(
+                own,
+                optimizers["local"],
+                of_local,
+                assemble=lambda factors: pairs.mix(shared, factors, server["scales"], alpha),
+            )
+            begun = begun | of_local.mask.any()
         if of_global is not None:
-            trained, optimizers["global"], metrics = ctx.train(
+            trained, optimizers["global"], more = ctx.train(
                 shared,
                 optimizers["global"],
-                _cut(client, of_global),
+                of_global,
                 assemble=lambda factors: tree.combine(factors, server["scales"]),
             )
             message = jax.tree.map(jnp.subtract, trained, shared)
-            shared = trained
-        begun = personal["begun"]
-        if of_local is not None:
-            part = _cut(client, of_local)
-            own, optimizers["local"], more = ctx.train(
-                own,
-                optimizers["local"],
-                part,
-                assemble=lambda factors: pairs.mix(shared, factors, server["scales"], alpha),
-            )
-            begun = begun | part.mask.any()
-            told = {name: jnp.where(more["steps"] > 0, x, metrics.get(name, x)) for name, x in more.items()}
-            metrics = {**told, "steps": more["steps"] + metrics.get("steps", 0)}  # a straggler may not come so far
+            local = metrics.get("steps", 0)  # told is the local pair's loss, unless it took no step
+            metrics = {name: jnp.where(local > 0, metrics.get(name, x), x) for name, x in more.items()}
+            metrics["steps"] = more["steps"] + local
         metrics |= {"update_norm": norm_of(message)}
         return {"own": own, "optimizer": optimizers, "begun": begun}, message, metrics
 
@@ -118,7 +117,3 @@ def make_dual_method(
         download=lambda server: server["shared"], phase=phase, travels=travels,
         takes=frozenset({"hyper.dpa_alpha", *reads}), refuses=REFUSES,
     )  # fmt: skip
-
-
-def _cut(client: Client, steps: slice) -> Client:
-    return client._replace(indices=client.indices[steps], mask=client.mask[steps])

@@ -57,8 +57,8 @@ def make_server_optimizer(options: ServerOptions) -> ServerOptimizer:
             return jax.tree.map(lambda leaf: rate * leaf, update), state
         gain = 1 - options.beta1 if second else 1.0
         new = {"m": _over(update, state["m"], lambda d, m: options.beta1 * m + gain * d)}
-        if second:
-            new["v"] = _over(update, state["v"], lambda d, v: second(v, jnp.square(d), options.beta2))
+        if second is not None:
+            new["v"] = _over(update, state["v"], lambda d, v, of=second: of(v, jnp.square(d), options.beta2))
         counts = weights.sum() > 0
         new = jax.tree.map(lambda after, before: jnp.where(counts, after, before), new, state)
         live = jnp.where(counts, rate, 0.0)

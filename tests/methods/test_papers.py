@@ -1,0 +1,243 @@
+"""Two federated rounds of every method through the real compiled round, against NumPy transcriptions of the papers.
+
+What each client's layers compute after each round is compared, and the factors that the server holds.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import paper_rounds as papers
+import pytest
+from linear_world import KEY, RANK, SHAPES, World, as_theta, assert_close
+
+from fedvlm_jax import lora
+from fedvlm_jax.methods.fedrpca import split
+from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
+from fedvlm_jax.runs.config import methods_available
+
+
+def assert_rounds(world, wanted, *, shared=True):
+    """Every client's layers, and the server's factors, after every round."""
+    start = {layer: kernel.T for layer, kernel in world.base.items()}
+    history = world.run()
+    assert len(history) == len(wanted)
+    for found, want in zip(history, wanted, strict=True):
+        for adapter, weights in zip(found.adapters, want.weights, strict=True):
+            merged = lora.merge(found.base, adapter)
+            for layer in SHAPES:
+                assert_close(merged[layer]["fc"]["kernel"].T, weights[layer])
+                assert np.abs(weights[layer] - start[layer]).max() > 1e-2, (
+                    "nothing was learned, so nothing was compared"
+                )
+        if shared:
+            for (layer, name), value in want.shared.items():
+                assert_close(found.server["shared"][layer]["fc"][name.lower()].T, value)
+    return history
+
+
+SIMPLE = {
+    "local": papers.local,
+    "fedavg-lora": papers.fedavg_lora,
+    "plora": papers.plora,
+    "plora-reset-a": papers.plora_reset_a,
+    "fedsa-lora": papers.fedsa_lora,
+    "ffa-lora": papers.ffa_lora,
+    "rolora": papers.rolora,
+    "iat": papers.iat,
+    "iat-inverted": papers.iat_inverted,
+    "hetlora": papers.hetlora,
+    "fedex-lora": papers.fedex_lora,
+}
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_share_rules(name):
+    world = World(name)
+    assert_rounds(world, SIMPLE[name](world.problem()))
+
+
+def test_every_method_is_here():
+    """A method that this file does not name was not compared with its paper."""
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert not [name for name in methods_available() if f'"{name}"' not in text]
+
+
+def test_rolora_freezes_what_its_round_does_not_train():
+    world = World("rolora")
+    first, second = world.run()
+    for layer in SHAPES:
+        one, two = (found.server["shared"][layer]["fc"] for found in (first, second))
+        start = world.adapter[layer]["fc"]
+        assert [np.array_equal(one[name], start[name]) for name in "ab"] == [True, False]
+        assert [np.array_equal(two[name], one[name]) for name in "ab"] == [False, True]
+
+
+def test_flexlora():
+    """Factors of an SVD have free signs, so what is compared is what they compute."""
+    world = World("flexlora")
+    assert_rounds(world, papers.flexlora(world.problem()), shared=False)
+
+
+def test_lora_fair():
+    world = World("lora-fair", hyper=HyperOptions(fair_lambda=0.05))
+    assert_rounds(world, papers.lora_fair(world.problem(), 0.05))
+
+
+def test_fedsvd_over_a_renewal():
+    world = World("fedsvd", rounds=3, hyper=HyperOptions(svd_every=2))
+    history = assert_rounds(world, papers.fedsvd(world.problem(), 2), shared=False)
+    for found, renewed in zip(history, (False, True, True), strict=True):
+        for layer in SHAPES:
+            a = np.asarray(found.server["shared"][layer]["fc"]["a"])
+            assert np.allclose(a.T @ a, np.eye(RANK), atol=1e-5) == renewed
+
+
+def test_fed_sb():
+    """A and B are what the server begins with: the paper takes them from gradients, here they are drawn."""
+    world = World("fed-sb")
+    frozen = {
+        layer: {"fc": world.server["start"][layer]["fc"] | world.server["shared"][layer]["fc"]} for layer in SHAPES
+    }
+    start = as_theta(frozen)
+    middle = {(layer, "C"): value for (layer, _), value in as_theta(frozen, "r").items()}
+    wanted = papers.fed_sb(world.problem(start | middle))
+    history = assert_rounds(world, wanted, shared=False)
+    for found, want in zip(history, wanted, strict=True):
+        for layer in SHAPES:
+            assert_close(found.server["shared"][layer]["fc"]["r"].T, want.shared[layer, "C"])
+
+
+def drawn_by_flora(world):
+    """A client's key is folded from the run's, the round and its number: see `make_round`."""
+    key = jax.random.fold_in(jax.random.key(KEY), 2)
+    return [
+        [
+            as_theta(world.setup.draw(jax.random.fold_in(jax.random.fold_in(key, number), k)))
+            for k in range(len(world.shares))
+        ]
+        for number in range(1, len(world.data) + 1)
+    ]
+
+
+@pytest.mark.parametrize("ranks", [(), (2, 1, 2)], ids=["one-rank", "ranks"])
+def test_flora(ranks):
+    world = World("flora", ranks=ranks)
+    assert_rounds(world, papers.flora(world.problem(), drawn_by_flora(world)))
+
+
+@pytest.mark.parametrize("name", ["local", "fedavg-lora", "plora", "fedsa-lora", "ffa-lora", "flexlora", "hetlora"])
+def test_ranks_that_differ(name):
+    """The reference has matrices of every client's own rank, and pads them only to average."""
+    world = World(name, ranks=(2, 1, 2))
+    reference = {**SIMPLE, "flexlora": papers.flexlora}[name]
+    assert_rounds(world, reference(world.problem()), shared=name != "flexlora")
+
+
+@pytest.mark.parametrize("name", ["fedavg-lora", "plora"])
+@pytest.mark.parametrize("kind", ["momentum", "adam", "yogi", "adagrad"])
+def test_server_optimisers(name, kind):
+    """v has the squared pseudo-gradient, not the squared momentum (known mistake 4)."""
+    rate, beta1, beta2, tau = 0.3, 0.8, 0.9, 0.05
+    world = World(name, server=ServerOptions(kind, rate, beta1, beta2, tau), rounds=3)
+    assert_rounds(world, SIMPLE[name](world.problem(), server_step=papers.make_fedopt(kind, rate, beta1, beta2, tau)))
+
+
+@pytest.mark.parametrize("name", ["fedavg-lora", "plora"])
+def test_fedprox(name):
+    """The proximal term pulls (known mistake 8: on detached tensors it has no gradient)."""
+    world = World(name, local=LocalOptions(proximal=0.7))
+    assert_rounds(world, SIMPLE[name](world.problem(), mu=0.7))
+
+
+@pytest.mark.parametrize("name", ["fedavg-lora", "plora"])
+def test_scaffold(name):
+    """Option II, three clients of a population of five, one of which took a step less."""
+    world = World(name, local=LocalOptions(scaffold=True), population=5, rounds=3)
+    assert_rounds(world, SIMPLE[name](world.problem(), scaffold=True))
+
+
+def test_ditto():
+    world = World("ditto", hyper=HyperOptions(ditto_lambda=0.6))
+    assert_rounds(world, papers.ditto(world.problem(), 0.6))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_apfl(adaptive):
+    world = World("apfl", hyper=HyperOptions(apfl_alpha=0.4, apfl_adaptive=adaptive))
+    assert_rounds(world, papers.apfl(world.problem(), 0.4, adaptive))
+
+
+def test_pfedme():
+    """Two inner steps on one batch, twice: exactly the paper's algorithm."""
+    world = World(
+        "pfedme", groups=2, straggler=False,
+        hyper=HyperOptions(pfedme_lambda=2.0, pfedme_inner=2, pfedme_rate=0.3, pfedme_beta=0.7),
+    )  # fmt: skip
+    assert_rounds(world, papers.pfedme(world.problem(), 2.0, 2, 0.3, 0.7))
+
+
+def test_feddpa_t():
+    """Half of a client's own steps are the local pair's; of three steps, one."""
+    world = World("feddpa-t", hyper=HyperOptions(dpa_alpha=0.4))
+    assert_rounds(world, papers.feddpa(world.problem(), 0.4, lambda number, steps: steps // 2))
+
+
+def test_feddpa_f():
+    """The first of two rounds is the global pair's, the second the local one's."""
+    world = World("feddpa-f", hyper=HyperOptions(dpa_alpha=0.4, dpa_local=0.5))
+    assert_rounds(world, papers.feddpa(world.problem(), 0.4, lambda number, steps: steps if number == 2 else 0))
+
+
+def test_fedmosaic():
+    world = World("fedmosaic", hyper=HyperOptions(mosaic_weight=0.3, mix_temperature=0.4))
+    assert_rounds(world, papers.fedmosaic(world.problem(), 0.3, 0.4))
+
+
+def test_ce_lora():
+    world = World("ce-lora", hyper=HyperOptions(mix_temperature=0.4))
+    assert_rounds(world, papers.ce_lora(world.problem(), 0.4))
+
+
+def test_fedalt():
+    """What is compared are outputs: with a router a layer is no matrix."""
+    world = World("fedalt")
+    probe = np.random.default_rng(1).normal(size=(6, 5))
+    wanted = papers.fedalt(world.problem(), probe)
+    for found, outputs in zip(world.run(), wanted, strict=True):
+        for adapter, output in zip(found.adapters, outputs, strict=True):
+            assert_close(world.vlm.logits(found.base, adapter, {"inputs": jnp.asarray(probe, jnp.float32)}), output)
+        for layer in SHAPES:
+            assert np.abs(found.states[0]["own"][layer]["fc"]["gate"]).max() > 1e-3
+
+
+def test_fedrpca():
+    """Of data for which the minimum is sharp: of three columns it is flat now and then, and any point of it right."""
+    world = World("fedrpca", seed=2, hyper=HyperOptions(rpca_beta=2.0, rpca_steps=1000))
+    assert_rounds(world, papers.fedrpca(world.problem(), 2.0))
+
+
+def test_fedrpca_of_beta_one_is_the_plain_mean():
+    world = World("fedrpca", hyper=HyperOptions(rpca_beta=1.0))
+    assert_rounds(world, papers.fedavg_lora(world.problem()))
+
+
+def test_robust_pca_finds_what_was_planted():
+    """Rank 1 plus a few large entries, over 40 × 30."""
+    rng = np.random.default_rng(2)
+    low = np.outer(rng.normal(size=40), rng.normal(size=30))
+    sparse = np.where(rng.random((40, 30)) < 0.05, 5 * rng.choice([-1.0, 1.0], (40, 30)), 0)
+    found_low, found_sparse = jax.jit(split, static_argnums=1)(jnp.asarray(low + sparse, jnp.float32), 200)
+    np.testing.assert_allclose(found_low + found_sparse, low + sparse, atol=1e-5)
+    np.testing.assert_allclose(found_low, low, atol=1e-2)
+    np.testing.assert_allclose(found_sparse, sparse, atol=1e-2)
+
+
+def test_robust_pca_agrees_with_another_algorithm():
+    """Douglas–Rachford on the same problem, for the shape that a factor's updates have."""
+    matrix = np.random.default_rng(3).normal(size=(10, 3)) + np.arange(10)[:, None] / 4
+    low, sparse = papers.low_rank_and_sparse(matrix)
+    found_low, found_sparse = jax.jit(split, static_argnums=1)(jnp.asarray(matrix, jnp.float32), 3000)
+    np.testing.assert_allclose(found_low, low, atol=1e-4)
+    np.testing.assert_allclose(found_sparse, sparse, atol=1e-4)
