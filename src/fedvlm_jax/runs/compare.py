@@ -151,5 +151,5 @@ def _describe(record: RunRecord, method: str, seed: int, folder: Path) -> dict[s
         **{name: record.results[name] for name in ("global", "held_out") if name in record.results},
         "selected_round": record.results["selected_round"],
         "seconds": sum(line["seconds"] for line in record.rounds),
-        **{name: sum(line[name] for line in federated) / len(federated) for name in BYTES},
+        **{name: round(sum(line[name] for line in federated) / len(federated)) for name in BYTES},
     }
