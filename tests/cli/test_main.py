@@ -16,7 +16,9 @@ from fedvlm_jax.runs.config import Compare, Run, to_json
 HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "scipy.stats")
 
 
-@pytest.mark.parametrize("words", [["--help"], [], ["train", "--help"], ["compare", "--help"], ["report", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], [], ["train", "--help"], ["compare", "--help"], ["explain", "--help"], ["report", "--help"]]
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     program = (
         "import sys\nfrom fedvlm_jax.cli.main import main\n"
@@ -29,13 +31,13 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 
 def test_every_command_is_listed_in_order() -> None:
-    assert list(commands_available()) == ["data", "train", "compare", "evaluate", "report"]
+    assert list(commands_available()) == ["data", "explain", "train", "compare", "evaluate", "report"]
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["tain"], "there is no command tain; there are data, train, compare"),
+        (["tain"], "there is no command tain; there are data, explain, train, compare"),
         (["train", "--methd", "x"], "did you mean --method?"),
         (["train", "--data.prompt", "bad"], "invalid choice 'bad' for argument '--data.prompt'"),
         (["train", "--data.alpha", "-1"], "--data.alpha is -1.0; expected a number above 0"),
@@ -48,6 +50,11 @@ def test_every_command_is_listed_in_order() -> None:
         (["compare", "--seeds", "0"], "--seeds is 0: it must be 1 or more"),
         (["compare", "--methods", "plora", "plora"], "names plora twice"),
         (["compare", "--method", "local"], "here say --methods local"),
+        (["train", "--method", "plora", "--share", "(b"], "--share '(b' is not a regular expression"),
+        (["train", "--method", "local", "--share", "b$"], "leave out --method local, or leave out --share"),
+        (["compare", "--methods", "local", "share"], "--methods share needs its rule: add --share REGEX"),
+        (["explain", "plorra"], "did you mean plora?"),
+        (["explain", "plora", "--cohort", "17"], "there are only 16 clients"),
         (["evaluate", "nowhere"], "not the folder of a run"),
         (["report"], "say whose report"),
         (["report", "nowhere"], "there is no such folder"),

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 from fedvlm_jax import lora, tree
 from fedvlm_jax.methods.parts import pairs
 from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
-from fedvlm_jax.methods.share import FACTORS, make_share_method
+from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 
 __all__ = ["make"]
 
@@ -22,7 +22,8 @@ SOURCE = "arXiv 2003.13461: w by FedAvg; v_k ← v_k − η ∇_v F_k(α v_k + (
 
 def make(setup: Setup) -> Method:
     """apfl: fedavg-lora with a second model per client, mixed with the first."""
-    federated = make_share_method("apfl", SOURCE, FACTORS, setup)
+    parts = Parts(reads=("hyper.apfl_alpha", "hyper.apfl_adaptive"))
+    federated = make_share_method("apfl", SOURCE, FACTORS, setup, parts)
     hyper = setup.hyper
     trained_leaves = (lambda path: is_factor(path) or path == "alpha") if hyper.apfl_adaptive else is_factor
 

@@ -33,6 +33,7 @@ def make(setup: Setup) -> Method:
         "ce-lora", SOURCE, setup,
         extend=extend, trained=only("a", "b", "c"), sent=only("c"), keep_own=False,
         assemble=lambda own, _, scales: assemble(own, scales), deliver=deliver,
+        reads=("hyper.mix_temperature",),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from fedvlm_jax import lora
 from fedvlm_jax.methods.parts import control, pairs
 from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup
-from fedvlm_jax.methods.share import FACTORS, make_share_method
+from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 
 __all__ = ["make"]
 
@@ -17,7 +17,7 @@ SOURCE = "arXiv 2012.04221: w by FedAvg; v_k ← v_k − η(∇F_k(v_k) + λ(v_k
 
 def make(setup: Setup) -> Method:
     """ditto: fedavg-lora with a second model per client."""
-    federated = make_share_method("ditto", SOURCE, FACTORS, setup)
+    federated = make_share_method("ditto", SOURCE, FACTORS, setup, Parts(reads=("hyper.ditto_lambda",)))
 
     def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
         state = federated.init_client(key, server, number)

@@ -17,6 +17,7 @@ from fedvlm_jax.methods.share import Parts, make_share_method
 __all__ = ["make"]
 
 SOURCE = "arXiv 2502.15436: ΔW = B R A, B and A frozen; R̄ = Σ p_k R_k"
+REFUSES: dict[str, str] = {"lora.ranks": "R is one square matrix that all clients average whole"}
 SEED = 977
 """The frozen factors are the same for everybody, whatever the run's seed makes of the adapter's A."""
 
@@ -24,7 +25,7 @@ SEED = 977
 def make(setup: Setup) -> Method:
     """fed-sb, as a share rule for a third factor."""
     setup = setup._replace(common_start=True)
-    parts = Parts(extend=extend, assemble=assemble, trained=(only("r"),))
+    parts = Parts(extend=extend, assemble=assemble, trained=(only("r"),), refuses=REFUSES)
     return make_share_method("fed-sb", SOURCE, lora.Rule(r"(^|/)r$"), setup, parts)
 
 

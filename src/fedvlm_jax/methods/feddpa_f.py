@@ -16,5 +16,6 @@ def make(setup: Setup) -> Method:
         return (client, None) if phase else (None, client)
 
     return make_dual_method(
-        "feddpa-f", SOURCE, setup, stages=stages, phase=lambda round_: int(round_ >= max(first_local, 2))
-    )
+        "feddpa-f", SOURCE, setup,
+        stages=stages, phase=lambda round_: int(round_ >= max(first_local, 2)), reads=("hyper.dpa_local",),
+    )  # fmt: skip

@@ -8,16 +8,21 @@ from jaxtyping import Array, Float, PyTree
 from fedvlm_jax.methods.parts import base
 from fedvlm_jax.methods.parts.factored import by_site, deviations
 from fedvlm_jax.methods.record import Context, Message, Method, Metrics, Server, Setup
-from fedvlm_jax.methods.share import FACTORS, make_share_method
+from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 
 __all__ = ["make"]
 
 SOURCE = "arXiv 2410.09432: fedavg-lora, and W_0 ← W_0 + s (Σ p_k B_k A_k − B̄ Ā)"
+REFUSES: dict[str, str] = {
+    "server": "what it adds to the base makes up for the plain average, and for no other step",
+    "local.scaffold": "its control variates are gradients at a base that has moved by the next round",
+    "lora.ranks": "a client that truncates the averaged factors has not the exact mean that the method is about",
+}
 
 
 def make(setup: Setup) -> Method:
     """fedex-lora: the share rule of fedavg-lora with a base that moves."""
-    averaging = make_share_method("fedex-lora", SOURCE, FACTORS, setup)
+    averaging = make_share_method("fedex-lora", SOURCE, FACTORS, setup, Parts(refuses=REFUSES))
 
     def init(adapter: PyTree) -> Server:
         rank = setup.cohort * next(iter(by_site(adapter).values()))["a"].shape[-1]

@@ -29,7 +29,7 @@ def make(setup: Setup) -> Method:
     return make_delivering_method(
         "fedmosaic", SOURCE, setup,
         assemble=lambda own, mixed, scales: pairs.mix(own, mixed, scales, hyper.mosaic_weight),
-        deliver=deliver,
+        deliver=deliver, reads=("hyper.mix_temperature", "hyper.mosaic_weight"),
     )  # fmt: skip
 
 

@@ -16,6 +16,10 @@ from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 __all__ = ["make", "split"]
 
 SOURCE = "arXiv 2506.01194: [ΔA_k]_k = L + S by robust PCA (ΔB too); the update is mean(L) + β mean(S)"
+REFUSES: dict[str, str] = {
+    "local.scaffold": "it takes out of the updates what is a client's own, which the method looks for and amplifies",
+    "lora.ranks": "what a client lacks would count as a sparse part of its own, and be amplified",
+}
 
 
 def make(setup: Setup) -> Method:
@@ -36,7 +40,8 @@ def make(setup: Setup) -> Method:
 
         return tree.unflatten({path: one(update) for path, update in tree.flatten(messages).items()})
 
-    return make_share_method("fedrpca", SOURCE, FACTORS, setup, Parts(average=average))
+    parts = Parts(average=average, reads=("hyper.rpca_beta", "hyper.rpca_steps"), refuses=REFUSES)
+    return make_share_method("fedrpca", SOURCE, FACTORS, setup, parts)
 
 
 def split(

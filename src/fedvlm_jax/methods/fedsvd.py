@@ -16,6 +16,8 @@ from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 __all__ = ["make"]
 
 SOURCE = "arXiv 2505.12805: B̄ = Σ p_k B_k with A frozen; every few rounds B̄ A = U Σ Vᵀ, A ← Vᵀ, B̄ ← U Σ"
+_NEW_BASIS = "an SVD gives B another basis every few rounds, in which the state of former rounds means nothing"
+REFUSES: dict[str, str] = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)
 
 
 def make(setup: Setup) -> Method:
@@ -26,7 +28,8 @@ def make(setup: Setup) -> Method:
         now = round_ % every == 0
         return jax.tree.map(lambda new, old: jnp.where(now, new, old), map_sites(renew, shared), shared)
 
-    return make_share_method("fedsvd", SOURCE, FACTORS, setup, Parts(trained=(only("b"),), after=after))
+    parts = Parts(trained=(only("b"),), after=after, reads=("hyper.svd_every",), refuses=REFUSES)
+    return make_share_method("fedsvd", SOURCE, FACTORS, setup, parts)
 
 
 def renew(site: dict[str, Array]) -> dict[str, Array]:

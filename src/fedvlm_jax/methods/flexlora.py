@@ -15,11 +15,13 @@ from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 __all__ = ["make"]
 
 SOURCE = "arXiv 2402.11505: Σ p_k B_k A_k = U Σ Vᵀ; client k gets the best factors of its rank"
+_NEW_BASIS = "every round's SVD gives the factors another basis, in which the last round's state means nothing"
+REFUSES: dict[str, str] = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)
 
 
 def make(setup: Setup) -> Method:
     """flexlora, as a share rule with its own average."""
-    return make_share_method("flexlora", SOURCE, FACTORS, setup, Parts(average=average))
+    return make_share_method("flexlora", SOURCE, FACTORS, setup, Parts(average=average, refuses=REFUSES))
 
 
 def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"]) -> PyTree:

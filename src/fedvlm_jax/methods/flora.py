@@ -15,6 +15,8 @@ from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics,
 __all__ = ["make"]
 
 SOURCE = "arXiv 2409.05976: W_0 ← W_0 + s Σ p_k B_k A_k by stacking, then LoRA starts anew"
+_NO_AVERAGE = "factors are stacked and start anew in every round: there is no average that a next round goes on from"
+REFUSES: dict[str, str] = dict.fromkeys(("server", "local.proximal", "local.scaffold"), _NO_AVERAGE)
 
 
 def make(setup: Setup) -> Method:
@@ -65,5 +67,5 @@ def make(setup: Setup) -> Method:
         "flora", SOURCE, init, init_client, client_update, aggregate, personalise, trained,
         download=lambda server: server["base"],
         base=lambda params, server: base.apply(params, server["base"]),
-        travels=travels,
+        travels=travels, takes=frozenset({"lora.ranks"}), refuses=REFUSES,
     )  # fmt: skip

@@ -14,11 +14,14 @@ from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 __all__ = ["make"]
 
 SOURCE = "arXiv 2401.06432: zero-padded factors, weights ∝ ‖B_k A_k‖_F; client k truncates to its rank"
+REFUSES: dict[str, str] = {
+    "local.scaffold": "its control variates aim at the plain mean of the clients, which hetlora replaces"
+}
 
 
 def make(setup: Setup) -> Method:
     """hetlora, as a share rule with its own average."""
-    return make_share_method("hetlora", SOURCE, FACTORS, setup, Parts(average=average))
+    return make_share_method("hetlora", SOURCE, FACTORS, setup, Parts(average=average, refuses=REFUSES))
 
 
 def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"]) -> PyTree:

@@ -15,6 +15,11 @@ from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 __all__ = ["make"]
 
 SOURCE = "arXiv 2411.14961: Ā = Σ p_k A_k; B̄ + ΔB, ΔB = argmin ‖Σ p_k B_k A_k − (B̄ + ΔB) Ā‖² + λ‖ΔB‖²"
+REFUSES: dict[str, str] = {
+    "server": "the correction of B fits the plain average of A, and no other step",
+    "local.scaffold": "its control variates aim at the plain mean of B, which the method corrects",
+    "lora.ranks": "the correction of B is fitted to all columns of A, of which such clients truncate some",
+}
 
 
 def make(setup: Setup) -> Method:
@@ -32,4 +37,6 @@ def make(setup: Setup) -> Method:
 
         return map_sites(one, shared, messages)
 
-    return make_share_method("lora-fair", SOURCE, FACTORS, setup, Parts(average=average))
+    return make_share_method(
+        "lora-fair", SOURCE, FACTORS, setup, Parts(average=average, reads=("hyper.fair_lambda",), refuses=REFUSES)
+    )

@@ -34,10 +34,16 @@ class ServerOptions:
     epsilon: float = 1e-3
     """Added to the root of the second moment (the paper's tau)."""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The fields that mean something to the optimiser."""
+        own = {"avg": (), "momentum": ("beta1",), "adagrad": ("beta1", "epsilon")}
+        return ("optimizer", "learning_rate", *own.get(self.optimizer, ("beta1", "beta2", "epsilon")))
+
 
 @dataclass(frozen=True)
 class HyperOptions:
-    """Numbers that belong to single methods; every other method ignores them"""
+    """Numbers that belong to single methods; any other method refuses them"""
 
     ditto_lambda: float = 0.1
     """ditto: pull of the personal model towards the global one."""

@@ -18,6 +18,14 @@ __all__ = ["make"]
 
 SOURCE = "arXiv 2006.08848: θ_k ≈ argmin F_k(θ) + λ/2 ‖θ − w_k‖², w_k ← w_k − ηλ(w_k − θ_k); w ← (1−β) w + β Σ p_k w_k"
 
+_OWN_ROUNDS = "its local rounds are its own: the pull towards the global model is part of them"
+REFUSES: dict[str, str] = {
+    "local.proximal": _OWN_ROUNDS,
+    "local.scaffold": _OWN_ROUNDS,
+    "lora.ranks": "a step of w_k towards θ_k is not written for factors that are padded",
+}
+READS = ("hyper.pfedme_lambda", "hyper.pfedme_inner", "hyper.pfedme_rate", "hyper.pfedme_beta")
+
 
 def make(setup: Setup) -> Method:
     """pfedme: fedavg-lora's server, with local rounds of their own."""
@@ -27,7 +35,8 @@ def make(setup: Setup) -> Method:
         del shared
         return jax.tree.map(lambda leaf: hyper.pfedme_beta * leaf, tree.weighted_sum(messages, weights))
 
-    federated = make_share_method("pfedme", SOURCE, FACTORS, setup, Parts(average=average))
+    parts = Parts(average=average, reads=READS, refuses=REFUSES)
+    federated = make_share_method("pfedme", SOURCE, FACTORS, setup, parts)
 
     def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
         state = federated.init_client(key, server, number)
@@ -58,7 +67,9 @@ def make(setup: Setup) -> Method:
             name: sum(one[name] * one["steps"] for one in history) / jnp.maximum(steps_taken, 1) for name in history[0]
         }
         message = jax.tree.map(jnp.subtract, local, received)
-        metrics |= {"last_loss": history[-1]["last_loss"], "steps": steps_taken}
+        metrics |= {"last_loss": history[0]["last_loss"], "steps": steps_taken}
+        for one in history[1:]:  # a straggler's last groups are empty
+            metrics["last_loss"] = jnp.where(one["steps"] > 0, one["last_loss"], metrics["last_loss"])
         return {**personal, "own": own, "optimizer": optimizer}, message, metrics
 
     def personalise(server: Server, personal: Personal) -> lora.Adapter:

@@ -9,6 +9,7 @@ others leave them alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
@@ -134,6 +135,8 @@ def is_factor(path: str) -> bool:
 class Method(NamedTuple):
     """A federated method.
 
+    What makes one computes nothing and asks nothing of the model: it is also called to read what the method takes.
+
     Attributes:
         name: as the command line knows it.
         source: where it comes from, and its update in a line.
@@ -152,6 +155,10 @@ class Method(NamedTuple):
         receive: (personal, its part of `deliver`) -> personal.
         travels: (server, messages [K, …], all shapes) -> two trees of shapes: what a client sends, what it receives;
             None: its message, and `download` with its part of `deliver`.
+        takes: the options that not every method takes and this one does, as `Run` names them: `server`,
+            `local.proximal`, `local.scaffold`, `lora.ranks`, `share`, and the fields of `hyper` that it reads,
+            `hyper.ditto_lambda` say. The others are refused.
+        refuses: such an option -> why not, to be read after "because".
     """
 
     name: str
@@ -168,3 +175,5 @@ class Method(NamedTuple):
     deliver: Callable[[Context, Server, Message, Float[Array, " cohort"]], Download] | None = None
     receive: Callable[[Personal, Download], Personal] | None = None
     travels: Callable[[Server, Message], tuple[PyTree, PyTree]] | None = None
+    takes: frozenset[str] = frozenset()
+    refuses: Mapping[str, str] = MappingProxyType({})

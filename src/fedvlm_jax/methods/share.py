@@ -8,8 +8,8 @@ that differ between clients are here once, for all of them.
 """
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,25 @@ from fedvlm_jax.methods.parts.norms import leaf_name, norm_of, personal_drift
 from fedvlm_jax.methods.parts.optimizers import make_server_optimizer
 from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
 
-__all__ = ["FACTORS", "FACTOR_A", "FACTOR_B", "NOTHING", "Parts", "make", "make_share_method", "mean_update"]
+__all__ = [
+    "AVERAGING",
+    "FACTORS",
+    "FACTOR_A",
+    "FACTOR_B",
+    "NOTHING",
+    "Parts",
+    "make",
+    "make_share_method",
+    "mean_update",
+]
 
 NOTHING = lora.Rule(())
 FACTORS = lora.Rule(r"(^|/)(a|b)$")
 FACTOR_A = lora.Rule(r"(^|/)a$")
 FACTOR_B = lora.Rule(r"(^|/)b$")
+
+AVERAGING = ("server", "local.proximal", "local.scaffold", "lora.ranks")
+"""The options that come with an average of updates, see `Method.takes`."""
 
 Weights = Float[Array, " cohort"]
 
@@ -50,6 +63,8 @@ class Parts:
         average: (shared, messages [K, …], weights [K]) -> the update of what the messages hold.
         after: (shared, round) -> shared, when the update was added.
         restart: the private part begins anew in every round.
+        reads: options of its own, `hyper.ditto_lambda` say.
+        refuses: which of `AVERAGING` it does not take: option -> why, as in `Method`.
     """
 
     extend: Callable[[lora.Adapter], PyTree] = lambda adapter: adapter
@@ -59,13 +74,14 @@ class Parts:
     average: Callable[[PyTree, Message, Weights], PyTree] = mean_update
     after: Callable[[PyTree, Int[Array, ""]], PyTree] | None = None
     restart: bool = False
+    reads: tuple[str, ...] = ()
+    refuses: Mapping[str, str] = field(default_factory=dict)
 
 
 def make(setup: Setup) -> Method:
     """The rule that `--share` gives."""
-    return make_share_method(
-        "share", f"--share {setup.share}: what it names is averaged", lora.Rule(setup.share), setup
-    )
+    source = f"ours: factors whose path holds {setup.share or 'what --share says'} are averaged, the others are private"
+    return make_share_method("share", source, lora.Rule(setup.share), setup, Parts(reads=("share",)))
 
 
 def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Parts = Parts()) -> Method:
@@ -167,6 +183,7 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
     return Method(
         name, source, init, init_client, client_update, aggregate, personalise, trained_adapter, download,
         phase=parts.phase, travels=travels,
+        takes=frozenset(AVERAGING).difference(parts.refuses).union(parts.reads), refuses=parts.refuses,
     )  # fmt: skip
 
 

@@ -17,8 +17,12 @@ ASSETS = Path(__file__).parent.parent / "assets"
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
-def resolve_folder(name: str | Path) -> Path:
+def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a model: `name` is a folder, a model that ships, or a hub id, which is downloaded.
+
+    Args:
+        name: which model.
+        weights: of a hub id, download these too.
 
     Raises:
         UserError: where there is no such folder and the hub does not have it or cannot be reached.
@@ -36,7 +40,7 @@ def resolve_folder(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=_PATTERNS))
+        return Path(snapshot_download(str(name), allow_patterns=_PATTERNS if weights else ["*.json"]))
     except Exception as error:
         raise UserError(
             f"no folder {str(name)!r} here, and the hub did not give it ({type(error).__name__}: {error}). "
@@ -67,6 +71,20 @@ def read_config(folder: Path) -> Any:
     return Florence2Config.from_pretrained(folder)
 
 
+def read_vlm(path: str | Path, *, compute_dtype: Any = jnp.float32, remat: bool = False) -> Vlm:
+    """A Florence-2 without its weights: what its configuration alone tells, its sites for example.
+
+    Args and errors are those of `load_vlm`.
+    """
+    from transformers import GenerationConfig
+
+    folder = resolve_folder(path, weights=False)
+    config = read_config(folder)
+    has_generation = (folder / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(folder) if has_generation else None
+    return build(config, dtype=compute_dtype, remat=remat, generation_config=generation)
+
+
 def load_vlm(
     path: str | Path, *, dtype: Any = jnp.float32, compute_dtype: Any = jnp.float32, remat: bool = False
 ) -> tuple[Vlm, Params]:
@@ -84,12 +102,8 @@ def load_vlm(
         UserError: for a configuration that is not supported, or a checkpoint that does not fit it.
     """
     import jax
-    from transformers import GenerationConfig
 
     folder = resolve_folder(path)
-    config = read_config(folder)
-    has_generation = (folder / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(folder) if has_generation else None
-    vlm = build(config, dtype=compute_dtype, remat=remat, generation_config=generation)
+    vlm = read_vlm(folder, compute_dtype=compute_dtype, remat=remat)
     arrays = load_params(vlm.shapes(), find_files(folder), jnp.dtype(dtype))
     return vlm, jax.tree.map(jnp.asarray, arrays)

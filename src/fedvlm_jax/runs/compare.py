@@ -16,6 +16,7 @@ from typing import Any
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import loop
+from fedvlm_jax.runs.choices import for_method
 from fedvlm_jax.runs.codec import encode
 from fedvlm_jax.runs.config import Compare, Run, TrainOptions, from_json, to_json
 from fedvlm_jax.runs.folders import RunRecord, read_run
@@ -130,8 +131,7 @@ def _train_options(comparison: Compare, settings: Mapping[str, TrainOptions], me
 def _make_run(comparison: Compare, settings: Mapping[str, TrainOptions], method: str, seed: int) -> Run:
     assert comparison.out is not None
     return dataclasses.replace(
-        comparison.base,
-        method=method.removesuffix(FINETUNED),
+        for_method(comparison.base, method.removesuffix(FINETUNED)),
         seed=seed,
         train=_train_options(comparison, settings, method),
         out=comparison.out / "runs" / f"{method}-seed{seed}",

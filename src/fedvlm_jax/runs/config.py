@@ -12,16 +12,19 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fedvlm_jax.data.options import DataOptions, Split
+from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
 from fedvlm_jax.objectives.options import PreferenceOptions
 from fedvlm_jax.runs.codec import decode, encode
 
 __all__ = [
+    "SHARE",
     "Compare",
     "EvaluationOptions",
     "HyperOptions",
     "LocalOptions",
     "LoraOptions",
+    "ParticipationOptions",
     "PreferenceOptions",
     "Run",
     "ServerOptions",
@@ -36,6 +39,8 @@ __all__ = [
 
 LANGUAGE_MODEL = r"language_model/.*(encoder|decoder)/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 PACKAGE = Path(__file__).parent.parent
+METHOD, SHARE = "plora", "share"
+"""The method where none is named, and the one that `--share` makes of a rule; it is no file that anyone would list."""
 
 
 def _optional(metavar: str, otherwise: str) -> Any:
@@ -92,6 +97,9 @@ class TrainOptions:
     """Federated rounds (not given by the paper)."""
     local_steps: int = 4
     """Optimiser steps of a client in a round (not given by the paper)."""
+    local_epochs: Annotated[float | None, _optional("E", "all clients take --train.local-steps")] = None
+    """In place of --train.local-steps: every client takes ceil(E * its examples / batch) steps, or ceil(E) where it
+    has less than a batch. All wait for the largest (not given by the paper)."""
     batch_size: int = 16
     """Examples per local step (not given by the paper)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -113,7 +121,7 @@ class TrainOptions:
     weighting: Literal["examples", "uniform"] = "examples"
     """How clients count in the average: by their number of examples, or all alike (not given by the paper)."""
     finetune_steps: int = 0
-    """Local steps of every client on its own after the last round."""
+    """Local steps of every client on its own after the last round; so many for all, with --train.local-epochs too."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,8 @@ class EvaluationOptions:
     images (not given by the paper)."""
     before_redistribution: bool = True
     """Validate also what clients had before the server's average replaced their shared part."""
+    examples: int = 12
+    """At the end, store so many test examples with picture and answers for the report; 0 for none."""
     test: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = True
     """From Python only: False leaves the test split alone, for runs that serve to choose options."""
 
@@ -174,11 +184,17 @@ class Run:
 
     model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = "florence2-nano"
     """The frozen base: a shipped model's name, a Hugging Face Florence-2 folder, or a hub id."""
-    method: Annotated[str, tyro.conf.arg(metavar=_show_choices(methods_available()))] = "plora"
-    """`train` only: the federated method, that is, what clients share and what stays theirs; share, with --share."""
+    method: Annotated[
+        str,
+        tyro.conf.arg(
+            metavar=_show_choices(methods_available()), help_behavior_hint=f"(default: {METHOD}, or what --share makes)"
+        ),
+    ] = ""
+    """`train` only: the federated method, that is, what clients share and what stays theirs; `fedvlm explain` tells
+    what each does."""
     share: Annotated[str, tyro.conf.arg(metavar="REGEX", help_behavior_hint="(default: none)")] = ""
-    """A method from a rule alone: adapter leaves in whose path this is found, as `fedvlm explain` prints them, are
-    averaged, all others stay with their client. Needs --method share."""
+    """A method from a rule alone, named share: factors in whose path (as `fedvlm explain` prints it) this is found are
+    averaged, all others stay with their client. For example 'decoder/.*/b$'."""
     objective: Annotated[str, tyro.conf.arg(metavar=_show_choices(objectives_available()))] = "sft"
     """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both."""
     cohort: Annotated[int | None, _optional("INT", "all of them")] = None
@@ -194,12 +210,18 @@ class Run:
     data: DataOptions = field(default_factory=DataOptions)
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    participation: ParticipationOptions = field(default_factory=ParticipationOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     hyper: HyperOptions = field(default_factory=HyperOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     system: SystemOptions = field(default_factory=SystemOptions)
+
+    def __post_init__(self) -> None:
+        """A rule alone is a method; so what `method` is where nobody says depends on `share`."""
+        if not self.method:
+            object.__setattr__(self, "method", SHARE if self.share else METHOD)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ __all__ = [
 MANY = 40
 """Above so many clients a table shows the two ends of the list only."""
 
+MANY_METHODS = 8
+"""Above so many methods they go down a table that else has them across."""
+
 MARKS = {"ahead": "▲", "behind": "▼", "level": "≈"}
 
 RIVALS = ("local", "fedavg-lora+ft")
@@ -41,13 +44,15 @@ RIVALS = ("local", "fedavg-lora+ft")
 
 @dataclass(frozen=True)
 class Table:
-    """A table of finished texts. The first column is a name, the others are figures; `strong` rows stand out."""
+    """A table of finished texts. The first column is a name, the others are figures, but for the columns in `prose`,
+    which a terminal shows as they are; `strong` rows stand out."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     strong: frozenset[int] = frozenset()
     note: str = ""
+    prose: frozenset[int] = frozenset()
 
 
 def tabulate_run(record: RunRecord) -> list[Table]:
@@ -166,7 +171,11 @@ def _tabulate_all_metrics(record: ComparisonRecord, methods: list[str]) -> Table
             mean = spread([summarise(one).mean for one in by_seed.values()]).mean if by_seed else math.nan
             written.append(measure.write(mean))
         rows.append((measure.label, *written))
-    return Table("Other metrics on test, mean over clients and seeds", ("metric", *methods), tuple(rows))
+    title, columns = "Other metrics on test, mean over clients and seeds", ("metric", *methods)
+    if len(methods) > MANY_METHODS and rows:
+        turned = list(zip(columns, *rows, strict=True))
+        return Table(title, ("method", *turned[0][1:]), tuple(turned[1:]))
+    return Table(title, columns, tuple(rows))
 
 
 def _tabulate_matrix(record: RunRecord) -> Table:
@@ -238,11 +247,14 @@ def to_rich(table: Table) -> RichTable:
     shown = RichTable(title=table.title, title_justify="left", title_style="bold", caption=table.note or None)
     shown.caption_justify = "left"
     for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if number == 0 else "right")
+        shown.add_column(column, justify="left" if number in (0, *table.prose) else "right", overflow="fold")
     for number, row in enumerate(table.rows):
         # An interval goes below its mean, to fit 80 columns. Its brackets are text, not rich's markup.
         cells = [
-            Text(cell.replace(" [", "\n["), justify="right" if column else "left") for column, cell in enumerate(row)
+            Text(cell, justify="left")
+            if column in table.prose
+            else Text(cell.replace(" [", "\n["), justify="right" if column else "left")
+            for column, cell in enumerate(row)
         ]
         shown.add_row(*cells, style="bold" if number in table.strong else None)
     return shown

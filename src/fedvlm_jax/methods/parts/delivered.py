@@ -18,6 +18,14 @@ from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics,
 
 __all__ = ["make_delivering_method"]
 
+REFUSES: dict[str, str] = {
+    **dict.fromkeys(
+        ("server", "local.proximal", "local.scaffold"),
+        "every client receives a mixture of its own: there is no one average to step or to stay near",
+    ),
+    "lora.ranks": "clients receive each other's factors, which must have the form of their own",
+}
+
 Assemble = Callable[[PyTree, PyTree, PyTree], lora.Adapter]
 Deliver = Callable[[PyTree, Message, Float[Array, " K"]], PyTree]
 
@@ -33,6 +41,7 @@ def make_delivering_method(
     assemble: Assemble,
     deliver: Deliver,
     keep_own: bool = True,
+    reads: tuple[str, ...] = (),
 ) -> Method:
     """Build one.
 
@@ -44,6 +53,7 @@ def make_delivering_method(
         assemble: (own tree, delivered, scales) -> the adapter.
         deliver: (start of what is sent, messages [K, …], weights [K]) -> what each client receives [K, …].
         keep_own: what is delivered stands beside the own adapter; else it takes the place of what was sent.
+        reads: options of its own, `hyper.mix_temperature` say.
     """
 
     def init(adapter: lora.Adapter) -> Server:
@@ -113,4 +123,5 @@ def make_delivering_method(
     return Method(
         name, source, init, init_client, client_update, aggregate, personalise, trained_adapter,
         download=lambda server: {}, deliver=hand_out, receive=receive, travels=travels,
+        takes=frozenset(reads), refuses=REFUSES,
     )  # fmt: skip

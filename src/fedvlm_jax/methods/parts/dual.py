@@ -20,6 +20,13 @@ from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics,
 
 __all__ = ["make_dual_method"]
 
+REFUSES: dict[str, str] = {
+    **dict.fromkeys(
+        ("server", "local.proximal", "local.scaffold"), "its global adapter is averaged plainly, as the paper has it"
+    ),
+    "lora.ranks": "the paper's two adapters have one rank for all, and so have these",
+}
+
 
 def make_dual_method(
     name: str,
@@ -28,6 +35,7 @@ def make_dual_method(
     *,
     stages: Callable[[int, Client], tuple[Client | None, Client | None]],
     phase: Callable[[int], int] | None = None,
+    reads: tuple[str, ...] = (),
 ) -> Method:
     """Build a FedDPA.
 
@@ -37,6 +45,7 @@ def make_dual_method(
         stages: (phase, client) -> the client with the steps that train the local adapter, and with those that train the
             global one.
         phase: as in `Method`.
+        reads: options of its own beside alpha.
     """
     alpha = setup.hyper.dpa_alpha
 
@@ -76,7 +85,9 @@ def make_dual_method(
                 assemble=lambda factors: tree.combine(factors, server["scales"]),
             )
             message = jax.tree.map(jnp.subtract, trained, shared)
-            metrics = {**more, **metrics, "steps": more["steps"] + metrics.get("steps", 0)}  # the local pair's loss
+            of_own = metrics.get("steps", 0)  # a straggler of one step has none for its own adapter
+            told = {name: jnp.where(of_own > 0, metrics.get(name, x), x) for name, x in more.items()}
+            metrics = {**told, "steps": more["steps"] + of_own}
         metrics |= {"update_norm": norm_of(message)}
         return {"own": own, "optimizer": optimizers, "begun": begun}, message, metrics
 
@@ -104,4 +115,5 @@ def make_dual_method(
     return Method(
         name, source, init, init_client, client_update, aggregate, personalise, trained,
         download=lambda server: server["shared"], phase=phase, travels=travels,
+        takes=frozenset({"hyper.dpa_alpha", *reads}), refuses=REFUSES,
     )  # fmt: skip
