@@ -56,15 +56,20 @@ def split(
     def shrink(x: Array, by: Array) -> Array:
         return jnp.sign(x) * jnp.maximum(jnp.abs(x) - by, 0)
 
+    def lower(x: Array) -> Array:
+        """Shrink the singular values by 1/μ, from the Gram matrix of the few columns: x V f(s) Vᵀ."""
+        squared, v = jnp.linalg.eigh(jnp.matmul(x.mT, x, precision="highest"))
+        s = jnp.sqrt(jnp.maximum(squared, 0))
+        kept = jnp.maximum(s - 1 / mu[..., 0], 0) / jnp.maximum(s, 1e-30)
+        return jnp.matmul(x, jnp.matmul(v * kept[..., None, :], v.mT, precision="highest"), precision="highest")
+
     def step(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         sparse, dual = state
-        u, s, vt = jnp.linalg.svd(matrix - sparse + dual / mu, full_matrices=False)
-        low = jnp.matmul(u * shrink(s, 1 / mu[..., 0])[..., None, :], vt, precision="highest")
+        low = lower(matrix - sparse + dual / mu)
         sparse = shrink(matrix - low + dual / mu, threshold / mu)
         return sparse, dual + mu * (matrix - low - sparse)
 
     zero = jnp.zeros_like(matrix)
     sparse, dual = jax.lax.fori_loop(0, steps, step, (zero, zero))
-    u, s, vt = jnp.linalg.svd(matrix - sparse + dual / mu, full_matrices=False)
-    low = jnp.matmul(u * shrink(s, 1 / mu[..., 0])[..., None, :], vt, precision="highest")
+    low = lower(matrix - sparse + dual / mu)
     return low, matrix - low

@@ -69,7 +69,7 @@ class HyperOptions:
     """fedsvd: rounds between two re-orthogonalisations."""
     rpca_beta: float = 2.0
     """fedrpca: how much the average of the clients' sparse parts counts."""
-    rpca_steps: int = 30
+    rpca_steps: int = 100
     """fedrpca: iterations of the decomposition."""
     mix_temperature: float = 0.5
     """ce-lora, fedmosaic: temperature of the softmax over the clients' similarities."""
