@@ -56,6 +56,10 @@ class Preset:
     """Times the learning rates of A and B, which are 5e-3 and 2e-3 in the twin and a fifth of it otherwise."""
     tune_seed: int = 100
     """Decides the clients and cohorts on whose validation split the factor is chosen."""
+    rounds: int | None = None
+    """16 in the twin, 40 otherwise."""
+    max_answer_tokens: int = 128
+    """Longest answer that is generated, where the data are RLAIF-V's."""
     beta: float = 0.1
     """DPO's usual value for RLAIF-V."""
     limit: int | None = None
@@ -77,12 +81,16 @@ def shared_options(preset: Preset) -> Run:
     preference = PreferenceOptions(beta=preset.beta)
     if preset.twin:
         data = DataOptions(prompt="client-language")
-        train = TrainOptions(rounds=16, local_steps=4, batch_size=16)
+        train = TrainOptions(rounds=preset.rounds or 16, local_steps=4, batch_size=16)
         evaluation = EvaluationOptions(every=4, before_redistribution=False)
         return Run(data=data, train=train, lora=lora, preference=preference, evaluation=evaluation, checkpoint_every=16)
     data = DataOptions(source="rlaif-v", path=preset.path, limit=preset.limit, partition="natural")
-    train = TrainOptions(rounds=40, local_steps=16, batch_size=8, learning_rate_a=1e-3, learning_rate_b=4e-4)
-    evaluation = EvaluationOptions(every=10, max_answer_tokens=128, batch_size=8, before_redistribution=False)
+    train = TrainOptions(
+        rounds=preset.rounds or 40, local_steps=16, batch_size=8, learning_rate_a=1e-3, learning_rate_b=4e-4
+    )
+    evaluation = EvaluationOptions(
+        every=10, max_answer_tokens=preset.max_answer_tokens, batch_size=8, before_redistribution=False
+    )
     system = SystemOptions(compute="bfloat16", cache="disk", cache_gib=preset.cache_gib, remat=True)
     return Run(
         model=preset.model, data=data, train=train, lora=lora, preference=preference, evaluation=evaluation,

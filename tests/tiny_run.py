@@ -5,12 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
+from safetensors.numpy import load_file
 from transformers import BartConfig, Florence2Config
 
 import fedvlm_jax
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.models import build, save_checkpoint
 from fedvlm_jax.runs.config import EvaluationOptions, LoraOptions, Run, TrainOptions
+from fedvlm_jax.runs.progress import SilentProgress
 
 NANO = Path(fedvlm_jax.__file__).parent / "assets" / "florence2-nano"
 
@@ -52,3 +55,33 @@ def tiny_run(model: Path, out: Path, **changes: object) -> Run:
         out=out,
     )  # fmt: skip
     return replace(run, **changes)
+
+
+class StopError(Exception):
+    """Stands in for whatever ends a process."""
+
+
+class StopAfter(SilentProgress):
+    """Stops the run at a round, after its line and its checkpoint are written."""
+
+    def __init__(self, round_):
+        super().__init__()
+        self.last = round_
+
+    def round(self, line):
+        super().round(line)
+        if line["round"] == self.last:
+            raise StopError
+
+
+def read_adapters(folder):
+    files = sorted((folder / "adapters").rglob("*.safetensors"))
+    return {str(path.relative_to(folder)): load_file(path) for path in files}
+
+
+def assert_same_adapters(one, two):
+    one, two = read_adapters(one), read_adapters(two)
+    assert one.keys() == two.keys()
+    for name, arrays in one.items():
+        for path, array in arrays.items():
+            np.testing.assert_array_equal(array, two[name][path], err_msg=f"{name} {path}")

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedvlm_jax.data.batches import bucket, local_batches, pad_rows, round_rows, split_batches
+from fedvlm_jax.data.batches import bucket, count_steps, local_batches, pad_rows, round_rows, split_batches
 
 SMALL = st.integers(0, 12)
 
@@ -77,3 +77,40 @@ def test_a_round_carries_only_what_it_touches(sizes, steps, batch, seed):
         assert (got.mask[place] == mask).all()
         assert (got.rows[place][got.indices[place]][mask] == rows[place][indices[mask]]).all()
         assert set(got.rows[place]) <= ({*rows[place].tolist()} or {0})
+
+
+def test_steps_of_epochs_by_hand():
+    """⌈E n / B⌉; a client with less than a batch takes a step per epoch, and nobody without examples takes any."""
+    assert [count_steps(n, 1, 4) for n in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
+    assert [count_steps(n, 3, 4) for n in (0, 1, 4, 5, 8, 9)] == [0, 3, 3, 4, 6, 7]
+    assert [count_steps(100, epochs, 1) for epochs in (0.001, 0.07, 0.29, 1.1)] == [1, 7, 29, 110]  # 0.07 · 100 > 7
+
+
+@given(n=st.integers(1, 40), epochs=st.integers(1, 4), batch=st.integers(1, 9), seed=SMALL)
+def test_epochs_show_every_example_so_often(n, epochs, batch, seed):
+    steps = count_steps(n, epochs, batch)
+    indices, mask = local_batches(seed, 1, 2, n, steps, batch)
+    seen = np.bincount(indices[mask], minlength=n)
+    assert seen.min() >= epochs
+    assert seen.sum() < epochs * n + min(n, batch), "no step more than it takes"
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5), batch=st.integers(1, 6), seed=SMALL, data=st.data()
+)  # fmt: skip
+def test_steps_that_are_not_taken_read_nothing(sizes, batch, seed, data):
+    """The steps that are taken show what they would have shown, and rows are brought for them alone."""
+    starts = np.cumsum([0, *sizes])
+    rows = [np.arange(start, start + size) + 100 for start, size in zip(starts, sizes, strict=False)]
+    cohort, steps = list(range(len(sizes))), 4
+    taken = data.draw(st.lists(st.integers(0, steps), min_size=len(sizes), max_size=len(sizes)))
+    whole = round_rows(seed, 4, cohort, rows, steps, batch)
+    some = round_rows(seed, 4, cohort, rows, steps, batch, taken=taken)
+    assert some.mask.shape == whole.mask.shape
+    for place, first in enumerate(taken):
+        assert not some.mask[place, first:].any()
+        assert (some.mask[place, :first] == whole.mask[place, :first]).all()
+        mask = some.mask[place]
+        shown = some.rows[place][some.indices[place]][mask]
+        assert (shown == whole.rows[place][whole.indices[place]][mask]).all()
+        assert set(some.rows[place]) <= ({*shown.tolist()} or {0})

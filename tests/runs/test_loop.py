@@ -11,12 +11,11 @@ import time
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
-from tiny_run import tiny_run
+from tiny_run import StopAfter, StopError, assert_same_adapters, read_adapters, tiny_run
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import course, evaluate, loop
-from fedvlm_jax.runs.config import TrainOptions, to_json
+from fedvlm_jax.runs.config import EvaluationOptions, TrainOptions, to_json
 from fedvlm_jax.runs.folders import read_metrics, read_run
 from fedvlm_jax.runs.progress import SilentProgress
 
@@ -27,19 +26,6 @@ def finished(model, session, tmp_path_factory):
     run = tiny_run(model, tmp_path_factory.mktemp("runs") / "whole")
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, finetune_steps=3))
     return loop.train(run, session=session)
-
-
-def read_adapters(folder):
-    files = sorted((folder / "adapters").rglob("*.safetensors"))
-    return {str(path.relative_to(folder)): load_file(path) for path in files}
-
-
-def assert_same_adapters(one, two):
-    one, two = read_adapters(one), read_adapters(two)
-    assert one.keys() == two.keys()
-    for name, arrays in one.items():
-        for path, array in arrays.items():
-            np.testing.assert_array_equal(array, two[name][path], err_msg=f"{name} {path}")
 
 
 def test_what_a_run_leaves(finished):
@@ -75,23 +61,6 @@ def test_evaluating_the_stored_adapters_gives_the_results(finished):
     scores = evaluate.evaluate(finished)
     results = read_run(finished).results
     assert scores == {name: results[name] for name in ("zero_shot", "personal")}
-
-
-class StopError(Exception):
-    """Stands in for whatever ends a process."""
-
-
-class StopAfter(SilentProgress):
-    """Stops the run at a round, after its line and its checkpoint are written."""
-
-    def __init__(self, round_):
-        super().__init__()
-        self.last = round_
-
-    def round(self, line):
-        super().round(line)
-        if line["round"] == self.last:
-            raise StopError
 
 
 @pytest.mark.parametrize("stop", [1, 4, 5])
@@ -228,6 +197,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, session, tmp_path):
 def test_too_large_a_cohort(model, session, tmp_path):
     with pytest.raises(UserError, match="--cohort 9: there are only 4 clients that train"):
         loop.train(tiny_run(model, tmp_path / "run", cohort=9), session=session)
+
+
+def test_answers_longer_than_the_model_has_positions(model, session, tmp_path):
+    evaluation = EvaluationOptions(max_answer_tokens=65)
+    with pytest.raises(UserError, match=r"--evaluation.max-answer-tokens is 65: .* has 64 positions"):
+        loop.train(tiny_run(model, tmp_path / "run", evaluation=evaluation), session=session)
 
 
 def test_options_survive_the_folder(finished, model):

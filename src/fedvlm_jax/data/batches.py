@@ -5,13 +5,15 @@ Padding repeats a real row instead of zeros, because an attention mask without a
 a NaN survives multiplication by a mask.
 """
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-__all__ = ["RoundRows", "bucket", "local_batches", "pad_rows", "round_rows", "split_batches"]
+__all__ = ["RoundRows", "bucket", "count_steps", "local_batches", "pad_rows", "round_rows", "split_batches"]
 
 BATCH_STREAM = 201
 """First integer of the random stream, which keeps it apart from every other use of the run's seed."""
@@ -45,6 +47,16 @@ def local_batches(
     indices = np.zeros(shape, np.int32)
     indices[:, :width] = order
     return indices, np.broadcast_to(np.arange(batch) < width, shape).copy()
+
+
+def count_steps(n: int, epochs: float, batch: int) -> int:
+    """The steps in which `local_batches` shows all of `n` examples `epochs` times: ⌈E n / B⌉ where n ≥ B.
+
+    A client with fewer examples than a batch has slots fills no batch, so that each of its steps is one epoch. The last
+    step is filled from the epoch that follows. `epochs` means the decimal number that it is written as: 1.1 epochs of
+    10 examples, one at a time, are 11 steps.
+    """
+    return math.ceil(Fraction(str(epochs)) * n / min(n, batch)) if n else 0
 
 
 def split_batches(n: int, batch: int) -> tuple[Int[np.ndarray, "batches batch"], Bool[np.ndarray, "batches batch"]]:
@@ -109,6 +121,7 @@ def round_rows(
     steps: int,
     batch: int,
     sizes: Sequence[int] | None = None,
+    taken: Sequence[int] | None = None,
 ) -> RoundRows:
     """`local_batches` of a cohort, each client with only the rows it will touch, M a bucket of the largest such number.
 
@@ -118,10 +131,14 @@ def round_rows(
         rows: the training rows of each of these K clients.
         steps, batch: S and B.
         sizes: the allowed M, see `bucket`.
+        taken: the first so many steps of each of these clients count, and no rows are read for the others; all S by
+            default.
     """
     drawn = [
         local_batches(seed, round_, client, len(own), steps, batch) for client, own in zip(cohort, rows, strict=True)
     ]
+    for (_, mask), first in zip(drawn, [steps] * len(drawn) if taken is None else taken, strict=True):
+        mask[first:] = False
     touched = [np.unique(indices[mask]) for indices, mask in drawn]
     size = bucket(max((len(used) for used in touched), default=0), sizes)
     return RoundRows(

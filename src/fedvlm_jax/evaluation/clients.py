@@ -106,23 +106,39 @@ class Evaluator:
             For every model: the chosen metrics of generated answers; `token_accuracy` and `loss` (nats per token) of
             the chosen ones; and what `score_preferences` finds; each by client's name.
         """
-        pieces = list(self._cut(split, numbers))
+        found = self._answer(params, models, {n: self.examples.clients[n].rows_of(split) for n in numbers})
+        corpus = [[answer] for answer in self._gold(split, range(len(self.examples.clients)))]
+        metrics = select_metrics(self.metrics, corpus)
+        return {name: self._score(split, answers, metrics, models[name]) for name, answers in found.items()}
+
+    def ask(
+        self, params: PyTree, models: Mapping[str, Adapters | None], rows: Mapping[int, Int[np.ndarray, " rows"]]
+    ) -> dict[str, dict[int, list[str]]]:
+        """What models answer to some rows, by the same program: model -> client -> texts in the order of its rows.
+
+        Args:
+            params: the base.
+            models: as in a call.
+            rows: client number -> rows, which need not be all that it has.
+        """
+        found = self._answer(params, models, rows)
+        return {name: {client: own.texts for client, own in answers.items()} for name, answers in found.items()}
+
+    def _answer(
+        self, params: PyTree, models: Mapping[str, Adapters | None], rows: Mapping[int, Int[np.ndarray, " rows"]]
+    ) -> dict[str, dict[int, _Answers]]:
+        """model -> client -> its answers, each piece read once for all models."""
+        pieces = list(self._cut(rows))
         found: dict[str, dict[int, list[_Answers]]] = {name: {} for name in models}
         for batch, wave in zip(self._read(pieces), self._waves(pieces), strict=True):
             clients = np.asarray([piece.client for piece in wave])
             for name, adapters in models.items():
                 for client, answers in self._ask(params, adapters, clients, batch, wave):
                     found[name].setdefault(client, []).append(answers)
-        corpus = [[answer] for answer in self._gold(split, range(len(self.examples.clients)))]
-        metrics = select_metrics(self.metrics, corpus)
-        return {
-            name: self._score(split, {client: _join(parts) for client, parts in own.items()}, metrics, models[name])
-            for name, own in found.items()
-        }
+        return {name: {client: _join(parts) for client, parts in own.items()} for name, own in found.items()}
 
-    def _cut(self, split: Split, numbers: Sequence[int]) -> Any:
-        for number in numbers:
-            rows = self.examples.clients[number].rows_of(split)
+    def _cut(self, rows_of: Mapping[int, Int[np.ndarray, " rows"]]) -> Any:
+        for number, rows in rows_of.items():
             for start in range(0, len(rows), self.batch):
                 part = rows[start : start + self.batch]
                 yield _Piece(number, pad_rows(part, self.batch), len(part))

@@ -2,20 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from fedvlm_jax.data.batches import bucket, round_rows
 from fedvlm_jax.data.encode import Examples
+from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.round import to_waves
 from fedvlm_jax.methods import Client
 
-__all__ = ["Layout", "choose_layout", "draw_cohort", "make_clients"]
+__all__ = ["Layout", "Turnout", "choose_layout", "draw_cohort", "draw_turnout", "make_clients"]
 
-COHORT_STREAM = 101
-"""First integer of the random stream, which keeps it apart from every other use of the run's seed."""
+COHORT_STREAM, TURNOUT_STREAM = 101, 103
+"""First integers of the random streams, which keep them apart from every other use of the run's seed."""
 
 WAVE = 16
 """Clients trained side by side on one device, unless the user says otherwise."""
@@ -66,15 +67,64 @@ def choose_layout(
     return Layout(cohort, wave, waves, rows, steps, batch)
 
 
-def draw_cohort(seed: int, round_: int, population: int, cohort: int) -> Int[np.ndarray, " cohort"]:
+def draw_cohort(
+    seed: int, round_: int, population: int, cohort: int, sizes: Int[np.ndarray, " population"] | None = None
+) -> Int[np.ndarray, " cohort"]:
     """The clients of a round, without replacement and in ascending order; everybody where the cohort is everybody.
 
-    The choice depends on the seed and the round, and on nothing else.
+    The choice depends on the seed, the round and the sizes, and on nothing else. With `sizes` clients are drawn one
+    after another, each time with chances proportional to the sizes of those who are left: the first to arrive in a race
+    of exponential clocks with these rates. Clients of size 0 come last.
     """
     if cohort >= population:
         return np.arange(population)
     rng = np.random.default_rng([COHORT_STREAM, seed, round_])
-    return np.sort(rng.choice(population, cohort, replace=False))
+    if sizes is None:
+        return np.sort(rng.choice(population, cohort, replace=False))
+    never = np.full(population, np.inf)
+    arrivals = np.divide(-np.log1p(-rng.random(population)), sizes, out=never, where=sizes > 0)
+    return np.sort(np.argsort(arrivals, kind="stable")[:cohort])
+
+
+class Turnout(NamedTuple):
+    """How far the clients of a round come.
+
+    Attributes:
+        steps: local steps that each takes; 0 for who drops out.
+        dropped: who drops out.
+        late: who takes fewer steps than it should have, and counts all the same.
+    """
+
+    steps: Int[np.ndarray, " cohort"]
+    dropped: Bool[np.ndarray, " cohort"]
+    late: Bool[np.ndarray, " cohort"]
+
+
+def draw_turnout(
+    seed: int,
+    round_: int,
+    numbers: Int[np.ndarray, " cohort"],
+    steps: Int[np.ndarray, " cohort"],
+    options: ParticipationOptions,
+) -> Turnout:
+    """Who drops out, and who comes only so far.
+
+    What becomes of a client depends on (seed, round, client) and on nothing else: it has three random numbers, at a
+    place of one stream that its own number decides. They are the same whatever the chances are, so a higher chance only
+    adds to those whom a lower one meets.
+
+    Args:
+        seed, round_: of the run.
+        numbers: the cohort.
+        steps: local steps that each of them should take; whoever has but one cannot straggle.
+        options: the chances.
+    """
+    rng = np.random.default_rng([TURNOUT_STREAM, seed, round_])
+    leaves, tires, stamina = rng.random((numbers.max(initial=-1) + 1, 3))[numbers].T
+    dropped = leaves < options.dropout
+    late = ~dropped & (tires < options.stragglers) & (steps > 1)
+    fewer = 1 + np.floor(stamina * (steps - 1)).astype(np.int64)
+    return Turnout(np.where(dropped, 0, np.where(late, fewer, steps)), dropped, late)
 
 
 def make_clients(
@@ -85,7 +135,7 @@ def make_clients(
     inputs: Callable[[np.ndarray], dict[str, np.ndarray]],
     layout: Layout,
     weighting: Literal["examples", "uniform"],
-    steps: int | None = None,
+    steps: Int[np.ndarray, " cohort"] | None = None,
 ) -> tuple[Client, Float[np.ndarray, " places"]]:
     """Everything a round reads of its cohort, as host arrays.
 
@@ -95,22 +145,23 @@ def make_clients(
         examples: of the population.
         inputs: (rows [...]) -> the model's inputs of these rows, arrays [..., …].
         layout: shapes; places beyond the cohort are padding, with weight 0.
-        steps: only so many of the layout's local steps; all by default.
-        weighting: p_k by number of examples, or uniform; a client without examples has weight 0 either way.
+        weighting: p_k by number of examples, or uniform, over those who train; who has no examples, or takes no
+            step, has weight 0 either way.
+        steps: how many of the layout's local steps each of them takes; all by default.
 
     Returns:
         A `Client` of arrays [W, V, …], all of them new as yet, and the weights [K] in the cohort's order.
     """
     own = [examples.clients[number].train for number in numbers]
-    drawn = round_rows(seed, round_, numbers.tolist(), own, layout.steps, layout.batch, [layout.rows])
+    taken = np.full(len(numbers), layout.steps) if steps is None else steps
+    drawn = round_rows(seed, round_, numbers.tolist(), own, layout.steps, layout.batch, [layout.rows], taken.tolist())
     padding = layout.places - len(numbers)
 
     def pad(array: np.ndarray) -> np.ndarray:
         return np.concatenate([array, np.repeat(array[:1], padding, axis=0)])
 
-    counts = drawn.counts.astype(np.float64) if weighting == "examples" else (drawn.counts > 0).astype(np.float64)
+    counts = np.where(taken > 0, drawn.counts if weighting == "examples" else drawn.counts > 0, 0).astype(np.float64)
     weights = np.concatenate([counts / max(counts.sum(), 1.0), np.zeros(padding)]).astype(np.float32)
-    drawn.mask[:, steps:] &= steps is None
     mask = np.concatenate([drawn.mask, np.zeros((padding, *drawn.mask.shape[1:]), bool)])
     client = Client(
         examples=inputs(pad(drawn.rows)),

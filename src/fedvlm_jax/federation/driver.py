@@ -13,11 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
+from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.data.encode import Examples
-from fedvlm_jax.federation.cohort import Layout, draw_cohort, make_clients
+from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, make_clients
 from fedvlm_jax.federation.health import examine
 from fedvlm_jax.federation.inputs import Inputs
+from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.population import Population
 from fedvlm_jax.federation.round import RoundOutput, from_waves, make_round, start_personal, to_waves
 from fedvlm_jax.federation.traffic import count_bytes, find_travelling
@@ -57,7 +59,7 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs
         jax.jit(jax.vmap(adapter_of, in_axes=(None, 0, 0, 0, None))),
         jax.jit(trained),
         jax.jit(lambda server, states, messages, weights: examine(trained(server, states, messages), weights)),
-        jax.jit(method.base) if method.base is not None else None,
+        method.base,  # not jitted: a compiled program would return copies of the weights that it leaves alone
     )
 
 
@@ -69,12 +71,19 @@ class RoundInputs(NamedTuple):
         numbers: the cohort.
         clients: arrays [W, V, …]; who is new is settled when the round begins.
         weights: [K], p_k in the cohort's order.
+        turnout: how many dropped out and how many straggled, where that may happen.
     """
 
     round: int
     numbers: Int[np.ndarray, " cohort"]
     clients: Client
     weights: Float[np.ndarray, " places"]
+    turnout: dict[str, int]
+
+    @property
+    def counted(self) -> Int[np.ndarray, " some"]:
+        """Places in the cohort of the clients that count: they have examples and did not drop out."""
+        return np.flatnonzero(self.weights[: len(self.numbers)] > 0)
 
 
 @dataclass(frozen=True)
@@ -83,15 +92,21 @@ class RoundReport:
 
     Attributes:
         numbers: the cohort.
-        metrics: of every client in it [K].
+        counted: the clients in it whose messages counted.
+        turnout: how many dropped out and how many straggled, where that may happen.
+        metrics: of every client in the cohort [K].
         health: of the aggregation.
-        bytes_up, bytes_down: per client, mean over the cohort; padding beyond a client's rank does not travel.
-        trained: (client numbers [V] of the cohort) -> the adapters as these clients had them before aggregation; None
+        bytes_up: per client that counted, their mean; padding beyond a client's rank does not travel.
+        bytes_down: per client that was drawn, for it dropped out after it had received; where clients receive in return
+            for what they send, per client that counted.
+        trained: (client numbers [V] that counted) -> the adapters as these clients had them before aggregation; None
             where nothing was redistributed.
         base: what these adapters were trained on.
     """
 
     numbers: np.ndarray
+    counted: np.ndarray
+    turnout: dict[str, int]
     metrics: dict[str, np.ndarray]
     health: dict[str, float]
     bytes_up: int
@@ -114,6 +129,8 @@ class Driver:
         weighting: how clients count.
         server: the server's state.
         ranks: of every client; empty where all have the adapter's.
+        participation: who is drawn, and how far they come.
+        epochs: a client trains so often on its own examples; None: the layout's local steps, all alike.
         population: the personal states.
     """
 
@@ -127,6 +144,8 @@ class Driver:
     weighting: Literal["examples", "uniform"]
     server: PyTree
     ranks: Sequence[int] = ()
+    participation: ParticipationOptions = field(default_factory=ParticipationOptions)
+    epochs: float | None = None
     population: Population = field(init=False)
     _base: tuple[PyTree, PyTree] | None = field(default=None, init=False, repr=False)
 
@@ -146,12 +165,23 @@ class Driver:
             round_: the round.
             steps: fewer than the layout's local steps leave out the others, in the same program.
         """
+        layout, options = self.layout, self.participation
         trainable = np.flatnonzero([not client.held_out for client in self.examples.clients])
-        numbers = trainable[draw_cohort(self.seed, round_, len(trainable), self.layout.cohort)]
+        sizes = np.asarray([len(self.examples.clients[number].train) for number in trainable])
+        by_size = sizes if options.sampling == "size" else None
+        drawn = draw_cohort(self.seed, round_, len(trainable), layout.cohort, by_size)
+        numbers = trainable[drawn]
+        full = np.full(len(numbers), layout.steps)
+        if self.epochs is not None:
+            full = np.asarray([count_steps(size, self.epochs, layout.batch) for size in sizes[drawn].tolist()])
+        full = full if steps is None else np.minimum(full, steps)
+        turnout = draw_turnout(self.seed, round_, numbers, full, options)
         clients, weights = make_clients(
-            self.seed, round_, numbers, self.examples, self.inputs, self.layout, self.weighting, steps
+            self.seed, round_, numbers, self.examples, self.inputs, layout, self.weighting, turnout.steps
         )
-        return RoundInputs(round_, numbers, clients, weights)
+        told = {"dropped": int(turnout.dropped.sum())} if options.dropout else {}
+        told |= {"stragglers": int(turnout.late.sum())} if options.stragglers else {}
+        return RoundInputs(round_, numbers, clients, weights, told)
 
     @property
     def base(self) -> PyTree:
@@ -163,7 +193,11 @@ class Driver:
         return self._base[1]
 
     def run_round(self, read: RoundInputs, rates: dict[str, float]) -> RoundReport:
-        """Run a round that was read: train its cohort, aggregate, write personal states back."""
+        """Run a round that was read: train its cohort, aggregate, write personal states back.
+
+        Whoever does not count leaves no trace: its state stays, and if it had none it is as new next time. Where nobody
+        counts the server stays too.
+        """
         mesh, method = self.programs.mesh, self.programs.method
         numbers, weights = read.numbers, read.weights
         places = np.concatenate([numbers, np.repeat(numbers[:1], self.layout.places - len(numbers))])
@@ -182,30 +216,37 @@ class Driver:
             phase=method.phase(read.round) if method.phase is not None else 0,
         )
         states = from_waves(out.personal)
-        health = out.health | self.programs.health(before, states, out.messages, jnp.asarray(weights))
-        self.population.scatter(numbers, jax.device_get(states))  # places beyond the cohort stay out
-        self.server = out.server
-        up, down = self._travelling(out.messages)
+        counted, health = read.counted, out.health
+        if len(counted):
+            health = health | self.programs.health(before, states, out.messages, jnp.asarray(weights))
+            self.population.scatter(numbers[counted], jax.tree.map(lambda x: x[counted], jax.device_get(states)))
+            self.server = out.server
+        up, down = self._travelling(out.messages, max(1, len(counted)))
+        received = numbers if method.deliver is None else numbers[counted]
         return RoundReport(
             numbers=numbers,
+            counted=numbers[counted],
+            turnout=read.turnout,
             metrics={name: np.asarray(values)[: len(numbers)] for name, values in out.metrics.items()},
             health={name: float(value) for name, value in health.items()},
-            bytes_up=self._count_bytes(up, numbers),
-            bytes_down=self._count_bytes(down, numbers),
-            trained=self._trained(before, numbers, out.messages) if jax.tree.leaves(out.messages) else None,
+            bytes_up=self._count_bytes(up, numbers[counted]),
+            bytes_down=self._count_bytes(down, received),
+            trained=self._trained(before, numbers, out.messages)
+            if len(counted) and jax.tree.leaves(out.messages)
+            else None,
             base=base,
         )
 
-    def _travelling(self, messages: PyTree) -> tuple[PyTree, PyTree]:
-        """What one client sends and what it receives, as trees of shapes; padding of the cohort sends nothing."""
-        cohort = self.layout.cohort
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((cohort, *x.shape[1:]), x.dtype), messages)
+    def _travelling(self, messages: PyTree, senders: int) -> tuple[PyTree, PyTree]:
+        """What one client sends and what it receives, as trees of shapes, where so many clients sent something."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((senders, *x.shape[1:]), x.dtype), messages)
         return find_travelling(self.programs.method, self.params, self.server, shapes)
 
     def _count_bytes(self, part: PyTree, numbers: np.ndarray) -> int:
-        if not self.ranks:
-            return tree.count_bytes(part)
-        share = float(np.mean([self.ranks[number] for number in numbers])) / max(self.ranks)
+        """Per client, the mean over these; 0 where there are none."""
+        if not len(numbers):
+            return 0
+        share = float(np.mean([self.ranks[number] for number in numbers])) / max(self.ranks) if self.ranks else 1.0
         return count_bytes(part, share)
 
     def adapters(self, numbers: np.ndarray) -> PyTree:

@@ -67,7 +67,9 @@ def make(setup: Setup) -> Method:
             name: sum(one[name] * one["steps"] for one in history) / jnp.maximum(steps_taken, 1) for name in history[0]
         }
         message = jax.tree.map(jnp.subtract, local, received)
-        metrics |= {"last_loss": history[-1]["last_loss"], "steps": steps_taken}
+        metrics |= {"last_loss": history[0]["last_loss"], "steps": steps_taken}
+        for one in history[1:]:  # a straggler's last groups are empty
+            metrics["last_loss"] = jnp.where(one["steps"] > 0, one["last_loss"], metrics["last_loss"])
         return {**personal, "own": own, "optimizer": optimizer}, message, metrics
 
     def personalise(server: Server, personal: Personal) -> lora.Adapter:

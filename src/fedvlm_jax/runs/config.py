@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fedvlm_jax.data.options import DataOptions, Split
+from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
 from fedvlm_jax.objectives.options import PreferenceOptions
 from fedvlm_jax.runs.codec import decode, encode
@@ -23,6 +24,7 @@ __all__ = [
     "HyperOptions",
     "LocalOptions",
     "LoraOptions",
+    "ParticipationOptions",
     "PreferenceOptions",
     "Run",
     "ServerOptions",
@@ -95,6 +97,9 @@ class TrainOptions:
     """Federated rounds (not given by the paper)."""
     local_steps: int = 4
     """Optimiser steps of a client in a round (not given by the paper)."""
+    local_epochs: Annotated[float | None, _optional("E", "all clients take --train.local-steps")] = None
+    """In place of --train.local-steps: every client takes ceil(E * its examples / batch) steps, or ceil(E) where it
+    has less than a batch. All wait for the largest (not given by the paper)."""
     batch_size: int = 16
     """Examples per local step (not given by the paper)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -116,7 +121,7 @@ class TrainOptions:
     weighting: Literal["examples", "uniform"] = "examples"
     """How clients count in the average: by their number of examples, or all alike (not given by the paper)."""
     finetune_steps: int = 0
-    """Local steps of every client on its own after the last round."""
+    """Local steps of every client on its own after the last round; so many for all, with --train.local-epochs too."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,8 @@ class EvaluationOptions:
     images (not given by the paper)."""
     before_redistribution: bool = True
     """Validate also what clients had before the server's average replaced their shared part."""
+    examples: int = 12
+    """At the end, store so many test examples with picture and answers for the report; 0 for none."""
     test: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = True
     """From Python only: False leaves the test split alone, for runs that serve to choose options."""
 
@@ -203,6 +210,7 @@ class Run:
     data: DataOptions = field(default_factory=DataOptions)
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    participation: ParticipationOptions = field(default_factory=ParticipationOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
     server: ServerOptions = field(default_factory=ServerOptions)

@@ -74,7 +74,7 @@ class Course:
     def __init__(self, prepared: Prepared, folder: Path, show: Progress) -> None:
         self.prepared, self.folder, self.show = prepared, folder, show
         self.checkpoints = Checkpoints(folder / "checkpoints")
-        self.phases = list(_plan(prepared.run))
+        self.phases = list(_plan(prepared.run, prepared.layout.steps))
         phase = self.phases[0]
         self.driver = make_driver(prepared, phase.method, cohort=phase.cohort)
         self.federated = True  # not yet in the fine-tuning after it
@@ -116,7 +116,7 @@ class Course:
         report = self.driver.run_round(read, self._rates(round_))
         seconds = time.perf_counter() - start
         line = _describe_round(round_, phase.method, report, seconds)
-        if not math.isfinite(line["loss"]):
+        if not math.isfinite(line.get("loss", 0.0)):  # a round in which nobody trained has none
             newest = self.checkpoints.newest()
             raise UserError(
                 f"round {round_}: the training loss is not finite. Lower --train.learning-rate-a and "
@@ -139,7 +139,7 @@ class Course:
         scores = evaluator(params, {"own": self.driver.adapters}, "validation", self.prepared.participants)["own"]
         result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}
         if report.trained is not None and self.prepared.run.evaluation.before_redistribution:
-            cohort = report.numbers.tolist()
+            cohort = report.counted.tolist()
             before = evaluator(report.base, {"own": report.trained}, "validation", cohort)["own"].get(chosen, {})
             result["before_redistribution"] = {chosen: _mean(before)}
             result["after_redistribution"] = {chosen: _mean({name: scores[chosen][name] for name in before})}
@@ -199,12 +199,13 @@ class Course:
             scratch.replace(path)
 
 
-def _plan(run: Run) -> Iterator[_Phase]:
+def _plan(run: Run, steps: int) -> Iterator[_Phase]:
+    """The phases, in rounds of at most `steps` local steps."""
     train = run.train
-    yield _Phase(run.method, run.cohort, 1, train.rounds, train.local_steps)
+    yield _Phase(run.method, run.cohort, 1, train.rounds, steps)
     if train.finetune_steps:
-        rounds = -(-train.finetune_steps // train.local_steps)
-        yield _Phase(FINETUNING, None, train.rounds + 1, train.rounds + rounds, train.local_steps, train.finetune_steps)
+        rounds = -(-train.finetune_steps // steps)
+        yield _Phase(FINETUNING, None, train.rounds + 1, train.rounds + rounds, steps, train.finetune_steps)
 
 
 def _read_round(driver: Driver, phase: _Phase, round_: int) -> RoundInputs:
@@ -226,12 +227,14 @@ def _adopt(driver: Driver, adapters: PyTree) -> None:
 
 
 def _describe_round(round_: int, method: str, report: RoundReport, seconds: float) -> dict[str, Any]:
-    counts = report.metrics["steps"] > 0
-    mean = {name: float(values[counts].mean()) if counts.any() else 0.0 for name, values in report.metrics.items()}
+    """The line of a round: means over the clients that trained, and no such numbers where nobody did."""
+    trained = report.metrics["steps"] > 0
+    mean = {name: float(values[trained].mean()) for name, values in report.metrics.items()} if trained.any() else {}
     return {
         "round": round_,
         "method": method,
         "clients": len(report.numbers),
+        **report.turnout,
         **mean,
         **report.health,
         "bytes_up_per_client": report.bytes_up,

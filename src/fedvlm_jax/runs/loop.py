@@ -15,6 +15,7 @@ from fedvlm_jax import lora, tree
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.config import Run, from_json, to_json
 from fedvlm_jax.runs.course import Course
+from fedvlm_jax.runs.examples import write_examples
 from fedvlm_jax.runs.folders import read_run
 from fedvlm_jax.runs.prepare import Prepared, Session, make_driver, open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
@@ -121,13 +122,13 @@ def _execute(run: Run, show: Progress, session: Session | None) -> Path:
     save_base(run.out / "adapters" / BASE, session.params, federation.base)
     save_adapters(run.out / "adapters", names, best.adapters, shared, {"method": run.method, "round": best.round})
     show.note("evaluating every client's own model")
+    general = federation if jax.tree.leaves(shared) else None
     results = {
         "selected_round": best.round,
         "selected_by": prepared.select_by,
-        **score_models(
-            prepared, federation.base, best.adapters, federation if jax.tree.leaves(shared) else None, zero_shot
-        ),
+        **score_models(prepared, federation.base, best.adapters, general, zero_shot),
     }
+    write_examples(prepared, federation.base, best.adapters, general, run.out)
     write_json(run.out / "results.json", results)
     return run.out
 
@@ -142,6 +143,7 @@ def _write_config(run: Run, prepared: Prepared) -> None:
         "waves": layout.waves,
         "cohort": layout.cohort,
         "rows": layout.rows,
+        "steps": layout.steps,
         "mesh_clients": prepared.session.mesh.shape[CLIENTS],
         "clients": [client.name for client in prepared.examples.clients],
         "train_examples": [len(client.train) for client in prepared.examples.clients],

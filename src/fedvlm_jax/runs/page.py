@@ -4,7 +4,9 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from fedvlm_jax.runs.cards import Card, to_html_cards, to_markdown_cards
 from fedvlm_jax.runs.tables import Table, to_html, to_markdown
 from fedvlm_jax.runs.theme import CSS_DARK, CSS_LIGHT
 
@@ -38,6 +40,8 @@ class Section:
     sentences: Sequence[str] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
+    cards: Sequence[Card] = ()
+    cards_note: str = ""
     command: str = ""
     facts: Sequence[Facts] = ()
 
@@ -75,6 +79,13 @@ thead th{color:var(--muted);font-weight:500;white-space:normal;vertical-align:bo
 th:first-child,td:first-child{text-align:left;padding-left:0}tbody th{font-weight:500}
 tr.strong>*{font-weight:700}
 figure{margin:1.4rem 0}figure svg{display:block;height:auto}.narrow{display:none}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:.9rem;margin:1.2rem 0 .5rem}
+.cards article{background:var(--card);border-radius:.6rem;padding:.9rem 1rem;overflow:hidden}
+.cards img{float:right;width:5.5rem;height:5.5rem;object-fit:contain;background:#fff;border-radius:.4rem;
+margin:0 0 .5rem .8rem}
+.cards p{margin:0 0 .3rem}.cards dl{clear:both;grid-template-columns:max-content 1fr;margin:.6rem 0 0;gap:.25rem .8rem}
+.cards dd{margin:0}.cards span{white-space:nowrap;color:var(--muted)}.cards span i{font-style:normal;font-weight:700}
+.right{color:var(--s2)}.wrong{color:var(--s3)}.partly{color:var(--muted)}
 pre{background:var(--card);border-radius:.6rem;padding:.8rem 1rem;overflow-x:auto;font-size:.86rem;margin:.8rem 0}
 code{font-size:.9em}
 details{margin:.5rem 0}summary{cursor:pointer;color:var(--muted)}
@@ -85,7 +96,7 @@ dd.marked{font-weight:700}
 h1{font-size:1.4rem}.figures{grid-template-columns:1fr 1fr}.figures b{font-size:1.25rem}
 th,td{padding:.4rem .38rem}table{font-size:.86rem}
 tbody th:first-child{position:sticky;left:0;background:var(--paper)}
-dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}
+details dl{grid-template-columns:1fr}details dd{margin-bottom:.4rem}}
 """
 
 
@@ -115,6 +126,7 @@ def _write_section(section: Section) -> str:
         f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
         for picture in section.pictures
     ]
+    parts.append(to_html_cards(section.cards, section.cards_note))
     if section.command:
         parts.append(f"<pre>{html.escape(section.command)}</pre>")
     parts += [_write_facts(facts) for facts in section.facts]
@@ -133,8 +145,8 @@ def _write_facts(facts: Facts) -> str:
     return f"<details><summary>{html.escape(facts.title)}</summary><dl>{rows}</dl></details>"
 
 
-def to_markdown_page(report: Report) -> str:
-    """Write the same report in Markdown; pictures are the PNG files in `figures/`."""
+def to_markdown_page(report: Report, folder: Path) -> str:
+    """Write the same report in Markdown, to stand in `folder`; pictures are PNG files below it."""
     blocks = [f"# {report.title}", report.subtitle]
     blocks.append("\n".join(f"- **{value}** {what}" for value, what in report.figures))
     for section in report.sections:
@@ -143,6 +155,8 @@ def to_markdown_page(report: Report) -> str:
             blocks.append("\n".join(f"- {sentence}" for sentence in section.sentences))
         blocks += [to_markdown(table) for table in section.tables]
         blocks += [f"![{picture.caption}](figures/{picture.name}.png)" for picture in section.pictures]
+        if section.cards:
+            blocks.append(to_markdown_cards(section.cards, section.cards_note, folder))
         if section.command:
             blocks.append(f"```\n{section.command}\n```")
         for facts in section.facts:

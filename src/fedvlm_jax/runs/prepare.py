@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fedvlm_jax import lora
+from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.data.encode import Examples, encode, require_pairs
 from fedvlm_jax.data.federate import Federation, count_reasons, federate
 from fedvlm_jax.data.images import Images
@@ -25,6 +26,7 @@ from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.driver import Driver, Programs, make_programs, start_adapter
 from fedvlm_jax.federation.features import GIB, FeatureStore, fingerprint_params, is_vision_frozen
 from fedvlm_jax.federation.inputs import Inputs, make_inputs
+from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.reference import ReferenceStore, add_reference, compute_reference, make_score
 from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Setup, load_method
@@ -137,6 +139,12 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     Raises:
         UserError: data, targets, ranks or sizes that cannot work; each with what to change.
     """
+    positions = session.vlm.config.text_config.max_position_embeddings
+    if run.evaluation.max_answer_tokens > positions:
+        asked = run.evaluation.max_answer_tokens
+        raise UserError(
+            f"--evaluation.max-answer-tokens is {asked}: {run.model} has {positions} positions, ask for fewer"
+        )
     spec = _make_spec(run)
     key = jax.random.key(run.seed)
     adapter = start_adapter(key, session.vlm.sites, spec)
@@ -200,7 +208,7 @@ def make_driver(
         method: its name.
         cohort: clients a round; None means everybody.
         go_on: for fine-tuning after a federation: an adapter of the form that it ended with, and its base. What the
-            options say of ranks, the server and proximal terms was the federation's.
+            options say of ranks, the server, proximal terms, participation and epochs was the federation's.
 
     Raises:
         UserError: options that the method cannot work with.
@@ -248,6 +256,8 @@ def make_driver(
         weighting=train.weighting,
         server=programs.method.init(go_on[0] if go_on else prepared.adapter),
         ranks=ranks,
+        participation=run.participation if go_on is None else ParticipationOptions(),
+        epochs=train.local_epochs if go_on is None else None,
     )
 
 
@@ -260,13 +270,17 @@ def _fit_to_model(data: DataOptions, vlm: Any) -> DataOptions:
 
 
 def _lay_out(run: Run, examples: Examples, mesh: Mesh, cohort: int | None, wave: int | None) -> Layout:
+    sizes = [len(client.train) for client in examples.clients if not client.held_out]
+    train, steps = run.train, run.train.local_steps
+    if train.local_epochs is not None:
+        steps = max((count_steps(size, train.local_epochs, train.batch_size) for size in sizes), default=1)
     return choose_layout(
-        [len(client.train) for client in examples.clients if not client.held_out],
+        sizes,
         cohort=cohort,
         wave=wave,
         devices=mesh.shape[CLIENTS],
-        steps=run.train.local_steps,
-        batch=run.train.batch_size,
+        steps=max(steps, 1),
+        batch=train.batch_size,
     )
 
 

@@ -1,19 +1,18 @@
 """The report of a run, of several runs, or of a comparison: `report.html`, `report.md` and `figures/*.png`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.spread import summarise
-from fedvlm_jax.runs import heatmaps, plots
+from fedvlm_jax.runs.cards import read_cards
 from fedvlm_jax.runs.config import Run, to_json
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run
 from fedvlm_jax.runs.measures import find_measure, percent
 from fedvlm_jax.runs.page import Facts, Picture, Report, Section, to_markdown_page, to_page
-from fedvlm_jax.runs.statistics import compare_paired, judge, spread
+from fedvlm_jax.runs.pictures import draw_comparison, draw_comparison_health, draw_costs, draw_run, draw_run_health
+from fedvlm_jax.runs.statistics import compare_paired, judge, order_by_mean, spread
 from fedvlm_jax.runs.tables import (
     MARKS,
     format_bytes,
@@ -22,10 +21,13 @@ from fedvlm_jax.runs.tables import (
     tabulate_run,
     tabulate_runs,
 )
-from fedvlm_jax.runs.theme import PAPER, PLACEHOLDERS, save_png, to_svg
+from fedvlm_jax.runs.theme import MANY
 from fedvlm_jax.runs.wording import describe_comparison, describe_run, describe_runs
 
 __all__ = ["write_report"]
+
+BEST = 5
+"""Of many methods, so many have their figure at the top of the page."""
 
 UNSTORED = ("out", "resume")
 """Options that say where a run lies, not what it is."""
@@ -57,7 +59,7 @@ def write_report(folders: Sequence[Path]) -> Path:
         target = folders[0]
         report = _report_run(read_run(target), target)
     target.mkdir(parents=True, exist_ok=True)
-    (target / "report.md").write_text(to_markdown_page(report), encoding="utf-8")
+    (target / "report.md").write_text(to_markdown_page(report, target), encoding="utf-8")
     page = target / "report.html"
     page.write_text(to_page(report), encoding="utf-8")
     return page
@@ -65,8 +67,8 @@ def write_report(folders: Sequence[Path]) -> Path:
 
 def _report_run(record: RunRecord, target: Path) -> Report:
     before, after = summarise(record.scores("zero_shot")), summarise(record.scores("personal"))
-    last = record.rounds[-1] if record.rounds else {}
-    sent = last.get("bytes_up_per_client")
+    first = record.rounds[0] if record.rounds else {}  # in the last one there may be nothing but local fine-tuning
+    sent = first.get("bytes_up_per_client")
     figures = [
         (percent(after.mean), "personal models, mean of clients"),
         (percent(before.mean), "zero-shot"),
@@ -74,7 +76,9 @@ def _report_run(record: RunRecord, target: Path) -> Report:
         *([(format_bytes(sent), "sent per client and round")] if sent is not None else []),
     ]
     sections = [
-        Section("What came out", describe_run(record), tabulate_run(record), _draw_run(record, target, "")),
+        Section("What came out", describe_run(record), tabulate_run(record), draw_run(record, target, "")),
+        *_show_examples("Examples", record.folder, ""),
+        *_show_health(draw_run_health(record, target, "")),
         Section("How it was made", _describe_origin(record.config), facts=_list_facts(record.config)),
     ]
     data = record.options.get("data") or {}
@@ -85,7 +89,7 @@ def _report_run(record: RunRecord, target: Path) -> Report:
 def _report_runs(records: Sequence[RunRecord], target: Path) -> Report:
     sections = [Section("Side by side", describe_runs(records), [tabulate_runs(list(records))])]
     for number, record in enumerate(records):
-        pictures = _draw_run(record, target, f"{number}-")
+        pictures = [*draw_run(record, target, f"{number}-"), *draw_run_health(record, target, f"{number}-")]
         title = f"{record.folder.name} ({record.method})"
         sections.append(Section(title, describe_run(record)[:-1], pictures=pictures, facts=_list_facts(record.config)))
     figures = [
@@ -103,31 +107,14 @@ def _report_runs(records: Sequence[RunRecord], target: Path) -> Report:
 def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
     scores = {method: record.scores(method) for method in record.methods}
     figures = []
-    for method in (method for method in record.methods if scores[method]):
+    ranking = order_by_mean(scores, [method for method in record.methods if scores[method]])
+    first = ranking[:BEST] if len(ranking) > MANY else record.methods
+    for method in (method for method in record.methods if scores[method] and method in {*first, "local"}):
         mean = spread([summarise(one).mean for one in scores[method].values()]).mean
         difference = compare_paired(scores[method], scores["local"]) if scores.get("local") else None
         mark = MARKS[judge(difference)] if difference else ""
         against = f", {mark} {points(difference.mean)} against local" if difference and method != "local" else ""
         figures.append((percent(mean), method + against))
-    pictures = [
-        _draw(
-            target,
-            "methods",
-            "Dots are clients, mean over seeds. First: accuracy, the bar is the mean of all. Then: differences to "
-            "local training, with their mean and its 95 % interval.",
-            lambda *how: plots.draw_methods(record, *how),
-        ),
-        _draw(
-            target,
-            "clients",
-            f"{find_measure(record.metric).label} per client, %, mean over seeds; bold: the best of a client.",
-            lambda *how: heatmaps.draw_heatmap(record, *how),
-        ),
-    ]
-    curves = plots.read_curves(record)
-    if curves:
-        caption = "Validation accuracy on the way, over rounds and over bytes; mean over seeds."
-        pictures.append(_draw(target, "curves", caption, lambda *how: plots.draw_curves(curves, record.metric, *how)))
     config = _read_first_config(record)
     facts = [Facts("Settings of the comparison", _flatten(record.settings))] if record.settings else []
     seeds = ", ".join(map(str, record.seeds))
@@ -136,7 +123,12 @@ def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
         *_describe_origin(config),
     ]
     sections = [
-        Section("What came out", describe_comparison(record), tabulate_comparison(record), pictures),
+        Section(
+            "What came out", describe_comparison(record), tabulate_comparison(record), draw_comparison(record, target)
+        ),
+        *([Section("What it cost", pictures=costs)] if (costs := draw_costs(record, target)) else []),
+        *_show_best_examples(record, ranking),
+        *_show_health(draw_comparison_health(record, target)),
         Section("How it was made", how, command=record.command, facts=[*facts, *_list_facts(config)]),
     ]
     clients = len({client for by_seed in scores.values() for one in by_seed.values() for client in one})
@@ -144,23 +136,34 @@ def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
     return Report("fedvlm: methods side by side", subtitle, figures, sections)
 
 
-def _draw_run(record: RunRecord, target: Path, prefix: str) -> list[Picture]:
-    clients = "Every client from zero-shot (ring) to its personal model (dot); dashed: means."
-    pictures = [_draw(target, f"{prefix}clients", clients, lambda *how: plots.draw_clients(record, *how))]
-    if record.metric in (record.results.get("cross_clients") or {}):
-        cells = f"{find_measure(record.metric).label} of every client's model (across) on every client's test data, %."
-        pictures.append(_draw(target, f"{prefix}matrix", cells, lambda *how: heatmaps.draw_matrix(record, *how)))
-    if record.rounds:
-        rounds = "Validation after each evaluated round; dashed: before redistribution; ring: the selected round."
-        pictures.append(_draw(target, f"{prefix}rounds", rounds, lambda *how: plots.draw_rounds(record, *how)))
-    return pictures
+def _show_health(pictures: Sequence[Picture]) -> list[Section]:
+    return [Section("The health of the aggregation", pictures=pictures)] if pictures else []
 
 
-def _draw(target: Path, name: str, caption: str, draw: Callable[..., Figure]) -> Picture:
-    """Draw a picture three times: as a PNG file, and as wide and narrow SVG for the page."""
-    save_png(draw(PAPER, False), target / "figures" / f"{name}.png")
-    wide, narrow = (to_svg(draw(PLACEHOLDERS, slim), f"{name}-{slim:d}", caption) for slim in (False, True))
-    return Picture(name, caption, wide, narrow)
+def _show_examples(title: str, folder: Path, whose: str) -> list[Section]:
+    """The stored examples of a run, and how they were chosen."""
+    cards, looked_at = read_cards(folder)
+    if not cards:
+        return []
+    counts = sorted(set(looked_at.values()))
+    each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    note = (
+        f"{whose}Chosen from the first {each} test pictures of each of {len(looked_at)} clients: those first where the "
+        "personal model answers differently from zero-shot. So they show what training changed and are no measure of "
+        "accuracy. ✓ equal to the right answer but for case and outer punctuation; ≈ shares words with it (token F1); "
+        "✗ neither."
+    )
+    return [Section(title, cards=cards, cards_note=note)]
+
+
+def _show_best_examples(record: ComparisonRecord, ranking: Sequence[str]) -> list[Section]:
+    """The examples of the first run that stored any, of the method with the highest mean."""
+    for method in ranking[:1]:
+        for run in (run for run in record.runs if run["method"] == method):
+            whose = f"Models of {method}, seed {run['seed']}. "
+            if sections := _show_examples("Examples", record.folder_of(run), whose):
+                return sections
+    return []
 
 
 def _read_first_config(record: ComparisonRecord) -> dict[str, Any]:

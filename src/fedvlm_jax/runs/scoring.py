@@ -12,7 +12,7 @@ from fedvlm_jax.evaluation.clients import Adapters, Scores
 from fedvlm_jax.federation.driver import Driver
 from fedvlm_jax.runs.prepare import Prepared
 
-__all__ = ["score_base", "score_models"]
+__all__ = ["is_same", "score_base", "score_models"]
 
 MATRIX = ("exact_match", "token_accuracy", "loss", "preference_accuracy")
 """The metrics of the cross-client matrix."""
@@ -49,7 +49,7 @@ def score_models(
     models: dict[str, Adapters | None] = {"personal": personal}
     same = False
     if federation is not None and options.global_model:
-        same = _is_same(personal, federation.global_adapters, prepared.participants[:1])
+        same = is_same(personal, federation.global_adapters, prepared.participants[:1])
         models |= {} if same else {"global": federation.global_adapters}
     scores = {"zero_shot": zero_shot, **_evaluate(prepared, params, models)}
     if same:
@@ -77,7 +77,7 @@ def _evaluate(
     return {name: {split: scored[split][name] for split in splits} for name in models}
 
 
-def _is_same(personal: Adapters, general: Adapters, numbers: list[int]) -> bool:
+def is_same(personal: Adapters, general: Adapters, numbers: list[int]) -> bool:
     """Is the global model what this client has, because its method keeps nothing private?"""
     pair = (jax.device_get(adapters(np.asarray(numbers))) for adapters in (personal, general))
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, *pair)))

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedvlm_jax.evaluation.intervals import Difference, paired_difference
 
-__all__ = ["Spread", "compare_paired", "count_seeds_ahead", "judge", "mean_over_seeds", "spread"]
+__all__ = ["Spread", "compare_paired", "count_seeds_ahead", "judge", "mean_over_seeds", "order_by_mean", "spread"]
 
 BySeed = Mapping[int, Mapping[str, float]]
 
@@ -33,6 +33,12 @@ def mean_over_seeds(by_seed: BySeed) -> dict[str, float]:
         client: float(np.mean([scores[client] for scores in by_seed.values() if client in scores]))
         for client in clients
     }
+
+
+def order_by_mean(scores: Mapping[str, BySeed], methods: Sequence[str]) -> list[str]:
+    """Methods with the highest mean first, over clients within a seed, then over seeds; ties as they stand."""
+    means = {method: np.mean([np.mean(list(one.values())) for one in scores[method].values()]) for method in methods}
+    return sorted(methods, key=lambda method: -float(means[method]))
 
 
 def keep_common(method: BySeed, other: BySeed) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]]:

@@ -67,6 +67,7 @@ def save_base(file: Path, base: PyTree, moved: PyTree) -> None:
     before, after = tree.flatten(base), tree.flatten(moved)
     changed = {path: np.ascontiguousarray(leaf) for path, leaf in after.items() if leaf is not before[path]}
     if changed:
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_file(changed, file, {"format": "fedvlm-jax", "part": "base"})
 
 

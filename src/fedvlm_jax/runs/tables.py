@@ -33,6 +33,9 @@ __all__ = [
 MANY = 40
 """Above so many clients a table shows the two ends of the list only."""
 
+MANY_METHODS = 8
+"""Above so many methods they go down a table that else has them across."""
+
 MARKS = {"ahead": "▲", "behind": "▼", "level": "≈"}
 
 RIVALS = ("local", "fedavg-lora+ft")
@@ -168,7 +171,11 @@ def _tabulate_all_metrics(record: ComparisonRecord, methods: list[str]) -> Table
             mean = spread([summarise(one).mean for one in by_seed.values()]).mean if by_seed else math.nan
             written.append(measure.write(mean))
         rows.append((measure.label, *written))
-    return Table("Other metrics on test, mean over clients and seeds", ("metric", *methods), tuple(rows))
+    title, columns = "Other metrics on test, mean over clients and seeds", ("metric", *methods)
+    if len(methods) > MANY_METHODS and rows:
+        turned = list(zip(columns, *rows, strict=True))
+        return Table(title, ("method", *turned[0][1:]), tuple(turned[1:]))
+    return Table(title, columns, tuple(rows))
 
 
 def _tabulate_matrix(record: RunRecord) -> Table:

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 __all__ = [
     "CSS_DARK",
     "CSS_LIGHT",
+    "MANY",
     "PAPER",
     "PLACEHOLDERS",
     "Theme",
@@ -31,6 +32,9 @@ __all__ = [
 ]
 
 MARKERS = "osD^vPX*"
+MANY = len(MARKERS)
+"""Above so many methods colours and markers repeat, so that names have to stand beside what is drawn."""
+
 FIRST_SERIES = ("local", "fedavg-lora", "fedavg-lora+ft", "plora")
 """Methods that keep their colour from one report to the next."""
 

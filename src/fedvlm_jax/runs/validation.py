@@ -8,10 +8,21 @@ from pathlib import Path
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.runs.choices import check_choices, check_comparison
-from fedvlm_jax.runs.config import SHARE, Compare, PreferenceOptions, Run, methods_available, objectives_available
+from fedvlm_jax.runs.config import (
+    SHARE,
+    Compare,
+    PreferenceOptions,
+    Run,
+    TrainOptions,
+    methods_available,
+    objectives_available,
+)
 from fedvlm_jax.runs.measures import SELECTING
 
 __all__ = ["FINETUNED", "validate", "validate_comparison"]
+
+MOST_EXAMPLES = 48
+"""So many pictures of at most 25 KiB keep the report's page below 2 MB."""
 
 FINETUNED = "+ft"
 """What a method's name ends with in a comparison when local fine-tuning follows it."""
@@ -38,6 +49,7 @@ def _validate_common(run: Run) -> None:
     _check_metrics(run)
     _check_model(run.model)
     _check_numbers(run)
+    _check_participation(run)
     _check_pairs(run)
 
 
@@ -121,10 +133,16 @@ def _check_numbers(run: Run) -> None:
         ("--evaluation.every", evaluation.every, 1),
         ("--evaluation.max-answer-tokens", evaluation.max_answer_tokens, 1),
         ("--evaluation.batch-size", evaluation.batch_size, 1),
+        ("--evaluation.examples", evaluation.examples, 0),
         ("--system.mesh-clients", system.mesh_clients, 1),
         ("--system.wave", system.wave, 1),
     ):
         _at_least(flag, value, least)
+    if evaluation.examples > MOST_EXAMPLES:
+        raise UserError(
+            f"--evaluation.examples is {evaluation.examples}: it must be {MOST_EXAMPLES} or fewer, for their pictures "
+            "are part of the report's page"
+        )
     for flag, value in (
         ("--train.learning-rate-a", train.learning_rate_a),
         ("--train.learning-rate-b", train.learning_rate_b),
@@ -143,6 +161,35 @@ def _check_numbers(run: Run) -> None:
         re.compile(run.lora.targets)
     except re.error as error:
         raise UserError(f"--lora.targets {run.lora.targets!r} is not a regular expression: {error}") from None
+
+
+def _check_participation(run: Run) -> None:
+    train, options = run.train, run.participation
+    if not 0 <= options.dropout < 1:
+        raise UserError(
+            f"--participation.dropout is {options.dropout}: it is a chance, from 0 to below 1, where all would drop out"
+        )
+    if not 0 <= options.stragglers <= 1:
+        raise UserError(f"--participation.stragglers is {options.stragglers}: it is a chance, from 0 to 1")
+    if options.sampling != "uniform" and run.cohort is None:
+        raise UserError(
+            f"--participation.sampling {options.sampling} says how clients are drawn, and without --cohort everybody "
+            "takes part: say how many with --cohort, or leave it out"
+        )
+    if train.local_epochs is None:
+        if options.stragglers and train.local_steps == 1:
+            raise UserError(
+                "--participation.stragglers take fewer steps than --train.local-steps 1, and there are none: take more "
+                "local steps, or leave it out"
+            )
+        return
+    if not 0 < train.local_epochs < float("inf"):
+        raise UserError(f"--train.local-epochs is {train.local_epochs}: it must be above 0")
+    if train.local_steps != TrainOptions().local_steps:
+        raise UserError(
+            f"--train.local-epochs {train.local_epochs} and --train.local-steps {train.local_steps} exclude each "
+            "other: epochs decide how many steps every client takes; leave one out"
+        )
 
 
 def _check_pairs(run: Run) -> None:

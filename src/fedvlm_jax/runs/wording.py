@@ -14,6 +14,10 @@ from fedvlm_jax.runs.tables import RIVALS, points
 __all__ = ["describe_comparison", "describe_difference", "describe_run", "describe_runs"]
 
 
+FEW = 8
+"""Up to so many methods each difference has a sentence of its own."""
+
+
 def describe_run(record: RunRecord) -> list[str]:
     """Say what a run achieved, and what it cannot say."""
     zero_shot, personal = record.scores("zero_shot"), record.scores("personal")
@@ -72,7 +76,7 @@ def describe_comparison(record: ComparisonRecord) -> list[str]:
     }
     ranking = sorted((method for method in means if method != "zero-shot"), key=lambda method: -means[method])
     sentences = [_describe_winner(ranking, means, scores)] if len(ranking) > 1 else []
-    for rival in RIVALS:
+    for rival in RIVALS if len(ranking) <= FEW else ():
         for method in ranking:
             # The two rivals meet once, from fine-tuning's side.
             if rival in scores and method != rival and not (method == RIVALS[0] and rival == RIVALS[1]):
@@ -80,11 +84,25 @@ def describe_comparison(record: ComparisonRecord) -> list[str]:
                 if difference is not None:
                     ahead = count_seeds_ahead(scores[method], scores[rival])
                     sentences.append(describe_difference(method, rival, difference, ahead))
+    if len(ranking) > FEW:
+        sentences += [_sum_up(rival, ranking, scores) for rival in RIVALS if rival in scores]
     if "zero-shot" in means:
         sentences.append(f"Zero-shot, the frozen model alone, has {percent(means['zero-shot'])}.")
     if len(record.seeds) < 3:
         sentences.append(_warn_of_few_seeds(len(record.seeds)))
     return sentences
+
+
+def _sum_up(rival: str, ranking: Sequence[str], scores: dict[str, Any]) -> str:
+    """Say of many methods in one sentence which are ahead of a rival, which behind, and of which it cannot be said."""
+    found: dict[str, list[str]] = {"ahead": [], "behind": [], "level": []}
+    for method in ranking:
+        difference = compare_paired(scores[method], scores[rival])
+        if method != rival and difference is not None:
+            found[judge(difference)].append(f"{method} ({points(difference.mean)})")
+    parts = {"ahead": "ahead of it", "behind": "behind it", "level": "not to be told apart from it"}
+    said = [f"{parts[verdict]}: {', '.join(names) or 'none'}" for verdict, names in found.items()]
+    return f"Against {rival}, in points, by 95 % intervals without a correction for their number; {'; '.join(said)}."
 
 
 def describe_difference(method: str, rival: str, difference: Difference, seeds_ahead: int) -> str:

@@ -87,7 +87,8 @@ def make_dual_method(
                 assemble=lambda factors: pairs.mix(shared, factors, server["scales"], alpha),
             )
             begun = begun | part.mask.any()
-            metrics = {**more, "steps": more["steps"] + metrics.get("steps", 0)}
+            told = {name: jnp.where(more["steps"] > 0, x, metrics.get(name, x)) for name, x in more.items()}
+            metrics = {**told, "steps": more["steps"] + metrics.get("steps", 0)}  # a straggler may not come so far
         metrics |= {"update_norm": norm_of(message)}
         return {"own": own, "optimizer": optimizers, "begun": begun}, message, metrics
 

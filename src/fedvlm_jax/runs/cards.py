@@ -1,0 +1,127 @@
+"""Cards of examples: a test picture, its question and right answer, and what each model says, for both pages."""
+
+import base64
+import html
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedvlm_jax.errors import UserError
+
+__all__ = ["FILE", "Card", "read_cards", "to_html_cards", "to_markdown_cards"]
+
+FILE = "examples.json"
+
+MODELS = {"zero_shot": "zero-shot", "global": "global model", "personal": "personal model"}
+
+LONG = 240
+"""Texts are cut to so many characters; the run's folder has them whole."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One example.
+
+    Attributes:
+        client: whose test example it is.
+        picture: the file of its picture.
+        question, answer: as they stand in the data.
+        said: who, what, and how good it is: "right", "wrong" or the share of words that it has in common.
+    """
+
+    client: str
+    picture: Path
+    question: str
+    answer: str
+    said: tuple[tuple[str, str, str], ...]
+
+
+def read_cards(folder: Path) -> tuple[list[Card], dict[str, int]]:
+    """A run's examples, and client -> among how many test examples they were chosen; nothing where it stored none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return [], {}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        cards = [
+            Card(
+                entry["client"],
+                folder / entry["picture"],
+                entry["question"],
+                entry["answer"],
+                tuple(
+                    (name, entry["answers"][model]["text"], _judge(entry["answers"][model]))
+                    for model, name in MODELS.items()
+                    if model in entry["answers"]
+                ),
+            )
+            for entry in stored["examples"]
+        ]
+        return [card for card in cards if card.picture.is_file()], dict(stored["looked_at"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the examples of a run ({error!r}); was it written by another version?") from None
+
+
+def _judge(answer: dict[str, Any]) -> str:
+    if answer["exact_match"] == 1:
+        return "right"
+    return f"token F1 {100 * answer['token_f1']:.0f} %" if answer["token_f1"] else "wrong"
+
+
+SIGNS = {"right": "✓", "wrong": "✗"}
+"""A verdict's sign, which needs no colour; anything between has another."""
+
+
+def _mark(verdict: str) -> str:
+    return f"{SIGNS.get(verdict, '≈')} {verdict}"
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONG else text[: LONG - 1].rstrip() + "…"
+
+
+def to_html_cards(cards: Sequence[Card], note: str) -> str:
+    """A grid of cards; the pictures are part of the text."""
+    return (
+        f'<div class="cards">{"".join(map(_write_card, cards))}</div><p class=note>{html.escape(note)}</p>'
+        if cards
+        else ""
+    )
+
+
+def _write_card(card: Card) -> str:
+    picture = base64.b64encode(card.picture.read_bytes()).decode("ascii")
+    label = html.escape(f"Test picture of {card.client}", quote=True)
+    rows = [f'<dt>right answer</dt><dd dir="auto"><b>{html.escape(_cut(card.answer))}</b></dd>']
+    for who, text, verdict in card.said:
+        kind = verdict if verdict in ("right", "wrong") else "partly"
+        said = html.escape(_cut(text)) or "<i>(nothing)</i>"
+        mark = f'<span><i class="{kind}">{SIGNS.get(verdict, "≈")}</i> {verdict}</span>'
+        rows.append(f'<dt>{who}</dt><dd dir="auto">{said} {mark}</dd>')
+    return (
+        f'<article><img alt="{label}" src="data:image/png;base64,{picture}"><p class=sub>{html.escape(card.client)}</p>'
+        f'<p dir="auto">{html.escape(_cut(card.question))}</p><dl>{"".join(rows)}</dl></article>'
+    )
+
+
+def to_markdown_cards(cards: Sequence[Card], note: str, folder: Path) -> str:
+    """The same as a list, with pictures as files relative to `folder`."""
+    blocks = []
+    for card in cards:
+        said = "".join(
+            f"\n  - {who}: {_cut(text) or '(nothing)'} ({_mark(verdict)})" for who, text, verdict in card.said
+        )
+        picture = Path(os.path.relpath(card.picture, folder)).as_posix()
+        blocks.append(
+            f"- ![Test picture of {card.client}]({picture}) {card.client}: {_cut(card.question)}"
+            f"\n  - right answer: {_cut(card.answer)}{said}"
+        )
+    return "\n".join([*blocks, "", note])
