@@ -218,7 +218,7 @@ def test_the_command_needs_no_weights_and_no_data(tmp_path, capsys, monkeypatch)
     main(["explain", "--model", str(folder), "--share", "decoder/.*/b$", "--lora.rank", "2"])
     shown = capsys.readouterr().out
     assert shown.startswith("share  ours: factors whose path holds decoder/.*/b$ are averaged")
-    assert "encoder_attn/{k,out,q,v}_proj" in shown
+    assert "{k,out,q,v}_proj" in shown
     sent = 4 * 2 * 16 * 10  # b of ten sites, 2 × 16 float32
     assert f"{sent / 1024:.1f} KiB ({sent:,} bytes)" in shown
 
@@ -227,21 +227,10 @@ def test_a_rule_that_names_nothing_is_one_message_before_weights_are_read(tmp_pa
     folder = make_folder(tmp_path / "model")
     for file in folder.glob("*.safetensors"):
         file.unlink()
+    options = ["--model", str(folder), "--share", "nothing/b$", "--lora.rank", "2", "--out", str(tmp_path / "out")]
     for command in (["train"], ["compare", "--methods", "local", "share"]):
         with pytest.raises(SystemExit):
-            main(
-                [
-                    *command,
-                    "--model",
-                    str(folder),
-                    "--share",
-                    "nothing/b$",
-                    "--lora.rank",
-                    "2",
-                    "--out",
-                    str(tmp_path / "o"),
-                ]
-            )
+            main([*command, *options])
         shown = capsys.readouterr().err
         assert shown.startswith("fedvlm: --share 'nothing/b$' is found in no factor's path; there are:\n")
         assert "  language_model/decoder/layers/encoder_attn/k_proj/a\n" in shown

@@ -25,7 +25,7 @@ def find_travelling(method: Method, params: PyTree, server: PyTree, messages: Py
     if method.travels is not None:
         return method.travels(server, shapes)
     down = jax.eval_shape(method.download, server)
-    if method.deliver is None:
+    if method.deliver is None or not jax.tree.leaves(shapes):
         return _first(shapes), down
     cohort = jax.tree.leaves(shapes)[0].shape[0]
     part = jax.eval_shape(

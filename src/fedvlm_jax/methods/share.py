@@ -8,6 +8,7 @@ that differ between clients are here once, for all of them.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from fedvlm_jax import lora, tree
 from fedvlm_jax.lora.sites import as_patterns
 from fedvlm_jax.methods.parts import control, ranks
-from fedvlm_jax.methods.parts.norms import leaf_name, norm_of, personal_drift
+from fedvlm_jax.methods.parts.norms import norm_of, personal_drift
 from fedvlm_jax.methods.parts.optimizers import make_server_optimizer
 from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
 
@@ -188,8 +189,8 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
 
 
 def _sent(update: PyTree, trained: Callable[[str], bool]) -> PyTree:
-    """What was trained, by the factor's name: a layer that a rule split off is `…/b/3`."""
-    return tree.partition(update, lambda path: trained(leaf_name(path)))[0]
+    """What was trained; a layer that a rule split off, `…/b/3`, was if its factor was."""
+    return tree.partition(update, lambda path: trained(re.sub(r"/\d+(\.\d+)*$", "", path)))[0]
 
 
 def _add(shared: PyTree, update: PyTree) -> tuple[PyTree, PyTree]:

@@ -123,10 +123,10 @@ def open_session(run: Run, note: Note = lambda text: None) -> Session:
     if load_objective(run.objective, run.preference).pairs:
         require_pairs(table)
     mesh = make_mesh(run.system.mesh_clients)
+    if run.share:
+        check_rule(run, read_vlm(run.model).sites)  # before gigabytes are read
     note(f"loading {run.model}")
     folder = resolve_folder(run.model)
-    if run.share:
-        check_rule(run, read_vlm(folder).sites)  # before gigabytes are read
     processor = Processor.from_folder(folder)
     compute = jnp.bfloat16 if run.system.compute == "bfloat16" else jnp.float32
     vlm, params = load_vlm(folder, compute_dtype=compute, remat=run.system.remat)

@@ -1,0 +1,53 @@
+"""The README's "Add a method" holds: its code, as a new file beside the others, is a method that keeps the contract."""
+
+import re
+from pathlib import Path
+
+import pytest
+import test_contract as contract
+
+import fedvlm_jax.methods
+from fedvlm_jax import tree
+from fedvlm_jax.runs.choices import declare
+from fedvlm_jax.runs.config import Run
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """The contract's case for the block of code, in a file of the name that the text gives it."""
+    section = README.read_text(encoding="utf-8").split("### Add a method")[1].split("\n#")[0]
+    stem = re.search(r"`methods/(\w+)\.py`, say", section)[1]
+    folder = tmp_path_factory.mktemp("methods")
+    (folder / f"{stem}.py").write_text(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fedvlm_jax.methods, "__path__", [*fedvlm_jax.methods.__path__, str(folder)])
+        yield contract.Case(stem.replace("_", "-"))
+
+
+def test_it_shares_what_it_says(case):
+    assert case.method.name == case.name == "encoder-b"
+    assert list(tree.flatten(case.out.messages)) == ["encoder/fc1/b"]
+
+
+def test_it_declares_what_its_average_takes(case):
+    assert declare(case.name, Run()).takes == {"server", "local.proximal", "local.scaffold", "lora.ranks"}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        contract.test_structure_shapes_and_types_are_kept,
+        contract.test_a_fresh_client_has_the_bare_base,
+        contract.test_training_moves_the_model_and_never_the_scale,
+        contract.test_permuting_clients_permutes_results,
+        contract.test_a_client_of_weight_zero_changes_nothing,
+        contract.test_nobody_counts_and_the_server_stays,
+        contract.test_masked_steps_and_padded_rows_change_nothing,
+        contract.test_an_empty_client_keeps_its_start,
+        contract.test_old_clients_go_on_from_their_own_state_and_new_ones_do_not,
+    ],
+)
+def test_it_keeps_the_contract(case, check):
+    check(case)
