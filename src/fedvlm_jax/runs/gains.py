@@ -11,7 +11,7 @@ from fedvlm_jax.runs.measures import find_measure
 from fedvlm_jax.runs.plots import LABELLED, NARROW, WIDE, name_rows
 from fedvlm_jax.runs.statistics import compare_paired, order_by_mean
 from fedvlm_jax.runs.tables import RIVALS, points
-from fedvlm_jax.runs.theme import MANY, Theme, make_figure
+from fedvlm_jax.runs.theme import MANY, Theme, hide_rest, make_figure
 
 __all__ = ["Gains", "draw_method_gains", "read_gains"]
 
@@ -89,8 +89,7 @@ def draw_method_gains(gains: dict[str, Gains], metric: str, theme: Theme, narrow
         ax.set_title(heading, fontsize=size, loc="left", color=theme.ink, pad=3, parse_math=False)
         ax.tick_params(labelsize=size)
         ax.xaxis.get_major_locator().set_params(nbins=4)
-    for ax in axes[len(gains) :]:
-        ax.set_axis_off()
+    hide_rest(axes, len(gains), across)
     name_rows(axes[0], clients if named else [])
     axes[0].set_ylim(-1.2, len(clients) - 0.4)
     axes[0].set_xlim(-reach, reach)
