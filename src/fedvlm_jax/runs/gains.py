@@ -73,7 +73,8 @@ def draw_method_gains(gains: dict[str, Gains], metric: str, theme: Theme, narrow
     reach = _find_reach(gains)
     for ax, (method, own) in zip(axes, gains.items(), strict=False):
         rows = np.asarray([place[client] for client in own.clients])
-        sure = (own.low > 0) | (own.high < 0)
+        # Two seeds may agree by chance: an interval without a width says nothing.
+        sure = ((own.low > 0) | (own.high < 0)) & (own.high > own.low)
         ax.axvline(0, color=theme.muted, linewidth=0.9)
         there = np.isfinite(own.low)
         ax.hlines(rows[there], own.low[there], own.high[there], color=theme.muted, linewidth=1, zorder=2)
@@ -103,4 +104,4 @@ def _find_reach(gains: dict[str, Gains]) -> float:
     ends = np.concatenate([np.abs(side) for own in gains.values() for side in (own.low, own.high)])
     ends = ends[np.isfinite(ends)]
     wide = float(np.quantile(ends, 0.9)) if len(ends) else 0.0
-    return 1.1 * max(means, min(wide, 4 * means), 1.0)
+    return min(1.1 * max(means, min(wide, 2 * means), 1.0), 105.0)

@@ -146,10 +146,10 @@ def draw_method_health(curves: Curves, metric: str, theme: Theme, narrow: bool =
             colour = theme.series[series[method]]
             marker = "" if many else MARKERS[series[method]]
             ax.plot(rounds, values, color=colour, linewidth=1.4, marker=marker, markersize=3.5)
-            ends.append(Label(method, rounds[-1], values[-1], theme.ink if many else colour))
-        _end_at_zero(ax)
+            ends.append(Label(method, rounds[-1], values[-1], theme.ink))
         if panel.key == REDISTRIBUTION:
             ax.axhline(0, color=theme.muted, linewidth=1)
+        _end_at_zero(ax)
         groups.append((ax, ends))
     label_ends(figure, groups, size, theme.muted)
     hide_rest(axes, len(panels), across)

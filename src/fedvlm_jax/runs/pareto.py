@@ -128,6 +128,6 @@ def _mark_bytes(ax: Any, low: float, high: float, nowhere: float, narrow: bool) 
     ticks = [
         tick for tick in LogLocator(base=2, numticks=4 if narrow else 6).tick_values(low, high) if low <= tick <= high
     ]
-    ax.xaxis.set_major_locator(FixedLocator([nowhere, *(ticks or [low])]))
+    ax.xaxis.set_major_locator(FixedLocator([nowhere, *(ticks if len(ticks) > 1 else sorted({low, high}))]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "nothing" if x <= nowhere * 1.001 else format_bytes(x)))
