@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_up import CLIENTS, write_comparison, write_run
 
-from fedvlm_jax.runs import heatmaps, plots
+from fedvlm_jax.runs import gains, health_plots, heatmaps, method_plots, pareto, plots
 from fedvlm_jax.runs.folders import read_comparison, read_run
 from fedvlm_jax.runs.theme import PAPER, PLACEHOLDERS, choose_series, save_png, to_svg
 
@@ -35,7 +35,7 @@ def test_curves_average_seeds_and_add_up_bytes(tmp_path: Path) -> None:
     # Accuracies of a made-up run end at its mean over clients: .4 and .6, so .5.
     scores = {"plora": {0: {"a": 0.4}, 1: {"a": 0.6}}, "local": {0: {"a": 0.5}, 1: {"a": 0.5}}}
     record = read_comparison(write_comparison(tmp_path / "c", scores, {0: {"a": 0.1}, 1: {"a": 0.1}}))
-    left, right = plots.draw_curves(plots.read_curves(record), "exact_match", PAPER).axes
+    left, right = method_plots.draw_curves(method_plots.read_curves(record), "exact_match", PAPER).axes
     assert left.lines[0].get_ydata()[-1] == pytest.approx(50)
     assert right.lines[0].get_xdata()[-1] == pytest.approx(8 * 360_000 / 2**20)
     assert [text.get_text() for text in right.texts] == ["local: nothing sent"]
@@ -47,9 +47,20 @@ def test_methods_show_the_paired_difference(tmp_path: Path) -> None:
         "plora": {0: {"a": 0.3, "b": 0.5}, 1: {"a": 0.4, "b": 0.6}},
     }
     record = read_comparison(write_comparison(tmp_path / "c", scores, {s: {"a": 0.1, "b": 0.1} for s in (0, 1)}))
-    left, right = plots.draw_methods(record, PAPER).axes
+    left, right = method_plots.draw_methods(record, PAPER).axes
     assert {"45.0", "55.0", "10.0"} == {text.get_text() for text in left.texts}
     assert {"−10.0", "the yardstick", "−45.0, off the scale"} == {text.get_text() for text in right.texts}
+
+
+def test_gains_stand_beside_their_mean_and_losses_are_square(tmp_path: Path) -> None:
+    record = read_run(write_run(tmp_path / "r", {"a": 0.1, "b": 0.6, "c": 0.3}, {"a": 0.9, "b": 0.4, "c": 0.5}))
+    (ax,) = plots.draw_gains(record, PAPER).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "c", "a"]
+    _, dots, squares = ax.collections
+    assert np.asarray(dots.get_offsets())[:, 0] == pytest.approx([20, 80])
+    assert np.asarray(squares.get_offsets())[:, 0] == pytest.approx([-20])
+    (label,) = (text.get_text() for text in ax.texts)
+    assert label.startswith("mean +26.7 [")
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -84,13 +95,18 @@ def test_black_and_other_fixed_colours_do_not_reach_the_page(tmp_path: Path) -> 
     # What matplotlib draws in its own black would vanish on a dark page.
     scores = {"local": {0: dict.fromkeys(CLIENTS, 0.5)}, "plora": {0: dict.fromkeys(CLIENTS, 0.6)}}
     record = read_comparison(write_comparison(tmp_path / "c", scores, {0: dict.fromkeys(CLIENTS, 0.1)}))
-    run = read_run(record.folder_of(record.runs[1]))
+    run, rounds = read_run(record.folder_of(record.runs[1])), method_plots.read_rounds(record)
     for figure in (
-        plots.draw_methods(record, PLACEHOLDERS),
+        method_plots.draw_methods(record, PLACEHOLDERS),
         heatmaps.draw_heatmap(record, PLACEHOLDERS),
-        plots.draw_curves(plots.read_curves(record), "exact_match", PLACEHOLDERS),
+        method_plots.draw_curves(method_plots.read_curves(record), "exact_match", PLACEHOLDERS),
         plots.draw_clients(run, PLACEHOLDERS),
         plots.draw_rounds(run, PLACEHOLDERS),
+        plots.draw_gains(run, PLACEHOLDERS),
+        gains.draw_method_gains(gains.read_gains(record), "exact_match", PLACEHOLDERS),
+        pareto.draw_pareto(pareto.read_costs(record, rounds), "exact_match", PLACEHOLDERS),
+        health_plots.draw_health(run, PLACEHOLDERS),
+        health_plots.draw_method_health(rounds, "exact_match", PLACEHOLDERS),
     ):
         svg = to_svg(figure, "x", "label")
         assert set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg)) == set()

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_up import CLIENTS, write_comparison, write_run
+from made_up import CLIENTS, METHODS, write_comparison, write_many, write_run
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.config import Run
@@ -44,8 +44,9 @@ def check_page(page: Path) -> str:
     balance.feed(text)
     assert balance.open == []
     assert len(set(balance.ids)) == len(balance.ids)
-    for outside in ("http:", "https:", "src=", "@import", "<script", "<link", "url(/"):
+    for outside in ("http:", "https:", "@import", "<script", "<link", "url(/"):
         assert outside not in text
+    assert all(source.startswith('"data:image/png;base64,') for source in text.split("src=")[1:])
     assert "prefers-color-scheme" in text
     return text
 
@@ -99,10 +100,26 @@ def test_the_report_of_a_comparison_has_everything(tmp_path: Path) -> None:
     assert "fedvlm compare --seeds 2 --data.prompt client-language" in text
     assert "abc1234" in text
     assert "against fedavg-lora+ft" in text
-    assert text.count("<svg") == 6
-    for name in ("methods", "clients", "curves"):
+    assert text.count("<svg") == 12
+    for name in ("methods", "clients", "gains", "pareto", "curves", "health"):
         assert (folder / "figures" / f"{name}.png").is_file()
         assert f"figures/{name}.png" in (folder / "report.md").read_text()
+
+
+def test_many_methods_are_summed_up_on_a_page_that_can_be_sent(tmp_path: Path) -> None:
+    folder = write_many(tmp_path / "c")
+    page = write_report([folder])
+    text = check_page(page)
+    assert page.stat().st_size < 3_000_000
+    said = describe_comparison(read_comparison(folder))
+    assert len(said) == 4
+    assert said[1].startswith(
+        "Against local, in points, by 95 % intervals without a correction for their number; ahead"
+    )
+    names = [row[0] for row in tabulate_comparison(read_comparison(folder))[0].rows]
+    assert set(names) == {"zero-shot", *METHODS}
+    assert names[-1] == "zero-shot", "the best comes first"
+    assert text.count("<div><b>") == 6, "the five best, and local"
 
 
 def test_a_run_that_made_things_worse_says_so(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def write_examples(
 
 
 def _list_candidates(prepared: Prepared) -> dict[int, Int[np.ndarray, " rows"]]:
-    """client -> its first test rows with pictures of their own: a batch of them costs what one does."""
+    """client -> its first test rows with pictures of their own: as many as a batch holds, which cost no more."""
     examples, wanted = prepared.examples, prepared.run.evaluation.examples
     having = [number for number in prepared.participants if len(examples.clients[number].test)]
     count = min(CLIENTS, wanted, len(having))

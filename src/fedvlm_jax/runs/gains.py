@@ -11,7 +11,7 @@ from fedvlm_jax.runs.measures import find_measure
 from fedvlm_jax.runs.plots import LABELLED, NARROW, WIDE, name_rows
 from fedvlm_jax.runs.statistics import compare_paired, order_by_mean
 from fedvlm_jax.runs.tables import RIVALS, points
-from fedvlm_jax.runs.theme import MANY, Theme, make_figure
+from fedvlm_jax.runs.theme import MANY, Theme, hide_rest, make_figure
 
 __all__ = ["Gains", "draw_method_gains", "read_gains"]
 
@@ -73,7 +73,8 @@ def draw_method_gains(gains: dict[str, Gains], metric: str, theme: Theme, narrow
     reach = _find_reach(gains)
     for ax, (method, own) in zip(axes, gains.items(), strict=False):
         rows = np.asarray([place[client] for client in own.clients])
-        sure = (own.low > 0) | (own.high < 0)
+        # Two seeds may agree by chance: an interval without a width says nothing.
+        sure = ((own.low > 0) | (own.high < 0)) & (own.high > own.low)
         ax.axvline(0, color=theme.muted, linewidth=0.9)
         there = np.isfinite(own.low)
         ax.hlines(rows[there], own.low[there], own.high[there], color=theme.muted, linewidth=1, zorder=2)
@@ -89,8 +90,7 @@ def draw_method_gains(gains: dict[str, Gains], metric: str, theme: Theme, narrow
         ax.set_title(heading, fontsize=size, loc="left", color=theme.ink, pad=3, parse_math=False)
         ax.tick_params(labelsize=size)
         ax.xaxis.get_major_locator().set_params(nbins=4)
-    for ax in axes[len(gains) :]:
-        ax.set_axis_off()
+    hide_rest(axes, len(gains), across)
     name_rows(axes[0], clients if named else [])
     axes[0].set_ylim(-1.2, len(clients) - 0.4)
     axes[0].set_xlim(-reach, reach)
@@ -104,4 +104,4 @@ def _find_reach(gains: dict[str, Gains]) -> float:
     ends = np.concatenate([np.abs(side) for own in gains.values() for side in (own.low, own.high)])
     ends = ends[np.isfinite(ends)]
     wide = float(np.quantile(ends, 0.9)) if len(ends) else 0.0
-    return 1.1 * max(means, min(wide, 4 * means), 1.0)
+    return min(1.1 * max(means, min(wide, 2 * means), 1.0), 105.0)

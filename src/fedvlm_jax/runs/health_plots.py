@@ -17,7 +17,7 @@ from fedvlm_jax.runs.labels import Label, label_ends
 from fedvlm_jax.runs.measures import find_measure
 from fedvlm_jax.runs.method_plots import Curves
 from fedvlm_jax.runs.plots import NARROW, WIDE
-from fedvlm_jax.runs.theme import MANY, MARKERS, Theme, choose_series, make_figure
+from fedvlm_jax.runs.theme import MANY, MARKERS, Theme, choose_series, hide_rest, make_figure
 from fedvlm_jax.runs.validation import FINETUNED
 
 __all__ = ["Panel", "draw_health", "draw_method_health", "explain", "list_panels"]
@@ -99,6 +99,7 @@ def draw_health(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure
     width, height = (NARROW, 1.75 * down) if narrow else (WIDE, 2.1 * down)
     figure, axes = make_figure(theme, width, height, columns=across, rows=down)
     colour = theme.series[choose_series([record.method])[record.method]]
+    groups = []
     for ax, panel in zip(axes, panels, strict=False):
         _dress(ax, panel.title, theme)
         if panel.key == REDISTRIBUTION:
@@ -117,9 +118,9 @@ def draw_health(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure
             ax.plot(*line, color=shade, linewidth=1.7, linestyle=dashes, marker="o", markersize=3)
         _end_at_zero(ax)
         ends = [Label(name, line[0][-1], line[1][-1], theme.ink) for name, line in named.items() if name and line[0]]
-        label_ends(ax, ends, 8, theme.grid)
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
+        groups.append((ax, ends))
+    label_ends(figure, groups, 8, theme.muted)
+    hide_rest(axes, len(panels), across)
     return figure
 
 
@@ -134,6 +135,7 @@ def draw_method_health(curves: Curves, metric: str, theme: Theme, narrow: bool =
     each = max(2.0, 0.6 + 1.35 * size / 72 * len(curves))
     figure, axes = make_figure(theme, NARROW if narrow else WIDE, each * down, columns=across, rows=down)
     series = choose_series(list(curves))
+    groups = []
     for ax, panel in zip(axes, panels, strict=False):
         _dress(ax, panel.title, theme)
         ends = []
@@ -142,15 +144,15 @@ def draw_method_health(curves: Curves, metric: str, theme: Theme, narrow: bool =
             if not rounds:
                 continue
             colour = theme.series[series[method]]
-            marker = MARKERS[series[method]]
-            ax.plot(rounds, values, color=colour, linewidth=1.4, marker=marker, markersize=2.5 if many else 3.5)
-            ends.append(Label(method, rounds[-1], values[-1], theme.ink if many else colour))
-        _end_at_zero(ax)
+            marker = "" if many else MARKERS[series[method]]
+            ax.plot(rounds, values, color=colour, linewidth=1.4, marker=marker, markersize=3.5)
+            ends.append(Label(method, rounds[-1], values[-1], theme.ink))
         if panel.key == REDISTRIBUTION:
             ax.axhline(0, color=theme.muted, linewidth=1)
-        label_ends(ax, ends, size, theme.muted if many else theme.grid)
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
+        _end_at_zero(ax)
+        groups.append((ax, ends))
+    label_ends(figure, groups, size, theme.muted)
+    hide_rest(axes, len(panels), across)
     return figure
 
 

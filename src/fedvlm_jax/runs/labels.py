@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 __all__ = ["Label", "label_ends", "label_points", "spread_apart"]
 
-DIRECTIONS = np.radians([0, 180, 35, -35, 145, -145, 90, -90, 65, -65, 115, -115, 15, -15, 165, -165])
+DIRECTIONS = np.radians([30, -30, 0, 180, 150, -150, 90, -90, 60, -60, 120, -120, 15, -15, 165, -165])
 """Where a point's name is tried, in this order."""
 
 DISTANCES = (7, 12, 18, 26, 36, 48, 62, 78, 96)
@@ -16,6 +16,9 @@ DISTANCES = (7, 12, 18, 26, 36, 48, 62, 78, 96)
 
 LEADER = 10
 """A name farther off than this is joined to its point by a line."""
+
+
+Point = tuple[float, float]
 
 
 class Label(NamedTuple):
@@ -53,12 +56,17 @@ def spread_apart(places: Sequence[float], gap: float, low: float, high: float) -
     return result
 
 
-def label_ends(ax: Any, labels: Sequence[Label], size: float, quiet: str) -> None:
-    """Write names in a column to the right of the axes, each joined to its line's end by a thin line of colour `quiet`.
+def label_ends(figure: Any, groups: Sequence[tuple[Any, Sequence[Label]]], size: float, quiet: str) -> None:
+    """Write names in a column to the right of axes, each joined to its line's end by a thin line of colour `quiet`.
 
     The limits of y have to be final.
     """
-    ax.figure.draw_without_rendering()  # only then is it known how high the axes are
+    figure.draw_without_rendering()  # only then is it known how high the axes are
+    for ax, labels in groups:
+        _label_axes(ax, labels, size, quiet)
+
+
+def _label_axes(ax: Any, labels: Sequence[Label], size: float, quiet: str) -> None:
     height = ax.get_window_extent().height * 72 / ax.figure.dpi
     ends = [float(ax.transAxes.inverted().transform(ax.transData.transform((one.x, one.y)))[1]) for one in labels]
     places = spread_apart(ends, 1.2 * size / height, 0.0, 1.0)
@@ -66,7 +74,7 @@ def label_ends(ax: Any, labels: Sequence[Label], size: float, quiet: str) -> Non
         ax.annotate(
             one.name,
             (one.x, one.y),
-            xytext=(1.05, place),
+            xytext=(1.1, place),
             textcoords="axes fraction",
             va="center",
             color=one.colour,
@@ -74,12 +82,21 @@ def label_ends(ax: Any, labels: Sequence[Label], size: float, quiet: str) -> Non
             weight="bold" if one.strong else "normal",
             parse_math=False,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": quiet, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 2},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": quiet,
+                "linewidth": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 2,
+                "relpos": (0, 0.5),
+            },
         )
 
 
-def label_points(ax: Any, labels: Sequence[Label], size: float, quiet: str) -> None:
-    """Write names beside their points, where they cover neither each other nor a point.
+def label_points(
+    ax: Any, labels: Sequence[Label], size: float, quiet: str, lines: Sequence[tuple[Point, Point]] = ()
+) -> None:
+    """Write names beside their points, where they cover neither each other nor a point nor one of `lines`.
 
     A name takes the nearest free place, the strong ones first; one that finds none takes the place where it covers
     least. The limits have to be final.
@@ -91,6 +108,9 @@ def label_points(ax: Any, labels: Sequence[Label], size: float, quiet: str) -> N
     points = np.asarray([ax.transData.transform((one.x, one.y)) for one in labels])
     radius = 3.5 * scale
     taken = [(x - radius, y - radius, x + radius, y + radius) for x, y in points]
+    for ends in lines:  # which run along the axes
+        (x, y), (other_x, other_y) = ax.transData.transform(ends)
+        taken.append((min(x, other_x) - 1, min(y, other_y) - 1, max(x, other_x) + 1, max(y, other_y) + 1))
     for number in sorted(range(len(labels)), key=lambda number: not labels[number].strong):
         one, (x, y) = labels[number], points[number]
         weight = "bold" if one.strong else "normal"

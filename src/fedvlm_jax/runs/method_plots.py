@@ -15,7 +15,7 @@ from fedvlm_jax.runs.measures import find_measure
 from fedvlm_jax.runs.plots import LABELLED, NARROW, WIDE, annotate, name_rows, read_validation
 from fedvlm_jax.runs.statistics import compare_paired, mean_over_seeds, order_by_mean
 from fedvlm_jax.runs.tables import points
-from fedvlm_jax.runs.theme import MANY, MARKERS, Theme, choose_series, make_figure
+from fedvlm_jax.runs.theme import MANY, MARKERS, Theme, choose_series, hide_rest, make_figure
 
 __all__ = ["Curves", "draw_curves", "draw_methods", "draw_panels", "read_curves", "read_rounds"]
 
@@ -167,8 +167,7 @@ def draw_panels(
         ax.grid(visible=False, axis="x")
         ax.tick_params(labelsize=7 if narrow else 8)
         ax.xaxis.get_major_locator().set_params(integer=True, nbins=3)
-    for ax in axes[len(lines) :]:
-        ax.set_axis_off()
+    hide_rest(axes, len(lines), across)
     figure.supxlabel(below, fontsize=9, color=theme.muted)
     figure.suptitle(title, fontsize=10, color=theme.ink, x=0.01, ha="left")
     return figure

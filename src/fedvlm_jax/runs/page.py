@@ -70,7 +70,7 @@ p{margin:.4rem 0;max-width:46rem}
 .figures div{background:var(--card);border-radius:.6rem;padding:.8rem 1rem}
 .figures b{display:block;font-size:1.5rem;line-height:1.25;font-variant-numeric:tabular-nums;white-space:nowrap}
 .figures span{color:var(--muted);font-size:.85rem;line-height:1.3;display:block}
-ul{padding-left:1.15rem;margin:.4rem 0;max-width:46rem}li{margin:.3rem 0}
+ul{padding-left:1.15rem;margin:.4rem 0;max-width:46rem}li{margin:.3rem 0;overflow-wrap:anywhere}
 .scroll{overflow-x:auto;margin:1rem 0 .4rem}
 table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding-bottom:.4rem}

@@ -1,5 +1,6 @@
 """What accuracy costs in bytes: every method's test score against all that a client sent and received."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from fedvlm_jax.runs.folders import ComparisonRecord
 from fedvlm_jax.runs.labels import Label, label_points
 from fedvlm_jax.runs.measures import find_measure
 from fedvlm_jax.runs.method_plots import Curves
-from fedvlm_jax.runs.plots import NARROW, WIDE
+from fedvlm_jax.runs.plots import NARROW, WIDE, annotate
 from fedvlm_jax.runs.statistics import spread
 from fedvlm_jax.runs.tables import format_bytes
 from fedvlm_jax.runs.theme import MARKERS, Theme, choose_series, make_figure
@@ -72,15 +73,16 @@ def draw_pareto(costs: Sequence[Cost], metric: str, theme: Theme, narrow: bool =
     nowhere = low / step**1.5  # where those stand that send nothing: off the axis
     series = choose_series([cost.method for cost in costs])
     front = find_front(costs)
+    labels, shown = [], _leave_out_far(costs)
     places = {cost.method: (cost.sent or nowhere, cost.mean) for cost in costs}
     stair = [places[cost.method] for cost in front]
+    stair.append((high * step**1.1, stair[-1][1]))
     ax.set_xscale("log")
     ax.step(
-        [*(x for x, _ in stair), high * step], [*(y for _, y in stair), stair[-1][1]],
+        *zip(*stair, strict=True),
         where="post", color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1,
     )  # fmt: skip
-    labels = []
-    for cost in costs:
+    for cost in shown:
         x, y = places[cost.method]
         colour = theme.muted if cost.method == "zero-shot" else theme.series[series[cost.method]]
         if cost.std is not None:
@@ -101,8 +103,24 @@ def draw_pareto(costs: Sequence[Cost], metric: str, theme: Theme, narrow: bool =
     ax.set_xlabel("sent and received by a client in all rounds (log scale)")
     title = f"Test {find_measure(metric).label}, %; bold: on the Pareto front"
     ax.set_title(title, fontsize=10, loc="left", color=theme.ink)
-    label_points(ax, labels, (6.5 if many else 8) if narrow else (7.5 if many else 9), theme.muted)
+    for cost in costs:
+        if cost not in shown:
+            text = f"{cost.method} {cost.mean:.1f}, off the scale"
+            annotate(ax, (0.01, 0), text, theme.muted, "axes fraction", (0, 4), "left", 8)
+    steps = [
+        segment
+        for (x, y), (next_x, next_y) in itertools.pairwise(stair)
+        for segment in (((x, y), (next_x, y)), ((next_x, y), (next_x, next_y)))
+    ]
+    label_points(ax, labels, (6.5 if many else 8) if narrow else (7.5 if many else 9), theme.muted, steps)
     return figure
+
+
+def _leave_out_far(costs: Sequence[Cost]) -> list[Cost]:
+    """Without zero-shot where it lies so far below that the others would be pressed together."""
+    others = [cost.mean for cost in costs if cost.method != "zero-shot"]
+    room = 1.5 * max(max(others) - min(others), 2.0)
+    return [cost for cost in costs if cost.method != "zero-shot" or cost.mean > min(others) - room]
 
 
 def _mark_bytes(ax: Any, low: float, high: float, nowhere: float, narrow: bool) -> None:
@@ -110,6 +128,6 @@ def _mark_bytes(ax: Any, low: float, high: float, nowhere: float, narrow: bool) 
     ticks = [
         tick for tick in LogLocator(base=2, numticks=4 if narrow else 6).tick_values(low, high) if low <= tick <= high
     ]
-    ax.xaxis.set_major_locator(FixedLocator([nowhere, *(ticks or [low])]))
+    ax.xaxis.set_major_locator(FixedLocator([nowhere, *(ticks if len(ticks) > 1 else sorted({low, high}))]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "nothing" if x <= nowhere * 1.001 else format_bytes(x)))

@@ -46,9 +46,8 @@ def draw_run_health(record: RunRecord, target: Path, prefix: str) -> list[Pictur
 
 def draw_comparison(record: ComparisonRecord, target: Path) -> list[Picture]:
     """Draw what a comparison came to: all methods, method × client, and the gains of clients."""
-    clients = (
-        f"{find_measure(record.metric).label} per client, %, mean over seeds; bold or with a dot: the best of a client."
-    )
+    label = find_measure(record.metric).label
+    clients = f"Test {label} per client, %, mean over seeds; bold, or a dot: the best of a client."
     pictures = [
         _draw(
             target,

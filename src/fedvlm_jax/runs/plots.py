@@ -45,8 +45,10 @@ def draw_clients(record: RunRecord, theme: Theme, narrow: bool = False) -> Figur
     colour = theme.series[choose_series([record.method])[record.method]]
     size = 36 if named else 8
     ax.hlines(rows, starts, ends, color=theme.grid, linewidth=2.5 if named else 0.8, zorder=1)
-    ax.scatter(starts, rows, s=size, facecolors=theme.paper, edgecolors=theme.muted, linewidths=1.3, zorder=2)
-    ax.scatter(ends, rows, s=size, color=colour, zorder=3)
+    ax.scatter(
+        starts, rows, s=size, facecolors=theme.paper, edgecolors=theme.muted, linewidths=1.3, zorder=2, clip_on=False
+    )
+    ax.scatter(ends, rows, s=size, color=colour, zorder=3, clip_on=False)
     means = sorted([(float(np.nanmean(starts)), theme.muted, "zero-shot"), (float(ends.mean()), colour, "personal")])
     # The lower mean's label stands to its left and the higher one's to its right: close means stay readable.
     for (mean, shade, name), align, shift in zip(means, ("right", "left"), (3, -3), strict=True):
@@ -87,7 +89,8 @@ def draw_gains(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure:
     name_rows(ax, order if named else [])
     ax.set_ylabel("" if named else f"{len(order)} clients, sorted")
     ax.set_ylim(-0.8, len(order) - 0.2)
-    ax.set_xlabel(f"{find_measure(record.metric).label} on test, points gained over zero-shot")
+    gap = "\n" if narrow else " "
+    ax.set_xlabel(f"{find_measure(record.metric).label} on test,{gap}points gained over zero-shot")
     return figure
 
 

@@ -108,8 +108,8 @@ def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
     scores = {method: record.scores(method) for method in record.methods}
     figures = []
     ranking = order_by_mean(scores, [method for method in record.methods if scores[method]])
-    first = ranking[:BEST] if len(ranking) > MANY else record.methods
-    for method in (method for method in record.methods if scores[method] and method in {*first, "local"}):
+    shown = [method for number, method in enumerate(ranking) if number < BEST or method == "local"]
+    for method in shown if len(ranking) > MANY else (method for method in record.methods if scores[method]):
         mean = spread([summarise(one).mean for one in scores[method].values()]).mean
         difference = compare_paired(scores[method], scores["local"]) if scores.get("local") else None
         mark = MARKS[judge(difference)] if difference else ""

@@ -14,7 +14,7 @@ from fedvlm_jax.evaluation.matrix import summarise_matrix
 from fedvlm_jax.evaluation.spread import summarise, summarise_gain
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord
 from fedvlm_jax.runs.measures import MEASURES, Measure, find_measure, order_measures, percent
-from fedvlm_jax.runs.statistics import compare_paired, judge, spread
+from fedvlm_jax.runs.statistics import compare_paired, judge, order_by_mean, spread
 
 __all__ = [
     "MARKS",
@@ -34,7 +34,7 @@ MANY = 40
 """Above so many clients a table shows the two ends of the list only."""
 
 MANY_METHODS = 8
-"""Above so many methods they go down a table that else has them across."""
+"""Above so many methods they are listed best first, and go down a table that else has them across."""
 
 MARKS = {"ahead": "▲", "behind": "▼", "level": "≈"}
 
@@ -81,6 +81,8 @@ def tabulate_comparison(record: ComparisonRecord) -> list[Table]:
     methods = ["zero-shot", *record.methods]
     scores = {method: record.scores(method) for method in methods}
     methods = [method for method in methods if scores[method]]
+    if len(methods) > MANY_METHODS:
+        methods = order_by_mean(scores, methods)
     rivals = [rival for rival in RIVALS if scores.get(rival)]
     rows, means = [], []
     for method in methods:

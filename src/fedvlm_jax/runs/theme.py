@@ -26,6 +26,7 @@ __all__ = [
     "PLACEHOLDERS",
     "Theme",
     "choose_series",
+    "hide_rest",
     "make_figure",
     "save_png",
     "to_svg",
@@ -120,6 +121,15 @@ def make_figure(theme: Theme, width: float, height: float, columns: int = 1, row
     return figure, axes
 
 
+def hide_rest(axes: Sequence[Any], used: int, across: int) -> None:
+    """Hide the axes of a grid that are not used; each column's lowest panel in use keeps its ticks' names."""
+    for place, ax in enumerate(axes):
+        if place >= used:
+            ax.set_axis_off()
+        elif place + across >= used:
+            ax.tick_params(labelbottom=True)
+
+
 def save_png(figure: Figure, path: Path, theme: Theme = PAPER) -> None:
     """Save a picture for documents that take no SVG, on the theme's paper."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +151,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)  # a hundredth of a point is enough, and a third of the text is not
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'\bid="', f'id="{name}-', svg)

@@ -1,0 +1,104 @@
+"""The examples that a run stores: chosen without chance, answered by the evaluator's own program."""
+
+import dataclasses
+import json
+
+import pytest
+from make_parquet import make_rows, write_rows
+from PIL import Image
+from tiny_run import tiny_run
+
+from fedvlm_jax.data.options import DataOptions
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs import examples, loop
+from fedvlm_jax.runs.config import TrainOptions
+from fedvlm_jax.runs.prepare import prepare
+from fedvlm_jax.runs.validation import validate
+
+TRAIN = TrainOptions(rounds=1, local_steps=2, batch_size=4)
+
+
+def run_with(model, folder, session, method="plora", **evaluation):
+    run = tiny_run(model, folder, method=method, train=TRAIN)
+    return loop.train(
+        dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, **evaluation)), session=session
+    )
+
+
+def read(folder):
+    return json.loads((folder / "examples.json").read_text())["examples"]
+
+
+def test_a_run_stores_examples_with_every_model_s_answer(model, session, tmp_path):
+    folder = run_with(model, tmp_path / "run", session, examples=6)
+    told = read(folder)
+    assert [entry["client"] for entry in told] == ["noto-en"] * 2 + ["noto-de"] * 2 + ["fluent-en", "fluent-de"]
+    assert len(told) == 6
+    assert len({entry["row"] for entry in told}) == 6
+    for entry in told:
+        assert set(entry["answers"]) == {"zero_shot", "global", "personal"}
+        assert entry["question"]
+        assert entry["answer"]
+        with Image.open(folder / entry["picture"]) as picture:
+            assert max(picture.size) <= 176
+
+
+def test_no_program_is_compiled_for_them(model, session, tmp_path):
+    run = tiny_run(model, tmp_path / "run", train=TRAIN)
+    run_with(model, tmp_path / "first", session, examples=0)
+    answer = prepare(run, session).evaluator.answer
+    compiled = answer._cache_size()
+    folder = run_with(model, tmp_path / "second", session, examples=4)
+    assert answer._cache_size() == compiled
+    assert len(read(folder)) == 4
+
+
+def test_the_answers_are_those_that_were_scored(model, session, tmp_path):
+    """One test example a client, so that a client's score is its example's."""
+    run = tiny_run(model, tmp_path / "run", train=TRAIN)
+    run = dataclasses.replace(run, data=run.data.replace(test_per_client=1, tasks=run.data.tasks[:1]))
+    folder = loop.train(run, session=session)
+    results = json.loads((folder / "results.json").read_text())
+    told = read(folder)
+    assert [entry["client"] for entry in told] == list(results["personal"]["test"]["token_f1"])
+    for entry in told:
+        for name, answer in entry["answers"].items():
+            for metric in ("exact_match", "token_f1"):
+                assert answer[metric] == pytest.approx(results[name]["test"][metric][entry["client"]])
+
+
+def test_where_nothing_is_private_the_global_model_answers_as_the_personal_one(model, session, tmp_path):
+    for entry in read(run_with(model, tmp_path / "run", session, method="fedavg-lora")):
+        assert entry["answers"]["global"] == entry["answers"]["personal"]
+    for entry in read(run_with(model, tmp_path / "local", session, method="local")):
+        assert set(entry["answers"]) == {"zero_shot", "personal"}
+
+
+def test_none_are_stored_where_none_are_asked_for_or_test_is_left_alone(model, session, tmp_path):
+    for name, options in (("none", {"examples": 0}), ("tuning", {"test": False})):
+        folder = run_with(model, tmp_path / name, session, **options)
+        assert not (folder / "examples.json").exists()
+        assert not (folder / "examples").exists()
+
+
+def test_parquet_too(model, tmp_path):
+    write_rows(tmp_path / "rows.parquet", make_rows(40))
+    data = DataOptions(source=str(tmp_path / "rows.parquet"))
+    folder = loop.train(tiny_run(model, tmp_path / "run", data=data, cohort=None, train=TRAIN))
+    told = read(folder)
+    assert 0 < len(told) <= 12
+    assert all((folder / entry["picture"]).is_file() for entry in told)
+
+
+def test_changed_answers_come_first_and_keep_their_order():
+    before, after = ["a", "b", "c", "d"], ["A.", "x", "c", "y"]
+    assert examples._choose(before, after, 3) == [0, 1, 3]
+    assert examples._choose(before, after, 2) == [1, 3]
+    assert examples._choose(before, after, 9) == [0, 1, 2, 3]
+
+
+def test_too_many_for_a_page_are_refused(model, tmp_path):
+    run = tiny_run(model, tmp_path)
+    options = dataclasses.replace(run.evaluation, examples=49)
+    with pytest.raises(UserError, match="48 or fewer"):
+        validate(dataclasses.replace(run, evaluation=options))
