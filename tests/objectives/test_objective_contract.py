@@ -13,6 +13,9 @@ from fedvlm_jax.sharding import make_mesh
 
 CLIENTS = 3
 
+ORDINARY = ("local", "fedavg-lora", "plora", "flora", "fedalt")
+"""Methods that every objective is tried with each time; with the others it is a slow test."""
+
 
 def add_pairs(examples):
     """Rejected answers, and made-up log-probabilities of both under the base."""
@@ -97,7 +100,9 @@ def test_padding_labels_change_nothing(case):
     assert np.isfinite(run(short)[0][0])
 
 
-@pytest.mark.parametrize("method", methods_available())
+@pytest.mark.parametrize(
+    "method", [m if m in ORDINARY else pytest.param(m, marks=pytest.mark.slow) for m in methods_available()]
+)
 def test_every_method_trains_it(case, method):
     """Three rounds of three steps at a high rate: the clients' loss falls."""
     _, params, trainer, record, adapter = make_method(method, objective=case[0].name)
@@ -106,7 +111,8 @@ def test_every_method_trains_it(case, method):
     states, losses = start_states(record, server, CLIENTS), []
     program = make_round(record, trainer, make_mesh(1))
     for round_ in range(1, 4):
-        out, states = run_round(program, params, server, cohort, [1 / CLIENTS] * CLIENTS, states, round_=round_)
+        base = params if record.base is None else record.base(params, server)
+        out, states = run_round(program, base, server, cohort, [1 / CLIENTS] * CLIENTS, states, round_=round_)
         server, cohort = out.server, cohort._replace(new=np.zeros(CLIENTS, bool))
         losses.append(float(out.metrics["loss"].mean()))
         assert all(np.isfinite(values).all() for values in out.metrics.values())
