@@ -220,6 +220,13 @@ def test_what_travels(case):
     assert sent == set(SENT.get(case.name, ("a", "b")))
 
 
+def test_what_the_server_renews_goes_down_too():
+    case = Case("fedsvd")
+    up, down = case.method.travels(case.out.server, jax.eval_shape(lambda x: x, case.out.messages))
+    assert {path.rpartition("/")[2] for path in tree.flatten(up)} == {"b"}
+    assert {path.rpartition("/")[2] for path in tree.flatten(down)} == {"a", "b"}
+
+
 def test_private_start_common_or_own():
     for common in (True, False):
         _, _, _, method, adapter = make_method("plora", common_start=common)

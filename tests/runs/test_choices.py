@@ -97,7 +97,10 @@ def test_a_rule_alone_is_a_method() -> None:
     [
         (Compare(methods=("local", "share")), "--methods share needs its rule"),
         (Compare(methods=("local", "plora"), base=Run(share="b$")), "compare share too"),
-        (Compare(methods=("plora", "local"), base=Run(server=ADAM)), "does not go with --methods local, because"),
+        (
+            Compare(methods=("local",), base=Run(server=ADAM)),
+            "--server.optimizer means nothing to any of --methods local",
+        ),
         (Compare(methods=("plora", "flora+ft"), base=Run(server=ADAM)), "does not go with --methods flora, because"),
         (
             Compare(methods=("plora",), base=Run(hyper=HyperOptions(svd_every=3))),
@@ -121,6 +124,14 @@ def test_a_comparison_hands_every_method_its_own_options_alone() -> None:
     assert [run.share for run in runs.values()] == ["", "b$", "", ""]
     assert [run.hyper.ditto_lambda for run in runs.values()] == [0.1, 0.1, 2.0, 0.1]
     assert runs["feddpa-t"].hyper.dpa_alpha == 0.9
+
+
+def test_local_training_is_compared_with_whatever_the_server_does() -> None:
+    """It is what every comparison is against, and there an option of the average would merely do nothing."""
+    base = Run(server=ADAM, local=LocalOptions(proximal=0.1))
+    validate_comparison(Compare(methods=("local", "plora"), base=base))
+    assert for_method(base, "plora") == base
+    assert for_method(base, "local") == Run(method="local")
 
 
 def test_every_number_beside_a_method_has_its_range() -> None:

@@ -159,6 +159,7 @@ class Method(NamedTuple):
             `local.proximal`, `local.scaffold`, `lora.ranks`, `share`, and the fields of `hyper` that it reads,
             `hyper.ditto_lambda` say. The others are refused.
         refuses: such an option -> why not, to be read after "because".
+        moot: those of them that would merely do nothing: a comparison, in which others take them, leaves them out here.
     """
 
     name: str
@@ -177,3 +178,4 @@ class Method(NamedTuple):
     travels: Callable[[Server, Message], tuple[PyTree, PyTree]] | None = None
     takes: frozenset[str] = frozenset()
     refuses: Mapping[str, str] = MappingProxyType({})
+    moot: frozenset[str] = frozenset()

@@ -66,6 +66,7 @@ class Parts:
         restart: the private part begins anew in every round.
         reads: options of its own, `hyper.ditto_lambda` say.
         refuses: which of `AVERAGING` it does not take: option -> why, as in `Method`.
+        moot: as in `Method`.
     """
 
     extend: Callable[[lora.Adapter], PyTree] = lambda adapter: adapter
@@ -77,6 +78,7 @@ class Parts:
     restart: bool = False
     reads: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
+    moot: frozenset[str] = frozenset()
 
 
 def make(setup: Setup) -> Method:
@@ -179,12 +181,14 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
 
     def travels(server: Server, messages: Message) -> tuple[PyTree, PyTree]:
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), messages)
-        return one, one  # what clients change is what the server sends anew
+        # What clients change is what the server sends anew; and all that it holds where it changes that itself.
+        return one, one if parts.after is None else server["shared"]
 
     return Method(
         name, source, init, init_client, client_update, aggregate, personalise, trained_adapter, download,
         phase=parts.phase, travels=travels,
         takes=frozenset(AVERAGING).difference(parts.refuses).union(parts.reads), refuses=parts.refuses,
+        moot=parts.moot,
     )  # fmt: skip
 
 

@@ -83,7 +83,10 @@ def check_comparison(base: Run, names: Sequence[str]) -> None:
     _check_numbers(base)
     methods = {name: declare(name, base) for name in dict.fromkeys(names)}
     for name, method in methods.items():
-        _check_method(base, method, f"--methods {name}")
+        _check_method(_leave_out(base, method), method, f"--methods {name}")
+    for path in _orthogonal_options(base):
+        if all(path not in _orthogonal_options(_leave_out(base, method)) for method in methods.values()):
+            raise UserError(f"{_flag(path)} means nothing to any of --methods {' '.join(methods)}: leave it out")
     for path in _own_options(base):
         if not any(path in method.takes for method in methods.values()):
             raise UserError(
@@ -94,8 +97,8 @@ def check_comparison(base: Run, names: Sequence[str]) -> None:
 
 def for_method(base: Run, name: str) -> Run:
     """A comparison's options as this method has them: what belongs to other methods alone is at its default."""
-    takes = declare(name, base).takes
-    default = HyperOptions()
+    method = declare(name, base)
+    base, takes, default = _leave_out(base, method), method.takes, HyperOptions()
     hyper = {
         field.name: getattr(base.hyper if f"hyper.{field.name}" in takes else default, field.name)
         for field in dataclasses.fields(default)
@@ -103,6 +106,15 @@ def for_method(base: Run, name: str) -> Run:
     return dataclasses.replace(
         base, method=name, share=base.share if "share" in takes else "", hyper=HyperOptions(**hyper)
     )
+
+
+def _leave_out(run: Run, method: "Method") -> Run:
+    """The options without those that would merely do nothing in this method."""
+    local = {
+        path.removeprefix("local."): getattr(LocalOptions(), path[6:]) for path in method.moot if path[:6] == "local."
+    }
+    server = ServerOptions() if "server" in method.moot else run.server
+    return dataclasses.replace(run, server=server, local=dataclasses.replace(run.local, **local))
 
 
 def declare(name: str, run: Run) -> "Method":
