@@ -1,5 +1,7 @@
 """What every method must keep, found by name: a new file in methods/ is tested here without being mentioned."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,9 +64,22 @@ class Case:
         return np.asarray(self.vlm.logits(self.base(server), adapter, batch))
 
 
-@pytest.fixture(scope="module", params=methods_available())
+make_case = functools.cache(Case)
+
+
+ALIKE = {
+    *("fedavg-lora", "fedsa-lora", "ffa-lora", "iat", "iat-inverted", "plora-reset-a"),
+    *("hetlora", "lora-fair", "feddpa-f", "fedmosaic"),
+}
+"""Methods that differ from one that is always tried here in a rule or an average alone; theirs are slow tests. What
+they compute is always held against their papers, in test_papers.py."""
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(m, marks=pytest.mark.slow) if m in ALIKE else m for m in methods_available()]
+)
 def case(request):
-    return Case(request.param)
+    return make_case(request.param)
 
 
 def sites(adapter):
@@ -174,7 +189,7 @@ def test_one_client_alone_is_not_changed_by_averaging(case):
 
 @pytest.mark.parametrize("case", LIKE_LOCAL, indirect=True)
 def test_with_one_client_averaging_is_local_training(case):
-    local = Case("local")
+    local = make_case("local")
     cohort = take(case.cohort, [2])
     out, personal = case.run(cohort, [1.0], start_states(case.method, case.server, 1))
     wanted, wanted_personal = local.run(cohort, [1.0], start_states(local.method, local.server, 1))
@@ -221,7 +236,7 @@ def test_what_travels(case):
 
 
 def test_what_the_server_renews_goes_down_too():
-    case = Case("fedsvd")
+    case = make_case("fedsvd")
     up, down = case.method.travels(case.out.server, jax.eval_shape(lambda x: x, case.out.messages))
     assert {path.rpartition("/")[2] for path in tree.flatten(up)} == {"b"}
     assert {path.rpartition("/")[2] for path in tree.flatten(down)} == {"a", "b"}
