@@ -187,7 +187,9 @@ def test_one_client_alone_is_not_changed_by_averaging(case):
     np.testing.assert_allclose(case.model(out.server, after), case.model(case.server, before), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", LIKE_LOCAL, indirect=True)
+@pytest.mark.parametrize(
+    "case", [pytest.param(m, marks=pytest.mark.slow) if m in ALIKE else m for m in LIKE_LOCAL], indirect=True
+)
 def test_with_one_client_averaging_is_local_training(case):
     local = make_case("local")
     cohort = take(case.cohort, [2])
