@@ -33,7 +33,7 @@ def test_the_report_of_a_run_shows_its_examples(tmp_path: Path) -> None:
     assert 'alt="Test picture of a"' in text
     for said in ("a dog", "the cat", "Cat.", "wrong", "token F1 50 %", "right", "✗", "≈", "✓"):
         assert said in text
-    assert "from the first 4 test pictures of each of 1 clients" in text
+    assert "from the first 4 test pictures of one client:" in text
     markdown = (folder / "report.md").read_text()
     assert "![Test picture of a](examples/00.png)" in markdown
     assert "personal model: Cat. (✓ right)" in markdown

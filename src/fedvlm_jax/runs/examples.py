@@ -76,9 +76,12 @@ def _list_candidates(prepared: Prepared) -> dict[int, Int[np.ndarray, " rows"]]:
     spaced = [having[place] for place in np.linspace(0, len(having) - 1, count).round().astype(int)] if count else []
     rows = {}
     for number in spaced:
-        test = examples.clients[number].test
-        _, first = np.unique(examples.image[test], return_index=True)
-        rows[number] = test[np.sort(first)][: prepared.evaluator.batch]
+        asked: dict[int, list[int]] = {}  # picture -> the rows that ask about it
+        for row in examples.clients[number].test.tolist():
+            asked.setdefault(int(examples.image[row]), []).append(row)
+        # One question about each picture, the next one about the next, so that all kinds are seen.
+        each = [questions[place % len(questions)] for place, questions in enumerate(asked.values())]
+        rows[number] = np.asarray(each[: prepared.evaluator.batch])
     return rows
 
 

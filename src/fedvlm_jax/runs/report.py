@@ -147,8 +147,9 @@ def _show_examples(title: str, folder: Path, whose: str) -> list[Section]:
         return []
     counts = sorted(set(looked_at.values()))
     each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    clients = f"each of {len(looked_at)} clients" if len(looked_at) > 1 else "one client"
     note = (
-        f"{whose}Chosen from the first {each} test pictures of each of {len(looked_at)} clients: those first where the "
+        f"{whose}Chosen from the first {each} test pictures of {clients}: those first where the "
         "personal model answers differently from zero-shot. So they show what training changed and are no measure of "
         "accuracy. ✓ equal to the right answer but for case and outer punctuation; ≈ shares words with it (token F1); "
         "✗ neither."
