@@ -74,9 +74,28 @@ def _inner_products(a: Array, b: Array, counts: Array) -> Float[Array, "K K"]:
 
 def _mean_cosine(a: Array, counts: Array, pairs: Array) -> Array:
     """The root mean square cosine between column spaces, mean over pairs and layers."""
-    basis = jnp.linalg.qr(a.astype(jnp.float32))[0]  # [K, *stack, d_in, R]
+    basis = _orthonormalise(a.astype(jnp.float32))  # [K, *stack, d_in, R]
     clients, rank = a.shape[0], a.shape[-1]
     wide = jnp.moveaxis(basis, 0, -2).reshape(-1, a.shape[-2], clients * rank)
     squared = jnp.square(matmul(wide.mT, wide)).reshape(-1, clients, rank, clients, rank).sum(axis=(2, 4)) / rank
     off = counts[:, None] * counts * (1 - jnp.eye(clients))
     return jnp.mean(jnp.sum(jnp.sqrt(squared) * off, axis=(1, 2)) / pairs)
+
+
+def _orthonormalise(a: Float[Array, "*stack d_in R"]) -> Float[Array, "*stack d_in R"]:
+    """Gram-Schmidt, every column twice, in plain products; columns that depend on earlier ones become zero.
+
+    Not `jnp.linalg.qr`: on a CPU with few threads several batched ones at once may wait for each other for ever.
+    """
+
+    def settle(index: Array, basis: Array) -> Array:
+        column = jnp.take(basis, index, axis=-1)[..., None]
+        before = jnp.where(jnp.arange(a.shape[-1]) < index, basis, 0)
+        start = jnp.linalg.norm(column, axis=-2, keepdims=True)
+        for _ in range(2):
+            column = column - matmul(before, matmul(before.mT, column))
+        length = jnp.linalg.norm(column, axis=-2, keepdims=True)
+        column = jnp.where(length > 1e-5 * start, column / jnp.maximum(length, 1e-30), 0)
+        return jnp.where(jnp.arange(a.shape[-1]) == index, column, basis)
+
+    return jax.lax.fori_loop(0, a.shape[-1], settle, a)

@@ -17,7 +17,16 @@ the collection: `nn.scan(..., variable_axes={"params": 0, "lora": 0})`. An adapt
 """
 
 from fedvlm_jax.lora.adapter import Adapter, LoRA, init, sites_of
-from fedvlm_jax.lora.algebra import add_to_weights, concatenate, fix_signs, merge, truncate, unmerge
+from fedvlm_jax.lora.algebra import (
+    add_to_weights,
+    concatenate,
+    fix_signs,
+    merge,
+    one_by_one,
+    thin_svd,
+    truncate,
+    unmerge,
+)
 from fedvlm_jax.lora.injection import inject
 from fedvlm_jax.lora.rules import Rule, combine, partition, virtual_paths
 from fedvlm_jax.lora.sites import LoraError, Site, Sites, find_sites, select
@@ -37,9 +46,11 @@ __all__ = [
     "init",
     "inject",
     "merge",
+    "one_by_one",
     "partition",
     "select",
     "sites_of",
+    "thin_svd",
     "truncate",
     "unmerge",
     "virtual_paths",

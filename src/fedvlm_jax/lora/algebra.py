@@ -1,9 +1,10 @@
 """The arithmetic of adapters: into the base and out again, sums of adapters, the nearest of a lower rank."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -83,6 +84,25 @@ def concatenate(*adapters: Adapter) -> Adapter:
     return tree.unflatten(flat)
 
 
+def thin_svd(matrix: Array) -> tuple[Array, Array, Array]:
+    """u, s, vt of the smaller size."""
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    return u, s, vt
+
+
+def one_by_one(decompose: Callable[..., Any], *matrices: Array) -> Any:
+    """`decompose` for every matrix of a stack [*stack, m, n] in turn, all stacks alike; the results are stacked again.
+
+    A batched decomposition on a CPU waits for threads of the pool it runs in; several at once on a machine with few
+    cores were seen to wait for each other for ever. One matrix at a time waits for nobody.
+    """
+    stack = matrices[0].shape[:-2]
+    if not stack:
+        return decompose(*matrices)
+    found = jax.lax.map(lambda each: decompose(*each), tuple(x.reshape(-1, *x.shape[-2:]) for x in matrices))
+    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), found)
+
+
 def fix_signs(a: Array, b: Array) -> tuple[Array, Array]:
     """The same product a b with the largest entry of every column of `a` positive: an SVD leaves the sign to chance."""
     largest = jnp.take_along_axis(a, jnp.argmax(jnp.abs(a), axis=-2, keepdims=True), axis=-2)
@@ -105,9 +125,9 @@ def truncate(adapter: Adapter, rank: int) -> Adapter:
         limit = min(a.shape[-2], b.shape[-1], a.shape[-1])
         if not 1 <= rank <= limit:
             raise LoraError(f"cannot truncate {path} to rank {rank}: it must be between 1 and {limit}")
-        q_a, r_a = jnp.linalg.qr(a.astype(jnp.float32))
-        q_b, r_b = jnp.linalg.qr(b.astype(jnp.float32).mT)
-        u, s, vt = jnp.linalg.svd(jnp.matmul(r_a, r_b.mT, precision="highest"), full_matrices=False)
+        q_a, r_a = one_by_one(jnp.linalg.qr, a.astype(jnp.float32))
+        q_b, r_b = one_by_one(jnp.linalg.qr, b.astype(jnp.float32).mT)
+        u, s, vt = one_by_one(thin_svd, jnp.matmul(r_a, r_b.mT, precision="highest"))
         root = jnp.sqrt(s[..., :rank])
         new_a = jnp.matmul(q_a, u[..., :rank] * root[..., None, :], precision="highest")
         new_b = jnp.matmul(root[..., :, None] * vt[..., :rank, :], q_b.mT, precision="highest")

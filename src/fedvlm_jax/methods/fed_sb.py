@@ -36,7 +36,12 @@ def extend(adapter: lora.Adapter) -> dict[str, Array]:
         a, b = site["a"], site["b"]
         drawn = jax.random.normal(jax.random.fold_in(jax.random.key(SEED), b.shape[-1]), b.mT.shape, b.dtype)
         middle = jnp.zeros((*a.shape[:-2], a.shape[-1], a.shape[-1]), a.dtype)
-        return {**site, "a": jnp.linalg.qr(a)[0], "b": jnp.linalg.qr(drawn)[0].mT, "r": middle}
+        return {
+            **site,
+            "a": lora.one_by_one(jnp.linalg.qr, a)[0],
+            "b": lora.one_by_one(jnp.linalg.qr, drawn)[0].mT,
+            "r": middle,
+        }
 
     return map_sites(one, adapter)
 

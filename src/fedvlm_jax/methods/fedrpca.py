@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from fedvlm_jax import tree
+from fedvlm_jax import lora, tree
 from fedvlm_jax.methods.record import Message, Method, Setup
 from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 
@@ -58,7 +58,7 @@ def split(
 
     def lower(x: Array) -> Array:
         """Shrink the singular values by 1/μ, from the Gram matrix of the few columns: x V f(s) Vᵀ."""
-        squared, v = jnp.linalg.eigh(jnp.matmul(x.mT, x, precision="highest"))
+        squared, v = lora.one_by_one(jnp.linalg.eigh, jnp.matmul(x.mT, x, precision="highest"))
         s = jnp.sqrt(jnp.maximum(squared, 0))
         kept = jnp.maximum(s - 1 / mu[..., 0], 0) / jnp.maximum(s, 1e-30)
         return jnp.matmul(x, jnp.matmul(v * kept[..., None, :], v.mT, precision="highest"), precision="highest")

@@ -34,7 +34,7 @@ def make(setup: Setup) -> Method:
 
 def renew(site: dict[str, Array]) -> dict[str, Array]:
     """The same product with orthonormal columns of A: QR of A, then the SVD of the small R_a B."""
-    q, r = jnp.linalg.qr(site["a"].astype(jnp.float32))
-    u, s, vt = jnp.linalg.svd(matmul(r, site["b"]), full_matrices=False)
+    q, r = lora.one_by_one(jnp.linalg.qr, site["a"].astype(jnp.float32))
+    u, s, vt = lora.one_by_one(lora.thin_svd, matmul(r, site["b"]))
     a, b = lora.fix_signs(matmul(q, u), s[..., None] * vt)
     return {"a": a.astype(site["a"].dtype), "b": b.astype(site["b"].dtype)}

@@ -7,7 +7,7 @@ min ‖E − Ā ΔB‖² + λ‖ΔB‖²: the Frobenius form. The paper's own ob
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from fedvlm_jax import tree
+from fedvlm_jax import lora, tree
 from fedvlm_jax.methods.parts.factored import deviations, map_sites, matmul
 from fedvlm_jax.methods.record import Message, Method, Setup
 from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
@@ -32,7 +32,7 @@ def make(setup: Setup) -> Method:
             left, right = deviations(now["a"] + update["a"], now["b"] + update["b"], weights)
             a = now["a"] + mean["a"]
             gram = matmul(a.mT, a) + ridge * jnp.eye(a.shape[-1])
-            correction = jnp.linalg.solve(gram, matmul(matmul(a.mT, left), right))
+            correction = lora.one_by_one(jnp.linalg.solve, gram, matmul(matmul(a.mT, left), right))
             return {"a": mean["a"], "b": mean["b"] + correction}
 
         return map_sites(one, shared, messages)
