@@ -31,7 +31,7 @@ IGNORED = -100
 LABELS = ("labels", "rejected_labels")
 """What labels are called in a batch: the chosen answer's, and the rejected one's."""
 
-MULTIPLE = 8
+MULTIPLE = 4
 """Token axes are padded to multiples of this: few shapes, little waste."""
 
 CHUNK = 1024
@@ -60,9 +60,9 @@ class Examples:
 
     Attributes:
         image: [N] int32, index into `images`.
-        input_ids: [N, T] int32, image tokens included; T is a multiple of 8.
+        input_ids: [N, T] int32, image tokens included; T is a multiple of 4.
         attention_mask: [N, T] int32, 1 where `input_ids` counts.
-        labels: [N, U] int32, -100 where nothing is to be learnt; U is a multiple of 8.
+        labels: [N, U] int32, -100 where nothing is to be learnt; U is a multiple of 4.
         answers: N gold answers as text.
         rows: [N] int64, the table's row numbers.
         clients: the federation's clients with rows renumbered to 0 … N-1.

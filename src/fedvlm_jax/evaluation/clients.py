@@ -124,17 +124,39 @@ class Evaluator:
         found = self._answer(params, models, rows)
         return {name: {client: own.texts for client, own in answers.items()} for name, answers in found.items()}
 
+    def visit(
+        self,
+        program: Callable[..., dict[str, Array]],
+        params: PyTree,
+        adapters: Adapters,
+        rows: Mapping[int, Int[np.ndarray, " rows"]],
+    ) -> dict[int, list[dict[str, np.ndarray]]]:
+        """Run another program over rows of clients, each with its own model.
+
+        Args:
+            program: (params, adapters, batch [V, B, …]) -> arrays by name [V, B, …]; labels that do not count are -100.
+            params: the base.
+            adapters: whose models.
+            rows: client number -> rows.
+
+        Returns:
+            client number -> for each piece of its rows, in their order, the arrays [up to B, …]; none without rows.
+        """
+        found: dict[int, list[dict[str, np.ndarray]]] = {}
+        for batch, wave in self._read(rows):
+            for client, outputs in self._run(program, params, adapters, batch, wave):
+                found.setdefault(client, []).append(outputs)
+        return found
+
     def _answer(
         self, params: PyTree, models: Mapping[str, Adapters | None], rows: Mapping[int, Int[np.ndarray, " rows"]]
     ) -> dict[str, dict[int, _Answers]]:
         """model -> client -> its answers, each piece read once for all models."""
-        pieces = list(self._cut(rows))
         found: dict[str, dict[int, list[_Answers]]] = {name: {} for name in models}
-        for batch, wave in zip(self._read(pieces), self._waves(pieces), strict=True):
-            clients = np.asarray([piece.client for piece in wave])
+        for batch, wave in self._read(rows):
             for name, adapters in models.items():
-                for client, answers in self._ask(params, adapters, clients, batch, wave):
-                    found[name].setdefault(client, []).append(answers)
+                for client, (ids, numbers) in self._run(self.answer, params, adapters, batch, wave):
+                    found[name].setdefault(client, []).append(_Answers(self.processor.decode(ids), numbers))
         return {name: {client: _join(parts) for client, parts in own.items()} for name, own in found.items()}
 
     def _cut(self, rows_of: Mapping[int, Int[np.ndarray, " rows"]]) -> Any:
@@ -150,9 +172,9 @@ class Evaluator:
             waves[-1] += [waves[-1][0]._replace(real=0)] * (self.wave - len(waves[-1]))
         return waves
 
-    def _read(self, pieces: list[_Piece]) -> Any:
-        """The batches [V, B, …] of all waves, on the devices, the next one read while this one is in use."""
-        waves = self._waves(pieces)
+    def _read(self, rows: Mapping[int, Int[np.ndarray, " rows"]]) -> Any:
+        """Waves of pieces with their batches [V, B, …] on the devices, the next read while this one is in use."""
+        waves = self._waves(list(self._cut(rows)))
         across = NamedSharding(self.mesh, PartitionSpec(CLIENTS))
 
         def make(index: int) -> dict[str, np.ndarray]:
@@ -161,19 +183,20 @@ class Evaluator:
             counted = (np.arange(self.batch) < counts)[..., None]
             return batch | {name: np.where(counted, batch[name], IGNORED) for name in LABELS if name in batch}
 
-        for batch in read_ahead(make, 0, len(waves)):
-            yield jax.device_put(batch, across)
+        for batch, wave in zip(read_ahead(make, 0, len(waves)), waves, strict=True):
+            yield jax.device_put(batch, across), wave
 
-    def _ask(
-        self, params: PyTree, adapters: Adapters | None, clients: np.ndarray, batch: Any, wave: list[_Piece]
+    def _run(
+        self, program: Callable[..., Any], params: PyTree, adapters: Adapters | None, batch: Any, wave: list[_Piece]
     ) -> Any:
+        """What a program makes of a batch: pairs of a client and its part, without what only fills up."""
         across = NamedSharding(self.mesh, PartitionSpec(CLIENTS))
+        clients = np.asarray([piece.client for piece in wave])
         own = None if adapters is None else jax.device_put(adapters(clients), across)
-        ids, numbers = jax.device_get(self.answer(params, own, batch))
+        outputs = jax.device_get(program(params, own, batch))
         for place, piece in enumerate(wave):
             if piece.real:
-                texts = self.processor.decode(ids[place, : piece.real])
-                yield piece.client, _Answers(texts, {k: v[place, : piece.real] for k, v in numbers.items()})
+                yield piece.client, jax.tree.map(lambda leaf, place=place, piece=piece: leaf[place, : piece.real], outputs)
 
     def _gold(self, split: Split, numbers: Sequence[int]) -> list[str]:
         return [

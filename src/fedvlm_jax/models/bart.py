@@ -226,15 +226,18 @@ class Bart(nn.Module):
 
     def decode(
         self, ids: Int[Array, "B *A U"], memory: Float[Array, "B T D"], attention_mask: Int[Array, "B T"]
-    ) -> Float[Array, "B *A U V"]:
+    ) -> tuple[Float[Array, "B *A U D"], Float[Array, "B *A U V"]]:
+        """The decoder's last states, and the logits that they give."""
         hidden = self.decoder(self.embed(ids.reshape(-1, ids.shape[-1])), memory, padding_bias(attention_mask))
-        return self.shared.attend(hidden).astype(jnp.float32).reshape(*ids.shape, -1)
+        logits = self.shared.attend(hidden).astype(jnp.float32)
+        return hidden.reshape(*ids.shape, -1), logits.reshape(*ids.shape, -1)
 
     def step(
         self, ids: Int[Array, "B K"], index: Array, cache: Cache, memory: Array | None, attention_mask: Array
-    ) -> tuple[Float[Array, "B K V"], Cache]:
+    ) -> tuple[Float[Array, "B K D"], Float[Array, "B K V"], Cache]:
+        """One position: the decoder's last states, their logits, and the cache with that position in it."""
         hidden, cache = self.decoder.step(self.embed(ids), index, cache, memory, padding_bias(attention_mask))
-        return self.shared.attend(hidden).astype(jnp.float32), cache
+        return hidden, self.shared.attend(hidden).astype(jnp.float32), cache
 
 
 def empty_cache(text: Any, batch: int, beams: int, length: int, dtype: Any) -> Cache:

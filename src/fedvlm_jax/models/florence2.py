@@ -87,16 +87,19 @@ class Florence2(nn.Module):
         embedded = place_features(self.language_model.embed(ids), features, ids == self.config.image_token_id)
         return self.language_model.encode(embedded, batch["attention_mask"])
 
-    def logits(self, batch: Batch) -> Float[Array, "B *A U V"]:
+    def states(self, batch: Batch) -> tuple[Float[Array, "B *A U D"], Float[Array, "B *A U V"]]:
         text = self.config.text_config
         targets = batch.get("decoder_input_ids")
         if targets is None:
             targets = shift_right(batch["labels"], text.pad_token_id, text.decoder_start_token_id)
         return self.language_model.decode(targets, self.encode(batch), batch["attention_mask"])
 
+    def logits(self, batch: Batch) -> Float[Array, "B *A U V"]:
+        return self.states(batch)[1]
+
     def step(
         self, ids: Int[Array, "B K"], index: Array, cache: Cache, memory: Array | None, attention_mask: Array
-    ) -> tuple[Float[Array, "B K V"], Cache]:
+    ) -> tuple[Float[Array, "B K D"], Float[Array, "B K V"], Cache]:
         return self.language_model.step(ids, index, cache, memory, attention_mask)
 
 
@@ -200,12 +203,16 @@ def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generat
     def logits(params: Params, adapter: Any, batch: Batch) -> Array:
         return injected(params, adapter, batch, method="logits")
 
+    def states(params: Params, adapter: Any, batch: Batch) -> tuple[Array, Array]:
+        return injected(params, adapter, batch, method="states")
+
     return Vlm(
         config=config,
         dtype=dtype,
         init=init,
         image_features=image_features,
         logits=logits,
+        states=states,
         generate=generation.make_generate(config, module, injected, options),
         image_tokens=lambda height, width: image_tokens(config, height, width),
         example_batch=lambda: example_batch(config),

@@ -23,6 +23,9 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.bart import Cache, empty_cache
 from fedvlm_jax.models.search import Decoder, Settings, search_beams, search_greedy
 
+Amend = Callable[[Any, Array, Array], Array]
+"""(recalled, the decoder's last states [B, K, D], logits [B, K, V]) -> logits to search with."""
+
 # Options of GenerationConfig that would change the tokens and are not implemented, with their neutral values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "do_sample": (None, False),
@@ -99,18 +102,24 @@ def make_generate(
 ) -> Callable[..., Array]:
     """The `generate` of a Florence-2 module; `injected` is its `apply` with an adapter argument."""
 
-    @partial(jax.jit, static_argnames=("length", "settings"))
-    def run(params: Any, adapter: Any, batch: Any, length: int, settings: Settings) -> Array:
+    @partial(jax.jit, static_argnames=("length", "settings", "amend"))
+    def run(
+        params: Any, adapter: Any, batch: Any, recalled: Any, length: int, settings: Settings, amend: Amend | None
+    ) -> Array:
         memory = injected(params, _part(adapter, _encoding), batch, method="encode")
         mask = batch["attention_mask"]
         later = _part(adapter, lambda path: _decoding(path) and not _of_memory(path))
         cache = empty_cache(config.text_config, memory.shape[0], settings.num_beams, length, module.dtype)
 
+        def read(states: Array, logits: Array, cache: Cache) -> tuple[Array, Cache]:
+            return logits if amend is None else amend(recalled, states, logits), cache
+
         def first(ids: Array) -> tuple[Array, Cache]:
-            return injected(params, _part(adapter, _decoding), ids, jnp.int32(0), cache, memory, mask, method="step")
+            part = _part(adapter, _decoding)
+            return read(*injected(params, part, ids, jnp.int32(0), cache, memory, mask, method="step"))
 
         def step(ids: Array, position: Array, cache: Cache) -> tuple[Array, Cache]:
-            return injected(params, later, ids, position, cache, None, mask, method="step")
+            return read(*injected(params, later, ids, position, cache, None, mask, method="step"))
 
         decoder = Decoder(memory.shape[0], first, step)
         search = search_greedy if settings.num_beams == 1 else search_beams
@@ -123,6 +132,8 @@ def make_generate(
         max_tokens: int,
         *,
         num_beams: int | None = None,
+        amend: Amend | None = None,
+        recalled: Any = None,
         **options: Any,
     ) -> Int[Array, "B U"]:
         """Answers to a batch, without the decoder's start token.
@@ -133,6 +144,8 @@ def make_generate(
             batch: `input_ids`, `attention_mask` and `pixel_values` or `image_features`; labels are ignored.
             max_tokens: how many tokens at most, forced BOS and EOS included: transformers' `max_new_tokens`.
             num_beams: 1 for greedy search; None for what the generation configuration says.
+            amend: changes the logits at every step; compiled once per function, so it must not be made anew each time.
+            recalled: the arrays that `amend` reads.
             **options: other fields of `Settings` in place of the generation configuration's: forced_bos_token_id,
                 forced_eos_token_ids, no_repeat_ngram_size, min_length, min_new_tokens, length_penalty, early_stopping.
 
@@ -151,7 +164,7 @@ def make_generate(
         if max_tokens < 1 or settings.num_beams < 1:
             raise UserError(f"max_tokens={max_tokens} and num_beams={settings.num_beams} must both be at least 1")
         batch = {name: batch[name] for name in batch if name not in ("labels", "decoder_input_ids")}
-        return run(params, adapter, batch, max_tokens, settings)
+        return run(params, adapter, batch, recalled, max_tokens, settings, amend)
 
     return generate
 

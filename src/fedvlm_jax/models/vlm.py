@@ -53,6 +53,9 @@ class Vlm:
     logits: Callable[[Params, Any, Batch], Array]
     """(params, adapter, batch) -> float32 logits [B, U, V], or [B, A, U, V], at the decoder's positions."""
 
+    states: Callable[[Params, Any, Batch], tuple[Array, Array]]
+    """(params, adapter, batch) -> the decoder's last states [B, U, D], or [B, A, U, D], and `logits` of them."""
+
     generate: Callable[..., Array]
     """(params, adapter, batch, max_tokens, *, num_beams=None, ...) -> ids [B, max_tokens]; see `models.generation`."""
 

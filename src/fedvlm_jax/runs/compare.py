@@ -1,8 +1,8 @@
 """Several methods and seeds on the same clients, cohorts and initial adapter, in one folder.
 
 Everything that does not depend on the method (model, data, frozen features, zero-shot scores) is shared, and a method's
-compiled programs serve all its seeds. "X+ft" continues the run of X where that is in the comparison with the same
-options. A comparison that was interrupted goes on where it stopped: finished runs are read, a half-finished one is
+compiled programs serve all its seeds. "X+ft" and "X+knn" continue the run of X where that is in the comparison with
+the same options. A comparison that was interrupted goes on where it stopped: finished runs are read, a half-finished one is
 resumed.
 """
 
@@ -18,12 +18,12 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.choices import for_method
 from fedvlm_jax.runs.codec import encode
-from fedvlm_jax.runs.config import Compare, Run, TrainOptions, from_json, to_json
+from fedvlm_jax.runs.config import Compare, Run, TrainOptions, from_json, to_json, without_extras
 from fedvlm_jax.runs.folders import RunRecord, read_run
 from fedvlm_jax.runs.prepare import Session, open_session
 from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.storage import describe_environment, write_json
-from fedvlm_jax.runs.validation import FINETUNED, validate_comparison
+from fedvlm_jax.runs.validation import FINETUNED, REMEMBERING, plain, validate_comparison
 
 __all__ = ["compare", "finish_run"]
 
@@ -43,7 +43,7 @@ def compare(
         comparison: what is compared.
         show: where to report.
         session: what an earlier run of the same model and data left, to start faster.
-        settings: method (with its "+ft") -> its own training options in place of `comparison.base.train`, for example
+        settings: method (with its "+ft" or "+knn") -> its own training options in place of `comparison.base.train`, for example
             the learning rates tuned for it. They are kept in `comparison.json`.
 
     Raises:
@@ -63,8 +63,8 @@ def compare(
     for seed in seeds:
         runs = {method: _make_run(comparison, settings, method, seed) for method in comparison.methods}
         records: dict[str, RunRecord] = {}
-        for method in sorted(runs, key=lambda name: name.endswith(FINETUNED)):  # a run comes before its continuation
-            start = records.get(method.removesuffix(FINETUNED)) if method.endswith(FINETUNED) else None
+        for method in sorted(runs, key=lambda name: name != plain(name)):  # a run comes before its continuation
+            start = records.get(plain(method)) if method != plain(method) else None
             records[method] = finish_run(runs[method], show, session, start.folder if start else None)
         entries += [_describe(records[method], method, seed, folder) for method in comparison.methods]
         zero_shot.append({"seed": seed, **records[comparison.methods[0]].results["zero_shot"]})
@@ -91,7 +91,8 @@ def finish_run(run: Run, show: Progress, session: Session, start: Path | None = 
         run: its options; `out` must be given.
         show: where to report.
         session: of the same model and data.
-        start: the folder of a finished run; where it is `run` without local fine-tuning, `run` continues it.
+        start: the folder of a finished run; where it is `run` without what comes after the federation, `run` continues
+            it.
 
     Raises:
         UserError: as `loop.train`, or the folder holds a run with other options.
@@ -114,8 +115,7 @@ def _read_options(folder: Path) -> Run:
 
 
 def _is_start(folder: Path, run: Run) -> bool:
-    without = dataclasses.replace(run.train, finetune_steps=0)
-    return _read_options(folder) == dataclasses.replace(run, train=without, out=_read_options(folder).out)
+    return _read_options(folder) == dataclasses.replace(without_extras(run), out=_read_options(folder).out)
 
 
 def _check(comparison: Compare, settings: Mapping[str, TrainOptions]) -> None:
@@ -133,16 +133,19 @@ def _train_options(comparison: Compare, settings: Mapping[str, TrainOptions], me
 
 def _make_run(comparison: Compare, settings: Mapping[str, TrainOptions], method: str, seed: int) -> Run:
     assert comparison.out is not None
+    base = comparison.base
+    neighbours = comparison.neighbours if method.endswith(REMEMBERING) else 0
     return dataclasses.replace(
-        for_method(comparison.base, method.removesuffix(FINETUNED)),
+        for_method(base, plain(method)),
         seed=seed,
+        evaluation=dataclasses.replace(base.evaluation, neighbours=neighbours),
         train=_train_options(comparison, settings, method),
         out=comparison.out / "runs" / f"{method}-seed{seed}",
     )
 
 
 def _describe(record: RunRecord, method: str, seed: int, folder: Path) -> dict[str, Any]:
-    federated = [line for line in record.rounds if line["method"] == method.removesuffix(FINETUNED)]
+    federated = [line for line in record.rounds if line["method"] == plain(method)]
     return {
         "method": method,
         "seed": seed,

@@ -4,6 +4,7 @@ The FedVLM paper (arXiv 2507.17088) does not give its rank, rounds, rates and th
 their help; their defaults are this project's. No heavy package is imported here, so that `--help` answers at once.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -35,6 +36,7 @@ __all__ = [
     "name_folder",
     "objectives_available",
     "to_json",
+    "without_extras",
 ]
 
 LANGUAGE_MODEL = r"language_model/.*(encoder|decoder)/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
@@ -147,6 +149,13 @@ class EvaluationOptions:
     images (not given by the paper)."""
     before_redistribution: bool = True
     """Validate also what clients had before the server's average replaced their shared part."""
+    neighbours: int = 0
+    """At the end, mix every client's model with so many nearest neighbours of its own training answers, with a share
+    that is chosen on its validation answers: kNN-Per (arXiv 2111.09360), which takes 10."""
+    neighbour_temperature: float = 1.0
+    """Distance at which a neighbour counts 1/e as much as one at no distance; 1 in kNN-Per."""
+    neighbour_capacity: int = 4096
+    """Most training tokens that a client remembers."""
     examples: int = 12
     """At the end, store so many test examples with picture and answers for the report; 0 for none."""
     test: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = True
@@ -229,11 +238,14 @@ class Compare:
     """Several methods on the same clients, cohorts and initial adapter, several seeds each."""
 
     methods: tuple[str, ...] = ("local", "fedavg-lora", "fedavg-lora+ft", "plora")
-    """What is compared, beside zero-shot; with "+ft" after a name every client then fine-tunes on its own."""
+    """What is compared, beside zero-shot; with "+ft" after a name every client then fine-tunes on its own, with "+knn"
+    it mixes in what it remembers of its training answers."""
     seeds: int = 2
     """How many seeds: --seed, the next, and so on."""
     finetune_steps: int = 20
     """Local steps of the methods with "+ft"."""
+    neighbours: int = 10
+    """Neighbours of the methods with "+knn"."""
     base: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
     """What all the runs have in common."""
 
@@ -241,6 +253,15 @@ class Compare:
     def out(self) -> Path | None:
         """The folder of the comparison: `base.out`, so that `--out` is one option and not two."""
         return self.base.out
+
+
+def without_extras(run: Run) -> Run:
+    """The federation alone: without the local fine-tuning and the neighbours that may come after it."""
+    return dataclasses.replace(
+        run,
+        train=dataclasses.replace(run.train, finetune_steps=0),
+        evaluation=dataclasses.replace(run.evaluation, neighbours=0),
+    )
 
 
 def name_folder(name: str, now: datetime) -> Path:

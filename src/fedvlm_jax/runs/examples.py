@@ -18,6 +18,7 @@ from fedvlm_jax.evaluation.texts import exact_match, token_f1
 from fedvlm_jax.evaluation.tokens import normalise
 from fedvlm_jax.federation.driver import Driver
 from fedvlm_jax.runs.cards import FILE
+from fedvlm_jax.runs.config import without_extras
 from fedvlm_jax.runs.prepare import Prepared
 from fedvlm_jax.runs.scoring import is_same
 from fedvlm_jax.runs.storage import write_json
@@ -103,7 +104,7 @@ def _ask(
     if general is not None and not same:
         models["global"] = general.global_adapters
     zero_shot: Answers = session.remember(
-        ("examples of the base", run.data, run.seed, run.evaluation, prepared.objective.pairs),
+        ("examples of the base", run.data, run.seed, without_extras(run).evaluation, prepared.objective.pairs),
         lambda: evaluator.ask(session.params, {"zero_shot": None}, rows),
     )
     found = evaluator.ask(params, models, rows)

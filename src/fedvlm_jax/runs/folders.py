@@ -32,9 +32,10 @@ class RunRecord:
 
     @property
     def method(self) -> str:
-        """The method's name, with "+ft" where local fine-tuning followed."""
+        """The method's name, with "+ft" where local fine-tuning followed and "+knn" where neighbours are mixed in."""
         finetuned = (self.options.get("train") or {}).get("finetune_steps", 0) > 0
-        return self.options["method"] + ("+ft" if finetuned else "")
+        remembers = (self.options.get("evaluation") or {}).get("neighbours", 0) > 0
+        return self.options["method"] + ("+ft" if finetuned else "") + ("+knn" if remembers else "")
 
     @property
     def metric(self) -> str:

@@ -18,7 +18,7 @@ from fedvlm_jax.runs.measures import find_measure
 from fedvlm_jax.runs.method_plots import Curves
 from fedvlm_jax.runs.plots import NARROW, WIDE
 from fedvlm_jax.runs.theme import MANY, MARKERS, Theme, choose_series, hide_rest, make_figure
-from fedvlm_jax.runs.validation import FINETUNED
+from fedvlm_jax.runs.validation import plain
 
 __all__ = ["Panel", "draw_health", "draw_method_health", "explain", "list_panels"]
 
@@ -157,8 +157,8 @@ def draw_method_health(curves: Curves, metric: str, theme: Theme, narrow: bool =
 
 
 def _is_own(method: str, curves: Curves) -> bool:
-    """Fine-tuning that follows a federation which is there too would draw the same line twice."""
-    return not (method.endswith(FINETUNED) and method.removesuffix(FINETUNED) in curves)
+    """What follows a federation that is there too would draw the same line twice."""
+    return method == plain(method) or plain(method) not in curves
 
 
 def _read(lines: Lines, panel: Panel, metric: str) -> Line:

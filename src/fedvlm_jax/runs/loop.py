@@ -13,13 +13,13 @@ import jax
 
 from fedvlm_jax import lora, tree
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.config import Run, from_json, to_json
+from fedvlm_jax.runs.config import Run, from_json, to_json, without_extras
 from fedvlm_jax.runs.course import Course
 from fedvlm_jax.runs.examples import write_examples
 from fedvlm_jax.runs.folders import read_run
 from fedvlm_jax.runs.prepare import Prepared, Session, make_driver, open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
-from fedvlm_jax.runs.scoring import score_base, score_models
+from fedvlm_jax.runs.scoring import let_remember, score_base, score_models
 from fedvlm_jax.runs.storage import BASE, describe_environment, save_adapters, save_base, write_json
 from fedvlm_jax.runs.validation import validate
 from fedvlm_jax.sharding import CLIENTS, replicate
@@ -71,21 +71,23 @@ def resume(folder: Path, show: Progress | None = None, session: Session | None =
 
 
 def extend(folder: Path, run: Run, show: Progress | None = None, session: Session | None = None) -> Path:
-    """Run `run`, whose rounds are those of the finished run in `folder` with local fine-tuning after them.
+    """Run `run`: the rounds of the finished run in `folder`, with local fine-tuning or neighbours after them.
 
     Nothing is trained twice: what the finished run left is copied, and the copy goes on. It ends as `train(run)` would,
     bit for bit.
 
     Raises:
-        UserError: the folder's run is not finished or differs in more than `finetune_steps`, or `run.out` is in use.
+        UserError: the folder's run is not finished or differs in more than these, or `run.out` is in use.
     """
     validate(run)
     if run.out is None:
         raise UserError("a run needs a folder: set out")
     record = read_run(folder)
     done = from_json(record.options)
-    if dataclasses.replace(run, out=done.out, train=dataclasses.replace(run.train, finetune_steps=0)) != done:
-        raise UserError(f"{folder} differs from {run.out} in more than local fine-tuning: it cannot go on as that run")
+    if dataclasses.replace(without_extras(run), out=done.out) != done:
+        raise UserError(
+            f"{folder} differs from {run.out} in more than local fine-tuning or neighbours: it cannot go on as that run"
+        )
     if run.out.exists():
         raise UserError(f"{run.out} is there already: choose another folder")
     scratch = run.out.with_name(run.out.name + ".partial")  # a kill leaves the run whole or not begun
@@ -107,7 +109,7 @@ def _execute(run: Run, show: Progress, session: Session | None) -> Path:
     _write_config(run, prepared)
     show.note("asking the bare base (zero-shot)")
     zero_shot = session.remember(
-        ("zero-shot", run.data, run.seed, run.evaluation, run.preference, prepared.objective.pairs),
+        ("zero-shot", run.data, run.seed, without_extras(run).evaluation, run.preference, prepared.objective.pairs),
         lambda: score_base(prepared),
     )
     course = Course(prepared, run.out, show)
@@ -123,12 +125,14 @@ def _execute(run: Run, show: Progress, session: Session | None) -> Path:
     save_adapters(run.out / "adapters", names, best.adapters, shared, {"method": run.method, "round": best.round})
     show.note("evaluating every client's own model")
     general = federation if jax.tree.leaves(shared) else None
+    models, remembered = let_remember(prepared, federation.base, best.adapters)
     results = {
         "selected_round": best.round,
         "selected_by": prepared.select_by,
-        **score_models(prepared, federation.base, best.adapters, general, zero_shot),
+        **remembered,
+        **score_models(prepared, federation.base, models, general, zero_shot),
     }
-    write_examples(prepared, federation.base, best.adapters, general, run.out)
+    write_examples(prepared, federation.base, models, general, run.out)
     write_json(run.out / "results.json", results)
     return run.out
 

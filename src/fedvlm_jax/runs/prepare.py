@@ -22,6 +22,7 @@ from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.data.table import Table, read_table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Evaluator, make_answer
+from fedvlm_jax.evaluation.neighbours import with_memory
 from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.driver import Driver, Programs, make_programs, start_adapter
 from fedvlm_jax.federation.features import GIB, FeatureStore, fingerprint_params, is_vision_frozen
@@ -180,9 +181,14 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         )
         inputs = add_reference(inputs, reference)
     layout = _lay_out(run, examples, session.mesh, run.cohort, run.system.wave)
+    remembering = (
+        (run.evaluation.neighbours, run.evaluation.neighbour_temperature) if run.evaluation.neighbours else ()
+    )
     answer = session.remember(
-        ("answer", run.evaluation.max_answer_tokens),
-        lambda: make_answer(session.vlm, run.evaluation.max_answer_tokens),
+        ("answer", run.evaluation.max_answer_tokens, *remembering),
+        lambda: make_answer(
+            with_memory(session.vlm, *remembering) if remembering else session.vlm, run.evaluation.max_answer_tokens
+        ),
     )
     evaluator = Evaluator(
         examples=examples,

@@ -9,10 +9,11 @@ from jaxtyping import PyTree
 
 from fedvlm_jax.data.options import Split
 from fedvlm_jax.evaluation.clients import Adapters, Scores
+from fedvlm_jax.evaluation.neighbours import recall
 from fedvlm_jax.federation.driver import Driver
 from fedvlm_jax.runs.prepare import Prepared
 
-__all__ = ["is_same", "score_base", "score_models"]
+__all__ = ["is_same", "let_remember", "score_base", "score_models"]
 
 MATRIX = ("exact_match", "token_accuracy", "loss", "preference_accuracy")
 """The metrics of the cross-client matrix."""
@@ -23,6 +24,34 @@ def score_base(prepared: Prepared) -> dict[Split, Scores]:
     return _evaluate(prepared, prepared.session.params, {"zero_shot": None})["zero_shot"]
 
 
+def let_remember(prepared: Prepared, params: PyTree, adapters: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    """Give clients their neighbours, where the options ask for them.
+
+    Args:
+        prepared: the run.
+        params: the base, with what the method added to it.
+        adapters: every client's own [C, …].
+
+    Returns:
+        What stands in the adapters' place when models are scored (the adapters themselves without neighbours), and
+        for the results `neighbours`: `share`, how much they count, by client.
+    """
+    options = prepared.run.evaluation
+    if not options.neighbours:
+        return adapters, {}
+    models, share = recall(
+        prepared.evaluator,
+        prepared.session.vlm,
+        params,
+        adapters,
+        prepared.participants,
+        neighbours=options.neighbours,
+        temperature=options.neighbour_temperature,
+        capacity=options.neighbour_capacity,
+    )
+    return models, {"neighbours": {"share": share}}
+
+
 def score_models(
     prepared: Prepared, params: PyTree, adapters: PyTree, federation: Driver | None, zero_shot: Mapping[Split, Scores]
 ) -> dict[str, Any]:
@@ -31,7 +60,7 @@ def score_models(
     Args:
         prepared: the run.
         params: the base, with what the method added to it.
-        adapters: every client's own [C, …], a held-out client's as it starts.
+        adapters: every client's own [C, …], or what `let_remember` made of them; a held-out client's as it starts.
         federation: with the server's state that belongs to them; None where nothing is shared.
         zero_shot: split -> scores of the bare base, for everybody.
 
@@ -80,7 +109,10 @@ def _evaluate(
 def is_same(personal: Adapters, general: Adapters, numbers: list[int]) -> bool:
     """Is the global model what this client has, because its method keeps nothing private?"""
     pair = (jax.device_get(adapters(np.asarray(numbers))) for adapters in (personal, general))
-    return all(jax.tree.leaves(jax.tree.map(np.array_equal, *pair)))
+    ours, theirs = pair
+    if jax.tree.structure(ours) != jax.tree.structure(theirs):
+        return False  # one of them remembers
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, ours, theirs)))
 
 
 def _keep(by_split: Mapping[Split, Scores], names: set[str]) -> dict[Split, Scores]:

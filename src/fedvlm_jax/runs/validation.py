@@ -19,13 +19,13 @@ from fedvlm_jax.runs.config import (
 )
 from fedvlm_jax.runs.measures import SELECTING
 
-__all__ = ["FINETUNED", "validate", "validate_comparison"]
+__all__ = ["FINETUNED", "REMEMBERING", "plain", "validate", "validate_comparison"]
 
 MOST_EXAMPLES = 48
 """So many pictures of at most 25 KiB keep the report's page below 2 MB."""
 
-FINETUNED = "+ft"
-"""What a method's name ends with in a comparison when local fine-tuning follows it."""
+FINETUNED, REMEMBERING = "+ft", "+knn"
+"""What a method's name ends with in a comparison when local fine-tuning follows it, or neighbours are mixed in."""
 
 
 def validate(run: Run) -> None:
@@ -53,6 +53,11 @@ def _validate_common(run: Run) -> None:
     _check_pairs(run)
 
 
+def plain(method: str) -> str:
+    """A method's name in a comparison without its "+ft" or "+knn"."""
+    return method.removesuffix(FINETUNED).removesuffix(REMEMBERING)
+
+
 def validate_comparison(comparison: Compare) -> None:
     """Refuse a comparison that cannot be run.
 
@@ -63,13 +68,15 @@ def validate_comparison(comparison: Compare) -> None:
     if not comparison.methods:
         raise UserError("--methods names no method: say which to compare, for example --methods local plora")
     for name in comparison.methods:
-        _require_choice("--methods", name.removesuffix(FINETUNED), (*methods_available(), SHARE))
+        _require_choice("--methods", plain(name), (*methods_available(), SHARE))
     twice = sorted({name for name in comparison.methods if comparison.methods.count(name) > 1})
     if twice:
         raise UserError(f"--methods names {twice[0]} twice: leave one out")
     _at_least("--seeds", comparison.seeds, 1)
     if any(name.endswith(FINETUNED) for name in comparison.methods):
         _at_least("--finetune-steps", comparison.finetune_steps, 1)
+    if any(name.endswith(REMEMBERING) for name in comparison.methods):
+        _at_least("--neighbours", comparison.neighbours, 1)
     if base.method not in (Run().method, Run(share=base.share).method):
         raise UserError(f"--method {base.method} chooses for `fedvlm train`; here say --methods {base.method} ...")
     if base.resume is not None:
@@ -78,8 +85,10 @@ def validate_comparison(comparison: Compare) -> None:
         raise UserError(
             '--train.finetune-steps is for `fedvlm train`; here add "+ft" to a method, and --finetune-steps'
         )
+    if base.evaluation.neighbours:
+        raise UserError('--evaluation.neighbours is for `fedvlm train`; here add "+knn" to a method, and --neighbours')
     _validate_common(base)
-    check_comparison(base, [name.removesuffix(FINETUNED) for name in comparison.methods])
+    check_comparison(base, [plain(name) for name in comparison.methods])
 
 
 def _check_model(model: str) -> None:
@@ -126,6 +135,8 @@ def _check_numbers(run: Run) -> None:
         ("--train.local-steps", train.local_steps, 1),
         ("--train.batch-size", train.batch_size, 1),
         ("--train.finetune-steps", train.finetune_steps, 0),
+        ("--evaluation.neighbours", evaluation.neighbours, 0),
+        ("--evaluation.neighbour-capacity", evaluation.neighbour_capacity, 1),
         ("--lora.rank", run.lora.rank, 1),
         ("--cohort", run.cohort, 1),
         ("--seed", run.seed, 0),
@@ -150,7 +161,11 @@ def _check_numbers(run: Run) -> None:
     ):
         if not 0 <= value < float("inf"):
             raise UserError(f"{flag} is {value}: it must be a number of 0 or more")
-    for flag, value in (("--train.clip-norm", train.clip_norm), ("--lora.alpha", run.lora.alpha)):
+    for flag, value in (
+        ("--train.clip-norm", train.clip_norm),
+        ("--lora.alpha", run.lora.alpha),
+        ("--evaluation.neighbour-temperature", evaluation.neighbour_temperature),
+    ):
         if not 0 < value < float("inf"):
             raise UserError(f"{flag} is {value}: it must be above 0")
     if not 0 < train.decay <= 1:

@@ -1,0 +1,198 @@
+"""kNN-Per (arXiv 2111.09360) on a VLM: a client's model mixed with what it remembers of its own training answers.
+
+At every token of every training answer, the decoder's last state φ and the token y that followed are kept. A new state
+finds its k nearest, and p_kNN(y) ∝ Σ_{i among them} 1[y = y_i] exp(−‖φ − φ_i‖ / τ), in the paper with τ = 1. The model
+then says p = λ p_kNN + (1 − λ) p_h, with a λ for each client, the likeliest on its validation answers. Nothing is
+trained and nothing leaves the client.
+
+Deviation: the paper classifies images; here it is every token of a generated answer, as in kNN-LM (arXiv 1911.00172).
+λ is chosen by the likelihood of the validation answers, which one pass knows for every λ; the paper takes accuracy.
+
+Axes: N remembered tokens, D width, V vocabulary, k neighbours, C clients.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from fedvlm_jax.data.encode import IGNORED
+from fedvlm_jax.data.options import Split
+from fedvlm_jax.evaluation.clients import Evaluator
+
+__all__ = ["SHARES", "Memory", "Recall", "recall", "with_memory"]
+
+SHARES = tuple(tenth / 10 for tenth in range(11))
+"""The λ that are tried."""
+
+NOTHING = -1
+"""The token of a place in the memory where nothing is kept."""
+
+FLOOR = 1e-20
+"""Of a probability, before its logarithm: what no neighbour says may still be scored."""
+
+
+class Memory(NamedTuple):
+    """What a client remembers.
+
+    Attributes:
+        states: [N, D] float32.
+        tokens: [N] int32, what followed; `NOTHING` where nothing is kept.
+        share: λ, how much the neighbours count.
+    """
+
+    states: Float[Array, "N D"]
+    tokens: Int[Array, " N"]
+    share: Float[Array, ""]
+
+
+class Recall(NamedTuple):
+    """What stands in an adapter's place where a client also remembers."""
+
+    adapter: PyTree
+    memory: Memory
+
+
+def with_memory(vlm: Any, neighbours: int, temperature: float) -> Any:
+    """The same model, which takes a `Recall` wherever it takes an adapter.
+
+    Args:
+        vlm: the model's record.
+        neighbours: k.
+        temperature: τ, in the units of the states' distance.
+    """
+
+    def amend(memory: Memory, states: Array, logits: Array) -> Array:
+        remembered = _ask_neighbours(memory, states, logits.shape[-1], neighbours, temperature)
+        mixed = memory.share * remembered + (1 - memory.share) * jax.nn.softmax(logits, axis=-1)
+        # Where nothing is mixed in the logits stay as they are, bit for bit.
+        return jnp.where(memory.share > 0, jnp.log(jnp.maximum(mixed, FLOOR)), logits)
+
+    def logits(params: Any, own: Any, batch: Any) -> Array:
+        if not isinstance(own, Recall):
+            return vlm.logits(params, own, batch)
+        return amend(own.memory, *vlm.states(params, own.adapter, batch))
+
+    def generate(params: Any, own: Any, batch: Any, max_tokens: int, **options: Any) -> Array:
+        if not isinstance(own, Recall):
+            return vlm.generate(params, own, batch, max_tokens, **options)
+        return vlm.generate(params, own.adapter, batch, max_tokens, amend=amend, recalled=own.memory, **options)
+
+    return dataclasses.replace(vlm, logits=logits, generate=generate)
+
+
+def _find(memory: Memory, states: Array, neighbours: int, temperature: float) -> tuple[Array, Array]:
+    """The tokens [..., k] of the nearest states, and the weights [..., k] that sum to 1; all 0 without a memory."""
+    # ‖x − m‖² = ‖x‖² + ‖m‖² − 2x·m: one matmul, and no [..., N, D].
+    states = states.astype(jnp.float32)
+    squares = jnp.sum(states**2, -1)[..., None] + jnp.sum(memory.states**2, -1) - 2 * states @ memory.states.T
+    distances = jnp.where(memory.tokens == NOTHING, jnp.inf, jnp.sqrt(jnp.maximum(squares, 0.0)))
+    nearest, places = jax.lax.top_k(-distances, min(neighbours, memory.tokens.shape[0]))
+    weights = jnp.where(jnp.isfinite(nearest), jnp.exp((nearest - nearest[..., :1]) / temperature), 0.0)
+    return memory.tokens[places], weights / jnp.maximum(weights.sum(-1, keepdims=True), FLOOR)
+
+
+def _ask_neighbours(memory: Memory, states: Array, vocabulary: int, neighbours: int, temperature: float) -> Array:
+    """p_kNN [..., V]."""
+    tokens, weights = _find(memory, states, neighbours, temperature)
+    flat, weights = tokens.reshape(-1, tokens.shape[-1]), weights.reshape(-1, tokens.shape[-1])
+    rows = jnp.arange(flat.shape[0])[:, None]
+    said = jnp.zeros((flat.shape[0], vocabulary)).at[rows, jnp.maximum(flat, 0)].add(weights)
+    return said.reshape(*states.shape[:-1], vocabulary)
+
+
+def recall(
+    evaluator: Evaluator,
+    vlm: Any,
+    params: PyTree,
+    adapters: PyTree,
+    numbers: Sequence[int],
+    *,
+    neighbours: int,
+    temperature: float,
+    capacity: int,
+) -> tuple[Recall, dict[str, float]]:
+    """Let clients remember their training answers and choose how much these count.
+
+    Args:
+        evaluator: of the population, its `answer` made with `with_memory(vlm, neighbours, temperature)`.
+        vlm: the bare model.
+        params: the base.
+        adapters: every client's own, on the host [C, …].
+        numbers: the clients that remember; the others, and those without a validation answer, have λ = 0.
+        neighbours, temperature: k and τ.
+        capacity: most tokens that a client keeps, evenly spaced over those that it has.
+
+    Returns:
+        The clients' recalls, on the host [C, …], and λ by client's name.
+    """
+    count = len(evaluator.examples.clients)
+
+    def own(asked: np.ndarray) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[asked], adapters)
+
+    def rows(split: Split) -> dict[int, np.ndarray]:
+        return {number: evaluator.examples.clients[number].rows_of(split) for number in numbers}
+
+    kept = {
+        client: _thin(parts, capacity)
+        for client, parts in evaluator.visit(_program(vlm, _keep), params, own, rows("train")).items()
+    }
+    size = max([1, *(len(tokens) for _, tokens in kept.values())])
+    width = next((states.shape[-1] for states, _ in kept.values()), 1)
+    memory = Memory(
+        np.zeros((count, size, width), np.float32), np.full((count, size), NOTHING), np.zeros(count, np.float32)
+    )
+    for client, (states, tokens) in kept.items():
+        memory.states[client, : len(tokens)], memory.tokens[client, : len(tokens)] = states, tokens
+    recalls = Recall(adapters, memory)
+
+    def remembering(asked: np.ndarray) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[asked], recalls)
+
+    weigh = _program(vlm, lambda vlm, params, own, batch: _weigh(vlm, params, own, batch, neighbours, temperature))
+    shares: dict[str, float] = {}
+    for client, parts in evaluator.visit(weigh, params, remembering, rows("validation")).items():
+        likelihood = np.sum([part["likelihood"].sum(axis=0) for part in parts], axis=0)
+        share = SHARES[int(np.argmax(likelihood))] if client in kept else 0.0
+        memory.share[client] = shares[evaluator.examples.clients[client].name] = share
+    return recalls, shares
+
+
+def _program(vlm: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    def one(params: PyTree, own: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
+        return function(vlm, params, own, batch)
+
+    return jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
+
+
+def _keep(vlm: Any, params: PyTree, adapter: PyTree, batch: Mapping[str, Array]) -> dict[str, Array]:
+    return {"states": vlm.states(params, adapter, batch)[0].astype(jnp.float32), "tokens": batch["labels"]}
+
+
+def _weigh(
+    vlm: Any, params: PyTree, own: Recall, batch: Mapping[str, Array], neighbours: int, temperature: float
+) -> dict[str, Array]:
+    """The log-likelihood of every answer [B, λ], for all λ that are tried."""
+    states, logits = vlm.states(params, own.adapter, batch)
+    labels = batch["labels"]
+    tokens, weights = _find(own.memory, states, neighbours, temperature)
+    remembered = jnp.sum(weights * (tokens == labels[..., None]), -1)
+    log_probs = jax.nn.log_softmax(logits, -1)
+    says = jnp.exp(jnp.take_along_axis(log_probs, jnp.maximum(labels, 0)[..., None], -1)[..., 0])
+    shares = jnp.asarray(SHARES)
+    mixed = jnp.log(jnp.maximum(shares * remembered[..., None] + (1 - shares) * says[..., None], FLOOR))
+    return {"likelihood": jnp.sum(mixed * (labels != IGNORED)[..., None], axis=-2)}
+
+
+def _thin(parts: Sequence[Mapping[str, np.ndarray]], capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.concatenate([part["tokens"].ravel() for part in parts])
+    states = np.concatenate([part["states"].reshape(-1, part["states"].shape[-1]) for part in parts])
+    counted = np.flatnonzero(tokens != IGNORED)
+    if len(counted) > capacity:
+        counted = counted[np.linspace(0, len(counted) - 1, capacity).round().astype(int)]
+    return states[counted], tokens[counted]
