@@ -1,0 +1,282 @@
+"""Every method on the shipped data with equal effort, which factor to share under which shift, and a search for better.
+
+    python experiments/methods_emoji.py run                       # everything; goes on where it was stopped
+    python experiments/methods_emoji.py run --cells lang-20       # one cell
+    python experiments/methods_emoji.py run --part 0/2 & python experiments/methods_emoji.py run --part 1/2
+    python experiments/methods_emoji.py report                    # tables and pictures of what there is
+    python experiments/methods_emoji.py run --quick --out /tmp/x  # a smoke run
+
+A *cell* is a way to cut the data. In every cell every method takes the same local steps of the same size; its learning
+rates of A and B are chosen on validation from the same grid, with a seed that is not used again, and where a cell says
+so, in the smaller cell that it resembles. Then come the study's seeds, and test is scored once.
+
+Cells of the study: the client's language in the prompt (`lang`), the neutral prompt (`neutral`), and the same pictures
+dealt to 16 clients at random (`iid`), each with 20 and 60 images per client. Cells of the shift study, four clients
+each and no other difference between them: drawing styles alone (`style`), languages alone, of which the neutral prompt
+does not tell (`language`), and both at once (`both`).
+
+The search tries sharing patterns on the validation split of `lang-20` with two seeds of its own, and confirms the best
+two against local and plora on five fresh seeds.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import methods_summary as summary
+import tyro
+
+from fedvlm_jax.data.options import DataOptions
+from fedvlm_jax.runs.config import EvaluationOptions, Run, TrainOptions, methods_available
+from fedvlm_jax.runs.heap import keep_heap
+
+RESULTS = Path(__file__).parent / "results"
+GRID = ((2e-3, 2e-3), (5e-3, 2e-3), (1e-2, 5e-3))
+"""Learning rates of A and B."""
+FIRST = ("local", "fedavg-lora", "plora", "fedavg-lora+ft", "fedavg-lora+knn")
+SHIFT_METHODS = ("local", "fedavg-lora", "plora", "fedsa-lora", "iat", "iat-inverted")
+TUNE_SEED, SEARCH_SEEDS, FRESH_SEEDS = 100, (101, 102), (200, 201, 202, 203, 204)
+FINETUNE_STEPS, NEIGHBOURS = 20, 10
+
+ENCODER, DECODER = "language_model/encoder/", "language_model/decoder/"
+PATTERNS = {
+    "B of the encoder": f"{ENCODER}.*/b$",
+    "B of the decoder": f"{DECODER}.*/b$",
+    "A of the encoder": f"{ENCODER}.*/a$",
+    "A of the decoder": f"{DECODER}.*/a$",
+    "all of the encoder": f"{ENCODER}.*/(a|b)$",
+    "all of the decoder": f"{DECODER}.*/(a|b)$",
+    "B of attention": r"_proj/b$",
+    "B of feed-forward": r"fc[12]/b$",
+    "all of attention": r"_proj/(a|b)$",
+    "all of feed-forward": r"fc[12]/(a|b)$",
+    "B of queries and keys": r"(q|k)_proj/b$",
+    "B of values and outputs": r"(v|out)_proj/b$",
+    "all of fc1": r"fc1/(a|b)$",
+    "all of the decoder's own attention": f"{DECODER}.*self_attn/.*/(a|b)$",
+    "all of cross attention": r"encoder_attn/.*/(a|b)$",
+}
+"""Candidates of the search: what is averaged; everything else stays with its client."""
+TWO_ADAPTERS = ("feddpa-t", "feddpa-f", "fedalt", "ditto", "apfl")
+"""Candidates of another kind: a global and a private adapter, which a share rule cannot say."""
+SEARCH_RATES = (5e-3, 2e-3)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A way to cut the data, what is compared on it, and the cell whose learning rates it uses."""
+
+    data: DataOptions
+    methods: tuple[str, ...]
+    tuned_in: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """The study's options; the defaults are those of the README"""
+
+    stage: tyro.conf.Positional[Literal["run", "search", "report"]]
+    out: Path = Path("runs/methods-emoji")
+    """Folder of what is measured: one line per finished run."""
+    results: Path | None = None
+    """Where the report goes (default: experiments/results; with --quick, into --out)."""
+    cells: tuple[str, ...] = ()
+    """Only these cells; all by default."""
+    methods: tuple[str, ...] = ()
+    """Only these methods; all by default."""
+    part: str = "0/1"
+    """i/n: every n-th method from the i-th, so that n processes share the work."""
+    seeds: int = 5
+    """How many seeds, from 0."""
+    rounds: int = 12
+    local_steps: int = 4
+    batch_size: int = 8
+    quick: bool = False
+    """A smoke run: four clients, two rounds, two seeds, two points of the grid, four methods."""
+    grid: tyro.conf.Suppress[tuple[tuple[float, float], ...]] = GRID
+    data: tyro.conf.Suppress[DataOptions] = field(default_factory=DataOptions)
+
+    def plan(self) -> dict[str, Cell]:
+        """The cells by name, in the order in which they are run."""
+        names = [name for name in methods_available() if name not in FIRST]
+        everything = FIRST if self.quick else (*FIRST, *names)
+        cells: dict[str, Cell] = {}
+        for images in (20, 60):
+            for name, changes in {
+                "lang": {"prompt": "client-language"},
+                "neutral": {},
+                "iid": {"prompt": "client-language", "partition": "iid"},
+            }.items():
+                options = self.data.replace(images_per_client=images, **changes)
+                if name == "iid":
+                    options = options.replace(clients=len(options.vendors) * len(options.languages))
+                cells[f"{name}-{images}"] = Cell(options, everything, f"{name}-20")
+        alike = self.data.replace(alpha=float("inf"))
+        vendors, languages = self.data.vendors, self.data.languages
+        for name, changes in {
+            "style": {"languages": languages[:1]},
+            "language": {"vendors": vendors[:1]},
+            "both": {"vendors": vendors[:2], "languages": languages[:2]},
+        }.items():
+            cells[name] = Cell(alike.replace(**changes), SHIFT_METHODS, name)
+        return cells
+
+    def make_run(self, cell: Cell, method: str, seed: int, rates: tuple[float, float], *, test: bool) -> Run:
+        """One run; `method` may end with +ft or +knn, or be a pattern of the search."""
+        share = PATTERNS.get(method, "")
+        train = TrainOptions(
+            rounds=self.rounds, local_steps=self.local_steps, batch_size=self.batch_size,
+            learning_rate_a=rates[0], learning_rate_b=rates[1],
+            finetune_steps=FINETUNE_STEPS if method.endswith("+ft") else 0,
+        )  # fmt: skip
+        evaluation = EvaluationOptions(
+            every=self.rounds, global_model=False, before_redistribution=False, examples=0, metrics=("exact_match",),
+            neighbours=NEIGHBOURS if method.endswith("+knn") else 0, test=test,
+        )  # fmt: skip
+        name = "share" if share else method.partition("+")[0]
+        return Run(
+            method=name, share=share, seed=seed, data=cell.data, train=train, evaluation=evaluation,
+            checkpoint_every=self.rounds, out=self.out / "scratch" / f"part-{self.part.replace('/', '-')}",
+        )  # fmt: skip
+
+    def mine(self, names: Iterator[str] | list[str] | tuple[str, ...]) -> list[str]:
+        """What this process runs: a method stays with one process, which compiles it once."""
+        place, of = map(int, self.part.split("/"))
+        return [name for number, name in enumerate(names) if number % of == place]
+
+
+class Bench:
+    """Runs what has no line yet, and writes the line."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.log = study.out / f"lines-{study.part.replace('/', '-')}.jsonl"
+        self.session: Any = None
+        self.began, self.count = time.monotonic(), 0
+
+    def score(self, stage: str, cell: str, method: str, seed: int, rates: tuple[float, float]) -> summary.Json:
+        """The line of a run, from the log or from running it."""
+        key = {"stage": stage, "cell": cell, "method": method, "seed": seed, "rates": list(rates)}
+        for line in summary.read_all(self.study.out):
+            if all(line[name] == value for name, value in key.items()):
+                return line
+        from fedvlm_jax.runs import loop
+        from fedvlm_jax.runs.folders import read_run
+        from fedvlm_jax.runs.prepare import open_session
+        from fedvlm_jax.runs.progress import SilentProgress
+        from fedvlm_jax.runs.storage import describe_environment
+
+        test = stage in ("run", "confirm")
+        run = self.study.make_run(self.study.plan()[cell], method, seed, rates, test=test)
+        assert run.out is not None
+        shutil.rmtree(run.out, ignore_errors=True)
+        self.session = self.session or open_session(run)
+        start = time.monotonic()
+        record = read_run(loop.train(run, SilentProgress(), self.session))
+        validation = record.scores("personal", split="validation")
+        last = record.rounds[self.study.rounds - 1]
+        line = key | {
+            "validation": sum(validation.values()) / len(validation),
+            "test": record.scores("personal") if test else None,
+            "zero_shot": record.scores("zero_shot") if test else None,
+            "bytes_up": last["bytes_up_per_client"],
+            "bytes_down": last["bytes_down_per_client"],
+            "health": {k: v for k, v in last.items() if isinstance(v, float) and k.startswith(("aggr", "angle", "upd"))},
+            "neighbours": record.results.get("neighbours", {}).get("share"),
+            "seconds": round(time.monotonic() - start, 1),
+            "commit": describe_environment()["commit"],
+        }
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.count += 1
+        passed = (time.monotonic() - self.began) / 60
+        print(f"[{passed:6.1f} min, {self.count} runs] {stage} {cell} {method} seed {seed} a={rates[0]:g} b={rates[1]:g}: "
+              f"validation {line['validation']:.1%}", flush=True)  # fmt: skip
+        return line
+
+    def tune(self, cell: str, method: str) -> tuple[float, float]:
+        """The rates that do best on validation; the first of equals."""
+        return max(
+            self.study.grid, key=lambda rates: self.score("tune", cell, method, TUNE_SEED, rates)["validation"]
+        )
+
+    def run(self) -> None:
+        """All cells that were asked for, method by method."""
+        for name, cell in self.study.plan().items():
+            if self.study.cells and name not in self.study.cells:
+                continue
+            asked = [method for method in cell.methods if not self.study.methods or method in self.study.methods]
+            for method in self.study.mine(asked):
+                rates = self.tune(cell.tuned_in, method)
+                for seed in range(self.study.seeds):
+                    self.score("run", name, method, seed, rates)
+                self.forget()
+
+    def search(self) -> None:
+        """Try the patterns on validation, then confirm the best two on fresh seeds; a single process does this."""
+        candidates = (*PATTERNS, *TWO_ADAPTERS, "plora", "local")
+        candidates = ("B of attention", "plora", "local") if self.study.quick else candidates
+        fresh = FRESH_SEEDS[: self.study.seeds]
+        tried = {}
+        for method in self.study.mine(candidates):
+            scores = [self.score("search", "lang-20", method, seed, SEARCH_RATES) for seed in SEARCH_SEEDS]
+            tried[method] = sum(line["validation"] for line in scores) / len(scores)
+            self.forget()
+        if self.study.part != "0/1":
+            print("the search's part is done; once all are, run it without --part to confirm the best")
+            return
+        best = sorted((name for name in tried if name not in ("plora", "local")), key=lambda name: -tried[name])[:2]
+        for method in (*best, "local", "plora"):
+            for seed in fresh:
+                self.score("confirm", "lang-20", method, seed, SEARCH_RATES)
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop a method's programs: they would fill the memory."""
+        if self.session is not None:
+            for key in [key for key in self.session.memo if isinstance(key, tuple) and key[0] == "programs"]:
+                del self.session.memo[key]
+            gc.collect()
+
+
+QUICK: dict[str, Any] = {
+    "grid": GRID[1:], "seeds": 2, "rounds": 2, "local_steps": 2, "batch_size": 4,
+    "data": DataOptions(
+        vendors=("noto", "fluent"), languages=("en", "de"), images_per_client=6, validation_per_client=4,
+        test_per_client=6,
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run the stage that was asked for."""
+    study = tyro.cli(Study, description=__doc__)
+    if study.quick:
+        study = dataclasses.replace(study, **QUICK)
+    unknown = [name for name in study.cells if name not in study.plan()]
+    if unknown:
+        raise SystemExit(f"--cells {unknown[0]}: there are {', '.join(study.plan())}")
+    study.out.mkdir(parents=True, exist_ok=True)
+    if study.stage == "report":
+        folder = study.results or (study.out / "results" if study.quick else RESULTS)
+        summary.write(study.out, folder, study.plan(), PATTERNS)
+        return
+    keep_heap()
+    import jax
+
+    # Programs are kept between processes: a method that was compiled for one cell starts at once when it goes on.
+    jax.config.update("jax_compilation_cache_dir", os.fspath(study.out.resolve() / "compiled"))
+    bench = Bench(study)
+    bench.run() if study.stage == "run" else bench.search()
+    shutil.rmtree(study.out / "scratch" / f"part-{study.part.replace('/', '-')}", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
