@@ -3,6 +3,8 @@
     python experiments/methods_emoji.py run                       # everything; goes on where it was stopped
     python experiments/methods_emoji.py run --cells lang-20       # one cell
     python experiments/methods_emoji.py run --part 0/2 & python experiments/methods_emoji.py run --part 1/2
+    python experiments/methods_emoji.py curve --cells lang-20     # how soon each method gets how far
+    python experiments/methods_emoji.py search                    # for a better sharing pattern
     python experiments/methods_emoji.py report                    # tables and pictures of what there is
     python experiments/methods_emoji.py run --quick --out /tmp/x  # a smoke run
 
@@ -16,7 +18,7 @@ each and no other difference between them: drawing styles alone (`style`), langu
 does not tell (`language`), and both at once (`both`).
 
 The search tries sharing patterns on the validation split of `lang-20` with two seeds of its own, and confirms the best
-two against local and plora on five fresh seeds.
+two against local and plora on five fresh seeds. The curves are validated every second round, with the tuning's seed.
 """
 
 import dataclasses
@@ -67,6 +69,8 @@ PATTERNS = {
 TWO_ADAPTERS = ("feddpa-t", "feddpa-f", "fedalt", "ditto", "apfl")
 """Candidates of another kind: a global and a private adapter, which a share rule cannot say."""
 SEARCH_RATES = (5e-3, 2e-3)
+TESTED = ("run", "confirm")
+"""Stages that score test; the others leave it alone."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Cell:
 class Study:
     """The study's options; the defaults are those of the README"""
 
-    stage: tyro.conf.Positional[Literal["run", "search", "report"]]
+    stage: tyro.conf.Positional[Literal["run", "curve", "search", "report"]]
     out: Path = Path("runs/methods-emoji")
     """Folder of what is measured: one line per finished run."""
     results: Path | None = None
@@ -128,7 +132,7 @@ class Study:
             cells[name] = Cell(alike.replace(**changes), SHIFT_METHODS, name)
         return cells
 
-    def make_run(self, cell: Cell, method: str, seed: int, rates: tuple[float, float], *, test: bool) -> Run:
+    def make_run(self, stage: str, cell: Cell, method: str, seed: int, rates: tuple[float, float]) -> Run:
         """One run; `method` may end with +ft or +knn, or be a pattern of the search."""
         share = PATTERNS.get(method, "")
         train = TrainOptions(
@@ -137,8 +141,8 @@ class Study:
             finetune_steps=FINETUNE_STEPS if method.endswith("+ft") else 0,
         )  # fmt: skip
         evaluation = EvaluationOptions(
-            every=self.rounds, global_model=False, before_redistribution=False, examples=0, metrics=("exact_match",),
-            neighbours=NEIGHBOURS if method.endswith("+knn") else 0, test=test,
+            every=2 if stage == "curve" else self.rounds, global_model=False, before_redistribution=False, examples=0,
+            metrics=("exact_match",), neighbours=NEIGHBOURS if method.endswith("+knn") else 0, test=stage in TESTED,
         )  # fmt: skip
         name = "share" if share else method.partition("+")[0]
         return Run(
@@ -173,8 +177,7 @@ class Bench:
         from fedvlm_jax.runs.progress import SilentProgress
         from fedvlm_jax.runs.storage import describe_environment
 
-        test = stage in ("run", "confirm")
-        run = self.study.make_run(self.study.plan()[cell], method, seed, rates, test=test)
+        run = self.study.make_run(stage, self.study.plan()[cell], method, seed, rates)
         assert run.out is not None
         shutil.rmtree(run.out, ignore_errors=True)
         self.session = self.session or open_session(run)
@@ -184,11 +187,14 @@ class Bench:
         last = record.rounds[self.study.rounds - 1]
         line = key | {
             "validation": sum(validation.values()) / len(validation),
-            "test": record.scores("personal") if test else None,
-            "zero_shot": record.scores("zero_shot") if test else None,
+            "test": record.scores("personal") if stage in TESTED else None,
+            "zero_shot": record.scores("zero_shot", split="test" if stage in TESTED else "validation"),
+            "curve": [[one["round"], one["validation"]["exact_match"]] for one in record.rounds if one["validation"]],
             "bytes_up": last["bytes_up_per_client"],
             "bytes_down": last["bytes_down_per_client"],
-            "health": {k: v for k, v in last.items() if isinstance(v, float) and k.startswith(("aggr", "angle", "upd"))},
+            "health": {
+                k: v for k, v in last.items() if isinstance(v, float) and k.startswith(("aggr", "angle", "upd"))
+            },
             "neighbours": record.results.get("neighbours", {}).get("share"),
             "seconds": round(time.monotonic() - start, 1),
             "commit": describe_environment()["commit"],
@@ -197,26 +203,27 @@ class Bench:
             file.write(json.dumps(line) + "\n")
         self.count += 1
         passed = (time.monotonic() - self.began) / 60
-        print(f"[{passed:6.1f} min, {self.count} runs] {stage} {cell} {method} seed {seed} a={rates[0]:g} b={rates[1]:g}: "
-              f"validation {line['validation']:.1%}", flush=True)  # fmt: skip
+        which = f"{stage} {cell} {method} seed {seed} a={rates[0]:g} b={rates[1]:g}"
+        print(f"[{passed:6.1f} min, {self.count} runs] {which}: validation {line['validation']:.1%}", flush=True)
         return line
 
     def tune(self, cell: str, method: str) -> tuple[float, float]:
         """The rates that do best on validation; the first of equals."""
-        return max(
-            self.study.grid, key=lambda rates: self.score("tune", cell, method, TUNE_SEED, rates)["validation"]
-        )
+        return max(self.study.grid, key=lambda rates: self.score("tune", cell, method, TUNE_SEED, rates)["validation"])
 
     def run(self) -> None:
-        """All cells that were asked for, method by method."""
+        """All cells that were asked for, method by method; or, in the stage curve, one run of each."""
         for name, cell in self.study.plan().items():
             if self.study.cells and name not in self.study.cells:
                 continue
             asked = [method for method in cell.methods if not self.study.methods or method in self.study.methods]
             for method in self.study.mine(asked):
                 rates = self.tune(cell.tuned_in, method)
-                for seed in range(self.study.seeds):
-                    self.score("run", name, method, seed, rates)
+                if self.study.stage == "curve":
+                    self.score("curve", name, method, TUNE_SEED, rates)
+                else:
+                    for seed in range(self.study.seeds):
+                        self.score("run", name, method, seed, rates)
                 self.forget()
 
     def search(self) -> None:
@@ -266,7 +273,7 @@ def main() -> None:
     study.out.mkdir(parents=True, exist_ok=True)
     if study.stage == "report":
         folder = study.results or (study.out / "results" if study.quick else RESULTS)
-        summary.write(study.out, folder, study.plan(), PATTERNS)
+        summary.write(study.out, folder, study.plan())
         return
     keep_heap()
     import jax
@@ -274,7 +281,7 @@ def main() -> None:
     # Programs are kept between processes: a method that was compiled for one cell starts at once when it goes on.
     jax.config.update("jax_compilation_cache_dir", os.fspath(study.out.resolve() / "compiled"))
     bench = Bench(study)
-    bench.run() if study.stage == "run" else bench.search()
+    bench.search() if study.stage == "search" else bench.run()
     shutil.rmtree(study.out / "scratch" / f"part-{study.part.replace('/', '-')}", ignore_errors=True)
 
 

@@ -43,12 +43,18 @@ def summarise_cell(record: ComparisonRecord) -> Json:
 
 
 def _summarise_method(method: str, scores: Mapping[str, Mapping[int, Mapping[str, float]]], record: Any) -> Json:
-    by_seed = scores[method]
+    sent = [run["bytes_up_per_client"] for run in record.runs if run["method"] == method]
+    rivals = {rival: scores[rival] for rival in RIVALS if rival in scores and rival != method}
+    return summarise_scores(scores[method], rivals) | {"bytes_up_per_client": float(np.mean(sent)) if sent else None}
+
+
+def summarise_scores(
+    by_seed: Mapping[int, Mapping[str, float]], rivals: Mapping[str, Mapping[int, Mapping[str, float]]]
+) -> Json:
+    """Summarise a method's scores by seed and client: its spread over seeds, and paired differences with rivals."""
     summaries = [summarise(one) for one in by_seed.values()]
     nothing = {seed: dict.fromkeys(one, 0.0) for seed, one in by_seed.items()}
     around = paired_difference(by_seed, nothing)  # the mean itself, with the interval over seeds
-    sent = [run["bytes_up_per_client"] for run in record.runs if run["method"] == method]
-    rivals = [rival for rival in RIVALS if rival in scores and rival != method]
     return {
         "mean": around.mean,
         "low": around.low,
@@ -57,9 +63,12 @@ def _summarise_method(method: str, scores: Mapping[str, Mapping[int, Mapping[str
         "worst_decile": float(np.mean([one.worst_decile for one in summaries])),
         "by_seed": [one.mean for one in summaries],
         "by_client": mean_over_seeds(by_seed),
-        "bytes_up_per_client": float(np.mean(sent)) if sent else None,
-        "against": {rival: vars(compare_paired(by_seed, scores[rival])) for rival in rivals},
+        "against": {rival: _as_json(compare_paired(by_seed, other)) for rival, other in rivals.items()},
     }
+
+
+def _as_json(difference: Difference | None) -> Json | None:
+    return None if difference is None else vars(difference)
 
 
 def tabulate(name: str, cell: Json) -> Table:

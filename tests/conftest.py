@@ -1,5 +1,22 @@
-"""Compiling quickly matters more to tests than running quickly: they run each program once, on little data."""
+"""Compiling quickly matters more to tests than running quickly: they run each program once, on little data.
+
+Many files of tests compile the same small programs, in every worker. A folder that lasts as long as the test run keeps
+them: the first process makes it, and its workers and the processes that tests start find it in their environment.
+"""
 
 import os
+import shutil
+import tempfile
+
+FOLDER = "JAX_COMPILATION_CACHE_DIR"
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+_own = None if FOLDER in os.environ else os.environ.setdefault(FOLDER, tempfile.mkdtemp(prefix="fedvlm-tests-"))
+
+
+def pytest_unconfigure() -> None:
+    """The process that made the folder takes it away."""
+    if _own is not None:
+        shutil.rmtree(_own, ignore_errors=True)

@@ -12,6 +12,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import compare as comparing
 from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.config import Compare
+from fedvlm_jax.runs.evaluate import evaluate
 from fedvlm_jax.runs.folders import read_comparison, read_metrics, read_run
 from fedvlm_jax.runs.prepare import open_session
 from fedvlm_jax.runs.progress import SilentProgress
@@ -124,7 +125,7 @@ def test_settings_of_a_method_that_is_not_compared(base, session, tmp_path):
 def test_a_run_is_continued_by_its_own_fine_tuning_only(folder, base, session, tmp_path):
     train = dataclasses.replace(base.train, finetune_steps=3, learning_rate_b=1e-4)
     run = dataclasses.replace(base, method="fedavg-lora", train=train, out=tmp_path / "run")
-    with pytest.raises(UserError, match=r"differs from .* in more than local fine-tuning"):
+    with pytest.raises(UserError, match=r"differs from .* in more than local fine-tuning or neighbours"):
         loop.extend(folder / "runs" / "fedavg-lora-seed1", run, None, session)
 
 
@@ -144,3 +145,54 @@ def test_what_clients_had_before_redistribution_can_be_left_out(folder, base, se
     assert "before_redistribution" in whole.rounds[-1]["validation"]
     assert "before_redistribution" not in record.rounds[-1]["validation"]
     assert record.results == whole.results
+
+
+@pytest.fixture(scope="module")
+def remembering(base, session, tmp_path_factory):
+    """Rounds that were run, and the folder, of a comparison in which neighbours follow a federation."""
+    show = SilentProgress()
+    base = dataclasses.replace(base, out=tmp_path_factory.mktemp("comparisons") / "knn")
+    comparison = Compare(methods=("plora+knn", "plora"), seeds=1, neighbours=2, base=base)
+    return show.lines, comparing.compare(comparison, show, session)
+
+
+def test_neighbours_do_not_repeat_the_federation(remembering):
+    lines, folder = remembering
+    assert [(line["method"], line["round"]) for line in lines] == [("plora", 1), ("plora", 2)]
+    record = read_comparison(folder)
+    assert [run["method"] for run in record.runs] == ["plora+knn", "plora"]
+    assert {run["bytes_up_per_client"] for run in record.runs} == {record.runs[0]["bytes_up_per_client"]}
+
+
+def test_neighbours_change_what_is_said_and_not_what_was_learnt(remembering):
+    _, folder = remembering
+    plain, mixed = (read_run(folder / "runs" / f"{name}-seed1") for name in ("plora", "plora+knn"))
+    assert mixed.method == "plora+knn"
+    assert set(mixed.results["neighbours"]["share"]) == set(mixed.scores("personal"))
+    assert "neighbours" not in plain.results
+    assert mixed.scores("personal", "loss", "validation") != plain.scores("personal", "loss", "validation")
+    assert mixed.results["zero_shot"] == plain.results["zero_shot"]
+    assert mixed.results["global"] == plain.results["global"]
+    for name, share in mixed.results["neighbours"]["share"].items():
+        own, other = (record.scores("personal", "loss", "validation")[name] for record in (mixed, plain))
+        assert own <= other + 1e-5, (name, share)  # by choice: no neighbours were among what was tried
+    one, two = (read_adapters(record.folder) for record in (plain, mixed))
+    for name, arrays in one.items():
+        for path, array in arrays.items():
+            np.testing.assert_array_equal(array, two[name][path], err_msg=f"{name} {path}")
+
+
+def test_a_stored_run_remembers_again(remembering):
+    """`fedvlm evaluate` builds the memory anew from the training data and finds the same numbers."""
+    _, folder = remembering
+    record = read_run(folder / "runs" / "plora+knn-seed1")
+    again = evaluate(record.folder)
+    assert again["neighbours"] == record.results["neighbours"]
+    for metric, values in record.results["personal"]["test"].items():
+        assert again["personal"]["test"][metric] == pytest.approx(values, rel=1e-5, abs=1e-6), metric
+
+
+def test_neighbours_are_asked_for_by_name(base, session, tmp_path):
+    base = dataclasses.replace(base, out=tmp_path, evaluation=dataclasses.replace(base.evaluation, neighbours=2))
+    with pytest.raises(UserError, match=r'here add "\+knn" to a method'):
+        comparing.compare(Compare(methods=("plora",), seeds=1, base=base), None, session)

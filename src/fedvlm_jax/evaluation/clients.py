@@ -196,7 +196,10 @@ class Evaluator:
         outputs = jax.device_get(program(params, own, batch))
         for place, piece in enumerate(wave):
             if piece.real:
-                yield piece.client, jax.tree.map(lambda leaf, place=place, piece=piece: leaf[place, : piece.real], outputs)
+                yield (
+                    piece.client,
+                    jax.tree.map(lambda leaf, place=place, piece=piece: leaf[place, : piece.real], outputs),
+                )
 
     def _gold(self, split: Split, numbers: Sequence[int]) -> list[str]:
         return [

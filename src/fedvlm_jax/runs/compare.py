@@ -2,8 +2,8 @@
 
 Everything that does not depend on the method (model, data, frozen features, zero-shot scores) is shared, and a method's
 compiled programs serve all its seeds. "X+ft" and "X+knn" continue the run of X where that is in the comparison with
-the same options. A comparison that was interrupted goes on where it stopped: finished runs are read, a half-finished one is
-resumed.
+the same options. A comparison that was interrupted goes on where it stopped: finished runs are read, a half-finished
+one is resumed.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ def compare(
         comparison: what is compared.
         show: where to report.
         session: what an earlier run of the same model and data left, to start faster.
-        settings: method (with its "+ft" or "+knn") -> its own training options in place of `comparison.base.train`, for example
-            the learning rates tuned for it. They are kept in `comparison.json`.
+        settings: method (with its "+ft" or "+knn") -> its own training options in place of `comparison.base.train`,
+            for example the learning rates tuned for it. They are kept in `comparison.json`.
 
     Raises:
         UserError: as `loop.train`, or the folder holds runs with other options.

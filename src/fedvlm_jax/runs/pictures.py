@@ -110,7 +110,7 @@ def draw_comparison_health(record: ComparisonRecord, target: Path) -> list[Pictu
     panels = health_plots.list_panels([lines for runs in curves.values() for lines in runs], record.metric)
     if not panels:
         return []
-    more = "One line per method, mean over seeds; with +ft or +knn after its name a method shares the line of its federation."
+    more = "One line per method, mean over seeds; with +ft or +knn after its name it has its federation's line."
     caption = health_plots.explain(panels, more)
     return [_draw(target, "health", caption, lambda *how: health_plots.draw_method_health(curves, record.metric, *how))]
 

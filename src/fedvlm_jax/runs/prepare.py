@@ -181,9 +181,7 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         )
         inputs = add_reference(inputs, reference)
     layout = _lay_out(run, examples, session.mesh, run.cohort, run.system.wave)
-    remembering = (
-        (run.evaluation.neighbours, run.evaluation.neighbour_temperature) if run.evaluation.neighbours else ()
-    )
+    remembering = (run.evaluation.neighbours, run.evaluation.neighbour_temperature) if run.evaluation.neighbours else ()
     answer = session.remember(
         ("answer", run.evaluation.max_answer_tokens, *remembering),
         lambda: make_answer(

@@ -1,0 +1,179 @@
+"""kNN-Per by hand, against a transcription of the paper's formula, and on the tiny model."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import make_folder, tiny_run
+
+from fedvlm_jax.evaluation.clients import make_answer
+from fedvlm_jax.evaluation.neighbours import NOTHING, SHARES, Memory, Recall, recall, with_memory
+from fedvlm_jax.runs.prepare import open_session, prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A model whose states and logits are its batch."""
+
+    logits: Any
+    states: Any
+    generate: Any = None
+
+
+class Batch(NamedTuple):
+    states: Any
+    logits: Any
+
+
+GIVEN = Given(lambda params, adapter, batch: batch.logits, lambda params, adapter, batch: tuple(batch))
+
+
+def mix(memory, states, logits, neighbours=3, temperature=1.0):
+    own = Recall(None, Memory(*map(jnp.asarray, memory)))
+    return with_memory(GIVEN, neighbours, temperature).logits(
+        None, own, Batch(jnp.asarray(states), jnp.asarray(logits))
+    )
+
+
+def test_three_neighbours_by_hand():
+    """Distances 0, 1 and 2 to tokens 1, 2 and 1, at a share of 0.4, beside a model that finds all four tokens equal."""
+    memory = (np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]], np.float32), [1, 2, 1], np.float32(0.4))
+    found = np.exp(mix(memory, np.zeros((1, 2), np.float32), np.zeros((1, 4), np.float32)))[0]
+    total = 1 + math.exp(-1) + math.exp(-2)
+    remembered = np.array([0, 1 + math.exp(-2), math.exp(-1), 0]) / total
+    np.testing.assert_allclose(found, 0.4 * remembered + 0.6 / 4, rtol=1e-5)
+
+
+def test_only_the_nearest_k_count():
+    memory = (np.array([[0.0], [1.0], [3.0]], np.float32), [0, 1, 2], np.float32(1.0))
+    found = np.exp(mix(memory, [[0.0]], [[0.0, 0.0, 0.0]], neighbours=2))[0]
+    np.testing.assert_allclose(found, [1 / (1 + math.exp(-1)), math.exp(-1) / (1 + math.exp(-1)), 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_paper_s_formula(temperature):
+    """arXiv 2111.09360, equations 5 and 6, written down once more in float64."""
+    rng = np.random.default_rng(1)
+    states, kept = rng.normal(size=(2, 5, 6)), rng.normal(size=(30, 6))
+    tokens, logits, share, k = rng.integers(0, 7, 30), rng.normal(size=(2, 5, 7)), 0.3, 4
+    wanted = np.zeros((2, 5, 7))
+    for row in range(2):
+        for place in range(5):
+            distance = np.linalg.norm(kept - states[row, place], axis=1)
+            for i in np.argsort(distance)[:k]:
+                wanted[row, place, tokens[i]] += math.exp(-distance[i] / temperature)
+    wanted /= wanted.sum(-1, keepdims=True)
+    model = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    memory = (kept.astype(np.float32), tokens, np.float32(share))
+    found = mix(memory, states.astype(np.float32), logits.astype(np.float32), k, temperature)
+    np.testing.assert_allclose(np.exp(found), share * wanted + (1 - share) * model, rtol=2e-4, atol=1e-6)
+
+
+def test_a_share_of_nothing_leaves_the_logits_alone():
+    memory = (np.ones((2, 3), np.float32), [0, 1], np.float32(0.0))
+    logits = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    np.testing.assert_array_equal(mix(memory, np.zeros((4, 3), np.float32), logits), logits)
+
+
+def test_empty_places_are_nobody_s_neighbours():
+    """Padding lies at the origin, nearer than everything that is kept."""
+    kept = np.array([[0.0, 0.0], [5.0, 0.0], [0.0, 0.0]], np.float32)
+    found = np.exp(mix((kept, [NOTHING, 3, NOTHING], np.float32(1.0)), [[0.0, 0.0]], [[0.0] * 5]))[0]
+    np.testing.assert_allclose(found, [0, 0, 0, 1, 0], atol=1e-6)
+
+
+def open_run(run):
+    """A run whose clients have models of their own, none of them trained."""
+    session = open_session(run)
+    prepared = prepare(run, session)
+    rng = np.random.default_rng(3)
+    count = len(prepared.examples.clients)
+    adapters = jax.tree.map(
+        lambda leaf: (leaf + 0.03 * rng.standard_normal((count, *leaf.shape))).astype(np.float32), prepared.adapter
+    )
+    evaluator = dataclasses.replace(
+        prepared.evaluator, answer=make_answer(with_memory(session.vlm, 1, 1.0), max_tokens=16), base={}
+    )
+    return prepared, evaluator, adapters
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return open_run(tiny_run(make_folder(tmp_path_factory.mktemp("model") / "tiny"), tmp_path_factory.mktemp("none")))
+
+
+def remember(tiny, clients=range(4), **changes):
+    prepared, evaluator, adapters = tiny
+    options = {"neighbours": 1, "temperature": 1.0, "capacity": 10_000} | changes
+    return recall(evaluator, prepared.session.vlm, prepared.session.params, adapters, clients, **options)
+
+
+def test_a_client_that_trusts_its_memory_recites_its_training_answers(tmp_path):
+    """At λ = 1 and k = 1 every state of a training answer is its own nearest neighbour, so it is said word for word.
+
+    With the shipped model: a random one hardly tells pictures apart.
+    """
+    shipped = open_run(tiny_run("florence2-nano", tmp_path))
+    prepared, evaluator, _ = shipped
+    recalls, _ = remember(shipped)
+    recalls.memory.share[:] = 1.0
+    rows = {number: prepared.examples.clients[number].train for number in (0, 2)}
+    own = {"own": lambda numbers: jax.tree.map(lambda leaf: leaf[numbers], recalls)}
+    said = evaluator.ask(prepared.session.params, own, rows)["own"]
+    assert said == {number: [prepared.examples.answers[row].strip() for row in rows[number]] for number in rows}
+
+
+def test_a_memory_is_its_client_s_own(tiny):
+    prepared, _, _ = tiny
+    recalls, _ = remember(tiny)
+    for number, client in enumerate(prepared.examples.clients):
+        labels = prepared.examples.labels[client.train]
+        kept = recalls.memory.tokens[number]
+        np.testing.assert_array_equal(np.sort(kept[kept != NOTHING]), np.sort(labels[labels != -100]))
+
+
+def test_who_does_not_take_part_remembers_nothing(tiny):
+    prepared, _, _ = tiny
+    recalls, shares = remember(tiny, clients=(0, 1, 3))
+    assert prepared.examples.clients[2].name not in shares
+    assert recalls.memory.share[2] == 0
+    assert (recalls.memory.tokens[2] == NOTHING).all()
+
+
+def test_capacity_bounds_what_is_kept(tiny):
+    recalls, _ = remember(tiny, capacity=5)
+    assert recalls.memory.tokens.shape[1] == 5
+    whole, _ = remember(tiny)
+    first, last = whole.memory.states[0][0], whole.memory.states[0][(whole.memory.tokens[0] != NOTHING).sum() - 1]
+    np.testing.assert_array_equal(recalls.memory.states[0][[0, -1]], [first, last])
+
+
+def test_the_share_is_the_likeliest_on_validation(tiny):
+    """Every λ is scored by the evaluator itself, on validation; the one chosen must have the lowest loss."""
+    prepared, evaluator, _ = tiny
+    recalls, shares = remember(tiny, neighbours=1)
+    losses = {}
+    for share in SHARES:
+        recalls.memory.share[:] = share
+        own = {"own": lambda numbers: jax.tree.map(lambda leaf: leaf[numbers], recalls)}
+        losses[share] = evaluator(prepared.session.params, own, "validation", range(4))["own"]["loss"]
+    for name, chosen in shares.items():
+        best = min(losses[share][name] for share in SHARES)
+        assert losses[chosen][name] == pytest.approx(best, rel=1e-4), name
+    assert any(shares.values()), "a random model is worse than its memory somewhere"
+
+
+def test_without_validation_nothing_is_mixed_in(tiny):
+    prepared, evaluator, adapters = tiny
+    first, *others = prepared.examples.clients
+    examples = dataclasses.replace(
+        prepared.examples, clients=(dataclasses.replace(first, validation=first.validation[:0]), *others)
+    )
+    blind = (prepared, dataclasses.replace(evaluator, examples=examples), adapters)
+    recalls, shares = remember(blind)
+    assert first.name not in shares
+    assert recalls.memory.share[0] == 0
