@@ -134,6 +134,22 @@ def test_local_training_is_compared_with_whatever_the_server_does() -> None:
     assert for_method(base, "local") == Run(method="local")
 
 
+def test_weights_are_for_methods_that_weigh_by_them() -> None:
+    uniform = Run(train=TrainOptions(weighting="uniform"))
+    idle = ("local", "hetlora", "fedalt", "ce-lora", "fedmosaic")
+    for name in methods_available():
+        run = dataclasses.replace(uniform, method=name)
+        if name in idle:
+            with pytest.raises(UserError, match=f"--train.weighting means nothing to --method {name}"):
+                validate(run)
+        else:
+            validate(run)
+        assert for_method(uniform, name).train.weighting == ("examples" if name in idle else "uniform")
+    validate_comparison(Compare(methods=("local", "plora"), base=uniform))
+    with pytest.raises(UserError, match="--train.weighting means nothing to any of --methods local hetlora"):
+        validate_comparison(Compare(methods=("local", "hetlora"), base=uniform))
+
+
 def test_every_number_beside_a_method_has_its_range() -> None:
     groups = {"local": LocalOptions(), "server": ServerOptions(), "hyper": HyperOptions()}
     numbers = {

@@ -21,7 +21,9 @@ REFUSES: dict[str, str] = {
 
 def make(setup: Setup) -> Method:
     """hetlora, as a share rule with its own average."""
-    return make_share_method("hetlora", SOURCE, FACTORS, setup, Parts(average=average, refuses=REFUSES))
+    return make_share_method(
+        "hetlora", SOURCE, FACTORS, setup, Parts(average=average, refuses=REFUSES, moot=frozenset({"train.weighting"}))
+    )
 
 
 def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"]) -> PyTree:

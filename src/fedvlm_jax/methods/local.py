@@ -13,4 +13,6 @@ REFUSES: dict[str, str] = dict.fromkeys(
 
 def make(setup: Setup) -> Method:
     """local, as a share rule."""
-    return make_share_method("local", SOURCE, NOTHING, setup, Parts(refuses=REFUSES, moot=frozenset(REFUSES)))
+    return make_share_method(
+        "local", SOURCE, NOTHING, setup, Parts(refuses=REFUSES, moot=frozenset({*REFUSES, "train.weighting"}))
+    )

@@ -159,7 +159,8 @@ class Method(NamedTuple):
             `local.proximal`, `local.scaffold`, `lora.ranks`, `share`, and the fields of `hyper` that it reads,
             `hyper.ditto_lambda` say. The others are refused.
         refuses: such an option -> why not, to be read after "because".
-        moot: those of them that would merely do nothing: a comparison, in which others take them, leaves them out here.
+        moot: those of them, or `train.weighting`, that would merely do nothing: a comparison, in which others take
+            them, leaves them out here.
     """
 
     name: str

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
-from fedvlm_jax.runs.config import SHARE, Run, methods_available
+from fedvlm_jax.runs.config import SHARE, Run, TrainOptions, methods_available
 
 if TYPE_CHECKING:
     from fedvlm_jax import lora
     from fedvlm_jax.methods import Method
 
 __all__ = ["RANGES", "check_choices", "check_comparison", "check_rule", "declare", "for_method"]
+
+WEIGHTING = "train.weighting"
 
 Range = tuple[Callable[[float], bool], str]
 
@@ -67,6 +69,10 @@ def check_choices(run: Run) -> None:
         raise UserError(
             f"--share makes a method of its own, named {SHARE}: leave out --method {run.method}, or leave out --share"
         )
+    if WEIGHTING in method.moot and _weighs_otherwise(run):
+        raise UserError(
+            f"{_flag(WEIGHTING)} means nothing to --method {run.method}: it weighs no clients by it. Leave it out"
+        )
     for path in _own_options(run):
         if path not in method.takes and path != "share":
             raise UserError(
@@ -87,6 +93,8 @@ def check_comparison(base: Run, names: Sequence[str]) -> None:
     for path in _orthogonal_options(base):
         if all(path not in _orthogonal_options(_leave_out(base, method)) for method in methods.values()):
             raise UserError(f"{_flag(path)} means nothing to any of --methods {' '.join(methods)}: leave it out")
+    if _weighs_otherwise(base) and all(WEIGHTING in method.moot for method in methods.values()):
+        raise UserError(f"{_flag(WEIGHTING)} means nothing to any of --methods {' '.join(methods)}: leave it out")
     for path in _own_options(base):
         if not any(path in method.takes for method in methods.values()):
             raise UserError(
@@ -114,7 +122,17 @@ def _leave_out(run: Run, method: "Method") -> Run:
         path.removeprefix("local."): getattr(LocalOptions(), path[6:]) for path in method.moot if path[:6] == "local."
     }
     server = ServerOptions() if "server" in method.moot else run.server
-    return dataclasses.replace(run, server=server, local=dataclasses.replace(run.local, **local))
+    weighting = TrainOptions().weighting if WEIGHTING in method.moot else run.train.weighting
+    return dataclasses.replace(
+        run,
+        server=server,
+        local=dataclasses.replace(run.local, **local),
+        train=dataclasses.replace(run.train, weighting=weighting),
+    )
+
+
+def _weighs_otherwise(run: Run) -> bool:
+    return run.train.weighting != TrainOptions().weighting
 
 
 def declare(name: str, run: Run) -> "Method":

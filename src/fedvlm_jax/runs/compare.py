@@ -133,13 +133,12 @@ def _train_options(comparison: Compare, settings: Mapping[str, TrainOptions], me
 
 def _make_run(comparison: Compare, settings: Mapping[str, TrainOptions], method: str, seed: int) -> Run:
     assert comparison.out is not None
-    base = comparison.base
+    base = dataclasses.replace(comparison.base, train=_train_options(comparison, settings, method))
     neighbours = comparison.neighbours if method.endswith(REMEMBERING) else 0
     return dataclasses.replace(
         for_method(base, plain(method)),
         seed=seed,
         evaluation=dataclasses.replace(base.evaluation, neighbours=neighbours),
-        train=_train_options(comparison, settings, method),
         out=comparison.out / "runs" / f"{method}-seed{seed}",
     )
 

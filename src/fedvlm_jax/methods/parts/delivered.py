@@ -123,5 +123,5 @@ def make_delivering_method(
     return Method(
         name, source, init, init_client, client_update, aggregate, personalise, trained_adapter,
         download=lambda server: {}, deliver=hand_out, receive=receive, travels=travels,
-        takes=frozenset(reads), refuses=REFUSES,
+        takes=frozenset(reads), refuses=REFUSES, moot=frozenset({"train.weighting"}),
     )  # fmt: skip
