@@ -21,6 +21,7 @@ class Given:
 
     logits: Any
     states: Any
+    encode: Any = None
     generate: Any = None
 
 

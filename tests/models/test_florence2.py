@@ -115,6 +115,20 @@ def test_an_adapter_in_the_vision_tower_does_not_pass_by_cached_features(loaded:
         vlm.generate(params, adapter, batch, 3)
 
 
+@pytest.mark.parametrize("targets", ["encoder/.*fc1", "decoder/.*(q_proj|v_proj)", "(q|v)_proj|shared|fc2"])
+def test_a_prompt_may_be_encoded_once_for_several_uses(loaded: Any, targets: str) -> None:
+    vlm, params, batch = loaded
+    adapter = make_adapter(vlm, f"language_model.*({targets})")
+    memory = {"memory": vlm.encode(params, adapter, batch), "attention_mask": batch["attention_mask"]}
+    labels = {"labels": batch["labels"]}
+    np.testing.assert_allclose(
+        vlm.logits(params, adapter, memory | labels), vlm.logits(params, adapter, batch), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_array_equal(vlm.generate(params, adapter, memory, 5), vlm.generate(params, adapter, batch, 5))
+    other = vlm.encode(params, None, batch)
+    assert np.array_equal(other, memory["memory"]) == targets.startswith("decoder")
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_clients_at_once_generate_as_one_by_one(loaded: Any, beams: int) -> None:
     vlm, params, batch = loaded

@@ -251,8 +251,10 @@ def make_answer(vlm: Any, max_tokens: int) -> Callable[..., tuple[Any, dict[str,
     """
 
     def one(params: PyTree, adapter: PyTree, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        prompt = {name: array for name, array in batch.items() if name not in LABELS}
-        return vlm.generate(params, adapter, prompt, max_tokens, num_beams=1), _score(vlm, params, adapter, batch)
+        prompt = {"memory": vlm.encode(params, adapter, batch), "attention_mask": batch["attention_mask"]}
+        answers = {name: batch[name] for name in LABELS if name in batch}
+        ids = vlm.generate(params, adapter, prompt, max_tokens, num_beams=1)
+        return ids, _score(vlm, params, adapter, prompt | answers)
 
     def answer(params: PyTree, adapters: PyTree, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         across = jax.vmap(one, in_axes=(None, None if adapters is None else 0, 0), spmd_axis_name=CLIENTS)

@@ -72,6 +72,9 @@ def with_memory(vlm: Any, neighbours: int, temperature: float) -> Any:
         # Where nothing is mixed in the logits stay as they are, bit for bit.
         return jnp.where(memory.share > 0, jnp.log(jnp.maximum(mixed, FLOOR)), logits)
 
+    def encode(params: Any, own: Any, batch: Any) -> Array:
+        return vlm.encode(params, own.adapter if isinstance(own, Recall) else own, batch)
+
     def logits(params: Any, own: Any, batch: Any) -> Array:
         if not isinstance(own, Recall):
             return vlm.logits(params, own, batch)
@@ -82,7 +85,7 @@ def with_memory(vlm: Any, neighbours: int, temperature: float) -> Any:
             return vlm.generate(params, own, batch, max_tokens, **options)
         return vlm.generate(params, own.adapter, batch, max_tokens, amend=amend, recalled=own.memory, **options)
 
-    return dataclasses.replace(vlm, logits=logits, generate=generate)
+    return dataclasses.replace(vlm, encode=encode, logits=logits, generate=generate)
 
 
 def _find(memory: Memory, states: Array, neighbours: int, temperature: float) -> tuple[Array, Array]:

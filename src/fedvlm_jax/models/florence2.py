@@ -79,6 +79,8 @@ class Florence2(nn.Module):
         return self.image_projector(self.vision_tower(pixel_values))
 
     def encode(self, batch: Batch) -> Float[Array, "B T D"]:
+        if "memory" in batch:
+            return batch["memory"]
         if "image_features" in batch:
             features = batch["image_features"].astype(self.dtype)
         else:
@@ -166,9 +168,8 @@ def example_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {"pixel_values": pixels, "input_ids": ids, "attention_mask": ids, "labels": labels}
 
 
-def _part(adapter: Any, *names: str) -> Any:
-    """The part of an adapter that a call reads: `lora.inject` refuses leaves that a call never reads."""
-    return {name: adapter[name] for name in names if name in adapter} or None if adapter else None
+def _seeing(path: str) -> bool:
+    return path.startswith(("vision_tower/", "image_projector/"))
 
 
 def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generation_config: Any | None = None) -> Vlm:
@@ -197,23 +198,29 @@ def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generat
         return dict(module.init(key, zeros, method="logits")["params"])
 
     def image_features(params: Params, adapter: Any, pixel_values: Array) -> Array:
-        part = _part(adapter, "vision_tower", "image_projector")
-        return injected(params, part, pixel_values, method="image_features")
+        return injected(params, generation.part(adapter, _seeing), pixel_values, method="image_features")
+
+    def encode(params: Params, adapter: Any, batch: Batch) -> Array:
+        if "memory" in batch:
+            return batch["memory"]
+        return injected(params, generation.part(adapter, generation.encoding), batch, method="encode")
 
     def logits(params: Params, adapter: Any, batch: Batch) -> Array:
-        return injected(params, adapter, batch, method="logits")
+        return states(params, adapter, batch)[1]
 
     def states(params: Params, adapter: Any, batch: Batch) -> tuple[Array, Array]:
-        return injected(params, adapter, batch, method="states")
+        part = generation.part(adapter, generation.decoding) if "memory" in batch else adapter
+        return injected(params, part, batch, method="states")
 
     return Vlm(
         config=config,
         dtype=dtype,
         init=init,
         image_features=image_features,
+        encode=encode,
         logits=logits,
         states=states,
-        generate=generation.make_generate(config, module, injected, options),
+        generate=generation.make_generate(config, module, injected, encode, options),
         image_tokens=lambda height, width: image_tokens(config, height, width),
         example_batch=lambda: example_batch(config),
         generation_config=options,

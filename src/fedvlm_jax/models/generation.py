@@ -98,25 +98,33 @@ def _as_ids(value: Any) -> tuple[int, ...]:
 
 
 def make_generate(
-    config: Any, module: Any, injected: Callable[..., Any], generation_config: Any
+    config: Any, module: Any, injected: Callable[..., Any], encode: Callable[..., Array], generation_config: Any
 ) -> Callable[..., Array]:
-    """The `generate` of a Florence-2 module; `injected` is its `apply` with an adapter argument."""
+    """The `generate` of a Florence-2 module.
+
+    Args:
+        config: transformers' `Florence2Config`.
+        module: the linen module.
+        injected: its `apply` with an adapter argument.
+        encode: the record's.
+        generation_config: transformers' `GenerationConfig`.
+    """
 
     @partial(jax.jit, static_argnames=("length", "settings", "amend"))
     def run(
         params: Any, adapter: Any, batch: Any, recalled: Any, length: int, settings: Settings, amend: Amend | None
     ) -> Array:
-        memory = injected(params, _part(adapter, _encoding), batch, method="encode")
+        memory = encode(params, adapter, batch)
         mask = batch["attention_mask"]
-        later = _part(adapter, lambda path: _decoding(path) and not _of_memory(path))
+        later = part(adapter, lambda path: decoding(path) and not _of_memory(path))
         cache = empty_cache(config.text_config, memory.shape[0], settings.num_beams, length, module.dtype)
 
         def read(states: Array, logits: Array, cache: Cache) -> tuple[Array, Cache]:
             return logits if amend is None else amend(recalled, states, logits), cache
 
         def first(ids: Array) -> tuple[Array, Cache]:
-            part = _part(adapter, _decoding)
-            return read(*injected(params, part, ids, jnp.int32(0), cache, memory, mask, method="step"))
+            own = part(adapter, decoding)
+            return read(*injected(params, own, ids, jnp.int32(0), cache, memory, mask, method="step"))
 
         def step(ids: Array, position: Array, cache: Cache) -> tuple[Array, Cache]:
             return read(*injected(params, later, ids, position, cache, None, mask, method="step"))
@@ -141,7 +149,7 @@ def make_generate(
         Args:
             params: of the base.
             adapter: or None.
-            batch: `input_ids`, `attention_mask` and `pixel_values` or `image_features`; labels are ignored.
+            batch: as `Vlm` describes it; labels are ignored.
             max_tokens: how many tokens at most, forced BOS and EOS included: transformers' `max_new_tokens`.
             num_beams: 1 for greedy search; None for what the generation configuration says.
             amend: changes the logits at every step; compiled once per function, so it must not be made anew each time.
@@ -169,11 +177,13 @@ def make_generate(
     return generate
 
 
-def _encoding(path: str) -> bool:
+def encoding(path: str) -> bool:
+    """Is the leaf at this path of an adapter read on the way to the memory?"""
     return not path.startswith("language_model/decoder/")
 
 
-def _decoding(path: str) -> bool:
+def decoding(path: str) -> bool:
+    """Is it read on the way from there?"""
     return path.startswith(("language_model/decoder/", "language_model/shared/"))
 
 
@@ -182,6 +192,6 @@ def _of_memory(path: str) -> bool:
     return "/encoder_attn/k_proj/" in path or "/encoder_attn/v_proj/" in path
 
 
-def _part(adapter: Any, belongs: Callable[[str], bool]) -> Any:
+def part(adapter: Any, belongs: Callable[[str], bool]) -> Any:
     """The part of the adapter that one call reads: a leaf that a call never reads is an error in `lora.inject`."""
     return tree.partition(adapter, belongs)[0] or None if adapter else None

@@ -20,6 +20,9 @@ from fedvlm_jax.errors import UserError
 # Added to a score to hide a key. Finite, so that a row whose keys are all hidden gives numbers and not NaN.
 HIDDEN = -1e9
 
+# Stacks of up to so many layers are unrolled. Longer ones would take too long to compile.
+SHORT = 3
+
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
@@ -79,8 +82,13 @@ def dot_attention(
 
 
 def scanned(layer: type[nn.Module], length: int, in_axes: tuple[Any, ...], remat: bool) -> Callable[..., Any]:
-    """`layer` repeated `length` times as one scan: parameters, and adapters, get a leading layer axis [L, ...]."""
+    """`layer` repeated `length` times as one scan: parameters, and adapters, get a leading layer axis [L, ...].
+
+    A short stack is unrolled: a scan writes down what the backward pass needs of every layer and reads it back, a sixth
+    of a training step of the shipped model on a CPU, and compiles no faster.
+    """
     body = nn.remat(layer, prevent_cse=False) if remat else layer
     scan: Any = nn.scan  # its annotations ask for less than it takes
     axes = {"params": 0, "lora": 0}
-    return scan(body, variable_axes=axes, split_rngs={"params": True}, in_axes=in_axes, length=length)
+    unroll = length if length <= SHORT else 1
+    return scan(body, variable_axes=axes, split_rngs={"params": True}, in_axes=in_axes, length=length, unroll=unroll)

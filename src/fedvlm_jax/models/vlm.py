@@ -8,6 +8,8 @@ A *batch* is a dict of arrays:
                     are there, these are used
     input_ids       [B, T] int32, image tokens included, as Hugging Face's model takes them
     attention_mask  [B, T] int32, 0 where padded
+    memory          [B, T, D], in the place of both: what `Vlm.encode` returned of them, so that the encoder runs once
+                    for several uses of its prompt; the mask is still read
     labels          [B, U] int32, -100 where ignored (decoder inputs are the labels shifted right); or
     decoder_input_ids [B, U] int32, which take precedence
 Labels or decoder inputs may also be [B, A, U], several answers to each prompt. They are answered as if each were asked
@@ -49,6 +51,9 @@ class Vlm:
     image_features: Callable[[Params, Any, Array], Array]
     """(params, adapter, pixel_values [B, H, W, 3]) -> image tokens [B, P, D]. Of the adapter, only the part that lies
     in the vision tower and the projector is used."""
+
+    encode: Callable[[Params, Any, Batch], Array]
+    """(params, adapter, batch) -> the encoder's memory [B, T, D]."""
 
     logits: Callable[[Params, Any, Batch], Array]
     """(params, adapter, batch) -> float32 logits [B, U, V], or [B, A, U, V], at the decoder's positions."""
