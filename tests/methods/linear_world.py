@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import paper_rounds as papers
+import paper_world
 from flax import linen as nn
 from toy import start_states
 
@@ -82,7 +82,7 @@ class World:
 
     def problem(self, start=None):
         """The same as a paper sees it: transposed matrices in float64, batches of the rows that count."""
-        return papers.Problem(
+        return paper_world.Problem(
             base={layer: kernel.T.astype(float) for layer, kernel in self.base.items()},
             start=as_theta(self.adapter) if start is None else start,
             scale=SCALE,

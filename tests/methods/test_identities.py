@@ -8,7 +8,8 @@ formula is `test_papers` too.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import paper_rounds as papers
+import paper_personal as personal
+import paper_world
 import pytest
 from linear_world import SCALE, SHAPES, SHARES, World, as_theta, assert_close
 
@@ -123,13 +124,13 @@ def test_an_average_that_is_not_exact(averaged):
 def test_nobody_else_to_take_a_mean_of():
     """A mean over an empty set of others: nothing is delivered, and nothing is divided by zero."""
     world = World("fedmosaic", clients=1, shares=[1.0])
-    wanted = papers.fedmosaic(world.problem(), 0.5, 0.5)
+    wanted = personal.fedmosaic(world.problem(), 0.5, 0.5)
     for found, want in zip(world.run(), wanted, strict=True):
         for layer, kernel in kernels(found.base, found.adapters[0]).items():
             assert_close(kernel.T, want.weights[0][layer])
     world = World("fedalt", clients=1, shares=[1.0])
     probe = np.random.default_rng(1).normal(size=(6, 5))
-    for found, (want,) in zip(world.run(), papers.fedalt(world.problem(), probe), strict=True):
+    for found, (want,) in zip(world.run(), personal.fedalt(world.problem(), probe), strict=True):
         batch = {"inputs": jnp.asarray(probe, jnp.float32)}
         assert_close(world.vlm.logits(found.base, found.adapters[0], batch), want)
 
@@ -144,7 +145,7 @@ def test_every_leaf_is_the_mean_in_every_round(averaged):
     """
     for found in averaged[1]:
         clients = [as_theta(one) for one in found.trained]
-        want = papers.mean(clients, SHARES.tolist())
+        want = paper_world.mean(clients, SHARES.tolist())
         got = as_theta(found.adapters[0])
         assert len(got) == 4
         for key, value in want.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import paper_personal as personal
 import paper_rounds as papers
 import pytest
 from linear_world import KEY, RANK, SHAPES, World, as_theta, assert_close
@@ -141,7 +142,7 @@ def test_server_optimisers(name, kind):
     """v has the squared pseudo-gradient, not the squared momentum (known mistake 4)."""
     rate, beta1, beta2, tau = 0.3, 0.8, 0.9, 0.05
     world = World(name, server=ServerOptions(kind, rate, beta1, beta2, tau), rounds=3)
-    assert_rounds(world, SIMPLE[name](world.problem(), server_step=papers.make_fedopt(kind, rate, beta1, beta2, tau)))
+    assert_rounds(world, SIMPLE[name](world.problem(), server_step=paper_world.make_fedopt(kind, rate, beta1, beta2, tau)))
 
 
 @pytest.mark.parametrize("name", ["fedavg-lora", "plora"])
@@ -160,13 +161,13 @@ def test_scaffold(name):
 
 def test_ditto():
     world = World("ditto", hyper=HyperOptions(ditto_lambda=0.6))
-    assert_rounds(world, papers.ditto(world.problem(), 0.6))
+    assert_rounds(world, personal.ditto(world.problem(), 0.6))
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_apfl(adaptive):
     world = World("apfl", hyper=HyperOptions(apfl_alpha=0.4, apfl_adaptive=adaptive))
-    assert_rounds(world, papers.apfl(world.problem(), 0.4, adaptive))
+    assert_rounds(world, personal.apfl(world.problem(), 0.4, adaptive))
 
 
 def test_pfedme():
@@ -175,36 +176,36 @@ def test_pfedme():
         "pfedme", groups=2, straggler=False,
         hyper=HyperOptions(pfedme_lambda=2.0, pfedme_inner=2, pfedme_rate=0.3, pfedme_beta=0.7),
     )  # fmt: skip
-    assert_rounds(world, papers.pfedme(world.problem(), 2.0, 2, 0.3, 0.7))
+    assert_rounds(world, personal.pfedme(world.problem(), 2.0, 2, 0.3, 0.7))
 
 
 def test_feddpa_t():
     """Half of a client's own steps are the local pair's; of three steps, one."""
     world = World("feddpa-t", hyper=HyperOptions(dpa_alpha=0.4))
-    assert_rounds(world, papers.feddpa(world.problem(), 0.4, lambda number, steps: steps // 2))
+    assert_rounds(world, personal.feddpa(world.problem(), 0.4, lambda number, steps: steps // 2))
 
 
 def test_feddpa_f():
     """The first of two rounds is the global pair's, the second the local one's."""
     world = World("feddpa-f", hyper=HyperOptions(dpa_alpha=0.4, dpa_local=0.5))
-    assert_rounds(world, papers.feddpa(world.problem(), 0.4, lambda number, steps: steps if number == 2 else 0))
+    assert_rounds(world, personal.feddpa(world.problem(), 0.4, lambda number, steps: steps if number == 2 else 0))
 
 
 def test_fedmosaic():
     world = World("fedmosaic", hyper=HyperOptions(mosaic_weight=0.3, mix_temperature=0.4))
-    assert_rounds(world, papers.fedmosaic(world.problem(), 0.3, 0.4))
+    assert_rounds(world, personal.fedmosaic(world.problem(), 0.3, 0.4))
 
 
 def test_ce_lora():
     world = World("ce-lora", hyper=HyperOptions(mix_temperature=0.4))
-    assert_rounds(world, papers.ce_lora(world.problem(), 0.4))
+    assert_rounds(world, personal.ce_lora(world.problem(), 0.4))
 
 
 def test_fedalt():
     """What is compared are outputs: with a router a layer is no matrix."""
     world = World("fedalt")
     probe = np.random.default_rng(1).normal(size=(6, 5))
-    wanted = papers.fedalt(world.problem(), probe)
+    wanted = personal.fedalt(world.problem(), probe)
     for found, outputs in zip(world.run(), wanted, strict=True):
         for adapter, output in zip(found.adapters, outputs, strict=True):
             assert_close(world.vlm.logits(found.base, adapter, {"inputs": jnp.asarray(probe, jnp.float32)}), output)

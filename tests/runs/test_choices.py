@@ -140,13 +140,13 @@ def test_weights_are_for_methods_that_weigh_by_them() -> None:
     for name in methods_available():
         run = dataclasses.replace(uniform, method=name)
         if name in idle:
-            with pytest.raises(UserError, match=f"--train.weighting means nothing to --method {name}"):
+            with pytest.raises(UserError, match=rf"--train\.weighting means nothing to --method {name}"):
                 validate(run)
         else:
             validate(run)
         assert for_method(uniform, name).train.weighting == ("examples" if name in idle else "uniform")
     validate_comparison(Compare(methods=("local", "plora"), base=uniform))
-    with pytest.raises(UserError, match="--train.weighting means nothing to any of --methods local hetlora"):
+    with pytest.raises(UserError, match=r"--train\.weighting means nothing to any of --methods local hetlora"):
         validate_comparison(Compare(methods=("local", "hetlora"), base=uniform))
 
 

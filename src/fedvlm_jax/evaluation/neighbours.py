@@ -26,6 +26,8 @@ from fedvlm_jax.evaluation.clients import Evaluator
 
 __all__ = ["SHARES", "Memory", "Recall", "recall", "with_memory"]
 
+AnyArray = Any  # a jax.Array on the device, a numpy array before it
+
 SHARES = tuple(tenth / 10 for tenth in range(11))
 """The λ that are tried."""
 
@@ -45,9 +47,9 @@ class Memory(NamedTuple):
         share: λ, how much the neighbours count.
     """
 
-    states: Float[Array, "N D"]
-    tokens: Int[Array, " N"]
-    share: Float[Array, ""]
+    states: Float[AnyArray, "N D"]
+    tokens: Int[AnyArray, " N"]
+    share: Float[AnyArray, ""]
 
 
 class Recall(NamedTuple):

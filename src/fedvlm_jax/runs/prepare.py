@@ -4,9 +4,7 @@ A `Session` holds what the runs of a comparison have in common (the base on the 
 programs), so that the second run starts at once.
 """
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,18 +15,17 @@ from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.data.encode import Examples, encode, require_pairs
 from fedvlm_jax.data.federate import Federation, count_reasons, federate
-from fedvlm_jax.data.images import Images
 from fedvlm_jax.data.options import DataOptions
-from fedvlm_jax.data.table import Table, read_table
+from fedvlm_jax.data.table import read_table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Evaluator, make_answer
 from fedvlm_jax.evaluation.neighbours import with_memory
 from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.driver import Driver, Programs, make_programs, start_adapter
-from fedvlm_jax.federation.features import GIB, FeatureStore, fingerprint_params, is_vision_frozen
+from fedvlm_jax.federation.features import is_vision_frozen
 from fedvlm_jax.federation.inputs import Inputs, make_inputs
 from fedvlm_jax.federation.options import ParticipationOptions
-from fedvlm_jax.federation.reference import ReferenceStore, add_reference, compute_reference, make_score
+from fedvlm_jax.federation.reference import add_reference
 from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Setup, load_method
 from fedvlm_jax.methods.options import LocalOptions, ServerOptions
@@ -36,39 +33,10 @@ from fedvlm_jax.models import Processor, load_vlm, read_vlm, resolve_folder
 from fedvlm_jax.objectives import Objective, load_objective
 from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.config import Run
+from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
 from fedvlm_jax.sharding import CLIENTS, make_mesh, replicate
 
 __all__ = ["Prepared", "Session", "make_driver", "open_session", "prepare"]
-
-Note = Callable[[str], None]
-
-IN_MEMORY = 2 * GIB
-"""More image features than this go to disk, unless the user says otherwise."""
-
-
-@dataclass
-class Session:
-    """What runs on the same model, mesh and data source share.
-
-    Attributes:
-        vlm, params, processor: the base; `params` on the mesh.
-        mesh: the devices.
-        table: the data source.
-        memo: compiled programs and results that do not depend on the method, by what they do depend on.
-    """
-
-    vlm: Any
-    params: Any
-    processor: Processor
-    mesh: Mesh
-    table: Table
-    memo: dict[Hashable, Any] = field(default_factory=dict)
-
-    def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value made for `key` earlier, or a new one."""
-        if key not in self.memo:
-            self.memo[key] = make()
-        return self.memo[key]
 
 
 @dataclass(frozen=True)
@@ -169,7 +137,7 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         note(f"{examples.truncated} answers cut to {options.max_answer_tokens} tokens")
     if objective.pairs and examples.rejected_truncated:
         note(f"{examples.rejected_truncated} rejected answers cut to {options.max_answer_tokens} tokens")
-    store = _choose_store(run, session, examples.images, note) if is_vision_frozen(adapter) else None
+    store = choose_store(run, session, examples.images, note) if is_vision_frozen(adapter) else None
     inputs = make_inputs(examples, session.processor, store)
     trainable = sum(not client.held_out for client in clients)
     if run.cohort is not None and run.cohort > trainable:
@@ -177,7 +145,7 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     if objective.reference:
         on_disk = run.system.cache == "disk" or (store is not None and store.on_disk)
         reference = session.remember(
-            ("reference", *data_key), lambda: _compute_reference(run, session, examples, inputs, on_disk, note)
+            ("reference", *data_key), lambda: reference_of(run, session, examples, inputs, on_disk, note)
         )
         inputs = add_reference(inputs, reference)
     layout = _lay_out(run, examples, session.mesh, run.cohort, run.system.wave)
@@ -296,63 +264,3 @@ def _lay_out(run: Run, examples: Examples, mesh: Mesh, cohort: int | None, wave:
 def _make_spec(run: Run) -> lora.LoRA:
     options = run.lora
     return lora.LoRA(options.rank, options.alpha, options.targets, rslora=options.rslora, init=options.init)
-
-
-def _compute_reference(
-    run: Run, session: Session, examples: Examples, inputs: Inputs, on_disk: bool, note: Note
-) -> Any:
-    """The base's log-probabilities of all answers; clients, seeds and runs that share rows share them."""
-
-    def open_store() -> ReferenceStore:
-        if not on_disk:
-            return ReferenceStore()
-        weights = fingerprint_params(session.params, sorted(session.params))
-        return ReferenceStore(_cache_folder(run) / f"reference-{weights}-{_describe_computing(run, session.processor)}")
-
-    return compute_reference(
-        session.remember("score", lambda: make_score(session.vlm)),
-        session.params,
-        examples,
-        inputs,
-        session.remember(("reference store", on_disk), open_store),
-        batch=run.evaluation.batch_size,
-        mesh=session.mesh,
-        note=note,
-    )
-
-
-def _choose_store(run: Run, session: Session, images: Images, note: Note) -> FeatureStore | None:
-    """Where these images' frozen features are kept; the same store for all runs of a session that choose alike."""
-    system = run.system
-    if system.cache == "off":
-        return None
-    limit = int(system.cache_gib * GIB)
-
-    def open_store(kind: str) -> FeatureStore:
-        features = jax.jit(lambda params, pixels: session.vlm.image_features(params, None, pixels))
-        folder = None
-        if kind == "disk":
-            name = f"features-{fingerprint_params(session.params)}-{_describe_computing(run, session.processor)}"
-            folder = _cache_folder(run) / name
-        return FeatureStore(
-            lambda pixels: features(session.params, pixels), session.processor, limit=limit, folder=folder
-        )
-
-    def open_once(kind: str) -> FeatureStore:
-        return session.remember(("features", kind, limit, system.cache_dir), lambda: open_store(kind))
-
-    store = open_once("disk" if system.cache == "disk" else "memory")
-    if system.cache == "auto" and len(images) * store.row_bytes > IN_MEMORY:
-        store = open_once("disk")
-    session.remember(("announced", *images.keys), lambda: note(store.announce(images)))
-    store.reserve(images)
-    return store
-
-
-def _cache_folder(run: Run) -> Path:
-    return run.system.cache_dir or Path.home() / ".cache" / "fedvlm-jax"
-
-
-def _describe_computing(run: Run, processor: Processor) -> str:
-    """What decides the numbers beside weights and content."""
-    return f"{processor.fingerprint}-{run.system.compute}"

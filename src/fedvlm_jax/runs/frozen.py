@@ -1,0 +1,111 @@
+"""What a run computes once of the frozen base and then keeps: image features, and the reference's log-probabilities.
+
+A `Session` holds them, with the base itself, for all runs that share model and data.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from fedvlm_jax.data.encode import Examples
+from fedvlm_jax.data.images import Images
+from fedvlm_jax.data.table import Table
+from fedvlm_jax.federation.features import GIB, FeatureStore, fingerprint_params
+from fedvlm_jax.federation.inputs import Inputs
+from fedvlm_jax.federation.reference import ReferenceStore, compute_reference, make_score
+from fedvlm_jax.models import Processor
+from fedvlm_jax.runs.config import Run
+
+__all__ = ["Note", "Session", "choose_store", "reference_of"]
+
+Note = Callable[[str], None]
+
+IN_MEMORY = 2 * GIB
+"""More image features than this go to disk, unless the user says otherwise."""
+
+
+@dataclass
+class Session:
+    """What runs on the same model, mesh and data source share.
+
+    Attributes:
+        vlm, params, processor: the base; `params` on the mesh.
+        mesh: the devices.
+        table: the data source.
+        memo: compiled programs and results that do not depend on the method, by what they do depend on.
+    """
+
+    vlm: Any
+    params: Any
+    processor: Processor
+    mesh: Mesh
+    table: Table
+    memo: dict[Hashable, Any] = field(default_factory=dict)
+
+    def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value made for `key` earlier, or a new one."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+
+def reference_of(run: Run, session: Session, examples: Examples, inputs: Inputs, on_disk: bool, note: Note) -> Any:
+    """The base's log-probabilities of all answers; clients, seeds and runs that share rows share them."""
+
+    def open_store() -> ReferenceStore:
+        if not on_disk:
+            return ReferenceStore()
+        weights = fingerprint_params(session.params, sorted(session.params))
+        return ReferenceStore(_cache_folder(run) / f"reference-{weights}-{_describe_computing(run, session.processor)}")
+
+    return compute_reference(
+        session.remember("score", lambda: make_score(session.vlm)),
+        session.params,
+        examples,
+        inputs,
+        session.remember(("reference store", on_disk), open_store),
+        batch=run.evaluation.batch_size,
+        mesh=session.mesh,
+        note=note,
+    )
+
+
+def choose_store(run: Run, session: Session, images: Images, note: Note) -> FeatureStore | None:
+    """Where these images' frozen features are kept; the same store for all runs of a session that choose alike."""
+    system = run.system
+    if system.cache == "off":
+        return None
+    limit = int(system.cache_gib * GIB)
+
+    def open_store(kind: str) -> FeatureStore:
+        features = jax.jit(lambda params, pixels: session.vlm.image_features(params, None, pixels))
+        folder = None
+        if kind == "disk":
+            name = f"features-{fingerprint_params(session.params)}-{_describe_computing(run, session.processor)}"
+            folder = _cache_folder(run) / name
+        return FeatureStore(
+            lambda pixels: features(session.params, pixels), session.processor, limit=limit, folder=folder
+        )
+
+    def open_once(kind: str) -> FeatureStore:
+        return session.remember(("features", kind, limit, system.cache_dir), lambda: open_store(kind))
+
+    store = open_once("disk" if system.cache == "disk" else "memory")
+    if system.cache == "auto" and len(images) * store.row_bytes > IN_MEMORY:
+        store = open_once("disk")
+    session.remember(("announced", *images.keys), lambda: note(store.announce(images)))
+    store.reserve(images)
+    return store
+
+
+def _cache_folder(run: Run) -> Path:
+    return run.system.cache_dir or Path.home() / ".cache" / "fedvlm-jax"
+
+
+def _describe_computing(run: Run, processor: Processor) -> str:
+    """What decides the numbers beside weights and content."""
+    return f"{processor.fingerprint}-{run.system.compute}"

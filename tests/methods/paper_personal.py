@@ -1,0 +1,213 @@
+"""The methods with two models per client, or with a download of its own for each; in the terms of `paper_world`."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from paper_world import LAYERS, Problem, Round, Theta, Weights, descend, effective, lora_gradients, mean, minus, only
+
+
+def ditto(problem: Problem, strength: float) -> list[Round]:
+    """arXiv 2012.04221: v_k ← v_k − η (∇F_k(v_k) + λ (v_k − w)), with the w that the client received."""
+    w, v, rounds = problem.start, [problem.start for _ in problem.clients], []
+    grads = lora_gradients(problem.base, problem.scale)
+    for batches in problem.batches:
+        received = w
+
+        def pull(theta: Theta, received: Theta = received) -> Theta:
+            return {key: strength * (theta[key] - m) for key, m in received.items()}
+
+        v = [descend(v[k], batches[k], problem.rates, grads, "AB", pull) for k in problem.clients]
+        w = mean([descend(received, batches[k], problem.rates, grads) for k in problem.clients], problem.shares)
+        rounds.append(Round([effective(problem.base, (problem.scale, one)) for one in v], w))
+    return rounds
+
+
+def apfl(problem: Problem, alpha: float, adaptive: bool = False) -> list[Round]:
+    """arXiv 2003.13461, algorithm 1: w and v step side by side, v̄ = α v + (1 − α) w.
+
+        w ← w − η ∇F(w),    v ← v − η ∇_v F(v̄),    adaptive (equation 10): α ← α − η ⟨∇F(v̄), v − w⟩
+
+    and the client uses v̄ with the w that it received last. α is kept between 0 and 1 at the end of a round.
+    """
+    w, v, rounds = problem.start, [problem.start for _ in problem.clients], []
+    alphas = [alpha for _ in problem.clients]
+    grads = lora_gradients(problem.base, problem.scale)
+    for batches in problem.batches:
+        sent = []
+        for k in problem.clients:
+            mine = w
+            for x, t in batches[k]:
+                at_mixture = grads(mix(v[k], mine, alphas[k]), x, t)
+                slope = sum(np.sum(at_mixture[key] * (v[k][key] - mine[key])) for key in mine)
+                at_w = grads(mine, x, t)
+                new_v = {key: m - problem.rates[key[1]] * alphas[k] * at_mixture[key] for key, m in v[k].items()}
+                mine = {key: m - problem.rates[key[1]] * at_w[key] for key, m in mine.items()}
+                v[k] = new_v
+                alphas[k] -= problem.rates["B"] * slope if adaptive else 0.0
+            alphas[k] = min(max(alphas[k], 0.0), 1.0)
+            sent.append(mine)
+        w = mean(sent, problem.shares)
+        mixed = [mix(v[k], w, alphas[k]) for k in problem.clients]
+        rounds.append(Round([effective(problem.base, (problem.scale, one)) for one in mixed], w))
+    return rounds
+
+
+def mix(one: Theta, other: Theta, weight: float) -> Theta:
+    """weight · one + (1 − weight) · other."""
+    return mean([one, other], [weight, 1 - weight])
+
+
+def pfedme(problem: Problem, strength: float, inner: int, rate: float, beta: float) -> list[Round]:
+    """arXiv 2006.08848, algorithm 1: per local round θ ≈ argmin F(θ; one batch) + λ/2 ‖θ − w_k‖² by a few steps.
+
+    Then w_k ← w_k − η λ (w_k − θ), and w ← (1 − β) w + β Σ p_k w_k. θ goes on from where it was, and is the client's.
+    """
+    w, theta, rounds = problem.start, [problem.start for _ in problem.clients], []
+    grads = lora_gradients(problem.base, problem.scale)
+    for batches in problem.batches:
+        sent = []
+        for k in problem.clients:
+            mine = w
+            for first in range(0, len(batches[k]), inner):
+                centre = mine
+
+                def pull(now: Theta, centre: Theta = centre) -> Theta:
+                    return {key: strength * (now[key] - m) for key, m in centre.items()}
+
+                theta[k] = descend(theta[k], batches[k][first : first + inner], problem.rates, grads, "AB", pull)
+                mine = {key: m - rate * strength * (m - theta[k][key]) for key, m in mine.items()}
+            sent.append(mine)
+        w = mix(mean(sent, problem.shares), w, beta)
+        rounds.append(Round([effective(problem.base, (problem.scale, one)) for one in theta], w))
+    return rounds
+
+
+# Two adapters per client
+
+
+def feddpa(problem: Problem, alpha: float, local_steps: Callable[[int, int], int]) -> list[Round]:
+    """arXiv 2403.19211: W_0 + (1−α) s B_g A_g + α s B_l A_l.
+
+    The local pair is trained first, beside the global pair as it was received and frozen; then the global pair, alone
+    (the order of the authors' code). local_steps: (round, steps that a client takes) -> how many of them, the first
+    ones, are the local pair's; the others are the global pair's. Who has not trained a local pair yet uses the global
+    one as it is.
+    """
+    shared, own, rounds = problem.start, [problem.start for _ in problem.clients], []
+    begun = [False for _ in problem.clients]
+    for number, batches in enumerate(problem.batches, start=1):
+        sent = []
+        for k in problem.clients:
+            first = local_steps(number, len(batches[k]))
+            beside = effective(problem.base, ((1 - alpha) * problem.scale, shared))
+            own[k] = descend(own[k], batches[k][:first], problem.rates, lora_gradients(beside, alpha * problem.scale))
+            begun[k] |= first > 0
+            alone = lora_gradients(problem.base, problem.scale)
+            sent.append(descend(shared, batches[k][first:], problem.rates, alone))
+        shared = mean(sent, problem.shares)
+        weights = []
+        for k in problem.clients:
+            a = alpha if begun[k] else 0.0
+            weights.append(effective(problem.base, ((1 - a) * problem.scale, shared), (a * problem.scale, own[k])))
+        rounds.append(Round(weights, shared))
+    return rounds
+
+
+def cosine_softmax(moved: Sequence[Theta], temperature: float, *, own: bool) -> np.ndarray:
+    """Row k: softmax over j of cos(Δ_k, Δ_j) / τ; j = k only if `own`."""
+    vectors = [np.concatenate([m.ravel() for _, m in sorted(one.items())]) for one in moved]
+    shares = np.zeros((len(moved), len(moved)))
+    for k, x in enumerate(vectors):
+        for j, y in enumerate(vectors):
+            if own or j != k:
+                shares[k, j] = np.exp(x @ y / np.linalg.norm(x) / np.linalg.norm(y) / temperature)
+    return shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-300)
+
+
+def fedmosaic(problem: Problem, weight: float, temperature: float) -> list[Round]:
+    """arXiv 2506.11024 without Co-LoRA: (1−w) own pair + w Σ_{j≠k} w_kj (A_j, B_j), the latter frozen.
+
+    The similarity is that of how far the pairs went, and the weight is fixed: both are ours, and said to be.
+    """
+    nothing = {key: np.zeros_like(m) for key, m in problem.start.items()}
+    own, mixed, rounds = [problem.start for _ in problem.clients], [nothing for _ in problem.clients], []
+    for batches in problem.batches:
+        for k in problem.clients:
+            beside = effective(problem.base, (weight * problem.scale, mixed[k]))
+            grads = lora_gradients(beside, (1 - weight) * problem.scale)
+            own[k] = descend(own[k], batches[k], problem.rates, grads)
+        if len(own) > 1:
+            shares = cosine_softmax([minus(one, problem.start) for one in own], temperature, own=False)
+            mixed = [mean(own, row.tolist()) for row in shares]
+        s = problem.scale
+        weights = [effective(problem.base, ((1 - weight) * s, own[k]), (weight * s, mixed[k])) for k in problem.clients]
+        rounds.append(Round(weights))
+    return rounds
+
+
+def ce_lora(problem: Problem, temperature: float) -> list[Round]:
+    """arXiv 2503.23869: ΔW = B C A, all trained, C_k ← Σ_j w_kj C_j; C starts as 1. The similarity is ours."""
+    identity = {(layer, "C"): np.eye(problem.start[layer, "A"].shape[0]) for layer in LAYERS}
+    own, rounds = [problem.start | identity for _ in problem.clients], []
+    grads = lora_gradients(problem.base, problem.scale)
+    for batches in problem.batches:
+        own = [descend(own[k], batches[k], problem.rates, grads, "ABC") for k in problem.clients]
+        middles = [only(theta, "C") for theta in own]
+        shares = cosine_softmax([minus(c, identity) for c in middles], temperature, own=True)
+        own = [own[k] | mean(middles, shares[k].tolist()) for k in problem.clients]
+        rounds.append(Round([effective(problem.base, (problem.scale, theta)) for theta in own]))
+    return rounds
+
+
+# A router
+
+
+def routed_output(base: Weights, own: Theta, rest: Theta, scale: float, x: np.ndarray) -> np.ndarray:
+    """Layer by layer y = W_0 x + s [α(x) B A x + (1 − α(x)) B^R A^R x], (α, 1 − α) = softmax(G x)."""
+    for layer in LAYERS:
+        scores = np.exp(x @ own[layer, "G"].T)
+        alpha = (scores[:, 0] / scores.sum(axis=1))[:, None]
+        pairs = [x @ theta[layer, "A"].T @ theta[layer, "B"].T for theta in (own, rest)]
+        x = x @ base[layer].T + scale * (alpha * pairs[0] + (1 - alpha) * pairs[1])
+    return x
+
+
+def differences(loss: Callable[[Theta], float], theta: Theta, step: float = 1e-6) -> Theta:
+    """Central differences, entry by entry."""
+    gradient = {}
+    for key, m in theta.items():
+        gradient[key] = np.zeros_like(m)
+        for at in np.ndindex(*m.shape):
+            nudge = np.zeros_like(m)
+            nudge[at] = step
+            ahead, behind = (loss({**theta, key: m + sign * nudge}) for sign in (1, -1))
+            gradient[key][at] = (ahead - behind) / (2 * step)
+    return gradient
+
+
+def fedalt(problem: Problem, probe: np.ndarray) -> list[list[np.ndarray]]:
+    """arXiv 2503.11880: own pair and router are trained, the pair B^R A^R, plain means of the others', is frozen.
+
+    A matrix does not say what such a client computes, so this gives its outputs on `probe`, [round][client].
+    """
+    routers = {(layer, "G"): np.zeros((2, problem.base[layer].shape[1])) for layer in LAYERS}
+    nothing = {key: np.zeros_like(m) for key, m in problem.start.items()}
+    own, rest = [problem.start | routers for _ in problem.clients], [nothing for _ in problem.clients]
+    rounds = []
+    for batches in problem.batches:
+        for k in problem.clients:
+
+            def gradients(theta: Theta, x: np.ndarray, t: np.ndarray, k: int = k) -> Theta:
+                def loss(at: Theta) -> float:
+                    y = routed_output(problem.base, at, rest[k], problem.scale, x)
+                    return 0.5 * float(np.sum((y - t) ** 2)) / len(x)
+
+                return differences(loss, theta)
+
+            own[k] = descend(own[k], batches[k], problem.rates, gradients, "ABG")
+        pairs = [only(theta, "AB") for theta in own]
+        for k in problem.clients:
+            others = [pairs[j] for j in problem.clients if j != k]
+            rest[k] = mean(others, [1 / len(others)] * len(others)) if others else rest[k]
+        rounds.append([routed_output(problem.base, own[k], rest[k], problem.scale, probe) for k in problem.clients])
+    return rounds
