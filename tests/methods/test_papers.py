@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import paper_personal as personal
 import paper_rounds as papers
+import paper_world
 import pytest
 from linear_world import KEY, RANK, SHAPES, World, as_theta, assert_close
 
@@ -142,7 +143,8 @@ def test_server_optimisers(name, kind):
     """v has the squared pseudo-gradient, not the squared momentum (known mistake 4)."""
     rate, beta1, beta2, tau = 0.3, 0.8, 0.9, 0.05
     world = World(name, server=ServerOptions(kind, rate, beta1, beta2, tau), rounds=3)
-    assert_rounds(world, SIMPLE[name](world.problem(), server_step=paper_world.make_fedopt(kind, rate, beta1, beta2, tau)))
+    step = paper_world.make_fedopt(kind, rate, beta1, beta2, tau)
+    assert_rounds(world, SIMPLE[name](world.problem(), server_step=step))
 
 
 @pytest.mark.parametrize("name", ["fedavg-lora", "plora"])
