@@ -63,6 +63,18 @@ def test_gains_stand_beside_their_mean_and_losses_are_square(tmp_path: Path) -> 
     assert label.startswith("mean +26.7 [")
 
 
+def test_gains_of_a_run_show_each_client_s_interval(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r", {"a": 0.1, "b": 0.6, "c": 0.3}, {"a": 0.9, "b": 0.4, "c": 0.5})
+    results = json.loads((folder / "results.json").read_text())
+    results["gain_intervals"] = {"exact_match": {"a": [0.7, 0.9], "c": [0.1, 0.3]}}
+    (folder / "results.json").write_text(json.dumps(results))
+    (ax,) = plots.draw_gains(read_run(folder), PAPER).axes
+    lines = ax.collections[1].get_segments()  # rows are b, c, a
+    assert [line[0].tolist() + line[1].tolist() for line in lines] == [
+        pytest.approx([10, 1, 30, 1]), pytest.approx([70, 2, 90, 2])
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("narrow", [False, True])
 def test_hundreds_of_clients_stay_a_picture_of_one_page(tmp_path: Path, narrow: bool) -> None:
     many = {f"client-{number}": number / 300 for number in range(300)}

@@ -57,6 +57,15 @@ def test_scores_do_not_depend_on_how_examples_are_cut(model, session, tmp_path):
     assert any(found[0]["own"]["reward_margin"].values())
 
 
+def test_what_a_client_gains_has_an_interval_around_it(record):
+    """Paired over the client's test examples, so no wider than what one example can change."""
+    own, base = record.scores("personal"), record.scores("zero_shot")
+    intervals = record.results["gain_intervals"]["exact_match"]
+    assert set(intervals) == set(own)
+    for client, (low, high) in intervals.items():
+        assert low - 1e-9 <= own[client] - base[client] <= high + 1e-9
+
+
 def test_who_is_scored_where(record):
     everyone, new = set(record.config["resolved"]["clients"]), set(record.scores("held_out/personal", "loss"))
     assert len(everyone) == 4

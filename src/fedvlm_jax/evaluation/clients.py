@@ -8,7 +8,7 @@ Axes: C clients, V pieces at a time, B examples of a piece, U labels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -78,6 +78,8 @@ class Evaluator:
         beta: of the reward, which is beta times how much more likely than under the bare base an answer is.
         base: split and client -> what `make_answer` computes of the bare base [N]; filled when the base is evaluated,
             and from then on rewards are known.
+        single: model, split and client -> metric of generated answers -> its values example by example [N], of the
+            latest evaluation of a model of that name.
     """
 
     examples: Examples
@@ -90,6 +92,7 @@ class Evaluator:
     metrics: tuple[str, ...]
     beta: float
     base: dict[tuple[Split, int], Numbers]
+    single: dict[tuple[str, Split, int], Numbers] = field(default_factory=dict)
 
     def __call__(
         self, params: PyTree, models: Mapping[str, Adapters | None], split: Split, numbers: Sequence[int]
@@ -109,7 +112,7 @@ class Evaluator:
         found = self._answer(params, models, {n: self.examples.clients[n].rows_of(split) for n in numbers})
         corpus = [[answer] for answer in self._gold(split, range(len(self.examples.clients)))]
         metrics = select_metrics(self.metrics, corpus)
-        return {name: self._score(split, answers, metrics, models[name]) for name, answers in found.items()}
+        return {name: self._score(name, split, answers, metrics, models[name]) for name, answers in found.items()}
 
     def ask(
         self, params: PyTree, models: Mapping[str, Adapters | None], rows: Mapping[int, Int[np.ndarray, " rows"]]
@@ -207,13 +210,20 @@ class Evaluator:
         ]
 
     def _score(
-        self, split: Split, answers: dict[int, _Answers], metrics: Mapping[str, Any], adapters: Adapters | None
+        self,
+        model: str,
+        split: Split,
+        answers: dict[int, _Answers],
+        metrics: Mapping[str, Any],
+        adapters: Adapters | None,
     ) -> Scores:
         scores: Scores = {name: {} for name in (*metrics, "token_accuracy", "loss")}
         for client, (texts, numbers) in answers.items():
             name = self.examples.clients[client].name
             gold = [[answer] for answer in self._gold(split, [client])]
-            own = {metric: float(score(texts, gold).mean()) for metric, score in metrics.items()}
+            single = {metric: np.asarray(score(texts, gold)) for metric, score in metrics.items()}
+            self.single[model, split, client] = single
+            own = {metric: float(values.mean()) for metric, values in single.items()}
             tokens = max(float(numbers["chosen_tokens"].sum()), 1.0)
             own["token_accuracy"] = float(numbers["chosen_correct"].sum()) / tokens
             own["loss"] = -float(numbers["chosen_log_prob"].sum()) / tokens

@@ -21,8 +21,8 @@ def draw_run(record: RunRecord, target: Path, prefix: str) -> list[Picture]:
     if set(record.scores("zero_shot")) & set(record.scores("personal")):
         gained = (
             "What every client gains with its personal model; squares lose. Dashed: the mean of clients; shaded: its "
-            "95 % bootstrap interval over clients, which says nothing about other seeds. A client's own figure is from "
-            "its test examples alone and has no interval: one run keeps one number per client."
+            "95 % bootstrap interval over clients, which says nothing about other seeds. A client's own line is its "
+            "95 % paired bootstrap interval over its test examples."
         )
         pictures.append(_draw(target, f"{prefix}gains", gained, lambda *how: plots.draw_gains(record, *how)))
     if record.metric in (record.results.get("cross_clients") or {}):

@@ -75,6 +75,11 @@ def draw_gains(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure:
     colour = theme.series[choose_series([record.method])[record.method]]
     gain = summarise_gain({client: personal[client] for client in order}, zero_shot)
     ax.hlines(rows, 0, values, color=theme.grid, linewidth=2.5 if named else 0.8, zorder=1)
+    intervals = (record.results.get("gain_intervals") or {}).get(record.metric) or {}
+    if named and intervals:  # among more clients than have names they would hide each other
+        there = [row for row, client in enumerate(order) if client in intervals]
+        ends = 100 * np.asarray([intervals[order[row]] for row in there]).reshape(-1, 2)
+        ax.hlines(there, ends[:, 0], ends[:, 1], color=colour, linewidth=1, zorder=2)
     # What loses is a square: its side of the line is not the only sign of it.
     for chosen, marker in ((values >= 0, "o"), (values < 0, "s")):
         ax.scatter(values[chosen], rows[chosen], s=32 if named else 8, color=colour, marker=marker, zorder=3)

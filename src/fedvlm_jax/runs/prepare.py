@@ -167,6 +167,9 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         metrics=run.evaluation.metrics,
         beta=run.preference.beta,
         base=session.remember(("numbers of the base", *data_key), dict),
+        single=session.remember(
+            ("single answers", *data_key, run.evaluation.metrics, run.evaluation.max_answer_tokens), dict
+        ),
     )
     return Prepared(run, session, objective, federation, examples, inputs, spec, adapter, layout, key, evaluator)
 

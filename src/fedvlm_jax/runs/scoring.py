@@ -1,5 +1,6 @@
 """The numbers a run ends with: of every client's own model, the global one, newcomers, and each on others' data."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from jaxtyping import PyTree
 
 from fedvlm_jax.data.options import Split
 from fedvlm_jax.evaluation.clients import Adapters, Scores
+from fedvlm_jax.evaluation.intervals import bootstrap_mean
 from fedvlm_jax.evaluation.neighbours import recall
 from fedvlm_jax.federation.driver import Driver
 from fedvlm_jax.runs.prepare import Prepared
@@ -66,9 +68,10 @@ def score_models(
 
     Returns:
         `zero_shot`, `personal` and, where something is shared, `global`: split -> metric -> client -> value, of the
-        clients that train; `held_out`, where there are any: their `zero_shot` and `personal`, and the `cold_start`;
-        `cross_clients`, where it is asked for: the clients, and metric -> rows of values, by model down and by data
-        across.
+        clients that train; `gain_intervals`: metric -> client -> the ends of the 95 % interval of what it gains over
+        zero-shot on test, for the metric that the run is judged by; `held_out`, where there are any: their `zero_shot`
+        and `personal`, and the `cold_start`; `cross_clients`, where it is asked for: the clients, and metric -> rows of
+        values, by model down and by data across.
     """
     options, examples = prepared.run.evaluation, prepared.examples
 
@@ -83,6 +86,7 @@ def score_models(
     scores = {"zero_shot": zero_shot, **_evaluate(prepared, params, models)}
     if same:
         scores["global"] = scores["personal"]
+    intervals = _read_gains(prepared) if options.test else {}
     trained = {examples.clients[number].name for number in prepared.participants}
     results: dict[str, Any] = {name: _keep(by_split, trained) for name, by_split in scores.items()}
     if prepared.held_out:
@@ -91,6 +95,8 @@ def score_models(
             "cold_start": options.cold_start,
             **{name: _keep(scores[name], others) for name in ("zero_shot", "personal")},
         }
+    if intervals:
+        results["gain_intervals"] = {prepared.select_by: intervals}
     if options.cross_clients and options.test:
         results["cross_clients"] = _cross(prepared, params, adapters)
     return results
@@ -113,6 +119,20 @@ def is_same(personal: Adapters, general: Adapters, numbers: list[int]) -> bool:
     if jax.tree.structure(ours) != jax.tree.structure(theirs):
         return False  # one of them remembers
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, ours, theirs)))
+
+
+def _read_gains(prepared: Prepared) -> dict[str, list[float]]:
+    """Paired bootstrap over a client's own test examples; empty where the metric is not one of single answers."""
+    metric, single = prepared.select_by, prepared.evaluator.single
+    found = {}
+    for number in prepared.participants:
+        own, base = (single.get((model, "test", number), {}).get(metric) for model in ("personal", "zero_shot"))
+        if own is None or base is None or len(own) != len(base):
+            continue
+        gain = bootstrap_mean({0: {f"{place:09d}": float(value) for place, value in enumerate(own - base)}})
+        if math.isfinite(gain.low):
+            found[prepared.examples.clients[number].name] = [gain.low, gain.high]
+    return found
 
 
 def _keep(by_split: Mapping[Split, Scores], names: set[str]) -> dict[Split, Scores]:
