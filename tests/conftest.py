@@ -8,12 +8,22 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 FOLDER = "JAX_COMPILATION_CACHE_DIR"
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 _own = None if FOLDER in os.environ else os.environ.setdefault(FOLDER, tempfile.mkdtemp(prefix="fedvlm-tests-"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file stays with one worker: many begin with a fixture that takes longer than their tests."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 def pytest_unconfigure() -> None:

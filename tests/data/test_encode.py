@@ -43,7 +43,7 @@ def test_arrays_hold_every_row_of_every_client(tmp_path, processor):
         [3, 3, 3, word("what"), 2, 1, 1, 1],
     ]
     assert examples.attention_mask.sum(1).tolist() == [5, 7, 5]
-    assert examples.labels[1].tolist() == [word("a"), word("red"), word("box"), 2, -100, -100, -100, -100]
+    assert examples.labels[1].tolist() == [word("a"), word("red"), word("box"), 2]
     arrays = (examples.image, examples.input_ids, examples.attention_mask, examples.labels)
     assert {array.dtype for array in arrays} == {np.dtype("int32")}
     assert sorted(processor.asked) == ["what", "what is it"]  # each text once
@@ -71,7 +71,7 @@ def test_unusable_rows_are_skipped_with_their_reasons(tmp_path, processor):
         (5, "5", "no client"),
         (6, "6", "prompt too long"),
     ]
-    assert examples.input_ids.shape == (2, 16)  # as wide as the longest prompt in use, not the longest there was
+    assert examples.input_ids.shape == (2, 12)  # as wide as the longest prompt in use, not the longest there was
     assert len(examples.images) == 2
 
 
@@ -90,7 +90,7 @@ def test_long_answers_are_cut_and_counted(tmp_path, processor):
     assert examples.truncated == 2
     assert (examples.labels != -100).sum(1).tolist() == [4, 4, 4, 2]
     assert examples.labels[1][3] == 2  # the processor's own end, not a token cut out of the middle
-    assert examples.labels.shape == (4, 8)
+    assert examples.labels.shape == (4, 4)
     assert examples.answers[1] == "a b c d e f"
 
 
@@ -120,7 +120,7 @@ def test_rejected_answers_are_labels_of_their_own(tmp_path, processor):
     assert examples.rejected_answers == ["a b c d e f g h i", "", "box", "a b c d y", "a red box"]
     assert (examples.truncated, examples.rejected_truncated) == (1, 1)
     _, wide = make_examples(tmp_path, rows, processor)
-    assert (wide.labels.shape[1], wide.rejected.shape[1]) == (8, 16), "each as narrow as it can be"
+    assert (wide.labels.shape[1], wide.rejected.shape[1]) == (8, 12), "each as narrow as it can be"
     assert (wide.rejected[3] != -100).sum() == 6
 
 

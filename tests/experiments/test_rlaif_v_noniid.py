@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 from rlaif_form import Form, write_folder
 from tiny_run import make_folder
 
@@ -13,6 +14,7 @@ from fedvlm_jax.runs.folders import read_run
 from fedvlm_jax.runs.prepare import Session
 
 
+@pytest.mark.slow
 def test_the_preset_runs_goes_on_where_it_stopped_and_is_tabulated(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))  # its features go to the user's cache

@@ -60,7 +60,7 @@ def test_a_federated_model_s_shared_factors_are_everybody_s(model, session, tmp_
 def test_evaluating_the_stored_adapters_gives_the_results(finished):
     scores = evaluate.evaluate(finished)
     results = read_run(finished).results
-    assert scores == {name: results[name] for name in ("zero_shot", "personal")}
+    assert scores == {name: results[name] for name in ("zero_shot", "personal", "gain_intervals")}
 
 
 @pytest.mark.parametrize("stop", [1, 4, 5])

@@ -13,11 +13,13 @@ from fedvlm_jax.runs.config import LocalOptions, LoraOptions, ServerOptions, Tra
 from fedvlm_jax.runs.folders import read_metrics
 
 RICH = ("fedex-lora", "feddpa-f", "fedalt")
-"""A base that moves; phases and two adapters; a router and downloads of one's own. The others are slow tests."""
+"""A base that moves; phases and two adapters; a router and downloads of one's own: fine-tuned too."""
+ORDINARY = RICH[:1]
+"""The others are slow tests."""
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=[] if m in RICH else [pytest.mark.slow]) for m in methods_available()]
+    "method", [pytest.param(m, marks=[] if m in ORDINARY else [pytest.mark.slow]) for m in methods_available()]
 )
 def test_a_stopped_run_ends_as_a_whole_one(method, model, session, tmp_path):
     train = TrainOptions(rounds=4, local_steps=2, batch_size=4, finetune_steps=2 if method in RICH else 0)

@@ -73,8 +73,8 @@ def count_preferred(prepared, adapters):
 @pytest.mark.parametrize(
     ("method", "objective", "options"),
     [
-        ("local", "dpo", {}),
-        ("fedavg-lora", "dpo", {}),
+        pytest.param("local", "dpo", {}, marks=pytest.mark.slow),
+        pytest.param("fedavg-lora", "dpo", {}, marks=pytest.mark.slow),
         ("plora", "dpo", {}),
         ("plora", "sft+dpo", {"beta": 1.0, "sft_weight": 0.1}),  # beside a random model's cross-entropy of 8 nats
     ],

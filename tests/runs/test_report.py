@@ -106,6 +106,7 @@ def test_the_report_of_a_comparison_has_everything(tmp_path: Path) -> None:
         assert f"figures/{name}.png" in (folder / "report.md").read_text()
 
 
+@pytest.mark.slow  # it draws every picture of 25 methods; test_many_methods.py looks at each
 def test_many_methods_are_summed_up_on_a_page_that_can_be_sent(tmp_path: Path) -> None:
     folder = write_many(tmp_path / "c")
     page = write_report([folder])
