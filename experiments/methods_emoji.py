@@ -184,16 +184,18 @@ class Bench:
         start = time.monotonic()
         record = read_run(loop.train(run, SilentProgress(), self.session))
         validation = record.scores("personal", split="validation")
-        last = record.rounds[self.study.rounds - 1]
+        federated = record.rounds[: self.study.rounds]  # what follows is fine-tuning
         line = key | {
             "validation": sum(validation.values()) / len(validation),
             "test": record.scores("personal") if stage in TESTED else None,
             "zero_shot": record.scores("zero_shot", split="test" if stage in TESTED else "validation"),
             "curve": [[one["round"], one["validation"]["exact_match"]] for one in record.rounds if one["validation"]],
-            "bytes_up": last["bytes_up_per_client"],
-            "bytes_down": last["bytes_down_per_client"],
+            "bytes_up": _mean(federated, "bytes_up_per_client"),
+            "bytes_down": _mean(federated, "bytes_down_per_client"),
             "health": {
-                k: v for k, v in last.items() if isinstance(v, float) and k.startswith(("aggr", "angle", "upd"))
+                k: v
+                for k, v in federated[-1].items()
+                if isinstance(v, float) and k.startswith(("aggr", "angle", "upd"))
             },
             "neighbours": record.results.get("neighbours", {}).get("share"),
             "seconds": round(time.monotonic() - start, 1),
@@ -251,6 +253,10 @@ class Bench:
             for key in [key for key in self.session.memo if isinstance(key, tuple) and key[0] == "programs"]:
                 del self.session.memo[key]
             gc.collect()
+
+
+def _mean(rounds: list[summary.Json], name: str) -> int:
+    return round(sum(one[name] for one in rounds) / len(rounds))
 
 
 QUICK: dict[str, Any] = {
