@@ -14,7 +14,7 @@ MESHES = {
     "plora/dpo": ("4x2",),
     "local/sft": ("4x1",),
 }
-ORDINARY = ("plora/sft", "fedavg-lora/sft")
+ORDINARY = ("plora/sft",)
 
 
 def mark(case, *more):

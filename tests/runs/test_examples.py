@@ -81,6 +81,7 @@ def test_none_are_stored_where_none_are_asked_for_or_test_is_left_alone(model, s
         assert not (folder / "examples").exists()
 
 
+@pytest.mark.slow
 def test_parquet_too(model, tmp_path):
     write_rows(tmp_path / "rows.parquet", make_rows(40))
     data = DataOptions(source=str(tmp_path / "rows.parquet"))

@@ -46,11 +46,14 @@ def test_a_stopped_run_ends_as_a_whole_one(method, model, session, tmp_path):
     "options",
     [
         {"local": LocalOptions(proximal=0.1), "server": ServerOptions("adam", learning_rate=0.01)},
-        {"lora": LoraOptions(rank=4, ranks=(4, 2, 1))},
-        {
-            "local": LocalOptions(scaffold=True),
-            "train": TrainOptions(rounds=4, local_steps=2, batch_size=4, optimizer="sgd"),
-        },
+        pytest.param({"lora": LoraOptions(rank=4, ranks=(4, 2, 1))}, marks=pytest.mark.slow),
+        pytest.param(
+            {
+                "local": LocalOptions(scaffold=True),
+                "train": TrainOptions(rounds=4, local_steps=2, batch_size=4, optimizer="sgd"),
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["prox-adam", "ranks", "scaffold"],
 )
