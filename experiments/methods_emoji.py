@@ -6,7 +6,7 @@
     python experiments/methods_emoji.py curve --cells lang-20     # how soon each method gets how far
     python experiments/methods_emoji.py search                    # for a better sharing pattern
     python experiments/methods_emoji.py report                    # tables and pictures of what there is
-    python experiments/methods_emoji.py run --quick --out /tmp/x  # a smoke run
+    python experiments/methods_emoji.py run --quick --out smoke   # a smoke run
 
 A *cell* is a way to cut the data. In every cell every method takes the same local steps of the same size; its learning
 rates of A and B are chosen on validation from the same grid, with a seed that is not used again, and where a cell says

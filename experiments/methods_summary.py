@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from study_summary import Json, read_lines, summarise_scores
+from study_summary import Json, format_mean, read_lines, summarise_scores
 
 from fedvlm_jax.evaluation.intervals import Difference
 from fedvlm_jax.runs.storage import describe_environment
@@ -142,11 +142,6 @@ def _format(one: Json, rival: str) -> str:
     return "–" if found is None else format_paired(Difference(**found))
 
 
-def _format_mean(one: Json) -> str:
-    error = "" if one["std_over_seeds"] is None else f" ± {100 * one['std_over_seeds']:.1f}"
-    return f"{100 * one['mean']:.1f}{error} %"
-
-
 def _format_level(count: float | str | None) -> str:
     return "–" if count is None else count if isinstance(count, str) else format_bytes(count)
 
@@ -167,7 +162,7 @@ def tabulate(name: str, cell: Json) -> Table:
     rows = [
         (
             method,
-            _format_mean(one),
+            format_mean(one),
             percent(one["worst_decile"]),
             *(_format(one, rival) for rival in RIVALS),
             "–" if one["bytes_up"] is None else format_bytes(one["bytes_up"]),
@@ -182,7 +177,7 @@ def tabulate(name: str, cell: Json) -> Table:
 
 
 def tabulate_shift(cells: Mapping[str, Json]) -> list[Table]:
-    """Which factor to share under which shift: means, and the two differences that the question is about."""
+    """Which factor to share under which shift: means, and differences from local training."""
     names = [name for name in ("style", "language", "both") if name in cells]
     if not names:
         return []
@@ -193,7 +188,7 @@ def tabulate_shift(cells: Mapping[str, Json]) -> list[Table]:
 
 def _cell_text(cell: Json, method: str) -> str:
     one = cell["methods"].get(method)
-    return "–" if one is None else f"{_format_mean(one)}, {_format(one, 'local')}"
+    return "–" if one is None else f"{format_mean(one)}, {_format(one, 'local')}"
 
 
 def tabulate_neighbours(cells: Mapping[str, Json]) -> list[Table]:
@@ -208,8 +203,8 @@ def tabulate_neighbours(cells: Mapping[str, Json]) -> list[Table]:
             (
                 NAMES[name],
                 "–" if local is None else points(local["mean"] - plain["mean"]),
-                _format_mean(plain),
-                _format_mean(mixed),
+                format_mean(plain),
+                format_mean(mixed),
                 _format(mixed, "fedavg-lora"),
                 f"{mixed['neighbours']:.2f}",
             )
@@ -230,7 +225,7 @@ def tabulate_search(search: Json) -> list[Table]:
         )
     if search["confirmed"]:
         rows = [
-            (name, _format_mean(one), _format(one, "local"), _format(one, "plora"))
+            (name, format_mean(one), _format(one, "local"), _format(one, "plora"))
             for name, one in search["confirmed"].items()
         ]
         columns = ("averaged", "mean", "against local", "against plora")

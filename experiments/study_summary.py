@@ -71,14 +71,19 @@ def _as_json(difference: Difference | None) -> Json | None:
     return None if difference is None else vars(difference)
 
 
+def format_mean(one: Json) -> str:
+    """Write a method's mean with its standard deviation over seeds, in per cent."""
+    error = "" if one["std_over_seeds"] is None else f" ± {100 * one['std_over_seeds']:.1f}"
+    return f"{100 * one['mean']:.1f}{error} %"
+
+
 def tabulate(name: str, cell: Json) -> Table:
     """Tabulate one cell for the README."""
     rows, methods = [], cell["methods"]
     for method, one in methods.items():
         differences = [format_paired(Difference(**one["against"][r])) if r in one["against"] else "–" for r in RIVALS]
-        error = "" if one["std_over_seeds"] is None else f" ± {100 * one['std_over_seeds']:.1f}"
         sent = "–" if one["bytes_up_per_client"] is None else format_bytes(one["bytes_up_per_client"])
-        rows.append((method, f"{100 * one['mean']:.1f}{error} %", percent(one["worst_decile"]), *differences, sent))
+        rows.append((method, format_mean(one), percent(one["worst_decile"]), *differences, sent))
     best = max(one["mean"] for one in methods.values())
     strong = frozenset(row for row, one in enumerate(methods.values()) if one["mean"] == best)
     columns = ("method", "mean", "worst decile", *(f"against {rival}" for rival in RIVALS), "sent per client, round")

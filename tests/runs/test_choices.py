@@ -140,7 +140,7 @@ def test_weights_are_for_methods_that_weigh_by_them() -> None:
     for name in methods_available():
         run = dataclasses.replace(uniform, method=name)
         if name in idle:
-            with pytest.raises(UserError, match=rf"--train\.weighting means nothing to --method {name}"):
+            with pytest.raises(UserError, match=rf"--train\.weighting does not go with --method {name}, because"):
                 validate(run)
         else:
             validate(run)

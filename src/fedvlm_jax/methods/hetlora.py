@@ -15,7 +15,8 @@ __all__ = ["make"]
 
 SOURCE = "arXiv 2401.06432: zero-padded factors, weights ∝ ‖B_k A_k‖_F; client k truncates to its rank"
 REFUSES: dict[str, str] = {
-    "local.scaffold": "its control variates aim at the plain mean of the clients, which hetlora replaces"
+    "local.scaffold": "its control variates aim at the plain mean of the clients, which hetlora replaces",
+    "train.weighting": "it weighs clients by the norm of their product",
 }
 
 

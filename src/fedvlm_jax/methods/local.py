@@ -7,12 +7,10 @@ __all__ = ["make"]
 
 SOURCE = "no communication: A_k and B_k stay private"
 REFUSES: dict[str, str] = dict.fromkeys(
-    ("server", "local.proximal", "local.scaffold"), "nothing is shared, so there is no average"
+    ("server", "local.proximal", "local.scaffold", "train.weighting"), "nothing is shared, so there is no average"
 )
 
 
 def make(setup: Setup) -> Method:
     """local, as a share rule."""
-    return make_share_method(
-        "local", SOURCE, NOTHING, setup, Parts(refuses=REFUSES, moot=frozenset({*REFUSES, "train.weighting"}))
-    )
+    return make_share_method("local", SOURCE, NOTHING, setup, Parts(refuses=REFUSES, moot=frozenset(REFUSES)))

@@ -158,9 +158,8 @@ class Method(NamedTuple):
         takes: the options that not every method takes and this one does, as `Run` names them: `server`,
             `local.proximal`, `local.scaffold`, `lora.ranks`, `share`, and the fields of `hyper` that it reads,
             `hyper.ditto_lambda` say. The others are refused.
-        refuses: such an option -> why not, to be read after "because".
-        moot: those of them, or `train.weighting`, that would merely do nothing: a comparison, in which others take
-            them, leaves them out here.
+        refuses: such an option -> why not, to be read after "because"; or `train.weighting`, which others take unasked.
+        moot: those of them that would merely do nothing: a comparison, in which others take them, leaves them out here.
     """
 
     name: str

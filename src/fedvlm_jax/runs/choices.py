@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["RANGES", "check_choices", "check_comparison", "check_rule", "declare", "for_method"]
 
-WEIGHTING = "train.weighting"
-
 Range = tuple[Callable[[float], bool], str]
+
+_WEIGHTING = "train.weighting"
+"""What every method takes that does not refuse it."""
 
 _ABOVE_ZERO: Range = (lambda x: 0 < x < math.inf, "above 0")
 _FROM_ZERO: Range = (lambda x: 0 <= x < math.inf, "a number of 0 or more")
@@ -69,10 +70,6 @@ def check_choices(run: Run) -> None:
         raise UserError(
             f"--share makes a method of its own, named {SHARE}: leave out --method {run.method}, or leave out --share"
         )
-    if WEIGHTING in method.moot and _weighs_otherwise(run):
-        raise UserError(
-            f"{_flag(WEIGHTING)} means nothing to --method {run.method}: it weighs no clients by it. Leave it out"
-        )
     for path in _own_options(run):
         if path not in method.takes and path != "share":
             raise UserError(
@@ -93,8 +90,6 @@ def check_comparison(base: Run, names: Sequence[str]) -> None:
     for path in _orthogonal_options(base):
         if all(path not in _orthogonal_options(_leave_out(base, method)) for method in methods.values()):
             raise UserError(f"{_flag(path)} means nothing to any of --methods {' '.join(methods)}: leave it out")
-    if _weighs_otherwise(base) and all(WEIGHTING in method.moot for method in methods.values()):
-        raise UserError(f"{_flag(WEIGHTING)} means nothing to any of --methods {' '.join(methods)}: leave it out")
     for path in _own_options(base):
         if not any(path in method.takes for method in methods.values()):
             raise UserError(
@@ -122,17 +117,13 @@ def _leave_out(run: Run, method: "Method") -> Run:
         path.removeprefix("local."): getattr(LocalOptions(), path[6:]) for path in method.moot if path[:6] == "local."
     }
     server = ServerOptions() if "server" in method.moot else run.server
-    weighting = TrainOptions().weighting if WEIGHTING in method.moot else run.train.weighting
+    weighting = TrainOptions().weighting if _WEIGHTING in method.moot else run.train.weighting
     return dataclasses.replace(
         run,
         server=server,
         local=dataclasses.replace(run.local, **local),
         train=dataclasses.replace(run.train, weighting=weighting),
     )
-
-
-def _weighs_otherwise(run: Run) -> bool:
-    return run.train.weighting != TrainOptions().weighting
 
 
 def declare(name: str, run: Run) -> "Method":
@@ -229,7 +220,7 @@ def _check_method(run: Run, method: "Method", label: str) -> None:
     """Refuse what changes a round's mathematics in a way that the method has no place for."""
     for path in _orthogonal_options(run):
         part = path.partition(".")[0]
-        if {path, part} & method.takes:
+        if {path, part} & method.takes or (path == _WEIGHTING and path not in method.refuses):
             continue
         why = method.refuses.get(path) or method.refuses.get(part) or "it does not say that it takes it"
         raise UserError(f"{_flag(path)} does not go with {label}, because {why}. Leave it out, or leave the method out")
@@ -240,7 +231,8 @@ def _check_method(run: Run, method: "Method", label: str) -> None:
 def _orthogonal_options(run: Run) -> list[str]:
     server = [f"server.{name}" for name in _changed(run.server, ServerOptions())]
     local = [f"local.{name}" for name in _changed(run.local, LocalOptions())]
-    return [*server, *local, *(["lora.ranks"] if run.lora.ranks else [])]
+    weighting = [_WEIGHTING] if run.train.weighting != TrainOptions().weighting else []
+    return [*server, *local, *weighting, *(["lora.ranks"] if run.lora.ranks else [])]
 
 
 def _own_options(run: Run) -> list[str]:

@@ -24,6 +24,7 @@ REFUSES: dict[str, str] = {
         "every client receives a mixture of its own: there is no one average to step or to stay near",
     ),
     "lora.ranks": "clients receive each other's factors, which must have the form of their own",
+    "train.weighting": "what a client receives is weighed by similarity, or all others count alike",
 }
 
 Assemble = Callable[[PyTree, PyTree, PyTree], lora.Adapter]
