@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from tiny_run import make_folder, tiny_run
 
-from fedvlm_jax.evaluation.clients import make_answer
 from fedvlm_jax.evaluation.neighbours import NOTHING, SHARES, Memory, Recall, recall, with_memory
 from fedvlm_jax.runs.prepare import open_session, prepare
 
@@ -89,17 +88,14 @@ def test_empty_places_are_nobody_s_neighbours():
 
 def open_run(run):
     """A run whose clients have models of their own, none of them trained."""
-    session = open_session(run)
-    prepared = prepare(run, session)
+    run = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, neighbours=1, max_answer_tokens=16))
+    prepared = prepare(run, open_session(run))
     rng = np.random.default_rng(3)
     count = len(prepared.examples.clients)
     adapters = jax.tree.map(
         lambda leaf: (leaf + 0.03 * rng.standard_normal((count, *leaf.shape))).astype(np.float32), prepared.adapter
     )
-    evaluator = dataclasses.replace(
-        prepared.evaluator, answer=make_answer(with_memory(session.vlm, 1, 1.0), max_tokens=16), base={}
-    )
-    return prepared, evaluator, adapters
+    return prepared, prepared.evaluator, adapters
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +103,9 @@ def tiny(tmp_path_factory):
     return open_run(tiny_run(make_folder(tmp_path_factory.mktemp("model") / "tiny"), tmp_path_factory.mktemp("none")))
 
 
-def remember(tiny, clients=range(4), **changes):
+def remember(tiny, clients=range(4), capacity=10_000):
     prepared, evaluator, adapters = tiny
-    options = {"neighbours": 1, "temperature": 1.0, "capacity": 10_000} | changes
-    return recall(evaluator, prepared.session.vlm, prepared.session.params, adapters, clients, **options)
+    return recall(evaluator, prepared.neighbours, prepared.session.params, adapters, clients, capacity)
 
 
 def test_a_client_that_trusts_its_memory_recites_its_training_answers(tmp_path):
@@ -156,12 +151,12 @@ def test_capacity_bounds_what_is_kept(tiny):
 def test_the_share_is_the_likeliest_on_validation(tiny):
     """Every λ is scored by the evaluator itself, on validation; the one chosen must have the lowest loss."""
     prepared, evaluator, _ = tiny
-    recalls, shares = remember(tiny, neighbours=1)
+    recalls, shares = remember(tiny)
     losses = {}
     for share in SHARES:
         recalls.memory.share[:] = share
         own = {"own": lambda numbers: jax.tree.map(lambda leaf: leaf[numbers], recalls)}
-        losses[share] = evaluator(prepared.session.params, own, "validation", range(4))["own"]["loss"]
+        losses[share] = evaluator(prepared.session.params, own, "validation", range(4))["own"].scores["loss"]
     for name, chosen in shares.items():
         best = min(losses[share][name] for share in SHARES)
         assert losses[chosen][name] == pytest.approx(best, rel=1e-4), name

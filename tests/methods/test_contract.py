@@ -128,6 +128,13 @@ def test_permuting_clients_permutes_results(case):
     assert_close(personal, take(case.personal, order))
 
 
+def test_weights_count_unless_the_method_says_why_not(case):
+    out, personal = case.run(case.cohort, np.full_like(WEIGHTS, 1 / CLIENTS), case.states)
+    now, then = (out.server, personal), (case.out.server, case.personal)
+    same = all(jax.tree.leaves(jax.tree.map(lambda x, y: np.allclose(x, y, rtol=0, atol=1e-7), now, then)))
+    assert same == ("train.weighting" in case.method.refuses)
+
+
 def test_waves_change_nothing(case):
     for waves in (2, 4):
         out, personal = case.run(case.cohort, WEIGHTS, case.states, waves=waves)

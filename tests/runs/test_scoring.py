@@ -12,6 +12,7 @@ from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.folders import read_run
 from fedvlm_jax.runs.newcomers import find_nearest
 from fedvlm_jax.runs.prepare import prepare
+from fedvlm_jax.runs.scoring import read_gains
 
 
 def run_with(model, folder, session, method="plora", held_out=0.25, **evaluation):
@@ -44,7 +45,8 @@ def test_scores_do_not_depend_on_how_examples_are_cut(model, session, tmp_path):
     found = []
     for wave, batch in ((1, 1), (3, 4)):
         evaluator = dataclasses.replace(prepared.evaluator, examples=examples, wave=wave, batch=batch, base={})
-        found.append(evaluator(session.params, models, "test", range(4)))
+        scored = evaluator(session.params, models, "test", range(4))
+        found.append({name: one.scores for name, one in scored.items()})
     names = [client.name for client, size in zip(clients, sizes, strict=True) if size]
     for scores in found:
         for kind in models:
@@ -57,8 +59,18 @@ def test_scores_do_not_depend_on_how_examples_are_cut(model, session, tmp_path):
     assert any(found[0]["own"]["reward_margin"].values())
 
 
-def test_what_a_client_gains_has_an_interval_around_it(record):
-    """Paired over the client's test examples, so no wider than what one example can change."""
+def test_what_a_client_gains_is_paired_over_its_examples():
+    """By hand: the mean of ten gains of which five are 1 is a binomial's; its 2.5 % and 97.5 % points are 2 and 8."""
+    ones, half = np.ones(10), np.repeat([0.0, 1.0], 5)
+    own = {"better": ones, "worse": 0 * ones, "same": half, "half": ones, "alone": ones[:1]}
+    base = {"better": 0 * ones, "worse": ones, "same": half, "half": half, "alone": ones[:1]}
+    gains = read_gains(own, base)
+    assert gains.keys() == own.keys() - {"alone"}
+    assert np.ravel([gains[name] for name in ("better", "worse", "same")]).tolist() == [1, 1, -1, -1, 0, 0]
+    assert gains["half"] == pytest.approx([0.2, 0.8])
+
+
+def test_those_who_trained_have_an_interval_around_what_they_gain(record):
     own, base = record.scores("personal"), record.scores("zero_shot")
     intervals = record.results["gain_intervals"]["exact_match"]
     assert set(intervals) == set(own)

@@ -8,7 +8,7 @@ Axes: C clients, V pieces at a time, B examples of a piece, U labels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -26,7 +26,7 @@ from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.objectives.likelihood import score_pairs, token_losses
 from fedvlm_jax.sharding import CLIENTS
 
-__all__ = ["Adapters", "Evaluator", "Scores", "make_answer"]
+__all__ = ["Adapters", "Evaluator", "Scored", "Scores", "make_answer"]
 
 Scores = dict[str, dict[str, float]]
 """metric -> client -> value; clients without an example in the split are left out."""
@@ -37,6 +37,18 @@ Adapters = Callable[[np.ndarray], PyTree]
 
 Numbers = dict[str, Float[np.ndarray, " examples"]]
 """Per example of a client, sums over the tokens of its answers, by the names of `score_pairs`."""
+
+
+class Scored(NamedTuple):
+    """How a model did on a split.
+
+    Attributes:
+        scores: every metric.
+        values: those of generated answers example by example, metric -> client -> [N], of which `scores` has the means.
+    """
+
+    scores: Scores
+    values: dict[str, dict[str, Float[np.ndarray, " examples"]]]
 
 
 class Decoder(Protocol):
@@ -78,8 +90,6 @@ class Evaluator:
         beta: of the reward, which is beta times how much more likely than under the bare base an answer is.
         base: split and client -> what `make_answer` computes of the bare base [N]; filled when the base is evaluated,
             and from then on rewards are known.
-        single: model, split and client -> metric of generated answers -> its values example by example [N], of the
-            latest evaluation of a model of that name.
     """
 
     examples: Examples
@@ -92,11 +102,10 @@ class Evaluator:
     metrics: tuple[str, ...]
     beta: float
     base: dict[tuple[Split, int], Numbers]
-    single: dict[tuple[str, Split, int], Numbers] = field(default_factory=dict)
 
     def __call__(
         self, params: PyTree, models: Mapping[str, Adapters | None], split: Split, numbers: Sequence[int]
-    ) -> dict[str, Scores]:
+    ) -> dict[str, Scored]:
         """Score models on a split, all of them in one pass over the data.
 
         Args:
@@ -112,7 +121,7 @@ class Evaluator:
         found = self._answer(params, models, {n: self.examples.clients[n].rows_of(split) for n in numbers})
         corpus = [[answer] for answer in self._gold(split, range(len(self.examples.clients)))]
         metrics = select_metrics(self.metrics, corpus)
-        return {name: self._score(name, split, answers, metrics, models[name]) for name, answers in found.items()}
+        return {name: self._score(split, answers, metrics, models[name]) for name, answers in found.items()}
 
     def ask(
         self, params: PyTree, models: Mapping[str, Adapters | None], rows: Mapping[int, Int[np.ndarray, " rows"]]
@@ -211,19 +220,19 @@ class Evaluator:
 
     def _score(
         self,
-        model: str,
         split: Split,
         answers: dict[int, _Answers],
         metrics: Mapping[str, Any],
         adapters: Adapters | None,
-    ) -> Scores:
+    ) -> Scored:
+        values: dict[str, dict[str, np.ndarray]] = {name: {} for name in metrics}
         scores: Scores = {name: {} for name in (*metrics, "token_accuracy", "loss")}
         for client, (texts, numbers) in answers.items():
             name = self.examples.clients[client].name
             gold = [[answer] for answer in self._gold(split, [client])]
-            single = {metric: np.asarray(score(texts, gold)) for metric, score in metrics.items()}
-            self.single[model, split, client] = single
-            own = {metric: float(values.mean()) for metric, values in single.items()}
+            for metric, score in metrics.items():
+                values[metric][name] = np.asarray(score(texts, gold))
+            own = {metric: float(values[metric][name].mean()) for metric in metrics}
             tokens = max(float(numbers["chosen_tokens"].sum()), 1.0)
             own["token_accuracy"] = float(numbers["chosen_correct"].sum()) / tokens
             own["loss"] = -float(numbers["chosen_log_prob"].sum()) / tokens
@@ -232,7 +241,7 @@ class Evaluator:
             own |= score_preferences(_pair(numbers, self.base.get((split, client))), self.beta)
             for metric, value in own.items():
                 scores.setdefault(metric, {})[name] = value
-        return scores
+        return Scored(scores, values)
 
 
 def _pair(numbers: Numbers, base: Numbers | None) -> Pairs:

@@ -13,6 +13,7 @@ Axes: N remembered tokens, D width, V vocabulary, k neighbours, C clients.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from fedvlm_jax.data.encode import IGNORED
 from fedvlm_jax.data.options import Split
 from fedvlm_jax.evaluation.clients import Evaluator
 
-__all__ = ["SHARES", "Memory", "Recall", "recall", "with_memory"]
+__all__ = ["SHARES", "Memory", "Neighbours", "Recall", "make_neighbours", "recall", "with_memory"]
 
 AnyArray = Any  # a jax.Array on the device, a numpy array before it
 
@@ -57,6 +58,33 @@ class Recall(NamedTuple):
 
     adapter: PyTree
     memory: Memory
+
+
+class Neighbours(NamedTuple):
+    """What asking k neighbours at temperature τ takes, compiled once for all runs.
+
+    Attributes:
+        vlm: the model as `with_memory` makes it.
+        keep: (params, adapters, batch [V, B, …]) -> `states` [V, B, U, D] and `tokens` [V, B, U] of the answers.
+        weigh: (params, recalls, batch [V, B, …]) -> `likelihood` [V, B, λ] of the answers, whatever their own λ.
+    """
+
+    vlm: Any
+    keep: Callable[..., dict[str, Array]]
+    weigh: Callable[..., dict[str, Array]]
+
+
+def make_neighbours(vlm: Any, neighbours: int, temperature: float) -> Neighbours:
+    """The programs of k = `neighbours` at τ = `temperature`, for the bare model `vlm`."""
+
+    def program(one: Callable[..., dict[str, Array]]) -> Callable[..., dict[str, Array]]:
+        return jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
+
+    return Neighbours(
+        with_memory(vlm, neighbours, temperature),
+        program(partial(_keep, vlm)),
+        program(partial(_weigh, vlm, neighbours=neighbours, temperature=temperature)),
+    )
 
 
 def with_memory(vlm: Any, neighbours: int, temperature: float) -> Any:
@@ -112,24 +140,20 @@ def _ask_neighbours(memory: Memory, states: Array, vocabulary: int, neighbours: 
 
 def recall(
     evaluator: Evaluator,
-    vlm: Any,
+    neighbours: Neighbours,
     params: PyTree,
     adapters: PyTree,
     numbers: Sequence[int],
-    *,
-    neighbours: int,
-    temperature: float,
     capacity: int,
 ) -> tuple[Recall, dict[str, float]]:
     """Let clients remember their training answers and choose how much these count.
 
     Args:
-        evaluator: of the population, its `answer` made with `with_memory(vlm, neighbours, temperature)`.
-        vlm: the bare model.
+        evaluator: of the population.
+        neighbours: the programs.
         params: the base.
         adapters: every client's own, on the host [C, …].
         numbers: the clients that remember; the others, and those without a validation answer, have λ = 0.
-        neighbours, temperature: k and τ.
         capacity: most tokens that a client keeps, evenly spaced over those that it has.
 
     Returns:
@@ -145,12 +169,14 @@ def recall(
 
     kept = {
         client: _thin(parts, capacity)
-        for client, parts in evaluator.visit(_program(vlm, _keep), params, own, rows("train")).items()
+        for client, parts in evaluator.visit(neighbours.keep, params, own, rows("train")).items()
     }
     size = max([1, *(len(tokens) for _, tokens in kept.values())])
     width = next((states.shape[-1] for states, _ in kept.values()), 1)
     memory = Memory(
-        np.zeros((count, size, width), np.float32), np.full((count, size), NOTHING), np.zeros(count, np.float32)
+        states=np.zeros((count, size, width), np.float32),
+        tokens=np.full((count, size), NOTHING, np.int32),
+        share=np.zeros(count, np.float32),
     )
     for client, (states, tokens) in kept.items():
         memory.states[client, : len(tokens)], memory.tokens[client, : len(tokens)] = states, tokens
@@ -159,20 +185,12 @@ def recall(
     def remembering(asked: np.ndarray) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[asked], recalls)
 
-    weigh = _program(vlm, lambda vlm, params, own, batch: _weigh(vlm, params, own, batch, neighbours, temperature))
     shares: dict[str, float] = {}
-    for client, parts in evaluator.visit(weigh, params, remembering, rows("validation")).items():
+    for client, parts in evaluator.visit(neighbours.weigh, params, remembering, rows("validation")).items():
         likelihood = np.sum([part["likelihood"].sum(axis=0) for part in parts], axis=0)
         share = SHARES[int(np.argmax(likelihood))] if client in kept else 0.0
         memory.share[client] = shares[evaluator.examples.clients[client].name] = share
     return recalls, shares
-
-
-def _program(vlm: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    def one(params: PyTree, own: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
-        return function(vlm, params, own, batch)
-
-    return jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
 
 
 def _keep(vlm: Any, params: PyTree, adapter: PyTree, batch: Mapping[str, Array]) -> dict[str, Array]:

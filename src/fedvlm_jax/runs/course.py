@@ -135,12 +135,12 @@ class Course:
 
     def _validate(self, round_: int, report: RoundReport) -> dict[str, Any]:
         evaluator, params = self.prepared.evaluator, self.driver.base
-        chosen = self.prepared.select_by
-        scores = evaluator(params, {"own": self.driver.adapters}, "validation", self.prepared.participants)["own"]
+        chosen, everyone = self.prepared.select_by, self.prepared.participants
+        scores = evaluator(params, {"own": self.driver.adapters}, "validation", everyone)["own"].scores
         result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}
         if report.trained is not None and self.prepared.run.evaluation.before_redistribution:
             cohort = report.counted.tolist()
-            before = evaluator(report.base, {"own": report.trained}, "validation", cohort)["own"].get(chosen, {})
+            before = evaluator(report.base, {"own": report.trained}, "validation", cohort)["own"].scores.get(chosen, {})
             result["before_redistribution"] = {chosen: _mean(before)}
             result["after_redistribution"] = {chosen: _mean({name: scores[chosen][name] for name in before})}
         value, loss = result.get(chosen), result.get("loss")

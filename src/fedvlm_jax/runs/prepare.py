@@ -19,7 +19,7 @@ from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.data.table import read_table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Evaluator, make_answer
-from fedvlm_jax.evaluation.neighbours import with_memory
+from fedvlm_jax.evaluation.neighbours import Neighbours, make_neighbours
 from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.driver import Driver, Programs, make_programs, start_adapter
 from fedvlm_jax.federation.features import is_vision_frozen
@@ -52,6 +52,7 @@ class Prepared:
         layout: the shapes of its rounds.
         key: decides everything drawn on devices.
         evaluator: scores clients.
+        neighbours: what asking them takes, where the options ask for them.
     """
 
     run: Run
@@ -65,6 +66,7 @@ class Prepared:
     layout: Layout
     key: Any
     evaluator: Evaluator
+    neighbours: Neighbours | None
 
     @property
     def participants(self) -> list[int]:
@@ -149,12 +151,11 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         )
         inputs = add_reference(inputs, reference)
     layout = _lay_out(run, examples, session.mesh, run.cohort, run.system.wave)
-    remembering = (run.evaluation.neighbours, run.evaluation.neighbour_temperature) if run.evaluation.neighbours else ()
+    asked = (run.evaluation.neighbours, run.evaluation.neighbour_temperature) if run.evaluation.neighbours else None
+    neighbours = asked and session.remember(("neighbours", *asked), lambda: make_neighbours(session.vlm, *asked))
     answer = session.remember(
-        ("answer", run.evaluation.max_answer_tokens, *remembering),
-        lambda: make_answer(
-            with_memory(session.vlm, *remembering) if remembering else session.vlm, run.evaluation.max_answer_tokens
-        ),
+        ("answer", run.evaluation.max_answer_tokens, asked),
+        lambda: make_answer(neighbours.vlm if neighbours else session.vlm, run.evaluation.max_answer_tokens),
     )
     evaluator = Evaluator(
         examples=examples,
@@ -167,11 +168,10 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         metrics=run.evaluation.metrics,
         beta=run.preference.beta,
         base=session.remember(("numbers of the base", *data_key), dict),
-        single=session.remember(
-            ("single answers", *data_key, run.evaluation.metrics, run.evaluation.max_answer_tokens), dict
-        ),
     )
-    return Prepared(run, session, objective, federation, examples, inputs, spec, adapter, layout, key, evaluator)
+    return Prepared(
+        run, session, objective, federation, examples, inputs, spec, adapter, layout, key, evaluator, neighbours
+    )
 
 
 def make_driver(

@@ -9,20 +9,20 @@ import numpy as np
 from jaxtyping import PyTree
 
 from fedvlm_jax.data.options import Split
-from fedvlm_jax.evaluation.clients import Adapters, Scores
+from fedvlm_jax.evaluation.clients import Adapters, Scored, Scores
 from fedvlm_jax.evaluation.intervals import bootstrap_mean
 from fedvlm_jax.evaluation.neighbours import recall
 from fedvlm_jax.federation.driver import Driver
 from fedvlm_jax.runs.prepare import Prepared
 
-__all__ = ["is_same", "let_remember", "score_base", "score_models"]
+__all__ = ["is_same", "let_remember", "read_gains", "score_base", "score_models"]
 
 MATRIX = ("exact_match", "token_accuracy", "loss", "preference_accuracy")
 """The metrics of the cross-client matrix."""
 
 
-def score_base(prepared: Prepared) -> dict[Split, Scores]:
-    """split -> scores of the bare base, for everybody. From then on the evaluator knows what is rewarded."""
+def score_base(prepared: Prepared) -> dict[Split, Scored]:
+    """split -> how the bare base does, for everybody. From then on the evaluator knows what is rewarded."""
     return _evaluate(prepared, prepared.session.params, {"zero_shot": None})["zero_shot"]
 
 
@@ -38,24 +38,15 @@ def let_remember(prepared: Prepared, params: PyTree, adapters: PyTree) -> tuple[
         What stands in the adapters' place when models are scored (the adapters themselves without neighbours), and
         for the results `neighbours`: `share`, how much they count, by client.
     """
-    options = prepared.run.evaluation
-    if not options.neighbours:
+    if prepared.neighbours is None:
         return adapters, {}
-    models, share = recall(
-        prepared.evaluator,
-        prepared.session.vlm,
-        params,
-        adapters,
-        prepared.participants,
-        neighbours=options.neighbours,
-        temperature=options.neighbour_temperature,
-        capacity=options.neighbour_capacity,
-    )
+    capacity = prepared.run.evaluation.neighbour_capacity
+    models, share = recall(prepared.evaluator, prepared.neighbours, params, adapters, prepared.participants, capacity)
     return models, {"neighbours": {"share": share}}
 
 
 def score_models(
-    prepared: Prepared, params: PyTree, adapters: PyTree, federation: Driver | None, zero_shot: Mapping[Split, Scores]
+    prepared: Prepared, params: PyTree, adapters: PyTree, federation: Driver | None, zero_shot: Mapping[Split, Scored]
 ) -> dict[str, Any]:
     """Score the models that a run ends with.
 
@@ -64,7 +55,7 @@ def score_models(
         params: the base, with what the method added to it.
         adapters: every client's own [C, …], or what `let_remember` made of them; a held-out client's as it starts.
         federation: with the server's state that belongs to them; None where nothing is shared.
-        zero_shot: split -> scores of the bare base, for everybody.
+        zero_shot: split -> how the bare base does, for everybody.
 
     Returns:
         `zero_shot`, `personal` and, where something is shared, `global`: split -> metric -> client -> value, of the
@@ -83,20 +74,22 @@ def score_models(
     if federation is not None and options.global_model:
         same = is_same(personal, federation.global_adapters, prepared.participants[:1])
         models |= {} if same else {"global": federation.global_adapters}
-    scores = {"zero_shot": zero_shot, **_evaluate(prepared, params, models)}
+    scored: dict[str, Mapping[Split, Scored]] = {"zero_shot": zero_shot, **_evaluate(prepared, params, models)}
     if same:
-        scores["global"] = scores["personal"]
-    intervals = _read_gains(prepared) if options.test else {}
+        scored["global"] = scored["personal"]
     trained = {examples.clients[number].name for number in prepared.participants}
-    results: dict[str, Any] = {name: _keep(by_split, trained) for name, by_split in scores.items()}
+    results: dict[str, Any] = {name: _keep(by_split, trained) for name, by_split in scored.items()}
     if prepared.held_out:
         others = {examples.clients[number].name for number in prepared.held_out}
         results["held_out"] = {
             "cold_start": options.cold_start,
-            **{name: _keep(scores[name], others) for name in ("zero_shot", "personal")},
+            **{name: _keep(scored[name], others) for name in ("zero_shot", "personal")},
         }
-    if intervals:
-        results["gain_intervals"] = {prepared.select_by: intervals}
+    metric = prepared.select_by
+    if options.test and metric in zero_shot["test"].values:
+        own, base = scored["personal"]["test"].values[metric], zero_shot["test"].values[metric]
+        own = {client: values for client, values in own.items() if client in trained}
+        results["gain_intervals"] = {metric: read_gains(own, base)}
     if options.cross_clients and options.test:
         results["cross_clients"] = _cross(prepared, params, adapters)
     return results
@@ -104,8 +97,8 @@ def score_models(
 
 def _evaluate(
     prepared: Prepared, params: PyTree, models: Mapping[str, Adapters | None]
-) -> dict[str, dict[Split, Scores]]:
-    """model -> split -> scores of everybody, each split read once for all models."""
+) -> dict[str, dict[Split, Scored]]:
+    """model -> split -> how it does for everybody, each split read once for all models."""
     everyone = [*prepared.participants, *prepared.held_out]
     splits = prepared.run.evaluation.splits
     scored = {split: prepared.evaluator(params, models, split, everyone) for split in splits}
@@ -114,34 +107,37 @@ def _evaluate(
 
 def is_same(personal: Adapters, general: Adapters, numbers: list[int]) -> bool:
     """Is the global model what this client has, because its method keeps nothing private?"""
-    pair = (jax.device_get(adapters(np.asarray(numbers))) for adapters in (personal, general))
-    ours, theirs = pair
+    ours, theirs = (jax.device_get(adapters(np.asarray(numbers))) for adapters in (personal, general))
     if jax.tree.structure(ours) != jax.tree.structure(theirs):
         return False  # one of them remembers
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, ours, theirs)))
 
 
-def _read_gains(prepared: Prepared) -> dict[str, list[float]]:
-    """Paired bootstrap over a client's own test examples; empty where the metric is not one of single answers."""
-    metric, single = prepared.select_by, prepared.evaluator.single
+def read_gains(own: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    """What each client gains, as a paired bootstrap over its own examples sees it.
+
+    Args:
+        own, base: client -> a metric of the same examples [N], by its own model and by the base.
+
+    Returns:
+        client -> the ends of the 95 % interval of the mean of own - base; without clients of a single example.
+    """
     found = {}
-    for number in prepared.participants:
-        own, base = (single.get((model, "test", number), {}).get(metric) for model in ("personal", "zero_shot"))
-        if own is None or base is None or len(own) != len(base):
-            continue
-        gain = bootstrap_mean({0: {f"{place:09d}": float(value) for place, value in enumerate(own - base)}})
-        if math.isfinite(gain.low):
-            found[prepared.examples.clients[number].name] = [gain.low, gain.high]
+    for client, values in own.items():
+        gains = {f"{place:09d}": float(gain) for place, gain in enumerate(values - base[client])}
+        interval = bootstrap_mean({0: gains})
+        if math.isfinite(interval.low):
+            found[client] = [interval.low, interval.high]
     return found
 
 
-def _keep(by_split: Mapping[Split, Scores], names: set[str]) -> dict[Split, Scores]:
+def _keep(by_split: Mapping[Split, Scored], names: set[str]) -> dict[Split, Scores]:
     return {
         split: {
             metric: {client: value for client, value in values.items() if client in names}
-            for metric, values in scores.items()
+            for metric, values in one.scores.items()
         }
-        for split, scores in by_split.items()
+        for split, one in by_split.items()
     }
 
 
@@ -155,7 +151,7 @@ def _cross(prepared: Prepared, params: PyTree, adapters: PyTree) -> dict[str, An
         return lambda asked: jax.tree.map(lambda leaf: leaf[np.full(len(asked), number)], adapters)
 
     models = {name: always(number) for name, number in zip(names, numbers, strict=True)}
-    found = prepared.evaluator(params, models, "test", numbers)
+    found = {name: one.scores for name, one in prepared.evaluator(params, models, "test", numbers).items()}
     metrics = [metric for metric in MATRIX if all(len(found[name].get(metric, {})) == len(names) for name in names)]
     return {
         "clients": names,
