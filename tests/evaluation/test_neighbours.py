@@ -117,10 +117,10 @@ def test_a_client_that_trusts_its_memory_recites_its_training_answers(tmp_path):
     prepared, evaluator, _ = shipped
     recalls, _ = remember(shipped)
     recalls.memory.share[:] = 1.0
-    rows = {number: prepared.examples.clients[number].train for number in (0, 2)}
     own = {"own": lambda numbers: jax.tree.map(lambda leaf: leaf[numbers], recalls)}
-    said = evaluator.ask(prepared.session.params, own, rows)["own"]
-    assert said == {number: [prepared.examples.answers[row].strip() for row in rows[number]] for number in rows}
+    said = evaluator(prepared.session.params, own, "train", (0, 2))["own"].texts
+    clients = [prepared.examples.clients[number] for number in (0, 2)]
+    assert said == {own.name: [prepared.examples.answers[row].strip() for row in own.train] for own in clients}
 
 
 def test_a_memory_is_its_client_s_own(tiny):

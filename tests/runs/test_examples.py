@@ -1,4 +1,4 @@
-"""The examples that a run stores: chosen without chance, answered by the evaluator's own program."""
+"""The examples that a run stores: chosen without chance, among the answers that were scored."""
 
 import dataclasses
 import json
@@ -12,7 +12,6 @@ from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import examples, loop
 from fedvlm_jax.runs.config import TrainOptions
-from fedvlm_jax.runs.prepare import prepare
 from fedvlm_jax.runs.validation import validate
 
 TRAIN = TrainOptions(rounds=1, local_steps=2, batch_size=4)
@@ -41,16 +40,6 @@ def test_a_run_stores_examples_with_every_model_s_answer(model, session, tmp_pat
         assert entry["answer"]
         with Image.open(folder / entry["picture"]) as picture:
             assert max(picture.size) <= 176
-
-
-def test_no_program_is_compiled_for_them(model, session, tmp_path):
-    run = tiny_run(model, tmp_path / "run", train=TRAIN)
-    run_with(model, tmp_path / "first", session, examples=0)
-    answer = prepare(run, session).evaluator.answer
-    compiled = answer._cache_size()
-    folder = run_with(model, tmp_path / "second", session, examples=4)
-    assert answer._cache_size() == compiled
-    assert len(read(folder)) == 4
 
 
 def test_the_answers_are_those_that_were_scored(model, session, tmp_path):

@@ -45,10 +45,12 @@ class Scored(NamedTuple):
     Attributes:
         scores: every metric.
         values: those of generated answers example by example, metric -> client -> [N], of which `scores` has the means.
+        texts: the answers themselves, client -> [N].
     """
 
     scores: Scores
     values: dict[str, dict[str, Float[np.ndarray, " examples"]]]
+    texts: dict[str, list[str]]
 
 
 class Decoder(Protocol):
@@ -104,7 +106,13 @@ class Evaluator:
     base: dict[tuple[Split, int], Numbers]
 
     def __call__(
-        self, params: PyTree, models: Mapping[str, Adapters | None], split: Split, numbers: Sequence[int]
+        self,
+        params: PyTree,
+        models: Mapping[str, Adapters | None],
+        split: Split,
+        numbers: Sequence[int],
+        *,
+        rejected: bool = True,
     ) -> dict[str, Scored]:
         """Score models on a split, all of them in one pass over the data.
 
@@ -113,28 +121,17 @@ class Evaluator:
             models: name -> its adapters; None for the bare base (zero-shot).
             split: which rows.
             numbers: which clients.
+            rejected: score rejected answers too, where there are some; without them there is no metric of pairs.
 
         Returns:
             For every model: the chosen metrics of generated answers; `token_accuracy` and `loss` (nats per token) of
             the chosen ones; and what `score_preferences` finds; each by client's name.
         """
-        found = self._answer(params, models, {n: self.examples.clients[n].rows_of(split) for n in numbers})
+        rows = {number: self.examples.clients[number].rows_of(split) for number in numbers}
+        found = self._answer(params, models, rows, rejected)
         corpus = [[answer] for answer in self._gold(split, range(len(self.examples.clients)))]
         metrics = select_metrics(self.metrics, corpus)
         return {name: self._score(split, answers, metrics, models[name]) for name, answers in found.items()}
-
-    def ask(
-        self, params: PyTree, models: Mapping[str, Adapters | None], rows: Mapping[int, Int[np.ndarray, " rows"]]
-    ) -> dict[str, dict[int, list[str]]]:
-        """What models answer to some rows, by the same program: model -> client -> texts in the order of its rows.
-
-        Args:
-            params: the base.
-            models: as in a call.
-            rows: client number -> rows, which need not be all that it has.
-        """
-        found = self._answer(params, models, rows)
-        return {name: {client: own.texts for client, own in answers.items()} for name, answers in found.items()}
 
     def visit(
         self,
@@ -161,13 +158,18 @@ class Evaluator:
         return found
 
     def _answer(
-        self, params: PyTree, models: Mapping[str, Adapters | None], rows: Mapping[int, Int[np.ndarray, " rows"]]
+        self,
+        params: PyTree,
+        models: Mapping[str, Adapters | None],
+        rows: Mapping[int, Int[np.ndarray, " rows"]],
+        rejected: bool,
     ) -> dict[str, dict[int, _Answers]]:
         """model -> client -> its answers, each piece read once for all models."""
         found: dict[str, dict[int, list[_Answers]]] = {name: {} for name in models}
         for batch, wave in self._read(rows):
+            asked = {name: value for name, value in batch.items() if rejected or not name.startswith("rejected_")}
             for name, adapters in models.items():
-                for client, (ids, numbers) in self._run(self.answer, params, adapters, batch, wave):
+                for client, (ids, numbers) in self._run(self.answer, params, adapters, asked, wave):
                     found[name].setdefault(client, []).append(_Answers(self.processor.decode(ids), numbers))
         return {name: {client: _join(parts) for client, parts in own.items()} for name, own in found.items()}
 
@@ -227,8 +229,10 @@ class Evaluator:
     ) -> Scored:
         values: dict[str, dict[str, np.ndarray]] = {name: {} for name in metrics}
         scores: Scores = {name: {} for name in (*metrics, "token_accuracy", "loss")}
+        said: dict[str, list[str]] = {}
         for client, (texts, numbers) in answers.items():
             name = self.examples.clients[client].name
+            said[name] = texts
             gold = [[answer] for answer in self._gold(split, [client])]
             for metric, score in metrics.items():
                 values[metric][name] = np.asarray(score(texts, gold))
@@ -241,7 +245,7 @@ class Evaluator:
             own |= score_preferences(_pair(numbers, self.base.get((split, client))), self.beta)
             for metric, value in own.items():
                 scores.setdefault(metric, {})[name] = value
-        return Scored(scores, values)
+        return Scored(scores, values, said)
 
 
 def _pair(numbers: Numbers, base: Numbers | None) -> Pairs:

@@ -1,7 +1,7 @@
 """Checkpoints of all that a run needs to go on: orbax writes each into a folder of its own, whole or not at all."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ __all__ = ["Checkpoints"]
 class Checkpoints:
     """The newest checkpoints of a run, by round.
 
-    A state is any pytree of arrays; it is stored as a list of leaves beside their paths and shapes, and restored into
-    the structure of a template, so that nothing depends on how a container is written.
+    A state is any pytree of arrays. Its leaves are laid end to end, one array per type, beside their paths and shapes,
+    because orbax's cost is by array; they are restored into the structure of a template, so that nothing depends on how
+    a container is written.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -27,21 +28,25 @@ class Checkpoints:
 
         self._ocp = ocp
         self._folder = folder.resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, round_: int, state: PyTree, extra: Mapping[str, Any]) -> None:
-        """Write a checkpoint; returns when it is on disk. `extra` is JSON. A kill leaves the one before."""
-        leaves = {str(number): np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(state))}
+        """Write a checkpoint of the state as it is now, in the background. `extra` is JSON. A kill leaves the last."""
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+        packed = {
+            kind: np.concatenate([leaf.ravel() for leaf in leaves if str(leaf.dtype) == kind])
+            for kind in sorted({str(leaf.dtype) for leaf in leaves})
+        }
         about = {"paths": _describe(state), **extra}
         args = self._ocp.args
         self._manager.save(
-            round_, args=args.Composite(state=args.PyTreeSave(leaves), about=args.JsonSave(about)), force=True
+            round_, args=args.Composite(state=args.PyTreeSave(packed), about=args.JsonSave(about)), force=True
         )
-        self._manager.wait_until_finished()
 
     def newest(self) -> int | None:
-        """The round of the newest whole checkpoint."""
+        """The round of the newest whole checkpoint, once what is being written is."""
+        self._manager.wait_until_finished()
         return self._manager.latest_step()
 
     def restore(self, round_: int, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
@@ -59,15 +64,25 @@ class Checkpoints:
                 f"the checkpoint of round {round_} in {self._folder} does not fit this run; was its configuration "
                 "changed? Entries of only one of the two:\n" + "\n".join(odd[:20])
             )
-        leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(template))}
-        shapes = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
-        loaded = self._manager.restore(round_, args=args.Composite(state=args.PyTreeRestore(shapes)))["state"]
-        ordered = [np.asarray(loaded[str(number)]) for number in range(len(leaves))]
-        return jax.tree.unflatten(jax.tree.structure(template), ordered), about
+        leaves = jax.tree.leaves(template)
+        sizes: dict[str, int] = {}
+        for leaf in leaves:
+            sizes[str(leaf.dtype)] = sizes.get(str(leaf.dtype), 0) + leaf.size
+        shapes = {kind: np.zeros(size, kind) for kind, size in sizes.items()}
+        packed = self._manager.restore(round_, args=args.Composite(state=args.PyTreeRestore(shapes)))["state"]
+        return jax.tree.unflatten(jax.tree.structure(template), _unpack(packed, leaves)), about
 
     def close(self) -> None:
-        """Release what orbax holds."""
+        """Wait for what is being written, and release what orbax holds."""
         self._manager.close()
+
+
+def _unpack(packed: Mapping[str, Any], leaves: Sequence[Any]) -> Iterator[np.ndarray]:
+    begun = dict.fromkeys(packed, 0)
+    for leaf in leaves:
+        kind = str(leaf.dtype)
+        yield np.asarray(packed[kind])[begun[kind] : begun[kind] + leaf.size].reshape(leaf.shape)
+        begun[kind] += leaf.size
 
 
 def _describe(state: PyTree) -> list[list[Any]]:

@@ -27,7 +27,7 @@ OFFSET = 2  # BART's position table starts with two rows that are never used
 
 
 class Cache(NamedTuple):
-    """Keys and values of the decoder, all layers stacked: own [L, B, K, S, H, d], cross [L, B, T, H, d]."""
+    """Keys and values of the decoder, all layers stacked: own [L, B, K, H, S, d], cross [L, B, H, T, d]."""
 
     key: Array
     value: Array
@@ -62,10 +62,10 @@ class MultiHead(nn.Module):
         self.v_proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init)
         self.out_proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init)
 
-    def _split(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
+    def _split(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T d"]:
+        return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads).swapaxes(1, 2)
 
-    def keys_values(self, memory: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H d"], Float[Array, "B S H d"]]:
+    def keys_values(self, memory: Float[Array, "B S D"]) -> tuple[Float[Array, "B H S d"], Float[Array, "B H S d"]]:
         return self._split(self.k_proj(memory)), self._split(self.v_proj(memory))
 
     def attend(self, x: Float[Array, "B T D"], key: Array, value: Array, bias: Array | None) -> Float[Array, "B T D"]:
@@ -75,16 +75,17 @@ class MultiHead(nn.Module):
         return self.attend(x, *self.keys_values(memory), bias)
 
     def step(
-        self, x: Float[Array, "B K D"], key: Float[Array, "B K S H d"], value: Float[Array, "B K S H d"], index: Array
+        self, x: Float[Array, "B K D"], key: Float[Array, "B K H S d"], value: Float[Array, "B K H S d"], index: Array
     ) -> tuple[Float[Array, "B K D"], Array, Array]:
         """One new position `index` per beam: writes its key and value, attends to all positions up to it."""
-        new_key, new_value = self.keys_values(x)
-        key = jax.lax.dynamic_update_slice_in_dim(key, new_key[:, :, None].astype(key.dtype), index, 2)
-        value = jax.lax.dynamic_update_slice_in_dim(value, new_value[:, :, None].astype(value.dtype), index, 2)
-        query = self._split(self.q_proj(x)) * (self.width // self.heads) ** -0.5
-        scores = jnp.einsum("bkhd,bkshd->bkhs", query, key, preferred_element_type=jnp.float32)
-        scores = jnp.where(jnp.arange(key.shape[2]) <= index, scores, HIDDEN)
-        mixed = jnp.einsum("bkhs,bkshd->bkhd", softmax(scores, value.dtype), value)
+        rows = (*x.shape[:-1], self.heads, 1, self.width // self.heads)  # [B, K, H, 1, d]
+        new_key, new_value = self.k_proj(x).reshape(rows), self.v_proj(x).reshape(rows)
+        key = jax.lax.dynamic_update_slice_in_dim(key, new_key.astype(key.dtype), index, 3)
+        value = jax.lax.dynamic_update_slice_in_dim(value, new_value.astype(value.dtype), index, 3)
+        query = self.q_proj(x).reshape(rows) * rows[-1] ** -0.5
+        scores = jnp.einsum("bkhtd,bkhsd->bkhts", query, key, preferred_element_type=jnp.float32)
+        scores = jnp.where(jnp.arange(key.shape[3]) <= index, scores, HIDDEN)
+        mixed = jnp.einsum("bkhts,bkhsd->bkhtd", softmax(scores, value.dtype), value)
         return self.out_proj(mixed.reshape(*x.shape)), key, value
 
 
@@ -249,5 +250,5 @@ def empty_cache(text: Any, batch: int, beams: int, length: int, dtype: Any) -> C
     if length > text.max_position_embeddings:
         raise UserError(f"{length} generated tokens do not fit max_position_embeddings={text.max_position_embeddings}")
     heads = text.decoder_attention_heads
-    shape = (text.decoder_layers, batch, beams, length, heads, text.d_model // heads)
+    shape = (text.decoder_layers, batch, beams, heads, length, text.d_model // heads)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), None, None)

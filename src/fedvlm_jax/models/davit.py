@@ -101,8 +101,8 @@ class WindowAttention(Attention):
         rows, columns = x.shape[1] // side, x.shape[2] // side
         windows = x.reshape(batch, rows, side, columns, side, channels).swapaxes(2, 3)
         windows = windows.reshape(-1, side * side, channels)
-        split = self.qkv(windows).reshape(*windows.shape[:2], 3, heads, channels // heads)
-        mixed = self.proj(dot_attention(split[:, :, 0], split[:, :, 1], split[:, :, 2]))
+        split = self.qkv(windows).reshape(*windows.shape[:2], 3, heads, channels // heads).transpose(2, 0, 3, 1, 4)
+        mixed = self.proj(dot_attention(*split))
         mixed = mixed.reshape(batch, rows, columns, side, side, channels).swapaxes(2, 3)
         return mixed.reshape(batch, rows * side, columns * side, channels)[:, :height, :width]
 

@@ -67,14 +67,17 @@ def softmax(scores: Float[Array, "... S"], dtype: Any) -> Float[Array, "... S"]:
 
 
 def dot_attention(
-    query: Float[Array, "N T H d"],
-    key: Float[Array, "N S H d"],
-    value: Float[Array, "N S H d"],
+    query: Float[Array, "N H T d"],
+    key: Float[Array, "N H S d"],
+    value: Float[Array, "N H S d"],
     bias: Array | None = None,
 ) -> Float[Array, "N T D"]:
-    """Scaled dot-product attention with heads joined again at the end; `bias` is added to the scores."""
-    # Heads first: XLA's CPU backend multiplies batches of contiguous matrices several times faster than strided ones.
-    query, key, value = (part.transpose(0, 2, 1, 3) for part in (query * query.shape[-1] ** -0.5, key, value))
+    """Scaled dot-product attention with heads joined again at the end; `bias` is added to the scores.
+
+    Heads come before positions: XLA's CPU backend multiplies batches of contiguous matrices several times faster than
+    strided ones, and keys that are kept are laid out so once.
+    """
+    query = query * query.shape[-1] ** -0.5
     scores = jnp.einsum("nhtd,nhsd->nhts", query, key, preferred_element_type=jnp.float32)
     weights = softmax(scores if bias is None else scores + bias, value.dtype)
     mixed = jnp.einsum("nhts,nhsd->nhtd", weights, value).transpose(0, 2, 1, 3)

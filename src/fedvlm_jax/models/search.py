@@ -47,8 +47,30 @@ class Decoder(NamedTuple):
     step: Callable[[Array, Array, Cache], tuple[Array, Cache]]  # (ids [B, K], position, cache) -> the same
 
 
+@jax.custom_batching.custom_vmap
+def _anywhere(flags: Bool[Array, "*any"]) -> Bool[Array, ""]:
+    """Is a flag set anywhere, also in what `jax.vmap` runs beside this?
+
+    So a loop over vmapped clients has one condition and one counter. With a condition per client, vmap would copy the
+    whole cache in every step to hold what has finished, and scatter into it.
+    """
+    return jnp.any(flags)
+
+
+@_anywhere.def_vmap
+def _(size: int, batched: list[bool], flags: Array) -> tuple[Array, bool]:
+    del size, batched
+    return _anywhere(flags), False
+
+
 def _is_one_of(ids: Array, wanted: tuple[int, ...]) -> Bool[Array, ...]:
     return jnp.isin(ids, jnp.array(wanted, ids.dtype)) if wanted else jnp.zeros(ids.shape, bool)
+
+
+def _likeliest(scores: Float[Array, "... V"]) -> Int[Array, ...]:
+    """The first of the greatest, as two reductions: XLA does not vectorise `argmax` on a CPU."""
+    best = scores == scores.max(-1, keepdims=True)
+    return jnp.where(best, jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape[-1] - 1).min(-1)
 
 
 def process_scores(
@@ -86,13 +108,13 @@ def _ban_repeats(scores: Array, history: Array, count: Array, size: int) -> Arra
     return jnp.where(banned, -jnp.inf, scores)
 
 
-def search_greedy(decoder: Decoder, length: int, settings: Settings) -> Int[Array, "B U"]:
+def search_greedy(decoder: Decoder, length: int, settings: Settings) -> Int[Array, ...]:
     """The likeliest token at every step, until every row has met EOS or is full."""
     start = jnp.full((decoder.batch, 1, 1 + length), settings.pad_token_id, jnp.int32)
     start = start.at[..., 0].set(settings.decoder_start_token_id)
 
     def choose(logits: Array, history: Array, done: Array, count: Array) -> tuple[Array, Array]:
-        token = jnp.argmax(process_scores(logits, history, count, settings), -1).astype(jnp.int32)
+        token = _likeliest(process_scores(logits, history, count, settings))
         token = jnp.where(done, settings.pad_token_id, token)
         history = jax.lax.dynamic_update_slice_in_dim(history, token[..., None], count, 2)
         return history, done | _is_one_of(token, settings.eos_token_ids)
@@ -106,7 +128,7 @@ def search_greedy(decoder: Decoder, length: int, settings: Settings) -> Int[Arra
     logits, cache = decoder.first(start[..., 0])
     history, done = choose(logits, start, jnp.zeros((decoder.batch, 1), bool), jnp.int32(1))
     state = (jnp.int32(2), history, done, cache)
-    return jax.lax.while_loop(lambda s: (s[0] <= length) & ~jnp.all(s[2]), body, state)[1][:, 0, 1:]
+    return jax.lax.while_loop(lambda s: (s[0] <= length) & _anywhere(~s[2]), body, state)[1][:, 0, 1:]
 
 
 class _Beams(NamedTuple):
@@ -127,7 +149,7 @@ def _take(array: Array, beams: Int[Array, "B M"]) -> Array:
     return jnp.take_along_axis(array, beams.reshape(*beams.shape, *[1] * (array.ndim - 2)), axis=1)
 
 
-def search_beams(decoder: Decoder, length: int, settings: Settings) -> Int[Array, "B U"]:
+def search_beams(decoder: Decoder, length: int, settings: Settings) -> Int[Array, ...]:
     """The hypothesis with the best score / length ** length_penalty among those that beam search finishes."""
     batch, beams = decoder.batch, settings.num_beams
     keep = max(2, 1 + len(settings.eos_token_ids)) * beams

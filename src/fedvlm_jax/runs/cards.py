@@ -11,7 +11,7 @@ from typing import Any
 
 from fedvlm_jax.errors import UserError
 
-__all__ = ["FILE", "Card", "read_cards", "to_html_cards", "to_markdown_cards"]
+__all__ = ["FILE", "MODELS", "Card", "read_cards", "to_html_cards", "to_markdown_cards"]
 
 FILE = "examples.json"
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 
 from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.clients import Adapters, Scores
 from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.federation.driver import Driver, RoundInputs, RoundReport
 from fedvlm_jax.runs.config import Run
@@ -134,13 +135,11 @@ class Course:
         self.show.round(line)
 
     def _validate(self, round_: int, report: RoundReport) -> dict[str, Any]:
-        evaluator, params = self.prepared.evaluator, self.driver.base
-        chosen, everyone = self.prepared.select_by, self.prepared.participants
-        scores = evaluator(params, {"own": self.driver.adapters}, "validation", everyone)["own"].scores
+        chosen = self.prepared.select_by
+        scores = self._score(self.driver.base, self.driver.adapters, self.prepared.participants)
         result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}
         if report.trained is not None and self.prepared.run.evaluation.before_redistribution:
-            cohort = report.counted.tolist()
-            before = evaluator(report.base, {"own": report.trained}, "validation", cohort)["own"].scores.get(chosen, {})
+            before = self._score(report.base, report.trained, report.counted.tolist()).get(chosen, {})
             result["before_redistribution"] = {chosen: _mean(before)}
             result["after_redistribution"] = {chosen: _mean({name: scores[chosen][name] for name in before})}
         value, loss = result.get(chosen), result.get("loss")
@@ -150,6 +149,12 @@ class Course:
             server = jax.device_get(self.driver.server) if self.federated else self.last_server or self.best.server
             self.best = Best(self._adapters(), server, round_, score)
         return result
+
+    def _score(self, base: PyTree, adapters: Adapters, numbers: Sequence[int]) -> Scores:
+        """Validation scores; rejected answers, a fifth of the work, only where they decide: the end scores them too."""
+        evaluator = self.prepared.evaluator
+        rejected = self.prepared.select_by not in evaluator.metrics
+        return evaluator(base, {"own": adapters}, "validation", numbers, rejected=rejected)["own"].scores
 
     def _rates(self, round_: int) -> dict[str, float]:
         train = self.prepared.run.train

@@ -19,7 +19,7 @@ from fedvlm_jax.runs.examples import write_examples
 from fedvlm_jax.runs.folders import read_run
 from fedvlm_jax.runs.prepare import Prepared, Session, make_driver, open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
-from fedvlm_jax.runs.scoring import let_remember, score_base, score_models
+from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.runs.storage import BASE, describe_environment, save_adapters, save_base, write_json
 from fedvlm_jax.runs.validation import validate
 from fedvlm_jax.sharding import CLIENTS, replicate
@@ -126,13 +126,15 @@ def _execute(run: Run, show: Progress, session: Session | None) -> Path:
     show.note("evaluating every client's own model")
     general = federation if jax.tree.leaves(shared) else None
     models, remembered = let_remember(prepared, federation.base, best.adapters)
+    scored = score_models(prepared, federation.base, models, general, zero_shot)
     results = {
         "selected_round": best.round,
         "selected_by": prepared.select_by,
         **remembered,
-        **score_models(prepared, federation.base, models, general, zero_shot),
+        **describe_scores(prepared, scored),
+        **score_matrix(prepared, federation.base, models),
     }
-    write_examples(prepared, federation.base, models, general, run.out)
+    write_examples(prepared, scored, run.out)
     write_json(run.out / "results.json", results)
     return run.out
 

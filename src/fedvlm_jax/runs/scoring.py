@@ -15,7 +15,19 @@ from fedvlm_jax.evaluation.neighbours import recall
 from fedvlm_jax.federation.driver import Driver
 from fedvlm_jax.runs.prepare import Prepared
 
-__all__ = ["is_same", "let_remember", "read_gains", "score_base", "score_models"]
+__all__ = [
+    "ScoredModels",
+    "describe_scores",
+    "is_same",
+    "let_remember",
+    "read_gains",
+    "score_base",
+    "score_matrix",
+    "score_models",
+]
+
+ScoredModels = dict[str, Mapping[Split, Scored]]
+"""model -> split -> how it does for everybody."""
 
 MATRIX = ("exact_match", "token_accuracy", "loss", "preference_accuracy")
 """The metrics of the cross-client matrix."""
@@ -47,24 +59,20 @@ def let_remember(prepared: Prepared, params: PyTree, adapters: PyTree) -> tuple[
 
 def score_models(
     prepared: Prepared, params: PyTree, adapters: PyTree, federation: Driver | None, zero_shot: Mapping[Split, Scored]
-) -> dict[str, Any]:
-    """Score the models that a run ends with.
+) -> ScoredModels:
+    """Score the models that a run ends with, for everybody.
 
     Args:
         prepared: the run.
         params: the base, with what the method added to it.
         adapters: every client's own [C, …], or what `let_remember` made of them; a held-out client's as it starts.
         federation: with the server's state that belongs to them; None where nothing is shared.
-        zero_shot: split -> how the bare base does, for everybody.
+        zero_shot: what `score_base` found.
 
     Returns:
-        `zero_shot`, `personal` and, where something is shared, `global`: split -> metric -> client -> value, of the
-        clients that train; `gain_intervals`: metric -> client -> the ends of the 95 % interval of what it gains over
-        zero-shot on test, for the metric that the run is judged by; `held_out`, where there are any: their `zero_shot`
-        and `personal`, and the `cold_start`; `cross_clients`, where it is asked for: the clients, and metric -> rows of
-        values, by model down and by data across.
+        `zero_shot`, `personal` and, where something is shared, `global`: split -> how it does.
     """
-    options, examples = prepared.run.evaluation, prepared.examples
+    options = prepared.run.evaluation
 
     def personal(numbers: np.ndarray) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[numbers], adapters)
@@ -74,24 +82,32 @@ def score_models(
     if federation is not None and options.global_model:
         same = is_same(personal, federation.global_adapters, prepared.participants[:1])
         models |= {} if same else {"global": federation.global_adapters}
-    scored: dict[str, Mapping[Split, Scored]] = {"zero_shot": zero_shot, **_evaluate(prepared, params, models)}
-    if same:
-        scored["global"] = scored["personal"]
-    trained = {examples.clients[number].name for number in prepared.participants}
+    scored: ScoredModels = {"zero_shot": zero_shot, **_evaluate(prepared, params, models)}
+    return scored | {"global": scored["personal"]} if same else scored
+
+
+def describe_scores(prepared: Prepared, scored: ScoredModels) -> dict[str, Any]:
+    """What `results.json` tells of them.
+
+    Returns:
+        The models' names: split -> metric -> client -> value, of the clients that train; `gain_intervals`: metric ->
+        client -> the ends of the 95 % interval of what it gains over zero-shot on test, for the metric that the run is
+        judged by; `held_out`, where there are any: their `zero_shot` and `personal`, and the `cold_start`.
+    """
+    options, clients = prepared.run.evaluation, prepared.examples.clients
+    trained = {clients[number].name for number in prepared.participants}
     results: dict[str, Any] = {name: _keep(by_split, trained) for name, by_split in scored.items()}
     if prepared.held_out:
-        others = {examples.clients[number].name for number in prepared.held_out}
+        others = {clients[number].name for number in prepared.held_out}
         results["held_out"] = {
             "cold_start": options.cold_start,
             **{name: _keep(scored[name], others) for name in ("zero_shot", "personal")},
         }
     metric = prepared.select_by
-    if options.test and metric in zero_shot["test"].values:
-        own, base = scored["personal"]["test"].values[metric], zero_shot["test"].values[metric]
+    if options.test and metric in scored["zero_shot"]["test"].values:
+        own, base = (scored[name]["test"].values[metric] for name in ("personal", "zero_shot"))
         own = {client: values for client, values in own.items() if client in trained}
         results["gain_intervals"] = {metric: read_gains(own, base)}
-    if options.cross_clients and options.test:
-        results["cross_clients"] = _cross(prepared, params, adapters)
     return results
 
 
@@ -141,8 +157,18 @@ def _keep(by_split: Mapping[Split, Scored], names: set[str]) -> dict[Split, Scor
     }
 
 
-def _cross(prepared: Prepared, params: PyTree, adapters: PyTree) -> dict[str, Any]:
-    """Every participant's model on every participant's test data, all models asked while a batch is there."""
+def score_matrix(prepared: Prepared, params: PyTree, adapters: PyTree) -> dict[str, Any]:
+    """Every participant's model on every participant's test data, all models asked while a batch is there.
+
+    Args:
+        prepared, params, adapters: as `score_models` takes them.
+
+    Returns:
+        `cross_clients`, where it is asked for: the clients, and metric -> rows of values, by model down and by data
+        across.
+    """
+    if not (prepared.run.evaluation.cross_clients and prepared.run.evaluation.test):
+        return {}
     clients = prepared.examples.clients
     numbers = [number for number in prepared.participants if len(clients[number].test)]
     names = [clients[number].name for number in numbers]
@@ -153,7 +179,5 @@ def _cross(prepared: Prepared, params: PyTree, adapters: PyTree) -> dict[str, An
     models = {name: always(number) for name, number in zip(names, numbers, strict=True)}
     found = {name: one.scores for name, one in prepared.evaluator(params, models, "test", numbers).items()}
     metrics = [metric for metric in MATRIX if all(len(found[name].get(metric, {})) == len(names) for name in names)]
-    return {
-        "clients": names,
-        **{metric: [[found[model][metric][data] for data in names] for model in names] for metric in metrics},
-    }
+    values = {metric: [[found[model][metric][data] for data in names] for model in names] for metric in metrics}
+    return {"cross_clients": {"clients": names, **values}}
