@@ -22,7 +22,6 @@ two against local and plora on five fresh seeds. The curves are validated every 
 """
 
 import dataclasses
-import gc
 import json
 import os
 import shutil
@@ -250,9 +249,7 @@ class Bench:
     def forget(self) -> None:
         """Drop a method's programs: they would fill the memory."""
         if self.session is not None:
-            for key in [key for key in self.session.memo if isinstance(key, tuple) and key[0] == "programs"]:
-                del self.session.memo[key]
-            gc.collect()
+            self.session.forget("programs")
 
 
 def _mean(rounds: list[summary.Json], name: str) -> int:

@@ -70,8 +70,17 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _dense_delta(module: nn.Dense, x: Array, a: Array, b: Array, scale: Array) -> Array:
     x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
-    low = jnp.matmul(x, a, precision=module.precision) * scale.astype(x.dtype)
+    low = _project_down(x, a, module.precision) * scale.astype(x.dtype)
     return jnp.matmul(low, b, precision=module.precision)
+
+
+def _project_down(x: Array, a: Array, precision: Any) -> Array:
+    """x [..., d] times a [d, r], so that the gradient of a is computed as (gᵀ x)ᵀ.
+
+    Without the barrier XLA makes xᵀ g of it, and its CPU backend copies all of x transposed for that: with one a per
+    client that took four times as long.
+    """
+    return jnp.matmul(x, jax.lax.optimization_barrier(a.T).T, precision=precision)
 
 
 def _gated_delta(module: Any, kind: Kind, x: Array, a: Array, b: Array, scale: Array, gate: Array) -> Array:
@@ -84,7 +93,7 @@ def _gated_delta(module: Any, kind: Kind, x: Array, a: Array, b: Array, scale: A
         )
     shares = jax.nn.softmax(jnp.matmul(x.astype(jnp.float32), gate.astype(jnp.float32)), axis=-1)
     x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
-    low = jnp.matmul(x, a, precision=module.precision) * scale.astype(x.dtype)
+    low = _project_down(x, a, module.precision) * scale.astype(x.dtype)
     low = low * jnp.repeat(shares, a.shape[-1] // groups, axis=-1).astype(low.dtype)
     return jnp.matmul(low, b, precision=module.precision)
 

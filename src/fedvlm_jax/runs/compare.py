@@ -3,14 +3,15 @@
 Everything that does not depend on the method (model, data, frozen features, zero-shot scores) is shared, and a method's
 compiled programs serve all its seeds. "X+ft" and "X+knn" continue the run of X where that is in the comparison with
 the same options. A comparison that was interrupted goes on where it stopped: finished runs are read, a half-finished
-one is resumed.
+one is resumed. Several processes may share the methods out.
 """
 
 import dataclasses
+import functools
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fedvlm_jax.runs.prepare import Session, open_session
 from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.storage import describe_environment, write_json
 from fedvlm_jax.runs.validation import FINETUNED, REMEMBERING, plain, validate_comparison
+from fedvlm_jax.runs.workers import WorkerProgress, spread
 
 __all__ = ["compare", "finish_run"]
 
@@ -55,17 +57,15 @@ def compare(
     if folder is None:
         raise UserError("a comparison needs a folder: set out")
     show = show or SilentProgress()
-    session = session or open_session(comparison.base, show.note)
     seeds = [comparison.base.seed + number for number in range(comparison.seeds)]
+    if comparison.processes > 1:
+        _share_out(comparison, settings, seeds, show)  # from here on, all is there to be read
+    session = session or open_session(comparison.base, show.note)
     entries: list[dict[str, Any]] = []
     zero_shot: list[dict[str, Any]] = []
     selected_by = ""
     for seed in seeds:
-        runs = {method: _make_run(comparison, settings, method, seed) for method in comparison.methods}
-        records: dict[str, RunRecord] = {}
-        for method in sorted(runs, key=lambda name: name != plain(name)):  # a run comes before its continuation
-            start = records.get(plain(method)) if method != plain(method) else None
-            records[method] = finish_run(runs[method], show, session, start.folder if start else None)
+        records = _run_methods(comparison, settings, comparison.methods, seed, show, session)
         entries += [_describe(records[method], method, seed, folder) for method in comparison.methods]
         zero_shot.append({"seed": seed, **records[comparison.methods[0]].results["zero_shot"]})
         selected_by = records[comparison.methods[0]].metric
@@ -82,6 +82,46 @@ def compare(
     }
     write_json(folder / "comparison.json", content)
     return folder
+
+
+def _run_methods(
+    comparison: Compare,
+    settings: Mapping[str, TrainOptions],
+    methods: Sequence[str],
+    seed: int,
+    show: Progress,
+    session: Session,
+) -> dict[str, RunRecord]:
+    runs = {method: _make_run(comparison, settings, method, seed) for method in methods}
+    records: dict[str, RunRecord] = {}
+    for method in sorted(runs, key=lambda name: name != plain(name)):  # a run comes before its continuation
+        start = records.get(plain(method)) if method != plain(method) else None
+        records[method] = finish_run(runs[method], show, session, start.folder if start else None)
+    return records
+
+
+def _share_out(comparison: Compare, settings: Mapping[str, TrainOptions], seeds: list[int], show: Progress) -> None:
+    """A method goes to one process, which compiles it once for all seeds, and its continuations with it."""
+    groups: dict[str, list[str]] = {}
+    for method in comparison.methods:
+        groups.setdefault(plain(method), []).append(method)
+    tasks = [(comparison, settings, tuple(methods), seeds) for methods in groups.values()]
+    show.note(f"{len(tasks)} methods, {len(seeds)} seeds each, in {comparison.processes} processes")
+    for number, methods in enumerate(spread(_work, tasks, comparison.processes), start=1):
+        show.note(f"{number} of {len(tasks)} finished: {', '.join(methods)}")
+
+
+def _work(task: tuple[Compare, Mapping[str, TrainOptions], tuple[str, ...], list[int]]) -> tuple[str, ...]:
+    comparison, settings, methods, seeds = task
+    session = _open_kept(comparison.base)
+    for seed in seeds:
+        _run_methods(comparison, settings, methods, seed, WorkerProgress(), session)
+    session.forget("programs")
+    return methods
+
+
+_open_kept = functools.lru_cache(maxsize=1)(open_session)
+"""In a worker: what all its tasks have in common."""
 
 
 def finish_run(run: Run, show: Progress, session: Session, start: Path | None = None) -> RunRecord:

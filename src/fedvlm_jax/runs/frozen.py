@@ -3,6 +3,7 @@
 A `Session` holds them, with the base itself, for all runs that share model and data.
 """
 
+import gc
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,12 @@ class Session:
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
+
+    def forget(self, kind: str) -> None:
+        """Drop what has a key that begins with `kind`: `programs` of a method fill memory once it is done with."""
+        for key in [key for key in self.memo if isinstance(key, tuple) and key[0] == kind]:
+            del self.memo[key]
+        gc.collect()
 
 
 def reference_of(run: Run, session: Session, examples: Examples, inputs: Inputs, on_disk: bool, note: Note) -> Any:

@@ -73,6 +73,7 @@ def validate_comparison(comparison: Compare) -> None:
     if twice:
         raise UserError(f"--methods names {twice[0]} twice: leave one out")
     _at_least("--seeds", comparison.seeds, 1)
+    _at_least("--processes", comparison.processes, 1)
     if any(name.endswith(FINETUNED) for name in comparison.methods):
         _at_least("--finetune-steps", comparison.finetune_steps, 1)
     if any(name.endswith(REMEMBERING) for name in comparison.methods):
