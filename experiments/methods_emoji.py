@@ -68,6 +68,8 @@ PATTERNS = {
 TWO_ADAPTERS = ("feddpa-t", "feddpa-f", "fedalt", "ditto", "apfl")
 """Candidates of another kind: a global and a private adapter, which a share rule cannot say."""
 SEARCH_RATES = (5e-3, 2e-3)
+HEALTH = ("aggregation_error", "angle_a", "update_dissimilarity", "update_norm")
+"""What a line keeps of the last federated round."""
 TESTED = ("run", "confirm")
 """Stages that score test; the others leave it alone."""
 
@@ -191,11 +193,7 @@ class Bench:
             "curve": [[one["round"], one["validation"]["exact_match"]] for one in record.rounds if one["validation"]],
             "bytes_up": _mean(federated, "bytes_up_per_client"),
             "bytes_down": _mean(federated, "bytes_down_per_client"),
-            "health": {
-                k: v
-                for k, v in federated[-1].items()
-                if isinstance(v, float) and k.startswith(("aggr", "angle", "upd"))
-            },
+            "health": {name: federated[-1][name] for name in HEALTH if name in federated[-1]},
             "neighbours": record.results.get("neighbours", {}).get("share"),
             "seconds": round(time.monotonic() - start, 1),
             "commit": describe_environment()["commit"],
