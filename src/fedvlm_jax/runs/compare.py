@@ -59,7 +59,8 @@ def compare(
     show = show or SilentProgress()
     seeds = [comparison.base.seed + number for number in range(comparison.seeds)]
     if comparison.processes > 1:
-        _share_out(comparison, settings, seeds, show)  # from here on, all is there to be read
+        _share_out(comparison, settings, seeds, show)
+        show = SilentProgress()  # from here on, all is there to be read
     session = session or open_session(comparison.base, show.note)
     entries: list[dict[str, Any]] = []
     zero_shot: list[dict[str, Any]] = []
