@@ -12,7 +12,10 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.folders import read_comparison, read_metrics, read_run
 from fedvlm_jax.runs.tables import (
+    Table,
+    cut_to_width,
     format_bytes,
+    show,
     tabulate_comparison,
     tabulate_run,
     tabulate_runs,
@@ -124,6 +127,21 @@ def test_all_forms_show_the_same_cells(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=100)
     console.print(to_rich(table))
     assert "[−48.5, +78.5]" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_table_wider_than_the_terminal_is_cut_between_columns() -> None:
+    columns = ("method", *(f"metric {number}" for number in range(9)))
+    table = Table("Title", columns, (("fedavg-lora", *["12.3 % [10.0, 14.0]"] * 9),), note="Note.")
+    console = Console(width=60, record=True, file=io.StringIO())
+    show(console, table)
+    lines = console.export_text().splitlines()
+    assert sum("fedavg-lora" in line for line in lines) == 3
+    assert [" ".join(lines).count(f" {number} ") for number in range(9)] == [1] * 9
+    assert sum(line.count("12.3 %") for line in lines) == 9
+    assert " ".join(lines).count("Title") == " ".join(lines).count("Note.") == 1
+    parts = cut_to_width(table, 60)
+    assert tuple(column for part in parts for column in part.columns[1:]) == columns[1:]
+    assert cut_to_width(table, 500) == [table]
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:

@@ -37,5 +37,5 @@ def compare(comparison: Annotated[Compare, tyro.conf.arg(name="")]) -> None:
     page = report.write_report([folder])
     console = Console()
     for table in tables.tabulate_comparison(record):
-        console.print(tables.to_rich(table))
+        tables.show(console, table)
     console.print(f"comparison  {folder}\nreport      {page}", highlight=False, soft_wrap=True)

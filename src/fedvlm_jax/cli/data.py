@@ -46,7 +46,7 @@ def data(
         show.finish()
     console = Console()
     for table in describe.tabulate_data(description):
-        console.print(tables.to_rich(dataclasses.replace(table, note="")))
+        tables.show(console, dataclasses.replace(table, note=""))
         console.print(f"{table.note}\n" if table.note else "", style="dim", markup=False, highlight=False)
     leaks = describe.find_leaks(description)
     for sentences, style in ((describe.word_findings(description), "yellow"), (leaks, "bold red")):

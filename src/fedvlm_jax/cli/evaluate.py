@@ -29,4 +29,4 @@ def evaluate(
         show.finish()
     console = Console()
     for table in tables.tabulate_run(folders.read_run(run)):
-        console.print(tables.to_rich(table))
+        tables.show(console, table)

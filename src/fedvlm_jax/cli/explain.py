@@ -56,11 +56,11 @@ def explain(
 
     console = Console()
     if listing:
-        console.print(tables.to_rich(tabulate_methods(Run())))
+        tables.show(console, tabulate_methods(Run()))
         return
     from fedvlm_jax.runs.explain import explain as explain_run
 
     explained = explain_run(run, clients)
     console.print(f"{explained.name}  {explained.source}\n", markup=False, highlight=False)
     for table in tabulate_explanation(explained):
-        console.print(tables.to_rich(table))
+        tables.show(console, table)

@@ -66,5 +66,5 @@ def _print_results(folder: Path) -> None:
     page = report.write_report([folder])
     console = Console()
     for table in tables.tabulate_run(record):
-        console.print(tables.to_rich(table))
+        tables.show(console, table)
     console.print(f"run     {folder}\nreport  {page}", highlight=False, soft_wrap=True)

@@ -1,11 +1,13 @@
 """Tables of runs and comparisons: one record, shown by rich on a terminal, in Markdown, and in HTML."""
 
+import dataclasses
 import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -20,8 +22,10 @@ __all__ = [
     "MARKS",
     "RIVALS",
     "Table",
+    "cut_to_width",
     "format_bytes",
     "format_paired",
+    "show",
     "tabulate_comparison",
     "tabulate_run",
     "tabulate_runs",
@@ -244,22 +248,72 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def to_rich(table: Table) -> RichTable:
-    """Show a table on a terminal."""
-    shown = RichTable(title=table.title, title_justify="left", title_style="bold", caption=table.note or None)
+def show(console: Console, table: Table) -> None:
+    """Print a table, in parts below each other where it is wider than the terminal."""
+    for part in cut_to_width(table, console.width):
+        roomy = 1 + sum(3 + max(_measure(part, column), len(name)) for column, name in enumerate(part.columns))
+        console.print(to_rich(part, tight=roomy > console.width))
+
+
+def cut_to_width(table: Table, width: int) -> list[Table]:
+    """Parts of a table with its first column in each, as wide as `width` characters allow; prose wraps by itself."""
+    if table.prose:
+        return [table]
+
+    first = 4 + _measure(table, 0)  # of every column 3 characters are frame
+    groups: list[list[int]] = [[]]
+    used = first
+    for column in range(1, len(table.columns)):
+        if groups[-1] and used + 3 + _measure(table, column) > width:
+            groups.append([])
+            used = first
+        groups[-1].append(column)
+        used += 3 + _measure(table, column)
+    parts = []
+    for number, group in enumerate(groups):
+        columns = (0, *group)
+        parts.append(
+            dataclasses.replace(
+                table,
+                title="" if number else table.title,
+                columns=tuple(table.columns[column] for column in columns),
+                rows=tuple(tuple(row[column] for column in columns) for row in table.rows),
+                note=table.note if number == len(groups) - 1 else "",
+            )
+        )
+    return parts
+
+
+def _measure(table: Table, column: int) -> int:
+    """Characters that a column needs: a heading breaks between words, and a figure before its interval."""
+    words = table.columns[column].split() if column else [table.columns[0]]
+    lines = [line for row in table.rows for line in _break_interval(row[column]).split("\n")]
+    return max(map(len, (*words, *lines)), default=0)
+
+
+def to_rich(table: Table, *, tight: bool = False) -> RichTable:
+    """Show a table on a terminal; a tight one breaks its headings wherever that makes it narrower."""
+    shown = RichTable(title=table.title or None, title_justify="left", title_style="bold", caption=table.note or None)
     shown.caption_justify = "left"
     for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if number in (0, *table.prose) else "right", overflow="fold")
+        side = "left" if number in (0, *table.prose) else "right"
+        width = _measure(table, number) if tight and not table.prose else None
+        shown.add_column(column, justify=side, overflow="fold", width=width)
     for number, row in enumerate(table.rows):
-        # An interval goes below its mean, to fit 80 columns. Its brackets are text, not rich's markup.
+        # Brackets are text here, not rich's markup.
         cells = [
             Text(cell, justify="left")
             if column in table.prose
-            else Text(cell.replace(" [", "\n["), justify="right" if column else "left")
+            else Text(_break_interval(cell), justify="right" if column else "left")
             for column, cell in enumerate(row)
         ]
         shown.add_row(*cells, style="bold" if number in table.strong else None)
     return shown
+
+
+def _break_interval(cell: str) -> str:
+    """An interval goes below its mean, to fit 80 columns."""
+    return cell.replace(" [", "\n[")
 
 
 def to_markdown(table: Table) -> str:
