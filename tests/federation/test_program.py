@@ -44,7 +44,7 @@ def found(case):
     return run_check(tuple(name for name in MESHES if (name in ORDINARY) == ordinary))
 
 
-@pytest.mark.parametrize("case", map(mark, MESHES))
+@pytest.mark.parametrize("case", [mark(case) for case in MESHES])
 def test_no_base_weight_is_copied_per_client(found, case):
     assert found["control"]["copies"], "the search itself finds nothing any more"
     assert found[case]["copies"] == []
