@@ -269,7 +269,7 @@ def test_a_newcomer_that_drops_out_is_still_new(case):
     dropped, never = case.start(), case.start()
     dropped.run_round(read_steps(dropped, 1, [4, 0, 4, 4]), RATES)
     assert dropped.population.known.tolist() == [True, False, True, True]
-    assert all((leaf[1] == 0).all() for leaf in jax.tree.leaves(dropped.population.states))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(dropped.population.gather([1])))
     never.run_round(read_steps(never, 1, [4, 4, 4], (0, 2, 3)), RATES)
     for driver in (dropped, never):
         driver.run_round(read_steps(driver, 2, [4] * 4), RATES)

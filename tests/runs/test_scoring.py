@@ -10,7 +10,7 @@ from tiny_run import tiny_run
 
 from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.folders import read_run
-from fedvlm_jax.runs.newcomers import find_nearest
+from fedvlm_jax.runs.models import find_nearest
 from fedvlm_jax.runs.prepare import prepare
 from fedvlm_jax.runs.scoring import read_gains
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from fedvlm_jax.data.encode import IGNORED
 from fedvlm_jax.data.options import Split
-from fedvlm_jax.evaluation.clients import Evaluator
+from fedvlm_jax.evaluation.clients import Adapters, Evaluator
 
 __all__ = ["SHARES", "Memory", "Neighbours", "Recall", "make_neighbours", "recall", "with_memory"]
 
@@ -142,55 +142,54 @@ def recall(
     evaluator: Evaluator,
     neighbours: Neighbours,
     params: PyTree,
-    adapters: PyTree,
+    adapters: Adapters,
     numbers: Sequence[int],
     capacity: int,
-) -> tuple[Recall, dict[str, float]]:
+) -> tuple[Adapters, dict[str, float]]:
     """Let clients remember their training answers and choose how much these count.
 
     Args:
         evaluator: of the population.
         neighbours: the programs.
         params: the base.
-        adapters: every client's own, on the host [C, …].
+        adapters: every client's own.
         numbers: the clients that remember; the others, and those without a validation answer, have λ = 0.
         capacity: most tokens that a client keeps, evenly spaced over those that it has.
 
     Returns:
-        The clients' recalls, on the host [C, …], and λ by client's name.
+        Every client's recall, as its adapter was given, and λ by client's name.
     """
-    count = len(evaluator.examples.clients)
-
-    def own(asked: np.ndarray) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf[asked], adapters)
+    places = {number: place for place, number in enumerate(numbers)}
+    stranger = len(numbers)  # the place of all who do not remember
 
     def rows(split: Split) -> dict[int, np.ndarray]:
         return {number: evaluator.examples.clients[number].rows_of(split) for number in numbers}
 
     kept = {
         client: _thin(parts, capacity)
-        for client, parts in evaluator.visit(neighbours.keep, params, own, rows("train")).items()
+        for client, parts in evaluator.visit(neighbours.keep, params, adapters, rows("train")).items()
     }
     size = max([1, *(len(tokens) for _, tokens in kept.values())])
     width = next((states.shape[-1] for states, _ in kept.values()), 1)
     memory = Memory(
-        states=np.zeros((count, size, width), np.float32),
-        tokens=np.full((count, size), NOTHING, np.int32),
-        share=np.zeros(count, np.float32),
+        states=np.zeros((stranger + 1, size, width), np.float32),
+        tokens=np.full((stranger + 1, size), NOTHING, np.int32),
+        share=np.zeros(stranger + 1, np.float32),
     )
     for client, (states, tokens) in kept.items():
-        memory.states[client, : len(tokens)], memory.tokens[client, : len(tokens)] = states, tokens
-    recalls = Recall(adapters, memory)
+        place = places[client]
+        memory.states[place, : len(tokens)], memory.tokens[place, : len(tokens)] = states, tokens
 
     def remembering(asked: np.ndarray) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf[asked], recalls)
+        own = np.asarray([places.get(number, stranger) for number in asked.tolist()])
+        return Recall(adapters(asked), jax.tree.map(lambda leaf: leaf[own], memory))
 
     shares: dict[str, float] = {}
     for client, parts in evaluator.visit(neighbours.weigh, params, remembering, rows("validation")).items():
         likelihood = np.sum([part["likelihood"].sum(axis=0) for part in parts], axis=0)
         share = SHARES[int(np.argmax(likelihood))] if client in kept else 0.0
-        memory.share[client] = shares[evaluator.examples.clients[client].name] = share
-    return recalls, shares
+        memory.share[places[client]] = shares[evaluator.examples.clients[client].name] = share
+    return remembering, shares
 
 
 def _keep(vlm: Any, params: PyTree, adapter: PyTree, batch: Mapping[str, Array]) -> dict[str, Array]:

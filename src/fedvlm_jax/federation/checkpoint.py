@@ -31,14 +31,21 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def save(self, round_: int, state: PyTree, extra: Mapping[str, Any]) -> None:
-        """Write a checkpoint of the state as it is now, in the background. `extra` is JSON. A kill leaves the last."""
+    def save(self, round_: int, state: PyTree, extra: Mapping[str, Any], elsewhere: PyTree = ()) -> None:
+        """Write a checkpoint of the state as it is now, in the background. A kill leaves the last.
+
+        Args:
+            round_: its round.
+            state: what is written.
+            extra: JSON, written beside it.
+            elsewhere: shapes of what is stored in another place, and has to fit as well.
+        """
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
         packed = {
             kind: np.concatenate([leaf.ravel() for leaf in leaves if str(leaf.dtype) == kind])
             for kind in sorted({str(leaf.dtype) for leaf in leaves})
         }
-        about = {"paths": _describe(state), **extra}
+        about = {"paths": _describe(state) + _describe(elsewhere), **extra}
         args = self._ocp.args
         self._manager.save(
             round_, args=args.Composite(state=args.PyTreeSave(packed), about=args.JsonSave(about)), force=True
@@ -49,7 +56,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         return self._manager.latest_step()
 
-    def restore(self, round_: int, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    def restore(self, round_: int, template: PyTree, elsewhere: PyTree = ()) -> tuple[PyTree, dict[str, Any]]:
         """Read a checkpoint into the structure of `template` (arrays or shapes); returns it and `extra`.
 
         Raises:
@@ -57,7 +64,7 @@ class Checkpoints:
         """
         args = self._ocp.args
         about = dict(self._manager.restore(round_, args=args.Composite(about=args.JsonRestore()))["about"])
-        stored, wanted = about.pop("paths"), json.loads(json.dumps(_describe(template)))
+        stored, wanted = about.pop("paths"), json.loads(json.dumps(_describe(template) + _describe(elsewhere)))
         if stored != wanted:
             odd = [f"  {line}" for line in sorted({*map(str, stored)} ^ {*map(str, wanted)})]
             raise UserError(

@@ -5,6 +5,7 @@ A federation in progress is the server's state on the devices, the personal stat
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,14 +21,14 @@ from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, make
 from fedvlm_jax.federation.health import OF_PAIRS, examine
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.federation.options import ParticipationOptions
-from fedvlm_jax.federation.population import Population
+from fedvlm_jax.federation.population import NOBODY, Population, Slots
 from fedvlm_jax.federation.round import RoundOutput, from_waves, make_round, start_personal, to_waves
 from fedvlm_jax.federation.traffic import count_bytes, find_travelling
 from fedvlm_jax.federation.training import LocalTrainer
 from fedvlm_jax.methods import Client, Method
 from fedvlm_jax.sharding import place_waves, replicate
 
-__all__ = ["Driver", "Programs", "RoundInputs", "RoundReport", "make_programs"]
+__all__ = ["Driver", "Moment", "Programs", "RoundInputs", "RoundReport", "make_programs"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,18 @@ class RoundReport:
     base: PyTree
 
 
+class Moment(NamedTuple):
+    """A federation as it was after some round.
+
+    Attributes:
+        server: the server's state, on the host.
+        slots: where the personal states of then are; the population keeps them.
+    """
+
+    server: PyTree
+    slots: Slots
+
+
 @dataclass
 class Driver:
     """A federation in progress.
@@ -131,6 +144,7 @@ class Driver:
         ranks: of every client; empty where all have the adapter's.
         participation: who is drawn, and how far they come.
         epochs: a client trains so often on its own examples; None: the layout's local steps, all alike.
+        file: where the personal states are; a temporary file by default.
         population: the personal states.
     """
 
@@ -146,14 +160,20 @@ class Driver:
     ranks: Sequence[int] = ()
     participation: ParticipationOptions = field(default_factory=ParticipationOptions)
     epochs: float | None = None
+    file: Path | None = None
     population: Population = field(init=False)
+    _trainable: Int[np.ndarray, " some"] = field(init=False, repr=False)
+    _sizes: Int[np.ndarray, " some"] = field(init=False, repr=False)
     _base: tuple[PyTree, PyTree] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         shapes = jax.eval_shape(
             lambda key, server: start_personal(self.programs.method, key, server, jnp.int32(0)), self.key, self.server
         )
-        self.population = Population(shapes, len(self.examples.clients))
+        clients = self.examples.clients
+        self.population = Population(shapes, len(clients), self.file)
+        self._trainable = np.flatnonzero([not client.held_out for client in clients])
+        self._sizes = np.asarray([len(clients[number].train) for number in self._trainable])
         self.server = replicate(self.programs.mesh, self.server)
 
     def read_round(self, round_: int, steps: int | None = None) -> RoundInputs:
@@ -166,8 +186,7 @@ class Driver:
             steps: fewer than the layout's local steps leave out the others, in the same program.
         """
         layout, options = self.layout, self.participation
-        trainable = np.flatnonzero([not client.held_out for client in self.examples.clients])
-        sizes = np.asarray([len(self.examples.clients[number].train) for number in trainable])
+        trainable, sizes = self._trainable, self._sizes
         by_size = sizes if options.sampling == "size" else None
         drawn = draw_cohort(self.seed, round_, len(trainable), layout.cohort, by_size)
         numbers = trainable[drawn]
@@ -186,11 +205,13 @@ class Driver:
     @property
     def base(self) -> PyTree:
         """The base as the method has it now; formed once per state of the server."""
-        if self.programs.base is None:
-            return self.params
         if self._base is None or self._base[0] is not self.server:
-            self._base = (self.server, self.programs.base(self.params, self.server))
+            self._base = (self.server, self.base_at(self.server))
         return self._base[1]
+
+    def base_at(self, server: PyTree) -> PyTree:
+        """The base as the method has it with this state of the server."""
+        return self.params if self.programs.base is None else self.programs.base(self.params, server)
 
     def run_round(self, read: RoundInputs, rates: dict[str, float]) -> RoundReport:
         """Run a round that was read: train its cohort, aggregate, write personal states back.
@@ -250,30 +271,25 @@ class Driver:
         share = float(np.mean([self.ranks[number] for number in numbers])) / max(self.ranks) if self.ranks else 1.0
         return count_bytes(part, share)
 
-    def adapters(self, numbers: np.ndarray) -> PyTree:
-        """The personalised adapters of these clients [V, …]."""
-        return self._personalise(self.population.gather(numbers), self.population.known[numbers], numbers)
+    @property
+    def now(self) -> Moment:
+        """The federation as it stands."""
+        return Moment(self.server, self.population.slots)
 
-    def global_adapters(self, numbers: np.ndarray) -> PyTree:
+    def adapters(self, numbers: np.ndarray, at: Moment | None = None) -> PyTree:
+        """The personalised adapters of these clients [V, …], now or at another moment."""
+        at = at or self.now
+        return self.personalise(self.population.gather(numbers, at.slots), at.slots[numbers] != NOBODY, numbers, at)
+
+    def global_adapters(self, numbers: np.ndarray, at: Moment | None = None) -> PyTree:
         """The shared part with the private part that each of these clients started from [V, …]."""
-        return self._personalise(self.population.gather(numbers), np.zeros(len(numbers), bool), numbers)
+        at = at or self.now
+        return self.personalise(self.population.gather(numbers, at.slots), np.zeros(len(numbers), bool), numbers, at)
 
-    def personalise(self, states: PyTree, numbers: np.ndarray) -> PyTree:
-        """The shared part with these private states [V, …], for clients that have none of their own."""
-        return self._personalise(states, np.ones(len(numbers), bool), numbers)
-
-    def _personalise(self, states: PyTree, known: np.ndarray, numbers: np.ndarray) -> PyTree:
-        return self.programs.personalise(self.server, states, known, np.asarray(numbers, np.int32), self.key)
-
-    def all_adapters(self, wave: int) -> PyTree:
-        """The personalised adapters of all clients, on the host [C, …]."""
-        count = len(self.population)
-        parts = []
-        for start in range(0, count, wave):
-            numbers = np.arange(start, min(start + wave, count))
-            padded = np.concatenate([numbers, np.repeat(numbers[:1], wave - len(numbers))])
-            parts.append(jax.device_get(self.adapters(padded)))
-        return jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)
+    def personalise(self, states: PyTree, known: np.ndarray, numbers: np.ndarray, at: Moment | None = None) -> PyTree:
+        """The shared part with these private states [V, …]; with the initial ones where they are not `known` [V]."""
+        server = (at or self.now).server
+        return self.programs.personalise(server, states, known, np.asarray(numbers, np.int32), self.key)
 
     def _trained(self, before: PyTree, cohort: np.ndarray, messages: PyTree) -> Callable[[np.ndarray], PyTree]:
         def adapters(numbers: np.ndarray) -> PyTree:
@@ -284,14 +300,13 @@ class Driver:
         return adapters
 
     def state(self) -> PyTree:
-        """Everything that changes, for a checkpoint."""
-        return {"server": self.server, "states": self.population.states, "known": self.population.known}
+        """Everything that changes, for a checkpoint: the personal states as their places."""
+        return {"server": self.server, "slots": self.population.slots.copy()}
 
     def load(self, state: PyTree) -> None:
         """Go on from a state that `state` returned."""
         self.server = replicate(self.programs.mesh, state["server"])
-        self.population.states = jax.tree.map(np.array, state["states"])
-        self.population.known = np.array(state["known"])
+        self.population.load(state["slots"])
 
 
 def start_adapter(key: PRNGKeyArray, sites: lora.Sites, spec: lora.LoRA) -> lora.Adapter:

@@ -1,44 +1,150 @@
-"""The personal states of all clients, on the host: only a round's cohort is ever on the device."""
+"""The personal states of all clients, outside of the devices: only a round's cohort is ever on one.
 
-from collections.abc import Sequence
+A state is packed into a record, and the records stand in the *slots* of one file, which is read and written by cohort:
+memory does not grow with the population. A table says which slot holds whose state. A record that some kept table names
+(that of a checkpoint, or of the best round so far) is never overwritten: the client's next state goes to a free slot.
+So a checkpoint writes the table and nothing else, and costs what changed since the one before; and remembering the
+models of a round costs as much.
+"""
+
+import os
+import tempfile
+import weakref
+from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, PyTree
+from jaxtyping import Bool, Int, PyTree
 
-__all__ = ["Population"]
+from fedvlm_jax.errors import UserError
+
+__all__ = ["NOBODY", "Population", "Slots"]
+
+Slots = Int[np.ndarray, " clients"]
+"""Where every client's record is; `NOBODY` for clients that have none yet."""
+
+NOBODY = -1
 
 
 class Population:
-    """Personal states as arrays [C, …] in host memory, and who has one already.
+    """Personal states of C clients in a file, and who has one already.
 
-    A client's rows change only through `scatter` with its own number: whoever is not in a cohort keeps its state to the
-    bit. Rows of clients that are not `known` are zeros and mean nothing.
+    A client's state changes only through `scatter` with its own number: whoever is not in a cohort keeps its state to
+    the bit.
+
+    Attributes:
+        shapes: of one client's state.
+        slots: where every client's record is now [C].
     """
 
-    states: PyTree
-    known: Bool[np.ndarray, " clients"]
+    shapes: PyTree
+    slots: Slots
 
-    def __init__(self, shapes: PyTree, clients: int) -> None:
-        """Make room for `clients` states of the given shapes (a tree of `jax.ShapeDtypeStruct`)."""
-        self.states = jax.tree.map(lambda leaf: np.zeros((clients, *leaf.shape), leaf.dtype), shapes)
-        self.known = np.zeros(clients, bool)
+    def __init__(self, shapes: PyTree, clients: int, file: Path | None = None) -> None:
+        """Make room for `clients` states of the given shapes (a tree of `jax.ShapeDtypeStruct`).
+
+        Args:
+            shapes: of one client's state.
+            clients: how many there are.
+            file: where records are, or will be; a temporary file by default.
+        """
+        self.shapes = shapes
+        self._leaves, self._structure = jax.tree.flatten(shapes)
+        sizes = [leaf.size * leaf.dtype.itemsize for leaf in self._leaves]
+        self._ends = np.cumsum([0, *sizes]).tolist()
+        self._name = "its temporary file" if file is None else str(file)
+        self._file = _open_temporary() if file is None else os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        weakref.finalize(self, os.close, self._file)
+        self.slots = np.full(clients, NOBODY, np.int64)
+        self._kept: dict[Hashable, Slots] = {}
 
     def __len__(self) -> int:
-        return len(self.known)
+        return len(self.slots)
 
-    def gather(self, numbers: Sequence[int] | np.ndarray) -> PyTree:
-        """The states of these clients, copied: [K, …]."""
-        at = np.asarray(numbers)
-        return jax.tree.map(lambda leaf: leaf[at], self.states)
+    @property
+    def known(self) -> Bool[np.ndarray, " clients"]:
+        """Who has a state [C]."""
+        return self.slots != NOBODY
+
+    @property
+    def record(self) -> int:
+        """Bytes of one client's state."""
+        return self._ends[-1]
+
+    def gather(self, numbers: Sequence[int] | np.ndarray, slots: Slots | None = None) -> PyTree:
+        """The states of these clients, copied: [K, …]; zeros, which mean nothing, of those who have none.
+
+        Args:
+            numbers: of the clients.
+            slots: as they were at another time; now, by default.
+        """
+        at = (self.slots if slots is None else slots)[np.asarray(numbers, np.int64)]
+        distinct, which = np.unique(at, return_inverse=True)
+        records = np.zeros((len(distinct), self.record), np.uint8)
+        for place, slot in enumerate(distinct.tolist()):
+            if slot != NOBODY:
+                records[place] = self._read(slot)
+        leaves = [
+            records[which, start:end].view(leaf.dtype).reshape(len(at), *leaf.shape)
+            for leaf, start, end in zip(self._leaves, self._ends[:-1], self._ends[1:], strict=True)
+        ]
+        return jax.tree.unflatten(self._structure, leaves)
 
     def scatter(self, numbers: Sequence[int] | np.ndarray, states: PyTree) -> None:
-        """Write these clients' states [K, …] back; they are known from now on."""
-        at = np.asarray(numbers)
+        """Write the states [K, …] of these clients, each named once; they are known from now on."""
+        at = np.asarray(numbers, np.int64)
+        records = np.empty((len(at), self.record), np.uint8)
+        for leaf, start, end in zip(jax.tree.leaves(states), self._ends[:-1], self._ends[1:], strict=True):
+            records[:, start:end] = np.ascontiguousarray(leaf)[: len(at)].reshape(len(at), -1).view(np.uint8)
+        self.slots[at] = NOBODY  # their old records are free, unless a table that is kept names them
+        slots = self._find_free(len(at))
+        for record, slot in zip(records, slots.tolist(), strict=True):
+            os.pwrite(self._file, record.tobytes(), slot * self.record)
+        self.slots[at] = slots
 
-        def write(leaf: np.ndarray, new: Any) -> None:
-            leaf[at] = np.asarray(new)[: len(at)]
+    def keep(self, name: Hashable, slots: Slots | None = None) -> Slots:
+        """Keep the records as they are now, or as a table says, readable under a name; returns the table."""
+        self._kept[name] = self.slots.copy() if slots is None else slots
+        return self._kept[name]
 
-        jax.tree.map(write, self.states, states)
-        self.known[at] = True
+    def let_go(self, name: Hashable) -> None:
+        """Allow the records that were kept under this name to be overwritten."""
+        self._kept.pop(name, None)
+
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
+        os.fsync(self._file)
+
+    def load(self, slots: Any) -> None:
+        """Go back to a table; no other is kept.
+
+        Raises:
+            UserError: the file does not have its records.
+        """
+        self.slots = np.array(slots, np.int64)
+        self._kept = {}
+        there, needed = os.fstat(self._file).st_size, (int(self.slots.max(initial=NOBODY)) + 1) * self.record
+        if there < needed:
+            raise UserError(
+                f"{self._name} has {there:,} bytes, and the checkpoint's clients need {needed:,}: without their "
+                "personal states the run cannot go on; was the file moved or cut?"
+            )
+
+    def _read(self, slot: int) -> np.ndarray:
+        return np.frombuffer(os.pread(self._file, self.record, slot * self.record), np.uint8)
+
+    def _find_free(self, count: int) -> Int[np.ndarray, " count"]:
+        """The lowest slots that no table names."""
+        tables = [self.slots, *self._kept.values()]
+        taken = np.zeros(1 + max(int(table.max(initial=NOBODY)) for table in tables) + count, bool)
+        for table in tables:
+            taken[table[table != NOBODY]] = True
+        return np.flatnonzero(~taken)[:count]
+
+
+def _open_temporary() -> int:
+    """A file without a name, which ends with the process."""
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

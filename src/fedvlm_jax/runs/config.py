@@ -134,6 +134,9 @@ class EvaluationOptions:
     """Evaluate on validation every so many rounds, and after the last."""
     max_answer_tokens: int = 16
     """Longest answer that is generated, in tokens."""
+    clients: Annotated[int | None, _optional("INT", "all, but 64 of more than 128")] = None
+    """Evaluate the models of so many clients, in the rounds and at the end, drawn by the seed; and of so many of those
+    that are held out."""
     batch_size: int = 32
     """Examples of one client that are answered at a time."""
     metrics: tuple[str, ...] = ("exact_match", "token_f1", "rouge_l", "cider", "vqa_accuracy")

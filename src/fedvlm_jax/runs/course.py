@@ -17,19 +17,24 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from fedvlm_jax.data.batches import pad_rows
 from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Adapters, Scores
 from fedvlm_jax.federation.checkpoint import Checkpoints
-from fedvlm_jax.federation.driver import Driver, RoundInputs, RoundReport
+from fedvlm_jax.federation.driver import Driver, Moment, RoundInputs, RoundReport
+from fedvlm_jax.federation.population import Slots
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.folders import read_metrics
-from fedvlm_jax.runs.newcomers import start_newcomers
+from fedvlm_jax.runs.models import each_model, give_models
 from fedvlm_jax.runs.prepare import Prepared, make_driver
 from fedvlm_jax.runs.progress import Progress
 from fedvlm_jax.sharding import replicate
 
 __all__ = ["Best", "Course"]
+
+KEPT = 2
+"""Checkpoints, the newest."""
 
 FINETUNING = "local"
 """The method of the local steps after a federation."""
@@ -54,18 +59,20 @@ class _Phase:
 
 @dataclass
 class Best:
-    """The models of the round that did best on validation.
+    """The round that did best on validation.
 
     Attributes:
-        adapters: every client's own [C, …].
-        server: the server's state of the last federated round that was the best so far.
+        server: the server's state of the last federated round that was the best so far, on the host.
+        slots: where the personal states of that round are.
         round: which round it was; 0 before any.
+        phase: in which phase it was.
         score: the metric that selects, and minus the loss, which breaks ties.
     """
 
-    adapters: PyTree
     server: PyTree
+    slots: Slots
     round: int = 0
+    phase: int = 0
     score: tuple[float, float] = (-math.inf, -math.inf)
 
 
@@ -74,13 +81,35 @@ class Course:
 
     def __init__(self, prepared: Prepared, folder: Path, show: Progress) -> None:
         self.prepared, self.folder, self.show = prepared, folder, show
-        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=KEPT)
         self.phases = list(_plan(prepared.run, prepared.layout.steps))
-        phase = self.phases[0]
-        self.driver = make_driver(prepared, phase.method, cohort=phase.cohort)
-        self.federated = True  # not yet in the fine-tuning after it
+        self.drivers = [self._start(0)]
+        self.saved: list[int] = []  # rounds whose checkpoints are kept
         self.last_server: PyTree = {}  # of the federation, where a method moves the base that is fine-tuned on
-        self.best = Best(self._adapters(), jax.device_get(self.driver.server))
+        population = self.driver.population
+        self.best = Best(jax.device_get(self.driver.server), population.keep("best"))
+
+    @property
+    def driver(self) -> Driver:
+        """Of the phase that the run is in."""
+        return self.drivers[-1]
+
+    @property
+    def federated(self) -> bool:
+        """Is this the federation, and not yet the fine-tuning after it?"""
+        return len(self.drivers) == 1
+
+    def give_best(self) -> Adapters:
+        """Every client's own model of the best round."""
+        best = self.best
+        if best.phase == 0:
+            return give_models(self.prepared, self.drivers[0], Moment(best.server, best.slots))
+        driver = self.drivers[best.phase]
+        return partial(driver.adapters, at=Moment(driver.server, best.slots))
+
+    def _start(self, number: int, go_on: tuple[PyTree, PyTree] | None = None) -> Driver:
+        phase, file = self.phases[number], self.folder / f"states-{number}.bin"
+        return make_driver(self.prepared, phase.method, cohort=phase.cohort, go_on=go_on, file=file)
 
     def go(self) -> None:
         """Run all rounds that are not in a checkpoint."""
@@ -89,26 +118,21 @@ class Course:
         self.show.start(self.phases[-1].last, f"{run.method} · seed {run.seed}", done)
         for number, phase in enumerate(self.phases):
             if number and done < phase.first:
-                self._enter(phase)
+                self._enter(number)
             first = max(phase.first, done + 1)
             rounds = read_ahead(partial(_read_round, self.driver, phase), first, phase.last + 1)
             for _ in range(first, phase.last + 1):
                 self._round(phase, rounds)
         self.show.finish()
 
-    def _enter(self, phase: _Phase) -> None:
+    def _enter(self, number: int) -> None:
         """Start a phase of local fine-tuning: every client's own model so far becomes its private adapter."""
-        adapters, base = self._adapters(), self.driver.base
-        if self.driver.programs.base is not None:
-            self.last_server = jax.device_get(self.driver.server)
-        self.driver = make_driver(self.prepared, phase.method, cohort=phase.cohort, go_on=(_first(adapters), base))
-        self.federated = False
-        _adopt(self.driver, adapters)
-
-    def _adapters(self) -> PyTree:
-        """Every client's own adapter [C, …]; what held-out clients start from was settled by the federation."""
-        adapters = self.driver.all_adapters(self.prepared.layout.wave)
-        return start_newcomers(self.prepared, self.driver, adapters) if self.federated else adapters
+        before, base = self.driver, self.driver.base
+        models = give_models(self.prepared, before, before.now)
+        if before.programs.base is not None:
+            self.last_server = jax.device_get(before.server)
+        self.drivers.append(self._start(number, go_on=(_first(models, self.prepared.layout.wave), base)))
+        _adopt(self.driver, models, self.prepared.layout.wave)
 
     def _round(self, phase: _Phase, rounds: Iterator[RoundInputs]) -> None:
         start = time.perf_counter()  # waiting for data is part of a round's time
@@ -136,10 +160,11 @@ class Course:
 
     def _validate(self, round_: int, report: RoundReport) -> dict[str, Any]:
         chosen = self.prepared.select_by
-        scores = self._score(self.driver.base, self.driver.adapters, self.prepared.participants)
+        scores = self._score(self.driver.base, self.driver.adapters, self.prepared.scored)
         result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}
         if report.trained is not None and self.prepared.run.evaluation.before_redistribution:
-            before = self._score(report.base, report.trained, report.counted.tolist()).get(chosen, {})
+            asked = [number for number in report.counted.tolist() if number in self.prepared.scored]
+            before = self._score(report.base, report.trained, asked).get(chosen, {})
             result["before_redistribution"] = {chosen: _mean(before)}
             result["after_redistribution"] = {chosen: _mean({name: scores[chosen][name] for name in before})}
         value, loss = result.get(chosen), result.get("loss")
@@ -147,7 +172,7 @@ class Course:
         score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
         if value is None or score > self.best.score:
             server = jax.device_get(self.driver.server) if self.federated else self.last_server or self.best.server
-            self.best = Best(self._adapters(), server, round_, score)
+            self.best = Best(server, self.driver.population.keep("best"), round_, len(self.drivers) - 1, score)
         return result
 
     def _score(self, base: PyTree, adapters: Adapters, numbers: Sequence[int]) -> Scores:
@@ -162,36 +187,44 @@ class Course:
         return {"a": train.learning_rate_a * factor, "b": train.learning_rate_b * factor}
 
     def _state(self) -> PyTree:
-        best = {"adapters": self.best.adapters, "server": self.best.server}
+        best = {"server": self.best.server, "slots": self.best.slots}
         return {"driver": self.driver.state(), "best": best, "last_server": self.last_server}
 
     def _save(self, round_: int) -> None:
-        best = self.best
+        best, population = self.best, self.driver.population
         score = [value if math.isfinite(value) else None for value in best.score]
-        about = {"best_round": best.round, "best_score": score}
-        self.checkpoints.save(round_, self._state(), about)
+        about = {"best_round": best.round, "best_phase": best.phase, "best_score": score}
+        population.flush()  # before the table that names them
+        population.keep(round_)
+        self.checkpoints.save(round_, self._state(), about, {"states": population.shapes})
+        self.saved.append(round_)
+        for old in self.saved[:-KEPT]:
+            population.let_go(old)
+        self.saved = self.saved[-KEPT:]
 
     def _load(self) -> int:
         """Go to the newest checkpoint; returns its round, 0 where there is none."""
         done = self.checkpoints.newest()
         if done is None:
             return 0
-        phase = next(phase for phase in reversed(self.phases) if phase.first <= done)
+        number = max(number for number, phase in enumerate(self.phases) if phase.first <= done)
         federation = self.driver
-        if phase is not self.phases[0]:
+        if number:
             self.last_server = jax.device_get(federation.server) if federation.programs.base is not None else {}
-            start = (_first(self.best.adapters), self.prepared.session.params)
-            self.driver = make_driver(self.prepared, phase.method, cohort=phase.cohort, go_on=start)
-            self.federated = False
-        state, about = self.checkpoints.restore(done, self._state())
+            start = (_first(federation.adapters, self.prepared.layout.wave), self.prepared.session.params)
+            self.drivers.append(self._start(number, go_on=start))
+        state, about = self.checkpoints.restore(done, self._state(), {"states": self.driver.population.shapes})
         self.last_server = state["last_server"]
         if self.last_server:
             federation.server = replicate(self.prepared.session.mesh, self.last_server)
             self.driver.params = federation.base
         self.driver.load(state["driver"])
+        self.driver.population.keep(done)
+        self.saved = [done]
         metric, loss = (-math.inf if value is None else value for value in about["best_score"])
         best = state["best"]
-        self.best = Best(best["adapters"], best["server"], about["best_round"], (metric, loss))
+        self.best = Best(best["server"], best["slots"], about["best_round"], about["best_phase"], (metric, loss))
+        self.drivers[self.best.phase].population.keep("best", self.best.slots)
         return done
 
     def _trim_metrics(self, done: int) -> None:
@@ -217,18 +250,17 @@ def _read_round(driver: Driver, phase: _Phase, round_: int) -> RoundInputs:
     return driver.read_round(round_, phase.steps_of(round_))
 
 
-def _first(adapters: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: jax.numpy.asarray(leaf[0]), adapters)
+def _first(models: Adapters, wave: int) -> PyTree:
+    """An adapter of the form that all of them have."""
+    return jax.tree.map(lambda leaf: leaf[0], models(np.zeros(wave, np.int64)))
 
 
-def _adopt(driver: Driver, adapters: PyTree) -> None:
-    """Make these adapters [C, …] the clients' private ones, with fresh optimisers."""
-    method, clients = driver.programs.method, len(driver.population)
-    everyone = np.arange(clients)
-    fresh = jax.vmap(lambda adapter, number: method.init_client(driver.key, method.init(adapter), number))(
-        adapters, everyone
-    )
-    driver.population.scatter(everyone, jax.device_get(fresh))
+def _adopt(driver: Driver, models: Adapters, wave: int) -> None:
+    """Make these models the clients' private ones, with fresh optimisers."""
+    method = driver.programs.method
+    start = jax.jit(jax.vmap(lambda adapter, number: method.init_client(driver.key, method.init(adapter), number)))
+    for numbers, adapters in each_model(models, len(driver.population), wave):
+        driver.population.scatter(numbers, jax.device_get(start(adapters, pad_rows(numbers, wave))))
 
 
 def _describe_round(round_: int, method: str, report: RoundReport, seconds: float) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def write_examples(prepared: Prepared, scored: ScoredModels, folder: Path) -> No
 def _list_candidates(prepared: Prepared) -> dict[int, list[int]]:
     """client -> places among its test examples of the first with pictures of their own."""
     examples, wanted = prepared.examples, prepared.run.evaluation.examples
-    having = [number for number in prepared.participants if len(examples.clients[number].test)]
+    having = [number for number in prepared.scored if len(examples.clients[number].test)]
     count = min(CLIENTS, wanted, len(having))
     spaced = [having[place] for place in np.linspace(0, len(having) - 1, count).round().astype(int)] if count else []
     places = {}

@@ -7,17 +7,23 @@ moment and resumed ends with the same adapters, bit for bit, on the same machine
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
+from jaxtyping import PyTree
 
 from fedvlm_jax import lora, tree
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.clients import Adapters
+from fedvlm_jax.federation.driver import Moment
 from fedvlm_jax.runs.config import Run, from_json, to_json, without_extras
 from fedvlm_jax.runs.course import Course
 from fedvlm_jax.runs.examples import write_examples
 from fedvlm_jax.runs.folders import read_run
-from fedvlm_jax.runs.prepare import Prepared, Session, make_driver, open_session, prepare
+from fedvlm_jax.runs.models import each_model
+from fedvlm_jax.runs.prepare import Prepared, Session, open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.runs.storage import BASE, describe_environment, save_adapters, save_base, write_json
@@ -96,6 +102,8 @@ def extend(folder: Path, run: Run, show: Progress | None = None, session: Sessio
     shutil.copy(folder / "metrics.jsonl", scratch)
     if (folder / "checkpoints").is_dir():  # without them the copy starts anew
         shutil.copytree(folder / "checkpoints", scratch / "checkpoints")
+        for file in folder.glob("states-*.bin"):
+            shutil.copy(file, scratch)
     write_json(scratch / "config.json", {**record.config, "run": to_json(run)})
     scratch.replace(run.out)
     return resume(run.out, show, session)
@@ -117,26 +125,37 @@ def _execute(run: Run, show: Progress, session: Session | None) -> Path:
         course.go()
     finally:
         course.checkpoints.close()
-    best, federation = course.best, make_driver(prepared, run.method, cohort=run.cohort)
-    federation.server = replicate(session.mesh, best.server)
-    names = [client.name for client in prepared.examples.clients]
-    shared = jax.device_get(federation.programs.method.download(federation.server))
-    save_base(run.out / "adapters" / BASE, session.params, federation.base)
-    save_adapters(run.out / "adapters", names, best.adapters, shared, {"method": run.method, "round": best.round})
+    best, federation, own = course.best, course.drivers[0], course.give_best()
+    at = Moment(replicate(session.mesh, best.server), federation.population.slots)
+    base = federation.base_at(at.server)
+    shared = jax.device_get(federation.programs.method.download(at.server))
+    save_base(run.out / "adapters" / BASE, session.params, base)
+    save_adapters(
+        run.out / "adapters", _list_adapters(prepared, own), shared, {"method": run.method, "round": best.round}
+    )
     show.note("evaluating every client's own model")
-    general = federation if jax.tree.leaves(shared) else None
-    models, remembered = let_remember(prepared, federation.base, best.adapters)
-    scored = score_models(prepared, federation.base, models, general, zero_shot)
+    general = partial(federation.global_adapters, at=at) if jax.tree.leaves(shared) else None
+    models, remembered = let_remember(prepared, base, own)
+    scored = score_models(prepared, base, models, general, zero_shot)
     results = {
         "selected_round": best.round,
         "selected_by": prepared.select_by,
         **remembered,
         **describe_scores(prepared, scored),
-        **score_matrix(prepared, federation.base, models),
+        **score_matrix(prepared, base, models),
     }
     write_examples(prepared, scored, run.out)
     write_json(run.out / "results.json", results)
     return run.out
+
+
+def _list_adapters(prepared: Prepared, models: Adapters) -> Iterator[tuple[str, PyTree]]:
+    """Everybody's name and adapter, on the host."""
+    clients = prepared.examples.clients
+    for numbers, adapters in each_model(models, len(clients), prepared.layout.wave):
+        held = jax.device_get(adapters)
+        for place, number in enumerate(numbers):
+            yield clients[number].name, jax.tree.map(lambda leaf, place=place: leaf[place], held)
 
 
 def _write_config(run: Run, prepared: Prepared) -> None:
@@ -152,6 +171,7 @@ def _write_config(run: Run, prepared: Prepared) -> None:
         "steps": layout.steps,
         "mesh_clients": prepared.session.mesh.shape[CLIENTS],
         "clients": [client.name for client in prepared.examples.clients],
+        "evaluated": [prepared.examples.clients[number].name for number in prepared.scored],
         "train_examples": [len(client.train) for client in prepared.examples.clients],
         "adapter_parameters": sum(
             leaf.size for path, leaf in tree.flatten(prepared.adapter).items() if not path.endswith("scale")

@@ -5,10 +5,12 @@ programs), so that the second run starts at once.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from fedvlm_jax import lora
@@ -37,6 +39,12 @@ from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
 from fedvlm_jax.sharding import CLIENTS, make_mesh, replicate
 
 __all__ = ["Prepared", "Session", "make_driver", "open_session", "prepare"]
+
+MANY, SOME = 128, 64
+"""Of more than so many clients only some are evaluated, unless the options say how many."""
+
+SAMPLE_STREAM = 105
+"""First integer of the random stream that draws them."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,23 @@ class Prepared:
     def held_out(self) -> list[int]:
         """Numbers of the clients that never do."""
         return [number for number, client in enumerate(self.examples.clients) if client.held_out]
+
+    @property
+    def scored(self) -> list[int]:
+        """Numbers of the clients that train whose models are evaluated."""
+        return self._sample(self.participants)
+
+    @property
+    def scored_newcomers(self) -> list[int]:
+        """The same of those that never do."""
+        return self._sample(self.held_out)
+
+    def _sample(self, numbers: list[int]) -> list[int]:
+        """All, or as many as the options say, drawn by the seed alone."""
+        asked = self.run.evaluation.clients
+        count = asked if asked is not None else len(numbers) if len(numbers) <= MANY else SOME
+        rng = np.random.default_rng([SAMPLE_STREAM, self.run.seed])
+        return numbers if count >= len(numbers) else sorted(rng.choice(numbers, count, replace=False).tolist())
 
     @property
     def select_by(self) -> str:
@@ -175,7 +200,12 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
 
 
 def make_driver(
-    prepared: Prepared, method: str, *, cohort: int | None, go_on: tuple[lora.Adapter, Any] | None = None
+    prepared: Prepared,
+    method: str,
+    *,
+    cohort: int | None,
+    go_on: tuple[lora.Adapter, Any] | None = None,
+    file: Path | None = None,
 ) -> Driver:
     """Start a federation with a method.
 
@@ -185,6 +215,7 @@ def make_driver(
         cohort: clients a round; None means everybody.
         go_on: for fine-tuning after a federation: an adapter of the form that it ended with, and its base. What the
             options say of ranks, the server, proximal terms, participation and epochs was the federation's.
+        file: where the personal states are; a temporary file by default.
 
     Raises:
         UserError: options that the method cannot work with.
@@ -238,6 +269,7 @@ def make_driver(
         ranks=ranks,
         participation=run.participation if go_on is None else ParticipationOptions(),
         epochs=train.local_epochs if go_on is None else None,
+        file=file,
     )
 
 

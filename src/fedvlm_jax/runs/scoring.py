@@ -12,7 +12,6 @@ from fedvlm_jax.data.options import Split
 from fedvlm_jax.evaluation.clients import Adapters, Scored, Scores
 from fedvlm_jax.evaluation.intervals import bootstrap_mean
 from fedvlm_jax.evaluation.neighbours import recall
-from fedvlm_jax.federation.driver import Driver
 from fedvlm_jax.runs.prepare import Prepared
 
 __all__ = [
@@ -38,13 +37,13 @@ def score_base(prepared: Prepared) -> dict[Split, Scored]:
     return _evaluate(prepared, prepared.session.params, {"zero_shot": None})["zero_shot"]
 
 
-def let_remember(prepared: Prepared, params: PyTree, adapters: PyTree) -> tuple[PyTree, dict[str, Any]]:
+def let_remember(prepared: Prepared, params: PyTree, adapters: Adapters) -> tuple[Adapters, dict[str, Any]]:
     """Give clients their neighbours, where the options ask for them.
 
     Args:
         prepared: the run.
         params: the base, with what the method added to it.
-        adapters: every client's own [C, …].
+        adapters: every client's own.
 
     Returns:
         What stands in the adapters' place when models are scored (the adapters themselves without neighbours), and
@@ -53,35 +52,34 @@ def let_remember(prepared: Prepared, params: PyTree, adapters: PyTree) -> tuple[
     if prepared.neighbours is None:
         return adapters, {}
     capacity = prepared.run.evaluation.neighbour_capacity
-    models, share = recall(prepared.evaluator, prepared.neighbours, params, adapters, prepared.participants, capacity)
+    models, share = recall(prepared.evaluator, prepared.neighbours, params, adapters, prepared.scored, capacity)
     return models, {"neighbours": {"share": share}}
 
 
 def score_models(
-    prepared: Prepared, params: PyTree, adapters: PyTree, federation: Driver | None, zero_shot: Mapping[Split, Scored]
+    prepared: Prepared,
+    params: PyTree,
+    adapters: Adapters,
+    general: Adapters | None,
+    zero_shot: Mapping[Split, Scored],
 ) -> ScoredModels:
     """Score the models that a run ends with, for everybody.
 
     Args:
         prepared: the run.
         params: the base, with what the method added to it.
-        adapters: every client's own [C, …], or what `let_remember` made of them; a held-out client's as it starts.
-        federation: with the server's state that belongs to them; None where nothing is shared.
+        adapters: every client's own, or what `let_remember` made of them; a held-out client's as it starts.
+        general: the shared part with what each client started from; None where nothing is shared.
         zero_shot: what `score_base` found.
 
     Returns:
         `zero_shot`, `personal` and, where something is shared, `global`: split -> how it does.
     """
-    options = prepared.run.evaluation
-
-    def personal(numbers: np.ndarray) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf[numbers], adapters)
-
-    models: dict[str, Adapters | None] = {"personal": personal}
+    models: dict[str, Adapters | None] = {"personal": adapters}
     same = False
-    if federation is not None and options.global_model:
-        same = is_same(personal, federation.global_adapters, prepared.participants[:1])
-        models |= {} if same else {"global": federation.global_adapters}
+    if general is not None and prepared.run.evaluation.global_model:
+        same = is_same(adapters, general, prepared.scored[:1] * prepared.layout.wave)
+        models |= {} if same else {"global": general}
     scored: ScoredModels = {"zero_shot": zero_shot, **_evaluate(prepared, params, models)}
     return scored | {"global": scored["personal"]} if same else scored
 
@@ -95,10 +93,10 @@ def describe_scores(prepared: Prepared, scored: ScoredModels) -> dict[str, Any]:
         judged by; `held_out`, where there are any: their `zero_shot` and `personal`, and the `cold_start`.
     """
     options, clients = prepared.run.evaluation, prepared.examples.clients
-    trained = {clients[number].name for number in prepared.participants}
+    trained = {clients[number].name for number in prepared.scored}
     results: dict[str, Any] = {name: _keep(by_split, trained) for name, by_split in scored.items()}
-    if prepared.held_out:
-        others = {clients[number].name for number in prepared.held_out}
+    if prepared.scored_newcomers:
+        others = {clients[number].name for number in prepared.scored_newcomers}
         results["held_out"] = {
             "cold_start": options.cold_start,
             **{name: _keep(scored[name], others) for name in ("zero_shot", "personal")},
@@ -115,14 +113,14 @@ def _evaluate(
     prepared: Prepared, params: PyTree, models: Mapping[str, Adapters | None]
 ) -> dict[str, dict[Split, Scored]]:
     """model -> split -> how it does for everybody, each split read once for all models."""
-    everyone = [*prepared.participants, *prepared.held_out]
+    everyone = [*prepared.scored, *prepared.scored_newcomers]
     splits = prepared.run.evaluation.splits
     scored = {split: prepared.evaluator(params, models, split, everyone) for split in splits}
     return {name: {split: scored[split][name] for split in splits} for name in models}
 
 
 def is_same(personal: Adapters, general: Adapters, numbers: list[int]) -> bool:
-    """Is the global model what this client has, because its method keeps nothing private?"""
+    """Is the global model what these clients have, because their method keeps nothing private?"""
     ours, theirs = (jax.device_get(adapters(np.asarray(numbers))) for adapters in (personal, general))
     if jax.tree.structure(ours) != jax.tree.structure(theirs):
         return False  # one of them remembers
@@ -157,7 +155,7 @@ def _keep(by_split: Mapping[Split, Scored], names: set[str]) -> dict[Split, Scor
     }
 
 
-def score_matrix(prepared: Prepared, params: PyTree, adapters: PyTree) -> dict[str, Any]:
+def score_matrix(prepared: Prepared, params: PyTree, adapters: Adapters) -> dict[str, Any]:
     """Every participant's model on every participant's test data, all models asked while a batch is there.
 
     Args:
@@ -170,11 +168,11 @@ def score_matrix(prepared: Prepared, params: PyTree, adapters: PyTree) -> dict[s
     if not (prepared.run.evaluation.cross_clients and prepared.run.evaluation.test):
         return {}
     clients = prepared.examples.clients
-    numbers = [number for number in prepared.participants if len(clients[number].test)]
+    numbers = [number for number in prepared.scored if len(clients[number].test)]
     names = [clients[number].name for number in numbers]
 
     def always(number: int) -> Adapters:
-        return lambda asked: jax.tree.map(lambda leaf: leaf[np.full(len(asked), number)], adapters)
+        return lambda asked: adapters(np.full(len(asked), number))
 
     models = {name: always(number) for name, number in zip(names, numbers, strict=True)}
     found = {name: one.scores for name, one in prepared.evaluator(params, models, "test", numbers).items()}

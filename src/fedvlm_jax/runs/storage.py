@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from fedvlm_jax import tree
 from fedvlm_jax.errors import UserError
 
-__all__ = ["BASE", "describe_environment", "load_adapters", "load_base", "save_adapters", "save_base", "write_json"]
+__all__ = ["BASE", "describe_environment", "load_base", "open_adapters", "save_adapters", "save_base", "write_json"]
 
 PACKAGES = ("fedvlm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
@@ -35,14 +35,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def save_adapters(
-    folder: Path, names: Sequence[str], adapters: PyTree, shared: PyTree, about: Mapping[str, Any]
+    folder: Path, adapters: Iterable[tuple[str, PyTree]], shared: PyTree, about: Mapping[str, Any]
 ) -> None:
     """Write `shared.safetensors` (what left the clients; absent where nothing did) and `clients/<name>.safetensors`.
 
     Args:
         folder: where to.
-        names: the clients' names; characters that file systems dislike become `_`, the name itself is in the metadata.
-        adapters: every client's whole adapter [C, …], shared factors included, usable by itself.
+        adapters: every client's name and whole adapter, shared factors included, usable by itself. Characters of a name
+            that file systems dislike are replaced; the name itself is in the metadata.
         shared: the shared tree.
         about: goes into the files' metadata.
     """
@@ -54,8 +54,8 @@ def save_adapters(
     if flat:
         arrays = {path: np.ascontiguousarray(leaf) for path, leaf in flat.items()}
         save_file(arrays, folder / "shared.safetensors", {**metadata, "part": "shared"})
-    for number, name in enumerate(names):
-        arrays = {path: np.ascontiguousarray(leaf[number]) for path, leaf in tree.flatten(adapters).items()}
+    for name, adapter in adapters:
+        arrays = {path: np.ascontiguousarray(leaf) for path, leaf in tree.flatten(adapter).items()}
         target = folder / "clients" / f"{safe_name(name)}.safetensors"
         save_file(arrays, target, {**metadata, "part": "personal", "client": name})
 
@@ -78,21 +78,25 @@ def load_base(file: Path, base: PyTree) -> PyTree:
     return tree.unflatten(tree.flatten(base) | (load_file(file) if file.is_file() else {}))
 
 
-def load_adapters(folder: Path, names: Sequence[str]) -> PyTree:
-    """Read the clients' adapters back: [C, …] in the order of `names`.
+def open_adapters(folder: Path, names: Sequence[str]) -> Callable[[np.ndarray], PyTree]:
+    """Give the clients' stored adapters [V, …] for the numbers [V] of the clients in `names`, read when asked for.
 
     Raises:
         UserError: a file is missing.
     """
     from safetensors.numpy import load_file
 
-    own = []
-    for name in names:
-        path = folder / "clients" / f"{safe_name(name)}.safetensors"
+    paths = [folder / "clients" / f"{safe_name(name)}.safetensors" for name in names]
+    for path in paths:
         if not path.is_file():
             raise UserError(f"{path} is missing: is the run finished?")
-        own.append(load_file(path))
-    return tree.unflatten({path: np.stack([flat[path] for flat in own]) for path in own[0]})
+
+    def adapters(numbers: np.ndarray) -> PyTree:
+        distinct, which = np.unique(numbers, return_inverse=True)
+        own = [load_file(paths[number]) for number in distinct]
+        return tree.unflatten({path: np.stack([flat[path] for flat in own])[which] for path in own[0]})
+
+    return adapters
 
 
 def safe_name(name: str) -> str:

@@ -143,6 +143,7 @@ def _check_numbers(run: Run) -> None:
         ("--seed", run.seed, 0),
         ("--checkpoint-every", run.checkpoint_every, 1),
         ("--evaluation.every", evaluation.every, 1),
+        ("--evaluation.clients", evaluation.clients, 1),
         ("--evaluation.max-answer-tokens", evaluation.max_answer_tokens, 1),
         ("--evaluation.batch-size", evaluation.batch_size, 1),
         ("--evaluation.examples", evaluation.examples, 0),

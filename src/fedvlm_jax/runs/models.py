@@ -1,0 +1,117 @@
+"""Every client's own model, as it was at a moment of the federation.
+
+Clients that never trained have the server's global part, and their private part has to come from somewhere:
+
+    initial   what every client started from
+    mean      the mean of the private states of all clients that took part
+    nearest   the private state of the client whose images are most alike: cosine of mean frozen features, centred over
+              clients. Of a held-out client only validation images are looked at, and no answers.
+
+None of it is given by the FedVLM paper (arXiv 2507.17088).
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, PyTree
+
+from fedvlm_jax.data.batches import pad_rows
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.clients import Adapters
+from fedvlm_jax.federation.driver import Driver, Moment
+from fedvlm_jax.federation.population import NOBODY, Slots
+from fedvlm_jax.runs.prepare import Prepared
+from fedvlm_jax.sharding import replicate
+
+__all__ = ["each_model", "find_nearest", "give_models"]
+
+IMAGES = 128
+"""A client is known by so many of its images at most."""
+
+
+def give_models(prepared: Prepared, driver: Driver, at: Moment) -> Adapters:
+    """Every client's own adapter, for whoever is asked about; held-out clients start as the run asks for.
+
+    Args:
+        prepared: the run.
+        driver: its federation.
+        at: as it was then.
+
+    Raises:
+        UserError: "nearest" where image features are not frozen and kept.
+    """
+    at = at._replace(server=replicate(prepared.session.mesh, at.server))
+    kind = prepared.run.evaluation.cold_start
+    held_out = np.asarray(prepared.held_out, np.int64)
+    trained = np.flatnonzero(at.slots != NOBODY)
+    if kind == "initial" or not len(held_out) or not len(trained):
+        return partial(driver.adapters, at=at)
+    source = np.arange(len(at.slots))  # whose private state a client has
+    mean: PyTree = None
+    if kind == "mean":
+        mean = _average(driver, trained, at.slots, prepared.layout.wave)
+    else:
+        like = prepared.session.remember(
+            ("client means", *prepared.examples.images.keys), lambda: describe_clients(prepared)
+        )
+        source[held_out] = find_nearest(like, held_out, trained)
+
+    def adapters(numbers: np.ndarray) -> PyTree:
+        new = np.isin(numbers, held_out)
+        states = driver.population.gather(source[numbers], at.slots)
+        if mean is not None:
+            states = jax.tree.map(lambda leaf, one: np.where(_widen(new, leaf), one, leaf), states, mean)
+        return driver.personalise(states, new | (at.slots[numbers] != NOBODY), numbers, at)
+
+    return adapters
+
+
+def each_model(models: Adapters, clients: int, wave: int) -> Iterator[tuple[Int[np.ndarray, " some"], PyTree]]:
+    """Everybody's models in turn: so many client numbers at a time, and their adapters [V, …] on the devices.
+
+    The last wave is shorter; its adapters are filled up to V, so that all have one shape.
+    """
+    for start in range(0, clients, wave):
+        numbers = np.arange(start, min(start + wave, clients))
+        yield numbers, models(pad_rows(numbers, wave))
+
+
+def find_nearest(
+    means: Float[np.ndarray, "clients width"], who: Int[np.ndarray, " some"], among: Int[np.ndarray, " others"]
+) -> Int[np.ndarray, " some"]:
+    """For each of `who` the one of `among` with the most similar row: cosine, after `among`'s mean is taken off."""
+    centred = means - means[among].mean(axis=0)
+    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
+    unit = centred / np.where(lengths > 0, lengths, 1.0)
+    return among[(unit[who] @ unit[among].T).argmax(axis=1)]
+
+
+def describe_clients(prepared: Prepared) -> Float[np.ndarray, "clients width"]:
+    """The mean frozen feature of every client's images [C, D]: training images, validation images of the held-out."""
+    rows = []
+    for client in prepared.examples.clients:
+        own = client.validation if client.held_out else client.train
+        batch = prepared.inputs(own[:IMAGES])
+        if "image_features" not in batch:
+            raise UserError("--evaluation.cold-start nearest needs frozen image features: keep the adapter out of the "
+                            "vision tower, and --system.cache on; or choose mean or initial.")  # fmt: skip
+        features = batch["image_features"]
+        rows.append(features.mean(axis=(0, 1)) if len(features) else np.zeros(features.shape[-1], features.dtype))
+    return np.stack(rows)
+
+
+def _average(driver: Driver, numbers: np.ndarray, slots: Slots, wave: int) -> PyTree:
+    """The mean of these clients' private states, read so many at a time."""
+    total: PyTree = None
+    for start in range(0, len(numbers), wave):
+        states = driver.population.gather(numbers[start : start + wave], slots)
+        part = jax.tree.map(lambda leaf: leaf.sum(axis=0, dtype=np.float64), states)
+        total = part if total is None else jax.tree.map(np.add, total, part)
+    shapes = driver.population.gather(numbers[:1], slots)
+    return jax.tree.map(lambda leaf, like: (leaf / len(numbers)).astype(like.dtype), total, shapes)
+
+
+def _widen(mask: np.ndarray, leaf: np.ndarray) -> np.ndarray:
+    return mask.reshape(-1, *[1] * (leaf.ndim - 1))
