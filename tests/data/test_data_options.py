@@ -52,7 +52,10 @@ def test_impossible_values_are_refused_at_once(changes, message):
         ({"source": "rlaif-v", "tasks": ("name",)}, "--data.tasks means nothing for --data rlaif-v"),
         ({"source": "x", "revision": "main"}, "--data.revision means nothing for --data x"),
         ({"source": "rlaif-v", "path": Path("d"), "revision": "a"}, "--data.revision a is the hub's"),
-        ({"clients": 4}, "--data.clients means nothing with --data.partition natural; it is for dirichlet, patho"),
+        (
+            {"source": "rlaif-v", "clients": 4},
+            "--data.clients means nothing with --data.partition natural",
+        ),
         ({"source": "x", "alpha": 1.0}, "--data.alpha means nothing with --data.partition natural"),
         (
             {"partition": "iid", "partition_by": "language"},

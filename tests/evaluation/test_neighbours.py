@@ -95,7 +95,7 @@ def open_run(run):
     adapters = jax.tree.map(
         lambda leaf: (leaf + 0.03 * rng.standard_normal((count, *leaf.shape))).astype(np.float32), prepared.adapter
     )
-    return prepared, prepared.evaluator, adapters
+    return prepared, prepared.evaluator, lambda numbers: jax.tree.map(lambda leaf: leaf[numbers], adapters)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,20 @@ def remember(tiny, clients=range(4), capacity=10_000):
     return recall(evaluator, prepared.neighbours, prepared.session.params, adapters, clients, capacity)
 
 
+def memory_of(recalls, clients=4):
+    return recalls(np.arange(clients)).memory
+
+
+def trust(recalls, share):
+    """The same memories, with this λ for everybody."""
+
+    def own(numbers):
+        recall = recalls(numbers)
+        return recall._replace(memory=recall.memory._replace(share=np.full(len(numbers), share, np.float32)))
+
+    return {"own": own}
+
+
 def test_a_client_that_trusts_its_memory_recites_its_training_answers(tmp_path):
     """At λ = 1 and k = 1 every state of a training answer is its own nearest neighbour, so it is said word for word.
 
@@ -116,9 +130,7 @@ def test_a_client_that_trusts_its_memory_recites_its_training_answers(tmp_path):
     shipped = open_run(tiny_run("florence2-nano", tmp_path))
     prepared, evaluator, _ = shipped
     recalls, _ = remember(shipped)
-    recalls.memory.share[:] = 1.0
-    own = {"own": lambda numbers: jax.tree.map(lambda leaf: leaf[numbers], recalls)}
-    said = evaluator(prepared.session.params, own, "train", (0, 2))["own"].texts
+    said = evaluator(prepared.session.params, trust(recalls, 1.0), "train", (0, 2))["own"].texts
     clients = [prepared.examples.clients[number] for number in (0, 2)]
     assert said == {own.name: [prepared.examples.answers[row].strip() for row in own.train] for own in clients}
 
@@ -128,7 +140,7 @@ def test_a_memory_is_its_client_s_own(tiny):
     recalls, _ = remember(tiny)
     for number, client in enumerate(prepared.examples.clients):
         labels = prepared.examples.labels[client.train]
-        kept = recalls.memory.tokens[number]
+        kept = memory_of(recalls).tokens[number]
         np.testing.assert_array_equal(np.sort(kept[kept != NOTHING]), np.sort(labels[labels != -100]))
 
 
@@ -136,16 +148,15 @@ def test_who_does_not_take_part_remembers_nothing(tiny):
     prepared, _, _ = tiny
     recalls, shares = remember(tiny, clients=(0, 1, 3))
     assert prepared.examples.clients[2].name not in shares
-    assert recalls.memory.share[2] == 0
-    assert (recalls.memory.tokens[2] == NOTHING).all()
+    assert memory_of(recalls).share[2] == 0
+    assert (memory_of(recalls).tokens[2] == NOTHING).all()
 
 
 def test_capacity_bounds_what_is_kept(tiny):
-    recalls, _ = remember(tiny, capacity=5)
-    assert recalls.memory.tokens.shape[1] == 5
-    whole, _ = remember(tiny)
-    first, last = whole.memory.states[0][0], whole.memory.states[0][(whole.memory.tokens[0] != NOTHING).sum() - 1]
-    np.testing.assert_array_equal(recalls.memory.states[0][[0, -1]], [first, last])
+    few, whole = (memory_of(remember(tiny, capacity=capacity)[0]) for capacity in (5, 10_000))
+    assert few.tokens.shape[1] == 5
+    first, last = whole.states[0][0], whole.states[0][(whole.tokens[0] != NOTHING).sum() - 1]
+    np.testing.assert_array_equal(few.states[0][[0, -1]], [first, last])
 
 
 def test_the_share_is_the_likeliest_on_validation(tiny):
@@ -154,9 +165,9 @@ def test_the_share_is_the_likeliest_on_validation(tiny):
     recalls, shares = remember(tiny)
     losses = {}
     for share in SHARES:
-        recalls.memory.share[:] = share
-        own = {"own": lambda numbers: jax.tree.map(lambda leaf: leaf[numbers], recalls)}
-        losses[share] = evaluator(prepared.session.params, own, "validation", range(4))["own"].scores["loss"]
+        losses[share] = evaluator(prepared.session.params, trust(recalls, share), "validation", range(4))["own"].scores[
+            "loss"
+        ]
     for name, chosen in shares.items():
         best = min(losses[share][name] for share in SHARES)
         assert losses[chosen][name] == pytest.approx(best, rel=1e-4), name
@@ -172,4 +183,4 @@ def test_without_validation_nothing_is_mixed_in(tiny):
     blind = (prepared, dataclasses.replace(evaluator, examples=examples), adapters)
     recalls, shares = remember(blind)
     assert first.name not in shares
-    assert recalls.memory.share[0] == 0
+    assert memory_of(recalls).share[0] == 0

@@ -11,7 +11,8 @@ from toy import LABELS, RATES, WIDTH, make_method
 from fedvlm_jax.data.batches import bucket
 from fedvlm_jax.data.clients import ClientRows
 from fedvlm_jax.federation.cohort import choose_layout, make_clients
-from fedvlm_jax.federation.driver import Driver, make_programs
+from fedvlm_jax.federation.driver import Driver
+from fedvlm_jax.federation.programs import make_programs
 from fedvlm_jax.sharding import make_mesh
 
 NONE = np.empty(0, np.int64)

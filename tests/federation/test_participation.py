@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from toy import LABELS, RATES, VOCABULARY, WIDTH, make_method
 
 from fedvlm_jax.federation.cohort import choose_layout, draw_cohort, draw_turnout, make_clients
-from fedvlm_jax.federation.driver import Driver, make_programs
+from fedvlm_jax.federation.driver import Driver
 from fedvlm_jax.federation.options import ParticipationOptions
+from fedvlm_jax.federation.programs import make_programs
 from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
 from fedvlm_jax.sharding import make_mesh
 
@@ -305,7 +306,7 @@ def test_masks_are_data(case):
     driver = case.start()
     for round_, steps in enumerate(([4] * 4, [4, 0, 1, 3], [0] * 4, [2, 2, 2, 0]), 1):
         driver.run_round(read_steps(driver, round_, steps), RATES)
-    assert case.programs.round._cache_size() == 1
+    assert len(case.programs.compiled) == 1
 
 
 def test_turnout_is_told_where_it_may_happen_and_the_same_for_every_method():

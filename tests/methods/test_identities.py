@@ -15,7 +15,7 @@ from linear_world import SCALE, SHAPES, SHARES, World, as_theta, assert_close
 
 from fedvlm_jax import lora
 from fedvlm_jax.federation.cohort import draw_cohort
-from fedvlm_jax.federation.driver import make_programs
+from fedvlm_jax.federation.programs import make_programs
 from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
 from fedvlm_jax.methods.parts.norms import leaf_name

@@ -16,7 +16,7 @@ from fedvlm_jax.runs.config import EvaluationOptions, PreferenceOptions, SystemO
 from fedvlm_jax.runs.folders import read_metrics
 from fedvlm_jax.runs.prepare import open_session, prepare
 from fedvlm_jax.runs.progress import SilentProgress
-from fedvlm_jax.runs.storage import load_adapters
+from fedvlm_jax.runs.storage import open_adapters
 
 ROUNDS = 10
 WORDS = (("red", "cat"), ("up", "no"), ("one", "hand"), ("car", "bus"), ("water", "food"), ("bird", "house"))
@@ -93,7 +93,7 @@ def test_what_is_preferred_is_learnt(model, pairs, session, tmp_path, method, ob
         assert last["loss"] == pytest.approx(last["dpo_loss"] + 0.1 * last["sft_loss"], rel=1e-5)
     prepared = prepare(run, session)
     names = [client.name for client in prepared.examples.clients]
-    after = count_preferred(prepared, load_adapters(folder / "adapters", names))
+    after = count_preferred(prepared, open_adapters(folder / "adapters", names)(np.arange(len(names))))
     assert after > max(count_preferred(prepared, None), 0.9)
 
 

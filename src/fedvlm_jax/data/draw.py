@@ -34,7 +34,7 @@ def draw_owners(
     options: "DataOptions",
     seed: int,
 ) -> Owned:
-    """Share the images of some rows out among `options.clients` clients, after `options.partition`.
+    """Share the images of some rows out among `options.clients_drawn` clients, after `options.partition`.
 
     Args:
         table: where the rows lie.
@@ -48,9 +48,9 @@ def draw_owners(
     """
     units = find_units(table, rows)
     rows, splits = rows[units.kept], None if splits is None else splits[units.kept]
-    if len(units) < options.clients:
+    if len(units) < options.clients_drawn:
         raise UserError(
-            f"--data.clients is {options.clients}, and there are {len(units)} images to share out; choose fewer."
+            f"--data.clients is {options.clients_drawn}, and there are {len(units)} images to share out; choose fewer."
         )
     labels, about = _read_labels(table, rows, units, options)
     order, rank = order_units(units, labels, splits, seed), rank_units(units, seed)
@@ -61,17 +61,17 @@ def draw_owners(
         split = split_units(owner, rank, options)[units.of_row] if splits is None else splits
         owners = owner[units.of_row]
         training = split == TRAIN
-        least = int(np.bincount(owners[training], minlength=options.clients).min())
+        least = int(np.bincount(owners[training], minlength=options.clients_drawn).min())
         if least >= options.min_examples:
-            partition = {"kind": options.partition, "clients": options.clients, **about, "seed": seed}
+            partition = {"kind": options.partition, "clients": options.clients_drawn, **about, "seed": seed}
             partition |= {"min_examples": options.min_examples, "draws": attempt + 1}
             made = {"clients_from": f"partition {options.partition}", "partition": partition}
-            return Owned(rows, owners, split, _name_clients(options.clients), units.skipped, made)
+            return Owned(rows, owners, split, _name_clients(options.clients_drawn), units.skipped, made)
         best, train = max(best, least), int(training.sum())
     raise UserError(
         f"--data.min-examples is {options.min_examples}, and in {DRAWS} draws of --data.partition {options.partition} "
-        f"the smallest of {options.clients} clients had {best} training rows at best; shared out evenly, {train} rows "
-        f"are {train // options.clients} each. Ask for less, for fewer --data.clients"
+        f"the smallest of {options.clients_drawn} clients had {best} training rows at best; shared out evenly, {train} "
+        f"rows are {train // options.clients_drawn} each. Ask for less, for fewer --data.clients"
         f"{', or for a larger --data.alpha' if 'alpha' in about else ''}."
     )
 
@@ -104,13 +104,13 @@ def _cut(
 ) -> Int[np.ndarray, " units"]:
     match options.partition:
         case "dirichlet":
-            return cut_dirichlet(labels, options.clients, options.alpha, rng)
+            return cut_dirichlet(labels, options.clients_drawn, options.alpha, rng)
         case "pathological":
-            return cut_pathological(labels, options.clients, options.classes_per_client, rng)
+            return cut_pathological(labels, options.clients_drawn, options.classes_per_client, rng)
         case "quantity":
-            return cut_quantity(len(labels), options.clients, options.alpha, rng)
+            return cut_quantity(len(labels), options.clients_drawn, options.alpha, rng)
         case _:
-            return cut_iid(len(labels), options.clients)
+            return cut_iid(len(labels), options.clients_drawn)
 
 
 def _name_clients(count: int) -> tuple[str, ...]:

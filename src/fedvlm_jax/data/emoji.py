@@ -1,5 +1,8 @@
 """The emoji set that ships: one client per drawing style and language, topics drawn from a Dirichlet per client.
 
+Where more clients are asked for than there are styles and languages, further ones share these, each with topics and
+images of its own draw: two of the same style and language may have a picture in common.
+
 Topics as in Hsu, Qi and Brown (arXiv 1909.06335): a client's mix over groups is Dirichlet(alpha · G · p), p being the
 share of each of the G groups in the set. With equal groups this is the symmetric Dirichlet(alpha); at alpha = inf all
 clients have p. One deviation: images are drawn without replacement, so a group can run dry; its share then falls to
@@ -81,7 +84,7 @@ def federate_emoji(table: Table, options: "DataOptions", seed: int) -> Federatio
             what the options ask for.
     """
     if options.partition == "natural" and options.partition_by is None:
-        return _sample_clients(table, options, options.alpha, seed)
+        return _sample_clients(table, options, options.alpha, seed, options.clients)
     pool = _sample_clients(table, options, np.inf, seed)
     parts = [np.concatenate([client.rows_of(split) for client in pool.clients]) for split in SPLITS]
     splits = np.repeat(np.arange(len(SPLITS)), [len(part) for part in parts])
@@ -92,12 +95,14 @@ def federate_emoji(table: Table, options: "DataOptions", seed: int) -> Federatio
     return Federation(federation.clients, description, federation.skipped)
 
 
-def _sample_clients(table: Table, options: "DataOptions", alpha: float, seed: int) -> Federation:
-    """Sample every client's images; it is asked all of `options.tasks` about each of them.
+def _sample_clients(
+    table: Table, options: "DataOptions", alpha: float, seed: int, count: int | None = None
+) -> Federation:
+    """Sample the images of so many clients, by default one per style and language, each asked all `options.tasks`.
 
-    Random numbers come from (seed, position of the client among all clients of the set, split), so a client keeps its
-    images whatever other clients are chosen; fewer images are a prefix of more; validation and test do not depend on
-    the number of training images.
+    Random numbers come from (seed, position of the style and language among all of the set, which client of them,
+    split), so a client keeps its images whatever other clients there are; fewer images are a prefix of more; validation
+    and test do not depend on the number of training images.
     """
     clients = table.read_text("client")
     everyone = sorted({client for client in clients if client})
@@ -107,24 +112,36 @@ def _sample_clients(table: Table, options: "DataOptions", alpha: float, seed: in
     _check_choice("tasks", options.tasks, set(table.read_text("task")))
     _check_choice("vendors and languages", chosen, set(everyone))
 
+    count = len(chosen) if count is None else count
+    if count < len(chosen):
+        raise UserError(
+            f"--data.clients is {count}, and the {len(options.vendors)} styles and {len(options.languages)} languages "
+            f"make {len(chosen)} clients at least: choose fewer --data.vendors or --data.languages, or more clients."
+        )
+
     group_of, split_of = _read_concepts(table)
     groups = sorted(set(group_of.values()))
     prior = np.asarray([list(group_of.values()).count(group) for group in groups], float) / len(group_of)
     rows_by_client = _index_rows(table, clients, chosen, options.tasks, group_of, split_of)
-    wanted = (options.images_per_client, options.validation_per_client, options.test_per_client)
+    sizes = (options.images_per_client, options.validation_per_client, options.test_per_client)
+    pools = {
+        name: {split: [sorted(own.concepts[split].get(group, ())) for group in groups] for split in SPLITS}
+        for name, own in rows_by_client.items()
+    }
     federated, described = [], {}
-    for name in chosen:
-        position = everyone.index(name)
-        mix = draw_mix(np.random.default_rng([MIX_STREAM, seed, position]), alpha, prior)
+    for number in range(count):
+        name, again = chosen[number % len(chosen)], number // len(chosen)
+        stream = [seed, everyone.index(name), *([again] if again else [])]
+        mix = draw_mix(np.random.default_rng([MIX_STREAM, *stream]), alpha, prior)
         parts, realised = [], {}
-        for number, (split, count) in enumerate(zip(SPLITS, wanted, strict=True)):
-            pools = [sorted(rows_by_client[name].concepts[split].get(group, ())) for group in groups]
-            rng = np.random.default_rng([CONCEPT_STREAM, seed, position, number])
-            drawn = draw_concepts(rng, mix, pools, count)
+        for place, (split, wanted) in enumerate(zip(SPLITS, sizes, strict=True)):
+            rng = np.random.default_rng([CONCEPT_STREAM, *stream, place])
+            drawn = draw_concepts(rng, mix, pools[name][split], wanted)
             parts.append([rows_by_client[name].row_of[concept, task] for concept in drawn for task in options.tasks])
             realised[split] = _describe_mix([group_of[concept] for concept in drawn], groups)
-        federated.append(ClientRows(name, *(np.asarray(part, np.int64) for part in parts)))
-        described[name] = {"mix_drawn": dict(zip(groups, mix.round(4).tolist(), strict=True)), "mix_realised": realised}
+        own = f"{name}-{again + 1}" if again else name
+        federated.append(ClientRows(own, *(np.asarray(part, np.int64) for part in parts)))
+        described[own] = {"mix_drawn": dict(zip(groups, mix.round(4).tolist(), strict=True)), "mix_realised": realised}
     about = {
         "clients_from": "vendor and language",
         "partition": {"kind": "natural", "by": "group", "alpha": alpha if np.isfinite(alpha) else "inf", "seed": seed},
@@ -140,7 +157,8 @@ DATASET = NamedSet(
     read=read_emoji,
     federate=federate_emoji,
     options=frozenset(
-        {"languages", "vendors", "tasks", "images_per_client", "validation_per_client", "test_per_client", "alpha"}
+        {"languages", "vendors", "tasks", "images_per_client", "validation_per_client", "test_per_client"}
+        | {"alpha", "clients"}
     ),
 )
 

@@ -68,8 +68,11 @@ class DataOptions:
         str | None, tyro.conf.arg(metavar="KEY", help_behavior_hint="(default: client, origin_dataset; emoji: group)")
     ] = None
     """Key that clients come from: a column, or question_type, generator, labeller. Ours, not the paper's."""
-    clients: int = 16
-    """dirichlet, pathological, quantity, iid: number of clients. Ours, not the paper's."""
+    clients: Annotated[
+        int | None,
+        tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 16; emoji: one per style and language)"),
+    ] = None
+    """emoji, dirichlet, pathological, quantity, iid: number of clients. Ours, not the paper's."""
     classes_per_client: int = 2
     """pathological: values of the key that a client has at most. Ours, not the paper's."""
     held_out_clients: float = 0.0
@@ -106,9 +109,9 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name in ("images_per_client", "validation_per_client", "test_per_client", "min_examples"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a count of 0 or more")
-        for name in ("max_prompt_tokens", "max_answer_tokens", "clients", "classes_per_client"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "a count of 1 or more")
-        _require(self.limit is None or self.limit >= 1, "limit", self.limit, "a count of 1 or more")
+        for name in ("max_prompt_tokens", "max_answer_tokens", "classes_per_client", "clients", "limit"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "a count of 1 or more")
         _require(0 <= self.held_out_clients < 1, "held_out_clients", self.held_out_clients, "a share below 1")
         for name in ("validation_share", "test_share", "max_bad_share"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
@@ -124,6 +127,11 @@ class DataOptions:
             _require(len(chosen) > 0 or name == "origins", name, chosen, "at least one name")
             _require(len(set(chosen)) == len(chosen), name, chosen, "every name once")
         self._check_meaning()
+
+    @property
+    def clients_drawn(self) -> int:
+        """How many clients a partition makes that cuts rows anew."""
+        return 16 if self.clients is None else self.clients
 
     def replace(self, **changes: object) -> "DataOptions":
         """The same options with some of them changed (and checked again)."""
@@ -146,7 +154,7 @@ class DataOptions:
         if self.path is not None and self.revision is not None:
             raise UserError(f"--data.revision {self.revision} is the hub's; with --data.path {self.path} leave it out.")
         drawn = self.partition != "natural" or self.partition_by is not None
-        understood = OF_PARTITION[self.partition] | (frozenset() if drawn else own & {"alpha"})
+        understood = OF_PARTITION[self.partition] | (frozenset() if drawn else own & {"alpha", "clients"})
         for name in (name for name in chosen if name in frozenset().union(*OF_PARTITION.values()) - understood):
             meant = ", ".join(kind for kind, options in OF_PARTITION.items() if name in options)
             raise UserError(

@@ -11,57 +11,24 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, make_clients
-from fedvlm_jax.federation.health import OF_PAIRS, examine
+from fedvlm_jax.federation.health import OF_PAIRS
 from fedvlm_jax.federation.inputs import Inputs
+from fedvlm_jax.federation.memory import Footprint, measure
 from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.population import NOBODY, Population, Slots
-from fedvlm_jax.federation.round import RoundOutput, from_waves, make_round, start_personal, to_waves
+from fedvlm_jax.federation.programs import Programs
+from fedvlm_jax.federation.round import from_waves, start_personal, to_waves
 from fedvlm_jax.federation.traffic import count_bytes, find_travelling
-from fedvlm_jax.federation.training import LocalTrainer
-from fedvlm_jax.methods import Client, Method
+from fedvlm_jax.methods import Client
 from fedvlm_jax.sharding import place_waves, replicate
 
-__all__ = ["Driver", "Moment", "Programs", "RoundInputs", "RoundReport", "make_programs"]
-
-
-@dataclass(frozen=True)
-class Programs:
-    """A method's compiled functions on a mesh; made once, whatever the seed, the clients or the learning rates."""
-
-    method: Method
-    mesh: Mesh
-    round: Callable[..., RoundOutput]
-    personalise: Callable[..., PyTree]
-    trained: Callable[..., PyTree]
-    health: Callable[..., dict[str, Any]]
-    base: Callable[[PyTree, PyTree], PyTree] | None
-
-
-def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs:
-    """Build (not yet compile) a method's programs."""
-
-    def adapter_of(server: PyTree, state: PyTree, known: Any, number: Any, key: PRNGKeyArray) -> PyTree:
-        fresh = start_personal(method, key, server, number)
-        state = jax.tree.map(lambda new, old: jnp.where(known, old, new), fresh, state)
-        return method.personalise(server, state)
-
-    trained = jax.vmap(method.trained, in_axes=(None, 0, 0))
-    return Programs(
-        method,
-        mesh,
-        make_round(method, trainer, mesh),
-        jax.jit(jax.vmap(adapter_of, in_axes=(None, 0, 0, 0, None))),
-        jax.jit(trained),
-        jax.jit(lambda server, states, messages, weights: examine(trained(server, states, messages), weights)),
-        method.base,  # not jitted: a compiled program would return copies of the weights that it leaves alone
-    )
+__all__ = ["Driver", "Moment", "RoundInputs", "RoundReport", "start_adapter"]
 
 
 class RoundInputs(NamedTuple):
@@ -213,29 +180,44 @@ class Driver:
         """The base as the method has it with this state of the server."""
         return self.params if self.programs.base is None else self.programs.base(self.params, server)
 
+    def measure_round(self, read: RoundInputs) -> Footprint:
+        """Compile the round that was read, without running it; returns what it needs of a device.
+
+        Raises:
+            TooLargeError: the compiler finds that it does not fit.
+        """
+        compiled = self._compile(self._arguments(read, {"a": 0.0, "b": 0.0}), read.round)
+        return measure(compiled, self.base, self.programs.mesh, self.layout.wave)
+
+    def _arguments(self, read: RoundInputs, rates: dict[str, float]) -> tuple[Any, ...]:
+        """What the compiled round takes; personal states as they are now."""
+        mesh, numbers, waves = self.programs.mesh, read.numbers, self.layout.waves
+        places = np.concatenate([numbers, np.repeat(numbers[:1], self.layout.places - len(numbers))])
+        clients = read.clients._replace(new=to_waves(~self.population.known[places], waves))
+        return (
+            self.base,
+            self.server,
+            place_waves(mesh, to_waves(self.population.gather(places), waves)),
+            place_waves(mesh, clients),
+            jnp.asarray(read.weights),
+            {name: jnp.float32(rate) for name, rate in rates.items()},
+            jnp.int32(read.round),
+            self.key,
+        )
+
+    def _compile(self, arguments: tuple[Any, ...], round_: int) -> Any:
+        phase = self.programs.method.phase
+        return self.programs.compile_round(arguments, 0 if phase is None else phase(round_))
+
     def run_round(self, read: RoundInputs, rates: dict[str, float]) -> RoundReport:
         """Run a round that was read: train its cohort, aggregate, write personal states back.
 
         Whoever does not count leaves no trace: its state stays, and if it had none it is as new next time. Where nobody
         counts the server stays too.
         """
-        mesh, method = self.programs.mesh, self.programs.method
-        numbers, weights = read.numbers, read.weights
-        places = np.concatenate([numbers, np.repeat(numbers[:1], self.layout.places - len(numbers))])
-        personal = to_waves(self.population.gather(places), self.layout.waves)
-        clients = read.clients._replace(new=to_waves(~self.population.known[places], self.layout.waves))
-        before, base = self.server, self.base
-        out = self.programs.round(
-            base,
-            before,
-            place_waves(mesh, personal),
-            place_waves(mesh, clients),
-            jnp.asarray(weights),
-            {name: jnp.float32(rate) for name, rate in rates.items()},
-            jnp.int32(read.round),
-            self.key,
-            phase=method.phase(read.round) if method.phase is not None else 0,
-        )
+        numbers, weights, before, base = read.numbers, read.weights, self.server, self.base
+        arguments = self._arguments(read, rates)
+        out = self._compile(arguments, read.round)(*arguments)
         states = from_waves(out.personal)
         counted, health = read.counted, out.health
         if len(counted):
@@ -244,7 +226,7 @@ class Driver:
             self.population.scatter(numbers[counted], jax.tree.map(lambda x: x[counted], jax.device_get(states)))
             self.server = out.server
         up, down = self._travelling(out.messages, max(1, len(counted)))
-        received = numbers if method.deliver is None else numbers[counted]
+        received = numbers if self.programs.method.deliver is None else numbers[counted]
         return RoundReport(
             numbers=numbers,
             counted=numbers[counted],

@@ -84,6 +84,7 @@ class Course:
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=KEPT)
         self.phases = list(_plan(prepared.run, prepared.layout.steps))
         self.drivers = [self._start(0)]
+        self.rounds = 0  # since this process began
         self.saved: list[int] = []  # rounds whose checkpoints are kept
         self.last_server: PyTree = {}  # of the federation, where a method moves the base that is fine-tuned on
         population = self.driver.population
@@ -157,6 +158,9 @@ class Course:
         if last or round_ % self.prepared.run.checkpoint_every == 0:
             self._save(round_)
         self.show.round(line)
+        self.rounds += 1
+        if self.rounds == 2:
+            self.show.note(f"a round after the first takes {seconds:.2g} s, evaluation apart")
 
     def _validate(self, round_: int, report: RoundReport) -> dict[str, Any]:
         chosen = self.prepared.select_by

@@ -21,6 +21,7 @@ from fedvlm_jax.federation.driver import Moment
 from fedvlm_jax.runs.config import Run, from_json, to_json, without_extras
 from fedvlm_jax.runs.course import Course
 from fedvlm_jax.runs.examples import write_examples
+from fedvlm_jax.runs.fit import fit
 from fedvlm_jax.runs.folders import read_run
 from fedvlm_jax.runs.models import each_model
 from fedvlm_jax.runs.prepare import Prepared, Session, open_session, prepare
@@ -112,7 +113,7 @@ def extend(folder: Path, run: Run, show: Progress | None = None, session: Sessio
 def _execute(run: Run, show: Progress, session: Session | None) -> Path:
     assert run.out is not None
     session = session or open_session(run, show.note)
-    prepared = prepare(run, session, show.note)
+    prepared = fit(prepare(run, session, show.note), show.note)
     run.out.mkdir(parents=True, exist_ok=True)
     _write_config(run, prepared)
     show.note("asking the bare base (zero-shot)")

@@ -23,10 +23,11 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Evaluator, make_answer
 from fedvlm_jax.evaluation.neighbours import Neighbours, make_neighbours
 from fedvlm_jax.federation.cohort import Layout, choose_layout
-from fedvlm_jax.federation.driver import Driver, Programs, make_programs, start_adapter
+from fedvlm_jax.federation.driver import Driver, start_adapter
 from fedvlm_jax.federation.features import is_vision_frozen
 from fedvlm_jax.federation.inputs import Inputs, make_inputs
 from fedvlm_jax.federation.options import ParticipationOptions
+from fedvlm_jax.federation.programs import Programs, make_programs
 from fedvlm_jax.federation.reference import add_reference
 from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Setup, load_method
@@ -38,7 +39,7 @@ from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
 from fedvlm_jax.sharding import CLIENTS, make_mesh, replicate
 
-__all__ = ["Prepared", "Session", "make_driver", "open_session", "prepare"]
+__all__ = ["Prepared", "Session", "lay_out", "make_driver", "open_session", "prepare"]
 
 MANY, SOME = 128, 64
 """Of more than so many clients only some are evaluated, unless the options say how many."""
@@ -175,7 +176,7 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
             ("reference", *data_key), lambda: reference_of(run, session, examples, inputs, on_disk, note)
         )
         inputs = add_reference(inputs, reference)
-    layout = _lay_out(run, examples, session.mesh, run.cohort, run.system.wave)
+    layout = lay_out(run, examples, session.mesh, run.cohort, run.system.wave)
     asked = (run.evaluation.neighbours, run.evaluation.neighbour_temperature) if run.evaluation.neighbours else None
     neighbours = asked and session.remember(("neighbours", *asked), lambda: make_neighbours(session.vlm, *asked))
     answer = session.remember(
@@ -223,7 +224,7 @@ def make_driver(
     run, session = prepared.run, prepared.session
     train, clients = run.train, len(prepared.examples.clients)
     common = run.lora.private_a == "common" or go_on is not None
-    layout = _lay_out(run, prepared.examples, session.mesh, cohort, prepared.layout.wave)
+    layout = lay_out(run, prepared.examples, session.mesh, cohort, prepared.layout.wave)
     dealt = () if go_on else run.lora.ranks
     ranks = tuple(dealt[number % len(dealt)] for number in range(clients)) if dealt else ()
     local, server = (run.local, run.server) if go_on is None else (LocalOptions(), ServerOptions())
@@ -281,7 +282,8 @@ def _fit_to_model(data: DataOptions, vlm: Any) -> DataOptions:
     )
 
 
-def _lay_out(run: Run, examples: Examples, mesh: Mesh, cohort: int | None, wave: int | None) -> Layout:
+def lay_out(run: Run, examples: Examples, mesh: Mesh, cohort: int | None, wave: int | None) -> Layout:
+    """The shapes of a run's rounds with so many clients each, so many of them side by side."""
     sizes = [len(client.train) for client in examples.clients if not client.held_out]
     train, steps = run.train, run.train.local_steps
     if train.local_epochs is not None:

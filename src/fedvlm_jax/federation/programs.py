@@ -1,0 +1,68 @@
+"""A method's programs on a mesh: built once for all runs that share it, compiled once for every shape."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray, PyTree
+
+from fedvlm_jax.federation.health import examine
+from fedvlm_jax.federation.memory import TooLargeError
+from fedvlm_jax.federation.round import make_round, start_personal
+from fedvlm_jax.federation.training import LocalTrainer
+from fedvlm_jax.methods import Method
+
+__all__ = ["Programs", "make_programs"]
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A method's compiled functions on a mesh; made once, whatever the seed, the clients or the learning rates."""
+
+    method: Method
+    mesh: Mesh
+    round: Any
+    personalise: Callable[..., PyTree]
+    trained: Callable[..., PyTree]
+    health: Callable[..., dict[str, Any]]
+    base: Callable[[PyTree, PyTree], PyTree] | None
+    compiled: dict[Hashable, Any] = field(default_factory=dict)
+
+    def compile_round(self, arguments: tuple[Any, ...], phase: int) -> Any:
+        """The round for arguments of these shapes, compiled once.
+
+        Raises:
+            TooLargeError: the compiler finds that it does not fit on a device.
+        """
+        key = (phase, jax.tree.structure(arguments), *((x.shape, x.dtype) for x in jax.tree.leaves(arguments)))
+        if key not in self.compiled:
+            try:
+                self.compiled[key] = self.round.lower(*arguments, phase=phase).compile()
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise TooLargeError(str(error).splitlines()[0]) from error
+        return self.compiled[key]
+
+
+def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs:
+    """Build (not yet compile) a method's programs."""
+
+    def adapter_of(server: PyTree, state: PyTree, known: Any, number: Any, key: PRNGKeyArray) -> PyTree:
+        fresh = start_personal(method, key, server, number)
+        state = jax.tree.map(lambda new, old: jnp.where(known, old, new), fresh, state)
+        return method.personalise(server, state)
+
+    trained = jax.vmap(method.trained, in_axes=(None, 0, 0))
+    return Programs(
+        method,
+        mesh,
+        make_round(method, trainer, mesh),
+        jax.jit(jax.vmap(adapter_of, in_axes=(None, 0, 0, 0, None))),
+        jax.jit(trained),
+        jax.jit(lambda server, states, messages, weights: examine(trained(server, states, messages), weights)),
+        method.base,  # not jitted: a compiled program would return copies of the weights that it leaves alone
+    )

@@ -1,0 +1,48 @@
+"""How many clients train side by side: as many as the compiled round leaves room for on a device."""
+
+import dataclasses
+import time
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.federation.memory import GIB, USABLE, Footprint, TooLargeError, find_wave, read_device_bytes
+from fedvlm_jax.runs.frozen import Note
+from fedvlm_jax.runs.prepare import Prepared, lay_out, make_driver
+from fedvlm_jax.sharding import CLIENTS
+
+__all__ = ["fit"]
+
+
+def fit(prepared: Prepared, note: Note = lambda text: None) -> Prepared:
+    """Choose the wave, unless the run names one, and compile its first round; says what it takes of a device.
+
+    Raises:
+        UserError: not even one client fits on a device, or not as many as the run asks for.
+    """
+    run, mesh = prepared.run, prepared.session.mesh
+    began, limit = time.monotonic(), read_device_bytes(mesh)
+
+    def try_wave(wave: int) -> tuple[Prepared, Footprint]:
+        layout = lay_out(run, prepared.examples, mesh, run.cohort, wave)
+        evaluator = dataclasses.replace(prepared.evaluator, wave=layout.wave)
+        candidate = dataclasses.replace(prepared, layout=layout, evaluator=evaluator)
+        driver = make_driver(candidate, run.method, cohort=run.cohort)
+        return candidate, driver.measure_round(driver.read_round(1))
+
+    asked = run.system.wave
+    if asked is None:
+        fitted, footprint = find_wave(try_wave, prepared.layout.wave, mesh.shape[CLIENTS], limit)
+    else:
+        try:
+            fitted, footprint = try_wave(asked)
+        except TooLargeError as error:
+            raise UserError(f"--wave {asked} does not fit on a device ({error}): leave it out, or try fewer") from error
+    room = f" of {limit / GIB:.1f}" if limit else ""
+    layout = fitted.layout
+    note(
+        f"a round takes {footprint.total / GIB:.2f}{room} GiB of a device: the base {footprint.base / GIB:.2f}, each "
+        f"client {footprint.per_client / 2**20:.0f} MiB; {layout.cohort} clients in {layout.waves} "
+        f"wave{'s' if layout.waves > 1 else ''} of {layout.wave} (compiled in {time.monotonic() - began:.0f} s)"
+    )
+    if asked is not None and limit and footprint.total > USABLE * limit:
+        note(f"--wave {asked} may be too wide for the device: it is used because it was asked for")
+    return fitted
