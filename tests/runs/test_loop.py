@@ -159,14 +159,17 @@ def test_a_finished_run_stays_as_it_is(finished):
     assert "finished" in show.notes[-1]
 
 
-@pytest.mark.parametrize(("method", "told"), [("plora", r"shared.*\[1, 3, 16\]"), ("local", r"states.*\[1, 3, 16\]")])
-def test_a_checkpoint_of_another_configuration_is_refused(model, session, tmp_path, method, told):
-    """What the server holds and what clients keep in their own file."""
-    run = tiny_run(model, tmp_path / "run", method=method)
+@pytest.mark.parametrize(
+    ("part", "option", "value", "told"),
+    [("lora", "rank", 3, r"shared.*\[1, 3, 16\]"), ("train", "optimizer", "sgd", r"\['states'\]")],
+)
+def test_a_checkpoint_of_another_configuration_is_refused(model, session, tmp_path, part, option, value, told):
+    """What the server holds, and what clients keep in their own file."""
+    run = tiny_run(model, tmp_path / "run")
     with pytest.raises(StopError):
         loop.train(run, StopAfter(1), session)
     stored = json.loads((run.out / "config.json").read_text())
-    stored["run"]["lora"]["rank"] = 3
+    stored["run"][part][option] = value
     (run.out / "config.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match=rf"does not fit this run(.|\n)*{told}"):
         loop.resume(run.out, session=session)
