@@ -6,6 +6,7 @@ A cell that is not finished is reported as far as it is, with the number of seed
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,6 +20,10 @@ from fedvlm_jax.runs.theme import PAPER, make_figure, save_png
 RIVALS = ("local", "fedavg-lora")
 LEVEL = 0.5
 """Bytes are counted until a method has gone so far from zero-shot to what local training ends with."""
+MANY = 8
+"""More methods than this are all of them."""
+EDGE = 8.0
+"""Points behind local training beyond which the picture shows a number in place of a mark."""
 NAMES = {
     "lang-20": "Client's language in the prompt, 20 images per client",
     "lang-60": "Client's language in the prompt, 60 images per client",
@@ -65,12 +70,11 @@ def write(folder: Path, results: Path, order: Iterable[str]) -> None:
     results.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1, ensure_ascii=False)
     (results / "methods_emoji.json").write_text(text + "\n", encoding="utf-8")
-    tables = [tabulate(name, cell) for name, cell in cells.items()]
+    tables = tabulate_overview(cells) + [tabulate(name, cell) for name, cell in cells.items()]
     tables += tabulate_shift(cells) + tabulate_neighbours(cells) + tabulate_search(content["search"])
     words = "\n\n".join([*map(to_markdown, tables), write_note(content)])
     (results / "methods_emoji.md").write_text(words + "\n", encoding="utf-8")
-    wide = {name: cell for name, cell in cells.items() if len(cell["methods"]) > 8}
-    if wide:
+    if wide := _pick_wide(cells):
         save_png(draw(wide), results / "methods_emoji.png")
     print(words)
 
@@ -144,6 +148,33 @@ def _format(one: Json, rival: str) -> str:
 
 def _format_level(count: float | str | None) -> str:
     return "–" if count is None else count if isinstance(count, str) else format_bytes(count)
+
+
+def _pick_wide(cells: Mapping[str, Json]) -> dict[str, Json]:
+    """The cells in which all methods are compared, not a few."""
+    return {name: cell for name, cell in cells.items() if len(cell["methods"]) > MANY}
+
+
+def tabulate_overview(cells: Mapping[str, Json]) -> list[Table]:
+    """Every method in every cell that compares all: mean, and the difference from local training.
+
+    Methods stand by that difference, averaged over the cells that they are in.
+    """
+    wide = _pick_wide(cells)
+    if len(wide) < 2:
+        return []
+    gains: dict[str, list[float]] = {}
+    for cell in wide.values():
+        for method, one in cell["methods"].items():
+            gains.setdefault(method, []).append(one["against"]["local"]["mean"] if method != "local" else 0.0)
+    order = sorted(gains, key=lambda method: -float(np.mean(gains[method])))
+    rows = []
+    for method in order:
+        found = [cell["methods"].get(method) for cell in wide.values()]
+        sent = next((one["bytes_up"] for one in found if one), None)
+        cells_of = ["–" if one is None else f"{format_mean(one)}, {_format(one, 'local')}" for one in found]
+        rows.append((method, *cells_of, "–" if sent is None else format_bytes(sent)))
+    return [Table("Every method in every cell", ("method", *wide, "up"), tuple(rows), frozenset())]
 
 
 def tabulate(name: str, cell: Json) -> Table:
@@ -248,22 +279,42 @@ def write_note(content: Json) -> str:
 
 
 def draw(cells: Mapping[str, Json]) -> Figure:
-    """Every cell's methods by their distance from local training, with 95 % intervals over seeds."""
+    """Every cell's methods by their distance from local training, with 95 % intervals over seeds.
+
+    Who is more than `EDGE` points behind is written at the edge, so that the others can be told apart.
+    """
     shown = {
         name: [method for method in cell["methods"] if method not in ("zero-shot", "local")][::-1]
         for name, cell in cells.items()
     }
-    height = 1.3 + 0.24 * max(map(len, shown.values()))
-    figure, axes = make_figure(PAPER, 4.6 * len(cells) + 0.4, height, len(cells), 1)
-    for ax, (name, methods) in zip(np.ravel(axes), shown.items(), strict=True):
-        for row, method in enumerate(methods):
-            one = cells[name]["methods"][method]["against"]["local"]
-            colour = PAPER.ink if one["low"] > 0 or one["high"] < 0 else PAPER.muted
-            ends = [[100 * (one["mean"] - one["low"])], [100 * (one["high"] - one["mean"])]]
-            style = {"xerr": ends, "capsize": 2, "linewidth": 1.2} if np.isfinite(ends).all() else {}
-            ax.errorbar(100 * one["mean"], row, fmt="o", markersize=4, color=colour, **style)
-        ax.axvline(0, color=PAPER.muted, linewidth=1)
-        ax.set_yticks(range(len(methods)), methods, fontsize=8)
-        ax.set_xlabel("points ahead of local")
+    columns = min(3, len(cells))
+    rows = -(-len(cells) // columns)
+    height = rows * (1.3 + 0.24 * max(map(len, shown.values())))
+    figure, axes = make_figure(PAPER, 4.6 * columns + 0.4, height, columns, rows)
+    for ax, (name, methods) in zip(np.ravel(axes), shown.items(), strict=False):
+        _draw_cell(ax, cells[name], methods)
         ax.set_title(NAMES.get(name, name), fontsize=9, loc="left", color=PAPER.ink)
+    for ax in np.ravel(axes)[len(shown) :]:
+        ax.set_visible(False)
     return figure
+
+
+def _draw_cell(ax: Any, cell: Json, methods: Sequence[str]) -> None:
+    edge = False
+    for row, method in enumerate(methods):
+        one = cell["methods"][method]["against"]["local"]
+        mean = 100 * one["mean"]
+        colour = PAPER.ink if one["low"] > 0 or one["high"] < 0 else PAPER.muted
+        if mean < -EDGE:
+            edge = True
+            ax.plot(-EDGE, row, marker="<", markersize=5, color=colour, clip_on=False)
+            ax.text(-EDGE + 0.35, row, points(one["mean"]), va="center", fontsize=8, color=colour)
+            continue
+        ends = [[100 * (one["mean"] - one["low"])], [100 * (one["high"] - one["mean"])]]
+        style = {"xerr": ends, "capsize": 2, "linewidth": 1.2} if np.isfinite(ends).all() else {}
+        ax.errorbar(mean, row, fmt="o", markersize=4, color=colour, **style)
+    ax.axvline(0, color=PAPER.muted, linewidth=1)
+    if edge:
+        ax.set_xlim(left=-EDGE)
+    ax.set_yticks(range(len(methods)), methods, fontsize=8)
+    ax.set_xlabel("points ahead of local")
