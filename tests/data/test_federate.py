@@ -141,6 +141,27 @@ def test_emoji_draws_nest_and_do_not_disturb_each_other(emoji):
     assert as_lists(federate(emoji, EMOJI, 6)) != as_lists(more)
 
 
+def test_further_emoji_clients_share_a_style_and_language_and_draw_for_themselves(emoji):
+    four, ten = federate(emoji, EMOJI, 5), federate(emoji, EMOJI.replace(clients=10), 5)
+    assert ten.names[4:] == ("noto-en-2", "noto-de-2", "twemoji-en-2", "twemoji-de-2", "noto-en-3", "noto-de-3")
+    assert as_lists(ten)[:4] == as_lists(four), "those who were there keep their images"
+    owners, noto = emoji.read_text("client"), [client for client in ten.clients if client.name.startswith("noto-en")]
+    for client in noto:
+        assert {owners[row] for split in SPLITS for row in client.rows_of(split)} == {"noto-en"}
+        assert len(set(client.train.tolist())) == len(client.train) == 40
+    first, second, third = (client.train.tolist() for client in noto)
+    assert first != second != third != first
+    splits = emoji.read_text("split")
+    assert all(splits[row] == split for client in ten.clients for split in SPLITS for row in client.rows_of(split))
+
+
+def test_fewer_emoji_clients_than_styles_and_languages_are_refused(emoji):
+    with pytest.raises(
+        UserError, match="--data.clients is 3, and the 2 styles and 2 languages make 4 clients at least"
+    ):
+        federate(emoji, EMOJI.replace(clients=3), 0)
+
+
 def test_emoji_reports_the_mix_that_came_out(emoji):
     federation = federate(emoji, EMOJI.replace(alpha=0.1), 2)
     groups = emoji.read_text("group")
