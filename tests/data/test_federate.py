@@ -156,9 +156,7 @@ def test_further_emoji_clients_share_a_style_and_language_and_draw_for_themselve
 
 
 def test_fewer_emoji_clients_than_styles_and_languages_are_refused(emoji):
-    with pytest.raises(
-        UserError, match="--data.clients is 3, and the 2 styles and 2 languages make 4 clients at least"
-    ):
+    with pytest.raises(UserError, match=r"is 3, and the 2 styles and 2 languages make 4 clients at least"):
         federate(emoji, EMOJI.replace(clients=3), 0)
 
 
