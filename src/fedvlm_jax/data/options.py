@@ -68,7 +68,7 @@ class DataOptions:
         str | None, tyro.conf.arg(metavar="KEY", help_behavior_hint="(default: client, origin_dataset; emoji: group)")
     ] = None
     """Key that clients come from: a column, or question_type, generator, labeller. Ours, not the paper's."""
-    clients: int = 16
+    clients: Annotated[int, tyro.conf.arg(aliases=("--clients",))] = 16
     """dirichlet, pathological, quantity, iid: number of clients. Ours, not the paper's."""
     classes_per_client: int = 2
     """pathological: values of the key that a client has at most. Ours, not the paper's."""

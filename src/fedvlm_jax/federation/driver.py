@@ -25,7 +25,7 @@ from fedvlm_jax.federation.round import RoundOutput, from_waves, make_round, sta
 from fedvlm_jax.federation.traffic import count_bytes, find_travelling
 from fedvlm_jax.federation.training import LocalTrainer
 from fedvlm_jax.methods import Client, Method
-from fedvlm_jax.sharding import place_waves, replicate
+from fedvlm_jax.sharding import place_like, place_waves, replicate
 
 __all__ = ["Driver", "Programs", "RoundInputs", "RoundReport", "make_programs"]
 
@@ -189,7 +189,7 @@ class Driver:
         if self.programs.base is None:
             return self.params
         if self._base is None or self._base[0] is not self.server:
-            self._base = (self.server, self.programs.base(self.params, self.server))
+            self._base = (self.server, place_like(self.programs.base(self.params, self.server), self.params))
         return self._base[1]
 
     def run_round(self, read: RoundInputs, rates: dict[str, float]) -> RoundReport:
