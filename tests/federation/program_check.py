@@ -92,7 +92,8 @@ def run(case, vlm, params, clients, waves, model=1):
     )
     compiled = make_round(method, trainer, mesh).lower(*arguments).compile()
     out = compiled(*arguments)
-    own = jax.tree.map(lambda x: np.swapaxes(np.asarray(x), 0, 1).reshape(-1, *x.shape[2:]), out.personal["own"])
+    own = out.personal.get("own", {})  # what flora keeps of a client is nothing
+    own = jax.tree.map(lambda x: np.swapaxes(np.asarray(x), 0, 1).reshape(-1, *x.shape[2:]), own)
     return tree.flatten({"server": out.server, "own": own}), compiled
 
 

@@ -20,9 +20,6 @@ SLOW = {
 }
 """These compile for a minute each."""
 
-STACKING = ("flora/sft",)
-"""Everybody receives what all clients sent: more than one reduction."""
-
 CUT = 4 * (2 * (1600 + 3 * 20 + 588 + 560) + 2 * (3200 + 6 * 20 + 588 + 560) + 44 * 20)
 """Bytes of the language model that are cut: in two layers each, four (and eight) matrices of 20 x 20, biases of three
 (and six), 20 x 28 with a bias and 28 x 20; and 44 words of 20. The vision tower is no argument of a round."""
@@ -36,7 +33,7 @@ TABLES = {False: MESHES, True: SLOW}
 CASES = [mark(case, slow=slow) for slow, table in TABLES.items() for case in table]
 ON = [(case, mesh, slow) for slow, table in TABLES.items() for case, meshes in table.items() for mesh in meshes]
 EVERYWHERE = [mark(case, mesh, slow=slow) for case, mesh, slow in ON]
-SPREAD = [mark(case, mesh, slow=slow) for case, mesh, slow in ON if case not in STACKING and not mesh.startswith("1x")]
+SPREAD = [mark(case, mesh, slow=slow) for case, mesh, slow in ON if not mesh.startswith("1x")]
 SHARED = [mark(case, mesh, slow=slow) for case, mesh, slow in ON if mesh.count("x") == 2]
 
 

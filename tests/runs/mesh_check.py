@@ -20,7 +20,7 @@ from tiny_run import StopAfter, StopError
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import evaluate, loop
 from fedvlm_jax.runs.config import SystemOptions, from_json
-from fedvlm_jax.runs.prepare import open_session
+from fedvlm_jax.runs.prepare import make_driver, open_session, prepare
 
 
 def main():
@@ -36,7 +36,8 @@ def main():
         refused = str(open_session(dataclasses.replace(run, system=SystemOptions(mesh="clients=4,model=2"))))
     except UserError as error:
         refused = str(error)
-    leaves = jax.tree.leaves(session.params)
+    federation = make_driver(prepare(run, session), run.method, cohort=run.cohort)
+    leaves = jax.tree.leaves(federation.base)  # with what the method adds to it
     held = {
         str(device): sum(
             shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards if shard.device == device
