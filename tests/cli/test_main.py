@@ -43,6 +43,12 @@ def test_every_command_is_listed_in_order() -> None:
         (["train", "--data.alpha", "-1"], "--data.alpha is -1.0; expected a number above 0"),
         (["train", "--train.rounds", "x"], "--train.rounds"),
         (["train", "--train.rounds", "0"], "--train.rounds is 0: it must be 1 or more"),
+        (["train", "--mesh", "4"], "--mesh 4: expected clients=N or clients=N,model=M, for example"),
+        (["train", "--system.mesh", "clients=0"], "--mesh clients=0: every axis must be 1 or more"),
+        (["train", "--mesh", "clients=4", "--wave", "6"], "--system.wave 6 does not divide over --mesh clients=4"),
+        (["compare", "--mesh", "model=2,clients=4"], "--mesh model=2,clients=4: expected"),
+        (["train", "--mesh", "clients=4096"], "--mesh clients=4096 takes 4096 devices: there are"),
+        (["train", "--resume", "nowhere", "--mesh", "clients=2"], "leave out --system.mesh"),
         (["train", "--method", "plorra"], "did you mean plora?"),
         (["train", "--model", "./nowhere"], "there is no such folder"),
         (["train", "--resume", "nowhere"], "no config.json there"),
@@ -153,8 +159,11 @@ def test_compare_takes_the_flags_of_train_for_all_its_runs(monkeypatch: pytest.M
 
     replace_work(monkeypatch, "compare", compare=compare)
     flags = ["--methods", "local", "plora", "--seeds", "5", "--train.rounds", "7"]
-    main(["compare", *flags, "--out", str(tmp_path / "c")])
+    short = ["--mesh", "clients=2,model=2", "--wave", "4", "--data.partition", "iid", "--clients", "8"]
+    main(["compare", *flags, *short, "--out", str(tmp_path / "c")])
     assert seen[0].methods == ("local", "plora")
     assert seen[0].seeds == 5
     assert seen[0].base.train.rounds == 7
+    assert (seen[0].base.system.mesh, seen[0].base.system.wave) == ("clients=2,model=2", 4)
+    assert seen[0].base.data.clients == 8
     assert json.dumps(to_json(seen[0].base))

@@ -1,5 +1,6 @@
 """Runs by itself with eight forced host devices and prints what it found as JSON; `test_program.py` reads that.
-Arguments: a method, an objective and the meshes (devices x waves) to hold against one device, `plora/dpo=4x2,8x1`.
+Arguments: a method, an objective and the meshes (clients x waves, or clients x waves x model) to hold against one
+device, `plora/dpo=4x2,4x2x2`.
 
 A device count is fixed when jax starts, so this cannot happen inside the process of the tests.
 """
@@ -15,6 +16,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from transformers import BartConfig, Florence2Config
 
 from fedvlm_jax import lora, tree
@@ -23,7 +25,7 @@ from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Client, Setup, load_method
 from fedvlm_jax.models import build
 from fedvlm_jax.objectives import load_objective
-from fedvlm_jax.sharding import make_mesh, place_waves, replicate
+from fedvlm_jax.sharding import make_mesh, place_base, place_waves, replicate
 
 CLIENTS, ROWS, STEPS, BATCH, TOKENS, LABELS = 8, 6, 2, 3, 9, 5
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 20, 28, 44, 2
@@ -67,18 +69,19 @@ def make_cohort():
     )
 
 
-def run(case, vlm, params, devices, waves):
-    """-> the server's and clients' adapters after one round, and the compiled program's text."""
+def run(case, vlm, params, clients, waves, model=1):
+    """-> the server's and clients' adapters after one round, and the compiled program."""
     spec = lora.LoRA(rank=2, targets=r"language_model/.*(proj|fc1|fc2)")
     name, _, objective = case.partition("/")
     trainer = make_local_trainer(vlm, load_objective(objective))
-    method = load_method(name, Setup(vlm.sites, lambda key: lora.init(key, vlm.sites, spec), trainer.start))
-    mesh = make_mesh(devices)
+    setup = Setup(vlm.sites, lambda key: lora.init(key, vlm.sites, spec), trainer.start, cohort=CLIENTS, rounds=2)
+    method = load_method(name, setup)
+    mesh = make_mesh(clients, model)
     server = method.init(lora.init(jax.random.key(1), vlm.sites, spec))
     shapes = jax.eval_shape(lambda: method.init_client(jax.random.key(0), server, jnp.int32(0)))
     states = jax.tree.map(lambda x: np.zeros((CLIENTS, *x.shape), x.dtype), shapes)
     arguments = (
-        replicate(mesh, params),
+        place_base(mesh, params, vlm.cuts),
         replicate(mesh, server),
         place_waves(mesh, to_waves(states, waves)),
         place_waves(mesh, to_waves(make_cohort(), waves)),
@@ -89,12 +92,57 @@ def run(case, vlm, params, devices, waves):
     )
     compiled = make_round(method, trainer, mesh).lower(*arguments).compile()
     out = compiled(*arguments)
-    own = jax.tree.map(lambda x: np.swapaxes(np.asarray(x), 0, 1).reshape(-1, *x.shape[2:]), out.personal["own"])
-    return tree.flatten({"server": out.server, "own": own}), compiled.as_text()
+    own = out.personal.get("own", {})  # what flora keeps of a client is nothing
+    own = jax.tree.map(lambda x: np.swapaxes(np.asarray(x), 0, 1).reshape(-1, *x.shape[2:]), own)
+    return tree.flatten({"server": out.server, "own": own}), compiled
 
 
-def count_collectives(text):
-    return {name: len(re.findall(rf"= \S+ {name}(?:-start)?\(", text)) for name in COLLECTIVES}
+def count_collectives(text, model):
+    """How many of each kind there are, those left out that stay among the `model` devices of one share of clients."""
+    counts = dict.fromkeys(COLLECTIVES, 0)
+    for line in text.splitlines():
+        found = re.search(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
+        if found and any(len({device // model for device in group}) > 1 for group in read_groups(line)):
+            counts[found[1]] += 1
+    return counts
+
+
+def read_groups(line):
+    """Who talks to whom in a collective, in any of the three ways of writing it, or a KeyError."""
+    if pairs := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})?\}", line):
+        groups = re.findall(r"\{([\d,]+)\}", pairs[1] or "")
+        return [list(map(int, group.split(","))) for group in groups] or [list(range(8))]
+    if flat := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)[, ]", line):
+        return read_order(flat[2]).reshape(json.loads(flat[1])).tolist()
+    by_axes = re.search(r"replica_groups=mesh\[(\S+?)\](?:, device_ids=\((\S+)\))? \{('\w+'(?:,'\w+')*)\}[, ]", line)
+    if not by_axes:
+        raise KeyError(line)
+    sizes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", by_axes[1])}
+    order = read_order(by_axes[2]) if by_axes[2] else np.arange(np.prod(list(sizes.values())))
+    inside = [list(sizes).index(name) for name in by_axes[3].split(",")]
+    moved = np.moveaxis(order.reshape(list(sizes.values())), inside, range(-len(inside), 0))
+    return moved.reshape(-1, int(np.prod([moved.shape[-n - 1] for n in range(len(inside))]))).tolist()
+
+
+def read_order(text):
+    """`[4,2]T(1,0)`: the numbers of the devices, laid out so and transposed so."""
+    shape, _, axes = text.partition("T")
+    order = np.arange(np.prod(json.loads(shape))).reshape(json.loads(shape))
+    return order.transpose(json.loads(axes.replace("(", "[").replace(")", "]"))) if axes else order
+
+
+def find_gathered(text, params, cuts):
+    """Weights that are cut and that an all-gather makes whole, all layers at once or one."""
+    whole = set()
+    for path, leaf in tree.flatten(params).items():
+        if path.endswith(("kernel", "embedding")) and any(re.fullmatch(pattern, path) for pattern, _ in cuts):
+            whole |= {tuple(sorted(leaf.shape)), tuple(sorted(leaf.shape[-2:]))}
+    found = []
+    for line in text.splitlines():
+        if results := re.search(r"= (.*?) all-gather(?:-start|-done)?\(", line):
+            shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\d+\[(\d+(?:,\d+)*)\]", results[1])]
+            found += [shape for shape in shapes if tuple(sorted(d for d in shape if d > 1)) in whole]
+    return found
 
 
 def find_copies(text, params):
@@ -115,22 +163,28 @@ def main():
     found = {}
     for argument in sys.argv[1:]:
         name, _, meshes = argument.partition("=")
-        alone, text = run(name, vlm, params, 1, 1)
+        alone, program = run(name, vlm, params, 1, 1)
+        text = program.as_text()
         entry = {"copies": find_copies(text, params), "dots": len(re.findall(r" dot\(", text)), "meshes": {}}
         for mesh in meshes.split(","):
-            devices, waves = map(int, mesh.split("x"))
-            other, text = run(name, vlm, params, devices, waves)
+            clients, waves, model = map(int, [*mesh.split("x"), "1"][:3])
+            other, program = run(name, vlm, params, clients, waves, model)
             errors = {p: float(np.abs(np.asarray(x) - np.asarray(other[p])).max()) for p, x in alone.items()}
             entry["meshes"][mesh] = {
                 "error": max(errors.values()),
-                "collectives": count_collectives(text),
+                "collectives": count_collectives(program.as_text(), model),
+                "gathered": find_gathered(program.as_text(), params, vlm.cuts),
+                "argument_bytes": program.memory_analysis().argument_size_in_bytes,
             }
         found[name] = entry
-    # A control: with the base under vmap as well, the search must find copies.
+    # Controls: with the base under vmap as well the search must find copies, and where a weight is made whole a gather.
     batched = jax.jit(jax.vmap(lambda params, x: jax.grad(lambda x: jnp.sum((x @ params) ** 2))(x), in_axes=(0, 0)))
     weights = params["language_model"]["encoder"]["layers"]["fc1"]["kernel"][0]
     text = batched.lower(jnp.stack([weights] * CLIENTS), jnp.ones((CLIENTS, BATCH, WIDTH))).compile().as_text()
-    found["control"] = {"copies": find_copies(text, params)}
+    mesh = make_mesh(4, 2)
+    whole = jax.jit(lambda params: jax.tree.map(jnp.sin, params), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    gathering = whole.lower(place_base(mesh, params, vlm.cuts)).compile().as_text()
+    found["control"] = {"copies": find_copies(text, params), "gathered": find_gathered(gathering, params, vlm.cuts)}
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -57,6 +57,7 @@ def test_json_brings_back_the_same_run(run: Run) -> None:
         (lambda stored: stored.update(cohort=1.5), "cohort = 1.5"),
         (lambda stored: stored["data"].update(languages="en"), "data.languages = 'en'; expected a list"),
         (lambda stored: stored.update(lora=8), "lora should be a group of options"),
+        (lambda stored: stored["system"].update(mesh_clients=2), "unknown option system.mesh_clients .* mesh, .*other"),
     ],
 )
 def test_a_stored_run_that_does_not_fit_is_refused_by_name(change: Any, expected: str) -> None:
@@ -95,7 +96,10 @@ def test_objectives_are_found_without_their_infrastructure() -> None:
         (Run(train=TrainOptions(optimizer="sgd", weight_decay=0.1)), "use --train.optimizer adamw"),
         (Run(lora=LoraOptions(targets="(fc1")), "not a regular expression"),
         (Run(cohort=4, system=SystemOptions(wave=8)), "wider than --cohort 4"),
-        (Run(system=SystemOptions(wave=6, mesh_clients=4)), "use a multiple of 4"),
+        (Run(system=SystemOptions(wave=6, mesh="clients=4,model=2")), "use a multiple of 4"),
+        (Run(system=SystemOptions(mesh="4")), "--mesh 4: expected clients=N or clients=N,model=M"),
+        (Run(system=SystemOptions(mesh="clients=-1")), "--mesh clients=-1: expected"),
+        (Run(system=SystemOptions(mesh="clients=2,model=0")), "every axis must be 1 or more"),
         (Run(system=SystemOptions(cache="memory", cache_dir=Path("x"))), "is for --system.cache disk"),
         (Run(system=SystemOptions(cache_gib=0.0)), "--system.cache-gib is 0.0"),
         (Run(evaluation=EvaluationOptions(select_by="loss")), "--evaluation.select-by loss"),

@@ -180,9 +180,9 @@ def test_more_devices_than_there_are(model, session, tmp_path):
     with pytest.raises(StopError):
         loop.train(run, StopAfter(1), session)
     stored = json.loads((run.out / "config.json").read_text())
-    stored["resolved"]["mesh_clients"] = 64
+    stored["resolved"]["mesh"] = {"clients": 32, "model": 2}
     (run.out / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(UserError, match="ran on 64 devices"):
+    with pytest.raises(UserError, match=r"ran on 64 devices \(clients=32,model=2\)"):
         loop.resume(run.out, session=session)
 
 

@@ -70,7 +70,11 @@ class DataOptions:
     """Key that clients come from: a column, or question_type, generator, labeller. Ours, not the paper's."""
     clients: Annotated[
         int | None,
-        tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 16; emoji: one per style and language)"),
+        tyro.conf.arg(
+            metavar="INT",
+            help_behavior_hint="(default: 16; emoji: one per style and language)",
+            aliases=("--clients",),
+        ),
     ] = None
     """emoji, dirichlet, pathological, quantity, iid: number of clients. Ours, not the paper's."""
     classes_per_client: int = 2

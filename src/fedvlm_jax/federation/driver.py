@@ -26,7 +26,7 @@ from fedvlm_jax.federation.programs import Programs
 from fedvlm_jax.federation.round import from_waves, start_personal, to_waves
 from fedvlm_jax.federation.traffic import count_bytes, find_travelling
 from fedvlm_jax.methods import Client
-from fedvlm_jax.sharding import place_waves, replicate
+from fedvlm_jax.sharding import place_like, place_waves, replicate
 
 __all__ = ["Driver", "Moment", "RoundInputs", "RoundReport", "start_adapter"]
 
@@ -178,7 +178,9 @@ class Driver:
 
     def base_at(self, server: PyTree) -> PyTree:
         """The base as the method has it with this state of the server."""
-        return self.params if self.programs.base is None else self.programs.base(self.params, server)
+        if self.programs.base is None:
+            return self.params
+        return place_like(self.programs.base(self.params, server), self.params)
 
     def measure_round(self, read: RoundInputs) -> Footprint:
         """Compile the round that was read, without running it; returns what it needs of a device.

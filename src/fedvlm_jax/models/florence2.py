@@ -22,6 +22,7 @@ from fedvlm_jax.models.bart import Bart, Cache
 from fedvlm_jax.models.davit import DaViT, feature_size
 from fedvlm_jax.models.layers import Norm
 from fedvlm_jax.models.vlm import Batch, Params, Vlm
+from fedvlm_jax.sharding import Cuts
 
 IGNORED = -100  # a label that takes part in no loss
 
@@ -138,6 +139,13 @@ def check_config(config: Any) -> None:
             raise UserError(f"embed_dim {width} does not divide into {heads} heads and {groups} groups")
 
 
+CUTS: Cuts = (
+    (r".*/(q_proj|k_proj|v_proj|qkv|fc1)/(kernel|bias)", (-1,)),
+    (r".*/(out_proj|proj|fc2)/kernel", (-2,)),
+    (r"language_model/shared/embedding", (-2, -1)),  # the vocabulary, or where it does not divide the width
+)
+"""Columns of the first matrix of every pair and rows of the second, so that what lies between them stays cut."""
+
 _PER_STAGE = (
     *("depths", "patch_size", "patch_stride", "patch_padding", "patch_prenorm", "embed_dim", "num_heads", "num_groups"),
 )
@@ -225,4 +233,5 @@ def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generat
         example_batch=lambda: example_batch(config),
         generation_config=options,
         apply=lambda variables, batch: apply(variables, batch, method="logits"),
+        cuts=CUTS,
     )

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.checkpoint import find_files, load_params
 from fedvlm_jax.models.florence2 import build
 from fedvlm_jax.models.vlm import Params, Vlm
+from fedvlm_jax.sharding import cut_base
 
 ASSETS = Path(__file__).parent.parent / "assets"
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -86,7 +89,12 @@ def read_vlm(path: str | Path, *, compute_dtype: Any = jnp.float32, remat: bool 
 
 
 def load_vlm(
-    path: str | Path, *, dtype: Any = jnp.float32, compute_dtype: Any = jnp.float32, remat: bool = False
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = jnp.float32,
+    remat: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[Vlm, Params]:
     """A Florence-2 and its weights.
 
@@ -96,14 +104,16 @@ def load_vlm(
         dtype: what the weights are kept in.
         compute_dtype: what matmuls are computed in.
         remat: recompute layers in the backward pass instead of keeping their insides.
+        mesh: devices over whose axis `model` the weights are cut, each going from the host straight to its shards;
+            by default all are on one device.
 
     Raises:
         UserError: for a folder or file that is not there, or a hub that cannot be reached.
+        UserError: where the mesh has an axis `model` over which no weight divides.
         UserError: for a configuration that is not supported, or a checkpoint that does not fit it.
     """
-    import jax
-
     folder = resolve_folder(path)
     vlm = read_vlm(folder, compute_dtype=compute_dtype, remat=remat)
+    where = None if mesh is None else cut_base(mesh, vlm.shapes(), vlm.cuts)
     arrays = load_params(vlm.shapes(), find_files(folder), jnp.dtype(dtype))
-    return vlm, jax.tree.map(jnp.asarray, arrays)
+    return vlm, jax.tree.map(jnp.asarray, arrays) if where is None else jax.device_put(arrays, where)

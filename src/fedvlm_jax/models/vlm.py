@@ -30,6 +30,7 @@ import jax
 from jaxtyping import Array
 
 from fedvlm_jax import lora
+from fedvlm_jax.sharding import Cuts
 
 Params = dict[str, Any]
 Batch = Mapping[str, Array]
@@ -75,6 +76,9 @@ class Vlm:
 
     apply: Callable[..., Array]
     """(variables, batch) -> logits, shaped like a linen `Module.apply`: what `lora` looks for sites in."""
+
+    cuts: Cuts
+    """Which weights devices may share, and along which axis; the others each has whole."""
 
     @cached_property
     def _shapes(self) -> Params:

@@ -45,9 +45,9 @@ METHOD, SHARE = "plora", "share"
 """The method where none is named, and the one that `--share` makes of a rule; it is no file that anyone would list."""
 
 
-def _optional(metavar: str, otherwise: str) -> Any:
+def _optional(metavar: str, otherwise: str, *aliases: str) -> Any:
     """Describe an option that may stay unset: the help then says what happens instead of "None"."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})", aliases=aliases or None)
 
 
 def methods_available() -> tuple[str, ...]:
@@ -174,9 +174,9 @@ class EvaluationOptions:
 class SystemOptions:
     """Devices, memory and speed; none of it changes what is learned beyond floating-point tolerance"""
 
-    mesh_clients: Annotated[int | None, _optional("INT", "all there are")] = None
-    """Devices over which clients are spread."""
-    wave: Annotated[int | None, _optional("INT", "by memory")] = None
+    mesh: Annotated[str, _optional("clients=N[,model=M]", "clients=all there are", "--mesh")] = ""
+    """Clients are spread over N groups of M devices; the M devices of a group share one copy of the frozen model."""
+    wave: Annotated[int | None, _optional("INT", "as many as fit, at most 16 a device", "--wave")] = None
     """Clients trained at the same time; what is chosen is stored with the run."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen model's arithmetic. Norms, softmax and adapters stay float32."""

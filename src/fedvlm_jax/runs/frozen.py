@@ -34,7 +34,7 @@ class Session:
     """What runs on the same model, mesh and data source share.
 
     Attributes:
-        vlm, params, processor: the base; `params` on the mesh.
+        vlm, params, processor: the base; `params` on the mesh, cut over its axis `model`.
         mesh: the devices.
         table: the data source.
         memo: compiled programs and results that do not depend on the method, by what they do depend on.

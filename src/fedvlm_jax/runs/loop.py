@@ -23,13 +23,14 @@ from fedvlm_jax.runs.course import Course
 from fedvlm_jax.runs.examples import write_examples
 from fedvlm_jax.runs.fit import fit
 from fedvlm_jax.runs.folders import read_run
+from fedvlm_jax.runs.meshes import MeshShape
 from fedvlm_jax.runs.models import each_model
 from fedvlm_jax.runs.prepare import Prepared, Session, open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.runs.storage import BASE, describe_environment, save_adapters, save_base, write_json
 from fedvlm_jax.runs.validation import validate
-from fedvlm_jax.sharding import CLIENTS, replicate
+from fedvlm_jax.sharding import replicate
 
 __all__ = ["extend", "resume", "train"]
 
@@ -68,12 +69,13 @@ def resume(folder: Path, show: Progress | None = None, session: Session | None =
         show.note(f"{folder} is finished")
         return folder
     resolved = stored["resolved"]
-    if resolved["mesh_clients"] > len(jax.devices()):
+    mesh = MeshShape(**resolved["mesh"])
+    if mesh.devices > len(jax.devices()):
         raise UserError(
-            f"{folder} ran on {resolved['mesh_clients']} devices and there are {len(jax.devices())} now. Numbers on "
+            f"{folder} ran on {mesh.devices} devices ({mesh}) and there are {len(jax.devices())} now. Numbers on "
             "another mesh agree to rounding only, so the run is not continued; start a new one."
         )
-    system = dataclasses.replace(run.system, mesh_clients=resolved["mesh_clients"], wave=resolved["wave"])
+    system = dataclasses.replace(run.system, mesh=str(mesh), wave=resolved["wave"])
     return _execute(dataclasses.replace(run, system=system), show, session)
 
 
@@ -170,7 +172,7 @@ def _write_config(run: Run, prepared: Prepared) -> None:
         "cohort": layout.cohort,
         "rows": layout.rows,
         "steps": layout.steps,
-        "mesh_clients": prepared.session.mesh.shape[CLIENTS],
+        "mesh": dict(prepared.session.mesh.shape),
         "clients": [client.name for client in prepared.examples.clients],
         "evaluated": [prepared.examples.clients[number].name for number in prepared.scored],
         "train_examples": [len(client.train) for client in prepared.examples.clients],

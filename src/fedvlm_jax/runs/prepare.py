@@ -37,7 +37,8 @@ from fedvlm_jax.objectives import Objective, load_objective
 from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
-from fedvlm_jax.sharding import CLIENTS, make_mesh, replicate
+from fedvlm_jax.runs.meshes import parse_mesh
+from fedvlm_jax.sharding import CLIENTS, make_mesh
 
 __all__ = ["Prepared", "Session", "lay_out", "make_driver", "open_session", "prepare"]
 
@@ -114,20 +115,19 @@ def open_session(run: Run, note: Note = lambda text: None) -> Session:
     """Load the model and open the data.
 
     Raises:
-        UserError: files are missing or do not fit, or there are fewer devices than asked for.
+        UserError: files are missing or do not fit, there are fewer devices than asked for, or no weight can be cut.
     """
     table = read_table(run.data)  # first: it is quick to fail
     if load_objective(run.objective, run.preference).pairs:
         require_pairs(table)
-    mesh = make_mesh(run.system.mesh_clients)
+    mesh = make_mesh(*(parse_mesh(run.system.mesh) or ()))
     if run.share:
         check_rule(run, read_vlm(run.model).sites)  # before gigabytes are read
     note(f"loading {run.model}")
     folder = resolve_folder(run.model)
     processor = Processor.from_folder(folder)
     compute = jnp.bfloat16 if run.system.compute == "bfloat16" else jnp.float32
-    vlm, params = load_vlm(folder, compute_dtype=compute, remat=run.system.remat)
-    params = replicate(mesh, params)
+    vlm, params = load_vlm(folder, compute_dtype=compute, remat=run.system.remat, mesh=mesh)
     return Session(vlm, params, processor, mesh, table)
 
 

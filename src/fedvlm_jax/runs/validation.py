@@ -18,6 +18,7 @@ from fedvlm_jax.runs.config import (
     objectives_available,
 )
 from fedvlm_jax.runs.measures import SELECTING
+from fedvlm_jax.runs.meshes import parse_mesh
 
 __all__ = ["FINETUNED", "REMEMBERING", "plain", "validate", "validate_comparison"]
 
@@ -147,7 +148,6 @@ def _check_numbers(run: Run) -> None:
         ("--evaluation.max-answer-tokens", evaluation.max_answer_tokens, 1),
         ("--evaluation.batch-size", evaluation.batch_size, 1),
         ("--evaluation.examples", evaluation.examples, 0),
-        ("--system.mesh-clients", system.mesh_clients, 1),
         ("--system.wave", system.wave, 1),
     ):
         _at_least(flag, value, least)
@@ -217,10 +217,10 @@ def _check_pairs(run: Run) -> None:
         raise UserError("--train.weight-decay belongs to AdamW: leave it at 0, or use --train.optimizer adamw")
     if system.wave and run.cohort and system.wave > run.cohort:
         raise UserError(f"--system.wave {system.wave} is wider than --cohort {run.cohort}: make the wave smaller")
-    if system.wave and system.mesh_clients and system.wave % system.mesh_clients:
+    mesh = parse_mesh(system.mesh)
+    if system.wave and mesh and system.wave % mesh.clients:
         raise UserError(
-            f"--system.wave {system.wave} does not divide over --system.mesh-clients {system.mesh_clients}: "
-            f"use a multiple of {system.mesh_clients}"
+            f"--system.wave {system.wave} does not divide over --mesh {mesh}: use a multiple of {mesh.clients}"
         )
     if system.cache_dir is not None and system.cache not in ("auto", "disk"):
         raise UserError(f"--system.cache-dir is for --system.cache disk, not {system.cache}")

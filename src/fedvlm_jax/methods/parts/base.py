@@ -55,9 +55,8 @@ def add(deltas: PyTree, update: Factors, round_: Int[Array, ""]) -> PyTree:
 
 
 def apply(params: PyTree, deltas: PyTree) -> PyTree:
-    """The base with the updates in it."""
-    whole = {
-        path: site["delta"] if "delta" in site else matmul(site["left"], site["right"])
-        for path, site in by_site(deltas).items()
-    }
-    return lora.add_to_weights(params, whole)
+    """The base with the updates in it; one site at a time, for all their matrices together are a second base."""
+    for path, site in by_site(deltas).items():
+        whole = site["delta"] if "delta" in site else matmul(site["left"], site["right"])
+        params = lora.add_to_weights(params, {path: whole})
+    return params

@@ -1,0 +1,48 @@
+"""The option `--mesh`: how many shares of the clients run side by side, and over how many devices the base is cut.
+
+No heavy package is imported here, so that a wrong one is told at once.
+"""
+
+import re
+from typing import NamedTuple
+
+from fedvlm_jax.errors import UserError
+
+__all__ = ["MeshShape", "parse_mesh"]
+
+
+class MeshShape(NamedTuple):
+    """Lengths of a mesh's axes.
+
+    Attributes:
+        clients: shares of the clients that run side by side, each on devices of its own.
+        model: devices that share one copy of the base.
+    """
+
+    clients: int
+    model: int = 1
+
+    @property
+    def devices(self) -> int:
+        """How many there must be."""
+        return self.clients * self.model
+
+    def __str__(self) -> str:
+        return f"clients={self.clients}" + (f",model={self.model}" if self.model > 1 else "")
+
+
+def parse_mesh(text: str) -> MeshShape | None:
+    """Read `clients=N` or `clients=N,model=M`; None where nothing is said.
+
+    Raises:
+        UserError: it has another form, or a 0.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"clients=(\d+)(?:,model=(\d+))?", text)
+    if match is None:
+        raise UserError(f"--mesh {text}: expected clients=N or clients=N,model=M, for example --mesh clients=4,model=2")
+    shape = MeshShape(int(match[1]), int(match[2] or 1))
+    if not shape.devices:
+        raise UserError(f"--mesh {text}: every axis must be 1 or more")
+    return shape
