@@ -1,0 +1,184 @@
+"""A round of FedAvg over LoRA adapters as users of transformers + PEFT write it: a loop over clients on one base.
+
+    python pytorch_peft.py MODEL WORLD        # an interpreter that has torch, transformers and peft
+
+MODEL is a Hugging Face folder, WORLD a file that `fedvlm_jax.bench.world` wrote: the clients' rows, which of them each
+local step reads, and the adapter that all start from. Orders come as lines of JSON on stdin, and each is answered with
+a line on stdout:
+
+    {"threads": 2, "form": "float32", "vision": "cached", "clients": 4, "save": "after.npz"}  ->  {"seconds": 1.25}
+
+Nothing of fedvlm_jax is in it. `form` is `float32`; or `bfloat16`, the base's weights in that and the adapter in float32,
+as PEFT makes it; or `autocast`. `vision` is `cached`, the pictures' features given, or `computed` in every step. The
+model is in evaluation mode: without dropout, which would only cost it time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import Florence2ForConditionalGeneration
+
+TARGETS = r".*language_model\.(encoder|decoder)\.layers\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+
+State = dict[str, torch.Tensor]
+
+
+def load_model(folder: Path, rank: int, alpha: float, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The base with an adapter on every matrix of the text half; in evaluation mode, so without dropout."""
+    model = Florence2ForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)).eval()
+
+
+def to_torch(examples: dict[str, np.ndarray], rows: Any) -> State:
+    """These rows as transformers takes them: channels first, 64-bit ids."""
+    batch = {name: torch.tensor(array[list(rows)]) for name, array in examples.items()}
+    if "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
+    return {name: value if value.is_floating_point() else value.long() for name, value in batch.items()}
+
+
+def compute_loss(model: torch.nn.Module, batch: State) -> torch.Tensor:
+    """The model's own loss; where features are given they take the image tokens' places."""
+    if "image_features" not in batch:
+        return model(**batch).loss
+    embedded = model.get_input_embeddings()(batch["input_ids"])
+    is_image = (batch["input_ids"] == model.config.image_token_id)[..., None]
+    embedded = embedded.masked_scatter(is_image, batch["image_features"].to(embedded.dtype))
+    return model(inputs_embeds=embedded, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+
+
+def train_client(
+    model: torch.nn.Module,
+    batches: list[State],
+    clip: float | None,
+    rates: tuple[float, float],
+    optimizer: type[torch.optim.Optimizer],
+    context: Any = contextlib.nullcontext,
+    **choices: Any,
+) -> list[float]:
+    """One optimiser step per batch, rates for A and B; returns the gradients' norms before clipping."""
+    factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for name, p in factors.items() if "lora_A" in name], "lr": rates[0]},
+        {"params": [p for name, p in factors.items() if "lora_B" in name], "lr": rates[1]},
+    ]
+    rule = optimizer(groups, **choices)
+    norms = []
+    for batch in batches:
+        rule.zero_grad()
+        with context():
+            loss = compute_loss(model, batch)
+        loss.backward()
+        limit = float("inf") if clip is None else clip
+        norms.append(torch.nn.utils.clip_grad_norm_(factors.values(), limit).item())
+        rule.step()
+    return norms
+
+
+def average(states: list[State], weights: list[float]) -> State:
+    """Σ p_k θ_k."""
+    return {name: sum(w * state[name] for w, state in zip(weights, states, strict=True)) for name in states[0]}
+
+
+def find_place(name: str) -> tuple[str, int]:
+    """`….language_model.encoder.layers.1.fc1.lora_A.weight` -> `language_model/encoder/layers/fc1/a`, 1."""
+    parts = name[name.index("language_model") :].split(".")
+    layer = int(parts.pop(parts.index("layers") + 1))
+    return "/".join([*parts[:-2], {"lora_A": "a", "lora_B": "b"}[parts[-2]]]), layer
+
+
+def from_arrays(names: list[str], start: dict[str, np.ndarray]) -> State:
+    """The start in PEFT's names and layout, layers apart."""
+    places = {name: find_place(name) for name in names}
+    return {name: torch.tensor(start[path][layer].T.copy()) for name, (path, layer) in places.items()}
+
+
+def to_arrays(state: State) -> dict[str, np.ndarray]:
+    """Undo `from_arrays`."""
+    stacks: dict[str, dict[int, np.ndarray]] = {}
+    for name, tensor in state.items():
+        path, layer = find_place(name)
+        stacks.setdefault(path, {})[layer] = tensor.detach().numpy().T
+    return {path: np.stack([layers[n] for n in sorted(layers)]) for path, layers in stacks.items()}
+
+
+class Peer:
+    """A model and a world, ready to run rounds."""
+
+    def __init__(self, folder: Path, world: Path) -> None:
+        self.folder, self.models = folder, {}
+        with np.load(world) as file:
+            arrays = dict(file)
+        self.settings = json.loads(str(arrays.pop("settings")))
+        self.indices, self.weights = arrays.pop("indices"), arrays.pop("weights").tolist()
+        self.start = {name.removeprefix("start/"): x for name, x in arrays.items() if name.startswith("start/")}
+        examples = {name.removeprefix("example/"): x for name, x in arrays.items() if name.startswith("example/")}
+        self.clients = [{name: x[client] for name, x in examples.items()} for client in range(len(self.indices))]
+        self.batches: dict[Any, list[list[State]]] = {}
+
+    def read(self, vision: str, dtype: torch.dtype) -> list[list[State]]:
+        """Every client's batches as tensors; made once, outside of what is timed."""
+        if (vision, dtype) not in self.batches:
+            unused = {"cached": "pixel_values", "computed": "image_features"}[vision]
+            made = []
+            for examples, steps in zip(self.clients, self.indices, strict=True):
+                kept = {name: array for name, array in examples.items() if name != unused}
+                batches = [to_torch(kept, rows) for rows in steps]
+                made.append([{n: x.to(dtype) if x.is_floating_point() else x for n, x in b.items()} for b in batches])
+            self.batches[vision, dtype] = made
+        return self.batches[vision, dtype]
+
+    def load(self, form: str) -> tuple[torch.nn.Module, State]:
+        """The model in a form, and the start in its names."""
+        kind = "bfloat16" if form == "bfloat16" else "float32"
+        if kind not in self.models:
+            settings = self.settings
+            model = load_model(self.folder, settings["rank"], settings["alpha"], getattr(torch, kind))
+            names = list(get_peft_model_state_dict(model))
+            if {find_place(name)[0] for name in names} != set(self.start):
+                raise SystemExit("the adapter has other sites than PEFT's: only that of the whole text half is known")
+            self.models[kind] = (model, from_arrays(names, self.start))
+        return self.models[kind]
+
+    def run(self, order: dict[str, Any]) -> dict[str, float]:
+        """One round: every client from the start, then their mean."""
+        torch.set_num_threads(order["threads"])
+        settings, form = self.settings, order["form"]
+        model, start = self.load(form)
+        clients = order.get("clients") or len(self.indices)
+        batches = self.read(order["vision"], next(model.parameters()).dtype)[:clients]
+        context = contextlib.nullcontext
+        if form == "autocast":
+            context = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+        rates = (settings["rate_a"], settings["rate_b"])
+        began, states = time.perf_counter(), []
+        for steps in batches:
+            set_peft_model_state_dict(model, start)
+            train_client(model, steps, settings["clip_norm"], rates, torch.optim.AdamW, context, weight_decay=0.0)
+            states.append({name: value.clone() for name, value in get_peft_model_state_dict(model).items()})
+        mean = average(states, self.weights[:clients])
+        seconds = time.perf_counter() - began
+        if order.get("save"):
+            np.savez(order["save"], **to_arrays(mean))
+        return {"seconds": seconds}
+
+
+def main() -> None:
+    """Take orders until stdin ends."""
+    peer = Peer(Path(sys.argv[1]), Path(sys.argv[2]))
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    for line in sys.stdin:
+        print(json.dumps(peer.run(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

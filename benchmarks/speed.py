@@ -1,0 +1,185 @@
+"""Our round against a sequential PyTorch + PEFT client loop, cell by cell.
+
+    python benchmarks/speed.py run --peer-python ~/torch/bin/python                     # all cells; goes on where it was
+    python benchmarks/speed.py run --peer-python ~/torch/bin/python --cells nano-1-both base-2-users
+    python benchmarks/speed.py memory                                                   # what one more client takes
+    python benchmarks/speed.py report                                                   # results/speed.json, speed.md
+
+The same model, data, float32 arithmetic, LoRA sites, rank, initial factors, batches and AdamW on both sides, runs
+interleaved in one process group; adapters are compared after the round. `nano` is the model that ships, on its own
+data; `base` has Florence-2-base's shape (pictures of 768x768, 577 image tokens and 32 more) and random weights. A
+finished cell is a line of results/speed.jsonl, and is not measured again.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from base_size import make_checkpoint
+
+from fedvlm_jax.bench.cells import USES, Cell, append_line, measure_cell, read_lines
+from fedvlm_jax.bench.memory import measure_clients
+from fedvlm_jax.bench.shipped import open_shipped
+from fedvlm_jax.bench.world import Shape, World, draw_world
+from fedvlm_jax.models import Vlm, load_vlm, resolve_folder
+from fedvlm_jax.runs.heap import keep_heap
+from fedvlm_jax.runs.storage import write_json
+
+RESULTS = Path(__file__).parent / "results"
+BATCHES = (1, 2, 8)
+CELLS = [Cell(model, batch, cached).name for model in ("nano", "base") for batch in BATCHES for cached in USES]
+
+SHAPES = {
+    "nano": {batch: (Shape(16, 4, batch), 16) for batch in BATCHES},
+    "base": {1: (Shape(4, 2, 1), 4), 2: (Shape(4, 2, 2), 2), 8: (Shape(2, 2, 8), 1)},
+}
+"""model -> batch -> a round's shape, and clients side by side; many long rows fill the cores by themselves."""
+
+PICTURE, PROMPT, ANSWER = (768, 768), 32, 24
+
+
+@dataclass(frozen=True)
+class Run:
+    """Measure cells that are not measured yet."""
+
+    peer_python: str
+    """A Python that has torch, transformers and peft."""
+    cells: tuple[str, ...] = tuple(CELLS)
+    """Which."""
+    repeats: int = 5
+    """Interleaved runs of a cell."""
+    work: Path = Path(tempfile.gettempdir()) / "fedvlm-speed"
+    """Where the checkpoint of base shape is made, and kept."""
+    again: bool = False
+    """Measure them again; the last line of a cell counts."""
+    into: Path = RESULTS / "speed.jsonl"
+    """A line per finished cell."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Ask the compiler what one more client takes of a device, against a round of one client without its base."""
+
+    models: tuple[str, ...] = ("nano", "base")
+    """Which."""
+    work: Path = Path(tempfile.gettempdir()) / "fedvlm-speed"
+    """As above."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write results/speed.json and results/speed.md from the lines."""
+
+    source: Path = RESULTS / "speed.jsonl"
+    """Where the lines are."""
+
+
+def main() -> None:
+    """Do what was asked."""
+    keep_heap()  # as the `fedvlm` command does
+    asked = tyro.cli(
+        Annotated[Run, tyro.conf.subcommand("run")]
+        | Annotated[Memory, tyro.conf.subcommand("memory")]
+        | Annotated[Report, tyro.conf.subcommand("report")],
+        description=__doc__,
+    )
+    if isinstance(asked, Run):
+        measure(asked)
+    elif isinstance(asked, Memory):
+        report_memory(asked)
+    else:
+        report(asked)
+
+
+def measure(options: Run) -> None:
+    """Measure cells, keeping each as it is finished; one model and batch are loaded at a time."""
+    if unknown := sorted(set(options.cells) - set(CELLS)):
+        sys.exit(f"no cell {unknown[0]}; there are {', '.join(CELLS)}")
+    done = {} if options.again else read_lines(options.into)
+    left = [name for name in CELLS if name in options.cells and name not in done]
+    world_of: tuple[Any, Any] = (None, None)
+    for place, name in enumerate(left, 1):
+        model, batch, cached = name.split("-")
+        cell = Cell(model, int(batch), cached)
+        print(f"{name} ({place} of {len(left)}), load {os.getloadavg()[0]:.1f}", flush=True)
+        if world_of[0] != (model, batch):
+            world_of = ((model, batch), open_world(cell, options.work))
+        folder, vlm, params, world = world_of[1]
+        wave = SHAPES[model][cell.batch][1]
+        line = measure_cell(
+            cell, vlm, params, world, folder, wave=wave, peer_python=options.peer_python, repeats=options.repeats
+        )
+        append_line(options.into, {**line, "load": round(os.getloadavg()[0], 2)})
+        print(json.dumps({key: line[key] for key in ("times_theirs", "share_of_peak", "adapters")}), flush=True)
+
+
+def open_world(cell: Cell, work: Path) -> tuple[Path, Vlm, Any, World]:
+    """A cell's model and its work."""
+    shape = SHAPES[cell.model][cell.batch][0]
+    if cell.model == "nano":
+        shipped = open_shipped(shape)
+        return resolve_folder("florence2-nano"), shipped.vlm, shipped.params, shipped.world
+    vlm, params = load_vlm(_base(work))
+    return _base(work), vlm, params, draw_world(vlm, params, shape, size=PICTURE, prompt=PROMPT, answer=ANSWER)
+
+
+def report_memory(options: Memory) -> None:
+    """Write results/client_memory.json."""
+    found = {}
+    for model in options.models:
+        folder = resolve_folder("florence2-nano") if model == "nano" else _base(options.work)
+        vlm, params = load_vlm(folder)
+        size, prompt, answer = ((64, 64), 8, 8) if model == "nano" else (PICTURE, PROMPT, ANSWER)
+        for batch in (1, 2):
+            shape = Shape(1, 2, batch)
+            found[f"{model}-{batch}"] = measure_clients(vlm, params, shape, size=size, prompt=prompt, answer=answer)
+            print(model, batch, json.dumps(found[f"{model}-{batch}"]), flush=True)
+    from fedvlm_jax.bench.machine import describe_machine
+
+    write_json(RESULTS / "client_memory.json", {"bytes": found, **describe_machine()})
+
+
+def report(options: Report) -> None:
+    """The table, and all lines as one JSON."""
+    lines = read_lines(options.source)
+    ordered = {name: lines[name] for name in CELLS if name in lines}
+    if not ordered:
+        sys.exit(f"{options.source}: no finished cell there")
+    write_json(RESULTS / "speed.json", {"command": "python benchmarks/speed.py run", "cells": ordered})
+    text = "\n".join(tabulate(ordered))
+    (RESULTS / "speed.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def tabulate(lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Markdown: a row per cell."""
+    head = ("model", "batch", "vision kept", "ours", "PyTorch + PEFT", "times", "bfloat16", "times", "of peak", "apart")
+    rows = ["| " + " | ".join(head) + " |", "| --- | ---: | --- |" + " ---: |" * 7]
+    kept = {"both": "by both", "neither": "by neither", "users": "by us"}
+    for line in lines.values():
+        seconds = {name: f"{found['median']:.2f} s" for name, found in line["seconds"].items()}
+        figures = (
+            line["model"], str(line["batch"]), kept[line["cached"]], seconds["ours"], seconds["theirs"],
+            f"{line['times_theirs']:.1f}", seconds["theirs_bfloat16"], f"{line['times_theirs_bfloat16']:.1f}",
+            f"{line['share_of_peak']:.0%}", f"{line['adapters']['error_of_movement']:.0e}",
+        )  # fmt: skip
+        rows.append("| " + " | ".join(figures) + " |")
+    return rows
+
+
+def _base(work: Path) -> Path:
+    """The checkpoint of base shape, made where it is not there."""
+    folder = work / "base"
+    if not (folder / "model.safetensors").exists():
+        make_checkpoint(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()

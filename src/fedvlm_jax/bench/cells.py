@@ -1,0 +1,158 @@
+"""One comparison from start to end: this package's round and a PyTorch + PEFT loop in the same world, a line of JSON.
+
+A cell names a model, a batch size and what each side does about vision. Finished cells are kept in a file, a line each,
+so that a measurement that was cut short goes on where it was.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedvlm_jax.bench.machine import MatmulPeak, describe_machine
+from fedvlm_jax.bench.ours import Ours, Vision, choose_examples, count_round_flops
+from fedvlm_jax.bench.peer import Choice, Peer
+from fedvlm_jax.bench.timing import describe_times, interleave, ratio
+from fedvlm_jax.bench.world import World
+from fedvlm_jax.models import Vlm
+
+__all__ = ["USES", "Cell", "append_line", "compare_factors", "measure_cell", "read_lines"]
+
+USES: Mapping[str, tuple[Vision, Vision]] = {
+    "both": ("cached", "cached"),
+    "neither": ("computed", "computed"),
+    "users": ("cached", "computed"),
+}
+"""Who keeps the frozen tower's features: name -> (ours, theirs); `users`: as each side's users really run it."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is compared with what."""
+
+    model: str
+    batch: int
+    cached: str
+
+    @property
+    def name(self) -> str:
+        """`nano-2-both`."""
+        return f"{self.model}-{self.batch}-{self.cached}"
+
+
+def compare_factors(
+    start: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    """How far the factors moved in a round, and how far apart they ended: norms over all, and the second per first.
+
+    Raises:
+        ValueError: they are not the same factors.
+    """
+    if not start.keys() == ours.keys() == theirs.keys():
+        raise ValueError(f"unlike factors: {sorted(set(start) ^ set(ours) | set(start) ^ set(theirs))[:4]}")
+    moved, error = (
+        math.sqrt(sum(float(np.sum(np.square(np.asarray(one[path], np.float64) - other[path]))) for path in start))
+        for one, other in ((theirs, start), (ours, theirs))
+    )
+    return {"movement": moved, "error": error, "error_of_movement": error / moved if moved else math.inf}
+
+
+def measure_cell(
+    cell: Cell, vlm: Vlm, params: Any, world: World, folder: Path, *, wave: int, peer_python: str, repeats: int
+) -> dict[str, Any]:
+    """Measure a cell: interleaved runs of the matmul peak, ours, theirs in float32, and theirs in bfloat16.
+
+    Args:
+        cell: which.
+        vlm, params, folder: the model, loaded and as the peer reads it.
+        world: the round's work; its batch is the cell's.
+        wave: clients that we train side by side.
+        peer_python: an interpreter with torch, transformers and peft.
+        repeats: interleaved runs.
+    """
+    mine, its = USES[cell.cached]
+    peak, ours = MatmulPeak(), Ours(vlm, params, world, mine, wave)
+    ours()  # warm
+    with Peer(peer_python, folder, world) as peer:
+        full, half = peer.choose(its, "float32"), peer.choose(its, "bfloat16")
+        apart = compare_factors(world.start, ours.give_factors(), peer.give_factors(full, its))
+        inside: list[float] = []
+
+        def run_ours() -> float:
+            seconds = ours()
+            inside.append(ours.inside)
+            return seconds
+
+        contestants = {
+            "peak": peak,
+            "ours": run_ours,
+            "theirs": peer.runner(full, its),
+            "theirs_bfloat16": peer.runner(half, its),
+        }
+        found = interleave(contestants, repeats)
+    flops = count_round_flops(vlm, world.shape, world.settings, _one_batch(world, mine))
+    seconds = statistics.median(found["ours"])
+    return {
+        "cell": cell.name,
+        **asdict(cell),
+        "vision": {"ours": mine, "theirs": its},
+        "clients": world.shape.clients,
+        "steps": world.shape.steps,
+        "wave": wave,
+        "tokens": int(world.examples["input_ids"].shape[-1]),
+        "labels": int(world.examples["labels"].shape[-1]),
+        "peer": {"float32": _describe(full), "bfloat16": _describe(half)},
+        "seconds": {name: describe_times(found[name]) for name in ("ours", "theirs", "theirs_bfloat16")},
+        "times_theirs": round(ratio(found["theirs"], found["ours"]), 3),
+        "times_theirs_bfloat16": round(ratio(found["theirs_bfloat16"], found["ours"]), 3),
+        "adapters": apart,
+        "gflop": round(flops / 1e9, 3),
+        "matmul_peak_gflops": round(statistics.median(found["peak"]) / 1e9, 1),
+        "share_of_peak": round(
+            statistics.median(flops / s / p for s, p in zip(found["ours"], found["peak"], strict=True)), 4
+        ),
+        "host_share": round(1 - statistics.median(a / b for a, b in zip(inside, found["ours"], strict=True)), 4),
+        "examples_per_second": round(world.shape.examples / seconds, 3),
+        "compile_seconds": round(ours.compile_seconds, 1),
+        **describe_machine(),
+    }
+
+
+def read_lines(file: Path) -> dict[str, dict[str, Any]]:
+    """Finished cells by name, the last of each; a line that was cut short does not count."""
+    return {line["cell"]: line for line in _parse(file)} if file.exists() else {}
+
+
+def append_line(file: Path, line: Mapping[str, Any]) -> None:
+    """Keep a finished cell."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(line) + "\n"
+    with file.open("a+", encoding="utf-8") as out:
+        out.seek(0)
+        kept = out.read()
+        out.write(text if kept.endswith("\n") or not kept else "\n" + text)
+
+
+def _parse(file: Path) -> Iterator[dict[str, Any]]:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def _one_batch(world: World, vision: Vision) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct((world.shape.batch, *rows.shape[2:]), rows.dtype)
+        for name, rows in choose_examples(world.examples, vision).items()
+    }
+
+
+def _describe(choice: Choice) -> dict[str, Any]:
+    return {"threads": choice[0], "form": choice[1]}

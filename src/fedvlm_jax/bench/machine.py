@@ -1,0 +1,64 @@
+"""What the machine is, and the matmul rate that it reaches: the measure that a round's arithmetic is held against."""
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedvlm_jax.federation.memory import GIB, read_device_bytes
+from fedvlm_jax.runs.storage import describe_environment
+from fedvlm_jax.sharding import make_mesh
+
+__all__ = ["MatmulPeak", "describe_machine"]
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, commit, processor or accelerator, cores this process may use, and memory."""
+    about = describe_environment()
+    device, memory = jax.devices()[0], read_device_bytes(make_mesh(1))
+    about["machine"] |= {
+        "processor": _read_processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "devices": [f"{len(jax.devices())} x {device.device_kind}", device.platform],
+        "device_memory_gib": memory and round(memory / GIB, 1),
+    }
+    return about
+
+
+class MatmulPeak:
+    """Float32 matmuls of square matrices; the rate of the best size counts.
+
+    Sizes are tried once; after that every call measures the best of them again, so that it can be run between the
+    rounds that are compared with it.
+    """
+
+    def __init__(self, sizes: tuple[int, ...] = (1024, 2048)) -> None:
+        multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision="highest"))
+        self._multiply = multiply
+        self._matrices = {size: jax.random.normal(jax.random.key(size), (size, size)) for size in sizes}
+        for matrix in self._matrices.values():
+            jax.block_until_ready(multiply(matrix, matrix))
+        self.size = max(sizes, key=lambda size: max(self._measure(size) for _ in range(3)))
+
+    def __call__(self) -> float:
+        """Operations per second, the best of five."""
+        return max(self._measure(self.size) for _ in range(5))
+
+    def _measure(self, size: int) -> float:
+        matrix = self._matrices[size]
+        began = time.perf_counter()
+        jax.block_until_ready(self._multiply(matrix, matrix))
+        return 2 * size**3 / (time.perf_counter() - began)
+
+
+def _read_processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,132 @@
+"""This package's round in a world: FedAvg of both factors, as `fedvlm train --method fedavg-lora` compiles it."""
+
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedvlm_jax import lora, tree
+from fedvlm_jax.bench.flops import count_flops
+from fedvlm_jax.bench.world import Settings, Shape, World
+from fedvlm_jax.federation.memory import Footprint, measure
+from fedvlm_jax.federation.programs import make_programs
+from fedvlm_jax.federation.round import to_waves
+from fedvlm_jax.federation.training import make_local_trainer
+from fedvlm_jax.methods import Client, Setup, load_method
+from fedvlm_jax.models import Vlm
+from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.sharding import make_mesh, place_waves, replicate
+
+__all__ = ["Ours", "Vision", "choose_examples", "count_round_flops"]
+
+Vision = Literal["cached", "computed"]
+UNREAD = {"cached": "pixel_values", "computed": "image_features"}
+
+METHOD = "fedavg-lora"
+
+
+def choose_examples(examples: Any, vision: Vision) -> dict[str, Any]:
+    """The rows as who runs a round reads them: with features, or with pixels."""
+    return {name: array for name, array in examples.items() if name != UNREAD[vision]}
+
+
+class Ours:
+    """A compiled round that can be run over and over, always from the same start."""
+
+    def __init__(self, vlm: Vlm, params: Any, world: World, vision: Vision, wave: int) -> None:
+        """Compile it.
+
+        Args:
+            vlm, params: the model.
+            world: what is to be done.
+            vision: whether pictures come as features or as pixels.
+            wave: clients side by side; divides their number.
+        """
+        settings, shape = world.settings, world.shape
+        mesh = make_mesh(1)
+        spec = lora.LoRA(settings.rank, settings.alpha, settings.targets)
+        trainer = make_local_trainer(vlm, load_objective("sft"), clip_norm=settings.clip_norm)
+        setup = Setup(
+            vlm.sites, lambda key: lora.init(key, vlm.sites, spec), trainer.start, population=shape.clients,
+            cohort=shape.clients, rounds=2,
+        )  # fmt: skip
+        method = load_method(METHOD, setup)
+        fresh = tree.flatten(lora.init(jax.random.key(0), vlm.sites, spec))
+        adapter = tree.unflatten(fresh | {path: jnp.asarray(factor) for path, factor in world.start.items()})
+        self._params, self._mesh, self._waves = replicate(mesh, params), mesh, shape.clients // wave
+        self._server = replicate(mesh, method.init(adapter))
+        blank = jax.eval_shape(lambda: method.init_client(jax.random.key(0), self._server, jnp.int32(0)))
+        self._personal = jax.tree.map(lambda x: np.zeros((shape.clients, *x.shape), x.dtype), blank)
+        self._clients = Client(
+            choose_examples(world.examples, vision),
+            world.indices,
+            np.ones(world.indices.shape, bool),
+            world.weights,
+            np.arange(shape.clients, dtype=np.int32),
+            np.ones(shape.clients, bool),
+        )
+        self._weights, self.world, self.wave, self.adapter = world.weights, world, wave, adapter
+        self._rates = {"a": jnp.float32(settings.rate_a), "b": jnp.float32(settings.rate_b)}
+        self.inside = 0.0
+        """Seconds of the last run that passed between calling the compiled round and having its results."""
+        began = time.perf_counter()
+        self.compiled = make_programs(method, trainer, mesh).compile_round(self._arguments(), 0)
+        self.compile_seconds = time.perf_counter() - began
+
+    def __call__(self) -> float:
+        """Seconds of one round: the cohort's arrays to the device, training, the mean back on the host."""
+        began = time.perf_counter()
+        arguments = jax.block_until_ready(self._arguments())
+        called = time.perf_counter()
+        out = jax.block_until_ready(self.compiled(*arguments))
+        self.inside = time.perf_counter() - called
+        self._mean = jax.device_get(out.server["shared"])
+        return time.perf_counter() - began
+
+    def give_factors(self) -> dict[str, np.ndarray]:
+        """The server's factors after the last run, by path."""
+        return {path: leaf for path, leaf in tree.flatten(self._mean).items() if not path.endswith("scale")}
+
+    def measure(self) -> Footprint:
+        """What the round needs of a device."""
+        return measure(self.compiled, self._params, self._mesh, self.wave)
+
+    def measure_without_base(self) -> int:
+        """Bytes of a device that the round needs beside the base's weights that it reads."""
+        stats, (params, *others) = self.compiled.memory_analysis(), self._arguments()
+        del params
+        given = sum(leaf.nbytes for leaf in jax.tree.leaves(others) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+        made = stats.output_size_in_bytes + stats.temp_size_in_bytes - stats.alias_size_in_bytes
+        return given + made
+
+    def _arguments(self) -> tuple[Any, ...]:
+        def place(tree_: Any) -> Any:
+            return place_waves(self._mesh, to_waves(tree_, self._waves))
+
+        return (
+            self._params, self._server, place(self._personal), place(self._clients), jnp.asarray(self._weights),
+            self._rates, jnp.int32(1), jax.random.key(1),
+        )  # fmt: skip
+
+
+def count_round_flops(vlm: Vlm, shape: Shape, settings: Settings, batch: dict[str, Any]) -> int:
+    """The model's arithmetic in a round: of one local step, times steps and clients.
+
+    Args:
+        vlm: a model whose layers are not rematerialised.
+        shape: of the round.
+        settings: of the adapter.
+        batch: arrays, or shapes, of one local step [B, …].
+    """
+    spec = lora.LoRA(settings.rank, settings.alpha, settings.targets)
+    adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), vlm.sites, spec))
+    moving, scales = tree.partition(adapter, lambda path: not path.endswith("scale"))
+    objective = load_objective("sft")
+
+    def loss(moving: Any, scales: Any, params: Any, batch: Any) -> Any:
+        return objective.loss(vlm, params, tree.combine(moving, scales), batch)
+
+    step = jax.value_and_grad(loss, has_aux=True)
+    return count_flops(step, moving, scales, vlm.shapes(), batch) * shape.steps * shape.clients

@@ -1,0 +1,127 @@
+"""A PyTorch + PEFT process that runs the same world, asked line by line; this package itself never imports PyTorch."""
+
+import itertools
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from fedvlm_jax.bench.ours import Vision
+from fedvlm_jax.bench.world import World, write_world
+from fedvlm_jax.errors import UserError
+
+__all__ = ["FORMS", "Choice", "Peer", "find_script"]
+
+SCRIPT = "pytorch_peft.py"
+PACKAGE = Path(__file__).parent.parent
+
+FORMS = {"float32": ("float32",), "bfloat16": ("bfloat16", "autocast")}
+"""Arithmetic -> the forms in which PyTorch may be asked to do it; the fastest counts."""
+
+Choice = tuple[int, str]
+"""Threads, form."""
+
+
+def find_script() -> Path:
+    """Where the peer's program is: in the package, or in the checkout that the package is run from.
+
+    Raises:
+        UserError: in neither.
+    """
+    places = (PACKAGE / "assets" / SCRIPT, PACKAGE.parents[1] / "benchmarks" / SCRIPT)
+    for place in places:
+        if place.is_file():
+            return place
+    raise UserError(f"--peer-python: {SCRIPT} is neither at {places[0]} nor at {places[1]}")
+
+
+class Peer:
+    """The process; ends with the `with` block."""
+
+    def __init__(self, python: str, model: Path, world: World) -> None:
+        """Start it.
+
+        Args:
+            python: an interpreter that has torch, transformers and peft.
+            model: a Hugging Face folder.
+            world: what is to be done.
+
+        Raises:
+            UserError: there is no such interpreter.
+        """
+        self._scratch = tempfile.TemporaryDirectory(prefix="fedvlm-bench-")
+        file = Path(self._scratch.name) / "world.npz"
+        self._said = file.with_name("said.txt")  # a file, because nobody would empty a pipe
+        write_world(world, file)
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+        try:
+            self._process = subprocess.Popen(
+                [python, str(find_script()), str(model), str(file)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said.open("w"),
+                text=True,
+                env={**os.environ, **quiet},
+            )
+        except OSError as error:
+            raise UserError(f"--peer-python {python}: {error.strerror}; name a Python that has torch and peft") from None
+        self._python = python
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.communicate()
+        self._scratch.cleanup()
+
+    def ask(self, choice: Choice, vision: Vision, **more: Any) -> float:
+        """Run a round; returns its seconds.
+
+        Args:
+            choice: threads and form.
+            vision: are features given, or computed in every step?
+            more: `clients`, to run so many of them only; `save`, a file for the mean of their adapters.
+
+        Raises:
+            UserError: the process ended, with what it last said.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        order = {"threads": choice[0], "form": choice[1], "vision": vision, **more}
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self._process.communicate()
+            said = self._said.read_text().strip().splitlines()[-1:] or ["it said nothing"]
+            raise UserError(f"--peer-python {self._python} ended: {said[0]}; it needs torch, transformers and peft")
+        return float(json.loads(answer)["seconds"])
+
+    def choose(self, vision: Vision, arithmetic: str, threads: Sequence[int] = (1, 2)) -> Choice:
+        """Its best number of threads, and of the ways to do this arithmetic, by one client's round after a warm-up."""
+        choices = list(itertools.product(threads, FORMS[arithmetic]))
+        for choice in choices:
+            self.ask(choice, vision, clients=1)
+        return min(choices, key=lambda choice: min(self.ask(choice, vision, clients=1) for _ in range(2)))
+
+    def runner(self, choice: Choice, vision: Vision) -> Callable[[], float]:
+        """A contestant for `timing.interleave`."""
+        return lambda: self.ask(choice, vision)
+
+    def give_factors(self, choice: Choice, vision: Vision) -> dict[str, np.ndarray]:
+        """Run a round; the mean of the clients' factors, by path."""
+        file = Path(self._scratch.name) / "after.npz"
+        self.ask(choice, vision, save=str(file))
+        with np.load(file) as found:
+            return dict(found)
