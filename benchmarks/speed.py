@@ -1,9 +1,9 @@
 """Our round against a sequential PyTorch + PEFT client loop, cell by cell.
 
-    python benchmarks/speed.py run --peer-python ~/torch/bin/python                     # all cells; goes on where it was
+    python benchmarks/speed.py run --peer-python ~/torch/bin/python                    # all cells; goes on where it was
     python benchmarks/speed.py run --peer-python ~/torch/bin/python --cells nano-1-both base-2-users
-    python benchmarks/speed.py memory                                                   # what one more client takes
-    python benchmarks/speed.py report                                                   # results/speed.json, speed.md
+    python benchmarks/speed.py memory                                                  # what one more client takes
+    python benchmarks/speed.py report                                                  # results/speed.json, speed.md
 
 The same model, data, float32 arithmetic, LoRA sites, rank, initial factors, batches and AdamW on both sides, runs
 interleaved in one process group; adapters are compared after the round. `nano` is the model that ships, on its own

@@ -31,7 +31,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 
 def test_every_command_is_listed_in_order() -> None:
-    assert list(commands_available()) == ["data", "explain", "train", "compare", "evaluate", "report"]
+    assert list(commands_available()) == ["data", "explain", "train", "compare", "evaluate", "report", "bench"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The arithmetic that a function asks for: its matmuls and convolutions, counted in its trace, not in what XLA makes of it.
+"""The arithmetic that a function asks for: its matmuls and convolutions, counted in its trace, before XLA sees it.
 
 Of a gradient with respect to an adapter, with the base an argument that is not differentiated, the trace holds exactly
 the forward pass, the gradients of activations and those of the adapter's factors: no gradient of a frozen weight, and

@@ -47,9 +47,7 @@ def measure_clients(
     return {"alone": alone, "marginal": marginal, "marginal_over_alone": round(marginal / alone, 3)}
 
 
-def _blank(
-    vlm: Vlm, shape: Shape, size: tuple[int, int], prompt: int, answer: int, settings: Settings
-) -> World:
+def _blank(vlm: Vlm, shape: Shape, size: tuple[int, int], prompt: int, answer: int, settings: Settings) -> World:
     """A world of zeros: only its shapes are of interest."""
     rows, tokens = (shape.clients, shape.steps * shape.batch), vlm.image_tokens(*size)
     ids = np.zeros((*rows, tokens + prompt), np.int32)

@@ -97,7 +97,11 @@ class Ours:
         """Bytes of a device that the round needs beside the base's weights that it reads."""
         stats, (params, *others) = self.compiled.memory_analysis(), self._arguments()
         del params
-        given = sum(leaf.nbytes for leaf in jax.tree.leaves(others) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+        given = sum(
+            leaf.nbytes
+            for leaf in jax.tree.leaves(others)
+            if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        )
         made = stats.output_size_in_bytes + stats.temp_size_in_bytes - stats.alias_size_in_bytes
         return given + made
 

@@ -70,7 +70,9 @@ class Peer:
                 env={**os.environ, **quiet},
             )
         except OSError as error:
-            raise UserError(f"--peer-python {python}: {error.strerror}; name a Python that has torch and peft") from None
+            raise UserError(
+                f"--peer-python {python}: {error.strerror}; name a Python that has torch and peft"
+            ) from None
         self._python = python
 
     def __enter__(self) -> "Peer":
