@@ -229,7 +229,19 @@ def make_driver(
     ranks = tuple(dealt[number % len(dealt)] for number in range(clients)) if dealt else ()
     local, server = (run.local, run.server) if go_on is None else (LocalOptions(), ServerOptions())
     goal = (run.objective, run.preference, train.optimizer, train.weight_decay, train.clip_norm, train.optimizer_state)
-    static = (method, common, run.lora, *goal, clients, layout.places, train.rounds, ranks, run.hyper, run.share)
+    static = (
+        method,
+        common,
+        run.lora,
+        *goal,
+        clients,
+        layout.places,
+        layout.steps,
+        train.rounds,
+        ranks,
+        run.hyper,
+        run.share,
+    )
 
     def make() -> Programs:
         trainer = make_local_trainer(
@@ -248,6 +260,7 @@ def make_driver(
             population=clients,
             cohort=layout.places,
             rounds=train.rounds,
+            local_steps=layout.steps,
             ranks=ranks,
             local=local,
             server=server,
