@@ -1,0 +1,112 @@
+"""How the processes of a run find out that all of them are there, before jax is started.
+
+jax ends a process that waits in vain with the stack of a C++ abort, and cannot tell who is missing. So process 0 first
+listens itself, at the address at which jax's service will: each of the others says which it is and of how many, and all
+of them are told to go on, or why not.
+"""
+
+import socket
+import time
+from contextlib import ExitStack, suppress
+
+from fedvlm_jax.errors import UserError
+
+__all__ = ["meet"]
+
+GO = "go"
+PAUSE = 0.2
+"""Seconds between two tries to reach process 0."""
+
+
+def meet(host: str, port: int, processes: int, process: int, timeout: float) -> None:
+    """Wait until all processes are there.
+
+    Args:
+        host, port: of process 0.
+        processes: how many there are.
+        process: which this is.
+        timeout: seconds.
+
+    Raises:
+        UserError: they did not come in time, the port is taken, or they do not agree about who they are.
+    """
+    deadline = time.monotonic() + timeout
+    if process:
+        _report(host, port, f"fedvlm process {process} of {processes}", deadline, timeout)
+    else:
+        _receive(port, processes, deadline, timeout)
+
+
+def _receive(port: int, processes: int, deadline: float, timeout: float) -> None:
+    """Process 0: let the others come."""
+    both = socket.has_dualstack_ipv6()
+    try:
+        server = socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+        )
+    except OSError as error:
+        raise UserError(
+            f"--distributed.coordinator: process 0 cannot listen at port {port} ({error.strerror}); does another run? "
+            "Choose another port, the same for all"
+        ) from None
+    come: dict[int, socket.socket] = {}
+    with ExitStack() as stack:
+        stack.enter_context(server)
+        try:
+            while len(come) < processes - 1:
+                server.settimeout(max(0.01, deadline - time.monotonic()))
+                try:
+                    connection, _ = server.accept()
+                except TimeoutError:
+                    missing = ", ".join(str(other) for other in range(1, processes) if other not in come)
+                    raise UserError(
+                        f"after {timeout:.0f} s process {missing} of {processes} is not there: start all of them, with the "
+                        "same --distributed.coordinator; --distributed.timeout waits longer"
+                    ) from None
+                stack.enter_context(connection)
+                said = _read_line(connection, 5.0).split()
+                if said[:2] != ["fedvlm", "process"] or len(said) != 5:
+                    continue  # a stranger
+                who, of = int(said[2]), int(said[4])
+                if of != processes or who in come:
+                    twice = f"there are two processes {who}: each must have another --distributed.process"
+                    unlike = f"process 0 was told --distributed.processes {processes}, and process {who} {of}"
+                    _send(connection, unlike if of != processes else twice)
+                    raise UserError(unlike if of != processes else twice)
+                come[who] = connection
+        except UserError as error:
+            for connection in come.values():
+                _send(connection, str(error))
+            raise
+        for connection in come.values():
+            _send(connection, GO)
+
+
+def _report(host: str, port: int, who: str, deadline: float, timeout: float) -> None:
+    """The others: reach process 0 and wait for its word."""
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection((host, port), 5.0) as connection:
+            _send(connection, who)
+            said = _read_line(connection, deadline + 5.0 - time.monotonic())
+            if said == GO:
+                return
+            if said:
+                raise UserError(said)
+        time.sleep(PAUSE)
+    raise UserError(
+        f"--distributed.coordinator {host}:{port}: process 0 did not answer there within {timeout:.0f} s. Is it started, is "
+        "that its address, and is the port open? --distributed.timeout waits longer"
+    )
+
+
+def _send(connection: socket.socket, text: str) -> None:
+    with suppress(OSError):
+        connection.sendall(f"{text}\n".encode())
+
+
+def _read_line(connection: socket.socket, timeout: float) -> str:
+    """A line that the other side said; empty where it hung up or said nothing in time."""
+    connection.settimeout(timeout)
+    with suppress(OSError, UnicodeDecodeError), connection.makefile("r", encoding="utf-8") as lines:
+        return lines.readline(4096).strip()
+    return ""
