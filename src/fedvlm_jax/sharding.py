@@ -5,9 +5,9 @@ every device. The base is cut over `model` as its rules say (Megatron-LM, arXiv 
 the same along `clients`. Axes are Auto: the compiler places the reductions; over `clients` there is one.
 
 A mesh may be made of several processes' devices, and a process reaches the arrays on its own alone. So each gives what
-lies on its own devices (`own_places`, `place_own`, `fetch_own`), and what is on the host whole (`place`, `fetch`) all of
-them give and get alike. Devices that share a base are of one process, which can so use the base by itself (`own_base`).
-With one process, everything is its own.
+lies on its own devices (`own_places`, `place_own`, `fetch_own`), and what is on the host whole all of them give and get
+alike (`place`, `fetch`). Devices that share a base are of one process, which so can use the base by itself
+(`own_base`). With one process, everything is its own.
 """
 
 import re
@@ -24,7 +24,8 @@ from fedvlm_jax.tree import flatten, unflatten
 
 __all__ = [
     "CLIENTS", "MODEL", "Cuts", "cut_base", "fetch", "fetch_own", "make_mesh", "own_base", "own_mesh", "own_places",
-    "place", "place_base", "place_like", "place_own", "place_waves", "refuse_split_groups", "replicate", "wave_sharding",
+    "place", "place_base", "place_like", "place_own", "place_waves", "refuse_split_groups", "replicate",
+    "wave_sharding",
 ]  # fmt: skip
 
 CLIENTS = "clients"
@@ -74,7 +75,7 @@ def refuse_split_groups(mesh: Mesh) -> None:
     if any(len({device.process_index for device in group}) > 1 for group in mesh.devices):
         own = jax.local_device_count()
         raise UserError(
-            f"--mesh clients={clients},model={model}: a base may be cut over devices of one process only, and a process "
+            f"--mesh clients={clients},model={model}: a base may be cut over devices of one process only, and one "
             f"has {own}; choose a model that divides {own}"
         )
 
@@ -176,10 +177,10 @@ def own_base(params: Any) -> Any:
         if not isinstance(array, jax.Array) or array.is_fully_addressable:
             return array
         assert isinstance(array.sharding, NamedSharding)
-        where = NamedSharding(own_mesh(array.sharding.mesh), array.sharding.spec)  # type: ignore[arg-type]
+        mesh = own_mesh(array.sharding.mesh)  # type: ignore[arg-type]
         held = {shard.device: shard.data for shard in array.addressable_shards}
-        parts = [held[device] for device in where.mesh.devices.flat]
-        return jax.make_array_from_single_device_arrays(array.shape, where, parts)
+        where = NamedSharding(mesh, array.sharding.spec)
+        return jax.make_array_from_single_device_arrays(array.shape, where, [held[it] for it in mesh.devices.flat])
 
     return jax.tree.map(localise, params)
 

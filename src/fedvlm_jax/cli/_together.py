@@ -3,7 +3,7 @@
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class Together:
 
 
 @contextmanager
-def together(options: DistributedOptions) -> Iterator[Together]:
+def together(options: DistributedOptions) -> Generator[Together]:
     """Be one of several processes while the block lasts, which all of them leave together.
 
     What ends one of them early ends its process at once: on the way that Python takes out, jax waits for processes that

@@ -194,7 +194,7 @@ class Evaluator:
         own = own_places(self.mesh, self.wave).tolist()
 
         def make(index: int) -> dict[str, np.ndarray]:
-            pieces = [waves[index][place] for place in own]
+            pieces = [waves[index][at] for at in own]
             batch = self.inputs(np.stack([piece.rows for piece in pieces]))
             counts = np.asarray([piece.real for piece in pieces])[:, None]
             counted = (np.arange(self.batch) < counts)[..., None]
@@ -211,11 +211,11 @@ class Evaluator:
         clients = np.asarray([piece.client for piece in wave])
         own = None if adapters is None else place(adapters(clients), across)
         outputs = fetch(program(params, own, batch))
-        for place, piece in enumerate(wave):
+        for at, piece in enumerate(wave):
             if piece.real:
                 yield (
                     piece.client,
-                    jax.tree.map(lambda leaf, place=place, piece=piece: leaf[place, : piece.real], outputs),
+                    jax.tree.map(lambda leaf, at=at, piece=piece: leaf[at, : piece.real], outputs),
                 )
 
     def _gold(self, split: Split, numbers: Sequence[int]) -> list[str]:

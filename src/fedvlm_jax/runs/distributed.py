@@ -64,7 +64,7 @@ def check_distributed(options: DistributedOptions) -> None:
     if any(value is not None for value in stated.values()) and None in stated.values():
         missing = next(flag for flag, value in stated.items() if value is None)
         raise UserError(
-            f"{missing} is missing: {', '.join(stated)} go together; on a TPU pod, under Slurm or Open MPI leave all out"
+            f"{missing} is missing: {', '.join(stated)} go together; on TPU pods and under Slurm leave them out"
         )
     if options.timeout < 1:
         raise UserError(f"--distributed.timeout is {options.timeout}: it must be 1 or more")
@@ -118,9 +118,6 @@ def describe_loss(gone: list[int] | None, folder: Path | None) -> str:
     names = " and ".join(map(str, gone or [])) or "other than this"
     saved = [] if folder is None else [path.name for path in (folder / "checkpoints").glob("*")]
     newest = max((int(name) for name in saved if name.isdigit()), default=0)
-    where = f"after round {newest}, its newest checkpoint" if newest else "from the start, for it has no checkpoint yet"
-    run = f"the run in {folder}" if folder is not None else "the run"
-    again = (
-        f"the same command (with --out {folder}, or --resume {folder})" if folder is not None else "the same command"
-    )
-    return f"process {names} is gone. Start all processes again with {again}: {run} goes on {where}."
+    place = f"after round {newest}, its newest checkpoint" if newest else "from the start, for it has no checkpoint yet"
+    again = "the same command" if folder is None else f"the same command and --out {folder}, or with --resume {folder}"
+    return f"process {names} is gone. Start all processes again with {again}: the run goes on {place}."

@@ -178,8 +178,8 @@ def _write_config(run: Run, prepared: Prepared) -> None:
     processes.wait_for_all()
     if not file.exists():
         raise UserError(
-            f"process {jax.process_index()} does not see {file}, which process 0 wrote: the run's folder must be on a disk "
-            "that all processes share; choose it with --out"
+            f"process {jax.process_index()} does not see {file}, which process 0 wrote: the run's folder must be on a "
+            "disk that all processes share; choose it with --out"
         )
 
 

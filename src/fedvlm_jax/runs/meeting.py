@@ -60,8 +60,8 @@ def _receive(port: int, processes: int, deadline: float, timeout: float) -> None
                 except TimeoutError:
                     missing = ", ".join(str(other) for other in range(1, processes) if other not in come)
                     raise UserError(
-                        f"after {timeout:.0f} s process {missing} of {processes} is not there: start all of them, with the "
-                        "same --distributed.coordinator; --distributed.timeout waits longer"
+                        f"after {timeout:.0f} s process {missing} of {processes} is not there: start all of them, with "
+                        "the same --distributed.coordinator; --distributed.timeout waits longer"
                     ) from None
                 stack.enter_context(connection)
                 said = _read_line(connection, 5.0).split()
@@ -94,8 +94,8 @@ def _report(host: str, port: int, who: str, deadline: float, timeout: float) -> 
                 raise UserError(said)
         time.sleep(PAUSE)
     raise UserError(
-        f"--distributed.coordinator {host}:{port}: process 0 did not answer there within {timeout:.0f} s. Is it started, is "
-        "that its address, and is the port open? --distributed.timeout waits longer"
+        f"--distributed.coordinator {host}:{port}: process 0 did not answer there within {timeout:.0f} s. Is it "
+        "started, is that its address, and is the port open? --distributed.timeout waits longer"
     )
 
 
