@@ -111,7 +111,8 @@ class Population:
         own = np.arange(len(at)) if own is None else own
         records = np.empty((len(own), self.record), np.uint8)
         for leaf, start, end in zip(jax.tree.leaves(states), self._ends[:-1], self._ends[1:], strict=True):
-            records[:, start:end] = np.ascontiguousarray(leaf)[: len(own)].reshape(len(own), -1).view(np.uint8)
+            rows = np.ascontiguousarray(leaf)[: len(own)].reshape(len(own), (end - start) // leaf.dtype.itemsize)
+            records[:, start:end] = rows.view(np.uint8)
         self.slots[at] = NOBODY  # their old records are free, unless a table that is kept names them
         slots = self._find_free(len(at))
         for record, slot in zip(records, slots[own].tolist(), strict=True):

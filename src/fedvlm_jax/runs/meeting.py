@@ -66,7 +66,8 @@ def _receive(port: int, processes: int, deadline: float, timeout: float) -> None
                 stack.enter_context(connection)
                 said = _read_line(connection, 5.0).split()
                 if said[:2] != ["fedvlm", "process"] or len(said) != 5:
-                    continue  # a stranger
+                    connection.close()  # a stranger
+                    continue
                 who, of = int(said[2]), int(said[4])
                 if of != processes or who in come:
                     twice = f"there are two processes {who}: each must have another --distributed.process"
