@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
@@ -23,8 +24,8 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.tree import flatten, unflatten
 
 __all__ = [
-    "CLIENTS", "MODEL", "Cuts", "cut_base", "fetch", "fetch_own", "make_mesh", "own_base", "own_mesh", "own_places",
-    "place", "place_base", "place_like", "place_own", "place_waves", "refuse_split_groups", "replicate",
+    "CLIENTS", "MODEL", "Cuts", "connect", "cut_base", "fetch", "fetch_own", "make_mesh", "own_base", "own_mesh",
+    "own_places", "place", "place_base", "place_like", "place_own", "place_waves", "refuse_split_groups", "replicate",
     "wave_sharding",
 ]  # fmt: skip
 
@@ -55,6 +56,20 @@ def make_mesh(clients: int | None = None, model: int = 1, *, devices: Sequence[A
             f"--mesh {asked} takes {clients * model} devices: there are {len(devices)} ({devices[0].platform})"
         )
     return Mesh(np.asarray(devices[: clients * model]).reshape(clients, model), (CLIENTS, MODEL))
+
+
+def connect(mesh: Mesh) -> None:
+    """Reduce a number over each axis of a mesh, and over both; all processes must come at the same time.
+
+    Devices of several processes connect when they first have something to exchange, and on a CPU they wait for each
+    other for half a minute then, and never again. One that takes longer to compile its first program would be too late.
+    """
+    for axes in ((CLIENTS,), (MODEL,), (CLIENTS, MODEL)):
+        where = NamedSharding(mesh, PartitionSpec(axes))
+        count = int(np.prod([mesh.shape[axis] for axis in axes]))
+        ones = jax.make_array_from_callback((count,), where, lambda index, count=count: np.ones(count)[index])
+        total = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(ones)
+        assert float(total) == count
 
 
 def refuse_split_groups(mesh: Mesh) -> None:

@@ -1,5 +1,6 @@
 """How the processes of a run meet: what is refused before, and what each is told when they do not all come."""
 
+import queue
 import socket
 import threading
 from contextlib import closing
@@ -8,7 +9,7 @@ import pytest
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.distributed import DistributedOptions, check_distributed, describe_loss, join
-from fedvlm_jax.runs.meeting import meet
+from fedvlm_jax.runs.meeting import meet, watch
 
 
 def find_port():
@@ -17,13 +18,15 @@ def find_port():
         return opened.getsockname()[1]
 
 
-def meet_all(*who, timeout=20.0):
-    """Processes as threads, (number, of how many) each -> what each was told; empty where it may go on."""
+def meet_all(*who, timeout=20.0, kept=None):
+    """Processes as threads, (number, of how many) each -> what each was told; empty where it may go on. `kept` takes
+    their connections."""
     port, told = find_port(), {}
+    kept = {} if kept is None else kept
 
     def one(place, process, processes):
         try:
-            meet("127.0.0.1", port, processes, process, timeout)
+            kept[place] = meet("127.0.0.1", port, processes, process, timeout)
             told[place] = ""
         except UserError as error:
             told[place] = str(error)
@@ -41,7 +44,32 @@ def test_all_of_them_meet():
 
 
 def test_one_process_meets_itself():
-    meet("127.0.0.1", find_port(), 1, 0, 5.0)
+    assert meet("127.0.0.1", find_port(), 1, 0, 5.0) == {}
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_all_hear_of_the_first_that_is_gone(victim):
+    kept, heard = {}, {process: queue.Queue() for process in range(3)}
+    meet_all((0, 3), (1, 3), (2, 3), kept=kept)
+    for process in set(kept) - {victim}:
+        watch(kept[process], heard[process].put)
+    for connection in kept[victim].values():
+        connection.close()
+    for process in set(kept) - {victim}:
+        assert heard[process].get(timeout=20) == victim
+
+
+def test_who_says_goodbye_is_not_gone():
+    kept, heard = {}, queue.Queue()
+    meet_all((0, 2), (1, 2), kept=kept)
+    leave = [watch(kept[process], heard.put) for process in range(2)]
+    for go in leave:
+        go()
+    for process in range(2):
+        for connection in kept[process].values():
+            connection.close()
+    with pytest.raises(queue.Empty):
+        heard.get(timeout=0.3)
 
 
 def test_who_is_missing_is_told_to_those_who_came():
@@ -125,7 +153,7 @@ def test_no_cluster(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(jax.config, "update", lambda *args: None)
     with pytest.raises(UserError, match=r"no cluster here \(coordinator_address should be defined\.\) Say where"):
-        join(DistributedOptions(on=True))
+        join(DistributedOptions(on=True), lambda process: None)
 
 
 def test_where_a_run_goes_on(tmp_path):

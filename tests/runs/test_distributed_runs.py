@@ -130,9 +130,10 @@ def test_one_is_killed_and_the_same_command_goes_on(runs, model, tmp_path, victi
         assert told, said
         assert str(out) in told[1]
         assert re.match(r"after round [234], its newest checkpoint", told[2])
-    else:  # jax's service went with it, and jax ends the others
-        assert started[1].returncode == -signal.SIGABRT, said
-        assert "another task died" in said
+    else:  # jax's service went with it, and jax may be quicker to end the others
+        assert (started[1].returncode, "fedvlm: process 0 is gone" in said) in ((3, True), (-signal.SIGABRT, False)), (
+            said
+        )
     finish(start(model, out, 2, *OPTIONS))
     assert_same_adapters(runs[1], out)
     rounds = [

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.distributed import DistributedOptions, describe_loss, join
@@ -39,17 +40,26 @@ def together(options: DistributedOptions) -> Generator[Together]:
     if not options.asked:
         yield about
         return
+
+    def lost(process: int) -> None:
+        print(f"fedvlm: {describe_loss([process], about.folder)}", file=sys.stderr)
+        _end(LOST)
+
     try:
-        join(options)
+        leave = join(options, lost)
         yield about
         from fedvlm_jax import processes
 
         processes.wait_for_all()
+        leave()
     except BaseException as error:
-        code = _tell(error, about)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _end(_tell(error, about))
+
+
+def _end(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _tell(error: BaseException, about: Together) -> int:

@@ -4,14 +4,16 @@ No heavy package is imported here, so that `--help` answers at once.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from socket import socket
 from typing import Annotated
 
 import tyro
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.meeting import meet
+from fedvlm_jax.runs.meeting import meet, watch
 
 __all__ = ["DistributedOptions", "check_distributed", "describe_loss", "join"]
 
@@ -84,15 +86,23 @@ def check_distributed(options: DistributedOptions) -> None:
         )
 
 
-def join(options: DistributedOptions) -> None:
+def join(options: DistributedOptions, lost: Callable[[int], None]) -> Callable[[], None]:
     """Meet the other processes; to be called before jax is asked for anything.
+
+    Args:
+        options: where they are.
+        lost: called with the number of a process that is gone. Where a cluster tells where they are, jax alone watches.
+
+    Returns:
+        What to call before leaving.
 
     Raises:
         UserError: there is no cluster that tells where they are, or not all of them came in time.
     """
+    others: dict[int, socket] = {}
     if options.processes is not None and options.process is not None:
         host, _, port = options.coordinator.rpartition(":")
-        meet(host.strip("[]"), int(port), options.processes, options.process, options.timeout)
+        others = meet(host.strip("[]"), int(port), options.processes, options.process, options.timeout)
 
     import jax
 
@@ -111,6 +121,7 @@ def join(options: DistributedOptions) -> None:
             f"--distributed found no cluster here ({error}) Say where the processes are: --distributed.coordinator "
             "HOST:PORT --distributed.processes N --distributed.process I"
         ) from error
+    return watch(others, lost)
 
 
 def describe_loss(gone: list[int] | None, folder: Path | None) -> str:

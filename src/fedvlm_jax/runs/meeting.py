@@ -1,24 +1,27 @@
-"""How the processes of a run find out that all of them are there, before jax is started.
+"""How the processes of a run find out that all of them are there, before jax is started, and when one is gone.
 
 jax ends a process that waits in vain with the stack of a C++ abort, and cannot tell who is missing. So process 0 first
 listens itself, at the address at which jax's service will: each of the others says which it is and of how many, and all
-of them are told to go on, or why not.
+of them are told to go on, or why not. These connections stay: one that breaks tells at once what jax would notice after
+half a minute, or not say clearly.
 """
 
 import socket
+import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 
 from fedvlm_jax.errors import UserError
 
-__all__ = ["meet"]
+__all__ = ["meet", "watch"]
 
-GO = "go"
+GO, BYE, GONE = "go", "bye", "gone"
 PAUSE = 0.2
 """Seconds between two tries to reach process 0."""
 
 
-def meet(host: str, port: int, processes: int, process: int, timeout: float) -> None:
+def meet(host: str, port: int, processes: int, process: int, timeout: float) -> dict[int, socket.socket]:
     """Wait until all processes are there.
 
     Args:
@@ -27,17 +30,52 @@ def meet(host: str, port: int, processes: int, process: int, timeout: float) -> 
         process: which this is.
         timeout: seconds.
 
+    Returns:
+        Connections to the others, by number: of process 0 to all of them, of the others to process 0.
+
     Raises:
         UserError: they did not come in time, the port is taken, or they do not agree about who they are.
     """
     deadline = time.monotonic() + timeout
     if process:
-        _report(host, port, f"fedvlm process {process} of {processes}", deadline, timeout)
-    else:
-        _receive(port, processes, deadline, timeout)
+        return {0: _report(host, port, f"fedvlm process {process} of {processes}", deadline, timeout)}
+    return _receive(port, processes, deadline, timeout)
 
 
-def _receive(port: int, processes: int, deadline: float, timeout: float) -> None:
+def watch(others: Mapping[int, socket.socket], lost: Callable[[int], None]) -> Callable[[], None]:
+    """Notice in the background when a process goes without saying so.
+
+    Args:
+        others: what `meet` returned.
+        lost: called, in another thread, with the number of the first that did.
+
+    Returns:
+        What this process calls to say that it goes.
+    """
+    first = threading.Lock()
+
+    def tell(number: int) -> None:
+        if first.acquire(blocking=False):  # once, and never given back
+            for connection in others.values():
+                _send(connection, f"{GONE} {number}")
+            lost(number)
+
+    def listen(number: int, connection: socket.socket) -> None:
+        word, _, who = _read_line(connection, None).partition(" ")
+        if word != BYE:
+            tell(int(who) if word == GONE and who.isdigit() else number)
+
+    def leave() -> None:
+        first.acquire(blocking=False)
+        for connection in others.values():
+            _send(connection, BYE)
+
+    for number, connection in others.items():
+        threading.Thread(target=listen, args=(number, connection), daemon=True).start()
+    return leave
+
+
+def _receive(port: int, processes: int, deadline: float, timeout: float) -> dict[int, socket.socket]:
     """Process 0: let the others come."""
     both = socket.has_dualstack_ipv6()
     try:
@@ -50,8 +88,7 @@ def _receive(port: int, processes: int, deadline: float, timeout: float) -> None
             "Choose another port, the same for all"
         ) from None
     come: dict[int, socket.socket] = {}
-    with ExitStack() as stack:
-        stack.enter_context(server)
+    with server, ExitStack() as stack:
         try:
             while len(come) < processes - 1:
                 server.settimeout(max(0.01, deadline - time.monotonic()))
@@ -81,16 +118,20 @@ def _receive(port: int, processes: int, deadline: float, timeout: float) -> None
             raise
         for connection in come.values():
             _send(connection, GO)
+        stack.pop_all()
+    return come
 
 
-def _report(host: str, port: int, who: str, deadline: float, timeout: float) -> None:
+def _report(host: str, port: int, who: str, deadline: float, timeout: float) -> socket.socket:
     """The others: reach process 0 and wait for its word."""
     while time.monotonic() < deadline:
-        with suppress(OSError), socket.create_connection((host, port), 5.0) as connection:
+        with suppress(OSError), ExitStack() as stack:
+            connection = stack.enter_context(socket.create_connection((host, port), 5.0))
             _send(connection, who)
             said = _read_line(connection, deadline + 5.0 - time.monotonic())
             if said == GO:
-                return
+                stack.pop_all()
+                return connection
             if said:
                 raise UserError(said)
         time.sleep(PAUSE)
@@ -105,9 +146,9 @@ def _send(connection: socket.socket, text: str) -> None:
         connection.sendall(f"{text}\n".encode())
 
 
-def _read_line(connection: socket.socket, timeout: float) -> str:
+def _read_line(connection: socket.socket, timeout: float | None) -> str:
     """A line that the other side said; empty where it hung up or said nothing in time."""
-    connection.settimeout(timeout)
     with suppress(OSError, UnicodeDecodeError), connection.makefile("r", encoding="utf-8") as lines:
+        connection.settimeout(timeout)
         return lines.readline(4096).strip()
     return ""
