@@ -67,7 +67,9 @@ def connect(mesh: Mesh) -> None:
     for axes in ((CLIENTS,), (MODEL,), (CLIENTS, MODEL)):
         where = NamedSharding(mesh, PartitionSpec(axes))
         count = int(np.prod([mesh.shape[axis] for axis in axes]))
-        ones = jax.make_array_from_callback((count,), where, lambda index, count=count: np.ones(count)[index])
+        ones = jax.make_array_from_callback(
+            (count,), where, lambda index, count=count: np.ones(count, np.float32)[index]
+        )
         total = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(ones)
         assert float(total) == count
 
@@ -153,7 +155,9 @@ def place_own(tree: Any, where: NamedSharding) -> Any:
 
 
 def own_places(mesh: Mesh, count: int) -> Int[np.ndarray, " some"]:
-    """Of `count` places along `clients` those on this process's devices."""
+    """Of `count` places along `clients` those on this process's devices; all, where there is one process."""
+    if jax.process_count() == 1:
+        return np.arange(count)
     owners = [group[0].process_index for group in mesh.devices]
     return np.flatnonzero(np.repeat(owners, count // len(owners)) == jax.process_index())
 
