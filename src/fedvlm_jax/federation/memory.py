@@ -81,8 +81,8 @@ def count_device_bytes(placed: PyTree) -> int:
 
 
 def read_device_bytes(mesh: Mesh) -> int | None:
-    """The memory of a device of the mesh, or on a CPU its share of the machine's; None where nobody says."""
-    device = mesh.devices.flat[0]
+    """The memory of a device of this process, or on a CPU its share of the machine's; None where nobody says."""
+    device = mesh.local_devices[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])

@@ -14,7 +14,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.checkpoint import find_files, load_params
 from fedvlm_jax.models.florence2 import build
 from fedvlm_jax.models.vlm import Params, Vlm
-from fedvlm_jax.sharding import cut_base
+from fedvlm_jax.sharding import cut_base, place
 
 ASSETS = Path(__file__).parent.parent / "assets"
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -116,4 +116,4 @@ def load_vlm(
     vlm = read_vlm(folder, compute_dtype=compute_dtype, remat=remat)
     where = None if mesh is None else cut_base(mesh, vlm.shapes(), vlm.cuts)
     arrays = load_params(vlm.shapes(), find_files(folder), jnp.dtype(dtype))
-    return vlm, jax.tree.map(jnp.asarray, arrays) if where is None else jax.device_put(arrays, where)
+    return vlm, jax.tree.map(jnp.asarray, arrays) if where is None else place(arrays, where)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedvlm_jax import lora
+from fedvlm_jax import lora, processes
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.data.encode import Examples, encode, require_pairs
 from fedvlm_jax.data.federate import Federation, count_reasons, federate
@@ -38,7 +38,7 @@ from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
 from fedvlm_jax.runs.meshes import parse_mesh
-from fedvlm_jax.sharding import CLIENTS, make_mesh
+from fedvlm_jax.sharding import CLIENTS, connect, make_mesh, refuse_split_groups
 
 __all__ = ["Prepared", "Session", "lay_out", "make_driver", "open_session", "prepare"]
 
@@ -121,6 +121,10 @@ def open_session(run: Run, note: Note = lambda text: None) -> Session:
     if load_objective(run.objective, run.preference).pairs:
         require_pairs(table)
     mesh = make_mesh(*(parse_mesh(run.system.mesh) or ()))
+    refuse_split_groups(mesh)
+    if processes.count() > 1:
+        processes.wait_for_all()
+        connect(mesh)
     if run.share:
         check_rule(run, read_vlm(run.model).sites)  # before gigabytes are read
     note(f"loading {run.model}")
