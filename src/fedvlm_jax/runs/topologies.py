@@ -15,6 +15,7 @@ QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask about this machine's TPU
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any will do: the topology is named
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is opened, so several processes may compile
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
