@@ -23,7 +23,7 @@ from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, find_fillers, make_clients
 from fedvlm_jax.federation.health import OF_PAIRS
 from fedvlm_jax.federation.inputs import Inputs
-from fedvlm_jax.federation.memory import Footprint, measure
+from fedvlm_jax.federation.memory import Footprint, count_unread, measure
 from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.population import NOBODY, Population, Slots
 from fedvlm_jax.federation.programs import Programs
@@ -196,8 +196,10 @@ class Driver:
         Raises:
             TooLargeError: the compiler finds that it does not fit.
         """
-        compiled = self._compile(self._arguments(read, {"a": 0.0, "b": 0.0}), read.round)
-        return measure(compiled, self.base, self.programs.mesh, self.layout.wave)
+        arguments = self._arguments(read, {"a": 0.0, "b": 0.0})
+        compiled = self._compile(arguments, read.round)
+        unread = count_unread(compiled, arguments)
+        return measure(compiled, self.base, self.programs.mesh, self.layout.wave, unread)
 
     def _arguments(self, read: RoundInputs, rates: dict[str, float]) -> tuple[Any, ...]:
         """What the compiled round takes; personal states as they are now."""

@@ -1,6 +1,7 @@
 """What a compiled round needs of a device's memory, as its compiler says, and how many clients fit side by side."""
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,10 +16,14 @@ __all__ = [
     "GIB",
     "USABLE",
     "Footprint",
+    "Memory",
     "TooLargeError",
     "count_device_bytes",
+    "count_unread",
+    "find_most",
     "find_wave",
     "measure",
+    "read_memory",
     "read_device_bytes",
 ]
 
@@ -32,6 +37,12 @@ T = TypeVar("T")
 
 class TooLargeError(Exception):
     """The compiler itself refused: the program does not fit on the device."""
+
+    @property
+    def needed(self) -> int | None:
+        """Bytes that the program would take, where the compiler's words tell."""
+        told = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(self))
+        return None if told is None else int(float(told[1]) * 2 ** (10 * (1 + "KMGT".index(told[2]))))
 
 
 class Footprint(NamedTuple):
@@ -53,7 +64,45 @@ class Footprint(NamedTuple):
         return max(0, self.total - self.base) // self.clients
 
 
-def measure(compiled: Any, base: PyTree, mesh: Mesh, wave: int) -> Footprint:
+class Memory(NamedTuple):
+    """What a compiler says of a program's memory on one device: its `memory_analysis()`, field by field, in bytes.
+
+    Attributes:
+        arguments: what the program is given and reads, as the device lays it out.
+        outputs: what it returns.
+        aliases: of that, what is written over arguments (donated ones).
+        temporaries: scratch.
+        code: the program itself.
+        peak: the most at a time, as the compiler has it.
+    """
+
+    arguments: int
+    outputs: int
+    aliases: int
+    temporaries: int
+    code: int
+    peak: int
+
+    @property
+    def total(self) -> int:
+        """What must be free for it: all of it side by side, or the peak where the compiler puts that higher."""
+        return max(self.peak, self.arguments + self.outputs - self.aliases + self.temporaries + self.code)
+
+
+def read_memory(compiled: Any) -> Memory:
+    """Read the analysis of what `jax.jit(…).lower(…).compile()` returns."""
+    stats = compiled.memory_analysis()
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliases=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+        peak=stats.peak_memory_in_bytes,
+    )
+
+
+def measure(compiled: Any, base: PyTree, mesh: Mesh, wave: int, unread: int = 0) -> Footprint:
     """Read a compiled round's footprint.
 
     Args:
@@ -61,23 +110,32 @@ def measure(compiled: Any, base: PyTree, mesh: Mesh, wave: int) -> Footprint:
         base: the base as it is placed.
         mesh: of the round.
         wave: clients side by side, over all devices.
+        unread: of `count_unread`.
     """
-    stats = compiled.memory_analysis()
-    total = stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
-    return Footprint(count_device_bytes(base), total - stats.alias_size_in_bytes, wave // mesh.shape[CLIENTS])
+    return Footprint(
+        count_device_bytes(base), read_memory(compiled).total + unread, wave // mesh.shape[CLIENTS]
+    )
 
 
 def count_device_bytes(placed: PyTree) -> int:
-    """Bytes of a placed tree on each device: a sharded array's shard, a replicated one's whole."""
+    """Bytes of a placed tree, or of its shapes, on each device: a sharded array's shard, a replicated one's whole."""
 
     def count(leaf: Any) -> int:
-        shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
+        sharding = getattr(leaf, "sharding", None)
         size = leaf.dtype.itemsize
-        for length in shape:
+        for length in leaf.shape if sharding is None else sharding.shard_shape(leaf.shape):
             size *= length
         return size
 
     return sum(count(leaf) for leaf in jax.tree.leaves(placed))
+
+
+def count_unread(compiled: Any, arguments: tuple[Any, ...]) -> int:
+    """Bytes on each device of arguments that the program does not read, so that the compiler does not count them: the
+    vision tower, where its features are kept."""
+    kept = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda one: one is None)
+    leaves = jax.tree.leaves(arguments)
+    return count_device_bytes([leaf for leaf, where in zip(leaves, kept, strict=True) if where is None])
 
 
 def read_device_bytes(mesh: Mesh) -> int | None:
@@ -134,3 +192,41 @@ def _narrow(wave: int, devices: int, footprint: Footprint | None, limit: int | N
         return devices * max(1, clients // 2)
     fit = int((USABLE * limit - footprint.base) // footprint.per_client)
     return devices * max(1, min(fit, clients - 1))
+
+
+def find_most(
+    try_clients: Callable[[int], Footprint], first: Footprint, limit: int, refused: int | None = None, tries: int = 2
+) -> tuple[int, int | None]:
+    """How many clients fit side by side on a device: guessed along a line, and then tried.
+
+    Args:
+        try_clients: clients a device -> its footprint; raises `TooLargeError` where the compiler refuses.
+        first: one that fits.
+        limit: bytes of a device.
+        refused: the fewest that are known not to fit.
+        tries: how many may be tried.
+
+    Returns:
+        The most that were seen to fit, and the fewest that were seen not to; exact where they differ by one.
+    """
+    fits, known = first.clients, {0: first.base, first.clients: first.total}
+    for _ in range(tries):
+        if refused is not None and refused <= fits + 1:
+            break
+        (fewer, low), (more, high) = sorted(known.items())[-2:]
+        slope = (high - low) / (more - fewer)
+        guess = int(more + (USABLE * limit - high) // slope) if slope > 0 else 2 * more
+        guess = max(fits + 1, guess if refused is None else min(guess, refused - 1))
+        try:
+            found = try_clients(guess)
+        except TooLargeError as error:
+            refused = guess
+            if error.needed:
+                known[guess] = error.needed
+            continue
+        known[guess] = found.total
+        if found.total <= USABLE * limit:
+            fits = guess
+        else:
+            refused = guess
+    return fits, refused

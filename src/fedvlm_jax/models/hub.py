@@ -25,17 +25,25 @@ def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
 
     Args:
         name: which model.
-        weights: of a hub id, download these too.
+        weights: are they wanted too? Of some models only the configuration ships; of a hub id, they are downloaded.
 
     Raises:
         UserError: where there is no such folder and the hub does not have it or cannot be reached.
+        UserError: where weights are wanted of a model that ships without.
     """
     folder = Path(name)
     if folder.is_dir():
         return folder
-    ships = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+    described = {path.parent.name for path in ASSETS.glob("*/config.json")}
+    ships = sorted(model for model in described if not weights or (ASSETS / model / "model.safetensors").is_file())
     if str(name) in ships:
         return ASSETS / str(name)
+    if str(name) in described:
+        raise UserError(
+            f"of {name} only the configuration ships, for `fedvlm plan` and `fedvlm explain`: for its weights name a "
+            f"folder or a hub id, for example florence-community/{str(name).replace('florence2', 'Florence-2')}; models "
+            f"that ship whole: {', '.join(ships) or 'none'}"
+        )
     looks_like_id = str(name).count("/") == 1 and not folder.is_absolute() and not str(name).startswith(".")
     known = f"models that ship: {', '.join(ships) or 'none'}"
     if not looks_like_id:
