@@ -94,7 +94,7 @@ def test_what_is_too_large_is_narrowed_and_told(model, monkeypatch, tmp_path):
 
 def test_no_room_for_anyone(model, monkeypatch):
     monkeypatch.setattr(plans, "read_device_bytes", lambda mesh: 1000)
-    with pytest.raises(UserError, match="a round with one client on a device of .* does not fit"):
+    with pytest.raises(UserError, match=r"a round with one client on a device of .* does not fit"):
         plan(make_request(model))
 
 

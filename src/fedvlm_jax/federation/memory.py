@@ -23,8 +23,8 @@ __all__ = [
     "find_most",
     "find_wave",
     "measure",
-    "read_memory",
     "read_device_bytes",
+    "read_memory",
 ]
 
 GIB = 2**30
@@ -115,9 +115,7 @@ def measure(compiled: Any, base: PyTree, mesh: Mesh, wave: int, unread: int = 0)
         wave: clients side by side, over all devices.
         unread: of `count_unread`.
     """
-    return Footprint(
-        count_device_bytes(base), read_memory(compiled).total + unread, wave // mesh.shape[CLIENTS]
-    )
+    return Footprint(count_device_bytes(base), read_memory(compiled).total + unread, wave // mesh.shape[CLIENTS])
 
 
 def count_device_bytes(placed: PyTree) -> int:
