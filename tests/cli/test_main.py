@@ -17,7 +17,7 @@ HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "scipy.stats")
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], [], ["train", "--help"], ["compare", "--help"], ["explain", "--help"], ["plan", "--help"], ["report", "--help"]]
+    "words", [["--help"], [], *([command, "--help"] for command in ("train", "compare", "explain", "plan", "report"))]
 )
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     program = (

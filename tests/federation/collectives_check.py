@@ -1,4 +1,4 @@
-"""Runs by itself with eight forced host devices, for `test_collectives.py`: prints the collectives of a small program."""
+"""Runs by itself with eight forced host devices, for `test_collectives.py`: prints a small program's collectives."""
 
 import json
 import os

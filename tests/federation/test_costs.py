@@ -38,7 +38,7 @@ def test_arithmetic(function, arguments, expected):
 
 
 def test_traffic_of_slices_is_that_of_the_slices():
-    """Each of 10 turns reads one of 10 matrices [64, 64] and the vector, so the matrices are read once, not 10 times."""
+    """Each of 10 turns reads one of 10 matrices [64, 64] and the vector: the matrices are read once, not 10 times."""
     matrices = jax.ShapeDtypeStruct((10, 64, 64), jnp.float32)
     vector = jax.ShapeDtypeStruct((64,), jnp.float32)
 

@@ -29,5 +29,5 @@ def test_sizes_of_pictures(tmp_path):
 
 
 def test_their_weights_are_refused_by_name():
-    with pytest.raises(UserError, match="only the configuration ships.*florence-community/Florence-2-large"):
+    with pytest.raises(UserError, match=r"only the configuration ships.*florence-community/Florence-2-large"):
         load_vlm("florence2-large")

@@ -1,4 +1,4 @@
-"""What devices tell one another in a compiled program: its collectives, who takes part, how often and how many bytes."""
+"""What devices tell one another in a compiled program: its collectives, between whom, how often, how many bytes."""
 
 import json
 import re

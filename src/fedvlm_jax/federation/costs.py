@@ -31,8 +31,8 @@ def count_flops(jaxpr: Any) -> int:
     """
     total = 0
     for equation in jaxpr.eqns:
-        inner = [_open(one) for value in equation.params.values() for one in _list(value) if hasattr(_open(one), "eqns")]
-        counts = [count_flops(one) for one in inner]
+        inner = [_open(one) for value in equation.params.values() for one in _list(value)]
+        counts = [count_flops(one) for one in inner if hasattr(one, "eqns")]
         match equation.primitive.name:
             case "dot_general":
                 (contracted, _), _ = equation.params["dimension_numbers"]
@@ -93,15 +93,13 @@ def _find_inner(computation: Computation) -> Iterable[str]:
     """Computations that run inside an instruction, and so move nothing of their own."""
     for instruction in computation.instructions.values():
         for role, called in instruction.called:
-            if role == "to_apply" and instruction.op != "call":
-                yield called
-            elif role == "calls" and not instruction.op.startswith("async"):
+            if (role == "to_apply" and instruction.op != "call") or (
+                role == "calls" and not instruction.op.startswith("async")
+            ):
                 yield called
 
 
-def _count_bytes(
-    instruction: Instruction, computation: Computation, computations: Mapping[str, Computation]
-) -> int:
+def _count_bytes(instruction: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> int:
     op = instruction.op
     if op in FREE or op.endswith(("-done", "-update")) or op == "async-start":
         return 0

@@ -23,8 +23,8 @@ __all__ = [
     "find_most",
     "find_wave",
     "measure",
-    "read_memory",
     "read_device_bytes",
+    "read_memory",
 ]
 
 GIB = 2**30
@@ -40,9 +40,12 @@ class TooLargeError(Exception):
 
     @property
     def needed(self) -> int | None:
-        """Bytes that the program would take, where the compiler's words tell."""
-        told = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(self))
-        return None if told is None else int(float(told[1]) * 2 ** (10 * (1 + "KMGT".index(told[2]))))
+        """Bytes that the program would take at least, where the compiler's words tell."""
+        told = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available", str(self))
+        if told is None:
+            return None
+        number, unit = (part for part in told.groups() if part)
+        return int(float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))
 
 
 class Footprint(NamedTuple):
@@ -112,9 +115,7 @@ def measure(compiled: Any, base: PyTree, mesh: Mesh, wave: int, unread: int = 0)
         wave: clients side by side, over all devices.
         unread: of `count_unread`.
     """
-    return Footprint(
-        count_device_bytes(base), read_memory(compiled).total + unread, wave // mesh.shape[CLIENTS]
-    )
+    return Footprint(count_device_bytes(base), read_memory(compiled).total + unread, wave // mesh.shape[CLIENTS])
 
 
 def count_device_bytes(placed: PyTree) -> int:

@@ -75,9 +75,7 @@ def shape_round(
     params = jax.tree.map(_place, vlm.shapes(), cut_base(mesh, vlm.shapes(), vlm.cuts))
     server = jax.eval_shape(lambda key: method.init(start_adapter(key, vlm.sites, spec)), _key())
     server = jax.tree.map(lambda leaf: _place(leaf, everywhere), server)
-    personal = jax.eval_shape(
-        lambda key, server: start_personal(method, key, server, jnp.int32(0)), _key(), server
-    )
+    personal = jax.eval_shape(lambda key, server: start_personal(method, key, server, jnp.int32(0)), _key(), server)
     if programs.base is not None:
         moved = jax.eval_shape(programs.base, params, server)
         params = jax.tree.map(lambda leaf, old: _place(leaf, old.sharding), moved, params)

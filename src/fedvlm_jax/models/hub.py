@@ -39,10 +39,10 @@ def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
     if str(name) in ships:
         return ASSETS / str(name)
     if str(name) in described:
+        hub = f"florence-community/{str(name).replace('florence2', 'Florence-2')}"
         raise UserError(
             f"of {name} only the configuration ships, for `fedvlm plan` and `fedvlm explain`: for its weights name a "
-            f"folder or a hub id, for example florence-community/{str(name).replace('florence2', 'Florence-2')}; models "
-            f"that ship whole: {', '.join(ships) or 'none'}"
+            f"folder or a hub id, for example {hub}; models that ship whole: {', '.join(ships) or 'none'}"
         )
     looks_like_id = str(name).count("/") == 1 and not folder.is_absolute() and not str(name).startswith(".")
     known = f"models that ship: {', '.join(ships) or 'none'}"

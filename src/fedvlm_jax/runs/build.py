@@ -1,4 +1,4 @@
-"""From a run's options to its method's programs and the shapes of its rounds: what training and planning have in common.
+"""From a run's options to its method's programs and the shapes of its rounds: what training and planning share.
 
 Nothing here looks at data or weights.
 """

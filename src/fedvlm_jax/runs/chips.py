@@ -28,8 +28,8 @@ class Chip:
         flops: peak bf16 arithmetic, TFLOP/s.
         bandwidth: of the memory, GB/s.
         ici: what it can send to other chips, GB/s.
-        clock: GHz: peak arithmetic over what its four units of 128x128 a core do in a cycle (v4 and v5p have two cores).
-            v6e's is not published and taken to be v5p's.
+        clock: GHz: peak arithmetic over what the four units of 128x128 of a core do in a cycle (v4 and v5p have two
+            cores). v6e's is not published and taken to be v5p's.
         slices: topologies that there are; three-dimensional ones larger than the last are made of cubes.
         most: chips in the largest.
     """

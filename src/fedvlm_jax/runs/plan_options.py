@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.chips import CPU, CHIPS, parse_topology
+from fedvlm_jax.runs.chips import CHIPS, CPU, parse_topology
 from fedvlm_jax.runs.config import Run, SystemOptions
 
 __all__ = ["Request", "SizeOptions", "check_request"]

@@ -8,7 +8,7 @@ from fedvlm_jax.federation.collectives import Collective
 from fedvlm_jax.federation.memory import GIB
 from fedvlm_jax.runs.codec import encode
 from fedvlm_jax.runs.config import to_json
-from fedvlm_jax.runs.plan import Plan, estimate
+from fedvlm_jax.runs.plan_record import Plan, estimate
 from fedvlm_jax.runs.storage import describe_environment, write_json
 from fedvlm_jax.runs.tables import Table, format_bytes, to_markdown
 from fedvlm_jax.sharding import CLIENTS
@@ -84,7 +84,9 @@ def _tabulate_memory(plan: Plan) -> Table:
     rows = [(name, format_bytes(value), MEANINGS[name]) for name, value in plan.memory._asdict().items()]
     rows.append(("beside it", format_bytes(plan.unread), "of the base, what the round does not read"))
     room = "" if plan.room is None else f" of {plan.room / GIB:.1f} GiB, {plan.footprint.total / plan.room:.0%}"
-    rows.append(("needed", f"{plan.footprint.total / GIB:.2f} GiB{room}", "the sum less aliases, or the peak; and that"))
+    rows.append(
+        ("needed", f"{plan.footprint.total / GIB:.2f} GiB{room}", "their sum or the peak, and what lies beside")
+    )
     rows.append(("of it the base", format_bytes(plan.footprint.base), "once, whatever the clients"))
     rows.append(("a client", format_bytes(plan.footprint.per_client), "the rest by clients side by side"))
     rows.append(("clients that fit", word_most(plan), f"side by side on a {_name_place(plan)}"))
@@ -106,7 +108,8 @@ def _tabulate_costs(plan: Plan) -> Table:
         rows.append(("round", f"{_time(seconds.round)} or more", "the longer of the two"))
         rows.append(("share of the peak", f"{seconds.share:.1%}", "of the chip's bf16 arithmetic, in that time"))
         if plan.request.price is not None:
-            rows.append(("cost", f"{price_round(plan):.4g} or more", f"per round, at {plan.request.price:g} a chip and hour"))
+            price = f"per round, at {plan.request.price:g} a chip and hour"
+            rows.append(("cost", f"{price_round(plan):.4g} or more", price))
     note = f"{costs.unknown_loops} loops count once: their turns are not told." if costs.unknown_loops else ""
     return Table("Cost of a round", ("", "", "meaning"), tuple(rows), note=note, prose=frozenset({2}))
 

@@ -1,5 +1,6 @@
 """Devices to compile for: those of a TPU topology that is not there, or CPU devices, as many as are asked for."""
 
+import contextlib
 import importlib.util
 import os
 from typing import Any
@@ -36,7 +37,7 @@ def open_devices(topology: Topology) -> list[Any]:
         return _force_cpu_devices(topology.devices)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology {topology} is compiled by libtpu, which is not installed: pip install \"fedvlm-jax[plan]\" "
+            f'--topology {topology} is compiled by libtpu, which is not installed: pip install "fedvlm-jax[plan]" '
             "(no TPU is needed), or plan for --topology cpu"
         )
     from jax.experimental import topologies
@@ -60,18 +61,14 @@ def open_devices(topology: Topology) -> list[Any]:
 
 
 def _stay_on_cpu() -> None:
-    try:
+    with contextlib.suppress(RuntimeError):  # settled already: nothing is computed in a plan, so it does no harm
         jax.config.update("jax_platforms", "cpu")
-    except RuntimeError:
-        pass  # settled already: nothing is computed in a plan, so it does no harm
 
 
 def _force_cpu_devices(count: int | None) -> list[Any]:
     if count is not None:
-        try:
+        with contextlib.suppress(RuntimeError):  # settled already, perhaps with enough of them
             jax.config.update("jax_num_cpu_devices", count)
-        except RuntimeError:
-            pass  # settled already, perhaps with enough of them
     devices = jax.devices("cpu")
     if count is not None and len(devices) < count:
         raise UserError(
