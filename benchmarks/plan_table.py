@@ -4,11 +4,11 @@
     python benchmarks/plan_table.py --only v5e:2x2        # those of one topology
     python benchmarks/plan_table.py --table               # the table of the cells that are there
 
-Needs the extra `plan` (libtpu) and no TPU. Every cell is one `fedvlm plan` with eight clients a chip, pLoRA of rank 8
-on the language model, four steps of two examples, 768x768 pictures whose features are kept (577 tokens, and 24 of
-text), 64 tokens to answer, bfloat16 arithmetic, layers recomputed. On the smallest topology of a chip it is also tried
-how many clients fit. A cell that is done is a line of `results/plan_table.jsonl`, so this can be killed and started
-again; `results/plan_table.json` holds them all, with versions and commit.
+Needs the extra `plan` (libtpu) and no TPU. Every cell is one `fedvlm plan` with eight clients a chip: pLoRA of rank 8
+on the language model, four steps of two examples, features of 768x768 pictures (577 tokens, and 24 of text), answers of
+64 tokens, bfloat16 arithmetic, layers recomputed. On the smallest topology of a chip it also tries how many clients
+fit. A cell that is done is a line of `results/plan_table.jsonl`, so this can be killed and
+started again; `results/plan_table.json` holds them all, with versions and commit.
 """
 
 import argparse

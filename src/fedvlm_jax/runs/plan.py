@@ -98,17 +98,20 @@ class _Workshop:
         try:
             compiled = programs.compile_round(arguments, phase)
         except TooLargeError as error:
-            self._account(layout, clients, error.needed, False, began)
+            self._account(layout, clients, error.needed, None, False, began)
             raise
         unread = count_unread(compiled, arguments)
         footprint = measure(compiled, arguments[0], self.mesh, layout.wave, unread)
         fits = self.room is None or footprint.total <= USABLE * self.room
-        self._account(layout, clients, footprint.total, fits, began)
+        peak = read_memory(compiled).peak + unread
+        self._account(layout, clients, footprint.total, peak, fits, began)
         return (layout, programs, arguments, phase, compiled, unread), footprint
 
-    def _account(self, layout: Layout, clients: int, needed: int | None, fits: bool, began: float) -> None:
+    def _account(
+        self, layout: Layout, clients: int, needed: int | None, peak: int | None, fits: bool, began: float
+    ) -> None:
         seconds = time.monotonic() - began
-        self.attempts.append(Attempt(layout.wave, clients, layout.cohort, needed, fits, round(seconds, 1)))
+        self.attempts.append(Attempt(layout.wave, clients, layout.cohort, needed, peak, fits, round(seconds, 1)))
         takes = "more than there is" if needed is None else f"{needed / GIB:.2f} GiB"
         self.note(f"{'fits' if fits else 'does not fit'}: {takes} of a device (compiled in {seconds:.0f} s)")
 

@@ -23,6 +23,7 @@ class Attempt:
         clients: of them, on a device, or on the devices that share a base.
         cohort: clients of the round.
         bytes: that a device must have; None where the compiler refused without saying.
+        peak: the most at a time as the compiler has it, with what lies beside the program; None where it refused.
         fits: on a device, with a tenth of it left free.
         seconds: that it took.
     """
@@ -31,6 +32,7 @@ class Attempt:
     clients: int
     cohort: int
     bytes: int | None
+    peak: int | None
     fits: bool
     seconds: float
 
