@@ -101,7 +101,9 @@ def test_two_processes_score_as_one(runs):
     for model in ("zero_shot", "personal", "global"):
         for split in ("validation", "test"):
             for metric, values in one.results[model][split].items():
-                assert two.results[model][split][metric] == pytest.approx(values, rel=1e-5), (model, split, metric)
+                # Margins are differences of log-probabilities near 10, of which float32 knows 1e-6.
+                wanted = pytest.approx(values, rel=1e-5, abs=1e-6)
+                assert two.results[model][split][metric] == wanted, (model, split, metric)
     for mine, theirs in zip(one.rounds, two.rounds, strict=True):
         assert {name: value for name, value in theirs.items() if name not in TIMES} == pytest.approx(
             {name: value for name, value in mine.items() if name not in TIMES}, rel=1e-4, nan_ok=True
@@ -162,12 +164,17 @@ def test_four_processes_train_what_one_trains(runs, model, tmp_path):
     assert_alike(runs[0], tmp_path / "four")
 
 
-@pytest.mark.parametrize("mesh", ["clients=2", "clients=1,model=4"])
-def test_meshes_that_several_processes_cannot_have(model, tmp_path, mesh):
-    for process in start(model, tmp_path / "none", 2, *OPTIONS, "--mesh", mesh):
-        said = process.communicate()[0]
-        assert process.returncode == 2
-        assert "it must take all of them" in said if mesh == "clients=2" else "a model that divides 2" in said
+@pytest.mark.parametrize(
+    ("mesh", "reason"), [("clients=2", "it must take all of them"), ("clients=1,model=4", "a model that divides 2")]
+)
+def test_meshes_that_several_processes_cannot_have(model, tmp_path, mesh, reason):
+    """Who finds it first says why; the other the same, or that the first is gone."""
+    started = start(model, tmp_path / "none", 2, *OPTIONS, "--mesh", mesh)
+    said = "".join(process.communicate()[0] for process in started)
+    codes = {process.returncode for process in started}
+    assert 2 in codes
+    assert codes <= {2, 3}
+    assert reason in said
 
 
 def test_everything_else_that_reaches_the_devices(model, tmp_path):
