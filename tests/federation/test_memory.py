@@ -51,6 +51,14 @@ def test_the_widest_that_fits_is_found_from_the_first_footprint(devices):
     assert footprint.total <= USABLE * 15 * GIB
 
 
+def test_a_cohort_that_weighs_whatever_the_wave_is_found_along_two_footprints():
+    """1 GiB of base, 10 of data, 0.25 a client, in 14.4 GiB: 13 fit. The first guess takes the data for the
+    clients' own and comes to 15; the line through 16 and 15 is right."""
+    compile_wave, asked = make_compiler(11.0, 0.25)
+    clients = find_wave(lambda wave: (wave, compile_wave(wave)[1]._replace(base=GIB)), 16, 1, 16 * GIB)[0]
+    assert (clients, asked) == (13, [16, 15, 13])
+
+
 def test_where_the_compiler_refuses_waves_are_halved():
     compile_wave, asked = make_compiler(1.0, 0.1, breaks_at=5)
     assert find_wave(compile_wave, 16, 1, 16 * GIB)[0] == "program of 4"

@@ -1,5 +1,6 @@
 """What a compiled round needs of a device's memory, as its compiler says, and how many clients fit side by side."""
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -167,12 +168,14 @@ def find_wave(
     Raises:
         UserError: not even one client fits on a device.
     """
+    seen: list[Footprint] = []
     while True:
         try:
             made, footprint = try_wave(wave)
         except TooLargeError as error:
             made, footprint, told = None, None, str(error)
         else:
+            seen.append(footprint)
             if limit is None or footprint.total <= USABLE * limit:
                 return made, footprint
             told = f"it takes {footprint.total / GIB:.1f} GiB, {footprint.base / GIB:.1f} of them the base"
@@ -183,16 +186,22 @@ def find_wave(
                 "(--train.batch-size), --system.remat, --system.compute bfloat16, or spread the base over devices "
                 "(--mesh clients=N,model=M)"
             )
-        wave = _narrow(wave, devices, footprint, limit)
+        wave = devices * _narrow(wave // devices, seen if footprint else [], limit)
 
 
-def _narrow(wave: int, devices: int, footprint: Footprint | None, limit: int | None) -> int:
-    """As many clients a device as should fit by their footprint, or half as many where there is none."""
-    clients = wave // devices
-    if footprint is None or limit is None or not footprint.per_client:
-        return devices * max(1, clients // 2)
-    fit = int((USABLE * limit - footprint.base) // footprint.per_client)
-    return devices * max(1, min(fit, clients - 1))
+def _narrow(clients: int, seen: list[Footprint], limit: int | None) -> int:
+    """As many clients a device as should fit by the last footprints, or half as many where there are none.
+
+    What a cohort reads lies on the devices whatever the wave, so the line that leads to what fits is the one through
+    two footprints; the first guess has only one, and the base.
+    """
+    if not seen or limit is None or not seen[-1].per_client:
+        return max(1, clients // 2)
+    last, slope = seen[-1], float(seen[-1].per_client)
+    if len(seen) > 1 and seen[-2].total > last.total:
+        slope = (seen[-2].total - last.total) / (seen[-2].clients - last.clients)
+    fit = last.clients + math.floor((USABLE * limit - last.total) / slope)
+    return max(1, min(fit, clients - 1))
 
 
 def find_most(
