@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from fedvlm_jax import lora
-from fedvlm_jax.federation.round import to_waves
+from fedvlm_jax.federation.round import make_round, to_waves
 from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Client, Setup, load_method
 from fedvlm_jax.objectives import load_objective
@@ -58,7 +58,7 @@ def make_method(
     name, *, objective="sft", optimizer="adamw", keep_optimizer=True, common_start=True, clip_norm=1.0, **choices
 ):
     """-> vlm, params, trainer, method, the adapter that all start from."""
-    choices = {"population": 4, "cohort": 4, "rounds": 4, **choices}
+    choices = {"population": 4, "cohort": 4, "rounds": 4, "local_steps": 3, **choices}
     vlm, params = make_toy()
     trainer = make_local_trainer(vlm, load_objective(objective), optimizer=optimizer, clip_norm=clip_norm)
     setup = Setup(
@@ -98,16 +98,25 @@ RATES = {"a": jnp.float32(5e-2), "b": jnp.float32(5e-2)}
 
 def run_round(run, params, server, cohort, weights, states, *, waves=1, round_=1, key=3, phase=0, rates=RATES):
     """One call of a round; states come back as [K, …]."""
-    out = run(
-        params,
-        replicate(make_mesh(1), server),
-        to_waves(states, waves),
-        to_waves(cohort, waves),
-        jnp.asarray(weights, jnp.float32),
-        rates,
-        jnp.int32(round_),
-        jax.random.key(key),
-        phase=phase,
-    )
+    cohort, states = to_waves(cohort, waves), to_waves(states, waves)
+    weights, server = jnp.asarray(weights, jnp.float32), replicate(make_mesh(1), server)
+    out = run(params, server, states, cohort, weights, rates, jnp.int32(round_), jax.random.key(key), phase=phase)
     personal = jax.tree.map(lambda x: np.swapaxes(np.asarray(x), 0, 1).reshape(-1, *x.shape[2:]), out.personal)
     return out, personal
+
+
+def trace_rounds(name, **choices):
+    """A method without compiling anything: the rounds' phases; per phase, what is computed (text) and returned."""
+    _, params, trainer, method, adapter = make_method(name, **choices)
+    run = make_round(method, trainer, make_mesh(1))
+    server = method.init(adapter)
+    if method.base is not None:
+        params = method.base(params, server)
+    states, cohort = to_waves(start_states(method, server, 4), 1), to_waves(make_cohort(4), 1)
+    weights, key = jnp.full(4, 0.25), jax.random.key(0)
+    phases = [method.phase(number) if method.phase is not None else 0 for number in range(1, 5)]
+    traced = {
+        phase: run.trace(params, server, states, cohort, weights, RATES, jnp.int32(1), key, phase=phase)
+        for phase in dict.fromkeys(phases)
+    }
+    return phases, {phase: (str(one.jaxpr), one.out_info) for phase, one in traced.items()}

@@ -17,7 +17,7 @@ HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "scipy.stats")
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], [], ["train", "--help"], ["compare", "--help"], ["explain", "--help"], ["report", "--help"]]
+    "words", [["--help"], [], *([command, "--help"] for command in ("train", "compare", "explain", "plan", "report"))]
 )
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     program = (
@@ -31,13 +31,13 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 
 def test_every_command_is_listed_in_order() -> None:
-    assert list(commands_available()) == ["data", "explain", "train", "compare", "evaluate", "report", "bench"]
+    assert list(commands_available()) == ["data", "explain", "plan", "train", "compare", "evaluate", "report", "bench"]
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["tain"], "there is no command tain; there are data, explain, train, compare"),
+        (["tain"], "there is no command tain; there are data, explain, plan, train, compare"),
         (["train", "--methd", "x"], "did you mean --method?"),
         (["train", "--data.prompt", "bad"], "invalid choice 'bad' for argument '--data.prompt'"),
         (["train", "--data.alpha", "-1"], "--data.alpha is -1.0; expected a number above 0"),
@@ -45,7 +45,7 @@ def test_every_command_is_listed_in_order() -> None:
         (["train", "--train.rounds", "0"], "--train.rounds is 0: it must be 1 or more"),
         (["train", "--mesh", "4"], "--mesh 4: expected clients=N or clients=N,model=M, for example"),
         (["train", "--system.mesh", "clients=0"], "--mesh clients=0: every axis must be 1 or more"),
-        (["train", "--mesh", "clients=4", "--wave", "6"], "--system.wave 6 does not divide over --mesh clients=4"),
+        (["train", "--mesh", "clients=4", "--wave", "6"], "--wave 6 does not divide over --mesh clients=4"),
         (["compare", "--mesh", "model=2,clients=4"], "--mesh model=2,clients=4: expected"),
         (["train", "--mesh", "clients=4096"], "--mesh clients=4096 takes 4096 devices: there are"),
         (["train", "--resume", "nowhere", "--mesh", "clients=2"], "leave out --system.mesh"),
@@ -61,6 +61,14 @@ def test_every_command_is_listed_in_order() -> None:
         (["compare", "--methods", "local", "share"], "--methods share needs its rule: add --share REGEX"),
         (["explain", "plorra"], "did you mean plora?"),
         (["explain", "plora", "--cohort", "17"], "there are only 16 clients"),
+        (["plan", "--topology", "v9:2x2"], "nothing is known of v9; there are v4, v5e, v5p, v6e"),
+        (["plan", "--topology", "v5e:3x3"], "there is no such slice; v5e has 1x1, 2x2, 2x4"),
+        (["plan", "--price-per-chip-hour", "2"], "nothing is known of the speed of cpu"),
+        (["plan", "--cohort", "20"], "there are only 16 clients"),
+        (["plan", "--system.cache-gib", "3"], "--system.cache-gib means nothing to a plan"),
+        (["plan", "--tries", "-1"], "--tries is -1: it must be 0 or more"),
+        (["plan", "--train.local-epochs", "2"], "say --sizes.examples too"),
+        (["plan", "--method", "plorra"], "did you mean plora?"),
         (["evaluate", "nowhere"], "not the folder of a run"),
         (["report"], "say whose report"),
         (["report", "nowhere"], "there is no such folder"),

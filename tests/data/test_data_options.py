@@ -54,7 +54,7 @@ def test_impossible_values_are_refused_at_once(changes, message):
         ({"source": "rlaif-v", "path": Path("d"), "revision": "a"}, "--data.revision a is the hub's"),
         (
             {"source": "rlaif-v", "clients": 4},
-            "--data.clients means nothing with --data.partition natural",
+            "--data.clients means nothing with --data.partition natural; it is for dirichlet, patho",
         ),
         ({"source": "x", "alpha": 1.0}, "--data.alpha means nothing with --data.partition natural"),
         (

@@ -165,9 +165,8 @@ def test_the_share_is_the_likeliest_on_validation(tiny):
     recalls, shares = remember(tiny)
     losses = {}
     for share in SHARES:
-        losses[share] = evaluator(prepared.session.params, trust(recalls, share), "validation", range(4))["own"].scores[
-            "loss"
-        ]
+        scored = evaluator(prepared.session.params, trust(recalls, share), "validation", range(4))
+        losses[share] = scored["own"].scores["loss"]
     for name, chosen in shares.items():
         best = min(losses[share][name] for share in SHARES)
         assert losses[chosen][name] == pytest.approx(best, rel=1e-4), name

@@ -1,8 +1,10 @@
 """A federated LoRA round as one writes it with transformers + PEFT, and the script that stores what it finds:
-`PYTHONPATH=tests:benchmarks python tests/federation/pytorch_round.py` writes golden_round.npz. Needs the extra `parity`.
+`PYTHONPATH=tests:benchmarks python tests/federation/pytorch_round.py` writes golden_round.npz; needs the extra
+`parity`.
 
-A loop over clients, SGD, a mean of state dicts; its parts are those of the benchmark (benchmarks/pytorch_peft.py). Nothing of fedvlm_jax is in it: the base is a folder that transformers
-loads, and the start comes as arrays, `language_model/encoder/layers/fc1/a` [layers, d_in, rank].
+A loop over clients, SGD, a mean of state dicts; its parts are those of the benchmark (benchmarks/pytorch_peft.py).
+Nothing of fedvlm_jax is in it: the base is a folder that transformers loads, and the start comes as arrays,
+`language_model/encoder/layers/fc1/a` [layers, d_in, rank].
 """
 
 from __future__ import annotations

@@ -79,3 +79,23 @@ def test_held_out_clients_are_never_in_a_cohort():
     own = driver.adapters(np.arange(6))  # a newcomer has the server's part, and the private part that all start from
     for leaf, start in zip(jax.tree.leaves(own), jax.tree.leaves(driver.global_adapters(np.arange(6))), strict=True):
         assert (jnp.asarray(leaf)[1] == jnp.asarray(start)[1]).all()
+
+
+def test_every_process_reads_its_own_places():
+    """Side by side they are what one process reads; who fills up at the end stands beside the last of the cohort."""
+    sizes, asked = [3, 4, 5, 6, 7], []
+    layout = choose_layout(sizes, cohort=None, wave=4, devices=4, steps=2, batch=2)
+    assert (layout.waves, layout.places) == (2, 8)
+    arguments = (0, 1, np.arange(5), make_examples(sizes))
+    whole, weights = make_clients(*arguments, read, layout, "examples")
+    parts = []
+    for own in (np.arange(4), np.arange(4, 8)):
+        part, same = make_clients(
+            *arguments, lambda rows: asked.append(rows) or read(rows), layout, "examples", own=own
+        )  # fmt: skip
+        np.testing.assert_array_equal(same, weights)
+        parts.append(part)
+    together = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts)
+    jax.tree.map(np.testing.assert_array_equal, together, whole)
+    assert asked[1].min() >= sum(sizes[:4]), "the second process reads the last client's rows alone"
+    assert not parts[1].mask.swapaxes(0, 1).reshape(4, 2, 2)[1:].any()

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.federation.memory import GIB, USABLE, Footprint, TooLargeError, count_device_bytes, find_wave, measure
+from fedvlm_jax.federation.memory import (
+    GIB,
+    USABLE,
+    Footprint,
+    TooLargeError,
+    count_device_bytes,
+    count_unread,
+    find_most,
+    find_wave,
+    measure,
+    read_memory,
+)
 from fedvlm_jax.sharding import make_mesh, place_waves, replicate
 
 
@@ -38,6 +49,14 @@ def test_the_widest_that_fits_is_found_from_the_first_footprint(devices):
     assert asked == [16 * devices, 6 * devices]
     assert made == f"program of {6 * devices}"
     assert footprint.total <= USABLE * 15 * GIB
+
+
+def test_a_cohort_that_weighs_whatever_the_wave_is_found_along_two_footprints():
+    """1 GiB of base, 10 of data, 0.25 a client, in 14.4 GiB: 13 fit. The first guess takes the data for the
+    clients' own and comes to 15; the line through 16 and 15 is right."""
+    compile_wave, asked = make_compiler(11.0, 0.25)
+    clients = find_wave(lambda wave: (wave, compile_wave(wave)[1]._replace(base=GIB)), 16, 1, 16 * GIB)[0]
+    assert (clients, asked) == (13, [16, 15, 13])
 
 
 def test_where_the_compiler_refuses_waves_are_halved():
@@ -72,3 +91,60 @@ def test_a_compiled_program_s_bytes_are_those_of_its_arrays():
     assert found.base == 4 * 256 * 512
     assert arrays <= found.total <= 1.1 * arrays
     assert found.per_client == (found.total - found.base) // 4
+
+
+def make_line(base, per_client, breaks_at=None):
+    """Footprints along a line, and the numbers of clients that were asked for."""
+    asked = []
+
+    def try_clients(clients):
+        asked.append(clients)
+        if breaks_at is not None and clients >= breaks_at:
+            raise TooLargeError("Ran out of memory in memory space hbm. Used 21.30G of 15.75G hbm. Exceeded by 5.55G.")
+        return Footprint(int(base * GIB), int((base + per_client * clients) * GIB), clients)
+
+    return try_clients, asked
+
+
+def test_the_most_that_fit_are_guessed_along_a_line_and_tried():
+    """0.9 · 16 = 14.4 GiB; (14.4 - 1.2) / 2 = 6.6 clients: 6 fit, 7 do not."""
+    try_clients, asked = make_line(1.2, 2.0)
+    first = try_clients(2)
+    assert find_most(try_clients, first, 16 * GIB) == (6, 7)
+    assert asked == [2, 6, 7]
+    try_clients, asked = make_line(1.2, 2.0)
+    assert find_most(try_clients, first, 16 * GIB, refused=7, tries=5) == (6, 7)
+    assert asked == [6]
+    assert find_most(try_clients, first, 16 * GIB, tries=0) == (2, None)
+
+
+def test_where_the_line_is_wrong_the_bounds_close_in():
+    """The compiler refuses from 4 on, though by the line 6 should fit."""
+    try_clients, asked = make_line(1.2, 2.0, breaks_at=4)
+    assert find_most(try_clients, try_clients(2), 16 * GIB, tries=4) == (3, 4)
+    assert asked[:2] == [2, 6]
+    assert set(asked[2:]) <= {3, 4, 5}
+
+
+def test_what_a_refusing_compiler_needed():
+    error = TooLargeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm.")
+    assert error.needed == int(21.5 * GIB)
+    error = TooLargeError(
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (32.00G) exceeds "
+        "available HBM (15.75G)."
+    )
+    assert error.needed == 32 * GIB
+    assert TooLargeError("RESOURCE_EXHAUSTED: so it is").needed is None
+
+
+def test_what_a_program_does_not_read_is_counted_beside_it():
+    """The compiler leaves `idle` out of its arguments; it lies on the device all the same."""
+    mesh = make_mesh(1)
+    base = replicate(mesh, {"idle": np.ones((64, 32), np.float32), "w": np.ones((8, 4), np.float32)})
+    compiled = jax.jit(lambda base, x: x @ base["w"]).lower(base, jnp.ones((2, 8))).compile()
+    assert count_unread(compiled, (base, jnp.ones((2, 8)))) == 4 * 64 * 32
+    memory = read_memory(compiled)
+    assert memory.arguments == 4 * (8 * 4 + 2 * 8)
+    assert memory.total >= memory.arguments + memory.outputs
+    with_idle = measure(compiled, base, mesh, 2, unread=4 * 64 * 32)
+    assert with_idle.total == measure(compiled, base, mesh, 2).total + 4 * 64 * 32

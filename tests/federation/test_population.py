@@ -109,3 +109,20 @@ def test_a_file_that_was_cut_is_told(tmp_path):
     os.truncate(file, 2 * RECORD)
     with pytest.raises(UserError, match=r"states\.bin has 62 bytes, and the checkpoint's clients need 93"):
         Population(SHAPES, CLIENTS, file).load(slots)
+
+
+def test_two_processes_write_one_file(tmp_path):
+    """Each has the table and writes its own records: read by either, all of them are there."""
+    file, numbers = tmp_path / "states.bin", [4, 0, 3]
+    one, two = (Population(SHAPES, CLIENTS, file) for _ in range(2))
+    for value in range(3):
+        states = make_states(numbers, value)
+        for population, own in ((one, [0, 2]), (two, [1])):
+            population.scatter(numbers, {name: leaf[own] for name, leaf in states.items()}, np.asarray(own))
+            population.keep("last")
+        np.testing.assert_array_equal(one.slots, two.slots)
+        for population in (one, two):
+            assert_states(population.gather(numbers), numbers, [value] * 3)
+    nothing = {name: leaf[:0] for name, leaf in make_states([1], 0).items()}
+    two.scatter([1], nothing, np.asarray([], np.int64))  # another's
+    assert two.known.tolist() == [True, True, False, True, True]

@@ -70,7 +70,7 @@ class World:
         choices = {"population": clients, **choices}
         self.setup = Setup(
             self.sites, lambda key: lora.init(key, self.sites, spec), trainer.start, cohort=clients, rounds=rounds,
-            ranks=ranks, **choices,
+            local_steps=STEPS, ranks=ranks, **choices,
         )  # fmt: skip
         self.method = load_method(name, self.setup)
         self.round = make_round(self.method, trainer, make_mesh(1))

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import WIDTH, make_cohort, make_method, run_round, start_states, take
+from toy import WIDTH, make_cohort, make_method, run_round, start_states, take, trace_rounds
 
 from fedvlm_jax import lora, tree
 from fedvlm_jax.federation.round import make_round
-from fedvlm_jax.methods.options import HyperOptions
+from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
 from fedvlm_jax.runs.config import methods_available
 from fedvlm_jax.sharding import make_mesh, replicate
 
@@ -22,8 +22,14 @@ SENT = {
     **dict.fromkeys(("fedsa-lora",), ("a",)),
     **dict.fromkeys(("fed-sb",), ("r",)),
     **dict.fromkeys(("ce-lora",), ("c",)),
+    **dict.fromkeys(("fedavg-lora", "iat", "iat-inverted", "hetlora", "lora-fair", "flexlora", "fedrpca"), ("a", "b")),
+    **dict.fromkeys(("flora", "fedex-lora", "ditto", "apfl", "pfedme", "feddpa-t", "feddpa-f"), ("a", "b")),
+    **dict.fromkeys(("fedalt", "fedmosaic"), ("a", "b")),
 }
-"""What a message holds, where it is not both factors; of rolora in its first phase."""
+"""What a message holds, by the methods' papers; of rolora in its first phase."""
+
+ALONE = {"plora-reset-a": "its A begins anew, so that what was trained with it is gone"}
+"""Methods whose server changes the update of a client that is alone, on purpose: name -> why."""
 
 LIKE_LOCAL = (
     *("fedavg-lora", "plora", "fedsa-lora", "iat", "iat-inverted"),
@@ -80,6 +86,11 @@ they compute is always held against their papers, in test_papers.py."""
 )
 def case(request):
     return make_case(request.param)
+
+
+def is_moment(path):
+    """A leaf of the state that optax's Adam keeps."""
+    return any(getattr(key, "name", "") in ("count", "mu", "nu") for key in path)
 
 
 def sites(adapter):
@@ -143,9 +154,11 @@ def test_waves_change_nothing(case):
         assert_close(out.messages, case.out.messages)
 
 
-def test_a_client_of_weight_zero_changes_nothing(case):
+@pytest.mark.parametrize("poison", [np.nan, -7.0])
+def test_a_client_of_weight_zero_changes_nothing(case, poison):
+    """Whatever it computed: what is not finite may be skipped by chance, so that there are numbers as well."""
     cohort = make_cohort(CLIENTS)
-    cohort.examples["image_features"][3] = np.nan  # whatever it computed
+    cohort.examples["image_features"][3] *= poison
     weights = np.asarray([0.2, 0.3, 0.5, 0.0], np.float32)
     out, personal = case.run(cohort, weights, case.states)
     alone, alone_personal = case.run(
@@ -156,8 +169,11 @@ def test_a_client_of_weight_zero_changes_nothing(case):
 
 
 def test_nobody_counts_and_the_server_stays(case):
+    """At the start, and after a round, when momentum of former rounds might drive it on."""
     out, _ = case.run(case.cohort, np.zeros(CLIENTS), case.states)
     assert_close(out.server, case.server, rtol=0, atol=0)
+    later, _ = case.run(case.cohort, np.zeros(CLIENTS), case.personal, server=case.out.server, round_=2)
+    assert_close(later.server, case.out.server, rtol=0, atol=0)
 
 
 def test_masked_steps_and_padded_rows_change_nothing(case):
@@ -188,7 +204,7 @@ def test_one_client_alone_is_not_changed_by_averaging(case):
     out, personal = case.run(take(case.cohort, [2]), [1.0], start_states(case.method, case.server, 1))
     own, message = (jax.tree.map(lambda x: x[0], part) for part in (personal, out.messages))
     after = case.method.personalise(out.server, own)
-    if case.name == "plora-reset-a":  # its A begins anew, so that what was trained with it is gone
+    if case.name in ALONE:
         after = case.method.trained(case.server, own, message)
     before = case.method.trained(case.server, own, message)
     np.testing.assert_allclose(case.model(out.server, after), case.model(case.server, before), atol=1e-5, rtol=1e-5)
@@ -231,6 +247,36 @@ def test_old_clients_go_on_from_their_own_state_and_new_ones_do_not(case):
     )
 
 
+def test_rounds_follow_each_other(case):
+    """Three rounds with everything that is carried over, in one wave and in two, in another order of clients."""
+    order = np.asarray([3, 1, 0, 2])
+
+    def go(cohort, weights, waves):
+        server, states = case.server, start_states(case.method, case.server, CLIENTS)
+        for number in (1, 2, 3):
+            new = np.full(CLIENTS, number == 1)
+            out, states = case.run(cohort._replace(new=new), weights, states, server=server, round_=number, waves=waves)
+            server = out.server
+        return server, states
+
+    server, states = go(case.cohort, WEIGHTS, 1)
+    again, permuted = go(take(case.cohort, order), WEIGHTS[order], 2)
+    assert_close(again, server, rtol=1e-4, atol=1e-5)
+    assert_close(permuted, take(states, order), rtol=1e-4, atol=1e-5)
+
+
+def test_a_kept_optimizer_is_used(case):
+    """AdamW's moments of the first round, where a client keeps them, count in its second."""
+    moments = [path for path, _ in jax.tree_util.tree_leaves_with_path(case.personal) if is_moment(path)]
+    old = case.cohort._replace(new=np.zeros(CLIENTS, bool))
+    forgotten = jax.tree_util.tree_map_with_path(lambda path, x: x * (not is_moment(path)), case.personal)
+    kept, lost = (
+        case.run(old, WEIGHTS, states, server=case.out.server, round_=2) for states in (case.personal, forgotten)
+    )
+    same = jax.tree.map(np.array_equal, kept[1], lost[1])
+    assert bool(moments) != all(jax.tree.leaves(same))
+
+
 def test_one_compile_for_all_rounds_and_rates(case):
     before = case.round._cache_size()
     for round_ in range(2, 5):
@@ -239,9 +285,18 @@ def test_one_compile_for_all_rounds_and_rates(case):
 
 
 def test_what_travels(case):
-    """The message holds the factors that are shared and nothing else: no private leaf, no scale, no optimiser."""
-    sent = {path.rpartition("/")[2] for path in tree.flatten(case.out.messages)}
-    assert sent == set(SENT.get(case.name, ("a", "b")))
+    """No scale, no optimiser's state: a message is at most as large as what a client trains."""
+    sent = tree.flatten(case.out.messages)
+    assert "scale" not in {path.rpartition("/")[2] for path in sent}
+    trained = tree.partition(case.method.personalise(case.server, case.fresh), lambda path: not path.endswith("scale"))
+    assert sum(leaf[0].size for leaf in sent.values()) <= sum(leaf.size for leaf in jax.tree.leaves(trained[0]))
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_shipped_methods_send_what_their_papers_say(name):
+    phases, rounds = trace_rounds(name)
+    messages = rounds[phases[0]][1].messages
+    assert {path.rpartition("/")[2] for path in tree.flatten(messages)} == set(SENT[name])
 
 
 def test_what_the_server_renews_goes_down_too():
@@ -288,3 +343,28 @@ def test_rules_make_methods():
     run = make_round(method, trainer, make_mesh(1))
     out, _ = run_round(run, params, server, make_cohort(2), [0.5, 0.5], start_states(method, server, 2))
     assert list(tree.flatten(out.messages)) == ["decoder/fc2/b"]
+
+
+def change(option):
+    """Choices for `make_method` in which an option is not at its default."""
+    group, _, name = option.partition(".")
+    if group == "hyper":
+        default = getattr(HyperOptions(), name)
+        kinds = {bool: lambda x: not x, int: lambda x: x // 2, float: lambda x: 1 - x / 2}
+        return {"hyper": HyperOptions(**{name: kinds[type(default)](default)})}
+    return {
+        "server": {"server": ServerOptions(optimizer="adam", learning_rate=0.1)},
+        "local.proximal": {"local": LocalOptions(proximal=0.5)},
+        "local.scaffold": {"local": LocalOptions(scaffold=True)},
+        "lora.ranks": {"ranks": (1, 2, 1, 2)},
+    }[option]
+
+
+@pytest.mark.parametrize("name", methods_available())
+def test_what_a_method_takes_it_reads(name):
+    """An option that it says it takes changes what is computed: the traced programs or their order."""
+    declared = make_method(name)[3].takes
+    default = trace_rounds(name, optimizer="sgd")
+    for option in declared:
+        reads = trace_rounds(name, optimizer="sgd", **change(option)) != default
+        assert reads, f"{name} says that it takes {option}, which changes nothing in its rounds"

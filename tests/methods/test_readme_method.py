@@ -1,6 +1,7 @@
 """The README's "Add a method" holds: its code, as a new file beside the others, is a method that keeps the contract."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,11 +43,14 @@ def test_it_declares_what_its_average_takes(case):
         contract.test_a_fresh_client_has_the_bare_base,
         contract.test_training_moves_the_model_and_never_the_scale,
         contract.test_permuting_clients_permutes_results,
-        contract.test_a_client_of_weight_zero_changes_nothing,
+        partial(contract.test_a_client_of_weight_zero_changes_nothing, poison=-7.0),
         contract.test_nobody_counts_and_the_server_stays,
         contract.test_masked_steps_and_padded_rows_change_nothing,
         contract.test_an_empty_client_keeps_its_start,
         contract.test_old_clients_go_on_from_their_own_state_and_new_ones_do_not,
+        contract.test_what_travels,
+        contract.test_rounds_follow_each_other,
+        contract.test_a_kept_optimizer_is_used,
     ],
 )
 def test_it_keeps_the_contract(case, check):

@@ -1,6 +1,7 @@
 """`fedvlm train`: one federated run, or the rest of one."""
 
 import dataclasses
+import json
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -8,37 +9,67 @@ from typing import Annotated
 
 import tyro
 
+from fedvlm_jax.cli._together import Together, together
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.config import Run, name_folder, to_json
+from fedvlm_jax.runs.config import Run, from_json, name_folder, to_json
+from fedvlm_jax.runs.distributed import DistributedOptions, check_distributed
 from fedvlm_jax.runs.validation import validate
 
 __all__ = ["train"]
 
 
-def train(run: Annotated[Run, tyro.conf.arg(name="")]) -> None:
+def train(
+    run: Annotated[Run, tyro.conf.arg(name="")],
+    distributed: DistributedOptions = DistributedOptions(),  # noqa: B008  frozen
+) -> None:
     """Fine-tune one adapter per client, together, and evaluate every client's own model."""
+    check_distributed(distributed)
     if run.resume is not None:
         _refuse_changes(run)
-        folder = run.resume
-        if not (folder / "config.json").is_file():
-            raise UserError(f"--resume {folder}: no config.json there, so it is not the folder of a run")
+        if not (run.resume / "config.json").is_file():
+            raise UserError(f"--resume {run.resume}: no config.json there, so it is not the folder of a run")
     else:
         validate(run)
-        folder = run.out or name_folder(run.method, datetime.now())
-        run = dataclasses.replace(run, out=folder)
+    with together(distributed) as about:
+        _train(run, about, distributed.asked)
 
+
+def _train(run: Run, about: Together, again: bool) -> None:
+    """Train or go on; `again`: a run that has begun in its folder goes on without being asked to."""
+    from fedvlm_jax import processes
     from fedvlm_jax.runs import loop, progress
 
-    show = progress.open_progress()
+    name = processes.tell_all(lambda: str(run.resume or run.out or name_folder(run.method, datetime.now())))
+    folder = about.folder = Path(name)
+    begun = run.resume is not None or (again and processes.tell_all(lambda: _has_begun(run, folder)))
+    show = progress.open_progress() if processes.is_first() else progress.SilentProgress()
     try:
-        folder = loop.train(run, show) if run.resume is None else loop.resume(run.resume, show)
+        loop.resume(folder, show) if begun else loop.train(dataclasses.replace(run, out=folder), show)
     except KeyboardInterrupt:
         show.finish()
         print(f"\nfedvlm: stopped. To go on: fedvlm train --resume {folder}", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         show.finish()
-    _print_results(folder)
+    if processes.is_first():
+        _print_results(folder)
+
+
+def _has_begun(run: Run, folder: Path) -> bool:
+    """Is this very run in the folder already?
+
+    Raises:
+        UserError: another one is.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    there = from_json(json.loads(file.read_text(encoding="utf-8"))["run"])
+    if dataclasses.replace(there, out=None) != dataclasses.replace(run, out=None):
+        asked, stored = (_flatten(to_json(dataclasses.replace(one, out=None))) for one in (run, there))
+        other = ", ".join(_name_flag(name) for name in asked if asked[name] != stored[name])
+        raise UserError(f"--out {folder} has a run with other options ({other}): choose another folder")
+    return True
 
 
 def _refuse_changes(run: Run) -> None:
@@ -46,8 +77,12 @@ def _refuse_changes(run: Run) -> None:
     asked, default = (_flatten(to_json(dataclasses.replace(one, resume=None))) for one in (run, Run()))
     changed = [name for name in asked if asked[name] != default[name]]
     if changed:
-        flags = ", ".join("--" + name.replace("_", "-").replace("data.source", "data") for name in changed)
+        flags = ", ".join(_name_flag(name) for name in changed)
         raise UserError(f"--resume takes all options from the run's folder: leave out {flags}")
+
+
+def _name_flag(name: str) -> str:
+    return "--" + name.replace("_", "-").replace("data.source", "data")
 
 
 def _flatten(options: dict[str, object], prefix: str = "") -> dict[str, object]:

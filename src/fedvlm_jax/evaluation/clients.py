@@ -3,6 +3,7 @@
 What is to be answered is cut into pieces, up to B examples of one client each, and V pieces at a time go through one
 program whatever the split, so a client with ten thousand examples beside one with ten costs what its examples cost.
 The next pieces are read while these are answered, and several models are asked about each piece while it is there.
+With several processes each reads the pieces that its own devices answer, and all of them get all answers.
 
 Axes: C clients, V pieces at a time, B examples of a piece, U labels.
 """
@@ -24,7 +25,7 @@ from fedvlm_jax.evaluation.preferences import Pairs, score_preferences
 from fedvlm_jax.evaluation.texts import select_metrics
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.objectives.likelihood import score_pairs, token_losses
-from fedvlm_jax.sharding import CLIENTS
+from fedvlm_jax.sharding import CLIENTS, fetch, own_places, place, place_own
 
 __all__ = ["Adapters", "Evaluator", "Scored", "Scores", "make_answer"]
 
@@ -190,15 +191,17 @@ class Evaluator:
         """Waves of pieces with their batches [V, B, …] on the devices, the next read while this one is in use."""
         waves = self._waves(list(self._cut(rows)))
         across = NamedSharding(self.mesh, PartitionSpec(CLIENTS))
+        own = own_places(self.mesh, self.wave).tolist()
 
         def make(index: int) -> dict[str, np.ndarray]:
-            batch = self.inputs(np.stack([piece.rows for piece in waves[index]]))
-            counts = np.asarray([piece.real for piece in waves[index]])[:, None]
+            pieces = [waves[index][at] for at in own]
+            batch = self.inputs(np.stack([piece.rows for piece in pieces]))
+            counts = np.asarray([piece.real for piece in pieces])[:, None]
             counted = (np.arange(self.batch) < counts)[..., None]
             return batch | {name: np.where(counted, batch[name], IGNORED) for name in LABELS if name in batch}
 
         for batch, wave in zip(read_ahead(make, 0, len(waves)), waves, strict=True):
-            yield jax.device_put(batch, across), wave
+            yield place_own(batch, across), wave
 
     def _run(
         self, program: Callable[..., Any], params: PyTree, adapters: Adapters | None, batch: Any, wave: list[_Piece]
@@ -206,13 +209,13 @@ class Evaluator:
         """What a program makes of a batch: pairs of a client and its part, without what only fills up."""
         across = NamedSharding(self.mesh, PartitionSpec(CLIENTS))
         clients = np.asarray([piece.client for piece in wave])
-        own = None if adapters is None else jax.device_put(adapters(clients), across)
-        outputs = jax.device_get(program(params, own, batch))
-        for place, piece in enumerate(wave):
+        own = None if adapters is None else place(adapters(clients), across)
+        outputs = fetch(program(params, own, batch))
+        for at, piece in enumerate(wave):
             if piece.real:
                 yield (
                     piece.client,
-                    jax.tree.map(lambda leaf, place=place, piece=piece: leaf[place, : piece.real], outputs),
+                    jax.tree.map(lambda leaf, at=at, piece=piece: leaf[at, : piece.real], outputs),
                 )
 
     def _gold(self, split: Split, numbers: Sequence[int]) -> list[str]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from fedvlm_jax import processes
 from fedvlm_jax.errors import UserError
 
 __all__ = ["Checkpoints"]
@@ -19,7 +20,7 @@ class Checkpoints:
 
     A state is any pytree of arrays. Its leaves are laid end to end, one array per type, beside their paths and shapes,
     because orbax's cost is by array; they are restored into the structure of a template, so that nothing depends on how
-    a container is written.
+    a container is written. Of several processes the first writes, and all read.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -28,8 +29,19 @@ class Checkpoints:
 
         self._ocp = ocp
         self._folder = folder.resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        own = jax.process_index()  # each on its own, as far as orbax knows: nobody waits for a write of another
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, create=False, multiprocessing_options=alone
+        )
+        if not processes.is_first():
+            processes.wait_for_all()  # opening sweeps up what a kill left, which one should do
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        if processes.is_first():
+            processes.wait_for_all()
 
     def save(self, round_: int, state: PyTree, extra: Mapping[str, Any], elsewhere: PyTree = ()) -> None:
         """Write a checkpoint of the state as it is now, in the background. A kill leaves the last.
@@ -40,6 +52,8 @@ class Checkpoints:
             extra: JSON, written beside it.
             elsewhere: shapes of what is stored in another place, and has to fit as well.
         """
+        if not processes.is_first():
+            return
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
         packed = {
             kind: np.concatenate([leaf.ravel() for leaf in leaves if str(leaf.dtype) == kind])

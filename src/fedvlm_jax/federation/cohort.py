@@ -13,7 +13,7 @@ from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.round import to_waves
 from fedvlm_jax.methods import Client
 
-__all__ = ["Layout", "Turnout", "choose_layout", "draw_cohort", "draw_turnout", "make_clients"]
+__all__ = ["Layout", "Turnout", "choose_layout", "draw_cohort", "draw_turnout", "find_fillers", "make_clients"]
 
 COHORT_STREAM, TURNOUT_STREAM = 101, 103
 """First integers of the random streams, which keep them apart from every other use of the run's seed."""
@@ -136,6 +136,7 @@ def make_clients(
     layout: Layout,
     weighting: Literal["examples", "uniform"],
     steps: Int[np.ndarray, " cohort"] | None = None,
+    own: Int[np.ndarray, " own"] | None = None,
 ) -> tuple[Client, Float[np.ndarray, " places"]]:
     """Everything a round reads of its cohort, as host arrays.
 
@@ -148,27 +149,31 @@ def make_clients(
         weighting: p_k by number of examples, or uniform, over those who train; who has no examples, or takes no
             step, has weight 0 either way.
         steps: how many of the layout's local steps each of them takes; all by default.
+        own: the places of the cohort, padding included, that this process reads; all by default.
 
     Returns:
-        A `Client` of arrays [W, V, …], all of them new as yet, and the weights [K] in the cohort's order.
+        A `Client` of arrays [W, V, …], or of this process's places alone, all of them new as yet, and the weights [K]
+        in the cohort's order.
     """
-    own = [examples.clients[number].train for number in numbers]
+    at = np.arange(layout.places) if own is None else own
+    rows = [examples.clients[number].train for number in numbers]
     taken = np.full(len(numbers), layout.steps) if steps is None else steps
-    drawn = round_rows(seed, round_, numbers.tolist(), own, layout.steps, layout.batch, [layout.rows], taken.tolist())
-    padding = layout.places - len(numbers)
-
-    def pad(array: np.ndarray) -> np.ndarray:
-        return np.concatenate([array, np.repeat(array[:1], padding, axis=0)])
-
+    drawn = round_rows(seed, round_, numbers.tolist(), rows, layout.steps, layout.batch, [layout.rows], taken.tolist())
     counts = np.where(taken > 0, drawn.counts if weighting == "examples" else drawn.counts > 0, 0).astype(np.float64)
-    weights = np.concatenate([counts / max(counts.sum(), 1.0), np.zeros(padding)]).astype(np.float32)
-    mask = np.concatenate([drawn.mask, np.zeros((padding, *drawn.mask.shape[1:]), bool)])
+    padding = np.zeros(layout.places - len(numbers))
+    weights = np.concatenate([counts / max(counts.sum(), 1.0), padding]).astype(np.float32)
+    who = find_fillers(at, len(numbers))
     client = Client(
-        examples=inputs(pad(drawn.rows)),
-        indices=pad(drawn.indices),
-        mask=mask,
-        weight=weights,
-        number=pad(numbers).astype(np.int32),
-        new=np.ones(layout.places, bool),
+        examples=inputs(drawn.rows[who]),
+        indices=drawn.indices[who],
+        mask=drawn.mask[who] & (at < len(numbers))[:, None, None],
+        weight=weights[at],
+        number=numbers[who].astype(np.int32),
+        new=np.ones(len(at), bool),
     )
     return to_waves(client, layout.waves), weights
+
+
+def find_fillers(places: Int[np.ndarray, " some"], cohort: int) -> Int[np.ndarray, " some"]:
+    """Who of a cohort stands at these places: beyond it the last, whose own place is the nearest."""
+    return np.minimum(places, cohort - 1)

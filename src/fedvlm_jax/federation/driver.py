@@ -1,6 +1,10 @@
 """The host's side of a federation: which method stands where, and one call per round.
 
 A federation in progress is the server's state on the devices, the personal states on the host, and a compiled round.
+
+With several processes each reads the examples and the personal states of the clients whose places in the cohort are on
+its own devices, round by round: the cohort is that of a single process, and so are the numbers, to rounding. All of
+them know the table of states, what was measured, and who counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,17 +20,17 @@ from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.data.encode import Examples
-from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, make_clients
+from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, find_fillers, make_clients
 from fedvlm_jax.federation.health import OF_PAIRS
 from fedvlm_jax.federation.inputs import Inputs
-from fedvlm_jax.federation.memory import Footprint, measure
+from fedvlm_jax.federation.memory import Footprint, count_unread, measure
 from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.population import NOBODY, Population, Slots
 from fedvlm_jax.federation.programs import Programs
 from fedvlm_jax.federation.round import from_waves, start_personal, to_waves
 from fedvlm_jax.federation.traffic import count_bytes, find_travelling
 from fedvlm_jax.methods import Client
-from fedvlm_jax.sharding import place_like, place_waves, replicate
+from fedvlm_jax.sharding import fetch, fetch_own, own_places, place_like, place_waves, replicate
 
 __all__ = ["Driver", "Moment", "RoundInputs", "RoundReport", "start_adapter"]
 
@@ -37,7 +41,7 @@ class RoundInputs(NamedTuple):
     Attributes:
         round: its number.
         numbers: the cohort.
-        clients: arrays [W, V, …]; who is new is settled when the round begins.
+        clients: arrays [W, V, …], or of this process's places alone; who is new is settled when the round begins.
         weights: [K], p_k in the cohort's order.
         turnout: how many dropped out and how many straggled, where that may happen.
     """
@@ -129,6 +133,7 @@ class Driver:
     epochs: float | None = None
     file: Path | None = None
     population: Population = field(init=False)
+    _own: Int[np.ndarray, " own"] = field(init=False, repr=False)
     _trainable: Int[np.ndarray, " some"] = field(init=False, repr=False)
     _sizes: Int[np.ndarray, " some"] = field(init=False, repr=False)
     _base: tuple[PyTree, PyTree] | None = field(default=None, init=False, repr=False)
@@ -139,6 +144,9 @@ class Driver:
         )
         clients = self.examples.clients
         self.population = Population(shapes, len(clients), self.file)
+        waves = self.layout.waves  # position k of the cohort sits at wave k mod W, place k div W
+        own = own_places(self.programs.mesh, self.layout.wave)
+        self._own = (own[:, None] * waves + np.arange(waves)).ravel()
         self._trainable = np.flatnonzero([not client.held_out for client in clients])
         self._sizes = np.asarray([len(clients[number].train) for number in self._trainable])
         self.server = replicate(self.programs.mesh, self.server)
@@ -163,7 +171,7 @@ class Driver:
         full = full if steps is None else np.minimum(full, steps)
         turnout = draw_turnout(self.seed, round_, numbers, full, options)
         clients, weights = make_clients(
-            self.seed, round_, numbers, self.examples, self.inputs, layout, self.weighting, turnout.steps
+            self.seed, round_, numbers, self.examples, self.inputs, layout, self.weighting, turnout.steps, self._own
         )
         told = {"dropped": int(turnout.dropped.sum())} if options.dropout else {}
         told |= {"stragglers": int(turnout.late.sum())} if options.stragglers else {}
@@ -188,18 +196,20 @@ class Driver:
         Raises:
             TooLargeError: the compiler finds that it does not fit.
         """
-        compiled = self._compile(self._arguments(read, {"a": 0.0, "b": 0.0}), read.round)
-        return measure(compiled, self.base, self.programs.mesh, self.layout.wave)
+        arguments = self._arguments(read, {"a": 0.0, "b": 0.0})
+        compiled = self._compile(arguments, read.round)
+        unread = count_unread(compiled, arguments)
+        return measure(compiled, self.base, self.programs.mesh, self.layout.wave, unread)
 
     def _arguments(self, read: RoundInputs, rates: dict[str, float]) -> tuple[Any, ...]:
         """What the compiled round takes; personal states as they are now."""
         mesh, numbers, waves = self.programs.mesh, read.numbers, self.layout.waves
-        places = np.concatenate([numbers, np.repeat(numbers[:1], self.layout.places - len(numbers))])
-        clients = read.clients._replace(new=to_waves(~self.population.known[places], waves))
+        held = numbers[find_fillers(self._own, len(numbers))]
+        clients = read.clients._replace(new=to_waves(~self.population.known[held], waves))
         return (
             self.base,
             self.server,
-            place_waves(mesh, to_waves(self.population.gather(places), waves)),
+            place_waves(mesh, to_waves(self.population.gather(held), waves)),
             place_waves(mesh, clients),
             jnp.asarray(read.weights),
             {name: jnp.float32(rate) for name, rate in rates.items()},
@@ -225,7 +235,7 @@ class Driver:
         if len(counted):
             found = self.programs.health(before, states, out.messages, jnp.asarray(weights))
             health = health | (found if len(counted) > 1 else {k: v for k, v in found.items() if k not in OF_PAIRS})
-            self.population.scatter(numbers[counted], jax.tree.map(lambda x: x[counted], jax.device_get(states)))
+            self._store(numbers[counted], counted, out.personal)
             self.server = out.server
         up, down = self._travelling(out.messages, max(1, len(counted)))
         received = numbers if self.programs.method.deliver is None else numbers[counted]
@@ -233,7 +243,7 @@ class Driver:
             numbers=numbers,
             counted=numbers[counted],
             turnout=read.turnout,
-            metrics={name: np.asarray(values)[: len(numbers)] for name, values in out.metrics.items()},
+            metrics={name: values[: len(numbers)] for name, values in fetch(out.metrics).items()},
             health={name: float(value) for name, value in health.items()},
             bytes_up=self._count_bytes(up, numbers[counted]),
             bytes_down=self._count_bytes(down, received),
@@ -242,6 +252,14 @@ class Driver:
             else None,
             base=base,
         )
+
+    def _store(self, numbers: np.ndarray, places: np.ndarray, states: PyTree) -> None:
+        """Keep the states [W, V, …] of these clients, who stand at these places of the cohort."""
+        own = np.flatnonzero(np.isin(places, self._own))
+        rows = np.searchsorted(self._own, places[own])
+        held = jax.tree.map(lambda x: x[rows], from_waves(fetch_own(states)))
+        self.population.scatter(numbers, held, own)
+        self.population.meet()
 
     def _travelling(self, messages: PyTree, senders: int) -> tuple[PyTree, PyTree]:
         """What one client sends and what it receives, as trees of shapes, where so many clients sent something."""

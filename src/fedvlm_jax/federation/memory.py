@@ -1,6 +1,8 @@
 """What a compiled round needs of a device's memory, as its compiler says, and how many clients fit side by side."""
 
+import math
 import os
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,11 +17,15 @@ __all__ = [
     "GIB",
     "USABLE",
     "Footprint",
+    "Memory",
     "TooLargeError",
     "count_device_bytes",
+    "count_unread",
+    "find_most",
     "find_wave",
     "measure",
     "read_device_bytes",
+    "read_memory",
 ]
 
 GIB = 2**30
@@ -32,6 +38,15 @@ T = TypeVar("T")
 
 class TooLargeError(Exception):
     """The compiler itself refused: the program does not fit on the device."""
+
+    @property
+    def needed(self) -> int | None:
+        """Bytes that the program would take at least, where the compiler's words tell."""
+        told = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available", str(self))
+        if told is None:
+            return None
+        number, unit = (part for part in told.groups() if part)
+        return int(float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))
 
 
 class Footprint(NamedTuple):
@@ -53,7 +68,45 @@ class Footprint(NamedTuple):
         return max(0, self.total - self.base) // self.clients
 
 
-def measure(compiled: Any, base: PyTree, mesh: Mesh, wave: int) -> Footprint:
+class Memory(NamedTuple):
+    """What a compiler says of a program's memory on one device: its `memory_analysis()`, field by field, in bytes.
+
+    Attributes:
+        arguments: what the program is given and reads, as the device lays it out.
+        outputs: what it returns.
+        aliases: of that, what is written over arguments (donated ones).
+        temporaries: scratch.
+        code: the program itself.
+        peak: the most at a time, as the compiler has it.
+    """
+
+    arguments: int
+    outputs: int
+    aliases: int
+    temporaries: int
+    code: int
+    peak: int
+
+    @property
+    def total(self) -> int:
+        """What must be free for it: all of it side by side, or the peak where the compiler puts that higher."""
+        return max(self.peak, self.arguments + self.outputs - self.aliases + self.temporaries + self.code)
+
+
+def read_memory(compiled: Any) -> Memory:
+    """Read the analysis of what `jax.jit(…).lower(…).compile()` returns."""
+    stats = compiled.memory_analysis()
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliases=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+        peak=stats.peak_memory_in_bytes,
+    )
+
+
+def measure(compiled: Any, base: PyTree, mesh: Mesh, wave: int, unread: int = 0) -> Footprint:
     """Read a compiled round's footprint.
 
     Args:
@@ -61,28 +114,35 @@ def measure(compiled: Any, base: PyTree, mesh: Mesh, wave: int) -> Footprint:
         base: the base as it is placed.
         mesh: of the round.
         wave: clients side by side, over all devices.
+        unread: of `count_unread`.
     """
-    stats = compiled.memory_analysis()
-    total = stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
-    return Footprint(count_device_bytes(base), total - stats.alias_size_in_bytes, wave // mesh.shape[CLIENTS])
+    return Footprint(count_device_bytes(base), read_memory(compiled).total + unread, wave // mesh.shape[CLIENTS])
 
 
 def count_device_bytes(placed: PyTree) -> int:
-    """Bytes of a placed tree on each device: a sharded array's shard, a replicated one's whole."""
+    """Bytes of a placed tree, or of its shapes, on each device: a sharded array's shard, a replicated one's whole."""
 
     def count(leaf: Any) -> int:
-        shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
+        sharding = getattr(leaf, "sharding", None)
         size = leaf.dtype.itemsize
-        for length in shape:
+        for length in leaf.shape if sharding is None else sharding.shard_shape(leaf.shape):
             size *= length
         return size
 
     return sum(count(leaf) for leaf in jax.tree.leaves(placed))
 
 
+def count_unread(compiled: Any, arguments: tuple[Any, ...]) -> int:
+    """Bytes on each device of arguments that the program does not read, so that the compiler does not count them: the
+    vision tower, where its features are kept."""
+    kept = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda one: one is None)
+    leaves = jax.tree.leaves(arguments)
+    return count_device_bytes([leaf for leaf, where in zip(leaves, kept, strict=True) if where is None])
+
+
 def read_device_bytes(mesh: Mesh) -> int | None:
-    """The memory of a device of the mesh, or on a CPU its share of the machine's; None where nobody says."""
-    device = mesh.devices.flat[0]
+    """The memory of a device of this process, or on a CPU its share of the machine's; None where nobody says."""
+    device = mesh.local_devices[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
@@ -108,12 +168,14 @@ def find_wave(
     Raises:
         UserError: not even one client fits on a device.
     """
+    seen: list[Footprint] = []
     while True:
         try:
             made, footprint = try_wave(wave)
         except TooLargeError as error:
             made, footprint, told = None, None, str(error)
         else:
+            seen.append(footprint)
             if limit is None or footprint.total <= USABLE * limit:
                 return made, footprint
             told = f"it takes {footprint.total / GIB:.1f} GiB, {footprint.base / GIB:.1f} of them the base"
@@ -124,13 +186,57 @@ def find_wave(
                 "(--train.batch-size), --system.remat, --system.compute bfloat16, or spread the base over devices "
                 "(--mesh clients=N,model=M)"
             )
-        wave = _narrow(wave, devices, footprint, limit)
+        wave = devices * _narrow(wave // devices, seen if footprint else [], limit)
 
 
-def _narrow(wave: int, devices: int, footprint: Footprint | None, limit: int | None) -> int:
-    """As many clients a device as should fit by their footprint, or half as many where there is none."""
-    clients = wave // devices
-    if footprint is None or limit is None or not footprint.per_client:
-        return devices * max(1, clients // 2)
-    fit = int((USABLE * limit - footprint.base) // footprint.per_client)
-    return devices * max(1, min(fit, clients - 1))
+def _narrow(clients: int, seen: list[Footprint], limit: int | None) -> int:
+    """As many clients a device as should fit by the last footprints, or half as many where there are none.
+
+    What a cohort reads lies on the devices whatever the wave, so the line that leads to what fits is the one through
+    two footprints; the first guess has only one, and the base.
+    """
+    if not seen or limit is None or not seen[-1].per_client:
+        return max(1, clients // 2)
+    last, slope = seen[-1], float(seen[-1].per_client)
+    if len(seen) > 1 and seen[-2].total > last.total:
+        slope = (seen[-2].total - last.total) / (seen[-2].clients - last.clients)
+    fit = last.clients + math.floor((USABLE * limit - last.total) / slope)
+    return max(1, min(fit, clients - 1))
+
+
+def find_most(
+    try_clients: Callable[[int], Footprint], first: Footprint, limit: int, refused: int | None = None, tries: int = 2
+) -> tuple[int, int | None]:
+    """How many clients fit side by side on a device: guessed along a line, and then tried.
+
+    Args:
+        try_clients: clients a device -> its footprint; raises `TooLargeError` where the compiler refuses.
+        first: one that fits.
+        limit: bytes of a device.
+        refused: the fewest that are known not to fit.
+        tries: how many may be tried.
+
+    Returns:
+        The most that were seen to fit, and the fewest that were seen not to; exact where they differ by one.
+    """
+    fits, known = first.clients, {0: first.base, first.clients: first.total}
+    for _ in range(tries):
+        if refused is not None and refused <= fits + 1:
+            break
+        (fewer, low), (more, high) = sorted(known.items())[-2:]
+        slope = (high - low) / (more - fewer)
+        guess = int(more + (USABLE * limit - high) // slope) if slope > 0 else 2 * more
+        guess = max(fits + 1, guess if refused is None else min(guess, refused - 1))
+        try:
+            found = try_clients(guess)
+        except TooLargeError as error:
+            refused = guess
+            if error.needed:
+                known[guess] = error.needed
+            continue
+        known[guess] = found.total
+        if found.total <= USABLE * limit:
+            fits = guess
+        else:
+            refused = guess
+    return fits, refused

@@ -5,6 +5,10 @@ memory does not grow with the population. A table says which slot holds whose st
 (that of a checkpoint, or of the best round so far) is never overwritten: the client's next state goes to a free slot.
 So a checkpoint writes the table and nothing else, and costs what changed since the one before; and remembering the
 models of a round costs as much.
+
+Several processes share the file, on a disk that all of them reach: each keeps the whole table, finds the same free
+slots, and writes and reads only the records that it has to do with; `meet` lies between one's writing and another's
+reading. A client of the next round may so fall to whichever process its place in the cohort is on.
 """
 
 import os
@@ -18,6 +22,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int, PyTree
 
+from fedvlm_jax import processes
 from fedvlm_jax.errors import UserError
 
 __all__ = ["NOBODY", "Population", "Slots"]
@@ -54,7 +59,7 @@ class Population:
         self._leaves, self._structure = jax.tree.flatten(shapes)
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in self._leaves]
         self._ends = np.cumsum([0, *sizes]).tolist()
-        self._name = "its temporary file" if file is None else str(file)
+        self._path, self._name = file, "its temporary file" if file is None else str(file)
         self._file = _open_temporary() if file is None else os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         weakref.finalize(self, os.close, self._file)
         self.slots = np.full(clients, NOBODY, np.int64)
@@ -92,17 +97,39 @@ class Population:
         ]
         return jax.tree.unflatten(self._structure, leaves)
 
-    def scatter(self, numbers: Sequence[int] | np.ndarray, states: PyTree) -> None:
-        """Write the states [K, …] of these clients, each named once; they are known from now on."""
+    def scatter(
+        self, numbers: Sequence[int] | np.ndarray, states: PyTree, own: Int[np.ndarray, " own"] | None = None
+    ) -> None:
+        """Give these clients, each named once, new states; they are known from now on.
+
+        Args:
+            numbers: of the clients, K of them.
+            states: [K, …], or what this process has of them.
+            own: the places among `numbers` of the states that it has; all by default. The others write the rest.
+        """
         at = np.asarray(numbers, np.int64)
-        records = np.empty((len(at), self.record), np.uint8)
+        own = np.arange(len(at)) if own is None else own
+        records = np.empty((len(own), self.record), np.uint8)
         for leaf, start, end in zip(jax.tree.leaves(states), self._ends[:-1], self._ends[1:], strict=True):
-            records[:, start:end] = np.ascontiguousarray(leaf)[: len(at)].reshape(len(at), -1).view(np.uint8)
+            rows = np.ascontiguousarray(leaf)[: len(own)].reshape(len(own), (end - start) // leaf.dtype.itemsize)
+            records[:, start:end] = rows.view(np.uint8)
         self.slots[at] = NOBODY  # their old records are free, unless a table that is kept names them
         slots = self._find_free(len(at))
-        for record, slot in zip(records, slots.tolist(), strict=True):
+        for record, slot in zip(records, slots[own].tolist(), strict=True):
             os.pwrite(self._file, record.tobytes(), slot * self.record)
         self.slots[at] = slots
+
+    def meet(self) -> None:
+        """With several processes: go on when all have written, and read what they wrote."""
+        if processes.count() == 1:
+            return
+        assert self._path is not None, "a temporary file is nobody else's"
+        self.flush()
+        processes.wait_for_all()
+        # A network disk shows what others wrote from one's next opening of a file on.
+        fresh = os.open(self._path, os.O_RDWR)
+        os.dup2(fresh, self._file)
+        os.close(fresh)
 
     def keep(self, name: Hashable, slots: Slots | None = None) -> Slots:
         """Keep the records as they are now, or as a table says, readable under a name; returns the table."""

@@ -1,5 +1,6 @@
 """A method's programs on a mesh: built once for all runs that share it, compiled once for every shape."""
 
+import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,7 @@ class Programs:
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                raise TooLargeError(str(error).splitlines()[0]) from error
+                raise TooLargeError(_find_reason(str(error))) from error
         return self.compiled[key]
 
 
@@ -66,3 +67,9 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs
         jax.jit(lambda server, states, messages, weights: examine(trained(server, states, messages), weights)),
         method.base,  # not jitted: a compiled program would return copies of the weights that it leaves alone
     )
+
+
+def _find_reason(told: str) -> str:
+    """Of what a compiler says, the line with the sizes, or the first."""
+    lines = told.splitlines()
+    return next((line for line in lines if re.search(r"Used \S+ of \S+", line)), lines[0])

@@ -3,6 +3,8 @@
 The base is frozen, so these two numbers per row never change: they are computed once, before training, and travel with
 the row. On disk they are kept by content, in a file that later runs, and a resumed one, find again.
 
+With several processes each scores its share of the rows, and they exchange what they found.
+
 Values agree to float32 rounding whatever batch a row was computed in, and are equal to the bit where they come from
 the same file.
 """
@@ -18,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int, PyTree
 
+from fedvlm_jax import processes
 from fedvlm_jax.data.encode import IGNORED, Examples
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.inputs import Inputs
@@ -112,15 +115,17 @@ def compute_reference(
         inputs: rows -> batches.
         store: what is known already; what is computed is added to it.
         batch: rows at a time on each device.
-        mesh: the rows of a batch are spread over its axis `clients`.
+        mesh: of this process; the rows of a batch are spread over its axis `clients`.
         note: told about long work.
     """
     keys = _hash_pairs(examples)
-    missing = list({key: row for row, key in enumerate(keys) if store.find(key) is None}.values())
+    own = [keys[row] for row in processes.share_out(len(keys))]
+    places = {key: row for row, key in enumerate(keys)}
+    missing = [places[key] for key in dict.fromkeys(own) if store.find(key) is None]
     across = NamedSharding(mesh, PartitionSpec(CLIENTS))
     size = batch * mesh.shape[CLIENTS]
     if missing:
-        note(f"reference log-probabilities: {len(missing)} of {len(keys)} pairs to compute, {store.where}")
+        note(f"reference log-probabilities: {len(missing)} of {len(own)} pairs to compute, {store.where}")
     done, told, running = 0, time.monotonic(), None
     for start in range(0, len(missing) + size, size):
         rows, finished = missing[start : start + size], running
@@ -135,7 +140,7 @@ def compute_reference(
             if done < len(missing) and time.monotonic() - told > QUIET:
                 note(f"reference log-probabilities: {done} of {len(missing)}")
                 told = time.monotonic()
-    return np.asarray([store.find(key) for key in keys], np.float32).reshape(-1, 2)
+    return processes.gather(np.asarray([store.find(key) for key in own], np.float32).reshape(-1, 2), len(keys))
 
 
 def add_reference(inputs: Inputs, reference: Reference) -> Inputs:

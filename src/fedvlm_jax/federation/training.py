@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora, tree
 from fedvlm_jax.data.encode import IGNORED, LABELS
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods import Client
 from fedvlm_jax.methods.record import Metrics, is_factor
 from fedvlm_jax.objectives import Objective
@@ -72,6 +73,8 @@ def make_local_trainer(
         assemble: Callable[[PyTree], lora.Adapter] = lambda factors: factors,
         nudge: Callable[[PyTree], PyTree] | None = None,
     ) -> tuple[PyTree, PyTree, Metrics]:
+        if not client.indices.shape[0]:
+            raise UserError("a method asks for a training of no steps at all: it needs more --train.local-steps")
         moving, frozen = tree.partition(factors, trained)
 
         def loss(moving: PyTree, batch: dict[str, Array]) -> tuple[Array, Metrics]:

@@ -3,10 +3,10 @@
 Imports nothing heavy: the command line reads it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-__all__ = ["HyperOptions", "LocalOptions", "ServerOptions"]
+__all__ = ["HyperOptions", "LocalOptions", "ServerOptions", "options_known"]
 
 
 @dataclass(frozen=True)
@@ -75,3 +75,10 @@ class HyperOptions:
     """ce-lora, fedmosaic: temperature of the softmax over the clients' similarities."""
     mosaic_weight: float = 0.5
     """fedmosaic: weight of the adapter that is mixed from the others' (the paper learns it)."""
+
+
+def options_known() -> frozenset[str]:
+    """What a method may say that it takes or refuses; `server` stands for all of the server's options."""
+    groups = {"server": ServerOptions, "local": LocalOptions, "hyper": HyperOptions}
+    single = {f"{group}.{field.name}" for group, options in groups.items() for field in fields(options)}
+    return frozenset({"server", "lora.ranks", "share", "train.weighting"} | single)

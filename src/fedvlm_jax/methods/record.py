@@ -33,7 +33,7 @@ class Client(NamedTuple):
     Attributes:
         examples: this round's rows, a dict of arrays [M, …]: the model's batch, row by row.
         indices: [S, B], which rows each local step reads.
-        mask: [S, B], which of them count. A step in which none does changes nothing.
+        mask: [S, B], which of them count. A step in which none does changes nothing; such steps come last.
         weight: its share of the average, p_k (Σ p_k = 1 over the cohort); 0 for padding and for clients that drop out.
         number: its place in the population.
         new: does it take part for the first time?
@@ -72,7 +72,9 @@ class Train(Protocol):
                 gradient, a control variate.
 
         Returns:
-            The tree after training, the optimiser's state, and metrics.
+            The tree after training, the optimiser's state, and metrics: `loss` and what else the objective tells, and
+            `gradient_norm`, as means over the steps that counted; `last_loss`; and `steps`, how many counted. Those of
+            several trainings in a row are joined by `methods.parts.metrics.over_steps`.
         """
         ...
 
@@ -107,6 +109,7 @@ class Setup(NamedTuple):
         population: clients that there are.
         cohort: clients that a round has at most.
         rounds: that the run will have.
+        local_steps: of a client in a round at most; 0 while the data, which will tell, is not read.
         ranks: of every client, or empty where all have the adapter's own; padded to it, so that shapes are equal.
         local, server, hyper: options of local training, of the server's optimiser, and of single methods.
         share: the rule of the method `share`.
@@ -120,6 +123,7 @@ class Setup(NamedTuple):
     population: int = 1
     cohort: int = 1
     rounds: int = 1
+    local_steps: int = 0
     ranks: Sequence[int] = ()
     local: LocalOptions = LocalOptions()
     server: ServerOptions = ServerOptions()
@@ -135,15 +139,17 @@ def is_factor(path: str) -> bool:
 class Method(NamedTuple):
     """A federated method.
 
-    What makes one computes nothing and asks nothing of the model: it is also called to read what the method takes.
+    What makes one computes nothing and asks nothing of the model: it is also called to read what the method takes. It
+    may raise `UserError` for a setup that it cannot work with, which ends a run before anything is loaded.
 
     Attributes:
-        name: as the command line knows it.
+        name: as the command line knows it, its file's with hyphens.
         source: where it comes from, and its update in a line.
         init: (adapter) -> server state; once.
         init_client: (key, server, number) -> personal state, at a client's first participation.
         client_update: (context, server, personal, client, key) -> personal, message, metrics; the engine vmaps it.
-        aggregate: (context, server, messages [K, …], weights [K]) -> server, metrics; sees all messages at once.
+        aggregate: (context, server, messages [K, …], weights [K]) -> server, metrics; sees all messages at once, also
+            those of clients with weight 0, whatever they hold. If all weights are 0 the server must stay as it is.
         personalise: (server, personal) -> the adapter that the client uses.
         trained: (server before the round, personal, message) -> the adapter as the client had it when it sent its
             message: what it would use if nothing were redistributed.

@@ -125,6 +125,7 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
         received = lora.partition(factors, rule, setup.sites)[0]
         nudges = [control.make_proximal(local.proximal, received)] if local.proximal else []
         nudges += [control.make_correction(server["control"], personal["control"])] if local.scaffold else []
+        nudges = nudges if _sent(received, trained) else []  # they hold back what is shared: here that is frozen
         factors, optimizers[ctx.phase], metrics = ctx.train(
             factors,
             optimizers[ctx.phase],

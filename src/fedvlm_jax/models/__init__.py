@@ -3,7 +3,7 @@
 from fedvlm_jax.models.checkpoint import save_checkpoint
 from fedvlm_jax.models.florence2 import build, image_tokens
 from fedvlm_jax.models.hub import load_vlm, read_vlm, resolve_folder
-from fedvlm_jax.models.processing import Processor
+from fedvlm_jax.models.processing import Processor, read_size
 from fedvlm_jax.models.vlm import Batch, Params, Vlm
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "build",
     "image_tokens",
     "load_vlm",
+    "read_size",
     "read_vlm",
     "resolve_folder",
     "save_checkpoint",

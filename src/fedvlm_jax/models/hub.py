@@ -14,7 +14,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.checkpoint import find_files, load_params
 from fedvlm_jax.models.florence2 import build
 from fedvlm_jax.models.vlm import Params, Vlm
-from fedvlm_jax.sharding import cut_base
+from fedvlm_jax.sharding import cut_base, place
 
 ASSETS = Path(__file__).parent.parent / "assets"
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -25,17 +25,25 @@ def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
 
     Args:
         name: which model.
-        weights: of a hub id, download these too.
+        weights: are they wanted too? Of some models only the configuration ships; of a hub id, they are downloaded.
 
     Raises:
         UserError: where there is no such folder and the hub does not have it or cannot be reached.
+        UserError: where weights are wanted of a model that ships without.
     """
     folder = Path(name)
     if folder.is_dir():
         return folder
-    ships = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+    described = {path.parent.name for path in ASSETS.glob("*/config.json")}
+    ships = sorted(model for model in described if not weights or (ASSETS / model / "model.safetensors").is_file())
     if str(name) in ships:
         return ASSETS / str(name)
+    if str(name) in described:
+        hub = f"florence-community/{str(name).replace('florence2', 'Florence-2')}"
+        raise UserError(
+            f"of {name} only the configuration ships, for `fedvlm plan` and `fedvlm explain`: for its weights name a "
+            f"folder or a hub id, for example {hub}; models that ship whole: {', '.join(ships) or 'none'}"
+        )
     looks_like_id = str(name).count("/") == 1 and not folder.is_absolute() and not str(name).startswith(".")
     known = f"models that ship: {', '.join(ships) or 'none'}"
     if not looks_like_id:
@@ -116,4 +124,4 @@ def load_vlm(
     vlm = read_vlm(folder, compute_dtype=compute_dtype, remat=remat)
     where = None if mesh is None else cut_base(mesh, vlm.shapes(), vlm.cuts)
     arrays = load_params(vlm.shapes(), find_files(folder), jnp.dtype(dtype))
-    return vlm, jax.tree.map(jnp.asarray, arrays) if where is None else jax.device_put(arrays, where)
+    return vlm, jax.tree.map(jnp.asarray, arrays) if where is None else place(arrays, where)

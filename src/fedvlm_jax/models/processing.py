@@ -23,6 +23,20 @@ _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model"
 _IMAGES = ("processor_config.json", "preprocessor_config.json")
 
 
+def read_size(folder: Path) -> tuple[int, int] | None:
+    """Height and width in pixels that a model's pictures are brought to, from its folder's JSON alone; None where it
+    has none, or they are not brought to one size."""
+    for name in _IMAGES:
+        if not (folder / name).is_file():
+            continue
+        values = json.loads((folder / name).read_text())
+        images = values.get("image_processor", values)
+        size = images.get("crop_size" if images.get("do_center_crop") else "size") or {}
+        if size.get("height") and size.get("width"):
+            return int(size["height"]), int(size["width"])
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Processor:
     """Wraps transformers' own processor; make one with `from_folder`."""

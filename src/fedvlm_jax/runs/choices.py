@@ -140,6 +140,7 @@ def declare(name: str, run: Run) -> "Method":
             draw=nothing,
             start_optimizer=nothing,
             rounds=run.train.rounds,
+            local_steps=run.train.local_steps if run.train.local_epochs is None else 0,
             local=run.local,
             server=run.server,
             hyper=run.hyper,
@@ -222,7 +223,11 @@ def _check_method(run: Run, method: "Method", label: str) -> None:
         part = path.partition(".")[0]
         if {path, part} & method.takes or (path == _WEIGHTING and path not in method.refuses):
             continue
-        why = method.refuses.get(path) or method.refuses.get(part) or "it does not say that it takes it"
+        why = (
+            method.refuses.get(path)
+            or method.refuses.get(part)
+            or "the method was not written for it (Method.takes does not name it)"
+        )
         raise UserError(f"{_flag(path)} does not go with {label}, because {why}. Leave it out, or leave the method out")
     if "share" in method.takes and not run.share:
         raise UserError(f"{label} needs its rule: add --share REGEX, for example --share 'decoder/.*/b$'")

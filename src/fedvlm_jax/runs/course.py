@@ -1,6 +1,7 @@
 """The rounds of one run: its phases, what a round leaves in the folder, and the models of the best round so far.
 
-Everything that a later round depends on is in the checkpoint of the round before.
+Everything that a later round depends on is in the checkpoint of the round before. Of several processes the first writes
+the lines and the checkpoints, and all of them know what is in them.
 """
 
 import json
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from fedvlm_jax import processes
 from fedvlm_jax.data.batches import pad_rows
 from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.errors import UserError
@@ -29,7 +31,7 @@ from fedvlm_jax.runs.folders import read_metrics
 from fedvlm_jax.runs.models import each_model, give_models
 from fedvlm_jax.runs.prepare import Prepared, make_driver
 from fedvlm_jax.runs.progress import Progress
-from fedvlm_jax.sharding import replicate
+from fedvlm_jax.sharding import fetch, replicate
 
 __all__ = ["Best", "Course"]
 
@@ -151,16 +153,20 @@ class Course:
         last = round_ in (self.phases[-1].last, self.phases[0].last)
         if last or round_ % self.prepared.run.evaluation.every == 0:
             line["validation"] = self._validate(round_, report)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._write_line(line)
         if last or round_ % self.prepared.run.checkpoint_every == 0:
             self._save(round_)
         self.show.round(line)
         self.rounds += 1
         if self.rounds == 2:
             self.show.note(f"a round after the first takes {seconds:.2g} s, evaluation apart")
+
+    def _write_line(self, line: dict[str, Any]) -> None:
+        if processes.is_first():
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
     def _validate(self, round_: int, report: RoundReport) -> dict[str, Any]:
         chosen = self.prepared.select_by
@@ -234,7 +240,7 @@ class Course:
     def _trim_metrics(self, done: int) -> None:
         """Forget lines of rounds that are not in a checkpoint: they are run again."""
         path = self.folder / "metrics.jsonl"
-        if path.exists():
+        if processes.is_first() and path.exists():
             lines = [json.dumps(line) + "\n" for line in read_metrics(self.folder) if line["round"] <= done]
             scratch = path.with_suffix(".tmp")
             scratch.write_text("".join(lines), encoding="utf-8")
@@ -264,7 +270,9 @@ def _adopt(driver: Driver, models: Adapters, wave: int) -> None:
     method = driver.programs.method
     start = jax.jit(jax.vmap(lambda adapter, number: method.init_client(driver.key, method.init(adapter), number)))
     for numbers, adapters in each_model(models, len(driver.population), wave):
-        driver.population.scatter(numbers, jax.device_get(start(adapters, pad_rows(numbers, wave))))
+        states, own = fetch(start(adapters, pad_rows(numbers, wave))), processes.share_out(len(numbers))
+        driver.population.scatter(numbers, jax.tree.map(lambda leaf, own=own: leaf[own], states), own)
+    driver.population.meet()
 
 
 def _describe_round(round_: int, method: str, report: RoundReport, seconds: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise, zip_longest
 
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.choices import declare
 from fedvlm_jax.runs.config import SHARE, Run, methods_available
 from fedvlm_jax.runs.explain import Explanation
@@ -26,7 +27,11 @@ def tabulate_methods(run: Run) -> Table:
     """Tabulate every method that there is with its source, and what it takes beside the usual options."""
     rows = []
     for name in (*methods_available(), SHARE):
-        method = declare(name, run)
+        try:
+            method = declare(name, run)
+        except UserError as error:
+            rows.append((name, f"cannot be used: {error}", NOTHING))
+            continue
         rows.append((name, method.source, _write_options(method.takes)))
     note = (
         "p_k: weight of client k. Takes: of the options that not every method takes (--server.*, --local.proximal, "

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 
+from fedvlm_jax import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.memory import GIB, USABLE, Footprint, TooLargeError, find_wave, read_device_bytes
 from fedvlm_jax.runs.frozen import Note
@@ -19,7 +20,7 @@ def fit(prepared: Prepared, note: Note = lambda text: None) -> Prepared:
         UserError: not even one client fits on a device, or not as many as the run asks for.
     """
     run, mesh = prepared.run, prepared.session.mesh
-    began, limit = time.monotonic(), read_device_bytes(mesh)
+    began, limit = time.monotonic(), processes.smallest(read_device_bytes(mesh))
 
     def try_wave(wave: int) -> tuple[Prepared, Footprint]:
         layout = lay_out(run, prepared.examples, mesh, run.cohort, wave)

@@ -1,6 +1,7 @@
 """What a run computes once of the frozen base and then keeps: image features, and the reference's log-probabilities.
 
-A `Session` holds them, with the base itself, for all runs that share model and data.
+A `Session` holds them, with the base itself, for all runs that share model and data. With several processes each
+computes what it needs on its own devices, and keeps it in a folder of its own.
 """
 
 import gc
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from fedvlm_jax import processes
 from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.data.images import Images
 from fedvlm_jax.data.table import Table
@@ -20,6 +22,7 @@ from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.federation.reference import ReferenceStore, compute_reference, make_score
 from fedvlm_jax.models import Processor
 from fedvlm_jax.runs.config import Run
+from fedvlm_jax.sharding import own_base, own_mesh
 
 __all__ = ["Note", "Session", "choose_store", "reference_of"]
 
@@ -63,20 +66,22 @@ class Session:
 def reference_of(run: Run, session: Session, examples: Examples, inputs: Inputs, on_disk: bool, note: Note) -> Any:
     """The base's log-probabilities of all answers; clients, seeds and runs that share rows share them."""
 
+    params = own_base(session.params)
+
     def open_store() -> ReferenceStore:
         if not on_disk:
             return ReferenceStore()
-        weights = fingerprint_params(session.params, sorted(session.params))
+        weights = fingerprint_params(params, sorted(params))
         return ReferenceStore(_cache_folder(run) / f"reference-{weights}-{_describe_computing(run, session.processor)}")
 
     return compute_reference(
         session.remember("score", lambda: make_score(session.vlm)),
-        session.params,
+        params,
         examples,
         inputs,
         session.remember(("reference store", on_disk), open_store),
         batch=run.evaluation.batch_size,
-        mesh=session.mesh,
+        mesh=own_mesh(session.mesh),
         note=note,
     )
 
@@ -87,16 +92,15 @@ def choose_store(run: Run, session: Session, images: Images, note: Note) -> Feat
     if system.cache == "off":
         return None
     limit = int(system.cache_gib * GIB)
+    params = own_base(session.params)
 
     def open_store(kind: str) -> FeatureStore:
         features = jax.jit(lambda params, pixels: session.vlm.image_features(params, None, pixels))
         folder = None
         if kind == "disk":
-            name = f"features-{fingerprint_params(session.params)}-{_describe_computing(run, session.processor)}"
+            name = f"features-{fingerprint_params(params)}-{_describe_computing(run, session.processor)}"
             folder = _cache_folder(run) / name
-        return FeatureStore(
-            lambda pixels: features(session.params, pixels), session.processor, limit=limit, folder=folder
-        )
+        return FeatureStore(lambda pixels: features(params, pixels), session.processor, limit=limit, folder=folder)
 
     def open_once(kind: str) -> FeatureStore:
         return session.remember(("features", kind, limit, system.cache_dir), lambda: open_store(kind))
@@ -114,5 +118,6 @@ def _cache_folder(run: Run) -> Path:
 
 
 def _describe_computing(run: Run, processor: Processor) -> str:
-    """What decides the numbers beside weights and content."""
-    return f"{processor.fingerprint}-{run.system.compute}"
+    """What decides the numbers beside weights and content; and, of several processes, whose they are."""
+    own = f"-{jax.process_index()}of{processes.count()}" if processes.count() > 1 else ""
+    return f"{processor.fingerprint}-{run.system.compute}{own}"

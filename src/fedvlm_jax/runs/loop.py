@@ -2,6 +2,8 @@
 
 Everything that a later round depends on is in the checkpoint of the round before, so a run that is killed at any
 moment and resumed ends with the same adapters, bit for bit, on the same machine, mesh and wave width.
+
+Several processes run the same loop side by side, in a folder that all of them reach; the first one writes into it.
 """
 
 import dataclasses
@@ -10,11 +12,12 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora, processes, tree
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Adapters
 from fedvlm_jax.federation.driver import Moment
@@ -30,7 +33,7 @@ from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.runs.storage import BASE, describe_environment, save_adapters, save_base, write_json
 from fedvlm_jax.runs.validation import validate
-from fedvlm_jax.sharding import replicate
+from fedvlm_jax.sharding import fetch, replicate
 
 __all__ = ["extend", "resume", "train"]
 
@@ -49,11 +52,15 @@ def train(run: Run, show: Progress | None = None, session: Session | None = None
     validate(run)
     if run.out is None:
         raise UserError("a run needs a folder: set out")
-    if run.out.exists() and any(run.out.iterdir()):
-        raise UserError(
-            f"{run.out} is not empty: choose another --out, or go on with it: fedvlm train --resume {run.out}"
-        )
+    processes.tell_all(partial(_refuse_used, run.out))
     return _execute(run, show or SilentProgress(), session)
+
+
+def _refuse_used(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} is not empty: choose another --out, or go on with it: fedvlm train --resume {folder}"
+        )
 
 
 def resume(folder: Path, show: Progress | None = None, session: Session | None = None) -> Path:
@@ -65,7 +72,7 @@ def resume(folder: Path, show: Progress | None = None, session: Session | None =
     show = show or SilentProgress()
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     run = dataclasses.replace(from_json(stored["run"]), out=folder, resume=None)
-    if (folder / "results.json").exists():
+    if processes.tell_all((folder / "results.json").exists):
         show.note(f"{folder} is finished")
         return folder
     resolved = stored["resolved"]
@@ -116,7 +123,6 @@ def _execute(run: Run, show: Progress, session: Session | None) -> Path:
     assert run.out is not None
     session = session or open_session(run, show.note)
     prepared = fit(prepare(run, session, show.note), show.note)
-    run.out.mkdir(parents=True, exist_ok=True)
     _write_config(run, prepared)
     show.note("asking the bare base (zero-shot)")
     zero_shot = session.remember(
@@ -147,7 +153,8 @@ def _execute(run: Run, show: Progress, session: Session | None) -> Path:
         **describe_scores(prepared, scored),
         **score_matrix(prepared, base, models),
     }
-    write_examples(prepared, scored, run.out)
+    if processes.is_first():
+        write_examples(prepared, scored, run.out)
     write_json(run.out / "results.json", results)
     return run.out
 
@@ -156,15 +163,27 @@ def _list_adapters(prepared: Prepared, models: Adapters) -> Iterator[tuple[str, 
     """Everybody's name and adapter, on the host."""
     clients = prepared.examples.clients
     for numbers, adapters in each_model(models, len(clients), prepared.layout.wave):
-        held = jax.device_get(adapters)
+        held = fetch(adapters)
         for place, number in enumerate(numbers):
             yield clients[number].name, jax.tree.map(lambda leaf, place=place: leaf[place], held)
 
 
 def _write_config(run: Run, prepared: Prepared) -> None:
+    """Write the record of the start, which a resumed run keeps."""
     assert run.out is not None
-    if (run.out / "config.json").exists():
-        return  # a resumed run keeps the record of its start
+    file = run.out / "config.json"
+    if processes.is_first() and not file.exists():
+        run.out.mkdir(parents=True, exist_ok=True)
+        write_json(file, _describe_start(run, prepared))
+    processes.wait_for_all()
+    if not file.exists():
+        raise UserError(
+            f"process {jax.process_index()} does not see {file}, which process 0 wrote: the run's folder must be on a "
+            "disk that all processes share; choose it with --out"
+        )
+
+
+def _describe_start(run: Run, prepared: Prepared) -> dict[str, Any]:
     layout = prepared.layout
     resolved = {
         "wave": layout.wave,
@@ -173,6 +192,7 @@ def _write_config(run: Run, prepared: Prepared) -> None:
         "rows": layout.rows,
         "steps": layout.steps,
         "mesh": dict(prepared.session.mesh.shape),
+        "processes": processes.count(),
         "clients": [client.name for client in prepared.examples.clients],
         "evaluated": [prepared.examples.clients[number].name for number in prepared.scored],
         "train_examples": [len(client.train) for client in prepared.examples.clients],
@@ -183,4 +203,4 @@ def _write_config(run: Run, prepared: Prepared) -> None:
         "skipped": [dataclasses.asdict(row) for row in prepared.examples.skipped],
     }
     about = {"resolved": resolved, "federation": prepared.federation.description}
-    write_json(run.out / "config.json", {"run": to_json(run), **describe_environment(), **about})
+    return {"run": to_json(run), **describe_environment(), **about}

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
+from fedvlm_jax import processes
 from fedvlm_jax.data.batches import pad_rows
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Adapters
@@ -91,7 +92,9 @@ def find_nearest(
 def describe_clients(prepared: Prepared) -> Float[np.ndarray, "clients width"]:
     """The mean frozen feature of every client's images [C, D]: training images, validation images of the held-out."""
     rows = []
-    for client in prepared.examples.clients:
+    clients = prepared.examples.clients
+    for number in processes.share_out(len(clients)):
+        client = clients[number]
         own = client.validation if client.held_out else client.train
         batch = prepared.inputs(own[:IMAGES])
         if "image_features" not in batch:
@@ -99,7 +102,7 @@ def describe_clients(prepared: Prepared) -> Float[np.ndarray, "clients width"]:
                             "vision tower, and --system.cache on; or choose mean or initial.")  # fmt: skip
         features = batch["image_features"]
         rows.append(features.mean(axis=(0, 1)) if len(features) else np.zeros(features.shape[-1], features.dtype))
-    return np.stack(rows)
+    return processes.gather(np.stack(rows), len(clients))
 
 
 def _average(driver: Driver, numbers: np.ndarray, slots: Slots, wave: int) -> PyTree:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedvlm_jax import lora
-from fedvlm_jax.data.batches import count_steps
+from fedvlm_jax import lora, processes
 from fedvlm_jax.data.encode import Examples, encode, require_pairs
 from fedvlm_jax.data.federate import Federation, count_reasons, federate
 from fedvlm_jax.data.options import DataOptions
@@ -22,23 +21,22 @@ from fedvlm_jax.data.table import read_table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Evaluator, make_answer
 from fedvlm_jax.evaluation.neighbours import Neighbours, make_neighbours
-from fedvlm_jax.federation.cohort import Layout, choose_layout
+from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.driver import Driver, start_adapter
 from fedvlm_jax.federation.features import is_vision_frozen
 from fedvlm_jax.federation.inputs import Inputs, make_inputs
 from fedvlm_jax.federation.options import ParticipationOptions
-from fedvlm_jax.federation.programs import Programs, make_programs
+from fedvlm_jax.federation.programs import Programs
 from fedvlm_jax.federation.reference import add_reference
-from fedvlm_jax.federation.training import make_local_trainer
-from fedvlm_jax.methods import Setup, load_method
 from fedvlm_jax.methods.options import LocalOptions, ServerOptions
 from fedvlm_jax.models import Processor, load_vlm, read_vlm, resolve_folder
 from fedvlm_jax.objectives import Objective, load_objective
+from fedvlm_jax.runs.build import build_programs, deal_ranks, lay_out_sizes, make_spec
 from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
 from fedvlm_jax.runs.meshes import parse_mesh
-from fedvlm_jax.sharding import CLIENTS, make_mesh
+from fedvlm_jax.sharding import connect, make_mesh, refuse_split_groups
 
 __all__ = ["Prepared", "Session", "lay_out", "make_driver", "open_session", "prepare"]
 
@@ -121,6 +119,10 @@ def open_session(run: Run, note: Note = lambda text: None) -> Session:
     if load_objective(run.objective, run.preference).pairs:
         require_pairs(table)
     mesh = make_mesh(*(parse_mesh(run.system.mesh) or ()))
+    refuse_split_groups(mesh)
+    if processes.count() > 1:
+        processes.wait_for_all()
+        connect(mesh)
     if run.share:
         check_rule(run, read_vlm(run.model).sites)  # before gigabytes are read
     note(f"loading {run.model}")
@@ -143,7 +145,7 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         raise UserError(
             f"--evaluation.max-answer-tokens is {asked}: {run.model} has {positions} positions, ask for fewer"
         )
-    spec = _make_spec(run)
+    spec = make_spec(run)
     key = jax.random.key(run.seed)
     adapter = start_adapter(key, session.vlm.sites, spec)
     objective = load_objective(run.objective, run.preference)
@@ -226,35 +228,26 @@ def make_driver(
     common = run.lora.private_a == "common" or go_on is not None
     layout = lay_out(run, prepared.examples, session.mesh, cohort, prepared.layout.wave)
     dealt = () if go_on else run.lora.ranks
-    ranks = tuple(dealt[number % len(dealt)] for number in range(clients)) if dealt else ()
+    ranks = deal_ranks(dealt, clients)
     local, server = (run.local, run.server) if go_on is None else (LocalOptions(), ServerOptions())
     goal = (run.objective, run.preference, train.optimizer, train.weight_decay, train.clip_norm, train.optimizer_state)
-    static = (method, common, run.lora, *goal, clients, layout.places, train.rounds, ranks, run.hyper, run.share)
+    shape = (clients, layout.places, layout.steps, train.rounds, ranks)
+    static = (method, common, run.lora, *goal, *shape, run.hyper, run.share)
 
     def make() -> Programs:
-        trainer = make_local_trainer(
+        return build_programs(
+            run,
+            method,
             session.vlm,
             prepared.objective,
-            optimizer=train.optimizer,
-            weight_decay=train.weight_decay,
-            clip_norm=train.clip_norm,
-        )
-        setup = Setup(
-            sites=session.vlm.sites,
-            draw=lambda key: lora.init(key, session.vlm.sites, prepared.spec),
-            start_optimizer=trainer.start,
-            keep_optimizer=train.optimizer_state == "kept",
-            common_start=common,
+            session.mesh,
             population=clients,
-            cohort=layout.places,
-            rounds=train.rounds,
+            layout=layout,
             ranks=ranks,
+            common_start=common,
             local=local,
             server=server,
-            hyper=run.hyper,
-            share=run.share,
         )
-        return make_programs(load_method(method, setup), trainer, session.mesh)
 
     programs = session.remember(("programs", *static, local, server), make)
     return Driver(
@@ -285,19 +278,4 @@ def _fit_to_model(data: DataOptions, vlm: Any) -> DataOptions:
 def lay_out(run: Run, examples: Examples, mesh: Mesh, cohort: int | None, wave: int | None) -> Layout:
     """The shapes of a run's rounds with so many clients each, so many of them side by side."""
     sizes = [len(client.train) for client in examples.clients if not client.held_out]
-    train, steps = run.train, run.train.local_steps
-    if train.local_epochs is not None:
-        steps = max((count_steps(size, train.local_epochs, train.batch_size) for size in sizes), default=1)
-    return choose_layout(
-        sizes,
-        cohort=cohort,
-        wave=wave,
-        devices=mesh.shape[CLIENTS],
-        steps=max(steps, 1),
-        batch=train.batch_size,
-    )
-
-
-def _make_spec(run: Run) -> lora.LoRA:
-    options = run.lora
-    return lora.LoRA(options.rank, options.alpha, options.targets, rslora=options.rslora, init=options.init)
+    return lay_out_sizes(run, sizes, mesh, cohort, wave)

@@ -13,6 +13,7 @@ from fedvlm_jax.evaluation.clients import Adapters, Scored, Scores
 from fedvlm_jax.evaluation.intervals import bootstrap_mean
 from fedvlm_jax.evaluation.neighbours import recall
 from fedvlm_jax.runs.prepare import Prepared
+from fedvlm_jax.sharding import fetch
 
 __all__ = [
     "ScoredModels",
@@ -121,7 +122,7 @@ def _evaluate(
 
 def is_same(personal: Adapters, general: Adapters, numbers: list[int]) -> bool:
     """Is the global model what these clients have, because their method keeps nothing private?"""
-    ours, theirs = (jax.device_get(adapters(np.asarray(numbers))) for adapters in (personal, general))
+    ours, theirs = (fetch(adapters(np.asarray(numbers))) for adapters in (personal, general))
     if jax.tree.structure(ours) != jax.tree.structure(theirs):
         return False  # one of them remembers
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, ours, theirs)))

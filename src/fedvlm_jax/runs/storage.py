@@ -1,10 +1,14 @@
-"""Files that a run leaves: JSON written whole or not at all, adapters as safetensors, and where it all ran."""
+"""Files that a run leaves: JSON written whole or not at all, adapters as safetensors, and where it all ran.
+
+Of several processes the first writes; the others do what it takes to have the same in hand.
+"""
 
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from fedvlm_jax import tree
+from fedvlm_jax import processes, tree
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.sharding import own_base
 
 __all__ = ["BASE", "describe_environment", "load_base", "open_adapters", "save_adapters", "save_base", "write_json"]
 
@@ -26,6 +31,8 @@ BASE = "base.safetensors"
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    if not processes.is_first():
+        return
     scratch = path.with_name(path.name + ".tmp")
     with scratch.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1, ensure_ascii=False)
@@ -48,6 +55,9 @@ def save_adapters(
     """
     from safetensors.numpy import save_file
 
+    if not processes.is_first():
+        deque(adapters, maxlen=0)
+        return
     metadata = {"format": "fedvlm-jax", **{name: str(value) for name, value in about.items()}}
     (folder / "clients").mkdir(parents=True, exist_ok=True)
     flat = tree.flatten(shared)
@@ -65,8 +75,8 @@ def save_base(file: Path, base: PyTree, moved: PyTree) -> None:
     from safetensors.numpy import save_file
 
     before, after = tree.flatten(base), tree.flatten(moved)
-    changed = {path: np.ascontiguousarray(leaf) for path, leaf in after.items() if leaf is not before[path]}
-    if changed:
+    changed = {path: np.ascontiguousarray(own_base(leaf)) for path, leaf in after.items() if leaf is not before[path]}
+    if changed and processes.is_first():
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(changed, file, {"format": "fedvlm-jax", "part": "base"})
 

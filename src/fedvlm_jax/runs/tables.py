@@ -104,11 +104,14 @@ def tabulate_comparison(record: ComparisonRecord) -> list[Table]:
     seeds = f"{len(record.seeds)} seed{'s' if len(record.seeds) != 1 else ''}"
     note = (
         f"{_capitalise(find_measure(record.metric).label)} on test, mean over clients ± standard deviation over "
-        f"{seeds}; worst decile: mean of the worst tenth of the clients. Against another method: difference in "
-        "percentage points on the same clients, with its 95 % t-interval over "
-        f"{'seeds' if len(record.seeds) > 1 else 'clients (one seed only)'}; "
-        "▲ ahead, ▼ behind, ≈ the interval holds zero. Bold: the highest mean."
+        f"{seeds}; worst decile: mean of the worst tenth of the clients. Bold: the highest mean."
     )
+    if rivals:
+        note += (
+            " Against another method: difference in percentage points on the same clients, with its 95 % t-interval "
+            f"over {'seeds' if len(record.seeds) > 1 else 'clients (one seed only)'}; "
+            f"{', '.join(f'{mark} {meaning}' for meaning, mark in MARKS.items())} (the interval holds zero)."
+        )
     columns = ("method", "mean", "worst decile", *(f"against {rival}" for rival in rivals), "upload per client, round")
     best = frozenset(index for index, mean in enumerate(means) if mean == max(means))
     others = _tabulate_all_metrics(record, methods)

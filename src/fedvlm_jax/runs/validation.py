@@ -148,7 +148,7 @@ def _check_numbers(run: Run) -> None:
         ("--evaluation.max-answer-tokens", evaluation.max_answer_tokens, 1),
         ("--evaluation.batch-size", evaluation.batch_size, 1),
         ("--evaluation.examples", evaluation.examples, 0),
-        ("--system.wave", system.wave, 1),
+        ("--wave", system.wave, 1),
     ):
         _at_least(flag, value, least)
     if evaluation.examples > MOST_EXAMPLES:
@@ -216,12 +216,10 @@ def _check_pairs(run: Run) -> None:
     if train.optimizer == "sgd" and train.weight_decay:
         raise UserError("--train.weight-decay belongs to AdamW: leave it at 0, or use --train.optimizer adamw")
     if system.wave and run.cohort and system.wave > run.cohort:
-        raise UserError(f"--system.wave {system.wave} is wider than --cohort {run.cohort}: make the wave smaller")
+        raise UserError(f"--wave {system.wave} is wider than --cohort {run.cohort}: make the wave smaller")
     mesh = parse_mesh(system.mesh)
     if system.wave and mesh and system.wave % mesh.clients:
-        raise UserError(
-            f"--system.wave {system.wave} does not divide over --mesh {mesh}: use a multiple of {mesh.clients}"
-        )
+        raise UserError(f"--wave {system.wave} does not divide over --mesh {mesh}: use a multiple of {mesh.clients}")
     if system.cache_dir is not None and system.cache not in ("auto", "disk"):
         raise UserError(f"--system.cache-dir is for --system.cache disk, not {system.cache}")
     if not 0 < system.cache_gib < float("inf"):

@@ -1,0 +1,119 @@
+"""README's table of pods: what `fedvlm plan` says of one round on each, devices and clients growing together.
+
+    python benchmarks/plan_table.py                       # all cells that are not there yet, then the table
+    python benchmarks/plan_table.py --only v5e:2x2        # those of one topology
+    python benchmarks/plan_table.py --table               # the table of the cells that are there
+
+Needs the extra `plan` (libtpu) and no TPU. Every cell is one `fedvlm plan` with eight clients a chip: pLoRA of rank 8
+on the language model, four steps of two examples, features of 768x768 pictures (577 tokens, and 24 of text), answers of
+64 tokens, bfloat16 arithmetic, layers recomputed. On the smallest topology of a chip it also tries how many clients
+fit. A cell that is done is a line of `results/plan_table.jsonl`, so this can be killed and
+started again; `results/plan_table.json` holds them all, with versions and commit.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fedvlm_jax.runs.chips import parse_topology
+from fedvlm_jax.runs.storage import describe_environment, write_json
+
+RESULTS = Path(__file__).parent / "results"
+LINES = RESULTS / "plan_table.jsonl"
+MODELS = ("florence2-base", "florence2-large")
+TOPOLOGIES = (
+    *("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"),
+    *("v5p:2x2x1", "v5p:4x4x4"),
+    *("v6e:2x2", "v6e:4x4", "v6e:16x16"),
+)
+CLIENTS_PER_CHIP = 8
+SMALLEST = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+OPTIONS = (
+    *("--train.local-steps", "4", "--train.batch-size", "2", "--sizes.answer-tokens", "64"),
+    *("--system.compute", "bfloat16", "--system.remat"),
+)
+GIB = 2**30
+
+
+def main() -> None:
+    """Do what is missing, then write all and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="topologies or models that contain this")
+    parser.add_argument("--table", action="store_true", help="compile nothing")
+    chosen = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    for topology in TOPOLOGIES:
+        for model in MODELS:
+            name = f"{topology}/{model}"
+            if not chosen.table and chosen.only in name and name not in read_cells():
+                print(f"{name} ...", file=sys.stderr, flush=True)
+                cell = make_cell(topology, model)
+                with LINES.open("a") as file:
+                    file.write(json.dumps({"cell": name, **cell}) + "\n")
+    cells = read_cells()
+    write_json(RESULTS / "plan_table.json", {"options": OPTIONS, "cells": cells, **describe_environment()})
+    print("\n".join(tabulate(cells)))
+
+
+def read_cells() -> dict[str, dict[str, Any]]:
+    """The cells that are done, by name; a line that a kill cut short is none."""
+    cells: dict[str, dict[str, Any]] = {}
+    for line in LINES.read_text().splitlines() if LINES.exists() else ():
+        try:
+            cell = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        cells[cell["cell"]] = cell
+    return cells
+
+
+def make_cell(topology: str, model: str) -> dict[str, Any]:
+    """One plan, in a process of its own; what did not fit is a cell too."""
+    clients = str(CLIENTS_PER_CHIP * (parse_topology(topology).devices or 1))
+    tries = "2" if topology in SMALLEST else "0"
+    words = ["--topology", topology, "--model", model, "--clients", clients, "--tries", tries, *OPTIONS]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "fedvlm_jax", "plan", *words, "--out", folder]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        file = Path(folder) / "plan.json"
+        if not file.exists():
+            if done.returncode != 2:  # not an answer but an accident
+                raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+            return {"refused": done.stderr.splitlines()[-1]}
+        plan = json.loads(file.read_text())
+    kept = ("topology", "layout", "memory_bytes", "fit", "cost", "seconds", "collectives", "versions", "commit")
+    return {"command": " ".join(["fedvlm plan", *words]), **{name: plan[name] for name in kept}}
+
+
+def tabulate(cells: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines of Markdown."""
+    lines = [
+        "| pod | model | clients a round | side by side on a chip | HBM needed of a chip's | clients that fit a chip "
+        "| TFLOP a chip | all-reduce a chip | round at least | share of the peak |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, cell in cells.items():
+        topology, model = name.split("/")
+        if "refused" in cell:
+            lines.append(f"| {topology} | {model} | {cell['refused']} | | | | | | | |")
+            continue
+        memory, layout, seconds, fit = cell["memory_bytes"], cell["layout"], cell["seconds"], cell["fit"]
+        devices = cell["topology"]["devices"]
+        told = sum(one["bytes"] * one["runs_per_round"] for one in cell["collectives"])
+        fits, not_ = fit["clients_that_fit"], fit["clients_that_do_not"]
+        most = "" if topology not in SMALLEST else f"{fits}" + ("" if not_ == fits + 1 else " or more")
+        lines.append(
+            f"| {topology} | {model} | {layout['cohort']} | {layout['wave'] // devices} "
+            f"| {memory['needed'] / GIB:.1f} of {memory['of_device'] / GIB:.0f} GiB | {most} "
+            f"| {cell['cost']['flops'] / 1e12:.1f} | {told / 2**20:.1f} MiB | {seconds['round']:.2f} s "
+            f"| {seconds['share_of_peak']:.0%} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What the commands do when they are one of several processes: they meet, and they end together."""
+
+import os
+import sys
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.distributed import DistributedOptions, describe_loss, join
+
+__all__ = ["Together", "together"]
+
+LOST = 3
+"""Exit code of a process that ended because another did: nothing was wrong with what it was asked."""
+
+
+@dataclass
+class Together:
+    """What is told when the processes end early.
+
+    Attributes:
+        folder: of the run, once it is known.
+    """
+
+    folder: Path | None = None
+
+
+@contextmanager
+def together(options: DistributedOptions) -> Generator[Together]:
+    """Be one of several processes while the block lasts, which all of them leave together.
+
+    What ends one of them early ends its process at once: on the way that Python takes out, jax waits for processes that
+    will not come, and then aborts.
+    """
+    about = Together()
+    if not options.asked:
+        yield about
+        return
+
+    def lost(process: int) -> None:
+        print(f"fedvlm: {describe_loss([process], about.folder)}", file=sys.stderr)
+        _end(LOST)
+
+    try:
+        leave = join(options, lost)
+        yield about
+        from fedvlm_jax import processes
+
+        processes.wait_for_all()
+        leave()
+    except BaseException as error:
+        _end(_tell(error, about))
+
+
+def _end(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _tell(error: BaseException, about: Together) -> int:
+    """Say what ended this process; returns its exit code."""
+    from jax.errors import JaxRuntimeError
+
+    from fedvlm_jax import processes
+
+    if isinstance(error, UserError):
+        print(f"fedvlm: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        print("\nfedvlm: stopped, and the other processes with it", file=sys.stderr)
+        return 130
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    if isinstance(error, JaxRuntimeError):
+        gone = processes.find_gone()
+        if gone != []:
+            print(f"fedvlm: {describe_loss(gone, about.folder)}", file=sys.stderr)
+            return LOST
+    traceback.print_exception(error)
+    return 1

@@ -1,0 +1,134 @@
+"""The options of a run that several processes make together, and how they find each other.
+
+No heavy package is imported here, so that `--help` answers at once.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from socket import socket
+from typing import Annotated
+
+import tyro
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.meeting import meet, watch
+
+__all__ = ["DistributedOptions", "check_distributed", "describe_loss", "join"]
+
+SILENCE = 30
+"""Seconds after which a process that does not stir counts as gone, and the others end."""
+
+
+def _optional(metavar: str, otherwise: str) -> object:
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
+
+
+@dataclass(frozen=True)
+class DistributedOptions:
+    """Several processes, on one machine or many, that make one run together: each is started with the same command"""
+
+    on: Annotated[
+        bool,
+        tyro.conf.arg(aliases=("--distributed",), help_behavior_hint="(default: by itself)"),
+        tyro.conf.FlagCreatePairsOff,
+    ] = False
+    """Be one of several processes. On TPU pods, under Slurm and Open MPI that is all; elsewhere say also what follows.
+    The run's folder must be on a disk that all of them share. If one dies the others end; the same command, given to
+    all of them again, goes on from the last checkpoint."""
+    coordinator: Annotated[str, _optional("HOST:PORT", "as the cluster tells")] = ""
+    """Where process 0 listens and the others find it: its address, and any port that is free there."""
+    processes: Annotated[int | None, _optional("INT", "as the cluster tells")] = None
+    """How many processes there are."""
+    process: Annotated[int | None, _optional("INT", "as the cluster tells")] = None
+    """Which of them this is, from 0."""
+    timeout: int = 300
+    """Seconds to wait for all of them at the start."""
+
+    @property
+    def asked(self) -> bool:
+        """Is this one of several processes?"""
+        return self.on or self != DistributedOptions()
+
+
+def check_distributed(options: DistributedOptions) -> None:
+    """Refuse what cannot be, before anything is loaded.
+
+    Raises:
+        UserError: the first option, or pair of options, that cannot work.
+    """
+    stated = {
+        "--distributed.coordinator": options.coordinator or None,
+        "--distributed.processes": options.processes,
+        "--distributed.process": options.process,
+    }
+    if any(value is not None for value in stated.values()) and None in stated.values():
+        missing = next(flag for flag, value in stated.items() if value is None)
+        raise UserError(
+            f"{missing} is missing: {', '.join(stated)} go together; on TPU pods and under Slurm leave them out"
+        )
+    if options.timeout < 1:
+        raise UserError(f"--distributed.timeout is {options.timeout}: it must be 1 or more")
+    if options.processes is None or options.process is None:
+        return
+    if options.processes < 1:
+        raise UserError(f"--distributed.processes is {options.processes}: it must be 1 or more")
+    if not 0 <= options.process < options.processes:
+        raise UserError(
+            f"--distributed.process is {options.process}: with --distributed.processes {options.processes} it is "
+            f"0 to {options.processes - 1}, and each process has another"
+        )
+    port = re.fullmatch(r".+:(\d+)", options.coordinator)
+    if port is None or not 0 < int(port[1]) < 2**16:
+        raise UserError(
+            f"--distributed.coordinator {options.coordinator}: expected HOST:PORT, for example 10.0.0.1:9911"
+        )
+
+
+def join(options: DistributedOptions, lost: Callable[[int], None]) -> Callable[[], None]:
+    """Meet the other processes; to be called before jax is asked for anything.
+
+    Args:
+        options: where they are.
+        lost: called with the number of a process that is gone. Where a cluster tells where they are, jax alone watches.
+
+    Returns:
+        What to call before leaving.
+
+    Raises:
+        UserError: there is no cluster that tells where they are, or not all of them came in time.
+    """
+    others: dict[int, socket] = {}
+    if options.processes is not None and options.process is not None:
+        host, _, port = options.coordinator.rpartition(":")
+        others = meet(host.strip("[]"), int(port), options.processes, options.process, options.timeout)
+
+    import jax
+
+    jax.config.update("jax_enable_preemption_service", False)  # it would have a process survive a plain kill
+    try:
+        jax.distributed.initialize(
+            options.coordinator or None,
+            options.processes,
+            options.process,
+            initialization_timeout=options.timeout,
+            heartbeat_timeout_seconds=SILENCE,
+            shutdown_timeout_seconds=SILENCE,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--distributed found no cluster here ({error}) Say where the processes are: --distributed.coordinator "
+            "HOST:PORT --distributed.processes N --distributed.process I"
+        ) from error
+    return watch(others, lost)
+
+
+def describe_loss(gone: list[int] | None, folder: Path | None) -> str:
+    """What to tell when a run ended because some of its processes did."""
+    names = " and ".join(map(str, gone or [])) or "other than this"
+    saved = [] if folder is None else [path.name for path in (folder / "checkpoints").glob("*")]
+    newest = max((int(name) for name in saved if name.isdigit()), default=0)
+    place = f"after round {newest}, its newest checkpoint" if newest else "from the start, for it has no checkpoint yet"
+    again = "the same command" if folder is None else f"the same command and --out {folder}, or with --resume {folder}"
+    return f"process {names} is gone. Start all processes again with {again}: the run goes on {place}."

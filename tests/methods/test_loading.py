@@ -1,0 +1,92 @@
+"""A method's file that says what cannot be is told so, before anything is loaded, and harms no other method."""
+
+import sys
+
+import jax
+import pytest
+from toy import RATES, make_cohort, make_method, run_round, start_states, take
+
+import fedvlm_jax.methods
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.federation.round import make_round
+from fedvlm_jax.methods.options import LocalOptions
+from fedvlm_jax.runs.choices import check_choices, declare
+from fedvlm_jax.runs.config import Run, TrainOptions
+from fedvlm_jax.runs.explain_tables import tabulate_methods
+from fedvlm_jax.sharding import make_mesh
+
+GOOD = """
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.methods.share import FACTOR_B, Parts, make_share_method
+
+def make(setup):
+    if 0 < setup.local_steps < 2:
+        raise UserError("mine takes turns: it needs 2 local steps")
+    trained = (lambda path: path.endswith("/a"), lambda path: path.endswith("/b"))
+    parts = Parts(trained=trained, phase=lambda round_: round_ % 2)
+    return make_share_method("mine", "ours: A in even rounds, B in odd ones", FACTOR_B, setup, parts)
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """A new file `methods/NAME.py`."""
+    monkeypatch.setattr(fedvlm_jax.methods, "__path__", [*fedvlm_jax.methods.__path__, str(tmp_path)])
+
+    def write(stem, text):
+        (tmp_path / f"{stem}.py").write_text(text, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, f"fedvlm_jax.methods.{stem}", raising=False)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("stem", "text", "message"),
+    [
+        ("without_make", "", r"methods/without_make.py defines no make\(setup\)"),
+        ("misnamed", GOOD, "a method named 'mine': it must have its file's name, 'misnamed'"),
+        ("misread", GOOD.replace('"mine"', '"misread"').replace("Parts(", "Parts(reads=('hyper.mu',), "), "hyper.mu; "),
+    ],
+)
+def test_what_a_file_must_say(write, stem, text, message):
+    write(stem, text)
+    with pytest.raises(UserError, match=message):
+        declare(stem.replace("_", "-"), Run())
+
+
+def test_a_broken_file_hides_no_other_method(write, monkeypatch):
+    write("without_make", "")
+    monkeypatch.setattr("fedvlm_jax.runs.explain_tables.methods_available", lambda: ("plora", "without-make"))
+    rows = {row[0]: row[1] for row in tabulate_methods(Run()).rows}
+    assert rows["without-make"].startswith("cannot be used: methods/without_make.py defines no make")
+    assert "Σ p_k B_k" in rows["plora"]
+
+
+def test_a_method_refuses_a_setup_before_loading(write):
+    write("mine", GOOD)
+    with pytest.raises(UserError, match="needs 2 local steps"):
+        check_choices(Run(method="mine", train=TrainOptions(local_steps=1)))
+    check_choices(Run(method="mine", train=TrainOptions(local_steps=2)))
+    check_choices(Run(method="mine", train=TrainOptions(local_epochs=1)))
+
+
+def test_a_phase_that_trains_nothing_shared_is_not_held_back(write):
+    """FedProx pulls on what is shared; in a round that trains A alone there is nothing of it."""
+    write("mine", GOOD)
+    moved = []
+    for strength in (0.0, 50.0):
+        _, params, trainer, method, adapter = make_method("mine", local=LocalOptions(proximal=strength))
+        server = method.init(adapter)
+        server["shared"] = jax.tree.map(lambda b: b + 0.1, server["shared"])  # where B is zero A has no gradient
+        run = make_round(method, trainer, make_mesh(1))
+        _, personal = run_round(run, params, server, make_cohort(2), [0.5, 0.5], start_states(method, server, 2))
+        moved.append(personal["own"]["encoder"]["fc1"]["a"] - server["start"]["encoder"]["fc1"]["a"])
+    assert abs(moved[0]).max() > 0
+    assert (moved[0] == moved[1]).all()
+
+
+def test_no_steps_at_all():
+    _, params, trainer, _, adapter = make_method("plora")
+    client = take(make_cohort(1, steps=1), 0)
+    with pytest.raises(UserError, match="training of no steps"):
+        trainer.run(params, adapter, trainer.start(adapter), client._replace(indices=client.indices[:0]), RATES)

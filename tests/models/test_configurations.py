@@ -1,0 +1,33 @@
+"""The configurations that ship without weights: as large as the models are, and no more than configurations."""
+
+import jax
+import pytest
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.models import load_vlm, read_size, read_vlm, resolve_folder
+
+
+@pytest.mark.parametrize(("name", "millions"), [("florence2-base", 231.4), ("florence2-large", 770.2)])
+def test_parameters_and_pictures(name, millions):
+    vlm = read_vlm(name)
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(vlm.shapes())) / 1e6, 1) == millions
+    size = read_size(resolve_folder(name, weights=False))
+    assert size == (768, 768)
+    assert vlm.image_tokens(*size) == 577
+
+
+def test_the_base_s_vision_tower():
+    tower = read_vlm("florence2-base").shapes()["vision_tower"]
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(tower)) / 1e6, 1) == 90.4
+
+
+def test_sizes_of_pictures(tmp_path):
+    assert read_size(resolve_folder("florence2-nano")) == (64, 64)
+    assert read_size(tmp_path) is None
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 224}}')
+    assert read_size(tmp_path) is None
+
+
+def test_their_weights_are_refused_by_name():
+    with pytest.raises(UserError, match=r"only the configuration ships.*florence-community/Florence-2-large"):
+        load_vlm("florence2-large")

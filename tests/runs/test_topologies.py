@@ -1,0 +1,75 @@
+"""What `--topology` takes and refuses, the table of chips, and the devices that come of it."""
+
+import importlib.util
+
+import jax
+import pytest
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.chips import CHIPS, Topology, parse_topology
+from fedvlm_jax.runs.topologies import open_devices
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "devices"),
+    [
+        ("cpu", "cpu", None),
+        ("cpu:8", "cpu", 8),
+        ("v5e:1x1", "v5e", 1),
+        ("v5e:4x4", "v5e", 16),
+        ("v6e:16x16", "v6e", 256),
+        ("v4:2x2x1", "v4", 4),
+        ("v5p:2x2x4", "v5p", 16),
+        ("v5p:8x16x16", "v5p", 2048),
+    ],
+)
+def test_topologies(text, kind, devices):
+    topology = parse_topology(text)
+    assert (topology.kind, topology.devices, str(topology)) == (kind, devices, text)
+    assert (topology.chip is None) == (kind == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "there are v4, v5e, v5p, v6e"),
+        ("v7:2x2", "nothing is known of v7; there are v4, v5e, v5p, v6e"),
+        ("cpu:", "expected cpu, or cpu:N"),
+        ("cpu:0", "expected cpu, or cpu:N"),
+        ("cpu:2x2", "expected cpu, or cpu:N"),
+        ("v5e", "expected v5e:AxB; v5e has 1x1, 2x2"),
+        ("v5e:16", "there is no such slice"),
+        ("v5e:2x2x1", "there is no such slice"),
+        ("v5e:32x32", "there is no such slice"),
+        ("v5p:4x4", "there is no such slice; v5p has 2x2x1"),
+        ("v5p:8x4x4", "ascending order"),
+        ("v5p:4x4x6", "there is no such slice"),
+        ("v4:16x16x32", "at most 4096 chips"),
+        ("v5e:axb", "expected v5e:AxB"),
+    ],
+)
+def test_what_is_no_topology(text, expected):
+    with pytest.raises(UserError, match="--topology") as raised:
+        parse_topology(text)
+    assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize(("kind", "cores"), [("v4", 2), ("v5e", 1), ("v5p", 2)])
+def test_a_chip_s_clock_is_that_of_its_peak(kind, cores):
+    """Four units of 128 x 128 a core, a multiplication and an addition each per cycle."""
+    chip = CHIPS[kind]
+    assert cores * 4 * 128 * 128 * 2 * chip.clock * 1e9 == pytest.approx(chip.flops * 1e12, rel=0.01)
+
+
+def test_without_libtpu_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "fedvlm-jax\[plan\]"'):
+        open_devices(parse_topology("v5e:2x2"))
+
+
+def test_cpu_devices_of_a_process_that_has_started():
+    there = jax.devices("cpu")
+    assert open_devices(Topology("cpu", ())) == there
+    assert open_devices(Topology("cpu", (1,))) == there[:1]
+    with pytest.raises(UserError, match=f"cpu:4096: this process has settled for {len(there)} CPU devices"):
+        open_devices(Topology("cpu", (4096,)))
