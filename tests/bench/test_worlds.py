@@ -87,7 +87,7 @@ def test_what_a_peer_dies_of_is_told(tiny, made_up):
         Peer(sys.executable, folder, world) as peer,
     ):
         peer.ask((3, "float32"), "cached")
-    with pytest.raises(UserError, match="name a Python with torch"):
+    with pytest.raises(UserError, match="/nowhere/python: No such file or directory; name a Python that has torch"):
         Peer("/nowhere/python", folder, world)
 
 

@@ -1,5 +1,5 @@
 """DPO as one writes it with transformers + PEFT, and the script that stores what it finds:
-`PYTHONPATH=tests python tests/objectives/pytorch_dpo.py` writes golden_dpo.npz. Needs the extra `parity`.
+`PYTHONPATH=tests:benchmarks python tests/objectives/pytorch_dpo.py` writes golden_dpo.npz; needs the extra `parity`.
 
 The conventions are TRL's (1.16): the reference is the model with its adapter switched off; `sigmoid` sums the
 log-probabilities of a completion, `sigmoid_norm` and `ipo` take their mean over its tokens; the loss is the mean over
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from federation.pytorch_round import find_sites, from_arrays, load_model, to_arrays
-from federation.round_case import draw_start
+from federation.pytorch_round import find_sites
+from federation.round_case import ALPHA, RANK, draw_start
 from objectives.dpo_case import BASE, CASES, FILE, make_batch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from pytorch_peft import from_arrays, load_model, to_arrays
 from torch.nn.functional import log_softmax, logsigmoid
 
 
@@ -52,7 +53,7 @@ def compute_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], case: s
 
 def answer(folder: Path) -> dict[str, np.ndarray]:
     """`case/loss`, gradients `case/path`, and the base's log-probabilities, `reference/labels` and the like."""
-    model = load_model(folder)
+    model = load_model(folder, RANK, ALPHA)
     fresh = get_peft_model_state_dict(model)
     set_peft_model_state_dict(model, from_arrays(list(fresh), draw_start("trained", find_sites(fresh))))
     batch = {name: torch.tensor(array) for name, array in make_batch().items()}

@@ -60,16 +60,15 @@ class Peer:
         self._said = file.with_name("said.txt")  # a file, because nobody would empty a pipe
         write_world(world, file)
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+        command = [python, str(find_script()), str(model), str(file)]
         try:
-            self._process = subprocess.Popen(
-                [python, str(find_script()), str(model), str(file)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._said.open("w"),
-                text=True,
-                env={**os.environ, **quiet},
-            )
+            with self._said.open("w") as said:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
+                    env={**os.environ, **quiet},
+                )  # fmt: skip
         except OSError as error:
+            self._scratch.cleanup()
             raise UserError(
                 f"--peer-python {python}: {error.strerror}; name a Python that has torch and peft"
             ) from None
