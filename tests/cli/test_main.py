@@ -14,7 +14,7 @@ import fedvlm_jax.runs
 from fedvlm_jax.cli.main import commands_available, main
 from fedvlm_jax.runs.config import Compare, Run, to_json
 
-HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "scipy.stats")
+HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "scipy.stats", "numpy", "jaxtyping")
 
 
 @pytest.mark.parametrize(

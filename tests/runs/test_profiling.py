@@ -1,4 +1,4 @@
-"""`--profile`: which rounds are traced, that the traces hold the round's operations by part, and that nothing changes."""
+"""`--profile`: which rounds are traced, what is in the traces, and that results are the same bits."""
 
 import dataclasses
 import gzip

@@ -92,8 +92,22 @@ class Best:
 class Course:
     """The rounds of one run, and what they leave in its folder."""
 
-    def __init__(self, prepared: Prepared, folder: Path, show: Progress, watch: Watch = leave_alone) -> None:
-        self.prepared, self.folder, self.show, self.watch = prepared, folder, show, watch
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: Path,
+        show: Progress,
+        ask_base: Callable[[], Any],
+        watch: Watch = leave_alone,
+    ) -> None:
+        """Be ready to run.
+
+        Args:
+            prepared, folder, show: the run, where it writes, where it reports.
+            ask_base: has the evaluator know what the bare base answers; called before models are compared with it.
+            watch: is around every round.
+        """
+        self.prepared, self.folder, self.show, self.ask_base, self.watch = prepared, folder, show, ask_base, watch
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=KEPT)
         self.phases = list(_plan(prepared.run, prepared.layout.steps))
         self.drivers = [self._start(0)]
@@ -183,6 +197,7 @@ class Course:
                 os.fsync(file.fileno())
 
     def _validate(self, round_: int, report: RoundReport) -> dict[str, Any]:
+        self.ask_base()
         chosen = self.prepared.select_by
         scores = self._score(self.driver.base, self.driver.adapters, self.prepared.scored)
         result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}

@@ -18,8 +18,9 @@ import jax
 from jaxtyping import PyTree
 
 from fedvlm_jax import lora, processes, tree
+from fedvlm_jax.data.options import Split
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.evaluation.clients import Adapters
+from fedvlm_jax.evaluation.clients import Adapters, Scored
 from fedvlm_jax.federation.driver import Moment
 from fedvlm_jax.runs.config import Run, from_json, to_json, without_extras
 from fedvlm_jax.runs.course import Course, Watch, leave_alone
@@ -127,16 +128,13 @@ def _execute(run: Run, show: Progress, session: Session | None, watch: Watch) ->
     session = session or open_session(run, show.note)
     prepared = fit(prepare(run, session, show.note), show.note)
     _write_config(run, prepared)
-    show.note("asking the bare base (zero-shot)")
-    zero_shot = session.remember(
-        ("zero-shot", run.data, run.seed, without_extras(run).evaluation, run.preference, prepared.objective.pairs),
-        lambda: score_base(prepared),
-    )
-    course = Course(prepared, run.out, show, watch)
+    ask_base = partial(_ask_base, run, prepared, session, show)
+    course = Course(prepared, run.out, show, ask_base, watch)
     try:
         course.go()
     finally:
         course.checkpoints.close()
+    zero_shot = ask_base()
     best, federation, own = course.best, course.drivers[0], course.give_best()
     at = Moment(replicate(session.mesh, best.server), federation.population.slots)
     base = federation.base_at(at.server)
@@ -160,6 +158,17 @@ def _execute(run: Run, show: Progress, session: Session | None, watch: Watch) ->
         write_examples(prepared, scored, run.out)
     write_json(run.out / "results.json", results)
     return run.out
+
+
+def _ask_base(run: Run, prepared: Prepared, session: Session, show: Progress) -> dict[Split, Scored]:
+    """What the bare base answers, asked once: rounds need not wait for it, but rewards are relative to it."""
+
+    def ask() -> dict[Split, Scored]:
+        show.note("asking the bare base (zero-shot)")
+        return score_base(prepared)
+
+    options = without_extras(run).evaluation
+    return session.remember(("zero-shot", run.data, run.seed, options, run.preference, prepared.objective.pairs), ask)
 
 
 def _list_adapters(prepared: Prepared, models: Adapters) -> Iterator[tuple[str, PyTree]]:
