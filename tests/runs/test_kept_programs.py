@@ -1,4 +1,4 @@
-"""The compilation cache of the commands: where it is, who may say otherwise, and that a second process finds programs."""
+"""The compilation cache of the commands: where it is, who may say otherwise, and that programs are found in it."""
 
 import os
 import subprocess

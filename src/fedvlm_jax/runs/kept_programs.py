@@ -8,6 +8,7 @@ starts inherit, and only where the environment says nothing about it yet.
 No heavy package is imported here, unless jax has been already.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -62,9 +63,7 @@ def keep_programs() -> Path | None:
 def _describe_processor() -> str:
     """Short, and another where the instructions that there are differ."""
     lines: list[str] = []
-    try:
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        pass
     told = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     return f"{platform.machine()}-{hashlib.blake2b(told.encode(), digest_size=6).hexdigest()}"
