@@ -3,7 +3,7 @@
     python benchmarks/startup.py [--repeats 7] [--starts 3]
 
 `--help` is run in turn with an empty Python, because of a process's start the interpreter is not ours to shorten. The
-start of a run is timed from the start of its process to two of its lines: that which says that rounds begin, and that of
+start of a run is timed from its process's start to two of its lines: that which says that rounds begin, and that of
 the first finished round; then it is ended. `cold`: nothing is in the compilation cache; `warm`: what the cold one left
 is. Writes results/startup.json.
 """
