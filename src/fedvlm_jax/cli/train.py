@@ -5,7 +5,7 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -56,7 +56,7 @@ def _train(run: Run, about: Together, again: bool, profile: bool) -> None:
     folder = about.folder = Path(name)
     begun = run.resume is not None or (again and processes.tell_all(lambda: _has_begun(run, folder)))
     watch = _open_profile(folder) if profile else None
-    watched = {} if watch is None else {"watch": watch}
+    watched: dict[str, Any] = {} if watch is None else {"watch": watch}
     show = progress.open_progress() if processes.is_first() else progress.SilentProgress()
     try:
         if begun:
