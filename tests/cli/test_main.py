@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ import fedvlm_jax.runs
 from fedvlm_jax.cli.main import commands_available, main
 from fedvlm_jax.runs.config import Compare, Run, to_json
 
-HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "scipy.stats")
+HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "scipy.stats", "numpy", "jaxtyping")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,28 @@ def test_resume_reaches_the_loop_with_the_folder(monkeypatch: pytest.MonkeyPatch
     replace_work(monkeypatch, "loop", resume=resume)
     main(["train", "--resume", str(folder)])
     assert seen == [folder]
+
+
+@pytest.mark.parametrize(
+    ("traced", "told"), [(["round-2"], "round-2.json.gz open in https://ui.perf"), ([], "nothing")]
+)
+def test_profile_watches_the_run_and_the_end_says_where_it_is(
+    traced: list[str], told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from made_up import write_run
+
+    def train(run: Run, show: object, watch: Any) -> Path:
+        assert run.out is not None
+        assert to_json(run) == to_json(Run(out=run.out)), "what is traced is no part of what the run is"
+        watch.written += [watch.folder / f"{name}.json.gz" for name in traced]
+        return write_run(run.out, {"a": 0.25}, {"a": 0.5}, run)
+
+    replace_work(monkeypatch, "loop", train=train)
+    main(["train", "--profile", "--out", str(tmp_path / "run")])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("profile ")
+    assert told in last
+    assert (f"--logdir {tmp_path / 'run' / 'profile'}" in last) == bool(traced)
 
 
 def test_compare_takes_the_flags_of_train_for_all_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.kept_programs import keep_programs
 
 __all__ = ["evaluate"]
 
@@ -16,6 +17,8 @@ def evaluate(
     """Evaluate every client's adapter of a finished run again."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: no config.json there, so it is not the folder of a run")
+
+    keep_programs()
 
     from rich.console import Console
 

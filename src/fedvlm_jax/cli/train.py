@@ -5,7 +5,7 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -13,7 +13,11 @@ from fedvlm_jax.cli._together import Together, together
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.config import Run, from_json, name_folder, to_json
 from fedvlm_jax.runs.distributed import DistributedOptions, check_distributed
+from fedvlm_jax.runs.kept_programs import keep_programs
 from fedvlm_jax.runs.validation import validate
+
+if TYPE_CHECKING:
+    from fedvlm_jax.runs.profiling import RoundProfile
 
 __all__ = ["train"]
 
@@ -21,8 +25,16 @@ __all__ = ["train"]
 def train(
     run: Annotated[Run, tyro.conf.arg(name="")],
     distributed: DistributedOptions = DistributedOptions(),  # noqa: B008  frozen
+    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="(default: no)")] = False,
 ) -> None:
-    """Fine-tune one adapter per client, together, and evaluate every client's own model."""
+    """Fine-tune one adapter per client, together, and evaluate every client's own model.
+
+    Args:
+        run: the options.
+        distributed: of several processes.
+        profile: trace two rounds after the first into RUN/profile, for Perfetto, XProf and TensorBoard. Goes with
+            --resume too, and changes no result.
+    """
     check_distributed(distributed)
     if run.resume is not None:
         _refuse_changes(run)
@@ -30,11 +42,12 @@ def train(
             raise UserError(f"--resume {run.resume}: no config.json there, so it is not the folder of a run")
     else:
         validate(run)
+    keep_programs()
     with together(distributed) as about:
-        _train(run, about, distributed.asked)
+        _train(run, about, distributed.asked, profile)
 
 
-def _train(run: Run, about: Together, again: bool) -> None:
+def _train(run: Run, about: Together, again: bool, profile: bool) -> None:
     """Train or go on; `again`: a run that has begun in its folder goes on without being asked to."""
     from fedvlm_jax import processes
     from fedvlm_jax.runs import loop, progress
@@ -42,9 +55,14 @@ def _train(run: Run, about: Together, again: bool) -> None:
     name = processes.tell_all(lambda: str(run.resume or run.out or name_folder(run.method, datetime.now())))
     folder = about.folder = Path(name)
     begun = run.resume is not None or (again and processes.tell_all(lambda: _has_begun(run, folder)))
+    watch = _open_profile(folder) if profile else None
+    watched: dict[str, Any] = {} if watch is None else {"watch": watch}
     show = progress.open_progress() if processes.is_first() else progress.SilentProgress()
     try:
-        loop.resume(folder, show) if begun else loop.train(dataclasses.replace(run, out=folder), show)
+        if begun:
+            loop.resume(folder, show, **watched)
+        else:
+            loop.train(dataclasses.replace(run, out=folder), show, **watched)
     except KeyboardInterrupt:
         show.finish()
         print(f"\nfedvlm: stopped. To go on: fedvlm train --resume {folder}", file=sys.stderr)
@@ -53,6 +71,24 @@ def _train(run: Run, about: Together, again: bool) -> None:
         show.finish()
     if processes.is_first():
         _print_results(folder)
+        if watch is not None:
+            print(_tell_profile(watch))
+
+
+def _open_profile(folder: Path) -> "RoundProfile":
+    from fedvlm_jax.runs.profiling import RoundProfile
+
+    return RoundProfile(folder)
+
+
+def _tell_profile(profile: "RoundProfile") -> str:
+    if not profile.written:
+        return "profile nothing was traced: only rounds whose program has run before are, so there must be two or more"
+    return (
+        f"profile {profile.folder}: " + ", ".join(path.name for path in profile.written) + " open in "
+        f"https://ui.perfetto.dev (nothing is uploaded), and the whole in XProf or TensorBoard: pip install xprof && "
+        f"xprof --logdir {profile.folder}"
+    )
 
 
 def _has_begun(run: Run, folder: Path) -> bool:

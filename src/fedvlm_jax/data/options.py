@@ -143,9 +143,12 @@ class DataOptions:
 
     def _check_meaning(self) -> None:
         """Refuse what was chosen and would do nothing."""
+        chosen = [entry.name for entry in dataclasses.fields(self) if getattr(self, entry.name) != entry.default]
+        if not chosen:
+            return  # as `--help` has it, which so imports no data set, and with none numpy
+
         from fedvlm_jax.data.registry import find_sets
 
-        chosen = [entry.name for entry in dataclasses.fields(self) if getattr(self, entry.name) != entry.default]
         sets = find_sets()
         read = {name: entry.options for name, entry in sets.items()}
         own = read.get(self.source, OF_PARQUET)

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.profiler import TraceAnnotation
 from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora
@@ -217,9 +218,17 @@ class Driver:
             self.key,
         )
 
-    def _compile(self, arguments: tuple[Any, ...], round_: int) -> Any:
+    def phase_of(self, round_: int) -> int:
+        """Which of the method's programs runs round `round_`."""
         phase = self.programs.method.phase
-        return self.programs.compile_round(arguments, 0 if phase is None else phase(round_))
+        return 0 if phase is None else phase(round_)
+
+    def round_text(self, round_: int) -> str:
+        """The compiled program of round `round_`, which has run, as text."""
+        return self.programs.find_compiled(self.phase_of(round_)).as_text()
+
+    def _compile(self, arguments: tuple[Any, ...], round_: int) -> Any:
+        return self.programs.compile_round(arguments, self.phase_of(round_))
 
     def run_round(self, read: RoundInputs, rates: dict[str, float]) -> RoundReport:
         """Run a round that was read: train its cohort, aggregate, write personal states back.
@@ -228,14 +237,17 @@ class Driver:
         counts the server stays too.
         """
         numbers, weights, before, base = read.numbers, read.weights, self.server, self.base
-        arguments = self._arguments(read, rates)
-        out = self._compile(arguments, read.round)(*arguments)
+        with TraceAnnotation("give the program its arguments"):
+            arguments = self._arguments(read, rates)
+        with TraceAnnotation("start the compiled round"):
+            out = self._compile(arguments, read.round)(*arguments)
         states = from_waves(out.personal)
         counted, health = read.counted, out.health
         if len(counted):
             found = self.programs.health(before, states, out.messages, jnp.asarray(weights))
             health = health | (found if len(counted) > 1 else {k: v for k, v in found.items() if k not in OF_PAIRS})
-            self._store(numbers[counted], counted, out.personal)
+            with TraceAnnotation("wait for the round, and store personal states"):
+                self._store(numbers[counted], counted, out.personal)
             self.server = out.server
         up, down = self._travelling(out.messages, max(1, len(counted)))
         received = numbers if self.programs.method.deliver is None else numbers[counted]

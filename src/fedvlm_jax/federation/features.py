@@ -103,7 +103,8 @@ class FeatureStore:
         """
         self._compute, self._read, self._folder, self._workers = compute, read, folder, workers
         self.chunk = choose_chunk(*read.size)
-        made = jax.eval_shape(compute, jax.ShapeDtypeStruct((1, *read.size, 3), jnp.float32))
+        # Asked of a whole chunk, because then the first that is computed finds its trace.
+        made = jax.eval_shape(compute, jax.ShapeDtypeStruct((self.chunk, *read.size, 3), jnp.float32))
         self.shape, self.dtype = tuple(made.shape[1:]), np.dtype(made.dtype)
         self.capacity = int(limit) // self.row_bytes
         self._place: dict[str, int] = {}

@@ -12,7 +12,7 @@ import numpy as np
 from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.federation.features import FeatureStore, PixelReader
 
-__all__ = ["Inputs", "make_inputs"]
+__all__ = ["Inputs", "make_blank_inputs", "make_inputs"]
 
 Inputs = Callable[[np.ndarray], dict[str, np.ndarray]]
 """(rows [...]) -> the batch of these rows, arrays [..., …]; may be called from several threads."""
@@ -30,13 +30,7 @@ def make_inputs(examples: Examples, processor: PixelReader, store: FeatureStore 
         store: where frozen features are; None where the adapter reaches into the vision tower, or where nothing is to
             be kept, so that pixels are read.
     """
-    text = {
-        "input_ids": examples.input_ids,
-        "attention_mask": examples.attention_mask,
-        "labels": examples.labels,
-    }
-    if examples.rejected is not None:
-        text["rejected_labels"] = examples.rejected
+    text = _find_text(examples)
 
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
         batch = {name: array[rows] for name, array in text.items()}
@@ -48,6 +42,23 @@ def make_inputs(examples: Examples, processor: PixelReader, store: FeatureStore 
         return batch
 
     return read
+
+
+def make_blank_inputs(examples: Examples, processor: PixelReader, store: FeatureStore | None) -> Inputs:
+    """As `make_inputs`, of the same shapes and at once, for all pictures are blank: what compiling a round takes."""
+    text = _find_text(examples)
+    name = "pixel_values" if store is None else "image_features"
+    shape, dtype = ((*processor.size, 3), np.dtype(np.float32)) if store is None else (store.shape, store.dtype)
+
+    def read(rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: array[rows] for name, array in text.items()} | {name: np.zeros((*rows.shape, *shape), dtype)}
+
+    return read
+
+
+def _find_text(examples: Examples) -> dict[str, np.ndarray]:
+    text = {"input_ids": examples.input_ids, "attention_mask": examples.attention_mask, "labels": examples.labels}
+    return text if examples.rejected is None else text | {"rejected_labels": examples.rejected}
 
 
 def _read_pixels(examples: Examples, processor: PixelReader, image: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ class Programs:
     trained: Callable[..., PyTree]
     health: Callable[..., dict[str, Any]]
     base: Callable[[PyTree, PyTree], PyTree] | None
-    compiled: dict[Hashable, Any] = field(default_factory=dict)
+    compiled: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)
 
     def compile_round(self, arguments: tuple[Any, ...], phase: int) -> Any:
         """The round for arguments of these shapes, compiled once.
@@ -47,6 +47,10 @@ class Programs:
                     raise
                 raise TooLargeError(_find_reason(str(error))) from error
         return self.compiled[key]
+
+    def find_compiled(self, phase: int) -> Any:
+        """The round of this phase that was compiled last."""
+        return next(self.compiled[key] for key in reversed(self.compiled) if key[0] == phase)
 
 
 def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs:

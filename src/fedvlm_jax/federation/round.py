@@ -89,8 +89,9 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
         ctx = Context(params, round, phase, rates, train)
 
         def update(personal: PyTree, client: Client) -> Any:
-            fresh = start_personal(method, key, server, client.number)
-            personal = jax.tree.map(lambda new, old: jnp.where(client.new, new, old), fresh, personal)
+            with jax.named_scope("start_clients"):
+                fresh = start_personal(method, key, server, client.number)
+                personal = jax.tree.map(lambda new, old: jnp.where(client.new, new, old), fresh, personal)
             own_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 2), round), client.number)
             return method.client_update(ctx, server, personal, client, own_key)
 
@@ -105,14 +106,16 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
         )
         messages, metrics = jax.lax.with_sharding_constraint((from_waves(messages), from_waves(metrics)), across)
         if method.deliver is not None and method.receive is not None:
-            downloads = method.deliver(ctx, server, messages, weights)
-            received = jax.vmap(method.receive)(from_waves(personal), downloads)
+            with jax.named_scope("deliver"):
+                downloads = method.deliver(ctx, server, messages, weights)
+                received = jax.vmap(method.receive)(from_waves(personal), downloads)
             here = lambda new, old: jnp.where(weights.reshape(-1, *[1] * (new.ndim - 1)) > 0, new, old)  # noqa: E731
             received = jax.tree.map(here, received, from_waves(personal))  # who dropped out is not there any more
             personal = jax.lax.with_sharding_constraint(
                 to_waves(received, clients.weight.shape[0]), wave_sharding(mesh)
             )
-        server, health = method.aggregate(ctx, server, messages, weights)
+        with jax.named_scope("aggregate"):
+            server, health = method.aggregate(ctx, server, messages, weights)
         return RoundOutput(server, personal, messages, metrics, health)
 
     # Told, not inferred: the server's state comes back exactly as it goes in, so the next round finds its program.

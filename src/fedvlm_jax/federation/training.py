@@ -83,21 +83,24 @@ def make_local_trainer(
         def step(carry: tuple[PyTree, PyTree], at: tuple[Array, Array]) -> tuple[tuple[PyTree, PyTree], Metrics]:
             moving, state = carry
             indices, mask = at
-            batch = {name: rows[indices] for name, rows in client.examples.items()}
-            # An example that does not count loses all its labels: to every objective it is not there.
-            batch |= {name: jnp.where(mask[:, None], batch[name], IGNORED) for name in LABELS if name in batch}
+            with jax.named_scope("batch"):
+                batch = {name: rows[indices] for name, rows in client.examples.items()}
+                # An example that does not count loses all its labels: to every objective it is not there.
+                batch |= {name: jnp.where(mask[:, None], batch[name], IGNORED) for name in LABELS if name in batch}
             (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(moving, batch)
-            metrics |= {"gradient_norm": optax.tree.norm(gradient)}
-            gradient, _ = clip.update(gradient, clip.init(moving))
-            if nudge is not None:
-                gradient = jax.tree.map(jnp.add, gradient, nudge(moving))
-            updates, new_state = direction.update(gradient, state, moving)
-            new = optax.apply_updates(moving, _descend(updates, rates))
             counts = mask.any()
-            carry = jax.tree.map(lambda new, old: jnp.where(counts, new, old), (new, new_state), (moving, state))
+            with jax.named_scope("optimizer"):
+                metrics |= {"gradient_norm": optax.tree.norm(gradient)}
+                gradient, _ = clip.update(gradient, clip.init(moving))
+                if nudge is not None:
+                    gradient = jax.tree.map(jnp.add, gradient, nudge(moving))
+                updates, new_state = direction.update(gradient, state, moving)
+                new = optax.apply_updates(moving, _descend(updates, rates))
+                carry = jax.tree.map(lambda new, old: jnp.where(counts, new, old), (new, new_state), (moving, state))
             return carry, metrics | {"counts": counts.astype(jnp.float32)}
 
-        (moving, state), history = jax.lax.scan(step, (moving, state), (client.indices, client.mask))
+        with jax.named_scope("local_step"):
+            (moving, state), history = jax.lax.scan(step, (moving, state), (client.indices, client.mask))
         return tree.combine(moving, frozen), state, _average(history)
 
     return LocalTrainer(start, run)

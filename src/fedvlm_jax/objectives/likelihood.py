@@ -22,9 +22,10 @@ def token_losses(
 
     The first two are 0 where the label is -100, as is the third, which is 1 elsewhere.
     """
-    counts = (labels != IGNORED).astype(jnp.float32)
-    losses, correct = _cross_entropy(logits.astype(jnp.float32), jnp.maximum(labels, 0))
-    return losses * counts, correct * counts, counts
+    with jax.named_scope("cross_entropy"):
+        counts = (labels != IGNORED).astype(jnp.float32)
+        losses, correct = _cross_entropy(logits.astype(jnp.float32), jnp.maximum(labels, 0))
+        return losses * counts, correct * counts, counts
 
 
 def score_pairs(vlm: Any, params: Any, adapter: Any, batch: Mapping[str, Array]) -> dict[str, Float[Array, " B"]]:

@@ -8,7 +8,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,13 +34,23 @@ from fedvlm_jax.runs.prepare import Prepared, make_driver
 from fedvlm_jax.runs.progress import Progress
 from fedvlm_jax.sharding import fetch, replicate
 
-__all__ = ["Best", "Course"]
+__all__ = ["Best", "Course", "Watch", "leave_alone"]
 
 KEPT = 2
 """Checkpoints, the newest."""
 
 FINETUNING = "local"
 """The method of the local steps after a federation."""
+
+
+Watch = Callable[[Driver, int], AbstractContextManager[None]]
+"""What is done around a round, and is no part of its time."""
+
+
+def leave_alone(driver: Driver, round_: int) -> AbstractContextManager[None]:
+    """Nothing is done around rounds."""
+    del driver, round_
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -81,8 +92,22 @@ class Best:
 class Course:
     """The rounds of one run, and what they leave in its folder."""
 
-    def __init__(self, prepared: Prepared, folder: Path, show: Progress) -> None:
-        self.prepared, self.folder, self.show = prepared, folder, show
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: Path,
+        show: Progress,
+        ask_base: Callable[[], Any],
+        watch: Watch = leave_alone,
+    ) -> None:
+        """Be ready to run.
+
+        Args:
+            prepared, folder, show: the run, where it writes, where it reports.
+            ask_base: has the evaluator know what the bare base answers; called before models are compared with it.
+            watch: is around every round.
+        """
+        self.prepared, self.folder, self.show, self.ask_base, self.watch = prepared, folder, show, ask_base, watch
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=KEPT)
         self.phases = list(_plan(prepared.run, prepared.layout.steps))
         self.drivers = [self._start(0)]
@@ -141,8 +166,11 @@ class Course:
         start = time.perf_counter()  # waiting for data is part of a round's time
         read = next(rounds)
         round_ = read.round
-        report = self.driver.run_round(read, self._rates(round_))
-        seconds = time.perf_counter() - start
+        waited = time.perf_counter() - start
+        with self.watch(self.driver, round_):
+            start = time.perf_counter()
+            report = self.driver.run_round(read, self._rates(round_))
+            seconds = waited + time.perf_counter() - start
         line = _describe_round(round_, phase.method, report, seconds)
         if not math.isfinite(line.get("loss", 0.0)):  # a round in which nobody trained has none
             newest = self.checkpoints.newest()
@@ -169,6 +197,7 @@ class Course:
                 os.fsync(file.fileno())
 
     def _validate(self, round_: int, report: RoundReport) -> dict[str, Any]:
+        self.ask_base()
         chosen = self.prepared.select_by
         scores = self._score(self.driver.base, self.driver.adapters, self.prepared.scored)
         result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}

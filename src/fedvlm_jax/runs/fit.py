@@ -26,7 +26,8 @@ def fit(prepared: Prepared, note: Note = lambda text: None) -> Prepared:
         layout = lay_out(run, prepared.examples, mesh, run.cohort, wave)
         evaluator = dataclasses.replace(prepared.evaluator, wave=layout.wave)
         candidate = dataclasses.replace(prepared, layout=layout, evaluator=evaluator)
-        driver = make_driver(candidate, run.method, cohort=run.cohort)
+        # Compiling takes shapes: whoever waits for the first round waits for its pictures once it is compiled.
+        driver = make_driver(dataclasses.replace(candidate, inputs=candidate.blank), run.method, cohort=run.cohort)
         return candidate, driver.measure_round(driver.read_round(1))
 
     asked = run.system.wave

@@ -18,11 +18,12 @@ import jax
 from jaxtyping import PyTree
 
 from fedvlm_jax import lora, processes, tree
+from fedvlm_jax.data.options import Split
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.evaluation.clients import Adapters
+from fedvlm_jax.evaluation.clients import Adapters, Scored
 from fedvlm_jax.federation.driver import Moment
 from fedvlm_jax.runs.config import Run, from_json, to_json, without_extras
-from fedvlm_jax.runs.course import Course
+from fedvlm_jax.runs.course import Course, Watch, leave_alone
 from fedvlm_jax.runs.examples import write_examples
 from fedvlm_jax.runs.fit import fit
 from fedvlm_jax.runs.folders import read_run
@@ -38,13 +39,14 @@ from fedvlm_jax.sharding import fetch, replicate
 __all__ = ["extend", "resume", "train"]
 
 
-def train(run: Run, show: Progress | None = None, session: Session | None = None) -> Path:
+def train(run: Run, show: Progress | None = None, session: Session | None = None, watch: Watch = leave_alone) -> Path:
     """Run a federation from the start; returns the folder that holds everything about it.
 
     Args:
         run: the options; `out` must be given.
         show: where to report.
         session: what an earlier run of the same model and data left, to start faster.
+        watch: is around every round; `runs.profiling` has one.
 
     Raises:
         UserError: the options, the data or the model cannot work, the folder is in use, or the loss is not finite.
@@ -53,7 +55,7 @@ def train(run: Run, show: Progress | None = None, session: Session | None = None
     if run.out is None:
         raise UserError("a run needs a folder: set out")
     processes.tell_all(partial(_refuse_used, run.out))
-    return _execute(run, show or SilentProgress(), session)
+    return _execute(run, show or SilentProgress(), session, watch)
 
 
 def _refuse_used(folder: Path) -> None:
@@ -63,7 +65,9 @@ def _refuse_used(folder: Path) -> None:
         )
 
 
-def resume(folder: Path, show: Progress | None = None, session: Session | None = None) -> Path:
+def resume(
+    folder: Path, show: Progress | None = None, session: Session | None = None, watch: Watch = leave_alone
+) -> Path:
     """Go on with a run from its newest checkpoint, or from the start where there is none yet.
 
     Raises:
@@ -83,7 +87,7 @@ def resume(folder: Path, show: Progress | None = None, session: Session | None =
             "another mesh agree to rounding only, so the run is not continued; start a new one."
         )
     system = dataclasses.replace(run.system, mesh=str(mesh), wave=resolved["wave"])
-    return _execute(dataclasses.replace(run, system=system), show, session)
+    return _execute(dataclasses.replace(run, system=system), show, session, watch)
 
 
 def extend(folder: Path, run: Run, show: Progress | None = None, session: Session | None = None) -> Path:
@@ -119,21 +123,18 @@ def extend(folder: Path, run: Run, show: Progress | None = None, session: Sessio
     return resume(run.out, show, session)
 
 
-def _execute(run: Run, show: Progress, session: Session | None) -> Path:
+def _execute(run: Run, show: Progress, session: Session | None, watch: Watch) -> Path:
     assert run.out is not None
     session = session or open_session(run, show.note)
     prepared = fit(prepare(run, session, show.note), show.note)
     _write_config(run, prepared)
-    show.note("asking the bare base (zero-shot)")
-    zero_shot = session.remember(
-        ("zero-shot", run.data, run.seed, without_extras(run).evaluation, run.preference, prepared.objective.pairs),
-        lambda: score_base(prepared),
-    )
-    course = Course(prepared, run.out, show)
+    ask_base = partial(_ask_base, run, prepared, session, show)
+    course = Course(prepared, run.out, show, ask_base, watch)
     try:
         course.go()
     finally:
         course.checkpoints.close()
+    zero_shot = ask_base()
     best, federation, own = course.best, course.drivers[0], course.give_best()
     at = Moment(replicate(session.mesh, best.server), federation.population.slots)
     base = federation.base_at(at.server)
@@ -157,6 +158,17 @@ def _execute(run: Run, show: Progress, session: Session | None) -> Path:
         write_examples(prepared, scored, run.out)
     write_json(run.out / "results.json", results)
     return run.out
+
+
+def _ask_base(run: Run, prepared: Prepared, session: Session, show: Progress) -> dict[Split, Scored]:
+    """What the bare base answers, asked once: rounds need not wait for it, but rewards are relative to it."""
+
+    def ask() -> dict[Split, Scored]:
+        show.note("asking the bare base (zero-shot)")
+        return score_base(prepared)
+
+    options = without_extras(run).evaluation
+    return session.remember(("zero-shot", run.data, run.seed, options, run.preference, prepared.objective.pairs), ask)
 
 
 def _list_adapters(prepared: Prepared, models: Adapters) -> Iterator[tuple[str, PyTree]]:

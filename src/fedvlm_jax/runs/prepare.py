@@ -24,7 +24,7 @@ from fedvlm_jax.evaluation.neighbours import Neighbours, make_neighbours
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.driver import Driver, start_adapter
 from fedvlm_jax.federation.features import is_vision_frozen
-from fedvlm_jax.federation.inputs import Inputs, make_inputs
+from fedvlm_jax.federation.inputs import Inputs, make_blank_inputs, make_inputs
 from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.programs import Programs
 from fedvlm_jax.federation.reference import add_reference
@@ -56,6 +56,7 @@ class Prepared:
         session: what it shares with others.
         objective: what its clients minimise.
         federation, examples, inputs: its clients and their data.
+        blank: as `inputs` but for the pictures, which are not looked at.
         spec, adapter: the adapter's form, and the one that all methods start from.
         layout: the shapes of its rounds.
         key: decides everything drawn on devices.
@@ -69,6 +70,7 @@ class Prepared:
     federation: Federation
     examples: Examples
     inputs: Inputs
+    blank: Inputs
     spec: lora.LoRA
     adapter: lora.Adapter
     layout: Layout
@@ -168,7 +170,7 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     if objective.pairs and examples.rejected_truncated:
         note(f"{examples.rejected_truncated} rejected answers cut to {options.max_answer_tokens} tokens")
     store = choose_store(run, session, examples.images, note) if is_vision_frozen(adapter) else None
-    inputs = make_inputs(examples, session.processor, store)
+    inputs, blank = (make(examples, session.processor, store) for make in (make_inputs, make_blank_inputs))
     trainable = sum(not client.held_out for client in clients)
     if run.cohort is not None and run.cohort > trainable:
         raise UserError(f"--cohort {run.cohort}: there are only {trainable} clients that train")
@@ -177,7 +179,7 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         reference = session.remember(
             ("reference", *data_key), lambda: reference_of(run, session, examples, inputs, on_disk, note)
         )
-        inputs = add_reference(inputs, reference)
+        inputs, blank = add_reference(inputs, reference), add_reference(blank, reference)
     layout = lay_out(run, examples, session.mesh, run.cohort, run.system.wave)
     asked = (run.evaluation.neighbours, run.evaluation.neighbour_temperature) if run.evaluation.neighbours else None
     neighbours = asked and session.remember(("neighbours", *asked), lambda: make_neighbours(session.vlm, *asked))
@@ -198,7 +200,7 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         base=session.remember(("numbers of the base", *data_key), dict),
     )
     return Prepared(
-        run, session, objective, federation, examples, inputs, spec, adapter, layout, key, evaluator, neighbours
+        run, session, objective, federation, examples, inputs, blank, spec, adapter, layout, key, evaluator, neighbours
     )
 
 
