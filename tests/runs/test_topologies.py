@@ -1,6 +1,8 @@
 """What `--topology` takes and refuses, the table of chips, and the devices that come of it."""
 
 import importlib.util
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -78,3 +80,28 @@ def test_cpu_devices_of_a_process_that_has_started():
     assert open_devices(Topology("cpu", (1,))) == there[:1]
     with pytest.raises(UserError, match=f"cpu:4096: this process has settled for {len(there)} CPU devices"):
         open_devices(Topology("cpu", (4096,)))
+
+
+EVERY_SLICE = """
+from fedvlm_jax.runs.chips import CHIPS, parse_topology
+from fedvlm_jax.runs.topologies import open_devices
+for kind, chip in CHIPS.items():
+    for slice in (*chip.slices, *(("4x4x8", "8x8x8") if chip.axes == 3 else ())):
+        devices = open_devices(parse_topology(f"{kind}:{slice}"))
+        corner = "x".join(str(1 + place) for place in devices[-1].coords[: chip.axes])
+        print(kind, slice, len(devices), corner, devices[0].device_kind, sep=",")
+"""
+KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+
+
+@pytest.mark.slow
+def test_libtpu_knows_every_slice_of_the_table():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip('libtpu is not installed: pip install "fedvlm-jax[plan]"')
+    done = subprocess.run([sys.executable, "-c", EVERY_SLICE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    opened = [line.split(",") for line in done.stdout.splitlines()]
+    assert len(opened) >= sum(len(chip.slices) for chip in CHIPS.values())
+    for kind, slice, devices, corner, named in opened:
+        assert int(devices) == parse_topology(f"{kind}:{slice}").devices
+        assert (corner, named) == (slice, KINDS[kind])
