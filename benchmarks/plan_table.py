@@ -44,6 +44,7 @@ def main() -> None:
     """Do what is missing, then write all and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="topologies or models that contain this")
+    parser.add_argument("--tries", type=int, default=1, help="compilations a cell to find how many clients fit a chip")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     chosen = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
@@ -51,7 +52,7 @@ def main() -> None:
         name = f"{topology}/{model}"
         if not chosen.table and chosen.only in name and name not in read_cells():
             print(f"{name} ...", file=sys.stderr, flush=True)
-            cell = make_cell(topology, model)
+            cell = make_cell(topology, model, chosen.tries if topology in SMALLEST else 0)
             with LINES.open("a") as file:
                 file.write(json.dumps({"cell": name, **cell}) + "\n")
     cells = read_cells()
@@ -71,11 +72,10 @@ def read_cells() -> dict[str, dict[str, Any]]:
     return cells
 
 
-def make_cell(topology: str, model: str) -> dict[str, Any]:
+def make_cell(topology: str, model: str, tries: int) -> dict[str, Any]:
     """One plan, in a process of its own; what did not fit is a cell too."""
     clients = str(CLIENTS_PER_CHIP * (parse_topology(topology).devices or 1))
-    tries = "1" if topology in SMALLEST else "0"
-    words = ["--topology", topology, "--model", model, "--clients", clients, "--tries", tries, *OPTIONS]
+    words = ["--topology", topology, "--model", model, "--clients", clients, "--tries", str(tries), *OPTIONS]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fedvlm_jax", "plan", *words, "--out", folder]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
