@@ -7,8 +7,9 @@
 Needs the extra `plan` (libtpu) and no TPU. Every cell is one `fedvlm plan` with eight clients a chip: pLoRA of rank 8
 on the language model, four steps of two examples, features of 768x768 pictures (577 tokens, and 24 of text), answers of
 64 tokens, bfloat16 arithmetic, layers recomputed. On the smallest topology of a chip it also tries how many clients
-fit. A cell that is done is a line of `results/plan_table.jsonl`, so this can be killed and
-started again; `results/plan_table.json` holds them all, with versions and commit.
+fit. A compilation takes two to three minutes of one core, whatever the number of chips. A cell that is done is a line
+of `results/plan_table.jsonl`, so this can be killed and started again; `results/plan_table.json` holds them all, with
+versions and commit.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from fedvlm_jax.runs.chips import parse_topology
 from fedvlm_jax.runs.storage import describe_environment, write_json
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=1, help="compilations a cell to find how many clients fit a chip")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     chosen = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # libtpu is there, a TPU is not
     RESULTS.mkdir(exist_ok=True)
     for topology, model in itertools.product(TOPOLOGIES, MODELS):
         name = f"{topology}/{model}"
