@@ -121,19 +121,20 @@ def tabulate(cells: dict[str, dict[str, Any]]) -> list[str]:
 def tabulate_scaling(cells: dict[str, dict[str, Any]], kind: str = "v5e") -> list[str]:
     """Lines of Markdown: what a chip does and tells as chips and clients grow together."""
     lines = [
-        "| chips | model | clients | TFLOP a chip | HBM a chip | moved by a chip | all-reduces | bytes of one "
-        "| a chip sends | links busy | clients per second at most |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| chips | model | clients | TFLOP a chip | HBM a chip | all-reduces | bytes of one | a chip sends "
+        "| links busy | clients per second at most |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for model, topology in itertools.product(MODELS, TOPOLOGIES):
         cell = cells.get(f"{topology}/{model}", {})
         if topology.startswith(kind) and "layout" in cell:
             devices, seconds, clients = cell["topology"]["devices"], cell["seconds"], cell["layout"]["cohort"]
-            reduced, sent = count_reduced(cell), seconds["network"] * cell["topology"]["chip"]["ici"] * 1e9
+            sent = seconds["network"] * cell["topology"]["chip"]["ici"] * 1e9
             lines.append(
                 f"| {devices} | {model} | {clients} | {cell['cost']['flops'] / 1e12:.3f} "
-                f"| {cell['memory_bytes']['needed'] / GIB:.3f} GiB | {cell['cost']['bytes'] / GIB:.1f} GiB "
-                f"| {sum(one['runs_per_round'] for one in cell['collectives'])} | {reduced:,} "
+                f"| {cell['memory_bytes']['needed'] / GIB:.3f} GiB "
+                f"| {sum(one['runs_per_round'] for one in cell['collectives'])} "
+                f"| {max(one['bytes'] for one in cell['collectives']):,} "
                 f"| {sent / 2**20:.2f} MiB | {1e6 * seconds['network']:.0f} µs | {clients / seconds['round']:,.0f} |"
             )
     return lines
