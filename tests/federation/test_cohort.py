@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from toy import LABELS, RATES, WIDTH, make_method
 
 from fedvlm_jax.data.batches import bucket
@@ -79,6 +80,22 @@ def test_held_out_clients_are_never_in_a_cohort():
     own = driver.adapters(np.arange(6))  # a newcomer has the server's part, and the private part that all start from
     for leaf, start in zip(jax.tree.leaves(own), jax.tree.leaves(driver.global_adapters(np.arange(6))), strict=True):
         assert (jnp.asarray(leaf)[1] == jnp.asarray(start)[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("cohort", "wave", "devices", "expected"),
+    [
+        (64, None, 4, (64, 1)),
+        (72, None, 4, (36, 2)),  # and not 64 and 8, with 56 empty places
+        (5, None, 4, (8, 1)),
+        (17, None, 1, (9, 2)),
+        (33, None, 1, (11, 3)),
+        (72, 64, 4, (64, 2)),  # as it was asked for
+    ],
+)
+def test_waves_have_few_empty_places_unless_their_width_is_given(cohort, wave, devices, expected):
+    layout = choose_layout([9] * 100, cohort=cohort, wave=wave, devices=devices, steps=2, batch=2)
+    assert (layout.wave, layout.waves) == expected
 
 
 def test_every_process_reads_its_own_places():

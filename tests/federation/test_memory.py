@@ -37,7 +37,7 @@ def make_compiler(base, per_client, devices=1, breaks_at=None):
 
 def test_what_fits_is_compiled_once():
     compile_wave, asked = make_compiler(1.0, 0.5)
-    made, footprint = find_wave(compile_wave, 16, 1, 16 * GIB)
+    made, footprint = find_wave(compile_wave, 16, 1000, 1, 16 * GIB)
     assert (made, asked, footprint.per_client) == ("program of 16", [16], GIB // 2)
 
 
@@ -45,7 +45,7 @@ def test_what_fits_is_compiled_once():
 def test_the_widest_that_fits_is_found_from_the_first_footprint(devices):
     """15 GiB of which 90 % may be used: (13.5 - 1) / 2 = 6 clients a device."""
     compile_wave, asked = make_compiler(1.0, 2.0, devices)
-    made, footprint = find_wave(compile_wave, 16 * devices, devices, 15 * GIB)
+    made, footprint = find_wave(compile_wave, 16 * devices, 1000, devices, 15 * GIB)
     assert asked == [16 * devices, 6 * devices]
     assert made == f"program of {6 * devices}"
     assert footprint.total <= USABLE * 15 * GIB
@@ -55,28 +55,47 @@ def test_a_cohort_that_weighs_whatever_the_wave_is_found_along_two_footprints():
     """1 GiB of base, 10 of data, 0.25 a client, in 14.4 GiB: 13 fit. The first guess takes the data for the
     clients' own and comes to 15; the line through 16 and 15 is right."""
     compile_wave, asked = make_compiler(11.0, 0.25)
-    clients = find_wave(lambda wave: (wave, compile_wave(wave)[1]._replace(base=GIB)), 16, 1, 16 * GIB)[0]
+    clients = find_wave(lambda wave: (wave, compile_wave(wave)[1]._replace(base=GIB)), 16, 1000, 1, 16 * GIB)[0]
     assert (clients, asked) == (13, [16, 15, 13])
+
+
+def test_a_line_that_is_too_flat_is_followed_half_way():
+    """Florence-2-base for a v5e without recomputation: the line through 16 and 14 leads to 2, and 7 fit."""
+    sizes, asked = {16: 16.18, 14: 15.92, 7: 7.9}, []
+
+    def compile_wave(clients):
+        asked.append(clients)
+        return clients, Footprint(int(0.86 * GIB), int(sizes[clients] * GIB), clients)
+
+    assert find_wave(compile_wave, 16, 1000, 1, 16 * GIB)[0] == 7
+    assert asked == [16, 14, 7]
+
+
+def test_what_is_narrowed_leaves_few_places_empty():
+    """14 a device would fit, but then 64 clients are two waves, as with 8 a device, and 48 places empty."""
+    compile_wave, asked = make_compiler(1.0, 0.95, devices=4)
+    assert find_wave(compile_wave, 64, 64, 4, 16 * GIB)[0] == "program of 32"
+    assert asked == [64, 32]
 
 
 def test_where_the_compiler_refuses_waves_are_halved():
     compile_wave, asked = make_compiler(1.0, 0.1, breaks_at=5)
-    assert find_wave(compile_wave, 16, 1, 16 * GIB)[0] == "program of 4"
+    assert find_wave(compile_wave, 16, 1000, 1, 16 * GIB)[0] == "program of 4"
     assert asked == [16, 8, 4]
 
 
 def test_where_nobody_says_how_large_a_device_is_what_compiles_fits():
     compile_wave, _ = make_compiler(1.0, 100.0)
-    assert find_wave(compile_wave, 16, 1, None)[0] == "program of 16"
+    assert find_wave(compile_wave, 16, 1000, 1, None)[0] == "program of 16"
 
 
 def test_not_even_one_client():
     compile_wave, asked = make_compiler(14.0, 3.0)
     with pytest.raises(UserError, match=r"one client on a device of 16.0 GiB does not fit: it takes 17.0 GiB, 14.0 of"):
-        find_wave(compile_wave, 16, 1, 16 * GIB)
+        find_wave(compile_wave, 16, 1000, 1, 16 * GIB)
     assert asked == [16, 1]
     with pytest.raises(UserError, match=r"does not fit: RESOURCE_EXHAUSTED: 21.3G of 15.7G"):
-        find_wave(make_compiler(1.0, 1.0, breaks_at=1)[0], 4, 1, None)
+        find_wave(make_compiler(1.0, 1.0, breaks_at=1)[0], 4, 1000, 1, None)
 
 
 def test_a_compiled_program_s_bytes_are_those_of_its_arrays():

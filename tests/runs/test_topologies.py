@@ -1,6 +1,8 @@
 """What `--topology` takes and refuses, the table of chips, and the devices that come of it."""
 
 import importlib.util
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -34,11 +36,16 @@ def test_topologies(text, kind, devices):
     [
         ("", "there are v4, v5e, v5p, v6e"),
         ("v7:2x2", "nothing is known of v7; there are v4, v5e, v5p, v6e"),
+        ("v9:2x2", "nothing is known of v9"),
+        ("v5e-16", "how many there are; say which chip and how they are laid out, as in v5e:4x4"),
+        ("v5litepod-16", "how many there are"),
         ("cpu:", "expected cpu, or cpu:N"),
         ("cpu:0", "expected cpu, or cpu:N"),
         ("cpu:2x2", "expected cpu, or cpu:N"),
         ("v5e", "expected v5e:AxB; v5e has 1x1, 2x2"),
         ("v5e:16", "there is no such slice"),
+        ("v5e:3x3", "there is no such slice; v5e has 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
+        ("v4", "expected v4:AxBxC; v4 has 2x2x1"),
         ("v5e:2x2x1", "there is no such slice"),
         ("v5e:32x32", "there is no such slice"),
         ("v5p:4x4", "there is no such slice; v5p has 2x2x1"),
@@ -73,3 +80,28 @@ def test_cpu_devices_of_a_process_that_has_started():
     assert open_devices(Topology("cpu", (1,))) == there[:1]
     with pytest.raises(UserError, match=f"cpu:4096: this process has settled for {len(there)} CPU devices"):
         open_devices(Topology("cpu", (4096,)))
+
+
+EVERY_SLICE = """
+from fedvlm_jax.runs.chips import CHIPS, parse_topology
+from fedvlm_jax.runs.topologies import open_devices
+for kind, chip in CHIPS.items():
+    for slice in (*chip.slices, *(("4x4x8", "8x8x8") if chip.axes == 3 else ())):
+        devices = open_devices(parse_topology(f"{kind}:{slice}"))
+        corner = "x".join(str(1 + place) for place in devices[-1].coords[: chip.axes])
+        print(kind, slice, len(devices), corner, devices[0].device_kind, sep=",")
+"""
+KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+
+
+@pytest.mark.slow
+def test_libtpu_knows_every_slice_of_the_table():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip('libtpu is not installed: pip install "fedvlm-jax[plan]"')
+    done = subprocess.run([sys.executable, "-c", EVERY_SLICE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    opened = [line.split(",") for line in done.stdout.splitlines()]
+    assert len(opened) >= sum(len(chip.slices) for chip in CHIPS.values())
+    for kind, slice, devices, corner, named in opened:
+        assert int(devices) == parse_topology(f"{kind}:{slice}").devices
+        assert (corner, named) == (slice, KINDS[kind])

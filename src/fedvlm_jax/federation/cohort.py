@@ -13,7 +13,16 @@ from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.round import to_waves
 from fedvlm_jax.methods import Client
 
-__all__ = ["Layout", "Turnout", "choose_layout", "draw_cohort", "draw_turnout", "find_fillers", "make_clients"]
+__all__ = [
+    "Layout",
+    "Turnout",
+    "balance_wave",
+    "choose_layout",
+    "draw_cohort",
+    "draw_turnout",
+    "find_fillers",
+    "make_clients",
+]
 
 COHORT_STREAM, TURNOUT_STREAM = 101, 103
 """First integers of the random streams, which keep them apart from every other use of the run's seed."""
@@ -55,16 +64,28 @@ def choose_layout(
     Args:
         sizes: training examples of every client in the population.
         cohort: clients a round; all by default.
-        wave: clients side by side; by default 16 a device, or the whole cohort where that is less.
+        wave: clients side by side; by default 16 a device, or fewer where that takes no more waves.
         devices: length of the mesh's axis `clients`.
         steps, batch: local steps and batch size.
     """
     cohort = min(cohort or len(sizes), len(sizes))
-    wave = min(wave or WAVE * devices, cohort)
+    wave = min(wave or balance_wave(WAVE * devices, cohort, devices), cohort)
     wave = -(-wave // devices) * devices
     waves = -(-cohort // wave)
     rows = bucket(max((min(size, steps * batch) for size in sizes), default=1))
     return Layout(cohort, wave, waves, rows, steps, batch)
+
+
+def balance_wave(wave: int, cohort: int, devices: int) -> int:
+    """The narrowest wave that takes a cohort in as many waves as this one: an empty place costs what a client does.
+
+    Args:
+        wave: a multiple of `devices`.
+        cohort: clients a round.
+        devices: over which the wave is spread.
+    """
+    waves = -(-cohort // wave)
+    return -(-cohort // (waves * devices)) * devices
 
 
 def draw_cohort(

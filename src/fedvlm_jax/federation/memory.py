@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.federation.cohort import balance_wave
 from fedvlm_jax.sharding import CLIENTS
 
 __all__ = [
@@ -155,13 +156,14 @@ def read_device_bytes(mesh: Mesh) -> int | None:
 
 
 def find_wave(
-    try_wave: Callable[[int], tuple[T, Footprint]], wave: int, devices: int, limit: int | None
+    try_wave: Callable[[int], tuple[T, Footprint]], wave: int, cohort: int, devices: int, limit: int | None
 ) -> tuple[T, Footprint]:
-    """The widest wave, from `wave` downwards, whose round fits.
+    """The widest wave, from `wave` downwards, whose round fits, and of those the narrowest in as many waves.
 
     Args:
         try_wave: wave -> what was made for it, and its footprint; raises `TooLargeError` where the compiler refuses.
         wave: where to start, a multiple of `devices`.
+        cohort: clients a round.
         devices: over which the wave is spread.
         limit: bytes of a device, all of which may be used; None: whatever compiles, fits.
 
@@ -186,22 +188,24 @@ def find_wave(
                 "(--train.batch-size), --system.remat, --system.compute bfloat16, or spread the base over devices "
                 "(--mesh clients=N,model=M)"
             )
-        wave = devices * _narrow(wave // devices, seen if footprint else [], limit)
+        wave = balance_wave(devices * _narrow(wave // devices, seen if footprint else [], limit), cohort, devices)
 
 
 def _narrow(clients: int, seen: list[Footprint], limit: int | None) -> int:
     """As many clients a device as should fit by the last footprints, or half as many where there are none.
 
     What a cohort reads lies on the devices whatever the wave, so the line that leads to what fits is the one through
-    two footprints; the first guess has only one, and the base.
+    two footprints; the first guess has only one, and the base. A round of one wave and one of several differ by more
+    than clients, though, and a line that is too flat for that leads nearly to nothing: so it is followed half way down
+    at most.
     """
     if not seen or limit is None or not seen[-1].per_client:
         return max(1, clients // 2)
-    last, slope = seen[-1], float(seen[-1].per_client)
+    last, slope, least = seen[-1], float(seen[-1].per_client), 1
     if len(seen) > 1 and seen[-2].total > last.total:
-        slope = (seen[-2].total - last.total) / (seen[-2].clients - last.clients)
+        slope, least = (seen[-2].total - last.total) / (seen[-2].clients - last.clients), max(1, clients // 2)
     fit = last.clients + math.floor((USABLE * limit - last.total) / slope)
-    return max(1, min(fit, clients - 1))
+    return max(least, min(fit, clients - 1))
 
 
 def find_most(

@@ -95,6 +95,11 @@ def parse_topology(text: str) -> Topology:
         if text != CPU and not re.fullmatch(r"[1-9]\d*", rest):
             raise UserError(f"--topology {text}: expected cpu, or cpu:N with the number of devices, for example cpu:8")
         return Topology(CPU, (int(rest),) if rest else ())
+    if re.fullmatch(r"v\d+(e|p|litepod)?-\d+", kind):
+        raise UserError(
+            f"--topology {text}: that says how many there are; say which chip and how they are laid out, as in v5e:4x4 "
+            f"or v5p:2x2x1; there are {', '.join(CHIPS)}"
+        )
     if kind not in CHIPS:
         raise UserError(
             f"--topology {text}: nothing is known of {kind or 'a chip without a name'}; there are "

@@ -32,7 +32,9 @@ def fit(prepared: Prepared, note: Note = lambda text: None) -> Prepared:
 
     asked = run.system.wave
     if asked is None:
-        fitted, footprint = find_wave(try_wave, prepared.layout.wave, mesh.shape[CLIENTS], limit)
+        fitted, footprint = find_wave(
+            try_wave, prepared.layout.wave, prepared.layout.cohort, mesh.shape[CLIENTS], limit
+        )
     else:
         try:
             fitted, footprint = try_wave(asked)

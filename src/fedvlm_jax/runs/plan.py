@@ -149,7 +149,7 @@ def plan(request: Request, note: Note = lambda text: None) -> Plan:
     groups, cohort = mesh.shape[CLIENTS], run.cohort or request.clients
     first = shop.lay_out(cohort, run.system.wave)
     (layout, programs, arguments, phase, compiled, unread), footprint = find_wave(
-        lambda wave: shop.try_layout(shop.lay_out(cohort, wave)), first.wave, groups, room
+        lambda wave: shop.try_layout(shop.lay_out(cohort, wave)), first.wave, cohort, groups, room
     )
     most = None
     if room is not None:

@@ -22,7 +22,18 @@ from fedvlm_jax.sharding import own_base
 
 __all__ = ["BASE", "describe_environment", "load_base", "open_adapters", "save_adapters", "save_base", "write_json"]
 
-PACKAGES = ("fedvlm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+PACKAGES = (
+    "fedvlm-jax",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "datasets",
+    "numpy",
+)
 
 
 BASE = "base.safetensors"
