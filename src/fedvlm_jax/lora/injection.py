@@ -25,6 +25,9 @@ from fedvlm_jax.lora.sites import (
     weight_name,
 )
 
+TILE = 8
+"""Rows of a tile in a TPU's memory."""
+
 
 def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a linen `Module.apply` into a function that takes an adapter: `fn(params, adapter, *args, **kwargs)`.
@@ -71,7 +74,7 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 def _dense_delta(module: nn.Dense, x: Array, a: Array, b: Array, scale: Array) -> Array:
     x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
     low = _project_down(x, a, module.precision) * scale.astype(x.dtype)
-    return jnp.matmul(low, b, precision=module.precision)
+    return _project_up(low, b, module.precision)
 
 
 def _project_down(x: Array, a: Array, precision: Any) -> Array:
@@ -81,6 +84,20 @@ def _project_down(x: Array, a: Array, precision: Any) -> Array:
     client that took four times as long.
     """
     return jnp.matmul(x, jax.lax.optimization_barrier(a.T).T, precision=precision)
+
+
+def _project_up(low: Array, b: Array, precision: Any) -> Array:
+    """low [..., T, r] times b [r, d], so that the gradient of b is summed over one axis at a time.
+
+    To sum over examples and rows at once, XLA's CPU backend first copies the output's whole gradient transposed, a
+    tenth of a training step. So examples are merged into one axis of rows where that costs nothing, which on TPUs, whose
+    memory holds rows in tiles, is where T fills its tiles; elsewhere each example gets a b of its own.
+    """
+    *examples, rows = low.shape[:-1] or (1,)
+    if math.prod(examples) == 1 or rows % TILE == 0:
+        merged = jnp.matmul(low.reshape(-1, low.shape[-1]), b, precision=precision)
+        return merged.reshape(*low.shape[:-1], -1)
+    return jnp.matmul(low, jnp.broadcast_to(b, (*examples, *b.shape)), precision=precision)
 
 
 def _gated_delta(module: Any, kind: Kind, x: Array, a: Array, b: Array, scale: Array, gate: Array) -> Array:
@@ -95,7 +112,7 @@ def _gated_delta(module: Any, kind: Kind, x: Array, a: Array, b: Array, scale: A
     x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
     low = _project_down(x, a, module.precision) * scale.astype(x.dtype)
     low = low * jnp.repeat(shares, a.shape[-1] // groups, axis=-1).astype(low.dtype)
-    return jnp.matmul(low, b, precision=module.precision)
+    return _project_up(low, b, module.precision)
 
 
 def _dense_general_delta(module: nn.DenseGeneral, x: Array, a: Array, b: Array, scale: Array) -> Array:
