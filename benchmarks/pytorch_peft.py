@@ -8,7 +8,7 @@ a line on stdout:
 
     {"threads": 2, "form": "float32", "vision": "cached", "clients": 4, "save": "after.npz"}  ->  {"seconds": 1.25}
 
-Nothing of fedvlm_jax is in it. `form` is `float32`; or `bfloat16`, the base's weights in that and the adapter's in
+Nothing of fedvlm_jax is in it. `form` is `float32` or `float64`; or `bfloat16`, the base's weights in that and the adapter's in
 float32, as PEFT makes them; or `autocast`. `vision` is `cached`, the pictures' features given, or `computed` in every
 step. The model is in evaluation mode: without dropout, which would only cost it time.
 """
@@ -139,7 +139,7 @@ class Peer:
 
     def load(self, form: str) -> tuple[torch.nn.Module, State]:
         """The model in a form, and the start in its names."""
-        kind = "bfloat16" if form == "bfloat16" else "float32"
+        kind = form if form in ("bfloat16", "float64") else "float32"
         if kind not in self.models:
             settings = self.settings
             model = load_model(self.folder, settings["rank"], settings["alpha"], getattr(torch, kind))

@@ -68,6 +68,9 @@ def measure_cell(
 ) -> dict[str, Any]:
     """Measure a cell: interleaved runs of the matmul peak, ours, theirs in float32, and theirs in bfloat16.
 
+    How far apart the adapters end is told together with how far the peer's own rounding takes it from a float64 round:
+    Adam's first steps are as long for a gradient that is almost zero as for any other, so the rounding of those shows.
+
     Args:
         cell: which.
         vlm, params, folder: the model, loaded and as the peer reads it.
@@ -81,7 +84,9 @@ def measure_cell(
     ours()  # warm
     with Peer(peer_python, folder, world) as peer:
         full, half = peer.choose(its, "float32"), peer.choose(its, "bfloat16")
-        apart = compare_factors(world.start, ours.give_factors(), peer.give_factors(full, its))
+        theirs, exact = peer.give_factors(full, its), peer.give_factors((full[0], "float64"), its)
+        apart = compare_factors(world.start, ours.give_factors(), theirs)
+        apart["theirs_of_float64"] = compare_factors(world.start, theirs, exact)["error_of_movement"]
         inside: list[float] = []
 
         def run_ours() -> float:
