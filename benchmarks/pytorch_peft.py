@@ -8,9 +8,9 @@ a line on stdout:
 
     {"threads": 2, "form": "float32", "vision": "cached", "clients": 4, "save": "after.npz"}  ->  {"seconds": 1.25}
 
-Nothing of fedvlm_jax is in it. `form` is `float32` or `float64`; or `bfloat16`, the base's weights in that and the adapter's in
-float32, as PEFT makes them; or `autocast`. `vision` is `cached`, the pictures' features given, or `computed` in every
-step. The model is in evaluation mode: without dropout, which would only cost it time.
+Nothing of fedvlm_jax is in it. `form` is `float32` or `float64`; or `bfloat16`, the base's weights in that and the
+adapter's in float32, as PEFT makes them; or `autocast`. `vision` is `cached`, the pictures' features given, or
+`computed` in every step. The model is in evaluation mode: without dropout, which would only cost it time.
 """
 
 from __future__ import annotations

@@ -90,8 +90,8 @@ def _project_up(low: Array, b: Array, precision: Any) -> Array:
     """low [..., T, r] times b [r, d], so that the gradient of b is summed over one axis at a time.
 
     To sum over examples and rows at once, XLA's CPU backend first copies the output's whole gradient transposed, a
-    tenth of a training step. So examples are merged into one axis of rows where that costs nothing, which on TPUs, whose
-    memory holds rows in tiles, is where T fills its tiles; elsewhere each example gets a b of its own.
+    tenth of a training step. So examples are merged into one axis of rows where that costs nothing, which on TPUs,
+    whose memory holds rows in tiles, is where T fills its tiles; elsewhere each example gets a b of its own.
     """
     *examples, rows = low.shape[:-1] or (1,)
     if math.prod(examples) == 1 or rows % TILE == 0:
