@@ -166,7 +166,7 @@ def tabulate(lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
         seconds = {name: f"{found['median']:.2f} s" for name, found in line["seconds"].items()}
         figures = (
             line["model"], str(line["batch"]), kept[line["cached"]], seconds["ours"], seconds["theirs"],
-            f"{line['times_theirs']:.1f}", seconds["theirs_bfloat16"], f"{line['times_theirs_bfloat16']:.1f}",
+            f"{line['times_theirs']:.2f}", seconds["theirs_bfloat16"], f"{line['times_theirs_bfloat16']:.2f}",
             f"{line['share_of_peak']:.0%}", f"{line['adapters']['error_of_movement']:.0e}",
         )  # fmt: skip
         rows.append("| " + " | ".join(figures) + " |")
