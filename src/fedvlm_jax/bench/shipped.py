@@ -132,8 +132,8 @@ def measure_driver(driver: Driver, rounds: int = DRIVEN) -> dict[str, Any]:
     """
     counted = [0]
 
-    def count(event: str, seconds: float, **_: Any) -> None:
-        del seconds
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
+        del duration_secs
         counted[0] += event == "/jax/core/compile/backend_compile_duration"
 
     jax.monitoring.register_event_duration_secs_listener(count)
