@@ -35,7 +35,14 @@ State = dict[str, torch.Tensor]
 def load_model(folder: Path, rank: int, alpha: float, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The base with an adapter on every matrix of the text half; in evaluation mode, so without dropout."""
     model = Florence2ForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    if dtype == torch.float64:
+        model.loss_function = compute_cross_entropy
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)).eval()
+
+
+def compute_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
+    """The model's own loss without what that does first: it rounds logits to float32, be they in float64."""
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 def to_torch(examples: dict[str, np.ndarray], rows: Any) -> State:

@@ -68,8 +68,9 @@ def measure_cell(
 ) -> dict[str, Any]:
     """Measure a cell: interleaved runs of the matmul peak, ours, theirs in float32, and theirs in bfloat16.
 
-    How far apart the adapters end is told together with how far the peer's own rounding takes it from a float64 round:
-    Adam's first steps are as long for a gradient that is almost zero as for any other, so the rounding of those shows.
+    How far apart the adapters end is told together with how far each side's own rounding takes it from a float64 round
+    of the peer: Adam's first steps are as long for a gradient that is almost zero as for any other, so the rounding of
+    those shows.
 
     Args:
         cell: which.
@@ -85,8 +86,10 @@ def measure_cell(
     with Peer(peer_python, folder, world) as peer:
         full, half = peer.choose(its, "float32"), peer.choose(its, "bfloat16")
         theirs, exact = peer.give_factors(full, its), peer.give_factors((full[0], "float64"), its)
-        apart = compare_factors(world.start, ours.give_factors(), theirs)
-        apart["theirs_of_float64"] = compare_factors(world.start, theirs, exact)["error_of_movement"]
+        own = ours.give_factors()
+        apart = compare_factors(world.start, own, theirs)
+        for name, factors in (("ours_of_float64", own), ("theirs_of_float64", theirs)):
+            apart[name] = compare_factors(world.start, factors, exact)["error_of_movement"]
         inside: list[float] = []
 
         def run_ours() -> float:

@@ -124,11 +124,11 @@ def measure_shipped(options: BenchOptions, note: Note = lambda text: None) -> di
 
 
 def measure_driver(driver: Driver, rounds: int = DRIVEN) -> dict[str, Any]:
-    """Run whole rounds, data read ahead and states written back, and tell the compiled program's time from the rest.
+    """Run whole rounds, data read ahead and states written back, and tell the compiled programs' time from the rest.
 
     Returns:
-        `host_share`: of a round after the first, what passes outside of the compiled round; `round_seconds`; and
-        `compiles`: programs of the round, and whatever XLA compiled after the first round, which should be nothing.
+        `host_share`: of a round after the first, what passes outside of compiled programs; `health_share`: in the
+        program that measures the aggregation's health; `round_seconds`; and `compiles`: programs of the round, and whatever XLA compiled after the first round, which should be nothing.
     """
     counted = [0]
 
@@ -138,12 +138,15 @@ def measure_driver(driver: Driver, rounds: int = DRIVEN) -> dict[str, Any]:
 
     jax.monitoring.register_event_duration_secs_listener(count)
     timed: list[_Timed] = []
-    shares: list[float] = []
+    host: list[float] = []
+    healths: list[float] = []
     seconds: list[float] = []
+    health = _Timed(driver.programs.health)
+    driver.programs = dataclasses.replace(driver.programs, health=health)
     ahead, after_first = read_ahead(driver.read_round, 1, rounds + 1), 0
     compiled, rates = driver.programs.compiled, {"a": 5e-3, "b": 2e-3}
     for number in range(rounds):
-        for program in timed:
+        for program in (health, *timed):
             program.seconds = 0.0
         began = time.perf_counter()
         driver.run_round(next(ahead), rates)
@@ -155,9 +158,11 @@ def measure_driver(driver: Driver, rounds: int = DRIVEN) -> dict[str, Any]:
             after_first = counted[0]
             continue
         seconds.append(total)
-        shares.append(1 - sum(program.seconds for program in timed) / total)
+        host.append(1 - sum(program.seconds for program in (health, *timed)) / total)
+        healths.append(health.seconds / total)
     return {
-        "host_share": round(statistics.median(shares), 4),
+        "host_share": round(statistics.median(host), 4),
+        "health_share": round(statistics.median(healths), 4),
         "round_seconds": describe_times(seconds),
         "compiles": {"rounds": rounds, "programs_of_the_round": len(compiled), "later": counted[0] - after_first},
     }

@@ -100,7 +100,8 @@ def _say(found: dict[str, Any]) -> list[str]:
         + (f" of {room} GiB" if room else "")
         + f"; Python {versions['python']}, jax {versions['jax']}, commit {(found['commit'] or 'unknown')[:12]}",
         f"peak     {found['matmul_peak_gflops']:.0f} GFLOP/s in float32 matmuls, measured between the rounds",
-        f"host     {driver['host_share']:.1%} of a round passes outside the compiled program",
+        f"host     {driver['host_share']:.1%} of a round passes outside compiled programs; "
+        f"{driver['health_share']:.1%} measures the aggregation's health",
         f"compiles {compiles['programs_of_the_round']} for {compiles['rounds']} rounds, {compiles['later']} later",
         f"memory   one more client takes {memory['marginal'] / 2**20:.1f} MiB at batch {memory['batch']}, "
         f"{memory['marginal_over_alone']:.2f} times a round of one client without its base",

@@ -138,6 +138,7 @@ class Driver:
     _trainable: Int[np.ndarray, " some"] = field(init=False, repr=False)
     _sizes: Int[np.ndarray, " some"] = field(init=False, repr=False)
     _base: tuple[PyTree, PyTree] | None = field(default=None, init=False, repr=False)
+    _found_travelling: dict[tuple[int, int], tuple[PyTree, PyTree]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         shapes = jax.eval_shape(
@@ -241,15 +242,14 @@ class Driver:
             arguments = self._arguments(read, rates)
         with TraceAnnotation("start the compiled round"):
             out = self._compile(arguments, read.round)(*arguments)
-        states = from_waves(out.personal)
         counted, health = read.counted, out.health
         if len(counted):
-            found = self.programs.health(before, states, out.messages, jnp.asarray(weights))
+            found = self.programs.health(before, out.personal, out.messages, jnp.asarray(weights))
             health = health | (found if len(counted) > 1 else {k: v for k, v in found.items() if k not in OF_PAIRS})
             with TraceAnnotation("wait for the round, and store personal states"):
                 self._store(numbers[counted], counted, out.personal)
             self.server = out.server
-        up, down = self._travelling(out.messages, max(1, len(counted)))
+        up, down = self._travelling(out.messages, max(1, len(counted)), read.round)
         received = numbers if self.programs.method.deliver is None else numbers[counted]
         return RoundReport(
             numbers=numbers,
@@ -273,10 +273,14 @@ class Driver:
         self.population.scatter(numbers, held, own)
         self.population.meet()
 
-    def _travelling(self, messages: PyTree, senders: int) -> tuple[PyTree, PyTree]:
+    def _travelling(self, messages: PyTree, senders: int, round_: int) -> tuple[PyTree, PyTree]:
         """What one client sends and what it receives, as trees of shapes, where so many clients sent something."""
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((senders, *x.shape[1:]), x.dtype), messages)
-        return find_travelling(self.programs.method, self.params, self.server, shapes)
+        key = (self.phase_of(round_), senders)
+        if key not in self._found_travelling:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((senders, *x.shape[1:]), x.dtype), messages)
+            server = jax.eval_shape(lambda state: state, self.server)
+            self._found_travelling[key] = find_travelling(self.programs.method, self.params, server, shapes)
+        return self._found_travelling[key]
 
     def _count_bytes(self, part: PyTree, numbers: np.ndarray) -> int:
         """Per client, the mean over these; 0 where there are none."""

@@ -12,7 +12,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from fedvlm_jax.federation.health import examine
 from fedvlm_jax.federation.memory import TooLargeError
-from fedvlm_jax.federation.round import make_round, start_personal
+from fedvlm_jax.federation.round import from_waves, make_round, start_personal
 from fedvlm_jax.federation.training import LocalTrainer
 from fedvlm_jax.methods import Method
 
@@ -21,7 +21,10 @@ __all__ = ["Programs", "make_programs"]
 
 @dataclass(frozen=True)
 class Programs:
-    """A method's compiled functions on a mesh; made once, whatever the seed, the clients or the learning rates."""
+    """A method's compiled functions on a mesh; made once, whatever the seed, the clients or the learning rates.
+
+    `health` takes personal states as the round returns them, [W, V, …], and messages [K, …].
+    """
 
     method: Method
     mesh: Mesh
@@ -62,13 +65,17 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs
         return method.personalise(server, state)
 
     trained = jax.vmap(method.trained, in_axes=(None, 0, 0))
+
+    def health(server: PyTree, waves: PyTree, messages: PyTree, weights: Any) -> dict[str, Any]:
+        return examine(trained(server, from_waves(waves), messages), weights)
+
     return Programs(
         method,
         mesh,
         make_round(method, trainer, mesh),
         jax.jit(jax.vmap(adapter_of, in_axes=(None, 0, 0, 0, None))),
         jax.jit(trained),
-        jax.jit(lambda server, states, messages, weights: examine(trained(server, states, messages), weights)),
+        jax.jit(health),
         method.base,  # not jitted: a compiled program would return copies of the weights that it leaves alone
     )
 

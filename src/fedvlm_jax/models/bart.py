@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.layers import HIDDEN, Norm, activation, dot_attention, scanned, softmax
+from fedvlm_jax.models.layers import HIDDEN, Norm, activation, dot_attention, multiply, scanned, softmax, widen
 
 OFFSET = 2  # BART's position table starts with two rows that are never used
 
@@ -83,7 +83,7 @@ class MultiHead(nn.Module):
         key = jax.lax.dynamic_update_slice_in_dim(key, new_key.astype(key.dtype), index, 3)
         value = jax.lax.dynamic_update_slice_in_dim(value, new_value.astype(value.dtype), index, 3)
         query = self.q_proj(x).reshape(rows) * rows[-1] ** -0.5
-        scores = jnp.einsum("bkhtd,bkhsd->bkhts", query, key, preferred_element_type=jnp.float32)
+        scores = multiply("bkhtd,bkhsd->bkhts", query, key)
         scores = jnp.where(jnp.arange(key.shape[3]) <= index, scores, HIDDEN)
         mixed = jnp.einsum("bkhts,bkhsd->bkhtd", softmax(scores, value.dtype), value)
         return self.out_proj(mixed.reshape(*x.shape)), key, value
@@ -230,7 +230,7 @@ class Bart(nn.Module):
     ) -> tuple[Float[Array, "B *A U D"], Float[Array, "B *A U V"]]:
         """The decoder's last states, and the logits that they give."""
         hidden = self.decoder(self.embed(ids.reshape(-1, ids.shape[-1])), memory, padding_bias(attention_mask))
-        logits = self.shared.attend(hidden).astype(jnp.float32)
+        logits = widen(self.shared.attend(hidden))
         return hidden.reshape(*ids.shape, -1), logits.reshape(*ids.shape, -1)
 
     def step(
@@ -238,7 +238,7 @@ class Bart(nn.Module):
     ) -> tuple[Float[Array, "B K D"], Float[Array, "B K V"], Cache]:
         """One position: the decoder's last states, their logits, and the cache with that position in it."""
         hidden, cache = self.decoder.step(self.embed(ids), index, cache, memory, padding_bias(attention_mask))
-        return hidden, self.shared.attend(hidden).astype(jnp.float32), cache
+        return hidden, widen(self.shared.attend(hidden)), cache
 
 
 def empty_cache(text: Any, batch: int, beams: int, length: int, dtype: Any) -> Cache:

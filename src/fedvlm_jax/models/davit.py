@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.layers import Norm, activation, dot_attention, scanned, softmax
+from fedvlm_jax.models.layers import Norm, activation, dot_attention, multiply, scanned, softmax
 
 
 def feature_size(vision: Any, height: int, width: int) -> tuple[int, int]:
@@ -116,7 +116,7 @@ class ChannelAttention(Attention):
         split = self.qkv(x).reshape(batch, height * width, 3, groups, channels // groups)
         query, key, value = split[:, :, 0], split[:, :, 1], split[:, :, 2]
         query = query * (height * width) ** -0.5
-        scores = jnp.einsum("bngi,bngj->bgij", query, key, preferred_element_type=jnp.float32)
+        scores = multiply("bngi,bngj->bgij", query, key)
         mixed = jnp.einsum("bgij,bngj->bngi", softmax(scores, value.dtype), value)
         return self.proj(mixed.reshape(batch, height, width, channels))
 

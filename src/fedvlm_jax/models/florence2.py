@@ -185,7 +185,7 @@ def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generat
 
     Args:
         config: transformers' `Florence2Config`; text model BART, tied embeddings.
-        dtype: what matmuls are computed in; norms, softmax and the returned logits are float32 always.
+        dtype: what matmuls are computed in; norms, softmax and the returned logits are float32 at least.
         remat: recompute the inside of every layer in the backward pass instead of keeping it.
         generation_config: transformers' `GenerationConfig`; without one, what `config` says about generation.
 

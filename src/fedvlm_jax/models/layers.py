@@ -1,7 +1,8 @@
 """Small pieces that the vision tower and the language model share: norms, activations, attention, scanned stacks.
 
 Everything that carries a weight matrix is exactly `nn.Dense`, `nn.Conv` or `nn.Embed`, because those are the types to
-which `fedvlm_jax.lora` can add an adapter. Norms and softmax are computed in float32 whatever the compute dtype is.
+which `fedvlm_jax.lora` can add an adapter. Norms and softmax are computed in float32, whatever narrower type the rest is
+computed in; where that is float64, in float64.
 """
 
 from __future__ import annotations
@@ -46,8 +47,13 @@ def activation(name: str) -> Callable[[Array], Array]:
     return _ACTIVATIONS[name]
 
 
+def widen(x: Array) -> Array:
+    """In float32, or in float64 if it is that."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class Norm(nn.Module):
-    """Layer norm over the last axis in float32 (epsilon 1e-5, as PyTorch's), cast back to `dtype`."""
+    """Layer norm over the last axis in float32 at least (epsilon 1e-5, as PyTorch's), cast back to `dtype`."""
 
     dtype: Any = jnp.float32
 
@@ -55,15 +61,21 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
+        wide = widen(x)
         centred = wide - wide.mean(-1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + 1e-5)
-        return (centred * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+        return (centred * inverse * widen(scale) + widen(bias)).astype(self.dtype)
+
+
+def multiply(indices: str, left: Array, right: Array) -> Array:
+    """`einsum` of scores: what narrow types multiply is summed and kept in float32."""
+    kind = jnp.promote_types(jnp.result_type(left, right), jnp.float32)
+    return jnp.einsum(indices, left, right, preferred_element_type=kind)
 
 
 def softmax(scores: Float[Array, "... S"], dtype: Any) -> Float[Array, "... S"]:
-    """Softmax over the last axis in float32, cast to `dtype`."""
-    return jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(dtype)
+    """Softmax over the last axis in float32 at least, cast to `dtype`."""
+    return jax.nn.softmax(widen(scores), axis=-1).astype(dtype)
 
 
 def dot_attention(
@@ -78,7 +90,7 @@ def dot_attention(
     strided ones, and keys that are kept are laid out so once.
     """
     query = query * query.shape[-1] ** -0.5
-    scores = jnp.einsum("nhtd,nhsd->nhts", query, key, preferred_element_type=jnp.float32)
+    scores = multiply("nhtd,nhsd->nhts", query, key)
     weights = softmax(scores if bias is None else scores + bias, value.dtype)
     mixed = jnp.einsum("nhts,nhsd->nhtd", weights, value).transpose(0, 2, 1, 3)
     return mixed.reshape(*mixed.shape[:2], -1)

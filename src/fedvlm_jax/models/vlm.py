@@ -44,7 +44,7 @@ class Vlm:
     """Hugging Face's own configuration object."""
 
     dtype: Any
-    """What matmuls are computed in. Norms, softmax and logits are float32."""
+    """What matmuls are computed in. Norms, softmax and logits are float32 at least."""
 
     init: Callable[[Array], Params]
     """(key) -> params: random weights, float32, top level `vision_tower`, `image_projector`, `language_model`."""

@@ -24,7 +24,7 @@ def token_losses(
     """
     with jax.named_scope("cross_entropy"):
         counts = (labels != IGNORED).astype(jnp.float32)
-        losses, correct = _cross_entropy(logits.astype(jnp.float32), jnp.maximum(labels, 0))
+        losses, correct = _cross_entropy(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), jnp.maximum(labels, 0))
         return losses * counts, correct * counts, counts
 
 

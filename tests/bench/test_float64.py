@@ -1,0 +1,41 @@
+"""The round that `benchmarks/speed.py` measures, in float64 on both sides: what is left is no rounding of either's.
+
+In float32 each side's own rounding moves an AdamW round by 1e-4 to 1e-2 of its movement, so it could hide an error.
+"""
+
+import dataclasses
+import importlib.util
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedvlm_jax.bench.cells import compare_factors
+from fedvlm_jax.bench.ours import Ours
+from fedvlm_jax.bench.peer import Peer
+from fedvlm_jax.bench.world import Shape, draw_world
+from fedvlm_jax.models import load_vlm, resolve_folder
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("vision", ["cached", "computed"])
+def test_a_round_of_adamw_is_pytorch_s(vision):
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "peft")):
+        pytest.skip("needs the extra `parity`: pip install -e '.[parity]'")
+    folder = resolve_folder("florence2-nano")
+    vlm, params = load_vlm(folder)
+    world = draw_world(vlm, params, Shape(3, 4, 1), size=(64, 64), prompt=8, answer=8)
+    with Peer(sys.executable, folder, world) as peer:
+        theirs = peer.give_factors((1, "float64"), vision)
+    with jax.enable_x64(True):
+        vlm, params = load_vlm(folder, dtype=jnp.float64, compute_dtype=jnp.float64)
+        start = {path: factor.astype(np.float64) for path, factor in world.start.items()}
+        ours = Ours(vlm, params, dataclasses.replace(world, start=start), vision, wave=3)
+        ours()
+        apart = compare_factors(world.start, ours.give_factors(), theirs)
+    print(f"{vision}: {apart}")  # noqa: T201
+    assert apart["movement"] > 1
+    # Left over: PyTorch clips by the norm plus 1e-6; our rates, and the mean of the updates, are float32.
+    assert apart["error_of_movement"] < 1e-6
