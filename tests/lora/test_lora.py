@@ -50,6 +50,14 @@ def test_sites_of_every_kind(sites):
     assert "6 groups" in sites["depthwise"].obstacle
 
 
+def test_initialising_shows_the_sites_too(sites, params, example):
+    shapes, found = lora.trace_init(Model().init, jax.random.key(0), *example)
+    assert found == sites
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes["params"]) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), params
+    )
+
+
 def test_the_adapter_written_out(adapter):
     shapes = jax.tree.map(lambda leaf: leaf.shape, adapter)
     assert shapes["layers"] == {
@@ -146,6 +154,7 @@ def test_nested_stacks():
     sites = lora.find_sites(model.apply, params, x, None)
     (site,) = sites.values()
     assert (site.stack, site.stack_at) == ((3, 2), (0, 1))
+    assert lora.trace_init(model.init, jax.random.key(0), x, None)[1] == sites
     adapter = randomise(lora.init(jax.random.key(1), sites, lora.LoRA(rank=1)))
     got, _ = lora.inject(model.apply)(params, adapter, x, None)
     want, _ = model.apply({"params": lora.merge(params, adapter)}, x, None)

@@ -128,7 +128,8 @@ def measure_driver(driver: Driver, rounds: int = DRIVEN) -> dict[str, Any]:
 
     Returns:
         `host_share`: of a round after the first, what passes outside of compiled programs; `health_share`: in the
-        program that measures the aggregation's health; `round_seconds`; and `compiles`: programs of the round, and whatever XLA compiled after the first round, which should be nothing.
+        program that measures the aggregation's health; `round_seconds`; and `compiles`: programs of the round, and
+        whatever XLA compiled after the first round, which should be nothing.
     """
     counted = [0]
 

@@ -138,7 +138,7 @@ class Driver:
     _trainable: Int[np.ndarray, " some"] = field(init=False, repr=False)
     _sizes: Int[np.ndarray, " some"] = field(init=False, repr=False)
     _base: tuple[PyTree, PyTree] | None = field(default=None, init=False, repr=False)
-    _found_travelling: dict[tuple[int, int], tuple[PyTree, PyTree]] = field(default_factory=dict, init=False, repr=False)
+    _traffic: dict[tuple[int, int], tuple[PyTree, PyTree]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         shapes = jax.eval_shape(
@@ -276,11 +276,11 @@ class Driver:
     def _travelling(self, messages: PyTree, senders: int, round_: int) -> tuple[PyTree, PyTree]:
         """What one client sends and what it receives, as trees of shapes, where so many clients sent something."""
         key = (self.phase_of(round_), senders)
-        if key not in self._found_travelling:
+        if key not in self._traffic:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((senders, *x.shape[1:]), x.dtype), messages)
             server = jax.eval_shape(lambda state: state, self.server)
-            self._found_travelling[key] = find_travelling(self.programs.method, self.params, server, shapes)
-        return self._found_travelling[key]
+            self._traffic[key] = find_travelling(self.programs.method, self.params, server, shapes)
+        return self._traffic[key]
 
     def _count_bytes(self, part: PyTree, numbers: np.ndarray) -> int:
         """Per client, the mean over these; 0 where there are none."""

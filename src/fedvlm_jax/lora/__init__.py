@@ -29,7 +29,7 @@ from fedvlm_jax.lora.algebra import (
 )
 from fedvlm_jax.lora.injection import inject
 from fedvlm_jax.lora.rules import Rule, combine, partition, virtual_paths
-from fedvlm_jax.lora.sites import LoraError, Site, Sites, find_sites, select
+from fedvlm_jax.lora.sites import LoraError, Site, Sites, find_sites, select, trace_init
 
 __all__ = [
     "Adapter",
@@ -51,6 +51,7 @@ __all__ = [
     "select",
     "sites_of",
     "thin_svd",
+    "trace_init",
     "truncate",
     "unmerge",
     "virtual_paths",

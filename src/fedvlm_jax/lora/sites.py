@@ -79,27 +79,58 @@ def find_sites(apply_fn: Callable[..., Any], params: Mapping[str, Any], *example
         path → `Site`, in the order of the paths.
     """
     variables = as_variables(params)
-    weights = tree.flatten(variables["params"])
-    lost: dict[tuple[str, ...], int] = {}  # module path → how many leading axes its parameters have lost on the way in
-    found: dict[str, tuple[Kind, tuple[int, ...], int, str]] = {}  # kind, shape inside, number of input axes, obstacle
-
-    def watch(next_fun: Callable[..., Any], args: Any, kw: Any, context: nn.module.InterceptorContext) -> Any:
-        module = context.module
-        if module.scope is not None and context.method_name in ("__call__", "attend"):
-            path = module.path
-            for name, leaf in tree.flatten(module.variables.get("params", {})).items():
-                outer = weights.get("/".join((*path, name)))
-                if outer is not None:
-                    lost[path] = max(lost.get(path, 0), len(outer.shape) - len(leaf.shape))
-            kind = KINDS.get(type(module))
-            if kind is not None and module.has_variable("params", weight_name(kind)):
-                shape = module.get_variable("params", weight_name(kind)).shape
-                found["/".join(path)] = (kind, shape, count_inputs(module, shape), find_obstacle(module))
-        return next_fun(*args, **kw)
-
-    with nn.intercept_methods(watch):
+    seen = _Seen()
+    with nn.intercept_methods(seen.watch):
         _eval_shape(lambda v, *args: apply_fn(v, *args, **kwargs), variables, *example)
-    return {path: _site(path, *found[path], weights, lost) for path in sorted(found)}
+    return seen.sites(variables["params"])
+
+
+def trace_init(init_fn: Callable[..., Mapping[str, Any]], *args: Any) -> tuple[dict[str, Any], Sites]:
+    """Trace a model's `init` once, abstractly: the shapes that its parameters have, and what `find_sites` finds.
+
+    Args:
+        init_fn: (*args) -> the `params` collection, or a whole variables dictionary; it calls everything.
+        *args: as it takes them; shapes suffice, `jax.eval_shape(lambda: jax.random.key(0))` for a key.
+
+    Returns:
+        What `init_fn` returns, as `jax.ShapeDtypeStruct`s, and path → `Site`.
+    """
+    seen = _Seen()
+    with nn.intercept_methods(seen.watch):
+        shapes = _eval_shape(init_fn, *args)
+    return shapes, seen.sites(as_variables(shapes)["params"])
+
+
+class _Seen:
+    """What the layers of a model are and hold, noted as they are called."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, tuple[Kind, tuple[int, ...], int, str]] = {}  # kind, weight's shape, inputs, obstacle
+        self._inside: dict[tuple[str, ...], dict[str, int]] = {}  # module's path → parameter below it → axes inside
+
+    def watch(self, next_fun: Callable[..., Any], args: Any, kw: Any, context: nn.module.InterceptorContext) -> Any:
+        out = next_fun(*args, **kw)  # first, because in `init` that makes the parameters
+        module = context.module
+        if module.scope is None or context.method_name not in ("__call__", "attend"):
+            return out
+        held = tree.flatten(module.variables.get("params", {}))
+        self._inside[module.path] = {name: len(leaf.shape) for name, leaf in held.items()}
+        kind = KINDS.get(type(module))
+        if kind is not None and module.has_variable("params", weight_name(kind)):
+            shape = module.get_variable("params", weight_name(kind)).shape
+            self._kinds["/".join(module.path)] = (kind, shape, count_inputs(module, shape), find_obstacle(module))
+        return out
+
+    def sites(self, params: Mapping[str, Any]) -> Sites:
+        """All, where these are the parameters outside of all scans."""
+        weights = tree.flatten(params)
+        lost: dict[tuple[str, ...], int] = {}  # module's path → how many leading axes its parameters lost on the way in
+        for path, held in self._inside.items():
+            outer = {name: weights.get("/".join((*path, name))) for name in held}
+            losses = [len(leaf.shape) - held[name] for name, leaf in outer.items() if leaf is not None]
+            if losses:
+                lost[path] = max(losses)
+        return {path: _site(path, *self._kinds[path], weights, lost) for path in sorted(self._kinds)}
 
 
 def _site(

@@ -195,10 +195,7 @@ def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generat
     check_config(config)
     module = Florence2(config, dtype, remat)
 
-    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
-        return module.apply(variables, *args, **kwargs)
-
-    injected = lora.inject(apply)
+    injected = lora.inject(module.apply)
     options = generation.resolve_config(config, generation_config)
 
     def init(key: Array) -> Params:
@@ -232,6 +229,5 @@ def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generat
         image_tokens=lambda height, width: image_tokens(config, height, width),
         example_batch=lambda: example_batch(config),
         generation_config=options,
-        apply=lambda variables, batch: apply(variables, batch, method="logits"),
         cuts=CUTS,
     )

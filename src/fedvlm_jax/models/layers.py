@@ -1,8 +1,8 @@
 """Small pieces that the vision tower and the language model share: norms, activations, attention, scanned stacks.
 
 Everything that carries a weight matrix is exactly `nn.Dense`, `nn.Conv` or `nn.Embed`, because those are the types to
-which `fedvlm_jax.lora` can add an adapter. Norms and softmax are computed in float32, whatever narrower type the rest is
-computed in; where that is float64, in float64.
+which `fedvlm_jax.lora` can add an adapter. Norms and softmax are computed in float32, whatever narrower type the rest
+is computed in; where that is float64, in float64.
 """
 
 from __future__ import annotations

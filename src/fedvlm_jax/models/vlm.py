@@ -74,21 +74,18 @@ class Vlm:
     generation_config: Any
     """transformers' `GenerationConfig`: what `generate` does where its arguments do not say otherwise."""
 
-    apply: Callable[..., Array]
-    """(variables, batch) -> logits, shaped like a linen `Module.apply`: what `lora` looks for sites in."""
-
     cuts: Cuts
     """Which weights devices may share, and along which axis; the others each has whole."""
 
     @cached_property
-    def _shapes(self) -> Params:
-        return jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
+    def _traced(self) -> tuple[Params, Any]:
+        return lora.trace_init(self.init, jax.eval_shape(lambda: jax.random.key(0)))
 
     def shapes(self) -> Params:
         """The parameters' shapes and dtypes, as `jax.ShapeDtypeStruct`s; touches no device."""
-        return self._shapes
+        return self._traced[0]
 
-    @cached_property
+    @property
     def sites(self) -> Any:
         """Where an adapter can sit (`lora.Sites`), found by tracing once; touches no device."""
-        return lora.find_sites(self.apply, self.shapes(), self.example_batch())
+        return self._traced[1]

@@ -24,7 +24,8 @@ def token_losses(
     """
     with jax.named_scope("cross_entropy"):
         counts = (labels != IGNORED).astype(jnp.float32)
-        losses, correct = _cross_entropy(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), jnp.maximum(labels, 0))
+        wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        losses, correct = _cross_entropy(wide, jnp.maximum(labels, 0))
         return losses * counts, correct * counts, counts
 
 
