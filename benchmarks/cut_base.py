@@ -30,7 +30,7 @@ from fedvlm_jax.federation.reference import make_score  # noqa: E402
 from fedvlm_jax.federation.round import make_round  # noqa: E402
 from fedvlm_jax.federation.training import make_local_trainer  # noqa: E402
 from fedvlm_jax.methods import Client, Setup, load_method  # noqa: E402
-from fedvlm_jax.models import Vlm, build  # noqa: E402
+from fedvlm_jax.models import Stacking, Vlm, build  # noqa: E402
 from fedvlm_jax.objectives import load_objective  # noqa: E402
 from fedvlm_jax.runs.config import LANGUAGE_MODEL  # noqa: E402
 from fedvlm_jax.runs.storage import describe_environment, write_json  # noqa: E402
@@ -64,7 +64,10 @@ def make_model() -> Vlm:
         "decoder_start_token_id": 2,
     }
     vision = {"projection_dim": 768}
-    return build(Florence2Config(vision_config=vision, text_config=text, image_token_id=VOCABULARY - 1), remat=True)
+    return build(
+        Florence2Config(vision_config=vision, text_config=text, image_token_id=VOCABULARY - 1),
+        stacking=Stacking(remat=True),
+    )
 
 
 def measure(model: int) -> dict[str, Any]:

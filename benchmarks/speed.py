@@ -27,7 +27,7 @@ from fedvlm_jax.bench.cells import USES, Cell, append_line, measure_cell, read_l
 from fedvlm_jax.bench.memory import measure_clients
 from fedvlm_jax.bench.shipped import open_shipped
 from fedvlm_jax.bench.world import Shape, World, draw_world
-from fedvlm_jax.models import Vlm, load_vlm, resolve_folder
+from fedvlm_jax.models import Stacking, Vlm, load_vlm, resolve_folder
 from fedvlm_jax.runs.heap import keep_heap
 from fedvlm_jax.runs.storage import write_json
 
@@ -40,6 +40,9 @@ SHAPES = {
     "base": {1: (Shape(2, 2, 1), 2), 2: (Shape(2, 2, 2), 1), 8: (Shape(2, 1, 8), 1)},
 }
 """model -> batch -> a round's shape, and clients side by side; many long rows fill the cores by themselves."""
+
+STACKING = Stacking(unroll=6)
+"""`--system.unroll 6`: all layers of the base shape are written out."""
 
 PICTURE, PROMPT, ANSWER = (768, 768), 32, 24
 
@@ -125,7 +128,7 @@ def open_world(cell: Cell, work: Path) -> tuple[Path, Vlm, Any, World]:
     if cell.model == "nano":
         shipped = open_shipped(shape)
         return resolve_folder("florence2-nano"), shipped.vlm, shipped.params, shipped.world
-    vlm, params = load_vlm(_base(work))
+    vlm, params = load_vlm(_base(work), stacking=STACKING)
     return _base(work), vlm, params, draw_world(vlm, params, shape, size=PICTURE, prompt=PROMPT, answer=ANSWER)
 
 
@@ -134,7 +137,7 @@ def report_memory(options: Memory) -> None:
     found = {}
     for model in options.models:
         folder = resolve_folder("florence2-nano") if model == "nano" else _base(options.work)
-        vlm, params = load_vlm(folder)
+        vlm, params = load_vlm(folder, stacking=STACKING)
         size, prompt, answer = ((64, 64), 8, 8) if model == "nano" else (PICTURE, PROMPT, ANSWER)
         for batch in (1, 2):
             shape = Shape(1, 2, batch)

@@ -1,5 +1,6 @@
 """Against transformers' numbers in golden files, without PyTorch; see make_golden.py for how they are made."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from models.cases import CASES, MAX_TOKENS, OPTIONS, make_batch, to_settings
 
-from fedvlm_jax.models import Vlm, build, load_vlm
+from fedvlm_jax.models import Stacking, Vlm, build, load_vlm
 
 GOLDEN = Path(__file__).parent / "golden"
 FASTEST = "single"
@@ -62,9 +63,10 @@ def test_bfloat16_compute_stays_close() -> None:
     assert correlation > 0.99  # measured: 0.998
 
 
-def test_rematerialisation_changes_no_gradient() -> None:
-    vlm, params = load_vlm(GOLDEN / "single")
-    other = build(vlm.config, remat=True)
+@pytest.mark.parametrize("stacking", [Stacking(True, 0), Stacking(True, 9), Stacking(False, 0)], ids=str)
+def test_how_layers_are_stacked_changes_no_gradient(stacking: Stacking) -> None:
+    vlm, params = load_vlm(GOLDEN / "single", stacking=Stacking(unroll=9))
+    other = build(vlm.config, stacking=stacking)
     batch = make_batch("single", vlm.image_tokens(*CASES["single"][2]))
     batch["image_features"] = np.ones((3, vlm.image_tokens(*CASES["single"][2]), 24), np.float32)
 
@@ -74,5 +76,16 @@ def test_rematerialisation_changes_no_gradient() -> None:
     text = params["language_model"]
     plain, again = jax.jit(gradient(vlm))(text), jax.jit(gradient(other))(text)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), plain, again)
-    assert "remat" not in str(jax.make_jaxpr(gradient(vlm))(text))
-    assert "remat" in str(jax.make_jaxpr(gradient(other))(text))
+    one, two = (str(jax.make_jaxpr(gradient(v))(text)) for v in (vlm, other))
+    assert ("remat" in one, "remat" in two) == (False, stacking.remat)
+
+
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_stacks_are_written_out_up_to_a_length(unroll: int) -> None:
+    config = load_vlm(GOLDEN / "windows")[0].config
+    assert (config.text_config.encoder_layers, config.text_config.decoder_layers) == (2, 2)
+    vlm = build(config, stacking=Stacking(unroll=unroll))
+    program = str(
+        jax.make_jaxpr(lambda params, batch: vlm.encode(params, None, batch))(vlm.shapes(), vlm.example_batch())
+    )
+    assert bool(re.search(r"unroll=2\b", program)) == (unroll == 2)

@@ -31,7 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedvlm_jax import lora
-from fedvlm_jax.models import read_vlm
+from fedvlm_jax.models import Stacking, read_vlm
 
 SCALE = 2.0  # alpha / rank
 WIDTHS = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
@@ -79,7 +79,7 @@ def compile_round(
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     mesh = Mesh(list(described.devices), "clients")
     everywhere, spread = PartitionSpec(), PartitionSpec("clients")
-    vlm = read_vlm(model, compute_dtype=jnp.bfloat16, remat=True)
+    vlm = read_vlm(model, compute_dtype=jnp.bfloat16, stacking=Stacking(remat=True))
     pictures = vlm.image_tokens(768, 768)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(2e-3, weight_decay=0.0))
 

@@ -105,9 +105,10 @@ def test_two_processes_score_as_one(runs):
                 wanted = pytest.approx(values, rel=1e-5, abs=1e-6)
                 assert two.results[model][split][metric] == wanted, (model, split, metric)
     for mine, theirs in zip(one.rounds, two.rounds, strict=True):
-        assert {name: value for name, value in theirs.items() if name not in TIMES} == pytest.approx(
-            {name: value for name, value in mine.items() if name not in TIMES}, rel=1e-4, nan_ok=True
-        )
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - set(TIMES):
+            wanted = mine[name] if isinstance(mine[name], str) else pytest.approx(mine[name], rel=1e-4, nan_ok=True)
+            assert theirs[name] == wanted, name
 
 
 def test_the_first_tells_and_the_other_is_silent(runs):
@@ -131,7 +132,7 @@ def test_one_is_killed_and_the_same_command_goes_on(runs, model, tmp_path, victi
         told = re.search(r"fedvlm: process 1 is gone\. Start all processes again with (.*): the run goes on (.*)", said)
         assert told, said
         assert str(out) in told[1]
-        assert re.match(r"after round [234], its newest checkpoint", told[2])
+        assert re.match(r"after round [1-4], its newest checkpoint", told[2])
     else:  # jax's service went with it, and jax may be quicker to end the others
         assert (started[1].returncode, "fedvlm: process 0 is gone" in said) in ((3, True), (-signal.SIGABRT, False)), (
             said

@@ -3,6 +3,7 @@
 from fedvlm_jax.models.checkpoint import save_checkpoint
 from fedvlm_jax.models.florence2 import build, image_tokens
 from fedvlm_jax.models.hub import load_vlm, read_vlm, resolve_folder
+from fedvlm_jax.models.layers import Stacking
 from fedvlm_jax.models.processing import Processor, read_size
 from fedvlm_jax.models.vlm import Batch, Params, Vlm
 
@@ -10,6 +11,7 @@ __all__ = [
     "Batch",
     "Params",
     "Processor",
+    "Stacking",
     "Vlm",
     "build",
     "image_tokens",

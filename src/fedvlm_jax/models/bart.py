@@ -21,7 +21,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.layers import HIDDEN, Norm, activation, dot_attention, multiply, scanned, softmax, widen
+from fedvlm_jax.models.layers import (
+    HIDDEN,
+    USUAL,
+    Norm,
+    Stacking,
+    activation,
+    dot_attention,
+    multiply,
+    scanned,
+    softmax,
+    widen,
+)
 
 OFFSET = 2  # BART's position table starts with two rows that are never used
 
@@ -156,7 +167,7 @@ class Positions(nn.Module):
 
     text: Any
     dtype: Any
-    remat: bool = False
+    stacking: Stacking = USUAL
 
     def setup(self) -> None:
         rows, init = self.text.max_position_embeddings + OFFSET, nn.initializers.normal(self.text.init_std)
@@ -176,7 +187,7 @@ class Encoder(Positions):
 
     def setup(self) -> None:
         super().setup()
-        build = scanned(EncoderLayer, self.text.encoder_layers, (nn.broadcast,), self.remat)
+        build = scanned(EncoderLayer, self.text.encoder_layers, (nn.broadcast,), self.stacking)
         self.layers = build(self.text, self.dtype)
 
     def __call__(self, embeddings: Float[Array, "B T D"], bias: Array) -> Float[Array, "B T D"]:
@@ -191,7 +202,7 @@ class Decoder(Positions):
     def setup(self) -> None:
         super().setup()
         in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
-        self.layers = scanned(DecoderLayer, self.text.decoder_layers, in_axes, self.remat)(self.text, self.dtype)
+        self.layers = scanned(DecoderLayer, self.text.decoder_layers, in_axes, self.stacking)(self.text, self.dtype)
 
     def __call__(self, embeddings: Float[Array, "N U D"], memory: Array, bias: Array) -> Float[Array, "N U D"]:
         self._check_length(embeddings.shape[1], "decoder tokens")
@@ -209,13 +220,13 @@ class Bart(nn.Module):
 
     text: Any
     dtype: Any = jnp.float32
-    remat: bool = False
+    stacking: Stacking = USUAL
 
     def setup(self) -> None:
         text, init = self.text, nn.initializers.normal(self.text.init_std)
         self.shared = nn.Embed(text.vocab_size, text.d_model, dtype=self.dtype, embedding_init=init)
-        self.encoder = Encoder(text, self.dtype, self.remat)
-        self.decoder = Decoder(text, self.dtype, self.remat)
+        self.encoder = Encoder(text, self.dtype, self.stacking)
+        self.decoder = Decoder(text, self.dtype, self.stacking)
 
     def embed(self, ids: Int[Array, ...]) -> Float[Array, "... D"]:
         """Token embeddings; ids outside the vocabulary (an image token may be) are clamped, not NaN."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.layers import Norm, activation, dot_attention, multiply, scanned, softmax
+from fedvlm_jax.models.layers import USUAL, Norm, Stacking, activation, dot_attention, multiply, scanned, softmax
 
 
 def feature_size(vision: Any, height: int, width: int) -> tuple[int, int]:
@@ -180,7 +180,7 @@ class DaViT(nn.Module):
 
     vision: Any
     dtype: Any = jnp.float32
-    remat: bool = False
+    stacking: Stacking = USUAL
 
     @nn.compact
     def __call__(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B h w D"]:
@@ -188,6 +188,6 @@ class DaViT(nn.Module):
         for stage, depth in enumerate(self.vision.depths):
             x = PatchEmbed(self.vision, stage, self.dtype, name=f"convs_{stage}")(x)
             if depth:
-                blocks = scanned(Block, depth, (nn.broadcast,), self.remat)
+                blocks = scanned(Block, depth, (nn.broadcast,), self.stacking)
                 x, _ = blocks(self.vision, stage, self.dtype, name=f"blocks_{stage}")(x, None)
         return x

@@ -20,7 +20,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import generation
 from fedvlm_jax.models.bart import Bart, Cache
 from fedvlm_jax.models.davit import DaViT, feature_size
-from fedvlm_jax.models.layers import Norm
+from fedvlm_jax.models.layers import USUAL, Norm, Stacking
 from fedvlm_jax.models.vlm import Batch, Params, Vlm
 from fedvlm_jax.sharding import Cuts
 
@@ -69,12 +69,12 @@ class Florence2(nn.Module):
 
     config: Any
     dtype: Any = jnp.float32
-    remat: bool = False
+    stacking: Stacking = USUAL
 
     def setup(self) -> None:
-        self.vision_tower = DaViT(self.config.vision_config, self.dtype, self.remat)
+        self.vision_tower = DaViT(self.config.vision_config, self.dtype, self.stacking)
         self.image_projector = Projector(self.config.vision_config, self.dtype)
-        self.language_model = Bart(self.config.text_config, self.dtype, self.remat)
+        self.language_model = Bart(self.config.text_config, self.dtype, self.stacking)
 
     def image_features(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
         return self.image_projector(self.vision_tower(pixel_values))
@@ -180,20 +180,26 @@ def _seeing(path: str) -> bool:
     return path.startswith(("vision_tower/", "image_projector/"))
 
 
-def build(config: Any, *, dtype: Any = jnp.float32, remat: bool = False, generation_config: Any | None = None) -> Vlm:
+def build(
+    config: Any,
+    *,
+    dtype: Any = jnp.float32,
+    stacking: Stacking = USUAL,
+    generation_config: Any | None = None,
+) -> Vlm:
     """The Florence-2 of a transformers `Florence2Config`, as a record of pure functions; no weights are made.
 
     Args:
         config: transformers' `Florence2Config`; text model BART, tied embeddings.
         dtype: what matmuls are computed in; norms, softmax and the returned logits are float32 at least.
-        remat: recompute the inside of every layer in the backward pass instead of keeping it.
+        stacking: how its stacks of layers are run.
         generation_config: transformers' `GenerationConfig`; without one, what `config` says about generation.
 
     Raises:
         UserError: for a configuration that is not implemented, naming the field.
     """
     check_config(config)
-    module = Florence2(config, dtype, remat)
+    module = Florence2(config, dtype, stacking)
 
     injected = lora.inject(module.apply)
     options = generation.resolve_config(config, generation_config)

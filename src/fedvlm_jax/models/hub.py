@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.checkpoint import find_files, load_params
 from fedvlm_jax.models.florence2 import build
+from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.vlm import Params, Vlm
 from fedvlm_jax.sharding import cut_base, place
 
@@ -82,7 +83,7 @@ def read_config(folder: Path) -> Any:
     return Florence2Config.from_pretrained(folder)
 
 
-def read_vlm(path: str | Path, *, compute_dtype: Any = jnp.float32, remat: bool = False) -> Vlm:
+def read_vlm(path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: Stacking = USUAL) -> Vlm:
     """A Florence-2 without its weights: what its configuration alone tells, its sites for example.
 
     Args and errors are those of `load_vlm`.
@@ -93,7 +94,7 @@ def read_vlm(path: str | Path, *, compute_dtype: Any = jnp.float32, remat: bool 
     config = read_config(folder)
     has_generation = (folder / "generation_config.json").is_file()
     generation = GenerationConfig.from_pretrained(folder) if has_generation else None
-    return build(config, dtype=compute_dtype, remat=remat, generation_config=generation)
+    return build(config, dtype=compute_dtype, stacking=stacking, generation_config=generation)
 
 
 def load_vlm(
@@ -101,7 +102,7 @@ def load_vlm(
     *,
     dtype: Any = jnp.float32,
     compute_dtype: Any = jnp.float32,
-    remat: bool = False,
+    stacking: Stacking = USUAL,
     mesh: Mesh | None = None,
 ) -> tuple[Vlm, Params]:
     """A Florence-2 and its weights.
@@ -111,7 +112,7 @@ def load_vlm(
             of a model that ships (`florence2-nano`).
         dtype: what the weights are kept in.
         compute_dtype: what matmuls are computed in.
-        remat: recompute layers in the backward pass instead of keeping their insides.
+        stacking: how its stacks of layers are run.
         mesh: devices over whose axis `model` the weights are cut, each going from the host straight to its shards;
             by default all are on one device.
 
@@ -121,7 +122,7 @@ def load_vlm(
         UserError: for a configuration that is not supported, or a checkpoint that does not fit it.
     """
     folder = resolve_folder(path)
-    vlm = read_vlm(folder, compute_dtype=compute_dtype, remat=remat)
+    vlm = read_vlm(folder, compute_dtype=compute_dtype, stacking=stacking)
     where = None if mesh is None else cut_base(mesh, vlm.shapes(), vlm.cuts)
     arrays = load_params(vlm.shapes(), find_files(folder), jnp.dtype(dtype))
     return vlm, jax.tree.map(jnp.asarray, arrays) if where is None else place(arrays, where)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,8 +21,23 @@ from fedvlm_jax.errors import UserError
 # Added to a score to hide a key. Finite, so that a row whose keys are all hidden gives numbers and not NaN.
 HIDDEN = -1e9
 
-# Stacks of up to so many layers are unrolled. Longer ones would take too long to compile.
-SHORT = 3
+
+class Stacking(NamedTuple):
+    """How a stack of like layers is run; numbers are the same to rounding.
+
+    Attributes:
+        remat: the inside of a layer is computed again in the backward pass instead of kept.
+        unroll: stacks of up to so many layers are written out one after another; longer ones are a scan, which compiles
+            once whatever their length, but writes down what the backward pass needs of every layer and reads it back:
+            a sixth of a training step of the shipped model on a CPU, 6 % at Florence-2-base's shape.
+    """
+
+    remat: bool = False
+    unroll: int = 3
+
+
+USUAL = Stacking()
+
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -96,14 +111,11 @@ def dot_attention(
     return mixed.reshape(*mixed.shape[:2], -1)
 
 
-def scanned(layer: type[nn.Module], length: int, in_axes: tuple[Any, ...], remat: bool) -> Callable[..., Any]:
-    """`layer` repeated `length` times as one scan: parameters, and adapters, get a leading layer axis [L, ...].
-
-    A short stack is unrolled: a scan writes down what the backward pass needs of every layer and reads it back, a sixth
-    of a training step of the shipped model on a CPU, and compiles no faster.
-    """
-    body = nn.remat(layer, prevent_cse=False) if remat else layer
+def scanned(layer: type[nn.Module], length: int, in_axes: tuple[Any, ...], stacking: Stacking) -> Callable[..., Any]:
+    """`layer` repeated `length` times: parameters, and adapters, get a leading layer axis [L, ...]."""
+    unrolled = length <= stacking.unroll
+    # Only a scan keeps XLA from finding the second computation to be the first again.
+    body = nn.remat(layer, prevent_cse=unrolled) if stacking.remat else layer
     scan: Any = nn.scan  # its annotations ask for less than it takes
-    axes = {"params": 0, "lora": 0}
-    unroll = length if length <= SHORT else 1
+    axes, unroll = {"params": 0, "lora": 0}, length if unrolled else 1
     return scan(body, variable_axes=axes, split_rngs={"params": True}, in_axes=in_axes, length=length, unroll=unroll)

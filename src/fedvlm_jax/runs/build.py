@@ -6,6 +6,7 @@ Nothing here looks at data or weights.
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fedvlm_jax import lora
@@ -15,11 +16,18 @@ from fedvlm_jax.federation.programs import Programs, make_programs
 from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Setup, load_method
 from fedvlm_jax.methods.options import LocalOptions, ServerOptions
+from fedvlm_jax.models import Stacking
 from fedvlm_jax.objectives import Objective
-from fedvlm_jax.runs.config import Run
+from fedvlm_jax.runs.config import Run, SystemOptions
 from fedvlm_jax.sharding import CLIENTS
 
-__all__ = ["build_programs", "deal_ranks", "lay_out_sizes", "make_spec"]
+__all__ = ["build_programs", "choose_arithmetic", "deal_ranks", "lay_out_sizes", "make_spec"]
+
+
+def choose_arithmetic(options: SystemOptions) -> dict[str, Any]:
+    """How the model computes, as `load_vlm` and `read_vlm` take it."""
+    compute = jnp.bfloat16 if options.compute == "bfloat16" else jnp.float32
+    return {"compute_dtype": compute, "stacking": Stacking(options.remat, options.unroll)}
 
 
 def make_spec(run: Run) -> lora.LoRA:

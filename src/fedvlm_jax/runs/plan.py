@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fedvlm_jax.data.encode import MULTIPLE
@@ -34,7 +33,7 @@ from fedvlm_jax.federation.programs import Programs
 from fedvlm_jax.federation.shapes import shape_examples, shape_round
 from fedvlm_jax.models import read_size, read_vlm, resolve_folder
 from fedvlm_jax.objectives import load_objective
-from fedvlm_jax.runs.build import build_programs, deal_ranks, lay_out_sizes, make_spec
+from fedvlm_jax.runs.build import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes, make_spec
 from fedvlm_jax.runs.chips import parse_topology
 from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.frozen import Note
@@ -129,8 +128,7 @@ def plan(request: Request, note: Note = lambda text: None) -> Plan:
     check_request(request)
     run, topology = request.run, parse_topology(request.topology)
     mesh = make_mesh(*(parse_mesh(run.system.mesh) or ()), devices=open_devices(topology))
-    compute = jnp.bfloat16 if run.system.compute == "bfloat16" else jnp.float32
-    vlm = read_vlm(run.model, compute_dtype=compute, remat=run.system.remat)
+    vlm = read_vlm(run.model, **choose_arithmetic(run.system))
     check_rule(run, vlm.sites)
     objective, spec = load_objective(run.objective, run.preference), make_spec(run)
     size = _find_size(request)

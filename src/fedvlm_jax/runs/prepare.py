@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -31,7 +30,7 @@ from fedvlm_jax.federation.reference import add_reference
 from fedvlm_jax.methods.options import LocalOptions, ServerOptions
 from fedvlm_jax.models import Processor, load_vlm, read_vlm, resolve_folder
 from fedvlm_jax.objectives import Objective, load_objective
-from fedvlm_jax.runs.build import build_programs, deal_ranks, lay_out_sizes, make_spec
+from fedvlm_jax.runs.build import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes, make_spec
 from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
@@ -130,8 +129,7 @@ def open_session(run: Run, note: Note = lambda text: None) -> Session:
     note(f"loading {run.model}")
     folder = resolve_folder(run.model)
     processor = Processor.from_folder(folder)
-    compute = jnp.bfloat16 if run.system.compute == "bfloat16" else jnp.float32
-    vlm, params = load_vlm(folder, compute_dtype=compute, remat=run.system.remat, mesh=mesh)
+    vlm, params = load_vlm(folder, **choose_arithmetic(run.system), mesh=mesh)
     return Session(vlm, params, processor, mesh, table)
 
 

@@ -44,6 +44,7 @@ def open_devices(topology: Topology) -> list[Any]:
 
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    _drop_cpu_flags()
     options: dict[str, Any] = {}
     if topology.devices == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -58,6 +59,13 @@ def open_devices(topology: Topology) -> list[Any]:
     if len(devices) != topology.devices:
         raise UserError(f"--topology {topology}: libtpu makes {len(devices)} devices of its {topology.devices} chips")
     return devices
+
+
+def _drop_cpu_flags() -> None:
+    """Leave out what XLA_FLAGS say of the CPU: jax has read them, and libtpu aborts where it does not know one."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if any(flag.startswith("--xla_cpu_") for flag in flags):
+        os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if not flag.startswith("--xla_cpu_"))
 
 
 def _stay_on_cpu() -> None:
