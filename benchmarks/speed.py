@@ -37,7 +37,7 @@ CELLS = [Cell(model, batch, cached).name for model in ("nano", "base") for batch
 
 SHAPES = {
     "nano": {batch: (Shape(16, 4, batch), 16) for batch in BATCHES},
-    "base": {1: (Shape(2, 2, 1), 2), 2: (Shape(2, 2, 2), 1), 8: (Shape(2, 1, 8), 1)},
+    "base": {1: (Shape(2, 2, 1), 2), 2: (Shape(2, 2, 2), 1), 8: (Shape(1, 2, 8), 1)},
 }
 """model -> batch -> a round's shape, and clients side by side; many long rows fill the cores by themselves."""
 
@@ -162,15 +162,19 @@ def report(options: Report) -> None:
 
 def tabulate(lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Markdown: a row per cell."""
-    head = ("model", "batch", "vision kept", "ours", "PyTorch + PEFT", "times", "bfloat16", "times", "of peak", "apart")
-    rows = ["| " + " | ".join(head) + " |", "| --- | ---: | --- |" + " ---: |" * 7]
+    head = (
+        *("model", "batch", "vision kept", "ours", "PyTorch + PEFT", "times", "bfloat16", "times", "of peak", "apart"),
+        *("ours off", "theirs off"),
+    )
+    rows = ["| " + " | ".join(head) + " |", "| --- | ---: | --- |" + " ---: |" * (len(head) - 3)]
     kept = {"both": "by both", "neither": "by neither", "users": "by us"}
     for line in lines.values():
         seconds = {name: f"{found['median']:.2f} s" for name, found in line["seconds"].items()}
         figures = (
             line["model"], str(line["batch"]), kept[line["cached"]], seconds["ours"], seconds["theirs"],
             f"{line['times_theirs']:.2f}", seconds["theirs_bfloat16"], f"{line['times_theirs_bfloat16']:.2f}",
-            f"{line['share_of_peak']:.0%}", f"{line['adapters']['error_of_movement']:.0e}",
+            f"{line['share_of_peak']:.0%}",
+            *(f"{line['adapters'][n]:.0e}" for n in ("error_of_movement", "ours_of_float64", "theirs_of_float64")),
         )  # fmt: skip
         rows.append("| " + " | ".join(figures) + " |")
     return rows
