@@ -37,7 +37,7 @@ CELLS = [Cell(model, batch, cached).name for model in ("nano", "base") for batch
 
 SHAPES = {
     "nano": {batch: (Shape(16, 4, batch), 16) for batch in BATCHES},
-    "base": {1: (Shape(2, 2, 1), 2), 2: (Shape(2, 2, 2), 1), 8: (Shape(1, 2, 8), 1)},
+    "base": {1: (Shape(2, 2, 1), 2), 2: (Shape(2, 2, 2), 1), 8: (Shape(1, 1, 8), 1)},
 }
 """model -> batch -> a round's shape, and clients side by side; many long rows fill the cores by themselves."""
 
