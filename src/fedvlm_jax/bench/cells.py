@@ -22,7 +22,7 @@ from fedvlm_jax.bench.timing import describe_times, interleave, ratio
 from fedvlm_jax.bench.world import World
 from fedvlm_jax.models import Vlm
 
-__all__ = ["USES", "Cell", "append_line", "compare_factors", "measure_cell", "read_lines"]
+__all__ = ["USES", "Cell", "append_line", "compare_factors", "measure_cell", "measure_rounding", "read_lines"]
 
 USES: Mapping[str, tuple[Vision, Vision]] = {
     "both": ("cached", "cached"),
@@ -68,10 +68,6 @@ def measure_cell(
 ) -> dict[str, Any]:
     """Measure a cell: interleaved runs of the matmul peak, ours, theirs in float32, and theirs in bfloat16.
 
-    How far apart the adapters end is told together with how far each side's own rounding takes it from a float64 round
-    of the peer: Adam's first steps are as long for a gradient that is almost zero as for any other, so the rounding of
-    those shows.
-
     Args:
         cell: which.
         vlm, params, folder: the model, loaded and as the peer reads it.
@@ -85,11 +81,7 @@ def measure_cell(
     ours()  # warm
     with Peer(peer_python, folder, world) as peer:
         full, half = peer.choose(its, "float32"), peer.choose(its, "bfloat16")
-        theirs, exact = peer.give_factors(full, its), peer.give_factors((full[0], "float64"), its)
-        own = ours.give_factors()
-        apart = compare_factors(world.start, own, theirs)
-        for name, factors in (("ours_of_float64", own), ("theirs_of_float64", theirs)):
-            apart[name] = compare_factors(world.start, factors, exact)["error_of_movement"]
+        apart = compare_factors(world.start, ours.give_factors(), peer.give_factors(full, its))
         inside: list[float] = []
 
         def run_ours() -> float:
@@ -130,6 +122,29 @@ def measure_cell(
         "compile_seconds": round(ours.compile_seconds, 1),
         **describe_machine(),
     }
+
+
+def measure_rounding(
+    cell: Cell, vlm: Vlm, params: Any, world: World, folder: Path, *, wave: int, peer_python: str
+) -> dict[str, float]:
+    """How far each side's own rounding takes it from a round of the peer in float64, beside how far apart they are.
+
+    Adam's first steps are as long for a gradient that is almost zero as for any other, so the rounding of those shows.
+
+    Args:
+        cell, vlm, params, world, folder, wave, peer_python: as of `measure_cell`.
+
+    Returns:
+        Distances by how far the adapters moved: `apart`, `ours_off`, `theirs_off`.
+    """
+    mine, its = USES[cell.cached]
+    ours = Ours(vlm, params, world, mine, wave)
+    ours()
+    with Peer(peer_python, folder, world) as peer:
+        theirs, exact = peer.give_factors((2, "float32"), its), peer.give_factors((2, "float64"), its)
+    own = ours.give_factors()
+    pairs = {"apart": (own, theirs), "ours_off": (own, exact), "theirs_off": (theirs, exact)}
+    return {name: compare_factors(world.start, *pair)["error_of_movement"] for name, pair in pairs.items()}
 
 
 def read_lines(file: Path) -> dict[str, dict[str, Any]]:
