@@ -4,6 +4,7 @@
     python benchmarks/speed.py run --peer-python ~/torch/bin/python --cells nano-1-both base-2-users
     python benchmarks/speed.py memory                                                  # what one more client takes
     python benchmarks/speed.py rounding --peer-python ~/torch/bin/python               # each side's, against float64
+    python benchmarks/speed.py stacks                                                  # layers written out, or scanned
     python benchmarks/speed.py report                                                  # results/speed.json, speed.md
 
 The same model, data, float32 arithmetic, LoRA sites, rank, initial factors, batches and AdamW on both sides, runs
@@ -27,9 +28,11 @@ from base_size import make_checkpoint
 from fedvlm_jax.bench.cells import USES, Cell, append_line, measure_cell, measure_rounding, read_lines
 from fedvlm_jax.bench.machine import describe_machine
 from fedvlm_jax.bench.memory import measure_clients
+from fedvlm_jax.bench.ours import Ours
 from fedvlm_jax.bench.shipped import open_shipped
+from fedvlm_jax.bench.timing import describe_times, interleave, ratio
 from fedvlm_jax.bench.world import Shape, World, draw_world
-from fedvlm_jax.models import Stacking, Vlm, load_vlm, resolve_folder
+from fedvlm_jax.models import Stacking, Vlm, load_vlm, read_vlm, resolve_folder
 from fedvlm_jax.runs.heap import keep_heap
 from fedvlm_jax.runs.storage import write_json
 
@@ -90,6 +93,16 @@ class Rounding:
 
 
 @dataclass(frozen=True)
+class Stacks:
+    """Measure a round of base shape, one client and one picture, with its layers written out and scanned."""
+
+    repeats: int = 5
+    """Interleaved runs."""
+    work: Path = Path(tempfile.gettempdir()) / "fedvlm-speed"
+    """As above."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Write results/speed.json and results/speed.md from the lines."""
 
@@ -104,6 +117,7 @@ def main() -> None:
         Annotated[Run, tyro.conf.subcommand("run")]
         | Annotated[Memory, tyro.conf.subcommand("memory")]
         | Annotated[Rounding, tyro.conf.subcommand("rounding")]
+        | Annotated[Stacks, tyro.conf.subcommand("stacks")]
         | Annotated[Report, tyro.conf.subcommand("report")],
         description=__doc__,
     )
@@ -111,6 +125,8 @@ def main() -> None:
         measure(asked)
     elif isinstance(asked, Memory):
         report_memory(asked)
+    elif isinstance(asked, Stacks):
+        report_stacks(asked)
     elif isinstance(asked, Rounding):
         report_rounding(asked)
     else:
@@ -174,6 +190,28 @@ def report_rounding(options: Rounding) -> None:
         found[name] = measure_rounding(cell, vlm, params, world, folder, wave=wave, peer_python=options.peer_python)
         print(name, json.dumps(found[name]), flush=True)
     write_json(RESULTS / "rounding.json", {"of_movement": found, **describe_machine()})
+
+
+def report_stacks(options: Stacks) -> None:
+    """Write results/stacks.json."""
+    folder = _base(options.work)
+    vlm, params = load_vlm(folder)
+    world = draw_world(vlm, params, Shape(1, 1, 1), size=PICTURE, prompt=PROMPT, answer=ANSWER)
+    rounds = {
+        f"unroll {stacking.unroll}": Ours(read_vlm(folder, stacking=stacking), params, world, "cached", 1)
+        for stacking in (Stacking(), STACKING)
+    }
+    for run in rounds.values():
+        run()  # warm
+    found = interleave(rounds, options.repeats)
+    scanned, written = found.values()
+    result = {
+        "seconds": {name: describe_times(seconds) for name, seconds in found.items()},
+        "written_out_over_scanned": round(ratio(written, scanned), 3),
+        "compile_seconds": {name: round(run.compile_seconds, 1) for name, run in rounds.items()},
+    }
+    write_json(RESULTS / "stacks.json", {**result, **describe_machine()})
+    print(json.dumps(result))
 
 
 def report(options: Report) -> None:
