@@ -29,7 +29,7 @@ class Stacking(NamedTuple):
         remat: the inside of a layer is computed again in the backward pass instead of kept.
         unroll: stacks of up to so many layers are written out one after another; longer ones are a scan, which compiles
             once whatever their length, but writes down what the backward pass needs of every layer and reads it back:
-            a sixth of a training step of the shipped model on a CPU, 6 % at Florence-2-base's shape.
+            a sixth of a training step of the shipped model on a CPU, a twentieth at Florence-2-base's shape.
     """
 
     remat: bool = False

@@ -184,7 +184,7 @@ class SystemOptions:
     """Recompute activations in the backward pass: less memory, more time."""
     unroll: int = 3
     """Write out stacks of up to so many layers one after another; longer ones are a scan. 6, Florence-2-base's: a
-    twentieth less time on a CPU, twice the time to compile."""
+    twentieth less time on a CPU, half as long again to compile."""
     cache: Literal["auto", "memory", "disk", "off"] = "auto"
     """Where the frozen image features are kept, which are computed once per image; auto: on disk above 2 GiB."""
     cache_gib: float = 20.0
