@@ -80,6 +80,23 @@ def assert_alike(one, other):
             np.testing.assert_allclose(other[name][path], array, rtol=0, atol=1e-6 * largest, err_msg=f"{name} {path}")
 
 
+def assert_close(one, other, where):
+    """Values of JSON that are alike: numbers to 1e-4."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name in one:
+            assert_close(one[name], other[name], f"{where}/{name}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for place, pair in enumerate(zip(one, other, strict=True)):
+            assert_close(*pair, f"{where}/{place}")
+    elif isinstance(one, float):
+        # Of an angle of a degree, whose cosine is within 1e-4 of 1, float32 knows 1e-3 of a degree and no more.
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-3 if "angle" in where else 1e-12, nan_ok=True), where
+    else:
+        assert one == other, where
+
+
 @pytest.fixture(scope="module")
 def runs(model, tmp_path_factory):
     """-> the folders of one process's run and of two's, and what the two said."""
@@ -107,8 +124,7 @@ def test_two_processes_score_as_one(runs):
     for mine, theirs in zip(one.rounds, two.rounds, strict=True):
         assert mine.keys() == theirs.keys()
         for name in mine.keys() - set(TIMES):
-            wanted = mine[name] if isinstance(mine[name], str) else pytest.approx(mine[name], rel=1e-4, nan_ok=True)
-            assert theirs[name] == wanted, name
+            assert_close(mine[name], theirs[name], name)
 
 
 def test_the_first_tells_and_the_other_is_silent(runs):
