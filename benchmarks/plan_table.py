@@ -7,9 +7,9 @@
 Needs the extra `plan` (libtpu) and no TPU. Every cell is one `fedvlm plan` with eight clients a chip: pLoRA of rank 8
 on the language model, four steps of two examples, features of 768x768 pictures (577 tokens, and 24 of text), answers of
 64 tokens, bfloat16 arithmetic, layers recomputed. On the smallest topology of a chip it also tries how many clients
-fit. A compilation takes two to three minutes of one core, whatever the number of chips. A cell that is done is a line
-of `results/plan_table.jsonl`, so this can be killed and started again; `results/plan_table.json` holds them all, with
-versions and commit.
+fit. A compilation takes two to three minutes of one core (more for v6e), whatever the number of chips. A cell that is
+done is a line of `results/plan_table.jsonl`, so this can be killed and started again; `results/plan_table.json` holds
+them all, with versions and commit.
 """
 
 import argparse

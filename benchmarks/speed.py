@@ -8,7 +8,8 @@
     python benchmarks/speed.py report                                                  # results/speed.json, speed.md
 
 The same model, data, float32 arithmetic, LoRA sites, rank, initial factors, batches and AdamW on both sides, runs
-interleaved in one process group; adapters are compared after the round. `nano` is the model that ships, on its own
+interleaved in one process group; adapters are compared after the round. PyTorch is measured in bfloat16 as well where
+the processor has units for it. `nano` is the model that ships, on its own
 data; `base` has Florence-2-base's shape (pictures of 768x768, 577 image tokens and 32 more) and random weights. A
 finished cell is a line of results/speed.jsonl, and is not measured again.
 """
@@ -86,7 +87,7 @@ class Rounding:
 
     peer_python: str
     """A Python that has torch, transformers and peft."""
-    cells: tuple[str, ...] = tuple(name for name in CELLS if name.startswith("nano"))
+    cells: tuple[str, ...] = tuple(Cell("nano", batch, "both").name for batch in BATCHES)
     """Which."""
     work: Path = Path(tempfile.gettempdir()) / "fedvlm-speed"
     """As above."""
@@ -104,10 +105,10 @@ class Stacks:
 
 @dataclass(frozen=True)
 class Report:
-    """Write results/speed.json and results/speed.md from the lines."""
+    """Write all lines as one JSON, and as a table, next to where they are."""
 
     source: Path = RESULTS / "speed.jsonl"
-    """Where the lines are."""
+    """Where the lines are; those of another machine belong in another file."""
 
 
 def main() -> None:
@@ -121,16 +122,8 @@ def main() -> None:
         | Annotated[Report, tyro.conf.subcommand("report")],
         description=__doc__,
     )
-    if isinstance(asked, Run):
-        measure(asked)
-    elif isinstance(asked, Memory):
-        report_memory(asked)
-    elif isinstance(asked, Stacks):
-        report_stacks(asked)
-    elif isinstance(asked, Rounding):
-        report_rounding(asked)
-    else:
-        report(asked)
+    parts = {Run: measure, Memory: report_memory, Rounding: report_rounding, Stacks: report_stacks, Report: report}
+    parts[type(asked)](asked)
 
 
 def measure(options: Run) -> None:
@@ -141,13 +134,12 @@ def measure(options: Run) -> None:
     left = [name for name in CELLS if name in options.cells and name not in done]
     world_of: tuple[Any, Any] = (None, None)
     for place, name in enumerate(left, 1):
-        model, batch, cached = name.split("-")
-        cell = Cell(model, int(batch), cached)
+        cell = Cell.parse(name)
         print(f"{name} ({place} of {len(left)}), load {os.getloadavg()[0]:.1f}", flush=True)
-        if world_of[0] != (model, batch):
-            world_of = ((model, batch), open_world(cell, options.work))
+        if world_of[0] != (cell.model, cell.batch):
+            world_of = ((cell.model, cell.batch), open_world(cell, options.work))
         folder, vlm, params, world = world_of[1]
-        wave = SHAPES[model][cell.batch][1]
+        wave = SHAPES[cell.model][cell.batch][1]
         line = measure_cell(
             cell, vlm, params, world, folder, wave=wave, peer_python=options.peer_python, repeats=options.repeats
         )
@@ -183,10 +175,9 @@ def report_rounding(options: Rounding) -> None:
     """Write results/rounding.json."""
     found = {}
     for name in options.cells:
-        model, batch, cached = name.split("-")
-        cell = Cell(model, int(batch), cached)
+        cell = Cell.parse(name)
         folder, vlm, params, world = open_world(cell, options.work)
-        wave = SHAPES[model][cell.batch][1]
+        wave = SHAPES[cell.model][cell.batch][1]
         found[name] = measure_rounding(cell, vlm, params, world, folder, wave=wave, peer_python=options.peer_python)
         print(name, json.dumps(found[name]), flush=True)
     write_json(RESULTS / "rounding.json", {"of_movement": found, **describe_machine()})
@@ -220,22 +211,27 @@ def report(options: Report) -> None:
     ordered = {name: lines[name] for name in CELLS if name in lines}
     if not ordered:
         sys.exit(f"{options.source}: no finished cell there")
-    write_json(RESULTS / "speed.json", {"command": "python benchmarks/speed.py run", "cells": ordered})
+    write_json(options.source.with_suffix(".json"), {"command": "python benchmarks/speed.py run", "cells": ordered})
     text = "\n".join(tabulate(ordered))
-    (RESULTS / "speed.md").write_text(text + "\n", encoding="utf-8")
+    options.source.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
 def tabulate(lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Markdown: a row per cell."""
-    head = ("model", "batch", "vision kept", "ours", "PyTorch + PEFT", "times", "bfloat16", "times", "of peak", "apart")
-    rows = ["| " + " | ".join(head) + " |", "| --- | ---: | --- |" + " ---: |" * 7]
+    """Markdown: a row per cell; PyTorch's bfloat16 only where all cells have it."""
+    bfloat16 = all("theirs_bfloat16" in line["seconds"] for line in lines.values())
+    head = (
+        "model", "batch", "vision kept", "ours", "PyTorch + PEFT", "times",
+        *(("bfloat16", "times") if bfloat16 else ()), "of peak", "apart",
+    )  # fmt: skip
+    rows = ["| " + " | ".join(head) + " |", "| --- | ---: | --- |" + " ---: |" * (len(head) - 3)]
     kept = {"both": "by both", "neither": "by neither", "users": "by us"}
     for line in lines.values():
         seconds = {name: f"{found['median']:.2f} s" for name, found in line["seconds"].items()}
         figures = (
-            line["model"], str(line["batch"]), kept[line["cached"]], seconds["ours"], seconds["theirs"],
-            f"{line['times_theirs']:.2f}", seconds["theirs_bfloat16"], f"{line['times_theirs_bfloat16']:.2f}",
+            line["model"], str(line["batch"]), kept[line["cached"]], seconds["ours"],
+            seconds["theirs"], f"{line['times_theirs']:.2f}",
+            *((seconds["theirs_bfloat16"], f"{line['times_theirs_bfloat16']:.2f}") if bfloat16 else ()),
             f"{line['share_of_peak']:.0%}", f"{line['adapters']['error_of_movement']:.0e}",
         )  # fmt: skip
         rows.append("| " + " | ".join(figures) + " |")

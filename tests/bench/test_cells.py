@@ -32,6 +32,7 @@ def test_finished_cells_are_kept_and_the_last_of_each_counts(tmp_path):
     file = tmp_path / "results" / "speed.jsonl"
     assert read_lines(file) == {}
     name = Cell("nano", 2, "both").name
+    assert Cell.parse(name) == Cell("nano", 2, "both")
     append_line(file, {"cell": name, "times": 1.0})
     append_line(file, {"cell": "base-1-users", "times": 3.0})
     append_line(file, {"cell": name, "times": 2.0})

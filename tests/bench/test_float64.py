@@ -37,4 +37,4 @@ def test_a_round_of_adamw_is_pytorch_s(vision):
         apart = compare_factors(world.start, ours.give_factors(), theirs)
     print(f"{vision}: {apart}")  # noqa: T201
     assert apart["movement"] > 1
-    assert apart["error_of_movement"] < 2e-6  # our rates, and the mean of the updates, are float32 still
+    assert apart["error_of_movement"] < 1e-6  # our rates, and the mean of the updates, are float32 still

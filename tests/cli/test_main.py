@@ -45,6 +45,7 @@ def test_every_command_is_listed_in_order() -> None:
         (["train", "--train.rounds", "x"], "--train.rounds"),
         (["train", "--train.rounds", "0"], "--train.rounds is 0: it must be 1 or more"),
         (["train", "--mesh", "4"], "--mesh 4: expected clients=N or clients=N,model=M, for example"),
+        (["train", "--system.unroll", "-1"], "--system.unroll is -1: it must be 0 or more"),
         (["train", "--system.mesh", "clients=0"], "--mesh clients=0: every axis must be 1 or more"),
         (["train", "--mesh", "clients=4", "--wave", "6"], "--wave 6 does not divide over --mesh clients=4"),
         (["compare", "--mesh", "model=2,clients=4"], "--mesh model=2,clients=4: expected"),

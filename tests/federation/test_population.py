@@ -75,7 +75,7 @@ def test_every_kept_table_reads_as_it_was(tmp_path_factory, steps):
     assert file.stat().st_size <= RECORD * CLIENTS * (1 + 3 + 1), "slots are used again"
 
 
-def test_an_unknown_client_s_state_is_zeros_and_repeated_numbers_are_read_once():
+def test_an_unknown_client_s_state_is_zeros_and_repeated_numbers_read_alike():
     population = Population(SHAPES, CLIENTS)
     population.scatter([3], make_states([3], 7))
     found = population.gather([1, 3, 3])
@@ -109,6 +109,44 @@ def test_a_file_that_was_cut_is_told(tmp_path):
     os.truncate(file, 2 * RECORD)
     with pytest.raises(UserError, match=r"states\.bin has 62 bytes, and the checkpoint's clients need 93"):
         Population(SHAPES, CLIENTS, file).load(slots)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_told(tmp_path):
+    file = tmp_path / "states.bin"
+    population = Population(SHAPES, CLIENTS, file)
+    population.scatter([0, 1], make_states([0, 1], 1))
+    os.truncate(file, 2 * RECORD - 5)
+    with pytest.raises(UserError, match=r"states\.bin ends 5 bytes before the end of a client's state"):
+        population.gather([0, 1])
+
+
+@pytest.mark.parametrize("step", [1, 5, 26, RECORD])
+def test_a_call_may_move_fewer_bytes_and_parts_than_asked(monkeypatch, tmp_path, step):
+    def shortened(how):
+        def move(file, parts, at):
+            moved, left = [], step
+            for part in parts:
+                moved.append(part[:left])
+                left -= len(moved[-1])
+            return how(file, moved, at)
+
+        return move
+
+    monkeypatch.setattr(os, "preadv", shortened(os.preadv))
+    monkeypatch.setattr(os, "pwritev", shortened(os.pwritev))
+    monkeypatch.setattr("fedvlm_jax.federation.population.MOST_PARTS", 2)
+    population = Population({**SHAPES, "nothing": jax.ShapeDtypeStruct((0,), np.float32)}, CLIENTS)
+    states = {**make_states([1, 4], 3), "nothing": np.empty((2, 0), np.float32)}
+    population.scatter([1, 4], states)
+    found = population.gather([4, 1])
+    assert found.pop("nothing").shape == (2, 0)
+    assert_states(found, [4, 1], [3, 3])
+
+
+def test_states_of_another_type_are_refused():
+    states = make_states([1], 3)
+    with pytest.raises(ValueError, match="reshape"):
+        Population(SHAPES, CLIENTS).scatter([1], {**states, "a": states["a"].astype(np.float64)})
 
 
 def test_two_processes_write_one_file(tmp_path):

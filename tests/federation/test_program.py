@@ -59,7 +59,7 @@ def test_no_base_weight_is_copied_per_client(case, slow):
 
 @pytest.mark.parametrize(("case", "mesh", "slow"), EVERYWHERE)
 def test_meshes_and_waves_agree(case, mesh, slow):
-    assert run_check(slow)[case]["meshes"][mesh]["error"] < 2e-5
+    assert run_check(slow)[case]["meshes"][mesh]["error"] < 2e-6  # a thousandth of a step of Adam at B's rate
 
 
 @pytest.mark.parametrize(("case", "mesh", "slow"), SPREAD)

@@ -1,6 +1,7 @@
 """What `--topology` takes and refuses, the table of chips, and the devices that come of it."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import jax
 import pytest
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs import topologies
 from fedvlm_jax.runs.chips import CHIPS, Topology, parse_topology
 from fedvlm_jax.runs.topologies import open_devices
 
@@ -80,6 +82,24 @@ def test_cpu_devices_of_a_process_that_has_started():
     assert open_devices(Topology("cpu", (1,))) == there[:1]
     with pytest.raises(UserError, match=f"cpu:4096: this process has settled for {len(there)} CPU devices"):
         open_devices(Topology("cpu", (4096,)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "left"),
+    [
+        ("--xla_cpu_copy_insertion_use_region_analysis=true --xla_dump_to=/x --xla_cpu_x=1", "--xla_dump_to=/x"),
+        ("--xla_cpu_x=1", ""),
+        ("", ""),
+        (None, None),
+    ],
+)
+def test_flags_that_only_the_cpu_knows_are_kept_from_libtpu(monkeypatch, flags, left):
+    if flags is None:
+        monkeypatch.delenv("XLA_FLAGS", raising=False)
+    else:
+        monkeypatch.setenv("XLA_FLAGS", flags)
+    topologies._drop_cpu_flags()
+    assert os.environ.get("XLA_FLAGS") == left
 
 
 EVERY_SLICE = """

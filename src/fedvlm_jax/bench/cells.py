@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedvlm_jax.bench.machine import MatmulPeak, describe_machine
+from fedvlm_jax.bench.machine import MatmulPeak, describe_machine, has_bfloat16_units
 from fedvlm_jax.bench.ours import Ours, Vision, choose_examples, count_round_flops
-from fedvlm_jax.bench.peer import Choice, Peer
+from fedvlm_jax.bench.peer import Peer
 from fedvlm_jax.bench.timing import describe_times, interleave, ratio
 from fedvlm_jax.bench.world import World
 from fedvlm_jax.models import Vlm
@@ -45,6 +45,12 @@ class Cell:
         """`nano-2-both`."""
         return f"{self.model}-{self.batch}-{self.cached}"
 
+    @classmethod
+    def parse(cls, name: str) -> "Cell":
+        """The cell of a name."""
+        model, batch, cached = name.split("-")
+        return cls(model, int(batch), cached)
+
 
 def compare_factors(
     start: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
@@ -68,6 +74,8 @@ def measure_cell(
 ) -> dict[str, Any]:
     """Measure a cell: interleaved runs of the matmul peak, ours, theirs in float32, and theirs in bfloat16.
 
+    The last only where the processor has units for it: elsewhere it is emulated, and many times slower.
+
     Args:
         cell: which.
         vlm, params, folder: the model, loaded and as the peer reads it.
@@ -80,8 +88,10 @@ def measure_cell(
     peak, ours = MatmulPeak(), Ours(vlm, params, world, mine, wave)
     ours()  # warm
     with Peer(peer_python, folder, world) as peer:
-        full, half = peer.choose(its, "float32"), peer.choose(its, "bfloat16")
-        apart = compare_factors(world.start, ours.give_factors(), peer.give_factors(full, its))
+        choices = {"theirs": peer.choose(its, "float32")}
+        if has_bfloat16_units():
+            choices["theirs_bfloat16"] = peer.choose(its, "bfloat16")
+        apart = compare_factors(world.start, ours.give_factors(), peer.give_factors(choices["theirs"], its))
         inside: list[float] = []
 
         def run_ours() -> float:
@@ -89,13 +99,8 @@ def measure_cell(
             inside.append(ours.inside)
             return seconds
 
-        contestants = {
-            "peak": peak,
-            "ours": run_ours,
-            "theirs": peer.runner(full, its),
-            "theirs_bfloat16": peer.runner(half, its),
-        }
-        found = interleave(contestants, repeats)
+        theirs = {name: peer.runner(choice, its) for name, choice in choices.items()}
+        found = interleave({"peak": peak, "ours": run_ours, **theirs}, repeats)
     flops = count_round_flops(vlm, world.shape, world.settings, _one_batch(world, mine))
     seconds = statistics.median(found["ours"])
     return {
@@ -107,10 +112,9 @@ def measure_cell(
         "wave": wave,
         "tokens": int(world.examples["input_ids"].shape[-1]),
         "labels": int(world.examples["labels"].shape[-1]),
-        "peer": {"float32": _describe(full), "bfloat16": _describe(half)},
-        "seconds": {name: describe_times(found[name]) for name in ("ours", "theirs", "theirs_bfloat16")},
-        "times_theirs": round(ratio(found["theirs"], found["ours"]), 3),
-        "times_theirs_bfloat16": round(ratio(found["theirs_bfloat16"], found["ours"]), 3),
+        "peer": {name: {"threads": threads, "form": form} for name, (threads, form) in choices.items()},
+        "seconds": {name: describe_times(found[name]) for name in ("ours", *choices)},
+        **{f"times_{name}": round(ratio(found[name], found["ours"]), 3) for name in choices},
         "adapters": apart,
         "gflop": round(flops / 1e9, 3),
         "matmul_peak_gflops": round(statistics.median(found["peak"]) / 1e9, 1),
@@ -175,7 +179,3 @@ def _one_batch(world: World, vision: Vision) -> dict[str, jax.ShapeDtypeStruct]:
         name: jax.ShapeDtypeStruct((world.shape.batch, *rows.shape[2:]), rows.dtype)
         for name, rows in choose_examples(world.examples, vision).items()
     }
-
-
-def _describe(choice: Choice) -> dict[str, Any]:
-    return {"threads": choice[0], "form": choice[1]}

@@ -1,5 +1,6 @@
 """What the machine is, and the matmul rate that it reaches: the measure that a round's arithmetic is held against."""
 
+import contextlib
 import os
 import platform
 import time
@@ -13,7 +14,11 @@ from fedvlm_jax.federation.memory import GIB, read_device_bytes
 from fedvlm_jax.runs.storage import describe_environment
 from fedvlm_jax.sharding import make_mesh
 
-__all__ = ["MatmulPeak", "describe_machine"]
+__all__ = ["MatmulPeak", "describe_machine", "has_bfloat16_units"]
+
+CPUINFO = Path("/proc/cpuinfo")
+BFLOAT16 = {"amx_bf16", "avx512_bf16", "bf16"}
+"""Flags of processors that multiply bfloat16 themselves: x86, and the last ARM's."""
 
 
 def describe_machine() -> dict[str, Any]:
@@ -27,6 +32,11 @@ def describe_machine() -> dict[str, Any]:
         "device_memory_gib": memory and round(memory / GIB, 1),
     }
     return about
+
+
+def has_bfloat16_units() -> bool:
+    """Does this processor multiply bfloat16 itself? False too where the system does not tell."""
+    return not BFLOAT16.isdisjoint(_read_cpuinfo("flags", "Features").split())
 
 
 class MatmulPeak:
@@ -56,9 +66,14 @@ class MatmulPeak:
 
 
 def _read_processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return _read_cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _read_cpuinfo(*names: str) -> str:
+    """What Linux says of the first core under the first of these names that is there; otherwise nothing."""
+    with contextlib.suppress(OSError):
+        for line in CPUINFO.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in names:
+                return value.strip()
+    return ""

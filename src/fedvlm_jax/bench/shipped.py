@@ -28,7 +28,7 @@ __all__ = ["CLIENTS", "IMAGES", "MODEL", "BenchOptions", "Shipped", "measure_dri
 MODEL, CLIENTS, IMAGES = "florence2-nano", 16, 60
 """What ships, and how many clients of so many training images its data make."""
 
-DRIVEN = 5
+DRIVEN = 9
 """Rounds of a whole driver: the first, which may compile, and those of which the host's share is taken."""
 
 Note = Callable[[str], None]

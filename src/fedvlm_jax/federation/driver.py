@@ -268,8 +268,10 @@ class Driver:
     def _store(self, numbers: np.ndarray, places: np.ndarray, states: PyTree) -> None:
         """Keep the states [W, V, …] of these clients, who stand at these places of the cohort."""
         own = np.flatnonzero(np.isin(places, self._own))
-        rows = np.searchsorted(self._own, places[own])
-        held = jax.tree.map(lambda x: x[rows], from_waves(fetch_own(states)))
+        held = from_waves(fetch_own(states))
+        if len(own) < len(self._own):  # otherwise all of them are kept, in their order, and none is copied
+            rows = np.searchsorted(self._own, places[own])
+            held = jax.tree.map(lambda x: x[rows], held)
         self.population.scatter(numbers, held, own)
         self.population.meet()
 

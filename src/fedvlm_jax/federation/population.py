@@ -14,7 +14,7 @@ reading. A client of the next round may so fall to whichever process its place i
 import os
 import tempfile
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ Slots = Int[np.ndarray, " clients"]
 """Where every client's record is; `NOBODY` for clients that have none yet."""
 
 NOBODY = -1
+
+MOST_PARTS = 1024
+"""Of one call that reads or writes several: IOV_MAX of Linux and macOS."""
 
 
 class Population:
@@ -57,8 +60,7 @@ class Population:
         """
         self.shapes = shapes
         self._leaves, self._structure = jax.tree.flatten(shapes)
-        sizes = [leaf.size * leaf.dtype.itemsize for leaf in self._leaves]
-        self._ends = np.cumsum([0, *sizes]).tolist()
+        self._bytes = [leaf.size * leaf.dtype.itemsize for leaf in self._leaves]
         self._path, self._name = file, "its temporary file" if file is None else str(file)
         self._file = _open_temporary() if file is None else os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         weakref.finalize(self, os.close, self._file)
@@ -76,7 +78,7 @@ class Population:
     @property
     def record(self) -> int:
         """Bytes of one client's state."""
-        return self._ends[-1]
+        return sum(self._bytes)
 
     def gather(self, numbers: Sequence[int] | np.ndarray, slots: Slots | None = None) -> PyTree:
         """The states of these clients, copied: [K, …]; zeros, which mean nothing, of those who have none.
@@ -86,16 +88,15 @@ class Population:
             slots: as they were at another time; now, by default.
         """
         at = (self.slots if slots is None else slots)[np.asarray(numbers, np.int64)]
-        distinct, which = np.unique(at, return_inverse=True)
-        records = np.zeros((len(distinct), self.record), np.uint8)
-        for place, slot in enumerate(distinct.tolist()):
-            if slot != NOBODY:
-                records[place] = self._read(slot)
-        leaves = [
-            records[which, start:end].view(leaf.dtype).reshape(len(at), *leaf.shape)
-            for leaf, start, end in zip(self._leaves, self._ends[:-1], self._ends[1:], strict=True)
-        ]
-        return jax.tree.unflatten(self._structure, leaves)
+        states = [np.empty((len(at), *leaf.shape), leaf.dtype) for leaf in self._leaves]
+        rows = self._to_rows(states)
+        for place, slot in enumerate(at.tolist()):
+            if slot == NOBODY:
+                for row in rows:
+                    row[place] = 0
+            else:
+                _transfer(os.preadv, self._file, [row[place] for row in rows], slot * self.record, self._name)
+        return jax.tree.unflatten(self._structure, states)
 
     def scatter(
         self, numbers: Sequence[int] | np.ndarray, states: PyTree, own: Int[np.ndarray, " own"] | None = None
@@ -109,14 +110,11 @@ class Population:
         """
         at = np.asarray(numbers, np.int64)
         own = np.arange(len(at)) if own is None else own
-        records = np.empty((len(own), self.record), np.uint8)
-        for leaf, start, end in zip(jax.tree.leaves(states), self._ends[:-1], self._ends[1:], strict=True):
-            rows = np.ascontiguousarray(leaf)[: len(own)].reshape(len(own), (end - start) // leaf.dtype.itemsize)
-            records[:, start:end] = rows.view(np.uint8)
+        rows = self._to_rows([np.ascontiguousarray(leaf)[: len(own)] for leaf in jax.tree.leaves(states)])
         self.slots[at] = NOBODY  # their old records are free, unless a table that is kept names them
         slots = self._find_free(len(at))
-        for record, slot in zip(records, slots[own].tolist(), strict=True):
-            os.pwrite(self._file, record.tobytes(), slot * self.record)
+        for place, slot in enumerate(slots[own].tolist()):
+            _transfer(os.pwritev, self._file, [row[place] for row in rows], slot * self.record, self._name)
         self.slots[at] = slots
 
     def meet(self) -> None:
@@ -159,8 +157,12 @@ class Population:
                 "personal states the run cannot go on; was the file moved or cut?"
             )
 
-    def _read(self, slot: int) -> np.ndarray:
-        return np.frombuffer(os.pread(self._file, self.record, slot * self.record), np.uint8)
+    def _to_rows(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The bytes of the leaves of states [K, …], shared with them: [K, bytes]."""
+        return [
+            state.reshape(len(state), leaf.size).view(np.uint8).reshape(len(state), size)
+            for leaf, size, state in zip(self._leaves, self._bytes, states, strict=True)
+        ]
 
     def _find_free(self, count: int) -> Int[np.ndarray, " count"]:
         """The lowest slots that no table names."""
@@ -169,6 +171,25 @@ class Population:
         for table in tables:
             taken[table[table != NOBODY]] = True
         return np.flatnonzero(~taken)[:count]
+
+
+def _transfer(how: Callable[..., int], file: int, parts: Sequence[np.ndarray], at: int, name: str) -> None:
+    """Read or write the bytes of a record's parts, one part after another from a place of the file on, without a copy.
+
+    Raises:
+        UserError: the file ends before the last one.
+    """
+    left = [part for part in parts if len(part)]
+    while left:
+        done = how(file, left[:MOST_PARTS], at)
+        if not done:
+            missing = sum(len(part) for part in left)
+            raise UserError(f"{name} ends {missing:,} bytes before the end of a client's state; was it cut?")
+        at += done
+        while left and done >= len(left[0]):
+            done -= len(left.pop(0))
+        if done:  # a call moves 2 GiB at most
+            left[0] = left[0][done:]
 
 
 def _open_temporary() -> int:

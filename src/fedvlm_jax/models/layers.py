@@ -118,4 +118,7 @@ def scanned(layer: type[nn.Module], length: int, in_axes: tuple[Any, ...], stack
     body = nn.remat(layer, prevent_cse=unrolled) if stacking.remat else layer
     scan: Any = nn.scan  # its annotations ask for less than it takes
     axes, unroll = {"params": 0, "lora": 0}, length if unrolled else 1
-    return scan(body, variable_axes=axes, split_rngs={"params": True}, in_axes=in_axes, length=length, unroll=unroll)
+    return scan(
+        body, variable_axes=axes, split_rngs={"params": True}, in_axes=in_axes, length=length, unroll=unroll,
+        check_constancy_invariants=False,  # tracing every layer a second time would only show that nothing is broadcast
+    )  # fmt: skip

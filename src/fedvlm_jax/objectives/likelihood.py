@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fedvlm_jax.data.encode import IGNORED
+from fedvlm_jax.models.layers import widen
 
 __all__ = ["score_pairs", "token_losses"]
 
@@ -24,8 +25,7 @@ def token_losses(
     """
     with jax.named_scope("cross_entropy"):
         counts = (labels != IGNORED).astype(jnp.float32)
-        wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        losses, correct = _cross_entropy(wide, jnp.maximum(labels, 0))
+        losses, correct = _cross_entropy(widen(logits), jnp.maximum(labels, 0))
         return losses * counts, correct * counts, counts
 
 

@@ -63,9 +63,8 @@ def open_devices(topology: Topology) -> list[Any]:
 
 def _drop_cpu_flags() -> None:
     """Leave out what XLA_FLAGS say of the CPU: jax has read them, and libtpu aborts where it does not know one."""
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    if any(flag.startswith("--xla_cpu_") for flag in flags):
-        os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if not flag.startswith("--xla_cpu_"))
+    if flags := os.environ.get("XLA_FLAGS"):
+        os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags.split() if not flag.startswith("--xla_cpu_"))
 
 
 def _stay_on_cpu() -> None:

@@ -149,6 +149,7 @@ def _check_numbers(run: Run) -> None:
         ("--evaluation.batch-size", evaluation.batch_size, 1),
         ("--evaluation.examples", evaluation.examples, 0),
         ("--wave", system.wave, 1),
+        ("--system.unroll", system.unroll, 0),
     ):
         _at_least(flag, value, least)
     if evaluation.examples > MOST_EXAMPLES:
@@ -220,7 +221,6 @@ def _check_pairs(run: Run) -> None:
     mesh = parse_mesh(system.mesh)
     if system.wave and mesh and system.wave % mesh.clients:
         raise UserError(f"--wave {system.wave} does not divide over --mesh {mesh}: use a multiple of {mesh.clients}")
-    _at_least("--system.unroll", system.unroll, 0)
     if system.cache_dir is not None and system.cache not in ("auto", "disk"):
         raise UserError(f"--system.cache-dir is for --system.cache disk, not {system.cache}")
     if not 0 < system.cache_gib < float("inf"):
