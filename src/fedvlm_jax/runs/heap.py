@@ -27,6 +27,6 @@ def keep_heap() -> bool:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
         return False
-    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1), (_TOP_PAD, 200_000_000))
+    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1), (_TOP_PAD, 200_000_000))  # -1: never
     accepted = [libc.mallopt(parameter, value) == 1 for parameter, value in settings]
     return all(accepted)
