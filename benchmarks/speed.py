@@ -218,7 +218,10 @@ def report(options: Report) -> None:
 
 
 def tabulate(lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Markdown: a row per cell; PyTorch's bfloat16 only where all cells have it."""
+    """Markdown: a row per cell; PyTorch's bfloat16 only where all cells have it.
+
+    A round above the peak says that the peak beside it was disturbed: that share is not told.
+    """
     bfloat16 = all("theirs_bfloat16" in line["seconds"] for line in lines.values())
     head = (
         "model", "batch", "vision kept", "ours", "PyTorch + PEFT", "times",
@@ -232,7 +235,8 @@ def tabulate(lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
             line["model"], str(line["batch"]), kept[line["cached"]], seconds["ours"],
             seconds["theirs"], f"{line['times_theirs']:.2f}",
             *((seconds["theirs_bfloat16"], f"{line['times_theirs_bfloat16']:.2f}") if bfloat16 else ()),
-            f"{line['share_of_peak']:.0%}", f"{line['adapters']['error_of_movement']:.0e}",
+            f"{line['share_of_peak']:.0%}" if line["share_of_peak"] < 1 else "?",
+            f"{line['adapters']['error_of_movement']:.0e}",
         )  # fmt: skip
         rows.append("| " + " | ".join(figures) + " |")
     return rows
