@@ -86,6 +86,7 @@ class FeatureStore:
         read: PixelReader,
         *,
         limit: int,
+        row: jax.ShapeDtypeStruct | None = None,
         folder: Path | None = None,
         workers: int = 4,
     ) -> None:
@@ -95,6 +96,7 @@ class FeatureStore:
             compute: pixels [B, H, W, 3] -> features [B, P, D]; jitted.
             read: turns images into pixels.
             limit: bytes that are kept at most.
+            row: shape and dtype of one image's features [P, D]; by default `compute` is traced for them.
             folder: where to keep features; in memory by default.
             workers: threads that decode images.
 
@@ -103,9 +105,10 @@ class FeatureStore:
         """
         self._compute, self._read, self._folder, self._workers = compute, read, folder, workers
         self.chunk = choose_chunk(*read.size)
-        # Asked of a whole chunk, because then the first that is computed finds its trace.
-        made = jax.eval_shape(compute, jax.ShapeDtypeStruct((self.chunk, *read.size, 3), jnp.float32))
-        self.shape, self.dtype = tuple(made.shape[1:]), np.dtype(made.dtype)
+        if row is None:
+            made = jax.eval_shape(compute, jax.ShapeDtypeStruct((self.chunk, *read.size, 3), jnp.float32))
+            row = jax.ShapeDtypeStruct(made.shape[1:], made.dtype)
+        self.shape, self.dtype = tuple(row.shape), np.dtype(row.dtype)
         self.capacity = int(limit) // self.row_bytes
         self._place: dict[str, int] = {}
         self._kept = np.empty((0, *self.shape), self.dtype)

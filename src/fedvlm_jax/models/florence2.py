@@ -233,6 +233,7 @@ def build(
         states=states,
         generate=generation.make_generate(config, module, injected, encode, options),
         image_tokens=lambda height, width: image_tokens(config, height, width),
+        image_width=config.vision_config.projection_dim,
         example_batch=lambda: example_batch(config),
         generation_config=options,
         cuts=CUTS,

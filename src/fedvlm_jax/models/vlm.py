@@ -68,6 +68,9 @@ class Vlm:
     image_tokens: Callable[[int, int], int]
     """(height, width) in pixels -> number of image tokens P."""
 
+    image_width: int
+    """Numbers D of an image token."""
+
     example_batch: Callable[[], dict[str, jax.ShapeDtypeStruct]]
     """() -> shapes of a smallest batch, to trace with."""
 

@@ -22,6 +22,7 @@ from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.federation.reference import ReferenceStore, compute_reference, make_score
 from fedvlm_jax.models import Processor
 from fedvlm_jax.runs.config import Run
+from fedvlm_jax.runs.shelf import Shelf
 from fedvlm_jax.sharding import own_base, own_mesh
 
 __all__ = ["Note", "Session", "choose_store", "reference_of"]
@@ -40,6 +41,7 @@ class Session:
         vlm, params, processor: the base; `params` on the mesh, cut over its axis `model`.
         mesh: the devices.
         table: the data source.
+        shelf: programs that an earlier command compiled for this model and mesh.
         memo: compiled programs and results that do not depend on the method, by what they do depend on.
     """
 
@@ -48,6 +50,7 @@ class Session:
     processor: Processor
     mesh: Mesh
     table: Table
+    shelf: Shelf = field(default_factory=Shelf)
     memo: dict[Hashable, Any] = field(default_factory=dict)
 
     def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -95,12 +98,12 @@ def choose_store(run: Run, session: Session, images: Images, note: Note) -> Feat
     params = own_base(session.params)
 
     def open_store(kind: str) -> FeatureStore:
-        features = jax.jit(lambda params, pixels: session.vlm.image_features(params, None, pixels))
-        folder = None
+        folder, vlm, processor = None, session.vlm, session.processor
         if kind == "disk":
-            name = f"features-{fingerprint_params(params)}-{_describe_computing(run, session.processor)}"
+            name = f"features-{fingerprint_params(params)}-{_describe_computing(run, processor)}"
             folder = _cache_folder(run) / name
-        return FeatureStore(lambda pixels: features(params, pixels), session.processor, limit=limit, folder=folder)
+        row = jax.ShapeDtypeStruct((vlm.image_tokens(*processor.size), vlm.image_width), vlm.dtype)
+        return FeatureStore(_make_compute(session, params), processor, limit=limit, row=row, folder=folder)
 
     def open_once(kind: str) -> FeatureStore:
         return session.remember(("features", kind, limit, system.cache_dir), lambda: open_store(kind))
@@ -111,6 +114,20 @@ def choose_store(run: Run, session: Session, images: Images, note: Note) -> Feat
     session.remember(("announced", *images.keys), lambda: note(store.announce(images)))
     store.reserve(images)
     return store
+
+
+def _make_compute(session: Session, params: Any) -> Callable[[Any], Any]:
+    """Pixels [B, H, W, 3] -> features [B, P, D], compiled once for every B."""
+    features = jax.jit(lambda params, pixels: session.vlm.image_features(params, None, pixels))
+    compiled: dict[tuple[int, ...], Any] = {}
+
+    def compute(pixels: Any) -> Any:
+        if pixels.shape not in compiled:
+            given = (params, pixels)
+            compiled[pixels.shape] = session.shelf("image features", given, lambda: features.lower(*given).compile())
+        return compiled[pixels.shape](params, pixels)
+
+    return compute
 
 
 def _cache_folder(run: Run) -> Path:

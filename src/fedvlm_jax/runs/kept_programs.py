@@ -15,10 +15,13 @@ import platform
 import sys
 from pathlib import Path
 
-__all__ = ["SWITCH", "find_cache", "keep_programs"]
+__all__ = ["SHELF", "SWITCH", "describe_processor", "find_cache", "keep_programs"]
 
 SWITCH = "FEDVLM_KEEP_PROGRAMS"
 """Environment: 0 switches it off, a folder places it."""
+
+SHELF = "FEDVLM_PROGRAM_SHELF"
+"""Environment, set here alone: where `runs.shelf` keeps programs that are found without tracing them."""
 
 FOLDER = "JAX_COMPILATION_CACHE_DIR"
 SHORTEST = "jax_persistent_cache_min_compile_time_secs"
@@ -45,7 +48,7 @@ def keep_programs() -> Path | None:
         return None
     try:
         # Code for one processor's instructions ends the process on another: homes are shared, machines differ.
-        folder = Path(told) if told else find_cache() / "programs" / _describe_processor()
+        folder = Path(told) if told else find_cache() / "programs" / describe_processor()
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # no disk to write to, or no home
         return None
@@ -57,10 +60,11 @@ def keep_programs() -> Path | None:
             os.environ[name.upper()] = str(value)
             if jax is not None:
                 jax.config.update(name, value)
+    os.environ[SHELF] = str(folder.absolute() / "ready")
     return folder
 
 
-def _describe_processor() -> str:
+def describe_processor() -> str:
     """Short, and another where the instructions that there are differ."""
     lines: list[str] = []
     with contextlib.suppress(OSError):

@@ -20,7 +20,16 @@ from fedvlm_jax import processes, tree
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.sharding import own_base
 
-__all__ = ["BASE", "describe_environment", "load_base", "open_adapters", "save_adapters", "save_base", "write_json"]
+__all__ = [
+    "BASE",
+    "describe_environment",
+    "describe_versions",
+    "load_base",
+    "open_adapters",
+    "save_adapters",
+    "save_base",
+    "write_json",
+]
 
 PACKAGES = (
     "fedvlm-jax",
@@ -127,12 +136,16 @@ def safe_name(name: str) -> str:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, machine and, from a checkout, the commit."""
-    versions = {name: _version(name) for name in PACKAGES}
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": describe_versions(),
         "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
         "commit": _commit(),
     }
+
+
+def describe_versions() -> dict[str, str | None]:
+    """Of Python and of the packages that results depend on; None where one is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str | None:
