@@ -12,6 +12,7 @@ from toy import LABELS, RATES, VOCABULARY, WIDTH, make_method
 from fedvlm_jax.federation.cohort import choose_layout, draw_cohort, draw_turnout, make_clients
 from fedvlm_jax.federation.driver import Driver
 from fedvlm_jax.federation.options import ParticipationOptions
+from fedvlm_jax.federation.population import Population
 from fedvlm_jax.federation.programs import make_programs
 from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
 from fedvlm_jax.sharding import make_mesh
@@ -289,6 +290,36 @@ def test_where_everybody_drops_out_nothing_changes(case):
     assert report.trained is None
     assert report.bytes_up == 0
     assert (report.metrics["steps"] == 0).all()
+
+
+def test_states_that_stay_on_the_devices_are_those_of_the_file(case, monkeypatch):
+    """Where everybody takes part, states go to the file and do not come back; all ends the same, to the bit."""
+    staying, returning = case.start(), case.start()
+    asked = []
+    gather = Population.gather
+    monkeypatch.setattr(Population, "gather", lambda self, *given: asked.append(self) or gather(self, *given))
+    for round_, steps in enumerate([[4] * 4, [4] * 4, [4, 0, 4, 2], [4] * 4, [4] * 4], 1):
+        returning._left = None
+        for driver in (staying, returning):
+            driver.run_round(read_steps(driver, round_, steps), RATES)
+    assert asked.count(returning.population) == 5
+    assert asked.count(staying.population) == 2, "at the start, and after somebody had dropped out"
+    whole = [copy((driver.server, gather(driver.population, range(4)))) for driver in (staying, returning)]
+    assert_same(*whole)
+
+
+def test_states_on_the_devices_do_not_outlive_those_that_were_loaded(case):
+    """A driver that goes back to an earlier table goes on from there."""
+    driver, other = case.start(), case.start()
+    for one in (driver, other):
+        one.run_round(read_steps(one, 1, [4] * 4), RATES)
+    early = jax.tree.map(np.array, jax.device_get(driver.state()))
+    driver.population.keep("early")
+    driver.run_round(read_steps(driver, 2, [4] * 4), RATES)
+    driver.load(early)
+    for one in (driver, other):
+        one.run_round(read_steps(one, 2, [4] * 4), RATES)
+    assert_same(copy(driver.population.gather(range(4))), copy(other.population.gather(range(4))))
 
 
 def test_a_straggler_s_loss_is_that_of_the_steps_it_took(case):

@@ -138,6 +138,7 @@ class Driver:
     _trainable: Int[np.ndarray, " some"] = field(init=False, repr=False)
     _sizes: Int[np.ndarray, " some"] = field(init=False, repr=False)
     _base: tuple[PyTree, PyTree] | None = field(default=None, init=False, repr=False)
+    _left: tuple[Slots, PyTree] | None = field(default=None, init=False, repr=False)
     _traffic: dict[tuple[int, int], tuple[PyTree, PyTree]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -211,13 +212,21 @@ class Driver:
         return (
             self.base,
             self.server,
-            place_waves(mesh, to_waves(self.population.gather(held), waves)),
+            self._place_states(held),
             place_waves(mesh, clients),
             jnp.asarray(read.weights),
             {name: jnp.float32(rate) for name, rate in rates.items()},
             jnp.int32(read.round),
             self.key,
         )
+
+    def _place_states(self, numbers: np.ndarray) -> PyTree:
+        """The personal states [W, V, …] of these clients, on the devices: those of the last round where they are the
+        same, which it may overwrite, and otherwise from the file."""
+        left, self._left = self._left, None
+        if left is not None and np.array_equal(left[0], self.population.slots[numbers]):
+            return left[1]
+        return place_waves(self.programs.mesh, to_waves(self.population.gather(numbers), self.layout.waves))
 
     def phase_of(self, round_: int) -> int:
         """Which of the method's programs runs round `round_`."""
@@ -269,11 +278,14 @@ class Driver:
         """Keep the states [W, V, …] of these clients, who stand at these places of the cohort."""
         own = np.flatnonzero(np.isin(places, self._own))
         held = from_waves(fetch_own(states))
-        if len(own) < len(self._own):  # otherwise all of them are kept, in their order, and none is copied
+        whole = len(own) == len(self._own)  # all of them are kept, in their order, and none is copied
+        if not whole:
             rows = np.searchsorted(self._own, places[own])
             held = jax.tree.map(lambda x: x[rows], held)
         self.population.scatter(numbers, held, own)
         self.population.meet()
+        if whole and len(numbers) == len(self._trainable):  # everybody, who will be the next round's cohort too
+            self._left = self.population.slots[numbers[own]], states
 
     def _travelling(self, messages: PyTree, senders: int, round_: int) -> tuple[PyTree, PyTree]:
         """What one client sends and what it receives, as trees of shapes, where so many clients sent something."""
@@ -327,6 +339,7 @@ class Driver:
         """Go on from a state that `state` returned."""
         self.server = replicate(self.programs.mesh, state["server"])
         self.population.load(state["slots"])
+        self._left = None
 
 
 def start_adapter(key: PRNGKeyArray, sites: lora.Sites, spec: lora.LoRA) -> lora.Adapter:
