@@ -11,7 +11,7 @@ from tiny_run import assert_same_adapters, tiny_run
 import fedvlm_jax
 from fedvlm_jax.runs import loop, shelf
 from fedvlm_jax.runs.frozen import Session
-from fedvlm_jax.runs.kept_programs import FOLDER, SHELF, SWITCH, keep_programs
+from fedvlm_jax.runs.kept_programs import SHELF, SWITCH, keep_programs
 from fedvlm_jax.runs.shelf import Shelf, open_shelf
 
 
@@ -156,10 +156,53 @@ def test_what_compiling_raises_is_raised(tmp_path):
         Shelf(tmp_path)("program", make_arguments(), fail)
 
 
-def test_only_commands_have_one(tmp_path, monkeypatch):
-    for name in (FOLDER, SHELF, SWITCH, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        monkeypatch.setenv(name, "set so that it is put back")
-        monkeypatch.delenv(name)
+def draw_and_gather():
+    """A program that XLA splits into functions; each is jax's first sight of it in this process."""
+    return jax.jit(lambda x, rows: jnp.tanh(x[rows] @ x.T).sum(0) + jax.random.normal(jax.random.key(3), (64,)))
+
+
+@pytest.fixture
+def cache_hits():
+    """Names of the events by which jax says that a program came from its own cache."""
+    hits = []
+
+    def listen(event, **_):
+        if event == shelf.FOUND_BY_JAX:
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    yield hits
+    jax.monitoring.unregister_event_listener(listen)
+
+
+def test_what_jax_s_own_cache_has_is_compiled_for_the_shelf_and_runs_when_found_there(tmp_path, cache_hits):
+    arguments = jnp.linspace(-1, 1, 4096).reshape(64, 64), jnp.arange(5)
+    expected = draw_and_gather().lower(*arguments).compile()(*arguments)  # which puts it into jax's cache
+    cache_hits.clear()
+    for _ in range(2):
+        program = Shelf(tmp_path)("program", arguments, lambda: draw_and_gather().lower(*arguments).compile())
+        assert program(*arguments).tobytes() == expected.tobytes()
+    assert not cache_hits
+    assert len(list(tmp_path.iterdir())) == 1
+    assert jax.config.values[shelf.KEPT_BY_JAX], "its cache is on again"
+    draw_and_gather().lower(*arguments).compile()
+    assert cache_hits, "jax's cache is on in these tests, and had it"
+
+
+def test_what_came_from_jax_s_cache_after_all_is_run_and_not_kept(tmp_path, monkeypatch, cache_hits):
+    """As when another thread compiles at the moment at which the cache is switched off."""
+    monkeypatch.setattr(shelf, "_use_cache_of_jax", lambda used: None)
+    arguments = jnp.linspace(-1, 2, 4096).reshape(64, 64), jnp.arange(5)
+    expected = draw_and_gather().lower(*arguments).compile()(*arguments)
+    cache_hits.clear()
+    for _ in range(2):
+        program = Shelf(tmp_path)("program", arguments, lambda: draw_and_gather().lower(*arguments).compile())
+        assert program(*arguments).tobytes() == expected.tobytes()
+    assert len(cache_hits) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_commands_have_one(tmp_path, monkeypatch, undecided):
     monkeypatch.setattr("fedvlm_jax.runs.kept_programs.sys.modules", {})  # this process's jax is left alone
     assert open_shelf().folder is None
     assert Session.__dataclass_fields__["shelf"].default_factory().folder is None

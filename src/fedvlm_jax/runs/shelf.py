@@ -6,6 +6,8 @@ made from: this package's sources, the versions of what traces and compiles, jax
 the arguments and where they lie, and what the caller knows of it. Where any of it differs it is made anew; a file that
 cannot be read is written again. What is taken from here is the program that was compiled then, bit for bit.
 
+What lies here is not in jax's cache too: a program that XLA read from a file it cannot write down again.
+
 It is for commands, which nobody patches while they run; a library's user, who may, has none.
 """
 
@@ -16,10 +18,13 @@ import pickle
 from collections.abc import Callable, Hashable
 from functools import cache
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import jax
+from jax import monitoring
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import fedvlm_jax
 from fedvlm_jax import processes
@@ -31,8 +36,13 @@ __all__ = ["Shelf", "open_shelf"]
 SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_", "NVIDIA_", "NCCL_")
 """Beginnings of the names by which the environment says how to compile and run."""
 
-PLACES = ("JAX_COMPILATION_CACHE_DIR", "jax_compilation_cache_dir")
+KEPT_BY_JAX = "jax_enable_compilation_cache"
+
+PLACES = ("JAX_COMPILATION_CACHE_DIR", "jax_compilation_cache_dir", KEPT_BY_JAX)
 """Settings that say only where compiled programs are."""
+
+FOUND_BY_JAX = "/jax/compilation_cache/cache_hits"
+"""jax's event: a program was taken from its cache."""
 
 
 class Shelf:
@@ -65,8 +75,9 @@ class Shelf:
         file = self.folder / f"{hashlib.blake2b(repr(described).encode(), digest_size=20).hexdigest()}.program"
         compiled = _load(file)
         if compiled is None:
-            compiled = make()
-            _save(file, compiled)
+            compiled, whole = _compile_here(make)
+            if whole:
+                _save(file, compiled)
         return compiled
 
 
@@ -81,6 +92,34 @@ def _load(file: Path) -> Any | None:
         return serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()))
     except Exception:  # whatever is wrong with a cache's file, the program can be made again
         return None
+
+
+def _compile_here(make: Callable[[], Any]) -> tuple[Any, bool]:
+    """What `make` returns, compiled and not taken from jax's cache; and whether that is so.
+
+    On CPU an executable that was loaded serialises without the bodies of its functions: the copy loads, and fails when
+    it runs. jax asks once per process whether its cache is used, and a compilation in another thread may be the one
+    that asks, so its event is listened to as well.
+    """
+    thread, found = get_ident(), []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == FOUND_BY_JAX and get_ident() == thread:
+            found.append(event)
+
+    used = jax.config.values[KEPT_BY_JAX]
+    monitoring.register_event_listener(listen)
+    try:
+        _use_cache_of_jax(False)
+        return make(), not found
+    finally:
+        _use_cache_of_jax(used)
+        monitoring.unregister_event_listener(listen)
+
+
+def _use_cache_of_jax(used: bool) -> None:
+    jax.config.update(KEPT_BY_JAX, used)
+    reset_cache()  # it would not ask again
 
 
 def _save(file: Path, compiled: Any) -> None:
