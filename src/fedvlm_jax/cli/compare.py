@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from fedvlm_jax.runs.config import Compare, name_folder
-from fedvlm_jax.runs.kept_programs import keep_programs
+from fedvlm_jax.runs.quick_start import start_quickly
 from fedvlm_jax.runs.validation import validate_comparison
 
 __all__ = ["compare"]
@@ -17,7 +17,7 @@ __all__ = ["compare"]
 def compare(comparison: Annotated[Compare, tyro.conf.arg(name="")]) -> None:
     """Run several methods on the same clients, cohorts and initial adapter, and compare them client by client."""
     validate_comparison(comparison)
-    keep_programs()
+    start_quickly()
     folder = comparison.out or name_folder("compare", datetime.now())
     comparison = dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, out=folder))
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.kept_programs import keep_programs
+from fedvlm_jax.runs.quick_start import start_quickly
 
 __all__ = ["evaluate"]
 
@@ -18,7 +18,7 @@ def evaluate(
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: no config.json there, so it is not the folder of a run")
 
-    keep_programs()
+    start_quickly()
 
     from rich.console import Console
 

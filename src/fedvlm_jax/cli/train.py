@@ -13,7 +13,7 @@ from fedvlm_jax.cli._together import Together, together
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.config import Run, from_json, name_folder, to_json
 from fedvlm_jax.runs.distributed import DistributedOptions, check_distributed
-from fedvlm_jax.runs.kept_programs import keep_programs
+from fedvlm_jax.runs.quick_start import start_quickly
 from fedvlm_jax.runs.validation import validate
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def train(
             raise UserError(f"--resume {run.resume}: no config.json there, so it is not the folder of a run")
     else:
         validate(run)
-    keep_programs()
+    start_quickly(lines=profile)
     with together(distributed) as about:
         _train(run, about, distributed.asked, profile)
 

@@ -1,0 +1,36 @@
+"""Begin sooner: what a command may choose for its process because nobody else runs in it.
+
+Until its first round a command imports, traces and compiles. What was compiled before is kept (`kept_programs`).
+Tracing makes many objects and drops few: Python's collector looks through them a thousand times, and jax notes for
+every operation by which lines of source it came about; each takes a second or two of twenty. Results depend on none of
+it. No heavy package is imported here.
+"""
+
+import gc
+import os
+import sys
+
+from fedvlm_jax.runs.kept_programs import keep_programs
+
+__all__ = ["start_quickly"]
+
+RARELY = (100_000, 20, 20)
+LINES = "jax_traceback_in_locations_limit"
+
+
+def start_quickly(lines: bool = False) -> None:
+    """Keep compiled programs, collect rarely, note no lines of source; call it before the first program is traced.
+
+    Where the environment says how many lines (`JAX_TRACEBACK_IN_LOCATIONS_LIMIT`) that counts. Libraries should leave
+    the choice to the program, so nothing in this package calls it on import.
+
+    Args:
+        lines: note the lines all the same: profilers show them.
+    """
+    keep_programs()
+    gc.set_threshold(*RARELY)
+    if lines or LINES.upper() in os.environ:
+        return
+    os.environ[LINES.upper()] = "0"
+    if "jax" in sys.modules:  # which reads the environment when it is imported
+        sys.modules["jax"].config.update(LINES, 0)
