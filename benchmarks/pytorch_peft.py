@@ -9,7 +9,8 @@ a line on stdout:
     {"threads": 2, "form": "float32", "vision": "cached", "clients": 4, "save": "after.npz"}  ->  {"seconds": 1.25}
 
 Nothing of fedvlm_jax is in it. `form` is `float32` or `float64`; or `bfloat16`, the base's weights in that and the
-adapter's in float32, as PEFT makes them; or `autocast`. `vision` is `cached`, the pictures' features given, or
+adapter's in float32, as PEFT makes them; or `autocast`. Where PyTorch sees a GPU it computes there, and `float32` is
+that and not TF32. `vision` is `cached`, the pictures' features given, or
 `computed` in every step. The model is in evaluation mode: without dropout, which would only cost it time.
 """
 
@@ -27,6 +28,9 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import Florence2ForConditionalGeneration
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+torch.backends.cudnn.allow_tf32 = False  # matrix products have it off unless asked; convolutions have not
+
 TARGETS = r".*language_model\.(encoder|decoder)\.layers\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 
 State = dict[str, torch.Tensor]
@@ -37,7 +41,7 @@ def load_model(folder: Path, rank: int, alpha: float, dtype: torch.dtype = torch
     model = Florence2ForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     if dtype == torch.float64:
         model.loss_function = compute_cross_entropy
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)).eval()
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)).eval().to(DEVICE)
 
 
 def compute_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -46,8 +50,8 @@ def compute_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, **_: Any) 
 
 
 def to_torch(examples: dict[str, np.ndarray], rows: Any) -> State:
-    """These rows as transformers takes them: channels first, 64-bit ids."""
-    batch = {name: torch.tensor(array[list(rows)]) for name, array in examples.items()}
+    """These rows as transformers takes them: channels first, 64-bit ids; where the model computes."""
+    batch = {name: torch.tensor(array[list(rows)]).to(DEVICE) for name, array in examples.items()}
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
     return {name: value if value.is_floating_point() else value.long() for name, value in batch.items()}
@@ -106,7 +110,7 @@ def find_place(name: str) -> tuple[str, int]:
 def from_arrays(names: list[str], start: dict[str, np.ndarray]) -> State:
     """The start in PEFT's names and layout, layers apart."""
     places = {name: find_place(name) for name in names}
-    return {name: torch.tensor(start[path][layer].T.copy()) for name, (path, layer) in places.items()}
+    return {name: torch.tensor(start[path][layer].T.copy()).to(DEVICE) for name, (path, layer) in places.items()}
 
 
 def to_arrays(state: State) -> dict[str, np.ndarray]:
@@ -114,7 +118,7 @@ def to_arrays(state: State) -> dict[str, np.ndarray]:
     stacks: dict[str, dict[int, np.ndarray]] = {}
     for name, tensor in state.items():
         path, layer = find_place(name)
-        stacks.setdefault(path, {})[layer] = tensor.detach().numpy().T
+        stacks.setdefault(path, {})[layer] = tensor.detach().cpu().numpy().T
     return {path: np.stack([layers[n] for n in sorted(layers)]) for path, layers in stacks.items()}
 
 
@@ -165,7 +169,7 @@ class Peer:
         batches = self.read(order["vision"], next(model.parameters()).dtype)[:clients]
         context = contextlib.nullcontext
         if form == "autocast":
-            context = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+            context = lambda: torch.autocast(DEVICE.type, torch.bfloat16)  # noqa: E731
         rates = (settings["rate_a"], settings["rate_b"])
         began, states = time.perf_counter(), []
         for steps in batches:
@@ -173,6 +177,8 @@ class Peer:
             train_client(model, steps, settings["clip_norm"], rates, torch.optim.AdamW, context, weight_decay=0.0)
             states.append({name: value.clone() for name, value in get_peft_model_state_dict(model).items()})
         mean = average(states, self.weights[:clients])
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         if order.get("save"):
             np.savez(order["save"], **to_arrays(mean))

@@ -6,12 +6,14 @@
     python benchmarks/speed.py rounding --peer-python ~/torch/bin/python               # each side's, against float64
     python benchmarks/speed.py stacks                                                  # layers written out, or scanned
     python benchmarks/speed.py report                                                  # results/speed.json, speed.md
+    JAX_DEFAULT_MATMUL_PRECISION=highest python benchmarks/speed.py run --peer-python python3 --into speed_h100.jsonl
 
 The same model, data, float32 arithmetic, LoRA sites, rank, initial factors, batches and AdamW on both sides, runs
 interleaved in one process group; adapters are compared after the round. PyTorch is measured in bfloat16 as well where
-the processor has units for it. `nano` is the model that ships, on its own
-data; `base` has Florence-2-base's shape (pictures of 768x768, 577 image tokens and 32 more) and random weights. A
-finished cell is a line of results/speed.jsonl, and is not measured again.
+the processor has units for it. `nano` is the model that ships, on its own data; `base` has Florence-2-base's shape
+(pictures of 768x768, 577 image tokens and 32 more) and random weights. A finished cell is a line of
+results/speed.jsonl, and is not measured again. On a GPU both sides compute there, rounds of base shape have more
+clients, and XLA makes float32 products from TF32 unless it is asked for more, as in the last line.
 """
 
 import json
@@ -21,8 +23,10 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import jax
+import jax.numpy as jnp
 import tyro
 from base_size import make_checkpoint
 
@@ -47,8 +51,11 @@ SHAPES = {
 }
 """model -> batch -> a round's shape, and clients side by side; many long rows fill the cores by themselves."""
 
+ACCELERATED = {batch: (Shape(16, 2, batch), wave) for batch, wave in {1: 16, 2: 16, 8: 4}.items()}
+"""The same of base shape on an accelerator."""
+
 STACKING = Stacking(unroll=6)
-"""`--system.unroll 6`: all layers of the base shape are written out."""
+"""`--system.unroll 6`: all layers of the base shape are written out, which pays on a CPU."""
 
 PICTURE, PROMPT, ANSWER = (768, 768), 32, 24
 
@@ -69,6 +76,8 @@ class Run:
     """Measure them again; the last line of a cell counts."""
     into: Path = RESULTS / "speed.jsonl"
     """A line per finished cell."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """What our model computes in, as `--system.compute` says it."""
 
 
 @dataclass(frozen=True)
@@ -139,21 +148,35 @@ def measure(options: Run) -> None:
         if world_of[0] != (cell.model, cell.batch):
             world_of = ((cell.model, cell.batch), open_world(cell, options.work))
         folder, vlm, params, world = world_of[1]
-        wave = SHAPES[cell.model][cell.batch][1]
+        wave = choose_shape(cell)[1]
+        if options.compute != "float32":
+            vlm = read_vlm(folder, compute_dtype=getattr(jnp, options.compute), stacking=choose_stacking())
         line = measure_cell(
-            cell, vlm, params, world, folder, wave=wave, peer_python=options.peer_python, repeats=options.repeats
-        )
+            cell, vlm, params, world, folder, wave=wave, peer_python=options.peer_python, repeats=options.repeats,
+            compute=options.compute,
+        )  # fmt: skip
         append_line(options.into, {**line, "load": round(os.getloadavg()[0], 2)})
         print(json.dumps({key: line[key] for key in ("times_theirs", "share_of_peak", "adapters")}), flush=True)
 
 
+def choose_shape(cell: Cell) -> tuple[Shape, int]:
+    """A cell's round, and clients side by side in it."""
+    many = cell.model == "base" and jax.default_backend() != "cpu"
+    return (ACCELERATED if many else SHAPES[cell.model])[cell.batch]
+
+
+def choose_stacking() -> Stacking:
+    """How the layers of base shape are run here."""
+    return STACKING if jax.default_backend() == "cpu" else Stacking()
+
+
 def open_world(cell: Cell, work: Path) -> tuple[Path, Vlm, Any, World]:
     """A cell's model and its work."""
-    shape = SHAPES[cell.model][cell.batch][0]
+    shape = choose_shape(cell)[0]
     if cell.model == "nano":
         shipped = open_shipped(shape)
         return resolve_folder("florence2-nano"), shipped.vlm, shipped.params, shipped.world
-    vlm, params = load_vlm(_base(work), stacking=STACKING)
+    vlm, params = load_vlm(_base(work), stacking=choose_stacking())
     return _base(work), vlm, params, draw_world(vlm, params, shape, size=PICTURE, prompt=PROMPT, answer=ANSWER)
 
 
@@ -177,7 +200,7 @@ def report_rounding(options: Rounding) -> None:
     for name in options.cells:
         cell = Cell.parse(name)
         folder, vlm, params, world = open_world(cell, options.work)
-        wave = SHAPES[cell.model][cell.batch][1]
+        wave = choose_shape(cell)[1]
         found[name] = measure_rounding(cell, vlm, params, world, folder, wave=wave, peer_python=options.peer_python)
         print(name, json.dumps(found[name]), flush=True)
     write_json(RESULTS / "rounding.json", {"of_movement": found, **describe_machine()})

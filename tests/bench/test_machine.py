@@ -25,7 +25,10 @@ def test_bfloat16_is_measured_where_the_processor_has_units_for_it(monkeypatch, 
     if text is not None:
         file.write_text(text)
     monkeypatch.setattr(machine, "CPUINFO", file)
+    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
     assert machine.has_bfloat16_units() is expected
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert machine.has_bfloat16_units()
 
 
 def test_the_processor_is_called_as_linux_does(monkeypatch, tmp_path):

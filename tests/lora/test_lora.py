@@ -73,8 +73,12 @@ def test_none_and_a_fresh_adapter_are_the_base(params, adapter, example):
     forward = lora.inject(Model().apply)
     base = Model().apply({"params": params}, *example)
     np.testing.assert_array_equal(forward(params, None, *example), base)
-    np.testing.assert_array_equal(forward(params, adapter, *example), base)
-    np.testing.assert_array_equal(forward({"params": params}, adapter, *example), base)
+    for given in (params, {"params": params}):
+        injected = forward(given, adapter, *example)
+        if jax.default_backend() == "cpu":
+            np.testing.assert_array_equal(injected, base)
+        else:  # a GPU adds a bias within the product or after it, by what stands beside it
+            np.testing.assert_allclose(injected, base, rtol=0, atol=2e-6)
 
 
 def test_injected_equals_merged(params, adapter, example):

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from fedvlm_jax.runs import heap
+
 SCRIPT = """
 import ctypes
 from pathlib import Path
@@ -34,3 +36,37 @@ def test_a_buffer_of_more_than_two_gibibytes_stays_with_the_process_and_may_have
     environment = {**os.environ, "FEDVLM_KEEP_HEAP": switch}
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.split() == expected
+
+
+@pytest.mark.parametrize(
+    ("platforms", "device", "plugins", "expected"),
+    [
+        (None, "nvidia0", ["jax_cuda13"], True),
+        (None, "vfio/0", ["libtpu"], True),
+        (None, "accel0", ["libtpu"], True),
+        (None, "nvidia0", [], False),  # a GPU, and a jax for the CPU
+        (None, "nvidiactl", ["jax_cuda13"], False),
+        (None, "null", ["libtpu"], False),  # `fedvlm plan` without a TPU
+        ("cpu", "nvidia0", ["jax_cuda13"], False),
+        ("cuda,cpu", "null", [], True),
+    ],
+)
+def test_where_an_accelerator_computes_the_heap_is_left_alone(
+    monkeypatch, tmp_path, platforms, device, plugins, expected
+):
+    (tmp_path / device).parent.mkdir(exist_ok=True)
+    (tmp_path / device).touch()
+    monkeypatch.setattr(heap, "entry_points", lambda group: [name for name in plugins if name != "libtpu"])
+    monkeypatch.setattr(heap, "find_spec", lambda name: name if name in plugins else None)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if platforms is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert heap.expect_accelerator(tmp_path) is expected
+
+
+def test_the_environment_has_the_last_word(monkeypatch):
+    monkeypatch.setattr(heap, "expect_accelerator", lambda: True)
+    monkeypatch.delenv(heap.SWITCH, raising=False)
+    assert heap.keep_heap() is False
+    monkeypatch.setenv(heap.SWITCH, "0")
+    assert heap.keep_heap() is False

@@ -2,6 +2,7 @@
 
 import os
 
+import jax
 import pytest
 from tiny_run import make_folder, tiny_run
 
@@ -13,6 +14,7 @@ from fedvlm_jax.runs.progress import SilentProgress
 from fedvlm_jax.runs.workers import spread
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="processes share cores, and this is an accelerator")
 needs_two_cores = pytest.mark.skipif(CORES < 2, reason="this machine lends a single core, and the test needs two")
 
 
@@ -22,6 +24,7 @@ def report(task):
     return task, os.getpid(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
+@on_cpu
 @needs_two_cores
 def test_every_process_has_its_own_cores():
     done = list(spread(report, range(8), 2))
@@ -33,17 +36,20 @@ def test_every_process_has_its_own_cores():
         assert first is None or not set(first) & set(second)
 
 
+@on_cpu
 @needs_two_cores
 def test_what_a_task_raises_is_raised():
     with pytest.raises(UserError, match="a negative task"):
         list(spread(report, [1, -1, 2], 2))
 
 
+@on_cpu
 def test_more_processes_than_cores_are_refused():
     with pytest.raises(UserError, match=rf"there are {CORES} cores"):
         next(spread(report, [1], CORES + 1))
 
 
+@on_cpu
 @needs_two_cores
 @pytest.mark.slow
 def test_a_comparison_comes_out_as_in_one_process(tmp_path):

@@ -70,8 +70,9 @@ def compare_factors(
 
 
 def measure_cell(
-    cell: Cell, vlm: Vlm, params: Any, world: World, folder: Path, *, wave: int, peer_python: str, repeats: int
-) -> dict[str, Any]:
+    cell: Cell, vlm: Vlm, params: Any, world: World, folder: Path, *, wave: int, peer_python: str, repeats: int,
+    compute: str = "float32",
+) -> dict[str, Any]:  # fmt: skip
     """Measure a cell: interleaved runs of the matmul peak, ours, theirs in float32, and theirs in bfloat16.
 
     The last only where the processor has units for it: elsewhere it is emulated, and many times slower.
@@ -83,9 +84,10 @@ def measure_cell(
         wave: clients that we train side by side.
         peer_python: an interpreter with torch, transformers and peft.
         repeats: interleaved runs.
+        compute: what our model computes in, and the matmul peak is measured in.
     """
     mine, its = USES[cell.cached]
-    peak, ours = MatmulPeak(), Ours(vlm, params, world, mine, wave)
+    peak, ours = MatmulPeak(dtype=compute), Ours(vlm, params, world, mine, wave)
     ours()  # warm
     with Peer(peer_python, folder, world) as peer:
         choices = {"theirs": peer.choose(its, "float32")}
@@ -106,6 +108,7 @@ def measure_cell(
     return {
         "cell": cell.name,
         **asdict(cell),
+        "compute": compute,
         "vision": {"ours": mine, "theirs": its},
         "clients": world.shape.clients,
         "steps": world.shape.steps,

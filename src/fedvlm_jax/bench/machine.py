@@ -35,27 +35,29 @@ def describe_machine() -> dict[str, Any]:
 
 
 def has_bfloat16_units() -> bool:
-    """Does this processor multiply bfloat16 itself? False too where the system does not tell."""
-    return not BFLOAT16.isdisjoint(_read_cpuinfo("flags", "Features").split())
+    """Does this accelerator or processor multiply bfloat16 itself? False too where the system does not tell."""
+    return jax.default_backend() != "cpu" or not BFLOAT16.isdisjoint(_read_cpuinfo("flags", "Features").split())
 
 
 class MatmulPeak:
-    """Float32 matmuls of square matrices; the rate of the best size counts.
+    """Matmuls of square matrices; the rate of the best size counts.
 
     Sizes are tried once; after that every call measures the best of them again, so that it can be run between the
     rounds that are compared with it. It takes the best of a while, because neighbours on a shared host slow a single
     product down by half.
 
     Args:
-        sizes: rows of the matrices that are tried.
+        sizes: rows of the matrices that are tried; by default what suits the device.
         seconds: how long a call measures; once at least.
+        dtype: of the matrices; float32 is computed as such wherever it is.
     """
 
-    def __init__(self, sizes: tuple[int, ...] = (1024, 1536, 2048), seconds: float = 1.0) -> None:
+    def __init__(self, sizes: tuple[int, ...] = (), seconds: float = 1.0, dtype: str = "float32") -> None:
+        sizes = sizes or ((1024, 1536, 2048) if jax.default_backend() == "cpu" else (4096, 8192))
         self._seconds = seconds
         multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision="highest"))
         self._multiply = multiply
-        self._matrices = {size: jax.random.normal(jax.random.key(size), (size, size)) for size in sizes}
+        self._matrices = {size: jax.random.normal(jax.random.key(size), (size, size), dtype) for size in sizes}
         for matrix in self._matrices.values():
             jax.block_until_ready(multiply(matrix, matrix))
         self.size = max(sizes, key=lambda size: max(self._measure(size) for _ in range(3)))
