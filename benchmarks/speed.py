@@ -5,6 +5,7 @@
     python benchmarks/speed.py memory                                                  # what one more client takes
     python benchmarks/speed.py rounding --peer-python ~/torch/bin/python               # each side's, against float64
     python benchmarks/speed.py stacks                                                  # layers written out, or scanned
+    python benchmarks/speed.py bounds                                                  # what a round's time goes to
     python benchmarks/speed.py report                                                  # results/speed.json, speed.md
     JAX_DEFAULT_MATMUL_PRECISION=highest python benchmarks/speed.py run --peer-python python3 --into speed_h100.jsonl
 
@@ -31,6 +32,7 @@ import tyro
 from base_size import make_checkpoint
 
 from fedvlm_jax.bench.cells import USES, Cell, append_line, measure_cell, measure_rounding, read_lines
+from fedvlm_jax.bench.kinds import KINDS, measure_kinds
 from fedvlm_jax.bench.machine import describe_machine
 from fedvlm_jax.bench.memory import measure_clients
 from fedvlm_jax.bench.ours import Ours
@@ -113,6 +115,16 @@ class Stacks:
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """Trace a round of ours, and tell which kinds of operations its time went to."""
+
+    cells: tuple[str, ...] = ("nano-1-both", "nano-2-both", "nano-8-both", "base-1-both")
+    """Which."""
+    work: Path = Path(tempfile.gettempdir()) / "fedvlm-speed"
+    """As above."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Write all lines as one JSON, and as a table, next to where they are."""
 
@@ -128,10 +140,14 @@ def main() -> None:
         | Annotated[Memory, tyro.conf.subcommand("memory")]
         | Annotated[Rounding, tyro.conf.subcommand("rounding")]
         | Annotated[Stacks, tyro.conf.subcommand("stacks")]
+        | Annotated[Bounds, tyro.conf.subcommand("bounds")]
         | Annotated[Report, tyro.conf.subcommand("report")],
         description=__doc__,
     )
-    parts = {Run: measure, Memory: report_memory, Rounding: report_rounding, Stacks: report_stacks, Report: report}
+    parts = {
+        Run: measure, Memory: report_memory, Rounding: report_rounding, Stacks: report_stacks, Bounds: report_bounds,
+        Report: report,
+    }  # fmt: skip
     parts[type(asked)](asked)
 
 
@@ -226,6 +242,22 @@ def report_stacks(options: Stacks) -> None:
     }
     write_json(RESULTS / "stacks.json", {**result, **describe_machine()})
     print(json.dumps(result))
+
+
+def report_bounds(options: Bounds) -> None:
+    """Write results/bounds.json and bounds.md."""
+    found = {}
+    for name in options.cells:
+        cell = Cell.parse(name)
+        _, vlm, params, world = open_world(cell, options.work)
+        ours = Ours(vlm, params, world, USES[cell.cached][0], choose_shape(cell)[1])
+        ours()  # warm
+        found[name] = measure_kinds(ours, ours.compiled.as_text())
+        print(name, json.dumps(found[name]), flush=True)
+    write_json(RESULTS / "bounds.json", {"of_operations": found, **describe_machine()})
+    head = f"| of the time of a round's operations | {' | '.join(KINDS)} |\n| --- |{' ---: |' * len(KINDS)}\n"
+    rows = (f"| {name} | {' | '.join(f'{of[kind]:.0%}' for kind in KINDS)} |\n" for name, of in found.items())
+    (RESULTS / "bounds.md").write_text(head + "".join(rows), encoding="utf-8")
 
 
 def report(options: Report) -> None:

@@ -15,7 +15,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Shares", "find_scopes", "label_trace", "read_trace", "share_out_time", "tabulate_shares", "write_trace"]
+__all__ = [
+    "Shares",
+    "find_own_times",
+    "find_scopes",
+    "label_trace",
+    "read_trace",
+    "share_out_time",
+    "tabulate_shares",
+    "write_trace",
+]
 
 Trace = dict[str, Any]
 """A trace in Chrome's format, which Perfetto reads: `traceEvents`, with times in microseconds."""
@@ -103,7 +112,7 @@ def share_out_time(trace: Trace) -> Shares:
     rounds = [event["dur"] for event in events if event["name"] == "round"]
     operations = [event for event in events if "part" in event.get("args", {})]
     parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for event, own in _find_own_times(operations):
+    for event, own in find_own_times(operations):
         if not event["args"]["hlo_op"].startswith(LOOPS):
             parts[event["args"]["part"]][event["args"]["pass"] == "backward"] += own / 1e6
     ends = [event["ts"] + event["dur"] for event in operations]
@@ -111,8 +120,8 @@ def share_out_time(trace: Trace) -> Shares:
     return Shares(sum(rounds) / 1e6, inside / 1e6, {part: (there, back) for part, (there, back) in parts.items()})
 
 
-def _find_own_times(events: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
-    """Every event with its time less that of the events inside it, thread by thread."""
+def find_own_times(events: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
+    """Every event of a trace with its own time in microseconds, less that of the events inside it on its thread."""
     own: list[list[Any]] = []
     open_: dict[Any, list[tuple[float, list[Any]]]] = defaultdict(list)  # thread -> (end, entry) of who is under way
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
