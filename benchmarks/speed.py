@@ -98,7 +98,7 @@ class Rounding:
 
     peer_python: str
     """A Python that has torch, transformers and peft."""
-    cells: tuple[str, ...] = tuple(Cell("nano", batch, "both").name for batch in BATCHES)
+    cells: tuple[str, ...] = (*(Cell("nano", batch, "both").name for batch in BATCHES), "base-1-both")
     """Which."""
     work: Path = Path(tempfile.gettempdir()) / "fedvlm-speed"
     """As above."""
