@@ -7,7 +7,7 @@
     python benchmarks/speed.py stacks                                                  # layers written out, or scanned
     python benchmarks/speed.py bounds                                                  # what a round's time goes to
     python benchmarks/speed.py report                                                  # results/speed.json, speed.md
-    JAX_DEFAULT_MATMUL_PRECISION=highest python benchmarks/speed.py run --peer-python python3 --into speed_h100.jsonl
+    JAX_DEFAULT_MATMUL_PRECISION=highest python benchmarks/speed.py run --peer-python python3 --into gpu.jsonl
 
 The same model, data, float32 arithmetic, LoRA sites, rank, initial factors, batches and AdamW on both sides, runs
 interleaved in one process group; adapters are compared after the round. PyTorch is measured in bfloat16 as well where

@@ -15,7 +15,10 @@ from fedvlm_jax.runs.kept_programs import keep_programs
 __all__ = ["start_quickly"]
 
 RARELY = (100_000, 20, 20)
+"""Thresholds of Python's three generations of garbage; its own first is 700."""
+
 LINES = "jax_traceback_in_locations_limit"
+"""jax's setting: frames of source that an operation remembers."""
 
 
 def start_quickly(lines: bool = False) -> None:
