@@ -9,6 +9,11 @@ gathered, the compiled round run, states and checkpoint written. Evaluation, whi
 left out. Resident memory is read by the kernel's count after every round.
 """
 
+from fedvlm_jax.runs.heap import keep_heap
+
+if __name__ in ("__main__", "__mp_main__"):
+    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+
 import dataclasses
 import json
 import os
@@ -88,10 +93,8 @@ def serve(options: Options) -> None:
     """Prepare a federation, then run a round for every line."""
     from fedvlm_jax.federation.checkpoint import Checkpoints
     from fedvlm_jax.runs.config import Run
-    from fedvlm_jax.runs.heap import keep_heap
     from fedvlm_jax.runs.prepare import make_driver, open_session, prepare
 
-    keep_heap()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = Run(cohort=options.cohort)
         run = dataclasses.replace(run, data=run.data.replace(clients=options.serve))

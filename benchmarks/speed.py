@@ -17,6 +17,11 @@ results/speed.jsonl, and is not measured again. On a GPU both sides compute ther
 clients, and XLA makes float32 products from TF32 unless it is asked for more, as in the last line.
 """
 
+from fedvlm_jax.runs.heap import keep_heap
+
+if __name__ in ("__main__", "__mp_main__"):
+    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+
 import json
 import os
 import sys
@@ -40,7 +45,6 @@ from fedvlm_jax.bench.shipped import open_shipped
 from fedvlm_jax.bench.timing import describe_times, interleave, ratio
 from fedvlm_jax.bench.world import Shape, World, draw_world
 from fedvlm_jax.models import Stacking, Vlm, load_vlm, read_vlm, resolve_folder
-from fedvlm_jax.runs.heap import keep_heap
 from fedvlm_jax.runs.storage import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -134,7 +138,6 @@ class Report:
 
 def main() -> None:
     """Do what was asked."""
-    keep_heap()  # as the `fedvlm` command does
     asked = tyro.cli(
         Annotated[Run, tyro.conf.subcommand("run")]
         | Annotated[Memory, tyro.conf.subcommand("memory")]

@@ -21,6 +21,11 @@ The search tries sharing patterns on the validation split of `lang-20` with two 
 two against local and plora on five fresh seeds. The curves are validated every second round, with the tuning's seed.
 """
 
+from fedvlm_jax.runs.heap import keep_heap
+
+if __name__ in ("__main__", "__mp_main__"):
+    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+
 import dataclasses
 import json
 import os
@@ -36,7 +41,6 @@ import tyro
 
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.runs.config import EvaluationOptions, Run, TrainOptions, methods_available
-from fedvlm_jax.runs.heap import keep_heap
 
 RESULTS = Path(__file__).parent / "results"
 GRID = ((2e-3, 2e-3), (5e-3, 2e-3), (1e-2, 5e-3))
@@ -276,7 +280,6 @@ def main() -> None:
         folder = study.results or (study.out / "results" if study.quick else RESULTS)
         summary.write(study.out, folder, study.plan())
         return
-    keep_heap()
     import jax
 
     # Programs are kept between processes: a method that was compiled for one cell starts at once when it goes on.

@@ -12,6 +12,11 @@ answer questions on the frozen tower's features of several augmented copies of e
 
 from __future__ import annotations
 
+from fedvlm_jax.runs.heap import keep_heap
+
+if __name__ in ("__main__", "__mp_main__"):
+    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+
 import jax
 import nano_tokenizer
 import numpy as np
@@ -25,11 +30,9 @@ from nano_vision import centre_tokens, train_vision
 from transformers import AutoTokenizer
 
 from fedvlm_jax.models import build, save_checkpoint
-from fedvlm_jax.runs.heap import keep_heap
 
 
 def main(run: Pretrain) -> None:
-    keep_heap()
     run.work.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((run.work / "xla").resolve()))
     classes, corpus, valid = load_corpus(run.corpus)

@@ -14,6 +14,11 @@ scaled by the factor that did best on validation, with a seed that the compariso
 comparison is a folder that `fedvlm report` reads; started again, it goes on where it stopped.
 """
 
+from fedvlm_jax.runs.heap import keep_heap
+
+if __name__ in ("__main__", "__mp_main__"):
+    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -27,7 +32,6 @@ from fedvlm_jax.objectives.options import PreferenceOptions
 from fedvlm_jax.runs.compare import compare, finish_run
 from fedvlm_jax.runs.config import Compare, EvaluationOptions, LoraOptions, Run, SystemOptions, TrainOptions
 from fedvlm_jax.runs.folders import ComparisonRecord, read_comparison, read_run
-from fedvlm_jax.runs.heap import keep_heap
 from fedvlm_jax.runs.measures import find_measure
 from fedvlm_jax.runs.prepare import Session, open_session
 from fedvlm_jax.runs.progress import Progress, open_progress
@@ -178,7 +182,6 @@ def _read_rates(record: ComparisonRecord) -> dict[str, tuple[float, float]]:
 def main() -> None:
     """Run, and write the table."""
     preset = tyro.cli(Preset, description=__doc__)
-    keep_heap()
     records = run(preset)
     table = tabulate(records)
     RESULTS.mkdir(exist_ok=True)

@@ -9,6 +9,11 @@ line of `tuning.jsonl`. `run` compares the methods with the rates chosen for eac
 end. `report` writes `emoji_study.json`, `.md` and `.png`.
 """
 
+from fedvlm_jax.runs.heap import keep_heap
+
+if __name__ in ("__main__", "__mp_main__"):
+    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+
 import dataclasses
 import json
 import shlex
@@ -27,7 +32,6 @@ import tyro
 from fedvlm_jax.data.options import DataOptions, Prompt
 from fedvlm_jax.runs.config import Compare, EvaluationOptions, Run, TrainOptions
 from fedvlm_jax.runs.folders import read_comparison
-from fedvlm_jax.runs.heap import keep_heap
 from fedvlm_jax.runs.tables import to_markdown
 from fedvlm_jax.runs.theme import save_png
 
@@ -303,7 +307,6 @@ def report(study: Study, words: list[str]) -> None:
 def main() -> None:
     """Run the stages that were asked for."""
     study = tyro.cli(Study, description=__doc__)
-    keep_heap()
     if study.quick:
         study = dataclasses.replace(study, **QUICK)
     study.out.mkdir(parents=True, exist_ok=True)

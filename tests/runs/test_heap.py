@@ -1,8 +1,10 @@
 """What `keep_heap` asks of glibc, seen by where its heap ends; no page is touched."""
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +38,52 @@ def test_a_buffer_of_more_than_two_gibibytes_stays_with_the_process_and_may_have
     environment = {**os.environ, "FEDVLM_KEEP_HEAP": switch}
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.split() == expected
+
+
+LATE = """
+import threading
+from fedvlm_jax.runs.heap import keep_heap
+allocated, ended = threading.Event(), threading.Event()
+def allocate():
+    kept = bytearray(1000)
+    allocated.set()
+    ended.wait()
+threading.Thread(target=allocate).start()
+allocated.wait()
+print(keep_heap())
+ended.set()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux and glibc, which it is about")
+def test_it_says_so_where_a_thread_has_a_heap_of_its_own_already():
+    """Threads that start later may be given that heap, and large buffers are not kept in it."""
+    environment = {**os.environ, "FEDVLM_KEEP_HEAP": "1"}
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["False"]
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = [
+    path
+    for folder in ("benchmarks", "experiments")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "keep_heap()" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_keeps_its_heap_before_it_imports_what_starts_threads(script):
+    body = ast.parse(script.read_text(encoding="utf-8")).body
+    first = next(place for place, one in enumerate(body) if "keep_heap()" in ast.unparse(one))
+    before = [one for one in body[:first] if isinstance(one, ast.Import | ast.ImportFrom)]
+    assert {ast.unparse(one) for one in before} <= {
+        "from __future__ import annotations", "from fedvlm_jax.runs.heap import keep_heap",
+    }  # fmt: skip
+
+
+def test_there_are_such_scripts():
+    assert {"speed", "curves", "population", "study_emoji"} <= {script.stem for script in SCRIPTS}
 
 
 @pytest.mark.parametrize(
