@@ -24,6 +24,7 @@ from fedvlm_jax.lora.sites import (
     listing,
     weight_name,
 )
+from fedvlm_jax.products import project
 
 TILE = 8
 """Rows of a tile in a TPU's memory."""
@@ -95,9 +96,9 @@ def _project_up(low: Array, b: Array, precision: Any) -> Array:
     """
     *examples, rows = low.shape[:-1] or (1,)
     if math.prod(examples) == 1 or rows % TILE == 0:
-        merged = jnp.matmul(low.reshape(-1, low.shape[-1]), b, precision=precision)
+        merged = project(low.reshape(-1, low.shape[-1]), b, precision)
         return merged.reshape(*low.shape[:-1], -1)
-    return jnp.matmul(low, jnp.broadcast_to(b, (*examples, *b.shape)), precision=precision)
+    return project(low, jnp.broadcast_to(b, (*examples, *b.shape)), precision)
 
 
 def _gated_delta(module: Any, kind: Kind, x: Array, a: Array, b: Array, scale: Array, gate: Array) -> Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.products import mix, score
 
 # Added to a score to hide a key. Finite, so that a row whose keys are all hidden gives numbers and not NaN.
 HIDDEN = -1e9
@@ -105,9 +106,9 @@ def dot_attention(
     strided ones, and keys that are kept are laid out so once.
     """
     query = query * query.shape[-1] ** -0.5
-    scores = multiply("nhtd,nhsd->nhts", query, key)
+    scores = score(query, key)
     weights = softmax(scores if bias is None else scores + bias, value.dtype)
-    mixed = jnp.einsum("nhts,nhsd->nhtd", weights, value).transpose(0, 2, 1, 3)
+    mixed = mix(weights, value).transpose(0, 2, 1, 3)
     return mixed.reshape(*mixed.shape[:2], -1)
 
 
