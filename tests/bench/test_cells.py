@@ -14,7 +14,18 @@ def test_distances_by_hand():
     theirs = {"x/a": np.array([3.0, 0.0]), "x/b": np.array([4.0])}
     ours = {"x/a": np.array([3.0, 0.6]), "x/b": np.array([4.8])}
     found = compare_factors(start, ours, theirs)
-    assert found == pytest.approx({"movement": 5.0, "error": 1.0, "error_of_movement": 0.2})
+    assert found == pytest.approx(
+        {"movement": 5.0, "error": 1.0, "error_of_movement": 0.2, "entries": 3, "entries_of_error": 2}
+    )
+
+
+def test_one_entry_that_went_the_other_way_holds_the_distance():
+    start, theirs = {"x/a": np.zeros(10_000)}, {"x/a": np.ones(10_000)}
+    ours = {"x/a": np.where(np.arange(10_000) == 77, -1.0, 1.0 + 1e-4)}
+    found = compare_factors(start, ours, theirs)
+    assert found["error_of_movement"] == pytest.approx(0.02, rel=1e-3)
+    assert (found["entries"], found["entries_of_error"]) == (10_000, 1)
+    assert compare_factors(start, theirs, theirs)["entries_of_error"] == 0
 
 
 def test_other_factors_are_refused():

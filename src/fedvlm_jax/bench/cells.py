@@ -57,16 +57,27 @@ def compare_factors(
 ) -> dict[str, float]:
     """How far the factors moved in a round, and how far apart they ended: norms over all, and the second per first.
 
+    And how many entries hold 99% of the squared distance, out of how many: where those are few, it is not that all
+    were rounded, but that these took a step in the other direction.
+
     Raises:
         ValueError: they are not the same factors.
     """
     if not start.keys() == ours.keys() == theirs.keys():
         raise ValueError(f"unlike factors: {sorted(set(start) ^ set(ours) | set(start) ^ set(theirs))[:4]}")
-    moved, error = (
-        math.sqrt(sum(float(np.sum(np.square(np.asarray(one[path], np.float64) - other[path]))) for path in start))
+    moved, apart = (
+        np.concatenate([np.square(np.asarray(one[path], np.float64) - other[path]).ravel() for path in start])
         for one, other in ((theirs, start), (ours, theirs))
     )
-    return {"movement": moved, "error": error, "error_of_movement": error / moved if moved else math.inf}
+    movement, error = math.sqrt(moved.sum()), math.sqrt(apart.sum())
+    largest = np.cumsum(np.sort(apart)[::-1])
+    return {
+        "movement": movement,
+        "error": error,
+        "error_of_movement": error / movement if movement else math.inf,
+        "entries": apart.size,
+        "entries_of_error": int(np.searchsorted(largest, 0.99 * largest[-1])) + 1 if error else 0,
+    }
 
 
 def measure_cell(
@@ -133,7 +144,7 @@ def measure_cell(
 
 def measure_rounding(
     cell: Cell, vlm: Vlm, params: Any, world: World, folder: Path, *, wave: int, peer_python: str
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """How far each side's own rounding takes it from a round of the peer in float64, beside how far apart they are.
 
     Adam's first steps are as long for a gradient that is almost zero as for any other, so the rounding of those shows.
@@ -142,7 +153,7 @@ def measure_rounding(
         cell, vlm, params, world, folder, wave, peer_python: as of `measure_cell`.
 
     Returns:
-        Distances by how far the adapters moved: `apart`, `ours_off`, `theirs_off`.
+        `apart`, `ours_off`, `theirs_off`: what `compare_factors` tells of each two.
     """
     mine, its = USES[cell.cached]
     ours = Ours(vlm, params, world, mine, wave)
@@ -151,7 +162,7 @@ def measure_rounding(
         theirs, exact = peer.give_factors((2, "float32"), its), peer.give_factors((2, "float64"), its)
     own = ours.give_factors()
     pairs = {"apart": (own, theirs), "ours_off": (own, exact), "theirs_off": (theirs, exact)}
-    return {name: compare_factors(world.start, *pair)["error_of_movement"] for name, pair in pairs.items()}
+    return {name: compare_factors(world.start, *pair) for name, pair in pairs.items()}
 
 
 def read_lines(file: Path) -> dict[str, dict[str, Any]]:
