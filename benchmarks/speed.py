@@ -5,6 +5,7 @@
     python benchmarks/speed.py memory                                                  # what one more client takes
     python benchmarks/speed.py rounding --peer-python ~/torch/bin/python               # each side's, against float64
     python benchmarks/speed.py stacks                                                  # layers written out, or scanned
+    python benchmarks/speed.py products                                                # gradients of ours, or jax's
     python benchmarks/speed.py bounds                                                  # what a round's time goes to
     python benchmarks/speed.py report                                                  # results/speed.json, speed.md
     JAX_DEFAULT_MATMUL_PRECISION=highest python benchmarks/speed.py run --peer-python python3 --into gpu.jsonl
@@ -22,6 +23,7 @@ from fedvlm_jax.runs.heap import keep_heap
 if __name__ in ("__main__", "__mp_main__"):
     keep_heap()  # before all that starts threads, as the `fedvlm` command does
 
+import contextlib
 import json
 import os
 import sys
@@ -30,6 +32,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +122,18 @@ class Stacks:
 
 
 @dataclass(frozen=True)
+class Products:
+    """Measure rounds with the gradients of `fedvlm_jax.products`, and with those that jax derives."""
+
+    cells: tuple[str, ...] = ("nano-1-both", "nano-8-both", "base-1-both")
+    """Which."""
+    repeats: int = 7
+    """Interleaved runs."""
+    work: Path = Path(tempfile.gettempdir()) / "fedvlm-speed"
+    """As above."""
+
+
+@dataclass(frozen=True)
 class Bounds:
     """Trace a round of ours, and tell which kinds of operations its time went to."""
 
@@ -143,13 +158,14 @@ def main() -> None:
         | Annotated[Memory, tyro.conf.subcommand("memory")]
         | Annotated[Rounding, tyro.conf.subcommand("rounding")]
         | Annotated[Stacks, tyro.conf.subcommand("stacks")]
+        | Annotated[Products, tyro.conf.subcommand("products")]
         | Annotated[Bounds, tyro.conf.subcommand("bounds")]
         | Annotated[Report, tyro.conf.subcommand("report")],
         description=__doc__,
     )
     parts = {
-        Run: measure, Memory: report_memory, Rounding: report_rounding, Stacks: report_stacks, Bounds: report_bounds,
-        Report: report,
+        Run: measure, Memory: report_memory, Rounding: report_rounding, Stacks: report_stacks,
+        Products: report_products, Bounds: report_bounds, Report: report,
     }  # fmt: skip
     parts[type(asked)](asked)
 
@@ -245,6 +261,33 @@ def report_stacks(options: Stacks) -> None:
     }
     write_json(RESULTS / "stacks.json", {**result, **describe_machine()})
     print(json.dumps(result))
+
+
+def report_products(options: Products) -> None:
+    """Write results/products.json."""
+    plain = {
+        "fedvlm_jax.models.layers.score": lambda query, key: query @ key.swapaxes(-1, -2),
+        "fedvlm_jax.models.layers.mix": jnp.matmul,
+        "fedvlm_jax.lora.injection.project": lambda low, right, precision: jnp.matmul(low, right, precision=precision),
+    }
+    found = {}
+    for name in options.cells:
+        cell = Cell.parse(name)
+        _, vlm, params, world = open_world(cell, options.work)
+        given = (vlm, params, world, USES[cell.cached][0], choose_shape(cell)[1])
+        rounds = {"ours": Ours(*given)}
+        jax.clear_caches()  # what was traced with our products
+        with contextlib.ExitStack() as replaced:
+            for place, product in plain.items():
+                replaced.enter_context(mock.patch(place, product))
+            rounds["derived"] = Ours(*given)
+        for run in rounds.values():
+            run()  # warm
+        times = interleave(rounds, options.repeats)
+        seconds = {which: describe_times(of) for which, of in times.items()}
+        found[name] = {"seconds": seconds, "times_derived": round(ratio(times["derived"], times["ours"]), 3)}
+        print(name, json.dumps(found[name]), flush=True)
+    write_json(RESULTS / "products.json", {"cells": found, **describe_machine()})
 
 
 def report_bounds(options: Bounds) -> None:

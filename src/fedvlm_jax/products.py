@@ -2,9 +2,9 @@
 
 The gradient of `left @ right` with respect to `right` is leftᵀ g, a sum over the rows of both. XLA's CPU backend has a
 fast kernel for batches of products that sum over the left factor's last axis; those that sum over rows it gives to
-another, three to twenty times slower where rows are few. So one factor is written down transposed first, behind a
-barrier, since XLA would fold the transposition into the product again. Values are those of the plain products, and
-derivatives of every kind are defined.
+another, several times slower where rows are few. So one factor is written down transposed first, behind a barrier,
+since XLA would fold the transposition into the product again. Values are those of the plain products, and derivatives
+of every kind are defined.
 """
 
 from collections.abc import Callable
