@@ -58,7 +58,7 @@ def compare_factors(
     """How far the factors moved in a round, and how far apart they ended: norms over all, and the second per first.
 
     And how many entries hold 99% of the squared distance, out of how many: where those are few, it is not that all
-    were rounded, but that these took a step in the other direction.
+    are a little off.
 
     Raises:
         ValueError: they are not the same factors.
