@@ -24,23 +24,26 @@ Product = Callable[[Array, Array], Array]
 def project(
     low: Float[Array, "... m r"], right: Float[Array, "... r d"], precision: Any = None
 ) -> Float[Array, "... m d"]:
-    """`low @ right`, of few ranks r; lowᵀ is kept for the backward pass in place of low.
+    """`low @ right`, of few ranks r; lowᵀ is kept for the backward pass in place of low (arXiv 2106.09685, eq. 3).
 
     Args:
         low, right: with the same leading axes.
         precision: as `jnp.matmul` takes it.
+
+    Raises:
+        TypeError: shapes do not fit; so do the others.
     """
     multiply = partial(jnp.matmul, precision=precision)
     return _with_gradient(multiply, partial(_multiply_turned, precision=precision))(low, right)
 
 
 def score(query: Float[Array, "... t d"], key: Float[Array, "... s d"]) -> Float[Array, "... t s"]:
-    """`query @ keyᵀ`, attention's scores: what narrow types multiply is summed and kept in float32."""
+    """`query @ keyᵀ`, attention's scores (arXiv 1706.03762, eq. 1); narrow types are summed and kept in float32."""
     return _with_gradient(_score, partial(_in_backward_pass, _score_turned, _score))(query, key)
 
 
 def mix(weights: Float[Array, "... t s"], value: Float[Array, "... s d"]) -> Float[Array, "... t d"]:
-    """`weights @ value`, what attention gives."""
+    """`weights @ value`, what attention gives (arXiv 1706.03762, eq. 1)."""
     return _with_gradient(jnp.matmul, partial(_in_backward_pass, _multiply_turned, jnp.matmul))(weights, value)
 
 
