@@ -19,6 +19,7 @@ from make_parquet import IMAGE, RLAIF_V, draw_image, make_rows, write_rows
 from PIL import Image
 
 BROKEN, NONE, LOST = "broken or truncated image", "no image", "image file cannot be read"
+OUTSIDE = "image file outside of the data's folder (--data.image-root allows another)"
 LARGE, LONG = "image too large to decode safely", "prompt too long"
 
 
@@ -69,11 +70,11 @@ ROW_CASES: dict[str, tuple[dict[str, Any], str | None]] = {
     "path to nothing": (_put(None, "gone.png"), LOST),
     "no bytes, path to nothing": (_put(b"", "gone.png"), LOST),
     "path to a folder": (_put(None, "."), LOST),
-    "path upwards": (_put(None, "../../../../.."), LOST),
+    "path upwards": (_put(None, "../../../../.."), OUTSIDE),
     "path with NUL": (_put(None, "a\0b.png"), LOST),
     "path of 5000 characters": (_put(None, "x" * 5000), LOST),
     "path that is a URL": (_put(None, "http://127.0.0.1:9/x.png"), LOST),
-    "path to an endless device": (_put(None, "/dev/zero"), LOST),
+    "path to an endless device": (_put(None, "/dev/zero"), OUTSIDE),
     "path to a pipe": (_put(None, "pipe"), LOST),
     "path to an empty file": (_put(None, "empty.png"), NONE),
     "path to a text": (_put(None, "text.png"), BROKEN),

@@ -19,7 +19,7 @@ Partition = Literal["natural", "dirichlet", "pathological", "quantity", "iid"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
-OF_PARQUET = frozenset({"limit", "origins", "validation_share", "test_share"})
+OF_PARQUET = frozenset({"limit", "origins", "validation_share", "test_share", "image_root"})
 """What a source in RLAIF-V's columns reads of `NOT_EVERYWHERE`, be it a path or a named set."""
 
 NOT_EVERYWHERE = (
@@ -58,6 +58,10 @@ class DataOptions:
         str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: what the hub calls main now)")
     ] = None
     """rlaif-v from the hub: commit, branch or tag; older ones are smaller, so name one for figures that last."""
+    image_root: Annotated[
+        Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: the data's own folder alone)")
+    ] = None
+    """parquet, rlaif-v: a second folder for images that are files; paths that lead out of both are not read."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all)")] = None
     """parquet, rlaif-v: use so many rows, one drawn from each of as many equal stretches; they keep their order."""
     origins: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ Source of the schema: the card of openbmb/RLAIF-V-Dataset (arXiv 2405.17220); `c
 `question_client` are this project's additions.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from fedvlm_jax.data.facts import ImageFacts
 from fedvlm_jax.data.mapped import Blobs, open_arrow
+from fedvlm_jax.data.paths import OutsideError, read_below
 from fedvlm_jax.data.shards import NEEDED, UNDERSTOOD, check_shards, convert_shards
 from fedvlm_jax.errors import UserError
 
@@ -55,10 +57,11 @@ class Table:
     Attributes:
         name: the data set's registered name, or the path that was given.
         data: the Arrow table behind it, memory-mapped or small.
-        folder: where relative image paths begin.
+        folder: where relative image paths begin, and below which every image file must lie.
         blobs: where the images' bytes lie, if that is in mapped files.
         facts: what is known about the images; only `images.py` fills it.
         revision: the commit that a set from the hub was fetched at.
+        image_root: a second folder for image files, looked into after the first.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Table:
     blobs: Blobs | None = field(default=None, repr=False)
     facts: ImageFacts = field(default_factory=ImageFacts, repr=False)
     revision: str | None = None
+    image_root: Path | None = None
 
     def __len__(self) -> int:
         return self.data.num_rows
@@ -107,17 +111,23 @@ class Table:
         try:
             if path is None or not (name := path.as_py()):
                 raise BrokenImageError("no image")
-            file = self.folder / name
-            if not file.is_file():  # a pipe or a device would be read for ever
-                raise BrokenImageError("image file cannot be read")
-            found = file.read_bytes()
+            found = read_below(name, self.image_folders)
         except BrokenImageError:
             raise
+        except OutsideError as error:
+            raise BrokenImageError(
+                "image file outside of the data's folder (--data.image-root allows another)"
+            ) from error
         except (OSError, ValueError) as error:  # the latter from a name with a NUL, or one that is no UTF-8
             raise BrokenImageError("image file cannot be read") from error
         if not found:
             raise BrokenImageError("no image")
         return found
+
+    @property
+    def image_folders(self) -> tuple[Path, ...]:
+        """The folders below which image files may lie."""
+        return (self.folder,) if self.image_root is None else (self.folder, self.image_root)
 
     def is_embedded(self, row: int) -> bool:
         """Do the row's bytes lie in a mapped file, where nobody changes them?"""
@@ -139,13 +149,22 @@ def read_table(source: "str | DataOptions") -> Table:
 
     options = DataOptions(source=source) if isinstance(source, str) else source
     known = find_sets()
-    if options.source in known:
-        return known[options.source].read(options)
+    if options.image_root is not None and not options.image_root.expanduser().is_dir():
+        raise UserError(f"--data.image-root {options.image_root} is no folder; expected the one that holds the images.")
+    table = known[options.source].read(options) if options.source in known else _read_path(options)
+    if options.image_root is None:
+        return table
+    return dataclasses.replace(table, image_root=options.image_root.expanduser())
+
+
+def _read_path(options: "DataOptions") -> Table:
+    from fedvlm_jax.data.registry import find_sets
+
     path = Path(options.source).expanduser()
     if not path.exists():
         raise UserError(
             f"--data {options.source!r} is neither a named data set nor a path that exists; named sets are "
-            f"{', '.join(sorted(known))}; else give a parquet file or a folder of parquet files."
+            f"{', '.join(sorted(find_sets()))}; else give a parquet file or a folder of parquet files."
         )
     return read_parquet(path)
 

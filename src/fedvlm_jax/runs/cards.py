@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedvlm_jax.data.paths import OutsideError, read_below
 from fedvlm_jax.errors import UserError
 
 __all__ = ["FILE", "MODELS", "Card", "read_cards", "to_html_cards", "to_markdown_cards"]
@@ -16,6 +17,12 @@ __all__ = ["FILE", "MODELS", "Card", "read_cards", "to_html_cards", "to_markdown
 FILE = "examples.json"
 
 MODELS = {"zero_shot": "zero-shot", "global": "global model", "personal": "personal model"}
+
+PNG = b"\x89PNG\r\n\x1a\n"
+"""How a PNG begins."""
+
+MOST_BYTES = 2**20
+"""Bytes of a picture at most; ours have some 25 KiB."""
 
 LONG = 240
 """Texts are cut to so many characters; the run's folder has them whole."""
@@ -27,13 +34,15 @@ class Card:
 
     Attributes:
         client: whose test example it is.
-        picture: the file of its picture.
+        picture: the file of its picture, a PNG.
+        content: what is in that file.
         question, answer: as they stand in the data.
         said: who, what, and how good it is: "right", "wrong" or the share of words that it has in common.
     """
 
     client: str
     picture: Path
+    content: bytes
     question: str
     answer: str
     said: tuple[tuple[str, str, str], ...]
@@ -43,7 +52,7 @@ def read_cards(folder: Path) -> tuple[list[Card], dict[str, int]]:
     """A run's examples, and client -> among how many test examples they were chosen; nothing where it stored none.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or names a picture that lies elsewhere.
     """
     path = folder / FILE
     if not path.is_file():
@@ -54,6 +63,7 @@ def read_cards(folder: Path) -> tuple[list[Card], dict[str, int]]:
             Card(
                 entry["client"],
                 folder / entry["picture"],
+                content,
                 entry["question"],
                 entry["answer"],
                 tuple(
@@ -63,10 +73,33 @@ def read_cards(folder: Path) -> tuple[list[Card], dict[str, int]]:
                 ),
             )
             for entry in stored["examples"]
+            if (content := _read_picture(folder, entry["picture"], path)) is not None
         ]
-        return [card for card in cards if card.picture.is_file()], dict(stored["looked_at"])
+        return cards, dict(stored["looked_at"])
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the examples of a run ({error!r}); was it written by another version?") from None
+
+
+def _read_picture(folder: Path, name: str, listed: Path) -> bytes | None:
+    """The PNG `name` below a run's folder; None where it is gone.
+
+    Raises:
+        UserError: it lies elsewhere or is no PNG; a report would pass it on to whoever reads the page.
+    """
+    try:
+        content = read_below(name, [folder], MOST_BYTES)
+    except FileNotFoundError:
+        return None
+    except (OSError, OutsideError):
+        content = b""
+    if not content.startswith(PNG):
+        raise UserError(
+            f"{listed}: picture {name!r} is no PNG of at most {MOST_BYTES >> 20} MiB below {folder}; only such are put "
+            "into a report. Remove the file, or the entry, if the folder is yours."
+        )
+    return content
 
 
 def _judge(answer: dict[str, Any]) -> str:
@@ -98,7 +131,7 @@ def to_html_cards(cards: Sequence[Card], note: str) -> str:
 
 
 def _write_card(card: Card) -> str:
-    picture = base64.b64encode(card.picture.read_bytes()).decode("ascii")
+    picture = base64.b64encode(card.content).decode("ascii")
     label = html.escape(f"Test picture of {card.client}", quote=True)
     rows = [f'<dt>right answer</dt><dd dir="auto"><b>{html.escape(_cut(card.answer))}</b></dd>']
     for who, text, verdict in card.said:

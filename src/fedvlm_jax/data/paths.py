@@ -1,0 +1,56 @@
+"""Files that somebody else's file names: read only where they lie below a folder that the user gave.
+
+A table or a run's folder may come from a stranger, and what it names ends up in a model or in a report that is passed
+on. Links are resolved first, and it is the resolved path that is opened, so that neither `..` nor a link leads outside.
+"""
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["MOST_BYTES", "OutsideError", "find_below", "read_below"]
+
+MOST_BYTES = 2**28
+"""Bytes of a file that is read whole at most."""
+
+
+class OutsideError(ValueError):
+    """A name that leads out of the folders it is meant for."""
+
+
+def find_below(name: str, folders: Sequence[Path]) -> Path:
+    """Find the file `name` below one of the folders, links resolved; relative names begin in each of them in turn.
+
+    Whether a file outside exists does not show: the answer is the same.
+
+    Raises:
+        OutsideError: it would lie outside of all of them.
+        FileNotFoundError: there is none.
+        ValueError: the name holds a NUL.
+    """
+    allowed = [Path(os.path.realpath(folder)) for folder in folders]
+    for folder in folders:
+        found = Path(os.path.realpath(folder / name))
+        if not any(found.is_relative_to(place) for place in allowed):
+            raise OutsideError(name)
+        if os.path.lexists(found):  # a link that leads back to itself is there, and cannot be opened
+            return found
+    raise FileNotFoundError(name)
+
+
+def read_below(name: str, folders: Sequence[Path], most: int = MOST_BYTES) -> bytes:
+    """The content of the file that `find_below` finds.
+
+    Raises:
+        OSError: it cannot be read, is no regular file (a pipe or a device would be read for ever), or has more than
+            `most` bytes.
+        ValueError: as `find_below`.
+    """
+    # O_NOFOLLOW: a link put here since the path was resolved is not followed. O_NONBLOCK: opening a pipe does not wait.
+    opened = os.open(find_below(name, folders), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(opened, "rb") as file:
+        about = os.fstat(opened)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > most:
+            raise OSError(f"{name} is no regular file of at most {most} bytes")
+        return file.read()
