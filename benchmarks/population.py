@@ -97,7 +97,7 @@ def serve(options: Options) -> None:
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = Run(cohort=options.cohort)
-        run = dataclasses.replace(run, data=run.data.replace(clients=options.serve))
+        run = dataclasses.replace(run, data=run.data.replace(clients=options.serve, prompt="neutral"))
         prepared = prepare(run, open_session(run))
         driver = make_driver(prepared, run.method, cohort=run.cohort, file=Path(folder) / "states.bin")
         checkpoints = Checkpoints(Path(folder) / "checkpoints", keep=2)

@@ -110,7 +110,7 @@ class Study:
     quick: bool = False
     """A smoke run: four clients, two rounds, two seeds, two points of the grid, four methods."""
     grid: tyro.conf.Suppress[tuple[tuple[float, float], ...]] = GRID
-    data: tyro.conf.Suppress[DataOptions] = field(default_factory=DataOptions)
+    data: tyro.conf.Suppress[DataOptions] = field(default_factory=lambda: DataOptions(prompt="neutral"))
 
     def plan(self) -> dict[str, Cell]:
         """The cells by name, in the order in which they are run."""
@@ -261,8 +261,8 @@ def _mean(rounds: list[summary.Json], name: str) -> int:
 QUICK: dict[str, Any] = {
     "grid": GRID[1:], "seeds": 2, "rounds": 2, "local_steps": 2, "batch_size": 4,
     "data": DataOptions(
-        vendors=("noto", "fluent"), languages=("en", "de"), images_per_client=6, validation_per_client=4,
-        test_per_client=6,
+        prompt="neutral", vendors=("noto", "fluent"), languages=("en", "de"), images_per_client=6,
+        validation_per_client=4, test_per_client=6,
     ),
 }  # fmt: skip
 

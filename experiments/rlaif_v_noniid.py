@@ -88,7 +88,7 @@ def shared_options(preset: Preset) -> Run:
         train = TrainOptions(rounds=preset.rounds or 16, local_steps=4, batch_size=16)
         evaluation = EvaluationOptions(every=4, before_redistribution=False)
         return Run(data=data, train=train, lora=lora, preference=preference, evaluation=evaluation, checkpoint_every=16)
-    data = DataOptions(source="rlaif-v", path=preset.path, limit=preset.limit, partition="natural")
+    data = DataOptions(source="rlaif-v", path=preset.path, limit=preset.limit, partition="natural", prompt="neutral")
     train = TrainOptions(
         rounds=preset.rounds or 40, local_steps=16, batch_size=8, learning_rate_a=1e-3, learning_rate_b=4e-4
     )

@@ -130,6 +130,17 @@ def test_the_label_is_a_key_that_says_more_than_who_the_client_is(tmp_path: Path
     assert describe_rows(tmp_path / "alone", rows)["label"] is None
 
 
+@pytest.mark.parametrize(
+    ("prompt", "reasons"),
+    [(None, {"empty question": 1}), ("neutral", {}), ("client-language", {"empty question": 1})],
+)
+def test_those_questions_are_looked_at_that_would_be_asked(
+    tmp_path: Path, prompt: Any, reasons: dict[str, int]
+) -> None:
+    rows = [row(n, "c", "train", n, question_client="" if n == 2 else "Was?") for n in range(4)]
+    assert describe_rows(tmp_path, rows, prompt=prompt)["unusable"]["reasons"] == reasons
+
+
 def test_the_shipped_set() -> None:
     options = DataOptions(images_per_client=6, validation_per_client=2, test_per_client=3)
     table = read_table(options)

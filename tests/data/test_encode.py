@@ -104,6 +104,20 @@ def test_the_question_in_the_clients_language_needs_its_column(tmp_path, process
         make_examples(tmp_path, [row(0)], processor, LENIENT.replace(prompt="client-language"))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "columns", "asked"),
+    [
+        (None, {"question_client": "was ist das"}, "was ist das"),
+        (None, {}, "what is it"),
+        ("neutral", {"question_client": "was ist das"}, "what is it"),
+    ],
+)
+def test_clients_are_asked_in_their_language_where_the_data_have_it(tmp_path, processor, prompt, columns, asked):
+    rows = [row(0, question="what is it", **columns)]
+    make_examples(tmp_path, rows, processor, LENIENT.replace(prompt=prompt))
+    assert processor.asked == [asked]
+
+
 def test_rejected_answers_are_labels_of_their_own(tmp_path, processor):
     """Without the need for pairs a row counts anyway; what is no pair has no rejected label."""
     rows = [

@@ -74,7 +74,7 @@ def open_shipped(shape: Shape, session: Session | None = None) -> Shipped:
     run = Run(
         model=MODEL,
         method=METHOD,
-        data=DataOptions(images_per_client=IMAGES),
+        data=DataOptions(images_per_client=IMAGES, prompt="neutral"),
         train=TrainOptions(local_steps=shape.steps, batch_size=shape.batch, weighting="uniform"),
         evaluation=EvaluationOptions(examples=0),
     )

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.clients import Federation, Skipped, count_reasons
+from fedvlm_jax.data.encode import find_question_column
 from fedvlm_jax.data.faults import find_pair_fault, find_text_fault
 from fedvlm_jax.data.images import Images, unique_images
 from fedvlm_jax.data.keys import UNKNOWN, list_keys, read_key
@@ -58,7 +59,8 @@ def describe(
     places = place_rows(federation)
     note(f"hashing the images of {len(places.rows)} rows")
     images, image, missing = unique_images(table, places.rows)
-    texts = {name: _read_stripped(table, name, places.rows) for name in ("question", "chosen", "rejected")}
+    columns = {"question": find_question_column(table, options), "chosen": "chosen", "rejected": "rejected"}
+    texts = {name: _read_stripped(table, column, places.rows) for name, column in columns.items()}
     broken = _find_broken(images, check_images, note)
     faults = _find_faults(places.rows, image, missing, broken, texts)
     unusable = federation.skipped + skip_rows(table, places.rows[list(faults)], list(faults.values()))

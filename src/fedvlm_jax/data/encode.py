@@ -23,7 +23,10 @@ from fedvlm_jax.errors import UserError
 if TYPE_CHECKING:
     from fedvlm_jax.data.options import DataOptions
 
-__all__ = ["IGNORED", "LABELS", "Examples", "TextProcessor", "encode", "require_pairs"]
+__all__ = ["IGNORED", "LABELS", "Examples", "TextProcessor", "encode", "find_question_column", "require_pairs"]
+
+QUESTION, OWN_QUESTION = "question", "question_client"
+"""Columns of the question that all clients are asked alike, and of that in the client's language."""
 
 IGNORED = -100
 """Label of a position that no loss counts, Hugging Face's convention."""
@@ -106,6 +109,22 @@ def require_pairs(table: Table) -> None:
         )
 
 
+def find_question_column(table: Table, options: "DataOptions") -> str:
+    """Find the column whose questions are asked: the client's own, where the options do not say and the table has it.
+
+    Raises:
+        UserError: the options say so, and the table does not have it.
+    """
+    if options.prompt == "neutral" or (options.prompt is None and OWN_QUESTION not in table.columns):
+        return QUESTION
+    if OWN_QUESTION not in table.columns:
+        raise UserError(
+            f"--data.prompt {options.prompt} needs the column {OWN_QUESTION!r}, which {table.name} does not have; use "
+            "--data.prompt neutral, or add the column."
+        )
+    return OWN_QUESTION
+
+
 def encode(
     table: Table, federation: Federation, processor: TextProcessor, options: "DataOptions", *, pairs: bool = False
 ) -> Examples:
@@ -123,12 +142,7 @@ def encode(
     """
     if pairs:
         require_pairs(table)
-    column = "question" if options.prompt == "neutral" else "question_client"
-    if column not in table.columns:
-        raise UserError(
-            f"--data.prompt {options.prompt} needs the column {column!r}, which {table.name} does not have; use "
-            "--data.prompt neutral, or add the column."
-        )
+    column = find_question_column(table, options)
     rows = federation.rows
     questions = [(text or "").strip() for text in table.read_text(column, rows)]
     answers = _read_answers(table, rows, processor, options.max_answer_tokens)

@@ -85,7 +85,13 @@ class DataOptions:
     """pathological: values of the key that a client has at most. Ours, not the paper's."""
     held_out_clients: float = 0.0
     """Share of the clients that never train; they serve to try models on newcomers. Ours, not the paper's."""
-    prompt: Prompt = "neutral"
+    prompt: Annotated[
+        Prompt | None,
+        tyro.conf.arg(
+            metavar="{neutral,client-language}",
+            help_behavior_hint="(default: client-language; neutral where the data have no question_client)",
+        ),
+    ] = None
     """Ask all clients alike (column question), or each in its language (question_client). Ours, not the paper's."""
     languages: tuple[str, ...] = ("en", "de", "fr", "es")
     """emoji: languages; with the vendors they make the clients. Ours, not the paper's."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fedvlm_jax.data.encode import find_question_column
 from fedvlm_jax.data.images import Images
 from fedvlm_jax.evaluation.texts import exact_match, token_f1
 from fedvlm_jax.evaluation.tokens import normalise
@@ -88,7 +89,7 @@ def _choose(before: list[str], after: list[str], count: int) -> list[int]:
 
 def _describe(prepared: Prepared, client: int, row: int, answers: dict[str, str], picture: str) -> dict[str, Any]:
     examples, table = prepared.examples, prepared.session.table
-    column = "question" if prepared.run.data.prompt == "neutral" else "question_client"
+    column = find_question_column(table, prepared.run.data)
     gold = [[examples.answers[row]]]
     return {
         "client": examples.clients[client].name,

@@ -18,6 +18,7 @@ import jax
 from jaxtyping import PyTree
 
 from fedvlm_jax import lora, processes, tree
+from fedvlm_jax.data.encode import find_question_column
 from fedvlm_jax.data.options import Split
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Adapters, Scored
@@ -213,6 +214,7 @@ def _describe_start(run: Run, prepared: Prepared) -> dict[str, Any]:
         ),
         "adapted_sites": [path for path, _ in lora.sites_of(prepared.adapter)],
         "skipped": [dataclasses.asdict(row) for row in prepared.examples.skipped],
+        "question_column": find_question_column(prepared.session.table, run.data),
     }
     about = {"resolved": resolved, "federation": prepared.federation.description}
     return {"run": to_json(run), **describe_environment(), **about}
