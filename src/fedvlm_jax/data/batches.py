@@ -13,10 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-__all__ = ["RoundRows", "bucket", "count_steps", "local_batches", "pad_rows", "round_rows", "split_batches"]
+from fedvlm_jax.streams import Stream
 
-BATCH_STREAM = 201
-"""First integer of the random stream, which keeps it apart from every other use of the run's seed."""
+__all__ = ["RoundRows", "bucket", "count_steps", "local_batches", "pad_rows", "round_rows", "split_batches"]
 
 
 def local_batches(
@@ -40,7 +39,7 @@ def local_batches(
     shape = (steps, batch)
     if n <= 0 or steps <= 0:
         return np.zeros(shape, np.int32), np.zeros(shape, bool)
-    rng = np.random.default_rng([BATCH_STREAM, seed, round_, client])
+    rng = np.random.default_rng([Stream.BATCHES, seed, round_, client])
     width = min(n, batch)
     epochs = -(-steps * width // n)
     order = np.concatenate([rng.permutation(n) for _ in range(epochs)])[: steps * width].reshape(steps, width)

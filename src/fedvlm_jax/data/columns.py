@@ -19,14 +19,12 @@ from fedvlm_jax.data.options import SPLITS
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.units import find_units, rank_units, skip_rows, split_units
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.streams import Stream
 
 if TYPE_CHECKING:
     from fedvlm_jax.data.options import DataOptions
 
 __all__ = ["choose_rows", "federate_by_column", "federate_rows"]
-
-LIMIT_STREAM = 301
-"""First integer of the random stream, which keeps it apart from every other use of the run's seed."""
 
 
 def federate_by_column(table: Table, options: "DataOptions", seed: int) -> Federation:
@@ -68,7 +66,7 @@ def choose_rows(table: Table, options: "DataOptions", seed: int) -> Int[np.ndarr
         rows = rows[[origin in options.origins for origin in found]]
     if options.limit is not None and options.limit < len(rows):
         edges = np.arange(options.limit + 1) * len(rows) // options.limit
-        rows = rows[np.random.default_rng([LIMIT_STREAM, seed]).integers(edges[:-1], edges[1:])]
+        rows = rows[np.random.default_rng([Stream.LIMIT, seed]).integers(edges[:-1], edges[1:])]
     return rows
 
 

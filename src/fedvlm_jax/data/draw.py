@@ -14,14 +14,12 @@ from fedvlm_jax.data.partition import cut_dirichlet, cut_iid, cut_pathological, 
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.units import TRAIN, Units, find_units, label_units, order_units, rank_units, split_units
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.streams import Stream
 
 if TYPE_CHECKING:
     from fedvlm_jax.data.options import DataOptions
 
 __all__ = ["draw_owners"]
-
-PARTITION_STREAM = 302
-"""First integer of the random stream, which keeps it apart from every other use of the run's seed."""
 
 DRAWS = 100
 """How often a partition is drawn before its least size is given up."""
@@ -57,7 +55,7 @@ def draw_owners(
     best, train = -1, 0
     for attempt in range(DRAWS):
         owner = np.empty(len(units), np.int64)
-        owner[order] = _cut(labels[order], options, np.random.default_rng([PARTITION_STREAM, seed, attempt]))
+        owner[order] = _cut(labels[order], options, np.random.default_rng([Stream.PARTITIONS, seed, attempt]))
         split = split_units(owner, rank, options)[units.of_row] if splits is None else splits
         owners = owner[units.of_row]
         training = split == TRAIN

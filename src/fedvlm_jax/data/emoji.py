@@ -28,6 +28,7 @@ from fedvlm_jax.data.options import SPLITS
 from fedvlm_jax.data.registry import NamedSet
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.streams import Stream
 
 if TYPE_CHECKING:
     from fedvlm_jax.data.options import DataOptions
@@ -36,9 +37,6 @@ __all__ = ["DATASET", "draw_concepts", "draw_mix", "federate_emoji", "read_emoji
 
 FILE = Path(__file__).parent.parent / "assets" / "emoji" / "emoji.parquet"
 COLUMNS = ("client", "split", "language", "concept", "task", "group", "question_client")
-
-MIX_STREAM, CONCEPT_STREAM = 101, 102
-"""First integers of the two random streams, which keep them apart from every other use of the run's seed."""
 
 
 class _Rows(NamedTuple):
@@ -133,10 +131,10 @@ def _sample_clients(
     for number in range(count):
         name, again = chosen[number % len(chosen)], number // len(chosen)
         stream = [seed, everyone.index(name), *([again] if again else [])]
-        mix = draw_mix(np.random.default_rng([MIX_STREAM, *stream]), alpha, prior)
+        mix = draw_mix(np.random.default_rng([Stream.TOPICS, *stream]), alpha, prior)
         parts, realised = [], {}
         for place, (split, wanted) in enumerate(zip(SPLITS, sizes, strict=True)):
-            rng = np.random.default_rng([CONCEPT_STREAM, *stream, place])
+            rng = np.random.default_rng([Stream.CONCEPTS, *stream, place])
             drawn = draw_concepts(rng, mix, pools[name][split], wanted)
             parts.append([rows_by_client[name].row_of[concept, task] for concept in drawn for task in options.tasks])
             realised[split] = _describe_mix([group_of[concept] for concept in drawn], groups)

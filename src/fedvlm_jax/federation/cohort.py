@@ -12,6 +12,7 @@ from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.round import to_waves
 from fedvlm_jax.methods import Client
+from fedvlm_jax.streams import Stream
 
 __all__ = [
     "Layout",
@@ -23,9 +24,6 @@ __all__ = [
     "find_fillers",
     "make_clients",
 ]
-
-COHORT_STREAM, TURNOUT_STREAM = 101, 103
-"""First integers of the random streams, which keep them apart from every other use of the run's seed."""
 
 WAVE = 16
 """Clients trained side by side on one device, unless the user says otherwise."""
@@ -99,7 +97,7 @@ def draw_cohort(
     """
     if cohort >= population:
         return np.arange(population)
-    rng = np.random.default_rng([COHORT_STREAM, seed, round_])
+    rng = np.random.default_rng([Stream.COHORTS, seed, round_])
     if sizes is None:
         return np.sort(rng.choice(population, cohort, replace=False))
     never = np.full(population, np.inf)
@@ -140,7 +138,7 @@ def draw_turnout(
         steps: local steps that each of them should take; whoever has but one cannot straggle.
         options: the chances.
     """
-    rng = np.random.default_rng([TURNOUT_STREAM, seed, round_])
+    rng = np.random.default_rng([Stream.TURNOUT, seed, round_])
     leaves, tires, stamina = rng.random((numbers.max(initial=-1) + 1, 3))[numbers].T
     dropped = leaves < options.dropout
     late = ~dropped & (tires < options.stragglers) & (steps > 1)

@@ -32,6 +32,7 @@ from fedvlm_jax.federation.round import from_waves, start_personal, to_waves
 from fedvlm_jax.federation.traffic import count_bytes, find_travelling
 from fedvlm_jax.methods import Client
 from fedvlm_jax.sharding import fetch, fetch_own, own_places, place_like, place_waves, replicate
+from fedvlm_jax.streams import Stream
 
 __all__ = ["Driver", "Moment", "RoundInputs", "RoundReport", "start_adapter"]
 
@@ -344,4 +345,4 @@ class Driver:
 
 def start_adapter(key: PRNGKeyArray, sites: lora.Sites, spec: lora.LoRA) -> lora.Adapter:
     """The adapter that a run starts from; it depends on the seed alone, so that methods start alike."""
-    return lora.init(jax.random.fold_in(key, 0), sites, spec)
+    return lora.init(jax.random.fold_in(key, Stream.ADAPTER), sites, spec)

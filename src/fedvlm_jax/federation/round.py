@@ -19,6 +19,7 @@ from fedvlm_jax.federation.training import LocalTrainer
 from fedvlm_jax.methods import Client, Context, Method
 from fedvlm_jax.methods.record import Metrics
 from fedvlm_jax.sharding import CLIENTS, wave_sharding
+from fedvlm_jax.streams import Stream
 
 __all__ = ["RoundOutput", "from_waves", "make_round", "start_personal", "to_waves"]
 
@@ -53,7 +54,7 @@ def from_waves(tree: PyTree) -> PyTree:
 
 def start_personal(method: Method, key: PRNGKeyArray, server: PyTree, number: Int[Array, ""]) -> PyTree:
     """The state that client `number` begins with; `key` is the run's, the same in every round."""
-    return method.init_client(jax.random.fold_in(jax.random.fold_in(key, 1), number), server, number)
+    return method.init_client(jax.random.fold_in(jax.random.fold_in(key, Stream.NEWCOMERS), number), server, number)
 
 
 def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..., RoundOutput]:
@@ -92,7 +93,9 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
             with jax.named_scope("start_clients"):
                 fresh = start_personal(method, key, server, client.number)
                 personal = jax.tree.map(lambda new, old: jnp.where(client.new, new, old), fresh, personal)
-            own_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 2), round), client.number)
+            own_key = jax.random.fold_in(
+                jax.random.fold_in(jax.random.fold_in(key, Stream.UPDATES), round), client.number
+            )
             return method.client_update(ctx, server, personal, client, own_key)
 
         wave = jax.vmap(update, spmd_axis_name=CLIENTS)

@@ -37,14 +37,12 @@ from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
 from fedvlm_jax.runs.meshes import parse_mesh
 from fedvlm_jax.runs.shelf import open_shelf
 from fedvlm_jax.sharding import connect, make_mesh, refuse_split_groups
+from fedvlm_jax.streams import Stream
 
 __all__ = ["Prepared", "Session", "lay_out", "make_driver", "open_session", "prepare"]
 
 MANY, SOME = 128, 64
 """Of more than so many clients only some are evaluated, unless the options say how many."""
-
-SAMPLE_STREAM = 105
-"""First integer of the random stream that draws them."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Prepared:
         """All, or as many as the options say, drawn by the seed alone."""
         asked = self.run.evaluation.clients
         count = asked if asked is not None else len(numbers) if len(numbers) <= MANY else SOME
-        rng = np.random.default_rng([SAMPLE_STREAM, self.run.seed])
+        rng = np.random.default_rng([Stream.EVALUATED, self.run.seed])
         return numbers if count >= len(numbers) else sorted(rng.choice(numbers, count, replace=False).tolist())
 
     @property

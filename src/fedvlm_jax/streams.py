@@ -1,0 +1,41 @@
+"""The random streams that come from a run's seed, each with a number that no other has.
+
+Host draws put the number first: `numpy.random.default_rng([Stream.BATCHES, seed, …])`. Draws on devices fold it into
+the run's key, and then what else they depend on: `jax.random.fold_in(key, Stream.NEWCOMERS)`. So whatever two places go
+on to append (a round here, a client there), they never read the same numbers.
+"""
+
+from enum import IntEnum, unique
+
+__all__ = ["Stream"]
+
+
+@unique
+class Stream(IntEnum):
+    """First number of a stream; a number that was ever in use is never given to another."""
+
+    # Folded into the run's key.
+    ADAPTER = 0
+    """The adapter that every client starts from."""
+    NEWCOMERS = 1
+    """The personal state that a client begins with, by client."""
+    UPDATES = 2
+    """Whatever a method draws during local training, by round and client."""
+
+    # First integers of numpy's seeds.
+    TOPICS = 101
+    """An emoji client's mix of topics, by client."""
+    CONCEPTS = 102
+    """The images it gets, by client and split."""
+    TURNOUT = 103
+    """Who drops out or comes only so far, by round."""
+    COHORTS = 104
+    """Who is drawn, by round; 101 in release 0.1, which was also that of `TOPICS`."""
+    EVALUATED = 105
+    """Whose models are evaluated, where not all are."""
+    BATCHES = 201
+    """Which examples a local step reads, by round and client."""
+    LIMIT = 301
+    """The rows of a table that `--data.limit` keeps."""
+    PARTITIONS = 302
+    """The cut of a table into clients, by attempt."""
