@@ -3,14 +3,14 @@
 import pytest
 from tiny_run import make_folder, tiny_run
 
-from fedvlm_jax.runs.kept_programs import FOLDER, SHELF, SWITCH
+from fedvlm_jax.runs.kept_programs import FOLDER, SETTINGS, SWITCH
 from fedvlm_jax.runs.prepare import open_session
 
 
 @pytest.fixture
 def undecided(monkeypatch):
     """An environment that says nothing of compiled programs; what a test has written there is gone after it."""
-    for name in (FOLDER, SHELF, SWITCH, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+    for name in (FOLDER, SWITCH, *map(str.upper, SETTINGS)):
         monkeypatch.setenv(name, "set so that it is put back")
         monkeypatch.delenv(name)
 

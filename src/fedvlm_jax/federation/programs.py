@@ -16,24 +16,14 @@ from fedvlm_jax.federation.round import from_waves, make_round, start_personal
 from fedvlm_jax.federation.training import LocalTrainer
 from fedvlm_jax.methods import Method
 
-__all__ = ["Programs", "Recall", "make_anew", "make_programs"]
-
-Recall = Callable[[Hashable, tuple[Any, ...], Callable[[], Any]], Any]
-"""(which program, its arguments, what compiles it) -> the compiled program: one from earlier, or a new one."""
-
-
-def make_anew(name: Hashable, arguments: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    """Recall nothing."""
-    del name, arguments
-    return make()
+__all__ = ["Programs", "make_programs"]
 
 
 @dataclass(frozen=True)
 class Programs:
     """A method's compiled functions on a mesh; made once, whatever the seed, the clients or the learning rates.
 
-    `health` takes personal states as the round returns them, [W, V, …], and messages [K, …]; `recall` may know compiled
-    rounds from earlier.
+    `health` takes personal states as the round returns them, [W, V, …], and messages [K, …].
     """
 
     method: Method
@@ -43,7 +33,6 @@ class Programs:
     trained: Callable[..., PyTree]
     health: Callable[..., dict[str, Any]]
     base: Callable[[PyTree, PyTree], PyTree] | None
-    recall: Recall = make_anew
     compiled: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)
 
     def compile_round(self, arguments: tuple[Any, ...], phase: int) -> Any:
@@ -55,9 +44,7 @@ class Programs:
         key = (phase, jax.tree.structure(arguments), *((x.shape, x.dtype) for x in jax.tree.leaves(arguments)))
         if key not in self.compiled:
             try:
-                self.compiled[key] = self.recall(
-                    ("round", phase), arguments, lambda: self.round.lower(*arguments, phase=phase).compile()
-                )
+                self.compiled[key] = self.round.lower(*arguments, phase=phase).compile()
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -69,7 +56,7 @@ class Programs:
         return next(self.compiled[key] for key in reversed(self.compiled) if key[0] == phase)
 
 
-def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh, recall: Recall = make_anew) -> Programs:
+def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs:
     """Build (not yet compile) a method's programs."""
 
     def adapter_of(server: PyTree, state: PyTree, known: Any, number: Any, key: PRNGKeyArray) -> PyTree:
@@ -90,7 +77,6 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh, recall: Rec
         jax.jit(trained),
         jax.jit(health),
         method.base,  # not jitted: a compiled program would return copies of the weights that it leaves alone
-        recall,
     )
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.federation.cohort import Layout, choose_layout
-from fedvlm_jax.federation.programs import Programs, Recall, make_anew, make_programs
+from fedvlm_jax.federation.programs import Programs, make_programs
 from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Setup, load_method
 from fedvlm_jax.methods.options import LocalOptions, ServerOptions
@@ -77,7 +77,6 @@ def build_programs(
     common_start: bool,
     local: LocalOptions,
     server: ServerOptions,
-    recall: Recall = make_anew,
 ) -> Programs:
     """A method's programs on a mesh, not yet compiled.
 
@@ -90,7 +89,6 @@ def build_programs(
         ranks: of every client, or none.
         common_start: do clients start from the same personal factors?
         local, server: options of local training and of the server's optimiser.
-        recall: may know compiled rounds from earlier.
 
     Raises:
         UserError: options that the method cannot work with.
@@ -119,4 +117,4 @@ def build_programs(
         hyper=run.hyper,
         share=run.share,
     )
-    return make_programs(load_method(method, setup), trainer, mesh, recall)
+    return make_programs(load_method(method, setup), trainer, mesh)

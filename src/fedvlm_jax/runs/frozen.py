@@ -7,6 +7,7 @@ computes what it needs on its own devices, and keeps it in a folder of its own.
 import gc
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.federation.reference import ReferenceStore, compute_reference, make_score
 from fedvlm_jax.models import Processor
 from fedvlm_jax.runs.config import Run
-from fedvlm_jax.runs.shelf import Shelf
 from fedvlm_jax.sharding import own_base, own_mesh
 
 __all__ = ["Note", "Session", "choose_store", "reference_of"]
@@ -41,7 +41,6 @@ class Session:
         vlm, params, processor: the base; `params` on the mesh, cut over its axis `model`.
         mesh: the devices.
         table: the data source.
-        shelf: programs that an earlier command compiled for this model and mesh.
         memo: compiled programs and results that do not depend on the method, by what they do depend on.
     """
 
@@ -50,7 +49,6 @@ class Session:
     processor: Processor
     mesh: Mesh
     table: Table
-    shelf: Shelf = field(default_factory=Shelf)
     memo: dict[Hashable, Any] = field(default_factory=dict)
 
     def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -119,15 +117,7 @@ def choose_store(run: Run, session: Session, images: Images, note: Note) -> Feat
 def _make_compute(session: Session, params: Any) -> Callable[[Any], Any]:
     """Pixels [B, H, W, 3] -> features [B, P, D], compiled once for every B."""
     features = jax.jit(lambda params, pixels: session.vlm.image_features(params, None, pixels))
-    compiled: dict[tuple[int, ...], Any] = {}
-
-    def compute(pixels: Any) -> Any:
-        if pixels.shape not in compiled:
-            given = (params, pixels)
-            compiled[pixels.shape] = session.shelf("image features", given, lambda: features.lower(*given).compile())
-        return compiled[pixels.shape](params, pixels)
-
-    return compute
+    return partial(features, params)
 
 
 def _cache_folder(run: Run) -> Path:

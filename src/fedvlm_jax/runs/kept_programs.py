@@ -5,6 +5,9 @@ again by a hash of the program, of what compiles it and of the devices; a progra
 compiled, so results do not change. Of jax it is asked through the environment, which the processes that a command
 starts inherit, and only where the environment says nothing about it yet.
 
+A program from the cache is machine code that runs as the user. So nobody else may have been able to write it: the
+folder is the user's, closed to all others, and so is the way to it; otherwise no program is kept, and one line says so.
+
 No heavy package is imported here, unless jax has been already.
 """
 
@@ -12,27 +15,32 @@ import contextlib
 import hashlib
 import os
 import platform
+import stat
 import sys
 from pathlib import Path
 
-__all__ = ["SHELF", "SWITCH", "describe_processor", "find_cache", "keep_programs"]
+from filelock import FileLock, Timeout
+
+from fedvlm_jax.caches import Hold, find_cache
+from fedvlm_jax.errors import UserError
+
+__all__ = ["SWITCH", "describe_processor", "find_danger", "keep_programs"]
 
 SWITCH = "FEDVLM_KEEP_PROGRAMS"
 """Environment: 0 switches it off, a folder places it."""
 
-SHELF = "FEDVLM_PROGRAM_SHELF"
-"""Environment, set here alone: where `runs.shelf` keeps programs that are found without tracing them."""
-
 FOLDER = "JAX_COMPILATION_CACHE_DIR"
-SHORTEST = "jax_persistent_cache_min_compile_time_secs"
-"""Programs that compile faster are not kept; jax's own second leaves out the many small ones."""
 
+SETTINGS = {
+    "jax_persistent_cache_min_compile_time_secs": 0.1,  # jax's own second leaves out the many small ones
+    "jax_compilation_cache_max_size": 2 * 2**30,  # bytes; those used longest ago go first
+}
 
-def find_cache() -> Path:
-    """The user's folder for what can be made again: XDG's, or `~/.cache`."""
-    told = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(told) if told.startswith("/") else Path.home() / ".cache"  # XDG: relative paths are to be ignored
-    return base / "fedvlm-jax"
+WAIT = 10.0
+"""Seconds to wait for another process that looks for a program."""
+
+_holds: list[Hold] = []
+"""Folders in use until this process ends."""
 
 
 def keep_programs() -> Path | None:
@@ -41,27 +49,88 @@ def keep_programs() -> Path | None:
     Libraries should leave the choice to the program, so nothing in this package calls it on import.
 
     Returns:
-        The folder; None where it is switched off, cannot be made, or is already decided (`JAX_COMPILATION_CACHE_DIR`).
+        The folder; None where it is switched off, cannot be made, is open to others, which is told on stderr, or is
+        already decided (`JAX_COMPILATION_CACHE_DIR`).
     """
     told = os.environ.get(SWITCH, "")
     if told == "0" or FOLDER in os.environ:
         return None
     try:
         # Code for one processor's instructions ends the process on another: homes are shared, machines differ.
-        folder = Path(told) if told else find_cache() / "programs" / describe_processor()
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no disk to write to, or no home
+        folder = Path(told).absolute() if told else find_cache() / "programs" / describe_processor()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (OSError, UserError):  # no disk to write to, or no home
+        return None
+    danger = find_danger(folder)
+    if danger is not None:
+        print(f"fedvlm: compiled programs are not kept: {danger}", file=sys.stderr)  # noqa: T201
         return None
     if not os.access(folder, os.W_OK):
         return None
+    folder.chmod(0o700)
+    _holds.append(Hold(folder))
+    _drop_unfinished(folder)
+    _tell_jax(folder)
+    return folder
+
+
+def find_danger(folder: Path) -> str | None:
+    """Say who else could write to a folder, to what is in it or to the way there, and how to mend it; None if nobody.
+
+    Where the system has no owners of files, nobody can tell.
+    """
+    if not hasattr(os, "getuid"):
+        return None
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink() and (path != folder or path.lstat().st_uid not in _trusted()):
+            return f"{path} is a link that may not be yours; remove it"
+        found = path.stat()
+        if found.st_uid != os.getuid():
+            return f"{path} belongs to user {found.st_uid}, not to you; remove it, or set {SWITCH} to a folder"
+        if _is_open(found):
+            return f"others may write to {path}, so what is in it may be theirs; remove it, or chmod go-w it"
+    for path in (path for end in {folder.absolute(), folder.resolve()} for path in end.parents):
+        owners, found = {path.lstat().st_uid, path.stat().st_uid}, path.stat()
+        if not owners <= _trusted() or (_is_open(found) and not found.st_mode & stat.S_ISVTX):
+            return f"others may write to {path}, and so replace {folder}; set {SWITCH} to a folder in your home"
+    return None
+
+
+def _trusted() -> set[int]:
+    """This user and the system's; in a container that may be whoever has the root of all files."""
+    return {os.getuid(), 0, Path("/").stat().st_uid}
+
+
+def _is_open(found: os.stat_result) -> bool:
+    """May others than its owner write it? A group that has only the user in it is the user."""
+    return bool(found.st_mode & stat.S_IWOTH) or bool(found.st_mode & stat.S_IWGRP and not _is_own(found.st_gid))
+
+
+def _is_own(group: int) -> bool:
+    import grp
+    import pwd
+
+    with contextlib.suppress(KeyError):
+        user, found = pwd.getpwuid(os.getuid()), grp.getgrgid(group)
+        return group == user.pw_gid and found.gr_name == user.pw_name and set(found.gr_mem) <= {user.pw_name}
+    return False
+
+
+def _drop_unfinished(folder: Path) -> None:
+    """Remove programs whose time of use is missing: jax writes it last, and finds no room beside one without."""
+    with contextlib.suppress(OSError, Timeout), FileLock(folder / ".lockfile", timeout=WAIT):
+        for file in folder.glob("*-cache"):
+            if not file.with_name(file.name.removesuffix("-cache") + "-atime").exists():
+                file.unlink()
+
+
+def _tell_jax(folder: Path) -> None:
     jax = sys.modules.get("jax")  # which reads the environment when it is imported
-    for name, value in {"jax_compilation_cache_dir": str(folder.absolute()), SHORTEST: 0.1}.items():
+    for name, value in {"jax_compilation_cache_dir": str(folder), **SETTINGS}.items():
         if name.upper() not in os.environ:
             os.environ[name.upper()] = str(value)
             if jax is not None:
                 jax.config.update(name, value)
-    os.environ[SHELF] = str(folder.absolute() / "ready")
-    return folder
 
 
 def describe_processor() -> str:

@@ -35,7 +35,6 @@ from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
 from fedvlm_jax.runs.meshes import parse_mesh
-from fedvlm_jax.runs.shelf import open_shelf
 from fedvlm_jax.sharding import connect, make_mesh, refuse_split_groups
 from fedvlm_jax.streams import Stream
 
@@ -128,10 +127,8 @@ def open_session(run: Run, note: Note = lambda text: None) -> Session:
     note(f"loading {run.model}")
     folder = resolve_folder(run.model)
     processor = Processor.from_folder(folder)
-    arithmetic = choose_arithmetic(run.system)
-    vlm, params = load_vlm(folder, **arithmetic, mesh=mesh)
-    shelf = open_shelf().of(vlm.config.to_json_string(use_diff=False), *arithmetic.items(), *mesh.shape.items())
-    return Session(vlm, params, processor, mesh, table, shelf)
+    vlm, params = load_vlm(folder, **choose_arithmetic(run.system), mesh=mesh)
+    return Session(vlm, params, processor, mesh, table)
 
 
 def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepared:
@@ -248,7 +245,6 @@ def make_driver(
             common_start=common,
             local=local,
             server=server,
-            recall=session.shelf.of(*static, local, server),
         )
 
     programs = session.remember(("programs", *static, local, server), make)
