@@ -1,6 +1,6 @@
-"""The one exception that means "the input is at fault, not the program"."""
+"""The exception that means "the input is at fault, not the program", and the kind of it that damaged files raise."""
 
-__all__ = ["UserError"]
+__all__ = ["DamagedError", "UserError"]
 
 
 class UserError(ValueError):
@@ -8,3 +8,7 @@ class UserError(ValueError):
 
     The command line prints it as one message without a traceback and exits with 2. Library users catch a `ValueError`.
     """
+
+
+class DamagedError(UserError):
+    """A file does not hold what was written into it."""
