@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.table import BrokenImageError, Table
+from fedvlm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,8 +58,16 @@ class Images:
 
         Raises:
             BrokenImageError: the bytes are missing, cut short, or no image.
+            UserError: they are not those that the image is known by, so what is cached by its key would not be its own.
         """
-        return _decode(self.table.read_image(int(self.rows[index])))
+        row = int(self.rows[index])
+        encoded = self.table.read_image(row)
+        if _digest(encoded).hex() != self.keys[index]:
+            raise UserError(
+                f"the image of row {row} of {self.table.name} is not what it was when it was first read: its file was "
+                "changed, or the copy of the table in the cache is damaged (fedvlm cache --clear arrow removes that)"
+            )
+        return _decode(encoded)
 
     def find_broken(self, workers: int = WORKERS) -> dict[int, str]:
         """Decode every image once (JPEGs at an eighth of their size) and return index -> reason for those that fail."""
@@ -118,7 +127,7 @@ def digest_rows(
 
     def digest(row: int) -> bytes | str:
         try:
-            return hashlib.blake2b(table.read_image(row), digest_size=16).digest()
+            return _digest(table.read_image(row))
         except BrokenImageError as error:
             return str(error)
 
@@ -133,6 +142,10 @@ def digest_rows(
     if len(unknown) > len(missing):
         table.facts.save(table.is_embedded)
     return [known.get(row) for row in map(int, rows)], missing
+
+
+def _digest(encoded: bytes) -> bytes:
+    return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
 def _map_parts(work: Callable[[int], T], items: Sequence[int], workers: int) -> Iterator[tuple[int, T]]:
