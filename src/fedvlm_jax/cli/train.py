@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,8 @@ import tyro
 
 from fedvlm_jax.cli._together import Together, together
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.config import Run, from_json, name_folder, to_json
+from fedvlm_jax.runs.claims import make_folder, remove_unused
+from fedvlm_jax.runs.config import Run, from_json, to_json
 from fedvlm_jax.runs.distributed import DistributedOptions, check_distributed
 from fedvlm_jax.runs.quick_start import start_quickly
 from fedvlm_jax.runs.validation import validate
@@ -52,7 +52,7 @@ def _train(run: Run, about: Together, again: bool, profile: bool) -> None:
     from fedvlm_jax import processes
     from fedvlm_jax.runs import loop, progress
 
-    name = processes.tell_all(lambda: str(run.resume or run.out or name_folder(run.method, datetime.now())))
+    name = processes.tell_all(lambda: str(run.resume or run.out or make_folder(run.method)))
     folder = about.folder = Path(name)
     begun = run.resume is not None or (again and processes.tell_all(lambda: _has_begun(run, folder)))
     watch = _open_profile(folder) if profile else None
@@ -69,6 +69,8 @@ def _train(run: Run, about: Together, again: bool, profile: bool) -> None:
         raise SystemExit(130) from None
     finally:
         show.finish()
+        if run.out is None and processes.is_first():
+            remove_unused(folder)
     if processes.is_first():
         _print_results(folder)
         if watch is not None:
