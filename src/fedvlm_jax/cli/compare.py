@@ -1,12 +1,13 @@
 """`fedvlm compare`: several methods and seeds on the same clients, side by side."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from fedvlm_jax.cli._signals import exit_code, say
+from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.runs.claims import choose_folder
 from fedvlm_jax.runs.config import Compare
 from fedvlm_jax.runs.quick_start import start_quickly
@@ -41,9 +42,17 @@ def _compare(comparison: Compare, folder: Path) -> None:
     show = progress.open_progress()
     try:
         comparing.compare(comparison, show)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         show.finish()
-        print(f"\nfedvlm: stopped. To go on: the same command with --out {folder}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(say(f"stopped. {_advise(folder)}", exit_code(error))) from None
+    except OSError as error:
+        raise UserError(f"{describe_os_error(error)}. {_advise(folder)}") from error
     finally:
         show.finish()
+
+
+def _advise(folder: Path) -> str:
+    """How to go on with what is in the folder of a comparison that ended early."""
+    if any(folder.glob("runs/*/config.json")):
+        return f"To go on: the same command with --out {folder}"
+    return "No run had begun: there is nothing to go on with, so give the command again"

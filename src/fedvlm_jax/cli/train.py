@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from fedvlm_jax.cli._signals import exit_code, say
 from fedvlm_jax.cli._together import Together, together
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.runs.claims import make_folder, remove_unused
 from fedvlm_jax.runs.config import Run, from_json, to_json
 from fedvlm_jax.runs.distributed import DistributedOptions, check_distributed
@@ -63,10 +63,11 @@ def _train(run: Run, about: Together, again: bool, profile: bool) -> None:
             loop.resume(folder, show, **watched)
         else:
             loop.train(dataclasses.replace(run, out=folder), show, **watched)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         show.finish()
-        print(f"\nfedvlm: stopped. To go on: fedvlm train --resume {folder}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(say(f"stopped. {_advise(folder)}", exit_code(error))) from None
+    except OSError as error:
+        raise UserError(f"{describe_os_error(error)}. {_advise(folder)}") from error
     finally:
         show.finish()
         if run.out is None and processes.is_first():
@@ -75,6 +76,15 @@ def _train(run: Run, about: Together, again: bool, profile: bool) -> None:
         _print_results(folder)
         if watch is not None:
             print(_tell_profile(watch))
+
+
+def _advise(folder: Path) -> str:
+    """How to go on with what is in the folder of a run that ended early."""
+    if (folder / "results.json").is_file():
+        return f"The run itself is finished; its report: fedvlm report {folder}"
+    if (folder / "config.json").is_file():
+        return f"To go on: fedvlm train --resume {folder}"
+    return "The run had not begun: there is nothing to go on with, so give the command again"
 
 
 def _open_profile(folder: Path) -> "RoundProfile":
