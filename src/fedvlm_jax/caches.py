@@ -108,6 +108,8 @@ def find_arrow() -> Path:
 class Hold:
     """A sign that this process uses a folder; until it is let go, or the process ends, nobody removes the folder."""
 
+    _descriptor: int | None = None
+
     def __init__(self, folder: Path) -> None:
         """Make the folder where it is not there, and hold it. One that cannot be written is used without a sign.
 

@@ -1,6 +1,11 @@
-"""The one exception that means "the input is at fault, not the program"."""
+"""The exception that means "the input is at fault, not the program", and how damage and faults of the disk are told."""
 
-__all__ = ["UserError"]
+import errno
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["DamagedError", "UserError", "describe_os_error", "naming"]
 
 
 class UserError(ValueError):
@@ -8,3 +13,51 @@ class UserError(ValueError):
 
     The command line prints it as one message without a traceback and exits with 2. Library users catch a `ValueError`.
     """
+
+
+class DamagedError(UserError):
+    """A file does not hold what was written into it."""
+
+
+ADVICE = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some space there, or have the quota raised",
+    errno.EFBIG: "the largest size of a file is limited there; raise it (ulimit -f), or choose another folder",
+    errno.EACCES: "choose a folder that you may use, or have its permissions changed",
+    errno.EPERM: "choose a folder that you may use, or have its permissions changed",
+    errno.EROFS: "choose a folder on a disk that can be written to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EEXIST: "something else has that name; choose another",
+    errno.ENOTDIR: "a file is where a folder should be; choose another",
+    errno.EISDIR: "a folder is where a file should be; choose another",
+    errno.ELOOP: "its links lead to each other; choose another",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine",
+    errno.EIO: "the disk fails; look at the system's log, or choose another disk",
+    errno.ESTALE: "the network disk has forgotten the file; mount it anew",
+}
+"""What to do about an error of the operating system."""
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say in one line which file it was, what is wrong with it, and what to do."""
+    if error.errno is None:
+        return (str(error) or type(error).__name__).splitlines()[0]
+    where = f"{error.filename!s}: " if error.filename else ""
+    name, advice = error.strerror or str(error), ADVICE.get(error.errno)
+    return f"{where}{name}" + (f" ({advice})" if advice else "")
+
+
+@contextmanager
+def naming(path: Path | str) -> Generator[None]:
+    """Have an `OSError` of the block name a file: what is raised by writing does not know which one it was.
+
+    Raises:
+        OSError: that of the block, with `path` as its file where it named none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise

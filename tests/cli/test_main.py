@@ -130,10 +130,14 @@ def test_train_hands_over_the_options_and_shows_table_and_report(
 
 
 def test_a_folder_is_chosen_before_the_work_so_that_ctrl_c_can_name_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def train(run: Run, show: object) -> Path:
+        assert run.out is not None
+        (run.out / "config.json").write_text("{}")
         raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
 
     replace_work(monkeypatch, "loop", train=train)
     with pytest.raises(SystemExit) as stop:

@@ -1,9 +1,11 @@
 """Frozen features by image content: computed once while they fit, in memory or on disk, whole after a kill."""
 
 import io
-import itertools
+import math
+from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,10 @@ from PIL import Image
 from fedvlm_jax.data.images import Images, unique_images
 from fedvlm_jax.data.table import BrokenImageError, Table
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.federation.features import FeatureStore, choose_chunk
+from fedvlm_jax.federation.features import WIDTH, FeatureStore, choose_chunk
+from fedvlm_jax.models import Processor, load_vlm, resolve_folder
+from fedvlm_jax.runs.build import choose_arithmetic
+from fedvlm_jax.runs.config import Run
 
 SIDE = 4
 ROW = 2 * SIDE * 3 * 4  # bytes: two tokens of twelve float32
@@ -50,6 +55,17 @@ def make_images(count: int, broken: int | None = None) -> Images:
     return unique_images(table, np.arange(count))[0]
 
 
+def draw_images(rng, count: int, size) -> Images:
+    def draw():
+        out = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(out, "PNG")
+        return {"bytes": out.getvalue(), "path": None}
+
+    return unique_images(Table("drawn", pa.table({"image": [draw() for _ in range(count)]}), Path()), np.arange(count))[
+        0
+    ]
+
+
 def expect(images: Images, index) -> np.ndarray:
     pixels = Reader().pixels([images.decode(int(number)) for number in np.ravel(index)])
     return np.asarray(Tower()(jnp.asarray(pixels))).reshape(*np.shape(index), 2, 3 * SIDE)
@@ -82,13 +98,35 @@ def test_every_image_is_computed_once(folder):
     np.testing.assert_array_equal(again, expect(images, np.arange(5, 20)))
 
 
-def test_chunks_have_two_shapes_and_little_padding(folder):
-    images, tower = make_images(40), Tower()
-    open_store(folder, tower=tower).gather(images, np.arange(40))
-    assert tower.batches == [32, 4, 4]
-    tower.batches.clear()
-    open_store(tower=tower).gather(images, np.arange(1))
-    assert tower.batches == [4]
+def test_batches_have_one_size_whatever_is_asked(folder):
+    """Another size would be another program, and round otherwise."""
+    tower = Tower()
+    for count in (1, 6, 40):
+        open_store(tower=tower).gather(make_images(count), np.arange(count))
+    assert set(tower.batches) == {WIDTH}
+    assert len(tower.batches) == 1 + 2 + 10
+
+
+def test_a_picture_has_the_same_bits_whatever_was_computed_before_and_beside_it():
+    """On the shipped model: resumed runs compute what is missing, in other batches than the run they go on with."""
+    folder = resolve_folder(Run().model)
+    processor = Processor.from_folder(folder)
+    vlm, params = load_vlm(folder, **choose_arithmetic(Run().system))
+    program = jax.jit(lambda params, pixels: vlm.image_features(params, None, pixels))
+    rng = np.random.default_rng(0)
+    images, order = draw_images(rng, 22, processor.size), rng.permutation(22)
+
+    def gather(*parts):
+        store = FeatureStore(partial(program, params), processor, limit=2**30)
+        found = {}
+        for part in parts:
+            found |= dict(zip(part.tolist(), store.gather(images, part), strict=True))
+        return np.stack([found[image] for image in range(22)])
+
+    whole = gather(np.arange(22))
+    assert np.unique(whole).size > 1000
+    np.testing.assert_array_equal(gather(order), whole)
+    np.testing.assert_array_equal(gather(*np.split(order, (1, 3, 6, 15))), whole)
 
 
 def test_what_does_not_fit_is_right_and_not_kept(folder):
@@ -99,7 +137,7 @@ def test_what_does_not_fit_is_right_and_not_kept(folder):
     assert len(store) == 8
     assert sum(tower.batches) == 20 + 12  # the second time only the twelve that are not kept
     if folder is not None:
-        assert (folder / "features.bin").stat().st_size == 8 * ROW
+        assert sum(file.stat().st_size for file in folder.glob("*.rows")) == 8 * ROW
 
 
 def test_the_size_is_announced_before_anything_is_computed(folder):
@@ -123,20 +161,19 @@ def test_a_store_on_disk_is_found_again(tmp_path):
     assert "12 of them there already" in store.announce(images)
 
 
-@pytest.mark.parametrize(("rows", "keys"), list(itertools.product((0, ROW // 2, ROW), (0, 5, 33))))
-def test_a_kill_while_writing_loses_at_most_what_was_being_written(tmp_path, rows, keys):
-    """Rows are written before keys; whatever is cut off at the end, what is found again is right."""
+@pytest.mark.parametrize("suffix", ["rows", "keys"])
+@pytest.mark.parametrize("cut", [1, 32, ROW, ROW + 33])
+def test_a_kill_while_writing_loses_at_most_what_was_being_written(tmp_path, suffix, cut):
+    """Whatever is cut off at the end, what is found again is right, and what is lost is computed."""
     images = make_images(6)
     open_store(tmp_path).gather(images, np.arange(6))
-    with (tmp_path / "features.bin").open("ab") as file:
-        file.write(b"\1" * rows)  # the next row, in part or whole, without its key
-    text = (tmp_path / "keys.txt").read_text()
-    (tmp_path / "keys.txt").write_text(text[: len(text) - keys])
+    (file,) = tmp_path.glob(f"*.{suffix}")
+    file.write_bytes(file.read_bytes()[:-cut])
     tower = Tower()
     store = open_store(tmp_path, tower=tower)
-    assert len(store) == 6 - -(-keys // 33)
     np.testing.assert_array_equal(store.gather(images, np.arange(6)), expect(images, np.arange(6)))
-    assert (tmp_path / "features.bin").stat().st_size == 6 * ROW
+    record = ROW if suffix == "rows" else 32
+    assert len(tower.batches) == math.ceil(math.ceil(cut / record) / WIDTH)
 
 
 def test_threads_agree(folder):
@@ -166,6 +203,44 @@ def test_a_folder_of_other_features_is_refused(tmp_path):
     (tmp_path / "shape.json").write_text('{"shape": [3, 12], "dtype": "float32"}')
     with pytest.raises(UserError, match="remove it"):
         open_store(tmp_path)
+
+
+def test_stores_that_share_a_folder_give_the_numbers_of_each_alone(tmp_path):
+    """Opened at once, filled in turn, and one of them dies and comes back."""
+    images, one, two = make_images(40), open_store(tmp_path), open_store(tmp_path)
+    for part in np.split(np.random.default_rng(0).permutation(40), 8):
+        np.testing.assert_array_equal(one.gather(images, part[:3]), expect(images, part[:3]))
+        np.testing.assert_array_equal(two.gather(images, part[2:]), expect(images, part[2:]))
+        two = open_store(tmp_path)
+        np.testing.assert_array_equal(one.gather(images, part), expect(images, part))
+    tower = Tower()
+    np.testing.assert_array_equal(open_store(tmp_path, tower=tower).gather(images, np.arange(40)),
+                                  expect(images, np.arange(40)))  # fmt: skip
+    assert not tower.batches
+
+
+def test_another_process_s_features_count_towards_the_bound(tmp_path):
+    images, one, two = make_images(16), open_store(tmp_path, limit=8 * ROW), open_store(tmp_path, limit=8 * ROW)
+    one.gather(images, np.arange(6))
+    two.gather(images, np.arange(6, 16))
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.rows")) == 8 * ROW
+
+
+@pytest.mark.parametrize("place", [0, 5 * ROW + 17, 12 * ROW - 1])
+def test_features_with_a_flipped_bit_are_computed_again(tmp_path, place):
+    images = make_images(12)
+    open_store(tmp_path).gather(images, np.arange(12))
+    (file,) = tmp_path.glob("*.rows")
+    content = bytearray(file.read_bytes())
+    content[place] ^= 4
+    file.write_bytes(content)
+    tower = Tower()
+    store = open_store(tmp_path, tower=tower)
+    np.testing.assert_array_equal(store.gather(images, np.arange(12)), expect(images, np.arange(12)))
+    assert tower.batches == [WIDTH]
+    again = open_store(tmp_path, tower=tower)
+    np.testing.assert_array_equal(again.gather(images, np.arange(12)), expect(images, np.arange(12)))
+    assert tower.batches == [WIDTH], "the good row is found beside the bad one"
 
 
 def test_pictures_of_base_size_go_in_small_chunks():

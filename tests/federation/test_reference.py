@@ -7,7 +7,7 @@ import pytest
 
 from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.federation.reference import RECORD, ReferenceStore, add_reference, compute_reference
+from fedvlm_jax.federation.reference import ReferenceStore, add_reference, compute_reference
 from fedvlm_jax.sharding import make_mesh
 
 COUNT, BATCH = 7, 3
@@ -108,28 +108,29 @@ def test_a_pair_is_known_by_its_content(tmp_path):
 
 
 def test_on_disk_they_are_found_again(tmp_path):
-    file = tmp_path / "reference"
+    folder = tmp_path / "reference"
     examples = make_examples()
-    compute(examples, ReferenceStore(file))
-    assert file.stat().st_size == COUNT * RECORD.itemsize
-    found, base = compute(examples, ReferenceStore(file))
+    compute(examples, ReferenceStore(folder))
+    found, base = compute(examples, ReferenceStore(folder))
     assert base.batches == []
     np.testing.assert_array_equal(found, expected(examples))
 
 
-@pytest.mark.parametrize("cut", [1, RECORD.itemsize + 5])
-def test_a_file_cut_short_by_a_kill_is_mended(tmp_path, cut):
-    file = tmp_path / "reference"
+@pytest.mark.parametrize("suffix", ["rows", "keys"])
+@pytest.mark.parametrize("damage", [1, 13, "flip"])
+def test_what_a_kill_cut_short_or_a_disk_changed_is_computed_again(tmp_path, suffix, damage):
     examples = make_examples()
-    compute(examples, ReferenceStore(file))
-    content = file.read_bytes()
-    file.write_bytes(content[:-cut])
-    store = ReferenceStore(file)
-    assert len(store) == COUNT - 1 - cut // RECORD.itemsize
-    found, _ = compute(examples, store)
+    compute(examples, ReferenceStore(tmp_path))
+    file = min(tmp_path.glob(f"*.{suffix}"))
+    content = bytearray(file.read_bytes())
+    content[3] ^= 1
+    file.write_bytes(content if damage == "flip" else file.read_bytes()[:-damage])
+    found, base = compute(examples, ReferenceStore(tmp_path))
     np.testing.assert_array_equal(found, expected(examples))
-    assert file.read_bytes() == content
-    np.testing.assert_array_equal(compute(examples, ReferenceStore(file))[0], expected(examples))
+    assert base.batches == [BATCH]
+    again, base = compute(examples, ReferenceStore(tmp_path))
+    np.testing.assert_array_equal(again, expected(examples))
+    assert base.batches == []
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.cli._signals import exit_code, say
+from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.runs.distributed import DistributedOptions, describe_loss, join
 
 __all__ = ["Together", "together"]
@@ -68,12 +69,10 @@ def _tell(error: BaseException, about: Together) -> int:
 
     from fedvlm_jax import processes
 
-    if isinstance(error, UserError):
-        print(f"fedvlm: {error}", file=sys.stderr)
-        return 2
+    if isinstance(error, UserError | OSError):
+        return say(describe_os_error(error) if isinstance(error, OSError) else str(error), 2)
     if isinstance(error, KeyboardInterrupt):
-        print("\nfedvlm: stopped, and the other processes with it", file=sys.stderr)
-        return 130
+        return say("stopped, and the other processes with it", exit_code(error))
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     if isinstance(error, JaxRuntimeError):

@@ -1,13 +1,12 @@
 """`fedvlm bench`: how fast this machine trains clients side by side, and what each takes."""
 
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.config import name_folder
+from fedvlm_jax.runs.claims import open_folder
 
 __all__ = ["bench"]
 
@@ -45,8 +44,6 @@ def bench(
             f"--batches {max(batches)} x --steps {steps} takes {max(batches) * steps} examples of a client: it has "
             f"{IMAGES}; take fewer steps or smaller batches"
         )
-    folder = out or name_folder("bench", datetime.now())
-
     from rich.console import Console
 
     from fedvlm_jax.bench import shipped
@@ -54,14 +51,14 @@ def bench(
     from fedvlm_jax.runs.storage import write_json
 
     show = progress.open_progress()
-    try:
-        found = shipped.measure_shipped(
-            shipped.BenchOptions(tuple(batches), tuple(waves), steps, repeats, peer_python), show.note
-        )
-    finally:
-        show.finish()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "bench.json", found)
+    with open_folder(out, "bench") as folder:
+        try:
+            found = shipped.measure_shipped(
+                shipped.BenchOptions(tuple(batches), tuple(waves), steps, repeats, peer_python), show.note
+            )
+        finally:
+            show.finish()
+        write_json(folder / "bench.json", found)
     console = Console()
     tables.show(console, _tabulate(found, tables.Table))
     for line in _say(found):

@@ -1,13 +1,15 @@
 """`fedvlm compare`: several methods and seeds on the same clients, side by side."""
 
 import dataclasses
-import sys
-from datetime import datetime
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from fedvlm_jax.runs.config import Compare, name_folder
+from fedvlm_jax.cli._signals import exit_code, say
+from fedvlm_jax.errors import UserError, describe_os_error
+from fedvlm_jax.runs.claims import choose_folder
+from fedvlm_jax.runs.config import Compare
 from fedvlm_jax.runs.quick_start import start_quickly
 from fedvlm_jax.runs.validation import validate_comparison
 
@@ -18,26 +20,39 @@ def compare(comparison: Annotated[Compare, tyro.conf.arg(name="")]) -> None:
     """Run several methods on the same clients, cohorts and initial adapter, and compare them client by client."""
     validate_comparison(comparison)
     start_quickly()
-    folder = comparison.out or name_folder("compare", datetime.now())
-    comparison = dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, out=folder))
 
     from rich.console import Console
 
-    from fedvlm_jax.runs import compare as comparing
-    from fedvlm_jax.runs import folders, progress, report, tables
+    from fedvlm_jax.runs import folders, report, tables
 
-    show = progress.open_progress()
-    try:
-        folder = comparing.compare(comparison, show)
-    except KeyboardInterrupt:
-        show.finish()
-        print(f"\nfedvlm: stopped. To go on: the same command with --out {folder}", file=sys.stderr)
-        raise SystemExit(130) from None
-    finally:
-        show.finish()
+    with choose_folder(comparison.out, "compare") as folder:
+        _compare(dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, out=folder)), folder)
     record = folders.read_comparison(folder)
     page = report.write_report([folder])
     console = Console()
     for table in tables.tabulate_comparison(record):
         tables.show(console, table)
     console.print(f"comparison  {folder}\nreport      {page}", highlight=False, soft_wrap=True)
+
+
+def _compare(comparison: Compare, folder: Path) -> None:
+    from fedvlm_jax.runs import compare as comparing
+    from fedvlm_jax.runs import progress
+
+    show = progress.open_progress()
+    try:
+        comparing.compare(comparison, show)
+    except KeyboardInterrupt as error:
+        show.finish()
+        raise SystemExit(say(f"stopped. {_advise(folder)}", exit_code(error))) from None
+    except OSError as error:
+        raise UserError(f"{describe_os_error(error)}. {_advise(folder)}") from error
+    finally:
+        show.finish()
+
+
+def _advise(folder: Path) -> str:
+    """How to go on with what is in the folder of a comparison that ended early."""
+    if any(folder.glob("runs/*/config.json")):
+        return f"To go on: the same command with --out {folder}"
+    return "No run had begun: there is nothing to go on with, so give the command again"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import tyro
 
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.config import name_folder
+from fedvlm_jax.runs.claims import open_folder
 
 __all__ = ["data"]
 
@@ -28,22 +27,21 @@ def data(
         data: the same options as those of `fedvlm train`.
         seed: the run's; it decides the partition and the splits.
         out: folder for data.json and data.png.
-        check_images: decode every image too, to find broken ones and files that show the same; else they are hashed.
+        check_images: decode every image too, to find the broken ones; otherwise they are only hashed.
         strict: end with exit code 1 if an image is in two splits.
     """
     if seed < 0:
         raise UserError(f"--seed is {seed}: it must be 0 or more")
-    folder = out or name_folder("data", datetime.now())
-
     from rich.console import Console
 
     from fedvlm_jax.runs import describe, progress, tables
 
     show = progress.open_progress()
-    try:
-        description = describe.describe_data(data, seed, folder, check_images=check_images, note=show.note)
-    finally:
-        show.finish()
+    with open_folder(out, "data") as folder:
+        try:
+            description = describe.describe_data(data, seed, folder, check_images=check_images, note=show.note)
+        finally:
+            show.finish()
     console = Console()
     for table in describe.tabulate_data(description):
         tables.show(console, dataclasses.replace(table, note=""))

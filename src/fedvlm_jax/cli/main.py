@@ -16,7 +16,8 @@ from pathlib import Path
 
 import tyro
 
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.cli._signals import exit_code, heed_signals, say
+from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.runs.heap import keep_heap
 
 __all__ = ["commands_available", "main"]
@@ -38,7 +39,8 @@ def commands_available() -> dict[str, Callable[..., None]]:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
-    Bad input ends it with one message on stderr and exit code 2; Ctrl-C with 130.
+    Bad input, and a disk that fails, end it with one message on stderr and exit code 2; Ctrl-C with 130, SIGTERM with
+    143, SIGHUP with 129.
 
     Args:
         args: the words after `fedvlm`; those of the process by default.
@@ -47,13 +49,14 @@ def main(args: Sequence[str] | None = None) -> None:
     # transformers tells at import that PyTorch is missing; here that is as it should be.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        _dispatch(words)
+        with heed_signals():
+            _dispatch(words)
     except UserError as error:
-        print(f"fedvlm: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("fedvlm: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(say(str(error), 2)) from None
+    except OSError as error:  # of a disk, or of what stands on it
+        raise SystemExit(say(describe_os_error(error), 2)) from None
+    except KeyboardInterrupt as error:
+        raise SystemExit(say("stopped", exit_code(error))) from None
 
 
 def _dispatch(words: list[str]) -> None:

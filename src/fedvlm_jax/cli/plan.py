@@ -1,7 +1,6 @@
 """`fedvlm plan`: what a round would take of devices that need not be there."""
 
 import dataclasses
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import tyro
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.chips import CPU
+from fedvlm_jax.runs.claims import open_folder
 from fedvlm_jax.runs.config import (
     HyperOptions,
     LocalOptions,
@@ -18,7 +18,6 @@ from fedvlm_jax.runs.config import (
     ServerOptions,
     SystemOptions,
     TrainOptions,
-    name_folder,
 )
 from fedvlm_jax.runs.plan_options import Request, SizeOptions, check_request
 from fedvlm_jax.runs.validation import validate
@@ -85,12 +84,12 @@ def plan(
     from fedvlm_jax.runs import plan_tables, progress, tables
 
     show = progress.open_progress()
-    try:
-        planned = plans.plan(request, show.note)
-    finally:
-        show.finish()
-    folder = out or name_folder("plan", datetime.now())
-    plan_tables.write_plan(folder, planned)
+    with open_folder(out, "plan") as folder:
+        try:
+            planned = plans.plan(request, show.note)
+        finally:
+            show.finish()
+        plan_tables.write_plan(folder, planned)
     console = Console()
     for table in plan_tables.tabulate_plan(planned):
         tables.show(console, table)

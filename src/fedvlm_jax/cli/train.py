@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
-import sys
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from fedvlm_jax.cli._signals import exit_code, say
 from fedvlm_jax.cli._together import Together, together
-from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.config import Run, from_json, name_folder, to_json
+from fedvlm_jax.errors import UserError, describe_os_error
+from fedvlm_jax.runs.claims import make_folder, remove_unused
+from fedvlm_jax.runs.config import Run, from_json, to_json
 from fedvlm_jax.runs.distributed import DistributedOptions, check_distributed
 from fedvlm_jax.runs.quick_start import start_quickly
 from fedvlm_jax.runs.validation import validate
@@ -52,7 +52,7 @@ def _train(run: Run, about: Together, again: bool, profile: bool) -> None:
     from fedvlm_jax import processes
     from fedvlm_jax.runs import loop, progress
 
-    name = processes.tell_all(lambda: str(run.resume or run.out or name_folder(run.method, datetime.now())))
+    name = processes.tell_all(lambda: str(run.resume or run.out or make_folder(run.method)))
     folder = about.folder = Path(name)
     begun = run.resume is not None or (again and processes.tell_all(lambda: _has_begun(run, folder)))
     watch = _open_profile(folder) if profile else None
@@ -63,16 +63,28 @@ def _train(run: Run, about: Together, again: bool, profile: bool) -> None:
             loop.resume(folder, show, **watched)
         else:
             loop.train(dataclasses.replace(run, out=folder), show, **watched)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         show.finish()
-        print(f"\nfedvlm: stopped. To go on: fedvlm train --resume {folder}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(say(f"stopped. {_advise(folder)}", exit_code(error))) from None
+    except OSError as error:
+        raise UserError(f"{describe_os_error(error)}. {_advise(folder)}") from error
     finally:
         show.finish()
+        if run.out is None and processes.is_first():
+            remove_unused(folder)
     if processes.is_first():
         _print_results(folder)
         if watch is not None:
             print(_tell_profile(watch))
+
+
+def _advise(folder: Path) -> str:
+    """How to go on with what is in the folder of a run that ended early."""
+    if (folder / "results.json").is_file():
+        return f"The run itself is finished; its report: fedvlm report {folder}"
+    if (folder / "config.json").is_file():
+        return f"To go on: fedvlm train --resume {folder}"
+    return "The run had not begun: there is nothing to go on with, so give the command again"
 
 
 def _open_profile(folder: Path) -> "RoundProfile":

@@ -1,13 +1,15 @@
 """What was found out about a table's images, kept beside the table, so that the next run starts at once."""
 
 import contextlib
-import os
-import zipfile
+import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from fedvlm_jax.caches import write_whole
 
 __all__ = ["ImageFacts"]
 
@@ -32,23 +34,42 @@ class ImageFacts:
     @classmethod
     def open(cls, file: Path) -> "ImageFacts":
         """Take up what an earlier run found out; nothing where the file is not there or not whole."""
-        facts = cls(file)
-        damaged = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
-        with contextlib.suppress(*damaged), file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
-            rows, digests, sound = stored["rows"].tolist(), stored["digests"], stored["sound"].tolist()
-            facts.digests = dict(zip(rows, (digest.tobytes() for digest in digests), strict=True))
-            facts.sound = set(sound)
-        return facts
+        digests, sound = _read(file)
+        return cls(file, digests, sound)
 
     def save(self, lasting: Callable[[int], bool]) -> None:
-        """Keep what holds of the rows that are `lasting`: others' images are files of their own, which may change."""
+        """Keep what holds of the rows that are `lasting`: others' images are files of their own, which may change.
+
+        What another process has kept in the meantime stays.
+        """
         if self.file is None:
             return
-        rows = [row for row in self.digests if lasting(row)]
-        digests = np.frombuffer(b"".join(self.digests[row] for row in rows), np.uint8).reshape(-1, SIZE)
-        sound = np.asarray(sorted(row for row in self.sound if lasting(row)), np.int64)
-        scratch = self.file.with_name(f"{self.file.name}.{os.getpid()}.tmp")
+        digests, sound = _read(self.file)
+        digests |= {row: digest for row, digest in self.digests.items() if lasting(row)}
+        sound |= {row for row in self.sound if lasting(row)}
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            with scratch.open("wb") as opened:
-                np.savez(opened, rows=np.asarray(rows, np.int64), digests=digests, sound=sound)
-            scratch.replace(self.file)
+            write_whole(self.file, _pack(digests, sound))
+
+
+def _pack(digests: dict[int, bytes], sound: set[int]) -> bytes:
+    """A digest of all that follows, and the arrays."""
+    out = io.BytesIO()
+    rows = np.asarray(list(digests), np.int64)
+    stacked = np.frombuffer(b"".join(digests.values()), np.uint8).reshape(-1, SIZE)
+    np.savez(out, rows=rows, digests=stacked, sound=np.asarray(sorted(sound), np.int64))
+    return _digest(out.getvalue()) + out.getvalue()
+
+
+def _read(file: Path) -> tuple[dict[int, bytes], set[int]]:
+    content = b""
+    with contextlib.suppress(OSError):
+        content = file.read_bytes()
+    if len(content) <= SIZE or _digest(content[SIZE:]) != content[:SIZE]:
+        return {}, set()
+    with np.load(io.BytesIO(content[SIZE:]), allow_pickle=False) as stored:
+        digests = (digest.tobytes() for digest in stored["digests"])
+        return dict(zip(stored["rows"].tolist(), digests, strict=True)), set(stored["sound"].tolist())
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=SIZE, person=b"image facts").digest()

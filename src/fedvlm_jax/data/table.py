@@ -18,9 +18,7 @@ import numpy as np
 
 from fedvlm_jax.data.facts import ImageFacts
 from fedvlm_jax.data.mapped import Blobs, open_arrow
-from fedvlm_jax.data.options import MAX_IMAGE_PIXELS
 from fedvlm_jax.data.paths import OutsideError, read_below
-from fedvlm_jax.data.pictures import DECODING, BrokenImageError
 from fedvlm_jax.data.shards import NEEDED, UNDERSTOOD, check_shards, convert_shards
 from fedvlm_jax.errors import UserError
 
@@ -44,8 +42,12 @@ __all__ = [
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 """What stands for a text whose bytes are no UTF-8: nobody checks when parquet is written, and damage is not noticed."""
 
-FACTS = f"fedvlm-jax-images-{DECODING}.npz"
+FACTS = "fedvlm-jax-images.npz"
 """The file beside the Arrow files that holds what is known about the images."""
+
+
+class BrokenImageError(ValueError):
+    """An image that is missing or cannot be decoded; the message is the reason, in a few words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,6 @@ class Table:
         facts: what is known about the images; only `images.py` fills it.
         revision: the commit that a set from the hub was fetched at.
         image_root: a second folder for image files, looked into after the first.
-        max_image_pixels: images of more pixels are not decoded.
     """
 
     name: str
@@ -70,7 +71,6 @@ class Table:
     facts: ImageFacts = field(default_factory=ImageFacts, repr=False)
     revision: str | None = None
     image_root: Path | None = None
-    max_image_pixels: int = MAX_IMAGE_PIXELS
 
     def __len__(self) -> int:
         return self.data.num_rows
@@ -152,8 +152,9 @@ def read_table(source: "str | DataOptions") -> Table:
     if options.image_root is not None and not options.image_root.expanduser().is_dir():
         raise UserError(f"--data.image-root {options.image_root} is no folder; expected the one that holds the images.")
     table = known[options.source].read(options) if options.source in known else _read_path(options)
-    root = options.image_root and options.image_root.expanduser()
-    return dataclasses.replace(table, image_root=root, max_image_pixels=options.max_image_pixels)
+    if options.image_root is None:
+        return table
+    return dataclasses.replace(table, image_root=options.image_root.expanduser())
 
 
 def _read_path(options: "DataOptions") -> Table:

@@ -1,4 +1,7 @@
-"""Checkpoints of all that a run needs to go on: orbax writes each into a folder of its own, whole or not at all."""
+"""Checkpoints of all that a run needs to go on: orbax writes each into a folder of its own, whole or not at all.
+
+A checkpoint holds digests of its arrays and of its JSON, which every reading checks.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from fedvlm_jax import processes
-from fedvlm_jax.errors import UserError
+from fedvlm_jax import digests, processes
+from fedvlm_jax.errors import DamagedError, UserError
 
 __all__ = ["Checkpoints"]
 
@@ -59,7 +62,8 @@ class Checkpoints:
             kind: np.concatenate([leaf.ravel() for leaf in leaves if str(leaf.dtype) == kind])
             for kind in sorted({str(leaf.dtype) for leaf in leaves})
         }
-        about = {"paths": _describe(state) + _describe(elsewhere), **extra}
+        about = {"paths": _describe(state) + _describe(elsewhere), "digest": _digest_arrays(packed), **extra}
+        about |= {"digest_of_this": _digest_json(about)}
         args = self._ocp.args
         self._manager.save(
             round_, args=args.Composite(state=args.PyTreeSave(packed), about=args.JsonSave(about)), force=True
@@ -70,40 +74,80 @@ class Checkpoints:
         self._manager.wait_until_finished()
         return self._manager.latest_step()
 
+    def rounds(self) -> list[int]:
+        """The rounds of all checkpoints that there are, the newest first."""
+        self._manager.wait_until_finished()
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def forget(self, round_: int) -> None:
+        """Remove a checkpoint."""
+        if processes.is_first():
+            self._manager.delete(round_)
+        processes.wait_for_all()
+        self._manager.reload()
+
     def restore(self, round_: int, template: PyTree, elsewhere: PyTree = ()) -> tuple[PyTree, dict[str, Any]]:
         """Read a checkpoint into the structure of `template` (arrays or shapes); returns it and `extra`.
 
         Raises:
+            DamagedError: it cannot be read, or does not hold what was written.
             UserError: the checkpoint is of another state than the template: other paths, shapes or types, listed.
         """
-        args = self._ocp.args
-        about = dict(self._manager.restore(round_, args=args.Composite(about=args.JsonRestore()))["about"])
+        about = self._read_about(round_)
         stored, wanted = about.pop("paths"), json.loads(json.dumps(_describe(template) + _describe(elsewhere)))
         if stored != wanted:
             odd = [f"  {line}" for line in sorted({*map(str, stored)} ^ {*map(str, wanted)})]
             raise UserError(
                 f"the checkpoint of round {round_} in {self._folder} does not fit this run; was its configuration "
-                "changed? Entries of only one of the two:\n" + "\n".join(odd[:20])
+                "changed, or is it of another version? Entries of only one of the two:\n" + "\n".join(odd[:20])
             )
         leaves = jax.tree.leaves(template)
         sizes: dict[str, int] = {}
         for leaf in leaves:
             sizes[str(leaf.dtype)] = sizes.get(str(leaf.dtype), 0) + leaf.size
         shapes = {kind: np.zeros(size, kind) for kind, size in sizes.items()}
-        packed = self._manager.restore(round_, args=args.Composite(state=args.PyTreeRestore(shapes)))["state"]
+        packed = self._read(round_, state=self._ocp.args.PyTreeRestore(shapes))
+        packed = {kind: np.asarray(packed[kind]) for kind in shapes}
+        if _digest_arrays(packed) != about.pop("digest"):
+            raise DamagedError(f"the checkpoint of round {round_} is damaged: its arrays are not as written")
         return jax.tree.unflatten(jax.tree.structure(template), _unpack(packed, leaves)), about
+
+    def _read_about(self, round_: int) -> dict[str, Any]:
+        about = dict(self._read(round_, about=self._ocp.args.JsonRestore()))
+        if "paths" not in about or about.pop("digest_of_this", None) != _digest_json(about):
+            raise DamagedError(
+                f"the checkpoint of round {round_} is damaged, or of version 0.1: its JSON is not as its digest says"
+            )
+        return about
+
+    def _read(self, round_: int, **what: Any) -> Any:
+        """One part of a checkpoint; orbax and what it stands on raise of damaged files whatever they like."""
+        (name,) = what
+        try:
+            return self._manager.restore(round_, args=self._ocp.args.Composite(**what))[name]
+        except Exception as error:
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise DamagedError(f"the checkpoint of round {round_} is damaged: it cannot be read ({told})") from error
 
     def close(self) -> None:
         """Wait for what is being written, and release what orbax holds."""
         self._manager.close()
 
 
-def _unpack(packed: Mapping[str, Any], leaves: Sequence[Any]) -> Iterator[np.ndarray]:
+def _unpack(packed: Mapping[str, np.ndarray], leaves: Sequence[Any]) -> Iterator[np.ndarray]:
     begun = dict.fromkeys(packed, 0)
     for leaf in leaves:
         kind = str(leaf.dtype)
-        yield np.asarray(packed[kind])[begun[kind] : begun[kind] + leaf.size].reshape(leaf.shape)
+        yield packed[kind][begun[kind] : begun[kind] + leaf.size].reshape(leaf.shape)
         begun[kind] += leaf.size
+
+
+def _digest_arrays(packed: Mapping[str, np.ndarray]) -> str:
+    return digests.digest_parts(packed[kind] for kind in sorted(packed)).hex()
+
+
+def _digest_json(about: Mapping[str, Any]) -> str:
+    return digests.digest_parts([json.dumps(about, sort_keys=True).encode()]).hex()
 
 
 def _describe(state: PyTree) -> list[list[Any]]:

@@ -333,13 +333,14 @@ class Driver:
         return adapters
 
     def state(self) -> PyTree:
-        """Everything that changes, for a checkpoint: the personal states as their places."""
-        return {"server": self.server, "slots": self.population.slots.copy()}
+        """Everything that changes, for a checkpoint: the personal states as their places and what wrote them there."""
+        population = self.population
+        return {"server": self.server, "slots": population.slots.copy(), "stamps": population.stamps()}
 
     def load(self, state: PyTree) -> None:
         """Go on from a state that `state` returned."""
         self.server = replicate(self.programs.mesh, state["server"])
-        self.population.load(state["slots"])
+        self.population.load(state["slots"], state["stamps"])
         self._left = None
 
 

@@ -5,11 +5,14 @@ makes 577 tokens of 768 numbers from a picture: 1.7 MiB in float32, 74 GB for al
 bound that is announced before the work starts, and nothing that reads the whole: what a store holds on disk is read row
 by row, never mapped, so resident memory does not grow with it. What does not fit is computed each time it is asked for;
 nothing is thrown out, because on data that is read epoch by epoch a cache that replaces its oldest entries hits never.
+
+Features must be the same bits whatever was computed before, or a resumed run would end elsewhere. A compiled program
+gives a picture the same bits at every place of a batch and beside any others (the tests check it on the shipped model),
+but programs for batches of other sizes round otherwise: so every picture goes through batches of one size.
 """
 
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from fedvlm_jax.caches import write_whole
 from fedvlm_jax.data.images import Images
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.records import Records
 
 __all__ = ["FeatureStore", "PixelReader", "choose_chunk", "fingerprint_params", "is_vision_frozen"]
 
 VISION = ("vision_tower", "image_projector")
 PIXELS = 32 * 64 * 64 * 20
-"""Pixels that go through the vision tower at a time, about: 32 pictures at most, 4 of 768x768."""
-SHORT = 8
-"""A chunk that is not full goes in pieces of an eighth of one: two programs, little padding."""
+"""Pixels that are decoded at a time, about: 32 pictures at most, 4 of 768x768."""
+WIDTH = 4
+"""Pictures that go through the vision tower at a time, always: the last batch is filled up."""
 GIB = 2**30
 
 
@@ -67,7 +72,7 @@ def fingerprint_params(params: dict[str, Any], parts: Sequence[str] = VISION) ->
 
 
 def choose_chunk(height: int, width: int) -> int:
-    """How many pictures of this size go through the vision tower at a time: a power of two, 32 at most."""
+    """How many pictures of this size are decoded at a time: a power of two, 32 at most."""
     fitting = max(1, PIXELS // (height * width))
     return min(32, 1 << (fitting.bit_length() - 1))
 
@@ -75,9 +80,8 @@ def choose_chunk(height: int, width: int) -> int:
 class FeatureStore:
     """Frozen image features [P, D] by image content, computed at most once each while they fit.
 
-    On disk a store is a folder with `features.bin`, to which rows are appended, and `keys.txt`, with a line per row
-    that is written after the row: whatever a kill leaves behind, the first len(keys) rows are whole. Safe to use from
-    several threads.
+    On disk a store is a folder of `Records`, which several processes may share: each finds what the others added, and
+    rows that do not fit their digest are computed again. Safe to use from several threads.
     """
 
     def __init__(
@@ -106,19 +110,17 @@ class FeatureStore:
         self._compute, self._read, self._folder, self._workers = compute, read, folder, workers
         self.chunk = choose_chunk(*read.size)
         if row is None:
-            made = jax.eval_shape(compute, jax.ShapeDtypeStruct((self.chunk, *read.size, 3), jnp.float32))
+            made = jax.eval_shape(compute, jax.ShapeDtypeStruct((WIDTH, *read.size, 3), jnp.float32))
             row = jax.ShapeDtypeStruct(made.shape[1:], made.dtype)
         self.shape, self.dtype = tuple(row.shape), np.dtype(row.dtype)
         self.capacity = int(limit) // self.row_bytes
         self._place: dict[str, int] = {}
         self._kept = np.empty((0, *self.shape), self.dtype)
         self._lock = threading.Lock()
-        self._file = -1
-        if folder is not None:
-            self._open(folder)
+        self._records = None if folder is None else self._open(folder)
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._place if self._records is None else self._records)
 
     @property
     def row_bytes(self) -> int:
@@ -132,8 +134,8 @@ class FeatureStore:
 
     def announce(self, images: Images) -> str:
         """Say what keeping these images' features takes, before any is computed."""
-        new = sum(key not in self._place for key in images.keys)
-        room = max(0, self.capacity - len(self))
+        new = sum(not self._has(key) for key in images.keys)
+        room = self._count_room()
         where = "in memory" if self._folder is None else f"in {self._folder}"
         text = f"image features: {len(images)} images, {_size(len(images) * self.row_bytes)} {where}"
         text += f", {len(images) - new} of them there already" if new < len(images) and len(self) else ""
@@ -145,7 +147,7 @@ class FeatureStore:
     def reserve(self, images: Images) -> None:
         """Make room in memory for these images at once; what is not used costs no memory."""
         with self._lock:
-            new = sum(key not in self._place for key in images.keys)
+            new = sum(not self._has(key) for key in images.keys)
             self._grow(len(self) + new)
 
     def gather(self, images: Images, index: Int[np.ndarray, "..."]) -> Float[np.ndarray, "... tokens width"]:
@@ -164,78 +166,83 @@ class FeatureStore:
         distinct, which = np.unique(index, return_inverse=True)
         out = np.empty((len(distinct), *self.shape), self.dtype)
         with self._lock:
-            places = np.asarray([self._place.get(images.keys[image], -1) for image in distinct], np.int64)
-            self._load(places, out)
-            missing = np.flatnonzero(places < 0)
+            keys = [images.keys[image] for image in distinct]
+            missing = self._load(keys, np.arange(len(keys)), out)
             for start in range(0, len(missing), self.chunk):
                 part = missing[start : start + self.chunk]
+                if self._records is not None:  # another process may have been quicker
+                    self._records.refresh()
+                    part = self._load(keys, part, out)
                 out[part] = self._make(images, distinct[part])
-                self._append([images.keys[image] for image in distinct[part]], out[part])
+                self._append([keys[row] for row in part], out[part])
         return out[which.reshape(np.shape(index))]
 
     def _make(self, images: Images, chosen: np.ndarray) -> np.ndarray:
-        # One by one, so that no more decoded pictures are in memory than there are threads.
+        if not len(chosen):
+            return np.empty((0, *self.shape), self.dtype)
         with ThreadPoolExecutor(self._workers) as pool:
-            read = pool.map(lambda image: self._read.pixels([images.decode(image)]), chosen.tolist())
-            pixels = np.concatenate(list(read))
-        width = self.chunk if len(chosen) == self.chunk else max(1, self.chunk // SHORT)
-        parts = [pixels[start : start + width] for start in range(0, len(pixels), width)]
-        parts[-1] = np.concatenate([parts[-1], np.repeat(pixels[:1], width - len(parts[-1]), axis=0)])
+            pixels = self._read.pixels(list(pool.map(images.decode, chosen.tolist())))
+        parts = [pixels[start : start + WIDTH] for start in range(0, len(pixels), WIDTH)]
+        parts[-1] = np.concatenate([parts[-1], np.repeat(pixels[:1], WIDTH - len(parts[-1]), axis=0)])
         return np.concatenate([np.asarray(self._compute(part)) for part in parts])[: len(chosen)]
 
-    def _load(self, places: np.ndarray, out: np.ndarray) -> None:
-        there = np.flatnonzero(places >= 0)
-        if self._folder is None:
-            out[there] = self._kept[places[there]]
-            return
-        for row in there:
-            stored = os.pread(self._file, self.row_bytes, int(places[row]) * self.row_bytes)
-            out[row] = np.frombuffer(stored, self.dtype).reshape(self.shape)
+    def _has(self, key: str) -> bool:
+        return key in self._place if self._records is None else bytes.fromhex(key) in self._records
+
+    def _count_room(self) -> int:
+        used = len(self) if self._records is None else self._records.count_bytes() // self.row_bytes
+        return max(0, self.capacity - used)
+
+    def _load(self, keys: list[str], rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Fill these rows of `out` with what is kept; returns those that are not."""
+        missing = []
+        for row in rows:
+            stored = self._find(keys[row])
+            if stored is None:
+                missing.append(row)
+            else:
+                out[row] = stored
+        return np.asarray(missing, np.int64)
+
+    def _find(self, key: str) -> np.ndarray | None:
+        if self._records is None:
+            return self._kept[self._place[key]] if key in self._place else None
+        stored = self._records.read(bytes.fromhex(key))
+        return None if stored is None else np.frombuffer(stored, self.dtype).reshape(self.shape)
 
     def _append(self, keys: list[str], features: np.ndarray) -> None:
-        room = max(0, self.capacity - len(self))
+        room = self._count_room()
         keys, features = keys[:room], features[:room]
-        if not keys:
+        if self._records is not None:
+            self._records.add([bytes.fromhex(key) for key in keys], (row.tobytes() for row in features))
             return
         first = len(self)
-        if self._folder is None:
-            self._grow(first + len(keys))
-            self._kept[first : first + len(keys)] = features
-        else:
-            with (self._folder / "features.bin").open("ab") as file:
-                file.write(np.ascontiguousarray(features).tobytes())
-            with (self._folder / "keys.txt").open("a") as file:
-                file.write("".join(f"{key}\n" for key in keys))
+        self._grow(first + len(keys))
+        self._kept[first : first + len(keys)] = features
         self._place |= {key: first + number for number, key in enumerate(keys)}
 
     def _grow(self, wanted: int) -> None:
         """Room for `wanted` rows, at least doubled, so that filling a store copies each row once or twice."""
         size = len(self._kept)
-        if self._folder is not None or min(wanted, self.capacity) <= size:
+        if self._records is not None or min(wanted, self.capacity) <= size:
             return
         larger = np.empty((min(self.capacity, max(wanted, 2 * size)), *self.shape), self.dtype)
         larger[: len(self)] = self._kept[: len(self)]
         self._kept = larger
 
-    def _open(self, folder: Path) -> None:
-        header = {"shape": list(self.shape), "dtype": str(self.dtype)}
+    def _open(self, folder: Path) -> Records:
+        header = json.dumps({"shape": list(self.shape), "dtype": str(self.dtype)})
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if (folder / "shape.json").exists():
-                stored = json.loads((folder / "shape.json").read_text())
-                if stored != header:
-                    raise UserError(f"{folder} holds features of {stored}, not {header}: remove it")
-            else:
-                (folder / "shape.json").write_text(json.dumps(header))
-            keys = (folder / "keys.txt").read_text().split("\n") if (folder / "keys.txt").exists() else [""]
-            whole = keys[:-1]  # what follows the last line break was cut short
-            (folder / "keys.txt").write_text("".join(f"{key}\n" for key in whole))
-            with (folder / "features.bin").open("ab") as file:
-                file.truncate(len(whole) * self.row_bytes)
-            self._file = os.open(folder / "features.bin", os.O_RDONLY)
+            records = Records(folder, self.row_bytes)
+            file = folder / "shape.json"
+            if not file.exists():
+                write_whole(file, header.encode())
+            stored = file.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(f"--system.cache-dir {folder}: {error.strerror}") from None
-        self._place = {key: place for place, key in enumerate(whole)}
+        if stored != header:
+            raise UserError(f"{folder} holds features of {stored}, not {header}: remove it")
+        return records
 
 
 def _size(count: int) -> str:

@@ -6,6 +6,10 @@ memory does not grow with the population. A table says which slot holds whose st
 So a checkpoint writes the table and nothing else, and costs what changed since the one before; and remembering the
 models of a round costs as much.
 
+A record ends with a digest of its state, of its slot and of the write that put it there, counted from the run's start.
+Every reading checks it: a flipped bit, a record that was never written, or one of another time is an error, never a
+number.
+
 Several processes share the file, on a disk that all of them reach: each keeps the whole table, finds the same free
 slots, and writes and reads only the records that it has to do with; `meet` lies between one's writing and another's
 reading. A client of the next round may so fall to whichever process its place in the cohort is on.
@@ -16,19 +20,21 @@ import tempfile
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Int, PyTree
 
-from fedvlm_jax import processes
-from fedvlm_jax.errors import UserError
+from fedvlm_jax import digests, processes
+from fedvlm_jax.errors import DamagedError
 
-__all__ = ["NOBODY", "Population", "Slots"]
+__all__ = ["NOBODY", "Population", "Slots", "Stamps"]
 
 Slots = Int[np.ndarray, " clients"]
 """Where every client's record is; `NOBODY` for clients that have none yet."""
+
+Stamps = Int[np.ndarray, " clients"]
+"""Which write put every client's record there, from 1; 0 for clients that have none yet."""
 
 NOBODY = -1
 
@@ -65,6 +71,8 @@ class Population:
         self._file = _open_temporary() if file is None else os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         weakref.finalize(self, os.close, self._file)
         self.slots = np.full(clients, NOBODY, np.int64)
+        self._writes = 0
+        self._written = np.zeros(0, np.int64)  # by slot, the write that put its record there
         self._kept: dict[Hashable, Slots] = {}
 
     def __len__(self) -> int:
@@ -77,8 +85,8 @@ class Population:
 
     @property
     def record(self) -> int:
-        """Bytes of one client's state."""
-        return sum(self._bytes)
+        """Bytes of one client's record: its state and the digest."""
+        return sum(self._bytes) + digests.SIZE
 
     def gather(self, numbers: Sequence[int] | np.ndarray, slots: Slots | None = None) -> PyTree:
         """The states of these clients, copied: [K, …]; zeros, which mean nothing, of those who have none.
@@ -86,6 +94,9 @@ class Population:
         Args:
             numbers: of the clients.
             slots: as they were at another time; now, by default.
+
+        Raises:
+            DamagedError: a record is not as it was written.
         """
         at = (self.slots if slots is None else slots)[np.asarray(numbers, np.int64)]
         states = [np.empty((len(at), *leaf.shape), leaf.dtype) for leaf in self._leaves]
@@ -95,7 +106,7 @@ class Population:
                 for row in rows:
                     row[place] = 0
             else:
-                _transfer(os.preadv, self._file, [row[place] for row in rows], slot * self.record, self._name)
+                self._read(slot, [row[place] for row in rows])
         return jax.tree.unflatten(self._structure, states)
 
     def scatter(
@@ -113,8 +124,11 @@ class Population:
         rows = self._to_rows([np.ascontiguousarray(leaf)[: len(own)] for leaf in jax.tree.leaves(states)])
         self.slots[at] = NOBODY  # their old records are free, unless a table that is kept names them
         slots = self._find_free(len(at))
+        self._stamp(slots, self._writes + 1)
         for place, slot in enumerate(slots[own].tolist()):
-            _transfer(os.pwritev, self._file, [row[place] for row in rows], slot * self.record, self._name)
+            parts = [row[place] for row in rows]
+            seal = np.frombuffer(self._digest(slot, parts), np.uint8)
+            _transfer(os.pwritev, self._file, [*parts, seal], slot * self.record, self._name)
         self.slots[at] = slots
 
     def meet(self) -> None:
@@ -142,20 +156,55 @@ class Population:
         """Bring what was written to the disk."""
         os.fsync(self._file)
 
-    def load(self, slots: Any) -> None:
-        """Go back to a table; no other is kept.
+    def stamps(self, slots: Slots | None = None) -> Stamps:
+        """Which write put the records there that a table names; that of now, by default."""
+        slots = self.slots if slots is None else slots
+        stamps = np.zeros(len(slots), np.int64)
+        stamps[slots != NOBODY] = self._written[slots[slots != NOBODY]]
+        return stamps
 
-        Raises:
-            UserError: the file does not have its records.
-        """
+    def load(self, slots: Slots, stamps: Stamps) -> None:
+        """Go back to a table, which was written with these stamps; no other is kept."""
         self.slots = np.array(slots, np.int64)
         self._kept = {}
-        there, needed = os.fstat(self._file).st_size, (int(self.slots.max(initial=NOBODY)) + 1) * self.record
-        if there < needed:
-            raise UserError(
-                f"{self._name} has {there:,} bytes, and the checkpoint's clients need {needed:,}: without their "
-                "personal states the run cannot go on; was the file moved or cut?"
+        self._writes, self._written = 0, np.zeros(0, np.int64)
+        self.recall(slots, stamps)
+
+    def recall(self, slots: Slots, stamps: Stamps) -> None:
+        """Know again which writes put the records of a table there."""
+        known = np.asarray(slots) != NOBODY
+        self._stamp(np.asarray(slots)[known], np.asarray(stamps)[known])
+
+    def find_damage(self, *tables: Slots) -> str | None:
+        """Read every record that these tables name; returns what is wrong with the first that is not as written."""
+        states = self._to_rows([np.empty((1, *leaf.shape), leaf.dtype) for leaf in self._leaves])
+        for slot in np.unique(np.concatenate([table[table != NOBODY] for table in tables])).tolist():
+            try:
+                self._read(slot, [row[0] for row in states])
+            except DamagedError as error:
+                return str(error)
+        return None
+
+    def _read(self, slot: int, parts: Sequence[np.ndarray]) -> None:
+        """Fill the parts of a state from a slot, and check it."""
+        seal, begin = np.empty(digests.SIZE, np.uint8), slot * self.record
+        _transfer(os.preadv, self._file, [*parts, seal], begin, self._name)
+        if seal.tobytes() != self._digest(slot, parts):
+            raise DamagedError(
+                f"{self._name} is damaged: the client's state at its bytes {begin:,} to {begin + self.record:,} is not "
+                "the one that was written there"
             )
+
+    def _digest(self, slot: int, parts: Sequence[np.ndarray]) -> bytes:
+        return digests.digest_parts(parts, slot, int(self._written[slot]))
+
+    def _stamp(self, slots: np.ndarray, stamps: Int[np.ndarray, " some"] | int) -> None:
+        """Note by which writes these slots were filled."""
+        more = int(slots.max(initial=NOBODY)) + 1 - len(self._written)
+        if more > 0:  # by half at least, so that growing costs little
+            self._written = np.pad(self._written, (0, max(more, len(self._written) // 2)))
+        self._written[slots] = stamps
+        self._writes = max(self._writes, int(np.max(stamps, initial=0)))
 
     def _to_rows(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The bytes of the leaves of states [K, …], shared with them: [K, bytes]."""
@@ -177,14 +226,14 @@ def _transfer(how: Callable[..., int], file: int, parts: Sequence[np.ndarray], a
     """Read or write the bytes of a record's parts, one part after another from a place of the file on, without a copy.
 
     Raises:
-        UserError: the file ends before the last one.
+        DamagedError: the file ends before the last one.
     """
     left = [part for part in parts if len(part)]
     while left:
         done = how(file, left[:MOST_PARTS], at)
         if not done:
             missing = sum(len(part) for part in left)
-            raise UserError(f"{name} ends {missing:,} bytes before the end of a client's state; was it cut?")
+            raise DamagedError(f"{name} ends {missing:,} bytes before the end of a client's state; was it cut?")
         at += done
         while left and done >= len(left[0]):
             done -= len(left.pop(0))

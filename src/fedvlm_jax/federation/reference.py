@@ -5,8 +5,8 @@ the row. On disk they are kept by content, in a file that later runs, and a resu
 
 With several processes each scores its share of the rows, and they exchange what they found.
 
-Values agree to float32 rounding whatever batch a row was computed in, and are equal to the bit where they come from
-the same file.
+Batches have one size, in which a row has the same bits at every place and beside any others; another size rounds
+otherwise, so a folder is for one.
 """
 
 import hashlib
@@ -25,12 +25,13 @@ from fedvlm_jax.data.encode import IGNORED, Examples
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.objectives.likelihood import score_pairs
+from fedvlm_jax.records import Records
 from fedvlm_jax.sharding import CLIENTS
 
 __all__ = ["ReferenceStore", "add_reference", "compute_reference", "make_score"]
 
-RECORD = np.dtype([("key", "u1", 16), ("values", "<f4", 2)])
-"""A pair in the file: the hash of its content, and the log-probabilities of its two answers."""
+VALUES = np.dtype("<f4")
+"""The log-probabilities of a pair's two answers, one after the other, as they are kept."""
 
 QUIET = 10.0
 """Seconds between two notes about work that goes on."""
@@ -40,54 +41,45 @@ Reference = Float[np.ndarray, "rows 2"]
 
 
 class ReferenceStore:
-    """Log-probabilities of pairs, by content; in memory, or also in a file to which whole records are appended."""
+    """Log-probabilities of pairs, by content; in memory, or also in a folder that processes may share."""
 
-    def __init__(self, file: Path | None = None) -> None:
-        """Open a store; `file` is where it is kept, in memory only by default.
+    def __init__(self, folder: Path | None = None) -> None:
+        """Open a store; `folder` is where it is kept, in memory only by default.
 
         Raises:
-            UserError: the file's folder cannot be made.
+            UserError: the folder cannot be made.
         """
-        self._file = file
+        self._folder = folder
         self._known: dict[bytes, np.ndarray] = {}
-        if file is None:
-            return
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--system.cache-dir {file.parent}: {error.strerror}") from None
-        if file.exists():
-            content = file.read_bytes()
-            whole = len(content) // RECORD.itemsize  # a kill may have cut the last record short
-            if whole * RECORD.itemsize != len(content):
-                with file.open("r+b") as opened:
-                    opened.truncate(whole * RECORD.itemsize)
-            self._remember(np.frombuffer(content, RECORD, whole))
+        self._records: Records | None = None
+        if folder is not None:
+            try:
+                self._records = Records(folder, 2 * VALUES.itemsize)
+            except OSError as error:
+                raise UserError(f"--system.cache-dir {folder.parent}: {error.strerror}") from None
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._known if self._records is None else self._records)
 
     @property
     def where(self) -> str:
         """Where it is kept, for a message."""
-        return "kept in memory" if self._file is None else f"kept in {self._file}"
+        return "kept in memory" if self._folder is None else f"kept in {self._folder}"
 
     def find(self, key: bytes) -> Float[np.ndarray, " 2"] | None:
         """The chosen and the rejected answer's log-probability, where they are known."""
+        if key not in self._known and self._records is not None:
+            stored = self._records.read(key)
+            if stored is not None:
+                self._known[key] = np.frombuffer(stored, VALUES)
         return self._known.get(key)
 
     def add(self, keys: list[bytes], values: Float[np.ndarray, "rows 2"]) -> None:
         """Keep these pairs' values."""
-        records = np.empty(len(keys), RECORD)
-        records["key"] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
-        records["values"] = values
-        if self._file is not None:
-            with self._file.open("ab") as opened:
-                opened.write(records.tobytes())
-        self._remember(records)
-
-    def _remember(self, records: np.ndarray) -> None:
-        self._known |= {record["key"].tobytes(): record["values"] for record in records}
+        values = np.ascontiguousarray(values, VALUES)
+        if self._records is not None:
+            self._records.add(keys, (row.tobytes() for row in values))
+        self._known |= dict(zip(keys, values, strict=True))
 
 
 def make_score(vlm: Any) -> Callable[[PyTree, dict[str, Any]], dict[str, Any]]:

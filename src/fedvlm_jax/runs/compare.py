@@ -18,6 +18,7 @@ from typing import Any
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.choices import for_method
+from fedvlm_jax.runs.claims import Claim
 from fedvlm_jax.runs.codec import encode
 from fedvlm_jax.runs.config import Compare, Run, TrainOptions, from_json, to_json, without_extras
 from fedvlm_jax.runs.folders import RunRecord, read_run
@@ -56,7 +57,13 @@ def compare(
     folder = comparison.out
     if folder is None:
         raise UserError("a comparison needs a folder: set out")
-    show = show or SilentProgress()
+    with Claim(folder):
+        return _compare(comparison, folder, show or SilentProgress(), session, settings)
+
+
+def _compare(
+    comparison: Compare, folder: Path, show: Progress, session: Session | None, settings: Mapping[str, TrainOptions]
+) -> Path:
     seeds = [comparison.base.seed + number for number in range(comparison.seeds)]
     if comparison.processes > 1:
         _share_out(comparison, settings, seeds, show)

@@ -4,6 +4,7 @@ Everything that a later round depends on is in the checkpoint of the round befor
 the lines and the checkpoints, and all of them know what is in them.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from jaxtyping import PyTree
 from fedvlm_jax import processes
 from fedvlm_jax.data.batches import pad_rows
 from fedvlm_jax.data.prefetch import read_ahead
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import DamagedError, UserError
 from fedvlm_jax.evaluation.clients import Adapters, Scores
 from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.federation.driver import Driver, Moment, RoundInputs, RoundReport
@@ -226,7 +227,8 @@ class Course:
         return {"a": train.learning_rate_a * factor, "b": train.learning_rate_b * factor}
 
     def _state(self) -> PyTree:
-        best = {"server": self.best.server, "slots": self.best.slots}
+        population = self.drivers[self.best.phase].population
+        best = {"server": self.best.server, "slots": self.best.slots, "stamps": population.stamps(self.best.slots)}
         return {"driver": self.driver.state(), "best": best, "last_server": self.last_server}
 
     def _save(self, round_: int) -> None:
@@ -234,19 +236,55 @@ class Course:
         score = [value if math.isfinite(value) else None for value in best.score]
         about = {"best_round": best.round, "best_phase": best.phase, "best_score": score}
         population.flush()  # before the table that names them
-        population.keep(round_)
+        self._protect(round_, population.slots, best.slots)
         self.checkpoints.save(round_, self._state(), about, {"states": population.shapes})
         self.saved.append(round_)
         for old in self.saved[:-KEPT]:
             population.let_go(old)
+            population.let_go(("best", old))
         self.saved = self.saved[-KEPT:]
 
+    def _protect(self, round_: int, slots: Slots, best: Slots) -> None:
+        """Have no record overwritten that the checkpoint of a round names: a kill or damage may need it again."""
+        population = self.driver.population
+        population.keep(round_, slots.copy())
+        if self.best.phase == len(self.drivers) - 1:  # an earlier phase's records are not written any more
+            population.keep(("best", round_), best.copy())
+
     def _load(self) -> int:
-        """Go to the newest checkpoint; returns its round, 0 where there is none."""
-        done = self.checkpoints.newest()
-        if done is None:
-            return 0
-        number = max(number for number, phase in enumerate(self.phases) if phase.first <= done)
+        """Go to the newest checkpoint that is whole; returns its round, 0 where there is none yet.
+
+        Raises:
+            UserError: there are checkpoints, and none is whole.
+        """
+        rounds: list[int] = processes.tell_all(self.checkpoints.rounds)
+        faults: list[str] = []
+        for done in rounds:
+            try:
+                self._go_to(done)
+            except DamagedError as error:
+                faults.append(str(error))
+                del self.drivers[1:]
+                continue
+            for damaged, fault in zip(rounds, faults, strict=False):
+                self.show.note(f"{fault}; the run goes on from round {done}, and round {damaged} is run again")
+                self.checkpoints.forget(damaged)
+            self._keep_older([older for older in rounds if older < done])
+            return done
+        if faults:
+            raise UserError(
+                f"{self.folder} cannot be resumed, because none of its checkpoints is whole: {'; '.join(faults)}. Put "
+                "the folder back from a copy, or start a new run"
+            )
+        return 0
+
+    def _go_to(self, done: int) -> None:
+        """Be as after round `done`.
+
+        Raises:
+            DamagedError: its checkpoint, or a personal state that it names, is not as it was written.
+        """
+        number = self._phase_of(done)
         federation = self.driver
         if number:
             self.last_server = jax.device_get(federation.server) if federation.programs.base is not None else {}
@@ -258,13 +296,30 @@ class Course:
             federation.server = replicate(self.prepared.session.mesh, self.last_server)
             self.driver.params = federation.base
         self.driver.load(state["driver"])
-        self.driver.population.keep(done)
-        self.saved = [done]
         metric, loss = (-math.inf if value is None else value for value in about["best_score"])
-        best = state["best"]
+        best, own, remembering = state["best"], self.driver.population, self.drivers[about["best_phase"]].population
         self.best = Best(best["server"], best["slots"], about["best_round"], about["best_phase"], (metric, loss))
-        self.drivers[self.best.phase].population.keep("best", self.best.slots)
-        return done
+        remembering.recall(best["slots"], best["stamps"])
+        remembering.keep("best", best["slots"])
+        if fault := processes.tell_all(lambda: own.find_damage(own.slots) or remembering.find_damage(best["slots"])):
+            raise DamagedError(fault)
+        self._protect(done, own.slots, self.best.slots)
+        self.saved = [done]
+
+    def _keep_older(self, rounds: Sequence[int]) -> None:
+        """Keep what older checkpoints of this phase name, should the newest turn out to be damaged another time."""
+        population = self.driver.population
+        for round_ in sorted(rounds):
+            if self._phase_of(round_) == len(self.drivers) - 1:
+                with contextlib.suppress(DamagedError):
+                    state, _ = self.checkpoints.restore(round_, self._state(), {"states": population.shapes})
+                    for part in (state["driver"], state["best"]):
+                        population.recall(part["slots"], part["stamps"])
+                    self._protect(round_, state["driver"]["slots"], state["best"]["slots"])
+                    self.saved.insert(-1, round_)
+
+    def _phase_of(self, round_: int) -> int:
+        return max(number for number, phase in enumerate(self.phases) if phase.first <= round_)
 
     def _trim_metrics(self, done: int) -> None:
         """Forget lines of rounds that are not in a checkpoint: they are run again."""

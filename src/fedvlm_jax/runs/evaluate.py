@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.claims import Claim
 from fedvlm_jax.runs.config import from_json
 from fedvlm_jax.runs.prepare import open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
@@ -25,7 +26,13 @@ def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
     Raises:
         UserError: the run is not finished, a file is missing, or its clients are not those of the data now.
     """
-    show = show or SilentProgress()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json there, so it is not the folder of a run")
+    with Claim(folder):
+        return _evaluate(folder, show or SilentProgress())
+
+
+def _evaluate(folder: Path, show: Progress) -> dict[str, Any]:
     if not (folder / "results.json").is_file():
         raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))

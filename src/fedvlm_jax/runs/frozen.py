@@ -5,6 +5,8 @@ computes what it needs on its own devices, and keeps it in a folder of its own.
 """
 
 import gc
+import hashlib
+import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,15 +17,16 @@ import jax
 from jax.sharding import Mesh
 
 from fedvlm_jax import processes
+from fedvlm_jax.caches import find_cache
 from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.data.images import Images
-from fedvlm_jax.data.pictures import DECODING
 from fedvlm_jax.data.table import Table
-from fedvlm_jax.federation.features import GIB, FeatureStore, fingerprint_params
+from fedvlm_jax.federation.features import GIB, WIDTH, FeatureStore, fingerprint_params
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.federation.reference import ReferenceStore, compute_reference, make_score
 from fedvlm_jax.models import Processor
-from fedvlm_jax.runs.config import Run
+from fedvlm_jax.runs.config import Run, SystemOptions
+from fedvlm_jax.runs.kept_programs import describe_processor
 from fedvlm_jax.sharding import own_base, own_mesh
 
 __all__ = ["Note", "Session", "choose_store", "reference_of"]
@@ -68,13 +71,15 @@ class Session:
 def reference_of(run: Run, session: Session, examples: Examples, inputs: Inputs, on_disk: bool, note: Note) -> Any:
     """The base's log-probabilities of all answers; clients, seeds and runs that share rows share them."""
 
-    params = own_base(session.params)
+    params, mesh = own_base(session.params), own_mesh(session.mesh)
 
     def open_store() -> ReferenceStore:
         if not on_disk:
             return ReferenceStore()
-        weights = fingerprint_params(params, sorted(params))
-        return ReferenceStore(_cache_folder(run) / f"reference-{weights}-{_describe_computing(run, session.processor)}")
+        arrays = (examples.input_ids, examples.labels, examples.rejected)
+        widths = [array.shape[1] for array in arrays if array is not None]
+        about = (_describe_model(session), *widths, run.evaluation.batch_size, mesh.size)
+        return ReferenceStore(_name_folder(run, "reference", fingerprint_params(params, sorted(params)), *about))
 
     return compute_reference(
         session.remember("score", lambda: make_score(session.vlm)),
@@ -83,7 +88,7 @@ def reference_of(run: Run, session: Session, examples: Examples, inputs: Inputs,
         inputs,
         session.remember(("reference store", on_disk), open_store),
         batch=run.evaluation.batch_size,
-        mesh=own_mesh(session.mesh),
+        mesh=mesh,
         note=note,
     )
 
@@ -99,8 +104,7 @@ def choose_store(run: Run, session: Session, images: Images, note: Note) -> Feat
     def open_store(kind: str) -> FeatureStore:
         folder, vlm, processor = None, session.vlm, session.processor
         if kind == "disk":
-            name = f"features-{fingerprint_params(params)}-{_describe_computing(run, processor)}"
-            folder = _cache_folder(run) / name
+            folder = _name_folder(run, "features", fingerprint_params(params), _describe_model(session), WIDTH)
         row = jax.ShapeDtypeStruct((vlm.image_tokens(*processor.size), vlm.image_width), vlm.dtype)
         return FeatureStore(_make_compute(session, params), processor, limit=limit, row=row, folder=folder)
 
@@ -121,11 +125,27 @@ def _make_compute(session: Session, params: Any) -> Callable[[Any], Any]:
     return partial(features, params)
 
 
-def _cache_folder(run: Run) -> Path:
-    return run.system.cache_dir or Path.home() / ".cache" / "fedvlm-jax"
+def _describe_model(session: Session) -> str:
+    """What makes the same weights another model: its configuration, and how its processor makes pixels."""
+    return f"{session.vlm.config.to_json_string(use_diff=False)} {session.processor.fingerprint}"
 
 
-def _describe_computing(run: Run, processor: Processor) -> str:
-    """What decides the numbers beside weights and content; and, of several processes, whose they are."""
+def _name_folder(run: Run, kind: str, weights: str, *computing: Hashable) -> Path:
+    """The folder of what is computed from these weights in this way."""
+    return (run.system.cache_dir or find_cache()) / f"{kind}-{weights}-{_describe_computing(run.system, *computing)}"
+
+
+def _describe_computing(system: SystemOptions, *about: Hashable) -> str:
+    """A hash of what decides the bits of a number beside weights and data; and, of several processes, whose it is.
+
+    A program for other devices, another number of cores or another version may round otherwise, and numbers of two
+    kinds in one run would make it another run.
+    """
+    device = jax.local_devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = (jax.__version__, jax.lib.__version__, device.client.platform_version)
+    settings = (os.environ.get("XLA_FLAGS"), jax.config.values["jax_default_matmul_precision"])
+    options = (system.compute, system.remat, system.unroll)
+    told = (about, options, versions, settings, device.device_kind, describe_processor(), cores)
     own = f"-{jax.process_index()}of{processes.count()}" if processes.count() > 1 else ""
-    return f"{processor.fingerprint}-{DECODING}-{run.system.compute}{own}"
+    return hashlib.blake2b(repr(told).encode(), digest_size=12).hexdigest() + own

@@ -9,7 +9,8 @@ Several processes run the same loop side by side, in a folder that all of them r
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fedvlm_jax.data.options import Split
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Adapters, Scored
 from fedvlm_jax.federation.driver import Moment
+from fedvlm_jax.runs.claims import Claim, clear, is_used
 from fedvlm_jax.runs.config import Run, from_json, to_json, without_extras
 from fedvlm_jax.runs.course import Course, Watch, leave_alone
 from fedvlm_jax.runs.examples import write_examples
@@ -55,15 +57,24 @@ def train(run: Run, show: Progress | None = None, session: Session | None = None
     validate(run)
     if run.out is None:
         raise UserError("a run needs a folder: set out")
-    processes.tell_all(partial(_refuse_used, run.out))
-    return _execute(run, show or SilentProgress(), session, watch)
+    with _claim(run.out):
+        processes.tell_all(partial(_refuse_used, run.out))
+        return _execute(run, show or SilentProgress(), session, watch)
+
+
+@contextmanager
+def _claim(folder: Path) -> Generator[None]:
+    """Have a folder for this run alone: of several processes the first claims it."""
+    with ExitStack() as claims:
+        processes.tell_all(lambda: bool(claims.enter_context(Claim(folder))))
+        yield
 
 
 def _refuse_used(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(
-            f"{folder} is not empty: choose another --out, or go on with it: fedvlm train --resume {folder}"
-        )
+    if is_used(folder):
+        begun = (folder / "config.json").is_file()
+        other = f", or go on with it: fedvlm train --resume {folder}" if begun else ""
+        raise UserError(f"{folder} is not empty: choose another --out{other}")
 
 
 def resume(
@@ -75,6 +86,13 @@ def resume(
         UserError: the folder is no run's, its checkpoint does not fit, or the devices of then are not there.
     """
     show = show or SilentProgress()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json there, so it is not the folder of a run")
+    with _claim(folder):
+        return _go_on(folder, show, session, watch)
+
+
+def _go_on(folder: Path, show: Progress, session: Session | None, watch: Watch) -> Path:
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     run = dataclasses.replace(from_json(stored["run"]), out=folder, resume=None)
     if processes.tell_all((folder / "results.json").exists):
@@ -109,19 +127,25 @@ def extend(folder: Path, run: Run, show: Progress | None = None, session: Sessio
         raise UserError(
             f"{folder} differs from {run.out} in more than local fine-tuning or neighbours: it cannot go on as that run"
         )
-    if run.out.exists():
-        raise UserError(f"{run.out} is there already: choose another folder")
     scratch = run.out.with_name(run.out.name + ".partial")  # a kill leaves the run whole or not begun
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    shutil.copy(folder / "metrics.jsonl", scratch)
-    if (folder / "checkpoints").is_dir():  # without them the copy starts anew
-        shutil.copytree(folder / "checkpoints", scratch / "checkpoints")
+    with Claim(scratch) as claim:
+        with Claim(run.out):
+            _refuse_used(run.out)
+        clear(scratch)
+        with Claim(folder):  # what is copied is at rest
+            _copy(folder, scratch)
+        write_json(scratch / "config.json", {**record.config, "run": to_json(run)})
+        claim.move(run.out)
+        return _go_on(run.out, show or SilentProgress(), session, leave_alone)
+
+
+def _copy(folder: Path, target: Path) -> None:
+    """Copy what a run needs to go on; without checkpoints the copy starts anew."""
+    shutil.copy(folder / "metrics.jsonl", target)
+    if (folder / "checkpoints").is_dir():
+        shutil.copytree(folder / "checkpoints", target / "checkpoints")
         for file in folder.glob("states-*.bin"):
-            shutil.copy(file, scratch)
-    write_json(scratch / "config.json", {**record.config, "run": to_json(run)})
-    scratch.replace(run.out)
-    return resume(run.out, show, session)
+            shutil.copy(file, target)
 
 
 def _execute(run: Run, show: Progress, session: Session | None, watch: Watch) -> Path:

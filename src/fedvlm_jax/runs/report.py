@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, naming
 from fedvlm_jax.evaluation.spread import summarise
 from fedvlm_jax.runs.cards import read_cards
+from fedvlm_jax.runs.claims import Claim
 from fedvlm_jax.runs.config import Run, to_json
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run
 from fedvlm_jax.runs.measures import find_measure, percent
@@ -51,17 +52,25 @@ def write_report(folders: Sequence[Path]) -> Path:
         raise UserError("a comparison is reported by itself: give its folder alone")
     if len(folders) > 1:
         target = folders[0].parent / f"report-{folders[0].name}-and-{len(folders) - 1}-more"
-        report = _report_runs([read_run(folder) for folder in folders], target)
+        records = [read_run(folder) for folder in folders]
+        with Claim(target):
+            return _write(_report_runs(records, target), target)
     elif is_comparison(folders[0]):
-        target = folders[0]
-        report = _report_comparison(read_comparison(target), target)
-    else:
-        target = folders[0]
-        report = _report_run(read_run(target), target)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "report.md").write_text(to_markdown_page(report, target), encoding="utf-8")
+        comparison = read_comparison(folders[0])
+        with Claim(comparison.folder):
+            return _write(_report_comparison(comparison, comparison.folder), comparison.folder)
+    record = read_run(folders[0])
+    with Claim(record.folder):
+        return _write(_report_run(record, record.folder), record.folder)
+
+
+def _write(report: Report, target: Path) -> Path:
     page = target / "report.html"
-    page.write_text(to_page(report), encoding="utf-8")
+    for path, text in ((target / "report.md", to_markdown_page(report, target)), (page, to_page(report))):
+        scratch = path.with_name(path.name + ".tmp")
+        with naming(scratch):
+            scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
     return page
 
 

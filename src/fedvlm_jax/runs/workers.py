@@ -5,9 +5,13 @@ about a quarter more for the shipped model.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any, TypeVar
 
 import jax
@@ -18,26 +22,21 @@ from fedvlm_jax.runs.progress import SilentProgress
 
 __all__ = ["WorkerProgress", "spread"]
 
+LOOKING = 0.5
+"""Seconds between two looks at whether the process that asked is still there."""
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-_stop: Any = None
-"""In a worker: set when no more is wanted."""
-
-
 class WorkerProgress(SilentProgress):
-    """The progress of a run in a worker: silent, and its end when nobody waits for it any more."""
+    """The progress of a run in a worker: nobody reads it."""
 
-    def round(self, line: Any) -> None:
-        """Stop if the process that asked is gone: whoever goes on with its runs must find them at rest."""
-        del line
-        parent = parent_process()
-        if (_stop is not None and _stop.is_set()) or (parent is not None and not parent.is_alive()):
-            raise SystemExit(1)
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Keep nothing."""
 
     def note(self, text: str) -> None:
-        """Nobody reads it."""
+        """Keep nothing."""
 
 
 def spread(work: Callable[[Task], Result], tasks: Sequence[Task], processes: int) -> Iterator[Result]:
@@ -50,7 +49,9 @@ def spread(work: Callable[[Task], Result], tasks: Sequence[Task], processes: int
 
     Raises:
         UserError: there is an accelerator, which processes cannot share, or there are fewer cores than processes.
-        Exception: what `work` raised; runs under way stop at their next round, those not yet begun are dropped.
+        UserError: a process was killed from outside.
+        Exception: what `work` raised, or what stopped this process; the other processes are ended, and what they were
+            at is as after a kill.
     """
     if jax.default_backend() != "cpu":
         raise UserError(f"--processes {processes}: processes cannot share an accelerator; leave it out")
@@ -62,20 +63,45 @@ def spread(work: Callable[[Task], Result], tasks: Sequence[Task], processes: int
     for number in range(processes):
         shares.put(cores[number::processes])
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_settle, initargs=(shares, stop)) as pool:
-        futures = [pool.submit(work, task) for task in tasks]
         try:
+            with _shielding():
+                futures = [pool.submit(work, task) for task in tasks]
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool as error:
+            stop.set()
+            raise UserError(
+                f"one of the {processes} processes was killed from outside, perhaps for want of memory. Repeat the "
+                "command with the same --out to go on, with fewer --processes if memory is short"
+            ) from error
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
 
 
+@contextmanager
+def _shielding() -> Generator[None]:
+    """Start processes that a Ctrl-C or a closed terminal, which reach all alike, leave to the one that started them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _settle(shares: Any, stop: Any) -> None:
-    """Take a share of the cores, before JAX counts them."""
-    global _stop  # no other way to tell what runs in there
-    _stop = stop
+    """Take a share of the cores, before JAX counts them, and end when nobody waits any more."""
+    Thread(target=_end_with, args=(stop,), daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, shares.get())
     keep_heap()
+
+
+def _end_with(stop: Any) -> None:
+    """End this process when it is told to, or when the one that started it is gone."""
+    parent = parent_process()
+    while not stop.wait(LOOKING):
+        if parent is not None and not parent.is_alive():
+            break
+    os._exit(1)

@@ -1,0 +1,110 @@
+"""Signals that ask a command to end: Ctrl-C, the scheduler's SIGTERM, a terminal that closes.
+
+All of them end it in one way: what is being done stops at the next line of Python, what holds a file or a process lets
+go, one line tells how to go on, and the exit code is 128 and the signal's number. A second one ends the process at
+once, also while it is inside of a compilation, which no line of Python interrupts. What a run has stored stands either
+way. A signal that is ignored from the start (`nohup`, a shell's background) stays ignored.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
+
+__all__ = ["StoppedError", "exit_code", "heed_signals", "say"]
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+PATIENCE = 2
+"""Seconds after which it is told that Python has not got to the signal yet."""
+
+WAITING = b"\nfedvlm: stopping when what is being computed is through; a second signal ends it at once\n"
+SHOW_CURSOR = b"\x1b[?25h"
+
+
+class StoppedError(KeyboardInterrupt):
+    """A signal asked the command to end.
+
+    Attributes:
+        code: the exit code that belongs to the signal.
+    """
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        """Remember which signal it was."""
+        super().__init__()
+        self.code = 128 + number
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """The exit code of a command that was asked to end."""
+    return error.code if isinstance(error, StoppedError) else StoppedError().code
+
+
+@contextmanager
+def heed_signals() -> Generator[None]:
+    """Raise `StoppedError` in the block when a signal asks it to end; only the main thread is told of signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reached = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        del frame
+        reached.set()
+        raise StoppedError(number)
+
+    before = {number: signal.getsignal(number) for number in ENDING}
+    heeded = [number for number in ENDING if before[number] not in (signal.SIG_IGN, None)]
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader, reached), daemon=True).start()
+    for number in heeded:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in heeded:  # once asked to end, a process that is on its way out ends at the next signal
+            signal.signal(number, signal.SIG_DFL if reached.is_set() else before[number])
+        signal.set_wakeup_fd(fd)
+        os.close(writer)
+
+
+def say(text: str, code: int) -> int:
+    """Say in one line what ended a command, where there still is somebody to read it; returns its exit code."""
+    with suppress(OSError):
+        begin = "\n" if code == StoppedError().code and sys.stderr.isatty() else ""  # after the terminal's ^C
+        print(f"{begin}fedvlm: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _watch(reader: int, reached: threading.Event) -> None:
+    """Read the numbers of signals as they come, until the writing end is closed; the second ends the process."""
+    with open(reader, "rb", buffering=0) as numbers:
+        if not _find_next(numbers.fileno()):
+            return
+        ready, _, _ = select.select([numbers], [], [], PATIENCE)
+        if not ready and not reached.is_set():
+            _tell(WAITING)
+        if second := _find_next(numbers.fileno()):
+            if sys.stderr is not None and sys.stderr.isatty():
+                _tell(SHOW_CURSOR)
+            os._exit(128 + second)
+
+
+def _find_next(reader: int) -> int:
+    """The number of the next signal that asks to end; 0 where there will be none."""
+    while byte := os.read(reader, 1):
+        if byte[0] in ENDING:
+            return byte[0]
+    return 0
+
+
+def _tell(text: bytes) -> None:
+    with suppress(OSError):  # the terminal is gone
+        os.write(2, text)

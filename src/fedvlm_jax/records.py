@@ -1,0 +1,145 @@
+"""Records of one size by key, in a folder that any number of processes read and write at once.
+
+Each process that adds records writes a segment of its own, two files that nobody else ever writes: `ID.rows` has the
+records one after the other, `ID.keys` for each its key and a digest of key and record, written after it. So no process
+can move, cut or overwrite what another counts on, on network file systems too, and a kill leaves at most a tail that
+has no whole entry. A record that does not fit its digest is as good as none: it is made again and added again.
+"""
+
+import hashlib
+import logging
+import os
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fedvlm_jax.caches import Hold
+
+__all__ = ["KEY", "Records"]
+
+KEY = DIGEST = 16
+"""Bytes of a key, and of a digest."""
+
+ENTRY = KEY + DIGEST
+
+
+class _Place(NamedTuple):
+    segment: str
+    row: int
+    digest: bytes
+
+
+class Records:
+    """Records of `size` bytes in a folder, by keys of `KEY` bytes.
+
+    One process's threads must take turns; processes need not.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        """Open the folder, which is made where it is not there, and hold it as in use.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        self._folder, self._size = folder, size
+        self._hold = Hold(folder)
+        self._places: dict[bytes, list[_Place]] = {}
+        self._seen: dict[str, int] = {}
+        self._own: str | None = None
+        self._written = 0
+        self._writable = True
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def count_bytes(self) -> int:
+        """Bytes of all records in the folder, twice where two processes added one at the same time."""
+        total = 0
+        for file in self._folder.glob("*.rows"):
+            try:
+                total += file.stat().st_size
+            except OSError:
+                continue
+        return total
+
+    def refresh(self) -> None:
+        """Take up what other processes have added since the last look."""
+        for file in sorted(self._folder.glob("*.keys")):
+            first = self._seen.get(file.stem, 0)
+            try:
+                with file.open("rb") as opened:
+                    opened.seek(first * ENTRY)
+                    content = opened.read()
+            except OSError:
+                continue
+            whole = len(content) // ENTRY  # the last entry may be in the middle of being written
+            for row in range(whole):
+                entry = content[row * ENTRY : (row + 1) * ENTRY]
+                self._note(entry[:KEY], _Place(file.stem, first + row, entry[KEY:]))
+            self._seen[file.stem] = first + whole
+
+    def read(self, key: bytes) -> bytes | None:
+        """The record of a key; None where there is none that is whole, which is then no longer counted."""
+        for place in list(self._places.get(key, ())):
+            content = self._read(place)
+            if content is not None and _digest(key, content) == place.digest:
+                return content
+            self._places[key].remove(place)
+        self._places.pop(key, None)
+        return None
+
+    def add(self, keys: Sequence[bytes], records: Iterable[bytes]) -> None:
+        """Add records; where the disk does not take them, say so once and go on without."""
+        if not self._writable:
+            return
+        contents = list(records)
+        digests = [_digest(key, content) for key, content in zip(keys, contents, strict=True)]
+        try:
+            own = self._own or self._begin()
+            _append(self._folder / f"{own}.rows", b"".join(contents))
+            _append(self._folder / f"{own}.keys", b"".join(k + d for k, d in zip(keys, digests, strict=True)))
+        except OSError as error:
+            self._writable = False
+            logging.getLogger(__name__).warning("%s takes no more: %s", self._folder, error.strerror or error)
+            return
+        for row, (key, digest) in enumerate(zip(keys, digests, strict=True), self._written):
+            self._note(key, _Place(own, row, digest))
+        self._written += len(contents)
+        self._seen[own] = self._written
+
+    def _begin(self) -> str:
+        self._own = uuid.uuid4().hex
+        self._written = 0
+        return self._own
+
+    def _note(self, key: bytes, place: _Place) -> None:
+        self._places.setdefault(key, []).append(place)
+
+    def _read(self, place: _Place) -> bytes | None:
+        try:
+            with (self._folder / f"{place.segment}.rows").open("rb", buffering=0) as file:
+                file.seek(place.row * self._size)
+                content = file.read(self._size)
+        except OSError:
+            return None
+        return content if len(content) == self._size else None
+
+
+def _append(file: Path, content: bytes) -> None:
+    """Write all of it, or raise OSError."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(descriptor, left) :]
+    finally:
+        os.close(descriptor)
+
+
+def _digest(key: bytes, content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST, key=key).digest()
