@@ -29,14 +29,19 @@ except ImportError:  # not POSIX: nobody's use is seen there, so nothing is remo
     fcntl = None
 
 __all__ = [
+    "ARROW",
     "BOUND",
     "FOLDER",
     "KINDS",
+    "PLACED",
+    "PROGRAMS",
     "Entry",
     "Hold",
     "find_arrow",
     "find_cache",
+    "hold_table",
     "list_entries",
+    "read_bound",
     "remove",
     "trim",
     "write_whole",
@@ -53,10 +58,13 @@ DEFAULT_GIB = 100.0
 LOCK = ".in-use"
 """A file in every entry: whoever uses the entry has it locked, and its time is that of the newest use."""
 
-ARROW = "arrow"
+PLACED = "FEDVLM_KEEP_PROGRAMS"
+"""Environment: where programs are in place of the folder of all kinds; 0: none are kept."""
+
+PROGRAMS, ARROW = "programs", "arrow"
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "programs": ("*-cache", "*-atime", ".lockfile", "*.textproto", "*.program"),
+    PROGRAMS: ("*-cache", "*-atime", ".lockfile", "*.textproto", "*.program"),
     "features": ("*.rows", "*.keys", "shape.json", "features.bin", "keys.txt"),
     "reference": ("*.rows", "*.keys", "reference-*"),
     ARROW: ("*.arrow", "*.npz", "*.tmp", "*.lock", "*.json", "*.txt"),
@@ -100,9 +108,15 @@ def find_cache() -> Path:
 
 
 def find_arrow() -> Path:
-    """The folder of tables: with the data sets of others where `HF_DATASETS_CACHE` says so."""
+    """The folder of tables: beside other data sets, where the environment says where those are and not where ours are.
+
+    Raises:
+        UserError: see `find_cache`.
+    """
     told = os.environ.get("HF_DATASETS_CACHE", "")
-    return Path(told).absolute() / "fedvlm-jax" if told else find_cache() / ARROW
+    if told and not os.environ.get(FOLDER):
+        return Path(told).absolute() / "fedvlm-jax"
+    return find_cache() / ARROW
 
 
 class Hold:
@@ -163,6 +177,11 @@ def _close(descriptor: int) -> None:
     os.close(descriptor)
 
 
+def hold_table(folder: Path) -> Hold | None:
+    """Hold the folder of a table where it is one of ours; not where another program's cache has it."""
+    return Hold(folder) if find_arrow() in folder.absolute().parents else None
+
+
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file so that every reader, on other machines too, sees all of it or what was there before.
 
@@ -187,8 +206,10 @@ def list_entries(kinds: Sequence[str] = tuple(KINDS)) -> list[Entry]:
 
 def _find_entries(kind: str) -> Iterator[Path]:
     root = find_cache()
-    if kind == "programs":
+    if kind == PROGRAMS:
+        placed = os.environ.get(PLACED, "0")
         yield from _list_folders(root / kind)
+        yield from [Path(placed).absolute()] if placed not in ("", "0") else []
     elif kind == ARROW:
         yield from _find_tables(find_arrow())
     else:
@@ -197,14 +218,14 @@ def _find_entries(kind: str) -> Iterator[Path]:
 
 def _find_tables(root: Path) -> Iterator[Path]:
     """The folders with Arrow files, finished or not, wherever `datasets` puts them."""
-    for folder, _, names in os.walk(root, followlinks=False):
+    for folder, _, names in [] if root.is_symlink() else os.walk(root, followlinks=False):
         if any(name.endswith(".arrow") for name in names):
             yield Path(folder)
 
 
 def _list(folder: Path) -> list[Path]:
     try:
-        return sorted(folder.iterdir())
+        return [] if folder.is_symlink() else sorted(folder.iterdir())
     except OSError:
         return []
 
@@ -292,14 +313,14 @@ def read_bound() -> int:
     return int(gib * 2**30)
 
 
-def trim() -> list[Entry]:
-    """Remove what was used longest ago until the rest fits the bound; what is in use stays.
+def trim(bound: int) -> list[Entry]:
+    """Remove what was used longest ago until the rest fits `bound` bytes; what is in use stays.
 
     Returns:
         What was removed.
     """
-    bound, removed = read_bound(), list[Entry]()
-    entries = list_entries([kind for kind in KINDS if kind != "programs"])
+    removed = list[Entry]()
+    entries = list_entries([kind for kind in KINDS if kind != PROGRAMS])
     size = sum(entry.size for entry in entries)
     for entry in entries:
         if size <= bound:

@@ -22,7 +22,7 @@ from fedvlm_jax.runs.heap import keep_heap
 
 __all__ = ["commands_available", "main"]
 
-ORDER = ("data", "explain", "plan", "train", "compare", "evaluate", "report", "bench")
+ORDER = ("data", "explain", "plan", "train", "compare", "evaluate", "report", "cache", "bench")
 DESCRIPTION = (
     "Federated fine-tuning of vision-language models: one frozen base, a low-rank adapter per client, a part of it "
     "shared. `fedvlm train` without options runs on what ships with the package."

@@ -5,11 +5,11 @@ Whatever is wrong with a file is one `UserError` that names it.
 
 import contextlib
 import logging
-import os
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedvlm_jax.caches import Hold, find_arrow, hold_table, read_bound, trim
 from fedvlm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,10 +93,16 @@ def _is_plain(kind: "pa.DataType") -> bool:
     return text or is_a.is_integer(kind) or is_a.is_floating(kind) or is_a.is_boolean(kind)
 
 
-def convert_shards(files: Sequence[Path], columns: dict[str, "pa.DataType"]) -> "datasets.Dataset":
-    """Let `datasets` write the shards into its cache as Arrow, once per content."""
+def convert_shards(files: Sequence[Path], columns: dict[str, "pa.DataType"]) -> tuple["datasets.Dataset", Hold | None]:
+    """Let `datasets` write the shards into our cache as Arrow, once per content.
+
+    Returns:
+        The data set, and what keeps its files from being removed.
+
+    Raises:
+        UserError: a shard is damaged, the cache cannot be written or its bound is none.
+    """
     import datasets
-    import datasets.config
     import datasets.exceptions
     import pyarrow as pa
 
@@ -105,8 +111,9 @@ def convert_shards(files: Sequence[Path], columns: dict[str, "pa.DataType"]) -> 
     for column in UNDERSTOOD[1:]:
         if column in features:
             features[column] = datasets.Value("string")
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or datasets.config.HF_DATASETS_CACHE) / "fedvlm-jax"
+    cache, bound = find_arrow(), read_bound()
     try:
+        writing = Hold(cache)
         with hush_datasets():
             dataset = datasets.Dataset.from_parquet(
                 [str(file.resolve()) for file in files],
@@ -125,12 +132,15 @@ def convert_shards(files: Sequence[Path], columns: dict[str, "pa.DataType"]) -> 
         ) from error
     except OSError as error:
         raise UserError(
-            f"the cache {cache} cannot be written ({error.strerror or error}); set HF_DATASETS_CACHE to a folder with "
+            f"the cache {cache} cannot be written ({error.strerror or error}); set FEDVLM_CACHE to a folder with "
             "room for a copy of the data."
         ) from error
     pa.default_memory_pool().release_unused()  # the pool would hold on to the largest row group
     assert isinstance(dataset, datasets.Dataset)
-    return dataset
+    hold = hold_table(Path(dataset.cache_files[0]["filename"]).parent)
+    writing.let_go()
+    trim(bound)
+    return dataset, hold
 
 
 def _find_damaged(files: Sequence[Path], columns: list[str]) -> Path | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedvlm_jax.caches import Hold
 from fedvlm_jax.data.facts import ImageFacts
 from fedvlm_jax.data.mapped import Blobs, open_arrow
 from fedvlm_jax.data.paths import OutsideError, read_below
@@ -62,6 +63,7 @@ class Table:
         facts: what is known about the images; only `images.py` fills it.
         revision: the commit that a set from the hub was fetched at.
         image_root: a second folder for image files, looked into after the first.
+        hold: what keeps mapped files in our cache from being removed.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Table:
     facts: ImageFacts = field(default_factory=ImageFacts, repr=False)
     revision: str | None = None
     image_root: Path | None = None
+    hold: Hold | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return self.data.num_rows
@@ -182,7 +185,9 @@ def read_parquet(path: Path, name: str | None = None) -> Table:
     columns, filled = check_shards(files)
     if not filled:
         raise UserError(f"{path} has no rows; expected at least one image with question and answer.")
-    return open_dataset(convert_shards(filled, columns), name or str(path), path if path.is_dir() else path.parent)
+    dataset, hold = convert_shards(filled, columns)
+    table = open_dataset(dataset, name or str(path), path if path.is_dir() else path.parent)
+    return dataclasses.replace(table, hold=hold)
 
 
 def open_dataset(dataset: "datasets.Dataset", name: str, folder: Path) -> Table:

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from fedvlm_jax import processes
-from fedvlm_jax.caches import find_cache
+from fedvlm_jax.caches import find_cache, read_bound, trim
 from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.data.images import Images
 from fedvlm_jax.data.table import Table
@@ -106,7 +106,10 @@ def choose_store(run: Run, session: Session, images: Images, note: Note) -> Feat
         if kind == "disk":
             folder = _name_folder(run, "features", fingerprint_params(params), _describe_model(session), WIDTH)
         row = jax.ShapeDtypeStruct((vlm.image_tokens(*processor.size), vlm.image_width), vlm.dtype)
-        return FeatureStore(_make_compute(session, params), processor, limit=limit, row=row, folder=folder)
+        store = FeatureStore(_make_compute(session, params), processor, limit=limit, row=row, folder=folder)
+        if kind == "disk":
+            trim(read_bound())  # this one, now in use, stays
+        return store
 
     def open_once(kind: str) -> FeatureStore:
         return session.remember(("features", kind, limit, system.cache_dir), lambda: open_store(kind))

@@ -21,12 +21,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fedvlm_jax.caches import Hold, find_cache
+from fedvlm_jax.caches import PLACED, PROGRAMS, Hold, find_cache
 from fedvlm_jax.errors import UserError
 
 __all__ = ["SWITCH", "describe_processor", "find_danger", "keep_programs"]
 
-SWITCH = "FEDVLM_KEEP_PROGRAMS"
+SWITCH = PLACED
 """Environment: 0 switches it off, a folder places it."""
 
 FOLDER = "JAX_COMPILATION_CACHE_DIR"
@@ -57,7 +57,7 @@ def keep_programs() -> Path | None:
         return None
     try:
         # Code for one processor's instructions ends the process on another: homes are shared, machines differ.
-        folder = Path(told).absolute() if told else find_cache() / "programs" / describe_processor()
+        folder = Path(told).absolute() if told else find_cache() / PROGRAMS / describe_processor()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except (OSError, UserError):  # no disk to write to, or no home
         return None
