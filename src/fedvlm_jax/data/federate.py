@@ -7,6 +7,7 @@ set aside, not tested on, because other clients may have trained on the same pic
 
 import dataclasses
 import hashlib
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,8 +86,10 @@ def check_federation(federation: Federation, options: "DataOptions") -> Federati
     """Describe who has what, and refuse what cannot be trained on.
 
     Raises:
-        UserError: none of the clients has a training row.
+        UserError: two clients have one name, a name is not text that can be written, or none of the clients has a
+            training row.
     """
+    _check_names(federation.names, options)
     if not any(len(client.train) for client in federation.clients):
         left_out = ", ".join(f"{count} × {reason}" for reason, count in count_reasons(federation.skipped).items())
         raise UserError(
@@ -96,6 +99,19 @@ def check_federation(federation: Federation, options: "DataOptions") -> Federati
         )
     rows = {client.name: {split: len(client.rows_of(split)) for split in SPLITS} for client in federation.clients}
     return Federation(federation.clients, {**federation.description, "rows": rows}, federation.skipped)
+
+
+def _check_names(names: tuple[str, ...], options: "DataOptions") -> None:
+    """Models, results and files of adapters are found by their client's name alone."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(
+            f"--data {options.source}: two clients are called {twice[0]!r}; give every client its own name."
+        )
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--data {options.source}: the client name {name!r} cannot be written as UTF-8.") from None
 
 
 def _leave_out(federation: Federation, options: "DataOptions") -> Federation:

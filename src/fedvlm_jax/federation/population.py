@@ -68,7 +68,7 @@ class Population:
         self._leaves, self._structure = jax.tree.flatten(shapes)
         self._bytes = [leaf.size * leaf.dtype.itemsize for leaf in self._leaves]
         self._path, self._name = file, "its temporary file" if file is None else str(file)
-        self._file = _open_temporary() if file is None else os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = _open_temporary() if file is None else os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         weakref.finalize(self, os.close, self._file)
         self.slots = np.full(clients, NOBODY, np.int64)
         self._writes = 0

@@ -269,6 +269,7 @@ def save_checkpoint(vlm: Any, params: Any, folder: Path | str, dtype: Any = np.f
         dtype
     )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner alone
     vlm.config.save_pretrained(folder)
+    # safetensors leaves its file readable by its owner alone, whatever the umask says.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode & 0o666)
     vlm.generation_config.save_pretrained(folder)

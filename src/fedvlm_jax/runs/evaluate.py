@@ -11,7 +11,7 @@ from fedvlm_jax.runs.config import from_json
 from fedvlm_jax.runs.prepare import open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
-from fedvlm_jax.runs.storage import BASE, load_base, open_adapters, write_json
+from fedvlm_jax.runs.storage import load_base, open_adapters, write_json
 from fedvlm_jax.sharding import place_base
 
 __all__ = ["evaluate"]
@@ -43,7 +43,7 @@ def _evaluate(folder: Path, show: Progress) -> dict[str, Any]:
         raise UserError(f"{folder}: its clients are not those of {run.data.source} now; has the data changed?")
     show.note(f"evaluating {len(names)} clients and the bare base")
     session = prepared.session
-    params = place_base(session.mesh, load_base(folder / "adapters" / BASE, session.params), session.vlm.cuts)
+    params = place_base(session.mesh, load_base(folder / "adapters", session.params), session.vlm.cuts)
     models, remembered = let_remember(prepared, params, open_adapters(folder / "adapters", names))
     scored = score_models(prepared, params, models, None, score_base(prepared))
     scores = remembered | describe_scores(prepared, scored) | score_matrix(prepared, params, models)
