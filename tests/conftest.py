@@ -23,6 +23,14 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 _own = None if FOLDER in os.environ else os.environ.setdefault(FOLDER, tempfile.mkdtemp(prefix="fedvlm-tests-"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _datasets_cache(tmp_path_factory):
+    """`datasets` writes its Arrow files here and not into the home of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets-cache")))
+        yield
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file stays with one worker: many begin with a fixture that takes longer than their tests."""

@@ -20,7 +20,7 @@ from PIL import Image
 
 BROKEN, NONE, LOST = "broken or truncated image", "no image", "image file cannot be read"
 OUTSIDE = "image file outside of the data's folder (--data.image-root allows another)"
-LARGE, LONG = "image too large to decode safely", "prompt too long"
+LARGE, LONG = "image of more than 89,478,485 pixels (--data.max-image-pixels)", "prompt too long"
 
 
 def _put(encoded: bytes | None, path: str | None = None) -> dict[str, Any]:

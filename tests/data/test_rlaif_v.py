@@ -10,7 +10,7 @@ from fedvlm_jax.data import images as images_module
 from fedvlm_jax.data.federate import federate
 from fedvlm_jax.data.images import digest_rows, unique_images
 from fedvlm_jax.data.options import SPLITS, DataOptions
-from fedvlm_jax.data.table import read_table
+from fedvlm_jax.data.table import FACTS, read_table
 from fedvlm_jax.errors import UserError
 
 NAMED = DataOptions(source="rlaif-v")
@@ -93,7 +93,7 @@ def test_images_are_hashed_and_checked_once_per_table(folder, tmp_path, monkeypa
     def fail(*args, **kwargs):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(images_module, "_decode", fail)
+    monkeypatch.setattr(images_module, "decode_picture", fail)
     second = read_table(NAMED.replace(path=folder))
     monkeypatch.setattr(type(second), "read_image", fail)
     assert digest_rows(second, range(400))[0] == expected
@@ -111,7 +111,7 @@ def test_broken_images_are_checked_again_and_a_torn_file_is_no_loss(tmp_path, mo
         found.append((images.keys, index.tolist(), missing, images.find_broken()))
         assert len(missing) == 2
         assert found[-1][3]
-        (kept,) = (tmp_path / "cache").rglob("fedvlm-jax-images.npz")
+        (kept,) = (tmp_path / "cache").rglob(FACTS)
         if len(found) == 2:
             kept.write_bytes(kept.read_bytes()[:200])
     assert found[0] == found[1] == found[2]

@@ -27,7 +27,7 @@ def data(
         data: the same options as those of `fedvlm train`.
         seed: the run's; it decides the partition and the splits.
         out: folder for data.json and data.png.
-        check_images: decode every image too, to find the broken ones; otherwise they are only hashed.
+        check_images: decode every image too, to find broken ones and files that show the same; else they are hashed.
         strict: end with exit code 1 if an image is in two splits.
     """
     if seed < 0:

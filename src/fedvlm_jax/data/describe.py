@@ -14,7 +14,7 @@ from jaxtyping import Int
 from fedvlm_jax.data.clients import Federation, Skipped, count_reasons
 from fedvlm_jax.data.encode import find_question_column
 from fedvlm_jax.data.faults import find_pair_fault, find_text_fault
-from fedvlm_jax.data.images import Images, unique_images
+from fedvlm_jax.data.images import unique_images
 from fedvlm_jax.data.keys import UNKNOWN, list_keys, read_key
 from fedvlm_jax.data.options import SPLITS
 from fedvlm_jax.data.overlap import Places, find_overlap, number_things, place_rows
@@ -47,7 +47,8 @@ def describe(
         table: where its rows lie.
         federation: the clients.
         options: those that made it.
-        check_images: decode every image, to find those that are broken.
+        check_images: decode every image, to find those that are broken, and those that show the same though their
+            bytes differ.
         note: told about long work.
 
     Returns:
@@ -61,7 +62,11 @@ def describe(
     images, image, missing = unique_images(table, places.rows)
     columns = {"question": find_question_column(table, options), "chosen": "chosen", "rejected": "rejected"}
     texts = {name: _read_stripped(table, column, places.rows) for name, column in columns.items()}
-    broken = _find_broken(images, check_images, note)
+    pictures, broken = np.arange(len(images)), dict[int, str]()
+    if check_images:
+        note(f"decoding {len(images)} images")
+        pictures, broken = images.number_pictures()
+    picture = np.where(image >= 0, pictures[image], -1) if len(images) else image
     faults = _find_faults(places.rows, image, missing, broken, texts)
     unusable = federation.skipped + skip_rows(table, places.rows[list(faults)], list(faults.values()))
     keys = _count_keys(table, federation, places)
@@ -82,10 +87,10 @@ def describe(
         "unusable": _describe_unusable(unusable),
         "pairs": _describe_pairs(texts["chosen"], texts["rejected"]),
         "overlap": {
-            "images": find_overlap(image.astype(np.int64), places, federation.names).to_json(),
+            "images": find_overlap(picture.astype(np.int64), places, federation.names).to_json(),
             "texts": find_overlap(asked, places, federation.names).to_json(),
         },
-        "repeated_rows": len(asked) - len({*zip(asked.tolist(), image.tolist(), strict=True)}),
+        "repeated_rows": len(asked) - len({*zip(asked.tolist(), picture.tolist(), strict=True)}),
     }
 
 
@@ -103,13 +108,6 @@ def measure_unlikeness(counts: Int[np.ndarray, "clients values"]) -> float | Non
 
 def _read_stripped(table: Table, column: str, rows: np.ndarray) -> list[str]:
     return [(text or "").strip() for text in table.read_text(column, rows)] if column in table.columns else []
-
-
-def _find_broken(images: Images, check_images: bool, note: Callable[[str], None]) -> dict[int, str]:
-    if not check_images:
-        return {}
-    note(f"decoding {len(images)} images")
-    return images.find_broken()
 
 
 def _find_faults(

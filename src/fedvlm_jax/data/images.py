@@ -6,7 +6,6 @@ run in threads (both leave the interpreter's lock), hold one image each, and are
 """
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from jaxtyping import Int
 
-from fedvlm_jax.data.table import BrokenImageError, Table
+from fedvlm_jax.data.options import MAX_IMAGE_PIXELS
+from fedvlm_jax.data.pictures import BrokenImageError, decode_picture
+from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ WORKERS = min(8, os.cpu_count() or 1)
 
 PART = 64
 """Images that a thread takes at a time."""
-
-RUN_PROGRAMS = ("EPS", "WMF")
-"""Formats for which PIL would start another program on what the file says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +52,7 @@ class Images:
         return len(self.keys)
 
     def decode(self, index: int) -> "Image.Image":
-        """The image in RGB; transparency is laid on white.
+        """The image in RGB, as `pictures.decode_picture` makes it.
 
         Raises:
             BrokenImageError: the bytes are missing, cut short, or no image.
@@ -67,17 +65,43 @@ class Images:
                 f"the image of row {row} of {self.table.name} is not what it was when it was first read: its file was "
                 "changed, or the copy of the table in the cache is damaged (fedvlm cache --clear arrow removes that)"
             )
-        return _decode(encoded)
+        return decode_picture(encoded, max_pixels=self.table.max_image_pixels)
 
     def find_broken(self, workers: int = WORKERS) -> dict[int, str]:
         """Decode every image once (JPEGs at an eighth of their size) and return index -> reason for those that fail."""
         facts = self.table.facts
-        unknown = [index for index, row in enumerate(self.rows.tolist()) if row not in facts.sound]
+        as_usual = self.table.max_image_pixels == MAX_IMAGE_PIXELS  # facts are of that bound, and of no other
+        known = facts.sound if as_usual else frozenset[int]()
+        unknown = [index for index, row in enumerate(self.rows.tolist()) if row not in known]
         broken = {index: reason for index, reason in _map_parts(self._check, unknown, workers) if reason}
-        if len(unknown) > len(broken):
+        if as_usual and len(unknown) > len(broken):
             facts.sound.update(int(self.rows[index]) for index in unknown if index not in broken)
             facts.save(self.table.is_embedded)
         return broken
+
+    def number_pictures(self, workers: int = WORKERS) -> tuple[Int[np.ndarray, " images"], dict[int, str]]:
+        """Decode every image whole, as training does; [I] alike ones get one number, that of the first of them.
+
+        Files differ where pictures do not: one was saved anew, or lost what it says of its camera.
+
+        Returns:
+            The numbers, each image's own where it fails; and index -> reason for those that do.
+        """
+
+        def look(index: int) -> bytes | str:
+            try:
+                picture = self.decode(index)
+            except BrokenImageError as error:
+                return str(error)
+            return hashlib.blake2b(repr(picture.size).encode() + picture.tobytes(), digest_size=16).digest()
+
+        numbers, first, broken = np.arange(len(self)), dict[bytes, int](), dict[int, str]()
+        for index, found in _map_parts(look, range(len(self)), workers):
+            if isinstance(found, str):
+                broken[index] = found
+            else:
+                numbers[index] = first.setdefault(found, index)
+        return numbers, broken
 
     def select(self, kept: Sequence[int] | np.ndarray) -> "Images":
         """The images at the given positions, in that order."""
@@ -86,7 +110,8 @@ class Images:
 
     def _check(self, index: int) -> str | None:
         try:
-            _decode(self.table.read_image(int(self.rows[index])), thumbnail=True)
+            encoded = self.table.read_image(int(self.rows[index]))
+            decode_picture(encoded, max_pixels=self.table.max_image_pixels, quick=True)
         except BrokenImageError as error:
             return str(error)
         return None
@@ -154,28 +179,3 @@ def _map_parts(work: Callable[[int], T], items: Sequence[int], workers: int) -> 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for part, results in zip(parts, pool.map(lambda part: [work(item) for item in part], parts), strict=True):
             yield from zip(part, results, strict=True)
-
-
-def _decode(encoded: bytes, thumbnail: bool = False) -> "Image.Image":
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or np.inf):  # PIL itself refuses at twice as many
-                raise Image.DecompressionBombError
-            if image.format in RUN_PROGRAMS:
-                raise BrokenImageError("image of a kind that is not read")
-            if thumbnail:
-                image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
-            image.load()
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                coloured = image.convert("RGBA")
-                white = Image.new("RGBA", coloured.size, "white")
-                return Image.alpha_composite(white, coloured).convert("RGB")
-            return image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise BrokenImageError("image too large to decode safely") from error
-    except BrokenImageError:
-        raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
-        raise BrokenImageError("broken or truncated image") from error

@@ -19,6 +19,9 @@ Partition = Literal["natural", "dirichlet", "pathological", "quantity", "iid"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
+MAX_IMAGE_PIXELS = 89_478_485
+"""Pixels of a picture at most, unless the user says otherwise: what Pillow calls safe to decode (256 MiB of RGB)."""
+
 OF_PARQUET = frozenset({"limit", "origins", "validation_share", "test_share", "image_root"})
 """What a source in RLAIF-V's columns reads of `NOT_EVERYWHERE`, be it a path or a named set."""
 
@@ -120,12 +123,17 @@ class DataOptions:
     max_bad_share: float = 0.01
     """Refuse the data when more of its rows are unusable (broken image, empty text); fewer are skipped and listed."""
 
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Skip rows whose image has more pixels (width × height, as its header says); it is not decoded."""
+
     def __post_init__(self) -> None:
         for name in ("images_per_client", "validation_per_client", "test_per_client", "min_examples"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a count of 0 or more")
         for name in ("max_prompt_tokens", "max_answer_tokens", "classes_per_client", "clients", "limit"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "a count of 1 or more")
+        most, pixels = 2 * MAX_IMAGE_PIXELS, self.max_image_pixels
+        _require(1 <= pixels <= most, "max_image_pixels", pixels, f"1 to {most}, the most that Pillow decodes")
         _require(0 <= self.held_out_clients < 1, "held_out_clients", self.held_out_clients, "a share below 1")
         for name in ("validation_share", "test_share", "max_bad_share"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")

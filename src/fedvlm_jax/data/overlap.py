@@ -1,7 +1,8 @@
 """What stands on both sides of a line: the same image, or the same text, in two splits or with two clients.
 
 An image in train and in test makes a test score too good; one with two clients makes them less apart than they seem
-(some sets mean it so). Sameness is that of the encoded bytes: a picture that was scaled or saved anew is another one.
+(some sets mean it so). Sameness is that of the encoded bytes, or of the pixels where images are decoded: a picture that
+was scaled, or saved anew with loss, is another one.
 """
 
 import itertools

@@ -19,7 +19,9 @@ import numpy as np
 from fedvlm_jax.caches import Hold
 from fedvlm_jax.data.facts import ImageFacts
 from fedvlm_jax.data.mapped import Blobs, open_arrow
+from fedvlm_jax.data.options import MAX_IMAGE_PIXELS
 from fedvlm_jax.data.paths import OutsideError, read_below
+from fedvlm_jax.data.pictures import DECODING, BrokenImageError
 from fedvlm_jax.data.shards import NEEDED, UNDERSTOOD, check_shards, convert_shards
 from fedvlm_jax.errors import UserError
 
@@ -43,12 +45,8 @@ __all__ = [
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 """What stands for a text whose bytes are no UTF-8: nobody checks when parquet is written, and damage is not noticed."""
 
-FACTS = "fedvlm-jax-images.npz"
+FACTS = f"fedvlm-jax-images-{DECODING}.npz"
 """The file beside the Arrow files that holds what is known about the images."""
-
-
-class BrokenImageError(ValueError):
-    """An image that is missing or cannot be decoded; the message is the reason, in a few words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +62,7 @@ class Table:
         revision: the commit that a set from the hub was fetched at.
         image_root: a second folder for image files, looked into after the first.
         hold: what keeps mapped files in our cache from being removed.
+        max_image_pixels: images of more pixels are not decoded.
     """
 
     name: str
@@ -74,6 +73,7 @@ class Table:
     revision: str | None = None
     image_root: Path | None = None
     hold: Hold | None = field(default=None, repr=False)
+    max_image_pixels: int = MAX_IMAGE_PIXELS
 
     def __len__(self) -> int:
         return self.data.num_rows
@@ -155,9 +155,8 @@ def read_table(source: "str | DataOptions") -> Table:
     if options.image_root is not None and not options.image_root.expanduser().is_dir():
         raise UserError(f"--data.image-root {options.image_root} is no folder; expected the one that holds the images.")
     table = known[options.source].read(options) if options.source in known else _read_path(options)
-    if options.image_root is None:
-        return table
-    return dataclasses.replace(table, image_root=options.image_root.expanduser())
+    root = options.image_root and options.image_root.expanduser()
+    return dataclasses.replace(table, image_root=root, max_image_pixels=options.max_image_pixels)
 
 
 def _read_path(options: "DataOptions") -> Table:

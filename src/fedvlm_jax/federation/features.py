@@ -180,8 +180,10 @@ class FeatureStore:
     def _make(self, images: Images, chosen: np.ndarray) -> np.ndarray:
         if not len(chosen):
             return np.empty((0, *self.shape), self.dtype)
+        # One by one, so that no more decoded pictures are in memory than there are threads.
         with ThreadPoolExecutor(self._workers) as pool:
-            pixels = self._read.pixels(list(pool.map(images.decode, chosen.tolist())))
+            read = pool.map(lambda image: self._read.pixels([images.decode(image)]), chosen.tolist())
+            pixels = np.concatenate(list(read))
         parts = [pixels[start : start + WIDTH] for start in range(0, len(pixels), WIDTH)]
         parts[-1] = np.concatenate([parts[-1], np.repeat(pixels[:1], WIDTH - len(parts[-1]), axis=0)])
         return np.concatenate([np.asarray(self._compute(part)) for part in parts])[: len(chosen)]

@@ -179,7 +179,8 @@ def _tabulate_overlap(description: Mapping[str, Any]) -> Table:
     ]
     shared = [f"{kind['between_clients'][name]:,}" for kind in (images, texts) for name in ("distinct", "rows")]
     lines.append(("two or more clients", *shared))
-    note = "The same image: the same bytes. A question with its answer may well recur."
+    alike = "pixels" if description["images"]["decoded"] else "bytes (by pixels with --check-images)"
+    note = f"The same image: the same {alike}. A question with its answer may well recur."
     if description["repeated_rows"]:
         repeated = _count(description["repeated_rows"], "row repeats", "rows repeat")
         note += f" {repeated} another: image, question and answer."

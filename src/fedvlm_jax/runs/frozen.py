@@ -20,6 +20,7 @@ from fedvlm_jax import processes
 from fedvlm_jax.caches import find_cache, read_bound, trim
 from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.data.images import Images
+from fedvlm_jax.data.pictures import DECODING
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.federation.features import GIB, WIDTH, FeatureStore, fingerprint_params
 from fedvlm_jax.federation.inputs import Inputs
@@ -149,6 +150,6 @@ def _describe_computing(system: SystemOptions, *about: Hashable) -> str:
     versions = (jax.__version__, jax.lib.__version__, device.client.platform_version)
     settings = (os.environ.get("XLA_FLAGS"), jax.config.values["jax_default_matmul_precision"])
     options = (system.compute, system.remat, system.unroll)
-    told = (about, options, versions, settings, device.device_kind, describe_processor(), cores)
+    told = (about, options, DECODING, versions, settings, device.device_kind, describe_processor(), cores)
     own = f"-{jax.process_index()}of{processes.count()}" if processes.count() > 1 else ""
     return hashlib.blake2b(repr(told).encode(), digest_size=12).hexdigest() + own
