@@ -145,6 +145,7 @@ def test_folders_that_are_no_model(tmp_path: Path, folder: Path, monkeypatch: py
     def offline(*_: Any, **__: Any) -> None:
         raise OSError("no route to host")
 
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError, match=r"owner/model.*no route to host"):
         load_vlm("owner/model")

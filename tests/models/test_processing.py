@@ -78,6 +78,20 @@ def test_a_task_without_input_stands_alone(processor: Processor) -> None:
         processor.prompts(["<CAPTION> please"])
 
 
+def test_a_text_cannot_place_pictures(processor: Processor) -> None:
+    with pytest.raises(UserError, match="the text holds <image>"):
+        processor.prompts(["what is <image> this"])
+
+
+def test_tokens_that_belong_to_answers_are_kept() -> None:
+    """Locations are special tokens of Florence-2's tokenizer, and half of what <OD> answers."""
+    processor = Processor.from_folder("florence2-nano")
+    processor.wrapped.tokenizer.add_tokens([f"<loc_{number}>" for number in range(9)], special_tokens=True)
+    texts = ["car<loc_1><loc_2>", "a cat", "caf\u00e9 <loc_8>"]
+    assert processor.decode(processor.answers(texts, 20)) == texts
+    assert processor.decode(np.array([[0, 5, 1, 3, 4, 2, 1, -100]])) == [""]
+
+
 def test_what_decides_pixels_decides_the_fingerprint(tmp_path: Path) -> None:
     for name, width in (("one", 20), ("same", 20), ("wide", 24)):
         save_processor(tmp_path / name, width)

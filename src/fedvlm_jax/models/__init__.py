@@ -1,8 +1,9 @@
 """Vision-language models as records of pure functions; today Florence-2 (arXiv 2311.06242)."""
 
+from fedvlm_jax.models.agreement import open_model
 from fedvlm_jax.models.checkpoint import save_checkpoint
 from fedvlm_jax.models.florence2 import build, image_tokens
-from fedvlm_jax.models.hub import load_vlm, read_vlm, resolve_folder
+from fedvlm_jax.models.hub import load_vlm, load_weights, read_vlm, resolve_folder
 from fedvlm_jax.models.layers import Stacking
 from fedvlm_jax.models.processing import Processor, read_size
 from fedvlm_jax.models.vlm import Batch, Params, Vlm
@@ -16,6 +17,8 @@ __all__ = [
     "build",
     "image_tokens",
     "load_vlm",
+    "load_weights",
+    "open_model",
     "read_size",
     "read_vlm",
     "resolve_folder",

@@ -4,15 +4,15 @@ A rule pairs a checkpoint name with a parameter path. Both are templates over th
 name determines a path and a path, with a layer number where layers are stacked, determines a name. Reading is strict:
 every tensor is used exactly once, every parameter is filled, every shape is right, or an error lists the names.
 
-Names are those that transformers writes (`model.` before them or not); the two tables that it ties to the token
-table, the head and a constant buffer may be there or not, and where they are they must hold what the model uses.
+Names are those that transformers writes (`model.` before them or not); the tables that it ties to the token table, the
+head and a constant buffer may be there or not, and where they are they must hold what the model uses. Of tied tables
+one is enough, under any of their names.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.florence2 import temporal_embedding
+from fedvlm_jax.models.weights import Tensor, list_tensors, read_tensors
 from fedvlm_jax.tree import flatten, unflatten
 
 FIELDS = {
@@ -89,7 +90,12 @@ TABLE: tuple[Rule, ...] = (
     ),
 )
 
-_TIED = re.compile(r"(?:language_model\.)?lm_head\.weight|language_model\.(?:encoder|decoder)\.embed_tokens\.weight")
+_TIED = re.compile(
+    r"(?:language_model\.)?lm_head\.weight|shared\.weight"
+    r"|(?:language_model\.)?(?:(?:encoder|decoder)\.)?embed_tokens\.weight"
+)
+_TABLE, _SHARED = "language_model.shared", "language_model/shared/embedding"
+_KINDS = ("F64", "F32", "F16", "BF16")
 _TEMPORAL = "multi_modal_projector.visual_temporal_embed.pos_idx_to_embed"
 _LOGITS_BIAS = "language_model.final_logits_bias"
 
@@ -143,106 +149,110 @@ def checkpoint_names(path: str, layers: int) -> list[tuple[str, Slot]]:
 def load_params(shapes: Any, files: list[Path], dtype: Any) -> dict[str, Any]:
     """Parameters of the given shapes, filled from safetensors files.
 
+    All names and shapes are compared first, from the files' headers; only then is memory asked for.
+
     Args:
         shapes: what `Vlm.shapes()` returns.
         files: the safetensors files; together they must hold every parameter once and nothing that is unknown.
         dtype: of the returned arrays.
 
     Raises:
-        UserError: naming all tensors that are unknown, doubled, misshapen or missing, or that differ from what
-            they should be tied to.
+        UserError: naming all tensors that are unknown, doubled, misshapen or missing, that hold no finite numbers, or
+            that differ from what they should be tied to; or a file that is no safetensors file.
     """
     expected = flatten(shapes)
-    stacks = {path: shape.shape[0] for path, shape in expected.items() if _is_stacked(path)}
-    wanted = {(path, n) for path in expected for n in (range(stacks[path]) if path in stacks else [None])}
-    filled: dict[str, np.ndarray] = {}
-    done: set[tuple[str, int | None]] = set()
-    ties: dict[str, np.ndarray] = {}
-    problems: list[str] = []
-    for name, tensor in _read(files):
-        short = name.removeprefix("model.")
-        if _TIED.fullmatch(short) or short in (_TEMPORAL, _LOGITS_BIAS):
-            ties[short] = tensor
-            continue
-        slot = find_slot(short)
-        key = None if slot is None else (slot.path, slot.layer)
-        if slot is None or key not in wanted:
-            problems.append(f"unexpected: {name} {list(tensor.shape)}")
-            continue
-        if key in done:
-            problems.append(f"twice: {name}")
-            continue
-        done.add(key)
-        shape = expected[slot.path].shape
-        shape = shape if slot.layer is None else shape[1:]
-        value = slot.rule.read(tensor) if tensor.ndim == len(shape) else tensor
-        if value.shape != shape:
-            asked = slot.rule.write(np.broadcast_to(np.empty(()), shape)).shape
-            problems.append(f"misshapen: {name} is {list(tensor.shape)}, the configuration says {list(asked)}")
-            continue
-        if slot.layer is None:
-            filled[slot.path] = np.ascontiguousarray(value, dtype)
-        else:
-            stack = filled.setdefault(slot.path, np.empty(expected[slot.path].shape, dtype))
-            stack[slot.layer] = value
-    for path, layer in sorted(wanted - done, key=str):
-        names = {slot.layer: name for name, slot in checkpoint_names(path, stacks.get(path, 1))}
-        problems.append(f"missing: model.{names[layer]}")
-    problems += _check_ties(ties, filled.get("language_model/shared/embedding"), dtype)
+    slots, ties, problems = _plan(expected, [tensor for file in files for tensor in list_tensors(file)])
+    _refuse(problems, files)
+    filled = {path: np.empty(shape.shape, dtype) for path, shape in expected.items()}
+    tied: dict[str, np.ndarray] = {}
+    for file in files:
+        for name, tensor in read_tensors(file):
+            if name in ties:
+                tied[name] = tensor
+                continue
+            slot = slots[name]
+            with np.errstate(over="ignore"):  # an overflow is no finite number, which is told
+                value = slot.rule.read(tensor).astype(dtype, copy=False)
+            if not np.isfinite(value).all():
+                problems.append(f"not finite in {np.dtype(dtype).name}: {name} in {file.name}")
+            filled[slot.path][... if slot.layer is None else slot.layer] = value
+    problems += _check_ties(tied, filled[_SHARED], dtype)
+    _refuse(problems, files)
+    return unflatten(filled)
+
+
+def _refuse(problems: list[str], files: list[Path]) -> None:
     if problems:
         shown = "\n  ".join(problems[:40]) + (f"\n  and {len(problems) - 40} more" if len(problems) > 40 else "")
         where = ", ".join(sorted({str(file.parent) for file in files}))
         raise UserError(f"the checkpoint in {where} does not fit its configuration:\n  {shown}")
-    return unflatten({path: filled[path] for path in expected})
+
+
+def _plan(expected: dict[str, Any], tensors: list[Tensor]) -> tuple[dict[str, Slot], frozenset[str], list[str]]:
+    """Where every tensor goes, which are only compared, and what is wrong with the others."""
+    stacks = {path: shape.shape[0] for path, shape in expected.items() if _is_stacked(path)}
+    wanted = {(path, n) for path in expected for n in (range(stacks[path]) if path in stacks else [None])}
+    table = _find_table([tensor.name for tensor in tensors])
+    slots: dict[str, Slot] = {}
+    done: set[tuple[str, int | None]] = set()
+    ties: set[str] = set()
+    problems: list[str] = []
+    for name, shape, kind in tensors:
+        short = name.removeprefix("model.")
+        slot = find_slot(f"{_TABLE}.weight" if name == table else short)
+        key = None if slot is None else (slot.path, slot.layer)
+        if name != table and (_TIED.fullmatch(short) or short in (_TEMPORAL, _LOGITS_BIAS)):
+            ties.add(name)
+        elif slot is None or key not in wanted:
+            problems.append(f"unexpected: {name} {list(shape)}")
+        elif key in done:
+            problems.append(f"twice: {name}")
+        else:
+            done.add(key)
+            slots[name] = slot
+            problems += _check_tensor(name, shape, kind, slot, expected[slot.path].shape)
+    for path, layer in sorted(wanted - done, key=str):
+        names = {slot.layer: name for name, slot in checkpoint_names(path, stacks.get(path, 1))}
+        problems.append(f"missing: model.{names[layer]}")
+    return slots, frozenset(ties), problems
+
+
+def _find_table(names: list[str]) -> str | None:
+    """The tensor that serves as token table where only one of those that are tied to it was saved, else None."""
+    if any(name.removeprefix("model.") == f"{_TABLE}.weight" for name in names):
+        return None
+    return next((name for name in sorted(names) if _TIED.fullmatch(name.removeprefix("model."))), None)
+
+
+def _check_tensor(name: str, shape: tuple[int, ...], kind: str, slot: Slot, wanted: tuple[int, ...]) -> list[str]:
+    """What is wrong with a tensor of this shape and type for its slot."""
+    wanted = wanted if slot.layer is None else wanted[1:]
+    asked = slot.rule.write(np.broadcast_to(np.empty(()), wanted)).shape
+    if kind not in _KINDS:
+        return [f"of type {kind}: {name}; weights must be one of {', '.join(_KINDS)}"]
+    return [] if shape == asked else [f"misshapen: {name} is {list(shape)}, the configuration says {list(asked)}"]
 
 
 def _is_stacked(path: str) -> bool:
     return any("{layer}" in rule.name and pattern.fullmatch(path) for pattern, rule in zip(_PATHS, TABLE, strict=True))
 
 
-def _check_ties(ties: dict[str, np.ndarray], shared: np.ndarray | None, dtype: Any) -> list[str]:
+def _check_ties(ties: dict[str, np.ndarray], shared: np.ndarray, dtype: Any) -> list[str]:
     """What is wrong with the tensors that repeat something else."""
     problems = []
     for name, tensor in ties.items():
-        if name == _LOGITS_BIAS:
+        short = name.removeprefix("model.")
+        if short == _LOGITS_BIAS:
             fits = not np.any(tensor)
-        elif name == _TEMPORAL:
+        elif short == _TEMPORAL:
             fits = tensor.ndim == 2 and np.allclose(
                 tensor.astype(np.float32), temporal_embedding(*tensor.shape), atol=1e-2
             )
         else:
-            fits = shared is None or np.array_equal(tensor.astype(dtype), shared)
+            fits = np.array_equal(tensor.astype(dtype), shared)
         if not fits:
             problems.append(f"not as the model has it (tied to the token table, or constant): {name}")
     return problems
-
-
-def _read(files: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
-    """All tensors of safetensors files, one at a time."""
-    import ml_dtypes  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers bfloat16 with numpy
-    from safetensors import safe_open
-
-    for file in files:
-        with safe_open(file, framework="np") as opened:
-            for name in opened.keys():  # noqa: SIM118  not a dict
-                yield name, opened.get_tensor(name)
-
-
-def find_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: those of the index where there is one, else model.safetensors.
-
-    Raises:
-        UserError: where neither is there, or a file that the index names.
-    """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise UserError(f"{folder} has neither {single.name} nor {index.name}")
-    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if absent := [file.name for file in files if not file.is_file()]:
-        raise UserError(f"{index} names files that are not there: {', '.join(absent)}")
-    return files
 
 
 def save_checkpoint(vlm: Any, params: Any, folder: Path | str, dtype: Any = np.float32) -> None:

@@ -20,7 +20,8 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import generation
 from fedvlm_jax.models.bart import Bart, Cache
 from fedvlm_jax.models.davit import DaViT, feature_size
-from fedvlm_jax.models.layers import USUAL, Norm, Stacking
+from fedvlm_jax.models.layers import USUAL, Norm, Stacking, activation
+from fedvlm_jax.models.sizes import check_sizes
 from fedvlm_jax.models.vlm import Batch, Params, Vlm
 from fedvlm_jax.sharding import Cuts
 
@@ -32,6 +33,13 @@ def temporal_embedding(length: int, width: int) -> np.ndarray:
     frequency = np.exp(np.arange(width // 2, dtype=np.float32) * np.float32(-math.log(10000) / (width // 2)))
     angle = np.arange(length, dtype=np.float32)[:, None] * frequency
     return np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(length, -1).astype(np.float32)
+
+
+def _check_map(vision: Any, height: int, width: int) -> None:
+    if max(height, width) > vision.max_position_embeddings:
+        raise UserError(
+            f"a {height}x{width} feature map does not fit max_position_embeddings={vision.max_position_embeddings}"
+        )
 
 
 class Projector(nn.Module):
@@ -48,8 +56,7 @@ class Projector(nn.Module):
         vision = self.vision
         batch, height, width, channels = features.shape
         rows, init = vision.max_position_embeddings, nn.initializers.normal(vision.initializer_range)
-        if max(height, width) > rows:
-            raise UserError(f"a {height}x{width} feature map does not fit max_position_embeddings={rows}")
+        _check_map(vision, height, width)
         half = channels // 2
         by_row = nn.Embed(rows, half, dtype=self.dtype, embedding_init=init, name="row_embeddings")
         by_column = nn.Embed(rows, channels - half, dtype=self.dtype, embedding_init=init, name="column_embeddings")
@@ -125,15 +132,23 @@ def check_config(config: Any) -> None:
     if getattr(config, "model_type", None) != "florence2":
         raise UserError(f"expected a Florence-2 configuration, got model_type={getattr(config, 'model_type', None)!r}")
     vision, text = config.vision_config, config.text_config
+    if getattr(vision, "model_type", None) != "florence_vision":
+        raise UserError(f"vision_config.model_type={getattr(vision, 'model_type', None)!r} is not 'florence_vision'")
     if text.model_type != "bart":
         raise UserError(f"text_config.model_type={text.model_type!r} is not supported, only 'bart'")
     if not (config.tie_word_embeddings and text.tie_word_embeddings):
         raise UserError("tie_word_embeddings=False is not supported: input and output embeddings share one table here")
+    check_sizes(config)
+    for part in (vision, text):
+        activation(part.activation_function)  # for its error
     if text.d_model != vision.projection_dim:
         raise UserError(f"vision projection_dim={vision.projection_dim} must equal text d_model={text.d_model}")
     stages = {name: len(getattr(vision, name)) for name in _PER_STAGE}
     if len(set(stages.values())) != 1:
         raise UserError(f"vision_config lists must all have one entry per stage, got lengths {stages}")
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        if text.d_model % getattr(text, name):
+            raise UserError(f"d_model={text.d_model} does not divide into {name}={getattr(text, name)}")
     for width, heads, groups in zip(vision.embed_dim, vision.num_heads, vision.num_groups, strict=True):
         if width % heads or width % groups:
             raise UserError(f"embed_dim {width} does not divide into {heads} heads and {groups} groups")
@@ -152,8 +167,13 @@ _PER_STAGE = (
 
 
 def image_tokens(config: Any, height: int, width: int) -> int:
-    """Number of image tokens P that a picture of `height` x `width` pixels becomes."""
+    """Number of image tokens P that a picture of `height` x `width` pixels becomes.
+
+    Raises:
+        UserError: where the picture is smaller than the tower's strides take, or larger than it has positions for.
+    """
     rows, columns = feature_size(config.vision_config, height, width)
+    _check_map(config.vision_config, rows, columns)
     return 1 + rows * columns
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.checkpoint import find_files, load_params
-from fedvlm_jax.models.florence2 import build
+from fedvlm_jax.models.checkpoint import load_params
+from fedvlm_jax.models.files import explain_error, read_json
+from fedvlm_jax.models.florence2 import build, check_config
 from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.vlm import Params, Vlm
+from fedvlm_jax.models.weights import find_files
 from fedvlm_jax.sharding import cut_base, place
 
 ASSETS = Path(__file__).parent.parent / "assets"
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_TEXTS = ["*.json", "*.txt", "*.model"]
+_WEIGHTS = ["*.safetensors"]
 
 
 def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
@@ -49,38 +52,72 @@ def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
     known = f"models that ship: {', '.join(ships) or 'none'}"
     if not looks_like_id:
         raise UserError(f"no model {str(name)!r}: not a folder, not a hub id (owner/name); {known}")
-    from huggingface_hub import snapshot_download
+    return _download(str(name), known, weights)
 
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=_PATTERNS if weights else ["*.json"]))
-    except Exception as error:
-        raise UserError(
-            f"no folder {str(name)!r} here, and the hub did not give it ({type(error).__name__}: {error}). "
-            f"Offline, download the model elsewhere and name its folder; {known}"
-        ) from error
+
+def _download(name: str, known: str, weights: bool) -> Path:
+    """A hub model's folder. Its configuration comes first and alone: what cannot load is refused before gigabytes."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    def ask(get: Callable[[], str]) -> Path:
+        try:
+            return Path(get())
+        except Exception as error:
+            raise UserError(
+                f"no folder {name!r} here, and the hub did not give it ({explain_error(error)}). "
+                f"Offline, download the model elsewhere and name its folder; {known}"
+            ) from error
+
+    read_config(ask(lambda: hf_hub_download(name, "config.json")).parent)
+    return ask(lambda: snapshot_download(name, allow_patterns=[*_TEXTS, *(_WEIGHTS if weights else [])]))
 
 
 def read_config(folder: Path) -> Any:
     """transformers' `Florence2Config` of a model folder.
 
     Raises:
-        UserError: without a config.json.
-        UserError: where it is not a Florence-2 that transformers knows.
+        UserError: without a config.json that is one of a Florence-2 as transformers writes it, whole and possible.
     """
     from transformers import Florence2Config
 
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} has no config.json")
-    values = json.loads(file.read_text())
-    if values.get("model_type") != "florence2":
-        raise UserError(f"{file} has model_type={values.get('model_type')!r}, expected 'florence2'")
-    if "auto_map" in values:
+    values = read_json(file)
+    _check_layout(values, file)
+    try:
+        config = Florence2Config.from_dict(values)
+    except Exception as error:  # transformers and its validators raise many kinds
+        raise UserError(f"{file} is no configuration that transformers reads ({explain_error(error)})") from None
+    try:
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return config
+
+
+def _check_layout(values: dict[str, Any], file: Path) -> None:
+    """Refuse other models, and Florence-2 in layouts whose tensors have other names, before transformers sees them."""
+    kind = values.get("model_type")
+    text, vision = (
+        part if isinstance(part := values.get(name), dict) else {} for name in ("text_config", "vision_config")
+    )
+    original = (
+        "auto_map" in values or text.get("model_type") == "florence2_language" or vision.get("model_type") == "davit"
+    )
+    if kind in ("florence2", "florence2_language") and original:
+        size = "large" if 1024 in (values.get("projection_dim"), text.get("d_model")) else "base"
+        resaved = "" if "auto_map" in values else ", saved again"
         raise UserError(
-            f"{file} belongs to Microsoft's original release, whose tensors have other names; "
-            "take the converted one, for example florence-community/Florence-2-base"
+            f"{file} is laid out as Microsoft's original release{resaved}, whose tensors have other names; take the "
+            f"same weights as transformers has them: florence-community/Florence-2-{size}, or -{size}-ft"
         )
-    return Florence2Config.from_pretrained(folder)
+    if kind != "florence2":
+        raise UserError(f"{file} has model_type={kind!r}, expected 'florence2'")
+    if not (text and vision):
+        raise UserError(f"{file} has no text_config or no vision_config: is it cut short?")
+    if "quantization_config" in values:
+        raise UserError(f"{file} is of quantised weights, which are not supported: take them as they were before")
 
 
 def read_vlm(path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: Stacking = USUAL) -> Vlm:
@@ -88,13 +125,28 @@ def read_vlm(path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: St
 
     Args and errors are those of `load_vlm`.
     """
-    from transformers import GenerationConfig
-
     folder = resolve_folder(path, weights=False)
     config = read_config(folder)
-    has_generation = (folder / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(folder) if has_generation else None
-    return build(config, dtype=compute_dtype, stacking=stacking, generation_config=generation)
+    return build(config, dtype=compute_dtype, stacking=stacking, generation_config=_read_generation(folder))
+
+
+def _read_generation(folder: Path) -> Any:
+    """transformers' `GenerationConfig` of a folder; None where it has none.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_dict(read_json(file))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{file} is nothing that transformers reads ({explain_error(error)})") from None
 
 
 def load_vlm(
@@ -121,8 +173,21 @@ def load_vlm(
         UserError: where the mesh has an axis `model` over which no weight divides.
         UserError: for a configuration that is not supported, or a checkpoint that does not fit it.
     """
-    folder = resolve_folder(path)
-    vlm = read_vlm(folder, compute_dtype=compute_dtype, stacking=stacking)
+    vlm = read_vlm(path, compute_dtype=compute_dtype, stacking=stacking)
+    return vlm, load_weights(vlm, resolve_folder(path), dtype=dtype, mesh=mesh)
+
+
+def load_weights(vlm: Vlm, folder: Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Params:
+    """The weights of a model that was read already.
+
+    Args:
+        vlm: what `read_vlm` made of `folder`.
+        folder: with the weights.
+        dtype, mesh: as in `load_vlm`.
+
+    Raises:
+        UserError: as `load_vlm`, of what weights can have wrong.
+    """
     where = None if mesh is None else cut_base(mesh, vlm.shapes(), vlm.cuts)
     arrays = load_params(vlm.shapes(), find_files(folder), jnp.dtype(dtype))
-    return vlm, jax.tree.map(jnp.asarray, arrays) if where is None else place(arrays, where)
+    return jax.tree.map(jnp.asarray, arrays) if where is None else place(arrays, where)

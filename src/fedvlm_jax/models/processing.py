@@ -10,13 +10,20 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from PIL import Image
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.models.files import explain_error, read_json
+from fedvlm_jax.models.hub import resolve_folder
+
+MOST_PIXELS = 4096
+"""Longest side of the pictures that a processor may make; Florence-2 has 768."""
 
 IGNORED = -100  # a label that takes part in no loss
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
@@ -29,12 +36,55 @@ def read_size(folder: Path) -> tuple[int, int] | None:
     for name in _IMAGES:
         if not (folder / name).is_file():
             continue
-        values = json.loads((folder / name).read_text())
+        values = read_json(folder / name)
         images = values.get("image_processor", values)
-        size = images.get("crop_size" if images.get("do_center_crop") else "size") or {}
-        if size.get("height") and size.get("width"):
-            return int(size["height"]), int(size["width"])
+        try:
+            size = images.get("crop_size" if images.get("do_center_crop") else "size") or {}
+            if size.get("height") and size.get("width"):
+                return int(size["height"]), int(size["width"])
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f"{folder / name} states no size in pixels that can be read") from None
     return None
+
+
+def _open_wrapped(folder: Path) -> Any:
+    """transformers' `Florence2Processor` of a folder, its image processor in the form that needs Pillow alone.
+
+    Raises:
+        UserError: where transformers cannot be imported, or cannot read the folder.
+    """
+    try:
+        from transformers import AutoImageProcessor, AutoTokenizer, Florence2Processor
+    except Exception as error:
+        raise UserError(_explain_import(error)) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
+        return Florence2Processor(images, tokenizer)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # transformers raises many kinds, and tokenizers a panic that is no Exception
+        if "torchvision" in str(error):
+            raise UserError(_explain_import(error)) from error
+        raise UserError(
+            f"the processor in {folder} cannot be read ({explain_error(error)}); it needs an image "
+            "processor with image_seq_length and a tokenizer with an image token, as Florence-2's has"
+        ) from error
+
+
+def _explain_import(error: BaseException) -> str:
+    """What to do where transformers itself does not import."""
+    chain = [error]
+    while found := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(found)
+    first = next((one for one in reversed(chain) if "torchvision" in str(one)), None)
+    if first is None:
+        return f"transformers cannot be imported ({explain_error(chain[-1])})"
+    return (
+        f"transformers cannot be imported, for it imports torchvision, which fails ({explain_error(first)}): it does "
+        "not fit the PyTorch that is installed. fedvlm needs neither: pip uninstall torchvision, or install the one "
+        "that fits"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,25 +96,70 @@ class Processor:
 
     @classmethod
     def from_folder(cls, path: Path | str) -> Processor:
-        """The processor of a model's folder.
+        """The processor of a model, once it has made one picture and one prompt.
+
+        Args:
+            path: as `load_vlm` takes it: a folder, a model that ships, or a hub id.
 
         Raises:
-            UserError: where its tokenizer's or processor's files are missing or cannot be read.
+            UserError: where its tokenizer's or processor's files are missing, cannot be read, or make nonsense.
         """
-        folder = Path(path)
+        folder = resolve_folder(path, weights=False)
         for what, names in (("tokenizer", _TOKENIZERS), ("image processor", _IMAGES)):
             if not any((folder / name).is_file() for name in names):
                 raise UserError(f"{folder} has no {what}: none of {', '.join(names)} is there")
-        from transformers import Florence2Processor
+        for name in (*_IMAGES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json"):
+            if (folder / name).is_file():
+                read_json(folder / name)
+        processor = cls(_open_wrapped(folder))
+        processor._try_out(folder)
+        return processor
 
+    def _try_out(self, folder: Path) -> None:
+        """Make a picture and a prompt, because most settings are looked at only then.
+
+        Raises:
+            UserError: where that fails, or makes no finite numbers or no image tokens.
+        """
+        images = next(folder / name for name in _IMAGES if (folder / name).is_file())
         try:
-            wrapped = Florence2Processor.from_pretrained(folder)
-        except Exception as error:  # transformers raises many kinds
+            self._try_picture()
+        except Exception as error:
+            raise UserError(f"the image processor of {images} cannot be used: {explain_error(error)}") from None
+        try:
+            ids, _ = self.prompts(["a"])
+            self.decode(self.answers(["a"], 4))
+        except Exception as error:
+            raise UserError(f"the tokenizer in {folder} fails on a text ({explain_error(error)})") from None
+        found = int((ids == self.image_token_id).sum())
+        if found != self.image_tokens:
             raise UserError(
-                f"the processor in {folder} cannot be read ({type(error).__name__}: {error}); it needs an image "
-                "processor with image_seq_length and a tokenizer with an image token, as Florence-2's has"
-            ) from error
-        return cls(wrapped)
+                f"the tokenizer in {folder} makes {found} image tokens of {self.image_tokens} times "
+                f"{self.wrapped.image_token!r}: that is not one token of it"
+            )
+
+    def _try_picture(self) -> None:
+        if self.wrapped.image_processor.do_normalize and not all(np.isfinite(std) and std > 0 for std in self.std):
+            raise UserError(f"image_std is {list(self.std)}, and pixels are divided by it: it must be above 0")
+        if max(self.size) > MOST_PIXELS:
+            raise UserError(f"it makes pictures of {self.size} pixels, expected at most {MOST_PIXELS} a side")
+        if not np.isfinite(self.pixels([Image.new("RGB", (8, 8), (9, 99, 199))])).all():
+            raise UserError("it makes numbers that are not finite; see image_mean, image_std and rescale_factor")
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the token in whose places the picture's tokens are put."""
+        return int(self.wrapped.image_token_id)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that the tokenizer gives a token."""
+        return max(self.wrapped.tokenizer.get_vocab().values())
+
+    @property
+    def eos_token_id(self) -> int:
+        """Id of the token that ends answers."""
+        return int(self.wrapped.tokenizer.eos_token_id)
 
     @property
     def image_tokens(self) -> int:
@@ -121,8 +216,11 @@ class Processor:
         """A prompt's text with a task token written out as its sentence.
 
         Raises:
-            UserError: where a task that takes no input stands beside other text.
+            UserError: where a task that takes no input stands beside other text, or the text holds image tokens, which
+                would take the places of the picture's.
         """
+        if self.wrapped.image_token in text:
+            raise UserError(f"the text holds {self.wrapped.image_token}, which stands for a picture")
         for task, sentence in self.wrapped.task_prompts_without_inputs.items():
             if task in text:
                 if text != task:
@@ -150,12 +248,23 @@ class Processor:
         return _pad([row if len(row) <= max_tokens else [*row[: max_tokens - 1], eos] for row in rows], IGNORED)
 
     def decode(self, ids: Int[np.ndarray, "B U"], /) -> list[str]:
-        """Token ids (labels too: -100 is left out) to texts without special tokens."""
-        tokenizer = self.wrapped.tokenizer
-        rows = np.asarray(ids)
-        rows = np.where(rows < 0, tokenizer.pad_token_id, rows)
-        texts = tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Token ids (labels too: -100 is left out) to texts.
+
+        What frames a text is left out: BOS, EOS, padding, image tokens and the like. Added tokens that belong to an
+        answer stay, as `<loc_12>` does, though the tokenizer calls them special too.
+        """
+        framing = self.framing
+        rows = [[number for number in row if number >= 0 and number not in framing] for row in np.asarray(ids).tolist()]
+        texts = self.wrapped.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]
+
+    @cached_property
+    def framing(self) -> frozenset[int]:
+        """Ids of the tokens that stand around texts, or for what is none."""
+        tokenizer = self.wrapped.tokenizer
+        names = ("bos", "eos", "pad", "cls", "sep", "mask", "unk", "image")
+        ids = (getattr(tokenizer, f"{name}_token_id", None) for name in names)
+        return frozenset(number for number in ids if number is not None)
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Int[np.ndarray, "B T"]:
