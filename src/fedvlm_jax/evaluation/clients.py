@@ -27,7 +27,7 @@ from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.objectives.likelihood import score_pairs, token_losses
 from fedvlm_jax.sharding import CLIENTS, fetch, own_places, place, place_own
 
-__all__ = ["Adapters", "Evaluator", "Scored", "Scores", "make_answer"]
+__all__ = ["GREEDY", "Adapters", "Evaluator", "Scored", "Scores", "make_answer"]
 
 Scores = dict[str, dict[str, float]]
 """metric -> client -> value; clients without an example in the split are left out."""
@@ -58,7 +58,7 @@ class Decoder(Protocol):
     """What evaluation asks of a model's processor."""
 
     def decode(self, ids: np.ndarray, /) -> list[str]:
-        """Token ids [B, U] -> texts, special tokens left out."""
+        """Token ids [B, U] -> texts, without the tokens that frame them."""
         ...
 
 
@@ -89,6 +89,7 @@ class Evaluator:
         batch: examples of a piece.
         mesh: where pieces are spread.
         answer: the program that `make_answer` made.
+        gold: the answers of `examples`, as predictions are compared with them (see `evaluation.gold`).
         metrics: of generated answers, by name (see `evaluation.texts`).
         beta: of the reward, which is beta times how much more likely than under the bare base an answer is.
         base: split and client -> what `make_answer` computes of the bare base [N]; filled when the base is evaluated,
@@ -102,6 +103,7 @@ class Evaluator:
     batch: int
     mesh: Mesh
     answer: Callable[..., Any]
+    gold: list[str]
     metrics: tuple[str, ...]
     beta: float
     base: dict[tuple[Split, int], Numbers]
@@ -219,9 +221,7 @@ class Evaluator:
                 )
 
     def _gold(self, split: Split, numbers: Sequence[int]) -> list[str]:
-        return [
-            self.examples.answers[row] for number in numbers for row in self.examples.clients[number].rows_of(split)
-        ]
+        return [self.gold[row] for number in numbers for row in self.examples.clients[number].rows_of(split)]
 
     def _score(
         self,
@@ -269,17 +269,28 @@ def _join(parts: list[_Answers]) -> _Answers:
     return _Answers(texts, {name: np.concatenate([part.numbers[name] for part in parts]) for name in parts[0].numbers})
 
 
-def make_answer(vlm: Any, max_tokens: int) -> Callable[..., tuple[Any, dict[str, Any]]]:
+GREEDY: Mapping[str, int] = {"num_beams": 1, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0}
+"""Options of `Vlm.generate` by which an answer is the likeliest token after token, whatever it is."""
+
+
+def make_answer(
+    vlm: Any, max_tokens: int, options: Mapping[str, int] = GREEDY
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Compile-once `(params, adapters, batch [V, B, …]) -> ids [V, B, max_tokens], numbers [V, B]`.
 
     The numbers are those of `objectives.likelihood.score_pairs`; of the chosen answer alone where the batch has no
     rejected ones.
+
+    Args:
+        vlm: the model's record.
+        max_tokens: how many are generated at most, BOS and EOS included.
+        options: of `Vlm.generate`, in place of what the model's generation configuration says.
     """
 
     def one(params: PyTree, adapter: PyTree, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         prompt = {"memory": vlm.encode(params, adapter, batch), "attention_mask": batch["attention_mask"]}
         answers = {name: batch[name] for name in LABELS if name in batch}
-        ids = vlm.generate(params, adapter, prompt, max_tokens, num_beams=1)
+        ids = vlm.generate(params, adapter, prompt, max_tokens, **options)
         return ids, _score(vlm, params, adapter, prompt | answers)
 
     def answer(params: PyTree, adapters: PyTree, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

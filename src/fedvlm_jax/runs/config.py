@@ -132,8 +132,13 @@ class EvaluationOptions:
 
     every: int = 4
     """Evaluate on validation every so many rounds, and after the last."""
-    max_answer_tokens: int = 16
-    """Longest answer that is generated, in tokens."""
+    decoding: Literal["greedy", "folder"] = "greedy"
+    """How answers are generated: greedily and with no token banned, or as the model folder's generation_config.json
+    says, with its beams and its ban on repeated n-grams."""
+    max_answer_tokens: Annotated[
+        int | None, _optional("INT", "what the gold answers take, at most --data.max-answer-tokens")
+    ] = None
+    """Longest answer that is generated, in tokens; never more than the gold answers take, rounded up to 16."""
     clients: Annotated[int | None, _optional("INT", "all, but 64 of more than 128")] = None
     """Evaluate the models of so many clients, in the rounds and at the end, drawn by the seed; and of so many of those
     that are held out."""

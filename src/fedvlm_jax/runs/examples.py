@@ -90,7 +90,7 @@ def _choose(before: list[str], after: list[str], count: int) -> list[int]:
 def _describe(prepared: Prepared, client: int, row: int, answers: dict[str, str], picture: str) -> dict[str, Any]:
     examples, table = prepared.examples, prepared.session.table
     column = find_question_column(table, prepared.run.data)
-    gold = [[examples.answers[row]]]
+    gold = [[prepared.evaluator.gold[row]]]
     return {
         "client": examples.clients[client].name,
         "row": int(examples.rows[row]),

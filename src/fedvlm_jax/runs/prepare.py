@@ -28,8 +28,9 @@ from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.programs import Programs
 from fedvlm_jax.federation.reference import add_reference
 from fedvlm_jax.methods.options import LocalOptions, ServerOptions
-from fedvlm_jax.models import Processor, load_vlm, read_vlm, resolve_folder
+from fedvlm_jax.models import load_weights, open_model, resolve_folder
 from fedvlm_jax.objectives import Objective, load_objective
+from fedvlm_jax.runs.answering import Answering, check_room, plan_answers
 from fedvlm_jax.runs.build import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes, make_spec
 from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.config import Run
@@ -58,6 +59,7 @@ class Prepared:
         layout: the shapes of its rounds.
         key: decides everything drawn on devices.
         evaluator: scores clients.
+        answering: how answers are generated.
         neighbours: what asking them takes, where the options ask for them.
     """
 
@@ -73,6 +75,7 @@ class Prepared:
     layout: Layout
     key: Any
     evaluator: Evaluator
+    answering: Answering
     neighbours: Neighbours | None
 
     @property
@@ -122,12 +125,12 @@ def open_session(run: Run, note: Note = lambda text: None) -> Session:
     if processes.count() > 1:
         processes.wait_for_all()
         connect(mesh)
+    vlm, processor = open_model(run.model, **choose_arithmetic(run.system))
+    check_room(run, vlm)
     if run.share:
-        check_rule(run, read_vlm(run.model).sites)  # before gigabytes are read
+        check_rule(run, vlm.sites)  # before gigabytes are read
     note(f"loading {run.model}")
-    folder = resolve_folder(run.model)
-    processor = Processor.from_folder(folder)
-    vlm, params = load_vlm(folder, **choose_arithmetic(run.system), mesh=mesh)
+    params = load_weights(vlm, resolve_folder(run.model), mesh=mesh)
     return Session(vlm, params, processor, mesh, table)
 
 
@@ -137,12 +140,7 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     Raises:
         UserError: data, targets, ranks or sizes that cannot work; each with what to change.
     """
-    positions = session.vlm.config.text_config.max_position_embeddings
-    if run.evaluation.max_answer_tokens > positions:
-        asked = run.evaluation.max_answer_tokens
-        raise UserError(
-            f"--evaluation.max-answer-tokens is {asked}: {run.model} has {positions} positions, ask for fewer"
-        )
+    check_room(run, session.vlm)
     spec = make_spec(run)
     key = jax.random.key(run.seed)
     adapter = start_adapter(key, session.vlm.sites, spec)
@@ -179,9 +177,14 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     layout = lay_out(run, examples, session.mesh, run.cohort, run.system.wave)
     asked = (run.evaluation.neighbours, run.evaluation.neighbour_temperature) if run.evaluation.neighbours else None
     neighbours = asked and session.remember(("neighbours", *asked), lambda: make_neighbours(session.vlm, *asked))
+    answering = session.remember(
+        ("gold", *data_key, run.evaluation.decoding, run.evaluation.max_answer_tokens, run.evaluation.splits),
+        lambda: plan_answers(run, session.vlm, examples, session.processor, options.max_answer_tokens),
+    )
+    answering.tell(note)
     answer = session.remember(
-        ("answer", run.evaluation.max_answer_tokens, asked),
-        lambda: make_answer(neighbours.vlm if neighbours else session.vlm, run.evaluation.max_answer_tokens),
+        ("answer", answering.gold.budget, run.evaluation.decoding, asked),
+        lambda: make_answer(neighbours.vlm if neighbours else session.vlm, answering.gold.budget, answering.options),
     )
     evaluator = Evaluator(
         examples=examples,
@@ -191,12 +194,26 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         batch=run.evaluation.batch_size,
         mesh=session.mesh,
         answer=answer,
+        gold=answering.gold.texts,
         metrics=run.evaluation.metrics,
         beta=run.preference.beta,
         base=session.remember(("numbers of the base", *data_key), dict),
     )
     return Prepared(
-        run, session, objective, federation, examples, inputs, blank, spec, adapter, layout, key, evaluator, neighbours
+        run=run,
+        session=session,
+        objective=objective,
+        federation=federation,
+        examples=examples,
+        inputs=inputs,
+        blank=blank,
+        spec=spec,
+        adapter=adapter,
+        layout=layout,
+        key=key,
+        evaluator=evaluator,
+        answering=answering,
+        neighbours=neighbours,
     )
 
 

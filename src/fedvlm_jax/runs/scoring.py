@@ -89,13 +89,15 @@ def describe_scores(prepared: Prepared, scored: ScoredModels) -> dict[str, Any]:
     """What `results.json` tells of them.
 
     Returns:
-        The models' names: split -> metric -> client -> value, of the clients that train; `gain_intervals`: metric ->
+        `generation`: how the answers were generated, and what no model could answer. The models' names: split ->
+        metric -> client -> value, of the clients that train; `gain_intervals`: metric ->
         client -> the ends of the 95 % interval of what it gains over zero-shot on test, for the metric that the run is
         judged by; `held_out`, where there are any: their `zero_shot` and `personal`, and the `cold_start`.
     """
     options, clients = prepared.run.evaluation, prepared.examples.clients
     trained = {clients[number].name for number in prepared.scored}
-    results: dict[str, Any] = {name: _keep(by_split, trained) for name, by_split in scored.items()}
+    results: dict[str, Any] = {"generation": {"decoding": options.decoding, **prepared.answering.describe()}}
+    results |= {name: _keep(by_split, trained) for name, by_split in scored.items()}
     if prepared.scored_newcomers:
         others = {clients[number].name for number in prepared.scored_newcomers}
         results["held_out"] = {
