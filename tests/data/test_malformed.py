@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from make_parquet import IMAGE, RLAIF_V, make_row, make_rows, write_rows
 from rlaif_form import REASONS, Form, make_form_rows, write_folder
 
-import fedvlm_jax
 from fedvlm_jax.data.encode import Examples, encode
 from fedvlm_jax.data.federate import federate
 from fedvlm_jax.data.options import DataOptions
@@ -284,15 +283,28 @@ def test_folders_of_the_maker_are_skipped_as_it_says(tmp_path: Path) -> None:
     check_nothing_lost(examples, rows, {entry.row: entry.reason for entry in examples.skipped})
 
 
+REFUSED = (
+    (
+        {"question": "<image><image> what is it"},
+        "prompt refused: the text holds <image>, which stands for a picture",
+    ),
+    (
+        {"question": "<OD> find the car"},
+        "prompt refused: the task <OD> takes no input, but stands beside other text",
+    ),
+)
+"""What Florence-2's own processor makes no prompt of."""
+
+
 def test_the_model_s_own_tokenizer_takes_any_text(tmp_path: Path) -> None:
     from fedvlm_jax.models.processing import Processor
 
     about_text = ("question", "answer", "rejected")
     odd = [case for name, case in malformed.ROW_CASES.items() if name.startswith(about_text)]
+    odd = [case for case in odd if "<image>" not in (case[0].get("question") or "")] + list(REFUSED)
     rows = make_rows(6) + [make_row(6 + n, **changes) for n, (changes, _) in enumerate(odd)]
     table = read_table(str(write_rows(tmp_path / "a.parquet", rows)))
-    folder = Path(fedvlm_jax.__file__).parent / "assets" / "florence2-nano"
-    examples = encode(table, federate(table, LENIENT, 0), Processor.from_folder(folder), LENIENT)
+    examples = encode(table, federate(table, LENIENT, 0), Processor.from_folder("florence2-nano"), LENIENT)
     reasons = {6 + n: reason for n, (_, reason) in enumerate(odd) if reason}
     assert {entry.row: entry.reason for entry in examples.skipped} == reasons
 

@@ -45,6 +45,9 @@ CHARACTERS = 16
 tokenised: one text of megabytes would make every array as wide as itself."""
 
 
+TOO_LONG = "prompt too long"
+
+
 class TextProcessor(Protocol):
     """What `encode` asks of a model's processor."""
 
@@ -160,11 +163,11 @@ def encode(
         elif pairs and not answers.is_pair[place]:
             fault = find_pair_fault(answers.chosen[place], answers.rejected[place])
             reasons[place] = fault or "chosen equals rejected once cut"
-    input_ids, attention_mask, which, pad, fits = _tokenise_prompts(processor, questions, options.max_prompt_tokens)
+    input_ids, attention_mask, which, pad, unfit = _tokenise_prompts(processor, questions, options.max_prompt_tokens)
     lengths = attention_mask.sum(axis=1)
     for place in range(len(rows)):
-        if place not in reasons and not fits[which[place]]:
-            reasons[place] = "prompt too long"
+        if place not in reasons and int(which[place]) in unfit:
+            reasons[place] = unfit[int(which[place])]
 
     idx = table.read_text("idx", rows) if "idx" in table.columns else [None] * len(rows)
     skipped = federation.skipped + tuple(Skipped(int(rows[p]), idx[p], reason) for p, reason in reasons.items())
@@ -221,21 +224,23 @@ def _read_answers(table: Table, rows: np.ndarray, processor: TextProcessor, most
 
 def _tokenise_prompts(
     processor: TextProcessor, texts: Sequence[str], most: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, np.ndarray]:
-    """Distinct texts -> ids and mask [D, T], every text's place among them [N], the padding id, and which fit [D].
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, dict[int, str]]:
+    """Distinct texts -> ids and mask [D, T], every text's place among them [N], the padding id, and which are unfit.
 
-    T is the longest prompt of at most `most` tokens; longer ones are cut to it, to be left out.
+    T is the longest prompt of at most `most` tokens; longer ones are cut to it, to be left out, as those are that the
+    processor refuses. The reason is by their place among the D.
     """
     distinct, which = _distinct(texts)
-    fits = np.asarray([len(text) <= CHARACTERS * most for text in distinct], bool)
+    unfit = {place: TOO_LONG for place, text in enumerate(distinct) if len(text) > CHARACTERS * most}
     chunks, pad = [], None
     for start in range(0, len(distinct), CHUNK):
-        part = [text if fits[start + n] else "" for n, text in enumerate(distinct[start : start + CHUNK])]
-        ids, mask = (np.asarray(array, np.int32) for array in processor.prompts(part))
+        part = ["" if start + n in unfit else text for n, text in enumerate(distinct[start : start + CHUNK])]
+        ids, mask, refused = _ask_prompts(processor, part)
+        unfit |= {start + n: reason for n, reason in refused.items()}
         if pad is None and (mask == 0).any():
             pad = int(ids[mask == 0][0])  # the processor's own padding id, where it shows one
         lengths = mask.sum(axis=1)
-        fits[start : start + CHUNK] &= lengths <= most
+        unfit |= {start + int(n): TOO_LONG for n in np.flatnonzero(lengths > most) if start + int(n) not in unfit}
         width = int(lengths[lengths <= most].max(initial=0))
         chunks.append((ids[:, :width], mask[:, :width]))
     width = max((ids.shape[1] for ids, _ in chunks), default=0)
@@ -244,7 +249,25 @@ def _tokenise_prompts(
     ids = np.concatenate([_widen(ids, width, pad) for ids, _ in chunks] or empty)
     masks = np.concatenate([_widen(mask, width, 0) for _, mask in chunks] or empty)
     assert (np.diff(masks, axis=1) <= 0).all(), "prompts must be padded on the right"
-    return ids, masks, which, pad, fits
+    return ids, masks, which, pad, unfit
+
+
+def _ask_prompts(processor: TextProcessor, texts: list[str]) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Ids, mask, and which texts the processor refuses and why: whatever it raises is that one row's fault.
+
+    A refused text is asked as an empty one.
+    """
+    refused: dict[int, str] = {}
+    try:
+        asked = processor.prompts(texts)
+    except Exception:
+        for place, text in enumerate(texts):
+            try:
+                processor.prompts([text])
+            except Exception as error:
+                refused[place] = f"prompt refused: {error}"[:120]
+        asked = processor.prompts(["" if place in refused else text for place, text in enumerate(texts)])
+    return np.asarray(asked[0], np.int32), np.asarray(asked[1], np.int32), refused
 
 
 def _tokenise_answers(processor: TextProcessor, texts: Sequence[str], most: int) -> tuple[np.ndarray, np.ndarray]:

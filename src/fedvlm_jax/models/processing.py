@@ -224,7 +224,7 @@ class Processor:
         for task, sentence in self.wrapped.task_prompts_without_inputs.items():
             if task in text:
                 if text != task:
-                    raise UserError(f"the task {task} takes no input, but the prompt is {text!r}")
+                    raise UserError(f"the task {task} takes no input, but stands beside other text")
                 return sentence
         for task, sentence in self.wrapped.task_prompts_with_input.items():
             if task in text:
