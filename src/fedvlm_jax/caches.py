@@ -1,11 +1,12 @@
 """The folders of what can be made again: where they are, who uses them, and how large they may become.
 
-Four kinds lie in one folder, `$FEDVLM_CACHE`, by default `$XDG_CACHE_HOME/fedvlm-jax` or `~/.cache/fedvlm-jax`:
+Five kinds lie in one folder, `$FEDVLM_CACHE`, by default `$XDG_CACHE_HOME/fedvlm-jax` or `~/.cache/fedvlm-jax`:
 
     programs   compiled programs, in a folder per kind of processor; jax writes and bounds them (`runs.kept_programs`)
     features   frozen image features, a folder per model and way of computing
     reference  log-probabilities under the base, likewise
     arrow      tables as Arrow files, a folder per data set
+    contents   digests of large files, by what the system says of them (`contents.py`)
 
 An entry is a folder that is used, counted and removed as a whole. Who uses one holds a lock in it, which the system
 lets go when the process ends, however it ends; what is locked is never removed. Nothing is followed out of an entry:
@@ -68,6 +69,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "features": ("*.rows", "*.keys", "shape.json", "features.bin", "keys.txt"),
     "reference": ("*.rows", "*.keys", "reference-*"),
     ARROW: ("*.arrow", "*.npz", "*.tmp", "*.lock", "*.json", "*.txt"),
+    "contents": ("*.json", "*.tmp"),
 }
 """Every kind, and the names of the files that it writes or, in 0.1, wrote."""
 

@@ -10,7 +10,7 @@ from fedvlm_jax.caches import BOUND, FOLDER, KINDS, Entry, find_arrow, find_cach
 
 __all__ = ["cache"]
 
-Kind = Literal["programs", "features", "reference", "arrow"]
+Kind = Literal["programs", "features", "reference", "arrow", "contents"]
 
 
 def cache(

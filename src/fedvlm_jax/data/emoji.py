@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from fedvlm_jax.contents import digest_files
 from fedvlm_jax.data.clients import ClientRows, Federation
 from fedvlm_jax.data.columns import federate_rows
 from fedvlm_jax.data.options import SPLITS
@@ -72,7 +73,7 @@ def read_file(file: Path) -> Table:
     repeated = [name for name in names if name not in ("image", "idx")]  # idx is new in every row
     # Not `read_table`: that imports pandas, a third of a second.
     with pq.ParquetFile(file, read_dictionary=[*repeated, "image.bytes", "image.path"]) as opened:
-        return Table("emoji", opened.read(), file.parent)
+        return Table("emoji", opened.read(), file.parent, digest=digest_files([file]))
 
 
 def federate_emoji(table: Table, options: "DataOptions", seed: int) -> Federation:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedvlm_jax.contents import digest_files
 from fedvlm_jax.data.columns import federate_by_column
 from fedvlm_jax.data.options import OF_PARQUET
 from fedvlm_jax.data.registry import NamedSet
@@ -71,4 +72,6 @@ def _fetch(revision: str | None) -> Table:
     assert isinstance(dataset, datasets.Dataset)
     urls = dataset.info.download_checksums or {}  # hf://datasets/owner/name@commit/file
     commits = {found[1] for url in urls if (found := re.search(r"@([0-9a-f]{40})/", url))}
-    return dataclasses.replace(open_dataset(dataset, NAME, Path()), revision=min(commits, default=revision))
+    digest = digest_files(Path(entry["filename"]) for entry in dataset.cache_files)
+    table = open_dataset(dataset, NAME, Path())
+    return dataclasses.replace(table, revision=min(commits, default=revision), digest=digest)

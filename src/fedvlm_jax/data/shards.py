@@ -93,8 +93,16 @@ def _is_plain(kind: "pa.DataType") -> bool:
     return text or is_a.is_integer(kind) or is_a.is_floating(kind) or is_a.is_boolean(kind)
 
 
-def convert_shards(files: Sequence[Path], columns: dict[str, "pa.DataType"]) -> tuple["datasets.Dataset", Hold | None]:
+def convert_shards(
+    files: Sequence[Path], columns: dict[str, "pa.DataType"], digest: str
+) -> tuple["datasets.Dataset", Hold | None]:
     """Let `datasets` write the shards into our cache as Arrow, once per content.
+
+    `datasets` itself goes by names and time stamps, so every content has a folder of its own.
+
+    Args:
+        files, columns: what `check_shards` found.
+        digest: of the files' contents.
 
     Returns:
         The data set, and what keeps its files from being removed.
@@ -117,7 +125,7 @@ def convert_shards(files: Sequence[Path], columns: dict[str, "pa.DataType"]) -> 
         with hush_datasets():
             dataset = datasets.Dataset.from_parquet(
                 [str(file.resolve()) for file in files],
-                cache_dir=str(cache),
+                cache_dir=str(cache / digest),
                 columns=list(columns),
                 features=features,
                 keep_in_memory=False,

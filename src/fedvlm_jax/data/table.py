@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedvlm_jax.caches import Hold
+from fedvlm_jax.contents import digest_files
 from fedvlm_jax.data.facts import ImageFacts
 from fedvlm_jax.data.mapped import Blobs, open_arrow
 from fedvlm_jax.data.options import MAX_IMAGE_PIXELS
@@ -60,6 +61,7 @@ class Table:
         blobs: where the images' bytes lie, if that is in mapped files.
         facts: what is known about the images; only `images.py` fills it.
         revision: the commit that a set from the hub was fetched at.
+        digest: of the contents of its files; "" where it was made in memory.
         image_root: a second folder for image files, looked into after the first.
         hold: what keeps mapped files in our cache from being removed.
         max_image_pixels: images of more pixels are not decoded.
@@ -71,6 +73,7 @@ class Table:
     blobs: Blobs | None = field(default=None, repr=False)
     facts: ImageFacts = field(default_factory=ImageFacts, repr=False)
     revision: str | None = None
+    digest: str = ""
     image_root: Path | None = None
     hold: Hold | None = field(default=None, repr=False)
     max_image_pixels: int = MAX_IMAGE_PIXELS
@@ -184,9 +187,12 @@ def read_parquet(path: Path, name: str | None = None) -> Table:
     columns, filled = check_shards(files)
     if not filled:
         raise UserError(f"{path} has no rows; expected at least one image with question and answer.")
-    dataset, hold = convert_shards(filled, columns)
+    digest = digest_files(filled)
+    dataset, hold = convert_shards(filled, columns, digest)
+    if digest_files(filled) != digest:
+        raise UserError(f"{path} was changed while it was read; try again when nobody writes it.")
     table = open_dataset(dataset, name or str(path), path if path.is_dir() else path.parent)
-    return dataclasses.replace(table, hold=hold)
+    return dataclasses.replace(table, hold=hold, digest=digest)
 
 
 def open_dataset(dataset: "datasets.Dataset", name: str, folder: Path) -> Table:
