@@ -9,13 +9,15 @@ import hashlib
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import PIL
 from jax.sharding import Mesh
 
+import fedvlm_jax
 from fedvlm_jax import processes
 from fedvlm_jax.caches import find_cache, read_bound, trim
 from fedvlm_jax.data.encode import Examples
@@ -33,6 +35,11 @@ from fedvlm_jax.sharding import own_base, own_mesh
 __all__ = ["Note", "Session", "choose_store", "reference_of"]
 
 Note = Callable[[str], None]
+
+SOURCES = (
+    *("models/*.py", "objectives/*.py", "data/images.py", "data/pictures.py"),
+    *("federation/features.py", "federation/reference.py"),
+)
 
 IN_MEMORY = 2 * GIB
 """More image features than this go to disk, unless the user says otherwise."""
@@ -147,9 +154,18 @@ def _describe_computing(system: SystemOptions, *about: Hashable) -> str:
     """
     device = jax.local_devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = (jax.__version__, jax.lib.__version__, device.client.platform_version)
+    versions = (jax.__version__, jax.lib.__version__, device.client.platform_version, PIL.__version__, _hash_sources())
     settings = (os.environ.get("XLA_FLAGS"), jax.config.values["jax_default_matmul_precision"])
     options = (system.compute, system.remat, system.unroll)
     told = (about, options, DECODING, versions, settings, device.device_kind, describe_processor(), cores)
     own = f"-{jax.process_index()}of{processes.count()}" if processes.count() > 1 else ""
     return hashlib.blake2b(repr(told).encode(), digest_size=12).hexdigest() + own
+
+
+@cache
+def _hash_sources() -> str:
+    """A hash of the code between a row's bytes and what is kept of it: where it changes, so may the numbers."""
+    root, digest = Path(fedvlm_jax.__file__).parent, hashlib.blake2b(digest_size=16)
+    for file in sorted(file for pattern in SOURCES for file in root.glob(pattern)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

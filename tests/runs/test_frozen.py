@@ -1,0 +1,51 @@
+"""What is kept of the base on disk is found again only by whoever would compute the same bits."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+from transformers import BartConfig
+
+from fedvlm_jax.runs import frozen
+from fedvlm_jax.runs.config import Run, SystemOptions
+
+PLAIN = SystemOptions()
+
+
+def session(processor="64x64", **config):
+    return SimpleNamespace(
+        vlm=SimpleNamespace(config=BartConfig(**config)), processor=SimpleNamespace(fingerprint=processor)
+    )
+
+
+def name(run=None, kept=None):
+    run = run or Run()
+    return frozen._name_folder(run, "features", "weights", frozen._describe_model(kept or session())).name
+
+
+def test_the_same_model_and_options_find_what_they_left(tmp_path):
+    assert name() == name()
+    assert frozen._name_folder(dataclasses.replace(Run(), system=SystemOptions(cache="disk", cache_dir=tmp_path)),
+                               "features", "weights").parent == tmp_path  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"compute": "bfloat16"}, {"remat": True}, {"unroll": 1}])
+def test_other_arithmetic_is_another_folder(change):
+    assert name(Run(system=dataclasses.replace(PLAIN, **change))) != name()
+
+
+@pytest.mark.parametrize(
+    "kept", [session(encoder_attention_heads=8), session("48x48")], ids=["the same weights, other heads", "processor"]
+)
+def test_the_same_weights_in_another_model_are_another_folder(kept):
+    """Features by weights alone were those of another model."""
+    assert name(kept=kept) != name()
+
+
+def test_other_flags_and_other_code_are_another_folder(monkeypatch, tmp_path):
+    before = name()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    changed = name()
+    assert changed != before
+    monkeypatch.setattr(frozen, "_hash_sources", lambda: "edited")
+    assert name() not in (before, changed)
