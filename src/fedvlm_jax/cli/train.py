@@ -1,7 +1,6 @@
 """`fedvlm train`: one federated run, or the rest of one."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +10,10 @@ from fedvlm_jax.cli._signals import exit_code, say
 from fedvlm_jax.cli._together import Together, together
 from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.runs.claims import make_folder, remove_unused
-from fedvlm_jax.runs.config import Run, from_json, to_json
+from fedvlm_jax.runs.config import Run, to_json
 from fedvlm_jax.runs.distributed import DistributedOptions, check_distributed
 from fedvlm_jax.runs.quick_start import start_quickly
+from fedvlm_jax.runs.stored import read_config
 from fedvlm_jax.runs.validation import validate
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _has_begun(run: Run, folder: Path) -> bool:
     file = folder / "config.json"
     if not file.is_file():
         return False
-    there = from_json(json.loads(file.read_text(encoding="utf-8"))["run"])
+    there = read_config(folder).run
     if dataclasses.replace(there, out=None) != dataclasses.replace(run, out=None):
         asked, stored = (_flatten(to_json(dataclasses.replace(one, out=None))) for one in (run, there))
         other = ", ".join(_name_flag(name) for name in asked if asked[name] != stored[name])

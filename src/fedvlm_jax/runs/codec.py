@@ -14,9 +14,12 @@ from typing import Any, TypeVar
 
 from fedvlm_jax.errors import UserError
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "fit"]
 
 T = TypeVar("T")
+
+LONGEST = 80
+"""Characters of a value that a message shows."""
 
 
 def encode(options: Any) -> dict[str, Any]:
@@ -43,13 +46,13 @@ def decode(kind: type[T], stored: Any, where: str = "") -> T:
     unknown = sorted(set(stored) - set(names))
     if unknown:
         raise UserError(
-            f"unknown option {prefix}{unknown[0]} in the stored configuration; "
-            f"there are {', '.join(names)}. Was it written by another version?"
+            f"unknown option {prefix}{unknown[0]} in the stored configuration; there are {', '.join(names)}. Was it "
+            "written by another version?"
         )
     missing = [name for name in names if name not in stored]
     if missing:
         raise UserError(f"the stored configuration lacks {prefix}{missing[0]}; was it written by another version?")
-    return kind(**{name: _decode_value(hints[name], stored[name], prefix + name) for name in names})
+    return kind(**{name: fit(hints[name], stored[name], prefix + name) for name in names})
 
 
 def _encode_value(value: Any) -> Any:
@@ -64,7 +67,14 @@ def _encode_value(value: Any) -> Any:
     return value
 
 
-def _decode_value(hint: Any, value: Any, where: str) -> Any:
+def fit(hint: Any, value: Any, where: str) -> Any:
+    """Rebuild a value of the type that a hint names from what JSON gave.
+
+    Raises:
+        UserError: it is of another type; `where` tells whose value it is.
+    """
+    if hint is Any:
+        return value
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
         return decode(typing.cast("type[Any]", hint), value, where)
@@ -76,14 +86,27 @@ def _decode_value(hint: Any, value: Any, where: str) -> Any:
         raise _misfit(where, value, " or ".join(map(repr, typing.get_args(hint))))
     if origin is tuple:
         return _decode_tuple(typing.get_args(hint), value, where)
+    if origin is list:
+        return list(_decode_tuple((*typing.get_args(hint), ...), value, where))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _misfit(where, value, "a group")
+        return {name: fit(typing.get_args(hint)[1], one, f"{where}.{name}") for name, one in value.items()}
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and (type(value) is int or value in ("inf", "-inf", "nan")):
-        return float(value)
+        return _to_float(value, where)
     # `type(...) is`, because True is an int to isinstance.
     if isinstance(hint, type) and type(value) is hint:
         return value
     raise _misfit(where, value, getattr(hint, "__name__", str(hint)))
+
+
+def _to_float(value: int | str, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise _misfit(where, value, "a number that float64 has") from None
 
 
 def _decode_union(members: Sequence[Any], value: Any, where: str) -> Any:
@@ -92,7 +115,7 @@ def _decode_union(members: Sequence[Any], value: Any, where: str) -> Any:
     for member in members:
         if member is not type(None):
             try:
-                return _decode_value(member, value, where)
+                return fit(member, value, where)
             except UserError:
                 continue
     raise _misfit(where, value, " or ".join(getattr(member, "__name__", str(member)) for member in members))
@@ -105,8 +128,9 @@ def _decode_tuple(members: Sequence[Any], value: Any, where: str) -> tuple[Any, 
         members = [members[0]] * len(value)
     if len(members) != len(value):
         raise _misfit(where, value, f"{len(members)} values")
-    return tuple(_decode_value(member, item, where) for member, item in zip(members, value, strict=True))
+    return tuple(fit(member, item, where) for member, item in zip(members, value, strict=True))
 
 
 def _misfit(where: str, value: Any, expected: str) -> UserError:
-    return UserError(f"the stored configuration has {where} = {value!r}; expected {expected}")
+    told = repr(value) if isinstance(value, str | int | float | None) else "[…]" if isinstance(value, list) else "{…}"
+    return UserError(f"{where} = {told if len(told) <= LONGEST else told[:LONGEST] + '…'}; expected {expected}")

@@ -8,7 +8,6 @@ one is resumed. Several processes may share the methods out.
 
 import dataclasses
 import functools
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,11 +19,12 @@ from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.choices import for_method
 from fedvlm_jax.runs.claims import Claim
 from fedvlm_jax.runs.codec import encode
-from fedvlm_jax.runs.config import Compare, Run, TrainOptions, from_json, to_json, without_extras
+from fedvlm_jax.runs.config import Compare, Run, TrainOptions, to_json, without_extras
 from fedvlm_jax.runs.folders import RunRecord, read_run
 from fedvlm_jax.runs.prepare import Session, open_session
 from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.storage import describe_environment, write_json
+from fedvlm_jax.runs.stored import read_config
 from fedvlm_jax.runs.validation import FINETUNED, REMEMBERING, plain, validate_comparison
 from fedvlm_jax.runs.workers import WorkerProgress, spread
 
@@ -159,7 +159,7 @@ def finish_run(run: Run, show: Progress, session: Session, start: Path | None = 
 
 
 def _read_options(folder: Path) -> Run:
-    return from_json(json.loads((folder / "config.json").read_text(encoding="utf-8"))["run"])
+    return read_config(folder).run
 
 
 def _is_start(folder: Path, run: Run) -> bool:

@@ -1,17 +1,16 @@
 """A finished run's stored adapters, evaluated once more from their files."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.claims import Claim
-from fedvlm_jax.runs.config import from_json
 from fedvlm_jax.runs.prepare import open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.runs.storage import load_base, open_adapters, write_json
+from fedvlm_jax.runs.stored import read_config
 from fedvlm_jax.sharding import place_base
 
 __all__ = ["evaluate"]
@@ -26,8 +25,7 @@ def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
     Raises:
         UserError: the run is not finished, a file is missing, or its clients are not those of the data now.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json there, so it is not the folder of a run")
+    read_config(folder)  # before the folder is claimed, for it may be none
     with Claim(folder):
         return _evaluate(folder, show or SilentProgress())
 
@@ -35,11 +33,11 @@ def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
 def _evaluate(folder: Path, show: Progress) -> dict[str, Any]:
     if not (folder / "results.json").is_file():
         raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    run = dataclasses.replace(from_json(stored["run"]), out=folder)
+    stored = read_config(folder)
+    run = dataclasses.replace(stored.run, out=folder)
     prepared = prepare(run, open_session(run, show.note), show.note)
     names = [client.name for client in prepared.examples.clients]
-    if names != stored["resolved"]["clients"]:
+    if names != list(stored.clients):
         raise UserError(f"{folder}: its clients are not those of {run.data.source} now; has the data changed?")
     show.note(f"evaluating {len(names)} clients and the bare base")
     session = prepared.session

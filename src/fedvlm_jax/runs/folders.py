@@ -12,6 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.stored import (
+    check_comparison,
+    check_line,
+    check_origin,
+    check_results,
+    parse_json,
+    read_json,
+    read_text,
+)
 
 __all__ = ["ComparisonRecord", "RunRecord", "is_comparison", "read_comparison", "read_metrics", "read_run"]
 
@@ -109,9 +118,9 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder}: no config.json there, so it is not the folder of a run")
     if not (folder / "results.json").is_file():
         raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
-    config, results = _read_json(folder / "config.json"), _read_json(folder / "results.json")
-    _require_keys(folder / "config.json", config, ("run",))
-    _require_keys(folder / "results.json", results, ("zero_shot", "personal"))
+    config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
+    check_origin(folder / "config.json", config)
+    check_results(folder / "results.json", results)
     return RunRecord(folder, config, read_metrics(folder), results)
 
 
@@ -119,18 +128,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read `metrics.jsonl`; where a killed and resumed run wrote a round twice, the later line holds.
 
     Raises:
-        UserError: a line other than the last is not JSON.
+        UserError: a line is not that of a round. One that a kill cut short is left out.
     """
     path = folder / "metrics.jsonl"
-    texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    texts = read_text(path).split("\n") if path.is_file() else []
+    if texts and not _is_json(texts[-1]):  # the end of the last line, or what a kill left of one
+        texts.pop()
     lines: dict[int, dict[str, Any]] = {}
     for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            if number == len(texts):  # a kill may have cut the last line short
-                break
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        line = parse_json(path, text, f", line {number}")
+        check_line(path, f", line {number}", line)
         lines[line["round"]] = line
     return [lines[number] for number in sorted(lines)]
 
@@ -144,8 +151,8 @@ def read_comparison(folder: Path) -> ComparisonRecord:
     path = folder / "comparison.json"
     if not path.is_file():
         raise UserError(f"{folder}: no comparison.json there, so it is not the folder of a finished comparison")
-    stored = _read_json(path)
-    _require_keys(path, stored, ("methods", "seeds", "runs", "zero_shot"))
+    stored = read_json(path)
+    check_comparison(path, stored)
     return ComparisonRecord(
         folder=folder,
         methods=list(stored["methods"]),
@@ -158,17 +165,9 @@ def read_comparison(folder: Path) -> ComparisonRecord:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _is_json(text: str) -> bool:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return stored
-
-
-def _require_keys(path: Path, stored: Mapping[str, Any], keys: tuple[str, ...]) -> None:
-    for key in keys:
-        if key not in stored:
-            raise UserError(f"{path}: the entry {key!r} is missing; was it written by another version?")
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -7,7 +7,6 @@ Several processes run the same loop side by side, in a folder that all of them r
 """
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,17 +24,17 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Adapters, Scored
 from fedvlm_jax.federation.driver import Moment
 from fedvlm_jax.runs.claims import Claim, clear, is_used
-from fedvlm_jax.runs.config import Run, from_json, to_json, without_extras
+from fedvlm_jax.runs.config import Run, to_json, without_extras
 from fedvlm_jax.runs.course import Course, Watch, leave_alone
 from fedvlm_jax.runs.examples import write_examples
 from fedvlm_jax.runs.fit import fit
 from fedvlm_jax.runs.folders import read_run
-from fedvlm_jax.runs.meshes import MeshShape
 from fedvlm_jax.runs.models import each_model
 from fedvlm_jax.runs.prepare import Prepared, Session, open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.runs.storage import BASE, describe_environment, save_adapters, save_base, write_json
+from fedvlm_jax.runs.stored import read_config
 from fedvlm_jax.runs.validation import validate
 from fedvlm_jax.sharding import fetch, replicate
 
@@ -86,27 +85,33 @@ def resume(
         UserError: the folder is no run's, its checkpoint does not fit, or the devices of then are not there.
     """
     show = show or SilentProgress()
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json there, so it is not the folder of a run")
+    read_config(folder)  # before the folder is claimed, for it may be none
     with _claim(folder):
         return _go_on(folder, show, session, watch)
 
 
 def _go_on(folder: Path, show: Progress, session: Session | None, watch: Watch) -> Path:
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    run = dataclasses.replace(from_json(stored["run"]), out=folder, resume=None)
+    stored = read_config(folder)
+    run = dataclasses.replace(stored.run, out=folder, resume=None)
+    _validate_stored(folder, run)
     if processes.tell_all((folder / "results.json").exists):
         show.note(f"{folder} is finished")
         return folder
-    resolved = stored["resolved"]
-    mesh = MeshShape(**resolved["mesh"])
-    if mesh.devices > len(jax.devices()):
+    if stored.mesh.devices > len(jax.devices()):
         raise UserError(
-            f"{folder} ran on {mesh.devices} devices ({mesh}) and there are {len(jax.devices())} now. Numbers on "
-            "another mesh agree to rounding only, so the run is not continued; start a new one."
+            f"{folder} ran on {stored.mesh.devices} devices ({stored.mesh}) and there are {len(jax.devices())} now. "
+            "Numbers on another mesh agree to rounding only, so the run is not continued; start a new one."
         )
-    system = dataclasses.replace(run.system, mesh=str(mesh), wave=resolved["wave"])
+    system = dataclasses.replace(run.system, mesh=str(stored.mesh), wave=stored.wave)
     return _execute(dataclasses.replace(run, system=system), show, session, watch)
+
+
+def _validate_stored(folder: Path, run: Run) -> None:
+    """Options that were edited are judged as those of a new run are."""
+    try:
+        validate(run)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
 
 
 def extend(folder: Path, run: Run, show: Progress | None = None, session: Session | None = None) -> Path:
@@ -122,7 +127,7 @@ def extend(folder: Path, run: Run, show: Progress | None = None, session: Sessio
     if run.out is None:
         raise UserError("a run needs a folder: set out")
     record = read_run(folder)
-    done = from_json(record.options)
+    done = read_config(folder).run
     if dataclasses.replace(without_extras(run), out=done.out) != done:
         raise UserError(
             f"{folder} differs from {run.out} in more than local fine-tuning or neighbours: it cannot go on as that run"
