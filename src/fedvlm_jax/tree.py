@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
-__all__ = ["combine", "count_bytes", "flatten", "partition", "unflatten", "weighted_sum"]
+__all__ = ["combine", "count_bytes", "flatten", "is_finite", "partition", "unflatten", "weighted_sum"]
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,3 +72,12 @@ def weighted_sum(stacked: PyTree, weights: Float[Array, " clients"]) -> PyTree:
 def count_bytes(tree: PyTree) -> int:
     """The size in bytes of all leaves; works on shapes as on arrays."""
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def is_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Tell whether every number is finite, and the sum of their squares too: beyond that a model's output is not.
+
+    Integers and booleans are finite. A tree without leaves is.
+    """
+    sums = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+    return jnp.isfinite(sum(sums, start=jnp.float32(0)))

@@ -63,11 +63,12 @@ def test_meshes_and_waves_agree(case, mesh, slow):
 
 
 @pytest.mark.parametrize(("case", "mesh", "slow"), SPREAD)
-def test_one_all_reduce_over_clients_and_nothing_else(case, mesh, slow):
+def test_one_all_reduce_over_clients_one_flag_of_each_and_nothing_else(case, mesh, slow):
     """Between the devices that share a base there are more, which do not count here."""
     collectives = run_check(slow)[case]["meshes"][mesh]["collectives"]
     reductions = collectives.pop("all-reduce")
     assert reductions == (0 if case == "local/sft" else 1)
+    assert collectives.pop("all-gather") == 1, "whose numbers are finite"
     assert set(collectives.values()) == {0}
 
 

@@ -168,6 +168,37 @@ def test_a_client_of_weight_zero_changes_nothing(case, poison):
     assert_close(take(personal, [0, 1, 2]), alone_personal)
 
 
+@pytest.mark.parametrize("poison", [np.nan, 3e38])
+def test_a_client_whose_numbers_are_not_finite_is_left_out(case, poison):
+    """As if it had not been drawn; it keeps its state, and the others' weights add up to one."""
+    cohort = make_cohort(CLIENTS)
+    cohort.examples["image_features"][1] = poison
+    assert not np.isfinite(case.run(cohort, WEIGHTS, case.states)[0].metrics["loss"][1])
+    for states, new in ((case.states, True), (case.personal, False)):
+        cohort, clean = (one._replace(new=np.full(CLIENTS, new)) for one in (cohort, make_cohort(CLIENTS)))
+        out, personal = case.run(cohort, WEIGHTS, states)
+        alone, others = case.run(take(clean, [0, 2, 3]), np.asarray([1, 3, 4], np.float32) / 8, take(states, [0, 2, 3]))
+        np.testing.assert_allclose(out.weights, np.asarray([1, 0, 3, 4]) / 8, rtol=1e-6)
+        assert out.finite
+        assert_close(out.server, alone.server)
+        assert_close(take(personal, [0, 2, 3]), others)
+        kept = case.method.init_client(jax.random.key(0), case.server, jnp.int32(1))
+        kept = kept if new else jax.tree.map(lambda x: x[1], states)
+        assert_close(jax.tree.map(lambda x: x[1], personal), kept, rtol=0, atol=0)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out.server, personal, out.messages)))
+
+
+def test_where_no_client_s_numbers_are_finite_nothing_changes(case):
+    cohort = make_cohort(CLIENTS)
+    cohort.examples["image_features"][:] = np.nan
+    out, personal = case.run(
+        cohort._replace(new=np.zeros(CLIENTS, bool)), WEIGHTS, case.personal, server=case.out.server, round_=2
+    )
+    assert out.weights.tolist() == [0.0] * CLIENTS
+    assert_close(out.server, case.out.server, rtol=0, atol=0)
+    assert_close(personal, case.personal, rtol=0, atol=0)
+
+
 def test_nobody_counts_and_the_server_stays(case):
     """At the start, and after a round, when momentum of former rounds might drive it on."""
     out, _ = case.run(case.cohort, np.zeros(CLIENTS), case.states)

@@ -55,7 +55,8 @@ def both(tmp_path_factory):
 def test_one_all_reduce_of_both_factors(both):
     """Counted by the package's reader of HLO, by two regular expressions, and worked out from the model's widths."""
     planned, by_hand = both
-    (reduced,) = planned["collectives"]
+    flags, reduced = sorted(planned["collectives"], key=lambda one: one["bytes"])
+    assert (flags["kind"], flags["bytes"]) == ("all-gather", CLIENTS), "whose numbers are finite, a byte a client"
     assert (reduced["kind"], reduced["axes"], reduced["runs_per_round"]) == ("all-reduce", ["clients"], 1)
     assert reduced["bytes"] == 4 * FACTORS
     assert [(one["bytes"], one["entry"]) for one in by_hand["all_reduces"]] == [(4 * FACTORS, True)]

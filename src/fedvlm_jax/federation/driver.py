@@ -28,7 +28,7 @@ from fedvlm_jax.federation.memory import Footprint, count_unread, measure
 from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.population import NOBODY, Population, Slots
 from fedvlm_jax.federation.programs import Programs
-from fedvlm_jax.federation.round import from_waves, start_personal, to_waves
+from fedvlm_jax.federation.round import RoundOutput, from_waves, start_personal, to_waves
 from fedvlm_jax.federation.traffic import count_bytes, find_travelling
 from fedvlm_jax.methods import Client
 from fedvlm_jax.sharding import fetch, fetch_own, own_places, place_like, place_waves, replicate
@@ -67,6 +67,8 @@ class RoundReport:
     Attributes:
         numbers: the cohort.
         counted: the clients in it whose messages counted.
+        unfit: those that trained and did not count, because what came of it is not finite.
+        finite: is the new state of the server, and of the base where the method moves it? If not it was not taken.
         turnout: how many dropped out and how many straggled, where that may happen.
         metrics: of every client in the cohort [K].
         health: of the aggregation.
@@ -80,6 +82,8 @@ class RoundReport:
 
     numbers: np.ndarray
     counted: np.ndarray
+    unfit: np.ndarray
+    finite: bool
     turnout: dict[str, int]
     metrics: dict[str, np.ndarray]
     health: dict[str, float]
@@ -151,12 +155,15 @@ class Driver:
         waves = self.layout.waves  # position k of the cohort sits at wave k mod W, place k div W
         own = own_places(self.programs.mesh, self.layout.wave)
         self._own = (own[:, None] * waves + np.arange(waves)).ravel()
-        self._trainable = np.flatnonzero([not client.held_out for client in clients])
+        # A place in a cohort is for who can fill it.
+        self._trainable = np.flatnonzero([not client.held_out and len(client.train) > 0 for client in clients])
         self._sizes = np.asarray([len(clients[number].train) for number in self._trainable])
         self.server = replicate(self.programs.mesh, self.server)
 
     def read_round(self, round_: int, steps: int | None = None) -> RoundInputs:
-        """Draw the cohort of round `round_` (from 1) and read its data; held-out clients are never drawn.
+        """Draw the cohort of round `round_` (from 1) and read its data.
+
+        Clients that are held out or have no training examples are never drawn.
 
         It depends on nothing that a round changes, so rounds may be read ahead, in other threads.
 
@@ -241,22 +248,29 @@ class Driver:
     def _compile(self, arguments: tuple[Any, ...], round_: int) -> Any:
         return self.programs.compile_round(arguments, self.phase_of(round_))
 
+    def _run(self, read: RoundInputs, rates: dict[str, float]) -> RoundOutput:
+        with TraceAnnotation("give the program its arguments"):
+            arguments = self._arguments(read, rates)
+        with TraceAnnotation("start the compiled round"):
+            return self._compile(arguments, read.round)(*arguments)
+
     def run_round(self, read: RoundInputs, rates: dict[str, float]) -> RoundReport:
         """Run a round that was read: train its cohort, aggregate, write personal states back.
 
         Whoever does not count leaves no trace: its state stays, and if it had none it is as new next time. Where nobody
-        counts the server stays too.
+        counts the server stays too; and everything stays where the aggregate is not finite.
         """
-        numbers, weights, before, base = read.numbers, read.weights, self.server, self.base
-        with TraceAnnotation("give the program its arguments"):
-            arguments = self._arguments(read, rates)
-        with TraceAnnotation("start the compiled round"):
-            out = self._compile(arguments, read.round)(*arguments)
-        counted, health = read.counted, out.health
+        numbers, before, base = read.numbers, self.server, self.base
+        out = self._run(read, rates)
+        health = out.health
+        found = self.programs.health(before, out.personal, out.messages, out.weights) if len(read.counted) else {}
+        with TraceAnnotation("wait for the round"):
+            counted = np.flatnonzero(fetch(out.weights)[: len(numbers)] > 0)
+        finite = bool(out.finite) and self._moves_finitely(out.server)
         if len(counted):
-            found = self.programs.health(before, out.personal, out.messages, jnp.asarray(weights))
             health = health | (found if len(counted) > 1 else {k: v for k, v in found.items() if k not in OF_PAIRS})
-            with TraceAnnotation("wait for the round, and store personal states"):
+        if len(counted) and finite:
+            with TraceAnnotation("store personal states"):
                 self._store(numbers[counted], counted, out.personal)
             self.server = out.server
         up, down = self._travelling(out.messages, max(1, len(counted)), read.round)
@@ -264,6 +278,8 @@ class Driver:
         return RoundReport(
             numbers=numbers,
             counted=numbers[counted],
+            unfit=numbers[np.setdiff1d(read.counted, counted)],
+            finite=finite,
             turnout=read.turnout,
             metrics={name: values[: len(numbers)] for name, values in fetch(out.metrics).items()},
             health={name: float(value) for name, value in health.items()},
@@ -274,6 +290,19 @@ class Driver:
             else None,
             base=base,
         )
+
+    def _moves_finitely(self, server: PyTree) -> bool:
+        """Is the base still finite with what this state of the server adds to it? Finite factors may overflow."""
+        return self.programs.base is None or bool(self.programs.base_is_finite(self.params, server))
+
+    def find_unfit(self, read: RoundInputs) -> Int[np.ndarray, " some"]:
+        """The clients of a round that would be unfit whatever the learning rates, for they are so at rates of 0.
+
+        The round is run once more for it, and changes nothing.
+        """
+        out = self._run(read, {"a": 0.0, "b": 0.0})
+        lost = np.setdiff1d(read.counted, np.flatnonzero(fetch(out.weights)[: len(read.numbers)] > 0))
+        return read.numbers[lost]
 
     def _store(self, numbers: np.ndarray, places: np.ndarray, states: PyTree) -> None:
         """Keep the states [W, V, …] of these clients, who stand at these places of the cohort."""

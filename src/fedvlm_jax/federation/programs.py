@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
+from fedvlm_jax import tree
 from fedvlm_jax.federation.health import examine
 from fedvlm_jax.federation.memory import TooLargeError
 from fedvlm_jax.federation.round import from_waves, make_round, start_personal
@@ -33,6 +34,7 @@ class Programs:
     trained: Callable[..., PyTree]
     health: Callable[..., dict[str, Any]]
     base: Callable[[PyTree, PyTree], PyTree] | None
+    base_is_finite: Callable[[PyTree, PyTree], Any]
     compiled: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)
 
     def compile_round(self, arguments: tuple[Any, ...], phase: int) -> Any:
@@ -69,6 +71,9 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs
     def health(server: PyTree, waves: PyTree, messages: PyTree, weights: Any) -> dict[str, Any]:
         return examine(trained(server, from_waves(waves), messages), weights)
 
+    def base_is_finite(params: PyTree, server: PyTree) -> Any:
+        return tree.is_finite(params if method.base is None else method.base(params, server))
+
     return Programs(
         method,
         mesh,
@@ -77,6 +82,7 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs
         jax.jit(trained),
         jax.jit(health),
         method.base,  # not jitted: a compiled program would return copies of the weights that it leaves alone
+        jax.jit(base_is_finite),
     )
 
 

@@ -4,7 +4,8 @@ The base is an unbatched argument: under `vmap` its matmuls run once over all cl
 cohort of K = W·V clients is laid out as [W, V]: a scan over W waves of V clients each, V along the mesh axis `clients`.
 Position k of the cohort sits at wave k mod W, place k div W: so the messages [W, V, …] become [K, …] in the cohort's
 order by joining two axes of which the outer one is the sharded one, which moves nothing between devices. What is left
-for the network is one all-reduce in `aggregate`.
+for the network is one all-reduce in `aggregate`, and before it one flag per client, gathered: whoever's training gave
+numbers that are not finite has no weight, and the others' weights add up to one again.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from fedvlm_jax import tree
 from fedvlm_jax.federation.training import LocalTrainer
 from fedvlm_jax.methods import Client, Context, Method
 from fedvlm_jax.methods.record import Metrics
@@ -30,9 +32,12 @@ class RoundOutput(NamedTuple):
     Attributes:
         server: the new server state.
         personal: the cohort's new personal states [W, V, …].
-        messages: what the clients sent [K, …], in the cohort's order.
+        messages: what the clients sent [K, …], in the cohort's order; zeros of those with numbers that are not finite,
+            whose personal state is the one that they came with.
         metrics: of the clients' training [K].
         health: of the aggregation, scalars.
+        weights: [K], p_k as they counted.
+        finite: are the new server state, and what clients received for themselves?
     """
 
     server: PyTree
@@ -40,6 +45,8 @@ class RoundOutput(NamedTuple):
     messages: PyTree
     metrics: Metrics
     health: Metrics
+    weights: Float[Array, " cohort"]
+    finite: Bool[Array, ""]
 
 
 def to_waves(tree: PyTree, waves: int) -> PyTree:
@@ -57,6 +64,18 @@ def start_personal(method: Method, key: PRNGKeyArray, server: PyTree, number: In
     return method.init_client(jax.random.fold_in(jax.random.fold_in(key, Stream.NEWCOMERS), number), server, number)
 
 
+def _choose(first: Bool[Array, ""], one: PyTree, other: PyTree) -> PyTree:
+    """One tree or the other, leaf by leaf; what is not chosen leaves no trace, as a product with zero would."""
+    return jax.tree.map(lambda x, y: jnp.where(first, x, y), one, other)
+
+
+def _leave_out(weights: Float[Array, " cohort"], finite: Bool[Array, " cohort"]) -> Float[Array, " cohort"]:
+    """The weights of those whose numbers are finite, adding up to what they did before; untouched where all are."""
+    left = jnp.where(finite, weights, 0)
+    renewed = left / jnp.maximum(left.sum(), jnp.finfo(left.dtype).tiny)
+    return jnp.where(jnp.all(left == weights), weights, renewed)
+
+
 def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..., RoundOutput]:
     """Compile-once round: `run(params, server, personal, clients, weights, rates, round, key, *, phase=0)`.
 
@@ -71,7 +90,7 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
         key: the run's key; a client's own is folded from it, the round and the client's number.
         phase: of the round; static, a program each.
     """
-    across = NamedSharding(mesh, PartitionSpec(CLIENTS))
+    across, everywhere = NamedSharding(mesh, PartitionSpec(CLIENTS)), NamedSharding(mesh, PartitionSpec())
 
     def run(
         params: PyTree,
@@ -92,36 +111,44 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
         def update(personal: PyTree, client: Client) -> Any:
             with jax.named_scope("start_clients"):
                 fresh = start_personal(method, key, server, client.number)
-                personal = jax.tree.map(lambda new, old: jnp.where(client.new, new, old), fresh, personal)
+                personal = _choose(client.new, fresh, personal)
             own_key = jax.random.fold_in(
                 jax.random.fold_in(jax.random.fold_in(key, Stream.UPDATES), round), client.number
             )
-            return method.client_update(ctx, server, personal, client, own_key)
+            new, message, metrics = method.client_update(ctx, server, personal, client, own_key)
+            with jax.named_scope("look_for_numbers_that_are_not_finite"):
+                finite = tree.is_finite((new, message, metrics["loss"]))
+                new, message = _choose(finite, (new, message), (personal, jax.tree.map(jnp.zeros_like, message)))
+            return new, message, metrics, finite
 
         wave = jax.vmap(update, spmd_axis_name=CLIENTS)
 
         def one_wave(_: None, inputs: Any) -> Any:
             return None, wave(*inputs)
 
-        _, (personal, messages, metrics) = jax.lax.scan(one_wave, None, (personal, clients))
+        _, (personal, messages, metrics, finite) = jax.lax.scan(one_wave, None, (personal, clients))
         personal, messages, metrics = jax.lax.with_sharding_constraint(
             (personal, messages, metrics), wave_sharding(mesh)
         )
         messages, metrics = jax.lax.with_sharding_constraint((from_waves(messages), from_waves(metrics)), across)
+        # Every device knows all flags and reckons all weights itself: to share that out would take four more messages.
+        weights, finite = jax.lax.with_sharding_constraint((weights, from_waves(finite)), everywhere)
+        weights = jax.lax.with_sharding_constraint(_leave_out(weights, finite), everywhere)
+        sound = jnp.ones((), bool)
         if method.deliver is not None and method.receive is not None:
             with jax.named_scope("deliver"):
                 downloads = method.deliver(ctx, server, messages, weights)
                 received = jax.vmap(method.receive)(from_waves(personal), downloads)
             here = lambda new, old: jnp.where(weights.reshape(-1, *[1] * (new.ndim - 1)) > 0, new, old)  # noqa: E731
             received = jax.tree.map(here, received, from_waves(personal))  # who dropped out is not there any more
+            sound = tree.is_finite(received)
             personal = jax.lax.with_sharding_constraint(
                 to_waves(received, clients.weight.shape[0]), wave_sharding(mesh)
             )
         with jax.named_scope("aggregate"):
             server, health = method.aggregate(ctx, server, messages, weights)
-        return RoundOutput(server, personal, messages, metrics, health)
+        return RoundOutput(server, personal, messages, metrics, health, weights, sound & tree.is_finite(server))
 
     # Told, not inferred: the server's state comes back exactly as it goes in, so the next round finds its program.
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    outputs = RoundOutput(everywhere, wave_sharding(mesh), across, across, everywhere)  # type: ignore[arg-type]
+    outputs = RoundOutput(everywhere, wave_sharding(mesh), across, across, *[everywhere] * 3)  # type: ignore[arg-type]
     return jax.jit(run, donate_argnames="personal", static_argnames="phase", out_shardings=outputs)

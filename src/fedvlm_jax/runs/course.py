@@ -33,6 +33,7 @@ from fedvlm_jax.runs.folders import read_metrics
 from fedvlm_jax.runs.models import each_model, give_models
 from fedvlm_jax.runs.prepare import Prepared, make_driver
 from fedvlm_jax.runs.progress import Progress
+from fedvlm_jax.runs.trouble import UNFIT, describe_rounds, describe_unfit, explain_aggregate, explain_all_unfit
 from fedvlm_jax.sharding import fetch, replicate
 
 __all__ = ["Best", "Course", "Watch", "leave_alone"]
@@ -114,6 +115,7 @@ class Course:
         self.drivers = [self._start(0)]
         self.rounds = 0  # since this process began
         self.saved: list[int] = []  # rounds whose checkpoints are kept
+        self.unfit: set[str] = set()  # clients of which it was told
         self.last_server: PyTree = {}  # of the federation, where a method moves the base that is fine-tuned on
         population = self.driver.population
         self.best = Best(jax.device_get(self.driver.server), population.keep("best"))
@@ -153,6 +155,13 @@ class Course:
             for _ in range(first, phase.last + 1):
                 self._round(phase, rounds)
         self.show.finish()
+        if not self.best.round:
+            raise UserError(
+                f"{self.folder}: on the clients' validation data no round's models have a finite loss, so there is "
+                "none to choose; lower --train.learning-rate-a and --train.learning-rate-b"
+            )
+        for sentence in describe_rounds(read_metrics(self.folder)):
+            self.show.note(sentence)
 
     def _enter(self, number: int) -> None:
         """Start a phase of local fine-tuning: every client's own model so far becomes its private adapter."""
@@ -173,12 +182,7 @@ class Course:
             report = self.driver.run_round(read, self._rates(round_))
             seconds = waited + time.perf_counter() - start
         line = _describe_round(round_, phase.method, report, seconds)
-        if not math.isfinite(line.get("loss", 0.0)):  # a round in which nobody trained has none
-            newest = self.checkpoints.newest()
-            raise UserError(
-                f"round {round_}: the training loss is not finite. Lower --train.learning-rate-a and "
-                f"--train.learning-rate-b; the last good checkpoint is that of round {newest or 0} in {self.folder}"
-            )
+        told = self._judge(read, report, line)
         last = round_ in (self.phases[-1].last, self.phases[0].last)
         if last or round_ % self.prepared.run.evaluation.every == 0:
             line["validation"] = self._validate(round_, report)
@@ -186,9 +190,35 @@ class Course:
         if last or round_ % self.prepared.run.checkpoint_every == 0:
             self._save(round_)
         self.show.round(line)
+        if told:
+            self.show.note(told)
         self.rounds += 1
         if self.rounds == 2:
             self.show.note(f"a round after the first takes {seconds:.2g} s, evaluation apart")
+
+    def _judge(self, read: RoundInputs, report: RoundReport, line: dict[str, Any]) -> str:
+        """Name in the line the clients whose numbers are not finite; returns what there is to say of those not yet met.
+
+        Raises:
+            UserError: there are no others in the round, or what became of them is not finite.
+        """
+        newest = self.checkpoints.newest()
+        good = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is that of round {newest}"
+        good += f" in {self.folder}"
+        if not report.finite:
+            raise UserError(explain_aggregate(read.round, good))
+        if not len(report.unfit):
+            return ""
+        clients = self.prepared.examples.clients
+        names = [clients[number].name for number in report.unfit]
+        line[UNFIT] = names
+        if len(report.counted) and self.unfit.issuperset(names):
+            return ""  # it was told, and the question costs a round
+        self.unfit.update(names)
+        from_the_start = {clients[number].name for number in self.driver.find_unfit(read)}
+        if not len(report.counted):
+            raise UserError(explain_all_unfit(read.round, names, from_the_start, self.prepared.run.model, good))
+        return describe_unfit(read.round, names, from_the_start)
 
     def _write_line(self, line: dict[str, Any]) -> None:
         if processes.is_first():
@@ -208,9 +238,9 @@ class Course:
             result["before_redistribution"] = {chosen: _mean(before)}
             result["after_redistribution"] = {chosen: _mean({name: scores[chosen][name] for name in before})}
         value, loss = result.get(chosen), result.get("loss")
-        # Without validation data the newest is the best there is.
+        # Without validation data the newest is the best there is. A model whose loss is not finite is never the best.
         score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
-        if value is None or score > self.best.score:
+        if value is None or (all(map(math.isfinite, score)) and score > self.best.score):
             server = jax.device_get(self.driver.server) if self.federated else self.last_server or self.best.server
             self.best = Best(server, self.driver.population.keep("best"), round_, len(self.drivers) - 1, score)
         return result
@@ -360,8 +390,8 @@ def _adopt(driver: Driver, models: Adapters, wave: int) -> None:
 
 
 def _describe_round(round_: int, method: str, report: RoundReport, seconds: float) -> dict[str, Any]:
-    """The line of a round: means over the clients that trained, and no such numbers where nobody did."""
-    trained = report.metrics["steps"] > 0
+    """The line of a round: means over the clients whose training counted, and no such numbers where nobody's did."""
+    trained = (report.metrics["steps"] > 0) & ~np.isin(report.numbers, report.unfit)
     mean = {name: float(values[trained].mean()) for name, values in report.metrics.items()} if trained.any() else {}
     return {
         "round": round_,

@@ -80,7 +80,7 @@ class Prepared:
 
     @property
     def participants(self) -> list[int]:
-        """Numbers of the clients that train."""
+        """Numbers of the clients that are not held out; those without training examples are never drawn."""
         return [number for number, client in enumerate(self.examples.clients) if not client.held_out]
 
     @property
@@ -165,7 +165,9 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         note(f"{examples.rejected_truncated} rejected answers cut to {options.max_answer_tokens} tokens")
     store = choose_store(run, session, examples.images, note) if is_vision_frozen(adapter) else None
     inputs, blank = (make(examples, session.processor, store) for make in (make_inputs, make_blank_inputs))
-    trainable = sum(not client.held_out for client in clients)
+    trainable = sum(not client.held_out and len(client.train) > 0 for client in clients)
+    if not trainable:
+        raise UserError(f"none of the {len(clients)} clients has a training example, so there is nothing to train on")
     if run.cohort is not None and run.cohort > trainable:
         raise UserError(f"--cohort {run.cohort}: there are only {trainable} clients that train")
     if objective.reference:
@@ -292,5 +294,5 @@ def _fit_to_model(data: DataOptions, vlm: Any) -> DataOptions:
 
 def lay_out(run: Run, examples: Examples, mesh: Mesh, cohort: int | None, wave: int | None) -> Layout:
     """The shapes of a run's rounds with so many clients each, so many of them side by side."""
-    sizes = [len(client.train) for client in examples.clients if not client.held_out]
+    sizes = [len(client.train) for client in examples.clients if not client.held_out and len(client.train)]
     return lay_out_sizes(run, sizes, mesh, cohort, wave)

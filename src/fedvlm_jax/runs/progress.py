@@ -71,6 +71,8 @@ def describe_line(line: Mapping[str, Any]) -> list[str]:
     score = read_validation(line.get("validation"))
     if score is not None:
         phrases.append(f"validation {score:.1%}")
+    if line.get("unfit"):
+        phrases.append(f"{len(line['unfit'])} not finite")
     if line.get("clients_per_second") is not None:
         phrases.append(f"{line['clients_per_second']:.1f} clients/s")
     return phrases

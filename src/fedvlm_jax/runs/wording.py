@@ -10,6 +10,7 @@ from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord
 from fedvlm_jax.runs.measures import find_measure, percent
 from fedvlm_jax.runs.statistics import compare_paired, count_seeds_ahead, judge
 from fedvlm_jax.runs.tables import RIVALS, points
+from fedvlm_jax.runs.trouble import describe_rounds
 
 __all__ = ["describe_comparison", "describe_difference", "describe_run", "describe_runs"]
 
@@ -41,6 +42,7 @@ def describe_run(record: RunRecord) -> list[str]:
     chosen = record.results.get("selected_round")
     if chosen is not None:
         sentences.append(f"The adapters are those of round {chosen}, chosen on validation; test was read once.")
+    sentences += describe_rounds(record.rounds)
     sentences.append(
         "One run of one method: whether sharing is worth it, against training alone, is what `fedvlm compare` measures."
     )

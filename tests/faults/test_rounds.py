@@ -1,0 +1,231 @@
+"""Rounds in which something is not finite: who is left out, what is never taken, and what is said."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from federation.test_participation import RATES, Case, assert_same, copy, read_steps
+from tiny_run import make_folder, tiny_run
+
+from fedvlm_jax import tree
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.methods.options import ServerOptions
+from fedvlm_jax.runs import course, loop
+from fedvlm_jax.runs.config import EvaluationOptions, TrainOptions
+from fedvlm_jax.runs.folders import read_metrics, read_run
+from fedvlm_jax.runs.prepare import open_session
+from fedvlm_jax.runs.progress import SilentProgress, describe_line
+from fedvlm_jax.runs.trouble import describe_rounds, describe_unfit, explain_all_unfit
+from fedvlm_jax.runs.wording import describe_run
+
+HUGE = {"a": jnp.float32(1e30), "b": jnp.float32(1e30)}
+
+
+def poison(read, places):
+    """A round whose clients at these places of the first wave have pictures that are no numbers."""
+    examples = dict(read.clients.examples)
+    examples["image_features"] = np.array(examples["image_features"])
+    examples["image_features"][0, places] = np.nan
+    return read._replace(clients=read.clients._replace(examples=examples))
+
+
+# --- What counts as finite ---
+
+
+@pytest.mark.parametrize(
+    ("leaf", "finite"),
+    [([1.0, -2.0], True), ([np.nan], False), ([-np.inf], False), ([1e25], False), ([3], True), ([True], True)],
+)
+def test_finite_means_the_norm_too(leaf, finite):
+    assert bool(tree.is_finite({"rest": jnp.zeros(2), "it": jnp.asarray(leaf)})) == finite
+
+
+def test_nothing_is_finite():
+    assert bool(tree.is_finite({}))
+
+
+# --- One round ---
+
+
+@pytest.fixture(scope="module")
+def plora():
+    return Case("plora")
+
+
+def test_an_unfit_client_is_named_and_keeps_its_state(plora):
+    driver, without = plora.start(), plora.start()
+    for one in (driver, without):
+        one.run_round(read_steps(one, 1, [4] * 4), RATES)
+    before = copy(driver.population.gather([1]))
+    report = driver.run_round(poison(read_steps(driver, 2, [4] * 4), [1]), RATES)
+    without.run_round(read_steps(without, 2, [4, 0, 4, 4]), RATES)
+    assert (report.unfit.tolist(), report.counted.tolist(), report.finite) == ([1], [0, 2, 3], True)
+    assert_same(copy(driver.population.gather([1])), before)
+    assert_same(copy(driver.server), copy(without.server), rtol=1e-4, atol=2e-6)
+    assert len(plora.programs.compiled) == 1, "who is unfit is data"
+
+
+def test_an_unfit_newcomer_is_still_new(plora):
+    driver = plora.start()
+    driver.run_round(poison(read_steps(driver, 1, [4] * 4), [1, 3]), RATES)
+    assert driver.population.known.tolist() == [True, False, True, False]
+    driver.run_round(read_steps(driver, 2, [4] * 4), RATES)
+    assert driver.population.known.all()
+
+
+def test_where_all_are_unfit_nothing_changes(plora):
+    driver = plora.start()
+    driver.run_round(read_steps(driver, 1, [4] * 4), RATES)
+    before = copy(driver.state())
+    report = driver.run_round(read_steps(driver, 2, [4] * 4), HUGE)
+    assert (report.unfit.tolist(), report.counted.tolist(), report.trained) == ([0, 1, 2, 3], [], None)
+    assert_same(copy(driver.state()), before)
+    report = driver.run_round(read_steps(driver, 3, [4] * 4), RATES)
+    assert len(report.counted) == 4, "and the next round is like any other"
+
+
+def test_rates_of_zero_tell_data_from_rates(plora):
+    driver = plora.start()
+    read = poison(read_steps(driver, 1, [4] * 4), [2])
+    before = copy(driver.state())
+    assert driver.find_unfit(read).tolist() == [2]
+    assert driver.find_unfit(read_steps(driver, 1, [4] * 4)).tolist() == []
+    assert_same(copy(driver.state()), before)
+
+
+@pytest.mark.parametrize("optimizer", ["avg", "adam"])
+def test_an_aggregate_that_is_not_finite_is_not_taken(optimizer):
+    """The server's step overflows, of finite messages; its moments count as well."""
+    driver = Case("fedavg-lora", server=ServerOptions(optimizer, 1e36)).start()
+    before = copy(driver.state())
+    report = driver.run_round(read_steps(driver, 1, [4] * 4), RATES)
+    assert (report.finite, report.unfit.tolist()) == (False, [])
+    assert_same(copy(driver.state()), before)
+    assert not driver.population.known.any()
+
+
+def test_a_base_that_overflows_is_not_taken(monkeypatch):
+    """The server's factors are finite, what they make of the weights is not."""
+    driver = Case("flora").start()
+    server = copy(driver.server)
+    large = {**server, "base": jax.tree.map(lambda leaf: np.full_like(leaf, 1e30), server["base"])}
+    assert driver._moves_finitely(driver.server)
+    monkeypatch.setattr(driver, "_run", lambda *given, run=driver._run: run(*given)._replace(server=large))
+    assert not driver.run_round(read_steps(driver, 1, [4] * 4), RATES).finite
+    assert_same(copy(driver.server), server)
+
+
+def test_clients_without_examples_take_no_place():
+    """Two of four have none: a cohort of two is the other two, and so is everybody."""
+    case = Case("local")
+    for cohort in (2, None):
+        driver = case.start(sizes=[9, 0, 4, 0], cohort=cohort)
+        assert {tuple(driver.read_round(n).numbers) for n in range(1, 5)} == {(0, 2)}
+
+
+# --- A run ---
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def session(model, tmp_path_factory):
+    return open_session(tiny_run(model, tmp_path_factory.mktemp("unused")))
+
+
+def short(model, out, **train):
+    return tiny_run(
+        model, out, cohort=None, train=TrainOptions(rounds=2, local_steps=1, batch_size=4, **train),
+        evaluation=EvaluationOptions(every=2, max_answer_tokens=4, batch_size=6, examples=0),
+    )  # fmt: skip
+
+
+def test_a_run_with_an_unfit_client_ends_well_and_names_it(model, session, tmp_path, monkeypatch):
+    read = course._read_round
+    monkeypatch.setattr(course, "_read_round", lambda *given: poison(read(*given), [1]))
+    show = SilentProgress()
+    folder = loop.train(short(model, tmp_path / "run"), show, session)
+    name = read_run(folder).config["resolved"]["clients"][1]
+    lines = read_metrics(folder)
+    assert [line["unfit"] for line in lines] == [[name], [name]]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    told = [note for note in show.notes if name in note]
+    assert len(told) == 2, "once in the rounds, once at the end"
+    assert told[0].startswith("round 1: 1 of its clients did not count")
+    assert "before a step is taken: look at its examples" in told[0]
+    assert any(f"{name} (2)" in sentence for sentence in describe_run(read_run(folder)))
+    assert all(np.isfinite(list(read_run(folder).scores("personal", "loss").values())))
+
+
+@pytest.mark.parametrize(
+    ("places", "train", "message"),
+    [
+        ([0, 1, 2, 3], {}, r"round 1: the loss of all 4 clients is not finite before anything is trained.*--model"),
+        ([], {"learning_rate_a": 1e30, "learning_rate_b": 1e30}, r"round 1: the training of all 4.*lower --train.lear"),
+    ],
+)
+def test_the_base_is_not_blamed_on_the_rates(model, session, tmp_path, monkeypatch, places, train, message):
+    read = course._read_round
+    monkeypatch.setattr(course, "_read_round", lambda *given: poison(read(*given), places))
+    with pytest.raises(UserError, match=message):
+        loop.train(short(model, tmp_path / "run", **train), session=session)
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert read_metrics(tmp_path / "run") == []
+
+
+def test_an_overflow_in_the_last_round_is_no_success(model, session, tmp_path, monkeypatch):
+    """Its loss, before the update, is finite. What is kept, and called good, is the round before."""
+    rates = course.Course._rates
+    monkeypatch.setattr(course.Course, "_rates", lambda self, n: {"a": 1e30, "b": 1e30} if n == 2 else rates(self, n))
+    with pytest.raises(UserError, match=r"round 2: .*not finite.*last good checkpoint is that of round 1") as told:
+        loop.train(short(model, tmp_path / "run"), session=session)
+    assert len(str(told.value).splitlines()) == 1
+    assert [line["round"] for line in read_metrics(tmp_path / "run")] == [1]
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_round_whose_validation_is_not_finite_is_never_the_best(model, session, tmp_path, monkeypatch):
+    """Not by its metric, not by its loss, and a run without any other ends with a line."""
+    score = course.Course._score
+
+    def spoil(self, *given):
+        found = score(self, *given)
+        return {**found, "exact_match": dict.fromkeys(found["exact_match"], 1.0), "loss": {"one": bad}}
+
+    monkeypatch.setattr(course.Course, "_score", spoil)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="no round's models have a finite loss"):
+            loop.train(short(model, tmp_path / f"run{bad}"), session=session)
+
+
+def test_nobody_in_any_round_is_told(model, session, tmp_path):
+    run = short(model, tmp_path / "run")
+    show = SilentProgress()
+    run = dataclasses.replace(run, participation=dataclasses.replace(run.participation, dropout=0.999999))
+    folder = loop.train(run, show, session)
+    assert any(note.startswith("Nothing was trained: in none of the 2 rounds") for note in show.notes)
+    assert any(sentence.startswith("Nothing was trained") for sentence in describe_run(read_run(folder)))
+    json.loads((folder / "results.json").read_text())
+
+
+# --- Sentences ---
+
+
+def test_sentences():
+    assert describe_line({"loss": 1.0, "unfit": ["a", "b"]}) == ["loss 1.000", "2 not finite"]
+    assert describe_unfit(3, ["a", "b", "c", "d", "e"], ["a"]) == (
+        "round 3: 5 of its clients did not count, for numbers that are not finite; a has such numbers before a step is "
+        "taken: look at its examples; b, c, d and 1 more has them from its training: lower --train.learning-rate-a and "
+        "--train.learning-rate-b, or look at its examples"
+    )
+    assert "what earlier rounds added to the model is too large" in explain_all_unfit(4, ["a"], ["a"], "nano", "good")
+    assert describe_rounds([{"loss": 1.0}, {}]) == [
+        "In 1 of 2 rounds nobody's training counted: these changed nothing."
+    ]
+    assert describe_rounds([{"loss": 1.0}]) == []
