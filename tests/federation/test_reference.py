@@ -7,7 +7,10 @@ import pytest
 
 from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.federation.reference import ReferenceStore, add_reference, compute_reference
+from fedvlm_jax.federation.reference import ReferenceStore, add_reference, compute_reference, make_score
+from fedvlm_jax.models import load_vlm, resolve_folder
+from fedvlm_jax.runs.build import choose_arithmetic
+from fedvlm_jax.runs.config import Run
 from fedvlm_jax.sharding import make_mesh
 
 COUNT, BATCH = 7, 3
@@ -131,6 +134,31 @@ def test_what_a_kill_cut_short_or_a_disk_changed_is_computed_again(tmp_path, suf
     again, base = compute(examples, ReferenceStore(tmp_path))
     np.testing.assert_array_equal(again, expected(examples))
     assert base.batches == []
+
+
+@pytest.mark.slow
+def test_a_pair_has_the_same_bits_at_every_place_and_beside_any_others():
+    """On the shipped model: a resumed run scores what is missing, beside others than the run it goes on with."""
+    vlm, params = load_vlm(resolve_folder(Run().model), **choose_arithmetic(Run().system))
+    rng, score = np.random.default_rng(0), make_score(vlm)
+    tokens = {name: rng.integers(5, 100, (COUNT, 6)).astype(np.int32) for name in ("labels", "rejected_labels")}
+    tokens["labels"][::3, 4:] = -100
+    pairs = {
+        **tokens,
+        "input_ids": rng.integers(5, 100, (COUNT, 9)).astype(np.int32),
+        "attention_mask": (np.arange(9) < rng.integers(3, 10, (COUNT, 1))).astype(np.int32),
+        "image_features": rng.normal(size=(COUNT, 17, vlm.image_width)).astype(np.float32),
+    }
+
+    def ask(rows):
+        scores = score(params, {name: array[rows] for name, array in pairs.items()})
+        return np.stack([scores["chosen_log_prob"], scores["rejected_log_prob"]], axis=1)
+
+    whole = ask(np.arange(COUNT))
+    for _ in range(3):
+        order = rng.permutation(COUNT)
+        np.testing.assert_array_equal(ask(order), whole[order])
+    np.testing.assert_array_equal(ask(np.repeat([2], COUNT)), whole[[2] * COUNT])
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
