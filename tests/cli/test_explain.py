@@ -80,8 +80,8 @@ def test_local_sends_nothing_and_fedavg_keeps_nothing(toy):
 def test_what_is_frozen_and_what_begins_anew(toy):
     (stage,) = explain(toy, "ffa-lora").stages
     assert statuses(stage) == {"a": (0, (), (), ()), "b": (1, YES, YES, ())}
-    (stage,) = explain(toy, "plora-reset-a").stages
-    assert statuses(stage) == {"a": (1, (), (), ()), "b": (1, YES, YES, ())}
+    (stage,) = explain(toy, "plora-reset-a").stages  # it begins every round anew, and answers with what it became
+    assert statuses(stage) == {"a": (1, (), (), OWN), "b": (1, YES, YES, ())}
     (stage,) = explain(toy, "fed-sb").stages
     assert statuses(stage) == {"a": (0, (), (), ()), "b": (0, (), (), ()), "r": (1, YES, YES, ())}
 

@@ -110,12 +110,17 @@ def fix_signs(a: Array, b: Array) -> tuple[Array, Array]:
     return a * sign, b * sign.mT
 
 
-def truncate(adapter: Adapter, rank: int) -> Adapter:
+def truncate(adapter: Adapter, rank: int, *, even: bool = True) -> Adapter:
     """The best adapter of a lower rank in the Frobenius norm, by QR and a small SVD; ΔW itself is never formed.
 
     With a = Q_a R_a and bᵀ = Q_b R_b, ΔW = Q_a (R_a R_bᵀ) Q_bᵀ and only the small matrix in the middle is decomposed;
-    its singular values are shared evenly between the factors, and signs are settled (`fix_signs`). Scales stay. Batched
-    over stacked layers.
+    signs are settled (`fix_signs`). Scales stay. Batched over stacked layers.
+
+    Args:
+        adapter: of any rank.
+        rank: wanted.
+        even: share the singular values evenly between the factors; else all of them go to `b`, and the columns of `a`
+            are orthonormal.
 
     Raises:
         LoraError: `rank` is below 1 or above what a site can have.
@@ -128,9 +133,10 @@ def truncate(adapter: Adapter, rank: int) -> Adapter:
         q_a, r_a = one_by_one(jnp.linalg.qr, a.astype(jnp.float32))
         q_b, r_b = one_by_one(jnp.linalg.qr, b.astype(jnp.float32).mT)
         u, s, vt = one_by_one(thin_svd, jnp.matmul(r_a, r_b.mT, precision="highest"))
-        root = jnp.sqrt(s[..., :rank])
-        new_a = jnp.matmul(q_a, u[..., :rank] * root[..., None, :], precision="highest")
-        new_b = jnp.matmul(root[..., :, None] * vt[..., :rank, :], q_b.mT, precision="highest")
+        s = s[..., :rank]
+        in_a, in_b = (jnp.sqrt(s), jnp.sqrt(s)) if even else (jnp.ones_like(s), s)
+        new_a = jnp.matmul(q_a, u[..., :rank] * in_a[..., None, :], precision="highest")
+        new_b = jnp.matmul(in_b[..., :, None] * vt[..., :rank, :], q_b.mT, precision="highest")
         new_a, new_b = fix_signs(new_a, new_b)
         return new_a.astype(a.dtype), new_b.astype(b.dtype)
 

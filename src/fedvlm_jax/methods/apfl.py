@@ -2,6 +2,9 @@
 
 v_k is trained through the mixture, step by step beside w: what it is mixed with is the w of that step. Mixed are the
 factors. α is fixed, or learned with v_k and kept between 0 and 1.
+
+The authors' code differs from the paper, which is followed here: it mixes the outputs of two models instead of their
+weights, trains v_k beside the w of after the step, and renews α once a round, with a pull of 0.02 α towards zero.
 """
 
 from typing import Any

@@ -1,4 +1,10 @@
-"""FedDPA-T (arXiv 2403.19211): in every round a client trains its local adapter, then the global one."""
+"""FedDPA-T (arXiv 2403.19211): in every round a client trains its local adapter, then the global one.
+
+The local steps of a round are halved, so that it takes as many as any other method, and both adapters are trained from
+round 1 on. In the authors' code the first round is the global adapter's alone, and from the second one on each adapter
+takes all local steps: `--hyper.dpa-whole`. Until a client has trained its local adapter, in its first round with that
+schedule, it uses the global one as it is.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +19,15 @@ SOURCE = "arXiv 2403.19211: (A_g, B_g) averaged and (A_l, B_l) private, trained 
 
 
 def make(setup: Setup) -> Method:
-    """feddpa-t: the local steps of a round are halved, so that it takes as many as any other method."""
-    return make_dual_method("feddpa-t", SOURCE, setup, stages=lambda phase, client: halve(client))
+    """feddpa-t: halves of a round's steps, or all of them for both adapters, as the options say."""
+    reads = ("hyper.dpa_whole",)
+    if not setup.hyper.dpa_whole:
+        return make_dual_method("feddpa-t", SOURCE, setup, stages=lambda phase, client: halve(client), reads=reads)
+    return make_dual_method(
+        "feddpa-t", SOURCE, setup,
+        stages=lambda phase, client: (client if phase else None, client),
+        phase=lambda round_: int(round_ > 1), reads=reads,
+    )  # fmt: skip
 
 
 def halve(client: Client) -> tuple[Client | None, Client]:

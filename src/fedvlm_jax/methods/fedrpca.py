@@ -26,8 +26,8 @@ def make(setup: Setup) -> Method:
     """fedrpca, as a share rule with its own average."""
     beta, steps = setup.hyper.rpca_beta, setup.hyper.rpca_steps
 
-    def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"]) -> PyTree:
-        del shared
+    def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"], held: object) -> PyTree:
+        del shared, held
 
         def one(update: Float[Array, "K ..."]) -> Array:
             counts = weights.reshape(-1, *[1] * (update.ndim - 1)) > 0

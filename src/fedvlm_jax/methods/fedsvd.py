@@ -1,6 +1,8 @@
 """FedSVD (arXiv 2505.12805): ffa-lora whose frozen A is renewed from the SVD of the product every few rounds.
 
-In our layout A B = U Σ Vᵀ; A ← U, B ← Σ Vᵀ. The product stays as it is, and the columns of A become orthonormal.
+In our layout A B = U Σ Vᵀ; A ← U, B ← Σ Vᵀ. The product stays as it is, and the columns of A become orthonormal. With
+another A, B has another basis, in which what AdamW remembers means nothing: a client that meets one starts its
+optimiser anew (the authors' code does so in every round).
 """
 
 import jax
@@ -28,7 +30,10 @@ def make(setup: Setup) -> Method:
         now = round_ % every == 0
         return jax.tree.map(lambda new, old: jnp.where(now, new, old), map_sites(renew, shared), shared)
 
-    parts = Parts(trained=(only("b"),), after=after, reads=("hyper.svd_every",), refuses=REFUSES)
+    parts = Parts(
+        trained=(only("b"),), after=after, basis=lambda round_: (round_ - 1) // every, fresh=every == 1,
+        reads=("hyper.svd_every",), refuses=REFUSES,
+    )  # fmt: skip
     return make_share_method("fedsvd", SOURCE, FACTORS, setup, parts)
 
 

@@ -1,19 +1,21 @@
-"""HetLoRA (arXiv 2401.06432): factors padded with zeros to the largest rank, averaged by the norm of their products.
+"""HetLoRA (arXiv 2401.06432): factors of unlike ranks, averaged by the norm of their products.
 
-The paper's pruning of ranks during training is not here; ranks are what `--lora.ranks` says.
+The paper weighs a client by the norm of its whole model's update and pads its factors with zeros. Here every site has a
+weight of its own, from the norm of the product at this site; and each direction is averaged over those who have it,
+because zeros in place of what a client lacks shrink the higher directions, and end them where a round has low ranks
+alone. The paper's pruning of ranks during training is not here; ranks are what `--lora.ranks` says.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax.methods.parts.factored import map_sites, product_norms
 from fedvlm_jax.methods.record import Message, Method, Setup
-from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
+from fedvlm_jax.methods.share import FACTORS, Held, Parts, make_share_method
 
 __all__ = ["make"]
 
-SOURCE = "arXiv 2401.06432: zero-padded factors, weights ∝ ‖B_k A_k‖_F; client k truncates to its rank"
+SOURCE = "arXiv 2401.06432: each direction averaged over who has it, weights ∝ ‖B_k A_k‖_F; client k has its own rank"
 REFUSES: dict[str, str] = {
     "local.scaffold": "its control variates aim at the plain mean of the clients, which hetlora replaces",
     "train.weighting": "it weighs clients by the norm of their product",
@@ -27,19 +29,19 @@ def make(setup: Setup) -> Method:
     )
 
 
-def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"]) -> PyTree:
-    """Σ w_k Δ_k, w_k ∝ ‖a_k b_k‖_F at every site, among those who count."""
+def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"], held: Held | None) -> PyTree:
+    """Σ w_k Δ_k, w_k ∝ ‖a_k b_k‖_F at every site, among those who count and have the direction."""
 
     def one(now: dict[str, Array], update: dict[str, Array]) -> dict[str, Array]:
-        norms = product_norms(now["a"] + update["a"], now["b"] + update["b"])  # [K, *stack]
-        counts = (weights > 0).reshape(-1, *[1] * (norms.ndim - 1))
-        norms = jnp.where(counts, norms, 0)
+        rank, stack = now["a"].shape[-1], now["a"].ndim - 2
+        has = (jnp.ones((len(weights), rank)) if held is None else held).reshape(-1, *[1] * stack, rank)
+        norms = product_norms((now["a"] + update["a"]) * has[..., None, :], now["b"] + update["b"])  # [K, *stack]
+        norms = jnp.where((weights > 0).reshape(-1, *[1] * stack), norms, 0)[..., None] * has  # [K, *stack, R]
         share = norms / jnp.maximum(norms.sum(axis=0), 1e-12)
 
-        def mean(leaf: Array) -> Array:
-            wide = share.reshape(*share.shape, 1, 1)
+        def mean(leaf: Array, wide: Array) -> Array:
             return jnp.sum(jnp.where(wide == 0, 0, wide * leaf), axis=0)
 
-        return jax.tree.map(mean, update)
+        return {"a": mean(update["a"], share[..., None, :]), "b": mean(update["b"], share[..., :, None])}
 
     return map_sites(one, shared, messages)

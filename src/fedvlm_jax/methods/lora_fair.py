@@ -26,7 +26,9 @@ def make(setup: Setup) -> Method:
     """lora-fair, as a share rule with its own average."""
     ridge = setup.hyper.fair_lambda
 
-    def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"]) -> PyTree:
+    def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"], held: object) -> PyTree:
+        del held
+
         def one(now: dict[str, Array], update: dict[str, Array]) -> dict[str, Array]:
             mean = tree.weighted_sum(update, weights)
             left, right = deviations(now["a"] + update["a"], now["b"] + update["b"], weights)

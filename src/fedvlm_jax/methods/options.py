@@ -59,10 +59,18 @@ class HyperOptions:
     """pfedme: learning rate of the local copy of the global model."""
     pfedme_beta: float = 1.0
     """pfedme: share of the average in the new global model."""
+    pfedme_restart: bool = False
+    """pfedme: begin every round with the personal model at the global one, as the authors' code does; the paper leaves
+    the start open, and here it goes on from where it was."""
     dpa_alpha: float = 0.5
     """feddpa: weight of the local adapter; the global one has the rest."""
     dpa_local: float = 0.25
     """feddpa-f: share of the rounds, the last ones, in which the local adapter alone is trained."""
+    dpa_whole: bool = False
+    """feddpa-t: the schedule of the authors' code: the local adapter starts in round 2, and both adapters take all
+    local steps, twice the work; else each takes half of them from round 1 on."""
+    flex_even: bool = False
+    """flexlora: share the singular values evenly between A and B; in the paper all of them go to B."""
     fair_lambda: float = 0.01
     """lora-fair: ridge of the correction of B."""
     svd_every: int = 2

@@ -3,6 +3,9 @@
 A client holds a local copy w_k of the global model. In each of its local rounds it takes a few steps towards
 θ_k = argmin F_k(θ) + λ/2 ‖θ − w_k‖², then w_k ← w_k − η λ (w_k − θ_k). The server goes w ← (1 − β) w + β Σ p_k w_k, and
 θ_k is what the client uses. Its inner steps read one batch each, where the paper keeps one batch for all of them.
+
+The paper does not say where a round's θ_k begins; here it goes on from the last one. The authors' code loads the global
+model into θ_k at the beginning of every round: `--hyper.pfedme-restart`.
 """
 
 import jax
@@ -25,15 +28,16 @@ REFUSES: dict[str, str] = {
     "local.scaffold": _OWN_ROUNDS,
     "lora.ranks": "a step of w_k towards θ_k is not written for factors that are padded",
 }
-READS = ("hyper.pfedme_lambda", "hyper.pfedme_inner", "hyper.pfedme_rate", "hyper.pfedme_beta")
+_NAMES = ("lambda", "inner", "rate", "beta", "restart")
+READS = tuple(f"hyper.pfedme_{name}" for name in _NAMES)
 
 
 def make(setup: Setup) -> Method:
     """pfedme: fedavg-lora's server, with local rounds of their own."""
     hyper = setup.hyper
 
-    def average(shared: object, messages: Message, weights: Array) -> Message:
-        del shared
+    def average(shared: object, messages: Message, weights: Array, held: object) -> Message:
+        del shared, held
         return jax.tree.map(lambda leaf: hyper.pfedme_beta * leaf, tree.weighted_sum(messages, weights))
 
     parts = Parts(average=average, reads=READS, refuses=REFUSES)
@@ -49,7 +53,7 @@ def make(setup: Setup) -> Method:
     ) -> tuple[Personal, Message, Metrics]:
         del key
         received, scales = pairs.split(federated.personalise(server, personal["federated"]))
-        own = personal["own"]
+        own = tree.combine(received, scales) if hyper.pfedme_restart else personal["own"]
         optimizer = personal["optimizer"] if setup.keep_optimizer else setup.start_optimizer(own)
         local, history = received, []
         steps = client.mask.shape[0]
@@ -65,6 +69,7 @@ def make(setup: Setup) -> Method:
             history.append(metrics)
         metrics = over_steps({name: jnp.stack([one[name] for one in history]) for name in history[0]})
         message = jax.tree.map(jnp.subtract, local, received)
+        own = jax.tree.map(lambda new, old: jnp.where(client.mask.any(), new, old), own, personal["own"])
         return {**personal, "own": own, "optimizer": optimizer}, message, metrics
 
     def personalise(server: Server, personal: Personal) -> lora.Adapter:

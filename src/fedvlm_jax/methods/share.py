@@ -44,12 +44,13 @@ AVERAGING = ("server", "local.proximal", "local.scaffold", "lora.ranks")
 """The options that come with an average of updates, see `Method.takes`."""
 
 Weights = Float[Array, " cohort"]
+Held = Float[Array, "cohort rank"]
 
 
-def mean_update(shared: PyTree, messages: Message, weights: Weights) -> PyTree:
-    """Σ p_k Δ_k."""
+def mean_update(shared: PyTree, messages: Message, weights: Weights, held: Held | None) -> PyTree:
+    """Σ p_k Δ_k; where ranks differ each direction's mean over those who have it."""
     del shared
-    return tree.weighted_sum(messages, weights)
+    return tree.weighted_sum(messages, weights) if held is None else ranks.mean(messages, weights, held)
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,15 @@ class Parts:
         assemble: (tree) -> the adapter.
         trained: phase -> (path) -> is the leaf trained? What is not trained does not travel either.
         phase: (round) -> phase.
-        average: (shared, messages [K, …], weights [K]) -> the update of what the messages hold.
+        average: (shared, messages [K, …], weights [K], held [K, R]) -> the update of what the messages hold. `held`
+            says which of the directions of a factor a client has, 1 or 0, and is None where all have the same rank;
+            what a client lacks is zero in its message.
         after: (shared, round) -> shared, when the update was added.
-        restart: the private part begins anew in every round.
+        restart: the private part begins every round where it began its first; until the next the client uses what it
+            became. The optimiser starts anew with it.
+        fresh: the optimiser starts anew in every round: the server gives what is trained another basis each time.
+        basis: (round) -> which basis what is trained has in it, for a server that changes it now and then. A client
+            that meets another one than in its last round starts its optimiser anew.
         reads: options of its own, `hyper.ditto_lambda` say.
         refuses: which of `AVERAGING` it does not take: option -> why, as in `Method`.
         moot: as in `Method`.
@@ -73,9 +80,11 @@ class Parts:
     assemble: Callable[[PyTree], lora.Adapter] = lambda factors: factors
     trained: tuple[Callable[[str], bool], ...] = (is_factor,)
     phase: Callable[[int], int] | None = None
-    average: Callable[[PyTree, Message, Weights], PyTree] = mean_update
+    average: Callable[[PyTree, Message, Weights, Held | None], PyTree] = mean_update
     after: Callable[[PyTree, Int[Array, ""]], PyTree] | None = None
     restart: bool = False
+    fresh: bool = False
+    basis: Callable[[Int[Array, ""]], Int[Array, ""]] | None = None
     reads: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     moot: frozenset[str] = frozenset()
@@ -91,11 +100,12 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
     """Build a method from a rule.
 
     State: the server holds `shared`, and `start`, the private part that newcomers begin with; a client holds `own`, its
-    private part, and the state of its optimiser for every phase.
+    private part, and, if it keeps it, the state of its optimiser for every phase.
     """
     rule = dataclasses.replace(rule, exclude=(*as_patterns(rule.exclude), r"(^|/)scale(/|$)"))  # data, not learned
     optimizer = make_server_optimizer(setup.server)
     local = setup.local
+    keeps = setup.keep_optimizer and not (parts.fresh or parts.restart)
 
     def init(adapter: lora.Adapter) -> Server:
         shared, own = lora.partition(parts.extend(adapter), rule, setup.sites)
@@ -108,20 +118,33 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
             _, own = lora.partition(parts.extend(setup.draw(key)), rule, setup.sites)
         if setup.ranks:
             own = ranks.cut(own, ranks.of(setup, number))
-        personal = {"own": own, "optimizer": _start_optimizers(lora.combine(server["shared"], own))}
+        personal = {"own": own} | ({"first": own} if parts.restart and not setup.common_start else {})
+        if keeps:
+            personal["optimizer"] = _start_optimizers(lora.combine(server["shared"], own))
+            personal |= {"basis": jnp.int32(-1)} if parts.basis is not None else {}
         personal |= {"control": control.start(server["shared"])} if local.scaffold else {}
         return personal | ({"rank": ranks.of(setup, number)} if setup.ranks else {})
 
     def _start_optimizers(factors: PyTree) -> tuple[PyTree, ...]:
         return tuple(setup.start_optimizer(factors, trained) for trained in parts.trained)
 
+    def _find_optimizers(ctx: Context, personal: Personal, factors: PyTree) -> list[PyTree]:
+        """The client's own where it has any that mean something for these factors, else fresh ones."""
+        if not keeps:
+            return list(_start_optimizers(factors))
+        if parts.basis is None:
+            return list(personal["optimizer"])
+        same = personal["basis"] == parts.basis(ctx.round)
+        fresh = _start_optimizers(factors)
+        return list(jax.tree.map(lambda kept, new: jnp.where(same, kept, new), personal["optimizer"], fresh))
+
     def client_update(
         ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
     ) -> tuple[Personal, Message, Metrics]:
         del key  # nothing here is random
         trained = parts.trained[ctx.phase]
-        factors = _factors(server, personal)
-        optimizers = list(personal["optimizer"] if setup.keep_optimizer else _start_optimizers(factors))
+        factors = _factors(server, personal, _begin(server, personal))
+        optimizers = _find_optimizers(ctx, personal, factors)
         received = lora.partition(factors, rule, setup.sites)[0]
         nudges = [control.make_proximal(local.proximal, received)] if local.proximal else []
         nudges += [control.make_correction(server["control"], personal["control"])] if local.scaffold else []
@@ -138,7 +161,13 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
         update = _sent(jax.tree.map(jnp.subtract, shared, received), trained)
         message: Message = update
         metrics |= {"update_norm": norm_of(update), "personal_drift": personal_drift(own, server["start"])}
-        state = {**personal, "own": personal["own"] if parts.restart else own, "optimizer": tuple(optimizers)}
+        state = {**personal, "own": own}
+        if keeps:
+            state["optimizer"] = tuple(optimizers)
+            state |= {"basis": jnp.int32(parts.basis(ctx.round))} if parts.basis is not None else {}
+        if parts.restart or parts.basis is not None:  # what began anew is not kept of a client that took no step
+            took = client.mask.any()
+            state = jax.tree.map(lambda new, old: jnp.where(took, new, old), state, personal)
         if local.scaffold:
             state["control"], moved = control.renew(server["control"], personal["control"], update, client, ctx.rates)
             message = {"update": update, "control": moved}
@@ -149,10 +178,13 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
     def aggregate(ctx: Context, server: Server, messages: Message, weights: Weights) -> tuple[Server, Metrics]:
         shared = server["shared"]
         updates = messages["update"] if local.scaffold or setup.ranks else messages
-        if setup.ranks:
-            updates = ranks.pad_updates(shared, updates, messages["rank"])
-        update = parts.average(shared, updates, weights)
+        held = ranks.find_held(setup, messages["rank"]) if setup.ranks else None
+        update = parts.average(shared, updates, weights, held)
         step, state = optimizer.step(update, server["optimizer"], weights)
+        if held is not None:  # momentum must not move what nobody sent
+            sent = jnp.any((held > 0) & (weights > 0)[:, None], axis=0)
+            step = ranks.where_sent(sent, step, jax.tree.map(jnp.zeros_like, step))
+            state = ranks.where_sent(sent, state, server["optimizer"])
         new = tree.combine(*_add(shared, step))
         if parts.after is not None:
             counts = weights.sum() > 0
@@ -162,18 +194,25 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
             server["control"] = control.average(server["control"], messages["control"], weights, setup.population)
         return server, {"shared_norm": norm_of(new), "shared_update_norm": norm_of(update)}
 
-    def _factors(server: Server, personal: Personal) -> PyTree:
+    def _begin(server: Server, personal: Personal) -> PyTree:
+        """The private part that a round's training goes on from."""
+        if not parts.restart:
+            return personal["own"]
+        first = server["start"] if setup.common_start else personal["first"]
+        return ranks.cut(first, personal["rank"]) if setup.ranks else first
+
+    def _factors(server: Server, personal: Personal, own: PyTree) -> PyTree:
         shared = server["shared"]
         if setup.ranks:
             shared = ranks.cut(shared, personal["rank"])
-        return lora.combine(shared, personal["own"])
+        return lora.combine(shared, own)
 
     def personalise(server: Server, personal: Personal) -> lora.Adapter:
-        return parts.assemble(_factors(server, personal))
+        return parts.assemble(_factors(server, personal, personal["own"]))
 
     def trained_adapter(server: Server, personal: Personal, message: Message) -> lora.Adapter:
         update = message["update"] if local.scaffold or setup.ranks else message
-        factors = _factors(server, personal)
+        factors = _factors(server, personal, personal["own"])
         shared, own = lora.partition(factors, rule, setup.sites)
         return parts.assemble(lora.combine(tree.combine(*_add(shared, update)), own))
 
