@@ -81,6 +81,7 @@ def make_cohort(clients, *, rows=10, steps=3, batch=4, seed=0):
         weight=np.full(clients, 1 / clients, np.float32),
         number=np.arange(clients, dtype=np.int32),
         new=np.ones(clients, bool),
+        share=np.full(clients, 1 / clients, np.float32),
     )
 
 

@@ -66,6 +66,7 @@ def make_cohort():
         weight=np.full(CLIENTS, 1 / CLIENTS, np.float32),
         number=np.arange(CLIENTS, dtype=np.int32),
         new=np.ones(CLIENTS, bool),
+        share=np.full(CLIENTS, 1 / CLIENTS, np.float32),
     )
 
 

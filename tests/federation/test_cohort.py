@@ -11,7 +11,7 @@ from toy import LABELS, RATES, WIDTH, make_method
 
 from fedvlm_jax.data.batches import bucket
 from fedvlm_jax.data.clients import ClientRows
-from fedvlm_jax.federation.cohort import choose_layout, make_clients
+from fedvlm_jax.federation.cohort import choose_layout, find_shares, make_clients
 from fedvlm_jax.federation.driver import Driver
 from fedvlm_jax.federation.programs import make_programs
 from fedvlm_jax.sharding import make_mesh
@@ -62,6 +62,12 @@ def test_a_client_without_rows_weighs_nothing():
     assert not clients.mask[0, 0].any()
 
 
+def test_shares_of_all_clients_weight():
+    sizes = np.asarray([2, 0, 6])
+    np.testing.assert_allclose(find_shares(sizes, "examples"), [0.25, 0, 0.75])
+    np.testing.assert_allclose(find_shares(sizes, "uniform"), [0.5, 0, 0.5])
+
+
 def test_held_out_clients_are_never_in_a_cohort():
     _, params, trainer, method, adapter = make_method("plora")
     examples = make_examples([9] * 6, held_out=(1, 4))
@@ -72,7 +78,9 @@ def test_held_out_clients_are_never_in_a_cohort():
     )  # fmt: skip
     seen = set()
     for round_ in range(1, 6):
-        numbers = driver.run_round(driver.read_round(round_), RATES).numbers
+        read_ = driver.read_round(round_)
+        np.testing.assert_allclose(read_.clients.share, 1 / 4)  # of the four who can be drawn
+        numbers = driver.run_round(read_, RATES).numbers
         assert len(set(numbers.tolist())) == 3
         seen |= set(numbers.tolist())
     assert seen == {0, 2, 3, 5}

@@ -59,7 +59,7 @@ def make_cohort(vlm, params):
             indices[client, step, : len(chosen)], mask[client, step, : len(chosen)] = chosen, True
     counts = np.asarray([len(c["labels"]) for c in clients])
     weights = (counts / counts.sum()).astype(np.float32)
-    return Client(examples, indices, mask, weights, np.arange(2, dtype=np.int32), np.ones(2, bool))
+    return Client(examples, indices, mask, weights, np.arange(2, dtype=np.int32), np.ones(2, bool), weights)
 
 
 def run_ours(vlm, params, name, clip, kind, rates):

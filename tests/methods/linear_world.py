@@ -55,8 +55,9 @@ class World:
     """The model, the data, and a method with its compiled round."""
 
     def __init__(
-        self, name, *, rounds=2, clients=3, ranks=(), groups=1, straggler=True, shares=SHARES, seed=0, **choices
-    ):
+        self, name, *, rounds=2, clients=3, ranks=(), groups=1, straggler=True, shares=SHARES, seed=0, part=1.0,
+        **choices,
+    ):  # fmt: skip
         rng = np.random.default_rng(5)
         self.base = {layer: rng.normal(size=shape).astype(np.float32) / 2 for layer, shape in SHAPES.items()}
         self.params = {layer: {"fc": {"kernel": jnp.asarray(kernel)}} for layer, kernel in self.base.items()}
@@ -78,7 +79,7 @@ class World:
         self.server = self.method.init(self.adapter)
         self.shares = np.asarray(shares, np.float32)
         self.data = [make_data(clients, groups, straggler, (seed, number)) for number in range(rounds)]
-        self.ranks, self.population = ranks, choices["population"]
+        self.ranks, self.part = ranks, part
 
     def problem(self, start=None):
         """The same as a paper sees it: transposed matrices in float64, batches of the rows that count."""
@@ -90,31 +91,42 @@ class World:
             shares=self.shares.astype(float).tolist(),
             batches=[[as_steps(data, k) for k in range(len(self.shares))] for data in self.data],
             ranks=self.ranks,
-            population=self.population,
+            part=self.part,
         )
 
-    def run(self):
-        """-> after every round the server's state, the base, every client's adapter and state, and what it trained."""
+    def run(self, turns=None):
+        """-> after every round the server's state, the base, every client's adapter and state, and what it trained.
+
+        turns: weights of every round; whoever has none is not there. By default all are there in all rounds.
+        """
+        known = np.zeros(len(self.shares), bool)
         states = start_states(self.method, self.server, len(self.shares))
         server, history = self.server, []
         for number, data in enumerate(self.data, start=1):
+            weights = self.shares if turns is None else np.asarray(turns[number - 1], np.float32)
             out = self.round(
                 self._base(server),
                 replicate(make_mesh(1), server),
                 to_waves(states, 1),
-                to_waves(data._replace(new=np.full(len(self.shares), number == 1), weight=self.shares), 1),
-                jnp.asarray(self.shares),
+                to_waves(data._replace(new=~known, weight=weights, share=self.part * self.shares), 1),
+                jnp.asarray(weights),
                 {name: jnp.float32(rate) for name, rate in RATES.items()},
                 jnp.int32(number),
                 jax.random.key(KEY),
                 phase=self.method.phase(number) if self.method.phase is not None else 0,
             )
-            before, server, states = server, out.server, jax.tree.map(np.asarray, from_waves(out.personal))
+            before, server = server, out.server
+            states = jax.tree.map(
+                lambda new, old, there=weights > 0: np.where(there.reshape(-1, *[1] * (old.ndim - 1)), new, old),
+                from_waves(out.personal), states,
+            )  # fmt: skip
+            known |= weights > 0
             each = [jax.tree.map(lambda x, k=k: x[k], states) for k in range(len(self.shares))]
             history.append(
                 SimpleNamespace(
                     server=server,
                     base=self._base(server),
+                    base_before=self._base(before),
                     adapters=[self.method.personalise(server, state) for state in each],
                     states=each,
                     trained=[
@@ -148,6 +160,7 @@ def make_data(clients, groups, straggler, seed):
         weight=np.zeros(clients, np.float32),
         number=np.arange(clients, dtype=np.int32),
         new=np.ones(clients, bool),
+        share=np.zeros(clients, np.float32),
     )
 
 

@@ -18,7 +18,8 @@ def ditto(problem: Problem, strength: float) -> list[Round]:
 
         v = [descend(v[k], batches[k], problem.rates, grads, "AB", pull) for k in problem.clients]
         w = mean([descend(received, batches[k], problem.rates, grads) for k in problem.clients], problem.shares)
-        rounds.append(Round([effective(problem.base, (problem.scale, one)) for one in v], w))
+        own = [effective(problem.base, (problem.scale, one)) for one in v]
+        rounds.append(Round(own, w, own))
     return rounds
 
 
@@ -48,7 +49,9 @@ def apfl(problem: Problem, alpha: float, adaptive: bool = False) -> list[Round]:
             sent.append(mine)
         w = mean(sent, problem.shares)
         mixed = [mix(v[k], w, alphas[k]) for k in problem.clients]
-        rounds.append(Round([effective(problem.base, (problem.scale, one)) for one in mixed], w))
+        before = [mix(v[k], sent[k], alphas[k]) for k in problem.clients]
+        after, trained = ([effective(problem.base, (problem.scale, one)) for one in part] for part in (mixed, before))
+        rounds.append(Round(after, w, trained))
     return rounds
 
 
@@ -57,15 +60,19 @@ def mix(one: Theta, other: Theta, weight: float) -> Theta:
     return mean([one, other], [weight, 1 - weight])
 
 
-def pfedme(problem: Problem, strength: float, inner: int, rate: float, beta: float) -> list[Round]:
+def pfedme(
+    problem: Problem, strength: float, inner: int, rate: float, beta: float, restart: bool = False
+) -> list[Round]:
     """arXiv 2006.08848, algorithm 1: per local round θ ≈ argmin F(θ; one batch) + λ/2 ‖θ − w_k‖² by a few steps.
 
-    Then w_k ← w_k − η λ (w_k − θ), and w ← (1 − β) w + β Σ p_k w_k. θ goes on from where it was, and is the client's.
+    Then w_k ← w_k − η λ (w_k − θ), and w ← (1 − β) w + β Σ p_k w_k. θ goes on from where it was, or from w where a
+    round restarts it (the authors' code), and is the client's.
     """
     w, theta, rounds = problem.start, [problem.start for _ in problem.clients], []
     grads = lora_gradients(problem.base, problem.scale)
     for batches in problem.batches:
         sent = []
+        theta = [w for _ in problem.clients] if restart else theta
         for k in problem.clients:
             mine = w
             for first in range(0, len(batches[k]), inner):
@@ -78,20 +85,21 @@ def pfedme(problem: Problem, strength: float, inner: int, rate: float, beta: flo
                 mine = {key: m - rate * strength * (m - theta[k][key]) for key, m in mine.items()}
             sent.append(mine)
         w = mix(mean(sent, problem.shares), w, beta)
-        rounds.append(Round([effective(problem.base, (problem.scale, one)) for one in theta], w))
+        own = [effective(problem.base, (problem.scale, one)) for one in theta]
+        rounds.append(Round(own, w, own))
     return rounds
 
 
 # Two adapters per client
 
 
-def feddpa(problem: Problem, alpha: float, local_steps: Callable[[int, int], int]) -> list[Round]:
+def feddpa(problem: Problem, alpha: float, local_steps: Callable[[int, int], int], whole: bool = False) -> list[Round]:
     """arXiv 2403.19211: W_0 + (1−α) s B_g A_g + α s B_l A_l.
 
     The local pair is trained first, beside the global pair as it was received and frozen; then the global pair, alone
     (the order of the authors' code). local_steps: (round, steps that a client takes) -> how many of them, the first
-    ones, are the local pair's; the others are the global pair's. Who has not trained a local pair yet uses the global
-    one as it is.
+    ones, are the local pair's; the others are the global pair's, which takes all of them if whole. Who has not trained
+    a local pair yet uses the global one as it is.
     """
     shared, own, rounds = problem.start, [problem.start for _ in problem.clients], []
     begun = [False for _ in problem.clients]
@@ -103,13 +111,15 @@ def feddpa(problem: Problem, alpha: float, local_steps: Callable[[int, int], int
             own[k] = descend(own[k], batches[k][:first], problem.rates, lora_gradients(beside, alpha * problem.scale))
             begun[k] |= first > 0
             alone = lora_gradients(problem.base, problem.scale)
-            sent.append(descend(shared, batches[k][first:], problem.rates, alone))
+            sent.append(descend(shared, batches[k][0 if whole else first :], problem.rates, alone))
         shared = mean(sent, problem.shares)
-        weights = []
-        for k in problem.clients:
+
+        def use(k: int, pair: Theta) -> Weights:
             a = alpha if begun[k] else 0.0
-            weights.append(effective(problem.base, ((1 - a) * problem.scale, shared), (a * problem.scale, own[k])))
-        rounds.append(Round(weights, shared))
+            return effective(problem.base, ((1 - a) * problem.scale, pair), (a * problem.scale, own[k]))
+
+        after = [use(k, shared) for k in problem.clients]
+        rounds.append(Round(after, shared, [use(k, sent[k]) for k in problem.clients]))
     return rounds
 
 
@@ -136,12 +146,16 @@ def fedmosaic(problem: Problem, weight: float, temperature: float) -> list[Round
             beside = effective(problem.base, (weight * problem.scale, mixed[k]))
             grads = lora_gradients(beside, (1 - weight) * problem.scale)
             own[k] = descend(own[k], batches[k], problem.rates, grads)
+        before = mixed
         if len(own) > 1:
             shares = cosine_softmax([minus(one, problem.start) for one in own], temperature, own=False)
             mixed = [mean(own, row.tolist()) for row in shares]
         s = problem.scale
-        weights = [effective(problem.base, ((1 - weight) * s, own[k]), (weight * s, mixed[k])) for k in problem.clients]
-        rounds.append(Round(weights))
+        after, trained = (
+            [effective(problem.base, ((1 - weight) * s, own[k]), (weight * s, beside[k])) for k in problem.clients]
+            for beside in (mixed, before)
+        )
+        rounds.append(Round(after, trained=trained))
     return rounds
 
 
@@ -152,10 +166,11 @@ def ce_lora(problem: Problem, temperature: float) -> list[Round]:
     grads = lora_gradients(problem.base, problem.scale)
     for batches in problem.batches:
         own = [descend(own[k], batches[k], problem.rates, grads, "ABC") for k in problem.clients]
+        trained = [effective(problem.base, (problem.scale, theta)) for theta in own]
         middles = [only(theta, "C") for theta in own]
         shares = cosine_softmax([minus(c, identity) for c in middles], temperature, own=True)
         own = [own[k] | mean(middles, shares[k].tolist()) for k in problem.clients]
-        rounds.append(Round([effective(problem.base, (problem.scale, theta)) for theta in own]))
+        rounds.append(Round([effective(problem.base, (problem.scale, theta)) for theta in own], trained=trained))
     return rounds
 
 
@@ -185,10 +200,11 @@ def differences(loss: Callable[[Theta], float], theta: Theta, step: float = 1e-6
     return gradient
 
 
-def fedalt(problem: Problem, probe: np.ndarray) -> list[list[np.ndarray]]:
+def fedalt(problem: Problem, probe: np.ndarray) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
     """arXiv 2503.11880: own pair and router are trained, the pair B^R A^R, plain means of the others', is frozen.
 
-    A matrix does not say what such a client computes, so this gives its outputs on `probe`, [round][client].
+    A matrix does not say what such a client computes, so this gives outputs on `probe`, [round] -> of every client
+    after the round, and of every client when it sent.
     """
     routers = {(layer, "G"): np.zeros((2, problem.base[layer].shape[1])) for layer in LAYERS}
     nothing = {key: np.zeros_like(m) for key, m in problem.start.items()}
@@ -205,9 +221,11 @@ def fedalt(problem: Problem, probe: np.ndarray) -> list[list[np.ndarray]]:
                 return differences(loss, theta)
 
             own[k] = descend(own[k], batches[k], problem.rates, gradients, "ABG")
+        trained = [routed_output(problem.base, own[k], rest[k], problem.scale, probe) for k in problem.clients]
         pairs = [only(theta, "AB") for theta in own]
         for k in problem.clients:
             others = [pairs[j] for j in problem.clients if j != k]
             rest[k] = mean(others, [1 / len(others)] * len(others)) if others else rest[k]
-        rounds.append([routed_output(problem.base, own[k], rest[k], problem.scale, probe) for k in problem.clients])
+        after = [routed_output(problem.base, own[k], rest[k], problem.scale, probe) for k in problem.clients]
+        rounds.append((after, trained))
     return rounds

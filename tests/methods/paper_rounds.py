@@ -37,16 +37,18 @@ def share(
 ) -> list[Round]:
     """θ_shared ← θ_shared + server(Σ p_k Δ_k); what `belongs` does not name stays with its client.
 
-    mu: FedProx, arXiv 1812.06127. scaffold: arXiv 1910.06378, option II. combine: the clients' shared factors, padded
-    -> the server's, in place of the mean. hand_out: what a client of a rank makes of the server's factors.
+    mu: FedProx, arXiv 1812.06127. scaffold: arXiv 1910.06378, option II, with clients' weights for c too. combine: the
+    clients' shared factors, padded -> the server's, in place of the mean.
+    hand_out: what a client of a rank makes of the server's factors.
     """
     shared = {key: m for key, m in problem.start.items() if belongs(key)}
     own = [{key: m for key, m in problem.start_of(k).items() if not belongs(key)} for k in problem.clients]
+    start_of = own
     c = {key: np.zeros_like(m) for key, m in shared.items()}
     c_k = [dict(c) for _ in problem.clients]
     rounds = []
     for number, batches in enumerate(problem.batches, start=1):
-        sent, moved, kept = [], [], []
+        sent, moved, kept, trained_models = [], [], [], []
         for k in problem.clients:
             received = hand_out(shared, problem.ranks[k]) if problem.ranks else shared
 
@@ -55,12 +57,14 @@ def share(
             def pull(theta: Theta, received: Theta = received, correction: Theta = correction) -> Theta:
                 return {key: mu * (theta[key] - m) + correction.get(key, 0) for key, m in received.items()}
 
+            begun = start_of[k] if restart else own[k]
             theta = descend(
-                received | own[k], batches[k], problem.rates, lora_gradients(problem.base, problem.scale),
+                received | begun, batches[k], problem.rates, lora_gradients(problem.base, problem.scale),
                 trained(number), pull,
             )  # fmt: skip
             mine = {key: theta[key] for key in shared}
-            kept.append(own[k] if restart else {key: theta[key] for key in own[k]})
+            kept.append({key: theta[key] for key in own[k]})
+            trained_models.append(effective(problem.base, (problem.scale, theta)))
             if scaffold:
                 steps = len(batches[k])
                 new = {
@@ -72,15 +76,30 @@ def share(
         if combine is not None:
             shared = combine(sent)
         elif shared:
-            shared = plus(shared, server_step(minus(mean(sent, problem.shares), shared)))
+            average = mean_of_directions(sent, problem.shares, problem.ranks) if problem.ranks else None
+            shared = plus(shared, server_step(minus(average or mean(sent, problem.shares), shared)))
         if scaffold:
             c_k = [plus(old, change) for old, change in zip(c_k, moved, strict=True)]
-            c = plus(c, mean(moved, [1 / problem.population] * len(moved)))
+            c = plus(c, mean(moved, [problem.part * p for p in problem.shares]))
         own = kept
         theirs = [hand_out(shared, problem.ranks[k]) if problem.ranks else shared for k in problem.clients]
         weights = [effective(problem.base, (problem.scale, theirs[k] | own[k])) for k in problem.clients]
-        rounds.append(Round(weights, shared))
+        rounds.append(Round(weights, shared, trained_models))
     return rounds
+
+
+def mean_of_directions(sent: Sequence[Theta], shares: Sequence[float], ranks: Sequence[int]) -> Theta:
+    """Row by row of A and column by column of B, the mean over the clients that have it."""
+    found = {}
+    for key in sent[0]:
+        rows = []
+        for direction in range(max(ranks)):
+            who = [k for k in range(len(sent)) if ranks[k] > direction]
+            total = sum(shares[k] for k in who)
+            several = [sent[k][key] if key[1] == "A" else sent[k][key].T for k in who]
+            rows.append(sum(shares[k] / total * m[direction] for k, m in zip(who, several, strict=True)))
+        found[key] = np.stack(rows) if key[1] == "A" else np.stack(rows).T
+    return found
 
 
 def local(problem: Problem) -> list[Round]:
@@ -98,7 +117,7 @@ def plora(problem: Problem, **choices: object) -> list[Round]:
 
 
 def plora_reset_a(problem: Problem) -> list[Round]:
-    """arXiv 2509.25414 as its code has it: A_k = A_0 at the start of every round."""
+    """arXiv 2509.25414 as its code has it: A_k = A_0 at the start of every round, and what it became is used."""
     return share(problem, lambda key: key[1] == "B", restart=True)
 
 
@@ -134,35 +153,41 @@ def mean_product(thetas: Sequence[Theta], shares: Sequence[float]) -> Weights:
     return {layer: sum(p * products(theta)[layer] for p, theta in zip(shares, thetas, strict=True)) for layer in LAYERS}
 
 
-def best_factors(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """B and A of the truncated SVD, with √Σ in each."""
+def best_factors(matrix: np.ndarray, rank: int, even: bool) -> tuple[np.ndarray, np.ndarray]:
+    """B and A of the truncated SVD: U Σ and Vᵀ, or √Σ in each."""
     u, s, vt = np.linalg.svd(matrix)
+    if not even:
+        return u[:, :rank] * s[:rank], vt[:rank]
     root = np.sqrt(s[:rank])
     return u[:, :rank] * root, root[:, None] * vt[:rank]
 
 
-def flexlora(problem: Problem) -> list[Round]:
+def flexlora(problem: Problem, even: bool = False) -> list[Round]:
     """arXiv 2402.11505: Σ p_k B_k A_k = U Σ Vᵀ, of which a client of rank r gets the first r components."""
     rank = problem.start["encoder", "A"].shape[0]
 
     def combine(sent: list[Theta]) -> Theta:
         shared = {}
         for layer, matrix in mean_product(sent, problem.shares).items():
-            shared[layer, "B"], shared[layer, "A"] = best_factors(matrix, rank)
+            shared[layer, "B"], shared[layer, "A"] = best_factors(matrix, rank, even)
         return shared
 
     return share(problem, lambda key: True, combine=combine)
 
 
 def hetlora(problem: Problem) -> list[Round]:
-    """arXiv 2401.06432: zero-padded, weights ∝ ‖B_k A_k‖_F, truncated by every client to its own rank."""
+    """arXiv 2401.06432: weights ∝ ‖B_k A_k‖_F, truncated by every client to its own rank.
+
+    The paper pads with zeros; here, and so in what this is held against, each direction is averaged over who has it.
+    """
 
     def combine(sent: list[Theta]) -> Theta:
         shared = {}
         for layer in LAYERS:
             norms = np.asarray([np.linalg.norm(products(theta)[layer]) for theta in sent])
             both = [{key: m for key, m in theta.items() if key[0] == layer} for theta in sent]
-            shared |= mean(both, norms / norms.sum())
+            weights = (norms / norms.sum()).tolist()
+            shared |= mean_of_directions(both, weights, problem.ranks or [len(problem.start[layer, "A"])] * len(both))
         return shared
 
     return share(problem, lambda key: True, combine=combine)
@@ -207,10 +232,11 @@ def fedex_lora(problem: Problem) -> list[Round]:
     for batches in problem.batches:
         grads = lora_gradients(base, problem.scale)
         sent = [descend(shared, batches[k], problem.rates, grads) for k in problem.clients]
+        trained = [effective(base, (problem.scale, theta)) for theta in sent]
         shared = mean(sent, problem.shares)
         exact, inexact = mean_product(sent, problem.shares), products(shared)
         base = {layer: base[layer] + problem.scale * (exact[layer] - inexact[layer]) for layer in LAYERS}
-        rounds.append(Round([effective(base, (problem.scale, shared))] * len(sent), shared))
+        rounds.append(Round([effective(base, (problem.scale, shared))] * len(sent), shared, trained))
     return rounds
 
 
@@ -224,13 +250,14 @@ def flora(problem: Problem, drawn: Sequence[Sequence[Theta]]) -> list[Round]:
         grads = lora_gradients(base, problem.scale)
         begun = [cut(theta, problem.ranks[k]) if problem.ranks else theta for k, theta in enumerate(begun)]
         sent = [descend(begun[k], batches[k], problem.rates, grads) for k in problem.clients]
+        trained = [effective(base, (problem.scale, theta)) for theta in sent]
         new = {}
         for layer in LAYERS:
             b = np.hstack([theta[layer, "B"] for theta in sent])
             a = np.vstack([p * theta[layer, "A"] for p, theta in zip(problem.shares, sent, strict=True)])
             new[layer] = base[layer] + problem.scale * b @ a
         base = new
-        rounds.append(Round([base] * len(sent)))
+        rounds.append(Round([base] * len(sent), trained=trained))
     return rounds
 
 
@@ -239,8 +266,10 @@ def fed_sb(problem: Problem) -> list[Round]:
     shared, rounds = problem.start, []
     for batches in problem.batches:
         grads = lora_gradients(problem.base, problem.scale)
-        shared = mean([descend(shared, batches[k], problem.rates, grads, "C") for k in problem.clients], problem.shares)
-        rounds.append(Round([effective(problem.base, (problem.scale, shared))] * len(problem.clients), shared))
+        sent = [descend(shared, batches[k], problem.rates, grads, "C") for k in problem.clients]
+        trained = [effective(problem.base, (problem.scale, theta)) for theta in sent]
+        shared = mean(sent, problem.shares)
+        rounds.append(Round([effective(problem.base, (problem.scale, shared))] * len(sent), shared, trained))
     return rounds
 
 

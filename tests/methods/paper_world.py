@@ -27,7 +27,10 @@ Gradients = Callable[[Theta, np.ndarray, np.ndarray], Theta]
 
 @dataclass(frozen=True)
 class Problem:
-    """What the clients have: batches[round][client] is the list of local steps, each (X [n, d_in], T [n, d_out])."""
+    """What the clients have: batches[round][client] is the list of local steps, each (X [n, d_in], T [n, d_out]).
+
+    `part` is what these clients have of all clients' weight.
+    """
 
     base: Weights
     start: Theta
@@ -36,7 +39,7 @@ class Problem:
     shares: Sequence[float]
     batches: Sequence[Sequence[Sequence[Batch]]]
     ranks: Sequence[int] = ()
-    population: int = 3
+    part: float = 1.0
 
     @property
     def clients(self) -> range:
@@ -49,8 +52,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Round:
+    """What every client computes with after a round, what the server holds, and what each had when it sent."""
+
     weights: list[Weights]
     shared: Theta = field(default_factory=dict)
+    trained: list[Weights] = field(default_factory=list)
 
 
 # Arithmetic

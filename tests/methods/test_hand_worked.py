@@ -119,6 +119,7 @@ def make_clients(numbers, steps, new):
         weight=np.asarray([1 / 4, 3 / 4], np.float32),
         number=np.arange(2, dtype=np.int32),
         new=np.full(2, new),
+        share=np.asarray([1 / 4, 3 / 4], np.float32),
     )
     return jax.tree.map(lambda x: x[[number - 1 for number in numbers]], both)
 

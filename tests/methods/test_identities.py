@@ -130,7 +130,7 @@ def test_nobody_else_to_take_a_mean_of():
             assert_close(kernel.T, want.weights[0][layer])
     world = World("fedalt", clients=1, shares=[1.0])
     probe = np.random.default_rng(1).normal(size=(6, 5))
-    for found, (want,) in zip(world.run(), personal.fedalt(world.problem(), probe), strict=True):
+    for found, ((want,), _) in zip(world.run(), personal.fedalt(world.problem(), probe), strict=True):
         batch = {"inputs": jnp.asarray(probe, jnp.float32)}
         assert_close(world.vlm.logits(found.base, found.adapters[0], batch), want)
 

@@ -17,12 +17,13 @@ from linear_world import KEY, RANK, SHAPES, World, as_theta, assert_close
 from fedvlm_jax import lora
 from fedvlm_jax.methods.fedrpca import split
 from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
+from fedvlm_jax.methods.parts import ranks
 from fedvlm_jax.runs.choices import declare
 from fedvlm_jax.runs.config import Run, methods_available
 
 
 def assert_rounds(world, wanted, *, shared=True):
-    """Every client's layers, and the server's factors, after every round."""
+    """Every client's layers after every round and when it had trained, and the server's factors."""
     start = {layer: kernel.T for layer, kernel in world.base.items()}
     history = world.run()
     assert len(history) == len(wanted)
@@ -34,6 +35,10 @@ def assert_rounds(world, wanted, *, shared=True):
                 assert np.abs(weights[layer] - start[layer]).max() > 1e-2, (
                     "nothing was learned, so nothing was compared"
                 )
+        for adapter, weights in zip(found.trained, want.trained, strict=True):
+            merged = lora.merge(found.base_before, adapter)
+            for layer in SHAPES:
+                assert_close(merged[layer]["fc"]["kernel"].T, weights[layer])
         if shared:
             for (layer, name), value in want.shared.items():
                 assert_close(found.server["shared"][layer]["fc"][name.lower()].T, value)
@@ -79,10 +84,15 @@ def test_rolora_freezes_what_its_round_does_not_train():
         assert [np.array_equal(two[name], one[name]) for name in "ab"] == [False, True]
 
 
-def test_flexlora():
-    """Factors of an SVD have free signs, so what is compared is what they compute."""
-    world = World("flexlora")
-    assert_rounds(world, papers.flexlora(world.problem()), shared=False)
+@pytest.mark.parametrize("even", [False, True])
+def test_flexlora(even):
+    """Factors of an SVD have free signs, so what is compared is what they compute, and the lengths of A's rows."""
+    world = World("flexlora", rounds=3, hyper=HyperOptions(flex_even=even))
+    history = assert_rounds(world, papers.flexlora(world.problem(), even), shared=False)
+    for layer in SHAPES:
+        site = history[-1].server["shared"][layer]["fc"]
+        lengths = np.linalg.norm(site["a"], axis=0), np.linalg.norm(site["b"], axis=1)
+        assert_close(lengths[0], lengths[1] if even else 1)
 
 
 def test_lora_fair():
@@ -126,9 +136,9 @@ def drawn_by_flora(world):
     ]
 
 
-@pytest.mark.parametrize("ranks", [(), (2, 1, 2)], ids=["one-rank", "ranks"])
-def test_flora(ranks):
-    world = World("flora", ranks=ranks)
+@pytest.mark.parametrize("dealt", [(), (2, 1, 2)], ids=["one-rank", "ranks"])
+def test_flora(dealt):
+    world = World("flora", ranks=dealt)
     assert_rounds(world, papers.flora(world.problem(), drawn_by_flora(world)))
 
 
@@ -138,6 +148,58 @@ def test_ranks_that_differ(name):
     world = World(name, ranks=(2, 1, 2))
     reference = {**SIMPLE, "flexlora": papers.flexlora}[name]
     assert_rounds(world, reference(world.problem()), shared=name != "flexlora")
+
+
+LOW, HIGH, ALL = (0.4, 0.0, 0.6), (0.0, 1.0, 0.0), (0.2, 0.3, 0.5)
+"""Weights of a round in which the clients of rank 1 are there, the one of rank 2, or all."""
+
+
+@pytest.mark.parametrize("name", ["fedavg-lora", "hetlora", "flexlora", "fedsa-lora", "rolora", "fedsvd"])
+def test_higher_ranks_outlive_rounds_without_them(name):
+    """Ranks 1, 2, 1 over ten rounds: what lies beyond rank 1 is kept where nobody has it, and moves where one does."""
+    turns = [HIGH, LOW, LOW, LOW, ALL, LOW, LOW, HIGH, LOW, HIGH]
+    world = World(name, ranks=(1, 2, 1), rounds=len(turns))
+    before = beyond(world.server["shared"])
+    moves = []
+    for weights, found in zip(turns, world.run(turns), strict=True):
+        after = beyond(found.server["shared"])
+        if weights == LOW and name not in ("flexlora", "fedsvd"):  # whose server turns the factors
+            assert all(np.array_equal(before[key], after[key]) for key in before)
+        moves.append(max(np.abs(after[key] - before[key]).max() for key in before))
+        before = after
+    assert moves[0] > 1e-3
+    assert moves[-1] > 1e-3, "the direction is dead"
+    for layer in SHAPES if name != "fedsa-lora" else ():
+        assert np.linalg.svd(product(found.server["shared"], layer), compute_uv=False)[1] > 1e-3
+
+
+def beyond(shared):
+    """Of the server's factors what only a client of rank 2 has."""
+    factors = {(layer, name): shared[layer]["fc"][name] for layer in SHAPES for name in shared[layer]["fc"]}
+    return {key: np.asarray(m)[:, 1] if key[1] == "a" else np.asarray(m)[1] for key, m in factors.items()}
+
+
+def product(shared, layer):
+    return np.asarray(shared[layer]["fc"]["a"]) @ np.asarray(shared[layer]["fc"]["b"])
+
+
+def test_a_direction_is_averaged_over_who_has_it():
+    """By hand: clients of rank 2, 1 and 2 with weights ¼, ½ and ¼; direction 2 is ½ of the first, ½ of the third."""
+    updates = {"fc": {"a": jnp.asarray([[[4.0, 8.0]], [[2.0, 0.0]], [[8.0, 2.0]]])}}
+    held = jnp.asarray([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    mean = ranks.mean(updates, jnp.asarray([0.25, 0.5, 0.25]), held)
+    np.testing.assert_allclose(mean["fc"]["a"], [[4, 5]])
+    low = ranks.mean(updates, jnp.asarray([0.0, 1.0, 0.0]), held)
+    np.testing.assert_allclose(low["fc"]["a"], [[2, 0]])
+
+
+def test_momentum_moves_no_direction_that_nobody_sent():
+    world = World("fedavg-lora", ranks=(1, 2, 1), rounds=3, server=ServerOptions("momentum", 0.5, 0.9))
+    first, second, third = world.run([HIGH, LOW, HIGH])
+    kept, moved = (beyond(found.server["shared"]) for found in (second, third))
+    for key, value in beyond(first.server["shared"]).items():
+        np.testing.assert_array_equal(kept[key], value)
+        assert np.abs(moved[key] - value).max() > 1e-4
 
 
 @pytest.mark.parametrize("name", ["fedavg-lora", "plora"])
@@ -159,8 +221,8 @@ def test_fedprox(name):
 
 @pytest.mark.parametrize("name", ["fedavg-lora", "plora"])
 def test_scaffold(name):
-    """Option II, three clients of a population of five, one of which took a step less."""
-    world = World(name, local=LocalOptions(scaffold=True), population=5, rounds=3)
+    """Option II, three clients that have 0.6 of all clients' weight, one of which took a step less."""
+    world = World(name, local=LocalOptions(scaffold=True), part=0.6, rounds=3)
     assert_rounds(world, SIMPLE[name](world.problem(), scaffold=True))
 
 
@@ -184,10 +246,27 @@ def test_pfedme():
     assert_rounds(world, personal.pfedme(world.problem(), 2.0, 2, 0.3, 0.7))
 
 
+def test_pfedme_as_its_authors_code_has_it():
+    """Every round begins with θ at w; that is another model from the second round on."""
+    choices = {"pfedme_lambda": 2.0, "pfedme_inner": 2, "pfedme_rate": 0.3}
+    world = World("pfedme", groups=2, straggler=False, rounds=3, hyper=HyperOptions(**choices, pfedme_restart=True))
+    wanted = personal.pfedme(world.problem(), 2.0, 2, 0.3, 1.0, restart=True)
+    assert_rounds(world, wanted)
+    kept = personal.pfedme(world.problem(), 2.0, 2, 0.3, 1.0)
+    assert np.abs(kept[1].weights[0]["encoder"] - wanted[1].weights[0]["encoder"]).max() > 1e-2
+
+
 def test_feddpa_t():
     """Half of a client's own steps are the local pair's; of three steps, one."""
     world = World("feddpa-t", hyper=HyperOptions(dpa_alpha=0.4))
     assert_rounds(world, personal.feddpa(world.problem(), 0.4, lambda number, steps: steps // 2))
+
+
+def test_feddpa_t_as_its_authors_code_has_it():
+    """All steps for the global pair in every round, and from the second one on for the local pair before it."""
+    world = World("feddpa-t", rounds=3, hyper=HyperOptions(dpa_alpha=0.4, dpa_whole=True))
+    wanted = personal.feddpa(world.problem(), 0.4, lambda number, steps: steps if number > 1 else 0, whole=True)
+    assert_rounds(world, wanted)
 
 
 def test_feddpa_f():
@@ -211,9 +290,11 @@ def test_fedalt():
     world = World("fedalt")
     probe = np.random.default_rng(1).normal(size=(6, 5))
     wanted = personal.fedalt(world.problem(), probe)
-    for found, outputs in zip(world.run(), wanted, strict=True):
-        for adapter, output in zip(found.adapters, outputs, strict=True):
-            assert_close(world.vlm.logits(found.base, adapter, {"inputs": jnp.asarray(probe, jnp.float32)}), output)
+    batch = {"inputs": jnp.asarray(probe, jnp.float32)}
+    for found, (after, trained) in zip(world.run(), wanted, strict=True):
+        for adapters, outputs in ((found.adapters, after), (found.trained, trained)):
+            for adapter, output in zip(adapters, outputs, strict=True):
+                assert_close(world.vlm.logits(found.base, adapter, batch), output)
         for layer in SHAPES:
             assert np.abs(found.states[0]["own"][layer]["fc"]["gate"]).max() > 1e-3
 
@@ -247,3 +328,37 @@ def test_robust_pca_agrees_with_another_algorithm():
     found_low, found_sparse = jax.jit(split, static_argnums=1)(jnp.asarray(matrix, jnp.float32), 3000)
     np.testing.assert_allclose(found_low, low, atol=1e-4)
     np.testing.assert_allclose(found_sparse, sparse, atol=1e-4)
+
+
+UNEQUAL = (0.15, 0.25, 0.6)
+
+
+def test_scaffold_s_fixed_point_is_that_of_the_weighted_objective():
+    """∇ Σ q_k F_k, q_k by examples, goes to zero, and the plain mean of the ∇ F_k does not.
+
+    Every client has one batch, read in every step, so that its F_k is the same in all rounds.
+    """
+    rounds, scaffold = 150, LocalOptions(scaffold=True)
+    world = World("ffa-lora", rounds=1, groups=4, straggler=False, shares=UNEQUAL, local=scaffold)
+    (data,) = world.data
+    halved = {name: x if name == "labels" else x / 2 for name, x in data.examples.items()}  # steep ones overshoot
+    world.data = [data._replace(examples=halved)] * rounds
+    problem, theta = world.problem(), as_theta(world.run()[-1].adapters[0])
+    grads = paper_world.lora_gradients(problem.base, problem.scale)
+    slopes = [paper_world.only(grads(theta, *batches[0]), "B") for batches in problem.batches[0]]
+    assert largest(paper_world.mean(slopes, UNEQUAL)) < 0.25 * largest(paper_world.mean(slopes, [1 / 3] * 3))
+
+
+def test_scaffold_s_control_is_the_weighted_mean_of_the_clients():
+    """c = Σ q_k c_k whoever is there: of all clients' weight the three have 0.6, and the rest never trained."""
+    turns = [(3 / 8, 5 / 8, 0.0), (0.0, 5 / 17, 12 / 17), (0.2, 0.0, 0.8), UNEQUAL]
+    world = World("fedavg-lora", rounds=4, shares=UNEQUAL, part=0.6, local=LocalOptions(scaffold=True))
+    for found in world.run(turns)[1:]:
+        controls = [state["control"] for state in found.states]
+        wanted = jax.tree.map(lambda *c: sum(0.6 * q * x for q, x in zip(UNEQUAL, c, strict=True)), *controls)
+        jax.tree.map(assert_close, found.server["control"], wanted)
+        assert np.abs(found.server["control"]["encoder"]["fc"]["b"]).max() > 1e-3
+
+
+def largest(theta):
+    return max(float(np.abs(m).max()) for m in theta.values())

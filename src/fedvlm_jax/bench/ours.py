@@ -66,6 +66,7 @@ class Ours:
             world.weights,
             np.arange(shape.clients, dtype=np.int32),
             np.ones(shape.clients, bool),
+            world.weights,
         )
         self._weights, self.world, self.wave, self.adapter = world.weights, world, wave, adapter
         self._rates = {"a": jnp.float32(settings.rate_a), "b": jnp.float32(settings.rate_b)}

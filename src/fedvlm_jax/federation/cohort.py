@@ -22,6 +22,7 @@ __all__ = [
     "draw_cohort",
     "draw_turnout",
     "find_fillers",
+    "find_shares",
     "make_clients",
 ]
 
@@ -156,6 +157,7 @@ def make_clients(
     weighting: Literal["examples", "uniform"],
     steps: Int[np.ndarray, " cohort"] | None = None,
     own: Int[np.ndarray, " own"] | None = None,
+    shares: Float[np.ndarray, " cohort"] | None = None,
 ) -> tuple[Client, Float[np.ndarray, " places"]]:
     """Everything a round reads of its cohort, as host arrays.
 
@@ -169,6 +171,7 @@ def make_clients(
             step, has weight 0 either way.
         steps: how many of the layout's local steps each of them takes; all by default.
         own: the places of the cohort, padding included, that this process reads; all by default.
+        shares: of the cohort in all clients' weight, see `find_shares`; by default there are no other clients.
 
     Returns:
         A `Client` of arrays [W, V, …], or of this process's places alone, all of them new as yet, and the weights [K]
@@ -189,8 +192,17 @@ def make_clients(
         weight=weights[at],
         number=numbers[who].astype(np.int32),
         new=np.ones(len(at), bool),
+        share=weights[at] if shares is None else shares[who].astype(np.float32),
     )
     return to_waves(client, layout.waves), weights
+
+
+def find_shares(
+    sizes: Int[np.ndarray, " population"], weighting: Literal["examples", "uniform"]
+) -> Float[np.ndarray, " population"]:
+    """Each client's share of all clients' weight: by number of examples, or alike over those that have any."""
+    counts = np.asarray(sizes if weighting == "examples" else sizes > 0, np.float64)
+    return counts / max(counts.sum(), 1.0)
 
 
 def find_fillers(places: Int[np.ndarray, " some"], cohort: int) -> Int[np.ndarray, " some"]:

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.data.encode import Examples
-from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, find_fillers, make_clients
+from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, find_fillers, find_shares, make_clients
 from fedvlm_jax.federation.health import OF_PAIRS
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.federation.memory import Footprint, count_unread, measure
@@ -142,6 +142,7 @@ class Driver:
     _own: Int[np.ndarray, " own"] = field(init=False, repr=False)
     _trainable: Int[np.ndarray, " some"] = field(init=False, repr=False)
     _sizes: Int[np.ndarray, " some"] = field(init=False, repr=False)
+    _shares: Float[np.ndarray, " some"] = field(init=False, repr=False)
     _base: tuple[PyTree, PyTree] | None = field(default=None, init=False, repr=False)
     _left: tuple[Slots, PyTree] | None = field(default=None, init=False, repr=False)
     _traffic: dict[tuple[int, int], tuple[PyTree, PyTree]] = field(default_factory=dict, init=False, repr=False)
@@ -158,6 +159,7 @@ class Driver:
         # A place in a cohort is for who can fill it.
         self._trainable = np.flatnonzero([not client.held_out and len(client.train) > 0 for client in clients])
         self._sizes = np.asarray([len(clients[number].train) for number in self._trainable])
+        self._shares = find_shares(self._sizes, self.weighting)
         self.server = replicate(self.programs.mesh, self.server)
 
     def read_round(self, round_: int, steps: int | None = None) -> RoundInputs:
@@ -182,8 +184,9 @@ class Driver:
         full = full if steps is None else np.minimum(full, steps)
         turnout = draw_turnout(self.seed, round_, numbers, full, options)
         clients, weights = make_clients(
-            self.seed, round_, numbers, self.examples, self.inputs, layout, self.weighting, turnout.steps, self._own
-        )
+            self.seed, round_, numbers, self.examples, self.inputs, layout, self.weighting, turnout.steps, self._own,
+            self._shares[drawn],
+        )  # fmt: skip
         told = {"dropped": int(turnout.dropped.sum())} if options.dropout else {}
         told |= {"stragglers": int(turnout.late.sum())} if options.stragglers else {}
         return RoundInputs(round_, numbers, clients, weights, told)

@@ -87,6 +87,7 @@ def shape_round(
         weight=Shape((), jnp.float32),
         number=Shape((), jnp.int32),
         new=Shape((), jnp.bool_),
+        share=Shape((), jnp.float32),
     )  # type: ignore[arg-type]
 
     def spread(tree: PyTree) -> PyTree:

@@ -37,6 +37,7 @@ class Client(NamedTuple):
         weight: its share of the average, p_k (Σ p_k = 1 over the cohort); 0 for padding and for clients that drop out.
         number: its place in the population.
         new: does it take part for the first time?
+        share: its share of all clients' weight, Σ = 1 over those that can be drawn, whoever is in the cohort.
     """
 
     examples: Mapping[str, AnyArray]
@@ -45,6 +46,7 @@ class Client(NamedTuple):
     weight: Float[AnyArray, ""]
     number: Int[AnyArray, ""]
     new: Bool[AnyArray, ""]
+    share: Float[AnyArray, ""]
 
 
 class Train(Protocol):

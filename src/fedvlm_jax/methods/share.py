@@ -191,7 +191,7 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
             new = jax.tree.map(lambda after, now: jnp.where(counts, after, now), parts.after(new, ctx.round), new)
         server = {**server, "shared": new, "optimizer": state}
         if local.scaffold:
-            server["control"] = control.average(server["control"], messages["control"], weights, setup.population)
+            server["control"] = control.average(server["control"], messages["control"], weights)
         return server, {"shared_norm": norm_of(new), "shared_update_norm": norm_of(update)}
 
     def _begin(server: Server, personal: Personal) -> PyTree:

@@ -3,10 +3,14 @@
 Both are additions to the gradient: μ(θ − θ_server) is the gradient of μ/2 ‖θ − θ_server‖² (arXiv 1812.06127), and
 c − c_k is SCAFFOLD's correction (arXiv 1910.06378, equation 3), with option II for the new c_k,
 
-    c_k⁺ = c_k − c + (θ_server − θ_k) / Σ_s η_s,        c ← c + |S|/N · mean_k (c_k⁺ − c_k),
+    c_k⁺ = c_k − c + (θ_server − θ_k) / Σ_s η_s,        c ← c + Σ_{k in the cohort} q_k (c_k⁺ − c_k),
 
 in which Σ_s η_s is the steps that counted times the rate of the factor. That is an estimate of the client's gradient
 only if a step is rate times gradient, so it asks for plain gradient descent.
+
+q_k is the client's share of all clients' weight, whoever is in the cohort, so that c = Σ q_k c_k at all times; the
+clients are those that can be drawn. In the paper all count alike, q_k = 1/N. Where the average weighs clients by their
+examples, c has to weigh them so too: else its fixed point is that of another objective than the average's, Σ q_k F_k.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,7 +68,7 @@ def start(shared: PyTree) -> PyTree:
 def renew(
     control: PyTree, own: PyTree, update: PyTree, client: Client, rates: dict[str, Float[Array, ""]]
 ) -> tuple[PyTree, PyTree]:
-    """-> c_k⁺, and c_k⁺ − c_k; a client without a step keeps its own."""
+    """-> c_k⁺, and q_k (c_k⁺ − c_k), its part of what moves c; a client without a step keeps its own."""
     steps = client.mask.any(axis=1).sum()
     moved = tree.flatten(update)
 
@@ -77,11 +81,10 @@ def renew(
 
     flat, mine = tree.flatten(control), tree.flatten(own)
     new = tree.unflatten({path: one(path, flat[path], mine[path]) for path in flat})
-    return new, jax.tree.map(jnp.subtract, new, own)
+    return new, jax.tree.map(lambda after, before: client.share * (after - before), new, own)
 
 
-def average(control: PyTree, moved: PyTree, weights: Float[Array, " cohort"], population: int) -> PyTree:
-    """c + |S|/N · mean over those who count; every client counts alike, as in the paper."""
-    counts = (weights > 0).astype(jnp.float32)
-    step = tree.weighted_sum(moved, counts / population)
+def average(control: PyTree, moved: PyTree, weights: Float[Array, " cohort"]) -> PyTree:
+    """c plus the parts of those who count."""
+    step = tree.weighted_sum(moved, (weights > 0).astype(jnp.float32))
     return jax.tree.map(jnp.add, control, step)
