@@ -78,3 +78,55 @@ def test_a_gate_makes_no_matrix():
     adapters, _ = make_adapters()
     adapters["language_model"]["encoder"]["fc1"]["gate"] = np.zeros((4, 2, 7, 2), np.float32)
     assert examine(adapters, np.full(4, 0.25, np.float32)) == {}
+
+
+def put_beside(first, second):
+    """Adapters of two pairs each, with the form of `lora.concatenate`."""
+
+    def join(path, one, other):
+        name = path[-1].key
+        if name == "scale":
+            return np.ones_like(one)
+        return np.concatenate([one, other], axis=-1 if name == "a" else -2)
+
+    return jax.tree_util.tree_map_with_path(join, first, second)
+
+
+def test_adapters_side_by_side_are_compared_like_with_like():
+    """By hand: the first pairs' A are alike, the second ones' lie on axes that are at right angles or the same.
+
+    Clients 0 and 1 share an axis, 2 and 3 another one: of six pairs two have cosine 1 and four have 0, so that the mean
+    is (1 + 1/3) / 2. Not told of the two pairs, columns of one are compared with those of the other.
+    """
+    adapters, _ = make_adapters()
+    same = jax.tree.map(lambda leaf: np.repeat(leaf[:1], 4, axis=0), adapters)
+
+    def place(path, leaf):
+        if path[-1].key != "a":
+            return leaf
+        axes = np.zeros_like(leaf)
+        for client, axis in enumerate((0, 0, 3, 3)):
+            axes[client, :, axis, 0] = 2.0
+        return axes
+
+    second = jax.tree_util.tree_map_with_path(place, same)
+    weights = np.full(4, 0.25, np.float32)
+    found = jax.jit(examine, static_argnums=2)(put_beside(same, second), weights, 2)
+    assert float(found["angle_a"]) == pytest.approx(np.degrees(np.arccos(2 / 3)), abs=0.05)
+
+
+def test_an_adapter_that_is_not_there_yet_is_at_no_angle():
+    """A mixture of nobody's is zero, as are the columns beyond a client's rank."""
+    adapters, _ = make_adapters()
+    same = jax.tree.map(lambda leaf: np.repeat(leaf[:1], 4, axis=0), adapters)
+    nothing = jax.tree.map(np.zeros_like, same)
+    weights = np.full(4, 0.25, np.float32)
+    beside = jax.jit(examine, static_argnums=2)(put_beside(same, nothing), weights, 2)
+    assert float(beside["angle_a"]) < 0.1
+    low = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            leaf * (np.arange(3) < np.asarray([1, 2, 3, 3])[:, None, None, None]) if path[-1].key == "a" else leaf
+        ),
+        same,
+    )
+    assert float(jax.jit(examine)(low, weights)["angle_a"]) < 0.1

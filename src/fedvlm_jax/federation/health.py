@@ -6,8 +6,10 @@ the round itself keeps its one all-reduce. Clients that do not count are left ou
     aggregation_error     ‖Σ p_k A_k B_k − Ā B̄‖_F / ‖Σ p_k A_k B_k‖_F, in all and per half of the model: what averaging
                           both factors would lose (it is what fedavg-lora does lose)
     angle_a               between the column spaces of two clients' A, in degrees: the angle whose cosine is the root
-                          mean square of the principal angles' cosines, mean over pairs and sites
-    update_dissimilarity  1 − cosine of two clients' low-rank terms s·A B, mean over pairs
+                          mean square of the principal angles' cosines, mean over pairs of clients and sites; where two
+                          adapters stand side by side, like with like, mean over both. Of unlike ranks the smaller
+                          one's angles count, and an adapter that is not there yet is compared with nothing
+    update_dissimilarity  1 − cosine of two clients' low-rank terms s·A B, mean over pairs of clients
 """
 
 import re
@@ -27,8 +29,14 @@ OF_PAIRS = ("angle_a", "update_dissimilarity")
 GROUPS = ("vision_tower", "image_projector", "encoder", "decoder")
 
 
-def examine(adapters: PyTree, weights: Float[Array, " K"]) -> dict[str, Float[Array, ""]]:
-    """The numbers for adapters [K, …] as they were trained; empty for adapters with a gate, whose term is no matrix."""
+def examine(adapters: PyTree, weights: Float[Array, " K"], beside: int = 1) -> dict[str, Float[Array, ""]]:
+    """The numbers for adapters [K, …] as they were trained; empty for adapters with a gate, whose term is no matrix.
+
+    Args:
+        adapters: of the cohort.
+        weights: who counts, and how much.
+        beside: how many adapters of one rank stand side by side in each, see `Method.pairs`.
+    """
     if any("gate" in str(path[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(adapters)):
         return {}
     counts = (weights > 0).astype(jnp.float32)
@@ -43,16 +51,23 @@ def examine(adapters: PyTree, weights: Float[Array, " K"]) -> dict[str, Float[Ar
         lost[group] = lost.get(group, 0) + _squared_norm(*deviations(a, b, weights))
         whole[group] = whole.get(group, 0) + _squared_norm(*side_by_side(a, b, weights))
         grams += _inner_products(a, b, counts)
-        cosines.append(_mean_cosine(a, counts, pairs))
+        cosines += [_mean_cosine(part, counts) for part in jnp.split(a, beside, axis=-1)]
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(grams), 1e-24))
     likeness = jnp.sum((grams / (norms[:, None] * norms)) * (1 - jnp.eye(len(weights)))) / pairs
     errors = {f"aggregation_error/{group}": _ratio(lost[group], whole[group]) for group in lost if len(lost) > 1}
     return {
         "aggregation_error": _ratio(sum(lost.values(), start=zero), sum(whole.values(), start=zero)),
         **errors,
-        "angle_a": jnp.degrees(jnp.arccos(jnp.clip(sum(cosines) / len(cosines), 0, 1))),
+        "angle_a": jnp.degrees(jnp.arccos(jnp.clip(_average(cosines), 0, 1))),
         "update_dissimilarity": 1 - likeness,
     }
+
+
+def _average(cosines: list[tuple[Array, Array]]) -> Array:
+    """The mean of those that there are; 1, no angle, where there is none."""
+    there = sum((known for _, known in cosines), start=jnp.float32(0))
+    total = sum((cosine * known for cosine, known in cosines), start=jnp.float32(0))
+    return jnp.where(there > 0, total / jnp.maximum(there, 1), 1.0)
 
 
 def _ratio(part: Array, of: Array) -> Array:
@@ -72,14 +87,18 @@ def _inner_products(a: Array, b: Array, counts: Array) -> Float[Array, "K K"]:
     return gram.reshape(-1, clients, rank, clients, rank).sum(axis=(0, 2, 4))
 
 
-def _mean_cosine(a: Array, counts: Array, pairs: Array) -> Array:
-    """The root mean square cosine between column spaces, mean over pairs and layers."""
+def _mean_cosine(a: Array, counts: Array) -> tuple[Array, Array]:
+    """The root mean square cosine between column spaces, mean over pairs and layers; and 1, or 0 where none is."""
     basis = _orthonormalise(a.astype(jnp.float32))  # [K, *stack, d_in, R]
     clients, rank = a.shape[0], a.shape[-1]
     wide = jnp.moveaxis(basis, 0, -2).reshape(-1, a.shape[-2], clients * rank)
-    squared = jnp.square(matmul(wide.mT, wide)).reshape(-1, clients, rank, clients, rank).sum(axis=(2, 4)) / rank
-    off = counts[:, None] * counts * (1 - jnp.eye(clients))
-    return jnp.mean(jnp.sum(jnp.sqrt(squared) * off, axis=(1, 2)) / pairs)
+    squared = jnp.square(matmul(wide.mT, wide)).reshape(-1, clients, rank, clients, rank).sum(axis=(2, 4))
+    columns = jnp.round(jnp.square(wide).reshape(-1, a.shape[-2], clients, rank).sum(axis=(1, 3)))  # zero ones are none
+    fewer = jnp.minimum(columns[:, :, None], columns[:, None, :])
+    compared = counts[:, None] * counts * (1 - jnp.eye(clients)) * (fewer > 0)
+    cosines = jnp.sqrt(squared / jnp.maximum(fewer, 1)) * compared
+    number = jnp.sum(compared)
+    return jnp.sum(cosines) / jnp.maximum(number, 1), (number > 0).astype(jnp.float32)
 
 
 def _orthonormalise(a: Float[Array, "*stack d_in R"]) -> Float[Array, "*stack d_in R"]:
