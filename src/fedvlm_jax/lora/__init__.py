@@ -4,7 +4,7 @@ An adapter mirrors only the adapted part of the parameter tree. At every adapted
 
     a      [*stack, d_in, rank]   starts random
     b      [*stack, rank, d_out]  starts at zero, so a fresh adapter is the identity
-    scale  [*stack]               alpha / rank (or alpha / √rank): data, since clients may differ
+    scale  [*stack]               alpha / rank (or alpha / √rank): data, since clients may differ; its gradient is zero
 
 and the site computes `y = f(x) + scale · (x a) b`. In the notation of the papers W = W0 + s·B·A, `a` is A transposed
 and `b` is B transposed. `d_in` and `d_out` are products where a layer has several input or output axes (DenseGeneral,
@@ -16,7 +16,7 @@ an interceptor adds the low-rank term to every `nn.Dense`, `nn.DenseGeneral`, `n
 the collection: `nn.scan(..., variable_axes={"params": 0, "lora": 0})`. An adapter leaf that no call read is an error.
 """
 
-from fedvlm_jax.lora.adapter import Adapter, LoRA, init, sites_of
+from fedvlm_jax.lora.adapter import Adapter, LoRA, init, sites_of, trainable
 from fedvlm_jax.lora.algebra import (
     add_to_weights,
     concatenate,
@@ -52,6 +52,7 @@ __all__ = [
     "sites_of",
     "thin_svd",
     "trace_init",
+    "trainable",
     "truncate",
     "unmerge",
     "virtual_paths",

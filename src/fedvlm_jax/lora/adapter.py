@@ -79,6 +79,18 @@ def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
     return tree.unflatten(flat)
 
 
+def trainable(adapter: Adapter) -> dict[str, Any]:
+    """Say which leaves of an adapter are to be trained: all but `scale`, as a tree of booleans, optax's form of a mask.
+
+    The gradient of `scale` is zero, but weight decay moves it all the same where it is not masked:
+
+        >>> adapter = init(jax.random.key(0), sites, LoRA())  # doctest: +SKIP
+        >>> optimizer = optax.adamw(1e-3, weight_decay=0.1, mask=trainable)  # doctest: +SKIP
+        >>> optimizer = optax.masked(optax.sgd(1e-2), trainable)  # doctest: +SKIP
+    """
+    return tree.unflatten({path: path.rpartition("/")[2] != "scale" for path in tree.flatten(adapter)})
+
+
 def sites_of(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, Any, Any]]]:
     flat = tree.flatten(adapter)
     for path in sorted({path.rpartition("/")[0] for path in flat}):

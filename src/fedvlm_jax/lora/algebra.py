@@ -60,12 +60,12 @@ def _merge(params: Mapping[str, Any], adapter: Adapter, sign: float, dtype: Any)
 
 
 def _product(a: Array, b: Array, scale: Array) -> Array:
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    a, b, scale = a.astype(jnp.float32), b.astype(jnp.float32), jax.lax.stop_gradient(scale)
     return jnp.matmul(a, b, precision="highest") * scale[..., None, None]
 
 
 def concatenate(*adapters: Adapter) -> Adapter:
-    """One adapter whose term is the sum of the adapters' terms; ranks add up, scales move into `b`.
+    """One adapter whose term is the sum of the adapters' terms; ranks add up, scales move into `b`, without a gradient.
 
     Raises:
         LoraError: the adapters do not have the same sites.
@@ -77,7 +77,7 @@ def concatenate(*adapters: Adapter) -> Adapter:
             raise LoraError(f"adapters to concatenate must have the same sites; not all have:\n{listing(odd)}")
     flat = {}
     for path in sites[0]:
-        parts = [site[path] for site in sites]
+        parts = [(a, b, jax.lax.stop_gradient(scale)) for a, b, scale in (site[path] for site in sites)]
         flat[join(path, "a")] = jnp.concatenate([a for a, _, _ in parts], axis=-1)
         flat[join(path, "b")] = jnp.concatenate([b * s[..., None, None].astype(b.dtype) for _, b, s in parts], axis=-2)
         flat[join(path, "scale")] = jnp.ones_like(parts[0][2])

@@ -35,7 +35,8 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 
     `params` is the `params` collection or a whole variables dictionary, and stays an argument: nothing is copied or
     captured. With `adapter=None` the bare base runs. The low-rank term is computed in the layer's own dtype and works
-    under jit, grad, vmap (over adapters with the base unbatched), `nn.remat` and `nn.scan`.
+    under jit, grad, vmap (over adapters with the base unbatched), `nn.remat` and `nn.scan`. The gradient of `scale` is
+    zero; see `trainable` for optimisers that move what has none.
 
     Raises (while tracing):
         LoraError: an adapter leaf has the wrong shape, or none of the model's calls read it.
@@ -56,6 +57,7 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
                 return out
             a, b, scale = (module.get_variable(COLLECTION, name) for name in FACTORS)
             _check_shapes(module, kind, a, b, scale)
+            scale = jax.lax.stop_gradient(scale)  # data: whoever differentiates by the whole adapter leaves it alone
             read.add("/".join(module.path))
             inputs = args[0] if args else next(iter(kw.values()))
             if module.has_variable(COLLECTION, GATE):
