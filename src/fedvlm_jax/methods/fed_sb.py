@@ -1,7 +1,8 @@
 """Fed-SB (arXiv 2502.15436): ΔW = B R A with B and A frozen and common; only R, of rank × rank numbers, is trained.
 
-Averaging R is exact. The paper takes A and B from the SVD of the first full gradients; here, where no full gradient is
-ever formed, they are random with orthonormal columns and rows, so that R has the norm of the update. R starts at zero.
+Averaging R is exact. The paper takes A and B from the SVD of the first full gradients, and R starts at its singular
+values, not at zero, so that the model has moved before the first step. Here, where no full gradient is ever formed, A
+and B are random with orthonormal columns and rows, so that R has the norm of the update, and R starts at zero.
 """
 
 import jax
