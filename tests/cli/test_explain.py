@@ -112,7 +112,7 @@ def test_bases_that_move_and_downloads_of_ones_own(toy):
     fedalt = explain(toy, "fedalt")
     assert fedalt.own_download
     assert statuses(fedalt.stages[0]) == {"a": (1, YES, YES, OWN), "b": (1, YES, YES, OWN), "gate": (1, (), (), OWN)}
-    assert statuses(explain(toy, "ce-lora").stages[0])["c"] == (1, YES, YES, ())  # what is handed out takes its place
+    assert statuses(explain(toy, "ce-lora").stages[0])["c"] == (1, YES, YES, OWN)
 
 
 def test_control_variates_travel_and_stay_beside_the_factors(toy):
@@ -136,7 +136,7 @@ def test_ranks_count_for_what_they_are(toy):
 def test_bytes_are_those_of_a_real_round(toy, name):
     """What `explain` counts from one client's message is what the driver counts from a round's."""
     method, server, outs = trace_shapes(name)
-    counted = [find_travelling(method, toy.shapes(), server, out.messages) for out in outs.values()]
+    counted = [find_travelling(method, server, out.messages) for out in outs.values()]
     stages = explain_method(
         toy,
         Run(method=name, lora=LoraOptions(rank=2, alpha=4.0, targets="fc"), train=TrainOptions(rounds=4)),
@@ -161,27 +161,15 @@ def make_stranger(setup) -> Method:
     )
     made = make_share_method("stranger", "nowhere", lora.Rule("/b$"), setup, parts)
 
-    def deliver(ctx, server, messages, weights):
-        return jax.tree.map(lambda leaf: leaf[::-1], messages)
-
-    return made._replace(
-        deliver=deliver,
-        receive=lambda personal, part: {**personal, "neighbour": part},
-        init_client=lambda key, server, number: {
-            **made.init_client(key, server, number),
-            "neighbour": jax.tree.map(jnp.zeros_like, server["shared"]),
-        },
-        travels=None,
-    )
+    return made._replace(mixes=True, travels=None)
 
 
 def test_a_strangers_method_is_explained(toy):
     explained = explain(toy, "plora", make_stranger)
     (stage,) = explained.stages
-    both = (Held("all"), Held("own"))
-    assert statuses(stage) == {"a": (1, (), (), OWN), "b": (1, YES, both, ()), "m": (1, (), (), OWN)}
+    assert statuses(stage) == {"a": (1, (), (), OWN), "b": (1, YES, YES, ()), "m": (1, (), (), OWN)}
     assert explained.own_download
-    assert stage.down == 2 * stage.up
+    assert stage.down == stage.up
 
 
 def test_single_layers_are_named():

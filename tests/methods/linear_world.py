@@ -15,7 +15,7 @@ from flax import linen as nn
 from toy import start_states
 
 from fedvlm_jax import lora
-from fedvlm_jax.federation.round import from_waves, make_round, to_waves
+from fedvlm_jax.federation.round import from_waves, make_round, start_personal, to_waves
 from fedvlm_jax.federation.training import IGNORED, make_local_trainer
 from fedvlm_jax.methods import Client, Setup, load_method
 from fedvlm_jax.objectives import Objective
@@ -121,7 +121,8 @@ class World:
                 from_waves(out.personal), states,
             )  # fmt: skip
             known |= weights > 0
-            each = [jax.tree.map(lambda x, k=k: x[k], states) for k in range(len(self.shares))]
+            fresh = [start_personal(self.method, jax.random.key(KEY), server, k) for k in range(len(self.shares))]
+            each = [jax.tree.map(lambda x, k=k: x[k], states) if known[k] else fresh[k] for k in range(len(known))]
             history.append(
                 SimpleNamespace(
                     server=server,

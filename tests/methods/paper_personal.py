@@ -130,47 +130,84 @@ def cosine_softmax(moved: Sequence[Theta], temperature: float, *, own: bool) -> 
     for k, x in enumerate(vectors):
         for j, y in enumerate(vectors):
             if own or j != k:
-                shares[k, j] = np.exp(x @ y / np.linalg.norm(x) / np.linalg.norm(y) / temperature)
+                lengths = np.linalg.norm(x) * np.linalg.norm(y)  # who never moved is like nobody
+                shares[k, j] = np.exp(x @ y / max(lengths, 1e-300) / temperature)
     return shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-300)
 
 
-def fedmosaic(problem: Problem, weight: float, temperature: float) -> list[Round]:
+Turns = Sequence[Sequence[float]]
+
+
+def who_is_there(problem: Problem, turns: Turns | None) -> list[list[int]]:
+    """The clients of every round: those that have a weight in it."""
+    everybody = [[1.0 for _ in problem.clients] for _ in problem.batches]
+    return [[k for k in problem.clients if row[k] > 0] for row in turns or everybody]
+
+
+def fedmosaic(problem: Problem, weight: float, temperature: float, turns: Turns | None = None) -> list[Round]:
     """arXiv 2506.11024 without Co-LoRA: (1−w) own pair + w Σ_{j≠k} w_kj (A_j, B_j), the latter frozen.
 
-    The similarity is that of how far the pairs went, and the weight is fixed: both are ours, and said to be.
+    The server has the newest pair of everybody who ever was there. The similarity is that of how far the pairs went,
+    and the weight is fixed: both are ours, and said to be.
     """
     nothing = {key: np.zeros_like(m) for key, m in problem.start.items()}
-    own, mixed, rounds = [problem.start for _ in problem.clients], [nothing for _ in problem.clients], []
-    for batches in problem.batches:
-        for k in problem.clients:
-            beside = effective(problem.base, (weight * problem.scale, mixed[k]))
-            grads = lora_gradients(beside, (1 - weight) * problem.scale)
-            own[k] = descend(own[k], batches[k], problem.rates, grads)
-        before = mixed
-        if len(own) > 1:
-            shares = cosine_softmax([minus(one, problem.start) for one in own], temperature, own=False)
-            mixed = [mean(own, row.tolist()) for row in shares]
-        s = problem.scale
+    own, rounds = [problem.start for _ in problem.clients], []
+    latest: dict[int, Theta] = {}
+
+    def mix_for(k: int) -> Theta:
+        others = [j for j in sorted(latest) if j != k]
+        if not others:
+            return nothing
+        moved = [minus(own[k], problem.start), *(minus(latest[j], problem.start) for j in others)]
+        shares = cosine_softmax(moved, temperature, own=False)[0, 1:]
+        return mean([latest[j] for j in others], shares.tolist())
+
+    s = problem.scale
+    for batches, there in zip(problem.batches, who_is_there(problem, turns), strict=True):
+        beside = {k: mix_for(k) for k in there}
+        for k in there:
+            frozen = effective(problem.base, (weight * s, beside[k]))
+            own[k] = descend(own[k], batches[k], problem.rates, lora_gradients(frozen, (1 - weight) * s))
+        latest |= {k: own[k] for k in there}
+        mixed = {k: mix_for(k) for k in problem.clients}
         after, trained = (
-            [effective(problem.base, ((1 - weight) * s, own[k]), (weight * s, beside[k])) for k in problem.clients]
-            for beside in (mixed, before)
-        )
+            [effective(problem.base, ((1 - weight) * s, own[k]), (weight * s, part[k])) if k in part else None
+             for k in problem.clients]
+            for part in (mixed, beside)
+        )  # fmt: skip
         rounds.append(Round(after, trained=trained))
     return rounds
 
 
-def ce_lora(problem: Problem, temperature: float) -> list[Round]:
-    """arXiv 2503.23869: ΔW = B C A, all trained, C_k ← Σ_j w_kj C_j; C starts as 1. The similarity is ours."""
+def ce_lora(problem: Problem, temperature: float, turns: Turns | None = None) -> list[Round]:
+    """arXiv 2503.23869: ΔW = B C A, all trained, C_k ← Σ_j w_kj C_j; C starts as 1. The similarity is ours.
+
+    The server has the newest C of everybody who ever was there; who never was is in no mixture, its own included.
+    """
     identity = {(layer, "C"): np.eye(problem.start[layer, "A"].shape[0]) for layer in LAYERS}
     own, rounds = [problem.start | identity for _ in problem.clients], []
+    latest: dict[int, Theta] = {}
     grads = lora_gradients(problem.base, problem.scale)
-    for batches in problem.batches:
-        own = [descend(own[k], batches[k], problem.rates, grads, "ABC") for k in problem.clients]
-        trained = [effective(problem.base, (problem.scale, theta)) for theta in own]
-        middles = [only(theta, "C") for theta in own]
-        shares = cosine_softmax([minus(c, identity) for c in middles], temperature, own=True)
-        own = [own[k] | mean(middles, shares[k].tolist()) for k in problem.clients]
-        rounds.append(Round([effective(problem.base, (problem.scale, theta)) for theta in own], trained=trained))
+
+    def mix_for(k: int) -> Theta:
+        if not latest:
+            return own[k]
+        who = sorted(latest)
+        moved = [minus(only(own[k], "C"), identity), *(minus(latest[j], identity) for j in who)]
+        shares = cosine_softmax(moved, temperature, own=False)[0, 1:]
+        return own[k] | mean([latest[j] for j in who], shares.tolist())
+
+    for batches, there in zip(problem.batches, who_is_there(problem, turns), strict=True):
+        begun = {k: mix_for(k) for k in there}
+        own = [
+            descend(begun[k], batches[k], problem.rates, grads, "ABC") if k in there else own[k]
+            for k in problem.clients
+        ]
+        trained = [effective(problem.base, (problem.scale, own[k])) if k in there else None for k in problem.clients]
+        latest |= {k: only(own[k], "C") for k in there}
+        rounds.append(
+            Round([effective(problem.base, (problem.scale, mix_for(k))) for k in problem.clients], trained=trained)
+        )
     return rounds
 
 
@@ -200,20 +237,31 @@ def differences(loss: Callable[[Theta], float], theta: Theta, step: float = 1e-6
     return gradient
 
 
-def fedalt(problem: Problem, probe: np.ndarray) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
+def fedalt(
+    problem: Problem, probe: np.ndarray, turns: Turns | None = None
+) -> list[tuple[list[np.ndarray], list[np.ndarray | None]]]:
     """arXiv 2503.11880: own pair and router are trained, the pair B^R A^R, plain means of the others', is frozen.
 
-    A matrix does not say what such a client computes, so this gives outputs on `probe`, [round] -> of every client
-    after the round, and of every client when it sent.
+    The others are all who ever were there, with their newest pairs. A matrix does not say what such a client computes,
+    so this gives outputs on `probe`, [round] -> of every client after the round, and of those who were there when they
+    sent.
     """
     routers = {(layer, "G"): np.zeros((2, problem.base[layer].shape[1])) for layer in LAYERS}
     nothing = {key: np.zeros_like(m) for key, m in problem.start.items()}
-    own, rest = [problem.start | routers for _ in problem.clients], [nothing for _ in problem.clients]
-    rounds = []
-    for batches in problem.batches:
-        for k in problem.clients:
+    own, rounds = [problem.start | routers for _ in problem.clients], []
+    latest: dict[int, Theta] = {}
 
-            def gradients(theta: Theta, x: np.ndarray, t: np.ndarray, k: int = k) -> Theta:
+    def mean_for(k: int) -> Theta:
+        others = [pair for j, pair in latest.items() if j != k]
+        return mean(others, [1 / len(others)] * len(others)) if others else nothing
+
+    for batches, there in zip(problem.batches, who_is_there(problem, turns), strict=True):
+        rest = {k: mean_for(k) for k in there}
+        for k in there:
+
+            def gradients(
+                theta: Theta, x: np.ndarray, t: np.ndarray, k: int = k, rest: dict[int, Theta] = rest
+            ) -> Theta:
                 def loss(at: Theta) -> float:
                     y = routed_output(problem.base, at, rest[k], problem.scale, x)
                     return 0.5 * float(np.sum((y - t) ** 2)) / len(x)
@@ -221,11 +269,11 @@ def fedalt(problem: Problem, probe: np.ndarray) -> list[tuple[list[np.ndarray], 
                 return differences(loss, theta)
 
             own[k] = descend(own[k], batches[k], problem.rates, gradients, "ABG")
-        trained = [routed_output(problem.base, own[k], rest[k], problem.scale, probe) for k in problem.clients]
-        pairs = [only(theta, "AB") for theta in own]
-        for k in problem.clients:
-            others = [pairs[j] for j in problem.clients if j != k]
-            rest[k] = mean(others, [1 / len(others)] * len(others)) if others else rest[k]
-        after = [routed_output(problem.base, own[k], rest[k], problem.scale, probe) for k in problem.clients]
+        latest |= {k: only(own[k], "AB") for k in there}
+        after, trained = (
+            [routed_output(problem.base, own[k], part[k], problem.scale, probe) if k in part else None
+             for k in problem.clients]
+            for part in ({k: mean_for(k) for k in problem.clients}, rest)
+        )  # fmt: skip
         rounds.append((after, trained))
     return rounds

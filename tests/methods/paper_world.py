@@ -52,11 +52,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Round:
-    """What every client computes with after a round, what the server holds, and what each had when it sent."""
+    """What clients compute with after a round, what the server holds, what each had when it sent (None: it did not)."""
 
     weights: list[Weights]
     shared: Theta = field(default_factory=dict)
-    trained: list[Weights] = field(default_factory=list)
+    trained: list[Weights | None] = field(default_factory=list)
 
 
 # Arithmetic

@@ -37,6 +37,9 @@ TRAINED_APART = {
 }
 """Methods whose model at the end is not that of one training, the last: name -> why, and where it is tested."""
 
+POOLED = ("fedmosaic", "ce-lora")
+"""Methods that weigh what others sent in earlier rounds anew, by how alike it is to what the client sent last."""
+
 LIKE_LOCAL = (
     *("fedavg-lora", "plora", "plora-reset-a", "fedsa-lora", "iat", "iat-inverted"),
     *("fedex-lora", "flexlora", "hetlora", "lora-fair", "fedrpca"),
@@ -299,7 +302,7 @@ def test_an_empty_client_keeps_its_start(case):
 
 
 def test_one_client_alone_is_not_changed_by_averaging(case):
-    for at in case.moments:
+    for at in case.moments[:1] if case.name in POOLED else case.moments:
         out, personal = case.again(at, take(at.cohort, [2]), [1.0], take(at.states, [2]))
         own, message = row(personal, 0), row(out.messages, 0)
         after = case.method.personalise(out.server, own)
@@ -371,8 +374,8 @@ def test_old_clients_go_on_from_their_own_state_and_new_ones_do_not(case):
         clean, clean_personal = case.again(at, cohort, states=at.personal)
         assert_close(personal, clean_personal, rtol=0, atol=0)
         assert_close(got.server, clean.server, rtol=0, atol=0)
-        if not jax.tree.leaves(personal):
-            assert case.name == "flora", f"{case.name}: a client that keeps nothing"
+        if all(path[-1] == jax.tree_util.DictKey("scale") for path, _ in jax.tree_util.tree_leaves_with_path(personal)):
+            assert case.name in ("flora", "flexlora"), f"{case.name}: a client that keeps nothing"
             continue
         newborn = case.again(at, at.cohort._replace(new=np.ones(CLIENTS, bool)))[1]
         same = jax.tree.map(np.array_equal, row(personal, 1), row(newborn, 1))
@@ -481,7 +484,7 @@ def test_a_method_that_tells_another_model_as_trained_does_not_pass(broken):
 def test_shipped_methods_send_what_their_papers_say(name):
     phases, rounds = trace_rounds(name)
     messages = rounds[phases[0]][1].messages
-    assert {path.rpartition("/")[2] for path in tree.flatten(messages)} == set(SENT[name])
+    assert {path.rpartition("/")[2] for path in tree.flatten(messages)} - {"number"} == set(SENT[name])
 
 
 def test_what_the_server_renews_goes_down_too():

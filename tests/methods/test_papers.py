@@ -17,25 +17,28 @@ from linear_world import KEY, RANK, SHAPES, World, as_theta, assert_close
 from fedvlm_jax import lora
 from fedvlm_jax.methods.fedrpca import split
 from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
-from fedvlm_jax.methods.parts import ranks
+from fedvlm_jax.methods.parts import delivered, ranks
+from fedvlm_jax.methods.record import Setup
 from fedvlm_jax.runs.choices import declare
 from fedvlm_jax.runs.config import Run, methods_available
 
 
-def assert_rounds(world, wanted, *, shared=True):
+def assert_rounds(world, wanted, *, shared=True, turns=None):
     """Every client's layers after every round and when it had trained, and the server's factors."""
     start = {layer: kernel.T for layer, kernel in world.base.items()}
-    history = world.run()
+    history = world.run(turns)
     assert len(history) == len(wanted)
     for found, want in zip(history, wanted, strict=True):
+        moved = []
         for adapter, weights in zip(found.adapters, want.weights, strict=True):
             merged = lora.merge(found.base, adapter)
             for layer in SHAPES:
                 assert_close(merged[layer]["fc"]["kernel"].T, weights[layer])
-                assert np.abs(weights[layer] - start[layer]).max() > 1e-2, (
-                    "nothing was learned, so nothing was compared"
-                )
-        for adapter, weights in zip(found.trained, want.trained, strict=True):
+                moved.append(np.abs(weights[layer] - start[layer]).max())
+        assert (max if turns else min)(moved) > 1e-2, "nothing was learned, so nothing was compared"
+        there = [(one, weights) for one, weights in zip(found.trained, want.trained, strict=True) if weights]
+        assert there
+        for adapter, weights in there:
             merged = lora.merge(found.base_before, adapter)
             for layer in SHAPES:
                 assert_close(merged[layer]["fc"]["kernel"].T, weights[layer])
@@ -275,26 +278,48 @@ def test_feddpa_f():
     assert_rounds(world, personal.feddpa(world.problem(), 0.4, lambda number, steps: steps if number == 2 else 0))
 
 
-def test_fedmosaic():
-    world = World("fedmosaic", hyper=HyperOptions(mosaic_weight=0.3, mix_temperature=0.4))
-    assert_rounds(world, personal.fedmosaic(world.problem(), 0.3, 0.4))
+COMING = [(0.4, 0.6, 0.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.4, 0.6), (0.4, 0.0, 0.6)]
+"""Two together, rounds of one alone, somebody who comes back, and a third who is new in the fourth round."""
+
+ATTENDANCE = pytest.mark.parametrize("turns", [None, COMING], ids=["all", "coming-and-going"])
 
 
-def test_ce_lora():
-    world = World("ce-lora", hyper=HyperOptions(mix_temperature=0.4))
-    assert_rounds(world, personal.ce_lora(world.problem(), 0.4))
+@ATTENDANCE
+def test_fedmosaic(turns):
+    world = World("fedmosaic", rounds=len(turns or "12"), hyper=HyperOptions(mosaic_weight=0.3, mix_temperature=0.4))
+    assert_rounds(world, personal.fedmosaic(world.problem(), 0.3, 0.4, turns), turns=turns)
 
 
-def test_fedalt():
+@ATTENDANCE
+def test_ce_lora(turns):
+    world = World("ce-lora", rounds=len(turns or "12"), hyper=HyperOptions(mix_temperature=0.4))
+    assert_rounds(world, personal.ce_lora(world.problem(), 0.4, turns), turns=turns)
+
+
+def test_a_pool_keeps_the_newest():
+    """Three places: 4 and 7 come in round 1, 5 and 9 in round 2, 7 again and 4, who does not count, in round 3."""
+    pool = delivered.start_pool({"b": jnp.zeros(1)}, Setup({}, None, None, population=3))
+    for number, (who, weights) in enumerate([((4, 7), (1, 1)), ((5, 9), (1, 1)), ((7, 4), (1, 0))], start=1):
+        moved = {"b": jnp.asarray([[10.0 * number + w] if w else [jnp.nan] for w in weights])}
+        messages = {"moved": moved, "number": jnp.asarray(who)}
+        pool = delivered.renew(pool, messages, jnp.asarray(weights, jnp.float32), jnp.int32(number))
+        assert pool["number"].tolist() == [[4, 7, -1], [5, 9, 4], [7, 5, 9]][number - 1]
+        assert pool["round"].tolist() == [[1, 1, 0], [2, 2, 1], [3, 2, 2]][number - 1]
+    assert pool["moved"]["b"].ravel().tolist() == [31, 21, 21]
+
+
+@ATTENDANCE
+def test_fedalt(turns):
     """What is compared are outputs: with a router a layer is no matrix."""
-    world = World("fedalt")
+    world = World("fedalt", rounds=len(turns or "12"))
     probe = np.random.default_rng(1).normal(size=(6, 5))
-    wanted = personal.fedalt(world.problem(), probe)
+    wanted = personal.fedalt(world.problem(), probe, turns)
     batch = {"inputs": jnp.asarray(probe, jnp.float32)}
-    for found, (after, trained) in zip(world.run(), wanted, strict=True):
+    for found, (after, trained) in zip(world.run(turns), wanted, strict=True):
         for adapters, outputs in ((found.adapters, after), (found.trained, trained)):
             for adapter, output in zip(adapters, outputs, strict=True):
-                assert_close(world.vlm.logits(found.base, adapter, batch), output)
+                if output is not None:
+                    assert_close(world.vlm.logits(found.base, adapter, batch), output)
         for layer in SHAPES:
             assert np.abs(found.states[0]["own"][layer]["fc"]["gate"]).max() > 1e-3
 

@@ -73,8 +73,7 @@ class RoundReport:
         metrics: of every client in the cohort [K].
         health: of the aggregation.
         bytes_up: per client that counted, their mean; padding beyond a client's rank does not travel.
-        bytes_down: per client that was drawn, for it dropped out after it had received; where clients receive in return
-            for what they send, per client that counted.
+        bytes_down: per client that was drawn, for it dropped out after it had received.
         trained: (client numbers [V] that counted) -> the adapters as these clients had them before aggregation; None
             where nothing was redistributed.
         base: what these adapters were trained on.
@@ -277,7 +276,6 @@ class Driver:
                 self._store(numbers[counted], counted, out.personal)
             self.server = out.server
         up, down = self._travelling(out.messages, max(1, len(counted)), read.round)
-        received = numbers if self.programs.method.deliver is None else numbers[counted]
         return RoundReport(
             numbers=numbers,
             counted=numbers[counted],
@@ -287,7 +285,7 @@ class Driver:
             metrics={name: values[: len(numbers)] for name, values in fetch(out.metrics).items()},
             health={name: float(value) for name, value in health.items()},
             bytes_up=self._count_bytes(up, numbers[counted]),
-            bytes_down=self._count_bytes(down, received),
+            bytes_down=self._count_bytes(down, numbers),
             trained=self._trained(before, numbers, out.messages)
             if len(counted) and jax.tree.leaves(out.messages)
             else None,
@@ -326,7 +324,7 @@ class Driver:
         if key not in self._traffic:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((senders, *x.shape[1:]), x.dtype), messages)
             server = jax.eval_shape(lambda state: state, self.server)
-            self._traffic[key] = find_travelling(self.programs.method, self.params, server, shapes)
+            self._traffic[key] = find_travelling(self.programs.method, server, shapes)
         return self._traffic[key]
 
     def _count_bytes(self, part: PyTree, numbers: np.ndarray) -> int:
@@ -350,6 +348,10 @@ class Driver:
         """The shared part with the private part that each of these clients started from [V, …]."""
         at = at or self.now
         return self.personalise(self.population.gather(numbers, at.slots), np.zeros(len(numbers), bool), numbers, at)
+
+    def start_states(self, numbers: np.ndarray, at: Moment | None = None) -> PyTree:
+        """The states [V, …] that these clients begin with, on the host, now or at another moment."""
+        return fetch(self.programs.start(self.key, (at or self.now).server, np.asarray(numbers, np.int32)))
 
     def personalise(self, states: PyTree, known: np.ndarray, numbers: np.ndarray, at: Moment | None = None) -> PyTree:
         """The shared part with these private states [V, …]; with the initial ones where they are not `known` [V]."""

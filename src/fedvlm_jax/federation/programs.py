@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,12 +25,14 @@ __all__ = ["Programs", "make_programs"]
 class Programs:
     """A method's compiled functions on a mesh; made once, whatever the seed, the clients or the learning rates.
 
-    `health` takes personal states as the round returns them, [W, V, …], and messages [K, …].
+    `health` takes personal states as the round returns them, [W, V, …], and messages [K, …]; `start` makes the states
+    that clients begin with.
     """
 
     method: Method
     mesh: Mesh
     round: Any
+    start: Callable[..., PyTree]
     personalise: Callable[..., PyTree]
     trained: Callable[..., PyTree]
     health: Callable[..., dict[str, Any]]
@@ -69,7 +72,7 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs
     trained = jax.vmap(method.trained, in_axes=(None, 0, 0))
 
     def health(server: PyTree, waves: PyTree, messages: PyTree, weights: Any) -> dict[str, Any]:
-        return examine(trained(server, from_waves(waves), messages), weights)
+        return examine(trained(server, from_waves(waves), messages), weights, method.pairs)
 
     def base_is_finite(params: PyTree, server: PyTree) -> Any:
         return tree.is_finite(params if method.base is None else method.base(params, server))
@@ -78,6 +81,7 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs
         method,
         mesh,
         make_round(method, trainer, mesh),
+        jax.jit(jax.vmap(partial(start_personal, method), in_axes=(None, None, 0))),
         jax.jit(jax.vmap(adapter_of, in_axes=(None, 0, 0, 0, None))),
         jax.jit(trained),
         jax.jit(health),

@@ -37,7 +37,7 @@ class RoundOutput(NamedTuple):
         metrics: of the clients' training [K].
         health: of the aggregation, scalars.
         weights: [K], p_k as they counted.
-        finite: are the new server state, and what clients received for themselves?
+        finite: is the new server state?
     """
 
     server: PyTree
@@ -134,20 +134,9 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
         # Every device knows all flags and reckons all weights itself: to share that out would take four more messages.
         weights, finite = jax.lax.with_sharding_constraint((weights, from_waves(finite)), everywhere)
         weights = jax.lax.with_sharding_constraint(_leave_out(weights, finite), everywhere)
-        sound = jnp.ones((), bool)
-        if method.deliver is not None and method.receive is not None:
-            with jax.named_scope("deliver"):
-                downloads = method.deliver(ctx, server, messages, weights)
-                received = jax.vmap(method.receive)(from_waves(personal), downloads)
-            here = lambda new, old: jnp.where(weights.reshape(-1, *[1] * (new.ndim - 1)) > 0, new, old)  # noqa: E731
-            received = jax.tree.map(here, received, from_waves(personal))  # who dropped out is not there any more
-            sound = tree.is_finite(received)
-            personal = jax.lax.with_sharding_constraint(
-                to_waves(received, clients.weight.shape[0]), wave_sharding(mesh)
-            )
         with jax.named_scope("aggregate"):
             server, health = method.aggregate(ctx, server, messages, weights)
-        return RoundOutput(server, personal, messages, metrics, health, weights, sound & tree.is_finite(server))
+        return RoundOutput(server, personal, messages, metrics, health, weights, tree.is_finite(server))
 
     # Told, not inferred: the server's state comes back exactly as it goes in, so the next round finds its program.
     outputs = RoundOutput(everywhere, wave_sharding(mesh), across, across, *[everywhere] * 3)  # type: ignore[arg-type]

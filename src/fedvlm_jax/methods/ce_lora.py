@@ -2,19 +2,19 @@
 
 Every client receives a C of its own, C_k = Σ_j w_kj C_j. The weights are a softmax of the cosine similarity of what the
 clients' C have become; the paper measures similarity of data and of models, and its equation was taken from a summary.
-C starts as the identity, so that the adapter starts as plain LoRA.
+C starts as the identity, so that the adapter starts as plain LoRA. The clients are those in the server's pool, see
+`parts/delivered.py`, and the client itself with the C that it trained last, if it ever did.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from fedvlm_jax import lora, tree
-from fedvlm_jax.methods.fedmosaic import mix_by
 from fedvlm_jax.methods.parts import pairs
 from fedvlm_jax.methods.parts.delivered import make_delivering_method
 from fedvlm_jax.methods.parts.factored import map_sites, matmul
 from fedvlm_jax.methods.parts.norms import only
-from fedvlm_jax.methods.record import Message, Method, Setup
+from fedvlm_jax.methods.record import Method, Setup
 
 __all__ = ["make"]
 
@@ -24,15 +24,14 @@ SOURCE = "arXiv 2503.23869: ΔW = B C A, A and B private; C_k ← Σ_j w_kj C_j,
 def make(setup: Setup) -> Method:
     """ce-lora: all three factors are trained, the middle one is mixed."""
 
-    def deliver(start: PyTree, messages: Message, weights: Float[Array, " K"]) -> PyTree:
-        likeness = pairs.cosines(messages, weights)
-        shares = pairs.softmax_of_others(likeness, weights, setup.hyper.mix_temperature, own=True)
-        return mix_by(shares, start, messages, weights)
+    def weigh(moved: PyTree, pool: PyTree, others: Bool[Array, " P"], sent: Bool[Array, ""]) -> Float[Array, " P"]:
+        likeness = jnp.append(pairs.cosines(moved, pool), 1.0)  # with itself, last
+        return pairs.softmax_among(likeness / setup.hyper.mix_temperature, jnp.append(others, sent))[:-1]
 
     return make_delivering_method(
         "ce-lora", SOURCE, setup,
         extend=extend, trained=only("a", "b", "c"), sent=only("c"), keep_own=False,
-        assemble=lambda own, _, scales: assemble(own, scales), deliver=deliver,
+        assemble=lambda own, _, scales: assemble(own, scales), weigh=weigh,
         reads=("hyper.mix_temperature",),
     )  # fmt: skip
 

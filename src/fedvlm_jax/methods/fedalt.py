@@ -2,19 +2,18 @@
 
     y = x W_0 + s [α(x) x A_k B_k + (1 − α(x)) x A_R B_R],    α(x) from a private router, softmax(x · gate)
 
-The own pair is never overwritten; the rest-of-the-world pair is frozen locally, and renewed by the server.
+The own pair is never overwritten; the rest-of-the-world pair is frozen locally, and renewed by the server. The others
+are those in the server's pool, see `parts/delivered.py`, and all of them count alike.
 """
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.parts import pairs
 from fedvlm_jax.methods.parts.delivered import make_delivering_method
 from fedvlm_jax.methods.parts.factored import map_sites
 from fedvlm_jax.methods.parts.norms import only
-from fedvlm_jax.methods.record import Message, Method, Setup
+from fedvlm_jax.methods.record import Method, Setup
 
 __all__ = ["make"]
 
@@ -24,7 +23,7 @@ SOURCE = "arXiv 2503.11880: y = W_0 x + s[α(x) B_k A_k x + (1−α(x)) B^R A^R 
 def make(setup: Setup) -> Method:
     """fedalt: own pair and router are trained, the pair is sent."""
     return make_delivering_method(
-        "fedalt", SOURCE, setup, extend=extend, trained=only("a", "b", "gate"), assemble=assemble, deliver=deliver
+        "fedalt", SOURCE, setup, extend=extend, trained=only("a", "b", "gate"), assemble=assemble, weigh=weigh
     )
 
 
@@ -33,10 +32,10 @@ def extend(factors: PyTree) -> PyTree:
     return map_sites(lambda site: {**site, "gate": jnp.zeros((*site["a"].shape[:-1], 2), site["a"].dtype)}, factors)
 
 
-def deliver(start: PyTree, messages: Message, weights: Float[Array, " K"]) -> PyTree:
-    """Means of the others' factors [K, …]."""
-    moved = pairs.others_mean(messages, weights)
-    return jax.tree.map(jnp.add, moved, start)
+def weigh(moved: PyTree, pool: PyTree, others: Bool[Array, " P"], sent: Bool[Array, ""]) -> Float[Array, " P"]:
+    """The mean of the others."""
+    del moved, pool, sent
+    return others / jnp.maximum(others.sum(), 1)
 
 
 def assemble(own: PyTree, rest: PyTree, scales: PyTree) -> lora.Adapter:

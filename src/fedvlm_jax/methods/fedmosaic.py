@@ -2,16 +2,16 @@
 
 The client's own adapter is trained with the mixed one frozen beside it. Similarity is the cosine of how far the
 clients' adapters went; the paper compares gradients of a small model, learns the weight between the two adapters, and
-carries Co-LoRA across architectures, none of which is here.
+carries Co-LoRA across architectures, none of which is here. The others are those in the server's pool, see
+`parts/delivered.py`; a client that never sent anything is equally like all of them. Where clients draw an A each
+(`--lora.private-a per-client`) the similarity is largely that of the draws.
 """
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from fedvlm_jax.methods.parts import pairs
 from fedvlm_jax.methods.parts.delivered import make_delivering_method
-from fedvlm_jax.methods.record import Message, Method, Setup
+from fedvlm_jax.methods.record import Method, Setup
 
 __all__ = ["make"]
 
@@ -22,23 +22,12 @@ def make(setup: Setup) -> Method:
     """fedmosaic: own and mixed adapter at a fixed weight."""
     hyper = setup.hyper
 
-    def deliver(start: PyTree, messages: Message, weights: Float[Array, " K"]) -> PyTree:
-        shares = pairs.softmax_of_others(pairs.cosines(messages, weights), weights, hyper.mix_temperature, own=False)
-        return mix_by(shares, start, messages, weights)
+    def weigh(moved: PyTree, pool: PyTree, others: Bool[Array, " P"], sent: Bool[Array, ""]) -> Float[Array, " P"]:
+        del sent
+        return pairs.softmax_among(pairs.cosines(moved, pool) / hyper.mix_temperature, others)
 
     return make_delivering_method(
         "fedmosaic", SOURCE, setup,
         assemble=lambda own, mixed, scales: pairs.mix(own, mixed, scales, hyper.mosaic_weight),
-        deliver=deliver, reads=("hyper.mix_temperature", "hyper.mosaic_weight"),
+        weigh=weigh, reads=("hyper.mix_temperature", "hyper.mosaic_weight"), pairs_beside=2,
     )  # fmt: skip
-
-
-def mix_by(shares: Float[Array, "K K"], start: PyTree, messages: Message, weights: Float[Array, " K"]) -> PyTree:
-    """For each client Σ_j shares_kj (start + message_j) [K, …]."""
-
-    def one(first: Array, moved: Array) -> Array:
-        counts = weights.reshape(-1, *[1] * (moved.ndim - 1)) > 0
-        values = jnp.where(counts, first + moved, 0)
-        return jnp.einsum("kj,j...->k...", shares, values, precision="highest")
-
-    return jax.tree.map(one, start, messages)

@@ -24,7 +24,6 @@ AnyArray = Any  # a jax.Array on the device in a round, a numpy array before it
 Server = PyTree
 Personal = PyTree
 Message = PyTree
-Download = PyTree
 
 
 class Client(NamedTuple):
@@ -153,16 +152,16 @@ class Method(NamedTuple):
         aggregate: (context, server, messages [K, …], weights [K]) -> server, metrics; sees all messages at once, also
             those of clients with weight 0, whatever they hold. If all weights are 0 the server must stay as it is.
         personalise: (server, personal) -> the adapter that the client uses.
-        trained: (server before the round, personal, message) -> the adapter as the client had it when it sent its
-            message: what it would use if nothing were redistributed.
+        trained: (server before the round, personal as `client_update` returned it, message) -> the adapter as the
+            client had it at the end of its local training: what it would use if nothing were redistributed.
         download: (server) -> the tree that every client receives; with the message, what travels.
         base: (params, server) -> params, once per round and outside of vmap; None: the base stays.
         phase: (round) -> an integer; rounds of one phase share a program. None: there is one phase.
-        deliver: (context, server before the round, messages [K, …], weights [K]) -> what each client of the cohort
-            receives for itself [K, …]; None: nothing.
-        receive: (personal, its part of `deliver`) -> personal.
         travels: (server, messages [K, …], all shapes) -> two trees of shapes: what a client sends, what it receives;
-            None: its message, and `download` with its part of `deliver`.
+            None: its message, and `download`.
+        mixes: does each client receive something of its own, which the server mixes for it?
+        pairs: of factors of one rank that stand side by side in the adapters that it assembles, in the same order for
+            everybody: 2 for a global beside a local one. A's of different clients are compared pair by pair.
         takes: the options that not every method takes and this one does, as `Run` names them: `server`,
             `local.proximal`, `local.scaffold`, `lora.ranks`, `share`, and the fields of `hyper` that it reads,
             `hyper.ditto_lambda` say. The others are refused.
@@ -181,9 +180,9 @@ class Method(NamedTuple):
     download: Callable[[Server], PyTree]
     base: Callable[[PyTree, Server], PyTree] | None = None
     phase: Callable[[int], int] | None = None
-    deliver: Callable[[Context, Server, Message, Float[Array, " cohort"]], Download] | None = None
-    receive: Callable[[Personal, Download], Personal] | None = None
     travels: Callable[[Server, Message], tuple[PyTree, PyTree]] | None = None
+    mixes: bool = False
+    pairs: int = 1
     takes: frozenset[str] = frozenset()
     refuses: Mapping[str, str] = MappingProxyType({})
     moot: frozenset[str] = frozenset()

@@ -153,8 +153,8 @@ class EvaluationOptions:
     cross_clients: bool = False
     """At the end, try every client's model on every client's test data."""
     cold_start: Literal["initial", "mean", "nearest"] = "initial"
-    """Private part of held-out clients: the initial one, the mean of all, or that of the client with the most similar
-    images (not given by the paper)."""
+    """Private part of clients that never trained, held out or not drawn yet: the initial one, the mean of all that
+    did, or that of the client with the most similar images (not given by the paper)."""
     before_redistribution: bool = True
     """Validate also what clients had before the server's average replaced their shared part."""
     neighbours: int = 0

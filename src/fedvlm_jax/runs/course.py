@@ -230,7 +230,10 @@ class Course:
     def _validate(self, round_: int, report: RoundReport) -> dict[str, Any]:
         self.ask_base()
         chosen = self.prepared.select_by
-        scores = self._score(self.driver.base, self.driver.adapters, self.prepared.scored)
+        models = self.driver.adapters
+        if self.federated:  # with a cold start for who was not drawn yet, as at the end
+            models = give_models(self.prepared, self.driver, self.driver.now)
+        scores = self._score(self.driver.base, models, self.prepared.scored)
         result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}
         if report.trained is not None and self.prepared.run.evaluation.before_redistribution:
             asked = [number for number in report.counted.tolist() if number in self.prepared.scored]

@@ -1,6 +1,7 @@
 """Every client's own model, as it was at a moment of the federation.
 
-Clients that never trained have the server's global part, and their private part has to come from somewhere:
+Clients that never trained, held out or not drawn yet, have the server's global part, and their private part has to come
+from somewhere:
 
     initial   what every client started from
     mean      the mean of the private states of all clients that took part
@@ -33,7 +34,7 @@ IMAGES = 128
 
 
 def give_models(prepared: Prepared, driver: Driver, at: Moment) -> Adapters:
-    """Every client's own adapter, for whoever is asked about; held-out clients start as the run asks for.
+    """Every client's own adapter, for whoever is asked about; who never trained starts as the run asks for.
 
     Args:
         prepared: the run.
@@ -45,9 +46,9 @@ def give_models(prepared: Prepared, driver: Driver, at: Moment) -> Adapters:
     """
     at = at._replace(server=replicate(prepared.session.mesh, at.server))
     kind = prepared.run.evaluation.cold_start
-    held_out = np.asarray(prepared.held_out, np.int64)
-    trained = np.flatnonzero(at.slots != NOBODY)
-    if kind == "initial" or not len(held_out) or not len(trained):
+    known = at.slots != NOBODY
+    cold, trained = np.flatnonzero(~known), np.flatnonzero(known)
+    if kind == "initial" or not len(cold) or not len(trained):
         return partial(driver.adapters, at=at)
     source = np.arange(len(at.slots))  # whose private state a client has
     mean: PyTree = None
@@ -57,14 +58,19 @@ def give_models(prepared: Prepared, driver: Driver, at: Moment) -> Adapters:
         like = prepared.session.remember(
             ("client means", *prepared.examples.images.keys), lambda: describe_clients(prepared)
         )
-        source[held_out] = find_nearest(like, held_out, trained)
+        source[cold] = find_nearest(like, cold, trained)
 
     def adapters(numbers: np.ndarray) -> PyTree:
-        new = np.isin(numbers, held_out)
         states = driver.population.gather(source[numbers], at.slots)
         if mean is not None:
-            states = jax.tree.map(lambda leaf, one: np.where(_widen(new, leaf), one, leaf), states, mean)
-        return driver.personalise(states, new | (at.slots[numbers] != NOBODY), numbers, at)
+            new = ~known[numbers]
+
+            def replace(leaf: np.ndarray, one: np.ndarray, own: np.ndarray) -> np.ndarray:
+                # Whole numbers name or count: a rank or a client's number is its own, and has no mean.
+                return np.where(_widen(new, leaf), own if np.issubdtype(leaf.dtype, np.integer) else one, leaf)
+
+            states = jax.tree.map(replace, states, mean, driver.start_states(numbers, at))
+        return driver.personalise(states, np.ones(len(numbers), bool), numbers, at)
 
     return adapters
 

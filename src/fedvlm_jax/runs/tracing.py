@@ -137,8 +137,7 @@ class Tracer:
         training = _Training()
         kept, message = self._trace_client(phase, training)
         messages = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.cohort, *leaf.shape), leaf.dtype), message)
-        up, down = find_travelling(self.method, self.vlm.shapes(), self.server, messages)
-        kept -= self._overwritten(messages)
+        up, down = find_travelling(self.method, self.server, messages)
         sizes = {path: leaf.size for path, leaf in training.seen.items()}
         state = {path: leaf for path, leaf in flatten_state(self.personal).items() if path in kept}
         moved = [self._locate(flatten_state(part), sizes) for part in (up, down)]
@@ -178,23 +177,6 @@ class Tracer:
         arguments = (self.vlm.shapes(), self.server, self._client(), number, key_shape())
         changed, (_, message) = _trace(update, self.personal, *arguments)
         return changed, message
-
-    def _overwritten(self, messages: PyTree) -> set[str]:
-        """Paths in the personal state that hold, after the round, what the server handed out."""
-        method = self.method
-        if method.deliver is None or method.receive is None:
-            return set()
-        deliver, receive = method.deliver, method.receive
-
-        def hand_out(params: PyTree, server: PyTree, messages: PyTree, weights: Any) -> PyTree:
-            rate = jnp.zeros(())
-            ctx = Context(params, jnp.int32(1), 0, {"a": rate, "b": rate}, _Training())
-            return deliver(ctx, server, messages, weights)
-
-        weights = jax.ShapeDtypeStruct((self.cohort,), jnp.float32)
-        downloads = jax.eval_shape(hand_out, self.vlm.shapes(), self.server, messages, weights)
-        mine = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), downloads)
-        return _trace(lambda personal, part: (receive(personal, part),), self.personal, mine)[0]
 
     def _locate(self, part: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, tuple[Held, ...]]:
         """path of a tensor -> where a tree has it."""

@@ -1,15 +1,21 @@
-"""Methods in which every client gets something of its own from the others: an adapter it keeps and does not train.
+"""Methods in which every client gets something of its own from the others: an adapter that it does not train.
 
-A client holds its own adapter and what was delivered, both as factors. Its message is how far its own adapter went from
-the start that all share, so that the values can be told from it; in a first round, or when nobody else counts, there is
-nothing to deliver and what a client has stays.
+The server keeps a pool: what clients sent last, of as many as a round has at most, and of `POOL` where there are so
+many; who sent longest ago leaves it first. What a client receives is mixed from the pool whenever its model is asked
+for, when its rounds begin and when it is evaluated. So a client that comes back after a while trains beside what there
+is by then, one that is alone in its round has others all the same, and one that never took part has a mixture like any
+other, where the bare base would be its own adapter alone.
+
+A message is how far the client's adapter went from the start that all share, so that the values can be told from it.
+With `--lora.private-a per-client` adapters begin elsewhere, and that distance is in it: methods that weigh clients by
+how alike their messages are then see mostly the draws.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora, tree
 from fedvlm_jax.methods.parts import pairs
@@ -27,8 +33,42 @@ REFUSES: dict[str, str] = {
     "train.weighting": "what a client receives is weighed by similarity, or all others count alike",
 }
 
+POOL = 16
+"""Clients that the pool has room for at least, where there are so many: a round may have one alone."""
+
+NOBODY = -1
+"""The number at a free place of the pool."""
+
 Assemble = Callable[[PyTree, PyTree, PyTree], lora.Adapter]
-Deliver = Callable[[PyTree, Message, Float[Array, " K"]], PyTree]
+Weigh = Callable[[PyTree, PyTree, Bool[Array, " P"], Bool[Array, ""]], Float[Array, " P"]]
+
+
+def start_pool(sent: PyTree, setup: Setup) -> PyTree:
+    """Make an empty pool for what has the form of `sent`: P places, the newest first, of one round by number.
+
+    Returns:
+        `moved` [P, …], what was sent, zero at free places, which come last; `number` [P], whose it is; `round` [P],
+        when it came, 0 at free places.
+    """
+    size = max(setup.cohort, min(POOL, setup.population))
+    moved = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), sent)
+    return {"moved": moved, "number": jnp.full(size, NOBODY, jnp.int32), "round": jnp.zeros(size, jnp.int32)}
+
+
+def renew(pool: PyTree, messages: Message, weights: Float[Array, " K"], round_: Int[Array, ""]) -> PyTree:
+    """The pool with what came from those who count, in place of what they had sent before."""
+    counts = weights > 0
+    again = jnp.any((pool["number"][:, None] == messages["number"]) & counts, axis=1)
+    number = jnp.concatenate([jnp.where(again, NOBODY, pool["number"]), jnp.where(counts, messages["number"], NOBODY)])
+    came = jnp.concatenate([pool["round"], jnp.full(len(counts), round_, jnp.int32)]) * (number != NOBODY)
+    order = jnp.lexsort((number, -came))[: len(pool["number"])]
+    number, came = number[order], came[order]
+
+    def keep(old: Array, new: Array) -> Array:
+        both = jnp.concatenate([old, new.astype(old.dtype)])[order]
+        return jnp.where((number != NOBODY).reshape(-1, *[1] * (old.ndim - 1)), both, 0)
+
+    return {"moved": jax.tree.map(keep, pool["moved"], messages["moved"]), "number": number, "round": came}
 
 
 def make_delivering_method(
@@ -40,9 +80,10 @@ def make_delivering_method(
     trained: Callable[[str], bool] = is_factor,
     sent: Callable[[str], bool] = is_factor,
     assemble: Assemble,
-    deliver: Deliver,
+    weigh: Weigh,
     keep_own: bool = True,
     reads: tuple[str, ...] = (),
+    pairs_beside: int = 1,
 ) -> Method:
     """Build one.
 
@@ -51,78 +92,100 @@ def make_delivering_method(
         setup: what it is made with.
         extend: (factors) -> the tree that a client trains, with a gate say.
         trained, sent: (path) -> is the leaf trained, is it in the message?
-        assemble: (own tree, delivered, scales) -> the adapter.
-        deliver: (start of what is sent, messages [K, …], weights [K]) -> what each client receives [K, …].
-        keep_own: what is delivered stands beside the own adapter; else it takes the place of what was sent.
+        assemble: (own tree, delivered, scales) -> the adapter; delivered is zero where nobody else sent anything.
+        weigh: (how far the client's own went, the pool's [P, …], who in the pool is somebody else [P], did the client
+            ever send?) -> how much each of the pool is in what the client receives [P]; Σ ≤ 1.
+        keep_own: what is delivered stands beside the own adapter; else the mixture takes the place of what was sent,
+            and what is missing to Σ = 1 in it is the client's own.
         reads: options of its own, `hyper.mix_temperature` say.
+        pairs_beside: as `Method.pairs`.
     """
 
     def init(adapter: lora.Adapter) -> Server:
         factors, scales = pairs.split(adapter)
-        return {"start": extend(factors), "scales": scales}
+        start = extend(factors)
+        return {"start": start, "scales": scales, "pool": start_pool(_sent(start), setup)}
 
     def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
-        del number
         own = server["start"] if setup.common_start else extend(pairs.split(setup.draw(key))[0])
-        nothing = jax.tree.map(jnp.zeros_like, _sent(server["start"]))
-        return {"own": own, "delivered": nothing if keep_own else {}, "optimizer": setup.start_optimizer(own, trained)}
+        shares = jnp.zeros(server["pool"]["number"].shape, jnp.float32)
+        return {
+            "own": own,
+            "number": jnp.asarray(number, jnp.int32),
+            "sent": jnp.zeros((), bool),
+            "shares": shares,
+            "optimizer": setup.start_optimizer(own, trained),
+        }
+
+    def _sent(factors: PyTree) -> PyTree:
+        return tree.partition(factors, sent)[0]
+
+    def _share_out(server: Server, personal: Personal) -> Float[Array, " P"]:
+        """How much of each in the pool the client would receive now."""
+        pool = server["pool"]
+        others = (pool["number"] != NOBODY) & (pool["number"] != personal["number"])
+        moved = jax.tree.map(jnp.subtract, _sent(personal["own"]), _sent(server["start"]))
+        return weigh(moved, pool["moved"], others, personal["sent"])
+
+    def _mix(server: Server, shares: Float[Array, " P"]) -> PyTree:
+        """Σ_j shares_j (start + moved_j)."""
+
+        def one(first: Array, moved: Array) -> Array:
+            return shares.sum() * first + jnp.einsum("p,p...->...", shares, moved, precision="highest")
+
+        return jax.tree.map(one, _sent(server["start"]), server["pool"]["moved"])
+
+    def _use(server: Server, own: PyTree, shares: Float[Array, " P"]) -> tuple[PyTree, PyTree]:
+        """What a client trains, and what stands beside it."""
+        mixed = _mix(server, shares)
+        if keep_own:
+            return own, mixed
+        mine, rest = tree.partition(own, sent)
+        return tree.combine(jax.tree.map(lambda x, m: (1 - shares.sum()) * x + m, mine, mixed), rest), {}
 
     def client_update(
         ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
     ) -> tuple[Personal, Message, Metrics]:
         del key
-        own = personal["own"]
+        shares = _share_out(server, personal)
+        own, beside = _use(server, personal["own"], shares)
         optimizer = personal["optimizer"] if setup.keep_optimizer else setup.start_optimizer(own, trained)
         own, optimizer, metrics = ctx.train(
             own,
             optimizer,
             client,
             trained=trained,
-            assemble=lambda factors: assemble(factors, personal["delivered"], server["scales"]),
+            assemble=lambda factors: assemble(factors, beside, server["scales"]),
         )
-        message = jax.tree.map(jnp.subtract, _sent(own), _sent(server["start"]))
-        metrics |= {"update_norm": norm_of(message), "personal_drift": personal_drift(own, server["start"])}
-        return {**personal, "own": own, "optimizer": optimizer}, message, metrics
-
-    def _sent(factors: PyTree) -> PyTree:
-        return tree.partition(factors, sent)[0]
+        moved = jax.tree.map(jnp.subtract, _sent(own), _sent(server["start"]))
+        metrics |= {"update_norm": norm_of(moved), "personal_drift": personal_drift(own, server["start"])}
+        state = {**personal, "own": own, "sent": jnp.ones((), bool), "shares": shares, "optimizer": optimizer}
+        took = client.mask.any()
+        state = jax.tree.map(lambda new, old: jnp.where(took, new, old), state, personal)
+        return state, {"moved": moved, "number": personal["number"]}, metrics
 
     def aggregate(
         ctx: Context, server: Server, messages: Message, weights: Float[Array, " K"]
     ) -> tuple[Server, Metrics]:
-        del ctx
-        return server, {"shared_update_norm": norm_of(tree.weighted_sum(messages, weights))}
-
-    def hand_out(ctx: Context, server: Server, messages: Message, weights: Float[Array, " K"]) -> PyTree:
-        del ctx
-        others = (weights > 0).sum() > (1 if keep_own else 0)
-        found = deliver(_sent(server["start"]), messages, weights)
-        return {"tree": found, "there": jnp.broadcast_to(others, weights.shape)}
-
-    def receive(personal: Personal, download: PyTree) -> Personal:
-        there, found = download["there"], download["tree"]
-        place = "delivered" if keep_own else "own"
-        old = personal["delivered"] if keep_own else _sent(personal["own"])
-        new = jax.tree.map(lambda after, before: jnp.where(there, after, before), found, old)
-        if keep_own:
-            return {**personal, place: new}
-        return {**personal, place: tree.combine(new, tree.partition(personal["own"], sent)[1])}
+        pool = renew(server["pool"], messages, weights, ctx.round)
+        return {**server, "pool": pool}, {"shared_update_norm": norm_of(tree.weighted_sum(messages["moved"], weights))}
 
     def personalise(server: Server, personal: Personal) -> lora.Adapter:
-        return assemble(personal["own"], personal["delivered"], server["scales"])
+        own, beside = _use(server, personal["own"], _share_out(server, personal))
+        return assemble(own, beside, server["scales"])
 
     def trained_adapter(server: Server, personal: Personal, message: Message) -> lora.Adapter:
-        mine = jax.tree.map(jnp.add, _sent(server["start"]), message)
+        mine = jax.tree.map(jnp.add, _sent(server["start"]), message["moved"])
         own = tree.combine(mine, tree.partition(personal["own"], sent)[1])
-        return assemble(own, personal["delivered"], server["scales"])
+        return assemble(own, _mix(server, personal["shares"]) if keep_own else {}, server["scales"])
 
     def travels(server: Server, messages: Message) -> tuple[PyTree, PyTree]:
         del server
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), messages)
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), messages["moved"])
         return one, one
 
     return Method(
         name, source, init, init_client, client_update, aggregate, personalise, trained_adapter,
-        download=lambda server: {}, deliver=hand_out, receive=receive, travels=travels,
+        download=lambda server: {}, travels=travels, mixes=True, pairs=pairs_beside,
         takes=frozenset(reads), refuses=REFUSES, moot=frozenset({"train.weighting"}),
     )  # fmt: skip

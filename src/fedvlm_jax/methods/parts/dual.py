@@ -114,6 +114,6 @@ def make_dual_method(
 
     return Method(
         name, source, init, init_client, client_update, aggregate, personalise, trained,
-        download=lambda server: server["shared"], phase=phase, travels=travels,
+        download=lambda server: server["shared"], phase=phase, travels=travels, pairs=2,
         takes=frozenset({"hyper.dpa_alpha", *reads}), refuses=REFUSES,
     )  # fmt: skip
