@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, naming
 
 try:
     import fcntl
@@ -192,7 +192,7 @@ def write_whole(file: Path, content: bytes) -> None:
     """
     scratch = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with scratch.open("xb") as opened:
+        with naming(file), scratch.open("xb") as opened:
             opened.write(content)
         scratch.replace(file)
     except BaseException:

@@ -4,7 +4,11 @@ A checkpoint holds digests of its arrays and of its JSON, which every reading ch
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import os
+import re
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,16 @@ import numpy as np
 from jaxtyping import PyTree
 
 from fedvlm_jax import digests, processes
-from fedvlm_jax.errors import DamagedError, UserError
+from fedvlm_jax.errors import DamagedError, UserError, naming
 
 __all__ = ["Checkpoints"]
+
+LOG = logging.getLogger("absl")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Is this not told elsewhere? What ends orbax's writing in the background is raised here; it logs it as well."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 class Checkpoints:
@@ -31,6 +42,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
+        LOG.addFilter(_is_news)
         self._folder = folder.resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
         own = jax.process_index()  # each on its own, as far as orbax knows: nobody waits for a write of another
@@ -54,6 +66,9 @@ class Checkpoints:
             state: what is written.
             extra: JSON, written beside it.
             elsewhere: shapes of what is stored in another place, and has to fit as well.
+
+        Raises:
+            OSError: the disk did not take it, or the one before it.
         """
         if not processes.is_first():
             return
@@ -65,18 +80,20 @@ class Checkpoints:
         about = {"paths": _describe(state) + _describe(elsewhere), "digest": _digest_arrays(packed), **extra}
         about |= {"digest_of_this": _digest_json(about)}
         args = self._ocp.args
-        self._manager.save(
-            round_, args=args.Composite(state=args.PyTreeSave(packed), about=args.JsonSave(about)), force=True
-        )
+        composite = args.Composite(state=args.PyTreeSave(packed), about=args.JsonSave(about))
+        with self._naming():
+            self._manager.save(round_, args=composite, force=True)
 
     def newest(self) -> int | None:
         """The round of the newest whole checkpoint, once what is being written is."""
-        self._manager.wait_until_finished()
+        with self._naming():
+            self._manager.wait_until_finished()
         return self._manager.latest_step()
 
     def rounds(self) -> list[int]:
         """The rounds of all checkpoints that there are, the newest first."""
-        self._manager.wait_until_finished()
+        with self._naming():
+            self._manager.wait_until_finished()
         return sorted(self._manager.all_steps(), reverse=True)
 
     def forget(self, round_: int) -> None:
@@ -130,8 +147,31 @@ class Checkpoints:
             raise DamagedError(f"the checkpoint of round {round_} is damaged: it cannot be read ({told})") from error
 
     def close(self) -> None:
-        """Wait for what is being written, and release what orbax holds."""
-        self._manager.close()
+        """Wait for what is being written, and release what orbax holds.
+
+        Raises:
+            OSError: the disk did not take what was being written.
+        """
+        try:
+            with self._naming():
+                self._manager.close()
+        finally:
+            LOG.removeFilter(_is_news)
+
+    @contextmanager
+    def _naming(self) -> Generator[None]:
+        """Raise as an error of the disk what orbax, and tensorstore below it, tell as an error of their own."""
+        try:
+            with naming(self._folder):
+                yield
+        except UserError:
+            raise
+        except ValueError as error:
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            if code is None:
+                raise
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), str(self._folder)) from error
 
 
 def _unpack(packed: Mapping[str, np.ndarray], leaves: Sequence[Any]) -> Iterator[np.ndarray]:

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Int, PyTree
 
 from fedvlm_jax import digests, processes
-from fedvlm_jax.errors import DamagedError
+from fedvlm_jax.errors import DamagedError, naming
 
 __all__ = ["NOBODY", "Population", "Slots", "Stamps"]
 
@@ -154,7 +154,8 @@ class Population:
 
     def flush(self) -> None:
         """Bring what was written to the disk."""
-        os.fsync(self._file)
+        with naming(self._name):
+            os.fsync(self._file)
 
     def stamps(self, slots: Slots | None = None) -> Stamps:
         """Which write put the records there that a table names; that of now, by default."""
@@ -227,10 +228,12 @@ def _transfer(how: Callable[..., int], file: int, parts: Sequence[np.ndarray], a
 
     Raises:
         DamagedError: the file ends before the last one.
+        OSError: of the disk.
     """
     left = [part for part in parts if len(part)]
     while left:
-        done = how(file, left[:MOST_PARTS], at)
+        with naming(name):
+            done = how(file, left[:MOST_PARTS], at)
         if not done:
             missing = sum(len(part) for part in left)
             raise DamagedError(f"{name} ends {missing:,} bytes before the end of a client's state; was it cut?")

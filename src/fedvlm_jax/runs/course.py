@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 from fedvlm_jax import processes
 from fedvlm_jax.data.batches import pad_rows
 from fedvlm_jax.data.prefetch import read_ahead
-from fedvlm_jax.errors import DamagedError, UserError
+from fedvlm_jax.errors import DamagedError, UserError, naming
 from fedvlm_jax.evaluation.clients import Adapters, Scores
 from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.federation.driver import Driver, Moment, RoundInputs, RoundReport
@@ -222,7 +222,8 @@ class Course:
 
     def _write_line(self, line: dict[str, Any]) -> None:
         if processes.is_first():
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            path = self.folder / "metrics.jsonl"
+            with naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -360,7 +361,8 @@ class Course:
         if processes.is_first() and path.exists():
             lines = [json.dumps(line) + "\n" for line in read_metrics(self.folder) if line["round"] <= done]
             scratch = path.with_suffix(".tmp")
-            scratch.write_text("".join(lines), encoding="utf-8")
+            with naming(scratch):
+                scratch.write_text("".join(lines), encoding="utf-8")
             scratch.replace(path)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedvlm_jax.data.encode import find_question_column
 from fedvlm_jax.data.images import Images
+from fedvlm_jax.errors import naming
 from fedvlm_jax.evaluation.texts import exact_match, token_f1
 from fedvlm_jax.evaluation.tokens import normalise
 from fedvlm_jax.runs.cards import FILE, MODELS
@@ -112,4 +113,5 @@ def _save_picture(images: Images, index: int, file: Path) -> None:
     picture = images.decode(index)
     picture.thumbnail((SIDE, SIDE))
     file.parent.mkdir(parents=True, exist_ok=True)
-    picture.quantize(COLOURS).save(file, optimize=True)
+    with naming(file):
+        picture.quantize(COLOURS).save(file, optimize=True)

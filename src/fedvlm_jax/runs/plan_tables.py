@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fedvlm_jax.errors import naming
 from fedvlm_jax.federation.collectives import Collective
 from fedvlm_jax.federation.memory import GIB
 from fedvlm_jax.runs.codec import encode
@@ -208,4 +209,5 @@ def write_plan(folder: Path, plan: Plan) -> None:
     write_json(folder / "plan.json", describe_plan(plan))
     parts = [f"# Plan for {plan.topology}", *([word_refusal(plan)] if plan.refused else [])]
     parts += [to_markdown(table) for table in tabulate_plan(plan)]
-    (folder / "plan.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with naming(folder / "plan.md"):
+        (folder / "plan.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import digests, processes, tree
 from fedvlm_jax.caches import write_whole
-from fedvlm_jax.errors import DamagedError, UserError
+from fedvlm_jax.errors import DamagedError, UserError, naming
 from fedvlm_jax.sharding import own_base
 
 __all__ = [
@@ -63,15 +63,24 @@ READABLE = 60
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write JSON so that a reader sees the old file or the new one, never half of it.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
     if not processes.is_first():
         return
     scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    with naming(path):
+        try:
+            with scratch.open("w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1, ensure_ascii=False)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            scratch.unlink(missing_ok=True)
+            raise
+        scratch.replace(path)
 
 
 def save_adapters(

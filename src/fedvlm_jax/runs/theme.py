@@ -18,6 +18,8 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fedvlm_jax.errors import naming
+
 __all__ = [
     "CSS_DARK",
     "CSS_LIGHT",
@@ -133,7 +135,8 @@ def hide_rest(axes: Sequence[Any], used: int, across: int) -> None:
 def save_png(figure: Figure, path: Path, theme: Theme = PAPER) -> None:
     """Save a picture for documents that take no SVG, on the theme's paper."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, facecolor=theme.paper, metadata={"Software": None})
+    with naming(path):
+        figure.savefig(path, dpi=160, facecolor=theme.paper, metadata={"Software": None})
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
