@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from fedvlm_jax.cli._signals import exit_code, say
+from fedvlm_jax.cli._supervise import LOST, end_with_parent
 from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.runs.distributed import DistributedOptions, describe_loss, join
 
 __all__ = ["Together", "together"]
-
-LOST = 3
-"""Exit code of a process that ended because another did: nothing was wrong with what it was asked."""
 
 
 @dataclass
@@ -42,17 +40,13 @@ def together(options: DistributedOptions) -> Generator[Together]:
         yield about
         return
 
-    def lost(process: int) -> None:
-        print(f"fedvlm: {describe_loss([process], about.folder)}", file=sys.stderr)
-        _end(LOST)
-
+    end_with_parent()
     try:
-        leave = join(options, lost)
+        join(options)
         yield about
         from fedvlm_jax import processes
 
         processes.wait_for_all()
-        leave()
     except BaseException as error:
         _end(_tell(error, about))
 

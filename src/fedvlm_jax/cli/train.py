@@ -1,12 +1,14 @@
 """`fedvlm train`: one federated run, or the rest of one."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from fedvlm_jax.cli._signals import exit_code, say
+from fedvlm_jax.cli._supervise import is_child, supervise
 from fedvlm_jax.cli._together import Together, together
 from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.runs.claims import make_folder, remove_unused
@@ -36,6 +38,9 @@ def train(
             --resume too, and changes no result.
     """
     check_distributed(distributed)
+    if distributed.asked and not is_child():
+        command = [sys.executable, "-m", "fedvlm_jax", *sys.argv[1:]]
+        raise SystemExit(supervise(command, distributed, run.resume or run.out))
     if run.resume is not None:
         _refuse_changes(run)
         if not (run.resume / "config.json").is_file():

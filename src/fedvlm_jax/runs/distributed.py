@@ -3,22 +3,20 @@
 No heavy package is imported here, so that `--help` answers at once.
 """
 
+import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from socket import socket
 from typing import Annotated
 
 import tyro
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.meeting import meet, watch
 
 __all__ = ["DistributedOptions", "check_distributed", "describe_loss", "join"]
 
 SILENCE = 30
-"""Seconds after which a process that does not stir counts as gone, and the others end."""
+"""Seconds without a heartbeat after which a process counts as gone, and the others end."""
 
 
 def _optional(metavar: str, otherwise: str) -> object:
@@ -86,24 +84,18 @@ def check_distributed(options: DistributedOptions) -> None:
         )
 
 
-def join(options: DistributedOptions, lost: Callable[[int], None]) -> Callable[[], None]:
+def join(options: DistributedOptions) -> None:
     """Meet the other processes; to be called before jax is asked for anything.
+
+    Process 0 listens at the address that it was told and at no other, unless JAX_COORDINATOR_BIND_ADDRESS says where.
+    Whoever reaches it there can take part or disturb: jax's service asks nobody who they are.
 
     Args:
         options: where they are.
-        lost: called with the number of a process that is gone. Where a cluster tells where they are, jax alone watches.
-
-    Returns:
-        What to call before leaving.
 
     Raises:
-        UserError: there is no cluster that tells where they are, or not all of them came in time.
+        UserError: there is no cluster that tells where they are, or process 0 cannot listen where it was told.
     """
-    others: dict[int, socket] = {}
-    if options.processes is not None and options.process is not None:
-        host, _, port = options.coordinator.rpartition(":")
-        others = meet(host.strip("[]"), int(port), options.processes, options.process, options.timeout)
-
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would have a process survive a plain kill
@@ -115,13 +107,18 @@ def join(options: DistributedOptions, lost: Callable[[int], None]) -> Callable[[
             initialization_timeout=options.timeout,
             heartbeat_timeout_seconds=SILENCE,
             shutdown_timeout_seconds=SILENCE,
+            coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or options.coordinator or None,
         )
     except ValueError as error:
         raise UserError(
             f"--distributed found no cluster here ({error}) Say where the processes are: --distributed.coordinator "
             "HOST:PORT --distributed.processes N --distributed.process I"
         ) from error
-    return watch(others, lost)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"--distributed.coordinator {options.coordinator}: process 0 cannot listen there ({error}). Is it an "
+            "address of this machine, and is the port free? JAX_COORDINATOR_BIND_ADDRESS=HOST:PORT listens elsewhere"
+        ) from None
 
 
 def describe_loss(gone: list[int] | None, folder: Path | None) -> str:

@@ -1,0 +1,61 @@
+"""Fonts of pictures: names in any script, also where the machine has no font for them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import matplotlib as mpl
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+__all__ = ["replace_missing", "scripts"]
+
+FALLBACKS = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Noto Sans JP",
+    "Noto Sans SC",
+    "Source Han Sans",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "IPAGothic",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "Noto Sans Arabic",
+    "Noto Sans Hebrew",
+    "Noto Sans Devanagari",
+    "Noto Sans Thai",
+    "Arial Unicode MS",
+)
+"""Families that have what matplotlib's own DejaVu Sans lacks; those that are installed are used, in this order."""
+
+
+@cache
+def _list_families() -> tuple[str, ...]:
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return ("DejaVu Sans", *(name for name in FALLBACKS if name in installed))
+
+
+@contextmanager
+def scripts() -> Iterator[None]:
+    """Draw with fonts for as many scripts as the machine has."""
+    with mpl.rc_context({"font.family": list(_list_families())}):
+        yield
+
+
+@cache
+def _has_glyph(character: str) -> bool:
+    paths = [font_manager.findfont(family) for family in _list_families()]
+    return character.isspace() or any(font_manager.get_font(path).get_char_index(ord(character)) for path in paths)
+
+
+def replace_missing(figure: Figure) -> None:
+    """Write characters for which no font is installed as their code points: boxes would make all names alike."""
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        shown = text.get_text()
+        if not shown.isascii():
+            text.set_text("".join(c if _has_glyph(c) else f"<{ord(c):X}>" for c in shown))
