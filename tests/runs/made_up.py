@@ -22,6 +22,11 @@ def write_run(
         "run": to_json(run or Run()),
         "versions": {"jax": "0.10.2", "fedvlm-jax": "0.1.0"},
         "commit": "abc1234",
+        "started": "2026-11-28T23:10:00+00:00",
+        "command": "fedvlm train --seed 3",
+        "devices": ["2 × TPU v5e"],
+        "machine": {"platform": "Linux", "cores": 2},
+        "examples": {"train": 1960, "validation": 320, "test": 640},
         "resolved": {"wave": 16, "mesh": {"clients": 1}, "clients": list(personal)},
     }
     (folder / "config.json").write_text(json.dumps(config))

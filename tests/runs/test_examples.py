@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from make_parquet import make_rows, write_rows
 from PIL import Image
@@ -80,11 +81,27 @@ def test_parquet_too(model, tmp_path):
     assert all((folder / entry["picture"]).is_file() for entry in told)
 
 
-def test_changed_answers_come_first_and_keep_their_order():
-    before, after = ["a", "b", "c", "d"], ["A.", "x", "c", "y"]
-    assert examples._choose(before, after, 3) == [0, 1, 3]
-    assert examples._choose(before, after, 2) == [1, 3]
-    assert examples._choose(before, after, 9) == [0, 1, 2, 3]
+@pytest.mark.parametrize(
+    ("right", "wanted", "share", "numbers"),
+    [
+        ("+--- +---", (2, 2), 0.25, [1, 0]),
+        ("++-- ++--", (2, 2), 0.5, [1, 1]),
+        ("++++ ----", (2, 2), 0.5, [2, 0]),  # one has nothing but right ones, the other none
+        ("++++ +---", (2, 2), 0.75, [2, 1]),
+        ("---- ----", (2, 2), 0.9, [0, 0]),
+        ("++++ ++++", (2, 1), 0.0, [2, 1]),
+        ("+- +-", (3, 3), 0.5, [1, 1]),  # fewer candidates than wanted
+    ],
+)
+def test_as_many_are_right_as_the_accuracy_has(right, wanted, share, numbers):
+    flags = [np.array([sign == "+" for sign in own]) for own in right.split()]
+    assert examples.share_out_right(flags, wanted, share) == numbers
+
+
+def test_the_first_of_each_kind_in_their_order():
+    right = np.array([False, True, False, True, True])
+    assert examples._first_of_each(right, 2, 3) == [0, 1, 3]
+    assert examples._first_of_each(right, 0, 3) == [0, 2]
 
 
 def test_too_many_for_a_page_are_refused(model, tmp_path):

@@ -2,14 +2,17 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from made_up import CLIENTS, write_comparison, write_run
+from PIL import Image
 
-from fedvlm_jax.runs import gains, health_plots, heatmaps, method_plots, pareto, plots
+from fedvlm_jax.runs import fonts, gains, health_plots, heatmaps, method_plots, pareto, plots
 from fedvlm_jax.runs.folders import read_comparison, read_run
+from fedvlm_jax.runs.pictures import draw_run
 from fedvlm_jax.runs.theme import PAPER, PLACEHOLDERS, choose_series, save_png, to_svg
 
 
@@ -29,6 +32,51 @@ def test_rounds_show_validation_before_and_after_redistribution(tmp_path: Path) 
     assert list(left.lines[0].get_xdata()) == [2, 4]
     assert left.lines[0].get_ydata() == pytest.approx([20, 30])
     assert left.lines[1].get_ydata() == pytest.approx([18, 28])
+
+
+def test_what_was_before_redistribution_has_one_style_in_all_pictures(tmp_path: Path) -> None:
+    record = read_run(write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5}, curve=(0.2, 0.3)))
+    after, before = plots.draw_rounds(record, PAPER).axes[0].lines[:2]
+    (panel,) = [
+        ax for ax in health_plots.draw_health(record, PAPER).axes if ax.get_title(loc="left").startswith("Validation")
+    ]
+    assert list(panel.lines[0].get_ydata()) == pytest.approx([20, 30])  # after, then before
+    for theirs, ours in zip(panel.lines, (after, before), strict=True):
+        assert (theirs.get_linestyle(), theirs.get_color()) == (ours.get_linestyle(), ours.get_color())
+    assert after.get_linestyle() == "-"
+    assert before.get_linestyle() == "--"
+
+
+def test_rounds_are_whole_numbers_on_every_axis(tmp_path: Path) -> None:
+    record = read_run(write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5}, curve=(0.3,)))
+    for figure in (plots.draw_rounds(record, PAPER), health_plots.draw_health(record, PAPER)):
+        figure.canvas.draw()
+        for ax in figure.axes:
+            if ax.get_xlabel() == "round":
+                assert all(float(tick).is_integer() for tick in ax.get_xticks())
+
+
+def test_a_png_has_an_opaque_paper(tmp_path: Path) -> None:
+    """Ink is near black, so a transparent page would be unreadable on a dark one."""
+    record = read_run(write_run(tmp_path / "r", {"a": 0.1, "b": 0.2}, {"a": 0.5, "b": 0.4}))
+    (picture, *_) = draw_run(record, tmp_path, "")
+    with Image.open(tmp_path / "figures" / f"{picture.name}.png") as png:
+        pixels = np.asarray(png.convert("RGBA"))
+    assert (pixels[..., 3] == 255).all()
+    assert pixels[0, 0].tolist() == [255, 255, 255, 255]
+    assert "fill: #ffffff" not in picture.wide  # the page's own paper shows through the SVG
+
+
+def test_names_in_scripts_without_a_font_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fonts, "_has_glyph", str.isascii)
+    record = read_run(write_run(tmp_path / "r", {"東京": 0.1, "京都": 0.2}, {"東京": 0.5, "京都": 0.4}))
+    figure = plots.draw_clients(record, PAPER)
+    fonts.replace_missing(figure)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["<4EAC><90FD>", "<6771><4EAC>"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (picture, *_) = draw_run(record, tmp_path, "")
+    assert "東京" in picture.wide
 
 
 def test_curves_average_seeds_and_add_up_bytes(tmp_path: Path) -> None:

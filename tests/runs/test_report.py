@@ -62,6 +62,36 @@ def say_against_local(folder: Path, difference: float, wobble: float) -> list[st
     return describe_comparison(read_comparison(write_comparison(folder, scores, make_scores(-0.4))))
 
 
+def test_a_run_s_page_tells_how_it_was_made(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5}, curve=(0.2, 0.3))
+    (folder / "adapters" / "clients").mkdir(parents=True)
+    (folder / "adapters" / "shared.safetensors").touch()
+    page = check_page(write_report([folder]))
+    for told in (
+        "florence2-nano on emoji, seed 0",
+        "plora: pLoRA, the method of FedVLM (arXiv 2507.17088): B is averaged at the server, A stays with its client.",
+        "Rows of all clients: 1,960 for training, 320 for validation, 640 for test.",
+        "On 2 × TPU v5e; Linux, 2 cores.",
+        "Started 2026-11-28 23:10:00+00:00; its rounds took 6.0 s in all.",  # four rounds of 1.5 s
+        f"<code>{folder}/adapters</code>",
+        "<code>shared.safetensors</code>",
+        "<pre>fedvlm train --seed 3</pre>",
+    ):
+        assert told in page, told
+
+
+def test_a_comparison_s_page_names_model_and_data(tmp_path: Path) -> None:
+    scores = {"local": make_scores(0.0), "plora": make_scores(0.1)}
+    page = check_page(write_report([write_comparison(tmp_path / "c", scores, make_scores(-0.4))]))
+    assert '<p class="sub">florence2-nano on emoji, 16 clients, seeds 0, 1, 2; ' in page
+
+
+def test_nobody_is_fair_who_gives_nothing(tmp_path: Path) -> None:
+    page = check_page(write_report([write_run(tmp_path / "r", {"a": 0.0, "b": 0.0}, {"a": 0.2, "b": 0.2})]))
+    assert '<td data-label="Jain">–</td>' in page
+    assert page.count('<td data-label="Jain">1.000</td>') == 1  # of the personal models, which are alike
+
+
 def test_a_losing_method_is_said_to_lose(tmp_path: Path) -> None:
     # Differences of the seeds: −.06, −.05, −.04: mean −.05, standard error .00577, t(2) 4.303: −.0748 to −.0252.
     said = say_against_local(tmp_path / "c", -0.05, 0.01)

@@ -123,7 +123,7 @@ def test_all_forms_show_the_same_cells(tmp_path: Path) -> None:
     record = read_comparison(write_comparison(tmp_path / "c", {"local": LOCAL, "plora": PLORA}, ZERO))
     (table,) = tabulate_comparison(record)
     assert "| **plora** | **70.0 ± 14.1 %** | **60.0 %** | **≈ +15.0 [−48.5, +78.5]** |" in to_markdown(table)
-    assert "<td>≈ +15.0 [−48.5, +78.5]</td>" in to_html(table)
+    assert ">≈ +15.0 [−48.5, +78.5]</td>" in to_html(table)
     console = Console(file=io.StringIO(), width=100)
     console.print(to_rich(table))
     assert "[−48.5, +78.5]" in console.file.getvalue()  # type: ignore[attr-defined]
@@ -180,3 +180,12 @@ def test_unfinished_and_damaged_folders_say_what_to_do(tmp_path: Path) -> None:
         read_run(folder)
     with pytest.raises(UserError, match=r"no comparison\.json"):
         read_comparison(folder)
+
+
+def test_a_table_wider_than_a_phone_folds_there():
+    narrow = Table("t", ("who", "how many"), (("a", "1"),))
+    interval = "+1.0 [−0.5, +2.5]"
+    wide = Table("t", ("method", "mean", "against local", "against others"), (("plora", "4 %", interval, interval),))
+    assert "class=fold" not in to_html(narrow)
+    assert "class=fold" in to_html(wide)
+    assert '<td data-label="against local">+1.0 [−0.5, +2.5]</td>' in to_html(wide)

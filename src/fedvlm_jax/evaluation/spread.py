@@ -24,7 +24,7 @@ class Summary:
             worst one, of 5 the worst one.
         min, max: the extreme clients.
         clients: how many there are.
-        jain: Jain's fairness index, unweighted; NaN where a value is negative.
+        jain: Jain's fairness index, unweighted; NaN where a value is negative or all are zero.
         low, high: 95 % bootstrap interval of the mean over clients (`bootstrap_mean`); NaN with one client. It says
             nothing about other seeds.
     """
@@ -83,15 +83,15 @@ def jain_index(values: Float[np.ndarray, " clients"]) -> float:
     """Jain's fairness index (arXiv cs/9809099): (sum x)^2 / (n sum x^2), one where all clients get the same.
 
     1/n where one client gets all; k/n where k clients share evenly and the others get nothing. It does not change with
-    the unit. Defined for values of zero and more: NaN where one is negative (margins, gains). All zero is as fair as
-    any equal share: 1.
+    the unit. Defined for values of zero and more: NaN where one is negative (margins, gains), and where all are zero:
+    nobody got anything, and a 1 would read as success.
     """
     numbers = np.asarray(values, np.float64)
     if (numbers < 0).any():
         return math.nan
     largest = numbers.max()
     if largest == 0:
-        return 1.0
+        return math.nan
     shares = numbers / largest  # squares of very small and very large values would leave float64
     return float(shares.sum() ** 2 / (len(shares) * (shares**2).sum()))
 

@@ -4,6 +4,7 @@ The FedVLM paper (arXiv 2507.17088) does not give its rank, rounds, rates and th
 their help; their defaults are this project's. No heavy package is imported here, so that `--help` answers at once.
 """
 
+import ast
 import dataclasses
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -31,6 +32,7 @@ __all__ = [
     "ServerOptions",
     "SystemOptions",
     "TrainOptions",
+    "describe_method",
     "from_json",
     "methods_available",
     "name_folder",
@@ -53,6 +55,14 @@ def _optional(metavar: str, otherwise: str, *aliases: str) -> Any:
 def methods_available() -> tuple[str, ...]:
     """Name the federated methods: one per public file in `methods/`, found without importing any (they import jax)."""
     return tuple(stem.replace("_", "-") for stem in _list_files("methods", {"options", "record", "share"}))
+
+
+def describe_method(name: str) -> str:
+    """Return the first sentence of a method's file, read without importing it; empty for a name without a file."""
+    file = PACKAGE / "methods" / f"{name.replace('-', '_')}.py"
+    if name not in (*methods_available(), SHARE):
+        return ""
+    return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def objectives_available() -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from fedvlm_jax.data.options import SPLITS
-from fedvlm_jax.runs.theme import Theme, make_figure
+from fedvlm_jax.runs.theme import Theme, make_figure, use_whole_numbers
 
 __all__ = ["draw_data"]
 
@@ -75,7 +75,7 @@ def _draw_named_rows(ax: Any, at: np.ndarray, clients: Sequence[Mapping[str, Any
     for place, number in zip(at, sums, strict=True):
         ax.annotate(f"{number:,}", (number, place), xytext=(4, 0), **style)
     ax.set_xlim(0, 1.12 * max(1, *sums))
-    ax.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+    use_whole_numbers(ax, 6)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     _head(ax, "Rows of each client", True, theme)
 

@@ -1,26 +1,27 @@
 """A few test examples with what the models that a run ends with answer: `examples.json` and pictures in `examples/`.
 
 They are chosen without chance: clients evenly spaced in the federation's order, and of each one's first test pictures
-those first where zero-shot and personal model answer differently. So they show what training changed, and measure
-nothing.
+the first that the personal model gets right and the first that it gets wrong, in such numbers that the share of right
+ones is the test accuracy of all personal models, as near as whole examples come to it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from fedvlm_jax.data.encode import find_question_column
 from fedvlm_jax.data.images import Images
 from fedvlm_jax.errors import naming
 from fedvlm_jax.evaluation.texts import exact_match, token_f1
-from fedvlm_jax.evaluation.tokens import normalise
 from fedvlm_jax.runs.cards import FILE, MODELS
 from fedvlm_jax.runs.prepare import Prepared
 from fedvlm_jax.runs.scoring import ScoredModels
 from fedvlm_jax.runs.storage import write_json
 
-__all__ = ["write_examples"]
+__all__ = ["share_out_right", "write_examples"]
 
 PICTURES = "examples"
 
@@ -28,7 +29,7 @@ CLIENTS = 6
 """Of at most so many clients; more would leave one example each."""
 
 CANDIDATES = 32
-"""Of each as many pictures are looked at: those are shown whose answers changed."""
+"""Of each, so many pictures are looked at."""
 
 SIDE, COLOURS = 176, 128
 """Pictures are brought to this many pixels and colours: at most some 25 KiB each, sharp on a phone."""
@@ -49,17 +50,11 @@ def write_examples(prepared: Prepared, scored: ScoredModels, folder: Path) -> No
     if not places:
         return
     told: list[dict[str, Any]] = []
-    for number, (client, own) in enumerate(places.items()):
+    for client, chosen in _choose_places(prepared, scored, places).items():
         name, test = examples.clients[client].name, examples.clients[client].test
-        answers = {
-            model: [by_split["test"].texts[name][place] for place in own]
-            for model in MODELS
-            if (by_split := scored.get(model))
-        }
-        wanted = options.examples // len(places) + (number < options.examples % len(places))
-        for chosen in _choose(answers["zero_shot"], answers["personal"], wanted):
-            row = int(test[own[chosen]])
-            said = {model: texts[chosen] for model, texts in answers.items()}
+        for place in chosen:
+            row = int(test[place])
+            said = {model: by_split["test"].texts[name][place] for model in MODELS if (by_split := scored.get(model))}
             told.append(_describe(prepared, client, row, said, f"{PICTURES}/{len(told):02d}.png"))
             _save_picture(examples.images, int(examples.image[row]), folder / told[-1]["picture"])
     looked = {examples.clients[client].name: len(own) for client, own in places.items()}
@@ -82,10 +77,57 @@ def _list_candidates(prepared: Prepared) -> dict[int, list[int]]:
     return places
 
 
-def _choose(before: list[str], after: list[str], count: int) -> list[int]:
-    """Places of the examples to show: changed answers first, then the others; in the order of the rows."""
-    alike = [normalise(old) == normalise(new) for old, new in zip(before, after, strict=True)]
-    return sorted(sorted(range(len(alike)), key=alike.__getitem__)[:count])
+def _choose_places(prepared: Prepared, scored: ScoredModels, places: dict[int, list[int]]) -> dict[int, list[int]]:
+    """client -> places among its test examples of those to show."""
+    examples, count = prepared.examples, prepared.run.evaluation.examples
+    personal = scored["personal"]["test"].texts
+    right = {}
+    for client, own in places.items():
+        who = examples.clients[client]
+        gold = [[examples.answers[int(who.test[place])]] for place in own]
+        right[client] = exact_match([personal[who.name][place] for place in own], gold) == 1
+    shares = [
+        np.mean(exact_match(personal[who.name], [[examples.answers[row]] for row in who.test.tolist()]))
+        for who in (examples.clients[number] for number in prepared.scored)
+        if len(who.test)
+    ]
+    wanted = [count // len(places) + (number < count % len(places)) for number in range(len(places))]
+    numbers = share_out_right(list(right.values()), wanted, float(np.mean(shares)))
+    return {
+        client: [own[at] for at in _first_of_each(right[client], some, most)]
+        for (client, own), some, most in zip(places.items(), numbers, wanted, strict=True)
+    }
+
+
+def share_out_right(right: Sequence[Bool[np.ndarray, " some"]], wanted: Sequence[int], share: float) -> list[int]:
+    """Decide how many right answers each client shows, so that of all that is shown about `share` are right.
+
+    Args:
+        right: of each client's candidates, which are right.
+        wanted: how many examples each client shows.
+        share: of right answers.
+
+    Returns:
+        Numbers of right ones, one after another given to the clients in turn that have more; a client without enough
+        wrong ones shows more right ones.
+
+    Examples:
+        >>> share_out_right([np.array([True, True, False]), np.array([False, True, False])], [2, 2], 0.5)
+        [1, 1]
+    """
+    most = [min(count, int(own.sum())) for own, count in zip(right, wanted, strict=True)]
+    shown = [min(top, max(0, count - int((~own).sum()))) for own, count, top in zip(right, wanted, most, strict=True)]
+    left = round(share * sum(wanted)) - sum(shown)
+    while left > 0 and any(some < top for some, top in zip(shown, most, strict=True)):
+        for client, top in enumerate(most):
+            if left > 0 and shown[client] < top:
+                shown[client], left = shown[client] + 1, left - 1
+    return shown
+
+
+def _first_of_each(right: Bool[np.ndarray, " some"], some: int, count: int) -> list[int]:
+    """The first `some` that are right and the first others, `count` in all, in their order."""
+    return sorted([*np.flatnonzero(right)[:some].tolist(), *np.flatnonzero(~right)[: count - some].tolist()])
 
 
 def _describe(prepared: Prepared, client: int, row: int, answers: dict[str, str], picture: str) -> dict[str, Any]:

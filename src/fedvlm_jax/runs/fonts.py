@@ -1,6 +1,6 @@
 """Fonts of pictures: names in any script, also where the machine has no font for them."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
 
@@ -8,6 +8,7 @@ import matplotlib as mpl
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator
 
 __all__ = ["replace_missing", "scripts"]
 
@@ -40,7 +41,7 @@ def _list_families() -> tuple[str, ...]:
 
 
 @contextmanager
-def scripts() -> Iterator[None]:
+def scripts() -> Generator[None]:
     """Draw with fonts for as many scripts as the machine has."""
     with mpl.rc_context({"font.family": list(_list_families())}):
         yield
@@ -56,6 +57,13 @@ def replace_missing(figure: Figure) -> None:
     """Write characters for which no font is installed as their code points: boxes would make all names alike."""
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
-        shown = text.get_text()
-        if not shown.isascii():
-            text.set_text("".join(c if _has_glyph(c) else f"<{ord(c):X}>" for c in shown))
+        text.set_text(_spell_out(text.get_text()))
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):  # their texts are made anew when they are drawn
+            names = [label.get_text() for label in axis.get_ticklabels()]
+            if not all(map(str.isascii, names)) and isinstance(axis.get_major_locator(), FixedLocator):
+                axis.set_ticklabels([_spell_out(name) for name in names])
+
+
+def _spell_out(text: str) -> str:
+    return "".join(character if _has_glyph(character) else f"<{ord(character):X}>" for character in text)

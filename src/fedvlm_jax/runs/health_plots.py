@@ -17,7 +17,7 @@ from fedvlm_jax.runs.labels import Label, label_ends
 from fedvlm_jax.runs.measures import find_measure
 from fedvlm_jax.runs.method_plots import Curves
 from fedvlm_jax.runs.plots import NARROW, WIDE
-from fedvlm_jax.runs.theme import MANY, MARKERS, Theme, choose_series, hide_rest, make_figure
+from fedvlm_jax.runs.theme import BEFORE, MANY, MARKERS, Theme, choose_series, hide_rest, make_figure, use_whole_numbers
 from fedvlm_jax.runs.validation import plain
 
 __all__ = ["Panel", "draw_health", "draw_method_health", "explain", "list_panels"]
@@ -105,7 +105,7 @@ def draw_health(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure
         if panel.key == REDISTRIBUTION:
             named = {
                 side: _pick(lines, _read_side(f"{side}_redistribution", record.metric), 100)
-                for side in ("before", "after")
+                for side in ("after", "before")
             }
             ax.set_title(f"Validation {find_measure(record.metric).label}, %", fontsize=9, loc="left", color=theme.ink)
         else:
@@ -197,7 +197,7 @@ def _average(runs: Sequence[Line]) -> Line:
 
 
 def _style_lines(count: int) -> list[Any]:
-    return ["-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 2)), (0, (8, 3))][:count]
+    return ["-", BEFORE, (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 2)), (0, (8, 3))][:count]
 
 
 def _dress(ax: Any, title: str, theme: Theme) -> None:
@@ -206,7 +206,7 @@ def _dress(ax: Any, title: str, theme: Theme) -> None:
     ax.grid(visible=False, axis="x")
     ax.tick_params(labelsize=8)
     ax.set_xlabel("round", fontsize=8)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    use_whole_numbers(ax)
 
 
 def _end_at_zero(ax: Any) -> None:

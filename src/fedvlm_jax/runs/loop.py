@@ -8,6 +8,7 @@ Several processes run the same loop side by side, in a folder that all of them r
 
 import dataclasses
 import shutil
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from fedvlm_jax import lora, processes, tree
 from fedvlm_jax.data.encode import find_question_column
-from fedvlm_jax.data.options import Split
+from fedvlm_jax.data.options import SPLITS, Split
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Adapters, Scored
 from fedvlm_jax.federation.driver import Moment
@@ -33,7 +35,7 @@ from fedvlm_jax.runs.models import each_model
 from fedvlm_jax.runs.prepare import Prepared, Session, open_session, prepare
 from fedvlm_jax.runs.progress import Progress, SilentProgress
 from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
-from fedvlm_jax.runs.storage import BASE, describe_environment, save_adapters, save_base, write_json
+from fedvlm_jax.runs.storage import BASE, describe_environment, describe_start, save_adapters, save_base, write_json
 from fedvlm_jax.runs.stored import read_config
 from fedvlm_jax.runs.validation import validate
 from fedvlm_jax.sharding import fetch, replicate
@@ -245,5 +247,15 @@ def _describe_start(run: Run, prepared: Prepared) -> dict[str, Any]:
         "skipped": [dataclasses.asdict(row) for row in prepared.examples.skipped],
         "question_column": find_question_column(prepared.session.table, run.data),
     }
-    about = {"resolved": resolved, "federation": prepared.federation.description}
-    return {"run": to_json(run), **describe_environment(), **about}
+    clients = prepared.examples.clients
+    about = {
+        "devices": [f"{count} × {kind}" for kind, count in _count_devices(prepared.session.mesh).items()],
+        "examples": {split: sum(len(client.rows_of(split)) for client in clients) for split in SPLITS},
+        "resolved": resolved,
+        "federation": prepared.federation.description,
+    }
+    return {"run": to_json(run), **describe_start(), **describe_environment(), **about}
+
+
+def _count_devices(mesh: Mesh) -> Counter[str]:
+    return Counter(device.device_kind for device in mesh.devices.flat)

@@ -15,7 +15,7 @@ from fedvlm_jax.runs.measures import find_measure
 from fedvlm_jax.runs.plots import LABELLED, NARROW, WIDE, annotate, name_rows, read_validation
 from fedvlm_jax.runs.statistics import compare_paired, mean_over_seeds, order_by_mean
 from fedvlm_jax.runs.tables import points
-from fedvlm_jax.runs.theme import MANY, MARKERS, Theme, choose_series, hide_rest, make_figure
+from fedvlm_jax.runs.theme import MANY, MARKERS, Theme, choose_series, hide_rest, make_figure, use_whole_numbers
 
 __all__ = ["Curves", "draw_curves", "draw_methods", "draw_panels", "read_curves", "read_rounds"]
 
@@ -135,7 +135,7 @@ def draw_curves(curves: Curves, metric: str, theme: Theme, narrow: bool = False)
     left.set_title(title, fontsize=10, loc="left", color=theme.ink)
     for ax in (left, right):
         ax.grid(axis="y", color=theme.grid, linewidth=0.8)
-    left.xaxis.get_major_locator().set_params(integer=True)
+    use_whole_numbers(left)
     figure.legend(
         *left.get_legend_handles_labels(),
         loc="outside lower left",
@@ -166,7 +166,7 @@ def draw_panels(
         ax.grid(axis="y", color=theme.grid, linewidth=0.6)
         ax.grid(visible=False, axis="x")
         ax.tick_params(labelsize=7 if narrow else 8)
-        ax.xaxis.get_major_locator().set_params(integer=True, nbins=3)
+        use_whole_numbers(ax, 3)
     hide_rest(axes, len(lines), across)
     figure.supxlabel(below, fontsize=9, color=theme.muted)
     figure.suptitle(title, fontsize=10, color=theme.ink, x=0.01, ha="left")

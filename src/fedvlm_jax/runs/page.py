@@ -96,6 +96,10 @@ dd.marked{font-weight:700}
 h1{font-size:1.4rem}.figures{grid-template-columns:1fr 1fr}.figures b{font-size:1.25rem}
 th,td{padding:.4rem .38rem}table{font-size:.86rem}
 tbody th:first-child{position:sticky;left:0;background:var(--paper)}
+.fold thead{display:none}.fold tr{display:grid;grid-template-columns:1fr 1fr;column-gap:1.4rem;padding:.45rem 0;
+border-bottom:1px solid var(--grid)}.fold tbody :is(th,td){border:0;padding:.1rem 0;white-space:normal}
+.fold tbody th{grid-column:1/-1;position:static}.fold td{display:flex;justify-content:space-between;gap:.6rem}
+.fold td::before{content:attr(data-label);color:var(--muted);font-weight:400;text-align:left}
 details dl{grid-template-columns:1fr}details dd{margin-bottom:.4rem}}
 """
 

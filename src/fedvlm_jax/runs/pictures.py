@@ -1,5 +1,6 @@
 """Which pictures a report has, and what their captions say; each becomes a PNG file and two SVGs for the page."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from matplotlib.figure import Figure
 
 from fedvlm_jax.runs import gains, health_plots, heatmaps, method_plots, pareto, plots
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord
+from fedvlm_jax.runs.fonts import replace_missing, scripts
 from fedvlm_jax.runs.measures import find_measure
 from fedvlm_jax.runs.page import Picture
 from fedvlm_jax.runs.theme import MANY, PAPER, PLACEHOLDERS, save_png, to_svg
@@ -117,6 +119,12 @@ def draw_comparison_health(record: ComparisonRecord, target: Path) -> list[Pictu
 
 def _draw(target: Path, name: str, caption: str, draw: Callable[..., Figure]) -> Picture:
     """Draw a picture three times: as a PNG file, and as wide and narrow SVG for the page."""
-    save_png(draw(PAPER, False), target / "figures" / f"{name}.png")
-    wide, narrow = (to_svg(draw(PLACEHOLDERS, slim), f"{name}-{slim:d}", caption) for slim in (False, True))
+    with scripts():
+        figure = draw(PAPER, False)
+        replace_missing(figure)
+        save_png(figure, target / "figures" / f"{name}.png")
+        # A browser has fonts of its own, so the page keeps names as they are: matplotlib only measures them here.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            wide, narrow = (to_svg(draw(PLACEHOLDERS, slim), f"{name}-{slim:d}", caption) for slim in (False, True))
     return Picture(name, caption, wide, narrow)

@@ -13,7 +13,7 @@ from fedvlm_jax.evaluation.spread import gain_by_client, summarise_gain
 from fedvlm_jax.runs.folders import RunRecord
 from fedvlm_jax.runs.measures import find_measure
 from fedvlm_jax.runs.tables import points
-from fedvlm_jax.runs.theme import Theme, choose_series, make_figure
+from fedvlm_jax.runs.theme import BEFORE, Theme, choose_series, make_figure, use_whole_numbers
 
 __all__ = [
     "LABELLED",
@@ -112,7 +112,7 @@ def draw_rounds(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure
         if ((line.get("validation") or {}).get("before_redistribution") or {}).get(record.metric) is not None
     ]
     if before:
-        left.plot(*zip(*before, strict=True), color=theme.muted, linewidth=1.2, linestyle=(0, (3, 2)))
+        left.plot(*zip(*before, strict=True), color=theme.muted, linewidth=1.2, linestyle=BEFORE)
     start = record.scores("zero_shot", split="validation")
     if start:
         level = 100 * float(np.mean(list(start.values())))
@@ -130,7 +130,7 @@ def draw_rounds(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure
         ax.grid(axis="y", color=theme.grid, linewidth=0.8)
         ax.grid(visible=False, axis="x")
         ax.set_xlabel("round")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        use_whole_numbers(ax)
     return figure
 
 

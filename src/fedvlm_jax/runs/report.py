@@ -8,7 +8,7 @@ from fedvlm_jax.errors import UserError, naming
 from fedvlm_jax.evaluation.spread import summarise
 from fedvlm_jax.runs.cards import read_cards
 from fedvlm_jax.runs.claims import Claim
-from fedvlm_jax.runs.config import Run, to_json
+from fedvlm_jax.runs.config import Run, describe_method, to_json
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run
 from fedvlm_jax.runs.measures import find_measure, percent
 from fedvlm_jax.runs.page import Facts, Picture, Report, Section, to_markdown_page, to_page
@@ -17,6 +17,7 @@ from fedvlm_jax.runs.statistics import compare_paired, judge, order_by_mean, spr
 from fedvlm_jax.runs.tables import (
     MARKS,
     format_bytes,
+    format_duration,
     points,
     tabulate_comparison,
     tabulate_run,
@@ -88,10 +89,14 @@ def _report_run(record: RunRecord, target: Path) -> Report:
         Section("What came out", describe_run(record), tabulate_run(record), draw_run(record, target, "")),
         *_show_examples("Examples", record.folder, ""),
         *_show_health(draw_run_health(record, target, "")),
-        Section("How it was made", _describe_origin(record.config), facts=_list_facts(record.config)),
+        Section(
+            "How it was made",
+            [*_describe_method(record), *_describe_origin(record.config), *_describe_time(record), *_locate(record)],
+            command=record.config.get("command", ""),
+            facts=_list_facts(record.config),
+        ),
     ]
-    data = record.options.get("data") or {}
-    subtitle = f"{record.options.get('model')} on {data.get('source')}, seed {record.options.get('seed')}"
+    subtitle = f"{_name_subject(record.options)}seed {record.options.get('seed')}"
     return Report(f"fedvlm: {record.method}", subtitle, figures, sections)
 
 
@@ -141,7 +146,10 @@ def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
         Section("How it was made", how, command=record.command, facts=[*facts, *_list_facts(config)]),
     ]
     clients = len({client for by_seed in scores.values() for one in by_seed.values() for client in one})
-    subtitle = f"{clients} clients, seeds {seeds}; {find_measure(record.metric).label} on test, mean of clients"
+    subtitle = (
+        f"{_name_subject(config.get('run') or {})}{clients} clients, seeds {seeds}; "
+        f"{find_measure(record.metric).label} on test, mean of clients"
+    )
     return Report("fedvlm: methods side by side", subtitle, figures, sections)
 
 
@@ -158,10 +166,10 @@ def _show_examples(title: str, folder: Path, whose: str) -> list[Section]:
     each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     clients = f"each of {len(looked_at)} clients" if len(looked_at) > 1 else "one client"
     note = (
-        f"{whose}Chosen from the first {each} test pictures of {clients}: those first where the "
-        "personal model answers differently from zero-shot. So they show what training changed and are no measure of "
-        "accuracy. ✓ equal to the right answer but for case and outer punctuation; ≈ shares words with it (token F1); "
-        "✗ neither."
+        f"{whose}Chosen by rule from the first {each} test pictures of {clients}: the first that the personal model "
+        "gets right and the first that it does not, in such numbers that the share of right ones is the test accuracy, "
+        "as far as these pictures allow. ✓ equal to the right answer but for case and outer punctuation; ≈ shares "
+        "words with it (token F1); ✗ neither."
     )
     return [Section(title, cards=cards, cards_note=note)]
 
@@ -186,9 +194,49 @@ def _read_first_config(record: ComparisonRecord) -> dict[str, Any]:
     return {}
 
 
+def _name_subject(options: Mapping[str, Any]) -> str:
+    """Name the model and the data that a page is about, as the beginning of its subtitle."""
+    source = (options.get("data") or {}).get("source")
+    return f"{options.get('model')} on {source}, " if source else ""
+
+
+def _describe_method(record: RunRecord) -> list[str]:
+    name = record.options["method"]
+    about = describe_method(name)
+    return [f"{name}: {about}"] if about else []
+
+
 def _describe_origin(config: Mapping[str, Any]) -> list[str]:
-    commit = config.get("commit")
-    return [f"Commit {commit}."] if commit else []
+    """Say on what and from what a run was made, as far as its folder tells."""
+    sentences = []
+    if examples := config.get("examples"):
+        names = {"train": "for training", "validation": "for validation", "test": "for test"}
+        parts = ", ".join(f"{examples.get(split, 0):,} {name}" for split, name in names.items())
+        sentences.append(f"Rows of all clients: {parts}.")
+    machine = config.get("machine") or {}
+    if devices := config.get("devices"):
+        sentences.append(f"On {' and '.join(devices)}; {machine.get('platform')}, {machine.get('cores')} cores.")
+    if commit := config.get("commit"):
+        sentences.append(f"Commit {commit}.")
+    return sentences
+
+
+def _describe_time(record: RunRecord) -> list[str]:
+    """Say when a run was started, and how long its rounds took; a resumed run has waited between them."""
+    started = record.config.get("started")
+    seconds = sum(line.get("seconds") or 0.0 for line in record.rounds)
+    if not started:
+        return []
+    return [f"Started {started.replace('T', ' ')}; its rounds took {format_duration(seconds)} in all."]
+
+
+def _locate(record: RunRecord) -> list[str]:
+    """Say where the adapters lie, for those who want to carry them on."""
+    folder = record.folder / "adapters"
+    if not folder.is_dir():
+        return []
+    shared = " what left the clients is `shared.safetensors`." if (folder / "shared.safetensors").is_file() else ""
+    return [f"Adapters: `{folder}`; every client's is a file in `clients/`.{shared}"]
 
 
 def _list_facts(config: Mapping[str, Any]) -> list[Facts]:

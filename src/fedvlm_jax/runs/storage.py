@@ -9,9 +9,12 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from fedvlm_jax.sharding import own_base
 __all__ = [
     "BASE",
     "describe_environment",
+    "describe_start",
     "describe_versions",
     "load_base",
     "name_file",
@@ -239,6 +243,14 @@ def describe_environment() -> dict[str, Any]:
         "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
         "commit": _commit(),
     }
+
+
+def describe_start() -> dict[str, str]:
+    """Return when this is, with its time zone, and the command that was given."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if words[0] == "__main__.py":
+        words[0] = "fedvlm"
+    return {"started": datetime.now().astimezone().isoformat(timespec="seconds"), "command": shlex.join(words)}
 
 
 def describe_versions() -> dict[str, str | None]:

@@ -24,6 +24,7 @@ __all__ = [
     "Table",
     "cut_to_width",
     "format_bytes",
+    "format_duration",
     "format_paired",
     "show",
     "tabulate_comparison",
@@ -36,6 +37,9 @@ __all__ = [
 
 MANY = 40
 """Above so many clients a table shows the two ends of the list only."""
+
+PHONE = 50
+"""Characters across a phone. There a wider table shows each row as a list of names and figures."""
 
 MANY_METHODS = 8
 """Above so many methods they are listed best first, and go down a table that else has them across."""
@@ -140,12 +144,19 @@ def _tabulate_models(record: RunRecord) -> Table:
         base = record.scores("held_out/zero_shot" if model.startswith("held_out") else "zero_shot")
         gain = "–" if model.endswith("zero_shot") else _format_gain(own, base)
         figures = (summary.mean, summary.std, summary.min, summary.worst_decile)
-        rows.append((label, *map(percent, figures), f"{summary.jain:.3f}", gain))
+        rows.append((label, *map(percent, figures), _write_jain(summary.jain), gain))
     columns = ("model", "mean", "std", "min", "worst decile", "Jain", "gain over zero-shot")
     strong = frozenset(number for number, (_, model) in enumerate(models) if model == "personal")
     title = f"{_capitalise(find_measure(record.metric).label)} on test, {len(record.scores('personal'))} clients"
-    note = "Spread over clients; Jain: fairness index, 1 where all are alike; gain in points with its 95 % interval."
+    note = (
+        "Spread over clients; Jain: fairness index, 1 where all are alike, none where all are zero; gain in points "
+        "with its 95 % interval."
+    )
     return Table(title, columns, tuple(rows), strong, note)
+
+
+def _write_jain(index: float) -> str:
+    return "–" if math.isnan(index) else f"{index:.3f}"
 
 
 def _format_gain(own: Mapping[str, float], base: Mapping[str, float]) -> str:
@@ -242,6 +253,15 @@ def points(share: float) -> str:
     return "0.0" if written[1:] == "0.0" else written
 
 
+def format_duration(seconds: float) -> str:
+    """Write a time with its two largest units: `1 h 4 min`, `3 min 12 s`, `8.1 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
 def format_bytes(count: float) -> str:
     """Write a number of bytes with the largest unit that keeps it above one."""
     for unit in ("B", "KiB", "MiB"):
@@ -333,16 +353,27 @@ def _join_row(cells: list[str] | tuple[str, ...]) -> str:
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
+def _is_wide(table: Table) -> bool:
+    """Tell whether a table is wider than a phone; headings break between words, figures do not."""
+    columns = zip(table.columns, *table.rows, strict=True)
+    widths = [max(map(len, [*heading.split(), *cells]), default=0) for heading, *cells in columns]
+    return sum(widths) + 2 * len(widths) > PHONE
+
+
 def to_html(table: Table) -> str:
-    """Write a table as HTML that may scroll sideways inside its own box."""
+    """Write a table as HTML: it may scroll sideways in its own box, and one of many columns folds on a phone."""
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in table.columns)
     body = []
     for number, row in enumerate(table.rows):
         cells = f'<th scope="row">{html.escape(row[0])}</th>'
-        cells += "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+        cells += "".join(
+            f'<td data-label="{html.escape(column)}">{html.escape(cell)}</td>'
+            for column, cell in zip(table.columns[1:], row[1:], strict=True)
+        )
         body.append(f"<tr{' class=strong' if number in table.strong else ''}>{cells}</tr>")
     note = f"<p class=note>{html.escape(table.note)}</p>" if table.note else ""
     return (
-        f"<div class=scroll tabindex=0><table><caption>{html.escape(table.title)}</caption>"
+        f"<div class=scroll tabindex=0><table{' class=fold' if _is_wide(table) else ''}>"
+        f"<caption>{html.escape(table.title)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{note}"
     )

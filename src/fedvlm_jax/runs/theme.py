@@ -17,10 +17,12 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fedvlm_jax.errors import naming
 
 __all__ = [
+    "BEFORE",
     "CSS_DARK",
     "CSS_LIGHT",
     "MANY",
@@ -32,9 +34,13 @@ __all__ = [
     "make_figure",
     "save_png",
     "to_svg",
+    "use_whole_numbers",
 ]
 
 MARKERS = "osD^vPX*"
+BEFORE = (0, (4, 2))
+"""Dashes of what was there before redistribution, in every picture; what came after is solid."""
+
 MANY = len(MARKERS)
 """Above so many methods colours and markers repeat, so that names have to stand beside what is drawn."""
 
@@ -106,7 +112,6 @@ def make_figure(theme: Theme, width: float, height: float, columns: int = 1, row
     """
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.patch.set_alpha(0)
     axes = list(figure.subplots(rows, columns, squeeze=False, **layout).flat)
     for ax in axes:
         ax.patch.set_alpha(0)
@@ -130,6 +135,11 @@ def hide_rest(axes: Sequence[Any], used: int, across: int) -> None:
             ax.set_axis_off()
         elif place + across >= used:
             ax.tick_params(labelbottom=True)
+
+
+def use_whole_numbers(ax: Any, most: int = 9) -> None:
+    """Put ticks of the horizontal axis at whole numbers alone, at most so many; of one round that is one tick."""
+    ax.xaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
 
 def save_png(figure: Figure, path: Path, theme: Theme = PAPER) -> None:
