@@ -166,7 +166,7 @@ def test_a_round_that_was_written_twice_counts_once_and_a_cut_line_not(tmp_path:
     (tmp_path / "metrics.jsonl").write_text('{"round": 1, "loss": 3}\n{"round": 1, "loss": 2}\n{"round": 2, "lo')
     assert read_metrics(tmp_path) == [{"round": 1, "loss": 2}]
     (tmp_path / "metrics.jsonl").write_text('{"round": 1, "lo\n{"round": 2}\n')
-    with pytest.raises(UserError, match="line 1: not JSON"):
+    with pytest.raises(UserError, match="line 1: not readable as JSON"):
         read_metrics(tmp_path)
 
 
