@@ -1,6 +1,6 @@
 """FedVLM's experiment (arXiv 2507.17088) as far as the paper tells it, and its small twin on what ships.
 
-    python experiments/rlaif_v_noniid.py --path DIR --model microsoft/Florence-2-base
+    python experiments/rlaif_v_noniid.py --path DIR --model florence-community/Florence-2-base
     python experiments/rlaif_v_noniid.py --twin        # the README's table: emoji, Florence2-nano, two cores
 
 Settled by the paper: a frozen vision-language model, LoRA on every client, clients that are not iid, RLAIF-V, and the
@@ -49,7 +49,7 @@ class Preset:
 
     path: Path | None = None
     """Folder of RLAIF-V's parquet shards; without it the Hugging Face hub is asked."""
-    model: str = "microsoft/Florence-2-base"
+    model: str = "florence-community/Florence-2-base"
     """A Florence-2 folder or hub id."""
     twin: bool = False
     """The shipped emoji set and Florence2-nano instead."""

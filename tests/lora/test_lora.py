@@ -344,3 +344,19 @@ def test_the_scale_is_data_to_whoever_differentiates_by_the_adapter(params, adap
         moved = tree.flatten(optax.apply_updates(start, updates))
         for path, leaf in tree.flatten(start).items():
             assert np.array_equal(moved[path], leaf) == path.endswith("scale"), path
+
+
+def test_a_model_of_nnx_is_told_so_in_one_line():
+    from flax import nnx
+
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    example = jnp.ones((1, 3))
+    for given in ((model, {}), (model.__call__, {}), (graph, state), (lambda variables, x: x, state)):
+        with pytest.raises(
+            lora.LoraError, match=r"is of flax\.nnx, and adapters sit on modules of flax\.linen"
+        ) as caught:
+            lora.find_sites(*given, example)
+        assert "\n" not in str(caught.value)
+    wrapped = nnx.bridge.to_linen(nnx.Linear, 3, 4)  # which hides its layers, as the message says
+    assert lora.find_sites(wrapped.apply, wrapped.init(jax.random.key(0), example), example) == {}

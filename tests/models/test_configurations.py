@@ -1,5 +1,9 @@
 """The configurations that ship without weights: as large as the models are, and no more than configurations."""
 
+import dataclasses
+import pydoc
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -31,3 +35,20 @@ def test_sizes_of_pictures(tmp_path):
 def test_their_weights_are_refused_by_name():
     with pytest.raises(UserError, match=r"only the configuration ships.*florence-community/Florence-2-large"):
         load_vlm("florence2-large")
+
+
+def test_a_record_shows_itself_in_a_line_and_tells_what_a_batch_is():
+    vlm = read_vlm("florence2-nano")
+    assert repr(vlm) == "Vlm(florence2, float32, image_width=128)"
+    shown = pydoc.plain(pydoc.render_doc(type(vlm)))
+    for name in (*(field.name for field in dataclasses.fields(vlm)), "input_ids", "attention_mask", "labels"):
+        assert name in shown.split("Data descriptors")[0].split("Methods defined here")[0], name
+    assert "(params, adapter, batch) -> float32 logits [B, U, V]" in shown
+
+
+def test_what_the_presets_name_loads():
+    """Microsoft's own folders are refused, so nothing here may name one."""
+    for name in ("experiments", "src", "README.md"):
+        place = Path(__file__).parents[2] / name
+        for file in [place] if place.is_file() else place.rglob("*.py"):
+            assert "microsoft/Florence-2" not in file.read_text(encoding="utf-8"), file

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -77,7 +78,11 @@ def find_sites(apply_fn: Callable[..., Any], params: Mapping[str, Any], *example
 
     Returns:
         path → `Site`, in the order of the paths.
+
+    Raises:
+        LoraError: a model or state of flax.nnx.
     """
+    _refuse_nnx(apply_fn, params, *example)
     variables = as_variables(params)
     seen = _Seen()
     with nn.intercept_methods(seen.watch):
@@ -99,6 +104,23 @@ def trace_init(init_fn: Callable[..., Mapping[str, Any]], *args: Any) -> tuple[d
     with nn.intercept_methods(seen.watch):
         shapes = _eval_shape(init_fn, *args)
     return shapes, seen.sites(as_variables(shapes)["params"])
+
+
+def _refuse_nnx(*given: Any) -> None:
+    """Sites are found by what linen calls on its way, which nnx never does."""
+    if "flax.nnx" not in sys.modules:
+        return  # then nobody has a model of it, and a second of importing is saved
+    from flax import nnx
+
+    found = next((one for one in given if isinstance(one, nnx.Module | nnx.State | nnx.GraphDef)), None)
+    if found is None:
+        found = next((one for one in given if isinstance(getattr(one, "__self__", None), nnx.Module)), None)
+    if found is not None:
+        raise LoraError(
+            f"{type(found).__name__} is of flax.nnx, and adapters sit on modules of flax.linen: pass a linen module's "
+            "apply and its params. nnx.bridge.to_linen does not help, because it hides the layers; nnx has LoRA of its "
+            "own, flax.nnx.LoRA"
+        )
 
 
 class _Seen:

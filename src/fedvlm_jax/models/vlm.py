@@ -27,6 +27,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from fedvlm_jax import lora
@@ -36,49 +37,54 @@ Params = dict[str, Any]
 Batch = Mapping[str, Array]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Vlm:
-    """A vision-language model. All functions are pure and work under jit, vmap and grad; compared by identity."""
+    """A vision-language model. All functions are pure and work under jit, vmap and grad; compared by identity.
+
+    Axes: B batch, A answers, T tokens, P image tokens, D width, V vocabulary, U labels.
+
+    A *batch* is a dict of arrays: `pixel_values` [B, H, W, 3], or in their place `image_features` [B, P, D];
+    `input_ids` and `attention_mask` [B, T], image tokens included; or in the place of all of these `memory` [B, T, D]
+    beside the mask; and for logits `labels`, -100 where ignored, or `decoder_input_ids`, [B, U] or [B, A, U]. The
+    module's documentation says more of each. An *adapter* is a pytree of `fedvlm_jax.lora`, or None for the bare base.
+
+    Attributes:
+        config: Hugging Face's own configuration object.
+        dtype: what matmuls are computed in. Norms, softmax and logits are float32 at least.
+        init: (key) -> params: random weights, float32, top level `vision_tower`, `image_projector`, `language_model`.
+        image_features: (params, adapter, pixel_values [B, H, W, 3]) -> image tokens [B, P, D]. Of the adapter, only the
+            part that lies in the vision tower and the projector is used.
+        encode: (params, adapter, batch) -> the encoder's memory [B, T, D].
+        logits: (params, adapter, batch) -> float32 logits [B, U, V], or [B, A, U, V], at the decoder's positions.
+        states: (params, adapter, batch) -> the decoder's last states [B, U, D], or [B, A, U, D], and `logits` of them.
+        generate: (params, adapter, batch, max_tokens, *, num_beams=None, ...) -> ids [B, max_tokens]; see
+            `models.generation`.
+        image_tokens: (height, width) in pixels -> number of image tokens P.
+        image_width: numbers D of an image token.
+        example_batch: () -> shapes of a smallest batch, to trace with.
+        generation_config: transformers' `GenerationConfig`: what `generate` does where its arguments do not say
+            otherwise.
+        cuts: which weights devices may share, and along which axis; the others each has whole.
+    """
 
     config: Any
-    """Hugging Face's own configuration object."""
-
     dtype: Any
-    """What matmuls are computed in. Norms, softmax and logits are float32 at least."""
-
     init: Callable[[Array], Params]
-    """(key) -> params: random weights, float32, top level `vision_tower`, `image_projector`, `language_model`."""
-
     image_features: Callable[[Params, Any, Array], Array]
-    """(params, adapter, pixel_values [B, H, W, 3]) -> image tokens [B, P, D]. Of the adapter, only the part that lies
-    in the vision tower and the projector is used."""
-
     encode: Callable[[Params, Any, Batch], Array]
-    """(params, adapter, batch) -> the encoder's memory [B, T, D]."""
-
     logits: Callable[[Params, Any, Batch], Array]
-    """(params, adapter, batch) -> float32 logits [B, U, V], or [B, A, U, V], at the decoder's positions."""
-
     states: Callable[[Params, Any, Batch], tuple[Array, Array]]
-    """(params, adapter, batch) -> the decoder's last states [B, U, D], or [B, A, U, D], and `logits` of them."""
-
     generate: Callable[..., Array]
-    """(params, adapter, batch, max_tokens, *, num_beams=None, ...) -> ids [B, max_tokens]; see `models.generation`."""
-
     image_tokens: Callable[[int, int], int]
-    """(height, width) in pixels -> number of image tokens P."""
-
     image_width: int
-    """Numbers D of an image token."""
-
     example_batch: Callable[[], dict[str, jax.ShapeDtypeStruct]]
-    """() -> shapes of a smallest batch, to trace with."""
-
     generation_config: Any
-    """transformers' `GenerationConfig`: what `generate` does where its arguments do not say otherwise."""
-
     cuts: Cuts
-    """Which weights devices may share, and along which axis; the others each has whole."""
+
+    def __repr__(self) -> str:
+        """The model's kind and precision; configuration and functions would fill pages."""
+        kind = getattr(self.config, "model_type", type(self.config).__name__)
+        return f"Vlm({kind}, {jnp.dtype(self.dtype).name}, image_width={self.image_width})"
 
     @cached_property
     def _traced(self) -> tuple[Params, Any]:
