@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_run import make_folder
 
+from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import Vlm, load_weights, open_model
 
@@ -103,8 +104,14 @@ def rename(old: str, new: str) -> Spoil:
 
 
 def reword(old: str, new: str) -> Spoil:
-    """Rename a token in the tokenizer's file."""
-    return lambda folder: (folder / TOKENIZER).write_text((folder / TOKENIZER).read_text().replace(old, new))
+    """Replace a piece of the tokenizer's file."""
+
+    def spoil(folder: Path) -> None:
+        text = json.dumps(json.loads((folder / TOKENIZER).read_text()), ensure_ascii=False)
+        assert old in text
+        (folder / TOKENIZER).write_text(text.replace(old, new))
+
+    return spoil
 
 
 def add_token(number: int) -> Spoil:
@@ -180,6 +187,20 @@ CONFIGURATIONS: dict[str, tuple[Spoil, str]] = {
     "generation a list": (write(GENERATION, b"[1]"), r"generation_config\.json holds a list"),
     "generation that samples": (change(GENERATION, do_sample=True), r"generation_config\.json: .*do_sample=True"),
     "generation with a penalty": (change(GENERATION, repetition_penalty=1.3), r"generation_config\.json: .*repetition"),
+    "generation that starts elsewhere": (
+        change(GENERATION, decoder_start_token_id=7),
+        r"start_token_id=7, and",
+    ),
+    "generation that starts with a text": (change(GENERATION, decoder_start_token_id="a"), r"start_token_id is 'a'"),
+    "generation that ends outside": (
+        change(GENERATION, eos_token_id=[2, 2**63]),
+        r"eos_token_id is 9223372036",
+    ),
+    "generation by no beams": (change(GENERATION, num_beams=-1), r"generation_config\.json"),
+    "generation by a million beams": (change(GENERATION, num_beams=10**6), r"num_beams is 1000000"),
+    "generation of half an n-gram": (change(GENERATION, no_repeat_ngram_size=2.5), r"no_repeat_ngram_size is 2\.5"),
+    "generation with a penalty of text": (change(GENERATION, length_penalty="x"), r"length_penalty is 'x'"),
+    "generation that stops sometimes": (change(GENERATION, early_stopping="often"), r"generation_config\.json"),
     "generation that never ends": (change(GENERATION, eos_token_id=9), r"none would ever end"),
     "padding of generation a word": (change(GENERATION, pad_token_id=500), r"pad token of generation is 500"),
     "tokenizer missing": (lambda folder: (folder / TOKENIZER).unlink(), r"no tokenizer"),
@@ -189,6 +210,10 @@ CONFIGURATIONS: dict[str, tuple[Spoil, str]] = {
     "tokenizer an empty object": (write(TOKENIZER, b"{}"), r"processor in .* cannot be read"),
     "tokenizer without a vocabulary": (change(TOKENIZER, model={"type": "BPE"}), r"processor in .* cannot be read"),
     "tokenizer of an unknown kind": (change(TOKENIZER, model={"type": "none"}), r"processor in .* cannot be read"),
+    "tokenizer whose template names no token": (
+        reword('"SpecialToken": {"id": "<s>"', '"SpecialToken": {"id": "<none>"'),
+        r"cannot be read|fails on a text",
+    ),
     "tokenizer configuration half": (cut("tokenizer_config.json", 0.5), r"tokenizer_config\.json cannot be read"),
     "tokenizer without an image token": (drop("tokenizer_config.json", "image_token"), r"cannot be read.*image token"),
     "tokenizer longer than the vocabulary": (add_token(4096), r"token 4096, and the vocabulary .* ends with 4095"),
@@ -332,6 +357,36 @@ def test_weights_that_are_none(vlm: Vlm, folder: Path, case: str) -> None:
         load_weights(vlm, folder)
     if "missing: " not in expected:
         assert_one_line(str(caught.value), folder)
+
+
+def test_sizes_that_the_weights_do_not_have_ask_for_no_memory(folder: Path) -> None:
+    """Four terabytes, if they were made before the header was read."""
+    wide = {"text__vocab_size": 2**24, "text__d_model": 2**16, "vision__projection_dim": 2**16}
+    change(CONFIG, **wide, text__encoder_layers=512)(folder)
+    vlm, _ = open_model(folder)
+    with pytest.raises(UserError, match=r"misshapen: .*embed_positions\.weight is \[66, 16\]"):
+        load_weights(vlm, folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (cut(CONFIG, 0.5), "config.json"),
+        (write(TOKENIZER, POINTER), "git lfs pull"),
+        (cut(WEIGHTS, 0.5), "safetensors"),
+    ],
+)
+def test_the_command_says_it_in_one_line(
+    folder: Path, tmp_path: Path, spoil: Spoil, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(folder)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--model", str(folder), "--out", str(tmp_path / "run"), "--data.languages", "en"])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fedvlm: ")]
+    assert stop.value.code == 2
+    assert len(said) == 1
+    assert str(folder) in said[0]
+    assert expected in said[0]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.generation import read_settings
+from fedvlm_jax.models.generation import check_settings, read_settings
 from fedvlm_jax.models.hub import read_vlm, resolve_folder
 from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.processing import Processor
@@ -38,11 +38,19 @@ def check_generation(vlm: Vlm, folder: Path) -> None:
     Raises:
         UserError: naming the file and the option.
     """
+    file = folder / "generation_config.json"
+    file = file if file.is_file() else folder / "config.json"
+    text = vlm.config.text_config
     try:
-        read_settings(vlm.config, vlm.generation_config)
+        settings = read_settings(vlm.config, vlm.generation_config)
+        check_settings(settings, text.vocab_size)
     except UserError as error:
-        file = folder / "generation_config.json"
-        raise UserError(f"{file if file.is_file() else folder / 'config.json'}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
+    if settings.decoder_start_token_id != text.decoder_start_token_id:
+        raise UserError(
+            f"{file}: answers begin after decoder_start_token_id={settings.decoder_start_token_id}, and in training "
+            f"after {text.decoder_start_token_id}, as config.json says"
+        )
 
 
 def check_agreement(vlm: Vlm, processor: Processor, folder: Path) -> None:

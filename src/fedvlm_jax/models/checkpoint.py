@@ -90,6 +90,9 @@ TABLE: tuple[Rule, ...] = (
     ),
 )
 
+NAMED = 12
+"""So many tensors are named of those that have something wrong."""
+
 _TIED = re.compile(
     r"(?:language_model\.)?lm_head\.weight|shared\.weight"
     r"|(?:language_model\.)?(?:(?:encoder|decoder)\.)?embed_tokens\.weight"
@@ -183,7 +186,8 @@ def load_params(shapes: Any, files: list[Path], dtype: Any) -> dict[str, Any]:
 
 def _refuse(problems: list[str], files: list[Path]) -> None:
     if problems:
-        shown = "\n  ".join(problems[:40]) + (f"\n  and {len(problems) - 40} more" if len(problems) > 40 else "")
+        more = [f"and {len(problems) - NAMED} more"] if len(problems) > NAMED else []
+        shown = "\n  ".join([*problems[:NAMED], *more])
         where = ", ".join(sorted({str(file.parent) for file in files}))
         raise UserError(f"the checkpoint in {where} does not fit its configuration:\n  {shown}")
 

@@ -9,6 +9,7 @@ Under `jax.vmap` over clients the loop runs until the slowest client has finishe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -46,6 +47,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stop_strings": (None,),
     "max_time": (None,),
 }
+
+
+MOST_BEAMS = 64
+"""More beams than anybody searches by."""
 
 
 def resolve_config(config: Any, generation_config: Any | None) -> Any:
@@ -91,10 +96,38 @@ def read_settings(config: Any, generation_config: Any) -> Settings:
     )
 
 
+def check_settings(settings: Settings, vocabulary: int) -> None:
+    """Refuse settings of wrong types, and tokens outside of the vocabulary.
+
+    Raises:
+        UserError: naming the option, as transformers calls it.
+    """
+    tokens = {
+        "decoder_start_token_id": (settings.decoder_start_token_id,),
+        "pad_token_id": (settings.pad_token_id,),
+        "eos_token_id": settings.eos_token_ids,
+        "forced_bos_token_id": () if settings.forced_bos_token_id is None else (settings.forced_bos_token_id,),
+        "forced_eos_token_id": settings.forced_eos_token_ids,
+    }
+    bounds = {name: (values, 0, vocabulary - 1) for name, values in tokens.items()}
+    bounds |= {"num_beams": ((settings.num_beams,), 1, MOST_BEAMS)}
+    for name in ("no_repeat_ngram_size", "min_length", "min_new_tokens"):
+        bounds[name] = ((getattr(settings, name),), 0, 2**20)
+    for name, (values, least, most) in bounds.items():
+        for value in values:
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise UserError(f"{name} is {value!r}, expected a whole number from {least} to {most}")
+    penalty = settings.length_penalty
+    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not math.isfinite(penalty):
+        raise UserError(f"length_penalty is {penalty!r}, expected a number")
+    if settings.early_stopping not in (True, False, "never"):
+        raise UserError(f"early_stopping is {settings.early_stopping!r}, expected true, false or 'never'")
+
+
 def _as_ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def make_generate(
