@@ -4,6 +4,8 @@ A row case is (changes to a good row, reason with which it is skipped, or None w
 file case is a function that fills a folder and returns what the error's message must hold.
 """
 
+import base64
+import gzip
 import io
 import os
 import struct
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as encryption
 from make_parquet import IMAGE, RLAIF_V, draw_image, make_rows, write_rows
 from PIL import Image
 
@@ -219,6 +222,92 @@ def spoil_middle(file: Path) -> None:
 
 GOOD = pa.Table.from_pylist(make_rows(4), RLAIF_V)
 WHOLE = _make_bytes()
+
+
+def _write_groups(file: Path, groups: list[pa.Table]) -> None:
+    with pq.ParquetWriter(file, GOOD.schema) as writer:
+        for group in groups:
+            writer.write_table(group)
+
+
+def _make_whole(table: pa.Table) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(table, out)
+    return out.getvalue()
+
+
+GOOD_ROWS = make_rows(4)
+WHOLE_OF_GOOD = _make_whole(GOOD)
+
+
+def _make_arrow() -> bytes:
+    out = io.BytesIO()
+    with pa.ipc.new_file(out, GOOD.schema) as writer:
+        writer.write_table(GOOD)
+    return out.getvalue()
+
+
+def _cut_footer(count: int) -> bytes:
+    """The footer shorter at its end, and its length as it then is."""
+    length = struct.unpack("<I", WHOLE[-8:-4])[0]
+    return WHOLE[: -8 - count] + struct.pack("<I", length - count) + b"PAR1"
+
+
+def _encode_count(count: int) -> bytes:
+    """A number as thrift's compact protocol writes it: zigzag, seven bits a byte, the lowest first."""
+    rest, out = (count << 1) ^ (count >> 63), bytearray()
+    while rest > 127:
+        out.append(rest & 127 | 128)
+        rest >>= 7
+    return bytes([*out, rest])
+
+
+def _replace_in_footer(old: bytes, new: bytes) -> bytes:
+    length = struct.unpack("<I", WHOLE[-8:-4])[0]
+    footer = WHOLE[-8 - length : -8]
+    assert old in footer
+    footer = footer.replace(old, new, 1)
+    return WHOLE[: -8 - length] + footer + struct.pack("<I", len(footer)) + b"PAR1"
+
+
+def _promise_rows(count: int) -> bytes:
+    """Field 3 of the footer (i64), before the list of row groups; 60 rows are there."""
+    return _replace_in_footer(b"\x16" + _encode_count(60) + b"\x19", b"\x16" + _encode_count(count) + b"\x19")
+
+
+def _promise_group(count: int) -> bytes:
+    """Field 3 of a row group (i64), before its offset; 20 rows are there."""
+    return _replace_in_footer(b"\x16" + _encode_count(20) + b"\x26", b"\x16" + _encode_count(count) + b"\x26")
+
+
+def _link_in_a_circle(folder: Path) -> str:
+    (folder / "a.parquet").symlink_to("b.parquet")
+    (folder / "b.parquet").symlink_to("a.parquet")
+    return r"a\.parquet"
+
+
+class _Keys(encryption.KmsClient):
+    """Keeps no secret: it is for files that must be refused."""
+
+    def __init__(self, config: Any) -> None:
+        encryption.KmsClient.__init__(self)
+
+    def wrap_key(self, key: bytes, name: str) -> bytes:
+        return base64.b64encode(key)
+
+    def unwrap_key(self, wrapped: bytes, name: str) -> bytes:
+        return base64.b64decode(wrapped)
+
+
+def _write_encrypted(file: Path, plaintext_footer: bool) -> None:
+    config = encryption.EncryptionConfiguration(
+        footer_key="f", column_keys={"c": ["question", "chosen"]}, plaintext_footer=plaintext_footer
+    )
+    properties = encryption.CryptoFactory(_Keys).file_encryption_properties(encryption.KmsConnectionConfig(), config)
+    with pq.ParquetWriter(file, GOOD.schema, encryption_properties=properties) as writer:
+        writer.write_table(GOOD)
+
+
 FILE_CASES: dict[str, Callable[[Path], str]] = {
     "no bytes": _write(b""),
     "one byte": _write(b"P"),
@@ -271,10 +360,79 @@ FILE_CASES: dict[str, Callable[[Path], str]] = {
     "bytes as lists": _write_table(
         replace_column("image", pa.array([{"bytes": [1, 2], "path": ""}] * 4)), "'image' is struct"
     ),
-    "images as lists": _write_table(replace_column("image", pa.array([[b"x"]] * 4)), "'image' is list"),
-    "images in a dictionary": _write_table(
-        replace_column("image", pa.array([SMALL] * 4).dictionary_encode()), "'image' is dictionary"
+    "images as lists of numbers": _write_table(replace_column("image", pa.array([[1]] * 4)), "'image' is list"),
+    "images as lists of lists": _write_table(replace_column("image", pa.array([[[b"x"]]] * 4)), "'image' is list"),
+    "images two in a row": _write_table(replace_column("image", pa.array([[b"x"] * 2] * 4)), "a row has 2 pictures"),
+    "images as numbers in a dictionary": _write_table(
+        replace_column("image", pa.array([3] * 4).dictionary_encode()), "'image' is int64"
     ),
+    "images as maps": _write_table(
+        replace_column("image", pa.array([[("bytes", b"x")]] * 4, pa.map_(pa.string(), pa.binary()))), "'image' is map"
+    ),
+    "images as decimals": _write_table(
+        replace_column("image", pa.array([None] * 4, pa.decimal128(9, 2))), "'image' is decimal"
+    ),
+    "images as moments": _write_table(
+        replace_column("image", pa.array([1] * 4, pa.timestamp("us"))), "'image' is timestamp"
+    ),
+    "images of no type": _write_table(replace_column("image", pa.nulls(4)), "'image' is null"),
+    "images of a fixed size": _write_table(
+        replace_column("image", pa.array([b"abc"] * 4, pa.binary(3))), "'image' is fixed_size_binary"
+    ),
+    "answers as lists of lists": _write_table(replace_column("chosen", pa.array([[["a"]]] * 4)), "'chosen' is list"),
+    "answers as lists of numbers": _write_table(replace_column("chosen", pa.array([[1]] * 4)), "'chosen' is list"),
+    "answers as structs of others": _write_table(
+        replace_column("chosen", pa.array([[{"text": "a"}]] * 4)), "'chosen' is list.*of structs with a text 'answer'"
+    ),
+    "answers as structs of numbers": _write_table(
+        replace_column("chosen", pa.array([[{"answer": 1}]] * 4)), "'chosen' is list"
+    ),
+    "answers as moments": _write_table(
+        replace_column("chosen", pa.array([1] * 4, pa.timestamp("ns"))), "'chosen' is timestamp"
+    ),
+    "answers as spans of time": _write_table(
+        replace_column("chosen", pa.array([1] * 4, pa.duration("s"))), "'chosen' is duration"
+    ),
+    "questions as maps": _write_table(
+        replace_column("question", pa.array([[("a", "b")]] * 4, pa.map_(pa.string(), pa.string()))), "'question' is map"
+    ),
+    "the image twice": _write_table(GOOD.append_column("image", GOOD.column("image")), "more than one column 'image'"),
+    "the client twice": _write_table(
+        GOOD.append_column("client", pa.array(["a"] * 4)).append_column("client", pa.array(["b"] * 4)),
+        "more than one column 'client'",
+    ),
+    "another column twice": _write_table(
+        GOOD.append_column("x", pa.array(["a"] * 4)).append_column("x", pa.array(["b"] * 4)),
+        "more than one column 'x'",
+    ),
+    "a CSV": _write(b"image,question,chosen\n" + b"a.png,what,that\n" * 1000),
+    "a CSV in UTF-16": _write("image,question,chosen\n".encode("utf-16")),
+    "a JSON array": _write(b'[{"image": "a.png", "question": "what", "chosen": "that"}]'),
+    "an Arrow file": _write(_make_arrow()),
+    "a parquet file in gzip": _write(gzip.compress(WHOLE)),
+    "a ZIP": _write(b"PK\x03\x04" + WHOLE),
+    "a database": _write(b"SQLite format 3\0" + bytes(4096)),
+    "an ORC file": _write(b"ORC" + bytes(400) + b"ORC"),
+    "encrypted by its magic": _write(b"PARE" + WHOLE[4:-4] + b"PARE"),
+    "encrypted": lambda folder: (_write_encrypted(folder / "a.parquet", False), r"a\.parquet")[1],
+    "encrypted pages": lambda folder: (_write_encrypted(folder / "a.parquet", True), r"a\.parquet")[1],
+    "a footer cut by a byte": _write(_cut_footer(1)),
+    "a footer cut by half": _write(_cut_footer(700)),
+    "rows promised that are not there": _write(_promise_rows(2**40)),
+    "rows promised below zero": _write(_promise_rows(-5)),
+    "a row group that promises 2^40 rows": _write(_promise_group(2**40)),
+    "a row group that promises fewer rows": _write(_promise_group(3)),
+    "a link to itself": lambda folder: ((folder / "a.parquet").symlink_to("a.parquet"), r"a\.parquet")[1],
+    "links in a circle": _link_in_a_circle,
+    "a link to an endless device": lambda folder: (
+        (folder / "a.parquet").symlink_to("/dev/zero"),
+        r"a\.parquet is no regular file",
+    )[1],
+    "the first shard a pipe": lambda folder: (
+        os.mkfifo(folder / "a.parquet"),
+        write_rows(folder / "b.parquet", make_rows(3)),
+        r"a\.parquet is no regular file",
+    )[2],
     "images as dates": _write_table(replace_column("image", pa.array([1] * 4, pa.date32())), "'image' is date32"),
     "images as other structs": _write_table(replace_column("image", pa.array([{"url": "x"}] * 4)), "'image' is struct"),
 }
@@ -288,6 +446,7 @@ WRONG_TYPES: dict[str, pa.Array] = {
     "struct": pa.array([{"x": "a"}] * 4),
     "binary": pa.array([b"a", b"\xff", b"", None]),
     "timestamp": pa.array([0, 1, 2, None], pa.timestamp("us")),
+    "list of lists": pa.array([[["a"]], [], None, [["b"]]]),
     "decimal128": pa.array([None] * 4, pa.decimal128(5, 2)),
 }
 """Types that are no text, which a text column must not have."""
@@ -301,6 +460,47 @@ READ_AS_TEXT: dict[str, pa.Array] = {
     "nulls": pa.nulls(4),
 }
 """Types that are no plain text and yet can be read as text."""
+
+ODD_FILES: dict[str, Callable[[Path], object]] = {
+    "a column without a name": lambda file: pq.write_table(GOOD.append_column("", pa.array(["x"] * 4)), file),
+    "a column with a name of 5000 letters": lambda file: pq.write_table(
+        GOOD.append_column("n" * 5000, pa.array(["x"] * 4)), file
+    ),
+    "a column with a name of control characters": lambda file: pq.write_table(
+        GOOD.append_column("a\n\x1b[31m\t", pa.array(["x"] * 4)), file
+    ),
+    "a column that differs by case": lambda file: pq.write_table(
+        GOOD.append_column("Question", pa.array([1.5] * 4)), file
+    ),
+    "metadata of a megabyte": lambda file: pq.write_table(
+        GOOD.replace_schema_metadata({"huggingface": "{" * 1_000_000}), file
+    ),
+    "no Arrow schema": lambda file: pq.write_table(GOOD, file, store_schema=False),
+    "row groups of one row": lambda file: pq.write_table(GOOD, file, row_group_size=1),
+    "an empty row group": lambda file: _write_groups(file, [GOOD.slice(0, 0), GOOD, GOOD.slice(0, 0)]),
+    "an old version": lambda file: pq.write_table(GOOD, file, version="1.0"),
+    "new pages": lambda file: pq.write_table(GOOD, file, data_page_version="2.0"),
+    "checksums": lambda file: pq.write_table(GOOD, file, write_page_checksum=True),
+    "no dictionary, no statistics": lambda file: pq.write_table(
+        GOOD, file, use_dictionary=False, write_statistics=False
+    ),
+    "brotli": lambda file: pq.write_table(GOOD, file, compression="brotli"),
+    "lz4": lambda file: pq.write_table(GOOD, file, compression="lz4"),
+    "texts in a dictionary": lambda file: pq.write_table(
+        replace_column("question", GOOD.column("question").combine_chunks().dictionary_encode()), file
+    ),
+    "texts as views": lambda file: pq.write_table(
+        replace_column("chosen", GOOD.column("chosen").combine_chunks().cast(pa.string_view())), file
+    ),
+    "images in a dictionary": lambda file: pq.write_table(
+        replace_column("image", pa.array([row["image"]["bytes"] for row in GOOD_ROWS]).dictionary_encode()), file
+    ),
+    "images in lists": lambda file: pq.write_table(
+        replace_column("image", pa.array([[row["image"]] for row in GOOD_ROWS], pa.list_(IMAGE))), file
+    ),
+    "a link": lambda file: ((file.parent / "x.dat").write_bytes(WHOLE_OF_GOOD), file.symlink_to("x.dat")),
+}
+"""Files of an odd form that hold `GOOD` all the same."""
 
 EXTRA_COLUMNS: dict[str, pa.Array] = {
     "map": pa.array([None] * 4, pa.map_(pa.string(), pa.int32())),

@@ -1,33 +1,5 @@
-import numpy as np
 import pytest
-
-
-class WordProcessor:
-    """A `TextProcessor`: three image tokens (id 3) before a prompt, one token per word, the end (id 2)."""
-
-    pad = 1
-
-    def __init__(self):
-        self.asked: list[str] = []
-
-    def _ids(self, text: str) -> list[int]:
-        return [10 + sum(map(ord, word)) % 1000 for word in text.split()] + [2]
-
-    def prompts(self, texts):
-        self.asked += texts
-        rows = [[3, 3, 3, *self._ids(text)] for text in texts]
-        width = max(map(len, rows))
-        ids = np.full((len(rows), width), self.pad, np.int64)
-        for place, row in enumerate(rows):
-            ids[place, : len(row)] = row
-        return ids, (ids != self.pad).astype(np.int64)
-
-    def answers(self, texts, max_tokens):
-        rows = [ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], 2] for ids in map(self._ids, texts)]
-        labels = np.full((len(rows), max(map(len, rows))), -100, np.int64)
-        for place, row in enumerate(rows):
-            labels[place, : len(row)] = row
-        return labels
+from words import WordProcessor
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import WordProcessor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_parquet import IMAGE, RLAIF_V, make_row, make_rows, write_rows
 from rlaif_form import REASONS, Form, make_form_rows, write_folder
+from words import WordProcessor
 
 from fedvlm_jax.data.encode import Examples, encode
 from fedvlm_jax.data.federate import federate
@@ -144,11 +144,13 @@ def test_a_malformed_file_is_one_clear_error(tmp_path: Path, name: str) -> None:
     assert len(str(caught.value)) < 2000
 
 
-@pytest.mark.parametrize("kind", list(malformed.WRONG_TYPES))
+@pytest.mark.parametrize("kind", [kind for kind in malformed.WRONG_TYPES if kind != "list of lists"])
 @pytest.mark.parametrize("column", malformed.TEXT_COLUMNS)
 def test_a_text_column_of_another_type_is_named(tmp_path: Path, column: str, kind: str) -> None:
+    if (column, kind) == ("chosen", "list"):
+        kind = "list of lists"  # a list of texts has the answers of several people
     pq.write_table(malformed.replace_column(column, malformed.WRONG_TYPES[kind]), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=rf"a\.parquet: column '{column}' is {kind}.*expected text"):
+    with pytest.raises(UserError, match=rf"a\.parquet: column '{column}' is {kind.split()[0]}.*expected text"):
         load(tmp_path)
 
 
@@ -165,6 +167,12 @@ def test_what_can_be_read_as_text_is(tmp_path: Path, column: str, kind: str) -> 
         reason = {"question": "empty question", "chosen": "empty answer"}[column]
         skipped = {entry.row: entry.reason for entry in load(tmp_path)[1].skipped}
         assert skipped == {row: reason for row, text in enumerate(expected) if not text}
+
+
+@pytest.mark.parametrize("name", list(malformed.ODD_FILES))
+def test_an_odd_file_is_read_whole(tmp_path: Path, name: str) -> None:
+    malformed.ODD_FILES[name](tmp_path / "a.parquet")
+    check_nothing_lost(load(tmp_path)[1], make_rows(4), {})
 
 
 @pytest.mark.parametrize("kind", list(malformed.EXTRA_COLUMNS))

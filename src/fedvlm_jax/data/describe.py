@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.clients import Federation, Skipped, count_reasons
-from fedvlm_jax.data.encode import find_question_column
+from fedvlm_jax.data.encode import find_question_column, tell_lost
 from fedvlm_jax.data.faults import find_pair_fault, find_text_fault
 from fedvlm_jax.data.images import unique_images
 from fedvlm_jax.data.keys import UNKNOWN, list_keys, read_key
@@ -84,7 +84,7 @@ def describe(
             "most_rows": int(np.bincount(image[image >= 0]).max(initial=0)),
             "decoded": check_images,
         },
-        "unusable": _describe_unusable(unusable),
+        "unusable": _describe_unusable(table, unusable),
         "pairs": _describe_pairs(texts["chosen"], texts["rejected"]),
         "overlap": {
             "images": find_overlap(picture.astype(np.int64), places, federation.names).to_json(),
@@ -188,9 +188,14 @@ def _summarise(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def _describe_unusable(unusable: Sequence[Skipped]) -> dict[str, Any]:
+def _describe_unusable(table: Table, unusable: Sequence[Skipped]) -> dict[str, Any]:
     first = [{"row": entry.row, "idx": entry.idx, "reason": entry.reason} for entry in unusable[:SHOWN]]
-    return {"rows": len(unusable), "reasons": count_reasons(unusable), "first": first}
+    return {
+        "rows": len(unusable),
+        "reasons": count_reasons(unusable),
+        "first": first,
+        "lost": tell_lost(table, unusable),
+    }
 
 
 def _describe_pairs(chosen: list[str], rejected: list[str]) -> dict[str, Any] | None:

@@ -17,13 +17,22 @@ from fedvlm_jax.data.faults import find_pair_fault, find_text_fault
 from fedvlm_jax.data.federate import ClientRows, Federation, Skipped, count_reasons
 from fedvlm_jax.data.images import Images, unique_images
 from fedvlm_jax.data.options import SPLITS
-from fedvlm_jax.data.table import Table
+from fedvlm_jax.data.table import LOST, OUTSIDE, Table
 from fedvlm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from fedvlm_jax.data.options import DataOptions
 
-__all__ = ["IGNORED", "LABELS", "Examples", "TextProcessor", "encode", "find_question_column", "require_pairs"]
+__all__ = [
+    "IGNORED",
+    "LABELS",
+    "Examples",
+    "TextProcessor",
+    "encode",
+    "find_question_column",
+    "require_pairs",
+    "tell_lost",
+]
 
 QUESTION, OWN_QUESTION = "question", "question_client"
 """Columns of the question that all clients are asked alike, and of that in the client's language."""
@@ -338,7 +347,16 @@ def _check_share(table: Table, skipped: tuple[Skipped, ...], total: int, options
         shown = "; ".join(f"row {s.row}{f' (idx {s.idx})' if s.idx else ''}: {s.reason}" for s in skipped[:5])
         raise UserError(
             f"{table.name}: {len(skipped)} of {total} rows cannot be used ({counted}), more than --data.max-bad-share "
-            f"{options.max_bad_share:g} allows. The first are {shown}. Mend them, or raise the share."
+            f"{options.max_bad_share:g} allows. The first are {shown}. {tell_lost(table, skipped)}Mend them, or raise "
+            "the share."
         )
     if len(skipped) == total:
         raise UserError(f"{table.name}: none of the {total} rows can be used.")
+
+
+def tell_lost(table: Table, skipped: Sequence[Skipped]) -> str:
+    """Say of the first image file that was not read what was looked for and where: a sentence, or nothing."""
+    for entry in skipped:
+        if entry.reason in (LOST, OUTSIDE) and (told := table.tell_image(entry.row)):
+            return f"For row {entry.row} it {told}. "
+    return ""

@@ -5,6 +5,7 @@ Whatever is wrong with a file is one `UserError` that names it.
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["NEEDED", "UNDERSTOOD", "check_shards", "convert_shards", "hush_datasets"]
 
 NEEDED = ("image", "question", "chosen")
+BATCH = 1000
+"""Rows that are converted at a time."""
+
 UNDERSTOOD = (
     *NEEDED,
     *("rejected", "ds_name", "origin_dataset", "origin_split", "idx", "image_path"),
@@ -29,35 +33,36 @@ they are kept where they are plain (text, numbers, truth) and of one type in all
 
 
 def check_shards(files: Sequence[Path]) -> tuple[dict[str, "pa.DataType"], list[Path]]:
-    """Read every footer; return the columns to be read, typed as in the first file, and the files with rows."""
+    """Read every footer; return the columns to be read, typed as in the first file, and the files with rows.
+
+    Columns of classes with names count as text.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
+
+    from fedvlm_jax.data.plain import read_class_names
 
     schemas: list[dict[str, pa.DataType]] = []
     filled: list[Path] = []
+    labels: list[frozenset[str]] = []
     for file in files:
         if file.exists() and not file.is_file():
             raise UserError(f"{file} is no regular file; replace it or remove it.")
         try:
             with pq.ParquetFile(file) as opened:
                 schema, count = opened.schema_arrow, opened.metadata.num_rows
+                groups = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
         except Exception as error:  # pyarrow raises a dozen kinds for a file that is no parquet
             raise UserError(f"{file} cannot be read as parquet ({error}); replace it or remove it.") from error
-        schemas.append({entry.name: entry.type for entry in schema})
+        if min(groups, default=0) < 0 or sum(groups) != count:
+            raise UserError(f"{file} promises {count} rows and has {sum(groups)}: it is damaged; write it again.")
+        labels.append(frozenset(read_class_names(schema)))
+        schemas.append({entry.name: pa.string() if entry.name in labels[-1] else entry.type for entry in schema})
         filled += [file] * (count > 0)
-        missing = [column for column in NEEDED if column not in schemas[-1]]
-        if missing:
-            raise UserError(
-                f"{file} lacks {_quote(missing)}; it has {_quote(schemas[-1])}. Needed are {_quote(NEEDED)} "
-                f"(RLAIF-V's schema); understood as well: {_quote(UNDERSTOOD[len(NEEDED) :])}."
-            )
+        _check_columns(file, schema.names)
         for column, kind in schemas[-1].items():
             _check_type(file, column, kind)
-        differing = [c for c in UNDERSTOOD if (c in schemas[-1]) != (c in schemas[0])]
-        if differing:
-            raise UserError(
-                f"{file} and {files[0]} disagree: only one of them has {_quote(differing)}. All shards of a folder "
-                "need the same columns; give one of them alone, or add the columns."
-            )
+        _check_agreement((files[0], schemas[0], labels[0]), (file, schemas[-1], labels[-1]))
     kept = {
         column: kind
         for column, kind in schemas[0].items()
@@ -66,31 +71,93 @@ def check_shards(files: Sequence[Path]) -> tuple[dict[str, "pa.DataType"], list[
     return kept, filled
 
 
+def _check_columns(file: Path, names: Sequence[str]) -> None:
+    missing = [column for column in NEEDED if column not in names]
+    if missing:
+        raise UserError(
+            f"{file} lacks {_quote(missing)}; it has {_quote(dict.fromkeys(names))}. Needed are {_quote(NEEDED)} "
+            f"(RLAIF-V's schema); understood as well: {_quote(UNDERSTOOD[len(NEEDED) :])}."
+        )
+    twice = [column for column, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{file} has more than one column {_quote(twice)}; keep the one that is meant.")
+
+
+def _check_agreement(
+    first: tuple[Path, dict[str, "pa.DataType"], frozenset[str]],
+    other: tuple[Path, dict[str, "pa.DataType"], frozenset[str]],
+) -> None:
+    """Shards must have the same columns, and the same of them as classes: else names stand beside numbers."""
+    differing = [c for c in UNDERSTOOD if (c in first[1]) != (c in other[1])]
+    if differing:
+        raise UserError(
+            f"{other[0]} and {first[0]} disagree: only one of them has {_quote(differing)}. All shards of a folder "
+            "need the same columns; give one of them alone, or add the columns."
+        )
+    named = [c for c in UNDERSTOOD if (c in first[2]) != (c in other[2])]
+    numbers = [c for c in named if not _is_text((first if c in other[2] else other)[1][c])]
+    if numbers:
+        raise UserError(
+            f"{other[0]} and {first[0]} disagree: only one of them has names for the classes of {_quote(numbers)}. "
+            "Write both with `datasets`, or write the names as text."
+        )
+
+
 def _check_type(file: Path, column: str, kind: "pa.DataType") -> None:
     import pyarrow.types as is_a
 
+    from fedvlm_jax.data.plain import find_item, is_list
+
     if column == "image":
-        parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)} if is_a.is_struct(kind) else {}
-        encoded = parts.get("bytes", kind)
-        binary = is_a.is_binary(encoded) or is_a.is_large_binary(encoded)
-        if not (binary or is_a.is_string(kind) or is_a.is_large_string(kind) or ("path" in parts and encoded is kind)):
+        if not _is_image(kind):
             raise UserError(
                 f"{file}: column 'image' is {kind}; expected a struct of bytes and path (as `datasets.Image` writes "
-                "it), the encoded bytes, or a path."
+                "it), the encoded bytes, or a path; or a list with one of these in every row."
             )
         return
+    if column not in UNDERSTOOD:
+        return
+    if column == "chosen" and is_list(kind) and _is_text(find_item(kind)):
+        return
+    plain = kind.value_type if is_a.is_dictionary(kind) else kind
+    if not (_is_text(plain) or is_a.is_integer(plain) or is_a.is_null(plain)):
+        several = ", a list of texts, or of structs with a text 'answer'" if column == "chosen" else ""
+        mend = "Write it as text." if column in NEEDED else "Write it as text, or leave it out."
+        raise UserError(f"{file}: column {column!r} is {kind}; expected text{several}. {mend}")
+
+
+def _is_image(kind: "pa.DataType") -> bool:
+    import pyarrow.types as is_a
+
+    from fedvlm_jax.data.plain import is_list
+
+    kind = kind.value_type if is_list(kind) else kind
     kind = kind.value_type if is_a.is_dictionary(kind) else kind
-    text = is_a.is_string(kind) or is_a.is_large_string(kind)
-    if column in UNDERSTOOD and not (text or is_a.is_integer(kind) or is_a.is_null(kind)):
-        raise UserError(f"{file}: column {column!r} is {kind}; expected text. Write it as text, or leave it out.")
+    if not is_a.is_struct(kind):
+        return _is_binary(kind) or _is_text(kind)
+    parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+    if "bytes" in parts:
+        return _is_binary(parts["bytes"]) or (is_a.is_null(parts["bytes"]) and "path" in parts)
+    return "path" in parts
+
+
+def _is_binary(kind: "pa.DataType") -> bool:
+    import pyarrow.types as is_a
+
+    return is_a.is_binary(kind) or is_a.is_large_binary(kind) or is_a.is_binary_view(kind)
+
+
+def _is_text(kind: "pa.DataType") -> bool:
+    import pyarrow.types as is_a
+
+    return is_a.is_string(kind) or is_a.is_large_string(kind) or is_a.is_string_view(kind)
 
 
 def _is_plain(kind: "pa.DataType") -> bool:
     import pyarrow.types as is_a
 
     kind = kind.value_type if is_a.is_dictionary(kind) else kind
-    text = is_a.is_string(kind) or is_a.is_large_string(kind)
-    return text or is_a.is_integer(kind) or is_a.is_floating(kind) or is_a.is_boolean(kind)
+    return _is_text(kind) or is_a.is_integer(kind) or is_a.is_floating(kind) or is_a.is_boolean(kind)
 
 
 def convert_shards(
@@ -114,22 +181,28 @@ def convert_shards(
     import datasets.exceptions
     import pyarrow as pa
 
-    features = datasets.Features.from_arrow_schema(pa.schema(list(columns.items())))
-    features["image"] = datasets.Image(decode=False)
-    for column in UNDERSTOOD[1:]:
-        if column in features:
-            features[column] = datasets.Value("string")
+    from fedvlm_jax.data.plain import PlainParquet, is_list
+
+    others = [(name, kind) for name, kind in columns.items() if name not in UNDERSTOOD]
+    plain = pa.schema([(name, pa.string() if _is_text(kind) else kind) for name, kind in others])
+    text = datasets.Value("string")
+    known = dict(datasets.Features.from_arrow_schema(plain)) | {"image": datasets.Image(decode=False)}
+    if is_list(columns["chosen"]):
+        known["chosen"] = datasets.List(text)
+    features = datasets.Features({name: known.get(name, text) for name in columns})
     cache, bound = find_arrow(), read_bound()
     try:
         writing = Hold(cache)
         with hush_datasets():
-            dataset = datasets.Dataset.from_parquet(
-                [str(file.resolve()) for file in files],
+            builder = PlainParquet(
+                data_files={"train": [str(file.resolve()) for file in files]},
                 cache_dir=str(cache / digest),
                 columns=list(columns),
                 features=features,
-                keep_in_memory=False,
+                batch_size=BATCH,  # by default the first row group's rows, and 0 is refused
             )
+            builder.download_and_prepare()
+            dataset = builder.as_dataset(split="train")
     except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, TypeError) as error:
         cause = error.__cause__ or error
         broken = _find_damaged(files, list(columns))
@@ -152,14 +225,17 @@ def convert_shards(
 
 
 def _find_damaged(files: Sequence[Path], columns: list[str]) -> Path | None:
-    """The first file that pyarrow itself cannot read through."""
+    """The first file that pyarrow itself cannot read through, or that cannot be made plain."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
+
+    from fedvlm_jax.data.plain import make_plain
 
     for file in files:
         try:
             with pq.ParquetFile(file) as opened:
-                for _ in opened.iter_batches(columns=columns):
-                    pass
+                for batch in opened.iter_batches(columns=columns):
+                    make_plain(pa.Table.from_batches([batch]))
         except Exception:  # see above
             return file
     return None

@@ -8,7 +8,10 @@ Source of the schema: the card of openbmb/RLAIF-V-Dataset (arXiv 2405.17220); `c
 `question_client` are this project's additions.
 """
 
+import base64
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +48,16 @@ __all__ = [
 
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 """What stands for a text whose bytes are no UTF-8: nobody checks when parquet is written, and damage is not noticed."""
+
+LOST = "image file cannot be read"
+OUTSIDE = "image file outside of the data's folder (--data.image-root allows another)"
+"""Why an image that goes by a name is not there."""
+
+LONGEST_NAME = 80
+"""Characters of an image's name that a message shows."""
+
+INLINE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
+"""How PNG, JPEG, GIF and WebP begin in base64."""
 
 FACTS = f"fedvlm-jax-images-{DECODING}.npz"
 """The file beside the Arrow files that holds what is known about the images."""
@@ -88,17 +101,34 @@ class Table:
     def read_text(self, column: str, rows: "Sequence[int] | np.ndarray | None" = None) -> list[str | None]:
         """The texts of one column, for the given rows [N] or for all; numbers become text, nulls stay None.
 
-        What is no UTF-8 becomes `UNREADABLE`.
+        What is no UTF-8 becomes `UNREADABLE`. Of several answers it is the most frequent, of equally frequent ones the
+        first.
 
         Raises:
             UserError: there is no such column.
         """
+        return [text for chunk in self._take(column, rows) for text in _list_texts(chunk)]
+
+    def read_answers(self, rows: "Sequence[int] | np.ndarray | None" = None) -> list[tuple[str, ...]]:
+        """All answers to the question of each of the given rows [N], equal ones as often as they were given.
+
+        Spaces around them do not count, nor do empty ones.
+        """
+        cells = [cell for chunk in self._take("chosen", rows) for cell in _list_cells(chunk)]
+        return [tuple(text.strip() for text in cell if text and text.strip()) for cell in cells]
+
+    @property
+    def has_several_answers(self) -> bool:
+        """May a row have the answers of several people?"""
+        import pyarrow.types as is_a
+
+        return is_a.is_list(self.data.schema.field("chosen").type)
+
+    def _take(self, column: str, rows: "Sequence[int] | np.ndarray | None") -> "list[pa.Array]":
         if column not in self.columns:
             raise UserError(f"{self.name} has no column {column!r}; it has: {', '.join(self.columns)}.")
         values = self.data.column(column)
-        if rows is not None:
-            values = values.take(_to_arrow(np.ascontiguousarray(rows, np.int64)))
-        return [text for chunk in values.chunks for text in _list_texts(chunk)]
+        return values.chunks if rows is None else values.take(_to_arrow(np.ascontiguousarray(rows, np.int64))).chunks
 
     def read_image(self, row: int) -> bytes:
         """The encoded bytes of one row's image, from the table or from the file it names.
@@ -117,7 +147,7 @@ class Table:
         try:
             if path is None or not (name := path.as_py()):
                 raise BrokenImageError("no image")
-            found = read_below(name, self.image_folders)
+            found = _read_inline(name) or read_below(name, self.image_folders)
         except BrokenImageError:
             raise
         except OutsideError as error:
@@ -125,10 +155,19 @@ class Table:
                 "image file outside of the data's folder (--data.image-root allows another)"
             ) from error
         except (OSError, ValueError) as error:  # the latter from a name with a NUL, or one that is no UTF-8
-            raise BrokenImageError("image file cannot be read") from error
+            raise BrokenImageError(LOST) from error
         if not found:
             raise BrokenImageError("no image")
         return found
+
+    def tell_image(self, row: int) -> str:
+        """Say by which name a row's image was looked for, and where; empty where it does not go by a name."""
+        cell = self.data.column("image")[int(row)].as_py()
+        name = cell.get("path") if isinstance(cell, dict) else cell
+        if not isinstance(name, str) or not name or self.is_embedded(row):
+            return ""
+        shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
+        return f"looked for {shown!r} in {' and '.join(str(folder) for folder in self.image_folders)}"
 
     @property
     def image_folders(self) -> tuple[Path, ...]:
@@ -202,6 +241,18 @@ def open_dataset(dataset: "datasets.Dataset", name: str, folder: Path) -> Table:
     return Table(name, data, folder, blobs, ImageFacts.open(files[0].parent / FACTS))
 
 
+def _read_inline(text: str) -> bytes | None:
+    """The picture that stands in the text itself, as a data URL or in base64; None where the text is a name."""
+    if text.startswith("data:") and ";base64," in text[:LONGEST_NAME]:
+        text = text.partition(";base64,")[2]
+    elif not text.startswith(INLINE) or len(text) <= LONGEST_NAME:
+        return None
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        return None
+
+
 def _to_arrow(numbers: "np.ndarray") -> "pa.Array":
     """64-bit integers; by `pa.array` the same, but that imports pandas, a third of a second."""
     import pyarrow as pa
@@ -213,6 +264,8 @@ def _list_texts(chunk: "pa.Array") -> list[str | None]:
     """An array's values as text; a dictionary's words are made once, not once per row."""
     import pyarrow.types as is_a
 
+    if is_a.is_list(chunk.type):
+        return [_choose(cell) for cell in _list_cells(chunk)]
     if not is_a.is_dictionary(chunk.type):
         try:
             return [None if value is None else str(value) for value in chunk.to_pylist()]
@@ -220,6 +273,23 @@ def _list_texts(chunk: "pa.Array") -> list[str | None]:
             return [None if value is None else _read_utf8(value) for value in chunk.cast("large_binary").to_pylist()]
     words = _list_texts(chunk.dictionary)
     return [None if code is None else words[code] for code in chunk.indices.to_pylist()]
+
+
+def _list_cells(chunk: "pa.Array") -> list[list[str | None]]:
+    """Every row's texts: those of its list, or its only one."""
+    import pyarrow.types as is_a
+
+    if not is_a.is_list(chunk.type):
+        return [[text] for text in _list_texts(chunk)]
+    texts = _list_texts(chunk.flatten())
+    edges = np.cumsum([0, *chunk.value_lengths().fill_null(0).to_pylist()]).tolist()
+    return [texts[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def _choose(answers: "Sequence[str | None]") -> str | None:
+    """The most frequent of several answers, of equally frequent ones the first; None where there is none."""
+    counted = Counter(text.strip() for text in answers if text and text.strip())
+    return max(counted, key=counted.__getitem__) if counted else None
 
 
 def _read_utf8(encoded: bytes) -> str:

@@ -165,6 +165,7 @@ def _tabulate_left_out(description: Mapping[str, Any]) -> Table:
     note = "Prompts that are too long for the model come on top" + (
         "." if checked else "; and broken images, which only --check-images looks for."
     )
+    note = f"{description['unusable']['lost']}{note}"
     return Table("Rows that will be left out", ("reason", "rows"), tuple(rows), note=note)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedvlm_jax import lora, processes
-from fedvlm_jax.data.encode import Examples, encode, require_pairs
+from fedvlm_jax.data.encode import Examples, encode, require_pairs, tell_lost
 from fedvlm_jax.data.federate import Federation, count_reasons, federate
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.data.table import read_table
@@ -158,7 +158,8 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     note(f"{len(clients)} clients, {sum(len(c.train) for c in clients)} training examples")
     if examples.skipped:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in count_reasons(examples.skipped).items())
-        note(f"left out: {reasons} (listed in the run's config.json)")
+        lost = tell_lost(session.table, examples.skipped)
+        note(f"left out: {reasons} (listed in the run's config.json). {lost}".rstrip())
     if examples.truncated:
         note(f"{examples.truncated} answers cut to {options.max_answer_tokens} tokens")
     if objective.pairs and examples.rejected_truncated:

@@ -1,0 +1,206 @@
+"""Tables of odd types: read where they say the same in another way, one clear line otherwise."""
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from make_parquet import IMAGE, draw_image, make_row, make_rows, write_rows
+from malformed import LOST, replace_column
+from words import WordProcessor
+
+from fedvlm_jax.data.encode import Examples, encode
+from fedvlm_jax.data.federate import federate
+from fedvlm_jax.data.options import DataOptions
+from fedvlm_jax.data.table import BrokenImageError, Table, read_table
+from fedvlm_jax.errors import UserError
+
+PICTURES = [draw_image(number) for number in range(4)]
+STRUCTS = [{"bytes": picture, "path": None} for picture in PICTURES]
+VIEWS = pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())])
+LARGE = pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
+
+
+def write(folder: Path, table: pa.Table) -> Path:
+    pq.write_table(table, folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def read(folder: Path, column: str, values: pa.Array) -> Table:
+    return read_table(str(write(folder, replace_column(column, values))))
+
+
+def encode_file(path: Path, **choices: Any) -> Examples:
+    options = DataOptions(source=str(path), **choices)
+    table = read_table(options)
+    return encode(table, federate(table, options, 0), WordProcessor(), options)
+
+
+IMAGE_TYPES: dict[str, Callable[[], pa.Array]] = {
+    "bytes": lambda: pa.array(PICTURES),
+    "large bytes": lambda: pa.array(PICTURES, pa.large_binary()),
+    "views of bytes": lambda: pa.array(PICTURES, pa.binary_view()),
+    "a struct of views": lambda: pa.array(STRUCTS, VIEWS),
+    "a struct of large ones": lambda: pa.array(STRUCTS, LARGE),
+    "a struct of more": lambda: pa.array([{**struct, "size": 3} for struct in STRUCTS]),
+    "a list of one": lambda: pa.array([[struct] for struct in STRUCTS], pa.list_(IMAGE)),
+    "a large list of one": lambda: pa.array([[struct] for struct in STRUCTS], pa.large_list(IMAGE)),
+    "a fixed list of one": lambda: pa.array([[picture] for picture in PICTURES], pa.list_(pa.binary(), 1)),
+    "a list of one's bytes": lambda: pa.array([[picture] for picture in PICTURES]),
+    "a dictionary": lambda: pa.array(PICTURES).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("name", list(IMAGE_TYPES))
+def test_pictures_are_read_from_every_layout(tmp_path: Path, name: str) -> None:
+    table = read(tmp_path, "image", IMAGE_TYPES[name]())
+    assert [table.read_image(row) for row in range(4)] == PICTURES
+
+
+def test_a_list_without_a_picture_is_a_row_without_one_and_two_are_refused(tmp_path: Path) -> None:
+    lists = [[STRUCTS[0]], [], None, [STRUCTS[3]]]
+    table = read(tmp_path, "image", pa.array(lists, pa.list_(IMAGE)))
+    assert [table.read_image(0), table.read_image(3)] == [PICTURES[0], PICTURES[3]]
+    for row in (1, 2):
+        with pytest.raises(BrokenImageError, match="no image"):
+            table.read_image(row)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(UserError, match=r"a\.parquet .*a row has 2 pictures \(the 2\. .*expected one in each"):
+        read(tmp_path / "b", "image", pa.array([[STRUCTS[0]], STRUCTS[:2], [], []], pa.list_(IMAGE)))
+
+
+TEXTS = ["What is it?", "Où ?", "", None]
+TEXT_TYPES: dict[str, Callable[[], pa.Array]] = {
+    "views": lambda: pa.array(TEXTS, pa.string_view()),
+    "large": lambda: pa.array(TEXTS, pa.large_string()),
+    "a dictionary": lambda: pa.array(TEXTS).dictionary_encode(),
+    "a dictionary of large": lambda: pa.array(TEXTS, pa.large_string()).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("column", ["question", "chosen", "client", "idx", "unheard_of"])
+@pytest.mark.parametrize("name", list(TEXT_TYPES))
+def test_texts_are_read_from_every_layout(tmp_path: Path, name: str, column: str) -> None:
+    assert read(tmp_path, column, TEXT_TYPES[name]()).read_text(column) == TEXTS
+
+
+ANSWERS = [["a", "b", " b "], ["c"], [], None]
+ANSWER_TYPES: dict[str, Callable[[], pa.Array]] = {
+    "texts": lambda: pa.array(ANSWERS, pa.list_(pa.string())),
+    "views": lambda: pa.array(ANSWERS, pa.list_(pa.string_view())),
+    "a large list": lambda: pa.array(ANSWERS, pa.large_list(pa.large_string())),
+    "structs": lambda: pa.array(
+        [None if row is None else [{"answer": text, "answer_id": 3, "answer_confidence": "yes"} for text in row]
+         for row in ANSWERS]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(ANSWER_TYPES))
+def test_several_answers_are_all_read_and_most_people_s_trains(tmp_path: Path, name: str) -> None:
+    table = read(tmp_path, "chosen", ANSWER_TYPES[name]())
+    assert table.has_several_answers
+    assert table.read_text("chosen") == ["b", "c", None, None]
+    assert table.read_text("chosen", [1, 0]) == ["c", "b"]
+    assert table.read_answers() == [("a", "b", "b"), ("c",), (), ()]
+    assert table.read_answers([2, 0]) == [(), ("a", "b", "b")]
+
+
+def test_ten_answers_of_which_two_are_as_frequent_train_the_first(tmp_path: Path) -> None:
+    said = ["no", "yes", "yes", "no", "maybe", "", None, "a", "b", "c"]
+    table = read(tmp_path, "chosen", pa.array([said] * 4))
+    assert set(table.read_text("chosen")) == {"no"}
+    assert table.read_answers([0]) == [("no", "yes", "yes", "no", "maybe", "a", "b", "c")]
+
+
+def test_one_answer_is_a_list_of_one(tmp_path: Path) -> None:
+    table = read_table(str(write_rows(tmp_path / "a.parquet", [make_row(0, chosen=" x "), make_row(1, chosen=None)])))
+    assert not table.has_several_answers
+    assert table.read_answers() == [("x",), ()]
+
+
+def label(names: Any, **more: Any) -> dict[str, str]:
+    features = {
+        "client": {"_type": "ClassLabel", "names": names},
+        "kind": {"_type": "ClassLabel", "names": names},
+    } | more
+    return {"huggingface": json.dumps({"info": {"features": features}})}
+
+
+def make_labelled(codes: list[int | None], names: Any) -> pa.Table:
+    table = replace_column("client", pa.array(codes, pa.int64())).append_column("kind", pa.array(codes, pa.int32()))
+    return table.replace_schema_metadata(label(names))
+
+
+def test_classes_keep_their_names(tmp_path: Path) -> None:
+    table = read_table(str(write(tmp_path, make_labelled([1, 0, -1, None], ["Ward 3", "東京"]))))
+    assert table.read_text("client") == ["東京", "Ward 3", None, None]
+    assert table.read_text("kind") == ["東京", "Ward 3", None, None]
+    options = DataOptions(source=str(tmp_path), validation_share=0, test_share=0)
+    assert federate(table, options, 0).names == ("Ward 3", "東京")
+
+
+@pytest.mark.parametrize("names", [None, [], "ab", [1, 2], {"a": 1}])
+def test_names_of_classes_that_are_none_are_not_believed(tmp_path: Path, names: Any) -> None:
+    assert read_table(str(write(tmp_path, make_labelled([1, 0, 1, None], names)))).read_text("client") == [
+        "1", "0", "1", None,
+    ]  # fmt: skip
+
+
+def test_classes_without_a_name_and_shards_that_name_them_differently_are_told(tmp_path: Path) -> None:
+    write(tmp_path, make_labelled([1, 0, 2, None], ["a", "b"]))
+    with pytest.raises(UserError, match=r"a\.parquet .*column 'client' has the class 2, and names for 2 classes"):
+        read_table(str(tmp_path))
+    write(tmp_path, make_labelled([1, 0, 0, None], ["a", "b"]))
+    pq.write_table(make_labelled([1, 0, 0, None], ["b", "a"]), tmp_path / "b.parquet")
+    assert read_table(str(tmp_path)).read_text("client") == ["b", "a", "a", None, "a", "b", "b", None]
+    pq.write_table(make_labelled([1, 0, 0, None], None), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"disagree: only one of them has names for the classes of 'client'"):
+        read_table(str(tmp_path))
+
+
+def test_pictures_in_texts_are_read(tmp_path: Path) -> None:
+    whole = draw_image(3, (60, 50))
+    text = base64.b64encode(whole).decode()
+    jpeg = draw_image(3, (60, 50), "JPEG")
+    paths = [f"data:image/png;base64,{text}", text, base64.b64encode(jpeg).decode(), "data:image/png;base64,?!"]
+    table = read(tmp_path, "image", pa.array(paths))
+    assert [table.read_image(row) for row in range(3)] == [whole, whole, jpeg]
+    with pytest.raises(BrokenImageError, match=LOST):
+        table.read_image(3)
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("coco/1.png", r"For row 2 it looked for 'coco/1\.png' in .*data"),
+        ("x" * 300, r"For row 2 it looked for 'x{80}…' in .*data"),
+        ("/9j/" + "?" * 200, r"For row 2 it looked for '/9j/\?+…' in .*data"),
+        ("/etc/hostname", r"For row 2 it looked for '/etc/hostname' in .*data"),
+    ],
+)
+def test_a_picture_that_is_not_found_is_told_by_name_and_place(tmp_path: Path, path: str, told: str) -> None:
+    rows = [*make_rows(2), make_row(2, image={"bytes": None, "path": path})]
+    with pytest.raises(UserError, match=told):
+        encode_file(write_rows(tmp_path / "data" / "a.parquet", rows))
+
+
+NEEDED_TYPES = {
+    "question": pa.array([["a"]] * 4),
+    "chosen": pa.array([1.5] * 4),
+    "image": pa.array([True] * 4),
+}
+
+
+@pytest.mark.parametrize("column", list(NEEDED_TYPES))
+def test_nobody_is_told_to_leave_out_what_is_needed(tmp_path: Path, column: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, column, NEEDED_TYPES[column])
+    assert "eave it out" not in str(caught.value)
+    assert f"column {column!r} is" in str(caught.value)
+    with pytest.raises(UserError, match=r"'split' is double; expected text\. Write it as text, or leave it out\."):
+        read(tmp_path, "split", pa.array([1.5] * 4))
