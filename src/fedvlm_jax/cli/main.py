@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tyro
 
+from fedvlm_jax.cli._said import note_flags
 from fedvlm_jax.cli._signals import exit_code, heed_signals, say
 from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.runs.heap import keep_heap
@@ -48,6 +49,7 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
     # transformers tells at import that PyTorch is missing; here that is as it should be.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    note_flags(words)
     try:
         with heed_signals():
             _dispatch(words)

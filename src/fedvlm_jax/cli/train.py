@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from fedvlm_jax.cli._said import was_said
 from fedvlm_jax.cli._signals import exit_code, say
 from fedvlm_jax.cli._supervise import is_child, supervise
 from fedvlm_jax.cli._together import Together, together
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from fedvlm_jax.runs.profiling import RoundProfile
 
 __all__ = ["train"]
+
+LONGER, ROUNDS = "train.rounds", ("--train.rounds", "--rounds")
+"""The one option that a resumed run takes: it trains a finished run longer."""
 
 
 def train(
@@ -56,6 +60,7 @@ def _train(run: Run, about: Together, again: bool, profile: bool) -> None:
     """Train or go on; `again`: a run that has begun in its folder goes on without being asked to."""
     from fedvlm_jax import processes
     from fedvlm_jax.runs import loop, progress
+    from fedvlm_jax.runs.longer import lengthen
 
     name = processes.tell_all(lambda: str(run.resume or run.out or make_folder(run.method)))
     folder = about.folder = Path(name)
@@ -64,6 +69,8 @@ def _train(run: Run, about: Together, again: bool, profile: bool) -> None:
     watched: dict[str, Any] = {} if watch is None else {"watch": watch}
     show = progress.open_progress() if processes.is_first() else progress.SilentProgress()
     try:
+        if run.resume is not None and was_said(*ROUNDS):
+            processes.tell_all(lambda: lengthen(folder, run.train.rounds))
         if begun:
             loop.resume(folder, show, **watched)
         else:
@@ -128,7 +135,7 @@ def _has_begun(run: Run, folder: Path) -> bool:
 def _refuse_changes(run: Run) -> None:
     """A resumed run has its options from its folder, so others beside `--resume` would silently do nothing."""
     asked, default = (_flatten(to_json(dataclasses.replace(one, resume=None))) for one in (run, Run()))
-    changed = [name for name in asked if asked[name] != default[name]]
+    changed = [name for name in asked if asked[name] != default[name] and name != LONGER]
     if changed:
         flags = ", ".join(_name_flag(name) for name in changed)
         raise UserError(f"--resume takes all options from the run's folder: leave out {flags}")

@@ -236,7 +236,8 @@ class Run:
     out: Annotated[Path | None, _optional("DIR", "runs/<time>-<name>")] = None
     """Folder to write to."""
     resume: Annotated[Path | None, _optional("RUN", "start anew")] = None
-    """`train` only: go on with the run in this folder, with the options stored there."""
+    """`train` only: go on with the run in this folder, with the options stored there; a finished one trains longer if
+    --train.rounds says how many rounds there shall be in all."""
     data: DataOptions = field(default_factory=DataOptions)
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
