@@ -248,7 +248,7 @@ def test_a_disk_that_fills_while_a_run_writes(small_disk, tmp_path):
     whole, out = tmp_path / "whole", small_disk(4) / "run"
     subprocess.run([*words, *flags, "--out", str(whole)], check=True, capture_output=True)
     ends = []
-    for size in (4, 12, 40, 100, 160, 220, 280, 400, 8000):
+    for size in (8, 60, 200, 300, 420, 8000):
         small_disk(size)
         again = ["--resume", str(out)] if (out / "config.json").exists() else [*flags, "--out", str(out)]
         done = subprocess.run([*words, *again], capture_output=True, text=True, check=False)
