@@ -40,11 +40,14 @@ import methods_summary as summary
 import tyro
 
 from fedvlm_jax.data.options import DataOptions
-from fedvlm_jax.runs.config import EvaluationOptions, Run, TrainOptions, methods_available
+from fedvlm_jax.runs.config import EvaluationOptions, HyperOptions, Run, TrainOptions, methods_available
 
 RESULTS = Path(__file__).parent / "results"
-GRID = ((2e-3, 2e-3), (5e-3, 2e-3), (1e-2, 5e-3))
-"""Learning rates of A and B."""
+Rates = tuple[float, ...]
+"""Learning rates of A and B; of pfedme also that of its local copy of the global model."""
+GRID: tuple[Rates, ...] = ((2e-3, 2e-3), (5e-3, 2e-3), (1e-2, 5e-3))
+PFEDME_RATES = (0.1, 0.4, 0.8)
+"""pFedMe's inner rate decides as much as the other two (26.1 and 40.1 % were seen), so its grid has it: nine points."""
 FIRST = ("local", "fedavg-lora", "plora", "fedavg-lora+ft", "fedavg-lora+knn")
 SHIFT_METHODS = ("local", "fedavg-lora", "plora", "fedsa-lora", "iat", "iat-inverted")
 TUNE_SEED, SEARCH_SEEDS, FRESH_SEEDS = 100, (101, 102), (200, 201, 202, 203, 204)
@@ -109,7 +112,7 @@ class Study:
     batch_size: int = 8
     quick: bool = False
     """A smoke run: four clients, two rounds, two seeds, two points of the grid, four methods."""
-    grid: tyro.conf.Suppress[tuple[tuple[float, float], ...]] = GRID
+    grid: tyro.conf.Suppress[tuple[Rates, ...]] = GRID
     data: tyro.conf.Suppress[DataOptions] = field(default_factory=lambda: DataOptions(prompt="neutral"))
 
     def plan(self) -> dict[str, Cell]:
@@ -137,7 +140,13 @@ class Study:
             cells[name] = Cell(alike.replace(**changes), SHIFT_METHODS, name)
         return cells
 
-    def make_run(self, stage: str, cell: Cell, method: str, seed: int, rates: tuple[float, float]) -> Run:
+    def list_rates(self, method: str) -> tuple[Rates, ...]:
+        """The points among which a method's rates are chosen."""
+        if method != "pfedme":
+            return self.grid
+        return tuple((*rates, inner) for rates in self.grid for inner in PFEDME_RATES)
+
+    def make_run(self, stage: str, cell: Cell, method: str, seed: int, rates: Rates) -> Run:
         """One run; `method` may end with +ft or +knn, or be a pattern of the search."""
         share = PATTERNS.get(method, "")
         train = TrainOptions(
@@ -152,6 +161,7 @@ class Study:
         name = "share" if share else method.partition("+")[0]
         return Run(
             method=name, share=share, seed=seed, data=cell.data, train=train, evaluation=evaluation,
+            hyper=HyperOptions(pfedme_rate=rates[2]) if len(rates) > 2 else HyperOptions(),
             checkpoint_every=self.rounds, out=self.out / "scratch" / f"part-{self.part.replace('/', '-')}",
         )  # fmt: skip
 
@@ -170,7 +180,7 @@ class Bench:
         self.session: Any = None
         self.began, self.count = time.monotonic(), 0
 
-    def score(self, stage: str, cell: str, method: str, seed: int, rates: tuple[float, float]) -> summary.Json:
+    def score(self, stage: str, cell: str, method: str, seed: int, rates: Rates) -> summary.Json:
         """The line of a run, from the log or from running it."""
         key = {"stage": stage, "cell": cell, "method": method, "seed": seed, "rates": list(rates)}
         for line in summary.read_all(self.study.out):
@@ -206,13 +216,14 @@ class Bench:
             file.write(json.dumps(line) + "\n")
         self.count += 1
         passed = (time.monotonic() - self.began) / 60
-        which = f"{stage} {cell} {method} seed {seed} a={rates[0]:g} b={rates[1]:g}"
+        which = f"{stage} {cell} {method} seed {seed} rates {' '.join(f'{rate:g}' for rate in rates)}"
         print(f"[{passed:6.1f} min, {self.count} runs] {which}: validation {line['validation']:.1%}", flush=True)
         return line
 
-    def tune(self, cell: str, method: str) -> tuple[float, float]:
+    def tune(self, cell: str, method: str) -> Rates:
         """The rates that do best on validation; the first of equals."""
-        return max(self.study.grid, key=lambda rates: self.score("tune", cell, method, TUNE_SEED, rates)["validation"])
+        points = self.study.list_rates(method)
+        return max(points, key=lambda rates: self.score("tune", cell, method, TUNE_SEED, rates)["validation"])
 
     def run(self) -> None:
         """All cells that were asked for, method by method; or, in the stage curve, one run of each."""

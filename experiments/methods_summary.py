@@ -199,7 +199,7 @@ def tabulate(name: str, cell: Json) -> Table:
             "–" if one["bytes_up"] is None else format_bytes(one["bytes_up"]),
             "–" if one["bytes_down"] is None else format_bytes(one["bytes_down"]),
             _format_level(one["bytes_to_level"]),
-            "–" if one["rates"] is None else "{:g} / {:g}".format(*one["rates"]),
+            "–" if one["rates"] is None else " / ".join(f"{rate:g}" for rate in one["rates"]),
             str(len(one["seeds"])),
         )
         for method, one in cell["methods"].items()
