@@ -1,9 +1,11 @@
 """kNN-Per (arXiv 2111.09360) on a VLM: a client's model mixed with what it remembers of its own training answers.
 
 At every token of every training answer, the decoder's last state φ and the token y that followed are kept. A new state
-finds its k nearest, and p_kNN(y) ∝ Σ_{i among them} 1[y = y_i] exp(−‖φ − φ_i‖ / τ), in the paper with τ = 1. The model
-then says p = λ p_kNN + (1 − λ) p_h, with a λ for each client, the likeliest on its validation answers. Nothing is
-trained and nothing leaves the client.
+finds its k nearest, and p_kNN(y) ∝ Σ_{i among them} 1[y = y_i] exp(−‖φ − φ_i‖ / τ), in the paper with τ = 1. The
+authors' code has exp(−‖φ − φ_i‖² / (D τ)) instead, under which the nearest weighs less; both are here, and unless one
+is asked for, all clients take the one that is likelier on all validation answers. The model then says p = λ p_kNN +
+(1 − λ) p_h, with a λ for each client, the likeliest on its validation answers. Nothing is trained and nothing leaves
+the client.
 
 Deviation: the paper classifies images; here it is every token of a generated answer, as in kNN-LM (arXiv 1911.00172).
 λ is chosen by the likelihood of the validation answers, which one pass knows for every λ; the paper takes accuracy.
@@ -14,23 +16,28 @@ Axes: N remembered tokens, D width, V vocabulary, k neighbours, C clients.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fedvlm_jax.data.encode import IGNORED
 from fedvlm_jax.data.options import Split
 from fedvlm_jax.evaluation.clients import Adapters, Evaluator
 
-__all__ = ["SHARES", "Memory", "Neighbours", "Recall", "make_neighbours", "recall", "with_memory"]
+__all__ = ["KERNELS", "SHARES", "Kernel", "Memory", "Neighbours", "Recall", "make_neighbours", "recall", "with_memory"]
 
 AnyArray = Any  # a jax.Array on the device, a numpy array before it
 
 SHARES = tuple(tenth / 10 for tenth in range(11))
 """The λ that are tried."""
+
+Kernel = Literal["distance", "squared"]
+
+KERNELS: tuple[Kernel, ...] = ("distance", "squared")
+"""exp(−d / τ), as the paper writes it, and exp(−d² / (D τ)), as its authors' code has it."""
 
 NOTHING = -1
 """The token of a place in the memory where nothing is kept."""
@@ -46,11 +53,13 @@ class Memory(NamedTuple):
         states: [N, D] float32.
         tokens: [N] int32, what followed; `NOTHING` where nothing is kept.
         share: λ, how much the neighbours count.
+        squared: is the kernel that of the squared distance?
     """
 
     states: Float[AnyArray, "N D"]
     tokens: Int[AnyArray, " N"]
     share: Float[AnyArray, ""]
+    squared: Bool[AnyArray, ""]
 
 
 class Recall(NamedTuple):
@@ -66,7 +75,7 @@ class Neighbours(NamedTuple):
     Attributes:
         vlm: the model as `with_memory` makes it.
         keep: (params, adapters, batch [V, B, …]) -> `states` [V, B, U, D] and `tokens` [V, B, U] of the answers.
-        weigh: (params, recalls, batch [V, B, …]) -> `likelihood` [V, B, λ] of the answers, whatever their own λ.
+        weigh: (params, recalls, batch [V, B, …]) -> `likelihood` [V, B, kernel, λ] of the answers, whatever their own.
     """
 
     vlm: Any
@@ -125,7 +134,8 @@ def _find(memory: Memory, states: Array, neighbours: int, temperature: float) ->
     squares = jnp.sum(states**2, -1)[..., None] + jnp.sum(memory.states**2, -1) - 2 * states @ memory.states.T
     distances = jnp.where(memory.tokens == NOTHING, jnp.inf, jnp.sqrt(jnp.maximum(squares, 0.0)))
     nearest, places = jax.lax.top_k(-distances, min(neighbours, memory.tokens.shape[0]))
-    weights = jnp.where(jnp.isfinite(nearest), jnp.exp((nearest - nearest[..., :1]) / temperature), 0.0)
+    far = jnp.where(memory.squared, nearest**2 / states.shape[-1], -nearest)
+    weights = jnp.where(jnp.isfinite(nearest), jnp.exp((far[..., :1] - far) / temperature), 0.0)
     return memory.tokens[places], weights / jnp.maximum(weights.sum(-1, keepdims=True), FLOOR)
 
 
@@ -145,8 +155,9 @@ def recall(
     adapters: Adapters,
     numbers: Sequence[int],
     capacity: int,
-) -> tuple[Adapters, dict[str, float]]:
-    """Let clients remember their training answers and choose how much these count.
+    kernels: Sequence[Kernel] = KERNELS,
+) -> tuple[Adapters, dict[str, float], Kernel]:
+    """Let clients remember their training answers and choose how much these count, and by which kernel.
 
     Args:
         evaluator: of the population.
@@ -155,9 +166,10 @@ def recall(
         adapters: every client's own.
         numbers: the clients that remember; the others, and those without a validation answer, have λ = 0.
         capacity: most tokens that a client keeps, evenly spaced over those that it has.
+        kernels: to choose from; the first where there is no validation answer.
 
     Returns:
-        Every client's recall, as its adapter was given, and λ by client's name.
+        Every client's recall, as its adapter was given; λ by client's name; and the kernel of all of them.
     """
     places = {number: place for place, number in enumerate(numbers)}
     stranger = len(numbers)  # the place of all who do not remember
@@ -175,6 +187,7 @@ def recall(
         states=np.zeros((stranger + 1, size, width), np.float32),
         tokens=np.full((stranger + 1, size), NOTHING, np.int32),
         share=np.zeros(stranger + 1, np.float32),
+        squared=np.zeros(stranger + 1, bool),
     )
     for client, (states, tokens) in kept.items():
         place = places[client]
@@ -184,12 +197,19 @@ def recall(
         own = np.asarray([places.get(number, stranger) for number in asked.tolist()])
         return Recall(adapters(asked), jax.tree.map(lambda leaf: leaf[own], memory))
 
+    tried = [KERNELS.index(kernel) for kernel in kernels]
+    likelihood = {
+        client: np.sum([part["likelihood"].sum(axis=0) for part in parts], axis=0)[tried]  # [kernel, λ]
+        for client, parts in evaluator.visit(neighbours.weigh, params, remembering, rows("validation")).items()
+    }
+    best = np.sum([one.max(axis=1) for one in likelihood.values()], axis=0) if likelihood else np.zeros(len(tried))
+    kernel = int(np.argmax(best))
+    memory.squared[:] = kernels[kernel] == "squared"
     shares: dict[str, float] = {}
-    for client, parts in evaluator.visit(neighbours.weigh, params, remembering, rows("validation")).items():
-        likelihood = np.sum([part["likelihood"].sum(axis=0) for part in parts], axis=0)
-        share = SHARES[int(np.argmax(likelihood))] if client in kept else 0.0
+    for client, one in likelihood.items():
+        share = SHARES[int(np.argmax(one[kernel]))] if client in kept else 0.0
         memory.share[places[client]] = shares[evaluator.examples.clients[client].name] = share
-    return remembering, shares
+    return remembering, shares, kernels[kernel]
 
 
 def _keep(vlm: Any, params: PyTree, adapter: PyTree, batch: Mapping[str, Array]) -> dict[str, Array]:
@@ -199,16 +219,21 @@ def _keep(vlm: Any, params: PyTree, adapter: PyTree, batch: Mapping[str, Array])
 def _weigh(
     vlm: Any, params: PyTree, own: Recall, batch: Mapping[str, Array], neighbours: int, temperature: float
 ) -> dict[str, Array]:
-    """The log-likelihood of every answer [B, λ], for all λ that are tried."""
+    """The log-likelihood of every answer [B, kernel, λ], for all that are tried."""
     states, logits = vlm.states(params, own.adapter, batch)
     labels = batch["labels"]
-    tokens, weights = _find(own.memory, states, neighbours, temperature)
-    remembered = jnp.sum(weights * (tokens == labels[..., None]), -1)
+
+    def remember(kernel: Kernel) -> Array:
+        memory = own.memory._replace(squared=jnp.asarray(kernel == "squared"))
+        tokens, weights = _find(memory, states, neighbours, temperature)
+        return jnp.sum(weights * (tokens == labels[..., None]), -1)
+
+    remembered = jnp.stack([remember(kernel) for kernel in KERNELS], axis=-1)  # [B, U, kernel]
     log_probs = jax.nn.log_softmax(logits, -1)
     says = jnp.exp(jnp.take_along_axis(log_probs, jnp.maximum(labels, 0)[..., None], -1)[..., 0])
     shares = jnp.asarray(SHARES)
-    mixed = jnp.log(jnp.maximum(shares * remembered[..., None] + (1 - shares) * says[..., None], FLOOR))
-    return {"likelihood": jnp.sum(mixed * (labels != IGNORED)[..., None], axis=-2)}
+    mixed = jnp.log(jnp.maximum(shares * remembered[..., None] + (1 - shares) * says[..., None, None], FLOOR))
+    return {"likelihood": jnp.sum(mixed * (labels != IGNORED)[..., None, None], axis=-3)}
 
 
 def _thin(parts: Sequence[Mapping[str, np.ndarray]], capacity: int) -> tuple[np.ndarray, np.ndarray]:

@@ -172,6 +172,10 @@ class EvaluationOptions:
     that is chosen on its validation answers: kNN-Per (arXiv 2111.09360), which takes 10."""
     neighbour_temperature: float = 1.0
     """Distance at which a neighbour counts 1/e as much as one at no distance; 1 in kNN-Per."""
+    neighbour_kernel: Literal["validation", "distance", "squared"] = "validation"
+    """How a neighbour counts by its distance d: exp(-d), as the paper of kNN-Per has it, or exp(-d^2 / width of the
+    states), as its authors' code has it; by default what makes the validation answers likelier, and the results say
+    which."""
     neighbour_capacity: int = 4096
     """Most training tokens that a client remembers."""
     examples: int = 12

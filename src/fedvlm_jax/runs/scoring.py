@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from fedvlm_jax.data.options import Split
 from fedvlm_jax.evaluation.clients import Adapters, Scored, Scores
 from fedvlm_jax.evaluation.intervals import bootstrap_mean
-from fedvlm_jax.evaluation.neighbours import recall
+from fedvlm_jax.evaluation.neighbours import KERNELS, recall
 from fedvlm_jax.runs.prepare import Prepared
 from fedvlm_jax.sharding import fetch
 
@@ -48,13 +48,16 @@ def let_remember(prepared: Prepared, params: PyTree, adapters: Adapters) -> tupl
 
     Returns:
         What stands in the adapters' place when models are scored (the adapters themselves without neighbours), and
-        for the results `neighbours`: `share`, how much they count, by client.
+        for the results `neighbours`: `share`, how much they count, by client, and `kernel`, how by their distance.
     """
     if prepared.neighbours is None:
         return adapters, {}
-    capacity = prepared.run.evaluation.neighbour_capacity
-    models, share = recall(prepared.evaluator, prepared.neighbours, params, adapters, prepared.scored, capacity)
-    return models, {"neighbours": {"share": share}}
+    options = prepared.run.evaluation
+    kernels = KERNELS if options.neighbour_kernel == "validation" else (options.neighbour_kernel,)
+    models, share, kernel = recall(
+        prepared.evaluator, prepared.neighbours, params, adapters, prepared.scored, options.neighbour_capacity, kernels
+    )
+    return models, {"neighbours": {"share": share, "kernel": kernel}}
 
 
 def score_models(
