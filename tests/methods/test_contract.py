@@ -503,6 +503,25 @@ def test_private_start_common_or_own():
         assert set(one["encoder"]["fc1"]) == {"a", "scale"}
 
 
+@pytest.mark.parametrize("common", [True, False])
+def test_a_restart_goes_back_to_where_the_client_began(common):
+    """Two rounds of plora-reset-a from one server begin alike, also where clients drew an A each."""
+    _, params, _, method, adapter = make_method("plora-reset-a", common_start=common)
+    server, client = method.init(adapter), row(make_cohort(1), 0)
+    drawn = [method.init_client(jax.random.key(k), server, jnp.int32(k)) for k in (1, 2)]
+    for state in drawn:
+        rounds = []
+        for number in (1, 2):
+            ended = []
+            ctx = Context(params, jnp.int32(number), 0, RATES, make_believe(ended))
+            state, _, _ = method.client_update(ctx, server, state, client, jax.random.key(number))
+            rounds.append(ended[-1])
+            assert_close(method.personalise(server, state)["encoder"]["fc1"]["a"], ended[-1]["encoder"]["fc1"]["a"])
+        assert_close(*rounds, rtol=0, atol=0)
+    same = np.array_equal(*(state["own"]["encoder"]["fc1"]["a"] for state in drawn))
+    assert same == common
+
+
 def test_weighted_mean_of_published_vectors():
     """FedAvgM's example: weights 1 and 2, matrices of integers; and scalars 1 (n = 1), 3 (n = 2) -> 7/3."""
     stacked = {
