@@ -27,6 +27,7 @@ from fedvlm_jax.lora.algebra import (
     truncate,
     unmerge,
 )
+from fedvlm_jax.lora.alternatives import find_dead_targets
 from fedvlm_jax.lora.injection import inject
 from fedvlm_jax.lora.rules import Rule, combine, partition, virtual_paths
 from fedvlm_jax.lora.sites import LoraError, Site, Sites, find_sites, select, trace_init
@@ -41,6 +42,7 @@ __all__ = [
     "add_to_weights",
     "combine",
     "concatenate",
+    "find_dead_targets",
     "find_sites",
     "fix_signs",
     "init",

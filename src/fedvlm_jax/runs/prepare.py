@@ -33,7 +33,7 @@ from fedvlm_jax.objectives import Objective, load_objective
 from fedvlm_jax.runs.answering import Answering, check_room, plan_answers
 from fedvlm_jax.runs.build import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes, make_spec
 from fedvlm_jax.runs.choices import check_rule
-from fedvlm_jax.runs.config import Run
+from fedvlm_jax.runs.config import LANGUAGE_MODEL, Run
 from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
 from fedvlm_jax.runs.meshes import parse_mesh
 from fedvlm_jax.sharding import connect, make_mesh, refuse_split_groups
@@ -144,6 +144,8 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     spec = make_spec(run)
     key = jax.random.key(run.seed)
     adapter = start_adapter(key, session.vlm.sites, spec)
+    if run.lora.targets != LANGUAGE_MODEL and (dead := lora.find_dead_targets(session.vlm.sites, run.lora.targets)):
+        note(f"--lora.targets: {', '.join(dead)} match no weight of {run.model}; the others have adapters")
     objective = load_objective(run.objective, run.preference)
     federation = session.remember(
         ("federation", run.data, run.seed), lambda: federate(session.table, run.data, run.seed)
