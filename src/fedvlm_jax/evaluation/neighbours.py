@@ -202,6 +202,8 @@ def recall(
         client: np.sum([part["likelihood"].sum(axis=0) for part in parts], axis=0)[tried]  # [kernel, λ]
         for client, parts in evaluator.visit(neighbours.weigh, params, remembering, rows("validation")).items()
     }
+    # `argmax` would choose what is not a number.
+    likelihood = {client: np.where(np.isfinite(one), one, -np.inf) for client, one in likelihood.items()}
     best = np.sum([one.max(axis=1) for one in likelihood.values()], axis=0) if likelihood else np.zeros(len(tried))
     kernel = int(np.argmax(best))
     memory.squared[:] = kernels[kernel] == "squared"
