@@ -21,6 +21,8 @@ class Stream(IntEnum):
     """The personal state that a client begins with, by client."""
     UPDATES = 2
     """Whatever a method draws during local training, by round and client."""
+    DROPOUT = 3
+    """What dropout leaves out, by round, client, training, step and site."""
 
     # First integers of numpy's seeds.
     TOPICS = 101

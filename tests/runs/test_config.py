@@ -93,6 +93,13 @@ def test_objectives_are_found_without_their_infrastructure() -> None:
         (Run(train=TrainOptions(learning_rate_a=0, learning_rate_b=0)), "nothing would be trained"),
         (Run(train=TrainOptions(decay=0)), "--train.decay is 0"),
         (Run(train=TrainOptions(decay_at=1.5)), "--train.decay-at is 1.5"),
+        (Run(train=TrainOptions(warmup_rounds=-1)), "--train.warmup-rounds is -1"),
+        (
+            Run(train=TrainOptions(rounds=3, warmup_rounds=4)),
+            "--train.warmup-rounds is 4, and there are --train.rounds 3",
+        ),
+        (Run(lora=LoraOptions(dropout=1.0)), "--lora.dropout is 1.0"),
+        (Run(lora=LoraOptions(dropout=float("nan"))), "--lora.dropout is nan"),
         (Run(train=TrainOptions(optimizer="sgd", weight_decay=0.1)), "use --train.optimizer adamw"),
         (Run(lora=LoraOptions(targets="(fc1")), "not a regular expression"),
         (Run(cohort=4, system=SystemOptions(wave=8)), "wider than --cohort 4"),

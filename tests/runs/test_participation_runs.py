@@ -79,7 +79,8 @@ def test_other_methods_meet_the_same_fate(model, session, finished, tmp_path):
 def test_a_line_s_means_are_over_those_who_trained():
     """Three drawn, one of them dropped out: losses 1 and 3 have the mean 2."""
     report = RoundReport(
-        numbers=np.asarray([0, 4, 7]), counted=np.asarray([0, 7]), unfit=np.asarray([], int), finite=True, turnout={"dropped": 1, "stragglers": 1},
+        numbers=np.asarray([0, 4, 7]), counted=np.asarray([0, 7]), unfit=np.asarray([], int), finite=True,
+        turnout={"dropped": 1, "stragglers": 1},
         metrics={"loss": np.asarray([1.0, 0.0, 3.0]), "steps": np.asarray([4.0, 0.0, 2.0])},
         health={"shared_norm": 5.0}, bytes_up=8, bytes_down=9, trained=None, base={},
     )  # fmt: skip

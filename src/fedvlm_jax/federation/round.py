@@ -8,6 +8,7 @@ for the network is one all-reduce in `aggregate`, and before it one flag per cli
 numbers that are not finite has no weight, and the others' weights add up to one again.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from fedvlm_jax import tree
 from fedvlm_jax.federation.training import LocalTrainer
 from fedvlm_jax.methods import Client, Context, Method
-from fedvlm_jax.methods.record import Metrics
+from fedvlm_jax.methods.record import Metrics, Train
 from fedvlm_jax.sharding import CLIENTS, wave_sharding
 from fedvlm_jax.streams import Stream
 
@@ -106,6 +107,11 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
         def train(factors: Any, optimizer: Any, client: Client, **choices: Any) -> Any:
             return trainer.run(params, factors, optimizer, client, rates, **choices)
 
+        def train_with(key: PRNGKeyArray) -> Train:
+            """Local training of one client in this round; each that its method asks for draws from a key of its own."""
+            asked = itertools.count()
+            return lambda *arguments, **choices: train(*arguments, **choices, key=jax.random.fold_in(key, next(asked)))
+
         ctx = Context(params, round, phase, rates, train)
 
         def update(personal: PyTree, client: Client) -> Any:
@@ -115,7 +121,11 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
             own_key = jax.random.fold_in(
                 jax.random.fold_in(jax.random.fold_in(key, Stream.UPDATES), round), client.number
             )
-            new, message, metrics = method.client_update(ctx, server, personal, client, own_key)
+            own = ctx
+            if trainer.draws:
+                drops = jax.random.fold_in(jax.random.fold_in(key, Stream.DROPOUT), round)
+                own = ctx._replace(train=train_with(jax.random.fold_in(drops, client.number)))
+            new, message, metrics = method.client_update(own, server, personal, client, own_key)
             with jax.named_scope("look_for_numbers_that_are_not_finite"):
                 finite = tree.is_finite((new, message, metrics["loss"]))
                 new, message = _choose(finite, (new, message), (personal, jax.tree.map(jnp.zeros_like, message)))

@@ -4,13 +4,13 @@ Learning rates are traced and come with the round, so that a schedule or a grid 
 trained is named by path; all else in the tree (an adapter's `scale`, a frozen factor) is data.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora, tree
 from fedvlm_jax.data.encode import IGNORED, LABELS
@@ -31,11 +31,13 @@ class LocalTrainer(NamedTuple):
     Attributes:
         start: (factors, trained) -> a fresh optimiser state for the leaves that `trained` names.
         run: (params, factors, optimiser state, client, rates, **choices) -> (factors, optimiser state, metrics); the
-            choices are those of `methods.record.Train`.
+            choices are those of `methods.record.Train`, and `key` where it draws.
+        draws: does it draw random numbers, for dropout?
     """
 
     start: Callable[..., PyTree]
     run: Callable[..., tuple[PyTree, PyTree, Metrics]]
+    draws: bool = False
 
 
 def make_local_trainer(
@@ -45,12 +47,16 @@ def make_local_trainer(
     optimizer: Literal["adamw", "sgd"] = "adamw",
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
+    dropout: float = 0.0,
 ) -> LocalTrainer:
     """Build local training for a model and an objective.
 
     An optimiser step: the gradient over all trained factors is clipped to `clip_norm` (global norm), nudged, turned
     into a direction (AdamW 1711.05101 with optax's defaults, or the gradient itself), decayed, and scaled by the rate
     of its factor: `rates["a"]` or `rates["b"]`.
+
+    With `dropout` each step leaves out that share of what enters A, see `lora.with_dropout`; a step's key is folded
+    from the training's and the step's number. Without it nothing is drawn.
 
     The metrics are means over the steps that counted, the loss of the last of them as `last_loss`, and `steps`.
     """
@@ -72,22 +78,28 @@ def make_local_trainer(
         trained: Callable[[str], bool] = is_factor,
         assemble: Callable[[PyTree], lora.Adapter] = lambda factors: factors,
         nudge: Callable[[PyTree], PyTree] | None = None,
+        first: Int[Array, ""] | int = 0,
+        key: PRNGKeyArray | None = None,
     ) -> tuple[PyTree, PyTree, Metrics]:
         if not client.indices.shape[0]:
             raise UserError("a method asks for a training of no steps at all: it needs more --train.local-steps")
         moving, frozen = tree.partition(factors, trained)
 
-        def loss(moving: PyTree, batch: dict[str, Array]) -> tuple[Array, Metrics]:
-            return objective.loss(vlm, params, assemble(tree.combine(moving, frozen)), batch)
+        def loss(moving: PyTree, batch: dict[str, Array], number: Sequence[Array]) -> tuple[Array, Metrics]:
+            adapter = assemble(tree.combine(moving, frozen))
+            if dropout:
+                assert key is not None, "dropout draws, and needs a key"
+                adapter = lora.with_dropout(jax.random.fold_in(key, number[0]), adapter, dropout)
+            return objective.loss(vlm, params, adapter, batch)
 
-        def step(carry: tuple[PyTree, PyTree], at: tuple[Array, Array]) -> tuple[tuple[PyTree, PyTree], Metrics]:
+        def step(carry: tuple[PyTree, PyTree], at: tuple[Array, ...]) -> tuple[tuple[PyTree, PyTree], Metrics]:
             moving, state = carry
-            indices, mask = at
+            indices, mask, *number = at
             with jax.named_scope("batch"):
                 batch = {name: rows[indices] for name, rows in client.examples.items()}
                 # An example that does not count loses all its labels: to every objective it is not there.
                 batch |= {name: jnp.where(mask[:, None], batch[name], IGNORED) for name in LABELS if name in batch}
-            (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(moving, batch)
+            (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(moving, batch, number)
             counts = mask.any()
             with jax.named_scope("optimizer"):
                 metrics |= {"gradient_norm": optax.tree.norm(gradient)}
@@ -100,10 +112,11 @@ def make_local_trainer(
             return carry, metrics | {"counts": counts.astype(jnp.float32)}
 
         with jax.named_scope("local_step"):
-            (moving, state), history = jax.lax.scan(step, (moving, state), (client.indices, client.mask))
+            numbers = [first + jnp.arange(len(client.indices))] if dropout else []
+            (moving, state), history = jax.lax.scan(step, (moving, state), (client.indices, client.mask, *numbers))
         return tree.combine(moving, frozen), state, _average(history)
 
-    return LocalTrainer(start, run)
+    return LocalTrainer(start, run, draws=dropout > 0)
 
 
 def _descend(updates: PyTree, rates: dict[str, Float[Array, ""]]) -> PyTree:

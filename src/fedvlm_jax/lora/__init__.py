@@ -16,7 +16,7 @@ an interceptor adds the low-rank term to every `nn.Dense`, `nn.DenseGeneral`, `n
 the collection: `nn.scan(..., variable_axes={"params": 0, "lora": 0})`. An adapter leaf that no call read is an error.
 """
 
-from fedvlm_jax.lora.adapter import Adapter, LoRA, init, sites_of, trainable
+from fedvlm_jax.lora.adapter import Adapter, LoRA, init, sites_of, trainable, with_dropout
 from fedvlm_jax.lora.algebra import (
     add_to_weights,
     concatenate,
@@ -58,4 +58,5 @@ __all__ = [
     "truncate",
     "unmerge",
     "virtual_paths",
+    "with_dropout",
 ]

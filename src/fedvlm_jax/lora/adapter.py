@@ -20,6 +20,9 @@ GATE = "gate"
 """A fourth leaf that a site of an `nn.Dense` may have, [*stack, d_in, n]: the ranks are n groups of equal size, and
 each token weighs them by softmax(x · gate)."""
 
+DROPOUT = ("dropout_key", "dropout_rate")
+"""Two leaves that `with_dropout` gives to a site for one training step: a key and a share, [*stack] each."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
@@ -100,6 +103,27 @@ def sites_of(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, Any, Any]]]:
         if missing:
             raise LoraError(f"the adapter at {path!r} lacks {', '.join(missing)}; is it one side of a partition?")
         yield path, tuple(flat[join(path, name)] for name in FACTORS)  # type: ignore[misc]
+
+
+def with_dropout(key: PRNGKeyArray, adapter: Adapter, rate: float) -> Adapter:
+    """Give an adapter dropout on its own input path, for one training step: `y = f(x) + scale · (drop(x) a) b`.
+
+    `drop` sets each number of x to 0 with chance `rate` and divides the others by `1 − rate`, as `lora_dropout` of PEFT
+    does; every layer of a stack draws for itself. Embeddings, whose input is no array of numbers, have none, nor have
+    they in PEFT.
+
+    Args:
+        key: of this step.
+        adapter: any; what it holds stays.
+        rate: from 0 to below 1.
+    """
+    flat = tree.flatten(adapter)
+    for path in sorted({path.rpartition("/")[0] for path in flat}):
+        stack = flat[join(path, "scale")].shape
+        own = jax.random.fold_in(key, _path_number(path))
+        flat[join(path, DROPOUT[0])] = jax.random.split(own, stack) if stack else own
+        flat[join(path, DROPOUT[1])] = jnp.full(stack, rate, jnp.float32)
+    return tree.unflatten(flat)
 
 
 def _path_number(path: str) -> int:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from fedvlm_jax import tree
-from fedvlm_jax.lora.adapter import COLLECTION, FACTORS, GATE, Adapter
+from fedvlm_jax.lora.adapter import COLLECTION, DROPOUT, FACTORS, GATE, Adapter
 from fedvlm_jax.lora.sites import (
     KINDS,
     Kind,
@@ -60,8 +60,11 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
             scale = jax.lax.stop_gradient(scale)  # data: whoever differentiates by the whole adapter leaves it alone
             read.add("/".join(module.path))
             inputs = args[0] if args else next(iter(kw.values()))
+            if kind != "embed" and module.has_variable(COLLECTION, DROPOUT[0]):
+                inputs = _drop(inputs, *(module.get_variable(COLLECTION, name) for name in DROPOUT))
             if module.has_variable(COLLECTION, GATE):
-                delta = _gated_delta(module, kind, inputs, a, b, scale, module.get_variable(COLLECTION, GATE))
+                gate = module.get_variable(COLLECTION, GATE)
+                delta = _gated_delta(module, kind, inputs, a, b, scale, gate)
             else:
                 delta = _DELTAS[context.method_name if kind == "embed" else kind](module, inputs, a, b, scale)
             return out + delta.astype(out.dtype)
@@ -72,6 +75,12 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
         return out
 
     return fn
+
+
+def _drop(x: Array, key: PRNGKeyArray, rate: Array) -> Array:
+    """Set numbers of x to 0 with chance `rate`, and divide the others by 1 − rate."""
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
 
 
 def _dense_delta(module: nn.Dense, x: Array, a: Array, b: Array, scale: Array) -> Array:

@@ -46,17 +46,21 @@ def make(setup: Setup) -> Method:
         def train(w: PyTree, w_state: PyTree, client: Client, **choices: Any) -> tuple[PyTree, PyTree, Metrics]:
             """The federated model's training, with the private one's beside it in every step."""
 
-            def step(carry: PyTree, at: tuple[Int[Array, " batch"], Bool[Array, " batch"]]) -> tuple[PyTree, PyTree]:
+            def step(
+                carry: PyTree, at: tuple[Int[Array, " batch"], Bool[Array, " batch"], Int[Array, ""]]
+            ) -> tuple[PyTree, PyTree]:
                 (w, w_state), (v, v_state) = carry
                 one = client._replace(indices=at[0][None], mask=at[1][None])
-                *after, metrics = ctx.train(w, w_state, one, **choices)
+                *after, metrics = ctx.train(w, w_state, one, first=at[2], **choices)
                 *mine, own_metrics = ctx.train(
-                    v, v_state, one, trained=trained_leaves, assemble=lambda factors: mixture(factors, w)
+                    v, v_state, one, first=at[2], trained=trained_leaves, assemble=lambda factors: mixture(factors, w)
                 )
                 return (tuple(after), tuple(mine)), (metrics, own_metrics)
 
             start = ((w, w_state), (own, optimizer))
-            ((w, w_state), (v, v_state)), history = jax.lax.scan(step, start, (client.indices, client.mask))
+            ((w, w_state), (v, v_state)), history = jax.lax.scan(
+                step, start, (client.indices, client.mask, jnp.arange(len(client.indices)))
+            )
             metrics, own_metrics = (over_steps(part) for part in history)
             ended.append((v, v_state, own_metrics))
             return w, w_state, metrics

@@ -60,6 +60,7 @@ class Train(Protocol):
         trained: Callable[[str], bool] = ...,
         assemble: Callable[[PyTree], lora.Adapter] = ...,
         nudge: Callable[[PyTree], PyTree] | None = None,
+        first: Int[Array, ""] | int = 0,
     ) -> tuple[PyTree, PyTree, Metrics]:
         """Train.
 
@@ -71,6 +72,8 @@ class Train(Protocol):
             assemble: (factors) -> the adapter that the model runs with.
             nudge: (trained leaves) -> what is added to their gradient, a tree of the same form: a proximal term's
                 gradient, a control variate.
+            first: the number of its first step, where a loop of the method's own asks for one step at a time: what
+                dropout leaves out depends on it.
 
         Returns:
             The tree after training, the optimiser's state, and metrics: `loss` and what else the objective tells, and

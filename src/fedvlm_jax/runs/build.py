@@ -100,6 +100,7 @@ def build_programs(
         optimizer=train.optimizer,
         weight_decay=train.weight_decay,
         clip_norm=train.clip_norm,
+        dropout=run.lora.dropout,
     )
     setup = Setup(
         sites=vlm.sites,

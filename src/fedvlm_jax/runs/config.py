@@ -97,6 +97,9 @@ class LoraOptions:
     ranks: tuple[int, ...] = ()
     """Ranks that are dealt to the clients in turn, client k getting the k-th of them, over and over; the largest must
     be --lora.rank, whose scale holds for all. All clients have that rank by default."""
+    dropout: float = 0.0
+    """During local training leave out this share of what enters A, drawn anew in every step (LoRA dropout; not given
+    by the paper)."""
     private_a: Literal["common", "per-client"] = "common"
     """Do clients start from one common A, or does each draw its own (not given by the paper)?"""
 
@@ -130,6 +133,9 @@ class TrainOptions:
     """Learning rates are multiplied by this once, late in training (not given by the paper)."""
     decay_at: float = 0.6
     """The fraction of the rounds after which they are (not given by the paper)."""
+    warmup_rounds: int = 0
+    """In the first so many rounds N learning rates rise: in round r they are r / (N + 1) of what they would be (not
+    given by the paper)."""
     weighting: Literal["examples", "uniform"] = "examples"
     """How clients count in the average: by their number of examples, or all alike (not given by the paper)."""
     finetune_steps: int = 0

@@ -258,6 +258,7 @@ class Course:
     def _rates(self, round_: int) -> dict[str, float]:
         train = self.prepared.run.train
         factor = train.decay if round_ > train.decay_at * train.rounds else 1.0
+        factor *= min(1.0, round_ / (train.warmup_rounds + 1))
         return {"a": train.learning_rate_a * factor, "b": train.learning_rate_b * factor}
 
     def _state(self) -> PyTree:

@@ -137,6 +137,7 @@ def _check_numbers(run: Run) -> None:
         ("--train.local-steps", train.local_steps, 1),
         ("--train.batch-size", train.batch_size, 1),
         ("--train.finetune-steps", train.finetune_steps, 0),
+        ("--train.warmup-rounds", train.warmup_rounds, 0),
         ("--evaluation.neighbours", evaluation.neighbours, 0),
         ("--evaluation.neighbour-capacity", evaluation.neighbour_capacity, 1),
         ("--lora.rank", run.lora.rank, 1),
@@ -175,6 +176,13 @@ def _check_numbers(run: Run) -> None:
         raise UserError(f"--train.decay is {train.decay}: it must be above 0 and at most 1 (1 means no decay)")
     if not 0 <= train.decay_at <= 1:
         raise UserError(f"--train.decay-at is {train.decay_at}: it is a fraction of the rounds, from 0 to 1")
+    if not 0 <= run.lora.dropout < 1:
+        raise UserError(f"--lora.dropout is {run.lora.dropout}: it is a share, from 0 to below 1")
+    if train.warmup_rounds > train.rounds:
+        raise UserError(
+            f"--train.warmup-rounds is {train.warmup_rounds}, and there are --train.rounds {train.rounds}: warm up in "
+            "fewer, or train longer"
+        )
     try:
         re.compile(run.lora.targets)
     except re.error as error:
