@@ -25,6 +25,9 @@ from fedvlm_jax.models.hub import resolve_folder
 MOST_PIXELS = 4096
 """Longest side of the pictures that a processor may make; Florence-2 has 768."""
 
+MOST_TOKENS = 2**16
+"""Most image tokens of a picture; Florence-2 has 577."""
+
 IGNORED = -100  # a label that takes part in no loss
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
 _IMAGES = ("processor_config.json", "preprocessor_config.json")
@@ -122,6 +125,9 @@ class Processor:
             UserError: where that fails, or makes no finite numbers or no image tokens.
         """
         images = next(folder / name for name in _IMAGES if (folder / name).is_file())
+        count = self.wrapped.num_image_tokens
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_TOKENS:
+            raise UserError(f"{images} has image_seq_length={count!r}, expected a whole number from 1 to {MOST_TOKENS}")
         try:
             self._try_picture()
         except Exception as error:
