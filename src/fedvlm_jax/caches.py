@@ -219,9 +219,9 @@ def _find_entries(kind: str) -> Iterator[Path]:
 
 
 def _find_tables(root: Path) -> Iterator[Path]:
-    """The folders with Arrow files, finished or not, wherever `datasets` puts them."""
+    """The folders with Arrow files or what is said of them, finished or not, wherever `datasets` puts them."""
     for folder, _, names in [] if root.is_symlink() else os.walk(root, followlinks=False):
-        if any(name.endswith(".arrow") for name in names):
+        if any(name.endswith(".arrow") or name == "dataset_info.json" for name in names):
             yield Path(folder)
 
 

@@ -191,6 +191,7 @@ def convert_shards(
         known["chosen"] = datasets.List(text)
     features = datasets.Features({name: known.get(name, text) for name in columns})
     cache, bound = find_arrow(), read_bound()
+    writing: Hold | None = None
     try:
         writing = Hold(cache)
         with hush_datasets():
@@ -203,6 +204,8 @@ def convert_shards(
             )
             builder.download_and_prepare()
             dataset = builder.as_dataset(split="train")
+        assert isinstance(dataset, datasets.Dataset)
+        hold = hold_table(Path(dataset.cache_files[0]["filename"]).parent)
     except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, TypeError) as error:
         cause = error.__cause__ or error
         broken = _find_damaged(files, list(columns))
@@ -216,10 +219,10 @@ def convert_shards(
             f"the cache {cache} cannot be written ({error.strerror or error}); set FEDVLM_CACHE to a folder with "
             "room for a copy of the data."
         ) from error
+    finally:
+        if writing is not None:
+            writing.let_go()
     pa.default_memory_pool().release_unused()  # the pool would hold on to the largest row group
-    assert isinstance(dataset, datasets.Dataset)
-    hold = hold_table(Path(dataset.cache_files[0]["filename"]).parent)
-    writing.let_go()
     trim(bound)
     return dataset, hold
 

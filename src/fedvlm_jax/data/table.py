@@ -9,6 +9,7 @@ Source of the schema: the card of openbmb/RLAIF-V-Dataset (arXiv 2405.17220); `c
 """
 
 import base64
+import contextlib
 import dataclasses
 import itertools
 from collections import Counter
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedvlm_jax.caches import Hold
+from fedvlm_jax.caches import Hold, find_arrow
 from fedvlm_jax.contents import digest_files
 from fedvlm_jax.data.facts import ImageFacts
 from fedvlm_jax.data.mapped import Blobs, open_arrow
 from fedvlm_jax.data.options import MAX_IMAGE_PIXELS
 from fedvlm_jax.data.paths import OutsideError, read_below
 from fedvlm_jax.data.pictures import DECODING, BrokenImageError
+from fedvlm_jax.data.seals import check_seal, discard
 from fedvlm_jax.data.shards import NEEDED, UNDERSTOOD, check_shards, convert_shards
 from fedvlm_jax.errors import UserError
 
@@ -227,11 +229,48 @@ def read_parquet(path: Path, name: str | None = None) -> Table:
     if not filled:
         raise UserError(f"{path} has no rows; expected at least one image with question and answer.")
     digest = digest_files(filled)
-    dataset, hold = convert_shards(filled, columns, digest)
+    table = _open_kept(filled, columns, digest, name or str(path), path if path.is_dir() else path.parent)
     if digest_files(filled) != digest:
         raise UserError(f"{path} was changed while it was read; try again when nobody writes it.")
-    table = open_dataset(dataset, name or str(path), path if path.is_dir() else path.parent)
+    return table
+
+
+def _open_kept(files: list[Path], columns: "dict[str, pa.DataType]", digest: str, name: str, folder: Path) -> Table:
+    """Open the Arrow files that are kept of these shards; where they are damaged they are written again, once."""
+    kept = find_arrow() / digest
+    if kept.is_dir():
+        with contextlib.suppress(Exception):  # whatever is wrong with what is kept, the shards are there
+            table = _convert(files, columns, digest, name, folder)
+            if table is not None:
+                return table
+        discard(kept)
+    table = _convert(files, columns, digest, name, folder)
+    if table is None:
+        raise UserError(f"{kept} is not what was just written there: its disk is damaged; set FEDVLM_CACHE to another")
+    return table
+
+
+def _convert(
+    files: list[Path], columns: "dict[str, pa.DataType]", digest: str, name: str, folder: Path
+) -> Table | None:
+    """Convert shards and open what comes of it; None where that does not fit its seal."""
+    dataset, hold = convert_shards(files, columns, digest)
+    try:
+        table = open_dataset(dataset, name, folder)
+        assert table.blobs is not None
+        sealed = check_seal(table.data, table.blobs)
+    except BaseException:
+        _let_go(hold)
+        raise
+    if not sealed:
+        _let_go(hold)
+        return None
     return dataclasses.replace(table, hold=hold, digest=digest)
+
+
+def _let_go(hold: Hold | None) -> None:
+    if hold is not None:
+        hold.let_go()
 
 
 def open_dataset(dataset: "datasets.Dataset", name: str, folder: Path) -> Table:
