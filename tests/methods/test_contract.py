@@ -503,6 +503,19 @@ def test_private_start_common_or_own():
         assert set(one["encoder"]["fc1"]) == {"a", "scale"}
 
 
+def test_who_never_sent_is_equally_like_all():
+    """fedmosaic, where clients drew an A each: the mixture is the mean of the pool, and not weighed by the draw."""
+    *_, method, adapter = make_method("fedmosaic", common_start=False)
+    server = method.init(adapter)
+    drawn = [method.init_client(jax.random.key(k), server, jnp.int32(k))["own"] for k in (7, 8)]
+    start = server["start"]
+    moved = jax.tree.map(lambda first, *own: jnp.stack([x - first for x in own] + [0 * first] * 2), start, *drawn)
+    server["pool"] |= {"moved": moved, "number": jnp.asarray([7, 8, -1, -1]), "round": jnp.asarray([1, 1, 0, 0])}
+    adapter = method.personalise(server, method.init_client(jax.random.key(7), server, jnp.int32(1)))
+    mean = (drawn[0]["encoder"]["fc1"]["a"] + drawn[1]["encoder"]["fc1"]["a"]) / 2
+    assert_close(adapter["encoder"]["fc1"]["a"][:, 2:], mean)
+
+
 @pytest.mark.parametrize("common", [True, False])
 def test_a_restart_goes_back_to_where_the_client_began(common):
     """Two rounds of plora-reset-a from one server begin alike, also where clients drew an A each."""

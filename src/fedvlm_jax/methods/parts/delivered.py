@@ -121,10 +121,11 @@ def make_delivering_method(
         return tree.partition(factors, sent)[0]
 
     def _share_out(server: Server, personal: Personal) -> Float[Array, " P"]:
-        """How much of each in the pool the client would receive now."""
+        """How much of each in the pool the client would receive now; who never sent anything went nowhere yet."""
         pool = server["pool"]
         others = (pool["number"] != NOBODY) & (pool["number"] != personal["number"])
-        moved = jax.tree.map(jnp.subtract, _sent(personal["own"]), _sent(server["start"]))
+        here, start = _sent(personal["own"]), _sent(server["start"])
+        moved = jax.tree.map(lambda x, first: jnp.where(personal["sent"], x - first, 0), here, start)
         return weigh(moved, pool["moved"], others, personal["sent"])
 
     def _mix(server: Server, shares: Float[Array, " P"]) -> PyTree:
