@@ -58,7 +58,7 @@ def score_by_heart(processor: Processor, gold: Gold, answers: list[str]) -> dict
         batch=len(answers),
         mesh=make_mesh(1),
         answer=lambda params, adapters, batch: (jnp.asarray(ids)[None], numbers),
-        gold=gold.texts,
+        gold=gold.all,
         metrics=("exact_match", "token_f1", "rouge_l"),
         beta=0.1,
         base={},

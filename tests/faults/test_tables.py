@@ -13,6 +13,7 @@ from make_parquet import IMAGE, draw_image, make_row, make_rows, write_rows
 from malformed import LOST, replace_column
 from words import WordProcessor
 
+import fedvlm_jax
 from fedvlm_jax.data.encode import Examples, encode
 from fedvlm_jax.data.federate import federate
 from fedvlm_jax.data.options import DataOptions
@@ -204,3 +205,30 @@ def test_nobody_is_told_to_leave_out_what_is_needed(tmp_path: Path, column: str)
     assert f"column {column!r} is" in str(caught.value)
     with pytest.raises(UserError, match=r"'split' is double; expected text\. Write it as text, or leave it out\."):
         read(tmp_path, "split", pa.array([1.5] * 4))
+
+
+def test_all_answers_are_compared_and_the_most_frequent_trains(tmp_path: Path) -> None:
+    from fedvlm_jax.evaluation.gold import read_gold
+    from fedvlm_jax.evaluation.texts import METRICS, exact_match
+    from fedvlm_jax.models import Processor, read_vlm
+    from fedvlm_jax.models.generation import read_settings
+
+    people = [["yes"] * 3 + ["no"] * 7, ["2", "two", "2"], ["a"], ["b", "c"]]
+    write(tmp_path, replace_column("chosen", pa.array(people)))
+    examples = encode_file(tmp_path)
+    assert examples.answers == [["no", "2", "a", "b"][row] for row in examples.rows]
+    assert examples.all_answers == [tuple(people[row]) for row in examples.rows]
+    vlm = read_vlm("florence2-nano")
+    processor = Processor.from_folder(Path(fedvlm_jax.__file__).parent / "assets" / "florence2-nano")
+    settings = read_settings(vlm.config, vlm.generation_config)
+    gold = read_gold(examples.answers, range(4), processor, 16, settings, examples.all_answers)
+    assert gold.texts == examples.answers
+    assert gold.all == [list(own) for own in examples.all_answers]
+    said = [["yes", "two", "a", "d"][row] for row in examples.rows]
+    scores = dict(zip(examples.rows.tolist(), METRICS["vqa_accuracy"](said, gold.all), strict=True))
+    # The official rule: 3 of 10 said "yes", and the mean over the ten subsets of nine is 0.9. Of three who say "2",
+    # "two" and "2" all agree once numbers are digits: 2 others at most.
+    assert scores == pytest.approx({0: 0.9, 1: 2 / 3, 2: 1.0, 3: 0.0})
+    assert sorted(exact_match(said, gold.all)) == [0, 1, 1, 1]
+    lone = read_gold(["a"], [0], processor, 16, settings)
+    assert (lone.texts, lone.all) == (["a"], [["a"]])

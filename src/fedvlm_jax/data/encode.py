@@ -78,7 +78,7 @@ class Examples:
         input_ids: [N, T] int32, image tokens included; T is a multiple of 4.
         attention_mask: [N, T] int32, 1 where `input_ids` counts.
         labels: [N, U] int32, -100 where nothing is to be learnt; U is a multiple of 4.
-        answers: N gold answers as text.
+        answers: N gold answers as text, of several the most frequent one: what is trained on.
         rows: [N] int64, the table's row numbers.
         clients: the federation's clients with rows renumbered to 0 … N-1.
         images: the unique images.
@@ -88,6 +88,7 @@ class Examples:
             answer that differs from the chosen one. None where the data has no column `rejected`.
         rejected_answers: N rejected answers as they stand in the data; None where it has no such column.
         rejected_truncated: how many of them were cut.
+        all_answers: N rows' answers, equal ones as often as they were given; None where the data has one each.
     """
 
     image: Int[np.ndarray, " examples"]
@@ -103,6 +104,7 @@ class Examples:
     rejected: Int[np.ndarray, "examples labels"] | None = None
     rejected_answers: list[str] | None = None
     rejected_truncated: int = 0
+    all_answers: list[tuple[str, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -200,6 +202,7 @@ def encode(
         rejected=_trim(answers.rejected_labels[kept]) if has_rejected else None,
         rejected_answers=[answers.rejected[place] for place in kept] if has_rejected else None,
         rejected_truncated=int(answers.rejected_cut[kept].sum()),
+        all_answers=table.read_answers(rows[kept]) if table.has_several_answers else None,
     )
 
 

@@ -89,7 +89,7 @@ class Evaluator:
         batch: examples of a piece.
         mesh: where pieces are spread.
         answer: the program that `make_answer` made.
-        gold: the answers of `examples`, as predictions are compared with them (see `evaluation.gold`).
+        gold: the answers to each of `examples`, as predictions are compared with them (see `evaluation.gold`).
         metrics: of generated answers, by name (see `evaluation.texts`).
         beta: of the reward, which is beta times how much more likely than under the bare base an answer is.
         base: split and client -> what `make_answer` computes of the bare base [N]; filled when the base is evaluated,
@@ -103,7 +103,7 @@ class Evaluator:
     batch: int
     mesh: Mesh
     answer: Callable[..., Any]
-    gold: list[str]
+    gold: list[list[str]]
     metrics: tuple[str, ...]
     beta: float
     base: dict[tuple[Split, int], Numbers]
@@ -132,7 +132,7 @@ class Evaluator:
         """
         rows = {number: self.examples.clients[number].rows_of(split) for number in numbers}
         found = self._answer(params, models, rows, rejected)
-        corpus = [[answer] for answer in self._gold(split, range(len(self.examples.clients)))]
+        corpus = self._gold(split, range(len(self.examples.clients)))
         metrics = select_metrics(self.metrics, corpus)
         return {name: self._score(split, answers, metrics, models[name]) for name, answers in found.items()}
 
@@ -220,7 +220,7 @@ class Evaluator:
                     jax.tree.map(lambda leaf, at=at, piece=piece: leaf[at, : piece.real], outputs),
                 )
 
-    def _gold(self, split: Split, numbers: Sequence[int]) -> list[str]:
+    def _gold(self, split: Split, numbers: Sequence[int]) -> list[list[str]]:
         return [self.gold[row] for number in numbers for row in self.examples.clients[number].rows_of(split)]
 
     def _score(
@@ -236,7 +236,7 @@ class Evaluator:
         for client, (texts, numbers) in answers.items():
             name = self.examples.clients[client].name
             said[name] = texts
-            gold = [[answer] for answer in self._gold(split, [client])]
+            gold = self._gold(split, [client])
             for metric, score in metrics.items():
                 values[metric][name] = np.asarray(score(texts, gold))
             own = {metric: float(values[metric][name].mean()) for metric in metrics}

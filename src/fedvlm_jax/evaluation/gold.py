@@ -46,6 +46,7 @@ class Gold(NamedTuple):
 
     Attributes:
         texts: [N] as tokens write them; those of rows that are not scored, and those that no tokens write, as given.
+        all: [N] all that a row's prediction is compared with: its text alone, or every person's answer, written alike.
         longest: tokens of the longest scored answer, with BOS and EOS; one more than the bound where one exceeds it.
         budget: tokens that are generated at most.
         scored: how many answers are scored.
@@ -53,6 +54,7 @@ class Gold(NamedTuple):
     """
 
     texts: list[str]
+    all: list[list[str]]
     longest: int
     budget: int
     scored: int
@@ -60,7 +62,12 @@ class Gold(NamedTuple):
 
 
 def read_gold(
-    answers: Sequence[str], rows: Iterable[int], processor: AnswerCodec, most: int, settings: Settings
+    answers: Sequence[str],
+    rows: Iterable[int],
+    processor: AnswerCodec,
+    most: int,
+    settings: Settings,
+    several: Sequence[Sequence[str]] | None = None,
 ) -> Gold:
     """Write the gold answers of the scored rows as a model could, and find those that it cannot.
 
@@ -70,12 +77,29 @@ def read_gold(
         processor: of the model.
         most: no answer gets more tokens than this, BOS and EOS included.
         settings: how answers are searched for.
+        several: [N] what all people answered, where several did; room and faults are of `answers` alone.
     """
+    rows = list(rows)
     scored = [answers[row] for row in rows]
+    written, faults, longest = _write(scored, processor, most, settings)
+    budget = min(most, -(-longest // STEP) * STEP)
+    texts = [written.get(text, text) for text in answers]
+    compared = [[text] for text in texts]
+    if several is not None:
+        others, _, _ = _write([text for row in rows for text in several[row]], processor, most, settings)
+        compared = [[others.get(text, text) for text in own] for own in several]
+    counted = dict(Counter(faults[text] for text in scored if text in faults))
+    return Gold(texts, compared, longest, budget, len(scored), counted)
+
+
+def _write(
+    texts: Sequence[str], processor: AnswerCodec, most: int, settings: Settings
+) -> tuple[dict[str, str], dict[str, str], int]:
+    """Texts as tokens write them, why others cannot be given, and the tokens of the longest."""
     written: dict[str, str] = {}
     faults: dict[str, str] = {}
     longest = 1
-    distinct = list(dict.fromkeys(scored))
+    distinct = list(dict.fromkeys(texts))
     for start in range(0, len(distinct), CHUNK):
         part = distinct[start : start + CHUNK]
         labels = processor.answers([text[: CHARACTERS * (most + 1)] for text in part], most + 1)
@@ -89,9 +113,7 @@ def read_gold(
             else:
                 written[text] = told
                 faults |= {text: fault} if (fault := _find_ban(own, settings)) else {}
-    budget = min(most, -(-longest // STEP) * STEP)
-    texts = [written.get(text, text) for text in answers]
-    return Gold(texts, longest, budget, len(scored), dict(Counter(faults[text] for text in scored if text in faults)))
+    return written, faults, longest
 
 
 def _find_ban(ids: Int[np.ndarray, " tokens"], settings: Settings) -> str:

@@ -86,4 +86,5 @@ def plan_answers(run: Run, vlm: Vlm, examples: Examples, processor: AnswerCodec,
     settings = dataclasses.replace(read_settings(vlm.config, vlm.generation_config), **options)
     most = run.evaluation.max_answer_tokens or labels
     rows = [row for client in examples.clients for split in run.evaluation.splits for row in client.rows_of(split)]
-    return Answering(read_gold(examples.answers, rows, processor, most, settings), options, settings)
+    gold = read_gold(examples.answers, rows, processor, most, settings, examples.all_answers)
+    return Answering(gold, options, settings)

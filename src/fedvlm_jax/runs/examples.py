@@ -80,14 +80,15 @@ def _list_candidates(prepared: Prepared) -> dict[int, list[int]]:
 def _choose_places(prepared: Prepared, scored: ScoredModels, places: dict[int, list[int]]) -> dict[int, list[int]]:
     """client -> places among its test examples of those to show."""
     examples, count = prepared.examples, prepared.run.evaluation.examples
+    gold = prepared.evaluator.gold
     personal = scored["personal"]["test"].texts
     right = {}
     for client, own in places.items():
         who = examples.clients[client]
-        gold = [[examples.answers[int(who.test[place])]] for place in own]
-        right[client] = exact_match([personal[who.name][place] for place in own], gold) == 1
+        golden = [gold[int(who.test[place])] for place in own]
+        right[client] = exact_match([personal[who.name][place] for place in own], golden) == 1
     shares = [
-        np.mean(exact_match(personal[who.name], [[examples.answers[row]] for row in who.test.tolist()]))
+        np.mean(exact_match(personal[who.name], [gold[row] for row in who.test.tolist()]))
         for who in (examples.clients[number] for number in prepared.scored)
         if len(who.test)
     ]
@@ -133,7 +134,7 @@ def _first_of_each(right: Bool[np.ndarray, " some"], some: int, count: int) -> l
 def _describe(prepared: Prepared, client: int, row: int, answers: dict[str, str], picture: str) -> dict[str, Any]:
     examples, table = prepared.examples, prepared.session.table
     column = find_question_column(table, prepared.run.data)
-    gold = [[prepared.evaluator.gold[row]]]
+    gold = [prepared.evaluator.gold[row]]
     return {
         "client": examples.clients[client].name,
         "row": int(examples.rows[row]),
