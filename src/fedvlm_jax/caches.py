@@ -292,8 +292,11 @@ def _empty(entry: Entry) -> None:
             file.unlink()
     below = [Path(folder) for folder, _, _ in os.walk(entry.path, topdown=False, followlinks=False)]
     above = list(entry.path.parents)[: len(entry.path.parts) - len(find_arrow().parts)] if entry.kind == ARROW else []
-    with contextlib.suppress(OSError):
-        (entry.path / LOCK).unlink()
+    # The locks of `datasets`, by which conversions that are under way wait for each other: there is none.
+    locks = [file for folder in above for file in _list(folder) if file.suffix == ".lock" and _is_ours(ARROW, file)]
+    for file in (entry.path / LOCK, *locks):
+        with contextlib.suppress(OSError):
+            file.unlink()
     for folder in [*below, *above]:
         with contextlib.suppress(OSError):  # files of others are in it
             folder.rmdir()

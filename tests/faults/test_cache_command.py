@@ -89,6 +89,17 @@ def test_without_a_kind_all_go_and_files_of_others_stay(root):
     assert all(file.read_text() == "mine" for file in own)
 
 
+def test_nothing_of_a_table_is_left(root):
+    """`datasets` puts locks beside and above it; another table in the same folder stays."""
+    file, other = make(root, "arrow"), make(root, "arrow", number=2)
+    for folder in file.parents[:4]:
+        (folder / "some.lock").touch()
+    remove(next(entry for entry in list_entries(["arrow"]) if entry.path == file.parent))
+    assert other.exists()
+    clear("arrow")
+    assert [path for path in root.rglob("*") if path.is_file()] == [find_arrow() / ".in-use"], "by which one is written"
+
+
 def test_links_are_not_followed(root, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
