@@ -5,10 +5,12 @@ import json
 
 import pytest
 from made_up import write_comparison, write_run
+from make_parquet import draw_image
 
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import evaluate, loop
+from fedvlm_jax.runs.cards import read_cards, to_html_cards, to_markdown_cards
 from fedvlm_jax.runs.compare import finish_run
 from fedvlm_jax.runs.config import Run, from_json, to_json
 from fedvlm_jax.runs.folders import read_comparison, read_metrics, read_run
@@ -107,6 +109,12 @@ def test_a_run_s_file_is_no_object(run, name, kind, capsys):
         assert stop.value.code == 2
         assert str(run / name) in said
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", NO_OBJECT)
+def test_a_file_of_examples_is_no_object(run, kind):
+    (run / "examples.json").write_bytes(NO_OBJECT[kind])
+    assert read_or_tell(lambda: read_cards(run), run / "examples.json") is None
 
 
 @pytest.mark.parametrize("kind", NO_OBJECT)
@@ -209,14 +217,31 @@ def test_every_entry_of_a_line(run):
     assert told > 100
 
 
-def _replace_all(path, stored, show):
+def test_every_entry_of_the_examples(run):
+    path = run / "examples.json"
+    (run / "examples").mkdir()
+    (run / "examples" / "00.png").write_bytes(draw_image(1))
+    said = {"text": "a cat", "exact_match": 0.0, "token_f1": 0.5}
+    entry = {"client": "a", "row": 1, "picture": "examples/00.png", "question": "who?", "answer": "a dog"}
+    stored = {"looked_at": {"a": 4}, "examples": [{**entry, "answers": {"zero_shot": said, "personal": said}}]}
+
+    def show():
+        cards, _ = read_cards(run)
+        return to_html_cards(cards, "note") + to_markdown_cards(cards, "note", run)
+
+    path.write_text(json.dumps(stored))
+    assert "a cat" in show()
+    _replace_all(path, stored, show, least=30)
+
+
+def _replace_all(path, stored, show, least=50):
     told = 0
     for number, place in enumerate(list_places(stored)):
         odd = [ODD[(5 * number + turn) % len(ODD)] for turn in range(5)]
         for changed in [*(put(stored, place, value) for value in odd), drop(stored, place)]:
             path.write_text(json.dumps(changed))
             told += not read_or_tell(show, path)
-    assert told > 50
+    assert told > least
 
 
 # --- Lines ---

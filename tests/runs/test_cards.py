@@ -60,5 +60,5 @@ def test_what_data_say_cannot_break_the_page(tmp_path: Path) -> None:
 def test_damaged_examples_are_told(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5})
     (folder / "examples.json").write_text('{"examples": [{}]}')
-    with pytest.raises(UserError, match="not the examples of a run"):
+    with pytest.raises(UserError, match="the entry 'looked_at' is missing; is it damaged"):
         read_cards(folder)

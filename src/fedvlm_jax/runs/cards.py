@@ -2,7 +2,6 @@
 
 import base64
 import html
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from fedvlm_jax.data.paths import OutsideError, read_below
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.stored import check_examples, read_json
 
 __all__ = ["FILE", "MODELS", "Card", "read_cards", "to_html_cards", "to_markdown_cards"]
 
@@ -57,29 +57,25 @@ def read_cards(folder: Path) -> tuple[list[Card], dict[str, int]]:
     path = folder / FILE
     if not path.is_file():
         return [], {}
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        cards = [
-            Card(
-                entry["client"],
-                folder / entry["picture"],
-                content,
-                entry["question"],
-                entry["answer"],
-                tuple(
-                    (name, entry["answers"][model]["text"], _judge(entry["answers"][model]))
-                    for model, name in MODELS.items()
-                    if model in entry["answers"]
-                ),
-            )
-            for entry in stored["examples"]
-            if (content := _read_picture(folder, entry["picture"], path)) is not None
-        ]
-        return cards, dict(stored["looked_at"])
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the examples of a run ({error!r}); was it written by another version?") from None
+    stored = read_json(path)
+    check_examples(path, stored)
+    cards = [
+        Card(
+            entry["client"],
+            folder / entry["picture"],
+            content,
+            entry["question"],
+            entry["answer"],
+            tuple(
+                (name, entry["answers"][model]["text"], _judge(entry["answers"][model]))
+                for model, name in MODELS.items()
+                if model in entry["answers"]
+            ),
+        )
+        for entry in stored["examples"]
+        if (content := _read_picture(folder, entry["picture"], path)) is not None
+    ]
+    return cards, dict(stored["looked_at"])
 
 
 def _read_picture(folder: Path, name: str, listed: Path) -> bytes | None:
@@ -92,7 +88,7 @@ def _read_picture(folder: Path, name: str, listed: Path) -> bytes | None:
         content = read_below(name, [folder], MOST_BYTES)
     except FileNotFoundError:
         return None
-    except (OSError, OutsideError):
+    except (OSError, OutsideError, ValueError):  # ValueError: a name with NUL
         content = b""
     if not content.startswith(PNG):
         raise UserError(

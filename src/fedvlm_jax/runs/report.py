@@ -85,9 +85,10 @@ def _report_run(record: RunRecord, target: Path) -> Report:
         (percent(after.worst_decile), "worst tenth of clients"),
         *([(format_bytes(sent), "sent per client and round")] if sent is not None else []),
     ]
+    examples = _show_examples("Examples", record.folder, "")  # a damaged file is told before anything is drawn
     sections = [
         Section("What came out", describe_run(record), tabulate_run(record), draw_run(record, target, "")),
-        *_show_examples("Examples", record.folder, ""),
+        *examples,
         *_show_health(draw_run_health(record, target, "")),
         Section(
             "How it was made",

@@ -18,6 +18,7 @@ from fedvlm_jax.runs.meshes import MeshShape
 __all__ = [
     "StoredConfig",
     "check_comparison",
+    "check_examples",
     "check_line",
     "check_origin",
     "check_results",
@@ -53,6 +54,15 @@ VALIDATION: dict[str, Any] = {
 MOST_ROUNDS = 10**9
 HEALTH = ("loss", "seconds", "clients_per_second", "bytes_", "aggregation_error", "angle_", "update_", "personal_drift")
 """What the names of a line's numbers begin with that are drawn or summed."""
+
+EXAMPLE: dict[str, Any] = {
+    "client": str,
+    "picture": str,
+    "question": str,
+    "answer": str,
+    "answers": dict[str, dict[str, Any]],
+}
+ANSWER: dict[str, Any] = {"text": str, "exact_match": float, "token_f1": float}
 
 COMPARISON: dict[str, Any] = {
     "methods": list[str],
@@ -224,6 +234,19 @@ def check_comparison(path: Path, stored: Mapping[str, Any]) -> None:
         _check(path, entry, ENTRY, MORE_OF_ENTRY, f"zero_shot.{number}.")
     for number, entry in enumerate(stored["runs"]):
         _check(path, entry, RUN_ENTRY, MORE_OF_RUN_ENTRY, f"runs.{number}.")
+
+
+def check_examples(path: Path, stored: Mapping[str, Any]) -> None:
+    """See that `examples.json` has the form that a report counts on.
+
+    Raises:
+        UserError: the first entry that has another.
+    """
+    _check(path, stored, {"examples": list[dict[str, Any]], "looked_at": dict[str, int]}, {})
+    for number, entry in enumerate(stored["examples"]):
+        _check(path, entry, EXAMPLE, {}, f"examples.{number}.")
+        for model, answer in entry["answers"].items():
+            _check(path, answer, ANSWER, {}, f"examples.{number}.answers.{model}.")
 
 
 def _check(
