@@ -123,7 +123,7 @@ def test_train_hands_over_the_options_and_shows_table_and_report(
 
     replace_work(monkeypatch, "loop", train=train)
     flags = ["--method", "local", "--data", "emoji", "--data.prompt", "client-language", "--train.rounds", "3"]
-    main(["train", *flags, "--out", str(tmp_path / "run")])
+    main(["train", *flags, "--no-baseline", "--out", str(tmp_path / "run")])
     shown = capsys.readouterr().out
     assert "62.5 %" in shown
     assert "report.html" in shown
@@ -142,9 +142,11 @@ def test_a_folder_is_chosen_before_the_work_so_that_ctrl_c_can_name_it(
 
     replace_work(monkeypatch, "loop", train=train)
     with pytest.raises(SystemExit) as stop:
-        main(["train"])
+        main(["train", "--no-baseline"])
     assert stop.value.code == 130
-    assert "fedvlm train --resume runs/" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "fedvlm train --resume runs/" in shown
+    assert shown.endswith(" --no-baseline\n")
 
 
 def test_resume_reaches_the_loop_with_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_resume_reaches_the_loop_with_the_folder(monkeypatch: pytest.MonkeyPatch
         return run
 
     replace_work(monkeypatch, "loop", resume=resume)
-    main(["train", "--resume", str(folder)])
+    main(["train", "--resume", str(folder), "--no-baseline"])
     assert seen == [folder]
 
 
@@ -177,7 +179,7 @@ def test_profile_watches_the_run_and_the_end_says_where_it_is(
         return write_run(run.out, {"a": 0.25}, {"a": 0.5}, run)
 
     replace_work(monkeypatch, "loop", train=train)
-    main(["train", "--profile", "--out", str(tmp_path / "run")])
+    main(["train", "--profile", "--no-baseline", "--out", str(tmp_path / "run")])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("profile ")
     assert told in last

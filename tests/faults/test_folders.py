@@ -246,7 +246,15 @@ def test_a_folder_with_no_run_is_not_advised(tmp_path):
 def test_two_commands_of_one_moment(tmp_path):
     """One trains, the other ends with one line; the folder is as if there had been one command."""
     command = [sys.executable, "-m", "fedvlm_jax", "train", "--model", str(make_folder(tmp_path / "tiny"))]
-    command += ["--train.rounds", "2", "--data.images-per-client", "8", "--data.validation-per-client", "4"]
+    command += [
+        "--no-baseline",
+        "--train.rounds",
+        "2",
+        "--data.images-per-client",
+        "8",
+        "--data.validation-per-client",
+        "4",
+    ]
     command += ["--data.test-per-client", "4", "--evaluation.max-answer-tokens", "4", "--out", str(tmp_path / "run")]
     started = [subprocess.Popen(command, stdout=-1, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     said = [process.communicate()[0] for process in started]

@@ -36,7 +36,7 @@ def train(run, show):
     time.sleep(60)
 fedvlm_jax.runs.loop = types.SimpleNamespace(train=train)
 fedvlm_jax.processes = types.SimpleNamespace(tell_all=lambda decide: decide(), is_first=lambda: True)
-main(["train"])
+main(["train", "--no-baseline"])
 """
 """The command, without jax, which takes its time to be imported."""
 
@@ -159,7 +159,7 @@ def test_a_run_that_sigterm_stopped_goes_on_bit_for_bit(tmp_path):
         "--data.validation-per-client", "2", "--data.test-per-client", "3", "--train.batch-size", "4",
         "--lora.rank", "2", "--evaluation.every", "2", "--evaluation.max-answer-tokens", "4",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "fedvlm_jax", "train"]
+    command = [sys.executable, "-m", "fedvlm_jax", "train", "--no-baseline"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     subprocess.run([*command, *flags, "--out", str(whole)], check=True, capture_output=True)
     process = subprocess.Popen([*command, *flags, "--out", str(stopped)], stderr=subprocess.PIPE, text=True)
@@ -169,7 +169,7 @@ def test_a_run_that_sigterm_stopped_goes_on_bit_for_bit(tmp_path):
     process.terminate()
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 143, said
-    assert said.splitlines()[-1] == f"fedvlm: stopped. To go on: fedvlm train --resume {stopped}"
+    assert said.splitlines()[-1] == f"fedvlm: stopped. To go on: fedvlm train --resume {stopped} --no-baseline"
     subprocess.run([*command, "--resume", str(stopped)], check=True, capture_output=True)
     assert_same_adapters(whole, stopped)
     results = [json.loads((folder / "results.json").read_text()) for folder in (whole, stopped)]

@@ -47,7 +47,8 @@ def start(model, out, processes, *options, devices=DEVICES):
         "JAX_NUM_CPU_DEVICES": str(devices // processes),
     }
     where = ["--distributed.coordinator", f"127.0.0.1:{find_port()}", "--distributed.processes", str(processes)]
-    command = [sys.executable, "-m", "fedvlm_jax", "train", "--model", str(model), "--out", str(out), *options]
+    train = [sys.executable, "-m", "fedvlm_jax", "train", "--no-baseline"]
+    command = [*train, "--model", str(model), "--out", str(out), *options]
     return [
         subprocess.Popen(
             command + ([*where, "--distributed.process", str(process)] if processes > 1 else []),

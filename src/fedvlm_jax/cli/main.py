@@ -24,6 +24,12 @@ from fedvlm_jax.runs.heap import keep_heap
 __all__ = ["commands_available", "main"]
 
 ORDER = ("data", "explain", "plan", "train", "compare", "evaluate", "report", "cache", "bench")
+QUIET = {
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # it tells at import that PyTorch is missing, as it should be here
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's compiler calls itself very slow after two minutes; what fails raises anyway
+}
+"""Environment of the commands, where the user's own says nothing."""
+
 DESCRIPTION = (
     "Federated fine-tuning of vision-language models: one frozen base, a low-rank adapter per client, a part of it "
     "shared. `fedvlm train` without options runs on what ships with the package."
@@ -47,8 +53,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: the words after `fedvlm`; those of the process by default.
     """
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
-    # transformers tells at import that PyTorch is missing; here that is as it should be.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for name, value in QUIET.items():  # before jax and transformers are imported, which read them then
+        os.environ.setdefault(name, value)
     note_flags(words)
     try:
         with heed_signals():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from fedvlm_jax.cli._flags import flatten, name_flag
 from fedvlm_jax.cli._said import was_said
 from fedvlm_jax.cli._signals import exit_code, say
 from fedvlm_jax.cli._supervise import is_child, supervise
@@ -32,6 +33,7 @@ def train(
     run: Annotated[Run, tyro.conf.arg(name="")],
     distributed: DistributedOptions = DistributedOptions(),  # noqa: B008  frozen
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="(default: no)")] = False,
+    baseline: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: yes)")] = True,
 ) -> None:
     """Fine-tune one adapter per client, together, and evaluate every client's own model.
 
@@ -40,6 +42,8 @@ def train(
         distributed: of several processes.
         profile: trace two rounds after the first into RUN/profile, for Perfetto, XProf and TensorBoard. Goes with
             --resume too, and changes no result.
+        baseline: then train every client alone with the same options, into RUN/baseline, to say what sharing is worth;
+            it takes as long again. Goes with --resume too.
     """
     check_distributed(distributed)
     if distributed.asked and not is_child():
@@ -53,10 +57,10 @@ def train(
         validate(run)
     start_quickly(lines=profile)
     with together(distributed) as about:
-        _train(run, about, distributed.asked, profile)
+        _train(run, about, distributed.asked, profile, baseline)
 
 
-def _train(run: Run, about: Together, again: bool, profile: bool) -> None:
+def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool) -> None:
     """Train or go on; `again`: a run that has begun in its folder goes on without being asked to."""
     from fedvlm_jax import processes
     from fedvlm_jax.runs import loop, progress
@@ -68,34 +72,45 @@ def _train(run: Run, about: Together, again: bool, profile: bool) -> None:
     watch = _open_profile(folder) if profile else None
     watched: dict[str, Any] = {} if watch is None else {"watch": watch}
     show = progress.open_progress() if processes.is_first() else progress.SilentProgress()
+    options = _read_options(folder) if begun else dataclasses.replace(run, out=folder)
+    against = _refuse_baseline(options) if baseline else "--no-baseline"
+    first: progress.Progress = show
+    if not against:
+        first, watched["session"] = progress.Numbered(show, 1, 2), loop.open_later(show)
     try:
         if run.resume is not None and was_said(*ROUNDS):
             processes.tell_all(lambda: lengthen(folder, run.train.rounds))
         if begun:
-            loop.resume(folder, show, **watched)
+            loop.resume(folder, first, **watched)
         else:
-            loop.train(dataclasses.replace(run, out=folder), show, **watched)
+            loop.train(options, first, **watched)
+        if not against:
+            from fedvlm_jax.runs.baseline import train_alone
+
+            train_alone(folder, progress.Numbered(show, 2, 2), watched["session"])
     except KeyboardInterrupt as error:
         show.finish()
-        raise SystemExit(say(f"stopped. {_advise(folder)}", exit_code(error))) from None
+        raise SystemExit(say(f"stopped. {_advise(folder, baseline)}", exit_code(error))) from None
     except OSError as error:
-        raise UserError(f"{describe_os_error(error)}. {_advise(folder)}") from error
+        raise UserError(f"{describe_os_error(error)}. {_advise(folder, baseline)}") from error
     finally:
         show.finish()
         if run.out is None and processes.is_first():
             remove_unused(folder)
     if processes.is_first():
-        _print_results(folder)
+        _print_results(folder, against)
         if watch is not None:
             print(_tell_profile(watch))
 
 
-def _advise(folder: Path) -> str:
+def _advise(folder: Path, baseline: bool) -> str:
     """How to go on with what is in the folder of a run that ended early."""
     if (folder / "results.json").is_file():
+        if baseline:
+            return f"The run itself is finished; to go on with training alone: fedvlm train --resume {folder}"
         return f"The run itself is finished; its report: fedvlm report {folder}"
     if (folder / "config.json").is_file():
-        return f"To go on: fedvlm train --resume {folder}"
+        return f"To go on: fedvlm train --resume {folder}" + ("" if baseline else " --no-baseline")
     return "The run had not begun: there is nothing to go on with, so give the command again"
 
 
@@ -126,35 +141,37 @@ def _has_begun(run: Run, folder: Path) -> bool:
         return False
     there = read_config(folder).run
     if dataclasses.replace(there, out=None) != dataclasses.replace(run, out=None):
-        asked, stored = (_flatten(to_json(dataclasses.replace(one, out=None))) for one in (run, there))
-        other = ", ".join(_name_flag(name) for name in asked if asked[name] != stored[name])
+        asked, stored = (flatten(to_json(dataclasses.replace(one, out=None))) for one in (run, there))
+        other = ", ".join(name_flag(name) for name in asked if asked[name] != stored[name])
         raise UserError(f"--out {folder} has a run with other options ({other}): choose another folder")
     return True
 
 
 def _refuse_changes(run: Run) -> None:
     """A resumed run has its options from its folder, so others beside `--resume` would silently do nothing."""
-    asked, default = (_flatten(to_json(dataclasses.replace(one, resume=None))) for one in (run, Run()))
+    asked, default = (flatten(to_json(dataclasses.replace(one, resume=None))) for one in (run, Run()))
     changed = [name for name in asked if asked[name] != default[name] and name != LONGER]
     if changed:
-        flags = ", ".join(_name_flag(name) for name in changed)
+        flags = ", ".join(name_flag(name) for name in changed)
         raise UserError(f"--resume takes all options from the run's folder: leave out {flags}")
 
 
-def _name_flag(name: str) -> str:
-    return "--" + name.replace("_", "-").replace("data.source", "data")
+def _refuse_baseline(run: Run) -> str:
+    """Say why nobody is trained alone beside this run; empty where all are."""
+    from fedvlm_jax.runs.baseline import find_reason_against
+
+    return find_reason_against(run)
 
 
-def _flatten(options: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in options.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def _read_options(folder: Path) -> Run:
+    return dataclasses.replace(read_config(folder).run, out=folder, resume=None)
 
 
-def _print_results(folder: Path) -> None:
+def _print_results(folder: Path, no_baseline: str) -> None:
+    """Show the tables, then the few numbers that matter; `no_baseline`: why nobody was trained alone."""
     from rich.console import Console
 
+    from fedvlm_jax.cli._closing import close_run, suggest_comparison
     from fedvlm_jax.runs import folders, report, tables
 
     record = folders.read_run(folder)
@@ -162,4 +179,8 @@ def _print_results(folder: Path) -> None:
     console = Console()
     for table in tables.tabulate_run(record):
         tables.show(console, table)
-    console.print(f"run     {folder}\nreport  {page}", highlight=False, soft_wrap=True)
+    lines = close_run(record)
+    if no_baseline and folders.read_baseline(record) is None:
+        lines.append(f"  training alone was left out: {no_baseline}")
+    lines += [f"run     {folder}", f"report  {page}", f"next    {suggest_comparison(record)}"]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

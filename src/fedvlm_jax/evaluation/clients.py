@@ -62,6 +62,11 @@ class Decoder(Protocol):
         ...
 
 
+def tell_nobody(done: int, total: int, what: str) -> None:
+    """Show no progress."""
+    del done, total, what
+
+
 class _Piece(NamedTuple):
     """Up to B examples of one client: `rows` [B], of which the first `real` count."""
 
@@ -92,6 +97,7 @@ class Evaluator:
         gold: the answers to each of `examples`, as predictions are compared with them (see `evaluation.gold`).
         metrics: of generated answers, by name (see `evaluation.texts`).
         beta: of the reward, which is beta times how much more likely than under the bare base an answer is.
+        tell: is told how many parts of how many are done, and of which split.
         base: split and client -> what `make_answer` computes of the bare base [N]; filled when the base is evaluated,
             and from then on rewards are known.
     """
@@ -107,6 +113,7 @@ class Evaluator:
     metrics: tuple[str, ...]
     beta: float
     base: dict[tuple[Split, int], Numbers]
+    tell: Callable[[int, int, str], None] = tell_nobody
 
     def __call__(
         self,
@@ -131,7 +138,7 @@ class Evaluator:
             the chosen ones; and what `score_preferences` finds; each by client's name.
         """
         rows = {number: self.examples.clients[number].rows_of(split) for number in numbers}
-        found = self._answer(params, models, rows, rejected)
+        found = self._answer(params, models, rows, rejected, split)
         corpus = self._gold(split, range(len(self.examples.clients)))
         metrics = select_metrics(self.metrics, corpus)
         return {name: self._score(split, answers, metrics, models[name]) for name, answers in found.items()}
@@ -166,14 +173,19 @@ class Evaluator:
         models: Mapping[str, Adapters | None],
         rows: Mapping[int, Int[np.ndarray, " rows"]],
         rejected: bool,
+        split: Split,
     ) -> dict[str, dict[int, _Answers]]:
         """model -> client -> its answers, each piece read once for all models."""
         found: dict[str, dict[int, list[_Answers]]] = {name: {} for name in models}
+        done, total = 0, len(models) * len(self._waves(list(self._cut(rows))))
+        self.tell(done, total, split)
         for batch, wave in self._read(rows):
             asked = {name: value for name, value in batch.items() if rejected or not name.startswith("rejected_")}
             for name, adapters in models.items():
                 for client, (ids, numbers) in self._run(self.answer, params, adapters, asked, wave):
                     found[name].setdefault(client, []).append(_Answers(self.processor.decode(ids), numbers))
+                done += 1
+                self.tell(done, total, split)
         return {name: {client: _join(parts) for client, parts in own.items()} for name, own in found.items()}
 
     def _cut(self, rows_of: Mapping[int, Int[np.ndarray, " rows"]]) -> Any:

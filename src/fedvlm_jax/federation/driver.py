@@ -8,6 +8,7 @@ them know the table of states, what was measured, and who counted.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,7 +28,7 @@ from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.federation.memory import Footprint, count_unread, measure
 from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.population import NOBODY, Population, Slots
-from fedvlm_jax.federation.programs import Programs
+from fedvlm_jax.federation.programs import Around, Programs
 from fedvlm_jax.federation.round import RoundOutput, from_waves, start_personal, to_waves
 from fedvlm_jax.federation.traffic import count_bytes, find_travelling
 from fedvlm_jax.methods import Client
@@ -121,6 +122,7 @@ class Driver:
         participation: who is drawn, and how far they come.
         epochs: a client trains so often on its own examples; None: the layout's local steps, all alike.
         file: where the personal states are; a temporary file by default.
+        compiling: is entered while a round is compiled.
         population: the personal states.
     """
 
@@ -137,6 +139,7 @@ class Driver:
     participation: ParticipationOptions = field(default_factory=ParticipationOptions)
     epochs: float | None = None
     file: Path | None = None
+    compiling: Around = nullcontext
     population: Population = field(init=False)
     _own: Int[np.ndarray, " own"] = field(init=False, repr=False)
     _trainable: Int[np.ndarray, " some"] = field(init=False, repr=False)
@@ -248,7 +251,7 @@ class Driver:
         return self.programs.find_compiled(self.phase_of(round_)).as_text()
 
     def _compile(self, arguments: tuple[Any, ...], round_: int) -> Any:
-        return self.programs.compile_round(arguments, self.phase_of(round_))
+        return self.programs.compile_round(arguments, self.phase_of(round_), self.compiling)
 
     def _run(self, read: RoundInputs, rates: dict[str, float]) -> RoundOutput:
         with TraceAnnotation("give the program its arguments"):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +19,10 @@ from fedvlm_jax.federation.round import from_waves, make_round, start_personal
 from fedvlm_jax.federation.training import LocalTrainer
 from fedvlm_jax.methods import Method
 
-__all__ = ["Programs", "make_programs"]
+__all__ = ["Around", "Programs", "make_programs"]
+
+Around = Callable[[], AbstractContextManager[None]]
+"""Makes what is entered while a program is compiled."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Programs:
     base_is_finite: Callable[[PyTree, PyTree], Any]
     compiled: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)
 
-    def compile_round(self, arguments: tuple[Any, ...], phase: int) -> Any:
-        """The round for arguments of these shapes, compiled once.
+    def compile_round(self, arguments: tuple[Any, ...], phase: int, around: Around = nullcontext) -> Any:
+        """The round for arguments of these shapes, compiled once; `around` is entered where it has to be.
 
         Raises:
             TooLargeError: the compiler finds that it does not fit on a device.
@@ -49,7 +53,8 @@ class Programs:
         key = (phase, jax.tree.structure(arguments), *((x.shape, x.dtype) for x in jax.tree.leaves(arguments)))
         if key not in self.compiled:
             try:
-                self.compiled[key] = self.round.lower(*arguments, phase=phase).compile()
+                with around():
+                    self.compiled[key] = self.round.lower(*arguments, phase=phase).compile()
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise

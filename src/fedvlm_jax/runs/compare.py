@@ -22,7 +22,7 @@ from fedvlm_jax.runs.codec import encode
 from fedvlm_jax.runs.config import Compare, Run, TrainOptions, to_json, without_extras
 from fedvlm_jax.runs.folders import RunRecord, read_run
 from fedvlm_jax.runs.prepare import Session, open_session
-from fedvlm_jax.runs.progress import Progress, SilentProgress
+from fedvlm_jax.runs.progress import Numbered, Progress, SilentProgress
 from fedvlm_jax.runs.storage import describe_environment, write_json
 from fedvlm_jax.runs.stored import read_config
 from fedvlm_jax.runs.validation import FINETUNED, REMEMBERING, plain, validate_comparison
@@ -102,9 +102,12 @@ def _run_methods(
 ) -> dict[str, RunRecord]:
     runs = {method: _make_run(comparison, settings, method, seed) for method in methods}
     records: dict[str, RunRecord] = {}
-    for method in sorted(runs, key=lambda name: name != plain(name)):  # a run comes before its continuation
+    before, total = len(methods) * (seed - comparison.base.seed), len(methods) * comparison.seeds
+    ordered = sorted(runs, key=lambda name: name != plain(name))  # a run comes before its continuation
+    for number, method in enumerate(ordered, start=before + 1):
         start = records.get(plain(method)) if method != plain(method) else None
-        records[method] = finish_run(runs[method], show, session, start.folder if start else None)
+        numbered = Numbered(show, number, total)
+        records[method] = finish_run(runs[method], numbered, session, start.folder if start else None)
     return records
 
 
@@ -132,13 +135,13 @@ _open_kept = functools.lru_cache(maxsize=1)(open_session)
 """In a worker: what all its tasks have in common."""
 
 
-def finish_run(run: Run, show: Progress, session: Session, start: Path | None = None) -> RunRecord:
+def finish_run(run: Run, show: Progress, session: loop.Opened, start: Path | None = None) -> RunRecord:
     """Read the run if it is finished, go on with it if it was begun, else run it.
 
     Args:
         run: its options; `out` must be given.
         show: where to report.
-        session: of the same model and data.
+        session: of the same model and data, or what opens it.
         start: the folder of a finished run; where it is `run` without what comes after the federation, `run` continues
             it.
 

@@ -9,8 +9,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.folders import read_metrics
 from fedvlm_jax.runs.models import each_model, give_models
 from fedvlm_jax.runs.prepare import Prepared, make_driver
-from fedvlm_jax.runs.progress import Progress
+from fedvlm_jax.runs.progress import COMPILING, Progress, working
 from fedvlm_jax.runs.trouble import UNFIT, describe_rounds, describe_unfit, explain_aggregate, explain_all_unfit
 from fedvlm_jax.sharding import fetch, replicate
 
@@ -112,6 +112,7 @@ class Course:
         self.prepared, self.folder, self.show, self.ask_base, self.watch = prepared, folder, show, ask_base, watch
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=KEPT)
         self.phases = list(_plan(prepared.run, prepared.layout.steps))
+        self.compiled = 0.0  # seconds
         self.drivers = [self._start(0)]
         self.rounds = 0  # since this process began
         self.saved: list[int] = []  # rounds whose checkpoints are kept
@@ -140,13 +141,27 @@ class Course:
 
     def _start(self, number: int, go_on: tuple[PyTree, PyTree] | None = None) -> Driver:
         phase, file = self.phases[number], self.folder / f"states-{number}.bin"
-        return make_driver(self.prepared, phase.method, cohort=phase.cohort, go_on=go_on, file=file)
+        driver = make_driver(self.prepared, phase.method, cohort=phase.cohort, go_on=go_on, file=file)
+        driver.compiling = self._show_compiling
+        return driver
+
+    @contextmanager
+    def _show_compiling(self) -> Generator[None]:
+        """Show that it compiles, which is no part of a round's time."""
+        start = time.perf_counter()
+        try:
+            with working(self.show, COMPILING):
+                yield
+        finally:
+            self.compiled += time.perf_counter() - start
 
     def go(self) -> None:
         """Run all rounds that are not in a checkpoint."""
         run, done = self.prepared.run, self._load()
         self._trim_metrics(done)
-        self.show.start(self.phases[-1].last, f"{run.method} · seed {run.seed}", done)
+        last = self.phases[-1].last
+        validated = sum(self._is_validated(round_) for round_ in range(done + 1, last + 1))
+        self.show.start(last, f"{run.method} · seed {run.seed}", done, validated)
         for number, phase in enumerate(self.phases):
             if number and done < phase.first:
                 self._enter(number)
@@ -176,15 +191,15 @@ class Course:
         start = time.perf_counter()  # waiting for data is part of a round's time
         read = next(rounds)
         round_ = read.round
-        waited = time.perf_counter() - start
+        waited, compiled = time.perf_counter() - start, self.compiled
         with self.watch(self.driver, round_):
             start = time.perf_counter()
             report = self.driver.run_round(read, self._rates(round_))
-            seconds = waited + time.perf_counter() - start
+            seconds = waited + time.perf_counter() - start - (self.compiled - compiled)
         line = _describe_round(round_, phase.method, report, seconds)
         told = self._judge(read, report, line)
-        last = round_ in (self.phases[-1].last, self.phases[0].last)
-        if last or round_ % self.prepared.run.evaluation.every == 0:
+        last = self._is_last(round_)
+        if self._is_validated(round_):
             line["validation"] = self._validate(round_, report)
         self._write_line(line)
         if last or round_ % self.prepared.run.checkpoint_every == 0:
@@ -220,6 +235,13 @@ class Course:
             raise UserError(explain_all_unfit(read.round, names, from_the_start, self.prepared.run.model, good))
         return describe_unfit(read.round, names, from_the_start)
 
+    def _is_last(self, round_: int) -> bool:
+        """Is it the last round of the run, or of the federation?"""
+        return round_ in (self.phases[-1].last, self.phases[0].last)
+
+    def _is_validated(self, round_: int) -> bool:
+        return self._is_last(round_) or round_ % self.prepared.run.evaluation.every == 0
+
     def _write_line(self, line: dict[str, Any]) -> None:
         if processes.is_first():
             path = self.folder / "metrics.jsonl"
@@ -230,6 +252,10 @@ class Course:
 
     def _validate(self, round_: int, report: RoundReport) -> dict[str, Any]:
         self.ask_base()
+        with working(self.show, "validating every client's model"):
+            return self._score_round(round_, report)
+
+    def _score_round(self, round_: int, report: RoundReport) -> dict[str, Any]:
         chosen = self.prepared.select_by
         models = self.driver.adapters
         if self.federated:  # with a cold start for who was not drawn yet, as at the end

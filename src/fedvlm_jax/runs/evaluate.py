@@ -6,8 +6,8 @@ from typing import Any
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.claims import Claim
-from fedvlm_jax.runs.prepare import open_session, prepare
-from fedvlm_jax.runs.progress import Progress, SilentProgress
+from fedvlm_jax.runs.prepare import open_session, prepare, show_evaluation
+from fedvlm_jax.runs.progress import Progress, SilentProgress, working
 from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.runs.storage import load_base, open_adapters, write_json
 from fedvlm_jax.runs.stored import read_config
@@ -35,15 +35,15 @@ def _evaluate(folder: Path, show: Progress) -> dict[str, Any]:
         raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
     stored = read_config(folder)
     run = dataclasses.replace(stored.run, out=folder)
-    prepared = prepare(run, open_session(run, show.note), show.note)
+    prepared = show_evaluation(prepare(run, open_session(run, show.note), show.note), show)
     names = [client.name for client in prepared.examples.clients]
     if names != list(stored.clients):
         raise UserError(f"{folder}: its clients are not those of {run.data.source} now; has the data changed?")
-    show.note(f"evaluating {len(names)} clients and the bare base")
     session = prepared.session
     params = place_base(session.mesh, load_base(folder / "adapters", session.params), session.vlm.cuts)
-    models, remembered = let_remember(prepared, params, open_adapters(folder / "adapters", names))
-    scored = score_models(prepared, params, models, None, score_base(prepared))
-    scores = remembered | describe_scores(prepared, scored) | score_matrix(prepared, params, models)
+    with working(show, f"evaluating {len(names)} clients and the bare base, which compiles first"):
+        models, remembered = let_remember(prepared, params, open_adapters(folder / "adapters", names))
+        scored = score_models(prepared, params, models, None, score_base(prepared))
+        scores = remembered | describe_scores(prepared, scored) | score_matrix(prepared, params, models)
     write_json(folder / "evaluation.json", scores)
     return scores

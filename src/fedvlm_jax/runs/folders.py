@@ -22,7 +22,22 @@ from fedvlm_jax.runs.stored import (
     read_text,
 )
 
-__all__ = ["ComparisonRecord", "RunRecord", "is_comparison", "read_comparison", "read_metrics", "read_run"]
+__all__ = [
+    "BASELINE",
+    "ComparisonRecord",
+    "RunRecord",
+    "is_comparison",
+    "read_baseline",
+    "read_comparison",
+    "read_metrics",
+    "read_run",
+]
+
+BASELINE = "baseline"
+"""Folder in a run's, of the run that trained the same clients alone."""
+
+SAME = ("model", "objective", "cohort", "seed", "data", "preference", "participation", "lora")
+"""Options that both have alike, beside those of training; averages have weights, and training alone has none."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,24 @@ def read_run(folder: Path) -> RunRecord:
     check_origin(folder / "config.json", config)
     check_results(folder / "results.json", results)
     return RunRecord(folder, config, read_metrics(folder), results)
+
+
+def read_baseline(record: RunRecord) -> RunRecord | None:
+    """Read the run that trained the same clients alone, for `fedvlm train` makes one inside the run's folder.
+
+    Returns:
+        `None` where there is none, where it is not finished, or where it had another budget than the run has now.
+
+    Raises:
+        UserError: a file of it is damaged.
+    """
+    folder = record.folder / BASELINE
+    if not (folder / "results.json").is_file():
+        return None
+    alone = read_run(folder)
+    alike = all(alone.options.get(name) == record.options.get(name) for name in SAME)
+    budgets = [{**(one.options.get("train") or {}), "weighting": None} for one in (record, alone)]
+    return alone if alike and budgets[0] == budgets[1] else None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

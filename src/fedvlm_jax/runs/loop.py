@@ -9,7 +9,7 @@ Several processes run the same loop side by side, in a folder that all of them r
 import dataclasses
 import shutil
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,18 +32,34 @@ from fedvlm_jax.runs.examples import write_examples
 from fedvlm_jax.runs.fit import fit
 from fedvlm_jax.runs.folders import read_run
 from fedvlm_jax.runs.models import each_model
-from fedvlm_jax.runs.prepare import Prepared, Session, open_session, prepare
-from fedvlm_jax.runs.progress import Progress, SilentProgress
+from fedvlm_jax.runs.prepare import Prepared, Session, open_session, prepare, show_evaluation
+from fedvlm_jax.runs.progress import Progress, SilentProgress, working
 from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.runs.storage import BASE, describe_environment, describe_start, save_adapters, save_base, write_json
 from fedvlm_jax.runs.stored import read_config
 from fedvlm_jax.runs.validation import validate
 from fedvlm_jax.sharding import fetch, replicate
 
-__all__ = ["extend", "resume", "train"]
+__all__ = ["Opened", "extend", "open_later", "resume", "train"]
 
 
-def train(run: Run, show: Progress | None = None, session: Session | None = None, watch: Watch = leave_alone) -> Path:
+Opened = Session | Callable[[Run], Session]
+"""What runs of the same model and data share, or what opens it for the first of them that needs it."""
+
+
+def open_later(show: Progress) -> Callable[[Run], Session]:
+    """Load the model and open the data when a run first asks for them, and keep them for the next."""
+    kept: list[Session] = []
+
+    def open_once(run: Run) -> Session:
+        if not kept:
+            kept.append(open_session(run, show.note))
+        return kept[0]
+
+    return open_once
+
+
+def train(run: Run, show: Progress | None = None, session: Opened | None = None, watch: Watch = leave_alone) -> Path:
     """Run a federation from the start; returns the folder that holds everything about it.
 
     Args:
@@ -79,7 +95,7 @@ def _refuse_used(folder: Path) -> None:
 
 
 def resume(
-    folder: Path, show: Progress | None = None, session: Session | None = None, watch: Watch = leave_alone
+    folder: Path, show: Progress | None = None, session: Opened | None = None, watch: Watch = leave_alone
 ) -> Path:
     """Go on with a run from its newest checkpoint, or from the start where there is none yet.
 
@@ -92,7 +108,7 @@ def resume(
         return _go_on(folder, show, session, watch)
 
 
-def _go_on(folder: Path, show: Progress, session: Session | None, watch: Watch) -> Path:
+def _go_on(folder: Path, show: Progress, session: Opened | None, watch: Watch) -> Path:
     stored = read_config(folder)
     run = dataclasses.replace(stored.run, out=folder, resume=None)
     _validate_stored(folder, run)
@@ -116,7 +132,7 @@ def _validate_stored(folder: Path, run: Run) -> None:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
 
 
-def extend(folder: Path, run: Run, show: Progress | None = None, session: Session | None = None) -> Path:
+def extend(folder: Path, run: Run, show: Progress | None = None, session: Opened | None = None) -> Path:
     """Run `run`: the rounds of the finished run in `folder`, with local fine-tuning or neighbours after them.
 
     Nothing is trained twice: what the finished run left is copied, and the copy goes on. It ends as `train(run)` would,
@@ -155,10 +171,10 @@ def _copy(folder: Path, target: Path) -> None:
             shutil.copy(file, target)
 
 
-def _execute(run: Run, show: Progress, session: Session | None, watch: Watch) -> Path:
+def _execute(run: Run, show: Progress, opened: Opened | None, watch: Watch) -> Path:
     assert run.out is not None
-    session = session or open_session(run, show.note)
-    prepared = fit(prepare(run, session, show.note), show.note)
+    session = open_session(run, show.note) if opened is None else opened(run) if callable(opened) else opened
+    prepared = fit(show_evaluation(prepare(run, session, show.note), show), show)
     _write_config(run, prepared)
     ask_base = partial(_ask_base, run, prepared, session, show)
     course = Course(prepared, run.out, show, ask_base, watch)
@@ -175,17 +191,17 @@ def _execute(run: Run, show: Progress, session: Session | None, watch: Watch) ->
     save_adapters(
         run.out / "adapters", _list_adapters(prepared, own), shared, {"method": run.method, "round": best.round}
     )
-    show.note("evaluating every client's own model")
     general = partial(federation.global_adapters, at=at) if jax.tree.leaves(shared) else None
-    models, remembered = let_remember(prepared, base, own)
-    scored = score_models(prepared, base, models, general, zero_shot)
-    results = {
-        "selected_round": best.round,
-        "selected_by": prepared.select_by,
-        **remembered,
-        **describe_scores(prepared, scored),
-        **score_matrix(prepared, base, models),
-    }
+    with working(show, "evaluating every client's own model"):
+        models, remembered = let_remember(prepared, base, own)
+        scored = score_models(prepared, base, models, general, zero_shot)
+        results = {
+            "selected_round": best.round,
+            "selected_by": prepared.select_by,
+            **remembered,
+            **describe_scores(prepared, scored),
+            **score_matrix(prepared, base, models),
+        }
     if processes.is_first():
         write_examples(prepared, scored, run.out)
     write_json(run.out / "results.json", results)
@@ -196,8 +212,8 @@ def _ask_base(run: Run, prepared: Prepared, session: Session, show: Progress) ->
     """What the bare base answers, asked once: rounds need not wait for it, but rewards are relative to it."""
 
     def ask() -> dict[Split, Scored]:
-        show.note("asking the bare base (zero-shot)")
-        return score_base(prepared)
+        with working(show, "asking the bare base (zero-shot), which compiles first"):
+            return score_base(prepared)
 
     options = without_extras(run).evaluation
     return session.remember(("zero-shot", run.data, run.seed, options, run.preference, prepared.objective.pairs), ask)

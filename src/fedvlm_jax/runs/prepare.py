@@ -4,6 +4,7 @@ A `Session` holds what the runs of a comparison have in common (the base on the 
 programs), so that the second run starts at once.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,11 @@ from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.config import LANGUAGE_MODEL, Run
 from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
 from fedvlm_jax.runs.meshes import parse_mesh
+from fedvlm_jax.runs.progress import Progress
 from fedvlm_jax.sharding import connect, make_mesh, refuse_split_groups
 from fedvlm_jax.streams import Stream
 
-__all__ = ["Prepared", "Session", "lay_out", "make_driver", "open_session", "prepare"]
+__all__ = ["Prepared", "Session", "lay_out", "make_driver", "open_session", "prepare", "show_evaluation"]
 
 MANY, SOME = 128, 64
 """Of more than so many clients only some are evaluated, unless the options say how many."""
@@ -285,6 +287,11 @@ def make_driver(
         epochs=train.local_epochs if go_on is None else None,
         file=file,
     )
+
+
+def show_evaluation(prepared: Prepared, show: Progress) -> Prepared:
+    """The same, with an evaluator that shows how far it is."""
+    return dataclasses.replace(prepared, evaluator=dataclasses.replace(prepared.evaluator, tell=show.advance))
 
 
 def _fit_to_model(data: DataOptions, vlm: Any) -> DataOptions:

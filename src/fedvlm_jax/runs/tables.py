@@ -14,7 +14,7 @@ from rich.text import Text
 from fedvlm_jax.evaluation.intervals import Difference
 from fedvlm_jax.evaluation.matrix import summarise_matrix
 from fedvlm_jax.evaluation.spread import summarise, summarise_gain
-from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord
+from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, read_baseline
 from fedvlm_jax.runs.measures import MEASURES, Measure, find_measure, order_measures, percent
 from fedvlm_jax.runs.statistics import compare_paired, judge, order_by_mean, spread
 
@@ -45,6 +45,9 @@ MANY_METHODS = 8
 """Above so many methods they are listed best first, and go down a table that else has them across."""
 
 MARKS = {"ahead": "▲", "behind": "▼", "level": "≈"}
+
+ALONE = "alone"
+"""The key of a run's own baseline among its models."""
 
 RIVALS = ("local", "fedavg-lora+ft")
 """What every method is compared with, client by client: they are the two that are hard to beat."""
@@ -137,9 +140,11 @@ def _name_models(record: RunRecord) -> list[tuple[str, str]]:
 
 def _tabulate_models(record: RunRecord) -> Table:
     """The metric that judges: its spread over clients, and the gain over zero-shot."""
+    alone = read_baseline(record)
     rows, models = [], _name_models(record)
+    models[1:1] = [("training alone (local)", ALONE)] if alone and alone.scores("personal", record.metric) else []
     for label, model in models:
-        own = record.scores(model)
+        own = alone.scores("personal", record.metric) if alone and model == ALONE else record.scores(model)
         summary = summarise(own)
         base = record.scores("held_out/zero_shot" if model.startswith("held_out") else "zero_shot")
         gain = "–" if model.endswith("zero_shot") else _format_gain(own, base)

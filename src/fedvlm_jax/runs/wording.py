@@ -6,7 +6,7 @@ from typing import Any
 
 from fedvlm_jax.evaluation.intervals import Difference
 from fedvlm_jax.evaluation.spread import summarise
-from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord
+from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, read_baseline
 from fedvlm_jax.runs.measures import find_measure, percent
 from fedvlm_jax.runs.statistics import compare_paired, count_seeds_ahead, judge
 from fedvlm_jax.runs.tables import RIVALS, points
@@ -43,10 +43,22 @@ def describe_run(record: RunRecord) -> list[str]:
     if chosen is not None:
         sentences.append(f"The adapters are those of round {chosen}, chosen on validation; test was read once.")
     sentences += describe_rounds(record.rounds)
-    sentences.append(
-        "One run of one method: whether sharing is worth it, against training alone, is what `fedvlm compare` measures."
-    )
+    sentences.append(_describe_sharing(record))
     return sentences
+
+
+def _describe_sharing(record: RunRecord) -> str:
+    alone = read_baseline(record)
+    if alone is None or alone.metric != record.metric:
+        return (
+            "One run of one method: whether sharing is worth it, against training alone, is what `fedvlm compare` "
+            "measures."
+        )
+    difference = compare_paired({0: record.scores("personal")}, {0: alone.scores("personal")})
+    if difference is None:
+        return "Trained alone, no client has a score to compare with."
+    told = describe_difference(record.method, "training alone", difference, 0)
+    return f"{told} Same clients, rounds and rates; `fedvlm compare` has several seeds and methods."
 
 
 def _achieves(metric: str, value: float) -> str:

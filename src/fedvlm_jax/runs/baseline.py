@@ -1,0 +1,71 @@
+"""Training alone beside a run: the same clients, data, adapter, rounds, steps and rates, and nothing shared.
+
+What sharing is worth is the difference to it, so `fedvlm train` has it too: a run of the method `local` in the folder
+`baseline` of the run. It is resumed, and read, like every other run.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+from fedvlm_jax import processes
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs import loop
+from fedvlm_jax.runs.choices import for_method
+from fedvlm_jax.runs.compare import finish_run
+from fedvlm_jax.runs.config import Run, from_json
+from fedvlm_jax.runs.folders import BASELINE, read_run
+from fedvlm_jax.runs.longer import lengthen
+from fedvlm_jax.runs.progress import Progress
+from fedvlm_jax.runs.stored import read_config
+from fedvlm_jax.runs.validation import validate
+
+__all__ = ["ALONE", "find_reason_against", "make_baseline", "train_alone"]
+
+ALONE = "local"
+"""The method in which nothing is shared."""
+
+
+def make_baseline(run: Run) -> Run:
+    """Give the run of the same budget that trains every client alone.
+
+    What is scored only for the report of a method (other clients' data, examples) is left out.
+
+    Raises:
+        UserError: options of the run mean something else, or nothing, where nothing is shared.
+    """
+    assert run.out is not None
+    evaluation = dataclasses.replace(run.evaluation, cross_clients=False, examples=0)
+    alone = dataclasses.replace(for_method(run, ALONE), evaluation=evaluation, resume=None, out=run.out / BASELINE)
+    validate(alone)
+    return alone
+
+
+def find_reason_against(run: Run) -> str:
+    """Say why no baseline can stand beside this run; empty where one can."""
+    if run.method == ALONE:
+        return f"--method {ALONE} is that itself"
+    try:
+        make_baseline(run)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def train_alone(folder: Path, show: Progress, session: loop.Opened) -> None:
+    """Train every client of a finished run alone, or go on with that, or find that it is done.
+
+    Args:
+        folder: of the finished run.
+        show: where to report.
+        session: what both runs share.
+
+    Raises:
+        UserError: as `make_baseline`, or what lies in its folder is a run with other options.
+    """
+    alone = make_baseline(dataclasses.replace(from_json(read_run(folder).options), out=folder))
+    assert alone.out is not None
+    if (alone.out / "config.json").is_file() and read_config(alone.out).run.train.rounds < alone.train.rounds:
+        loop.resume(alone.out, show, session)  # the run was trained longer: so is this, once it has its first rounds
+        processes.tell_all(partial(lengthen, alone.out, alone.train.rounds))
+    finish_run(alone, show, session)

@@ -1,0 +1,39 @@
+"""Training alone beside a run: one load for both, stopped and resumed like every run, never trained twice."""
+
+import pytest
+from tiny_run import StopAfter, StopError, tiny_run
+
+from fedvlm_jax.runs import loop
+from fedvlm_jax.runs.baseline import train_alone
+from fedvlm_jax.runs.folders import read_baseline, read_run
+from fedvlm_jax.runs.longer import lengthen
+from fedvlm_jax.runs.progress import SilentProgress
+
+
+def test_both_share_what_is_loaded_and_the_second_is_resumed(model, tmp_path, monkeypatch):
+    loads = []
+    opened = loop.open_session
+    monkeypatch.setattr(loop, "open_session", lambda run, note: loads.append(run.out) or opened(run, note))
+    run, show = tiny_run(model, tmp_path / "run", method="plora"), SilentProgress()
+    session = loop.open_later(show)
+    loop.train(run, show, session)
+    assert read_baseline(read_run(run.out)) is None
+    with pytest.raises(StopError):
+        train_alone(run.out, StopAfter(2), session)
+    rest = SilentProgress()
+    train_alone(run.out, rest, session)
+    assert [line["round"] for line in rest.lines] == [3, 4]
+    assert {line["method"] for line in rest.lines} == {"local"}
+    assert loads == [run.out]
+    alone = read_baseline(read_run(run.out))
+    assert alone is not None
+    assert alone.scores("zero_shot") == read_run(run.out).scores("zero_shot")
+    again = SilentProgress()
+    train_alone(run.out, again, session)
+    assert again.lines == []
+    lengthen(run.out, 6)
+    loop.resume(run.out, session=session)
+    assert read_baseline(read_run(run.out)) is None, "of fewer rounds"
+    train_alone(run.out, again, session)
+    assert [line["round"] for line in again.lines] == [5, 6]
+    assert read_baseline(read_run(run.out)) is not None
