@@ -7,6 +7,7 @@ when it runs. So `fedvlm --help` imports neither jax nor transformers.
 import contextlib
 import functools
 import importlib
+import inspect
 import io
 import os
 import re
@@ -16,10 +17,12 @@ from pathlib import Path
 
 import tyro
 
+from fedvlm_jax.cli._numbers import make_registry
 from fedvlm_jax.cli._said import note_flags
 from fedvlm_jax.cli._signals import exit_code, heed_signals, say
 from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.runs.heap import keep_heap
+from fedvlm_jax.runs.numbers import check_numbers
 
 __all__ = ["commands_available", "main"]
 
@@ -74,15 +77,21 @@ def _dispatch(words: list[str]) -> None:
     chosen: list[Callable[[], None]] = []
     # Parsing only notes what is to be done: what is printed while parsing is caught, what is printed while working not.
     deferred = {name: _defer(command, chosen) for name, command in commands.items()}
-    complaint = io.StringIO()
+    complaint, reasons = io.StringIO(), list[str]()
     try:
         with contextlib.redirect_stderr(complaint):
-            tyro.extras.subcommand_cli_from_dict(deferred, prog="fedvlm", description=DESCRIPTION, args=words)
+            tyro.extras.subcommand_cli_from_dict(
+                deferred, prog="fedvlm", description=DESCRIPTION, args=words, registry=make_registry(reasons)
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         help_command = f"fedvlm {words[0]} --help" if words[0] in commands else "fedvlm --help"
-        raise UserError(f"{_read_box(complaint.getvalue())} ({help_command} lists what there is)") from None
+        sentence = _read_box(complaint.getvalue())
+        flag = re.match(r"Error parsing (--[\w.-]+)", sentence)
+        if flag and reasons:  # tyro's own sentence lists what else could have stood there
+            sentence = f"{flag[1]}: {reasons[-1]}"
+        raise UserError(f"{sentence} ({help_command} lists what there is)") from None
     if chosen:
         keep_heap()
     for work in chosen:
@@ -92,9 +101,16 @@ def _dispatch(words: list[str]) -> None:
 def _defer(command: Callable[..., None], chosen: list[Callable[[], None]]) -> Callable[..., None]:
     @functools.wraps(command)
     def note(*args: object, **kwargs: object) -> None:
-        chosen.append(lambda: command(*args, **kwargs))
+        chosen.append(lambda: _check_and_run(command, args, kwargs))
 
     return note
+
+
+def _check_and_run(command: Callable[..., None], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    """Refuse numbers that no option takes, then do the work."""
+    for name, value in inspect.signature(command).bind(*args, **kwargs).arguments.items():
+        check_numbers({name: value})
+    command(*args, **kwargs)
 
 
 def _read_box(text: str) -> str:

@@ -19,6 +19,7 @@ from fedvlm_jax.runs.config import (
 )
 from fedvlm_jax.runs.measures import SELECTING
 from fedvlm_jax.runs.meshes import parse_mesh
+from fedvlm_jax.runs.numbers import LARGEST_SEED, check_numbers
 
 __all__ = ["FINETUNED", "REMEMBERING", "plain", "validate", "validate_comparison"]
 
@@ -45,6 +46,7 @@ def validate(run: Run) -> None:
 
 def _validate_common(run: Run) -> None:
     """What does not depend on the method."""
+    check_numbers(run)
     _require_choice("--objective", run.objective, objectives_available())
     _check_preference(run)
     _check_metrics(run)
@@ -66,6 +68,7 @@ def validate_comparison(comparison: Compare) -> None:
         UserError: as `validate`, for every run it is made of.
     """
     base = comparison.base
+    check_numbers(comparison)
     if not comparison.methods:
         raise UserError("--methods names no method: say which to compare, for example --methods local plora")
     for name in comparison.methods:
@@ -74,6 +77,8 @@ def validate_comparison(comparison: Compare) -> None:
     if twice:
         raise UserError(f"--methods names {twice[0]} twice: leave one out")
     _at_least("--seeds", comparison.seeds, 1)
+    if base.seed + comparison.seeds - 1 > LARGEST_SEED:
+        raise UserError(f"--seed {base.seed} and --seeds {comparison.seeds} go beyond {LARGEST_SEED}")
     _at_least("--processes", comparison.processes, 1)
     if any(name.endswith(FINETUNED) for name in comparison.methods):
         _at_least("--finetune-steps", comparison.finetune_steps, 1)
