@@ -211,7 +211,7 @@ def test_train_says_how_to_go_on(files, told, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "train", fail)
     with pytest.raises(UserError, match=f"^states-0.bin: No space left on device .*{told}"):
-        command.train(Run(out=tmp_path / "run"))
+        command.train(Run(out=tmp_path / "run"), baseline=False)
 
 
 # --- A disk that is full ---
@@ -244,7 +244,7 @@ def test_a_disk_that_fills_while_a_run_writes(small_disk, tmp_path):
         "--data.validation-per-client", "2", "--data.test-per-client", "3", "--train.batch-size", "4",
         "--lora.rank", "2", "--evaluation.every", "2", "--evaluation.max-answer-tokens", "4",
     ]  # fmt: skip
-    words = [sys.executable, "-m", "fedvlm_jax", "train"]
+    words = [sys.executable, "-m", "fedvlm_jax", "train", "--no-baseline"]
     whole, out = tmp_path / "whole", small_disk(4) / "run"
     subprocess.run([*words, *flags, "--out", str(whole)], check=True, capture_output=True)
     ends = []
