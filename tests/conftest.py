@@ -25,8 +25,9 @@ _own = None if FOLDER in os.environ else os.environ.setdefault(FOLDER, tempfile.
 
 @pytest.fixture(autouse=True, scope="session")
 def _datasets_cache(tmp_path_factory):
-    """`datasets` writes its Arrow files here and not into the home of whoever runs the tests."""
+    """What is kept of tests lies here and not in the home of whoever runs them."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDVLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets-cache")))
         yield
 

@@ -85,7 +85,7 @@ def test_what_the_hub_gives_is_read_like_a_folder(folder, tmp_path, monkeypatch)
 
 
 def test_images_are_hashed_and_checked_once_per_table(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setenv("FEDVLM_CACHE", str(tmp_path))
     first = read_table(NAMED.replace(path=folder))
     expected = digest_rows(first, range(400))[0]
     assert unique_images(first, range(400))[0].find_broken() == {}
@@ -101,7 +101,7 @@ def test_images_are_hashed_and_checked_once_per_table(folder, tmp_path, monkeypa
 
 
 def test_broken_images_are_checked_again_and_a_torn_file_is_no_loss(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FEDVLM_CACHE", str(tmp_path / "cache"))
     write_folder(tmp_path / "data", Form(rows=60, shards=1, spoil={"broken image": 3, "no image": 2}))
     options = DataOptions(source=str(tmp_path / "data"))
     found = []

@@ -16,8 +16,7 @@ from fedvlm_jax.runs.prepare import Session
 
 @pytest.mark.slow
 def test_the_preset_runs_goes_on_where_it_stopped_and_is_tabulated(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HOME", str(tmp_path))  # its features go to the user's cache
+    monkeypatch.setenv("FEDVLM_CACHE", str(tmp_path / "cache"))
     write_folder(tmp_path / "data", Form(rows=60, sources={"made-up-one": 0.6, "made-up-two": 0.4}))
     preset = rlaif_v_noniid.Preset(
         path=tmp_path / "data",

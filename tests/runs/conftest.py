@@ -10,7 +10,7 @@ from fedvlm_jax.runs.prepare import open_session
 @pytest.fixture
 def undecided(monkeypatch):
     """An environment that says nothing of compiled programs; what a test has written there is gone after it."""
-    for name in (FOLDER, SWITCH, *map(str.upper, SETTINGS)):
+    for name in ("FEDVLM_CACHE", FOLDER, SWITCH, *map(str.upper, SETTINGS)):
         monkeypatch.setenv(name, "set so that it is put back")
         monkeypatch.delenv(name)
 
