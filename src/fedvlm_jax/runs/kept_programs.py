@@ -19,8 +19,6 @@ import stat
 import sys
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from fedvlm_jax.caches import PLACED, PROGRAMS, Hold, find_cache
 from fedvlm_jax.errors import UserError
 
@@ -118,6 +116,8 @@ def _is_own(group: int) -> bool:
 
 def _drop_unfinished(folder: Path) -> None:
     """Remove programs whose time of use is missing: jax writes it last, and finds no room beside one without."""
+    from filelock import FileLock, Timeout  # it imports asyncio, for which `--help` should not wait
+
     with contextlib.suppress(OSError, Timeout), FileLock(folder / ".lockfile", timeout=WAIT):
         for file in folder.glob("*-cache"):
             if not file.with_name(file.name.removesuffix("-cache") + "-atime").exists():
