@@ -449,10 +449,15 @@ def break_later_rounds(method):
             server = {**server, "shared": jax.tree.map(lambda x, m: x + m[0] + 1, server["shared"], messages)}
         return server, health
 
+    def client_update(ctx, server, personal, client, key):
+        return method.client_update(ctx._replace(phase=0), server, personal, client, key)
+
     def trained(server, personal, message):
         return method.personalise(server, personal)
 
-    return method._replace(aggregate=aggregate, trained=trained, phase=lambda number: int(number > 1))
+    return method._replace(
+        client_update=client_update, aggregate=aggregate, trained=trained, phase=lambda number: int(number > 1)
+    )
 
 
 @pytest.fixture(scope="module")
