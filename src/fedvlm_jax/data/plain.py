@@ -6,33 +6,39 @@ Pictures in lists of one, in dictionaries or views; answers of several people as
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.types as is_a
-from datasets.packaged_modules.parquet.parquet import Parquet
 
-__all__ = ["PlainParquet", "find_item", "is_list", "make_plain", "read_class_names"]
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+__all__ = ["find_item", "is_list", "make_builder", "make_plain", "read_class_names"]
 
 ANSWER = "answer"
 """The field of an answer's struct that holds its text."""
 
 
-class PlainParquet(Parquet):
-    """`datasets`' own reader of parquet, which also takes what `make_plain` makes plain."""
+def make_builder(**options: Any) -> "datasets.ArrowBasedBuilder":
+    """Make `datasets`' own reader of parquet, with these options, that also takes what `make_plain` makes plain."""
+    from datasets.packaged_modules.parquet.parquet import Parquet
 
-    def _cast_table(self, pa_table: pa.Table) -> pa.Table:
-        return super()._cast_table(make_plain(pa_table))
+    class PlainParquet(Parquet):
+        def _cast_table(self, pa_table: "pa.Table") -> "pa.Table":
+            return super()._cast_table(make_plain(pa_table))
+
+    return PlainParquet(**options)
 
 
-def make_plain(table: pa.Table) -> pa.Table:
+def make_plain(table: "pa.Table") -> "pa.Table":
     """Replace the columns that need it, row for row.
 
     Raises:
         ValueError: a row with several pictures, or a class without a name.
     """
+    import pyarrow as pa
+
     names = read_class_names(table.schema)
     for place, field in enumerate(table.schema):
         column = table.column(place).combine_chunks()
@@ -48,22 +54,28 @@ def make_plain(table: pa.Table) -> pa.Table:
     return table
 
 
-def is_list(kind: pa.DataType) -> bool:
+def is_list(kind: "pa.DataType") -> bool:
     """Is it a list in any layout?"""
+    import pyarrow.types as is_a
+
     views = is_a.is_list_view(kind) or is_a.is_large_list_view(kind)
     return is_a.is_list(kind) or is_a.is_large_list(kind) or is_a.is_fixed_size_list(kind) or views
 
 
-def find_item(kind: pa.DataType) -> pa.DataType:
+def find_item(kind: "pa.DataType") -> "pa.DataType":
     """The type of a single answer in a list of them: of the struct's field, or of the item itself."""
+    import pyarrow.types as is_a
+
     item = kind.value_type
     if is_a.is_struct(item) and item.get_field_index(ANSWER) >= 0:
         return item.field(ANSWER).type
     return item
 
 
-def read_class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+def read_class_names(schema: "pa.Schema") -> dict[str, tuple[str, ...]]:
     """Integer columns that `datasets` calls ClassLabel -> the names of their classes; odd metadata says nothing."""
+    import pyarrow.types as is_a
+
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         said = {name: feature["names"] for name, feature in features.items() if _is_label(feature)}
@@ -74,13 +86,15 @@ def read_class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
 
 
 def _is_label(feature: Any) -> bool:
-    if not isinstance(feature, Mapping) or feature.get("_type") != datasets.ClassLabel.__name__:
+    if not isinstance(feature, Mapping) or feature.get("_type") != "ClassLabel":
         return False
     names = feature.get("names")
     return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
 
 
-def _name_classes(column: str, values: pa.Array, names: tuple[str, ...]) -> pa.Array:
+def _name_classes(column: str, values: "pa.Array", names: tuple[str, ...]) -> "pa.Array":
+    import pyarrow as pa
+
     codes = values.to_pylist()
     unknown = [code for code in codes if code is not None and not -1 <= code < len(names)]
     if unknown:
@@ -88,7 +102,10 @@ def _name_classes(column: str, values: pa.Array, names: tuple[str, ...]) -> pa.A
     return pa.array([None if code is None or code < 0 else names[code] for code in codes], pa.string())
 
 
-def _make_image(values: pa.Array) -> pa.Array:
+def _make_image(values: "pa.Array") -> "pa.Array":
+    import pyarrow as pa
+    import pyarrow.types as is_a
+
     if is_list(values.type):
         values = _take_single(values)
     if is_a.is_dictionary(values.type):
@@ -98,8 +115,10 @@ def _make_image(values: pa.Array) -> pa.Array:
     return values.cast(pa.string()) if is_a.is_string_view(values.type) else values
 
 
-def _take_single(lists: pa.Array) -> pa.Array:
+def _take_single(lists: "pa.Array") -> "pa.Array":
     """The only item of every list; null where a list is empty or null."""
+    import pyarrow as pa
+
     lists = lists.cast(pa.list_(lists.type.value_type))
     lengths = np.asarray(lists.value_lengths().fill_null(0))
     if (lengths > 1).any():

@@ -181,7 +181,7 @@ def convert_shards(
     import datasets.exceptions
     import pyarrow as pa
 
-    from fedvlm_jax.data.plain import PlainParquet, is_list
+    from fedvlm_jax.data.plain import is_list, make_builder
 
     others = [(name, kind) for name, kind in columns.items() if name not in UNDERSTOOD]
     plain = pa.schema([(name, pa.string() if _is_text(kind) else kind) for name, kind in others])
@@ -195,7 +195,7 @@ def convert_shards(
     try:
         writing = Hold(cache)
         with hush_datasets():
-            builder = PlainParquet(
+            builder = make_builder(
                 data_files={"train": [str(file.resolve()) for file in files]},
                 cache_dir=str(cache / digest),
                 columns=list(columns),
