@@ -30,7 +30,7 @@ def test_the_source_is_the_flag_data_itself():
         ({"validation_share": 0.6, "test_share": 0.4}, "together with --data.test-share"),
         ({"languages": ()}, "at least one name"),
         ({"vendors": ("noto", "noto")}, "every name once"),
-        ({"max_answer_tokens": 0}, "1 or more"),
+        ({"max_answer_tokens": 0}, "a count of 1 to"),
         ({"max_bad_share": 1.5}, "between 0 and 1"),
         ({"clients": 0}, "--data.clients is 0"),
         ({"limit": 0, "source": "x"}, "--data.limit is 0"),

@@ -6,6 +6,7 @@ client. A source without a `split` column is split inside every client, by the c
 is in two splits, not even with different clients.
 """
 
+import unicodedata
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -59,11 +60,12 @@ def choose_rows(table: Table, options: "DataOptions", seed: int) -> Int[np.ndarr
     if options.origins:
         found = read_key(table, "origin_dataset")
         counts = Counter(origin for origin in found if origin)
-        unknown = [origin for origin in options.origins if origin not in counts]
+        wanted = {unicodedata.normalize("NFC", origin.strip()) for origin in options.origins}
+        unknown = sorted(wanted - set(counts))
         if unknown:
             there = ", ".join(f"{origin} ({count} rows)" for origin, count in sorted(counts.items()))
             raise UserError(f"--data.origins has {', '.join(unknown)}; {table.name} has {there or 'none'}.")
-        rows = rows[[origin in options.origins for origin in found]]
+        rows = rows[[origin in wanted for origin in found]]
     if options.limit is not None and options.limit < len(rows):
         edges = np.arange(options.limit + 1) * len(rows) // options.limit
         rows = rows[np.random.default_rng([Stream.LIMIT, seed]).integers(edges[:-1], edges[1:])]

@@ -26,6 +26,7 @@ from fedvlm_jax.contents import digest_files
 from fedvlm_jax.data.clients import ClientRows, Federation
 from fedvlm_jax.data.columns import federate_rows
 from fedvlm_jax.data.options import SPLITS
+from fedvlm_jax.data.partition import ALIKE
 from fedvlm_jax.data.registry import NamedSet
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
@@ -167,7 +168,7 @@ def draw_mix(
     rng: np.random.Generator, alpha: float, prior: Float[np.ndarray, " groups"]
 ) -> Float[np.ndarray, " groups"]:
     """A client's mix over groups: Dirichlet(alpha · G · prior), or the prior itself at alpha = inf."""
-    if np.isinf(alpha):
+    if alpha >= ALIKE:
         return prior
     mix = rng.dirichlet(np.maximum(alpha * len(prior) * prior, 1e-6))
     return mix if np.isfinite(mix).all() else np.eye(len(prior))[rng.choice(len(prior), p=prior)]

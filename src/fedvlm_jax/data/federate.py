@@ -36,8 +36,8 @@ def federate(table: Table, options: "DataOptions", seed: int) -> Federation:
         UserError: nothing says who the clients are, a partition that cannot be, an unknown split, no clients, nothing
             to train on, or a negative seed.
     """
-    if seed < 0:
-        raise UserError(f"--seed is {seed}; expected 0 or a positive integer.")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}; expected an integer from 0 to {2**63 - 1}.")
     from fedvlm_jax.data.registry import find_sets
 
     named = find_sets().get(table.name)

@@ -8,6 +8,7 @@ cannot be made out is "unknown": a value like any other, which shows up in every
 
 import ast
 import json
+import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,9 @@ def list_keys(table: "Table") -> tuple[str, ...]:
 def read_key(table: "Table", key: str, rows: "Sequence[int] | np.ndarray | None" = None) -> list[str | None]:
     """Every row's value of a key, for the given rows [N] or for all; spaces around it do not count.
 
-    A column without text in a row gives None there; a derived key gives "unknown". A column of the same name wins over
-    a derived key.
+    Values are in Unicode's form NFC: the same letters are the same value, however they were typed. A column without
+    text in a row, or with bytes that are none, gives None there; a derived key gives "unknown". A column of the same
+    name wins over a derived key.
 
     Raises:
         UserError: the table has no such key.
@@ -53,10 +55,17 @@ def read_key(table: "Table", key: str, rows: "Sequence[int] | np.ndarray | None"
     if key not in list_keys(table):
         raise UserError(f"{table.name} has no key {key!r} to tell rows apart by; it has {', '.join(list_keys(table))}.")
     if key in table.columns:
-        return [(text.strip() or None) if text else None for text in table.read_text(key, rows)]
+        texts = table.read_text(key, rows)
+        tidied = {text: _tidy(text) for text in set(texts) if text}
+        return [tidied.get(text) if text else None for text in texts]
     texts = table.read_text("origin_split", rows)
     parsed = {text: parse_origin_split(text)[key] for text in set(texts)}
     return [parsed[text] for text in texts]
+
+
+def _tidy(text: str) -> str | None:
+    found = unicodedata.normalize("NFC", text.strip())
+    return None if found in ("", "\N{REPLACEMENT CHARACTER}") else found
 
 
 def parse_origin_split(text: str | None) -> dict[str, str]:

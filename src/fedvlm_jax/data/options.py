@@ -22,6 +22,9 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 MAX_IMAGE_PIXELS = 89_478_485
 """Pixels of a picture at most, unless the user says otherwise: what Pillow calls safe to decode (256 MiB of RGB)."""
 
+MOST = 2**31 - 1
+"""Of anything that is counted."""
+
 OF_PARQUET = frozenset({"limit", "origins", "validation_share", "test_share", "image_root"})
 """What a source in RLAIF-V's columns reads of `NOT_EVERYWHERE`, be it a path or a named set."""
 
@@ -128,10 +131,10 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         for name in ("images_per_client", "validation_per_client", "test_per_client", "min_examples"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "a count of 0 or more")
+            _require(0 <= getattr(self, name) <= MOST, name, getattr(self, name), f"a count of 0 to {MOST}")
         for name in ("max_prompt_tokens", "max_answer_tokens", "classes_per_client", "clients", "limit"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "a count of 1 or more")
+            _require(value is None or 1 <= value <= MOST, name, value, f"a count of 1 to {MOST}")
         most, pixels = 2 * MAX_IMAGE_PIXELS, self.max_image_pixels
         _require(1 <= pixels <= most, "max_image_pixels", pixels, f"1 to {most}, the most that Pillow decodes")
         _require(0 <= self.held_out_clients < 1, "held_out_clients", self.held_out_clients, "a share below 1")

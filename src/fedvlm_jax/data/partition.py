@@ -22,7 +22,11 @@ from jaxtyping import Float, Int
 
 from fedvlm_jax.errors import UserError
 
-__all__ = ["cut_dirichlet", "cut_iid", "cut_pathological", "cut_quantity"]
+__all__ = ["ALIKE", "cut_dirichlet", "cut_iid", "cut_pathological", "cut_quantity"]
+
+
+ALIKE = 1e12
+"""Concentration from which shares are even to a millionth; far beyond it, numbers drawn for them overflow."""
 
 
 def cut_iid(units: int, clients: int) -> Int[np.ndarray, " units"]:
@@ -99,7 +103,7 @@ def _allot_shards(counts: Int[np.ndarray, " labels"], shards: int) -> list[int]:
 
 
 def _draw_shares(clients: int, alpha: float, rng: np.random.Generator) -> Float[np.ndarray, " clients"]:
-    if np.isinf(alpha):
+    if alpha >= ALIKE:
         return np.full(clients, 1 / clients)
     shares = rng.dirichlet(np.full(clients, alpha))
     return shares if np.isfinite(shares).all() else np.eye(clients)[rng.integers(clients)]  # alpha near 0 underflows

@@ -1,6 +1,8 @@
 """`fedvlm data`: a federation before any training, as `data.json`, as a picture, as tables and in plain warnings."""
 
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from fedvlm_jax.runs.tables import MANY, Table
 from fedvlm_jax.runs.theme import PAPER, save_png
 
 __all__ = ["describe_data", "find_leaks", "tabulate_data", "word_findings"]
+
+MISSING = frozenset({"nan", "none", "null", "<na>", "n/a", "nat"})
+"""Names by which a missing value goes once it is text."""
 
 LISTED = 12
 """Values of a key, and reasons, that a table shows."""
@@ -82,12 +87,32 @@ def word_findings(description: Mapping[str, Any]) -> list[str]:
         if lacking:
             names = ", ".join(lacking[:5]) + (", …" if len(lacking) > 5 else "")
             findings.append(f"{_count(len(lacking), 'client has', 'clients have')} {meaning}: {names}.")
+    findings += _word_names([one["name"] for one in clients])
     shared = description["overlap"]["images"]["between_clients"]
     if shared["distinct"]:
         first, second, count = shared["most"][0]
         findings.append(
             f"{_count(shared['distinct'], 'image is', 'images are')} with two or more clients, on "
             f"{shared['rows']:,} rows; {first} and {second} have most in common ({count:,})."
+        )
+    return findings
+
+
+def _word_names(names: Sequence[str]) -> list[str]:
+    """Say which clients may be a slip of the data's making."""
+    missing = [name for name in names if name.casefold() in MISSING]
+    alike = defaultdict[str, list[str]](list)
+    for name in names:
+        alike[" ".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
+    twins = [own for own in alike.values() if len(own) > 1]
+    findings = []
+    if missing:
+        findings.append(f"A client is called {missing[0]!r}, as missing values are that were turned into text.")
+    if twins:
+        told = " and ".join(repr(name) for name in twins[0][:2])
+        findings.append(
+            f"{_count(len(twins), 'name is', 'names are')} written in more than one way, and counts as many clients: "
+            f"{told}, for example."
         )
     return findings
 
