@@ -205,11 +205,11 @@ class Course:
         if last or round_ % self.prepared.run.checkpoint_every == 0:
             self._save(round_)
         self.show.round(line)
-        if told:
-            self.show.note(told)
         self.rounds += 1
         if self.rounds == 2:
             self.show.note(f"a round after the first takes {seconds:.2g} s, evaluation apart")
+        if told:
+            self.show.note(told)
 
     def _judge(self, read: RoundInputs, report: RoundReport, line: dict[str, Any]) -> str:
         """Name in the line the clients whose numbers are not finite; returns what there is to say of those not yet met.
@@ -217,11 +217,8 @@ class Course:
         Raises:
             UserError: there are no others in the round, or what became of them is not finite.
         """
-        newest = self.checkpoints.newest()
-        good = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is that of round {newest}"
-        good += f" in {self.folder}"
         if not report.finite:
-            raise UserError(explain_aggregate(read.round, good))
+            raise UserError(explain_aggregate(read.round, self._tell_good()))
         if not len(report.unfit):
             return ""
         clients = self.prepared.examples.clients
@@ -232,8 +229,15 @@ class Course:
         self.unfit.update(names)
         from_the_start = {clients[number].name for number in self.driver.find_unfit(read)}
         if not len(report.counted):
-            raise UserError(explain_all_unfit(read.round, names, from_the_start, self.prepared.run.model, good))
+            model, good = self.prepared.run.model, self._tell_good()
+            raise UserError(explain_all_unfit(read.round, names, from_the_start, model, good))
         return describe_unfit(read.round, names, from_the_start)
+
+    def _tell_good(self) -> str:
+        """Say which checkpoint a run that ends leaves; every one is of a round whose numbers were finite."""
+        newest = self.checkpoints.newest()
+        left = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is that of round {newest}"
+        return f"{left} in {self.folder}"
 
     def _is_last(self, round_: int) -> bool:
         """Is it the last round of the run, or of the federation?"""
