@@ -18,7 +18,7 @@ from fedvlm_jax.runs.config import EvaluationOptions, TrainOptions
 from fedvlm_jax.runs.folders import read_metrics, read_run
 from fedvlm_jax.runs.prepare import open_session
 from fedvlm_jax.runs.progress import SilentProgress, describe_line
-from fedvlm_jax.runs.trouble import describe_rounds, describe_unfit, explain_all_unfit
+from fedvlm_jax.runs.trouble import describe_lost, describe_rounds, describe_unfit, explain_all_unfit
 from fedvlm_jax.runs.wording import describe_run
 
 HUGE = {"a": jnp.float32(1e30), "b": jnp.float32(1e30)}
@@ -215,6 +215,21 @@ def test_nobody_in_any_round_is_told(model, session, tmp_path):
 
 
 # --- Sentences ---
+
+
+def test_results_without_a_finite_loss_are_no_results():
+    """Without validation data nothing else looks at the last round's models."""
+
+    def results(**losses):
+        base = {"a": 1.0, "b": 2.0, "c": float("nan")}
+        return {"selected_round": 4, "zero_shot": {"test": {"loss": base}}, "personal": {"test": {"loss": losses}}}
+
+    bad = float("inf")
+    assert describe_lost(results(a=1.0, b=None, c=bad)) == "", "the frozen model has none for c"
+    assert describe_lost(results(a=1.0, b=bad)).startswith("The models of round 4 have a loss that is not finite for b")
+    with pytest.raises(UserError, match="every client: these are no results"):
+        describe_lost(results(a=bad, b=bad, c=1.0))
+    assert describe_lost({"personal": {"test": {}}, "zero_shot": {"test": {}}}) == ""
 
 
 def test_sentences():

@@ -37,6 +37,7 @@ from fedvlm_jax.runs.progress import Progress, SilentProgress, working
 from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.runs.storage import BASE, describe_environment, describe_start, save_adapters, save_base, write_json
 from fedvlm_jax.runs.stored import read_config
+from fedvlm_jax.runs.trouble import describe_lost
 from fedvlm_jax.runs.validation import validate
 from fedvlm_jax.sharding import fetch, replicate
 
@@ -202,6 +203,8 @@ def _execute(run: Run, show: Progress, opened: Opened | None, watch: Watch) -> P
             **describe_scores(prepared, scored),
             **score_matrix(prepared, base, models),
         }
+    if lost := describe_lost(results):
+        show.note(lost)
     if processes.is_first():
         write_examples(prepared, scored, run.out)
     write_json(run.out / "results.json", results)

@@ -4,11 +4,22 @@ A client is *unfit* in a round if its loss, its message or its state after train
 that round and keeps the state that it had; the line of the round names it under `unfit`.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-__all__ = ["UNFIT", "describe_rounds", "describe_unfit", "explain_aggregate", "explain_all_unfit", "list_names"]
+from fedvlm_jax.errors import UserError
+
+__all__ = [
+    "UNFIT",
+    "describe_lost",
+    "describe_rounds",
+    "describe_unfit",
+    "explain_aggregate",
+    "explain_all_unfit",
+    "list_names",
+]
 
 UNFIT = "unfit"
 """The key of their names in a round's line."""
@@ -72,6 +83,32 @@ def explain_aggregate(round_: int, good: str) -> str:
         f"round {round_}: what the server made of the clients' updates is not finite, and was not taken. "
         f"{RATES.capitalize()}, or --server.learning-rate where it is above 1; {good}"
     )
+
+
+def describe_lost(results: Mapping[str, Any]) -> str:
+    """Name the clients whose own model has a loss that is not finite, where the frozen model has one; "" if none has.
+
+    Args:
+        results: of a run, as `results.json` has them.
+
+    Raises:
+        UserError: so it is with every client that was evaluated.
+    """
+    own, base = results["personal"], results["zero_shot"]
+    finite: dict[str, bool] = {}
+    for split in own:
+        for name, loss in ((own[split] or {}).get("loss") or {}).items():
+            before = ((base.get(split) or {}).get("loss") or {}).get(name)
+            if loss is not None and before is not None and math.isfinite(before):
+                finite[name] = finite.get(name, True) and math.isfinite(loss)
+    lost = [name for name, is_finite in finite.items() if not is_finite]
+    said = (
+        f"The models of round {results.get('selected_round')} have a loss that is not finite for {list_names(lost)}: "
+        f"what was added to the frozen model is too large; {RATES}."
+    )
+    if lost and len(lost) == len(finite):
+        raise UserError(f"{said} That is every client: these are no results.")
+    return said if lost else ""
 
 
 def describe_rounds(lines: Sequence[Mapping[str, Any]]) -> list[str]:

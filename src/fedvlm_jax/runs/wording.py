@@ -10,7 +10,7 @@ from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, read_baseline
 from fedvlm_jax.runs.measures import find_measure, percent
 from fedvlm_jax.runs.statistics import compare_paired, count_seeds_ahead, judge
 from fedvlm_jax.runs.tables import RIVALS, points
-from fedvlm_jax.runs.trouble import describe_rounds
+from fedvlm_jax.runs.trouble import describe_lost, describe_rounds
 
 __all__ = ["describe_comparison", "describe_difference", "describe_run", "describe_runs"]
 
@@ -42,7 +42,8 @@ def describe_run(record: RunRecord) -> list[str]:
     chosen = record.results.get("selected_round")
     if chosen is not None:
         sentences.append(f"The adapters are those of round {chosen}, chosen on validation; test was read once.")
-    sentences += describe_rounds(record.rounds)
+    lost = describe_lost(record.results)
+    sentences += [*([lost] if lost else []), *describe_rounds(record.rounds)]
     sentences.append(_describe_sharing(record))
     return sentences
 
