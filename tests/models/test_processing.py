@@ -83,6 +83,18 @@ def test_a_text_cannot_place_pictures(processor: Processor) -> None:
         processor.prompts(["what is <image> this"])
 
 
+def test_nor_can_a_text_that_only_becomes_the_image_token(processor: Processor) -> None:
+    """A tokenizer may bring texts to one form before it looks for its tokens."""
+    from tokenizers import AddedToken, normalizers
+
+    inner = processor.wrapped.tokenizer.backend_tokenizer
+    inner.normalizer = normalizers.Lowercase()
+    inner.add_tokens([AddedToken("<image>", normalized=True)])
+    assert processor.image_token_id in processor.wrapped.tokenizer("a <IMAGE> here")["input_ids"]
+    with pytest.raises(UserError, match="other than 3 image tokens"):
+        processor.prompts(["a <IMAGE> here"])
+
+
 def test_tokens_that_belong_to_answers_are_kept() -> None:
     """Locations are special tokens of Florence-2's tokenizer, and half of what <OD> answers."""
     processor = Processor.from_folder("florence2-nano")
