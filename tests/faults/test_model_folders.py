@@ -244,6 +244,15 @@ CONFIGURATIONS: dict[str, tuple[Spoil, str]] = {
         r"processor_config\.json cannot be used",
     ),
     "size of 10^6": (change(PROCESSOR, image__size={"height": 10**6, "width": 10**6}), r"at most 4096 a side"),
+    "a size of 10^6 before it is cropped": (
+        change(
+            PROCESSOR,
+            image__size={"height": 10**6, "width": 10**6},
+            image__do_center_crop=True,
+            image__crop_size={"height": 64, "width": 64},
+        ),
+        r"brings pictures to 1000000 pixels",
+    ),
     "an unknown resampling": (change(PROCESSOR, image__resample=99), r"processor"),
     "size of another tower": (
         change(PROCESSOR, image__size={"height": 32, "width": 64}),

@@ -61,8 +61,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def explain_error(error: BaseException, most: int = 300) -> str:
-    """An exception in one line of at most so many characters, its kind first."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    """An exception in one line of at most so many characters, its kind first unless it is a message of ours."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    text = " ".join(f"{kind}{error}".split())
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

@@ -102,14 +102,16 @@ def check_settings(settings: Settings, vocabulary: int) -> None:
     Raises:
         UserError: naming the option, as transformers calls it.
     """
-    tokens = {
+    tokens: dict[str, tuple[Any, ...]] = {  # as a file has them, whatever their types should be
         "decoder_start_token_id": (settings.decoder_start_token_id,),
         "pad_token_id": (settings.pad_token_id,),
         "eos_token_id": settings.eos_token_ids,
         "forced_bos_token_id": () if settings.forced_bos_token_id is None else (settings.forced_bos_token_id,),
         "forced_eos_token_id": settings.forced_eos_token_ids,
     }
-    bounds = {name: (values, 0, vocabulary - 1) for name, values in tokens.items()}
+    bounds: dict[str, tuple[tuple[Any, ...], int, int]] = {
+        name: (values, 0, vocabulary - 1) for name, values in tokens.items()
+    }
     bounds |= {"num_beams": ((settings.num_beams,), 1, MOST_BEAMS)}
     for name in ("no_repeat_ngram_size", "min_length", "min_new_tokens"):
         bounds[name] = ((getattr(settings, name),), 0, 2**20)
@@ -117,11 +119,12 @@ def check_settings(settings: Settings, vocabulary: int) -> None:
         for value in values:
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise UserError(f"{name} is {value!r}, expected a whole number from {least} to {most}")
-    penalty = settings.length_penalty
+    penalty: Any = settings.length_penalty
     if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not math.isfinite(penalty):
         raise UserError(f"length_penalty is {penalty!r}, expected a number")
-    if settings.early_stopping not in (True, False, "never"):
-        raise UserError(f"early_stopping is {settings.early_stopping!r}, expected true, false or 'never'")
+    early: Any = settings.early_stopping
+    if early not in (True, False, "never"):
+        raise UserError(f"early_stopping is {early!r}, expected true, false or 'never'")
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:

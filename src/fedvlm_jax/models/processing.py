@@ -35,7 +35,11 @@ _IMAGES = ("processor_config.json", "preprocessor_config.json")
 
 def read_size(folder: Path) -> tuple[int, int] | None:
     """Height and width in pixels that a model's pictures are brought to, from its folder's JSON alone; None where it
-    has none, or they are not brought to one size."""
+    has none, or they are not brought to one size.
+
+    Raises:
+        UserError: where its JSON cannot be read, or states no numbers.
+    """
     for name in _IMAGES:
         if not (folder / name).is_file():
             continue
@@ -141,10 +145,12 @@ class Processor:
             raise UserError(f"the tokenizer in {folder} fails on a text ({explain_error(error)})") from None
 
     def _try_picture(self) -> None:
-        if self.wrapped.image_processor.do_normalize and not all(np.isfinite(std) and std > 0 for std in self.std):
+        images = self.wrapped.image_processor
+        if images.do_normalize and not all(np.isfinite(std) and std > 0 for std in self.std):
             raise UserError(f"image_std is {list(self.std)}, and pixels are divided by it: it must be above 0")
-        if max(self.size) > MOST_PIXELS:
-            raise UserError(f"it makes pictures of {self.size} pixels, expected at most {MOST_PIXELS} a side")
+        asked = [side for size in (images.size, images.crop_size) for side in dict(size or {}).values() if side]
+        if max(*self.size, *asked) > MOST_PIXELS:
+            raise UserError(f"it brings pictures to {max(asked)} pixels, expected at most {MOST_PIXELS} a side")
         if not np.isfinite(self.pixels([Image.new("RGB", (8, 8), (9, 99, 199))])).all():
             raise UserError("it makes numbers that are not finite; see image_mean, image_std and rescale_factor")
 
