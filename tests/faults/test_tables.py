@@ -2,10 +2,12 @@
 
 import base64
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -232,3 +234,39 @@ def test_all_answers_are_compared_and_the_most_frequent_trains(tmp_path: Path) -
     assert sorted(exact_match(said, gold.all)) == [0, 1, 1, 1]
     lone = read_gold(["a"], [0], processor, 16, settings)
     assert (lone.texts, lone.all) == (["a"], [["a"]])
+
+
+def test_a_pipe_a_circle_and_a_device_as_the_data_are_one_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.parquet")
+    (tmp_path / "circle.parquet").symlink_to("circle.parquet")
+    for name in (str(tmp_path / "pipe.parquet"), "/dev/zero"):
+        with pytest.raises(UserError, match=r"is no regular file"):
+            read_table(name)
+    with pytest.raises(UserError, match=r"neither a named data set nor a path that exists"):
+        read_table(str(tmp_path / "circle.parquet"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, malformed.GOOD).chmod(0)
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
+        read_table(str(tmp_path))
+
+
+class _Refusing(WordProcessor):
+    """Raises at odd texts, as transformers' processor does at a task token beside other text."""
+
+    def prompts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        if any("<OD>" in text for text in texts):
+            raise ValueError("Task token <OD> should be the only token in the text.")
+        return super().prompts(texts)
+
+
+def test_a_question_that_the_processor_refuses_costs_its_own_row(tmp_path: Path) -> None:
+    rows = [*make_rows(20), make_row(20, question="<OD> find the car")]
+    options = DataOptions(source=str(write_rows(tmp_path / "a.parquet", rows)), max_bad_share=0.1)
+    table = read_table(options)
+    examples = encode(table, federate(table, options, 0), _Refusing(), options)
+    (skipped,) = examples.skipped
+    assert (skipped.row, len(examples)) == (20, 20)
+    assert "Task token <OD> should be the only token in the text" in skipped.reason
