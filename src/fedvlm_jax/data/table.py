@@ -169,7 +169,7 @@ class Table:
         if not isinstance(name, str) or not name or self.is_embedded(row):
             return ""
         shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
-        return f"looked for {shown!r} in {' and '.join(str(folder) for folder in self.image_folders)}"
+        return f"looked for {shown!r} in {' and '.join(repr(str(place.absolute())) for place in self.image_folders)}"
 
     @property
     def image_folders(self) -> tuple[Path, ...]:
