@@ -1,17 +1,32 @@
 """Data, models and options that are not what they were: another content is noticed, whatever its name and time."""
 
+import contextlib
 import hashlib
+import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from make_parquet import make_rows, write_rows
+from made_up import write_run
+from make_parquet import draw_image, make_rows, write_rows
+from safetensors.numpy import load_file, save_file
+from tiny_run import StopAfter, StopError, make_folder, tiny_run
 
 from fedvlm_jax import contents
+from fedvlm_jax.cli.main import main
 from fedvlm_jax.contents import digest_file, digest_files
 from fedvlm_jax.data.images import digest_rows
+from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.data.table import read_parquet
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs import evaluate, fingerprints, loop
+from fedvlm_jax.runs.config import Run, TrainOptions
+from fedvlm_jax.runs.fingerprints import anchor
+from fedvlm_jax.runs.folders import read_run
+from fedvlm_jax.runs.progress import SilentProgress
+from fedvlm_jax.runs.stored import check_seal, read_config, seal
 
 # --- Contents of files ---
 
@@ -137,3 +152,212 @@ def test_a_table_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch)
     monkeypatch.setattr(table, "convert_shards", disturb)
     with pytest.raises(UserError, match="was changed while it was read"):
         read_parquet(file)
+
+
+# --- Runs ---
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """A working folder with data, whose pictures are files, a model, and a run that was stopped after round 1 of 2."""
+    place = tmp_path_factory.mktemp("origin")
+    rows = make_rows(24)
+    (place / "data").mkdir()
+    for number, row in enumerate(rows):
+        (place / "data" / f"{number}.png").write_bytes(draw_image(number))
+        row["image"] = {"bytes": None, "path": f"{number}.png"}
+    write_rows(place / "data" / "rows.parquet", rows)
+    make_folder(place / "model")
+    data = DataOptions(source="data/rows.parquet", partition="iid", clients=2)
+    train = TrainOptions(rounds=2, local_steps=1, batch_size=2)
+    with contextlib.chdir(place):
+        run = tiny_run(Path("model"), place / "run", data=data, train=train, cohort=None)
+        with pytest.raises(StopError):
+            loop.train(run, StopAfter(1))
+    return place
+
+
+@pytest.fixture
+def place(origin, tmp_path):
+    """A copy of all that, as if it had been made there."""
+    place = tmp_path / "copy"
+    shutil.copytree(origin, place)
+    rewrite_config(place / "run", lambda text: text.replace(str(origin), str(place)))
+    return place
+
+
+def rewrite_config(folder, change):
+    file = folder / "config.json"
+    file.write_text(json.dumps(seal(json.loads(change(file.read_text(encoding="utf-8"))))), encoding="utf-8")
+
+
+def test_a_run_s_folder_holds_absolute_paths(origin):
+    run = read_config(origin / "run").run
+    assert (run.model, run.data.source) == (str(origin / "model"), str(origin / "data" / "rows.parquet"))
+    content = json.loads((origin / "run" / "config.json").read_text(encoding="utf-8"))
+    assert content["fingerprint"]["data"] == digest_files([origin / "data" / "rows.parquet"])
+    assert set(content["fingerprint"]["clients"]) == set(content["resolved"]["clients"])
+    check_seal(origin / "run" / "config.json", content)
+
+
+def test_names_stay_names_and_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert anchor(Run()) == Run()
+    (tmp_path / "rows").mkdir()
+    data = DataOptions(source="rows", image_root=Path("pictures"))
+    assert anchor(Run(data=data)).data.source == str(tmp_path / "rows")
+    assert anchor(Run(data=data)).data.image_root == tmp_path / "pictures"
+    assert anchor(anchor(Run(data=data))) == anchor(Run(data=data))
+    assert anchor(Run(data=DataOptions(source="nowhere"))).data.source == "nowhere"
+
+
+def triple(place):
+    file = place / "model" / "model.safetensors"
+    save_file({name: 3 * array for name, array in load_file(file).items()}, file, {"format": "pt"})
+
+
+def edit_rows(place):
+    """One word of one answer."""
+    rows = make_rows(24)
+    for number, row in enumerate(rows):
+        row["image"] = {"bytes": None, "path": f"{number}.png"}
+    rows[5]["chosen"] += "!"
+    write_rows(place / "data" / "rows.parquet", rows)
+
+
+def edit_text(name, old, new):
+    def edit(place):
+        text = (place / name).read_text(encoding="utf-8")
+        assert old in text
+        (place / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    return edit
+
+
+CHANGES = {
+    "rows": (edit_rows, r"  the data, \S+rows\.parquet, have another content$"),
+    "a picture": (
+        lambda place: (place / "data" / "3.png").write_bytes(draw_image(99)),
+        "  the client .* has other rows$",
+    ),
+    "weights": (triple, r"  the weights of the model \S+model are others$"),
+    "tokenizer": (
+        edit_text("model/tokenizer.json", "{", "{ "),
+        r"  tokenizer\.json of the model \S+ has another content$",
+    ),
+    "processor": (
+        edit_text("model/processor_config.json", "0.485", "0.484"),
+        r"  processor_config\.json of the model \S+ has another content$",
+    ),
+    "generation": (
+        lambda place: (place / "model" / "generation_config.json").unlink(),
+        r"  generation_config\.json of the model \S+ is gone$",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_resumed_run_notices_that_something_else_is_there(place, kind):
+    change, told = CHANGES[kind]
+    change(place)
+    before = sorted(path.name for path in (place / "run").iterdir())
+    with pytest.raises(UserError, match=rf"(?m)was not made of what is there now.*\n{told}") as error:
+        loop.resume(place / "run")
+    assert str(error.value).count("\n") == 2, "one thing differs, in one line"
+    assert sorted(path.name for path in (place / "run").iterdir()) == before
+
+
+EDITS = {
+    "an option": edit_text("run/config.json", '"learning_rate_a": 0.005', '"learning_rate_a": 0.006'),
+    "what was resolved": edit_text("run/config.json", '"train_examples"', '"train_example"'),
+    "a fingerprint": edit_text("run/config.json", '"weights": "', '"weights": "0'),
+}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_an_edited_config_is_noticed(place, kind):
+    EDITS[kind](place)
+    with pytest.raises(UserError, match=r"config\.json is not as the run wrote it: was it edited, or damaged\?"):
+        loop.resume(place / "run")
+
+
+def test_a_config_of_version_0_1_is_told(place):
+    file = place / "run" / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    del content["digest"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.json has no digest: it is of version 0\.1"):
+        loop.resume(place / "run")
+
+
+def test_other_versions_are_said(monkeypatch):
+    then = fingerprints.describe_versions()
+    notes = []
+    fingerprints.tell_versions(then, notes.append)
+    assert notes == []
+    fingerprints.tell_versions({**then, "jax": "0.0.1"}, notes.append)
+    (told,) = notes
+    assert f"jax 0.0.1 is now {then['jax']}" in told
+    assert "equal bits are not promised" in told
+
+
+def test_a_report_notices_an_edited_config(tmp_path):
+    run = write_run(tmp_path / "run", {"a": 0.2}, {"a": 0.5})
+    nothing = {"data": "", "weights": "", "model_files": {}, "clients": {}}
+    rewrite_config(run, lambda text: json.dumps({**json.loads(text), "fingerprint": nothing}))
+    assert read_run(run).rounds
+    edit_text("run/config.json", '"seed": ', '"seed": 1')(tmp_path)
+    with pytest.raises(UserError, match="is not as the run wrote it"):
+        read_run(run)
+
+
+def test_data_and_model_may_move(place, monkeypatch):
+    """And nothing else: the run goes on, is evaluated, and may move once more when it is finished."""
+    for name in ("data", "model"):
+        (place / name).rename(place / f"new-{name}")
+    run = place / "run"
+    with pytest.raises(UserError, match=r"data/rows\.parquet, .* is not there; if it has moved, .*--data PLACE"):
+        loop.resume(run)
+    data = DataOptions(source="new-data/rows.parquet")
+    monkeypatch.chdir(place)
+    with pytest.raises(UserError, match=r"/model, .* is not there; if it has moved, .*--model PLACE"):
+        loop.resume(run, places=Run(data=data))
+    show = SilentProgress()
+    loop.resume(run, show, places=Run(data=data, model="new-model"))
+    assert [line["round"] for line in show.lines] == [2]
+    stored = read_config(run).run
+    assert (stored.data.source, stored.model) == (str(place / "new-data/rows.parquet"), str(place / "new-model"))
+    assert stored.data.partition == "iid"
+    results = read_run(run).results
+    assert evaluate.evaluate(run)["personal"] == results["personal"]
+    (place / "new-data").rename(place / "data")
+    with pytest.raises(UserError, match="is not there"):
+        evaluate.evaluate(run)
+    loop.resume(run, places=Run(data=DataOptions(source="data/rows.parquet")))
+    triple_then_evaluate(place, run)
+
+
+def triple_then_evaluate(place, run):
+    (place / "new-model").rename(place / "model")
+    triple(place)
+    (place / "model").rename(place / "new-model")
+    with pytest.raises(UserError, match=r"the weights of the model \S+new-model are others"):
+        evaluate.evaluate(run)
+
+
+def test_moved_data_must_be_the_same(place):
+    write_rows(place / "other.parquet", make_rows(24))
+    with pytest.raises(UserError, match=r"the data, \S+other\.parquet, have another content"):
+        loop.resume(place / "run", places=Run(data=DataOptions(source=str(place / "other.parquet"))))
+
+
+def test_the_command_takes_places_and_no_other_options(place, capsys):
+    write_rows(place / "other.parquet", make_rows(24))
+    for flags, told in (
+        (["--data", str(place / "other.parquet")], "other.parquet, have another content"),
+        (["--data", "x", "--seed", "3"], "leave out --seed\n"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "--resume", str(place / "run"), *flags])
+        assert stop.value.code == 2
+        assert told in capsys.readouterr().err

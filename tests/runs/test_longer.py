@@ -15,7 +15,7 @@ from fedvlm_jax.runs.config import Run, TrainOptions
 from fedvlm_jax.runs.folders import read_metrics, read_run
 from fedvlm_jax.runs.longer import lengthen
 from fedvlm_jax.runs.progress import SilentProgress
-from fedvlm_jax.runs.stored import read_config
+from fedvlm_jax.runs.stored import read_config, seal
 
 TIMES = ("seconds", "clients_per_second")
 
@@ -106,6 +106,9 @@ def test_rates_of_added_rounds_are_those_of_the_new_length(tmp_path):
 def test_the_flag_counts_even_at_its_default(words, tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run", {"a": 0.2}, {"a": 0.5}, Run(train=TrainOptions(rounds=8)))
     (folder / "checkpoints" / "8").mkdir(parents=True)
+    nothing = {"data": "", "weights": "", "model_files": {}, "clients": {}}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(seal({**config, "fingerprint": nothing})))
     seen = []
 
     def resume(folder, show, **rest):
@@ -122,6 +125,6 @@ def test_without_the_flag_a_run_keeps_its_rounds(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run", {"a": 0.2}, {"a": 0.5}, Run(train=TrainOptions(rounds=8)))
     monkeypatch.setattr(loop, "resume", lambda folder, show, **rest: folder)
     monkeypatch.setattr(command, "_print_results", lambda *rest: None)
-    main(["train", "--resume", str(folder)])
+    main(["train", "--resume", str(folder), "--no-baseline"])
     assert read_config(folder).run.train.rounds == 8
     assert (folder / "results.json").exists()

@@ -18,6 +18,7 @@ from fedvlm_jax.runs import course, evaluate, loop
 from fedvlm_jax.runs.config import EvaluationOptions, TrainOptions, to_json
 from fedvlm_jax.runs.folders import read_metrics, read_run
 from fedvlm_jax.runs.progress import SilentProgress
+from fedvlm_jax.runs.stored import seal
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(model, session, tmp_pa
         loop.train(run, StopAfter(1), session)
     stored = json.loads((run.out / "config.json").read_text())
     stored["run"][part][option] = value
-    (run.out / "config.json").write_text(json.dumps(stored))
+    (run.out / "config.json").write_text(json.dumps(seal(stored)))
     with pytest.raises(UserError, match=rf"does not fit this run(.|\n)*{told}"):
         loop.resume(run.out, session=session)
 
@@ -181,7 +182,7 @@ def test_more_devices_than_there_are(model, session, tmp_path):
         loop.train(run, StopAfter(1), session)
     stored = json.loads((run.out / "config.json").read_text())
     stored["resolved"]["mesh"] = {"clients": 32, "model": 2}
-    (run.out / "config.json").write_text(json.dumps(stored))
+    (run.out / "config.json").write_text(json.dumps(seal(stored)))
     with pytest.raises(UserError, match=r"ran on 64 devices \(clients=32,model=2\)"):
         loop.resume(run.out, session=session)
 

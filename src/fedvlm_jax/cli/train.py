@@ -28,6 +28,9 @@ __all__ = ["train"]
 LONGER, ROUNDS = "train.rounds", ("--train.rounds", "--rounds")
 """The one option that a resumed run takes: it trains a finished run longer."""
 
+PLACES = ("model", "data.source", "data.path", "data.image_root")
+"""Options that say where something is: a resumed run may find it elsewhere."""
+
 
 def train(
     run: Annotated[Run, tyro.conf.arg(name="")],
@@ -81,7 +84,9 @@ def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool
         if run.resume is not None and was_said(*ROUNDS):
             processes.tell_all(lambda: lengthen(folder, run.train.rounds))
         if begun:
-            loop.resume(folder, first, **watched)
+            named = run.resume is not None and not {*PLACES}.isdisjoint(_name_changes(run))
+            moved: dict[str, Any] = {"places": run} if named else {}
+            loop.resume(folder, first, **moved, **watched)
         else:
             loop.train(options, first, **watched)
         if not against:
@@ -139,7 +144,9 @@ def _has_begun(run: Run, folder: Path) -> bool:
     file = folder / "config.json"
     if not file.is_file():
         return False
-    there = read_config(folder).run
+    from fedvlm_jax.runs.fingerprints import anchor
+
+    there, run = read_config(folder).run, anchor(run)
     if dataclasses.replace(there, out=None) != dataclasses.replace(run, out=None):
         asked, stored = (flatten(to_json(dataclasses.replace(one, out=None))) for one in (run, there))
         other = ", ".join(name_flag(name) for name in asked if asked[name] != stored[name])
@@ -149,11 +156,18 @@ def _has_begun(run: Run, folder: Path) -> bool:
 
 def _refuse_changes(run: Run) -> None:
     """A resumed run has its options from its folder, so others beside `--resume` would silently do nothing."""
-    asked, default = (flatten(to_json(dataclasses.replace(one, resume=None))) for one in (run, Run()))
-    changed = [name for name in asked if asked[name] != default[name] and name != LONGER]
-    if changed:
+    if changed := [name for name in _name_changes(run) if name not in (*PLACES, LONGER)]:
         flags = ", ".join(name_flag(name) for name in changed)
-        raise UserError(f"--resume takes all options from the run's folder: leave out {flags}")
+        raise UserError(
+            f"--resume takes all options from the run's folder, but where moved data are (--data) or a moved model is "
+            f"(--model): leave out {flags}"
+        )
+
+
+def _name_changes(run: Run) -> list[str]:
+    """The options that are not as they are by default."""
+    asked, default = (flatten(to_json(dataclasses.replace(one, resume=None))) for one in (run, Run()))
+    return [name for name in asked if asked[name] != default[name]]
 
 
 def _refuse_baseline(run: Run) -> str:

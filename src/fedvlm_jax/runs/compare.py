@@ -20,6 +20,7 @@ from fedvlm_jax.runs.choices import for_method
 from fedvlm_jax.runs.claims import Claim
 from fedvlm_jax.runs.codec import encode
 from fedvlm_jax.runs.config import Compare, Run, TrainOptions, to_json, without_extras
+from fedvlm_jax.runs.fingerprints import anchor, move
 from fedvlm_jax.runs.folders import RunRecord, read_run
 from fedvlm_jax.runs.prepare import Session, open_session
 from fedvlm_jax.runs.progress import Numbered, Progress, SilentProgress
@@ -54,6 +55,7 @@ def compare(
     """
     settings = dict(settings or {})
     _check(comparison, settings)
+    comparison = dataclasses.replace(comparison, base=anchor(comparison.base))
     folder = comparison.out
     if folder is None:
         raise UserError("a comparison needs a folder: set out")
@@ -148,16 +150,18 @@ def finish_run(run: Run, show: Progress, session: loop.Opened, start: Path | Non
     Raises:
         UserError: as `loop.train`, or the folder holds a run with other options.
     """
+    run = anchor(run)
     assert run.out is not None
     if not (run.out / "config.json").exists():
         if start is not None and _is_start(start, run):
             loop.extend(start, run, show, session)
         else:
             loop.train(run, show, session)
-    elif dataclasses.replace(_read_options(run.out), out=run.out) != run:
+        return read_run(run.out)
+    there = dataclasses.replace(_read_options(run.out), out=run.out)
+    if move(there, run) != run:
         raise UserError(f"{run.out} was made with other options: choose another --out, or repeat the first command")
-    else:
-        loop.resume(run.out, show, session)
+    loop.resume(run.out, show, session, places=None if there == run else run)
     return read_run(run.out)
 
 

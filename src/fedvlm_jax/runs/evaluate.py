@@ -1,16 +1,18 @@
 """A finished run's stored adapters, evaluated once more from their files."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.claims import Claim
+from fedvlm_jax.runs.fingerprints import compare_clients, compare_sources, describe_clients, find_places, tell_versions
 from fedvlm_jax.runs.prepare import open_session, prepare, show_evaluation
 from fedvlm_jax.runs.progress import Progress, SilentProgress, working
 from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.runs.storage import load_base, open_adapters, write_json
-from fedvlm_jax.runs.stored import read_config
+from fedvlm_jax.runs.stored import check_seal, read_config
 from fedvlm_jax.sharding import place_base
 
 __all__ = ["evaluate"]
@@ -23,7 +25,8 @@ def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
     which is not stored.
 
     Raises:
-        UserError: the run is not finished, a file is missing, or its clients are not those of the data now.
+        UserError: the run is not finished, a file is missing, or data, clients, model or options are not those of the
+            run.
     """
     read_config(folder)  # before the folder is claimed, for it may be none
     with Claim(folder):
@@ -35,10 +38,14 @@ def _evaluate(folder: Path, show: Progress) -> dict[str, Any]:
         raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
     stored = read_config(folder)
     run = dataclasses.replace(stored.run, out=folder)
-    prepared = show_evaluation(prepare(run, open_session(run, show.note), show.note), show)
+    check_seal(folder / "config.json", stored.content)
+    tell_versions(stored.content["versions"], show.note)
+    find_places(folder, run)
+    then = stored.content["fingerprint"]
+    session = open_session(run, show.note, partial(compare_sources, folder, run, then))
+    prepared = show_evaluation(prepare(run, session, show.note), show)
+    compare_clients(folder, then["clients"], describe_clients(prepared.examples))
     names = [client.name for client in prepared.examples.clients]
-    if names != list(stored.clients):
-        raise UserError(f"{folder}: its clients are not those of {run.data.source} now; has the data changed?")
     session = prepared.session
     params = place_base(session.mesh, load_base(folder / "adapters", session.params), session.vlm.cuts)
     with working(show, f"evaluating {len(names)} clients and the bare base, which compiles first"):

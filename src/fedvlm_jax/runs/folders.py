@@ -13,10 +13,12 @@ from typing import Any
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.stored import (
+    SEAL,
     check_comparison,
     check_line,
     check_origin,
     check_results,
+    check_seal,
     parse_json,
     read_json,
     read_text,
@@ -135,6 +137,8 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
     config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
     check_origin(folder / "config.json", config)
+    if SEAL in config:
+        check_seal(folder / "config.json", config)
     check_results(folder / "results.json", results)
     return RunRecord(folder, config, read_metrics(folder), results)
 

@@ -7,7 +7,7 @@ computes what it needs on its own devices, and keeps it in a folder of its own.
 import gc
 import hashlib
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -53,6 +53,7 @@ class Session:
         vlm, params, processor: the base; `params` on the mesh, cut over its axis `model`.
         mesh: the devices.
         table: the data source.
+        sources: digests of the files of both (`runs.fingerprints`).
         memo: compiled programs and results that do not depend on the method, by what they do depend on.
     """
 
@@ -61,6 +62,7 @@ class Session:
     processor: Processor
     mesh: Mesh
     table: Table
+    sources: Mapping[str, Any]
     memo: dict[Hashable, Any] = field(default_factory=dict)
 
     def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -14,7 +14,7 @@ from fedvlm_jax.runs.choices import declare
 from fedvlm_jax.runs.claims import Claim
 from fedvlm_jax.runs.config import Run, to_json
 from fedvlm_jax.runs.storage import write_json
-from fedvlm_jax.runs.stored import StoredConfig, read_config
+from fedvlm_jax.runs.stored import StoredConfig, check_seal, read_config, seal
 from fedvlm_jax.runs.validation import validate
 
 __all__ = ["lengthen"]
@@ -37,6 +37,7 @@ def lengthen(folder: Path, rounds: int) -> None:
             return
         validate(run)
         _refuse(folder, stored.run, run)
+        check_seal(folder / "config.json", stored.content)
         _make_longer(folder, stored, run)
 
 
@@ -72,4 +73,4 @@ def _make_longer(folder: Path, stored: StoredConfig, run: Run) -> None:
     (folder / "evaluation.json").unlink(missing_ok=True)  # of models that will be others
     (folder / "results.json").replace(folder / f"results-{done}.json")
     longer = [*stored.content.get("longer", []), {"from": done, "to": run.train.rounds}]
-    write_json(folder / "config.json", {**stored.content, "run": to_json(run), "longer": longer})
+    write_json(folder / "config.json", seal({**stored.content, "run": to_json(run), "longer": longer}))

@@ -9,7 +9,7 @@ Several processes run the same loop side by side, in a folder that all of them r
 import dataclasses
 import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,13 +22,25 @@ from jaxtyping import PyTree
 from fedvlm_jax import lora, processes, tree
 from fedvlm_jax.data.encode import find_question_column
 from fedvlm_jax.data.options import SPLITS, Split
+from fedvlm_jax.data.table import read_table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Adapters, Scored
 from fedvlm_jax.federation.driver import Moment
+from fedvlm_jax.models import resolve_folder
 from fedvlm_jax.runs.claims import Claim, clear, is_used
 from fedvlm_jax.runs.config import Run, to_json, without_extras
 from fedvlm_jax.runs.course import Course, Watch, leave_alone
 from fedvlm_jax.runs.examples import write_examples
+from fedvlm_jax.runs.fingerprints import (
+    anchor,
+    compare_clients,
+    compare_sources,
+    describe_clients,
+    describe_sources,
+    find_places,
+    move,
+    tell_versions,
+)
 from fedvlm_jax.runs.fit import fit
 from fedvlm_jax.runs.folders import read_run
 from fedvlm_jax.runs.models import each_model
@@ -36,7 +48,7 @@ from fedvlm_jax.runs.prepare import Prepared, Session, open_session, prepare, sh
 from fedvlm_jax.runs.progress import Progress, SilentProgress, working
 from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.runs.storage import BASE, describe_environment, describe_start, save_adapters, save_base, write_json
-from fedvlm_jax.runs.stored import read_config
+from fedvlm_jax.runs.stored import StoredConfig, check_seal, read_config, seal
 from fedvlm_jax.runs.trouble import describe_lost
 from fedvlm_jax.runs.validation import validate
 from fedvlm_jax.sharding import fetch, replicate
@@ -73,6 +85,7 @@ def train(run: Run, show: Progress | None = None, session: Opened | None = None,
         UserError: the options, the data or the model cannot work, the folder is in use, or the loss is not finite.
     """
     validate(run)
+    run = anchor(run)
     if run.out is None:
         raise UserError("a run needs a folder: set out")
     with _claim(run.out):
@@ -96,33 +109,56 @@ def _refuse_used(folder: Path) -> None:
 
 
 def resume(
-    folder: Path, show: Progress | None = None, session: Opened | None = None, watch: Watch = leave_alone
+    folder: Path,
+    show: Progress | None = None,
+    session: Opened | None = None,
+    watch: Watch = leave_alone,
+    places: Run | None = None,
 ) -> Path:
     """Go on with a run from its newest checkpoint, or from the start where there is none yet.
 
+    Args:
+        folder: the run's.
+        show: where to report.
+        session: what an earlier run of the same model and data left, to start faster.
+        watch: is around every round.
+        places: says where data and model are now, if they have moved.
+
     Raises:
-        UserError: the folder is no run's, its checkpoint does not fit, or the devices of then are not there.
+        UserError: the folder is no run's, its checkpoint does not fit, the devices of then are not there, or data,
+            clients, model or options are not those that it began with.
     """
     show = show or SilentProgress()
     read_config(folder)  # before the folder is claimed, for it may be none
     with _claim(folder):
-        return _go_on(folder, show, session, watch)
+        return _go_on(folder, show, session, watch, places)
 
 
-def _go_on(folder: Path, show: Progress, session: Opened | None, watch: Watch) -> Path:
+def _go_on(folder: Path, show: Progress, session: Opened | None, watch: Watch, places: Run | None = None) -> Path:
     stored = read_config(folder)
     run = dataclasses.replace(stored.run, out=folder, resume=None)
-    _validate_stored(folder, run)
-    if processes.tell_all((folder / "results.json").exists):
+    finished = processes.tell_all((folder / "results.json").exists)
+    if finished and places is None:
         show.note(f"{folder} is finished")
         return folder
+    run = run if places is None else move(run, places)
+    find_places(folder, run)
+    _validate_stored(folder, run)
+    check_seal(folder / "config.json", stored.content)
+    if finished:
+        sources = describe_sources(read_table(run.data), resolve_folder(run.model))
+        compare_sources(folder, run, stored.content["fingerprint"], sources)
+        _note_places(run, stored)
+        show.note(f"{folder} is finished; it is noted where its data and model are now")
+        return folder
+    tell_versions(stored.content["versions"], show.note)
     if stored.mesh.devices > len(jax.devices()):
         raise UserError(
             f"{folder} ran on {stored.mesh.devices} devices ({stored.mesh}) and there are {len(jax.devices())} now. "
             "Numbers on another mesh agree to rounding only, so the run is not continued; start a new one."
         )
     system = dataclasses.replace(run.system, mesh=str(stored.mesh), wave=stored.wave)
-    return _execute(dataclasses.replace(run, system=system), show, session, watch)
+    return _execute(dataclasses.replace(run, system=system), show, session, watch, stored)
 
 
 def _validate_stored(folder: Path, run: Run) -> None:
@@ -143,6 +179,7 @@ def extend(folder: Path, run: Run, show: Progress | None = None, session: Opened
         UserError: the folder's run is not finished or differs in more than these, or `run.out` is in use.
     """
     validate(run)
+    run = anchor(run)
     if run.out is None:
         raise UserError("a run needs a folder: set out")
     record = read_run(folder)
@@ -158,7 +195,7 @@ def extend(folder: Path, run: Run, show: Progress | None = None, session: Opened
         clear(scratch)
         with Claim(folder):  # what is copied is at rest
             _copy(folder, scratch)
-        write_json(scratch / "config.json", {**record.config, "run": to_json(run)})
+        write_json(scratch / "config.json", seal({**record.config, "run": to_json(run)}))
         claim.move(run.out)
         return _go_on(run.out, show or SilentProgress(), session, leave_alone)
 
@@ -172,11 +209,21 @@ def _copy(folder: Path, target: Path) -> None:
             shutil.copy(file, target)
 
 
-def _execute(run: Run, show: Progress, opened: Opened | None, watch: Watch) -> Path:
+def _execute(run: Run, show: Progress, opened: Opened | None, watch: Watch, stored: StoredConfig | None = None) -> Path:
+    """Run all that is not done; `stored` is what the folder of a run that goes on says."""
     assert run.out is not None
-    session = open_session(run, show.note) if opened is None else opened(run) if callable(opened) else opened
+    check = partial(compare_sources, run.out, run, stored.content["fingerprint"]) if stored else _accept
+    if opened is None:
+        session = open_session(run, show.note, check)
+    else:
+        session = opened(run) if callable(opened) else opened
+        check(session.sources)
     prepared = fit(show_evaluation(prepare(run, session, show.note), show), show)
-    _write_config(run, prepared)
+    if stored:
+        compare_clients(run.out, stored.content["fingerprint"]["clients"], describe_clients(prepared.examples))
+        _note_places(run, stored)
+    else:
+        _write_config(run, prepared)
     ask_base = partial(_ask_base, run, prepared, session, show)
     course = Course(prepared, run.out, show, ask_base, watch)
     try:
@@ -231,19 +278,35 @@ def _list_adapters(prepared: Prepared, models: Adapters) -> Iterator[tuple[str, 
             yield clients[number].name, jax.tree.map(lambda leaf, place=place: leaf[place], held)
 
 
+def _accept(sources: Mapping[str, Any]) -> None:
+    """A new run is of what there is."""
+
+
+def _note_places(run: Run, stored: StoredConfig) -> None:
+    """Keep where data and model are now."""
+    assert run.out is not None
+    here = {name: to_json(run)[name] for name in ("model", "data")}
+    if here != {name: stored.content["run"][name] for name in here}:
+        write_json(run.out / "config.json", seal({**stored.content, "run": {**stored.content["run"], **here}}))
+
+
 def _write_config(run: Run, prepared: Prepared) -> None:
     """Write the record of the start, which a resumed run keeps."""
     assert run.out is not None
     file = run.out / "config.json"
     if processes.is_first() and not file.exists():
         run.out.mkdir(parents=True, exist_ok=True)
-        write_json(file, _describe_start(run, prepared))
+        write_json(file, seal(_describe_start(run, prepared)))
     processes.wait_for_all()
     if not file.exists():
         raise UserError(
             f"process {jax.process_index()} does not see {file}, which process 0 wrote: the run's folder must be on a "
             "disk that all processes share; choose it with --out"
         )
+    if processes.count() > 1:  # each reads data and model from what it takes for the same place
+        then = read_config(run.out).content["fingerprint"]
+        compare_sources(run.out, run, then, prepared.session.sources)
+        compare_clients(run.out, then["clients"], describe_clients(prepared.examples))
 
 
 def _describe_start(run: Run, prepared: Prepared) -> dict[str, Any]:
@@ -271,6 +334,7 @@ def _describe_start(run: Run, prepared: Prepared) -> dict[str, Any]:
         "devices": [f"{count} × {kind}" for kind, count in _count_devices(prepared.session.mesh).items()],
         "examples": {split: sum(len(client.rows_of(split)) for client in clients) for split in SPLITS},
         "resolved": resolved,
+        "fingerprint": {**prepared.session.sources, "clients": describe_clients(prepared.examples)},
         "federation": prepared.federation.description,
     }
     return {"run": to_json(run), **describe_start(), **describe_environment(), **about}

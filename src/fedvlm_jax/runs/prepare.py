@@ -5,6 +5,7 @@ programs), so that the second run starts at once.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from fedvlm_jax.runs.answering import Answering, check_room, plan_answers
 from fedvlm_jax.runs.build import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes, make_spec
 from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.config import LANGUAGE_MODEL, Run
+from fedvlm_jax.runs.fingerprints import describe_sources
 from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
 from fedvlm_jax.runs.meshes import parse_mesh
 from fedvlm_jax.runs.progress import Progress
@@ -113,8 +115,15 @@ class Prepared:
         return self.run.evaluation.select_by or self.objective.select_by
 
 
-def open_session(run: Run, note: Note = lambda text: None) -> Session:
+def open_session(
+    run: Run, note: Note = lambda text: None, check: Callable[[Mapping[str, Any]], None] = lambda sources: None
+) -> Session:
     """Load the model and open the data.
+
+    Args:
+        run: names both.
+        note: where to report.
+        check: judges the digests of their files before weights are read.
 
     Raises:
         UserError: files are missing or do not fit, there are fewer devices than asked for, or no weight can be cut.
@@ -131,9 +140,12 @@ def open_session(run: Run, note: Note = lambda text: None) -> Session:
     check_room(run, vlm)
     if run.share:
         check_rule(run, vlm.sites)  # before gigabytes are read
+    folder = resolve_folder(run.model)
+    sources = describe_sources(table, folder)
+    check(sources)
     note(f"loading {run.model}")
-    params = load_weights(vlm, resolve_folder(run.model), mesh=mesh)
-    return Session(vlm, params, processor, mesh, table)
+    params = load_weights(vlm, folder, mesh=mesh)
+    return Session(vlm, params, processor, mesh, table, sources)
 
 
 def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepared:

@@ -10,22 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedvlm_jax.digests import digest_parts
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.codec import fit
 from fedvlm_jax.runs.config import Run, from_json
 from fedvlm_jax.runs.meshes import MeshShape
 
 __all__ = [
+    "SEAL",
     "StoredConfig",
     "check_comparison",
     "check_examples",
     "check_line",
     "check_origin",
     "check_results",
+    "check_seal",
     "parse_json",
     "read_config",
     "read_json",
     "read_text",
+    "seal",
 ]
 
 Scores = dict[str, float | None]
@@ -43,6 +47,16 @@ MORE_RESULTS: dict[str, Any] = {
     "neighbours": dict[str, Scores],
 }
 HELD_OUT: dict[str, Any] = {"cold_start": str, "zero_shot": BySplit, "personal": BySplit}
+
+SEAL = "digest"
+"""The entry of `config.json` that holds the digest of all others."""
+
+FINGERPRINT: dict[str, Any] = {
+    "data": str,
+    "weights": str,
+    "model_files": dict[str, str],
+    "clients": dict[str, str],
+}
 
 LINE: dict[str, Any] = {"round": int}
 MORE_OF_LINE: dict[str, Any] = {"method": str, "validation": dict[str, Any] | None}
@@ -167,6 +181,33 @@ def read_config(folder: Path) -> StoredConfig:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return StoredConfig(stored, run, resolved["wave"], MeshShape(**mesh), tuple(resolved["clients"]))
+
+
+def seal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `config.json` with a digest of all the rest, which tells whether somebody edited it."""
+    return {**config, SEAL: _digest(config)}
+
+
+def check_seal(path: Path, stored: Mapping[str, Any]) -> None:
+    """See that `config.json` is as it was written, and has what is compared with data and model now.
+
+    Raises:
+        UserError: it is not, or is of version 0.1.
+    """
+    if SEAL not in stored:
+        raise UserError(f"{path} has no digest: it is of version 0.1, whose runs neither go on nor are evaluated")
+    if stored[SEAL] != _digest(stored):
+        raise UserError(
+            f"{path} is not as the run wrote it: was it edited, or damaged? What a run was made of cannot change; put "
+            "the file back, or start a new run with these options"
+        )
+    _check(path, stored, {"fingerprint": dict[str, Any], "versions": dict[str, str | None]}, {})
+    _check(path, stored["fingerprint"], FINGERPRINT, {}, "fingerprint.")
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    sealed = {name: value for name, value in config.items() if name != SEAL}
+    return digest_parts([json.dumps(sealed, sort_keys=True).encode()]).hex()
 
 
 def check_origin(path: Path, stored: Mapping[str, Any]) -> None:
