@@ -128,3 +128,16 @@ def test_without_the_flag_a_run_keeps_its_rounds(tmp_path, monkeypatch):
     main(["train", "--resume", str(folder), "--no-baseline"])
     assert read_config(folder).run.train.rounds == 8
     assert (folder / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["--seed", "0"], ["--lora.rank=8"], ["--train.local-steps", "4", "--train.rounds", "9"]]
+)
+def test_a_flag_that_says_the_default_is_refused_too(words, tmp_path, capsys):
+    """It would be taken for not said, and the run's own option, which may be another, would count."""
+    folder = write_run(tmp_path / "run", {"a": 0.2}, {"a": 0.5}, Run(seed=3))
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--resume", str(folder), *words])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"leave out {words[0].partition('=')[0]}\n" in said

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextvars import ContextVar
 
-__all__ = ["note_flags", "was_said"]
+__all__ = ["find_said", "note_flags", "was_said"]
 
 _FLAGS: ContextVar[frozenset[str]] = ContextVar("flags", default=frozenset())
 
@@ -11,6 +11,11 @@ _FLAGS: ContextVar[frozenset[str]] = ContextVar("flags", default=frozenset())
 def note_flags(words: Sequence[str]) -> None:
     """Remember the flags among the words of the command line."""
     _FLAGS.set(frozenset(word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")))
+
+
+def find_said() -> frozenset[str]:
+    """All flags that were written."""
+    return _FLAGS.get()
 
 
 def was_said(*flags: str) -> bool:

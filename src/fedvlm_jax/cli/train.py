@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fedvlm_jax.cli._flags import flatten, name_flag
-from fedvlm_jax.cli._said import was_said
+from fedvlm_jax.cli._said import find_said, was_said
 from fedvlm_jax.cli._signals import exit_code, say
 from fedvlm_jax.cli._supervise import is_child, supervise
 from fedvlm_jax.cli._together import Together, together
@@ -30,6 +30,9 @@ LONGER, ROUNDS = "train.rounds", ("--train.rounds", "--rounds")
 
 PLACES = ("model", "data.source", "data.path", "data.image_root")
 """Options that say where something is: a resumed run may find it elsewhere."""
+
+GO_ON = frozenset(("--resume", "--profile", "--baseline", "--no-baseline", "--data.source", *ROUNDS))
+"""Flags that may stand beside `--resume`, with those of places and of several processes."""
 
 
 def train(
@@ -54,6 +57,7 @@ def train(
         raise SystemExit(supervise(command, distributed, run.resume or run.out))
     if run.resume is not None:
         _refuse_changes(run)
+        _refuse_said()
         if not (run.resume / "config.json").is_file():
             raise UserError(f"--resume {run.resume}: no config.json there, so it is not the folder of a run")
     else:
@@ -168,6 +172,13 @@ def _name_changes(run: Run) -> list[str]:
     """The options that are not as they are by default."""
     asked, default = (flatten(to_json(dataclasses.replace(one, resume=None))) for one in (run, Run()))
     return [name for name in asked if asked[name] != default[name]]
+
+
+def _refuse_said() -> None:
+    """A flag that says the default is no change, and would do nothing either: `--seed 0` for a run of seed 3."""
+    may = GO_ON | set(map(name_flag, PLACES))
+    if said := sorted(flag for flag in find_said() - may if not flag.startswith("--distributed")):
+        raise UserError(f"--resume takes all options from the run's folder: leave out {', '.join(said)}")
 
 
 def _refuse_baseline(run: Run) -> str:
