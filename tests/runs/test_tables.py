@@ -148,7 +148,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     record = read_run(write_run(tmp_path / "r", {"<b>|": 0.1}, {"<b>|": 0.5}))
     table = tabulate_run(record)[2]
     assert "&lt;b&gt;|" in to_html(table)
-    assert r"<b>\|" in to_markdown(table)
+    assert r"&lt;b&gt;\|" in to_markdown(table)
 
 
 def test_bytes() -> None:

@@ -16,9 +16,14 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+from fedvlm_jax.runs.foreign import clean
+
 __all__ = ["StoppedError", "exit_code", "heed_signals", "say"]
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+LINE = "\n"
+"""Messages that list something have several lines."""
 
 PATIENCE = 2
 """Seconds after which it is told that Python has not got to the signal yet."""
@@ -79,7 +84,7 @@ def say(text: str, code: int) -> int:
     """Say in one line what ended a command, where there still is somebody to read it; returns its exit code."""
     with suppress(OSError):
         begin = "\n" if code == StoppedError().code and sys.stderr.isatty() else ""  # after the terminal's ^C
-        print(f"{begin}fedvlm: {text}", file=sys.stderr, flush=True)
+        print(f"{begin}fedvlm: {clean(text, LINE)}", file=sys.stderr, flush=True)
     return code
 
 

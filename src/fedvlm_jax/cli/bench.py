@@ -44,10 +44,9 @@ def bench(
             f"--batches {max(batches)} x --steps {steps} takes {max(batches) * steps} examples of a client: it has "
             f"{IMAGES}; take fewer steps or smaller batches"
         )
-    from rich.console import Console
-
     from fedvlm_jax.bench import shipped
     from fedvlm_jax.runs import progress, tables
+    from fedvlm_jax.runs.console import open_console
     from fedvlm_jax.runs.storage import write_json
 
     show = progress.open_progress()
@@ -59,11 +58,11 @@ def bench(
         finally:
             show.finish()
         write_json(folder / "bench.json", found)
-    console = Console()
+    console = open_console()
     tables.show(console, _tabulate(found, tables.Table))
     for line in _say(found):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"numbers  {folder / 'bench.json'}", highlight=False, soft_wrap=True)
+        console.say(line)
+    console.say(f"numbers  {folder / 'bench.json'}")
 
 
 def _tabulate(found: dict[str, Any], table: Any) -> Any:

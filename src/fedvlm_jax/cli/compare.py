@@ -21,18 +21,17 @@ def compare(comparison: Annotated[Compare, tyro.conf.arg(name="")]) -> None:
     validate_comparison(comparison)
     start_quickly()
 
-    from rich.console import Console
-
     from fedvlm_jax.runs import folders, report, tables
+    from fedvlm_jax.runs.console import open_console
 
     with choose_folder(comparison.out, "compare") as folder:
         _compare(dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, out=folder)), folder)
     record = folders.read_comparison(folder)
     page = report.write_report([folder])
-    console = Console()
+    console = open_console()
     for table in tables.tabulate_comparison(record):
         tables.show(console, table)
-    console.print(f"comparison  {folder}\nreport      {page}", highlight=False, soft_wrap=True)
+    console.say(f"comparison  {folder}\nreport      {page}")
 
 
 def _compare(comparison: Compare, folder: Path) -> None:

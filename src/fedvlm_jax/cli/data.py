@@ -32,9 +32,8 @@ def data(
     """
     if seed < 0:
         raise UserError(f"--seed is {seed}: it must be 0 or more")
-    from rich.console import Console
-
     from fedvlm_jax.runs import describe, progress, tables
+    from fedvlm_jax.runs.console import open_console
 
     show = progress.open_progress()
     with open_folder(out, "data") as folder:
@@ -42,15 +41,15 @@ def data(
             description = describe.describe_data(data, seed, folder, check_images=check_images, note=show.note)
         finally:
             show.finish()
-    console = Console()
+    console = open_console()
     for table in describe.tabulate_data(description):
         tables.show(console, dataclasses.replace(table, note=""))
-        console.print(f"{table.note}\n" if table.note else "", style="dim", markup=False, highlight=False)
+        console.say(f"{table.note}\n" if table.note else "", style="dim")
     leaks = describe.find_leaks(description)
     for sentences, style in ((describe.word_findings(description), "yellow"), (leaks, "bold red")):
         for sentence in sentences:
-            console.print(sentence, style=style, markup=False, highlight=False)
-    console.print(f"picture  {folder / 'data.png'}\ndata     {folder / 'data.json'}", highlight=False, soft_wrap=True)
+            console.say(sentence, style=style)
+    console.say(f"picture  {folder / 'data.png'}\ndata     {folder / 'data.json'}")
     if leaks and strict:
         print(f"fedvlm: --strict: {len(leaks)} of the checks found a leak", file=sys.stderr)
         raise SystemExit(1)

@@ -20,16 +20,15 @@ def evaluate(
 
     start_quickly()
 
-    from rich.console import Console
-
     from fedvlm_jax.runs import evaluate as evaluating
     from fedvlm_jax.runs import folders, progress, tables
+    from fedvlm_jax.runs.console import open_console
 
     show = progress.open_progress()
     try:
         evaluating.evaluate(run, show)
     finally:
         show.finish()
-    console = Console()
+    console = open_console()
     for table in tables.tabulate_run(folders.read_run(run)):
         tables.show(console, table)

@@ -49,18 +49,17 @@ def explain(
     if not listing:
         validate(run)
 
-    from rich.console import Console
-
     from fedvlm_jax.runs import tables
+    from fedvlm_jax.runs.console import open_console
     from fedvlm_jax.runs.explain_tables import tabulate_explanation, tabulate_methods
 
-    console = Console()
+    console = open_console()
     if listing:
         tables.show(console, tabulate_methods(Run()))
         return
     from fedvlm_jax.runs.explain import explain as explain_run
 
     explained = explain_run(run, clients)
-    console.print(f"{explained.name}  {explained.source}\n", markup=False, highlight=False)
+    console.say(f"{explained.name}  {explained.source}\n")
     for table in tabulate_explanation(explained):
         tables.show(console, table)

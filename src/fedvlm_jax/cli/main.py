@@ -23,6 +23,7 @@ from fedvlm_jax.cli._signals import exit_code, heed_signals, say
 from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.runs.heap import keep_heap
 from fedvlm_jax.runs.numbers import check_numbers
+from fedvlm_jax.runs.outputs import PIPE_GONE, is_reader_gone, silence, soften
 
 __all__ = ["commands_available", "main"]
 
@@ -59,11 +60,20 @@ def main(args: Sequence[str] | None = None) -> None:
     for name, value in QUIET.items():  # before jax and transformers are imported, which read them then
         os.environ.setdefault(name, value)
     note_flags(words)
+    soften()
     try:
         with heed_signals():
             _dispatch(words)
+        sys.stdout.flush()
     except UserError as error:
         raise SystemExit(say(str(error), 2)) from None
+    except MemoryError as error:
+        raise SystemExit(say(f"there is not enough memory for that: {error or 'ask for less'}", 2)) from None
+    except BrokenPipeError as error:
+        if not is_reader_gone():  # it was another pipe
+            raise SystemExit(say(describe_os_error(error), 2)) from None
+        silence()
+        raise SystemExit(PIPE_GONE) from None
     except OSError as error:  # of a disk, or of what stands on it
         raise SystemExit(say(describe_os_error(error), 2)) from None
     except KeyboardInterrupt as error:

@@ -78,10 +78,9 @@ def plan(
     check_request(request)
     validate(dataclasses.replace(run, cohort=cohort or clients))
 
-    from rich.console import Console
-
     from fedvlm_jax.runs import plan as plans
     from fedvlm_jax.runs import plan_tables, progress, tables
+    from fedvlm_jax.runs.console import open_console
 
     show = progress.open_progress()
     with open_folder(out, "plan") as folder:
@@ -90,14 +89,14 @@ def plan(
         finally:
             show.finish()
         plan_tables.write_plan(folder, planned)
-    console = Console()
+    console = open_console()
     for table in plan_tables.tabulate_plan(planned):
         tables.show(console, table)
         if table.note:
-            console.print(table.note, style="dim", markup=False, highlight=False)
-    console.print(f"plan     {folder / 'plan.md'}\nnumbers  {folder / 'plan.json'}", highlight=False, soft_wrap=True)
+            console.say(table.note, style="dim")
+    console.say(f"plan     {folder / 'plan.md'}\nnumbers  {folder / 'plan.json'}")
     refusal = plan_tables.word_refusal(planned)
     if refusal and system.wave is not None:
         raise UserError(f"--wave {system.wave} {refusal}")
     if refusal:
-        console.print(refusal, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.say(refusal, style="yellow")

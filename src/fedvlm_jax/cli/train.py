@@ -194,18 +194,17 @@ def _read_options(folder: Path) -> Run:
 
 def _print_results(folder: Path, no_baseline: str) -> None:
     """Show the tables, then the few numbers that matter; `no_baseline`: why nobody was trained alone."""
-    from rich.console import Console
-
     from fedvlm_jax.cli._closing import close_run, suggest_comparison
     from fedvlm_jax.runs import folders, report, tables
+    from fedvlm_jax.runs.console import open_console
 
     record = folders.read_run(folder)
     page = report.write_report([folder])
-    console = Console()
+    console = open_console()
     for table in tables.tabulate_run(record):
         tables.show(console, table)
     lines = close_run(record)
     if no_baseline and folders.read_baseline(record) is None:
         lines.append(f"  training alone was left out: {no_baseline}")
     lines += [f"run     {folder}", f"report  {page}", f"next    {suggest_comparison(record)}"]
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.say("\n".join(lines))

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedvlm_jax.data.paths import OutsideError, read_below
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.foreign import escape_markdown
 from fedvlm_jax.runs.stored import check_examples, read_json
 
 __all__ = ["FILE", "MODELS", "Card", "read_cards", "to_html_cards", "to_markdown_cards"]
@@ -117,6 +118,10 @@ def _cut(text: str) -> str:
     return text if len(text) <= LONG else text[: LONG - 1].rstrip() + "…"
 
 
+def _escape(text: str) -> str:
+    return escape_markdown(_cut(text))
+
+
 def to_html_cards(cards: Sequence[Card], note: str) -> str:
     """A grid of cards; the pictures are part of the text."""
     return (
@@ -146,11 +151,11 @@ def to_markdown_cards(cards: Sequence[Card], note: str, folder: Path) -> str:
     blocks = []
     for card in cards:
         said = "".join(
-            f"\n  - {who}: {_cut(text) or '(nothing)'} ({_mark(verdict)})" for who, text, verdict in card.said
+            f"\n  - {who}: {_escape(text) or '(nothing)'} ({_mark(verdict)})" for who, text, verdict in card.said
         )
         picture = Path(os.path.relpath(card.picture, folder)).as_posix()
         blocks.append(
-            f"- ![Test picture of {card.client}]({picture}) {card.client}: {_cut(card.question)}"
-            f"\n  - right answer: {_cut(card.answer)}{said}"
+            f"- ![Test picture of {_escape(card.client)}]({picture}) {_escape(card.client)}: {_escape(card.question)}"
+            f"\n  - right answer: {_escape(card.answer)}{said}"
         )
     return "\n".join([*blocks, "", note])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedvlm_jax.runs.cards import Card, to_html_cards, to_markdown_cards
+from fedvlm_jax.runs.foreign import clean, escape_markdown
 from fedvlm_jax.runs.tables import Table, to_html, to_markdown
 from fedvlm_jax.runs.theme import CSS_DARK, CSS_LIGHT
 
@@ -151,19 +152,25 @@ def _write_facts(facts: Facts) -> str:
 
 def to_markdown_page(report: Report, folder: Path) -> str:
     """Write the same report in Markdown, to stand in `folder`; pictures are PNG files below it."""
-    blocks = [f"# {report.title}", report.subtitle]
-    blocks.append("\n".join(f"- **{value}** {what}" for value, what in report.figures))
+    blocks = [f"# {escape_markdown(report.title)}", escape_markdown(report.subtitle)]
+    blocks.append("\n".join(f"- **{value}** {escape_markdown(what)}" for value, what in report.figures))
     for section in report.sections:
-        blocks.append(f"## {section.title}")
+        blocks.append(f"## {escape_markdown(section.title)}")
         if section.sentences:
-            blocks.append("\n".join(f"- {sentence}" for sentence in section.sentences))
+            blocks.append("\n".join(f"- {_escape_sentence(sentence)}" for sentence in section.sentences))
         blocks += [to_markdown(table) for table in section.tables]
-        blocks += [f"![{picture.caption}](figures/{picture.name}.png)" for picture in section.pictures]
+        blocks += [f"![{escape_markdown(picture.caption)}](figures/{picture.name}.png)" for picture in section.pictures]
         if section.cards:
             blocks.append(to_markdown_cards(section.cards, section.cards_note, folder))
         if section.command:
-            blocks.append(f"```\n{section.command}\n```")
+            blocks.append(f"```\n{clean(section.command)}\n```")
         for facts in section.facts:
-            rows = [f"{name} = {value}" for name, value in facts.values.items()]
+            rows = [f"{clean(name)} = {clean(value)}" for name, value in facts.values.items()]
             blocks.append(f"{facts.title}:\n\n```\n" + "\n".join(rows) + "\n```")
     return "\n\n".join(blocks) + "\n"
+
+
+def _escape_sentence(sentence: str) -> str:
+    """Escape a sentence but for the commands in it, which stand between backticks."""
+    parts = re.split(r"(`fedvlm [^`]*`)", sentence)
+    return "".join(clean(part) if number % 2 else escape_markdown(part) for number, part in enumerate(parts))

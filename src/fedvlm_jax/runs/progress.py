@@ -18,6 +18,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedvlm_jax.runs.console import open_console
+from fedvlm_jax.runs.foreign import clean
+
 __all__ = [
     "COMPILING",
     "LiveProgress",
@@ -87,7 +90,7 @@ def working(show: Progress, text: str) -> Generator[None]:
 
 def open_progress(console: Console | None = None) -> Progress:
     """Return the live display on a terminal and plain lines elsewhere (a pipe, a log file, CI, TERM=dumb)."""
-    console = console or Console(stderr=True)
+    console = console or open_console(stderr=True)
     moves = console.is_terminal and not console.is_dumb_terminal
     return LiveProgress(console) if moves else PlainProgress(console)
 
@@ -294,7 +297,7 @@ class PlainProgress:
         """Nothing to end."""
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(clean(text), markup=False, highlight=False, soft_wrap=True)
 
 
 class LiveProgress:
@@ -317,7 +320,7 @@ class LiveProgress:
     def note(self, text: str) -> None:
         """Show the note under the bar until the next one; before the first bar, print it."""
         if not self.pace.total or self.live is None:
-            self.console.print(Text(text, style="dim"))
+            self.console.print(Text(clean(text), style="dim"))
             return
         self.status = text
         self.live.refresh()
@@ -373,7 +376,7 @@ class LiveProgress:
         """Draw the present state: a bar line and a line of numbers, a line of what else is at work, the newest note."""
         rows = [*self._draw_rounds(), *self._draw_work()]
         if self.status:
-            rows.append(Text(self.status, style="dim"))
+            rows.append(Text(clean(self.status), style="dim"))
         return Group(*rows)
 
     def _draw_rounds(self) -> list[Table | Text]:
@@ -400,7 +403,7 @@ class LiveProgress:
         work = self.work
         if work is None:
             return []
-        text = f"{work.text}: {work.what}" if work.what else work.text
+        text = clean(f"{work.text}: {work.what}" if work.what else work.text)
         clock = Text(format_seconds(work.seconds), style="cyan")
         if not work.total:
             return [Text(text + "  ", style="dim") + clock]

@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,11 @@ from rich.text import Text
 from fedvlm_jax.evaluation.intervals import Difference
 from fedvlm_jax.evaluation.matrix import summarise_matrix
 from fedvlm_jax.evaluation.spread import summarise, summarise_gain
+from fedvlm_jax.runs.console import knows_signs
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, read_baseline
+from fedvlm_jax.runs.foreign import clean, escape_markdown
 from fedvlm_jax.runs.measures import MEASURES, Measure, find_measure, order_measures, percent
+from fedvlm_jax.runs.outputs import to_ascii
 from fedvlm_jax.runs.statistics import compare_paired, judge, order_by_mean, spread
 
 __all__ = [
@@ -64,6 +67,13 @@ class Table:
     strong: frozenset[int] = frozenset()
     note: str = ""
     prose: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Names and texts are others': nothing in them may move a cursor or turn the line round."""
+        object.__setattr__(self, "title", clean(self.title))
+        object.__setattr__(self, "note", clean(self.note))
+        object.__setattr__(self, "columns", tuple(map(clean, self.columns)))
+        object.__setattr__(self, "rows", tuple(tuple(map(clean, row)) for row in self.rows))
 
 
 def tabulate_run(record: RunRecord) -> list[Table]:
@@ -278,9 +288,20 @@ def format_bytes(count: float) -> str:
 
 def show(console: Console, table: Table) -> None:
     """Print a table, in parts below each other where it is wider than the terminal."""
+    if not knows_signs(console):
+        table = _to_ascii(table)
     for part in cut_to_width(table, console.width):
         roomy = 1 + sum(3 + max(_measure(part, column), len(name)) for column, name in enumerate(part.columns))
         console.print(to_rich(part, tight=roomy > console.width))
+
+
+def _to_ascii(table: Table) -> Table:
+    """The same in ASCII, before widths are measured."""
+    rows = tuple(tuple(map(to_ascii, row)) for row in table.rows)
+    columns = tuple(map(to_ascii, table.columns))
+    return dataclasses.replace(
+        table, title=to_ascii(table.title), note=to_ascii(table.note), columns=columns, rows=rows
+    )
 
 
 def cut_to_width(table: Table, width: int) -> list[Table]:
@@ -347,15 +368,16 @@ def _break_interval(cell: str) -> str:
 def to_markdown(table: Table) -> str:
     """Write a table in Markdown, with its title and note."""
     rule = ["---", *["---:"] * (len(table.columns) - 1)]
-    lines = [f"**{table.title}**", "", _join_row(table.columns), _join_row(rule)]
+    columns = [escape_markdown(column) for column in table.columns]
+    lines = [f"**{escape_markdown(table.title)}**", "", _join_row(columns), _join_row(rule)]
     for number, row in enumerate(table.rows):
-        bold = number in table.strong
-        lines.append(_join_row([f"**{cell}**" if bold else cell for cell in row]))
-    return "\n".join(lines + (["", table.note] if table.note else []))
+        cells = map(escape_markdown, row)
+        lines.append(_join_row([f"**{cell}**" if number in table.strong else cell for cell in cells]))
+    return "\n".join(lines + (["", escape_markdown(table.note)] if table.note else []))
 
 
-def _join_row(cells: list[str] | tuple[str, ...]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+def _join_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _is_wide(table: Table) -> bool:

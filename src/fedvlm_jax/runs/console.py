@@ -1,0 +1,34 @@
+"""Rich's console, for texts that others wrote too, and for terminals as they are."""
+
+from typing import NoReturn
+
+from rich.console import Console
+
+from fedvlm_jax.runs.foreign import clean
+from fedvlm_jax.runs.outputs import PIPE_GONE, silence
+
+__all__ = ["Terminal", "knows_signs", "open_console"]
+
+
+class Terminal(Console):
+    """Rich's console, for texts that others wrote too; markup in them is text."""
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print a text as it stands, lines unbroken and without what would move the cursor."""
+        self.print(clean(text, "\n"), style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def on_broken_pipe(self) -> NoReturn:
+        """End quietly: whoever read this has seen enough."""
+        self.quiet = True
+        silence()
+        raise SystemExit(PIPE_GONE)
+
+
+def open_console(*, stderr: bool = False) -> Terminal:
+    """The terminal, pipe or file that the command writes to."""
+    return Terminal(stderr=stderr)
+
+
+def knows_signs(console: Console) -> bool:
+    """Can it show more than ASCII?"""
+    return console.encoding.lower().startswith("utf")
