@@ -145,7 +145,9 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
         weights, finite = jax.lax.with_sharding_constraint((weights, from_waves(finite)), everywhere)
         weights = jax.lax.with_sharding_constraint(_leave_out(weights, finite), everywhere)
         with jax.named_scope("aggregate"):
-            server, health = method.aggregate(ctx, server, messages, weights)
+            # Laid out as the messages are, or the partitioner may gather the messages to meet the weights.
+            spread = jax.lax.with_sharding_constraint(weights, across)
+            server, health = method.aggregate(ctx, server, messages, spread)
         return RoundOutput(server, personal, messages, metrics, health, weights, tree.is_finite(server))
 
     # Told, not inferred: the server's state comes back exactly as it goes in, so the next round finds its program.
