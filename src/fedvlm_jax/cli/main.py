@@ -19,6 +19,7 @@ import tyro
 
 from fedvlm_jax.cli._numbers import make_registry
 from fedvlm_jax.cli._said import note_flags
+from fedvlm_jax.cli._short import expand_rate, is_version, tell_version
 from fedvlm_jax.cli._signals import exit_code, heed_signals, say
 from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.runs.heap import keep_heap
@@ -36,7 +37,7 @@ QUIET = {
 
 DESCRIPTION = (
     "Federated fine-tuning of vision-language models: one frozen base, a low-rank adapter per client, a part of it "
-    "shared. `fedvlm train` without options runs on what ships with the package."
+    "shared. `fedvlm train` without options runs on what ships with the package; --version says which release this is."
 )
 
 
@@ -59,10 +60,11 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
     for name, value in QUIET.items():  # before jax and transformers are imported, which read them then
         os.environ.setdefault(name, value)
-    note_flags(words)
     soften()
     try:
         with heed_signals():
+            words = expand_rate(words)
+            note_flags(words)
             _dispatch(words)
         sys.stdout.flush()
     except UserError as error:
@@ -81,6 +83,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(words: list[str]) -> None:
+    if is_version(words):
+        print(tell_version())
+        return
     commands = commands_available()
     if not words[0].startswith("-") and words[0] not in commands:
         raise UserError(f"there is no command {words[0]}; there are {', '.join(commands)}")

@@ -84,7 +84,7 @@ def _show_choices(names: tuple[str, ...]) -> str:
 class LoraOptions:
     """The low-rank adapter that each client trains"""
 
-    rank: int = 8
+    rank: Annotated[int, tyro.conf.arg(aliases=("--rank",))] = 8
     """Rank of the adapter (not given by the paper)."""
     alpha: float = 16.0
     """The adapter's output is scaled by alpha / rank (not given by the paper)."""
@@ -108,19 +108,19 @@ class LoraOptions:
 class TrainOptions:
     """Rounds and local training"""
 
-    rounds: int = 16
+    rounds: Annotated[int, tyro.conf.arg(aliases=("--rounds",))] = 16
     """Federated rounds (not given by the paper)."""
     local_steps: int = 4
     """Optimiser steps of a client in a round (not given by the paper)."""
     local_epochs: Annotated[float | None, _optional("E", "all clients take --train.local-steps")] = None
     """In place of --train.local-steps: every client takes ceil(E * its examples / batch) steps, or ceil(E) where it
     has less than a batch. All wait for the largest (not given by the paper)."""
-    batch_size: int = 16
+    batch_size: Annotated[int, tyro.conf.arg(aliases=("--batch-size",))] = 16
     """Examples per local step (not given by the paper)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """The clients' optimiser (not given by the paper)."""
     learning_rate_a: float = 5e-3
-    """Learning rate of the factors A (not given by the paper)."""
+    """Learning rate of the factors A; --lr X sets those of A and B (not given by the paper)."""
     learning_rate_b: float = 2e-3
     """Learning rate of the factors B (not given by the paper)."""
     weight_decay: float = 0.0
@@ -222,8 +222,6 @@ class SystemOptions:
 class Run:
     """Everything that decides what a run does."""
 
-    model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = "florence2-nano"
-    """The frozen base: a shipped model's name, a Hugging Face Florence-2 folder, or a hub id."""
     method: Annotated[
         str,
         tyro.conf.arg(
@@ -232,31 +230,33 @@ class Run:
     ] = ""
     """`train` only: the federated method, that is, what clients share and what stays theirs; `fedvlm explain` tells
     what each does."""
-    share: Annotated[str, tyro.conf.arg(metavar="REGEX", help_behavior_hint="(default: none)")] = ""
-    """A method from a rule alone, named share: factors in whose path (as `fedvlm explain` prints it) this is found are
-    averaged, all others stay with their client. For example 'decoder/.*/b$'."""
-    objective: Annotated[str, tyro.conf.arg(metavar=_show_choices(objectives_available()))] = "sft"
-    """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both."""
-    cohort: Annotated[int | None, _optional("INT", "all of them")] = None
-    """Clients drawn each round (not given by the paper)."""
-    seed: int = 0
-    """Decides every random choice: partition, adapters, cohorts, batches."""
-    checkpoint_every: int = 1
-    """Rounds between checkpoints."""
+    model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = "florence2-nano"
+    """The frozen base: a shipped model's name, a Hugging Face Florence-2 folder, or a hub id."""
     out: Annotated[Path | None, _optional("DIR", "runs/<time>-<name>")] = None
     """Folder to write to."""
     resume: Annotated[Path | None, _optional("RUN", "start anew")] = None
     """`train` only: go on with the run in this folder, with the options stored there; a finished one trains longer if
     --train.rounds says how many rounds there shall be in all."""
-    data: DataOptions = field(default_factory=DataOptions)
-    preference: PreferenceOptions = field(default_factory=PreferenceOptions)
+    seed: int = 0
+    """Decides every random choice: partition, adapters, cohorts, batches."""
+    cohort: Annotated[int | None, _optional("INT", "all of them")] = None
+    """Clients drawn each round (not given by the paper)."""
+    objective: Annotated[str, tyro.conf.arg(metavar=_show_choices(objectives_available()))] = "sft"
+    """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both."""
+    share: Annotated[str, tyro.conf.arg(metavar="REGEX", help_behavior_hint="(default: none)")] = ""
+    """A method from a rule alone, named share: factors in whose path (as `fedvlm explain` prints it) this is found are
+    averaged, all others stay with their client. For example 'decoder/.*/b$'."""
+    checkpoint_every: int = 1
+    """Rounds between checkpoints."""
     train: TrainOptions = field(default_factory=TrainOptions)
-    participation: ParticipationOptions = field(default_factory=ParticipationOptions)
+    data: DataOptions = field(default_factory=DataOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    participation: ParticipationOptions = field(default_factory=ParticipationOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     hyper: HyperOptions = field(default_factory=HyperOptions)
-    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     system: SystemOptions = field(default_factory=SystemOptions)
 
     def __post_init__(self) -> None:
