@@ -53,12 +53,24 @@ if __name__ == "__main__":
 """
 
 
+STARTED = []
+
+
 def start(program, *words, **options):
     process = subprocess.Popen(
         [sys.executable, "-c", program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
+    STARTED.append(process)
     assert process.stdout.readline() == "ready\n", process.communicate()
     return process
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing_running():
+    """A test that fails must not leave a process that keeps a core busy for minutes."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 # --- The signals themselves ---
