@@ -56,10 +56,17 @@ if __name__ == "__main__":
 STARTED = []
 
 
+def heed_all():
+    """Take back what a test run in the background, or under nohup, hands down: signals that are ignored stay so."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(program, *words, **options):
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+        [sys.executable, "-c", program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heed_all, **options,
+    )  # fmt: skip
     STARTED.append(process)
     assert process.stdout.readline() == "ready\n", process.communicate()
     return process

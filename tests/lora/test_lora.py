@@ -109,7 +109,8 @@ def test_every_site_matters_and_gradients_match_the_merged_model(params, adapter
         expected = tree.flatten(want)[path]
         np.testing.assert_allclose(leaf, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max(), err_msg=path)
     # Attention is blind to a shift of all its scores, so a key's bias would have no gradient; its weights do.
-    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(got))
+    for path, leaf in tree.flatten(got).items():
+        assert (np.abs(leaf).max() > 1e-4) != path.endswith("scale"), path
 
 
 def test_vmap_over_adapters_keeps_base_matmuls_unbatched(params, adapter, example):
@@ -341,9 +342,8 @@ def test_the_scale_is_data_to_whoever_differentiates_by_the_adapter(params, adap
     assert all((np.asarray(leaf) == 0).all() == path.endswith("scale") for path, leaf in gradient.items())
     for optimizer in (optax.sgd(10.0), optax.adamw(0.01, weight_decay=0.1, mask=lora.trainable)):
         updates, _ = optimizer.update(jax.grad(loss)(start), optimizer.init(start), start)
-        moved = tree.flatten(optax.apply_updates(start, updates))
-        for path, leaf in tree.flatten(start).items():
-            assert np.array_equal(moved[path], leaf) == path.endswith("scale"), path
+        for path, leaf in tree.flatten(updates).items():
+            assert (np.asarray(leaf) == 0).all() == path.endswith("scale"), path
 
 
 def test_a_model_of_nnx_is_told_so_in_one_line():

@@ -101,7 +101,7 @@ def test_health_of_a_run(tmp_path: Path) -> None:
     assert encoder.get_ydata() == pytest.approx([2, 4, 6, 8])
     assert decoder.get_ydata() == pytest.approx([0.5, 1, 1.5, 2])
     assert {text.get_text() for text in axes[0].texts} == {"all", "encoder", "decoder"}
-    before, after = axes[3].lines
+    after, before = axes[3].lines
     assert before.get_ydata() == pytest.approx([18, 28])
     assert after.get_ydata() == pytest.approx([20, 30])
     assert all(ax.get_ylim()[0] == 0 for ax in axes[:3])

@@ -44,7 +44,7 @@ MORE_RESULTS: dict[str, Any] = {
     "selected_round": int | None,
     "selected_by": str,
     "gain_intervals": dict[str, dict[str, tuple[float, float]]],
-    "neighbours": dict[str, Scores],
+    "neighbours": dict[str, Scores | str],
 }
 HELD_OUT: dict[str, Any] = {"cold_start": str, "zero_shot": BySplit, "personal": BySplit}
 
