@@ -43,7 +43,7 @@ def test_every_command_is_listed_in_order() -> None:
         (["train", "--methd", "x"], "did you mean --method?"),
         (["train", "--data.prompt", "bad"], "invalid choice 'bad' for argument '--data.prompt'"),
         (["train", "--data.alpha", "-1"], "--data.alpha is -1.0; expected a number above 0"),
-        (["train", "--train.rounds", "x"], "--train.rounds"),
+        (["train", "--train.rounds", "x"], "--rounds: x is not a whole number"),
         (["train", "--train.rounds", "0"], "--train.rounds is 0: it must be 1 or more"),
         (["train", "--mesh", "4"], "--mesh 4: expected clients=N or clients=N,model=M, for example"),
         (["train", "--system.unroll", "-1"], "--system.unroll is -1: it must be 0 or more"),
