@@ -51,7 +51,7 @@ def draw_clients(record: RunRecord, theme: Theme, narrow: bool = False) -> Figur
     ax.scatter(ends, rows, s=size, color=colour, zorder=3, clip_on=False)
     means = sorted([(float(np.nanmean(starts)), theme.muted, "zero-shot"), (float(ends.mean()), colour, "personal")])
     # The lower mean's label stands to its left and the higher one's to its right: close means stay readable.
-    for (mean, shade, name), align, shift in zip(means, ("right", "left"), (3, -3), strict=True):
+    for (mean, shade, name), align, shift in zip(means, ("right", "left"), (-3, 3), strict=True):
         ax.axvline(mean, color=shade, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         label = {"ha": align, "color": shade, "fontsize": 9, "fontweight": "bold", "textcoords": "offset points"}
         ax.annotate(f"{name} {mean:.1f}", (mean, 1), xycoords=("data", "axes fraction"), xytext=(shift, 3), **label)
