@@ -15,6 +15,8 @@ def test_both_share_what_is_loaded_and_the_second_is_resumed(model, tmp_path, mo
     opened = loop.open_session
     monkeypatch.setattr(loop, "open_session", lambda run, note: loads.append(run.out) or opened(run, note))
     run, show = tiny_run(model, tmp_path / "run", method="plora"), SilentProgress()
+    bases, score_base = [], loop.score_base
+    monkeypatch.setattr(loop, "score_base", lambda prepared: bases.append(1) or score_base(prepared))
     session = loop.open_later(show)
     loop.train(run, show, session)
     assert read_baseline(read_run(run.out)) is None
@@ -28,6 +30,7 @@ def test_both_share_what_is_loaded_and_the_second_is_resumed(model, tmp_path, mo
     alone = read_baseline(read_run(run.out))
     assert alone is not None
     assert alone.scores("zero_shot") == read_run(run.out).scores("zero_shot")
+    assert len(bases) == 1, "the bare base is asked once for both"
     again = SilentProgress()
     train_alone(run.out, again, session)
     assert again.lines == []

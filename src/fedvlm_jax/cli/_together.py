@@ -72,7 +72,6 @@ def _tell(error: BaseException, about: Together) -> int:
     if isinstance(error, JaxRuntimeError):
         gone = processes.find_gone()
         if gone != []:
-            print(f"fedvlm: {describe_loss(gone, about.folder)}", file=sys.stderr)
-            return LOST
+            return say(describe_loss(gone, about.folder), LOST)
     traceback.print_exception(error)
     return 1

@@ -265,7 +265,8 @@ def _ask_base(run: Run, prepared: Prepared, session: Session, show: Progress) ->
         with working(show, "asking the bare base (zero-shot), which compiles first"):
             return score_base(prepared)
 
-    options = without_extras(run).evaluation
+    # What is only reported of a run's own models changes nothing of the base's answers: the baseline run leaves it out.
+    options = dataclasses.replace(without_extras(run).evaluation, examples=0, cross_clients=False)
     return session.remember(("zero-shot", run.data, run.seed, options, run.preference, prepared.objective.pairs), ask)
 
 
