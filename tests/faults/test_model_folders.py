@@ -442,8 +442,9 @@ def test_a_hub_id_is_judged_by_its_configuration(folder: Path, tmp_path: Path, m
     assert asked == [CONFIG]
 
 
+@pytest.mark.parity
 def test_a_torchvision_that_does_not_fit_is_told(whole: Path, tmp_path: Path) -> None:
-    """Such a one fails when it is imported, and transformers imports it wherever it is installed."""
+    """Such a one fails when it is imported, and transformers imports it wherever PyTorch is installed too."""
     package = tmp_path / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from made_up import CLIENTS, write_comparison, write_run
 from PIL import Image
+from rich.cells import cell_len
 
 from fedvlm_jax.runs import fonts, gains, health_plots, heatmaps, method_plots, pareto, plots
 from fedvlm_jax.runs.folders import read_comparison, read_run
@@ -77,6 +78,22 @@ def test_names_in_scripts_without_a_font_stay_apart(tmp_path: Path, monkeypatch:
         warnings.simplefilter("error")
         (picture, *_) = draw_run(record, tmp_path, "")
     assert "東京" in picture.wide
+
+
+@pytest.mark.parametrize("name", ["\x1b[2Ja\u202eb | x\n" * 20, "W" * 250, "東" * 80, "a" * 30 + " " + "京" * 40])
+def test_long_names_leave_room_for_the_picture(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fonts, "_has_glyph", str.isascii)
+    monkeypatch.setattr(fonts, "_list_families", lambda: ("DejaVu Sans",))
+    others = {f"{name}{number}": 0.1 * number for number in range(3)}
+    record = read_run(write_run(tmp_path / "r", others, dict.fromkeys(others, 0.5)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures = draw_run(record, tmp_path, "")
+    for picture in pictures:
+        assert "\x1b" not in picture.wide + picture.narrow
+    shown = [label.get_text() for label in plots.draw_clients(record, PAPER, narrow=True).axes[0].get_yticklabels()]
+    assert len(set(shown)) == 3, "names differ at their ends"
+    assert max(map(cell_len, shown)) <= 20
 
 
 def test_curves_average_seeds_and_add_up_bytes(tmp_path: Path) -> None:

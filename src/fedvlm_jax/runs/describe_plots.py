@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from fedvlm_jax.data.options import SPLITS
+from fedvlm_jax.runs.fonts import fit_name
 from fedvlm_jax.runs.theme import Theme, make_figure, use_whole_numbers
 
 __all__ = ["draw_data"]
@@ -67,7 +68,7 @@ def draw_data(description: Mapping[str, Any], theme: Theme) -> Figure:
 
 def _draw_named_rows(ax: Any, at: np.ndarray, clients: Sequence[Mapping[str, Any]], theme: Theme) -> None:
     _stack(ax, at, *_split_rows(clients, theme), named=True)
-    names = [_shorten(one["name"], 34) + (" (held out)" if one["held_out"] else "") for one in clients]
+    names = [fit_name(one["name"], 34) + (" (held out)" if one["held_out"] else "") for one in clients]
     ax.set_yticks(at, names, parse_math=False)
     ax.set_ylim(at.max() + 0.6, -0.6)
     sums = [_count_rows(one) for one in clients]
@@ -147,7 +148,7 @@ def _stack(ax: Any, at: np.ndarray, parts: Mapping[str, np.ndarray], colours: Ma
 def _head(ax: Any, title: str, named: bool, theme: Theme) -> None:
     """Write a title above the bars, and what their colours mean."""
     handles = list(ax.containers)
-    names = [_shorten(handle.get_label(), 30) for handle in handles]
+    names = [fit_name(handle.get_label(), 30) for handle in handles]
     # A column of the legend is as wide as its longest name; half the picture holds some 60 letters, all of it 130.
     columns = max(1, min(len(names), (60 if named else 130) // (max(map(len, names)) + 6)))
     # matplotlib takes a name that begins with an underscore for one to be hidden.
@@ -189,8 +190,3 @@ def _mix(colour: str, paper: str, strength: float) -> tuple[float, ...]:
     """A colour laid thinly on paper: opaque, unlike one with opacity, so that no grid shines through."""
     over, under = np.asarray(to_rgb(colour)), np.asarray(to_rgb(paper))
     return tuple((strength * over + (1 - strength) * under).tolist())
-
-
-def _shorten(name: str, most: int) -> str:
-    name = " ".join(name.split())
-    return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -9,8 +9,11 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator
+from rich.cells import cell_len
 
-__all__ = ["replace_missing", "scripts"]
+from fedvlm_jax.runs.foreign import clean
+
+__all__ = ["fit_name", "replace_missing", "scripts"]
 
 FALLBACKS = (
     "Noto Sans CJK JP",
@@ -53,8 +56,34 @@ def _has_glyph(character: str) -> bool:
     return character.isspace() or any(font_manager.get_font(path).get_char_index(ord(character)) for path in paths)
 
 
-def replace_missing(figure: Figure) -> None:
-    """Write characters for which no font is installed as their code points: boxes would make all names alike."""
+def fit_name(name: str, width: int) -> str:
+    r"""Write a name on one line of a picture, its middle left out where it is long: names differ at both ends.
+
+    Args:
+        name: by whomever; characters that are not seen are written as escapes.
+        width: the most that it may take, in columns of a Latin letter (a Chinese one takes two).
+
+    >>> fit_name("hospital of the north, ward 7", 16)
+    'hospital… ward 7'
+    >>> fit_name("a\x1b[2J", 16)
+    'a\\x1b[2J'
+    """
+    name = clean(" ".join(name.split()))
+    if cell_len(name) <= width:
+        return name
+    kept = len(name)
+    while cell_len(short := f"{name[: -(-kept // 2)]}…{name[len(name) - kept // 2 :]}") > width and kept:
+        kept -= 1
+    return short
+
+
+def replace_missing(figure: Figure, width: int = 44) -> None:
+    """Write characters for which no font is installed as their code points: boxes would make all names alike.
+
+    Args:
+        figure: the picture.
+        width: the most that the name of a row may take then, in letters.
+    """
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_text(_spell_out(text.get_text()))
@@ -62,7 +91,7 @@ def replace_missing(figure: Figure) -> None:
         for axis in (ax.xaxis, ax.yaxis):  # their texts are made anew when they are drawn
             names = [label.get_text() for label in axis.get_ticklabels()]
             if not all(map(str.isascii, names)) and isinstance(axis.get_major_locator(), FixedLocator):
-                axis.set_ticklabels([_spell_out(name) for name in names])
+                axis.set_ticklabels([fit_name(_spell_out(name), width) for name in names], parse_math=False)
 
 
 def _spell_out(text: str) -> str:

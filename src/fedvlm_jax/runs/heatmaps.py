@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord
+from fedvlm_jax.runs.fonts import fit_name
 from fedvlm_jax.runs.plots import LABELLED, NARROW, WIDE, name_rows
 from fedvlm_jax.runs.statistics import mean_over_seeds, order_by_mean
 from fedvlm_jax.runs.theme import MANY, Theme, make_figure
@@ -103,7 +104,7 @@ def _draw_cells(
     ax.grid(visible=False)
     ax.spines["bottom"].set_visible(False)
     ax.xaxis.tick_top()
-    ax.set_xticks(range(len(columns)), columns, parse_math=False)
+    ax.set_xticks(range(len(columns)), [fit_name(name, 40) for name in columns], parse_math=False)
     ax.tick_params(axis="x", labelsize=8 if narrow else 9, rotation=90 if turned else 0)
     name_rows(ax, rows)
     ax.tick_params(axis="y", labelsize=7.5 if narrow and turned else 9)

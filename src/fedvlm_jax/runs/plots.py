@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from fedvlm_jax.evaluation.spread import gain_by_client, summarise_gain
 from fedvlm_jax.runs.folders import RunRecord
+from fedvlm_jax.runs.fonts import fit_name
 from fedvlm_jax.runs.measures import find_measure
 from fedvlm_jax.runs.tables import points
 from fedvlm_jax.runs.theme import BEFORE, Theme, choose_series, make_figure, use_whole_numbers
@@ -145,8 +146,9 @@ def read_validation(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[li
 
 
 def name_rows(ax: Any, names: Sequence[str]) -> None:
-    """Write names beside the rows, as they are: a dollar sign in a client's name starts no formula."""
-    ax.set_yticks(range(len(names)), names, parse_math=False)
+    """Write names beside the rows, in two fifths of the picture at most: a dollar sign in one starts no formula."""
+    width = int(5.5 * ax.figure.get_figwidth())
+    ax.set_yticks(range(len(names)), [fit_name(name, width) for name in names], parse_math=False)
 
 
 def annotate(
