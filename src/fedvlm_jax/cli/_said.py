@@ -1,23 +1,28 @@
-"""Which flags somebody wrote: an option at its default looks the same whether it was asked for or not."""
+"""The words of the command line: an option at its default looks the same whether it was asked for or not."""
 
 from collections.abc import Sequence
 from contextvars import ContextVar
 
-__all__ = ["find_said", "note_flags", "was_said"]
+__all__ = ["find_said", "list_words", "note_flags", "was_said"]
 
-_FLAGS: ContextVar[frozenset[str]] = ContextVar("flags", default=frozenset())
+_WORDS: ContextVar[tuple[str, ...]] = ContextVar("words", default=())
 
 
 def note_flags(words: Sequence[str]) -> None:
-    """Remember the flags among the words of the command line."""
-    _FLAGS.set(frozenset(word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")))
+    """Remember the words of the command line, and so the flags among them."""
+    _WORDS.set(tuple(words))
+
+
+def list_words() -> tuple[str, ...]:
+    """All words after `fedvlm`."""
+    return _WORDS.get()
 
 
 def find_said() -> frozenset[str]:
     """All flags that were written."""
-    return _FLAGS.get()
+    return frozenset(word.partition("=")[0].replace("_", "-") for word in list_words() if word.startswith("--"))
 
 
 def was_said(*flags: str) -> bool:
     """Was one of these written?"""
-    return not _FLAGS.get().isdisjoint(flags)
+    return not find_said().isdisjoint(flags)

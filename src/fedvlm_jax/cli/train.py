@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fedvlm_jax.cli._flags import flatten, name_flag
-from fedvlm_jax.cli._said import find_said, was_said
+from fedvlm_jax.cli._said import find_said, list_words, was_said
 from fedvlm_jax.cli._signals import exit_code, say
 from fedvlm_jax.cli._supervise import is_child, supervise
 from fedvlm_jax.cli._together import Together, together
@@ -53,7 +53,7 @@ def train(
     """
     check_distributed(distributed)
     if distributed.asked and not is_child():
-        command = [sys.executable, "-m", "fedvlm_jax", *sys.argv[1:]]
+        command = [sys.executable, "-m", "fedvlm_jax", *list_words()]
         raise SystemExit(supervise(command, distributed, run.resume or run.out))
     if run.resume is not None:
         _refuse_changes(run)

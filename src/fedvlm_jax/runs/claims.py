@@ -25,7 +25,7 @@ from typing import Any, Self
 from fedvlm_jax.errors import UserError, describe_os_error, naming
 from fedvlm_jax.runs.config import name_folder
 
-__all__ = ["Claim", "choose_folder", "clear", "is_used", "make_folder", "open_folder", "remove_unused"]
+__all__ = ["Claim", "choose_folder", "clear", "is_used", "make_folder", "name_command", "open_folder", "remove_unused"]
 
 LOCK = ".lock"
 """The file that is locked; it says who has the folder, and goes when they leave."""
@@ -131,7 +131,7 @@ class Claim:
     def _sign(self) -> None:
         """Write who has the folder, which also shows whether the disk takes what is written."""
         since = datetime.now().astimezone().isoformat(" ", "seconds")
-        holder = {"host": platform.node(), "process": os.getpid(), "since": since, "command": _name_command()}
+        holder = {"host": platform.node(), "process": os.getpid(), "since": since, "command": name_command()}
         with naming(self.folder / LOCK):
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, json.dumps(holder).encode(), 0)
@@ -216,8 +216,10 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def _name_command() -> str:
-    return " ".join([Path(sys.argv[0]).stem.replace("__main__", "fedvlm"), *map(shlex.quote, sys.argv[1:])])
+def name_command() -> str:
+    """Return the command that was given, as a shell takes it."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return shlex.join(["fedvlm" if words[0] == "__main__.py" else words[0], *words[1:]])
 
 
 def _describe_refusal(folder: Path, error: OSError) -> str:

@@ -8,8 +8,6 @@ one is resumed. Several processes may share the methods out.
 
 import dataclasses
 import functools
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.choices import for_method
-from fedvlm_jax.runs.claims import Claim
+from fedvlm_jax.runs.claims import Claim, name_command
 from fedvlm_jax.runs.codec import encode
 from fedvlm_jax.runs.config import Compare, Run, TrainOptions, to_json, without_extras
 from fedvlm_jax.runs.fingerprints import anchor, move
@@ -83,7 +81,7 @@ def _compare(
         "methods": list(comparison.methods),
         "seeds": seeds,
         "selected_by": selected_by,
-        "command": shlex.join(["fedvlm", *sys.argv[1:]]),
+        "command": name_command(),
         "runs": entries,
         "zero_shot": zero_shot,
         "settings": to_json(dataclasses.replace(comparison.base, out=None)),

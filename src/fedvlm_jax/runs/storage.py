@@ -9,9 +9,7 @@ import json
 import os
 import platform
 import re
-import shlex
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -24,6 +22,7 @@ from jaxtyping import PyTree
 from fedvlm_jax import digests, processes, tree
 from fedvlm_jax.caches import write_whole
 from fedvlm_jax.errors import DamagedError, UserError, naming
+from fedvlm_jax.runs.claims import name_command
 from fedvlm_jax.sharding import own_base
 
 __all__ = [
@@ -247,10 +246,7 @@ def describe_environment() -> dict[str, Any]:
 
 def describe_start() -> dict[str, str]:
     """Return when this is, with its time zone, and the command that was given."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    if words[0] == "__main__.py":
-        words[0] = "fedvlm"
-    return {"started": datetime.now().astimezone().isoformat(timespec="seconds"), "command": shlex.join(words)}
+    return {"started": datetime.now().astimezone().isoformat(timespec="seconds"), "command": name_command()}
 
 
 def describe_versions() -> dict[str, str | None]:
