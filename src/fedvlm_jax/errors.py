@@ -5,7 +5,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["DamagedError", "UserError", "describe_os_error", "naming"]
+__all__ = ["DamagedError", "UserError", "describe_os_error", "find_machine_fault", "naming"]
 
 
 class UserError(ValueError):
@@ -46,6 +46,23 @@ def describe_os_error(error: OSError) -> str:
     where = f"{error.filename!s}: " if error.filename else ""
     name, advice = error.strerror or str(error), ADVICE.get(error.errno)
     return f"{where}{name}" + (f" ({advice})" if advice else "")
+
+
+OF_FILES = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+"""Errors that a damaged file may cause itself: libraries raise without a number, a mapping of nothing is EINVAL."""
+
+
+def find_machine_fault(error: BaseException) -> OSError | MemoryError | None:
+    """The fault of the machine, not of a file's content, that an exception is or was caused by; None where it is none.
+
+    No memory, a full disk, too many open files: the same work may succeed later, and nothing is known to be damaged.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or (isinstance(seen, OSError) and seen.errno not in OF_FILES):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 @contextmanager

@@ -1,12 +1,19 @@
 """Tables in our cache that were damaged are written again, and nobody's data is blamed."""
 
+import errno
 import json
+import os
+import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from make_parquet import make_rows, write_rows
+from make_parquet import IMAGE, make_rows, write_rows
 
-from fedvlm_jax.caches import FOLDER, Hold
+from fedvlm_jax.caches import BOUND, FOLDER, Hold
+from fedvlm_jax.data import shards
+from fedvlm_jax.data import table as tables
 from fedvlm_jax.data.table import read_parquet
 from fedvlm_jax.errors import UserError
 
@@ -100,3 +107,108 @@ def test_files_that_a_process_uses_are_not_taken_from_it(kept):
         read_parquet(file)
     hold.let_go()
     assert len(read_parquet(file)) == ROWS
+
+
+# --- What is whole stays, and is opened again as it is ---
+
+
+def write_images(file, images, kind=IMAGE):
+    texts = {name: pa.array([f"{name} {row}" for row in range(len(images))]) for name in ("question", "chosen")}
+    pq.write_table(pa.table({"image": pa.array(images, kind)} | texts), file)
+
+
+PATHS = [{"bytes": None, "path": f"{row}.png"} for row in range(40)]
+BYTES = [{"bytes": b"picture %d" % row, "path": None} for row in range(1000)]
+WITHOUT_BYTES = {
+    "paths in structs": (PATHS, IMAGE),
+    "paths": ([image["path"] for image in PATHS], pa.string()),
+    "no images": ([None] * 40, IMAGE),
+    "a batch of paths between two of bytes": ([*BYTES, *PATHS * 25, *BYTES], IMAGE),
+    "a batch without images between two of bytes": ([*BYTES, *[None] * 1000, *BYTES], IMAGE),
+    "every other row without": ([*BYTES[:20], None, *PATHS, {"bytes": b"", "path": ""}, *BYTES[:20]], IMAGE),
+}
+
+
+@pytest.mark.parametrize("name", list(WITHOUT_BYTES))
+def test_a_table_without_some_bytes_fits_its_seal_wherever_it_is_mapped(name, tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER, str(tmp_path / "cache"))
+    file = tmp_path / "rows.parquet"
+    write_images(file, *WITHOUT_BYTES[name])
+    first = read_parquet(file)  # held, so the second mapping is at another address, and nothing may be written again
+    (arrow,) = (tmp_path / "cache").rglob("*.arrow")
+    before = arrow.stat()
+    second = read_parquet(file)
+    assert (arrow.stat().st_ino, arrow.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    for table in (first, second):
+        assert table.read_text("chosen")[-1] == f"chosen {len(table) - 1}"
+        assert table.blobs.start[table.blobs.length == 0].tolist() == [0] * int((table.blobs.length == 0).sum())
+
+
+def test_a_bound_that_is_no_number_costs_no_copy(kept, monkeypatch):
+    file, arrow = kept
+    monkeypatch.setenv(BOUND, "1O0")
+    with pytest.raises(UserError, match=r"FEDVLM_CACHE_GIB is '1O0'"):
+        read_parquet(file)
+    assert arrow.exists()
+
+
+FAULTS = [
+    *(OSError(number, os.strerror(number)) for number in (errno.EMFILE, errno.ENOSPC, errno.EIO, errno.ENOMEM)),
+    MemoryError(),
+    pa.ArrowMemoryError("realloc of size 64 failed"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{type(fault).__name__} {fault}")
+@pytest.mark.parametrize("place", [(tables, "open_arrow"), (shards, "hold_table")], ids=["opening", "converting"])
+def test_a_fault_of_the_machine_costs_no_copy(kept, monkeypatch, fault, place):
+    """It is told as what it is, and the copy is there when the machine can open it again."""
+    file, arrow = kept
+    before = arrow.stat()
+
+    def fail(*_):
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, fail)
+        with pytest.raises((OSError, MemoryError, UserError), match=fault.strerror if fault.args[1:] else None):
+            read_parquet(file)
+    assert arrow.stat() == before
+    assert len(read_parquet(file)) == ROWS
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_does_not_make_the_shards_damaged(number, tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER, str(tmp_path / "cache"))
+    write_rows(tmp_path / "rows.parquet", make_rows(ROWS))
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_table", refuse)
+    with pytest.raises(UserError, match=f"the cache .* cannot be written .{os.strerror(number)}"):
+        read_parquet(tmp_path / "rows.parquet")
+
+
+def test_one_copy_serves_files_that_were_touched_or_copied(kept):
+    file, arrow = kept
+    before, other = arrow.stat(), file.parent / "elsewhere" / "other.parquet"
+    held = read_parquet(file)
+    os.utime(file, (1, 1))
+    other.parent.mkdir()
+    shutil.copy(file, other)
+    assert read_all(other) == read_all(file)
+    assert held.read_text("chosen") == read_parquet(file).read_text("chosen")
+    assert list((file.parent / "cache").rglob("*.arrow")) == [arrow]
+    assert arrow.stat() == before
+
+
+def test_what_is_damaged_is_all_that_is_thrown_away(kept):
+    """Other tables of the same content stay: those of another release, or of what somebody put there."""
+    file, arrow = kept
+    beside = arrow.parents[2] / "another form" / "0.0.0" / arrow.name
+    beside.parent.mkdir(parents=True)
+    shutil.copy(arrow, beside)
+    arrow.write_bytes(b"")
+    assert len(read_parquet(file)) == ROWS
+    assert beside.exists()

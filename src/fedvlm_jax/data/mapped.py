@@ -26,7 +26,7 @@ class Blobs:
     Attributes:
         files: the Arrow files.
         file: [N] each row's file.
-        start: [N] where in it the bytes begin.
+        start: [N] where in it the bytes begin; 0 where a row has none.
         length: [N] how many there are; 0 where a row has none.
     """
 
@@ -55,7 +55,8 @@ def open_arrow(files: Sequence[Path]) -> tuple["pa.Table", Blobs]:
         tables.append(table)
         for chunk in table.column("image").chunks:
             start, length = _locate(chunk)
-            start = start - mapped.address
+            # Nothing has no place: one that depends on this mapping's address would fit no seal of another mapping.
+            start = np.where(length > 0, start - mapped.address, 0)
             assert ((length == 0) | ((start >= 0) & (start + length <= mapped.size))).all(), "not mapped but copied"
             owners.append(np.full(len(chunk), number))
             starts.append(start)

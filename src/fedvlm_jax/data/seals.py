@@ -2,7 +2,8 @@
 
 A seal is a digest of everything but the encoded images: columns, texts, numbers, and where the images lie. Those are a
 small part of the files, and are read anyway. Each image is compared with its own digest when it is decoded
-(`images.py`).
+(`images.py`). That digest is taken when a run first asks for the row, not when the row is written, so what a disk does
+to an image before then is not noticed by it, only by the decoder.
 """
 
 import contextlib
@@ -49,7 +50,7 @@ def _list_parts(data: "pa.Table", blobs: Blobs) -> Iterator[np.ndarray]:
 
 
 def discard(folder: Path) -> None:
-    """Remove the tables below a folder of our cache.
+    """Remove the table below a folder of our cache, whose seal it does not fit or which cannot be read.
 
     Raises:
         UserError: another process uses one.

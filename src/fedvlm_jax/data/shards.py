@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedvlm_jax.caches import Hold, find_arrow, hold_table, read_bound, trim
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.digests import digest_parts
+from fedvlm_jax.errors import UserError, find_machine_fault
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-__all__ = ["NEEDED", "UNDERSTOOD", "check_shards", "convert_shards", "hush_datasets"]
+__all__ = ["NEEDED", "UNDERSTOOD", "check_shards", "convert_shards", "find_folder", "hush_datasets"]
 
 NEEDED = ("image", "question", "chosen")
 BATCH = 1000
@@ -160,12 +161,34 @@ def _is_plain(kind: "pa.DataType") -> bool:
     return _is_text(kind) or is_a.is_integer(kind) or is_a.is_floating(kind) or is_a.is_boolean(kind)
 
 
+def find_folder(columns: dict[str, "pa.DataType"], digest: str) -> Path:
+    """The folder of our cache for files of this content, read as these columns; see `convert_shards`."""
+    return find_arrow() / digest / "rows" / digest_parts([repr(_make_features(columns)).encode()]).hex()
+
+
+def _make_features(columns: dict[str, "pa.DataType"]) -> "datasets.Features":
+    """What `datasets` is to write: what is understood as text, other columns as they are."""
+    import datasets
+    import pyarrow as pa
+
+    from fedvlm_jax.data.plain import is_list
+
+    others = [(name, kind) for name, kind in columns.items() if name not in UNDERSTOOD]
+    plain = pa.schema([(name, pa.string() if _is_text(kind) else kind) for name, kind in others])
+    text = datasets.Value("string")
+    known = dict(datasets.Features.from_arrow_schema(plain)) | {"image": datasets.Image(decode=False)}
+    if is_list(columns["chosen"]):
+        known["chosen"] = datasets.List(text)
+    return datasets.Features({name: known.get(name, text) for name in columns})
+
+
 def convert_shards(
     files: Sequence[Path], columns: dict[str, "pa.DataType"], digest: str
 ) -> tuple["datasets.Dataset", Hold | None]:
     """Let `datasets` write the shards into our cache as Arrow, once per content.
 
-    `datasets` itself goes by names and time stamps, so every content has a folder of its own.
+    `datasets` itself goes by names and time stamps, so it is told the folder, which the content decides: files that
+    were touched, moved or copied are not converted again.
 
     Args:
         files, columns: what `check_shards` found.
@@ -181,25 +204,20 @@ def convert_shards(
     import datasets.exceptions
     import pyarrow as pa
 
-    from fedvlm_jax.data.plain import is_list, make_builder
+    from fedvlm_jax.data.plain import make_builder
 
-    others = [(name, kind) for name, kind in columns.items() if name not in UNDERSTOOD]
-    plain = pa.schema([(name, pa.string() if _is_text(kind) else kind) for name, kind in others])
-    text = datasets.Value("string")
-    known = dict(datasets.Features.from_arrow_schema(plain)) | {"image": datasets.Image(decode=False)}
-    if is_list(columns["chosen"]):
-        known["chosen"] = datasets.List(text)
-    features = datasets.Features({name: known.get(name, text) for name in columns})
-    cache, bound = find_arrow(), read_bound()
+    cache, folder, bound = find_arrow(), find_folder(columns, digest), read_bound()
     writing: Hold | None = None
     try:
         writing = Hold(cache)
         with hush_datasets():
             builder = make_builder(
                 data_files={"train": [str(file.resolve()) for file in files]},
-                cache_dir=str(cache / digest),
+                cache_dir=str(folder.parent.parent),
+                dataset_name=folder.parent.name,
+                config_id=folder.name,
                 columns=list(columns),
-                features=features,
+                features=_make_features(columns),
                 batch_size=BATCH,  # by default the first row group's rows, and 0 is refused
             )
             builder.download_and_prepare()
@@ -207,6 +225,11 @@ def convert_shards(
         assert isinstance(dataset, datasets.Dataset)
         hold = hold_table(Path(dataset.cache_files[0]["filename"]).parent)
     except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, TypeError) as error:
+        fault = find_machine_fault(error)
+        if isinstance(fault, OSError):
+            raise _refuse_cache(cache, fault) from error
+        if fault is not None:
+            raise fault from None
         cause = error.__cause__ or error
         broken = _find_damaged(files, list(columns))
         where = str(broken or (files[0] if len(files) == 1 else f"one of the {len(files)} files in {files[0].parent}"))
@@ -215,16 +238,20 @@ def convert_shards(
             "types that cannot be. Write it again, or remove it from the folder."
         ) from error
     except OSError as error:
-        raise UserError(
-            f"the cache {cache} cannot be written ({error.strerror or error}); set FEDVLM_CACHE to a folder with "
-            "room for a copy of the data."
-        ) from error
+        raise _refuse_cache(cache, error) from error
     finally:
         if writing is not None:
             writing.let_go()
     pa.default_memory_pool().release_unused()  # the pool would hold on to the largest row group
     trim(bound)
     return dataset, hold
+
+
+def _refuse_cache(cache: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the cache {cache} cannot be written ({error.strerror or error}); set FEDVLM_CACHE to a folder with room for "
+        "a copy of the data."
+    )
 
 
 def _find_damaged(files: Sequence[Path], columns: list[str]) -> Path | None:

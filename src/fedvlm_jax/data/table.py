@@ -9,7 +9,6 @@ Source of the schema: the card of openbmb/RLAIF-V-Dataset (arXiv 2405.17220); `c
 """
 
 import base64
-import contextlib
 import dataclasses
 import itertools
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedvlm_jax.caches import Hold, find_arrow
+from fedvlm_jax.caches import Hold, read_bound
 from fedvlm_jax.contents import digest_files
 from fedvlm_jax.data.facts import ImageFacts
 from fedvlm_jax.data.mapped import Blobs, open_arrow
@@ -28,8 +27,8 @@ from fedvlm_jax.data.options import MAX_IMAGE_PIXELS
 from fedvlm_jax.data.paths import OutsideError, read_below
 from fedvlm_jax.data.pictures import DECODING, BrokenImageError
 from fedvlm_jax.data.seals import check_seal, discard
-from fedvlm_jax.data.shards import NEEDED, UNDERSTOOD, check_shards, convert_shards
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.data.shards import NEEDED, UNDERSTOOD, check_shards, convert_shards, find_folder
+from fedvlm_jax.errors import UserError, find_machine_fault
 
 if TYPE_CHECKING:
     import datasets
@@ -153,9 +152,7 @@ class Table:
         except BrokenImageError:
             raise
         except OutsideError as error:
-            raise BrokenImageError(
-                "image file outside of the data's folder (--data.image-root allows another)"
-            ) from error
+            raise BrokenImageError(OUTSIDE) from error
         except (OSError, ValueError) as error:  # the latter from a name with a NUL, or one that is no UTF-8
             raise BrokenImageError(LOST) from error
         if not found:
@@ -237,12 +234,17 @@ def read_parquet(path: Path, name: str | None = None) -> Table:
 
 def _open_kept(files: list[Path], columns: "dict[str, pa.DataType]", digest: str, name: str, folder: Path) -> Table:
     """Open the Arrow files that are kept of these shards; where they are damaged they are written again, once."""
-    kept = find_arrow() / digest
+    read_bound()  # what the environment says wrongly is told before anything is done
+    kept = find_folder(columns, digest)
     if kept.is_dir():
-        with contextlib.suppress(Exception):  # whatever is wrong with what is kept, the shards are there
+        try:
             table = _convert(files, columns, digest, name, folder)
-            if table is not None:
-                return table
+        except Exception as error:  # whatever is wrong with what is kept, the shards are there
+            if find_machine_fault(error):
+                raise
+            table = None
+        if table is not None:
+            return table
         discard(kept)
     table = _convert(files, columns, digest, name, folder)
     if table is None:
