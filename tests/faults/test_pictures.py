@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -139,6 +141,40 @@ def test_an_even_grey_has_the_value_that_it_had() -> None:
     assert set(show(save(Image.fromarray(np.full((4, 5), 0.5, np.float32)), "TIFF")).flat) == {128}
 
 
+def test_white_is_the_least_that_holds_all_values_and_no_less_than_a_tiff_says() -> None:
+    """So 12 bits in a PNG of 16 are no black picture, and two frames on both sides of a bound differ."""
+
+    def brightest(values: list[int]) -> int:
+        return int(show(save(Image.fromarray(np.asarray([values], np.uint16)), "PNG")).max())
+
+    assert [brightest([0, high]) for high in (255, 256, 4095, 4096, 65535)] == [255, 16, 255, 16, 255]
+    assert show(make_tiff_12(np.asarray([[0, 200, 2048, 100]])))[0, :, 0].tolist() == [0, 12, 128, 6]
+    assert show(make_tiff_12(np.asarray([[0, 200, 150, 100]])))[0, :, 0].tolist() == [0, 12, 9, 6]
+
+
+@pytest.mark.parametrize(("kind", "white"), [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])
+def test_a_tiff_in_which_0_is_white_is_inverted(kind: type, white: float) -> None:
+    """Pillow does that itself for 8 bits."""
+    encoded = save(Image.fromarray(row(RAMP * white, kind)), "TIFF")
+    entry = struct.pack("<HHI", 262, 3, 1)
+    assert encoded.count(entry) == 1
+    place = encoded.index(entry) + len(entry)
+    inverted = encoded[:place] + b"\0\0" + encoded[place + 2 :]
+    np.testing.assert_array_equal(show(inverted), 255 - show(encoded))
+    assert show(inverted)[0, [0, -1], 0].tolist() == [255, 0]
+
+
+@pytest.mark.parametrize("kind", ["I;16", "I", "F"])
+@pytest.mark.parametrize("band", [1, 1000])
+def test_greys_are_scaled_band_by_band_to_the_same_values(
+    monkeypatch: pytest.MonkeyPatch, kind: str, band: int
+) -> None:
+    encoded = save(make_noise(kind), "TIFF")
+    whole = show(encoded)
+    monkeypatch.setattr(pictures, "BAND_PIXELS", band)
+    np.testing.assert_array_equal(show(encoded), whole)
+
+
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
 def test_greys_that_are_no_numbers_are_refused(odd: float) -> None:
     values = row(RAMP, np.float32)
@@ -259,6 +295,46 @@ def test_a_colour_profile_counts_before_the_alpha_and_the_palette() -> None:
     assert np.abs(show(save(grey, "PNG", icc_profile=SWAPPED)).astype(int) - 99).max() <= 2
 
 
+def change_curve(gamma: float, linear: bool = False) -> bytes:
+    """sRGB's profile with another curve and its own name: a power, or the straight line that is a linear sRGB."""
+    numbers = (gamma, 1, 0, 1, 0) if linear else (gamma, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    curve = SRGB.index(b"para") + 12
+    return SRGB[:curve] + struct.pack(">5i", *(round(number * 65536) for number in numbers)) + SRGB[curve + 20 :]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA"])
+def test_a_linear_profile_that_is_called_srgb_is_taken_to_srgb(mode: str) -> None:
+    """Linear light of 55/255 is sRGB's 128: 255 · (1.055 · (55/255)^(1/2.4) - 0.055)."""
+    grey = Image.new("L", (4, 4), 55).convert(mode)
+    linear = change_curve(1, linear=True)
+    assert "sRGB" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(linear)))
+    assert np.abs(show(save(grey, "PNG", icc_profile=linear)).astype(int) - 128).max() <= 1
+    assert np.abs(show(save(grey, "PNG", icc_profile=change_curve(1.8))).astype(int) - 55).min() > 5
+
+
+@pytest.mark.parametrize("name", ["sRGB", "c2ci", "swap"])
+def test_pictures_in_srgb_keep_their_very_pixels_whatever_their_profile_is_called(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    noise = make_noise("RGB", (64, 64))
+    encoded = save(noise, "PNG", icc_profile=SRGB.replace("sRGB".encode("utf-16-be"), name.encode("utf-16-be")))
+    np.testing.assert_array_equal(show(encoded), np.asarray(noise))
+    monkeypatch.setattr(pictures, "_transform", None)  # a profile is looked at once
+    np.testing.assert_array_equal(show(encoded), np.asarray(noise))
+
+
+@pytest.mark.parametrize("place", ["PIL.Image.Image.getexif", "PIL.ImageCms.profileToProfile", "PIL.Image.open"])
+def test_a_picture_for_which_there_is_no_memory_is_not_broken(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    encoded = save(Image.new("RGB", (4, 4)), "PNG", icc_profile=SWAPPED)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(MemoryError):
+        decode_picture(encoded)
+
+
 @pytest.mark.parametrize("profile", [b"", b"junk" * 50, SRGB[:200], SWAPPED[:128] + bytes(400), bytes(5000)])
 def test_a_colour_profile_that_is_damaged_or_of_another_space_is_not_used(profile: bytes) -> None:
     image = Image.fromarray(CORNERS)
@@ -322,26 +398,37 @@ def test_jpegs_are_decoded_at_a_reduced_size(monkeypatch: pytest.MonkeyPatch) ->
     assert np.abs(seen.astype(int) - [200, 40, 90]).max() <= 3
 
 
-def test_the_picture_of_nine_thousand_pixels_squared_takes_a_tenth_of_what_it_took() -> None:
-    import resource
-    import subprocess
-    import sys
-
+def measure_decoding(encoded: bytes) -> tuple[int, int, int]:
+    """Width, height, and bytes at the peak, in a process of its own."""
     source = Path(pictures.__file__).parents[2]
-    script = (
-        f"import sys, io, resource; sys.path.insert(0, {str(source)!r})\n"
-        "from PIL import Image; from fedvlm_jax.data.pictures import decode_picture\n"
-        "Image.new('RGB', (9, 9)).save(io.BytesIO(), 'JPEG')\n"
-        "encoded = sys.stdin.buffer.read(); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "size = decode_picture(encoded).size; after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(*size, after - before)"
+    warm = [save(Image.new(mode, (9, 9)), kind) for mode, kind in (("RGB", "JPEG"), ("I;16", "TIFF"), ("LA", "PNG"))]
+    script = (  # ru_maxrss is no use: a child's begins with its parent's
+        f"import sys; sys.path.insert(0, {str(source)!r})\n"
+        "from fedvlm_jax.data.pictures import decode_picture\n"
+        "def peak(): return int(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1])\n"
+        f"for small in {warm!r}: decode_picture(small)\n"
+        "encoded = sys.stdin.buffer.read(); before = peak()\n"
+        "picture = decode_picture(encoded); print(*picture.size, peak() - before)"
     )
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
-    encoded = save(Image.new("L", (9400, 9400), 200), "JPEG")
     told = subprocess.run([sys.executable, "-c", script], input=encoded, capture_output=True, check=True)
-    width, height, peak = map(int, told.stdout.split())
+    width, height, kibibytes = map(int, told.stdout.split())
+    return width, height, kibibytes * 1024
+
+
+def test_the_picture_of_nine_thousand_pixels_squared_takes_a_tenth_of_what_it_took() -> None:
+    width, height, peak = measure_decoding(save(Image.new("L", (9400, 9400), 200), "JPEG"))
     assert (width, height) == (2350, 2350)
-    assert peak < 150 * 1024  # KiB; 674 MiB before, and 1517 with the processor's work
+    assert 2350 * 2350 < peak < 150 * 2**20  # 674 MiB before, and 1517 with the processor's work
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF"), ("RGBA", "WEBP")]
+)
+def test_a_picture_takes_no_more_memory_than_it_is_given_room_for(mode: str, kind: str) -> None:
+    size = (2000, 1500)
+    width, height, peak = measure_decoding(save(Image.new(mode, size), kind))
+    assert (width, height) == size
+    assert width * height < peak < pictures.BYTES_PER_PIXEL * width * height + 2**20 * 9  # a band's own arrays
 
 
 SPREAD = DataOptions(max_bad_share=1.0)
