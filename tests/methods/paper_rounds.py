@@ -162,14 +162,25 @@ def best_factors(matrix: np.ndarray, rank: int, even: bool) -> tuple[np.ndarray,
     return u[:, :rank] * root, root[:, None] * vt[:rank]
 
 
-def flexlora(problem: Problem, even: bool = False) -> list[Round]:
-    """arXiv 2402.11505: Σ p_k B_k A_k = U Σ Vᵀ, of which a client of rank r gets the first r components."""
+def flexlora(problem: Problem, even: bool = False, turns: Sequence[Sequence[float]] | None = None) -> list[Round]:
+    """arXiv 2402.11505: Σ p_k B_k A_k = U Σ Vᵀ, of which a client of rank r gets the first r components.
+
+    What lies beyond the largest rank of those who are there is added to the mean: they neither had nor sent it.
+    """
     rank = problem.start["encoder", "A"].shape[0]
+    before, waiting = problem.start, list(turns or [])
 
     def combine(sent: list[Theta]) -> Theta:
+        nonlocal before
+        shares = waiting.pop(0) if waiting else problem.shares
+        there = (
+            max((r for r, p in zip(problem.ranks, shares, strict=True) if p), default=rank) if problem.ranks else rank
+        )
         shared = {}
-        for layer, matrix in mean_product(sent, problem.shares).items():
-            shared[layer, "B"], shared[layer, "A"] = best_factors(matrix, rank, even)
+        for layer, matrix in mean_product(sent, shares).items():
+            beyond = before[layer, "B"][:, there:] @ before[layer, "A"][there:]
+            shared[layer, "B"], shared[layer, "A"] = best_factors(matrix + beyond, rank, even)
+        before = shared
         return shared
 
     return share(problem, lambda key: True, combine=combine)

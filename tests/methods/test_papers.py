@@ -18,7 +18,7 @@ from fedvlm_jax import lora
 from fedvlm_jax.methods.fedrpca import split
 from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
 from fedvlm_jax.methods.parts import delivered, ranks
-from fedvlm_jax.methods.record import Setup
+from fedvlm_jax.methods.record import Context, Setup
 from fedvlm_jax.runs.choices import declare
 from fedvlm_jax.runs.config import Run, methods_available
 
@@ -174,6 +174,33 @@ def test_higher_ranks_outlive_rounds_without_them(name):
     assert moves[-1] > 1e-3, "the direction is dead"
     for layer in SHAPES if name != "fedsa-lora" else ():
         assert np.linalg.svd(product(found.server["shared"], layer), compute_uv=False)[1] > 1e-3
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_flexlora_keeps_what_lies_beyond_the_ranks_of_a_round(even):
+    """Rounds of low ranks alone change the first direction's part of the product, and nothing of the rest."""
+    turns = [HIGH, LOW, LOW, ALL, LOW, HIGH]
+    world = World("flexlora", ranks=(1, 2, 1), rounds=len(turns), hyper=HyperOptions(flex_even=even))
+    wanted = papers.flexlora(world.problem(), even, turns)
+    for found, want in zip(assert_rounds(world, wanted, shared=False, turns=turns), wanted, strict=True):
+        for layer in SHAPES:
+            whole = want.shared[layer, "B"] @ want.shared[layer, "A"]
+            assert_close(product(found.server["shared"], layer).T, whole)
+
+
+def test_flexlora_by_hand():
+    """Shared singular values 1 and 0.9; the client of rank 1, alone, halves the first: 0.9 and 0.5 are left."""
+    world = World("flexlora", ranks=(1, 2, 1))
+    sites = {layer: {"a": jnp.eye(d_in, 2), "b": jnp.diag(jnp.asarray([1, 0.9])) @ jnp.eye(2, d_out)}
+             for layer, (d_in, d_out) in SHAPES.items()}  # fmt: skip
+    server = {**world.server, "shared": {layer: {"fc": site} for layer, site in sites.items()}}
+    halved = {layer: {"fc": {"a": 0 * site["a"], "b": -0.5 * site["b"].at[1].set(0)}} for layer, site in sites.items()}
+    messages = {"update": jax.tree.map(lambda x: x[None], halved), "rank": jnp.asarray([1])}
+    ctx = Context(None, jnp.int32(1), 0, {}, None)
+    shared = world.method.aggregate(ctx, server, messages, jnp.ones(1))[0]["shared"]
+    for layer in SHAPES:
+        found = np.linalg.svd(product(shared, layer), compute_uv=False)
+        assert_close(found, [0.9, 0.5] + [0] * (len(found) - 2))
 
 
 def beyond(shared):

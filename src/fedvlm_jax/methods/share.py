@@ -181,7 +181,9 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
         held = ranks.find_held(setup, messages["rank"]) if setup.ranks else None
         update = parts.average(shared, updates, weights, held)
         step, state = optimizer.step(update, server["optimizer"], weights)
-        if held is not None:  # momentum must not move what nobody sent
+        # Momentum must not move what nobody sent. Plain averages move it only where the method says so: flexlora's step
+        # is from one basis to another, and half of one is neither.
+        if held is not None and setup.server.optimizer != "avg":
             sent = jnp.any((held > 0) & (weights > 0)[:, None], axis=0)
             step = ranks.where_sent(sent, step, jax.tree.map(jnp.zeros_like, step))
             state = ranks.where_sent(sent, state, server["optimizer"])
