@@ -3,14 +3,14 @@
 import datasets
 import numpy as np
 import pytest
-from make_parquet import make_row, write_rows
+from make_parquet import draw_image, make_row, write_rows
 from rlaif_form import SOURCES, Form, write_folder
 
 from fedvlm_jax.data import images as images_module
 from fedvlm_jax.data.federate import federate
 from fedvlm_jax.data.images import digest_rows, unique_images
 from fedvlm_jax.data.options import SPLITS, DataOptions
-from fedvlm_jax.data.table import FACTS, read_table
+from fedvlm_jax.data.table import FACTS, BrokenImageError, read_table
 from fedvlm_jax.errors import UserError
 
 NAMED = DataOptions(source="rlaif-v")
@@ -82,6 +82,22 @@ def test_what_the_hub_gives_is_read_like_a_folder(folder, tmp_path, monkeypatch)
     assert fetched.columns == read.columns
     assert fetched.read_text("idx") == read.read_text("idx")
     assert [fetched.read_image(row) for row in range(0, 400, 37)] == [read.read_image(row) for row in range(0, 400, 37)]
+
+
+def test_a_file_of_the_working_folder_is_no_image_of_the_hub_s(tmp_path, monkeypatch):
+    rows = [make_row(0, image={"bytes": None, "path": "mine.png"}), make_row(1)]
+    file = write_rows(tmp_path / "hub" / "a.parquet", rows)
+    (tmp_path / "mine.png").write_bytes(draw_image(9))
+
+    def give(name, **kwargs):
+        return datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", give)
+    table = read_table(NAMED)
+    assert table.read_image(1) == draw_image(1)
+    with pytest.raises(BrokenImageError, match="cannot be read"):
+        table.read_image(0)
 
 
 def test_images_are_hashed_and_checked_once_per_table(folder, tmp_path, monkeypatch):

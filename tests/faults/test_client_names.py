@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_table import make_table
 
 from fedvlm_jax.data.clients import ClientRows, Federation
 from fedvlm_jax.data.federate import check_federation
@@ -96,7 +97,7 @@ def test_names_that_cannot_be_are_told_before_training(names, told):
     rows = np.arange(2)
     federation = Federation(tuple(ClientRows(name, rows, rows, rows) for name in names), {})
     with pytest.raises(UserError, match=told):
-        check_federation(federation, SimpleNamespace(source="mine"))
+        check_federation(make_table([0, 1]), federation, SimpleNamespace(source="mine"))
 
 
 # --- Damage ---

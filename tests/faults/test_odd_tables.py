@@ -18,8 +18,9 @@ from words import WordProcessor
 import fedvlm_jax
 from fedvlm_jax.data.encode import Examples, encode
 from fedvlm_jax.data.federate import federate
+from fedvlm_jax.data.images import unique_images
 from fedvlm_jax.data.options import DataOptions
-from fedvlm_jax.data.table import BrokenImageError, Table, read_table
+from fedvlm_jax.data.table import UNREADABLE, BrokenImageError, Table, read_table
 from fedvlm_jax.errors import UserError
 
 PICTURES = [draw_image(number) for number in range(4)]
@@ -120,6 +121,27 @@ def test_ten_answers_of_which_two_are_as_frequent_train_the_first(tmp_path: Path
     assert table.read_answers([0]) == [("no", "yes", "yes", "no", "maybe", "a", "b", "c")]
 
 
+@pytest.mark.parametrize("kind", ["texts", "large", "views", "structs"])
+def test_an_answer_of_several_that_is_no_utf_8_costs_its_row_only(tmp_path: Path, kind: str) -> None:
+    """As one does in a column of single answers."""
+    said = [[b"a", b"b", b"b"], [b"caf\xe9", b"c", b"c"], [b"d"], None]
+    offsets = pa.array([0, 3, 6, 7, 7], pa.int32())
+    texts = pa.array([text for row in said for text in row or []]).view(pa.string())
+    if kind == "structs":
+        texts = pa.StructArray.from_arrays([texts, pa.array(range(7))], ["answer", "answer_id"])
+    elif kind != "texts":
+        texts = texts.cast(pa.large_string() if kind == "large" else pa.string_view())
+    column = pa.ListArray.from_arrays(offsets, texts, mask=pa.array([False, False, False, True]))
+    table = read(tmp_path, "chosen", column)
+    assert table.read_text("chosen") == ["b", UNREADABLE, "d", None]
+    path = write(tmp_path, replace_column("chosen", column))
+    examples = encode_file(path, partition="iid", clients=1, max_bad_share=0.6, test_share=0, validation_share=0)
+    assert examples.rows.tolist() == [0, 2]
+    assert {(entry.row, entry.reason) for entry in examples.skipped} == {
+        (1, "answer is not UTF-8"), (3, "empty answer"),
+    }  # fmt: skip
+
+
 def test_one_answer_is_a_list_of_one(tmp_path: Path) -> None:
     table = read_table(str(write_rows(tmp_path / "a.parquet", [make_row(0, chosen=" x "), make_row(1, chosen=None)])))
     assert not table.has_several_answers
@@ -177,6 +199,15 @@ def test_pictures_in_texts_are_read(tmp_path: Path) -> None:
         table.read_image(3)
 
 
+def test_pictures_in_texts_may_be_broken_into_lines(tmp_path: Path) -> None:
+    whole = draw_image(3, (60, 50))
+    lines = base64.encodebytes(whole).decode()
+    assert lines.count("\n") > 2
+    paths = [f"data:image/png;base64,{lines}", lines, lines.replace("\n", "\r\n"), f"data:image/png;base64,\n{lines} "]
+    table = read(tmp_path, "image", pa.array(paths))
+    assert [table.read_image(row) for row in range(4)] == [whole] * 4
+
+
 @pytest.mark.parametrize(
     ("path", "told"),
     [
@@ -190,6 +221,53 @@ def test_a_picture_that_is_not_found_is_told_by_name_and_place(tmp_path: Path, p
     rows = [*make_rows(2), make_row(2, image={"bytes": None, "path": path})]
     with pytest.raises(UserError, match=told):
         encode_file(write_rows(tmp_path / "data" / "a.parquet", rows))
+
+
+ABSENT = [make_row(row, image={"bytes": None, "path": f"coco/{row}.png"}) for row in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("choices", "told"),
+    [
+        ({}, r"none of the \d clients has a training row\. "),
+        ({"min_examples": 2}, r"no client is left of \d; .* 0 training rows\. "),
+        ({"partition": "iid", "clients": 2}, r"--data\.clients is 2, and there are 0 images to share out\. "),
+    ],
+)
+def test_where_all_pictures_are_absent_it_is_told_what_was_looked_for(
+    tmp_path: Path, choices: dict[str, Any], told: str
+) -> None:
+    path = write_rows(tmp_path / "data" / "a.parquet", ABSENT)
+    expected = r"Rows left out: 40 × image file cannot be read\. For row 0 it looked for 'coco/0\.png' in '.*data'\."
+    with pytest.raises(UserError, match=told + expected) as caught:
+        encode_file(path, **choices)
+    assert "Choose fewer" not in str(caught.value)
+
+
+def test_fewer_pictures_than_clients_says_why_there_are_so_few(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "data" / "a.parquet", [*make_rows(3), *ABSENT])
+    with pytest.raises(
+        UserError, match=r"there are 3 images to share out\. Rows left out: 40 × .*Choose fewer clients\."
+    ):
+        encode_file(path, partition="iid", clients=5)
+    with pytest.raises(
+        UserError, match=r"shared out evenly, .* Rows left out: 40 × image file cannot be read\. For row"
+    ):
+        encode_file(path, partition="iid", clients=2, min_examples=9)
+
+
+def test_a_picture_that_is_removed_after_it_was_checked_is_told_by_row_and_file(tmp_path: Path) -> None:
+    for row in range(3):
+        (tmp_path / f"{row}.png").write_bytes(PICTURES[row])
+    table = read(tmp_path, "image", pa.array([f"{row}.png" for row in (0, 1, 2, 2)]))
+    images = unique_images(table, range(4))[0]
+    assert images.find_broken() == {}
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(
+        UserError, match=r"row 1 of .*: image file cannot be read .it looked for '1\.png' in '.*put it back"
+    ):
+        images.decode(1)
+    assert images.number_pictures()[1] == {1: LOST}
 
 
 NEEDED_TYPES = {

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.clients import Federation, Skipped, count_reasons
-from fedvlm_jax.data.encode import find_question_column, tell_lost
-from fedvlm_jax.data.faults import find_pair_fault, find_text_fault
+from fedvlm_jax.data.encode import find_question_column
+from fedvlm_jax.data.faults import find_pair_fault, find_text_fault, tell_lost
 from fedvlm_jax.data.images import unique_images
 from fedvlm_jax.data.keys import UNKNOWN, list_keys, read_key
 from fedvlm_jax.data.options import SPLITS

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.clients import Owned
+from fedvlm_jax.data.faults import tell_left_out
 from fedvlm_jax.data.keys import UNKNOWN, list_keys, read_key
 from fedvlm_jax.data.partition import cut_dirichlet, cut_iid, cut_pathological, cut_quantity
 from fedvlm_jax.data.table import Table
@@ -48,7 +49,8 @@ def draw_owners(
     rows, splits = rows[units.kept], None if splits is None else splits[units.kept]
     if len(units) < options.clients_drawn:
         raise UserError(
-            f"--data.clients is {options.clients_drawn}, and there are {len(units)} images to share out; choose fewer."
+            f"--data.clients is {options.clients_drawn}, and there are {len(units)} images to share out. "
+            f"{tell_left_out(table, units.skipped)}{'Choose fewer clients.' if len(units) else ''}".rstrip()
         )
     labels, about = _read_labels(table, rows, units, options)
     order, rank = order_units(units, labels, splits, seed), rank_units(units, seed)
@@ -66,11 +68,12 @@ def draw_owners(
             made = {"clients_from": f"partition {options.partition}", "partition": partition}
             return Owned(rows, owners, split, _name_clients(options.clients_drawn), units.skipped, made)
         best, train = max(best, least), int(training.sum())
+    larger = ", or for a larger --data.alpha" if "alpha" in about else ""
     raise UserError(
         f"--data.min-examples is {options.min_examples}, and in {DRAWS} draws of --data.partition {options.partition} "
         f"the smallest of {options.clients_drawn} clients had {best} training rows at best; shared out evenly, {train} "
-        f"rows are {train // options.clients_drawn} each. Ask for less, for fewer --data.clients"
-        f"{', or for a larger --data.alpha' if 'alpha' in about else ''}."
+        f"rows are {train // options.clients_drawn} each. Ask for less, for fewer --data.clients{larger}. "
+        f"{tell_left_out(table, units.skipped)}".rstrip()
     )
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from jaxtyping import Int
 
-from fedvlm_jax.data.faults import find_pair_fault, find_text_fault
+from fedvlm_jax.data.faults import find_pair_fault, find_text_fault, tell_lost
 from fedvlm_jax.data.federate import ClientRows, Federation, Skipped, count_reasons
 from fedvlm_jax.data.images import Images, unique_images
 from fedvlm_jax.data.options import SPLITS
-from fedvlm_jax.data.table import LOST, OUTSIDE, Table
+from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ __all__ = [
     "encode",
     "find_question_column",
     "require_pairs",
-    "tell_lost",
 ]
 
 QUESTION, OWN_QUESTION = "question", "question_client"
@@ -355,11 +354,3 @@ def _check_share(table: Table, skipped: tuple[Skipped, ...], total: int, options
         )
     if len(skipped) == total:
         raise UserError(f"{table.name}: none of the {total} rows can be used.")
-
-
-def tell_lost(table: Table, skipped: Sequence[Skipped]) -> str:
-    """Say of the first image file that was not read what was looked for and where: a sentence, or nothing."""
-    for entry in skipped:
-        if entry.reason in (LOST, OUTSIDE) and (told := table.tell_image(entry.row)):
-            return f"For row {entry.row} it {told}. "
-    return ""

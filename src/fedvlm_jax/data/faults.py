@@ -1,8 +1,11 @@
-"""What makes a row's texts unusable, in a few words: the reasons that are counted, shown and stored with a run."""
+"""What makes a row unusable, in a few words: the reasons that are counted, shown and stored with a run."""
 
-from fedvlm_jax.data.table import UNREADABLE
+from collections.abc import Sequence
 
-__all__ = ["find_pair_fault", "find_text_fault"]
+from fedvlm_jax.data.clients import Skipped, count_reasons
+from fedvlm_jax.data.table import LOST, OUTSIDE, UNREADABLE, Table
+
+__all__ = ["find_pair_fault", "find_text_fault", "tell_left_out", "tell_lost"]
 
 
 def find_text_fault(question: str, chosen: str) -> str | None:
@@ -23,3 +26,19 @@ def find_pair_fault(chosen: str, rejected: str) -> str | None:
     if rejected == UNREADABLE:
         return "rejected answer is not UTF-8"
     return "chosen equals rejected" if chosen == rejected else None
+
+
+def tell_left_out(table: Table, skipped: Sequence[Skipped]) -> str:
+    """Say how many rows are left out and why, with what was looked for where a file was: sentences, or nothing."""
+    if not skipped:
+        return ""
+    reasons = ", ".join(f"{count} × {reason}" for reason, count in count_reasons(skipped).items())
+    return f"Rows left out: {reasons}. {tell_lost(table, skipped)}"
+
+
+def tell_lost(table: Table, skipped: Sequence[Skipped]) -> str:
+    """Say of the first image file that was not read what was looked for and where: a sentence, or nothing."""
+    for entry in skipped:
+        if entry.reason in (LOST, OUTSIDE) and (told := table.tell_image(entry.row)):
+            return f"For row {entry.row} it {told}. "
+    return ""

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedvlm_jax.data.clients import ClientRows, Federation, Skipped, count_reasons
 from fedvlm_jax.data.columns import federate_by_column
+from fedvlm_jax.data.faults import tell_left_out
 from fedvlm_jax.data.options import SPLITS
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
@@ -44,9 +45,9 @@ def federate(table: Table, options: "DataOptions", seed: int) -> Federation:
     federation = named.federate(table, options, seed) if named else federate_by_column(table, options, seed)
     if table.revision:
         federation = dataclasses.replace(federation, description={**federation.description, "revision": table.revision})
-    federation = _leave_out(federation, options)
+    federation = _leave_out(table, federation, options)
     federation = hold_out(federation, options.held_out_clients, seed)
-    return check_federation(federation, options)
+    return check_federation(table, federation, options)
 
 
 def hold_out(federation: Federation, share: float, seed: int) -> Federation:
@@ -82,7 +83,7 @@ def hold_out(federation: Federation, share: float, seed: int) -> Federation:
     return Federation(clients, description, federation.skipped)
 
 
-def check_federation(federation: Federation, options: "DataOptions") -> Federation:
+def check_federation(table: Table, federation: Federation, options: "DataOptions") -> Federation:
     """Describe who has what, and refuse what cannot be trained on.
 
     Raises:
@@ -91,11 +92,10 @@ def check_federation(federation: Federation, options: "DataOptions") -> Federati
     """
     _check_names(federation.names, options)
     if not any(len(client.train) for client in federation.clients):
-        left_out = ", ".join(f"{count} × {reason}" for reason, count in count_reasons(federation.skipped).items())
         raise UserError(
-            f"--data {options.source}: none of the {len(federation.clients)} clients has a training row"
-            f"{f' (rows left out: {left_out})' if left_out else ''}; check the split column, "
-            "--data.images-per-client, --data.validation-share and --data.test-share."
+            f"--data {options.source}: none of the {len(federation.clients)} clients has a training row. "
+            f"{tell_left_out(table, federation.skipped)}Check the split column, --data.images-per-client, "
+            "--data.validation-share and --data.test-share."
         )
     rows = {client.name: {split: len(client.rows_of(split)) for split in SPLITS} for client in federation.clients}
     return Federation(federation.clients, {**federation.description, "rows": rows}, federation.skipped)
@@ -114,13 +114,14 @@ def _check_names(names: tuple[str, ...], options: "DataOptions") -> None:
             raise UserError(f"--data {options.source}: the client name {name!r} cannot be written as UTF-8.") from None
 
 
-def _leave_out(federation: Federation, options: "DataOptions") -> Federation:
+def _leave_out(table: Table, federation: Federation, options: "DataOptions") -> Federation:
     kept = tuple(client for client in federation.clients if len(client.train) >= options.min_examples)
     if not kept:
         raise UserError(
             f"--data {options.source}: no client is left of {len(federation.clients)}; --data.min-examples is "
             f"{options.min_examples} and the largest client has "
-            f"{max((len(client.train) for client in federation.clients), default=0)} training rows."
+            f"{max((len(client.train) for client in federation.clients), default=0)} training rows. "
+            f"{tell_left_out(table, federation.skipped)}".rstrip()
         )
     out = [client.name for client in federation.clients if len(client.train) < options.min_examples]
     return Federation(kept, {**federation.description, "left_out": out}, federation.skipped)

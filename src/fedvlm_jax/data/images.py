@@ -55,9 +55,22 @@ class Images:
         """The image in RGB, as `pictures.decode_picture` makes it.
 
         Raises:
-            BrokenImageError: the bytes are missing, cut short, or no image.
-            UserError: they are not those that the image is known by, so what is cached by its key would not be its own.
+            UserError: the bytes are missing, cut short, or no image, which happens after `find_broken` where files are
+                removed or changed; or they are not those that the image is known by, so what is cached by its key would
+                not be its own.
         """
+        try:
+            return self._decode(index)
+        except BrokenImageError as error:
+            row = int(self.rows[index])
+            told = self.table.tell_image(row)
+            raise UserError(
+                f"row {row} of {self.table.name}: {error}{f' (it {told})' if told else ''}. If it was sound when the "
+                "run began, put it back; a new run leaves the row out"
+            ) from error
+
+    def _decode(self, index: int) -> "Image.Image":
+        """As `decode`, but what is broken is a BrokenImageError."""
         row = int(self.rows[index])
         encoded = self.table.read_image(row)
         if _digest(encoded).hex() != self.keys[index]:
@@ -90,7 +103,7 @@ class Images:
 
         def look(index: int) -> bytes | str:
             try:
-                picture = self.decode(index)
+                picture = self._decode(index)
             except BrokenImageError as error:
                 return str(error)
             return hashlib.blake2b(repr(picture.size).encode() + picture.tobytes(), digest_size=16).digest()

@@ -37,7 +37,6 @@ def make_plain(table: "pa.Table") -> "pa.Table":
     Raises:
         ValueError: a row with several pictures, or a class without a name.
     """
-    import pyarrow as pa
 
     names = read_class_names(table.schema)
     for place, field in enumerate(table.schema):
@@ -47,7 +46,7 @@ def make_plain(table: "pa.Table") -> "pa.Table":
         elif field.name in names:
             made = _name_classes(field.name, column, names[field.name])
         elif field.name == "chosen" and is_list(field.type):
-            made = pa.array([_read_answers(row) for row in column.to_pylist()], pa.list_(pa.string()))
+            made = _make_answers(column)
         else:
             continue
         table = table.set_column(place, field.name, made)
@@ -128,7 +127,15 @@ def _take_single(lists: "pa.Array") -> "pa.Array":
     return lists.flatten().take(pa.array(places, pa.int64(), mask=lengths == 0))
 
 
-def _read_answers(row: list[Any] | None) -> list[Any] | None:
-    if row is None:
-        return None
-    return [item.get(ANSWER) if isinstance(item, Mapping) else item for item in row if item is not None]
+def _make_answers(lists: "pa.Array") -> "pa.Array":
+    """Lists of texts, whatever the lists' layout and the texts' type. Bytes stay as they are: not all are UTF-8."""
+    import pyarrow as pa
+    import pyarrow.types as is_a
+
+    lists = lists.cast(pa.list_(lists.type.value_type))
+    edges = np.cumsum([0, *lists.value_lengths().fill_null(0).to_pylist()])
+    texts = lists.flatten()
+    if is_a.is_struct(texts.type) and (place := texts.type.get_field_index(ANSWER)) >= 0:
+        texts = texts.flatten()[place]
+    missing = lists.is_null() if lists.null_count else None
+    return pa.ListArray.from_arrays(pa.array(edges, pa.int32()), texts.cast(pa.string()), mask=missing)

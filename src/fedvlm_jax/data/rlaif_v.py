@@ -73,5 +73,6 @@ def _fetch(revision: str | None) -> Table:
     urls = dataset.info.download_checksums or {}  # hf://datasets/owner/name@commit/file
     commits = {found[1] for url in urls if (found := re.search(r"@([0-9a-f]{40})/", url))}
     digest = digest_files(Path(entry["filename"]) for entry in dataset.cache_files)
-    table = open_dataset(dataset, NAME, Path())
+    # Not the working folder, which has nothing to do with the set: a file of it could pass for one of the set's images.
+    table = open_dataset(dataset, NAME, Path(dataset.cache_files[0]["filename"]).parent)
     return dataclasses.replace(table, revision=min(commits, default=revision), digest=digest)

@@ -289,7 +289,7 @@ def _read_inline(text: str) -> bytes | None:
     elif not text.startswith(INLINE) or len(text) <= LONGEST_NAME:
         return None
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)  # many encoders break the lines
     except ValueError:
         return None
 
@@ -328,7 +328,12 @@ def _list_cells(chunk: "pa.Array") -> list[list[str | None]]:
 
 
 def _choose(answers: "Sequence[str | None]") -> str | None:
-    """The most frequent of several answers, of equally frequent ones the first; None where there is none."""
+    """The most frequent of several answers, of equally frequent ones the first; None where there is none.
+
+    Where one is no UTF-8 nobody knows which is the most frequent.
+    """
+    if UNREADABLE in answers:
+        return UNREADABLE
     counted = Counter(text.strip() for text in answers if text and text.strip())
     return max(counted, key=counted.__getitem__) if counted else None
 

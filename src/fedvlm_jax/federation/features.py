@@ -161,7 +161,7 @@ class FeatureStore:
             Features [..., P, D].
 
         Raises:
-            BrokenImageError: an image that cannot be decoded.
+            UserError: an image that cannot be decoded.
         """
         distinct, which = np.unique(index, return_inverse=True)
         out = np.empty((len(distinct), *self.shape), self.dtype)

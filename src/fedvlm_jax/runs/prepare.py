@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedvlm_jax import lora, processes
-from fedvlm_jax.data.encode import Examples, encode, require_pairs, tell_lost
+from fedvlm_jax.data.encode import Examples, encode, require_pairs
+from fedvlm_jax.data.faults import tell_lost
 from fedvlm_jax.data.federate import Federation, count_reasons, federate
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.data.table import read_table
