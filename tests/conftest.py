@@ -32,6 +32,24 @@ def _datasets_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of the tiny model; whoever changes one changes a copy."""
+    from tiny_run import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def session(model, tmp_path_factory):
+    """The tiny model and its data: runs of many files share their programs."""
+    from tiny_run import tiny_run
+
+    from fedvlm_jax.runs.prepare import open_session
+
+    return open_session(tiny_run(model, tmp_path_factory.mktemp("unused")))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file stays with one worker: many begin with a fixture that takes longer than their tests."""

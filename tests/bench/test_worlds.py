@@ -26,6 +26,7 @@ def tiny(tmp_path_factory):
     return folder, vlm, params, draw_world(vlm, params, SHAPE, size=(32, 32), prompt=4, answer=3)
 
 
+@pytest.mark.broad
 def test_kept_features_change_nothing_but_time_and_a_run_can_be_repeated(tiny):
     _, vlm, params, world = tiny
     cached, computed = (Ours(vlm, params, world, vision, 2) for vision in ("cached", "computed"))

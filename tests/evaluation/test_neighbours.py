@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import make_folder, tiny_run
+from tiny_run import tiny_run
 
 from fedvlm_jax.evaluation.neighbours import (
     KERNELS,
@@ -171,8 +171,8 @@ def open_run(run):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return open_run(tiny_run(make_folder(tmp_path_factory.mktemp("model") / "tiny"), tmp_path_factory.mktemp("none")))
+def tiny(model, tmp_path_factory):
+    return open_run(tiny_run(model, tmp_path_factory.mktemp("none")))
 
 
 def remember(tiny, clients=range(4), capacity=10_000, kernels=KERNELS):
@@ -198,6 +198,7 @@ def trust(recalls, share):
     return {"own": own}
 
 
+@pytest.mark.broad
 def test_a_client_that_trusts_its_memory_recites_its_training_answers(tmp_path):
     """At λ = 1 and k = 1 every state of a training answer is its own nearest neighbour, so it is said word for word.
 

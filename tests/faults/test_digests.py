@@ -6,14 +6,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny_run import StopAfter, StopError, assert_same_adapters, make_folder, tiny_run
+from tiny_run import StopAfter, StopError, assert_same_adapters, tiny_run
 
 from fedvlm_jax.errors import DamagedError, UserError
 from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.federation.population import Population
 from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.folders import read_metrics
-from fedvlm_jax.runs.prepare import open_session
 from fedvlm_jax.runs.progress import SilentProgress
 
 STATE = {"server": {"b": np.linspace(-1, 1, 4000, dtype=np.float32).reshape(40, 100)}, "slots": np.arange(7)}
@@ -139,16 +138,6 @@ def test_a_record_of_another_time_or_place_is_told(tmp_path):
 
 
 # --- Whole runs ---
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def session(model, tmp_path_factory):
-    return open_session(tiny_run(model, tmp_path_factory.mktemp("unused")))
 
 
 @pytest.fixture(scope="module")

@@ -311,6 +311,7 @@ def test_a_report_notices_an_edited_config(tmp_path):
         read_run(run)
 
 
+@pytest.mark.broad
 def test_data_and_model_may_move(place, monkeypatch):
     """And nothing else: the run goes on, is evaluated, and may move once more when it is finished."""
     for name in ("data", "model"):

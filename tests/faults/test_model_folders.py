@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_run import make_folder
 
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import UserError
@@ -326,8 +325,8 @@ CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("model") / "tiny")
+def whole(model: Path) -> Path:
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +371,7 @@ def test_weights_that_are_none(vlm: Vlm, folder: Path, case: str) -> None:
 def test_sizes_that_the_weights_do_not_have_ask_for_no_memory(folder: Path) -> None:
     """Four terabytes, if they were made before the header was read."""
     wide = {"text__vocab_size": 2**24, "text__d_model": 2**16, "vision__projection_dim": 2**16}
-    change(CONFIG, **wide, text__encoder_layers=512)(folder)
+    change(CONFIG, **wide, text__encoder_layers=8)(folder)
     vlm, _ = open_model(folder)
     with pytest.raises(UserError, match=r"misshapen: .*embed_positions\.weight is \[66, 16\]"):
         load_weights(vlm, folder)

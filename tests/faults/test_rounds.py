@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from federation.test_participation import RATES, Case, assert_same, copy, read_steps
-from tiny_run import make_folder, tiny_run
+from tiny_run import tiny_run
 
 from fedvlm_jax import tree
 from fedvlm_jax.errors import UserError
@@ -16,7 +16,6 @@ from fedvlm_jax.methods.options import ServerOptions
 from fedvlm_jax.runs import course, loop
 from fedvlm_jax.runs.config import EvaluationOptions, TrainOptions
 from fedvlm_jax.runs.folders import read_metrics, read_run
-from fedvlm_jax.runs.prepare import open_session
 from fedvlm_jax.runs.progress import SilentProgress, describe_line
 from fedvlm_jax.runs.trouble import describe_lost, describe_rounds, describe_unfit, explain_all_unfit
 from fedvlm_jax.runs.wording import describe_run
@@ -129,16 +128,6 @@ def test_clients_without_examples_take_no_place():
 # --- A run ---
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def session(model, tmp_path_factory):
-    return open_session(tiny_run(model, tmp_path_factory.mktemp("unused")))
-
-
 def short(model, out, **train):
     return tiny_run(
         model, out, cohort=None, train=TrainOptions(rounds=2, local_steps=1, batch_size=4, **train),
@@ -146,6 +135,7 @@ def short(model, out, **train):
     )  # fmt: skip
 
 
+@pytest.mark.broad
 def test_a_run_with_an_unfit_client_ends_well_and_names_it(model, session, tmp_path, monkeypatch):
     read = course._read_round
     monkeypatch.setattr(course, "_read_round", lambda *given: poison(read(*given), [1]))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.broad
+
 MESHES = {"plora/sft": ("1x2", "4x2", "4x2x2")}
 """Of a case: clients x waves, or clients x waves x model."""
 

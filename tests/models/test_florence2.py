@@ -46,6 +46,7 @@ def test_labels_are_shifted_right() -> None:
     np.testing.assert_array_equal(shift_right(jnp.array([[5, 6, -100, -100]]), pad=1, start=2), [[2, 5, 6, 1]])
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("adapted", [False, True])
 def test_several_answers_to_a_prompt_are_answered_as_one_by_one(loaded: Any, adapted: bool) -> None:
     vlm, params, batch = loaded
@@ -115,6 +116,7 @@ def test_an_adapter_in_the_vision_tower_does_not_pass_by_cached_features(loaded:
         vlm.generate(params, adapter, batch, 3)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("targets", ["encoder/.*fc1", "decoder/.*(q_proj|v_proj)", "(q|v)_proj|shared|fc2"])
 def test_a_prompt_may_be_encoded_once_for_several_uses(loaded: Any, targets: str) -> None:
     vlm, params, batch = loaded

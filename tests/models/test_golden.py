@@ -64,6 +64,7 @@ def test_bfloat16_compute_stays_close() -> None:
     assert correlation > 0.99  # measured: 0.998
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("stacking", [Stacking(True, 1), Stacking(True, 2), Stacking(False, 1)], ids=str)
 def test_how_layers_are_stacked_changes_the_program_and_no_gradient(stacking: Stacking) -> None:
     vlm, params = load_vlm(GOLDEN / "windows", stacking=Stacking(unroll=2))

@@ -100,6 +100,7 @@ def test_padding_labels_change_nothing(case):
     assert np.isfinite(run(short)[0][0])
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "method", [m if m in ORDINARY else pytest.param(m, marks=pytest.mark.slow) for m in methods_available()]
 )

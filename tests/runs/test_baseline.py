@@ -10,6 +10,7 @@ from fedvlm_jax.runs.longer import lengthen
 from fedvlm_jax.runs.progress import SilentProgress
 
 
+@pytest.mark.broad
 def test_both_share_what_is_loaded_and_the_second_is_resumed(model, tmp_path, monkeypatch):
     loads = []
     opened = loop.open_session

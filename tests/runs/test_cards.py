@@ -39,6 +39,7 @@ def test_the_report_of_a_run_shows_its_examples(tmp_path: Path) -> None:
     assert "personal model: Cat. (✓ right)" in markdown
 
 
+@pytest.mark.broad
 def test_a_comparison_shows_those_of_its_best_method(tmp_path: Path) -> None:
     scores = {"local": {0: {"a": 0.4}}, "plora": {0: {"a": 0.6}}}
     folder = write_comparison(tmp_path / "c", scores, {0: {"a": 0.1}})

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_run import make_folder, tiny_run
+from tiny_run import tiny_run
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import compare as comparing
@@ -14,21 +14,15 @@ from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.config import Compare
 from fedvlm_jax.runs.evaluate import evaluate
 from fedvlm_jax.runs.folders import read_comparison, read_metrics, read_run
-from fedvlm_jax.runs.prepare import open_session
 from fedvlm_jax.runs.progress import SilentProgress
 
 TIMING = {"seconds", "clients_per_second"}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    run = tiny_run(make_folder(tmp_path_factory.mktemp("model") / "tiny"), tmp_path_factory.mktemp("unused") / "none")
+def base(model, tmp_path_factory):
+    run = tiny_run(model, tmp_path_factory.mktemp("unused") / "none")
     return dataclasses.replace(run, train=dataclasses.replace(run.train, rounds=2))
-
-
-@pytest.fixture(scope="module")
-def session(base):
-    return open_session(base)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +150,7 @@ def remembering(base, session, tmp_path_factory):
     return show.lines, comparing.compare(comparison, show, session)
 
 
+@pytest.mark.broad
 def test_neighbours_do_not_repeat_the_federation(remembering):
     lines, folder = remembering
     assert [(line["method"], line["round"]) for line in lines] == [("plora", 1), ("plora", 2)]

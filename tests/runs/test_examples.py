@@ -57,6 +57,7 @@ def test_the_answers_are_those_that_were_scored(model, session, tmp_path):
                 assert answer[metric] == pytest.approx(results[name]["test"][metric][entry["client"]])
 
 
+@pytest.mark.broad
 def test_where_nothing_is_private_the_global_model_answers_as_the_personal_one(model, session, tmp_path):
     for entry in read(run_with(model, tmp_path / "run", session, method="fedavg-lora")):
         assert entry["answers"]["global"] == entry["answers"]["personal"]

@@ -103,6 +103,7 @@ def test_a_line_without_its_checkpoint_is_run_again(model, session, finished, tm
     assert_same_adapters(run.out, finished)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(model, finished, tmp_path, kills):
     """`kill -9` from outside, wherever it hits; then the rest."""

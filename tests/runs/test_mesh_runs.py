@@ -17,6 +17,8 @@ from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.config import EvaluationOptions, SystemOptions, TrainOptions, to_json
 from fedvlm_jax.runs.folders import read_run
 
+pytestmark = pytest.mark.broad
+
 TESTS = Path(__file__).parent.parent
 WHOLE = 4 * ((6152 + 320) + (80 + 32 + 64 + 64 + 96) + (32 + 2112) + 128 + (32 + 32 + 48))
 """Bytes that each device has of the tiny model beside its half of the others: convolutions, norms, positions, the

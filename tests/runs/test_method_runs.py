@@ -12,6 +12,8 @@ from fedvlm_jax.runs import evaluate, loop
 from fedvlm_jax.runs.config import LocalOptions, LoraOptions, ServerOptions, TrainOptions, methods_available
 from fedvlm_jax.runs.folders import read_metrics
 
+pytestmark = pytest.mark.broad
+
 RICH = ("fedex-lora", "feddpa-f", "fedalt")
 """A base that moves; phases and two adapters; a router and downloads of one's own: fine-tuned too."""
 ORDINARY = RICH[:1]

@@ -45,6 +45,7 @@ def test_from_parquet_to_results(model, rows, tmp_path):
     assert len(list((folder / "adapters" / "clients").iterdir())) == 7
 
 
+@pytest.mark.broad
 def test_adapters_in_the_vision_tower_read_pixels(model, rows, tmp_path):
     """Frozen features would silently leave such adapters untrained."""
     targets = LoraOptions(rank=2, targets=r"vision_tower/.*qkv|decoder/.*fc1")

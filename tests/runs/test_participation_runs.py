@@ -17,6 +17,8 @@ from fedvlm_jax.runs.course import _describe_round
 from fedvlm_jax.runs.folders import read_metrics, read_run
 from fedvlm_jax.runs.validation import validate, validate_comparison
 
+pytestmark = pytest.mark.broad
+
 ALL = ParticipationOptions(sampling="size", dropout=0.5, stragglers=0.7)
 
 

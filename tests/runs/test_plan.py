@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import jax
 import pytest
-from tiny_run import make_folder
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.memory import GIB, Footprint
@@ -19,11 +18,6 @@ from fedvlm_jax.runs.plan_options import Request, SizeOptions
 from fedvlm_jax.runs.plan_tables import tabulate_plan, word_most, word_refusal, write_plan
 
 ADAPTER = LoraOptions(rank=2, targets=r"language_model/encoder/.*(q_proj|fc1)")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def make_request(model, **changes):
@@ -67,6 +61,7 @@ def test_a_plan_for_this_cpu(planned, tmp_path):
     assert all(table.title in text for table in tabulate_plan(found))
 
 
+@pytest.mark.broad
 def test_what_is_too_large_is_narrowed_and_told(model, monkeypatch, tmp_path):
     """1 GiB of base and 1 GiB a client, by a made-up compiler, on a device of which 3.6 GiB may be used: 2 of 4 fit."""
 
@@ -134,6 +129,7 @@ def run_command(model, folder, topology, *words):
     return done, json.loads((folder / "plan.json").read_text()) if (folder / "plan.json").exists() else None
 
 
+@pytest.mark.broad
 def test_forced_devices_reduce_once_over_clients(model, tmp_path):
     """pLoRA sends the factors B, in float32: [1, 16] of fc1 and of q_proj, rank 2."""
     done, stored = run_command(model, tmp_path, "cpu:4", "--cohort", "8")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from make_parquet import make_row, make_rows, write_rows
-from tiny_run import make_folder, tiny_run
+from tiny_run import tiny_run
 
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.errors import UserError
@@ -21,11 +21,6 @@ from fedvlm_jax.runs.storage import open_adapters
 ROUNDS = 10
 WORDS = (("red", "cat"), ("up", "no"), ("one", "hand"), ("car", "bus"), ("water", "food"), ("bird", "house"))
 """What is preferred to what, by everybody; a token each, because to a random model a longer answer is less likely."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +117,7 @@ def test_runs_of_a_session_share_the_reference(model, pairs, session, tmp_path):
     assert not [note for note in show.notes if note.startswith("reference")]
 
 
+@pytest.mark.broad
 def test_options_of_the_loss_are_those_of_the_run(model, pairs, session, tmp_path):
     """Two runs of a session that differ in beta alone are two programs."""
     lines = []

@@ -12,6 +12,8 @@ from fedvlm_jax.runs.folders import read_metrics
 from fedvlm_jax.runs.profiling import RoundProfile
 from fedvlm_jax.runs.scopes import find_scopes, label_trace, name_part, share_out_time, tabulate_shares
 
+pytestmark = pytest.mark.broad
+
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):

@@ -27,6 +27,7 @@ def record(model, session, tmp_path_factory):
     return run_with(model, tmp_path_factory.mktemp("runs") / "plora", session, cross_clients=True)
 
 
+@pytest.mark.broad
 def test_scores_do_not_depend_on_how_examples_are_cut(model, session, tmp_path):
     """Clients with 0, 1 and 9 examples beside each other, in pieces of 1 and 4 and waves of 1 and 3."""
     prepared = prepare(tiny_run(model, tmp_path), session)
@@ -108,6 +109,7 @@ def test_the_global_model_is_nobody_s_own_where_something_is_private(record):
         np.testing.assert_array_equal(newcomer[path], leaf)
 
 
+@pytest.mark.broad
 def test_where_nothing_is_private_the_global_model_is_everybody_s(model, session, tmp_path):
     record = run_with(model, tmp_path / "run", session, method="fedavg-lora", held_out=0.0)
     assert record.results["global"] == record.results["personal"]

@@ -24,6 +24,7 @@ def report(task):
     return task, os.getpid(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
+@pytest.mark.broad
 @on_cpu
 @needs_two_cores
 def test_every_process_has_its_own_cores():
@@ -36,6 +37,7 @@ def test_every_process_has_its_own_cores():
         assert first is None or not set(first) & set(second)
 
 
+@pytest.mark.broad
 @on_cpu
 @needs_two_cores
 def test_what_a_task_raises_is_raised():
