@@ -124,3 +124,12 @@ def test_gradients_pass_where_numbers_pass(dense):
 
     gradient = np.asarray(jax.grad(loss)(adapter["fc"]["a"]))
     np.testing.assert_array_equal(gradient, np.where(kept[:, None], 2.0, 0.0) * np.ones((WIDTH, WIDTH)))
+
+
+def test_a_router_sees_what_is_not_dropped(dense):
+    """x = (1, 1, …), a gate of 4 x₂: σ(4) = 0.982 of what enters A, which dropout doubles or leaves out."""
+    forward, params, _ = dense
+    a, gate = jnp.zeros((WIDTH, 2)).at[0, 0].set(1), jnp.zeros((WIDTH, 2)).at[1, 0].set(4)
+    site = {"a": a, "b": jnp.ones((2, OUT)), "scale": jnp.float32(1), "gate": gate}
+    said = np.asarray(forward(params, lora.with_dropout(KEY, {"fc": site}, 0.5), jnp.ones((100, WIDTH))))
+    assert set(np.unique(said.round(4))) == {0.0, np.float32(2 / (1 + np.exp(-4))).round(4)}

@@ -59,12 +59,12 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
             _check_shapes(module, kind, a, b, scale)
             scale = jax.lax.stop_gradient(scale)  # data: whoever differentiates by the whole adapter leaves it alone
             read.add("/".join(module.path))
-            inputs = args[0] if args else next(iter(kw.values()))
+            seen = inputs = args[0] if args else next(iter(kw.values()))
             if kind != "embed" and module.has_variable(COLLECTION, DROPOUT[0]):
                 inputs = _drop(inputs, *(module.get_variable(COLLECTION, name) for name in DROPOUT))
             if module.has_variable(COLLECTION, GATE):
                 gate = module.get_variable(COLLECTION, GATE)
-                delta = _gated_delta(module, kind, inputs, a, b, scale, gate)
+                delta = _gated_delta(module, kind, seen, inputs, a, b, scale, gate)
             else:
                 delta = _DELTAS[context.method_name if kind == "embed" else kind](module, inputs, a, b, scale)
             return out + delta.astype(out.dtype)
@@ -112,15 +112,20 @@ def _project_up(low: Array, b: Array, precision: Any) -> Array:
     return project(low, jnp.broadcast_to(b, (*examples, *b.shape)), precision)
 
 
-def _gated_delta(module: Any, kind: Kind, x: Array, a: Array, b: Array, scale: Array, gate: Array) -> Array:
-    """Σ_i α_i(x) x a_i b_i over the n groups of ranks, α(x) = softmax(x · gate), gate [d_in, n]; in float32."""
+def _gated_delta(
+    module: Any, kind: Kind, seen: Array, x: Array, a: Array, b: Array, scale: Array, gate: Array
+) -> Array:
+    """Σ_i α_i x a_i b_i over the n groups of ranks, α = softmax(seen · gate), gate [d_in, n]; α in float32.
+
+    `seen` is the layer's input and `x` what dropout leaves of it: it drops what enters A, and the router sees all.
+    """
     groups = gate.shape[-1]
     if kind != "dense" or gate.shape != (a.shape[-2], groups) or a.shape[-1] % groups:
         raise LoraError(
             f"the gate at {'/'.join(module.path)} has shape {gate.shape}: it needs an nn.Dense, and [d_in, n] with n a "
             f"divisor of the rank {a.shape[-1]}"
         )
-    shares = jax.nn.softmax(jnp.matmul(x.astype(jnp.float32), gate.astype(jnp.float32)), axis=-1)
+    shares = jax.nn.softmax(jnp.matmul(seen.astype(jnp.float32), gate.astype(jnp.float32)), axis=-1)
     x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
     low = _project_down(x, a, module.precision) * scale.astype(x.dtype)
     low = low * jnp.repeat(shares, a.shape[-1] // groups, axis=-1).astype(low.dtype)
