@@ -13,6 +13,7 @@ from fedvlm_jax.data.batches import bucket
 from fedvlm_jax.data.clients import ClientRows
 from fedvlm_jax.federation.cohort import choose_layout, find_shares, make_clients
 from fedvlm_jax.federation.driver import Driver
+from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.programs import make_programs
 from fedvlm_jax.sharding import make_mesh
 
@@ -66,6 +67,28 @@ def test_shares_of_all_clients_weight():
     sizes = np.asarray([2, 0, 6])
     np.testing.assert_allclose(find_shares(sizes, "examples"), [0.25, 0, 0.75])
     np.testing.assert_allclose(find_shares(sizes, "uniform"), [0.5, 0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("cohort", "sampling", "weighting", "shares"),
+    [
+        (2, "size", "uniform", [1 / 6, 2 / 6, 3 / 6]),  # drawn by size, so that is what their average aims at
+        (3, "size", "uniform", [1 / 3] * 3),  # all are there, nothing is drawn
+        (2, "uniform", "uniform", [1 / 3] * 3),
+        (2, "uniform", "examples", [1 / 6, 2 / 6, 3 / 6]),
+    ],
+)
+def test_shares_are_those_of_the_objective_that_the_average_aims_at(cohort, sampling, weighting, shares):
+    _, params, trainer, method, adapter = make_method("local")
+    sizes = [3, 6, 9]
+    driver = Driver(
+        programs=make_programs(method, trainer, make_mesh(1)), params=params, examples=make_examples(sizes),
+        inputs=read, layout=choose_layout(sizes, cohort=cohort, wave=None, devices=1, steps=2, batch=4), seed=0,
+        key=jax.random.key(0), weighting=weighting, server=method.init(adapter),
+        participation=ParticipationOptions(sampling=sampling),
+    )  # fmt: skip
+    drawn = driver.read_round(1)
+    np.testing.assert_allclose(drawn.clients.share.ravel(), np.asarray(shares)[drawn.numbers], rtol=1e-6)
 
 
 def test_held_out_clients_are_never_in_a_cohort():

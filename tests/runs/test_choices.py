@@ -10,6 +10,7 @@ from toy import RATES, make_cohort, make_method, start_states
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.round import RoundOutput, make_round, to_waves
 from fedvlm_jax.methods import Method
+from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
 from fedvlm_jax.methods.share import AVERAGING
 from fedvlm_jax.runs.choices import RANGES, check_rule, declare, for_method
@@ -34,6 +35,10 @@ SCAFFOLD = LocalOptions(scaffold=True)
         (Run(local=SCAFFOLD), "--train.optimizer sgd"),
         (Run(local=LocalOptions(scaffold=True, proximal=0.1), train=SGD), "exclude each other"),
         (Run(local=SCAFFOLD, train=SGD, lora=RANKS), "--local.scaffold and --lora.ranks exclude each other"),
+        (
+            Run(local=SCAFFOLD, train=SGD, cohort=2, participation=ParticipationOptions(sampling="size")),
+            "--participation.sampling size needs --train.weighting uniform",
+        ),
         (Run(method="local", server=ADAM), "--server.optimizer does not go with --method local, because nothing is sh"),
         (Run(method="flora", local=LocalOptions(proximal=0.1)), "--local.proximal .* --method flora, because factors"),
         (Run(method="fedalt", local=SCAFFOLD, train=SGD), "--local.scaffold .* fedalt, because every client receives"),
@@ -179,7 +184,7 @@ class Noted:
 
 def trace_shapes(name: str, **choices: object) -> tuple[Method, object, dict[int, RoundOutput]]:
     """The method on the toy, its server's state, and phase -> a round of two clients: shapes, nothing is computed."""
-    _, params, trainer, method, adapter = make_method(name, population=2, cohort=2, **choices)
+    _, params, trainer, method, adapter = make_method(name, population=2, cohort=2, places=2, **choices)
     server = jax.eval_shape(method.init, adapter)
     run = make_round(method, trainer, make_mesh(1))
     states = jax.eval_shape(lambda: start_states(method, method.init(adapter), 2))

@@ -200,7 +200,10 @@ def make_clients(
 def find_shares(
     sizes: Int[np.ndarray, " population"], weighting: Literal["examples", "uniform"]
 ) -> Float[np.ndarray, " population"]:
-    """Each client's share of all clients' weight: by number of examples, or alike over those that have any."""
+    """Each client's share of all clients' weight: by number of examples, or alike over those that have any.
+
+    Where clients are drawn by size and then count alike, that is by examples: so is the objective they average to.
+    """
     counts = np.asarray(sizes if weighting == "examples" else sizes > 0, np.float64)
     return counts / max(counts.sum(), 1.0)
 

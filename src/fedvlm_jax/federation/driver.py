@@ -161,7 +161,8 @@ class Driver:
         # A place in a cohort is for who can fill it.
         self._trainable = np.flatnonzero([not client.held_out and len(client.train) > 0 for client in clients])
         self._sizes = np.asarray([len(clients[number].train) for number in self._trainable])
-        self._shares = find_shares(self._sizes, self.weighting)
+        by_size = self.participation.sampling == "size" and self.layout.cohort < len(self._sizes)
+        self._shares = find_shares(self._sizes, "examples" if by_size else self.weighting)
         self.server = replicate(self.programs.mesh, self.server)
 
     def read_round(self, round_: int, steps: int | None = None) -> RoundInputs:

@@ -215,6 +215,11 @@ def _check_scaffold(run: Run) -> None:
             "--local.scaffold and --lora.ranks exclude each other: a client of lower rank has no gradient of the "
             "factors that it lacks, so its control variate is none either"
         )
+    if run.participation.sampling == "size" and run.train.weighting != "uniform":
+        raise UserError(
+            "--local.scaffold with --participation.sampling size needs --train.weighting uniform: weighed by examples "
+            "too, sizes count twice in the average, and once in the control variates"
+        )
 
 
 def _check_method(run: Run, method: "Method", label: str) -> None:

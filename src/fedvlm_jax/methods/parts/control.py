@@ -10,7 +10,8 @@ only if a step is rate times gradient, so it asks for plain gradient descent.
 
 q_k is the client's share of all clients' weight, whoever is in the cohort, so that c = Σ q_k c_k at all times; the
 clients are those that can be drawn. In the paper all count alike, q_k = 1/N. Where the average weighs clients by their
-examples, c has to weigh them so too: else its fixed point is that of another objective than the average's, Σ q_k F_k.
+examples, or draws them by size, c has to weigh them so too: else its fixed point is that of another objective than the
+average's, Σ q_k F_k.
 """
 
 from collections.abc import Callable, Sequence
