@@ -8,11 +8,13 @@ from somewhere:
     nearest   the private state of the client whose images are most alike: cosine of mean frozen features, centred over
               clients. Of a held-out client only validation images are looked at, and no answers.
 
-None of it is given by the FedVLM paper (arXiv 2507.17088).
+Where ranks differ, a direction's mean is over those who have it, a client has those of its own rank, and what its source
+lacks is that of its own start. None of it is given by the FedVLM paper (arXiv 2507.17088).
 """
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +26,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Adapters
 from fedvlm_jax.federation.driver import Driver, Moment
 from fedvlm_jax.federation.population import NOBODY, Slots
+from fedvlm_jax.methods.parts.norms import leaf_name
 from fedvlm_jax.runs.prepare import Prepared
 from fedvlm_jax.sharding import replicate
 
@@ -52,6 +55,7 @@ def give_models(prepared: Prepared, driver: Driver, at: Moment) -> Adapters:
         return partial(driver.adapters, at=at)
     source = np.arange(len(at.slots))  # whose private state a client has
     mean: PyTree = None
+    ranks = np.asarray(driver.ranks, np.int64)
     if kind == "mean":
         mean = _average(driver, trained, at.slots, prepared.layout.wave)
     else:
@@ -62,14 +66,20 @@ def give_models(prepared: Prepared, driver: Driver, at: Moment) -> Adapters:
 
     def adapters(numbers: np.ndarray) -> PyTree:
         states = driver.population.gather(source[numbers], at.slots)
-        if mean is not None:
-            new = ~known[numbers]
+        if mean is None and not len(ranks):
+            return driver.personalise(states, np.ones(len(numbers), bool), numbers, at)
+        new, there = ~known[numbers], None
+        if len(ranks):
+            has = ranks[source[numbers]] if mean is None else ranks[trained].max()
+            there = np.arange(ranks.max()) < np.minimum(ranks[numbers], has)[..., None]  # [V, R]
 
-            def replace(leaf: np.ndarray, one: np.ndarray, own: np.ndarray) -> np.ndarray:
-                # Whole numbers name or count: a rank or a client's number is its own, and has no mean.
-                return np.where(_widen(new, leaf), own if np.issubdtype(leaf.dtype, np.integer) else one, leaf)
+        def replace(path: tuple[Any, ...], leaf: np.ndarray, one: np.ndarray, own: np.ndarray) -> np.ndarray:
+            # Whole numbers name or count: a rank or a client's number is its own, and has no mean.
+            taken = (not np.issubdtype(leaf.dtype, np.integer)) & _along(path, there, leaf.ndim, True)
+            return np.where(_widen(new, leaf), np.where(taken, one, own), leaf)
 
-            states = jax.tree.map(replace, states, mean, driver.start_states(numbers, at))
+        start = driver.start_states(numbers, at)
+        states = jax.tree_util.tree_map_with_path(replace, states, states if mean is None else mean, start)
         return driver.personalise(states, np.ones(len(numbers), bool), numbers, at)
 
     return adapters
@@ -112,14 +122,31 @@ def describe_clients(prepared: Prepared) -> Float[np.ndarray, "clients width"]:
 
 
 def _average(driver: Driver, numbers: np.ndarray, slots: Slots, wave: int) -> PyTree:
-    """The mean of these clients' private states, read so many at a time."""
+    """The mean of these clients' private states, read so many at a time; of each direction over those who have it."""
     total: PyTree = None
     for start in range(0, len(numbers), wave):
         states = driver.population.gather(numbers[start : start + wave], slots)
         part = jax.tree.map(lambda leaf: leaf.sum(axis=0, dtype=np.float64), states)
         total = part if total is None else jax.tree.map(np.add, total, part)
     shapes = driver.population.gather(numbers[:1], slots)
-    return jax.tree.map(lambda leaf, like: (leaf / len(numbers)).astype(like.dtype), total, shapes)
+    ranks = np.asarray(driver.ranks, np.int64)
+    having = (ranks[numbers, None] > np.arange(ranks.max())).sum(axis=0) if len(ranks) else None
+
+    def divide(path: tuple[Any, ...], leaf: np.ndarray, like: np.ndarray) -> np.ndarray:
+        # What a client lacks is zero in its state, so that the sum is that of those who have it.
+        return (leaf / np.maximum(_along(path, having, leaf.ndim, len(numbers)), 1)).astype(like.dtype)
+
+    return jax.tree_util.tree_map_with_path(divide, total, shapes)
+
+
+def _along(path: tuple[Any, ...], numbers: np.ndarray | None, axes: int, otherwise: Any) -> Any:
+    """Numbers [..., R] of the directions beside the columns of an A, the rows of a B; `otherwise` for other leaves."""
+    name = leaf_name(jax.tree_util.keystr(path, simple=True, separator="/"))
+    if numbers is None or name not in ("a", "b"):
+        return otherwise
+    *front, rank = numbers.shape
+    back = (rank,) if name == "a" else (rank, 1)
+    return numbers.reshape(*front, *[1] * (axes - len(front) - len(back)), *back)
 
 
 def _widen(mask: np.ndarray, leaf: np.ndarray) -> np.ndarray:
