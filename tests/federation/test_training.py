@@ -22,7 +22,7 @@ def start(name, dropout):
     trainer = make_local_trainer(vlm, load_objective("sft"), dropout=dropout)
     setup = Setup(
         vlm.sites, lambda key: lora.init(key, vlm.sites, SPEC), trainer.start, True, True,
-        population=CLIENTS, cohort=CLIENTS, rounds=4, local_steps=3,
+        population=CLIENTS, cohort=CLIENTS, places=CLIENTS, rounds=4, local_steps=3,
     )  # fmt: skip
     method = load_method(name, setup)
     server = method.init(lora.init(jax.random.key(9), vlm.sites, SPEC))

@@ -70,8 +70,8 @@ class World:
         spec = lora.LoRA(rank=RANK, alpha=SCALE * RANK)
         choices = {"population": clients, **choices}
         self.setup = Setup(
-            self.sites, lambda key: lora.init(key, self.sites, spec), trainer.start, cohort=clients, rounds=rounds,
-            local_steps=STEPS, ranks=ranks, **choices,
+            self.sites, lambda key: lora.init(key, self.sites, spec), trainer.start, cohort=clients, places=clients,
+            rounds=rounds, local_steps=STEPS, ranks=ranks, **choices,
         )  # fmt: skip
         self.method = load_method(name, self.setup)
         self.round = make_round(self.method, trainer, make_mesh(1))

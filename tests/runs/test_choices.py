@@ -8,9 +8,9 @@ import pytest
 from toy import RATES, make_cohort, make_method, start_states
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.round import RoundOutput, make_round, to_waves
 from fedvlm_jax.methods import Method
-from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
 from fedvlm_jax.methods.share import AVERAGING
 from fedvlm_jax.runs.choices import RANGES, check_rule, declare, for_method

@@ -50,7 +50,7 @@ class Ours:
         trainer = make_local_trainer(vlm, load_objective("sft"), clip_norm=settings.clip_norm)
         setup = Setup(
             vlm.sites, lambda key: lora.init(key, vlm.sites, spec), trainer.start, population=shape.clients,
-            cohort=shape.clients, rounds=2,
+            cohort=shape.clients, places=shape.clients, rounds=2,
         )  # fmt: skip
         method = load_method(METHOD, setup)
         fresh = tree.flatten(lora.init(jax.random.key(0), vlm.sites, spec))

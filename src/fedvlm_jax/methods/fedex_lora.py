@@ -25,7 +25,7 @@ def make(setup: Setup) -> Method:
     averaging = make_share_method("fedex-lora", SOURCE, FACTORS, setup, Parts(refuses=REFUSES))
 
     def init(adapter: PyTree) -> Server:
-        rank = setup.cohort * next(iter(by_site(adapter).values()))["a"].shape[-1]
+        rank = setup.places * next(iter(by_site(adapter).values()))["a"].shape[-1]
         return {**averaging.init(adapter), "base": base.start(adapter, rank, setup.rounds)}
 
     def aggregate(

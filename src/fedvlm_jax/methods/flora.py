@@ -23,7 +23,7 @@ def make(setup: Setup) -> Method:
     """flora. The server holds the factors' form and what was added to the base; a client keeps nothing but its rank."""
 
     def init(adapter: lora.Adapter) -> Server:
-        rank = setup.cohort * next(iter(by_site(adapter).values()))["a"].shape[-1]
+        rank = setup.places * next(iter(by_site(adapter).values()))["a"].shape[-1]
         return {"start": adapter, "base": base.start(adapter, rank, setup.rounds)}
 
     def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:

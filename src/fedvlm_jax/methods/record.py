@@ -112,6 +112,7 @@ class Setup(NamedTuple):
         common_start: do all clients start from the same personal factors, or does each draw its own?
         population: clients that there are.
         cohort: clients that a round has at most.
+        places: of a round, with a message at each: the cohort and what fills up its waves, so devices decide it.
         rounds: that the run will have.
         local_steps: of a client in a round at most; 0 while the data, which will tell, is not read.
         ranks: of every client, or empty where all have the adapter's own; padded to it, so that shapes are equal.
@@ -126,6 +127,7 @@ class Setup(NamedTuple):
     common_start: bool = True
     population: int = 1
     cohort: int = 1
+    places: int = 1
     rounds: int = 1
     local_steps: int = 0
     ranks: Sequence[int] = ()

@@ -266,7 +266,7 @@ def make_driver(
     ranks = deal_ranks(dealt, clients)
     local, server = (run.local, run.server) if go_on is None else (LocalOptions(), ServerOptions())
     goal = (run.objective, run.preference, train.optimizer, train.weight_decay, train.clip_norm, train.optimizer_state)
-    shape = (clients, layout.places, layout.steps, train.rounds, ranks)
+    shape = (clients, layout.cohort, layout.places, layout.steps, train.rounds, ranks)
     static = (method, common, run.lora, *goal, *shape, run.hyper, run.share)
 
     def make() -> Programs:
