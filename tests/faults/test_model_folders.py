@@ -16,12 +16,13 @@ from safetensors.numpy import load_file, save_file
 
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models import Vlm, load_weights, open_model
+from fedvlm_jax.models import Vlm, load_vlm, load_weights, open_model
 
 Spoil = Callable[[Path], object]
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PROCESSOR, TOKENIZER, GENERATION = "processor_config.json", "tokenizer.json", "generation_config.json"
 SHARED, QUERY = "model.language_model.shared.weight", "model.language_model.encoder.layers.0.self_attn.q_proj.weight"
+TEMPORAL = "model.multi_modal_projector.visual_temporal_embed.pos_idx_to_embed"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 925000000\n"
 PAGE = b"<!DOCTYPE html><title>Sign in to continue</title>" * 20
 
@@ -68,6 +69,11 @@ def retensor(alter: Callable[[dict[str, np.ndarray]], object]) -> Spoil:
         save_file(tensors, folder / WEIGHTS)
 
     return spoil
+
+
+def set_tensor(name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> Spoil:
+    """Add a tensor of zeros, or put it in the place of another."""
+    return retensor(lambda tensors: tensors.update({name: np.zeros(shape, dtype)}))
 
 
 def fill(name: str, value: float, dtype: Any = np.float32) -> Spoil:
@@ -201,6 +207,14 @@ CONFIGURATIONS: dict[str, tuple[Spoil, str]] = {
     "generation with a penalty of text": (change(GENERATION, length_penalty="x"), r"length_penalty is 'x'"),
     "generation that stops sometimes": (change(GENERATION, early_stopping="often"), r"generation_config\.json"),
     "generation that never ends": (change(GENERATION, eos_token_id=9), r"none would ever end"),
+    "generation that ends where it begins": (
+        change(GENERATION, eos_token_id=[2, 0], forced_bos_token_id=0),
+        r"forced_bos_token_id is 0, .*empty",
+    ),
+    "generation that begins with the end": (
+        change(GENERATION, forced_bos_token_id=2),
+        r"generation_config\.json: forced_bos_token_id is 2, which ends answers too",
+    ),
     "padding of generation a word": (change(GENERATION, pad_token_id=500), r"pad token of generation is 500"),
     "tokenizer missing": (lambda folder: (folder / TOKENIZER).unlink(), r"no tokenizer"),
     "tokenizer empty": (write(TOKENIZER, b""), r"tokenizer\.json .*empty"),
@@ -236,6 +250,13 @@ CONFIGURATIONS: dict[str, tuple[Spoil, str]] = {
     "std a text": (change(PROCESSOR, image__image_std="x"), r"processor"),
     "mean infinite": (change(PROCESSOR, image__image_mean=[float("inf")] * 3), r"not finite"),
     "factor infinite": (change(PROCESSOR, image__rescale_factor=float("nan")), r"not finite"),
+    "factor zero": (change(PROCESSOR, image__rescale_factor=0), r"processor_config\.json .*differ by 0, 0, 0"),
+    "factor false": (change(PROCESSOR, image__rescale_factor=False), r"processor_config\.json .*differ by 0, 0, 0"),
+    "factor next to nothing": (change(PROCESSOR, image__rescale_factor=1e-30), r"would not be seen; .*rescale_factor"),
+    "factor beyond all": (change(PROCESSOR, image__rescale_factor=1e20), r"would not be seen"),
+    "std beyond all": (change(PROCESSOR, image__image_std=[1e30] * 3), r"would not be seen; .*image_std"),
+    "std beyond all in one channel": (change(PROCESSOR, image__image_std=[0.2, 1e30, 0.2]), r"would not be seen"),
+    "std next to nothing": (change(PROCESSOR, image__image_std=[1e-30] * 3), r"would not be seen"),
     "no size": (change(PROCESSOR, image__size={"shortest_edge": 64}), r"processor_config\.json cannot be used"),
     "size zero": (change(PROCESSOR, image__size={"height": 0, "width": 64}), r"cannot be used"),
     "size below zero": (
@@ -319,6 +340,13 @@ CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
         retensor(lambda t: t.update({"model.extra": np.zeros(3, np.float32)})),
         r"unexpected: ",
     ),
+    "a head in 8 bits": (set_tensor("lm_head.weight", (4, 4), ml_dtypes.float8_e4m3fn), r"of type F8_E4M3: lm_head"),
+    "a constant of whole numbers": (set_tensor(TEMPORAL, (10, 16), np.int8), rf"of type I8: {TEMPORAL}"),
+    "a constant of odd width": (set_tensor(TEMPORAL, (10, 7)), rf"not as the model has it .*{TEMPORAL}"),
+    "a constant of width 1": (set_tensor(TEMPORAL, (10, 1)), rf"not as the model has it .*{TEMPORAL}"),
+    "a constant of width 0": (set_tensor(TEMPORAL, (10, 0)), rf"not as the model has it .*{TEMPORAL}"),
+    "a constant that is a scalar": (set_tensor(TEMPORAL, ()), rf"not as the model has it .*{TEMPORAL}"),
+    "a constant of another value": (set_tensor(TEMPORAL, (10, 16)), rf"not as the model has it .*{TEMPORAL}"),
     "no tensors": (lambda folder: save_file({}, folder / WEIGHTS), r"missing: "),
     "a head of its own": (retensor(lambda t: t.update({"lm_head.weight": t[SHARED] + 1})), r"lm_head\.weight"),
 }
@@ -439,6 +467,38 @@ def test_a_hub_id_is_judged_by_its_configuration(folder: Path, tmp_path: Path, m
     with pytest.raises(UserError, match="florence-community"):
         open_model("owner/model")
     assert asked == [CONFIG]
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (
+            ["config.json", "pytorch_model.bin"],
+            r"only PyTorch's pickled .*F\.from_pretrained\('owner/model'\)\.save_pre",
+        ),
+        (["pytorch_model-00001-of-00002.bin"], r"only PyTorch's pickled weights; convert them"),
+        (["config.json", "flax_model.msgpack"], r"owner/model has no \*\.safetensors on the hub$"),
+        (OSError("offline"), r"owner/model has no \*\.safetensors on the hub$"),
+    ],
+)
+def test_a_hub_id_without_safetensors_says_what_it_has(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, files: list[str] | OSError, told: str
+) -> None:
+    """Only what is asked for is fetched, so the folder itself never holds the pickles."""
+    import huggingface_hub
+
+    def list_files(name: str) -> list[str]:
+        if isinstance(files, OSError):
+            raise files
+        return files
+
+    (folder / WEIGHTS).unlink()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(folder / file))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(folder))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_files)
+    open_model("owner/model")  # which needs no weights
+    with pytest.raises(UserError, match=told):
+        load_vlm("owner/model")
 
 
 @pytest.mark.parity

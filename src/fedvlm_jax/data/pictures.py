@@ -267,7 +267,7 @@ def _is_srgb(profile: bytes, mode: str) -> bool:
 
     if mode not in ("L", "RGB"):
         return False
-    levels = np.arange(0, 256, 15, np.uint8)
+    levels = np.arange(0, 256, 15).astype(np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(len(levels), -1, 3)
     asked = Image.fromarray(cube if mode == "RGB" else np.arange(256, dtype=np.uint8)[None])
     # By the colours themselves: a profile's table for the eye's comfort also says how they are to be pleasant.

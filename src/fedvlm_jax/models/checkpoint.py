@@ -207,6 +207,7 @@ def _plan(expected: dict[str, Any], tensors: list[Tensor]) -> tuple[dict[str, Sl
         key = None if slot is None else (slot.path, slot.layer)
         if name != table and (_TIED.fullmatch(short) or short in (_TEMPORAL, _LOGITS_BIAS)):
             ties.add(name)
+            problems += _check_kind(name, kind)
         elif slot is None or key not in wanted:
             problems.append(f"unexpected: {name} {list(shape)}")
         elif key in done:
@@ -232,9 +233,13 @@ def _check_tensor(name: str, shape: tuple[int, ...], kind: str, slot: Slot, want
     """What is wrong with a tensor of this shape and type for its slot."""
     wanted = wanted if slot.layer is None else wanted[1:]
     asked = slot.rule.write(np.broadcast_to(np.empty(()), wanted)).shape
-    if kind not in _KINDS:
-        return [f"of type {kind}: {name}; weights must be one of {', '.join(_KINDS)}"]
+    if wrong := _check_kind(name, kind):
+        return wrong
     return [] if shape == asked else [f"misshapen: {name} is {list(shape)}, the configuration says {list(asked)}"]
+
+
+def _check_kind(name: str, kind: str) -> list[str]:
+    return [] if kind in _KINDS else [f"of type {kind}: {name}; weights must be one of {', '.join(_KINDS)}"]
 
 
 def _is_stacked(path: str) -> bool:
@@ -249,9 +254,8 @@ def _check_ties(ties: dict[str, np.ndarray], shared: np.ndarray, dtype: Any) -> 
         if short == _LOGITS_BIAS:
             fits = not np.any(tensor)
         elif short == _TEMPORAL:
-            fits = tensor.ndim == 2 and np.allclose(
-                tensor.astype(np.float32), temporal_embedding(*tensor.shape), atol=1e-2
-            )
+            even = tensor.ndim == 2 and tensor.shape[1] >= 2 and tensor.shape[1] % 2 == 0
+            fits = even and np.allclose(tensor.astype(np.float32), temporal_embedding(*tensor.shape), atol=1e-2)
         else:
             fits = np.array_equal(tensor.astype(dtype), shared)
         if not fits:

@@ -97,7 +97,7 @@ def read_settings(config: Any, generation_config: Any) -> Settings:
 
 
 def check_settings(settings: Settings, vocabulary: int) -> None:
-    """Refuse settings of wrong types, and tokens outside of the vocabulary.
+    """Refuse settings of wrong types, tokens outside of the vocabulary, and answers that end where they begin.
 
     Raises:
         UserError: naming the option, as transformers calls it.
@@ -119,6 +119,11 @@ def check_settings(settings: Settings, vocabulary: int) -> None:
         for value in values:
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise UserError(f"{name} is {value!r}, expected a whole number from {least} to {most}")
+    if settings.forced_bos_token_id in settings.eos_token_ids:
+        raise UserError(
+            f"forced_bos_token_id is {settings.forced_bos_token_id}, which ends answers too (eos_token_id "
+            f"{list(settings.eos_token_ids)}): every answer would be empty"
+        )
     penalty: Any = settings.length_penalty
     if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not math.isfinite(penalty):
         raise UserError(f"length_penalty is {penalty!r}, expected a number")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from fedvlm_jax.models.files import explain_error, read_json
 from fedvlm_jax.models.florence2 import build, check_config
 from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.vlm import Params, Vlm
-from fedvlm_jax.models.weights import find_files
+from fedvlm_jax.models.weights import advise_conversion, find_files
 from fedvlm_jax.sharding import cut_base, place
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -69,7 +71,22 @@ def _download(name: str, known: str, weights: bool) -> Path:
             ) from error
 
     read_config(ask(lambda: hf_hub_download(name, "config.json")).parent)
-    return ask(lambda: snapshot_download(name, allow_patterns=[*_TEXTS, *(_WEIGHTS if weights else [])]))
+    folder = ask(lambda: snapshot_download(name, allow_patterns=[*_TEXTS, *(_WEIGHTS if weights else [])]))
+    if weights and not any(folder.glob("*.safetensors")):
+        raise UserError(_explain_absence(name))
+    return folder
+
+
+def _explain_absence(name: str) -> str:
+    """Say what a hub model has in place of safetensors; the snapshot does not tell, for nothing else is fetched."""
+    from huggingface_hub import list_repo_files
+
+    said, pickles = f"{name} has no *.safetensors on the hub", list[str]()
+    with contextlib.suppress(Exception):  # whatever the hub has against it, the sentence stands without
+        pickles = [file for file in list_repo_files(name) if fnmatch(file, "pytorch_model*.bin")]
+    if not pickles:
+        return said
+    return f"{said}, only PyTorch's pickled weights; {advise_conversion(name, 'DIR')}, and name DIR as the model"
 
 
 def read_config(folder: Path) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.files import explain_error, read_json, sniff
 
-__all__ = ["Tensor", "find_files", "list_tensors", "read_tensors"]
+__all__ = ["Tensor", "advise_conversion", "find_files", "list_tensors", "read_tensors"]
 
 
 class Tensor(NamedTuple):
@@ -86,13 +86,17 @@ def find_files(folder: Path) -> list[Path]:
     return files
 
 
+def advise_conversion(source: str, folder: str) -> str:
+    """Say how pickled weights, of a folder or a hub id, become safetensors in a folder."""
+    return (
+        'convert them, where PyTorch is installed: python -c "from transformers import '
+        f"Florence2ForConditionalGeneration as F; F.from_pretrained('{source}').save_pretrained('{folder}')\""
+    )
+
+
 def _explain_absence(folder: Path, single: Path, index: Path) -> str:
     said = f"{folder} has neither {single.name} nor {index.name}"
     if any(folder.glob("pytorch_model*.bin")):
-        return (
-            f"{said}, only PyTorch's pickled weights; convert them, where PyTorch is installed: python -c \"from "
-            "transformers import Florence2ForConditionalGeneration as F; "
-            f"F.from_pretrained('{folder}').save_pretrained('{folder}')\""
-        )
+        return f"{said}, only PyTorch's pickled weights; {advise_conversion(str(folder), str(folder))}"
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     return said + (f"; of {', '.join(others[:5])} none is called so" if others else "")
