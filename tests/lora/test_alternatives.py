@@ -42,6 +42,12 @@ NOTEBOOK = "q_proj|o_proj|k_proj|v_proj|linear|Conv2d|lm_head|fc2"
         (r"(?!fc1|fc9)fc\d", []),
         ("(?<=a|b)_proj", ["(?<=a|b)_proj"]),
         ("q_proj|", []),
+        ("(?i)FC1|FC2", ["FC1"]),
+        ("(?i)(FC1|FC2)|Q_PROJ", ["FC1"]),
+        ("(?i)(?s)FC2|Q_PROJ", []),
+        ("(?x) fc2 | fc9", [" fc9"]),
+        ("(?x) fc2 | q_proj  # not fc8|fc9", []),
+        ("(?x) fc2  # (or\n | q_proj", []),
     ],
 )
 def test_dead_alternatives(targets, dead):

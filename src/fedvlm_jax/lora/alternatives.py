@@ -17,6 +17,10 @@ _HEAD = re.compile(r"\?(:|P<\w+>|[a-zA-Z-]+:)")
 """What a group may begin with and still be one of names; lookarounds, conditions and comments are not looked into."""
 
 
+_FLAGS = re.compile(r"(\(\?[a-zA-Z]+\))*")
+"""Flags of the whole expression; Python takes them at its beginning alone."""
+
+
 class _Group(NamedTuple):
     """The inside of a pair of parentheses, or a whole pattern: from `start` to before `end`, with bars at `bars`."""
 
@@ -89,6 +93,8 @@ def _find_groups(pattern: str) -> list[_Group]:
     """All pairs of parentheses, and the whole."""
     open_: list[tuple[int, list[int]]] = [(0, [])]
     found: list[_Group] = []
+    flags = _FLAGS.match(pattern)
+    verbose = flags is not None and "x" in flags[0]
     at = 0
     while at < len(pattern):
         character = pattern[at]
@@ -96,6 +102,8 @@ def _find_groups(pattern: str) -> list[_Group]:
             at += 1
         elif character == "[":
             at = _end_class(pattern, at)
+        elif character == "#" and verbose:
+            at = pattern.find("\n", at) if "\n" in pattern[at:] else len(pattern)
         elif character == "(":
             open_.append((at + 1, []))
         elif character == ")" and len(open_) > 1:
@@ -125,6 +133,6 @@ def _is_plain(pattern: str, group: _Group) -> bool:
 
 
 def _skip_head(pattern: str, group: _Group) -> int:
-    """Where the names of a group begin, after `?:`, `?P<name>` or flags."""
-    head = _HEAD.match(pattern, group.start) if group.end < len(pattern) else None
+    """Where the names of a group begin, after `?:`, `?P<name>` or flags; those of the whole stay with each of them."""
+    head = (_HEAD if group.end < len(pattern) else _FLAGS).match(pattern, group.start)
     return head.end() if head else group.start
