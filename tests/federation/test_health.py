@@ -130,3 +130,16 @@ def test_an_adapter_that_is_not_there_yet_is_at_no_angle():
         same,
     )
     assert float(jax.jit(examine)(low, weights)["angle_a"]) < 0.1
+
+
+def test_an_adapter_that_adds_nothing_yet_is_in_no_pair():
+    """Second pairs that nobody trained, all alike and at weight 0, must not make the first ones look alike."""
+    (first, _), (second, _) = make_adapters(), make_adapters(seed=1)
+    weights = np.full(4, 0.25, np.float32)
+    alone = jax.jit(examine)(first, weights)["angle_a"]
+    untrained = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 0 * leaf if path[-1].key == "b" else np.repeat(leaf[:1], 4, axis=0), second
+    )
+    found = jax.jit(examine, static_argnums=2)(put_beside(first, untrained), weights, 2)
+    assert float(found["angle_a"]) == pytest.approx(float(alone), rel=1e-5)
+    assert float(alone) > 10

@@ -51,7 +51,8 @@ def examine(adapters: PyTree, weights: Float[Array, " K"], beside: int = 1) -> d
         lost[group] = lost.get(group, 0) + _squared_norm(*deviations(a, b, weights))
         whole[group] = whole.get(group, 0) + _squared_norm(*side_by_side(a, b, weights))
         grams += _inner_products(a, b, counts)
-        cosines += [_mean_cosine(part, counts) for part in jnp.split(a, beside, axis=-1)]
+        parts = zip(jnp.split(a, beside, axis=-1), jnp.split(b, beside, axis=-2), strict=True)
+        cosines += [_mean_cosine(*pair, counts) for pair in parts]
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(grams), 1e-24))
     likeness = jnp.sum((grams / (norms[:, None] * norms)) * (1 - jnp.eye(len(weights)))) / pairs
     errors = {f"aggregation_error/{group}": _ratio(lost[group], whole[group]) for group in lost if len(lost) > 1}
@@ -87,15 +88,17 @@ def _inner_products(a: Array, b: Array, counts: Array) -> Float[Array, "K K"]:
     return gram.reshape(-1, clients, rank, clients, rank).sum(axis=(0, 2, 4))
 
 
-def _mean_cosine(a: Array, counts: Array) -> tuple[Array, Array]:
-    """The root mean square cosine between column spaces, mean over pairs and layers; and 1, or 0 where none is."""
+def _mean_cosine(a: Array, b: Array, counts: Array) -> tuple[Array, Array]:
+    """The root mean square cosine between column spaces of A, mean over pairs of clients and layers; and 1, or 0 where
+    none is. Who adds nothing there, its b being zero, is in no pair: such an A is as it was drawn."""
     basis = _orthonormalise(a.astype(jnp.float32))  # [K, *stack, d_in, R]
     clients, rank = a.shape[0], a.shape[-1]
     wide = jnp.moveaxis(basis, 0, -2).reshape(-1, a.shape[-2], clients * rank)
     squared = jnp.square(matmul(wide.mT, wide)).reshape(-1, clients, rank, clients, rank).sum(axis=(2, 4))
     columns = jnp.round(jnp.square(wide).reshape(-1, a.shape[-2], clients, rank).sum(axis=(1, 3)))  # zero ones are none
     fewer = jnp.minimum(columns[:, :, None], columns[:, None, :])
-    compared = counts[:, None] * counts * (1 - jnp.eye(clients)) * (fewer > 0)
+    adds = jnp.moveaxis(jnp.any(b != 0, axis=(-2, -1)), 0, -1).reshape(-1, clients)
+    compared = counts[:, None] * counts * (1 - jnp.eye(clients)) * (fewer > 0) * adds[:, :, None] * adds[:, None, :]
     cosines = jnp.sqrt(squared / jnp.maximum(fewer, 1)) * compared
     number = jnp.sum(compared)
     return jnp.sum(cosines) / jnp.maximum(number, 1), (number > 0).astype(jnp.float32)

@@ -8,8 +8,8 @@ from somewhere:
     nearest   the private state of the client whose images are most alike: cosine of mean frozen features, centred over
               clients. Of a held-out client only validation images are looked at, and no answers.
 
-Where ranks differ, a direction's mean is over those who have it, a client has those of its own rank, and what its source
-lacks is that of its own start. None of it is given by the FedVLM paper (arXiv 2507.17088).
+Where ranks differ, a direction's mean is over those who have it, a client has those of its own rank, and what its
+source lacks is that of its own start. None of it is given by the FedVLM paper (arXiv 2507.17088).
 """
 
 from collections.abc import Iterator
