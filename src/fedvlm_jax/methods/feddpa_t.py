@@ -15,7 +15,10 @@ from fedvlm_jax.methods.record import Client, Method, Setup
 
 __all__ = ["make"]
 
-SOURCE = "arXiv 2403.19211: (A_g, B_g) averaged and (A_l, B_l) private, trained in turn; y = W_0 x + (1−α) g + α l"
+SOURCE = (
+    "arXiv 2403.19211: (A_g, B_g) averaged and (A_l, B_l) private, trained in turn; y = W_0 x + (1−α) g + α l; "
+    "the authors' code gives both all local steps, l from round 2 on (--hyper.dpa-whole)"
+)
 
 
 def make(setup: Setup) -> Method:
