@@ -210,13 +210,13 @@ def test_permuting_clients_permutes_results(case):
 
 
 def test_weights_count_unless_the_method_says_why_not(case):
-    same = []
+    """In every round that sends something."""
     for at in case.moments:
         out, personal = case.again(at, weights=np.full_like(WEIGHTS, 1 / CLIENTS))
         now, then = (out.server, personal), (at.out.server, at.personal)
         equal = jax.tree.map(lambda x, y: np.allclose(x, y, rtol=0, atol=1e-7), now, then)
-        same.append(all(jax.tree.leaves(equal)))
-    assert all(same) == ("train.weighting" in case.method.refuses)
+        moot = "train.weighting" in case.method.refuses or not jax.tree.leaves(at.out.messages)
+        assert all(jax.tree.leaves(equal)) == moot, f"round {at.number}"
 
 
 def test_waves_change_nothing(case):
@@ -414,6 +414,49 @@ def test_another_basis_starts_the_optimizer_anew():
         forgotten = jax.tree_util.tree_map_with_path(lambda path, x: x * (not is_moment(path)), at.states)
         same = jax.tree.map(np.array_equal, at.personal, case.again(at, states=forgotten)[1])
         assert all(jax.tree.leaves(same)) != counts
+
+
+@pytest.mark.parametrize("name", methods_available())
+def test_an_optimizer_that_starts_anew_is_not_kept(name):
+    *_, method, adapter = make_method(name, keep_optimizer=False)
+    state = jax.eval_shape(lambda: method.init_client(jax.random.key(0), method.init(adapter), jnp.int32(0)))
+    assert not [path for path, _ in jax.tree_util.tree_leaves_with_path(state) if is_moment(path)]
+
+
+def test_pfedme_keeps_its_personal_model_s_optimizer_alone():
+    states = {name: make_case(name).fresh for name in ("fedavg-lora", "pfedme")}
+    kept = [sum(is_moment(path) for path, _ in jax.tree_util.tree_leaves_with_path(s)) for s in states.values()]
+    assert kept[0] == kept[1] > 0
+
+
+DRIFTS = {
+    "plora, ranks": ("plora", {"ranks": (1, 2, 1, 2)}),
+    "plora, an A each": ("plora", {"common_start": False}),
+    "plora, both": ("plora", {"ranks": (1, 2, 1, 2), "common_start": False}),
+    "plora-reset-a, both": ("plora-reset-a", {"ranks": (1, 2, 1, 2), "common_start": False}),
+    "fedmosaic, an A each": ("fedmosaic", {"common_start": False}),
+}
+
+
+@pytest.mark.parametrize("which", DRIFTS)
+def test_who_does_not_move_has_not_drifted(which):
+    """At rates of 0, and by as much as A moved otherwise: from the client's own start, in its own rank."""
+    name, choices = DRIFTS[which]
+    _, params, _, method, adapter = make_method(name, **choices)
+    server, client = method.init(adapter), row(make_cohort(CLIENTS), 1)
+    personal = method.init_client(jax.random.key(1), server, jnp.int32(0))
+    drifts = []
+    for moved in (0.0, 0.1):
+
+        def train(factors, optimizer, client, *, moved=moved, **choices):
+            scaled = jax.tree_util.tree_map_with_path(lambda path, x: (1 + moved * (path[-1].key == "a")) * x, factors)
+            return scaled, optimizer, {"loss": jnp.float32(1)}
+
+        ctx = Context(params, jnp.int32(1), 0, RATES, train)
+        drifts.append(
+            float(method.client_update(ctx, server, personal, client, jax.random.key(1))[2]["personal_drift"])
+        )
+    assert drifts == pytest.approx([0.0, 0.1], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["flexlora", "plora-reset-a", "flora"])

@@ -22,7 +22,8 @@ def make(setup: Setup) -> Method:
     def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
         state = federated.init_client(key, server, number)
         own = federated.personalise(server, state)
-        return {"federated": state, "own": own, "optimizer": setup.start_optimizer(own)}
+        optimizer = {"optimizer": setup.start_optimizer(own)} if setup.keep_optimizer else {}
+        return {"federated": state, "own": own, **optimizer}
 
     def client_update(
         ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
@@ -33,11 +34,9 @@ def make(setup: Setup) -> Method:
         own, optimizer, mine = ctx.train(
             personal["own"], optimizer, client, nudge=control.make_proximal(setup.hyper.ditto_lambda, anchor)
         )
-        return (
-            {"federated": state, "own": own, "optimizer": optimizer},
-            message,
-            metrics | {"loss": mine["loss"], "last_loss": mine["last_loss"], "global_loss": metrics["loss"]},
-        )
+        metrics |= {"loss": mine["loss"], "last_loss": mine["last_loss"], "global_loss": metrics["loss"]}
+        kept = {"optimizer": optimizer} if setup.keep_optimizer else {}
+        return {"federated": state, "own": own, **kept}, message, metrics
 
     def personalise(server: Server, personal: Personal) -> lora.Adapter:
         del server

@@ -20,7 +20,10 @@ from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 
 __all__ = ["make"]
 
-SOURCE = "arXiv 2006.08848: θ_k ≈ argmin F_k(θ) + λ/2 ‖θ − w_k‖², w_k ← w_k − ηλ(w_k − θ_k); w ← (1−β) w + β Σ p_k w_k"
+SOURCE = (
+    "arXiv 2006.08848: θ_k ≈ argmin F_k(θ) + λ/2 ‖θ − w_k‖², w_k ← w_k − ηλ(w_k − θ_k); w ← (1−β) w + β Σ p_k w_k; "
+    "the authors' code begins every round with θ_k at w (--hyper.pfedme-restart)"
+)
 
 _OWN_ROUNDS = "its local rounds are its own: the pull towards the global model is part of them"
 REFUSES: dict[str, str] = {
@@ -41,12 +44,14 @@ def make(setup: Setup) -> Method:
         return jax.tree.map(lambda leaf: hyper.pfedme_beta * leaf, tree.weighted_sum(messages, weights))
 
     parts = Parts(average=average, reads=READS, refuses=REFUSES)
-    federated = make_share_method("pfedme", SOURCE, FACTORS, setup, parts)
+    # Its optimiser is the personal model's: the federated one takes steps of its own.
+    federated = make_share_method("pfedme", SOURCE, FACTORS, setup._replace(keep_optimizer=False), parts)
 
     def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
         state = federated.init_client(key, server, number)
         own = federated.personalise(server, state)
-        return {"federated": state, "own": own, "optimizer": setup.start_optimizer(own)}
+        optimizer = {"optimizer": setup.start_optimizer(own)} if setup.keep_optimizer else {}
+        return {"federated": state, "own": own, **optimizer}
 
     def client_update(
         ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
@@ -70,7 +75,8 @@ def make(setup: Setup) -> Method:
         metrics = over_steps({name: jnp.stack([one[name] for one in history]) for name in history[0]})
         message = jax.tree.map(jnp.subtract, local, received)
         own = jax.tree.map(lambda new, old: jnp.where(client.mask.any(), new, old), own, personal["own"])
-        return {**personal, "own": own, "optimizer": optimizer}, message, metrics
+        kept = {"optimizer": optimizer} if setup.keep_optimizer else {}
+        return {**personal, "own": own, **kept}, message, metrics
 
     def personalise(server: Server, personal: Personal) -> lora.Adapter:
         del server

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from fedvlm_jax import lora, tree
 from fedvlm_jax.lora.sites import as_patterns
 from fedvlm_jax.methods.parts import control, ranks
-from fedvlm_jax.methods.parts.norms import norm_of, personal_drift
+from fedvlm_jax.methods.parts.norms import norm_of, only_a, personal_drift
 from fedvlm_jax.methods.parts.optimizers import make_server_optimizer
 from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
 
@@ -118,7 +118,10 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
             _, own = lora.partition(parts.extend(setup.draw(key)), rule, setup.sites)
         if setup.ranks:
             own = ranks.cut(own, ranks.of(setup, number))
-        personal = {"own": own} | ({"first": own} if parts.restart and not setup.common_start else {})
+        personal = {"own": own}
+        first = own if parts.restart else only_a(own)
+        if first and not setup.common_start:
+            personal["first"] = first
         if keeps:
             personal["optimizer"] = _start_optimizers(lora.combine(server["shared"], own))
             personal |= {"basis": jnp.int32(-1)} if parts.basis is not None else {}
@@ -160,7 +163,7 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
         shared, own = lora.partition(factors, rule, setup.sites)
         update = _sent(jax.tree.map(jnp.subtract, shared, received), trained)
         message: Message = update
-        metrics |= {"update_norm": norm_of(update), "personal_drift": personal_drift(own, server["start"])}
+        metrics |= {"update_norm": norm_of(update), "personal_drift": personal_drift(own, _first(server, personal))}
         state = {**personal, "own": own}
         if keeps:
             state["optimizer"] = tuple(optimizers)
@@ -198,9 +201,11 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
 
     def _begin(server: Server, personal: Personal) -> PyTree:
         """The private part that a round's training goes on from."""
-        if not parts.restart:
-            return personal["own"]
-        first = server["start"] if setup.common_start else personal["first"]
+        return _first(server, personal) if parts.restart else personal["own"]
+
+    def _first(server: Server, personal: Personal) -> PyTree:
+        """The private part that the client began its first round with; its A at least, all where rounds restart."""
+        first = server["start"] if setup.common_start else personal.get("first", {})
         return ranks.cut(first, personal["rank"]) if setup.ranks else first
 
     def _factors(server: Server, personal: Personal, own: PyTree) -> PyTree:

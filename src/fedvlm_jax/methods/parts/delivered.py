@@ -3,8 +3,8 @@
 The server keeps a pool: what clients sent last, of as many as a round has at most, and of `POOL` where there are so
 many; who sent longest ago leaves it first. What a client receives is mixed from the pool whenever its model is asked
 for, when its rounds begin and when it is evaluated. So a client that comes back after a while trains beside what there
-is by then, one that is alone in its round has others all the same, and one that never took part has a mixture like any
-other, where the bare base would be its own adapter alone.
+is by then, one that is alone in its round has others all the same, and one that never took part has a mixture too. In
+ce-lora what is mixed stands between private factors, of which B begins at zero: there it has the bare base nonetheless.
 
 A message is how far the client's adapter went from the start that all share, so that the values can be told from it.
 With `--lora.private-a per-client` adapters begin elsewhere, and that distance is in it: methods that weigh clients by
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora, tree
 from fedvlm_jax.methods.parts import pairs
-from fedvlm_jax.methods.parts.norms import norm_of, personal_drift
+from fedvlm_jax.methods.parts.norms import norm_of, only_a, personal_drift
 from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
 
 __all__ = ["make_delivering_method"]
@@ -109,13 +109,9 @@ def make_delivering_method(
     def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
         own = server["start"] if setup.common_start else extend(pairs.split(setup.draw(key))[0])
         shares = jnp.zeros(server["pool"]["number"].shape, jnp.float32)
-        return {
-            "own": own,
-            "number": jnp.asarray(number, jnp.int32),
-            "sent": jnp.zeros((), bool),
-            "shares": shares,
-            "optimizer": setup.start_optimizer(own, trained),
-        }
+        state = {"own": own, "number": jnp.asarray(number, jnp.int32), "sent": jnp.zeros((), bool), "shares": shares}
+        state |= {} if setup.common_start else {"first": only_a(own)}
+        return state | ({"optimizer": setup.start_optimizer(own, trained)} if setup.keep_optimizer else {})
 
     def _sent(factors: PyTree) -> PyTree:
         return tree.partition(factors, sent)[0]
@@ -159,8 +155,12 @@ def make_delivering_method(
             assemble=lambda factors: assemble(factors, beside, server["scales"]),
         )
         moved = jax.tree.map(jnp.subtract, _sent(own), _sent(server["start"]))
-        metrics |= {"update_norm": norm_of(moved), "personal_drift": personal_drift(own, server["start"])}
-        state = {**personal, "own": own, "sent": jnp.ones((), bool), "shares": shares, "optimizer": optimizer}
+        metrics |= {
+            "update_norm": norm_of(moved),
+            "personal_drift": personal_drift(own, personal.get("first", server["start"])),
+        }
+        state = {**personal, "own": own, "sent": jnp.ones((), bool), "shares": shares}
+        state |= {"optimizer": optimizer} if setup.keep_optimizer else {}
         took = client.mask.any()
         state = jax.tree.map(lambda new, old: jnp.where(took, new, old), state, personal)
         return state, {"moved": moved, "number": personal["number"]}, metrics

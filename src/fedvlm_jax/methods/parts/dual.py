@@ -56,17 +56,18 @@ def make_dual_method(
     def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
         del number
         own = server["start"] if setup.common_start else pairs.split(setup.draw(key))[0]
-        optimizer = setup.start_optimizer(own)
-        return {"own": own, "optimizer": {"global": optimizer, "local": optimizer}, "begun": jnp.zeros((), bool)}
+        state = {"own": own, "begun": jnp.zeros((), bool)}
+        return state | ({"optimizer": _start_optimizers(own)} if setup.keep_optimizer else {})
+
+    def _start_optimizers(own: PyTree) -> dict[str, PyTree]:
+        return dict.fromkeys(("global", "local"), setup.start_optimizer(own))
 
     def client_update(
         ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
     ) -> tuple[Personal, Message, Metrics]:
         del key
         shared, own = server["shared"], personal["own"]
-        optimizers = dict(personal["optimizer"])
-        if not setup.keep_optimizer:
-            optimizers = dict.fromkeys(optimizers, setup.start_optimizer(own))
+        optimizers = dict(personal["optimizer"]) if setup.keep_optimizer else _start_optimizers(own)
         message, metrics, begun = {}, {}, personal["begun"]
         of_local, of_global = stages(ctx.phase, client)
         if of_local is not None:
@@ -89,7 +90,8 @@ def make_dual_method(
             metrics = {name: jnp.where(local > 0, metrics.get(name, x), x) for name, x in more.items()}
             metrics["steps"] = more["steps"] + local
         metrics |= {"update_norm": norm_of(message)}
-        return {"own": own, "optimizer": optimizers, "begun": begun}, message, metrics
+        kept = {"optimizer": optimizers} if setup.keep_optimizer else {}
+        return {"own": own, "begun": begun, **kept}, message, metrics
 
     def aggregate(
         ctx: Context, server: Server, messages: Message, weights: Float[Array, " cohort"]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import tree
 
-__all__ = ["leaf_name", "norm_of", "only", "personal_drift"]
+__all__ = ["leaf_name", "norm_of", "only", "only_a", "personal_drift"]
 
 
 def norm_of(part: PyTree) -> Float[Array, ""]:
@@ -18,16 +18,22 @@ def norm_of(part: PyTree) -> Float[Array, ""]:
     return jnp.sqrt(sum(leaves, start=jnp.float32(0)))
 
 
+def only_a(part: PyTree) -> PyTree:
+    """Its factors A."""
+    return tree.partition(part, lambda path: re.search(r"(^|/)a(/|$)", path) is not None)[0]
+
+
 def personal_drift(own: PyTree, start: PyTree) -> Float[Array, ""]:
     """‖A_k − A_0‖ / ‖A_0‖ over the private factors A; 0 where none is private.
 
     A method whose private part hardly moves is another method under its name.
+
+    Args:
+        own: the private part.
+        start: what this client began with, in its own rank; A at least.
     """
-
-    def only_a(part: PyTree) -> PyTree:
-        return tree.partition(part, lambda path: re.search(r"(^|/)a(/|$)", path) is not None)[0]
-
-    return norm_of(jax.tree.map(jnp.subtract, only_a(own), only_a(start))) / jnp.maximum(norm_of(only_a(start)), 1e-12)
+    first = only_a(start)
+    return norm_of(jax.tree.map(jnp.subtract, only_a(own), first)) / jnp.maximum(norm_of(first), 1e-12)
 
 
 def leaf_name(path: str) -> str:
