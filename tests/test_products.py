@@ -35,6 +35,7 @@ def assert_close(found, expected, rtol=2e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=2e-5), found, expected)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("leading", [(), (3,), (1, 4), (1, 1), (2, 1, 3)], ids=str)
 def test_values_and_gradients_are_those_of_the_plain_product(case, leading):
     multiply, plain, *_ = case
@@ -43,6 +44,7 @@ def test_values_and_gradients_are_those_of_the_plain_product(case, leading):
     assert_close(jax.grad(loss_of(multiply), (0, 1))(*factors), jax.grad(loss_of(plain), (0, 1))(*factors))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "derive",
     [

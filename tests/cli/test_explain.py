@@ -132,6 +132,7 @@ def test_ranks_count_for_what_they_are(toy):
     assert stage.up == 6 * rows + rank
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", methods_available())
 def test_bytes_are_those_of_a_real_round(toy, name):
     """What `explain` counts from one client's message is what the driver counts from a round's."""

@@ -250,6 +250,7 @@ def rest_of(driver):
     return copy((driver.server, driver.population.gather([0, 2, 3])))
 
 
+@pytest.mark.broad
 def test_who_drops_out_leaves_no_trace(case):
     """It keeps its state to the bit, and the others end up as if it had not been drawn, and not as if it had stayed."""
     dropped, never, stayed = (case.start() for _ in range(3))

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import os
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
@@ -23,6 +25,7 @@ print("ended")
 """
 
 
+@pytest.mark.broad
 def test_decompositions_do_not_wait_for_each_other() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],

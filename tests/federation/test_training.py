@@ -53,6 +53,7 @@ def test_without_dropout_nothing_is_drawn():
     assert "dropout" not in texts[0]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ["fedavg-lora", "apfl", "pfedme"])
 def test_clients_and_rounds_draw_for_themselves(name):
     """The same data train alike without dropout, and each in its own way with it; the seed decides how."""
@@ -66,6 +67,7 @@ def test_clients_and_rounds_draw_for_themselves(name):
         assert (np.asarray(other[0].metrics["loss"]) != one).all()
 
 
+@pytest.mark.broad
 def test_a_step_s_mask_depends_on_its_number_alone():
     """Three steps at once and one by one, on one batch and at rates of 0: the same three losses, all different."""
     vlm, params = make_toy()

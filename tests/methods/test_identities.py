@@ -22,6 +22,8 @@ from fedvlm_jax.methods.parts.norms import leaf_name
 from fedvlm_jax.methods.parts.optimizers import make_server_optimizer
 from fedvlm_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.broad
+
 
 @pytest.fixture(scope="module")
 def averaged():

@@ -95,6 +95,7 @@ def test_sites_are_found_without_weights_and_count_layers() -> None:
     assert not any("conv1" in path for path in sites), "depthwise convolutions take no adapter"
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("targets", ["decoder.*(k|v|q)_proj", "encoder/.*fc1|shared"])
 def test_adapted_generation_equals_merged_generation(loaded: Any, targets: str) -> None:
     vlm, params, batch = loaded
@@ -131,6 +132,7 @@ def test_a_prompt_may_be_encoded_once_for_several_uses(loaded: Any, targets: str
     assert np.array_equal(other, memory["memory"]) == targets.startswith("decoder")
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("beams", [1, 2])
 def test_clients_at_once_generate_as_one_by_one(loaded: Any, beams: int) -> None:
     vlm, params, batch = loaded

@@ -38,6 +38,7 @@ def test_features_logits_and_loss_are_those_of_transformers(case: Any) -> None:
     assert -chosen[..., 0][counted].mean() == pytest.approx(answers["loss"].item(), abs=1e-5)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(("case", "name"), TOKENS, indirect=["case"])
 def test_tokens_are_those_of_transformers(case: Any, name: str) -> None:
     vlm, params, batch, answers = case

@@ -50,6 +50,7 @@ def test_a_comparison_shows_those_of_its_best_method(tmp_path: Path) -> None:
     assert "(plora-0/examples/00.png)" in (folder / "report.md").read_text()
 
 
+@pytest.mark.broad
 def test_what_data_say_cannot_break_the_page(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5})
     write_examples(folder, '</dl><script>"' + "long " * 100)

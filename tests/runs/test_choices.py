@@ -206,6 +206,7 @@ def trace_shapes(name: str, **choices: object) -> tuple[Method, object, dict[int
     return method, server, outs
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", methods_available())
 def test_a_method_reads_the_numbers_that_it_says_it_reads(name: str) -> None:
     hyper = Noted(HyperOptions())
@@ -221,6 +222,7 @@ TOGETHER = {
 APART = {"local.scaffold": {"local": SCAFFOLD, "optimizer": "sgd"}}
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", methods_available())
 def test_what_a_method_takes_it_can_do_and_the_rest_has_a_reason(name: str) -> None:
     method = declare(name, Run())

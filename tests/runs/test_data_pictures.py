@@ -106,6 +106,7 @@ def test_few_clients_stand_with_their_names_and_numbers() -> None:
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["v0", "v1"]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("count", [100, 1000])
 def test_many_clients_stay_a_picture_of_one_page(count: int) -> None:
     figure = draw_data(make_description(count, 12, held_out=count // 10), PAPER)

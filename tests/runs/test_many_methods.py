@@ -42,6 +42,7 @@ def test_names_beside_points_are_apart(record: ComparisonRecord, narrow: bool) -
     check_apart(figure, figure.axes[0], set(METHODS))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("narrow", [False, True])
 def test_names_at_the_ends_of_lines_are_apart(record: ComparisonRecord, narrow: bool) -> None:
     figure = health_plots.draw_method_health(method_plots.read_rounds(record), "exact_match", PAPER, narrow)

@@ -168,6 +168,7 @@ def test_svg_takes_its_colours_and_size_from_the_page(tmp_path: Path) -> None:
     assert svg == to_svg(plots.draw_rounds(record, PLACEHOLDERS), "x", "label")
 
 
+@pytest.mark.broad
 def test_black_and_other_fixed_colours_do_not_reach_the_page(tmp_path: Path) -> None:
     # What matplotlib draws in its own black would vanish on a dark page.
     scores = {"local": {0: dict.fromkeys(CLIENTS, 0.5)}, "plora": {0: dict.fromkeys(CLIENTS, 0.6)}}

@@ -164,6 +164,7 @@ def test_a_run_that_made_things_worse_says_so(tmp_path: Path) -> None:
     assert "0.10.2" in text
 
 
+@pytest.mark.broad
 def test_several_runs_stand_side_by_side_without_a_verdict(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path / "x", {"a": 0.1}, {"a": 0.5}),
