@@ -53,6 +53,11 @@ def test_no_count_is_larger_than_devices_count(path: str, value: int) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_no_batch_is_larger_than_memory() -> None:
+    with pytest.raises(UserError, match="--evaluation.batch-size is 65537: it must be 65536 or fewer"):
+        validate(change(Run(), "evaluation.batch_size", 2**16 + 1))
+
+
 @pytest.mark.parametrize("path", FLOATS)
 def test_no_number_is_none(path: str) -> None:
     with pytest.raises(UserError, match="--" + path.replace("_", "-") + " is nan"):

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import choose_layout
 from fedvlm_jax.methods import load_method
 from fedvlm_jax.methods.options import LocalOptions, ServerOptions
 from fedvlm_jax.methods.parts.delivered import start_pool
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.runs import build
-from fedvlm_jax.runs.config import Run
+from fedvlm_jax.runs.config import Run, TrainOptions
 from fedvlm_jax.sharding import make_mesh
 
 
@@ -28,3 +29,10 @@ def test_a_pool_has_room_for_the_cohort_however_it_is_laid_out(monkeypatch, wave
     (setup,) = made
     assert (setup.cohort, setup.places) == (20, places)
     assert len(start_pool({"b": jnp.zeros(1)}, setup)["number"]) == 20
+
+
+@pytest.mark.parametrize("train", [{"local_steps": 2**31 - 1}, {"batch_size": 2**31 - 1}, {"local_epochs": 1e9}])
+def test_a_round_of_more_rows_than_can_be_listed_is_refused(train):
+    run = Run(train=TrainOptions(**train))
+    with pytest.raises(UserError, match=r"a round would take [\d,]+ rows \(2 clients"):
+        build.lay_out_sizes(run, [9, 9], make_mesh(1), None, None)

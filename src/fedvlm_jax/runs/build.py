@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.programs import Programs, make_programs
 from fedvlm_jax.federation.training import make_local_trainer
@@ -22,6 +23,9 @@ from fedvlm_jax.runs.config import Run, SystemOptions
 from fedvlm_jax.sharding import CLIENTS
 
 __all__ = ["build_programs", "choose_arithmetic", "deal_ranks", "lay_out_sizes", "make_spec"]
+
+MOST_ROWS = 2**28
+"""Rows that a round may take; their numbers alone are a GiB then."""
 
 
 def choose_arithmetic(options: SystemOptions) -> dict[str, Any]:
@@ -50,10 +54,19 @@ def lay_out_sizes(run: Run, sizes: Sequence[int], mesh: Mesh, cohort: int | None
         mesh: the devices.
         cohort: clients a round; None means everybody.
         wave: clients side by side; None: as many as is usual.
+
+    Raises:
+        UserError: a round would take more rows than a computer can list.
     """
     train, steps = run.train, run.train.local_steps
     if train.local_epochs is not None:
         steps = max((count_steps(size, train.local_epochs, train.batch_size) for size in sizes), default=1)
+    rows = (cohort or len(sizes)) * steps * train.batch_size
+    if rows > MOST_ROWS:
+        raise UserError(
+            f"a round would take {rows:,} rows ({cohort or len(sizes)} clients, {steps} steps, batches of "
+            f"{train.batch_size}): {MOST_ROWS:,} is the most; lower the local steps or --train.batch-size"
+        )
     return choose_layout(
         sizes,
         cohort=cohort,

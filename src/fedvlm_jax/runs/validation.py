@@ -23,6 +23,9 @@ from fedvlm_jax.runs.numbers import LARGEST_SEED, check_numbers
 
 __all__ = ["FINETUNED", "REMEMBERING", "plain", "validate", "validate_comparison"]
 
+MOST_BATCH = 2**16
+"""Examples that are scored at once; clients with fewer are filled up to it."""
+
 MOST_EXAMPLES = 48
 """So many pictures of at most 25 KiB keep the report's page below 2 MB."""
 
@@ -163,6 +166,8 @@ def _check_numbers(run: Run) -> None:
             f"--evaluation.examples is {evaluation.examples}: it must be {MOST_EXAMPLES} or fewer, for their pictures "
             "are part of the report's page"
         )
+    if evaluation.batch_size > MOST_BATCH:
+        raise UserError(f"--evaluation.batch-size is {evaluation.batch_size}: it must be {MOST_BATCH} or fewer")
     for flag, value in (
         ("--train.learning-rate-a", train.learning_rate_a),
         ("--train.learning-rate-b", train.learning_rate_b),
