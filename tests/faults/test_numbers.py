@@ -54,7 +54,7 @@ def test_no_count_is_larger_than_devices_count(path: str, value: int) -> None:
 
 
 def test_no_batch_is_larger_than_memory() -> None:
-    with pytest.raises(UserError, match="--evaluation.batch-size is 65537: it must be 65536 or fewer"):
+    with pytest.raises(UserError, match=r"--evaluation\.batch-size is 65537: it must be 65536 or fewer"):
         validate(change(Run(), "evaluation.batch_size", 2**16 + 1))
 
 
