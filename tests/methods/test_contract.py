@@ -133,17 +133,16 @@ def row(tree, k):
 make_case = functools.cache(Case)
 
 
-ALIKE = {
-    *("fedavg-lora", "fedsa-lora", "ffa-lora", "iat", "iat-inverted", "plora-reset-a"),
-    *("hetlora", "lora-fair", "feddpa-f", "fedmosaic"),
-}
-"""Methods that differ from one that is always tried here in a rule or an average alone; theirs are slow tests. What
-they compute is always held against their papers, in test_papers.py."""
+EVERY_TIME = ("plora", "local", "flora", "pfedme", "fedalt")
+"""One of each kind, in the ordinary suite: one part shared, nothing shared, a base that moves, a model beside the
+shared one, what others sent delivered. All others are broad tests."""
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(m, marks=pytest.mark.slow) if m in ALIKE else m for m in methods_available()]
-)
+def each(methods):
+    return [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.broad) for name in methods]
+
+
+@pytest.fixture(scope="module", params=each(methods_available()))
 def case(request):
     return make_case(request.param)
 
@@ -349,9 +348,7 @@ def make_believe(ended):
     return train
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(m, marks=pytest.mark.slow) if m in ALIKE else m for m in LIKE_LOCAL], indirect=True
-)
+@pytest.mark.parametrize("case", each(LIKE_LOCAL), indirect=True)
 def test_with_one_client_averaging_is_local_training(case):
     """In two rounds, where the second goes on with all that local training goes on with."""
     local = make_case("local")
@@ -631,6 +628,7 @@ def change(option):
     }[option]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", methods_available())
 def test_what_a_method_takes_it_reads(name):
     """An option that it says it takes changes what is computed: the traced programs or their order."""
