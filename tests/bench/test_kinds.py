@@ -42,6 +42,7 @@ def test_an_operation_is_what_is_in_it():
     assert {name: kinds[name] for name in expected} == expected
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("function", "most"),
     [(lambda x: x @ x @ x @ x, 0), (lambda x: jax.lax.fori_loop(0, 20, lambda _, y: jnp.exp(jnp.sin(y)), x), 1)],

@@ -178,6 +178,7 @@ def test_ids_outside_the_vocabulary_are_no_nan(loaded: Any) -> None:
     assert np.isfinite(jax.jit(vlm.logits)(params, None, {**batch, "input_ids": ids})).all()
 
 
+@pytest.mark.broad
 def test_init_fills_the_shapes_with_small_numbers() -> None:
     vlm = build(make_config("single"))
     params = jax.jit(vlm.init)(jax.random.key(0))

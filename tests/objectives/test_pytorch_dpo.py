@@ -61,6 +61,7 @@ def norm(arrays):
     return np.sqrt(sum(np.sum(np.square(np.asarray(x, np.float64))) for x in arrays))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_pytorch_s(base, case):
     vlm, params, adapter, batch, answers = base

@@ -25,6 +25,7 @@ def write_examples(folder: Path, question: str = "What is this?") -> None:
     (folder / "examples.json").write_text(json.dumps({"looked_at": {"a": 4}, "examples": [{**entry, "answers": said}]}))
 
 
+@pytest.mark.broad
 def test_the_report_of_a_run_shows_its_examples(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5})
     write_examples(folder)

@@ -29,6 +29,7 @@ def read(folder):
     return json.loads((folder / "examples.json").read_text())["examples"]
 
 
+@pytest.mark.broad
 def test_a_run_stores_examples_with_every_model_s_answer(model, session, tmp_path):
     folder = run_with(model, tmp_path / "run", session, examples=6)
     told = read(folder)

@@ -161,6 +161,7 @@ def test_a_finished_run_stays_as_it_is(finished):
     assert "finished" in show.notes[-1]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("part", "option", "value", "told"),
     [("lora", "rank", 3, r"shared.*\[1, 3, 16\]"), ("train", "optimizer", "sgd", r"\['states'\]")],

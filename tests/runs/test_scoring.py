@@ -71,6 +71,7 @@ def test_what_a_client_gains_is_paired_over_its_examples():
     assert gains["half"] == pytest.approx([0.2, 0.8])
 
 
+@pytest.mark.broad
 def test_those_who_trained_have_an_interval_around_what_they_gain(record):
     own, base = record.scores("personal"), record.scores("zero_shot")
     intervals = record.results["gain_intervals"]["exact_match"]
