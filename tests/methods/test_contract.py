@@ -135,11 +135,12 @@ make_case = functools.cache(Case)
 
 EVERY_TIME = ("plora", "local", "flora", "pfedme", "fedalt")
 """One of each kind, in the ordinary suite: one part shared, nothing shared, a base that moves, a model beside the
-shared one, what others sent delivered. All others are broad tests."""
+shared one, what others sent delivered. All others that ship are broad tests; a new file is tried every time."""
 
 
 def each(methods):
-    return [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.broad) for name in methods]
+    broad = SENT.keys() - set(EVERY_TIME)
+    return [pytest.param(name, marks=pytest.mark.broad) if name in broad else name for name in methods]
 
 
 @pytest.fixture(scope="module", params=each(methods_available()))
@@ -628,8 +629,7 @@ def change(option):
     }[option]
 
 
-@pytest.mark.broad
-@pytest.mark.parametrize("name", methods_available())
+@pytest.mark.parametrize("name", each(methods_available()))
 def test_what_a_method_takes_it_reads(name):
     """An option that it says it takes changes what is computed: the traced programs or their order."""
     declared = make_method(name)[3].takes
@@ -637,3 +637,10 @@ def test_what_a_method_takes_it_reads(name):
     for option in declared:
         reads = trace_rounds(name, optimizer="sgd", **change(option)) != default
         assert reads, f"{name} says that it takes {option}, which changes nothing in its rounds"
+
+
+def test_a_new_file_is_tried_every_time():
+    plain, marked = each(["a-new-method", "fedavg-lora"])
+    assert plain == "a-new-method"
+    assert [mark.name for mark in marked.marks] == ["broad"]
+    assert set(EVERY_TIME) <= SENT.keys() <= set(methods_available())

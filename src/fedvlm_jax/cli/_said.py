@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from contextvars import ContextVar
 
-__all__ = ["find_said", "list_words", "note_flags", "was_said"]
+__all__ = ["find_said", "list_words", "note_words", "was_said"]
 
 _WORDS: ContextVar[tuple[str, ...]] = ContextVar("words", default=())
 
 
-def note_flags(words: Sequence[str]) -> None:
+def note_words(words: Sequence[str]) -> None:
     """Remember the words of the command line, and so the flags among them."""
     _WORDS.set(tuple(words))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 from fedvlm_jax.cli._numbers import make_registry
-from fedvlm_jax.cli._said import note_flags
+from fedvlm_jax.cli._said import note_words
 from fedvlm_jax.cli._short import expand_rate, is_version, tell_version
 from fedvlm_jax.cli._signals import exit_code, heed_signals, say
 from fedvlm_jax.errors import UserError, describe_os_error
@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         with heed_signals():
             words = expand_rate(words)
-            note_flags(words)
+            note_words(words)
             _dispatch(words)
         sys.stdout.flush()
     except UserError as error:

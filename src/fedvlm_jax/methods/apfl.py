@@ -34,8 +34,7 @@ def make(setup: Setup) -> Method:
     def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
         state = federated.init_client(key, server, number)
         own = {**pairs.split(federated.personalise(server, state))[0], "alpha": jnp.float32(hyper.apfl_alpha)}
-        optimizer = {"optimizer": setup.start_optimizer(own, trained_leaves)} if setup.keep_optimizer else {}
-        return {"federated": state, "own": own, **optimizer}
+        return {"federated": state, "own": own, **setup.kept(setup.start_optimizer(own, trained_leaves))}
 
     def client_update(
         ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
@@ -71,8 +70,7 @@ def make(setup: Setup) -> Method:
         own, optimizer, mine = ended[0]
         own = {**own, "alpha": jnp.clip(own["alpha"], 0, 1)}
         metrics |= {"loss": mine["loss"], "last_loss": mine["last_loss"], "alpha": own["alpha"]}
-        kept = {"optimizer": optimizer} if setup.keep_optimizer else {}
-        return {"federated": state, "own": own, **kept}, message, metrics
+        return {"federated": state, "own": own, **setup.kept(optimizer)}, message, metrics
 
     def personalise(server: Server, personal: Personal) -> lora.Adapter:
         return mixture(personal["own"], federated.personalise(server, personal["federated"]))

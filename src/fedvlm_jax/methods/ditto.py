@@ -22,8 +22,7 @@ def make(setup: Setup) -> Method:
     def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
         state = federated.init_client(key, server, number)
         own = federated.personalise(server, state)
-        optimizer = {"optimizer": setup.start_optimizer(own)} if setup.keep_optimizer else {}
-        return {"federated": state, "own": own, **optimizer}
+        return {"federated": state, "own": own, **setup.kept(setup.start_optimizer(own))}
 
     def client_update(
         ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
@@ -35,8 +34,7 @@ def make(setup: Setup) -> Method:
             personal["own"], optimizer, client, nudge=control.make_proximal(setup.hyper.ditto_lambda, anchor)
         )
         metrics |= {"loss": mine["loss"], "last_loss": mine["last_loss"], "global_loss": metrics["loss"]}
-        kept = {"optimizer": optimizer} if setup.keep_optimizer else {}
-        return {"federated": state, "own": own, **kept}, message, metrics
+        return {"federated": state, "own": own, **setup.kept(optimizer)}, message, metrics
 
     def personalise(server: Server, personal: Personal) -> lora.Adapter:
         del server

@@ -50,8 +50,7 @@ def make(setup: Setup) -> Method:
     def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
         state = federated.init_client(key, server, number)
         own = federated.personalise(server, state)
-        optimizer = {"optimizer": setup.start_optimizer(own)} if setup.keep_optimizer else {}
-        return {"federated": state, "own": own, **optimizer}
+        return {"federated": state, "own": own, **setup.kept(setup.start_optimizer(own))}
 
     def client_update(
         ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
@@ -75,8 +74,7 @@ def make(setup: Setup) -> Method:
         metrics = over_steps({name: jnp.stack([one[name] for one in history]) for name in history[0]})
         message = jax.tree.map(jnp.subtract, local, received)
         own = jax.tree.map(lambda new, old: jnp.where(client.mask.any(), new, old), own, personal["own"])
-        kept = {"optimizer": optimizer} if setup.keep_optimizer else {}
-        return {**personal, "own": own, **kept}, message, metrics
+        return {**personal, "own": own, **setup.kept(optimizer)}, message, metrics
 
     def personalise(server: Server, personal: Personal) -> lora.Adapter:
         del server

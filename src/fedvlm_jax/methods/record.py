@@ -136,6 +136,10 @@ class Setup(NamedTuple):
     hyper: HyperOptions = HyperOptions()
     share: str = ""
 
+    def kept(self, optimizer: PyTree) -> dict[str, PyTree]:
+        """Return what a client's state has of an optimiser: its state under "optimizer", or nothing."""
+        return {"optimizer": optimizer} if self.keep_optimizer else {}
+
 
 def is_factor(path: str) -> bool:
     """Does the path end in a factor of an adapter? What is trained unless a method says otherwise."""

@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from fedvlm_jax.errors import UserError, describe_os_error, naming
 from fedvlm_jax.runs.config import name_folder
+from fedvlm_jax.runs.foreign import clean
 
 __all__ = ["Claim", "choose_folder", "clear", "is_used", "make_folder", "name_command", "open_folder", "remove_unused"]
 
@@ -232,16 +233,16 @@ def _describe_holder(folder: Path) -> str:
     holder = _read_holder(folder)
     if not holder:
         return f"{folder} is in use by another process"
-    told = {name: _clean(holder.get(name, "unknown")) for name in ("process", "host", "since", "command")}
+    told = {name: _cut(holder.get(name, "unknown")) for name in ("process", "host", "since", "command")}
     return (
         f"{folder} is in use: process {told['process']} on {told['host']} has it since {told['since']} "
         f"({told['command']}). Wait for it, stop it, or choose another folder"
     )
 
 
-def _clean(value: object) -> str:
+def _cut(value: object) -> str:
     """A value out of somebody's file, as a terminal may have it."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in str(value)[: LONGEST + 1])
+    text = clean(str(value)[: LONGEST + 1])
     return text if len(text) <= LONGEST else text[:LONGEST] + "…"
 
 

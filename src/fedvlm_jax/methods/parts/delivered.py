@@ -111,7 +111,7 @@ def make_delivering_method(
         shares = jnp.zeros(server["pool"]["number"].shape, jnp.float32)
         state = {"own": own, "number": jnp.asarray(number, jnp.int32), "sent": jnp.zeros((), bool), "shares": shares}
         state |= {} if setup.common_start else {"first": only_a(own)}
-        return state | ({"optimizer": setup.start_optimizer(own, trained)} if setup.keep_optimizer else {})
+        return state | setup.kept(setup.start_optimizer(own, trained))
 
     def _sent(factors: PyTree) -> PyTree:
         return tree.partition(factors, sent)[0]
@@ -160,7 +160,7 @@ def make_delivering_method(
             "personal_drift": personal_drift(own, personal.get("first", server["start"])),
         }
         state = {**personal, "own": own, "sent": jnp.ones((), bool), "shares": shares}
-        state |= {"optimizer": optimizer} if setup.keep_optimizer else {}
+        state |= setup.kept(optimizer)
         took = client.mask.any()
         state = jax.tree.map(lambda new, old: jnp.where(took, new, old), state, personal)
         return state, {"moved": moved, "number": personal["number"]}, metrics

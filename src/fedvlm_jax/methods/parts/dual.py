@@ -57,7 +57,7 @@ def make_dual_method(
         del number
         own = server["start"] if setup.common_start else pairs.split(setup.draw(key))[0]
         state = {"own": own, "begun": jnp.zeros((), bool)}
-        return state | ({"optimizer": _start_optimizers(own)} if setup.keep_optimizer else {})
+        return state | setup.kept(_start_optimizers(own))
 
     def _start_optimizers(own: PyTree) -> dict[str, PyTree]:
         return dict.fromkeys(("global", "local"), setup.start_optimizer(own))
@@ -90,8 +90,7 @@ def make_dual_method(
             metrics = {name: jnp.where(local > 0, metrics.get(name, x), x) for name, x in more.items()}
             metrics["steps"] = more["steps"] + local
         metrics |= {"update_norm": norm_of(message)}
-        kept = {"optimizer": optimizers} if setup.keep_optimizer else {}
-        return {"own": own, "begun": begun, **kept}, message, metrics
+        return {"own": own, "begun": begun, **setup.kept(optimizers)}, message, metrics
 
     def aggregate(
         ctx: Context, server: Server, messages: Message, weights: Float[Array, " cohort"]
