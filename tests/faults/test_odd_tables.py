@@ -92,6 +92,16 @@ def test_texts_are_read_from_every_layout(tmp_path: Path, name: str, column: str
     assert read(tmp_path, column, TEXT_TYPES[name]()).read_text(column) == TEXTS
 
 
+def test_no_number_makes_no_client(tmp_path: Path) -> None:
+    """Polars and numpy write NaN where pandas writes null."""
+    table = read(tmp_path, "site", pa.array([1.5, float("nan"), None, 2.5]))
+    assert table.read_text("site") == ["1.5", None, None, "2.5"]
+    options = DataOptions(source=table.name, partition_by="site", validation_share=0, test_share=0)
+    federation = federate(table, options, 0)
+    assert federation.names == ("1.5", "2.5")
+    assert [(entry.row, entry.reason) for entry in federation.skipped] == [(1, "no site"), (2, "no site")]
+
+
 ANSWERS = [["a", "b", " b "], ["c"], [], None]
 ANSWER_TYPES: dict[str, Callable[[], pa.Array]] = {
     "texts": lambda: pa.array(ANSWERS, pa.list_(pa.string())),

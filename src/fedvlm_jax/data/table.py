@@ -309,7 +309,8 @@ def _list_texts(chunk: "pa.Array") -> list[str | None]:
         return [_choose(cell) for cell in _list_cells(chunk)]
     if not is_a.is_dictionary(chunk.type):
         try:
-            return [None if value is None else str(value) for value in chunk.to_pylist()]
+            # NaN, which is not itself, is how other programs write that there is no number.
+            return [None if value is None or value != value else str(value) for value in chunk.to_pylist()]
         except UnicodeDecodeError:
             return [None if value is None else _read_utf8(value) for value in chunk.cast("large_binary").to_pylist()]
     words = _list_texts(chunk.dictionary)
