@@ -222,6 +222,18 @@ CONFIGURATIONS: dict[str, tuple[Spoil, str]] = {
     "tokenizer an LFS pointer": (write(TOKENIZER, POINTER), r"tokenizer\.json .*git lfs pull"),
     "tokenizer an empty object": (write(TOKENIZER, b"{}"), r"processor in .* cannot be read"),
     "tokenizer without a vocabulary": (change(TOKENIZER, model={"type": "BPE"}), r"processor in .* cannot be read"),
+    "tokenizer whose words go on with a prefix": (
+        change(TOKENIZER, model={"type": "BPE", "continuing_subword_prefix": "x", "vocab": {}, "merges": []}),
+        r"tokenizer\.json: model\.continuing_subword_prefix is 'x'",
+    ),
+    "tokenizer that cuts words by chance": (
+        reword('"dropout": null', '"dropout": 0.5'),
+        r"tokenizer\.json: model\.dropout is '0\.5'",
+    ),
+    "tokenizer that begins no text": (
+        both(change(TOKENIZER, post_processor=None), change(GENERATION, forced_bos_token_id=0)),
+        r"begin with forced_bos_token_id=0, and the tokenizer begins those that are learnt with",
+    ),
     "tokenizer of an unknown kind": (change(TOKENIZER, model={"type": "none"}), r"processor in .* cannot be read"),
     "tokenizer whose template names no token": (
         reword('"SpecialToken": {"id": "<s>"', '"SpecialToken": {"id": "<none>"'),

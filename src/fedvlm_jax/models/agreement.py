@@ -99,6 +99,12 @@ def _check_tokens(vlm: Vlm, processor: Processor, folder: Path) -> None:
             f"{folder}: answers end with token {processor.eos_token_id} in the tokenizer, and with "
             f"{list(settings.eos_token_ids)} in the configuration: none would ever end"
         )
+    first = int(processor.answers(["a"], 4)[0, 0])
+    if settings.forced_bos_token_id not in (None, first):
+        raise UserError(
+            f"{folder}: generated answers begin with forced_bos_token_id={settings.forced_bos_token_id}, and the "
+            f"tokenizer begins those that are learnt with {first}: is the post_processor of tokenizer.json whole?"
+        )
     for name, number in (("pad", settings.pad_token_id), ("forced BOS", settings.forced_bos_token_id)):
         if number is not None and number not in processor.framing:
             raise UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -98,6 +98,19 @@ def _explain_import(error: BaseException) -> str:
     )
 
 
+def _refuse_odd_words(file: Path, content: Mapping[str, Any]) -> None:
+    """Refuse two settings of a tokenizer's file under which no model of ours can be trained.
+
+    Raises:
+        UserError: words that are cut by chance, so that no text has the same tokens twice; or a prefix of continued
+            words, which byte-level tokenizers do not have, and over which `tokenizers` ends the process.
+    """
+    model = content.get("model")
+    for name in ("dropout", "continuing_subword_prefix"):
+        if isinstance(model, dict) and (value := model.get(name)):
+            raise UserError(f"{file}: model.{name} is {str(value)[:40]!r}, expected none, as Florence-2's has")
+
+
 @dataclass(frozen=True, eq=False)
 class Processor:
     """Wraps transformers' own processor; make one with `from_folder`."""
@@ -121,7 +134,7 @@ class Processor:
                 raise UserError(f"{folder} has no {what}: none of {', '.join(names)} is there")
         for name in (*_IMAGES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json"):
             if (folder / name).is_file():
-                read_json(folder / name)
+                _refuse_odd_words(folder / name, read_json(folder / name))
         processor = cls(_open_wrapped(folder))
         processor._try_out(folder)
         return processor
