@@ -109,6 +109,7 @@ def test_numbers_as_they_are_written() -> None:
         (["train", "--clients", "1e23"], "--clients: 1e23 is not a whole number in plain digits, like 1000 (fedvlm"),
         (["train", "--train.rounds", "1_000"], "--rounds: 1_000 is not a whole number"),
         (["train", "--lora.ranks", "2", "4_0"], "--lora.ranks: 4_0 is not a whole number"),
+        (["train", "--rounds", "1\n2"], r"--rounds: 1\n2 is not a whole number"),
         (["train", "--data.alpha", "٣"], "--data.alpha: ٣ is not a number in plain digits"),
         (["train", "--cohort", str(2**64)], f"--cohort is {2**64}: it must be a whole number of at most {LARGEST}"),
         (["compare", "--seeds", str(10**19)], f"--seeds is {10**19}: it must be a whole number of at most {LARGEST}"),

@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.runs.foreign import clean
 
 __all__ = ["LARGEST", "LARGEST_SEED", "check_numbers", "shorten"]
 
@@ -55,5 +56,6 @@ def _list_numbers(options: Any, prefix: str = "") -> Iterator[tuple[str, int | f
 
 
 def shorten(text: str) -> str:
-    """Cut what was given, so that the message stays one line."""
+    """Cut what was given, and write out its line breaks, so that the message stays one line."""
+    text = clean(text)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 10]}… ({len(text)} characters)"
