@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fedvlm_jax.errors import UserError, naming
+from fedvlm_jax.errors import UserError, check_utf8, naming
 
 try:
     import fcntl
@@ -97,16 +97,21 @@ def find_cache() -> Path:
     """The folder of all kinds.
 
     Raises:
-        UserError: neither the environment nor the system names one.
+        UserError: neither the environment nor the system names one, or it has bytes that are no UTF-8.
     """
     told = os.environ.get(FOLDER, "")
     if told:
-        return Path(told).absolute()
+        return _check(Path(told).absolute())
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:  # XDG: relative paths are to be ignored
-        return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "fedvlm-jax"
+        return _check((Path(base) if base.startswith("/") else Path.home() / ".cache") / "fedvlm-jax")
     except RuntimeError:
         raise UserError(f"there is no home folder to keep caches in: set {FOLDER} to a folder") from None
+
+
+def _check(folder: Path) -> Path:
+    check_utf8("the folder of caches", str(folder))
+    return folder
 
 
 def find_arrow() -> Path:
@@ -117,7 +122,7 @@ def find_arrow() -> Path:
     """
     told = os.environ.get("HF_DATASETS_CACHE", "")
     if told and not os.environ.get(FOLDER):
-        return Path(told).absolute() / "fedvlm-jax"
+        return _check(Path(told).absolute() / "fedvlm-jax")
     return find_cache() / ARROW
 
 

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["DamagedError", "UserError", "describe_os_error", "find_machine_fault", "naming"]
+__all__ = ["DamagedError", "UserError", "check_utf8", "describe_os_error", "find_machine_fault", "naming"]
 
 
 class UserError(ValueError):
@@ -17,6 +17,18 @@ class UserError(ValueError):
 
 class DamagedError(UserError):
     """A file does not hold what was written into it."""
+
+
+def check_utf8(what: str, text: str) -> None:
+    """Refuse a text that no JSON file holds, and that libraries take for damage of the file that it names.
+
+    Raises:
+        UserError: it has bytes that are no UTF-8, as names of files in an older encoding have.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} {text!r} has bytes that are no UTF-8: give that another name") from None
 
 
 ADVICE = {

@@ -16,10 +16,14 @@ import pytest
 from made_up import write_comparison, write_run
 from tiny_run import StopError, make_folder
 
+from fedvlm_jax.caches import FOLDER, find_arrow
+from fedvlm_jax.cli.main import main
+from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import claims, compare, evaluate, loop, report
 from fedvlm_jax.runs.claims import Claim
 from fedvlm_jax.runs.config import Compare, Run
+from fedvlm_jax.runs.fingerprints import anchor
 from fedvlm_jax.runs.folders import read_metrics
 
 HOLD = "import sys; from fedvlm_jax.runs.claims import Claim; Claim(__import__('pathlib').Path(sys.argv[1]))\n"
@@ -240,6 +244,42 @@ def test_a_folder_with_no_run_is_not_advised(tmp_path):
     with pytest.raises(UserError, match=r"is not empty: choose another --out$"):
         loop.train(Run(out=tmp_path))
     assert not (tmp_path / claims.LOCK).exists()
+
+
+CAFE = os.fsdecode(b"caf\xe9")
+"""A name in Latin-1, as an older system writes it: no JSON file takes it, and pyarrow calls the file damaged."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--out", CAFE],
+        ["train", "--data", f"{CAFE}/a.parquet"],
+        ["train", "--model", f"./{CAFE}"],
+        ["train", "--lora.targets", f"q_proj|{CAFE}"],
+        ["compare", "--system.cache-dir", CAFE],
+        ["report", CAFE],
+    ],
+)
+def test_a_name_in_another_encoding_is_one_line_before_anything_is_done(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    said = capsys.readouterr().err
+    assert (stop.value.code, said.count("\n")) == (2, 1)
+    assert r"caf\udce9" in said
+    assert "no UTF-8: give that another name" in said
+
+
+def test_a_folder_in_another_encoding_is_told_where_paths_begin_in_it(tmp_path, monkeypatch):
+    (tmp_path / CAFE / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / CAFE)
+    with pytest.raises(UserError, match=r"the path .*caf\\udce9/data' has bytes that are no UTF-8"):
+        anchor(Run(data=DataOptions(source="data")))
+    for name in (FOLDER, "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / CAFE))
+        with pytest.raises(UserError, match=r"the folder of caches .*caf\\udce9.* has bytes"):
+            find_arrow()
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from fedvlm_jax.cli._numbers import make_registry
 from fedvlm_jax.cli._said import note_words
 from fedvlm_jax.cli._short import expand_rate, is_version, tell_version
 from fedvlm_jax.cli._signals import exit_code, heed_signals, say
-from fedvlm_jax.errors import UserError, describe_os_error
+from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
 from fedvlm_jax.runs.heap import keep_heap
 from fedvlm_jax.runs.numbers import check_numbers
 from fedvlm_jax.runs.outputs import PIPE_GONE, is_reader_gone, silence, soften
@@ -63,6 +63,8 @@ def main(args: Sequence[str] | None = None) -> None:
     soften()
     try:
         with heed_signals():
+            for word in words:
+                check_utf8("the word", word)
             words = expand_rate(words)
             note_words(words)
             _dispatch(words)

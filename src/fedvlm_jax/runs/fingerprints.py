@@ -19,7 +19,7 @@ from fedvlm_jax.data.encode import IGNORED, Examples
 from fedvlm_jax.data.options import SPLITS
 from fedvlm_jax.data.registry import find_sets
 from fedvlm_jax.data.table import Table
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, check_utf8
 from fedvlm_jax.models.weights import find_files
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.storage import describe_versions
@@ -69,7 +69,9 @@ def move(run: Run, places: Run) -> Run:
 
 
 def _absolute(path: str | Path) -> Path:
-    return Path(path).expanduser().absolute()
+    place = Path(path).expanduser().absolute()
+    check_utf8("the path", str(place))  # of the working folder too
+    return place
 
 
 def find_places(folder: Path, run: Run) -> None:
