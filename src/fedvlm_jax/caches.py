@@ -14,6 +14,7 @@ links are left alone, and so is every file that none of our kinds writes. No hea
 """
 
 import contextlib
+import errno
 import os
 import stat
 import uuid
@@ -43,6 +44,7 @@ __all__ = [
     "hold_table",
     "list_entries",
     "read_bound",
+    "read_plain",
     "remove",
     "trim",
     "write_whole",
@@ -203,6 +205,17 @@ def write_whole(file: Path, content: bytes) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def read_plain(file: Path) -> bytes:
+    """Read a file that may be anything: a pipe would be waited for, and a device never ends.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(errno.EINVAL, "no regular file", str(file))
+    return file.read_bytes()
 
 
 def list_entries(kinds: Sequence[str] = tuple(KINDS)) -> list[Entry]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import xxhash
 
 from fedvlm_jax import digests
-from fedvlm_jax.caches import find_cache, write_whole
+from fedvlm_jax.caches import find_cache, read_plain, write_whole
 from fedvlm_jax.errors import UserError
 
 __all__ = ["digest_file", "digest_files"]
@@ -76,7 +76,7 @@ def _place(identity: list[str | int]) -> Path:
 
 def _recall(identity: list[str | int]) -> str | None:
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, UserError):
-        known = json.loads(_place(identity).read_text(encoding="utf-8"))
+        known = json.loads(read_plain(_place(identity)))
         if known["file"] == identity and isinstance(known["digest"], str):
             return known["digest"]
     return None

@@ -71,6 +71,8 @@ class Records:
         """Take up what other processes have added since the last look."""
         for file in sorted(self._folder.glob("*.keys")):
             first = self._seen.get(file.stem, 0)
+            if not (file.is_file() and file.with_suffix(".rows").is_file()):
+                continue  # a pipe would be waited for, and a device never ends
             try:
                 with file.open("rb") as opened:
                     opened.seek(first * ENTRY)

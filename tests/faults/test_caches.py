@@ -17,11 +17,14 @@ import pytest
 from PIL import Image
 
 import fedvlm_jax
+from fedvlm_jax import contents
+from fedvlm_jax.caches import read_plain
 from fedvlm_jax.data.facts import ImageFacts
 from fedvlm_jax.data.images import unique_images
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.records import KEY, Records
+from fedvlm_jax.runs.storage import LIST, open_adapters
 
 SIZE = 3000
 KEYS = 60
@@ -186,3 +189,48 @@ def test_an_image_that_changes_under_a_run_is_not_taken_for_what_it_was(tmp_path
         images = dataclasses.replace(images, keys=(images.keys[0][::-1],))
     with pytest.raises(UserError, match=r"row 0 of drawn is not what it was"):
         images.decode(0)
+
+
+# --- What is no file ---
+
+
+@pytest.fixture
+def _patience():
+    """Who waits for a pipe ends the test run, and does not hold it for ever."""
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+PLANTED = {
+    "pipe": os.mkfifo,
+    "device": lambda file: file.symlink_to("/dev/zero"),
+    "folder": lambda file: file.mkdir(),
+    "link to nowhere": lambda file: file.symlink_to("/nowhere/x"),
+    "link to itself": lambda file: file.symlink_to(file.name),
+}
+
+
+@pytest.mark.usefixtures("_patience")
+@pytest.mark.parametrize("kind", PLANTED)
+def test_nobody_waits_for_what_is_no_file(tmp_path, monkeypatch, kind):
+    """A pipe is waited for, and a device never ends: neither is opened, wherever a file of ours should be."""
+    monkeypatch.setenv("FEDVLM_CACHE", str(tmp_path))
+    plant = PLANTED[kind]
+    for name in ("a.keys", "b.rows", "facts.npz", LIST):
+        plant(tmp_path / name)
+        with pytest.raises(OSError, match=r"no regular|No such|Too many"):
+            read_plain(tmp_path / name)
+    (tmp_path / "a.rows").write_bytes(b"x" * SIZE)
+    (tmp_path / "b.keys").write_bytes(b"x" * 32)
+    records = Records(tmp_path, SIZE)
+    assert records.read(b"x" * KEY) is None
+    assert not ImageFacts.open(tmp_path / "facts.npz").digests
+    with pytest.raises(UserError, match=f"{LIST} is (damaged|missing)"):
+        open_adapters(tmp_path, ["a"])
+    known = tmp_path / "known"
+    known.write_bytes(b"content")
+    identity = contents._identify(known, known.stat())
+    (tmp_path / contents.FOLDER).mkdir()
+    plant(contents._place(identity))
+    assert contents._recall(identity) is None

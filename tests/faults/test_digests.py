@@ -203,6 +203,22 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_older_one_is_used(session, 
     assert_same_adapters(copy, whole)
 
 
+@pytest.mark.parametrize(("kept", "lost"), [(None, 3), ([0, 2], 1)])
+def test_lines_that_were_lost_are_told(session, whole, copy, kept, lost):
+    """Of the rounds before: a report without them would look as if they had never been."""
+    file = copy / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.unlink()
+    if kept:
+        file.write_text("".join(lines[at] for at in kept))
+    show = SilentProgress()
+    loop.resume(copy, show, session)
+    (told,) = [note for note in show.notes if "metrics.jsonl" in note]
+    assert f"metrics.jsonl lacks {lost} of 3 rounds" in told
+    assert len(read_metrics(copy)) == 4 - lost
+    assert_same_adapters(copy, whole)
+
+
 def test_where_no_checkpoint_is_whole_the_run_ends_with_one_line_and_stays_as_it_is(session, copy):
     damage(copy, 2)
     damage(copy, 3)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedvlm_jax.caches import write_whole
+from fedvlm_jax.caches import read_plain, write_whole
 
 __all__ = ["ImageFacts"]
 
@@ -63,7 +63,7 @@ def _pack(digests: dict[int, bytes], sound: set[int]) -> bytes:
 def _read(file: Path) -> tuple[dict[int, bytes], set[int]]:
     content = b""
     with contextlib.suppress(OSError):
-        content = file.read_bytes()
+        content = read_plain(file)
     if len(content) <= SIZE or _digest(content[SIZE:]) != content[:SIZE]:
         return {}, set()
     with np.load(io.BytesIO(content[SIZE:]), allow_pickle=False) as stored:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedvlm_jax.caches import ARROW, list_entries, remove, write_whole
+from fedvlm_jax.caches import ARROW, list_entries, read_plain, remove, write_whole
 from fedvlm_jax.data.mapped import Blobs
 from fedvlm_jax.digests import digest_parts
 from fedvlm_jax.errors import UserError
@@ -32,7 +32,7 @@ def check_seal(data: "pa.Table", blobs: Blobs) -> bool:
     found = digest_parts(_list_parts(data, blobs), len(data), *(file.stat().st_size for file in blobs.files)).hex()
     file = blobs.files[0].parent / SEAL
     if file.exists():
-        return file.read_bytes() == found.encode()
+        return read_plain(file) == found.encode()
     with contextlib.suppress(OSError):  # without a seal it is as good as one just written
         write_whole(file, found.encode())
     return True

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from fedvlm_jax.caches import write_whole
+from fedvlm_jax.caches import read_plain, write_whole
 from fedvlm_jax.data.images import Images
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.records import Records
@@ -239,7 +239,7 @@ class FeatureStore:
             file = folder / "shape.json"
             if not file.exists():
                 write_whole(file, header.encode())
-            stored = file.read_text(encoding="utf-8", errors="replace")
+            stored = read_plain(file).decode("utf-8", "replace")
         except OSError as error:
             raise UserError(f"--system.cache-dir {folder}: {error.strerror}") from None
         if stored != header:

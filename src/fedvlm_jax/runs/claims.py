@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fedvlm_jax.caches import read_plain
 from fedvlm_jax.errors import UserError, describe_os_error, naming
 from fedvlm_jax.runs.config import name_folder
 from fedvlm_jax.runs.foreign import clean
@@ -249,7 +250,7 @@ def _cut(value: object) -> str:
 def _read_holder(folder: Path) -> Mapping[str, Any]:
     """What the lock file says; nothing where it says nothing that can be read."""
     try:
-        holder = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+        holder = json.loads(read_plain(folder / LOCK))
     except (OSError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}

@@ -389,8 +389,11 @@ class Course:
     def _trim_metrics(self, done: int) -> None:
         """Forget lines of rounds that are not in a checkpoint: they are run again."""
         path = self.folder / "metrics.jsonl"
-        if processes.is_first() and path.exists():
-            lines = [json.dumps(line) + "\n" for line in read_metrics(self.folder) if line["round"] <= done]
+        if processes.is_first() and (done or path.exists()):
+            kept = [line for line in read_metrics(self.folder) if line["round"] <= done]
+            if lost := done - len(kept):
+                self.show.note(f"{path} lacks {lost} of {done} rounds: reports leave them out, and nothing else does")
+            lines = [json.dumps(line) + "\n" for line in kept]
             scratch = path.with_suffix(".tmp")
             with naming(scratch):
                 scratch.write_text("".join(lines), encoding="utf-8")

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from fedvlm_jax import digests, processes, tree
-from fedvlm_jax.caches import write_whole
+from fedvlm_jax.caches import read_plain, write_whole
 from fedvlm_jax.errors import DamagedError, UserError, naming
 from fedvlm_jax.runs.claims import name_command
 from fedvlm_jax.sharding import own_base
@@ -204,7 +204,7 @@ def _read_arrays(file: Path, digest: str) -> dict[str, np.ndarray]:
     from safetensors.numpy import load
 
     try:
-        content = file.read_bytes()
+        content = read_plain(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): put it back from a copy, or train again") from error
     if digests.digest_parts([content]).hex() != digest:
@@ -220,7 +220,7 @@ def _read_list(folder: Path) -> dict[str, Any]:
     """
     file = folder / LIST
     try:
-        listed = json.loads(file.read_text(encoding="utf-8"))
+        listed = json.loads(read_plain(file))
         sound = all(isinstance(digest, str) for digest in listed["common"].values()) and all(
             isinstance(entry["file"], str) and isinstance(entry["digest"], str) for entry in listed["clients"].values()
         )
