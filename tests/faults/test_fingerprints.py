@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from fedvlm_jax.data.images import digest_rows
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.data.table import read_parquet
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs import evaluate, fingerprints, loop
-from fedvlm_jax.runs.config import Run, TrainOptions
+from fedvlm_jax.runs import compare, evaluate, fingerprints, loop
+from fedvlm_jax.runs.baseline import train_alone
+from fedvlm_jax.runs.config import Compare, Run, TrainOptions
 from fedvlm_jax.runs.fingerprints import anchor
 from fedvlm_jax.runs.folders import read_run
 from fedvlm_jax.runs.progress import SilentProgress
@@ -309,6 +311,38 @@ def test_a_report_notices_an_edited_config(tmp_path):
     edit_text("run/config.json", '"seed": ', '"seed": 1')(tmp_path)
     with pytest.raises(UserError, match="is not as the run wrote it"):
         read_run(run)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run of a comparison, of files that are not there any more; and what is there now."""
+    then = {"data": "a", "weights": "b", "model_files": {"config.json": "c"}, "clients": {}}
+    folder = write_run(tmp_path / "runs" / "local-seed0", {"a": 0.1}, {"a": 0.2}, anchor(Run(method="local")))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(seal({**config, "fingerprint": then})))
+    return folder, SimpleNamespace(sources={**then, "data": "other"})
+
+
+@pytest.mark.parametrize("method", ["local", "local+ft"])
+def test_a_comparison_goes_on_with_no_other_data(finished, method):
+    """Finished runs are only read: beside them others would be trained on the new data."""
+    folder, session = finished
+    if method != "local":
+        folder.rename(folder.with_name(f"{method}-seed0"))
+    comparison = Compare(methods=(method, "plora"), seeds=1, base=Run(out=folder.parent.parent))
+    with pytest.raises(UserError, match=r"the data, emoji, have another content"):
+        compare.compare(comparison, session=session)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_training_alone_is_of_the_run_s_own_data(finished, later):
+    folder, session = finished
+    config = json.loads((folder / "config.json").read_text())
+    config["run"]["method"] = "plora"
+    (folder / "config.json").write_text(json.dumps(seal(config)))
+    with pytest.raises(UserError, match=r"the data, emoji, have another content"):
+        train_alone(folder, SilentProgress(), (lambda run: session) if later else session)
+    assert not (folder / "baseline").exists()
 
 
 @pytest.mark.broad

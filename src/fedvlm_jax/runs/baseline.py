@@ -12,7 +12,7 @@ from fedvlm_jax import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.choices import for_method
-from fedvlm_jax.runs.compare import finish_run
+from fedvlm_jax.runs.compare import finish_run, refuse_other_sources
 from fedvlm_jax.runs.config import Run, from_json
 from fedvlm_jax.runs.folders import BASELINE, read_run
 from fedvlm_jax.runs.longer import lengthen
@@ -61,10 +61,14 @@ def train_alone(folder: Path, show: Progress, session: loop.Opened) -> None:
         session: what both runs share.
 
     Raises:
-        UserError: as `make_baseline`, or what lies in its folder is a run with other options.
+        UserError: as `make_baseline`, what lies in its folder is a run with other options, or data or model are not
+            those of the finished run any more.
     """
-    alone = make_baseline(dataclasses.replace(from_json(read_run(folder).options), out=folder))
+    run = dataclasses.replace(from_json(read_run(folder).options), out=folder)
+    alone = make_baseline(run)
     assert alone.out is not None
+    if not (alone.out / "results.json").is_file():
+        refuse_other_sources(folder, run, session(alone) if callable(session) else session)
     if (alone.out / "config.json").is_file() and read_config(alone.out).run.train.rounds < alone.train.rounds:
         loop.resume(alone.out, show, session)  # the run was trained longer: so is this, once it has its first rounds
         processes.tell_all(partial(lengthen, alone.out, alone.train.rounds))

@@ -18,7 +18,7 @@ from fedvlm_jax.runs.choices import for_method
 from fedvlm_jax.runs.claims import Claim, name_command
 from fedvlm_jax.runs.codec import encode
 from fedvlm_jax.runs.config import Compare, Run, TrainOptions, to_json, without_extras
-from fedvlm_jax.runs.fingerprints import anchor, move
+from fedvlm_jax.runs.fingerprints import anchor, compare_sources, move
 from fedvlm_jax.runs.folders import RunRecord, read_run
 from fedvlm_jax.runs.prepare import Session, open_session
 from fedvlm_jax.runs.progress import Numbered, Progress, SilentProgress
@@ -27,7 +27,7 @@ from fedvlm_jax.runs.stored import read_config
 from fedvlm_jax.runs.validation import FINETUNED, REMEMBERING, plain, validate_comparison
 from fedvlm_jax.runs.workers import WorkerProgress, spread
 
-__all__ = ["compare", "finish_run"]
+__all__ = ["compare", "finish_run", "refuse_other_sources"]
 
 BYTES = ("bytes_up_per_client", "bytes_down_per_client")
 """Of a round; a comparison tells their mean over the federated rounds."""
@@ -69,6 +69,7 @@ def _compare(
         _share_out(comparison, settings, seeds, show)
         show = SilentProgress()  # from here on, all is there to be read
     session = session or open_session(comparison.base, show.note)
+    _check_finished(comparison, settings, comparison.methods, seeds, session)
     entries: list[dict[str, Any]] = []
     zero_shot: list[dict[str, Any]] = []
     selected_by = ""
@@ -90,6 +91,20 @@ def _compare(
     }
     write_json(folder / "comparison.json", content)
     return folder
+
+
+def _check_finished(
+    comparison: Compare,
+    settings: Mapping[str, TrainOptions],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    session: Session,
+) -> None:
+    """Refuse to put runs of other data or another model into one comparison: those that are finished are only read."""
+    for run in (_make_run(comparison, settings, method, seed) for seed in seeds for method in methods):
+        assert run.out is not None
+        if (run.out / "results.json").is_file():
+            refuse_other_sources(run.out, run, session)
 
 
 def _run_methods(
@@ -125,6 +140,7 @@ def _share_out(comparison: Compare, settings: Mapping[str, TrainOptions], seeds:
 def _work(task: tuple[Compare, Mapping[str, TrainOptions], tuple[str, ...], list[int]]) -> tuple[str, ...]:
     comparison, settings, methods, seeds = task
     session = _open_kept(comparison.base)
+    _check_finished(comparison, settings, methods, seeds, session)
     for seed in seeds:
         _run_methods(comparison, settings, methods, seed, WorkerProgress(), session)
     session.forget("programs")
@@ -133,6 +149,16 @@ def _work(task: tuple[Compare, Mapping[str, TrainOptions], tuple[str, ...], list
 
 _open_kept = functools.lru_cache(maxsize=1)(open_session)
 """In a worker: what all its tasks have in common."""
+
+
+def refuse_other_sources(folder: Path, run: Run, session: Session) -> None:
+    """See that a finished run, which is only read, was of the data and the model beside whose runs it is put.
+
+    Raises:
+        UserError: they have changed since.
+    """
+    if stored := read_config(folder).content.get("fingerprint"):
+        compare_sources(folder, run, stored, session.sources)
 
 
 def finish_run(run: Run, show: Progress, session: loop.Opened, start: Path | None = None) -> RunRecord:
