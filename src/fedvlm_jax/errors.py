@@ -5,7 +5,15 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["DamagedError", "UserError", "check_utf8", "describe_os_error", "find_machine_fault", "naming"]
+__all__ = [
+    "DamagedError",
+    "UserError",
+    "check_utf8",
+    "describe_os_error",
+    "explain_error",
+    "find_machine_fault",
+    "naming",
+]
 
 
 class UserError(ValueError):
@@ -58,6 +66,13 @@ def describe_os_error(error: OSError) -> str:
     where = f"{error.filename!s}: " if error.filename else ""
     name, advice = error.strerror or str(error), ADVICE.get(error.errno)
     return f"{where}{name}" + (f" ({advice})" if advice else "")
+
+
+def explain_error(error: BaseException, most: int = 300) -> str:
+    """An exception in one line of at most so many characters, its kind first unless it is a message of ours."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    text = " ".join(f"{kind}{error}".split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 OF_FILES = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)

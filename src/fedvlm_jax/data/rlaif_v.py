@@ -15,7 +15,7 @@ from fedvlm_jax.data.columns import federate_by_column
 from fedvlm_jax.data.options import OF_PARQUET
 from fedvlm_jax.data.registry import NamedSet
 from fedvlm_jax.data.table import Table, open_dataset, read_parquet
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, explain_error
 
 if TYPE_CHECKING:
     from fedvlm_jax.data.options import DataOptions
@@ -66,8 +66,8 @@ def _fetch(revision: str | None) -> Table:
     except Exception as error:  # of the hub, the network or the disk: their libraries share no base
         command = f"hf download {HUB_ID} --repo-type dataset{f' --revision {revision}' if revision else ''}"
         raise UserError(
-            f"--data {NAME}: {HUB_ID} at revision {revision or 'main'} cannot be fetched ({type(error).__name__}: "
-            f"{error}). Where the hub can be reached, run: {command} --local-dir DIR; then give --data.path DIR."
+            f"--data {NAME}: {HUB_ID} at revision {revision or 'main'} cannot be fetched ({explain_error(error)}). "
+            f"Where the hub can be reached, run: {command} --local-dir DIR; then give --data.path DIR."
         ) from error
     assert isinstance(dataset, datasets.Dataset)
     urls = dataset.info.download_checksums or {}  # hf://datasets/owner/name@commit/file

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fedvlm_jax.caches import Hold, find_arrow, hold_table, read_bound, trim
 from fedvlm_jax.digests import digest_parts
-from fedvlm_jax.errors import UserError, find_machine_fault
+from fedvlm_jax.errors import UserError, explain_error, find_machine_fault
 
 if TYPE_CHECKING:
     import datasets
@@ -54,7 +54,9 @@ def check_shards(files: Sequence[Path]) -> tuple[dict[str, "pa.DataType"], list[
                 schema, count = opened.schema_arrow, opened.metadata.num_rows
                 groups = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
         except Exception as error:  # pyarrow raises a dozen kinds for a file that is no parquet
-            raise UserError(f"{file} cannot be read as parquet ({error}); replace it or remove it.") from error
+            raise UserError(
+                f"{file} cannot be read as parquet ({explain_error(error)}); replace it or remove it."
+            ) from error
         if min(groups, default=0) < 0 or sum(groups) != count:
             raise UserError(f"{file} promises {count} rows and has {sum(groups)}: it is damaged; write it again.")
         labels.append(frozenset(read_class_names(schema)))
@@ -234,7 +236,7 @@ def convert_shards(
         broken = _find_damaged(files, list(columns))
         where = str(broken or (files[0] if len(files) == 1 else f"one of the {len(files)} files in {files[0].parent}"))
         raise UserError(
-            f"{where} cannot be read to its end ({type(cause).__name__}: {cause}); it is damaged or its columns are of "
+            f"{where} cannot be read to its end ({explain_error(cause)}); it is damaged or its columns are of "
             "types that cannot be. Write it again, or remove it from the folder."
         ) from error
     except OSError as error:

@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, explain_error
 
 __all__ = ["explain_error", "read_json", "sniff"]
 
@@ -58,13 +58,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file} holds {_name(found)}, expected an object {{…}}")
     return found
-
-
-def explain_error(error: BaseException, most: int = 300) -> str:
-    """An exception in one line of at most so many characters, its kind first unless it is a message of ours."""
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    text = " ".join(f"{kind}{error}".split())
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _name(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, explain_error
 
 __all__ = ["DistributedOptions", "check_distributed", "describe_loss", "join"]
 
@@ -116,8 +116,9 @@ def join(options: DistributedOptions) -> None:
         ) from error
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"--distributed.coordinator {options.coordinator}: process 0 cannot listen there ({error}). Is it an "
-            "address of this machine, and is the port free? JAX_COORDINATOR_BIND_ADDRESS=HOST:PORT listens elsewhere"
+            f"--distributed.coordinator {options.coordinator}: process 0 cannot listen there "
+            f"({explain_error(error)}). Is it an address of this machine, and is the port free? "
+            "JAX_COORDINATOR_BIND_ADDRESS=HOST:PORT listens elsewhere"
         ) from None
 
 
