@@ -3,11 +3,13 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from transformers import BartConfig
 
 from fedvlm_jax.runs import frozen
-from fedvlm_jax.runs.config import Run, SystemOptions
+from fedvlm_jax.runs.config import EvaluationOptions, Run, SystemOptions
+from fedvlm_jax.sharding import make_mesh
 
 PLAIN = SystemOptions()
 
@@ -49,3 +51,16 @@ def test_other_flags_and_other_code_are_another_folder(monkeypatch, tmp_path):
     assert changed != before
     monkeypatch.setattr(frozen, "_hash_sources", lambda: "edited")
     assert name() not in (before, changed)
+
+
+def test_reference_log_probabilities_of_other_shapes_are_kept_apart(monkeypatch):
+    """Seeds of one session may have longer prompts; whoever was scored first decided the last bits of both."""
+    stores = []
+    monkeypatch.setattr(frozen, "compute_reference", lambda *args, **options: stores.append(args[4]))
+    kept = frozen.Session(SimpleNamespace(), {}, SimpleNamespace(), make_mesh(1), SimpleNamespace(), {})
+    for width, batch in ((4, 32), (8, 32), (4, 16), (4, 32)):
+        arrays = {name: np.zeros((2, width), np.int32) for name in ("input_ids", "labels", "rejected")}
+        run = Run(evaluation=EvaluationOptions(batch_size=batch))
+        frozen.reference_of(run, kept, SimpleNamespace(**arrays), None, False, print)
+    assert len({id(store) for store in stores}) == 3
+    assert stores[0] is stores[3]

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["choose_rows", "federate_by_column", "federate_rows"]
 
+SHOWN = 40
+"""Characters of a value that a message shows."""
+
 
 def federate_by_column(table: Table, options: "DataOptions", seed: int) -> Federation:
     """Choose rows, give each to a client, and split every client's rows.
@@ -143,7 +146,7 @@ def _find_natural_key(table: Table, rows: Int[np.ndarray, " rows"]) -> str:
 
 def _read_splits(table: Table, rows: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
     splits = table.read_text("split", rows)
-    unknown = Counter(repr(split) for split in splits if split not in SPLITS)
+    unknown = Counter(repr(split and split[:SHOWN]) for split in splits if split not in SPLITS)
     if unknown:
         listed = ", ".join(f"{value} ({count} rows)" for value, count in unknown.most_common(5))
         raise UserError(

@@ -82,13 +82,14 @@ def reference_of(run: Run, session: Session, examples: Examples, inputs: Inputs,
     """The base's log-probabilities of all answers; clients, seeds and runs that share rows share them."""
 
     params, mesh = own_base(session.params), own_mesh(session.mesh)
+    arrays = (examples.input_ids, examples.labels, examples.rejected)
+    # Programs of other shapes round otherwise: what they compute is kept apart, in memory as on disk.
+    shapes = (*(array.shape[1] for array in arrays if array is not None), run.evaluation.batch_size, mesh.size)
 
     def open_store() -> ReferenceStore:
         if not on_disk:
             return ReferenceStore()
-        arrays = (examples.input_ids, examples.labels, examples.rejected)
-        widths = [array.shape[1] for array in arrays if array is not None]
-        about = (_describe_model(session), *widths, run.evaluation.batch_size, mesh.size)
+        about = (_describe_model(session), *shapes)
         return ReferenceStore(_name_folder(run, "reference", fingerprint_params(params, sorted(params)), *about))
 
     return compute_reference(
@@ -96,7 +97,7 @@ def reference_of(run: Run, session: Session, examples: Examples, inputs: Inputs,
         params,
         examples,
         inputs,
-        session.remember(("reference store", on_disk), open_store),
+        session.remember(("reference store", on_disk, *shapes), open_store),
         batch=run.evaluation.batch_size,
         mesh=mesh,
         note=note,
