@@ -331,7 +331,7 @@ def read_bound() -> int:
         gib = float(told) if told else DEFAULT_GIB
     except ValueError:
         gib = 0.0
-    if not 0 < gib < float("inf"):
+    if not 0 < gib * 2**30 < float("inf"):
         raise UserError(f"{BOUND} is {told!r}: it must be a number of GiB above 0")
     return int(gib * 2**30)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fedvlm_jax.caches import BOUND, read_bound
 from fedvlm_jax.cli._numbers import read_float, read_int
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import UserError
@@ -68,6 +69,15 @@ def test_no_number_is_none(path: str) -> None:
 def test_only_alpha_may_be_infinite(path: str) -> None:
     with pytest.raises(UserError, match="--" + path.replace("_", "-")):
         validate(change(Run(), path, math.inf))
+
+
+@pytest.mark.parametrize("gib", ["1e300", "1e308"])
+def test_no_cache_has_more_bytes_than_a_number_can_say(gib: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"--system\.cache-gib is 1e\+30[08]: it must be"):
+        validate(change(Run(), "system.cache_gib", float(gib)))
+    monkeypatch.setenv(BOUND, gib)
+    with pytest.raises(UserError, match=rf"{BOUND} is '{gib}': it must be a number of GiB above 0"):
+        read_bound()
 
 
 def test_seeds_are_those_that_jax_can_tell_apart() -> None:

@@ -241,8 +241,10 @@ def _check_pairs(run: Run) -> None:
         raise UserError(f"--wave {system.wave} does not divide over --mesh {mesh}: use a multiple of {mesh.clients}")
     if system.cache_dir is not None and system.cache not in ("auto", "disk"):
         raise UserError(f"--system.cache-dir is for --system.cache disk, not {system.cache}")
-    if not 0 < system.cache_gib < float("inf"):
-        raise UserError(f"--system.cache-gib is {system.cache_gib}: it must be above 0; --system.cache off keeps none")
+    if not 0 < system.cache_gib * 2**30 < float("inf"):  # in bytes
+        raise UserError(
+            f"--system.cache-gib is {system.cache_gib}: it must be a number above 0; --system.cache off keeps none"
+        )
     if run.out is not None and run.resume is not None:
         raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
 
