@@ -21,6 +21,9 @@ from fedvlm_jax.methods import Method
 
 __all__ = ["Around", "Programs", "make_programs"]
 
+EXAMINE = jax.jit(examine, static_argnames="beside")
+"""One program for all methods whose clients train adapters of the same shapes: compiling it takes seconds."""
+
 Around = Callable[[], AbstractContextManager[None]]
 """Makes what is entered while a program is compiled."""
 
@@ -75,9 +78,10 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs
         return method.personalise(server, state)
 
     trained = jax.vmap(method.trained, in_axes=(None, 0, 0))
+    trained_of_waves = jax.jit(lambda server, waves, messages: trained(server, from_waves(waves), messages))
 
     def health(server: PyTree, waves: PyTree, messages: PyTree, weights: Any) -> dict[str, Any]:
-        return examine(trained(server, from_waves(waves), messages), weights, method.pairs)
+        return EXAMINE(trained_of_waves(server, waves, messages), weights, beside=method.pairs)
 
     def base_is_finite(params: PyTree, server: PyTree) -> Any:
         return tree.is_finite(params if method.base is None else method.base(params, server))
@@ -89,7 +93,7 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs
         jax.jit(jax.vmap(partial(start_personal, method), in_axes=(None, None, 0))),
         jax.jit(jax.vmap(adapter_of, in_axes=(None, 0, 0, 0, None))),
         jax.jit(trained),
-        jax.jit(health),
+        health,
         method.base,  # not jitted: a compiled program would return copies of the weights that it leaves alone
         jax.jit(base_is_finite),
     )
