@@ -394,7 +394,7 @@ def to_html(table: Table) -> str:
     for number, row in enumerate(table.rows):
         cells = f'<th scope="row">{html.escape(row[0])}</th>'
         cells += "".join(
-            f'<td data-label="{html.escape(column)}">{html.escape(cell)}</td>'
+            f'<td data-label="{html.escape(column)}">{html.escape(cell).replace(" %", "&nbsp;%")}</td>'
             for column, cell in zip(table.columns[1:], row[1:], strict=True)
         )
         body.append(f"<tr{' class=strong' if number in table.strong else ''}>{cells}</tr>")
