@@ -25,6 +25,7 @@ from fedvlm_jax.runs import loop, report
 from fedvlm_jax.runs.claims import Claim
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.course import Course
+from fedvlm_jax.runs.outputs import leave_out_told
 from fedvlm_jax.runs.storage import write_json
 
 FULL = "No space left on device (free some space there)"
@@ -111,6 +112,14 @@ def test_the_last_checkpoint_s_error_arrives_when_all_is_closed(tmp_path):
         checkpoints.save(1, state, {})
         with pytest.raises(OSError, match="File too large"):
             checkpoints.close()
+
+
+@pytest.mark.parametrize(("error", "told"), [("Event loop is closed", False), ("something else", True)])
+def test_a_thread_that_ends_another_write_of_a_failed_checkpoint_says_nothing(error, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    leave_out_told()
+    sys.excepthook(RuntimeError, RuntimeError(error), None)
+    assert (error in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize(("write", "content"), [(write_json, {"a": "x" * 9000}), (write_whole, bytes(9000))])
@@ -259,7 +268,7 @@ def test_a_disk_that_fills_while_a_run_writes(small_disk, tmp_path):
         assert done.returncode == 2, done.stderr
         assert last.startswith("fedvlm: ")
         assert FULL in last, done.stderr
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 0
     assert len({end.split(": No space")[0] for end in ends}) >= 3, ends
     assert_same_adapters(whole, out)

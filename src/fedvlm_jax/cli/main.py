@@ -24,7 +24,7 @@ from fedvlm_jax.cli._signals import exit_code, heed_signals, say
 from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
 from fedvlm_jax.runs.heap import keep_heap
 from fedvlm_jax.runs.numbers import check_numbers
-from fedvlm_jax.runs.outputs import PIPE_GONE, is_reader_gone, silence, soften
+from fedvlm_jax.runs.outputs import PIPE_GONE, is_reader_gone, leave_out_told, silence, soften
 
 __all__ = ["commands_available", "main"]
 
@@ -61,6 +61,7 @@ def main(args: Sequence[str] | None = None) -> None:
     for name, value in QUIET.items():  # before jax and transformers are imported, which read them then
         os.environ.setdefault(name, value)
     soften()
+    leave_out_told()
     try:
         with heed_signals():
             for word in words:

@@ -7,9 +7,10 @@ import codecs
 import os
 import select
 import sys
+from types import TracebackType
 from typing import Any, TextIO
 
-__all__ = ["PIPE_GONE", "is_reader_gone", "silence", "soften", "to_ascii"]
+__all__ = ["PIPE_GONE", "is_reader_gone", "leave_out_told", "silence", "soften", "to_ascii"]
 
 PIPE_GONE = 141
 """Exit code of a command whose reader left, as `head` does: 128 and the number of SIGPIPE."""
@@ -51,6 +52,20 @@ def soften() -> None:
         reconfigure: Any = getattr(stream, "reconfigure", None)  # a test's stand-in has none
         if reconfigure is not None:
             reconfigure(errors="fedvlm")
+
+
+def leave_out_told() -> None:
+    """Have no traceback of what a disk's own error tells already.
+
+    Where one of several writes of a checkpoint fails, orbax closes the event loop in which the others end, and the
+    threads of tensorstore, which end them, tell so wherever they are.
+    """
+    sys.excepthook = _tell_error
+
+
+def _tell_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
 
 
 def to_ascii(text: str) -> str:
