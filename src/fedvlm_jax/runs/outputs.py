@@ -7,7 +7,6 @@ import codecs
 import os
 import select
 import sys
-from types import TracebackType
 from typing import Any, TextIO
 
 __all__ = ["PIPE_GONE", "is_reader_gone", "leave_out_told", "silence", "soften", "to_ascii"]
@@ -60,12 +59,12 @@ def leave_out_told() -> None:
     Where one of several writes of a checkpoint fails, orbax closes the event loop in which the others end, and the
     threads of tensorstore, which end them, tell so wherever they are.
     """
-    sys.excepthook = _tell_error
+    sys.unraisablehook = _tell_unraisable
 
 
-def _tell_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+def _tell_unraisable(found: "sys.UnraisableHookArgs") -> None:
+    if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(found)
 
 
 def to_ascii(text: str) -> str:
