@@ -26,8 +26,9 @@ from fedvlm_jax.runs import compare, evaluate, fingerprints, loop
 from fedvlm_jax.runs.baseline import train_alone
 from fedvlm_jax.runs.config import Compare, Run, TrainOptions
 from fedvlm_jax.runs.fingerprints import anchor
-from fedvlm_jax.runs.folders import read_run
+from fedvlm_jax.runs.folders import read_baseline, read_run
 from fedvlm_jax.runs.progress import SilentProgress
+from fedvlm_jax.runs.report import write_report
 from fedvlm_jax.runs.stored import check_seal, read_config, seal
 
 # --- Contents of files ---
@@ -343,6 +344,18 @@ def test_training_alone_is_of_the_run_s_own_data(finished, later):
     with pytest.raises(UserError, match=r"the data, emoji, have another content"):
         train_alone(folder, SilentProgress(), (lambda run: session) if later else session)
     assert not (folder / "baseline").exists()
+
+
+def test_a_baseline_of_other_data_is_not_shown_and_a_report_of_both_says_so(finished):
+    folder, _ = finished
+    baseline = Path(shutil.copytree(folder, folder.parent / "copy")).rename(folder / "baseline")
+    assert read_baseline(read_run(folder)) is not None
+    config = json.loads((baseline / "config.json").read_text())
+    config["fingerprint"]["weights"] = "other"
+    (baseline / "config.json").write_text(json.dumps(seal(config)))
+    assert read_baseline(read_run(folder)) is None
+    page = write_report([folder, baseline]).read_text(encoding="utf-8")
+    assert "Not on what local-seed0 was trained on: baseline (other base weights)." in page
 
 
 @pytest.mark.broad

@@ -147,7 +147,8 @@ def read_baseline(record: RunRecord) -> RunRecord | None:
     """Read the run that trained the same clients alone, for `fedvlm train` makes one inside the run's folder.
 
     Returns:
-        `None` where there is none, where it is not finished, or where it had another budget than the run has now.
+        `None` where there is none, where it is not finished, or where it had another budget than the run has now, or
+        other data or another base.
 
     Raises:
         UserError: a file of it is damaged.
@@ -158,7 +159,8 @@ def read_baseline(record: RunRecord) -> RunRecord | None:
     alone = read_run(folder)
     alike = all(alone.options.get(name) == record.options.get(name) for name in SAME)
     budgets = [{**(one.options.get("train") or {}), "weighting": None} for one in (record, alone)]
-    return alone if alike and budgets[0] == budgets[1] else None
+    sources = [one.config.get("fingerprint") for one in (record, alone)]
+    return alone if alike and budgets[0] == budgets[1] and sources[0] == sources[1] else None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The report of a run, of several runs, or of a comparison: `report.html`, `report.md` and `figures/*.png`."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fedvlm_jax.runs.tables import (
     tabulate_runs,
 )
 from fedvlm_jax.runs.theme import MANY
+from fedvlm_jax.runs.validation import plain
 from fedvlm_jax.runs.wording import describe_comparison, describe_run, describe_runs
 
 __all__ = ["write_report"]
@@ -92,7 +94,7 @@ def _report_run(record: RunRecord, target: Path) -> Report:
         *_show_health(draw_run_health(record, target, "")),
         Section(
             "How it was made",
-            [*_describe_method(record), *_describe_origin(record.config), *_describe_time(record), *_locate(record)],
+            _describe_making(record),
             command=record.config.get("command", ""),
             facts=_list_facts(record.config),
         ),
@@ -106,7 +108,9 @@ def _report_runs(records: Sequence[RunRecord], target: Path) -> Report:
     for number, record in enumerate(records):
         pictures = [*draw_run(record, target, f"{number}-"), *draw_run_health(record, target, f"{number}-")]
         title = f"{record.folder.name} ({record.method})"
-        sections.append(Section(title, describe_run(record)[:-1], pictures=pictures, facts=_list_facts(record.config)))
+        said = [*describe_run(record)[:-1], *_describe_making(record)]
+        facts = _list_facts(record.config)
+        sections.append(Section(title, said, pictures=pictures, command=record.config.get("command", ""), facts=facts))
     figures = [
         (percent(summarise(record.scores("personal")).mean), f"{record.method}, {record.folder.name}")
         for record in records
@@ -130,12 +134,16 @@ def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
         mark = MARKS[judge(difference)] if difference else ""
         against = f", {mark} {points(difference.mean)} against local" if difference and method != "local" else ""
         figures.append((percent(mean), method + against))
-    config = _read_first_config(record)
+    runs = _read_runs(record)
+    config = runs[0].config if runs else {}
     facts = [Facts("Settings of the comparison", _flatten(record.settings))] if record.settings else []
     seeds = ", ".join(map(str, record.seeds))
     how = [
         f"Seeds: {seeds}. All methods have the same clients, cohorts and initial adapter.",
+        *[f"{method}: {about}" for method in record.methods if (about := describe_method(plain(method)))],
         *_describe_origin(config),
+        *_describe_time(runs),
+        f"Adapters: `adapters` in the folder of each run, in `{record.folder}`.",
     ]
     sections = [
         Section(
@@ -185,20 +193,29 @@ def _show_best_examples(record: ComparisonRecord, ranking: Sequence[str]) -> lis
     return []
 
 
-def _read_first_config(record: ComparisonRecord) -> dict[str, Any]:
-    """Take options and versions from one of the runs; they share all but method and seed."""
+def _read_runs(record: ComparisonRecord) -> list[RunRecord]:
+    """Read those runs of a comparison that are still there."""
+    found = []
     for run in record.runs:
-        try:
-            return read_run(record.folder_of(run)).config
-        except UserError:
-            continue
-    return {}
+        with contextlib.suppress(UserError):
+            found.append(read_run(record.folder_of(run)))
+    return found
 
 
 def _name_subject(options: Mapping[str, Any]) -> str:
     """Name the model and the data that a page is about, as the beginning of its subtitle."""
     source = (options.get("data") or {}).get("source")
     return f"{options.get('model')} on {source}, " if source else ""
+
+
+def _describe_making(record: RunRecord) -> list[str]:
+    """Say what the method is, on what, from what and when the run was made, and where its adapters lie."""
+    return [
+        *_describe_method(record),
+        *_describe_origin(record.config),
+        *_describe_time([record]),
+        *_locate(record),
+    ]
 
 
 def _describe_method(record: RunRecord) -> list[str]:
@@ -222,13 +239,14 @@ def _describe_origin(config: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def _describe_time(record: RunRecord) -> list[str]:
-    """Say when a run was started, and how long its rounds took; a resumed run has waited between them."""
-    started = record.config.get("started")
-    seconds = sum(line.get("seconds") or 0.0 for line in record.rounds)
+def _describe_time(records: Sequence[RunRecord]) -> list[str]:
+    """Say when the first run was started, and how long all rounds took; a resumed run has waited between them."""
+    started = [record.config["started"] for record in records if record.config.get("started")]
+    seconds = sum(line.get("seconds") or 0.0 for record in records for line in record.rounds)
     if not started:
         return []
-    return [f"Started {started.replace('T', ' ')}; its rounds took {format_duration(seconds)} in all."]
+    whose = "its rounds" if len(records) == 1 else f"the rounds of all {len(records)} runs"
+    return [f"Started {min(started).replace('T', ' ')}; {whose} took {format_duration(seconds)} in all."]
 
 
 def _locate(record: RunRecord) -> list[str]:

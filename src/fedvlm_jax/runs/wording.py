@@ -78,7 +78,25 @@ def describe_runs(records: Sequence[RunRecord]) -> list[str]:
         f"{len(records)} runs. The highest mean is that of {best.folder.name} ({best.method}): {accuracy}.",
         "These runs were started one by one, so their clients and seeds may differ, and no interval is given. "
         "`fedvlm compare` compares on equal terms.",
+        *_tell_unlike(records),
     ]
+
+
+SOURCES = {"data": "data", "weights": "base weights", "model_files": "model files", "clients": "clients"}
+"""What a run's fingerprint has digests of."""
+
+
+def _tell_unlike(records: Sequence[RunRecord]) -> list[str]:
+    """Name the runs whose data, base or clients are not those of the first, as far as their folders tell."""
+    known = [record for record in records if record.config.get("fingerprint")]
+    told = []
+    for record in known[1:]:
+        ours, theirs = known[0].config["fingerprint"], record.config["fingerprint"]
+        unlike = [name for key, name in SOURCES.items() if ours.get(key) != theirs.get(key)]
+        told += [f"{record.folder.name} (other {', '.join(unlike)})"] if unlike else []
+    if not told:
+        return []
+    return [f"Not on what {known[0].folder.name} was trained on: {'; '.join(told)}. Their numbers do not compare."]
 
 
 def describe_comparison(record: ComparisonRecord) -> list[str]:
