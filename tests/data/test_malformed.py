@@ -318,6 +318,35 @@ def test_the_model_s_own_tokenizer_takes_any_text(tmp_path: Path) -> None:
     assert {entry.row: entry.reason for entry in examples.skipped} == reasons
 
 
+class Panic(BaseException):
+    """What ends a tokenizer written in Rust; no `Exception`."""
+
+
+class Picky(WordProcessor):
+    """Ends at one word, in questions and answers alike."""
+
+    def prompts(self, texts):
+        return super().prompts(self._look(texts))
+
+    def answers(self, texts, max_tokens):
+        return super().answers(self._look(texts), max_tokens)
+
+    def _look(self, texts):
+        if any("zebra" in text for text in texts):
+            raise Panic("no zebra")
+        return texts
+
+
+def test_a_text_that_ends_the_processor_is_its_row_s_fault(tmp_path: Path) -> None:
+    rows = make_rows(12)
+    rows[3]["question"] = rows[5]["chosen"] = rows[8]["rejected"] = "a zebra"
+    table = read_table(str(write_rows(tmp_path / "a.parquet", rows)))
+    examples = encode(table, federate(table, LENIENT, 0), Picky(), LENIENT)
+    found = {entry.row: entry.reason for entry in examples.skipped}
+    assert found == {3: "prompt refused: no zebra", **dict.fromkeys((5, 8), "answer refused: no zebra")}
+    check_nothing_lost(examples, rows, found)
+
+
 def test_one_endless_text_does_not_make_all_arrays_as_wide_as_itself(tmp_path: Path) -> None:
     import tracemalloc
 

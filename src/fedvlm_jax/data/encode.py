@@ -6,9 +6,9 @@ images are shared and, with a frozen vision tower, wanted only once.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -28,6 +28,7 @@ __all__ = [
     "LABELS",
     "Examples",
     "TextProcessor",
+    "ask_processor",
     "encode",
     "find_question_column",
     "require_pairs",
@@ -54,6 +55,9 @@ tokenised: one text of megabytes would make every array as wide as itself."""
 
 
 TOO_LONG = "prompt too long"
+
+OURS = (KeyboardInterrupt, SystemExit, MemoryError)
+"""What a processor may raise that no text is to blame for."""
 
 
 class TextProcessor(Protocol):
@@ -170,6 +174,8 @@ def encode(
             reasons[place] = broken[int(image[place])]
         elif reason := find_text_fault(questions[place], answers.chosen[place]):
             reasons[place] = reason
+        elif place in answers.refused:
+            reasons[place] = answers.refused[place]
         elif pairs and not answers.is_pair[place]:
             fault = find_pair_fault(answers.chosen[place], answers.rejected[place])
             reasons[place] = fault or "chosen equals rejected once cut"
@@ -209,7 +215,7 @@ def encode(
 class _Answers:
     """Both answers of N rows: as text, as labels [N, U], which were cut [N], and which are a pair [N].
 
-    What is no pair has no rejected labels.
+    What is no pair has no rejected labels. `refused` are places of rows of which the processor refuses one, and why.
     """
 
     chosen: list[str]
@@ -219,18 +225,21 @@ class _Answers:
     cut: np.ndarray
     rejected_cut: np.ndarray
     is_pair: np.ndarray
+    refused: dict[int, str]
 
 
 def _read_answers(table: Table, rows: np.ndarray, processor: TextProcessor, most: int) -> _Answers:
     chosen = [(text or "").strip() for text in table.read_text("chosen", rows)]
     there = "rejected" in table.columns
     rejected = [(text or "").strip() for text in table.read_text("rejected", rows)] if there else [""] * len(rows)
-    both, cut = _tokenise_answers(processor, [*chosen, *rejected], most)
+    both, cut, unfit = _tokenise_answers(processor, [*chosen, *rejected], most)
+    refused = {place % len(rows): reason for place, reason in unfit.items()}
     labels, rejected_labels = both[: len(rows)], both[len(rows) :]
     states = [find_pair_fault(*pair) is None for pair in zip(chosen, rejected, strict=True)]
     is_pair = (labels != rejected_labels).any(axis=1) & np.asarray(states, bool)
     rejected_labels[~is_pair] = IGNORED
-    return _Answers(chosen, rejected, labels, rejected_labels, cut[: len(rows)], cut[len(rows) :] & is_pair, is_pair)
+    own, other = cut[: len(rows)], cut[len(rows) :] & is_pair
+    return _Answers(chosen, rejected, labels, rejected_labels, own, other, is_pair, refused)
 
 
 def _tokenise_prompts(
@@ -246,7 +255,8 @@ def _tokenise_prompts(
     chunks, pad = [], None
     for start in range(0, len(distinct), CHUNK):
         part = ["" if start + n in unfit else text for n, text in enumerate(distinct[start : start + CHUNK])]
-        ids, mask, refused = _ask_prompts(processor, part)
+        asked, refused = ask_processor(processor.prompts, part, "prompt")
+        ids, mask = (np.asarray(found, np.int32) for found in asked)
         unfit |= {start + n: reason for n, reason in refused.items()}
         if pad is None and (mask == 0).any():
             pad = int(ids[mask == 0][0])  # the processor's own padding id, where it shows one
@@ -263,26 +273,40 @@ def _tokenise_prompts(
     return ids, masks, which, pad, unfit
 
 
-def _ask_prompts(processor: TextProcessor, texts: list[str]) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Ids, mask, and which texts the processor refuses and why: whatever it raises is that one row's fault.
+def ask_processor(ask: Callable[[list[str]], Any], texts: list[str], what: str) -> tuple[Any, dict[int, str]]:
+    """What a processor makes of texts, and which it refuses and why: whatever it raises is that one text's fault.
 
     A refused text is asked as an empty one.
+
+    Args:
+        ask: of the processor.
+        texts: what it is asked.
+        what: the texts' name in a reason.
     """
-    refused: dict[int, str] = {}
     try:
-        asked = processor.prompts(texts)
-    except Exception:
-        for place, text in enumerate(texts):
-            try:
-                processor.prompts([text])
-            except Exception as error:
-                refused[place] = f"prompt refused: {error}"[:120]
-        asked = processor.prompts(["" if place in refused else text for place, text in enumerate(texts)])
-    return np.asarray(asked[0], np.int32), np.asarray(asked[1], np.int32), refused
+        return ask(texts), {}
+    except OURS:
+        raise
+    except BaseException:  # what ends a tokenizer written in Rust is no Exception
+        reasons = {place: _find_refusal(ask, text) for place, text in enumerate(texts)}
+    refused = {place: f"{what} refused: {reason}"[:120] for place, reason in reasons.items() if reason is not None}
+    return ask(["" if place in refused else text for place, text in enumerate(texts)]), refused
 
 
-def _tokenise_answers(processor: TextProcessor, texts: Sequence[str], most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels [N, U] of at most `most` tokens, and which of the N were longer.
+def _find_refusal(ask: Callable[[list[str]], Any], text: str) -> str | None:
+    try:
+        ask([text])
+    except OURS:
+        raise
+    except BaseException as error:
+        return str(error)
+    return None
+
+
+def _tokenise_answers(
+    processor: TextProcessor, texts: Sequence[str], most: int
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Labels [N, U] of at most `most` tokens, which of the N were longer, and which the processor refuses and why.
 
     A text that still has tokens at `most + 1` is too long; it is tokenised again to `most`, so that the processor
     decides how a cut answer ends.
@@ -290,9 +314,12 @@ def _tokenise_answers(processor: TextProcessor, texts: Sequence[str], most: int)
     distinct, which = _distinct(texts)
     chunks = []
     long = np.zeros(len(distinct), bool)
+    unfit: dict[int, str] = {}
     for start in range(0, len(distinct), CHUNK):
         part = [text[: CHARACTERS * (most + 1)] for text in distinct[start : start + CHUNK]]
-        labels = np.array(processor.answers(part, most + 1), np.int32)
+        asked, refused = ask_processor(lambda texts: processor.answers(texts, most + 1), part, "answer")
+        unfit |= {start + n: reason for n, reason in refused.items()}
+        labels = np.array(asked, np.int32)
         over = (labels != IGNORED).sum(axis=1) > most
         labels = _widen(labels, most + 1, IGNORED)[:, :most]
         if over.any():
@@ -303,7 +330,9 @@ def _tokenise_answers(processor: TextProcessor, texts: Sequence[str], most: int)
         chunks.append(labels[:, :used])
     width = max((labels.shape[1] for labels in chunks), default=0)
     empty = [np.empty((0, width), np.int32)]
-    return np.concatenate([_widen(labels, width, IGNORED) for labels in chunks] or empty)[which], long[which]
+    labels = np.concatenate([_widen(labels, width, IGNORED) for labels in chunks] or empty)
+    places = {place: unfit[int(at)] for place, at in enumerate(which) if int(at) in unfit}
+    return labels[which], long[which], places
 
 
 def _trim(labels: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Int
 
-from fedvlm_jax.data.encode import CHARACTERS, CHUNK, IGNORED
+from fedvlm_jax.data.encode import CHARACTERS, CHUNK, IGNORED, ask_processor
 from fedvlm_jax.evaluation.tokens import normalise
 from fedvlm_jax.models.search import Settings
 
@@ -102,10 +102,14 @@ def _write(
     distinct = list(dict.fromkeys(texts))
     for start in range(0, len(distinct), CHUNK):
         part = distinct[start : start + CHUNK]
-        labels = processor.answers([text[: CHARACTERS * (most + 1)] for text in part], most + 1)
+        begun = [text[: CHARACTERS * (most + 1)] for text in part]
+        labels, refused = ask_processor(lambda texts: processor.answers(texts, most + 1), begun, "answer")
+        faults |= {part[place]: UNWRITABLE for place in refused}
         longest = max(longest, int((labels != IGNORED).sum(axis=1).max()))
         for text, ids, told in zip(part, labels, processor.decode(labels), strict=True):
             own = ids[ids != IGNORED]
+            if text in faults:
+                continue
             if len(own) > most:
                 faults[text] = LONG.format(most=most)
             elif _letters(told) != _letters(text):
