@@ -61,6 +61,12 @@ def read_lines(folder):
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
+def assert_same_end(folder, other):
+    assert read_lines(folder) == read_lines(other)
+    assert_same_adapters(folder, other)
+    assert json.loads((folder / "results.json").read_text()) == json.loads((other / "results.json").read_text())
+
+
 def kill_after(process, folder, lines, delay=0.0):
     """Kill with -9 so many seconds after the line of a round is there; 0: after the folder is a run's."""
     while count_lines(folder) < lines or not (folder / "config.json").exists():
@@ -94,6 +100,14 @@ def test_a_killed_run_of_the_shipped_model_ends_as_if_nothing_had_happened(start
         kill_after(process, folder, lines, delay)
         process = start("--resume", folder)
     finish(process)
-    assert read_lines(folder) == read_lines(straight)
-    assert_same_adapters(folder, straight)
-    assert json.loads((folder / "results.json").read_text()) == json.loads((straight / "results.json").read_text())
+    assert_same_end(folder, straight)
+
+
+def test_the_main_job_killed_after_its_third_round_ends_as_if_nothing_had_happened(start, tmp_path):
+    """Sixteen clients and all else by default."""
+    words = ("--method", "plora", "--train.rounds", "6", "--no-baseline", "--out")
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    finish(start(*words, whole))
+    kill_after(start(*words, folder), folder, 3)
+    finish(start("--resume", folder))
+    assert_same_end(folder, whole)

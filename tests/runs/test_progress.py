@@ -88,11 +88,12 @@ def test_the_live_display_shows_bar_numbers_and_course() -> None:
     assert "round 2/3" in seen.get()
     assert "loss 1.235  validation 41.5%  3.1 clients/s  ▁█" in seen.get()
     show.round({"round": 3, "loss": 1.0, "validation": None})
-    show.note("evaluating")
     with console.capture() as seen:
         console.print(show.render())
-    assert "evaluating" in seen.get()
     assert "loss 1.000  validation 41.5%" in seen.get()
+    with console.capture() as seen:
+        show.note("noto-en is not finite")
+    assert "noto-en is not finite" in seen.get(), "above the bar, and not drawn over by the next round"
     show.finish()
     show.finish()
     assert show.live is None

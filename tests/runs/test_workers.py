@@ -8,7 +8,7 @@ from tiny_run import make_folder, tiny_run
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import compare as comparing
-from fedvlm_jax.runs.config import Compare, TrainOptions
+from fedvlm_jax.runs.config import Compare, SystemOptions, TrainOptions
 from fedvlm_jax.runs.folders import read_comparison
 from fedvlm_jax.runs.progress import SilentProgress
 from fedvlm_jax.runs.workers import spread
@@ -58,7 +58,12 @@ def test_a_comparison_comes_out_as_in_one_process(tmp_path):
     model = make_folder(tmp_path / "tiny")
     found = []
     for processes in (1, 2):
-        base = tiny_run(model, tmp_path / str(processes), train=TrainOptions(rounds=1, local_steps=2, batch_size=4))
+        base = tiny_run(
+            model,
+            tmp_path / str(processes),
+            train=TrainOptions(rounds=1, local_steps=2, batch_size=4),
+            system=SystemOptions(cache="disk", cache_dir=tmp_path / f"features-{processes}"),
+        )
         comparison = Compare(
             methods=("plora", "local", "local+ft"), seeds=2, finetune_steps=2, processes=processes, base=base
         )

@@ -21,7 +21,10 @@ from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
 
 __all__ = ["make"]
 
-SOURCE = "arXiv 2003.13461: w by FedAvg; v_k ← v_k − η ∇_v F_k(α v_k + (1−α) w), the mixture is what the client uses"
+SOURCE = (
+    "arXiv 2003.13461: w by FedAvg; v_k ← v_k − η ∇_v F_k(α v_k + (1−α) w), the mixture is what the client uses; "
+    "the authors' code mixes outputs, not weights, and renews α once a round"
+)
 
 
 def make(setup: Setup) -> Method:

@@ -17,7 +17,10 @@ from fedvlm_jax.methods.share import Parts, make_share_method
 
 __all__ = ["make"]
 
-SOURCE = "arXiv 2502.15436: ΔW = B R A, B and A frozen; R̄ = Σ p_k R_k"
+SOURCE = (
+    "arXiv 2502.15436: ΔW = B R A, B and A frozen; R̄ = Σ p_k R_k; here B and A are drawn and R starts at 0, "
+    "the paper takes all three from the SVD of the first gradients"
+)
 REFUSES: dict[str, str] = {"lora.ranks": "R is one square matrix that all clients average whole"}
 SEED = 977
 """The frozen factors are the same for everybody, whatever the run's seed makes of the adapter's A."""

@@ -22,7 +22,10 @@ from fedvlm_jax.methods.share import FACTORS, Held, Parts, make_share_method
 
 __all__ = ["make"]
 
-SOURCE = "arXiv 2402.11505: Σ p_k B_k A_k = U Σ Vᵀ; client k gets the best factors of its rank, B = U Σ, A = Vᵀ"
+SOURCE = (
+    "arXiv 2402.11505: Σ p_k B_k A_k = U Σ Vᵀ; client k gets the best factors of its rank, B = U Σ, A = Vᵀ "
+    "(--hyper.flex-even: √Σ to each); all ranks have the scale alpha / R, the paper's alpha / r_k"
+)
 _NEW_BASIS = "every round's SVD gives the factors another basis, in which the last round's state means nothing"
 REFUSES: dict[str, str] = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)
 NOTHING = 1e-6

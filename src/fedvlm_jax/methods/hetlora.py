@@ -15,7 +15,10 @@ from fedvlm_jax.methods.share import FACTORS, Held, Parts, make_share_method
 
 __all__ = ["make"]
 
-SOURCE = "arXiv 2401.06432: each direction averaged over who has it, weights ∝ ‖B_k A_k‖_F; client k has its own rank"
+SOURCE = (
+    "arXiv 2401.06432: each direction averaged over who has it, weights ∝ ‖B_k A_k‖_F; client k has its own rank; "
+    "a weight per site, the paper's is of the whole model, and no ranks are pruned"
+)
 REFUSES: dict[str, str] = {
     "local.scaffold": "its control variates aim at the plain mean of the clients, which hetlora replaces",
     "train.weighting": "it weighs clients by the norm of their product",

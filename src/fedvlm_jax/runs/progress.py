@@ -306,7 +306,6 @@ class LiveProgress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.pace = _Pace()
-        self.status = ""
         self.work: _Work | None = None
         self.live: Live | None = None
 
@@ -314,20 +313,15 @@ class LiveProgress:
         """Show an empty bar (or as full as the resumed run is)."""
         self.finish()
         self.pace = _Pace(total_rounds, done, description, evaluations)
-        self.status = ""
         self._open()
 
     def note(self, text: str) -> None:
-        """Show the note under the bar until the next one; before the first bar, print it."""
-        if not self.pace.total or self.live is None:
-            self.console.print(Text(clean(text), style="dim"))
-            return
-        self.status = text
-        self.live.refresh()
+        """Print the note; above the bar, where there is one, so that it is still there when the run has ended."""
+        self.console.print(Text(clean(text), style="dim"))
 
     def begin(self, text: str) -> None:
         """Show what begins, with a clock."""
-        self.work, self.status, self.pace.parts_of_work = _Work(text), "", 0
+        self.work, self.pace.parts_of_work = _Work(text), 0
         self._open()
 
     def advance(self, done: int, total: int, what: str = "") -> None:
@@ -348,7 +342,6 @@ class LiveProgress:
     def round(self, line: Mapping[str, Any]) -> None:
         """Move the bar."""
         self.pace.add(line)
-        self.status = ""
         if self.live is not None:
             self.live.refresh()
 
@@ -373,11 +366,8 @@ class LiveProgress:
         self.live.refresh()
 
     def render(self) -> Group:
-        """Draw the present state: a bar line and a line of numbers, a line of what else is at work, the newest note."""
-        rows = [*self._draw_rounds(), *self._draw_work()]
-        if self.status:
-            rows.append(Text(clean(self.status), style="dim"))
-        return Group(*rows)
+        """Draw the present state: a bar line and a line of numbers, and a line of what else is at work."""
+        return Group(*self._draw_rounds(), *self._draw_work())
 
     def _draw_rounds(self) -> list[Table | Text]:
         course = self.pace
