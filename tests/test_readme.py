@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from fedvlm_jax.cli import main
+from fedvlm_jax.runs.config import Compare, Run
+from fedvlm_jax.runs.validation import validate, validate_comparison
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
-STANDS_FOR = {"RUN": "runs/x"}
-"""Words in capitals that a reader replaces."""
+STANDS_FOR = {"RUN": "runs/x", "./Florence-2-base": "microsoft/Florence-2-base"}
+"""Words that a reader replaces."""
 
 
 def list_commands():
@@ -41,11 +43,16 @@ def test_python_runs_as_it_stands(text):
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_commands_name_options_that_there_are(words, monkeypatch):
-    """Parsed as the command line does; nothing is run."""
+    """Parsed and judged as the command line does; nothing is run."""
     asked = []
     monkeypatch.setattr(main, "_defer", lambda command, chosen: _note(command, asked))
     main._dispatch(words)
-    assert len(asked) == 1
+    ((args, kwargs),) = asked
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Run):
+            validate(value)
+        elif isinstance(value, Compare):
+            validate_comparison(value)
 
 
 def _note(command, asked):
