@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 from made_up import write_comparison, write_run
@@ -271,6 +272,13 @@ def test_a_line_that_is_no_round_s(run, line, told):
         read_metrics(run)
     assert f"{path}, line 2: " in str(found.value)
     assert told in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "results.json", "metrics.jsonl"])
+def test_a_file_of_gigabytes_is_not_read(run, name):
+    os.truncate(run / name, 20 << 30)  # a hole, which takes no place on the disk
+    with pytest.raises(UserError, match="21,474,836,480 bytes, more than a run ever writes there"):
+        read_run(run)
 
 
 def test_a_bad_byte(run):

@@ -19,7 +19,9 @@ __all__ = ["score_pairs", "token_losses"]
 def token_losses(
     logits: Float[Array, "*batch labels vocabulary"], labels: Int[Array, "*batch labels"]
 ) -> tuple[Float[Array, "*batch labels"], Float[Array, "*batch labels"], Float[Array, "*batch labels"]]:
-    """Per position: cross-entropy in nats, whether the likeliest token is right, and whether the position counts.
+    """Per position: cross-entropy in nats, whether no token is likelier than the right one, and whether it counts.
+
+    Where several are the likeliest, all of them are right; in float32 that is hardly ever so.
 
     The first two are 0 where the label is -100, as is the third, which is 1 elsewhere.
     """

@@ -121,6 +121,10 @@ class StoredConfig:
     clients: tuple[str, ...]
 
 
+MOST_BYTES = 1 << 30
+"""No text file of a run is longer; a hole of any size takes a disk nothing and memory all of it."""
+
+
 def parse_json(path: Path, text: str, where: str = "") -> dict[str, Any]:
     """Read a text as one JSON object.
 
@@ -150,9 +154,11 @@ def read_text(path: Path) -> str:
     """Read a file of UTF-8.
 
     Raises:
-        UserError: it cannot be read, or is no UTF-8.
+        UserError: it cannot be read, has more than `MOST_BYTES`, or is no UTF-8.
     """
     try:
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise UserError(f"{path}: {size:,} bytes, more than a run ever writes there; is the file damaged?")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start:,}; is the file damaged?") from None
