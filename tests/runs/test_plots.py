@@ -114,7 +114,7 @@ def test_methods_show_the_paired_difference(tmp_path: Path) -> None:
     record = read_comparison(write_comparison(tmp_path / "c", scores, {s: {"a": 0.1, "b": 0.1} for s in (0, 1)}))
     left, right = method_plots.draw_methods(record, PAPER).axes
     assert {"45.0", "55.0", "10.0"} == {text.get_text() for text in left.texts}
-    assert {"−10.0", "the yardstick", "−45.0, off the scale"} == {text.get_text() for text in right.texts}
+    assert {"−10.0", "the yardstick", "−45.0, not drawn"} == {text.get_text() for text in right.texts}
 
 
 def test_gains_stand_beside_their_mean_and_losses_are_square(tmp_path: Path) -> None:

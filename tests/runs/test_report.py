@@ -137,6 +137,13 @@ def test_the_report_of_a_comparison_has_everything(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # it draws every picture of 25 methods; test_many_methods.py looks at each
+def test_a_loss_within_the_noise_is_no_verdict(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r", {"a": 0.5, "b": 0.5}, {"a": 0.25, "b": 0.5})
+    text = check_page(write_report([folder]))
+    assert "So plora lost here" not in text
+    assert "That is inside the noise" in text
+
+
 def test_many_methods_are_summed_up_on_a_page_that_can_be_sent(tmp_path: Path) -> None:
     folder = write_many(tmp_path / "c")
     page = write_report([folder])
@@ -155,10 +162,10 @@ def test_many_methods_are_summed_up_on_a_page_that_can_be_sent(tmp_path: Path) -
 
 def test_a_run_that_made_things_worse_says_so(tmp_path: Path) -> None:
     run = Run(seed=7, method="plora")
-    folder = write_run(tmp_path / "r", {"a": 0.5, "b": 0.5}, {"a": 0.25, "b": 0.5}, run)
+    folder = write_run(tmp_path / "r", {"a": 0.5, "b": 0.5, "c": 0.5}, {"a": 0.25, "b": 0.26, "c": 0.24}, run)
     text = check_page(write_report([folder]))
     assert "So plora lost here" in text
-    assert "0 of 2 clients gained, 1 lost." in text
+    assert "0 of 3 clients gained, 3 lost." in text
     assert "<code>fedvlm compare</code>" in text
     assert "<dd class=marked>7</dd>" in text
     assert "0.10.2" in text
@@ -187,6 +194,8 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
     comparison = write_comparison(tmp_path / "c", {"local": {0: {"a": 0.5}}}, {0: {"a": 0.1}})
     with pytest.raises(UserError, match="by itself"):
         write_report([run, comparison])
+    with pytest.raises(UserError, match="given twice"):
+        write_report([run, run.parent / "." / run.name])
     with pytest.raises(UserError, match="needs the folder"):
         write_report([])
     with pytest.raises(UserError, match="no such folder"):

@@ -25,7 +25,8 @@ def cache(
     followed.
 
     Args:
-        clear: the kinds to remove: compiled programs, image features, reference log-probabilities, tables as Arrow.
+        clear: the kinds to remove: `programs` (compiled), `features` (of images), `reference` (log-probabilities),
+            `arrow` (tables) and `contents` (digests of files).
     """
     bound = read_bound()
     if clear is not None:

@@ -49,6 +49,8 @@ def data(
     for sentences, style in ((describe.word_findings(description), "yellow"), (leaks, "bold red")):
         for sentence in sentences:
             console.say(sentence, style=style)
+    if not check_images:
+        console.say("pictures were not decoded: --check-images does that, and finds broken ones", style="dim")
     console.say(f"picture  {folder / 'data.png'}\ndata     {folder / 'data.json'}")
     if leaks and strict:
         print(f"fedvlm: --strict: {len(leaks)} of the checks found a leak", file=sys.stderr)

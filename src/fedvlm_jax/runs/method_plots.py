@@ -52,7 +52,7 @@ def draw_methods(record: ComparisonRecord, theme: Theme, narrow: bool = False) -
             annotate(left, (mean, place), f"{mean:.1f}", theme.ink, "data", (0, 12), "center")
         # Zero-shot lies far below: it would press all others against the edge.
         if method in (rival, "zero-shot") or difference is None:
-            far = "" if difference is None else f"{points(difference.mean)}, off the scale"
+            far = "" if difference is None else f"{points(difference.mean)}, not drawn"
             word = "the yardstick" if method == rival else far
             annotate(right, (0.02, place), word, theme.muted, ("axes fraction", "data"), (0, -3), "left", size)
             continue

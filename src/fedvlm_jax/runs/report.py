@@ -53,6 +53,8 @@ def write_report(folders: Sequence[Path]) -> Path:
         raise UserError("a report needs the folder of a run or of a comparison")
     if len(folders) > 1 and any(is_comparison(folder) for folder in folders):
         raise UserError("a comparison is reported by itself: give its folder alone")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a run is given twice: name every folder once")
     if len(folders) > 1:
         target = folders[0].parent / f"report-{folders[0].name}-and-{len(folders) - 1}-more"
         records = [read_run(folder) for folder in folders]
@@ -254,7 +256,7 @@ def _locate(record: RunRecord) -> list[str]:
     folder = record.folder / "adapters"
     if not folder.is_dir():
         return []
-    shared = " what left the clients is `shared.safetensors`." if (folder / "shared.safetensors").is_file() else ""
+    shared = " What left the clients is `shared.safetensors`." if (folder / "shared.safetensors").is_file() else ""
     return [f"Adapters: `{folder}`; every client's is a file in `clients/`.{shared}"]
 
 

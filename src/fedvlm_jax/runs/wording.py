@@ -31,7 +31,7 @@ def describe_run(record: RunRecord) -> list[str]:
         f"{_achieves(record.metric, before.mean)} ({change})."
     ]
     if gain < 0:
-        sentences.append(f"So {record.method} lost here: training made the average client worse.")
+        sentences.append(_describe_loss(record.method, compare_paired({0: personal}, {0: zero_shot})))
     sentences.append(
         f"The worst tenth of the clients goes from {percent(before.worst_decile)} to {percent(after.worst_decile)}."
     )
@@ -41,11 +41,19 @@ def describe_run(record: RunRecord) -> list[str]:
     sentences.append(f"{better} of {len(common)} clients gained, {worse} lost.")
     chosen = record.results.get("selected_round")
     if chosen is not None:
-        sentences.append(f"The adapters are those of round {chosen}, chosen on validation; test was read once.")
+        ends = [str(one["from"]) for one in record.config.get("longer") or []]
+        read = f"read then, and after round {' and '.join(ends)} before" if ends else "read once"
+        sentences.append(f"The adapters are those of round {chosen}, chosen on validation; test was {read}.")
     lost = describe_lost(record.results)
     sentences += [*([lost] if lost else []), *describe_rounds(record.rounds)]
     sentences.append(_describe_sharing(record))
     return sentences
+
+
+def _describe_loss(method: str, difference: Difference | None) -> str:
+    if difference is not None and judge(difference) == "behind":
+        return f"So {method} lost here: training made the average client worse."
+    return "That is inside the noise: the 95 % interval over clients holds zero."
 
 
 def _describe_sharing(record: RunRecord) -> str:
@@ -158,7 +166,8 @@ def describe_difference(method: str, rival: str, difference: Difference, seeds_a
 
 def _describe_winner(ranking: list[str], means: dict[str, float], scores: dict[str, Any]) -> str:
     first, second = ranking[:2]
-    sentence = f"The highest mean on test is that of {first}, {percent(means[first])}"
+    trained = " of what was trained" if means.get("zero-shot", -math.inf) > means[first] else ""
+    sentence = f"The highest mean on test{trained} is that of {first}, {percent(means[first])}"
     difference = compare_paired(scores[first], scores[second])
     if difference is not None and judge(difference) == "ahead":
         return f"{sentence}, ahead of {second} with {percent(means[second])}."
