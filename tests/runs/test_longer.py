@@ -58,9 +58,9 @@ def test_two_rounds_and_two_more_are_four(model, session, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "rounds", "told"),
     [
-        ({}, 11, r"--train.rounds 11: .* has 12 rounds already"),
+        ({}, 9, r"--train.rounds 9: .* has 10 rounds already"),
         ({}, 0, r"--train.rounds is 0: it must be 1 or more"),
-        ({"method": "flora"}, 24, "flora makes room for its rounds at the start, and here for 12; start a new run"),
+        ({"method": "flora"}, 24, "flora makes room for its rounds at the start, and here for 10; start a new run"),
         ({"method": "fedex-lora"}, 24, "fedex-lora makes room for its rounds"),
         ({"method": "feddpa-f"}, 24, "what feddpa-f trains in a round depends on how many there are"),
         ({"train": TrainOptions(finetune_steps=4)}, 24, "ended with local fine-tuning"),
@@ -68,7 +68,7 @@ def test_two_rounds_and_two_more_are_four(model, session, tmp_path):
 )
 def test_what_cannot_train_longer_stays_as_it_is(changes, rounds, told, tmp_path):
     folder = write_run(tmp_path / "run", {"a": 0.2}, {"a": 0.5}, Run(**changes))
-    (folder / "checkpoints" / "12").mkdir(parents=True)
+    (folder / "checkpoints" / "10").mkdir(parents=True)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(UserError, match=told):
         lengthen(folder, rounds)
@@ -77,11 +77,11 @@ def test_what_cannot_train_longer_stays_as_it_is(changes, rounds, told, tmp_path
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("results.json", "is not finished: its 12 rounds come first"), ("checkpoints", "no checkpoint of")],
+    [("results.json", "is not finished: its 10 rounds come first"), ("checkpoints", "no checkpoint of")],
 )
 def test_what_must_be_there(name, told, tmp_path):
     folder = write_run(tmp_path / "run", {"a": 0.2}, {"a": 0.5})
-    (folder / "checkpoints" / "12").mkdir(parents=True)
+    (folder / "checkpoints" / "10").mkdir(parents=True)
     (folder / name).rename(folder / "elsewhere")
     with pytest.raises(UserError, match=told):
         lengthen(folder, 24)

@@ -108,7 +108,7 @@ class LoraOptions:
 class TrainOptions:
     """Rounds and local training"""
 
-    rounds: Annotated[int, tyro.conf.arg(aliases=("--rounds",))] = 12
+    rounds: Annotated[int, tyro.conf.arg(aliases=("--rounds",))] = 10
     """Federated rounds (not given by the paper)."""
     local_steps: int = 4
     """Optimiser steps of a client in a round (not given by the paper)."""
