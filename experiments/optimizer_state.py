@@ -150,13 +150,18 @@ def _format(one: dict[str, Any] | None) -> str:
     return f"{100 * one['mean']:.1f}{error} %"
 
 
+def _name_command(options: Options) -> str:
+    words = ["python experiments/optimizer_state.py", *(["--quick"] if options.quick else [])]
+    return " ".join([*words, *(["--methods", *options.methods] if options.methods != tuple(RATES) else [])])
+
+
 def report(options: Options) -> None:
     """Write JSON and table, and print the table."""
     found = summarise(read_lines(options), options.methods)
     folder = options.out / "results" if options.quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     content = {
-        "command": "python experiments/optimizer_state.py" + (" --quick" if options.quick else ""),
+        "command": _name_command(options),
         "cell": CELL, "seeds": options.seeds, "methods": found, "lines": read_lines(options),
     }  # fmt: skip
     (folder / "optimizer_state.json").write_text(
