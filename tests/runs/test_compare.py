@@ -19,6 +19,9 @@ from fedvlm_jax.runs.progress import SilentProgress
 TIMING = {"seconds", "clients_per_second"}
 
 
+pytestmark = pytest.mark.broad
+
+
 @pytest.fixture(scope="module")
 def base(model, tmp_path_factory):
     run = tiny_run(model, tmp_path_factory.mktemp("unused") / "none")
@@ -150,7 +153,6 @@ def remembering(base, session, tmp_path_factory):
     return show.lines, comparing.compare(comparison, show, session)
 
 
-@pytest.mark.broad
 def test_neighbours_do_not_repeat_the_federation(remembering):
     lines, folder = remembering
     assert [(line["method"], line["round"]) for line in lines] == [("plora", 1), ("plora", 2)]

@@ -70,7 +70,7 @@ def count_preferred(prepared, adapters):
     [
         pytest.param("local", "dpo", {}, marks=pytest.mark.slow),
         pytest.param("fedavg-lora", "dpo", {}, marks=pytest.mark.slow),
-        ("plora", "dpo", {}),
+        pytest.param("plora", "dpo", {}, marks=pytest.mark.broad),
         # Beside a random model's cross-entropy of 8 nats.
         pytest.param("plora", "sft+dpo", {"beta": 1.0, "sft_weight": 0.1}, marks=pytest.mark.slow),
     ],

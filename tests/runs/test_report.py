@@ -195,7 +195,7 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="by itself"):
         write_report([run, comparison])
     with pytest.raises(UserError, match="given twice"):
-        write_report([run, run.parent / "." / run.name])
+        write_report([run, run.parent / ".." / run.parent.name / run.name])
     with pytest.raises(UserError, match="needs the folder"):
         write_report([])
     with pytest.raises(UserError, match="no such folder"):

@@ -32,7 +32,6 @@ from fedvlm_jax.federation.programs import Programs
 from fedvlm_jax.federation.reference import add_reference
 from fedvlm_jax.methods.options import LocalOptions, ServerOptions
 from fedvlm_jax.models import load_weights, open_model, resolve_folder
-from fedvlm_jax.models.hub import read_config
 from fedvlm_jax.objectives import Objective, load_objective
 from fedvlm_jax.runs.answering import Answering, check_room, plan_answers
 from fedvlm_jax.runs.build import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes, make_spec
@@ -130,8 +129,7 @@ def open_session(
     Raises:
         UserError: files are missing or do not fit, there are fewer devices than asked for, or no weight can be cut.
     """
-    read_config(resolve_folder(run.model, weights=False))  # free, where a table may take minutes to convert
-    table = read_table(run.data)
+    table = read_table(run.data)  # first: it is quick to fail
     if load_objective(run.objective, run.preference).pairs:
         require_pairs(table)
     mesh = make_mesh(*(parse_mesh(run.system.mesh) or ()))

@@ -53,11 +53,11 @@ def write_report(folders: Sequence[Path]) -> Path:
         raise UserError("a report needs the folder of a run or of a comparison")
     if len(folders) > 1 and any(is_comparison(folder) for folder in folders):
         raise UserError("a comparison is reported by itself: give its folder alone")
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError("a run is given twice: name every folder once")
     if len(folders) > 1:
         target = folders[0].parent / f"report-{folders[0].name}-and-{len(folders) - 1}-more"
         records = [read_run(folder) for folder in folders]
+        if len({folder.resolve() for folder in folders}) < len(folders):
+            raise UserError("a run is given twice: name every folder once")
         with Claim(target):
             return _write(_report_runs(records, target), target)
     elif is_comparison(folders[0]):
