@@ -95,6 +95,23 @@ def test_what_no_model_reaches_is_counted(processor: Processor, greedy: Settings
     }
 
 
+def test_a_text_that_ends_the_processor_is_unreachable_and_ends_nothing_else(
+    processor: Processor, greedy: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of several people's answers may be anything."""
+    answers = Processor.answers
+
+    def refuse(self: Processor, texts: list[str], most: int) -> Any:
+        if "zebra" in texts:
+            raise BaseException("a panic")
+        return answers(self, texts, most)
+
+    monkeypatch.setattr(Processor, "answers", refuse)
+    gold = read(processor, greedy, ["a rose", "zebra"])
+    assert sum(gold.unreachable.values()) == 1
+    assert gold.texts == ["a rose", "zebra"]
+
+
 def test_the_bans_are_those_of_the_search(processor: Processor, greedy: Settings) -> None:
     """A search over a model that is certain of a gold answer gives it back exactly where none is counted."""
     from fedvlm_jax.models.search import process_scores

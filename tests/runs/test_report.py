@@ -142,6 +142,17 @@ def test_a_loss_within_the_noise_is_no_verdict(tmp_path: Path) -> None:
     text = check_page(write_report([folder]))
     assert "So plora lost here" not in text
     assert "That is inside the noise" in text
+    text = check_page(write_report([write_run(tmp_path / "one", {"a": 0.5}, {"a": 0.25})]))
+    assert "That is inside the noise" not in text
+    assert "From one client, so without an interval." in text
+
+
+def test_a_run_that_was_trained_longer_does_not_say_that_test_was_read_once(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r", {"a": 0.2, "b": 0.3}, {"a": 0.5, "b": 0.5})
+    assert "test was read once." in check_page(write_report([folder]))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "longer": [{"from": 4, "to": 6}]}))
+    assert "test was read then, and after round 4 before." in check_page(write_report([folder]))
 
 
 def test_many_methods_are_summed_up_on_a_page_that_can_be_sent(tmp_path: Path) -> None:

@@ -51,7 +51,9 @@ def describe_run(record: RunRecord) -> list[str]:
 
 
 def _describe_loss(method: str, difference: Difference | None) -> str:
-    if difference is not None and judge(difference) == "behind":
+    if difference is None or math.isnan(difference.low):
+        return "From one client, so without an interval."
+    if judge(difference) == "behind":
         return f"So {method} lost here: training made the average client worse."
     return "That is inside the noise: the 95 % interval over clients holds zero."
 
