@@ -14,7 +14,7 @@ finished curve is a line per point in results/curves.jsonl, and is not measured 
 and results/curves.png.
 """
 
-from fedvlm_jax.runs.heap import keep_heap
+from fedvlm_jax.utils.heap import keep_heap
 
 if __name__ in ("__main__", "__mp_main__"):
     keep_heap()  # before all that starts threads, as the `fedvlm` command does
@@ -40,9 +40,9 @@ from fedvlm_jax.bench.ours import Ours, choose_examples, count_round_flops
 from fedvlm_jax.bench.timing import describe_times, interleave
 from fedvlm_jax.bench.world import Shape, World, draw_world, start_factors
 from fedvlm_jax.models import Vlm, load_vlm, resolve_folder
-from fedvlm_jax.runs.kept_programs import keep_programs
 from fedvlm_jax.runs.storage import write_json
 from fedvlm_jax.runs.theme import PAPER, make_figure, save_png
+from fedvlm_jax.utils.compilation_cache import keep_programs
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, SIZE, ANSWER = "florence2-nano", (64, 64), 8

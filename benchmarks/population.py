@@ -9,7 +9,7 @@ gathered, the compiled round run, states and checkpoint written. Evaluation, whi
 left out. Resident memory is read by the kernel's count after every round.
 """
 
-from fedvlm_jax.runs.heap import keep_heap
+from fedvlm_jax.utils.heap import keep_heap
 
 if __name__ in ("__main__", "__mp_main__"):
     keep_heap()  # before all that starts threads, as the `fedvlm` command does

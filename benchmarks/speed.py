@@ -18,7 +18,7 @@ results/speed.jsonl, and is not measured again. On a GPU both sides compute ther
 clients, and XLA makes float32 products from TF32 unless it is asked for more, as in the last line.
 """
 
-from fedvlm_jax.runs.heap import keep_heap
+from fedvlm_jax.utils.heap import keep_heap
 
 if __name__ in ("__main__", "__mp_main__"):
     keep_heap()  # before all that starts threads, as the `fedvlm` command does
@@ -123,7 +123,7 @@ class Stacks:
 
 @dataclass(frozen=True)
 class Products:
-    """Measure rounds with the gradients of `fedvlm_jax.products`, and with those that jax derives."""
+    """Measure rounds with the gradients of `fedvlm_jax.utils.products`, and with those that jax derives."""
 
     cells: tuple[str, ...] = ("nano-1-both", "nano-8-both", "base-1-both")
     """Which."""

@@ -12,7 +12,7 @@ answer questions on the frozen tower's features of several augmented copies of e
 
 from __future__ import annotations
 
-from fedvlm_jax.runs.heap import keep_heap
+from fedvlm_jax.utils.heap import keep_heap
 
 if __name__ in ("__main__", "__mp_main__"):
     keep_heap()  # before all that starts threads, as the `fedvlm` command does

@@ -14,7 +14,7 @@ scaled by the factor that did best on validation, with a seed that the compariso
 comparison is a folder that `fedvlm report` reads; started again, it goes on where it stopped.
 """
 
-from fedvlm_jax.runs.heap import keep_heap
+from fedvlm_jax.utils.heap import keep_heap
 
 if __name__ in ("__main__", "__mp_main__"):
     keep_heap()  # before all that starts threads, as the `fedvlm` command does

@@ -9,7 +9,7 @@ line of `tuning.jsonl`. `run` compares the methods with the rates chosen for eac
 end. `report` writes `emoji_study.json`, `.md` and `.png`.
 """
 
-from fedvlm_jax.runs.heap import keep_heap
+from fedvlm_jax.utils.heap import keep_heap
 
 if __name__ in ("__main__", "__mp_main__"):
     keep_heap()  # before all that starts threads, as the `fedvlm` command does

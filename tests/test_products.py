@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedvlm_jax.bench.flops import count_flops
-from fedvlm_jax.products import mix, project, score
+from fedvlm_jax.utils.products import mix, project, score
 
 PLAIN = {
     "project": (project, lambda left, right: left @ right, (12, 5), (5, 7)),

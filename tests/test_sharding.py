@@ -6,10 +6,10 @@ import pytest
 from jax.sharding import AbstractMesh
 from transformers import Florence2Config
 
-from fedvlm_jax import tree
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import build
 from fedvlm_jax.sharding import cut_base, make_mesh, place_base, place_like
+from fedvlm_jax.utils import tree
 
 BASE = {"vision_config": {"projection_dim": 768}, "text_config": {"model_type": "bart", "vocab_size": 51289,
         "d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 12,

@@ -11,7 +11,7 @@ import pytest
 import fedvlm_jax
 from fedvlm_jax.data.emoji import draw_mix
 from fedvlm_jax.federation.cohort import draw_cohort
-from fedvlm_jax.streams import Stream
+from fedvlm_jax.utils.random_streams import Stream
 
 SOURCE = Path(fedvlm_jax.__file__).parent
 NOT_OF_A_RUN = {"evaluation/intervals.py", "methods/fed_sb.py", "lora/adapter.py"}

@@ -16,9 +16,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedvlm_jax import lora, methods, tree
+    from fedvlm_jax import lora, methods
     from fedvlm_jax.errors import UserError
     from fedvlm_jax.models import Processor, Vlm, build, load_vlm
+    from fedvlm_jax.utils import tree
 
 __all__ = ["Processor", "UserError", "Vlm", "build", "load_vlm", "lora", "methods", "tree"]
 __version__ = "0.1.0"
@@ -30,12 +31,12 @@ _HOMES = {
     "build": "fedvlm_jax.models",
     "load_vlm": "fedvlm_jax.models",
 }
-_ROOMS = ("lora", "methods", "tree")
+_MODULES = {"lora": "fedvlm_jax.lora", "methods": "fedvlm_jax.methods", "tree": "fedvlm_jax.utils.tree"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return importlib.import_module(f"fedvlm_jax.{name}")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'fedvlm_jax' has no attribute {name!r}")

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.tree import flatten, unflatten
+from fedvlm_jax.utils.tree import flatten, unflatten
 
 __all__ = [
     "CLIENTS", "MODEL", "Cuts", "connect", "cut_base", "fetch", "fetch_own", "make_mesh", "own_base", "own_mesh",

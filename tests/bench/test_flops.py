@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import pytest
 from toy import LABELS, SPEC, VOCABULARY, WIDTH, make_toy
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.bench.flops import count_flops
 from fedvlm_jax.bench.ours import count_round_flops
 from fedvlm_jax.bench.world import Settings, Shape
+from fedvlm_jax.utils import tree
 
 
 def shape(*sizes):

@@ -9,7 +9,7 @@ from test_choices import trace_shapes
 from tiny_run import make_folder
 from toy import SPEC, WIDTH, make_toy
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.federation.traffic import count_bytes, find_travelling
 from fedvlm_jax.methods import Method, load_method
@@ -19,6 +19,7 @@ from fedvlm_jax.runs.config import LoraOptions, Run, TrainOptions, methods_avail
 from fedvlm_jax.runs.explain import explain_method
 from fedvlm_jax.runs.explain_tables import tabulate_explanation, tabulate_methods
 from fedvlm_jax.runs.tracing import Held
+from fedvlm_jax.utils import tree
 
 CLIENTS = 4
 YES = (Held(""),)

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from make_parquet import IMAGE, make_rows, write_rows
 
-from fedvlm_jax.caches import BOUND, FOLDER, Hold
 from fedvlm_jax.data import shards
 from fedvlm_jax.data import table as tables
 from fedvlm_jax.data.table import read_parquet
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.utils.cache_folders import BOUND, FOLDER, Hold
 
 ROWS = 12
 

@@ -8,9 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from fedvlm_jax.caches import BOUND, FOLDER, KINDS, PLACED, Hold, find_arrow, find_cache, list_entries, remove, trim
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.utils.cache_folders import (
+    BOUND,
+    FOLDER,
+    KINDS,
+    PLACED,
+    Hold,
+    find_arrow,
+    find_cache,
+    list_entries,
+    remove,
+    trim,
+)
 
 NAMES = {
     "programs": ("programs/x86", "jit_round-cache"),

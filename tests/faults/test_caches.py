@@ -17,14 +17,14 @@ import pytest
 from PIL import Image
 
 import fedvlm_jax
-from fedvlm_jax import contents
-from fedvlm_jax.caches import read_plain
 from fedvlm_jax.data.facts import ImageFacts
 from fedvlm_jax.data.images import unique_images
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.records import KEY, Records
 from fedvlm_jax.runs.storage import LIST, open_adapters
+from fedvlm_jax.utils import file_digests
+from fedvlm_jax.utils.cache_folders import read_plain
+from fedvlm_jax.utils.record_store import KEY, Records
 
 SIZE = 3000
 KEYS = 60
@@ -230,7 +230,7 @@ def test_nobody_waits_for_what_is_no_file(tmp_path, monkeypatch, kind):
         open_adapters(tmp_path, ["a"])
     known = tmp_path / "known"
     known.write_bytes(b"content")
-    identity = contents._identify(known, known.stat())
-    (tmp_path / contents.FOLDER).mkdir()
-    plant(contents._place(identity))
-    assert contents._recall(identity) is None
+    identity = file_digests._identify(known, known.stat())
+    (tmp_path / file_digests.FOLDER).mkdir()
+    plant(file_digests._place(identity))
+    assert file_digests._recall(identity) is None

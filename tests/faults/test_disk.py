@@ -15,7 +15,6 @@ import pytest
 from made_up import write_run
 from tiny_run import assert_same_adapters, make_folder
 
-from fedvlm_jax.caches import write_whole
 from fedvlm_jax.cli import train as command
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import ADVICE, UserError, describe_os_error, naming
@@ -25,8 +24,9 @@ from fedvlm_jax.runs import loop, report
 from fedvlm_jax.runs.claims import Claim
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.course import Course
-from fedvlm_jax.runs.outputs import leave_out_told
 from fedvlm_jax.runs.storage import write_json
+from fedvlm_jax.utils.cache_folders import write_whole
+from fedvlm_jax.utils.standard_streams import leave_out_told
 
 FULL = "No space left on device (free some space there)"
 

@@ -15,9 +15,7 @@ from make_parquet import draw_image, make_rows, write_rows
 from safetensors.numpy import load_file, save_file
 from tiny_run import StopAfter, StopError, make_folder, tiny_run
 
-from fedvlm_jax import contents
 from fedvlm_jax.cli.main import main
-from fedvlm_jax.contents import digest_file, digest_files
 from fedvlm_jax.data.images import digest_rows
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.data.table import read_parquet
@@ -30,6 +28,8 @@ from fedvlm_jax.runs.folders import read_baseline, read_run
 from fedvlm_jax.runs.progress import SilentProgress
 from fedvlm_jax.runs.report import write_report
 from fedvlm_jax.runs.stored import check_seal, read_config, seal
+from fedvlm_jax.utils import file_digests
+from fedvlm_jax.utils.file_digests import digest_file, digest_files
 
 # --- Contents of files ---
 
@@ -54,8 +54,8 @@ def replace(file, content):
 def remembering(monkeypatch, tmp_path):
     """Files of 100 bytes are large, and settled at once; the digests that were computed."""
     monkeypatch.setenv("FEDVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(contents, "LARGE", 100)
-    monkeypatch.setattr(contents, "SETTLED", -1.0)
+    monkeypatch.setattr(file_digests, "LARGE", 100)
+    monkeypatch.setattr(file_digests, "SETTLED", -1.0)
     read = []
 
     def count(file, kind):
@@ -91,7 +91,7 @@ def test_a_change_under_the_same_name_size_and_time_is_noticed(remembering, tmp_
 
 def test_what_was_just_written_is_not_remembered(remembering, tmp_path, monkeypatch):
     """A change within the same tick of the clock would not show."""
-    monkeypatch.setattr(contents, "SETTLED", 10.0)
+    monkeypatch.setattr(file_digests, "SETTLED", 10.0)
     (tmp_path / "large").write_bytes(bytes(200))
     digest_file(tmp_path / "large")
     digest_file(tmp_path / "large")

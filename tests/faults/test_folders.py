@@ -16,7 +16,6 @@ import pytest
 from made_up import write_comparison, write_run
 from tiny_run import StopError, make_folder
 
-from fedvlm_jax.caches import FOLDER, find_arrow
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.errors import UserError
@@ -25,6 +24,7 @@ from fedvlm_jax.runs.claims import Claim
 from fedvlm_jax.runs.config import Compare, Run
 from fedvlm_jax.runs.fingerprints import anchor
 from fedvlm_jax.runs.folders import read_metrics
+from fedvlm_jax.utils.cache_folders import FOLDER, find_arrow
 
 HOLD = "import sys; from fedvlm_jax.runs.claims import Claim; Claim(__import__('pathlib').Path(sys.argv[1]))\n"
 HOLD += "print('mine', flush=True); sys.stdin.read()"

@@ -10,7 +10,6 @@ import pytest
 from federation.test_participation import RATES, Case, assert_same, copy, read_steps
 from tiny_run import tiny_run
 
-from fedvlm_jax import tree
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.options import ServerOptions
 from fedvlm_jax.runs import course, loop
@@ -19,6 +18,7 @@ from fedvlm_jax.runs.folders import read_metrics, read_run
 from fedvlm_jax.runs.progress import SilentProgress, describe_line
 from fedvlm_jax.runs.trouble import describe_lost, describe_rounds, describe_unfit, explain_all_unfit
 from fedvlm_jax.runs.wording import describe_run
+from fedvlm_jax.utils import tree
 
 HUGE = {"a": jnp.float32(1e30), "b": jnp.float32(1e30)}
 

@@ -12,11 +12,11 @@ from made_up import write_many, write_run
 from rich.console import Console
 
 from fedvlm_jax.cli._signals import say
-from fedvlm_jax.runs.console import open_console
-from fedvlm_jax.runs.foreign import clean, escape_markdown
-from fedvlm_jax.runs.outputs import PIPE_GONE, to_ascii
 from fedvlm_jax.runs.progress import PlainProgress
 from fedvlm_jax.runs.tables import Table, show, to_markdown
+from fedvlm_jax.utils.console import open_console
+from fedvlm_jax.utils.standard_streams import PIPE_GONE, to_ascii
+from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07a\u202eb\u200b\r\n| x [red]y[/red] `z` <b>w</b> [u](http://v) \x9b31m"
 """A client's name that clears the screen, names the window, turns the line round, and more."""

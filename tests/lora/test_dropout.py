@@ -9,7 +9,8 @@ import pytest
 from flax import linen as nn
 from linen_models import Model
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
+from fedvlm_jax.utils import tree
 
 ROWS, WIDTH, OUT = 4000, 6, 6
 KEY = jax.random.key(4)

@@ -10,7 +10,8 @@ import pytest
 from flax import linen as nn
 from linen_models import Model
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
+from fedvlm_jax.utils import tree
 
 ADAPTABLE = lora.LoRA(rank=2, alpha=3.0, targets=".*", exclude="depthwise")
 

@@ -8,9 +8,9 @@ import pytest
 import test_contract as contract
 
 import fedvlm_jax.methods
-from fedvlm_jax import tree
 from fedvlm_jax.runs.choices import declare
 from fedvlm_jax.runs.config import Run
+from fedvlm_jax.utils import tree
 
 README = Path(__file__).parents[2] / "README.md"
 

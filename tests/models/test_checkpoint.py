@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import build, load_vlm, save_checkpoint
 from fedvlm_jax.models.checkpoint import TABLE, checkpoint_names, find_slot
-from fedvlm_jax.tree import flatten
+from fedvlm_jax.utils.tree import flatten
 
 GOLDEN = Path(__file__).parent / "golden"
 QUERY = "model.language_model.encoder.layers.0.self_attn.q_proj.weight"

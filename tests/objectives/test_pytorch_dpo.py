@@ -13,10 +13,11 @@ import pytest
 from federation.round_case import ALPHA, RANK, TARGETS, draw_start
 from objectives.dpo_case import BASE, CASES, FILE, make_batch
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.models import load_vlm, save_checkpoint
 from fedvlm_jax.objectives import PreferenceOptions, load_objective
 from fedvlm_jax.objectives.likelihood import score_pairs
+from fedvlm_jax.utils import tree
 
 
 @pytest.fixture(scope="module", params=["golden", pytest.param("live", marks=pytest.mark.parity)])

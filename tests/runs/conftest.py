@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedvlm_jax.runs.kept_programs import FOLDER, SETTINGS, SWITCH
+from fedvlm_jax.utils.compilation_cache import FOLDER, SETTINGS, SWITCH
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedvlm_jax.runs import heap
+from fedvlm_jax.utils import heap
 
 SCRIPT = """
 import ctypes
@@ -78,7 +78,7 @@ def test_a_script_keeps_its_heap_before_it_imports_what_starts_threads(script):
     first = next(place for place, one in enumerate(body) if "keep_heap()" in ast.unparse(one))
     before = [one for one in body[:first] if isinstance(one, ast.Import | ast.ImportFrom)]
     assert {ast.unparse(one) for one in before} <= {
-        "from __future__ import annotations", "from fedvlm_jax.runs.heap import keep_heap",
+        "from __future__ import annotations", "from fedvlm_jax.utils.heap import keep_heap",
     }  # fmt: skip
 
 

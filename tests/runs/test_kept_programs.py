@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedvlm_jax.runs.kept_programs import FOLDER, SETTINGS, SWITCH, keep_programs
+from fedvlm_jax.utils.compilation_cache import FOLDER, SETTINGS, SWITCH, keep_programs
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.bench.flops import count_flops
 from fedvlm_jax.bench.world import Settings, Shape, World
 from fedvlm_jax.federation.memory import Footprint, measure
@@ -18,6 +18,7 @@ from fedvlm_jax.methods import Client, Setup, load_method
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.sharding import make_mesh, place_waves, replicate
+from fedvlm_jax.utils import tree
 
 __all__ = ["Ours", "Vision", "choose_examples", "count_round_flops"]
 

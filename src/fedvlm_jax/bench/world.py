@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.federation.cohort import make_clients
 from fedvlm_jax.federation.driver import Driver
 from fedvlm_jax.federation.inputs import make_inputs
@@ -23,6 +23,7 @@ from fedvlm_jax.federation.round import from_waves
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.runs.config import LANGUAGE_MODEL
 from fedvlm_jax.runs.prepare import Prepared
+from fedvlm_jax.utils import tree
 
 __all__ = ["SETTINGS", "Settings", "Shape", "World", "draw_world", "read_world", "start_factors", "write_world"]
 

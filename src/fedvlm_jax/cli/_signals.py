@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from fedvlm_jax.runs.foreign import clean
+from fedvlm_jax.utils.untrusted_text import clean
 
 __all__ = ["StoppedError", "exit_code", "heed_signals", "say"]
 

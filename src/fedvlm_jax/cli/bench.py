@@ -46,8 +46,8 @@ def bench(
         )
     from fedvlm_jax.bench import shipped
     from fedvlm_jax.runs import progress, tables
-    from fedvlm_jax.runs.console import open_console
     from fedvlm_jax.runs.storage import write_json
+    from fedvlm_jax.utils.console import open_console
 
     show = progress.open_progress()
     with open_folder(out, "bench") as folder:

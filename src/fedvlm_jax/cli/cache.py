@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fedvlm_jax.caches import BOUND, FOLDER, KINDS, Entry, find_arrow, find_cache, list_entries, read_bound, remove
+from fedvlm_jax.utils.cache_folders import (
+    BOUND,
+    FOLDER,
+    KINDS,
+    Entry,
+    find_arrow,
+    find_cache,
+    list_entries,
+    read_bound,
+    remove,
+)
 
 __all__ = ["cache"]
 

@@ -22,7 +22,7 @@ def compare(comparison: Annotated[Compare, tyro.conf.arg(name="")]) -> None:
     start_quickly()
 
     from fedvlm_jax.runs import folders, report, tables
-    from fedvlm_jax.runs.console import open_console
+    from fedvlm_jax.utils.console import open_console
 
     with choose_folder(comparison.out, "compare") as folder:
         _compare(dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, out=folder)), folder)

@@ -33,7 +33,7 @@ def data(
     if seed < 0:
         raise UserError(f"--seed is {seed}: it must be 0 or more")
     from fedvlm_jax.runs import describe, progress, tables
-    from fedvlm_jax.runs.console import open_console
+    from fedvlm_jax.utils.console import open_console
 
     show = progress.open_progress()
     with open_folder(out, "data") as folder:

@@ -22,7 +22,7 @@ def evaluate(
 
     from fedvlm_jax.runs import evaluate as evaluating
     from fedvlm_jax.runs import folders, progress, tables
-    from fedvlm_jax.runs.console import open_console
+    from fedvlm_jax.utils.console import open_console
 
     show = progress.open_progress()
     try:

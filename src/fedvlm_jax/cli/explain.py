@@ -50,8 +50,8 @@ def explain(
         validate(run)
 
     from fedvlm_jax.runs import tables
-    from fedvlm_jax.runs.console import open_console
     from fedvlm_jax.runs.explain_tables import tabulate_explanation, tabulate_methods
+    from fedvlm_jax.utils.console import open_console
 
     console = open_console()
     if listing:

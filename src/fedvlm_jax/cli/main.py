@@ -22,9 +22,9 @@ from fedvlm_jax.cli._said import note_words
 from fedvlm_jax.cli._short import expand_rate, is_version, tell_version
 from fedvlm_jax.cli._signals import exit_code, heed_signals, say
 from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
-from fedvlm_jax.runs.heap import keep_heap
 from fedvlm_jax.runs.numbers import check_numbers
-from fedvlm_jax.runs.outputs import PIPE_GONE, is_reader_gone, leave_out_told, silence, soften
+from fedvlm_jax.utils.heap import keep_heap
+from fedvlm_jax.utils.standard_streams import PIPE_GONE, is_reader_gone, leave_out_told, silence, soften
 
 __all__ = ["commands_available", "main"]
 

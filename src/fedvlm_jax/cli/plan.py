@@ -80,7 +80,7 @@ def plan(
 
     from fedvlm_jax.runs import plan as plans
     from fedvlm_jax.runs import plan_tables, progress, tables
-    from fedvlm_jax.runs.console import open_console
+    from fedvlm_jax.utils.console import open_console
 
     show = progress.open_progress()
     with open_folder(out, "plan") as folder:

@@ -196,7 +196,7 @@ def _print_results(folder: Path, no_baseline: str) -> None:
     """Show the tables, then the few numbers that matter; `no_baseline`: why nobody was trained alone."""
     from fedvlm_jax.cli._closing import close_run, suggest_comparison
     from fedvlm_jax.runs import folders, report, tables
-    from fedvlm_jax.runs.console import open_console
+    from fedvlm_jax.utils.console import open_console
 
     record = folders.read_run(folder)
     page = report.write_report([folder])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from fedvlm_jax.streams import Stream
+from fedvlm_jax.utils.random_streams import Stream
 
 __all__ = ["RoundRows", "bucket", "count_steps", "local_batches", "pad_rows", "round_rows", "split_batches"]
 

@@ -20,7 +20,7 @@ from fedvlm_jax.data.options import SPLITS
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.units import find_units, rank_units, skip_rows, split_units
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.streams import Stream
+from fedvlm_jax.utils.random_streams import Stream
 
 if TYPE_CHECKING:
     from fedvlm_jax.data.options import DataOptions

@@ -15,7 +15,7 @@ from fedvlm_jax.data.partition import cut_dirichlet, cut_iid, cut_pathological, 
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.units import TRAIN, Units, find_units, label_units, order_units, rank_units, split_units
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.streams import Stream
+from fedvlm_jax.utils.random_streams import Stream
 
 if TYPE_CHECKING:
     from fedvlm_jax.data.options import DataOptions

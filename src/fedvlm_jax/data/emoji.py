@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from fedvlm_jax.contents import digest_files
 from fedvlm_jax.data.clients import ClientRows, Federation
 from fedvlm_jax.data.columns import federate_rows
 from fedvlm_jax.data.options import SPLITS
@@ -30,7 +29,8 @@ from fedvlm_jax.data.partition import ALIKE
 from fedvlm_jax.data.registry import NamedSet
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.streams import Stream
+from fedvlm_jax.utils.file_digests import digest_files
+from fedvlm_jax.utils.random_streams import Stream
 
 if TYPE_CHECKING:
     from fedvlm_jax.data.options import DataOptions

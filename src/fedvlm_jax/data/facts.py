@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedvlm_jax.caches import read_plain, write_whole
+from fedvlm_jax.utils.cache_folders import read_plain, write_whole
 
 __all__ = ["ImageFacts"]
 

@@ -10,12 +10,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedvlm_jax.contents import digest_files
 from fedvlm_jax.data.columns import federate_by_column
 from fedvlm_jax.data.options import OF_PARQUET
 from fedvlm_jax.data.registry import NamedSet
 from fedvlm_jax.data.table import Table, open_dataset, read_parquet
 from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.utils.file_digests import digest_files
 
 if TYPE_CHECKING:
     from fedvlm_jax.data.options import DataOptions

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedvlm_jax.caches import ARROW, list_entries, read_plain, remove, write_whole
 from fedvlm_jax.data.mapped import Blobs
-from fedvlm_jax.digests import digest_parts
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.utils.cache_folders import ARROW, list_entries, read_plain, remove, write_whole
+from fedvlm_jax.utils.digests import digest_parts
 
 if TYPE_CHECKING:
     import pyarrow as pa

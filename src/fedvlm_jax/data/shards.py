@@ -10,9 +10,9 @@ from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedvlm_jax.caches import Hold, find_arrow, hold_table, read_bound, trim
-from fedvlm_jax.digests import digest_parts
 from fedvlm_jax.errors import UserError, explain_error, find_machine_fault
+from fedvlm_jax.utils.cache_folders import Hold, find_arrow, hold_table, read_bound, trim
+from fedvlm_jax.utils.digests import digest_parts
 
 if TYPE_CHECKING:
     import datasets

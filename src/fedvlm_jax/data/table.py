@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedvlm_jax.caches import Hold, read_bound
-from fedvlm_jax.contents import digest_files
 from fedvlm_jax.data.facts import ImageFacts
 from fedvlm_jax.data.mapped import Blobs, open_arrow
 from fedvlm_jax.data.options import MAX_IMAGE_PIXELS
@@ -29,6 +27,8 @@ from fedvlm_jax.data.pictures import DECODING, BrokenImageError
 from fedvlm_jax.data.seals import check_seal, discard
 from fedvlm_jax.data.shards import NEEDED, UNDERSTOOD, check_shards, convert_shards, find_folder
 from fedvlm_jax.errors import UserError, find_machine_fault
+from fedvlm_jax.utils.cache_folders import Hold, read_bound
+from fedvlm_jax.utils.file_digests import digest_files
 
 if TYPE_CHECKING:
     import datasets

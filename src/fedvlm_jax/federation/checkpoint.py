@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from fedvlm_jax import digests, processes
+from fedvlm_jax import processes
 from fedvlm_jax.errors import DamagedError, UserError, naming
+from fedvlm_jax.utils import digests
 
 __all__ = ["Checkpoints"]
 

@@ -12,7 +12,7 @@ from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.round import to_waves
 from fedvlm_jax.methods import Client
-from fedvlm_jax.streams import Stream
+from fedvlm_jax.utils.random_streams import Stream
 
 __all__ = [
     "Layout",

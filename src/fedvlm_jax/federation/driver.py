@@ -33,7 +33,7 @@ from fedvlm_jax.federation.round import RoundOutput, from_waves, start_personal,
 from fedvlm_jax.federation.traffic import count_bytes, find_travelling
 from fedvlm_jax.methods import Client
 from fedvlm_jax.sharding import fetch, fetch_own, own_places, place_like, place_waves, replicate
-from fedvlm_jax.streams import Stream
+from fedvlm_jax.utils.random_streams import Stream
 
 __all__ = ["Driver", "Moment", "RoundInputs", "RoundReport", "start_adapter"]
 

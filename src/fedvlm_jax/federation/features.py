@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from fedvlm_jax.caches import read_plain, write_whole
 from fedvlm_jax.data.images import Images
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.records import Records
+from fedvlm_jax.utils.cache_folders import read_plain, write_whole
+from fedvlm_jax.utils.record_store import Records
 
 __all__ = ["FeatureStore", "PixelReader", "choose_chunk", "fingerprint_params", "is_vision_frozen"]
 

@@ -25,8 +25,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int, PyTree
 
-from fedvlm_jax import digests, processes
+from fedvlm_jax import processes
 from fedvlm_jax.errors import DamagedError, naming
+from fedvlm_jax.utils import digests
 
 __all__ = ["NOBODY", "Population", "Slots", "Stamps"]
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
-from fedvlm_jax import tree
 from fedvlm_jax.federation.health import examine
 from fedvlm_jax.federation.memory import TooLargeError
 from fedvlm_jax.federation.round import from_waves, make_round, start_personal
 from fedvlm_jax.federation.training import LocalTrainer
 from fedvlm_jax.methods import Method
+from fedvlm_jax.utils import tree
 
 __all__ = ["Around", "Programs", "make_programs"]
 

@@ -25,8 +25,8 @@ from fedvlm_jax.data.encode import IGNORED, Examples
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.objectives.likelihood import score_pairs
-from fedvlm_jax.records import Records
 from fedvlm_jax.sharding import CLIENTS
+from fedvlm_jax.utils.record_store import Records
 
 __all__ = ["ReferenceStore", "add_reference", "compute_reference", "make_score"]
 

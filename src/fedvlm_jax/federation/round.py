@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from fedvlm_jax import tree
 from fedvlm_jax.federation.training import LocalTrainer
 from fedvlm_jax.methods import Client, Context, Method
 from fedvlm_jax.methods.record import Metrics, Train
 from fedvlm_jax.sharding import CLIENTS, wave_sharding
-from fedvlm_jax.streams import Stream
+from fedvlm_jax.utils import tree
+from fedvlm_jax.utils.random_streams import Stream
 
 __all__ = ["RoundOutput", "from_waves", "make_round", "start_personal", "to_waves"]
 

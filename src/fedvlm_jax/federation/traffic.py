@@ -3,9 +3,9 @@
 import jax
 from jaxtyping import PyTree
 
-from fedvlm_jax import tree
 from fedvlm_jax.methods import Method
 from fedvlm_jax.methods.parts.norms import leaf_name
+from fedvlm_jax.utils import tree
 
 __all__ = ["count_bytes", "find_travelling"]
 

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.data.encode import IGNORED, LABELS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods import Client
 from fedvlm_jax.methods.record import Metrics, is_factor
 from fedvlm_jax.objectives import Objective
+from fedvlm_jax.utils import tree
 
 __all__ = ["LocalTrainer", "make_local_trainer"]
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from fedvlm_jax import tree
 from fedvlm_jax.lora.sites import LoraError, Sites, join, select
+from fedvlm_jax.utils import tree
 
 Adapter = dict[str, Any]
 

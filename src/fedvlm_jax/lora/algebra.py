@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fedvlm_jax import tree
 from fedvlm_jax.lora.adapter import Adapter, sites_of
 from fedvlm_jax.lora.sites import LoraError, as_variables, join, listing
+from fedvlm_jax.utils import tree
 
 
 def merge(params: Mapping[str, Any], adapter: Adapter, *, dtype: Any = None) -> dict[str, Any]:

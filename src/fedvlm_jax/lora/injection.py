@@ -10,7 +10,6 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, PRNGKeyArray
 
-from fedvlm_jax import tree
 from fedvlm_jax.lora.adapter import COLLECTION, DROPOUT, FACTORS, GATE, Adapter
 from fedvlm_jax.lora.sites import (
     KINDS,
@@ -24,7 +23,8 @@ from fedvlm_jax.lora.sites import (
     listing,
     weight_name,
 )
-from fedvlm_jax.products import project
+from fedvlm_jax.utils import tree
+from fedvlm_jax.utils.products import project
 
 TILE = 8
 """Rows of a tile in a TPU's memory."""

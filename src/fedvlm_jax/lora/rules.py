@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fedvlm_jax import tree
 from fedvlm_jax.lora.adapter import FACTORS, Adapter
 from fedvlm_jax.lora.sites import LoraError, Sites, as_patterns, listing, search
+from fedvlm_jax.utils import tree
 
 
 @dataclasses.dataclass(frozen=True)

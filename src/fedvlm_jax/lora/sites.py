@@ -10,8 +10,8 @@ from typing import Any, Literal
 import jax
 from flax import linen as nn
 
-from fedvlm_jax import tree
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.utils import tree
 
 Kind = Literal["dense", "dense_general", "conv", "embed"]
 

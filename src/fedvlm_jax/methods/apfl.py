@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.methods.parts import pairs
 from fedvlm_jax.methods.parts.metrics import over_steps
 from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
 from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
+from fedvlm_jax.utils import tree
 
 __all__ = ["make"]
 

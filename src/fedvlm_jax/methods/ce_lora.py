@@ -9,12 +9,13 @@ C starts as the identity, so that the adapter starts as plain LoRA. The clients 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.methods.parts import pairs
 from fedvlm_jax.methods.parts.delivered import make_delivering_method
 from fedvlm_jax.methods.parts.factored import map_sites, matmul
 from fedvlm_jax.methods.parts.norms import only
 from fedvlm_jax.methods.record import Method, Setup
+from fedvlm_jax.utils import tree
 
 __all__ = ["make"]
 

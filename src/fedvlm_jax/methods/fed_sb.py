@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.methods.parts.factored import map_sites, matmul
 from fedvlm_jax.methods.parts.norms import only
 from fedvlm_jax.methods.record import Method, Setup
 from fedvlm_jax.methods.share import Parts, make_share_method
+from fedvlm_jax.utils import tree
 
 __all__ = ["make"]
 

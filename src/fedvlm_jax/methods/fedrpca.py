@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.methods.record import Message, Method, Setup
 from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
+from fedvlm_jax.utils import tree
 
 __all__ = ["make", "split"]
 

@@ -6,11 +6,12 @@ LoRA starts anew in every round: each client draws an A of its own, B is zero.
 import jax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.methods.parts import base, ranks
 from fedvlm_jax.methods.parts.factored import by_site, side_by_side
 from fedvlm_jax.methods.parts.norms import norm_of, only
 from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
+from fedvlm_jax.utils import tree
 
 __all__ = ["make"]
 

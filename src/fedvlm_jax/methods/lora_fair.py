@@ -7,10 +7,11 @@ min ‖E − Ā ΔB‖² + λ‖ΔB‖²: the Frobenius form. The paper's own ob
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.methods.parts.factored import deviations, map_sites, matmul
 from fedvlm_jax.methods.record import Message, Method, Setup
 from fedvlm_jax.methods.share import FACTORS, Parts, make_share_method
+from fedvlm_jax.utils import tree
 
 __all__ = ["make"]
 

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.lora.sites import as_patterns
 from fedvlm_jax.methods.parts import control, ranks
 from fedvlm_jax.methods.parts.norms import norm_of, only_a, personal_drift
 from fedvlm_jax.methods.parts.optimizers import make_server_optimizer
 from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
+from fedvlm_jax.utils import tree
 
 __all__ = [
     "AVERAGING",

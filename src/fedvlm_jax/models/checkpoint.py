@@ -22,7 +22,7 @@ import numpy as np
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.florence2 import temporal_embedding
 from fedvlm_jax.models.weights import Tensor, list_tensors, read_tensors
-from fedvlm_jax.tree import flatten, unflatten
+from fedvlm_jax.utils.tree import flatten, unflatten
 
 FIELDS = {
     "stage": r"\d+",

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from fedvlm_jax import tree
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.bart import Cache, empty_cache
 from fedvlm_jax.models.search import Decoder, Settings, search_beams, search_greedy
+from fedvlm_jax.utils import tree
 
 Amend = Callable[[Any, Array, Array], Array]
 """(recalled, the decoder's last states [B, K, D], logits [B, K, V]) -> logits to search with."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.products import mix, score
+from fedvlm_jax.utils.products import mix, score
 
 # Added to a score to hide a key. Finite, so that a row whose keys are all hidden gives numbers and not NaN.
 HIDDEN = -1e9

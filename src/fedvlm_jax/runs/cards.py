@@ -10,8 +10,8 @@ from typing import Any
 
 from fedvlm_jax.data.paths import OutsideError, read_below
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.foreign import escape_markdown
 from fedvlm_jax.runs.stored import check_examples, read_json
+from fedvlm_jax.utils.untrusted_text import escape_markdown
 
 __all__ = ["FILE", "MODELS", "Card", "read_cards", "to_html_cards", "to_markdown_cards"]
 

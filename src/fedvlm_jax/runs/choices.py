@@ -159,9 +159,10 @@ def check_rule(run: Run, sites: "lora.Sites") -> None:
         return
     import jax
 
-    from fedvlm_jax import lora, tree
+    from fedvlm_jax import lora
     from fedvlm_jax.lora.sites import listing
     from fedvlm_jax.methods.record import is_factor
+    from fedvlm_jax.utils import tree
 
     spec = lora.LoRA(run.lora.rank, run.lora.alpha, run.lora.targets)
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), sites, spec))

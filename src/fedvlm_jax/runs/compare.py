@@ -16,7 +16,6 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.choices import for_method
 from fedvlm_jax.runs.claims import Claim, name_command
-from fedvlm_jax.runs.codec import encode
 from fedvlm_jax.runs.config import Compare, Run, TrainOptions, to_json, without_extras
 from fedvlm_jax.runs.fingerprints import anchor, compare_sources, move
 from fedvlm_jax.runs.folders import RunRecord, read_run
@@ -26,6 +25,7 @@ from fedvlm_jax.runs.storage import describe_environment, write_json
 from fedvlm_jax.runs.stored import read_config
 from fedvlm_jax.runs.validation import FINETUNED, REMEMBERING, plain, validate_comparison
 from fedvlm_jax.runs.workers import WorkerProgress, spread
+from fedvlm_jax.utils.serialization import encode
 
 __all__ = ["compare", "finish_run", "refuse_other_sources"]
 

@@ -17,7 +17,7 @@ from fedvlm_jax.data.options import DataOptions, Split
 from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
 from fedvlm_jax.objectives.options import PreferenceOptions
-from fedvlm_jax.runs.codec import decode, encode
+from fedvlm_jax.utils.serialization import decode, encode
 
 __all__ = [
     "SHARE",

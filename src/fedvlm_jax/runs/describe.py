@@ -10,11 +10,11 @@ from fedvlm_jax.data.describe import describe
 from fedvlm_jax.data.federate import federate
 from fedvlm_jax.data.options import SPLITS, DataOptions
 from fedvlm_jax.data.table import read_table
-from fedvlm_jax.runs.codec import encode
 from fedvlm_jax.runs.describe_plots import draw_data
 from fedvlm_jax.runs.storage import write_json
 from fedvlm_jax.runs.tables import MANY, Table
 from fedvlm_jax.runs.theme import PAPER, save_png
+from fedvlm_jax.utils.serialization import encode
 
 __all__ = ["describe_data", "find_leaks", "tabulate_data", "word_findings"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Method, Setup, load_method
 from fedvlm_jax.methods.record import is_factor
@@ -18,6 +18,7 @@ from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.tracing import OPTIMIZER, Stage, Tracer, flatten_state, key_shape
+from fedvlm_jax.utils import tree
 
 __all__ = ["Explanation", "explain", "explain_method"]
 

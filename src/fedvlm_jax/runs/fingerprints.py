@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from fedvlm_jax import digests
-from fedvlm_jax.contents import digest_file, digest_files
 from fedvlm_jax.data.encode import IGNORED, Examples
 from fedvlm_jax.data.options import SPLITS
 from fedvlm_jax.data.registry import find_sets
@@ -23,6 +21,8 @@ from fedvlm_jax.errors import UserError, check_utf8
 from fedvlm_jax.models.weights import find_files
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.storage import describe_versions
+from fedvlm_jax.utils import digests
+from fedvlm_jax.utils.file_digests import digest_file, digest_files
 
 __all__ = [
     "anchor",

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator
 from rich.cells import cell_len
 
-from fedvlm_jax.runs.foreign import clean
+from fedvlm_jax.utils.untrusted_text import clean
 
 __all__ = ["fit_name", "replace_missing", "scripts"]
 

@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.foreign import clean
+from fedvlm_jax.utils.untrusted_text import clean
 
 __all__ = ["LARGEST", "LARGEST_SEED", "check_numbers", "shorten"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedvlm_jax.runs.cards import Card, to_html_cards, to_markdown_cards
-from fedvlm_jax.runs.foreign import clean, escape_markdown
 from fedvlm_jax.runs.tables import Table, to_html, to_markdown
 from fedvlm_jax.runs.theme import CSS_DARK, CSS_LIGHT
+from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
 
 __all__ = ["Facts", "Picture", "Report", "Section", "to_markdown_page", "to_page"]
 

@@ -42,7 +42,7 @@ from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
 from fedvlm_jax.runs.meshes import parse_mesh
 from fedvlm_jax.runs.progress import Progress
 from fedvlm_jax.sharding import connect, make_mesh, refuse_split_groups
-from fedvlm_jax.streams import Stream
+from fedvlm_jax.utils.random_streams import Stream
 
 __all__ = ["Prepared", "Session", "lay_out", "make_driver", "open_session", "prepare", "show_evaluation"]
 

@@ -18,8 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedvlm_jax.runs.console import open_console
-from fedvlm_jax.runs.foreign import clean
+from fedvlm_jax.utils.console import open_console
+from fedvlm_jax.utils.untrusted_text import clean
 
 __all__ = [
     "COMPILING",

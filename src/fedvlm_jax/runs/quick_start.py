@@ -10,7 +10,7 @@ import gc
 import os
 import sys
 
-from fedvlm_jax.runs.kept_programs import keep_programs
+from fedvlm_jax.utils.compilation_cache import keep_programs
 
 __all__ = ["start_quickly"]
 

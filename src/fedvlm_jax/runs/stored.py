@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedvlm_jax.digests import digest_parts
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.codec import fit
 from fedvlm_jax.runs.config import Run, from_json
 from fedvlm_jax.runs.meshes import MeshShape
+from fedvlm_jax.utils.digests import digest_parts
+from fedvlm_jax.utils.serialization import fit
 
 __all__ = [
     "SEAL",

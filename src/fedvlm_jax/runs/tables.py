@@ -14,12 +14,12 @@ from rich.text import Text
 from fedvlm_jax.evaluation.intervals import Difference
 from fedvlm_jax.evaluation.matrix import summarise_matrix
 from fedvlm_jax.evaluation.spread import summarise, summarise_gain
-from fedvlm_jax.runs.console import knows_signs
 from fedvlm_jax.runs.folders import ComparisonRecord, RunRecord, read_baseline
-from fedvlm_jax.runs.foreign import clean, escape_markdown
 from fedvlm_jax.runs.measures import MEASURES, Measure, find_measure, order_measures, percent
-from fedvlm_jax.runs.outputs import to_ascii
 from fedvlm_jax.runs.statistics import compare_paired, judge, order_by_mean, spread
+from fedvlm_jax.utils.console import knows_signs
+from fedvlm_jax.utils.standard_streams import to_ascii
+from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
 
 __all__ = [
     "MARKS",

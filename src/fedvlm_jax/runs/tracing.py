@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from fedvlm_jax import tree
 from fedvlm_jax.federation.traffic import count_bytes, find_travelling
 from fedvlm_jax.methods import Client, Context, Method
 from fedvlm_jax.methods.record import is_factor
 from fedvlm_jax.models import Vlm
+from fedvlm_jax.utils import tree
 
 __all__ = ["OPTIMIZER", "Held", "Stage", "Tensor", "Tracer", "flatten_state", "key_shape"]
 

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import jax
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.heap import keep_heap
 from fedvlm_jax.runs.progress import SilentProgress
+from fedvlm_jax.utils.heap import keep_heap
 
 __all__ = ["WorkerProgress", "spread"]
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.methods.parts.factored import by_site, matmul
+from fedvlm_jax.utils import tree
 
 __all__ = ["add", "apply", "start"]
 

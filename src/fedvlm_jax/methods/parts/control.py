@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.methods.parts.norms import leaf_name
 from fedvlm_jax.methods.record import Client
+from fedvlm_jax.utils import tree
 
 __all__ = ["average", "make_correction", "make_nudge", "make_proximal", "renew", "start"]
 

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.methods.parts import pairs
 from fedvlm_jax.methods.parts.norms import norm_of, only_a, personal_drift
 from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
+from fedvlm_jax.utils import tree
 
 __all__ = ["make_delivering_method"]
 

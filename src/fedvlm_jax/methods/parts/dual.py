@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.methods.parts import pairs
 from fedvlm_jax.methods.parts.norms import norm_of
 from fedvlm_jax.methods.record import Client, Context, Message, Method, Metrics, Personal, Server, Setup
+from fedvlm_jax.utils import tree
 
 __all__ = ["make_dual_method"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from fedvlm_jax import tree
+from fedvlm_jax.utils import tree
 
 __all__ = ["by_site", "deviations", "map_sites", "matmul", "product_norms", "side_by_side"]
 

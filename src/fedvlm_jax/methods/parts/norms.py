@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from fedvlm_jax import tree
+from fedvlm_jax.utils import tree
 
 __all__ = ["leaf_name", "norm_of", "only", "only_a", "personal_drift"]
 

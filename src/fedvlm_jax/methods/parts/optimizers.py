@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from fedvlm_jax import tree
 from fedvlm_jax.methods.options import ServerOptions
+from fedvlm_jax.utils import tree
 
 __all__ = ["ServerOptimizer", "make_server_optimizer"]
 

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from fedvlm_jax import lora, tree
+from fedvlm_jax import lora
 from fedvlm_jax.methods.record import is_factor
+from fedvlm_jax.utils import tree
 
 __all__ = ["cosines", "mix", "softmax_among", "split"]
 

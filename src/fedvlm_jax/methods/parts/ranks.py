@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from fedvlm_jax import tree
 from fedvlm_jax.methods.parts.norms import leaf_name
 from fedvlm_jax.methods.record import Setup
+from fedvlm_jax.utils import tree
 
 __all__ = ["cut", "find_held", "mean", "of", "scale", "where_sent"]
 

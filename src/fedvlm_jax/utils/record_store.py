@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fedvlm_jax.caches import Hold
+from fedvlm_jax.utils.cache_folders import Hold
 
 __all__ = ["KEY", "Records"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import xxhash
 
-from fedvlm_jax import digests
-from fedvlm_jax.caches import find_cache, read_plain, write_whole
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.utils import digests
+from fedvlm_jax.utils.cache_folders import find_cache, read_plain, write_whole
 
 __all__ = ["digest_file", "digest_files"]
 

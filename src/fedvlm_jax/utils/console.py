@@ -4,8 +4,8 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from fedvlm_jax.runs.foreign import clean
-from fedvlm_jax.runs.outputs import PIPE_GONE, silence
+from fedvlm_jax.utils.standard_streams import PIPE_GONE, silence
+from fedvlm_jax.utils.untrusted_text import clean
 
 __all__ = ["Terminal", "knows_signs", "open_console"]
 

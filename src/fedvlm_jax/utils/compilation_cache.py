@@ -19,8 +19,8 @@ import stat
 import sys
 from pathlib import Path
 
-from fedvlm_jax.caches import PLACED, PROGRAMS, Hold, find_cache
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.utils.cache_folders import PLACED, PROGRAMS, Hold, find_cache
 
 __all__ = ["SWITCH", "describe_processor", "find_danger", "keep_programs"]
 
