@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedvlm_jax.models.davit import DepthwiseConv
+from fedvlm_jax.models.florence2.davit import DepthwiseConv
 
 
 def _shifted(x: Any, kernel: Any) -> Any:

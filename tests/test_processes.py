@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedvlm_jax import processes
+from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedvlm_jax.cli._supervise import LOST, read_abort, supervise
-from fedvlm_jax.runs.distributed import DistributedOptions
+from fedvlm_jax.distributed.launch import DistributedOptions
 
 TWO = DistributedOptions(coordinator="127.0.0.1:9911", processes=2, process=1, timeout=7)
 # As jax 0.10.2 writes them, cut after the first lines of the stack.

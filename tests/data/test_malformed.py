@@ -306,7 +306,7 @@ REFUSED = (
 
 
 def test_the_model_s_own_tokenizer_takes_any_text(tmp_path: Path) -> None:
-    from fedvlm_jax.models.processing import Processor
+    from fedvlm_jax.models.florence2.processor import Processor
 
     about_text = ("question", "answer", "rejected")
     odd = [case for name, case in malformed.ROW_CASES.items() if name.startswith(about_text)]

@@ -301,7 +301,7 @@ def test_all_answers_are_compared_and_the_most_frequent_trains(tmp_path: Path) -
     from fedvlm_jax.evaluation.gold import read_gold
     from fedvlm_jax.evaluation.texts import METRICS, exact_match
     from fedvlm_jax.models import Processor, read_vlm
-    from fedvlm_jax.models.generation import read_settings
+    from fedvlm_jax.models.decoding.generate import read_settings
 
     people = [["yes"] * 3 + ["no"] * 7, ["2", "two", "2"], ["a"], ["b", "c"]]
     write(tmp_path, replace_column("chosen", pa.array(people)))

@@ -35,7 +35,7 @@ def train(run, show):
     print("ready", flush=True)
     time.sleep(60)
 fedvlm_jax.runs.loop = types.SimpleNamespace(train=train)
-fedvlm_jax.processes = types.SimpleNamespace(tell_all=lambda decide: decide(), is_first=lambda: True)
+fedvlm_jax.distributed.processes = types.SimpleNamespace(tell_all=lambda decide: decide(), is_first=lambda: True)
 main(["train", "--no-baseline"])
 """
 """The command, without jax, which takes its time to be imported."""

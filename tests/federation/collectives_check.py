@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.federation.collectives import find_collectives
 from fedvlm_jax.federation.hlo import parse_program
-from fedvlm_jax.sharding import make_mesh
 
 mesh = make_mesh(4, 2)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedvlm_jax.distributed.sharding import make_mesh, place_waves, replicate
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.memory import (
     GIB,
@@ -18,7 +19,6 @@ from fedvlm_jax.federation.memory import (
     measure,
     read_memory,
 )
-from fedvlm_jax.sharding import make_mesh, place_waves, replicate
 
 
 def make_compiler(base, per_client, devices=1, breaks_at=None):

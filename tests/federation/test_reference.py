@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from fedvlm_jax.data.encode import Examples
+from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.reference import ReferenceStore, add_reference, compute_reference, make_score
 from fedvlm_jax.models import load_vlm, resolve_folder
 from fedvlm_jax.runs.build import choose_arithmetic
 from fedvlm_jax.runs.config import Run
-from fedvlm_jax.sharding import make_mesh
 
 COUNT, BATCH = 7, 3
 

@@ -7,11 +7,11 @@ import pytest
 from toy import RATES, SPEC, make_cohort, make_toy, run_round, start_states
 
 from fedvlm_jax import lora
+from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.federation.round import make_round
 from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Setup, load_method
 from fedvlm_jax.objectives import load_objective
-from fedvlm_jax.sharding import make_mesh
 
 CLIENTS = 3
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from fedvlm_jax import lora
-from fedvlm_jax.lora.alternatives import find_dead_targets, split_alternatives
+from fedvlm_jax.lora.target_patterns import find_dead_targets, split_alternatives
 
 PATHS = (
     "vision_tower/convs_0/conv", "language_model/encoder/layers/self_attn/q_proj",

@@ -11,11 +11,11 @@ import pytest
 from toy import RATES, WIDTH, make_cohort, make_method, run_round, start_states, take, trace_rounds
 
 from fedvlm_jax import lora
+from fedvlm_jax.distributed.sharding import make_mesh, replicate
 from fedvlm_jax.federation.round import make_round, start_personal
 from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
 from fedvlm_jax.methods.record import Context, is_factor
 from fedvlm_jax.runs.config import methods_available
-from fedvlm_jax.sharding import make_mesh, replicate
 from fedvlm_jax.utils import tree
 
 CLIENTS = 4

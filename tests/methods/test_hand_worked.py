@@ -30,11 +30,11 @@ from flax import linen as nn
 from toy import start_states
 
 from fedvlm_jax import lora
+from fedvlm_jax.distributed.sharding import make_mesh, replicate
 from fedvlm_jax.federation.round import from_waves, make_round, to_waves
 from fedvlm_jax.federation.training import IGNORED, make_local_trainer
 from fedvlm_jax.methods import Client, Setup, load_method
 from fedvlm_jax.objectives import Objective
-from fedvlm_jax.sharding import make_mesh, replicate
 
 METHODS = ("local", "fedavg-lora", "plora")
 START = np.asarray([[1, 0], [1, 1]], np.float32)

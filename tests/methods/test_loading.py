@@ -7,13 +7,13 @@ import pytest
 from toy import RATES, make_cohort, make_method, run_round, start_states, take
 
 import fedvlm_jax.methods
+from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.round import make_round
 from fedvlm_jax.methods.options import LocalOptions
 from fedvlm_jax.runs.choices import check_choices, declare
 from fedvlm_jax.runs.config import Run, TrainOptions
 from fedvlm_jax.runs.explain_tables import tabulate_methods
-from fedvlm_jax.sharding import make_mesh
 
 GOOD = """
 from fedvlm_jax.errors import UserError

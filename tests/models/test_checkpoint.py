@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import build, load_vlm, save_checkpoint
-from fedvlm_jax.models.checkpoint import TABLE, checkpoint_names, find_slot
+from fedvlm_jax.models.florence2.weights import TABLE, checkpoint_names, find_slot
 from fedvlm_jax.utils.tree import flatten
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,7 +13,7 @@ from models.cases import CASES, make_batch, make_config
 from fedvlm_jax import lora
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import build, load_vlm
-from fedvlm_jax.models.florence2 import place_features, shift_right
+from fedvlm_jax.models.florence2.model import place_features, shift_right
 
 GOLDEN = Path(__file__).parent / "golden"
 CLIENTS = 3

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
+from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import choose_layout
 from fedvlm_jax.methods import load_method
@@ -13,7 +14,6 @@ from fedvlm_jax.methods.parts.delivered import start_pool
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.runs import build
 from fedvlm_jax.runs.config import Run, TrainOptions
-from fedvlm_jax.sharding import make_mesh
 
 
 @pytest.mark.parametrize(("wave", "places"), [(20, 20), (12, 24), (8, 24)])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from toy import RATES, make_cohort, make_method, start_states
 
+from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.options import ParticipationOptions
 from fedvlm_jax.federation.round import RoundOutput, make_round, to_waves
@@ -16,7 +17,6 @@ from fedvlm_jax.methods.share import AVERAGING
 from fedvlm_jax.runs.choices import RANGES, check_rule, declare, for_method
 from fedvlm_jax.runs.config import Compare, LoraOptions, Run, TrainOptions, methods_available
 from fedvlm_jax.runs.validation import validate, validate_comparison
-from fedvlm_jax.sharding import make_mesh
 
 SGD = TrainOptions(optimizer="sgd")
 ADAM = ServerOptions(optimizer="adam", learning_rate=0.01)

@@ -7,8 +7,8 @@ import pytest
 from federation.test_participation import Case, read_steps
 from toy import RATES
 
+from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.runs.models import give_models
-from fedvlm_jax.sharding import make_mesh
 
 RANKS = (1, 2, 2, 1)
 LIKE = np.asarray([[1.0, 0.1], [0.0, 1.0], [1.0, 0.0], [0.1, 1.0]])

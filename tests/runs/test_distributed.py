@@ -3,8 +3,8 @@
 import jax
 import pytest
 
+from fedvlm_jax.distributed.launch import DistributedOptions, check_distributed, describe_loss, join
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.distributed import DistributedOptions, check_distributed, describe_loss, join
 
 
 @pytest.mark.parametrize(

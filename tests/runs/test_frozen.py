@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from transformers import BartConfig
 
+from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.runs import frozen
 from fedvlm_jax.runs.config import EvaluationOptions, Run, SystemOptions
-from fedvlm_jax.sharding import make_mesh
 
 PLAIN = SystemOptions()
 

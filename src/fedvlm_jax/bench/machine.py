@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.federation.memory import GIB, read_device_bytes
 from fedvlm_jax.runs.storage import describe_environment
-from fedvlm_jax.sharding import make_mesh
 
 __all__ = ["MatmulPeak", "describe_machine", "has_bfloat16_units"]
 

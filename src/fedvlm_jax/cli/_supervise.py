@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedvlm_jax.cli._signals import exit_code, say
-from fedvlm_jax.runs.distributed import DistributedOptions, describe_loss
+from fedvlm_jax.distributed.launch import DistributedOptions, describe_loss
 
 __all__ = ["LOST", "Ending", "end_with_parent", "is_child", "read_abort", "supervise"]
 

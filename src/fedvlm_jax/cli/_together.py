@@ -11,8 +11,8 @@ from typing import NoReturn
 
 from fedvlm_jax.cli._signals import exit_code, say
 from fedvlm_jax.cli._supervise import LOST, end_with_parent
+from fedvlm_jax.distributed.launch import DistributedOptions, describe_loss, join
 from fedvlm_jax.errors import UserError, describe_os_error
-from fedvlm_jax.runs.distributed import DistributedOptions, describe_loss, join
 
 __all__ = ["Together", "together"]
 
@@ -44,7 +44,7 @@ def together(options: DistributedOptions) -> Generator[Together]:
     try:
         join(options)
         yield about
-        from fedvlm_jax import processes
+        from fedvlm_jax.distributed import processes
 
         processes.wait_for_all()
     except BaseException as error:
@@ -61,7 +61,7 @@ def _tell(error: BaseException, about: Together) -> int:
     """Say what ended this process; returns its exit code."""
     from jax.errors import JaxRuntimeError
 
-    from fedvlm_jax import processes
+    from fedvlm_jax.distributed import processes
 
     if isinstance(error, UserError | OSError):
         return say(describe_os_error(error) if isinstance(error, OSError) else str(error), 2)

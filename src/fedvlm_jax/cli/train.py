@@ -12,10 +12,10 @@ from fedvlm_jax.cli._said import find_said, list_words, was_said
 from fedvlm_jax.cli._signals import exit_code, say
 from fedvlm_jax.cli._supervise import is_child, supervise
 from fedvlm_jax.cli._together import Together, together
+from fedvlm_jax.distributed.launch import DistributedOptions, check_distributed
 from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.runs.claims import make_folder, remove_unused
 from fedvlm_jax.runs.config import Run, to_json
-from fedvlm_jax.runs.distributed import DistributedOptions, check_distributed
 from fedvlm_jax.runs.quick_start import start_quickly
 from fedvlm_jax.runs.stored import read_config
 from fedvlm_jax.runs.validation import validate
@@ -69,7 +69,7 @@ def train(
 
 def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool) -> None:
     """Train or go on; `again`: a run that has begun in its folder goes on without being asked to."""
-    from fedvlm_jax import processes
+    from fedvlm_jax.distributed import processes
     from fedvlm_jax.runs import loop, progress
     from fedvlm_jax.runs.longer import lengthen
 

@@ -21,11 +21,11 @@ from fedvlm_jax.data.batches import pad_rows
 from fedvlm_jax.data.encode import IGNORED, LABELS, Examples
 from fedvlm_jax.data.options import Split
 from fedvlm_jax.data.prefetch import read_ahead
+from fedvlm_jax.distributed.sharding import CLIENTS, fetch, own_places, place, place_own
 from fedvlm_jax.evaluation.preferences import Pairs, score_preferences
 from fedvlm_jax.evaluation.texts import select_metrics
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.objectives.likelihood import score_pairs, token_losses
-from fedvlm_jax.sharding import CLIENTS, fetch, own_places, place, place_own
 
 __all__ = ["GREEDY", "Adapters", "Evaluator", "Scored", "Scores", "make_answer"]
 

@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from fedvlm_jax.data.encode import CHARACTERS, CHUNK, IGNORED, ask_processor
 from fedvlm_jax.evaluation.tokens import normalise
-from fedvlm_jax.models.search import Settings
+from fedvlm_jax.models.decoding.search import Settings
 
 __all__ = ["STEP", "AnswerCodec", "Gold", "read_gold"]
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from fedvlm_jax import processes
+from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import DamagedError, UserError, naming
 from fedvlm_jax.utils import digests
 

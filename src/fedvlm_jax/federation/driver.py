@@ -22,6 +22,7 @@ from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.data.encode import Examples
+from fedvlm_jax.distributed.sharding import fetch, fetch_own, own_places, place_like, place_waves, replicate
 from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, find_fillers, find_shares, make_clients
 from fedvlm_jax.federation.health import OF_PAIRS
 from fedvlm_jax.federation.inputs import Inputs
@@ -32,7 +33,6 @@ from fedvlm_jax.federation.programs import Around, Programs
 from fedvlm_jax.federation.round import RoundOutput, from_waves, start_personal, to_waves
 from fedvlm_jax.federation.traffic import count_bytes, find_travelling
 from fedvlm_jax.methods import Client
-from fedvlm_jax.sharding import fetch, fetch_own, own_places, place_like, place_waves, replicate
 from fedvlm_jax.utils.random_streams import Stream
 
 __all__ = ["Driver", "Moment", "RoundInputs", "RoundReport", "start_adapter"]

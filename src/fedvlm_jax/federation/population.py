@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int, PyTree
 
-from fedvlm_jax import processes
+from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import DamagedError, naming
 from fedvlm_jax.utils import digests
 

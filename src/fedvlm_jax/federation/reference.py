@@ -20,12 +20,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int, PyTree
 
-from fedvlm_jax import processes
 from fedvlm_jax.data.encode import IGNORED, Examples
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.distributed.sharding import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.objectives.likelihood import score_pairs
-from fedvlm_jax.sharding import CLIENTS
 from fedvlm_jax.utils.record_store import Records
 
 __all__ = ["ReferenceStore", "add_reference", "compute_reference", "make_score"]

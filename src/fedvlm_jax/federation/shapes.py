@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from fedvlm_jax import lora
+from fedvlm_jax.distributed.sharding import cut_base, wave_sharding
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.driver import start_adapter
 from fedvlm_jax.federation.features import is_vision_frozen
@@ -19,7 +20,6 @@ from fedvlm_jax.federation.round import start_personal
 from fedvlm_jax.methods import Client
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import Objective
-from fedvlm_jax.sharding import cut_base, wave_sharding
 
 __all__ = ["shape_examples", "shape_round"]
 

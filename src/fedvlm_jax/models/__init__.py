@@ -1,12 +1,12 @@
 """Vision-language models as records of pure functions; today Florence-2 (arXiv 2311.06242)."""
 
-from fedvlm_jax.models.agreement import open_model
-from fedvlm_jax.models.checkpoint import save_checkpoint
-from fedvlm_jax.models.florence2 import build, image_tokens
+from fedvlm_jax.models.base import Batch, Params, Vlm
+from fedvlm_jax.models.florence2.consistency import open_model
+from fedvlm_jax.models.florence2.model import build, image_tokens
+from fedvlm_jax.models.florence2.processor import Processor, read_size
+from fedvlm_jax.models.florence2.weights import save_checkpoint
 from fedvlm_jax.models.hub import load_vlm, load_weights, read_vlm, resolve_folder
 from fedvlm_jax.models.layers import Stacking
-from fedvlm_jax.models.processing import Processor, read_size
-from fedvlm_jax.models.vlm import Batch, Params, Vlm
 
 __all__ = [
     "Batch",

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from fedvlm_jax.distributed.sharding import cut_base, place
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.checkpoint import load_params
-from fedvlm_jax.models.files import explain_error, read_json
-from fedvlm_jax.models.florence2 import build, check_config
+from fedvlm_jax.models.base import Params, Vlm
+from fedvlm_jax.models.florence2.model import build, check_config
+from fedvlm_jax.models.florence2.weights import load_params
+from fedvlm_jax.models.folder_files import explain_error, read_json
 from fedvlm_jax.models.layers import USUAL, Stacking
-from fedvlm_jax.models.vlm import Params, Vlm
-from fedvlm_jax.models.weights import advise_conversion, find_files
-from fedvlm_jax.sharding import cut_base, place
+from fedvlm_jax.models.safetensors_io import advise_conversion, find_files
 
 ASSETS = Path(__file__).parent.parent / "assets"
 _TEXTS = ["*.json", "*.txt", "*.model"]

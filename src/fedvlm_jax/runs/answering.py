@@ -10,8 +10,8 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import GREEDY
 from fedvlm_jax.evaluation.gold import AnswerCodec, Gold, read_gold
 from fedvlm_jax.models import Vlm
-from fedvlm_jax.models.generation import read_settings
-from fedvlm_jax.models.search import Settings
+from fedvlm_jax.models.decoding.generate import read_settings
+from fedvlm_jax.models.decoding.search import Settings
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.frozen import Note
 

@@ -8,7 +8,7 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
-from fedvlm_jax import processes
+from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs import loop
 from fedvlm_jax.runs.choices import for_method

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
+from fedvlm_jax.distributed.sharding import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.programs import Programs, make_programs
@@ -20,7 +21,6 @@ from fedvlm_jax.methods.options import LocalOptions, ServerOptions
 from fedvlm_jax.models import Stacking
 from fedvlm_jax.objectives import Objective
 from fedvlm_jax.runs.config import Run, SystemOptions
-from fedvlm_jax.sharding import CLIENTS
 
 __all__ = ["build_programs", "choose_arithmetic", "deal_ranks", "lay_out_sizes", "make_spec"]
 

@@ -20,9 +20,10 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from fedvlm_jax import processes
 from fedvlm_jax.data.batches import pad_rows
 from fedvlm_jax.data.prefetch import read_ahead
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.distributed.sharding import fetch, replicate
 from fedvlm_jax.errors import DamagedError, UserError, naming
 from fedvlm_jax.evaluation.clients import Adapters, Scores
 from fedvlm_jax.federation.checkpoint import Checkpoints
@@ -34,7 +35,6 @@ from fedvlm_jax.runs.models import each_model, give_models
 from fedvlm_jax.runs.prepare import Prepared, make_driver
 from fedvlm_jax.runs.progress import COMPILING, Progress, working
 from fedvlm_jax.runs.trouble import UNFIT, describe_rounds, describe_unfit, explain_aggregate, explain_all_unfit
-from fedvlm_jax.sharding import fetch, replicate
 
 __all__ = ["Best", "Course", "Watch", "leave_alone"]
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedvlm_jax.distributed.sharding import place_base
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.runs.claims import Claim
 from fedvlm_jax.runs.fingerprints import compare_clients, compare_sources, describe_clients, find_places, tell_versions
@@ -13,7 +14,6 @@ from fedvlm_jax.runs.progress import Progress, SilentProgress, working
 from fedvlm_jax.runs.scoring import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.runs.storage import load_base, open_adapters, write_json
 from fedvlm_jax.runs.stored import check_seal, read_config
-from fedvlm_jax.sharding import place_base
 
 __all__ = ["evaluate"]
 

@@ -18,7 +18,7 @@ from fedvlm_jax.data.options import SPLITS
 from fedvlm_jax.data.registry import find_sets
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError, check_utf8
-from fedvlm_jax.models.weights import find_files
+from fedvlm_jax.models.safetensors_io import find_files
 from fedvlm_jax.runs.config import Run
 from fedvlm_jax.runs.storage import describe_versions
 from fedvlm_jax.utils import digests

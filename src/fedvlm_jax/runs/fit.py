@@ -4,12 +4,12 @@ import dataclasses
 import time
 from functools import partial
 
-from fedvlm_jax import processes
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.distributed.sharding import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.memory import GIB, USABLE, Footprint, TooLargeError, find_wave, read_device_bytes
 from fedvlm_jax.runs.prepare import Prepared, lay_out, make_driver
 from fedvlm_jax.runs.progress import COMPILING, Progress, SilentProgress, working
-from fedvlm_jax.sharding import CLIENTS
 
 __all__ = ["fit"]
 

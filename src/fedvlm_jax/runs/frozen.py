@@ -18,17 +18,17 @@ import PIL
 from jax.sharding import Mesh
 
 import fedvlm_jax
-from fedvlm_jax import processes
 from fedvlm_jax.data.encode import Examples
 from fedvlm_jax.data.images import Images
 from fedvlm_jax.data.pictures import DECODING
 from fedvlm_jax.data.table import Table
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.distributed.sharding import own_base, own_mesh
 from fedvlm_jax.federation.features import GIB, WIDTH, FeatureStore, fingerprint_params
 from fedvlm_jax.federation.inputs import Inputs
 from fedvlm_jax.federation.reference import ReferenceStore, compute_reference, make_score
 from fedvlm_jax.models import Processor
 from fedvlm_jax.runs.config import Run, SystemOptions
-from fedvlm_jax.sharding import own_base, own_mesh
 from fedvlm_jax.utils.cache_folders import find_cache, read_bound, trim
 from fedvlm_jax.utils.compilation_cache import describe_processor
 

@@ -19,10 +19,12 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from fedvlm_jax import lora, processes
+from fedvlm_jax import lora
 from fedvlm_jax.data.encode import find_question_column
 from fedvlm_jax.data.options import SPLITS, Split
 from fedvlm_jax.data.table import read_table
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.distributed.sharding import fetch, replicate
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Adapters, Scored
 from fedvlm_jax.federation.driver import Moment
@@ -51,7 +53,6 @@ from fedvlm_jax.runs.storage import BASE, describe_environment, describe_start, 
 from fedvlm_jax.runs.stored import StoredConfig, check_seal, read_config, seal
 from fedvlm_jax.runs.trouble import describe_lost
 from fedvlm_jax.runs.validation import validate
-from fedvlm_jax.sharding import fetch, replicate
 from fedvlm_jax.utils import tree
 
 __all__ = ["Opened", "extend", "open_later", "resume", "train"]

@@ -20,15 +20,15 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
-from fedvlm_jax import processes
 from fedvlm_jax.data.batches import pad_rows
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.distributed.sharding import replicate
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Adapters
 from fedvlm_jax.federation.driver import Driver, Moment
 from fedvlm_jax.federation.population import NOBODY, Slots
 from fedvlm_jax.methods.parts.norms import leaf_name
 from fedvlm_jax.runs.prepare import Prepared
-from fedvlm_jax.sharding import replicate
 
 __all__ = ["each_model", "find_nearest", "give_models"]
 

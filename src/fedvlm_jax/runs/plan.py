@@ -12,6 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from fedvlm_jax.data.encode import MULTIPLE
+from fedvlm_jax.distributed.mesh_shape import parse_mesh
+from fedvlm_jax.distributed.sharding import CLIENTS, make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.collectives import find_collectives
@@ -37,11 +39,9 @@ from fedvlm_jax.runs.build import build_programs, choose_arithmetic, deal_ranks,
 from fedvlm_jax.runs.chips import parse_topology
 from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.frozen import Note
-from fedvlm_jax.runs.meshes import parse_mesh
 from fedvlm_jax.runs.plan_options import Request, check_request
 from fedvlm_jax.runs.plan_record import Attempt, Costs, Plan
 from fedvlm_jax.runs.topologies import open_devices
-from fedvlm_jax.sharding import CLIENTS, make_mesh
 
 __all__ = ["plan"]
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fedvlm_jax.distributed.sharding import CLIENTS
 from fedvlm_jax.errors import naming
 from fedvlm_jax.federation.collectives import Collective
 from fedvlm_jax.federation.memory import GIB
@@ -11,7 +12,6 @@ from fedvlm_jax.runs.config import to_json
 from fedvlm_jax.runs.plan_record import Plan, estimate
 from fedvlm_jax.runs.storage import describe_environment, write_json
 from fedvlm_jax.runs.tables import Table, format_bytes, to_markdown
-from fedvlm_jax.sharding import CLIENTS
 from fedvlm_jax.utils.serialization import encode
 
 __all__ = ["describe_plan", "tabulate_plan", "word_most", "word_refusal", "write_plan"]

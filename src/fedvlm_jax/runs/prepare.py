@@ -14,12 +14,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fedvlm_jax import lora, processes
+from fedvlm_jax import lora
 from fedvlm_jax.data.encode import Examples, encode, require_pairs
 from fedvlm_jax.data.faults import tell_lost
 from fedvlm_jax.data.federate import Federation, count_reasons, federate
 from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.data.table import read_table
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.distributed.mesh_shape import parse_mesh
+from fedvlm_jax.distributed.sharding import connect, make_mesh, refuse_split_groups
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.clients import Evaluator, make_answer
 from fedvlm_jax.evaluation.neighbours import Neighbours, make_neighbours
@@ -39,9 +42,7 @@ from fedvlm_jax.runs.choices import check_rule
 from fedvlm_jax.runs.config import LANGUAGE_MODEL, Run
 from fedvlm_jax.runs.fingerprints import describe_sources
 from fedvlm_jax.runs.frozen import Note, Session, choose_store, reference_of
-from fedvlm_jax.runs.meshes import parse_mesh
 from fedvlm_jax.runs.progress import Progress
-from fedvlm_jax.sharding import connect, make_mesh, refuse_split_groups
 from fedvlm_jax.utils.random_streams import Stream
 
 __all__ = ["Prepared", "Session", "lay_out", "make_driver", "open_session", "prepare", "show_evaluation"]

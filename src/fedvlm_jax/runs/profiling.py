@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from fedvlm_jax import processes
+from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.driver import Driver
 from fedvlm_jax.runs.scopes import find_scopes, label_trace, read_trace, share_out_time, tabulate_shares, write_trace

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from fedvlm_jax.data.options import Split
+from fedvlm_jax.distributed.sharding import fetch
 from fedvlm_jax.evaluation.clients import Adapters, Scored, Scores
 from fedvlm_jax.evaluation.intervals import bootstrap_mean
 from fedvlm_jax.evaluation.neighbours import KERNELS, recall
 from fedvlm_jax.runs.prepare import Prepared
-from fedvlm_jax.sharding import fetch
 
 __all__ = [
     "ScoredModels",

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from fedvlm_jax import processes
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.distributed.sharding import own_base
 from fedvlm_jax.errors import DamagedError, UserError, naming
 from fedvlm_jax.runs.claims import name_command
-from fedvlm_jax.sharding import own_base
 from fedvlm_jax.utils import digests, tree
 from fedvlm_jax.utils.cache_folders import read_plain, write_whole
 

@@ -5,6 +5,7 @@ import difflib
 import re
 from pathlib import Path
 
+from fedvlm_jax.distributed.mesh_shape import parse_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.runs.choices import check_choices, check_comparison
@@ -18,7 +19,6 @@ from fedvlm_jax.runs.config import (
     objectives_available,
 )
 from fedvlm_jax.runs.measures import SELECTING
-from fedvlm_jax.runs.meshes import parse_mesh
 from fedvlm_jax.runs.numbers import LARGEST_SEED, check_numbers
 
 __all__ = ["FINETUNED", "REMEMBERING", "plain", "validate", "validate_comparison"]

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fedvlm_jax import lora
-from fedvlm_jax.sharding import Cuts
+from fedvlm_jax.distributed.sharding import Cuts
 
 Params = dict[str, Any]
 Batch = Mapping[str, Array]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from fedvlm_jax.models.bart import Cache
+from fedvlm_jax.models.florence2.bart import Cache
 
 FAR = -1e9  # the score of what must not win but may still be compared; transformers' own number
 

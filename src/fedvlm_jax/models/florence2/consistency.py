@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.generation import check_settings, read_settings
+from fedvlm_jax.models.base import Vlm
+from fedvlm_jax.models.decoding.generate import check_settings, read_settings
+from fedvlm_jax.models.florence2.processor import Processor
 from fedvlm_jax.models.hub import read_vlm, resolve_folder
 from fedvlm_jax.models.layers import USUAL, Stacking
-from fedvlm_jax.models.processing import Processor
-from fedvlm_jax.models.vlm import Vlm
 
 __all__ = ["check_agreement", "check_generation", "open_model"]
 

@@ -16,14 +16,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fedvlm_jax import lora
+from fedvlm_jax.distributed.sharding import Cuts
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models import generation
-from fedvlm_jax.models.bart import Bart, Cache
-from fedvlm_jax.models.davit import DaViT, feature_size
+from fedvlm_jax.models.base import Batch, Params, Vlm
+from fedvlm_jax.models.decoding import generate
+from fedvlm_jax.models.florence2.bart import Bart, Cache
+from fedvlm_jax.models.florence2.davit import DaViT, feature_size
+from fedvlm_jax.models.florence2.limits import check_sizes
 from fedvlm_jax.models.layers import USUAL, Norm, Stacking, activation
-from fedvlm_jax.models.sizes import check_sizes
-from fedvlm_jax.models.vlm import Batch, Params, Vlm
-from fedvlm_jax.sharding import Cuts
 
 IGNORED = -100  # a label that takes part in no loss
 
@@ -222,25 +222,25 @@ def build(
     module = Florence2(config, dtype, stacking)
 
     injected = lora.inject(module.apply)
-    options = generation.resolve_config(config, generation_config)
+    options = generate.resolve_config(config, generation_config)
 
     def init(key: Array) -> Params:
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in example_batch(config).items()}
         return dict(module.init(key, zeros, method="logits")["params"])
 
     def image_features(params: Params, adapter: Any, pixel_values: Array) -> Array:
-        return injected(params, generation.part(adapter, _seeing), pixel_values, method="image_features")
+        return injected(params, generate.part(adapter, _seeing), pixel_values, method="image_features")
 
     def encode(params: Params, adapter: Any, batch: Batch) -> Array:
         if "memory" in batch:
             return batch["memory"]
-        return injected(params, generation.part(adapter, generation.encoding), batch, method="encode")
+        return injected(params, generate.part(adapter, generate.encoding), batch, method="encode")
 
     def logits(params: Params, adapter: Any, batch: Batch) -> Array:
         return states(params, adapter, batch)[1]
 
     def states(params: Params, adapter: Any, batch: Batch) -> tuple[Array, Array]:
-        part = generation.part(adapter, generation.decoding) if "memory" in batch else adapter
+        part = generate.part(adapter, generate.decoding) if "memory" in batch else adapter
         return injected(params, part, batch, method="states")
 
     return Vlm(
@@ -251,7 +251,7 @@ def build(
         encode=encode,
         logits=logits,
         states=states,
-        generate=generation.make_generate(config, module, injected, encode, options),
+        generate=generate.make_generate(config, module, injected, encode, options),
         image_tokens=lambda height, width: image_tokens(config, height, width),
         image_width=config.vision_config.projection_dim,
         example_batch=lambda: example_batch(config),

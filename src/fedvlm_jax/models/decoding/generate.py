@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.bart import Cache, empty_cache
-from fedvlm_jax.models.search import Decoder, Settings, search_beams, search_greedy
+from fedvlm_jax.models.decoding.search import Decoder, Settings, search_beams, search_greedy
+from fedvlm_jax.models.florence2.bart import Cache, empty_cache
 from fedvlm_jax.utils import tree
 
 Amend = Callable[[Any, Array, Array], Array]

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.files import explain_error, read_json
+from fedvlm_jax.models.folder_files import explain_error, read_json
 from fedvlm_jax.models.hub import resolve_folder
 
 MOST_PIXELS = 4096

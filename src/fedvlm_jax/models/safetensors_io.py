@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.files import explain_error, read_json, sniff
+from fedvlm_jax.models.folder_files import explain_error, read_json, sniff
 
 __all__ = ["Tensor", "advise_conversion", "find_files", "list_tensors", "read_tensors"]
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.florence2 import temporal_embedding
-from fedvlm_jax.models.weights import Tensor, list_tensors, read_tensors
+from fedvlm_jax.models.florence2.model import temporal_embedding
+from fedvlm_jax.models.safetensors_io import Tensor, list_tensors, read_tensors
 from fedvlm_jax.utils.tree import flatten, unflatten
 
 FIELDS = {
