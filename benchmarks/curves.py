@@ -40,8 +40,8 @@ from fedvlm_jax.bench.ours import Ours, choose_examples, count_round_flops
 from fedvlm_jax.bench.timing import describe_times, interleave
 from fedvlm_jax.bench.world import Shape, World, draw_world, start_factors
 from fedvlm_jax.models import Vlm, load_vlm, resolve_folder
-from fedvlm_jax.runs.storage import write_json
-from fedvlm_jax.runs.theme import PAPER, make_figure, save_png
+from fedvlm_jax.reporting.figures.theme import PAPER, make_figure, save_png
+from fedvlm_jax.training.run_dir.artifacts import write_json
 from fedvlm_jax.utils.compilation_cache import keep_programs
 
 RESULTS = Path(__file__).parent / "results"

@@ -26,15 +26,15 @@ from program_check import find_gathered  # noqa: E402  it also asks for eight de
 
 from fedvlm_jax import lora  # noqa: E402
 from fedvlm_jax.distributed.sharding import CLIENTS, cut_base, make_mesh, wave_sharding  # noqa: E402
-from fedvlm_jax.evaluation.clients import make_answer  # noqa: E402
-from fedvlm_jax.federation.reference import make_score  # noqa: E402
+from fedvlm_jax.evaluation.evaluator import make_answer  # noqa: E402
+from fedvlm_jax.federation.inputs.reference_log_probs import make_score  # noqa: E402
+from fedvlm_jax.federation.local_training import make_local_trainer  # noqa: E402
 from fedvlm_jax.federation.round import make_round  # noqa: E402
-from fedvlm_jax.federation.training import make_local_trainer  # noqa: E402
 from fedvlm_jax.methods import Client, Setup, load_method  # noqa: E402
 from fedvlm_jax.models import Stacking, Vlm, build  # noqa: E402
 from fedvlm_jax.objectives import load_objective  # noqa: E402
-from fedvlm_jax.runs.config import LANGUAGE_MODEL  # noqa: E402
-from fedvlm_jax.runs.storage import describe_environment, write_json  # noqa: E402
+from fedvlm_jax.training.config import LANGUAGE_MODEL  # noqa: E402
+from fedvlm_jax.training.run_dir.artifacts import describe_environment, write_json  # noqa: E402
 
 SHARES, ROWS, STEPS, BATCH, PICTURE, PROMPT, ANSWER = 2, 8, 4, 2, 577, 600, 64
 VOCABULARY = 51_289

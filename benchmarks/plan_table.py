@@ -23,8 +23,8 @@ from typing import Any
 
 import jax
 
-from fedvlm_jax.runs.chips import parse_topology
-from fedvlm_jax.runs.storage import describe_environment, write_json
+from fedvlm_jax.analysis.accelerators import parse_topology
+from fedvlm_jax.training.run_dir.artifacts import describe_environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
 LINES = RESULTS / "plan_table.jsonl"

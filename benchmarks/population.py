@@ -28,7 +28,7 @@ from typing import Any
 
 import tyro
 
-from fedvlm_jax.runs.storage import describe_environment, write_json
+from fedvlm_jax.training.run_dir.artifacts import describe_environment, write_json
 
 HERE = Path(__file__).parent
 SETTLED = 5
@@ -92,8 +92,8 @@ def ask(child: "subprocess.Popen[str]") -> dict[str, float]:
 def serve(options: Options) -> None:
     """Prepare a federation, then run a round for every line."""
     from fedvlm_jax.federation.checkpoint import Checkpoints
-    from fedvlm_jax.runs.config import Run
-    from fedvlm_jax.runs.prepare import make_driver, open_session, prepare
+    from fedvlm_jax.training.config import Run
+    from fedvlm_jax.training.prepare import make_driver, open_session, prepare
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = Run(cohort=options.cohort)

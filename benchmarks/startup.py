@@ -23,7 +23,7 @@ import tyro
 
 from fedvlm_jax.bench.machine import describe_machine
 from fedvlm_jax.bench.timing import describe_times, interleave, ratio
-from fedvlm_jax.runs.storage import write_json
+from fedvlm_jax.training.run_dir.artifacts import write_json
 from fedvlm_jax.utils.compilation_cache import FOLDER, SWITCH
 
 RESULTS = Path(__file__).parent / "results"

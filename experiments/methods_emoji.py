@@ -39,8 +39,8 @@ from typing import Any, Literal
 import methods_summary as summary
 import tyro
 
-from fedvlm_jax.data.options import DataOptions
-from fedvlm_jax.runs.config import EvaluationOptions, HyperOptions, Run, TrainOptions, methods_available
+from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.training.config import EvaluationOptions, HyperOptions, Run, TrainOptions, methods_available
 
 RESULTS = Path(__file__).parent / "results"
 Rates = tuple[float, ...]
@@ -186,18 +186,18 @@ class Bench:
         for line in summary.read_all(self.study.out):
             if all(line[name] == value for name, value in key.items()):
                 return line
-        from fedvlm_jax.runs import loop
-        from fedvlm_jax.runs.folders import read_run
-        from fedvlm_jax.runs.prepare import open_session
-        from fedvlm_jax.runs.progress import SilentProgress
-        from fedvlm_jax.runs.storage import describe_environment
+        from fedvlm_jax.training import federated_run
+        from fedvlm_jax.training.prepare import open_session
+        from fedvlm_jax.training.progress import SilentProgress
+        from fedvlm_jax.training.run_dir.artifacts import describe_environment
+        from fedvlm_jax.training.run_dir.reader import read_run
 
         run = self.study.make_run(stage, self.study.plan()[cell], method, seed, rates)
         assert run.out is not None
         shutil.rmtree(run.out, ignore_errors=True)
         self.session = self.session or open_session(run)
         start = time.monotonic()
-        record = read_run(loop.train(run, SilentProgress(), self.session))
+        record = read_run(federated_run.train(run, SilentProgress(), self.session))
         validation = record.scores("personal", split="validation")
         federated = record.rounds[: self.study.rounds]  # what follows is fine-tuning
         line = key | {

@@ -12,10 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from study_summary import Json, format_mean, read_lines, summarise_scores
 
-from fedvlm_jax.evaluation.intervals import Difference
-from fedvlm_jax.runs.storage import describe_environment
-from fedvlm_jax.runs.tables import Table, format_bytes, format_paired, percent, points, to_markdown
-from fedvlm_jax.runs.theme import PAPER, make_figure, save_png
+from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference
+from fedvlm_jax.reporting.figures.theme import PAPER, make_figure, save_png
+from fedvlm_jax.reporting.tables import Table, format_bytes, format_paired, percent, points, to_markdown
+from fedvlm_jax.training.run_dir.artifacts import describe_environment
 
 RIVALS = ("local", "fedavg-lora")
 LEVEL = 0.5

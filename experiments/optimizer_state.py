@@ -27,9 +27,9 @@ import study_summary
 import tyro
 from study_emoji import QUICK, RESULTS, Study
 
-from fedvlm_jax.runs.config import Run
-from fedvlm_jax.runs.statistics import BySeed, compare_paired, count_seeds_ahead, spread
-from fedvlm_jax.runs.tables import Table, format_paired, to_markdown
+from fedvlm_jax.evaluation.statistics.over_seeds import BySeed, compare_paired, count_seeds_ahead, spread
+from fedvlm_jax.reporting.tables import Table, format_paired, to_markdown
+from fedvlm_jax.training.config import Run
 
 CELL = "client-language-20"
 RATES = {"fedavg-lora": (2e-3, 2e-3), "plora": (5e-3, 2e-3), "ditto": (5e-3, 2e-3)}
@@ -84,10 +84,10 @@ def read_lines(options: Options) -> list[dict[str, Any]]:
 
 def run_missing(options: Options) -> None:
     """Run what has no line yet; a run that was stopped begins anew."""
-    from fedvlm_jax.runs import loop
-    from fedvlm_jax.runs.folders import read_run
-    from fedvlm_jax.runs.prepare import open_session
-    from fedvlm_jax.runs.progress import SilentProgress
+    from fedvlm_jax.training import federated_run
+    from fedvlm_jax.training.prepare import open_session
+    from fedvlm_jax.training.progress import SilentProgress
+    from fedvlm_jax.training.run_dir.reader import read_run
 
     session = None
     for method, state, seed in list(list_missing(options)):
@@ -96,7 +96,7 @@ def run_missing(options: Options) -> None:
         shutil.rmtree(run.out, ignore_errors=True)
         session = session or open_session(run)
         began = time.monotonic()
-        record = read_run(loop.train(run, SilentProgress(), session))
+        record = read_run(federated_run.train(run, SilentProgress(), session))
         scores = record.scores("personal", split="validation")
         line = {
             "method": method, "state": state, "seed": seed, "rates": RATES[method], "scores": scores,
@@ -128,7 +128,7 @@ def summarise(lines: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[s
 
 def tabulate(found: dict[str, Any]) -> Table:
     """A row per method."""
-    from fedvlm_jax.evaluation.intervals import Difference
+    from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference
 
     rows = [
         (

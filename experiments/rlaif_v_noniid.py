@@ -26,18 +26,18 @@ from pathlib import Path
 
 import tyro
 
-from fedvlm_jax.data.options import DataOptions
-from fedvlm_jax.evaluation.spread import summarise
-from fedvlm_jax.objectives.options import PreferenceOptions
-from fedvlm_jax.runs.compare import compare, finish_run
-from fedvlm_jax.runs.config import Compare, EvaluationOptions, LoraOptions, Run, SystemOptions, TrainOptions
-from fedvlm_jax.runs.folders import ComparisonRecord, read_comparison, read_run
-from fedvlm_jax.runs.measures import find_measure
-from fedvlm_jax.runs.prepare import Session, open_session
-from fedvlm_jax.runs.progress import Progress, open_progress
-from fedvlm_jax.runs.statistics import spread
-from fedvlm_jax.runs.storage import describe_environment, write_json
-from fedvlm_jax.runs.tables import Table, to_markdown
+from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.evaluation.metrics.names import find_measure
+from fedvlm_jax.evaluation.statistics.over_clients import summarise
+from fedvlm_jax.evaluation.statistics.over_seeds import spread
+from fedvlm_jax.objectives.config import PreferenceOptions
+from fedvlm_jax.reporting.tables import Table, to_markdown
+from fedvlm_jax.training.compare import compare, finish_run
+from fedvlm_jax.training.config import Compare, EvaluationOptions, LoraOptions, Run, SystemOptions, TrainOptions
+from fedvlm_jax.training.prepare import Session, open_session
+from fedvlm_jax.training.progress import Progress, open_progress
+from fedvlm_jax.training.run_dir.artifacts import describe_environment, write_json
+from fedvlm_jax.training.run_dir.reader import ComparisonRecord, read_comparison, read_run
 
 RESULTS = Path(__file__).parent / "results"
 METRICS = ("preference_accuracy", "preference_accuracy_per_token", "reward_margin", "exact_match", "token_f1")

@@ -29,11 +29,11 @@ from typing import Any, Literal
 import study_summary as summary
 import tyro
 
-from fedvlm_jax.data.options import DataOptions, Prompt
-from fedvlm_jax.runs.config import Compare, EvaluationOptions, Run, TrainOptions
-from fedvlm_jax.runs.folders import read_comparison
-from fedvlm_jax.runs.tables import to_markdown
-from fedvlm_jax.runs.theme import save_png
+from fedvlm_jax.data.config import DataOptions, Prompt
+from fedvlm_jax.reporting.figures.theme import save_png
+from fedvlm_jax.reporting.tables import to_markdown
+from fedvlm_jax.training.config import Compare, EvaluationOptions, Run, TrainOptions
+from fedvlm_jax.training.run_dir.reader import read_comparison
 
 METHODS = ("local", "fedavg-lora", "fedavg-lora+ft", "plora")
 GRID = ((2e-3, 2e-3), (5e-3, 2e-3), (1e-2, 5e-3))
@@ -161,14 +161,14 @@ class Bench:
     @cached_property
     def session(self) -> Any:
         """The base, the data, image features and compiled programs."""
-        from fedvlm_jax.runs.prepare import open_session
+        from fedvlm_jax.training.prepare import open_session
 
         study = self.study
         return open_session(study.base(next(iter(study.cells)), study.seed, study.out, test=False), print)
 
     def tune(self) -> None:
         """Try the grid; append every point to tuning.jsonl."""
-        from fedvlm_jax.runs.compare import finish_run
+        from fedvlm_jax.training.compare import finish_run
 
         study, log = self.study, self.study.out / "tuning.jsonl"
         todo = list(missing_points(study))
@@ -199,7 +199,7 @@ class Bench:
 
     def run(self) -> None:
         """Compare the methods in every cell, with the rates chosen for each."""
-        from fedvlm_jax.runs.compare import compare
+        from fedvlm_jax.training.compare import compare
 
         study, chosen = self.study, choose(self.study)
         left = {cell: pairs for cell, pairs in chosen.items() if not self._is_done(cell)}

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fedvlm_jax.evaluation.intervals import Difference, paired_difference
-from fedvlm_jax.evaluation.spread import summarise
-from fedvlm_jax.runs.folders import ComparisonRecord
-from fedvlm_jax.runs.statistics import compare_paired, mean_over_seeds, spread
-from fedvlm_jax.runs.tables import Table, format_bytes, format_paired, percent, points
-from fedvlm_jax.runs.theme import PAPER, choose_series, make_figure
+from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference, paired_difference
+from fedvlm_jax.evaluation.statistics.over_clients import summarise
+from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, mean_over_seeds, spread
+from fedvlm_jax.reporting.figures.theme import PAPER, choose_series, make_figure
+from fedvlm_jax.reporting.tables import Table, format_bytes, format_paired, percent, points
+from fedvlm_jax.training.run_dir.reader import ComparisonRecord
 
 RIVALS = ("local", "fedavg-lora", "fedavg-lora+ft")
 FAR = 0.1

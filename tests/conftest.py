@@ -45,9 +45,20 @@ def session(model, tmp_path_factory):
     """The tiny model and its data: runs of many files share their programs."""
     from tiny_run import tiny_run
 
-    from fedvlm_jax.runs.prepare import open_session
+    from fedvlm_jax.training.prepare import open_session
 
     return open_session(tiny_run(model, tmp_path_factory.mktemp("unused")))
+
+
+@pytest.fixture
+def undecided(monkeypatch):
+    """An environment that says nothing of compiled programs; what a test has written there is gone after it."""
+    from fedvlm_jax.utils.compilation_cache import FOLDER as KEPT
+    from fedvlm_jax.utils.compilation_cache import SETTINGS, SWITCH
+
+    for name in ("FEDVLM_CACHE", KEPT, SWITCH, *map(str.upper, SETTINGS)):
+        monkeypatch.setenv(name, "set so that it is put back")
+        monkeypatch.delenv(name)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fedvlm_jax.data.clients import Federation
-from fedvlm_jax.data.options import SPLITS
+from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.federated_dataset import Federation
 from fedvlm_jax.data.table import Table
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedvlm_jax.cli import main
-from fedvlm_jax.runs.config import Compare, Run
-from fedvlm_jax.runs.validation import validate, validate_comparison
+from fedvlm_jax.training.config import Compare, Run
+from fedvlm_jax.training.validation import validate, validate_comparison
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

@@ -10,10 +10,10 @@ from safetensors.numpy import load_file
 from transformers import BartConfig, Florence2Config
 
 import fedvlm_jax
-from fedvlm_jax.data.options import DataOptions
+from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.models import build, save_checkpoint
-from fedvlm_jax.runs.config import EvaluationOptions, LoraOptions, Run, TrainOptions
-from fedvlm_jax.runs.progress import SilentProgress
+from fedvlm_jax.training.config import EvaluationOptions, LoraOptions, Run, TrainOptions
+from fedvlm_jax.training.progress import SilentProgress
 
 NANO = Path(fedvlm_jax.__file__).parent / "assets" / "florence2-nano"
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from fedvlm_jax.analysis.hlo import parse_program
 from fedvlm_jax.bench.kinds import KINDS, find_kinds, measure_kinds
-from fedvlm_jax.federation.hlo import parse_program
 
 TEXT = """
 HloModule example

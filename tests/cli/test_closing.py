@@ -10,14 +10,14 @@ from made_up import write_run
 
 from fedvlm_jax.cli._closing import close_run, suggest_comparison
 from fedvlm_jax.cli.compare import compare
-from fedvlm_jax.data.options import DataOptions
-from fedvlm_jax.methods.options import HyperOptions, ServerOptions
-from fedvlm_jax.runs.baseline import find_reason_against, make_baseline
-from fedvlm_jax.runs.config import EvaluationOptions, LoraOptions, Run, SystemOptions, TrainOptions, without_extras
-from fedvlm_jax.runs.folders import read_baseline, read_run
-from fedvlm_jax.runs.tables import tabulate_run
-from fedvlm_jax.runs.validation import validate_comparison
-from fedvlm_jax.runs.wording import describe_run
+from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.methods.config import HyperOptions, ServerOptions
+from fedvlm_jax.reporting.sentences import describe_run
+from fedvlm_jax.reporting.tables import tabulate_run
+from fedvlm_jax.training.config import EvaluationOptions, LoraOptions, Run, SystemOptions, TrainOptions, without_extras
+from fedvlm_jax.training.local_baseline import find_reason_against, make_baseline
+from fedvlm_jax.training.run_dir.reader import read_baseline, read_run
+from fedvlm_jax.training.validation import validate_comparison
 
 ZERO = {"a": 0.25, "b": 0.25, "c": 0.0}
 OWN = {"a": 0.5, "b": 0.75, "c": 0.25}

@@ -5,20 +5,20 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from test_choices import trace_shapes
 from tiny_run import make_folder
 from toy import SPEC, WIDTH, make_toy
+from training.test_method_options import trace_shapes
 
 from fedvlm_jax import lora
+from fedvlm_jax.analysis.explain import explain_method
+from fedvlm_jax.analysis.trace_method import Held
 from fedvlm_jax.cli.main import main
-from fedvlm_jax.federation.traffic import count_bytes, find_travelling
+from fedvlm_jax.federation.communication import count_bytes, find_travelling
 from fedvlm_jax.methods import Method, load_method
-from fedvlm_jax.methods.options import HyperOptions, LocalOptions
-from fedvlm_jax.methods.share import Parts, make_share_method
-from fedvlm_jax.runs.config import LoraOptions, Run, TrainOptions, methods_available
-from fedvlm_jax.runs.explain import explain_method
-from fedvlm_jax.runs.explain_tables import tabulate_explanation, tabulate_methods
-from fedvlm_jax.runs.tracing import Held
+from fedvlm_jax.methods.config import HyperOptions, LocalOptions
+from fedvlm_jax.methods.rule_based import Parts, make_share_method
+from fedvlm_jax.reporting.method_report import tabulate_explanation, tabulate_methods
+from fedvlm_jax.training.config import LoraOptions, Run, TrainOptions, methods_available
 from fedvlm_jax.utils import tree
 
 CLIENTS = 4

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-import fedvlm_jax.runs
+import fedvlm_jax.training
 from fedvlm_jax.cli.main import commands_available, main
-from fedvlm_jax.runs.config import Compare, Run, to_json
+from fedvlm_jax.training.config import Compare, Run, to_json
 
 HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "scipy.stats", "numpy", "jaxtyping")
 
@@ -102,11 +102,11 @@ def test_the_flag_that_was_meant_is_named_in_every_locale(encoding: str) -> None
 
 def replace_work(monkeypatch: pytest.MonkeyPatch, name: str, **functions: object) -> None:
     """Put a module without jax in the place of the one that does the work."""
-    module = types.ModuleType(f"fedvlm_jax.runs.{name}")
+    module = types.ModuleType(f"fedvlm_jax.training.{name}")
     for key, function in functions.items():
         setattr(module, key, function)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(fedvlm_jax.runs, name, module, raising=False)
+    monkeypatch.setattr(fedvlm_jax.training, name, module, raising=False)
 
 
 def test_train_hands_over_the_options_and_shows_table_and_report(
@@ -121,7 +121,7 @@ def test_train_hands_over_the_options_and_shows_table_and_report(
         assert run.out is not None
         return write_run(run.out, {"a": 0.25, "b": 0.25}, {"a": 0.5, "b": 0.75}, run)
 
-    replace_work(monkeypatch, "loop", train=train)
+    replace_work(monkeypatch, "federated_run", train=train)
     flags = ["--method", "local", "--data", "emoji", "--data.prompt", "client-language", "--train.rounds", "3"]
     main(["train", *flags, "--no-baseline", "--out", str(tmp_path / "run")])
     shown = capsys.readouterr().out
@@ -140,7 +140,7 @@ def test_a_folder_is_chosen_before_the_work_so_that_ctrl_c_can_name_it(
 
     monkeypatch.chdir(tmp_path)
 
-    replace_work(monkeypatch, "loop", train=train)
+    replace_work(monkeypatch, "federated_run", train=train)
     with pytest.raises(SystemExit) as stop:
         main(["train", "--no-baseline"])
     assert stop.value.code == 130
@@ -159,7 +159,7 @@ def test_resume_reaches_the_loop_with_the_folder(monkeypatch: pytest.MonkeyPatch
         seen.append(run)
         return run
 
-    replace_work(monkeypatch, "loop", resume=resume)
+    replace_work(monkeypatch, "federated_run", resume=resume)
     main(["train", "--resume", str(folder), "--no-baseline"])
     assert seen == [folder]
 
@@ -178,7 +178,7 @@ def test_profile_watches_the_run_and_the_end_says_where_it_is(
         watch.written += [watch.folder / f"{name}.json.gz" for name in traced]
         return write_run(run.out, {"a": 0.25}, {"a": 0.5}, run)
 
-    replace_work(monkeypatch, "loop", train=train)
+    replace_work(monkeypatch, "federated_run", train=train)
     main(["train", "--profile", "--no-baseline", "--out", str(tmp_path / "run")])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("profile ")

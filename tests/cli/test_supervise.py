@@ -74,7 +74,7 @@ PARENT = """
 import sys
 from fedvlm_jax.cli._signals import heed_signals
 from fedvlm_jax.cli._supervise import supervise
-from fedvlm_jax.runs.distributed import DistributedOptions
+from fedvlm_jax.distributed.launch import DistributedOptions
 with heed_signals():
     sys.exit(supervise([sys.executable, "-c", sys.argv[1]], DistributedOptions(on=True), None))
 """

@@ -18,10 +18,10 @@ from make_parquet import IMAGE, RLAIF_V, make_row, make_rows, write_rows
 from rlaif_form import REASONS, Form, make_form_rows, write_folder
 from words import WordProcessor
 
-from fedvlm_jax.data.encode import Examples, encode
-from fedvlm_jax.data.federate import federate
-from fedvlm_jax.data.options import DataOptions
+from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.partitioning.splits import federate
 from fedvlm_jax.data.table import Table, read_table
+from fedvlm_jax.data.tokenization import Examples, encode
 from fedvlm_jax.errors import UserError
 
 LENIENT = DataOptions(max_bad_share=1.0)

@@ -6,7 +6,7 @@ from make_parquet import RLAIF_V, UNICODE, draw_image, make_row, make_rows, writ
 from PIL import Image
 
 from fedvlm_jax.data.images import unique_images
-from fedvlm_jax.data.registry import find_sets
+from fedvlm_jax.data.sources.registry import find_sets
 from fedvlm_jax.data.table import read_table
 from fedvlm_jax.errors import UserError
 

@@ -1,11 +1,6 @@
-"""Made-up folders are those of the tests of `runs`; what `datasets` keeps goes where the tests do."""
-
-import sys
-from pathlib import Path
+"""What `datasets` keeps goes where the tests do."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "runs"))
 
 
 @pytest.fixture(autouse=True, scope="session")

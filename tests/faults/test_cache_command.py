@@ -147,7 +147,7 @@ def test_a_killed_process_uses_nothing_any_more(root):
     file = make(root, "features")
     program = f"""
 from pathlib import Path
-from fedvlm_jax.caches import Hold
+from fedvlm_jax.utils.cache_folders import Hold
 hold = Hold(Path({str(file.parent)!r}))
 print(flush=True)
 input()

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 import fedvlm_jax
-from fedvlm_jax.data.facts import ImageFacts
+from fedvlm_jax.data.image_index import ImageFacts
 from fedvlm_jax.data.images import unique_images
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.storage import LIST, open_adapters
+from fedvlm_jax.training.run_dir.artifacts import LIST, open_adapters
 from fedvlm_jax.utils import file_digests
 from fedvlm_jax.utils.cache_folders import read_plain
 from fedvlm_jax.utils.record_store import KEY, Records

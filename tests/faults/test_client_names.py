@@ -13,11 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_table import make_table
 
-from fedvlm_jax.data.clients import ClientRows, Federation
-from fedvlm_jax.data.federate import check_federation
+from fedvlm_jax.data.federated_dataset import ClientRows, Federation
+from fedvlm_jax.data.partitioning.splits import check_federation
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.federation.population import Population
-from fedvlm_jax.runs.storage import BASE, LIST, load_base, name_file, open_adapters, save_adapters, save_base
+from fedvlm_jax.federation.client_states import Population
+from fedvlm_jax.training.run_dir.artifacts import (
+    BASE,
+    LIST,
+    load_base,
+    name_file,
+    open_adapters,
+    save_adapters,
+    save_base,
+)
 
 HOSTILE = [
     *(

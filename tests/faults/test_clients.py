@@ -9,12 +9,12 @@ import pytest
 from made_table import as_lists, make_table
 from make_parquet import make_row, write_rows
 
-from fedvlm_jax.data.emoji import draw_mix
-from fedvlm_jax.data.federate import federate
-from fedvlm_jax.data.options import DataOptions
-from fedvlm_jax.data.partition import cut_dirichlet, cut_quantity
+from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.partitioning.algorithms import cut_dirichlet, cut_quantity
+from fedvlm_jax.data.partitioning.splits import federate
+from fedvlm_jax.data.sources.emoji import draw_mix
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.describe import describe_data, word_findings
+from fedvlm_jax.reporting.data_report import describe_data, word_findings
 
 ALL_TRAIN = DataOptions(source="made-up", validation_share=0, test_share=0)
 NAMES = {

@@ -10,15 +10,15 @@ from make_parquet import draw_image
 
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs import evaluate, loop
-from fedvlm_jax.runs.cards import read_cards, to_html_cards, to_markdown_cards
-from fedvlm_jax.runs.compare import finish_run
-from fedvlm_jax.runs.config import Run, from_json, to_json
-from fedvlm_jax.runs.folders import read_comparison, read_metrics, read_run
-from fedvlm_jax.runs.progress import SilentProgress
-from fedvlm_jax.runs.stored import read_config
-from fedvlm_jax.runs.tables import tabulate_comparison, tabulate_run
-from fedvlm_jax.runs.wording import describe_comparison, describe_run
+from fedvlm_jax.reporting.example_cards import read_cards, to_html_cards, to_markdown_cards
+from fedvlm_jax.reporting.sentences import describe_comparison, describe_run
+from fedvlm_jax.reporting.tables import tabulate_comparison, tabulate_run
+from fedvlm_jax.training import evaluate, federated_run
+from fedvlm_jax.training.compare import finish_run
+from fedvlm_jax.training.config import Run, from_json, to_json
+from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.training.run_dir.reader import read_comparison, read_metrics, read_run
+from fedvlm_jax.training.run_dir.validated_files import read_config
 
 NO_OBJECT = {
     "empty": b"",
@@ -323,7 +323,7 @@ def test_a_resumed_run_s_options_are_judged(run, part, name, value, told, tmp_pa
     path.write_text(json.dumps(stored))
     (run / "results.json").unlink()
     with pytest.raises(UserError) as found:
-        loop.resume(run)
+        federated_run.resume(run)
     assert str(path) in str(found.value)
     assert told in str(found.value)
     assert is_one_line(found.value)
@@ -337,7 +337,7 @@ def test_other_ways_to_a_damaged_run_name_it_too(run, tmp_path):
     run.rename(inside)
     for command in (
         lambda: finish_run(Run(method="local", out=inside), SilentProgress(), None),
-        lambda: loop.extend(inside, Run(method="local", out=tmp_path / "other")),
+        lambda: federated_run.extend(inside, Run(method="local", out=tmp_path / "other")),
         lambda: evaluate.evaluate(inside),
     ):
         with pytest.raises(UserError, match=r"local-seed0/config\.json: the entry 'run' is missing"):

@@ -10,10 +10,10 @@ from tiny_run import StopAfter, StopError, assert_same_adapters, tiny_run
 
 from fedvlm_jax.errors import DamagedError, UserError
 from fedvlm_jax.federation.checkpoint import Checkpoints
-from fedvlm_jax.federation.population import Population
-from fedvlm_jax.runs import loop
-from fedvlm_jax.runs.folders import read_metrics
-from fedvlm_jax.runs.progress import SilentProgress
+from fedvlm_jax.federation.client_states import Population
+from fedvlm_jax.training import federated_run
+from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.training.run_dir.reader import read_metrics
 
 STATE = {"server": {"b": np.linspace(-1, 1, 4000, dtype=np.float32).reshape(40, 100)}, "slots": np.arange(7)}
 SHAPES = {"a": jax.ShapeDtypeStruct((3, 5), np.float32), "count": jax.ShapeDtypeStruct((), np.int32)}
@@ -143,7 +143,7 @@ def test_a_record_of_another_time_or_place_is_told(tmp_path):
 @pytest.fixture(scope="module")
 def whole(model, session, tmp_path_factory):
     """The run, never stopped."""
-    return loop.train(tiny_run(model, tmp_path_factory.mktemp("runs") / "whole"), session=session)
+    return federated_run.train(tiny_run(model, tmp_path_factory.mktemp("runs") / "whole"), session=session)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def stopped(model, session, tmp_path_factory):
     """The same, stopped after round 3: the checkpoints of rounds 2 and 3 are there."""
     run = tiny_run(model, tmp_path_factory.mktemp("runs") / "stopped")
     with pytest.raises(StopError):
-        loop.train(run, StopAfter(3), session)
+        federated_run.train(run, StopAfter(3), session)
     assert sorted(path.name for path in (run.out / "checkpoints").iterdir()) == ["2", "3"]
     return run.out
 
@@ -195,7 +195,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_older_one_is_used(session, 
     else:
         damage_state(copy, 3, 2)
     show = SilentProgress()
-    loop.resume(copy, show, session)
+    federated_run.resume(copy, show, session)
     (told,) = [note for note in show.notes if "damaged" in note]
     assert "the run goes on from round 2, and round 3 is run again" in told
     assert [line["round"] for line in show.lines] == [3, 4]
@@ -212,7 +212,7 @@ def test_lines_that_were_lost_are_told(session, whole, copy, kept, lost):
     if kept:
         file.write_text("".join(lines[at] for at in kept))
     show = SilentProgress()
-    loop.resume(copy, show, session)
+    federated_run.resume(copy, show, session)
     (told,) = [note for note in show.notes if "metrics.jsonl" in note]
     assert f"metrics.jsonl lacks {lost} of 3 rounds" in told
     assert len(read_metrics(copy)) == 4 - lost
@@ -226,7 +226,7 @@ def test_where_no_checkpoint_is_whole_the_run_ends_with_one_line_and_stays_as_it
     with pytest.raises(
         UserError, match=r"none of its checkpoints is whole: .*round 3 is damaged.*round 2 is damaged"
     ) as told:
-        loop.resume(copy, session=session)
+        federated_run.resume(copy, session=session)
     assert "\n" not in str(told.value)
     assert list_files(copy) == before
 
@@ -239,10 +239,10 @@ def test_the_older_checkpoint_stays_whole_in_a_resumed_run(session, whole, copy,
 
     monkeypatch.setattr(Checkpoints, "save", fail)
     with pytest.raises(StopError):
-        loop.resume(copy, session=session)
+        federated_run.resume(copy, session=session)
     monkeypatch.undo()
     damage(copy, 3)
     show = SilentProgress()
-    loop.resume(copy, show, session)
+    federated_run.resume(copy, show, session)
     assert [line["round"] for line in show.lines] == [3, 4]
     assert_same_adapters(copy, whole)

@@ -19,12 +19,13 @@ from fedvlm_jax.cli import train as command
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import ADVICE, UserError, describe_os_error, naming
 from fedvlm_jax.federation.checkpoint import Checkpoints
-from fedvlm_jax.federation.population import Population
-from fedvlm_jax.runs import loop, report
-from fedvlm_jax.runs.claims import Claim
-from fedvlm_jax.runs.config import Run
-from fedvlm_jax.runs.course import Course
-from fedvlm_jax.runs.storage import write_json
+from fedvlm_jax.federation.client_states import Population
+from fedvlm_jax.reporting import report
+from fedvlm_jax.training import federated_run
+from fedvlm_jax.training.config import Run
+from fedvlm_jax.training.run_dir.artifacts import write_json
+from fedvlm_jax.training.run_dir.folder_lock import Claim
+from fedvlm_jax.training.trainer import Course
 from fedvlm_jax.utils.cache_folders import write_whole
 from fedvlm_jax.utils.standard_streams import leave_out_told
 
@@ -172,7 +173,7 @@ def test_a_folder_that_cannot_be_written_to_is_noticed_first(number, tmp_path, m
 
     monkeypatch.setattr(os, "open" if number in (errno.EROFS, errno.EACCES) else "pwrite", refuse)
     with pytest.raises(UserError) as told:
-        loop.train(Run(model="no/model", out=tmp_path / "run"))
+        federated_run.train(Run(model="no/model", out=tmp_path / "run"))
     assert str(told.value).startswith(f"nothing can be written into {tmp_path / 'run'}: ")
     assert os.strerror(number) in str(told.value)
     assert ADVICE[number] in str(told.value)
@@ -222,7 +223,7 @@ def test_train_says_how_to_go_on(files, told, tmp_path, monkeypatch):
                 (run.out / name).write_text("{}")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "states-0.bin")
 
-    monkeypatch.setattr(loop, "train", fail)
+    monkeypatch.setattr(federated_run, "train", fail)
     with pytest.raises(UserError, match=f"^states-0.bin: No space left on device .*{told}"):
         command.train(Run(out=tmp_path / "run"), baseline=False)
 

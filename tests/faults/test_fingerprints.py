@@ -16,18 +16,19 @@ from safetensors.numpy import load_file, save_file
 from tiny_run import StopAfter, StopError, make_folder, tiny_run
 
 from fedvlm_jax.cli.main import main
+from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.images import digest_rows
-from fedvlm_jax.data.options import DataOptions
 from fedvlm_jax.data.table import read_parquet
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs import compare, evaluate, fingerprints, loop
-from fedvlm_jax.runs.baseline import train_alone
-from fedvlm_jax.runs.config import Compare, Run, TrainOptions
-from fedvlm_jax.runs.fingerprints import anchor
-from fedvlm_jax.runs.folders import read_baseline, read_run
-from fedvlm_jax.runs.progress import SilentProgress
-from fedvlm_jax.runs.report import write_report
-from fedvlm_jax.runs.stored import check_seal, read_config, seal
+from fedvlm_jax.reporting.report import write_report
+from fedvlm_jax.training import compare, evaluate, federated_run
+from fedvlm_jax.training.config import Compare, Run, TrainOptions
+from fedvlm_jax.training.local_baseline import train_alone
+from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.training.run_dir import fingerprints
+from fedvlm_jax.training.run_dir.fingerprints import anchor
+from fedvlm_jax.training.run_dir.reader import read_baseline, read_run
+from fedvlm_jax.training.run_dir.validated_files import check_seal, read_config, seal
 from fedvlm_jax.utils import file_digests
 from fedvlm_jax.utils.file_digests import digest_file, digest_files
 
@@ -176,7 +177,7 @@ def origin(tmp_path_factory):
     with contextlib.chdir(place):
         run = tiny_run(Path("model"), place / "run", data=data, train=train, cohort=None)
         with pytest.raises(StopError):
-            loop.train(run, StopAfter(1))
+            federated_run.train(run, StopAfter(1))
     return place
 
 
@@ -265,7 +266,7 @@ def test_a_resumed_run_notices_that_something_else_is_there(place, kind):
     change(place)
     before = sorted(path.name for path in (place / "run").iterdir())
     with pytest.raises(UserError, match=rf"(?m)was not made of what is there now.*\n{told}") as error:
-        loop.resume(place / "run")
+        federated_run.resume(place / "run")
     assert str(error.value).count("\n") == 2, "one thing differs, in one line"
     assert sorted(path.name for path in (place / "run").iterdir()) == before
 
@@ -281,7 +282,7 @@ EDITS = {
 def test_an_edited_config_is_noticed(place, kind):
     EDITS[kind](place)
     with pytest.raises(UserError, match=r"config\.json is not as the run wrote it: was it edited, or damaged\?"):
-        loop.resume(place / "run")
+        federated_run.resume(place / "run")
 
 
 def test_a_config_of_version_0_1_is_told(place):
@@ -290,7 +291,7 @@ def test_a_config_of_version_0_1_is_told(place):
     del content["digest"]
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=r"config\.json has no digest: it is of version 0\.1"):
-        loop.resume(place / "run")
+        federated_run.resume(place / "run")
 
 
 def test_other_versions_are_said(monkeypatch):
@@ -365,13 +366,13 @@ def test_data_and_model_may_move(place, monkeypatch):
         (place / name).rename(place / f"new-{name}")
     run = place / "run"
     with pytest.raises(UserError, match=r"data/rows\.parquet, .* is not there; if it has moved, .*--data PLACE"):
-        loop.resume(run)
+        federated_run.resume(run)
     data = DataOptions(source="new-data/rows.parquet")
     monkeypatch.chdir(place)
     with pytest.raises(UserError, match=r"/model, .* is not there; if it has moved, .*--model PLACE"):
-        loop.resume(run, places=Run(data=data))
+        federated_run.resume(run, places=Run(data=data))
     show = SilentProgress()
-    loop.resume(run, show, places=Run(data=data, model="new-model"))
+    federated_run.resume(run, show, places=Run(data=data, model="new-model"))
     assert [line["round"] for line in show.lines] == [2]
     stored = read_config(run).run
     assert (stored.data.source, stored.model) == (str(place / "new-data/rows.parquet"), str(place / "new-model"))
@@ -381,7 +382,7 @@ def test_data_and_model_may_move(place, monkeypatch):
     (place / "new-data").rename(place / "data")
     with pytest.raises(UserError, match="is not there"):
         evaluate.evaluate(run)
-    loop.resume(run, places=Run(data=DataOptions(source="data/rows.parquet")))
+    federated_run.resume(run, places=Run(data=DataOptions(source="data/rows.parquet")))
     triple_then_evaluate(place, run)
 
 
@@ -396,7 +397,7 @@ def triple_then_evaluate(place, run):
 def test_moved_data_must_be_the_same(place):
     write_rows(place / "other.parquet", make_rows(24))
     with pytest.raises(UserError, match=r"the data, \S+other\.parquet, have another content"):
-        loop.resume(place / "run", places=Run(data=DataOptions(source=str(place / "other.parquet"))))
+        federated_run.resume(place / "run", places=Run(data=DataOptions(source=str(place / "other.parquet"))))
 
 
 def test_the_command_takes_places_and_no_other_options(place, capsys):

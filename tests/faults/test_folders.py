@@ -17,16 +17,20 @@ from made_up import write_comparison, write_run
 from tiny_run import StopError, make_folder
 
 from fedvlm_jax.cli.main import main
-from fedvlm_jax.data.options import DataOptions
+from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs import claims, compare, evaluate, loop, report
-from fedvlm_jax.runs.claims import Claim
-from fedvlm_jax.runs.config import Compare, Run
-from fedvlm_jax.runs.fingerprints import anchor
-from fedvlm_jax.runs.folders import read_metrics
+from fedvlm_jax.reporting import report
+from fedvlm_jax.training import compare, evaluate, federated_run
+from fedvlm_jax.training.config import Compare, Run
+from fedvlm_jax.training.run_dir import folder_lock
+from fedvlm_jax.training.run_dir.fingerprints import anchor
+from fedvlm_jax.training.run_dir.folder_lock import Claim
+from fedvlm_jax.training.run_dir.reader import read_metrics
 from fedvlm_jax.utils.cache_folders import FOLDER, find_arrow
 
-HOLD = "import sys; from fedvlm_jax.runs.claims import Claim; Claim(__import__('pathlib').Path(sys.argv[1]))\n"
+HOLD = (
+    "import pathlib, sys\nfrom fedvlm_jax.training.run_dir.folder_lock import Claim\nClaim(pathlib.Path(sys.argv[1]))\n"
+)
 HOLD += "print('mine', flush=True); sys.stdin.read()"
 
 
@@ -63,7 +67,7 @@ def test_another_process_has_it_until_it_dies(holder, tmp_path):
     assert "\n" not in str(told.value)
     first.kill()
     first.wait()
-    assert (folder / claims.LOCK).is_file(), "a kill leaves the file, and no lock"
+    assert (folder / folder_lock.LOCK).is_file(), "a kill leaves the file, and no lock"
     with Claim(folder):
         pass
     assert folder.is_dir()
@@ -111,7 +115,7 @@ def test_a_file_that_its_owner_takes_away_is_no_claim(tmp_path, monkeypatch):
 @pytest.mark.parametrize("said", ["", "{", "[]", "\0\0", '{"command": 7}', '{"command": "\\u001b[2J", "host": []}'])
 def test_whatever_the_file_of_a_holder_says(said, tmp_path):
     with Claim(tmp_path) as claim:
-        (claim.folder / claims.LOCK).write_text(said)
+        (claim.folder / folder_lock.LOCK).write_text(said)
         with pytest.raises(UserError, match="in use") as told:
             Claim(tmp_path)
     assert str(told.value).isprintable()
@@ -132,13 +136,13 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     dead = subprocess.Popen(["true"])
     dead.wait()
-    (tmp_path / claims.STAND_IN).mkdir()
+    (tmp_path / folder_lock.STAND_IN).mkdir()
     for host, free in ((os.uname().nodename, True), ("elsewhere", False)):
-        (tmp_path / claims.LOCK).write_text(json.dumps({"host": host, "process": dead.pid}))
+        (tmp_path / folder_lock.LOCK).write_text(json.dumps({"host": host, "process": dead.pid}))
         if free:
             with Claim(tmp_path):
                 pass
-            (tmp_path / claims.STAND_IN).mkdir()
+            (tmp_path / folder_lock.STAND_IN).mkdir()
         else:
             with pytest.raises(UserError, match="on elsewhere"):
                 Claim(tmp_path)
@@ -147,7 +151,7 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
 def test_names_of_one_second_are_unlike(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     now = datetime(2026, 1, 2, 3, 4, 5)
-    names = [claims.make_folder("plora", now).name for _ in range(3)]
+    names = [folder_lock.make_folder("plora", now).name for _ in range(3)]
     assert names == ["2026-01-02-030405-plora", "2026-01-02-030405-plora-2", "2026-01-02-030405-plora-3"]
 
 
@@ -184,10 +188,10 @@ def test_every_command_that_writes_is_refused_before_it_loads(holder, tmp_path):
     holder(tmp_path / "new")
     before = list_files(tmp_path)
     for command in (
-        lambda: loop.train(wanted),
-        lambda: loop.resume(run),
-        lambda: loop.extend(run, Run(out=tmp_path / "other")),
-        lambda: loop.extend(tmp_path / "comparison" / "local-0", Run(method="local", out=tmp_path / "new")),
+        lambda: federated_run.train(wanted),
+        lambda: federated_run.resume(run),
+        lambda: federated_run.extend(run, Run(out=tmp_path / "other")),
+        lambda: federated_run.extend(tmp_path / "comparison" / "local-0", Run(method="local", out=tmp_path / "new")),
         lambda: evaluate.evaluate(run),
         lambda: report.write_report([run]),
         lambda: report.write_report([comparison]),
@@ -215,18 +219,18 @@ def test_a_folder_is_held_for_as_long_as_its_run(tmp_path, monkeypatch):
         shutil.copytree(write_run(tmp_path / "made", {"a": 0.2}, {"a": 0.5}, run), run.out, dirs_exist_ok=True)
         (run.out / "results.json").unlink()
         before = list_files(run.out)
-        for command in (lambda: loop.train(run), lambda: loop.resume(run.out)):
+        for command in (lambda: federated_run.train(run), lambda: federated_run.resume(run.out)):
             with pytest.raises(UserError, match=f"in use: process {os.getpid()} on"):
                 command()
         assert list_files(run.out) == before
         states.append("trained")
         raise StopError
 
-    monkeypatch.setattr(loop, "_execute", execute)
+    monkeypatch.setattr(federated_run, "_execute", execute)
     with pytest.raises(StopError):
-        loop.train(run)
+        federated_run.train(run)
     assert states == ["trained"]
-    assert not (run.out / claims.LOCK).exists()
+    assert not (run.out / folder_lock.LOCK).exists()
     with Claim(run.out):
         pass
 
@@ -235,15 +239,15 @@ def test_a_run_that_never_began_leaves_nothing(tmp_path):
     (tmp_path / "model").mkdir()
     for path in ("no/model/at/all", str(tmp_path / "model")):
         with pytest.raises(UserError):
-            loop.train(Run(model=path, out=tmp_path / "runs" / "one"))
+            federated_run.train(Run(model=path, out=tmp_path / "runs" / "one"))
         assert not (tmp_path / "runs" / "one").exists()
 
 
 def test_a_folder_with_no_run_is_not_advised(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"is not empty: choose another --out$"):
-        loop.train(Run(out=tmp_path))
-    assert not (tmp_path / claims.LOCK).exists()
+        federated_run.train(Run(out=tmp_path))
+    assert not (tmp_path / folder_lock.LOCK).exists()
 
 
 CAFE = os.fsdecode(b"caf\xe9")

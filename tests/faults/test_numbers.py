@@ -11,9 +11,9 @@ import pytest
 from fedvlm_jax.cli._numbers import read_float, read_int
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.config import Compare, Run
-from fedvlm_jax.runs.numbers import LARGEST, LARGEST_SEED, check_numbers
-from fedvlm_jax.runs.validation import validate, validate_comparison
+from fedvlm_jax.training.config import Compare, Run
+from fedvlm_jax.training.number_ranges import LARGEST, LARGEST_SEED, check_numbers
+from fedvlm_jax.training.validation import validate, validate_comparison
 from fedvlm_jax.utils.cache_folders import BOUND, read_bound
 
 

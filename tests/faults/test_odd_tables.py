@@ -16,11 +16,11 @@ from malformed import LOST, replace_column
 from words import WordProcessor
 
 import fedvlm_jax
-from fedvlm_jax.data.encode import Examples, encode
-from fedvlm_jax.data.federate import federate
+from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.images import unique_images
-from fedvlm_jax.data.options import DataOptions
+from fedvlm_jax.data.partitioning.splits import federate
 from fedvlm_jax.data.table import UNREADABLE, BrokenImageError, Table, read_table
+from fedvlm_jax.data.tokenization import Examples, encode
 from fedvlm_jax.errors import UserError
 
 PICTURES = [draw_image(number) for number in range(4)]
@@ -298,8 +298,8 @@ def test_nobody_is_told_to_leave_out_what_is_needed(tmp_path: Path, column: str)
 
 
 def test_all_answers_are_compared_and_the_most_frequent_trains(tmp_path: Path) -> None:
-    from fedvlm_jax.evaluation.gold import read_gold
-    from fedvlm_jax.evaluation.texts import METRICS, exact_match
+    from fedvlm_jax.evaluation.gold_answers import read_gold
+    from fedvlm_jax.evaluation.metrics.text_metrics import METRICS, exact_match
     from fedvlm_jax.models import Processor, read_vlm
     from fedvlm_jax.models.decoding.generate import read_settings
 

@@ -10,11 +10,11 @@ import pytest
 from make_parquet import draw_image, make_row, write_rows
 from malformed import LOST, OUTSIDE
 
-from fedvlm_jax.data.options import DataOptions
-from fedvlm_jax.data.paths import OutsideError, read_below
+from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.safe_paths import OutsideError, read_below
 from fedvlm_jax.data.table import BrokenImageError, Table, read_table
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.cards import read_cards
+from fedvlm_jax.reporting.example_cards import read_cards
 
 SECRET = draw_image(9)
 

@@ -15,12 +15,12 @@ from make_parquet import draw_image, make_row, make_rows, write_rows
 from malformed import make_png
 from PIL import Image, ImageCms
 
-from fedvlm_jax.data import pictures
-from fedvlm_jax.data.describe import describe
-from fedvlm_jax.data.federate import federate
+from fedvlm_jax.data import image_decoding
+from fedvlm_jax.data.config import MAX_IMAGE_PIXELS, DataOptions
+from fedvlm_jax.data.image_decoding import BrokenImageError, decode_picture
 from fedvlm_jax.data.images import unique_images
-from fedvlm_jax.data.options import MAX_IMAGE_PIXELS, DataOptions
-from fedvlm_jax.data.pictures import BrokenImageError, decode_picture
+from fedvlm_jax.data.partitioning.splits import federate
+from fedvlm_jax.data.statistics import describe
 from fedvlm_jax.data.table import read_table
 from fedvlm_jax.errors import UserError
 
@@ -171,7 +171,7 @@ def test_greys_are_scaled_band_by_band_to_the_same_values(
 ) -> None:
     encoded = save(make_noise(kind), "TIFF")
     whole = show(encoded)
-    monkeypatch.setattr(pictures, "BAND_PIXELS", band)
+    monkeypatch.setattr(image_decoding, "BAND_PIXELS", band)
     np.testing.assert_array_equal(show(encoded), whole)
 
 
@@ -319,7 +319,7 @@ def test_pictures_in_srgb_keep_their_very_pixels_whatever_their_profile_is_calle
     noise = make_noise("RGB", (64, 64))
     encoded = save(noise, "PNG", icc_profile=SRGB.replace("sRGB".encode("utf-16-be"), name.encode("utf-16-be")))
     np.testing.assert_array_equal(show(encoded), np.asarray(noise))
-    monkeypatch.setattr(pictures, "_transform", None)  # a profile is looked at once
+    monkeypatch.setattr(image_decoding, "_transform", None)  # a profile is looked at once
     np.testing.assert_array_equal(show(encoded), np.asarray(noise))
 
 
@@ -367,14 +367,14 @@ def test_large_pictures_are_reduced_band_by_band_to_the_same_values(
     monkeypatch: pytest.MonkeyPatch, mode: str, band: int
 ) -> None:
     encoded = save(make_noise(mode), "TIFF")
-    monkeypatch.setattr(pictures, "REDUCED", 300 * 212 // 9)
-    monkeypatch.setattr(pictures, "SHORT_SIDE", 50)
-    monkeypatch.setattr(pictures, "BAND_PIXELS", band)
+    monkeypatch.setattr(image_decoding, "REDUCED", 300 * 212 // 9)
+    monkeypatch.setattr(image_decoding, "SHORT_SIDE", 50)
+    monkeypatch.setattr(image_decoding, "BAND_PIXELS", band)
     seen = show(encoded)
     assert seen.shape == (-(-212 // 3), 100, 3)
     with Image.open(io.BytesIO(encoded)) as image:
         image.load()
-        whole = pictures._lay_on_white(pictures._convert(image).reduce(3), None)
+        whole = image_decoding._lay_on_white(image_decoding._convert(image).reduce(3), None)
     np.testing.assert_array_equal(seen, np.asarray(whole))
 
 
@@ -382,16 +382,16 @@ def test_a_reduced_picture_keeps_its_short_side_and_ordinary_ones_their_size() -
     factors = {
         (4000, 3000): 1, (4095, 4095): 1, (4096, 4096): 2, (9400, 9400): 4, (100_000, 800): 1, (30_000, 2100): 2,
     }  # fmt: skip
-    assert {size: pictures._choose_factor(*size) for size in factors} == factors
+    assert {size: image_decoding._choose_factor(*size) for size in factors} == factors
 
 
 def test_jpegs_are_decoded_at_a_reduced_size(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = save(Image.new("RGB", (512, 384), (200, 40, 90)), "JPEG")
-    monkeypatch.setattr(pictures, "REDUCED", 64 * 48)
-    monkeypatch.setattr(pictures, "SHORT_SIDE", 48)
+    monkeypatch.setattr(image_decoding, "REDUCED", 64 * 48)
+    monkeypatch.setattr(image_decoding, "SHORT_SIDE", 48)
     asked: list[tuple[int, int]] = []
-    convert = pictures._convert
-    monkeypatch.setattr(pictures, "_convert", lambda image: (asked.append(image.size), convert(image))[1])
+    convert = image_decoding._convert
+    monkeypatch.setattr(image_decoding, "_convert", lambda image: (asked.append(image.size), convert(image))[1])
     seen = show(encoded)
     assert asked == [(64, 48)]
     assert seen.shape == (48, 64, 3)
@@ -400,11 +400,11 @@ def test_jpegs_are_decoded_at_a_reduced_size(monkeypatch: pytest.MonkeyPatch) ->
 
 def measure_decoding(encoded: bytes) -> tuple[int, int, int]:
     """Width, height, and bytes at the peak, in a process of its own."""
-    source = Path(pictures.__file__).parents[2]
+    source = Path(image_decoding.__file__).parents[2]
     warm = [save(Image.new(mode, (9, 9)), kind) for mode, kind in (("RGB", "JPEG"), ("I;16", "TIFF"), ("LA", "PNG"))]
     script = (  # ru_maxrss is no use: a child's begins with its parent's
         f"import sys; sys.path.insert(0, {str(source)!r})\n"
-        "from fedvlm_jax.data.pictures import decode_picture\n"
+        "from fedvlm_jax.data.image_decoding import decode_picture\n"
         "def peak(): return int(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1])\n"
         f"for small in {warm!r}: decode_picture(small)\n"
         "encoded = sys.stdin.buffer.read(); before = peak()\n"
@@ -428,7 +428,7 @@ def test_a_picture_takes_no_more_memory_than_it_is_given_room_for(mode: str, kin
     size = (2000, 1500)
     width, height, peak = measure_decoding(save(Image.new(mode, size), kind))
     assert (width, height) == size
-    assert width * height < peak < pictures.BYTES_PER_PIXEL * width * height + 2**20 * 9  # a band's own arrays
+    assert width * height < peak < image_decoding.BYTES_PER_PIXEL * width * height + 2**20 * 9  # a band's own arrays
 
 
 SPREAD = DataOptions(max_bad_share=1.0)
@@ -459,7 +459,7 @@ def test_bounds_that_cannot_be_are_refused(bound: int) -> None:
 
 
 def test_threads_share_a_bound_of_memory() -> None:
-    room, held, most = pictures._Room(10), 0, 0
+    room, held, most = image_decoding._Room(10), 0, 0
     lock = threading.Lock()
 
     def work(wanted: int) -> None:
@@ -502,7 +502,7 @@ def test_a_leak_shows_though_a_picture_was_saved_anew(tmp_path: Path) -> None:
 
 
 def test_the_report_shows_what_was_trained_on(tmp_path: Path) -> None:
-    from fedvlm_jax.runs.examples import _save_picture
+    from fedvlm_jax.training.example_outputs import _save_picture
 
     values = np.repeat((RAMP[:50] * 65535).astype(np.uint16)[None], 40, axis=0)
     exif = Image.Exif()

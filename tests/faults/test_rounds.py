@@ -11,13 +11,13 @@ from federation.test_participation import RATES, Case, assert_same, copy, read_s
 from tiny_run import tiny_run
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.methods.options import ServerOptions
-from fedvlm_jax.runs import course, loop
-from fedvlm_jax.runs.config import EvaluationOptions, TrainOptions
-from fedvlm_jax.runs.folders import read_metrics, read_run
-from fedvlm_jax.runs.progress import SilentProgress, describe_line
-from fedvlm_jax.runs.trouble import describe_lost, describe_rounds, describe_unfit, explain_all_unfit
-from fedvlm_jax.runs.wording import describe_run
+from fedvlm_jax.methods.config import ServerOptions
+from fedvlm_jax.reporting.sentences import describe_run
+from fedvlm_jax.training import federated_run, trainer
+from fedvlm_jax.training.config import EvaluationOptions, TrainOptions
+from fedvlm_jax.training.failures import describe_lost, describe_rounds, describe_unfit, explain_all_unfit
+from fedvlm_jax.training.progress import SilentProgress, describe_line
+from fedvlm_jax.training.run_dir.reader import read_metrics, read_run
 from fedvlm_jax.utils import tree
 
 HUGE = {"a": jnp.float32(1e30), "b": jnp.float32(1e30)}
@@ -137,10 +137,10 @@ def short(model, out, **train):
 
 @pytest.mark.broad
 def test_a_run_with_an_unfit_client_ends_well_and_names_it(model, session, tmp_path, monkeypatch):
-    read = course._read_round
-    monkeypatch.setattr(course, "_read_round", lambda *given: poison(read(*given), [1]))
+    read = trainer._read_round
+    monkeypatch.setattr(trainer, "_read_round", lambda *given: poison(read(*given), [1]))
     show = SilentProgress()
-    folder = loop.train(short(model, tmp_path / "run"), show, session)
+    folder = federated_run.train(short(model, tmp_path / "run"), show, session)
     name = read_run(folder).config["resolved"]["clients"][1]
     lines = read_metrics(folder)
     assert [line["unfit"] for line in lines] == [[name], [name]]
@@ -161,20 +161,20 @@ def test_a_run_with_an_unfit_client_ends_well_and_names_it(model, session, tmp_p
     ],
 )
 def test_the_base_is_not_blamed_on_the_rates(model, session, tmp_path, monkeypatch, places, train, message):
-    read = course._read_round
-    monkeypatch.setattr(course, "_read_round", lambda *given: poison(read(*given), places))
+    read = trainer._read_round
+    monkeypatch.setattr(trainer, "_read_round", lambda *given: poison(read(*given), places))
     with pytest.raises(UserError, match=message):
-        loop.train(short(model, tmp_path / "run", **train), session=session)
+        federated_run.train(short(model, tmp_path / "run", **train), session=session)
     assert not (tmp_path / "run" / "results.json").exists()
     assert read_metrics(tmp_path / "run") == []
 
 
 def test_an_overflow_in_the_last_round_is_no_success(model, session, tmp_path, monkeypatch):
     """Its loss, before the update, is finite. What is kept, and called good, is the round before."""
-    rates = course.Course._rates
-    monkeypatch.setattr(course.Course, "_rates", lambda self, n: {"a": 1e30, "b": 1e30} if n == 2 else rates(self, n))
+    rates = trainer.Course._rates
+    monkeypatch.setattr(trainer.Course, "_rates", lambda self, n: {"a": 1e30, "b": 1e30} if n == 2 else rates(self, n))
     with pytest.raises(UserError, match=r"round 2: .*not finite.*last good checkpoint is that of round 1") as told:
-        loop.train(short(model, tmp_path / "run"), session=session)
+        federated_run.train(short(model, tmp_path / "run"), session=session)
     assert len(str(told.value).splitlines()) == 1
     assert [line["round"] for line in read_metrics(tmp_path / "run")] == [1]
     assert not (tmp_path / "run" / "results.json").exists()
@@ -182,23 +182,23 @@ def test_an_overflow_in_the_last_round_is_no_success(model, session, tmp_path, m
 
 def test_a_round_whose_validation_is_not_finite_is_never_the_best(model, session, tmp_path, monkeypatch):
     """Not by its metric, not by its loss, and a run without any other ends with a line."""
-    score = course.Course._score
+    score = trainer.Course._score
 
     def spoil(self, *given):
         found = score(self, *given)
         return {**found, "exact_match": dict.fromkeys(found["exact_match"], 1.0), "loss": {"one": bad}}
 
-    monkeypatch.setattr(course.Course, "_score", spoil)
+    monkeypatch.setattr(trainer.Course, "_score", spoil)
     for bad in (float("nan"), float("inf")):
         with pytest.raises(UserError, match="no round's models have a finite loss"):
-            loop.train(short(model, tmp_path / f"run{bad}"), session=session)
+            federated_run.train(short(model, tmp_path / f"run{bad}"), session=session)
 
 
 def test_nobody_in_any_round_is_told(model, session, tmp_path):
     run = short(model, tmp_path / "run")
     show = SilentProgress()
     run = dataclasses.replace(run, participation=dataclasses.replace(run.participation, dropout=0.999999))
-    folder = loop.train(run, show, session)
+    folder = federated_run.train(run, show, session)
     assert any(note.startswith("Nothing was trained: in none of the 2 rounds") for note in show.notes)
     assert any(sentence.startswith("Nothing was trained") for sentence in describe_run(read_run(folder)))
     json.loads((folder / "results.json").read_text())

@@ -27,14 +27,14 @@ CALL = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 
 TRAIN = """
 import sys, time, types
-import fedvlm_jax.runs
+import fedvlm_jax.distributed, fedvlm_jax.training
 from fedvlm_jax.cli.main import main
 def train(run, show):
     for name in {files}:
         (run.out / name).write_text("{{}}")
     print("ready", flush=True)
     time.sleep(60)
-fedvlm_jax.runs.loop = types.SimpleNamespace(train=train)
+fedvlm_jax.training.federated_run = types.SimpleNamespace(train=train)
 fedvlm_jax.distributed.processes = types.SimpleNamespace(tell_all=lambda decide: decide(), is_first=lambda: True)
 main(["train", "--no-baseline"])
 """
@@ -43,7 +43,7 @@ main(["train", "--no-baseline"])
 SPREAD = """
 import pathlib, sys, time
 from fedvlm_jax.cli._signals import heed_signals
-from fedvlm_jax.runs.workers import spread
+from fedvlm_jax.training.parallel import spread
 def work(task):
     pathlib.Path(task).write_text(str(__import__("os").getpid()))
     time.sleep(60)

@@ -12,8 +12,8 @@ from made_up import write_many, write_run
 from rich.console import Console
 
 from fedvlm_jax.cli._signals import say
-from fedvlm_jax.runs.progress import PlainProgress
-from fedvlm_jax.runs.tables import Table, show, to_markdown
+from fedvlm_jax.reporting.tables import Table, show, to_markdown
+from fedvlm_jax.training.progress import PlainProgress
 from fedvlm_jax.utils.console import open_console
 from fedvlm_jax.utils.standard_streams import PIPE_GONE, to_ascii
 from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
@@ -25,11 +25,12 @@ SHOW = """
 import sys
 from pathlib import Path
 from fedvlm_jax.cli.main import main
-from fedvlm_jax.runs import folders, tables
-from fedvlm_jax.runs.console import open_console
+from fedvlm_jax.reporting import tables
+from fedvlm_jax.training.run_dir import reader
+from fedvlm_jax.utils.console import open_console
 def show(*args, **kwargs):
     console = open_console()
-    for table in tables.tabulate_comparison(folders.read_comparison(Path(sys.argv[1]))):
+    for table in tables.tabulate_comparison(reader.read_comparison(Path(sys.argv[1]))):
         tables.show(console, table)
     console.say("\\u2026 \\xb1 1 \\u2013 \\u4e2d")
 import fedvlm_jax.cli.main as commands
@@ -107,7 +108,7 @@ def test_names_with_marks_of_their_scripts_stay_as_they_are() -> None:
 
 
 def test_markdown_shows_texts_and_does_nothing_with_them(tmp_path: Path) -> None:
-    from fedvlm_jax.runs.report import write_report
+    from fedvlm_jax.reporting.report import write_report
 
     table = to_markdown(Table("t", ("client", "score"), ((HOSTILE, "1"),)))
     assert table.count("\n") == 4, "one row is one line"

@@ -10,12 +10,12 @@ import pytest
 from toy import LABELS, RATES, WIDTH, make_method
 
 from fedvlm_jax.data.batches import bucket
-from fedvlm_jax.data.clients import ClientRows
+from fedvlm_jax.data.federated_dataset import ClientRows
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.federation.cohort import choose_layout, find_shares, make_clients
-from fedvlm_jax.federation.driver import Driver
-from fedvlm_jax.federation.options import ParticipationOptions
-from fedvlm_jax.federation.programs import make_programs
+from fedvlm_jax.federation.compiled import make_programs
+from fedvlm_jax.federation.participation import ParticipationOptions
+from fedvlm_jax.federation.simulator import Driver
 
 NONE = np.empty(0, np.int64)
 

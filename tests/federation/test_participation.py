@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from toy import LABELS, RATES, VOCABULARY, WIDTH, make_method
 
 from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.federation.client_states import Population
 from fedvlm_jax.federation.cohort import choose_layout, draw_cohort, draw_turnout, make_clients
-from fedvlm_jax.federation.driver import Driver
-from fedvlm_jax.federation.options import ParticipationOptions
-from fedvlm_jax.federation.population import Population
-from fedvlm_jax.federation.programs import make_programs
-from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
+from fedvlm_jax.federation.compiled import make_programs
+from fedvlm_jax.federation.participation import ParticipationOptions
+from fedvlm_jax.federation.simulator import Driver
+from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
 
 SMALL = st.integers(0, 50)
 CHANCE = st.floats(0, 1)

@@ -14,8 +14,8 @@ from federation.round_case import ALPHA, BASE, CASES, FILE, GOLDEN_CASES, RANK, 
 
 from fedvlm_jax import lora
 from fedvlm_jax.distributed.sharding import make_mesh, replicate
+from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round import from_waves, make_round, to_waves
-from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Client, Setup, load_method
 from fedvlm_jax.models import load_vlm, save_checkpoint
 from fedvlm_jax.objectives import load_objective

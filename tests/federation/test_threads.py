@@ -11,7 +11,7 @@ import os
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 import jax, jax.numpy as jnp
 from fedvlm_jax import lora
-from fedvlm_jax.federation.health import examine
+from fedvlm_jax.federation.diagnostics import examine
 
 draw = lambda number, *shape: jax.random.normal(jax.random.key(number), shape)
 wide = {f"s{n}": {"a": draw(n, 2, 64, 32), "b": draw(n, 2, 32, 64), "scale": jnp.ones(2)} for n in range(16)}

@@ -13,9 +13,9 @@ from toy import RATES, WIDTH, make_cohort, make_method, run_round, start_states,
 from fedvlm_jax import lora
 from fedvlm_jax.distributed.sharding import make_mesh, replicate
 from fedvlm_jax.federation.round import make_round, start_personal
-from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
-from fedvlm_jax.methods.record import Context, is_factor
-from fedvlm_jax.runs.config import methods_available
+from fedvlm_jax.methods.base import Context, is_factor
+from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
+from fedvlm_jax.training.config import methods_available
 from fedvlm_jax.utils import tree
 
 CLIENTS = 4
@@ -600,9 +600,9 @@ def test_rules_make_methods():
     """A stranger's rule becomes a method: share B of one layer only."""
     from toy import SPEC, make_toy
 
-    from fedvlm_jax.federation.training import make_local_trainer
-    from fedvlm_jax.methods.record import Setup
-    from fedvlm_jax.methods.share import make_share_method
+    from fedvlm_jax.federation.local_training import make_local_trainer
+    from fedvlm_jax.methods.base import Setup
+    from fedvlm_jax.methods.rule_based import make_share_method
     from fedvlm_jax.objectives import load_objective
 
     vlm, params = make_toy()

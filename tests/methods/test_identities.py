@@ -16,11 +16,11 @@ from linear_world import SCALE, SHAPES, SHARES, World, as_theta, assert_close
 from fedvlm_jax import lora
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.federation.cohort import draw_cohort
-from fedvlm_jax.federation.programs import make_programs
-from fedvlm_jax.federation.training import make_local_trainer
-from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
-from fedvlm_jax.methods.parts.norms import leaf_name
-from fedvlm_jax.methods.parts.optimizers import make_server_optimizer
+from fedvlm_jax.federation.compiled import make_programs
+from fedvlm_jax.federation.local_training import make_local_trainer
+from fedvlm_jax.methods.components.norms import leaf_name
+from fedvlm_jax.methods.components.server_optimizers import make_server_optimizer
+from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
 
 pytestmark = pytest.mark.broad
 

@@ -6,18 +6,18 @@ import jax
 import pytest
 from toy import RATES, make_cohort, make_method, run_round, start_states, take
 
-import fedvlm_jax.methods
+import fedvlm_jax.methods.zoo
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.round import make_round
-from fedvlm_jax.methods.options import LocalOptions
-from fedvlm_jax.runs.choices import check_choices, declare
-from fedvlm_jax.runs.config import Run, TrainOptions
-from fedvlm_jax.runs.explain_tables import tabulate_methods
+from fedvlm_jax.methods.config import LocalOptions
+from fedvlm_jax.reporting.method_report import tabulate_methods
+from fedvlm_jax.training.config import Run, TrainOptions
+from fedvlm_jax.training.method_options import check_choices, declare
 
 GOOD = """
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.methods.share import FACTOR_B, Parts, make_share_method
+from fedvlm_jax.methods.rule_based import FACTOR_B, Parts, make_share_method
 
 def make(setup):
     if 0 < setup.local_steps < 2:
@@ -30,12 +30,12 @@ def make(setup):
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """A new file `methods/NAME.py`."""
-    monkeypatch.setattr(fedvlm_jax.methods, "__path__", [*fedvlm_jax.methods.__path__, str(tmp_path)])
+    """A new file `methods/zoo/NAME.py`."""
+    monkeypatch.setattr(fedvlm_jax.methods.zoo, "__path__", [*fedvlm_jax.methods.zoo.__path__, str(tmp_path)])
 
     def write(stem, text):
         (tmp_path / f"{stem}.py").write_text(text, encoding="utf-8")
-        monkeypatch.delitem(sys.modules, f"fedvlm_jax.methods.{stem}", raising=False)
+        monkeypatch.delitem(sys.modules, f"fedvlm_jax.methods.zoo.{stem}", raising=False)
 
     return write
 
@@ -43,7 +43,7 @@ def write(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("stem", "text", "message"),
     [
-        ("without_make", "", r"methods/without_make.py defines no make\(setup\)"),
+        ("without_make", "", r"methods/zoo/without_make.py defines no make\(setup\)"),
         ("misnamed", GOOD, "a method named 'mine': it must have its file's name, 'misnamed'"),
         ("misread", GOOD.replace('"mine"', '"misread"').replace("Parts(", "Parts(reads=('hyper.mu',), "), "hyper.mu; "),
     ],
@@ -56,9 +56,9 @@ def test_what_a_file_must_say(write, stem, text, message):
 
 def test_a_broken_file_hides_no_other_method(write, monkeypatch):
     write("without_make", "")
-    monkeypatch.setattr("fedvlm_jax.runs.explain_tables.methods_available", lambda: ("plora", "without-make"))
+    monkeypatch.setattr("fedvlm_jax.reporting.method_report.methods_available", lambda: ("plora", "without-make"))
     rows = {row[0]: row[1] for row in tabulate_methods(Run()).rows}
-    assert rows["without-make"].startswith("cannot be used: methods/without_make.py defines no make")
+    assert rows["without-make"].startswith("cannot be used: methods/zoo/without_make.py defines no make")
     assert "Σ p_k B_k" in rows["plora"]
 
 

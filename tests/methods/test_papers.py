@@ -15,12 +15,12 @@ import pytest
 from linear_world import KEY, RANK, SHAPES, World, as_theta, assert_close
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.fedrpca import split
-from fedvlm_jax.methods.options import HyperOptions, LocalOptions, ServerOptions
-from fedvlm_jax.methods.parts import delivered, ranks
-from fedvlm_jax.methods.record import Context, Setup
-from fedvlm_jax.runs.choices import declare
-from fedvlm_jax.runs.config import Run, methods_available
+from fedvlm_jax.methods.base import Context, Setup
+from fedvlm_jax.methods.components import heterogeneous_ranks, personalized_download
+from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
+from fedvlm_jax.methods.zoo.fedrpca import split
+from fedvlm_jax.training.config import Run, methods_available
+from fedvlm_jax.training.method_options import declare
 
 
 def assert_rounds(world, wanted, *, shared=True, turns=None):
@@ -217,9 +217,9 @@ def test_a_direction_is_averaged_over_who_has_it():
     """By hand: clients of rank 2, 1 and 2 with weights ¼, ½ and ¼; direction 2 is ½ of the first, ½ of the third."""
     updates = {"fc": {"a": jnp.asarray([[[4.0, 8.0]], [[2.0, 0.0]], [[8.0, 2.0]]])}}
     held = jnp.asarray([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
-    mean = ranks.mean(updates, jnp.asarray([0.25, 0.5, 0.25]), held)
+    mean = heterogeneous_ranks.mean(updates, jnp.asarray([0.25, 0.5, 0.25]), held)
     np.testing.assert_allclose(mean["fc"]["a"], [[4, 5]])
-    low = ranks.mean(updates, jnp.asarray([0.0, 1.0, 0.0]), held)
+    low = heterogeneous_ranks.mean(updates, jnp.asarray([0.0, 1.0, 0.0]), held)
     np.testing.assert_allclose(low["fc"]["a"], [[2, 0]])
 
 
@@ -325,11 +325,11 @@ def test_ce_lora(turns):
 
 def test_a_pool_keeps_the_newest():
     """Three places: 4 and 7 come in round 1, 5 and 9 in round 2, 7 again and 4, who does not count, in round 3."""
-    pool = delivered.start_pool({"b": jnp.zeros(1)}, Setup({}, None, None, population=3))
+    pool = personalized_download.start_pool({"b": jnp.zeros(1)}, Setup({}, None, None, population=3))
     for number, (who, weights) in enumerate([((4, 7), (1, 1)), ((5, 9), (1, 1)), ((7, 4), (1, 0))], start=1):
         moved = {"b": jnp.asarray([[10.0 * number + w] if w else [jnp.nan] for w in weights])}
         messages = {"moved": moved, "number": jnp.asarray(who)}
-        pool = delivered.renew(pool, messages, jnp.asarray(weights, jnp.float32), jnp.int32(number))
+        pool = personalized_download.renew(pool, messages, jnp.asarray(weights, jnp.float32), jnp.int32(number))
         assert pool["number"].tolist() == [[4, 7, -1], [5, 9, 4], [7, 5, 9]][number - 1]
         assert pool["round"].tolist() == [[1, 1, 0], [2, 2, 1], [3, 2, 2]][number - 1]
     assert pool["moved"]["b"].ravel().tolist() == [31, 21, 21]

@@ -8,8 +8,8 @@ import pytest
 import test_contract as contract
 
 import fedvlm_jax.methods
-from fedvlm_jax.runs.choices import declare
-from fedvlm_jax.runs.config import Run
+from fedvlm_jax.training.config import Run
+from fedvlm_jax.training.method_options import declare
 from fedvlm_jax.utils import tree
 
 README = Path(__file__).parents[2] / "README.md"

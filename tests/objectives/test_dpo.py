@@ -23,7 +23,7 @@ import pytest
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.objectives import PreferenceOptions, load_objective
-from fedvlm_jax.objectives.likelihood import score_pairs
+from fedvlm_jax.objectives.log_probs import score_pairs
 
 NO = -100
 PAIR_1 = ([0, 0], [1, NO])

@@ -9,7 +9,7 @@ from fedvlm_jax import lora
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.federation.round import make_round
 from fedvlm_jax.objectives import load_objective
-from fedvlm_jax.runs.config import methods_available, objectives_available
+from fedvlm_jax.training.config import methods_available, objectives_available
 
 CLIENTS = 3
 

@@ -16,7 +16,7 @@ from objectives.dpo_case import BASE, CASES, FILE, make_batch
 from fedvlm_jax import lora
 from fedvlm_jax.models import load_vlm, save_checkpoint
 from fedvlm_jax.objectives import PreferenceOptions, load_objective
-from fedvlm_jax.objectives.likelihood import score_pairs
+from fedvlm_jax.objectives.log_probs import score_pairs
 from fedvlm_jax.utils import tree
 
 

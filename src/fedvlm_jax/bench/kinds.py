@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from fedvlm_jax.federation.hlo import Program, parse_program
-from fedvlm_jax.runs.scopes import find_own_times, read_trace
+from fedvlm_jax.analysis.hlo import Program, parse_program
+from fedvlm_jax.analysis.profile_scopes import find_own_times, read_trace
 
 __all__ = ["KINDS", "find_kinds", "measure_kinds"]
 

@@ -11,10 +11,10 @@ from fedvlm_jax import lora
 from fedvlm_jax.bench.flops import count_flops
 from fedvlm_jax.bench.world import Settings, Shape, World
 from fedvlm_jax.distributed.sharding import make_mesh, place_waves, replicate
+from fedvlm_jax.federation.compiled import make_programs
+from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.memory import Footprint, measure
-from fedvlm_jax.federation.programs import make_programs
 from fedvlm_jax.federation.round import to_waves
-from fedvlm_jax.federation.training import make_local_trainer
 from fedvlm_jax.methods import Client, Setup, load_method
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import load_objective

@@ -16,12 +16,12 @@ from fedvlm_jax.bench.ours import METHOD, Ours, choose_examples, count_round_flo
 from fedvlm_jax.bench.peer import Peer
 from fedvlm_jax.bench.timing import describe_times, interleave, ratio
 from fedvlm_jax.bench.world import Shape, World, read_world
-from fedvlm_jax.data.options import DataOptions
+from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.prefetch import read_ahead
-from fedvlm_jax.federation.driver import Driver
+from fedvlm_jax.federation.simulator import Driver
 from fedvlm_jax.models import Vlm, resolve_folder
-from fedvlm_jax.runs.config import EvaluationOptions, Run, TrainOptions
-from fedvlm_jax.runs.prepare import Prepared, Session, make_driver, open_session, prepare
+from fedvlm_jax.training.config import EvaluationOptions, Run, TrainOptions
+from fedvlm_jax.training.prepare import Prepared, Session, make_driver, open_session, prepare
 
 __all__ = ["CLIENTS", "IMAGES", "MODEL", "BenchOptions", "Shipped", "measure_driver", "measure_shipped", "open_shipped"]
 

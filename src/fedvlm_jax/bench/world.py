@@ -17,12 +17,12 @@ from jaxtyping import Float, Int
 
 from fedvlm_jax import lora
 from fedvlm_jax.federation.cohort import make_clients
-from fedvlm_jax.federation.driver import Driver
-from fedvlm_jax.federation.inputs import make_inputs
+from fedvlm_jax.federation.inputs.batch_reader import make_inputs
 from fedvlm_jax.federation.round import from_waves
+from fedvlm_jax.federation.simulator import Driver
 from fedvlm_jax.models import Vlm
-from fedvlm_jax.runs.config import LANGUAGE_MODEL
-from fedvlm_jax.runs.prepare import Prepared
+from fedvlm_jax.training.config import LANGUAGE_MODEL
+from fedvlm_jax.training.prepare import Prepared
 from fedvlm_jax.utils import tree
 
 __all__ = ["SETTINGS", "Settings", "Shape", "World", "draw_world", "read_world", "start_factors", "write_world"]

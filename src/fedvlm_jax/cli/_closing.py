@@ -4,12 +4,12 @@ import shlex
 from typing import Any
 
 from fedvlm_jax.cli._flags import flatten, name_flag
-from fedvlm_jax.evaluation.spread import summarise
-from fedvlm_jax.runs.config import Run, to_json
-from fedvlm_jax.runs.folders import RunRecord, read_baseline
-from fedvlm_jax.runs.measures import find_measure, percent
-from fedvlm_jax.runs.statistics import compare_paired
-from fedvlm_jax.runs.tables import format_paired
+from fedvlm_jax.evaluation.metrics.names import find_measure, percent
+from fedvlm_jax.evaluation.statistics.over_clients import summarise
+from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired
+from fedvlm_jax.reporting.tables import format_paired
+from fedvlm_jax.training.config import Run, to_json
+from fedvlm_jax.training.run_dir.reader import RunRecord, read_baseline
 
 __all__ = ["close_run", "suggest_comparison"]
 

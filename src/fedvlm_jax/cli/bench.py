@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.claims import open_folder
+from fedvlm_jax.training.run_dir.folder_lock import open_folder
 
 __all__ = ["bench"]
 
@@ -45,8 +45,9 @@ def bench(
             f"{IMAGES}; take fewer steps or smaller batches"
         )
     from fedvlm_jax.bench import shipped
-    from fedvlm_jax.runs import progress, tables
-    from fedvlm_jax.runs.storage import write_json
+    from fedvlm_jax.reporting import tables
+    from fedvlm_jax.training import progress
+    from fedvlm_jax.training.run_dir.artifacts import write_json
     from fedvlm_jax.utils.console import open_console
 
     show = progress.open_progress()

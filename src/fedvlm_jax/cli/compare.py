@@ -7,11 +7,11 @@ from typing import Annotated
 import tyro
 
 from fedvlm_jax.cli._signals import exit_code, say
+from fedvlm_jax.cli._startup import start_quickly
 from fedvlm_jax.errors import UserError, describe_os_error
-from fedvlm_jax.runs.claims import choose_folder
-from fedvlm_jax.runs.config import Compare
-from fedvlm_jax.runs.quick_start import start_quickly
-from fedvlm_jax.runs.validation import validate_comparison
+from fedvlm_jax.training.config import Compare
+from fedvlm_jax.training.run_dir.folder_lock import choose_folder
+from fedvlm_jax.training.validation import validate_comparison
 
 __all__ = ["compare"]
 
@@ -21,12 +21,13 @@ def compare(comparison: Annotated[Compare, tyro.conf.arg(name="")]) -> None:
     validate_comparison(comparison)
     start_quickly()
 
-    from fedvlm_jax.runs import folders, report, tables
+    from fedvlm_jax.reporting import report, tables
+    from fedvlm_jax.training.run_dir import reader
     from fedvlm_jax.utils.console import open_console
 
     with choose_folder(comparison.out, "compare") as folder:
         _compare(dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, out=folder)), folder)
-    record = folders.read_comparison(folder)
+    record = reader.read_comparison(folder)
     page = report.write_report([folder])
     console = open_console()
     for table in tables.tabulate_comparison(record):
@@ -35,8 +36,8 @@ def compare(comparison: Annotated[Compare, tyro.conf.arg(name="")]) -> None:
 
 
 def _compare(comparison: Compare, folder: Path) -> None:
-    from fedvlm_jax.runs import compare as comparing
-    from fedvlm_jax.runs import progress
+    from fedvlm_jax.training import compare as comparing
+    from fedvlm_jax.training import progress
 
     show = progress.open_progress()
     try:

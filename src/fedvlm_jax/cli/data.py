@@ -7,9 +7,9 @@ from typing import Annotated
 
 import tyro
 
-from fedvlm_jax.data.options import DataOptions
+from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.claims import open_folder
+from fedvlm_jax.training.run_dir.folder_lock import open_folder
 
 __all__ = ["data"]
 
@@ -32,21 +32,22 @@ def data(
     """
     if seed < 0:
         raise UserError(f"--seed is {seed}: it must be 0 or more")
-    from fedvlm_jax.runs import describe, progress, tables
+    from fedvlm_jax.reporting import data_report, tables
+    from fedvlm_jax.training import progress
     from fedvlm_jax.utils.console import open_console
 
     show = progress.open_progress()
     with open_folder(out, "data") as folder:
         try:
-            description = describe.describe_data(data, seed, folder, check_images=check_images, note=show.note)
+            description = data_report.describe_data(data, seed, folder, check_images=check_images, note=show.note)
         finally:
             show.finish()
     console = open_console()
-    for table in describe.tabulate_data(description):
+    for table in data_report.tabulate_data(description):
         tables.show(console, dataclasses.replace(table, note=""))
         console.say(f"{table.note}\n" if table.note else "", style="dim")
-    leaks = describe.find_leaks(description)
-    for sentences, style in ((describe.word_findings(description), "yellow"), (leaks, "bold red")):
+    leaks = data_report.find_leaks(description)
+    for sentences, style in ((data_report.word_findings(description), "yellow"), (leaks, "bold red")):
         for sentence in sentences:
             console.say(sentence, style=style)
     if not check_images:

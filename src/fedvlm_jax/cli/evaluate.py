@@ -5,8 +5,8 @@ from typing import Annotated
 
 import tyro
 
+from fedvlm_jax.cli._startup import start_quickly
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.quick_start import start_quickly
 
 __all__ = ["evaluate"]
 
@@ -20,8 +20,10 @@ def evaluate(
 
     start_quickly()
 
-    from fedvlm_jax.runs import evaluate as evaluating
-    from fedvlm_jax.runs import folders, progress, tables
+    from fedvlm_jax.reporting import tables
+    from fedvlm_jax.training import evaluate as evaluating
+    from fedvlm_jax.training import progress
+    from fedvlm_jax.training.run_dir import reader
     from fedvlm_jax.utils.console import open_console
 
     show = progress.open_progress()
@@ -30,5 +32,5 @@ def evaluate(
     finally:
         show.finish()
     console = open_console()
-    for table in tables.tabulate_run(folders.read_run(run)):
+    for table in tables.tabulate_run(reader.read_run(run)):
         tables.show(console, table)

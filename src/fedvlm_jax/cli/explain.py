@@ -5,8 +5,8 @@ from typing import Annotated
 import tyro
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.config import HyperOptions, LocalOptions, LoraOptions, Run, ServerOptions, TrainOptions
-from fedvlm_jax.runs.validation import validate
+from fedvlm_jax.training.config import HyperOptions, LocalOptions, LoraOptions, Run, ServerOptions, TrainOptions
+from fedvlm_jax.training.validation import validate
 
 __all__ = ["explain"]
 
@@ -49,15 +49,15 @@ def explain(
     if not listing:
         validate(run)
 
-    from fedvlm_jax.runs import tables
-    from fedvlm_jax.runs.explain_tables import tabulate_explanation, tabulate_methods
+    from fedvlm_jax.reporting import tables
+    from fedvlm_jax.reporting.method_report import tabulate_explanation, tabulate_methods
     from fedvlm_jax.utils.console import open_console
 
     console = open_console()
     if listing:
         tables.show(console, tabulate_methods(Run()))
         return
-    from fedvlm_jax.runs.explain import explain as explain_run
+    from fedvlm_jax.analysis.explain import explain as explain_run
 
     explained = explain_run(run, clients)
     console.say(f"{explained.name}  {explained.source}\n")

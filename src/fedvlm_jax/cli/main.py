@@ -22,7 +22,7 @@ from fedvlm_jax.cli._said import note_words
 from fedvlm_jax.cli._short import expand_rate, is_version, tell_version
 from fedvlm_jax.cli._signals import exit_code, heed_signals, say
 from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
-from fedvlm_jax.runs.numbers import check_numbers
+from fedvlm_jax.training.number_ranges import check_numbers
 from fedvlm_jax.utils.heap import keep_heap
 from fedvlm_jax.utils.standard_streams import PIPE_GONE, is_reader_gone, leave_out_told, silence, soften
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import tyro
 
+from fedvlm_jax.analysis.accelerators import CPU
+from fedvlm_jax.analysis.plan_options import Request, SizeOptions, check_request
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.runs.chips import CPU
-from fedvlm_jax.runs.claims import open_folder
-from fedvlm_jax.runs.config import (
+from fedvlm_jax.training.config import (
     HyperOptions,
     LocalOptions,
     LoraOptions,
@@ -19,8 +19,8 @@ from fedvlm_jax.runs.config import (
     SystemOptions,
     TrainOptions,
 )
-from fedvlm_jax.runs.plan_options import Request, SizeOptions, check_request
-from fedvlm_jax.runs.validation import validate
+from fedvlm_jax.training.run_dir.folder_lock import open_folder
+from fedvlm_jax.training.validation import validate
 
 __all__ = ["plan"]
 
@@ -78,8 +78,9 @@ def plan(
     check_request(request)
     validate(dataclasses.replace(run, cohort=cohort or clients))
 
-    from fedvlm_jax.runs import plan as plans
-    from fedvlm_jax.runs import plan_tables, progress, tables
+    from fedvlm_jax.analysis import plan as plans
+    from fedvlm_jax.reporting import plan_report, tables
+    from fedvlm_jax.training import progress
     from fedvlm_jax.utils.console import open_console
 
     show = progress.open_progress()
@@ -88,14 +89,14 @@ def plan(
             planned = plans.plan(request, show.note)
         finally:
             show.finish()
-        plan_tables.write_plan(folder, planned)
+        plan_report.write_plan(folder, planned)
     console = open_console()
-    for table in plan_tables.tabulate_plan(planned):
+    for table in plan_report.tabulate_plan(planned):
         tables.show(console, table)
         if table.note:
             console.say(table.note, style="dim")
     console.say(f"plan     {folder / 'plan.md'}\nnumbers  {folder / 'plan.json'}")
-    refusal = plan_tables.word_refusal(planned)
+    refusal = plan_report.word_refusal(planned)
     if refusal and system.wave is not None:
         raise UserError(f"--wave {system.wave} {refusal}")
     if refusal:

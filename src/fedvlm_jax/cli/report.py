@@ -20,6 +20,6 @@ def report(
     if not folders:
         raise UserError("say whose report: fedvlm report RUN...")
 
-    from fedvlm_jax.runs.report import write_report
+    from fedvlm_jax.reporting.report import write_report
 
     print(write_report(folders))

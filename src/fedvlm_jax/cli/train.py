@@ -10,18 +10,18 @@ import tyro
 from fedvlm_jax.cli._flags import flatten, name_flag
 from fedvlm_jax.cli._said import find_said, list_words, was_said
 from fedvlm_jax.cli._signals import exit_code, say
+from fedvlm_jax.cli._startup import start_quickly
 from fedvlm_jax.cli._supervise import is_child, supervise
 from fedvlm_jax.cli._together import Together, together
 from fedvlm_jax.distributed.launch import DistributedOptions, check_distributed
 from fedvlm_jax.errors import UserError, describe_os_error
-from fedvlm_jax.runs.claims import make_folder, remove_unused
-from fedvlm_jax.runs.config import Run, to_json
-from fedvlm_jax.runs.quick_start import start_quickly
-from fedvlm_jax.runs.stored import read_config
-from fedvlm_jax.runs.validation import validate
+from fedvlm_jax.training.config import Run, to_json
+from fedvlm_jax.training.run_dir.folder_lock import make_folder, remove_unused
+from fedvlm_jax.training.run_dir.validated_files import read_config
+from fedvlm_jax.training.validation import validate
 
 if TYPE_CHECKING:
-    from fedvlm_jax.runs.profiling import RoundProfile
+    from fedvlm_jax.analysis.profiling import RoundProfile
 
 __all__ = ["train"]
 
@@ -70,8 +70,8 @@ def train(
 def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool) -> None:
     """Train or go on; `again`: a run that has begun in its folder goes on without being asked to."""
     from fedvlm_jax.distributed import processes
-    from fedvlm_jax.runs import loop, progress
-    from fedvlm_jax.runs.longer import lengthen
+    from fedvlm_jax.training import federated_run, progress
+    from fedvlm_jax.training.extend_run import lengthen
 
     name = processes.tell_all(lambda: str(run.resume or run.out or make_folder(run.method)))
     folder = about.folder = Path(name)
@@ -83,18 +83,18 @@ def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool
     against = _refuse_baseline(options) if baseline else "--no-baseline"
     first: progress.Progress = show
     if not against:
-        first, watched["session"] = progress.Numbered(show, 1, 2), loop.open_later(show)
+        first, watched["session"] = progress.Numbered(show, 1, 2), federated_run.open_later(show)
     try:
         if run.resume is not None and was_said(*ROUNDS):
             processes.tell_all(lambda: lengthen(folder, run.train.rounds))
         if begun:
             named = run.resume is not None and not {*PLACES}.isdisjoint(_name_changes(run))
             moved: dict[str, Any] = {"places": run} if named else {}
-            loop.resume(folder, first, **moved, **watched)
+            federated_run.resume(folder, first, **moved, **watched)
         else:
-            loop.train(options, first, **watched)
+            federated_run.train(options, first, **watched)
         if not against:
-            from fedvlm_jax.runs.baseline import train_alone
+            from fedvlm_jax.training.local_baseline import train_alone
 
             train_alone(folder, progress.Numbered(show, 2, 2), watched["session"])
     except KeyboardInterrupt as error:
@@ -124,7 +124,7 @@ def _advise(folder: Path, baseline: bool) -> str:
 
 
 def _open_profile(folder: Path) -> "RoundProfile":
-    from fedvlm_jax.runs.profiling import RoundProfile
+    from fedvlm_jax.analysis.profiling import RoundProfile
 
     return RoundProfile(folder)
 
@@ -148,7 +148,7 @@ def _has_begun(run: Run, folder: Path) -> bool:
     file = folder / "config.json"
     if not file.is_file():
         return False
-    from fedvlm_jax.runs.fingerprints import anchor
+    from fedvlm_jax.training.run_dir.fingerprints import anchor
 
     there, run = read_config(folder).run, anchor(run)
     if dataclasses.replace(there, out=None) != dataclasses.replace(run, out=None):
@@ -183,7 +183,7 @@ def _refuse_said() -> None:
 
 def _refuse_baseline(run: Run) -> str:
     """Say why nobody is trained alone beside this run; empty where all are."""
-    from fedvlm_jax.runs.baseline import find_reason_against
+    from fedvlm_jax.training.local_baseline import find_reason_against
 
     return find_reason_against(run)
 
@@ -195,16 +195,17 @@ def _read_options(folder: Path) -> Run:
 def _print_results(folder: Path, no_baseline: str) -> None:
     """Show the tables, then the few numbers that matter; `no_baseline`: why nobody was trained alone."""
     from fedvlm_jax.cli._closing import close_run, suggest_comparison
-    from fedvlm_jax.runs import folders, report, tables
+    from fedvlm_jax.reporting import report, tables
+    from fedvlm_jax.training.run_dir import reader
     from fedvlm_jax.utils.console import open_console
 
-    record = folders.read_run(folder)
+    record = reader.read_run(folder)
     page = report.write_report([folder])
     console = open_console()
     for table in tables.tabulate_run(record):
         tables.show(console, table)
     lines = close_run(record)
-    if no_baseline and folders.read_baseline(record) is None:
+    if no_baseline and reader.read_baseline(record) is None:
         lines.append(f"  training alone was left out: {no_baseline}")
     lines += [f"run     {folder}", f"report  {page}", f"next    {suggest_comparison(record)}"]
     console.say("\n".join(lines))

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from jaxtyping import Int
 
-from fedvlm_jax.data.options import MAX_IMAGE_PIXELS
-from fedvlm_jax.data.pictures import BrokenImageError, decode_picture
+from fedvlm_jax.data.config import MAX_IMAGE_PIXELS
+from fedvlm_jax.data.image_decoding import BrokenImageError, decode_picture
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 

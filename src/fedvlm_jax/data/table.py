@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedvlm_jax.data.facts import ImageFacts
-from fedvlm_jax.data.mapped import Blobs, open_arrow
-from fedvlm_jax.data.options import MAX_IMAGE_PIXELS
-from fedvlm_jax.data.paths import OutsideError, read_below
-from fedvlm_jax.data.pictures import DECODING, BrokenImageError
-from fedvlm_jax.data.seals import check_seal, discard
-from fedvlm_jax.data.shards import NEEDED, UNDERSTOOD, check_shards, convert_shards, find_folder
+from fedvlm_jax.data.arrow_images import Blobs, open_arrow
+from fedvlm_jax.data.arrow_seals import check_seal, discard
+from fedvlm_jax.data.config import MAX_IMAGE_PIXELS
+from fedvlm_jax.data.image_decoding import DECODING, BrokenImageError
+from fedvlm_jax.data.image_index import ImageFacts
+from fedvlm_jax.data.safe_paths import OutsideError, read_below
+from fedvlm_jax.data.sources.parquet import NEEDED, UNDERSTOOD, check_shards, convert_shards, find_folder
 from fedvlm_jax.errors import UserError, find_machine_fault
 from fedvlm_jax.utils.cache_folders import Hold, read_bound
 from fedvlm_jax.utils.file_digests import digest_files
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-    from fedvlm_jax.data.options import DataOptions
+    from fedvlm_jax.data.config import DataOptions
 
 __all__ = [
     "NEEDED",
@@ -188,8 +188,8 @@ def read_table(source: "str | DataOptions") -> Table:
     Raises:
         UserError: neither such a name nor such a path, or the files do not hold what is needed.
     """
-    from fedvlm_jax.data.options import DataOptions
-    from fedvlm_jax.data.registry import find_sets
+    from fedvlm_jax.data.config import DataOptions
+    from fedvlm_jax.data.sources.registry import find_sets
 
     options = DataOptions(source=source) if isinstance(source, str) else source
     known = find_sets()
@@ -201,7 +201,7 @@ def read_table(source: "str | DataOptions") -> Table:
 
 
 def _read_path(options: "DataOptions") -> Table:
-    from fedvlm_jax.data.registry import find_sets
+    from fedvlm_jax.data.sources.registry import find_sets
 
     path = Path(options.source).expanduser()
     if not path.exists():

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from fedvlm_jax.data.batches import bucket, round_rows
-from fedvlm_jax.data.encode import Examples
-from fedvlm_jax.federation.options import ParticipationOptions
+from fedvlm_jax.data.tokenization import Examples
+from fedvlm_jax.federation.participation import ParticipationOptions
 from fedvlm_jax.federation.round import to_waves
 from fedvlm_jax.methods import Client
 from fedvlm_jax.utils.random_streams import Stream

@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax.distributed.sharding import CLIENTS, wave_sharding
-from fedvlm_jax.federation.training import LocalTrainer
+from fedvlm_jax.federation.local_training import LocalTrainer
 from fedvlm_jax.methods import Client, Context, Method
-from fedvlm_jax.methods.record import Metrics, Train
+from fedvlm_jax.methods.base import Metrics, Train
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.random_streams import Stream
 

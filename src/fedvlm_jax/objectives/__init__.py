@@ -2,8 +2,8 @@
 
 import importlib
 
-from fedvlm_jax.objectives.options import PreferenceOptions
-from fedvlm_jax.objectives.record import Objective
+from fedvlm_jax.objectives.base import Objective
+from fedvlm_jax.objectives.config import PreferenceOptions
 
 __all__ = ["Objective", "PreferenceOptions", "load_objective"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fedvlm_jax.objectives.likelihood import token_losses
-from fedvlm_jax.objectives.options import PreferenceOptions
-from fedvlm_jax.objectives.record import Metrics, Objective
+from fedvlm_jax.objectives.base import Metrics, Objective
+from fedvlm_jax.objectives.config import PreferenceOptions
+from fedvlm_jax.objectives.log_probs import token_losses
 
 __all__ = ["make"]
 

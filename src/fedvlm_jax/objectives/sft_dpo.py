@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fedvlm_jax.objectives import dpo
-from fedvlm_jax.objectives.likelihood import score_pairs
-from fedvlm_jax.objectives.options import PreferenceOptions
-from fedvlm_jax.objectives.record import Metrics, Objective
+from fedvlm_jax.objectives.base import Metrics, Objective
+from fedvlm_jax.objectives.config import PreferenceOptions
+from fedvlm_jax.objectives.log_probs import score_pairs
 
 __all__ = ["make"]
 

@@ -1,0 +1,90 @@
+"""`fedvlm train --profile`: where the time of a round goes, as the profiler of jax sees it and by the model's parts.
+
+Traced are the first two rounds of each phase whose program has run before in this process, so that no trace holds a
+compilation. Each is a folder of its own that XProf and TensorBoard read, and beside it stand `round-N.json.gz` for
+Perfetto, in which every operation is named by the part of the model that asked for it, and `round-N.md`, their shares.
+
+Tracing changes no result: the same compiled program runs, watched. Of several processes each traces its own devices,
+which are all that it sees.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fedvlm_jax.analysis.profile_scopes import (
+    find_scopes,
+    label_trace,
+    read_trace,
+    share_out_time,
+    tabulate_shares,
+    write_trace,
+)
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.federation.simulator import Driver
+
+__all__ = ["PROFILE", "ROUNDS", "RoundProfile"]
+
+PROFILE = "profile"
+"""In the folder of a run."""
+
+ROUNDS = 2
+"""Rounds that are traced of each phase."""
+
+
+class RoundProfile:
+    """Traces rounds of one run into its folder; to be called around each of them."""
+
+    def __init__(self, folder: Path) -> None:
+        """Trace into `folder`/profile, and there into a folder per process where there are several."""
+        own = f"process-{jax.process_index()}" if processes.count() > 1 else ""
+        self.folder = folder / PROFILE / own
+        self.written: list[Path] = []
+        """The traces for Perfetto, in the order of the rounds."""
+        self._ran: set[tuple[Any, int]] = set()
+        self._traced: Counter[Any] = Counter()
+
+    def __call__(self, driver: Driver, round_: int) -> AbstractContextManager[None]:
+        """Be around round `round_`: trace it, if its program has run before and no two of its phase were traced."""
+        program = (id(driver), driver.phase_of(round_))
+        warm = program in self._ran
+        self._ran.add(program)
+        if not warm or self._traced[id(driver)] >= ROUNDS:
+            return nullcontext()
+        self._traced[id(driver)] += 1
+        return self._trace(driver, round_)
+
+    @contextmanager
+    def _trace(self, driver: Driver, round_: int) -> Generator[None]:
+        folder = self.folder / f"round-{round_}"
+        shutil.rmtree(folder, ignore_errors=True)  # a resumed run runs rounds again that no checkpoint has
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"--profile: {folder} cannot be made: {error.strerror}") from None
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # every Python call as an event would cost more than the round
+        with (
+            jax.profiler.trace(str(folder), profiler_options=options),
+            jax.profiler.StepTraceAnnotation("round", step_num=round_),
+        ):
+            yield
+        self._explain(folder, driver, round_)
+
+    def _explain(self, folder: Path, driver: Driver, round_: int) -> None:
+        """Write what Perfetto reads, and the shares of the model's parts."""
+        found = sorted(folder.rglob("*.trace.json.gz"))
+        if not found:
+            return
+        trace, scopes = read_trace(found[-1]), find_scopes(driver.round_text(round_))
+        trace = label_trace(trace, scopes)
+        self.written.append(folder.with_name(f"{folder.name}.json.gz"))
+        write_trace(self.written[-1], trace)
+        table = tabulate_shares(round_, share_out_time(trace))
+        folder.with_name(f"{folder.name}.md").write_text(table, encoding="utf-8")

@@ -1,0 +1,332 @@
+"""A picture's bytes as the RGB image that its maker meant: for training, for the report and for every comparison.
+
+Turned as EXIF says; grey of more than 8 bits scaled, not cut; transparency laid on white; an embedded colour profile
+taken to sRGB; of several frames the first. Sizes are bounded before anything is decoded, very large pictures are
+reduced while they are decoded, and threads wait for one another where together they would take too much memory.
+"""
+
+import contextlib
+import functools
+import io
+import math
+import threading
+import warnings
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedvlm_jax.data.config import MAX_IMAGE_PIXELS
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageCms
+
+__all__ = ["DECODING", "BrokenImageError", "decode_picture"]
+
+DECODING = 3
+"""Version of these rules: what is cached of a picture is valid for one of them."""
+
+REDUCED = 2**22
+"""Pictures of four times as many pixels and more are brought to about so many (2048 × 2048), by a whole factor."""
+
+SHORT_SIDE = 1024
+"""Pixels that a reduced picture's shorter side keeps at least."""
+
+BAND_PIXELS = 2**20
+"""Pixels of a large picture that change their mode at a time."""
+
+BYTES_PER_PIXEL = 25
+"""Memory that decoding takes at its peak: measured 5 (grey) to 12, 18 with alpha, 16 of WebP and 25 of WebP with it."""
+
+ROOM = 2**30
+"""Bytes that all threads of a process decode into at a time; a larger picture waits until it is alone."""
+
+RUN_PROGRAMS = ("EPS", "WMF")
+"""Formats for which PIL would start another program on what the file says."""
+
+MODES = {"1": "L", "P": "RGB", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB", "HSV": "RGB", "YCbCr": "RGB"}
+WITH_ALPHA = {"1": "LA", "L": "LA", "RGB": "RGBA", "P": "RGBA"}
+"""Modes that are not computed with -> those that are; the second where a colour or a palette's entry is transparent."""
+
+RANGES = (255, 4095, 65535)
+"""Whites of integer greys: 8, 12 and 16 bits. The least that holds all values is taken, and no less than a TIFF says.
+
+A PNG of 16 bits has 65535 for white by its format, but scanners and cameras put 12 bits and fewer into such files as
+they are, and by the format these pictures would be black. The price: of two frames of one camera, one whose brightest
+value is 4095 comes out 16 times as bright as one with a 4096. Who has such frames scales them before.
+"""
+
+ALIKE = 3
+"""Steps of 255 by which a profile's colours may differ from sRGB's for its pictures to be left as they are."""
+
+ORIENTATION = 0x0112
+"""EXIF's tag."""
+
+BITS, PHOTOMETRIC = 258, 262
+"""TIFF's tags: bits of a sample, and whether 0 is white (0) or black (1)."""
+
+
+class BrokenImageError(ValueError):
+    """An image that is missing or cannot be decoded; the message is the reason, in a few words."""
+
+
+def decode_picture(encoded: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, quick: bool = False) -> "Image.Image":
+    """Decode a picture, [H, W] in RGB.
+
+    Args:
+        encoded: a file of any format that PIL decodes itself.
+        max_pixels: larger ones are refused by their header.
+        quick: to find out whether it can be decoded at all: JPEGs at an eighth of their size.
+
+    Raises:
+        BrokenImageError: the bytes are cut short, no image, or one that is too large.
+    """
+    from PIL import Image
+
+    _hush_pillow()
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            _check(image, max_pixels)
+            with _ROOM.take(BYTES_PER_PIXEL * image.width * image.height):
+                _draft(image, quick)
+                greys = _read_greys(image)
+                image.load()
+                _check(image, max_pixels)  # an icon's header may say less than it holds
+                return _turn(image, _lay_on_white(_to_working_mode(image), image.info.get("icc_profile"), greys))
+    except Image.DecompressionBombError as error:
+        raise BrokenImageError(_word_large(max_pixels)) from error
+    except (BrokenImageError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
+        raise BrokenImageError("broken or truncated image") from error
+
+
+@functools.cache
+def _hush_pillow() -> None:
+    """Pillow warns of sizes that we refuse, or were asked not to, and of EXIF that is damaged, which says nothing."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+def _check(image: "Image.Image", max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise BrokenImageError(_word_large(max_pixels))
+    if image.format in RUN_PROGRAMS:
+        raise BrokenImageError("image of a kind that is not read")
+
+
+def _word_large(max_pixels: int) -> str:
+    return f"image of more than {max_pixels:,} pixels (--data.max-image-pixels)"
+
+
+def _choose_factor(width: int, height: int) -> int:
+    """The whole number by which a picture of this size is reduced."""
+    return max(1, min(math.isqrt(width * height // REDUCED), min(width, height) // SHORT_SIDE))
+
+
+def _draft(image: "Image.Image", quick: bool) -> None:
+    """Have JPEGs decoded at a half, a quarter or an eighth of their size, where no more is wanted; others ignore it."""
+    factor = 8 if quick else _choose_factor(*image.size)
+    if factor > 1:
+        image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
+
+
+def _to_working_mode(image: "Image.Image") -> "Image.Image":
+    """The picture in L, LA, RGB, RGBA, CMYK, LAB, I or F, reduced where it is large: band by band, to save memory."""
+    from PIL import Image
+
+    factor = _choose_factor(*image.size)
+    if factor == 1:
+        return _convert(image)
+    rows = factor * max(1, BAND_PIXELS // (image.width * factor))
+    bands = (image.crop((0, y, image.width, min(y + rows, image.height))) for y in range(0, image.height, rows))
+    reduced: Image.Image | None = None
+    for number, band in enumerate(bands):
+        part = _convert(band).reduce(factor)
+        if reduced is None:
+            reduced = Image.new(part.mode, (part.width, -(-image.height // factor)))
+            reduced.info = part.info
+        reduced.paste(part, (0, number * rows // factor))
+    assert reduced is not None
+    return reduced
+
+
+def _convert(image: "Image.Image") -> "Image.Image":
+    if image.mode.startswith("I;16"):
+        return image.convert("I")
+    alpha = image.has_transparency_data
+    mode = WITH_ALPHA.get(image.mode, MODES.get(image.mode)) if alpha else MODES.get(image.mode)
+    return image if mode is None else image.convert(mode)
+
+
+@dataclass(frozen=True)
+class _Greys:
+    """What a file says of its greys: the least white that they have, and whether they are inverted, 0 being white."""
+
+    least: int = 0
+    inverted: bool = False
+
+
+def _read_greys(image: "Image.Image") -> _Greys:
+    """What a TIFF says; Pillow inverts what is inverted in 8 bits, but not in more."""
+    from PIL import TiffImagePlugin
+
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return _Greys()
+    packed = image.tag_v2.get(BITS) in (12, (12,))
+    return _Greys(4095 if packed else 0, image.tag_v2.get(PHOTOMETRIC) == 0)
+
+
+def _lay_on_white(image: "Image.Image", profile: bytes | None, greys: _Greys | None = None) -> "Image.Image":
+    """A picture in a working mode as RGB in sRGB, without transparency."""
+    from PIL import Image
+
+    if image.mode in ("I", "F"):
+        image = _scale_grey(image, greys or _Greys())
+    if image.mode not in ("LA", "RGBA"):
+        return _to_srgb(image, profile)
+    alpha = image.getchannel("A")
+    colour = _to_srgb(image.convert("L" if image.mode == "LA" else "RGB"), profile).convert("RGBA")
+    colour.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
+
+
+def _scale_grey(image: "Image.Image", greys: _Greys) -> "Image.Image":
+    """Greys of more than 8 bits, or fractions, to 8 bits: band by band, to save memory.
+
+    White is the least of `RANGES` that holds all values, for fractions also 1. Greys outside of these, or below 0, have
+    no white that is known: the darkest becomes black and the lightest white.
+    """
+    from PIL import Image
+
+    low, high = _find_extremes(image)
+    ranges = (1, *RANGES) if image.mode == "F" else RANGES
+    whites = [white for white in ranges if white >= max(high, greys.least)]
+    low, white = (0.0, float(whites[0])) if low >= 0 and whites else (low, high)
+    transparent = image.info.get("transparency")
+    scaled = Image.new("L", image.size)
+    for top, values in _list_bands(image):
+        grey = np.rint((values - low) / ((white - low) or 1) * 255).astype(np.uint8)
+        if greys.inverted:
+            grey = 255 - grey
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255
+        scaled.paste(Image.fromarray(grey), (0, top))
+    return scaled
+
+
+def _find_extremes(image: "Image.Image") -> tuple[float, float]:
+    low, high = math.inf, -math.inf
+    for _, values in _list_bands(image):
+        if not np.isfinite(values).all():
+            raise BrokenImageError("image with values that are no numbers")
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+    return low, high
+
+
+def _list_bands(image: "Image.Image") -> Iterator[tuple[int, np.ndarray]]:
+    """The picture's values [h, W], by the row in which a band of them begins."""
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        yield top, np.asarray(band, np.float64)
+
+
+def _to_srgb(image: "Image.Image", profile: bytes | None) -> "Image.Image":
+    """A picture in L, RGB, CMYK or LAB as RGB; a profile that is damaged, or of another space, is not used."""
+    from PIL import ImageCms
+
+    if image.mode == "LAB":
+        return _transform(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
+    if profile:
+        try:
+            opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            about: Any = opened.profile  # typed by Pillow as what it was read from
+            space = about.xcolor_space.strip()
+            given = image.convert("RGB") if space == "RGB" and image.mode == "L" else image
+            if {"GRAY": "L"}.get(space, space) == given.mode and not _is_srgb(profile, given.mode):
+                return _transform(given, opened)
+        except MemoryError:
+            raise
+        except Exception:  # LittleCMS raises several kinds for what strangers embed
+            return image.convert("RGB")
+    return image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=64)
+def _is_srgb(profile: bytes, mode: str) -> bool:
+    """Are a profile's colours those of sRGB, by what they become and not by what the profile is called?
+
+    Most pictures that have a profile have one of the many of sRGB; these are as quick as those without, and their
+    pixels do not change by a rounding.
+    """
+    from PIL import Image, ImageCms
+
+    if mode not in ("L", "RGB"):
+        return False
+    levels = np.arange(0, 256, 15).astype(np.uint8)
+    cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(len(levels), -1, 3)
+    asked = Image.fromarray(cube if mode == "RGB" else np.arange(256, dtype=np.uint8)[None])
+    # By the colours themselves: a profile's table for the eye's comfort also says how they are to be pleasant.
+    made = _transform(asked, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.Intent.RELATIVE_COLORIMETRIC)
+    return bool(np.abs(np.asarray(made, np.int16) - np.asarray(asked.convert("RGB"), np.int16)).max() <= ALIKE)
+
+
+def _transform(
+    image: "Image.Image", profile: "ImageCms.ImageCmsProfile", intent: "ImageCms.Intent | None" = None
+) -> "Image.Image":
+    from PIL import ImageCms
+
+    intent = ImageCms.Intent.PERCEPTUAL if intent is None else intent
+    made = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), intent, outputMode="RGB")
+    assert made is not None  # only what is changed in place comes back as None
+    return made
+
+
+def _turn(image: "Image.Image", picture: "Image.Image") -> "Image.Image":
+    """The picture as EXIF says that it is to be held; EXIF that cannot be read says nothing."""
+    from PIL import Image
+
+    turn = Image.Transpose
+    methods = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
+    try:
+        method = methods.get(image.getexif().get(ORIENTATION, 1))
+    except MemoryError:
+        raise
+    except Exception:
+        method = None
+    return picture if method is None else picture.transpose(method)
+
+
+class _Room:
+    """Memory that threads share: who wants more than is left waits, unless nobody else has any."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._taken, self._changed = size, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, wanted: int) -> Generator[None]:
+        """Hold so many bytes for as long as the block runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + wanted <= self._size)
+            self._taken += wanted
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= wanted
+                self._changed.notify_all()
+
+
+_ROOM = _Room(ROOM)

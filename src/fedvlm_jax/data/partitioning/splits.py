@@ -1,0 +1,127 @@
+"""From one table to many clients: whose rows are whose, and which of them train, validate and test.
+
+The data set itself, or its columns (`columns.py`), make the clients; here the result is checked, clients that are too
+small are left out, and some are held out. A held-out client keeps its validation and test rows; its training rows are
+set aside, not tested on, because other clients may have trained on the same pictures.
+"""
+
+import dataclasses
+import hashlib
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.federated_dataset import ClientRows, Federation, Skipped, count_reasons
+from fedvlm_jax.data.partitioning.natural import federate_by_column
+from fedvlm_jax.data.skip_reasons import tell_left_out
+from fedvlm_jax.data.table import Table
+from fedvlm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from fedvlm_jax.data.config import DataOptions
+
+__all__ = ["ClientRows", "Federation", "Skipped", "check_federation", "count_reasons", "federate", "hold_out"]
+
+
+def federate(table: Table, options: "DataOptions", seed: int) -> Federation:
+    """Cut a table into clients, as its data set does it, or by its columns.
+
+    Args:
+        table: from `read_table(options)`.
+        options: what they mean is their help.
+        seed: a non-negative integer; the same seed gives the same federation everywhere.
+
+    Raises:
+        UserError: nothing says who the clients are, a partition that cannot be, an unknown split, no clients, nothing
+            to train on, or a negative seed.
+    """
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}; expected an integer from 0 to {2**63 - 1}.")
+    from fedvlm_jax.data.sources.registry import find_sets
+
+    named = find_sets().get(table.name)
+    federation = named.federate(table, options, seed) if named else federate_by_column(table, options, seed)
+    if table.revision:
+        federation = dataclasses.replace(federation, description={**federation.description, "revision": table.revision})
+    federation = _leave_out(table, federation, options)
+    federation = hold_out(federation, options.held_out_clients, seed)
+    return check_federation(table, federation, options)
+
+
+def hold_out(federation: Federation, share: float, seed: int) -> Federation:
+    """Take a share of the clients out of training, chosen by the seed and their names alone.
+
+    Raises:
+        UserError: nobody would be left to train.
+    """
+    if share == 0:
+        return federation
+    count = max(1, int(np.floor(share * len(federation.clients) + 0.5)))
+    if count >= len(federation.clients):
+        raise UserError(
+            f"--data.held-out-clients {share:g} of {len(federation.clients)} clients is {count}: nobody would be left "
+            "to train. Hold out fewer, or make more clients."
+        )
+    key = int(seed).to_bytes(16, "little")
+    ranked = sorted(
+        federation.names,
+        key=lambda name: hashlib.blake2b(name.encode(), key=key, person=b"held out", digest_size=16).digest(),
+    )
+    chosen = set(ranked[:count])
+    none = np.empty(0, np.int64)
+    unused = sum(len(client.train) for client in federation.clients if client.name in chosen)
+    clients = tuple(
+        dataclasses.replace(client, train=none, held_out=True) if client.name in chosen else client
+        for client in federation.clients
+    )
+    description = {
+        **federation.description,
+        "held_out": {"share": share, "seed": seed, "clients": sorted(chosen), "training_rows_set_aside": unused},
+    }
+    return Federation(clients, description, federation.skipped)
+
+
+def check_federation(table: Table, federation: Federation, options: "DataOptions") -> Federation:
+    """Describe who has what, and refuse what cannot be trained on.
+
+    Raises:
+        UserError: two clients have one name, a name is not text that can be written, or none of the clients has a
+            training row.
+    """
+    _check_names(federation.names, options)
+    if not any(len(client.train) for client in federation.clients):
+        raise UserError(
+            f"--data {options.source}: none of the {len(federation.clients)} clients has a training row. "
+            f"{tell_left_out(table, federation.skipped)}Check the split column, --data.images-per-client, "
+            "--data.validation-share and --data.test-share."
+        )
+    rows = {client.name: {split: len(client.rows_of(split)) for split in SPLITS} for client in federation.clients}
+    return Federation(federation.clients, {**federation.description, "rows": rows}, federation.skipped)
+
+
+def _check_names(names: tuple[str, ...], options: "DataOptions") -> None:
+    """Models, results and files of adapters are found by their client's name alone."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(
+            f"--data {options.source}: two clients are called {twice[0]!r}; give every client its own name."
+        )
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--data {options.source}: the client name {name!r} cannot be written as UTF-8.") from None
+
+
+def _leave_out(table: Table, federation: Federation, options: "DataOptions") -> Federation:
+    kept = tuple(client for client in federation.clients if len(client.train) >= options.min_examples)
+    if not kept:
+        raise UserError(
+            f"--data {options.source}: no client is left of {len(federation.clients)}; --data.min-examples is "
+            f"{options.min_examples} and the largest client has "
+            f"{max((len(client.train) for client in federation.clients), default=0)} training rows. "
+            f"{tell_left_out(table, federation.skipped)}".rstrip()
+        )
+    out = [client.name for client in federation.clients if len(client.train) < options.min_examples]
+    return Federation(kept, {**federation.description, "left_out": out}, federation.skipped)

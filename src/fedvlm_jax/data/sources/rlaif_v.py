@@ -1,0 +1,78 @@
+"""RLAIF-V: 83,132 questions about pictures, each with a preferred and a rejected answer (arXiv 2405.17220).
+
+The set that FedVLM was tried on: openbmb/RLAIF-V-Dataset on the Hugging Face hub, parquet shards of about 14 GB under
+CC BY-NC 4.0. It does not ship: it is read from a folder of its shards (`--data.path`), or fetched by `datasets` and
+kept in its cache. Its natural clients are its sources (`origin_dataset`); it is split here, by image content.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedvlm_jax.data.config import OF_PARQUET
+from fedvlm_jax.data.partitioning.natural import federate_by_column
+from fedvlm_jax.data.sources.registry import NamedSet
+from fedvlm_jax.data.table import Table, open_dataset, read_parquet
+from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.utils.file_digests import digest_files
+
+if TYPE_CHECKING:
+    from fedvlm_jax.data.config import DataOptions
+
+__all__ = ["DATASET", "read_rlaif_v"]
+
+NAME, HUB_ID = "rlaif-v", "openbmb/RLAIF-V-Dataset"
+COLUMNS = ("rejected", "origin_dataset", "origin_split", "idx")
+"""What tells its shards from other data in the same form."""
+
+
+def read_rlaif_v(options: "DataOptions") -> Table:
+    """Open the shards below `options.path`, or the hub's at `options.revision` (what it calls main now, if None).
+
+    Raises:
+        UserError: there is no such folder, the hub cannot be reached, or the files are not RLAIF-V's.
+    """
+    table = _fetch(options.revision) if options.path is None else _read_folder(options.path.expanduser())
+    missing = [column for column in COLUMNS if column not in table.columns]
+    if missing:
+        raise UserError(
+            f"--data.path {options.path} is not RLAIF-V: it lacks {', '.join(missing)} and has "
+            f"{', '.join(table.columns)}. For other data of that form: --data {options.path}"
+        )
+    return table
+
+
+DATASET = NamedSet(
+    name=NAME,
+    summary="preference pairs about pictures of seven sources (from --data.path, or the Hugging Face hub)",
+    read=read_rlaif_v,
+    federate=federate_by_column,
+    options=OF_PARQUET | {"path", "revision"},
+)
+
+
+def _read_folder(path: Path) -> Table:
+    if not path.exists():
+        raise UserError(f"--data.path {path} does not exist; expected the folder of RLAIF-V's parquet shards.")
+    return read_parquet(path, NAME)
+
+
+def _fetch(revision: str | None) -> Table:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(HUB_ID, split="train", revision=revision)
+    except Exception as error:  # of the hub, the network or the disk: their libraries share no base
+        command = f"hf download {HUB_ID} --repo-type dataset{f' --revision {revision}' if revision else ''}"
+        raise UserError(
+            f"--data {NAME}: {HUB_ID} at revision {revision or 'main'} cannot be fetched ({explain_error(error)}). "
+            f"Where the hub can be reached, run: {command} --local-dir DIR; then give --data.path DIR."
+        ) from error
+    assert isinstance(dataset, datasets.Dataset)
+    urls = dataset.info.download_checksums or {}  # hf://datasets/owner/name@commit/file
+    commits = {found[1] for url in urls if (found := re.search(r"@([0-9a-f]{40})/", url))}
+    digest = digest_files(Path(entry["filename"]) for entry in dataset.cache_files)
+    # Not the working folder, which has nothing to do with the set: a file of it could pass for one of the set's images.
+    table = open_dataset(dataset, NAME, Path(dataset.cache_files[0]["filename"]).parent)
+    return dataclasses.replace(table, revision=min(commits, default=revision), digest=digest)

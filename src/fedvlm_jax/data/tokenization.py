@@ -1,0 +1,385 @@
+"""From rows to arrays: prompts and answers as tokens, unusable rows skipped, counted and named.
+
+Prompts go to the model's encoder and answers to its decoder, so labels are the answers' tokens and nothing else: there
+is no part of a prompt to be masked. Pixels are not here: an `Examples` holds the index of each row's image, because
+images are shared and, with a frozen vision tower, wanted only once.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.images import Images, unique_images
+from fedvlm_jax.data.partitioning.splits import ClientRows, Federation, Skipped, count_reasons
+from fedvlm_jax.data.skip_reasons import find_pair_fault, find_text_fault, tell_lost
+from fedvlm_jax.data.table import Table
+from fedvlm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from fedvlm_jax.data.config import DataOptions
+
+__all__ = [
+    "IGNORED",
+    "LABELS",
+    "Examples",
+    "TextProcessor",
+    "ask_processor",
+    "encode",
+    "find_question_column",
+    "require_pairs",
+]
+
+QUESTION, OWN_QUESTION = "question", "question_client"
+"""Columns of the question that all clients are asked alike, and of that in the client's language."""
+
+IGNORED = -100
+"""Label of a position that no loss counts, Hugging Face's convention."""
+
+LABELS = ("labels", "rejected_labels")
+"""What labels are called in a batch: the chosen answer's, and the rejected one's."""
+
+MULTIPLE = 4
+"""Token axes are padded to multiples of this: few shapes, little waste."""
+
+CHUNK = 1024
+"""Texts that are tokenised at a time."""
+
+CHARACTERS = 16
+"""More characters per token than any text has on average. What is longer than the tokens that are wanted is not even
+tokenised: one text of megabytes would make every array as wide as itself."""
+
+
+TOO_LONG = "prompt too long"
+
+OURS = (KeyboardInterrupt, SystemExit, MemoryError)
+"""What a processor may raise that no text is to blame for."""
+
+
+class TextProcessor(Protocol):
+    """What `encode` asks of a model's processor."""
+
+    def prompts(self, texts: list[str], /) -> tuple[np.ndarray, np.ndarray]:
+        """Texts -> (input_ids, attention_mask), both [B, T] integers, padded to the longest, image tokens included."""
+        ...
+
+    def answers(self, texts: list[str], max_tokens: int, /) -> np.ndarray:
+        """Texts -> labels [B, U], cut to `max_tokens` and padded with -100."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Every usable row of a federation, as arrays on the host.
+
+    Attributes:
+        image: [N] int32, index into `images`.
+        input_ids: [N, T] int32, image tokens included; T is a multiple of 4.
+        attention_mask: [N, T] int32, 1 where `input_ids` counts.
+        labels: [N, U] int32, -100 where nothing is to be learnt; U is a multiple of 4.
+        answers: N gold answers as text, of several the most frequent one: what is trained on.
+        rows: [N] int64, the table's row numbers.
+        clients: the federation's clients with rows renumbered to 0 … N-1.
+        images: the unique images.
+        skipped: rows that were left out, with reasons; for the run's folder.
+        truncated: how many of the N answers were cut to `max_answer_tokens`.
+        rejected: [N, U'] int32, labels of the rejected answers, as `labels` are; all -100 where a row has no rejected
+            answer that differs from the chosen one. None where the data has no column `rejected`.
+        rejected_answers: N rejected answers as they stand in the data; None where it has no such column.
+        rejected_truncated: how many of them were cut.
+        all_answers: N rows' answers, equal ones as often as they were given; None where the data has one each.
+    """
+
+    image: Int[np.ndarray, " examples"]
+    input_ids: Int[np.ndarray, "examples tokens"]
+    attention_mask: Int[np.ndarray, "examples tokens"]
+    labels: Int[np.ndarray, "examples labels"]
+    answers: list[str]
+    rows: Int[np.ndarray, " examples"]
+    clients: tuple[ClientRows, ...]
+    images: Images
+    skipped: tuple[Skipped, ...]
+    truncated: int
+    rejected: Int[np.ndarray, "examples labels"] | None = None
+    rejected_answers: list[str] | None = None
+    rejected_truncated: int = 0
+    all_answers: list[tuple[str, ...]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def require_pairs(table: Table) -> None:
+    """Refuse a table without rejected answers.
+
+    Raises:
+        UserError: it has no column `rejected`.
+    """
+    if "rejected" not in table.columns:
+        raise UserError(
+            f"{table.name} has no column 'rejected', only {', '.join(table.columns)}: there is no preference to learn "
+            "from. Use --objective sft, or data with a chosen and a rejected answer in every row."
+        )
+
+
+def find_question_column(table: Table, options: "DataOptions") -> str:
+    """Find the column whose questions are asked: the client's own, where the options do not say and the table has it.
+
+    Raises:
+        UserError: the options say so, and the table does not have it.
+    """
+    if options.prompt == "neutral" or (options.prompt is None and OWN_QUESTION not in table.columns):
+        return QUESTION
+    if OWN_QUESTION not in table.columns:
+        raise UserError(
+            f"--data.prompt {options.prompt} needs the column {OWN_QUESTION!r}, which {table.name} does not have; use "
+            "--data.prompt neutral, or add the column."
+        )
+    return OWN_QUESTION
+
+
+def encode(
+    table: Table, federation: Federation, processor: TextProcessor, options: "DataOptions", *, pairs: bool = False
+) -> Examples:
+    """Tokenise and check all rows of a federation. Every distinct text is tokenised once, every image decoded once.
+
+    Args:
+        table, federation: which rows.
+        processor: of the model.
+        options: how they are asked, and what is too long.
+        pairs: skip also rows without a rejected answer, or whose two answers are the same tokens.
+
+    Raises:
+        UserError: the prompt's column is not there, `pairs` and there are no rejected answers, or more than
+            `options.max_bad_share` of the rows are unusable.
+    """
+    if pairs:
+        require_pairs(table)
+    column = find_question_column(table, options)
+    rows = federation.rows
+    questions = [(text or "").strip() for text in table.read_text(column, rows)]
+    answers = _read_answers(table, rows, processor, options.max_answer_tokens)
+    images, image, missing = unique_images(table, rows)
+    broken = images.find_broken()
+
+    reasons: dict[int, str] = {}
+    for place, row in enumerate(rows.tolist()):
+        if image[place] < 0:
+            reasons[place] = missing[row]
+        elif int(image[place]) in broken:
+            reasons[place] = broken[int(image[place])]
+        elif reason := find_text_fault(questions[place], answers.chosen[place]):
+            reasons[place] = reason
+        elif place in answers.refused:
+            reasons[place] = answers.refused[place]
+        elif pairs and not answers.is_pair[place]:
+            fault = find_pair_fault(answers.chosen[place], answers.rejected[place])
+            reasons[place] = fault or "chosen equals rejected once cut"
+    input_ids, attention_mask, which, pad, unfit = _tokenise_prompts(processor, questions, options.max_prompt_tokens)
+    lengths = attention_mask.sum(axis=1)
+    for place in range(len(rows)):
+        if place not in reasons and int(which[place]) in unfit:
+            reasons[place] = unfit[int(which[place])]
+
+    idx = table.read_text("idx", rows) if "idx" in table.columns else [None] * len(rows)
+    skipped = federation.skipped + tuple(Skipped(int(rows[p]), idx[p], reason) for p, reason in reasons.items())
+    _check_share(table, skipped, len(rows) + len(federation.skipped), options)
+
+    kept = np.asarray([place for place in range(len(rows)) if place not in reasons], np.int64)
+    used, image = np.unique(image[kept], return_inverse=True)
+    has_rejected = "rejected" in table.columns
+    width = _round_up(int(lengths[which[kept]].max(initial=0)))
+    return Examples(
+        image=image.astype(np.int32),
+        input_ids=_widen(input_ids, width, pad)[which[kept], :width],
+        attention_mask=_widen(attention_mask, width, 0)[which[kept], :width],
+        labels=_trim(answers.labels[kept]),
+        answers=[answers.chosen[place] for place in kept],
+        rows=rows[kept],
+        clients=_renumber(federation.clients, kept, len(rows)),
+        images=images.select(used),
+        skipped=skipped,
+        truncated=int(answers.cut[kept].sum()),
+        rejected=_trim(answers.rejected_labels[kept]) if has_rejected else None,
+        rejected_answers=[answers.rejected[place] for place in kept] if has_rejected else None,
+        rejected_truncated=int(answers.rejected_cut[kept].sum()),
+        all_answers=table.read_answers(rows[kept]) if table.has_several_answers else None,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Answers:
+    """Both answers of N rows: as text, as labels [N, U], which were cut [N], and which are a pair [N].
+
+    What is no pair has no rejected labels. `refused` are places of rows of which the processor refuses one, and why.
+    """
+
+    chosen: list[str]
+    rejected: list[str]
+    labels: np.ndarray
+    rejected_labels: np.ndarray
+    cut: np.ndarray
+    rejected_cut: np.ndarray
+    is_pair: np.ndarray
+    refused: dict[int, str]
+
+
+def _read_answers(table: Table, rows: np.ndarray, processor: TextProcessor, most: int) -> _Answers:
+    chosen = [(text or "").strip() for text in table.read_text("chosen", rows)]
+    there = "rejected" in table.columns
+    rejected = [(text or "").strip() for text in table.read_text("rejected", rows)] if there else [""] * len(rows)
+    both, cut, unfit = _tokenise_answers(processor, [*chosen, *rejected], most)
+    refused = {place % len(rows): reason for place, reason in unfit.items()}
+    labels, rejected_labels = both[: len(rows)], both[len(rows) :]
+    states = [find_pair_fault(*pair) is None for pair in zip(chosen, rejected, strict=True)]
+    is_pair = (labels != rejected_labels).any(axis=1) & np.asarray(states, bool)
+    rejected_labels[~is_pair] = IGNORED
+    own, other = cut[: len(rows)], cut[len(rows) :] & is_pair
+    return _Answers(chosen, rejected, labels, rejected_labels, own, other, is_pair, refused)
+
+
+def _tokenise_prompts(
+    processor: TextProcessor, texts: Sequence[str], most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, dict[int, str]]:
+    """Distinct texts -> ids and mask [D, T], every text's place among them [N], the padding id, and which are unfit.
+
+    T is the longest prompt of at most `most` tokens; longer ones are cut to it, to be left out, as those are that the
+    processor refuses. The reason is by their place among the D.
+    """
+    distinct, which = _distinct(texts)
+    unfit = {place: TOO_LONG for place, text in enumerate(distinct) if len(text) > CHARACTERS * most}
+    chunks, pad = [], None
+    for start in range(0, len(distinct), CHUNK):
+        part = ["" if start + n in unfit else text for n, text in enumerate(distinct[start : start + CHUNK])]
+        asked, refused = ask_processor(processor.prompts, part, "prompt")
+        ids, mask = (np.asarray(found, np.int32) for found in asked)
+        unfit |= {start + n: reason for n, reason in refused.items()}
+        if pad is None and (mask == 0).any():
+            pad = int(ids[mask == 0][0])  # the processor's own padding id, where it shows one
+        lengths = mask.sum(axis=1)
+        unfit |= {start + int(n): TOO_LONG for n in np.flatnonzero(lengths > most) if start + int(n) not in unfit}
+        width = int(lengths[lengths <= most].max(initial=0))
+        chunks.append((ids[:, :width], mask[:, :width]))
+    width = max((ids.shape[1] for ids, _ in chunks), default=0)
+    pad = pad or 0
+    empty = [np.empty((0, width), np.int32)]
+    ids = np.concatenate([_widen(ids, width, pad) for ids, _ in chunks] or empty)
+    masks = np.concatenate([_widen(mask, width, 0) for _, mask in chunks] or empty)
+    assert (np.diff(masks, axis=1) <= 0).all(), "prompts must be padded on the right"
+    return ids, masks, which, pad, unfit
+
+
+def ask_processor(ask: Callable[[list[str]], Any], texts: list[str], what: str) -> tuple[Any, dict[int, str]]:
+    """What a processor makes of texts, and which it refuses and why: whatever it raises is that one text's fault.
+
+    A refused text is asked as an empty one.
+
+    Args:
+        ask: of the processor.
+        texts: what it is asked.
+        what: the texts' name in a reason.
+    """
+    try:
+        return ask(texts), {}
+    except OURS:
+        raise
+    except BaseException:  # what ends a tokenizer written in Rust is no Exception
+        reasons = {place: _find_refusal(ask, text) for place, text in enumerate(texts)}
+    refused = {place: f"{what} refused: {reason}"[:120] for place, reason in reasons.items() if reason is not None}
+    return ask(["" if place in refused else text for place, text in enumerate(texts)]), refused
+
+
+def _find_refusal(ask: Callable[[list[str]], Any], text: str) -> str | None:
+    try:
+        ask([text])
+    except OURS:
+        raise
+    except BaseException as error:
+        return str(error)
+    return None
+
+
+def _tokenise_answers(
+    processor: TextProcessor, texts: Sequence[str], most: int
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Labels [N, U] of at most `most` tokens, which of the N were longer, and which the processor refuses and why.
+
+    A text that still has tokens at `most + 1` is too long; it is tokenised again to `most`, so that the processor
+    decides how a cut answer ends.
+    """
+    distinct, which = _distinct(texts)
+    chunks = []
+    long = np.zeros(len(distinct), bool)
+    unfit: dict[int, str] = {}
+    for start in range(0, len(distinct), CHUNK):
+        part = [text[: CHARACTERS * (most + 1)] for text in distinct[start : start + CHUNK]]
+        asked, refused = ask_processor(lambda texts: processor.answers(texts, most + 1), part, "answer")
+        unfit |= {start + n: reason for n, reason in refused.items()}
+        labels = np.array(asked, np.int32)
+        over = (labels != IGNORED).sum(axis=1) > most
+        labels = _widen(labels, most + 1, IGNORED)[:, :most]
+        if over.any():
+            cut = np.asarray(processor.answers([text for text, o in zip(part, over, strict=True) if o], most), np.int32)
+            labels[over] = _widen(cut, most, IGNORED)
+        long[start : start + CHUNK] = over
+        used = int((labels != IGNORED).sum(axis=1).max())
+        chunks.append(labels[:, :used])
+    width = max((labels.shape[1] for labels in chunks), default=0)
+    empty = [np.empty((0, width), np.int32)]
+    labels = np.concatenate([_widen(labels, width, IGNORED) for labels in chunks] or empty)
+    places = {place: unfit[int(at)] for place, at in enumerate(which) if int(at) in unfit}
+    return labels[which], long[which], places
+
+
+def _trim(labels: np.ndarray) -> np.ndarray:
+    """As narrow as the longest answer allows, rounded up."""
+    width = _round_up(int((labels != IGNORED).sum(axis=1).max(initial=0)))
+    return _widen(labels, width, IGNORED)[:, :width]
+
+
+def _distinct(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    places: dict[str, int] = {}
+    which = np.asarray([places.setdefault(text, len(places)) for text in texts], np.int64)
+    return list(places), which
+
+
+def _widen(array: np.ndarray, width: int, fill: int) -> np.ndarray:
+    missing = max(0, width - array.shape[1])
+    return np.pad(array, ((0, 0), (0, missing)), constant_values=fill)
+
+
+def _round_up(size: int) -> int:
+    return -(-max(size, 1) // MULTIPLE) * MULTIPLE
+
+
+def _renumber(clients: tuple[ClientRows, ...], kept: np.ndarray, total: int) -> tuple[ClientRows, ...]:
+    """Give every client its rows' places among the kept ones; `Federation.rows` fixes the order they are met in."""
+    place = np.full(total, -1, np.int64)
+    place[kept] = np.arange(len(kept))
+    renumbered, start = [], 0
+    for client in clients:
+        parts: dict[str, np.ndarray] = {}
+        for split in SPLITS:
+            size = len(client.rows_of(split))
+            part = place[start : start + size]
+            parts[split] = part[part >= 0]
+            start += size
+        renumbered.append(dataclasses.replace(client, **parts))
+    return tuple(renumbered)
+
+
+def _check_share(table: Table, skipped: tuple[Skipped, ...], total: int, options: "DataOptions") -> None:
+    if len(skipped) > options.max_bad_share * total:
+        counted = ", ".join(f"{count} × {reason}" for reason, count in count_reasons(skipped).items())
+        shown = "; ".join(f"row {s.row}{f' (idx {s.idx})' if s.idx else ''}: {s.reason}" for s in skipped[:5])
+        raise UserError(
+            f"{table.name}: {len(skipped)} of {total} rows cannot be used ({counted}), more than --data.max-bad-share "
+            f"{options.max_bad_share:g} allows. The first are {shown}. {tell_lost(table, skipped)}Mend them, or raise "
+            "the share."
+        )
+    if len(skipped) == total:
+        raise UserError(f"{table.name}: none of the {total} rows can be used.")

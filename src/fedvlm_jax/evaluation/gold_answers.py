@@ -1,0 +1,137 @@
+"""Gold answers as a model could write them, the room that they take, and those that no model could ever give.
+
+What is generated reaches the metrics as decoded tokens. So gold answers go through the same tokens: both sides then
+write spaces beside location tokens and the like alike. A gold answer that tokens cannot write stays as the data have
+it, and is counted, because a metric that nothing can reach looks like a bad model.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from fedvlm_jax.data.tokenization import CHARACTERS, CHUNK, IGNORED, ask_processor
+from fedvlm_jax.evaluation.metrics.answer_tokens import normalise
+from fedvlm_jax.models.decoding.search import Settings
+
+__all__ = ["STEP", "AnswerCodec", "Gold", "read_gold"]
+
+STEP = 16
+"""Answers get room for a multiple of so many tokens, so that data sets of short answers share one program."""
+
+LONG, BANNED, SHORT, UNWRITABLE = (
+    "longer than {most} tokens",
+    "repeating {size} tokens, which no_repeat_ngram_size bans",
+    "shorter than min_length or min_new_tokens",
+    "with text that the tokenizer cannot write",
+)
+
+
+class AnswerCodec(Protocol):
+    """What is asked of a model's processor."""
+
+    def answers(self, texts: list[str], max_tokens: int, /) -> np.ndarray:
+        """Texts -> labels [B, U], cut to `max_tokens` and padded with -100."""
+        ...
+
+    def decode(self, ids: np.ndarray, /) -> list[str]:
+        """Token ids [B, U] -> texts."""
+        ...
+
+
+class Gold(NamedTuple):
+    """Gold answers, ready to be compared with generated ones.
+
+    Attributes:
+        texts: [N] as tokens write them; those of rows that are not scored, and those that no tokens write, as given.
+        all: [N] all that a row's prediction is compared with: its text alone, or every person's answer, written alike.
+        longest: tokens of the longest scored answer, with BOS and EOS; one more than the bound where one exceeds it.
+        budget: tokens that are generated at most.
+        scored: how many answers are scored.
+        unreachable: why a scored answer cannot be given -> how many.
+    """
+
+    texts: list[str]
+    all: list[list[str]]
+    longest: int
+    budget: int
+    scored: int
+    unreachable: dict[str, int]
+
+
+def read_gold(
+    answers: Sequence[str],
+    rows: Iterable[int],
+    processor: AnswerCodec,
+    most: int,
+    settings: Settings,
+    several: Sequence[Sequence[str]] | None = None,
+) -> Gold:
+    """Write the gold answers of the scored rows as a model could, and find those that it cannot.
+
+    Args:
+        answers: [N] as the data have them.
+        rows: places among them of those that are scored, each once.
+        processor: of the model.
+        most: no answer gets more tokens than this, BOS and EOS included.
+        settings: how answers are searched for.
+        several: [N] what all people answered, where several did; room and faults are of `answers` alone.
+    """
+    rows = list(rows)
+    scored = [answers[row] for row in rows]
+    written, faults, longest = _write(scored, processor, most, settings)
+    budget = min(most, -(-longest // STEP) * STEP)
+    texts = [written.get(text, text) for text in answers]
+    compared = [[text] for text in texts]
+    if several is not None:
+        others, _, _ = _write([text for row in rows for text in several[row]], processor, most, settings)
+        compared = [[others.get(text, text) for text in own] for own in several]
+    counted = dict(Counter(faults[text] for text in scored if text in faults))
+    return Gold(texts, compared, longest, budget, len(scored), counted)
+
+
+def _write(
+    texts: Sequence[str], processor: AnswerCodec, most: int, settings: Settings
+) -> tuple[dict[str, str], dict[str, str], int]:
+    """Texts as tokens write them, why others cannot be given, and the tokens of the longest."""
+    written: dict[str, str] = {}
+    faults: dict[str, str] = {}
+    longest = 1
+    distinct = list(dict.fromkeys(texts))
+    for start in range(0, len(distinct), CHUNK):
+        part = distinct[start : start + CHUNK]
+        begun = [text[: CHARACTERS * (most + 1)] for text in part]
+        labels, refused = ask_processor(lambda texts: processor.answers(texts, most + 1), begun, "answer")
+        faults |= {part[place]: UNWRITABLE for place in refused}
+        longest = max(longest, int((labels != IGNORED).sum(axis=1).max()))
+        for text, ids, told in zip(part, labels, processor.decode(labels), strict=True):
+            own = ids[ids != IGNORED]
+            if text in faults:
+                continue
+            if len(own) > most:
+                faults[text] = LONG.format(most=most)
+            elif _letters(told) != _letters(text):
+                faults[text] = UNWRITABLE
+            else:
+                written[text] = told
+                faults |= {text: fault} if (fault := _find_ban(own, settings)) else {}
+    return written, faults, longest
+
+
+def _find_ban(ids: Int[np.ndarray, " tokens"], settings: Settings) -> str:
+    """Say why the search never gives these tokens; empty if it may.
+
+    The bans are those of `models.search.process_scores`, whose history begins with the decoder's start token.
+    """
+    if len(ids) < settings.min_length or len(ids) - 1 < settings.min_new_tokens:
+        return SHORT
+    size = settings.no_repeat_ngram_size
+    history = [settings.decoder_start_token_id, *ids.tolist()]
+    grams = [tuple(history[start : start + size]) for start in range(len(history) - size + 1)] if size else []
+    return BANNED.format(size=size) if len(set(grams)) < len(grams) else ""
+
+
+def _letters(text: str) -> str:
+    return "".join(normalise(text).split())

@@ -1,0 +1,114 @@
+"""Metrics of generated answers, asked for by name: `(predictions, gold answers) -> one number per example`.
+
+Several gold answers are allowed. Exact match, token F1 and ROUGE-L take the one that fits best, as SQuAD and ROUGE do;
+CIDEr (`cider.py`) averages over them, VQA accuracy (`vqa.py`) counts how many agree. All lie between 0 and 1, CIDEr
+between 0 and 10.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.metrics.answer_tokens import normalise, pair_up, tokenise, tokenise_squad
+from fedvlm_jax.evaluation.metrics.cider import cider, weigh_corpus
+from fedvlm_jax.evaluation.metrics.vqa_accuracy import vqa_accuracy
+
+__all__ = ["METRICS", "Metric", "exact_match", "rouge_l", "select_metrics", "token_f1"]
+
+Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], Float[np.ndarray, " examples"]]
+"""(predictions [N], gold answers [N] lists) -> float64 [N]; raises what `pair_up` raises."""
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " examples"]:
+    """1.0 where a prediction equals one of its gold answers after `normalise`, else 0.0."""
+    return _take_best(_is_equal, predictions, references, normalise)
+
+
+def token_f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " examples"]:
+    """SQuAD's F1 (arXiv 1606.05250) of the tokens that both have, however ordered; by `tokenise_squad`, any script.
+
+    Two answers without a token are equal (1.0), as in SQuAD 2.0. On ASCII it is SQuAD's own number but for texts of
+    punctuation or articles alone, which SQuAD takes for empty and this keeps.
+    """
+    return _take_best(_overlap, predictions, references, tokenise_squad)
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " examples"]:
+    """ROUGE-L (Lin 2004, ACL W04-1013): F1 of the longest common subsequence of tokens, by `tokenise`, any script.
+
+    As the package rouge-score computes it (precision and recall weigh the same, no stemming, the best gold answer), and
+    on ASCII the same number but for texts without a letter or digit, which score 0 there and count as a token here.
+    COCO's caption server weighs recall more (beta 1.2); its numbers are others.
+    """
+    return _take_best(_subsequence, predictions, references, tokenise)
+
+
+METRICS: MappingProxyType[str, Metric] = MappingProxyType(
+    {
+        "exact_match": exact_match,
+        "token_f1": token_f1,
+        "rouge_l": rouge_l,
+        "cider": cider,
+        "vqa_accuracy": vqa_accuracy,
+    }
+)
+"""Every metric by its name. `cider` here weighs by the gold answers it is given: `select_metrics` binds a corpus."""
+
+
+def select_metrics(names: Sequence[str], corpus: Sequence[Sequence[str]]) -> dict[str, Metric]:
+    """Metrics by name, ready to be called client by client.
+
+    Args:
+        names: of `METRICS`.
+        corpus: gold answers of every example of the split, over all clients: CIDEr's document frequencies are counted
+            over them once, so that clients are scored alike (see `cider.py`).
+
+    Raises:
+        UserError: a name that is none.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise UserError(f"there is no metric {unknown[0]!r}; expected some of {', '.join(METRICS)}.")
+    chosen = {name: METRICS[name] for name in names}
+    if "cider" in chosen:
+        chosen["cider"] = functools.partial(cider, rarity=weigh_corpus(corpus))
+    return chosen
+
+
+def _take_best(
+    score: Callable[[Any, Any], float],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    read: Callable[[str], Any],
+) -> Float[np.ndarray, " examples"]:
+    """The score of the gold answer that fits best, both sides read in the form that `score` compares."""
+    best = []
+    for prediction, golds in pair_up(predictions, references):
+        ours = read(prediction)
+        best.append(max(score(ours, read(gold)) for gold in golds))
+    return np.asarray(best, np.float64)
+
+
+def _is_equal(ours: str, gold: str) -> float:
+    return float(ours == gold)
+
+
+def _overlap(ours: list[str], gold: list[str]) -> float:
+    return _f1((Counter(ours) & Counter(gold)).total(), ours, gold)
+
+
+def _subsequence(ours: list[str], gold: list[str]) -> float:
+    from rapidfuzz.distance import LCSseq  # late: only this metric needs it
+
+    return _f1(LCSseq.similarity(ours, gold), ours, gold)
+
+
+def _f1(common: int, ours: list[str], gold: list[str]) -> float:
+    """F1 of `common` tokens: the harmonic mean of their shares of both sides."""
+    return 2 * common / (len(ours) + len(gold)) if ours or gold else 1.0

@@ -1,0 +1,36 @@
+"""What travels between a client and the server in a round, counted from shapes."""
+
+import jax
+from jaxtyping import PyTree
+
+from fedvlm_jax.methods import Method
+from fedvlm_jax.methods.components.norms import leaf_name
+from fedvlm_jax.utils import tree
+
+__all__ = ["count_bytes", "find_travelling"]
+
+
+def find_travelling(method: Method, server: PyTree, messages: PyTree) -> tuple[PyTree, PyTree]:
+    """What one client sends and what it receives, as trees of shapes.
+
+    Args:
+        method: whose round.
+        server: the server's state, or its shapes.
+        messages: of the cohort [K, …], or their shapes.
+    """
+    shapes = jax.eval_shape(lambda part: part, messages)
+    if method.travels is not None:
+        return method.travels(server, shapes)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes), jax.eval_shape(
+        method.download, server
+    )
+
+
+def count_bytes(part: PyTree, share: float = 1.0) -> int:
+    """The bytes of a client whose rank is this share of the largest: padding beyond it does not travel."""
+    return round(
+        sum(
+            tree.count_bytes(leaf) * (share if leaf_name(path) in ("a", "b") else 1)
+            for path, leaf in tree.flatten(part).items()
+        )
+    )

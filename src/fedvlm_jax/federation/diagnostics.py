@@ -1,0 +1,123 @@
+"""What an aggregation left out, and how far apart the clients are: numbers for every round's line.
+
+They are computed from the adapters that the clients trained, whatever the method, in a program of their own, so that
+the round itself keeps its one all-reduce. Clients that do not count are left out.
+
+    aggregation_error     ‖Σ p_k A_k B_k − Ā B̄‖_F / ‖Σ p_k A_k B_k‖_F, in all and per half of the model: what averaging
+                          both factors would lose (it is what fedavg-lora does lose)
+    angle_a               between the column spaces of two clients' A, in degrees: the angle whose cosine is the root
+                          mean square of the principal angles' cosines, mean over pairs of clients and sites; where two
+                          adapters stand side by side, like with like, mean over both. Of unlike ranks the smaller
+                          one's angles count, and an adapter that is not there yet is compared with nothing
+    update_dissimilarity  1 − cosine of two clients' low-rank terms s·A B, mean over pairs of clients
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from fedvlm_jax import lora
+from fedvlm_jax.methods.components.low_rank import deviations, matmul, side_by_side
+
+__all__ = ["OF_PAIRS", "examine"]
+
+OF_PAIRS = ("angle_a", "update_dissimilarity")
+"""What means something only where at least two clients count."""
+
+GROUPS = ("vision_tower", "image_projector", "encoder", "decoder")
+
+
+def examine(adapters: PyTree, weights: Float[Array, " K"], beside: int = 1) -> dict[str, Float[Array, ""]]:
+    """The numbers for adapters [K, …] as they were trained; empty for adapters with a gate, whose term is no matrix.
+
+    Args:
+        adapters: of the cohort.
+        weights: who counts, and how much.
+        beside: how many adapters of one rank stand side by side in each, see `Method.pairs`.
+    """
+    if any("gate" in str(path[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(adapters)):
+        return {}
+    counts = (weights > 0).astype(jnp.float32)
+    pairs = jnp.maximum(counts.sum() ** 2 - counts.sum(), 1)
+    lost: dict[str, Array] = {}
+    whole: dict[str, Array] = {}
+    grams = jnp.zeros((len(weights), len(weights)))
+    cosines, zero = [], jnp.float32(0)
+    for path, (a, b, scale) in lora.sites_of(adapters):
+        b = b * scale[..., None, None]
+        group = next((name for name in GROUPS if re.search(rf"(^|/){name}(/|$)", path)), "rest")
+        lost[group] = lost.get(group, 0) + _squared_norm(*deviations(a, b, weights))
+        whole[group] = whole.get(group, 0) + _squared_norm(*side_by_side(a, b, weights))
+        grams += _inner_products(a, b, counts)
+        parts = zip(jnp.split(a, beside, axis=-1), jnp.split(b, beside, axis=-2), strict=True)
+        cosines += [_mean_cosine(*pair, counts) for pair in parts]
+    norms = jnp.sqrt(jnp.maximum(jnp.diagonal(grams), 1e-24))
+    likeness = jnp.sum((grams / (norms[:, None] * norms)) * (1 - jnp.eye(len(weights)))) / pairs
+    errors = {f"aggregation_error/{group}": _ratio(lost[group], whole[group]) for group in lost if len(lost) > 1}
+    return {
+        "aggregation_error": _ratio(sum(lost.values(), start=zero), sum(whole.values(), start=zero)),
+        **errors,
+        "angle_a": jnp.degrees(jnp.arccos(jnp.clip(_average(cosines), 0, 1))),
+        "update_dissimilarity": 1 - likeness,
+    }
+
+
+def _average(cosines: list[tuple[Array, Array]]) -> Array:
+    """The mean of those that there are; 1, no angle, where there is none."""
+    there = sum((known for _, known in cosines), start=jnp.float32(0))
+    total = sum((cosine * known for cosine, known in cosines), start=jnp.float32(0))
+    return jnp.where(there > 0, total / jnp.maximum(there, 1), 1.0)
+
+
+def _ratio(part: Array, of: Array) -> Array:
+    return jnp.sqrt(part / jnp.maximum(of, 1e-24))
+
+
+def _squared_norm(left: Float[Array, "*stack d_in R"], right: Float[Array, "*stack R d_out"]) -> Array:
+    """‖left right‖² = tr(leftᵀ left · right rightᵀ), over all layers."""
+    return jnp.maximum(jnp.sum(matmul(left.mT, left) * matmul(right, right.mT)), 0)
+
+
+def _inner_products(a: Array, b: Array, counts: Array) -> Float[Array, "K K"]:
+    """⟨a_i b_i, a_j b_j⟩ summed over layers."""
+    left, right = side_by_side(a, b, counts)
+    gram = matmul(left.mT, left) * matmul(right, right.mT)  # [*stack, KR, KR]
+    clients, rank = len(counts), a.shape[-1]
+    return gram.reshape(-1, clients, rank, clients, rank).sum(axis=(0, 2, 4))
+
+
+def _mean_cosine(a: Array, b: Array, counts: Array) -> tuple[Array, Array]:
+    """The root mean square cosine between column spaces of A, mean over pairs of clients and layers; and 1, or 0 where
+    none is. Who adds nothing there, its b being zero, is in no pair: such an A is as it was drawn."""
+    basis = _orthonormalise(a.astype(jnp.float32))  # [K, *stack, d_in, R]
+    clients, rank = a.shape[0], a.shape[-1]
+    wide = jnp.moveaxis(basis, 0, -2).reshape(-1, a.shape[-2], clients * rank)
+    squared = jnp.square(matmul(wide.mT, wide)).reshape(-1, clients, rank, clients, rank).sum(axis=(2, 4))
+    columns = jnp.round(jnp.square(wide).reshape(-1, a.shape[-2], clients, rank).sum(axis=(1, 3)))  # zero ones are none
+    fewer = jnp.minimum(columns[:, :, None], columns[:, None, :])
+    adds = jnp.moveaxis(jnp.any(b != 0, axis=(-2, -1)), 0, -1).reshape(-1, clients)
+    compared = counts[:, None] * counts * (1 - jnp.eye(clients)) * (fewer > 0) * adds[:, :, None] * adds[:, None, :]
+    cosines = jnp.sqrt(squared / jnp.maximum(fewer, 1)) * compared
+    number = jnp.sum(compared)
+    return jnp.sum(cosines) / jnp.maximum(number, 1), (number > 0).astype(jnp.float32)
+
+
+def _orthonormalise(a: Float[Array, "*stack d_in R"]) -> Float[Array, "*stack d_in R"]:
+    """Gram-Schmidt, every column twice, in plain products; columns that depend on earlier ones become zero.
+
+    Not `jnp.linalg.qr`: on a CPU with few threads several batched ones at once may wait for each other for ever.
+    """
+
+    def settle(index: Array, basis: Array) -> Array:
+        column = jnp.take(basis, index, axis=-1)[..., None]
+        before = jnp.where(jnp.arange(a.shape[-1]) < index, basis, 0)
+        start = jnp.linalg.norm(column, axis=-2, keepdims=True)
+        for _ in range(2):
+            column = column - matmul(before, matmul(before.mT, column))
+        length = jnp.linalg.norm(column, axis=-2, keepdims=True)
+        column = jnp.where(length > 1e-5 * start, column / jnp.maximum(length, 1e-30), 0)
+        return jnp.where(jnp.arange(a.shape[-1]) == index, column, basis)
+
+    return jax.lax.fori_loop(0, a.shape[-1], settle, a)

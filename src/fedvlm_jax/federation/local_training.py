@@ -1,0 +1,135 @@
+"""Local training: a scan over a client's steps with an optax optimiser, the same for every method.
+
+Learning rates are traced and come with the round, so that a schedule or a grid of them shares one compile. What is
+trained is named by path; all else in the tree (an adapter's `scale`, a frozen factor) is data.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from fedvlm_jax import lora
+from fedvlm_jax.data.tokenization import IGNORED, LABELS
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.methods import Client
+from fedvlm_jax.methods.base import Metrics, is_factor
+from fedvlm_jax.objectives import Objective
+from fedvlm_jax.utils import tree
+
+__all__ = ["LocalTrainer", "make_local_trainer"]
+
+RATE = {"a": "a", "gate": "a"}
+"""A leaf's name -> the learning rate it is trained with; all others, b and whatever lies between a and b, with b's."""
+
+
+class LocalTrainer(NamedTuple):
+    """Local training as two pure functions.
+
+    Attributes:
+        start: (factors, trained) -> a fresh optimiser state for the leaves that `trained` names.
+        run: (params, factors, optimiser state, client, rates, **choices) -> (factors, optimiser state, metrics); the
+            choices are those of `methods.record.Train`, and `key` where it draws.
+        draws: does it draw random numbers, for dropout?
+    """
+
+    start: Callable[..., PyTree]
+    run: Callable[..., tuple[PyTree, PyTree, Metrics]]
+    draws: bool = False
+
+
+def make_local_trainer(
+    vlm: Any,
+    objective: Objective,
+    *,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    weight_decay: float = 0.0,
+    clip_norm: float | None = 1.0,
+    dropout: float = 0.0,
+) -> LocalTrainer:
+    """Build local training for a model and an objective.
+
+    An optimiser step: the gradient over all trained factors is clipped to `clip_norm` (global norm), nudged, turned
+    into a direction (AdamW 1711.05101 with optax's defaults, or the gradient itself), decayed, and scaled by the rate
+    of its factor: `rates["a"]` or `rates["b"]`.
+
+    With `dropout` each step leaves out that share of what enters A, see `lora.with_dropout`; a step's key is folded
+    from the training's and the step's number. Without it nothing is drawn.
+
+    The metrics are means over the steps that counted, the loss of the last of them as `last_loss`, and `steps`.
+    """
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    rules = [optax.scale_by_adam()] if optimizer == "adamw" else []
+    rules += [optax.add_decayed_weights(weight_decay)] if weight_decay else []
+    direction = optax.chain(*rules) if rules else optax.identity()
+
+    def start(factors: PyTree, trained: Callable[[str], bool] = is_factor) -> PyTree:
+        return direction.init(tree.partition(factors, trained)[0])
+
+    def run(
+        params: PyTree,
+        factors: PyTree,
+        state: PyTree,
+        client: Client,
+        rates: dict[str, Float[Array, ""]],
+        *,
+        trained: Callable[[str], bool] = is_factor,
+        assemble: Callable[[PyTree], lora.Adapter] = lambda factors: factors,
+        nudge: Callable[[PyTree], PyTree] | None = None,
+        first: Int[Array, ""] | int = 0,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[PyTree, PyTree, Metrics]:
+        if not client.indices.shape[0]:
+            raise UserError("a method asks for a training of no steps at all: it needs more --train.local-steps")
+        moving, frozen = tree.partition(factors, trained)
+
+        def loss(moving: PyTree, batch: dict[str, Array], number: Sequence[Array]) -> tuple[Array, Metrics]:
+            adapter = assemble(tree.combine(moving, frozen))
+            if dropout:
+                assert key is not None, "dropout draws, and needs a key"
+                adapter = lora.with_dropout(jax.random.fold_in(key, number[0]), adapter, dropout)
+            return objective.loss(vlm, params, adapter, batch)
+
+        def step(carry: tuple[PyTree, PyTree], at: tuple[Array, ...]) -> tuple[tuple[PyTree, PyTree], Metrics]:
+            moving, state = carry
+            indices, mask, *number = at
+            with jax.named_scope("batch"):
+                batch = {name: rows[indices] for name, rows in client.examples.items()}
+                # An example that does not count loses all its labels: to every objective it is not there.
+                batch |= {name: jnp.where(mask[:, None], batch[name], IGNORED) for name in LABELS if name in batch}
+            (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(moving, batch, number)
+            counts = mask.any()
+            with jax.named_scope("optimizer"):
+                metrics |= {"gradient_norm": optax.tree.norm(gradient)}
+                gradient, _ = clip.update(gradient, clip.init(moving))
+                if nudge is not None:
+                    gradient = jax.tree.map(jnp.add, gradient, nudge(moving))
+                updates, new_state = direction.update(gradient, state, moving)
+                new = optax.apply_updates(moving, _descend(updates, rates))
+                carry = jax.tree.map(lambda new, old: jnp.where(counts, new, old), (new, new_state), (moving, state))
+            return carry, metrics | {"counts": counts.astype(jnp.float32)}
+
+        with jax.named_scope("local_step"):
+            numbers = [first + jnp.arange(len(client.indices))] if dropout else []
+            (moving, state), history = jax.lax.scan(step, (moving, state), (client.indices, client.mask, *numbers))
+        return tree.combine(moving, frozen), state, _average(history)
+
+    return LocalTrainer(start, run, draws=dropout > 0)
+
+
+def _descend(updates: PyTree, rates: dict[str, Float[Array, ""]]) -> PyTree:
+    def rate(path: str) -> Float[Array, ""]:
+        return rates[RATE.get(path.rpartition("/")[2], "b")]
+
+    return tree.unflatten({path: -rate(path) * update for path, update in tree.flatten(updates).items()})
+
+
+def _average(history: Metrics) -> Metrics:
+    counts = history.pop("counts")
+    steps = counts.sum()
+    mean = {name: jnp.sum(values * counts) / jnp.maximum(steps, 1) for name, values in history.items()}
+    last = jnp.maximum(jnp.argmax(jnp.cumsum(counts)), 0)  # the first place at which the count is complete
+    return {**mean, "last_loss": history["loss"][last] * counts[last], "steps": steps}

@@ -1,0 +1,193 @@
+"""Methods in which every client gets something of its own from the others: an adapter that it does not train.
+
+The server keeps a pool: what clients sent last, of as many as a round has at most, and of `POOL` where there are so
+many; who sent longest ago leaves it first. What a client receives is mixed from the pool whenever its model is asked
+for, when its rounds begin and when it is evaluated. So a client that comes back after a while trains beside what there
+is by then, one that is alone in its round has others all the same, and one that never took part has a mixture too. In
+ce-lora what is mixed stands between private factors, of which B begins at zero: there it has the bare base nonetheless.
+
+A message is how far the client's adapter went from the start that all share, so that the values can be told from it.
+With `--lora.private-a per-client` adapters begin elsewhere, and that distance is in it: methods that weigh clients by
+how alike their messages are then see mostly the draws.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from fedvlm_jax import lora
+from fedvlm_jax.methods.base import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
+from fedvlm_jax.methods.components import mixing
+from fedvlm_jax.methods.components.norms import norm_of, only_a, personal_drift
+from fedvlm_jax.utils import tree
+
+__all__ = ["make_delivering_method"]
+
+REFUSES: dict[str, str] = {
+    **dict.fromkeys(
+        ("server", "local.proximal", "local.scaffold"),
+        "every client receives a mixture of its own: there is no one average to step or to stay near",
+    ),
+    "lora.ranks": "clients receive each other's factors, which must have the form of their own",
+    "train.weighting": "what a client receives is weighed by similarity, or all others count alike",
+}
+
+POOL = 16
+"""Clients that the pool has room for at least, where there are so many: a round may have one alone."""
+
+NOBODY = -1
+"""The number at a free place of the pool."""
+
+Assemble = Callable[[PyTree, PyTree, PyTree], lora.Adapter]
+Weigh = Callable[[PyTree, PyTree, Bool[Array, " P"], Bool[Array, ""]], Float[Array, " P"]]
+
+
+def start_pool(sent: PyTree, setup: Setup) -> PyTree:
+    """Make an empty pool for what has the form of `sent`: P places, the newest first, of one round by number.
+
+    Returns:
+        `moved` [P, …], what was sent, zero at free places, which come last; `number` [P], whose it is; `round` [P],
+        when it came, 0 at free places.
+    """
+    size = max(setup.cohort, min(POOL, setup.population))
+    moved = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), sent)
+    return {"moved": moved, "number": jnp.full(size, NOBODY, jnp.int32), "round": jnp.zeros(size, jnp.int32)}
+
+
+def renew(pool: PyTree, messages: Message, weights: Float[Array, " K"], round_: Int[Array, ""]) -> PyTree:
+    """The pool with what came from those who count, in place of what they had sent before."""
+    counts = weights > 0
+    again = jnp.any((pool["number"][:, None] == messages["number"]) & counts, axis=1)
+    number = jnp.concatenate([jnp.where(again, NOBODY, pool["number"]), jnp.where(counts, messages["number"], NOBODY)])
+    came = jnp.concatenate([pool["round"], jnp.full(len(counts), round_, jnp.int32)]) * (number != NOBODY)
+    order = jnp.lexsort((number, -came))[: len(pool["number"])]
+    number, came = number[order], came[order]
+
+    def keep(old: Array, new: Array) -> Array:
+        both = jnp.concatenate([old, new.astype(old.dtype)])[order]
+        return jnp.where((number != NOBODY).reshape(-1, *[1] * (old.ndim - 1)), both, 0)
+
+    return {"moved": jax.tree.map(keep, pool["moved"], messages["moved"]), "number": number, "round": came}
+
+
+def make_delivering_method(
+    name: str,
+    source: str,
+    setup: Setup,
+    *,
+    extend: Callable[[PyTree], PyTree] = lambda factors: factors,
+    trained: Callable[[str], bool] = is_factor,
+    sent: Callable[[str], bool] = is_factor,
+    assemble: Assemble,
+    weigh: Weigh,
+    keep_own: bool = True,
+    reads: tuple[str, ...] = (),
+    pairs_beside: int = 1,
+) -> Method:
+    """Build one.
+
+    Args:
+        name, source: as in `Method`.
+        setup: what it is made with.
+        extend: (factors) -> the tree that a client trains, with a gate say.
+        trained, sent: (path) -> is the leaf trained, is it in the message?
+        assemble: (own tree, delivered, scales) -> the adapter; delivered is zero where nobody else sent anything.
+        weigh: (how far the client's own went, the pool's [P, …], who in the pool is somebody else [P], did the client
+            ever send?) -> how much each of the pool is in what the client receives [P]; Σ ≤ 1.
+        keep_own: what is delivered stands beside the own adapter; else the mixture takes the place of what was sent,
+            and what is missing to Σ = 1 in it is the client's own.
+        reads: options of its own, `hyper.mix_temperature` say.
+        pairs_beside: as `Method.pairs`.
+    """
+
+    def init(adapter: lora.Adapter) -> Server:
+        factors, scales = mixing.split(adapter)
+        start = extend(factors)
+        return {"start": start, "scales": scales, "pool": start_pool(_sent(start), setup)}
+
+    def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
+        own = server["start"] if setup.common_start else extend(mixing.split(setup.draw(key))[0])
+        shares = jnp.zeros(server["pool"]["number"].shape, jnp.float32)
+        state = {"own": own, "number": jnp.asarray(number, jnp.int32), "sent": jnp.zeros((), bool), "shares": shares}
+        state |= {} if setup.common_start else {"first": only_a(own)}
+        return state | setup.kept(setup.start_optimizer(own, trained))
+
+    def _sent(factors: PyTree) -> PyTree:
+        return tree.partition(factors, sent)[0]
+
+    def _share_out(server: Server, personal: Personal) -> Float[Array, " P"]:
+        """How much of each in the pool the client would receive now; who never sent anything went nowhere yet."""
+        pool = server["pool"]
+        others = (pool["number"] != NOBODY) & (pool["number"] != personal["number"])
+        here, start = _sent(personal["own"]), _sent(server["start"])
+        moved = jax.tree.map(lambda x, first: jnp.where(personal["sent"], x - first, 0), here, start)
+        return weigh(moved, pool["moved"], others, personal["sent"])
+
+    def _mix(server: Server, shares: Float[Array, " P"]) -> PyTree:
+        """Σ_j shares_j (start + moved_j)."""
+
+        def one(first: Array, moved: Array) -> Array:
+            return shares.sum() * first + jnp.einsum("p,p...->...", shares, moved, precision="highest")
+
+        return jax.tree.map(one, _sent(server["start"]), server["pool"]["moved"])
+
+    def _use(server: Server, own: PyTree, shares: Float[Array, " P"]) -> tuple[PyTree, PyTree]:
+        """What a client trains, and what stands beside it."""
+        mixed = _mix(server, shares)
+        if keep_own:
+            return own, mixed
+        mine, rest = tree.partition(own, sent)
+        return tree.combine(jax.tree.map(lambda x, m: (1 - shares.sum()) * x + m, mine, mixed), rest), {}
+
+    def client_update(
+        ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
+    ) -> tuple[Personal, Message, Metrics]:
+        del key
+        shares = _share_out(server, personal)
+        own, beside = _use(server, personal["own"], shares)
+        optimizer = personal["optimizer"] if setup.keep_optimizer else setup.start_optimizer(own, trained)
+        own, optimizer, metrics = ctx.train(
+            own,
+            optimizer,
+            client,
+            trained=trained,
+            assemble=lambda factors: assemble(factors, beside, server["scales"]),
+        )
+        moved = jax.tree.map(jnp.subtract, _sent(own), _sent(server["start"]))
+        metrics |= {
+            "update_norm": norm_of(moved),
+            "personal_drift": personal_drift(own, personal.get("first", server["start"])),
+        }
+        state = {**personal, "own": own, "sent": jnp.ones((), bool), "shares": shares}
+        state |= setup.kept(optimizer)
+        took = client.mask.any()
+        state = jax.tree.map(lambda new, old: jnp.where(took, new, old), state, personal)
+        return state, {"moved": moved, "number": personal["number"]}, metrics
+
+    def aggregate(
+        ctx: Context, server: Server, messages: Message, weights: Float[Array, " K"]
+    ) -> tuple[Server, Metrics]:
+        pool = renew(server["pool"], messages, weights, ctx.round)
+        return {**server, "pool": pool}, {"shared_update_norm": norm_of(tree.weighted_sum(messages["moved"], weights))}
+
+    def personalise(server: Server, personal: Personal) -> lora.Adapter:
+        own, beside = _use(server, personal["own"], _share_out(server, personal))
+        return assemble(own, beside, server["scales"])
+
+    def trained_adapter(server: Server, personal: Personal, message: Message) -> lora.Adapter:
+        mine = jax.tree.map(jnp.add, _sent(server["start"]), message["moved"])
+        own = tree.combine(mine, tree.partition(personal["own"], sent)[1])
+        return assemble(own, _mix(server, personal["shares"]) if keep_own else {}, server["scales"])
+
+    def travels(server: Server, messages: Message) -> tuple[PyTree, PyTree]:
+        del server
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), messages["moved"])
+        return one, one
+
+    return Method(
+        name, source, init, init_client, client_update, aggregate, personalise, trained_adapter,
+        download=lambda server: {}, travels=travels, mixes=True, pairs=pairs_beside,
+        takes=frozenset(reads), refuses=REFUSES, moot=frozenset({"train.weighting"}),
+    )  # fmt: skip

@@ -1,0 +1,79 @@
+"""The server's optimisers (arXiv 2003.00295, algorithm 2): the clients' average update is a pseudo-gradient.
+
+    avg       θ ← θ + η Δ
+    momentum  m ← β₁ m + Δ,             θ ← θ + η m
+    adam      m ← β₁ m + (1 − β₁) Δ,    v ← β₂ v + (1 − β₂) Δ²,                θ ← θ + η m / (√v + τ)
+    yogi      m as adam's,              v ← v − (1 − β₂) Δ² sign(v − Δ²)
+    adagrad   m as adam's,              v ← v + Δ²
+
+m starts at zero and v at τ², as in the paper; there is no bias correction, as in the paper.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from fedvlm_jax.methods.config import ServerOptions
+from fedvlm_jax.utils import tree
+
+__all__ = ["ServerOptimizer", "make_server_optimizer"]
+
+_SECOND: dict[str, Callable[[Array, Array, float], Array]] = {
+    "adam": lambda v, squared, beta: beta * v + (1 - beta) * squared,
+    "yogi": lambda v, squared, beta: v - (1 - beta) * squared * jnp.sign(v - squared),
+    "adagrad": lambda v, squared, beta: v + squared,
+}
+
+
+class ServerOptimizer(NamedTuple):
+    """Two pure functions.
+
+    Attributes:
+        init: (shared) -> state.
+        step: (update, state, weights [K]) -> what is added to the shared part, state. Leaves that the update lacks keep
+            their state, and when nobody counts nothing moves.
+    """
+
+    init: Callable[[PyTree], PyTree]
+    step: Callable[[PyTree, PyTree, Float[Array, " cohort"]], tuple[PyTree, PyTree]]
+
+
+def make_server_optimizer(options: ServerOptions) -> ServerOptimizer:
+    """Build one from its options."""
+    second, rate = _SECOND.get(options.optimizer), options.learning_rate
+
+    def init(shared: PyTree) -> PyTree:
+        if options.optimizer == "avg":
+            return {}
+        start: dict[str, Any] = {"m": jax.tree.map(jnp.zeros_like, shared)}
+        v = jax.tree.map(lambda leaf: jnp.full_like(leaf, options.epsilon**2), shared)
+        return start | ({"v": v} if second else {})
+
+    def step(update: PyTree, state: PyTree, weights: Float[Array, " cohort"]) -> tuple[PyTree, PyTree]:
+        if options.optimizer == "avg":
+            return jax.tree.map(lambda leaf: rate * leaf, update), state
+        gain = 1 - options.beta1 if second else 1.0
+        new = {"m": _over(update, state["m"], lambda d, m: options.beta1 * m + gain * d)}
+        if second is not None:
+            new["v"] = _over(update, state["v"], lambda d, v, of=second: of(v, jnp.square(d), options.beta2))
+        counts = weights.sum() > 0
+        new = jax.tree.map(lambda after, before: jnp.where(counts, after, before), new, state)
+        live = jnp.where(counts, rate, 0.0)
+        paths = tree.flatten(update).keys()
+        moved = {name: tree.partition(part, lambda path: path in paths)[0] for name, part in new.items()}
+        if not second:
+            return jax.tree.map(lambda m: live * m, moved["m"]), new
+        return jax.tree.map(lambda m, v: live * m / (jnp.sqrt(v) + options.epsilon), moved["m"], moved["v"]), new
+
+    return ServerOptimizer(init, step)
+
+
+def _over(update: PyTree, state: PyTree, rule: Callable[[Array, Array], Array]) -> PyTree:
+    """`rule` where the update has a leaf; the state's other leaves stay."""
+    flat = tree.flatten(update)
+    return tree.unflatten(
+        {path: rule(flat[path], leaf) if path in flat else leaf for path, leaf in tree.flatten(state).items()}
+    )

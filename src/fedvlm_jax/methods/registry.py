@@ -1,0 +1,32 @@
+"""Load a method by its name: `fedavg-lora` is `zoo/fedavg_lora.py`'s `make`."""
+
+import importlib
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.methods.base import Method, Setup
+from fedvlm_jax.methods.config import options_known
+
+__all__ = ["load_method"]
+
+
+def load_method(name: str, setup: Setup) -> Method:
+    """The method of this name, `plora` say, made for a setup.
+
+    Raises:
+        UserError: its file has no `make`, or says of the method what cannot be: another name, unknown options.
+    """
+    stem = name.replace("-", "_")
+    file = f"methods/zoo/{stem}.py"
+    make = getattr(importlib.import_module(f"fedvlm_jax.methods.zoo.{stem}"), "make", None)
+    if make is None:
+        raise UserError(f"{file} defines no make(setup), which every file in methods/zoo/ must")
+    method = make(setup)
+    if method.name != name:
+        raise UserError(f"{file} makes a method named {method.name!r}: it must have its file's name, {name!r}")
+    known = options_known()
+    unknown = sorted({*method.takes, *method.refuses, *method.moot} - known)
+    if unknown:
+        raise UserError(
+            f"{file} names options that there are not: {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+        )
+    return method

@@ -1,0 +1,1 @@
+"""One file per federated method; the file's name is the method's."""

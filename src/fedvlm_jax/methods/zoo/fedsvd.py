@@ -1,0 +1,45 @@
+"""FedSVD (arXiv 2505.12805): ffa-lora whose frozen A is renewed from the SVD of the product every few rounds.
+
+In our layout A B = U Σ Vᵀ; A ← U, B ← Σ Vᵀ. The product stays as it is, and the columns of A become orthonormal. With
+another A, B has another basis, in which what AdamW remembers means nothing: a client that meets one starts its
+optimiser anew (the authors' code does so in every round).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree
+
+from fedvlm_jax import lora
+from fedvlm_jax.methods.base import Method, Setup
+from fedvlm_jax.methods.components.low_rank import map_sites, matmul
+from fedvlm_jax.methods.components.norms import only
+from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
+
+__all__ = ["make"]
+
+SOURCE = "arXiv 2505.12805: B̄ = Σ p_k B_k with A frozen; every few rounds B̄ A = U Σ Vᵀ, A ← Vᵀ, B̄ ← U Σ"
+_NEW_BASIS = "an SVD gives B another basis every few rounds, in which the state of former rounds means nothing"
+REFUSES: dict[str, str] = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)
+
+
+def make(setup: Setup) -> Method:
+    """fedsvd, as a share rule that does something to the average."""
+    every = setup.hyper.svd_every
+
+    def after(shared: PyTree, round_: Int[Array, ""]) -> PyTree:
+        now = round_ % every == 0
+        return jax.tree.map(lambda new, old: jnp.where(now, new, old), map_sites(renew, shared), shared)
+
+    parts = Parts(
+        trained=(only("b"),), after=after, basis=lambda round_: (round_ - 1) // every, fresh=every == 1,
+        reads=("hyper.svd_every",), refuses=REFUSES,
+    )  # fmt: skip
+    return make_share_method("fedsvd", SOURCE, FACTORS, setup, parts)
+
+
+def renew(site: dict[str, Array]) -> dict[str, Array]:
+    """The same product with orthonormal columns of A: QR of A, then the SVD of the small R_a B."""
+    q, r = lora.one_by_one(jnp.linalg.qr, site["a"].astype(jnp.float32))
+    u, s, vt = lora.one_by_one(lora.thin_svd, matmul(r, site["b"]))
+    a, b = lora.fix_signs(matmul(q, u), s[..., None] * vt)
+    return {"a": a.astype(site["a"].dtype), "b": b.astype(site["b"].dtype)}

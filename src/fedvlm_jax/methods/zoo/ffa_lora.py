@@ -1,0 +1,15 @@
+"""FFA-LoRA (arXiv 2403.12313): A is drawn once, common to all, and frozen; B is averaged, which is exact."""
+
+from fedvlm_jax.methods.base import Method, Setup
+from fedvlm_jax.methods.components.norms import only
+from fedvlm_jax.methods.rule_based import FACTOR_B, Parts, make_share_method
+
+__all__ = ["make"]
+
+SOURCE = "arXiv 2403.12313: A ≡ A_0 for all, B̄ = Σ p_k B_k"
+
+
+def make(setup: Setup) -> Method:
+    """ffa-lora, as a share rule."""
+    setup = setup._replace(common_start=True)  # B means something in the basis of one A
+    return make_share_method("ffa-lora", SOURCE, FACTOR_B, setup, Parts(trained=(only("b"),)))

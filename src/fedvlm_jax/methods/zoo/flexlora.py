@@ -1,0 +1,72 @@
+"""FlexLoRA (arXiv 2402.11505): the exact mean of the clients' updates, cut to the best factors of every client's rank.
+
+Σ p_k B_k A_k is a product of stacked factors; QR of both and a small SVD give its best rank-R factors, and a client of
+rank r takes the first r of them, which are the best of rank r. The mean itself is never formed.
+
+As in the paper the singular values go to B and the rows of A are orthonormal (U Σ and Vᵀ in its notation);
+`--hyper.flex-even` shares them evenly. The two compute the same until they are trained on. A direction that the mean
+lacks keeps its A, with B at zero, so that it can be learned again: with both at zero it would have no gradient. And
+what lies beyond the largest rank of a round's clients is kept: they neither received nor sent it.
+
+The adapter's scale is alpha / R, R the largest rank, for clients of every rank; the paper's clients scale by
+alpha / r_k. Every round gives the factors another basis, so the optimiser starts anew in every round.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from fedvlm_jax import lora
+from fedvlm_jax.methods.base import Message, Method, Setup
+from fedvlm_jax.methods.components.low_rank import map_sites, side_by_side
+from fedvlm_jax.methods.rule_based import FACTORS, Held, Parts, make_share_method
+
+__all__ = ["make"]
+
+SOURCE = (
+    "arXiv 2402.11505: Σ p_k B_k A_k = U Σ Vᵀ; client k gets the best factors of its rank, B = U Σ, A = Vᵀ "
+    "(--hyper.flex-even: √Σ to each); all ranks have the scale alpha / R, the paper's alpha / r_k"
+)
+_NEW_BASIS = "every round's SVD gives the factors another basis, in which the last round's state means nothing"
+REFUSES: dict[str, str] = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)
+NOTHING = 1e-6
+"""A singular value that is no larger, beside the largest, is rounding."""
+
+
+def make(setup: Setup) -> Method:
+    """flexlora, as a share rule with its own average."""
+    even = setup.hyper.flex_even
+
+    def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"], held: Held | None) -> PyTree:
+        """From the factors now to the best ones of the mean's."""
+
+        def one(now: dict[str, Array], update: dict[str, Array]) -> dict[str, Array]:
+            a, b = now["a"] + update["a"], now["b"] + update["b"]
+            if held is not None:
+                a = a * held.reshape(len(held), *[1] * (a.ndim - 2), -1)
+            left, right = side_by_side(a, b, weights)
+            if held is not None:
+                unsent = 1.0 - jnp.any((held > 0) & (weights > 0)[:, None], axis=0)
+                left = jnp.concatenate([left, now["a"] * unsent], axis=-1)
+                right = jnp.concatenate([right, now["b"]], axis=-2)
+            best = find_best(now, left, right, even=even)
+            counts = weights.sum() > 0
+            return {name: jnp.where(counts, best[name] - now[name], 0) for name in "ab"}
+
+        return map_sites(one, shared, messages)
+
+    parts = Parts(average=average, fresh=True, reads=("hyper.flex_even",), refuses=REFUSES)
+    return make_share_method("flexlora", SOURCE, FACTORS, setup, parts)
+
+
+def find_best(
+    now: dict[str, Array], left: Float[Array, "*stack d_in M"], right: Float[Array, "*stack M d_out"], *, even: bool
+) -> dict[str, Array]:
+    """The best factors of left · right, of the rank that those of now have."""
+    mean = {"site": {"a": left, "b": right, "scale": jnp.ones(left.shape[:-2])}}
+    best = lora.truncate(mean, now["a"].shape[-1], even=even)["site"]
+    size = jnp.linalg.norm(best["a"], axis=-2) * jnp.linalg.norm(best["b"], axis=-1)  # [*stack, R]
+    there = size > NOTHING * jnp.max(size, axis=-1, keepdims=True)
+    return {
+        "a": jnp.where(there[..., None, :], best["a"], now["a"]),
+        "b": jnp.where(there[..., :, None], best["b"], 0),
+    }

@@ -1,0 +1,45 @@
+"""LoRA-FAIR (arXiv 2411.14961): Ā as it is, B̄ corrected so that the product comes near the mean of the products.
+
+In our layout (x A B) the correction of B̄ is ΔB = (ĀᵀĀ + λI)⁻¹ Āᵀ E with E = Σ p_k A_k B_k − Ā B̄, the ridge solution of
+min ‖E − Ā ΔB‖² + λ‖ΔB‖²: the Frobenius form. The paper's own objective measures by cosine similarity.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from fedvlm_jax import lora
+from fedvlm_jax.methods.base import Message, Method, Setup
+from fedvlm_jax.methods.components.low_rank import deviations, map_sites, matmul
+from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
+from fedvlm_jax.utils import tree
+
+__all__ = ["make"]
+
+SOURCE = "arXiv 2411.14961: Ā = Σ p_k A_k; B̄ + ΔB, ΔB = argmin ‖Σ p_k B_k A_k − (B̄ + ΔB) Ā‖² + λ‖ΔB‖²"
+REFUSES: dict[str, str] = {
+    "server": "the correction of B fits the plain average of A, and no other step",
+    "local.scaffold": "its control variates aim at the plain mean of B, which the method corrects",
+    "lora.ranks": "the correction of B is fitted to all columns of A, of which such clients truncate some",
+}
+
+
+def make(setup: Setup) -> Method:
+    """lora-fair, as a share rule with its own average."""
+    ridge = setup.hyper.fair_lambda
+
+    def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"], held: object) -> PyTree:
+        del held
+
+        def one(now: dict[str, Array], update: dict[str, Array]) -> dict[str, Array]:
+            mean = tree.weighted_sum(update, weights)
+            left, right = deviations(now["a"] + update["a"], now["b"] + update["b"], weights)
+            a = now["a"] + mean["a"]
+            gram = matmul(a.mT, a) + ridge * jnp.eye(a.shape[-1])
+            correction = lora.one_by_one(jnp.linalg.solve, gram, matmul(matmul(a.mT, left), right))
+            return {"a": mean["a"], "b": mean["b"] + correction}
+
+        return map_sites(one, shared, messages)
+
+    return make_share_method(
+        "lora-fair", SOURCE, FACTORS, setup, Parts(average=average, reads=("hyper.fair_lambda",), refuses=REFUSES)
+    )

@@ -1,0 +1,90 @@
+"""pFedMe (arXiv 2006.08848): personal models as minimisers of Moreau envelopes around the federated one.
+
+A client holds a local copy w_k of the global model. In each of its local rounds it takes a few steps towards
+θ_k = argmin F_k(θ) + λ/2 ‖θ − w_k‖², then w_k ← w_k − η λ (w_k − θ_k). The server goes w ← (1 − β) w + β Σ p_k w_k, and
+θ_k is what the client uses. Its inner steps read one batch each, where the paper keeps one batch for all of them.
+
+The paper does not say where a round's θ_k begins; here it goes on from the last one. The authors' code loads the global
+model into θ_k at the beginning of every round: `--hyper.pfedme-restart`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from fedvlm_jax import lora
+from fedvlm_jax.methods.base import Client, Context, Message, Method, Metrics, Personal, Server, Setup
+from fedvlm_jax.methods.components import client_regularizers, mixing
+from fedvlm_jax.methods.components.training_metrics import over_steps
+from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
+from fedvlm_jax.utils import tree
+
+__all__ = ["make"]
+
+SOURCE = (
+    "arXiv 2006.08848: θ_k ≈ argmin F_k(θ) + λ/2 ‖θ − w_k‖², w_k ← w_k − ηλ(w_k − θ_k); w ← (1−β) w + β Σ p_k w_k; "
+    "the authors' code begins every round with θ_k at w (--hyper.pfedme-restart)"
+)
+
+_OWN_ROUNDS = "its local rounds are its own: the pull towards the global model is part of them"
+REFUSES: dict[str, str] = {
+    "local.proximal": _OWN_ROUNDS,
+    "local.scaffold": _OWN_ROUNDS,
+    "lora.ranks": "a step of w_k towards θ_k is not written for factors that are padded",
+}
+_NAMES = ("lambda", "inner", "rate", "beta", "restart")
+READS = tuple(f"hyper.pfedme_{name}" for name in _NAMES)
+
+
+def make(setup: Setup) -> Method:
+    """pfedme: fedavg-lora's server, with local rounds of their own."""
+    hyper = setup.hyper
+
+    def average(shared: object, messages: Message, weights: Array, held: object) -> Message:
+        del shared, held
+        return jax.tree.map(lambda leaf: hyper.pfedme_beta * leaf, tree.weighted_sum(messages, weights))
+
+    parts = Parts(average=average, reads=READS, refuses=REFUSES)
+    # Its optimiser is the personal model's: the federated one takes steps of its own.
+    federated = make_share_method("pfedme", SOURCE, FACTORS, setup._replace(keep_optimizer=False), parts)
+
+    def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
+        state = federated.init_client(key, server, number)
+        own = federated.personalise(server, state)
+        return {"federated": state, "own": own, **setup.kept(setup.start_optimizer(own))}
+
+    def client_update(
+        ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
+    ) -> tuple[Personal, Message, Metrics]:
+        del key
+        received, scales = mixing.split(federated.personalise(server, personal["federated"]))
+        own = tree.combine(received, scales) if hyper.pfedme_restart else personal["own"]
+        optimizer = personal["optimizer"] if setup.keep_optimizer else setup.start_optimizer(own)
+        local, history = received, []
+        steps = client.mask.shape[0]
+        for first in range(0, steps, hyper.pfedme_inner):
+            part = slice(first, min(first + hyper.pfedme_inner, steps))
+            some = client._replace(indices=client.indices[part], mask=client.mask[part])
+            start = tree.combine(mixing.split(own)[0], scales)
+            own, optimizer, metrics = ctx.train(
+                start, optimizer, some, nudge=client_regularizers.make_proximal(hyper.pfedme_lambda, local)
+            )
+            pull = jnp.where(some.mask.any(), hyper.pfedme_rate * hyper.pfedme_lambda, 0.0)
+            local = jax.tree.map(lambda w, theta, pull=pull: w - pull * (w - theta), local, mixing.split(own)[0])
+            history.append(metrics)
+        metrics = over_steps({name: jnp.stack([one[name] for one in history]) for name in history[0]})
+        message = jax.tree.map(jnp.subtract, local, received)
+        own = jax.tree.map(lambda new, old: jnp.where(client.mask.any(), new, old), own, personal["own"])
+        return {**personal, "own": own, **setup.kept(optimizer)}, message, metrics
+
+    def personalise(server: Server, personal: Personal) -> lora.Adapter:
+        del server
+        return personal["own"]
+
+    def trained(server: Server, personal: Personal, message: Message) -> lora.Adapter:
+        del server, message
+        return personal["own"]
+
+    return federated._replace(
+        init_client=init_client, client_update=client_update, personalise=personalise, trained=trained
+    )

@@ -1,0 +1,94 @@
+"""Log-probabilities of answers: the one place that computes them, for objectives and for evaluation.
+
+Axes: B batch, A answers per prompt, U labels, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fedvlm_jax.data.tokenization import IGNORED
+from fedvlm_jax.models.layers import widen
+
+__all__ = ["score_pairs", "token_losses"]
+
+
+def token_losses(
+    logits: Float[Array, "*batch labels vocabulary"], labels: Int[Array, "*batch labels"]
+) -> tuple[Float[Array, "*batch labels"], Float[Array, "*batch labels"], Float[Array, "*batch labels"]]:
+    """Per position: cross-entropy in nats, whether no token is likelier than the right one, and whether it counts.
+
+    Where several are the likeliest, all of them are right; in float32 that is hardly ever so.
+
+    The first two are 0 where the label is -100, as is the third, which is 1 elsewhere.
+    """
+    with jax.named_scope("cross_entropy"):
+        counts = (labels != IGNORED).astype(jnp.float32)
+        losses, correct = _cross_entropy(widen(logits), jnp.maximum(labels, 0))
+        return losses * counts, correct * counts, counts
+
+
+def score_pairs(vlm: Any, params: Any, adapter: Any, batch: Mapping[str, Array]) -> dict[str, Float[Array, " B"]]:
+    """Score the chosen and the rejected answer of every example, which share one pass of the encoder.
+
+    Args:
+        vlm: the model's record.
+        params: the base.
+        adapter: or None for the bare base, which is DPO's reference.
+        batch: the model's, with `rejected_labels` [B, U'] beside `labels` [B, U].
+
+    Returns:
+        Per example, 0 where an answer has no label that counts: `chosen_log_prob` and `rejected_log_prob`, summed over
+        the tokens, in nats; `chosen_tokens` and `rejected_tokens`, how many there are; `chosen_correct`, how many of
+        the chosen answer's tokens are the likeliest at their place.
+    """
+    width = max(batch["labels"].shape[-1], batch["rejected_labels"].shape[-1])
+    labels = jnp.stack([_widen(batch[name], width) for name in ("labels", "rejected_labels")], axis=-2)
+    losses, correct, counts = token_losses(vlm.logits(params, adapter, {**batch, "labels": labels}), labels)
+    log_probs, tokens = -losses.sum(axis=-1), counts.sum(axis=-1)
+    return {
+        "chosen_log_prob": log_probs[..., 0],
+        "rejected_log_prob": log_probs[..., 1],
+        "chosen_tokens": tokens[..., 0],
+        "rejected_tokens": tokens[..., 1],
+        "chosen_correct": correct[..., 0, :].sum(axis=-1),
+    }
+
+
+def _widen(labels: Int[Array, "B U"], width: int) -> Int[Array, "B W"]:
+    return jnp.pad(labels, ((0, 0), (0, width - labels.shape[-1])), constant_values=IGNORED)
+
+
+@jax.custom_vjp
+def _cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Cross-entropy and whether the target is the likeliest, with a gradient that is one pass over the logits.
+
+    Differentiating a gather scatters into a second array of the logits' size, and a one-hot product reads three; both
+    cost more than the vocabulary projection itself on a CPU.
+    """
+    return _score(logits, targets)[:2]
+
+
+def _score(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
+    highest = logits.max(axis=-1)
+    log_partition = highest + jnp.log(jnp.exp(logits - highest[..., None]).sum(axis=-1))
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return log_partition - chosen, (chosen >= highest).astype(jnp.float32), log_partition
+
+
+def _forward(logits: Array, targets: Array) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+    losses, correct, log_partition = _score(logits, targets)
+    return (losses, correct), (logits, targets, log_partition)
+
+
+def _backward(kept: tuple[Array, Array, Array], cotangents: tuple[Array, Array]) -> tuple[Array, None]:
+    logits, targets, log_partition = kept
+    probabilities = jnp.exp(logits - log_partition[..., None])
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return (probabilities - is_target) * cotangents[0][..., None], None
+
+
+_cross_entropy.defvjp(_forward, _backward)

@@ -1,0 +1,218 @@
+"""`fedvlm data`: a federation before any training, as `data.json`, as a picture, as tables and in plain warnings."""
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedvlm_jax.data.config import SPLITS, DataOptions
+from fedvlm_jax.data.partitioning.splits import federate
+from fedvlm_jax.data.statistics import describe
+from fedvlm_jax.data.table import read_table
+from fedvlm_jax.reporting.figures.data_figures import draw_data
+from fedvlm_jax.reporting.figures.theme import PAPER, save_png
+from fedvlm_jax.reporting.tables import MANY, Table
+from fedvlm_jax.training.run_dir.artifacts import write_json
+from fedvlm_jax.utils.serialization import encode
+
+__all__ = ["describe_data", "find_leaks", "tabulate_data", "word_findings"]
+
+MISSING = frozenset({"nan", "none", "null", "<na>", "n/a", "nat"})
+"""Names by which a missing value goes once it is text."""
+
+LISTED = 12
+"""Values of a key, and reasons, that a table shows."""
+
+
+def describe_data(
+    options: DataOptions,
+    seed: int,
+    out: Path,
+    *,
+    check_images: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Make the federation that a run with these options and this seed would have, and describe it.
+
+    Writes `data.json` and `data.png` into `out`.
+
+    Returns:
+        What `data.json` holds: the seed, the options, and what `data.describe.describe` found.
+
+    Raises:
+        UserError: the data cannot be read, or make no federation.
+    """
+    note(f"reading {options.source}")
+    table = read_table(options)
+    note(f"giving {len(table):,} rows to clients")
+    federation = federate(table, options, seed)
+    found = describe(table, federation, options, check_images=check_images, note=note)
+    description = {"seed": seed, "options": encode(options), **found}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "data.json", description)
+    save_png(draw_data(description, PAPER), out / "data.png")
+    return description
+
+
+def find_leaks(description: Mapping[str, Any]) -> list[str]:
+    """Say which images are in two splits; nothing where none is."""
+    sentences = []
+    for line, found in description["overlap"]["images"]["between_splits"].items():
+        if found["distinct"]:
+            first, second = line.split("/")
+            one, other = found["examples"][0]
+            sentences.append(
+                f"LEAK: {_count(found['distinct'], 'image is', 'images are')} in {first} and in {second}, on "
+                f"{_count(found['rows'], 'row', 'rows')} of {second} ({found['rows_of_the_same_client']:,} of them the "
+                f"same client's). Row {other}, for example, shows what row {one} shows."
+            )
+    return sentences
+
+
+def word_findings(description: Mapping[str, Any]) -> list[str]:
+    """Say what a run would stumble over, or what its scores would hide; nothing where all is well."""
+    findings = []
+    unusable = description["unusable"]["rows"]
+    total = description["rows"]["in_use"] + description["rows"]["without_client"]
+    allowed = description["options"]["max_bad_share"]
+    if unusable > allowed * total:
+        findings.append(
+            f"{unusable:,} of {total:,} rows cannot be used, more than --data.max-bad-share {allowed:g} allows: "
+            "training would refuse them."
+        )
+    clients = description["clients"]
+    for split, meaning in (("train", "nothing to train on"), ("test", "nothing to be tested on")):
+        lacking = [one["name"] for one in clients if not one[split] and not (split == "train" and one["held_out"])]
+        if lacking:
+            names = ", ".join(lacking[:5]) + (", …" if len(lacking) > 5 else "")
+            findings.append(f"{_count(len(lacking), 'client has', 'clients have')} {meaning}: {names}.")
+    findings += _word_names([one["name"] for one in clients])
+    shared = description["overlap"]["images"]["between_clients"]
+    if shared["distinct"]:
+        first, second, count = shared["most"][0]
+        findings.append(
+            f"{_count(shared['distinct'], 'image is', 'images are')} with two or more clients, on "
+            f"{shared['rows']:,} rows; {first} and {second} have most in common ({count:,})."
+        )
+    return findings
+
+
+def _word_names(names: Sequence[str]) -> list[str]:
+    """Say which clients may be a slip of the data's making."""
+    missing = [name for name in names if name.casefold() in MISSING]
+    alike = defaultdict[str, list[str]](list)
+    for name in names:
+        alike[" ".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
+    twins = [own for own in alike.values() if len(own) > 1]
+    findings = []
+    if missing:
+        findings.append(f"A client is called {missing[0]!r}, as missing values are that were turned into text.")
+    if twins:
+        told = " and ".join(repr(name) for name in twins[0][:2])
+        findings.append(
+            f"{_count(len(twins), 'name is', 'names are')} written in more than one way, and counts as many clients: "
+            f"{told}, for example."
+        )
+    return findings
+
+
+def tabulate_data(description: Mapping[str, Any]) -> list[Table]:
+    """Tabulate a description: clients, values of keys, texts, rows left out, overlaps."""
+    tables = [
+        _tabulate_clients(description),
+        *(_tabulate_key(key, found) for key, found in description["keys"].items()),
+        _tabulate_texts(description),
+        _tabulate_left_out(description),
+        _tabulate_overlap(description),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def _tabulate_clients(description: Mapping[str, Any]) -> Table:
+    clients = sorted(description["clients"], key=lambda one: -sum(one[split] for split in SPLITS))
+    columns = ("client", *SPLITS, "images")
+    rows = [
+        (f"{one['name']} (held out)" if one["held_out"] else one["name"], *(f"{one[name]:,}" for name in columns[1:]))
+        for one in clients
+    ]
+    note = ""
+    if len(rows) > MANY:
+        note = f"The largest and the smallest ten of {len(rows)} clients."
+        rows = [*rows[:10], ("…",) * len(columns), *rows[-10:]]
+    sums = ("all", *(f"{sum(one[split] for one in clients):,}" for split in SPLITS), _images(description))
+    title = f"{description['source']}, seed {description['seed']}: {_count(len(clients), 'client', 'clients')}"
+    return Table(title, columns, (*rows, sums), frozenset({len(rows)}), note)
+
+
+def _images(description: Mapping[str, Any]) -> str:
+    return f"{description['images']['distinct']:,}"
+
+
+def _tabulate_key(key: str, found: Mapping[str, Any]) -> Table:
+    values, clients = found["values"], found["by_client"]
+    total = sum(values.values())
+    rows = [
+        (value, f"{count:,}", f"{100 * count / total:.1f} %", str(sum(value in own for own in clients.values())))
+        for value, count in list(values.items())[:LISTED]
+    ]
+    if len(values) > LISTED:
+        rest = sum(list(values.values())[LISTED:])
+        rows.append((f"{len(values) - LISTED} others", f"{rest:,}", f"{100 * rest / total:.1f} %", ""))
+    unlike = found["unlikeness"]
+    note = (
+        f"A client's mix is {100 * unlike:.0f} % away from that of all clients, on average (total variation distance: "
+        "0 % alike, 100 % nothing in common)."
+    )
+    return Table(key, ("value", "rows", "share", "clients"), tuple(rows), note=note)
+
+
+def _tabulate_texts(description: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, found in description["texts"].items():
+        words, characters = found.get("words"), found.get("characters")
+        lengths = (words["median"], words["p95"], words["most"], characters["most"]) if words else ()
+        shown = tuple(f"{length:,.0f}" for length in lengths) or ("–",) * 4
+        rows.append((name, f"{found['filled']:,}", f"{found['distinct']:,}", *shown))
+    columns = ("text", "rows", "distinct", "median words", "95 % have at most", "longest", "in characters")
+    pairs = description["pairs"]
+    note = ""
+    if pairs is not None:
+        why = "".join(f"; {count:,} × {reason}" for reason, count in pairs["reasons"].items())
+        note = f"{pairs['rows']:,} rows state a preference{why}."
+    return Table("Texts", columns, tuple(rows), note=note)
+
+
+def _tabulate_left_out(description: Mapping[str, Any]) -> Table:
+    reasons = description["unusable"]["reasons"]
+    rows = [(reason, f"{count:,}") for reason, count in list(reasons.items())[:LISTED]]
+    checked = description["images"]["decoded"]
+    note = "Prompts that are too long for the model come on top" + (
+        "." if checked else "; and broken images, which only --check-images looks for."
+    )
+    note = f"{description['unusable']['lost']}{note}"
+    return Table("Rows that will be left out", ("reason", "rows"), tuple(rows), note=note)
+
+
+def _tabulate_overlap(description: Mapping[str, Any]) -> Table:
+    images, texts = description["overlap"]["images"], description["overlap"]["texts"]
+    lines = [
+        (
+            f"{line.replace('/', ' and ')}",
+            *(f"{kind['between_splits'][line][name]:,}" for kind in (images, texts) for name in ("distinct", "rows")),
+        )
+        for line in images["between_splits"]
+    ]
+    shared = [f"{kind['between_clients'][name]:,}" for kind in (images, texts) for name in ("distinct", "rows")]
+    lines.append(("two or more clients", *shared))
+    alike = "pixels" if description["images"]["decoded"] else "bytes (by pixels with --check-images)"
+    note = f"The same image: the same {alike}. A question with its answer may well recur."
+    if description["repeated_rows"]:
+        repeated = _count(description["repeated_rows"], "row repeats", "rows repeat")
+        note += f" {repeated} another: image, question and answer."
+    columns = ("in both", "images", "rows", "questions with answer", "rows ")
+    return Table("What is in two places", columns, tuple(lines), note=note)
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"

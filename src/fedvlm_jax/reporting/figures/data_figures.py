@@ -1,0 +1,192 @@
+"""The picture of a federation: how many rows each client has, and of what.
+
+Few clients are rows with their names, the largest first. Many are thin columns without, so that a hundred or a thousand
+fit one page; there each panel has an order of its own: by size, and by what a client has most of. Clients that never
+train stand apart, after the others.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.reporting.figures.fonts import fit_name
+from fedvlm_jax.reporting.figures.theme import Theme, make_figure, use_whole_numbers
+
+__all__ = ["draw_data"]
+
+WIDE = 9.6
+NAMED = 40
+"""Above so many clients they are columns without names."""
+
+COLOURED = 7
+"""Values of a key that have a colour of their own; the others share a grey."""
+
+SKEWED = 30
+"""Where the largest of many clients has more than so many times the rows of the median one, rows are on a log scale."""
+
+STRENGTHS = {"train": 0.85, "validation": 0.2, "test": 0.5}
+"""Splits are one ink at three strengths, which leaves the colours to the values."""
+
+
+def draw_data(description: Mapping[str, Any], theme: Theme) -> Figure:
+    """Draw a description (of `runs.describe`): rows by split, and shares of the values of its label."""
+    clients = sorted(description["clients"], key=lambda one: (one["held_out"], -_count_rows(one), one["name"]))
+    found = description["keys"].get(description["label"])
+    named, panels = len(clients) <= NAMED, 2 if found else 1
+    if named:
+        shape: dict[str, Any] = {"columns": panels, "sharey": True}
+        height = 1.7 + 0.25 * (len(clients) + _gap(clients))
+    else:
+        shape = {"rows": panels, "sharex": True}
+        height = 2.7 * panels + 0.3
+    figure, axes = make_figure(theme, WIDE, height, **shape)
+    at = np.arange(len(clients)) + np.asarray([_gap(clients) if one["held_out"] else 0.0 for one in clients])
+    (_draw_named_rows if named else _draw_many_rows)(axes[0], at, clients, theme)
+    if found:
+        shares, colours = _share_values(clients, found, theme)
+        if not named:
+            shares = _group_alike(clients, shares)
+        _stack(axes[1], at, shares, colours, named)
+        title = f"Share of their rows by {description['label']}"
+        _head(axes[1], title if named else f"{title}, like beside like", named, theme)
+        (axes[1].set_xlim if named else axes[1].set_ylim)(0, 100)
+        (axes[1].xaxis if named else axes[1].yaxis).set_major_formatter("{x:.0f} %")
+    if not named:
+        for ax in axes:
+            ax.grid(visible=False, axis="x")
+            ax.grid(axis="y", color=theme.grid, linewidth=0.8)
+            ax.set_xticks([])
+            ax.set_xlim(-0.8, at.max() + 0.8)
+        out = sum(one["held_out"] for one in clients)
+        axes[-1].set_xlabel(f"{len(clients)} clients" + (f", on the right the {out} that are held out" if out else ""))
+    return figure
+
+
+def _draw_named_rows(ax: Any, at: np.ndarray, clients: Sequence[Mapping[str, Any]], theme: Theme) -> None:
+    _stack(ax, at, *_split_rows(clients, theme), named=True)
+    names = [fit_name(one["name"], 34) + (" (held out)" if one["held_out"] else "") for one in clients]
+    ax.set_yticks(at, names, parse_math=False)
+    ax.set_ylim(at.max() + 0.6, -0.6)
+    sums = [_count_rows(one) for one in clients]
+    style: dict[str, Any] = {"va": "center", "fontsize": 8.5, "color": theme.muted, "textcoords": "offset points"}
+    for place, number in zip(at, sums, strict=True):
+        ax.annotate(f"{number:,}", (number, place), xytext=(4, 0), **style)
+    ax.set_xlim(0, 1.12 * max(1, *sums))
+    use_whole_numbers(ax, 6)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    _head(ax, "Rows of each client", True, theme)
+
+
+def _draw_many_rows(ax: Any, at: np.ndarray, clients: Sequence[Mapping[str, Any]], theme: Theme) -> None:
+    sums = np.asarray([_count_rows(one) for one in clients])
+    skewed = sums.max() > SKEWED * max(1.0, float(np.median(sums)))
+    parts, colours = _split_rows(clients, theme)
+    if skewed:  # a stack has no meaning on a log scale
+        parts, colours = {"all splits": sums.astype(float)}, {"all splits": colours["train"]}
+    _stack(ax, at, parts, colours, named=False)
+    if skewed:
+        ax.set_yscale("log")
+        ax.set_ylim(bottom=0.8)
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+    ax.minorticks_off()
+    text = f"largest {sums.max():,} · median {np.median(sums):,.0f} · smallest {sums.min():,}"
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "color": theme.muted, "ha": "right"}
+    ax.annotate(text, (1, 1), xycoords="axes fraction", xytext=(0, 6), **style)
+    _head(ax, f"Rows of each client{' (log scale)' if skewed else ''}, the largest first", False, theme)
+
+
+def _split_rows(
+    clients: Sequence[Mapping[str, Any]], theme: Theme
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, ...]]]:
+    rows = {str(split): np.asarray([one[split] for one in clients], float) for split in SPLITS}
+    return rows, {split: _mix(theme.ink, theme.paper, STRENGTHS[split]) for split in rows}
+
+
+def _group_alike(clients: Sequence[Mapping[str, Any]], shares: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Put clients side by side that have most of the same value, those that have most of it first."""
+    table = np.stack(list(shares.values()))
+    held_out = np.asarray([one["held_out"] for one in clients])
+    order = np.lexsort((-table.max(axis=0), table.argmax(axis=0), table.sum(axis=0) == 0, held_out))
+    return {value: share[order] for value, share in shares.items()}
+
+
+def _share_values(
+    clients: Sequence[Mapping[str, Any]], found: Mapping[str, Any], theme: Theme
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Per cent of every client's rows that have each of the commonest values, the others together."""
+    values = list(found["values"])
+    shown = values if len(values) <= COLOURED + 1 else values[:COLOURED]
+    held = [found["by_client"][one["name"]] for one in clients]
+    totals = np.maximum(1, np.asarray([sum(own.values()) for own in held], float))
+    shares = {value: 100 * np.asarray([own.get(value, 0) for own in held]) / totals for value in shown}
+    colours: dict[str, Any] = {value: _mix(theme.series[place], theme.paper, 0.9) for place, value in enumerate(shown)}
+    if len(values) > len(shown):
+        full = np.asarray([100.0 if own else 0.0 for own in held])
+        name = f"{len(values) - len(shown)} others"
+        shares[name] = full - sum(shares.values())
+        colours[name] = _mix(theme.muted, theme.paper, 0.35)
+    return shares, colours
+
+
+def _stack(ax: Any, at: np.ndarray, parts: Mapping[str, np.ndarray], colours: Mapping[str, Any], named: bool) -> None:
+    base = np.zeros(len(at))
+    # A hairline of paper between named clients; hundreds of columns would drown in it.
+    width = 0.8 if named else 0.9 if len(at) <= 150 else 1.0
+    for name, sizes in parts.items():
+        style: dict[str, Any] = {"color": colours[name], "linewidth": 0, "label": name}
+        if named:
+            ax.barh(at, sizes, width, left=base, **style)
+        else:
+            ax.bar(at, sizes, width, bottom=base, **style)
+        base = base + sizes
+
+
+def _head(ax: Any, title: str, named: bool, theme: Theme) -> None:
+    """Write a title above the bars, and what their colours mean."""
+    handles = list(ax.containers)
+    names = [fit_name(handle.get_label(), 30) for handle in handles]
+    # A column of the legend is as wide as its longest name; half the picture holds some 60 letters, all of it 130.
+    columns = max(1, min(len(names), (60 if named else 130) // (max(map(len, names)) + 6)))
+    # matplotlib takes a name that begins with an underscore for one to be hidden.
+    legend = ax.legend(
+        handles,
+        [f" {name}" if name.startswith("_") else name for name in names],
+        title=title,
+        ncols=columns,
+        alignment="left",
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        borderpad=0.2,
+        columnspacing=1.4,
+        handlelength=0.9,
+        handleheight=0.9,
+        handletextpad=0.5,
+        frameon=False,
+        fontsize=9,
+        title_fontproperties={"size": 10.5, "weight": "bold"},
+        labelcolor=theme.ink,
+    )
+    legend.get_title().set_color(theme.ink)
+    for text in (legend.get_title(), *legend.get_texts()):
+        text.set_parse_math(False)
+
+
+def _count_rows(client: Mapping[str, Any]) -> int:
+    return sum(client[split] for split in SPLITS)
+
+
+def _gap(clients: Sequence[Mapping[str, Any]]) -> float:
+    """Room before the clients that are held out, in clients."""
+    if not any(one["held_out"] for one in clients):
+        return 0.0
+    return 0.6 if len(clients) <= NAMED else max(1.0, 0.02 * len(clients))
+
+
+def _mix(colour: str, paper: str, strength: float) -> tuple[float, ...]:
+    """A colour laid thinly on paper: opaque, unlike one with opacity, so that no grid shines through."""
+    over, under = np.asarray(to_rgb(colour)), np.asarray(to_rgb(paper))
+    return tuple((strength * over + (1 - strength) * under).tolist())

@@ -1,0 +1,291 @@
+"""The report of a run, of several runs, or of a comparison: `report.html`, `report.md` and `figures/*.png`."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedvlm_jax.errors import UserError, naming
+from fedvlm_jax.evaluation.metrics.names import find_measure, percent
+from fedvlm_jax.evaluation.statistics.over_clients import summarise
+from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, judge, order_by_mean, spread
+from fedvlm_jax.reporting.example_cards import read_cards
+from fedvlm_jax.reporting.figures.captions import (
+    draw_comparison,
+    draw_comparison_health,
+    draw_costs,
+    draw_run,
+    draw_run_health,
+)
+from fedvlm_jax.reporting.figures.theme import MANY
+from fedvlm_jax.reporting.html import Facts, Picture, Report, Section, to_markdown_page, to_page
+from fedvlm_jax.reporting.sentences import describe_comparison, describe_run, describe_runs
+from fedvlm_jax.reporting.tables import (
+    MARKS,
+    format_bytes,
+    format_duration,
+    points,
+    tabulate_comparison,
+    tabulate_run,
+    tabulate_runs,
+)
+from fedvlm_jax.training.config import Run, describe_method, to_json
+from fedvlm_jax.training.run_dir.folder_lock import Claim
+from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run
+from fedvlm_jax.training.validation import plain
+
+__all__ = ["write_report"]
+
+BEST = 5
+"""Of many methods, so many have their figure at the top of the page."""
+
+UNSTORED = ("out", "resume")
+"""Options that say where a run lies, not what it is."""
+
+
+def write_report(folders: Sequence[Path]) -> Path:
+    """Write the report, into the folder itself, or beside the first of several.
+
+    Args:
+        folders: a run's folder, several of them, or one comparison's.
+
+    Returns:
+        The HTML page.
+
+    Raises:
+        UserError: a folder is not what it should be, or a comparison is among several folders.
+    """
+    if not folders:
+        raise UserError("a report needs the folder of a run or of a comparison")
+    if len(folders) > 1 and any(is_comparison(folder) for folder in folders):
+        raise UserError("a comparison is reported by itself: give its folder alone")
+    if len(folders) > 1:
+        target = folders[0].parent / f"report-{folders[0].name}-and-{len(folders) - 1}-more"
+        records = [read_run(folder) for folder in folders]
+        if len({folder.resolve() for folder in folders}) < len(folders):
+            raise UserError("a run is given twice: name every folder once")
+        with Claim(target):
+            return _write(_report_runs(records, target), target)
+    elif is_comparison(folders[0]):
+        comparison = read_comparison(folders[0])
+        with Claim(comparison.folder):
+            return _write(_report_comparison(comparison, comparison.folder), comparison.folder)
+    record = read_run(folders[0])
+    with Claim(record.folder):
+        return _write(_report_run(record, record.folder), record.folder)
+
+
+def _write(report: Report, target: Path) -> Path:
+    page = target / "report.html"
+    for path, text in ((target / "report.md", to_markdown_page(report, target)), (page, to_page(report))):
+        scratch = path.with_name(path.name + ".tmp")
+        with naming(scratch):
+            scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    return page
+
+
+def _report_run(record: RunRecord, target: Path) -> Report:
+    before, after = summarise(record.scores("zero_shot")), summarise(record.scores("personal"))
+    first = record.rounds[0] if record.rounds else {}  # in the last one there may be nothing but local fine-tuning
+    sent = first.get("bytes_up_per_client")
+    figures = [
+        (percent(after.mean), "personal models, mean of clients"),
+        (percent(before.mean), "zero-shot"),
+        (percent(after.worst_decile), "worst tenth of clients"),
+        *([(format_bytes(sent), "sent per client and round")] if sent is not None else []),
+    ]
+    examples = _show_examples("Examples", record.folder, "")  # a damaged file is told before anything is drawn
+    sections = [
+        Section("What came out", describe_run(record), tabulate_run(record), draw_run(record, target, "")),
+        *examples,
+        *_show_health(draw_run_health(record, target, "")),
+        Section(
+            "How it was made",
+            _describe_making(record),
+            command=record.config.get("command", ""),
+            facts=_list_facts(record.config),
+        ),
+    ]
+    subtitle = f"{_name_subject(record.options)}seed {record.options.get('seed')}"
+    return Report(f"fedvlm: {record.method}", subtitle, figures, sections)
+
+
+def _report_runs(records: Sequence[RunRecord], target: Path) -> Report:
+    sections = [Section("Side by side", describe_runs(records), [tabulate_runs(list(records))])]
+    for number, record in enumerate(records):
+        pictures = [*draw_run(record, target, f"{number}-"), *draw_run_health(record, target, f"{number}-")]
+        title = f"{record.folder.name} ({record.method})"
+        said = [*describe_run(record)[:-1], *_describe_making(record)]
+        facts = _list_facts(record.config)
+        sections.append(Section(title, said, pictures=pictures, command=record.config.get("command", ""), facts=facts))
+    figures = [
+        (percent(summarise(record.scores("personal")).mean), f"{record.method}, {record.folder.name}")
+        for record in records
+    ]
+    return Report(
+        f"fedvlm: {len(records)} runs",
+        f"{find_measure(records[0].metric).label} on test, mean of clients",
+        figures,
+        sections,
+    )
+
+
+def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
+    scores = {method: record.scores(method) for method in record.methods}
+    figures = []
+    ranking = order_by_mean(scores, [method for method in record.methods if scores[method]])
+    shown = [method for number, method in enumerate(ranking) if number < BEST or method == "local"]
+    for method in shown if len(ranking) > MANY else (method for method in record.methods if scores[method]):
+        mean = spread([summarise(one).mean for one in scores[method].values()]).mean
+        difference = compare_paired(scores[method], scores["local"]) if scores.get("local") else None
+        mark = MARKS[judge(difference)] if difference else ""
+        against = f", {mark} {points(difference.mean)} against local" if difference and method != "local" else ""
+        figures.append((percent(mean), method + against))
+    runs = _read_runs(record)
+    config = runs[0].config if runs else {}
+    facts = [Facts("Settings of the comparison", _flatten(record.settings))] if record.settings else []
+    seeds = ", ".join(map(str, record.seeds))
+    how = [
+        f"Seeds: {seeds}. All methods have the same clients, cohorts and initial adapter.",
+        *[f"{method}: {about}" for method in record.methods if (about := describe_method(plain(method)))],
+        *_describe_origin(config),
+        *_describe_time(runs),
+        f"Adapters: `adapters` in the folder of each run, in `{record.folder}`.",
+    ]
+    sections = [
+        Section(
+            "What came out", describe_comparison(record), tabulate_comparison(record), draw_comparison(record, target)
+        ),
+        *([Section("What it cost", pictures=costs)] if (costs := draw_costs(record, target)) else []),
+        *_show_best_examples(record, ranking),
+        *_show_health(draw_comparison_health(record, target)),
+        Section("How it was made", how, command=record.command, facts=[*facts, *_list_facts(config)]),
+    ]
+    clients = len({client for by_seed in scores.values() for one in by_seed.values() for client in one})
+    subtitle = (
+        f"{_name_subject(config.get('run') or {})}{clients} clients, seeds {seeds}; "
+        f"{find_measure(record.metric).label} on test, mean of clients"
+    )
+    return Report("fedvlm: methods side by side", subtitle, figures, sections)
+
+
+def _show_health(pictures: Sequence[Picture]) -> list[Section]:
+    return [Section("The health of the aggregation", pictures=pictures)] if pictures else []
+
+
+def _show_examples(title: str, folder: Path, whose: str) -> list[Section]:
+    """The stored examples of a run, and how they were chosen."""
+    cards, looked_at = read_cards(folder)
+    if not cards:
+        return []
+    counts = sorted(set(looked_at.values()))
+    each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    clients = f"each of {len(looked_at)} clients" if len(looked_at) > 1 else "one client"
+    note = (
+        f"{whose}Chosen by rule from the first {each} test pictures of {clients}: the first that the personal model "
+        "gets right and the first that it does not, in such numbers that the share of right ones is the test accuracy, "
+        "as far as these pictures allow. ✓ equal to the right answer but for case and outer punctuation; ≈ shares "
+        "words with it (token F1); ✗ neither."
+    )
+    return [Section(title, cards=cards, cards_note=note)]
+
+
+def _show_best_examples(record: ComparisonRecord, ranking: Sequence[str]) -> list[Section]:
+    """The examples of the first run that stored any, of the method with the highest mean."""
+    for method in ranking[:1]:
+        for run in (run for run in record.runs if run["method"] == method):
+            whose = f"Models of {method}, seed {run['seed']}. "
+            if sections := _show_examples("Examples", record.folder_of(run), whose):
+                return sections
+    return []
+
+
+def _read_runs(record: ComparisonRecord) -> list[RunRecord]:
+    """Read those runs of a comparison that are still there."""
+    found = []
+    for run in record.runs:
+        with contextlib.suppress(UserError):
+            found.append(read_run(record.folder_of(run)))
+    return found
+
+
+def _name_subject(options: Mapping[str, Any]) -> str:
+    """Name the model and the data that a page is about, as the beginning of its subtitle."""
+    source = (options.get("data") or {}).get("source")
+    return f"{options.get('model')} on {source}, " if source else ""
+
+
+def _describe_making(record: RunRecord) -> list[str]:
+    """Say what the method is, on what, from what and when the run was made, and where its adapters lie."""
+    return [
+        *_describe_method(record),
+        *_describe_origin(record.config),
+        *_describe_time([record]),
+        *_locate(record),
+    ]
+
+
+def _describe_method(record: RunRecord) -> list[str]:
+    name = record.options["method"]
+    about = describe_method(name)
+    return [f"{name}: {about}"] if about else []
+
+
+def _describe_origin(config: Mapping[str, Any]) -> list[str]:
+    """Say on what and from what a run was made, as far as its folder tells."""
+    sentences = []
+    if examples := config.get("examples"):
+        names = {"train": "for training", "validation": "for validation", "test": "for test"}
+        parts = ", ".join(f"{examples.get(split, 0):,} {name}" for split, name in names.items())
+        sentences.append(f"Rows of all clients: {parts}.")
+    machine = config.get("machine") or {}
+    if devices := config.get("devices"):
+        sentences.append(f"On {' and '.join(devices)}; {machine.get('platform')}, {machine.get('cores')} cores.")
+    if commit := config.get("commit"):
+        sentences.append(f"Commit {commit}.")
+    return sentences
+
+
+def _describe_time(records: Sequence[RunRecord]) -> list[str]:
+    """Say when the first run was started, and how long all rounds took; a resumed run has waited between them."""
+    started = [record.config["started"] for record in records if record.config.get("started")]
+    seconds = sum(line.get("seconds") or 0.0 for record in records for line in record.rounds)
+    if not started:
+        return []
+    whose = "its rounds" if len(records) == 1 else f"the rounds of all {len(records)} runs"
+    return [f"Started {min(started).replace('T', ' ')}; {whose} took {format_duration(seconds)} in all."]
+
+
+def _locate(record: RunRecord) -> list[str]:
+    """Say where the adapters lie, for those who want to carry them on."""
+    folder = record.folder / "adapters"
+    if not folder.is_dir():
+        return []
+    shared = " What left the clients is `shared.safetensors`." if (folder / "shared.safetensors").is_file() else ""
+    return [f"Adapters: `{folder}`; every client's is a file in `clients/`.{shared}"]
+
+
+def _list_facts(config: Mapping[str, Any]) -> list[Facts]:
+    facts = []
+    if config.get("run"):
+        stored = _flatten({name: value for name, value in config["run"].items() if name not in UNSTORED})
+        default = _flatten(to_json(Run()))
+        marked = frozenset(name for name, value in stored.items() if default.get(name) != value)
+        facts.append(Facts("Options (bold: not the default)", stored, marked))
+    for title, key in (("Resolved when it ran", "resolved"), ("Versions", "versions")):
+        if config.get(key):
+            facts.append(Facts(title, _flatten(config[key])))
+    return facts
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            flat[prefix + name] = ", ".join(map(str, value))
+        else:
+            flat[prefix + name] = "–" if value is None else str(value)
+    return flat

@@ -1,0 +1,319 @@
+"""What a run is made of: one frozen dataclass per choice, nested into `Run`. The command line is read off them.
+
+The FedVLM paper (arXiv 2507.17088) does not give its rank, rounds, rates and the like. Fields of that kind say so in
+their help; their defaults are this project's. No heavy package is imported here, so that `--help` answers at once.
+"""
+
+import ast
+import dataclasses
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fedvlm_jax.data.config import DataOptions, Split
+from fedvlm_jax.federation.participation import ParticipationOptions
+from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
+from fedvlm_jax.objectives.config import PreferenceOptions
+from fedvlm_jax.utils.serialization import decode, encode
+
+__all__ = [
+    "SHARE",
+    "Compare",
+    "EvaluationOptions",
+    "HyperOptions",
+    "LocalOptions",
+    "LoraOptions",
+    "ParticipationOptions",
+    "PreferenceOptions",
+    "Run",
+    "ServerOptions",
+    "SystemOptions",
+    "TrainOptions",
+    "describe_method",
+    "from_json",
+    "methods_available",
+    "name_folder",
+    "objectives_available",
+    "to_json",
+    "without_extras",
+]
+
+LANGUAGE_MODEL = r"language_model/.*(encoder|decoder)/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+PACKAGE = Path(__file__).parent.parent
+METHOD, SHARE = "plora", "share"
+"""The method where none is named, and the one that `--share` makes of a rule; it is no file that anyone would list."""
+
+
+def _optional(metavar: str, otherwise: str, *aliases: str) -> Any:
+    """Describe an option that may stay unset: the help then says what happens instead of "None"."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})", aliases=aliases or None)
+
+
+def methods_available() -> tuple[str, ...]:
+    """Name the federated methods: one per public file in `methods/zoo/`, found without importing jax."""
+    return tuple(stem.replace("_", "-") for stem in _list_files("methods/zoo"))
+
+
+def describe_method(name: str) -> str:
+    """Return the first sentence of a method's file, read without importing it; empty for a name without a file."""
+    file = PACKAGE / "methods" / "zoo" / f"{name.replace('-', '_')}.py"
+    if name not in (*methods_available(), SHARE):
+        return ""
+    return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+def objectives_available() -> tuple[str, ...]:
+    """Name the training objectives: one per public file in `objectives/`; `sft_dpo` is both of them, `sft+dpo`."""
+    stems = _list_files("objectives", frozenset({"base", "config", "log_probs"}))
+    return tuple(stem.replace("_", "+") for stem in stems)
+
+
+def _list_files(room: str, infrastructure: frozenset[str] = frozenset()) -> list[str]:
+    stems = sorted(path.stem for path in (PACKAGE / room).glob("*.py"))
+    return [stem for stem in stems if not stem.startswith("_") and stem not in infrastructure]
+
+
+def _show_choices(names: tuple[str, ...]) -> str:
+    return "{" + ",".join(names) + "}"
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The low-rank adapter that each client trains"""
+
+    rank: Annotated[int, tyro.conf.arg(aliases=("--rank",))] = 8
+    """Rank of the adapter (not given by the paper)."""
+    alpha: float = 16.0
+    """The adapter's output is scaled by alpha / rank (not given by the paper)."""
+    targets: Annotated[str, tyro.conf.arg(metavar="REGEX")] = LANGUAGE_MODEL
+    """Regular expression over parameter paths: which weights get an adapter (not given by the paper)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """How A is drawn; B starts at zero (not given by the paper)."""
+    ranks: tuple[int, ...] = ()
+    """Ranks that are dealt to the clients in turn, client k getting the k-th of them, over and over; the largest must
+    be --lora.rank, whose scale holds for all. All clients have that rank by default."""
+    dropout: float = 0.0
+    """During local training leave out this share of what enters A, drawn anew in every step (LoRA dropout; not given
+    by the paper)."""
+    private_a: Literal["common", "per-client"] = "common"
+    """Do clients start from one common A, or does each draw its own (not given by the paper)?"""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Rounds and local training"""
+
+    rounds: Annotated[int, tyro.conf.arg(aliases=("--rounds",))] = 10
+    """Federated rounds (not given by the paper)."""
+    local_steps: int = 4
+    """Optimiser steps of a client in a round (not given by the paper)."""
+    local_epochs: Annotated[float | None, _optional("E", "all clients take --train.local-steps")] = None
+    """In place of --train.local-steps: every client takes ceil(E * its examples / batch) steps, or ceil(E) where it
+    has less than a batch. All wait for the largest (not given by the paper)."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=("--batch-size",))] = 16
+    """Examples per local step (not given by the paper)."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The clients' optimiser (not given by the paper)."""
+    learning_rate_a: float = 5e-3
+    """Learning rate of the factors A; --lr X sets those of A and B (not given by the paper)."""
+    learning_rate_b: float = 2e-3
+    """Learning rate of the factors B (not given by the paper)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW (not given by the paper)."""
+    clip_norm: float = 1.0
+    """Clip a client's gradient to this global norm (not given by the paper)."""
+    optimizer_state: Literal["kept", "fresh"] = "kept"
+    """Does a client keep its optimiser state from round to round (not given by the paper)? On validation, with five
+    seeds, the two are not told apart; with fresh a client's state of plora is a fifth as large."""
+    decay: float = 0.3
+    """Learning rates are multiplied by this once, late in training (not given by the paper)."""
+    decay_at: float = 0.6
+    """The fraction of the rounds after which they are (not given by the paper)."""
+    warmup_rounds: int = 0
+    """In the first so many rounds N learning rates rise: in round r they are r / (N + 1) of what they would be (not
+    given by the paper)."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """How clients count in the average: by their number of examples, or all alike (not given by the paper)."""
+    finetune_steps: int = 0
+    """Local steps of every client on its own after the last round; so many for all, with --train.local-epochs too."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """When and how every client's own model is evaluated"""
+
+    every: int = 4
+    """Evaluate on validation every so many rounds, and after the last."""
+    decoding: Literal["greedy", "folder"] = "greedy"
+    """How answers are generated: greedily and with no token banned, or as the model folder's generation_config.json
+    says, with its beams and its ban on repeated n-grams."""
+    max_answer_tokens: Annotated[
+        int | None, _optional("INT", "what the gold answers take, at most --data.max-answer-tokens")
+    ] = None
+    """Longest answer that is generated, in tokens; never more than the gold answers take, rounded up to 16."""
+    clients: Annotated[int | None, _optional("INT", "all, but 64 of more than 128")] = None
+    """Evaluate the models of so many clients, in the rounds and at the end, drawn by the seed; and of so many of those
+    that are held out."""
+    batch_size: int = 32
+    """Examples of one client that are answered at a time."""
+    metrics: tuple[str, ...] = ("exact_match", "token_f1", "rouge_l", "cider", "vqa_accuracy")
+    """Metrics of generated answers."""
+    select_by: Annotated[str, _optional("METRIC", "exact_match; preference_accuracy for dpo")] = ""
+    """Keep the models of the round that is best on validation by this metric, ties broken by the loss."""
+    global_model: bool = True
+    """At the end, evaluate also the shared part with the initial private one, as a newcomer would have it."""
+    cross_clients: bool = False
+    """At the end, try every client's model on every client's test data."""
+    cold_start: Literal["initial", "mean", "nearest"] = "initial"
+    """Private part of clients that never trained, held out or not drawn yet: the initial one, the mean of all that
+    did, or that of the client with the most similar images (not given by the paper)."""
+    before_redistribution: bool = True
+    """Validate also what clients had before the server's average replaced their shared part."""
+    neighbours: int = 0
+    """At the end, mix every client's model with so many nearest neighbours of its own training answers, with a share
+    that is chosen on its validation answers: kNN-Per (arXiv 2111.09360), which takes 10."""
+    neighbour_temperature: float = 1.0
+    """Distance at which a neighbour counts 1/e as much as one at no distance; 1 in kNN-Per."""
+    neighbour_kernel: Literal["validation", "distance", "squared"] = "validation"
+    """How a neighbour counts by its distance d: exp(-d), as the paper of kNN-Per has it, or exp(-d^2 / width of the
+    states), as its authors' code has it; by default what makes the validation answers likelier, and the results say
+    which."""
+    neighbour_capacity: int = 4096
+    """Most training tokens that a client remembers."""
+    examples: int = 12
+    """At the end, store so many test examples with picture and answers for the report; 0 for none."""
+    test: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = True
+    """From Python only: False leaves the test split alone, for runs that serve to choose options."""
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """What is scored at the end of a run."""
+        return ("validation", "test") if self.test else ("validation",)
+
+
+@dataclass(frozen=True)
+class SystemOptions:
+    """Devices, memory and speed; none of it changes what is learned beyond floating-point tolerance"""
+
+    mesh: Annotated[str, _optional("clients=N[,model=M]", "clients=all there are", "--mesh")] = ""
+    """Clients are spread over N groups of M devices; the M devices of a group share one copy of the frozen model."""
+    wave: Annotated[int | None, _optional("INT", "as many as fit, at most 16 a device", "--wave")] = None
+    """Clients trained at the same time; what is chosen is stored with the run."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the frozen model's arithmetic. Norms, softmax and adapters stay float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    unroll: int = 3
+    """Write out stacks of up to so many layers one after another; longer ones are a scan. 6, Florence-2-base's: a
+    twentieth less time on a CPU, half as long again to compile."""
+    cache: Literal["auto", "memory", "disk", "off"] = "auto"
+    """Where the frozen image features are kept, which are computed once per image; auto: on disk above 2 GiB."""
+    cache_gib: float = 20.0
+    """Keep at most so many GiB of them; what does not fit is computed each time."""
+    cache_dir: Annotated[Path | None, _optional("DIR", "fedvlm-jax in your cache folder")] = None
+    """Folder of the disk cache."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides what a run does."""
+
+    method: Annotated[
+        str,
+        tyro.conf.arg(
+            metavar=_show_choices(methods_available()), help_behavior_hint=f"(default: {METHOD}, or what --share makes)"
+        ),
+    ] = ""
+    """`train` only: the federated method, that is, what clients share and what stays theirs; `fedvlm explain` tells
+    what each does."""
+    model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = "florence2-nano"
+    """The frozen base: a shipped model's name, a Hugging Face Florence-2 folder, or a hub id."""
+    out: Annotated[Path | None, _optional("DIR", "runs/<time>-<name>")] = None
+    """Folder to write to."""
+    resume: Annotated[Path | None, _optional("RUN", "start anew")] = None
+    """`train` only: go on with the run in this folder, with the options stored there; a finished one trains longer if
+    --train.rounds says how many rounds there shall be in all."""
+    seed: int = 0
+    """Decides every random choice: partition, adapters, cohorts, batches."""
+    cohort: Annotated[int | None, _optional("INT", "all of them")] = None
+    """Clients drawn each round (not given by the paper)."""
+    objective: Annotated[str, tyro.conf.arg(metavar=_show_choices(objectives_available()))] = "sft"
+    """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both."""
+    share: Annotated[str, tyro.conf.arg(metavar="REGEX", help_behavior_hint="(default: none)")] = ""
+    """A method from a rule alone, named share: factors in whose path (as `fedvlm explain` prints it) this is found are
+    averaged, all others stay with their client. For example 'decoder/.*/b$'."""
+    checkpoint_every: int = 1
+    """Rounds between checkpoints."""
+    train: TrainOptions = field(default_factory=TrainOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    participation: ParticipationOptions = field(default_factory=ParticipationOptions)
+    local: LocalOptions = field(default_factory=LocalOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
+    hyper: HyperOptions = field(default_factory=HyperOptions)
+    preference: PreferenceOptions = field(default_factory=PreferenceOptions)
+    system: SystemOptions = field(default_factory=SystemOptions)
+
+    def __post_init__(self) -> None:
+        """A rule alone is a method; so what `method` is where nobody says depends on `share`."""
+        if not self.method:
+            object.__setattr__(self, "method", SHARE if self.share else METHOD)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Several methods on the same clients, cohorts and initial adapter, several seeds each."""
+
+    methods: tuple[str, ...] = ("local", "fedavg-lora", "fedavg-lora+ft", "plora")
+    """What is compared, beside zero-shot; with "+ft" after a name every client then fine-tunes on its own, with "+knn"
+    it mixes in what it remembers of its training answers."""
+    seeds: int = 2
+    """How many seeds: --seed, the next, and so on."""
+    finetune_steps: int = 20
+    """Local steps of the methods with "+ft"."""
+    neighbours: int = 10
+    """Neighbours of the methods with "+knn"."""
+    processes: int = 1
+    """Share the methods out over so many processes, each with its own cores and a base of its own: a quarter faster on
+    two cores. Not with an accelerator."""
+    base: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
+    """What all the runs have in common."""
+
+    @property
+    def out(self) -> Path | None:
+        """The folder of the comparison: `base.out`, so that `--out` is one option and not two."""
+        return self.base.out
+
+
+def without_extras(run: Run) -> Run:
+    """The federation alone: without the local fine-tuning and the neighbours that may come after it."""
+    return dataclasses.replace(
+        run,
+        train=dataclasses.replace(run.train, finetune_steps=0),
+        evaluation=dataclasses.replace(run.evaluation, neighbours=0),
+    )
+
+
+def name_folder(name: str, now: datetime) -> Path:
+    """Name the folder of a run that was given no `--out`: `runs/<time>-<name>`."""
+    return Path("runs") / f"{now:%Y-%m-%d-%H%M%S}-{name}"
+
+
+def to_json(run: Run) -> dict[str, Any]:
+    """Turn a run into what `json.dumps` takes."""
+    return encode(run)
+
+
+def from_json(stored: Any) -> Run:
+    """Rebuild the run that `to_json` turned into JSON.
+
+    Raises:
+        UserError: an option is unknown, missing, or of the wrong type.
+    """
+    return decode(Run, stored)

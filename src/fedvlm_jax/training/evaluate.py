@@ -1,0 +1,62 @@
+"""A finished run's stored adapters, evaluated once more from their files."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedvlm_jax.distributed.sharding import place_base
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.training.final_evaluation import describe_scores, let_remember, score_base, score_matrix, score_models
+from fedvlm_jax.training.prepare import open_session, prepare, show_evaluation
+from fedvlm_jax.training.progress import Progress, SilentProgress, working
+from fedvlm_jax.training.run_dir.artifacts import load_base, open_adapters, write_json
+from fedvlm_jax.training.run_dir.fingerprints import (
+    compare_clients,
+    compare_sources,
+    describe_clients,
+    find_places,
+    tell_versions,
+)
+from fedvlm_jax.training.run_dir.folder_lock import Claim
+from fedvlm_jax.training.run_dir.validated_files import check_seal, read_config
+
+__all__ = ["evaluate"]
+
+
+def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
+    """Score every client's adapter of a finished run on validation and test again.
+
+    Writes `evaluation.json` beside the results and returns it, in the form of `results.json`; without the global model,
+    which is not stored.
+
+    Raises:
+        UserError: the run is not finished, a file is missing, or data, clients, model or options are not those of the
+            run.
+    """
+    read_config(folder)  # before the folder is claimed, for it may be none
+    with Claim(folder):
+        return _evaluate(folder, show or SilentProgress())
+
+
+def _evaluate(folder: Path, show: Progress) -> dict[str, Any]:
+    if not (folder / "results.json").is_file():
+        raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
+    stored = read_config(folder)
+    run = dataclasses.replace(stored.run, out=folder)
+    check_seal(folder / "config.json", stored.content)
+    tell_versions(stored.content["versions"], show.note)
+    find_places(folder, run)
+    then = stored.content["fingerprint"]
+    session = open_session(run, show.note, partial(compare_sources, folder, run, then))
+    prepared = show_evaluation(prepare(run, session, show.note), show)
+    compare_clients(folder, then["clients"], describe_clients(prepared.examples))
+    names = [client.name for client in prepared.examples.clients]
+    session = prepared.session
+    params = place_base(session.mesh, load_base(folder / "adapters", session.params), session.vlm.cuts)
+    with working(show, f"evaluating {len(names)} clients and the bare base, which compiles first"):
+        models, remembered = let_remember(prepared, params, open_adapters(folder / "adapters", names))
+        scored = score_models(prepared, params, models, None, score_base(prepared))
+        scores = remembered | describe_scores(prepared, scored) | score_matrix(prepared, params, models)
+    write_json(folder / "evaluation.json", scores)
+    return scores

@@ -1,0 +1,76 @@
+"""A finished run that is to train longer: it becomes one of more rounds, of which those that it has are done.
+
+What is done stays as it is. A round that is added has cohort, batches and rates as in a run that has so many rounds
+from the start: whether it lies beyond `--train.decay-at` is judged by the new number, so rates that had decayed may
+rise again. The best round is the best of all, old and new. So 16 rounds and then 8 more are those of a run of 24, but
+for the rates of rounds that lie beyond `decay_at` of 16 and not of 24, and for round 16, which is always evaluated.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.training.config import Run, to_json
+from fedvlm_jax.training.method_options import declare
+from fedvlm_jax.training.run_dir.artifacts import write_json
+from fedvlm_jax.training.run_dir.folder_lock import Claim
+from fedvlm_jax.training.run_dir.validated_files import StoredConfig, check_seal, read_config, seal
+from fedvlm_jax.training.validation import validate
+
+__all__ = ["lengthen"]
+
+
+def lengthen(folder: Path, rounds: int) -> None:
+    """Have a finished run go on, when it is resumed, until it has so many rounds.
+
+    Its results so far are kept as `results-16.json`, where it had 16 rounds. A run that has this number of rounds
+    already, finished or not, stays as it is.
+
+    Raises:
+        UserError: the run is not finished or has more rounds, or something of it depends on how many there are.
+    """
+    read_config(folder)  # before the folder is claimed, for it may be none
+    with Claim(folder):
+        stored = read_config(folder)
+        run = dataclasses.replace(stored.run, train=dataclasses.replace(stored.run.train, rounds=rounds))
+        if run == stored.run:
+            return
+        validate(run)
+        _refuse(folder, stored.run, run)
+        check_seal(folder / "config.json", stored.content)
+        _make_longer(folder, stored, run)
+
+
+def _refuse(folder: Path, before: Run, after: Run) -> None:
+    done, asked = before.train.rounds, after.train.rounds
+    if asked < done:
+        raise UserError(
+            f"--train.rounds {asked}: {folder} has {done} rounds already; say how many there shall be in all"
+        )
+    if not (folder / "results.json").is_file():
+        raise UserError(
+            f"{folder} is not finished: its {done} rounds come first: fedvlm train --resume {folder}; then it can have "
+            f"--train.rounds {asked}"
+        )
+    start_anew = f"start a new run with --train.rounds {asked}"
+    if before.train.finetune_steps:
+        raise UserError(f"{folder} ended with local fine-tuning, after which no federation goes on; {start_anew}")
+    if not any((folder / "checkpoints").glob(f"{done}")):
+        raise UserError(f"{folder} has no checkpoint of round {done} any more, so it cannot go on; {start_anew}")
+    old, new = declare(before.method, before), declare(after.method, after)
+    if old.base is not None:
+        raise UserError(f"{before.method} makes room for its rounds at the start, and here for {done}; {start_anew}")
+    if old.phase and new.phase and any(old.phase(number) != new.phase(number) for number in range(1, done + 1)):
+        raise UserError(
+            f"what {before.method} trains in a round depends on how many there are: with {asked} the {done} that are "
+            f"done would have been others; {start_anew}"
+        )
+
+
+def _make_longer(folder: Path, stored: StoredConfig, run: Run) -> None:
+    """A kill between two lines leaves a run that goes on: with its old rounds, or with the new ones."""
+    done = stored.run.train.rounds
+    (folder / "evaluation.json").unlink(missing_ok=True)  # of models that will be others
+    (folder / "results.json").replace(folder / f"results-{done}.json")
+    longer = [*stored.content.get("longer", []), {"from": done, "to": run.train.rounds}]
+    write_json(folder / "config.json", seal({**stored.content, "run": to_json(run), "longer": longer}))

@@ -1,0 +1,354 @@
+"""A run from start to end: rounds, evaluation, one line per round, checkpoints, the stored adapters and results.
+
+Everything that a later round depends on is in the checkpoint of the round before, so a run that is killed at any
+moment and resumed ends with the same adapters, bit for bit, on the same machine, mesh and wave width.
+
+Several processes run the same loop side by side, in a folder that all of them reach; the first one writes into it.
+"""
+
+import dataclasses
+import shutil
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from fedvlm_jax import lora
+from fedvlm_jax.data.config import SPLITS, Split
+from fedvlm_jax.data.table import read_table
+from fedvlm_jax.data.tokenization import find_question_column
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.distributed.sharding import fetch, replicate
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.evaluator import Adapters, Scored
+from fedvlm_jax.federation.simulator import Moment
+from fedvlm_jax.models import resolve_folder
+from fedvlm_jax.training.config import Run, to_json, without_extras
+from fedvlm_jax.training.example_outputs import write_examples
+from fedvlm_jax.training.failures import describe_lost
+from fedvlm_jax.training.final_evaluation import describe_scores, let_remember, score_base, score_matrix, score_models
+from fedvlm_jax.training.personalization import each_model
+from fedvlm_jax.training.prepare import Prepared, Session, open_session, prepare, show_evaluation
+from fedvlm_jax.training.progress import Progress, SilentProgress, working
+from fedvlm_jax.training.run_dir.artifacts import (
+    BASE,
+    describe_environment,
+    describe_start,
+    save_adapters,
+    save_base,
+    write_json,
+)
+from fedvlm_jax.training.run_dir.fingerprints import (
+    anchor,
+    compare_clients,
+    compare_sources,
+    describe_clients,
+    describe_sources,
+    find_places,
+    move,
+    tell_versions,
+)
+from fedvlm_jax.training.run_dir.folder_lock import Claim, clear, is_used
+from fedvlm_jax.training.run_dir.reader import read_run
+from fedvlm_jax.training.run_dir.validated_files import StoredConfig, check_seal, read_config, seal
+from fedvlm_jax.training.trainer import Course, Watch, leave_alone
+from fedvlm_jax.training.validation import validate
+from fedvlm_jax.training.wave_width import fit
+from fedvlm_jax.utils import tree
+
+__all__ = ["Opened", "extend", "open_later", "resume", "train"]
+
+
+Opened = Session | Callable[[Run], Session]
+"""What runs of the same model and data share, or what opens it for the first of them that needs it."""
+
+
+def open_later(show: Progress) -> Callable[[Run], Session]:
+    """Load the model and open the data when a run first asks for them, and keep them for the next."""
+    kept: list[Session] = []
+
+    def open_once(run: Run) -> Session:
+        if not kept:
+            kept.append(open_session(run, show.note))
+        return kept[0]
+
+    return open_once
+
+
+def train(run: Run, show: Progress | None = None, session: Opened | None = None, watch: Watch = leave_alone) -> Path:
+    """Run a federation from the start; returns the folder that holds everything about it.
+
+    Args:
+        run: the options; `out` must be given.
+        show: where to report.
+        session: what an earlier run of the same model and data left, to start faster.
+        watch: is around every round; `runs.profiling` has one.
+
+    Raises:
+        UserError: the options, the data or the model cannot work, the folder is in use, or the loss is not finite.
+    """
+    validate(run)
+    run = anchor(run)
+    if run.out is None:
+        raise UserError("a run needs a folder: set out")
+    with _claim(run.out):
+        processes.tell_all(partial(_refuse_used, run.out))
+        return _execute(run, show or SilentProgress(), session, watch)
+
+
+@contextmanager
+def _claim(folder: Path) -> Generator[None]:
+    """Have a folder for this run alone: of several processes the first claims it."""
+    with ExitStack() as claims:
+        processes.tell_all(lambda: bool(claims.enter_context(Claim(folder))))
+        yield
+
+
+def _refuse_used(folder: Path) -> None:
+    if is_used(folder):
+        begun = (folder / "config.json").is_file()
+        other = f", or go on with it: fedvlm train --resume {folder}" if begun else ""
+        raise UserError(f"{folder} is not empty: choose another --out{other}")
+
+
+def resume(
+    folder: Path,
+    show: Progress | None = None,
+    session: Opened | None = None,
+    watch: Watch = leave_alone,
+    places: Run | None = None,
+) -> Path:
+    """Go on with a run from its newest checkpoint, or from the start where there is none yet.
+
+    Args:
+        folder: the run's.
+        show: where to report.
+        session: what an earlier run of the same model and data left, to start faster.
+        watch: is around every round.
+        places: says where data and model are now, if they have moved.
+
+    Raises:
+        UserError: the folder is no run's, its checkpoint does not fit, the devices of then are not there, or data,
+            clients, model or options are not those that it began with.
+    """
+    show = show or SilentProgress()
+    read_config(folder)  # before the folder is claimed, for it may be none
+    with _claim(folder):
+        return _go_on(folder, show, session, watch, places)
+
+
+def _go_on(folder: Path, show: Progress, session: Opened | None, watch: Watch, places: Run | None = None) -> Path:
+    stored = read_config(folder)
+    run = dataclasses.replace(stored.run, out=folder, resume=None)
+    finished = processes.tell_all((folder / "results.json").exists)
+    if finished and places is None:
+        show.note(f"{folder} is finished")
+        return folder
+    run = run if places is None else move(run, places)
+    find_places(folder, run)
+    _validate_stored(folder, run)
+    check_seal(folder / "config.json", stored.content)
+    if finished:
+        sources = describe_sources(read_table(run.data), resolve_folder(run.model))
+        compare_sources(folder, run, stored.content["fingerprint"], sources)
+        _note_places(run, stored)
+        show.note(f"{folder} is finished; it is noted where its data and model are now")
+        return folder
+    tell_versions(stored.content["versions"], show.note)
+    if stored.mesh.devices > len(jax.devices()):
+        raise UserError(
+            f"{folder} ran on {stored.mesh.devices} devices ({stored.mesh}) and there are {len(jax.devices())} now. "
+            "Numbers on another mesh agree to rounding only, so the run is not continued; start a new one."
+        )
+    system = dataclasses.replace(run.system, mesh=str(stored.mesh), wave=stored.wave)
+    return _execute(dataclasses.replace(run, system=system), show, session, watch, stored)
+
+
+def _validate_stored(folder: Path, run: Run) -> None:
+    """Options that were edited are judged as those of a new run are."""
+    try:
+        validate(run)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+
+
+def extend(folder: Path, run: Run, show: Progress | None = None, session: Opened | None = None) -> Path:
+    """Run `run`: the rounds of the finished run in `folder`, with local fine-tuning or neighbours after them.
+
+    Nothing is trained twice: what the finished run left is copied, and the copy goes on. It ends as `train(run)` would,
+    bit for bit.
+
+    Raises:
+        UserError: the folder's run is not finished or differs in more than these, or `run.out` is in use.
+    """
+    validate(run)
+    run = anchor(run)
+    if run.out is None:
+        raise UserError("a run needs a folder: set out")
+    record = read_run(folder)
+    done = read_config(folder).run
+    if dataclasses.replace(without_extras(run), out=done.out) != done:
+        raise UserError(
+            f"{folder} differs from {run.out} in more than local fine-tuning or neighbours: it cannot go on as that run"
+        )
+    scratch = run.out.with_name(run.out.name + ".partial")  # a kill leaves the run whole or not begun
+    with Claim(scratch) as claim:
+        with Claim(run.out):
+            _refuse_used(run.out)
+        clear(scratch)
+        with Claim(folder):  # what is copied is at rest
+            _copy(folder, scratch)
+        write_json(scratch / "config.json", seal({**record.config, "run": to_json(run)}))
+        claim.move(run.out)
+        return _go_on(run.out, show or SilentProgress(), session, leave_alone)
+
+
+def _copy(folder: Path, target: Path) -> None:
+    """Copy what a run needs to go on; without checkpoints the copy starts anew."""
+    shutil.copy(folder / "metrics.jsonl", target)
+    if (folder / "checkpoints").is_dir():
+        shutil.copytree(folder / "checkpoints", target / "checkpoints")
+        for file in folder.glob("states-*.bin"):
+            shutil.copy(file, target)
+
+
+def _execute(run: Run, show: Progress, opened: Opened | None, watch: Watch, stored: StoredConfig | None = None) -> Path:
+    """Run all that is not done; `stored` is what the folder of a run that goes on says."""
+    assert run.out is not None
+    check = partial(compare_sources, run.out, run, stored.content["fingerprint"]) if stored else _accept
+    if opened is None:
+        session = open_session(run, show.note, check)
+    else:
+        session = opened(run) if callable(opened) else opened
+        check(session.sources)
+    prepared = fit(show_evaluation(prepare(run, session, show.note), show), show)
+    if stored:
+        compare_clients(run.out, stored.content["fingerprint"]["clients"], describe_clients(prepared.examples))
+        _note_places(run, stored)
+    else:
+        _write_config(run, prepared)
+    ask_base = partial(_ask_base, run, prepared, session, show)
+    course = Course(prepared, run.out, show, ask_base, watch)
+    try:
+        course.go()
+    finally:
+        course.checkpoints.close()
+    zero_shot = ask_base()
+    best, federation, own = course.best, course.drivers[0], course.give_best()
+    at = Moment(replicate(session.mesh, best.server), federation.population.slots)
+    base = federation.base_at(at.server)
+    shared = jax.device_get(federation.programs.method.download(at.server))
+    save_base(run.out / "adapters" / BASE, session.params, base)
+    save_adapters(
+        run.out / "adapters", _list_adapters(prepared, own), shared, {"method": run.method, "round": best.round}
+    )
+    general = partial(federation.global_adapters, at=at) if jax.tree.leaves(shared) else None
+    with working(show, "evaluating every client's own model"):
+        models, remembered = let_remember(prepared, base, own)
+        scored = score_models(prepared, base, models, general, zero_shot)
+        results = {
+            "selected_round": best.round,
+            "selected_by": prepared.select_by,
+            **remembered,
+            **describe_scores(prepared, scored),
+            **score_matrix(prepared, base, models),
+        }
+    if lost := describe_lost(results):
+        show.note(lost)
+    if processes.is_first():
+        write_examples(prepared, scored, run.out)
+    write_json(run.out / "results.json", results)
+    return run.out
+
+
+def _ask_base(run: Run, prepared: Prepared, session: Session, show: Progress) -> dict[Split, Scored]:
+    """What the bare base answers, asked once: rounds need not wait for it, but rewards are relative to it."""
+
+    def ask() -> dict[Split, Scored]:
+        with working(show, "asking the bare base (zero-shot), which compiles first"):
+            return score_base(prepared)
+
+    # What is only reported of a run's own models changes nothing of the base's answers: the baseline run leaves it out.
+    options = dataclasses.replace(without_extras(run).evaluation, examples=0, cross_clients=False)
+    return session.remember(("zero-shot", run.data, run.seed, options, run.preference, prepared.objective.pairs), ask)
+
+
+def _list_adapters(prepared: Prepared, models: Adapters) -> Iterator[tuple[str, PyTree]]:
+    """Everybody's name and adapter, on the host."""
+    clients = prepared.examples.clients
+    for numbers, adapters in each_model(models, len(clients), prepared.layout.wave):
+        held = fetch(adapters)
+        for place, number in enumerate(numbers):
+            yield clients[number].name, jax.tree.map(lambda leaf, place=place: leaf[place], held)
+
+
+def _accept(sources: Mapping[str, Any]) -> None:
+    """A new run is of what there is."""
+
+
+def _note_places(run: Run, stored: StoredConfig) -> None:
+    """Keep where data and model are now."""
+    assert run.out is not None
+    here = {name: to_json(run)[name] for name in ("model", "data")}
+    if here != {name: stored.content["run"][name] for name in here}:
+        write_json(run.out / "config.json", seal({**stored.content, "run": {**stored.content["run"], **here}}))
+
+
+def _write_config(run: Run, prepared: Prepared) -> None:
+    """Write the record of the start, which a resumed run keeps."""
+    assert run.out is not None
+    file = run.out / "config.json"
+    if processes.is_first() and not file.exists():
+        run.out.mkdir(parents=True, exist_ok=True)
+        write_json(file, seal(_describe_start(run, prepared)))
+    processes.wait_for_all()
+    if not file.exists():
+        raise UserError(
+            f"process {jax.process_index()} does not see {file}, which process 0 wrote: the run's folder must be on a "
+            "disk that all processes share; choose it with --out"
+        )
+    if processes.count() > 1:  # each reads data and model from what it takes for the same place
+        then = read_config(run.out).content["fingerprint"]
+        compare_sources(run.out, run, then, prepared.session.sources)
+        compare_clients(run.out, then["clients"], describe_clients(prepared.examples))
+
+
+def _describe_start(run: Run, prepared: Prepared) -> dict[str, Any]:
+    layout = prepared.layout
+    resolved = {
+        "wave": layout.wave,
+        "waves": layout.waves,
+        "cohort": layout.cohort,
+        "rows": layout.rows,
+        "steps": layout.steps,
+        "mesh": dict(prepared.session.mesh.shape),
+        "processes": processes.count(),
+        "clients": [client.name for client in prepared.examples.clients],
+        "evaluated": [prepared.examples.clients[number].name for number in prepared.scored],
+        "train_examples": [len(client.train) for client in prepared.examples.clients],
+        "adapter_parameters": sum(
+            leaf.size for path, leaf in tree.flatten(prepared.adapter).items() if not path.endswith("scale")
+        ),
+        "adapted_sites": [path for path, _ in lora.sites_of(prepared.adapter)],
+        "skipped": [dataclasses.asdict(row) for row in prepared.examples.skipped],
+        "question_column": find_question_column(prepared.session.table, run.data),
+    }
+    clients = prepared.examples.clients
+    about = {
+        "devices": [f"{count} × {kind}" for kind, count in _count_devices(prepared.session.mesh).items()],
+        "examples": {split: sum(len(client.rows_of(split)) for client in clients) for split in SPLITS},
+        "resolved": resolved,
+        "fingerprint": {**prepared.session.sources, "clients": describe_clients(prepared.examples)},
+        "federation": prepared.federation.description,
+    }
+    return {"run": to_json(run), **describe_start(), **describe_environment(), **about}
+
+
+def _count_devices(mesh: Mesh) -> Counter[str]:
+    return Counter(device.device_kind for device in mesh.devices.flat)

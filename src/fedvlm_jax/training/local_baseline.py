@@ -1,0 +1,77 @@
+"""Training alone beside a run: the same clients, data, adapter, rounds, steps and rates, and nothing shared.
+
+What sharing is worth is the difference to it, so `fedvlm train` has it too: a run of the method `local` in the folder
+`baseline` of the run. It is resumed, and read, like every other run.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.training import federated_run
+from fedvlm_jax.training.compare import finish_run, refuse_other_sources
+from fedvlm_jax.training.config import Run, from_json
+from fedvlm_jax.training.extend_run import lengthen
+from fedvlm_jax.training.method_options import for_method
+from fedvlm_jax.training.progress import Progress
+from fedvlm_jax.training.run_dir.reader import BASELINE, read_run
+from fedvlm_jax.training.run_dir.validated_files import read_config
+from fedvlm_jax.training.validation import validate
+
+__all__ = ["ALONE", "find_reason_against", "make_baseline", "train_alone"]
+
+ALONE = "local"
+"""The method in which nothing is shared."""
+
+
+def make_baseline(run: Run) -> Run:
+    """Give the run of the same budget that trains every client alone.
+
+    What is scored only for the report of a method (other clients' data, examples) is left out.
+
+    Raises:
+        UserError: options of the run mean something else, or nothing, where nothing is shared.
+    """
+    assert run.out is not None
+    evaluation = dataclasses.replace(run.evaluation, cross_clients=False, examples=0)
+    alone = dataclasses.replace(for_method(run, ALONE), evaluation=evaluation, resume=None, out=run.out / BASELINE)
+    validate(alone)
+    return alone
+
+
+def find_reason_against(run: Run) -> str:
+    """Say why no baseline can stand beside this run; empty where one can."""
+    if run.method == ALONE:
+        return f"--method {ALONE} is that itself"
+    try:
+        make_baseline(run)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def train_alone(folder: Path, show: Progress, session: federated_run.Opened) -> None:
+    """Train every client of a finished run alone, or go on with that, or find that it is done.
+
+    Args:
+        folder: of the finished run.
+        show: where to report.
+        session: what both runs share.
+
+    Raises:
+        UserError: as `make_baseline`, what lies in its folder is a run with other options, or data or model are not
+            those of the finished run any more.
+    """
+    run = dataclasses.replace(from_json(read_run(folder).options), out=folder)
+    alone = make_baseline(run)
+    assert alone.out is not None
+    if not (alone.out / "results.json").is_file():
+        refuse_other_sources(folder, run, session(alone) if callable(session) else session)
+    if (alone.out / "config.json").is_file() and read_config(alone.out).run.train.rounds < alone.train.rounds:
+        federated_run.resume(
+            alone.out, show, session
+        )  # the run was trained longer: so is this, once it has its first rounds
+        processes.tell_all(partial(lengthen, alone.out, alone.train.rounds))
+    finish_run(alone, show, session)

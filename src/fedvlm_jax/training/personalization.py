@@ -1,0 +1,153 @@
+"""Every client's own model, as it was at a moment of the federation.
+
+Clients that never trained, held out or not drawn yet, have the server's global part, and their private part has to come
+from somewhere:
+
+    initial   what every client started from
+    mean      the mean of the private states of all clients that took part
+    nearest   the private state of the client whose images are most alike: cosine of mean frozen features, centred over
+              clients. Of a held-out client only validation images are looked at, and no answers.
+
+Where ranks differ, a direction's mean is over those who have it, a client has those of its own rank, and what its
+source lacks is that of its own start. None of it is given by the FedVLM paper (arXiv 2507.17088).
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, PyTree
+
+from fedvlm_jax.data.batches import pad_rows
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.distributed.sharding import replicate
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.evaluator import Adapters
+from fedvlm_jax.federation.client_states import NOBODY, Slots
+from fedvlm_jax.federation.simulator import Driver, Moment
+from fedvlm_jax.methods.components.norms import leaf_name
+from fedvlm_jax.training.prepare import Prepared
+
+__all__ = ["each_model", "find_nearest", "give_models"]
+
+IMAGES = 128
+"""A client is known by so many of its images at most."""
+
+
+def give_models(prepared: Prepared, driver: Driver, at: Moment) -> Adapters:
+    """Every client's own adapter, for whoever is asked about; who never trained starts as the run asks for.
+
+    Args:
+        prepared: the run.
+        driver: its federation.
+        at: as it was then.
+
+    Raises:
+        UserError: "nearest" where image features are not frozen and kept.
+    """
+    at = at._replace(server=replicate(prepared.session.mesh, at.server))
+    kind = prepared.run.evaluation.cold_start
+    known = at.slots != NOBODY
+    cold, trained = np.flatnonzero(~known), np.flatnonzero(known)
+    if kind == "initial" or not len(cold) or not len(trained):
+        return partial(driver.adapters, at=at)
+    source = np.arange(len(at.slots))  # whose private state a client has
+    mean: PyTree = None
+    ranks = np.asarray(driver.ranks, np.int64)
+    if kind == "mean":
+        mean = _average(driver, trained, at.slots, prepared.layout.wave)
+    else:
+        like = prepared.session.remember(
+            ("client means", *prepared.examples.images.keys), lambda: describe_clients(prepared)
+        )
+        source[cold] = find_nearest(like, cold, trained)
+
+    def adapters(numbers: np.ndarray) -> PyTree:
+        states = driver.population.gather(source[numbers], at.slots)
+        if mean is None and not len(ranks):
+            return driver.personalise(states, np.ones(len(numbers), bool), numbers, at)
+        new, there = ~known[numbers], None
+        if len(ranks):
+            has = ranks[source[numbers]] if mean is None else ranks[trained].max()
+            there = np.arange(ranks.max()) < np.minimum(ranks[numbers], has)[..., None]  # [V, R]
+
+        def replace(path: tuple[Any, ...], leaf: np.ndarray, one: np.ndarray, own: np.ndarray) -> np.ndarray:
+            # Whole numbers name or count: a rank or a client's number is its own, and has no mean.
+            taken = (not np.issubdtype(leaf.dtype, np.integer)) & _along(path, there, leaf.ndim, True)
+            return np.where(_widen(new, leaf), np.where(taken, one, own), leaf)
+
+        start = driver.start_states(numbers, at)
+        states = jax.tree_util.tree_map_with_path(replace, states, states if mean is None else mean, start)
+        return driver.personalise(states, np.ones(len(numbers), bool), numbers, at)
+
+    return adapters
+
+
+def each_model(models: Adapters, clients: int, wave: int) -> Iterator[tuple[Int[np.ndarray, " some"], PyTree]]:
+    """Everybody's models in turn: so many client numbers at a time, and their adapters [V, …] on the devices.
+
+    The last wave is shorter; its adapters are filled up to V, so that all have one shape.
+    """
+    for start in range(0, clients, wave):
+        numbers = np.arange(start, min(start + wave, clients))
+        yield numbers, models(pad_rows(numbers, wave))
+
+
+def find_nearest(
+    means: Float[np.ndarray, "clients width"], who: Int[np.ndarray, " some"], among: Int[np.ndarray, " others"]
+) -> Int[np.ndarray, " some"]:
+    """For each of `who` the one of `among` with the most similar row: cosine, after `among`'s mean is taken off."""
+    centred = means - means[among].mean(axis=0)
+    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
+    unit = centred / np.where(lengths > 0, lengths, 1.0)
+    return among[(unit[who] @ unit[among].T).argmax(axis=1)]
+
+
+def describe_clients(prepared: Prepared) -> Float[np.ndarray, "clients width"]:
+    """The mean frozen feature of every client's images [C, D]: training images, validation images of the held-out."""
+    rows = []
+    clients = prepared.examples.clients
+    for number in processes.share_out(len(clients)):
+        client = clients[number]
+        own = client.validation if client.held_out else client.train
+        batch = prepared.inputs(own[:IMAGES])
+        if "image_features" not in batch:
+            raise UserError("--evaluation.cold-start nearest needs frozen image features: keep the adapter out of the "
+                            "vision tower, and --system.cache on; or choose mean or initial.")  # fmt: skip
+        features = batch["image_features"]
+        rows.append(features.mean(axis=(0, 1)) if len(features) else np.zeros(features.shape[-1], features.dtype))
+    return processes.gather(np.stack(rows), len(clients))
+
+
+def _average(driver: Driver, numbers: np.ndarray, slots: Slots, wave: int) -> PyTree:
+    """The mean of these clients' private states, read so many at a time; of each direction over those who have it."""
+    total: PyTree = None
+    for start in range(0, len(numbers), wave):
+        states = driver.population.gather(numbers[start : start + wave], slots)
+        part = jax.tree.map(lambda leaf: leaf.sum(axis=0, dtype=np.float64), states)
+        total = part if total is None else jax.tree.map(np.add, total, part)
+    shapes = driver.population.gather(numbers[:1], slots)
+    ranks = np.asarray(driver.ranks, np.int64)
+    having = (ranks[numbers, None] > np.arange(ranks.max())).sum(axis=0) if len(ranks) else None
+
+    def divide(path: tuple[Any, ...], leaf: np.ndarray, like: np.ndarray) -> np.ndarray:
+        # What a client lacks is zero in its state, so that the sum is that of those who have it.
+        return (leaf / np.maximum(_along(path, having, leaf.ndim, len(numbers)), 1)).astype(like.dtype)
+
+    return jax.tree_util.tree_map_with_path(divide, total, shapes)
+
+
+def _along(path: tuple[Any, ...], numbers: np.ndarray | None, axes: int, otherwise: Any) -> Any:
+    """Numbers [..., R] of the directions beside the columns of an A, the rows of a B; `otherwise` for other leaves."""
+    name = leaf_name(jax.tree_util.keystr(path, simple=True, separator="/"))
+    if numbers is None or name not in ("a", "b"):
+        return otherwise
+    *front, rank = numbers.shape
+    back = (rank,) if name == "a" else (rank, 1)
+    return numbers.reshape(*front, *[1] * (axes - len(front) - len(back)), *back)
+
+
+def _widen(mask: np.ndarray, leaf: np.ndarray) -> np.ndarray:
+    return mask.reshape(-1, *[1] * (leaf.ndim - 1))

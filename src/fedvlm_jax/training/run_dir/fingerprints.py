@@ -1,0 +1,200 @@
+"""What a run was made of: digests of its data, its clients, its base and its options, kept in `config.json`.
+
+Whoever goes on with a run, or evaluates it again, compares them: other data or another base under the same name would
+go unnoticed, and so would an option that somebody edited. Paths are made absolute when a run begins, so that it means
+the same from every working folder.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.sources.registry import find_sets
+from fedvlm_jax.data.table import Table
+from fedvlm_jax.data.tokenization import IGNORED, Examples
+from fedvlm_jax.errors import UserError, check_utf8
+from fedvlm_jax.models.safetensors_io import find_files
+from fedvlm_jax.training.config import Run
+from fedvlm_jax.training.run_dir.artifacts import describe_versions
+from fedvlm_jax.utils import digests
+from fedvlm_jax.utils.file_digests import digest_file, digest_files
+
+__all__ = [
+    "anchor",
+    "compare_clients",
+    "compare_sources",
+    "describe_clients",
+    "describe_sources",
+    "find_places",
+    "move",
+    "tell_versions",
+]
+
+MOVABLE = ("source", "path", "image_root")
+"""Data options that say where files are, and nothing else."""
+
+SHOWN = 5
+"""Clients or files that are named of those that differ."""
+
+
+def anchor(run: Run) -> Run:
+    """The same run with absolute paths in place of relative ones."""
+    data, source, model = run.data, run.data.source, run.model
+    if source not in find_sets() and Path(source).expanduser().exists():
+        source = str(_absolute(source))
+    if Path(model).is_dir():
+        model = str(_absolute(model))
+    path, images, cache = (place and _absolute(place) for place in (data.path, data.image_root, run.system.cache_dir))
+    return replace(
+        run,
+        model=model,
+        data=data.replace(source=source, path=path, image_root=images),
+        system=replace(run.system, cache_dir=cache),
+    )
+
+
+def move(run: Run, places: Run) -> Run:
+    """The same run with data and model where they are now: those of `places` that are not an option's default."""
+    there, default = anchor(places), Run()
+    data = {
+        name: getattr(there.data, name) for name in MOVABLE if getattr(there.data, name) != getattr(default.data, name)
+    }
+    model = there.model if there.model != default.model else run.model
+    return replace(run, model=model, data=run.data.replace(**data))
+
+
+def _absolute(path: str | Path) -> Path:
+    place = Path(path).expanduser().absolute()
+    check_utf8("the path", str(place))  # of the working folder too
+    return place
+
+
+def find_places(folder: Path, run: Run) -> None:
+    """See that data and model of the run in a folder are where they were.
+
+    Raises:
+        UserError: one is not; says how to name its new place.
+    """
+    path = ("--data.path", str(run.data.path)) if run.data.path else ("--data", run.data.source)
+    for flag, place in (path, ("--model", run.model)):
+        if Path(place).is_absolute() and not os.path.exists(place):  # noqa: PTH110  it raises for no name
+            flag = f"--data {run.data.source} {flag}" if flag == "--data.path" else flag
+            raise UserError(
+                f"{place}, of which the run in {folder} was made, is not there; if it has moved, say so: fedvlm train "
+                f"--resume {folder} {flag} PLACE"
+            )
+
+
+def describe_sources(table: Table, model: Path) -> dict[str, Any]:
+    """Digests of the files that a run reads: its data, and its base with all that decides how the base is used.
+
+    Args:
+        table: the data.
+        model: the base's folder.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    said = sorted(
+        path
+        for pattern in ("*.json", "*.txt", "*.model")
+        for path in model.glob(pattern)
+        if path.is_file() and not path.name.endswith(".index.json")
+    )
+    return {
+        "data": table.digest,
+        "weights": digest_files(find_files(model)),
+        "model_files": {path.name: digest_file(path) for path in said},
+    }
+
+
+def describe_clients(examples: Examples) -> dict[str, str]:
+    """Client -> digest of its rows, in their order and by split: pictures, tokens and answers, as they are used."""
+    rows = _digest_rows(examples)
+    return {
+        client.name: digests.digest_parts(
+            [rows[client.rows_of(split)] for split in SPLITS],
+            client.held_out,
+            *(len(client.rows_of(split)) for split in SPLITS),
+        ).hex()
+        for client in examples.clients
+    }
+
+
+def _digest_rows(examples: Examples) -> np.ndarray:
+    """Every row's digest [N, 16]; how wide tokens are padded does not count."""
+    found = np.empty((len(examples), digests.SIZE), np.uint8)
+    keys = [key.encode() for key in examples.images.keys]
+    rejected = examples.rejected_answers or [""] * len(examples)
+    for row in range(len(examples)):
+        texts = [text.encode("utf-8", "surrogatepass") for text in (examples.answers[row], rejected[row])]
+        tokens = [examples.input_ids[row][examples.attention_mask[row] > 0]]
+        tokens += [
+            labels[row][labels[row] != IGNORED] for labels in (examples.labels, examples.rejected) if labels is not None
+        ]
+        parts = [keys[examples.image[row]], *texts, *tokens]
+        found[row] = np.frombuffer(digests.digest_parts(parts, *map(len, parts)), np.uint8)
+    return found
+
+
+def compare_sources(folder: Path, run: Run, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse files that are not those which the run in a folder began with.
+
+    Raises:
+        UserError: each that differs, a line for each.
+    """
+    lines = [f"the data, {run.data.path or run.data.source}, have another content"] * (stored["data"] != now["data"])
+    lines += [f"the weights of the model {run.model} are others"] * (stored["weights"] != now["weights"])
+    then, files = stored["model_files"], now["model_files"]
+    lines += [
+        f"{name} of the model {run.model} {what}"
+        for name, what in _name_differences(then, files, "has another content")
+    ]
+    _refuse(folder, lines)
+
+
+def compare_clients(folder: Path, stored: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse clients that are not those which the run in a folder began with.
+
+    Raises:
+        UserError: each that differs, a line for each.
+    """
+    lines = [f"the client {name} {what}" for name, what in _name_differences(stored, now, "has other rows")]
+    if not lines and list(stored) != list(now):
+        lines = ["the clients are in another order"]
+    _refuse(folder, lines)
+
+
+def tell_versions(stored: Mapping[str, Any], note: Callable[[str], None]) -> None:
+    """Say which versions are not those that the run began with."""
+    now = describe_versions()
+    changed = [f"{name} {stored[name]} is now {now.get(name)}" for name in stored if stored[name] != now.get(name)]
+    if changed:
+        note(
+            f"not all versions are those that the run began with ({', '.join(changed)}): what is computed from here on "
+            "agrees to rounding, and equal bits are not promised"
+        )
+
+
+def _name_differences(then: Mapping[str, str], now: Mapping[str, str], other: str) -> list[tuple[str, str]]:
+    """What differs, and how; of many the first."""
+    told = {name: "is gone" for name in then if name not in now}
+    told |= {name: "is new" for name in now if name not in then}
+    told |= {name: other for name in then if name in now and then[name] != now[name]}
+    names = list(told)
+    more = [(f"and {len(names) - SHOWN} more", "differ")] if len(names) > SHOWN else []
+    return [(name, told[name]) for name in names[:SHOWN]] + more
+
+
+def _refuse(folder: Path, lines: list[str]) -> None:
+    if lines:
+        raise UserError(
+            f"{folder} was not made of what is there now, so its numbers would be those of neither:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + "\nPut back what was there, or start a new run."
+        )

@@ -1,0 +1,212 @@
+"""Reading the folders that runs and comparisons leave: plain JSON in, records out, without jax or a model.
+
+A run's folder has `config.json` (options, versions, commit, what was resolved), `metrics.jsonl` (one line per round)
+and, once finished, `results.json`. A comparison's folder has `comparison.json`, which names the folders of its runs.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.training.run_dir.validated_files import (
+    SEAL,
+    check_comparison,
+    check_line,
+    check_origin,
+    check_results,
+    check_seal,
+    parse_json,
+    read_json,
+    read_text,
+)
+
+__all__ = [
+    "BASELINE",
+    "ComparisonRecord",
+    "RunRecord",
+    "is_comparison",
+    "read_baseline",
+    "read_comparison",
+    "read_metrics",
+    "read_run",
+]
+
+BASELINE = "baseline"
+"""Folder in a run's, of the run that trained the same clients alone."""
+
+SAME = ("model", "objective", "cohort", "seed", "data", "preference", "participation", "lora")
+"""Options that both have alike, beside those of training; averages have weights, and training alone has none."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished run as its folder tells it."""
+
+    folder: Path
+    config: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    results: dict[str, Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the run, nested as in `Run`."""
+        return self.config["run"]
+
+    @property
+    def method(self) -> str:
+        """The method's name, with "+ft" where local fine-tuning followed and "+knn" where neighbours are mixed in."""
+        finetuned = (self.options.get("train") or {}).get("finetune_steps", 0) > 0
+        remembers = (self.options.get("evaluation") or {}).get("neighbours", 0) > 0
+        return self.options["method"] + ("+ft" if finetuned else "") + ("+knn" if remembers else "")
+
+    @property
+    def metric(self) -> str:
+        """The metric by which the run chose its models, which is the one it is judged by."""
+        return self.results.get("selected_by", "exact_match")
+
+    def scores(self, model: str, metric: str | None = None, split: str = "test") -> dict[str, float]:
+        """Give a metric of a model by client; clients without examples are left out.
+
+        Args:
+            model: "zero_shot", "personal" or "global"; of clients that never trained "held_out/zero_shot" or
+                "held_out/personal".
+            metric: the one the run is judged by, unless it is named.
+            split: "validation" or "test".
+        """
+        found: Any = self.results
+        for part in (*model.split("/"), split, metric or self.metric):
+            found = (found or {}).get(part)
+        return drop_missing(found or {})
+
+    def metrics(self, model: str = "personal", split: str = "test") -> tuple[str, ...]:
+        """Name the metrics that there are."""
+        return tuple(name for name, values in (self.results[model].get(split) or {}).items() if drop_missing(values))
+
+
+@dataclass(frozen=True)
+class ComparisonRecord:
+    """A finished comparison as its folder tells it."""
+
+    folder: Path
+    methods: list[str]
+    seeds: list[int]
+    command: str
+    runs: list[dict[str, Any]]
+    zero_shot: list[dict[str, Any]]
+    settings: dict[str, Any]
+    metric: str = "exact_match"
+
+    def scores(self, method: str, metric: str | None = None, split: str = "test") -> dict[int, dict[str, float]]:
+        """Give a metric of a method (or "zero-shot") by seed and client; the one it is judged by, unless named."""
+        entries = self.zero_shot if method == "zero-shot" else [run for run in self.runs if run["method"] == method]
+        name = metric or self.metric
+        by_seed = {entry["seed"]: drop_missing((entry.get(split) or {}).get(name) or {}) for entry in entries}
+        return {seed: scores for seed, scores in sorted(by_seed.items()) if scores}
+
+    def folder_of(self, run: Mapping[str, Any]) -> Path:
+        """Find the folder of one of its runs, which lies inside the comparison's unless it was given elsewhere."""
+        inside = self.folder / run["folder"]
+        return inside if inside.is_dir() else Path(run["folder"])
+
+
+def drop_missing(scores: Mapping[str, float | None]) -> dict[str, float]:
+    """Leave out clients that have no score (`null` or NaN), which is what a client without examples has."""
+    return {client: float(score) for client, score in scores.items() if score is not None and not math.isnan(score)}
+
+
+def is_comparison(folder: Path) -> bool:
+    """Tell a comparison's folder from a run's."""
+    return (folder / "comparison.json").is_file()
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a finished run.
+
+    Raises:
+        UserError: the folder is no run's, the run is not finished, or a file of it is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json there, so it is not the folder of a run")
+    if not (folder / "results.json").is_file():
+        raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
+    config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
+    check_origin(folder / "config.json", config)
+    if SEAL in config:
+        check_seal(folder / "config.json", config)
+    check_results(folder / "results.json", results)
+    return RunRecord(folder, config, read_metrics(folder), results)
+
+
+def read_baseline(record: RunRecord) -> RunRecord | None:
+    """Read the run that trained the same clients alone, for `fedvlm train` makes one inside the run's folder.
+
+    Returns:
+        `None` where there is none, where it is not finished, or where it had another budget than the run has now, or
+        other data or another base.
+
+    Raises:
+        UserError: a file of it is damaged.
+    """
+    folder = record.folder / BASELINE
+    if not (folder / "results.json").is_file():
+        return None
+    alone = read_run(folder)
+    alike = all(alone.options.get(name) == record.options.get(name) for name in SAME)
+    budgets = [{**(one.options.get("train") or {}), "weighting": None} for one in (record, alone)]
+    sources = [one.config.get("fingerprint") for one in (record, alone)]
+    return alone if alike and budgets[0] == budgets[1] and sources[0] == sources[1] else None
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl`; where a killed and resumed run wrote a round twice, the later line holds.
+
+    Raises:
+        UserError: a line is not that of a round. One that a kill cut short is left out.
+    """
+    path = folder / "metrics.jsonl"
+    texts = read_text(path).split("\n") if path.is_file() else []
+    if texts and not _is_json(texts[-1]):  # the end of the last line, or what a kill left of one
+        texts.pop()
+    lines: dict[int, dict[str, Any]] = {}
+    for number, text in enumerate(texts, start=1):
+        line = parse_json(path, text, f", line {number}")
+        check_line(path, f", line {number}", line)
+        lines[line["round"]] = line
+    return [lines[number] for number in sorted(lines)]
+
+
+def read_comparison(folder: Path) -> ComparisonRecord:
+    """Read a finished comparison.
+
+    Raises:
+        UserError: the folder is no comparison's, or its file is damaged.
+    """
+    path = folder / "comparison.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no comparison.json there, so it is not the folder of a finished comparison")
+    stored = read_json(path)
+    check_comparison(path, stored)
+    return ComparisonRecord(
+        folder=folder,
+        methods=list(stored["methods"]),
+        seeds=list(stored["seeds"]),
+        command=stored.get("command", ""),
+        runs=list(stored["runs"]),
+        zero_shot=list(stored["zero_shot"]),
+        settings=dict(stored.get("settings") or {}),
+        metric=stored.get("selected_by", "exact_match"),
+    )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

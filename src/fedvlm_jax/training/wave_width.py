@@ -1,0 +1,54 @@
+"""How many clients train side by side: as many as the compiled round leaves room for on a device."""
+
+import dataclasses
+import time
+from functools import partial
+
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.distributed.sharding import CLIENTS
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.federation.memory import GIB, USABLE, Footprint, TooLargeError, find_wave, read_device_bytes
+from fedvlm_jax.training.prepare import Prepared, lay_out, make_driver
+from fedvlm_jax.training.progress import COMPILING, Progress, SilentProgress, working
+
+__all__ = ["fit"]
+
+
+def fit(prepared: Prepared, show: Progress | None = None) -> Prepared:
+    """Choose the wave, unless the run names one, and compile its first round; says what it takes of a device.
+
+    Raises:
+        UserError: not even one client fits on a device, or not as many as the run asks for.
+    """
+    run, mesh, show = prepared.run, prepared.session.mesh, show or SilentProgress()
+    began, limit = time.monotonic(), processes.smallest(read_device_bytes(mesh))
+
+    def try_wave(wave: int) -> tuple[Prepared, Footprint]:
+        layout = lay_out(run, prepared.examples, mesh, run.cohort, wave)
+        evaluator = dataclasses.replace(prepared.evaluator, wave=layout.wave)
+        candidate = dataclasses.replace(prepared, layout=layout, evaluator=evaluator)
+        # Compiling takes shapes: whoever waits for the first round waits for its pictures once it is compiled.
+        driver = make_driver(dataclasses.replace(candidate, inputs=candidate.blank), run.method, cohort=run.cohort)
+        driver.compiling = partial(working, show, COMPILING)
+        return candidate, driver.measure_round(driver.read_round(1))
+
+    asked = run.system.wave
+    if asked is None:
+        fitted, footprint = find_wave(
+            try_wave, prepared.layout.wave, prepared.layout.cohort, mesh.shape[CLIENTS], limit
+        )
+    else:
+        try:
+            fitted, footprint = try_wave(asked)
+        except TooLargeError as error:
+            raise UserError(f"--wave {asked} does not fit on a device ({error}): leave it out, or try fewer") from error
+    room = f" of {limit / GIB:.1f}" if limit else ""
+    layout = fitted.layout
+    show.note(
+        f"a round takes {footprint.total / GIB:.2f}{room} GiB of a device: the base {footprint.base / GIB:.2f}, each "
+        f"client {footprint.per_client / 2**20:.0f} MiB; {layout.cohort} clients in {layout.waves} "
+        f"wave{'s' if layout.waves > 1 else ''} of {layout.wave} (compiled in {time.monotonic() - began:.0f} s)"
+    )
+    if asked is not None and limit and footprint.total > USABLE * limit:
+        show.note(f"--wave {asked} may be too wide for the device: it is used because it was asked for")
+    return fitted

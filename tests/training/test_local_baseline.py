@@ -1,0 +1,43 @@
+"""Training alone beside a run: one load for both, stopped and resumed like every run, never trained twice."""
+
+import pytest
+from tiny_run import StopAfter, StopError, tiny_run
+
+from fedvlm_jax.training import federated_run
+from fedvlm_jax.training.extend_run import lengthen
+from fedvlm_jax.training.local_baseline import train_alone
+from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.training.run_dir.reader import read_baseline, read_run
+
+
+@pytest.mark.broad
+def test_both_share_what_is_loaded_and_the_second_is_resumed(model, tmp_path, monkeypatch):
+    loads = []
+    opened = federated_run.open_session
+    monkeypatch.setattr(federated_run, "open_session", lambda run, note: loads.append(run.out) or opened(run, note))
+    run, show = tiny_run(model, tmp_path / "run", method="plora"), SilentProgress()
+    bases, score_base = [], federated_run.score_base
+    monkeypatch.setattr(federated_run, "score_base", lambda prepared: bases.append(1) or score_base(prepared))
+    session = federated_run.open_later(show)
+    federated_run.train(run, show, session)
+    assert read_baseline(read_run(run.out)) is None
+    with pytest.raises(StopError):
+        train_alone(run.out, StopAfter(2), session)
+    rest = SilentProgress()
+    train_alone(run.out, rest, session)
+    assert [line["round"] for line in rest.lines] == [3, 4]
+    assert {line["method"] for line in rest.lines} == {"local"}
+    assert loads == [run.out]
+    alone = read_baseline(read_run(run.out))
+    assert alone is not None
+    assert alone.scores("zero_shot") == read_run(run.out).scores("zero_shot")
+    assert len(bases) == 1, "the bare base is asked once for both"
+    again = SilentProgress()
+    train_alone(run.out, again, session)
+    assert again.lines == []
+    lengthen(run.out, 6)
+    federated_run.resume(run.out, session=session)
+    assert read_baseline(read_run(run.out)) is None, "of fewer rounds"
+    train_alone(run.out, again, session)
+    assert [line["round"] for line in again.lines] == [5, 6]
+    assert read_baseline(read_run(run.out)) is not None

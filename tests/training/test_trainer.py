@@ -1,0 +1,41 @@
+"""The learning rates of a run's rounds, and dropout in them."""
+
+from types import SimpleNamespace
+
+import pytest
+from tiny_run import tiny_run
+
+from fedvlm_jax.training import method_setup
+from fedvlm_jax.training.config import LoraOptions, Run, TrainOptions
+from fedvlm_jax.training.prepare import make_driver, prepare
+from fedvlm_jax.training.trainer import Course
+
+
+def rates(**train):
+    run = Run(train=TrainOptions(rounds=8, learning_rate_a=4.0, learning_rate_b=8.0, **train))
+    course = SimpleNamespace(prepared=SimpleNamespace(run=run))
+    return [Course._rates(course, number) for number in range(1, 10)]  # type: ignore[arg-type]
+
+
+def test_rates_rise_over_the_rounds_of_warm_up_and_fall_late():
+    """A quarter, a half and three quarters in three rounds; a tenth after the sixth of eight, fine-tuning included."""
+    found = rates(warmup_rounds=3, decay=0.1, decay_at=0.75)
+    assert [one["a"] for one in found] == pytest.approx([1, 2, 3, 4, 4, 4, 0.4, 0.4, 0.4])
+    assert [one["b"] for one in found] == pytest.approx([2, 4, 6, 8, 8, 8, 0.8, 0.8, 0.8])
+
+
+def test_without_warm_up_rates_are_what_they_were():
+    assert rates(decay=1.0) == [{"a": 4.0, "b": 8.0}] * 9
+
+
+def test_dropout_reaches_training_and_targets_without_a_weight_are_told(model, session, tmp_path, monkeypatch):
+    asked, notes = [], []
+    make = method_setup.make_local_trainer
+    monkeypatch.setattr(method_setup, "make_local_trainer", lambda *given, **kw: asked.append(kw) or make(*given, **kw))
+    options = LoraOptions(rank=2, dropout=0.25, targets="q_proj|o_proj|lm_head")
+    prepared = prepare(tiny_run(model, tmp_path / "run", lora=options), session, notes.append)
+    make_driver(prepared, "local", cohort=None)
+    assert [given["dropout"] for given in asked] == [0.25]
+    assert [note for note in notes if "targets" in note] == [
+        f"--lora.targets: o_proj, lm_head match no weight of {model}; the others have adapters"
+    ]
