@@ -33,12 +33,12 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import tyro
+from harness.cells import append_line, read_lines
+from harness.machine import MatmulPeak, describe_machine
+from harness.ours import Ours, choose_examples, count_round_flops
+from harness.timing import describe_times, interleave
+from harness.world import Shape, World, draw_world, start_factors
 
-from fedvlm_jax.bench.cells import append_line, read_lines
-from fedvlm_jax.bench.machine import MatmulPeak, describe_machine
-from fedvlm_jax.bench.ours import Ours, choose_examples, count_round_flops
-from fedvlm_jax.bench.timing import describe_times, interleave
-from fedvlm_jax.bench.world import Shape, World, draw_world, start_factors
 from fedvlm_jax.models import Vlm, load_vlm, resolve_folder
 from fedvlm_jax.reporting.figures.theme import PAPER, make_figure, save_png
 from fedvlm_jax.training.run_dir.artifacts import write_json

@@ -2,7 +2,7 @@
 
     python pytorch_peft.py MODEL WORLD        # an interpreter that has torch, transformers and peft
 
-MODEL is a Hugging Face folder, WORLD a file that `fedvlm_jax.bench.world` wrote: the clients' rows, which of them each
+MODEL is a Hugging Face folder, WORLD a file that `harness/world.py` wrote: the clients' rows, which of them each
 local step reads, and the adapter that all start from. Orders come as lines of JSON on stdin, and each is answered with
 a line on stdout:
 

@@ -38,15 +38,15 @@ import jax
 import jax.numpy as jnp
 import tyro
 from base_size import make_checkpoint
+from harness.cells import USES, Cell, append_line, measure_cell, measure_rounding, read_lines
+from harness.kinds import KINDS, measure_kinds
+from harness.machine import describe_machine
+from harness.memory import measure_clients
+from harness.ours import Ours
+from harness.shipped import open_shipped
+from harness.timing import describe_times, interleave, ratio
+from harness.world import Shape, World, draw_world
 
-from fedvlm_jax.bench.cells import USES, Cell, append_line, measure_cell, measure_rounding, read_lines
-from fedvlm_jax.bench.kinds import KINDS, measure_kinds
-from fedvlm_jax.bench.machine import describe_machine
-from fedvlm_jax.bench.memory import measure_clients
-from fedvlm_jax.bench.ours import Ours
-from fedvlm_jax.bench.shipped import open_shipped
-from fedvlm_jax.bench.timing import describe_times, interleave, ratio
-from fedvlm_jax.bench.world import Shape, World, draw_world
 from fedvlm_jax.models import Stacking, Vlm, load_vlm, read_vlm, resolve_folder
 from fedvlm_jax.training.run_dir.artifacts import write_json
 

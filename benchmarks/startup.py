@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from harness.machine import describe_machine
+from harness.timing import describe_times, interleave, ratio
 
-from fedvlm_jax.bench.machine import describe_machine
-from fedvlm_jax.bench.timing import describe_times, interleave, ratio
 from fedvlm_jax.training.run_dir.artifacts import write_json
 from fedvlm_jax.utils.compilation_cache import FOLDER, SWITCH
 

@@ -32,7 +32,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 
 def test_every_command_is_listed_in_order() -> None:
-    named = "data explain plan train compare evaluate report cache bench"
+    named = "data explain plan train compare evaluate report cache"
     assert list(commands_available()) == named.split()
 
 

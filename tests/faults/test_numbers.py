@@ -124,7 +124,6 @@ def test_numbers_as_they_are_written() -> None:
         (["train", "--cohort", str(2**64)], f"--cohort is {2**64}: it must be a whole number of at most {LARGEST}"),
         (["compare", "--seeds", str(10**19)], f"--seeds is {10**19}: it must be a whole number of at most {LARGEST}"),
         (["data", "--seed", str(2**32)], f"--seed is {2**32}: it must be a whole number of at most {LARGEST_SEED}"),
-        (["bench", "--waves", "1", str(2**40)], f"--waves is {2**40}: it must be"),
         (["explain", "--clients", str(2**33)], f"--clients is {2**33}: it must be"),
         (["plan", "--sizes.examples", str(2**33)], f"--sizes.examples is {2**33}: it must be"),
     ],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedvlm_jax.bench.flops import count_flops
+from fedvlm_jax.analysis.flops import count_flops
 from fedvlm_jax.utils.products import mix, project, score
 
 PLAIN = {

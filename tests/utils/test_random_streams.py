@@ -20,10 +20,10 @@ its sites' paths into a key that it is given."""
 
 
 def read_calls(name):
-    """(file, call) of every call of `….name(…)` in the package, but for benchmarks, which draw what they measure on."""
+    """(file, call) of every call of `….name(…)` in the package, but for those that are no run's."""
     for file in sorted(SOURCE.rglob("*.py")):
         path = file.relative_to(SOURCE).as_posix()
-        if path.startswith("bench/") or path in NOT_OF_A_RUN:
+        if path in NOT_OF_A_RUN:
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == name:

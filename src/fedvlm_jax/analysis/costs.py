@@ -1,18 +1,16 @@
-"""What a round costs a device: arithmetic, memory traffic, and time as its compiler foresees it.
+"""Memory traffic of a round on a device, and time as its compiler foresees it.
 
 The compiler's own sums (`cost_analysis`) count what stands in a loop once, however often the loop turns, and a round is
-loops within loops: waves, steps, layers. So loops are counted here. Arithmetic is read from the program as it was
-traced, because on a device it may hide in kernels of which nothing but the name is told.
+loops within loops: waves, steps, layers. So loops are counted here.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fedvlm_jax.analysis.hlo import Array, Computation, Instruction, Program
 
-__all__ = ["Traffic", "count_flops", "count_traffic", "trace_flops"]
+__all__ = ["Traffic", "count_traffic"]
 
 FREE = frozenset({
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -21,42 +19,6 @@ FREE = frozenset({
 """Instructions that move nothing themselves."""
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-
-
-def count_flops(jaxpr: Any) -> int:
-    """Operations of a traced program's matrix products and convolutions: a multiplication and an addition each.
-
-    Loops count as often as they turn (one whose turns nobody knows counts once), branches as their dearest, and what is
-    recomputed in a backward pass counts again. All devices together.
-    """
-    total = 0
-    for equation in jaxpr.eqns:
-        inner = [_open(one) for value in equation.params.values() for one in _list(value)]
-        counts = [count_flops(one) for one in inner if hasattr(one, "eqns")]
-        match equation.primitive.name:
-            case "dot_general":
-                (contracted, _), _ = equation.params["dimension_numbers"]
-                shape = equation.invars[0].aval.shape
-                total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-            case "conv_general_dilated":
-                kernel, numbers = equation.invars[1].aval, equation.params["dimension_numbers"]
-                filters = kernel.shape[numbers.rhs_spec[0]]
-                total += 2 * equation.outvars[0].aval.size * kernel.size // filters
-            case "scan":
-                total += equation.params["length"] * sum(counts)
-            case "cond":
-                total += max(counts, default=0)
-            case _:
-                total += sum(counts)
-    return total
-
-
-def _list(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, (list, tuple)) else (value,)
-
-
-def _open(value: Any) -> Any:
-    return value.jaxpr if hasattr(value, "jaxpr") else value
 
 
 class Traffic(NamedTuple):
@@ -163,8 +125,3 @@ def _strip(instruction: Instruction, inner: Computation) -> Instruction:
 def _main(arrays: Iterable[Array]) -> int:
     """Bytes of those in the device's main memory."""
     return sum(array.bytes for array in arrays if array.space == 0)
-
-
-def trace_flops(jitted: Any, *arguments: Any, **static: Any) -> int:
-    """`count_flops` of a jitted function for arguments of these shapes."""
-    return count_flops(jitted.trace(*arguments, **static).jaxpr.jaxpr)

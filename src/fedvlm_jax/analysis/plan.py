@@ -6,6 +6,7 @@ and sums over its text; what a chip can do is looked up (`runs.chips`).
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from jax.sharding import Mesh
 
 from fedvlm_jax.analysis.accelerators import parse_topology
 from fedvlm_jax.analysis.collectives import find_collectives
-from fedvlm_jax.analysis.costs import count_traffic, trace_flops
+from fedvlm_jax.analysis.costs import count_traffic
+from fedvlm_jax.analysis.flops import count_flops
 from fedvlm_jax.analysis.hlo import parse_program
 from fedvlm_jax.analysis.plan_options import Request, check_request
 from fedvlm_jax.analysis.plan_record import Attempt, Costs, Plan
@@ -161,7 +163,7 @@ def plan(request: Request, note: Note = lambda text: None) -> Plan:
     program = parse_program(compiled.as_text())
     told = compiled.cost_analysis() or {}
     costs = Costs(
-        flops=trace_flops(programs.round, *arguments, phase=phase) // mesh.devices.size,
+        flops=count_flops(partial(programs.round, phase=phase), *arguments) // mesh.devices.size,
         traffic=count_traffic(program),
         compiler={name: told[name] for name in ("flops", "bytes accessed", "optimal_seconds") if name in told},
         unknown_loops=len(program.unknown),

@@ -28,7 +28,7 @@ from fedvlm_jax.utils.standard_streams import PIPE_GONE, is_reader_gone, leave_o
 
 __all__ = ["commands_available", "main"]
 
-ORDER = ("data", "explain", "plan", "train", "compare", "evaluate", "report", "cache", "bench")
+ORDER = ("data", "explain", "plan", "train", "compare", "evaluate", "report", "cache")
 QUIET = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # it tells at import that PyTorch is missing, as it should be here
     "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's compiler calls itself very slow after two minutes; what fails raises anyway

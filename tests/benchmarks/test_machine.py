@@ -1,8 +1,7 @@
 """What Linux says of a processor, and what is made of it."""
 
 import pytest
-
-from fedvlm_jax.bench import machine
+from harness import machine
 
 INTEL = "processor\t: 0\nmodel name\t: Some Xeon\nflags\t\t: fpu {more}\n\nprocessor\t: 1\nmodel name\t: Another\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd i8mm bf16\nCPU part\t: 0xd4f\n"

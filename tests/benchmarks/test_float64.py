@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness.cells import compare_factors
+from harness.ours import Ours
+from harness.peer import Peer
+from harness.world import Shape, draw_world
 
-from fedvlm_jax.bench.cells import compare_factors
-from fedvlm_jax.bench.ours import Ours
-from fedvlm_jax.bench.peer import Peer
-from fedvlm_jax.bench.world import Shape, draw_world
 from fedvlm_jax.models import load_vlm, resolve_folder
 
 

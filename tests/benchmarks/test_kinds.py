@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from harness.kinds import KINDS, find_kinds, measure_kinds
 
 from fedvlm_jax.analysis.hlo import parse_program
-from fedvlm_jax.bench.kinds import KINDS, find_kinds, measure_kinds
 
 TEXT = """
 HloModule example

@@ -12,33 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from fedvlm_jax.bench.ours import Vision
-from fedvlm_jax.bench.world import World, write_world
 from fedvlm_jax.errors import UserError
+from harness.ours import Vision
+from harness.world import World, write_world
 
-__all__ = ["FORMS", "Choice", "Peer", "find_script"]
+__all__ = ["FORMS", "Choice", "Peer"]
 
-SCRIPT = "pytorch_peft.py"
-PACKAGE = Path(__file__).parent.parent
+SCRIPT = Path(__file__).parents[1] / "pytorch_peft.py"
 
 FORMS = {"float32": ("float32",), "bfloat16": ("bfloat16", "autocast")}
 """Arithmetic -> the forms in which PyTorch may be asked to do it; the fastest counts."""
 
 Choice = tuple[int, str]
 """Threads, form."""
-
-
-def find_script() -> Path:
-    """Where the peer's program is: in the package, or in the checkout that the package is run from.
-
-    Raises:
-        UserError: in neither.
-    """
-    places = (PACKAGE / "assets" / SCRIPT, PACKAGE.parents[1] / "benchmarks" / SCRIPT)
-    for place in places:
-        if place.is_file():
-            return place
-    raise UserError(f"--peer-python: {SCRIPT} is neither at {places[0]} nor at {places[1]}")
 
 
 class Peer:
@@ -60,7 +46,7 @@ class Peer:
         self._said = file.with_name("said.txt")  # a file, because nobody would empty a pipe
         write_world(world, file)
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-        command = [python, str(find_script()), str(model), str(file)]
+        command = [python, str(SCRIPT), str(model), str(file)]
         try:
             with self._said.open("w") as said:
                 self._process = subprocess.Popen(

@@ -6,13 +6,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+from harness import peer as peers
+from harness.cells import compare_factors
+from harness.ours import Ours
+from harness.peer import Peer
+from harness.world import Shape, draw_world, write_world
 from tiny_run import make_folder
 
-from fedvlm_jax.bench import peer as peers
-from fedvlm_jax.bench.cells import compare_factors
-from fedvlm_jax.bench.ours import Ours
-from fedvlm_jax.bench.peer import Peer
-from fedvlm_jax.bench.world import Shape, draw_world, write_world
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import load_vlm
 
@@ -70,7 +70,7 @@ for line in sys.stdin:
 def made_up(monkeypatch, tmp_path):
     script = tmp_path / "peer.py"
     script.write_text(PEER)
-    monkeypatch.setattr(peers, "find_script", lambda: script)
+    monkeypatch.setattr(peers, "SCRIPT", script)
 
 
 def test_the_peer_gets_its_best_threads_and_form(tiny, made_up):
@@ -93,4 +93,4 @@ def test_what_a_peer_dies_of_is_told(tiny, made_up):
 
 
 def test_the_peer_s_program_is_found():
-    assert peers.find_script().name == "pytorch_peft.py"
+    assert peers.SCRIPT.is_file()

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedvlm_jax import lora
-from fedvlm_jax.bench.flops import count_flops
-from fedvlm_jax.bench.world import Settings, Shape, World
+from fedvlm_jax.analysis.flops import count_flops
 from fedvlm_jax.distributed.sharding import make_mesh, place_waves, replicate
 from fedvlm_jax.federation.compiled import make_programs
 from fedvlm_jax.federation.local_training import make_local_trainer
@@ -19,6 +18,7 @@ from fedvlm_jax.methods import Client, Setup, load_method
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.utils import tree
+from harness.world import Settings, Shape, World
 
 __all__ = ["Ours", "Vision", "choose_examples", "count_round_flops"]
 

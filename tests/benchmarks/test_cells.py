@@ -4,9 +4,8 @@ import json
 
 import numpy as np
 import pytest
-
-from fedvlm_jax.bench.cells import Cell, append_line, compare_factors, read_lines
-from fedvlm_jax.bench.timing import describe_times, interleave, ratio
+from harness.cells import Cell, append_line, compare_factors, read_lines
+from harness.timing import describe_times, interleave, ratio
 
 
 def test_distances_by_hand():

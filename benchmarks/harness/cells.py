@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedvlm_jax.bench.machine import MatmulPeak, describe_machine, has_bfloat16_units
-from fedvlm_jax.bench.ours import Ours, Vision, choose_examples, count_round_flops
-from fedvlm_jax.bench.peer import Peer
-from fedvlm_jax.bench.timing import describe_times, interleave, ratio
-from fedvlm_jax.bench.world import World
 from fedvlm_jax.models import Vlm
+from harness.machine import MatmulPeak, describe_machine, has_bfloat16_units
+from harness.ours import Ours, Vision, choose_examples, count_round_flops
+from harness.peer import Peer
+from harness.timing import describe_times, interleave, ratio
+from harness.world import World
 
 __all__ = ["USES", "Cell", "append_line", "compare_factors", "measure_cell", "measure_rounding", "read_lines"]
 

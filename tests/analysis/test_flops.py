@@ -3,13 +3,42 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from harness.ours import count_round_flops
+from harness.world import Settings, Shape
 from toy import LABELS, SPEC, VOCABULARY, WIDTH, make_toy
 
 from fedvlm_jax import lora
-from fedvlm_jax.bench.flops import count_flops
-from fedvlm_jax.bench.ours import count_round_flops
-from fedvlm_jax.bench.world import Settings, Shape
+from fedvlm_jax.analysis.flops import count_flops
 from fedvlm_jax.utils import tree
+
+X, W = jnp.zeros((6, 8)), jnp.zeros((8, 8))
+PRODUCT = 2 * 6 * 8 * 8
+
+
+def scanned(x, w):
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=5)[0].sum()
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "expected"),
+    [
+        (lambda x, w: x @ w, (X, W), PRODUCT),
+        (lambda x, w: jax.vmap(lambda x: x @ w)(x), (jnp.zeros((3, 6, 8)), W), 3 * PRODUCT),
+        (scanned, (X, W), 5 * PRODUCT),
+        (jax.grad(scanned), (X, W), 5 * 2 * PRODUCT),  # with respect to x alone: one product back for each forward
+        (jax.grad(jax.checkpoint(scanned)), (X, W), 5 * 2 * PRODUCT + 5 * PRODUCT),  # and forward once more
+        (lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), (X, W), 2 * PRODUCT),
+        (
+            lambda x, k: jax.lax.conv_general_dilated(
+                x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
+            ),
+            (jnp.zeros((2, 5, 5, 4)), jnp.zeros((3, 3, 2, 6))),
+            2 * (2 * 3 * 3 * 6) * (3 * 3 * 2),
+        ),
+    ],
+)
+def test_loops_branches_and_what_is_computed_again(function, arguments, expected):
+    assert count_flops(jax.jit(function), *arguments) == expected
 
 
 def shape(*sizes):

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedvlm_jax.bench.ours import Ours
-from fedvlm_jax.bench.world import SETTINGS, Settings, Shape, World, start_factors
 from fedvlm_jax.models import Vlm
+from harness.ours import Ours
+from harness.world import SETTINGS, Settings, Shape, World, start_factors
 
 __all__ = ["measure_clients"]
 

@@ -1,4 +1,4 @@
-"""What `fedvlm bench` measures: rounds of the model that ships on its own data, at several batches and waves."""
+"""Rounds of the model that ships on its own data, at several batches and waves: `benchmarks/shipped.py`."""
 
 import dataclasses
 import statistics
@@ -9,19 +9,19 @@ from typing import Any
 
 import jax
 
-from fedvlm_jax.bench.cells import compare_factors
-from fedvlm_jax.bench.machine import MatmulPeak, describe_machine
-from fedvlm_jax.bench.memory import measure_clients
-from fedvlm_jax.bench.ours import METHOD, Ours, choose_examples, count_round_flops
-from fedvlm_jax.bench.peer import Peer
-from fedvlm_jax.bench.timing import describe_times, interleave, ratio
-from fedvlm_jax.bench.world import Shape, World, read_world
 from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.federation.simulator import Driver
 from fedvlm_jax.models import Vlm, resolve_folder
 from fedvlm_jax.training.config import EvaluationOptions, Run, TrainOptions
 from fedvlm_jax.training.prepare import Prepared, Session, make_driver, open_session, prepare
+from harness.cells import compare_factors
+from harness.machine import MatmulPeak, describe_machine
+from harness.memory import measure_clients
+from harness.ours import METHOD, Ours, choose_examples, count_round_flops
+from harness.peer import Peer
+from harness.timing import describe_times, interleave, ratio
+from harness.world import Shape, World, read_world
 
 __all__ = ["CLIENTS", "IMAGES", "MODEL", "BenchOptions", "Shipped", "measure_driver", "measure_shipped", "open_shipped"]
 
