@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 PARQUET = Path(str(resources.files("fedvlm_jax") / "assets" / "emoji" / "emoji.parquet"))
-SPLITS = Path(__file__).resolve().parents[2] / "experiments" / "emoji_splits.json"
+SPLITS = Path(__file__).resolve().parents[2] / "tools" / "assets" / "emoji_splits.json"
 VENDORS = ("noto", "twemoji", "fluent", "emojione")
 LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "nl", "pl", "sv", "ru", "ja", "zh")
 RLAIF_V = [

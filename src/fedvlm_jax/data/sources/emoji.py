@@ -66,7 +66,7 @@ def read_file(file: Path) -> Table:
     import pyarrow.parquet as pq
 
     if not file.is_file():
-        raise UserError(f"the shipped data set {file} is missing; install fedvlm-jax again, or make it (experiments/).")
+        raise UserError(f"the shipped data set {file} is missing; install fedvlm-jax again (tools/assets makes it).")
     names = pq.read_schema(file).names
     missing = [column for column in COLUMNS if column not in names]
     if missing:

@@ -1,6 +1,6 @@
 """Measure Florence2-nano as it lies in its folder, and write the figures into its model card.
 
-    python experiments/nano_report.py
+    python tools/assets/nano_report.py
 
 Greedy generation from images and questions, exact match of normalised answers, on validation concepts, none of which
 the model has seen in any style: in the public styles (which it trained on) and in the client vendors' (which it never

@@ -4,8 +4,8 @@
 # ///
 """Build the emoji data: the set that ships with its clients, and the public corpus for pre-training.
 
-    python experiments/build_emoji.py                 # both, from the committed splits
-    python experiments/build_emoji.py --fix-splits    # draw the splits anew first (only before any pre-training)
+    python tools/assets/build_emoji.py                 # both, from the committed splits
+    python tools/assets/build_emoji.py --fix-splits    # draw the splits anew first (only before any pre-training)
 
 Needs npm on the path for the packages and resvg-py for the pictures; using the built files needs neither. The same
 packages and library versions give the same bytes.
@@ -28,8 +28,8 @@ from emoji_sources import CLIENT_STYLES, PUBLIC_STYLES
 from emoji_texts import CLIENT_QUESTIONS, LANGUAGES, NEUTRAL_QUESTIONS, TASKS, Concept
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-SPLITS = ROOT / "experiments" / "emoji_splits.json"
+ROOT = Path(__file__).resolve().parents[2]
+SPLITS = Path(__file__).with_name("emoji_splits.json")
 
 NEAR_CLIENT = 16.0
 """A public picture closer than this (RMS grey levels) to any client's picture is left out of the public corpus."""

@@ -1,6 +1,6 @@
 """Measure what could leak between the splits of the emoji data: pictures, and the names of concepts.
 
-python experiments/measure_emoji.py            # prints the figures of the data card
+python tools/assets/measure_emoji.py            # prints the figures of the data card
 """
 
 import io

@@ -1,8 +1,8 @@
 """Pre-train Florence2-nano on the public emoji corpus, from random weights to the folder that ships.
 
-    python experiments/build_emoji.py          # the corpus, once
-    python experiments/pretrain_nano.py        # vision, text, folder; killed and started again, it resumes
-    python experiments/nano_report.py          # how good it is, into the model card
+    python tools/assets/build_emoji.py          # the corpus, once
+    python tools/assets/pretrain_nano.py        # vision, text, folder; killed and started again, it resumes
+    python tools/assets/nano_report.py          # how good it is, into the model card
 
 Only training concepts in public styles are learned from; validation concepts in public styles choose nothing but are
 logged; the clients' pictures are not read here. First the vision tower and the projector learn to tell groups,

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import serialization
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
