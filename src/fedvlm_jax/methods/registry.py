@@ -15,9 +15,9 @@ def load_method(name: str, setup: Setup) -> Method:
     Raises:
         UserError: its file has no `make`, or says of the method what cannot be: another name, unknown options.
     """
-    stem = name.replace("-", "_")
-    file = f"methods/zoo/{stem}.py"
-    make = getattr(importlib.import_module(f"fedvlm_jax.methods.zoo.{stem}"), "make", None)
+    stem = "rule_based" if name == "share" else f"zoo.{name.replace('-', '_')}"
+    file = f"methods/{stem.replace('.', '/')}.py"
+    make = getattr(importlib.import_module(f"fedvlm_jax.methods.{stem}"), "make", None)
     if make is None:
         raise UserError(f"{file} defines no make(setup), which every file in methods/zoo/ must")
     method = make(setup)

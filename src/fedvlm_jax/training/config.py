@@ -59,7 +59,8 @@ def methods_available() -> tuple[str, ...]:
 
 def describe_method(name: str) -> str:
     """Return the first sentence of a method's file, read without importing it; empty for a name without a file."""
-    file = PACKAGE / "methods" / "zoo" / f"{name.replace('-', '_')}.py"
+    stem = "rule_based" if name == SHARE else f"zoo/{name.replace('-', '_')}"
+    file = PACKAGE / "methods" / f"{stem}.py"
     if name not in (*methods_available(), SHARE):
         return ""
     return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]

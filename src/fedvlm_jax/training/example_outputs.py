@@ -118,7 +118,7 @@ def share_out_right(right: Sequence[Bool[np.ndarray, " some"]], wanted: Sequence
 
     Examples:
         >>> share_out_right([np.array([True, True, False]), np.array([False, True, False])], [2, 2], 0.5)
-        [1, 1]
+        [2, 0]
     """
     most = [min(count, int(own.sum())) for own, count in zip(right, wanted, strict=True)]
     shown = [min(top, max(0, count - int((~own).sum()))) for own, count, top in zip(right, wanted, most, strict=True)]
