@@ -1,4 +1,4 @@
-"""The README's "Add a method" holds: its code, as a new file beside the others, is a method that keeps the contract."""
+"""The page "Add a method" holds: its code, as a new file beside the others, is a method that keeps the contract."""
 
 import re
 from functools import partial
@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 import test_contract as contract
 
-import fedvlm_jax.methods
+import fedvlm_jax.methods.zoo
 from fedvlm_jax.training.config import Run
 from fedvlm_jax.training.method_options import declare
 from fedvlm_jax.utils import tree
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "add-a-method.md"
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     """The contract's case for the block of code, in a file of the name that the text gives it."""
-    section = README.read_text(encoding="utf-8").split("### Add a method")[1].split("\n#")[0]
-    stem = re.search(r"`methods/(\w+)\.py`, say", section)[1]
-    folder = tmp_path_factory.mktemp("methods")
-    (folder / f"{stem}.py").write_text(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    stem = re.search(r"`methods/zoo/(\w+)\.py`, say", text)[1]
+    folder = tmp_path_factory.mktemp("zoo")
+    (folder / f"{stem}.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fedvlm_jax.methods, "__path__", [*fedvlm_jax.methods.__path__, str(folder)])
+        patch.setattr(fedvlm_jax.methods.zoo, "__path__", [*fedvlm_jax.methods.zoo.__path__, str(folder)])
         yield contract.Case(stem.replace("_", "-"))
 
 

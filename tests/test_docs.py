@@ -1,0 +1,118 @@
+"""Every block that README and docs show runs: Python is executed, command lines are parsed with their options."""
+
+import doctest
+import functools
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import fedvlm_jax
+from fedvlm_jax.cli import main
+from fedvlm_jax.training.config import Compare, Run
+from fedvlm_jax.training.validation import validate, validate_comparison
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PACKAGE = Path(fedvlm_jax.__file__).parent
+STANDS_FOR = {"RUN": "runs/x", "./Florence-2-base": "microsoft/Florence-2-base"}
+"""Words that a reader replaces."""
+
+
+def find_blocks(page, kind):
+    """The page's fenced blocks of a language; those with further attributes are executed by mkdocs."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def list_commands(page):
+    """Every `fedvlm` command of a page's blocks, as words."""
+    for text in find_blocks(page, "bash"):
+        for line in text.replace("\\\n", " ").splitlines():
+            for command in re.findall(r"(?<![\w/.])fedvlm ([a-z]+(?:'[^']*'|[^&|'])*)", line.partition(" #")[0]):
+                command += '"' * (command.count('"') % 2)  # a command inside of another's quotes
+                yield [STANDS_FOR.get(word, word) for word in shlex.split(command) if word not in ("...", "")]
+
+
+def name_page(page):
+    return str(page.relative_to(ROOT))
+
+
+PYTHON = [page for page in PAGES if find_blocks(page, "python")]
+COMMANDS = {" ".join(words): words for page in PAGES for words in list_commands(page)}
+DOCTESTED = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8")
+]
+
+
+def test_there_is_something_to_check():
+    assert README in PYTHON
+    assert len(PYTHON) >= 4
+    assert len(COMMANDS) >= 30
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=name_page)
+def test_python_runs_as_it_stands(page):
+    """The blocks of a page go on from each other."""
+    names = {"__name__": "page"}
+    for text in find_blocks(page, "python"):
+        exec(compile(text, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=" ".join)
+def test_commands_name_options_that_there_are(words, monkeypatch):
+    """Parsed and judged as the command line does; nothing is run."""
+    asked = []
+    monkeypatch.setattr(main, "_defer", lambda command, chosen: _note(command, asked))
+    main._dispatch(words)
+    ((args, kwargs),) = asked
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Run):
+            validate(value)
+        elif isinstance(value, Compare):
+            validate_comparison(value)
+
+
+def _note(command, asked):
+    @functools.wraps(command)
+    def note(*args, **kwargs):
+        asked.append((args, kwargs))
+
+    return note
+
+
+def test_readme_is_a_page():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    assert len(text.encode()) <= 10_000
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md"], ids=name_page)
+def test_links_to_files_lead_to_files(page):
+    """Those of docs/ are checked by `mkdocs build --strict`."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_every_file_that_a_page_names_is_there():
+    """Paths into the repository, in backticks; a pattern stands for all that it matches."""
+    roots = ("benchmarks", "experiments", "tests", "examples", "src", "tools")
+    named = {
+        (name_page(page), path)
+        for page in PAGES
+        if page.name != "log.md"  # it names what there was
+        for path in re.findall(rf"`((?:{'|'.join(roots)})/[\w./-]+)`", page.read_text(encoding="utf-8"))
+    }
+    assert named
+    assert sorted((page, path) for page, path in named if not (ROOT / path).exists()) == []
+
+
+@pytest.mark.parametrize("module", DOCTESTED)
+def test_examples_of_docstrings(module):
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.testmod(importlib.import_module(module), optionflags=flags).failed == 0
