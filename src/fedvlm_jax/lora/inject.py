@@ -40,6 +40,16 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises (while tracing):
         LoraError: an adapter leaf has the wrong shape, or none of the model's calls read it.
+
+    Examples:
+        >>> from flax import linen as nn
+        >>> from fedvlm_jax import lora
+        >>> model, x = nn.Sequential([nn.Dense(8), nn.Dense(2)]), jnp.ones((1, 4))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> adapter = lora.init(jax.random.key(1), lora.find_sites(model.apply, params, x), lora.LoRA(rank=2))
+        >>> three = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), adapter)
+        >>> jax.vmap(inject(model.apply), in_axes=(None, 0, None))(params, three, x).shape
+        (3, 1, 2)
     """
 
     def fn(params: Mapping[str, Any], adapter: Adapter | None, *args: Any, **kwargs: Any) -> Any:

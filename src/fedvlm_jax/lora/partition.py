@@ -20,6 +20,12 @@ class Rule:
 
     Regular expressions are searched in the leaves' paths, `decoder/layers/fc1/b`, and for stacked layers in their
     virtual paths, `decoder/layers/3/fc1/b`. An empty `include` is the one rule that may match nothing.
+
+    Examples:
+        >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
+        >>> shared, personal = partition(adapter, Rule(r"fc/(a|b)$", exclude="a$"))
+        >>> list(shared["fc"]), list(personal["fc"])
+        (['b'], ['a', 'scale'])
     """
 
     include: str | Sequence[str]
@@ -42,6 +48,12 @@ def partition(
 
     Raises:
         LoraError: the rule matches nothing (the message lists the paths), or cannot be decided without `sites`.
+
+    Examples:
+        >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
+        >>> shared, personal = partition(adapter, r"/b$")
+        >>> list(shared["fc"]), list(personal["fc"])
+        (['b'], ['a', 'scale'])
     """
     shared: dict[str, Any] = {}
     personal: dict[str, Any] = {}
@@ -64,6 +76,10 @@ def combine(shared: Adapter, personal: Adapter) -> Adapter:
 
     Raises:
         LoraError: both trees hold a leaf, or layers of a stack are missing.
+
+    Examples:
+        >>> sorted(combine({"fc": {"b": 1}}, {"fc": {"a": 2, "scale": 3}})["fc"].items())
+        [('a', 2), ('b', 1), ('scale', 3)]
     """
     flat: dict[str, Any] = {}
     layers: dict[str, dict[tuple[int, ...], Any]] = {}
