@@ -1,0 +1,1 @@
+"""The `fedvlm` command: a file per subcommand."""

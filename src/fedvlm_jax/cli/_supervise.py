@@ -111,10 +111,10 @@ def _pass_on(child: subprocess.Popen[bytes], held: list[bytes]) -> None:
 
 
 def read_abort(text: str, options: DistributedOptions, folder: Path | None) -> Ending | None:
-    """Find in what jax wrote before it aborted why it did; None where it does not say.
+    r"""Find in what jax wrote before it aborted why it did; None where it does not say.
 
     Examples:
-        >>> text = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\\n2\\nThe tasks"
+        >>> text = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n2\nThe tasks"
         >>> read_abort(text, DistributedOptions(processes=3, process=0), None).message[:19]
         'process 2 is gone. '
     """

@@ -37,7 +37,6 @@ def make_plain(table: "pa.Table") -> "pa.Table":
     Raises:
         ValueError: a row with several pictures, or a class without a name.
     """
-
     names = read_class_names(table.schema)
     for place, field in enumerate(table.schema):
         column = table.column(place).combine_chunks()

@@ -97,6 +97,7 @@ class Table:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """Names of the columns."""
         return tuple(self.data.column_names)
 
     def read_text(self, column: str, rows: "Sequence[int] | np.ndarray | None" = None) -> list[str | None]:

@@ -1,5 +1,6 @@
-"""Several processes that run one program, each with devices of its own (`jax.distributed`): who is first, and how they
-wait for each other. With one process nothing here does anything.
+"""Several processes that run one program, each with devices of its own (`jax.distributed`): order and waiting.
+
+With one process nothing here does anything.
 
 All processes do the same in the same order: every program over the devices of all, and every call of this module, must
 be reached by each of them, or none goes on. What follows from that: whatever decides what comes next (a score, a

@@ -1,0 +1,1 @@
+"""Evaluation of every client with its own model: answers, metrics, statistics."""

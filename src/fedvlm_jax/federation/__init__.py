@@ -1,0 +1,1 @@
+"""The engine: local training, the compiled round, cohorts, personal states, checkpoints."""

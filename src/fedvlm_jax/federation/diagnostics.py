@@ -89,8 +89,10 @@ def _inner_products(a: Array, b: Array, counts: Array) -> Float[Array, "K K"]:
 
 
 def _mean_cosine(a: Array, b: Array, counts: Array) -> tuple[Array, Array]:
-    """The root mean square cosine between column spaces of A, mean over pairs of clients and layers; and 1, or 0 where
-    none is. Who adds nothing there, its b being zero, is in no pair: such an A is as it was drawn."""
+    """Compute the root mean square cosine between column spaces of A, mean over pairs of clients and layers.
+
+    Beside it 1, or 0 where there is no pair. Who adds nothing there, its b being zero, is in no pair: such an A is as it was drawn.
+    """
     basis = _orthonormalise(a.astype(jnp.float32))  # [K, *stack, d_in, R]
     clients, rank = a.shape[0], a.shape[-1]
     wide = jnp.moveaxis(basis, 0, -2).reshape(-1, a.shape[-2], clients * rank)

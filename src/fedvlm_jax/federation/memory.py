@@ -134,8 +134,10 @@ def count_device_bytes(placed: PyTree) -> int:
 
 
 def count_unread(compiled: Any, arguments: tuple[Any, ...]) -> int:
-    """Bytes on each device of arguments that the program does not read, so that the compiler does not count them: the
-    vision tower, where its features are kept."""
+    """Count the bytes on each device of arguments that the program does not read.
+
+    The compiler does not count them: the vision tower, where its features are kept.
+    """
     kept = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda one: one is None)
     leaves = jax.tree.leaves(arguments)
     return count_device_bytes([leaf for leaf, where in zip(leaves, kept, strict=True) if where is None])

@@ -235,8 +235,10 @@ class Driver:
         )
 
     def _place_states(self, numbers: np.ndarray) -> PyTree:
-        """The personal states [W, V, …] of these clients, on the devices: those of the last round where they are the
-        same, which it may overwrite, and otherwise from the file."""
+        """Place the personal states [W, V, …] of these clients on the devices.
+
+        Where the clients are those of the last round, its states, which may be overwritten; else from the file.
+        """
         left, self._left = self._left, None
         if left is not None and np.array_equal(left[0], self.population.slots[numbers]):
             return left[1]

@@ -50,6 +50,7 @@ class LoRA:
 
     @property
     def scale(self) -> float:
+        """The factor of the low-rank product."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
@@ -95,6 +96,7 @@ def trainable(adapter: Adapter) -> dict[str, Any]:
 
 
 def sites_of(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, Any, Any]]]:
+    """Walk an adapter: path and (a, b, scale) of every site, in the order of the paths."""
     flat = tree.flatten(adapter)
     for path in sorted({path.rpartition("/")[0] for path in flat}):
         if join(path, GATE) in flat:

@@ -52,10 +52,12 @@ class Site:
 
     @property
     def d_in(self) -> int:
+        """Rows of `a`."""
         return math.prod(self.inputs)
 
     @property
     def d_out(self) -> int:
+        """Columns of `b`."""
         return math.prod(self.outputs)
 
     def __str__(self) -> str:
@@ -235,22 +237,31 @@ def _eval_shape(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def weight_name(kind: Kind) -> str:
+    """Name the adapted parameter of a layer."""
     return "embedding" if kind == "embed" else "kernel"
 
 
 def join(path: str, name: str) -> str:
+    """Append a name to a path, which may be empty."""
     return f"{path}/{name}" if path else name
 
 
 def as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+    """Return one number, or several, as a tuple."""
     return (value,) if isinstance(value, int) else tuple(value)
 
 
 def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one pattern, or several, as a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def search(pattern: str, path: str) -> bool:
+    """Tell whether a regular expression is found in a path.
+
+    Raises:
+        LoraError: it is no regular expression.
+    """
     try:
         return re.search(pattern, path) is not None
     except re.error as error:
@@ -258,6 +269,7 @@ def search(pattern: str, path: str) -> bool:
 
 
 def listing(paths: Any, limit: int = 60) -> str:
+    """List paths for a message, a line each."""
     lines = [f"  {path}" for path in paths]
     more = len(lines) - limit
     return "\n".join(lines[:limit] + ([f"  … and {more} more"] if more > 0 else []))

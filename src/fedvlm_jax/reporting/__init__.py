@@ -1,0 +1,1 @@
+"""Reports of runs, comparisons, plans and data: tables, sentences, figures, pages."""

@@ -58,8 +58,11 @@ RIVALS = ("local", "fedavg-lora+ft")
 
 @dataclass(frozen=True)
 class Table:
-    """A table of finished texts. The first column is a name, the others are figures, but for the columns in `prose`,
-    which a terminal shows as they are; `strong` rows stand out."""
+    """A table of finished texts.
+
+    The first column is a name, the others are figures, but for the columns in `prose`, which a terminal shows as they
+    are; `strong` rows stand out.
+    """
 
     title: str
     columns: tuple[str, ...]

@@ -1,0 +1,1 @@
+"""Runs from options to results: preparation, rounds, final evaluation, comparisons."""

@@ -80,7 +80,6 @@ class Session:
 
 def reference_of(run: Run, session: Session, examples: Examples, inputs: Inputs, on_disk: bool, note: Note) -> Any:
     """The base's log-probabilities of all answers; clients, seeds and runs that share rows share them."""
-
     params, mesh = own_base(session.params), own_mesh(session.mesh)
     arrays = (examples.input_ids, examples.labels, examples.rejected)
     # Programs of other shapes round otherwise: what they compute is kept apart, in memory as on disk.

@@ -1,0 +1,1 @@
+"""Trees, random streams, files, caches and texts, for every other room."""

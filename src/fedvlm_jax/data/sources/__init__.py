@@ -1,0 +1,1 @@
+"""Named data sets, a file each, and parquet in their columns."""

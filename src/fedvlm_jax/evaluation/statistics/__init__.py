@@ -1,0 +1,1 @@
+"""Statistics over clients and over seeds."""

@@ -1,0 +1,1 @@
+"""Generation of answers: greedy and beam search with a cache of keys and values."""

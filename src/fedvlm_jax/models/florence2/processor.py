@@ -38,8 +38,10 @@ _IMAGES = ("processor_config.json", "preprocessor_config.json")
 
 
 def read_size(folder: Path) -> tuple[int, int] | None:
-    """Height and width in pixels that a model's pictures are brought to, from its folder's JSON alone; None where it
-    has none, or they are not brought to one size.
+    """Read the height and width in pixels that a model's pictures are brought to, from its folder's JSON alone.
+
+    Returns:
+        None where it has none, or they are not brought to one size.
 
     Raises:
         UserError: where its JSON cannot be read, or states no numbers.

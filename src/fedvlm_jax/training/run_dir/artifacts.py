@@ -191,8 +191,7 @@ def _write_arrays(file: Path, arrays: Mapping[str, Any], metadata: Mapping[str, 
 
 
 def _sort_metadata(content: bytes) -> bytes:
-    """The same safetensors file, its metadata in the order of their names: the library's own order is another in every
-    process."""
+    """Put a safetensors file's metadata in the order of their names: the library's is another in every process."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -1,5 +1,7 @@
-"""Files of runs and comparisons, read as files of strangers: whatever a disk, an editor or a copy did to one is told in
-one line that names it, and what is handed on has the form that its readers count on.
+"""Files of runs and comparisons, read as files of strangers.
+
+Whatever a disk, an editor or a copy did to one is told in one line that names it, and what is handed on has the form
+that its readers count on.
 
 No heavy package is imported here.
 """
