@@ -91,7 +91,8 @@ def _inner_products(a: Array, b: Array, counts: Array) -> Float[Array, "K K"]:
 def _mean_cosine(a: Array, b: Array, counts: Array) -> tuple[Array, Array]:
     """Compute the root mean square cosine between column spaces of A, mean over pairs of clients and layers.
 
-    Beside it 1, or 0 where there is no pair. Who adds nothing there, its b being zero, is in no pair: such an A is as it was drawn.
+    Beside it 1, or 0 where there is no pair. Who adds nothing at a site, its b being zero, is in no pair: such an A is
+    as it was drawn.
     """
     basis = _orthonormalise(a.astype(jnp.float32))  # [K, *stack, d_in, R]
     clients, rank = a.shape[0], a.shape[-1]
