@@ -1,4 +1,4 @@
-"""README's table of pods: what `fedvlm plan` says of one round on each, devices and clients growing together.
+"""Table of pods: `fedvlm plan` of one round on each, devices and clients growing together.
 
     python benchmarks/plan_table.py                       # all cells that are not there yet, then the table
     python benchmarks/plan_table.py --only v5e:2x2        # those of one topology
@@ -6,10 +6,10 @@
 
 Needs the extra `plan` (libtpu) and no TPU. Every cell is one `fedvlm plan` with eight clients a chip: pLoRA of rank 8
 on the language model, four steps of two examples, features of 768x768 pictures (577 tokens, and 24 of text), answers of
-64 tokens, bfloat16 arithmetic, layers recomputed. On the smallest topology of a chip it also tries how many clients
-fit. A compilation takes two to three minutes of one core (more for v6e), whatever the number of chips. A cell that is
-done is a line of `results/plan_table.jsonl`, so this can be killed and started again; `results/plan_table.json` holds
-them all, with versions and commit.
+64 tokens, bfloat16 arithmetic, layers recomputed. A compilation takes two to three minutes of one core (more for v6e),
+whatever the number of chips. A cell that is done is a line of `results/plan_table.jsonl`, so this can be killed and
+started again; `results/plan_table.json` holds them all, with versions and commit. A round takes the time of its
+arithmetic at the chip's peak at least: a bound that no chip has confirmed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from fedvlm_jax.analysis.accelerators import parse_topology
+from fedvlm_jax.analysis.tpu_topologies import parse_topology
 from fedvlm_jax.training.run_dir.artifacts import describe_environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,7 +35,6 @@ TOPOLOGIES = (
     *("v6e:2x2", "v6e:4x4", "v6e:16x16"),
 )
 CLIENTS_PER_CHIP = 8
-SMALLEST = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 OPTIONS = (
     *("--train.local-steps", "4", "--train.batch-size", "2", "--sizes.answer-tokens", "64"),
     *("--system.compute", "bfloat16", "--system.remat"),
@@ -47,7 +46,6 @@ def main() -> None:
     """Do what is missing, then write all and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="topologies or models that contain this")
-    parser.add_argument("--tries", type=int, default=1, help="compilations a cell to find how many clients fit a chip")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     chosen = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # libtpu is there, a TPU is not
@@ -56,12 +54,12 @@ def main() -> None:
         name = f"{topology}/{model}"
         if not chosen.table and chosen.only in name and name not in read_cells():
             print(f"{name} ...", file=sys.stderr, flush=True)
-            cell = make_cell(topology, model, chosen.tries if topology in SMALLEST else 0)
+            cell = make_cell(topology, model)
             with LINES.open("a") as file:
                 file.write(json.dumps({"cell": name, **cell}) + "\n")
     cells = read_cells()
     write_json(RESULTS / "plan_table.json", {"options": OPTIONS, "cells": cells, **describe_environment()})
-    print("\n".join([*tabulate(cells), "", *tabulate_scaling(cells)]))
+    print("\n".join(tabulate(cells)))
 
 
 def read_cells() -> dict[str, dict[str, Any]]:
@@ -76,10 +74,10 @@ def read_cells() -> dict[str, dict[str, Any]]:
     return cells
 
 
-def make_cell(topology: str, model: str, tries: int) -> dict[str, Any]:
+def make_cell(topology: str, model: str) -> dict[str, Any]:
     """One plan, in a process of its own; what did not fit is a cell too."""
     clients = str(CLIENTS_PER_CHIP * (parse_topology(topology).devices or 1))
-    words = ["--topology", topology, "--model", model, "--clients", clients, "--tries", str(tries), *OPTIONS]
+    words = ["--topology", topology, "--model", model, "--clients", clients, *OPTIONS]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fedvlm_jax", "plan", *words, "--out", folder]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
@@ -89,60 +87,29 @@ def make_cell(topology: str, model: str, tries: int) -> dict[str, Any]:
                 raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
             return {"refused": done.stderr.splitlines()[-1]}
         plan = json.loads(file.read_text())
-    kept = ("topology", "layout", "memory_bytes", "fit", "cost", "seconds", "collectives", "versions", "commit")
+    kept = ("mesh", "layout", "clients", "memory", "room", "flops", "seconds", "collectives", "versions", "commit")
     return {"command": " ".join(["fedvlm plan", *words]), **{name: plan[name] for name in kept}}
 
 
 def tabulate(cells: dict[str, dict[str, Any]]) -> list[str]:
     """Lines of Markdown: every cell, those too that are missing or that no wave fits."""
     lines = [
-        "| pod | model | clients a round | side by side on a chip | HBM needed of a chip's | clients that fit a chip "
-        "| TFLOP a chip | all-reduce a chip | round at least | share of the peak |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| pod | model | clients a round | side by side on a chip | HBM needed of a chip's | TFLOP a chip "
+        "| collectives a chip | round at least |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for topology, model in itertools.product(TOPOLOGIES, MODELS):
         cell = cells.get(f"{topology}/{model}")
         if cell is None or "refused" in cell:
-            lines.append(f"| {topology} | {model} | {cell['refused'] if cell else 'not compiled'} |" + " |" * 7)
+            lines.append(f"| {topology} | {model} | {cell['refused'] if cell else 'not compiled'} |" + " |" * 5)
             continue
-        layout, seconds, fit = cell["layout"], cell["seconds"], cell["fit"]
-        memory, told = cell["memory_bytes"], count_reduced(cell)
-        fits, not_ = fit["clients_that_fit"], fit["clients_that_do_not"]
-        most = "" if len(fit["attempts"]) < 2 else f"{fits}" + ("" if not_ == fits + 1 else " or more")
+        sent = sum(one["bytes_per_round"] for one in cell["collectives"])
         lines.append(
-            f"| {topology} | {model} | {layout['cohort']} | {layout['wave'] // cell['topology']['devices']} "
-            f"| {memory['needed'] / GIB:.1f} of {memory['of_device'] / GIB:.0f} GiB | {most} "
-            f"| {cell['cost']['flops'] / 1e12:.1f} | {told / 2**20:.1f} MiB | {seconds['round']:.2f} s "
-            f"| {seconds['share_of_peak']:.0%} |"
+            f"| {topology} | {model} | {cell['layout']['cohort']} | {cell['clients']} "
+            f"| {cell['memory']['needed'] / GIB:.1f} of {cell['room'] / GIB:.0f} GiB "
+            f"| {cell['flops'] / 1e12:.1f} | {sent / 2**20:.1f} MiB | {1e3 * cell['seconds']:.0f} ms |"
         )
     return lines
-
-
-def tabulate_scaling(cells: dict[str, dict[str, Any]], kind: str = "v5e") -> list[str]:
-    """Lines of Markdown: what a chip does and tells as chips and clients grow together."""
-    lines = [
-        "| chips | model | clients | TFLOP a chip | HBM a chip | all-reduces | bytes of one | a chip sends "
-        "| links busy | clients per second at most |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for model, topology in itertools.product(MODELS, TOPOLOGIES):
-        cell = cells.get(f"{topology}/{model}", {})
-        if topology.startswith(kind) and "layout" in cell:
-            devices, seconds, clients = cell["topology"]["devices"], cell["seconds"], cell["layout"]["cohort"]
-            sent = seconds["network"] * cell["topology"]["chip"]["ici"] * 1e9
-            lines.append(
-                f"| {devices} | {model} | {clients} | {cell['cost']['flops'] / 1e12:.3f} "
-                f"| {cell['memory_bytes']['needed'] / GIB:.3f} GiB "
-                f"| {sum(one['runs_per_round'] for one in cell['collectives'])} "
-                f"| {max(one['bytes'] for one in cell['collectives']):,} "
-                f"| {sent / 2**20:.2f} MiB | {1e6 * seconds['network']:.0f} µs | {clients / seconds['round']:,.0f} |"
-            )
-    return lines
-
-
-def count_reduced(cell: dict[str, Any]) -> int:
-    """Bytes that a chip tells in a round."""
-    return sum(one["bytes"] * one["runs_per_round"] for one in cell["collectives"])
 
 
 if __name__ == "__main__":

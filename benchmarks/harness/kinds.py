@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from fedvlm_jax.analysis.hlo import Program, parse_program
+from fedvlm_jax.analysis.collectives import Line, read_program
 from fedvlm_jax.analysis.profile_scopes import find_own_times, read_trace
 
 __all__ = ["KINDS", "find_kinds", "measure_kinds"]
@@ -25,31 +25,27 @@ MOVES = {
 CONTROL = {"while", "conditional"}
 
 
-def find_kinds(program: Program) -> dict[str, str]:
-    """operation -> its kind, of all that a program runs but loops, whose time is that of what they run.
+def find_kinds(text: str) -> dict[str, str]:
+    """Classify all operations of a program's text but loops, whose time is that of what they run: operation -> kind.
 
     A fusion is a product where there is one in it; else it is dear where it takes an exponential, and moves data where
     it computes nothing.
     """
+    _, computations = read_program(text)
 
-    def all_ops(name: str) -> set[str]:
-        found: set[str] = set()
-        for one in program.computations[name].instructions.values():
-            found |= ops_of(one)
-        return found
-
-    def ops_of(one: Any) -> set[str]:
-        own = "dot" if one.op == "custom-call" and ("matmul" in one.text or "gemm" in one.text) else one.op
-        return {own}.union(*(all_ops(name) for role, name in one.called if role in ("calls", "to_apply")))
+    def find_ops(line: Line) -> set[str]:
+        is_product = line.op == "custom-call" and ("matmul" in line.rest or "gemm" in line.rest)
+        inner = [name for role in ("calls", "to_apply") for name in line.called.get(role, ())]
+        ops = (find_ops(one) for name in inner for one in computations[name].values())
+        return {"dot" if is_product else line.op}.union(*ops)
 
     kinds: dict[str, str] = {}
-    for computation in program.computations.values():
-        for one in computation.instructions.values():
-            if one.op in CONTROL:
-                continue
-            ops = ops_of(one)
-            place = 0 if ops & PRODUCTS else 1 if ops & DEAR else 3 if ops <= MOVES else 2
-            kinds[one.name] = KINDS[place]
+    for lines in computations.values():
+        for line in lines.values():
+            if line.op not in CONTROL:
+                ops = find_ops(line)
+                place = 0 if ops & PRODUCTS else 1 if ops & DEAR else 3 if ops <= MOVES else 2
+                kinds[line.name] = KINDS[place]
     return kinds
 
 
@@ -63,7 +59,7 @@ def measure_kinds(run: Callable[[], Any], text: str) -> Mapping[str, float]:
     Raises:
         ValueError: the profiler named no operation of the program.
     """
-    kinds = find_kinds(parse_program(text))
+    kinds = find_kinds(text)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as scratch:

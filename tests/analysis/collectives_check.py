@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import asdict
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from fedvlm_jax.analysis.collectives import find_collectives
-from fedvlm_jax.analysis.hlo import parse_program
 from fedvlm_jax.distributed.sharding import make_mesh
 
 mesh = make_mesh(4, 2)
@@ -29,6 +29,5 @@ def work(x):  # [24, 40] on every device
 spread = PartitionSpec("clients", "model")
 mapped = jax.shard_map(work, mesh=mesh, in_specs=spread, out_specs=PartitionSpec(), check_vma=False)
 compiled = jax.jit(mapped).lower(jax.ShapeDtypeStruct((4 * 24, 2 * 40), jnp.float32)).compile()
-program = parse_program(compiled.as_text())
-found = [one.to_json() for one in find_collectives(program, mesh)]
-sys.stdout.write(json.dumps({"collectives": found, "unknown": len(program.unknown)}) + "\n")
+found, unknown = find_collectives(compiled.as_text(), mesh)
+sys.stdout.write(json.dumps({"collectives": [asdict(one) for one in found], "unknown": unknown}) + "\n")

@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedvlm_jax.analysis.collectives import find_collectives, read_groups
-from fedvlm_jax.analysis.costs import count_traffic
-from fedvlm_jax.analysis.hlo import parse_program
+from fedvlm_jax.analysis.collectives import Collective, find_collectives, read_groups
 
 TEXT = """HloModule made_up, num_partitions=8
 
@@ -68,42 +66,43 @@ class MadeMesh:
 
 
 def test_collectives_of_a_program_written_by_hand():
-    """Two of the loop's counter's values, 2, 3, 4, and one hidden in a fusion; the one of single devices is none."""
-    program = parse_program(TEXT)
-    assert {name: program.runs[name] for name in ("main", "body", "until", "inside")} == {
-        "main": 1, "body": 3, "until": 4, "inside": 1,
-    }  # fmt: skip
-    assert program.unknown == ()
-    found = {one.name: one for one in find_collectives(program, MadeMesh)}
-    assert sorted(found) == ["begin", "hidden", "told"]
-    told, hidden, begin = found["told"], found["hidden"], found["begin"]
-    assert (told.kind, told.axes, told.devices, told.bytes, told.runs) == ("all-reduce", ("model",), 2, 64, 3)
-    assert (hidden.axes, hidden.bytes, hidden.runs, hidden.arrays) == (("model",), 2 * 16 * 32, 1, "bf16[16,32]")
-    assert (begin.kind, begin.axes, begin.devices, begin.bytes) == ("all-gather", ("clients",), 4, 256)
-    assert told.sent == 2 * 0.5 * 64 * 3
-    assert begin.sent == 0.75 * 256
+    """Five turns of a sum of 64 bytes, and one hidden in a fusion; the one of single devices is none."""
+    assert find_collectives(TEXT, MadeMesh) == (
+        (
+            Collective("all-gather", ("clients",), 4, 1, 256),
+            Collective("all-reduce", ("model",), 2, 5 + 1, 5 * 64 + 2 * 16 * 32),
+        ),
+        0,
+    )
 
 
 def test_a_loop_whose_end_is_not_told_counts_once_and_is_reported():
-    program = parse_program(TEXT.replace("compare(%i.1, %last), direction=LT", "custom-call(%i.1)"))
-    assert program.runs["body"] == 1
-    assert program.unknown == ("loop",)
+    gathered, reduced = find_collectives(TEXT.replace("constant(5)", "parameter(1)"), MadeMesh)[0]
+    assert (gathered.runs_per_round, reduced.runs_per_round) == (1, 1 + 1)
+    assert find_collectives(TEXT.replace("constant(5)", "parameter(1)"), MadeMesh)[1] == 1
 
 
 def test_what_a_compiler_counted_is_believed():
     text = TEXT.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
-    assert parse_program(text).runs["body"] == 7
+    assert find_collectives(text, MadeMesh)[0][1].runs_per_round == 7 + 1
 
 
-def test_traffic_of_a_program_written_by_hand():
-    """Main memory alone: [16] float32 out of the near memory counts; three turns, each of a read and a write."""
-    traffic = count_traffic(parse_program(TEXT))
-    loop = 3 * (64 + 64 + 3 * 4)  # the reduction, and the counter's addition: two reads and a write
-    condition = 4 * (4 + 4 + 1)
-    fusion = 2 * (16 * 32 + 8 * 32)
-    entry = (64 + 256) + (64 + 64)  # gathered, and reduced
-    assert traffic.bytes == loop + condition + fusion + entry
-    assert traffic.cycles == 300
+def test_a_reduce_scatter_hands_in_more_than_it_gets():
+    """And a permutation that is started returns its operand, its result and two counters."""
+    text = """ENTRY %main (a: f32[64]) -> f32[16] {
+  %a = f32[64]{0} parameter(0)
+  %start = (f32[64]{0}, f32[64]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,2},{2,0}}
+  %done = f32[64]{0} collective-permute-done(%start)
+  ROOT %part = f32[16]{0} reduce-scatter(%done), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}, to_apply=%add
+}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+"""
+    (permuted, scattered), _ = find_collectives(text, MadeMesh)
+    assert (permuted.kind, permuted.axes, permuted.bytes_per_round) == ("collective-permute", ("clients",), 4 * 64)
+    assert (scattered.kind, scattered.axes, scattered.bytes_per_round) == ("reduce-scatter", ("clients",), 4 * 64)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +134,9 @@ def test_a_compiled_program_on_forced_devices():
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["unknown"] == 0
-    assert sorted((one["kind"], one["axes"], one["bytes"], one["runs_per_round"]) for one in found["collectives"]) == [
-        ("all-reduce", ["clients"], 4 * 24 * 40, 3),
+    assert sorted(
+        (one["kind"], one["axes"], one["bytes_per_round"], one["runs_per_round"]) for one in found["collectives"]
+    ) == [
+        ("all-reduce", ["clients"], 3 * 4 * 24 * 40, 3),
         ("all-reduce", ["clients", "model"], 4 * 40, 1),
     ]

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import pytest
 from harness.kinds import KINDS, find_kinds, measure_kinds
 
-from fedvlm_jax.analysis.hlo import parse_program
-
 TEXT = """
 HloModule example
 
@@ -34,7 +32,7 @@ ENTRY %main (p: f32[4], q: f32[4,2]) -> f32[2] {
 
 
 def test_an_operation_is_what_is_in_it():
-    kinds = find_kinds(parse_program(TEXT))
+    kinds = find_kinds(TEXT)
     products, dear, sums, moves = KINDS
     expected = {
         "soft": dear, "round": dear, "flip": moves, "twice": sums, "outer": products, "product": products,

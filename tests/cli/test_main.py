@@ -69,7 +69,7 @@ def test_every_command_is_listed_in_order() -> None:
         (["plan", "--price-per-chip-hour", "2"], "nothing is known of the speed of cpu"),
         (["plan", "--cohort", "20"], "there are only 16 clients"),
         (["plan", "--system.cache-gib", "3"], "--system.cache-gib means nothing to a plan"),
-        (["plan", "--tries", "-1"], "--tries is -1: it must be 0 or more"),
+        (["plan", "--sizes.prompt-tokens", "0"], "--sizes.prompt-tokens is 0: it must be 1 or more"),
         (["plan", "--train.local-epochs", "2"], "say --sizes.examples too"),
         (["plan", "--method", "plorra"], "did you mean plora?"),
         (["evaluate", "nowhere"], "not the folder of a run"),

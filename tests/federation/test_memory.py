@@ -14,7 +14,6 @@ from fedvlm_jax.federation.memory import (
     TooLargeError,
     count_device_bytes,
     count_unread,
-    find_most,
     find_wave,
     measure,
     read_memory,
@@ -110,39 +109,6 @@ def test_a_compiled_program_s_bytes_are_those_of_its_arrays():
     assert found.base == 4 * 256 * 512
     assert arrays <= found.total <= 1.1 * arrays
     assert found.per_client == (found.total - found.base) // 4
-
-
-def make_line(base, per_client, breaks_at=None):
-    """Footprints along a line, and the numbers of clients that were asked for."""
-    asked = []
-
-    def try_clients(clients):
-        asked.append(clients)
-        if breaks_at is not None and clients >= breaks_at:
-            raise TooLargeError("Ran out of memory in memory space hbm. Used 21.30G of 15.75G hbm. Exceeded by 5.55G.")
-        return Footprint(int(base * GIB), int((base + per_client * clients) * GIB), clients)
-
-    return try_clients, asked
-
-
-def test_the_most_that_fit_are_guessed_along_a_line_and_tried():
-    """0.9 · 16 = 14.4 GiB; (14.4 - 1.2) / 2 = 6.6 clients: 6 fit, 7 do not."""
-    try_clients, asked = make_line(1.2, 2.0)
-    first = try_clients(2)
-    assert find_most(try_clients, first, 16 * GIB) == (6, 7)
-    assert asked == [2, 6, 7]
-    try_clients, asked = make_line(1.2, 2.0)
-    assert find_most(try_clients, first, 16 * GIB, refused=7, tries=5) == (6, 7)
-    assert asked == [6]
-    assert find_most(try_clients, first, 16 * GIB, tries=0) == (2, None)
-
-
-def test_where_the_line_is_wrong_the_bounds_close_in():
-    """The compiler refuses from 4 on, though by the line 6 should fit."""
-    try_clients, asked = make_line(1.2, 2.0, breaks_at=4)
-    assert find_most(try_clients, try_clients(2), 16 * GIB, tries=4) == (3, 4)
-    assert asked[:2] == [2, 6]
-    assert set(asked[2:]) <= {3, 4, 5}
 
 
 def test_what_a_refusing_compiler_needed():

@@ -1,15 +1,28 @@
-"""What `fedvlm plan` may be told beside the options of `fedvlm train`. Imports nothing heavy."""
+"""Options of `fedvlm plan`. Imports nothing heavy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from fedvlm_jax.analysis.accelerators import CHIPS, CPU, parse_topology
+from fedvlm_jax.analysis.tpu_topologies import CHIPS, CPU, parse_topology
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.training.config import Run, SystemOptions
+from fedvlm_jax.training.config import (
+    HyperOptions,
+    LocalOptions,
+    LoraOptions,
+    PreferenceOptions,
+    Run,
+    ServerOptions,
+    SystemOptions,
+    TrainOptions,
+)
 
 __all__ = ["Request", "SizeOptions", "check_request"]
+
+
+_OF_RUN = {option.name for option in fields(Run)} - {"out"}
 
 
 def _optional(metavar: str, otherwise: str) -> Any:
@@ -18,7 +31,7 @@ def _optional(metavar: str, otherwise: str) -> Any:
 
 @dataclass(frozen=True)
 class SizeOptions:
-    """What the clients' data would be like: it is not looked at"""
+    """Sizes of the clients' data, which are not read."""
 
     image_size: Annotated[int | None, _optional("PIXELS", "as the model's processor has it")] = None
     """Side of the pictures."""
@@ -30,25 +43,40 @@ class SizeOptions:
     """Training examples of a client."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be planned.
+    """A round to plan: options of `fedvlm train` that shape it, and the devices."""
 
-    Attributes:
-        run: the options of the training.
-        topology: as `--topology` has it.
-        clients: how many there are; all of them train.
-        sizes: of what they read.
-        price: of a chip for an hour, in whatever currency.
-        tries: compilations spent on finding how many clients fit a chip.
-    """
-
-    run: Run
-    topology: str = CPU
+    topology: Annotated[str, tyro.conf.arg(metavar="CHIP:AxB|cpu[:N]")] = CPU
+    """v4, v5e, v5p or v6e and how the chips are laid out, as in v5e:4x4; cpu, or cpu:8 for eight devices. TPUs need the
+    extra `plan` (libtpu), and no TPU."""
+    model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = "florence2-nano"
+    """The frozen base, of which only the configuration is read: florence2-base and -large need no weights."""
+    method: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: plora)")] = ""
+    """As for `fedvlm train`, and so the next two."""
+    share: Annotated[str, tyro.conf.arg(metavar="REGEX", help_behavior_hint="(default: none)")] = ""
+    objective: str = "sft"
     clients: int = 16
+    """Number of clients."""
+    cohort: Annotated[int | None, _optional("INT", "all of them")] = None
+    """Clients drawn each round."""
+    price_per_chip_hour: Annotated[float | None, _optional("PRICE", "none")] = None
+    """Price of a chip for an hour, to say what a round costs at least."""
+    out: Annotated[Path | None, _optional("DIR", "runs/<time>-plan")] = None
+    """Folder for plan.json and plan.md."""
     sizes: SizeOptions = field(default_factory=SizeOptions)
-    price: float | None = None
-    tries: int = 2
+    train: TrainOptions = field(default_factory=TrainOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    preference: PreferenceOptions = field(default_factory=PreferenceOptions)
+    local: LocalOptions = field(default_factory=LocalOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
+    hyper: HyperOptions = field(default_factory=HyperOptions)
+    system: SystemOptions = field(default_factory=SystemOptions)
+
+    @property
+    def run(self) -> Run:
+        """The options of the training."""
+        return Run(**{name: getattr(self, name) for name in vars(self) if name in _OF_RUN})
 
 
 def check_request(request: Request) -> None:
@@ -57,31 +85,24 @@ def check_request(request: Request) -> None:
     Raises:
         UserError: the first option, or pair of options, that cannot work.
     """
-    run, sizes = request.run, request.sizes
+    sizes, default = request.sizes, SystemOptions()
     topology = parse_topology(request.topology)
-    for flag, value, least in (
-        ("--clients", request.clients, 1),
-        ("--tries", request.tries, 0),
-        ("--sizes.image-size", sizes.image_size, 1),
-        ("--sizes.prompt-tokens", sizes.prompt_tokens, 1),
-        ("--sizes.answer-tokens", sizes.answer_tokens, 1),
-        ("--sizes.examples", sizes.examples, 1),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{flag} is {value}: it must be {least} or more")
-    if run.cohort is not None and run.cohort > request.clients:
-        raise UserError(f"--cohort {run.cohort}: there are only {request.clients} clients; say --clients {run.cohort}")
-    if run.train.local_epochs is not None and sizes.examples is None:
+    numbers = {"--clients": request.clients, **{f"--sizes.{name}": value for name, value in vars(sizes).items()}}
+    for flag, value in numbers.items():
+        if value is not None and value < 1:
+            raise UserError(f"{flag.replace('_', '-')} is {value}: it must be 1 or more")
+    if request.cohort is not None and request.cohort > request.clients:
+        cohort = request.cohort
+        raise UserError(f"--cohort {cohort}: there are only {request.clients} clients; say --clients {cohort}")
+    if request.train.local_epochs is not None and sizes.examples is None:
         raise UserError("--train.local-epochs decide how many steps a client takes: say --sizes.examples too")
-    default = SystemOptions()
     for name in ("cache_gib", "cache_dir"):
-        if getattr(run.system, name) != getattr(default, name):
+        if getattr(request.system, name) != getattr(default, name):
             raise UserError(f"--system.{name.replace('_', '-')} means nothing to a plan: leave it out")
-    if request.price is None:
-        return
-    if not 0 < request.price < float("inf"):
-        raise UserError(f"--price-per-chip-hour is {request.price}: it must be above 0")
-    if topology.chip is None:
+    price = request.price_per_chip_hour
+    if price is not None and not 0 < price < float("inf"):
+        raise UserError(f"--price-per-chip-hour is {price}: it must be above 0")
+    if price is not None and topology.chip is None:
         raise UserError(
             f"--price-per-chip-hour needs a time per round, and nothing is known of the speed of {request.topology}: "
             f"plan for one of {', '.join(CHIPS)}, or leave it out"

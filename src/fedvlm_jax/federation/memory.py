@@ -22,7 +22,6 @@ __all__ = [
     "TooLargeError",
     "count_device_bytes",
     "count_unread",
-    "find_most",
     "find_wave",
     "measure",
     "read_device_bytes",
@@ -208,41 +207,3 @@ def _narrow(clients: int, seen: list[Footprint], limit: int | None) -> int:
         slope, least = (seen[-2].total - last.total) / (seen[-2].clients - last.clients), max(1, clients // 2)
     fit = last.clients + math.floor((USABLE * limit - last.total) / slope)
     return max(least, min(fit, clients - 1))
-
-
-def find_most(
-    try_clients: Callable[[int], Footprint], first: Footprint, limit: int, refused: int | None = None, tries: int = 2
-) -> tuple[int, int | None]:
-    """How many clients fit side by side on a device: guessed along a line, and then tried.
-
-    Args:
-        try_clients: clients a device -> its footprint; raises `TooLargeError` where the compiler refuses.
-        first: one that fits.
-        limit: bytes of a device.
-        refused: the fewest that are known not to fit.
-        tries: how many may be tried.
-
-    Returns:
-        The most that were seen to fit, and the fewest that were seen not to; exact where they differ by one.
-    """
-    fits, known = first.clients, {0: first.base, first.clients: first.total}
-    for _ in range(tries):
-        if refused is not None and refused <= fits + 1:
-            break
-        (fewer, low), (more, high) = sorted(known.items())[-2:]
-        slope = (high - low) / (more - fewer)
-        guess = int(more + (USABLE * limit - high) // slope) if slope > 0 else 2 * more
-        guess = max(fits + 1, guess if refused is None else min(guess, refused - 1))
-        try:
-            found = try_clients(guess)
-        except TooLargeError as error:
-            refused = guess
-            if error.needed:
-                known[guess] = error.needed
-            continue
-        known[guess] = found.total
-        if found.total <= USABLE * limit:
-            fits = guess
-        else:
-            refused = guess
-    return fits, refused

@@ -20,7 +20,7 @@ SHOWN = 40
 """Characters of what was given that are told."""
 
 
-UNNAMED = ("run", "comparison", "base")
+UNNAMED = ("run", "comparison", "base", "request")
 """Groups of options whose name is no part of their flags."""
 
 
