@@ -14,10 +14,10 @@ finished curve is a line per point in results/curves.jsonl, and is not measured 
 and results/curves.png.
 """
 
-from fedvlm_jax.utils.heap import keep_heap
+from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
 
-if __name__ in ("__main__", "__mp_main__"):
-    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+if __name__ == "__main__":
+    restart_with_kept_memory()  # before what takes long to import
 
 import dataclasses
 import json

@@ -9,10 +9,10 @@ gathered, the compiled round run, states and checkpoint written. Evaluation, whi
 left out. Resident memory is read by the kernel's count after every round.
 """
 
-from fedvlm_jax.utils.heap import keep_heap
+from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
 
-if __name__ in ("__main__", "__mp_main__"):
-    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+if __name__ == "__main__":
+    restart_with_kept_memory()  # before what takes long to import
 
 import dataclasses
 import json

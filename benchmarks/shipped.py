@@ -7,10 +7,10 @@ Several local batches and waves are run in turn; with --peer-python, a PyTorch +
 adapters are compared after the round. Writes bench.json into a folder under runs/.
 """
 
-from fedvlm_jax.utils.heap import keep_heap
+from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
 
-if __name__ in ("__main__", "__mp_main__"):
-    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+if __name__ == "__main__":
+    restart_with_kept_memory()  # before what takes long to import
 
 import sys
 from collections.abc import Mapping

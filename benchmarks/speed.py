@@ -18,10 +18,10 @@ results/speed.jsonl, and is not measured again. On a GPU both sides compute ther
 clients, and XLA makes float32 products from TF32 unless it is asked for more, as in the last line.
 """
 
-from fedvlm_jax.utils.heap import keep_heap
+from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
 
-if __name__ in ("__main__", "__mp_main__"):
-    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+if __name__ == "__main__":
+    restart_with_kept_memory()  # before what takes long to import
 
 import contextlib
 import json

@@ -21,10 +21,10 @@ The search tries sharing patterns on the validation split of `lang-20` with two 
 two against local and plora on five fresh seeds. The curves are validated every second round, with the tuning's seed.
 """
 
-from fedvlm_jax.utils.heap import keep_heap
+from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
 
-if __name__ in ("__main__", "__mp_main__"):
-    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+if __name__ == "__main__":
+    restart_with_kept_memory()  # before what takes long to import
 
 import dataclasses
 import json

@@ -9,10 +9,10 @@ Learning rates are those that the study chose on validation, with a seed that is
 ditto, which it did not tune, has the defaults. Validation is scored once, after the last round; test is never read.
 """
 
-from fedvlm_jax.utils.heap import keep_heap
+from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
 
-if __name__ in ("__main__", "__mp_main__"):
-    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+if __name__ == "__main__":
+    restart_with_kept_memory()  # before what takes long to import
 
 import dataclasses
 import json

@@ -9,10 +9,10 @@ line of `tuning.jsonl`. `run` compares the methods with the rates chosen for eac
 end. `report` writes `emoji_study.json`, `.md` and `.png`.
 """
 
-from fedvlm_jax.utils.heap import keep_heap
+from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
 
-if __name__ in ("__main__", "__mp_main__"):
-    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+if __name__ == "__main__":
+    restart_with_kept_memory()  # before what takes long to import
 
 import dataclasses
 import json

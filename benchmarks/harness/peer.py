@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.utils.malloc_settings import SETTINGS
 from harness.ours import Vision
 from harness.world import World, write_world
 
@@ -51,7 +52,7 @@ class Peer:
             with self._said.open("w") as said:
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
-                    env={**os.environ, **quiet},
+                    env={name: value for name, value in os.environ.items() if name not in SETTINGS} | quiet,
                 )  # fmt: skip
         except OSError as error:
             self._scratch.cleanup()

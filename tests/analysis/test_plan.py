@@ -150,10 +150,8 @@ def test_a_pod_that_is_not_there(model, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "hostname" not in done.stderr
     over_clients = [one for one in stored["collectives"] if "clients" in one["axes"]]
-    assert sorted((one["kind"], one["runs_per_round"]) for one in over_clients) == [
-        ("all-gather", 1),
-        ("all-reduce", 1),
-    ]
+    assert sum(one["runs_per_round"] for one in over_clients) == 2, "the factors B, and whose numbers are finite"
+    assert 0 < sum(one["bytes_per_round"] for one in over_clients) - 4 * 2 * (16 + 16) <= 4 * 16
     assert stored["room"] == 16 * GIB
     assert 0 < stored["memory"]["needed"] < GIB
     assert stored["unknown_loops"] == 0

@@ -12,10 +12,10 @@ answer questions on the frozen tower's features of several augmented copies of e
 
 from __future__ import annotations
 
-from fedvlm_jax.utils.heap import keep_heap
+from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
 
-if __name__ in ("__main__", "__mp_main__"):
-    keep_heap()  # before all that starts threads, as the `fedvlm` command does
+if __name__ == "__main__":
+    restart_with_kept_memory()  # before what takes long to import
 
 import jax
 import nano_tokenizer

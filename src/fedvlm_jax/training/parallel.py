@@ -18,7 +18,6 @@ import jax
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training.progress import SilentProgress
-from fedvlm_jax.utils.heap import keep_heap
 
 __all__ = ["WorkerProgress", "spread"]
 
@@ -95,7 +94,6 @@ def _settle(shares: Any, stop: Any) -> None:
     Thread(target=_end_with, args=(stop,), daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, shares.get())
-    keep_heap()
 
 
 def _end_with(stop: Any) -> None:
