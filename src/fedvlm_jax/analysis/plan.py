@@ -35,8 +35,15 @@ __all__ = ["Attempt", "Plan", "plan_round"]
 
 @dataclass(frozen=True)
 class Attempt:
-    """A compilation: clients of a wave, of them on a device, bytes that a device must have (None where the compiler
-    refused without a number), whether they are there with a tenth left free, and seconds that it took."""
+    """A compilation of the round at one width of the wave.
+
+    Attributes:
+        wave: clients side by side.
+        clients: of them on a device.
+        bytes: that a device must have; None where the compiler refused without a number.
+        fits: whether they are there with a tenth left free.
+        seconds: that it took.
+    """
 
     wave: int
     clients: int
