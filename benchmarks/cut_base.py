@@ -93,7 +93,7 @@ def lower(vlm: Vlm, mesh: Mesh, params: Any) -> dict[str, Any]:
     everywhere, across = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(CLIENTS))
     spec = lora.LoRA(rank=8, targets=LANGUAGE_MODEL)
     trainer = make_local_trainer(vlm, load_objective("sft"))
-    method = load_method("plora", Setup(vlm.sites, lambda key: lora.init(key, vlm.sites, spec), trainer.start))
+    method = load_method("plora", Setup(sites=vlm.sites, spec=spec, start_optimizer=trainer.start))
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(1), vlm.sites, spec))
     server = place(jax.eval_shape(method.init, adapter), everywhere)
     personal = jax.eval_shape(lambda server: method.init_client(jax.random.key(0), server, jnp.int32(0)), server)

@@ -132,12 +132,12 @@ def train(factors, optimizer, client):
 # mesh, with drop-outs and checkpoints; these are its bones.
 
 # %%
-setup = Setup(sites, lambda key: lora.init(key, sites, spec), lambda factors, trained=None: {}, population=CLIENTS)
+setup = Setup(sites=sites, spec=spec, start_optimizer=lambda factors, trained=None: {}, population=CLIENTS)
 method = make(setup)
-server = method.init(lora.init(jax.random.key(4), sites, spec))
+server = method.init(adapter=setup.draw(jax.random.key(4)))
 numbers, weights = jnp.arange(CLIENTS), jnp.full(CLIENTS, 1 / CLIENTS)
 keys = jax.random.split(jax.random.key(5), CLIENTS)
-personal = jax.vmap(method.init_client, in_axes=(0, None, 0))(keys, server, numbers)
+personal = jax.vmap(lambda key, number: method.init_client(key=key, server=server, number=number))(keys, numbers)
 clients = Client(
     examples={"x": x, "y": y},
     indices=jnp.zeros((CLIENTS, STEPS, ROWS), int),
@@ -151,14 +151,14 @@ clients = Client(
 
 @jax.jit
 def play(server, personal, number, key):
-    ctx = Context(params, number, 0, {}, train)
-    keys = jax.random.split(key, CLIENTS)
+    ctx = Context(params=params, round=number, phase=0, rates={}, train=train, key=key)
+    keys = jax.random.split(jax.random.fold_in(key, 1), CLIENTS)
 
     def update(personal, client, key):
-        return method.client_update(ctx, server, personal, client, key)
+        return method.client_update(ctx, server=server, personal=personal, client=client, key=key)
 
     personal, messages, metrics = jax.vmap(update)(personal, clients, keys)
-    server, _ = method.aggregate(ctx, server, messages, weights)
+    server, _ = method.aggregate(ctx, server=server, messages=messages, weights=weights)
     return server, personal, metrics["loss"].mean()
 
 
@@ -175,7 +175,7 @@ assert losses[-1] < losses[0] / 4
 # `personalise` gives each client's adapter.
 
 # %%
-adapters = jax.vmap(method.personalise, in_axes=(None, 0))(server, personal)
+adapters = jax.vmap(lambda personal: method.personalise(server=server, personal=personal))(personal)
 mine = jax.vmap(loss_of)(adapters, clients.examples)
 base_alone = jnp.mean(jnp.square(jnp.einsum("kmi,io->kmo", x, params["layer"]["kernel"]) - y), axis=(1, 2))
 print("base alone:", base_alone.round(2))

@@ -62,7 +62,12 @@ def make_method(
     vlm, params = make_toy()
     trainer = make_local_trainer(vlm, load_objective(objective), optimizer=optimizer, clip_norm=clip_norm)
     setup = Setup(
-        vlm.sites, lambda key: lora.init(key, vlm.sites, SPEC), trainer.start, keep_optimizer, common_start, **choices
+        sites=vlm.sites,
+        spec=SPEC,
+        start_optimizer=trainer.start,
+        keep_optimizer=keep_optimizer,
+        common_start=common_start,
+        **choices,
     )
     adapter = lora.init(jax.random.key(9), vlm.sites, SPEC)
     return vlm, params, trainer, load_method(name, setup), adapter
@@ -115,7 +120,7 @@ def trace_rounds(name, **choices):
         params = method.base(params, server)
     states, cohort = to_waves(start_states(method, server, 4), 1), to_waves(make_cohort(4), 1)
     weights, key = jnp.full(4, 0.25), jax.random.key(0)
-    phases = [method.phase(number) if method.phase is not None else 0 for number in range(1, 5)]
+    phases = [method.phase(number) for number in range(1, 5)]
     traced = {
         phase: run.trace(params, server, states, cohort, weights, RATES, jnp.int32(1), key, phase=phase)
         for phase in dict.fromkeys(phases)

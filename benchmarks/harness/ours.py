@@ -10,13 +10,14 @@ import numpy as np
 from fedvlm_jax import lora
 from fedvlm_jax.analysis.flops import count_flops
 from fedvlm_jax.distributed.sharding import make_mesh, place_waves, replicate
-from fedvlm_jax.federation.compiled import make_programs
-from fedvlm_jax.federation.local_training import make_local_trainer
+from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.memory import Footprint, measure
-from fedvlm_jax.federation.round import to_waves
-from fedvlm_jax.methods import Client, Setup, load_method
+from fedvlm_jax.federation.round import RoundArguments, make_arguments, start_personal, to_waves
+from fedvlm_jax.methods import Client
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.training.config import LoraOptions, Run, TrainOptions
+from fedvlm_jax.training.method_setup import build_programs, make_spec
 from fedvlm_jax.utils import tree
 from harness.world import Settings, Shape, World
 
@@ -47,18 +48,22 @@ class Ours:
         """
         settings, shape = world.settings, world.shape
         mesh = make_mesh(1)
-        spec = lora.LoRA(settings.rank, settings.alpha, settings.targets)
-        trainer = make_local_trainer(vlm, load_objective("sft"), clip_norm=settings.clip_norm)
-        setup = Setup(
-            vlm.sites, lambda key: lora.init(key, vlm.sites, spec), trainer.start, population=shape.clients,
-            cohort=shape.clients, places=shape.clients, rounds=2,
+        run = Run(
+            lora=LoraOptions(settings.rank, settings.alpha, settings.targets),
+            train=TrainOptions(rounds=2, clip_norm=settings.clip_norm),
+        )
+        clients, waves = shape.clients, shape.clients // wave
+        layout = Layout(clients, wave, waves, shape.steps * shape.batch, shape.steps, shape.batch)
+        programs = build_programs(
+            run, METHOD, vlm, load_objective("sft"), mesh, population=clients, layout=layout, ranks=(),
+            common_start=True, local=run.local, server=run.server,
         )  # fmt: skip
-        method = load_method(METHOD, setup)
-        fresh = tree.flatten(lora.init(jax.random.key(0), vlm.sites, spec))
+        method = programs.method
+        fresh = tree.flatten(lora.init(jax.random.key(0), vlm.sites, make_spec(run)))
         adapter = tree.unflatten(fresh | {path: jnp.asarray(factor) for path, factor in world.start.items()})
-        self._params, self._mesh, self._waves = replicate(mesh, params), mesh, shape.clients // wave
-        self._server = replicate(mesh, method.init(adapter))
-        blank = jax.eval_shape(lambda: method.init_client(jax.random.key(0), self._server, jnp.int32(0)))
+        self._params, self._mesh, self._waves = replicate(mesh, params), mesh, waves
+        self._server = replicate(mesh, method.init(adapter=adapter))
+        blank = jax.eval_shape(lambda: start_personal(method, jax.random.key(0), self._server, jnp.int32(0)))
         self._personal = jax.tree.map(lambda x: np.zeros((shape.clients, *x.shape), x.dtype), blank)
         self._clients = Client(
             choose_examples(world.examples, vision),
@@ -70,11 +75,11 @@ class Ours:
             world.weights,
         )
         self._weights, self.world, self.wave, self.adapter = world.weights, world, wave, adapter
-        self._rates = {"a": jnp.float32(settings.rate_a), "b": jnp.float32(settings.rate_b)}
+        self._rates = {"a": settings.rate_a, "b": settings.rate_b}
         self.inside = 0.0
         """Seconds of the last run that passed between calling the compiled round and having its results."""
         began = time.perf_counter()
-        self.compiled = make_programs(method, trainer, mesh).compile_round(self._arguments(), 0)
+        self.compiled = programs.compile_round(self._arguments(), 0)
         self.compile_seconds = time.perf_counter() - began
 
     def __call__(self) -> float:
@@ -97,8 +102,7 @@ class Ours:
 
     def measure_without_base(self) -> int:
         """Bytes of a device that the round needs beside the base's weights that it reads."""
-        stats, (params, *others) = self.compiled.memory_analysis(), self._arguments()
-        del params
+        stats, (_, *others) = self.compiled.memory_analysis(), self._arguments()
         given = sum(
             leaf.nbytes
             for leaf in jax.tree.leaves(others)
@@ -107,13 +111,13 @@ class Ours:
         made = stats.output_size_in_bytes + stats.temp_size_in_bytes - stats.alias_size_in_bytes
         return given + made
 
-    def _arguments(self) -> tuple[Any, ...]:
+    def _arguments(self) -> RoundArguments:
         def place(tree_: Any) -> Any:
             return place_waves(self._mesh, to_waves(tree_, self._waves))
 
-        return (
-            self._params, self._server, place(self._personal), place(self._clients), jnp.asarray(self._weights),
-            self._rates, jnp.int32(1), jax.random.key(1),
+        return make_arguments(
+            params=self._params, server=self._server, personal=place(self._personal), clients=place(self._clients),
+            weights=jnp.asarray(self._weights), key=jax.random.key(1), rates=self._rates,
         )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """`fedvlm explain`: what is told of a method is what the method does, a stranger's as well."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -163,7 +164,7 @@ def make_stranger(setup) -> Method:
     )
     made = make_share_method("stranger", "nowhere", lora.Rule("/b$"), setup, parts)
 
-    return made._replace(mixes=True, travels=None)
+    return dataclasses.replace(made, mixes=True, travels=None)
 
 
 def test_a_strangers_method_is_explained(toy):

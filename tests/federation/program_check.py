@@ -76,9 +76,7 @@ def run(case, vlm, params, clients, waves, model=1):
     spec = lora.LoRA(rank=2, targets=r"language_model/.*(proj|fc1|fc2)")
     name, _, objective = case.partition("/")
     trainer = make_local_trainer(vlm, load_objective(objective))
-    setup = Setup(
-        vlm.sites, lambda key: lora.init(key, vlm.sites, spec), trainer.start, cohort=CLIENTS, places=CLIENTS, rounds=2
-    )
+    setup = Setup(sites=vlm.sites, spec=spec, start_optimizer=trainer.start, cohort=CLIENTS, places=CLIENTS, rounds=2)
     method = load_method(name, setup)
     mesh = make_mesh(clients, model)
     server = method.init(lora.init(jax.random.key(1), vlm.sites, spec))

@@ -21,7 +21,7 @@ def start(name, dropout):
     vlm, params = make_toy()
     trainer = make_local_trainer(vlm, load_objective("sft"), dropout=dropout)
     setup = Setup(
-        vlm.sites, lambda key: lora.init(key, vlm.sites, SPEC), trainer.start, True, True,
+        sites=vlm.sites, spec=SPEC, start_optimizer=trainer.start,
         population=CLIENTS, cohort=CLIENTS, places=CLIENTS, rounds=4, local_steps=3,
     )  # fmt: skip
     method = load_method(name, setup)

@@ -70,7 +70,7 @@ class World:
         spec = lora.LoRA(rank=RANK, alpha=SCALE * RANK)
         choices = {"population": clients, **choices}
         self.setup = Setup(
-            self.sites, lambda key: lora.init(key, self.sites, spec), trainer.start, cohort=clients, places=clients,
+            sites=self.sites, spec=spec, start_optimizer=trainer.start, cohort=clients, places=clients,
             rounds=rounds, local_steps=STEPS, ranks=ranks, **choices,
         )  # fmt: skip
         self.method = load_method(name, self.setup)
@@ -113,7 +113,7 @@ class World:
                 {name: jnp.float32(rate) for name, rate in RATES.items()},
                 jnp.int32(number),
                 jax.random.key(KEY),
-                phase=self.method.phase(number) if self.method.phase is not None else 0,
+                phase=self.method.phase(number),
             )
             before, server = server, out.server
             states = jax.tree.map(

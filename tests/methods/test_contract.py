@@ -1,5 +1,6 @@
 """What every method must keep, found by name: a new file in methods/ is tested here without being mentioned."""
 
+import dataclasses
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ class Case:
         self.out, self.personal, self.cohort = self.rounds[0].out, self.rounds[0].personal, self.rounds[0].cohort
 
     def phase_of(self, number):
-        return 0 if self.method.phase is None else self.method.phase(number)
+        return self.method.phase(number)
 
     def play(self):
         server, states = self.server, self.states
@@ -125,6 +126,11 @@ class Case:
         """What a client with this adapter says to a few inputs."""
         batch = {"image_features": INPUTS, "labels": np.zeros((len(INPUTS), 3), np.int32)}
         return np.asarray(self.vlm.logits(self.base(server), adapter, batch))
+
+
+def make_context(params, train, number=1, phase=0):
+    key = jax.random.key(number)
+    return Context(params=params, round=jnp.int32(number), phase=phase, rates=RATES, train=train, key=key)
 
 
 def row(tree, k):
@@ -322,7 +328,7 @@ def test_trained_is_the_model_at_the_end_of_local_training(case):
         pytest.skip(TRAINED_APART[case.name])
     for at in case.moments:
         ended = []
-        ctx = Context(case.base(at.server), jnp.int32(at.number), at.phase, RATES, make_believe(ended))
+        ctx = make_context(case.base(at.server), make_believe(ended), at.number, at.phase)
         state, message, _ = case.method.client_update(
             ctx, at.server, case.before(at, 1), row(at.cohort, 1), jax.random.key(1)
         )
@@ -454,7 +460,7 @@ def test_who_does_not_move_has_not_drifted(which):
             scaled = jax.tree_util.tree_map_with_path(lambda path, x: (1 + moved * (path[-1].key == "a")) * x, factors)
             return scaled, optimizer, {"loss": jnp.float32(1)}
 
-        ctx = Context(params, jnp.int32(1), 0, RATES, train)
+        ctx = make_context(params, train)
         drifts.append(
             float(method.client_update(ctx, server, personal, client, jax.random.key(1))[2]["personal_drift"])
         )
@@ -489,19 +495,20 @@ def break_later_rounds(method):
     """From its second round on: whoever stands first replaces everybody, and more is added where nobody counts."""
 
     def aggregate(ctx, server, messages, weights):
-        server, health = method.aggregate(ctx, server, messages, weights)
+        server, health = method.aggregate(ctx, server=server, messages=messages, weights=weights)
         if ctx.phase:
             server = {**server, "shared": jax.tree.map(lambda x, m: x + m[0] + 1, server["shared"], messages)}
         return server, health
 
     def client_update(ctx, server, personal, client, key):
-        return method.client_update(ctx._replace(phase=0), server, personal, client, key)
+        ctx = ctx._replace(phase=0)
+        return method.client_update(ctx, server=server, personal=personal, client=client, key=key)
 
     def trained(server, personal, message):
-        return method.personalise(server, personal)
+        return method.personalise(server=server, personal=personal)
 
-    return method._replace(
-        client_update=client_update, aggregate=aggregate, trained=trained, phase=lambda number: int(number > 1)
+    return dataclasses.replace(
+        method, client_update=client_update, aggregate=aggregate, trained=trained, phase=lambda number: int(number > 1)
     )
 
 
@@ -576,7 +583,7 @@ def test_a_restart_goes_back_to_where_the_client_began(common):
         rounds = []
         for number in (1, 2):
             ended = []
-            ctx = Context(params, jnp.int32(number), 0, RATES, make_believe(ended))
+            ctx = make_context(params, make_believe(ended), number)
             state, _, _ = method.client_update(ctx, server, state, client, jax.random.key(number))
             rounds.append(ended[-1])
             assert_close(method.personalise(server, state)["encoder"]["fc1"]["a"], ended[-1]["encoder"]["fc1"]["a"])
@@ -607,7 +614,7 @@ def test_rules_make_methods():
 
     vlm, params = make_toy()
     trainer = make_local_trainer(vlm, load_objective("sft"))
-    setup = Setup(vlm.sites, lambda key: lora.init(key, vlm.sites, SPEC), trainer.start)
+    setup = Setup(sites=vlm.sites, spec=SPEC, start_optimizer=trainer.start)
     method = make_share_method("mine", "here", lora.Rule("fc2/b$"), setup)
     server = method.init(lora.init(jax.random.key(0), vlm.sites, SPEC))
     run = make_round(method, trainer, make_mesh(1))

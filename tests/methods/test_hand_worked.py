@@ -76,7 +76,7 @@ class World:
         objective = Objective("squared", "this file", squared_error)
         trainer = make_local_trainer(vlm, objective, optimizer="sgd", clip_norm=clip_norm)
         spec = lora.LoRA(rank=2, alpha=1.0)
-        setup = Setup(self.sites, lambda key: lora.init(key, self.sites, spec), trainer.start)
+        setup = Setup(sites=self.sites, spec=spec, start_optimizer=trainer.start)
         self.method = load_method(name, setup)
         self.round = make_round(self.method, trainer, make_mesh(1))
         adapter = lora.init(jax.random.key(0), self.sites, spec)

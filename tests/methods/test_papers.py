@@ -196,8 +196,8 @@ def test_flexlora_by_hand():
     server = {**world.server, "shared": {layer: {"fc": site} for layer, site in sites.items()}}
     halved = {layer: {"fc": {"a": 0 * site["a"], "b": -0.5 * site["b"].at[1].set(0)}} for layer, site in sites.items()}
     messages = {"update": jax.tree.map(lambda x: x[None], halved), "rank": jnp.asarray([1])}
-    ctx = Context(None, jnp.int32(1), 0, {}, None)
-    shared = world.method.aggregate(ctx, server, messages, jnp.ones(1))[0]["shared"]
+    ctx = Context(params=None, round=jnp.int32(1), phase=0, rates={}, train=None, key=None)
+    shared = world.method.aggregate(ctx, server=server, messages=messages, weights=jnp.ones(1))[0]["shared"]
     for layer in SHAPES:
         found = np.linalg.svd(product(shared, layer), compute_uv=False)
         assert_close(found, [0.9, 0.5] + [0] * (len(found) - 2))
@@ -325,7 +325,9 @@ def test_ce_lora(turns):
 
 def test_a_pool_keeps_the_newest():
     """Three places: 4 and 7 come in round 1, 5 and 9 in round 2, 7 again and 4, who does not count, in round 3."""
-    pool = personalized_download.start_pool({"b": jnp.zeros(1)}, Setup({}, None, None, population=3))
+    pool = personalized_download.start_pool(
+        {"b": jnp.zeros(1)}, Setup(sites={}, spec=None, start_optimizer=None, population=3)
+    )
     for number, (who, weights) in enumerate([((4, 7), (1, 1)), ((5, 9), (1, 1)), ((7, 4), (1, 0))], start=1):
         moved = {"b": jnp.asarray([[10.0 * number + w] if w else [jnp.nan] for w in weights])}
         messages = {"moved": moved, "number": jnp.asarray(who)}

@@ -188,7 +188,7 @@ def trace_shapes(name: str, **choices: object) -> tuple[Method, object, dict[int
     server = jax.eval_shape(method.init, adapter)
     run = make_round(method, trainer, make_mesh(1))
     states = jax.eval_shape(lambda: start_states(method, method.init(adapter), 2))
-    phases = {round_: method.phase(round_) if method.phase is not None else 0 for round_ in range(1, 5)}
+    phases = {round_: method.phase(round_) for round_ in range(1, 5)}
     outs = {
         phase: jax.eval_shape(
             lambda params, server, states, cohort, phase=phase: run(

@@ -46,7 +46,7 @@ def test_every_generator_s_seed_begins_with_a_stream():
 
 def test_no_bare_number_is_folded_into_a_key():
     calls = list(read_calls("fold_in"))
-    assert sum(is_stream(call.args[1]) for _, call in calls) == 4
+    assert sum(is_stream(call.args[1]) for _, call in calls) == 5
     for path, call in calls:
         assert not isinstance(call.args[1], ast.Constant), f"{path}:{call.lineno}"
 
@@ -65,7 +65,7 @@ def test_no_stream_is_read_in_two_places():
 def test_numbers_of_release_0_1_stay_but_for_the_cohorts():
     """Data, splits, adapters, batches and turnout of the committed studies are these."""
     assert {name: int(stream) for name, stream in Stream.__members__.items()} == {
-        "ADAPTER": 0, "NEWCOMERS": 1, "UPDATES": 2, "DROPOUT": 3,
+        "ADAPTER": 0, "NEWCOMERS": 1, "UPDATES": 2, "DROPOUT": 3, "AGGREGATION": 4,
         "TOPICS": 101, "CONCEPTS": 102, "TURNOUT": 103, "COHORTS": 104, "EVALUATED": 105,
         "BATCHES": 201, "LIMIT": 301, "PARTITIONS": 302,
     }  # fmt: skip
@@ -86,5 +86,5 @@ def test_a_client_s_topics_and_a_round_s_cohort_are_two_draws(number):
 
 def test_a_member_folds_as_its_number_does():
     key = jax.random.key(3)
-    for stream in (Stream.ADAPTER, Stream.NEWCOMERS, Stream.UPDATES, Stream.DROPOUT):
+    for stream in (Stream.ADAPTER, Stream.NEWCOMERS, Stream.UPDATES, Stream.DROPOUT, Stream.AGGREGATION):
         assert jax.random.fold_in(key, stream) == jax.random.fold_in(key, int(stream))

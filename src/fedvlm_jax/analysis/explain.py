@@ -1,23 +1,26 @@
-"""What a method does to a model's tensors: from shapes alone, no data, no weights, no training.
+"""Explain a method on a model's tensors: from shapes alone, no data, no weights, no training.
 
-The method's own functions are traced (`runs.tracing`), so a new file in `methods/` is explained without being known.
+Its functions are traced (`trace_method`), so a new file in `methods/zoo/` is explained without being known.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.analysis.trace_method import OPTIMIZER, Stage, Tracer, flatten_state, key_shape
+from fedvlm_jax.analysis.trace_method import OPTIMIZER, Stage, Tracer, flatten_state
 from fedvlm_jax.federation.local_training import make_local_trainer
+from fedvlm_jax.federation.round_shapes import shape_key
 from fedvlm_jax.methods import Method, Setup, load_method
 from fedvlm_jax.methods.base import is_factor
 from fedvlm_jax.models import Vlm, read_vlm
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.training.config import Run
 from fedvlm_jax.training.method_options import check_rule
+from fedvlm_jax.training.method_setup import deal_ranks, make_setup, make_spec
 from fedvlm_jax.utils import tree
 
 __all__ = ["Explanation", "explain", "explain_method"]
@@ -78,36 +81,31 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
         make: of the method.
     """
     cohort = min(run.cohort or population, population)
-    dealt = run.lora.ranks
-    ranks = tuple(dealt[number % len(dealt)] for number in range(population)) if dealt else ()
-    spec = lora.LoRA(run.lora.rank, run.lora.alpha, run.lora.targets, rslora=run.lora.rslora, init=run.lora.init)
+    ranks = deal_ranks(run.lora.ranks, population)
     trainer = make_local_trainer(
         vlm, load_objective("sft"), optimizer=run.train.optimizer, weight_decay=run.train.weight_decay
     )
-    setup = Setup(
-        sites=vlm.sites,
-        draw=lambda key: lora.init(key, vlm.sites, spec),
-        start_optimizer=lambda factors, trained=is_factor: {OPTIMIZER: trainer.start(factors, trained)},
-        keep_optimizer=run.train.optimizer_state == "kept",
-        common_start=run.lora.private_a == "common",
+
+    def start_marked(factors: PyTree, trained: Callable[[str], bool] = is_factor) -> PyTree:
+        return {OPTIMIZER: trainer.start(factors, trained)}
+
+    setup = replace(
+        make_setup(run, vlm.sites, make_spec(run), start_marked),
         population=population,
         cohort=cohort,
         places=cohort,
-        rounds=run.train.rounds,
         local_steps=run.train.local_steps,
         ranks=ranks,
-        local=run.local,
-        server=run.server,
-        hyper=run.hyper,
-        share=run.share,
     )
     method = make(setup)
-    adapter = jax.eval_shape(setup.draw, key_shape())
-    server = jax.eval_shape(method.init, adapter)
-    personal = jax.eval_shape(method.init_client, key_shape(), server, jax.ShapeDtypeStruct((), jnp.int32))
+    adapter = jax.eval_shape(setup.draw, shape_key())
+    server = jax.eval_shape(lambda adapter: method.init(adapter=adapter), adapter)
+    personal = jax.eval_shape(
+        lambda key, server: method.init_client(key=key, server=server, number=jnp.int32(0)), shape_key(), server
+    )
     rounds: dict[int, list[int]] = {}
     for number in range(1, run.train.rounds + 1):
-        rounds.setdefault(method.phase(number) if method.phase is not None else 0, []).append(number)
+        rounds.setdefault(method.phase(number), []).append(number)
     sites = {path: len(site.stack) for path, site in vlm.sites.items() if f"{path}/a" in tree.flatten(adapter)}
     tracer = Tracer(method, vlm, run.train.local_steps, run.train.batch_size, server, personal, cohort, ranks, sites)
     state = flatten_state(personal)

@@ -135,14 +135,14 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
             local=run.local, server=run.server,
         )  # fmt: skip
         arguments = shape_round(programs, vlm, spec, layout, example)
-        phase = 0 if programs.method.phase is None else programs.method.phase(1)
+        phase = programs.method.phase(1)
         try:
             compiled = programs.compile_round(arguments, phase)
         except memory.TooLargeError as error:
             account(layout, error.needed, began)
             raise
         unread = memory.count_unread(compiled, arguments)
-        footprint = memory.measure(compiled, arguments[0], mesh, layout.wave, unread)
+        footprint = memory.measure(compiled, arguments.params, mesh, layout.wave, unread)
         account(layout, footprint.total, began)
         needs = {"needed": footprint.total, "base": footprint.base, "per_client": footprint.per_client}
         flops = count_flops(partial(programs.round, phase=phase), *arguments) // mesh.devices.size

@@ -1,7 +1,7 @@
 """A method's functions traced on shapes: which tensors a round trains, sends, receives and keeps.
 
-Local training is replaced by a stand-in that notes what it is given to train. Nothing is computed, and nothing is known
-of any method: what is told is what its own functions do. Axes: K clients of the cohort.
+Local training is replaced by a stand-in that notes what it is given to train. Nothing is computed, and no method is
+known by name. Axes: K clients of the cohort.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from fedvlm_jax.federation.communication import count_bytes, find_travelling
+from fedvlm_jax.federation.round_shapes import shape_client, shape_key
 from fedvlm_jax.methods import Client, Context, Method
-from fedvlm_jax.methods.base import is_factor
+from fedvlm_jax.methods.base import is_factor, shape_of_one
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.utils import tree
 
-__all__ = ["OPTIMIZER", "Held", "Stage", "Tensor", "Tracer", "flatten_state", "key_shape"]
+__all__ = ["OPTIMIZER", "Held", "Stage", "Tensor", "Tracer", "flatten_state"]
 
 OPTIMIZER = "the optimiser's state"
 """A mark around every optimiser state that a method asks for, so it is found again wherever the method keeps it."""
@@ -169,12 +170,17 @@ class Tracer:
 
         def update(personal: PyTree, params: PyTree, server: PyTree, client: Client, number: Any, key: Any) -> Any:
             rate = jnp.zeros(())
-            ctx = Context(params, number, phase, {"a": rate, "b": rate}, training)
-            personal, message, _ = self.method.client_update(ctx, server, personal, client, key)
+            rates = {"a": rate, "b": rate}
+            ctx = Context(params=params, round=number, phase=phase, rates=rates, train=training, key=key)
+            personal, message, _ = self.method.client_update(
+                ctx, server=server, personal=personal, client=client, key=key
+            )
             return personal, message
 
+        example = shape_of_one(self.vlm.example_batch())
+        client = shape_client(example, self.batch, self.steps, self.batch)
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        arguments = (self.vlm.shapes(), self.server, self._client(), number, key_shape())
+        arguments = (self.vlm.shapes(), self.server, client, number, shape_key())
         changed, (_, message) = _trace(update, self.personal, *arguments)
         return changed, message
 
@@ -206,25 +212,9 @@ class Tracer:
             for path, places in found.items()
         }
 
-    def _client(self) -> Client:
-        steps, batch = self.steps, self.batch
-        rows = {
-            name: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype)
-            for name, leaf in self.vlm.example_batch().items()
-        }
-        return Client(
-            rows,
-            jax.ShapeDtypeStruct((steps, batch), jnp.int32),
-            jax.ShapeDtypeStruct((steps, batch), jnp.bool_),
-            jax.ShapeDtypeStruct((), jnp.float32),
-            jax.ShapeDtypeStruct((), jnp.int32),
-            jax.ShapeDtypeStruct((), jnp.bool_),
-            jax.ShapeDtypeStruct((), jnp.float32),
-        )
-
 
 def _leave_out_the_common(found: Mapping[str, tuple[Held, ...]]) -> Mapping[str, tuple[Held, ...]]:
-    """Where all that travels is in one place, the place says nothing."""
+    """Leave out the place where all that travels is in one."""
     if len({held.place for several in found.values() for held in several}) > 1:
         return found
     return {path: tuple(replace(held, place="") for held in several) for path, several in found.items()}
@@ -245,8 +235,3 @@ def flatten_state(part: PyTree) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]
     }
-
-
-def key_shape() -> Any:
-    """The shape of a random key."""
-    return jax.eval_shape(lambda: jax.random.key(0))

@@ -1,9 +1,10 @@
-"""What travels between a client and the server in a round, counted from shapes."""
+"""Communication: what travels between a client and the server in a round, counted from shapes."""
 
 import jax
 from jaxtyping import PyTree
 
 from fedvlm_jax.methods import Method
+from fedvlm_jax.methods.base import shape_of_one
 from fedvlm_jax.methods.components.norms import leaf_name
 from fedvlm_jax.utils import tree
 
@@ -11,7 +12,7 @@ __all__ = ["count_bytes", "find_travelling"]
 
 
 def find_travelling(method: Method, server: PyTree, messages: PyTree) -> tuple[PyTree, PyTree]:
-    """What one client sends and what it receives, as trees of shapes.
+    """Return what one client sends and what it receives, as trees of shapes.
 
     Args:
         method: whose round.
@@ -20,14 +21,12 @@ def find_travelling(method: Method, server: PyTree, messages: PyTree) -> tuple[P
     """
     shapes = jax.eval_shape(lambda part: part, messages)
     if method.travels is not None:
-        return method.travels(server, shapes)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes), jax.eval_shape(
-        method.download, server
-    )
+        return method.travels(server=server, messages=shapes)
+    return shape_of_one(shapes), jax.eval_shape(lambda server: method.download(server=server), server)
 
 
 def count_bytes(part: PyTree, share: float = 1.0) -> int:
-    """The bytes of a client whose rank is this share of the largest: padding beyond it does not travel."""
+    """Count the bytes of a client whose rank is this share of the largest: padding beyond it does not travel."""
     return round(
         sum(
             tree.count_bytes(leaf) * (share if leaf_name(path) in ("a", "b") else 1)

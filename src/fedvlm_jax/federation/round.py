@@ -9,7 +9,7 @@ numbers that are not finite has no weight, and the others' weights add up to one
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,15 +20,59 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from fedvlm_jax.distributed.sharding import CLIENTS, wave_sharding
 from fedvlm_jax.federation.local_training import LocalTrainer
 from fedvlm_jax.methods import Client, Context, Method
-from fedvlm_jax.methods.base import Metrics, Train
+from fedvlm_jax.methods.base import AnyArray, Metrics, Number
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.random_streams import Stream
 
-__all__ = ["RoundOutput", "from_waves", "make_round", "start_personal", "to_waves"]
+__all__ = ["RoundArguments", "RoundOutput", "from_waves", "make_arguments", "make_round", "start_personal", "to_waves"]
+
+
+class RoundArguments(NamedTuple):
+    """The arguments of a compiled round, arrays on the devices or their shapes, in the function's order.
+
+    Attributes:
+        params: the frozen base, as the method has it in this round.
+        server: the server's state.
+        personal: personal states [W, V, …]; donated. Those of newcomers are ignored: they begin with `init_client`.
+        clients: a `Client` of leaves [W, V, …].
+        weights: [K], p_k in the cohort's order; Σ p_k = 1, or all 0.
+        rates: learning rates of `a` and `b`.
+        round: the round's number.
+        key: the run's key; a client's is folded from it, the round and the client's number.
+    """
+
+    params: PyTree
+    server: PyTree
+    personal: PyTree
+    clients: Client
+    weights: Float[AnyArray, " cohort"]
+    rates: dict[str, Float[Array, ""]]
+    round: Number
+    key: PRNGKeyArray
+
+
+def make_arguments(
+    *,
+    params: PyTree,
+    server: PyTree,
+    personal: PyTree,
+    clients: Client,
+    weights: Float[AnyArray, " cohort"],
+    key: PRNGKeyArray,
+    rates: Mapping[str, float] | None = None,
+    round_: int = 1,
+) -> RoundArguments:
+    """Make the arguments of a compiled round, of arrays or of shapes alike.
+
+    Without `rates` these are zero: so nothing is trained, and the program is the same.
+    """
+    rates = {"a": 0.0, "b": 0.0} if rates is None else rates
+    scalars = {name: jnp.float32(rate) for name, rate in rates.items()}
+    return RoundArguments(params, server, personal, clients, weights, scalars, jnp.int32(round_), key)
 
 
 class RoundOutput(NamedTuple):
-    """What a round returns.
+    """The results of a round.
 
     Attributes:
         server: the new server state.
@@ -38,7 +82,7 @@ class RoundOutput(NamedTuple):
         metrics: of the clients' training [K].
         health: of the aggregation, scalars.
         weights: [K], p_k as they counted.
-        finite: is the new server state?
+        finite: whether the new server state is.
     """
 
     server: PyTree
@@ -51,7 +95,12 @@ class RoundOutput(NamedTuple):
 
 
 def to_waves(tree: PyTree, waves: int) -> PyTree:
-    """Lay arrays [K, …] out as [W, V, …], K = W·V; position k goes to wave k mod W, place k div W."""
+    """Lay arrays [K, …] out as [W, V, …], K = W·V; position k goes to wave k mod W, place k div W.
+
+    >>> import numpy as np
+    >>> to_waves(np.arange(6), 2).tolist()
+    [[0, 2, 4], [1, 3, 5]]
+    """
     return jax.tree.map(lambda x: x.reshape(-1, waves, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
@@ -60,36 +109,28 @@ def from_waves(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def start_personal(method: Method, key: PRNGKeyArray, server: PyTree, number: Int[Array, ""]) -> PyTree:
-    """The state that client `number` begins with; `key` is the run's, the same in every round."""
-    return method.init_client(jax.random.fold_in(jax.random.fold_in(key, Stream.NEWCOMERS), number), server, number)
+def start_personal(method: Method, key: PRNGKeyArray, server: PyTree, number: Number) -> PyTree:
+    """Make the state that client `number` begins with; `key` is the run's, the same in every round."""
+    key = jax.random.fold_in(jax.random.fold_in(key, Stream.NEWCOMERS), number)
+    return method.init_client(key=key, server=server, number=number)
 
 
 def _choose(first: Bool[Array, ""], one: PyTree, other: PyTree) -> PyTree:
-    """One tree or the other, leaf by leaf; what is not chosen leaves no trace, as a product with zero would."""
+    """Select one tree or the other; what is not chosen leaves no trace, as a product with zero would."""
     return jax.tree.map(lambda x, y: jnp.where(first, x, y), one, other)
 
 
 def _leave_out(weights: Float[Array, " cohort"], finite: Bool[Array, " cohort"]) -> Float[Array, " cohort"]:
-    """The weights of those whose numbers are finite, adding up to what they did before; untouched where all are."""
+    """Return the weights of those whose numbers are finite, with the sum that all had; untouched where all are."""
     left = jnp.where(finite, weights, 0)
     renewed = left / jnp.maximum(left.sum(), jnp.finfo(left.dtype).tiny)
     return jnp.where(jnp.all(left == weights), weights, renewed)
 
 
 def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..., RoundOutput]:
-    """Compile-once round: `run(params, server, personal, clients, weights, rates, round, key, *, phase=0)`.
+    """Make the jitted round: `run(*arguments, phase=0)` of `RoundArguments`; a program for each phase.
 
-    Args of the result:
-        params: the frozen base, as the method has it in this round.
-        server: the server's state.
-        personal: personal states [W, V, …]; donated. What newcomers bring is ignored: they begin with `init_client`.
-        clients: a `Client` of arrays [W, V, …].
-        weights: [K], p_k in the cohort's order; Σ p_k = 1, or all 0.
-        rates: learning rates.
-        round: the round's number.
-        key: the run's key; a client's own is folded from it, the round and the client's number.
-        phase: of the round; static, a program each.
+    `personal` is donated. The server's state comes back exactly as it goes in, so the next round finds its program.
     """
     across, everywhere = NamedSharding(mesh, PartitionSpec(CLIENTS)), NamedSharding(mesh, PartitionSpec())
 
@@ -104,28 +145,43 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
         key: PRNGKeyArray,
         phase: int = 0,
     ) -> RoundOutput:
-        def train(factors: Any, optimizer: Any, client: Client, **choices: Any) -> Any:
-            return trainer.run(params, factors, optimizer, client, rates, **choices)
+        def of_round(stream_key: PRNGKeyArray) -> PRNGKeyArray:
+            return jax.random.fold_in(stream_key, round)
 
-        def train_with(key: PRNGKeyArray) -> Train:
-            """Local training of one client in this round; each that its method asks for draws from a key of its own."""
+        def train_with(drops: PRNGKeyArray | None) -> Callable[..., Any]:
+            """Local training of one client; each that its method asks for has a key for its dropout."""
             asked = itertools.count()
-            return lambda *arguments, **choices: train(*arguments, **choices, key=jax.random.fold_in(key, next(asked)))
 
-        ctx = Context(params, round, phase, rates, train)
+            def train(factors: PyTree, optimizer: PyTree, client: Client, **choices: Any) -> Any:
+                drawn = {} if drops is None else {"key": jax.random.fold_in(drops, next(asked))}
+                return trainer.run(params, factors, optimizer, client, rates, **choices, **drawn)
 
-        def update(personal: PyTree, client: Client) -> Any:
+            return train
+
+        ctx = Context(
+            params=params,
+            round=round,
+            phase=phase,
+            rates=rates,
+            train=train_with(None),
+            key=of_round(jax.random.fold_in(key, Stream.AGGREGATION)),
+        )
+
+        def update(personal: PyTree, client: Client) -> tuple[PyTree, PyTree, Metrics, Bool[Array, ""]]:
             with jax.named_scope("start_clients"):
                 fresh = start_personal(method, key, server, client.number)
                 personal = _choose(client.new, fresh, personal)
-            own_key = jax.random.fold_in(
-                jax.random.fold_in(jax.random.fold_in(key, Stream.UPDATES), round), client.number
-            )
             own = ctx
             if trainer.draws:
-                drops = jax.random.fold_in(jax.random.fold_in(key, Stream.DROPOUT), round)
-                own = ctx._replace(train=train_with(jax.random.fold_in(drops, client.number)))
-            new, message, metrics = method.client_update(own, server, personal, client, own_key)
+                drops = jax.random.fold_in(of_round(jax.random.fold_in(key, Stream.DROPOUT)), client.number)
+                own = ctx._replace(train=train_with(drops))
+            new, message, metrics = method.client_update(
+                own,
+                server=server,
+                personal=personal,
+                client=client,
+                key=jax.random.fold_in(of_round(jax.random.fold_in(key, Stream.UPDATES)), client.number),
+            )
             with jax.named_scope("look_for_numbers_that_are_not_finite"):
                 finite = tree.is_finite((new, message, metrics["loss"]))
                 new, message = _choose(finite, (new, message), (personal, jax.tree.map(jnp.zeros_like, message)))
@@ -141,15 +197,14 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
             (personal, messages, metrics), wave_sharding(mesh)
         )
         messages, metrics = jax.lax.with_sharding_constraint((from_waves(messages), from_waves(metrics)), across)
-        # Every device knows all flags and reckons all weights itself: to share that out would take four more messages.
+        # Every device knows all flags and computes all weights: to share that out would take four more messages.
         weights, finite = jax.lax.with_sharding_constraint((weights, from_waves(finite)), everywhere)
         weights = jax.lax.with_sharding_constraint(_leave_out(weights, finite), everywhere)
         with jax.named_scope("aggregate"):
             # Laid out as the messages are, or the partitioner may gather the messages to meet the weights.
             spread = jax.lax.with_sharding_constraint(weights, across)
-            server, health = method.aggregate(ctx, server, messages, spread)
+            server, health = method.aggregate(ctx, server=server, messages=messages, weights=spread)
         return RoundOutput(server, personal, messages, metrics, health, weights, tree.is_finite(server))
 
-    # Told, not inferred: the server's state comes back exactly as it goes in, so the next round finds its program.
     outputs = RoundOutput(everywhere, wave_sharding(mesh), across, across, *[everywhere] * 3)  # type: ignore[arg-type]
     return jax.jit(run, donate_argnames="personal", static_argnames="phase", out_shardings=outputs)

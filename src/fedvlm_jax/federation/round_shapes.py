@@ -1,8 +1,9 @@
-"""The shapes of what a round reads, with their places on a mesh: all that compiling it takes, no data and no weights.
+"""The shapes of a round's arguments, with their places on a mesh: all that compiling it takes, no data and no weights.
 
-They are those of the arguments that `driver.Driver` hands to `Programs.compile_round`, one for one.
+They are those of the arguments that `simulator.Driver` hands to `Programs.compile_round`, one for one.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,13 +16,13 @@ from fedvlm_jax.distributed.sharding import cut_base, wave_sharding
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.inputs.feature_cache import is_vision_frozen
-from fedvlm_jax.federation.round import start_personal
+from fedvlm_jax.federation.round import RoundArguments, make_arguments, start_personal
 from fedvlm_jax.federation.simulator import start_adapter
 from fedvlm_jax.methods import Client
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import Objective
 
-__all__ = ["shape_examples", "shape_round"]
+__all__ = ["shape_client", "shape_examples", "shape_key", "shape_round"]
 
 Shape = jax.ShapeDtypeStruct
 
@@ -36,17 +37,17 @@ def shape_examples(
     answer: int,
     cached: bool,
 ) -> dict[str, Shape]:
-    """Shapes of one example as the model reads it.
+    """Make the shapes of one example as the model reads it.
 
     Args:
         vlm, objective, spec: model, what is minimised, the adapter's form.
         size: height and width of the pictures.
         prompt: tokens, the image's among them.
         answer: tokens.
-        cached: are features of frozen vision kept? Of an adapter that reaches into the vision tower they never are.
+        cached: whether features of frozen vision are kept; with an adapter in the vision tower they never are.
     """
     pixels = Shape((1, *size, 3), jnp.float32)
-    adapter = jax.eval_shape(lambda key: lora.init(key, vlm.sites, spec), _key())
+    adapter = jax.eval_shape(lambda key: lora.init(key, vlm.sites, spec), shape_key())
     example = {name: Shape((prompt,), jnp.int32) for name in ("input_ids", "attention_mask")}
     example |= {"labels": Shape((answer,), jnp.int32)}
     if objective.pairs:
@@ -61,8 +62,8 @@ def shape_examples(
 
 def shape_round(
     programs: Programs, vlm: Vlm, spec: lora.LoRA, layout: Layout, example: dict[str, Shape]
-) -> tuple[Any, ...]:
-    """The arguments of a compiled round, as shapes.
+) -> RoundArguments:
+    """Make the arguments of a compiled round, as shapes.
 
     Args:
         programs: of the method, on the mesh.
@@ -70,43 +71,46 @@ def shape_round(
         layout: of the rounds.
         example: of `shape_examples`.
     """
-    mesh, method = programs.mesh, programs.method
+    mesh, method, key = programs.mesh, programs.method, shape_key()
     everywhere, across = NamedSharding(mesh, PartitionSpec()), wave_sharding(mesh)
     params = jax.tree.map(_place, vlm.shapes(), cut_base(mesh, vlm.shapes(), vlm.cuts))
-    server = jax.eval_shape(lambda key: method.init(start_adapter(key, vlm.sites, spec)), _key())
+    server = jax.eval_shape(lambda key: method.init(adapter=start_adapter(key, vlm.sites, spec)), key)
     server = jax.tree.map(lambda leaf: _place(leaf, everywhere), server)
-    personal = jax.eval_shape(lambda key, server: start_personal(method, key, server, jnp.int32(0)), _key(), server)
-    if programs.base is not None:
-        moved = jax.eval_shape(programs.base, params, server)
+    personal = jax.eval_shape(lambda key, server: start_personal(method, key, server, jnp.int32(0)), key, server)
+    if (base := method.base) is not None:
+        moved = jax.eval_shape(lambda params, server: base(params=params, server=server), params, server)
         params = jax.tree.map(lambda leaf, old: _place(leaf, old.sharding), moved, params)
-    steps = (layout.steps, layout.batch)
-    client = Client(
-        examples={name: Shape((layout.rows, *leaf.shape), leaf.dtype) for name, leaf in example.items()},
-        indices=Shape(steps, jnp.int32),
-        mask=Shape(steps, jnp.bool_),
+    client = shape_client(example, layout.rows, layout.steps, layout.batch)
+
+    def spread(tree: PyTree) -> PyTree:
+        places = (layout.waves, layout.wave)
+        return jax.tree.map(lambda leaf: Shape((*places, *leaf.shape), leaf.dtype, sharding=across), tree)
+
+    return make_arguments(
+        params=params,
+        server=server,
+        personal=spread(personal),
+        clients=spread(client),
+        weights=Shape((layout.places,), jnp.float32),
+        key=key,  # type: ignore[arg-type]
+    )
+
+
+def shape_client(example: Mapping[str, Shape], rows: int, steps: int, batch: int) -> Client:
+    """Make the shapes of a client that has so many rows like this example."""
+    return Client(
+        examples={name: Shape((rows, *leaf.shape), leaf.dtype) for name, leaf in example.items()},
+        indices=Shape((steps, batch), jnp.int32),
+        mask=Shape((steps, batch), jnp.bool_),
         weight=Shape((), jnp.float32),
         number=Shape((), jnp.int32),
         new=Shape((), jnp.bool_),
         share=Shape((), jnp.float32),
     )  # type: ignore[arg-type]
 
-    def spread(tree: PyTree) -> PyTree:
-        places = (layout.waves, layout.wave)
-        return jax.tree.map(lambda leaf: Shape((*places, *leaf.shape), leaf.dtype, sharding=across), tree)
 
-    return (
-        params,
-        server,
-        spread(personal),
-        spread(client),
-        Shape((layout.places,), jnp.float32),
-        {name: Shape((), jnp.float32) for name in "ab"},
-        Shape((), jnp.int32),
-        _key(),
-    )
-
-
-def _key() -> Shape:
+def shape_key() -> Shape:
+    """Make the shape of a random key."""
     return jax.eval_shape(lambda: jax.random.key(0))
 
 

@@ -1,10 +1,8 @@
-"""The host's side of a federation: which method stands where, and one call per round.
-
-A federation in progress is the server's state on the devices, the personal states on the host, and a compiled round.
+"""The host's side of a federation: a server's state on the devices, personal states on the host, a call per round.
 
 With several processes each reads the examples and the personal states of the clients whose places in the cohort are on
-its own devices, round by round: the cohort is that of a single process, and so are the numbers, to rounding. All of
-them know the table of states, what was measured, and who counted.
+its devices, round by round: the cohort is that of a single process, and so are the numbers, to rounding. All of them
+know the table of states, what was measured, and who counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +29,14 @@ from fedvlm_jax.federation.diagnostics import OF_PAIRS
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
 from fedvlm_jax.federation.memory import Footprint, count_unread, measure
 from fedvlm_jax.federation.participation import ParticipationOptions
-from fedvlm_jax.federation.round import RoundOutput, from_waves, start_personal, to_waves
+from fedvlm_jax.federation.round import (
+    RoundArguments,
+    RoundOutput,
+    from_waves,
+    make_arguments,
+    start_personal,
+    to_waves,
+)
 from fedvlm_jax.methods import Client
 from fedvlm_jax.utils.random_streams import Stream
 
@@ -39,7 +44,7 @@ __all__ = ["Driver", "Moment", "RoundInputs", "RoundReport", "start_adapter"]
 
 
 class RoundInputs(NamedTuple):
-    """What a round reads, on the host.
+    """A round's inputs, on the host.
 
     Attributes:
         round: its number.
@@ -57,19 +62,19 @@ class RoundInputs(NamedTuple):
 
     @property
     def counted(self) -> Int[np.ndarray, " some"]:
-        """Places in the cohort of the clients that count: they have examples and did not drop out."""
+        """The places in the cohort of the clients that count: they have examples and did not drop out."""
         return np.flatnonzero(self.weights[: len(self.numbers)] > 0)
 
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What is left of a round on the host.
+    """A round that has run, on the host.
 
     Attributes:
         numbers: the cohort.
         counted: the clients in it whose messages counted.
         unfit: those that trained and did not count, because what came of it is not finite.
-        finite: is the new state of the server, and of the base where the method moves it? If not it was not taken.
+        finite: whether the server's new state is, and the base where the method moves it; if not it was not taken.
         turnout: how many dropped out and how many straggled, where that may happen.
         metrics: of every client in the cohort [K].
         health: of the aggregation.
@@ -98,7 +103,7 @@ class Moment(NamedTuple):
 
     Attributes:
         server: the server's state, on the host.
-        slots: where the personal states of then are; the population keeps them.
+        slots: where the personal states of that moment are; the population keeps them.
     """
 
     server: PyTree
@@ -114,15 +119,14 @@ class Driver:
         params: the base, on the devices.
         examples, inputs: the clients' data.
         layout: the rounds' shapes.
-        seed: decides cohorts and batches.
-        key: the run's key; decides what is drawn on the device.
+        seed, key: decide cohorts and batches, and what is drawn on the devices.
         weighting: how clients count.
         server: the server's state.
         ranks: of every client; empty where all have the adapter's.
-        participation: who is drawn, and how far they come.
-        epochs: a client trains so often on its own examples; None: the layout's local steps, all alike.
+        participation: options of who is drawn, and how far they come.
+        epochs: passes of a client over its examples in a round; None: the layout's local steps, all alike.
         file: where the personal states are; a temporary file by default.
-        compiling: is entered while a round is compiled.
+        compiling: makes the context that is entered while a round is compiled.
         population: the personal states.
     """
 
@@ -190,9 +194,9 @@ class Driver:
             self.seed, round_, numbers, self.examples, self.inputs, layout, self.weighting, turnout.steps, self._own,
             self._shares[drawn],
         )  # fmt: skip
-        told = {"dropped": int(turnout.dropped.sum())} if options.dropout else {}
-        told |= {"stragglers": int(turnout.late.sum())} if options.stragglers else {}
-        return RoundInputs(round_, numbers, clients, weights, told)
+        missing = {"dropped": int(turnout.dropped.sum())} if options.dropout else {}
+        missing |= {"stragglers": int(turnout.late.sum())} if options.stragglers else {}
+        return RoundInputs(round_, numbers, clients, weights, missing)
 
     @property
     def base(self) -> PyTree:
@@ -202,36 +206,36 @@ class Driver:
         return self._base[1]
 
     def base_at(self, server: PyTree) -> PyTree:
-        """The base as the method has it with this state of the server."""
+        """Return the base as the method has it with this state of the server."""
         if self.programs.base is None:
             return self.params
-        return place_like(self.programs.base(self.params, server), self.params)
+        return place_like(self.programs.base(params=self.params, server=server), self.params)
 
     def measure_round(self, read: RoundInputs) -> Footprint:
-        """Compile the round that was read, without running it; returns what it needs of a device.
+        """Compile the round that was read, without running it; return what it needs of a device.
 
         Raises:
             TooLargeError: the compiler finds that it does not fit.
         """
-        arguments = self._arguments(read, {"a": 0.0, "b": 0.0})
+        arguments = self._arguments(read)
         compiled = self._compile(arguments, read.round)
         unread = count_unread(compiled, arguments)
         return measure(compiled, self.base, self.programs.mesh, self.layout.wave, unread)
 
-    def _arguments(self, read: RoundInputs, rates: dict[str, float]) -> tuple[Any, ...]:
-        """What the compiled round takes; personal states as they are now."""
+    def _arguments(self, read: RoundInputs, rates: dict[str, float] | None = None) -> RoundArguments:
+        """Make what the compiled round takes; personal states as they are now."""
         mesh, numbers, waves = self.programs.mesh, read.numbers, self.layout.waves
         held = numbers[find_fillers(self._own, len(numbers))]
         clients = read.clients._replace(new=to_waves(~self.population.known[held], waves))
-        return (
-            self.base,
-            self.server,
-            self._place_states(held),
-            place_waves(mesh, clients),
-            jnp.asarray(read.weights),
-            {name: jnp.float32(rate) for name, rate in rates.items()},
-            jnp.int32(read.round),
-            self.key,
+        return make_arguments(
+            params=self.base,
+            server=self.server,
+            personal=self._place_states(held),
+            clients=place_waves(mesh, clients),
+            weights=jnp.asarray(read.weights),
+            key=self.key,
+            rates=rates,
+            round_=read.round,
         )
 
     def _place_states(self, numbers: np.ndarray) -> PyTree:
@@ -245,18 +249,18 @@ class Driver:
         return place_waves(self.programs.mesh, to_waves(self.population.gather(numbers), self.layout.waves))
 
     def phase_of(self, round_: int) -> int:
-        """Which of the method's programs runs round `round_`."""
-        phase = self.programs.method.phase
-        return 0 if phase is None else phase(round_)
+        """Return which of the method's programs runs round `round_`."""
+        return self.programs.method.phase(round_)
 
     def round_text(self, round_: int) -> str:
-        """The compiled program of round `round_`, which has run, as text."""
-        return self.programs.find_compiled(self.phase_of(round_)).as_text()
+        """Return the compiled program of round `round_`, which has run, as text."""
+        compiled, phase = self.programs.compiled, self.phase_of(round_)
+        return next(compiled[key] for key in reversed(compiled) if key[0] == phase).as_text()
 
-    def _compile(self, arguments: tuple[Any, ...], round_: int) -> Any:
+    def _compile(self, arguments: RoundArguments, round_: int) -> Any:
         return self.programs.compile_round(arguments, self.phase_of(round_), self.compiling)
 
-    def _run(self, read: RoundInputs, rates: dict[str, float]) -> RoundOutput:
+    def _run(self, read: RoundInputs, rates: dict[str, float] | None = None) -> RoundOutput:
         with TraceAnnotation("give the program its arguments"):
             arguments = self._arguments(read, rates)
         with TraceAnnotation("start the compiled round"):
@@ -299,15 +303,12 @@ class Driver:
         )
 
     def _moves_finitely(self, server: PyTree) -> bool:
-        """Is the base still finite with what this state of the server adds to it? Finite factors may overflow."""
+        """Tell whether the base is finite with what this server's state adds to it: finite factors may overflow."""
         return self.programs.base is None or bool(self.programs.base_is_finite(self.params, server))
 
     def find_unfit(self, read: RoundInputs) -> Int[np.ndarray, " some"]:
-        """The clients of a round that would be unfit whatever the learning rates, for they are so at rates of 0.
-
-        The round is run once more for it, and changes nothing.
-        """
-        out = self._run(read, {"a": 0.0, "b": 0.0})
+        """Run a round once more at learning rates of 0, which changes nothing: who is unfit then always is."""
+        out = self._run(read)
         lost = np.setdiff1d(read.counted, np.flatnonzero(fetch(out.weights)[: len(read.numbers)] > 0))
         return read.numbers[lost]
 
@@ -325,7 +326,7 @@ class Driver:
             self._left = self.population.slots[numbers[own]], states
 
     def _travelling(self, messages: PyTree, senders: int, round_: int) -> tuple[PyTree, PyTree]:
-        """What one client sends and what it receives, as trees of shapes, where so many clients sent something."""
+        """Return shapes of what a client sends and receives, where so many clients sent something."""
         key = (self.phase_of(round_), senders)
         if key not in self._traffic:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((senders, *x.shape[1:]), x.dtype), messages)
@@ -334,7 +335,7 @@ class Driver:
         return self._traffic[key]
 
     def _count_bytes(self, part: PyTree, numbers: np.ndarray) -> int:
-        """Per client, the mean over these; 0 where there are none."""
+        """Count the bytes of a client, the mean over these; 0 where there are none."""
         if not len(numbers):
             return 0
         share = float(np.mean([self.ranks[number] for number in numbers])) / max(self.ranks) if self.ranks else 1.0
@@ -346,21 +347,21 @@ class Driver:
         return Moment(self.server, self.population.slots)
 
     def adapters(self, numbers: np.ndarray, at: Moment | None = None) -> PyTree:
-        """The personalised adapters of these clients [V, …], now or at another moment."""
-        at = at or self.now
-        return self.personalise(self.population.gather(numbers, at.slots), at.slots[numbers] != NOBODY, numbers, at)
+        """Make the personalised adapters of these clients [V, …], now or at another moment."""
+        slots = (at or self.now).slots
+        return self.personalise(self.population.gather(numbers, slots), slots[numbers] != NOBODY, numbers, at)
 
     def global_adapters(self, numbers: np.ndarray, at: Moment | None = None) -> PyTree:
-        """The shared part with the private part that each of these clients started from [V, …]."""
-        at = at or self.now
-        return self.personalise(self.population.gather(numbers, at.slots), np.zeros(len(numbers), bool), numbers, at)
+        """Make adapters [V, …] of the shared part and the private part that each of these clients started from."""
+        states = self.population.gather(numbers, (at or self.now).slots)
+        return self.personalise(states, np.zeros(len(numbers), bool), numbers, at)
 
     def start_states(self, numbers: np.ndarray, at: Moment | None = None) -> PyTree:
-        """The states [V, …] that these clients begin with, on the host, now or at another moment."""
+        """Make the states [V, …] that these clients begin with, on the host, now or at another moment."""
         return fetch(self.programs.start(self.key, (at or self.now).server, np.asarray(numbers, np.int32)))
 
     def personalise(self, states: PyTree, known: np.ndarray, numbers: np.ndarray, at: Moment | None = None) -> PyTree:
-        """The shared part with these private states [V, …]; with the initial ones where they are not `known` [V]."""
+        """Make adapters of the shared part and these states [V, …], or the initial ones where not `known` [V]."""
         server = (at or self.now).server
         return self.programs.personalise(server, states, known, np.asarray(numbers, np.int32), self.key)
 
@@ -373,7 +374,7 @@ class Driver:
         return adapters
 
     def state(self) -> PyTree:
-        """Everything that changes, for a checkpoint: the personal states as their places and what wrote them there."""
+        """Return what changes, for a checkpoint: the personal states as their places and what wrote them there."""
         population = self.population
         return {"server": self.server, "slots": population.slots.copy(), "stamps": population.stamps()}
 
@@ -385,5 +386,5 @@ class Driver:
 
 
 def start_adapter(key: PRNGKeyArray, sites: lora.Sites, spec: lora.LoRA) -> lora.Adapter:
-    """The adapter that a run starts from; it depends on the seed alone, so that methods start alike."""
+    """Draw the adapter that a run starts from; it depends on the seed alone, so that methods start alike."""
     return lora.init(jax.random.fold_in(key, Stream.ADAPTER), sites, spec)

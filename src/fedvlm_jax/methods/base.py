@@ -1,41 +1,51 @@
-"""The record that a federated method is: a few pure functions, nothing that the engine would have to know by name.
+"""The record of a federated method: a few pure functions, and nothing that the engine would have to know by name.
 
-What `client_update` returns as its *message* is all that `aggregate` ever sees of a client. Byte counts, and later
-privacy and compression, act on messages, so a message is an *update* (a difference to what the server sent) wherever
-the method has such a thing. Axes: K clients of the cohort, M rows, S local steps, B batch, R rank.
+The *message* that `client_update` returns is all that `aggregate` ever sees of a client. Byte counts, and later privacy
+and compression, act on messages, so a message is an *update* (a difference to what the server sent) wherever the method
+has such a thing. Axes: K clients of the cohort, M rows, S local steps, B batch, R rank.
 
-The fields of `Method` after `download` are for methods that need more than one adapter that is partly averaged: the
-others leave them alone.
+Each function of the record has a Protocol here, which says what it may read and what comes back. The engine calls all
+of them with keywords.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
 
-__all__ = ["Client", "Context", "Method", "Metrics", "Setup", "Train", "is_factor"]
+__all__ = ["Client", "Context", "Method", "Metrics", "Setup", "Train", "both_ways", "is_factor", "shape_of_one"]
 
 Metrics = dict[str, Array]
 AnyArray = Any  # a jax.Array on the device in a round, a numpy array before it
 Server = PyTree
 Personal = PyTree
 Message = PyTree
+Weights = Float[Array, " cohort"]
+Number = Int[Array, ""]
+Key = PRNGKeyArray
+Updated = tuple[Personal, Message, Metrics]
+"""A client's new personal state, its message, metrics."""
+Aggregated = tuple[Server, Metrics]
+"""The server's new state, metrics."""
+Travelling = tuple[PyTree, PyTree]
+"""Shapes of what a client sends and of what it receives."""
 
 
 class Client(NamedTuple):
-    """One client as its update sees it; in the engine every leaf has leading axes.
+    """A client as its update sees it; in the engine every leaf has leading axes.
 
     Attributes:
         examples: this round's rows, a dict of arrays [M, …]: the model's batch, row by row.
-        indices: [S, B], which rows each local step reads.
+        indices: [S, B], the rows that each local step reads.
         mask: [S, B], which of them count. A step in which none does changes nothing; such steps come last.
-        weight: its share of the average, p_k (Σ p_k = 1 over the cohort); 0 for padding and for clients that drop out.
+        weight: p_k, its weight in the average (Σ p_k = 1 over the cohort); 0 for padding and for drop-outs.
         number: its place in the population.
-        new: does it take part for the first time?
+        new: whether it takes part for the first time.
         share: its share of all clients' weight, Σ = 1 over those that can be drawn, whoever is in the cohort.
     """
 
@@ -65,33 +75,36 @@ class Train(Protocol):
         """Train.
 
         Args:
-            factors: the tree that holds what is trained; an adapter, unless `assemble` says how to make one of it.
+            factors: the tree that holds what is trained; an adapter, unless `assemble` makes one of it.
             optimizer: its state, for the same `trained`.
-            client: whose data.
-            trained: which leaves, by path; the others stay. By default `is_factor`.
+            client: has the data.
+            trained: (path) -> whether the leaf is trained; the others stay. By default `is_factor`.
             assemble: (factors) -> the adapter that the model runs with.
-            nudge: (trained leaves) -> what is added to their gradient, a tree of the same form: a proximal term's
+            nudge: (trained leaves) -> a tree of the same form that is added to their gradient: a proximal term's
                 gradient, a control variate.
-            first: the number of its first step, where a loop of the method's own asks for one step at a time: what
-                dropout leaves out depends on it.
+            first: the number of its first step, where a loop of the method asks for one step at a time: the dropout
+                mask depends on it.
 
         Returns:
-            The tree after training, the optimiser's state, and metrics: `loss` and what else the objective tells, and
-            `gradient_norm`, as means over the steps that counted; `last_loss`; and `steps`, how many counted. Those of
-            several trainings in a row are joined by `methods.parts.metrics.over_steps`.
+            The tree after training, the optimiser's state, and metrics: `loss` and the objective's others, and
+            `gradient_norm`, as means over the steps that counted; `last_loss`; and `steps`, how many counted.
+            `methods.components.training_metrics.over_steps` joins those of several trainings in a row.
         """
         ...
 
 
 class Context(NamedTuple):
-    """What a method may use in a round.
+    """The round, as a method's functions see it.
 
     Attributes:
         params: the frozen base, with what `Method.base` adds to it.
         round: the round's number, from 1.
         phase: of the round, a Python integer.
         rates: traced hyperparameters: learning rates `a` and `b`.
-        train: local training.
+        train: local training; not for `aggregate`.
+        key: for random numbers of `aggregate` alone, such as noise; every round has another. A client has its own.
+        held: [K, R] in `aggregate` where ranks differ: 1 where a client of the cohort has a direction of the factors, 0
+            where its message is zero there; None where all clients have all.
     """
 
     params: PyTree
@@ -99,29 +112,32 @@ class Context(NamedTuple):
     phase: int
     rates: dict[str, Float[Array, ""]]
     train: Train
+    key: Key
+    held: Float[Array, "cohort rank"] | None = None
 
 
-class Setup(NamedTuple):
-    """What a method is made with.
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A method's surroundings: the model's sites, the run's sizes and options.
 
     Attributes:
         sites: of the model.
-        draw: (key) -> a fresh adapter.
+        spec: the form of the adapter.
         start_optimizer: (factors, trained) -> a fresh optimiser state for the leaves that `trained` names.
-        keep_optimizer: does a client keep its optimiser state between its rounds?
-        common_start: do all clients start from the same personal factors, or does each draw its own?
+        keep_optimizer: whether a client keeps its optimiser state between its rounds.
+        common_start: whether all clients start from the same personal factors; otherwise each draws its own.
         population: clients that there are.
         cohort: clients that a round has at most.
         places: of a round, with a message at each: the cohort and what fills up its waves, so devices decide it.
         rounds: that the run will have.
         local_steps: of a client in a round at most; 0 while the data, which will tell, is not read.
-        ranks: of every client, or empty where all have the adapter's own; padded to it, so that shapes are equal.
+        ranks: of every client, or empty where all have the adapter's; padded to it, so that shapes are equal.
         local, server, hyper: options of local training, of the server's optimiser, and of single methods.
         share: the rule of the method `share`.
     """
 
     sites: lora.Sites
-    draw: Callable[[PRNGKeyArray], lora.Adapter]
+    spec: lora.LoRA
     start_optimizer: Callable[..., PyTree]
     keep_optimizer: bool = True
     common_start: bool = True
@@ -131,10 +147,14 @@ class Setup(NamedTuple):
     rounds: int = 1
     local_steps: int = 0
     ranks: Sequence[int] = ()
-    local: LocalOptions = LocalOptions()
-    server: ServerOptions = ServerOptions()
-    hyper: HyperOptions = HyperOptions()
+    local: LocalOptions = field(default_factory=LocalOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
+    hyper: HyperOptions = field(default_factory=HyperOptions)
     share: str = ""
+
+    def draw(self, key: Key) -> lora.Adapter:
+        """Draw a fresh adapter."""
+        return lora.init(key, self.sites, self.spec)
 
     def kept(self, optimizer: PyTree) -> dict[str, PyTree]:
         """Return what a client's state has of an optimiser: its state under "optimizer", or nothing."""
@@ -142,33 +162,111 @@ class Setup(NamedTuple):
 
 
 def is_factor(path: str) -> bool:
-    """Does the path end in a factor of an adapter? What is trained unless a method says otherwise."""
+    """Tell whether the path ends in a factor of an adapter: what is trained unless a method says otherwise."""
     return path.rpartition("/")[2] in ("a", "b")
 
 
-class Method(NamedTuple):
+def shape_of_one(stacked: PyTree) -> PyTree:
+    """Return the shapes of one client's part of [K, …]."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked)
+
+
+def both_ways(*, server: Server, messages: Message) -> Travelling:
+    """`Travels` where the server sends anew what the clients change, and nothing else."""
+    del server
+    return shape_of_one(messages), shape_of_one(messages)
+
+
+class Init(Protocol):
+    """Make the server's state, a tree of arrays whose shapes never change, of the adapter that a run starts from."""
+
+    def __call__(self, *, adapter: lora.Adapter) -> Server: ...
+
+
+class InitClient(Protocol):
+    """Make the personal state of client `number` at its first participation; its shapes never change.
+
+    `key` is the client's, the same whenever it begins; `server` is the state before that round.
+    """
+
+    def __call__(self, *, key: Key, server: Server, number: Number) -> Personal: ...
+
+
+class ClientUpdate(Protocol):
+    """Train one client: -> its personal state, its message, metrics (scalars, of which `loss` must be one).
+
+    The engine vmaps it. `key` is of this client in this round. A client of which no step counts keeps its state.
+    """
+
+    def __call__(self, ctx: Context, *, server: Server, personal: Personal, client: Client, key: Key) -> Updated: ...
+
+
+class Aggregate(Protocol):
+    """Make the server's state after a round: -> state, metrics (scalars).
+
+    It sees all `messages` [K, …] at once, also those of clients with weight 0, whatever they hold. If all `weights` [K]
+    are 0 the server must stay as it is.
+    """
+
+    def __call__(self, ctx: Context, *, server: Server, messages: Message, weights: Weights) -> Aggregated: ...
+
+
+class Personalise(Protocol):
+    """Make the adapter that a client uses."""
+
+    def __call__(self, *, server: Server, personal: Personal) -> lora.Adapter: ...
+
+
+class Trained(Protocol):
+    """Make the adapter as the client had it at the end of its local training: its own if nothing were redistributed.
+
+    `server` is the state before the round, `personal` and `message` are as `client_update` returned them.
+    """
+
+    def __call__(self, *, server: Server, personal: Personal, message: Message) -> lora.Adapter: ...
+
+
+class Download(Protocol):
+    """Select the tree that every client receives; with the message, what travels."""
+
+    def __call__(self, *, server: Server) -> PyTree: ...
+
+
+class Base(Protocol):
+    """Add to the base what the server's state has for it; once per round and outside of vmap."""
+
+    def __call__(self, *, params: PyTree, server: Server) -> PyTree: ...
+
+
+class Travels(Protocol):
+    """Tell what a client sends and what it receives, two trees of shapes; `messages` [K, …] are shapes too."""
+
+    def __call__(self, *, server: Server, messages: Message) -> Travelling: ...
+
+
+def one_phase(round_: int) -> int:
+    """Return 0: all rounds share a program."""
+    del round_
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
     """A federated method.
 
-    What makes one computes nothing and asks nothing of the model: it is also called to read what the method takes. It
-    may raise `UserError` for a setup that it cannot work with, which ends a run before anything is loaded.
+    Making one computes nothing and asks nothing of the model: it is also made to read what the method takes. That may
+    raise `UserError` for a setup that it cannot work with, which ends a run before anything is loaded.
 
     Attributes:
         name: as the command line knows it, its file's with hyphens.
         source: where it comes from, and its update in a line.
-        init: (adapter) -> server state; once.
-        init_client: (key, server, number) -> personal state, at a client's first participation.
-        client_update: (context, server, personal, client, key) -> personal, message, metrics; the engine vmaps it.
-        aggregate: (context, server, messages [K, …], weights [K]) -> server, metrics; sees all messages at once, also
-            those of clients with weight 0, whatever they hold. If all weights are 0 the server must stay as it is.
-        personalise: (server, personal) -> the adapter that the client uses.
-        trained: (server before the round, personal as `client_update` returned it, message) -> the adapter as the
-            client had it at the end of its local training: what it would use if nothing were redistributed.
-        download: (server) -> the tree that every client receives; with the message, what travels.
-        base: (params, server) -> params, once per round and outside of vmap; None: the base stays.
-        phase: (round) -> an integer; rounds of one phase share a program. None: there is one phase.
-        travels: (server, messages [K, …], all shapes) -> two trees of shapes: what a client sends, what it receives;
-            None: its message, and `download`.
-        mixes: does each client receive something of its own, which the server mixes for it?
+        init, init_client, client_update, aggregate, personalise, trained, download: see their Protocols.
+        base: see `Base`; None: the base stays.
+        phase: (round) -> an integer; rounds of one phase share a program.
+        travels: see `Travels`; None: a client sends its message and receives `download`.
+        split: (factors) -> the part of them that is shared, in the form of `download`, and the rest. For wrappers of
+            methods whose message is the update of that part, or of the leaves of it that the round trains.
+        mixes: whether each client receives another download, which the server mixes for it.
         pairs: of factors of one rank that stand side by side in the adapters that it assembles, in the same order for
             everybody: 2 for a global beside a local one. A's of different clients are compared pair by pair.
         takes: the options that not every method takes and this one does, as `Run` names them: `server`,
@@ -180,18 +278,19 @@ class Method(NamedTuple):
 
     name: str
     source: str
-    init: Callable[[lora.Adapter], Server]
-    init_client: Callable[[PRNGKeyArray, Server, Int[Array, ""]], Personal]
-    client_update: Callable[[Context, Server, Personal, Client, PRNGKeyArray], tuple[Personal, Message, Metrics]]
-    aggregate: Callable[[Context, Server, Message, Float[Array, " cohort"]], tuple[Server, Metrics]]
-    personalise: Callable[[Server, Personal], lora.Adapter]
-    trained: Callable[[Server, Personal, Message], lora.Adapter]
-    download: Callable[[Server], PyTree]
-    base: Callable[[PyTree, Server], PyTree] | None = None
-    phase: Callable[[int], int] | None = None
-    travels: Callable[[Server, Message], tuple[PyTree, PyTree]] | None = None
+    init: Init
+    init_client: InitClient
+    client_update: ClientUpdate
+    aggregate: Aggregate
+    personalise: Personalise
+    trained: Trained
+    download: Download
+    base: Base | None = None
+    phase: Callable[[int], int] = one_phase
+    travels: Travels | None = None
+    split: Callable[[PyTree], tuple[PyTree, PyTree]] | None = None
     mixes: bool = False
     pairs: int = 1
     takes: frozenset[str] = frozenset()
-    refuses: Mapping[str, str] = MappingProxyType({})
+    refuses: Mapping[str, str] = field(default_factory=dict)
     moot: frozenset[str] = frozenset()

@@ -60,7 +60,7 @@ def _refuse(folder: Path, before: Run, after: Run) -> None:
     old, new = declare(before.method, before), declare(after.method, after)
     if old.base is not None:
         raise UserError(f"{before.method} makes room for its rounds at the start, and here for {done}; {start_anew}")
-    if old.phase and new.phase and any(old.phase(number) != new.phase(number) for number in range(1, done + 1)):
+    if any(old.phase(number) != new.phase(number) for number in range(1, done + 1)):
         raise UserError(
             f"what {before.method} trains in a round depends on how many there are: with {asked} the {done} that are "
             f"done would have been others; {start_anew}"

@@ -243,7 +243,7 @@ def _execute(run: Run, show: Progress, opened: Opened | None, watch: Watch, stor
     best, federation, own = course.best, course.drivers[0], course.give_best()
     at = Moment(replicate(session.mesh, best.server), federation.population.slots)
     base = federation.base_at(at.server)
-    shared = jax.device_get(federation.programs.method.download(at.server))
+    shared = jax.device_get(federation.programs.method.download(server=at.server))
     save_base(run.out / "adapters" / BASE, session.params, base)
     save_adapters(
         run.out / "adapters", _list_adapters(prepared, own), shared, {"method": run.method, "round": best.round}

@@ -127,26 +127,15 @@ def _leave_out(run: Run, method: "Method") -> Run:
 
 
 def declare(name: str, run: Run) -> "Method":
-    """A method with a run's options but without a model: for what it says of itself."""
-    from fedvlm_jax.methods import Setup, load_method  # late: it imports jax
+    """Make a method with a run's options but without a model: for what it says of itself."""
+    from fedvlm_jax import lora  # late: these import jax
+    from fedvlm_jax.methods import load_method
+    from fedvlm_jax.training.method_setup import make_setup
 
     def nothing(*_: Any) -> Any:
         raise AssertionError("a method is made without a model: its functions may ask for one, `make` may not")
 
-    return load_method(
-        name,
-        Setup(
-            sites={},
-            draw=nothing,
-            start_optimizer=nothing,
-            rounds=run.train.rounds,
-            local_steps=run.train.local_steps if run.train.local_epochs is None else 0,
-            local=run.local,
-            server=run.server,
-            hyper=run.hyper,
-            share=run.share,
-        ),
-    )
+    return load_method(name, make_setup(run, {}, lora.LoRA(), nothing))
 
 
 def check_rule(run: Run, sites: "lora.Sites") -> None:

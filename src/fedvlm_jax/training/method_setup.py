@@ -3,11 +3,13 @@
 Nothing here looks at data or weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
@@ -22,31 +24,31 @@ from fedvlm_jax.models import Stacking
 from fedvlm_jax.objectives import Objective
 from fedvlm_jax.training.config import Run, SystemOptions
 
-__all__ = ["build_programs", "choose_arithmetic", "deal_ranks", "lay_out_sizes", "make_spec"]
+__all__ = ["build_programs", "choose_arithmetic", "deal_ranks", "lay_out_sizes", "make_setup", "make_spec"]
 
 MOST_ROWS = 2**28
 """Rows that a round may take; their numbers alone are a GiB then."""
 
 
 def choose_arithmetic(options: SystemOptions) -> dict[str, Any]:
-    """How the model computes, as `load_vlm` and `read_vlm` take it."""
+    """Choose how the model computes, as `load_vlm` and `read_vlm` take it."""
     compute = jnp.bfloat16 if options.compute == "bfloat16" else jnp.float32
     return {"compute_dtype": compute, "stacking": Stacking(options.remat, options.unroll)}
 
 
 def make_spec(run: Run) -> lora.LoRA:
-    """The form of a run's adapters."""
+    """Make the form of a run's adapters."""
     options = run.lora
     return lora.LoRA(options.rank, options.alpha, options.targets, rslora=options.rslora, init=options.init)
 
 
 def deal_ranks(dealt: Sequence[int], clients: int) -> tuple[int, ...]:
-    """The rank of every client, where they are dealt in turn; none where all have the adapter's own."""
+    """Deal ranks to the clients in turn; empty where all have the adapter's."""
     return tuple(dealt[number % len(dealt)] for number in range(clients)) if dealt else ()
 
 
 def lay_out_sizes(run: Run, sizes: Sequence[int], mesh: Mesh, cohort: int | None, wave: int | None) -> Layout:
-    """The shapes of a run's rounds.
+    """Choose the shapes of a run's rounds.
 
     Args:
         run: the options.
@@ -77,6 +79,23 @@ def lay_out_sizes(run: Run, sizes: Sequence[int], mesh: Mesh, cohort: int | None
     )
 
 
+def make_setup(run: Run, sites: lora.Sites, spec: lora.LoRA, start_optimizer: Callable[..., PyTree]) -> Setup:
+    """Make what a method is made for, as far as a run's options tell; of clients and ranks they do not."""
+    return Setup(
+        sites=sites,
+        spec=spec,
+        start_optimizer=start_optimizer,
+        keep_optimizer=run.train.optimizer_state == "kept",
+        common_start=run.lora.private_a == "common",
+        rounds=run.train.rounds,
+        local_steps=run.train.local_steps if run.train.local_epochs is None else 0,
+        local=run.local,
+        server=run.server,
+        hyper=run.hyper,
+        share=run.share,
+    )
+
+
 def build_programs(
     run: Run,
     method: str,
@@ -91,7 +110,7 @@ def build_programs(
     local: LocalOptions,
     server: ServerOptions,
 ) -> Programs:
-    """A method's programs on a mesh, not yet compiled.
+    """Make a method's programs on a mesh; nothing is compiled yet.
 
     Args:
         run: the options, of which those that follow may be others' here.
@@ -106,7 +125,7 @@ def build_programs(
     Raises:
         UserError: options that the method cannot work with.
     """
-    train, spec = run.train, make_spec(run)
+    train = run.train
     trainer = make_local_trainer(
         vlm,
         objective,
@@ -115,21 +134,15 @@ def build_programs(
         clip_norm=train.clip_norm,
         dropout=run.lora.dropout,
     )
-    setup = Setup(
-        sites=vlm.sites,
-        draw=lambda key: lora.init(key, vlm.sites, spec),
-        start_optimizer=trainer.start,
-        keep_optimizer=train.optimizer_state == "kept",
+    setup = replace(
+        make_setup(run, vlm.sites, make_spec(run), trainer.start),
         common_start=common_start,
         population=population,
         cohort=layout.cohort,
         places=layout.places,
-        rounds=train.rounds,
         local_steps=layout.steps,
         ranks=ranks,
         local=local,
         server=server,
-        hyper=run.hyper,
-        share=run.share,
     )
     return make_programs(load_method(method, setup), trainer, mesh)

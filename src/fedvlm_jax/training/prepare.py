@@ -295,7 +295,7 @@ def make_driver(
         seed=run.seed,
         key=prepared.key,
         weighting=train.weighting,
-        server=programs.method.init(go_on[0] if go_on else prepared.adapter),
+        server=programs.method.init(adapter=go_on[0] if go_on else prepared.adapter),
         ranks=ranks,
         participation=run.participation if go_on is None else ParticipationOptions(),
         epochs=train.local_epochs if go_on is None else None,

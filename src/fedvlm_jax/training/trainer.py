@@ -421,7 +421,11 @@ def _first(models: Adapters, wave: int) -> PyTree:
 def _adopt(driver: Driver, models: Adapters, wave: int) -> None:
     """Make these models the clients' private ones, with fresh optimisers."""
     method = driver.programs.method
-    start = jax.jit(jax.vmap(lambda adapter, number: method.init_client(driver.key, method.init(adapter), number)))
+
+    def start_with(adapter: PyTree, number: Any) -> PyTree:
+        return method.init_client(key=driver.key, server=method.init(adapter=adapter), number=number)
+
+    start = jax.jit(jax.vmap(start_with))
     for numbers, adapters in each_model(models, len(driver.population), wave):
         states, own = fetch(start(adapters, pad_rows(numbers, wave))), processes.share_out(len(numbers))
         driver.population.scatter(numbers, jax.tree.map(lambda leaf, own=own: leaf[own], states), own)

@@ -23,6 +23,8 @@ class Stream(IntEnum):
     """Whatever a method draws during local training, by round and client."""
     DROPOUT = 3
     """What dropout leaves out, by round, client, training, step and site."""
+    AGGREGATION = 4
+    """Whatever the server draws when it aggregates, by round."""
 
     # First integers of numpy's seeds.
     TOPICS = 101

@@ -14,24 +14,40 @@ examples, or draws them by size, c has to weigh them so too: else its fixed poin
 average's, Σ q_k F_k.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Client
+from fedvlm_jax.methods.base import (
+    Aggregated,
+    Client,
+    Context,
+    Key,
+    Message,
+    Method,
+    Metrics,
+    Number,
+    Personal,
+    Server,
+    Train,
+    Updated,
+    Weights,
+)
 from fedvlm_jax.methods.components.norms import leaf_name
 from fedvlm_jax.utils import tree
 
-__all__ = ["average", "make_correction", "make_nudge", "make_proximal", "renew", "start"]
+__all__ = ["make_proximal", "with_proximal", "with_scaffold"]
 
 Nudge = Callable[[PyTree], PyTree]
 
 
 def make_proximal(strength: float, anchor: PyTree) -> Nudge:
-    """strength · (θ − anchor), for the leaves that there are of both."""
+    """Make the nudge strength · (θ − anchor) for the leaves that there are of both."""
 
     def nudge(factors: PyTree) -> PyTree:
         flat = tree.flatten(anchor)
@@ -40,53 +56,99 @@ def make_proximal(strength: float, anchor: PyTree) -> Nudge:
     return nudge
 
 
-def make_correction(control: PyTree, own: PyTree) -> Nudge:
-    """c − c_k."""
+def with_proximal(method: Method, strength: float) -> Method:
+    """Pull a client's shared factors towards the server's (FedProx) in a method that tells how to `split` factors."""
 
-    def nudge(factors: PyTree) -> PyTree:
-        paths = tree.flatten(factors).keys()
-        return tree.partition(jax.tree.map(jnp.subtract, control, own), lambda path: path in paths)[0]
+    def client_update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
+        train = _hold_back(ctx.train, method, lambda received: make_proximal(strength, received))
+        return method.client_update(ctx._replace(train=train), server=server, personal=personal, client=client, key=key)
 
-    return nudge
-
-
-def make_nudge(nudges: Sequence[Nudge], rule: lora.Rule, sites: lora.Sites) -> Nudge:
-    """The sum of nudges on the shared factors; private ones are left alone."""
-
-    def nudge(factors: PyTree) -> PyTree:
-        shared, own = lora.partition(factors, rule, sites)
-        parts = [each(shared) for each in nudges]
-        total = jax.tree.map(lambda *leaves: sum(leaves), *parts)
-        return lora.combine(total, jax.tree.map(jnp.zeros_like, own))
-
-    return nudge
+    return replace(method, client_update=client_update)
 
 
-def start(shared: PyTree) -> PyTree:
-    """Control variates begin at zero."""
-    return jax.tree.map(jnp.zeros_like, shared)
+def with_scaffold(method: Method) -> Method:
+    """Correct a client's gradients by control variates (SCAFFOLD) in a method that tells how to `split` factors.
+
+    Server and clients hold c and c_k as `control`, of the form of `download`; both travel beside what travels anyway.
+    """
+
+    def start(server: Server) -> PyTree:
+        return jax.tree.map(jnp.zeros_like, method.download(server=server))
+
+    def init(adapter: lora.Adapter) -> Server:
+        server = method.init(adapter=adapter)
+        return {**server, "control": start(server)}
+
+    def init_client(key: Key, server: Server, number: Number) -> Personal:
+        return {**method.init_client(key=key, server=server, number=number), "control": start(server)}
+
+    def client_update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
+        c, c_k = server["control"], personal["control"]
+        correction = jax.tree.map(jnp.subtract, c, c_k)
+        train = _hold_back(ctx.train, method, lambda received: lambda shared: correction)
+        state, update, metrics = method.client_update(
+            ctx._replace(train=train), server=server, personal=personal, client=client, key=key
+        )
+        new = _renew(c, c_k, update, client, ctx.rates)
+        moved = jax.tree.map(lambda after, before: client.share * (after - before), new, c_k)
+        return {**state, "control": new}, {"update": update, "control": moved}, metrics
+
+    def aggregate(ctx: Context, server: Server, messages: Message, weights: Weights) -> Aggregated:
+        new, health = method.aggregate(ctx, server=server, messages=messages["update"], weights=weights)
+        step = tree.weighted_sum(messages["control"], (weights > 0).astype(jnp.float32))
+        return {**new, "control": jax.tree.map(jnp.add, server["control"], step)}, health
+
+    def trained(server: Server, personal: Personal, message: Message) -> lora.Adapter:
+        return method.trained(server=server, personal=personal, message=message["update"])
+
+    def download(server: Server) -> PyTree:
+        return {**method.download(server=server), "control": server["control"]}
+
+    return replace(
+        method, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate, trained=trained,
+        download=download,
+    )  # fmt: skip
 
 
-def renew(
-    control: PyTree, own: PyTree, update: PyTree, client: Client, rates: dict[str, Float[Array, ""]]
-) -> tuple[PyTree, PyTree]:
-    """-> c_k⁺, and q_k (c_k⁺ − c_k), its part of what moves c; a client without a step keeps its own."""
+def _hold_back(train: Train, method: Method, make: Callable[[PyTree], Nudge]) -> Callable[..., Any]:
+    """Local training that adds a nudge to the gradient of what is shared; the rest is left alone.
+
+    Args:
+        train: that of the context.
+        method: tells what is shared.
+        make: (shared factors before the training) -> their nudge.
+    """
+    split = method.split
+    assert split is not None, f"{method.name} does not tell which of its factors are shared"
+
+    def train_with_nudge(
+        factors: PyTree, optimizer: PyTree, client: Client, **choices: Any
+    ) -> tuple[PyTree, PyTree, Metrics]:
+        extra, others = make(split(factors)[0]), choices.pop("nudge", None)
+
+        def nudge(moving: PyTree) -> PyTree:
+            paths = tree.flatten(moving).keys()
+            # Split with what is frozen: a round may train nothing of what is shared.
+            shared, own = split(tree.unflatten(tree.flatten(factors) | tree.flatten(moving)))
+            total = lora.combine(extra(shared), jax.tree.map(jnp.zeros_like, own))
+            total = tree.partition(total, lambda path: path in paths)[0]
+            return total if others is None else jax.tree.map(jnp.add, others(moving), total)
+
+        return train(factors, optimizer, client, **choices, nudge=nudge)
+
+    return train_with_nudge
+
+
+def _renew(control: PyTree, own: PyTree, update: PyTree, client: Client, rates: dict[str, Float[Array, ""]]) -> PyTree:
+    """Return c_k⁺ (option II); a client without a step keeps c_k, and so does a leaf that was not trained."""
     steps = client.mask.any(axis=1).sum()
-    moved = tree.flatten(update)
+    moved, mine = tree.flatten(update), tree.flatten(own)
 
-    def one(path: str, c: Array, c_k: Array) -> Array:
+    def renew_leaf(path: str, c: Array) -> Array:
         if path not in moved:
-            return c_k
+            return mine[path]
         rate = rates["a" if leaf_name(path) == "a" else "b"]
-        new = c_k - c - moved[path] / jnp.maximum(steps * rate, 1e-12)
-        return jnp.where(steps > 0, new, c_k)
+        new = mine[path] - c - moved[path] / jnp.maximum(steps * rate, 1e-12)
+        return jnp.where(steps > 0, new, mine[path])
 
-    flat, mine = tree.flatten(control), tree.flatten(own)
-    new = tree.unflatten({path: one(path, flat[path], mine[path]) for path in flat})
-    return new, jax.tree.map(lambda after, before: client.share * (after - before), new, own)
-
-
-def average(control: PyTree, moved: PyTree, weights: Float[Array, " cohort"]) -> PyTree:
-    """c plus the parts of those who count."""
-    step = tree.weighted_sum(moved, (weights > 0).astype(jnp.float32))
-    return jax.tree.map(jnp.add, control, step)
+    return tree.unflatten({path: renew_leaf(path, c) for path, c in tree.flatten(control).items()})

@@ -11,10 +11,25 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Client, Context, Message, Method, Metrics, Personal, Server, Setup
+from fedvlm_jax.methods.base import (
+    Aggregated,
+    Client,
+    Context,
+    Key,
+    Message,
+    Method,
+    Number,
+    Personal,
+    Server,
+    Setup,
+    Updated,
+    Weights,
+    both_ways,
+    one_phase,
+)
 from fedvlm_jax.methods.components import mixing
 from fedvlm_jax.methods.components.norms import norm_of
 from fedvlm_jax.utils import tree
@@ -35,18 +50,18 @@ def make_dual_method(
     setup: Setup,
     *,
     stages: Callable[[int, Client], tuple[Client | None, Client | None]],
-    phase: Callable[[int], int] | None = None,
+    phase: Callable[[int], int] = one_phase,
     reads: tuple[str, ...] = (),
 ) -> Method:
-    """Build a FedDPA.
+    """Make a FedDPA.
 
     Args:
         name, source: as in `Method`.
-        setup: what it is made with.
+        setup: as in every method.
         stages: (phase, client) -> the client with the steps that train the local adapter, and with those that train the
             global one.
         phase: as in `Method`.
-        reads: options of its own beside alpha.
+        reads: options of the method alone beside alpha.
     """
     alpha = setup.hyper.dpa_alpha
 
@@ -54,7 +69,7 @@ def make_dual_method(
         factors, scales = mixing.split(adapter)
         return {"shared": factors, "start": factors, "scales": scales}
 
-    def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
+    def init_client(key: Key, server: Server, number: Number) -> Personal:
         del number
         own = server["start"] if setup.common_start else mixing.split(setup.draw(key))[0]
         state = {"own": own, "begun": jnp.zeros((), bool)}
@@ -63,9 +78,7 @@ def make_dual_method(
     def _start_optimizers(own: PyTree) -> dict[str, PyTree]:
         return dict.fromkeys(("global", "local"), setup.start_optimizer(own))
 
-    def client_update(
-        ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
-    ) -> tuple[Personal, Message, Metrics]:
+    def client_update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
         del key
         shared, own = server["shared"], personal["own"]
         optimizers = dict(personal["optimizer"]) if setup.keep_optimizer else _start_optimizers(own)
@@ -87,15 +100,13 @@ def make_dual_method(
                 assemble=lambda factors: tree.combine(factors, server["scales"]),
             )
             message = jax.tree.map(jnp.subtract, trained, shared)
-            local = metrics.get("steps", 0)  # told is the local pair's loss, unless it took no step
+            local = metrics.get("steps", 0)  # the loss is the local pair's, unless it took no step
             metrics = {name: jnp.where(local > 0, metrics.get(name, x), x) for name, x in more.items()}
             metrics["steps"] = more["steps"] + local
         metrics |= {"update_norm": norm_of(message)}
         return {"own": own, "begun": begun, **setup.kept(optimizers)}, message, metrics
 
-    def aggregate(
-        ctx: Context, server: Server, messages: Message, weights: Float[Array, " cohort"]
-    ) -> tuple[Server, Metrics]:
+    def aggregate(ctx: Context, server: Server, messages: Message, weights: Weights) -> Aggregated:
         del ctx
         update = tree.weighted_sum(messages, weights)
         shared = jax.tree.map(jnp.add, server["shared"], update) if update else server["shared"]
@@ -109,13 +120,8 @@ def make_dual_method(
         shared = jax.tree.map(jnp.add, server["shared"], message) if message else server["shared"]
         return personalise({**server, "shared": shared}, personal)
 
-    def travels(server: Server, messages: Message) -> tuple[PyTree, PyTree]:
-        del server
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), messages)
-        return one, one
-
     return Method(
-        name, source, init, init_client, client_update, aggregate, personalise, trained,
-        download=lambda server: server["shared"], phase=phase, travels=travels, pairs=2,
-        takes=frozenset({"hyper.dpa_alpha", *reads}), refuses=REFUSES,
+        name=name, source=source, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate,
+        personalise=personalise, trained=trained, download=lambda server: server["shared"], phase=phase,
+        travels=both_ways, pairs=2, takes=frozenset({"hyper.dpa_alpha", *reads}), refuses=REFUSES,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Methods in which every client gets something of its own from the others: an adapter that it does not train.
+"""Personalised downloads: every client receives another mixture of the others' adapters, which it does not train.
 
 The server keeps a pool: what clients sent last, of as many as a round has at most, and of `POOL` where there are so
 many; who sent longest ago leaves it first. What a client receives is mixed from the pool whenever its model is asked
@@ -15,10 +15,26 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
+from fedvlm_jax.methods.base import (
+    Aggregated,
+    Client,
+    Context,
+    Key,
+    Message,
+    Method,
+    Number,
+    Personal,
+    Server,
+    Setup,
+    Travelling,
+    Updated,
+    Weights,
+    is_factor,
+    shape_of_one,
+)
 from fedvlm_jax.methods.components import mixing
 from fedvlm_jax.methods.components.norms import norm_of, only_a, personal_drift
 from fedvlm_jax.utils import tree
@@ -57,7 +73,7 @@ def start_pool(sent: PyTree, setup: Setup) -> PyTree:
 
 
 def renew(pool: PyTree, messages: Message, weights: Float[Array, " K"], round_: Int[Array, ""]) -> PyTree:
-    """The pool with what came from those who count, in place of what they had sent before."""
+    """Put what came from those who count into the pool, in place of what they had sent before."""
     counts = weights > 0
     again = jnp.any((pool["number"][:, None] == messages["number"]) & counts, axis=1)
     number = jnp.concatenate([jnp.where(again, NOBODY, pool["number"]), jnp.where(counts, messages["number"], NOBODY)])
@@ -84,13 +100,13 @@ def make_delivering_method(
     weigh: Weigh,
     keep_own: bool = True,
     reads: tuple[str, ...] = (),
-    pairs_beside: int = 1,
+    pairs: int = 1,
 ) -> Method:
-    """Build one.
+    """Make a method whose clients each receive a mixture of what others sent.
 
     Args:
         name, source: as in `Method`.
-        setup: what it is made with.
+        setup: as in every method.
         extend: (factors) -> the tree that a client trains, with a gate say.
         trained, sent: (path) -> is the leaf trained, is it in the message?
         assemble: (own tree, delivered, scales) -> the adapter; delivered is zero where nobody else sent anything.
@@ -98,8 +114,8 @@ def make_delivering_method(
             ever send?) -> how much each of the pool is in what the client receives [P]; Σ ≤ 1.
         keep_own: what is delivered stands beside the own adapter; else the mixture takes the place of what was sent,
             and what is missing to Σ = 1 in it is the client's own.
-        reads: options of its own, `hyper.mix_temperature` say.
-        pairs_beside: as `Method.pairs`.
+        reads: options of the method alone, `hyper.mix_temperature` say.
+        pairs: as in `Method`.
     """
 
     def init(adapter: lora.Adapter) -> Server:
@@ -107,7 +123,7 @@ def make_delivering_method(
         start = extend(factors)
         return {"start": start, "scales": scales, "pool": start_pool(_sent(start), setup)}
 
-    def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
+    def init_client(key: Key, server: Server, number: Number) -> Personal:
         own = server["start"] if setup.common_start else extend(mixing.split(setup.draw(key))[0])
         shares = jnp.zeros(server["pool"]["number"].shape, jnp.float32)
         state = {"own": own, "number": jnp.asarray(number, jnp.int32), "sent": jnp.zeros((), bool), "shares": shares}
@@ -118,7 +134,7 @@ def make_delivering_method(
         return tree.partition(factors, sent)[0]
 
     def _share_out(server: Server, personal: Personal) -> Float[Array, " P"]:
-        """How much of each in the pool the client would receive now; who never sent anything went nowhere yet."""
+        """Weigh the pool for a client, as it is now; a client that never sent anything has not moved."""
         pool = server["pool"]
         others = (pool["number"] != NOBODY) & (pool["number"] != personal["number"])
         here, start = _sent(personal["own"]), _sent(server["start"])
@@ -126,7 +142,7 @@ def make_delivering_method(
         return weigh(moved, pool["moved"], others, personal["sent"])
 
     def _mix(server: Server, shares: Float[Array, " P"]) -> PyTree:
-        """Σ_j shares_j (start + moved_j)."""
+        """Return Σ_j shares_j (start + moved_j)."""
 
         def one(first: Array, moved: Array) -> Array:
             return shares.sum() * first + jnp.einsum("p,p...->...", shares, moved, precision="highest")
@@ -134,16 +150,14 @@ def make_delivering_method(
         return jax.tree.map(one, _sent(server["start"]), server["pool"]["moved"])
 
     def _use(server: Server, own: PyTree, shares: Float[Array, " P"]) -> tuple[PyTree, PyTree]:
-        """What a client trains, and what stands beside it."""
+        """Return what a client trains, and what stands beside it."""
         mixed = _mix(server, shares)
         if keep_own:
             return own, mixed
         mine, rest = tree.partition(own, sent)
         return tree.combine(jax.tree.map(lambda x, m: (1 - shares.sum()) * x + m, mine, mixed), rest), {}
 
-    def client_update(
-        ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
-    ) -> tuple[Personal, Message, Metrics]:
+    def client_update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
         del key
         shares = _share_out(server, personal)
         own, beside = _use(server, personal["own"], shares)
@@ -166,9 +180,7 @@ def make_delivering_method(
         state = jax.tree.map(lambda new, old: jnp.where(took, new, old), state, personal)
         return state, {"moved": moved, "number": personal["number"]}, metrics
 
-    def aggregate(
-        ctx: Context, server: Server, messages: Message, weights: Float[Array, " K"]
-    ) -> tuple[Server, Metrics]:
+    def aggregate(ctx: Context, server: Server, messages: Message, weights: Weights) -> Aggregated:
         pool = renew(server["pool"], messages, weights, ctx.round)
         return {**server, "pool": pool}, {"shared_update_norm": norm_of(tree.weighted_sum(messages["moved"], weights))}
 
@@ -181,13 +193,12 @@ def make_delivering_method(
         own = tree.combine(mine, tree.partition(personal["own"], sent)[1])
         return assemble(own, _mix(server, personal["shares"]) if keep_own else {}, server["scales"])
 
-    def travels(server: Server, messages: Message) -> tuple[PyTree, PyTree]:
+    def travels(server: Server, messages: Message) -> Travelling:
         del server
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), messages["moved"])
-        return one, one
+        return shape_of_one(messages["moved"]), shape_of_one(messages["moved"])
 
     return Method(
-        name, source, init, init_client, client_update, aggregate, personalise, trained_adapter,
-        download=lambda server: {}, travels=travels, mixes=True, pairs=pairs_beside,
-        takes=frozenset(reads), refuses=REFUSES, moot=frozenset({"train.weighting"}),
+        name=name, source=source, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate,
+        personalise=personalise, trained=trained_adapter, download=lambda server: {}, travels=travels, mixes=True,
+        pairs=pairs, takes=frozenset(reads), refuses=REFUSES, moot=frozenset({"train.weighting"}),
     )  # fmt: skip

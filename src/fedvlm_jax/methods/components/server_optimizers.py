@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
+from fedvlm_jax.methods.base import Weights
+from fedvlm_jax.methods.components.heterogeneous_ranks import Held, keep_unsent
 from fedvlm_jax.methods.config import ServerOptions
 from fedvlm_jax.utils import tree
 
@@ -33,16 +35,17 @@ class ServerOptimizer(NamedTuple):
 
     Attributes:
         init: (shared) -> state.
-        step: (update, state, weights [K]) -> what is added to the shared part, state. Leaves that the update lacks keep
-            their state, and when nobody counts nothing moves.
+        step: (update, state, weights [K], held [K, R] or None) -> what is added to the shared part, state. Momentum
+            moves nothing that nobody sent: leaves that the update lacks and directions that nobody has keep their
+            state, and when nobody counts nothing moves.
     """
 
     init: Callable[[PyTree], PyTree]
-    step: Callable[[PyTree, PyTree, Float[Array, " cohort"]], tuple[PyTree, PyTree]]
+    step: Callable[[PyTree, PyTree, Weights, Held | None], tuple[PyTree, PyTree]]
 
 
 def make_server_optimizer(options: ServerOptions) -> ServerOptimizer:
-    """Build one from its options."""
+    """Make the optimiser that the options name."""
     second, rate = _SECOND.get(options.optimizer), options.learning_rate
 
     def init(shared: PyTree) -> PyTree:
@@ -52,8 +55,8 @@ def make_server_optimizer(options: ServerOptions) -> ServerOptimizer:
         v = jax.tree.map(lambda leaf: jnp.full_like(leaf, options.epsilon**2), shared)
         return start | ({"v": v} if second else {})
 
-    def step(update: PyTree, state: PyTree, weights: Float[Array, " cohort"]) -> tuple[PyTree, PyTree]:
-        if options.optimizer == "avg":
+    def step(update: PyTree, state: PyTree, weights: Weights, held: Held | None) -> tuple[PyTree, PyTree]:
+        if options.optimizer == "avg":  # held or not: flexlora's step is from one basis to another, and half is neither
             return jax.tree.map(lambda leaf: rate * leaf, update), state
         gain = 1 - options.beta1 if second else 1.0
         new = {"m": _over(update, state["m"], lambda d, m: options.beta1 * m + gain * d)}
@@ -64,15 +67,20 @@ def make_server_optimizer(options: ServerOptions) -> ServerOptimizer:
         live = jnp.where(counts, rate, 0.0)
         paths = tree.flatten(update).keys()
         moved = {name: tree.partition(part, lambda path: path in paths)[0] for name, part in new.items()}
-        if not second:
-            return jax.tree.map(lambda m: live * m, moved["m"]), new
-        return jax.tree.map(lambda m, v: live * m / (jnp.sqrt(v) + options.epsilon), moved["m"], moved["v"]), new
+        if second is None:
+            moves = jax.tree.map(lambda m: live * m, moved["m"])
+        else:
+            moves = jax.tree.map(lambda m, v: live * m / (jnp.sqrt(v) + options.epsilon), moved["m"], moved["v"])
+        if held is None:
+            return moves, new
+        still = jax.tree.map(jnp.zeros_like, moves)
+        return keep_unsent(moves, still, weights, held), keep_unsent(new, state, weights, held)
 
     return ServerOptimizer(init, step)
 
 
 def _over(update: PyTree, state: PyTree, rule: Callable[[Array, Array], Array]) -> PyTree:
-    """`rule` where the update has a leaf; the state's other leaves stay."""
+    """Apply `rule` where the update has a leaf; the state's other leaves stay."""
     flat = tree.flatten(update)
     return tree.unflatten(
         {path: rule(flat[path], leaf) if path in flat else leaf for path, leaf in tree.flatten(state).items()}

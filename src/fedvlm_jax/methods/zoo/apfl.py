@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
+from fedvlm_jax.methods.base import Client, Context, Key, Method, Metrics, Personal, Server, Setup, Updated, is_factor
 from fedvlm_jax.methods.components import mixing
+from fedvlm_jax.methods.components.personal_model import with_personal_model
 from fedvlm_jax.methods.components.training_metrics import over_steps
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 from fedvlm_jax.utils import tree
@@ -29,26 +30,22 @@ SOURCE = (
 
 
 def make(setup: Setup) -> Method:
-    """apfl: fedavg-lora with a second model per client, mixed with the first."""
+    """Make apfl: fedavg-lora with a second model per client, mixed with the first."""
     parts = Parts(reads=("hyper.apfl_alpha", "hyper.apfl_adaptive"))
     federated = make_share_method("apfl", SOURCE, FACTORS, setup, parts)
     hyper = setup.hyper
-    trained_leaves = (lambda path: is_factor(path) or path == "alpha") if hyper.apfl_adaptive else is_factor
 
-    def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
-        state = federated.init_client(key, server, number)
-        own = {**mixing.split(federated.personalise(server, state))[0], "alpha": jnp.float32(hyper.apfl_alpha)}
-        return {"federated": state, "own": own, **setup.kept(setup.start_optimizer(own, trained_leaves))}
+    def trained(path: str) -> bool:
+        return is_factor(path) or (hyper.apfl_adaptive and path == "alpha")
 
-    def client_update(
-        ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
-    ) -> tuple[Personal, Message, Metrics]:
-        own = personal["own"]
-        optimizer = personal["optimizer"] if setup.keep_optimizer else setup.start_optimizer(own, trained_leaves)
+    def start(adapter: lora.Adapter) -> PyTree:
+        return {**mixing.split(adapter)[0], "alpha": jnp.float32(hyper.apfl_alpha)}
+
+    def update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
         ended: list[tuple[PyTree, PyTree, Metrics]] = []
 
         def train(w: PyTree, w_state: PyTree, client: Client, **choices: Any) -> tuple[PyTree, PyTree, Metrics]:
-            """The federated model's training, with the private one's beside it in every step."""
+            """Train the federated model, and in every step the private one beside it."""
 
             def step(
                 carry: PyTree, at: tuple[Int[Array, " batch"], Bool[Array, " batch"], Int[Array, ""]]
@@ -57,38 +54,32 @@ def make(setup: Setup) -> Method:
                 one = client._replace(indices=at[0][None], mask=at[1][None])
                 *after, metrics = ctx.train(w, w_state, one, first=at[2], **choices)
                 *mine, own_metrics = ctx.train(
-                    v, v_state, one, first=at[2], trained=trained_leaves, assemble=lambda factors: mixture(factors, w)
+                    v, v_state, one, first=at[2], trained=trained, assemble=lambda factors: mixture(factors, w)
                 )
                 return (tuple(after), tuple(mine)), (metrics, own_metrics)
 
-            start = ((w, w_state), (own, optimizer))
             ((w, w_state), (v, v_state)), history = jax.lax.scan(
-                step, start, (client.indices, client.mask, jnp.arange(len(client.indices)))
+                step,
+                ((w, w_state), (personal["own"], personal["optimizer"])),
+                (client.indices, client.mask, jnp.arange(len(client.indices))),
             )
             metrics, own_metrics = (over_steps(part) for part in history)
             ended.append((v, v_state, own_metrics))
             return w, w_state, metrics
 
-        beside = ctx._replace(train=train)
-        state, message, metrics = federated.client_update(beside, server, personal["federated"], client, key)
-        own, optimizer, mine = ended[0]
-        own = {**own, "alpha": jnp.clip(own["alpha"], 0, 1)}
-        metrics |= {"loss": mine["loss"], "last_loss": mine["last_loss"], "alpha": own["alpha"]}
-        return {"federated": state, "own": own, **setup.kept(optimizer)}, message, metrics
+        state, message, metrics = federated.client_update(
+            ctx._replace(train=train), server=server, personal=personal["federated"], client=client, key=key
+        )
+        v, v_state, mine = ended[0]
+        v = {**v, "alpha": jnp.clip(v["alpha"], 0, 1)}
+        metrics |= {"loss": mine["loss"], "last_loss": mine["last_loss"], "alpha": v["alpha"]}
+        return {"federated": state, "own": v, "optimizer": v_state}, message, metrics
 
-    def personalise(server: Server, personal: Personal) -> lora.Adapter:
-        return mixture(personal["own"], federated.personalise(server, personal["federated"]))
-
-    def trained(server: Server, personal: Personal, message: Message) -> lora.Adapter:
-        return mixture(personal["own"], federated.trained(server, personal["federated"], message))
-
-    return federated._replace(
-        init_client=init_client, client_update=client_update, personalise=personalise, trained=trained
-    )
+    return with_personal_model(federated, setup, update, start=start, trained=trained, use=mixture)
 
 
 def mixture(own: PyTree, adapter: lora.Adapter) -> lora.Adapter:
-    """α v + (1 − α) w, factor by factor."""
+    """Return α v + (1 − α) w, factor by factor."""
     alpha, mine = own["alpha"], {name: part for name, part in own.items() if name != "alpha"}
     factors, scales = mixing.split(adapter)
     return tree.combine(jax.tree.map(lambda v, w: alpha * v + (1 - alpha) * w, mine, factors), scales)

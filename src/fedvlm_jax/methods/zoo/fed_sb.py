@@ -5,6 +5,8 @@ values, not at zero, so that the model has moved before the first step. Here, wh
 and B are random with orthonormal columns and rows, so that R has the norm of the update, and R starts at zero.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -29,7 +31,7 @@ SEED = 977
 
 def make(setup: Setup) -> Method:
     """fed-sb, as a share rule for a third factor."""
-    setup = setup._replace(common_start=True)
+    setup = replace(setup, common_start=True)
     parts = Parts(extend=extend, assemble=assemble, trained=(only("r"),), refuses=REFUSES)
     return make_share_method("fed-sb", SOURCE, lora.Rule(r"(^|/)r$"), setup, parts)
 

@@ -29,5 +29,5 @@ def make(setup: Setup) -> Method:
     return make_delivering_method(
         "fedmosaic", SOURCE, setup,
         assemble=lambda own, mixed, scales: mixing.mix(own, mixed, scales, hyper.mosaic_weight),
-        weigh=weigh, reads=("hyper.mix_temperature", "hyper.mosaic_weight"), pairs_beside=2,
+        weigh=weigh, reads=("hyper.mix_temperature", "hyper.mosaic_weight"), pairs=2,
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """FFA-LoRA (arXiv 2403.12313): A is drawn once, common to all, and frozen; B is averaged, which is exact."""
 
+from dataclasses import replace
+
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.components.norms import only
 from fedvlm_jax.methods.rule_based import FACTOR_B, Parts, make_share_method
@@ -11,5 +13,5 @@ SOURCE = "arXiv 2403.12313: A ≡ A_0 for all, B̄ = Σ p_k B_k"
 
 def make(setup: Setup) -> Method:
     """ffa-lora, as a share rule."""
-    setup = setup._replace(common_start=True)  # B means something in the basis of one A
+    setup = replace(setup, common_start=True)  # B means something in the basis of one A
     return make_share_method("ffa-lora", SOURCE, FACTOR_B, setup, Parts(trained=(only("b"),)))

@@ -3,12 +3,26 @@
 LoRA starts anew in every round: each client draws an A of its own, B is zero.
 """
 
-import jax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
-
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Client, Context, Message, Method, Metrics, Personal, Server, Setup, is_factor
-from fedvlm_jax.methods.components import base_updates, heterogeneous_ranks
+from fedvlm_jax.methods.base import (
+    Aggregated,
+    Client,
+    Context,
+    Key,
+    Message,
+    Method,
+    Number,
+    Personal,
+    Server,
+    Setup,
+    Travelling,
+    Updated,
+    Weights,
+    is_factor,
+    shape_of_one,
+)
+from fedvlm_jax.methods.components import base_updates
+from fedvlm_jax.methods.components.heterogeneous_ranks import with_ranks
 from fedvlm_jax.methods.components.low_rank import by_site, side_by_side
 from fedvlm_jax.methods.components.norms import norm_of, only
 from fedvlm_jax.utils import tree
@@ -21,30 +35,24 @@ REFUSES: dict[str, str] = dict.fromkeys(("server", "local.proximal", "local.scaf
 
 
 def make(setup: Setup) -> Method:
-    """flora. The server holds the factors' form and what was added to the base; a client keeps nothing but its rank."""
+    """Make flora: the server holds the factors' form and what was added to the base, a client nothing."""
 
     def init(adapter: lora.Adapter) -> Server:
         rank = setup.places * next(iter(by_site(adapter).values()))["a"].shape[-1]
         return {"start": adapter, "base": base_updates.start(adapter, rank, setup.rounds)}
 
-    def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
-        del key, server
-        return {"rank": heterogeneous_ranks.of(setup, number)} if setup.ranks else {}
+    def init_client(key: Key, server: Server, number: Number) -> Personal:
+        del key, server, number
+        return {}
 
-    def client_update(
-        ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
-    ) -> tuple[Personal, Message, Metrics]:
+    def client_update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
         scales = tree.partition(server["start"], only("scale"))[0]
         factors = tree.combine(tree.partition(setup.draw(key), is_factor)[0], scales)
-        if setup.ranks:
-            factors = heterogeneous_ranks.cut(factors, personal["rank"])
         factors, _, metrics = ctx.train(factors, setup.start_optimizer(factors), client)
         message = tree.partition(factors, is_factor)[0]
         return personal, message, metrics | {"update_norm": norm_of(message)}
 
-    def aggregate(
-        ctx: Context, server: Server, messages: Message, weights: Float[Array, " cohort"]
-    ) -> tuple[Server, Metrics]:
+    def aggregate(ctx: Context, server: Server, messages: Message, weights: Weights) -> Aggregated:
         scales, stacked = by_site(server["start"]), {}
         for path, site in by_site(messages).items():
             left, right = side_by_side(site["a"], site["b"], weights)
@@ -60,13 +68,14 @@ def make(setup: Setup) -> Method:
         del personal
         return tree.combine(message, tree.partition(server["start"], only("scale"))[0])
 
-    def travels(server: Server, messages: Message) -> tuple[PyTree, PyTree]:
+    def travels(server: Server, messages: Message) -> Travelling:
         del server
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), messages), messages
+        return shape_of_one(messages), messages
 
-    return Method(
-        "flora", SOURCE, init, init_client, client_update, aggregate, personalise, trained,
-        download=lambda server: server["base"],
-        base=lambda params, server: base_updates.apply(params, server["base"]),
-        travels=travels, takes=frozenset({"lora.ranks"}), refuses=REFUSES,
+    method = Method(
+        name="flora", source=SOURCE, init=init, init_client=init_client, client_update=client_update,
+        aggregate=aggregate, personalise=personalise, trained=trained, download=lambda server: server["base"],
+        base=lambda params, server: base_updates.apply(params, server["base"]), travels=travels,
+        takes=frozenset({"lora.ranks"}), refuses=REFUSES,
     )  # fmt: skip
+    return with_ranks(method, setup.ranks, tell=False)

@@ -8,13 +8,16 @@ The paper does not say where a round's θ_k begins; here it goes on from the las
 model into θ_k at the beginning of every round: `--hyper.pfedme-restart`.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array
 
-from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Client, Context, Message, Method, Metrics, Personal, Server, Setup
-from fedvlm_jax.methods.components import client_regularizers, mixing
+from fedvlm_jax.methods.base import Client, Context, Key, Message, Method, Personal, Server, Setup, Updated
+from fedvlm_jax.methods.components import mixing
+from fedvlm_jax.methods.components.client_regularizers import make_proximal
+from fedvlm_jax.methods.components.personal_model import with_personal_model
 from fedvlm_jax.methods.components.training_metrics import over_steps
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 from fedvlm_jax.utils import tree
@@ -37,7 +40,7 @@ READS = tuple(f"hyper.pfedme_{name}" for name in _NAMES)
 
 
 def make(setup: Setup) -> Method:
-    """pfedme: fedavg-lora's server, with local rounds of their own."""
+    """Make pfedme: fedavg-lora's server, with other local rounds."""
     hyper = setup.hyper
 
     def average(shared: object, messages: Message, weights: Array, held: object) -> Message:
@@ -46,45 +49,26 @@ def make(setup: Setup) -> Method:
 
     parts = Parts(average=average, reads=READS, refuses=REFUSES)
     # Its optimiser is the personal model's: the federated one takes steps of its own.
-    federated = make_share_method("pfedme", SOURCE, FACTORS, setup._replace(keep_optimizer=False), parts)
+    federated = make_share_method("pfedme", SOURCE, FACTORS, replace(setup, keep_optimizer=False), parts)
 
-    def init_client(key: PRNGKeyArray, server: Server, number: Int[Array, ""]) -> Personal:
-        state = federated.init_client(key, server, number)
-        own = federated.personalise(server, state)
-        return {"federated": state, "own": own, **setup.kept(setup.start_optimizer(own))}
-
-    def client_update(
-        ctx: Context, server: Server, personal: Personal, client: Client, key: PRNGKeyArray
-    ) -> tuple[Personal, Message, Metrics]:
+    def update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
         del key
-        received, scales = mixing.split(federated.personalise(server, personal["federated"]))
-        own = tree.combine(received, scales) if hyper.pfedme_restart else personal["own"]
-        optimizer = personal["optimizer"] if setup.keep_optimizer else setup.start_optimizer(own)
+        received, scales = mixing.split(federated.personalise(server=server, personal=personal["federated"]))
         local, history = received, []
+        own = tree.combine(received, scales) if hyper.pfedme_restart else personal["own"]
+        optimizer = personal["optimizer"]
         steps = client.mask.shape[0]
         for first in range(0, steps, hyper.pfedme_inner):
             part = slice(first, min(first + hyper.pfedme_inner, steps))
             some = client._replace(indices=client.indices[part], mask=client.mask[part])
             start = tree.combine(mixing.split(own)[0], scales)
-            own, optimizer, metrics = ctx.train(
-                start, optimizer, some, nudge=client_regularizers.make_proximal(hyper.pfedme_lambda, local)
-            )
+            own, optimizer, metrics = ctx.train(start, optimizer, some, nudge=make_proximal(hyper.pfedme_lambda, local))
             pull = jnp.where(some.mask.any(), hyper.pfedme_rate * hyper.pfedme_lambda, 0.0)
             local = jax.tree.map(lambda w, theta, pull=pull: w - pull * (w - theta), local, mixing.split(own)[0])
             history.append(metrics)
         metrics = over_steps({name: jnp.stack([one[name] for one in history]) for name in history[0]})
         message = jax.tree.map(jnp.subtract, local, received)
         own = jax.tree.map(lambda new, old: jnp.where(client.mask.any(), new, old), own, personal["own"])
-        return {**personal, "own": own, **setup.kept(optimizer)}, message, metrics
+        return {**personal, "own": own, "optimizer": optimizer}, message, metrics
 
-    def personalise(server: Server, personal: Personal) -> lora.Adapter:
-        del server
-        return personal["own"]
-
-    def trained(server: Server, personal: Personal, message: Message) -> lora.Adapter:
-        del server, message
-        return personal["own"]
-
-    return federated._replace(
-        init_client=init_client, client_update=client_update, personalise=personalise, trained=trained
-    )
+    return with_personal_model(federated, setup, update)
