@@ -26,7 +26,7 @@ LOG = logging.getLogger("absl")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Is this not told elsewhere? What ends orbax's writing in the background is raised here; it logs it as well."""
+    """Filter out what orbax logs of errors of its writing in the background: they are raised here."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
@@ -86,13 +86,13 @@ class Checkpoints:
             self._manager.save(round_, args=composite, force=True)
 
     def newest(self) -> int | None:
-        """The round of the newest whole checkpoint, once what is being written is."""
+        """Return the round of the newest whole checkpoint, once what is being written is."""
         with self._naming():
             self._manager.wait_until_finished()
         return self._manager.latest_step()
 
     def rounds(self) -> list[int]:
-        """The rounds of all checkpoints that there are, the newest first."""
+        """List the rounds of all checkpoints, the newest first."""
         with self._naming():
             self._manager.wait_until_finished()
         return sorted(self._manager.all_steps(), reverse=True)
@@ -139,7 +139,7 @@ class Checkpoints:
         return about
 
     def _read(self, round_: int, **what: Any) -> Any:
-        """One part of a checkpoint; orbax and what it stands on raise of damaged files whatever they like."""
+        """Read a part of a checkpoint; of damaged files orbax and what it stands on raise whatever they like."""
         (name,) = what
         try:
             return self._manager.restore(round_, args=self._ocp.args.Composite(**what))[name]

@@ -32,19 +32,19 @@ from fedvlm_jax.utils import digests
 __all__ = ["NOBODY", "Population", "Slots", "Stamps"]
 
 Slots = Int[np.ndarray, " clients"]
-"""Where every client's record is; `NOBODY` for clients that have none yet."""
+"""The slot of every client's record; `NOBODY` for clients that have none yet."""
 
 Stamps = Int[np.ndarray, " clients"]
-"""Which write put every client's record there, from 1; 0 for clients that have none yet."""
+"""The number of the write of every client's record, from 1; 0 for clients that have none yet."""
 
 NOBODY = -1
 
 MOST_PARTS = 1024
-"""Of one call that reads or writes several: IOV_MAX of Linux and macOS."""
+"""Parts that one call may read or write: IOV_MAX of Linux and macOS."""
 
 
 class Population:
-    """Personal states of C clients in a file, and who has one already.
+    """Personal states of C clients in a file.
 
     A client's state changes only through `scatter` with its own number: whoever is not in a cohort keeps its state to
     the bit.
@@ -81,16 +81,16 @@ class Population:
 
     @property
     def known(self) -> Bool[np.ndarray, " clients"]:
-        """Who has a state [C]."""
+        """Whether each client has a state [C]."""
         return self.slots != NOBODY
 
     @property
     def record(self) -> int:
-        """Bytes of one client's record: its state and the digest."""
+        """Bytes of a client's record: its state and the digest."""
         return sum(self._bytes) + digests.SIZE
 
     def gather(self, numbers: Sequence[int] | np.ndarray, slots: Slots | None = None) -> PyTree:
-        """The states of these clients, copied: [K, …]; zeros, which mean nothing, of those who have none.
+        """Copy the states of these clients [K, …]; zeros, which mean nothing, of those who have none.
 
         Args:
             numbers: of the clients.
@@ -159,7 +159,7 @@ class Population:
             os.fsync(self._file)
 
     def stamps(self, slots: Slots | None = None) -> Stamps:
-        """Which write put the records there that a table names; that of now, by default."""
+        """Return the writes of the records that a table names; that of now, by default."""
         slots = self.slots if slots is None else slots
         stamps = np.zeros(len(slots), np.int64)
         stamps[slots != NOBODY] = self._written[slots[slots != NOBODY]]
@@ -173,7 +173,7 @@ class Population:
         self.recall(slots, stamps)
 
     def recall(self, slots: Slots, stamps: Stamps) -> None:
-        """Know again which writes put the records of a table there."""
+        """Note which writes put the records of a table there."""
         known = np.asarray(slots) != NOBODY
         self._stamp(np.asarray(slots)[known], np.asarray(stamps)[known])
 
@@ -209,14 +209,14 @@ class Population:
         self._writes = max(self._writes, int(np.max(stamps, initial=0)))
 
     def _to_rows(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The bytes of the leaves of states [K, …], shared with them: [K, bytes]."""
+        """View the leaves of states [K, …] as bytes [K, bytes]."""
         return [
             state.reshape(len(state), leaf.size).view(np.uint8).reshape(len(state), size)
             for leaf, size, state in zip(self._leaves, self._bytes, states, strict=True)
         ]
 
     def _find_free(self, count: int) -> Int[np.ndarray, " count"]:
-        """The lowest slots that no table names."""
+        """Find the lowest slots that no table names."""
         tables = [self.slots, *self._kept.values()]
         taken = np.zeros(1 + max(int(table.max(initial=NOBODY)) for table in tables) + count, bool)
         for table in tables:
@@ -246,6 +246,6 @@ def _transfer(how: Callable[..., int], file: int, parts: Sequence[np.ndarray], a
 
 
 def _open_temporary() -> int:
-    """A file without a name, which ends with the process."""
+    """Open a file without a name, which ends with the process."""
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())

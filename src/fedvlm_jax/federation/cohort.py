@@ -1,4 +1,4 @@
-"""Who takes part in a round, and the arrays that the round reads: rows, indices, masks and weights."""
+"""The cohort of a round, and the arrays that the round reads: rows, indices, masks and weights."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,7 +76,10 @@ def choose_layout(
 
 
 def balance_wave(wave: int, cohort: int, devices: int) -> int:
-    """The narrowest wave that takes a cohort in as many waves as this one: an empty place costs what a client does.
+    """Find the narrowest wave that takes a cohort in as many waves: an empty place costs what a client does.
+
+    >>> balance_wave(16, 20, 2)
+    10
 
     Args:
         wave: a multiple of `devices`.
@@ -90,7 +93,7 @@ def balance_wave(wave: int, cohort: int, devices: int) -> int:
 def draw_cohort(
     seed: int, round_: int, population: int, cohort: int, sizes: Int[np.ndarray, " population"] | None = None
 ) -> Int[np.ndarray, " cohort"]:
-    """The clients of a round, without replacement and in ascending order; everybody where the cohort is everybody.
+    """Draw the clients of a round, without replacement and in ascending order; all where the cohort is everybody.
 
     The choice depends on the seed, the round and the sizes, and on nothing else. With `sizes` clients are drawn one
     after another, each time with chances proportional to the sizes of those who are left: the first to arrive in a race
@@ -107,12 +110,12 @@ def draw_cohort(
 
 
 class Turnout(NamedTuple):
-    """How far the clients of a round come.
+    """The work that the clients of a round do.
 
     Attributes:
-        steps: local steps that each takes; 0 for who drops out.
-        dropped: who drops out.
-        late: who takes fewer steps than it should have, and counts all the same.
+        steps: local steps that each takes; 0 for drop-outs.
+        dropped: 1 for drop-outs.
+        late: 1 for stragglers, who take fewer steps than they should, and count all the same.
     """
 
     steps: Int[np.ndarray, " cohort"]
@@ -127,7 +130,7 @@ def draw_turnout(
     steps: Int[np.ndarray, " cohort"],
     options: ParticipationOptions,
 ) -> Turnout:
-    """Who drops out, and who comes only so far.
+    """Draw drop-outs and stragglers.
 
     What becomes of a client depends on (seed, round, client) and on nothing else: it has three random numbers, at a
     place of one stream that its own number decides. They are the same whatever the chances are, so a higher chance only
@@ -159,7 +162,7 @@ def make_clients(
     own: Int[np.ndarray, " own"] | None = None,
     shares: Float[np.ndarray, " cohort"] | None = None,
 ) -> tuple[Client, Float[np.ndarray, " places"]]:
-    """Everything a round reads of its cohort, as host arrays.
+    """Make all that a round reads of its cohort, as host arrays.
 
     Args:
         seed, round_: decide which examples each step reads.
@@ -200,7 +203,7 @@ def make_clients(
 def find_shares(
     sizes: Int[np.ndarray, " population"], weighting: Literal["examples", "uniform"]
 ) -> Float[np.ndarray, " population"]:
-    """Each client's share of all clients' weight: by number of examples, or alike over those that have any.
+    """Compute each client's share of all clients' weight: by number of examples, or alike over those that have any.
 
     Where clients are drawn by size and then count alike, that is by examples: so is the objective they average to.
     """
@@ -209,5 +212,9 @@ def find_shares(
 
 
 def find_fillers(places: Int[np.ndarray, " some"], cohort: int) -> Int[np.ndarray, " some"]:
-    """Who of a cohort stands at these places: beyond it the last, whose own place is the nearest."""
+    """Return the places in the cohort that fill these: beyond it the last, whose place is the nearest.
+
+    >>> find_fillers(np.arange(5), 3).tolist()
+    [0, 1, 2, 2, 2]
+    """
     return np.minimum(places, cohort - 1)

@@ -23,7 +23,7 @@ from fedvlm_jax.utils import tree
 __all__ = ["LocalTrainer", "make_local_trainer"]
 
 RATE = {"a": "a", "gate": "a"}
-"""A leaf's name -> the learning rate it is trained with; all others, b and whatever lies between a and b, with b's."""
+"""The learning rate by a leaf's name; all others, b and whatever lies between a and b, have b's."""
 
 
 class LocalTrainer(NamedTuple):
@@ -32,8 +32,8 @@ class LocalTrainer(NamedTuple):
     Attributes:
         start: (factors, trained) -> a fresh optimiser state for the leaves that `trained` names.
         run: (params, factors, optimiser state, client, rates, **choices) -> (factors, optimiser state, metrics); the
-            choices are those of `methods.record.Train`, and `key` where it draws.
-        draws: does it draw random numbers, for dropout?
+            choices are those of `methods.base.Train`, and `key` where it draws.
+        draws: whether it draws random numbers, for dropout.
     """
 
     start: Callable[..., PyTree]
@@ -50,7 +50,7 @@ def make_local_trainer(
     clip_norm: float | None = 1.0,
     dropout: float = 0.0,
 ) -> LocalTrainer:
-    """Build local training for a model and an objective.
+    """Make local training for a model and an objective.
 
     An optimiser step: the gradient over all trained factors is clipped to `clip_norm` (global norm), nudged, turned
     into a direction (AdamW 1711.05101 with optax's defaults, or the gradient itself), decayed, and scaled by the rate

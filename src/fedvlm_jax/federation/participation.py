@@ -1,4 +1,4 @@
-"""What may be chosen about who takes part in a round and how far they come. None of it is given by the FedVLM paper.
+"""Options of who takes part in a round and how far they come. None of it is given by the FedVLM paper.
 
 Imports nothing heavy: the command line reads it.
 """

@@ -1,4 +1,4 @@
-"""What a method adds to the base itself: one float32 update per site, the same for all clients.
+"""Updates of the base itself: one float32 matrix per site, the same for all clients.
 
 A round's update arrives as two factors. As long as the factors of all rounds of the run are smaller than the matrix
 they make, they are kept beside each other, at places that the round decides; otherwise the matrix is kept. Which of
@@ -22,10 +22,10 @@ Factors = Mapping[str, tuple[Array, Array]]
 
 
 def start(adapter: lora.Adapter, rank: int, rounds: int) -> PyTree:
-    """Nothing yet.
+    """Make room for the updates of a run.
 
     Args:
-        adapter: tells the sites and their shapes.
+        adapter: has the sites and their shapes.
         rank: of the update that a round adds.
         rounds: of the run.
     """
@@ -56,7 +56,7 @@ def add(deltas: PyTree, update: Factors, round_: Int[Array, ""]) -> PyTree:
 
 
 def apply(params: PyTree, deltas: PyTree) -> PyTree:
-    """The base with the updates in it; one site at a time, for all their matrices together are a second base."""
+    """Add the updates to the base; one site at a time, for all their matrices together are a second base."""
     for path, site in by_site(deltas).items():
         whole = site["delta"] if "delta" in site else matmul(site["left"], site["right"])
         params = lora.add_to_weights(params, {path: whole})

@@ -18,7 +18,7 @@ Site = dict[str, Array]
 
 
 def by_site(factors: PyTree) -> dict[str, Site]:
-    """path of a site -> its leaves by name; of whole adapters, whose layers no rule split."""
+    """Group leaves by name under the paths of their sites; for whole adapters, whose layers no rule split."""
     sites: dict[str, Site] = {}
     for path, leaf in tree.flatten(factors).items():
         head, _, name = path.rpartition("/")
@@ -27,7 +27,7 @@ def by_site(factors: PyTree) -> dict[str, Site]:
 
 
 def map_sites(rule: Callable[..., Mapping[str, Array]], *factors: PyTree) -> PyTree:
-    """A tree of what `rule` makes of every site's leaves."""
+    """Make a tree of what `rule` makes of every site's leaves."""
     first, *others = (by_site(part) for part in factors)
     flat: dict[str, Any] = {}
     for path, site in first.items():
@@ -37,14 +37,14 @@ def map_sites(rule: Callable[..., Mapping[str, Array]], *factors: PyTree) -> PyT
 
 
 def matmul(x: Array, y: Array) -> Array:
-    """x y in float32."""
+    """Multiply in float32."""
     return jnp.matmul(x.astype(jnp.float32), y.astype(jnp.float32), precision="highest")
 
 
 def side_by_side(
     a: Float[Array, "K *stack d_in R"], b: Float[Array, "K *stack R d_out"], weights: Float[Array, " K"]
 ) -> tuple[Float[Array, "*stack d_in KR"], Float[Array, "*stack KR d_out"]]:
-    """Factors of Σ_k w_k a_k b_k. Clients that do not count are zero, whatever they hold."""
+    """Make factors of Σ_k w_k a_k b_k; clients that do not count are zero, whatever they hold."""
     counts = weights.reshape(-1, *[1] * (a.ndim - 1))
     left, right = jnp.where(counts == 0, 0, counts * a), jnp.where(counts == 0, 0, b)
     left = jnp.moveaxis(left, 0, -2)  # [*stack, d_in, K, R]
@@ -55,12 +55,12 @@ def side_by_side(
 def deviations(
     a: Float[Array, "K *stack d_in R"], b: Float[Array, "K *stack R d_out"], weights: Float[Array, " K"]
 ) -> tuple[Float[Array, "*stack d_in KR"], Float[Array, "*stack KR d_out"]]:
-    """Factors of E = Σ p_k a_k b_k − ā b̄ = Σ p_k (a_k − ā)(b_k − b̄): what averaging the factors leaves out."""
+    """Make factors of E = Σ p_k a_k b_k − ā b̄ = Σ p_k (a_k − ā)(b_k − b̄): what averaging the factors leaves out."""
     mean_a, mean_b = (tree.weighted_sum(x, weights) for x in (a, b))
     return side_by_side(a - mean_a, b - mean_b, weights)
 
 
 def product_norms(a: Float[Array, "K *stack d_in R"], b: Float[Array, "K *stack R d_out"]) -> Float[Array, "K *stack"]:
-    """‖a_k b_k‖_F, from Gram matrices: ‖ab‖² = tr(aᵀa · bbᵀ)."""
+    """Compute ‖a_k b_k‖_F from Gram matrices: ‖ab‖² = tr(aᵀa · bbᵀ)."""
     squared = jnp.sum(matmul(a.mT, a) * matmul(b, b.mT).mT, axis=(-2, -1))
     return jnp.sqrt(jnp.maximum(squared, 0))

@@ -12,12 +12,12 @@ __all__ = ["cosines", "mix", "softmax_among", "split"]
 
 
 def split(adapter: lora.Adapter) -> tuple[PyTree, PyTree]:
-    """Factors, scales."""
+    """Split an adapter into factors and scales."""
     return tree.partition(adapter, is_factor)
 
 
 def mix(first: PyTree, second: PyTree, scales: PyTree, weight: Array | float) -> lora.Adapter:
-    """The adapter whose term is (1 − weight) times the first one's plus weight times the second one's.
+    """Make the adapter whose term is (1 − weight) times the first one's plus weight times the second one's.
 
     The weight has no gradient: it goes into the scales.
     """
@@ -29,7 +29,7 @@ def mix(first: PyTree, second: PyTree, scales: PyTree, weight: Array | float) ->
 
 
 def cosines(one: PyTree, several: PyTree) -> Float[Array, " P"]:
-    """Cosine similarity of a tree with each of several [P, …], all leaves side by side; 0 with what is zero."""
+    """Compute a tree's cosine similarity with each of several [P, …], all leaves side by side; 0 with what is zero."""
     leaves = list(zip(jax.tree.leaves(one), jax.tree.leaves(several), strict=True))
     products = sum(jnp.einsum("...,p...->p", x, each, precision="highest") for x, each in leaves)
     squares = sum(jnp.einsum("p...,p...->p", each, each, precision="highest") for _, each in leaves)
@@ -38,7 +38,7 @@ def cosines(one: PyTree, several: PyTree) -> Float[Array, " P"]:
 
 
 def softmax_among(scores: Float[Array, " P"], allowed: Bool[Array, " P"]) -> Float[Array, " P"]:
-    """The softmax of the scores that are allowed; 0 for the others, and for all where none is."""
+    """Compute the softmax of the scores that are allowed; 0 for the others, and for all where none is."""
     scores = jnp.where(allowed, scores, -jnp.inf)
     top = jnp.max(scores)
     raised = jnp.where(allowed, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0)), 0)

@@ -1,4 +1,4 @@
-"""What a leaf is called, norms of trees, and how far private factors went."""
+"""Names of factors, norms of trees, and the drift of private factors."""
 
 import re
 from collections.abc import Callable
@@ -13,18 +13,22 @@ __all__ = ["leaf_name", "norm_of", "only", "only_a", "personal_drift"]
 
 
 def norm_of(part: PyTree) -> Float[Array, ""]:
-    """The Frobenius norm over all leaves; 0 where there are none."""
+    """Compute the Frobenius norm over all leaves; 0 where there are none.
+
+    >>> float(norm_of({"a": jnp.asarray([3.0]), "b": jnp.asarray([4.0])}))
+    5.0
+    """
     leaves = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(part)]
     return jnp.sqrt(sum(leaves, start=jnp.float32(0)))
 
 
 def only_a(part: PyTree) -> PyTree:
-    """Its factors A."""
+    """Select the factors A."""
     return tree.partition(part, lambda path: re.search(r"(^|/)a(/|$)", path) is not None)[0]
 
 
 def personal_drift(own: PyTree, start: PyTree) -> Float[Array, ""]:
-    """‖A_k − A_0‖ / ‖A_0‖ over the private factors A; 0 where none is private.
+    """Compute ‖A_k − A_0‖ / ‖A_0‖ over the private factors A; 0 where none is private.
 
     A method whose private part hardly moves is another method under its name.
 
@@ -37,10 +41,14 @@ def personal_drift(own: PyTree, start: PyTree) -> Float[Array, ""]:
 
 
 def leaf_name(path: str) -> str:
-    """The factor that a leaf is: "b" of `fc1/b`, and of `fc1/b/3`, a layer that a rule split off."""
+    """Name the factor that a leaf is, also where a rule split off a layer.
+
+    >>> leaf_name("fc1/b"), leaf_name("fc1/b/3")
+    ('b', 'b')
+    """
     return next(part for part in reversed(path.split("/")) if not part.replace(".", "").isdigit())
 
 
 def only(*names: str) -> Callable[[str], bool]:
-    """(path) -> is the leaf one of these factors?"""
+    """Make (path) -> whether the leaf is one of these factors."""
     return lambda path: leaf_name(path) in names

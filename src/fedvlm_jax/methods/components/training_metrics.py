@@ -8,7 +8,7 @@ __all__ = ["over_steps"]
 
 
 def over_steps(history: Metrics) -> Metrics:
-    """Metrics of trainings that follow each other [S], as one training has them."""
+    """Join the metrics of trainings that follow each other [S] into those of one training."""
     counts = history["steps"]
     mean = {name: jnp.sum(values * counts) / jnp.maximum(counts.sum(), 1) for name, values in history.items()}
     last = jnp.argmax(jnp.cumsum(counts))  # the first place at which the count is complete
