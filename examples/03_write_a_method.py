@@ -8,8 +8,9 @@
 # %% [markdown]
 # # Write a method
 #
-# A federated method is a record of pure functions. This page writes one from nothing and plays it on four clients with
-# a linear model. What is needed to make it a method of the command line is in *How to add a method*.
+# A federated method is a record of pure functions, which the engine calls with keywords. This page writes one from
+# nothing and plays it on four clients with a linear model. What is needed to make it a method of the command line is in
+# *How to add a method*.
 #
 # The method: B is averaged at the server and A stays with its client, as in pLoRA; but a client begins a round half way
 # between its own B and the server's.
@@ -35,15 +36,15 @@ def make(setup: Setup) -> Method:
     def half_way(one, other):
         return jax.tree.map(lambda x, y: (x + y) / 2, one, other)
 
-    def init(adapter):
+    def init(*, adapter):
         b, private = split(adapter)
         return {"b": b, "private": private}
 
-    def init_client(key, server, number):
+    def init_client(*, key, server, number):
         del key, number
         return {"b": server["b"], "private": server["private"]}
 
-    def client_update(ctx, server, personal, client, key):
+    def client_update(ctx, *, server, personal, client, key):
         del key
         start = lora.combine(half_way(personal["b"], server["b"]), personal["private"])
         trained, _, metrics = ctx.train(start, setup.start_optimizer(start), client)
@@ -51,14 +52,14 @@ def make(setup: Setup) -> Method:
         message = jax.tree.map(jnp.subtract, b, server["b"])  # an update: a difference to what the server sent
         return {"b": b, "private": private}, message, metrics
 
-    def aggregate(ctx, server, messages, weights):
+    def aggregate(ctx, *, server, messages, weights):
         del ctx  # with weights that are all 0 the sum is 0, and the server stays as it is
         return {**server, "b": jax.tree.map(jnp.add, server["b"], tree.weighted_sum(messages, weights))}, {}
 
-    def personalise(server, personal):
+    def personalise(*, server, personal):
         return lora.combine(half_way(personal["b"], server["b"]), personal["private"])
 
-    def trained(server, personal, message):
+    def trained(*, server, personal, message):
         del server, message
         return lora.combine(personal["b"], personal["private"])
 
@@ -71,7 +72,7 @@ def make(setup: Setup) -> Method:
         aggregate=aggregate,
         personalise=personalise,
         trained=trained,
-        download=lambda server: server["b"],
+        download=lambda *, server: server["b"],
     )
 
 
@@ -134,7 +135,7 @@ def train(factors, optimizer, client):
 # %%
 setup = Setup(sites=sites, spec=spec, start_optimizer=lambda factors, trained=None: {}, population=CLIENTS)
 method = make(setup)
-server = method.init(adapter=setup.draw(jax.random.key(4)))
+server = method.init(adapter=lora.init(jax.random.key(4), sites, spec))
 numbers, weights = jnp.arange(CLIENTS), jnp.full(CLIENTS, 1 / CLIENTS)
 keys = jax.random.split(jax.random.key(5), CLIENTS)
 personal = jax.vmap(lambda key, number: method.init_client(key=key, server=server, number=number))(keys, numbers)
@@ -151,8 +152,8 @@ clients = Client(
 
 @jax.jit
 def play(server, personal, number, key):
-    ctx = Context(params=params, round=number, phase=0, rates={}, train=train, key=key)
-    keys = jax.random.split(jax.random.fold_in(key, 1), CLIENTS)
+    ctx = Context(params, number, 0, {}, train, key)
+    keys = jax.random.split(key, CLIENTS)
 
     def update(personal, client, key):
         return method.client_update(ctx, server=server, personal=personal, client=client, key=key)
@@ -175,7 +176,7 @@ assert losses[-1] < losses[0] / 4
 # `personalise` gives each client's adapter.
 
 # %%
-adapters = jax.vmap(lambda personal: method.personalise(server=server, personal=personal))(personal)
+adapters = jax.vmap(lambda state: method.personalise(server=server, personal=state))(personal)
 mine = jax.vmap(loss_of)(adapters, clients.examples)
 base_alone = jnp.mean(jnp.square(jnp.einsum("kmi,io->kmo", x, params["layer"]["kernel"]) - y), axis=(1, 2))
 print("base alone:", base_alone.round(2))
