@@ -38,6 +38,10 @@ class LoRA:
         init: how `a` starts. "gaussian": N(0, 1/rank²); "kaiming": U(±1/√d_in). Both are PEFT's
             for dense layers and convolutions; for embeddings PEFT starts the other way round, `a` at zero, `b` random.
         dtype: of `a` and `b`.
+
+    Examples:
+        >>> LoRA(rank=8, alpha=16).scale
+        2.0
     """
 
     rank: int = 8
@@ -62,6 +66,15 @@ def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
 
     Raises:
         LoraError: no site matches, a target cannot be adapted, or the rank is above min(d_in, d_out) somewhere.
+
+    Examples:
+        >>> from flax import linen as nn
+        >>> from fedvlm_jax.lora import find_sites
+        >>> model, x = nn.Sequential([nn.Dense(8), nn.Dense(2)]), jnp.ones((1, 4))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> adapter = init(jax.random.key(1), find_sites(model.apply, params, x), LoRA(rank=2, targets="layers_1"))
+        >>> jax.tree.map(jnp.shape, adapter)
+        {'layers_1': {'a': (8, 2), 'b': (2, 2), 'scale': ()}}
     """
     if spec.rank < 1:
         raise LoraError(f"rank must be at least 1, not {spec.rank}")

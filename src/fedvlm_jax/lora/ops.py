@@ -24,12 +24,24 @@ def merge(params: Mapping[str, Any], adapter: Adapter, *, dtype: Any = None) -> 
 
     Raises:
         LoraError: the adapter has a site that the parameters lack, or of another shape.
+
+    Examples:
+        >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
+        >>> merged = merge({"fc": {"kernel": jnp.zeros((4, 3))}}, adapter)
+        >>> merged["fc"]["kernel"][0].tolist()
+        [2.0, 2.0, 2.0]
     """
     return _merge(params, adapter, 1.0, dtype)
 
 
 def unmerge(params: Mapping[str, Any], adapter: Adapter, *, dtype: Any = None) -> dict[str, Any]:
-    """Undo `merge` to rounding: `W − scale · a b`."""
+    """Undo `merge` to rounding: `W − scale · a b`.
+
+    Examples:
+        >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
+        >>> unmerge({"fc": {"kernel": jnp.full((4, 3), 2.0)}}, adapter)["fc"]["kernel"][0].tolist()
+        [0.0, 0.0, 0.0]
+    """
     return _merge(params, adapter, -1.0, dtype)
 
 
@@ -69,6 +81,11 @@ def concatenate(*adapters: Adapter) -> Adapter:
 
     Raises:
         LoraError: the adapters do not have the same sites.
+
+    Examples:
+        >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
+        >>> jax.tree.map(jnp.shape, concatenate(adapter, adapter))
+        {'fc': {'a': (4, 4), 'b': (4, 3), 'scale': ()}}
     """
     sites = [dict(sites_of(adapter)) for adapter in adapters]
     for other in sites[1:]:
@@ -124,6 +141,11 @@ def truncate(adapter: Adapter, rank: int, *, even: bool = True) -> Adapter:
 
     Raises:
         LoraError: `rank` is below 1 or above what a site can have.
+
+    Examples:
+        >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
+        >>> jax.tree.map(jnp.shape, truncate(adapter, 1))
+        {'fc': {'a': (4, 1), 'b': (1, 3), 'scale': ()}}
     """
 
     def cut(path: str, a: Array, b: Array) -> tuple[Array, Array]:

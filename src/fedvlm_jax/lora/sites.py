@@ -83,6 +83,14 @@ def find_sites(apply_fn: Callable[..., Any], params: Mapping[str, Any], *example
 
     Raises:
         LoraError: a model or state of flax.nnx.
+
+    Examples:
+        >>> from flax import linen as nn
+        >>> import jax.numpy as jnp
+        >>> model, x = nn.Sequential([nn.Dense(8), nn.Dense(2)]), jnp.ones((1, 4))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> [(path, site.d_in, site.d_out) for path, site in find_sites(model.apply, params, x).items()]
+        [('layers_0', 4, 8), ('layers_1', 8, 2)]
     """
     _refuse_nnx(apply_fn, params, *example)
     variables = as_variables(params)
