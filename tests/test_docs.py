@@ -112,6 +112,17 @@ def test_every_file_that_a_page_names_is_there():
     assert sorted((page, path) for page, path in named if not (ROOT / path).exists()) == []
 
 
+@pytest.mark.parametrize("module", ["fedvlm_jax", *(f"fedvlm_jax.{room}" for room in ("lora", "models", "methods"))])
+def test_public_names_are_documented(module):
+    """What `__all__` names, functions, classes and modules, has a docstring of its own."""
+    room = importlib.import_module(module)
+    public = {name: getattr(room, name) for name in room.__all__}
+    ours = [name for name, thing in public.items() if getattr(thing, "__module__", module).startswith("fedvlm_jax")]
+    texts = {name: public[name].__doc__ or "" for name in ours}
+    assert texts
+    assert [name for name, text in texts.items() if not text or text.startswith(f"{name}(")] == []  # or a made-up one
+
+
 @pytest.mark.parametrize("module", DOCTESTED)
 def test_examples_of_docstrings(module):
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
