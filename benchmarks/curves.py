@@ -41,8 +41,8 @@ from harness.world import Shape, World, draw_world, start_factors
 
 from fedvlm_jax.models import Vlm, load_vlm, resolve_folder
 from fedvlm_jax.reporting.figures.theme import PAPER, make_figure, save_png
-from fedvlm_jax.training.run_dir.artifacts import write_json
 from fedvlm_jax.utils.compilation_cache import keep_programs
+from fedvlm_jax.utils.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, SIZE, ANSWER = "florence2-nano", (64, 64), 8

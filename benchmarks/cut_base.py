@@ -34,7 +34,8 @@ from fedvlm_jax.methods import Client, Setup, load_method  # noqa: E402
 from fedvlm_jax.models import Stacking, Vlm, build  # noqa: E402
 from fedvlm_jax.objectives import load_objective  # noqa: E402
 from fedvlm_jax.training.config import LANGUAGE_MODEL  # noqa: E402
-from fedvlm_jax.training.run_dir.artifacts import describe_environment, write_json  # noqa: E402
+from fedvlm_jax.training.run_dir.artifacts import describe_environment  # noqa: E402
+from fedvlm_jax.utils.files import write_json  # noqa: E402
 
 SHARES, ROWS, STEPS, BATCH, PICTURE, PROMPT, ANSWER = 2, 8, 4, 2, 577, 600, 64
 VOCABULARY = 51_289

@@ -28,7 +28,8 @@ from typing import Any
 
 import tyro
 
-from fedvlm_jax.training.run_dir.artifacts import describe_environment, write_json
+from fedvlm_jax.training.run_dir.artifacts import describe_environment
+from fedvlm_jax.utils.files import write_json
 
 HERE = Path(__file__).parent
 SETTLED = 5

@@ -48,7 +48,7 @@ from harness.timing import describe_times, interleave, ratio
 from harness.world import Shape, World, draw_world
 
 from fedvlm_jax.models import Stacking, Vlm, load_vlm, read_vlm, resolve_folder
-from fedvlm_jax.training.run_dir.artifacts import write_json
+from fedvlm_jax.utils.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 2, 8)

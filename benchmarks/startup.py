@@ -23,8 +23,8 @@ import tyro
 from harness.machine import describe_machine
 from harness.timing import describe_times, interleave, ratio
 
-from fedvlm_jax.training.run_dir.artifacts import write_json
 from fedvlm_jax.utils.compilation_cache import FOLDER, SWITCH
+from fedvlm_jax.utils.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 BEGINS, FIRST = ("rounds", "round 1/")

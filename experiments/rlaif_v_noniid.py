@@ -36,8 +36,9 @@ from fedvlm_jax.training.compare import compare, finish_run
 from fedvlm_jax.training.config import Compare, EvaluationOptions, LoraOptions, Run, SystemOptions, TrainOptions
 from fedvlm_jax.training.prepare import Session, open_session
 from fedvlm_jax.training.progress import Progress, open_progress
-from fedvlm_jax.training.run_dir.artifacts import describe_environment, write_json
+from fedvlm_jax.training.run_dir.artifacts import describe_environment
 from fedvlm_jax.training.run_dir.reader import ComparisonRecord, read_comparison, read_run
+from fedvlm_jax.utils.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 METRICS = ("preference_accuracy", "preference_accuracy_per_token", "reward_margin", "exact_match", "token_f1")

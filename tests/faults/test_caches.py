@@ -22,8 +22,8 @@ from fedvlm_jax.data.images import unique_images
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training.run_dir.artifacts import LIST, open_adapters
-from fedvlm_jax.utils import file_digests
-from fedvlm_jax.utils.cache_folders import read_plain
+from fedvlm_jax.utils import digests
+from fedvlm_jax.utils.files import read_plain
 from fedvlm_jax.utils.record_store import KEY, Records
 
 SIZE = 3000
@@ -230,7 +230,7 @@ def test_nobody_waits_for_what_is_no_file(tmp_path, monkeypatch, kind):
         open_adapters(tmp_path, ["a"])
     known = tmp_path / "known"
     known.write_bytes(b"content")
-    identity = file_digests._identify(known, known.stat())
-    (tmp_path / file_digests.FOLDER).mkdir()
-    plant(file_digests._place(identity))
-    assert file_digests._recall(identity) is None
+    identity = digests._identify(known, known.stat())
+    (tmp_path / digests.FOLDER).mkdir()
+    plant(digests._place(identity))
+    assert digests._recall(identity) is None

@@ -23,10 +23,9 @@ from fedvlm_jax.federation.client_states import Population
 from fedvlm_jax.reporting import report
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.config import Run
-from fedvlm_jax.training.run_dir.artifacts import write_json
 from fedvlm_jax.training.run_dir.folder_lock import Claim
 from fedvlm_jax.training.trainer import Course
-from fedvlm_jax.utils.cache_folders import write_whole
+from fedvlm_jax.utils.files import write_bytes, write_json
 from fedvlm_jax.utils.standard_streams import leave_out_told
 
 FULL = "No space left on device (free some space there)"
@@ -127,7 +126,7 @@ def test_a_thread_that_ends_another_write_of_a_failed_checkpoint_says_nothing(er
     assert (error in capsys.readouterr().err) == told
 
 
-@pytest.mark.parametrize(("write", "content"), [(write_json, {"a": "x" * 9000}), (write_whole, bytes(9000))])
+@pytest.mark.parametrize(("write", "content"), [(write_json, {"a": "x" * 9000}), (write_bytes, bytes(9000))])
 def test_a_file_is_written_whole_or_not_at_all(write, content, tmp_path):
     path = tmp_path / "results.json"
     path.write_text("{}")
@@ -156,7 +155,7 @@ def test_a_report(tmp_path, monkeypatch, capsys):
         main(["report", str(run)])
     said = capsys.readouterr().err
     assert stop.value.code == 2
-    assert said.startswith(f"fedvlm: {run / 'report.md'}.tmp: File too large (")
+    assert said.startswith(f"fedvlm: {run / 'report.md'}: File too large (")
     assert said.count("\n") == 1
     assert (run / "report.md").read_text() == "the old one"
 

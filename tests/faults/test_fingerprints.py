@@ -29,8 +29,8 @@ from fedvlm_jax.training.run_dir import fingerprints
 from fedvlm_jax.training.run_dir.fingerprints import anchor
 from fedvlm_jax.training.run_dir.reader import read_baseline, read_run
 from fedvlm_jax.training.run_dir.validated_files import check_seal, read_config, seal
-from fedvlm_jax.utils import file_digests
-from fedvlm_jax.utils.file_digests import digest_file, digest_files
+from fedvlm_jax.utils import digests
+from fedvlm_jax.utils.digests import digest_file, digest_files
 
 # --- Contents of files ---
 
@@ -55,8 +55,8 @@ def replace(file, content):
 def remembering(monkeypatch, tmp_path):
     """Files of 100 bytes are large, and settled at once; the digests that were computed."""
     monkeypatch.setenv("FEDVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(file_digests, "LARGE", 100)
-    monkeypatch.setattr(file_digests, "SETTLED", -1.0)
+    monkeypatch.setattr(digests, "LARGE", 100)
+    monkeypatch.setattr(digests, "SETTLED", -1.0)
     read = []
 
     def count(file, kind):
@@ -92,7 +92,7 @@ def test_a_change_under_the_same_name_size_and_time_is_noticed(remembering, tmp_
 
 def test_what_was_just_written_is_not_remembered(remembering, tmp_path, monkeypatch):
     """A change within the same tick of the clock would not show."""
-    monkeypatch.setattr(file_digests, "SETTLED", 10.0)
+    monkeypatch.setattr(digests, "SETTLED", 10.0)
     (tmp_path / "large").write_bytes(bytes(200))
     digest_file(tmp_path / "large")
     digest_file(tmp_path / "large")

@@ -16,8 +16,9 @@ import numpy as np
 
 from fedvlm_jax.data.arrow_images import Blobs
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.utils.cache_folders import ARROW, list_entries, read_plain, remove, write_whole
+from fedvlm_jax.utils.cache_folders import ARROW, list_entries, remove
 from fedvlm_jax.utils.digests import digest_parts
+from fedvlm_jax.utils.files import read_plain, write_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,7 +35,7 @@ def check_seal(data: "pa.Table", blobs: Blobs) -> bool:
     if file.exists():
         return read_plain(file) == found.encode()
     with contextlib.suppress(OSError):  # without a seal it is as good as one just written
-        write_whole(file, found.encode())
+        write_bytes(file, found.encode())
     return True
 
 

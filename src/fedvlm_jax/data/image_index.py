@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedvlm_jax.utils.cache_folders import read_plain, write_whole
+from fedvlm_jax.utils.files import read_plain, write_bytes
 
 __all__ = ["ImageFacts"]
 
@@ -48,7 +48,7 @@ class ImageFacts:
         digests |= {row: digest for row, digest in self.digests.items() if lasting(row)}
         sound |= {row for row in self.sound if lasting(row)}
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            write_whole(self.file, _pack(digests, sound))
+            write_bytes(self.file, _pack(digests, sound))
 
 
 def _pack(digests: dict[int, bytes], sound: set[int]) -> bytes:

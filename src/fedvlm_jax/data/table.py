@@ -28,7 +28,7 @@ from fedvlm_jax.data.safe_paths import OutsideError, read_below
 from fedvlm_jax.data.sources.parquet import NEEDED, UNDERSTOOD, check_shards, convert_shards, find_folder
 from fedvlm_jax.errors import UserError, find_machine_fault
 from fedvlm_jax.utils.cache_folders import Hold, read_bound
-from fedvlm_jax.utils.file_digests import digest_files
+from fedvlm_jax.utils.digests import digest_files
 
 if TYPE_CHECKING:
     import datasets

@@ -13,7 +13,7 @@ from fedvlm_jax.data.table import read_table
 from fedvlm_jax.reporting.figures.data_figures import draw_data
 from fedvlm_jax.reporting.figures.theme import PAPER, save_png
 from fedvlm_jax.reporting.tables import MANY, Table
-from fedvlm_jax.training.run_dir.artifacts import write_json
+from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.serialization import encode
 
 __all__ = ["describe_data", "find_leaks", "tabulate_data", "word_findings"]

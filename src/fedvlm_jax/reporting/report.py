@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedvlm_jax.errors import UserError, naming
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.metrics.names import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, judge, order_by_mean, spread
@@ -33,6 +33,7 @@ from fedvlm_jax.training.config import Run, describe_method, to_json
 from fedvlm_jax.training.run_dir.folder_lock import Claim
 from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run
 from fedvlm_jax.training.validation import plain
+from fedvlm_jax.utils.files import write_text
 
 __all__ = ["write_report"]
 
@@ -78,10 +79,7 @@ def write_report(folders: Sequence[Path]) -> Path:
 def _write(report: Report, target: Path) -> Path:
     page = target / "report.html"
     for path, text in ((target / "report.md", to_markdown_page(report, target)), (page, to_page(report))):
-        scratch = path.with_name(path.name + ".tmp")
-        with naming(scratch):
-            scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
+        write_text(path, text)
     return page
 
 

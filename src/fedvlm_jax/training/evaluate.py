@@ -5,12 +5,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import place_base
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training.final_evaluation import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.training.prepare import open_session, prepare, show_evaluation
 from fedvlm_jax.training.progress import Progress, SilentProgress, working
-from fedvlm_jax.training.run_dir.artifacts import load_base, open_adapters, write_json
+from fedvlm_jax.training.run_dir.artifacts import load_base, open_adapters
 from fedvlm_jax.training.run_dir.fingerprints import (
     compare_clients,
     compare_sources,
@@ -20,6 +21,7 @@ from fedvlm_jax.training.run_dir.fingerprints import (
 )
 from fedvlm_jax.training.run_dir.folder_lock import Claim
 from fedvlm_jax.training.run_dir.validated_files import check_seal, read_config
+from fedvlm_jax.utils.files import write_json
 
 __all__ = ["evaluate"]
 
@@ -58,5 +60,6 @@ def _evaluate(folder: Path, show: Progress) -> dict[str, Any]:
         models, remembered = let_remember(prepared, params, open_adapters(folder / "adapters", names))
         scored = score_models(prepared, params, models, None, score_base(prepared))
         scores = remembered | describe_scores(prepared, scored) | score_matrix(prepared, params, models)
-    write_json(folder / "evaluation.json", scores)
+    if processes.is_first():
+        write_json(folder / "evaluation.json", scores)
     return scores

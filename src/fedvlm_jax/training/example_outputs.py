@@ -18,8 +18,8 @@ from fedvlm_jax.errors import naming
 from fedvlm_jax.evaluation.metrics.text_metrics import exact_match, token_f1
 from fedvlm_jax.training.final_evaluation import ScoredModels
 from fedvlm_jax.training.prepare import Prepared
-from fedvlm_jax.training.run_dir.artifacts import write_json
 from fedvlm_jax.training.run_dir.validated_files import EXAMPLE_MODELS, EXAMPLES
+from fedvlm_jax.utils.files import write_json
 
 __all__ = ["share_out_right", "write_examples"]
 

@@ -9,13 +9,14 @@ for the rates of rounds that lie beyond `decay_at` of 16 and not of 24, and for 
 import dataclasses
 from pathlib import Path
 
+from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training.config import Run, to_json
 from fedvlm_jax.training.method_options import declare
-from fedvlm_jax.training.run_dir.artifacts import write_json
 from fedvlm_jax.training.run_dir.folder_lock import Claim
 from fedvlm_jax.training.run_dir.validated_files import StoredConfig, check_seal, read_config, seal
 from fedvlm_jax.training.validation import validate
+from fedvlm_jax.utils.files import write_json
 
 __all__ = ["lengthen"]
 
@@ -73,4 +74,5 @@ def _make_longer(folder: Path, stored: StoredConfig, run: Run) -> None:
     (folder / "evaluation.json").unlink(missing_ok=True)  # of models that will be others
     (folder / "results.json").replace(folder / f"results-{done}.json")
     longer = [*stored.content.get("longer", []), {"from": done, "to": run.train.rounds}]
-    write_json(folder / "config.json", seal({**stored.content, "run": to_json(run), "longer": longer}))
+    if processes.is_first():
+        write_json(folder / "config.json", seal({**stored.content, "run": to_json(run), "longer": longer}))

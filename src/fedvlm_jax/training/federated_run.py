@@ -36,14 +36,7 @@ from fedvlm_jax.training.final_evaluation import describe_scores, let_remember, 
 from fedvlm_jax.training.personalization import each_model
 from fedvlm_jax.training.prepare import Prepared, Session, open_session, prepare, show_evaluation
 from fedvlm_jax.training.progress import Progress, SilentProgress, working
-from fedvlm_jax.training.run_dir.artifacts import (
-    BASE,
-    describe_environment,
-    describe_start,
-    save_adapters,
-    save_base,
-    write_json,
-)
+from fedvlm_jax.training.run_dir.artifacts import BASE, describe_environment, describe_start, save_adapters, save_base
 from fedvlm_jax.training.run_dir.fingerprints import (
     anchor,
     compare_clients,
@@ -61,6 +54,7 @@ from fedvlm_jax.training.trainer import Course, Watch, leave_alone
 from fedvlm_jax.training.validation import validate
 from fedvlm_jax.training.wave_width import fit
 from fedvlm_jax.utils import tree
+from fedvlm_jax.utils.files import write_json
 
 __all__ = ["Opened", "extend", "open_later", "resume", "train"]
 
@@ -204,7 +198,8 @@ def extend(folder: Path, run: Run, show: Progress | None = None, session: Opened
         clear(scratch)
         with Claim(folder):  # what is copied is at rest
             _copy(folder, scratch)
-        write_json(scratch / "config.json", seal({**record.config, "run": to_json(run)}))
+        if processes.is_first():
+            write_json(scratch / "config.json", seal({**record.config, "run": to_json(run)}))
         claim.move(run.out)
         return _go_on(run.out, show or SilentProgress(), session, leave_alone)
 
@@ -263,7 +258,7 @@ def _execute(run: Run, show: Progress, opened: Opened | None, watch: Watch, stor
         show.note(lost)
     if processes.is_first():
         write_examples(prepared, scored, run.out)
-    write_json(run.out / "results.json", results)
+        write_json(run.out / "results.json", results)
     return run.out
 
 
@@ -296,7 +291,7 @@ def _note_places(run: Run, stored: StoredConfig) -> None:
     """Keep where data and model are now."""
     assert run.out is not None
     here = {name: to_json(run)[name] for name in ("model", "data")}
-    if here != {name: stored.content["run"][name] for name in here}:
+    if processes.is_first() and here != {name: stored.content["run"][name] for name in here}:
         write_json(run.out / "config.json", seal({**stored.content, "run": {**stored.content["run"], **here}}))
 
 

@@ -35,6 +35,7 @@ from fedvlm_jax.training.personalization import each_model, give_models
 from fedvlm_jax.training.prepare import Prepared, make_driver
 from fedvlm_jax.training.progress import COMPILING, Progress, working
 from fedvlm_jax.training.run_dir.reader import read_metrics
+from fedvlm_jax.utils.files import write_text
 
 __all__ = ["Best", "Course", "Watch", "leave_alone"]
 
@@ -393,11 +394,7 @@ class Course:
             kept = [line for line in read_metrics(self.folder) if line["round"] <= done]
             if lost := done - len(kept):
                 self.show.note(f"{path} lacks {lost} of {done} rounds: reports leave them out, and nothing else does")
-            lines = [json.dumps(line) + "\n" for line in kept]
-            scratch = path.with_suffix(".tmp")
-            with naming(scratch):
-                scratch.write_text("".join(lines), encoding="utf-8")
-            scratch.replace(path)
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _plan(run: Run, steps: int) -> Iterator[_Phase]:

@@ -29,7 +29,7 @@ from fedvlm_jax.data.partitioning.natural import federate_rows
 from fedvlm_jax.data.sources.registry import NamedSet
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.utils.file_digests import digest_files
+from fedvlm_jax.utils.digests import digest_files
 from fedvlm_jax.utils.random_streams import Stream
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from fedvlm_jax.data.partitioning.natural import federate_by_column
 from fedvlm_jax.data.sources.registry import NamedSet
 from fedvlm_jax.data.table import Table, open_dataset, read_parquet
 from fedvlm_jax.errors import UserError, explain_error
-from fedvlm_jax.utils.file_digests import digest_files
+from fedvlm_jax.utils.digests import digest_files
 
 if TYPE_CHECKING:
     from fedvlm_jax.data.config import DataOptions

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 
 from fedvlm_jax.data.images import Images
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.utils.cache_folders import read_plain, write_whole
+from fedvlm_jax.utils.files import read_plain, write_bytes
 from fedvlm_jax.utils.record_store import Records
 
 __all__ = ["FeatureStore", "PixelReader", "choose_chunk", "fingerprint_params", "is_vision_frozen"]
@@ -238,7 +238,7 @@ class FeatureStore:
             records = Records(folder, self.row_bytes)
             file = folder / "shape.json"
             if not file.exists():
-                write_whole(file, header.encode())
+                write_bytes(file, header.encode())
             stored = read_plain(file).decode("utf-8", "replace")
         except OSError as error:
             raise UserError(f"--system.cache-dir {folder}: {error.strerror}") from None

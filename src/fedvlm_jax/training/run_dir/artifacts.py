@@ -21,10 +21,10 @@ from jaxtyping import PyTree
 
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import own_base
-from fedvlm_jax.errors import DamagedError, UserError, naming
+from fedvlm_jax.errors import DamagedError, UserError
 from fedvlm_jax.training.run_dir.folder_lock import name_command
 from fedvlm_jax.utils import digests, tree
-from fedvlm_jax.utils.cache_folders import read_plain, write_whole
+from fedvlm_jax.utils.files import read_plain, write_bytes, write_json
 
 __all__ = [
     "BASE",
@@ -36,7 +36,6 @@ __all__ = [
     "open_adapters",
     "save_adapters",
     "save_base",
-    "write_json",
 ]
 
 PACKAGES = (
@@ -64,27 +63,6 @@ PLAIN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}(?<!\.)")
 
 READABLE = 60
 """Characters that are kept of other names, for who lists the folder."""
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it.
-
-    Raises:
-        OSError: it cannot be written; nothing is left behind.
-    """
-    if not processes.is_first():
-        return
-    scratch = path.with_name(path.name + ".tmp")
-    with naming(path):
-        try:
-            with scratch.open("w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1, ensure_ascii=False)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            scratch.unlink(missing_ok=True)
-            raise
-        scratch.replace(path)
 
 
 def save_adapters(
@@ -186,7 +164,7 @@ def _write_arrays(file: Path, arrays: Mapping[str, Any], metadata: Mapping[str, 
     from safetensors.numpy import save
 
     content = _sort_metadata(save({path: np.ascontiguousarray(leaf) for path, leaf in arrays.items()}, dict(metadata)))
-    write_whole(file, content)
+    write_bytes(file, content)
     return digests.digest_parts([content]).hex()
 
 

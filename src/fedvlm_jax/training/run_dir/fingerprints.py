@@ -22,7 +22,7 @@ from fedvlm_jax.models.safetensors_io import find_files
 from fedvlm_jax.training.config import Run
 from fedvlm_jax.training.run_dir.artifacts import describe_versions
 from fedvlm_jax.utils import digests
-from fedvlm_jax.utils.file_digests import digest_file, digest_files
+from fedvlm_jax.utils.digests import digest_file, digest_files
 
 __all__ = [
     "anchor",

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from fedvlm_jax.errors import UserError, describe_os_error, naming
 from fedvlm_jax.training.config import name_folder
-from fedvlm_jax.utils.cache_folders import read_plain
+from fedvlm_jax.utils.files import read_plain
 from fedvlm_jax.utils.untrusted_text import clean
 
 __all__ = ["Claim", "choose_folder", "clear", "is_used", "make_folder", "name_command", "open_folder", "remove_unused"]
