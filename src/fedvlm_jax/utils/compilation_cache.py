@@ -1,12 +1,11 @@
 """Keep compiled programs from one `fedvlm` command to the next: compiling is most of the time before a first round.
 
-This is jax's own persistent compilation cache, switched on for the commands that train or evaluate. It finds a program
-again by a hash of the program, of what compiles it and of the devices; a program taken from it is the one that was
-compiled, so results do not change. Of jax it is asked through the environment, which the processes that a command
-starts inherit, and only where the environment says nothing about it yet.
+This is jax's persistent compilation cache, switched on for the commands that train or evaluate, through the environment
+(which the processes that a command starts inherit) and only where that says nothing about it yet. A program taken from
+it is the one that was compiled, so results do not change.
 
 A program from the cache is machine code that runs as the user. So nobody else may have been able to write it: the
-folder is the user's, closed to all others, and so is the way to it; otherwise no program is kept, and one line says so.
+folder and the way to it must be the user's and closed to all others, or no program is kept and one line says so.
 
 No heavy package is imported here, unless jax has been already.
 """
@@ -47,15 +46,15 @@ def keep_programs() -> Path | None:
     Libraries should leave the choice to the program, so nothing in this package calls it on import.
 
     Returns:
-        The folder; None where it is switched off, cannot be made, is open to others, which is told on stderr, or is
-        already decided (`JAX_COMPILATION_CACHE_DIR`).
+        The folder; None where it is switched off, cannot be made, is open to others (printed on stderr), or is already
+        decided (`JAX_COMPILATION_CACHE_DIR`).
     """
-    told = os.environ.get(SWITCH, "")
-    if told == "0" or FOLDER in os.environ:
+    chosen = os.environ.get(SWITCH, "")
+    if chosen == "0" or FOLDER in os.environ:
         return None
     try:
         # Code for one processor's instructions ends the process on another: homes are shared, machines differ.
-        folder = Path(told).absolute() if told else find_cache() / PROGRAMS / describe_processor()
+        folder = Path(chosen).absolute() if chosen else find_cache() / PROGRAMS / describe_processor()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except (OSError, UserError):  # no disk to write to, or no home
         return None
@@ -73,9 +72,9 @@ def keep_programs() -> Path | None:
 
 
 def find_danger(folder: Path) -> str | None:
-    """Say who else could write to a folder, to what is in it or to the way there, and how to mend it; None if nobody.
+    """Say who else could write to a folder, its content or its parents, and how to mend it; None where nobody could.
 
-    Where the system has no owners of files, nobody can tell.
+    Where the system has no owners of files, it is None.
     """
     if not hasattr(os, "getuid"):
         return None
@@ -95,16 +94,16 @@ def find_danger(folder: Path) -> str | None:
 
 
 def _trusted() -> set[int]:
-    """This user and the system's; in a container that may be whoever has the root of all files."""
+    """Return this user and the system's; in a container that may be the owner of `/`."""
     return {os.getuid(), 0, Path("/").stat().st_uid}
 
 
 def _is_open(found: os.stat_result) -> bool:
-    """May others than its owner write it? A group that has only the user in it is the user."""
-    return bool(found.st_mode & stat.S_IWOTH) or bool(found.st_mode & stat.S_IWGRP and not _is_own(found.st_gid))
+    """Tell whether others may write it. A group that has only the user in it is the user."""
+    return bool(found.st_mode & stat.S_IWOTH) or bool(found.st_mode & stat.S_IWGRP and not _is_private(found.st_gid))
 
 
-def _is_own(group: int) -> bool:
+def _is_private(group: int) -> bool:
     import grp
     import pwd
 
@@ -134,9 +133,9 @@ def _tell_jax(folder: Path) -> None:
 
 
 def describe_processor() -> str:
-    """Short, and another where the instructions that there are differ."""
+    """Name the processor's set of instructions by a short digest."""
     lines: list[str] = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    told = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return f"{platform.machine()}-{hashlib.blake2b(told.encode(), digest_size=6).hexdigest()}"
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()}-{hashlib.blake2b(flags.encode(), digest_size=6).hexdigest()}"

@@ -1,4 +1,4 @@
-"""Rich's console, for texts that others wrote too, and for terminals as they are."""
+"""Rich's console, safe for texts of strangers, on terminals that may know only ASCII or whose reader leaves."""
 
 from typing import NoReturn
 
@@ -11,7 +11,7 @@ __all__ = ["Terminal", "knows_signs", "open_console"]
 
 
 class Terminal(Console):
-    """Rich's console, for texts that others wrote too; markup in them is text."""
+    """A console on which markup in a text is text, and control characters are escaped."""
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a text as it stands, lines unbroken and without what would move the cursor."""
@@ -25,10 +25,10 @@ class Terminal(Console):
 
 
 def open_console(*, stderr: bool = False) -> Terminal:
-    """The terminal, pipe or file that the command writes to."""
+    """Open the terminal, pipe or file that the command writes to."""
     return Terminal(stderr=stderr)
 
 
 def knows_signs(console: Console) -> bool:
-    """Can it show more than ASCII?"""
+    """Tell whether it can show more than ASCII."""
     return console.encoding.lower().startswith("utf")

@@ -1,4 +1,4 @@
-"""The random streams that come from a run's seed, each with a number that no other has.
+"""Random streams of a run's seed, each with a number that no other has.
 
 Host draws put the number first: `numpy.random.default_rng([Stream.BATCHES, seed, …])`. Draws on devices fold it into
 the run's key, and then what else they depend on: `jax.random.fold_in(key, Stream.NEWCOMERS)`. So whatever two places go
@@ -20,7 +20,7 @@ class Stream(IntEnum):
     NEWCOMERS = 1
     """The personal state that a client begins with, by client."""
     UPDATES = 2
-    """Whatever a method draws during local training, by round and client."""
+    """Draws of a method during local training, by round and client."""
     DROPOUT = 3
     """What dropout leaves out, by round, client, training, step and site."""
     AGGREGATION = 4
@@ -32,13 +32,13 @@ class Stream(IntEnum):
     CONCEPTS = 102
     """The images it gets, by client and split."""
     TURNOUT = 103
-    """Who drops out or comes only so far, by round."""
+    """Clients that drop out or stop early, by round."""
     COHORTS = 104
-    """Who is drawn, by round; 101 in release 0.1, which was also that of `TOPICS`."""
+    """The clients of a round; 101 in release 0.1, which was also that of `TOPICS`."""
     EVALUATED = 105
-    """Whose models are evaluated, where not all are."""
+    """The clients that are evaluated, where not all are."""
     BATCHES = 201
-    """Which examples a local step reads, by round and client."""
+    """The examples of each local step, by round and client."""
     LIMIT = 301
     """The rows of a table that `--data.limit` keeps."""
     PARTITIONS = 302

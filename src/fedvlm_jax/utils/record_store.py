@@ -1,11 +1,12 @@
 """Records of one size by key, in a folder that any number of processes read and write at once.
 
-Each process that adds records writes a segment of its own, two files that nobody else ever writes: `ID.rows` has the
-records one after the other, `ID.keys` for each its key and a digest of key and record, written after it. So no process
-can move, cut or overwrite what another counts on, on network file systems too, and a kill leaves at most a tail that
-has no whole entry. A record that does not fit its digest is as good as none: it is made again and added again.
+Each process that adds records writes a segment, two files that no other process ever writes: `ID.rows` has the records
+one after the other, `ID.keys` for each its key and a digest of key and record, written after it. So no process can
+overwrite what another relies on, on network file systems too, and a kill leaves at most a tail without a whole entry. A
+record that does not fit its digest counts as missing: it is computed again and added again.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -37,7 +38,7 @@ class Records:
     """
 
     def __init__(self, folder: Path, size: int) -> None:
-        """Open the folder, which is made where it is not there, and hold it as in use.
+        """Open the folder, which is made where it does not exist, and hold it as in use.
 
         Raises:
             OSError: it cannot be made.
@@ -46,7 +47,7 @@ class Records:
         self._hold = Hold(folder)
         self._places: dict[bytes, list[_Place]] = {}
         self._seen: dict[str, int] = {}
-        self._own: str | None = None
+        self._segment = uuid.uuid4().hex
         self._written = 0
         self._writable = True
         self.refresh()
@@ -58,17 +59,15 @@ class Records:
         return key in self._places
 
     def count_bytes(self) -> int:
-        """Bytes of all records in the folder, twice where two processes added one at the same time."""
+        """Count the bytes of all records in the folder, twice where two processes added one at the same time."""
         total = 0
         for file in self._folder.glob("*.rows"):
-            try:
+            with contextlib.suppress(OSError):
                 total += file.stat().st_size
-            except OSError:
-                continue
         return total
 
     def refresh(self) -> None:
-        """Take up what other processes have added since the last look."""
+        """Take up what other processes have added since the last call."""
         for file in sorted(self._folder.glob("*.keys")):
             first = self._seen.get(file.stem, 0)
             if not (file.is_file() and file.with_suffix(".rows").is_file()):
@@ -86,7 +85,7 @@ class Records:
             self._seen[file.stem] = first + whole
 
     def read(self, key: bytes) -> bytes | None:
-        """The record of a key; None where there is none that is whole, which is then no longer counted."""
+        """Read the record of a key; None where none is whole, and the key is then no longer counted."""
         for place in list(self._places.get(key, ())):
             content = self._read(place)
             if content is not None and _digest(key, content) == place.digest:
@@ -96,28 +95,23 @@ class Records:
         return None
 
     def add(self, keys: Sequence[bytes], records: Iterable[bytes]) -> None:
-        """Add records; where the disk does not take them, say so once and go on without."""
+        """Add records; where the disk does not take them, warn once and go on without."""
         if not self._writable:
             return
         contents = list(records)
         digests = [_digest(key, content) for key, content in zip(keys, contents, strict=True)]
         try:
-            own = self._own or self._begin()
-            _append(self._folder / f"{own}.rows", b"".join(contents))
-            _append(self._folder / f"{own}.keys", b"".join(k + d for k, d in zip(keys, digests, strict=True)))
+            # Keys last: an entry then never stands for a record that a kill cut short.
+            _append(self._folder / f"{self._segment}.rows", b"".join(contents))
+            _append(self._folder / f"{self._segment}.keys", b"".join(k + d for k, d in zip(keys, digests, strict=True)))
         except OSError as error:
             self._writable = False
             logging.getLogger(__name__).warning("%s takes no more: %s", self._folder, error.strerror or error)
             return
         for row, (key, digest) in enumerate(zip(keys, digests, strict=True), self._written):
-            self._note(key, _Place(own, row, digest))
+            self._note(key, _Place(self._segment, row, digest))
         self._written += len(contents)
-        self._seen[own] = self._written
-
-    def _begin(self) -> str:
-        self._own = uuid.uuid4().hex
-        self._written = 0
-        return self._own
+        self._seen[self._segment] = self._written
 
     def _note(self, key: bytes, place: _Place) -> None:
         self._places.setdefault(key, []).append(place)
@@ -133,7 +127,7 @@ class Records:
 
 
 def _append(file: Path, content: bytes) -> None:
-    """Write all of it, or raise OSError."""
+    """Append all of it, or raise OSError: a shorter write would shift every later record."""
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         left = memoryview(content)

@@ -1,4 +1,4 @@
-"""Standard output and error as they are: some know only ASCII, and some are gone before all is said.
+"""Standard output and error that may know only ASCII, and whose reader may leave before all is written.
 
 No heavy package is imported here.
 """
@@ -20,7 +20,7 @@ PLAIN = {
     "λ": "lambda", "“": '"', "”": '"', "’": "'", "‘": "'", "\N{NO-BREAK SPACE}": " ", "Δ": "d", "√": "sqrt",
     "─": "-", "━": "=", "│": "|", "╸": "=", "╺": "=",
 }  # fmt: skip
-"""What stands for our own signs where there is nothing but ASCII."""
+"""ASCII for the signs that this package writes."""
 
 
 def silence() -> None:
@@ -31,7 +31,7 @@ def silence() -> None:
 
 
 def is_reader_gone() -> bool:
-    """Has whoever read what the command prints left, as `head` does?"""
+    """Tell whether the reader of the command's output has left, as `head` does."""
     return any(map(_is_gone, (sys.stdout, sys.stderr)))
 
 
@@ -54,10 +54,10 @@ def soften() -> None:
 
 
 def leave_out_told() -> None:
-    """Have no traceback of what a disk's own error tells already.
+    """Print no traceback of closed event loops: the error of the disk behind them is printed already.
 
-    Where one of several writes of a checkpoint fails, orbax closes the event loop in which the others end, and the
-    threads of tensorstore, which end them, tell so wherever they are.
+    Where one of several writes of a checkpoint fails, orbax closes the event loop in which the others end, and each of
+    tensorstore's threads that ends one of them raises.
     """
     sys.unraisablehook = _tell_unraisable
 
@@ -68,12 +68,16 @@ def _tell_unraisable(found: "sys.UnraisableHookArgs") -> None:
 
 
 def to_ascii(text: str) -> str:
-    """Write a text in ASCII: our own signs by stand-ins, what is left as escapes."""
+    r"""Write a text in ASCII: this package's signs as in `PLAIN`, other characters as escapes.
+
+    >>> print(to_ascii("0.5 ± 0.1 → 猫"))
+    0.5 +- 0.1 -> \u732b
+    """
     return text.encode("ascii", "fedvlm").decode("ascii") if not text.isascii() else text
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
-    """What a codec writes in place of characters that it lacks."""
+    """Replace characters that a codec lacks; Python calls it by its registered name."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letters = error.object[error.start : error.end]

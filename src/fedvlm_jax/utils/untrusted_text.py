@@ -1,4 +1,4 @@
-"""Texts that others wrote (client names, answers, paths, errors), as terminals and pages may have them."""
+"""Texts of strangers (client names, answers, paths, errors) made safe for terminals and pages."""
 
 import re
 import unicodedata
@@ -13,11 +13,14 @@ KEPT = frozenset("\u200c\u200d")
 
 
 def clean(text: str, keep: str = "") -> str:
-    r"""Write characters that are no visible ones as escapes: `\x1b`, `\u202e`, `\n`.
+    r"""Write invisible characters as escapes.
 
     Args:
-        text: by whomever.
-        keep: of these characters those that are meant, as line breaks in a message of several lines.
+        text: of a stranger.
+        keep: characters to leave, as line breaks in a message of several lines.
+
+    >>> print(clean("red\x1b[31m"))
+    red\x1b[31m
     """
     if text.isascii() and text.isprintable():
         return text
@@ -32,7 +35,11 @@ def _escape(letter: str) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Write a text so that Markdown shows it as it stands: on one line, without tags, links or emphasis."""
+    r"""Write a text so that Markdown shows it as it stands: on one line, without tags, links or emphasis.
+
+    >>> print(escape_markdown("<b> *a_b*"))
+    &lt;b&gt; \*a_b\*
+    """
     text = clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"[\\`*|~]", r"\\\g<0>", text)
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # inside of words it is a letter
