@@ -27,7 +27,7 @@ from pathlib import Path
 import tyro
 
 from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.evaluation.metrics.names import find_measure
+from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import spread
 from fedvlm_jax.objectives.config import PreferenceOptions

@@ -19,8 +19,9 @@ from rlaif_form import REASONS, Form, make_form_rows, write_folder
 from words import WordProcessor
 
 from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.data.partitioning.splits import federate
-from fedvlm_jax.data.table import Table, read_table
+from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import Examples, encode
 from fedvlm_jax.errors import UserError
 

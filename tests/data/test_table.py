@@ -5,9 +5,8 @@ import pytest
 from make_parquet import RLAIF_V, UNICODE, draw_image, make_row, make_rows, write_rows
 from PIL import Image
 
-from fedvlm_jax.data.images import unique_images
-from fedvlm_jax.data.sources.registry import find_sets
-from fedvlm_jax.data.table import read_table
+from fedvlm_jax.data.sources.registry import find_sets, read_table
+from fedvlm_jax.data.unique_images import unique_images
 from fedvlm_jax.errors import UserError
 
 

@@ -3,10 +3,10 @@ import pytest
 from make_parquet import draw_image, make_row, write_rows
 
 from fedvlm_jax.data.config import SPLITS, DataOptions
-from fedvlm_jax.data.images import unique_images
-from fedvlm_jax.data.partitioning.splits import federate
-from fedvlm_jax.data.table import read_table
+from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.data.tokenization import encode
+from fedvlm_jax.data.unique_images import unique_images
 from fedvlm_jax.errors import UserError
 
 LENIENT = DataOptions(max_bad_share=1.0)

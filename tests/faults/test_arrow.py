@@ -13,7 +13,7 @@ from make_parquet import IMAGE, make_rows, write_rows
 
 from fedvlm_jax.data import table as tables
 from fedvlm_jax.data.sources import parquet
-from fedvlm_jax.data.table import read_parquet
+from fedvlm_jax.data.sources.parquet import read_parquet
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.cache_folders import BOUND, FOLDER, Hold
 
@@ -141,7 +141,9 @@ def test_a_table_without_some_bytes_fits_its_seal_wherever_it_is_mapped(name, tm
     assert (arrow.stat().st_ino, arrow.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     for table in (first, second):
         assert table.read_text("chosen")[-1] == f"chosen {len(table) - 1}"
-        assert table.blobs.start[table.blobs.length == 0].tolist() == [0] * int((table.blobs.length == 0).sum())
+        assert table.locations.start[table.locations.length == 0].tolist() == [0] * int(
+            (table.locations.length == 0).sum()
+        )
 
 
 def test_a_bound_that_is_no_number_costs_no_copy(kept, monkeypatch):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from made_table import make_table
 
 from fedvlm_jax.data.federated_dataset import ClientRows, Federation
-from fedvlm_jax.data.partitioning.splits import check_federation
+from fedvlm_jax.data.partitioning.federate import check_federation
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.client_states import Population
 from fedvlm_jax.training.run_dir.artifacts import (

@@ -11,7 +11,7 @@ from make_parquet import make_row, write_rows
 
 from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.partitioning.algorithms import cut_dirichlet, cut_quantity
-from fedvlm_jax.data.partitioning.splits import federate
+from fedvlm_jax.data.partitioning.federate import federate
 from fedvlm_jax.data.sources.emoji import draw_mix
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.data_report import describe_data, word_findings

@@ -17,10 +17,12 @@ from words import WordProcessor
 
 import fedvlm_jax
 from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.data.images import unique_images
-from fedvlm_jax.data.partitioning.splits import federate
-from fedvlm_jax.data.table import UNREADABLE, BrokenImageError, Table, read_table
+from fedvlm_jax.data.image_decoding import BrokenImageError
+from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.table import UNREADABLE, Table
 from fedvlm_jax.data.tokenization import Examples, encode
+from fedvlm_jax.data.unique_images import unique_images
 from fedvlm_jax.errors import UserError
 
 PICTURES = [draw_image(number) for number in range(4)]

@@ -11,8 +11,10 @@ from make_parquet import draw_image, make_row, write_rows
 from malformed import LOST, OUTSIDE
 
 from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.image_decoding import BrokenImageError
 from fedvlm_jax.data.safe_paths import OutsideError, read_below
-from fedvlm_jax.data.table import BrokenImageError, Table, read_table
+from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.example_cards import read_cards
 

@@ -17,11 +17,11 @@ from PIL import Image, ImageCms
 
 from fedvlm_jax.data import image_decoding
 from fedvlm_jax.data.config import MAX_IMAGE_PIXELS, DataOptions
+from fedvlm_jax.data.dataset_summary import describe
 from fedvlm_jax.data.image_decoding import BrokenImageError, decode_picture
-from fedvlm_jax.data.images import unique_images
-from fedvlm_jax.data.partitioning.splits import federate
-from fedvlm_jax.data.statistics import describe
-from fedvlm_jax.data.table import read_table
+from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.unique_images import unique_images
 from fedvlm_jax.errors import UserError
 
 RAMP = np.linspace(0, 1, 60)
@@ -459,7 +459,7 @@ def test_bounds_that_cannot_be_are_refused(bound: int) -> None:
 
 
 def test_threads_share_a_bound_of_memory() -> None:
-    room, held, most = image_decoding._Room(10), 0, 0
+    room, held, most = image_decoding._SharedMemory(10), 0, 0
     lock = threading.Lock()
 
     def work(wanted: int) -> None:

@@ -4,7 +4,7 @@ import shlex
 from typing import Any
 
 from fedvlm_jax.cli._flags import flatten, name_flag
-from fedvlm_jax.evaluation.metrics.names import find_measure, percent
+from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired
 from fedvlm_jax.reporting.tables import format_paired

@@ -1,8 +1,6 @@
-"""The records of a federation: whose rows are whose, which are left out, and why."""
+"""A federation: whose rows are whose, and which of them train, validate and test."""
 
 import itertools
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +8,9 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.config import SPLITS, Split
+from fedvlm_jax.data.skipped_rows import Skipped
 
-__all__ = ["ClientRows", "Federation", "Owned", "Skipped", "count_reasons", "gather_clients"]
+__all__ = ["ClientRows", "Federation", "gather_clients"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +20,7 @@ class ClientRows:
     Attributes:
         name: stable over runs, unique in a federation.
         train, validation, test: row numbers [n] int64, each in the order in which it is to be read.
-        held_out: the client never trains, so `train` is empty; it serves to try models on somebody new.
+        held_out: the client never trains, so `train` is empty; it serves to try models on a newcomer.
     """
 
     name: str
@@ -31,17 +30,8 @@ class ClientRows:
     held_out: bool = field(default=False, kw_only=True)
 
     def rows_of(self, split: Split) -> Int[np.ndarray, " rows"]:
-        """The rows of a split by its name."""
+        """Return the rows of a split by its name."""
         return getattr(self, split)
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A row that is not used, and why. `idx` is the data set's own name for it, where it has one."""
-
-    row: int
-    idx: str | None
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +42,7 @@ class Federation:
         clients: sorted so that the same options give the same order everywhere.
         description: how it was made and what came out, as JSON: the partition with its key, concentration and seed,
             held-out clients, counts per client and, where topics were drawn, the realised mix.
-        skipped: rows that belong to nobody.
+        skipped: rows without a client.
     """
 
     clients: tuple[ClientRows, ...]
@@ -71,37 +61,33 @@ class Federation:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-@dataclass(frozen=True, eq=False)
-class Owned:
-    """Rows that have an owner and a split, before they are gathered by client.
+def gather_clients(
+    rows: Int[np.ndarray, " rows"],
+    owners: Int[np.ndarray, " rows"],
+    splits: Int[np.ndarray, " rows"],
+    *,
+    names: tuple[str, ...],
+    skipped: tuple[Skipped, ...],
+    description: dict[str, Any],
+) -> Federation:
+    """Give every client its rows, split by split; a client without rows stays, empty.
 
-    Attributes:
+    Args:
         rows: [n] row numbers, in the order in which clients are to read them.
-        owners: [n] places in `names`.
-        splits: [n] places in `SPLITS`.
+        owners: [n] the client of each, as a place in `names`.
+        splits: [n] the split of each, as a place in `SPLITS`.
         names: the clients, in order.
-        skipped: rows that have no owner.
-        about: for the description.
+        skipped: rows without a client.
+        description: of the federation.
+
+    >>> rows, owners, splits = np.asarray([7, 8, 9]), np.asarray([1, 0, 1]), np.asarray([0, 0, 2])
+    >>> made = gather_clients(rows, owners, splits, names=("ann", "bob"), skipped=(), description={})
+    >>> [(client.name, client.train.tolist(), client.test.tolist()) for client in made.clients]
+    [('ann', [8], []), ('bob', [7], [9])]
     """
-
-    rows: Int[np.ndarray, " rows"]
-    owners: Int[np.ndarray, " rows"]
-    splits: Int[np.ndarray, " rows"]
-    names: tuple[str, ...]
-    skipped: tuple[Skipped, ...]
-    about: dict[str, Any]
-
-
-def gather_clients(owned: Owned) -> Federation:
-    """Give every client its rows, split by split; one without rows stays, empty."""
-    part = owned.owners * len(SPLITS) + owned.splits
+    part = owners * len(SPLITS) + splits
     order = np.argsort(part, kind="stable")
-    edges = np.searchsorted(part[order], np.arange(len(owned.names) * len(SPLITS) + 1))
-    parts = [owned.rows[order[start:end]].astype(np.int64) for start, end in itertools.pairwise(edges)]
-    clients = (ClientRows(name, *parts[3 * place : 3 * place + 3]) for place, name in enumerate(owned.names))
-    return Federation(tuple(clients), owned.about, owned.skipped)
-
-
-def count_reasons(skipped: Sequence[Skipped]) -> dict[str, int]:
-    """Reason -> number of rows, the most frequent first."""
-    return dict(Counter(entry.reason for entry in skipped).most_common())
+    edges = np.searchsorted(part[order], np.arange(len(names) * len(SPLITS) + 1))
+    parts = [rows[order[start:end]].astype(np.int64) for start, end in itertools.pairwise(edges)]
+    clients = (ClientRows(name, *parts[3 * place : 3 * place + 3]) for place, name in enumerate(names))
+    return Federation(tuple(clients), description, skipped)

@@ -1,8 +1,8 @@
-"""A picture's bytes as the RGB image that its maker meant: for training, for the report and for every comparison.
+"""Decode a picture's bytes into the RGB image that its maker meant: for training, reports and comparisons alike.
 
-Turned as EXIF says; grey of more than 8 bits scaled, not cut; transparency laid on white; an embedded colour profile
-taken to sRGB; of several frames the first. Sizes are bounded before anything is decoded, very large pictures are
-reduced while they are decoded, and threads wait for one another where together they would take too much memory.
+It is turned as its EXIF orientation says; grey of more than 8 bits is scaled, not cut; transparency is laid on white;
+an embedded colour profile is taken to sRGB; of several frames it is the first. Sizes are bounded before anything is
+decoded, very large pictures are reduced while they are decoded, and threads share a bound on memory.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import math
 import threading
 import warnings
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["DECODING", "BrokenImageError", "decode_picture"]
 
 DECODING = 3
-"""Version of these rules: what is cached of a picture is valid for one of them."""
+"""Version of these rules: what is cached of a picture is valid for one version."""
 
 REDUCED = 2**22
 """Pictures of four times as many pixels and more are brought to about so many (2048 × 2048), by a whole factor."""
@@ -39,32 +38,27 @@ BAND_PIXELS = 2**20
 BYTES_PER_PIXEL = 25
 """Memory that decoding takes at its peak: measured 5 (grey) to 12, 18 with alpha, 16 of WebP and 25 of WebP with it."""
 
-ROOM = 2**30
-"""Bytes that all threads of a process decode into at a time; a larger picture waits until it is alone."""
-
 RUN_PROGRAMS = ("EPS", "WMF")
 """Formats for which PIL would start another program on what the file says."""
 
+# Modes that are not computed with -> those that are; the second where a colour or a palette's entry is transparent.
 MODES = {"1": "L", "P": "RGB", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB", "HSV": "RGB", "YCbCr": "RGB"}
 WITH_ALPHA = {"1": "LA", "L": "LA", "RGB": "RGBA", "P": "RGBA"}
-"""Modes that are not computed with -> those that are; the second where a colour or a palette's entry is transparent."""
 
+# A PNG of 16 bits has 65535 for white by its format, but scanners and cameras put 12 bits and fewer into such files as
+# they are, and by the format these pictures would be black. The price: of two frames of a camera, one whose brightest
+# value is 4095 comes out 16 times as bright as one with a 4096.
 RANGES = (255, 4095, 65535)
-"""Whites of integer greys: 8, 12 and 16 bits. The least that holds all values is taken, and no less than a TIFF says.
-
-A PNG of 16 bits has 65535 for white by its format, but scanners and cameras put 12 bits and fewer into such files as
-they are, and by the format these pictures would be black. The price: of two frames of one camera, one whose brightest
-value is 4095 comes out 16 times as bright as one with a 4096. Who has such frames scales them before.
-"""
+"""Whites of integer greys: the least that holds all values is taken, and no less than a TIFF says."""
 
 ALIKE = 3
 """Steps of 255 by which a profile's colours may differ from sRGB's for its pictures to be left as they are."""
 
-ORIENTATION = 0x0112
-"""EXIF's tag."""
+ORIENTATION = 0x0112  # EXIF's tag
+BITS, PHOTOMETRIC = 258, 262  # TIFF's tags: bits of a sample, and whether 0 is white (0) or black (1)
 
-BITS, PHOTOMETRIC = 258, 262
-"""TIFF's tags: bits of a sample, and whether 0 is white (0) or black (1)."""
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+"""EXIF's orientation -> the `PIL.Image.Transpose` that undoes it."""
 
 
 class BrokenImageError(ValueError):
@@ -76,11 +70,17 @@ def decode_picture(encoded: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, quick:
 
     Args:
         encoded: a file of any format that PIL decodes itself.
-        max_pixels: larger ones are refused by their header.
+        max_pixels: larger pictures are refused by their header.
         quick: to find out whether it can be decoded at all: JPEGs at an eighth of their size.
 
     Raises:
-        BrokenImageError: the bytes are cut short, no image, or one that is too large.
+        BrokenImageError: the bytes are cut short, no image, or of too many pixels.
+
+    >>> from PIL import Image
+    >>> Image.new("LA", (3, 2), (0, 0)).save(file := io.BytesIO(), "PNG")  # black, but transparent
+    >>> picture = decode_picture(file.getvalue())
+    >>> picture.mode, picture.size, picture.getpixel((0, 0))
+    ('RGB', (3, 2), (255, 255, 255))
     """
     from PIL import Image
 
@@ -88,7 +88,7 @@ def decode_picture(encoded: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, quick:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             _check(image, max_pixels)
-            with _ROOM.take(BYTES_PER_PIXEL * image.width * image.height):
+            with _MEMORY.take(BYTES_PER_PIXEL * image.width * image.height):
                 _draft(image, quick)
                 greys = _read_greys(image)
                 image.load()
@@ -104,7 +104,7 @@ def decode_picture(encoded: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, quick:
 
 @functools.cache
 def _hush_pillow() -> None:
-    """Pillow warns of sizes that we refuse, or were asked not to, and of EXIF that is damaged, which says nothing."""
+    """Silence Pillow's warnings of sizes, which are bounded here, and of damaged EXIF, which is not applied."""
     from PIL import Image
 
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -123,19 +123,19 @@ def _word_large(max_pixels: int) -> str:
 
 
 def _choose_factor(width: int, height: int) -> int:
-    """The whole number by which a picture of this size is reduced."""
+    """Choose the whole number by which a picture of this size is reduced."""
     return max(1, min(math.isqrt(width * height // REDUCED), min(width, height) // SHORT_SIDE))
 
 
 def _draft(image: "Image.Image", quick: bool) -> None:
-    """Have JPEGs decoded at a half, a quarter or an eighth of their size, where no more is wanted; others ignore it."""
+    """Have JPEGs decoded at a half, a quarter or an eighth of their size; other formats ignore it."""
     factor = 8 if quick else _choose_factor(*image.size)
     if factor > 1:
         image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
 
 
 def _to_working_mode(image: "Image.Image") -> "Image.Image":
-    """The picture in L, LA, RGB, RGBA, CMYK, LAB, I or F, reduced where it is large: band by band, to save memory."""
+    """Bring a picture to L, LA, RGB, RGBA, CMYK, LAB, I or F, reduced where it is large: band by band, for memory."""
     from PIL import Image
 
     factor = _choose_factor(*image.size)
@@ -162,30 +162,21 @@ def _convert(image: "Image.Image") -> "Image.Image":
     return image if mode is None else image.convert(mode)
 
 
-@dataclass(frozen=True)
-class _Greys:
-    """What a file says of its greys: the least white that they have, and whether they are inverted, 0 being white."""
-
-    least: int = 0
-    inverted: bool = False
-
-
-def _read_greys(image: "Image.Image") -> _Greys:
-    """What a TIFF says; Pillow inverts what is inverted in 8 bits, but not in more."""
+def _read_greys(image: "Image.Image") -> tuple[int, bool]:
+    """Read a TIFF's least white, and whether 0 is white; Pillow inverts such greys in 8 bits, but not in more."""
     from PIL import TiffImagePlugin
 
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        return _Greys()
-    packed = image.tag_v2.get(BITS) in (12, (12,))
-    return _Greys(4095 if packed else 0, image.tag_v2.get(PHOTOMETRIC) == 0)
+        return 0, False
+    return 4095 if image.tag_v2.get(BITS) in (12, (12,)) else 0, image.tag_v2.get(PHOTOMETRIC) == 0
 
 
-def _lay_on_white(image: "Image.Image", profile: bytes | None, greys: _Greys | None = None) -> "Image.Image":
-    """A picture in a working mode as RGB in sRGB, without transparency."""
+def _lay_on_white(image: "Image.Image", profile: bytes | None, greys: tuple[int, bool] = (0, False)) -> "Image.Image":
+    """Bring a picture in a working mode to RGB in sRGB, without transparency."""
     from PIL import Image
 
     if image.mode in ("I", "F"):
-        image = _scale_grey(image, greys or _Greys())
+        image = _scale_grey(image, *greys)
     if image.mode not in ("LA", "RGBA"):
         return _to_srgb(image, profile)
     alpha = image.getchannel("A")
@@ -194,23 +185,23 @@ def _lay_on_white(image: "Image.Image", profile: bytes | None, greys: _Greys | N
     return Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
 
 
-def _scale_grey(image: "Image.Image", greys: _Greys) -> "Image.Image":
-    """Greys of more than 8 bits, or fractions, to 8 bits: band by band, to save memory.
+def _scale_grey(image: "Image.Image", least: int, inverted: bool) -> "Image.Image":
+    """Scale greys of more than 8 bits, or fractions, to 8 bits: band by band, for memory.
 
     White is the least of `RANGES` that holds all values, for fractions also 1. Greys outside of these, or below 0, have
-    no white that is known: the darkest becomes black and the lightest white.
+    no known white: the darkest becomes black and the lightest white.
     """
     from PIL import Image
 
     low, high = _find_extremes(image)
     ranges = (1, *RANGES) if image.mode == "F" else RANGES
-    whites = [white for white in ranges if white >= max(high, greys.least)]
+    whites = [white for white in ranges if white >= max(high, least)]
     low, white = (0.0, float(whites[0])) if low >= 0 and whites else (low, high)
     transparent = image.info.get("transparency")
     scaled = Image.new("L", image.size)
     for top, values in _list_bands(image):
         grey = np.rint((values - low) / ((white - low) or 1) * 255).astype(np.uint8)
-        if greys.inverted:
+        if inverted:
             grey = 255 - grey
         if isinstance(transparent, int):
             grey[values == transparent] = 255
@@ -228,7 +219,7 @@ def _find_extremes(image: "Image.Image") -> tuple[float, float]:
 
 
 def _list_bands(image: "Image.Image") -> Iterator[tuple[int, np.ndarray]]:
-    """The picture's values [h, W], by the row in which a band of them begins."""
+    """List the picture's values in bands [h, W], each with the row in which it begins."""
     rows = max(1, BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         band = image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -236,7 +227,7 @@ def _list_bands(image: "Image.Image") -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _to_srgb(image: "Image.Image", profile: bytes | None) -> "Image.Image":
-    """A picture in L, RGB, CMYK or LAB as RGB; a profile that is damaged, or of another space, is not used."""
+    """Bring a picture in L, RGB, CMYK or LAB to RGB; a profile that is damaged, or of another space, is not used."""
     from PIL import ImageCms
 
     if image.mode == "LAB":
@@ -258,10 +249,10 @@ def _to_srgb(image: "Image.Image", profile: bytes | None) -> "Image.Image":
 
 @functools.lru_cache(maxsize=64)
 def _is_srgb(profile: bytes, mode: str) -> bool:
-    """Are a profile's colours those of sRGB, by what they become and not by what the profile is called?
+    """Tell whether a profile's colours are sRGB's, by what they become and not by its name.
 
-    Most pictures that have a profile have one of the many of sRGB; these are as quick as those without, and their
-    pixels do not change by a rounding.
+    Most pictures that have a profile have one of the many of sRGB; these then decode as quickly as those without, and
+    their pixels do not change by a rounding.
     """
     from PIL import Image, ImageCms
 
@@ -287,30 +278,20 @@ def _transform(
 
 
 def _turn(image: "Image.Image", picture: "Image.Image") -> "Image.Image":
-    """The picture as EXIF says that it is to be held; EXIF that cannot be read says nothing."""
+    """Turn a picture as the EXIF of its file says; EXIF that cannot be read is not applied."""
     from PIL import Image
 
-    turn = Image.Transpose
-    methods = {
-        2: turn.FLIP_LEFT_RIGHT,
-        3: turn.ROTATE_180,
-        4: turn.FLIP_TOP_BOTTOM,
-        5: turn.TRANSPOSE,
-        6: turn.ROTATE_270,
-        7: turn.TRANSVERSE,
-        8: turn.ROTATE_90,
-    }
     try:
-        method = methods.get(image.getexif().get(ORIENTATION, 1))
+        method = TURNS.get(image.getexif().get(ORIENTATION, 1))
     except MemoryError:
         raise
     except Exception:
         method = None
-    return picture if method is None else picture.transpose(method)
+    return picture if method is None else picture.transpose(Image.Transpose(method))
 
 
-class _Room:
-    """Memory that threads share: who wants more than is left waits, unless nobody else has any."""
+class _SharedMemory:
+    """Memory that threads share: a thread that wants more than is left waits, unless no other has any."""
 
     def __init__(self, size: int) -> None:
         self._size, self._taken, self._changed = size, 0, threading.Condition()
@@ -329,4 +310,5 @@ class _Room:
                 self._changed.notify_all()
 
 
-_ROOM = _Room(ROOM)
+_MEMORY = _SharedMemory(2**30)
+"""Bytes that all threads of a process decode into at a time; a larger picture waits until it is alone."""

@@ -1,4 +1,4 @@
-"""What was found out about a table's images, kept beside the table, so that the next run starts at once."""
+"""Digests and soundness of a table's images, kept beside the table, so that the next run starts at once."""
 
 import contextlib
 import hashlib
@@ -33,14 +33,14 @@ class ImageFacts:
 
     @classmethod
     def open(cls, file: Path) -> "ImageFacts":
-        """Take up what an earlier run found out; nothing where the file is not there or not whole."""
+        """Read what an earlier run kept; nothing where the file is missing or damaged."""
         digests, sound = _read(file)
         return cls(file, digests, sound)
 
     def save(self, lasting: Callable[[int], bool]) -> None:
-        """Keep what holds of the rows that are `lasting`: others' images are files of their own, which may change.
+        """Keep facts of the rows that are `lasting`: other images are separate files, which may change.
 
-        What another process has kept in the meantime stays.
+        Facts that another process has kept in the meantime stay.
         """
         if self.file is None:
             return
@@ -52,7 +52,7 @@ class ImageFacts:
 
 
 def _pack(digests: dict[int, bytes], sound: set[int]) -> bytes:
-    """A digest of all that follows, and the arrays."""
+    """Pack the arrays, after a digest of them."""
     out = io.BytesIO()
     rows = np.asarray(list(digests), np.int64)
     stacked = np.frombuffer(b"".join(digests.values()), np.uint8).reshape(-1, SIZE)

@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.config import SPLITS
-from fedvlm_jax.data.images import Images, unique_images
-from fedvlm_jax.data.partitioning.splits import ClientRows, Federation, Skipped, count_reasons
-from fedvlm_jax.data.skip_reasons import find_pair_fault, find_text_fault, tell_lost
+from fedvlm_jax.data.federated_dataset import ClientRows, Federation
+from fedvlm_jax.data.skipped_rows import Skipped, count_reasons, describe_lost, find_pair_fault, find_text_fault
 from fedvlm_jax.data.table import Table
+from fedvlm_jax.data.unique_images import Images, unique_images
 from fedvlm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -378,8 +378,8 @@ def _check_share(table: Table, skipped: tuple[Skipped, ...], total: int, options
         shown = "; ".join(f"row {s.row}{f' (idx {s.idx})' if s.idx else ''}: {s.reason}" for s in skipped[:5])
         raise UserError(
             f"{table.name}: {len(skipped)} of {total} rows cannot be used ({counted}), more than --data.max-bad-share "
-            f"{options.max_bad_share:g} allows. The first are {shown}. {tell_lost(table, skipped)}Mend them, or raise "
-            "the share."
+            f"{options.max_bad_share:g} allows. The first are {shown}. {describe_lost(table, skipped)}Mend them, or "
+            "raise the share."
         )
     if len(skipped) == total:
         raise UserError(f"{table.name}: none of the {total} rows can be used.")

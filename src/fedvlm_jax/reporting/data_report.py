@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.data.config import SPLITS, DataOptions
-from fedvlm_jax.data.partitioning.splits import federate
-from fedvlm_jax.data.statistics import describe
-from fedvlm_jax.data.table import read_table
+from fedvlm_jax.data.dataset_summary import describe
+from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.reporting.figures.data_figures import draw_data
 from fedvlm_jax.reporting.figures.theme import PAPER, save_png
 from fedvlm_jax.reporting.tables import MANY, Table

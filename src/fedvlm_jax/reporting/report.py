@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.evaluation.metrics.names import find_measure, percent
+from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, judge, order_by_mean, spread
 from fedvlm_jax.reporting.example_cards import read_cards

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fedvlm_jax.evaluation.metrics.names import MEASURES, Measure, find_measure, order_measures, percent
+from fedvlm_jax.evaluation.metrics.metric_labels import MEASURES, Measure, find_measure, order_measures, percent
 from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference
 from fedvlm_jax.evaluation.statistics.cross_client_matrix import summarise_matrix
 from fedvlm_jax.evaluation.statistics.over_clients import summarise, summarise_gain

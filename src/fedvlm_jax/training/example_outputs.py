@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from fedvlm_jax.data.images import Images
 from fedvlm_jax.data.tokenization import find_question_column
+from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.errors import naming
 from fedvlm_jax.evaluation.metrics.text_metrics import exact_match, token_f1
 from fedvlm_jax.training.final_evaluation import ScoredModels

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.data.config import SPLITS, Split
-from fedvlm_jax.data.table import read_table
+from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.data.tokenization import find_question_column
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import fetch, replicate

@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 
 from fedvlm_jax import lora
 from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.data.partitioning.splits import Federation, count_reasons, federate
-from fedvlm_jax.data.skip_reasons import tell_lost
-from fedvlm_jax.data.table import read_table
+from fedvlm_jax.data.federated_dataset import Federation
+from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.skipped_rows import count_reasons, describe_lost
+from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.data.tokenization import Examples, encode, require_pairs
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.mesh_shape import parse_mesh
@@ -176,7 +177,7 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     note(f"{len(clients)} clients, {sum(len(c.train) for c in clients)} training examples")
     if examples.skipped:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in count_reasons(examples.skipped).items())
-        lost = tell_lost(session.table, examples.skipped)
+        lost = describe_lost(session.table, examples.skipped)
         note(f"left out: {reasons} (listed in the run's config.json). {lost}".rstrip())
     if examples.truncated:
         note(f"{examples.truncated} answers cut to {options.max_answer_tokens} tokens")

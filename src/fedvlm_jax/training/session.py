@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 
 import fedvlm_jax
 from fedvlm_jax.data.image_decoding import DECODING
-from fedvlm_jax.data.images import Images
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import Examples
+from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import own_base, own_mesh
 from fedvlm_jax.federation.inputs.batch_reader import Inputs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedvlm_jax.distributed.mesh_shape import parse_mesh
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.evaluation.metrics.names import SELECTING
+from fedvlm_jax.evaluation.metrics.metric_labels import SELECTING
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.training.config import (
     SHARE,

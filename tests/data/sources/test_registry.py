@@ -8,11 +8,10 @@ import pytest
 from make_parquet import make_rows, write_rows
 
 from fedvlm_jax.data.config import SPLITS, DataOptions
-from fedvlm_jax.data.images import digest_rows
-from fedvlm_jax.data.partitioning.splits import federate
-from fedvlm_jax.data.sources.registry import find_sets
-from fedvlm_jax.data.table import read_table
+from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.sources.registry import find_sets, read_table
 from fedvlm_jax.data.tokenization import encode
+from fedvlm_jax.data.unique_images import digest_rows
 
 
 @pytest.fixture

@@ -6,11 +6,13 @@ import pytest
 from make_parquet import draw_image, make_row, write_rows
 from rlaif_form import SOURCES, Form, write_folder
 
-from fedvlm_jax.data import images as images_module
+from fedvlm_jax.data import unique_images as images_module
 from fedvlm_jax.data.config import SPLITS, DataOptions
-from fedvlm_jax.data.images import digest_rows, unique_images
-from fedvlm_jax.data.partitioning.splits import federate
-from fedvlm_jax.data.table import FACTS, BrokenImageError, read_table
+from fedvlm_jax.data.image_decoding import BrokenImageError
+from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.table import FACTS
+from fedvlm_jax.data.unique_images import digest_rows, unique_images
 from fedvlm_jax.errors import UserError
 
 NAMED = DataOptions(source="rlaif-v")
@@ -145,7 +147,7 @@ def test_images_in_files_of_their_own_are_hashed_anew(tmp_path):
 
 def test_bytes_are_read_from_the_file_as_the_mapping_has_them(folder):
     table = read_table(NAMED.replace(path=folder))
-    assert table.blobs is not None
+    assert table.locations is not None
     column = table.data.column("image")
     for row in np.random.default_rng(0).integers(0, 400, 50).tolist():
-        assert table.blobs.read(row) == column[row].as_py()["bytes"] == table.read_image(row)
+        assert table.locations.read(row) == column[row].as_py()["bytes"] == table.read_image(row)

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from fedvlm_jax.data.images import Images, unique_images
 from fedvlm_jax.data.table import Table
+from fedvlm_jax.data.unique_images import Images, unique_images
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.inputs.feature_cache import WIDTH, FeatureStore, choose_chunk
 from fedvlm_jax.models import Processor, load_vlm, resolve_folder

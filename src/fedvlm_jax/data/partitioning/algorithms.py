@@ -1,12 +1,11 @@
-"""Partitions: which of C clients gets which unit. Pure numpy: labels, options and a generator in, owners out.
+"""Partitions: which of C clients gets which unit (a picture with all rows about it).
 
-A unit is what stays together: an image with all rows about it. Units come in an order that was drawn before, and every
-client takes a run of them (of each label, where labels count), so that owners depend on nothing but that order, the
-labels and the generator. Every unit gets exactly one owner.
+Units come in an order that was drawn before, and every client takes a run of them (of each label, where labels count),
+so that owners depend on nothing but that order, the labels and the generator. Every unit gets exactly one owner.
 
 - `cut_iid`: equal sizes, nothing else.
 - `cut_quantity`: sizes ~ Dirichlet(alpha), rows alike: "quantity skew" of Li et al. (arXiv 2102.02079).
-- `cut_dirichlet`: every label is shared out after its own Dirichlet(alpha) over the clients: Yurochkin et al. (arXiv
+- `cut_dirichlet`: every label is shared out after a Dirichlet(alpha) over the clients: Yurochkin et al. (arXiv
   1905.12022), as in Li et al. Sizes differ then too. The other form, a mix over labels drawn per client (Hsu et al.,
   arXiv 1909.06335; the emoji set's own topics), fixes the sizes instead, and either leaves rows over or lets labels
   run dry; here every row is used and every share has exactly its Dirichlet's moments.
@@ -30,22 +29,33 @@ ALIKE = 1e12
 
 
 def cut_iid(units: int, clients: int) -> Int[np.ndarray, " units"]:
-    """Give every client an equal run; sizes differ by one at most."""
+    """Give every client an equal run; sizes differ by one at most.
+
+    >>> cut_iid(5, 2).tolist()
+    [0, 0, 0, 1, 1]
+    """
     return np.arange(units) * clients // max(units, 1)
 
 
 def cut_quantity(units: int, clients: int, alpha: float, rng: np.random.Generator) -> Int[np.ndarray, " units"]:
-    """Give every client a run whose length is its Dirichlet(alpha) share; at alpha = inf as `cut_iid`."""
+    """Give every client a run whose length is its Dirichlet(alpha) share; at alpha = inf as `cut_iid`.
+
+    >>> np.bincount(cut_quantity(100, 4, 0.5, np.random.default_rng(0)), minlength=4).tolist()
+    [8, 44, 2, 46]
+    """
     return _deal(units, _draw_shares(clients, alpha, rng))
 
 
 def cut_dirichlet(
     labels: Int[np.ndarray, " units"], clients: int, alpha: float, rng: np.random.Generator
 ) -> Int[np.ndarray, " units"]:
-    """Share out the units of every label after a Dirichlet(alpha) over the clients of its own.
+    """Share out the units of every label after a Dirichlet(alpha) over the clients.
 
     A client's share of a label has mean 1 / C and variance (1 / C)(1 - 1 / C) / (C·alpha + 1), up to rounding to whole
     units; at alpha = inf it is 1 / C, so that clients are alike.
+
+    >>> cut_dirichlet(np.asarray([0, 0, 0, 0, 1, 1, 1, 1]), 2, 0.3, np.random.default_rng(0)).tolist()
+    [0, 0, 0, 0, 1, 0, 0, 0]
     """
     owners = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
@@ -63,6 +73,9 @@ def cut_pathological(
 
     Raises:
         UserError: there are too few labels, or so many that some would belong to nobody, or too few units.
+
+    >>> cut_pathological(np.asarray([0, 0, 1, 1, 2, 2]), 3, 1, np.random.default_rng(0)).tolist()
+    [2, 2, 0, 0, 1, 1]
     """
     values, counts = np.unique(labels, return_counts=True)
     shards = clients * classes
@@ -91,7 +104,7 @@ def cut_pathological(
 
 
 def _allot_shards(counts: Int[np.ndarray, " labels"], shards: int) -> list[int]:
-    """One shard for every label, and each further one to the label whose shards are the largest, [L]."""
+    """Allot a shard to every label, and each further one to the label whose shards are the largest, [L]."""
     allotted = [1] * len(counts)
     largest = [(-float(count), label) for label, count in enumerate(counts)]
     heapq.heapify(largest)
@@ -110,7 +123,7 @@ def _draw_shares(clients: int, alpha: float, rng: np.random.Generator) -> Float[
 
 
 def _deal(units: int, shares: Float[np.ndarray, " clients"]) -> Int[np.ndarray, " units"]:
-    """Owners of a run of units, client after client, each with its share rounded to whole units."""
+    """Deal a run of units, client after client, each with its share rounded to whole units."""
     edges = np.floor(np.cumsum(shares) * units + 0.5)
     edges[-1] = units
     return np.searchsorted(edges, np.arange(units), side="right")

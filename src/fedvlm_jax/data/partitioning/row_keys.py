@@ -1,9 +1,9 @@
-"""What rows can be told apart by: the text columns, and keys that are read out of RLAIF-V's `origin_split`.
+"""Keys that rows differ in: the text columns, and fields of RLAIF-V's column `origin_split`.
 
 The card of openbmb/RLAIF-V-Dataset (arXiv 2405.17220) says what that column holds (the model that answered, the model
 that labelled, the type of question), not how its fields are called, and older revisions write it in other ways. So it
-is read as JSON, else as a Python literal, else as plain text, and fields are known by parts of their names. What
-cannot be made out is "unknown": a value like any other, which shows up in every count.
+is read as JSON, else as a Python literal, else as plain text, and fields are found by parts of their names. The value
+is "unknown" where there is none, which shows up in every count.
 """
 
 import ast
@@ -36,18 +36,18 @@ LONGEST = 10_000
 
 
 def list_keys(table: "Table") -> tuple[str, ...]:
-    """The keys that a table can be cut by: its columns but the image, and what `origin_split` gives."""
+    """List the keys that a table can be cut by: its columns but the image, and what `origin_split` gives."""
     columns = tuple(column for column in table.columns if column != "image")
     derived = DERIVED if "origin_split" in columns else ()
     return columns + tuple(key for key in derived if key not in columns)
 
 
 def read_key(table: "Table", key: str, rows: "Sequence[int] | np.ndarray | None" = None) -> list[str | None]:
-    """Every row's value of a key, for the given rows [N] or for all; spaces around it do not count.
+    """Read every row's value of a key, for the given rows [N] or for all; spaces around it do not count.
 
     Values are in Unicode's form NFC: the same letters are the same value, however they were typed. A column without
-    text in a row, or with bytes that are none, gives None there; a derived key gives "unknown". A column of the same
-    name wins over a derived key.
+    text in a row, or with bytes that are no UTF-8, gives None there; a derived key gives "unknown". A column wins over
+    a derived key of its name.
 
     Raises:
         UserError: the table has no such key.
@@ -69,12 +69,16 @@ def _tidy(text: str) -> str | None:
 
 
 def parse_origin_split(text: str | None) -> dict[str, str]:
-    """Read one `origin_split`: every key of `DERIVED` -> its value, or "unknown"."""
+    """Read one `origin_split`: every key of `DERIVED` -> its value, or "unknown".
+
+    >>> parse_origin_split('{"type": "question_answering", "infer": "LLaVA"}')
+    {'question_type': 'question answering', 'generator': 'LLaVA', 'labeller': 'unknown'}
+    """
     text = (text or "").strip()
     fields = _read_fields(text)
     if fields is None:
-        said = [kind for kind in QUESTION_TYPES if kind in _plain(text)]
-        return dict.fromkeys(DERIVED, UNKNOWN) | ({"question_type": said[0]} if len(said) == 1 else {})
+        named = [kind for kind in QUESTION_TYPES if kind in _plain(text)]
+        return dict.fromkeys(DERIVED, UNKNOWN) | ({"question_type": named[0]} if len(named) == 1 else {})
     kind = _find(fields, ("type",))
     labeller = _find(fields, ("label", "feedback", "judge", "annotat"))
     others = {name: value for name, value in fields.items() if name not in (kind, labeller)}
@@ -87,7 +91,7 @@ def parse_origin_split(text: str | None) -> dict[str, str]:
 
 
 def _read_fields(text: str) -> dict[str, str] | None:
-    """The fields of a JSON object or Python dict that have a text or number for value; None if it is neither."""
+    """Read the fields of a JSON object or Python dict whose value is a text or a number; None if it is neither."""
     readers: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
     for read in readers if text.startswith("{") and len(text) <= LONGEST else ():
         try:
@@ -107,7 +111,7 @@ def _read_fields(text: str) -> dict[str, str] | None:
 
 
 def _find(fields: Mapping[str, str], parts: Sequence[str]) -> str | None:
-    """The first field whose name has the first of the parts that any has."""
+    """Find the first field whose name has the first of the parts that any has."""
     return next((name for part in parts for name in fields if part in name.casefold()), None)
 
 

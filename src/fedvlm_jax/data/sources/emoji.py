@@ -25,7 +25,7 @@ from jaxtyping import Float
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.federated_dataset import ClientRows, Federation
 from fedvlm_jax.data.partitioning.algorithms import ALIKE
-from fedvlm_jax.data.partitioning.natural import federate_rows
+from fedvlm_jax.data.partitioning.natural_clients import federate_rows
 from fedvlm_jax.data.sources.registry import NamedSet
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
@@ -42,14 +42,14 @@ COLUMNS = ("client", "split", "language", "concept", "task", "group", "question_
 
 
 class _Rows(NamedTuple):
-    """What sampling needs to know of a client's rows: split -> group -> concepts, and (concept, task) -> row."""
+    """A client's rows for sampling: split -> group -> concepts, and (concept, task) -> row."""
 
     concepts: dict[str, dict[str, list[str]]]
     row_of: dict[tuple[str, str], int]
 
 
 def read_emoji(options: "DataOptions") -> Table:
-    """Open the shipped set; no option says where it lies.
+    """Open the shipped set.
 
     Raises:
         UserError: the file is not there or lacks columns (a broken installation).
@@ -126,8 +126,8 @@ def _sample_clients(
     rows_by_client = _index_rows(table, clients, chosen, options.tasks, group_of, split_of)
     sizes = (options.images_per_client, options.validation_per_client, options.test_per_client)
     pools = {
-        name: {split: [sorted(own.concepts[split].get(group, ())) for group in groups] for split in SPLITS}
-        for name, own in rows_by_client.items()
+        name: {split: [sorted(rows.concepts[split].get(group, ())) for group in groups] for split in SPLITS}
+        for name, rows in rows_by_client.items()
     }
     federated, described = [], {}
     for number in range(count):
@@ -140,9 +140,10 @@ def _sample_clients(
             drawn = draw_concepts(rng, mix, pools[name][split], wanted)
             parts.append([rows_by_client[name].row_of[concept, task] for concept in drawn for task in options.tasks])
             realised[split] = _describe_mix([group_of[concept] for concept in drawn], groups)
-        own = f"{name}-{again + 1}" if again else name
-        federated.append(ClientRows(own, *(np.asarray(part, np.int64) for part in parts)))
-        described[own] = {"mix_drawn": dict(zip(groups, mix.round(4).tolist(), strict=True)), "mix_realised": realised}
+        client = f"{name}-{again + 1}" if again else name
+        federated.append(ClientRows(client, *(np.asarray(part, np.int64) for part in parts)))
+        drawn_mix = dict(zip(groups, mix.round(4).tolist(), strict=True))
+        described[client] = {"mix_drawn": drawn_mix, "mix_realised": realised}
     about = {
         "clients_from": "vendor and language",
         "partition": {"kind": "natural", "by": "group", "alpha": alpha if np.isfinite(alpha) else "inf", "seed": seed},
@@ -167,7 +168,11 @@ DATASET = NamedSet(
 def draw_mix(
     rng: np.random.Generator, alpha: float, prior: Float[np.ndarray, " groups"]
 ) -> Float[np.ndarray, " groups"]:
-    """A client's mix over groups: Dirichlet(alpha · G · prior), or the prior itself at alpha = inf."""
+    """Draw a client's mix over groups: Dirichlet(alpha · G · prior), or the prior itself at alpha = inf.
+
+    >>> draw_mix(np.random.default_rng(0), 0.3, np.asarray([0.5, 0.25, 0.25])).round(2).tolist()
+    [0.36, 0.19, 0.45]
+    """
     if alpha >= ALIKE:
         return prior
     mix = rng.dirichlet(np.maximum(alpha * len(prior) * prior, 1e-6))
@@ -185,7 +190,10 @@ def draw_concepts(
         rng: used up in one fixed order: a permutation per group, then one number per draw.
         mix: [G] probabilities.
         pools: the concepts of each group.
-        count: how many are wanted; all there are, if there are fewer.
+        count: how many are wanted; all that exist, if these are fewer.
+
+    >>> draw_concepts(np.random.default_rng(0), np.asarray([0.9, 0.1]), [["cat", "dog"], ["bus"]], 3)
+    ['dog', 'cat', 'bus']
     """
     queues: list[list[str]] = [[pool[int(place)] for place in rng.permutation(len(pool))[::-1]] for pool in pools]
     drawn: list[str] = []
@@ -200,7 +208,7 @@ def draw_concepts(
 
 
 def _read_concepts(table: Table) -> tuple[dict[str, str], dict[str, str]]:
-    """Concept -> group and concept -> split, in sorted order; both must be one per concept."""
+    """Read concept -> group and concept -> split, in sorted order; a concept must have one of each."""
     concepts, groups, splits = (table.read_text(column) for column in ("concept", "group", "split"))
     facts = sorted(set(zip(concepts, groups, splits, strict=True)), key=str)
     group_of, split_of = {}, {}
@@ -223,7 +231,7 @@ def _index_rows(
     group_of: dict[str, str],
     split_of: dict[str, str],
 ) -> dict[str, _Rows]:
-    """For every chosen client, the concepts about which all tasks can be asked."""
+    """Index for every chosen client the concepts about which all tasks can be asked."""
     concepts, asked = table.read_text("concept"), table.read_text("task")
     indexed = {name: _Rows({split: {} for split in SPLITS}, {}) for name in chosen}
     for row, (client, concept, task) in enumerate(zip(clients, concepts, asked, strict=True)):
@@ -240,9 +248,9 @@ def _describe_mix(drawn: Sequence[str], groups: Sequence[str]) -> dict[str, floa
     return {group: round(drawn.count(group) / len(drawn), 4) for group in groups} if drawn else {}
 
 
-def _check_choice(flag: str, chosen: Sequence[str], there_are: set[Any]) -> None:
-    unknown = [name for name in chosen if name not in there_are]
+def _check_choice(flag: str, chosen: Sequence[str], known: set[Any]) -> None:
+    unknown = [name for name in chosen if name not in known]
     if unknown:
         raise UserError(
-            f"--data.{flag} has {', '.join(unknown)}; the emoji set has {', '.join(sorted(map(str, there_are)))}."
+            f"--data.{flag} has {', '.join(unknown)}; the emoji set has {', '.join(sorted(map(str, known)))}."
         )

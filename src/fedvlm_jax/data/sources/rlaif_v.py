@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedvlm_jax.data.config import OF_PARQUET
-from fedvlm_jax.data.partitioning.natural import federate_by_column
+from fedvlm_jax.data.partitioning.natural_clients import federate_by_column
+from fedvlm_jax.data.sources.parquet import read_parquet
 from fedvlm_jax.data.sources.registry import NamedSet
-from fedvlm_jax.data.table import Table, open_dataset, read_parquet
+from fedvlm_jax.data.table import Table, open_dataset
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.utils.digests import digest_files
 
@@ -24,7 +25,7 @@ __all__ = ["DATASET", "read_rlaif_v"]
 
 NAME, HUB_ID = "rlaif-v", "openbmb/RLAIF-V-Dataset"
 COLUMNS = ("rejected", "origin_dataset", "origin_split", "idx")
-"""What tells its shards from other data in the same form."""
+"""Columns that other data of the same form lack."""
 
 
 def read_rlaif_v(options: "DataOptions") -> Table:
@@ -73,6 +74,6 @@ def _fetch(revision: str | None) -> Table:
     urls = dataset.info.download_checksums or {}  # hf://datasets/owner/name@commit/file
     commits = {found[1] for url in urls if (found := re.search(r"@([0-9a-f]{40})/", url))}
     digest = digest_files(Path(entry["filename"]) for entry in dataset.cache_files)
-    # Not the working folder, which has nothing to do with the set: a file of it could pass for one of the set's images.
+    # Not the working folder: a file of it could pass for one of the set's images.
     table = open_dataset(dataset, NAME, Path(dataset.cache_files[0]["filename"]).parent)
     return dataclasses.replace(table, revision=min(commits, default=revision), digest=digest)

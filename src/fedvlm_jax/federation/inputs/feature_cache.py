@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from fedvlm_jax.data.images import Images
+from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.files import read_plain, write_bytes
 from fedvlm_jax.utils.record_store import Records

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from fedvlm_jax.evaluation.metrics.names import find_measure
+from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.reporting.figures import client_gains, comparison_figures, diagnostics, heatmaps, pareto, run_figures
 from fedvlm_jax.reporting.figures.fonts import replace_missing, scripts
 from fedvlm_jax.reporting.figures.theme import MANY, PAPER, PLACEHOLDERS, save_png, to_svg

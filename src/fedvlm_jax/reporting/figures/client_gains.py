@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from fedvlm_jax.evaluation.metrics.names import find_measure
+from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, order_by_mean
 from fedvlm_jax.reporting.figures.run_figures import LABELLED, NARROW, WIDE, name_rows
 from fedvlm_jax.reporting.figures.theme import MANY, Theme, hide_rest, make_figure

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fedvlm_jax.evaluation.metrics.names import find_measure
+from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, mean_over_seeds, order_by_mean
 from fedvlm_jax.reporting.figures.run_figures import LABELLED, NARROW, WIDE, annotate, name_rows, read_validation
 from fedvlm_jax.reporting.figures.theme import (

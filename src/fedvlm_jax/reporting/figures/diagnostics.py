@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fedvlm_jax.evaluation.metrics.names import find_measure
+from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.reporting.figures.comparison_figures import Curves
 from fedvlm_jax.reporting.figures.label_placement import Label, label_ends
 from fedvlm_jax.reporting.figures.run_figures import NARROW, WIDE

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from fedvlm_jax.evaluation.metrics.names import find_measure
+from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_seeds import spread
 from fedvlm_jax.reporting.figures.comparison_figures import Curves
 from fedvlm_jax.reporting.figures.label_placement import Label, label_points

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fedvlm_jax.evaluation.metrics.names import find_measure
+from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise_gain
 from fedvlm_jax.reporting.figures.fonts import fit_name
 from fedvlm_jax.reporting.figures.theme import BEFORE, Theme, choose_series, make_figure, use_whole_numbers

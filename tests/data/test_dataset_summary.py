@@ -10,9 +10,9 @@ from make_parquet import draw_image, make_row, write_rows
 from rlaif_form import REASONS, Form, write_folder
 
 from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.data.partitioning.splits import federate
-from fedvlm_jax.data.statistics import describe, measure_unlikeness
-from fedvlm_jax.data.table import read_table
+from fedvlm_jax.data.dataset_summary import describe, measure_unlikeness
+from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.sources.registry import read_table
 
 
 def describe_rows(tmp_path: Path, rows: list[dict[str, Any]], **kwargs: Any) -> dict[str, Any]:

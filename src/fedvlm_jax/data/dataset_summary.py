@@ -12,14 +12,14 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.config import SPLITS
-from fedvlm_jax.data.federated_dataset import Federation, Skipped, count_reasons
-from fedvlm_jax.data.images import unique_images
+from fedvlm_jax.data.federated_dataset import Federation
 from fedvlm_jax.data.leakage import Places, find_overlap, number_things, place_rows
-from fedvlm_jax.data.partitioning.image_groups import skip_rows
 from fedvlm_jax.data.partitioning.row_keys import UNKNOWN, list_keys, read_key
-from fedvlm_jax.data.skip_reasons import find_pair_fault, find_text_fault, tell_lost
+from fedvlm_jax.data.partitioning.split_by_image import skip_rows
+from fedvlm_jax.data.skipped_rows import Skipped, count_reasons, describe_lost, find_pair_fault, find_text_fault
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import find_question_column
+from fedvlm_jax.data.unique_images import unique_images
 
 if TYPE_CHECKING:
     from fedvlm_jax.data.config import DataOptions
@@ -194,7 +194,7 @@ def _describe_unusable(table: Table, unusable: Sequence[Skipped]) -> dict[str, A
         "rows": len(unusable),
         "reasons": count_reasons(unusable),
         "first": first,
-        "lost": tell_lost(table, unusable),
+        "lost": describe_lost(table, unusable),
     }
 
 

@@ -1,8 +1,7 @@
-"""From one table to many clients: whose rows are whose, and which of them train, validate and test.
+"""One table cut into clients, which are then checked; clients that are too small are left out, some are held out.
 
-The data set itself, or its columns (`columns.py`), make the clients; here the result is checked, clients that are too
-small are left out, and some are held out. A held-out client keeps its validation and test rows; its training rows are
-set aside, not tested on, because other clients may have trained on the same pictures.
+A held-out client keeps its validation and test rows; its training rows are set aside, not tested on, because other
+clients may have trained on the same pictures.
 """
 
 import dataclasses
@@ -13,16 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedvlm_jax.data.config import SPLITS
-from fedvlm_jax.data.federated_dataset import ClientRows, Federation, Skipped, count_reasons
-from fedvlm_jax.data.partitioning.natural import federate_by_column
-from fedvlm_jax.data.skip_reasons import tell_left_out
+from fedvlm_jax.data.federated_dataset import Federation
+from fedvlm_jax.data.partitioning.natural_clients import federate_by_column
+from fedvlm_jax.data.skipped_rows import describe_skipped
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from fedvlm_jax.data.config import DataOptions
 
-__all__ = ["ClientRows", "Federation", "Skipped", "check_federation", "count_reasons", "federate", "hold_out"]
+__all__ = ["check_federation", "federate", "hold_out"]
 
 
 def federate(table: Table, options: "DataOptions", seed: int) -> Federation:
@@ -30,7 +29,7 @@ def federate(table: Table, options: "DataOptions", seed: int) -> Federation:
 
     Args:
         table: from `read_table(options)`.
-        options: what they mean is their help.
+        options: of the data.
         seed: a non-negative integer; the same seed gives the same federation everywhere.
 
     Raises:
@@ -94,7 +93,7 @@ def check_federation(table: Table, federation: Federation, options: "DataOptions
     if not any(len(client.train) for client in federation.clients):
         raise UserError(
             f"--data {options.source}: none of the {len(federation.clients)} clients has a training row. "
-            f"{tell_left_out(table, federation.skipped)}Check the split column, --data.images-per-client, "
+            f"{describe_skipped(table, federation.skipped)}Check the split column, --data.images-per-client, "
             "--data.validation-share and --data.test-share."
         )
     rows = {client.name: {split: len(client.rows_of(split)) for split in SPLITS} for client in federation.clients}
@@ -102,7 +101,7 @@ def check_federation(table: Table, federation: Federation, options: "DataOptions
 
 
 def _check_names(names: tuple[str, ...], options: "DataOptions") -> None:
-    """Models, results and files of adapters are found by their client's name alone."""
+    """Refuse names that are not unique or not UTF-8: models, results and files of adapters are found by them."""
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(
             f"--data {options.source}: two clients are called {twice[0]!r}; give every client its own name."
@@ -121,7 +120,7 @@ def _leave_out(table: Table, federation: Federation, options: "DataOptions") -> 
             f"--data {options.source}: no client is left of {len(federation.clients)}; --data.min-examples is "
             f"{options.min_examples} and the largest client has "
             f"{max((len(client.train) for client in federation.clients), default=0)} training rows. "
-            f"{tell_left_out(table, federation.skipped)}".rstrip()
+            f"{describe_skipped(table, federation.skipped)}".rstrip()
         )
     out = [client.name for client in federation.clients if len(client.train) < options.min_examples]
     return Federation(kept, {**federation.description, "left_out": out}, federation.skipped)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from make_parquet import SOURCES, draw_image, make_emoji_rows, make_row, make_rows, write_rows
 
 from fedvlm_jax.data.config import SPLITS, DataOptions
-from fedvlm_jax.data.partitioning.splits import federate
+from fedvlm_jax.data.partitioning.federate import federate
 from fedvlm_jax.data.sources.emoji import draw_concepts, draw_mix, read_file
-from fedvlm_jax.data.table import read_table
+from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.errors import UserError
 
 EMOJI = DataOptions(

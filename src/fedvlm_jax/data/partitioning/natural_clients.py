@@ -1,9 +1,8 @@
-"""Clients and splits out of a table's columns: which rows are used, whose they are, who tests what.
+"""Clients out of a table's columns: which rows are used, whose they are, and which split each is in.
 
 Natural clients are the values of a key: column `client`, else `origin_dataset`, else what `--data.partition-by` says.
-Their rows stay as the data have them. Other partitions are drawn over images (`draw.py`), so that a picture is with one
-client. A source without a `split` column is split inside every client, by the content of the images, so that no image
-is in two splits, not even with different clients.
+Their rows stay as the data have them. A source without a `split` column is split inside every client, by the content of
+the images, so that no image is in two splits, not even with different clients.
 """
 
 import unicodedata
@@ -14,10 +13,11 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.config import SPLITS
-from fedvlm_jax.data.federated_dataset import Federation, Owned, gather_clients
-from fedvlm_jax.data.partitioning.drawn import draw_owners
-from fedvlm_jax.data.partitioning.image_groups import find_units, rank_units, skip_rows, split_units
+from fedvlm_jax.data.federated_dataset import Federation, gather_clients
+from fedvlm_jax.data.partitioning.drawn_clients import draw_clients
 from fedvlm_jax.data.partitioning.row_keys import list_keys, read_key
+from fedvlm_jax.data.partitioning.split_by_image import group_by_image, rank_groups, split_groups
+from fedvlm_jax.data.skipped_rows import skip_rows
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.random_streams import Stream
@@ -51,7 +51,7 @@ def federate_by_column(table: Table, options: "DataOptions", seed: int) -> Feder
 
 
 def choose_rows(table: Table, options: "DataOptions", seed: int) -> Int[np.ndarray, " rows"]:
-    """The rows in use, ascending: those of the chosen origins, and of them as many as the limit allows.
+    """Return the rows in use, ascending: those of the chosen origins, and of them as many as the limit allows.
 
     A limit of N cuts the rows into N stretches of equal length and draws one row of each. So the choice is even over
     the files, and no period in them can show (as it would if every k-th row were taken).
@@ -66,8 +66,8 @@ def choose_rows(table: Table, options: "DataOptions", seed: int) -> Int[np.ndarr
         wanted = {unicodedata.normalize("NFC", origin.strip()) for origin in options.origins}
         unknown = sorted(wanted - set(counts))
         if unknown:
-            there = ", ".join(f"{origin} ({count} rows)" for origin, count in sorted(counts.items()))
-            raise UserError(f"--data.origins has {', '.join(unknown)}; {table.name} has {there or 'none'}.")
+            known = ", ".join(f"{origin} ({count} rows)" for origin, count in sorted(counts.items()))
+            raise UserError(f"--data.origins has {', '.join(unknown)}; {table.name} has {known or 'none'}.")
         rows = rows[[origin in wanted for origin in found]]
     if options.limit is not None and options.limit < len(rows):
         edges = np.arange(options.limit + 1) * len(rows) // options.limit
@@ -85,26 +85,26 @@ def federate_rows(
     """Give rows to clients as `options.partition` says.
 
     Args:
-        table: where they lie.
+        table: the table of the rows.
         rows: [N] row numbers, in the order in which clients are to read them.
         splits: [N] places in `SPLITS`; drawn by image content where None.
         options: the partition and the shares of the splits.
-        seed: decides what is drawn.
+        seed: of the draws.
 
     Raises:
         UserError: nothing says who the clients are, or no partition has what the options ask for.
     """
-    own = _own_naturally if options.partition == "natural" else draw_owners
-    return gather_clients(own(table, rows, splits, options, seed))
+    make = _read_clients if options.partition == "natural" else draw_clients
+    return make(table, rows, splits, options, seed)
 
 
-def _own_naturally(
+def _read_clients(
     table: Table,
     rows: Int[np.ndarray, " rows"],
     splits: Int[np.ndarray, " rows"] | None,
     options: "DataOptions",
     seed: int,
-) -> Owned:
+) -> Federation:
     key = options.partition_by or _find_natural_key(table, rows)
     values = read_key(table, key, rows)
     kept = np.asarray([value is not None for value in values], bool)
@@ -114,16 +114,16 @@ def _own_naturally(
     owners = np.asarray([place[value] for value in values if value is not None], np.int64)
     rows = rows[kept]
     if splits is None:
-        units = find_units(table, rows)
-        rows, owners, skipped = rows[units.kept], owners[units.kept], skipped + units.skipped
-        first = np.full(len(units), len(names))
-        np.minimum.at(first, units.of_row, owners)  # a picture at two clients is split as the first of them has it
-        splits = split_units(first, rank_units(units, seed), options)[units.of_row]
+        groups = group_by_image(table, rows)
+        rows, owners, skipped = rows[groups.kept], owners[groups.kept], skipped + groups.skipped
+        first = np.full(len(groups), len(names))
+        np.minimum.at(first, groups.of_row, owners)  # a picture at two clients is split as the first of them has it
+        splits = split_groups(first, rank_groups(groups, seed), options)[groups.of_row]
     else:
         splits = splits[kept]
     origin = f"column {key!r}" if key in table.columns else f"key {key!r}"
     about = {"clients_from": origin, "partition": {"kind": "natural", "by": key, "seed": seed}}
-    return Owned(rows, owners, splits, tuple(names), skipped, about)
+    return gather_clients(rows, owners, splits, names=tuple(names), skipped=skipped, description=about)
 
 
 def _find_natural_key(table: Table, rows: Int[np.ndarray, " rows"]) -> str:

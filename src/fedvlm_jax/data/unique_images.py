@@ -1,8 +1,8 @@
-"""The unique images behind a set of rows: found by content, read when needed, checked before training.
+"""Unique images behind a set of rows: found by content, read when needed, checked before training.
 
 Rows share images (several questions about one picture, one picture with several clients), so frozen features are
 computed and cached once per content. Pixels are never kept: an `Images` knows where its bytes lie. Hashing and checking
-run in threads (both leave the interpreter's lock), hold one image each, and are done once per table: see `facts.py`.
+run in threads (both release the interpreter's lock) and are done once per table (`image_index.py`).
 """
 
 import hashlib
@@ -31,7 +31,7 @@ WORKERS = min(8, os.cpu_count() or 1)
 """Threads that read, hash and decode."""
 
 PART = 64
-"""Images that a thread takes at a time."""
+"""Images that a thread takes at a time: a task per image costs more than hashing it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,25 +52,23 @@ class Images:
         return len(self.keys)
 
     def decode(self, index: int) -> "Image.Image":
-        """The image in RGB, as `pictures.decode_picture` makes it.
+        """Decode an image in RGB, as `decode_picture` does.
 
         Raises:
             UserError: the bytes are missing, cut short, or no image, which happens after `find_broken` where files are
-                removed or changed; or they are not those that the image is known by, so what is cached by its key would
-                not be its own.
+                removed or changed; or they are not those of the image's key, under which its features are cached.
         """
         try:
             return self._decode(index)
         except BrokenImageError as error:
             row = int(self.rows[index])
-            told = self.table.tell_image(row)
+            lookup = self.table.describe_lookup(row)
             raise UserError(
-                f"row {row} of {self.table.name}: {error}{f' (it {told})' if told else ''}. If it was sound when the "
-                "run began, put it back; a new run leaves the row out"
+                f"row {row} of {self.table.name}: {error}{f' (it {lookup})' if lookup else ''}. If it was sound when "
+                "the run began, put it back; a new run leaves the row out"
             ) from error
 
     def _decode(self, index: int) -> "Image.Image":
-        """As `decode`, but what is broken is a BrokenImageError."""
         row = int(self.rows[index])
         encoded = self.table.read_image(row)
         if _digest(encoded).hex() != self.keys[index]:
@@ -83,7 +81,7 @@ class Images:
     def find_broken(self, workers: int = WORKERS) -> dict[int, str]:
         """Decode every image once (JPEGs at an eighth of their size) and return index -> reason for those that fail."""
         facts = self.table.facts
-        as_usual = self.table.max_image_pixels == MAX_IMAGE_PIXELS  # facts are of that bound, and of no other
+        as_usual = self.table.max_image_pixels == MAX_IMAGE_PIXELS  # what is kept holds for that bound alone
         known = facts.sound if as_usual else frozenset[int]()
         unknown = [index for index, row in enumerate(self.rows.tolist()) if row not in known]
         broken = {index: reason for index, reason in _map_parts(self._check, unknown, workers) if reason}
@@ -93,12 +91,13 @@ class Images:
         return broken
 
     def number_pictures(self, workers: int = WORKERS) -> tuple[Int[np.ndarray, " images"], dict[int, str]]:
-        """Decode every image whole, as training does; [I] alike ones get one number, that of the first of them.
+        """Decode every image whole, as training does, and number them [I] so that equal pixels have equal numbers.
 
-        Files differ where pictures do not: one was saved anew, or lost what it says of its camera.
+        Files differ where pictures do not: a copy was saved anew, or lost its camera's data.
 
         Returns:
-            The numbers, each image's own where it fails; and index -> reason for those that do.
+            The index of the first image with these pixels, or its index where it fails; and index -> reason for those
+            that fail.
         """
 
         def look(index: int) -> bytes | str:
@@ -117,7 +116,7 @@ class Images:
         return numbers, broken
 
     def select(self, kept: Sequence[int] | np.ndarray) -> "Images":
-        """The images at the given positions, in that order."""
+        """Select the images at the given positions, in that order."""
         kept = np.asarray(kept, np.int64)
         return Images(self.table, self.rows[kept], tuple(self.keys[index] for index in kept))
 
@@ -148,12 +147,10 @@ def unique_images(
     first: list[int] = []
     index = np.full(len(digests), -1, np.int32)
     for position, (row, digest) in enumerate(zip(rows, digests, strict=True)):
-        if digest is None:
-            continue
-        if digest not in places:
-            places[digest] = len(first)
-            first.append(int(row))
-        index[position] = places[digest]
+        if digest is not None:
+            if digest not in places:
+                first.append(int(row))
+            index[position] = places.setdefault(digest, len(places))
     images = Images(table, np.asarray(first, np.int64), tuple(digest.hex() for digest in places))
     return images, index, missing
 
@@ -161,7 +158,7 @@ def unique_images(
 def digest_rows(
     table: Table, rows: Sequence[int] | np.ndarray, workers: int = WORKERS
 ) -> tuple[list[bytes | None], dict[int, str]]:
-    """BLAKE2b-128 of every row's encoded image (None where there is none), and row -> reason for the missing ones."""
+    """Digest every row's encoded image by BLAKE2b-128, None where it has none, and give row -> reason for these."""
 
     def digest(row: int) -> bytes | str:
         try:
@@ -187,7 +184,7 @@ def _digest(encoded: bytes) -> bytes:
 
 
 def _map_parts(work: Callable[[int], T], items: Sequence[int], workers: int) -> Iterator[tuple[int, T]]:
-    """Item and result, in order; every thread works through parts, because a task of its own per item is dear."""
+    """Yield item and result, in order."""
     parts = [items[start : start + PART] for start in range(0, len(items), PART)]
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for part, results in zip(parts, pool.map(lambda part: [work(item) for item in part], parts), strict=True):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from made_table import as_lists, count_labels, make_table
 
 from fedvlm_jax.data.config import SPLITS, DataOptions
-from fedvlm_jax.data.partitioning.natural import choose_rows
-from fedvlm_jax.data.partitioning.splits import federate
+from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.partitioning.natural_clients import choose_rows
 from fedvlm_jax.errors import UserError
 
 PATH = DataOptions(source="rows.parquet")

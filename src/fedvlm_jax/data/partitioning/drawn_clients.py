@@ -1,4 +1,4 @@
-"""Clients that are drawn: a partition over images, with the labels it needs and the least size that is asked for.
+"""Clients that are drawn: a partition over pictures, with the labels that it needs and the least size asked for.
 
 A least size makes the draw conditional, as in Li et al. (arXiv 2102.02079): draws with a smaller client are dropped.
 """
@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
-from fedvlm_jax.data.federated_dataset import Owned
+from fedvlm_jax.data.federated_dataset import Federation, gather_clients
 from fedvlm_jax.data.partitioning.algorithms import cut_dirichlet, cut_iid, cut_pathological, cut_quantity
-from fedvlm_jax.data.partitioning.image_groups import (
-    TRAIN,
-    Units,
-    find_units,
-    label_units,
-    order_units,
-    rank_units,
-    split_units,
-)
 from fedvlm_jax.data.partitioning.row_keys import UNKNOWN, list_keys, read_key
-from fedvlm_jax.data.skip_reasons import tell_left_out
+from fedvlm_jax.data.partitioning.split_by_image import (
+    TRAIN,
+    ImageGroups,
+    group_by_image,
+    label_groups,
+    order_groups,
+    rank_groups,
+    split_groups,
+)
+from fedvlm_jax.data.skipped_rows import describe_skipped
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.random_streams import Stream
@@ -28,74 +28,77 @@ from fedvlm_jax.utils.random_streams import Stream
 if TYPE_CHECKING:
     from fedvlm_jax.data.config import DataOptions
 
-__all__ = ["draw_owners"]
+__all__ = ["draw_clients"]
 
 DRAWS = 100
 """How often a partition is drawn before its least size is given up."""
 
 
-def draw_owners(
+def draw_clients(
     table: Table,
     rows: Int[np.ndarray, " rows"],
     splits: Int[np.ndarray, " rows"] | None,
     options: "DataOptions",
     seed: int,
-) -> Owned:
+) -> Federation:
     """Share the images of some rows out among `options.clients_drawn` clients, after `options.partition`.
 
     Args:
-        table: where the rows lie.
+        table: the table of the rows.
         rows: [N] row numbers.
         splits: [N] places in `SPLITS`; drawn inside every client where None.
         options: the partition, its key and concentration, and the least number of training rows.
-        seed: decides what is drawn.
+        seed: of the draws.
 
     Raises:
         UserError: there are fewer images than clients, no such key, or no draw has what is asked for.
     """
-    units = find_units(table, rows)
-    rows, splits = rows[units.kept], None if splits is None else splits[units.kept]
-    if len(units) < options.clients_drawn:
+    groups = group_by_image(table, rows)
+    rows, splits = rows[groups.kept], None if splits is None else splits[groups.kept]
+    count = options.clients_drawn
+    if len(groups) < count:
         raise UserError(
-            f"--data.clients is {options.clients_drawn}, and there are {len(units)} images to share out. "
-            f"{tell_left_out(table, units.skipped)}{'Choose fewer clients.' if len(units) else ''}".rstrip()
+            f"--data.clients is {count}, and there are {len(groups)} images to share out. "
+            f"{describe_skipped(table, groups.skipped)}{'Choose fewer clients.' if len(groups) else ''}".rstrip()
         )
-    labels, about = _read_labels(table, rows, units, options)
-    order, rank = order_units(units, labels, splits, seed), rank_units(units, seed)
+    labels, about = _read_labels(table, rows, groups, options)
+    order, rank = order_groups(groups, labels, splits, seed), rank_groups(groups, seed)
     best, train = -1, 0
     for attempt in range(DRAWS):
-        owner = np.empty(len(units), np.int64)
+        owner = np.empty(len(groups), np.int64)
         owner[order] = _cut(labels[order], options, np.random.default_rng([Stream.PARTITIONS, seed, attempt]))
-        split = split_units(owner, rank, options)[units.of_row] if splits is None else splits
-        owners = owner[units.of_row]
+        split = split_groups(owner, rank, options)[groups.of_row] if splits is None else splits
+        owners = owner[groups.of_row]
         training = split == TRAIN
-        least = int(np.bincount(owners[training], minlength=options.clients_drawn).min())
+        least = int(np.bincount(owners[training], minlength=count).min())
         if least >= options.min_examples:
-            partition = {"kind": options.partition, "clients": options.clients_drawn, **about, "seed": seed}
+            partition = {"kind": options.partition, "clients": count, **about, "seed": seed}
             partition |= {"min_examples": options.min_examples, "draws": attempt + 1}
             made = {"clients_from": f"partition {options.partition}", "partition": partition}
-            return Owned(rows, owners, split, _name_clients(options.clients_drawn), units.skipped, made)
+            width = len(str(count - 1))  # so that the names' order is that of the numbers
+            names = tuple(f"client-{number:0{width}d}" for number in range(count))
+            return gather_clients(rows, owners, split, names=names, skipped=groups.skipped, description=made)
         best, train = max(best, least), int(training.sum())
     larger = ", or for a larger --data.alpha" if "alpha" in about else ""
     raise UserError(
         f"--data.min-examples is {options.min_examples}, and in {DRAWS} draws of --data.partition {options.partition} "
-        f"the smallest of {options.clients_drawn} clients had {best} training rows at best; shared out evenly, {train} "
-        f"rows are {train // options.clients_drawn} each. Ask for less, for fewer --data.clients{larger}. "
-        f"{tell_left_out(table, units.skipped)}".rstrip()
+        f"the smallest of {count} clients had {best} training rows at best; shared out evenly, {train} "
+        f"rows are {train // count} each. Ask for less, for fewer --data.clients{larger}. "
+        f"{describe_skipped(table, groups.skipped)}".rstrip()
     )
 
 
 def _read_labels(
-    table: Table, rows: Int[np.ndarray, " rows"], units: Units, options: "DataOptions"
-) -> tuple[Int[np.ndarray, " units"], dict[str, Any]]:
-    """The units' labels, zeros where the partition needs none, and what there is to say about it."""
+    table: Table, rows: Int[np.ndarray, " rows"], groups: ImageGroups, options: "DataOptions"
+) -> tuple[Int[np.ndarray, " groups"], dict[str, Any]]:
+    """Read the groups' labels, zeros where the partition needs none, and describe the partition."""
     about: dict[str, Any] = {}
     if options.partition in ("dirichlet", "quantity"):
         about["alpha"] = options.alpha if np.isfinite(options.alpha) else "inf"
     if options.partition == "pathological":
         about["classes_per_client"] = options.classes_per_client
     if options.partition not in ("dirichlet", "pathological"):
-        return np.zeros(len(units), np.int64), about
+        return np.zeros(len(groups), np.int64), about
     key = options.partition_by or "origin_dataset"
     if key not in list_keys(table) and options.partition_by is None:
         raise UserError(
@@ -104,13 +107,13 @@ def _read_labels(
         )
     values = [value or UNKNOWN for value in read_key(table, key, rows)]
     place = {name: number for number, name in enumerate(sorted(set(values)))}
-    labels = label_units(units, np.asarray([place[value] for value in values], np.int64))
+    labels = label_groups(groups, np.asarray([place[value] for value in values], np.int64))
     return labels, {"by": key, **about, "values": len(place), "rows_unknown": values.count(UNKNOWN)}
 
 
 def _cut(
-    labels: Int[np.ndarray, " units"], options: "DataOptions", rng: np.random.Generator
-) -> Int[np.ndarray, " units"]:
+    labels: Int[np.ndarray, " groups"], options: "DataOptions", rng: np.random.Generator
+) -> Int[np.ndarray, " groups"]:
     match options.partition:
         case "dirichlet":
             return cut_dirichlet(labels, options.clients_drawn, options.alpha, rng)
@@ -120,9 +123,3 @@ def _cut(
             return cut_quantity(len(labels), options.clients_drawn, options.alpha, rng)
         case _:
             return cut_iid(len(labels), options.clients_drawn)
-
-
-def _name_clients(count: int) -> tuple[str, ...]:
-    """Names whose order is that of the numbers."""
-    width = len(str(count - 1))
-    return tuple(f"client-{number:0{width}d}" for number in range(count))

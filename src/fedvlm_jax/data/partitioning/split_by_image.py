@@ -1,0 +1,105 @@
+"""Rows grouped by the picture that they show, so that all rows of a picture stay with one client and in one split.
+
+A group counts once, with the label that most of its rows have (of equally frequent ones the first). Groups are put in
+order by a keyed hash of the picture's bytes, never by their place in the table: reordered files give the same order.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.skipped_rows import Skipped, skip_rows
+from fedvlm_jax.data.table import Table
+from fedvlm_jax.data.unique_images import digest_rows
+
+if TYPE_CHECKING:
+    from fedvlm_jax.data.config import DataOptions
+
+__all__ = ["TRAIN", "ImageGroups", "group_by_image", "label_groups", "order_groups", "rank_groups", "split_groups"]
+
+TRAIN, VALIDATION, TEST = range(len(SPLITS))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageGroups:
+    """The groups of N rows, n of which have an image.
+
+    Attributes:
+        kept: [N] which rows have an image.
+        of_row: [n] the group of each of these.
+        digests: the groups' contents.
+        skipped: the rows without an image.
+    """
+
+    kept: Bool[np.ndarray, " all"]
+    of_row: Int[np.ndarray, " rows"]
+    digests: tuple[bytes, ...]
+    skipped: tuple[Skipped, ...]
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+
+def group_by_image(table: Table, rows: Int[np.ndarray, " all"]) -> ImageGroups:
+    """Group rows by the content of their images."""
+    digests, missing = digest_rows(table, rows)
+    places: dict[bytes, int] = {}
+    of_row = [places.setdefault(digest, len(places)) for digest in digests if digest is not None]
+    kept = np.asarray([digest is not None for digest in digests], bool)
+    skipped = skip_rows(table, rows[~kept], [missing[row] for row in rows[~kept].tolist()])
+    return ImageGroups(kept, np.asarray(of_row, np.int64), tuple(places), skipped)
+
+
+def label_groups(groups: ImageGroups, labels: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " groups"]:
+    """Find every group's most frequent label; of equally frequent ones the first."""
+    pairs, counts = np.unique(np.stack([groups.of_row, labels]), axis=1, return_counts=True)
+    by_count = np.lexsort((pairs[1], -counts, pairs[0]))
+    _, first = np.unique(pairs[0][by_count], return_index=True)
+    return pairs[1][by_count][first]
+
+
+def rank_groups(groups: ImageGroups, seed: int, purpose: bytes = b"") -> Int[np.ndarray, " groups"]:
+    """Rank groups by a hash of their content, the seed and the purpose alone."""
+    key = int(seed).to_bytes(16, "little")
+    hashed = [hashlib.blake2b(digest, key=key, person=purpose, digest_size=16).digest() for digest in groups.digests]
+    rank = np.empty(len(groups), np.int64)
+    rank[sorted(range(len(groups)), key=hashed.__getitem__)] = np.arange(len(groups))
+    return rank
+
+
+def order_groups(
+    groups: ImageGroups, labels: Int[np.ndarray, " groups"], splits: Int[np.ndarray, " rows"] | None, seed: int
+) -> Int[np.ndarray, " groups"]:
+    """Draw the order in which clients take runs of groups, labels and given splits evenly mixed in every run."""
+    strata = labels * len(SPLITS)
+    if splits is not None:
+        split = np.full(len(groups), len(SPLITS) - 1)
+        np.minimum.at(split, groups.of_row, splits)
+        strata = strata + split
+    rank = rank_groups(groups, seed, b"partition")
+    place, size = _count_off(strata, rank)
+    return np.lexsort((rank, (place + 0.5) / size))
+
+
+def split_groups(
+    owners: Int[np.ndarray, " groups"], rank: Int[np.ndarray, " groups"], options: "DataOptions"
+) -> Int[np.ndarray, " groups"]:
+    """Put every owner's first groups by rank into test, the next into validation, the others into train."""
+    place, size = _count_off(owners, rank)
+    test = np.floor(options.test_share * size + 0.5)
+    validation = np.floor(options.validation_share * size + 0.5)
+    return np.where(place < test, TEST, np.where(place < test + validation, VALIDATION, TRAIN))
+
+
+def _count_off(strata: Int[np.ndarray, " groups"], rank: Int[np.ndarray, " groups"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return every group's place by rank in its stratum, and the size of that stratum."""
+    order = np.lexsort((rank, strata))
+    _, start, which, sizes = np.unique(strata[order], return_index=True, return_inverse=True, return_counts=True)
+    place, size = np.empty(len(strata), np.int64), np.empty(len(strata), np.int64)
+    place[order] = np.arange(len(strata)) - start[which]
+    size[order] = sizes[which]
+    return place, size

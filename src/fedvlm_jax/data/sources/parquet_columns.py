@@ -1,0 +1,280 @@
+"""Columns of parquet shards in RLAIF-V's form: checked by the files' footers, made plain while they become Arrow.
+
+Whatever is wrong with a file is a `UserError` that names it. Types that say the same in another way are read too:
+pictures in lists of one, in dictionaries or views; answers of several people as texts or as structs with a field
+`answer` (as VQAv2 has them); `datasets.ClassLabel`s, whose names stand in the file's metadata, as those names.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fedvlm_jax.errors import UserError, explain_error
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["UNDERSTOOD", "check_shards", "is_list", "is_text", "make_plain", "read_class_names"]
+
+NEEDED = ("image", "question", "chosen")
+
+UNDERSTOOD = (
+    *NEEDED,
+    *("rejected", "ds_name", "origin_dataset", "origin_split", "idx", "image_path"),
+    *("client", "split", "language", "question_client", "concept", "task", "group"),
+)
+"""Every column that some part of this package reads. Others mean nothing here, but rows can be told apart by them, so
+they are kept where they are plain (text, numbers, truth) and of one type in all shards."""
+
+ANSWER = "answer"
+"""The field of an answer's struct that holds its text."""
+
+
+class _Shard(NamedTuple):
+    """A file's column types, columns of named classes counting as text, and which these are."""
+
+    file: Path
+    types: "dict[str, pa.DataType]"
+    classes: frozenset[str]
+
+
+def check_shards(files: Sequence[Path]) -> tuple[dict[str, "pa.DataType"], list[Path]]:
+    """Read every footer; return the columns to be read, typed as in the first file, and the files with rows.
+
+    Raises:
+        UserError: a file that is no parquet or damaged, missing or mistyped columns, shards that disagree.
+    """
+    shards, filled = list[_Shard](), list[Path]()
+    for file in files:
+        shard, count = _read_footer(file)
+        shards.append(shard)
+        filled += [file] * (count > 0)
+        for column, kind in shard.types.items():
+            _check_type(file, column, kind)
+        _check_agreement(shards[0], shard)
+    kept = {
+        column: kind
+        for column, kind in shards[0].types.items()
+        if column in UNDERSTOOD or (_is_plain(kind) and all(shard.types.get(column) == kind for shard in shards))
+    }
+    return kept, filled
+
+
+def _read_footer(file: Path) -> tuple[_Shard, int]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file} is no regular file; replace it or remove it.")
+    try:
+        with pq.ParquetFile(file) as opened:
+            schema, count = opened.schema_arrow, opened.metadata.num_rows
+            groups = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+    except Exception as error:  # pyarrow raises a dozen kinds for a file that is no parquet
+        raise UserError(
+            f"{file} cannot be read as parquet ({explain_error(error)}); replace it or remove it."
+        ) from error
+    if min(groups, default=0) < 0 or sum(groups) != count:
+        raise UserError(f"{file} promises {count} rows and has {sum(groups)}: it is damaged; write it again.")
+    missing = [column for column in NEEDED if column not in schema.names]
+    if missing:
+        raise UserError(
+            f"{file} lacks {_quote(missing)}; it has {_quote(dict.fromkeys(schema.names))}. Needed are "
+            f"{_quote(NEEDED)} (RLAIF-V's schema); understood as well: {_quote(UNDERSTOOD[len(NEEDED) :])}."
+        )
+    if twice := [column for column, times in Counter(schema.names).items() if times > 1]:
+        raise UserError(f"{file} has more than one column {_quote(twice)}; keep the one that is meant.")
+    classes = frozenset(read_class_names(schema))
+    return _Shard(file, {e.name: pa.string() if e.name in classes else e.type for e in schema}, classes), count
+
+
+def _check_agreement(first: _Shard, other: _Shard) -> None:
+    """Refuse shards with other columns, or other columns of classes: names would stand beside numbers."""
+    differing = [c for c in UNDERSTOOD if (c in first.types) != (c in other.types)]
+    if differing:
+        raise UserError(
+            f"{other.file} and {first.file} disagree: only one of them has {_quote(differing)}. All shards of a folder "
+            "need the same columns; give one of them alone, or add the columns."
+        )
+    named = [c for c in UNDERSTOOD if (c in first.classes) != (c in other.classes)]
+    numbers = [c for c in named if not is_text((first if c in other.classes else other).types[c])]
+    if numbers:
+        raise UserError(
+            f"{other.file} and {first.file} disagree: only one of them has names for the classes of {_quote(numbers)}. "
+            "Write both with `datasets`, or write the names as text."
+        )
+
+
+def _check_type(file: Path, column: str, kind: "pa.DataType") -> None:
+    import pyarrow.types as is_a
+
+    if column == "image" and not _is_image(kind):
+        raise UserError(
+            f"{file}: column 'image' is {kind}; expected a struct of bytes and path (as `datasets.Image` writes "
+            "it), the encoded bytes, or a path; or a list with one of these in every row."
+        )
+    if column == "image" or column not in UNDERSTOOD:
+        return
+    if column == "chosen" and is_list(kind) and is_text(_find_item(kind)):
+        return
+    plain = _unwrap(kind)
+    if not (is_text(plain) or is_a.is_integer(plain) or is_a.is_null(plain)):
+        several = ", a list of texts, or of structs with a text 'answer'" if column == "chosen" else ""
+        mend = "Write it as text." if column in NEEDED else "Write it as text, or leave it out."
+        raise UserError(f"{file}: column {column!r} is {kind}; expected text{several}. {mend}")
+
+
+def _unwrap(kind: "pa.DataType") -> "pa.DataType":
+    """Return the type of a dictionary's words, or the type itself."""
+    import pyarrow.types as is_a
+
+    return kind.value_type if is_a.is_dictionary(kind) else kind
+
+
+def _find_item(kind: "pa.DataType") -> "pa.DataType":
+    """Find the type of a single answer in a list of them: of the struct's field, or of the item itself."""
+    import pyarrow.types as is_a
+
+    item = kind.value_type
+    if is_a.is_struct(item) and item.get_field_index(ANSWER) >= 0:
+        return item.field(ANSWER).type
+    return item
+
+
+def is_list(kind: "pa.DataType") -> bool:
+    """Tell whether it is a list in any layout."""
+    import pyarrow.types as is_a
+
+    views = is_a.is_list_view(kind) or is_a.is_large_list_view(kind)
+    return is_a.is_list(kind) or is_a.is_large_list(kind) or is_a.is_fixed_size_list(kind) or views
+
+
+def is_text(kind: "pa.DataType") -> bool:
+    """Tell whether it is text in any layout."""
+    import pyarrow.types as is_a
+
+    return is_a.is_string(kind) or is_a.is_large_string(kind) or is_a.is_string_view(kind)
+
+
+def _is_binary(kind: "pa.DataType") -> bool:
+    import pyarrow.types as is_a
+
+    return is_a.is_binary(kind) or is_a.is_large_binary(kind) or is_a.is_binary_view(kind)
+
+
+def _is_plain(kind: "pa.DataType") -> bool:
+    import pyarrow.types as is_a
+
+    kind = _unwrap(kind)
+    return is_text(kind) or is_a.is_integer(kind) or is_a.is_floating(kind) or is_a.is_boolean(kind)
+
+
+def _is_image(kind: "pa.DataType") -> bool:
+    import pyarrow.types as is_a
+
+    kind = _unwrap(kind.value_type if is_list(kind) else kind)
+    if not is_a.is_struct(kind):
+        return _is_binary(kind) or is_text(kind)
+    parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+    if "bytes" in parts:
+        return _is_binary(parts["bytes"]) or (is_a.is_null(parts["bytes"]) and "path" in parts)
+    return "path" in parts
+
+
+def read_class_names(schema: "pa.Schema") -> dict[str, tuple[str, ...]]:
+    """Find integer columns that `datasets` calls ClassLabel -> the names of their classes; odd metadata has none."""
+    import pyarrow.types as is_a
+
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        named = {name: feature["names"] for name, feature in features.items() if _is_label(feature)}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return {}
+    integers = {field.name for field in schema if is_a.is_integer(field.type)}
+    return {name: tuple(names) for name, names in named.items() if name in integers}
+
+
+def _is_label(feature: Any) -> bool:
+    if not isinstance(feature, Mapping) or feature.get("_type") != "ClassLabel":
+        return False
+    names = feature.get("names")
+    return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
+
+
+def make_plain(table: "pa.Table") -> "pa.Table":
+    """Replace columns of types that are read but not kept, row for row.
+
+    Raises:
+        ValueError: a row with several pictures, or a class without a name.
+    """
+    names = read_class_names(table.schema)
+    for place, field in enumerate(table.schema):
+        column = table.column(place).combine_chunks()
+        if field.name == "image":
+            made = _make_image(column)
+        elif field.name in names:
+            made = _name_classes(field.name, column, names[field.name])
+        elif field.name == "chosen" and is_list(field.type):
+            made = _make_answers(column)
+        else:
+            continue
+        table = table.set_column(place, field.name, made)
+    return table
+
+
+def _name_classes(column: str, values: "pa.Array", names: tuple[str, ...]) -> "pa.Array":
+    import pyarrow as pa
+
+    codes = values.to_pylist()
+    unknown = [code for code in codes if code is not None and not -1 <= code < len(names)]
+    if unknown:
+        raise ValueError(f"column {column!r} has the class {unknown[0]}, and names for {len(names)} classes")
+    return pa.array([None if code is None or code < 0 else names[code] for code in codes], pa.string())
+
+
+def _make_image(values: "pa.Array") -> "pa.Array":
+    import pyarrow as pa
+    import pyarrow.types as is_a
+
+    if is_list(values.type):
+        values = _take_single(values)
+    if is_a.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if is_a.is_binary_view(values.type):
+        values = values.cast(pa.binary())
+    return values.cast(pa.string()) if is_a.is_string_view(values.type) else values
+
+
+def _take_single(lists: "pa.Array") -> "pa.Array":
+    """Take the only item of every list; null where a list is empty or null."""
+    import pyarrow as pa
+
+    lists = lists.cast(pa.list_(lists.type.value_type))
+    lengths = np.asarray(lists.value_lengths().fill_null(0))
+    if (lengths > 1).any():
+        row = int(np.argmax(lengths > 1))
+        raise ValueError(f"a row has {lengths[row]} pictures (the {row + 1}. of its row group); expected one in each")
+    places = np.cumsum(lengths) - 1
+    return lists.flatten().take(pa.array(places, pa.int64(), mask=lengths == 0))
+
+
+def _make_answers(lists: "pa.Array") -> "pa.Array":
+    """Make lists of texts, whatever the lists' layout. Bytes stay as they are: not all are UTF-8."""
+    import pyarrow as pa
+    import pyarrow.types as is_a
+
+    lists = lists.cast(pa.list_(lists.type.value_type))
+    edges = np.cumsum([0, *lists.value_lengths().fill_null(0).to_pylist()])
+    texts = lists.flatten()
+    if is_a.is_struct(texts.type) and (place := texts.type.get_field_index(ANSWER)) >= 0:
+        texts = texts.flatten()[place]
+    missing = lists.is_null() if lists.null_count else None
+    return pa.ListArray.from_arrays(pa.array(edges, pa.int32()), texts.cast(pa.string()), mask=missing)
+
+
+def _quote(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names) or "nothing"
