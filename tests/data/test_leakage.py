@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.federated_dataset import ClientRows, Federation
-from fedvlm_jax.data.leakage import Overlap, find_overlap, number_things, place_rows
+from fedvlm_jax.data.leakage import find_overlap, number_things, place_rows
 
 NAMES = ("a", "b", "c")
 
@@ -19,7 +20,7 @@ def make_federation(*clients: tuple[list[int], list[int], list[int]]) -> Federat
     return Federation(tuple(ClientRows(name, *parts) for name, parts in zip(NAMES, rows, strict=False)), {})
 
 
-def find(federation: Federation, thing_of_row: dict[int, str | None]) -> Overlap:
+def find(federation: Federation, thing_of_row: dict[int, str | None]) -> dict[str, Any]:
     things = number_things([thing_of_row[row] for row in federation.rows.tolist()])
     return find_overlap(things, place_rows(federation), federation.names)
 
@@ -31,33 +32,35 @@ def test_rows_are_lined_up_with_client_and_split() -> None:
     assert [SPLITS[split] for split in places.splits] == ["train", "train", "test", "validation"]
 
 
+def leaks(overlap: dict[str, Any]) -> dict[str, Any]:
+    return {line: found for line, found in overlap["between_splits"].items() if found["distinct"]}
+
+
 def test_no_leak_where_there_is_none() -> None:
     # Rows of one split may share an image, and so may clients inside it.
     federation = make_federation(([0, 1], [2], [3]), ([4], [5], [6]))
     overlap = find(federation, {0: "x", 1: "x", 2: "y", 3: "z", 4: "x", 5: "v", 6: None})
-    assert overlap.leaks == ()
-    assert overlap.things == 4
-    assert (overlap.shared, overlap.shared_rows, overlap.pairs) == (1, 3, (("a", "b", 1),))
+    assert leaks(overlap) == {}
+    assert overlap["distinct"] == 4
+    assert overlap["between_clients"] == {"distinct": 1, "rows": 3, "most": [["a", "b", 1]]}
 
 
 def test_a_known_leak_is_found_with_its_rows() -> None:
     federation = make_federation(([0, 1], [2], [3]), ([4], [], [5, 6]))
     # x: train of a, test of a and of b. y: validation of a, test of b.
     overlap = find(federation, {0: "w", 1: "x", 2: "y", 3: "x", 4: "v", 5: "x", 6: "y"})
-    train_test, validation_test = overlap.leaks
-    assert train_test.splits == ("train", "test")
-    assert (train_test.things, train_test.rows, train_test.own_rows) == (1, 2, 1)
-    assert train_test.examples == ((1, 3), (1, 5))
-    assert validation_test.splits == ("validation", "test")
-    assert (validation_test.things, validation_test.rows, validation_test.own_rows) == (1, 1, 0)
-    assert (overlap.shared, overlap.shared_rows) == (2, 5)
-    assert overlap.pairs == (("a", "b", 2),)
-    assert json.loads(json.dumps(overlap.to_json()))["between_splits"]["train/test"]["examples"] == [[1, 3], [1, 5]]
+    assert leaks(overlap) == {
+        "train/test": {"distinct": 1, "rows": 2, "rows_of_the_same_client": 1, "examples": [[1, 3], [1, 5]]},
+        "validation/test": {"distinct": 1, "rows": 1, "rows_of_the_same_client": 0, "examples": [[2, 6]]},
+    }
+    assert overlap["between_clients"] == {"distinct": 2, "rows": 5, "most": [["a", "b", 2]]}
+    assert json.loads(json.dumps(overlap)) == overlap
 
 
 def test_an_empty_federation_has_no_overlap() -> None:
     overlap = find(make_federation(([], [], []), ([1], [], [])), {1: None})
-    assert (overlap.things, overlap.leaks, overlap.shared, overlap.pairs) == (0, (), 0, ())
+    assert (overlap["distinct"], leaks(overlap)) == (0, {})
+    assert overlap["between_clients"] == {"distinct": 0, "rows": 0, "most": []}
 
 
 @settings(deadline=None)  # scipy is imported in the first example
@@ -69,24 +72,25 @@ def test_against_counting_one_by_one(stand: list[tuple[int, int, int]]) -> None:
     federation = make_federation(*map(tuple, parts))
     overlap = find(federation, {row: None if thing < 0 else str(thing) for row, (thing, _, _) in enumerate(stand)})
     seen = [{(thing, client) for thing, client, at in stand if at == split and thing >= 0} for split in range(3)]
-    for crossing, (first, second) in zip(overlap.crossings, itertools.combinations(range(3), 2), strict=True):
+    for first, second in itertools.combinations(range(3), 2):
+        crossing = overlap["between_splits"][f"{SPLITS[first]}/{SPLITS[second]}"]
         both = {thing for thing, _ in seen[first]} & {thing for thing, _ in seen[second]}
-        assert crossing.splits == (SPLITS[first], SPLITS[second])
-        assert crossing.things == len(both)
-        assert crossing.rows == sum(split == second and thing in both for thing, _, split in stand)
+        assert crossing["distinct"] == len(both)
+        assert crossing["rows"] == sum(split == second and thing in both for thing, _, split in stand)
         own = [(thing, client) in seen[first] for thing, client, split in stand if split == second and thing >= 0]
-        assert crossing.own_rows == sum(own)
-        assert len(crossing.examples) == min(5, crossing.rows)
-        for one, other in crossing.examples:
+        assert crossing["rows_of_the_same_client"] == sum(own)
+        assert len(crossing["examples"]) == min(5, crossing["rows"])
+        for one, other in crossing["examples"]:
             assert (stand[one][0], stand[one][2], stand[other][2]) == (stand[other][0], first, second)
     holders = {}
     for thing, client, _ in stand:
         holders.setdefault(thing, set()).add(client)
     holders.pop(-1, None)
-    assert overlap.things == len(holders)
-    assert overlap.shared == sum(len(who) > 1 for who in holders.values())
+    assert overlap["distinct"] == len(holders)
+    assert overlap["between_clients"]["distinct"] == sum(len(who) > 1 for who in holders.values())
     counted = {
         (NAMES[one], NAMES[other]): sum({one, other} <= who for who in holders.values())
         for one, other in itertools.combinations(range(3), 2)
     }
-    assert {pair[:2]: pair[2] for pair in overlap.pairs} == {pair: count for pair, count in counted.items() if count}
+    shared = {(one, other): count for one, other, count in overlap["between_clients"]["most"]}
+    assert shared == {pair: count for pair, count in counted.items() if count}

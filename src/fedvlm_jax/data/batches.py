@@ -1,4 +1,4 @@
-"""Which example a client sees at which step, and rows padded to few shapes: numpy index arithmetic, nothing else.
+"""Batches of local steps: which example a client sees at which step, and rows padded to few shapes.
 
 A round's arrays hold what its clients touch in that round: rows [K, M] and, into them, indices [K, S, B] with a mask.
 Padding repeats a real row instead of zeros, because an attention mask without a single one makes NaN in a softmax, and
@@ -21,10 +21,10 @@ __all__ = ["RoundRows", "bucket", "count_steps", "local_batches", "pad_rows", "r
 def local_batches(
     seed: int, round_: int, client: int, n: int, steps: int, batch: int
 ) -> tuple[Int[np.ndarray, "steps batch"], Bool[np.ndarray, "steps batch"]]:
-    """Epochs of permutations strung together and cut into batches.
+    """Draw epochs of permutations and cut them into batches.
 
     With `n >= batch` every slot is filled, and a batch may span the end of an epoch. With `0 < n < batch` every step is
-    one epoch: each example once, the other slots masked (not repeated, so no example weighs more than another). With
+    an epoch: each example once, the other slots masked (not repeated, so no example weighs more than another). With
     `n = 0` everything is masked. More steps continue the same sequence.
 
     Args:
@@ -35,6 +35,10 @@ def local_batches(
 
     Returns:
         Indices [S, B] int32 in 0 … max(n, 1) - 1 and the mask [S, B] of the slots that count.
+
+    >>> indices, mask = local_batches(seed=0, round_=1, client=0, n=3, steps=2, batch=2)
+    >>> sorted(indices.ravel()[:3].tolist()), mask.tolist()  # the first epoch, then a new one begins
+    ([0, 1, 2], [[True, True], [True, True]])
     """
     shape = (steps, batch)
     if n <= 0 or steps <= 0:
@@ -49,17 +53,23 @@ def local_batches(
 
 
 def count_steps(n: int, epochs: float, batch: int) -> int:
-    """The steps in which `local_batches` shows all of `n` examples `epochs` times: ⌈E n / B⌉ where n ≥ B.
+    """Count the steps in which `local_batches` shows all of `n` examples `epochs` times: ⌈E n / B⌉ where n ≥ B.
 
-    A client with fewer examples than a batch has slots fills no batch, so that each of its steps is one epoch. The last
-    step is filled from the epoch that follows. `epochs` means the decimal number that it is written as: 1.1 epochs of
-    10 examples, one at a time, are 11 steps.
+    Where n < B each step is an epoch. The last step is filled from the epoch that follows.
+
+    >>> count_steps(10, 1.1, 1)  # the decimal number, not the binary fraction a little above it
+    11
     """
     return math.ceil(Fraction(str(epochs)) * n / min(n, batch)) if n else 0
 
 
 def split_batches(n: int, batch: int) -> tuple[Int[np.ndarray, "batches batch"], Bool[np.ndarray, "batches batch"]]:
-    """All of 0 … n - 1 once and in order, for evaluation: indices and mask [ceil(n / B), B]; padding repeats 0."""
+    """Cut 0 … n - 1 into batches in order, for evaluation: indices and mask [ceil(n / B), B]; padding repeats 0.
+
+    >>> indices, mask = split_batches(3, 2)
+    >>> indices.tolist(), mask.tolist()
+    ([[0, 1], [2, 0]], [[True, True], [True, False]])
+    """
     count = -(-n // batch)
     places = np.arange(count * batch).reshape(count, batch)
     mask = places < n
@@ -67,10 +77,13 @@ def split_batches(n: int, batch: int) -> tuple[Int[np.ndarray, "batches batch"],
 
 
 def bucket(n: int, sizes: Sequence[int] | None = None) -> int:
-    """The smallest size that holds `n`: from `sizes`, else 8, 12, 16, 24, 32, 48 …: at most a third padding.
+    """Find the smallest size that holds `n`: from `sizes`, else 8, 12, 16, 24, 32, 48 …: at most a third padding.
 
     Raises:
         ValueError: n is larger than all of `sizes`.
+
+    >>> bucket(9), bucket(17)
+    (12, 24)
     """
     if sizes is None:
         size = 8
@@ -84,10 +97,13 @@ def bucket(n: int, sizes: Sequence[int] | None = None) -> int:
 
 
 def pad_rows(rows: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " size"]:
-    """Row numbers padded to `size` with the first of them (with row 0, if there are none).
+    """Pad row numbers to `size` with the first of them (with row 0, if there are none).
 
     Raises:
         ValueError: there are more than `size`.
+
+    >>> pad_rows(np.asarray([5, 7]), 4).tolist()
+    [5, 7, 5, 5]
     """
     if len(rows) > size:
         raise ValueError(f"{len(rows)} rows do not fit into {size}")
@@ -97,7 +113,7 @@ def pad_rows(rows: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " size"]
 
 
 class RoundRows(NamedTuple):
-    """What a cohort reads in one round.
+    """The rows that a cohort reads in a round.
 
     Attributes:
         rows: [K, M] int64, into the arrays of an `Examples`; padded.
@@ -122,7 +138,7 @@ def round_rows(
     sizes: Sequence[int] | None = None,
     taken: Sequence[int] | None = None,
 ) -> RoundRows:
-    """`local_batches` of a cohort, each client with only the rows it will touch, M a bucket of the largest such number.
+    """Draw `local_batches` for a cohort, each client with only the rows that it will touch, M a bucket of the most.
 
     Args:
         seed, round_: as in `local_batches`.
@@ -133,22 +149,23 @@ def round_rows(
         taken: the first so many steps of each of these clients count, and no rows are read for the others; all S by
             default.
     """
-    drawn = [
-        local_batches(seed, round_, client, len(own), steps, batch) for client, own in zip(cohort, rows, strict=True)
-    ]
+    counts = [len(held) for held in rows]
+    drawn = [local_batches(seed, round_, client, n, steps, batch) for client, n in zip(cohort, counts, strict=True)]
     for (_, mask), first in zip(drawn, [steps] * len(drawn) if taken is None else taken, strict=True):
         mask[first:] = False
     touched = [np.unique(indices[mask]) for indices, mask in drawn]
     size = bucket(max((len(used) for used in touched), default=0), sizes)
     return RoundRows(
-        rows=_stack([pad_rows(own[used], size) for own, used in zip(rows, touched, strict=True)], (0, size), np.int64),
+        rows=_stack(
+            [pad_rows(held[used], size) for held, used in zip(rows, touched, strict=True)], (0, size), np.int64
+        ),
         indices=_stack(
             [np.where(mask, np.searchsorted(used, at), 0) for (at, mask), used in zip(drawn, touched, strict=True)],
             (0, steps, batch),
             np.int32,
         ),
         mask=_stack([mask for _, mask in drawn], (0, steps, batch), bool),
-        counts=np.asarray([len(own) for own in rows], np.int64),
+        counts=np.asarray(counts, np.int64),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a federation looks like before any training, as JSON: who has how much of what, what stands where it may not.
+"""A federation before any training, as JSON: how much of what each client has, and what is in two splits or clients.
 
 Nothing here needs a model, so prompts that are too long for one are not known yet. Images are hashed and not decoded,
 unless that is asked for.
@@ -15,8 +15,7 @@ from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.federated_dataset import Federation
 from fedvlm_jax.data.leakage import Places, find_overlap, number_things, place_rows
 from fedvlm_jax.data.partitioning.row_keys import UNKNOWN, list_keys, read_key
-from fedvlm_jax.data.partitioning.split_by_image import skip_rows
-from fedvlm_jax.data.skipped_rows import Skipped, count_reasons, describe_lost, find_pair_fault, find_text_fault
+from fedvlm_jax.data.skipped_rows import count_reasons, describe_lost, find_pair_fault, find_text_fault, skip_rows
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import find_question_column
 from fedvlm_jax.data.unique_images import unique_images
@@ -44,30 +43,38 @@ def describe(
     """Describe a federation, rows that will be skipped included.
 
     Args:
-        table: where its rows lie.
+        table: of its rows.
         federation: the clients.
         options: those that made it.
-        check_images: decode every image, to find those that are broken, and those that show the same though their
-            bytes differ.
-        note: told about long work.
+        check_images: decode every image, to find those that are broken, and those with equal pixels though their bytes
+            differ.
+        note: called with a line before long work.
 
     Returns:
-        What `json.dumps` takes. `rows`: how many the table has, clients have, and nobody has. `clients`: name,
-        held_out, rows per split, distinct images. `keys`: for each key the rows per value, in all and by client, and
-        the clients' unlikeness; `label` is the key that tells most. `texts`: lengths. `images`, `unusable`, `pairs`:
-        what there is and what is not. `overlap`: see `overlap.Overlap`.
+        As JSON. `rows`: how many the table has, clients have, and no client has. `clients`: name, held_out, rows per
+        split, distinct images. `keys`: for each key the rows per value, in all and by client, and the clients'
+        unlikeness; `label` is the key that says most. `texts`: lengths. `images`, `unusable`, `pairs`: counts.
+        `overlap`: see `find_overlap`.
     """
     places = place_rows(federation)
     note(f"hashing the images of {len(places.rows)} rows")
     images, image, missing = unique_images(table, places.rows)
     columns = {"question": find_question_column(table, options), "chosen": "chosen", "rejected": "rejected"}
-    texts = {name: _read_stripped(table, column, places.rows) for name, column in columns.items()}
+    texts = {
+        name: [(text or "").strip() for text in table.read_text(column, places.rows)]
+        for name, column in columns.items()
+        if column in table.columns
+    }
     pictures, broken = np.arange(len(images)), dict[int, str]()
     if check_images:
         note(f"decoding {len(images)} images")
         pictures, broken = images.number_pictures()
     picture = np.where(image >= 0, pictures[image], -1) if len(images) else image
-    faults = _find_faults(places.rows, image, missing, broken, texts)
+    faults: dict[int, str] = {}  # place -> why the row there will be skipped, in the order of `encode`
+    for place, (row, index) in enumerate(zip(places.rows.tolist(), image.tolist(), strict=True)):
+        seen = missing.get(row) if index < 0 else broken.get(index)
+        if reason := seen or find_text_fault(texts["question"][place], texts["chosen"][place]):
+            faults[place] = reason
     unusable = federation.skipped + skip_rows(table, places.rows[list(faults)], list(faults.values()))
     keys = _count_keys(table, federation, places)
     asked = number_things(list(zip(texts["question"], texts["chosen"], strict=True)))
@@ -84,20 +91,29 @@ def describe(
             "most_rows": int(np.bincount(image[image >= 0]).max(initial=0)),
             "decoded": check_images,
         },
-        "unusable": _describe_unusable(table, unusable),
-        "pairs": _describe_pairs(texts["chosen"], texts["rejected"]),
+        "unusable": {
+            "rows": len(unusable),
+            "reasons": count_reasons(unusable),
+            "first": [{"row": entry.row, "idx": entry.idx, "reason": entry.reason} for entry in unusable[:SHOWN]],
+            "lost": describe_lost(table, unusable),
+        },
+        "pairs": _describe_pairs(texts["chosen"], texts.get("rejected", [])),
         "overlap": {
-            "images": find_overlap(picture.astype(np.int64), places, federation.names).to_json(),
-            "texts": find_overlap(asked, places, federation.names).to_json(),
+            "images": find_overlap(picture.astype(np.int64), places, federation.names),
+            "texts": find_overlap(asked, places, federation.names),
         },
         "repeated_rows": len(asked) - len({*zip(asked.tolist(), picture.tolist(), strict=True)}),
     }
 
 
 def measure_unlikeness(counts: Int[np.ndarray, "clients values"]) -> float | None:
-    """Mean total variation distance between a client's mix of values and the mix of all: 0 alike, towards 1 disjoint.
+    """Average the total variation distance between a client's mix of values and the mix of all.
 
-    Clients without rows do not count; None where there are none with.
+    0 where clients are alike, towards 1 where they are disjoint. Clients without rows do not count; None where none has
+    rows.
+
+    >>> measure_unlikeness(np.asarray([[9, 1], [1, 9]]))
+    0.4
     """
     sizes = counts.sum(axis=1, keepdims=True)
     filled = counts[sizes[:, 0] > 0] / sizes[sizes[:, 0] > 0]
@@ -106,27 +122,11 @@ def measure_unlikeness(counts: Int[np.ndarray, "clients values"]) -> float | Non
     return float(0.5 * np.abs(filled - counts.sum(axis=0) / counts.sum()).sum(axis=1).mean())
 
 
-def _read_stripped(table: Table, column: str, rows: np.ndarray) -> list[str]:
-    return [(text or "").strip() for text in table.read_text(column, rows)] if column in table.columns else []
-
-
-def _find_faults(
-    rows: np.ndarray, image: np.ndarray, missing: dict[int, str], broken: dict[int, str], texts: dict[str, list[str]]
-) -> dict[int, str]:
-    """Place -> why the row there will be skipped, with the reasons and in the order of `encode`."""
-    faults: dict[int, str] = {}
-    for place, (row, index) in enumerate(zip(rows.tolist(), image.tolist(), strict=True)):
-        seen = missing.get(row) if index < 0 else broken.get(index)
-        if reason := seen or find_text_fault(texts["question"][place], texts["chosen"][place]):
-            faults[place] = reason
-    return faults
-
-
 def _count_keys(table: Table, federation: Federation, places: Places) -> dict[str, Any]:
     by = (federation.description.get("partition") or {}).get("by")
-    there = list_keys(table)
+    known = list_keys(table)
     found = {}
-    for key in dict.fromkeys(key for key in (by, *KEYS) if key in there):
+    for key in dict.fromkeys(key for key in (by, *KEYS) if key in known):
         values = [value or UNKNOWN for value in read_key(table, key, places.rows)]
         ranked = [value for value, _ in Counter(values).most_common()]
         number = {value: place for place, value in enumerate(ranked)}
@@ -136,15 +136,15 @@ def _count_keys(table: Table, federation: Federation, places: Places) -> dict[st
             "values": dict(zip(ranked, counts.sum(axis=0).tolist(), strict=True)),
             "unlikeness": measure_unlikeness(counts),
             "by_client": {
-                name: {value: count for value, count in zip(ranked, own, strict=True) if count}
-                for name, own in zip(federation.names, counts.tolist(), strict=True)
+                name: {value: count for value, count in zip(ranked, of_client, strict=True) if count}
+                for name, of_client in zip(federation.names, counts.tolist(), strict=True)
             },
         }
     return found
 
 
 def _choose_label(keys: dict[str, Any]) -> str | None:
-    """The first key with several values that does not just repeat who the client is."""
+    """Choose the first key with several values that does not just repeat the client."""
     for key, found in keys.items():
         held = [values for values in found["by_client"].values() if values]
         if len(found["values"]) > 1 and (any(len(values) > 1 for values in held) or len(found["values"]) < len(held)):
@@ -153,8 +153,8 @@ def _choose_label(keys: dict[str, Any]) -> str | None:
 
 
 def _describe_clients(federation: Federation, places: Places, image: np.ndarray) -> list[dict[str, Any]]:
-    there = image >= 0
-    pairs = np.unique(np.stack([places.clients[there], image[there]]), axis=1)
+    known = image >= 0
+    pairs = np.unique(np.stack([places.clients[known], image[known]]), axis=1)
     distinct = np.bincount(pairs[0], minlength=len(federation.clients)).tolist()
     return [
         {
@@ -188,18 +188,8 @@ def _summarise(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def _describe_unusable(table: Table, unusable: Sequence[Skipped]) -> dict[str, Any]:
-    first = [{"row": entry.row, "idx": entry.idx, "reason": entry.reason} for entry in unusable[:SHOWN]]
-    return {
-        "rows": len(unusable),
-        "reasons": count_reasons(unusable),
-        "first": first,
-        "lost": describe_lost(table, unusable),
-    }
-
-
 def _describe_pairs(chosen: list[str], rejected: list[str]) -> dict[str, Any] | None:
-    """How many rows state a preference, and why the others do not; None where there are no rejected answers."""
+    """Count the rows that state a preference, and why others do not; None where there are no rejected answers."""
     if not rejected:
         return None
     faults = Counter(filter(None, map(find_pair_fault, chosen, rejected)))

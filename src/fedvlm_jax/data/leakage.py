@@ -1,4 +1,4 @@
-"""What stands on both sides of a line: the same image, or the same text, in two splits or with two clients.
+"""Leaks: the same image, or the same text, in two splits or with two clients.
 
 An image in train and in test makes a test score too good; one with two clients makes them less apart than they seem
 (some sets mean it so). Sameness is that of the encoded bytes, or of the pixels where images are decoded: a picture that
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from fedvlm_jax.data.config import SPLITS, Split
+from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.federated_dataset import Federation
 
-__all__ = ["Crossing", "Overlap", "Places", "find_overlap", "number_things", "place_rows"]
+__all__ = ["Places", "find_overlap", "number_things", "place_rows"]
 
 SHOWN = 5
 """Examples, and pairs of clients, that are named."""
@@ -24,68 +24,11 @@ SHOWN = 5
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where every row in use stands: [N] row numbers, places among the clients, places in `SPLITS`."""
+    """Rows in use: [N] row numbers, each row's client as a number, each row's split as a place in `SPLITS`."""
 
     rows: Int[np.ndarray, " rows"]
     clients: Int[np.ndarray, " rows"]
     splits: Int[np.ndarray, " rows"]
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """Things that are in two splits, with whichever clients.
-
-    Attributes:
-        splits: the two.
-        things: how many.
-        rows: rows of the second split that are about them.
-        own_rows: those among them whose thing is in the first split of the very same client.
-        examples: some of these rows, each with one of the first split.
-    """
-
-    splits: tuple[Split, Split]
-    things: int
-    rows: int
-    own_rows: int
-    examples: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """What one kind of thing has in common across splits and clients.
-
-    Attributes:
-        things: how many different ones there are.
-        crossings: train and validation, train and test, validation and test.
-        shared: things with more than one client.
-        shared_rows: rows that are about them.
-        pairs: the two clients, and how much they share, for those that share most.
-    """
-
-    things: int
-    crossings: tuple[Crossing, ...]
-    shared: int
-    shared_rows: int
-    pairs: tuple[tuple[str, str, int], ...]
-
-    @property
-    def leaks(self) -> tuple[Crossing, ...]:
-        """The crossings that are not empty."""
-        return tuple(crossing for crossing in self.crossings if crossing.things)
-
-    def to_json(self) -> dict[str, Any]:
-        """What `json.dumps` takes."""
-        crossings = {
-            f"{one.splits[0]}/{one.splits[1]}": {
-                "distinct": one.things,
-                "rows": one.rows,
-                "rows_of_the_same_client": one.own_rows,
-                "examples": [list(pair) for pair in one.examples],
-            }
-            for one in self.crossings
-        }
-        between = {"distinct": self.shared, "rows": self.shared_rows, "most": [list(pair) for pair in self.pairs]}
-        return {"distinct": self.things, "between_splits": crossings, "between_clients": between}
 
 
 def place_rows(federation: Federation) -> Places:
@@ -96,57 +39,74 @@ def place_rows(federation: Federation) -> Places:
 
 
 def number_things(things: Sequence[Hashable | None]) -> Int[np.ndarray, " rows"]:
-    """Number things in the order in which they are met, alike ones alike; None is -1."""
+    """Number things in the order in which they are met, equal ones alike; None is -1.
+
+    >>> number_things(["cat", None, "dog", "cat"]).tolist()
+    [0, -1, 1, 0]
+    """
     numbers: dict[Hashable, int] = {}
     return np.asarray([-1 if thing is None else numbers.setdefault(thing, len(numbers)) for thing in things], np.int64)
 
 
-def find_overlap(things: Int[np.ndarray, " rows"], places: Places, names: Sequence[str]) -> Overlap:
-    """Find what is in two splits, or with two clients.
+def find_overlap(things: Int[np.ndarray, " rows"], places: Places, names: Sequence[str]) -> dict[str, Any]:
+    """Find things that are in two splits, or with two clients.
 
     Args:
         things: [N] every row's thing by its number; -1 where it has none.
-        places: where these N rows stand.
+        places: of these N rows.
         names: the clients'.
+
+    Returns:
+        As JSON: `distinct`, the number of different things. `between_splits`: for "train/validation", "train/test" and
+        "validation/test" the things in both (`distinct`), the `rows` of the second split about them, those among these
+        whose thing is in the first split of the same client (`rows_of_the_same_client`), and `examples`: a row of the
+        first split with one of the second. `between_clients`: the things with more than one client (`distinct`), the
+        `rows` about them, and the pairs of clients that share `most`: both names and how many things.
     """
-    there = things >= 0
-    numbers, clients, splits, rows = things[there], places.clients[there], places.splits[there], places.rows[there]
+    known = things >= 0
+    numbers, rows = things[known], places.rows[known]
+    clients, splits = places.clients[known], places.splits[known]
     count = int(numbers.max(initial=-1)) + 1
     met = np.zeros((count, len(SPLITS)), bool)
     met[numbers, splits] = True
-    stands = Places(rows, clients, splits)
+    # Thing and client as one number, to be looked up among those of another split.
+    held = numbers * len(names) + clients
+
+    def compare(first: int, second: int) -> dict[str, Any]:
+        both = met[:, first] & met[:, second]
+        earlier, later = (np.flatnonzero((splits == split) & both[numbers]) for split in (first, second))
+        # Backwards, so that a thing's first row is the one that stays.
+        row_of = dict(zip(numbers[earlier][::-1].tolist(), rows[earlier][::-1].tolist(), strict=True))
+        shown = zip(numbers[later[:SHOWN]].tolist(), rows[later[:SHOWN]].tolist(), strict=True)
+        return {
+            "distinct": int(both.sum()),
+            "rows": len(later),
+            "rows_of_the_same_client": int(np.isin(held[later], held[earlier]).sum()),
+            "examples": [[row_of[thing], row] for thing, row in shown],
+        }
+
     holders = np.unique(np.stack([numbers, clients]), axis=1)
     shared = np.bincount(holders[0], minlength=count) > 1
-    return Overlap(
-        things=int(met.any(axis=1).sum()),
-        crossings=tuple(_cross(numbers, stands, met, *pair) for pair in itertools.combinations(range(len(SPLITS)), 2)),
-        shared=int(shared.sum()),
-        shared_rows=int(shared[numbers].sum()),
-        pairs=_count_pairs(holders[:, shared[holders[0]]], names),
-    )
+    pairs = itertools.combinations(range(len(SPLITS)), 2)
+    return {
+        "distinct": int(met.any(axis=1).sum()),
+        "between_splits": {f"{SPLITS[first]}/{SPLITS[second]}": compare(first, second) for first, second in pairs},
+        "between_clients": {
+            "distinct": int(shared.sum()),
+            "rows": int(shared[numbers].sum()),
+            "most": _count_pairs(holders[:, shared[holders[0]]], names),
+        },
+    }
 
 
-def _cross(numbers: Int[np.ndarray, " rows"], places: Places, met: np.ndarray, first: int, second: int) -> Crossing:
-    both = met[:, first] & met[:, second]
-    earlier, later = (np.flatnonzero((places.splits == split) & both[numbers]) for split in (first, second))
-    # Thing and client as one number, to be looked up among those of the first split.
-    held = numbers * (int(places.clients.max(initial=0)) + 1) + places.clients
-    own = np.isin(held[later], held[earlier])
-    _, where = np.unique(numbers[earlier], return_index=True)  # every thing's first row, things ascending
-    shown = later[:SHOWN]
-    partners = earlier[where[np.searchsorted(numbers[earlier][where], numbers[shown])]] if len(shown) else shown
-    examples = zip(places.rows[partners].tolist(), places.rows[shown].tolist(), strict=True)
-    return Crossing((SPLITS[first], SPLITS[second]), int(both.sum()), len(later), int(own.sum()), tuple(examples))
-
-
-def _count_pairs(holders: Int[np.ndarray, "2 held"], names: Sequence[str]) -> tuple[tuple[str, str, int], ...]:
-    """The pairs of clients with most in common, out of (thing, client)."""
+def _count_pairs(holders: Int[np.ndarray, "2 held"], names: Sequence[str]) -> list[list[Any]]:
+    """Count what the pairs of clients with most in common share, out of (thing, client)."""
     from scipy.sparse import csr_array, triu
 
     if not holders.size:
-        return ()
+        return []
     held = csr_array((np.ones(holders.shape[1], np.int64), holders), shape=(int(holders[0].max()) + 1, len(names)))
     common = triu(held.T @ held, k=1).tocoo()
-    one, other, count = (np.asarray(values, np.int64) for values in (common.row, common.col, common.data))
-    most = np.lexsort((other, one, -count))[:SHOWN]
-    return tuple((names[int(one[at])], names[int(other[at])], int(count[at])) for at in most.tolist())
+    left, right, count = (np.asarray(values, np.int64) for values in (common.row, common.col, common.data))
+    most = np.lexsort((right, left, -count))[:SHOWN]
+    return [[names[int(left[at])], names[int(right[at])], int(count[at])] for at in most.tolist()]

@@ -1,8 +1,8 @@
-"""Host work done ahead of the device: the next batches are read while this one is computed.
+"""Host work done ahead of the device: the next batches are read while the current one is computed.
 
-grain (Google's input library for JAX) does it: its threads read ahead, the buffer is bounded, and elements come in
-their order whatever the number of threads, so that a run's numbers never depend on it. Its own shuffling and sharding
-stay unused: what a round reads is a function of (seed, round) alone, which is what makes a killed run resumable.
+By grain, whose threads fill a bounded buffer and whose elements come in their order whatever the number of threads, so
+that a run's numbers never depend on it. Its shuffling and sharding stay unused: what a round reads is a function of
+(seed, round) alone, which makes a killed run resumable.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ __all__ = ["AHEAD", "read_ahead"]
 T = TypeVar("T")
 
 AHEAD = 2
-"""Elements that are read ahead, unless the caller says otherwise: one being read, one waiting."""
+"""Elements that are read ahead by default: one is being read, one waits."""
 
 
 def read_ahead(make: Callable[[int], T], start: int, stop: int, *, ahead: int = AHEAD) -> Iterator[T]:
@@ -24,6 +24,9 @@ def read_ahead(make: Callable[[int], T], start: int, stop: int, *, ahead: int = 
             come out of the iterator in their turn.
         start, stop: the range of indices.
         ahead: elements in memory beside the one in use, and threads that make them; 0 makes them when asked for.
+
+    >>> list(read_ahead(lambda index: index * 10, 0, 3, ahead=0))
+    [0, 10, 20]
     """
     if ahead < 1 or stop - start < 2:
         yield from map(make, range(start, stop))

@@ -1,7 +1,7 @@
-"""Files that somebody else's file names: read only where they lie below a folder that the user gave.
+"""Paths out of a stranger's table or run folder, read only where they lie below a folder that the user gave.
 
-A table or a run's folder may come from a stranger, and what it names ends up in a model or in a report that is passed
-on. Links are resolved first, and it is the resolved path that is opened, so that neither `..` nor a link leads outside.
+What they name ends up in a model, or in a report that is passed on. Links are resolved first, and the resolved path is
+opened, so that neither `..` nor a link leads outside.
 """
 
 import os
@@ -40,7 +40,7 @@ def find_below(name: str, folders: Sequence[Path]) -> Path:
 
 
 def read_below(name: str, folders: Sequence[Path], most: int = MOST_BYTES) -> bytes:
-    """The content of the file that `find_below` finds.
+    """Read the file that `find_below` finds.
 
     Raises:
         OSError: it cannot be read, is no regular file (a pipe or a device would be read for ever), or has more than

@@ -1,8 +1,8 @@
-"""From rows to arrays: prompts and answers as tokens, unusable rows skipped, counted and named.
+"""Rows as token arrays: prompts and answers tokenised, unusable rows skipped, counted and named.
 
 Prompts go to the model's encoder and answers to its decoder, so labels are the answers' tokens and nothing else: there
 is no part of a prompt to be masked. Pixels are not here: an `Examples` holds the index of each row's image, because
-images are shared and, with a frozen vision tower, wanted only once.
+images are shared and, with a frozen vision tower, read only once.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ __all__ = [
     "require_pairs",
 ]
 
-QUESTION, OWN_QUESTION = "question", "question_client"
+QUESTION, CLIENT_QUESTION = "question", "question_client"
 """Columns of the question that all clients are asked alike, and of that in the client's language."""
 
 IGNORED = -100
@@ -49,26 +49,25 @@ MULTIPLE = 4
 CHUNK = 1024
 """Texts that are tokenised at a time."""
 
+# A text of megabytes would make every array as wide as itself, so what must be too long is not even tokenised.
 CHARACTERS = 16
-"""More characters per token than any text has on average. What is longer than the tokens that are wanted is not even
-tokenised: one text of megabytes would make every array as wide as itself."""
-
+"""More characters per token than any text has on average."""
 
 TOO_LONG = "prompt too long"
 
-OURS = (KeyboardInterrupt, SystemExit, MemoryError)
-"""What a processor may raise that no text is to blame for."""
+UNRELATED = (KeyboardInterrupt, SystemExit, MemoryError)
+"""Exceptions of a processor that no text is to blame for."""
 
 
 class TextProcessor(Protocol):
-    """What `encode` asks of a model's processor."""
+    """The part of a model's processor that `encode` calls."""
 
     def prompts(self, texts: list[str], /) -> tuple[np.ndarray, np.ndarray]:
-        """Texts -> (input_ids, attention_mask), both [B, T] integers, padded to the longest, image tokens included."""
+        """Tokenise prompts: (input_ids, attention_mask), [B, T], padded to the longest, image tokens included."""
         ...
 
     def answers(self, texts: list[str], max_tokens: int, /) -> np.ndarray:
-        """Texts -> labels [B, U], cut to `max_tokens` and padded with -100."""
+        """Tokenise answers: labels [B, U], cut to `max_tokens` and padded with -100."""
         ...
 
 
@@ -81,7 +80,7 @@ class Examples:
         input_ids: [N, T] int32, image tokens included; T is a multiple of 4.
         attention_mask: [N, T] int32, 1 where `input_ids` counts.
         labels: [N, U] int32, -100 where nothing is to be learnt; U is a multiple of 4.
-        answers: N gold answers as text, of several the most frequent one: what is trained on.
+        answers: N gold answers as text, of several the most frequent one, which is trained on.
         rows: [N] int64, the table's row numbers.
         clients: the federation's clients with rows renumbered to 0 … N-1.
         images: the unique images.
@@ -132,14 +131,14 @@ def find_question_column(table: Table, options: "DataOptions") -> str:
     Raises:
         UserError: the options say so, and the table does not have it.
     """
-    if options.prompt == "neutral" or (options.prompt is None and OWN_QUESTION not in table.columns):
+    if options.prompt == "neutral" or (options.prompt is None and CLIENT_QUESTION not in table.columns):
         return QUESTION
-    if OWN_QUESTION not in table.columns:
+    if CLIENT_QUESTION not in table.columns:
         raise UserError(
-            f"--data.prompt {options.prompt} needs the column {OWN_QUESTION!r}, which {table.name} does not have; use "
-            "--data.prompt neutral, or add the column."
+            f"--data.prompt {options.prompt} needs the column {CLIENT_QUESTION!r}, which {table.name} does not have; "
+            "use --data.prompt neutral, or add the column."
         )
-    return OWN_QUESTION
+    return CLIENT_QUESTION
 
 
 def encode(
@@ -215,7 +214,7 @@ def encode(
 class _Answers:
     """Both answers of N rows: as text, as labels [N, U], which were cut [N], and which are a pair [N].
 
-    What is no pair has no rejected labels. `refused` are places of rows of which the processor refuses one, and why.
+    A row without a pair has no rejected labels. `refused` has rows of which the processor refuses an answer, and why.
     """
 
     chosen: list[str]
@@ -230,25 +229,26 @@ class _Answers:
 
 def _read_answers(table: Table, rows: np.ndarray, processor: TextProcessor, most: int) -> _Answers:
     chosen = [(text or "").strip() for text in table.read_text("chosen", rows)]
-    there = "rejected" in table.columns
-    rejected = [(text or "").strip() for text in table.read_text("rejected", rows)] if there else [""] * len(rows)
+    rejected = [""] * len(rows)
+    if "rejected" in table.columns:
+        rejected = [(text or "").strip() for text in table.read_text("rejected", rows)]
     both, cut, unfit = _tokenise_answers(processor, [*chosen, *rejected], most)
     refused = {place % len(rows): reason for place, reason in unfit.items()}
     labels, rejected_labels = both[: len(rows)], both[len(rows) :]
     states = [find_pair_fault(*pair) is None for pair in zip(chosen, rejected, strict=True)]
     is_pair = (labels != rejected_labels).any(axis=1) & np.asarray(states, bool)
     rejected_labels[~is_pair] = IGNORED
-    own, other = cut[: len(rows)], cut[len(rows) :] & is_pair
-    return _Answers(chosen, rejected, labels, rejected_labels, own, other, is_pair, refused)
+    rejected_cut = cut[len(rows) :] & is_pair
+    return _Answers(chosen, rejected, labels, rejected_labels, cut[: len(rows)], rejected_cut, is_pair, refused)
 
 
 def _tokenise_prompts(
     processor: TextProcessor, texts: Sequence[str], most: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, dict[int, str]]:
-    """Distinct texts -> ids and mask [D, T], every text's place among them [N], the padding id, and which are unfit.
+    """Tokenise D distinct prompts: ids and mask [D, T], every text's place among them [N], the padding id, the unfit.
 
-    T is the longest prompt of at most `most` tokens; longer ones are cut to it, to be left out, as those are that the
-    processor refuses. The reason is by their place among the D.
+    T is the longest prompt of at most `most` tokens. Longer prompts, and those that the processor refuses, are unfit:
+    place among the D -> reason.
     """
     distinct, which = _distinct(texts)
     unfit = {place: TOO_LONG for place, text in enumerate(distinct) if len(text) > CHARACTERS * most}
@@ -274,18 +274,18 @@ def _tokenise_prompts(
 
 
 def ask_processor(ask: Callable[[list[str]], Any], texts: list[str], what: str) -> tuple[Any, dict[int, str]]:
-    """What a processor makes of texts, and which it refuses and why: whatever it raises is that one text's fault.
+    """Have a processor tokenise texts; also return place -> reason for those that it refuses.
 
-    A refused text is asked as an empty one.
+    Whatever it raises is a text's fault; a refused text is tokenised as an empty one.
 
     Args:
-        ask: of the processor.
-        texts: what it is asked.
+        ask: a function of the processor.
+        texts: its argument.
         what: the texts' name in a reason.
     """
     try:
         return ask(texts), {}
-    except OURS:
+    except UNRELATED:
         raise
     except BaseException:  # what ends a tokenizer written in Rust is no Exception
         reasons = {place: _find_refusal(ask, text) for place, text in enumerate(texts)}
@@ -296,7 +296,7 @@ def ask_processor(ask: Callable[[list[str]], Any], texts: list[str], what: str) 
 def _find_refusal(ask: Callable[[list[str]], Any], text: str) -> str | None:
     try:
         ask([text])
-    except OURS:
+    except UNRELATED:
         raise
     except BaseException as error:
         return str(error)
@@ -306,10 +306,9 @@ def _find_refusal(ask: Callable[[list[str]], Any], text: str) -> str | None:
 def _tokenise_answers(
     processor: TextProcessor, texts: Sequence[str], most: int
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Labels [N, U] of at most `most` tokens, which of the N were longer, and which the processor refuses and why.
+    """Tokenise answers: labels [N, U] of at most `most` tokens, which of the N were longer, place -> why refused.
 
-    A text that still has tokens at `most + 1` is too long; it is tokenised again to `most`, so that the processor
-    decides how a cut answer ends.
+    A text of more than `most` tokens is tokenised again to `most`, so that the processor decides how a cut answer ends.
     """
     distinct, which = _distinct(texts)
     chunks = []
@@ -336,7 +335,7 @@ def _tokenise_answers(
 
 
 def _trim(labels: np.ndarray) -> np.ndarray:
-    """As narrow as the longest answer allows, rounded up."""
+    """Narrow labels to the longest answer, rounded up."""
     width = _round_up(int((labels != IGNORED).sum(axis=1).max(initial=0)))
     return _widen(labels, width, IGNORED)[:, :width]
 
