@@ -1,4 +1,4 @@
-"""What answers are compared in: pairs, one written form for all scripts, and the tokens that metrics count.
+"""Answers in the form in which metrics compare them: normalised, and cut into tokens, in any script.
 
 Tokens are runs of letters, marks and digits. Scripts that write no spaces between words (Chinese, Japanese, Thai, Lao,
 Khmer, Burmese) give one token per character with its marks, as MLQA (arXiv 1910.07475) does for Chinese: no word
@@ -14,7 +14,7 @@ __all__ = ["normalise", "pair_up", "tokenise", "tokenise_squad"]
 
 
 def pair_up(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[str, Sequence[str]]]:
-    """Every prediction with its gold answers.
+    """Pair every prediction with its gold answers.
 
     Raises:
         ValueError: not as many predictions as lists of gold answers, an example without one, or gold answers that
@@ -31,12 +31,15 @@ def pair_up(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def normalise(text: str) -> str:
-    """One form for answers that differ only in writing, in any script.
+    """Bring answers that differ only in writing to one form, in any script.
 
     NFKC (full-width letters become plain, й composed), case folded (ß becomes ss), white space collapsed to single
     spaces, and punctuation, spaces and invisible format characters stripped from both ends: every Unicode category
     P*, Z* and Cf, so also 。, 「」, « » and ¿. Inside a text punctuation stays. Symbols ($, +) are no punctuation and
     stay; a text of punctuation alone keeps it, so that "?" and "!" remain different answers.
+
+    >>> normalise("  «Straße» ")
+    'strasse'
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     spaced = " ".join(folded.split())
@@ -54,21 +57,27 @@ def _is_margin(character: str) -> bool:
 
 
 def tokenise(text: str) -> list[str]:
-    """Tokens of a text, after `normalise`: "It's 食べ物!" gives it, s, 食, べ, 物.
+    """Cut a text into tokens, after `normalise`.
 
-    Punctuation and symbols are no tokens; a text of nothing else is one token, itself, so that "?" and "!" remain
+    Punctuation and symbols are no tokens; a text of nothing else is a token itself, so that "?" and "!" remain
     different here too, and only the empty text has none.
+
+    >>> tokenise("It's 食べ物!")
+    ['it', 's', '食', 'べ', '物']
     """
     form = normalise(text)
     return _patterns()[0].findall(form) or ([form] if form else [])
 
 
 def tokenise_squad(text: str) -> list[str]:
-    """Tokens as SQuAD (arXiv 1606.05250) compares them: "It's the 1,000th" gives its, 1000th.
+    """Cut a text into tokens as SQuAD (arXiv 1606.05250) compares them.
 
-    As `tokenise`, but punctuation inside a text is deleted and so joins what it stood between, as there (Unicode's P*
-    and ASCII's symbols), and English articles are dropped. Articles of other languages are kept, because a token
-    does not tell its language. A text of articles alone keeps them: "A" is also the first of several choices.
+    As `tokenise`, but punctuation inside a text (Unicode's P* and ASCII's symbols) is deleted and so joins its
+    neighbours, and English articles are dropped. Articles of other languages are kept, because a token does not show
+    its language. A text of articles alone keeps them: "A" is also the first of several choices.
+
+    >>> tokenise_squad("It's the 1,000th")
+    ['its', '1000th']
     """
     tokens = tokenise(_patterns()[1].sub("", normalise(text)) or text)
     return [token for token in tokens if token not in ("a", "an", "the")] or tokens
@@ -76,7 +85,7 @@ def tokenise_squad(text: str) -> list[str]:
 
 @functools.cache
 def _patterns() -> tuple[Any, Any]:
-    """What is a token, and what SQuAD deletes."""
+    """Compile the patterns of a token, and of the signs that SQuAD deletes."""
     import regex  # late, for its tables; the standard library's re knows neither scripts nor marks
 
     # ー, which lengthens vowels in both kana, belongs to neither script.

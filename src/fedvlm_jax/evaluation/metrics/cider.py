@@ -1,17 +1,12 @@
-"""CIDEr-D (arXiv 1411.5726): how much an answer says what its gold answers say, rare phrases counting more.
+"""CIDEr-D (arXiv 1411.5726): n-grams that an answer shares with its gold answers, rare n-grams counting more.
 
 As COCO's caption server computes it: n-grams of one to four tokens, clipped counts, a Gaussian penalty on the
-difference in length (sigma 6), times 10, so that a score lies between 0 and 10; nothing is stemmed. One deviation:
-tokens are those of `tokenise`, in every script, not the Penn treebank's, which needs Java and knows English alone. That
-changes the score of sentences with hyphens, contractions or decimals a little (the mean of the tests' sentences, which
-are full of them, is 2.08 for 2.11), of others hardly.
+difference in length (sigma 6), times 10, so that a score lies between 0 and 10; nothing is stemmed. Deviation: tokens
+are those of `tokenise`, in every script, not the Penn treebank's, which needs Java and knows English alone.
 
-The weight of an n-gram is log(documents / documents that hold it), a document being all gold answers of one example.
-The document frequencies must come from one corpus for all that is compared. Here it is the gold answers of a split
-over all clients, each example once. From its own answers alone, a client with few or alike questions would have other
-weights than its neighbour, and with one question none at all: no score could be set beside another.
-
-Written here because what there is on the package index is no longer kept, wants Java, or brings PyTorch.
+The weight of an n-gram is log(documents / documents that hold it), a document being all gold answers of an example.
+The document frequencies come from the gold answers of a split over all clients, each example once: with frequencies of
+its few examples alone, a client's score could not be compared with another's.
 """
 
 import math
@@ -35,12 +30,12 @@ Gram = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Rarity:
-    """What the n-grams of a corpus weigh.
+    """Weights of a corpus' n-grams.
 
     Attributes:
         most: log(documents), the weight of an n-gram that no document or one document holds.
-        weights: n-gram -> log(documents / documents that hold it), where they are two or more. Most n-grams occur
-            once: without them this takes a fraction of the memory.
+        weights: n-gram -> log(documents / documents that hold it), where they are two or more: most n-grams occur
+            once, and would take most of the memory.
     """
 
     most: float
@@ -71,17 +66,19 @@ def weigh_corpus(corpus: Sequence[Sequence[str]]) -> Rarity:
 def cider(
     predictions: Sequence[str], references: Sequence[Sequence[str]], rarity: Rarity | None = None
 ) -> Float[np.ndarray, " examples"]:
-    """CIDEr-D of every prediction against its gold answers, from 0 to 10.
+    """Score every prediction against its gold answers by CIDEr-D, from 0 to 10.
 
     Args:
         predictions: one per example.
         references: gold answers of every example; the score is the mean over them.
         rarity: of the corpus' n-grams, by `weigh_corpus`; without it that of `references`, which is right only
-            where these are the whole split over all clients. In a corpus of one document nothing is rare, and
-            every score is 0.
+            where these are the whole split over all clients. In a corpus of one document every score is 0.
 
     Raises:
         ValueError: as `pair_up`.
+
+    >>> cider(["a red bus", "two dogs"], [["a red bus"], ["a cat"]]).round(2).tolist()
+    [7.5, 0.0]
     """
     rarity = weigh_corpus(references) if rarity is None else rarity
     scores = []
@@ -102,11 +99,11 @@ def _weigh(tokens: list[str], rarity: Rarity) -> _Vector:
         {gram: times * find(gram, most) for gram, times in Counter(_list_grams(tokens, order)).items()}
         for order in ORDERS
     ]
-    return _Vector(weights, [math.hypot(*one.values()) for one in weights], len(tokens))
+    return _Vector(weights, [math.hypot(*grams.values()) for grams in weights], len(tokens))
 
 
 def _compare(ours: _Vector, gold: _Vector) -> float:
-    """Cosine of the two, clipped to the gold answer's counts, averaged over orders and damped by length."""
+    """Average the cosine over orders, clipped to the gold answer's counts and damped by length."""
     total = 0.0
     for mine, other, norm, norm_other in zip(ours.weights, gold.weights, ours.norms, gold.norms, strict=True):
         if norm and norm_other:

@@ -1,4 +1,4 @@
-"""What the metrics of a run are called, in which order they are shown, and how their values are written."""
+"""Labels of a run's metrics, the order in which they are shown, whether more is better, and how values are written."""
 
 import math
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ class Measure:
 
     Attributes:
         name: its key in `results.json`.
-        label: what a reader is told.
-        share: does it lie between 0 and 1, to be written in per cent?
-        higher: is more better?
+        label: for readers.
+        share: whether it lies between 0 and 1, to be written in per cent.
+        higher: whether more is better.
     """
 
     name: str
@@ -47,23 +47,27 @@ MEASURES = MappingProxyType(
         )
     }
 )
-"""Metric -> how it is shown, in the order of tables."""
+"""Metrics by name, in the order of tables."""
 
 SELECTING = tuple(name for name, measure in MEASURES.items() if measure.share and measure.higher)
 """The metrics by which the best round may be chosen: shares, of which more is better."""
 
 
 def find_measure(name: str) -> Measure:
-    """The measure of this name; an unknown one is shown under its own."""
+    """Find the measure of this name; an unknown one is shown under it."""
     return MEASURES.get(name, Measure(name, name.replace("_", " "), share=False))
 
 
 def order_measures(names: Iterable[str]) -> list[Measure]:
-    """Measures of these names in the order of tables, unknown ones last."""
-    there = set(names)
-    return [find_measure(name) for name in [*(n for n in MEASURES if n in there), *sorted(there - MEASURES.keys())]]
+    """List measures of these names in the order of tables, unknown ones last."""
+    wanted = set(names)
+    return [find_measure(name) for name in [*(n for n in MEASURES if n in wanted), *sorted(wanted - MEASURES.keys())]]
 
 
 def percent(share: float) -> str:
-    """Write a share as a percentage with one decimal."""
+    """Write a share as a percentage with one decimal.
+
+    >>> percent(0.4567)
+    '45.7 %'
+    """
     return "–" if math.isnan(share) else f"{100 * share:.1f} %"

@@ -1,8 +1,8 @@
-"""Metrics of generated answers, asked for by name: `(predictions, gold answers) -> one number per example`.
+"""Exact match, token F1 and ROUGE-L of generated answers, and the list of all text metrics by name.
 
-Several gold answers are allowed. Exact match, token F1 and ROUGE-L take the one that fits best, as SQuAD and ROUGE do;
-CIDEr (`cider.py`) averages over them, VQA accuracy (`vqa.py`) counts how many agree. All lie between 0 and 1, CIDEr
-between 0 and 10.
+A metric is `(predictions, gold answers) -> a number per example`. Of several gold answers, exact match, token F1 and
+ROUGE-L take the one that fits best, as SQuAD and ROUGE do; CIDEr averages over them, VQA accuracy counts how many
+agree. All lie between 0 and 1, CIDEr between 0 and 10.
 """
 
 import functools
@@ -26,25 +26,35 @@ Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], Float[np.ndarray, " 
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " examples"]:
-    """1.0 where a prediction equals one of its gold answers after `normalise`, else 0.0."""
+    """Score 1.0 where a prediction equals one of its gold answers after `normalise`, else 0.0.
+
+    >>> exact_match(["A cat.", "dog"], [["a cat", "cat"], ["cat"]]).tolist()
+    [1.0, 0.0]
+    """
     return _take_best(_is_equal, predictions, references, normalise)
 
 
 def token_f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " examples"]:
-    """SQuAD's F1 (arXiv 1606.05250) of the tokens that both have, however ordered; by `tokenise_squad`, any script.
+    """Compute SQuAD's F1 (arXiv 1606.05250) of the tokens that both have, in any order, by `tokenise_squad`.
 
-    Two answers without a token are equal (1.0), as in SQuAD 2.0. On ASCII it is SQuAD's own number but for texts of
+    Two answers without a token are equal (1.0), as in SQuAD 2.0. On ASCII it is SQuAD's number but for texts of
     punctuation or articles alone, which SQuAD takes for empty and this keeps.
+
+    >>> token_f1(["the red bus"], [["a bus"]]).round(3).tolist()
+    [0.667]
     """
     return _take_best(_overlap, predictions, references, tokenise_squad)
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " examples"]:
-    """ROUGE-L (Lin 2004, ACL W04-1013): F1 of the longest common subsequence of tokens, by `tokenise`, any script.
+    """Compute ROUGE-L (Lin 2004, ACL W04-1013): F1 of the longest common subsequence of tokens, by `tokenise`.
 
     As the package rouge-score computes it (precision and recall weigh the same, no stemming, the best gold answer), and
     on ASCII the same number but for texts without a letter or digit, which score 0 there and count as a token here.
-    COCO's caption server weighs recall more (beta 1.2); its numbers are others.
+    COCO's caption server weighs recall more (beta 1.2), so its numbers differ.
+
+    >>> rouge_l(["a bus that is red"], [["a red bus"]]).tolist()
+    [0.5]
     """
     return _take_best(_subsequence, predictions, references, tokenise)
 
@@ -58,11 +68,11 @@ METRICS: MappingProxyType[str, Metric] = MappingProxyType(
         "vqa_accuracy": vqa_accuracy,
     }
 )
-"""Every metric by its name. `cider` here weighs by the gold answers it is given: `select_metrics` binds a corpus."""
+"""Text metrics by name. `cider` here weighs by the gold answers of its call: `select_metrics` binds a corpus."""
 
 
 def select_metrics(names: Sequence[str], corpus: Sequence[Sequence[str]]) -> dict[str, Metric]:
-    """Metrics by name, ready to be called client by client.
+    """Select metrics by name, ready to be called client by client.
 
     Args:
         names: of `METRICS`.
@@ -70,7 +80,7 @@ def select_metrics(names: Sequence[str], corpus: Sequence[Sequence[str]]) -> dic
             over them once, so that clients are scored alike (see `cider.py`).
 
     Raises:
-        UserError: a name that is none.
+        UserError: there is no metric of that name.
     """
     unknown = [name for name in names if name not in METRICS]
     if unknown:
@@ -87,7 +97,7 @@ def _take_best(
     references: Sequence[Sequence[str]],
     read: Callable[[str], Any],
 ) -> Float[np.ndarray, " examples"]:
-    """The score of the gold answer that fits best, both sides read in the form that `score` compares."""
+    """Take the score of the gold answer that fits best, both sides in the form that `score` compares."""
     best = []
     for prediction, golds in pair_up(predictions, references):
         ours = read(prediction)
@@ -110,5 +120,5 @@ def _subsequence(ours: list[str], gold: list[str]) -> float:
 
 
 def _f1(common: int, ours: list[str], gold: list[str]) -> float:
-    """F1 of `common` tokens: the harmonic mean of their shares of both sides."""
+    """Compute the harmonic mean of the shares that `common` tokens have of both sides."""
     return 2 * common / (len(ours) + len(gold)) if ours or gold else 1.0

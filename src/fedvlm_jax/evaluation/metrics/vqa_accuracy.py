@@ -1,12 +1,12 @@
 """VQA accuracy (arXiv 1505.00468): short English answers against those of several people.
 
 An answer is right to a third for every person who gave it, up to three; as in the official evaluation, that is averaged
-over all subsets of the people that leave one out. Before, both sides are brought into one form by the official rules
-for punctuation, numbers, articles and contractions. They are English: for other languages use `exact_match`.
+over all subsets of the people that leave one out. Both sides are normalised by the official rules for punctuation,
+numbers, articles and contractions. They are English: for other languages use `exact_match`.
 
-Deviations: both sides are normalised always, where the official code leaves them as written if all people agree; one
-gold answer alone, for which no other remains, is right or wrong (1 or 0). The rule is made for ten people: of two gold
-answers it gives at most 1/3, of three at most 2/3.
+Deviations: both sides are always normalised, where the official code leaves them as written if all people agree; a
+single gold answer is right or wrong (1 or 0). The rule is made for ten people: of two gold answers it gives at most
+1/3, of three at most 2/3.
 """
 
 import re
@@ -25,8 +25,8 @@ ARTICLES = ("a", "an", "the")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = MappingProxyType({word: str(number) for number, word in enumerate(DIGITS)} | {"none": "0"})
 
-# Which words are mended. "Im", "Ive" and "Id've" are in the official table with a capital that no lower-cased word has,
-# and "lets" and "shes" are not: all five stay as written.
+# Contractions that are mended. "Im", "Ive" and "Id've" are in the official table with a capital that no lower-cased word
+# has, and "lets" and "shes" are not: all five stay as written.
 FULL_FORMS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
@@ -39,7 +39,7 @@ FULL_FORMS = """
 
 
 def _drop_apostrophes(forms: Sequence[str]) -> dict[str, str]:
-    """Full forms under their misspellings, which lack one apostrophe: couldnt've and couldn'tve, not couldntve."""
+    """Map misspellings, which lack one apostrophe, to full forms: couldnt've and couldn'tve, not couldntve."""
     return {form[:place] + form[place + 1 :]: form for form in forms for place, sign in enumerate(form) if sign == "'"}
 
 
@@ -47,11 +47,14 @@ CONTRACTIONS = MappingProxyType(_drop_apostrophes(FULL_FORMS.split()))
 
 
 def normalise_short(text: str) -> str:
-    """The official form of a short answer: "The two dogs' ." gives "2 dogs'".
+    """Bring a short answer to the official form.
 
     A mark of punctuation is deleted where it stands beside a space anywhere in the text, or where any comma stands
     between digits (1,000); else it becomes a space. Full stops go unless a digit follows (.5). Then lower case, words
     for numbers from none to ten as digits, articles dropped, contractions with their apostrophes.
+
+    >>> normalise_short("The two dogs' .")
+    "2 dogs'"
     """
     text = " ".join(re.split(r"[\n\t]", text)).strip()
     joined = re.search(r"\d,\d", text) is not None
@@ -64,7 +67,7 @@ def normalise_short(text: str) -> str:
 
 
 def vqa_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " examples"]:
-    """VQA accuracy of every prediction, from 0 to 1.
+    """Score every prediction by VQA accuracy, from 0 to 1.
 
     Args:
         predictions: one per example.
@@ -72,6 +75,9 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]
 
     Raises:
         ValueError: as `pair_up`.
+
+    >>> vqa_accuracy(["red"], [["red"] * 3 + ["blue"] * 7]).round(3).tolist()
+    [0.9]
     """
     scores = []
     for prediction, golds in pair_up(predictions, references):

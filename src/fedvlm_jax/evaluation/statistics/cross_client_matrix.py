@@ -1,4 +1,4 @@
-"""The cross-client matrix: every client's model on every client's data, and what it says of personalisation.
+"""The cross-client matrix: every client's model on every client's data, and its summary.
 
 Axes: C clients, by model down and by data across.
 """
@@ -17,12 +17,12 @@ __all__ = ["Matrix", "Rival", "summarise_matrix"]
 
 @dataclass(frozen=True)
 class Rival:
-    """A client who would do better with another's model.
+    """A client that would do better with another client's model.
 
     Attributes:
-        client: whose data.
-        model: whose model does best on them, the first by the matrix's order where several do.
-        own: the value of the client's own model.
+        client: the client of the data.
+        model: the client whose model is best on them, the first by the matrix's order where several are.
+        own: the value of the client's model.
         best: the value of that other model.
     """
 
@@ -34,14 +34,14 @@ class Rival:
 
 @dataclass(frozen=True)
 class Matrix:
-    """What a cross-client matrix says.
+    """Summary of a cross-client matrix.
 
     Attributes:
-        own: mean of the diagonal: clients on their own data.
+        own: mean of the diagonal: clients' models on their own data.
         others: mean off the diagonal: clients' models on other clients' data; NaN with one client.
         own_best: share of clients for whom no other client's model is better; a tie is the owner's.
         rivals: the other clients, in the matrix's order.
-        clients: how many there are.
+        clients: number of clients.
     """
 
     own: float
@@ -63,6 +63,10 @@ def summarise_matrix(
 
     Raises:
         UserError: no clients, a matrix that is not square over the names, or a value that is not finite.
+
+    >>> summary = summarise_matrix(np.asarray([[0.9, 0.6], [0.4, 0.5]]), ["ann", "bob"])
+    >>> summary.own, summary.others, summary.own_best, summary.rivals[0].client
+    (0.7, 0.5, 0.5, 'bob')
     """
     values, count = np.asarray(values, np.float64), len(names)
     if not count or values.shape != (count, count):
