@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from make_parquet import IMAGE, make_rows, write_rows
 
-from fedvlm_jax.data import table as tables
-from fedvlm_jax.data.sources import parquet
-from fedvlm_jax.data.sources.parquet import read_parquet
+from fedvlm_jax.data import parquet_to_arrow as parquet
+from fedvlm_jax.data.parquet_to_arrow import read_parquet
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.cache_folders import BOUND, FOLDER, Hold
 
@@ -162,7 +161,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{type(fault).__name__} {fault}")
-@pytest.mark.parametrize("place", [(tables, "open_arrow"), (parquet, "hold_table")], ids=["opening", "converting"])
+@pytest.mark.parametrize("place", [(parquet, "open_arrow"), (parquet, "hold_table")], ids=["opening", "converting"])
 def test_a_fault_of_the_machine_costs_no_copy(kept, monkeypatch, fault, place):
     """It is told as what it is, and the copy is there when the machine can open it again."""
     file, arrow = kept

@@ -17,7 +17,7 @@ from tiny_run import StopAfter, StopError, make_folder, tiny_run
 
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.data.sources.parquet import read_parquet
+from fedvlm_jax.data.parquet_to_arrow import read_parquet
 from fedvlm_jax.data.unique_images import digest_rows
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.report import write_report
@@ -144,7 +144,7 @@ def test_a_table_replaced_under_the_same_name_and_time_gives_the_new_rows(tmp_pa
 
 
 def test_a_table_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
-    from fedvlm_jax.data.sources import parquet
+    from fedvlm_jax.data import parquet_to_arrow as parquet
 
     file, other = (write_rows(tmp_path / name, make_rows(6)[part:][:3]) for name, part in (("a", 0), ("b", 3)))
     convert = parquet.convert_shards

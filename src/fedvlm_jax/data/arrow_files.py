@@ -13,18 +13,15 @@ import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Int
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.cache_folders import ARROW, list_entries, remove
 from fedvlm_jax.utils.digests import digest_parts
 from fedvlm_jax.utils.files import read_plain, write_bytes
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 __all__ = ["ImageLocations", "check_seal", "discard", "open_arrow"]
 
@@ -56,10 +53,8 @@ class ImageLocations:
             return file.read(int(self.length[row]))
 
 
-def open_arrow(files: Sequence[Path]) -> tuple["pa.Table", ImageLocations]:
+def open_arrow(files: Sequence[Path]) -> tuple[pa.Table, ImageLocations]:
     """Map Arrow files one after the other, and find the bytes in their column `image`, a struct of bytes and path."""
-    import pyarrow as pa
-
     tables, owners, starts, lengths = [], [], [], []
     for number, file in enumerate(files):
         mapped = pa.memory_map(str(file)).read_buffer()
@@ -77,7 +72,7 @@ def open_arrow(files: Sequence[Path]) -> tuple["pa.Table", ImageLocations]:
     return pa.concat_tables(tables), ImageLocations(tuple(files), *places)
 
 
-def _locate(chunk: "pa.StructArray") -> tuple[np.ndarray, np.ndarray]:
+def _locate(chunk: pa.StructArray) -> tuple[np.ndarray, np.ndarray]:
     """Find addresses and lengths of a chunk's bytes."""
     values = _get_field(chunk, "bytes")
     _, offsets, content = values.buffers()
@@ -88,11 +83,11 @@ def _locate(chunk: "pa.StructArray") -> tuple[np.ndarray, np.ndarray]:
     return content.address + edges[:-1], np.where(valid, np.diff(edges), 0)
 
 
-def _get_field(chunk: "pa.StructArray", name: str) -> "pa.Array":
+def _get_field(chunk: pa.StructArray, name: str) -> pa.Array:
     return chunk.flatten()[chunk.type.get_field_index(name)]
 
 
-def check_seal(data: "pa.Table", images: ImageLocations) -> bool:
+def check_seal(data: pa.Table, images: ImageLocations) -> bool:
     """Compare a table with the seal beside its files, or seal it where it was just written."""
     found = digest_parts(_list_parts(data, images), len(data), *(file.stat().st_size for file in images.files)).hex()
     file = images.files[0].parent / SEAL
@@ -103,7 +98,7 @@ def check_seal(data: "pa.Table", images: ImageLocations) -> bool:
     return True
 
 
-def _list_parts(data: "pa.Table", images: ImageLocations) -> Iterator[np.ndarray]:
+def _list_parts(data: pa.Table, images: ImageLocations) -> Iterator[np.ndarray]:
     yield np.frombuffer(data.schema.serialize(), np.uint8)
     yield from (images.file, images.start, images.length)
     for name in data.column_names:

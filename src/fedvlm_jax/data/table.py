@@ -1,6 +1,6 @@
 """Rows of image, question and answer, addressed by number; nothing is loaded whole.
 
-A table of 14 GB is mapped from Arrow files (`sources/parquet.py` writes them), so that it costs address space and no
+A table of 14 GB is mapped from Arrow files (`parquet_to_arrow.py` writes them), so that it costs address space and no
 memory. Source of the schema: the card of openbmb/RLAIF-V-Dataset (arXiv 2405.17220); `client`, `split`, `language` and
 `question_client` are this project's additions.
 """
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedvlm_jax.data.arrow_files import ImageLocations, open_arrow
 from fedvlm_jax.data.config import MAX_IMAGE_PIXELS
 from fedvlm_jax.data.image_decoding import DECODING, BrokenImageError
 from fedvlm_jax.data.image_index import ImageFacts
@@ -24,10 +23,11 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.cache_folders import Hold
 
 if TYPE_CHECKING:
-    import datasets
     import pyarrow as pa
 
-__all__ = ["LOST", "OUTSIDE", "UNREADABLE", "Table", "open_dataset"]
+    from fedvlm_jax.data.arrow_files import ImageLocations
+
+__all__ = ["FACTS", "LOST", "OUTSIDE", "UNREADABLE", "Table"]
 
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 """Stands for a text whose bytes are no UTF-8: nobody checks when parquet is written, and damage is not noticed."""
@@ -66,7 +66,7 @@ class Table:
     name: str
     data: "pa.Table"
     folder: Path
-    locations: ImageLocations | None = field(default=None, repr=False)
+    locations: "ImageLocations | None" = field(default=None, repr=False)
     facts: ImageFacts = field(default_factory=ImageFacts, repr=False)
     revision: str | None = None
     digest: str = ""
@@ -159,13 +159,6 @@ class Table:
     def is_embedded(self, row: int) -> bool:
         """Tell whether the row's bytes lie in a mapped file, where nobody changes them."""
         return self.locations is not None and bool(self.locations.length[row])
-
-
-def open_dataset(dataset: "datasets.Dataset", name: str, folder: Path) -> Table:
-    """Map the Arrow files of a data set that `datasets` has in its cache, whose column `image` is not decoded."""
-    files = [Path(entry["filename"]) for entry in dataset.cache_files]
-    data, locations = open_arrow(files)
-    return Table(name, data, folder, locations, ImageFacts.open(files[0].parent / FACTS))
 
 
 def _read_inline(text: str) -> bytes | None:

@@ -70,7 +70,7 @@ def read_table(source: "str | DataOptions") -> "Table":
         UserError: neither such a name nor such a path, or the files do not hold what is needed.
     """
     from fedvlm_jax.data.config import DataOptions
-    from fedvlm_jax.data.sources.parquet import read_parquet
+    from fedvlm_jax.data.parquet_to_arrow import read_parquet
 
     options = DataOptions(source=source) if isinstance(source, str) else source
     known, path = find_sets(), Path(options.source).expanduser()

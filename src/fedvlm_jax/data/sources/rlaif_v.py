@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 from fedvlm_jax.data.config import OF_PARQUET
 from fedvlm_jax.data.partitioning.natural_clients import federate_by_column
-from fedvlm_jax.data.sources.parquet import read_parquet
 from fedvlm_jax.data.sources.registry import NamedSet
-from fedvlm_jax.data.table import Table, open_dataset
+from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.utils.digests import digest_files
 
@@ -56,11 +55,15 @@ DATASET = NamedSet(
 def _read_folder(path: Path) -> Table:
     if not path.exists():
         raise UserError(f"--data.path {path} does not exist; expected the folder of RLAIF-V's parquet shards.")
+    from fedvlm_jax.data.parquet_to_arrow import read_parquet
+
     return read_parquet(path, NAME)
 
 
 def _fetch(revision: str | None) -> Table:
     import datasets
+
+    from fedvlm_jax.data.parquet_to_arrow import open_dataset
 
     try:
         dataset = datasets.load_dataset(HUB_ID, split="train", revision=revision)

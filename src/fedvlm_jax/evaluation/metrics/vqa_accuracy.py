@@ -25,8 +25,8 @@ ARTICLES = ("a", "an", "the")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = MappingProxyType({word: str(number) for number, word in enumerate(DIGITS)} | {"none": "0"})
 
-# Contractions that are mended. "Im", "Ive" and "Id've" are in the official table with a capital that no lower-cased word
-# has, and "lets" and "shes" are not: all five stay as written.
+# Contractions that are mended. "Im", "Ive" and "Id've" are in the official table with a capital that no lower-cased
+# word has, and "lets" and "shes" are not: all five stay as written.
 FULL_FORMS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've

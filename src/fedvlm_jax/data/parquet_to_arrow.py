@@ -11,23 +11,26 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedvlm_jax.data.arrow_files import check_seal, discard
-from fedvlm_jax.data.sources.parquet_columns import UNDERSTOOD, check_shards, is_list, is_text, make_plain
-from fedvlm_jax.data.table import Table, open_dataset
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedvlm_jax.data.arrow_files import check_seal, discard, open_arrow
+from fedvlm_jax.data.image_index import ImageFacts
+from fedvlm_jax.data.parquet_columns import UNDERSTOOD, check_shards, is_list, is_text, make_plain
+from fedvlm_jax.data.table import FACTS, Table
 from fedvlm_jax.errors import UserError, explain_error, find_machine_fault
 from fedvlm_jax.utils.cache_folders import Hold, find_arrow, hold_table, read_bound, trim
 from fedvlm_jax.utils.digests import digest_files, digest_parts
 
 if TYPE_CHECKING:
-    import datasets
-    import pyarrow as pa
+    import datasets  # takes a second to import
 
-__all__ = ["convert_shards", "read_parquet"]
+__all__ = ["convert_shards", "open_dataset", "read_parquet"]
 
 BATCH = 1000
 """Rows that are converted at a time."""
 
-Columns = dict[str, "pa.DataType"]
+Columns = dict[str, pa.DataType]
 
 
 def read_parquet(path: Path, name: str | None = None) -> Table:
@@ -84,6 +87,13 @@ def _convert(files: list[Path], columns: Columns, digest: str, name: str, folder
     return dataclasses.replace(table, hold=hold, digest=digest) if sealed else None
 
 
+def open_dataset(dataset: "datasets.Dataset", name: str, folder: Path) -> Table:
+    """Map the Arrow files of a data set that `datasets` has in its cache, whose column `image` is not decoded."""
+    files = [Path(entry["filename"]) for entry in dataset.cache_files]
+    data, locations = open_arrow(files)
+    return Table(name, data, folder, locations, ImageFacts.open(files[0].parent / FACTS))
+
+
 def _find_folder(columns: Columns, digest: str) -> Path:
     """Return the folder of the cache for files of this content, read as these columns; see `convert_shards`."""
     return find_arrow() / digest / "rows" / digest_parts([repr(_make_features(columns)).encode()]).hex()
@@ -92,7 +102,6 @@ def _find_folder(columns: Columns, digest: str) -> Path:
 def _make_features(columns: Columns) -> "datasets.Features":
     """Describe to `datasets` what it is to write: understood columns as text, others as they are."""
     import datasets
-    import pyarrow as pa
 
     others = [(name, kind) for name, kind in columns.items() if name not in UNDERSTOOD]
     plain = pa.schema([(name, pa.string() if is_text(kind) else kind) for name, kind in others])
@@ -108,7 +117,7 @@ def _make_builder(**options: Any) -> "datasets.ArrowBasedBuilder":
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     class PlainParquet(Parquet):
-        def _cast_table(self, pa_table: "pa.Table") -> "pa.Table":
+        def _cast_table(self, pa_table: pa.Table) -> pa.Table:
             return super()._cast_table(make_plain(pa_table))
 
     return PlainParquet(**options)
@@ -132,7 +141,6 @@ def convert_shards(files: Sequence[Path], columns: Columns, digest: str) -> tupl
     """
     import datasets
     import datasets.exceptions
-    import pyarrow as pa
 
     cache, folder, bound = find_arrow(), _find_folder(columns, digest), read_bound()
     writing: Hold | None = None
@@ -183,9 +191,6 @@ def _refuse_cache(cache: Path, error: OSError) -> UserError:
 
 def _find_damaged(files: Sequence[Path], columns: list[str]) -> Path | None:
     """Find the first file that pyarrow itself cannot read through, or that cannot be made plain."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     for file in files:
         try:
             with pq.ParquetFile(file) as opened:

@@ -9,14 +9,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as is_a
 
 from fedvlm_jax.errors import UserError, explain_error
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 __all__ = ["UNDERSTOOD", "check_shards", "is_list", "is_text", "make_plain", "read_class_names"]
 
@@ -38,11 +38,11 @@ class _Shard(NamedTuple):
     """A file's column types, columns of named classes counting as text, and which these are."""
 
     file: Path
-    types: "dict[str, pa.DataType]"
+    types: dict[str, pa.DataType]
     classes: frozenset[str]
 
 
-def check_shards(files: Sequence[Path]) -> tuple[dict[str, "pa.DataType"], list[Path]]:
+def check_shards(files: Sequence[Path]) -> tuple[dict[str, pa.DataType], list[Path]]:
     """Read every footer; return the columns to be read, typed as in the first file, and the files with rows.
 
     Raises:
@@ -65,9 +65,6 @@ def check_shards(files: Sequence[Path]) -> tuple[dict[str, "pa.DataType"], list[
 
 
 def _read_footer(file: Path) -> tuple[_Shard, int]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if file.exists() and not file.is_file():
         raise UserError(f"{file} is no regular file; replace it or remove it.")
     try:
@@ -109,9 +106,7 @@ def _check_agreement(first: _Shard, other: _Shard) -> None:
         )
 
 
-def _check_type(file: Path, column: str, kind: "pa.DataType") -> None:
-    import pyarrow.types as is_a
-
+def _check_type(file: Path, column: str, kind: pa.DataType) -> None:
     if column == "image" and not _is_image(kind):
         raise UserError(
             f"{file}: column 'image' is {kind}; expected a struct of bytes and path (as `datasets.Image` writes "
@@ -128,54 +123,40 @@ def _check_type(file: Path, column: str, kind: "pa.DataType") -> None:
         raise UserError(f"{file}: column {column!r} is {kind}; expected text{several}. {mend}")
 
 
-def _unwrap(kind: "pa.DataType") -> "pa.DataType":
+def _unwrap(kind: pa.DataType) -> pa.DataType:
     """Return the type of a dictionary's words, or the type itself."""
-    import pyarrow.types as is_a
-
     return kind.value_type if is_a.is_dictionary(kind) else kind
 
 
-def _find_item(kind: "pa.DataType") -> "pa.DataType":
+def _find_item(kind: pa.DataType) -> pa.DataType:
     """Find the type of a single answer in a list of them: of the struct's field, or of the item itself."""
-    import pyarrow.types as is_a
-
     item = kind.value_type
     if is_a.is_struct(item) and item.get_field_index(ANSWER) >= 0:
         return item.field(ANSWER).type
     return item
 
 
-def is_list(kind: "pa.DataType") -> bool:
+def is_list(kind: pa.DataType) -> bool:
     """Tell whether it is a list in any layout."""
-    import pyarrow.types as is_a
-
     views = is_a.is_list_view(kind) or is_a.is_large_list_view(kind)
     return is_a.is_list(kind) or is_a.is_large_list(kind) or is_a.is_fixed_size_list(kind) or views
 
 
-def is_text(kind: "pa.DataType") -> bool:
+def is_text(kind: pa.DataType) -> bool:
     """Tell whether it is text in any layout."""
-    import pyarrow.types as is_a
-
     return is_a.is_string(kind) or is_a.is_large_string(kind) or is_a.is_string_view(kind)
 
 
-def _is_binary(kind: "pa.DataType") -> bool:
-    import pyarrow.types as is_a
-
+def _is_binary(kind: pa.DataType) -> bool:
     return is_a.is_binary(kind) or is_a.is_large_binary(kind) or is_a.is_binary_view(kind)
 
 
-def _is_plain(kind: "pa.DataType") -> bool:
-    import pyarrow.types as is_a
-
+def _is_plain(kind: pa.DataType) -> bool:
     kind = _unwrap(kind)
     return is_text(kind) or is_a.is_integer(kind) or is_a.is_floating(kind) or is_a.is_boolean(kind)
 
 
-def _is_image(kind: "pa.DataType") -> bool:
-    import pyarrow.types as is_a
-
+def _is_image(kind: pa.DataType) -> bool:
     kind = _unwrap(kind.value_type if is_list(kind) else kind)
     if not is_a.is_struct(kind):
         return _is_binary(kind) or is_text(kind)
@@ -185,10 +166,8 @@ def _is_image(kind: "pa.DataType") -> bool:
     return "path" in parts
 
 
-def read_class_names(schema: "pa.Schema") -> dict[str, tuple[str, ...]]:
+def read_class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
     """Find integer columns that `datasets` calls ClassLabel -> the names of their classes; odd metadata has none."""
-    import pyarrow.types as is_a
-
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         named = {name: feature["names"] for name, feature in features.items() if _is_label(feature)}
@@ -205,7 +184,7 @@ def _is_label(feature: Any) -> bool:
     return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
 
 
-def make_plain(table: "pa.Table") -> "pa.Table":
+def make_plain(table: pa.Table) -> pa.Table:
     """Replace columns of types that are read but not kept, row for row.
 
     Raises:
@@ -226,9 +205,7 @@ def make_plain(table: "pa.Table") -> "pa.Table":
     return table
 
 
-def _name_classes(column: str, values: "pa.Array", names: tuple[str, ...]) -> "pa.Array":
-    import pyarrow as pa
-
+def _name_classes(column: str, values: pa.Array, names: tuple[str, ...]) -> pa.Array:
     codes = values.to_pylist()
     unknown = [code for code in codes if code is not None and not -1 <= code < len(names)]
     if unknown:
@@ -236,10 +213,7 @@ def _name_classes(column: str, values: "pa.Array", names: tuple[str, ...]) -> "p
     return pa.array([None if code is None or code < 0 else names[code] for code in codes], pa.string())
 
 
-def _make_image(values: "pa.Array") -> "pa.Array":
-    import pyarrow as pa
-    import pyarrow.types as is_a
-
+def _make_image(values: pa.Array) -> pa.Array:
     if is_list(values.type):
         values = _take_single(values)
     if is_a.is_dictionary(values.type):
@@ -249,10 +223,8 @@ def _make_image(values: "pa.Array") -> "pa.Array":
     return values.cast(pa.string()) if is_a.is_string_view(values.type) else values
 
 
-def _take_single(lists: "pa.Array") -> "pa.Array":
+def _take_single(lists: pa.Array) -> pa.Array:
     """Take the only item of every list; null where a list is empty or null."""
-    import pyarrow as pa
-
     lists = lists.cast(pa.list_(lists.type.value_type))
     lengths = np.asarray(lists.value_lengths().fill_null(0))
     if (lengths > 1).any():
@@ -262,11 +234,8 @@ def _take_single(lists: "pa.Array") -> "pa.Array":
     return lists.flatten().take(pa.array(places, pa.int64(), mask=lengths == 0))
 
 
-def _make_answers(lists: "pa.Array") -> "pa.Array":
+def _make_answers(lists: pa.Array) -> pa.Array:
     """Make lists of texts, whatever the lists' layout. Bytes stay as they are: not all are UTF-8."""
-    import pyarrow as pa
-    import pyarrow.types as is_a
-
     lists = lists.cast(pa.list_(lists.type.value_type))
     edges = np.cumsum([0, *lists.value_lengths().fill_null(0).to_pylist()])
     texts = lists.flatten()
