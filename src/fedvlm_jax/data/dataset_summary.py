@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["describe", "measure_unlikeness"]
 
+# Keys that are counted where a table has them, after the one that the partition is made by.
 KEYS = ("group", "origin_dataset", "question_type", "language")
-"""Keys that are counted where a table has them, after the one that the partition is made by."""
 
-SHOWN = 20
-"""Unusable rows that are listed."""
+SHOWN = 20  # unusable rows that are listed
 
 
 def describe(

@@ -26,20 +26,16 @@ __all__ = ["DECODING", "BrokenImageError", "decode_picture"]
 DECODING = 3
 """Version of these rules: what is cached of a picture is valid for one version."""
 
+# Pictures of four times as many pixels and more are brought to about so many (2048 × 2048), by a whole factor.
 REDUCED = 2**22
-"""Pictures of four times as many pixels and more are brought to about so many (2048 × 2048), by a whole factor."""
 
-SHORT_SIDE = 1024
-"""Pixels that a reduced picture's shorter side keeps at least."""
+SHORT_SIDE = 1024  # pixels that a reduced picture's shorter side keeps at least
+BAND_PIXELS = 2**20  # pixels of a large picture that change their mode at a time
 
-BAND_PIXELS = 2**20
-"""Pixels of a large picture that change their mode at a time."""
-
+# Memory that decoding takes at its peak: measured 5 (grey) to 12, 18 with alpha, 16 of WebP and 25 of WebP with it.
 BYTES_PER_PIXEL = 25
-"""Memory that decoding takes at its peak: measured 5 (grey) to 12, 18 with alpha, 16 of WebP and 25 of WebP with it."""
 
-RUN_PROGRAMS = ("EPS", "WMF")
-"""Formats for which PIL would start another program on what the file says."""
+RUN_PROGRAMS = ("EPS", "WMF")  # formats for which PIL would start another program on what the file says
 
 # Modes that are not computed with -> those that are; the second where a colour or a palette's entry is transparent.
 MODES = {"1": "L", "P": "RGB", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB", "HSV": "RGB", "YCbCr": "RGB"}
@@ -48,17 +44,13 @@ WITH_ALPHA = {"1": "LA", "L": "LA", "RGB": "RGBA", "P": "RGBA"}
 # A PNG of 16 bits has 65535 for white by its format, but scanners and cameras put 12 bits and fewer into such files as
 # they are, and by the format these pictures would be black. The price: of two frames of a camera, one whose brightest
 # value is 4095 comes out 16 times as bright as one with a 4096.
+# Whites of integer greys: the least that holds all values is taken, and no less than a TIFF says.
 RANGES = (255, 4095, 65535)
-"""Whites of integer greys: the least that holds all values is taken, and no less than a TIFF says."""
 
-ALIKE = 3
-"""Steps of 255 by which a profile's colours may differ from sRGB's for its pictures to be left as they are."""
-
+ALIKE = 3  # steps of 255 by which a profile's colours may differ from sRGB's for its pictures to be left as they are
 ORIENTATION = 0x0112  # EXIF's tag
 BITS, PHOTOMETRIC = 258, 262  # TIFF's tags: bits of a sample, and whether 0 is white (0) or black (1)
-
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
-"""EXIF's orientation -> the `PIL.Image.Transpose` that undoes it."""
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> the `PIL.Image.Transpose` that undoes it
 
 
 class BrokenImageError(ValueError):
@@ -310,5 +302,5 @@ class _SharedMemory:
                 self._changed.notify_all()
 
 
+# Bytes that all threads of a process decode into at a time; a larger picture waits until it is alone.
 _MEMORY = _SharedMemory(2**30)
-"""Bytes that all threads of a process decode into at a time; a larger picture waits until it is alone."""

@@ -13,8 +13,7 @@ from fedvlm_jax.utils.files import read_plain, write_bytes
 
 __all__ = ["ImageFacts"]
 
-SIZE = 16
-"""Bytes of a digest."""
+SIZE = 16  # bytes of a digest
 
 
 @dataclass(eq=False)

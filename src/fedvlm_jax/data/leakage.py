@@ -18,8 +18,7 @@ from fedvlm_jax.data.federated_dataset import Federation
 
 __all__ = ["Places", "find_overlap", "number_things", "place_rows"]
 
-SHOWN = 5
-"""Examples, and pairs of clients, that are named."""
+SHOWN = 5  # examples, and pairs of clients, that are named
 
 
 @dataclass(frozen=True, eq=False)

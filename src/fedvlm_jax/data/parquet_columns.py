@@ -30,8 +30,7 @@ UNDERSTOOD = (
 """Every column that some part of this package reads. Others mean nothing here, but rows can be told apart by them, so
 they are kept where they are plain (text, numbers, truth) and of one type in all shards."""
 
-ANSWER = "answer"
-"""The field of an answer's struct that holds its text."""
+ANSWER = "answer"  # the field of an answer's struct that holds its text
 
 
 class _Shard(NamedTuple):

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["convert_shards", "open_dataset", "read_parquet"]
 
-BATCH = 1000
-"""Rows that are converted at a time."""
+BATCH = 1000  # rows that are converted at a time
 
 Columns = dict[str, pa.DataType]
 

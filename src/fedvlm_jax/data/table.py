@@ -36,11 +36,8 @@ LOST = "image file cannot be read"
 OUTSIDE = "image file outside of the data's folder (--data.image-root allows another)"
 """Why an image that goes by a name is not read."""
 
-LONGEST_NAME = 80
-"""Characters of an image's name that a message shows."""
-
-INLINE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
-"""How PNG, JPEG, GIF and WebP begin in base64."""
+LONGEST_NAME = 80  # characters of an image's name that a message shows
+INLINE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in base64
 
 FACTS = f"fedvlm-jax-images-{DECODING}.npz"
 """The file beside the Arrow files that holds what is known about the images."""

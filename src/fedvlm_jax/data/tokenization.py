@@ -34,8 +34,8 @@ __all__ = [
     "require_pairs",
 ]
 
+# Columns of the question that all clients are asked alike, and of that in the client's language.
 QUESTION, CLIENT_QUESTION = "question", "question_client"
-"""Columns of the question that all clients are asked alike, and of that in the client's language."""
 
 IGNORED = -100
 """Label of a position that no loss counts, Hugging Face's convention."""
@@ -43,20 +43,15 @@ IGNORED = -100
 LABELS = ("labels", "rejected_labels")
 """What labels are called in a batch: the chosen answer's, and the rejected one's."""
 
-MULTIPLE = 4
-"""Token axes are padded to multiples of this: few shapes, little waste."""
-
-CHUNK = 1024
-"""Texts that are tokenised at a time."""
+MULTIPLE = 4  # token axes are padded to multiples of this: few shapes, little waste
+CHUNK = 1024  # texts that are tokenised at a time
 
 # A text of megabytes would make every array as wide as itself, so what must be too long is not even tokenised.
-CHARACTERS = 16
-"""More characters per token than any text has on average."""
+CHARACTERS = 16  # more characters per token than any text has on average
 
 TOO_LONG = "prompt too long"
 
-UNRELATED = (KeyboardInterrupt, SystemExit, MemoryError)
-"""Exceptions of a processor that no text is to blame for."""
+UNRELATED = (KeyboardInterrupt, SystemExit, MemoryError)  # exceptions of a processor that no text is to blame for
 
 
 class TextProcessor(Protocol):

@@ -27,11 +27,8 @@ __all__ = ["Images", "digest_rows", "unique_images"]
 
 T = TypeVar("T")
 
-WORKERS = min(8, os.cpu_count() or 1)
-"""Threads that read, hash and decode."""
-
-PART = 64
-"""Images that a thread takes at a time: a task per image costs more than hashing it."""
+WORKERS = min(8, os.cpu_count() or 1)  # threads that read, hash and decode
+PART = 64  # images that a thread takes at a time: a task per image costs more than hashing it
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,8 +54,7 @@ BOUND = "FEDVLM_CACHE_GIB"
 
 DEFAULT_GIB = 100.0
 
-LOCK = ".in-use"
-"""A file in every entry: whoever uses the entry has it locked, and its time is that of the newest use."""
+LOCK = ".in-use"  # a file in every entry: whoever uses the entry has it locked, and its time is that of the newest use
 
 PLACED = "FEDVLM_KEEP_PROGRAMS"
 """Environment: where programs are in place of the folder of all kinds; 0: none are kept."""

@@ -33,11 +33,9 @@ SETTINGS = {
     "jax_compilation_cache_max_size": 2 * 2**30,  # bytes; those used longest ago go first
 }
 
-WAIT = 10.0
-"""Seconds to wait for another process that looks for a program."""
+WAIT = 10.0  # seconds to wait for another process that looks for a program
 
-_holds: list[Hold] = []
-"""Folders in use until this process ends."""
+_holds: list[Hold] = []  # folders in use until this process ends
 
 
 def keep_programs() -> Path | None:

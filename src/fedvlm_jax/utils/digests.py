@@ -28,14 +28,12 @@ __all__ = ["SIZE", "digest_file", "digest_files", "digest_parts"]
 SIZE = 16
 """Bytes of a digest."""
 
-LARGE = 2**24
-"""Bytes from which on a file's digest is remembered: smaller files are read in milliseconds."""
+LARGE = 2**24  # bytes from which on a file's digest is remembered: smaller files are read in milliseconds
 
+# Seconds after its last change from which on a file's time stamps show its next change; of FAT and NFS it is 2.
 SETTLED = 10.0
-"""Seconds after its last change from which on a file's time stamps show its next change; of FAT and NFS it is 2."""
 
-FOLDER = "contents-of-files"
-"""In the folder of caches, whose kind `contents` it is."""
+FOLDER = "contents-of-files"  # in the folder of caches, whose kind `contents` it is
 
 
 def digest_parts(parts: "Iterable[bytes | np.ndarray]", *numbers: int) -> bytes:

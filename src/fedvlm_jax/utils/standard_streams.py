@@ -14,13 +14,13 @@ __all__ = ["PIPE_GONE", "is_reader_gone", "leave_out_told", "silence", "soften",
 PIPE_GONE = 141
 """Exit code of a command whose reader left, as `head` does: 128 and the number of SIGPIPE."""
 
+# ASCII for the signs that this package writes.
 PLAIN = {
     "–": "-", "−": "-", "—": "-", "…": "...", "±": "+-", "≈": "~", "▲": "^", "▼": "v", "→": "->", "×": "x", "·": "*",
     "✓": "+", "✗": "x", "█": "#", "∞": "inf", "≤": "<=", "≥": ">=", "θ": "theta", "η": "eta", "Σ": "sum", "α": "alpha",
     "λ": "lambda", "“": '"', "”": '"', "’": "'", "‘": "'", "\N{NO-BREAK SPACE}": " ", "Δ": "d", "√": "sqrt",
     "─": "-", "━": "=", "│": "|", "╸": "=", "╺": "=",
 }  # fmt: skip
-"""ASCII for the signs that this package writes."""
 
 
 def silence() -> None:

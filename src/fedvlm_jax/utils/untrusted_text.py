@@ -5,11 +5,11 @@ import unicodedata
 
 __all__ = ["clean", "escape_markdown"]
 
+# Categories of characters that move a cursor, turn the direction of what follows, or are not seen at all.
 HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Categories of characters that move a cursor, turn the direction of what follows, or are not seen at all."""
 
+# Joiners: Persian, Hindi and many emoji are written with them, and they do nothing else.
 KEPT = frozenset("\u200c\u200d")
-"""Joiners: Persian, Hindi and many emoji are written with them, and they do nothing else."""
 
 
 def clean(text: str, keep: str = "") -> str:

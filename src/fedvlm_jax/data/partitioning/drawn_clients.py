@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_clients"]
 
-DRAWS = 100
-"""How often a partition is drawn before its least size is given up."""
+DRAWS = 100  # how often a partition is drawn before its least size is given up
 
 
 def draw_clients(

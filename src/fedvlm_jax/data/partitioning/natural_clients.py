@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["choose_rows", "federate_by_column", "federate_rows"]
 
-SHOWN = 40
-"""Characters of a value that a message shows."""
+SHOWN = 40  # characters of a value that a message shows
 
 
 def federate_by_column(table: Table, options: "DataOptions", seed: int) -> Federation:

@@ -28,11 +28,10 @@ UNKNOWN = "unknown"
 DERIVED = ("question_type", "generator", "labeller")
 """The keys that `origin_split` holds."""
 
+# What the card names; looked for where `origin_split` has no structure.
 QUESTION_TYPES = ("detailed description", "question answering")
-"""What the card names; looked for where `origin_split` has no structure."""
 
-LONGEST = 10_000
-"""Characters beyond which a text is no longer taken for a literal."""
+LONGEST = 10_000  # characters beyond which a text is no longer taken for a literal
 
 
 def list_keys(table: "Table") -> tuple[str, ...]:

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["DATASET", "read_rlaif_v"]
 
 NAME, HUB_ID = "rlaif-v", "openbmb/RLAIF-V-Dataset"
-COLUMNS = ("rejected", "origin_dataset", "origin_split", "idx")
-"""Columns that other data of the same form lack."""
+COLUMNS = ("rejected", "origin_dataset", "origin_split", "idx")  # columns that other data of the same form lack
 
 
 def read_rlaif_v(options: "DataOptions") -> Table:

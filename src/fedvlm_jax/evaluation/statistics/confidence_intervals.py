@@ -12,9 +12,7 @@ from fedvlm_jax.errors import UserError
 __all__ = ["Difference", "Interval", "bootstrap_mean", "paired_difference", "read_shares"]
 
 RESAMPLES = 2000  # from one random seed to another the ends of a 95 % interval move by about 2 % of its width
-
-DRAWS = 1 << 20
-"""Clients drawn at a time: a bound on memory."""
+DRAWS = 1 << 20  # clients drawn at a time: a bound on memory
 
 
 @dataclass(frozen=True)
