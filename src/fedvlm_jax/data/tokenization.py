@@ -259,13 +259,10 @@ def _tokenise_prompts(
         unfit |= {start + int(n): TOO_LONG for n in np.flatnonzero(lengths > most) if start + int(n) not in unfit}
         width = int(lengths[lengths <= most].max(initial=0))
         chunks.append((ids[:, :width], mask[:, :width]))
-    width = max((ids.shape[1] for ids, _ in chunks), default=0)
-    pad = pad or 0
-    empty = [np.empty((0, width), np.int32)]
-    ids = np.concatenate([_widen(ids, width, pad) for ids, _ in chunks] or empty)
-    masks = np.concatenate([_widen(mask, width, 0) for _, mask in chunks] or empty)
+    ids, masks = _stack([ids for ids, _ in chunks], pad or 0), _stack([mask for _, mask in chunks], 0)
+    # Padding was cut off on the right.
     assert (np.diff(masks, axis=1) <= 0).all(), "prompts must be padded on the right"
-    return ids, masks, which, pad, unfit
+    return ids, masks, which, pad or 0, unfit
 
 
 def ask_processor(ask: Callable[[list[str]], Any], texts: list[str], what: str) -> tuple[Any, dict[int, str]]:
@@ -322,11 +319,8 @@ def _tokenise_answers(
         long[start : start + CHUNK] = over
         used = int((labels != IGNORED).sum(axis=1).max())
         chunks.append(labels[:, :used])
-    width = max((labels.shape[1] for labels in chunks), default=0)
-    empty = [np.empty((0, width), np.int32)]
-    labels = np.concatenate([_widen(labels, width, IGNORED) for labels in chunks] or empty)
-    places = {place: unfit[int(at)] for place, at in enumerate(which) if int(at) in unfit}
-    return labels[which], long[which], places
+    refused_rows = {row: unfit[int(at)] for row, at in enumerate(which) if int(at) in unfit}
+    return _stack(chunks, IGNORED)[which], long[which], refused_rows
 
 
 def _trim(labels: np.ndarray) -> np.ndarray:
@@ -339,6 +333,12 @@ def _distinct(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
     places: dict[str, int] = {}
     which = np.asarray([places.setdefault(text, len(places)) for text in texts], np.int64)
     return list(places), which
+
+
+def _stack(parts: Sequence[np.ndarray], fill: int) -> np.ndarray:
+    """Lay arrays [n, T] of different widths T below each other."""
+    width = max((part.shape[1] for part in parts), default=0)
+    return np.concatenate([np.empty((0, width), np.int32), *(_widen(part, width, fill) for part in parts)])
 
 
 def _widen(array: np.ndarray, width: int, fill: int) -> np.ndarray:

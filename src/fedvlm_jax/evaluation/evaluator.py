@@ -1,14 +1,14 @@
-"""Evaluating every client with its own model: many clients' adapters at once, on one base.
+"""Evaluation of every client with its model: many clients' adapters at once, on a single base.
 
-What is to be answered is cut into pieces, up to B examples of one client each, and V pieces at a time go through one
-program whatever the split, so a client with ten thousand examples beside one with ten costs what its examples cost.
-The next pieces are read while these are answered, and several models are asked about each piece while it is there.
-With several processes each reads the pieces that its own devices answer, and all of them get all answers.
+Rows are cut into pieces, up to B examples of a client each, and V pieces at a time go through the same program whatever
+the split, so a client with ten thousand examples beside one with ten costs what its examples cost. The next pieces are
+read while these are answered, and all models answer a piece while it is in memory. Each process reads the pieces that
+its devices answer, and gets all answers.
 
 Axes: C clients, V pieces at a time, B examples of a piece, U labels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -41,11 +41,11 @@ Numbers = dict[str, Float[np.ndarray, " examples"]]
 
 
 class Scored(NamedTuple):
-    """How a model did on a split.
+    """Scores of a model on a split.
 
     Attributes:
         scores: every metric.
-        values: those of generated answers example by example, metric -> client -> [N], of which `scores` has the means.
+        values: metrics of generated answers by example, metric -> client -> [N]; `scores` has their means.
         texts: the answers themselves, client -> [N].
     """
 
@@ -76,7 +76,7 @@ class _Piece(NamedTuple):
 
 
 class _Answers(NamedTuple):
-    """What a model said to one client's examples, and how likely it finds the answers that are there."""
+    """A model's answers to a client's examples, and the log-probabilities of the gold answers."""
 
     texts: list[str]
     numbers: Numbers
@@ -84,7 +84,7 @@ class _Answers(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates clients through one program.
+    """Evaluation of clients by a compiled program.
 
     Attributes:
         examples: of the population.
@@ -92,14 +92,14 @@ class Evaluator:
         processor: decodes answers.
         wave: pieces at a time.
         batch: examples of a piece.
-        mesh: where pieces are spread.
-        answer: the program that `make_answer` made.
-        gold: the answers to each of `examples`, as predictions are compared with them (see `evaluation.gold`).
-        metrics: of generated answers, by name (see `evaluation.texts`).
-        beta: of the reward, which is beta times how much more likely than under the bare base an answer is.
-        tell: is told how many parts of how many are done, and of which split.
-        base: split and client -> what `make_answer` computes of the bare base [N]; filled when the base is evaluated,
-            and from then on rewards are known.
+        mesh: pieces are spread over its devices.
+        answer: the program of `make_answer`.
+        gold: the answers to each of `examples`, as predictions are compared with them (`gold_answers.py`).
+        metrics: of generated answers, by name (`text_metrics.py`).
+        beta: of the reward, which is beta times an answer's gain in log-probability over the bare base.
+        tell: called with the parts done, the parts in all, and the split.
+        base: split and client -> the numbers of the bare base [N]; filled when the base is evaluated, and rewards are
+            known from then on.
     """
 
     examples: Examples
@@ -129,13 +129,13 @@ class Evaluator:
         Args:
             params: the base.
             models: name -> its adapters; None for the bare base (zero-shot).
-            split: which rows.
-            numbers: which clients.
-            rejected: score rejected answers too, where there are some; without them there is no metric of pairs.
+            split: of the rows.
+            numbers: of the clients.
+            rejected: score rejected answers too, where the data has them; without them there is no metric of pairs.
 
         Returns:
-            For every model: the chosen metrics of generated answers; `token_accuracy` and `loss` (nats per token) of
-            the chosen ones; and what `score_preferences` finds; each by client's name.
+            For every model: `metrics` of generated answers; `token_accuracy` and `loss` (nats per token) of the gold
+            answers; and those of `score_preferences`; each by client's name.
         """
         rows = {number: self.examples.clients[number].rows_of(split) for number in numbers}
         found = self._answer(params, models, rows, rejected, split)
@@ -150,12 +150,12 @@ class Evaluator:
         adapters: Adapters,
         rows: Mapping[int, Int[np.ndarray, " rows"]],
     ) -> dict[int, list[dict[str, np.ndarray]]]:
-        """Run another program over rows of clients, each with its own model.
+        """Run another program over rows of clients, each with its model.
 
         Args:
             program: (params, adapters, batch [V, B, …]) -> arrays by name [V, B, …]; labels that do not count are -100.
             params: the base.
-            adapters: whose models.
+            adapters: of the models.
             rows: client number -> rows.
 
         Returns:
@@ -175,7 +175,7 @@ class Evaluator:
         rejected: bool,
         split: Split,
     ) -> dict[str, dict[int, _Answers]]:
-        """model -> client -> its answers, each piece read once for all models."""
+        """Collect model -> client -> its answers, each piece read once for all models."""
         found: dict[str, dict[int, list[_Answers]]] = {name: {} for name in models}
         done, total = 0, len(models) * len(self._waves(list(self._cut(rows))))
         self.tell(done, total, split)
@@ -186,29 +186,31 @@ class Evaluator:
                     found[name].setdefault(client, []).append(_Answers(self.processor.decode(ids), numbers))
                 done += 1
                 self.tell(done, total, split)
-        return {name: {client: _join(parts) for client, parts in own.items()} for name, own in found.items()}
+        return {
+            name: {client: _join(parts) for client, parts in by_client.items()} for name, by_client in found.items()
+        }
 
-    def _cut(self, rows_of: Mapping[int, Int[np.ndarray, " rows"]]) -> Any:
+    def _cut(self, rows_of: Mapping[int, Int[np.ndarray, " rows"]]) -> Iterator[_Piece]:
         for number, rows in rows_of.items():
             for start in range(0, len(rows), self.batch):
                 part = rows[start : start + self.batch]
                 yield _Piece(number, pad_rows(part, self.batch), len(part))
 
     def _waves(self, pieces: list[_Piece]) -> list[list[_Piece]]:
-        """V pieces each; the last is filled up with pieces in which nothing counts."""
+        """Gather V pieces each; the last wave is filled up with pieces in which nothing counts."""
         waves = [pieces[start : start + self.wave] for start in range(0, len(pieces), self.wave)]
         if waves:
             waves[-1] += [waves[-1][0]._replace(real=0)] * (self.wave - len(waves[-1]))
         return waves
 
-    def _read(self, rows: Mapping[int, Int[np.ndarray, " rows"]]) -> Any:
-        """Waves of pieces with their batches [V, B, …] on the devices, the next read while this one is in use."""
+    def _read(self, rows: Mapping[int, Int[np.ndarray, " rows"]]) -> Iterator[tuple[dict[str, Array], list[_Piece]]]:
+        """Yield batches [V, B, …] on the devices with their pieces, the next read while the last is in use."""
         waves = self._waves(list(self._cut(rows)))
         across = NamedSharding(self.mesh, PartitionSpec(CLIENTS))
-        own = own_places(self.mesh, self.wave).tolist()
+        local = own_places(self.mesh, self.wave).tolist()
 
         def make(index: int) -> dict[str, np.ndarray]:
-            pieces = [waves[index][at] for at in own]
+            pieces = [waves[index][at] for at in local]
             batch = self.inputs(np.stack([piece.rows for piece in pieces]))
             counts = np.asarray([piece.real for piece in pieces])[:, None]
             counted = (np.arange(self.batch) < counts)[..., None]
@@ -219,18 +221,14 @@ class Evaluator:
 
     def _run(
         self, program: Callable[..., Any], params: PyTree, adapters: Adapters | None, batch: Any, wave: list[_Piece]
-    ) -> Any:
-        """What a program makes of a batch: pairs of a client and its part, without what only fills up."""
+    ) -> Iterator[tuple[int, Any]]:
+        """Run a program on a batch and yield each client with its part of the outputs, padding cut off."""
         across = NamedSharding(self.mesh, PartitionSpec(CLIENTS))
         clients = np.asarray([piece.client for piece in wave])
-        own = None if adapters is None else place(adapters(clients), across)
-        outputs = fetch(program(params, own, batch))
+        outputs = fetch(program(params, None if adapters is None else place(adapters(clients), across), batch))
         for at, piece in enumerate(wave):
             if piece.real:
-                yield (
-                    piece.client,
-                    jax.tree.map(lambda leaf, at=at, piece=piece: leaf[at, : piece.real], outputs),
-                )
+                yield piece.client, jax.tree.map(lambda leaf, at=at, piece=piece: leaf[at, : piece.real], outputs)
 
     def _gold(self, split: Split, numbers: Sequence[int]) -> list[list[str]]:
         return [self.gold[row] for number in numbers for row in self.examples.clients[number].rows_of(split)]
@@ -244,27 +242,27 @@ class Evaluator:
     ) -> Scored:
         values: dict[str, dict[str, np.ndarray]] = {name: {} for name in metrics}
         scores: Scores = {name: {} for name in (*metrics, "token_accuracy", "loss")}
-        said: dict[str, list[str]] = {}
+        texts_of: dict[str, list[str]] = {}
         for client, (texts, numbers) in answers.items():
             name = self.examples.clients[client].name
-            said[name] = texts
+            texts_of[name] = texts
             gold = self._gold(split, [client])
             for metric, score in metrics.items():
                 values[metric][name] = np.asarray(score(texts, gold))
-            own = {metric: float(values[metric][name].mean()) for metric in metrics}
+            of_client = {metric: float(values[metric][name].mean()) for metric in metrics}
             tokens = max(float(numbers["chosen_tokens"].sum()), 1.0)
-            own["token_accuracy"] = float(numbers["chosen_correct"].sum()) / tokens
-            own["loss"] = -float(numbers["chosen_log_prob"].sum()) / tokens
+            of_client["token_accuracy"] = float(numbers["chosen_correct"].sum()) / tokens
+            of_client["loss"] = -float(numbers["chosen_log_prob"].sum()) / tokens
             if adapters is None:
                 self.base[split, client] = numbers
-            own |= score_preferences(_pair(numbers, self.base.get((split, client))), self.beta)
-            for metric, value in own.items():
+            of_client |= score_preferences(_pair(numbers, self.base.get((split, client))), self.beta)
+            for metric, value in of_client.items():
                 scores.setdefault(metric, {})[name] = value
-        return Scored(scores, values, said)
+        return Scored(scores, values, texts_of)
 
 
 def _pair(numbers: Numbers, base: Numbers | None) -> Pairs:
-    """Put the numbers of a model and of the base side by side; without rejected answers there is no pair."""
+    """Pair the numbers of a model with those of the base; without rejected answers there is no pair."""
     nothing = np.zeros_like(numbers["chosen_tokens"])
     return Pairs(
         chosen=numbers["chosen_log_prob"],
@@ -282,7 +280,7 @@ def _join(parts: list[_Answers]) -> _Answers:
 
 
 GREEDY: Mapping[str, int] = {"num_beams": 1, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0}
-"""Options of `Vlm.generate` by which an answer is the likeliest token after token, whatever it is."""
+"""Options of `Vlm.generate` by which an answer is the likeliest token after token, without bans."""
 
 
 def make_answer(

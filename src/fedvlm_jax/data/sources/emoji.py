@@ -1,18 +1,16 @@
 """The emoji set that ships: one client per drawing style and language, topics drawn from a Dirichlet per client.
 
-Where more clients are asked for than there are styles and languages, further ones share these, each with topics and
-images of its own draw: two of the same style and language may have a picture in common.
+Where more clients are wanted than there are styles and languages, further clients share these, each with topics and
+images drawn for it: two of the same style and language may have a picture in common.
 
 Topics as in Hsu, Qi and Brown (arXiv 1909.06335): a client's mix over groups is Dirichlet(alpha · G · p), p being the
-share of each of the G groups in the set. With equal groups this is the symmetric Dirichlet(alpha); at alpha = inf all
-clients have p. One deviation: images are drawn without replacement, so a group can run dry; its share then falls to
-the groups that are left, in proportion, and the realised mix is what is reported.
+share of each of the G groups in the set; at alpha = inf all clients have p. Deviation: images are drawn without
+replacement, so a group can run dry; its share then falls to the groups that are left, in proportion, and the realised
+mix is reported. The set itself fixes which concepts train, validate and test, for every seed and client.
 
-Which concepts train, validate and test is fixed in the set itself, the same for every seed and client.
-
-Another `--data.partition` cuts anew what these clients have together, drawn with the set's own topics (alpha = inf), so
-that alpha is the partition's alone. A picture is then with one client in all the languages that it was drawn for: with
-several languages and the neutral prompt nobody could know which is wanted, so ask in the client's, or choose one.
+Another `--data.partition` cuts anew what these clients have together, drawn at alpha = inf, so that alpha is the
+partition's alone. A picture is then with one client in all the languages that it was drawn for: with several languages
+and the neutral prompt nobody could know which is wanted, so ask in the client's, or choose a single language.
 """
 
 from collections.abc import Sequence
