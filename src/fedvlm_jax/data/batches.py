@@ -44,7 +44,7 @@ def local_batches(
     if n <= 0 or steps <= 0:
         return np.zeros(shape, np.int32), np.zeros(shape, bool)
     rng = np.random.default_rng([Stream.BATCHES, seed, round_, client])
-    width = min(n, batch)
+    width = min(n, batch)  # fewer examples than slots: a step is an epoch
     epochs = -(-steps * width // n)
     order = np.concatenate([rng.permutation(n) for _ in range(epochs)])[: steps * width].reshape(steps, width)
     indices = np.zeros(shape, np.int32)
@@ -153,6 +153,7 @@ def round_rows(
     drawn = [local_batches(seed, round_, client, n, steps, batch) for client, n in zip(cohort, counts, strict=True)]
     for (_, mask), first in zip(drawn, [steps] * len(drawn) if taken is None else taken, strict=True):
         mask[first:] = False
+    # Only rows that count are read and moved to the device.
     touched = [np.unique(indices[mask]) for indices, mask in drawn]
     size = bucket(max((len(used) for used in touched), default=0), sizes)
     return RoundRows(

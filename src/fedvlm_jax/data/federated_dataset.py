@@ -86,7 +86,7 @@ def gather_clients(
     [('ann', [8], []), ('bob', [7], [9])]
     """
     part = owners * len(SPLITS) + splits
-    order = np.argsort(part, kind="stable")
+    order = np.argsort(part, kind="stable")  # stable: rows keep the order in which clients read them
     edges = np.searchsorted(part[order], np.arange(len(names) * len(SPLITS) + 1))
     parts = [rows[order[start:end]].astype(np.int64) for start, end in itertools.pairwise(edges)]
     clients = (ClientRows(name, *parts[3 * place : 3 * place + 3]) for place, name in enumerate(names))

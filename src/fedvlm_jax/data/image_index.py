@@ -43,7 +43,7 @@ class ImageFacts:
         """
         if self.file is None:
             return
-        digests, sound = _read(self.file)
+        digests, sound = _read(self.file)  # again: another process may have written since
         digests |= {row: digest for row, digest in self.digests.items() if lasting(row)}
         sound |= {row for row in self.sound if lasting(row)}
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else

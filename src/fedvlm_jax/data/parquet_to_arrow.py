@@ -66,7 +66,7 @@ def _open_cached(files: list[Path], columns: Columns, digest: str, name: str, fo
         if table is not None:
             return table
         discard(kept)
-    table = _convert(files, columns, digest, name, folder)
+    table = _convert(files, columns, digest, name, folder)  # a second time, from the shards
     if table is None:
         raise UserError(f"{kept} is not what was just written there: its disk is damaged; set FEDVLM_CACHE to another")
     return table

@@ -29,6 +29,7 @@ def find_below(name: str, folders: Sequence[Path]) -> Path:
         FileNotFoundError: there is none.
         ValueError: the name holds a NUL.
     """
+    # The folders may be links themselves, as in the hub's cache.
     allowed = [Path(os.path.realpath(folder)) for folder in folders]
     for folder in folders:
         found = Path(os.path.realpath(folder / name))

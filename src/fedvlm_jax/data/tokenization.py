@@ -184,7 +184,7 @@ def encode(
     _check_share(table, skipped, len(rows) + len(federation.skipped), options)
 
     kept = np.asarray([place for place in range(len(rows)) if place not in reasons], np.int64)
-    used, image = np.unique(image[kept], return_inverse=True)
+    used, image = np.unique(image[kept], return_inverse=True)  # images of skipped rows alone are dropped
     has_rejected = "rejected" in table.columns
     width = _round_up(int(lengths[which[kept]].max(initial=0)))
     return Examples(
@@ -232,7 +232,7 @@ def _read_answers(table: Table, rows: np.ndarray, processor: TextProcessor, most
     labels, rejected_labels = both[: len(rows)], both[len(rows) :]
     states = [find_pair_fault(*pair) is None for pair in zip(chosen, rejected, strict=True)]
     is_pair = (labels != rejected_labels).any(axis=1) & np.asarray(states, bool)
-    rejected_labels[~is_pair] = IGNORED
+    rejected_labels[~is_pair] = IGNORED  # so that a loss over pairs sees none
     rejected_cut = cut[len(rows) :] & is_pair
     return _Answers(chosen, rejected, labels, rejected_labels, cut[: len(rows)], rejected_cut, is_pair, refused)
 
@@ -302,7 +302,7 @@ def _tokenise_answers(
 
     A text of more than `most` tokens is tokenised again to `most`, so that the processor decides how a cut answer ends.
     """
-    distinct, which = _distinct(texts)
+    distinct, which = _distinct(texts)  # clients share questions and answers
     chunks = []
     long = np.zeros(len(distinct), bool)
     unfit: dict[int, str] = {}
@@ -351,19 +351,14 @@ def _round_up(size: int) -> int:
 
 
 def _renumber(clients: tuple[ClientRows, ...], kept: np.ndarray, total: int) -> tuple[ClientRows, ...]:
-    """Give every client its rows' places among the kept ones; `Federation.rows` fixes the order they are met in."""
+    """Give every client its rows' places among the kept rows; `Federation.rows` fixes the order of all."""
     place = np.full(total, -1, np.int64)
     place[kept] = np.arange(len(kept))
-    renumbered, start = [], 0
-    for client in clients:
-        parts: dict[str, np.ndarray] = {}
-        for split in SPLITS:
-            size = len(client.rows_of(split))
-            part = place[start : start + size]
-            parts[split] = part[part >= 0]
-            start += size
-        renumbered.append(dataclasses.replace(client, **parts))
-    return tuple(renumbered)
+    edges = np.cumsum([len(client.rows_of(split)) for client in clients for split in SPLITS])
+    parts = iter(part[part >= 0] for part in np.split(place, edges[:-1]))
+    return tuple(
+        dataclasses.replace(client, train=next(parts), validation=next(parts), test=next(parts)) for client in clients
+    )
 
 
 def _check_share(table: Table, skipped: tuple[Skipped, ...], total: int, options: "DataOptions") -> None:

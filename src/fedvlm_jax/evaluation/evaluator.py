@@ -139,6 +139,7 @@ class Evaluator:
         """
         rows = {number: self.examples.clients[number].rows_of(split) for number in numbers}
         found = self._answer(params, models, rows, rejected, split)
+        # CIDEr's document frequencies are those of all clients, whichever are scored.
         corpus = self._gold(split, range(len(self.examples.clients)))
         metrics = select_metrics(self.metrics, corpus)
         return {name: self._score(split, answers, metrics, models[name]) for name, answers in found.items()}
@@ -199,7 +200,7 @@ class Evaluator:
     def _waves(self, pieces: list[_Piece]) -> list[list[_Piece]]:
         """Gather V pieces each; the last wave is filled up with pieces in which nothing counts."""
         waves = [pieces[start : start + self.wave] for start in range(0, len(pieces), self.wave)]
-        if waves:
+        if waves:  # full, so that all waves are of the shape that was compiled
             waves[-1] += [waves[-1][0]._replace(real=0)] * (self.wave - len(waves[-1]))
         return waves
 
@@ -214,6 +215,7 @@ class Evaluator:
             batch = self.inputs(np.stack([piece.rows for piece in pieces]))
             counts = np.asarray([piece.real for piece in pieces])[:, None]
             counted = (np.arange(self.batch) < counts)[..., None]
+            # Padding repeats real rows: without labels it adds to no sum.
             return batch | {name: np.where(counted, batch[name], IGNORED) for name in LABELS if name in batch}
 
         for batch, wave in zip(read_ahead(make, 0, len(waves)), waves, strict=True):
@@ -250,7 +252,7 @@ class Evaluator:
             for metric, score in metrics.items():
                 values[metric][name] = np.asarray(score(texts, gold))
             of_client = {metric: float(values[metric][name].mean()) for metric in metrics}
-            tokens = max(float(numbers["chosen_tokens"].sum()), 1.0)
+            tokens = max(float(numbers["chosen_tokens"].sum()), 1.0)  # all answers may be empty
             of_client["token_accuracy"] = float(numbers["chosen_correct"].sum()) / tokens
             of_client["loss"] = -float(numbers["chosen_log_prob"].sum()) / tokens
             if adapters is None:

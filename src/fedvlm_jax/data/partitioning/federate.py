@@ -63,6 +63,7 @@ def hold_out(federation: Federation, share: float, seed: int) -> Federation:
             f"--data.held-out-clients {share:g} of {len(federation.clients)} clients is {count}: nobody would be left "
             "to train. Hold out fewer, or make more clients."
         )
+    # By a hash of the name, so that a client's fate does not depend on which others there are.
     key = int(seed).to_bytes(16, "little")
     ranked = sorted(
         federation.names,

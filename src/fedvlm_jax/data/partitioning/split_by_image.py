@@ -57,6 +57,7 @@ def group_by_image(table: Table, rows: Int[np.ndarray, " all"]) -> ImageGroups:
 def label_groups(groups: ImageGroups, labels: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " groups"]:
     """Find every group's most frequent label; of equally frequent ones the first."""
     pairs, counts = np.unique(np.stack([groups.of_row, labels]), axis=1, return_counts=True)
+    # The last key sorts first: by group, then by falling count, then by label.
     by_count = np.lexsort((pairs[1], -counts, pairs[0]))
     _, first = np.unique(pairs[0][by_count], return_index=True)
     return pairs[1][by_count][first]
@@ -80,6 +81,7 @@ def order_groups(
         split = np.full(len(groups), len(SPLITS) - 1)
         np.minimum.at(split, groups.of_row, splits)
         strata = strata + split
+    # Another purpose than that of the splits, so that the two draws are independent.
     rank = rank_groups(groups, seed, b"partition")
     place, size = _count_off(strata, rank)
     return np.lexsort((rank, (place + 0.5) / size))

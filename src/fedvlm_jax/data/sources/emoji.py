@@ -130,6 +130,7 @@ def _sample_clients(
     federated, described = [], {}
     for number in range(count):
         name, again = chosen[number % len(chosen)], number // len(chosen)
+        # By the place among all clients of the set: the choice of other vendors or languages changes nothing here.
         stream = [seed, everyone.index(name), *([again] if again else [])]
         mix = draw_mix(np.random.default_rng([Stream.TOPICS, *stream]), alpha, prior)
         parts, realised = [], {}
@@ -173,6 +174,7 @@ def draw_mix(
     """
     if alpha >= ALIKE:
         return prior
+    # numpy refuses concentrations of 0; near 0 all draws may underflow, and then a single group takes all.
     mix = rng.dirichlet(np.maximum(alpha * len(prior) * prior, 1e-6))
     return mix if np.isfinite(mix).all() else np.eye(len(prior))[rng.choice(len(prior), p=prior)]
 

@@ -41,6 +41,7 @@ def normalise(text: str) -> str:
     >>> normalise("  «Straße» ")
     'strasse'
     """
+    # Twice: folding may leave letters that compose.
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     spaced = " ".join(folded.split())
     start, end = 0, len(spaced)

@@ -53,7 +53,7 @@ class _Vector(NamedTuple):
 def weigh_corpus(corpus: Sequence[Sequence[str]]) -> Rarity:
     """Count in how many documents (all gold answers of an example) every n-gram of a corpus occurs, and weigh it."""
     documents = [[tokenise(text) for text in texts] for texts in corpus]
-    most = math.log(max(len(documents), 1))
+    most = math.log(max(len(documents), 1))  # an empty split has no documents
     weights: dict[Gram, float] = {}
     for order in ORDERS:  # one after the other, for what is dropped at once needs no memory
         found: Counter[Gram] = Counter()
@@ -106,7 +106,7 @@ def _compare(ours: _Vector, gold: _Vector) -> float:
     """Average the cosine over orders, clipped to the gold answer's counts and damped by length."""
     total = 0.0
     for mine, other, norm, norm_other in zip(ours.weights, gold.weights, ours.norms, gold.norms, strict=True):
-        if norm and norm_other:
+        if norm and norm_other:  # short texts have no long n-grams, and frequent ones weigh nothing
             shared = sum(min(weight, other[gram]) * other[gram] for gram, weight in mine.items() if gram in other)
             total += shared / (norm * norm_other)
     return total / len(ORDERS) * math.exp(-((ours.length - gold.length) ** 2) / (2 * SIGMA**2))

@@ -53,6 +53,7 @@ def reward_margin(pairs: Pairs, beta: float) -> Sums:
     """
     if pairs.base_chosen is None or pairs.base_rejected is None:
         raise ValueError("a reward margin needs the base's log-probabilities; expected base_chosen and base_rejected")
+    # In float64: the difference of two sums of hundreds of nats is a small number.
     gain_chosen = np.asarray(pairs.chosen, np.float64) - pairs.base_chosen
     return beta * (gain_chosen - (np.asarray(pairs.rejected, np.float64) - pairs.base_rejected))
 

@@ -60,7 +60,7 @@ def normalise_short(text: str) -> str:
     joined = re.search(r"\d,\d", text) is not None
     plain = text
     for mark in PUNCTUATION:
-        beside = f"{mark} " in text or f" {mark}" in text
+        beside = f"{mark} " in text or f" {mark}" in text  # in the text as given, as in the official code
         plain = plain.replace(mark, "" if beside or joined else " ")
     words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", plain).lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)

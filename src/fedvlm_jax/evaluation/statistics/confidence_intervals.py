@@ -66,7 +66,7 @@ def bootstrap_mean(
     # By hand: scipy.stats.bootstrap knows no nesting.
     rng = np.random.default_rng(seed)
     groups = []
-    for _, values in sorted(by_seed.items()):
+    for _, values in sorted(by_seed.items()):  # sorted, as are the clients: their order must not change what is drawn
         names = sorted(values)
         numbers = np.asarray([values[name] for name in names], np.float64)
         if not np.isfinite(numbers).all():
@@ -82,6 +82,7 @@ def bootstrap_mean(
         found[slots] = _draw_means(rng, numbers, shares, int(slots.sum()))
     low, high = np.quantile(found.mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     single = len(groups) == 1
+    # Every resample of a single client is that client: an interval of no width would claim certainty.
     if single and len(groups[0][0]) == 1:
         low = high = math.nan
     return Interval(float(means.mean()), float(low), float(high), "clients" if single else "seeds and clients")
@@ -172,7 +173,7 @@ def paired_difference(
                 f"a comparison needs the same clients on both sides and in every seed; seed {seed} differs."
             )
     pairs = np.asarray([[a[seed][client] - b[seed][client] for client in clients] for seed in sorted(a)], np.float64)
-    units = pairs.mean(axis=1) if len(pairs) > 1 else pairs[0]
+    units = pairs.mean(axis=1) if len(pairs) > 1 else pairs[0]  # seeds, or the clients of the only one
     mean = float(pairs.mean())
     error, reach = math.nan, math.nan
     if len(units) > 1:

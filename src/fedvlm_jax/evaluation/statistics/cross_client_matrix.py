@@ -79,6 +79,7 @@ def summarise_matrix(
         )
     own = np.diagonal(values)
     best: list[int] = (values if higher_is_better else -values).argmax(axis=0).tolist()
+    # By value, not by place: a tie is the owner's.
     beaten = [place for place in range(count) if values[best[place], place] != own[place]]
     return Matrix(
         own=float(own.mean()),

@@ -67,6 +67,7 @@ def summarise(
     numbers = np.asarray(list(values.values()), np.float64)
     shares = read_shares(values, weights)
     mean = float(shares @ numbers)
+    # The worst first.
     ordered = np.sort(numbers) if higher_is_better else np.sort(numbers)[::-1]
     interval = bootstrap_mean({0: values}, weights)
     return Summary(
