@@ -20,14 +20,3 @@ def test_the_examples_of_a_module(name):
     module = importlib.import_module(name)
     found = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert found.failed == 0
-
-
-def test_public_functions_have_examples():
-    """A share of all docstrings, so that examples are written with functions, not once."""
-    finder = doctest.DocTestFinder(exclude_empty=False)
-    documented = with_example = 0
-    for name in MODULES:
-        for found in finder.find(importlib.import_module(name), name):
-            documented += bool(found.docstring.strip())
-            with_example += bool(found.examples)
-    assert with_example / documented >= 0.05, f"{with_example} of {documented} docstrings have an example"
