@@ -1,8 +1,6 @@
 """Every block that README and docs show runs: Python is executed, command lines are parsed with their options."""
 
-import doctest
 import functools
-import importlib
 import re
 import shlex
 from pathlib import Path
@@ -42,11 +40,6 @@ def name_page(page):
 
 PYTHON = [page for page in PAGES if find_blocks(page, "python")]
 COMMANDS = {" ".join(words): words for page in PAGES for words in list_commands(page)}
-DOCTESTED = [
-    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-    for path in sorted(PACKAGE.rglob("*.py"))
-    if ">>> " in path.read_text(encoding="utf-8")
-]
 
 
 def test_there_is_something_to_check():
@@ -121,9 +114,3 @@ def test_public_names_are_documented(module):
     texts = {name: public[name].__doc__ or "" for name in ours}
     assert texts
     assert [name for name, text in texts.items() if not text or text.startswith(f"{name}(")] == []  # or a made-up one
-
-
-@pytest.mark.parametrize("module", DOCTESTED)
-def test_examples_of_docstrings(module):
-    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    assert doctest.testmod(importlib.import_module(module), optionflags=flags).failed == 0
