@@ -1,6 +1,7 @@
 """Every block that README and docs show runs: Python is executed, command lines are parsed with their options."""
 
 import functools
+import importlib
 import re
 import shlex
 from pathlib import Path
