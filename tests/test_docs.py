@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import fedvlm_jax
 from fedvlm_jax.cli import main
 from fedvlm_jax.training.config import Compare, Run
 from fedvlm_jax.training.validation import validate, validate_comparison
@@ -16,7 +15,6 @@ from fedvlm_jax.training.validation import validate, validate_comparison
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PACKAGE = Path(fedvlm_jax.__file__).parent
 STANDS_FOR = {"RUN": "runs/x", "./Florence-2-base": "microsoft/Florence-2-base"}
 """Words that a reader replaces."""
 
