@@ -172,7 +172,8 @@ def test_profile_watches_the_run_and_the_end_says_where_it_is(
 ) -> None:
     from made_up import write_run
 
-    def train(run: Run, show: object, watch: Any) -> Path:
+    def train(run: Run, show: object, callbacks: Any) -> Path:
+        (watch,) = callbacks
         assert run.out is not None
         assert to_json(run) == to_json(Run(out=run.out)), "what is traced is no part of what the run is"
         watch.written += [watch.folder / f"{name}.json.gz" for name in traced]

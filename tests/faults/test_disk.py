@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -22,9 +23,10 @@ from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.federation.client_states import Population
 from fedvlm_jax.reporting import report
 from fedvlm_jax.training import federated_run
+from fedvlm_jax.training.callbacks import MetricsWriter
 from fedvlm_jax.training.config import Run
+from fedvlm_jax.training.progress import SilentProgress
 from fedvlm_jax.training.run_dir.folder_lock import Claim
-from fedvlm_jax.training.trainer import Course
 from fedvlm_jax.utils.files import write_bytes, write_json
 from fedvlm_jax.utils.standard_streams import leave_out_told
 
@@ -139,10 +141,9 @@ def test_a_file_is_written_whole_or_not_at_all(write, content, tmp_path):
 
 def test_metrics(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    course = object.__new__(Course)
-    course.folder = tmp_path
+    writer = MetricsWriter(tmp_path, SilentProgress())
     with pytest.raises(OSError, match="No space") as told:
-        course._write_line({"round": 1})
+        writer.on_round(None, SimpleNamespace(line={"round": 1}))
     assert describe_os_error(told.value) == f"{tmp_path / 'metrics.jsonl'}: {FULL}"
 
 

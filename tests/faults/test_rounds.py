@@ -13,7 +13,7 @@ from tiny_run import tiny_run
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.config import ServerOptions
 from fedvlm_jax.reporting.sentences import describe_run
-from fedvlm_jax.training import federated_run, trainer
+from fedvlm_jax.training import callbacks, federated_run, trainer
 from fedvlm_jax.training.config import EvaluationOptions, TrainOptions
 from fedvlm_jax.training.failures import describe_lost, describe_rounds, describe_unfit, explain_all_unfit
 from fedvlm_jax.training.progress import SilentProgress, describe_line
@@ -171,8 +171,8 @@ def test_the_base_is_not_blamed_on_the_rates(model, session, tmp_path, monkeypat
 
 def test_an_overflow_in_the_last_round_is_no_success(model, session, tmp_path, monkeypatch):
     """Its loss, before the update, is finite. What is kept, and called good, is the round before."""
-    rates = trainer.Course._rates
-    monkeypatch.setattr(trainer.Course, "_rates", lambda self, n: {"a": 1e30, "b": 1e30} if n == 2 else rates(self, n))
+    rates = trainer.find_rates
+    monkeypatch.setattr(trainer, "find_rates", lambda run, n: {"a": 1e30, "b": 1e30} if n == 2 else rates(run, n))
     with pytest.raises(UserError, match=r"round 2: .*not finite.*last good checkpoint is that of round 1") as told:
         federated_run.train(short(model, tmp_path / "run"), session=session)
     assert len(str(told.value).splitlines()) == 1
@@ -182,13 +182,13 @@ def test_an_overflow_in_the_last_round_is_no_success(model, session, tmp_path, m
 
 def test_a_round_whose_validation_is_not_finite_is_never_the_best(model, session, tmp_path, monkeypatch):
     """Not by its metric, not by its loss, and a run without any other ends with a line."""
-    score = trainer.Course._score
+    score = callbacks.score_validation
 
-    def spoil(self, *given):
-        found = score(self, *given)
+    def spoil(*given):
+        found = score(*given)
         return {**found, "exact_match": dict.fromkeys(found["exact_match"], 1.0), "loss": {"one": bad}}
 
-    monkeypatch.setattr(trainer.Course, "_score", spoil)
+    monkeypatch.setattr(callbacks, "score_validation", spoil)
     for bad in (float("nan"), float("inf")):
         with pytest.raises(UserError, match="no round's models have a finite loss"):
             federated_run.train(short(model, tmp_path / f"run{bad}"), session=session)

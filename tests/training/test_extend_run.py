@@ -88,14 +88,12 @@ def test_what_must_be_there(name, told, tmp_path):
 
 
 def test_rates_of_added_rounds_are_those_of_the_new_length(tmp_path):
-    from fedvlm_jax.training.trainer import Course
+    from fedvlm_jax.training.trainer import find_rates
 
-    course = object.__new__(Course)
     rates = {}
     for rounds in (16, 24):
         run = Run(train=TrainOptions(rounds=rounds))
-        course.prepared = type("Prepared", (), {"run": run})
-        rates[rounds] = [course._rates(round_)["a"] for round_ in range(1, rounds + 1)]
+        rates[rounds] = [find_rates(run.train, round_)["a"] for round_ in range(1, rounds + 1)]
     whole = run.train.learning_rate_a
     assert rates[16][9:] == [pytest.approx(0.3 * whole)] * 7
     assert rates[24][14:] == [pytest.approx(0.3 * whole)] * 10

@@ -1,20 +1,17 @@
 """The learning rates of a run's rounds, and dropout in them."""
 
-from types import SimpleNamespace
-
 import pytest
 from tiny_run import tiny_run
 
 from fedvlm_jax.training import method_setup
-from fedvlm_jax.training.config import LoraOptions, Run, TrainOptions
+from fedvlm_jax.training.config import LoraOptions, TrainOptions
 from fedvlm_jax.training.prepare import make_driver, prepare
-from fedvlm_jax.training.trainer import Course
+from fedvlm_jax.training.trainer import find_rates
 
 
 def rates(**train):
-    run = Run(train=TrainOptions(rounds=8, learning_rate_a=4.0, learning_rate_b=8.0, **train))
-    course = SimpleNamespace(prepared=SimpleNamespace(run=run))
-    return [Course._rates(course, number) for number in range(1, 10)]  # type: ignore[arg-type]
+    options = TrainOptions(rounds=8, learning_rate_a=4.0, learning_rate_b=8.0, **train)
+    return [find_rates(options, number) for number in range(1, 10)]
 
 
 def test_rates_rise_over_the_rounds_of_warm_up_and_fall_late():

@@ -28,6 +28,7 @@ from fedvlm_jax.analysis.profile_scopes import (
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.simulator import Driver
+from fedvlm_jax.training.trainer import Callback, FederatedTrainer
 
 __all__ = ["PROFILE", "ROUNDS", "RoundProfile"]
 
@@ -38,8 +39,8 @@ ROUNDS = 2
 """Rounds that are traced of each phase."""
 
 
-class RoundProfile:
-    """Traces rounds of one run into its folder; to be called around each of them."""
+class RoundProfile(Callback):
+    """Trace rounds of one run into its folder."""
 
     def __init__(self, folder: Path) -> None:
         """Trace into `folder`/profile, and there into a folder per process where there are several."""
@@ -50,8 +51,9 @@ class RoundProfile:
         self._ran: set[tuple[Any, int]] = set()
         self._traced: Counter[Any] = Counter()
 
-    def __call__(self, driver: Driver, round_: int) -> AbstractContextManager[None]:
-        """Be around round `round_`: trace it, if its program has run before and no two of its phase were traced."""
+    def around_round(self, trainer: FederatedTrainer, round_: int) -> AbstractContextManager[None]:
+        """Trace a round, if its program has run before and no two of its phase were traced."""
+        driver = trainer.driver
         program = (id(driver), driver.phase_of(round_))
         warm = program in self._ran
         self._ran.add(program)

@@ -77,7 +77,7 @@ def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool
     folder = about.folder = Path(name)
     begun = run.resume is not None or (again and processes.tell_all(lambda: _has_begun(run, folder)))
     watch = _open_profile(folder) if profile else None
-    watched: dict[str, Any] = {} if watch is None else {"watch": watch}
+    watched: dict[str, Any] = {} if watch is None else {"callbacks": (watch,)}
     show = progress.open_progress() if processes.is_first() else progress.SilentProgress()
     options = _read_options(folder) if begun else dataclasses.replace(run, out=folder)
     against = _refuse_baseline(options) if baseline else "--no-baseline"

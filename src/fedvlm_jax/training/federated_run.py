@@ -9,7 +9,7 @@ Several processes run the same loop side by side, in a folder that all of them r
 import dataclasses
 import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import Adapters, Scored
 from fedvlm_jax.federation.simulator import Moment
 from fedvlm_jax.models import resolve_folder
+from fedvlm_jax.training.callbacks import BestRound, FiniteCheck, MetricsWriter, ProgressReporter
+from fedvlm_jax.training.checkpointing import CheckpointWriter
 from fedvlm_jax.training.config import Run, to_json, without_extras
 from fedvlm_jax.training.example_outputs import write_examples
 from fedvlm_jax.training.failures import describe_lost
@@ -50,7 +52,7 @@ from fedvlm_jax.training.run_dir.fingerprints import (
 from fedvlm_jax.training.run_dir.folder_lock import Claim, clear, is_used
 from fedvlm_jax.training.run_dir.reader import read_run
 from fedvlm_jax.training.run_dir.validated_files import StoredConfig, check_seal, read_config, seal
-from fedvlm_jax.training.trainer import Course, Watch, leave_alone
+from fedvlm_jax.training.trainer import Callback, FederatedTrainer
 from fedvlm_jax.training.validation import validate
 from fedvlm_jax.training.wave_width import fit
 from fedvlm_jax.utils import tree
@@ -75,14 +77,16 @@ def open_later(show: Progress) -> Callable[[Run], Session]:
     return open_once
 
 
-def train(run: Run, show: Progress | None = None, session: Opened | None = None, watch: Watch = leave_alone) -> Path:
+def train(
+    run: Run, show: Progress | None = None, session: Opened | None = None, callbacks: Sequence[Callback] = ()
+) -> Path:
     """Run a federation from the start; returns the folder that holds everything about it.
 
     Args:
         run: the options; `out` must be given.
         show: where to report.
         session: what an earlier run of the same model and data left, to start faster.
-        watch: is around every round; `runs.profiling` has one.
+        callbacks: called after those that every run has; `analysis.profiling` has one.
 
     Raises:
         UserError: the options, the data or the model cannot work, the folder is in use, or the loss is not finite.
@@ -93,7 +97,7 @@ def train(run: Run, show: Progress | None = None, session: Opened | None = None,
         raise UserError("a run needs a folder: set out")
     with _claim(run.out):
         processes.tell_all(partial(_refuse_used, run.out))
-        return _execute(run, show or SilentProgress(), session, watch)
+        return _execute(run, show or SilentProgress(), session, callbacks)
 
 
 @contextmanager
@@ -115,7 +119,7 @@ def resume(
     folder: Path,
     show: Progress | None = None,
     session: Opened | None = None,
-    watch: Watch = leave_alone,
+    callbacks: Sequence[Callback] = (),
     places: Run | None = None,
 ) -> Path:
     """Go on with a run from its newest checkpoint, or from the start where there is none yet.
@@ -124,7 +128,7 @@ def resume(
         folder: the run's.
         show: where to report.
         session: what an earlier run of the same model and data left, to start faster.
-        watch: is around every round.
+        callbacks: called after those that every run has.
         places: says where data and model are now, if they have moved.
 
     Raises:
@@ -134,10 +138,16 @@ def resume(
     show = show or SilentProgress()
     read_config(folder)  # before the folder is claimed, for it may be none
     with _claim(folder):
-        return _go_on(folder, show, session, watch, places)
+        return _go_on(folder, show, session, callbacks, places)
 
 
-def _go_on(folder: Path, show: Progress, session: Opened | None, watch: Watch, places: Run | None = None) -> Path:
+def _go_on(
+    folder: Path,
+    show: Progress,
+    session: Opened | None,
+    callbacks: Sequence[Callback] = (),
+    places: Run | None = None,
+) -> Path:
     stored = read_config(folder)
     run = dataclasses.replace(stored.run, out=folder, resume=None)
     finished = processes.tell_all((folder / "results.json").exists)
@@ -161,7 +171,7 @@ def _go_on(folder: Path, show: Progress, session: Opened | None, watch: Watch, p
             "Numbers on another mesh agree to rounding only, so the run is not continued; start a new one."
         )
     system = dataclasses.replace(run.system, mesh=str(stored.mesh), wave=stored.wave)
-    return _execute(dataclasses.replace(run, system=system), show, session, watch, stored)
+    return _execute(dataclasses.replace(run, system=system), show, session, callbacks, stored)
 
 
 def _validate_stored(folder: Path, run: Run) -> None:
@@ -201,7 +211,7 @@ def extend(folder: Path, run: Run, show: Progress | None = None, session: Opened
         if processes.is_first():
             write_json(scratch / "config.json", seal({**record.config, "run": to_json(run)}))
         claim.move(run.out)
-        return _go_on(run.out, show or SilentProgress(), session, leave_alone)
+        return _go_on(run.out, show or SilentProgress(), session)
 
 
 def _copy(folder: Path, target: Path) -> None:
@@ -213,7 +223,13 @@ def _copy(folder: Path, target: Path) -> None:
             shutil.copy(file, target)
 
 
-def _execute(run: Run, show: Progress, opened: Opened | None, watch: Watch, stored: StoredConfig | None = None) -> Path:
+def _execute(
+    run: Run,
+    show: Progress,
+    opened: Opened | None,
+    callbacks: Sequence[Callback],
+    stored: StoredConfig | None = None,
+) -> Path:
     """Run all that is not done; `stored` is what the folder of a run that goes on says."""
     assert run.out is not None
     check = partial(compare_sources, run.out, run, stored.content["fingerprint"]) if stored else _accept
@@ -229,13 +245,9 @@ def _execute(run: Run, show: Progress, opened: Opened | None, watch: Watch, stor
     else:
         _write_config(run, prepared)
     ask_base = partial(_ask_base, run, prepared, session, show)
-    course = Course(prepared, run.out, show, ask_base, watch)
-    try:
-        course.go()
-    finally:
-        course.checkpoints.close()
+    trainer, best_round = _run_rounds(prepared, run.out, show, ask_base, callbacks)
     zero_shot = ask_base()
-    best, federation, own = course.best, course.drivers[0], course.give_best()
+    best, federation, own = best_round.best, trainer.drivers[0], best_round.give_models(trainer)
     at = Moment(replicate(session.mesh, best.server), federation.population.slots)
     base = federation.base_at(at.server)
     shared = jax.device_get(federation.programs.method.download(server=at.server))
@@ -260,6 +272,23 @@ def _execute(run: Run, show: Progress, opened: Opened | None, watch: Watch, stor
         write_examples(prepared, scored, run.out)
         write_json(run.out / "results.json", results)
     return run.out
+
+
+def _run_rounds(
+    prepared: Prepared, folder: Path, show: Progress, ask_base: Callable[[], Any], more: Sequence[Callback]
+) -> tuple[FederatedTrainer, BestRound]:
+    """Run all rounds that are in no checkpoint; return the trainer after the last, and the best round."""
+    best = BestRound(show, ask_base)
+    checkpoints = CheckpointWriter(folder, best, show.note)
+    check = FiniteCheck(show, checkpoints.describe_newest)
+    callbacks = (check, best, MetricsWriter(folder, show), checkpoints, ProgressReporter(folder, show), *more)
+    try:
+        trainer = FederatedTrainer(prepared, folder, show, callbacks)
+        best.begin(trainer)
+        trainer.run(checkpoints.load(trainer))
+    finally:
+        checkpoints.close()
+    return trainer, best
 
 
 def _ask_base(run: Run, prepared: Prepared, session: Session, show: Progress) -> dict[Split, Scored]:

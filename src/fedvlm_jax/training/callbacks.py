@@ -1,0 +1,204 @@
+"""What a run does with a finished round: judge its clients, validate and keep the best, write its line, show it."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.errors import UserError, naming
+from fedvlm_jax.evaluation.evaluator import Adapters, Scores
+from fedvlm_jax.federation.client_states import Slots
+from fedvlm_jax.federation.simulator import Moment, RoundReport
+from fedvlm_jax.training.failures import UNFIT, describe_rounds, describe_unfit, explain_aggregate, explain_all_unfit
+from fedvlm_jax.training.personalization import give_models
+from fedvlm_jax.training.prepare import Prepared
+from fedvlm_jax.training.progress import Progress, working
+from fedvlm_jax.training.run_dir.reader import read_metrics
+from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
+from fedvlm_jax.utils.files import write_text
+
+__all__ = ["Best", "BestRound", "FiniteCheck", "MetricsWriter", "ProgressReporter"]
+
+
+class FiniteCheck(Callback):
+    """Name clients whose numbers are not finite; end the run where nobody else is left."""
+
+    def __init__(self, show: Progress, describe_left: Callable[[], str]) -> None:
+        """Report to `show`; `describe_left` says which checkpoint a run that ends here leaves."""
+        self.show, self.describe_left = show, describe_left
+        self.known: set[str] = set()  # clients that were reported
+
+    def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
+        """Name them in the line.
+
+        Raises:
+            UserError: all clients of the round are unfit, or what became of the others is not finite.
+        """
+        report, clients = result.report, trainer.prepared.examples.clients
+        if not report.finite:
+            raise UserError(explain_aggregate(result.round, self.describe_left()))
+        if not len(report.unfit):
+            return
+        names = [clients[number].name for number in report.unfit]
+        result.line[UNFIT] = names
+        if len(report.counted) and self.known.issuperset(names):
+            return  # to ask again whether they are unfit at rates of 0 would cost a round
+        self.known.update(names)
+        from_the_start = {clients[number].name for number in trainer.driver.find_unfit(result.inputs)}
+        if not len(report.counted):
+            model, left = trainer.prepared.run.model, self.describe_left()
+            raise UserError(explain_all_unfit(result.round, names, from_the_start, model, left))
+        self.show.note(describe_unfit(result.round, names, from_the_start))
+
+
+@dataclass
+class Best:
+    """The round that did best on validation.
+
+    Attributes:
+        server: the server's state of the last federated round that was the best so far, on the host.
+        slots: where the personal states of that round are.
+        round: which round it was; 0 before any.
+        phase: in which phase it was.
+        score: the metric that selects, and minus the loss, which breaks ties.
+    """
+
+    server: PyTree
+    slots: Slots
+    round: int = 0
+    phase: int = 0
+    score: tuple[float, float] = (-math.inf, -math.inf)
+
+
+class BestRound(Callback):
+    """Validate every client's model every few rounds and keep the round that did best."""
+
+    def __init__(self, show: Progress, ask_base: Callable[[], Any]) -> None:
+        """Report to `show`; `ask_base` has the evaluator know what the bare base answers, before models are scored."""
+        self.show, self.ask_base = show, ask_base
+        self.best: Best
+
+    def begin(self, trainer: FederatedTrainer) -> None:
+        """Take the start as the best there is so far."""
+        self.best = Best(jax.device_get(trainer.driver.server), trainer.driver.population.keep("best"))
+
+    def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
+        """Add `validation` to the line of a round that is validated."""
+        if trainer.is_validated(result.round):
+            self.ask_base()
+            with working(self.show, "validating every client's model"):
+                result.line["validation"] = self._validate(trainer, result.round, result.report)
+
+    def on_end(self, trainer: FederatedTrainer) -> None:
+        """Check that there is a best round.
+
+        Raises:
+            UserError: no round's models have a finite loss.
+        """
+        if not self.best.round:
+            raise UserError(
+                f"{trainer.folder}: on the clients' validation data no round's models have a finite loss, so there is "
+                "none to choose; lower --train.learning-rate-a and --train.learning-rate-b"
+            )
+
+    def give_models(self, trainer: FederatedTrainer) -> Adapters:
+        """Return every client's model of the best round."""
+        best, driver = self.best, trainer.drivers[self.best.phase]
+        if best.phase == 0:
+            return give_models(trainer.prepared, driver, Moment(best.server, best.slots))
+        return partial(driver.adapters, at=Moment(driver.server, best.slots))
+
+    def _validate(self, trainer: FederatedTrainer, round_: int, report: RoundReport) -> dict[str, Any]:
+        prepared, driver, chosen = trainer.prepared, trainer.driver, trainer.prepared.select_by
+        models = driver.adapters
+        if trainer.federated:  # with a cold start for who was not drawn yet, as at the end
+            models = give_models(prepared, driver, driver.now)
+        scores = score_validation(prepared, driver.base, models, prepared.scored)
+        result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}
+        if report.trained is not None and prepared.run.evaluation.before_redistribution:
+            asked = [number for number in report.counted.tolist() if number in prepared.scored]
+            before = score_validation(prepared, report.base, report.trained, asked).get(chosen, {})
+            result["before_redistribution"] = {chosen: _mean(before)}
+            result["after_redistribution"] = {chosen: _mean({name: scores[chosen][name] for name in before})}
+        value, loss = result.get(chosen), result.get("loss")
+        # Without validation data the newest is the best there is. A model whose loss is not finite is never the best.
+        score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
+        if value is None or (all(map(math.isfinite, score)) and score > self.best.score):
+            server = jax.device_get(driver.server) if trainer.federated else trainer.last_server or self.best.server
+            self.best = Best(server, driver.population.keep("best"), round_, len(trainer.drivers) - 1, score)
+        return result
+
+
+def score_validation(prepared: Prepared, base: PyTree, adapters: Adapters, numbers: Sequence[int]) -> Scores:
+    """Score models on validation data.
+
+    Rejected answers are a fifth of the work: they are scored only where they decide; the end scores them too.
+    """
+    evaluator = prepared.evaluator
+    rejected = prepared.select_by not in evaluator.metrics
+    return evaluator(base, {"personal": adapters}, "validation", numbers, rejected=rejected)["personal"].scores
+
+
+class MetricsWriter(Callback):
+    """Append a line per round to `metrics.jsonl`; of several processes the first writes."""
+
+    def __init__(self, folder: Path, show: Progress) -> None:
+        """Write into `folder`, the run's, and report what is missing there."""
+        self.path, self.show = folder / "metrics.jsonl", show
+
+    def on_start(self, trainer: FederatedTrainer, done: int) -> None:
+        """Drop lines of rounds that are in no checkpoint: they are run again."""
+        if not processes.is_first() or not (done or self.path.exists()):
+            return
+        kept = [line for line in read_metrics(self.path.parent) if line["round"] <= done]
+        if lost := done - len(kept):
+            self.show.note(f"{self.path} lacks {lost} of {done} rounds: reports leave them out, and nothing else does")
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
+        """Append the round's line, on the disk before the checkpoint that follows."""
+        if processes.is_first():
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result.line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+class ProgressReporter(Callback):
+    """Show every round, and after the last what was odd in all of them."""
+
+    def __init__(self, folder: Path, show: Progress) -> None:
+        """Report to `show`; `folder` has the lines of all rounds."""
+        self.folder, self.show = folder, show
+        self.rounds = 0  # since this process began
+
+    def on_start(self, trainer: FederatedTrainer, done: int) -> None:
+        """Show how many rounds and validations are left."""
+        run, last = trainer.prepared.run, trainer.last_round
+        validated = sum(trainer.is_validated(round_) for round_ in range(done + 1, last + 1))
+        self.show.start(last, f"{run.method} · seed {run.seed}", done, validated)
+
+    def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
+        """Show the line; after the second round what a round takes, for the first one compiles."""
+        self.show.round(result.line)
+        self.rounds += 1
+        if self.rounds == 2:
+            self.show.note(f"a round after the first takes {result.seconds:.2g} s, evaluation apart")
+
+    def on_end(self, trainer: FederatedTrainer) -> None:
+        """End the display and say what was odd."""
+        self.show.finish()
+        for sentence in describe_rounds(read_metrics(self.folder)):
+            self.show.note(sentence)
+
+
+def _mean(values: dict[str, float]) -> float | None:
+    return sum(values.values()) / len(values) if values else None

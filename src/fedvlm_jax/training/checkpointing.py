@@ -1,0 +1,153 @@
+"""Checkpoints of a run: everything that a later round depends on is in the checkpoint of the round before.
+
+Of several processes the first writes the checkpoints, and all of them know what is in them.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from jaxtyping import PyTree
+
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.distributed.sharding import replicate
+from fedvlm_jax.errors import DamagedError, UserError
+from fedvlm_jax.federation.checkpoint import Checkpoints
+from fedvlm_jax.federation.client_states import Slots
+from fedvlm_jax.training.callbacks import Best, BestRound
+from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
+
+__all__ = ["CheckpointWriter"]
+
+KEPT = 2
+"""Checkpoints, the newest."""
+
+
+class CheckpointWriter(Callback):
+    """Write checkpoints of the trainer and the best round, and go on from the newest whole one.
+
+    Attributes:
+        saved: rounds whose checkpoints are kept.
+    """
+
+    def __init__(self, folder: Path, best: BestRound, note: Callable[[str], None]) -> None:
+        """Open the checkpoints of a run's folder; `note` is told of damaged ones."""
+        self.folder, self.best, self.note = folder, best, note
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=KEPT)
+        self.saved: list[int] = []
+
+    def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
+        """Save the last round of a phase, and every few before it."""
+        if trainer.ends_phase(result.round) or result.round % trainer.prepared.run.checkpoint_every == 0:
+            self._save(trainer, result.round)
+
+    def close(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            OSError: the disk did not take it.
+        """
+        self.checkpoints.close()
+
+    def describe_newest(self) -> str:
+        """Say which checkpoint a run that ends leaves; every one is of a round whose numbers were finite."""
+        newest = self.checkpoints.newest()
+        left = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is that of round {newest}"
+        return f"{left} in {self.folder}"
+
+    def load(self, trainer: FederatedTrainer) -> int:
+        """Bring a trainer to the newest checkpoint that is whole; return its round, 0 where there is none yet.
+
+        Raises:
+            UserError: there are checkpoints, and none is whole.
+        """
+        rounds: list[int] = processes.tell_all(self.checkpoints.rounds)
+        faults: list[str] = []
+        for done in rounds:
+            try:
+                self._restore(trainer, done)
+            except DamagedError as error:
+                faults.append(str(error))
+                del trainer.drivers[1:]
+                continue
+            for damaged, fault in zip(rounds, faults, strict=False):
+                self.note(f"{fault}; the run goes on from round {done}, and round {damaged} is run again")
+                self.checkpoints.forget(damaged)
+            self._keep_older(trainer, [older for older in rounds if older < done])
+            return done
+        if faults:
+            raise UserError(
+                f"{self.folder} cannot be resumed, because none of its checkpoints is whole: {'; '.join(faults)}. Put "
+                "the folder back from a copy, or start a new run"
+            )
+        return 0
+
+    def _state(self, trainer: FederatedTrainer) -> PyTree:
+        best = self.best.best
+        stamps = trainer.drivers[best.phase].population.stamps(best.slots)
+        kept = {"server": best.server, "slots": best.slots, "stamps": stamps}
+        return {"driver": trainer.driver.state(), "best": kept, "last_server": trainer.last_server}
+
+    def _save(self, trainer: FederatedTrainer, round_: int) -> None:
+        best, population = self.best.best, trainer.driver.population
+        score = [value if math.isfinite(value) else None for value in best.score]
+        about = {"best_round": best.round, "best_phase": best.phase, "best_score": score}
+        population.flush()  # before the table that names them
+        self._protect(trainer, round_, population.slots, best.slots)
+        self.checkpoints.save(round_, self._state(trainer), about, {"states": population.shapes})
+        self.saved.append(round_)
+        for old in self.saved[:-KEPT]:
+            population.let_go(old)
+            population.let_go(("best", old))
+        self.saved = self.saved[-KEPT:]
+
+    def _protect(self, trainer: FederatedTrainer, round_: int, slots: Slots, best: Slots) -> None:
+        """Have no record overwritten that the checkpoint of a round names: a kill or damage may need it again."""
+        population = trainer.driver.population
+        population.keep(round_, slots.copy())
+        if self.best.best.phase == len(trainer.drivers) - 1:  # records of an earlier phase are not written any more
+            population.keep(("best", round_), best.copy())
+
+    def _restore(self, trainer: FederatedTrainer, done: int) -> None:
+        """Stand as after round `done`.
+
+        Raises:
+            DamagedError: its checkpoint, or a personal state that it names, is not as it was written.
+        """
+        session, number, federation = trainer.prepared.session, trainer.phase_of(done), trainer.driver
+        if number:
+            trainer.last_server = jax.device_get(federation.server) if federation.programs.base is not None else {}
+            trainer.start_phase(number, go_on=(trainer.first_adapter(federation.adapters), session.params))
+        driver = trainer.driver
+        state, about = self.checkpoints.restore(done, self._state(trainer), {"states": driver.population.shapes})
+        trainer.last_server = state["last_server"]
+        if trainer.last_server:
+            federation.server = replicate(session.mesh, trainer.last_server)
+            driver.params = federation.base
+        driver.load(state["driver"])
+        metric, loss = (-math.inf if value is None else value for value in about["best_score"])
+        best, population = state["best"], driver.population
+        of_best = trainer.drivers[about["best_phase"]].population
+        self.best.best = Best(best["server"], best["slots"], about["best_round"], about["best_phase"], (metric, loss))
+        of_best.recall(best["slots"], best["stamps"])
+        of_best.keep("best", best["slots"])
+        find = lambda: population.find_damage(population.slots) or of_best.find_damage(best["slots"])  # noqa: E731
+        if fault := processes.tell_all(find):
+            raise DamagedError(fault)
+        self._protect(trainer, done, population.slots, best["slots"])
+        self.saved = [done]
+
+    def _keep_older(self, trainer: FederatedTrainer, rounds: Sequence[int]) -> None:
+        """Keep what older checkpoints of this phase name, should the newest turn out to be damaged another time."""
+        population = trainer.driver.population
+        for round_ in sorted(rounds):
+            if trainer.phase_of(round_) == len(trainer.drivers) - 1:
+                with contextlib.suppress(DamagedError):
+                    shapes = {"states": population.shapes}
+                    state, _ = self.checkpoints.restore(round_, self._state(trainer), shapes)
+                    for part in (state["driver"], state["best"]):
+                        population.recall(part["slots"], part["stamps"])
+                    self._protect(trainer, round_, state["driver"]["slots"], state["best"]["slots"])
+                    self.saved.insert(-1, round_)
