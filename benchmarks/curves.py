@@ -40,7 +40,7 @@ from harness.timing import describe_times, interleave
 from harness.world import Shape, World, draw_world, start_factors
 
 from fedvlm_jax.models import Vlm, load_vlm, resolve_folder
-from fedvlm_jax.reporting.figures.theme import PAPER, make_figure, save_png
+from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.utils.compilation_cache import keep_programs
 from fedvlm_jax.utils.files import write_json
 
@@ -221,14 +221,14 @@ def report(options: Report) -> None:
 
 def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
     """Small multiples: milliseconds of a client's step above, share of the peak below."""
-    figure, axes = make_figure(PAPER, 2.6 * len(curves) + 0.4, 4.0, columns=len(curves), rows=2)
+    figure, axes = theme.make_figure(2.6 * len(curves) + 0.4, 4.0, columns=len(curves), rows=2)
     for column, (curve, found) in enumerate(curves.items()):
         above, below = axes[column], axes[len(curves) + column]
         at = [line["at"] for line in found]
         low, high = zip(*(line["step_ms_range"] for line in found), strict=True)
-        above.fill_between(at, low, high, color=PAPER.series[0], alpha=0.18, linewidth=0)
-        above.plot(at, [line["step_ms"] for line in found], "o-", color=PAPER.series[0], markersize=4)
-        below.plot(at, [100 * line["share_of_peak"] for line in found], "s-", color=PAPER.series[2], markersize=4)
+        above.fill_between(at, low, high, color=theme.SERIES[0], alpha=0.18, linewidth=0)
+        above.plot(at, [line["step_ms"] for line in found], "o-", color=theme.SERIES[0], markersize=4)
+        below.plot(at, [100 * line["share_of_peak"] for line in found], "s-", color=theme.SERIES[2], markersize=4)
         for ax in (above, below):
             ax.set_xscale("log", base=2)
             ax.set_xticks(at, [str(value) for value in at])
@@ -242,9 +242,9 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
         f"{MODEL}, {first['steps']} steps of {first['batch']} examples, {first['machine']['cores']} cores; "
         "medians and ranges",
         fontsize=9,
-        color=PAPER.muted,
+        color=theme.MUTED,
     )
-    save_png(figure, file)
+    theme.save_png(figure, file)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from study_summary import Json, format_mean, read_lines, summarise_scores
 
+from fedvlm_jax.evaluation.metrics.metric_labels import percent
 from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference
-from fedvlm_jax.reporting.figures.theme import PAPER, make_figure, save_png
-from fedvlm_jax.reporting.tables import Table, format_bytes, format_paired, percent, points, to_markdown
+from fedvlm_jax.reporting.figures import theme
+from fedvlm_jax.reporting.tables import Table, format_bytes, format_paired, points, to_markdown
 from fedvlm_jax.training.run_dir.artifacts import describe_environment
 
 RIVALS = ("local", "fedavg-lora")
@@ -75,7 +76,7 @@ def write(folder: Path, results: Path, order: Iterable[str]) -> None:
     words = "\n\n".join([*map(to_markdown, tables), write_note(content)])
     (results / "methods_emoji.md").write_text(words + "\n", encoding="utf-8")
     if wide := _pick_wide(cells):
-        save_png(draw(wide), results / "methods_emoji.png")
+        theme.save_png(draw(wide), results / "methods_emoji.png")
     print(words)
 
 
@@ -290,10 +291,10 @@ def draw(cells: Mapping[str, Json]) -> Figure:
     columns = min(3, len(cells))
     rows = -(-len(cells) // columns)
     height = rows * (1.3 + 0.24 * max(map(len, shown.values())))
-    figure, axes = make_figure(PAPER, 4.6 * columns + 0.4, height, columns, rows)
+    figure, axes = theme.make_figure(4.6 * columns + 0.4, height, columns, rows)
     for ax, (name, methods) in zip(np.ravel(axes), shown.items(), strict=False):
         _draw_cell(ax, cells[name], methods)
-        ax.set_title(NAMES.get(name, name), fontsize=9, loc="left", color=PAPER.ink)
+        ax.set_title(NAMES.get(name, name), fontsize=9, loc="left", color=theme.INK)
     for ax in np.ravel(axes)[len(shown) :]:
         ax.set_visible(False)
     return figure
@@ -304,7 +305,7 @@ def _draw_cell(ax: Any, cell: Json, methods: Sequence[str]) -> None:
     for row, method in enumerate(methods):
         one = cell["methods"][method]["against"]["local"]
         mean = 100 * one["mean"]
-        colour = PAPER.ink if one["low"] > 0 or one["high"] < 0 else PAPER.muted
+        colour = theme.INK if one["low"] > 0 or one["high"] < 0 else theme.MUTED
         if mean < -EDGE:
             edge = True
             ax.plot(-EDGE, row, marker="<", markersize=5, color=colour, clip_on=False)
@@ -313,7 +314,7 @@ def _draw_cell(ax: Any, cell: Json, methods: Sequence[str]) -> None:
         ends = [[100 * (one["mean"] - one["low"])], [100 * (one["high"] - one["mean"])]]
         style = {"xerr": ends, "capsize": 2, "linewidth": 1.2} if np.isfinite(ends).all() else {}
         ax.errorbar(mean, row, fmt="o", markersize=4, color=colour, **style)
-    ax.axvline(0, color=PAPER.muted, linewidth=1)
+    ax.axvline(0, color=theme.MUTED, linewidth=1)
     if edge:
         ax.set_xlim(left=-EDGE)
     ax.set_yticks(range(len(methods)), methods, fontsize=8)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from fedvlm_jax.evaluation.metrics.metric_labels import percent
 from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference, paired_difference
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, mean_over_seeds, spread
-from fedvlm_jax.reporting.figures.theme import PAPER, choose_series, make_figure
-from fedvlm_jax.reporting.tables import Table, format_bytes, format_paired, percent, points
+from fedvlm_jax.reporting.figures import theme
+from fedvlm_jax.reporting.tables import Table, format_bytes, format_paired, points
 from fedvlm_jax.training.run_dir.reader import ComparisonRecord
 
 RIVALS = ("local", "fedavg-lora", "fedavg-lora+ft")
@@ -123,36 +124,36 @@ def draw_study(cells: Mapping[str, Json]) -> Figure:
     """Draw all cells side by side: clients and means above, the distance from local training below."""
     methods = list(next(iter(cells.values()))["methods"])[::-1]
     count = len(cells)
-    figure, axes = make_figure(PAPER, 2.1 * count + 1.0, 1.6 + 0.9 * len(methods), count, 2, sharex="row", sharey="row")
-    series = choose_series([method for method in methods if method != "zero-shot"])
+    figure, axes = theme.make_figure(2.1 * count + 1.0, 1.6 + 0.9 * len(methods), count, 2, sharex="row", sharey="row")
+    series = theme.choose_series([method for method in methods if method != "zero-shot"])
     for column, cell in enumerate(cells.values()):
         top, bottom = axes[column], axes[count + column]
         prompt = {"neutral": "neutral question"}.get(cell["prompt"], "client's language")
-        top.set_title(f"{prompt},\n{cell['images_per_client']} images", fontsize=10, loc="left", color=PAPER.ink)
+        top.set_title(f"{prompt},\n{cell['images_per_client']} images", fontsize=10, loc="left", color=theme.INK)
         local = cell["methods"]["local"]["by_client"]
         for row, method in enumerate(methods):
             one = cell["methods"][method]
-            colour = PAPER.muted if method == "zero-shot" else PAPER.series[series[method]]
+            colour = theme.MUTED if method == "zero-shot" else theme.SERIES[series[method]]
             _scatter(top, row, list(one["by_client"].values()), colour)
             _mark(top, row, one, f"{100 * one['mean']:.1f}")
             against = one["against"].get("local")
             if against is None or method == "zero-shot" or abs(against["mean"]) > FAR:
                 text = "the yardstick" if against is None else f"{points(against['mean'])} (off scale)"
-                box = {"facecolor": PAPER.paper, "linewidth": 0, "pad": 1}
+                box = {"facecolor": theme.PAPER, "linewidth": 0, "pad": 1}
                 place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (1, -3)}
-                bottom.annotate(text, (0, row), color=PAPER.muted, fontsize=9, bbox=box, **place)
+                bottom.annotate(text, (0, row), color=theme.MUTED, fontsize=9, bbox=box, **place)
                 continue
             ahead = [score - local[client] for client, score in one["by_client"].items() if client in local]
             _scatter(bottom, row, ahead, colour)
             _mark(bottom, row, against, points(against["mean"]))
-        bottom.axvline(0, color=PAPER.muted, linewidth=1)
+        bottom.axvline(0, color=theme.MUTED, linewidth=1)
         top.set_xlabel("test exact match, %")
         bottom.set_xlabel("points ahead of local")
         for ax in (top, bottom):
             ax.set_yticks(range(len(methods)), methods)
             ax.set_ylim(-0.6, len(methods) - 0.3)
     legend = "dots: clients (mean over seeds);  black: mean over clients, 95 % interval over seeds"
-    figure.supxlabel(legend, fontsize=9, color=PAPER.muted)
+    figure.supxlabel(legend, fontsize=9, color=theme.MUTED)
     figure.get_layout_engine().set(hspace=0.06, wspace=0.03)
     return figure
 
@@ -166,10 +167,10 @@ def _mark(ax: Any, row: int, one: Json, text: str) -> None:
     """Draw a mean with its interval, and write it above."""
     mean, ends = 100 * one["mean"], [[100 * (one["mean"] - one["low"])], [100 * (one["high"] - one["mean"])]]
     if np.isfinite(ends).all():
-        ax.errorbar(mean, row, xerr=ends, color=PAPER.ink, capsize=3, linewidth=1.5, zorder=4)
-    ax.plot(mean, row, "o", color=PAPER.ink, markersize=4.5, zorder=5)
+        ax.errorbar(mean, row, xerr=ends, color=theme.INK, capsize=3, linewidth=1.5, zorder=4)
+    ax.plot(mean, row, "o", color=theme.INK, markersize=4.5, zorder=5)
     place = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
-    ax.annotate(text, (mean, row), color=PAPER.ink, fontsize=9, **place)
+    ax.annotate(text, (mean, row), color=theme.INK, fontsize=9, **place)
 
 
 def choose_rates(points_: Sequence[Json], grid: Sequence[tuple[float, float]]) -> dict[str, tuple[float, float]]:

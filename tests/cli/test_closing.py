@@ -12,8 +12,8 @@ from fedvlm_jax.cli._closing import close_run, suggest_comparison
 from fedvlm_jax.cli.compare import compare
 from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.methods.config import HyperOptions, ServerOptions
+from fedvlm_jax.reporting.score_tables import tabulate_run
 from fedvlm_jax.reporting.sentences import describe_run
-from fedvlm_jax.reporting.tables import tabulate_run
 from fedvlm_jax.training.config import EvaluationOptions, LoraOptions, Run, SystemOptions, TrainOptions, without_extras
 from fedvlm_jax.training.local_baseline import find_reason_against, make_baseline
 from fedvlm_jax.training.run_dir.reader import read_baseline, read_run

@@ -10,9 +10,10 @@ from make_parquet import draw_image
 
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.reporting.example_cards import read_cards, to_html_cards, to_markdown_cards
+from fedvlm_jax.reporting.example_cards import read_cards
+from fedvlm_jax.reporting.pages import render
+from fedvlm_jax.reporting.score_tables import tabulate_comparison, tabulate_run
 from fedvlm_jax.reporting.sentences import describe_comparison, describe_run
-from fedvlm_jax.reporting.tables import tabulate_comparison, tabulate_run
 from fedvlm_jax.training import evaluate, federated_run
 from fedvlm_jax.training.compare import finish_run
 from fedvlm_jax.training.config import Run, from_json, to_json
@@ -228,7 +229,7 @@ def test_every_entry_of_the_examples(run):
 
     def show():
         cards, _ = read_cards(run)
-        return to_html_cards(cards, "note") + to_markdown_cards(cards, "note", run)
+        return "".join(render(f"cards.{kind}.j2", cards=cards, note="note", folder=run) for kind in ("html", "md"))
 
     path.write_text(json.dumps(stored))
     assert "a cat" in show()

@@ -25,12 +25,12 @@ SHOW = """
 import sys
 from pathlib import Path
 from fedvlm_jax.cli.main import main
-from fedvlm_jax.reporting import tables
+from fedvlm_jax.reporting import score_tables, tables
 from fedvlm_jax.training.run_dir import reader
 from fedvlm_jax.utils.console import open_console
 def show(*args, **kwargs):
     console = open_console()
-    for table in tables.tabulate_comparison(reader.read_comparison(Path(sys.argv[1]))):
+    for table in score_tables.tabulate_comparison(reader.read_comparison(Path(sys.argv[1]))):
         tables.show(console, table)
     console.say("\\u2026 \\xb1 1 \\u2013 \\u4e2d")
 import fedvlm_jax.cli.main as commands

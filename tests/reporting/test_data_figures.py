@@ -13,7 +13,6 @@ from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting import data_report
 from fedvlm_jax.reporting.figures.data_figures import draw_data
-from fedvlm_jax.reporting.figures.theme import PAPER
 from fedvlm_jax.reporting.tables import Table
 
 
@@ -96,7 +95,7 @@ def make_description(count: int, values: int, held_out: int = 0, largest: int = 
 
 
 def test_few_clients_stand_with_their_names_and_numbers() -> None:
-    left, right = draw_data(make_description(4, 2, held_out=1), PAPER).axes
+    left, right = draw_data(make_description(4, 2, held_out=1)).axes
     names = [label.get_text() for label in left.get_yticklabels()]
     assert names == ["client-0", "client-1", "client-2", "client-3 (held out)"]
     assert [text.get_text() for text in left.texts] == ["90", "67", "45", "22"]
@@ -109,7 +108,7 @@ def test_few_clients_stand_with_their_names_and_numbers() -> None:
 @pytest.mark.broad
 @pytest.mark.parametrize("count", [100, 1000])
 def test_many_clients_stay_a_picture_of_one_page(count: int) -> None:
-    figure = draw_data(make_description(count, 12, held_out=count // 10), PAPER)
+    figure = draw_data(make_description(count, 12, held_out=count // 10))
     assert max(figure.get_size_inches()) < 10
     top, bottom = figure.axes
     assert [label.get_text() for label in bottom.get_xticklabels()] == []
@@ -127,7 +126,7 @@ def test_many_clients_stay_a_picture_of_one_page(count: int) -> None:
 def test_very_unequal_clients_are_drawn_on_a_log_scale() -> None:
     description = make_description(60, 3)
     description["clients"][0]["train"] = 100_000
-    top = draw_data(description, PAPER).axes[0]
+    top = draw_data(description).axes[0]
     assert top.get_yscale() == "log"
     assert "log scale" in top.get_legend().get_title().get_text()
 
@@ -140,7 +139,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
         "values": {"_first": 4, "$a_b$": 5},
         "by_client": {description["clients"][0]["name"]: {"_first": 4}, "_hidden": {"$a_b$": 5}},
     }
-    figure = draw_data(description, PAPER)
+    figure = draw_data(description)
     left, right = figure.axes
     assert left.get_yticklabels()[0].get_text().startswith("$x$ long")
     assert len(left.get_yticklabels()[0].get_text()) <= 34
@@ -150,4 +149,4 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
 
 def test_without_a_label_rows_stand_alone() -> None:
     description = make_description(5, 1) | {"label": None}
-    assert len(draw_data(description, PAPER).axes) == 1
+    assert len(draw_data(description).axes) == 1

@@ -9,7 +9,8 @@ from PIL import Image
 from test_report import check_page
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.reporting.example_cards import read_cards, to_html_cards
+from fedvlm_jax.reporting.example_cards import read_cards
+from fedvlm_jax.reporting.pages import render
 from fedvlm_jax.reporting.report import write_report
 
 
@@ -57,7 +58,7 @@ def test_what_data_say_cannot_break_the_page(tmp_path: Path) -> None:
     write_examples(folder, '</dl><script>"' + "long " * 100)
     text = check_page(write_report([folder]))
     assert "&lt;/dl&gt;" in text
-    assert "…" in to_html_cards(read_cards(folder)[0], "")
+    assert "…" in render("cards.html.j2", cards=read_cards(folder)[0], note="")
 
 
 def test_damaged_examples_are_told(tmp_path: Path) -> None:

@@ -9,15 +9,13 @@ from made_up import CLIENTS, write_comparison, write_run
 from rich.console import Console
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.reporting.pages import render
+from fedvlm_jax.reporting.score_tables import tabulate_comparison, tabulate_run, tabulate_runs
 from fedvlm_jax.reporting.tables import (
     Table,
     cut_to_width,
     format_bytes,
     show,
-    tabulate_comparison,
-    tabulate_run,
-    tabulate_runs,
-    to_html,
     to_markdown,
     to_rich,
 )
@@ -123,7 +121,7 @@ def test_all_forms_show_the_same_cells(tmp_path: Path) -> None:
     record = read_comparison(write_comparison(tmp_path / "c", {"local": LOCAL, "plora": PLORA}, ZERO))
     (table,) = tabulate_comparison(record)
     assert "| **plora** | **70.0 ± 14.1 %** | **60.0 %** | **≈ +15.0 [−48.5, +78.5]** |" in to_markdown(table)
-    assert ">≈ +15.0 [−48.5, +78.5]</td>" in to_html(table)
+    assert ">≈ +15.0 [−48.5, +78.5]</td>" in render("table.html.j2", table=table)
     console = Console(file=io.StringIO(), width=100)
     console.print(to_rich(table))
     assert "[−48.5, +78.5]" in console.file.getvalue()  # type: ignore[attr-defined]
@@ -147,7 +145,7 @@ def test_a_table_wider_than_the_terminal_is_cut_between_columns() -> None:
 def test_names_are_escaped(tmp_path: Path) -> None:
     record = read_run(write_run(tmp_path / "r", {"<b>|": 0.1}, {"<b>|": 0.5}))
     table = tabulate_run(record)[2]
-    assert "&lt;b&gt;|" in to_html(table)
+    assert "&lt;b&gt;|" in render("table.html.j2", table=table)
     assert r"&lt;b&gt;\|" in to_markdown(table)
 
 
@@ -186,6 +184,6 @@ def test_a_table_wider_than_a_phone_folds_there():
     narrow = Table("t", ("who", "how many"), (("a", "1"),))
     interval = "+1.0 [−0.5, +2.5]"
     wide = Table("t", ("method", "mean", "against local", "against others"), (("plora", "4 %", interval, interval),))
-    assert "class=fold" not in to_html(narrow)
-    assert "class=fold" in to_html(wide)
-    assert '<td data-label="against local">+1.0 [−0.5, +2.5]</td>' in to_html(wide)
+    assert 'class="fold"' not in render("table.html.j2", table=narrow)
+    assert 'class="fold"' in render("table.html.j2", table=wide)
+    assert '<td data-label="against local">+1.0 [−0.5, +2.5]</td>' in render("table.html.j2", table=wide)

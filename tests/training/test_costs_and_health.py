@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from made_up import write_comparison, write_run
 
-from fedvlm_jax.reporting.figures import client_gains, comparison_figures, diagnostics, pareto
-from fedvlm_jax.reporting.figures.pareto import Cost
-from fedvlm_jax.reporting.figures.theme import PAPER
+from fedvlm_jax.reporting.figures import comparison_figures, cost_figures, diagnostics
+from fedvlm_jax.reporting.figures.cost_figures import Cost
+from fedvlm_jax.reporting.figures.round_lines import read_rounds
 from fedvlm_jax.training.run_dir.reader import read_comparison, read_run
 
 SCORES = {
@@ -29,17 +29,17 @@ def test_the_front_by_hand() -> None:
         Cost("dear", 90, 60, 1.0),
         Cost("best", 99, 61, 1.0),
     ]
-    assert [cost.method for cost in pareto.find_front(costs)] == ["local", "middle", "twin", "best"]
+    assert [cost.method for cost in cost_figures.find_front(costs)] == ["local", "middle", "twin", "best"]
 
 
 def test_costs_are_those_of_all_rounds(tmp_path: Path) -> None:
     record = read_comparison(write_comparison(tmp_path / "c", SCORES, ZERO))
-    costs = {cost.method: cost for cost in pareto.read_costs(record, comparison_figures.read_rounds(record))}
+    costs = {cost.method: cost for cost in cost_figures.read_costs(record, read_rounds(record))}
     assert costs["plora"].sent == 8 * 360_000
     assert costs["local"].sent == 0
     assert costs["plora"].mean == pytest.approx(65)
     assert costs["plora"].std == pytest.approx(20 / np.sqrt(2))  # seeds at 55 and 75
-    (ax,) = pareto.draw_pareto(list(costs.values()), "exact_match", PAPER).axes
+    (ax,) = cost_figures.draw_pareto(list(costs.values()), "exact_match").axes
     ticks = [label.get_text() for label in ax.get_xticklabels()]
     assert ticks[0] == "nothing"
     assert "zero-shot 10.0, off the scale" in {text.get_text() for text in ax.texts}
@@ -54,7 +54,7 @@ def test_methods_whose_folder_is_gone_have_no_cost(tmp_path: Path) -> None:
     for seed in (0, 1):
         (folder / f"plora-{seed}" / "metrics.jsonl").unlink()
     record = read_comparison(folder)
-    assert [cost.method for cost in pareto.read_costs(record, comparison_figures.read_rounds(record))] == [
+    assert [cost.method for cost in cost_figures.read_costs(record, read_rounds(record))] == [
         "zero-shot",
         "local",
     ]
@@ -62,19 +62,19 @@ def test_methods_whose_folder_is_gone_have_no_cost(tmp_path: Path) -> None:
 
 def test_gains_have_the_interval_over_seeds(tmp_path: Path) -> None:
     # Client a gains 10 and 30 points: mean 20, standard error 10, t(1) = 12.706. Client b gains nothing, twice.
-    found = client_gains.read_gains(read_comparison(write_comparison(tmp_path / "c", SCORES, ZERO)))["plora"]
+    found = comparison_figures.read_gains(read_comparison(write_comparison(tmp_path / "c", SCORES, ZERO)))["plora"]
     assert found.clients == ["a", "b"]
     assert found.mean == pytest.approx([20, 0])
     assert found.low == pytest.approx([20 - 127.06, 0], abs=0.01)
     assert found.high == pytest.approx([20 + 127.06, 0], abs=0.01)
     without = {"plora": SCORES["plora"]}
-    assert client_gains.read_gains(read_comparison(write_comparison(tmp_path / "d", without, ZERO))) == {}
+    assert comparison_figures.read_gains(read_comparison(write_comparison(tmp_path / "d", without, ZERO))) == {}
 
 
 def test_an_interval_without_a_width_convinces_nobody(tmp_path: Path) -> None:
     scores = {"local": {0: {"a": 0.4}, 1: {"a": 0.4}}, "plora": {0: {"a": 0.5}, 1: {"a": 0.5}}}
     record = read_comparison(write_comparison(tmp_path / "c", scores, {seed: {"a": 0.1} for seed in (0, 1)}))
-    (ax,) = client_gains.draw_method_gains(client_gains.read_gains(record), "exact_match", PAPER).axes
+    (ax,) = comparison_figures.draw_method_gains(comparison_figures.read_gains(record), "exact_match").axes
     _, filled, hollow = ax.collections
     assert len(filled.get_offsets()) == 0
     assert len(hollow.get_offsets()) == 1
@@ -87,7 +87,7 @@ def test_health_of_a_run(tmp_path: Path) -> None:
     lines = [{**line, "method": "plora"} for line in lines] + [tuned]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = read_run(folder)
-    axes = diagnostics.draw_health(record, PAPER).axes
+    axes = diagnostics.draw_health(record).axes
     titles = [ax.get_title(loc="left") for ax in axes if ax.axison]
     assert titles == [
         "Aggregation error, %",
@@ -112,8 +112,8 @@ def test_health_of_a_comparison_is_the_mean_over_seeds(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "c", scores, ZERO)
     path = folder / "plora-1" / "metrics.jsonl"
     path.write_text(path.read_text().replace('"angle_a": 10.0', '"angle_a": 20.0'))
-    rounds = comparison_figures.read_rounds(read_comparison(folder))
-    axes = diagnostics.draw_method_health(rounds, "exact_match", PAPER).axes
+    rounds = read_rounds(read_comparison(folder))
+    axes = diagnostics.draw_method_health(rounds, "exact_match").axes
     assert {text.get_text() for text in axes[1].texts} == {"local", "plora"}, "plora+ft has plora's federation"
     assert axes[1].lines[1].get_ydata()[:2] == pytest.approx([15, 20])
     gain = axes[3].lines[1]

@@ -21,7 +21,7 @@ def compare(comparison: Annotated[Compare, tyro.conf.arg(name="")]) -> None:
     validate_comparison(comparison)
     start_quickly()
 
-    from fedvlm_jax.reporting import report, tables
+    from fedvlm_jax.reporting import report, score_tables, tables
     from fedvlm_jax.training.run_dir import reader
     from fedvlm_jax.utils.console import open_console
 
@@ -30,7 +30,7 @@ def compare(comparison: Annotated[Compare, tyro.conf.arg(name="")]) -> None:
     record = reader.read_comparison(folder)
     page = report.write_report([folder])
     console = open_console()
-    for table in tables.tabulate_comparison(record):
+    for table in score_tables.tabulate_comparison(record):
         tables.show(console, table)
     console.say(f"comparison  {folder}\nreport      {page}")
 

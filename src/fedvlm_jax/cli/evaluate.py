@@ -20,7 +20,7 @@ def evaluate(
 
     start_quickly()
 
-    from fedvlm_jax.reporting import tables
+    from fedvlm_jax.reporting import score_tables, tables
     from fedvlm_jax.training import evaluate as evaluating
     from fedvlm_jax.training import progress
     from fedvlm_jax.training.run_dir import reader
@@ -32,5 +32,5 @@ def evaluate(
     finally:
         show.finish()
     console = open_console()
-    for table in tables.tabulate_run(reader.read_run(run)):
+    for table in score_tables.tabulate_run(reader.read_run(run)):
         tables.show(console, table)

@@ -195,14 +195,14 @@ def _read_options(folder: Path) -> Run:
 def _print_results(folder: Path, no_baseline: str) -> None:
     """Show the tables, then the few numbers that matter; `no_baseline`: why nobody was trained alone."""
     from fedvlm_jax.cli._closing import close_run, suggest_comparison
-    from fedvlm_jax.reporting import report, tables
+    from fedvlm_jax.reporting import report, score_tables, tables
     from fedvlm_jax.training.run_dir import reader
     from fedvlm_jax.utils.console import open_console
 
     record = reader.read_run(folder)
     page = report.write_report([folder])
     console = open_console()
-    for table in tables.tabulate_run(record):
+    for table in score_tables.tabulate_run(record):
         tables.show(console, table)
     lines = close_run(record)
     if no_baseline and reader.read_baseline(record) is None:

@@ -1,4 +1,4 @@
-"""`fedvlm data`: a federation before any training, as `data.json`, as a picture, as tables and in plain warnings."""
+"""The report of `fedvlm data`: a federation before any training, as `data.json`, a figure, tables and warnings."""
 
 import unicodedata
 from collections import defaultdict
@@ -11,7 +11,7 @@ from fedvlm_jax.data.dataset_summary import describe
 from fedvlm_jax.data.partitioning.federate import federate
 from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.reporting.figures.data_figures import draw_data
-from fedvlm_jax.reporting.figures.theme import PAPER, save_png
+from fedvlm_jax.reporting.figures.theme import save_png
 from fedvlm_jax.reporting.tables import MANY, Table
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.serialization import encode
@@ -19,7 +19,7 @@ from fedvlm_jax.utils.serialization import encode
 __all__ = ["describe_data", "find_leaks", "tabulate_data", "word_findings"]
 
 MISSING = frozenset({"nan", "none", "null", "<na>", "n/a", "nat"})
-"""Names by which a missing value goes once it is text."""
+"""Missing values, once they were turned into text."""
 
 LISTED = 12
 """Values of a key, and reasons, that a table shows."""
@@ -38,7 +38,7 @@ def describe_data(
     Writes `data.json` and `data.png` into `out`.
 
     Returns:
-        What `data.json` holds: the seed, the options, and what `data.describe.describe` found.
+        The content of `data.json`: the seed, the options, and what `data.statistics.describe` found.
 
     Raises:
         UserError: the data cannot be read, or make no federation.
@@ -51,12 +51,12 @@ def describe_data(
     description = {"seed": seed, "options": encode(options), **found}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "data.json", description)
-    save_png(draw_data(description, PAPER), out / "data.png")
+    save_png(draw_data(description), out / "data.png")
     return description
 
 
 def find_leaks(description: Mapping[str, Any]) -> list[str]:
-    """Say which images are in two splits; nothing where none is."""
+    """Describe which images are in two splits; nothing where none is."""
     sentences = []
     for line, found in description["overlap"]["images"]["between_splits"].items():
         if found["distinct"]:
@@ -71,7 +71,7 @@ def find_leaks(description: Mapping[str, Any]) -> list[str]:
 
 
 def word_findings(description: Mapping[str, Any]) -> list[str]:
-    """Say what a run would stumble over, or what its scores would hide; nothing where all is well."""
+    """Describe where a run would fail, and what its scores would hide; nothing where all is well."""
     findings = []
     unusable = description["unusable"]["rows"]
     total = description["rows"]["in_use"] + description["rows"]["without_client"]
@@ -99,20 +99,19 @@ def word_findings(description: Mapping[str, Any]) -> list[str]:
 
 
 def _word_names(names: Sequence[str]) -> list[str]:
-    """Say which clients may be a slip of the data's making."""
+    """Describe which clients may be mistakes in the data."""
     missing = [name for name in names if name.casefold() in MISSING]
     alike = defaultdict[str, list[str]](list)
     for name in names:
         alike[" ".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
-    twins = [own for own in alike.values() if len(own) > 1]
+    twins = [group for group in alike.values() if len(group) > 1]
     findings = []
     if missing:
         findings.append(f"A client is called {missing[0]!r}, as missing values are that were turned into text.")
     if twins:
-        told = " and ".join(repr(name) for name in twins[0][:2])
         findings.append(
             f"{_count(len(twins), 'name is', 'names are')} written in more than one way, and counts as many clients: "
-            f"{told}, for example."
+            f"{twins[0][0]!r} and {twins[0][1]!r}, for example."
         )
     return findings
 
@@ -140,20 +139,17 @@ def _tabulate_clients(description: Mapping[str, Any]) -> Table:
     if len(rows) > MANY:
         note = f"The largest and the smallest ten of {len(rows)} clients."
         rows = [*rows[:10], ("…",) * len(columns), *rows[-10:]]
-    sums = ("all", *(f"{sum(one[split] for one in clients):,}" for split in SPLITS), _images(description))
+    images = f"{description['images']['distinct']:,}"
+    sums = ("all", *(f"{sum(one[split] for one in clients):,}" for split in SPLITS), images)
     title = f"{description['source']}, seed {description['seed']}: {_count(len(clients), 'client', 'clients')}"
     return Table(title, columns, (*rows, sums), frozenset({len(rows)}), note)
-
-
-def _images(description: Mapping[str, Any]) -> str:
-    return f"{description['images']['distinct']:,}"
 
 
 def _tabulate_key(key: str, found: Mapping[str, Any]) -> Table:
     values, clients = found["values"], found["by_client"]
     total = sum(values.values())
     rows = [
-        (value, f"{count:,}", f"{100 * count / total:.1f} %", str(sum(value in own for own in clients.values())))
+        (value, f"{count:,}", f"{100 * count / total:.1f} %", str(sum(value in counts for counts in clients.values())))
         for value, count in list(values.items())[:LISTED]
     ]
     if len(values) > LISTED:

@@ -10,25 +10,15 @@ from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, judge, order_by_mean, spread
 from fedvlm_jax.reporting.example_cards import read_cards
-from fedvlm_jax.reporting.figures.captions import (
-    draw_comparison,
-    draw_comparison_health,
-    draw_costs,
-    draw_run,
-    draw_run_health,
-)
-from fedvlm_jax.reporting.figures.theme import MANY
-from fedvlm_jax.reporting.html import Facts, Picture, Report, Section, to_markdown_page, to_page
+from fedvlm_jax.reporting.figures import theme
+from fedvlm_jax.reporting.figures.comparison_figures import draw_comparison
+from fedvlm_jax.reporting.figures.cost_figures import draw_costs
+from fedvlm_jax.reporting.figures.diagnostics import draw_comparison_health, draw_run_health
+from fedvlm_jax.reporting.figures.run_figures import draw_run
+from fedvlm_jax.reporting.pages import Facts, Report, Section, render
+from fedvlm_jax.reporting.score_tables import tabulate_comparison, tabulate_run, tabulate_runs
 from fedvlm_jax.reporting.sentences import describe_comparison, describe_run, describe_runs
-from fedvlm_jax.reporting.tables import (
-    MARKS,
-    format_bytes,
-    format_duration,
-    points,
-    tabulate_comparison,
-    tabulate_run,
-    tabulate_runs,
-)
+from fedvlm_jax.reporting.tables import MARKS, format_bytes, format_duration, points
 from fedvlm_jax.training.config import Run, describe_method, to_json
 from fedvlm_jax.training.run_dir.folder_lock import Claim
 from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run
@@ -39,6 +29,8 @@ __all__ = ["write_report"]
 
 BEST = 5
 """Of many methods, so many have their figure at the top of the page."""
+
+SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 
 UNSTORED = ("out", "resume")
 """Options that say where a run lies, not what it is."""
@@ -67,82 +59,89 @@ def write_report(folders: Sequence[Path]) -> Path:
             raise UserError("a run is given twice: name every folder once")
         with Claim(target):
             return _write(_report_runs(records, target), target)
-    elif is_comparison(folders[0]):
-        comparison = read_comparison(folders[0])
-        with Claim(comparison.folder):
-            return _write(_report_comparison(comparison, comparison.folder), comparison.folder)
-    record = read_run(folders[0])
+    record = read_comparison(folders[0]) if is_comparison(folders[0]) else read_run(folders[0])
     with Claim(record.folder):
-        return _write(_report_run(record, record.folder), record.folder)
+        report = _report_comparison(record) if isinstance(record, ComparisonRecord) else _report_run(record)
+        return _write(report, record.folder)
 
 
 def _write(report: Report, target: Path) -> Path:
-    page = target / "report.html"
-    for path, text in ((target / "report.md", to_markdown_page(report, target)), (page, to_page(report))):
-        write_text(path, text)
-    return page
+    for name in ("report.md", "report.html"):
+        write_text(target / name, render(f"{name}.j2", report=report, folder=target))
+    return target / "report.html"
 
 
-def _report_run(record: RunRecord, target: Path) -> Report:
+def _report_run(record: RunRecord) -> Report:
     before, after = summarise(record.scores("zero_shot")), summarise(record.scores("personal"))
     first = record.rounds[0] if record.rounds else {}  # in the last one there may be nothing but local fine-tuning
-    sent = first.get("bytes_up_per_client")
     figures = [
         (percent(after.mean), "personal models, mean of clients"),
         (percent(before.mean), "zero-shot"),
         (percent(after.worst_decile), "worst tenth of clients"),
-        *([(format_bytes(sent), "sent per client and round")] if sent is not None else []),
     ]
-    examples = _show_examples("Examples", record.folder, "")  # a damaged file is told before anything is drawn
+    if (sent := first.get("bytes_up_per_client")) is not None:
+        figures.append((format_bytes(sent), "sent per client and round"))
+    examples = _show_examples(record.folder)  # a damaged file is reported before anything is drawn
     sections = [
-        Section("What came out", describe_run(record), tabulate_run(record), draw_run(record, target, "")),
-        *examples,
-        *_show_health(draw_run_health(record, target, "")),
         Section(
-            "How it was made",
-            _describe_making(record),
+            title="What came out",
+            sentences=describe_run(record),
+            tables=tabulate_run(record),
+            pictures=draw_run(record, record.folder),
+        ),
+        *examples,
+        *_show_health(draw_run_health(record, record.folder)),
+        Section(
+            title="How it was made",
+            sentences=_describe_making(record),
             command=record.config.get("command", ""),
             facts=_list_facts(record.config),
         ),
     ]
     subtitle = f"{_name_subject(record.options)}seed {record.options.get('seed')}"
-    return Report(f"fedvlm: {record.method}", subtitle, figures, sections)
+    return Report(title=f"fedvlm: {record.method}", subtitle=subtitle, figures=figures, sections=sections)
 
 
 def _report_runs(records: Sequence[RunRecord], target: Path) -> Report:
-    sections = [Section("Side by side", describe_runs(records), [tabulate_runs(list(records))])]
+    figures, sections = [], []
     for number, record in enumerate(records):
-        pictures = [*draw_run(record, target, f"{number}-"), *draw_run_health(record, target, f"{number}-")]
-        title = f"{record.folder.name} ({record.method})"
-        said = [*describe_run(record)[:-1], *_describe_making(record)]
-        facts = _list_facts(record.config)
-        sections.append(Section(title, said, pictures=pictures, command=record.config.get("command", ""), facts=facts))
-    figures = [
-        (percent(summarise(record.scores("personal")).mean), f"{record.method}, {record.folder.name}")
-        for record in records
-    ]
+        mean = summarise(record.scores("personal")).mean
+        figures.append((percent(mean), f"{record.method}, {record.folder.name}"))
+        sections.append(
+            Section(
+                title=f"{record.folder.name} ({record.method})",
+                sentences=[*describe_run(record)[:-1], *_describe_making(record)],
+                pictures=[*draw_run(record, target, f"{number}-"), *draw_run_health(record, target, f"{number}-")],
+                command=record.config.get("command", ""),
+                facts=_list_facts(record.config),
+            )
+        )
+    side = Section(title="Side by side", sentences=describe_runs(records), tables=[tabulate_runs(records)])
     return Report(
-        f"fedvlm: {len(records)} runs",
-        f"{find_measure(records[0].metric).label} on test, mean of clients",
-        figures,
-        sections,
+        title=f"fedvlm: {len(records)} runs",
+        subtitle=f"{find_measure(records[0].metric).label} on test, mean of clients",
+        figures=figures,
+        sections=[side, *sections],
     )
 
 
-def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
+def _report_comparison(record: ComparisonRecord) -> Report:
     scores = {method: record.scores(method) for method in record.methods}
+    scores = {method: by_seed for method, by_seed in scores.items() if by_seed}
+    ranking = order_by_mean(scores, list(scores))
+    shown = list(scores)
+    if len(ranking) > theme.MANY:
+        shown = [method for number, method in enumerate(ranking) if number < BEST or method == "local"]
     figures = []
-    ranking = order_by_mean(scores, [method for method in record.methods if scores[method]])
-    shown = [method for number, method in enumerate(ranking) if number < BEST or method == "local"]
-    for method in shown if len(ranking) > MANY else (method for method in record.methods if scores[method]):
+    for method in shown:
         mean = spread([summarise(one).mean for one in scores[method].values()]).mean
-        difference = compare_paired(scores[method], scores["local"]) if scores.get("local") else None
-        mark = MARKS[judge(difference)] if difference else ""
-        against = f", {mark} {points(difference.mean)} against local" if difference and method != "local" else ""
+        difference = compare_paired(scores[method], scores["local"]) if "local" in scores else None
+        against = ""
+        if difference and method != "local":
+            against = f", {MARKS[judge(difference)]} {points(difference.mean)} against local"
         figures.append((percent(mean), method + against))
     runs = _read_runs(record)
     config = runs[0].config if runs else {}
-    facts = [Facts("Settings of the comparison", _flatten(record.settings))] if record.settings else []
     seeds = ", ".join(map(str, record.seeds))
     how = [
         f"Seeds: {seeds}. All methods have the same clients, cohorts and initial adapter.",
@@ -151,29 +150,36 @@ def _report_comparison(record: ComparisonRecord, target: Path) -> Report:
         *_describe_time(runs),
         f"Adapters: `adapters` in the folder of each run, in `{record.folder}`.",
     ]
+    settings = [Facts(title="Settings of the comparison", values=_flatten(record.settings))] if record.settings else []
+    costs = draw_costs(record, record.folder)
     sections = [
         Section(
-            "What came out", describe_comparison(record), tabulate_comparison(record), draw_comparison(record, target)
+            title="What came out",
+            sentences=describe_comparison(record),
+            tables=tabulate_comparison(record),
+            pictures=draw_comparison(record, record.folder),
         ),
-        *([Section("What it cost", pictures=costs)] if (costs := draw_costs(record, target)) else []),
+        *([Section(title="What it cost", pictures=costs)] if costs else []),
         *_show_best_examples(record, ranking),
-        *_show_health(draw_comparison_health(record, target)),
-        Section("How it was made", how, command=record.command, facts=[*facts, *_list_facts(config)]),
+        *_show_health(draw_comparison_health(record, record.folder)),
+        Section(
+            title="How it was made", sentences=how, command=record.command, facts=[*settings, *_list_facts(config)]
+        ),
     ]
     clients = len({client for by_seed in scores.values() for one in by_seed.values() for client in one})
     subtitle = (
         f"{_name_subject(config.get('run') or {})}{clients} clients, seeds {seeds}; "
         f"{find_measure(record.metric).label} on test, mean of clients"
     )
-    return Report("fedvlm: methods side by side", subtitle, figures, sections)
+    return Report(title="fedvlm: methods side by side", subtitle=subtitle, figures=figures, sections=sections)
 
 
-def _show_health(pictures: Sequence[Picture]) -> list[Section]:
-    return [Section("The health of the aggregation", pictures=pictures)] if pictures else []
+def _show_health(pictures: Sequence[theme.Picture]) -> list[Section]:
+    return [Section(title="The health of the aggregation", pictures=pictures)] if pictures else []
 
 
-def _show_examples(title: str, folder: Path, whose: str) -> list[Section]:
-    """The stored examples of a run, and how they were chosen."""
+def _show_examples(folder: Path, whose: str = "") -> list[Section]:
+    """Show the stored examples of a run, and how they were chosen."""
     cards, looked_at = read_cards(folder)
     if not cards:
         return []
@@ -186,15 +192,15 @@ def _show_examples(title: str, folder: Path, whose: str) -> list[Section]:
         "as far as these pictures allow. ✓ equal to the right answer but for case and outer punctuation; ≈ shares "
         "words with it (token F1); ✗ neither."
     )
-    return [Section(title, cards=cards, cards_note=note)]
+    return [Section(title="Examples", cards=cards, cards_note=note)]
 
 
 def _show_best_examples(record: ComparisonRecord, ranking: Sequence[str]) -> list[Section]:
-    """The examples of the first run that stored any, of the method with the highest mean."""
-    for method in ranking[:1]:
-        for run in (run for run in record.runs if run["method"] == method):
-            whose = f"Models of {method}, seed {run['seed']}. "
-            if sections := _show_examples("Examples", record.folder_of(run), whose):
+    """Show the examples of the first run that stored any, of the method with the highest mean."""
+    for run in record.runs:
+        if run["method"] in ranking[:1]:
+            whose = f"Models of {run['method']}, seed {run['seed']}. "
+            if sections := _show_examples(record.folder_of(run), whose):
                 return sections
     return []
 
@@ -215,27 +221,21 @@ def _name_subject(options: Mapping[str, Any]) -> str:
 
 
 def _describe_making(record: RunRecord) -> list[str]:
-    """Say what the method is, on what, from what and when the run was made, and where its adapters lie."""
-    return [
-        *_describe_method(record),
-        *_describe_origin(record.config),
-        *_describe_time([record]),
-        *_locate(record),
-    ]
-
-
-def _describe_method(record: RunRecord) -> list[str]:
-    name = record.options["method"]
-    about = describe_method(name)
-    return [f"{name}: {about}"] if about else []
+    """Describe the method, the origin and the time of a run, and where its adapters lie."""
+    name, folder = record.options["method"], record.folder / "adapters"
+    sentences = [f"{name}: {about}"] if (about := describe_method(name)) else []
+    sentences += [*_describe_origin(record.config), *_describe_time([record])]
+    if folder.is_dir():
+        shared = " What left the clients is `shared.safetensors`." if (folder / "shared.safetensors").is_file() else ""
+        sentences.append(f"Adapters: `{folder}`; every client's is a file in `clients/`.{shared}")
+    return sentences
 
 
 def _describe_origin(config: Mapping[str, Any]) -> list[str]:
-    """Say on what and from what a run was made, as far as its folder tells."""
+    """Describe the data, the devices and the commit of a run, as far as its folder tells."""
     sentences = []
     if examples := config.get("examples"):
-        names = {"train": "for training", "validation": "for validation", "test": "for test"}
-        parts = ", ".join(f"{examples.get(split, 0):,} {name}" for split, name in names.items())
+        parts = ", ".join(f"{examples.get(split, 0):,} for {name}" for split, name in SPLITS.items())
         sentences.append(f"Rows of all clients: {parts}.")
     machine = config.get("machine") or {}
     if devices := config.get("devices"):
@@ -255,25 +255,16 @@ def _describe_time(records: Sequence[RunRecord]) -> list[str]:
     return [f"Started {min(started).replace('T', ' ')}; {whose} took {format_duration(seconds)} in all."]
 
 
-def _locate(record: RunRecord) -> list[str]:
-    """Say where the adapters lie, for those who want to carry them on."""
-    folder = record.folder / "adapters"
-    if not folder.is_dir():
-        return []
-    shared = " What left the clients is `shared.safetensors`." if (folder / "shared.safetensors").is_file() else ""
-    return [f"Adapters: `{folder}`; every client's is a file in `clients/`.{shared}"]
-
-
 def _list_facts(config: Mapping[str, Any]) -> list[Facts]:
     facts = []
     if config.get("run"):
         stored = _flatten({name: value for name, value in config["run"].items() if name not in UNSTORED})
         default = _flatten(to_json(Run()))
         marked = frozenset(name for name, value in stored.items() if default.get(name) != value)
-        facts.append(Facts("Options (bold: not the default)", stored, marked))
+        facts.append(Facts(title="Options (bold: not the default)", values=stored, marked=marked))
     for title, key in (("Resolved when it ran", "resolved"), ("Versions", "versions")):
         if config.get(key):
-            facts.append(Facts(title, _flatten(config[key])))
+            facts.append(Facts(title=title, values=_flatten(config[key])))
     return facts
 
 

@@ -1,4 +1,4 @@
-"""What a report says in sentences. A loss is called a loss, and a difference inside its interval is called level."""
+"""Sentences of a report. A loss is called a loss, and a difference inside its interval is called level."""
 
 import math
 from collections.abc import Sequence
@@ -8,19 +8,19 @@ from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, count_seeds_ahead, judge
-from fedvlm_jax.reporting.tables import RIVALS, points
+from fedvlm_jax.reporting.score_tables import RIVALS
+from fedvlm_jax.reporting.tables import points
 from fedvlm_jax.training.failures import describe_lost, describe_rounds
 from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord, read_baseline
 
-__all__ = ["describe_comparison", "describe_difference", "describe_run", "describe_runs"]
-
+__all__ = ["describe_comparison", "describe_run", "describe_runs"]
 
 FEW = 8
 """Up to so many methods each difference has a sentence of its own."""
 
 
 def describe_run(record: RunRecord) -> list[str]:
-    """Say what a run achieved, and what it cannot say."""
+    """Describe what a run achieved, and what it does not show."""
     zero_shot, personal = record.scores("zero_shot"), record.scores("personal")
     before, after = summarise(zero_shot), summarise(personal)
     gain = after.mean - before.mean
@@ -68,8 +68,8 @@ def _describe_sharing(record: RunRecord) -> str:
     difference = compare_paired({0: record.scores("personal")}, {0: alone.scores("personal")})
     if difference is None:
         return "Trained alone, no client has a score to compare with."
-    told = describe_difference(record.method, "training alone", difference, 0)
-    return f"{told} Same clients, rounds and rates; `fedvlm compare` has several seeds and methods."
+    sentence = _describe_difference(record.method, "training alone", difference, 0)
+    return f"{sentence} Same clients, rounds and rates; `fedvlm compare` has several seeds and methods."
 
 
 def _achieves(metric: str, value: float) -> str:
@@ -88,29 +88,29 @@ def describe_runs(records: Sequence[RunRecord]) -> list[str]:
         f"{len(records)} runs. The highest mean is that of {best.folder.name} ({best.method}): {accuracy}.",
         "These runs were started one by one, so their clients and seeds may differ, and no interval is given. "
         "`fedvlm compare` compares on equal terms.",
-        *_tell_unlike(records),
+        *_name_unlike(records),
     ]
 
 
 SOURCES = {"data": "data", "weights": "base weights", "model_files": "model files", "clients": "clients"}
-"""What a run's fingerprint has digests of."""
+"""The digests of a run's fingerprint."""
 
 
-def _tell_unlike(records: Sequence[RunRecord]) -> list[str]:
+def _name_unlike(records: Sequence[RunRecord]) -> list[str]:
     """Name the runs whose data, base or clients are not those of the first, as far as their folders tell."""
     known = [record for record in records if record.config.get("fingerprint")]
-    told = []
+    found = []
     for record in known[1:]:
         ours, theirs = known[0].config["fingerprint"], record.config["fingerprint"]
-        unlike = [name for key, name in SOURCES.items() if ours.get(key) != theirs.get(key)]
-        told += [f"{record.folder.name} (other {', '.join(unlike)})"] if unlike else []
-    if not told:
+        if unlike := [name for key, name in SOURCES.items() if ours.get(key) != theirs.get(key)]:
+            found.append(f"{record.folder.name} (other {', '.join(unlike)})")
+    if not found:
         return []
-    return [f"Not on what {known[0].folder.name} was trained on: {'; '.join(told)}. Their numbers do not compare."]
+    return [f"Not on what {known[0].folder.name} was trained on: {'; '.join(found)}. Their numbers do not compare."]
 
 
 def describe_comparison(record: ComparisonRecord) -> list[str]:
-    """Say who is ahead of whom, method by method, against the two rivals that are hard to beat."""
+    """Describe which method is ahead of which, method by method, against the two rivals that are hard to beat."""
     scores = {method: record.scores(method) for method in ["zero-shot", *record.methods]}
     scores = {method: by_seed for method, by_seed in scores.items() if by_seed}
     means = {
@@ -126,7 +126,7 @@ def describe_comparison(record: ComparisonRecord) -> list[str]:
                 difference = compare_paired(scores[method], scores[rival])
                 if difference is not None:
                     ahead = count_seeds_ahead(scores[method], scores[rival])
-                    sentences.append(describe_difference(method, rival, difference, ahead))
+                    sentences.append(_describe_difference(method, rival, difference, ahead))
     if len(ranking) > FEW:
         sentences += [_sum_up(rival, ranking, scores) for rival in RIVALS if rival in scores]
     if "zero-shot" in means:
@@ -137,19 +137,19 @@ def describe_comparison(record: ComparisonRecord) -> list[str]:
 
 
 def _sum_up(rival: str, ranking: Sequence[str], scores: dict[str, Any]) -> str:
-    """Say of many methods in one sentence which are ahead of a rival, which behind, and of which it cannot be said."""
+    """Describe in one sentence which of many methods are ahead of a rival, which behind, and which are level."""
     found: dict[str, list[str]] = {"ahead": [], "behind": [], "level": []}
     for method in ranking:
         difference = compare_paired(scores[method], scores[rival])
         if method != rival and difference is not None:
             found[judge(difference)].append(f"{method} ({points(difference.mean)})")
     parts = {"ahead": "ahead of it", "behind": "behind it", "level": "not to be told apart from it"}
-    said = [f"{parts[verdict]}: {', '.join(names) or 'none'}" for verdict, names in found.items()]
-    return f"Against {rival}, in points, by 95 % intervals without a correction for their number; {'; '.join(said)}."
+    groups = [f"{parts[verdict]}: {', '.join(names) or 'none'}" for verdict, names in found.items()]
+    return f"Against {rival}, in points, by 95 % intervals without a correction for their number; {'; '.join(groups)}."
 
 
-def describe_difference(method: str, rival: str, difference: Difference, seeds_ahead: int) -> str:
-    """Say one paired difference in a sentence."""
+def _describe_difference(method: str, rival: str, difference: Difference, seeds_ahead: int) -> str:
+    """Describe a paired difference in a sentence."""
     size = f"{abs(100 * difference.mean):.1f} points"
     seeds = f"ahead in {seeds_ahead} of {difference.seeds} seeds" if difference.seeds > 1 else "one seed"
     if math.isnan(difference.low):

@@ -1,4 +1,4 @@
-"""The picture of a federation: how many rows each client has, and of what.
+"""The figure of a federation: how many rows each client has, and of what.
 
 Few clients are rows with their names, the largest first. Many are thin columns without, so that a hundred or a thousand
 fit one page; there each panel has an order of its own: by size, and by what a client has most of. Clients that never
@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 
 from fedvlm_jax.data.config import SPLITS
-from fedvlm_jax.reporting.figures.fonts import fit_name
-from fedvlm_jax.reporting.figures.theme import Theme, make_figure, use_whole_numbers
+from fedvlm_jax.reporting.figures import theme
 
 __all__ = ["draw_data"]
 
-WIDE = 9.6
+WIDTH = 9.6
 NAMED = 40
 """Above so many clients they are columns without names."""
 
 COLOURED = 7
-"""Values of a key that have a colour of their own; the others share a grey."""
+"""Values of a key that have a colour each; the others share a grey."""
 
 SKEWED = 30
 """Where the largest of many clients has more than so many times the rows of the median one, rows are on a log scale."""
@@ -31,60 +31,61 @@ SKEWED = 30
 STRENGTHS = {"train": 0.85, "validation": 0.2, "test": 0.5}
 """Splits are one ink at three strengths, which leaves the colours to the values."""
 
+Clients = Sequence[Mapping[str, Any]]
 
-def draw_data(description: Mapping[str, Any], theme: Theme) -> Figure:
-    """Draw a description (of `runs.describe`): rows by split, and shares of the values of its label."""
+
+@theme.style()
+def draw_data(description: Mapping[str, Any]) -> Figure:
+    """Draw a description (of `data.statistics.describe`): rows by split, and shares of the values of its label."""
     clients = sorted(description["clients"], key=lambda one: (one["held_out"], -_count_rows(one), one["name"]))
     found = description["keys"].get(description["label"])
     named, panels = len(clients) <= NAMED, 2 if found else 1
+    gap = (0.6 if named else max(1.0, 0.02 * len(clients))) if clients[-1]["held_out"] else 0.0
     if named:
-        shape: dict[str, Any] = {"columns": panels, "sharey": True}
-        height = 1.7 + 0.25 * (len(clients) + _gap(clients))
+        figure, axes = theme.make_figure(WIDTH, 1.7 + 0.25 * (len(clients) + gap), columns=panels, sharey=True)
     else:
-        shape = {"rows": panels, "sharex": True}
-        height = 2.7 * panels + 0.3
-    figure, axes = make_figure(theme, WIDE, height, **shape)
-    at = np.arange(len(clients)) + np.asarray([_gap(clients) if one["held_out"] else 0.0 for one in clients])
-    (_draw_named_rows if named else _draw_many_rows)(axes[0], at, clients, theme)
+        figure, axes = theme.make_figure(WIDTH, 2.7 * panels + 0.3, rows=panels, sharex=True)
+    at = np.arange(len(clients)) + np.asarray([gap if one["held_out"] else 0.0 for one in clients])
+    (_draw_named_rows if named else _draw_many_rows)(axes[0], at, clients)
     if found:
-        shares, colours = _share_values(clients, found, theme)
+        shares, colours = _share_values(clients, found)
         if not named:
             shares = _group_alike(clients, shares)
         _stack(axes[1], at, shares, colours, named)
         title = f"Share of their rows by {description['label']}"
-        _head(axes[1], title if named else f"{title}, like beside like", named, theme)
+        _head(axes[1], title if named else f"{title}, like beside like", named)
         (axes[1].set_xlim if named else axes[1].set_ylim)(0, 100)
         (axes[1].xaxis if named else axes[1].yaxis).set_major_formatter("{x:.0f} %")
     if not named:
         for ax in axes:
             ax.grid(visible=False, axis="x")
-            ax.grid(axis="y", color=theme.grid, linewidth=0.8)
-            ax.set_xticks([])
-            ax.set_xlim(-0.8, at.max() + 0.8)
+            ax.grid(axis="y")
+            ax.set(xticks=[], xlim=(-0.8, at.max() + 0.8))
         out = sum(one["held_out"] for one in clients)
         axes[-1].set_xlabel(f"{len(clients)} clients" + (f", on the right the {out} that are held out" if out else ""))
     return figure
 
 
-def _draw_named_rows(ax: Any, at: np.ndarray, clients: Sequence[Mapping[str, Any]], theme: Theme) -> None:
-    _stack(ax, at, *_split_rows(clients, theme), named=True)
-    names = [fit_name(one["name"], 34) + (" (held out)" if one["held_out"] else "") for one in clients]
-    ax.set_yticks(at, names, parse_math=False)
+def _draw_named_rows(ax: Any, at: np.ndarray, clients: Clients) -> None:
+    _stack(ax, at, *_split_rows(clients), named=True)
+    names = [theme.fit_name(one["name"], 34) + (" (held out)" if one["held_out"] else "") for one in clients]
+    ax.set_yticks(at, names)
     ax.set_ylim(at.max() + 0.6, -0.6)
     sums = [_count_rows(one) for one in clients]
-    style: dict[str, Any] = {"va": "center", "fontsize": 8.5, "color": theme.muted, "textcoords": "offset points"}
     for place, number in zip(at, sums, strict=True):
-        ax.annotate(f"{number:,}", (number, place), xytext=(4, 0), **style)
+        theme.annotate(
+            ax, (number, place), f"{number:,}", "data", (4, 0), "left", va="center", fontsize=8.5, color=theme.MUTED
+        )
     ax.set_xlim(0, 1.12 * max(1, *sums))
-    use_whole_numbers(ax, 6)
+    theme.use_whole_numbers(ax, 6)
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    _head(ax, "Rows of each client", True, theme)
+    _head(ax, "Rows of each client", True)
 
 
-def _draw_many_rows(ax: Any, at: np.ndarray, clients: Sequence[Mapping[str, Any]], theme: Theme) -> None:
+def _draw_many_rows(ax: Any, at: np.ndarray, clients: Clients) -> None:
     sums = np.asarray([_count_rows(one) for one in clients])
     skewed = sums.max() > SKEWED * max(1.0, float(np.median(sums)))
-    parts, colours = _split_rows(clients, theme)
+    parts, colours = _split_rows(clients)
     if skewed:  # a stack has no meaning on a log scale
         parts, colours = {"all splits": sums.astype(float)}, {"all splits": colours["train"]}
     _stack(ax, at, parts, colours, named=False)
@@ -94,19 +95,16 @@ def _draw_many_rows(ax: Any, at: np.ndarray, clients: Sequence[Mapping[str, Any]
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.minorticks_off()
     text = f"largest {sums.max():,} · median {np.median(sums):,.0f} · smallest {sums.min():,}"
-    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "color": theme.muted, "ha": "right"}
-    ax.annotate(text, (1, 1), xycoords="axes fraction", xytext=(0, 6), **style)
-    _head(ax, f"Rows of each client{' (log scale)' if skewed else ''}, the largest first", False, theme)
+    theme.annotate(ax, (1, 1), text, "axes fraction", (0, 6), "right", color=theme.MUTED)
+    _head(ax, f"Rows of each client{' (log scale)' if skewed else ''}, the largest first", False)
 
 
-def _split_rows(
-    clients: Sequence[Mapping[str, Any]], theme: Theme
-) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, ...]]]:
+def _split_rows(clients: Clients) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, ...]]]:
     rows = {str(split): np.asarray([one[split] for one in clients], float) for split in SPLITS}
-    return rows, {split: _mix(theme.ink, theme.paper, STRENGTHS[split]) for split in rows}
+    return rows, {split: _thin(theme.INK, STRENGTHS[split]) for split in rows}
 
 
-def _group_alike(clients: Sequence[Mapping[str, Any]], shares: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _group_alike(clients: Clients, shares: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Put clients side by side that have most of the same value, those that have most of it first."""
     table = np.stack(list(shares.values()))
     held_out = np.asarray([one["held_out"] for one in clients])
@@ -115,20 +113,20 @@ def _group_alike(clients: Sequence[Mapping[str, Any]], shares: dict[str, np.ndar
 
 
 def _share_values(
-    clients: Sequence[Mapping[str, Any]], found: Mapping[str, Any], theme: Theme
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Per cent of every client's rows that have each of the commonest values, the others together."""
+    clients: Clients, found: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, ...]]]:
+    """Compute what per cent of every client's rows has each of the commonest values, and the others together."""
     values = list(found["values"])
     shown = values if len(values) <= COLOURED + 1 else values[:COLOURED]
     held = [found["by_client"][one["name"]] for one in clients]
-    totals = np.maximum(1, np.asarray([sum(own.values()) for own in held], float))
-    shares = {value: 100 * np.asarray([own.get(value, 0) for own in held]) / totals for value in shown}
-    colours: dict[str, Any] = {value: _mix(theme.series[place], theme.paper, 0.9) for place, value in enumerate(shown)}
+    totals = np.maximum(1, np.asarray([sum(counts.values()) for counts in held], float))
+    shares = {value: 100 * np.asarray([counts.get(value, 0) for counts in held]) / totals for value in shown}
+    colours = {value: _thin(theme.SERIES[place], 0.9) for place, value in enumerate(shown)}
     if len(values) > len(shown):
-        full = np.asarray([100.0 if own else 0.0 for own in held])
+        full = np.asarray([100.0 if counts else 0.0 for counts in held])
         name = f"{len(values) - len(shown)} others"
         shares[name] = full - sum(shares.values())
-        colours[name] = _mix(theme.muted, theme.paper, 0.35)
+        colours[name] = _thin(theme.MUTED, 0.35)
     return shares, colours
 
 
@@ -137,25 +135,27 @@ def _stack(ax: Any, at: np.ndarray, parts: Mapping[str, np.ndarray], colours: Ma
     # A hairline of paper between named clients; hundreds of columns would drown in it.
     width = 0.8 if named else 0.9 if len(at) <= 150 else 1.0
     for name, sizes in parts.items():
-        style: dict[str, Any] = {"color": colours[name], "linewidth": 0, "label": name}
+        look: dict[str, Any] = {"color": colours[name], "linewidth": 0, "label": name}
         if named:
-            ax.barh(at, sizes, width, left=base, **style)
+            ax.barh(at, sizes, width, left=base, **look)
         else:
-            ax.bar(at, sizes, width, bottom=base, **style)
+            ax.bar(at, sizes, width, bottom=base, **look)
         base = base + sizes
 
 
-def _head(ax: Any, title: str, named: bool, theme: Theme) -> None:
+def _head(ax: Any, title: str, named: bool) -> None:
     """Write a title above the bars, and what their colours mean."""
     handles = list(ax.containers)
-    names = [fit_name(handle.get_label(), 30) for handle in handles]
-    # A column of the legend is as wide as its longest name; half the picture holds some 60 letters, all of it 130.
+    names = [theme.fit_name(handle.get_label(), 30) for handle in handles]
+    # A column of the legend is as wide as its longest name; half the figure holds some 60 letters, all of it 130.
     columns = max(1, min(len(names), (60 if named else 130) // (max(map(len, names)) + 6)))
     # matplotlib takes a name that begins with an underscore for one to be hidden.
-    legend = ax.legend(
+    names = [f" {name}" if name.startswith("_") else name for name in names]
+    ax.legend(
         handles,
-        [f" {name}" if name.startswith("_") else name for name in names],
+        names,
         title=title,
+        title_fontproperties=FontProperties(size=10.5, weight="bold"),
         ncols=columns,
         alignment="left",
         loc="lower left",
@@ -165,28 +165,14 @@ def _head(ax: Any, title: str, named: bool, theme: Theme) -> None:
         handlelength=0.9,
         handleheight=0.9,
         handletextpad=0.5,
-        frameon=False,
-        fontsize=9,
-        title_fontproperties={"size": 10.5, "weight": "bold"},
-        labelcolor=theme.ink,
     )
-    legend.get_title().set_color(theme.ink)
-    for text in (legend.get_title(), *legend.get_texts()):
-        text.set_parse_math(False)
 
 
 def _count_rows(client: Mapping[str, Any]) -> int:
     return sum(client[split] for split in SPLITS)
 
 
-def _gap(clients: Sequence[Mapping[str, Any]]) -> float:
-    """Room before the clients that are held out, in clients."""
-    if not any(one["held_out"] for one in clients):
-        return 0.0
-    return 0.6 if len(clients) <= NAMED else max(1.0, 0.02 * len(clients))
-
-
-def _mix(colour: str, paper: str, strength: float) -> tuple[float, ...]:
-    """A colour laid thinly on paper: opaque, unlike one with opacity, so that no grid shines through."""
-    over, under = np.asarray(to_rgb(colour)), np.asarray(to_rgb(paper))
+def _thin(colour: str, strength: float) -> tuple[float, ...]:
+    """Lay a colour thinly on paper: opaque, unlike one with opacity, so that no grid shines through."""
+    over, under = np.asarray(to_rgb(colour)), np.asarray(to_rgb(theme.PAPER))
     return tuple((strength * over + (1 - strength) * under).tolist())

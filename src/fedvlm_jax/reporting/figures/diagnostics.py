@@ -1,48 +1,43 @@
-"""The health of the aggregation over the rounds: what each number says, and its picture for a run and a comparison.
+"""The health of the aggregation over the rounds: its numbers, what each says, and their figure.
 
-The numbers are those of `federation/health.py`, the drift of private factors, and validation before and after the
+The numbers are those of `federation/diagnostics.py`, the drift of private factors, and validation before and after the
 server's average replaced what clients had. Rounds of local fine-tuning after a federation are left out: nothing is
 aggregated there.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
-from fedvlm_jax.reporting.figures.comparison_figures import Curves
-from fedvlm_jax.reporting.figures.label_placement import Label, label_ends
-from fedvlm_jax.reporting.figures.run_figures import NARROW, WIDE
-from fedvlm_jax.reporting.figures.theme import (
-    BEFORE,
-    MANY,
-    MARKERS,
-    Theme,
-    choose_series,
-    hide_rest,
-    make_figure,
-    use_whole_numbers,
+from fedvlm_jax.reporting.figures import theme
+from fedvlm_jax.reporting.figures.round_lines import (
+    Line,
+    Lines,
+    Rounds,
+    average,
+    pick,
+    read_rounds,
+    read_validation,
 )
-from fedvlm_jax.training.run_dir.reader import RunRecord
+from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord
 from fedvlm_jax.training.validation import plain
 
-__all__ = ["Panel", "draw_health", "draw_method_health", "explain", "list_panels"]
-
-Lines = Sequence[Mapping[str, Any]]
-Line = tuple[list[int], list[float]]
+__all__ = ["draw_comparison_health", "draw_health", "draw_method_health", "draw_run_health", "list_panels"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Panel:
     """A number of the rounds' lines.
 
     Attributes:
         key: in `metrics.jsonl`.
         title: with the unit.
-        sentence: what it says.
+        sentence: its meaning, for the caption.
         scale: by which it is multiplied to be shown.
     """
 
@@ -52,176 +47,167 @@ class Panel:
     scale: float = 1.0
 
 
+class Curve(NamedTuple):
+    """A line over rounds, by what it is called and how it looks."""
+
+    name: str
+    rounds: list[int]
+    values: list[float]
+    look: Mapping[str, Any]
+
+
 REDISTRIBUTION = "redistribution"
 PANELS = (
     Panel(
-        "aggregation_error",
-        "Aggregation error, %",
-        "Aggregation error: how far the product of the averaged factors A and B is from the average of the clients' "
-        "products, relative to it; it is what averaging both factors loses, or would lose for a method that does not.",
-        100.0,
+        key="aggregation_error",
+        title="Aggregation error, %",
+        sentence="Aggregation error: how far the product of the averaged factors A and B is from the average of the "
+        "clients' products, relative to it; it is what averaging both factors loses, or would lose for a method that "
+        "does not.",
+        scale=100.0,
     ),
     Panel(
-        "angle_a",
-        "Angle between clients' A, degrees",
-        "Angle between clients' A: between what two clients' factors A, as they trained them, can represent; "
+        key="angle_a",
+        title="Angle between clients' A, degrees",
+        sentence="Angle between clients' A: between what two clients' factors A, as they trained them, can represent; "
         "0 where all are alike, 90 where they share nothing.",
     ),
     Panel(
-        "update_dissimilarity",
-        "Dissimilarity of updates",
-        "Dissimilarity of updates: one minus the cosine of two clients' adapters, mean over pairs; 0 alike, 1 "
+        key="update_dissimilarity",
+        title="Dissimilarity of updates",
+        sentence="Dissimilarity of updates: one minus the cosine of two clients' adapters, mean over pairs; 0 alike, 1 "
         "unrelated, 2 opposed.",
     ),
     Panel(
-        "personal_drift",
-        "Drift of private A, %",
-        "Drift of private A: how far the private factors A went from their start, relative to its norm; 0 where none "
-        "is private.",
-        100.0,
+        key="personal_drift",
+        title="Drift of private A, %",
+        sentence="Drift of private A: how far the private factors A went from their start, relative to its norm; 0 "
+        "where none is private.",
+        scale=100.0,
     ),
     Panel(
-        REDISTRIBUTION,
-        "Gain by redistribution, points",
-        "Redistribution: validation of the round's clients right before and right after the server's average replaced "
-        "what they had trained of the shared part.",
-        100.0,
+        key=REDISTRIBUTION,
+        title="Gain by redistribution, points",
+        sentence="Redistribution: validation of the round's clients right before and right after the server's average "
+        "replaced what they had trained of the shared part.",
+        scale=100.0,
     ),
 )
+OF_RUN = "Mean over the round's clients or their pairs. Encoder, decoder: the model's halves by themselves."
+OF_METHODS = "One line per method, mean over seeds; with +ft or +knn after its name it has its federation's line."
+DASHES = ("-", theme.BEFORE, (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 2)), (0, (8, 3)))
+
+
+def draw_run_health(record: RunRecord, target: Path, prefix: str = "") -> list[theme.Picture]:
+    """Draw and save the health of a run's aggregation; nothing where its lines have none."""
+    if not (panels := list_panels([record.rounds], record.metric)):
+        return []
+    return [theme.save_picture(draw_health(record), target, f"{prefix}health", _explain(panels, OF_RUN))]
+
+
+def draw_comparison_health(record: ComparisonRecord, target: Path) -> list[theme.Picture]:
+    """Draw and save the health of all methods' aggregation; nothing where no run's lines have any."""
+    curves = read_rounds(record)
+    if not (panels := list_panels([lines for runs in curves.values() for lines in runs], record.metric)):
+        return []
+    figure = draw_method_health(curves, record.metric)
+    return [theme.save_picture(figure, target, "health", _explain(panels, OF_METHODS))]
 
 
 def list_panels(runs: Sequence[Lines], metric: str) -> list[Panel]:
-    """The numbers that these runs have."""
-    return [panel for panel in PANELS if any(_read(lines, panel, metric)[0] for lines in runs)]
+    """List the numbers that these runs have."""
+    return [panel for panel in PANELS if any(_read_panel(lines, panel, metric)[0] for lines in runs)]
 
 
-def explain(panels: Sequence[Panel], more: str = "") -> str:
-    """A caption: one sentence for each number."""
-    return " ".join([*(panel.sentence for panel in panels), *([more] if more else [])])
+def _explain(panels: Sequence[Panel], more: str) -> str:
+    return " ".join([*(panel.sentence for panel in panels), more])
 
 
-def draw_health(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure:
+@theme.style()
+def draw_health(record: RunRecord) -> Figure:
     """Draw a run's numbers, each in axes of its own; the error by halves of the model, redistribution as two lines."""
-    panels, lines = list_panels([record.rounds], record.metric), record.rounds
-    across = 1 if narrow else min(3, len(panels))
-    down = -(-len(panels) // across)
-    width, height = (NARROW, 1.75 * down) if narrow else (WIDE, 2.1 * down)
-    figure, axes = make_figure(theme, width, height, columns=across, rows=down)
-    colour = theme.series[choose_series([record.method])[record.method]]
-    groups = []
-    for ax, panel in zip(axes, panels, strict=False):
-        _dress(ax, panel.title, theme)
+    colour = theme.SERIES[theme.choose_series([record.method])[record.method]]
+    lines = _leave_out_tuning(record.rounds)
+    panels: dict[str, list[Curve]] = {}
+    for panel in list_panels([lines], record.metric):
+        title = panel.title
         if panel.key == REDISTRIBUTION:
-            named = {
-                side: _pick(lines, _read_side(f"{side}_redistribution", record.metric), 100)
-                for side in ("after", "before")
-            }
-            ax.set_title(f"Validation {find_measure(record.metric).label}, %", fontsize=9, loc="left", color=theme.ink)
+            title = f"Validation {find_measure(record.metric).label}, %"
+            reads = {side: read_validation(record.metric, side) for side in ("after", "before")}
         else:
             parts = sorted({key for line in lines for key in line if key.startswith(f"{panel.key}/")})
-            whole = "all" if parts else ""
-            keys = {whole: panel.key, **{part.rpartition("/")[2]: part for part in parts}}
-            named = {name: _pick(lines, _read_key(key), panel.scale) for name, key in keys.items()}
-        for (name, line), dashes in zip(named.items(), _style_lines(len(named)), strict=True):
-            shade = theme.muted if name == "before" else colour
-            ax.plot(*line, color=shade, linewidth=1.7, linestyle=dashes, marker="o", markersize=3)
-        _end_at_zero(ax)
-        ends = [Label(name, line[0][-1], line[1][-1], theme.ink) for name, line in named.items() if name and line[0]]
-        groups.append((ax, ends))
-    label_ends(figure, groups, 8, theme.muted)
-    hide_rest(axes, len(panels), across)
-    return figure
+            keys = {"all" if parts else "": panel.key, **{part.rpartition("/")[2]: part for part in parts}}
+            reads = {name: operator.methodcaller("get", key) for name, key in keys.items()}
+        panels[title] = [
+            Curve(
+                name,
+                *pick(lines, read, panel.scale),
+                {"color": theme.MUTED if name == "before" else colour, "linestyle": dashes, "marker": "o"},
+            )
+            for (name, read), dashes in zip(reads.items(), DASHES, strict=False)
+        ]
+    return _draw_panels(panels, 3, 2.1, 8)
 
 
-def draw_method_health(curves: Curves, metric: str, theme: Theme, narrow: bool = False) -> Figure:
+@theme.style()
+def draw_method_health(curves: Rounds, metric: str) -> Figure:
     """Draw the numbers of a comparison, one line per method, mean over seeds, named at its end."""
-    curves = {method: runs for method, runs in curves.items() if _is_own(method, curves)}
-    panels = list_panels([lines for runs in curves.values() for lines in runs], metric)
-    across = 1 if narrow else min(2, len(panels))
-    down = -(-len(panels) // across)
-    many = len(curves) > MANY
+    # A method that follows a federation which is compared too would draw the same line twice.
+    curves = {method: runs for method, runs in curves.items() if method == plain(method) or plain(method) not in curves}
+    many = len(curves) > theme.MANY
+    series = theme.choose_series(list(curves))
+    panels = {
+        panel.title: [
+            Curve(
+                method,
+                *average([_read_panel(lines, panel, metric) for lines in runs]),
+                {"color": theme.SERIES[series[method]], "marker": "" if many else theme.MARKERS[series[method]]},
+            )
+            for method, runs in curves.items()
+        ]
+        for panel in list_panels([lines for runs in curves.values() for lines in runs], metric)
+    }
     size = 7 if many else 8.5
-    each = max(2.0, 0.6 + 1.35 * size / 72 * len(curves))
-    figure, axes = make_figure(theme, NARROW if narrow else WIDE, each * down, columns=across, rows=down)
-    series = choose_series(list(curves))
+    return _draw_panels(panels, 2, max(2.0, 0.6 + 1.35 * size / 72 * len(curves)), size)
+
+
+def _draw_panels(panels: Mapping[str, Sequence[Curve]], across: int, height: float, size: float) -> Figure:
+    """Draw curves by title, with their names in letters of `size` points at their ends."""
+    across = min(across, len(panels))
+    down = -(-len(panels) // across)
+    figure, axes = theme.make_figure(theme.WIDE, height * down, columns=across, rows=down)
     groups = []
-    for ax, panel in zip(axes, panels, strict=False):
-        _dress(ax, panel.title, theme)
-        ends = []
-        for method, runs in curves.items():
-            rounds, values = _average([_read(lines, panel, metric) for lines in runs])
-            if not rounds:
-                continue
-            colour = theme.series[series[method]]
-            marker = "" if many else MARKERS[series[method]]
-            ax.plot(rounds, values, color=colour, linewidth=1.4, marker=marker, markersize=3.5)
-            ends.append(Label(method, rounds[-1], values[-1], theme.ink))
-        if panel.key == REDISTRIBUTION:
-            ax.axhline(0, color=theme.muted, linewidth=1)
-        _end_at_zero(ax)
-        groups.append((ax, ends))
-    label_ends(figure, groups, size, theme.muted)
-    hide_rest(axes, len(panels), across)
+    for ax, (title, curves) in zip(axes, panels.items(), strict=False):
+        for curve in curves:
+            ax.plot(curve.rounds, curve.values, linewidth=1.5, markersize=3, **curve.look)
+        ax.set_title(title, fontsize=9)
+        ax.grid(axis="y")
+        ax.grid(visible=False, axis="x")
+        ax.tick_params(labelsize=8)
+        ax.set_xlabel("round", fontsize=8)
+        theme.use_whole_numbers(ax)
+        if all(value >= 0 for curve in curves for value in curve.values):
+            # An axis that begins elsewhere makes small things large.
+            ax.set_ylim(0, max(ax.get_ylim()[1], 0) or 1)
+        else:
+            ax.axhline(0, color=theme.MUTED, linewidth=1)
+        groups.append((ax, [theme.Name(c.name, c.rounds[-1], c.values[-1]) for c in curves if c.name and c.rounds]))
+    theme.name_beside(figure, groups, size)
+    theme.hide_rest(axes, len(panels), across)
     return figure
 
 
-def _is_own(method: str, curves: Curves) -> bool:
-    """What follows a federation that is there too would draw the same line twice."""
-    return method == plain(method) or plain(method) not in curves
+def _read_panel(lines: Lines, panel: Panel, metric: str) -> Line:
+    before, after = read_validation(metric, "before"), read_validation(metric, "after")
+
+    def read(line: Mapping[str, Any]) -> float | None:
+        if panel.key != REDISTRIBUTION:
+            return line.get(panel.key)
+        start, end = before(line), after(line)
+        return None if start is None or end is None else end - start
+
+    return pick(_leave_out_tuning(lines), read, panel.scale)
 
 
-def _read(lines: Lines, panel: Panel, metric: str) -> Line:
-    if panel.key != REDISTRIBUTION:
-        return _pick(lines, _read_key(panel.key), panel.scale)
-    before, after = (_read_side(f"{side}_redistribution", metric) for side in ("before", "after"))
-
-    def gain(line: Mapping[str, Any]) -> float | None:
-        ends = before(line), after(line)
-        return None if ends[0] is None or ends[1] is None else ends[1] - ends[0]
-
-    return _pick(lines, gain, panel.scale)
-
-
-def _read_key(key: str) -> Callable[[Mapping[str, Any]], float | None]:
-    return lambda line: line.get(key)
-
-
-def _read_side(name: str, metric: str) -> Callable[[Mapping[str, Any]], float | None]:
-    return lambda line: ((line.get("validation") or {}).get(name) or {}).get(metric)
-
-
-def _pick(lines: Lines, read: Callable[[Mapping[str, Any]], float | None], scale: float) -> Line:
-    """The federated rounds that have the number, and their values."""
-    own = [line for line in lines if line.get("method") == lines[0].get("method")]
-    found = [(line["round"], read(line)) for line in own]
-    there = [(number, scale * value) for number, value in found if value is not None and np.isfinite(value)]
-    return [number for number, _ in there], [value for _, value in there]
-
-
-def _average(runs: Sequence[Line]) -> Line:
-    """Mean over runs at the rounds that all of them have."""
-    readings = [dict(zip(*run, strict=True)) for run in runs if run[0]]
-    rounds = sorted(set.intersection(*(set(reading) for reading in readings))) if readings else []
-    return rounds, [float(np.mean([reading[number] for reading in readings])) for number in rounds]
-
-
-def _style_lines(count: int) -> list[Any]:
-    return ["-", BEFORE, (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 2)), (0, (8, 3))][:count]
-
-
-def _dress(ax: Any, title: str, theme: Theme) -> None:
-    ax.set_title(title, fontsize=9, loc="left", color=theme.ink)
-    ax.grid(axis="y", color=theme.grid, linewidth=0.8)
-    ax.grid(visible=False, axis="x")
-    ax.tick_params(labelsize=8)
-    ax.set_xlabel("round", fontsize=8)
-    use_whole_numbers(ax)
-
-
-def _end_at_zero(ax: Any) -> None:
-    """All but the gain are zero or more: an axis that begins elsewhere would make small things large."""
-    low, high = ax.get_ylim()
-    if min([*(float(np.min(line.get_ydata())) for line in ax.lines if len(line.get_ydata())), 0.0]) >= 0:
-        ax.set_ylim(0, high if high > 0 else 1)
-    else:
-        ax.set_ylim(low, high)
+def _leave_out_tuning(lines: Lines) -> Lines:
+    return [line for line in lines if line.get("method") == lines[0].get("method")]

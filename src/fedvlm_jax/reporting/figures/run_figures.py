@@ -1,9 +1,10 @@
-"""The pictures of a run. Each function draws one picture, wide or narrow (for a phone), in a theme.
+"""The figures of a run.
 
-All scores are of the metric by which a run is judged, on test unless the picture says validation, in per cent.
+All scores are of the metric by which a run is judged, on test unless the figure says validation, in per cent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,157 +12,128 @@ from matplotlib.figure import Figure
 
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise_gain
-from fedvlm_jax.reporting.figures.fonts import fit_name
-from fedvlm_jax.reporting.figures.theme import BEFORE, Theme, choose_series, make_figure, use_whole_numbers
+from fedvlm_jax.reporting.figures import theme
+from fedvlm_jax.reporting.figures.heatmaps import draw_matrix
+from fedvlm_jax.reporting.figures.round_lines import pick, read_validation
 from fedvlm_jax.reporting.tables import points
 from fedvlm_jax.training.run_dir.reader import RunRecord
 
-__all__ = [
-    "LABELLED",
-    "NARROW",
-    "WIDE",
-    "annotate",
-    "draw_clients",
-    "draw_gains",
-    "draw_rounds",
-    "name_rows",
-    "read_validation",
-]
+__all__ = ["draw_clients", "draw_gains", "draw_rounds", "draw_run"]
 
-WIDE, NARROW = 7.6, 3.7
-LABELLED = 48
-"""Above so many clients their names are left out of pictures."""
+CLIENTS = "Every client from zero-shot (ring) to its personal model (dot); dashed: means."
+GAINS = (
+    "What every client gains with its personal model; squares lose. Dashed: the mean of clients; shaded: its 95 % "
+    "bootstrap interval over clients, which says nothing about other seeds. A client's own line is its 95 % paired "
+    "bootstrap interval over its test examples."
+)
+ROUNDS = "Validation after each evaluated round; dashed: before redistribution; ring: the selected round."
 
 
-def draw_clients(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure:
+def draw_run(record: RunRecord, target: Path, prefix: str = "") -> list[theme.Picture]:
+    """Draw and save a run's clients, their gains, the cross-client matrix and the rounds, as far as it has them."""
+    drawn = [("clients", CLIENTS, draw_clients(record))]
+    if set(record.scores("zero_shot")) & set(record.scores("personal")):
+        drawn.append(("gains", GAINS, draw_gains(record)))
+    if record.metric in (record.results.get("cross_clients") or {}):
+        cells = f"{find_measure(record.metric).label} of every client's model (across) on every client's test data, %."
+        drawn.append(("matrix", cells, draw_matrix(record)))
+    if record.rounds:
+        drawn.append(("rounds", ROUNDS, draw_rounds(record)))
+    return [theme.save_picture(figure, target, prefix + name, caption) for name, caption, figure in drawn]
+
+
+@theme.style()
+def draw_clients(record: RunRecord) -> Figure:
     """Draw every client's way from zero-shot to its personal model, best client on top."""
     zero_shot, personal = record.scores("zero_shot"), record.scores("personal")
     order = sorted(personal, key=lambda client: personal[client])
-    named = len(order) <= LABELLED
-    rows = np.arange(len(order))
+    figure, ax, rows, size = _make_rows(order, 1.1, 0.23)
     ends = 100 * np.asarray([personal[client] for client in order])
     starts = 100 * np.asarray([zero_shot.get(client, np.nan) for client in order])
-    height = 1.1 + (0.23 * len(order) if named else min(6.0, 0.05 * len(order)))
-    figure, (ax,) = make_figure(theme, NARROW if narrow else WIDE, height)
-    colour = theme.series[choose_series([record.method])[record.method]]
-    size = 36 if named else 8
-    ax.hlines(rows, starts, ends, color=theme.grid, linewidth=2.5 if named else 0.8, zorder=1)
+    colour = _colour(record)
+    ax.hlines(rows, starts, ends, color=theme.GRID, linewidth=0.07 * size, zorder=1)
     ax.scatter(
-        starts, rows, s=size, facecolors=theme.paper, edgecolors=theme.muted, linewidths=1.3, zorder=2, clip_on=False
+        starts, rows, s=size, facecolors=theme.PAPER, edgecolors=theme.MUTED, linewidths=1.3, zorder=2, clip_on=False
     )
     ax.scatter(ends, rows, s=size, color=colour, zorder=3, clip_on=False)
-    means = sorted([(float(np.nanmean(starts)), theme.muted, "zero-shot"), (float(ends.mean()), colour, "personal")])
+    means = sorted([(float(np.nanmean(starts)), theme.MUTED, "zero-shot"), (float(ends.mean()), colour, "personal")])
     # The lower mean's label stands to its left and the higher one's to its right: close means stay readable.
     for (mean, shade, name), align, shift in zip(means, ("right", "left"), (-3, 3), strict=True):
-        ax.axvline(mean, color=shade, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-        label = {"ha": align, "color": shade, "fontsize": 9, "fontweight": "bold", "textcoords": "offset points"}
-        ax.annotate(f"{name} {mean:.1f}", (mean, 1), xycoords=("data", "axes fraction"), xytext=(shift, 3), **label)
-    name_rows(ax, order if named else [])
-    ax.set_ylabel("" if named else f"{len(order)} clients, sorted")
-    ax.set_ylim(-0.8, len(order) - 0.2)
+        ax.axvline(mean, color=shade, linewidth=1, linestyle=theme.LEVEL, zorder=0)
+        frame = ("data", "axes fraction")
+        theme.annotate(ax, (mean, 1), f"{name} {mean:.1f}", frame, (shift, 3), align, color=shade, weight="bold")
     ax.set_xlabel(f"{find_measure(record.metric).label} on test, %")
     ax.set_xlim(left=max(0.0, min(np.nanmin(starts), ends.min()) - 3))
     return figure
 
 
-def draw_gains(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure:
+@theme.style()
+def draw_gains(record: RunRecord) -> Figure:
     """Draw what every client gains over the frozen model, with the mean and its bootstrap interval over clients."""
     zero_shot, personal = record.scores("zero_shot"), record.scores("personal")
     gains = gain_by_client(personal, zero_shot)
     order = sorted(gains, key=gains.__getitem__)
-    named = len(order) <= LABELLED
-    values, rows = 100 * np.asarray([gains[client] for client in order]), np.arange(len(order))
-    height = 1.2 + (0.2 * len(order) if named else min(6.0, 0.05 * len(order)))
-    figure, (ax,) = make_figure(theme, NARROW if narrow else WIDE, height)
-    colour = theme.series[choose_series([record.method])[record.method]]
+    figure, ax, rows, size = _make_rows(order, 1.2, 0.2)
+    values = 100 * np.asarray([gains[client] for client in order])
+    colour = _colour(record)
     gain = summarise_gain({client: personal[client] for client in order}, zero_shot)
-    ax.hlines(rows, 0, values, color=theme.grid, linewidth=2.5 if named else 0.8, zorder=1)
+    ax.hlines(rows, 0, values, color=theme.GRID, linewidth=0.07 * size, zorder=1)
     intervals = (record.results.get("gain_intervals") or {}).get(record.metric) or {}
-    if named and intervals:  # among more clients than have names they would hide each other
+    if intervals and len(order) <= theme.LABELLED:  # among more clients they would hide each other
         there = [row for row, client in enumerate(order) if client in intervals]
         ends = 100 * np.asarray([intervals[order[row]] for row in there]).reshape(-1, 2)
         ax.hlines(there, ends[:, 0], ends[:, 1], color=colour, linewidth=1, zorder=2)
-    # What loses is a square: its side of the line is not the only sign of it.
+    # A client that loses is a square: its side of the line is not the only sign of it.
     for chosen, marker in ((values >= 0, "o"), (values < 0, "s")):
-        ax.scatter(values[chosen], rows[chosen], s=32 if named else 8, color=colour, marker=marker, zorder=3)
-    ax.axvline(0, color=theme.muted, linewidth=1)
-    ax.axvline(100 * gain.mean, color=colour, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        ax.scatter(values[chosen], rows[chosen], s=size, color=colour, marker=marker, zorder=3)
+    ax.axvline(0, color=theme.MUTED, linewidth=1)
+    ax.axvline(100 * gain.mean, color=colour, linewidth=1, linestyle=theme.LEVEL, zorder=0)
+    label = f"mean {points(gain.mean)}"
     if np.isfinite(gain.low):
         ax.axvspan(100 * gain.low, 100 * gain.high, color=colour, alpha=0.14, linewidth=0, zorder=0)
-    label = f"mean {points(gain.mean)}" + (
-        f" [{points(gain.low)}, {points(gain.high)}]" if np.isfinite(gain.low) else ""
-    )
-    annotate(ax, (100 * gain.mean, 1), label, colour, ("data", "axes fraction"), (0, 3), "center")
-    name_rows(ax, order if named else [])
-    ax.set_ylabel("" if named else f"{len(order)} clients, sorted")
-    ax.set_ylim(-0.8, len(order) - 0.2)
-    gap = "\n" if narrow else " "
-    ax.set_xlabel(f"{find_measure(record.metric).label} on test,{gap}points gained over zero-shot")
+        label += f" [{points(gain.low)}, {points(gain.high)}]"
+    theme.annotate(ax, (100 * gain.mean, 1), label, ("data", "axes fraction"), (0, 3), "center", color=colour)
+    ax.set_xlabel(f"{find_measure(record.metric).label} on test, points gained over zero-shot")
     return figure
 
 
-def draw_rounds(record: RunRecord, theme: Theme, narrow: bool = False) -> Figure:
+@theme.style()
+def draw_rounds(record: RunRecord) -> Figure:
     """Draw validation accuracy and training loss over the rounds."""
-    width, height = (NARROW, 4.6) if narrow else (WIDE, 2.9)
-    figure, (left, right) = make_figure(theme, width, height, columns=1 if narrow else 2, rows=2 if narrow else 1)
-    colour = theme.series[choose_series([record.method])[record.method]]
-    rounds, values = read_validation(record.rounds, record.metric)
+    figure, (left, right) = theme.make_figure(theme.WIDE, 2.9, columns=2)
+    colour = _colour(record)
+    rounds, values = pick(record.rounds, read_validation(record.metric), 100)
     left.plot(rounds, values, color=colour, marker="o", markersize=4, linewidth=1.8)
-    before = [
-        (line["round"], 100 * line["validation"]["before_redistribution"][record.metric])
-        for line in record.rounds
-        if ((line.get("validation") or {}).get("before_redistribution") or {}).get(record.metric) is not None
-    ]
-    if before:
-        left.plot(*zip(*before, strict=True), color=theme.muted, linewidth=1.2, linestyle=BEFORE)
+    before = pick(record.rounds, read_validation(record.metric, "before"), 100)
+    left.plot(*before, color=theme.MUTED, linewidth=1.2, linestyle=theme.BEFORE)
     start = record.scores("zero_shot", split="validation")
     if start:
         level = 100 * float(np.mean(list(start.values())))
-        left.axhline(level, color=theme.muted, linewidth=1, linestyle=(0, (1, 2)))
-        annotate(left, (1, level), "zero-shot", theme.muted, ("axes fraction", "data"), (0, 3), "right")
+        left.axhline(level, color=theme.MUTED, linewidth=1, linestyle=theme.DOTTED)
+        theme.annotate(left, (1, level), "zero-shot", ("axes fraction", "data"), (0, 3), "right", color=theme.MUTED)
     chosen = record.results.get("selected_round")
     if chosen in rounds:
         left.plot(chosen, values[rounds.index(chosen)], "o", markersize=10, fillstyle="none", color=colour)
-    left.set_title(f"Validation {find_measure(record.metric).label}, %", fontsize=10, loc="left", color=theme.ink)
-    losses = [(line["round"], line["loss"]) for line in record.rounds if line.get("loss") is not None]
-    if losses:
-        right.plot(*zip(*losses, strict=True), color=colour, linewidth=1.8)
-    right.set_title("Training loss", fontsize=10, loc="left", color=theme.ink)
+    left.set_title(f"Validation {find_measure(record.metric).label}, %")
+    right.plot(*pick(record.rounds, lambda line: line.get("loss")), color=colour, linewidth=1.8)
+    right.set_title("Training loss")
     for ax in (left, right):
-        ax.grid(axis="y", color=theme.grid, linewidth=0.8)
+        ax.grid(axis="y")
         ax.grid(visible=False, axis="x")
         ax.set_xlabel("round")
-        use_whole_numbers(ax)
+        theme.use_whole_numbers(ax)
     return figure
 
 
-def read_validation(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int], list[float]]:
-    """Pick the rounds that were evaluated, and their validation metrics in per cent."""
-    points = [
-        (line["round"], 100 * line["validation"][metric])
-        for line in lines
-        if (line.get("validation") or {}).get(metric) is not None
-    ]
-    return [number for number, _ in points], [value for _, value in points]
+def _colour(record: RunRecord) -> str:
+    return theme.SERIES[theme.choose_series([record.method])[record.method]]
 
 
-def name_rows(ax: Any, names: Sequence[str]) -> None:
-    """Write names beside the rows, in two fifths of the picture at most: a dollar sign in one starts no formula."""
-    width = int(5.5 * ax.figure.get_figwidth())
-    ax.set_yticks(range(len(names)), [fit_name(name, width) for name in names], parse_math=False)
-
-
-def annotate(
-    ax: Any,
-    at: tuple[float, float],
-    text: str,
-    colour: str,
-    frame: Any,
-    shift: tuple[int, int],
-    align: str,
-    size: float = 9,
-) -> None:
-    """Write a text beside a place; `frame` says in which coordinates, `shift` is in points."""
-    ax.annotate(
-        text, at, xycoords=frame, xytext=shift, textcoords="offset points", ha=align, color=colour, fontsize=size
-    )
+def _make_rows(order: Sequence[str], margin: float, row: float) -> tuple[Figure, Any, np.ndarray, int]:
+    """Make a figure of a row per client: its axes, the rows, and the area of a marker in square points."""
+    named = len(order) <= theme.LABELLED
+    figure, (ax,) = theme.make_figure(theme.WIDE, margin + (row * len(order) if named else min(6.0, 0.05 * len(order))))
+    theme.name_rows(ax, order if named else [])
+    ax.set_ylabel("" if named else f"{len(order)} clients, sorted")
+    ax.set_ylim(-0.8, len(order) - 0.2)
+    return figure, ax, np.arange(len(order)), 34 if named else 8

@@ -1,0 +1,115 @@
+"""A report's page, as HTML and as Markdown, made by the templates beside this file.
+
+What strangers wrote (client names, questions, answers, paths) is escaped by default in both: HTML by jinja2's
+autoescape, Markdown by `escape_markdown`. Only what is `Markup` passes as it is.
+"""
+
+import os
+import re
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from fedvlm_jax.reporting.example_cards import Card
+from fedvlm_jax.reporting.figures.theme import PALETTE, Picture
+from fedvlm_jax.reporting.tables import Table, to_markdown
+from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
+
+__all__ = ["Facts", "Report", "Section", "render"]
+
+LONG = 240
+"""Texts of examples are cut to so many characters; the run's folder has them whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Names and values that are folded away on the page; `marked` ones differ from the default."""
+
+    title: str
+    values: Mapping[str, str]
+    marked: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading with what belongs under it."""
+
+    title: str
+    sentences: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = ()
+    cards: Sequence[Card] = ()
+    cards_note: str = ""
+    command: str = ""
+    facts: Sequence[Facts] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A title, the figures that a reader looks for first (a number and its meaning), and sections."""
+
+    title: str
+    subtitle: str
+    figures: Sequence[tuple[str, str]]
+    sections: Sequence[Section]
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this package; a name without a value is an error.
+
+    Args:
+        template: `report.html.j2`, `report.md.j2`, or a part of one.
+        values: by the names that the template uses.
+    """
+    return _make_environment(template.endswith(".html.j2")).get_template(template).render(values)
+
+
+@cache
+def _make_environment(to_html: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("fedvlm_jax.reporting"),
+        autoescape=to_html,
+        finalize=None if to_html else _escape_for_markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters: dict[str, Any] = environment.filters
+    filters.update(
+        base64=lambda content: b64encode(content).decode("ascii"),
+        clean=lambda text: Markup(clean(text)),
+        code=_mark_code if to_html else _keep_commands,
+        cut=_cut,
+        markdown=lambda table: Markup(to_markdown(table)),
+        relative_to=lambda path, folder: Path(os.path.relpath(path, folder)).as_posix(),
+    )
+    names: dict[str, Any] = environment.globals
+    names["palette"] = PALETTE
+    return environment
+
+
+def _escape_for_markdown(value: object) -> str:
+    return value if isinstance(value, Markup) else escape_markdown(str(value))
+
+
+def _mark_code(sentence: str) -> Markup:
+    """Escape a sentence and mark what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(sentence))))
+
+
+def _keep_commands(sentence: str) -> Markup:
+    """Escape a sentence but for the commands in it, which stand between backticks."""
+    parts = re.split(r"(`fedvlm [^`]*`)", sentence)
+    return Markup("".join(clean(part) if number % 2 else escape_markdown(part) for number, part in enumerate(parts)))
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONG else text[: LONG - 1].rstrip() + "…"
