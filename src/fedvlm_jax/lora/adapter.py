@@ -61,8 +61,7 @@ class LoRA:
 def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
     """Make a fresh adapter: `b` is zero, so it changes nothing yet.
 
-    Every site draws from its own key, folded from its path, so that the `a` of one site does not depend on which
-    others are adapted. All layers of a stack come from one draw.
+    A site's key is folded from its path, so `a` does not depend on which others are adapted; a stack is one draw.
 
     Raises:
         LoraError: no site matches, a target cannot be adapted, or the rank is above min(d_in, d_out) somewhere.
@@ -97,14 +96,12 @@ def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
 
 
 def trainable(adapter: Adapter) -> dict[str, Any]:
-    """Say which leaves of an adapter are to be trained: all but `scale`, as a tree of booleans, optax's form of a mask.
+    """Say which leaves of an adapter are to be trained, as a tree of booleans, optax's form of a mask.
 
-    The gradient of `scale` is zero, but weight decay moves it all the same where it is not masked:
+    All but `scale`, whose gradient is zero but which weight decay would move: `optax.adamw(1e-3, mask=trainable)`.
 
-        >>> import optax
-        >>> optimizer = optax.adamw(1e-3, weight_decay=0.1, mask=trainable)
-        >>> trainable({"fc1": {"a": jnp.zeros((4, 2)), "b": jnp.zeros((2, 4)), "scale": jnp.float32(2)}})
-        {'fc1': {'a': True, 'b': True, 'scale': False}}
+    >>> trainable({"fc": {"a": 1, "b": 2, "scale": 3}})
+    {'fc': {'a': True, 'b': True, 'scale': False}}
     """
     return tree.unflatten({path: path.rpartition("/")[2] != "scale" for path in tree.flatten(adapter)})
 
@@ -122,16 +119,10 @@ def sites_of(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, Any, Any]]]:
 
 
 def with_dropout(key: PRNGKeyArray, adapter: Adapter, rate: float) -> Adapter:
-    """Give an adapter dropout on its own input path, for one training step: `y = f(x) + scale · (drop(x) a) b`.
+    """Give an adapter dropout on its input for one training step, of this `key`: `y = f(x) + scale · (drop(x) a) b`.
 
-    `drop` sets each number of x to 0 with chance `rate` and divides the others by `1 − rate`, as `lora_dropout` of PEFT
-    does; every layer of a stack draws for itself. Embeddings, whose input is no array of numbers, have none, nor have
-    they in PEFT.
-
-    Args:
-        key: of this step.
-        adapter: any; what it holds stays.
-        rate: from 0 to below 1.
+    `drop` sets each number of x to 0 with chance `rate` < 1 and divides the others by `1 − rate`, as `lora_dropout` of
+    PEFT does; every layer of a stack draws for itself. Embeddings have none, as in PEFT.
     """
     flat = tree.flatten(adapter)
     for path in sorted({path.rpartition("/")[0] for path in flat}):

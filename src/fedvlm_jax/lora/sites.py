@@ -48,7 +48,7 @@ class Site:
     @property
     def weight(self) -> str:
         """Path of the adapted parameter."""
-        return f"{self.path}/{weight_name(self.kind)}".removeprefix("/")
+        return join(self.path, weight_name(self.kind))
 
     @property
     def d_in(self) -> int:
@@ -70,16 +70,13 @@ Sites = dict[str, Site]
 
 
 def find_sites(apply_fn: Callable[..., Any], params: Mapping[str, Any], *example: Any, **kwargs: Any) -> Sites:
-    """Trace the model once, abstractly, and list the weights that an adapter may sit on.
+    """Trace the model once, abstractly, and list the weights that an adapter may sit on, in the order of their paths.
 
     Args:
         apply_fn: a linen `Module.apply`, or any function `(variables, *args, **kwargs)` that ends in one.
         params: the `params` collection, or a whole variables dictionary; shapes (`jax.ShapeDtypeStruct`) suffice.
         *example: arguments as `apply_fn` takes them; shapes suffice. Nothing is computed.
         **kwargs: passed on (`method=`, `train=False`, …).
-
-    Returns:
-        path → `Site`, in the order of the paths.
 
     Raises:
         LoraError: a model or state of flax.nnx.
@@ -101,14 +98,11 @@ def find_sites(apply_fn: Callable[..., Any], params: Mapping[str, Any], *example
 
 
 def trace_init(init_fn: Callable[..., Mapping[str, Any]], *args: Any) -> tuple[dict[str, Any], Sites]:
-    """Trace a model's `init` once, abstractly: the shapes that its parameters have, and what `find_sites` finds.
+    """Trace a model's `init` once, abstractly: what it returns, as shapes, and what `find_sites` finds.
 
     Args:
         init_fn: (*args) -> the `params` collection, or a whole variables dictionary; it calls everything.
         *args: as it takes them; shapes suffice, `jax.eval_shape(lambda: jax.random.key(0))` for a key.
-
-    Returns:
-        What `init_fn` returns, as `jax.ShapeDtypeStruct`s, and path → `Site`.
     """
     seen = _Seen()
     with nn.intercept_methods(seen.watch):
@@ -122,15 +116,15 @@ def _refuse_nnx(*given: Any) -> None:
         return  # then nobody has a model of it, and a second of importing is saved
     from flax import nnx
 
-    found = next((one for one in given if isinstance(one, nnx.Module | nnx.State | nnx.GraphDef)), None)
-    if found is None:
-        found = next((one for one in given if isinstance(getattr(one, "__self__", None), nnx.Module)), None)
-    if found is not None:
-        raise LoraError(
-            f"{type(found).__name__} is of flax.nnx, and adapters sit on modules of flax.linen: pass a linen module's "
-            "apply and its params. nnx.bridge.to_linen does not help, because it hides the layers; nnx has LoRA of its "
-            "own, flax.nnx.LoRA"
-        )
+    for one in given:
+        if isinstance(one, nnx.Module | nnx.State | nnx.GraphDef) or isinstance(
+            getattr(one, "__self__", None), nnx.Module
+        ):
+            raise LoraError(
+                f"{type(one).__name__} is of flax.nnx, and adapters sit on modules of flax.linen: pass a linen "
+                "module's apply and its params. nnx.bridge.to_linen does not help, because it hides the layers; nnx "
+                "has LoRA of its own, flax.nnx.LoRA"
+            )
 
 
 class _Seen:
@@ -162,27 +156,17 @@ class _Seen:
             losses = [len(leaf.shape) - held[name] for name, leaf in outer.items() if leaf is not None]
             if losses:
                 lost[path] = max(losses)
-        return {path: _site(path, *self._kinds[path], weights, lost) for path in sorted(self._kinds)}
-
-
-def _site(
-    path: str,
-    kind: Kind,
-    shape: tuple[int, ...],
-    inputs: int,
-    obstacle: str,
-    weights: Mapping[str, Any],
-    lost: Mapping[tuple[str, ...], int],
-) -> Site:
-    outer = weights[f"{path}/{weight_name(kind)}".removeprefix("/")].shape
-    depth = len(outer) - len(shape)
-    if outer[depth:] != shape:
-        obstacle = f"stacked along an axis that is not the first: {outer} outside its scan, {shape} inside"
-    parts = tuple(path.split("/"))
-    stack_at = tuple(
-        next(end for end in range(len(parts) + 1) if lost.get(parts[:end], 0) > axis) for axis in range(depth)
-    )
-    return Site(path, kind, outer[:depth], stack_at, shape[:inputs], shape[inputs:], obstacle)
+        sites: Sites = {}
+        for path, (kind, shape, inputs, obstacle) in sorted(self._kinds.items()):
+            outer = weights[join(path, weight_name(kind))].shape
+            depth, parts = len(outer) - len(shape), tuple(path.split("/"))
+            if outer[depth:] != shape:
+                obstacle = f"stacked along an axis that is not the first: {outer} outside its scan, {shape} inside"
+            stack_at = tuple(
+                next(end for end in range(len(parts) + 1) if lost.get(parts[:end], 0) > axis) for axis in range(depth)
+            )
+            sites[path] = Site(path, kind, outer[:depth], stack_at, shape[:inputs], shape[inputs:], obstacle)
+        return sites
 
 
 def count_inputs(module: nn.Module, shape: tuple[int, ...]) -> int:
@@ -234,14 +218,12 @@ def as_variables(params: Mapping[str, Any]) -> Mapping[str, Any]:
 def _eval_shape(fn: Callable[..., Any], *args: Any) -> Any:
     """`jax.eval_shape` that leaves Python flags and other static arguments alone."""
     leaves, structure = jax.tree.flatten(args)
-    dynamic = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    dynamic = {at: leaf for at, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
 
-    def call(arrays: list[Any]) -> Any:
-        arrays = iter(arrays)  # type: ignore[assignment]
-        full = [next(arrays) if d else leaf for d, leaf in zip(dynamic, leaves, strict=True)]  # type: ignore[call-overload]
-        return fn(*jax.tree.unflatten(structure, full))
+    def call(arrays: dict[int, Any]) -> Any:
+        return fn(*jax.tree.unflatten(structure, [arrays.get(at, leaf) for at, leaf in enumerate(leaves)]))
 
-    return jax.eval_shape(call, [leaf for d, leaf in zip(dynamic, leaves, strict=True) if d])
+    return jax.eval_shape(call, dynamic)
 
 
 def weight_name(kind: Kind) -> str:
