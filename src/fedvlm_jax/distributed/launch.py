@@ -90,9 +90,6 @@ def join(options: DistributedOptions) -> None:
     Process 0 listens at the address that it was told and at no other, unless JAX_COORDINATOR_BIND_ADDRESS says where.
     Whoever reaches it there can take part or disturb: jax's service asks nobody who they are.
 
-    Args:
-        options: where they are.
-
     Raises:
         UserError: there is no cluster that tells where they are, or process 0 cannot listen where it was told.
     """

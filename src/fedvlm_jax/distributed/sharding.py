@@ -38,12 +38,9 @@ axes, counted from the end, of which the first that divides is cut. The first li
 
 
 def make_mesh(clients: int | None = None, model: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """Lay devices out as [clients, model], those of a process side by side; neighbours share a base.
+    """Lay devices, all by default, out as [clients, model], those of a process side by side; neighbours share a base.
 
-    Args:
-        clients: how many shares of the clients there are; by default as many as the devices allow.
-        model: over how many devices the base is cut.
-        devices: `jax.devices()` by default.
+    `clients`, shares of the clients, are as many as the devices allow by default; over `model` the base is cut.
 
     Raises:
         UserError: there are fewer devices than asked for.
@@ -98,21 +95,21 @@ def refuse_split_groups(mesh: Mesh) -> None:
 
 
 def cut_base(mesh: Mesh, shapes: Mapping[str, Any], cuts: Cuts) -> dict[str, Any]:
-    """How a base lies on a mesh; touches no device.
+    """A tree of shardings: how a base of these shapes lies on a mesh; touches no device.
 
-    Args:
-        mesh: the devices.
-        shapes: the parameters, or their shapes, by nested name.
-        cuts: of the model; a leaf that none of them names, or of which no named axis divides, is on every device.
-
-    Returns:
-        A tree of shardings.
+    A leaf that no line of `cuts` names, or of which no named axis divides, is on every device.
 
     Raises:
         UserError: the mesh has more than one device along `model`, and no weight can be cut over them.
     """
     size = mesh.shape[MODEL]
-    specs = {path: _choose_cut(path, leaf.shape, size, cuts) for path, leaf in flatten(shapes).items()}
+
+    def choose(path: str, shape: Sequence[int]) -> tuple[str | None, ...]:
+        named = next((axes for pattern, axes in cuts if re.fullmatch(pattern, path)), ())
+        axis = next((axis for axis in named if size > 1 and shape[axis] % size == 0), None)
+        return () if axis is None else (*[None] * (len(shape) + axis), MODEL)
+
+    specs = {path: choose(path, leaf.shape) for path, leaf in flatten(shapes).items()}
     if size > 1 and not any(specs.values()):
         raise UserError(
             f"--mesh with model={size}: no weight of this base divides over {size} devices; choose another number, or "
@@ -121,30 +118,21 @@ def cut_base(mesh: Mesh, shapes: Mapping[str, Any], cuts: Cuts) -> dict[str, Any
     return unflatten({path: NamedSharding(mesh, PartitionSpec(*spec)) for path, spec in specs.items()})
 
 
-def _choose_cut(path: str, shape: Sequence[int], size: int, cuts: Cuts) -> tuple[str | None, ...]:
-    """Mesh axes of an array's axes; none where it is whole on every device."""
-    named = next((axes for pattern, axes in cuts if re.fullmatch(pattern, path)), ())
-    axis = next((axis for axis in named if size > 1 and shape[axis] % size == 0), None)
-    return () if axis is None else (*[None] * (len(shape) + axis), MODEL)
-
-
 def place(tree: Any, where: Any) -> Any:
     """Place a tree that every process has whole, on the host or on the devices; each takes what its devices hold.
 
-    Args:
-        tree: of arrays; what lies right stays as it is.
-        where: a sharding, or a tree of them.
+    `where` is a sharding, or a tree of them; what lies right stays as it is.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, where)
-    return jax.tree.map(_place, tree, jax.tree.broadcast(where, tree))
 
+    def put(array: Any, where: NamedSharding) -> jax.Array:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return jax.device_put(array, where)
+        host = np.asarray(array)  # not `device_put`, which would have all processes compare what they have
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
-def _place(array: Any, where: NamedSharding) -> jax.Array:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return jax.device_put(array, where)
-    host = np.asarray(array)  # not `device_put`, which would have all processes compare what they have
-    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+    return jax.tree.map(put, tree, jax.tree.broadcast(where, tree))
 
 
 def place_own(tree: Any, where: NamedSharding) -> Any:
