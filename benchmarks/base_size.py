@@ -89,7 +89,8 @@ def make_checkpoint(folder: Path) -> None:
     import jax
     from transformers import Florence2Config
 
-    from fedvlm_jax.models import build, resolve_folder, save_checkpoint
+    from fedvlm_jax.models import resolve_folder, save_checkpoint
+    from fedvlm_jax.models.florence2 import build
 
     nano = resolve_folder("florence2-nano")
     folder.mkdir(parents=True)

@@ -31,9 +31,9 @@ from fedvlm_jax.federation.inputs.reference_log_probs import make_score  # noqa:
 from fedvlm_jax.federation.local_training import make_local_trainer  # noqa: E402
 from fedvlm_jax.federation.round import make_round  # noqa: E402
 from fedvlm_jax.methods import Client, Setup, load_method  # noqa: E402
-from fedvlm_jax.models import Stacking, Vlm, build  # noqa: E402
+from fedvlm_jax.models import Stacking, Vlm  # noqa: E402
+from fedvlm_jax.models.florence2 import build  # noqa: E402
 from fedvlm_jax.objectives import load_objective  # noqa: E402
-from fedvlm_jax.training.config import LANGUAGE_MODEL  # noqa: E402
 from fedvlm_jax.training.run_dir.artifacts import describe_environment  # noqa: E402
 from fedvlm_jax.utils.files import write_json  # noqa: E402
 
@@ -92,7 +92,7 @@ def measure(model: int) -> dict[str, Any]:
 def lower(vlm: Vlm, mesh: Mesh, params: Any) -> dict[str, Any]:
     """The programs that read the base, by name."""
     everywhere, across = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(CLIENTS))
-    spec = lora.LoRA(rank=8, targets=LANGUAGE_MODEL)
+    spec = lora.LoRA(rank=8, targets=vlm.targets)
     trainer = make_local_trainer(vlm, load_objective("sft"))
     method = load_method("plora", Setup(sites=vlm.sites, spec=spec, start_optimizer=trainer.start))
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(1), vlm.sites, spec))

@@ -7,6 +7,7 @@ them: the first process makes it, and its workers and the processes that tests s
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,22 @@ def model(tmp_path_factory):
     from tiny_run import make_folder
 
     return make_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def toy_decoder(tmp_path_factory):
+    """The folder of a model of a second family, whose package stands beside the others while tests run."""
+    import jax
+    from families.toy_decoder.model import Config, build
+
+    from fedvlm_jax import models
+
+    models.__path__.append(str(Path(__file__).parent / "families"))
+    vlm = build(Config())
+    folder = tmp_path_factory.mktemp("model") / "toy"
+    models.save_checkpoint(vlm, jax.jit(vlm.init)(jax.random.key(5)), folder)
+    yield folder
+    models.__path__.pop()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from transformers import BartConfig, Florence2Config
 
 import fedvlm_jax
 from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.models import build, save_checkpoint
+from fedvlm_jax.models import save_checkpoint
+from fedvlm_jax.models.florence2 import build
 from fedvlm_jax.training.config import EvaluationOptions, LoraOptions, Run, TrainOptions
 from fedvlm_jax.training.progress import SilentProgress
 

@@ -58,7 +58,16 @@ def make_method(
     name, *, objective="sft", optimizer="adamw", keep_optimizer=True, common_start=True, clip_norm=1.0, **choices
 ):
     """-> vlm, params, trainer, method, the adapter that all start from."""
-    choices = {"population": 4, "cohort": 4, "places": 4, "rounds": 4, "local_steps": 3, **choices}
+    halves = {name: f"{name}/" for name in ("encoder", "decoder")}
+    choices = {
+        "population": 4,
+        "cohort": 4,
+        "places": 4,
+        "rounds": 4,
+        "local_steps": 3,
+        "components": halves,
+        **choices,
+    }
     vlm, params = make_toy()
     trainer = make_local_trainer(vlm, load_objective(objective), optimizer=optimizer, clip_norm=clip_norm)
     setup = Setup(

@@ -59,7 +59,7 @@ class Ours:
             common_start=True, local=run.local, server=run.server,
         )  # fmt: skip
         method = programs.method
-        fresh = tree.flatten(lora.init(jax.random.key(0), vlm.sites, make_spec(run)))
+        fresh = tree.flatten(lora.init(jax.random.key(0), vlm.sites, make_spec(run, vlm)))
         adapter = tree.unflatten(fresh | {path: jnp.asarray(factor) for path, factor in world.start.items()})
         self._params, self._mesh, self._waves = replicate(mesh, params), mesh, waves
         self._server = replicate(mesh, method.init(adapter=adapter))
@@ -130,7 +130,7 @@ def count_round_flops(vlm: Vlm, shape: Shape, settings: Settings, batch: dict[st
         settings: of the adapter.
         batch: arrays, or shapes, of one local step [B, …].
     """
-    spec = lora.LoRA(settings.rank, settings.alpha, settings.targets)
+    spec = lora.LoRA(settings.rank, settings.alpha, settings.targets or vlm.targets)
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), vlm.sites, spec))
     moving, scales = tree.partition(adapter, lambda path: not path.endswith("scale"))
     objective = load_objective("sft")

@@ -21,7 +21,6 @@ from fedvlm_jax.federation.inputs.batch_reader import make_inputs
 from fedvlm_jax.federation.round import from_waves
 from fedvlm_jax.federation.simulator import Driver
 from fedvlm_jax.models import Vlm
-from fedvlm_jax.training.config import LANGUAGE_MODEL
 from fedvlm_jax.training.prepare import Prepared
 from fedvlm_jax.utils import tree
 
@@ -37,7 +36,8 @@ class Settings:
     rate_a: float = 5e-3
     rate_b: float = 2e-3
     clip_norm: float = 1.0
-    targets: str = LANGUAGE_MODEL
+    targets: str = ""
+    """Of the adapters; the model's default where it is empty."""
 
 
 SETTINGS = Settings()
@@ -80,7 +80,7 @@ class World:
 
 def start_factors(vlm: Vlm, settings: Settings) -> dict[str, np.ndarray]:
     """path -> factor of a fresh adapter, without its scales: B is zero, as users start."""
-    spec = lora.LoRA(settings.rank, settings.alpha, settings.targets)
+    spec = lora.LoRA(settings.rank, settings.alpha, settings.targets or vlm.targets)
     fresh = lora.init(jax.random.key(3), vlm.sites, spec)
     return {path: np.asarray(leaf) for path, leaf in tree.flatten(fresh).items() if not path.endswith("scale")}
 
@@ -121,13 +121,13 @@ def draw_world(
         answer: tokens of an answer.
         settings: of adapter and optimiser.
     """
-    random, text = np.random.default_rng(0), vlm.config.text_config
+    random = np.random.default_rng(0)
     count, tokens = shape.steps * shape.batch, vlm.image_tokens(*size)
-    rows, image = (shape.clients, count), vlm.config.image_token_id
+    rows, image = (shape.clients, count), vlm.image_token_id
 
     def words(length: int) -> np.ndarray:
         lowest = max(10, image + 1)  # above the special tokens
-        return random.integers(lowest, text.vocab_size, (*rows, length)).astype(np.int32)
+        return random.integers(lowest, vlm.vocabulary, (*rows, length)).astype(np.int32)
 
     ids = np.concatenate([np.full((*rows, tokens), image, np.int32), words(prompt)], axis=-1)
     pixels = random.normal(size=(*rows, *size, 3)).astype(np.float32)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedvlm_jax.training.config import LANGUAGE_MODEL
+from fedvlm_jax.models.florence2.model import TARGETS
 
 HERE = Path(__file__).parent
 CHIPS, CLIENTS, STEPS, BATCH, ANSWER, RANK = 4, 4, 4, 2, 64, 8
@@ -45,7 +45,7 @@ def both(tmp_path_factory):
     planned = json.loads((folder / "plan.json").read_text())
     described = {
         "topology": "v5e:2x2", "model": "florence2-base", "clients": CLIENTS, "steps": STEPS, "batch": BATCH,
-        "prompt": planned["example"]["input_ids"][0], "answer": ANSWER, "rank": RANK, "targets": LANGUAGE_MODEL,
+        "prompt": planned["example"]["input_ids"][0], "answer": ANSWER, "rank": RANK, "targets": TARGETS,
         "returned": True,
     }  # fmt: skip
     return planned, json.loads(run_python(str(HERE / "hand_round.py"), json.dumps(described)))

@@ -8,7 +8,7 @@ from transformers import Florence2Config
 
 from fedvlm_jax.distributed.sharding import cut_base, make_mesh, place_base, place_like
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models import build
+from fedvlm_jax.models.florence2 import build
 from fedvlm_jax.utils import tree
 
 BASE = {"vision_config": {"projection_dim": 768}, "text_config": {"model_type": "bart", "vocab_size": 51289,

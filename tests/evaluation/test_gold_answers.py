@@ -11,9 +11,9 @@ from fedvlm_jax.data.tokenization import IGNORED
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.evaluation.evaluator import Evaluator
 from fedvlm_jax.evaluation.gold_answers import Gold, read_gold
-from fedvlm_jax.models import Processor, read_vlm
-from fedvlm_jax.models.decoding.generate import read_settings
-from fedvlm_jax.models.decoding.search import Settings
+from fedvlm_jax.models import read_vlm
+from fedvlm_jax.models.florence2 import Processor
+from fedvlm_jax.models.search import Settings
 
 LONG = " ".join(f"word{number}" for number in range(12))
 JSON = '{"a": 1, "b": 1, "c": 1}'
@@ -29,8 +29,7 @@ def processor() -> Processor:
 
 @pytest.fixture(scope="module")
 def greedy() -> Settings:
-    vlm = read_vlm("florence2-nano")
-    return read_settings(vlm.config, vlm.generation_config)
+    return read_vlm("florence2-nano").settings()
 
 
 def tokens(processor: Processor, text: str) -> int:
@@ -114,7 +113,7 @@ def test_a_text_that_ends_the_processor_is_unreachable_and_ends_nothing_else(
 
 def test_the_bans_are_those_of_the_search(processor: Processor, greedy: Settings) -> None:
     """A search over a model that is certain of a gold answer gives it back exactly where none is counted."""
-    from fedvlm_jax.models.decoding.search import process_scores
+    from fedvlm_jax.models.search import process_scores
 
     for text in ("a cat", "a cat a cat a cat", JSON, LONG):
         ids = processor.answers([text], 64)[0]

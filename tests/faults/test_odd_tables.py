@@ -302,8 +302,8 @@ def test_nobody_is_told_to_leave_out_what_is_needed(tmp_path: Path, column: str)
 def test_all_answers_are_compared_and_the_most_frequent_trains(tmp_path: Path) -> None:
     from fedvlm_jax.evaluation.gold_answers import read_gold
     from fedvlm_jax.evaluation.metrics.text_metrics import METRICS, exact_match
-    from fedvlm_jax.models import Processor, read_vlm
-    from fedvlm_jax.models.decoding.generate import read_settings
+    from fedvlm_jax.models import read_vlm
+    from fedvlm_jax.models.florence2 import Processor
 
     people = [["yes"] * 3 + ["no"] * 7, ["2", "two", "2"], ["a"], ["b", "c"]]
     write(tmp_path, replace_column("chosen", pa.array(people)))
@@ -312,7 +312,7 @@ def test_all_answers_are_compared_and_the_most_frequent_trains(tmp_path: Path) -
     assert examples.all_answers == [tuple(people[row]) for row in examples.rows]
     vlm = read_vlm("florence2-nano")
     processor = Processor.from_folder(Path(fedvlm_jax.__file__).parent / "assets" / "florence2-nano")
-    settings = read_settings(vlm.config, vlm.generation_config)
+    settings = vlm.settings()
     gold = read_gold(examples.answers, range(4), processor, 16, settings, examples.all_answers)
     assert gold.texts == examples.answers
     assert gold.all == [list(own) for own in examples.all_answers]

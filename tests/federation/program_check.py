@@ -24,7 +24,7 @@ from fedvlm_jax.distributed.sharding import make_mesh, place_base, place_waves, 
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round import make_round, to_waves
 from fedvlm_jax.methods import Client, Setup, load_method
-from fedvlm_jax.models import build
+from fedvlm_jax.models.florence2 import build
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.utils import tree
 

@@ -22,6 +22,7 @@ from fedvlm_jax.methods import Client, Setup, load_method
 from fedvlm_jax.objectives import Objective
 
 SHAPES = {"encoder": (5, 4), "decoder": (4, 3)}
+HALVES = {name: f"{name}/" for name in SHAPES}
 RANK, SCALE = 2, 1.5
 SHARES = np.asarray([0.2, 0.3, 0.5], np.float32)
 RATES = {"a": 0.04, "b": 0.1}
@@ -71,7 +72,7 @@ class World:
         choices = {"population": clients, **choices}
         self.setup = Setup(
             sites=self.sites, spec=spec, start_optimizer=trainer.start, cohort=clients, places=clients,
-            rounds=rounds, local_steps=STEPS, ranks=ranks, **choices,
+            rounds=rounds, local_steps=STEPS, ranks=ranks, components=HALVES, **choices,
         )  # fmt: skip
         self.method = load_method(name, self.setup)
         self.round = make_round(self.method, trainer, make_mesh(1))

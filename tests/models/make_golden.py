@@ -12,7 +12,7 @@ import numpy as np
 from models import reference
 from models.cases import CASES, make_batch, make_config
 
-from fedvlm_jax.models import image_tokens
+from fedvlm_jax.models.florence2.model import image_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pydoc
+import shutil
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from fedvlm_jax.models import load_vlm, read_size, read_vlm, resolve_folder
 def test_parameters_and_pictures(name, millions):
     vlm = read_vlm(name)
     assert round(sum(leaf.size for leaf in jax.tree.leaves(vlm.shapes())) / 1e6, 1) == millions
-    size = read_size(resolve_folder(name, weights=False))
+    size = read_size(name)
     assert size == (768, 768)
     assert vlm.image_tokens(*size) == 577
 
@@ -26,7 +27,8 @@ def test_the_base_s_vision_tower():
 
 
 def test_sizes_of_pictures(tmp_path):
-    assert read_size(resolve_folder("florence2-nano")) == (64, 64)
+    assert read_size("florence2-nano") == (64, 64)
+    shutil.copy(resolve_folder("florence2-nano") / "config.json", tmp_path)
     assert read_size(tmp_path) is None
     (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 224}}')
     assert read_size(tmp_path) is None

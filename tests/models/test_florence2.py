@@ -12,7 +12,8 @@ from models.cases import CASES, make_batch, make_config
 
 from fedvlm_jax import lora
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models import build, load_vlm
+from fedvlm_jax.models import load_vlm
+from fedvlm_jax.models.florence2 import build
 from fedvlm_jax.models.florence2.model import place_features, shift_right
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,9 +61,6 @@ def test_several_answers_to_a_prompt_are_answered_as_one_by_one(loaded: Any, ada
     for number in range(answers.shape[1]):
         alone = logits({**batch, "labels": answers[:, number]})
         np.testing.assert_allclose(together[:, number], alone, atol=2e-5)
-    inputs = np.stack([shift_right(jnp.asarray(answers[:, number]), 1, 2) for number in range(4)], axis=1)
-    given = logits({**batch, "decoder_input_ids": inputs})
-    np.testing.assert_array_equal(given, together)
 
 
 def test_several_answers_to_a_prompt_share_the_encoder_and_its_keys(loaded: Any) -> None:

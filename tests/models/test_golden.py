@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from models.cases import CASES, MAX_TOKENS, OPTIONS, make_batch, to_settings
 
-from fedvlm_jax.models import Stacking, Vlm, build, load_vlm
+from fedvlm_jax.models import Stacking, Vlm, load_vlm
+from fedvlm_jax.models.florence2 import build
 
 GOLDEN = Path(__file__).parent / "golden"
 FASTEST = "single"

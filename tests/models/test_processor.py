@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models import Processor
+from fedvlm_jax.models.florence2 import Processor
 
 TEXTS = ["<CAPTION>", "what is this ?", "<REGION_TO_OCR>here"]
 

@@ -13,8 +13,8 @@ from models.cases import make_config
 from safetensors.numpy import load_file, save_file
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models import build, load_vlm, save_checkpoint
-from fedvlm_jax.models.florence2.weights import TABLE, checkpoint_names, find_slot
+from fedvlm_jax.models import load_vlm, save_checkpoint
+from fedvlm_jax.models.florence2 import build
 from fedvlm_jax.utils.tree import flatten
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -46,10 +46,10 @@ def test_every_parameter_is_filled_and_nothing_else() -> None:
 def test_a_name_and_a_path_determine_each_other() -> None:
     vlm = build(make_config("windows"))
     for path, shape in flatten(vlm.shapes()).items():
-        for name, slot in checkpoint_names(path, shape.shape[0]):
-            assert find_slot(name) == slot
+        for name, slot in vlm.table.find_names(path, shape.shape[0]):
+            assert vlm.table.find_slot(name) == slot
             assert slot.path == path
-    assert len({rule.name for rule in TABLE}) == len(TABLE)
+    assert len({rule.name for rule in vlm.table.rules}) == len(vlm.table.rules)
 
 
 def test_missing_extra_and_misshapen_tensors_are_all_named(folder: Path) -> None:

@@ -29,7 +29,8 @@ from nano_training import Pretrain, log
 from nano_vision import centre_tokens, train_vision
 from transformers import AutoTokenizer
 
-from fedvlm_jax.models import build, save_checkpoint
+from fedvlm_jax.models import save_checkpoint
+from fedvlm_jax.models.florence2 import build
 
 
 def main(run: Pretrain) -> None:

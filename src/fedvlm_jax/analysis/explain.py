@@ -20,7 +20,7 @@ from fedvlm_jax.models import Vlm, read_vlm
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.training.config import Run
 from fedvlm_jax.training.method_options import check_rule
-from fedvlm_jax.training.method_setup import deal_ranks, make_setup, make_spec
+from fedvlm_jax.training.method_setup import deal_ranks, make_setup
 from fedvlm_jax.utils import tree
 
 __all__ = ["Explanation", "explain", "explain_method"]
@@ -67,7 +67,7 @@ def explain(run: Run, population: int = 16) -> Explanation:
         UserError: the model is not there, or targets, ranks or the rule do not fit it.
     """
     vlm = read_vlm(run.model)
-    check_rule(run, vlm.sites)
+    check_rule(run, vlm)
     return explain_method(vlm, run, population, lambda setup: load_method(run.method, setup))
 
 
@@ -90,7 +90,7 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
         return {OPTIMIZER: trainer.start(factors, trained)}
 
     setup = replace(
-        make_setup(run, vlm.sites, make_spec(run), start_marked),
+        make_setup(run, vlm, start_marked),
         population=population,
         cohort=cohort,
         places=cohort,

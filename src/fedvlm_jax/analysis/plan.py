@@ -25,7 +25,7 @@ from fedvlm_jax.federation import memory
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.round_shapes import shape_examples, shape_round
 from fedvlm_jax.lora import LoRA
-from fedvlm_jax.models import Vlm, read_size, read_vlm, resolve_folder
+from fedvlm_jax.models import Vlm, read_size, read_vlm
 from fedvlm_jax.objectives import Objective, load_objective
 from fedvlm_jax.training.method_options import check_rule
 from fedvlm_jax.training.method_setup import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes, make_spec
@@ -105,8 +105,8 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
     run, sizes, topology = request.run, request.sizes, parse_topology(request.topology)
     mesh, chip = make_mesh(*(parse_mesh(run.system.mesh) or ()), devices=open_devices(topology)), topology.chip
     vlm = read_vlm(run.model, **choose_arithmetic(run.system))
-    check_rule(run, vlm.sites)
-    objective, spec = load_objective(run.objective, run.preference), make_spec(run)
+    check_rule(run, vlm)
+    objective, spec = load_objective(run.objective, run.preference), make_spec(run, vlm)
     image_tokens, example = _shape_example(request, vlm, objective, spec)
     room = memory.read_device_bytes(mesh) if chip is None else int(chip.hbm * memory.GIB)
     groups, cohort = mesh.shape[CLIENTS], run.cohort or request.clients
@@ -175,12 +175,13 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
 def _shape_example(request: Request, vlm: Vlm, objective: Objective, spec: LoRA) -> tuple[int, dict[str, Any]]:
     """Tokens of a picture, and the shapes of an example with sequences padded as batches are."""
     side, sizes = request.sizes.image_size, request.sizes
-    size = (side, side) if side else read_size(resolve_folder(request.model, weights=False))
+    size = (side, side) if side else read_size(request.model)
     if size is None:
         raise UserError(f"{request.model} does not say how large its pictures are: say --sizes.image-size, say 768")
-    tokens, most = vlm.image_tokens(*size), vlm.config.text_config.max_position_embeddings
+    tokens = vlm.image_tokens(*size)
     prompt, answer = (-(-n // MULTIPLE) * MULTIPLE for n in (tokens + sizes.prompt_tokens, sizes.answer_tokens))
-    for name, length in (("prompt", prompt), ("answer", answer)):
+    room = max(vlm.most_prompt_tokens(answer), 0)
+    for name, length, most in (("prompt", prompt, room), ("answer", answer, vlm.positions)):
         if length > most:
             raise UserError(
                 f"--sizes.{name}-tokens: that makes {length} tokens with the picture's, and the model has {most} "

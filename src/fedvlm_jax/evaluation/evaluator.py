@@ -10,7 +10,7 @@ Axes: C clients, V pieces at a time, B examples of a piece, U labels.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from fedvlm_jax.distributed.sharding import CLIENTS, fetch, own_places, place, p
 from fedvlm_jax.evaluation.metrics.preferences import Pairs, score_preferences
 from fedvlm_jax.evaluation.metrics.text_metrics import select_metrics
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
+from fedvlm_jax.models import Processor, Vlm
 from fedvlm_jax.objectives.log_probs import score_pairs, token_losses
 
 __all__ = ["GREEDY", "Adapters", "Evaluator", "Scored", "Scores", "make_answer"]
@@ -52,14 +53,6 @@ class Scored(NamedTuple):
     scores: Scores
     values: dict[str, dict[str, Float[np.ndarray, " examples"]]]
     texts: dict[str, list[str]]
-
-
-class Decoder(Protocol):
-    """What evaluation asks of a model's processor."""
-
-    def decode(self, ids: np.ndarray, /) -> list[str]:
-        """Token ids [B, U] -> texts, without the tokens that frame them."""
-        ...
 
 
 def tell_nobody(done: int, total: int, what: str) -> None:
@@ -104,7 +97,7 @@ class Evaluator:
 
     examples: Examples
     inputs: Inputs
-    processor: Decoder
+    processor: Processor
     wave: int
     batch: int
     mesh: Mesh
@@ -286,7 +279,7 @@ GREEDY: Mapping[str, int] = {"num_beams": 1, "no_repeat_ngram_size": 0, "min_len
 
 
 def make_answer(
-    vlm: Any, max_tokens: int, options: Mapping[str, int] = GREEDY
+    vlm: Vlm, max_tokens: int, options: Mapping[str, int] = GREEDY
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Compile-once `(params, adapters, batch [V, B, …]) -> ids [V, B, max_tokens], numbers [V, B]`.
 
@@ -312,7 +305,7 @@ def make_answer(
     return jax.jit(answer)
 
 
-def _score(vlm: Any, params: PyTree, adapter: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
+def _score(vlm: Vlm, params: PyTree, adapter: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
     if "rejected_labels" in batch:
         return score_pairs(vlm, params, adapter, batch)
     losses, correct, counts = token_losses(vlm.logits(params, adapter, batch), batch["labels"])

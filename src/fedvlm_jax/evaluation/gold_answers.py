@@ -7,16 +7,17 @@ it, and is counted, because a metric that nothing can reach looks like a bad mod
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.tokenization import CHARACTERS, CHUNK, IGNORED, ask_processor
 from fedvlm_jax.evaluation.metrics.answer_tokens import normalise
-from fedvlm_jax.models.decoding.search import Settings
+from fedvlm_jax.models import Processor
+from fedvlm_jax.models.search import Settings
 
-__all__ = ["STEP", "AnswerCodec", "Gold", "read_gold"]
+__all__ = ["STEP", "Gold", "read_gold"]
 
 STEP = 16
 """Answers get room for a multiple of so many tokens, so that data sets of short answers share one program."""
@@ -27,18 +28,6 @@ LONG, BANNED, SHORT, UNWRITABLE = (
     "shorter than min_length or min_new_tokens",
     "with text that the tokenizer cannot write",
 )
-
-
-class AnswerCodec(Protocol):
-    """What is asked of a model's processor."""
-
-    def answers(self, texts: list[str], max_tokens: int, /) -> np.ndarray:
-        """Texts -> labels [B, U], cut to `max_tokens` and padded with -100."""
-        ...
-
-    def decode(self, ids: np.ndarray, /) -> list[str]:
-        """Token ids [B, U] -> texts."""
-        ...
 
 
 class Gold(NamedTuple):
@@ -64,7 +53,7 @@ class Gold(NamedTuple):
 def read_gold(
     answers: Sequence[str],
     rows: Iterable[int],
-    processor: AnswerCodec,
+    processor: Processor,
     most: int,
     settings: Settings,
     several: Sequence[Sequence[str]] | None = None,
@@ -93,7 +82,7 @@ def read_gold(
 
 
 def _write(
-    texts: Sequence[str], processor: AnswerCodec, most: int, settings: Settings
+    texts: Sequence[str], processor: Processor, most: int, settings: Settings
 ) -> tuple[dict[str, str], dict[str, str], int]:
     """Texts as tokens write them, why others cannot be given, and the tokens of the longest."""
     written: dict[str, str] = {}

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from fedvlm_jax.data.config import Split
 from fedvlm_jax.data.tokenization import IGNORED
 from fedvlm_jax.evaluation.evaluator import Adapters, Evaluator
+from fedvlm_jax.models import Batch, Params, Vlm
 
 __all__ = ["KERNELS", "SHARES", "Kernel", "Memory", "Neighbours", "Recall", "make_neighbours", "recall", "with_memory"]
 
@@ -78,12 +79,12 @@ class Neighbours(NamedTuple):
         weigh: (params, recalls, batch [V, B, …]) -> `likelihood` [V, B, kernel, λ] of the answers, whatever their own.
     """
 
-    vlm: Any
+    vlm: Vlm
     keep: Callable[..., dict[str, Array]]
     weigh: Callable[..., dict[str, Array]]
 
 
-def make_neighbours(vlm: Any, neighbours: int, temperature: float) -> Neighbours:
+def make_neighbours(vlm: Vlm, neighbours: int, temperature: float) -> Neighbours:
     """The programs of k = `neighbours` at τ = `temperature`, for the bare model `vlm`."""
 
     def program(one: Callable[..., dict[str, Array]]) -> Callable[..., dict[str, Array]]:
@@ -96,7 +97,7 @@ def make_neighbours(vlm: Any, neighbours: int, temperature: float) -> Neighbours
     )
 
 
-def with_memory(vlm: Any, neighbours: int, temperature: float) -> Any:
+def with_memory(vlm: Vlm, neighbours: int, temperature: float) -> Vlm:
     """The same model, which takes a `Recall` wherever it takes an adapter.
 
     Args:
@@ -111,20 +112,21 @@ def with_memory(vlm: Any, neighbours: int, temperature: float) -> Any:
         # Where nothing is mixed in the logits stay as they are, bit for bit.
         return jnp.where(memory.share > 0, jnp.log(jnp.maximum(mixed, FLOOR)), logits)
 
-    def encode(params: Any, own: Any, batch: Any) -> Array:
+    def encode(params: Params, own: PyTree, batch: Batch) -> PyTree:
         return vlm.encode(params, own.adapter if isinstance(own, Recall) else own, batch)
 
-    def logits(params: Any, own: Any, batch: Any) -> Array:
+    def states(params: Params, own: PyTree, batch: Batch) -> tuple[Array, Array]:
         if not isinstance(own, Recall):
-            return vlm.logits(params, own, batch)
-        return amend(own.memory, *vlm.states(params, own.adapter, batch))
+            return vlm.states(params, own, batch)
+        found, logits = vlm.states(params, own.adapter, batch)
+        return found, amend(own.memory, found, logits)
 
-    def generate(params: Any, own: Any, batch: Any, max_tokens: int, **options: Any) -> Array:
+    def generate(params: Params, own: PyTree, batch: Batch, max_tokens: int, **options: Any) -> Array:
         if not isinstance(own, Recall):
             return vlm.generate(params, own, batch, max_tokens, **options)
         return vlm.generate(params, own.adapter, batch, max_tokens, amend=amend, recalled=own.memory, **options)
 
-    return dataclasses.replace(vlm, encode=encode, logits=logits, generate=generate)
+    return dataclasses.replace(vlm, encode=encode, states=states, generate=generate)
 
 
 def _find(memory: Memory, states: Array, neighbours: int, temperature: float) -> tuple[Array, Array]:
@@ -214,12 +216,12 @@ def recall(
     return remembering, shares, kernels[kernel]
 
 
-def _keep(vlm: Any, params: PyTree, adapter: PyTree, batch: Mapping[str, Array]) -> dict[str, Array]:
+def _keep(vlm: Vlm, params: PyTree, adapter: PyTree, batch: Mapping[str, Array]) -> dict[str, Array]:
     return {"states": vlm.states(params, adapter, batch)[0].astype(jnp.float32), "tokens": batch["labels"]}
 
 
 def _weigh(
-    vlm: Any, params: PyTree, own: Recall, batch: Mapping[str, Array], neighbours: int, temperature: float
+    vlm: Vlm, params: PyTree, own: Recall, batch: Mapping[str, Array], neighbours: int, temperature: float
 ) -> dict[str, Array]:
     """The log-likelihood of every answer [B, kernel, λ], for all that are tried."""
     states, logits = vlm.states(params, own.adapter, batch)

@@ -22,7 +22,7 @@ from fedvlm_jax.utils import tree
 
 __all__ = ["Around", "Programs", "make_programs"]
 
-EXAMINE = jax.jit(examine, static_argnames="beside")
+EXAMINE = jax.jit(examine, static_argnames=("beside", "component"))
 """One program for all methods whose clients train adapters of the same shapes: compiling it takes seconds."""
 
 Around = Callable[[], AbstractContextManager[None]]
@@ -78,8 +78,10 @@ class Programs:
         return self.compiled[key]
 
 
-def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs:
-    """Make a method's programs; nothing is compiled yet."""
+def make_programs(
+    method: Method, trainer: LocalTrainer, mesh: Mesh, component: Callable[[str], str | None] = lambda path: None
+) -> Programs:
+    """Make a method's programs, not compiled yet; `health` tells parts of the model apart as `component` does."""
 
     def adapter_of(server: PyTree, state: PyTree, known: Any, number: Any, key: PRNGKeyArray) -> PyTree:
         fresh = start_personal(method, key, server, number)
@@ -93,7 +95,7 @@ def make_programs(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Programs
     trained_of_waves = jax.jit(lambda server, waves, messages: trained(server, from_waves(waves), messages))
 
     def health(server: PyTree, waves: PyTree, messages: PyTree, weights: Any) -> dict[str, Any]:
-        return EXAMINE(trained_of_waves(server, waves, messages), weights, beside=method.pairs)
+        return EXAMINE(trained_of_waves(server, waves, messages), weights, beside=method.pairs, component=component)
 
     def base_is_finite(params: PyTree, server: PyTree) -> Any:
         return tree.is_finite(params if method.base is None else method.base(params=params, server=server))

@@ -3,7 +3,7 @@
 They are computed from the adapters that the clients trained, whatever the method, in a program of their own, so that
 the round itself keeps its one all-reduce. Clients that do not count are left out.
 
-    aggregation_error     ‖Σ p_k A_k B_k − Ā B̄‖_F / ‖Σ p_k A_k B_k‖_F, in all and per half of the model: what averaging
+    aggregation_error     ‖Σ p_k A_k B_k − Ā B̄‖_F / ‖Σ p_k A_k B_k‖_F, in all and per part of the model: what averaging
                           both factors would lose (it is what fedavg-lora does lose)
     angle_a               between the column spaces of two clients' A, in degrees: the angle whose cosine is the root
                           mean square of the principal angles' cosines, mean over pairs of clients and sites; where two
@@ -12,7 +12,7 @@ the round itself keeps its one all-reduce. Clients that do not count are left ou
     update_dissimilarity  1 − cosine of two clients' low-rank terms s·A B, mean over pairs of clients
 """
 
-import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,20 @@ __all__ = ["OF_PAIRS", "examine"]
 OF_PAIRS = ("angle_a", "update_dissimilarity")
 """What means something only where at least two clients count."""
 
-GROUPS = ("vision_tower", "image_projector", "encoder", "decoder")
 
-
-def examine(adapters: PyTree, weights: Float[Array, " K"], beside: int = 1) -> dict[str, Float[Array, ""]]:
+def examine(
+    adapters: PyTree,
+    weights: Float[Array, " K"],
+    beside: int = 1,
+    component: Callable[[str], str | None] = lambda path: None,
+) -> dict[str, Float[Array, ""]]:
     """The numbers for adapters [K, …] as they were trained; empty for adapters with a gate, whose term is no matrix.
 
     Args:
         adapters: of the cohort.
         weights: who counts, and how much.
         beside: how many adapters of one rank stand side by side in each, see `Method.pairs`.
+        component: (path) -> the part of the model that it lies in, see `Vlm.component`; "rest" stands for None.
     """
     if any("gate" in str(path[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(adapters)):
         return {}
@@ -47,7 +51,7 @@ def examine(adapters: PyTree, weights: Float[Array, " K"], beside: int = 1) -> d
     cosines, zero = [], jnp.float32(0)
     for path, (a, b, scale) in lora.sites_of(adapters):
         b = b * scale[..., None, None]
-        group = next((name for name in GROUPS if re.search(rf"(^|/){name}(/|$)", path)), "rest")
+        group = component(f"{path}/") or "rest"
         lost[group] = lost.get(group, 0) + _squared_norm(*deviations(a, b, weights))
         whole[group] = whole.get(group, 0) + _squared_norm(*side_by_side(a, b, weights))
         grams += _inner_products(a, b, counts)

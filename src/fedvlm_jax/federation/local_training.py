@@ -5,7 +5,7 @@ trained is named by path; all else in the tree (an adapter's `scale`, a frozen f
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from fedvlm_jax.data.tokenization import IGNORED, LABELS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods import Client
 from fedvlm_jax.methods.base import Metrics, is_factor
+from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import Objective
 from fedvlm_jax.utils import tree
 
@@ -42,7 +43,7 @@ class LocalTrainer(NamedTuple):
 
 
 def make_local_trainer(
-    vlm: Any,
+    vlm: Vlm,
     objective: Objective,
     *,
     optimizer: Literal["adamw", "sgd"] = "adamw",

@@ -54,7 +54,7 @@ def shape_examples(
         example |= {"rejected_labels": Shape((answer,), jnp.int32)}
     if objective.reference:
         example |= {name: Shape((), jnp.float32) for name in ("reference_chosen", "reference_rejected")}
-    if cached and is_vision_frozen(adapter):
+    if cached and is_vision_frozen(vlm, adapter):
         made = jax.eval_shape(lambda params, pixels: vlm.image_features(params, None, pixels), vlm.shapes(), pixels)
         return example | {"image_features": Shape(made.shape[1:], made.dtype)}
     return example | {"pixel_values": Shape(pixels.shape[1:], pixels.dtype)}

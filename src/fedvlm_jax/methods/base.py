@@ -134,6 +134,7 @@ class Setup:
         ranks: of every client, or empty where all have the adapter's; padded to it, so that shapes are equal.
         local, server, hyper: options of local training, of the server's optimiser, and of single methods.
         share: the rule of the method `share`.
+        components: parts of the model, name -> regular expression of paths (`Vlm.components`); empty where unknown.
     """
 
     sites: lora.Sites
@@ -151,6 +152,7 @@ class Setup:
     server: ServerOptions = field(default_factory=ServerOptions)
     hyper: HyperOptions = field(default_factory=HyperOptions)
     share: str = ""
+    components: Mapping[str, str] = field(default_factory=dict)
 
     def draw(self, key: Key) -> lora.Adapter:
         """Draw a fresh adapter."""

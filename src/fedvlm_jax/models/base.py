@@ -1,4 +1,4 @@
-"""The record that a vision-language model is to the rest of the package: a configuration and pure functions.
+"""The records that a family of vision-language models is to the rest of the package: facts and pure functions.
 
 Axes: C clients, B batch, A answers, T tokens, P image tokens, D width, V vocabulary, U labels.
 
@@ -6,14 +6,14 @@ A *batch* is a dict of arrays:
     pixel_values    [B, H, W, 3] float32, normalised as the model's processor does; or, in its place,
     image_features  [B, P, D], what `Vlm.image_features` returned (for frozen towers: computed once and kept); if both
                     are there, these are used
-    input_ids       [B, T] int32, image tokens included, as Hugging Face's model takes them
+    input_ids       [B, T] int32, image tokens included, padded on the right
     attention_mask  [B, T] int32, 0 where padded
-    memory          [B, T, D], in the place of both: what `Vlm.encode` returned of them, so that the encoder runs once
-                    for several uses of its prompt; the mask is still read
-    labels          [B, U] int32, -100 where ignored (decoder inputs are the labels shifted right); or
-    decoder_input_ids [B, U] int32, which take precedence
-Labels or decoder inputs may also be [B, A, U], several answers to each prompt. They are answered as if each were asked
-alone, but the encoder runs once per prompt and its A answers share what the decoder makes of its memory.
+    memory          in the place of all these but the mask: what `Vlm.encode` returned of them, so that the prompt is
+                    read once for several uses; the mask is still read
+    labels          [B, U] int32, -100 where ignored: the answer's tokens alone. `states[u]` and `logits[u]` predict
+                    `labels[u]` from the prompt and the labels before it
+Labels may also be [B, A, U], several answers to each prompt. They are answered as if each were asked alone, but the
+prompt is read once and its A answers share it.
 
 An *adapter* is a pytree of `fedvlm_jax.lora`, or None for the bare base. The base is an argument always:
 `jax.vmap` over adapters and batches with `in_axes=None` for params keeps each base matmul one over all clients' rows.
@@ -21,73 +21,116 @@ An *adapter* is a pytree of `fedvlm_jax.lora`, or None for the bare base. The ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+from PIL import Image
 
 from fedvlm_jax import lora
 from fedvlm_jax.distributed.sharding import Cuts
+from fedvlm_jax.models.search import Settings
+from fedvlm_jax.models.weight_table import Table
+from fedvlm_jax.utils import tree
+
+__all__ = ["Batch", "Family", "Params", "Processor", "Vlm", "select_leaves"]
 
 Params = dict[str, Any]
-Batch = Mapping[str, Array]
+Batch = Mapping[str, Any]
+"""Arrays by name; `memory` may be a pytree of them."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Vlm:
     """A vision-language model. All functions are pure and work under jit, vmap and grad; compared by identity.
 
     Axes: B batch, A answers, T tokens, P image tokens, D width, V vocabulary, U labels.
 
-    A *batch* is a dict of arrays: `pixel_values` [B, H, W, 3], or in their place `image_features` [B, P, D];
-    `input_ids` and `attention_mask` [B, T], image tokens included; or in the place of all of these `memory` [B, T, D]
-    beside the mask; and for logits `labels`, -100 where ignored, or `decoder_input_ids`, [B, U] or [B, A, U]. The
-    module's documentation says more of each. An *adapter* is a pytree of `fedvlm_jax.lora`, or None for the bare base.
+    A *batch* is a dict of arrays: `pixel_values`, or in their place `image_features`; `input_ids` and `attention_mask`;
+    or in the place of all but the mask `memory`; and `labels`. The module's documentation says more of each.
 
     Attributes:
-        config: Hugging Face's own configuration object.
+        family: its name, `florence2`.
+        config: the family's own configuration, which nothing outside of its package reads.
+        fingerprint: all that makes the same weights another model, for the keys of caches.
         dtype: what matmuls are computed in. Norms, softmax and logits are float32 at least.
-        init: (key) -> params: random weights, float32, top level `vision_tower`, `image_projector`, `language_model`.
+        init: (key) -> params: random weights, float32.
         image_features: (params, adapter, pixel_values [B, H, W, 3]) -> image tokens [B, P, D]. Of the adapter, only the
-            part that lies in the vision tower and the projector is used.
-        encode: (params, adapter, batch) -> the encoder's memory [B, T, D].
-        logits: (params, adapter, batch) -> float32 logits [B, U, V], or [B, A, U, V], at the decoder's positions.
-        states: (params, adapter, batch) -> the decoder's last states [B, U, D], or [B, A, U, D], and `logits` of them.
+            part that lies in the components `vision` and `connector` is used.
+        encode: (params, adapter, batch) -> memory, a pytree whose leaves have a leading axis B: all that answers need
+            of the prompt.
+        states: (params, adapter, batch) -> last states [B, U, D], or [B, A, U, D], and what `logits` gives.
+        logits: (params, adapter, batch) -> float32 logits [B, U, V], or [B, A, U, V], that predict the labels.
         generate: (params, adapter, batch, max_tokens, *, num_beams=None, ...) -> ids [B, max_tokens]; see
             `models.generation`.
-        image_tokens: (height, width) in pixels -> number of image tokens P.
+        settings: () -> how `generate` searches unless its arguments say otherwise; raises `UserError` where the model's
+            folder asks for what is not implemented.
+        image_tokens: (height, width) in pixels -> number of image tokens P; raises `UserError` for sizes that the tower
+            does not take.
         image_width: numbers D of an image token.
-        example_batch: () -> shapes of a smallest batch, to trace with.
-        generation_config: transformers' `GenerationConfig`: what `generate` does where its arguments do not say
-            otherwise.
+        image_token_id: the token in whose places image tokens are put.
+        vocabulary: number of tokens V.
+        positions: most tokens of a prompt, image tokens included, and most of an answer; or, where they share
+            positions, of both together.
+        shared_positions: do an answer's positions go on where the prompt's end, as in a decoder-only model?
+        components: part -> regular expression that the paths of its parameters begin with. The parts are `vision`, the
+            tower; `connector`, from there to image tokens; `encoder` and `decoder`, the text model's halves (a
+            decoder-only one has no encoder); `embedding`, its token table.
+        targets: regular expression of the sites that adapters sit on unless a run says otherwise.
         cuts: which weights devices may share, and along which axis; the others each has whole.
+        table: the parameters' names in checkpoints.
+        write_configs: (folder) -> writes the JSON files that say what the model is, config.json among them.
+        example_batch: () -> shapes of a smallest batch, to trace with.
     """
 
+    family: str
     config: Any
+    fingerprint: str
     dtype: Any
     init: Callable[[Array], Params]
-    image_features: Callable[[Params, Any, Array], Array]
-    encode: Callable[[Params, Any, Batch], Array]
-    logits: Callable[[Params, Any, Batch], Array]
-    states: Callable[[Params, Any, Batch], tuple[Array, Array]]
+    image_features: Callable[[Params, PyTree, Array], Array]
+    encode: Callable[[Params, PyTree, Batch], PyTree]
+    states: Callable[[Params, PyTree, Batch], tuple[Array, Array]]
     generate: Callable[..., Array]
+    settings: Callable[[], Settings]
     image_tokens: Callable[[int, int], int]
     image_width: int
-    example_batch: Callable[[], dict[str, jax.ShapeDtypeStruct]]
-    generation_config: Any
+    image_token_id: int
+    vocabulary: int
+    positions: int
+    shared_positions: bool = False
+    components: Mapping[str, str]
+    targets: str
     cuts: Cuts
+    table: Table
+    write_configs: Callable[[Path], None]
+    example_batch: Callable[[], dict[str, jax.ShapeDtypeStruct]]
 
     def __repr__(self) -> str:
-        """The model's kind and precision; configuration and functions would fill pages."""
-        kind = getattr(self.config, "model_type", type(self.config).__name__)
-        return f"Vlm({kind}, {jnp.dtype(self.dtype).name}, image_width={self.image_width})"
+        """The family and precision; configuration and functions would fill pages."""
+        return f"Vlm({self.family}, {jnp.dtype(self.dtype).name}, image_width={self.image_width})"
+
+    def logits(self, params: Params, adapter: PyTree, batch: Batch) -> Array:
+        """Predict the labels: float32 [B, U, V], or [B, A, U, V]."""
+        return self.states(params, adapter, batch)[1]
+
+    def most_prompt_tokens(self, answer: int) -> int:
+        """Longest prompt, image tokens included, beside answers of so many tokens; 0 or less where there is none."""
+        return self.positions - answer if self.shared_positions else self.positions
+
+    def component(self, path: str) -> str | None:
+        """The part of the model that a parameter, a site or a leaf of an adapter lies in; None for other paths."""
+        return next((name for name, pattern in self.components.items() if re.match(pattern, path)), None)
 
     @cached_property
-    def _traced(self) -> tuple[Params, Any]:
+    def _traced(self) -> tuple[Params, lora.Sites]:
         return lora.trace_init(self.init, jax.eval_shape(lambda: jax.random.key(0)))
 
     def shapes(self) -> Params:
@@ -95,6 +138,91 @@ class Vlm:
         return self._traced[0]
 
     @property
-    def sites(self) -> Any:
-        """Where an adapter can sit (`lora.Sites`), found by tracing once; touches no device."""
+    def sites(self) -> lora.Sites:
+        """Where an adapter can sit, found by tracing once; touches no device."""
         return self._traced[1]
+
+
+class Processor(Protocol):
+    """Text and pictures to arrays and back, as a model was trained with."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels that every picture is brought to."""
+        ...
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens in every prompt: `Vlm.image_tokens` of `size`."""
+        ...
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the token in whose places image tokens are put; no text yields it."""
+        ...
+
+    @property
+    def eos_token_id(self) -> int:
+        """Id of the token that ends answers."""
+        ...
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id of a token."""
+        ...
+
+    @property
+    def framing(self) -> frozenset[int]:
+        """Ids of tokens that stand around texts, or for what is none: `decode` leaves them out."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides how a picture becomes pixels, for the keys of caches."""
+        ...
+
+    def pixels(self, images: Sequence[Image.Image], /) -> Float[np.ndarray, "B H W 3"]:
+        """Pictures of any size and mode to normalised float32 pixels; none to an array of length 0."""
+        ...
+
+    def prompts(self, texts: Sequence[str], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+        """Texts to `input_ids` and `attention_mask`, image tokens included, padded on the right to the longest.
+
+        Raises:
+            UserError: for a text that cannot be asked.
+        """
+        ...
+
+    def answers(self, texts: Sequence[str], max_tokens: int, /) -> Int[np.ndarray, "B U"]:
+        """Texts to labels, each ended by `eos_token_id`, cut to `max_tokens` with it, padded with -100."""
+        ...
+
+    def decode(self, ids: Int[np.ndarray, "B U"], /) -> list[str]:
+        """Token ids, or labels, to texts: the inverse of `answers` but for white space around them."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How folders of a family of models are read: `FAMILY` of its package in `models/`.
+
+    Attributes:
+        model_types: the values of `model_type` in a config.json that are the family's to read, or to refuse; the first
+            names it.
+        read_config: (content of config.json, its path) -> the family's configuration; raises `UserError` for one that
+            is not implemented.
+        build: (configuration, dtype=, stacking=, generation_config=) -> the model without weights.
+        open_processor: (folder) -> the folder's processor; raises `UserError` where its files are damaged.
+        read_size: (folder) -> height and width of its pictures, from JSON alone; None where it states none.
+    """
+
+    model_types: tuple[str, ...]
+    read_config: Callable[[dict[str, Any], Path], Any]
+    build: Callable[..., Vlm]
+    open_processor: Callable[[Path], Processor]
+    read_size: Callable[[Path], tuple[int, int] | None]
+
+
+def select_leaves(adapter: lora.Adapter | None, belongs: Callable[[str], bool]) -> lora.Adapter | None:
+    """The part of an adapter that one call reads: a leaf that a call never reads is an error in `lora.inject`."""
+    return tree.partition(adapter, belongs)[0] or None if adapter else None

@@ -1,4 +1,4 @@
-"""Where a model's folder is: a local one, one that ships with the package, or one on the Hugging Face hub."""
+"""Models from a folder: a local one, one that ships with the package, or one of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from fedvlm_jax.distributed.sharding import cut_base, place
-from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.base import Params, Vlm
-from fedvlm_jax.models.florence2.model import build, check_config
-from fedvlm_jax.models.florence2.weights import load_params
-from fedvlm_jax.models.folder_files import explain_error, read_json
+from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.models.base import Family, Params, Processor, Vlm
+from fedvlm_jax.models.folder_files import advise_conversion, find_files, read_json
 from fedvlm_jax.models.layers import USUAL, Stacking
-from fedvlm_jax.models.safetensors_io import advise_conversion, find_files
+from fedvlm_jax.models.registry import find_family
+from fedvlm_jax.models.weight_table import read_params, write_tensors
+
+__all__ = [
+    "load_vlm", "load_weights", "open_processor", "read_size", "read_vlm", "resolve_folder", "save_checkpoint",
+]  # fmt: skip
 
 ASSETS = Path(__file__).parent.parent / "assets"
-_TEXTS = ["*.json", "*.txt", "*.model"]
-_WEIGHTS = ["*.safetensors"]
 
 
 def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
@@ -34,14 +36,15 @@ def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
         weights: are they wanted too? Of some models only the configuration ships; of a hub id, they are downloaded.
 
     Raises:
-        UserError: where there is no such folder and the hub does not have it or cannot be reached.
-        UserError: where weights are wanted of a model that ships without.
+        UserError: there is no such folder and the hub does not have it or cannot be reached, or weights are wanted of
+            a model that ships without.
     """
     folder = Path(name)
     if folder.is_dir():
         return folder
     described = {path.parent.name for path in ASSETS.glob("*/config.json")}
     ships = sorted(model for model in described if not weights or (ASSETS / model / "model.safetensors").is_file())
+    known = f"models that ship: {', '.join(ships) or 'none'}"
     if str(name) in ships:
         return ASSETS / str(name)
     if str(name) in described:
@@ -50,16 +53,14 @@ def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
             f"of {name} only the configuration ships, for `fedvlm plan` and `fedvlm explain`: for its weights name a "
             f"folder or a hub id, for example {hub}; models that ship whole: {', '.join(ships) or 'none'}"
         )
-    looks_like_id = str(name).count("/") == 1 and not folder.is_absolute() and not str(name).startswith(".")
-    known = f"models that ship: {', '.join(ships) or 'none'}"
-    if not looks_like_id:
+    if str(name).count("/") != 1 or folder.is_absolute() or str(name).startswith("."):
         raise UserError(f"no model {str(name)!r}: not a folder, not a hub id (owner/name); {known}")
     return _download(str(name), known, weights)
 
 
 def _download(name: str, known: str, weights: bool) -> Path:
     """A hub model's folder. Its configuration comes first and alone: what cannot load is refused before gigabytes."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 
     def ask(get: Callable[[], str]) -> Path:
         try:
@@ -70,100 +71,77 @@ def _download(name: str, known: str, weights: bool) -> Path:
                 f"Offline, download the model elsewhere and name its folder; {known}"
             ) from error
 
-    read_config(ask(lambda: hf_hub_download(name, "config.json")).parent)
-    folder = ask(lambda: snapshot_download(name, allow_patterns=[*_TEXTS, *(_WEIGHTS if weights else [])]))
+    _read_config(ask(lambda: hf_hub_download(name, "config.json")).parent)
+    wanted = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
+    folder = ask(lambda: snapshot_download(name, allow_patterns=wanted))
     if weights and not any(folder.glob("*.safetensors")):
-        raise UserError(_explain_absence(name))
+        said, pickles = f"{name} has no *.safetensors on the hub", list[str]()
+        with contextlib.suppress(Exception):  # whatever the hub has against it, the sentence stands without
+            pickles = [file for file in list_repo_files(name) if fnmatch(file, "pytorch_model*.bin")]
+        if pickles:
+            said += f", only PyTorch's pickled weights; {advise_conversion(name, 'DIR')}, and name DIR as the model"
+        raise UserError(said)
     return folder
 
 
-def _explain_absence(name: str) -> str:
-    """Say what a hub model has in place of safetensors; the snapshot does not tell, for nothing else is fetched."""
-    from huggingface_hub import list_repo_files
-
-    said, pickles = f"{name} has no *.safetensors on the hub", list[str]()
-    with contextlib.suppress(Exception):  # whatever the hub has against it, the sentence stands without
-        pickles = [file for file in list_repo_files(name) if fnmatch(file, "pytorch_model*.bin")]
-    if not pickles:
-        return said
-    return f"{said}, only PyTorch's pickled weights; {advise_conversion(name, 'DIR')}, and name DIR as the model"
-
-
-def read_config(folder: Path) -> Any:
-    """transformers' `Florence2Config` of a model folder.
-
-    Raises:
-        UserError: without a config.json that is one of a Florence-2 as transformers writes it, whole and possible.
-    """
-    from transformers import Florence2Config
-
+def _find_family(folder: Path) -> tuple[Family, dict[str, Any], Path]:
+    """-> the family of a model folder, the content of its config.json, and where that is."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} has no config.json")
     values = read_json(file)
-    _check_layout(values, file)
-    try:
-        config = Florence2Config.from_dict(values)
-    except Exception as error:  # transformers and its validators raise many kinds
-        raise UserError(f"{file} is no configuration that transformers reads ({explain_error(error)})") from None
-    try:
-        check_config(config)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    return config
+    return find_family(values, file), values, file
 
 
-def _check_layout(values: dict[str, Any], file: Path) -> None:
-    """Refuse other models, and Florence-2 in layouts whose tensors have other names, before transformers sees them."""
-    kind = values.get("model_type")
-    text, vision = (
-        part if isinstance(part := values.get(name), dict) else {} for name in ("text_config", "vision_config")
-    )
-    original = (
-        "auto_map" in values or text.get("model_type") == "florence2_language" or vision.get("model_type") == "davit"
-    )
-    if kind in ("florence2", "florence2_language") and original:
-        size = "large" if 1024 in (values.get("projection_dim"), text.get("d_model")) else "base"
-        resaved = "" if "auto_map" in values else ", saved again"
-        raise UserError(
-            f"{file} is laid out as Microsoft's original release{resaved}, whose tensors have other names; take the "
-            f"same weights as transformers has them: florence-community/Florence-2-{size}, or -{size}-ft"
-        )
-    if kind != "florence2":
-        raise UserError(f"{file} has model_type={kind!r}, expected 'florence2'")
-    if not (text and vision):
-        raise UserError(f"{file} has no text_config or no vision_config: is it cut short?")
-    if "quantization_config" in values:
-        raise UserError(f"{file} is of quantised weights, which are not supported: take them as they were before")
+def _read_config(folder: Path) -> tuple[Family, Any]:
+    """-> the family of a model folder, and its configuration."""
+    family, values, file = _find_family(folder)
+    return family, family.read_config(values, file)
 
 
 def read_vlm(path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: Stacking = USUAL) -> Vlm:
-    """A Florence-2 without its weights: what its configuration alone tells, its sites for example.
+    """A model without its weights: what its configuration alone tells, its sites for example.
 
     Args and errors are those of `load_vlm`.
     """
     folder = resolve_folder(path, weights=False)
-    config = read_config(folder)
-    return build(config, dtype=compute_dtype, stacking=stacking, generation_config=_read_generation(folder))
+    family, config = _read_config(folder)
+    generation = _read_generation(folder)
+    return family.build(config, dtype=compute_dtype, stacking=stacking, generation_config=generation)
 
 
 def _read_generation(folder: Path) -> Any:
-    """transformers' `GenerationConfig` of a folder; None where it has none.
-
-    Raises:
-        UserError: where it cannot be read.
-    """
+    """transformers' `GenerationConfig` of a folder; None where it has none."""
     from transformers import GenerationConfig
 
     file = folder / "generation_config.json"
     if not file.is_file():
         return None
+    values = read_json(file)
     try:
-        return GenerationConfig.from_dict(read_json(file))
-    except UserError:
-        raise
+        return GenerationConfig.from_dict(values)
     except Exception as error:
         raise UserError(f"{file} is nothing that transformers reads ({explain_error(error)})") from None
+
+
+def open_processor(path: str | Path) -> Processor:
+    """The processor of a model; `path` is as `load_vlm` takes it.
+
+    Raises:
+        UserError: its files are missing, cannot be read, or make nonsense.
+    """
+    folder = resolve_folder(path, weights=False)
+    return _find_family(folder)[0].open_processor(folder)
+
+
+def read_size(path: str | Path) -> tuple[int, int] | None:
+    """Height and width in pixels of a model's pictures, from JSON alone; None where it states none.
+
+    Raises:
+        UserError: its JSON cannot be read.
+    """
+    folder = resolve_folder(path, weights=False)
+    return _find_family(folder)[0].read_size(folder)
 
 
 def load_vlm(
@@ -174,7 +152,7 @@ def load_vlm(
     stacking: Stacking = USUAL,
     mesh: Mesh | None = None,
 ) -> tuple[Vlm, Params]:
-    """A Florence-2 and its weights.
+    """A model and its weights.
 
     Args:
         path: a Hugging Face folder (config.json and safetensors, sharded or not, are enough), a hub id, or the name
@@ -186,25 +164,38 @@ def load_vlm(
             by default all are on one device.
 
     Raises:
-        UserError: for a folder or file that is not there, or a hub that cannot be reached.
-        UserError: where the mesh has an axis `model` over which no weight divides.
-        UserError: for a configuration that is not supported, or a checkpoint that does not fit it.
+        UserError: for a folder or file that is not there, a hub that cannot be reached, a configuration that is not
+            supported, a checkpoint that does not fit it, or a mesh over whose axis `model` no weight divides.
     """
     vlm = read_vlm(path, compute_dtype=compute_dtype, stacking=stacking)
     return vlm, load_weights(vlm, resolve_folder(path), dtype=dtype, mesh=mesh)
 
 
 def load_weights(vlm: Vlm, folder: Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Params:
-    """The weights of a model that was read already.
-
-    Args:
-        vlm: what `read_vlm` made of `folder`.
-        folder: with the weights.
-        dtype, mesh: as in `load_vlm`.
+    """The weights of `folder`, of which `read_vlm` made `vlm`; the other arguments and errors are those of `load_vlm`.
 
     Raises:
-        UserError: as `load_vlm`, of what weights can have wrong.
+        UserError: as `load_vlm`.
     """
     where = None if mesh is None else cut_base(mesh, vlm.shapes(), vlm.cuts)
-    arrays = load_params(vlm.shapes(), find_files(folder), jnp.dtype(dtype))
+    arrays = read_params(vlm.table, vlm.shapes(), find_files(folder), jnp.dtype(dtype))
     return jax.tree.map(jnp.asarray, arrays) if where is None else place(arrays, where)
+
+
+def save_checkpoint(vlm: Vlm, params: Params, folder: Path | str, dtype: Any = np.float32) -> None:
+    """Write `model.safetensors`, `config.json` and `generation_config.json`, which transformers itself can load.
+
+    Args:
+        vlm: whose configurations are written.
+        params: as `vlm.init` or `load_vlm` return them; written as they are, so merge an adapter first.
+        folder: made if it is not there; files of these names are replaced.
+        dtype: of the tensors in the file.
+    """
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(write_tensors(vlm.table, params, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    vlm.write_configs(folder)
+    # safetensors leaves its file readable by its owner alone, whatever the umask says.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode & 0o666)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
+    from fedvlm_jax import lora
+    from fedvlm_jax.models import Batch, Params, Vlm
 
 __all__ = ["Metrics", "Objective"]
 
@@ -20,7 +23,7 @@ class Objective(NamedTuple):
         name: as the command line knows it.
         source: where it comes from.
         loss: (vlm, params, adapter, batch) -> (scalar, metrics of scalars, `loss` among them). `batch` is the model's
-            (see `models.vlm`); examples that do not count have all their labels at -100, the rejected ones as well.
+            (see `models.base`); examples that do not count have all their labels at -100, the rejected ones as well.
             Pure; a batch in which nothing counts has loss 0 and a gradient of 0.
         pairs: does it need `rejected_labels` [B, U'] in the batch?
         reference: does it need `reference_chosen` and `reference_rejected` [B] in the batch, the answers'
@@ -31,7 +34,7 @@ class Objective(NamedTuple):
 
     name: str
     source: str
-    loss: Callable[[Any, Any, Any, Mapping[str, Array]], tuple[Float[Array, ""], Metrics]]
+    loss: Callable[[Vlm, Params, lora.Adapter | None, Batch], tuple[Float[Array, ""], Metrics]]
     pairs: bool = False
     reference: bool = False
     select_by: str = "exact_match"

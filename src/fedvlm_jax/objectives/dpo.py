@@ -12,12 +12,13 @@ batch. The loss is the mean over the pairs that count, those that have both answ
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fedvlm_jax import lora
+from fedvlm_jax.models import Batch, Params, Vlm
 from fedvlm_jax.objectives.base import Metrics, Objective
 from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.objectives.log_probs import score_pairs
@@ -31,7 +32,7 @@ READS = ("beta", "variant", "label_smoothing")
 def make(options: PreferenceOptions) -> Objective:
     """dpo, of one of the variants."""
 
-    def loss(vlm: Any, params: Any, adapter: Any, batch: Mapping[str, Array]) -> tuple[Float[Array, ""], Metrics]:
+    def loss(vlm: Vlm, params: Params, adapter: lora.Adapter | None, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         value, metrics = compare_answers(options, score_pairs(vlm, params, adapter, batch), batch)
         return value, {"loss": value, **metrics}
 
@@ -39,7 +40,7 @@ def make(options: PreferenceOptions) -> Objective:
 
 
 def compare_answers(
-    options: PreferenceOptions, scores: Mapping[str, Array], batch: Mapping[str, Array]
+    options: PreferenceOptions, scores: Mapping[str, Array], batch: Batch
 ) -> tuple[Float[Array, ""], Metrics]:
     """The preference loss of scored pairs, and how they fare.
 

@@ -3,14 +3,13 @@
 Axes: B batch, A answers per prompt, U labels, V vocabulary.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fedvlm_jax import lora
 from fedvlm_jax.data.tokenization import IGNORED
+from fedvlm_jax.models import Batch, Params, Vlm
 from fedvlm_jax.models.layers import widen
 
 __all__ = ["score_pairs", "token_losses"]
@@ -31,14 +30,10 @@ def token_losses(
         return losses * counts, correct * counts, counts
 
 
-def score_pairs(vlm: Any, params: Any, adapter: Any, batch: Mapping[str, Array]) -> dict[str, Float[Array, " B"]]:
-    """Score the chosen and the rejected answer of every example, which share one pass of the encoder.
+def score_pairs(vlm: Vlm, params: Params, adapter: lora.Adapter | None, batch: Batch) -> dict[str, Float[Array, " B"]]:
+    """Score the chosen and the rejected answer of every example, which share one pass of the prompt.
 
-    Args:
-        vlm: the model's record.
-        params: the base.
-        adapter: or None for the bare base, which is DPO's reference.
-        batch: the model's, with `rejected_labels` [B, U'] beside `labels` [B, U].
+    `batch` has `rejected_labels` [B, U'] beside `labels` [B, U]; `adapter` is None for the base, DPO's reference.
 
     Returns:
         Per example, 0 where an answer has no label that counts: `chosen_log_prob` and `rejected_log_prob`, summed over

@@ -4,12 +4,11 @@ The second term keeps the chosen answer likely, which a margin alone does not (a
 the mean per answer; here, as in `sft`, it is the mean over all tokens of the batch).
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fedvlm_jax import lora
+from fedvlm_jax.models import Batch, Params, Vlm
 from fedvlm_jax.objectives import dpo
 from fedvlm_jax.objectives.base import Metrics, Objective
 from fedvlm_jax.objectives.config import PreferenceOptions
@@ -23,7 +22,7 @@ SOURCE = "dpo + sft_weight · sft"
 def make(options: PreferenceOptions) -> Objective:
     """sft+dpo, of one of dpo's variants."""
 
-    def loss(vlm: Any, params: Any, adapter: Any, batch: Mapping[str, Array]) -> tuple[Float[Array, ""], Metrics]:
+    def loss(vlm: Vlm, params: Params, adapter: lora.Adapter | None, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         scores = score_pairs(vlm, params, adapter, batch)
         preference, metrics = dpo.compare_answers(options, scores, batch)
         tokens = jnp.maximum(scores["chosen_tokens"].sum(), 1.0)

@@ -8,10 +8,9 @@ from typing import Any
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import GREEDY
-from fedvlm_jax.evaluation.gold_answers import AnswerCodec, Gold, read_gold
-from fedvlm_jax.models import Vlm
-from fedvlm_jax.models.decoding.generate import read_settings
-from fedvlm_jax.models.decoding.search import Settings
+from fedvlm_jax.evaluation.gold_answers import Gold, read_gold
+from fedvlm_jax.models import Processor, Vlm
+from fedvlm_jax.models.search import Settings
 from fedvlm_jax.training.config import Run
 from fedvlm_jax.training.session import Note
 
@@ -65,14 +64,14 @@ def check_room(run: Run, vlm: Vlm) -> None:
     Raises:
         UserError: there are fewer positions than answer tokens asked for.
     """
-    asked, positions = run.evaluation.max_answer_tokens, vlm.config.text_config.max_position_embeddings
+    asked, positions = run.evaluation.max_answer_tokens, vlm.positions
     if asked is not None and asked > positions:
         raise UserError(
             f"--evaluation.max-answer-tokens is {asked}: {run.model} has {positions} positions, ask for fewer"
         )
 
 
-def plan_answers(run: Run, vlm: Vlm, examples: Examples, processor: AnswerCodec, labels: int) -> Answering:
+def plan_answers(run: Run, vlm: Vlm, examples: Examples, processor: Processor, labels: int) -> Answering:
     """Decide how answers are generated.
 
     Args:
@@ -83,7 +82,7 @@ def plan_answers(run: Run, vlm: Vlm, examples: Examples, processor: AnswerCodec,
         labels: most tokens of an answer in training, which bounds generated ones unless the run has a bound.
     """
     options: Mapping[str, int] = GREEDY if run.evaluation.decoding == "greedy" else {}
-    settings = dataclasses.replace(read_settings(vlm.config, vlm.generation_config), **options)
+    settings = dataclasses.replace(vlm.settings(), **options)
     most = run.evaluation.max_answer_tokens or labels
     rows = [row for client in examples.clients for split in run.evaluation.splits for row in client.rows_of(split)]
     gold = read_gold(examples.answers, rows, processor, most, settings, examples.all_answers)

@@ -41,7 +41,6 @@ __all__ = [
     "without_extras",
 ]
 
-LANGUAGE_MODEL = r"language_model/.*(encoder|decoder)/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 PACKAGE = Path(__file__).parent.parent
 METHOD, SHARE = "plora", "share"
 """The method where none is named, and the one that `--share` makes of a rule; it is no file that anyone would list."""
@@ -89,7 +88,7 @@ class LoraOptions:
     """Rank of the adapter (not given by the paper)."""
     alpha: float = 16.0
     """The adapter's output is scaled by alpha / rank (not given by the paper)."""
-    targets: Annotated[str, tyro.conf.arg(metavar="REGEX")] = LANGUAGE_MODEL
+    targets: Annotated[str, _optional("REGEX", "the model's text layers")] = ""
     """Regular expression over parameter paths: which weights get an adapter (not given by the paper)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""

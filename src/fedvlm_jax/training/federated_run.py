@@ -359,6 +359,7 @@ def _describe_start(run: Run, prepared: Prepared) -> dict[str, Any]:
         "adapter_parameters": sum(
             leaf.size for path, leaf in tree.flatten(prepared.adapter).items() if not path.endswith("scale")
         ),
+        "targets": prepared.spec.targets,
         "adapted_sites": [path for path, _ in lora.sites_of(prepared.adapter)],
         "skipped": [dataclasses.asdict(row) for row in prepared.examples.skipped],
         "question_column": find_question_column(prepared.session.table, run.data),

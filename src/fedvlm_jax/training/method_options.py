@@ -17,8 +17,8 @@ from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
 from fedvlm_jax.training.config import SHARE, Run, TrainOptions, methods_available
 
 if TYPE_CHECKING:
-    from fedvlm_jax import lora
     from fedvlm_jax.methods import Method
+    from fedvlm_jax.models import Vlm
 
 __all__ = ["RANGES", "check_choices", "check_comparison", "check_rule", "declare", "for_method"]
 
@@ -128,17 +128,16 @@ def _leave_out(run: Run, method: "Method") -> Run:
 
 def declare(name: str, run: Run) -> "Method":
     """Make a method with a run's options but without a model: for what it says of itself."""
-    from fedvlm_jax import lora  # late: these import jax
     from fedvlm_jax.methods import load_method
     from fedvlm_jax.training.method_setup import make_setup
 
     def nothing(*_: Any) -> Any:
         raise AssertionError("a method is made without a model: its functions may ask for one, `make` may not")
 
-    return load_method(name, make_setup(run, {}, lora.LoRA(), nothing))
+    return load_method(name, make_setup(run, None, nothing))
 
 
-def check_rule(run: Run, sites: "lora.Sites") -> None:
+def check_rule(run: Run, vlm: "Vlm") -> None:
     """Refuse a `--share` that names no factor of the adapter that the run would have.
 
     Raises:
@@ -153,7 +152,7 @@ def check_rule(run: Run, sites: "lora.Sites") -> None:
     from fedvlm_jax.methods.base import is_factor
     from fedvlm_jax.utils import tree
 
-    spec = lora.LoRA(run.lora.rank, run.lora.alpha, run.lora.targets)
+    sites, spec = vlm.sites, lora.LoRA(run.lora.rank, run.lora.alpha, run.lora.targets or vlm.targets)
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), sites, spec))
     factors = tree.partition(adapter, is_factor)[0]
     paths = {path: lora.virtual_paths(factors, path, sites) for path in tree.flatten(factors)}

@@ -20,7 +20,7 @@ from fedvlm_jax.federation.compiled import Programs, make_programs
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.methods import Setup, load_method
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
-from fedvlm_jax.models import Stacking
+from fedvlm_jax.models import Stacking, Vlm
 from fedvlm_jax.objectives import Objective
 from fedvlm_jax.training.config import Run, SystemOptions
 
@@ -36,10 +36,11 @@ def choose_arithmetic(options: SystemOptions) -> dict[str, Any]:
     return {"compute_dtype": compute, "stacking": Stacking(options.remat, options.unroll)}
 
 
-def make_spec(run: Run) -> lora.LoRA:
-    """Make the form of a run's adapters."""
+def make_spec(run: Run, vlm: Vlm) -> lora.LoRA:
+    """Make the form of a run's adapters, on the sites that the model has by default where the options name none."""
     options = run.lora
-    return lora.LoRA(options.rank, options.alpha, options.targets, rslora=options.rslora, init=options.init)
+    targets = options.targets or vlm.targets
+    return lora.LoRA(options.rank, options.alpha, targets, rslora=options.rslora, init=options.init)
 
 
 def deal_ranks(dealt: Sequence[int], clients: int) -> tuple[int, ...]:
@@ -79,11 +80,12 @@ def lay_out_sizes(run: Run, sizes: Sequence[int], mesh: Mesh, cohort: int | None
     )
 
 
-def make_setup(run: Run, sites: lora.Sites, spec: lora.LoRA, start_optimizer: Callable[..., PyTree]) -> Setup:
+def make_setup(run: Run, vlm: Vlm | None, start_optimizer: Callable[..., PyTree]) -> Setup:
     """Make what a method is made for, as far as a run's options tell; of clients and ranks they do not."""
     return Setup(
-        sites=sites,
-        spec=spec,
+        sites={} if vlm is None else vlm.sites,
+        spec=lora.LoRA() if vlm is None else make_spec(run, vlm),
+        components={} if vlm is None else vlm.components,
         start_optimizer=start_optimizer,
         keep_optimizer=run.train.optimizer_state == "kept",
         common_start=run.lora.private_a == "common",
@@ -99,7 +101,7 @@ def make_setup(run: Run, sites: lora.Sites, spec: lora.LoRA, start_optimizer: Ca
 def build_programs(
     run: Run,
     method: str,
-    vlm: Any,
+    vlm: Vlm,
     objective: Objective,
     mesh: Mesh,
     *,
@@ -135,7 +137,7 @@ def build_programs(
         dropout=run.lora.dropout,
     )
     setup = replace(
-        make_setup(run, vlm.sites, make_spec(run), trainer.start),
+        make_setup(run, vlm, trainer.start),
         common_start=common_start,
         population=population,
         cohort=layout.cohort,
@@ -145,4 +147,4 @@ def build_programs(
         local=local,
         server=server,
     )
-    return make_programs(load_method(method, setup), trainer, mesh)
+    return make_programs(load_method(method, setup), trainer, mesh, vlm.component)

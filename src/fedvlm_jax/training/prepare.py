@@ -35,10 +35,10 @@ from fedvlm_jax.federation.inputs.reference_log_probs import add_reference
 from fedvlm_jax.federation.participation import ParticipationOptions
 from fedvlm_jax.federation.simulator import Driver, start_adapter
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
-from fedvlm_jax.models import load_weights, open_model, resolve_folder
+from fedvlm_jax.models import Vlm, load_weights, open_model, resolve_folder
 from fedvlm_jax.objectives import Objective, load_objective
 from fedvlm_jax.training.answer_generation import Answering, check_room, plan_answers
-from fedvlm_jax.training.config import LANGUAGE_MODEL, Run
+from fedvlm_jax.training.config import Run
 from fedvlm_jax.training.method_options import check_rule
 from fedvlm_jax.training.method_setup import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes, make_spec
 from fedvlm_jax.training.progress import Progress
@@ -142,7 +142,7 @@ def open_session(
     vlm, processor = open_model(run.model, **choose_arithmetic(run.system))
     check_room(run, vlm)
     if run.share:
-        check_rule(run, vlm.sites)  # before gigabytes are read
+        check_rule(run, vlm)  # before gigabytes are read
     folder = resolve_folder(run.model)
     sources = describe_sources(table, folder)
     check(sources)
@@ -158,19 +158,19 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         UserError: data, targets, ranks or sizes that cannot work; each with what to change.
     """
     check_room(run, session.vlm)
-    spec = make_spec(run)
+    spec = make_spec(run, session.vlm)
     key = jax.random.key(run.seed)
     adapter = start_adapter(key, session.vlm.sites, spec)
-    if run.lora.targets != LANGUAGE_MODEL and (dead := lora.find_dead_targets(session.vlm.sites, run.lora.targets)):
+    if run.lora.targets and (dead := lora.find_dead_targets(session.vlm.sites, run.lora.targets)):
         note(f"--lora.targets: {', '.join(dead)} match no weight of {run.model}; the others have adapters")
     objective = load_objective(run.objective, run.preference)
     federation = session.remember(
         ("federation", run.data, run.seed), lambda: federate(session.table, run.data, run.seed)
     )
     data_key = ("data", run.data, run.seed, objective.pairs)
-    options = _fit_to_model(run.data, session.vlm)
+    options = _fit_to_model(run, session.vlm)
     examples = session.remember(
-        ("examples", *data_key),
+        ("examples", *data_key, options),
         lambda: encode(session.table, federation, session.processor, options, pairs=objective.pairs),
     )
     clients = examples.clients
@@ -183,7 +183,7 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         note(f"{examples.truncated} answers cut to {options.max_answer_tokens} tokens")
     if objective.pairs and examples.rejected_truncated:
         note(f"{examples.rejected_truncated} rejected answers cut to {options.max_answer_tokens} tokens")
-    store = choose_store(run, session, examples.images, note) if is_vision_frozen(adapter) else None
+    store = choose_store(run, session, examples.images, note) if is_vision_frozen(session.vlm, adapter) else None
     inputs, blank = (make(examples, session.processor, store) for make in (make_inputs, make_blank_inputs))
     trainable = sum(not client.held_out and len(client.train) > 0 for client in clients)
     if not trainable:
@@ -309,12 +309,11 @@ def show_evaluation(prepared: Prepared, show: Progress) -> Prepared:
     return dataclasses.replace(prepared, evaluator=dataclasses.replace(prepared.evaluator, tell=show.advance))
 
 
-def _fit_to_model(data: DataOptions, vlm: Any) -> DataOptions:
+def _fit_to_model(run: Run, vlm: Vlm) -> DataOptions:
     """Longer prompts than the model has positions are left out, longer answers are cut; both are counted."""
-    most = vlm.config.text_config.max_position_embeddings
-    return data.replace(
-        max_prompt_tokens=min(data.max_prompt_tokens, most), max_answer_tokens=min(data.max_answer_tokens, most)
-    )
+    data, answer = run.data, min(run.data.max_answer_tokens, vlm.positions)
+    prompt = vlm.most_prompt_tokens(max(answer, run.evaluation.max_answer_tokens or 0))
+    return data.replace(max_prompt_tokens=min(data.max_prompt_tokens, prompt), max_answer_tokens=answer)
 
 
 def lay_out(run: Run, examples: Examples, mesh: Mesh, cohort: int | None, wave: int | None) -> Layout:

@@ -25,9 +25,9 @@ from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import own_base, own_mesh
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
-from fedvlm_jax.federation.inputs.feature_cache import GIB, WIDTH, FeatureStore, fingerprint_params
+from fedvlm_jax.federation.inputs.feature_cache import GIB, WIDTH, FeatureStore, fingerprint_params, fingerprint_vision
 from fedvlm_jax.federation.inputs.reference_log_probs import ReferenceStore, compute_reference, make_score
-from fedvlm_jax.models import Processor
+from fedvlm_jax.models import Params, Processor, Vlm
 from fedvlm_jax.training.config import Run, SystemOptions
 from fedvlm_jax.utils.cache_folders import find_cache, read_bound, trim
 from fedvlm_jax.utils.compilation_cache import describe_processor
@@ -57,8 +57,8 @@ class Session:
         memo: compiled programs and results that do not depend on the method, by what they do depend on.
     """
 
-    vlm: Any
-    params: Any
+    vlm: Vlm
+    params: Params
     processor: Processor
     mesh: Mesh
     table: Table
@@ -89,7 +89,7 @@ def reference_of(run: Run, session: Session, examples: Examples, inputs: Inputs,
         if not on_disk:
             return ReferenceStore()
         about = (_describe_model(session), *shapes)
-        return ReferenceStore(_name_folder(run, "reference", fingerprint_params(params, sorted(params)), *about))
+        return ReferenceStore(_name_folder(run, "reference", fingerprint_params(params), *about))
 
     return compute_reference(
         session.remember("score", lambda: make_score(session.vlm)),
@@ -114,7 +114,7 @@ def choose_store(run: Run, session: Session, images: Images, note: Note) -> Feat
     def open_store(kind: str) -> FeatureStore:
         folder, vlm, processor = None, session.vlm, session.processor
         if kind == "disk":
-            folder = _name_folder(run, "features", fingerprint_params(params), _describe_model(session), WIDTH)
+            folder = _name_folder(run, "features", fingerprint_vision(vlm, params), _describe_model(session), WIDTH)
         row = jax.ShapeDtypeStruct((vlm.image_tokens(*processor.size), vlm.image_width), vlm.dtype)
         store = FeatureStore(_make_compute(session, params), processor, limit=limit, row=row, folder=folder)
         if kind == "disk":
@@ -132,7 +132,7 @@ def choose_store(run: Run, session: Session, images: Images, note: Note) -> Feat
     return store
 
 
-def _make_compute(session: Session, params: Any) -> Callable[[Any], Any]:
+def _make_compute(session: Session, params: Params) -> Callable[[Any], Any]:
     """Pixels [B, H, W, 3] -> features [B, P, D], compiled once for every B."""
     features = jax.jit(lambda params, pixels: session.vlm.image_features(params, None, pixels))
     return partial(features, params)
@@ -140,7 +140,7 @@ def _make_compute(session: Session, params: Any) -> Callable[[Any], Any]:
 
 def _describe_model(session: Session) -> str:
     """What makes the same weights another model: its configuration, and how its processor makes pixels."""
-    return f"{session.vlm.config.to_json_string(use_diff=False)} {session.processor.fingerprint}"
+    return f"{session.vlm.fingerprint} {session.processor.fingerprint}"
 
 
 def _name_folder(run: Run, kind: str, weights: str, *computing: Hashable) -> Path:

@@ -16,7 +16,8 @@ from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.unique_images import Images, unique_images
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.inputs.feature_cache import WIDTH, FeatureStore, choose_chunk
-from fedvlm_jax.models import Processor, load_vlm, resolve_folder
+from fedvlm_jax.models import load_vlm, resolve_folder
+from fedvlm_jax.models.florence2 import Processor
 from fedvlm_jax.training.config import Run
 from fedvlm_jax.training.method_setup import choose_arithmetic
 

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from fedvlm_jax.data.tokenization import Examples
-from fedvlm_jax.federation.inputs.feature_cache import FeatureStore, PixelReader
+from fedvlm_jax.federation.inputs.feature_cache import FeatureStore
+from fedvlm_jax.models import Processor
 
 __all__ = ["Inputs", "make_blank_inputs", "make_inputs"]
 
@@ -21,7 +22,7 @@ WORKERS = 4
 """Threads that decode pictures: the decoders release the interpreter."""
 
 
-def make_inputs(examples: Examples, processor: PixelReader, store: FeatureStore | None) -> Inputs:
+def make_inputs(examples: Examples, processor: Processor, store: FeatureStore | None) -> Inputs:
     """Build the function from rows to batches.
 
     Args:
@@ -44,7 +45,7 @@ def make_inputs(examples: Examples, processor: PixelReader, store: FeatureStore 
     return read
 
 
-def make_blank_inputs(examples: Examples, processor: PixelReader, store: FeatureStore | None) -> Inputs:
+def make_blank_inputs(examples: Examples, processor: Processor, store: FeatureStore | None) -> Inputs:
     """As `make_inputs`, of the same shapes and at once, for all pictures are blank: what compiling a round takes."""
     text = _find_text(examples)
     name = "pixel_values" if store is None else "image_features"
@@ -61,7 +62,7 @@ def _find_text(examples: Examples) -> dict[str, np.ndarray]:
     return text if examples.rejected is None else text | {"rejected_labels": examples.rejected}
 
 
-def _read_pixels(examples: Examples, processor: PixelReader, image: np.ndarray) -> np.ndarray:
+def _read_pixels(examples: Examples, processor: Processor, image: np.ndarray) -> np.ndarray:
     distinct, which = np.unique(image, return_inverse=True)
     with ThreadPoolExecutor(WORKERS) as pool:
         pictures = list(pool.map(examples.images.decode, distinct.tolist()))

@@ -14,24 +14,26 @@ but programs for batches of other sizes round otherwise: so every picture goes t
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from fedvlm_jax import lora
 from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.models import Params, Processor, Vlm
 from fedvlm_jax.utils.files import read_plain, write_bytes
 from fedvlm_jax.utils.record_store import Records
+from fedvlm_jax.utils.tree import flatten, partition
 
-__all__ = ["FeatureStore", "PixelReader", "choose_chunk", "fingerprint_params", "is_vision_frozen"]
+__all__ = ["FeatureStore", "choose_chunk", "fingerprint_params", "fingerprint_vision", "is_vision_frozen"]
 
-VISION = ("vision_tower", "image_projector")
 PIXELS = 32 * 64 * 64 * 20
 """Pixels that are decoded at a time, about: 32 pictures at most, 4 of 768x768."""
 WIDTH = 4
@@ -39,36 +41,27 @@ WIDTH = 4
 GIB = 2**30
 
 
-class PixelReader(Protocol):
-    """What a store asks of a model's processor."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of its pixels."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Size, mean, std and the like: what makes the same picture the same pixels."""
-        ...
-
-    def pixels(self, images: Sequence[Any], /) -> np.ndarray:
-        """PIL images -> normalised pixels [B, H, W, 3] float32."""
-        ...
+def is_vision_frozen(vlm: Vlm, adapter: lora.Adapter) -> bool:
+    """Does the adapter leave the vision tower and the connector alone, so that their output can be kept?"""
+    return not any(map(_makes_features(vlm), flatten(adapter)))
 
 
-def is_vision_frozen(adapter: dict[str, Any]) -> bool:
-    """Does the adapter leave the vision tower and the projector alone, so that their output can be kept?"""
-    return not any(part in adapter for part in VISION)
+def fingerprint_vision(vlm: Vlm, params: Params) -> str:
+    """A hash of the weights that image features are made with, which are valid for them alone."""
+    return fingerprint_params(partition(params, _makes_features(vlm))[0])
 
 
-def fingerprint_params(params: dict[str, Any], parts: Sequence[str] = VISION) -> str:
-    """A hash of these parts of the weights: what is cached of their output is valid for them alone."""
+def fingerprint_params(params: Params) -> str:
+    """A hash of weights."""
     digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in jax.tree_util.tree_leaves_with_path({part: params[part] for part in parts}):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+    for path, leaf in flatten(params).items():
+        digest.update(f"{path} {leaf.shape} {leaf.dtype}".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def _makes_features(vlm: Vlm) -> Callable[[str], bool]:
+    return lambda path: vlm.component(path) in ("vision", "connector")
 
 
 def choose_chunk(height: int, width: int) -> int:
@@ -87,7 +80,7 @@ class FeatureStore:
     def __init__(
         self,
         compute: Callable[[Any], Any],
-        read: PixelReader,
+        read: Processor,
         *,
         limit: int,
         row: jax.ShapeDtypeStruct | None = None,

@@ -25,6 +25,7 @@ from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
+from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives.log_probs import score_pairs
 from fedvlm_jax.utils.record_store import Records
 
@@ -82,7 +83,7 @@ class ReferenceStore:
         self._known |= dict(zip(keys, values, strict=True))
 
 
-def make_score(vlm: Any) -> Callable[[PyTree, dict[str, Any]], dict[str, Any]]:
+def make_score(vlm: Vlm) -> Callable[[PyTree, dict[str, Any]], dict[str, Any]]:
     """Compile-once `(params, batch) -> scores` of the bare base."""
     return jax.jit(lambda params, batch: score_pairs(vlm, params, None, batch))
 

@@ -6,18 +6,29 @@ private drift orthogonal to the direction that is shared. Results of this file a
 """
 
 from fedvlm_jax import lora
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import make_share_method
 
-__all__ = ["DECODER", "ENCODERS", "make"]
-
-ENCODERS = r"((^|/)encoder/|(^|/)vision_tower/|(^|/)image_projector/)"
-DECODER = r"(^|/)decoder/"
+__all__ = ["find_halves", "make"]
 
 SOURCE = "arXiv 2606.08687, its sharing rule alone: B̄ = Σ p_k B_k in encoders, Ā = Σ p_k A_k in the decoder"
 
 
+def find_halves(setup: Setup) -> tuple[str, str]:
+    """Regular expressions of the encoders' paths, vision and connector among them, and of the decoder's.
+
+    Raises:
+        UserError: the model has no encoder, as a decoder-only one has none.
+    """
+    parts = setup.components
+    if parts and not {"encoder", "decoder"} <= parts.keys():
+        raise UserError(f"iat tells encoder and decoder apart, and the model has only {', '.join(parts)}")
+    encoders = "|".join(parts[name] for name in ("vision", "connector", "encoder") if name in parts)
+    return f"^({encoders})", f"^{parts.get('decoder', '')}"
+
+
 def make(setup: Setup) -> Method:
     """iat, as a share rule."""
-    rule = lora.Rule((rf"{ENCODERS}.*/b$", rf"{DECODER}.*/a$"))
-    return make_share_method("iat", SOURCE, rule, setup)
+    encoders, decoder = find_halves(setup)
+    return make_share_method("iat", SOURCE, lora.Rule((f"{encoders}.*/b$", f"{decoder}.*/a$")), setup)

@@ -3,7 +3,7 @@
 from fedvlm_jax import lora
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import make_share_method
-from fedvlm_jax.methods.zoo.iat import DECODER, ENCODERS
+from fedvlm_jax.methods.zoo.iat import find_halves
 
 __all__ = ["make"]
 
@@ -12,5 +12,5 @@ SOURCE = "ours, arXiv 2606.08687 inverted: Ā = Σ p_k A_k in encoders, B̄ = Σ
 
 def make(setup: Setup) -> Method:
     """iat-inverted, as a share rule."""
-    rule = lora.Rule((rf"{ENCODERS}.*/a$", rf"{DECODER}.*/b$"))
-    return make_share_method("iat-inverted", SOURCE, rule, setup)
+    encoders, decoder = find_halves(setup)
+    return make_share_method("iat-inverted", SOURCE, lora.Rule((f"{encoders}.*/a$", f"{decoder}.*/b$")), setup)

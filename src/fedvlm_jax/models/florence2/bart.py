@@ -13,7 +13,8 @@ keys and values per example whatever the number of beams, and every dense layer 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -33,17 +34,9 @@ from fedvlm_jax.models.layers import (
     softmax,
     widen,
 )
+from fedvlm_jax.models.search import Cache
 
 OFFSET = 2  # BART's position table starts with two rows that are never used
-
-
-class Cache(NamedTuple):
-    """Keys and values of the decoder, all layers stacked: own [L, B, K, H, S, d], cross [L, B, H, T, d]."""
-
-    key: Array
-    value: Array
-    cross_key: Array | None
-    cross_value: Array | None
 
 
 def padding_bias(attention_mask: Int[Array, "B T"]) -> Float[Array, "B 1 1 T"]:
@@ -67,11 +60,8 @@ class MultiHead(nn.Module):
     def setup(self) -> None:
         if self.width % self.heads:
             raise UserError(f"d_model {self.width} does not divide into {self.heads} attention heads")
-        init = nn.initializers.normal(self.std)
-        self.q_proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init)
-        self.k_proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init)
-        self.v_proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init)
-        self.out_proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init)
+        dense = partial(nn.Dense, self.width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.std))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = dense(), dense(), dense(), dense()
 
     def _split(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T d"]:
         return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads).swapaxes(1, 2)
@@ -100,8 +90,8 @@ class MultiHead(nn.Module):
         return self.out_proj(mixed.reshape(*x.shape)), key, value
 
 
-class FeedForward(nn.Module):
-    """`fc1`, activation, `fc2` live in the layer itself, as in the checkpoint; this base class holds them."""
+class TextLayer(nn.Module):
+    """A layer of either half: `fc1`, activation and `fc2` live in the layer itself, as in the checkpoint."""
 
     text: Any
     dtype: Any
@@ -116,7 +106,7 @@ class FeedForward(nn.Module):
         return MultiHead(self.text.d_model, heads, self.text.init_std, self.dtype, name=name)
 
 
-class EncoderLayer(FeedForward):
+class EncoderLayer(TextLayer):
     """Self-attention and feed-forward, each followed by its norm."""
 
     @nn.compact
@@ -127,7 +117,7 @@ class EncoderLayer(FeedForward):
         return Norm(self.dtype, name="final_layer_norm")(x + fed), None
 
 
-class DecoderLayer(FeedForward):
+class DecoderLayer(TextLayer):
     """Causal self-attention, cross-attention and feed-forward, each followed by its norm.
 
     Without a cache: x [B·A, U, D] are all target positions, of A answers to each prompt of `memory`. With one:
@@ -145,16 +135,16 @@ class DecoderLayer(FeedForward):
             attended = own(x, x, causal_bias(x.shape[1]))
         else:
             assert index is not None
-            attended, key, value = own.step(x, cache.key, cache.value, index)
-            cache = cache._replace(key=key, value=value)
+            key, value = cache.beams
+            attended, key, value = own.step(x, key, value, index)
+            cache = cache._replace(beams=(key, value))
         x = Norm(self.dtype, name="self_attn_layer_norm")(x + attended)
-        if cache is None or cache.cross_key is None:
+        if cache is None or cache.prompt is None:
             assert memory is not None
             key, value = cross.keys_values(memory)
-            cache = None if cache is None else cache._replace(cross_key=key, cross_value=value)
+            cache = None if cache is None else cache._replace(prompt=(key, value))
         else:
-            key, value = cache.cross_key, cache.cross_value
-            assert value is not None
+            key, value = cache.prompt
         queries = x.reshape(key.shape[0], -1, x.shape[-1])
         attended = cross.attend(queries, key, value, bias).reshape(x.shape)
         x = Norm(self.dtype, name="encoder_attn_layer_norm")(x + attended)
@@ -253,7 +243,9 @@ class Bart(nn.Module):
 
 
 def empty_cache(text: Any, batch: int, beams: int, length: int, dtype: Any) -> Cache:
-    """A cache for `length` positions, without cross keys: the first step fills those in.
+    """Make room for keys and values [L, B, K, H, S, d] of `length` positions.
+
+    Those of the memory [L, B, H, T, d] are filled in by the first step.
 
     Raises:
         UserError: where the model has fewer positions.
@@ -262,4 +254,4 @@ def empty_cache(text: Any, batch: int, beams: int, length: int, dtype: Any) -> C
         raise UserError(f"{length} generated tokens do not fit max_position_embeddings={text.max_position_embeddings}")
     heads = text.decoder_attention_heads
     shape = (text.decoder_layers, batch, beams, heads, length, text.d_model // heads)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), None, None)
+    return Cache((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), None)

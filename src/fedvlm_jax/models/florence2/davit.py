@@ -46,16 +46,11 @@ class PatchEmbed(nn.Module):
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B H W D"]:
         vision, stage = self.vision, self.stage
         kernel, stride, pad = vision.patch_size[stage], vision.patch_stride[stage], vision.patch_padding[stage]
-        norm = Norm(self.dtype, name="norm")
+        norm, init = Norm(self.dtype, name="norm"), nn.initializers.normal(vision.initializer_range)
         conv = nn.Conv(
-            vision.embed_dim[stage],
-            (kernel, kernel),
-            (stride, stride),
-            padding=((pad, pad), (pad, pad)),
-            dtype=self.dtype,
-            kernel_init=nn.initializers.normal(vision.initializer_range),
-            name="conv",
-        )
+            vision.embed_dim[stage], (kernel, kernel), (stride, stride), padding=((pad, pad), (pad, pad)),
+            dtype=self.dtype, kernel_init=init, name="conv",
+        )  # fmt: skip
         return conv(norm(x)) if vision.patch_prenorm[stage] else norm(conv(x))
 
 

@@ -6,33 +6,42 @@ token in the prompt. Everything runs as in inference: no dropout, no drop-path.
 
 from __future__ import annotations
 
-import math
+import re
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fedvlm_jax import lora
+from fedvlm_jax.data.tokenization import IGNORED
 from fedvlm_jax.distributed.sharding import Cuts
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.base import Batch, Params, Vlm
-from fedvlm_jax.models.decoding import generate
-from fedvlm_jax.models.florence2.bart import Bart, Cache
+from fedvlm_jax.models.base import Batch, Params, Vlm, select_leaves
+from fedvlm_jax.models.florence2.bart import Bart, empty_cache
+from fedvlm_jax.models.florence2.config import check_config
 from fedvlm_jax.models.florence2.davit import DaViT, feature_size
-from fedvlm_jax.models.florence2.limits import check_sizes
-from fedvlm_jax.models.layers import USUAL, Norm, Stacking, activation
+from fedvlm_jax.models.florence2.weights import make_table, temporal_embedding
+from fedvlm_jax.models.generation import make_generate, read_settings
+from fedvlm_jax.models.layers import USUAL, Norm, Stacking
+from fedvlm_jax.models.search import Cache, Decoder, Settings, Step
 
-IGNORED = -100  # a label that takes part in no loss
-
-
-def temporal_embedding(length: int, width: int) -> np.ndarray:
-    """Sine in even and cosine in odd columns, wavelengths geometric up to 10000: float32 [length, width]."""
-    frequency = np.exp(np.arange(width // 2, dtype=np.float32) * np.float32(-math.log(10000) / (width // 2)))
-    angle = np.arange(length, dtype=np.float32)[:, None] * frequency
-    return np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(length, -1).astype(np.float32)
+TARGETS = r"language_model/.*(encoder|decoder)/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+COMPONENTS = {
+    "vision": "vision_tower/",
+    "connector": "image_projector/",
+    "encoder": "language_model/encoder/",
+    "decoder": "language_model/decoder/",
+    "embedding": "language_model/shared/",
+}
+CUTS: Cuts = (
+    (r".*/(q_proj|k_proj|v_proj|qkv|fc1)/(kernel|bias)", (-1,)),
+    (r".*/(out_proj|proj|fc2)/kernel", (-2,)),
+    (r"language_model/shared/embedding", (-2, -1)),  # the vocabulary, or where it does not divide the width
+)
+"""Columns of the first matrix of every pair and rows of the second, so that what lies between them stays cut."""
 
 
 def _check_map(vision: Any, height: int, width: int) -> None:
@@ -65,9 +74,7 @@ class Projector(nn.Module):
         time = jnp.asarray(temporal_embedding(1, channels)[0], self.dtype)
         tokens = (features + jnp.concatenate([across, down], -1) + time).reshape(batch, -1, channels)
         tokens = jnp.concatenate([tokens.mean(1, keepdims=True), tokens], axis=1)
-        dense = nn.Dense(
-            vision.projection_dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="image_projection"
-        )
+        dense = nn.Dense(vision.projection_dim, False, self.dtype, kernel_init=init, name="image_projection")
         return Norm(self.dtype, name="image_proj_norm")(dense(tokens))
 
 
@@ -99,13 +106,8 @@ class Florence2(nn.Module):
 
     def states(self, batch: Batch) -> tuple[Float[Array, "B *A U D"], Float[Array, "B *A U V"]]:
         text = self.config.text_config
-        targets = batch.get("decoder_input_ids")
-        if targets is None:
-            targets = shift_right(batch["labels"], text.pad_token_id, text.decoder_start_token_id)
+        targets = shift_right(batch["labels"], text.pad_token_id, text.decoder_start_token_id)
         return self.language_model.decode(targets, self.encode(batch), batch["attention_mask"])
-
-    def logits(self, batch: Batch) -> Float[Array, "B *A U V"]:
-        return self.states(batch)[1]
 
     def step(
         self, ids: Int[Array, "B K"], index: Array, cache: Cache, memory: Array | None, attention_mask: Array
@@ -125,45 +127,6 @@ def shift_right(labels: Int[Array, "*B U"], pad: int, start: int) -> Int[Array, 
     """Decoder inputs for `labels`: the start token first, everything one later, ignored labels as padding."""
     shifted = jnp.concatenate([jnp.full_like(labels[..., :1], start), labels[..., :-1]], axis=-1)
     return jnp.where(shifted == IGNORED, pad, shifted)
-
-
-def check_config(config: Any) -> None:
-    """Raises UserError for a configuration that this model does not implement."""
-    if getattr(config, "model_type", None) != "florence2":
-        raise UserError(f"expected a Florence-2 configuration, got model_type={getattr(config, 'model_type', None)!r}")
-    vision, text = config.vision_config, config.text_config
-    if getattr(vision, "model_type", None) != "florence_vision":
-        raise UserError(f"vision_config.model_type={getattr(vision, 'model_type', None)!r} is not 'florence_vision'")
-    if text.model_type != "bart":
-        raise UserError(f"text_config.model_type={text.model_type!r} is not supported, only 'bart'")
-    if not (config.tie_word_embeddings and text.tie_word_embeddings):
-        raise UserError("tie_word_embeddings=False is not supported: input and output embeddings share one table here")
-    check_sizes(config)
-    for part in (vision, text):
-        activation(part.activation_function)  # for its error
-    if text.d_model != vision.projection_dim:
-        raise UserError(f"vision projection_dim={vision.projection_dim} must equal text d_model={text.d_model}")
-    stages = {name: len(getattr(vision, name)) for name in _PER_STAGE}
-    if len(set(stages.values())) != 1:
-        raise UserError(f"vision_config lists must all have one entry per stage, got lengths {stages}")
-    for name in ("encoder_attention_heads", "decoder_attention_heads"):
-        if text.d_model % getattr(text, name):
-            raise UserError(f"d_model={text.d_model} does not divide into {name}={getattr(text, name)}")
-    for width, heads, groups in zip(vision.embed_dim, vision.num_heads, vision.num_groups, strict=True):
-        if width % heads or width % groups:
-            raise UserError(f"embed_dim {width} does not divide into {heads} heads and {groups} groups")
-
-
-CUTS: Cuts = (
-    (r".*/(q_proj|k_proj|v_proj|qkv|fc1)/(kernel|bias)", (-1,)),
-    (r".*/(out_proj|proj|fc2)/kernel", (-2,)),
-    (r"language_model/shared/embedding", (-2, -1)),  # the vocabulary, or where it does not divide the width
-)
-"""Columns of the first matrix of every pair and rows of the second, so that what lies between them stays cut."""
-
-_PER_STAGE = (
-    *("depths", "patch_size", "patch_stride", "patch_padding", "patch_prenorm", "embed_dim", "num_heads", "num_groups"),
-)
 
 
 def image_tokens(config: Any, height: int, width: int) -> int:
@@ -196,10 +159,6 @@ def example_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {"pixel_values": pixels, "input_ids": ids, "attention_mask": ids, "labels": labels}
 
 
-def _seeing(path: str) -> bool:
-    return path.startswith(("vision_tower/", "image_projector/"))
-
-
 def build(
     config: Any,
     *,
@@ -218,43 +177,88 @@ def build(
     Raises:
         UserError: for a configuration that is not implemented, naming the field.
     """
-    check_config(config)
-    module = Florence2(config, dtype, stacking)
+    from transformers import GenerationConfig
 
+    check_config(config)
+    module, text = Florence2(config, dtype, stacking), config.text_config
     injected = lora.inject(module.apply)
-    options = generate.resolve_config(config, generation_config)
+    options = GenerationConfig.from_model_config(config) if generation_config is None else generation_config
 
     def init(key: Array) -> Params:
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in example_batch(config).items()}
-        return dict(module.init(key, zeros, method="logits")["params"])
+        return dict(module.init(key, zeros, method="states")["params"])
 
-    def image_features(params: Params, adapter: Any, pixel_values: Array) -> Array:
-        return injected(params, generate.part(adapter, _seeing), pixel_values, method="image_features")
+    def image_features(params: Params, adapter: lora.Adapter | None, pixel_values: Array) -> Array:
+        seeing = select_leaves(adapter, lambda path: path.startswith(("vision_tower/", "image_projector/")))
+        return injected(params, seeing, pixel_values, method="image_features")
 
-    def encode(params: Params, adapter: Any, batch: Batch) -> Array:
+    def encode(params: Params, adapter: lora.Adapter | None, batch: Batch) -> Array:
         if "memory" in batch:
             return batch["memory"]
-        return injected(params, generate.part(adapter, generate.encoding), batch, method="encode")
+        encoding = select_leaves(adapter, lambda path: not path.startswith("language_model/decoder/"))
+        return injected(params, encoding, batch, method="encode")
 
-    def logits(params: Params, adapter: Any, batch: Batch) -> Array:
-        return states(params, adapter, batch)[1]
+    def states(params: Params, adapter: lora.Adapter | None, batch: Batch) -> tuple[Array, Array]:
+        return injected(
+            params, select_leaves(adapter, _decoding) if "memory" in batch else adapter, batch, method="states"
+        )
 
-    def states(params: Params, adapter: Any, batch: Batch) -> tuple[Array, Array]:
-        part = generate.part(adapter, generate.decoding) if "memory" in batch else adapter
-        return injected(params, part, batch, method="states")
+    def settings() -> Settings:
+        found = read_settings(options, text, text.vocab_size)
+        if found.decoder_start_token_id != text.decoder_start_token_id:
+            raise UserError(
+                f"answers begin after decoder_start_token_id={found.decoder_start_token_id}, and in training after "
+                f"{text.decoder_start_token_id}, as config.json says"
+            )
+        return found
+
+    def open_decoder(params: Params, adapter: lora.Adapter | None, batch: Batch, beams: int, length: int) -> Decoder:
+        memory, mask = encode(params, adapter, batch), batch["attention_mask"]
+        cache = empty_cache(text, memory.shape[0], beams, length, dtype)
+        later = select_leaves(adapter, lambda path: _decoding(path) and not _MEMORY_ONLY.search(path))
+
+        def first(ids: Array) -> Step:
+            own = select_leaves(adapter, _decoding)
+            return injected(params, own, ids, jnp.int32(0), cache, memory, mask, method="step")
+
+        def step(ids: Array, position: Array, cache: Cache) -> Step:
+            return injected(params, later, ids, position, cache, None, mask, method="step")
+
+        return Decoder(memory.shape[0], first, step)
+
+    def write_configs(folder: Path) -> None:
+        config.save_pretrained(folder)
+        options.save_pretrained(folder)
 
     return Vlm(
+        family="florence2",
         config=config,
+        fingerprint=config.to_json_string(use_diff=False),
         dtype=dtype,
         init=init,
         image_features=image_features,
         encode=encode,
-        logits=logits,
         states=states,
-        generate=generate.make_generate(config, module, injected, encode, options),
+        generate=make_generate(settings, open_decoder),
+        settings=settings,
         image_tokens=lambda height, width: image_tokens(config, height, width),
         image_width=config.vision_config.projection_dim,
-        example_batch=lambda: example_batch(config),
-        generation_config=options,
+        image_token_id=config.image_token_id,
+        vocabulary=text.vocab_size,
+        positions=text.max_position_embeddings,
+        components=COMPONENTS,
+        targets=TARGETS,
         cuts=CUTS,
+        table=make_table(config),
+        write_configs=write_configs,
+        example_batch=lambda: example_batch(config),
     )
+
+
+_MEMORY_ONLY = re.compile("/encoder_attn/(k|v)_proj/")
+"""Weights that the first step alone reads: they make the cross keys and values."""
+
+
+def _decoding(path: str) -> bool:
+    """Is the leaf at this path of an adapter read on the way from the memory?"""
+    return path.startswith(("language_model/decoder/", "language_model/shared/"))

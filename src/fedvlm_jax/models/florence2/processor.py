@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.folder_files import explain_error, read_json
+from fedvlm_jax.data.tokenization import IGNORED
+from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.models import base
+from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.hub import resolve_folder
 
 MOST_PIXELS = 4096
@@ -32,7 +33,6 @@ Florence-2. Less is lost beside the numbers of a model, and more loses them."""
 MOST_TOKENS = 2**16
 """Most image tokens of a picture; Florence-2 has 577."""
 
-IGNORED = -100  # a label that takes part in no loss
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
 _IMAGES = ("processor_config.json", "preprocessor_config.json")
 
@@ -61,11 +61,7 @@ def read_size(folder: Path) -> tuple[int, int] | None:
 
 
 def _open_wrapped(folder: Path) -> Any:
-    """transformers' `Florence2Processor` of a folder, its image processor in the form that needs Pillow alone.
-
-    Raises:
-        UserError: where transformers cannot be imported, or cannot read the folder.
-    """
+    """transformers' `Florence2Processor` of a folder, its image processor in the form that needs Pillow alone."""
     try:
         from transformers import AutoImageProcessor, AutoTokenizer, Florence2Processor
     except Exception as error:
@@ -101,11 +97,9 @@ def _explain_import(error: BaseException) -> str:
 
 
 def _refuse_odd_words(file: Path, content: Mapping[str, Any]) -> None:
-    """Refuse two settings of a tokenizer's file under which no model of ours can be trained.
+    """Refuse words that are cut by chance, so that no text has the same tokens twice, and a prefix of continued words.
 
-    Raises:
-        UserError: words that are cut by chance, so that no text has the same tokens twice; or a prefix of continued
-            words, which byte-level tokenizers do not have, and over which `tokenizers` ends the process.
+    Byte-level tokenizers have no such prefix, and `tokenizers` ends the process over it.
     """
     model = content.get("model")
     for name in ("dropout", "continuing_subword_prefix"):
@@ -114,21 +108,17 @@ def _refuse_odd_words(file: Path, content: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Processor:
-    """Wraps transformers' own processor; make one with `from_folder`."""
+class Processor(base.Processor):
+    """Florence-2's processor, around transformers' own; make one with `from_folder`."""
 
     wrapped: Any
-    """transformers' `Florence2Processor`."""
 
     @classmethod
     def from_folder(cls, path: Path | str) -> Processor:
-        """The processor of a model, once it has made one picture and one prompt.
-
-        Args:
-            path: as `load_vlm` takes it: a folder, a model that ships, or a hub id.
+        """The processor of a model, once it has made one picture and one prompt; `path` is as `load_vlm` takes it.
 
         Raises:
-            UserError: where its tokenizer's or processor's files are missing, cannot be read, or make nonsense.
+            UserError: its tokenizer's or processor's files are missing, cannot be read, or make nonsense.
         """
         folder = resolve_folder(path, weights=False)
         for what, names in (("tokenizer", _TOKENIZERS), ("image processor", _IMAGES)):
@@ -142,11 +132,7 @@ class Processor:
         return processor
 
     def _try_out(self, folder: Path) -> None:
-        """Make a picture and a prompt, because most settings are looked at only then.
-
-        Raises:
-            UserError: where that fails or makes nonsense.
-        """
+        """Make a picture and a prompt, because most settings are looked at only then."""
         images = next(folder / name for name in _IMAGES if (folder / name).is_file())
         count = self.wrapped.num_image_tokens
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_TOKENS:
@@ -181,31 +167,23 @@ class Processor:
 
     @property
     def image_token_id(self) -> int:
-        """Id of the token in whose places the picture's tokens are put."""
         return int(self.wrapped.image_token_id)
 
     @property
     def largest_id(self) -> int:
-        """The largest id that the tokenizer gives a token."""
         return max(self.wrapped.tokenizer.get_vocab().values())
 
     @property
     def eos_token_id(self) -> int:
-        """Id of the token that ends answers."""
         return int(self.wrapped.tokenizer.eos_token_id)
 
     @property
     def image_tokens(self) -> int:
-        """Image tokens in front of every prompt; must equal `Vlm.image_tokens` of the picture's size."""
         return int(self.wrapped.num_image_tokens)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels that every picture is brought to.
-
-        Raises:
-            UserError: where the configuration does not bring all pictures to one size.
-        """
+        """Height and width of all pictures; raises `UserError` where they are not brought to one size."""
         images = self.wrapped.image_processor
         size = images.crop_size if images.do_center_crop else images.size
         if not (images.do_center_crop or images.do_resize) or not (size.get("height") and size.get("width")):
@@ -224,18 +202,12 @@ class Processor:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that decides how a picture becomes pixels, for the key of a cache."""
         settings = self.wrapped.image_processor.to_dict()
         settings = {key: settings[key] for key in sorted(settings) if not key.startswith("_")}
         text = json.dumps(settings, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def pixels(self, images: Sequence[Any], /) -> Float[np.ndarray, "B H W 3"]:
-        """PIL images, of any size and mode, to normalised float32 pixels [B, H, W, 3].
-
-        Raises:
-            UserError: where pictures come out in another size than `size`.
-        """
         height, width = self.size
         if not images:
             return np.empty((0, height, width, 3), np.float32)
@@ -246,11 +218,10 @@ class Processor:
         return np.ascontiguousarray(pixels)
 
     def expand(self, text: str) -> str:
-        """A prompt's text with a task token written out as its sentence.
+        """Write out a task token of a prompt's text as its sentence.
 
         Raises:
-            UserError: where a task that takes no input stands beside other text, or the text holds image tokens, which
-                would take the places of the picture's.
+            UserError: a task that takes no input stands beside other text, or the text holds image tokens.
         """
         if self.wrapped.image_token in text:
             raise UserError(f"the text holds {self.wrapped.image_token}, which stands for a picture")
@@ -265,11 +236,6 @@ class Processor:
         return text
 
     def prompts(self, texts: Sequence[str], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-        """Texts to `input_ids` and `attention_mask`, int32 [B, T], image tokens included, padded on the right.
-
-        Raises:
-            UserError: where `expand` refuses a text, or a prompt comes out with other than `image_tokens` image tokens.
-        """
         tokenizer = self.wrapped.tokenizer
         head = self.wrapped.image_token * self.image_tokens + tokenizer.bos_token
         full = [head + self.expand(text) + tokenizer.eos_token for text in texts]
@@ -279,7 +245,6 @@ class Processor:
         return _pad(ids, tokenizer.pad_token_id), _pad([[1] * len(row) for row in ids], 0)
 
     def answers(self, texts: Sequence[str], max_tokens: int, /) -> Int[np.ndarray, "B U"]:
-        """Texts to labels, int32 [B, U], padded with -100. Longer ones are cut to `max_tokens`, EOS the last."""
         tokenizer = self.wrapped.tokenizer
         rows = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
         eos = tokenizer.eos_token_id
@@ -287,19 +252,14 @@ class Processor:
         return _pad([row if len(row) <= max_tokens else [*row[: max_tokens - 1], eos] for row in rows], IGNORED)
 
     def decode(self, ids: Int[np.ndarray, "B U"], /) -> list[str]:
-        """Token ids (labels too: -100 is left out) to texts.
-
-        What frames a text is left out: BOS, EOS, padding, image tokens and the like. Added tokens that belong to an
-        answer stay, as `<loc_12>` does, though the tokenizer calls them special too.
-        """
         framing = self.framing
         rows = [[number for number in row if number >= 0 and number not in framing] for row in np.asarray(ids).tolist()]
+        # Added tokens that belong to an answer stay, as `<loc_12>` does, though the tokenizer calls them special too.
         texts = self.wrapped.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]
 
-    @cached_property
+    @property
     def framing(self) -> frozenset[int]:
-        """Ids of the tokens that stand around texts, or for what is none."""
         tokenizer = self.wrapped.tokenizer
         names = ("bos", "eos", "pad", "cls", "sep", "mask", "unk", "image")
         ids = (getattr(tokenizer, f"{name}_token_id", None) for name in names)

@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from fedvlm_jax.models.florence2.bart import Cache
+__all__ = ["Cache", "Decoder", "Settings", "process_scores", "search_beams", "search_greedy"]
 
 FAR = -1e9  # the score of what must not win but may still be compared; transformers' own number
 
@@ -39,12 +39,34 @@ class Settings:
     early_stopping: bool | Literal["never"]
 
 
+class Cache(NamedTuple):
+    """What later steps of decoding need of earlier ones.
+
+    Attributes:
+        beams: leaves [L, B, K, ...], rearranged with the hypotheses.
+        prompt: the same for all hypotheses of an example.
+    """
+
+    beams: PyTree
+    prompt: PyTree
+
+
+Step = tuple[Float[Array, "B K D"], Float[Array, "B K V"], Cache]
+"""Last states, the logits of the next token, and the cache."""
+
+
 class Decoder(NamedTuple):
-    """What search needs of a model with its parameters, adapter and batch: a first step and the later ones."""
+    """What search needs of a model with its parameters, adapter and batch.
+
+    Attributes:
+        batch: B, examples.
+        first: (ids [B, K]) -> the step after the prompt; the ids are the start token, for models that have one.
+        step: (ids [B, K], position, cache) -> the step after these tokens, of which `position` came before.
+    """
 
     batch: int
-    first: Callable[[Array], tuple[Array, Cache]]  # (ids [B, K]) -> logits [B, K, V], cache
-    step: Callable[[Array, Array, Cache], tuple[Array, Cache]]  # (ids [B, K], position, cache) -> the same
+    first: Callable[[Array], Step]
+    step: Callable[[Array, Array, Cache], Step]
 
 
 @jax.custom_batching.custom_vmap
@@ -122,10 +144,10 @@ def search_greedy(decoder: Decoder, length: int, settings: Settings) -> Int[Arra
     def body(state: tuple[Array, Array, Array, Cache]) -> tuple[Array, Array, Array, Cache]:
         count, history, done, cache = state
         last = jax.lax.dynamic_index_in_dim(history, count - 1, 2, keepdims=False)
-        logits, cache = decoder.step(last, count - 1, cache)
+        _, logits, cache = decoder.step(last, count - 1, cache)
         return count + 1, *choose(logits, history, done, count), cache
 
-    logits, cache = decoder.first(start[..., 0])
+    _, logits, cache = decoder.first(start[..., 0])
     history, done = choose(logits, start, jnp.zeros((decoder.batch, 1), bool), jnp.int32(1))
     state = (jnp.int32(2), history, done, cache)
     return jax.lax.while_loop(lambda s: (s[0] <= length) & _anywhere(~s[2]), body, state)[1][:, 0, 1:]
@@ -165,10 +187,12 @@ def search_beams(decoder: Decoder, length: int, settings: Settings) -> Int[Array
         ends = _is_one_of(token, settings.eos_token_ids) | (count + 1 >= length + 1)
 
         running_scores, chosen = jax.lax.top_k(top + ends * FAR, beams)
-        source = _take(origin, chosen)[None, :, :, None, None, None]
-        cache = cache._replace(
-            key=jnp.take_along_axis(cache.key, source, 2), value=jnp.take_along_axis(cache.value, source, 2)
-        )
+        source = _take(origin, chosen)[None]
+
+        def follow(leaf: Array) -> Array:
+            return jnp.take_along_axis(leaf, source.reshape(*source.shape, *[1] * (leaf.ndim - 3)), 2)
+
+        cache = cache._replace(beams=jax.tree.map(follow, cache.beams))
 
         newly = ends & (jnp.arange(keep) < beams)
         penalised = top / (count.astype(jnp.float32) ** settings.length_penalty)
@@ -183,28 +207,20 @@ def search_beams(decoder: Decoder, length: int, settings: Settings) -> Int[Array
         possible = running_scores[:, :1] / (jnp.float32(hoped) ** settings.length_penalty)
         worst = jnp.where(is_finished, finished_scores.min(1, keepdims=True), FAR)
         can_improve = state.can_improve & jnp.any(possible > worst, 1, keepdims=True)
-        return _Beams(
-            count + 1,
-            _take(hypotheses, chosen),
-            running_scores,
-            finished,
-            finished_scores,
-            is_finished,
-            can_improve,
-            jnp.all(ends),
-            cache,
-        )
+        running = _take(hypotheses, chosen)
+        ended = (finished, finished_scores, is_finished, can_improve, jnp.all(ends))
+        return _Beams(count + 1, running, running_scores, *ended, cache)
 
     def goes_on(state: _Beams) -> Bool[Array, ""]:
         return jnp.any(state.can_improve) & ~(jnp.all(state.is_finished) & early) & ~state.stuck
 
     def body(state: _Beams) -> _Beams:
         last = jax.lax.dynamic_index_in_dim(state.running, state.tokens - 1, 2, keepdims=False)
-        return advance(state, *decoder.step(last, state.tokens - 1, state.cache))
+        return advance(state, *decoder.step(last, state.tokens - 1, state.cache)[1:])
 
     start = jnp.full((batch, beams, 1 + length), settings.pad_token_id, jnp.int32)
     start = start.at[..., 0].set(settings.decoder_start_token_id)
-    logits, cache = decoder.first(start[..., 0])
+    _, logits, cache = decoder.first(start[..., 0])
     # Beams start equal, so all but the first start with a score that keeps them out.
     scores = jnp.zeros((batch, beams)).at[:, 1:].set(FAR)
     empty = jnp.full((batch, beams), FAR)

@@ -1,8 +1,7 @@
 """Generation: settings from transformers' `GenerationConfig`, and one jitted function from a batch to answers.
 
-Keys and values of the encoder's memory are computed once, in the first step; later steps see the cache only. The beams
-of an example are folded into the decoder's position axis (see `bart`). Tokens equal those of transformers 5.23's
-`generate` (see `search`); an option that would change them and is not implemented is refused, never ignored.
+Tokens equal those of transformers 5.23's `generate` (see `search`); an option that would change them and is not
+implemented is refused, never ignored.
 
 Under `jax.vmap` over clients the loop runs until the slowest client has finished.
 """
@@ -16,61 +15,47 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.decoding.search import Decoder, Settings, search_beams, search_greedy
-from fedvlm_jax.models.florence2.bart import Cache, empty_cache
-from fedvlm_jax.utils import tree
+from fedvlm_jax.models.base import Batch, Params
+from fedvlm_jax.models.search import Decoder, Settings, Step, search_beams, search_greedy
 
-Amend = Callable[[Any, Array, Array], Array]
-"""(recalled, the decoder's last states [B, K, D], logits [B, K, V]) -> logits to search with."""
+__all__ = ["make_generate", "read_settings"]
+
+Amend = Callable[[PyTree, Array, Array], Array]
+"""(recalled, last states [B, K, D], logits [B, K, V]) -> logits to search with."""
 
 # Options of GenerationConfig that would change the tokens and are not implemented, with their neutral values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "do_sample": (None, False),
-    "repetition_penalty": (None, 1.0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "bad_words_ids": (None,),
-    "sequence_bias": (None,),
-    "suppress_tokens": (None,),
-    "begin_suppress_tokens": (None,),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), (None, 1.0)),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "penalty_alpha"), (None, 0)),
+    **dict.fromkeys(("guidance_scale", "num_return_sequences", "num_beam_groups"), (None, 1)),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids", "sequence_bias", "constraints", "stop_strings"), (None,)),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "max_time"), (None,)),
     "exponential_decay_length_penalty": (None,),
-    "guidance_scale": (None, 1, 1.0),
-    "num_return_sequences": (None, 1),
-    "num_beam_groups": (None, 1),
-    "penalty_alpha": (None, 0.0),
-    "constraints": (None,),
-    "force_words_ids": (None,),
-    "stop_strings": (None,),
-    "max_time": (None,),
 }
-
-
 MOST_BEAMS = 64
 """More beams than anybody searches by."""
 
 
-def resolve_config(config: Any, generation_config: Any | None) -> Any:
-    """The `GenerationConfig` given, or what transformers makes of the model's configuration without one."""
-    from transformers import GenerationConfig
+def read_settings(generation_config: Any, text: Any, vocabulary: int) -> Settings:
+    """Settings of a `GenerationConfig`.
 
-    return GenerationConfig.from_model_config(config) if generation_config is None else generation_config
-
-
-def read_settings(config: Any, generation_config: Any) -> Settings:
-    """Settings of a `GenerationConfig`, with the text configuration's token ids where it has none.
+    Args:
+        generation_config: transformers' own.
+        text: has token ids as attributes, for those that it leaves open.
+        vocabulary: number of tokens.
 
     Raises:
-        UserError: for an option that would change the tokens and is not implemented.
+        UserError: for an option that would change the tokens and is not implemented, or for values of wrong types,
+            tokens outside of the vocabulary, and answers that end where they begin.
     """
     for name, neutral in _NEUTRAL.items():
         value = getattr(generation_config, name, None)
         if not any(value is known or value == known for known in neutral):
             raise UserError(f"generation option {name}={value!r} is not implemented; set it to {neutral[-1]!r}")
-    text = config.text_config
 
     def token(name: str) -> Any:
         value = getattr(generation_config, name, None)
@@ -81,7 +66,7 @@ def read_settings(config: Any, generation_config: Any) -> Settings:
     start = token("decoder_start_token_id")
     if pad is None and not eos:
         raise UserError("generation needs a pad_token_id or an eos_token_id; the configuration has neither")
-    return Settings(
+    settings = Settings(
         num_beams=generation_config.num_beams or 1,
         decoder_start_token_id=token("bos_token_id") if start is None else start,
         pad_token_id=eos[0] if pad is None else pad,
@@ -94,14 +79,11 @@ def read_settings(config: Any, generation_config: Any) -> Settings:
         length_penalty=1.0 if generation_config.length_penalty is None else generation_config.length_penalty,
         early_stopping=generation_config.early_stopping or False,
     )
+    _check_settings(settings, vocabulary)
+    return settings
 
 
-def check_settings(settings: Settings, vocabulary: int) -> None:
-    """Refuse settings of wrong types, tokens outside of the vocabulary, and answers that end where they begin.
-
-    Raises:
-        UserError: naming the option, as transformers calls it.
-    """
+def _check_settings(settings: Settings, vocabulary: int) -> None:
     tokens: dict[str, tuple[Any, ...]] = {  # as a file has them, whatever their types should be
         "decoder_start_token_id": (settings.decoder_start_token_id,),
         "pad_token_id": (settings.pad_token_id,),
@@ -109,16 +91,14 @@ def check_settings(settings: Settings, vocabulary: int) -> None:
         "forced_bos_token_id": () if settings.forced_bos_token_id is None else (settings.forced_bos_token_id,),
         "forced_eos_token_id": settings.forced_eos_token_ids,
     }
-    bounds: dict[str, tuple[tuple[Any, ...], int, int]] = {
-        name: (values, 0, vocabulary - 1) for name, values in tokens.items()
-    }
-    bounds |= {"num_beams": ((settings.num_beams,), 1, MOST_BEAMS)}
-    for name in ("no_repeat_ngram_size", "min_length", "min_new_tokens"):
-        bounds[name] = ((getattr(settings, name),), 0, 2**20)
-    for name, (values, least, most) in bounds.items():
-        for value in values:
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                raise UserError(f"{name} is {value!r}, expected a whole number from {least} to {most}")
+    bounds = [(name, value, 0, vocabulary - 1) for name, values in tokens.items() for value in values]
+    bounds.append(("num_beams", settings.num_beams, 1, MOST_BEAMS))
+    bounds += [
+        (name, getattr(settings, name), 0, 2**20) for name in ("no_repeat_ngram_size", "min_length", "min_new_tokens")
+    ]
+    for name, value, least, most in bounds:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise UserError(f"{name} is {value!r}, expected a whole number from {least} to {most}")
     if settings.forced_bos_token_id in settings.eos_token_ids:
         raise UserError(
             f"forced_bos_token_id is {settings.forced_bos_token_id}, which ends answers too (eos_token_id "
@@ -139,58 +119,48 @@ def _as_ids(value: Any) -> tuple[int, ...]:
 
 
 def make_generate(
-    config: Any, module: Any, injected: Callable[..., Any], encode: Callable[..., Array], generation_config: Any
+    read: Callable[[], Settings], open_decoder: Callable[[Params, PyTree, Batch, int, int], Decoder]
 ) -> Callable[..., Array]:
-    """The `generate` of a Florence-2 module.
+    """The `generate` of a model.
 
     Args:
-        config: transformers' `Florence2Config`.
-        module: the linen module.
-        injected: its `apply` with an adapter argument.
-        encode: the record's.
-        generation_config: transformers' `GenerationConfig`.
+        read: () -> the settings where its arguments do not say otherwise.
+        open_decoder: (params, adapter, batch, beams, length) -> the decoder with room for so many tokens.
     """
 
     @partial(jax.jit, static_argnames=("length", "settings", "amend"))
     def run(
-        params: Any, adapter: Any, batch: Any, recalled: Any, length: int, settings: Settings, amend: Amend | None
-    ) -> Array:
-        memory = encode(params, adapter, batch)
-        mask = batch["attention_mask"]
-        later = part(adapter, lambda path: decoding(path) and not _of_memory(path))
-        cache = empty_cache(config.text_config, memory.shape[0], settings.num_beams, length, module.dtype)
+        params: Params, adapter: PyTree, batch: Batch, recalled: PyTree, length: int, settings: Settings,
+        amend: Amend | None,
+    ) -> Array:  # fmt: skip
+        bare = open_decoder(params, adapter, batch, settings.num_beams, length)
 
-        def read(states: Array, logits: Array, cache: Cache) -> tuple[Array, Cache]:
-            return logits if amend is None else amend(recalled, states, logits), cache
+        def amended(made: Step) -> Step:
+            states, logits, cache = made
+            return states, logits if amend is None else amend(recalled, states, logits), cache
 
-        def first(ids: Array) -> tuple[Array, Cache]:
-            own = part(adapter, decoding)
-            return read(*injected(params, own, ids, jnp.int32(0), cache, memory, mask, method="step"))
-
-        def step(ids: Array, position: Array, cache: Cache) -> tuple[Array, Cache]:
-            return read(*injected(params, later, ids, position, cache, None, mask, method="step"))
-
-        decoder = Decoder(memory.shape[0], first, step)
-        search = search_greedy if settings.num_beams == 1 else search_beams
-        return search(decoder, length, settings)
+        decoder = Decoder(
+            bare.batch,
+            lambda ids: amended(bare.first(ids)),
+            lambda ids, position, cache: amended(bare.step(ids, position, cache)),
+        )
+        return (search_greedy if settings.num_beams == 1 else search_beams)(decoder, length, settings)
 
     def generate(
-        params: Any,
-        adapter: Any,
-        batch: Any,
+        params: Params,
+        adapter: PyTree,
+        batch: Batch,
         max_tokens: int,
         *,
         num_beams: int | None = None,
         amend: Amend | None = None,
-        recalled: Any = None,
+        recalled: PyTree = None,
         **options: Any,
     ) -> Int[Array, "B U"]:
         """Answers to a batch, without the decoder's start token.
 
         Args:
-            params: of the base.
-            adapter: or None.
-            batch: as `Vlm` describes it; labels are ignored.
+            params, adapter, batch: as `Vlm` describes them; labels are ignored.
             max_tokens: how many tokens at most, forced BOS and EOS included: transformers' `max_new_tokens`.
             num_beams: 1 for greedy search; None for what the generation configuration says.
             amend: changes the logits at every step; compiled once per function, so it must not be made anew each time.
@@ -205,7 +175,7 @@ def make_generate(
         Raises:
             UserError: for an option that is not known or not implemented, or a max_tokens the positions do not hold.
         """
-        settings = read_settings(config, generation_config)
+        settings = read()
         if unknown := options.keys() - {field.name for field in fields(Settings)}:
             raise UserError(f"generate does not know {', '.join(sorted(unknown))}")
         settings = replace(settings, **options)
@@ -216,23 +186,3 @@ def make_generate(
         return run(params, adapter, batch, recalled, max_tokens, settings, amend)
 
     return generate
-
-
-def encoding(path: str) -> bool:
-    """Is the leaf at this path of an adapter read on the way to the memory?"""
-    return not path.startswith("language_model/decoder/")
-
-
-def decoding(path: str) -> bool:
-    """Is it read on the way from there?"""
-    return path.startswith(("language_model/decoder/", "language_model/shared/"))
-
-
-def _of_memory(path: str) -> bool:
-    """Read in the first step only: what makes the cross keys and values."""
-    return "/encoder_attn/k_proj/" in path or "/encoder_attn/v_proj/" in path
-
-
-def part(adapter: Any, belongs: Callable[[str], bool]) -> Any:
-    """The part of the adapter that one call reads: a leaf that a call never reads is an error in `lora.inject`."""
-    return tree.partition(adapter, belongs)[0] or None if adapter else None

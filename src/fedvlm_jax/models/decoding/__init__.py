@@ -1,1 +1,0 @@
-"""Generation of answers: greedy and beam search with a cache of keys and values."""

@@ -1,0 +1,139 @@
+"""Florence-2's configuration: read from config.json, and refused where it is not implemented or cannot be meant.
+
+Nonsense is refused before anything is made of it, so bounds are checked of every size.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.models.layers import activation
+
+__all__ = ["MODEL_TYPES", "check_config", "read_config"]
+
+MODEL_TYPES = ("florence2", "florence2_language")
+"""The second is that of Microsoft's layout, which is refused."""
+
+DEPTH, WIDTH, VOCABULARY = 512, 2**17, 2**24
+"""Most layers of a stack, most numbers along an axis, most tokens: ten times those of any Florence-2 and far from what
+memory has to be asked for."""
+
+_TEXT = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": VOCABULARY,
+    "d_model": WIDTH,
+    **{f"{side}_{name}": WIDTH for side in ("encoder", "decoder") for name in ("attention_heads", "ffn_dim")},
+    **{f"{side}_layers": DEPTH for side in ("encoder", "decoder")},
+}
+_VISION = {
+    "in_channels": 3,
+    **dict.fromkeys(("window_size", "projection_dim", "max_position_embeddings", "max_temporal_embeddings"), WIDTH),
+}
+_STAGES = {
+    "depths": (0, DEPTH),
+    "patch_size": (1, 64),
+    "patch_stride": (1, 64),
+    "patch_padding": (0, 64),
+    "embed_dim": (2, WIDTH),
+    "num_heads": (1, WIDTH),
+    "num_groups": (1, WIDTH),
+}
+
+
+def read_config(values: dict[str, Any], file: Path) -> Any:
+    """transformers' `Florence2Config` of the content of a config.json.
+
+    Raises:
+        UserError: it is not one of a Florence-2 as transformers writes it, whole and possible.
+    """
+    from transformers import Florence2Config
+
+    _check_layout(values, file)
+    try:
+        config = Florence2Config.from_dict(values)
+    except Exception as error:  # transformers and its validators raise many kinds
+        raise UserError(f"{file} is no configuration that transformers reads ({explain_error(error)})") from None
+    try:
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return config
+
+
+def _check_layout(values: dict[str, Any], file: Path) -> None:
+    """Refuse layouts whose tensors have other names, before transformers sees them."""
+    text, vision = (
+        part if isinstance(part := values.get(name), dict) else {} for name in ("text_config", "vision_config")
+    )
+    if "auto_map" in values or text.get("model_type") == "florence2_language" or vision.get("model_type") == "davit":
+        size = "large" if 1024 in (values.get("projection_dim"), text.get("d_model")) else "base"
+        resaved = "" if "auto_map" in values else ", saved again"
+        raise UserError(
+            f"{file} is laid out as Microsoft's original release{resaved}, whose tensors have other names; take the "
+            f"same weights as transformers has them: florence-community/Florence-2-{size}, or -{size}-ft"
+        )
+    if values["model_type"] != MODEL_TYPES[0]:
+        raise UserError(f"{file} has model_type={values['model_type']!r}, expected {MODEL_TYPES[0]!r}")
+    if not (text and vision):
+        raise UserError(f"{file} has no text_config or no vision_config: is it cut short?")
+    if "quantization_config" in values:
+        raise UserError(f"{file} is of quantised weights, which are not supported: take them as they were before")
+
+
+def check_config(config: Any) -> None:
+    """Refuse a `Florence2Config` that the model does not implement.
+
+    Raises:
+        UserError: naming the field, its value and what it may be.
+    """
+    if getattr(config, "model_type", None) != MODEL_TYPES[0]:
+        raise UserError(f"expected a Florence-2 configuration, got model_type={getattr(config, 'model_type', None)!r}")
+    vision, text = config.vision_config, config.text_config
+    if getattr(vision, "model_type", None) != "florence_vision":
+        raise UserError(f"vision_config.model_type={getattr(vision, 'model_type', None)!r} is not 'florence_vision'")
+    if text.model_type != "bart":
+        raise UserError(f"text_config.model_type={text.model_type!r} is not supported, only 'bart'")
+    if not (config.tie_word_embeddings and text.tie_word_embeddings):
+        raise UserError("tie_word_embeddings=False is not supported: input and output embeddings share one table here")
+    _check_sizes(config)
+    for part in (vision, text):
+        activation(part.activation_function)  # for its error
+    if text.d_model != vision.projection_dim:
+        raise UserError(f"vision projection_dim={vision.projection_dim} must equal text d_model={text.d_model}")
+    stages = {name: len(getattr(vision, name)) for name in (*_STAGES, "patch_prenorm")}
+    if len(set(stages.values())) != 1:
+        raise UserError(f"vision_config lists must all have one entry per stage, got lengths {stages}")
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        if text.d_model % getattr(text, name):
+            raise UserError(f"d_model={text.d_model} does not divide into {name}={getattr(text, name)}")
+    for width, heads, groups in zip(vision.embed_dim, vision.num_heads, vision.num_groups, strict=True):
+        if width % heads or width % groups:
+            raise UserError(f"embed_dim {width} does not divide into {heads} heads and {groups} groups")
+
+
+def _check_sizes(config: Any) -> None:
+    """Refuse sizes that no model has, and tokens outside of the vocabulary."""
+    text, vision = config.text_config, config.vision_config
+    for where, part, bounds in (("text_config", text, _TEXT), ("vision_config", vision, _VISION)):
+        for name, most in bounds.items():
+            _require(f"{where}.{name}", getattr(part, name, None), 1, most)
+    if not 1 <= len(vision.depths) <= 16:
+        raise UserError(f"vision_config.depths has {len(vision.depths)} stages, expected 1 to 16")
+    for name, (least, most) in _STAGES.items():
+        for value in getattr(vision, name):
+            _require(f"vision_config.{name}", value, least, most)
+    if not (math.isfinite(vision.mlp_ratio) and 0 < vision.mlp_ratio <= 64):
+        raise UserError(f"vision_config.mlp_ratio is {vision.mlp_ratio}, expected more than 0 and at most 64")
+    if vision.in_channels != 3:
+        raise UserError(f"vision_config.in_channels is {vision.in_channels}; pictures have 3")
+    _require("image_token_id", config.image_token_id, 0, text.vocab_size - 1)
+    for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id"):
+        _require(f"text_config.{name}", getattr(text, name, None), 0, text.vocab_size - 1)
+
+
+def _require(name: str, value: Any, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise UserError(f"{name} is {value!r}, expected a whole number from {least} to {most}")

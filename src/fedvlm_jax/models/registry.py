@@ -1,0 +1,38 @@
+"""Find the family of a model: each is a package beside this file that holds a `Family` called `FAMILY`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from fedvlm_jax import models
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.models.base import Family
+
+__all__ = ["find_family", "list_families"]
+
+
+def list_families() -> list[Family]:
+    """All families that there are."""
+    packages = [found.name for found in pkgutil.iter_modules(models.__path__) if found.ispkg]
+    return [importlib.import_module(f"{models.__name__}.{name}").FAMILY for name in packages]
+
+
+def find_family(values: dict[str, Any], file: Path) -> Family:
+    """The family whose model a config.json describes.
+
+    Args:
+        values: the content of the file.
+        file: named in the message.
+
+    Raises:
+        UserError: its `model_type` is no family's.
+    """
+    kind, families = values.get("model_type"), list_families()
+    found = next((family for family in families if kind in family.model_types), None)
+    if found is None:
+        known = " or ".join(repr(family.model_types[0]) for family in families)
+        raise UserError(f"{file} has model_type={kind!r}, expected {known}")
+    return found
