@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from make_parquet import make_row, write_rows
 from safetensors.numpy import load_file
-from tiny_run import make_folder
 
 pytestmark = pytest.mark.slow
 
@@ -62,8 +61,11 @@ def describe_machine() -> dict[str, str]:
 def train(name: str, folder: Path) -> dict[str, object]:
     """Run `fedvlm train` in a process of its own, compiled as users have it; return what it left, as digests."""
     model, pairs = folder / "model", folder / "pairs.parquet"
-    if not model.exists():
-        make_folder(model)
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("XLA_", "JAX_"))}
+    if not model.exists():  # by another process: tests compile otherwise, and random weights would round otherwise
+        make = f"import pathlib, tiny_run; tiny_run.make_folder(pathlib.Path({str(model)!r}))"
+        paths = os.pathsep.join([str(FILE.parents[1]), os.environ.get("PYTHONPATH", "")])
+        subprocess.run([sys.executable, "-c", make], env=kept | {"PYTHONPATH": paths}, check=True)
         rows = [
             make_row(n, client="ab"[n % 2], split=("train", "train", "validation", "test")[n // 2 % 4])
             for n in range(32)
@@ -71,7 +73,6 @@ def train(name: str, folder: Path) -> dict[str, object]:
         write_rows(pairs, rows)
     words = [word.format(pairs=pairs) for word in RUNS[name]]
     out = folder / name
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("XLA_", "JAX_"))}
     command = [sys.executable, "-m", "fedvlm_jax", "train", *words, *TINY, "--model", str(model), "--out", str(out)]
     done = subprocess.run(command, env=kept | {"FEDVLM_CACHE": str(folder / "cache")}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
