@@ -19,7 +19,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.config import EvaluationOptions, LoraOptions, Run, TrainOptions
 from fedvlm_jax.training.run_dir.reader import read_run
@@ -27,7 +27,7 @@ from fedvlm_jax.training.run_dir.reader import read_run
 folder = Path(tempfile.mkdtemp())
 run = Run(
     method="plora",
-    data=DataOptions(
+    data=emoji.Options(
         languages=("en", "de"),
         vendors=("noto", "fluent"),
         images_per_client=8,

@@ -39,8 +39,11 @@ from typing import Any, Literal
 import methods_summary as summary
 import tyro
 
-from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.training.config import EvaluationOptions, HyperOptions, Run, TrainOptions, methods_available
+from fedvlm_jax.data.config import DataOptions, Iid
+from fedvlm_jax.data.sources import emoji
+from fedvlm_jax.methods import rule_based
+from fedvlm_jax.methods.zoo import pfedme
+from fedvlm_jax.training.config import EvaluationOptions, MethodOptions, Run, TrainOptions, methods_available
 
 RESULTS = Path(__file__).parent / "results"
 Rates = tuple[float, ...]
@@ -113,24 +116,23 @@ class Study:
     quick: bool = False
     """A smoke run: four clients, two rounds, two seeds, two points of the grid, four methods."""
     grid: tyro.conf.Suppress[tuple[Rates, ...]] = GRID
-    data: tyro.conf.Suppress[DataOptions] = field(default_factory=lambda: DataOptions(prompt="neutral"))
+    data: tyro.conf.Suppress[emoji.Options] = field(default_factory=lambda: emoji.Options(prompt="neutral"))
 
     def plan(self) -> dict[str, Cell]:
         """The cells by name, in the order in which they are run."""
         names = [name for name in methods_available() if name not in FIRST]
         everything = FIRST if self.quick else (*FIRST, *names)
         cells: dict[str, Cell] = {}
+        evenly = Iid(clients=len(self.data.vendors) * len(self.data.languages))
         for images in (20, 60):
             for name, changes in {
                 "lang": {"prompt": "client-language"},
                 "neutral": {},
-                "iid": {"prompt": "client-language", "partition": "iid"},
+                "iid": {"prompt": "client-language", "partition": evenly},
             }.items():
                 options = self.data.replace(images_per_client=images, **changes)
-                if name == "iid":
-                    options = options.replace(clients=len(options.vendors) * len(options.languages))
                 cells[f"{name}-{images}"] = Cell(options, everything, f"{name}-20")
-        alike = self.data.replace(alpha=float("inf"))
+        alike = self.data.replace(partition=emoji.Topics(alpha=float("inf")))
         vendors, languages = self.data.vendors, self.data.languages
         for name, changes in {
             "style": {"languages": languages[:1]},
@@ -159,9 +161,13 @@ class Study:
             metrics=("exact_match",), neighbours=NEIGHBOURS if method.endswith("+knn") else 0, test=stage in TESTED,
         )  # fmt: skip
         name = "share" if share else method.partition("+")[0]
+        options = MethodOptions()
+        if share:
+            options = rule_based.Options(share)
+        elif len(rates) > 2:
+            options = pfedme.Options(rate=rates[2])
         return Run(
-            method=name, share=share, seed=seed, data=cell.data, train=train, evaluation=evaluation,
-            hyper=HyperOptions(pfedme_rate=rates[2]) if len(rates) > 2 else HyperOptions(),
+            method=name, method_options=options, seed=seed, data=cell.data, train=train, evaluation=evaluation,
             checkpoint_every=self.rounds, out=self.out / "scratch" / f"part-{self.part.replace('/', '-')}",
         )  # fmt: skip
 
@@ -271,7 +277,7 @@ def _mean(rounds: list[summary.Json], name: str) -> int:
 
 QUICK: dict[str, Any] = {
     "grid": GRID[1:], "seeds": 2, "rounds": 2, "local_steps": 2, "batch_size": 4,
-    "data": DataOptions(
+    "data": emoji.Options(
         prompt="neutral", vendors=("noto", "fluent"), languages=("en", "de"), images_per_client=6,
         validation_per_client=4, test_per_client=6,
     ),

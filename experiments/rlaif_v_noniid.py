@@ -26,7 +26,7 @@ from pathlib import Path
 
 import tyro
 
-from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import spread
@@ -85,11 +85,11 @@ def shared_options(preset: Preset) -> Run:
     lora = LoraOptions(rank=8, alpha=16.0)  # targets: all projections of the language model, the default
     preference = PreferenceOptions(beta=preset.beta)
     if preset.twin:
-        data = DataOptions(prompt="client-language")
+        data = make_options(prompt="client-language")
         train = TrainOptions(rounds=preset.rounds or 16, local_steps=4, batch_size=16)
         evaluation = EvaluationOptions(every=4, before_redistribution=False)
         return Run(data=data, train=train, lora=lora, preference=preference, evaluation=evaluation, checkpoint_every=16)
-    data = DataOptions(source="rlaif-v", path=preset.path, limit=preset.limit, partition="natural", prompt="neutral")
+    data = make_options(source="rlaif-v", path=preset.path, limit=preset.limit, partition="natural", prompt="neutral")
     train = TrainOptions(
         rounds=preset.rounds or 40, local_steps=16, batch_size=8, learning_rate_a=1e-3, learning_rate_b=4e-4
     )

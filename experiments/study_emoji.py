@@ -30,6 +30,7 @@ import study_summary as summary
 import tyro
 
 from fedvlm_jax.data.config import DataOptions, Prompt
+from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.reporting.figures.theme import save_png
 from fedvlm_jax.reporting.tables import to_markdown
 from fedvlm_jax.training.config import Compare, EvaluationOptions, Run, TrainOptions
@@ -68,9 +69,9 @@ class Study:
     prompts: tuple[Prompt, ...] = ("client-language", "neutral")
     images: tuple[int, ...] = (20, 60)
     """Training images per client."""
-    vendors: tuple[str, ...] = DataOptions.vendors
-    languages: tuple[str, ...] = DataOptions.languages
-    held_out: tuple[int, int] = (DataOptions.validation_per_client, DataOptions.test_per_client)
+    vendors: tuple[str, ...] = emoji.Options.vendors
+    languages: tuple[str, ...] = emoji.Options.languages
+    held_out: tuple[int, int] = (emoji.Options.validation_per_client, emoji.Options.test_per_client)
     """Validation and test images per client."""
     rounds: int = 16
     local_steps: int = 4
@@ -94,7 +95,7 @@ class Study:
 
     def data(self, prompt: Prompt, images: int) -> DataOptions:
         """The data of one cell."""
-        return DataOptions(
+        return emoji.Options(
             prompt=prompt, images_per_client=images, vendors=self.vendors, languages=self.languages,
             validation_per_client=self.held_out[0], test_per_client=self.held_out[1],
         )  # fmt: skip

@@ -1,6 +1,5 @@
 """Every block that README and docs show runs: Python is executed, command lines are parsed with their options."""
 
-import functools
 import importlib
 import re
 import shlex
@@ -59,7 +58,7 @@ def test_python_runs_as_it_stands(page):
 def test_commands_name_options_that_there_are(words, monkeypatch):
     """Parsed and judged as the command line does; nothing is run."""
     asked = []
-    monkeypatch.setattr(main, "_defer", lambda command, chosen: _note(command, asked))
+    monkeypatch.setattr(main, "_check_and_run", lambda command, args, kwargs: asked.append((args, kwargs)))
     main._dispatch(words)
     ((args, kwargs),) = asked
     for value in (*args, *kwargs.values()):
@@ -67,14 +66,6 @@ def test_commands_name_options_that_there_are(words, monkeypatch):
             validate(value)
         elif isinstance(value, Compare):
             validate_comparison(value)
-
-
-def _note(command, asked):
-    @functools.wraps(command)
-    def note(*args, **kwargs):
-        asked.append((args, kwargs))
-
-    return note
 
 
 def test_readme_is_a_page():

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from transformers import BartConfig, Florence2Config
 
 import fedvlm_jax
-from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.models import save_checkpoint
 from fedvlm_jax.models.florence2 import build
 from fedvlm_jax.training.config import EvaluationOptions, LoraOptions, Run, TrainOptions
@@ -46,7 +46,7 @@ def tiny_run(model: Path, out: Path, **changes: object) -> Run:
         model=str(model),
         cohort=3,
         seed=1,
-        data=DataOptions(
+        data=make_options(
             languages=("en", "de"), vendors=("noto", "fluent"), images_per_client=5, validation_per_client=2,
             test_per_client=3,
         ),

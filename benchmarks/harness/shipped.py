@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.prefetch import read_ahead
+from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.federation.simulator import Driver
 from fedvlm_jax.models import Vlm, resolve_folder
 from fedvlm_jax.training.config import EvaluationOptions, Run, TrainOptions
@@ -74,7 +74,7 @@ def open_shipped(shape: Shape, session: Session | None = None) -> Shipped:
     run = Run(
         model=MODEL,
         method=METHOD,
-        data=DataOptions(images_per_client=IMAGES, prompt="neutral"),
+        data=emoji.Options(images_per_client=IMAGES, prompt="neutral"),
         train=TrainOptions(local_steps=shape.steps, batch_size=shape.batch, weighting="uniform"),
         evaluation=EvaluationOptions(examples=0),
     )

@@ -8,13 +8,24 @@ import pytest
 import tyro
 from made_up import write_run
 
+from fedvlm_jax.cli._choices import make_signature
 from fedvlm_jax.cli._closing import close_run, suggest_comparison
 from fedvlm_jax.cli.compare import compare
-from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.methods.config import HyperOptions, ServerOptions
+from fedvlm_jax.data.sources.registry import make_options
+from fedvlm_jax.methods.config import MethodOptions, ServerOptions
+from fedvlm_jax.methods.rule_based import Options as Rule
+from fedvlm_jax.methods.zoo import ditto
 from fedvlm_jax.reporting.score_tables import tabulate_run
 from fedvlm_jax.reporting.sentences import describe_run
-from fedvlm_jax.training.config import EvaluationOptions, LoraOptions, Run, SystemOptions, TrainOptions, without_extras
+from fedvlm_jax.training.config import (
+    Compare,
+    EvaluationOptions,
+    LoraOptions,
+    Run,
+    SystemOptions,
+    TrainOptions,
+    without_extras,
+)
 from fedvlm_jax.training.local_baseline import find_reason_against, make_baseline
 from fedvlm_jax.training.run_dir.reader import read_baseline, read_run
 from fedvlm_jax.training.validation import validate_comparison
@@ -49,7 +60,7 @@ def test_tables_and_sentences_have_the_baseline_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"seed": 3}, {"train": TrainOptions(rounds=17)}, {"lora": LoraOptions(rank=4)}, {"data": DataOptions(alpha=1.0)}],
+    [{"seed": 3}, {"train": TrainOptions(rounds=17)}, {"lora": LoraOptions(rank=4)}, {"data": make_options(alpha=1.0)}],
 )
 def test_a_baseline_of_another_budget_is_no_baseline(tmp_path: Path, changes: dict[str, object]) -> None:
     record = read_run(write_both(tmp_path / "run", Run(), **changes))
@@ -78,10 +89,17 @@ def test_the_baseline_has_the_same_budget_and_nothing_that_only_sharing_needs(tm
     assert not alone.evaluation.cross_clients
     assert find_reason_against(run) == ""
     assert find_reason_against(Run(method="local", out=tmp_path)) == "--method local is that itself"
-    assert find_reason_against(Run(share="b$", out=tmp_path)) == ""
+    assert find_reason_against(Run(method="share", method_options=Rule("b$"), out=tmp_path)) == ""
     assert (
-        make_baseline(Run(method="ditto", hyper=HyperOptions(ditto_lambda=2.0), out=tmp_path)).hyper == HyperOptions()
+        make_baseline(Run(method="ditto", method_options=ditto.Options(2.0), out=tmp_path)).method_options
+        == MethodOptions()
     )
+
+
+def parse(words: list[str]) -> Compare:
+    """Read the command as `fedvlm compare` does."""
+    default = make_signature(compare, words).parameters["comparison"].default
+    return tyro.cli(compare.__annotations__["comparison"], args=words, default=default)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +107,9 @@ def test_the_baseline_has_the_same_budget_and_nothing_that_only_sharing_needs(tm
     [
         Run(),
         Run(method="fedavg-lora", seed=3, cohort=8, model="florence2-base"),
-        Run(data=DataOptions(prompt="neutral", alpha=float("inf"), languages=("en", "de"))),
-        Run(share="decoder/.*/b$", lora=LoraOptions(rank=4, rslora=True)),
-        Run(method="ditto", hyper=HyperOptions(ditto_lambda=2.0), system=SystemOptions(wave=4, mesh="clients=1")),
+        Run(data=make_options(prompt="neutral", alpha=float("inf"), languages=("en", "de"))),
+        Run(method="share", method_options=Rule("decoder/.*/b$"), lora=LoraOptions(rank=4, rslora=True)),
+        Run(method="ditto", method_options=ditto.Options(2.0), system=SystemOptions(wave=4, mesh="clients=1")),
         Run(evaluation=EvaluationOptions(global_model=False, metrics=("exact_match",))),
         Run(train=TrainOptions(finetune_steps=7)),
         Run(evaluation=EvaluationOptions(neighbours=5)),
@@ -100,9 +118,10 @@ def test_the_baseline_has_the_same_budget_and_nothing_that_only_sharing_needs(tm
 def test_the_next_command_means_the_same_options(run: Run, tmp_path: Path) -> None:
     words = shlex.split(suggest_comparison(read_run(write_run(tmp_path / "run", ZERO, OWN, run))))
     assert words[:2] == ["fedvlm", "compare"]
-    parsed = tyro.cli(compare.__annotations__["comparison"], args=words[2:])
+    parsed = parse(words[2:])
     validate_comparison(parsed)
-    assert parsed.base == without_extras(dataclasses.replace(run, method=parsed.base.method))
+    assert parsed.base == without_extras(dataclasses.replace(run, method="plora", method_options=MethodOptions()))
+    assert parsed.method_options.get(run.method, MethodOptions()) == run.method_options
     assert parsed.methods[0] == "local"
     assert parsed.finetune_steps == (run.train.finetune_steps or 20)
     assert parsed.neighbours == (run.evaluation.neighbours or 10)

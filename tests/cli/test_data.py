@@ -62,7 +62,7 @@ def test_options_are_those_of_train(rows: Path, tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit):  # the file's own split column still puts the picture into both
         main(["data", *source, *flags, "--out", str(out)])
     stored = json.loads((out / "data.json").read_text())
-    assert stored["options"]["partition"] == "iid"
+    assert stored["options"]["partition"] == {"kind": "iid", "clients": 2}
     assert stored["seed"] == 4
     assert stored["images"]["decoded"]
     assert [one["name"] for one in stored["clients"]] == ["client-0", "client-1"]

@@ -16,8 +16,10 @@ from fedvlm_jax.analysis.trace_method import Held
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.federation.communication import count_bytes, find_travelling
 from fedvlm_jax.methods import Method, load_method
-from fedvlm_jax.methods.config import HyperOptions, LocalOptions
+from fedvlm_jax.methods.config import LocalOptions
+from fedvlm_jax.methods.rule_based import Options as Rule
 from fedvlm_jax.methods.rule_based import Parts, make_share_method
+from fedvlm_jax.methods.zoo import feddpa_f
 from fedvlm_jax.reporting.method_report import tabulate_explanation, tabulate_methods
 from fedvlm_jax.training.config import LoraOptions, Run, TrainOptions, methods_available
 from fedvlm_jax.utils import tree
@@ -93,7 +95,7 @@ def test_two_phases_are_two_stages(toy):
     assert (odd.rounds, even.rounds) == ((1, 3), (2, 4))
     assert statuses(odd) == {"a": (0, (), (), ()), "b": (1, YES, YES, ())}
     assert statuses(even) == {"a": (1, YES, YES, ()), "b": (0, (), (), ())}
-    first, last = explain(toy, "feddpa-f", hyper=HyperOptions(dpa_local=0.5)).stages
+    first, last = explain(toy, "feddpa-f", method_options=feddpa_f.Options(local=0.5)).stages
     assert (first.rounds, last.rounds) == ((1, 2), (3, 4))
     assert last.up == last.down == 0
 
@@ -180,7 +182,7 @@ def test_single_layers_are_named():
     from fedvlm_jax.models import read_vlm
 
     options = LoraOptions(rank=2, targets="encoder/layers/fc1")
-    run = Run(share="layers/1/fc1/b$", lora=options, train=TrainOptions(rounds=2))
+    run = Run(method="share", method_options=Rule("layers/1/fc1/b$"), lora=options, train=TrainOptions(rounds=2))
     explained = explain_method(read_vlm("florence2-nano"), run, 4, lambda setup: load_method(run.method, setup))
     (stage,) = explained.stages
     assert statuses(stage)["b"] == (1, (Held("", ("1",)),), (Held("", ("1",)),), (Held("own", ("0",)),))
@@ -198,7 +200,7 @@ def test_the_catalogue_has_every_method_with_its_source():
         "proximal, ranks, scaffold, server",
     )
     assert rows["fedalt"][1] == "–"
-    assert rows["ce-lora"][1] == "--hyper.mix-temperature"
+    assert rows["ce-lora"][1] == "--method.temperature"
 
 
 def test_the_command_needs_no_weights_and_no_data(tmp_path, capsys, monkeypatch):

@@ -42,7 +42,7 @@ def test_every_command_is_listed_in_order() -> None:
         (["tain"], "there is no command tain; there are data, explain, plan, train, compare"),
         (["train", "--methd", "x"], "did you mean --method?"),
         (["train", "--data.prompt", "bad"], "invalid choice 'bad' for argument '--data.prompt'"),
-        (["train", "--data.alpha", "-1"], "--data.alpha is -1.0; expected a number above 0"),
+        (["train", "--data.alpha", "-1"], "--data.alpha is -1.0: it must be above 0"),
         (["train", "--train.rounds", "x"], "--rounds: x is not a whole number"),
         (["train", "--train.rounds", "0"], "--train.rounds is 0: it must be 1 or more"),
         (["train", "--mesh", "4"], "--mesh 4: expected clients=N or clients=N,model=M, for example"),
@@ -59,8 +59,14 @@ def test_every_command_is_listed_in_order() -> None:
         (["compare", "--seeds", "0"], "--seeds is 0: it must be 1 or more"),
         (["compare", "--methods", "plora", "plora"], "names plora twice"),
         (["compare", "--method", "local"], "here say --methods local"),
-        (["train", "--method", "plora", "--share", "(b"], "--share '(b' is not a regular expression"),
+        (["train", "--share", "(b"], "--share '(b' is not a regular expression"),
         (["train", "--method", "local", "--share", "b$"], "leave out --method local, or leave out --share"),
+        (["compare", "--methods", "local", "plora", "--share", "b$"], "compare share too"),
+        (["train", "--method.lambda", "2"], "--method.lambda belongs to ditto, lora-fair, pfedme; --method plora has"),
+        (["train", "--method", "ditto", "--method.lamda", "2"], "did you mean --method.lambda?"),
+        (["train", "--method", "apfl", "--method.alpha", "2"], "--method.alpha is 2.0: it must be from 0 to 1"),
+        (["compare", "--methods", "ditto", "--method.lambda", "2"], "--methods ditto has --method.ditto.lambda"),
+        (["explain", "ditto", "--method.alpha", "2"], "belongs to apfl, feddpa-f, feddpa-t; --method ditto has --meth"),
         (["compare", "--methods", "local", "share"], "--methods share needs its rule: add --share REGEX"),
         (["explain", "plorra"], "did you mean plora?"),
         (["explain", "plora", "--cohort", "17"], "there are only 16 clients"),
@@ -205,5 +211,5 @@ def test_compare_takes_the_flags_of_train_for_all_its_runs(monkeypatch: pytest.M
     assert seen[0].seeds == 5
     assert seen[0].base.train.rounds == 7
     assert (seen[0].base.system.mesh, seen[0].base.system.wave) == ("clients=2,model=2", 4)
-    assert seen[0].base.data.clients == 8
+    assert seen[0].base.data.partition.clients == 8
     assert json.dumps(to_json(seen[0].base))

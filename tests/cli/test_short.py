@@ -77,7 +77,17 @@ def test_help_begins_with_what_is_used_most(capsys):
     with pytest.raises(SystemExit):
         main.main(["train", "--help"])
     text = capsys.readouterr().out
-    places = [
-        text.index(word) for word in ("--method {", "--model NAME", "--rounds", "--data NAME", "--rank", "--server.")
-    ]
+    places = [text.index(word) for word in ("--method {", "--model NAME", "--data NAME", "--rounds", "--rank")]
     assert places == sorted(places)
+    assert "--server." not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_all_options_are_listed_in_groups_when_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["train", "--method", "ditto", "--help-all"])
+    text = capsys.readouterr().out
+    places = [text.index(word) for word in ("method options", "--method.lambda", "train options", "--server.beta1")]
+    assert places == sorted(places)
+    assert "--method.alpha" not in text  # apfl's
+    assert max(map(len, text.splitlines())) <= 80

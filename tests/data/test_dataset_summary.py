@@ -9,10 +9,9 @@ import pytest
 from make_parquet import draw_image, make_row, write_rows
 from rlaif_form import REASONS, Form, write_folder
 
-from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.dataset_summary import describe, measure_unlikeness
 from fedvlm_jax.data.partitioning.federate import federate
-from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.sources.registry import make_options, read_table
 
 
 def describe_rows(tmp_path: Path, rows: list[dict[str, Any]], **kwargs: Any) -> dict[str, Any]:
@@ -20,7 +19,7 @@ def describe_rows(tmp_path: Path, rows: list[dict[str, Any]], **kwargs: Any) -> 
 
 
 def describe_source(path: Path, check_images: bool = False, **options: Any) -> dict[str, Any]:
-    chosen = DataOptions(source=str(path), **options)
+    chosen = make_options(source=str(path), **options)
     table = read_table(chosen)
     found = describe(table, federate(table, chosen, 0), chosen, check_images=check_images)
     return json.loads(json.dumps(found))
@@ -142,7 +141,7 @@ def test_those_questions_are_looked_at_that_would_be_asked(
 
 
 def test_the_shipped_set() -> None:
-    options = DataOptions(images_per_client=6, validation_per_client=2, test_per_client=3)
+    options = make_options(images_per_client=6, validation_per_client=2, test_per_client=3)
     table = read_table(options)
     found = describe(table, federate(table, options, 0), options)
     assert found["label"] == "group"

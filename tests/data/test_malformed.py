@@ -18,14 +18,13 @@ from make_parquet import IMAGE, RLAIF_V, make_row, make_rows, write_rows
 from rlaif_form import REASONS, Form, make_form_rows, write_folder
 from words import WordProcessor
 
-from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.partitioning.federate import federate
-from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import Examples, encode
 from fedvlm_jax.errors import UserError
 
-LENIENT = DataOptions(max_bad_share=1.0)
+LENIENT = make_options("rows.parquet", max_bad_share=1.0)
 PLACE = 4
 """Where the malformed row stands among eight good ones."""
 
@@ -43,7 +42,7 @@ def _no_hang() -> Iterator[None]:
 
 
 def load(path: Path, max_bad_share: float = 1.0, pairs: bool = False) -> tuple[Table, Examples]:
-    options = DataOptions(source=str(path), max_bad_share=max_bad_share)
+    options = make_options(source=str(path), max_bad_share=max_bad_share)
     table = read_table(options)
     return table, encode(table, federate(table, options, 0), WordProcessor(), options, pairs=pairs)
 

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 from make_parquet import draw_image, make_row, write_rows
 
-from fedvlm_jax.data.config import SPLITS, DataOptions
+from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.partitioning.federate import federate
-from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.tokenization import encode
 from fedvlm_jax.data.unique_images import unique_images
 from fedvlm_jax.errors import UserError
 
-LENIENT = DataOptions(max_bad_share=1.0)
+LENIENT = make_options("rows.parquet", max_bad_share=1.0)
 
 
 def make_examples(tmp_path, rows, processor, options=LENIENT):
@@ -78,8 +78,8 @@ def test_unusable_rows_are_skipped_with_their_reasons(tmp_path, processor):
 def test_too_many_unusable_rows_are_an_error_that_counts_them(tmp_path, processor):
     rows = [row(n, chosen="" if n < 2 else "box") for n in range(100)]
     with pytest.raises(UserError, match=r"2 of 100 rows cannot be used \(2 × empty answer\).*row 0 \(idx 0\)"):
-        make_examples(tmp_path, rows, processor, DataOptions())
-    assert len(make_examples(tmp_path, rows, processor, DataOptions(max_bad_share=0.02))[1]) == 98
+        make_examples(tmp_path, rows, processor, make_options("rows.parquet"))
+    assert len(make_examples(tmp_path, rows, processor, make_options("rows.parquet", max_bad_share=0.02))[1]) == 98
     with pytest.raises(UserError, match="none of the 1 rows"):
         make_examples(tmp_path, [row(0, chosen="")], processor)
 

@@ -114,4 +114,4 @@ def test_effort_is_equal_and_test_is_left_alone_before_the_end():
 def test_every_candidate_is_a_run_that_can_start(name):
     run = STUDY.make_run("search", STUDY.plan()["lang-20"], name, 0, (1e-3, 1e-3))
     validate(run)
-    assert bool(run.share) == (name in methods_emoji.PATTERNS)
+    assert (run.method == "share") == (name in methods_emoji.PATTERNS)

@@ -9,14 +9,14 @@ import pytest
 from made_table import as_lists, make_table
 from make_parquet import make_row, write_rows
 
-from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.partitioning.algorithms import cut_dirichlet, cut_quantity
+from fedvlm_jax.data.partitioning.emoji_topics import draw_mix
 from fedvlm_jax.data.partitioning.federate import federate
-from fedvlm_jax.data.sources.emoji import draw_mix
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.data_report import describe_data, word_findings
 
-ALL_TRAIN = DataOptions(source="made-up", validation_share=0, test_share=0)
+ALL_TRAIN = make_options(source="made-up", validation_share=0, test_share=0)
 NAMES = {
     "two hundred and fifty bytes": "k" * 250,
     "four thousand bytes": "名" * 1400,
@@ -63,22 +63,27 @@ def test_names_that_look_like_a_slip_are_told(tmp_path: Path) -> None:
     names = ["Zürich", "ZÜRICH", "nan", "b"]
     rows = [make_row(number, client=name, split="train") for number, name in enumerate(names)]
     rows.append(make_row(4, client="c" * 300, split="test"))
-    options = DataOptions(source=str(write_rows(tmp_path / "data" / "a.parquet", rows)))
+    options = make_options(source=str(write_rows(tmp_path / "data" / "a.parquet", rows)))
     findings = word_findings(describe_data(options, 0, tmp_path / "out"))
     assert "A client is called 'nan', as missing values are that were turned into text." in findings
     assert any("1 name is written in more than one way" in one and "'ZÜRICH' and 'Zürich'" in one for one in findings)
     assert (tmp_path / "out" / "data.png").stat().st_size
 
 
-COUNTS = ("images_per_client", "validation_per_client", "test_per_client", "min_examples", "max_prompt_tokens")
-COUNTS += ("max_answer_tokens", "classes_per_client", "clients", "limit")
+EMOJI = ("images_per_client", "validation_per_client", "test_per_client", "min_examples", "max_prompt_tokens")
+COUNTS = {
+    **dict.fromkeys((*EMOJI, "max_answer_tokens", "clients"), ("emoji", "natural")),
+    "limit": ("x.parquet", "natural"),
+    "classes_per_client": ("x.parquet", "pathological"),
+}
 
 
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("value", [-1, 2**31, 2**63, 2**64, 10**23, -(10**23)])
 def test_counts_that_cannot_be_are_one_line(name: str, value: int) -> None:
-    with pytest.raises(UserError, match=rf"^--data\.{name.replace('_', '-')} is {value}; expected a count of [01] to "):
-        DataOptions(source="x.parquet", **{name: value})
+    with pytest.raises(UserError, match=rf"^--data\.{name.replace('_', '-')} is {value}: it must be ") as caught:
+        make_options(*COUNTS[name], **{name: value})
+    assert "\n" not in str(caught.value)
 
 
 SHARES = ("held_out_clients", "validation_share", "test_share", "max_bad_share", "alpha")
@@ -87,8 +92,8 @@ SHARES = ("held_out_clients", "validation_share", "test_share", "max_bad_share",
 @pytest.mark.parametrize("name", SHARES)
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1.0, -1e-300, -1e308])
 def test_numbers_that_are_none_are_one_line(name: str, value: float) -> None:
-    with pytest.raises(UserError, match=rf"^--data\.{name.replace('_', '-')} is .*; expected ") as caught:
-        DataOptions(source="x.parquet", partition="dirichlet", **{name: value})
+    with pytest.raises(UserError, match=rf"^--data\.{name.replace('_', '-')} is .*: it must be ") as caught:
+        make_options("x.parquet", "dirichlet", **{name: value})
     assert "\n" not in str(caught.value)
 
 

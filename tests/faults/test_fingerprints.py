@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_run import StopAfter, StopError, make_folder, tiny_run
 
 from fedvlm_jax.cli.main import main
-from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.parquet_to_arrow import read_parquet
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.data.unique_images import digest_rows
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.report import write_report
@@ -172,7 +172,7 @@ def origin(tmp_path_factory):
         row["image"] = {"bytes": None, "path": f"{number}.png"}
     write_rows(place / "data" / "rows.parquet", rows)
     make_folder(place / "model")
-    data = DataOptions(source="data/rows.parquet", partition="iid", clients=2)
+    data = make_options(source="data/rows.parquet", partition="iid", clients=2)
     train = TrainOptions(rounds=2, local_steps=1, batch_size=2)
     with contextlib.chdir(place):
         run = tiny_run(Path("model"), place / "run", data=data, train=train, cohort=None)
@@ -208,11 +208,11 @@ def test_names_stay_names_and_paths_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert anchor(Run()) == Run()
     (tmp_path / "rows").mkdir()
-    data = DataOptions(source="rows", image_root=Path("pictures"))
+    data = make_options(source="rows", image_root=Path("pictures"))
     assert anchor(Run(data=data)).data.source == str(tmp_path / "rows")
     assert anchor(Run(data=data)).data.image_root == tmp_path / "pictures"
     assert anchor(anchor(Run(data=data))) == anchor(Run(data=data))
-    assert anchor(Run(data=DataOptions(source="nowhere"))).data.source == "nowhere"
+    assert anchor(Run(data=make_options(source="nowhere"))).data.source == "nowhere"
 
 
 def triple(place):
@@ -367,7 +367,7 @@ def test_data_and_model_may_move(place, monkeypatch):
     run = place / "run"
     with pytest.raises(UserError, match=r"data/rows\.parquet, .* is not there; if it has moved, .*--data PLACE"):
         federated_run.resume(run)
-    data = DataOptions(source="new-data/rows.parquet")
+    data = make_options(source="new-data/rows.parquet")
     monkeypatch.chdir(place)
     with pytest.raises(UserError, match=r"/model, .* is not there; if it has moved, .*--model PLACE"):
         federated_run.resume(run, places=Run(data=data))
@@ -376,13 +376,13 @@ def test_data_and_model_may_move(place, monkeypatch):
     assert [line["round"] for line in show.lines] == [2]
     stored = read_config(run).run
     assert (stored.data.source, stored.model) == (str(place / "new-data/rows.parquet"), str(place / "new-model"))
-    assert stored.data.partition == "iid"
+    assert stored.data.partition.kind == "iid"
     results = read_run(run).results
     assert evaluate.evaluate(run)["personal"] == results["personal"]
     (place / "new-data").rename(place / "data")
     with pytest.raises(UserError, match="is not there"):
         evaluate.evaluate(run)
-    federated_run.resume(run, places=Run(data=DataOptions(source="data/rows.parquet")))
+    federated_run.resume(run, places=Run(data=make_options(source="data/rows.parquet")))
     triple_then_evaluate(place, run)
 
 
@@ -397,7 +397,7 @@ def triple_then_evaluate(place, run):
 def test_moved_data_must_be_the_same(place):
     write_rows(place / "other.parquet", make_rows(24))
     with pytest.raises(UserError, match=r"the data, \S+other\.parquet, have another content"):
-        federated_run.resume(place / "run", places=Run(data=DataOptions(source=str(place / "other.parquet"))))
+        federated_run.resume(place / "run", places=Run(data=make_options(source=str(place / "other.parquet"))))
 
 
 def test_the_command_takes_places_and_no_other_options(place, capsys):

@@ -17,7 +17,7 @@ from made_up import write_comparison, write_run
 from tiny_run import StopError, make_folder
 
 from fedvlm_jax.cli.main import main
-from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting import report
 from fedvlm_jax.training import compare, evaluate, federated_run
@@ -278,7 +278,7 @@ def test_a_folder_in_another_encoding_is_told_where_paths_begin_in_it(tmp_path, 
     (tmp_path / CAFE / "data").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / CAFE)
     with pytest.raises(UserError, match=r"the path .*caf\\udce9/data' has bytes that are no UTF-8"):
-        anchor(Run(data=DataOptions(source="data")))
+        anchor(Run(data=make_options(source="data")))
     for name in (FOLDER, "HF_DATASETS_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / CAFE))
         with pytest.raises(UserError, match=r"the folder of caches .*caf\\udce9.* has bytes"):

@@ -10,20 +10,12 @@ import pytest
 
 from fedvlm_jax.cli._numbers import read_float, read_int
 from fedvlm_jax.cli.main import main
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training.config import Compare, Run
-from fedvlm_jax.training.number_ranges import LARGEST, LARGEST_SEED, check_numbers
 from fedvlm_jax.training.validation import validate, validate_comparison
 from fedvlm_jax.utils.cache_folders import BOUND, read_bound
-
-
-def list_options(kind: type, asked: type, prefix: str = "") -> Iterator[str]:
-    """Paths of all fields of a dataclass that take an `asked`, nested as deeply as they are."""
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from list_options(typing.cast(type, hint), asked, f"{prefix}{name}.")
-        elif hint is asked or asked in typing.get_args(hint):
-            yield prefix + name
+from fedvlm_jax.utils.option_ranges import LARGEST, LARGEST_SEED, check_ranges, list_options
 
 
 def change(options: Any, path: str, value: object) -> Any:
@@ -34,15 +26,31 @@ def change(options: Any, path: str, value: object) -> Any:
     return dataclasses.replace(options, **{name: after})
 
 
-COUNTS = [path for path in list_options(Run, int) if path != "seed"]
-FLOATS = list(list_options(Run, float))
+def list_paths(kind: type, asked: type, prefix: str = "") -> Iterator[str]:
+    """List the fields of a dataclass that take an `asked`, nested as deeply as they are."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from list_paths(typing.cast(type, hint), asked, f"{prefix}{name}.")
+        elif hint is asked or asked in typing.get_args(hint):
+            yield prefix + name
+
+
+COUNTS = [path for path in list_paths(Run, int) if path != "seed"]
+FLOATS = list(list_paths(Run, float))
 
 
 def test_the_options_are_found() -> None:
-    assert {"train.rounds", "cohort", "lora.ranks", "data.clients", "system.wave", "hyper.svd_every"} <= set(COUNTS)
-    assert {"data.alpha", "train.local_epochs", "lora.alpha", "system.cache_gib"} <= set(FLOATS)
-    assert len(COUNTS) >= 29
-    assert len(FLOATS) >= 25
+    assert {"train.rounds", "cohort", "lora.ranks", "data.min_examples", "system.wave"} <= set(COUNTS)
+    assert {"data.max_bad_share", "train.local_epochs", "lora.alpha", "system.cache_gib"} <= set(FLOATS)
+    assert len(COUNTS) >= 22
+    assert len(FLOATS) >= 18
+
+
+def test_numbers_of_the_chosen_method_and_of_its_data_have_ranges() -> None:
+    for run in (Run(), Run(method="pfedme", data=make_options("x.parquet", "dirichlet")), Run(method="fedrpca")):
+        for option in list_options(run):
+            if type(option.value) is float:
+                assert option.bounds, option.flag
 
 
 @pytest.mark.parametrize("value", [2**31, 2**63, 2**64, 10**30, -(2**63)])
@@ -55,7 +63,7 @@ def test_no_count_is_larger_than_devices_count(path: str, value: int) -> None:
 
 
 def test_no_batch_is_larger_than_memory() -> None:
-    with pytest.raises(UserError, match=r"--evaluation\.batch-size is 65537: it must be 65536 or fewer"):
+    with pytest.raises(UserError, match=r"--evaluation\.batch-size is 65537: .* at most 65536"):
         validate(change(Run(), "evaluation.batch_size", 2**16 + 1))
 
 
@@ -65,8 +73,8 @@ def test_no_number_is_none(path: str) -> None:
         validate(change(Run(), path, math.nan))
 
 
-@pytest.mark.parametrize("path", [path for path in FLOATS if path != "data.alpha"])
-def test_only_alpha_may_be_infinite(path: str) -> None:
+@pytest.mark.parametrize("path", FLOATS)
+def test_no_number_is_infinite(path: str) -> None:
     with pytest.raises(UserError, match="--" + path.replace("_", "-")):
         validate(change(Run(), path, math.inf))
 
@@ -81,7 +89,7 @@ def test_no_cache_has_more_bytes_than_a_number_can_say(gib: str, monkeypatch: py
 
 
 def test_seeds_are_those_that_jax_can_tell_apart() -> None:
-    check_numbers(Run(seed=LARGEST_SEED))
+    check_ranges(Run(seed=LARGEST_SEED))
     with pytest.raises(UserError, match=f"--seed is {2**32}: it must be a whole number of at most {LARGEST_SEED}"):
         validate(Run(seed=2**32))
     with pytest.raises(UserError, match="--seed is -1"):

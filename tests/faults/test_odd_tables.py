@@ -16,10 +16,9 @@ from malformed import LOST, replace_column
 from words import WordProcessor
 
 import fedvlm_jax
-from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.image_decoding import BrokenImageError
 from fedvlm_jax.data.partitioning.federate import federate
-from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.table import UNREADABLE, Table
 from fedvlm_jax.data.tokenization import Examples, encode
 from fedvlm_jax.data.unique_images import unique_images
@@ -41,7 +40,7 @@ def read(folder: Path, column: str, values: pa.Array) -> Table:
 
 
 def encode_file(path: Path, **choices: Any) -> Examples:
-    options = DataOptions(source=str(path), **choices)
+    options = make_options(source=str(path), **choices)
     table = read_table(options)
     return encode(table, federate(table, options, 0), WordProcessor(), options)
 
@@ -98,7 +97,7 @@ def test_no_number_makes_no_client(tmp_path: Path) -> None:
     """Polars and numpy write NaN where pandas writes null."""
     table = read(tmp_path, "site", pa.array([1.5, float("nan"), None, 2.5]))
     assert table.read_text("site") == ["1.5", None, None, "2.5"]
-    options = DataOptions(source=table.name, partition_by="site", validation_share=0, test_share=0)
+    options = make_options(source=table.name, partition_by="site", validation_share=0, test_share=0)
     federation = federate(table, options, 0)
     assert federation.names == ("1.5", "2.5")
     assert [(entry.row, entry.reason) for entry in federation.skipped] == [(1, "no site"), (2, "no site")]
@@ -177,7 +176,7 @@ def test_classes_keep_their_names(tmp_path: Path) -> None:
     table = read_table(str(write(tmp_path, make_labelled([1, 0, -1, None], ["Ward 3", "東京"]))))
     assert table.read_text("client") == ["東京", "Ward 3", None, None]
     assert table.read_text("kind") == ["東京", "Ward 3", None, None]
-    options = DataOptions(source=str(tmp_path), validation_share=0, test_share=0)
+    options = make_options(source=str(tmp_path), validation_share=0, test_share=0)
     assert federate(table, options, 0).names == ("Ward 3", "東京")
 
 
@@ -354,7 +353,7 @@ class _Refusing(WordProcessor):
 
 def test_a_question_that_the_processor_refuses_costs_its_own_row(tmp_path: Path) -> None:
     rows = [*make_rows(20), make_row(20, question="<OD> find the car")]
-    options = DataOptions(source=str(write_rows(tmp_path / "a.parquet", rows)), max_bad_share=0.1)
+    options = make_options(source=str(write_rows(tmp_path / "a.parquet", rows)), max_bad_share=0.1)
     table = read_table(options)
     examples = encode(table, federate(table, options, 0), _Refusing(), options)
     (skipped,) = examples.skipped

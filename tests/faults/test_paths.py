@@ -10,10 +10,9 @@ import pytest
 from make_parquet import draw_image, make_row, write_rows
 from malformed import LOST, OUTSIDE
 
-from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.image_decoding import BrokenImageError
 from fedvlm_jax.data.safe_paths import OutsideError, read_below
-from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.example_cards import read_cards
@@ -44,7 +43,7 @@ def places(tmp_path: Path) -> tuple[Path, Path]:
 
 def open_table(data: Path, path: str, **options: object) -> Table:
     write_rows(data / "a.parquet", [make_row(0, image={"bytes": None, "path": path})])
-    return read_table(DataOptions(source=str(data), **options))
+    return read_table(make_options(source=str(data), **options))
 
 
 CASES: dict[str, tuple[Callable[[Path, Path], str], str | int]] = {

@@ -16,11 +16,11 @@ from malformed import make_png
 from PIL import Image, ImageCms
 
 from fedvlm_jax.data import image_decoding
-from fedvlm_jax.data.config import MAX_IMAGE_PIXELS, DataOptions
+from fedvlm_jax.data.config import MAX_IMAGE_PIXELS
 from fedvlm_jax.data.dataset_summary import describe
 from fedvlm_jax.data.image_decoding import BrokenImageError, decode_picture
 from fedvlm_jax.data.partitioning.federate import federate
-from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.unique_images import unique_images
 from fedvlm_jax.errors import UserError
 
@@ -431,7 +431,7 @@ def test_a_picture_takes_no_more_memory_than_it_is_given_room_for(mode: str, kin
     assert width * height < peak < image_decoding.BYTES_PER_PIXEL * width * height + 2**20 * 9  # a band's own arrays
 
 
-SPREAD = DataOptions(max_bad_share=1.0)
+SPREAD = make_options("rows.parquet", max_bad_share=1.0)
 
 
 def test_images_beyond_the_bound_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +440,7 @@ def test_images_beyond_the_bound_are_not_decoded(tmp_path: Path, monkeypatch: py
     reason = "image of more than 2,999 pixels (--data.max-image-pixels)"
 
     def find(bound: int) -> dict[int, str]:
-        table = read_table(DataOptions(source=path, max_image_pixels=bound))
+        table = read_table(make_options(source=path, max_image_pixels=bound))
         return unique_images(table, range(4))[0].find_broken()
 
     assert find(MAX_IMAGE_PIXELS) == {}
@@ -455,7 +455,7 @@ def test_images_beyond_the_bound_are_not_decoded(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("bound", [0, -1, 2**63, 2 * MAX_IMAGE_PIXELS + 1])
 def test_bounds_that_cannot_be_are_refused(bound: int) -> None:
     with pytest.raises(UserError, match=rf"--data\.max-image-pixels is {bound}; expected 1 to 178956970"):
-        DataOptions(max_image_pixels=bound)
+        make_options("rows.parquet", max_image_pixels=bound)
 
 
 def test_threads_share_a_bound_of_memory() -> None:
@@ -490,7 +490,7 @@ def test_a_leak_shows_though_a_picture_was_saved_anew(tmp_path: Path) -> None:
     rows = [make_row(n, client="ab"[n % 2], split="train") for n in range(4)]
     rows.append(make_row(4, client="a", split="train", image={"bytes": draw_image(4), "path": None}))
     rows.append(make_row(5, client="a", split="test", image={"bytes": again, "path": None}))
-    options = DataOptions(source=str(write_rows(tmp_path / "a.parquet", rows)))
+    options = make_options(source=str(write_rows(tmp_path / "a.parquet", rows)))
     table = read_table(options)
     federation = federate(table, options, 0)
     found = {

@@ -15,7 +15,8 @@ from fedvlm_jax.federation.cohort import choose_layout, draw_cohort, draw_turnou
 from fedvlm_jax.federation.compiled import make_programs
 from fedvlm_jax.federation.participation import ParticipationOptions
 from fedvlm_jax.federation.simulator import Driver
-from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
+from fedvlm_jax.methods.config import LocalOptions, ServerOptions
+from fedvlm_jax.methods.zoo import pfedme
 
 SMALL = st.integers(0, 50)
 CHANCE = st.floats(0, 1)
@@ -187,7 +188,7 @@ KINDS = {
     "control variates": ("fedavg-lora", {"local": LocalOptions(scaffold=True)}),
     "a base that moves": ("flora", {}),
     "a second model": ("ditto", {}),
-    "local rounds": ("pfedme", {"hyper": HyperOptions(pfedme_inner=2)}),
+    "local rounds": ("pfedme", {"options": pfedme.Options(inner=2)}),
     "downloads of one's own": ("fedmosaic", {}),
     "two stages": ("feddpa-t", {}),
     "another average": ("hetlora", {}),

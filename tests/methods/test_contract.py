@@ -14,8 +14,9 @@ from toy import RATES, WIDTH, make_cohort, make_method, run_round, start_states,
 from fedvlm_jax import lora
 from fedvlm_jax.distributed.sharding import make_mesh, replicate
 from fedvlm_jax.federation.round import make_round, start_personal
-from fedvlm_jax.methods.base import Context, is_factor
-from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
+from fedvlm_jax.methods.base import AVERAGING, Context, is_factor
+from fedvlm_jax.methods.config import LocalOptions, ServerOptions, find_method_options, list_method_flags
+from fedvlm_jax.methods.zoo import fedrpca
 from fedvlm_jax.training.config import methods_available
 from fedvlm_jax.utils import tree
 
@@ -51,7 +52,7 @@ LIKE_LOCAL = (
 BEGIN_ANEW = ("flexlora", "plora-reset-a")
 """Those of them whose second round begins with another basis, or another A, than the first ended with."""
 
-CHOICES = {"fedrpca": {"hyper": HyperOptions(rpca_beta=1.0)}}  # above 1 it amplifies, with one client too
+CHOICES = {"fedrpca": {"options": fedrpca.Options(beta=1.0)}}  # above 1 it amplifies, with one client too
 
 
 INPUTS = np.random.default_rng(5).normal(size=(7, WIDTH)).astype(np.float32)
@@ -622,13 +623,14 @@ def test_rules_make_methods():
     assert list(tree.flatten(out.messages)) == ["decoder/fc2/b"]
 
 
-def change(option):
+def change(name, option):
     """Choices for `make_method` in which an option is not at its default."""
-    group, _, name = option.partition(".")
-    if group == "hyper":
-        default = getattr(HyperOptions(), name)
+    if option.startswith("--method."):
+        default = find_method_options(name)()
+        field = next(f for f in dataclasses.fields(default) if option == f"--method.{f.name.rstrip('_')}")
         kinds = {bool: lambda x: not x, int: lambda x: x // 2, float: lambda x: 1 - x / 2}
-        return {"hyper": HyperOptions(**{name: kinds[type(default)](default)})}
+        value = kinds[type(field.default)](field.default)
+        return {"options": dataclasses.replace(default, **{field.name: value})}
     return {
         "server": {"server": ServerOptions(optimizer="adam", learning_rate=0.1)},
         "local.proximal": {"local": LocalOptions(proximal=0.5)},
@@ -640,10 +642,10 @@ def change(option):
 @pytest.mark.parametrize("name", each(methods_available()))
 def test_what_a_method_takes_it_reads(name):
     """An option that it says it takes changes what is computed: the traced programs or their order."""
-    declared = make_method(name)[3].takes
+    declared = [*(set(AVERAGING) - make_method(name)[3].refuses.keys()), *list_method_flags(name)]
     default = trace_rounds(name, optimizer="sgd")
     for option in declared:
-        reads = trace_rounds(name, optimizer="sgd", **change(option)) != default
+        reads = trace_rounds(name, optimizer="sgd", **change(name, option)) != default
         assert reads, f"{name} says that it takes {option}, which changes nothing in its rounds"
 
 

@@ -33,7 +33,7 @@ def test_it_shares_what_it_says(case):
 
 
 def test_it_declares_what_its_average_takes(case):
-    assert declare(case.name, Run()).takes == {"server", "local.proximal", "local.scaffold", "lora.ranks"}
+    assert declare(case.name, Run()).refuses == {}
 
 
 @pytest.mark.parametrize(

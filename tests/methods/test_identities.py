@@ -20,7 +20,8 @@ from fedvlm_jax.federation.compiled import make_programs
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.methods.components.norms import leaf_name
 from fedvlm_jax.methods.components.server_optimizers import make_server_optimizer
-from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
+from fedvlm_jax.methods.config import LocalOptions, ServerOptions
+from fedvlm_jax.methods.zoo import ditto, pfedme
 
 pytestmark = pytest.mark.broad
 
@@ -59,7 +60,7 @@ def test_fedprox_without_a_pull_is_fedavg(averaged):
 
 
 def test_ditto_without_a_pull_is_local():
-    assert_same_use(World("ditto", hyper=HyperOptions(ditto_lambda=0.0)).run(), World("local").run())
+    assert_same_use(World("ditto", options=ditto.Options(lambda_=0.0)).run(), World("local").run())
 
 
 def test_fedavgm_without_momentum_is_fedavg(averaged):
@@ -210,8 +211,8 @@ def test_pulls_pull_towards_and_have_a_gradient():
     """
     start = as_theta(World("local").adapter)
     prox = [World("fedavg-lora", rounds=1, local=LocalOptions(proximal=mu)).run()[0].trained for mu in (0.0, 1.0, 4.0)]
-    ditto = [World("ditto", rounds=1, hyper=HyperOptions(ditto_lambda=x)).run()[0].adapters for x in (0.0, 1.0, 4.0)]
-    moreau = [World("pfedme", rounds=1, hyper=HyperOptions(pfedme_lambda=x)).run()[0].adapters for x in (0.1, 1.0, 4.0)]
+    ditto = [World("ditto", rounds=1, options=ditto.Options(lambda_=x)).run()[0].adapters for x in (0.0, 1.0, 4.0)]
+    moreau = [World("pfedme", rounds=1, options=pfedme.Options(lambda_=x)).run()[0].adapters for x in (0.1, 1.0, 4.0)]
     for adapters in (prox, ditto, moreau):
         far, nearer, nearest = (distance(one, start) for one in adapters)
         assert far > 1.05 * nearer > 1.1 * nearest

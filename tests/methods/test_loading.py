@@ -45,7 +45,7 @@ def write(tmp_path, monkeypatch):
     [
         ("without_make", "", r"methods/zoo/without_make.py defines no make\(setup\)"),
         ("misnamed", GOOD, "a method named 'mine': it must have its file's name, 'misnamed'"),
-        ("misread", GOOD.replace('"mine"', '"misread"').replace("Parts(", "Parts(reads=('hyper.mu',), "), "hyper.mu; "),
+        ("mine", GOOD.replace("Parts(", "Parts(refuses={'server.mu': 'no'}, "), "server.mu; "),
     ],
 )
 def test_what_a_file_must_say(write, stem, text, message):

@@ -17,7 +17,20 @@ from linear_world import KEY, RANK, SHAPES, World, as_theta, assert_close
 from fedvlm_jax import lora
 from fedvlm_jax.methods.base import Context, Setup
 from fedvlm_jax.methods.components import heterogeneous_ranks, personalized_download
-from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
+from fedvlm_jax.methods.config import LocalOptions, ServerOptions
+from fedvlm_jax.methods.zoo import (
+    apfl,
+    ce_lora,
+    ditto,
+    feddpa_f,
+    feddpa_t,
+    fedmosaic,
+    fedrpca,
+    fedsvd,
+    flexlora,
+    lora_fair,
+    pfedme,
+)
 from fedvlm_jax.methods.zoo.fedrpca import split
 from fedvlm_jax.training.config import Run, methods_available
 from fedvlm_jax.training.method_options import declare
@@ -90,7 +103,7 @@ def test_rolora_freezes_what_its_round_does_not_train():
 @pytest.mark.parametrize("even", [False, True])
 def test_flexlora(even):
     """Factors of an SVD have free signs, so what is compared is what they compute, and the lengths of A's rows."""
-    world = World("flexlora", rounds=3, hyper=HyperOptions(flex_even=even))
+    world = World("flexlora", rounds=3, options=flexlora.Options(even=even))
     history = assert_rounds(world, papers.flexlora(world.problem(), even), shared=False)
     for layer in SHAPES:
         site = history[-1].server["shared"][layer]["fc"]
@@ -99,12 +112,12 @@ def test_flexlora(even):
 
 
 def test_lora_fair():
-    world = World("lora-fair", hyper=HyperOptions(fair_lambda=0.05))
+    world = World("lora-fair", options=lora_fair.Options(lambda_=0.05))
     assert_rounds(world, papers.lora_fair(world.problem(), 0.05))
 
 
 def test_fedsvd_over_a_renewal():
-    world = World("fedsvd", rounds=3, hyper=HyperOptions(svd_every=2))
+    world = World("fedsvd", rounds=3, options=fedsvd.Options(every=2))
     history = assert_rounds(world, papers.fedsvd(world.problem(), 2), shared=False)
     for found, renewed in zip(history, (False, True, True), strict=True):
         for layer in SHAPES:
@@ -180,7 +193,7 @@ def test_higher_ranks_outlive_rounds_without_them(name):
 def test_flexlora_keeps_what_lies_beyond_the_ranks_of_a_round(even):
     """Rounds of low ranks alone change the first direction's part of the product, and nothing of the rest."""
     turns = [HIGH, LOW, LOW, ALL, LOW, HIGH]
-    world = World("flexlora", ranks=(1, 2, 1), rounds=len(turns), hyper=HyperOptions(flex_even=even))
+    world = World("flexlora", ranks=(1, 2, 1), rounds=len(turns), options=flexlora.Options(even=even))
     wanted = papers.flexlora(world.problem(), even, turns)
     for found, want in zip(assert_rounds(world, wanted, shared=False, turns=turns), wanted, strict=True):
         for layer in SHAPES:
@@ -257,13 +270,13 @@ def test_scaffold(name):
 
 
 def test_ditto():
-    world = World("ditto", hyper=HyperOptions(ditto_lambda=0.6))
+    world = World("ditto", options=ditto.Options(lambda_=0.6))
     assert_rounds(world, personal.ditto(world.problem(), 0.6))
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_apfl(adaptive):
-    world = World("apfl", hyper=HyperOptions(apfl_alpha=0.4, apfl_adaptive=adaptive))
+    world = World("apfl", options=apfl.Options(alpha=0.4, adaptive=adaptive))
     assert_rounds(world, personal.apfl(world.problem(), 0.4, adaptive))
 
 
@@ -271,7 +284,7 @@ def test_pfedme():
     """Two inner steps on one batch, twice: exactly the paper's algorithm."""
     world = World(
         "pfedme", groups=2, straggler=False,
-        hyper=HyperOptions(pfedme_lambda=2.0, pfedme_inner=2, pfedme_rate=0.3, pfedme_beta=0.7),
+        options=pfedme.Options(lambda_=2.0, inner=2, rate=0.3, beta=0.7),
     )  # fmt: skip
     assert_rounds(world, personal.pfedme(world.problem(), 2.0, 2, 0.3, 0.7))
 
@@ -279,7 +292,7 @@ def test_pfedme():
 def test_pfedme_as_its_authors_code_has_it():
     """Every round begins with θ at w; that is another model from the second round on."""
     choices = {"pfedme_lambda": 2.0, "pfedme_inner": 2, "pfedme_rate": 0.3}
-    world = World("pfedme", groups=2, straggler=False, rounds=3, hyper=HyperOptions(**choices, pfedme_restart=True))
+    world = World("pfedme", groups=2, straggler=False, rounds=3, options=pfedme.Options(**choices, restart=True))
     wanted = personal.pfedme(world.problem(), 2.0, 2, 0.3, 1.0, restart=True)
     assert_rounds(world, wanted)
     kept = personal.pfedme(world.problem(), 2.0, 2, 0.3, 1.0)
@@ -288,20 +301,20 @@ def test_pfedme_as_its_authors_code_has_it():
 
 def test_feddpa_t():
     """Half of a client's own steps are the local pair's; of three steps, one."""
-    world = World("feddpa-t", hyper=HyperOptions(dpa_alpha=0.4))
+    world = World("feddpa-t", options=feddpa_t.Options(alpha=0.4))
     assert_rounds(world, personal.feddpa(world.problem(), 0.4, lambda number, steps: steps // 2))
 
 
 def test_feddpa_t_as_its_authors_code_has_it():
     """All steps for the global pair in every round, and from the second one on for the local pair before it."""
-    world = World("feddpa-t", rounds=3, hyper=HyperOptions(dpa_alpha=0.4, dpa_whole=True))
+    world = World("feddpa-t", rounds=3, options=feddpa_t.Options(alpha=0.4, whole=True))
     wanted = personal.feddpa(world.problem(), 0.4, lambda number, steps: steps if number > 1 else 0, whole=True)
     assert_rounds(world, wanted)
 
 
 def test_feddpa_f():
     """The first of two rounds is the global pair's, the second the local one's."""
-    world = World("feddpa-f", hyper=HyperOptions(dpa_alpha=0.4, dpa_local=0.5))
+    world = World("feddpa-f", options=feddpa_f.Options(alpha=0.4, local=0.5))
     assert_rounds(world, personal.feddpa(world.problem(), 0.4, lambda number, steps: steps if number == 2 else 0))
 
 
@@ -313,13 +326,13 @@ ATTENDANCE = pytest.mark.parametrize("turns", [None, COMING], ids=["all", "comin
 
 @ATTENDANCE
 def test_fedmosaic(turns):
-    world = World("fedmosaic", rounds=len(turns or "12"), hyper=HyperOptions(mosaic_weight=0.3, mix_temperature=0.4))
+    world = World("fedmosaic", rounds=len(turns or "12"), options=fedmosaic.Options(weight=0.3, temperature=0.4))
     assert_rounds(world, personal.fedmosaic(world.problem(), 0.3, 0.4, turns), turns=turns)
 
 
 @ATTENDANCE
 def test_ce_lora(turns):
-    world = World("ce-lora", rounds=len(turns or "12"), hyper=HyperOptions(mix_temperature=0.4))
+    world = World("ce-lora", rounds=len(turns or "12"), options=ce_lora.Options(temperature=0.4))
     assert_rounds(world, personal.ce_lora(world.problem(), 0.4, turns), turns=turns)
 
 
@@ -355,12 +368,12 @@ def test_fedalt(turns):
 
 def test_fedrpca():
     """Of data for which the minimum is sharp: of three columns it is flat now and then, and any point of it right."""
-    world = World("fedrpca", seed=2, hyper=HyperOptions(rpca_beta=2.0, rpca_steps=1000))
+    world = World("fedrpca", seed=2, options=fedrpca.Options(beta=2.0, steps=1000))
     assert_rounds(world, papers.fedrpca(world.problem(), 2.0))
 
 
 def test_fedrpca_of_beta_one_is_the_plain_mean():
-    world = World("fedrpca", hyper=HyperOptions(rpca_beta=1.0))
+    world = World("fedrpca", options=fedrpca.Options(beta=1.0))
     assert_rounds(world, papers.fedavg_lora(world.problem()))
 
 

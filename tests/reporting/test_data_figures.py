@@ -9,7 +9,7 @@ import pytest
 from make_parquet import make_row, write_rows
 from rlaif_form import Form, write_folder
 
-from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting import data_report
 from fedvlm_jax.reporting.figures.data_figures import draw_data
@@ -35,7 +35,7 @@ def find_table(tables: list[Table], title: str) -> Table:
 
 
 def test_files_tables_and_warnings(tmp_path: Path) -> None:
-    options = DataOptions(source=str(make_leak(tmp_path)))
+    options = make_options(source=str(make_leak(tmp_path)))
     notes: list[str] = []
     found = data_report.describe_data(options, 3, tmp_path / "out", note=notes.append)
     assert json.loads((tmp_path / "out" / "data.json").read_text()) == json.loads(json.dumps(found))
@@ -58,14 +58,14 @@ def test_files_tables_and_warnings(tmp_path: Path) -> None:
 
 def test_all_is_well_is_silent(tmp_path: Path) -> None:
     rows = [make_row(n, client="ab"[n % 2], split=("train", "test")[n // 2 % 2]) for n in range(8)]
-    found = data_report.describe_data(DataOptions(source=str(write_rows(tmp_path / "a.parquet", rows))), 0, tmp_path)
+    found = data_report.describe_data(make_options(source=str(write_rows(tmp_path / "a.parquet", rows))), 0, tmp_path)
     assert data_report.find_leaks(found) == []
     assert data_report.word_findings(found) == []
 
 
 def test_what_a_run_would_stumble_over_is_said(tmp_path: Path) -> None:
     write_folder(tmp_path / "rows", Form(rows=60, spoil={"empty answer": 2}))
-    found = data_report.describe_data(DataOptions(source=str(tmp_path / "rows")), 0, tmp_path)
+    found = data_report.describe_data(make_options(source=str(tmp_path / "rows")), 0, tmp_path)
     first, second = data_report.word_findings(found)
     assert first.startswith("2 of 60 rows cannot be used, more than --data.max-bad-share 0.01")
     assert second.startswith("2 clients have nothing to be tested on: made-up-attic, made-up-garden.")
@@ -76,7 +76,7 @@ def test_what_a_run_would_stumble_over_is_said(tmp_path: Path) -> None:
 
 def test_bad_data_are_one_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a named data set nor a path"):
-        data_report.describe_data(DataOptions(source="nowhere"), 0, tmp_path / "out")
+        data_report.describe_data(make_options(source="nowhere"), 0, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training.config import (
     Compare,
@@ -30,7 +30,7 @@ UNUSUAL = Run(
     cohort=7,
     out=Path("runs/größer"),
     objective="sft+dpo",
-    data=DataOptions(alpha=math.inf, languages=("ja", "zh")),
+    data=make_options(alpha=math.inf, languages=("ja", "zh")),
     preference=PreferenceOptions(beta=0.3, variant="length-normalised", label_smoothing=0.1, sft_weight=0.5),
     train=TrainOptions(learning_rate_a=0.1 + 0.2, decay=1.0, optimizer="sgd"),
     system=SystemOptions(wave=3, cache="disk", cache_dir=Path("cache")),

@@ -9,7 +9,7 @@ from make_parquet import make_rows, write_rows
 from PIL import Image
 from tiny_run import tiny_run
 
-from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training import example_outputs, federated_run
 from fedvlm_jax.training.config import TrainOptions
@@ -76,7 +76,7 @@ def test_none_are_stored_where_none_are_asked_for_or_test_is_left_alone(model, s
 @pytest.mark.slow
 def test_parquet_too(model, tmp_path):
     write_rows(tmp_path / "rows.parquet", make_rows(40))
-    data = DataOptions(source=str(tmp_path / "rows.parquet"))
+    data = make_options(source=str(tmp_path / "rows.parquet"))
     folder = federated_run.train(tiny_run(model, tmp_path / "run", data=data, cohort=None, train=TRAIN))
     told = read(folder)
     assert 0 < len(told) <= 12

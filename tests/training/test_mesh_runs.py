@@ -12,7 +12,7 @@ import pytest
 from make_parquet import make_row, write_rows
 from tiny_run import assert_same_adapters, read_adapters, tiny_run
 
-from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.config import EvaluationOptions, SystemOptions, TrainOptions, to_json
 from fedvlm_jax.training.run_dir.reader import read_run
@@ -44,7 +44,7 @@ def make_case(name, folder):
     if name == "plora":
         return {}
     if name == "flora":
-        return {"objective": "dpo", "data": DataOptions(source=str(make_pairs(folder))), "cohort": None}
+        return {"objective": "dpo", "data": make_options(source=str(make_pairs(folder))), "cohort": None}
     evaluation = EvaluationOptions(every=2, max_answer_tokens=4, batch_size=6, neighbours=2, cross_clients=True)
     return {"train": train, "evaluation": evaluation}
 

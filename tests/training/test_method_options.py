@@ -11,12 +11,15 @@ from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.participation import ParticipationOptions
 from fedvlm_jax.federation.round import RoundOutput, make_round, to_waves
-from fedvlm_jax.methods import Method
-from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
-from fedvlm_jax.methods.rule_based import AVERAGING
+from fedvlm_jax.methods import Method, Setup
+from fedvlm_jax.methods.base import AVERAGING
+from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions, find_method_options, list_method_flags
+from fedvlm_jax.methods.rule_based import Options as Rule
+from fedvlm_jax.methods.zoo import apfl, ce_lora, ditto, feddpa_t, fedrpca, lora_fair
 from fedvlm_jax.training.config import Compare, LoraOptions, Run, TrainOptions, methods_available
-from fedvlm_jax.training.method_options import RANGES, check_rule, declare, for_method
+from fedvlm_jax.training.method_options import check_rule, declare, for_method
 from fedvlm_jax.training.validation import validate, validate_comparison
+from fedvlm_jax.utils.option_ranges import list_options
 
 SGD = TrainOptions(optimizer="sgd")
 ADAM = ServerOptions(optimizer="adam", learning_rate=0.01)
@@ -28,9 +31,7 @@ SCAFFOLD = LocalOptions(scaffold=True)
     ("run", "expected"),
     [
         (Run(method="share"), "--method share needs its rule: add --share REGEX"),
-        (Run(method="local", share="b$"), "leave out --method local, or leave out --share"),
-        (Run(method="plora", share="b$"), "leave out --method plora"),  # though it is the default
-        (Run(share="(b"), r"--share '\(b' is not a regular expression"),
+        (Run(method="share", method_options=Rule("(b")), r"--share '\(b' is not a regular expression"),
         (Run(method="shar"), "did you mean share"),
         (Run(local=SCAFFOLD), "--train.optimizer sgd"),
         (Run(local=LocalOptions(scaffold=True, proximal=0.1), train=SGD), "exclude each other"),
@@ -56,16 +57,13 @@ SCAFFOLD = LocalOptions(scaffold=True)
         (Run(server=ServerOptions(optimizer="momentum", epsilon=0.1)), "--server.epsilon means nothing to"),
         (Run(server=ServerOptions(learning_rate=0)), "--server.learning-rate is 0: it must be above 0"),
         (
-            Run(hyper=HyperOptions(ditto_lambda=1.0)),
-            "--hyper.ditto-lambda means nothing to --method plora: .* use ditto",
+            Run(method_options=ditto.Options(1.0)),
+            r"Options\(lambda_=1.0\) are the numbers of another method",
         ),
-        (Run(method="apfl", hyper=HyperOptions(apfl_alpha=1.5)), "--hyper.apfl-alpha is 1.5: it must be from 0 to 1"),
-        (
-            Run(method="ce-lora", hyper=HyperOptions(mix_temperature=0)),
-            "--hyper.mix-temperature is 0: it must be above",
-        ),
-        (Run(hyper=HyperOptions(mix_temperature=2)), "use ce-lora or fedmosaic"),
-        (Run(method="fedrpca", hyper=HyperOptions(rpca_beta=float("nan"))), "--hyper.rpca-beta is nan"),
+        (Run(method="apfl", method_options=apfl.Options(1.5)), "--method.alpha is 1.5: it must be from 0 to 1"),
+        (Run(method="ditto", method_options=ditto.Options(-1.0)), "--method.lambda is -1.0: it must be 0 or more"),
+        (Run(method="ce-lora", method_options=ce_lora.Options(0)), "--method.temperature is 0: it must be above 0"),
+        (Run(method="fedrpca", method_options=fedrpca.Options(beta=float("nan"))), "--method.beta is nan"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(run: Run, expected: str) -> None:
@@ -77,13 +75,12 @@ def test_what_makes_no_sense_is_refused_with_the_reason(run: Run, expected: str)
 @pytest.mark.parametrize(
     "run",
     [
-        Run(share="decoder/.*/b$"),
-        Run(method="share", share="b$", server=ADAM, local=LocalOptions(proximal=0.1), lora=RANKS),
+        Run(method="share", method_options=Rule("b$"), server=ADAM, local=LocalOptions(proximal=0.1), lora=RANKS),
         Run(method="rolora", local=SCAFFOLD, train=SGD),
         Run(method="hetlora", lora=RANKS, server=ADAM),
         Run(method="flora", lora=RANKS),
         Run(method="local", lora=RANKS),
-        Run(method="lora-fair", local=LocalOptions(proximal=0.1), hyper=HyperOptions(fair_lambda=1.0)),
+        Run(method="lora-fair", local=LocalOptions(proximal=0.1), method_options=lora_fair.Options(1.0)),
         Run(server=ServerOptions(optimizer="yogi", beta2=0.9, epsilon=0.01)),
     ],
 )
@@ -91,25 +88,32 @@ def test_what_makes_sense_is_let_through(run: Run) -> None:
     validate(run)
 
 
-def test_a_rule_alone_is_a_method() -> None:
-    assert Run().method == "plora"
-    assert Run(share="b$").method == "share"
-    assert Run(method="plora", share="b$").method == "plora"  # and is refused, above
+def test_a_method_has_its_numbers_where_none_are_given() -> None:
+    assert type(Run().method_options) is MethodOptions
+    assert Run(method="ditto").method_options == ditto.Options()
+    assert dataclasses.replace(Run(), method="apfl").method_options == apfl.Options()
+
+
+@pytest.mark.parametrize("name", [*methods_available(), "share"])
+def test_the_flags_of_a_file_are_the_numbers_of_its_method(name: str) -> None:
+    options = list_options(find_method_options(name)(), "method")
+    assert [option.flag for option in options] == list(list_method_flags(name))
 
 
 @pytest.mark.parametrize(
     ("comparison", "expected"),
     [
         (Compare(methods=("local", "share")), "--methods share needs its rule"),
-        (Compare(methods=("local", "plora"), base=Run(share="b$")), "compare share too"),
         (
             Compare(methods=("local",), base=Run(server=ADAM)),
             "--server.optimizer means nothing to any of --methods local",
         ),
         (Compare(methods=("plora", "flora+ft"), base=Run(server=ADAM)), "does not go with --methods flora, because"),
+        (Compare(methods=("plora",), method_options={"ditto": ditto.Options()}), "numbers of ditto, which is not comp"),
+        (Compare(methods=("plora",), method_options={"plora": ditto.Options()}), "are the numbers of another method"),
         (
-            Compare(methods=("plora",), base=Run(hyper=HyperOptions(svd_every=3))),
-            "to any of --methods plora: .* fedsvd",
+            Compare(methods=("ditto",), method_options={"ditto": ditto.Options(-1)}),
+            "--method.ditto.lambda is -1: it must be 0 or more",
         ),
     ],
 )
@@ -119,16 +123,14 @@ def test_in_a_comparison_it_must_hold_for_every_method(comparison: Compare, expe
 
 
 def test_a_comparison_hands_every_method_its_own_options_alone() -> None:
-    base = Run(share="b$", hyper=HyperOptions(ditto_lambda=2.0, dpa_alpha=0.9))
+    options = {"share": Rule("b$"), "ditto": ditto.Options(2.0), "feddpa-t": feddpa_t.Options(alpha=0.9)}
     names = ("local", "share", "share+ft", "ditto", "feddpa-t")
-    validate_comparison(Compare(methods=names, base=base))
-    runs = {name: for_method(base, name) for name in ("local", "share", "ditto", "feddpa-t")}
+    validate_comparison(Compare(methods=names, method_options=options))
+    runs = {name: for_method(Run(), name, options.get(name)) for name in ("local", "share", "ditto", "feddpa-t")}
     for name, run in runs.items():
         validate(run)  # what `train` does with each of them
         assert run.method == name
-    assert [run.share for run in runs.values()] == ["", "b$", "", ""]
-    assert [run.hyper.ditto_lambda for run in runs.values()] == [0.1, 0.1, 2.0, 0.1]
-    assert runs["feddpa-t"].hyper.dpa_alpha == 0.9
+    assert [run.method_options for run in runs.values()] == [MethodOptions(), *options.values()]
 
 
 def test_local_training_is_compared_with_whatever_the_server_does() -> None:
@@ -156,19 +158,11 @@ def test_weights_are_for_methods_that_weigh_by_them() -> None:
 
 
 def test_every_number_beside_a_method_has_its_range() -> None:
-    groups = {"local": LocalOptions(), "server": ServerOptions(), "hyper": HyperOptions()}
-    numbers = {
-        f"{group}.{field.name}"
-        for group, options in groups.items()
-        for field in dataclasses.fields(options)
-        if type(getattr(options, field.name)) in (int, float)
-    }
-    assert numbers == set(RANGES)
-    for path, (holds, _) in RANGES.items():
-        group, _, name = path.partition(".")
-        assert holds(getattr(groups[group], name)), path
-        assert not holds(float("nan")), path
-        assert not holds(-1), path
+    groups = [LocalOptions(), ServerOptions(), *(find_method_options(name)() for name in methods_available())]
+    numbers = [option for group in groups for option in list_options(group) if type(option.value) in (int, float)]
+    assert len(numbers) >= 20
+    for option in numbers:
+        assert option.bounds, option.flag
 
 
 class Noted:
@@ -207,11 +201,12 @@ def trace_shapes(name: str, **choices: object) -> tuple[Method, object, dict[int
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("name", methods_available())
-def test_a_method_reads_the_numbers_that_it_says_it_reads(name: str) -> None:
-    hyper = Noted(HyperOptions())
-    method, _, _ = trace_shapes(name, hyper=hyper)
-    assert {f"hyper.{field}" for field in hyper.read} == {path for path in method.takes if path.startswith("hyper.")}
+@pytest.mark.parametrize("name", [name for name in methods_available() if list_method_flags(name)])
+def test_a_method_reads_all_of_its_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Noted(find_method_options(name)())
+    monkeypatch.setattr(Setup, "own", lambda self, kind: options)
+    trace_shapes(name)
+    assert options.read == {field.name for field in dataclasses.fields(options.options)}
 
 
 TOGETHER = {
@@ -228,9 +223,9 @@ def test_what_a_method_takes_it_can_do_and_the_rest_has_a_reason(name: str) -> N
     method = declare(name, Run())
     assert {*TOGETHER, *APART} == set(AVERAGING)
     for option in AVERAGING:
-        assert (option in method.takes) != bool(method.refuses.get(option))
+        assert method.refuses.get(option, "taken")
     for options in (TOGETHER, APART):
-        taken = {key: value for name in options if name in method.takes for key, value in options[name].items()}
+        taken = {key: value for name in options if name not in method.refuses for key, value in options[name].items()}
         if taken:
             trace_shapes(name, **taken)
 
@@ -245,13 +240,14 @@ def test_a_method_is_made_without_a_model(name: str) -> None:
 def test_a_rule_that_matches_nothing_lists_the_paths_there_are() -> None:
     from toy import make_toy
 
-    sites = make_toy()[0].sites
+    vlm = make_toy()[0]
     options = LoraOptions(rank=2, targets="fc")
     with pytest.raises(
         UserError, match=r"--share 'fc3' is found in no .*\n  decoder/fc2/a\n  decoder/fc2/b\n  encoder/"
     ):
-        check_rule(Run(share="fc3", lora=options), sites)
+        check_rule(Run(method="share", method_options=Rule("fc3"), lora=options), vlm)
     with pytest.raises(UserError, match="no factor's path"):
-        check_rule(Run(share="scale$", lora=options), sites)  # it is data: averaging it would do nothing
-    check_rule(Run(share="fc2/b$", lora=options), sites)
-    check_rule(Run(lora=options), sites)
+        # A scale is data: averaging it would do nothing.
+        check_rule(Run(method="share", method_options=Rule("scale$"), lora=options), vlm)
+    check_rule(Run(method="share", method_options=Rule("fc2/b$"), lora=options), vlm)
+    check_rule(Run(lora=options), vlm)

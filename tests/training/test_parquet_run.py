@@ -6,7 +6,7 @@ from make_parquet import make_row, make_rows, write_rows
 from safetensors.numpy import load_file
 from tiny_run import tiny_run
 
-from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.config import LoraOptions, SystemOptions, TrainOptions
@@ -31,7 +31,7 @@ def rows(tmp_path_factory):
 
 
 def test_from_parquet_to_results(model, rows, tmp_path):
-    data = DataOptions(source=str(rows), max_bad_share=0.1)
+    data = make_options(source=str(rows), max_bad_share=0.1)
     run = tiny_run(model, tmp_path / "run", data=data, cohort=None, train=TRAIN)
     show = SilentProgress()
     folder = federated_run.train(run, show)
@@ -49,7 +49,7 @@ def test_from_parquet_to_results(model, rows, tmp_path):
 def test_adapters_in_the_vision_tower_read_pixels(model, rows, tmp_path):
     """Frozen features would silently leave such adapters untrained."""
     targets = LoraOptions(rank=2, targets=r"vision_tower/.*qkv|decoder/.*fc1")
-    data = DataOptions(source=str(rows), max_bad_share=0.1)
+    data = make_options(source=str(rows), max_bad_share=0.1)
     run = tiny_run(model, tmp_path / "run", data=data, cohort=None, train=TRAIN, lora=targets)
     folder = federated_run.train(run)
     shared = load_file(folder / "adapters" / "shared.safetensors")
@@ -59,7 +59,7 @@ def test_adapters_in_the_vision_tower_read_pixels(model, rows, tmp_path):
 
 
 def test_cached_features_are_what_the_tower_computes(model, rows, tmp_path):
-    data = DataOptions(source=str(rows), max_bad_share=0.1)
+    data = make_options(source=str(rows), max_bad_share=0.1)
     taken = []
     for cache in ("memory", "disk", "disk", "off"):
         system = SystemOptions(cache=cache, cache_dir=tmp_path / "cache" if cache == "disk" else None)
@@ -79,7 +79,7 @@ def test_cached_features_are_what_the_tower_computes(model, rows, tmp_path):
 
 
 def test_a_cache_cut_short_by_a_kill_is_mended(model, rows, tmp_path):
-    data = DataOptions(source=str(rows), max_bad_share=0.1)
+    data = make_options(source=str(rows), max_bad_share=0.1)
     run = tiny_run(
         model, tmp_path / "unused", data=data, cohort=None, system=SystemOptions(cache="disk", cache_dir=tmp_path)
     )
@@ -94,13 +94,13 @@ def test_a_cache_cut_short_by_a_kill_is_mended(model, rows, tmp_path):
 def test_a_missing_column_is_told_before_the_model_is_loaded(tmp_path):
     path = tmp_path / "rows.parquet"
     write_rows(path, make_rows(4), drop=("chosen",))
-    run = tiny_run(tmp_path / "no-such-model", tmp_path / "run", data=DataOptions(source=str(path)))
+    run = tiny_run(tmp_path / "no-such-model", tmp_path / "run", data=make_options(source=str(path)))
     with pytest.raises(UserError, match="chosen"):
         open_session(run)
 
 
 def test_a_question_in_the_client_s_language_needs_its_column(model, rows, tmp_path):
-    data = DataOptions(source=str(rows), prompt="client-language")
+    data = make_options(source=str(rows), prompt="client-language")
     run = tiny_run(model, tmp_path / "run", data=data, cohort=None)
     with pytest.raises(UserError, match="question_client"):
         federated_run.train(run)
@@ -108,7 +108,7 @@ def test_a_question_in_the_client_s_language_needs_its_column(model, rows, tmp_p
 
 
 def test_too_many_bad_rows_are_an_error(model, rows, tmp_path):
-    data = DataOptions(source=str(rows), max_bad_share=0.01)
+    data = make_options(source=str(rows), max_bad_share=0.01)
     run = tiny_run(model, tmp_path / "run", data=data, cohort=None, train=TRAIN)
     with pytest.raises(UserError, match="max-bad-share"):
         federated_run.train(run)

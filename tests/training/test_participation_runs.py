@@ -9,6 +9,7 @@ import pytest
 from tiny_run import tiny_run
 from training.test_federated_run import StopAfter, StopError, assert_same_adapters
 
+from fedvlm_jax.data.config import Quantity
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.simulator import RoundReport
 from fedvlm_jax.training import federated_run
@@ -25,7 +26,7 @@ ALL = ParticipationOptions(sampling="size", dropout=0.5, stragglers=0.7)
 def eventful_run(model, out, **changes):
     """Everything at once, fine-tuning after it too; with this seed there is a round in which nobody is left."""
     base = tiny_run(model, out)
-    data = base.data.replace(partition="quantity", clients=4, alpha=1.0, images_per_client=8)
+    data = base.data.replace(partition=Quantity(clients=4, alpha=1.0), images_per_client=8)
     train = TrainOptions(rounds=4, local_epochs=2, batch_size=4, finetune_steps=5)
     return dataclasses.replace(base, cohort=3, data=data, train=train, participation=ALL, **changes)
 

@@ -8,7 +8,7 @@ import pytest
 from make_parquet import make_row, make_rows, write_rows
 from tiny_run import tiny_run
 
-from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.objectives.log_probs import score_pairs
 from fedvlm_jax.training import federated_run
@@ -42,7 +42,7 @@ def make_run(model, pairs, out, **changes):
         out,
         objective="dpo",
         cohort=None,
-        data=DataOptions(source=str(pairs)),
+        data=make_options(source=str(pairs)),
         train=TrainOptions(rounds=ROUNDS, local_steps=4, batch_size=4, learning_rate_a=3e-2, learning_rate_b=3e-2),
         evaluation=EvaluationOptions(every=ROUNDS, max_answer_tokens=4, batch_size=6),
     )
@@ -133,7 +133,7 @@ def test_options_of_the_loss_are_those_of_the_run(model, pairs, session, tmp_pat
 @pytest.mark.parametrize("objective", ["dpo", "sft+dpo"])
 def test_data_without_rejected_answers_is_told_before_the_model_is_loaded(tmp_path, objective):
     path = write_rows(tmp_path / "rows.parquet", make_rows(4), drop=("rejected",))
-    run = tiny_run(tmp_path / "no-such-model", tmp_path / "run", data=DataOptions(source=str(path)))
+    run = tiny_run(tmp_path / "no-such-model", tmp_path / "run", data=make_options(source=str(path)))
     with pytest.raises(UserError, match="has no column 'rejected'"):
         open_session(dataclasses.replace(run, objective=objective))
 
@@ -141,7 +141,7 @@ def test_data_without_rejected_answers_is_told_before_the_model_is_loaded(tmp_pa
 def test_rows_that_are_no_pair_count_for_sft_and_are_left_out_for_dpo(model, tmp_path):
     rows = make_rows(40)
     rows[3]["rejected"], rows[4]["rejected"] = None, rows[4]["chosen"]
-    data = DataOptions(source=str(write_rows(tmp_path / "rows.parquet", rows)), max_bad_share=0.1)
+    data = make_options(source=str(write_rows(tmp_path / "rows.parquet", rows)), max_bad_share=0.1)
     run = make_run(model, None, tmp_path / "run", data=data)
     session = open_session(run)
     prepared = prepare(run, session)

@@ -9,7 +9,7 @@ from make_parquet import make_row, write_rows
 from tiny_run import StopAfter, StopError, assert_same_adapters, tiny_run
 
 from fedvlm_jax.analysis.explain import explain
-from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import open_model
 from fedvlm_jax.training.federated_run import resume, train
@@ -54,7 +54,7 @@ def test_it_learns_preferences(toy_decoder, tmp_path):
         make_row(n, client="ab"[n % 2], split=("train", "train", "validation", "test")[n // 2 % 4]) for n in range(32)
     ]
     write_rows(tmp_path / "pairs.parquet", rows)
-    data = DataOptions(source=str(tmp_path / "pairs.parquet"), max_answer_tokens=40)
+    data = make_options(source=str(tmp_path / "pairs.parquet"), max_answer_tokens=40)
     run = replace(tiny_run(toy_decoder, tmp_path / "run", objective="dpo", cohort=2), data=data)
     lines = read_metrics(train(run))
     assert lines[0]["loss"] == pytest.approx(np.log(2), abs=0.05)

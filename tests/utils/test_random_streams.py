@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fedvlm_jax
-from fedvlm_jax.data.sources.emoji import draw_mix
+from fedvlm_jax.data.partitioning.emoji_topics import draw_mix
 from fedvlm_jax.federation.cohort import draw_cohort
 from fedvlm_jax.utils.random_streams import Stream
 

@@ -9,15 +9,17 @@ import tyro
 from fedvlm_jax.analysis.tpu_topologies import CHIPS, CPU, parse_topology
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training.config import (
-    HyperOptions,
+    METHOD,
     LocalOptions,
     LoraOptions,
+    MethodOptions,
     PreferenceOptions,
     Run,
     ServerOptions,
     SystemOptions,
     TrainOptions,
 )
+from fedvlm_jax.utils.option_ranges import Count, Positive, check_ranges
 
 __all__ = ["Request", "SizeOptions", "check_request"]
 
@@ -33,13 +35,13 @@ def _optional(metavar: str, otherwise: str) -> Any:
 class SizeOptions:
     """Sizes of the clients' data, which are not read."""
 
-    image_size: Annotated[int | None, _optional("PIXELS", "as the model's processor has it")] = None
+    image_size: Annotated[Count | None, _optional("PIXELS", "as the model's processor has it")] = None
     """Side of the pictures."""
-    prompt_tokens: int = 24
+    prompt_tokens: Count = 24
     """Tokens of the longest prompt; the picture's come on top."""
-    answer_tokens: int = 16
+    answer_tokens: Count = 16
     """Tokens of the longest answer."""
-    examples: Annotated[int | None, _optional("INT", "as many as it reads in a round")] = None
+    examples: Annotated[Count | None, _optional("INT", "as many as it reads in a round")] = None
     """Training examples of a client."""
 
 
@@ -52,15 +54,14 @@ class Request:
     extra `plan` (libtpu), and no TPU."""
     model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = "florence2-nano"
     """The frozen base, of which only the configuration is read: florence2-base and -large need no weights."""
-    method: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: plora)")] = ""
-    """As for `fedvlm train`, and so the next two."""
-    share: Annotated[str, tyro.conf.arg(metavar="REGEX", help_behavior_hint="(default: none)")] = ""
+    method: Annotated[str, tyro.conf.arg(metavar="NAME")] = METHOD
+    """As for `fedvlm train`, and so the next."""
     objective: str = "sft"
-    clients: int = 16
+    clients: Count = 16
     """Number of clients."""
-    cohort: Annotated[int | None, _optional("INT", "all of them")] = None
+    cohort: Annotated[Count | None, _optional("INT", "all of them")] = None
     """Clients drawn each round."""
-    price_per_chip_hour: Annotated[float | None, _optional("PRICE", "none")] = None
+    price_per_chip_hour: Annotated[Positive | None, _optional("PRICE", "none")] = None
     """Price of a chip for an hour, to say what a round costs at least."""
     out: Annotated[Path | None, _optional("DIR", "runs/<time>-plan")] = None
     """Folder for plan.json and plan.md."""
@@ -70,7 +71,7 @@ class Request:
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
-    hyper: HyperOptions = field(default_factory=HyperOptions)
+    method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = field(default_factory=MethodOptions)
     system: SystemOptions = field(default_factory=SystemOptions)
 
     @property
@@ -87,10 +88,7 @@ def check_request(request: Request) -> None:
     """
     sizes, default = request.sizes, SystemOptions()
     topology = parse_topology(request.topology)
-    numbers = {"--clients": request.clients, **{f"--sizes.{name}": value for name, value in vars(sizes).items()}}
-    for flag, value in numbers.items():
-        if value is not None and value < 1:
-            raise UserError(f"{flag.replace('_', '-')} is {value}: it must be 1 or more")
+    check_ranges(request)
     if request.cohort is not None and request.cohort > request.clients:
         cohort = request.cohort
         raise UserError(f"--cohort {cohort}: there are only {request.clients} clients; say --clients {cohort}")
@@ -100,8 +98,6 @@ def check_request(request: Request) -> None:
         if getattr(request.system, name) != getattr(default, name):
             raise UserError(f"--system.{name.replace('_', '-')} means nothing to a plan: leave it out")
     price = request.price_per_chip_hour
-    if price is not None and not 0 < price < float("inf"):
-        raise UserError(f"--price-per-chip-hour is {price}: it must be above 0")
     if price is not None and topology.chip is None:
         raise UserError(
             f"--price-per-chip-hour needs a time per round, and nothing is known of the speed of {request.topology}: "

@@ -3,17 +3,17 @@
 import shlex
 from typing import Any
 
-from fedvlm_jax.cli._flags import flatten, name_flag
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired
 from fedvlm_jax.reporting.tables import format_paired
-from fedvlm_jax.training.config import Run, to_json
+from fedvlm_jax.training.config import Run, from_json
 from fedvlm_jax.training.run_dir.reader import RunRecord, read_baseline
+from fedvlm_jax.utils.option_ranges import list_options
 
 __all__ = ["close_run", "suggest_comparison"]
 
-NOT_TAKEN = ("method", "out", "resume", "train.finetune_steps", "evaluation.neighbours", "evaluation.test")
+NOT_TAKEN = ("--method", "--out", "--resume", "--train.finetune-steps", "--evaluation.neighbours", "--evaluation.test")
 """Options of a run that `fedvlm compare` has from elsewhere."""
 
 
@@ -35,22 +35,22 @@ def close_run(record: RunRecord) -> list[str]:
 
 def suggest_comparison(record: RunRecord) -> str:
     """Write the command that compares the run's method with training alone, over several seeds."""
-    stored, default = flatten(record.options), flatten(to_json(Run()))
+    run = from_json(record.options)
+    default = {option.flag: option.value for option in list_options(Run())}
     method = record.method.removesuffix("+knn") if "+ft" in record.method else record.method
     words = ["fedvlm", "compare", "--methods", *dict.fromkeys(("local", method)), "--seeds", "5"]
     if method.endswith("+ft"):
-        words += ["--finetune-steps", str(stored["train.finetune_steps"])]
+        words += ["--finetune-steps", str(run.train.finetune_steps)]
     if method.endswith("+knn"):
-        words += ["--neighbours", str(stored["evaluation.neighbours"])]
-    for name, value in stored.items():
-        if name not in NOT_TAKEN and name in default and value != default[name]:
-            words += _write_flag(name, value)
+        words += ["--neighbours", str(run.evaluation.neighbours)]
+    for flag, value, standard, _ in list_options(run):
+        if flag not in NOT_TAKEN and value != default.get(flag, standard):
+            words += _write_flag(flag.replace("--method.", f"--method.{run.method}."), value)
     return shlex.join(words)
 
 
-def _write_flag(name: str, value: Any) -> list[str]:
-    flag = name_flag(name)
+def _write_flag(flag: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         group, _, last = flag.rpartition(".")
         return [flag] if value else [f"{group}.no-{last}" if group else f"--no-{flag[2:]}"]
-    return [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
+    return [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)]

@@ -8,7 +8,7 @@ import re
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from fedvlm_jax.training.number_ranges import LARGEST_SEED, shorten
+from fedvlm_jax.utils.option_ranges import LARGEST_SEED, shorten
 
 __all__ = ["make_registry", "read_float", "read_int"]
 

@@ -16,7 +16,9 @@ from fedvlm_jax.training.validation import validate_comparison
 __all__ = ["compare"]
 
 
-def compare(comparison: Annotated[Compare, tyro.conf.arg(name="")]) -> None:
+def compare(
+    comparison: Annotated[Compare, tyro.conf.arg(name="")] = Compare(),  # noqa: B008  frozen
+) -> None:
     """Run several methods on the same clients, cohorts and initial adapter, and compare them client by client."""
     validate_comparison(comparison)
     start_quickly()

@@ -8,15 +8,16 @@ from typing import Annotated
 import tyro
 
 from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.training.run_dir.folder_lock import open_folder
+from fedvlm_jax.utils.option_ranges import Seed
 
 __all__ = ["data"]
 
 
 def data(
-    data: DataOptions = DataOptions(),  # noqa: B008  # frozen
-    seed: int = 0,
+    data: DataOptions = emoji.Options(),  # noqa: B008  # frozen
+    seed: Seed = 0,
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/<time>-data)")] = None,
     check_images: bool = False,
     strict: bool = False,
@@ -30,8 +31,6 @@ def data(
         check_images: decode every image too, to find broken ones and files that show the same; else they are hashed.
         strict: end with exit code 1 if an image is in two splits.
     """
-    if seed < 0:
-        raise UserError(f"--seed is {seed}: it must be 0 or more")
     from fedvlm_jax.reporting import data_report, tables
     from fedvlm_jax.training import progress
     from fedvlm_jax.utils.console import open_console

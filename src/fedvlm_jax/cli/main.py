@@ -12,18 +12,21 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import tyro
 
+from fedvlm_jax.cli._choices import make_signature
+from fedvlm_jax.cli._help import ALL, WIDTH, find_help, show_help
 from fedvlm_jax.cli._numbers import make_registry
 from fedvlm_jax.cli._said import note_words
 from fedvlm_jax.cli._short import expand_rate, is_version, tell_version
 from fedvlm_jax.cli._signals import exit_code, heed_signals, say
 from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
-from fedvlm_jax.training.number_ranges import check_numbers
 from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
+from fedvlm_jax.utils.option_ranges import check_arguments
 from fedvlm_jax.utils.standard_streams import PIPE_GONE, is_reader_gone, leave_out_told, silence, soften
 
 __all__ = ["commands_available", "main"]
@@ -91,44 +94,59 @@ def _dispatch(words: list[str], *, is_process: bool = False) -> None:
         print(tell_version())
         return
     commands = commands_available()
-    if not words[0].startswith("-") and words[0] not in commands:
-        raise UserError(f"there is no command {words[0]}; there are {', '.join(commands)}")
+    name, *rest = words
+    if name in ("-h", "--help"):
+        print(_list_commands(commands))
+        return
+    if name not in commands:
+        raise UserError(f"there is no command {name}; there are {', '.join(commands)}")
     chosen: list[Callable[[], None]] = []
+    asked, rest = find_help(rest)
     # Parsing only notes what is to be done: what is printed while parsing is caught, what is printed while working not.
-    deferred = {name: _defer(command, chosen) for name, command in commands.items()}
-    complaint, reasons = io.StringIO(), list[str]()
+    shown, complaint, reasons = io.StringIO(), io.StringIO(), list[str]()
     try:
-        with contextlib.redirect_stderr(complaint):
-            tyro.extras.subcommand_cli_from_dict(
-                deferred, prog="fedvlm", description=DESCRIPTION, args=words, registry=make_registry(reasons)
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(complaint):
+            tyro.cli(
+                _defer(commands[name], rest, chosen), prog=f"fedvlm {name}", args=rest, registry=make_registry(reasons)
             )
     except SystemExit as stop:
         if stop.code in (0, None):
+            print(show_help(shown.getvalue(), everything=asked == ALL))
             raise
-        help_command = f"fedvlm {words[0]} --help" if words[0] in commands else "fedvlm --help"
         sentence = _read_box(complaint.getvalue())
         flag = re.match(r"Error parsing (--[\w.-]+)", sentence)
         if flag and reasons:  # tyro's own sentence lists what else could have stood there
             sentence = f"{flag[1]}: {reasons[-1]}"
-        raise UserError(f"{sentence} ({help_command} lists what there is)") from None
+        raise UserError(f"{sentence} (fedvlm {name} {ALL} lists what there is)") from None
     if chosen and is_process:
         restart_with_kept_memory()
     for work in chosen:
         work()
 
 
-def _defer(command: Callable[..., None], chosen: list[Callable[[], None]]) -> Callable[..., None]:
+def _list_commands(commands: Mapping[str, Callable[..., None]]) -> str:
+    """Tell what each command does, in the first sentence of its docstring."""
+    lines = ["usage: fedvlm COMMAND [OPTIONS]", "", *textwrap.wrap(DESCRIPTION, WIDTH), ""]
+    for name, command in commands.items():
+        about = inspect.getdoc(command) or ""
+        lines += textwrap.wrap(
+            f"{name:10} {' '.join(about.partition(chr(10) * 2)[0].split())}", WIDTH, subsequent_indent=" " * 11
+        )
+    return "\n".join([*lines, "", "fedvlm COMMAND --help lists its options."])
+
+
+def _defer(command: Callable[..., None], words: Sequence[str], chosen: list[Callable[[], None]]) -> Callable[..., None]:
     @functools.wraps(command)
     def note(*args: object, **kwargs: object) -> None:
         chosen.append(lambda: _check_and_run(command, args, kwargs))
 
+    note.__signature__ = make_signature(command, words)  # type: ignore[attr-defined]  # which tyro reads
     return note
 
 
 def _check_and_run(command: Callable[..., None], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     """Refuse numbers that no option takes, then do the work."""
-    for name, value in inspect.signature(command).bind(*args, **kwargs).arguments.items():
-        check_numbers({name: value})
+    check_arguments(command, inspect.signature(command).bind(*args, **kwargs).arguments)
     command(*args, **kwargs)
 
 

@@ -13,7 +13,7 @@ from fedvlm_jax.training.validation import validate
 __all__ = ["plan"]
 
 
-def plan(request: Annotated[Request, tyro.conf.arg(name="")]) -> None:
+def plan(request: Annotated[Request, tyro.conf.arg(name="")] = Request()) -> None:  # noqa: B008  frozen
     """Compile a round for a TPU pod, or for CPU devices, that need not be there, and say what it would take."""
     check_request(request)
     validate(dataclasses.replace(request.run, cohort=request.cohort or request.clients))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from fedvlm_jax.cli._flags import flatten, name_flag
 from fedvlm_jax.cli._said import find_said, list_words, was_said
 from fedvlm_jax.cli._signals import exit_code, say
 from fedvlm_jax.cli._startup import start_quickly
@@ -15,28 +14,29 @@ from fedvlm_jax.cli._supervise import is_child, supervise
 from fedvlm_jax.cli._together import Together, together
 from fedvlm_jax.distributed.launch import DistributedOptions, check_distributed
 from fedvlm_jax.errors import UserError, describe_os_error
-from fedvlm_jax.training.config import Run, to_json
+from fedvlm_jax.training.config import Run
 from fedvlm_jax.training.run_dir.folder_lock import make_folder, remove_unused
 from fedvlm_jax.training.run_dir.validated_files import read_config
 from fedvlm_jax.training.validation import validate
+from fedvlm_jax.utils.option_ranges import list_options
 
 if TYPE_CHECKING:
     from fedvlm_jax.analysis.profiling import RoundProfile
 
 __all__ = ["train"]
 
-LONGER, ROUNDS = "train.rounds", ("--train.rounds", "--rounds")
+ROUNDS = ("--train.rounds", "--rounds")
 """The one option that a resumed run takes: it trains a finished run longer."""
 
-PLACES = ("model", "data.source", "data.path", "data.image_root")
+PLACES = ("--model", "--data", "--data.path", "--data.image-root")
 """Options that say where something is: a resumed run may find it elsewhere."""
 
-GO_ON = frozenset(("--resume", "--profile", "--baseline", "--no-baseline", "--data.source", *ROUNDS))
+GO_ON = frozenset(("--resume", "--profile", "--baseline", "--no-baseline", *PLACES, *ROUNDS))
 """Flags that may stand beside `--resume`, with those of places and of several processes."""
 
 
 def train(
-    run: Annotated[Run, tyro.conf.arg(name="")],
+    run: Annotated[Run, tyro.conf.arg(name="")] = Run(),  # noqa: B008  frozen
     distributed: DistributedOptions = DistributedOptions(),  # noqa: B008  frozen
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="(default: no)")] = False,
     baseline: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: yes)")] = True,
@@ -88,7 +88,7 @@ def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool
         if run.resume is not None and was_said(*ROUNDS):
             processes.tell_all(lambda: lengthen(folder, run.train.rounds))
         if begun:
-            named = run.resume is not None and not {*PLACES}.isdisjoint(_name_changes(run))
+            named = run.resume is not None and not {*PLACES}.isdisjoint(_list_changes(run))
             moved: dict[str, Any] = {"places": run} if named else {}
             federated_run.resume(folder, first, **moved, **watched)
         else:
@@ -152,32 +152,30 @@ def _has_begun(run: Run, folder: Path) -> bool:
 
     there, run = read_config(folder).run, anchor(run)
     if dataclasses.replace(there, out=None) != dataclasses.replace(run, out=None):
-        asked, stored = (flatten(to_json(dataclasses.replace(one, out=None))) for one in (run, there))
-        other = ", ".join(name_flag(name) for name in asked if asked[name] != stored[name])
+        stored = {option.flag: option.value for option in list_options(dataclasses.replace(there, out=run.out))}
+        other = ", ".join(option.flag for option in list_options(run) if option.value != stored.get(option.flag))
         raise UserError(f"--out {folder} has a run with other options ({other}): choose another folder")
     return True
 
 
 def _refuse_changes(run: Run) -> None:
     """A resumed run has its options from its folder, so others beside `--resume` would silently do nothing."""
-    if changed := [name for name in _name_changes(run) if name not in (*PLACES, LONGER)]:
-        flags = ", ".join(name_flag(name) for name in changed)
+    if changed := [flag for flag in _list_changes(run) if flag not in (*PLACES, *ROUNDS)]:
         raise UserError(
             f"--resume takes all options from the run's folder, but where moved data are (--data) or a moved model is "
-            f"(--model): leave out {flags}"
+            f"(--model): leave out {', '.join(changed)}"
         )
 
 
-def _name_changes(run: Run) -> list[str]:
-    """The options that are not as they are by default."""
-    asked, default = (flatten(to_json(dataclasses.replace(one, resume=None))) for one in (run, Run()))
-    return [name for name in asked if asked[name] != default[name]]
+def _list_changes(run: Run) -> list[str]:
+    """List the flags of options that are not as they are by default."""
+    default = {option.flag: option.value for option in list_options(Run(resume=run.resume))}
+    return [option.flag for option in list_options(run) if option.value != default.get(option.flag, option.default)]
 
 
 def _refuse_said() -> None:
     """A flag that says the default is no change, and would do nothing either: `--seed 0` for a run of seed 3."""
-    may = GO_ON | set(map(name_flag, PLACES))
-    if said := sorted(flag for flag in find_said() - may if not flag.startswith("--distributed")):
+    if said := sorted(flag for flag in find_said() - GO_ON if not flag.startswith("--distributed")):
         raise UserError(f"--resume takes all options from the run's folder: leave out {', '.join(said)}")
 
 

@@ -6,6 +6,8 @@ Imports nothing heavy: the command line reads it.
 from dataclasses import dataclass
 from typing import Literal
 
+from fedvlm_jax.utils.option_ranges import Chance, Share
+
 __all__ = ["ParticipationOptions"]
 
 
@@ -16,9 +18,9 @@ class ParticipationOptions:
     sampling: Literal["uniform", "size"] = "uniform"
     """How --cohort clients are drawn, without replacement: all alike, or one after another with chances proportional to
     their training examples (then --train.weighting uniform, or size counts twice; not given by the paper)."""
-    dropout: float = 0.0
+    dropout: Chance = 0.0
     """Chance that a drawn client drops out mid-round: it sends nothing, keeps the private state it had, and the others'
     weights add up to 1 without it (not given by the paper)."""
-    stragglers: float = 0.0
+    stragglers: Share = 0.0
     """Chance that a drawn client comes only so far, a number of steps drawn from 1 to one less than its own; what it
     learned counts like any other's (not given by the paper)."""

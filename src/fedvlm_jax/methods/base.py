@@ -10,15 +10,26 @@ of them with keywords.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
+from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 
-__all__ = ["Client", "Context", "Method", "Metrics", "Setup", "Train", "both_ways", "is_factor", "shape_of_one"]
+__all__ = [
+    "AVERAGING",
+    "Client",
+    "Context",
+    "Method",
+    "Metrics",
+    "Setup",
+    "Train",
+    "both_ways",
+    "is_factor",
+    "shape_of_one",
+]
 
 Metrics = dict[str, Array]
 AnyArray = Any  # a jax.Array on the device in a round, a numpy array before it
@@ -34,6 +45,10 @@ Aggregated = tuple[Server, Metrics]
 """The server's new state, metrics."""
 Travelling = tuple[PyTree, PyTree]
 """Shapes of what a client sends and of what it receives."""
+Numbers = TypeVar("Numbers", bound=MethodOptions)
+
+AVERAGING = ("server", "local.proximal", "local.scaffold", "lora.ranks")
+"""The options that come with an average of updates, as `Run` names them; `server` stands for all of the server's."""
 
 
 class Client(NamedTuple):
@@ -132,8 +147,8 @@ class Setup:
         rounds: that the run will have.
         local_steps: of a client in a round at most; 0 while the data, which will tell, is not read.
         ranks: of every client, or empty where all have the adapter's; padded to it, so that shapes are equal.
-        local, server, hyper: options of local training, of the server's optimiser, and of single methods.
-        share: the rule of the method `share`.
+        local, server: options of local training and of the server's optimiser.
+        options: the method's numbers, see `own`.
         components: parts of the model, name -> regular expression of paths (`Vlm.components`); empty where unknown.
     """
 
@@ -150,13 +165,24 @@ class Setup:
     ranks: Sequence[int] = ()
     local: LocalOptions = field(default_factory=LocalOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
-    hyper: HyperOptions = field(default_factory=HyperOptions)
-    share: str = ""
+    options: MethodOptions = field(default_factory=MethodOptions)
     components: Mapping[str, str] = field(default_factory=dict)
 
     def draw(self, key: Key) -> lora.Adapter:
         """Draw a fresh adapter."""
         return lora.init(key, self.sites, self.spec)
+
+    def own(self, kind: type[Numbers]) -> Numbers:
+        """Return the method's numbers, which are of this kind; its defaults where none were given.
+
+        Raises:
+            TypeError: they are another method's.
+        """
+        if type(self.options) is MethodOptions:
+            return kind()
+        if not isinstance(self.options, kind):
+            raise TypeError(f"{self.options} are another method's: expected {kind}")
+        return self.options
 
     def kept(self, optimizer: PyTree) -> dict[str, PyTree]:
         """Return what a client's state has of an optimiser: its state under "optimizer", or nothing."""
@@ -256,8 +282,8 @@ def one_phase(round_: int) -> int:
 class Method:
     """A federated method.
 
-    Making one computes nothing and asks nothing of the model: it is also made to read what the method takes. That may
-    raise `UserError` for a setup that it cannot work with, which ends a run before anything is loaded.
+    Making one computes nothing and asks nothing of the model: it is also made to read what the method refuses. That
+    may raise `UserError` for a setup that it cannot work with, which ends a run before anything is loaded.
 
     Attributes:
         name: as the command line knows it, its file's with hyphens.
@@ -271,10 +297,8 @@ class Method:
         mixes: whether each client receives another download, which the server mixes for it.
         pairs: of factors of one rank that stand side by side in the adapters that it assembles, in the same order for
             everybody: 2 for a global beside a local one. A's of different clients are compared pair by pair.
-        takes: the options that not every method takes and this one does, as `Run` names them: `server`,
-            `local.proximal`, `local.scaffold`, `lora.ranks`, `share`, and the fields of `hyper` that it reads,
-            `hyper.ditto_lambda` say. The others are refused.
-        refuses: such an option -> why not, to be read after "because"; or `train.weighting`, which others take unasked.
+        refuses: what it does not take of `AVERAGING`, the options that come with an average, all of them unless it says
+            otherwise, and of `train.weighting` -> why not, to be read after "because".
         moot: those of them that would merely do nothing: a comparison, in which others take them, leaves them out here.
     """
 
@@ -293,6 +317,7 @@ class Method:
     split: Callable[[PyTree], tuple[PyTree, PyTree]] | None = None
     mixes: bool = False
     pairs: int = 1
-    takes: frozenset[str] = frozenset()
-    refuses: Mapping[str, str] = field(default_factory=dict)
+    refuses: Mapping[str, str] = field(
+        default_factory=lambda: dict.fromkeys(AVERAGING, "the method was not written for it")
+    )
     moot: frozenset[str] = frozenset()

@@ -1,19 +1,36 @@
-"""What may be chosen beside a method: local training's extra terms, the server's optimiser, single methods' numbers.
+"""Options that change the mathematics of a round: local training's extra terms, the server's optimiser, a method's own.
 
 Imports nothing heavy: the command line reads it.
 """
 
-from dataclasses import dataclass, fields
+import ast
+import functools
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-__all__ = ["HyperOptions", "LocalOptions", "ServerOptions", "options_known"]
+from fedvlm_jax.utils.option_ranges import Chance, NonNegative, Positive
+
+__all__ = [
+    "SHARE",
+    "LocalOptions",
+    "MethodOptions",
+    "ServerOptions",
+    "find_method_options",
+    "list_method_flags",
+    "name_module",
+]
+
+SHARE = "share"
+"""The method that a rule alone makes; it has no file in the zoo."""
 
 
 @dataclass(frozen=True)
 class LocalOptions:
     """Terms that are added to local training, for every method that averages"""
 
-    proximal: float = 0.0
+    proximal: NonNegative = 0.0
     """FedProx (arXiv 1812.06127): mu of mu/2 times the squared distance of the shared factors from the server's."""
     scaffold: bool = False
     """SCAFFOLD (arXiv 1910.06378): control variates on the shared factors, option II; asks for sgd."""
@@ -25,13 +42,13 @@ class ServerOptions:
 
     optimizer: Literal["avg", "momentum", "adam", "yogi", "adagrad"] = "avg"
     """FedAvg(M), FedAdam, FedYogi, FedAdagrad: on the clients' average update as a pseudo-gradient."""
-    learning_rate: float = 1.0
+    learning_rate: Positive = 1.0
     """The server's step; adam and its like want far less than 1, for example 0.01."""
-    beta1: float = 0.9
+    beta1: Chance = 0.9
     """Momentum."""
-    beta2: float = 0.99
+    beta2: Chance = 0.99
     """Decay of the second moment (adam, yogi)."""
-    epsilon: float = 1e-3
+    epsilon: Positive = 1e-3
     """Added to the root of the second moment (the paper's tau)."""
 
     @property
@@ -42,51 +59,34 @@ class ServerOptions:
 
 
 @dataclass(frozen=True)
-class HyperOptions:
-    """Numbers that belong to single methods; any other method refuses them"""
-
-    ditto_lambda: float = 0.1
-    """ditto: pull of the personal model towards the global one."""
-    apfl_alpha: float = 0.5
-    """apfl: share of the private model in the mixture, at the start."""
-    apfl_adaptive: bool = False
-    """apfl: learn that share with the private model, at the rate of B."""
-    pfedme_lambda: float = 1.0
-    """pfedme: strength of the Moreau envelope."""
-    pfedme_inner: int = 4
-    """pfedme: steps that approximate its minimum; local steps are cut into groups of so many."""
-    pfedme_rate: float = 0.1
-    """pfedme: learning rate of the local copy of the global model."""
-    pfedme_beta: float = 1.0
-    """pfedme: share of the average in the new global model."""
-    pfedme_restart: bool = False
-    """pfedme: begin every round with the personal model at the global one, as the authors' code does; the paper leaves
-    the start open, and here it goes on from where it was."""
-    dpa_alpha: float = 0.5
-    """feddpa: weight of the local adapter; the global one has the rest."""
-    dpa_local: float = 0.25
-    """feddpa-f: share of the rounds, the last ones, in which the local adapter alone is trained."""
-    dpa_whole: bool = False
-    """feddpa-t: the schedule of the authors' code: the local adapter starts in round 2, and both adapters take all
-    local steps, twice the work; else each takes half of them from round 1 on."""
-    flex_even: bool = False
-    """flexlora: share the singular values evenly between A and B; in the paper all of them go to B."""
-    fair_lambda: float = 0.01
-    """lora-fair: ridge of the correction of B."""
-    svd_every: int = 2
-    """fedsvd: rounds between two re-orthogonalisations."""
-    rpca_beta: float = 2.0
-    """fedrpca: how much the average of the clients' sparse parts counts."""
-    rpca_steps: int = 100
-    """fedrpca: iterations of the decomposition."""
-    mix_temperature: float = 0.5
-    """ce-lora, fedmosaic: temperature of the softmax over the clients' similarities."""
-    mosaic_weight: float = 0.5
-    """fedmosaic: weight of the adapter that is mixed from the others' (the paper learns it)."""
+class MethodOptions:
+    """The numbers of the chosen method; a method that has any subclasses this in its own file, as `Options`"""
 
 
-def options_known() -> frozenset[str]:
-    """What a method may say that it takes or refuses; `server` stands for all of the server's options."""
-    groups = {"server": ServerOptions, "local": LocalOptions, "hyper": HyperOptions}
-    single = {f"{group}.{field.name}" for group, options in groups.items() for field in fields(options)}
-    return frozenset({"server", "lora.ranks", "share", "train.weighting"} | single)
+def find_method_options(name: str) -> type[MethodOptions]:
+    """Return the class of a method's numbers; its file, which knows jax, is imported only where it defines one.
+
+    Examples:
+        >>> find_method_options("plora").__name__
+        'MethodOptions'
+    """
+    if not list_method_flags(name):
+        return MethodOptions
+    return importlib.import_module(name_module(name)).Options
+
+
+@functools.cache
+def list_method_flags(name: str) -> tuple[str, ...]:
+    """List the flags of a method's numbers, `--method.lambda`, read from its file without importing it."""
+    spec = importlib.util.find_spec(name_module(name)) if name.replace("-", "_").isidentifier() else None
+    if spec is None or spec.origin is None:
+        return ()
+    body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    classes = [node for node in body if isinstance(node, ast.ClassDef) and node.name == "Options"]
+    names = [node.target for made in classes for node in made.body if isinstance(node, ast.AnnAssign)]
+    return tuple("--method." + name.id.rstrip("_").replace("_", "-") for name in names if isinstance(name, ast.Name))
+
+
+def name_module(name: str) -> str:
+    """Name the module that makes a method."""
+    return f"{__package__}.rule_based" if name == SHARE else f"{__package__}.zoo.{name.replace('-', '_')}"

@@ -3,8 +3,8 @@
 import importlib
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.methods.base import Method, Setup
-from fedvlm_jax.methods.config import options_known
+from fedvlm_jax.methods.base import AVERAGING, Method, Setup
+from fedvlm_jax.methods.config import name_module
 
 __all__ = ["load_method"]
 
@@ -15,17 +15,16 @@ def load_method(name: str, setup: Setup) -> Method:
     Raises:
         UserError: its file has no `make`, or says of the method what cannot be: another name, unknown options.
     """
-    stem = "rule_based" if name == "share" else f"zoo.{name.replace('-', '_')}"
-    file = f"methods/{stem.replace('.', '/')}.py"
-    make = getattr(importlib.import_module(f"fedvlm_jax.methods.{stem}"), "make", None)
+    module = name_module(name)
+    file = "/".join(module.split(".")[1:]) + ".py"
+    make = getattr(importlib.import_module(module), "make", None)
     if make is None:
         raise UserError(f"{file} defines no make(setup), which every file in methods/zoo/ must")
     method = make(setup)
     if method.name != name:
         raise UserError(f"{file} makes a method named {method.name!r}: it must have its file's name, {name!r}")
-    known = options_known()
-    unknown = sorted({*method.takes, *method.refuses, *method.moot} - known)
-    if unknown:
+    known = {*AVERAGING, "train.weighting"}
+    if unknown := sorted({*method.refuses, *method.moot} - known):
         raise UserError(
             f"{file} names options that there are not: {', '.join(unknown)}; there are {', '.join(sorted(known))}"
         )

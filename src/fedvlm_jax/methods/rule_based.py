@@ -11,9 +11,11 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import tyro
 from jaxtyping import PyTree
 
 from fedvlm_jax import lora
@@ -40,14 +42,15 @@ from fedvlm_jax.methods.components import client_regularizers, heterogeneous_ran
 from fedvlm_jax.methods.components.heterogeneous_ranks import Held
 from fedvlm_jax.methods.components.norms import norm_of, only_a, personal_drift
 from fedvlm_jax.methods.components.server_optimizers import make_server_optimizer
+from fedvlm_jax.methods.config import SHARE, MethodOptions
 from fedvlm_jax.utils import tree
 
 __all__ = [
-    "AVERAGING",
     "FACTORS",
     "FACTOR_A",
     "FACTOR_B",
     "NOTHING",
+    "Options",
     "Parts",
     "make",
     "make_share_method",
@@ -58,9 +61,6 @@ NOTHING = lora.Rule(())
 FACTORS = lora.Rule(r"(^|/)(a|b)$")
 FACTOR_A = lora.Rule(r"(^|/)a$")
 FACTOR_B = lora.Rule(r"(^|/)b$")
-
-AVERAGING = ("server", "local.proximal", "local.scaffold", "lora.ranks")
-"""The options that come with an average of updates, see `Method.takes`."""
 
 
 def mean_update(shared: PyTree, messages: Message, weights: Weights, held: Held | None) -> PyTree:
@@ -86,7 +86,6 @@ class Parts:
         fresh: the optimiser starts anew in every round: the server gives what is trained another basis each time.
         basis: (round) -> which basis what is trained has in it, for a server that changes it now and then. A client
             that meets another one than in its last round starts its optimiser anew.
-        reads: options of the method alone, `hyper.ditto_lambda` say.
         refuses: which of `AVERAGING` it does not take: option -> why, as in `Method`.
         moot: as in `Method`.
     """
@@ -100,15 +99,24 @@ class Parts:
     restart: bool = False
     fresh: bool = False
     basis: Callable[[Number], Number] | None = None
-    reads: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     moot: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Options(MethodOptions):
+    """The method that a rule alone makes"""
+
+    rule: Annotated[str, tyro.conf.arg(metavar="REGEX", aliases=("--share",))] = ""
+    """Factors in whose path (as `fedvlm explain` prints it) this is found are averaged, all others stay with their
+    client. For example 'decoder/.*/b$'."""
+
+
 def make(setup: Setup) -> Method:
     """Make the method of the rule that `--share` gives."""
-    source = f"ours: factors whose path holds {setup.share or 'what --share says'} are averaged, the others are private"
-    return make_share_method("share", source, lora.Rule(setup.share), setup, Parts(reads=("share",)))
+    rule = setup.own(Options).rule
+    source = f"ours: factors whose path holds {rule or 'what --share says'} are averaged, the others are private"
+    return make_share_method(SHARE, source, lora.Rule(rule), setup)
 
 
 def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Parts = Parts()) -> Method:
@@ -207,8 +215,7 @@ def _make_plain(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Pa
     return Method(
         name=name, source=source, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate,
         personalise=personalise, trained=trained_adapter, download=lambda server: server["shared"], phase=parts.phase,
-        travels=travels, split=split, takes=frozenset(AVERAGING).difference(parts.refuses).union(parts.reads),
-        refuses=parts.refuses, moot=parts.moot,
+        travels=travels, split=split, refuses=parts.refuses, moot=parts.moot,
     )  # fmt: skip
 
 

@@ -4,9 +4,12 @@ Nothing heavy is imported here, because `fedvlm --help` reads this file.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.utils.option_ranges import Positive, check_ranges
 
 __all__ = ["PreferenceOptions", "Variant"]
 
@@ -22,29 +25,21 @@ class PreferenceOptions:
             expected.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Pull towards the base, arXiv 2305.18290's beta; tau for ipo. length-normalised wants some 50 times as much (not
     given by the paper)."""
     variant: Variant = "sigmoid"
     """DPO as published, on whole answers; on means per token (arXiv 2411.15124); or IPO (arXiv 2310.12036), here also
     on means per token (not given by the paper)."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Ge(0), Le(0.5)] = 0.0
     """Probability that a pair is the wrong way round, up to 0.5; not with ipo (not given by the paper)."""
-    sft_weight: float = 1.0
+    sft_weight: Positive = 1.0
     """sft+dpo: weight of the chosen answer's cross-entropy beside the preference loss (not given by the paper)."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.beta < float("inf"), "beta", self.beta, "a number above 0")
-        _require(0 <= self.label_smoothing <= 0.5, "label_smoothing", self.label_smoothing, "a share from 0 to 0.5")
-        _require(0 < self.sft_weight < float("inf"), "sft_weight", self.sft_weight, "a number above 0")
-        _require(
-            self.variant != "ipo" or self.label_smoothing == 0,
-            "label_smoothing",
-            self.label_smoothing,
-            "0 with --preference.variant ipo, whose margin has a finite target anyway",
-        )
-
-
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise UserError(f"--preference.{name.replace('_', '-')} is {value!r}; expected {expected}.")
+        check_ranges(self, "preference")
+        if self.variant == "ipo" and self.label_smoothing:
+            raise UserError(
+                f"--preference.label-smoothing is {self.label_smoothing}: it must be 0 with --preference.variant ipo, "
+                "whose margin has a finite target anyway"
+            )

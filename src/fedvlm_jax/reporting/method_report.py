@@ -6,6 +6,8 @@ from itertools import groupby, pairwise, zip_longest
 from fedvlm_jax.analysis.explain import Explanation
 from fedvlm_jax.analysis.trace_method import Held, Stage, Tensor
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.methods.base import AVERAGING
+from fedvlm_jax.methods.config import list_method_flags
 from fedvlm_jax.reporting.tables import Table, format_bytes
 from fedvlm_jax.training.config import SHARE, Run, methods_available
 from fedvlm_jax.training.method_options import declare
@@ -32,21 +34,15 @@ def tabulate_methods(run: Run) -> Table:
         except UserError as error:
             rows.append((name, f"cannot be used: {error}", NOTHING))
             continue
-        rows.append((name, method.source, _write_options(method.takes)))
+        common = [path.rpartition(".")[2] for path in AVERAGING if path not in method.refuses]
+        words = [*sorted(common), *list_method_flags(name)]
+        rows.append((name, method.source, ", ".join(words) or NOTHING))
     note = (
         "p_k: weight of client k. Takes: of the options that not every method takes (--server.*, --local.proximal, "
         "--local.scaffold, --lora.ranks, and numbers of its own) these. `fedvlm explain METHOD` shows what a method "
         "does to the tensors of a model."
     )
     return Table("Methods", ("method", "source: update", "takes"), tuple(rows), note=note, prose=frozenset({1, 2}))
-
-
-def _write_options(takes: frozenset[str]) -> str:
-    """The common ones by their last word, the method's own as flags."""
-    own = sorted(name for name in takes if name == "share" or name.startswith("hyper."))
-    common = sorted(takes.difference(own), key=lambda name: name.rpartition(".")[2])
-    words = [name.rpartition(".")[2] for name in common] + ["--" + name.replace("_", "-") for name in own]
-    return ", ".join(words) or NOTHING
 
 
 def _tabulate_stage(explained: Explanation, stage: Stage) -> Table:

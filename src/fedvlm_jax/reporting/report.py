@@ -259,7 +259,7 @@ def _list_facts(config: Mapping[str, Any]) -> list[Facts]:
     facts = []
     if config.get("run"):
         stored = _flatten({name: value for name, value in config["run"].items() if name not in UNSTORED})
-        default = _flatten(to_json(Run()))
+        default = {**_flatten(to_json(Run(method=config["run"]["method"]))), "method": Run().method}
         marked = frozenset(name for name, value in stored.items() if default.get(name) != value)
         facts.append(Facts(title="Options (bold: not the default)", values=stored, marked=marked))
     for title, key in (("Resolved when it ran", "resolved"), ("Versions", "versions")):

@@ -15,7 +15,7 @@ from typing import Any
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training import federated_run
-from fedvlm_jax.training.config import Compare, Run, TrainOptions, to_json, without_extras
+from fedvlm_jax.training.config import SHARE, Compare, Run, TrainOptions, to_json, without_extras
 from fedvlm_jax.training.method_options import for_method
 from fedvlm_jax.training.parallel import WorkerProgress, spread
 from fedvlm_jax.training.prepare import Session, open_session
@@ -70,7 +70,7 @@ def _compare(
     if comparison.processes > 1:
         _share_out(comparison, settings, seeds, show)
         show = SilentProgress()  # from here on, all is there to be read
-    session = session or open_session(comparison.base, show.note)
+    session = session or open_session(_find_common(comparison), show.note)
     _check_finished(comparison, settings, comparison.methods, seeds, session)
     entries: list[dict[str, Any]] = []
     zero_shot: list[dict[str, Any]] = []
@@ -94,6 +94,12 @@ def _compare(
     if processes.is_first():
         write_json(folder / "comparison.json", content)
     return folder
+
+
+def _find_common(comparison: Compare) -> Run:
+    """Return the options to open model and data with; a rule of `share` is judged by the model's paths then."""
+    rule = comparison.method_options.get(SHARE)
+    return comparison.base if rule is None else for_method(comparison.base, SHARE, rule)
 
 
 def _check_finished(
@@ -142,7 +148,7 @@ def _share_out(comparison: Compare, settings: Mapping[str, TrainOptions], seeds:
 
 def _work(task: tuple[Compare, Mapping[str, TrainOptions], tuple[str, ...], list[int]]) -> tuple[str, ...]:
     comparison, settings, methods, seeds = task
-    session = _open_kept(comparison.base)
+    session = _open_kept(_find_common(comparison))
     _check_finished(comparison, settings, methods, seeds, session)
     for seed in seeds:
         _run_methods(comparison, settings, methods, seed, WorkerProgress(), session)
@@ -218,7 +224,7 @@ def _make_run(comparison: Compare, settings: Mapping[str, TrainOptions], method:
     base = dataclasses.replace(comparison.base, train=_train_options(comparison, settings, method))
     neighbours = comparison.neighbours if method.endswith(REMEMBERING) else 0
     return dataclasses.replace(
-        for_method(base, plain(method)),
+        for_method(base, plain(method), comparison.method_options.get(plain(method))),
         seed=seed,
         evaluation=dataclasses.replace(base.evaluation, neighbours=neighbours),
         out=comparison.out / "runs" / f"{method}-seed{seed}",

@@ -6,26 +6,40 @@ their help; their defaults are this project's. No heavy package is imported here
 
 import ast
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Ge, Gt, Le
 
-from fedvlm_jax.data.config import DataOptions, Split
+from fedvlm_jax.data.config import KINDS, DataOptions, Partition, Split
+from fedvlm_jax.data.sources import emoji
+from fedvlm_jax.data.sources.registry import find_options, find_partition
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.participation import ParticipationOptions
-from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
+from fedvlm_jax.methods.config import (
+    SHARE,
+    LocalOptions,
+    MethodOptions,
+    ServerOptions,
+    find_method_options,
+    name_module,
+)
 from fedvlm_jax.objectives.config import PreferenceOptions
+from fedvlm_jax.utils.option_ranges import Amount, Chance, Count, NonNegative, Positive, Seed, Share
 from fedvlm_jax.utils.serialization import decode, encode
 
 __all__ = [
+    "METHOD",
     "SHARE",
     "Compare",
     "EvaluationOptions",
-    "HyperOptions",
     "LocalOptions",
     "LoraOptions",
+    "MethodOptions",
     "ParticipationOptions",
     "PreferenceOptions",
     "Run",
@@ -41,9 +55,13 @@ __all__ = [
     "without_extras",
 ]
 
+MOST_BATCH = 2**16
+"""Examples that are scored at once; clients with fewer are filled up to it."""
+MOST_EXAMPLES = 48
+"""So many pictures of at most 25 KiB keep the report's page below 2 MB."""
 PACKAGE = Path(__file__).parent.parent
-METHOD, SHARE = "plora", "share"
-"""The method where none is named, and the one that `--share` makes of a rule; it is no file that anyone would list."""
+METHOD = "plora"
+"""The method where none is named."""
 
 
 def _optional(metavar: str, otherwise: str, *aliases: str) -> Any:
@@ -58,10 +76,9 @@ def methods_available() -> tuple[str, ...]:
 
 def describe_method(name: str) -> str:
     """Return the first sentence of a method's file, read without importing it; empty for a name without a file."""
-    stem = "rule_based" if name == SHARE else f"zoo/{name.replace('-', '_')}"
-    file = PACKAGE / "methods" / f"{stem}.py"
     if name not in (*methods_available(), SHARE):
         return ""
+    file = PACKAGE.joinpath(*name_module(name).split(".")[1:]).with_suffix(".py")
     return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
@@ -84,9 +101,9 @@ def _show_choices(names: tuple[str, ...]) -> str:
 class LoraOptions:
     """The low-rank adapter that each client trains"""
 
-    rank: Annotated[int, tyro.conf.arg(aliases=("--rank",))] = 8
+    rank: Annotated[Count, tyro.conf.arg(aliases=("--rank",))] = 8
     """Rank of the adapter (not given by the paper)."""
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """The adapter's output is scaled by alpha / rank (not given by the paper)."""
     targets: Annotated[str, _optional("REGEX", "the model's text layers")] = ""
     """Regular expression over parameter paths: which weights get an adapter (not given by the paper)."""
@@ -97,7 +114,7 @@ class LoraOptions:
     ranks: tuple[int, ...] = ()
     """Ranks that are dealt to the clients in turn, client k getting the k-th of them, over and over; the largest must
     be --lora.rank, whose scale holds for all. All clients have that rank by default."""
-    dropout: float = 0.0
+    dropout: Chance = 0.0
     """During local training leave out this share of what enters A, drawn anew in every step (LoRA dropout; not given
     by the paper)."""
     private_a: Literal["common", "per-client"] = "common"
@@ -108,38 +125,38 @@ class LoraOptions:
 class TrainOptions:
     """Rounds and local training"""
 
-    rounds: Annotated[int, tyro.conf.arg(aliases=("--rounds",))] = 10
+    rounds: Annotated[Count, tyro.conf.arg(aliases=("--rounds",))] = 10
     """Federated rounds (not given by the paper)."""
-    local_steps: int = 4
+    local_steps: Count = 4
     """Optimiser steps of a client in a round (not given by the paper)."""
-    local_epochs: Annotated[float | None, _optional("E", "all clients take --train.local-steps")] = None
+    local_epochs: Annotated[Positive | None, _optional("E", "all clients take --train.local-steps")] = None
     """In place of --train.local-steps: every client takes ceil(E * its examples / batch) steps, or ceil(E) where it
     has less than a batch. All wait for the largest (not given by the paper)."""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=("--batch-size",))] = 16
+    batch_size: Annotated[Count, tyro.conf.arg(aliases=("--batch-size",))] = 16
     """Examples per local step (not given by the paper)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """The clients' optimiser (not given by the paper)."""
-    learning_rate_a: float = 5e-3
+    learning_rate_a: NonNegative = 5e-3
     """Learning rate of the factors A; --lr X sets those of A and B (not given by the paper)."""
-    learning_rate_b: float = 2e-3
+    learning_rate_b: NonNegative = 2e-3
     """Learning rate of the factors B (not given by the paper)."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled weight decay of AdamW (not given by the paper)."""
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
     """Clip a client's gradient to this global norm (not given by the paper)."""
     optimizer_state: Literal["kept", "fresh"] = "kept"
     """Does a client keep its optimiser state from round to round (not given by the paper)? On validation, with five
     seeds, the two are not told apart; with fresh a client's state of plora is a fifth as large."""
-    decay: float = 0.3
+    decay: Annotated[float, Gt(0), Le(1)] = 0.3
     """Learning rates are multiplied by this once, late in training (not given by the paper)."""
-    decay_at: float = 0.6
+    decay_at: Share = 0.6
     """The fraction of the rounds after which they are (not given by the paper)."""
-    warmup_rounds: int = 0
+    warmup_rounds: Amount = 0
     """In the first so many rounds N learning rates rise: in round r they are r / (N + 1) of what they would be (not
     given by the paper)."""
     weighting: Literal["examples", "uniform"] = "examples"
     """How clients count in the average: by their number of examples, or all alike (not given by the paper)."""
-    finetune_steps: int = 0
+    finetune_steps: Amount = 0
     """Local steps of every client on its own after the last round; so many for all, with --train.local-epochs too."""
 
 
@@ -147,19 +164,19 @@ class TrainOptions:
 class EvaluationOptions:
     """When and how every client's own model is evaluated"""
 
-    every: int = 4
+    every: Count = 4
     """Evaluate on validation every so many rounds, and after the last."""
     decoding: Literal["greedy", "folder"] = "greedy"
     """How answers are generated: greedily and with no token banned, or as the model folder's generation_config.json
     says, with its beams and its ban on repeated n-grams."""
     max_answer_tokens: Annotated[
-        int | None, _optional("INT", "what the gold answers take, at most --data.max-answer-tokens")
+        Count | None, _optional("INT", "what the gold answers take, at most --data.max-answer-tokens")
     ] = None
     """Longest answer that is generated, in tokens; never more than the gold answers take, rounded up to 16."""
-    clients: Annotated[int | None, _optional("INT", "all, but 64 of more than 128")] = None
+    clients: Annotated[Count | None, _optional("INT", "all, but 64 of more than 128")] = None
     """Evaluate the models of so many clients, in the rounds and at the end, drawn by the seed; and of so many of those
     that are held out."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Ge(1), Le(MOST_BATCH)] = 32
     """Examples of one client that are answered at a time."""
     metrics: tuple[str, ...] = ("exact_match", "token_f1", "rouge_l", "cider", "vqa_accuracy")
     """Metrics of generated answers."""
@@ -174,18 +191,18 @@ class EvaluationOptions:
     did, or that of the client with the most similar images (not given by the paper)."""
     before_redistribution: bool = True
     """Validate also what clients had before the server's average replaced their shared part."""
-    neighbours: int = 0
+    neighbours: Amount = 0
     """At the end, mix every client's model with so many nearest neighbours of its own training answers, with a share
     that is chosen on its validation answers: kNN-Per (arXiv 2111.09360), which takes 10."""
-    neighbour_temperature: float = 1.0
+    neighbour_temperature: Positive = 1.0
     """Distance at which a neighbour counts 1/e as much as one at no distance; 1 in kNN-Per."""
     neighbour_kernel: Literal["validation", "distance", "squared"] = "validation"
     """How a neighbour counts by its distance d: exp(-d), as the paper of kNN-Per has it, or exp(-d^2 / width of the
     states), as its authors' code has it; by default what makes the validation answers likelier, and the results say
     which."""
-    neighbour_capacity: int = 4096
+    neighbour_capacity: Count = 4096
     """Most training tokens that a client remembers."""
-    examples: int = 12
+    examples: Annotated[int, Ge(0), Le(MOST_EXAMPLES)] = 12
     """At the end, store so many test examples with picture and answers for the report; 0 for none."""
     test: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = True
     """From Python only: False leaves the test split alone, for runs that serve to choose options."""
@@ -202,18 +219,18 @@ class SystemOptions:
 
     mesh: Annotated[str, _optional("clients=N[,model=M]", "clients=all there are", "--mesh")] = ""
     """Clients are spread over N groups of M devices; the M devices of a group share one copy of the frozen model."""
-    wave: Annotated[int | None, _optional("INT", "as many as fit, at most 16 a device", "--wave")] = None
+    wave: Annotated[Count | None, _optional("INT", "as many as fit, at most 16 a device", "--wave")] = None
     """Clients trained at the same time; what is chosen is stored with the run."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen model's arithmetic. Norms, softmax and adapters stay float32."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    unroll: int = 3
+    unroll: Amount = 3
     """Write out stacks of up to so many layers one after another; longer ones are a scan. 6, Florence-2-base's: a
     twentieth less time on a CPU, half as long again to compile."""
     cache: Literal["auto", "memory", "disk", "off"] = "auto"
     """Where the frozen image features are kept, which are computed once per image; auto: on disk above 2 GiB."""
-    cache_gib: float = 20.0
+    cache_gib: Annotated[float, Gt(0), Le(1e18)] = 20.0
     """Keep at most so many GiB of them; what does not fit is computed each time."""
     cache_dir: Annotated[Path | None, _optional("DIR", "fedvlm-jax in your cache folder")] = None
     """Folder of the disk cache."""
@@ -226,9 +243,10 @@ class Run:
     method: Annotated[
         str,
         tyro.conf.arg(
-            metavar=_show_choices(methods_available()), help_behavior_hint=f"(default: {METHOD}, or what --share makes)"
+            metavar=_show_choices(methods_available()),
+            help_behavior_hint=f"(default: {METHOD}, or what --share REGEX makes of a rule)",
         ),
-    ] = ""
+    ] = METHOD
     """`train` only: the federated method, that is, what clients share and what stays theirs; `fedvlm explain` tells
     what each does."""
     model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = "florence2-nano"
@@ -238,32 +256,29 @@ class Run:
     resume: Annotated[Path | None, _optional("RUN", "start anew")] = None
     """`train` only: go on with the run in this folder, with the options stored there; a finished one trains longer if
     --train.rounds says how many rounds there shall be in all."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides every random choice: partition, adapters, cohorts, batches."""
-    cohort: Annotated[int | None, _optional("INT", "all of them")] = None
+    cohort: Annotated[Count | None, _optional("INT", "all of them")] = None
     """Clients drawn each round (not given by the paper)."""
     objective: Annotated[str, tyro.conf.arg(metavar=_show_choices(objectives_available()))] = "sft"
     """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both."""
-    share: Annotated[str, tyro.conf.arg(metavar="REGEX", help_behavior_hint="(default: none)")] = ""
-    """A method from a rule alone, named share: factors in whose path (as `fedvlm explain` prints it) this is found are
-    averaged, all others stay with their client. For example 'decoder/.*/b$'."""
-    checkpoint_every: int = 1
+    checkpoint_every: Count = 1
     """Rounds between checkpoints."""
+    method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = field(default_factory=MethodOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
-    data: DataOptions = field(default_factory=DataOptions)
+    data: DataOptions = field(default_factory=emoji.Options)
     lora: LoraOptions = field(default_factory=LoraOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     participation: ParticipationOptions = field(default_factory=ParticipationOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
-    hyper: HyperOptions = field(default_factory=HyperOptions)
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     system: SystemOptions = field(default_factory=SystemOptions)
 
     def __post_init__(self) -> None:
-        """A rule alone is a method; so what `method` is where nobody says depends on `share`."""
-        if not self.method:
-            object.__setattr__(self, "method", SHARE if self.share else METHOD)
+        """Give the method its numbers, where none are given."""
+        if type(self.method_options) is MethodOptions:
+            object.__setattr__(self, "method_options", find_method_options(self.method)())
 
 
 @dataclass(frozen=True)
@@ -273,17 +288,19 @@ class Compare:
     methods: tuple[str, ...] = ("local", "fedavg-lora", "fedavg-lora+ft", "plora")
     """What is compared, beside zero-shot; with "+ft" after a name every client then fine-tunes on its own, with "+knn"
     it mixes in what it remembers of its training answers."""
-    seeds: int = 2
+    seeds: Count = 2
     """How many seeds: --seed, the next, and so on."""
-    finetune_steps: int = 20
+    finetune_steps: Count = 20
     """Local steps of the methods with "+ft"."""
-    neighbours: int = 10
+    neighbours: Count = 10
     """Neighbours of the methods with "+knn"."""
-    processes: int = 1
+    processes: Count = 1
     """Share the methods out over so many processes, each with its own cores and a base of its own: a quarter faster on
     two cores. Not with an accelerator."""
     base: Annotated[Run, tyro.conf.arg(name="")] = field(default_factory=Run)
     """What all the runs have in common."""
+    method_options: Annotated[Mapping[str, MethodOptions], tyro.conf.arg(name="method")] = field(default_factory=dict)
+    """Method -> its numbers; its defaults where it is not named."""
 
     @property
     def out(self) -> Path | None:
@@ -316,4 +333,24 @@ def from_json(stored: Any) -> Run:
     Raises:
         UserError: an option is unknown, missing, or of the wrong type.
     """
-    return decode(Run, stored)
+    if not isinstance(stored, Mapping):
+        return decode(Run, stored)
+    if "hyper" in stored:
+        raise UserError(
+            "the stored configuration is of a development state of fedvlm-jax 0.1, whose methods shared one record of "
+            "numbers: the commit that its config.json names reads it"
+        )
+    data = stored.get("data")
+    source, cut = (data.get("source"), data.get("partition")) if isinstance(data, Mapping) else (None, None)
+    kind = find_options(source) if isinstance(source, str) else DataOptions
+    drawn = cut.get("kind") if isinstance(cut, Mapping) else None
+    method = stored.get("method")
+    return decode(
+        Run,
+        stored,
+        chosen={
+            "method_options": find_method_options(method) if isinstance(method, str) else MethodOptions,
+            "data": kind,
+            "data.partition": find_partition(kind, drawn) if drawn in KINDS else Partition,
+        },
+    )

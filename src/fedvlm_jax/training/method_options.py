@@ -1,126 +1,65 @@
-"""Which options go with which method, told before anything is loaded.
+"""Options that change the mathematics of a round, and whether a method has a place for them; judged before any load.
 
-What a method takes it says itself (`Method.takes`, `Method.refuses`), so nothing here knows any by name. Options of two
-kinds are looked at: those that change the mathematics of a round (the server's optimiser, proximal terms, control
-variates, ranks) must make sense with every method that is run; those that belong to single methods (`--hyper.*`,
-`--share`) must mean something to one of them.
+A method says itself what does not go with it (`Method.refuses`), so nothing here knows any by name. Its own numbers
+need no such check: those of another method cannot be written.
 """
 
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.methods.config import HyperOptions, LocalOptions, ServerOptions
-from fedvlm_jax.training.config import SHARE, Run, TrainOptions, methods_available
+from fedvlm_jax.methods.config import SHARE, LocalOptions, MethodOptions, ServerOptions, find_method_options
+from fedvlm_jax.training.config import Run, TrainOptions
 
 if TYPE_CHECKING:
     from fedvlm_jax.methods import Method
     from fedvlm_jax.models import Vlm
 
-__all__ = ["RANGES", "check_choices", "check_comparison", "check_rule", "declare", "for_method"]
-
-Range = tuple[Callable[[float], bool], str]
-
-_WEIGHTING = "train.weighting"
-"""What every method takes that does not refuse it."""
-
-_ABOVE_ZERO: Range = (lambda x: 0 < x < math.inf, "above 0")
-_FROM_ZERO: Range = (lambda x: 0 <= x < math.inf, "a number of 0 or more")
-_SHARE: Range = (lambda x: 0 <= x <= 1, "from 0 to 1")
-_DECAY: Range = (lambda x: 0 <= x < 1, "0 or more and below 1")
-_COUNT: Range = (lambda x: x >= 1, "1 or more")
-
-RANGES: dict[str, Range] = {
-    "local.proximal": _FROM_ZERO,
-    "server.learning_rate": _ABOVE_ZERO,
-    "server.beta1": _DECAY,
-    "server.beta2": _DECAY,
-    "server.epsilon": _ABOVE_ZERO,
-    "hyper.ditto_lambda": _FROM_ZERO,
-    "hyper.apfl_alpha": _SHARE,
-    "hyper.pfedme_lambda": _ABOVE_ZERO,  # at 0 the global model would never move
-    "hyper.pfedme_inner": _COUNT,
-    "hyper.pfedme_rate": _ABOVE_ZERO,
-    "hyper.pfedme_beta": _ABOVE_ZERO,
-    "hyper.dpa_alpha": _SHARE,
-    "hyper.dpa_local": _SHARE,
-    "hyper.fair_lambda": _ABOVE_ZERO,  # at 0 the system that gives the correction may be singular
-    "hyper.svd_every": _COUNT,
-    "hyper.rpca_beta": _FROM_ZERO,
-    "hyper.rpca_steps": _COUNT,
-    "hyper.mix_temperature": _ABOVE_ZERO,
-    "hyper.mosaic_weight": _SHARE,
-}
-"""Every number beside a method: option -> what it may be."""
+__all__ = ["check_choices", "check_comparison", "check_rule", "declare", "find_rule", "for_method"]
 
 
 def check_choices(run: Run) -> None:
-    """Refuse options that the run's method cannot work with, or that would do nothing.
+    """Refuse options that the run's method cannot work with.
 
     Raises:
         UserError: the first of them, with the reason.
     """
-    _check_numbers(run)
-    method = declare(run.method, run)
-    _check_method(run, method, f"--method {run.method}")
-    if run.share and "share" not in method.takes:
-        raise UserError(
-            f"--share makes a method of its own, named {SHARE}: leave out --method {run.method}, or leave out --share"
-        )
-    for path in _own_options(run):
-        if path not in method.takes and path != "share":
-            raise UserError(
-                f"{_flag(path)} means nothing to --method {run.method}: leave it out, or use {_name_readers(path)}"
-            )
+    _check_pairs(run)
+    _check_method(run, declare(run.method, run), f"--method {run.method}")
 
 
-def check_comparison(base: Run, names: Sequence[str]) -> None:
+def check_comparison(base: Run, names: Sequence[str], options: Mapping[str, MethodOptions]) -> None:
     """Refuse options with which one of several methods cannot work, or that do nothing in any of them.
 
     Raises:
         UserError: the first of them, with the method and the reason.
     """
-    _check_numbers(base)
-    methods = {name: declare(name, base) for name in dict.fromkeys(names)}
-    for name, method in methods.items():
-        _check_method(_leave_out(base, method), method, f"--methods {name}")
-    for path in _orthogonal_options(base):
-        if all(path not in _orthogonal_options(_leave_out(base, method)) for method in methods.values()):
-            raise UserError(f"{_flag(path)} means nothing to any of --methods {' '.join(methods)}: leave it out")
-    for path in _own_options(base):
-        if not any(path in method.takes for method in methods.values()):
-            raise UserError(
-                f"{_flag(path)} means nothing to any of --methods {' '.join(methods)}: leave it out, or compare "
-                f"{_name_readers(path)} too"
-            )
+    _check_pairs(base)
+    runs = {name: for_method(base, name, options.get(name)) for name in dict.fromkeys(names)}
+    for name, run in runs.items():
+        _check_method(run, declare(name, run), f"--methods {name}")
+    for path in _list_changed(base):
+        if all(path not in _list_changed(run) for run in runs.values()):
+            raise UserError(f"{_flag(path)} means nothing to any of --methods {' '.join(runs)}: leave it out")
 
 
-def for_method(base: Run, name: str) -> Run:
-    """A comparison's options as this method has them: what belongs to other methods alone is at its default."""
-    method = declare(name, base)
-    base, takes, default = _leave_out(base, method), method.takes, HyperOptions()
-    hyper = {
-        field.name: getattr(base.hyper if f"hyper.{field.name}" in takes else default, field.name)
-        for field in dataclasses.fields(default)
-    }
-    return dataclasses.replace(
-        base, method=name, share=base.share if "share" in takes else "", hyper=HyperOptions(**hyper)
-    )
+def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Run:
+    """Give a method the options that others have too, without those that would merely do nothing in it.
 
-
-def _leave_out(run: Run, method: "Method") -> Run:
-    """The options without those that would merely do nothing in this method."""
-    local = {
-        path.removeprefix("local."): getattr(LocalOptions(), path[6:]) for path in method.moot if path[:6] == "local."
-    }
-    server = ServerOptions() if "server" in method.moot else run.server
-    weighting = TrainOptions().weighting if _WEIGHTING in method.moot else run.train.weighting
+    Args:
+        base: the options.
+        name: the method.
+        options: its own numbers; its defaults if None.
+    """
+    run = dataclasses.replace(base, method=name, method_options=options or MethodOptions())
+    moot = declare(name, run).moot
+    local = {field.name: field.default for field in dataclasses.fields(LocalOptions) if f"local.{field.name}" in moot}
+    weighting = TrainOptions().weighting if "train.weighting" in moot else run.train.weighting
     return dataclasses.replace(
         run,
-        server=server,
+        server=ServerOptions() if "server" in moot else run.server,
         local=dataclasses.replace(run.local, **local),
         train=dataclasses.replace(run.train, weighting=weighting),
     )
@@ -128,13 +67,19 @@ def _leave_out(run: Run, method: "Method") -> Run:
 
 def declare(name: str, run: Run) -> "Method":
     """Make a method with a run's options but without a model: for what it says of itself."""
-    from fedvlm_jax.methods import load_method
+    from fedvlm_jax.methods import load_method  # late: it imports jax
     from fedvlm_jax.training.method_setup import make_setup
 
     def nothing(*_: Any) -> Any:
         raise AssertionError("a method is made without a model: its functions may ask for one, `make` may not")
 
-    return load_method(name, make_setup(run, None, nothing))
+    options = run.method_options if run.method == name else MethodOptions()
+    return load_method(name, dataclasses.replace(make_setup(run, None, nothing), options=options))
+
+
+def find_rule(options: MethodOptions) -> str | None:
+    """Return the rule of the method that `--share` makes; None for the options of any other method."""
+    return getattr(options, "rule", None) if type(options).__module__.endswith(".rule_based") else None
 
 
 def check_rule(run: Run, vlm: "Vlm") -> None:
@@ -143,7 +88,8 @@ def check_rule(run: Run, vlm: "Vlm") -> None:
     Raises:
         UserError: with the paths that there are.
     """
-    if not run.share:
+    rule = find_rule(run.method_options)
+    if rule is None:
         return
     import jax
 
@@ -156,16 +102,12 @@ def check_rule(run: Run, vlm: "Vlm") -> None:
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), sites, spec))
     factors = tree.partition(adapter, is_factor)[0]
     paths = {path: lora.virtual_paths(factors, path, sites) for path in tree.flatten(factors)}
-    named = [name for path, several in paths.items() for name in (path, *several) if re.search(run.share, name)]
+    named = [name for path, several in paths.items() for name in (path, *several) if re.search(rule, name)]
     if not named:
-        raise UserError(f"--share {run.share!r} is found in no factor's path; there are:\n{listing(paths, 1000)}")
+        raise UserError(f"--share {rule!r} is found in no factor's path; there are:\n{listing(paths, 1000)}")
 
 
-def _check_numbers(run: Run) -> None:
-    for path, (holds, expected) in RANGES.items():
-        value = _value(run, path)
-        if not holds(value):
-            raise UserError(f"{_flag(path)} is {value}: it must be {expected}")
+def _check_pairs(run: Run) -> None:
     for name in _changed(run.server, ServerOptions()):
         if name not in run.server.reads:
             raise UserError(
@@ -180,10 +122,6 @@ def _check_numbers(run: Run) -> None:
             f"--lora.ranks {' '.join(map(str, ranks))}: they must be 1 or more, and the largest of them --lora.rank, "
             f"which is {largest}"
         )
-    try:
-        re.compile(run.share)
-    except re.error as error:
-        raise UserError(f"--share {run.share!r} is not a regular expression: {error}") from None
 
 
 def _check_scaffold(run: Run) -> None:
@@ -213,47 +151,28 @@ def _check_scaffold(run: Run) -> None:
 
 def _check_method(run: Run, method: "Method", label: str) -> None:
     """Refuse what changes a round's mathematics in a way that the method has no place for."""
-    for path in _orthogonal_options(run):
-        part = path.partition(".")[0]
-        if {path, part} & method.takes or (path == _WEIGHTING and path not in method.refuses):
-            continue
-        why = (
-            method.refuses.get(path)
-            or method.refuses.get(part)
-            or "the method was not written for it (Method.takes does not name it)"
-        )
-        raise UserError(f"{_flag(path)} does not go with {label}, because {why}. Leave it out, or leave the method out")
-    if "share" in method.takes and not run.share:
+    if type(run.method_options) is not find_method_options(run.method):
+        raise UserError(f"{run.method_options} are the numbers of another method than {label}")
+    for path in _list_changed(run):
+        why = method.refuses.get(path) or method.refuses.get(path.partition(".")[0])
+        if why:
+            raise UserError(
+                f"{_flag(path)} does not go with {label}, because {why}. Leave it out, or leave the method out"
+            )
+    if run.method == SHARE and not find_rule(run.method_options):
         raise UserError(f"{label} needs its rule: add --share REGEX, for example --share 'decoder/.*/b$'")
 
 
-def _orthogonal_options(run: Run) -> list[str]:
+def _list_changed(run: Run) -> list[str]:
+    """List those of the options of a round's mathematics that are not at their default."""
     server = [f"server.{name}" for name in _changed(run.server, ServerOptions())]
     local = [f"local.{name}" for name in _changed(run.local, LocalOptions())]
-    weighting = [_WEIGHTING] if run.train.weighting != TrainOptions().weighting else []
+    weighting = ["train.weighting"] if run.train.weighting != TrainOptions().weighting else []
     return [*server, *local, *weighting, *(["lora.ranks"] if run.lora.ranks else [])]
-
-
-def _own_options(run: Run) -> list[str]:
-    """What was chosen of the options that belong to single methods."""
-    hyper = [f"hyper.{name}" for name in _changed(run.hyper, HyperOptions())]
-    return [*hyper, *(["share"] if run.share else [])]
-
-
-def _name_readers(path: str) -> str:
-    if path == "share":
-        return SHARE
-    readers = [name for name in methods_available() if path in declare(name, Run()).takes]
-    return " or ".join(readers) or "a method that reads it"
 
 
 def _changed(options: Any, default: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != getattr(default, f.name)]
-
-
-def _value(run: Run, path: str) -> Any:
-    group, _, name = path.partition(".")
-    return getattr(getattr(run, group), name)
 
 
 def _flag(path: str) -> str:

@@ -19,7 +19,7 @@ from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.compiled import Programs, make_programs
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.methods import Setup, load_method
-from fedvlm_jax.methods.config import LocalOptions, ServerOptions
+from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.models import Stacking, Vlm
 from fedvlm_jax.objectives import Objective
 from fedvlm_jax.training.config import Run, SystemOptions
@@ -93,8 +93,7 @@ def make_setup(run: Run, vlm: Vlm | None, start_optimizer: Callable[..., PyTree]
         local_steps=run.train.local_steps if run.train.local_epochs is None else 0,
         local=run.local,
         server=run.server,
-        hyper=run.hyper,
-        share=run.share,
+        options=run.method_options,
     )
 
 
@@ -146,5 +145,6 @@ def build_programs(
         ranks=ranks,
         local=local,
         server=server,
+        options=run.method_options if method == run.method else MethodOptions(),
     )
     return make_programs(load_method(method, setup), trainer, mesh, vlm.component)

@@ -141,8 +141,7 @@ def open_session(
         connect(mesh)
     vlm, processor = open_model(run.model, **choose_arithmetic(run.system))
     check_room(run, vlm)
-    if run.share:
-        check_rule(run, vlm)  # before gigabytes are read
+    check_rule(run, vlm)  # before gigabytes are read
     folder = resolve_folder(run.model)
     sources = describe_sources(table, folder)
     check(sources)
@@ -269,7 +268,7 @@ def make_driver(
     local, server = (run.local, run.server) if go_on is None else (LocalOptions(), ServerOptions())
     goal = (run.objective, run.preference, train.optimizer, train.weight_decay, train.clip_norm, train.optimizer_state)
     shape = (clients, layout.cohort, layout.places, layout.steps, train.rounds, ranks)
-    static = (method, common, run.lora, *goal, *shape, run.hyper, run.share)
+    static = (method, common, run.lora, *goal, *shape, run.method_options)
 
     def make() -> Programs:
         return build_programs(

@@ -5,11 +5,13 @@ import difflib
 import re
 from pathlib import Path
 
+from fedvlm_jax.data.sources.registry import find_options
 from fedvlm_jax.distributed.mesh_shape import parse_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.metrics.metric_labels import SELECTING
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.training.config import (
+    METHOD,
     SHARE,
     Compare,
     PreferenceOptions,
@@ -18,16 +20,10 @@ from fedvlm_jax.training.config import (
     methods_available,
     objectives_available,
 )
-from fedvlm_jax.training.method_options import check_choices, check_comparison
-from fedvlm_jax.training.number_ranges import LARGEST_SEED, check_numbers
+from fedvlm_jax.training.method_options import check_choices, check_comparison, find_rule
+from fedvlm_jax.utils.option_ranges import LARGEST_SEED, check_ranges
 
 __all__ = ["FINETUNED", "REMEMBERING", "plain", "validate", "validate_comparison"]
-
-MOST_BATCH = 2**16
-"""Examples that are scored at once; clients with fewer are filled up to it."""
-
-MOST_EXAMPLES = 48
-"""So many pictures of at most 25 KiB keep the report's page below 2 MB."""
 
 FINETUNED, REMEMBERING = "+ft", "+knn"
 """What a method's name ends with in a comparison when local fine-tuning follows it, or neighbours are mixed in."""
@@ -49,12 +45,14 @@ def validate(run: Run) -> None:
 
 def _validate_common(run: Run) -> None:
     """What does not depend on the method."""
-    check_numbers(run)
+    check_ranges(run)
     _require_choice("--objective", run.objective, objectives_available())
     _check_preference(run)
     _check_metrics(run)
     _check_model(run.model)
-    _check_numbers(run)
+    if type(run.data) is not find_options(run.data.source):
+        raise UserError(f"--data {run.data.source} has other options than {type(run.data).__qualname__}")
+    _check_patterns(run)
     _check_participation(run)
     _check_pairs(run)
 
@@ -71,7 +69,7 @@ def validate_comparison(comparison: Compare) -> None:
         UserError: as `validate`, for every run it is made of.
     """
     base = comparison.base
-    check_numbers(comparison)
+    check_ranges(comparison)
     if not comparison.methods:
         raise UserError("--methods names no method: say which to compare, for example --methods local plora")
     for name in comparison.methods:
@@ -79,16 +77,12 @@ def validate_comparison(comparison: Compare) -> None:
     twice = sorted({name for name in comparison.methods if comparison.methods.count(name) > 1})
     if twice:
         raise UserError(f"--methods names {twice[0]} twice: leave one out")
-    _at_least("--seeds", comparison.seeds, 1)
     if base.seed + comparison.seeds - 1 > LARGEST_SEED:
         raise UserError(f"--seed {base.seed} and --seeds {comparison.seeds} go beyond {LARGEST_SEED}")
-    _at_least("--processes", comparison.processes, 1)
-    if any(name.endswith(FINETUNED) for name in comparison.methods):
-        _at_least("--finetune-steps", comparison.finetune_steps, 1)
-    if any(name.endswith(REMEMBERING) for name in comparison.methods):
-        _at_least("--neighbours", comparison.neighbours, 1)
-    if base.method not in (Run().method, Run(share=base.share).method):
+    if base.method != METHOD:
         raise UserError(f"--method {base.method} chooses for `fedvlm train`; here say --methods {base.method} ...")
+    if strangers := sorted(comparison.method_options.keys() - {*map(plain, comparison.methods)}):
+        raise UserError(f"there are numbers of {strangers[0]}, which is not compared: add it to --methods")
     if base.resume is not None:
         raise UserError(f"--resume goes on with one run; to go on with a comparison repeat it with --out {base.resume}")
     if base.train.finetune_steps:
@@ -98,7 +92,7 @@ def validate_comparison(comparison: Compare) -> None:
     if base.evaluation.neighbours:
         raise UserError('--evaluation.neighbours is for `fedvlm train`; here add "+knn" to a method, and --neighbours')
     _validate_common(base)
-    check_comparison(base, [plain(name) for name in comparison.methods])
+    check_comparison(base, [plain(name) for name in comparison.methods], comparison.method_options)
 
 
 def _check_model(model: str) -> None:
@@ -138,75 +132,8 @@ def _check_metrics(run: Run) -> None:
         raise UserError(f"--evaluation.metrics leaves out {judged_by}, by which the best round is chosen: add it")
 
 
-def _check_numbers(run: Run) -> None:
-    train, evaluation, system = run.train, run.evaluation, run.system
-    for flag, value, least in (
-        ("--train.rounds", train.rounds, 1),
-        ("--train.local-steps", train.local_steps, 1),
-        ("--train.batch-size", train.batch_size, 1),
-        ("--train.finetune-steps", train.finetune_steps, 0),
-        ("--train.warmup-rounds", train.warmup_rounds, 0),
-        ("--evaluation.neighbours", evaluation.neighbours, 0),
-        ("--evaluation.neighbour-capacity", evaluation.neighbour_capacity, 1),
-        ("--lora.rank", run.lora.rank, 1),
-        ("--cohort", run.cohort, 1),
-        ("--seed", run.seed, 0),
-        ("--checkpoint-every", run.checkpoint_every, 1),
-        ("--evaluation.every", evaluation.every, 1),
-        ("--evaluation.clients", evaluation.clients, 1),
-        ("--evaluation.max-answer-tokens", evaluation.max_answer_tokens, 1),
-        ("--evaluation.batch-size", evaluation.batch_size, 1),
-        ("--evaluation.examples", evaluation.examples, 0),
-        ("--wave", system.wave, 1),
-        ("--system.unroll", system.unroll, 0),
-    ):
-        _at_least(flag, value, least)
-    if evaluation.examples > MOST_EXAMPLES:
-        raise UserError(
-            f"--evaluation.examples is {evaluation.examples}: it must be {MOST_EXAMPLES} or fewer, for their pictures "
-            "are part of the report's page"
-        )
-    if evaluation.batch_size > MOST_BATCH:
-        raise UserError(f"--evaluation.batch-size is {evaluation.batch_size}: it must be {MOST_BATCH} or fewer")
-    for flag, value in (
-        ("--train.learning-rate-a", train.learning_rate_a),
-        ("--train.learning-rate-b", train.learning_rate_b),
-        ("--train.weight-decay", train.weight_decay),
-    ):
-        if not 0 <= value < float("inf"):
-            raise UserError(f"{flag} is {value}: it must be a number of 0 or more")
-    for flag, value in (
-        ("--train.clip-norm", train.clip_norm),
-        ("--lora.alpha", run.lora.alpha),
-        ("--evaluation.neighbour-temperature", evaluation.neighbour_temperature),
-    ):
-        if not 0 < value < float("inf"):
-            raise UserError(f"{flag} is {value}: it must be above 0")
-    if not 0 < train.decay <= 1:
-        raise UserError(f"--train.decay is {train.decay}: it must be above 0 and at most 1 (1 means no decay)")
-    if not 0 <= train.decay_at <= 1:
-        raise UserError(f"--train.decay-at is {train.decay_at}: it is a fraction of the rounds, from 0 to 1")
-    if not 0 <= run.lora.dropout < 1:
-        raise UserError(f"--lora.dropout is {run.lora.dropout}: it is a share, from 0 to below 1")
-    if train.warmup_rounds > train.rounds:
-        raise UserError(
-            f"--train.warmup-rounds is {train.warmup_rounds}, and there are --train.rounds {train.rounds}: warm up in "
-            "fewer, or train longer"
-        )
-    try:
-        re.compile(run.lora.targets)
-    except re.error as error:
-        raise UserError(f"--lora.targets {run.lora.targets!r} is not a regular expression: {error}") from None
-
-
 def _check_participation(run: Run) -> None:
     train, options = run.train, run.participation
-    if not 0 <= options.dropout < 1:
-        raise UserError(
-            f"--participation.dropout is {options.dropout}: it is a chance, from 0 to below 1, where all would drop out"
-        )
-    if not 0 <= options.stragglers <= 1:
-        raise UserError(f"--participation.stragglers is {options.stragglers}: it is a chance, from 0 to 1")
     if options.sampling != "uniform" and run.cohort is None:
         raise UserError(
             f"--participation.sampling {options.sampling} says how clients are drawn, and without --cohort everybody "
@@ -219,8 +146,6 @@ def _check_participation(run: Run) -> None:
                 "local steps, or leave it out"
             )
         return
-    if not 0 < train.local_epochs < float("inf"):
-        raise UserError(f"--train.local-epochs is {train.local_epochs}: it must be above 0")
     if train.local_steps != TrainOptions().local_steps:
         raise UserError(
             f"--train.local-epochs {train.local_epochs} and --train.local-steps {train.local_steps} exclude each "
@@ -228,8 +153,21 @@ def _check_participation(run: Run) -> None:
         )
 
 
+def _check_patterns(run: Run) -> None:
+    for flag, pattern in (("--lora.targets", run.lora.targets), ("--share", find_rule(run.method_options) or "")):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{flag} {pattern!r} is not a regular expression: {error}") from None
+
+
 def _check_pairs(run: Run) -> None:
     train, system = run.train, run.system
+    if train.warmup_rounds > train.rounds:
+        raise UserError(
+            f"--train.warmup-rounds is {train.warmup_rounds}, and there are --train.rounds {train.rounds}: warm up in "
+            "fewer, or train longer"
+        )
     if train.learning_rate_a == 0 and train.learning_rate_b == 0:
         raise UserError("--train.learning-rate-a and --train.learning-rate-b are both 0: nothing would be trained")
     if train.optimizer == "sgd" and train.weight_decay:
@@ -241,17 +179,8 @@ def _check_pairs(run: Run) -> None:
         raise UserError(f"--wave {system.wave} does not divide over --mesh {mesh}: use a multiple of {mesh.clients}")
     if system.cache_dir is not None and system.cache not in ("auto", "disk"):
         raise UserError(f"--system.cache-dir is for --system.cache disk, not {system.cache}")
-    if not 0 < system.cache_gib * 2**30 < float("inf"):  # in bytes
-        raise UserError(
-            f"--system.cache-gib is {system.cache_gib}: it must be a number above 0; --system.cache off keeps none"
-        )
     if run.out is not None and run.resume is not None:
         raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
-
-
-def _at_least(flag: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise UserError(f"{flag} is {value}: it must be {least} or more")
 
 
 def _require_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:

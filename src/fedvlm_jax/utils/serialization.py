@@ -27,20 +27,21 @@ def encode(options: Any) -> dict[str, Any]:
     return {field.name: _encode_value(getattr(options, field.name)) for field in dataclasses.fields(options)}
 
 
-def decode(kind: type[T], stored: Any, where: str = "") -> T:
+def decode(kind: type[T], stored: Any, where: str = "", chosen: Mapping[str, Any] | None = None) -> T:
     """Rebuild a `kind` from what `encode` made of it.
 
     Args:
         kind: the dataclass to build.
         stored: its fields, as JSON gave them.
         where: the path of the enclosing field, for messages.
+        chosen: path of a field -> its type, where that is a subclass of the declared one.
 
     Raises:
         UserError: a key is unknown or missing, or a value does not fit its field.
     """
     if not isinstance(stored, Mapping):
         raise UserError(f"{where or 'the configuration'} should be a group of options, not {stored!r}")
-    hints = typing.get_type_hints(kind)
+    hints, chosen = typing.get_type_hints(kind), chosen or {}
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # T is a dataclass
     prefix = f"{where}." if where else ""
     unknown = sorted(set(stored) - set(names))
@@ -52,7 +53,15 @@ def decode(kind: type[T], stored: Any, where: str = "") -> T:
     missing = [name for name in names if name not in stored]
     if missing:
         raise UserError(f"the stored configuration lacks {prefix}{missing[0]}; was it written by another version?")
-    return kind(**{name: fit(hints[name], stored[name], prefix + name) for name in names})
+    types = {name: chosen.get(prefix + name, hints[name]) for name in names}
+    return kind(
+        **{
+            name: decode(typing.cast("type[Any]", hint), stored[name], prefix + name, chosen)
+            if dataclasses.is_dataclass(hint)
+            else fit(hint, stored[name], prefix + name)
+            for name, hint in types.items()
+        }
+    )
 
 
 def _encode_value(value: Any) -> Any:

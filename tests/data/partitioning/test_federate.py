@@ -7,13 +7,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_parquet import SOURCES, draw_image, make_emoji_rows, make_row, make_rows, write_rows
 
-from fedvlm_jax.data.config import SPLITS, DataOptions
+from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.partitioning.emoji_topics import draw_concepts, draw_mix, read_file
 from fedvlm_jax.data.partitioning.federate import federate
-from fedvlm_jax.data.sources.emoji import draw_concepts, draw_mix, read_file
-from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.sources.emoji import Topics
+from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.errors import UserError
 
-EMOJI = DataOptions(
+EMOJI = make_options(
     vendors=("noto", "twemoji"),
     languages=("en", "de"),
     images_per_client=20,
@@ -36,7 +37,7 @@ def as_lists(federation):
 
 
 def test_sources_are_the_natural_clients(tmp_path):
-    federation = federate(read(tmp_path, make_rows(140)), DataOptions(), 0)
+    federation = federate(read(tmp_path, make_rows(140)), make_options("rows.parquet"), 0)
     assert federation.names == tuple(sorted(SOURCES))
     assert sorted(federation.rows) == list(range(140))
     assert [len(c.train) for c in federation.clients] == [14] * 7  # of 20 images 4 are test, 2 validation
@@ -47,7 +48,7 @@ def test_client_and_split_columns_are_taken_as_they_are(tmp_path):
     owners = ["b", "a", "b", "b", None, "a "]
     splits = ["train", "test", "validation", "train", "train", "train"]
     rows = [make_row(n, client=c, split=s) for n, (c, s) in enumerate(zip(owners, splits, strict=True))]
-    federation = federate(read(tmp_path, rows), DataOptions(), 0)
+    federation = federate(read(tmp_path, rows), make_options("rows.parquet"), 0)
     assert as_lists(federation) == [["a", [5], [], [1]], ["b", [0, 3], [2], []]]
     assert [(s.row, s.idx, s.reason) for s in federation.skipped] == [(4, "4", "no client")]
 
@@ -55,16 +56,16 @@ def test_client_and_split_columns_are_taken_as_they_are(tmp_path):
 def test_unknown_splits_are_refused_with_their_counts(tmp_path):
     rows = [make_row(n, client="a", split=("train", "val", "dev")[min(n, 2)]) for n in range(5)]
     with pytest.raises(UserError, match=r"'dev' \(3 rows\), 'val' \(1 rows\); expected train, validation, test"):
-        federate(read(tmp_path, rows), DataOptions(), 0)
+        federate(read(tmp_path, rows), make_options("rows.parquet"), 0)
 
 
 def test_without_clients_or_training_rows_there_is_no_federation(tmp_path):
     with pytest.raises(UserError, match="no column 'client' nor 'origin_dataset'"):
-        federate(read(tmp_path, make_rows(3), drop=["origin_dataset"]), DataOptions(), 0)
+        federate(read(tmp_path, make_rows(3), drop=["origin_dataset"]), make_options("rows.parquet"), 0)
     with pytest.raises(UserError, match=r"no client is left of 1; --data.min-examples is 9 .* has 1 training"):
-        federate(read(tmp_path, [make_row(0, client="a")]), DataOptions(min_examples=9), 0)
+        federate(read(tmp_path, [make_row(0, client="a")]), make_options("rows.parquet", min_examples=9), 0)
     with pytest.raises(UserError, match="none of the 1 clients has a training row"):
-        federate(read(tmp_path, [make_row(0, client="a", split="test")]), DataOptions(), 0)
+        federate(read(tmp_path, [make_row(0, client="a", split="test")]), make_options("rows.parquet"), 0)
 
 
 def test_negative_seeds_are_refused(emoji):
@@ -75,8 +76,8 @@ def test_negative_seeds_are_refused(emoji):
 def test_small_clients_stay_unless_told(tmp_path):
     rows = [make_row(n, client=c, split=s) for n, (c, s) in enumerate([("a", "train")] * 3 + [("b", "test")])]
     table = read(tmp_path, rows)
-    assert federate(table, DataOptions(), 0).names == ("a", "b")
-    federation = federate(table, DataOptions(min_examples=1), 0)
+    assert federate(table, make_options("rows.parquet"), 0).names == ("a", "b")
+    federation = federate(table, make_options("rows.parquet", min_examples=1), 0)
     assert federation.names == ("a",)
     assert federation.description["left_out"] == ["b"]
     assert json.dumps(federation.description)
@@ -92,7 +93,7 @@ def test_drawn_splits_use_every_row_once_and_no_image_twice(tmp_path_factory, ow
     picture_of = [(7 * n) % pictures for n in range(len(owners))]
     rows = [make_row(n, picture_of[n], client=f"c{owner}") for n, owner in enumerate(owners)]
     table = read(tmp_path_factory.mktemp("drawn"), rows)
-    options = DataOptions(source="a.parquet", validation_share=0.2, test_share=0.3)
+    options = make_options(source="a.parquet", validation_share=0.2, test_share=0.3)
     try:
         federation = federate(table, options, seed)
     except UserError:
@@ -112,7 +113,7 @@ def test_drawn_splits_ignore_the_order_of_rows_and_follow_the_seed(tmp_path):
     def held_out(order, seed):
         path = write_rows(tmp_path / f"{len(list(tmp_path.iterdir()))}.parquet", [rows[n] for n in order])
         table = read_table(str(path))
-        return set(table.read_text("idx", federate(table, DataOptions(), seed).clients[0].test))
+        return set(table.read_text("idx", federate(table, make_options("rows.parquet"), seed).clients[0].test))
 
     assert held_out(range(50), 3) == held_out(range(49, -1, -1), 3)
     assert held_out(range(50), 3) != held_out(range(50), 4)
@@ -142,7 +143,7 @@ def test_emoji_draws_nest_and_do_not_disturb_each_other(emoji):
 
 
 def test_further_emoji_clients_share_a_style_and_language_and_draw_for_themselves(emoji):
-    four, ten = federate(emoji, EMOJI, 5), federate(emoji, EMOJI.replace(clients=10), 5)
+    four, ten = federate(emoji, EMOJI, 5), federate(emoji, EMOJI.replace(partition=Topics(clients=10)), 5)
     assert ten.names[4:] == ("noto-en-2", "noto-de-2", "twemoji-en-2", "twemoji-de-2", "noto-en-3", "noto-de-3")
     assert as_lists(ten)[:4] == as_lists(four), "those who were there keep their images"
     owners, noto = emoji.read_text("client"), [client for client in ten.clients if client.name.startswith("noto-en")]
@@ -157,11 +158,11 @@ def test_further_emoji_clients_share_a_style_and_language_and_draw_for_themselve
 
 def test_fewer_emoji_clients_than_styles_and_languages_are_refused(emoji):
     with pytest.raises(UserError, match=r"is 3, and the 2 styles and 2 languages make 4 clients at least"):
-        federate(emoji, EMOJI.replace(clients=3), 0)
+        federate(emoji, EMOJI.replace(partition=Topics(clients=3)), 0)
 
 
 def test_emoji_reports_the_mix_that_came_out(emoji):
-    federation = federate(emoji, EMOJI.replace(alpha=0.1), 2)
+    federation = federate(emoji, EMOJI.replace(partition=Topics(alpha=0.1)), 2)
     groups = emoji.read_text("group")
     for client in federation.clients:
         counted = Counter(groups[row] for row in client.train[::2])
@@ -229,6 +230,6 @@ def test_a_dry_group_gives_its_share_to_the_others():
 def test_the_same_picture_at_two_clients_is_in_one_split(tmp_path):
     shared = {"bytes": draw_image(99), "path": "x.png"}
     rows = [make_row(n, client=f"c{n % 9}", **({"image": shared} if n % 10 == 0 else {})) for n in range(90)]
-    federation = federate(read(tmp_path, rows), DataOptions(), 11)
+    federation = federate(read(tmp_path, rows), make_options("rows.parquet"), 11)
     holders = {split for split in SPLITS for c in federation.clients for row in c.rows_of(split) if row % 10 == 0}
     assert len(holders) == 1

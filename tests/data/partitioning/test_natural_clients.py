@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_table import as_lists, count_labels, make_table
 
-from fedvlm_jax.data.config import SPLITS, DataOptions
+from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.partitioning.federate import federate
 from fedvlm_jax.data.partitioning.natural_clients import choose_rows
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 
-PATH = DataOptions(source="rows.parquet")
+PATH = make_options(source="rows.parquet")
 DRAWN = {
     "iid": {},
     "quantity": {"alpha": 0.5},
@@ -23,7 +24,7 @@ DRAWN = {
 
 
 def cut(partition, clients=3, **changes):
-    return PATH.replace(partition=partition, clients=clients, **DRAWN.get(partition, {}), **changes)
+    return make_options("rows.parquet", partition, **{"clients": clients, **DRAWN.get(partition, {}), **changes})
 
 
 def make_sources(count, pictures=None):
@@ -72,7 +73,7 @@ def test_drawn_clients_use_every_row_once_and_share_no_picture(partition, pictur
 def test_partitions_follow_the_seed_and_not_the_order_of_rows(partition):
     count = 120
     origins = [("a", "b", "c")[n % 3] for n in range(count)]
-    options = PATH.replace(partition=partition, **DRAWN.get(partition, {}))
+    options = make_options("rows.parquet", partition, **DRAWN.get(partition, {}))
 
     def owners(order, seed):
         table = make_table(
@@ -93,9 +94,9 @@ def test_dirichlet_clients_differ_in_the_key_and_iid_clients_do_not():
     alike = count_labels(federate(table, cut("iid", 10), 0), origins)
     assert (alike.sum(axis=1) == 300).all()
     assert abs(alike - [30, 60, 210]).max() < 25
-    limit = count_labels(federate(table, cut("dirichlet", 10).replace(alpha=float("inf")), 0), origins)
+    limit = count_labels(federate(table, cut("dirichlet", 10, alpha=float("inf")), 0), origins)
     assert abs(limit - [30, 60, 210]).max() <= 1
-    skewed = count_labels(federate(table, cut("dirichlet", 10).replace(alpha=0.1), 0), origins)
+    skewed = count_labels(federate(table, cut("dirichlet", 10, alpha=0.1), 0), origins)
     assert skewed.sum() == 3000
     assert abs(skewed - [30, 60, 210]).max() > 500
     single = count_labels(federate(table, cut("pathological", 10), 0), origins)
@@ -123,7 +124,7 @@ def test_a_picture_has_the_label_that_most_of_its_rows_have():
 
 def test_least_sizes_hold_or_what_is_possible_is_told():
     table, _ = make_sources(400)
-    options = cut("dirichlet", 8).replace(alpha=0.3)
+    options = cut("dirichlet", 8, alpha=0.3)
     free = federate(table, options, 1)
     assert min(len(client.train) for client in free.clients) < 12
     forced = federate(table, options.replace(min_examples=12), 1)
@@ -141,7 +142,7 @@ def test_natural_clients_are_the_values_of_any_key():
     splits = ['{"type": "question answering"}', "detailed description", "{'type': 'question answering'}", "?"]
     table = make_table(range(40), origin_split=splits * 10, client=["one"] * 40)
     assert federate(table, PATH, 0).names == ("one",)
-    federation = federate(table, PATH.replace(partition_by="question_type"), 0)
+    federation = federate(table, make_options("rows.parquet", partition_by="question_type"), 0)
     assert federation.names == ("detailed description", "question answering", "unknown")
     assert [sum(len(c.rows_of(s)) for s in SPLITS) for c in federation.clients] == [10, 20, 10]
     assert federation.description["partition"] == {"kind": "natural", "by": "question_type", "seed": 0}
@@ -177,7 +178,7 @@ def test_clients_are_named_in_the_order_of_their_numbers():
 
 def test_the_description_tells_how_the_clients_were_made():
     table, _ = make_sources(60)
-    options = cut("dirichlet", 4).replace(alpha=float("inf"), origins=("street",), limit=40)
+    options = cut("dirichlet", 4, alpha=float("inf"), origins=("street",), limit=40)
     description = federate(table, options, 7).description
     assert description["partition"] == {
         "kind": "dirichlet", "clients": 4, "by": "origin_dataset", "alpha": "inf", "values": 1, "rows_unknown": 0,

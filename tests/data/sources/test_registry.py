@@ -2,14 +2,15 @@
 
 import json
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import pytest
 from make_parquet import make_rows, write_rows
 
-from fedvlm_jax.data.config import SPLITS, DataOptions
+from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.partitioning.federate import federate
-from fedvlm_jax.data.sources.registry import find_sets, read_table
+from fedvlm_jax.data.sources.registry import find_sets, make_options, read_table
 from fedvlm_jax.data.tokenization import encode
 from fedvlm_jax.data.unique_images import digest_rows
 
@@ -23,7 +24,7 @@ def stand_in(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(find_sets()))
 def test_a_named_set_federates_and_encodes_with_the_defaults(name, processor, stand_in):
-    options = DataOptions(source=name, **stand_in.get(name, {}))
+    options = make_options(source=name, **stand_in.get(name, {}))
     table = read_table(options)
     assert table.name == name
     federation = federate(table, options, 3)
@@ -43,10 +44,11 @@ def test_a_named_set_federates_and_encodes_with_the_defaults(name, processor, st
 def test_the_shipped_set_can_be_cut_anew():
     """Pictures stay with one client, concepts in their split, and every row of the pool is used once."""
     table = read_table("emoji")
-    options = DataOptions(languages=("en",), images_per_client=30, held_out_clients=0.25)
+    base: Any = {"languages": ("en",), "images_per_client": 30}
+    options = make_options(**base, held_out_clients=0.25)
     pool = set()
     for changes in ({}, {"partition": "dirichlet", "clients": 5, "alpha": 0.2}, {"partition": "iid", "clients": 5}):
-        federation = federate(table, options.replace(held_out_clients=0.0, **changes), 1)
+        federation = federate(table, make_options(**base, **changes), 1)
         splits = table.read_text("split")
         for split in SPLITS:
             assert {splits[row] for client in federation.clients for row in client.rows_of(split)} == {split}
@@ -59,14 +61,14 @@ def test_the_shipped_set_can_be_cut_anew():
         pool = pool or set(federation.rows.tolist())
         assert set(federation.rows.tolist()) == pool
         assert len(federation.rows) == 4 * 2 * (30 + 30 + 60)
-    languages = federate(table, DataOptions(languages=("en", "de"), partition_by="language", images_per_client=5), 0)
+    languages = federate(table, make_options(languages=("en", "de"), partition_by="language", images_per_client=5), 0)
     assert languages.names == ("de", "en")
     assert sum(client.held_out for client in federate(table, options, 1).clients) == 1
 
 
 def test_the_shipped_set_gives_every_client_what_the_options_say(processor):
     table = read_table("emoji")
-    federation = federate(table, DataOptions(), 0)
+    federation = federate(table, make_options(), 0)
     assert len(federation.clients) == 16
     assert {len(client.rows_of(split)) for client in federation.clients for split in SPLITS} == {120, 60}
     assert [len(federation.clients[0].rows_of(split)) for split in SPLITS] == [120, 60, 120]
@@ -83,7 +85,7 @@ def test_no_test_concept_is_anybodys_training_concept():
 
 def test_no_picture_is_trained_on_and_tested():
     table = read_table("emoji")
-    federation = federate(table, DataOptions(images_per_client=2000, test_per_client=2000, tasks=("group",)), 0)
+    federation = federate(table, make_options(images_per_client=2000, test_per_client=2000, tasks=("group",)), 0)
     train, test = (
         set(digest_rows(table, np.concatenate([client.rows_of(split) for client in federation.clients]))[0])
         for split in ("train", "test")

@@ -7,15 +7,15 @@ from make_parquet import draw_image, make_row, write_rows
 from rlaif_form import SOURCES, Form, write_folder
 
 from fedvlm_jax.data import unique_images as images_module
-from fedvlm_jax.data.config import SPLITS, DataOptions
+from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.image_decoding import BrokenImageError
 from fedvlm_jax.data.partitioning.federate import federate
-from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.table import FACTS
 from fedvlm_jax.data.unique_images import digest_rows, unique_images
 from fedvlm_jax.errors import UserError
 
-NAMED = DataOptions(source="rlaif-v")
+NAMED = make_options(source="rlaif-v")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_a_folder_of_shards_is_cut_into_its_sources(folder):
 
 def test_it_is_cut_anew_by_what_origin_split_says(folder):
     table = read_table(NAMED.replace(path=folder))
-    options = NAMED.replace(partition="dirichlet", partition_by="question_type", clients=5, alpha=0.2, limit=300)
+    options = make_options("rlaif-v", "dirichlet", partition_by="question_type", clients=5, alpha=0.2, limit=300)
     federation = federate(table, options, 0)
     assert len(federation.clients) == 5
     assert len(federation.rows) == 300
@@ -121,7 +121,7 @@ def test_images_are_hashed_and_checked_once_per_table(folder, tmp_path, monkeypa
 def test_broken_images_are_checked_again_and_a_torn_file_is_no_loss(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDVLM_CACHE", str(tmp_path / "cache"))
     write_folder(tmp_path / "data", Form(rows=60, shards=1, spoil={"broken image": 3, "no image": 2}))
-    options = DataOptions(source=str(tmp_path / "data"))
+    options = make_options(source=str(tmp_path / "data"))
     found = []
     for _ in range(3):
         table = read_table(options)

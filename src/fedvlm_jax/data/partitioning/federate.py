@@ -15,6 +15,7 @@ from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.federated_dataset import Federation
 from fedvlm_jax.data.partitioning.natural_clients import federate_by_column
 from fedvlm_jax.data.skipped_rows import describe_skipped
+from fedvlm_jax.data.sources import parquet
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 
@@ -41,7 +42,11 @@ def federate(table: Table, options: "DataOptions", seed: int) -> Federation:
     from fedvlm_jax.data.sources.registry import find_sets
 
     named = find_sets().get(table.name)
-    federation = named.federate(table, options, seed) if named else federate_by_column(table, options, seed)
+    if named is not None:
+        federation = named.federate(table, options, seed)
+    else:
+        assert isinstance(options, parquet.Options)
+        federation = federate_by_column(table, options, seed)
     if table.revision:
         federation = dataclasses.replace(federation, description={**federation.description, "revision": table.revision})
     federation = _leave_out(table, federation, options)

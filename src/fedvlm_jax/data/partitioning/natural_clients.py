@@ -7,30 +7,27 @@ the images, so that no image is in two splits, not even with different clients.
 
 import unicodedata
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
-from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.config import SPLITS, DataOptions, Natural
 from fedvlm_jax.data.federated_dataset import Federation, gather_clients
 from fedvlm_jax.data.partitioning.drawn_clients import draw_clients
 from fedvlm_jax.data.partitioning.row_keys import list_keys, read_key
 from fedvlm_jax.data.partitioning.split_by_image import group_by_image, rank_groups, split_groups
 from fedvlm_jax.data.skipped_rows import skip_rows
+from fedvlm_jax.data.sources import parquet
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.random_streams import Stream
-
-if TYPE_CHECKING:
-    from fedvlm_jax.data.config import DataOptions
 
 __all__ = ["choose_rows", "federate_by_column", "federate_rows"]
 
 SHOWN = 40  # characters of a value that a message shows
 
 
-def federate_by_column(table: Table, options: "DataOptions", seed: int) -> Federation:
+def federate_by_column(table: Table, options: parquet.Options, seed: int) -> Federation:
     """Choose rows, give each to a client, and split every client's rows.
 
     Raises:
@@ -49,7 +46,7 @@ def federate_by_column(table: Table, options: "DataOptions", seed: int) -> Feder
     return Federation(federation.clients, description, federation.skipped)
 
 
-def choose_rows(table: Table, options: "DataOptions", seed: int) -> Int[np.ndarray, " rows"]:
+def choose_rows(table: Table, options: parquet.Options, seed: int) -> Int[np.ndarray, " rows"]:
     """Return the rows in use, ascending: those of the chosen origins, and of them as many as the limit allows.
 
     A limit of N cuts the rows into N stretches of equal length and draws one row of each. So the choice is even over
@@ -78,7 +75,7 @@ def federate_rows(
     table: Table,
     rows: Int[np.ndarray, " rows"],
     splits: Int[np.ndarray, " rows"] | None,
-    options: "DataOptions",
+    options: DataOptions,
     seed: int,
 ) -> Federation:
     """Give rows to clients as `options.partition` says.
@@ -93,7 +90,7 @@ def federate_rows(
     Raises:
         UserError: nothing says who the clients are, or no partition has what the options ask for.
     """
-    make = _read_clients if options.partition == "natural" else draw_clients
+    make = _read_clients if isinstance(options.partition, Natural) else draw_clients
     return make(table, rows, splits, options, seed)
 
 
@@ -101,10 +98,11 @@ def _read_clients(
     table: Table,
     rows: Int[np.ndarray, " rows"],
     splits: Int[np.ndarray, " rows"] | None,
-    options: "DataOptions",
+    options: DataOptions,
     seed: int,
 ) -> Federation:
-    key = options.partition_by or _find_natural_key(table, rows)
+    assert isinstance(options.partition, Natural)
+    key = options.partition.by or _find_natural_key(table, rows)
     values = read_key(table, key, rows)
     kept = np.asarray([value is not None for value in values], bool)
     skipped = skip_rows(table, rows[~kept], [f"no {key}"] * int((~kept).sum()))

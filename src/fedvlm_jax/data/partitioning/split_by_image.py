@@ -6,18 +6,15 @@ order by a keyed hash of the picture's bytes, never by their place in the table:
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.config import SPLITS, DataOptions
 from fedvlm_jax.data.skipped_rows import Skipped, skip_rows
+from fedvlm_jax.data.sources import parquet
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.unique_images import digest_rows
-
-if TYPE_CHECKING:
-    from fedvlm_jax.data.config import DataOptions
 
 __all__ = ["TRAIN", "ImageGroups", "group_by_image", "label_groups", "order_groups", "rank_groups", "split_groups"]
 
@@ -88,9 +85,10 @@ def order_groups(
 
 
 def split_groups(
-    owners: Int[np.ndarray, " groups"], rank: Int[np.ndarray, " groups"], options: "DataOptions"
+    owners: Int[np.ndarray, " groups"], rank: Int[np.ndarray, " groups"], options: DataOptions
 ) -> Int[np.ndarray, " groups"]:
     """Put every owner's first groups by rank into test, the next into validation, the others into train."""
+    assert isinstance(options, parquet.Options)  # a set of another form has splits of its own
     place, size = _count_off(owners, rank)
     test = np.floor(options.test_share * size + 0.5)
     validation = np.floor(options.validation_share * size + 0.5)

@@ -1,155 +1,83 @@
-"""The emoji set that ships: one client per drawing style and language, topics drawn from a Dirichlet per client.
+"""The emoji set that ships: one client per drawing style and language; how they are drawn is in `emoji_topics.py`.
 
-Where more clients are wanted than there are styles and languages, further clients share these, each with topics and
-images drawn for it: two of the same style and language may have a picture in common.
-
-Topics as in Hsu, Qi and Brown (arXiv 1909.06335): a client's mix over groups is Dirichlet(alpha · G · p), p being the
-share of each of the G groups in the set; at alpha = inf all clients have p. Deviation: images are drawn without
-replacement, so a group can run dry; its share then falls to the groups that are left, in proportion, and the realised
-mix is reported. The set itself fixes which concepts train, validate and test, for every seed and client.
-
-Another `--data.partition` cuts anew what these clients have together, drawn at alpha = inf, so that alpha is the
-partition's alone. A picture is then with one client in all the languages that it was drawn for: with several languages
-and the neutral prompt nobody could know which is wanted, so ask in the client's, or choose a single language.
+Nothing heavy is imported here, because `fedvlm train --help` reads this file.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-from jaxtyping import Float
+import tyro
 
-from fedvlm_jax.data.config import SPLITS
-from fedvlm_jax.data.federated_dataset import ClientRows, Federation
-from fedvlm_jax.data.partitioning.algorithms import ALIKE
-from fedvlm_jax.data.partitioning.natural_clients import federate_rows
+from fedvlm_jax.data.config import Alpha, DataOptions, Natural, Partition, check_names
 from fedvlm_jax.data.sources.registry import NamedSet
-from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.utils.digests import digest_files
-from fedvlm_jax.utils.random_streams import Stream
+from fedvlm_jax.utils.option_ranges import Amount, Count
 
 if TYPE_CHECKING:
-    from fedvlm_jax.data.config import DataOptions
+    from fedvlm_jax.data.federated_dataset import Federation
+    from fedvlm_jax.data.table import Table
 
-__all__ = ["DATASET", "draw_concepts", "draw_mix", "federate_emoji", "read_emoji", "read_file"]
-
-FILE = Path(__file__).parents[2] / "assets" / "emoji" / "emoji.parquet"
-COLUMNS = ("client", "split", "language", "concept", "task", "group", "question_client")
+__all__ = ["DATASET", "Options", "Topics"]
 
 
-class _Rows(NamedTuple):
-    """A client's rows for sampling: split -> group -> concepts, and (concept, task) -> row."""
+@dataclass(frozen=True, kw_only=True)
+class Topics(Natural):
+    """The set's own clients, each with a mix of topics"""
 
-    concepts: dict[str, dict[str, list[str]]]
-    row_of: dict[tuple[str, str], int]
+    clients: Annotated[
+        Count | None,
+        tyro.conf.arg(
+            metavar="INT", help_behavior_hint="(default: one per style and language)", aliases=("--clients",)
+        ),
+    ] = None
+    """Number of clients; further ones share styles and languages. Ours, not the paper's."""
+    alpha: Alpha = 0.3
 
 
-def read_emoji(options: "DataOptions") -> Table:
-    """Open the shipped set.
+@dataclass(frozen=True)
+class Options(DataOptions):
+    """The emoji set"""
 
-    Raises:
-        UserError: the file is not there or lacks columns (a broken installation).
-    """
+    partition: Annotated[Partition, tyro.conf.arg(name="")] = field(default_factory=Topics)
+    languages: tuple[str, ...] = ("en", "de", "fr", "es")
+    """Languages; with the vendors they make the clients. Ours, not the paper's."""
+    vendors: tuple[str, ...] = ("noto", "twemoji", "fluent", "emojione")
+    """Drawing styles; one client per style and language. Ours, not the paper's."""
+    tasks: tuple[str, ...] = ("group", "subgroup")
+    """What is asked about every image (group, subgroup, name). Ours, not the paper's."""
+    images_per_client: Amount = 60
+    """Training images; fewer are a prefix of more, so comparisons nest. Ours, not the paper's."""
+    validation_per_client: Amount = 30
+    """Validation images. Ours, not the paper's."""
+    test_per_client: Amount = 60
+    """Test images. Ours, not the paper's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("languages", "vendors", "tasks"):
+            if not getattr(self, name):
+                raise UserError(f"--data.{name} is empty: it must have at least one name")
+            check_names(f"--data.{name}", getattr(self, name))
+        by = getattr(self.partition, "by", None)
+        if by is not None and isinstance(self.partition, Topics) and self.partition != Topics(by=by):
+            raise UserError(
+                f"--data.clients and --data.alpha mean nothing with --data.partition-by {by}, whose values are the "
+                "clients: leave them out, or choose another --data.partition"
+            )
+
+
+def read_emoji(options: Options) -> "Table":
+    """Open the shipped set; no option says where it lies."""
+    from fedvlm_jax.data.partitioning.emoji_topics import FILE, read_file
+
     return read_file(FILE)
 
 
-def read_file(file: Path) -> Table:
-    """Open a file of the set's form. It is small but unfolds to many rows that share images: dictionaries stay so.
+def federate_emoji(table: "Table", options: Options, seed: int) -> "Federation":
+    """Give every client its images; see `federate_topics`."""
+    from fedvlm_jax.data.partitioning.emoji_topics import federate_topics
 
-    Raises:
-        UserError: the file is not there or lacks columns.
-    """
-    import pyarrow.parquet as pq
-
-    if not file.is_file():
-        raise UserError(f"the shipped data set {file} is missing; install fedvlm-jax again (tools/assets makes it).")
-    names = pq.read_schema(file).names
-    missing = [column for column in COLUMNS if column not in names]
-    if missing:
-        raise UserError(f"{file} lacks {', '.join(missing)}; it has {', '.join(names)}. Install fedvlm-jax again.")
-    repeated = [name for name in names if name not in ("image", "idx")]  # idx is new in every row
-    # Not `read_table`: that imports pandas, a third of a second.
-    with pq.ParquetFile(file, read_dictionary=[*repeated, "image.bytes", "image.path"]) as opened:
-        return Table("emoji", opened.read(), file.parent, digest=digest_files([file]))
-
-
-def federate_emoji(table: Table, options: "DataOptions", seed: int) -> Federation:
-    """Sample the set's own clients, or cut anew what they have together.
-
-    Raises:
-        UserError: a vendor, language or task that the set does not have, a concept in two splits, or no partition has
-            what the options ask for.
-    """
-    if options.partition == "natural" and options.partition_by is None:
-        return _sample_clients(table, options, options.alpha, seed, options.clients)
-    pool = _sample_clients(table, options, np.inf, seed)
-    parts = [np.concatenate([client.rows_of(split) for client in pool.clients]) for split in SPLITS]
-    splits = np.repeat(np.arange(len(SPLITS)), [len(part) for part in parts])
-    if options.partition in ("dirichlet", "pathological"):
-        options = options.replace(partition_by=options.partition_by or "group")
-    federation = federate_rows(table, np.concatenate(parts), splits, options, seed)
-    description = {**federation.description, "splits_from": "the set's own concepts", "cut_from": list(pool.names)}
-    return Federation(federation.clients, description, federation.skipped)
-
-
-def _sample_clients(
-    table: Table, options: "DataOptions", alpha: float, seed: int, count: int | None = None
-) -> Federation:
-    """Sample the images of so many clients, by default one per style and language, each asked all `options.tasks`.
-
-    Random numbers come from (seed, position of the style and language among all of the set, which client of them,
-    split), so a client keeps its images whatever other clients there are; fewer images are a prefix of more; validation
-    and test do not depend on the number of training images.
-    """
-    clients = table.read_text("client")
-    everyone = sorted({client for client in clients if client})
-    chosen = [f"{vendor}-{language}" for vendor in options.vendors for language in options.languages]
-    _check_choice("vendors", options.vendors, {name.rpartition("-")[0] for name in everyone})
-    _check_choice("languages", options.languages, {name.rpartition("-")[2] for name in everyone})
-    _check_choice("tasks", options.tasks, set(table.read_text("task")))
-    _check_choice("vendors and languages", chosen, set(everyone))
-
-    count = len(chosen) if count is None else count
-    if count < len(chosen):
-        raise UserError(
-            f"--data.clients is {count}, and the {len(options.vendors)} styles and {len(options.languages)} languages "
-            f"make {len(chosen)} clients at least: choose fewer --data.vendors or --data.languages, or more clients."
-        )
-
-    group_of, split_of = _read_concepts(table)
-    groups = sorted(set(group_of.values()))
-    prior = np.asarray([list(group_of.values()).count(group) for group in groups], float) / len(group_of)
-    rows_by_client = _index_rows(table, clients, chosen, options.tasks, group_of, split_of)
-    sizes = (options.images_per_client, options.validation_per_client, options.test_per_client)
-    pools = {
-        name: {split: [sorted(rows.concepts[split].get(group, ())) for group in groups] for split in SPLITS}
-        for name, rows in rows_by_client.items()
-    }
-    federated, described = [], {}
-    for number in range(count):
-        name, again = chosen[number % len(chosen)], number // len(chosen)
-        # By the place among all clients of the set: the choice of other vendors or languages changes nothing here.
-        stream = [seed, everyone.index(name), *([again] if again else [])]
-        mix = draw_mix(np.random.default_rng([Stream.TOPICS, *stream]), alpha, prior)
-        parts, realised = [], {}
-        for place, (split, wanted) in enumerate(zip(SPLITS, sizes, strict=True)):
-            rng = np.random.default_rng([Stream.CONCEPTS, *stream, place])
-            drawn = draw_concepts(rng, mix, pools[name][split], wanted)
-            parts.append([rows_by_client[name].row_of[concept, task] for concept in drawn for task in options.tasks])
-            realised[split] = _describe_mix([group_of[concept] for concept in drawn], groups)
-        client = f"{name}-{again + 1}" if again else name
-        federated.append(ClientRows(client, *(np.asarray(part, np.int64) for part in parts)))
-        drawn_mix = dict(zip(groups, mix.round(4).tolist(), strict=True))
-        described[client] = {"mix_drawn": drawn_mix, "mix_realised": realised}
-    about = {
-        "clients_from": "vendor and language",
-        "partition": {"kind": "natural", "by": "group", "alpha": alpha if np.isfinite(alpha) else "inf", "seed": seed},
-        "splits_from": "the set's own concepts",
-        "topics": described,
-    }
-    return Federation(tuple(federated), about)
+    return federate_topics(table, options, seed)
 
 
 DATASET = NamedSet(
@@ -157,100 +85,5 @@ DATASET = NamedSet(
     summary="emoji of four drawing styles, asked about in twelve languages (ships)",
     read=read_emoji,
     federate=federate_emoji,
-    options=frozenset(
-        {"languages", "vendors", "tasks", "images_per_client", "validation_per_client", "test_per_client"}
-        | {"alpha", "clients"}
-    ),
+    options=Options,
 )
-
-
-def draw_mix(
-    rng: np.random.Generator, alpha: float, prior: Float[np.ndarray, " groups"]
-) -> Float[np.ndarray, " groups"]:
-    """Draw a client's mix over groups: Dirichlet(alpha · G · prior), or the prior itself at alpha = inf.
-
-    >>> float(draw_mix(np.random.default_rng(0), np.inf, np.asarray([0.75, 0.25])).max())
-    0.75
-    """
-    if alpha >= ALIKE:
-        return prior
-    # numpy refuses concentrations of 0; near 0 all draws may underflow, and then a single group takes all.
-    mix = rng.dirichlet(np.maximum(alpha * len(prior) * prior, 1e-6))
-    return mix if np.isfinite(mix).all() else np.eye(len(prior))[rng.choice(len(prior), p=prior)]
-
-
-def draw_concepts(
-    rng: np.random.Generator, mix: Float[np.ndarray, " groups"], pools: Sequence[Sequence[str]], count: int
-) -> list[str]:
-    """Draw up to `count` concepts without replacement, group by group after `mix`.
-
-    The same generator state gives the same sequence whatever `count` is: a shorter draw is a prefix of a longer one.
-
-    Args:
-        rng: used up in one fixed order: a permutation per group, then one number per draw.
-        mix: [G] probabilities.
-        pools: the concepts of each group.
-        count: how many are wanted; all that exist, if these are fewer.
-
-    >>> sorted(draw_concepts(np.random.default_rng(0), np.asarray([1.0, 0.0]), [["cat", "dog"], ["bus"]], 2))
-    ['cat', 'dog']
-    """
-    queues: list[list[str]] = [[pool[int(place)] for place in rng.permutation(len(pool))[::-1]] for pool in pools]
-    drawn: list[str] = []
-    while len(drawn) < count and any(queues):
-        weights = np.where([bool(queue) for queue in queues], mix, 0.0)
-        if weights.sum() <= 0:  # all that the mix asks for is used up
-            weights = np.asarray([len(queue) for queue in queues], float)
-        edges = np.cumsum(weights / weights.sum())
-        group = int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
-        drawn.append(queues[group].pop())
-    return drawn
-
-
-def _read_concepts(table: Table) -> tuple[dict[str, str], dict[str, str]]:
-    """Read concept -> group and concept -> split, in sorted order; a concept must have one of each."""
-    concepts, groups, splits = (table.read_text(column) for column in ("concept", "group", "split"))
-    facts = sorted(set(zip(concepts, groups, splits, strict=True)), key=str)
-    group_of, split_of = {}, {}
-    for concept, group, split in facts:
-        if concept in group_of or split not in SPLITS or not group or not concept:
-            raise UserError(
-                f"{table.name}: the concept {concept!r} has split {split!r} and group {group!r}"
-                f"{' and another of them' if concept in group_of else ''}; expected one group and one split of "
-                f"{', '.join(SPLITS)} per concept. Install fedvlm-jax again."
-            )
-        group_of[concept], split_of[concept] = group, split
-    return group_of, split_of
-
-
-def _index_rows(
-    table: Table,
-    clients: Sequence[str | None],
-    chosen: Sequence[str],
-    tasks: Sequence[str],
-    group_of: dict[str, str],
-    split_of: dict[str, str],
-) -> dict[str, _Rows]:
-    """Index for every chosen client the concepts about which all tasks can be asked."""
-    concepts, asked = table.read_text("concept"), table.read_text("task")
-    indexed = {name: _Rows({split: {} for split in SPLITS}, {}) for name in chosen}
-    for row, (client, concept, task) in enumerate(zip(clients, concepts, asked, strict=True)):
-        if client in indexed and task in tasks:
-            indexed[client].row_of[str(concept), str(task)] = row
-    for entry in indexed.values():
-        for concept in dict.fromkeys(concept for concept, _ in entry.row_of):
-            if all((concept, task) in entry.row_of for task in tasks):
-                entry.concepts[split_of[concept]].setdefault(group_of[concept], []).append(concept)
-    return indexed
-
-
-def _describe_mix(drawn: Sequence[str], groups: Sequence[str]) -> dict[str, float]:
-    return {group: round(drawn.count(group) / len(drawn), 4) for group in groups} if drawn else {}
-
-
-def _check_choice(flag: str, chosen: Sequence[str], known: set[Any]) -> None:
-    unknown = [name for name in chosen if name not in known]
-    if unknown:
-        raise UserError(
-            f"--data.{flag} has {', '.join(unknown)}; the emoji set has {', '.join(sorted(map(str, known)))}."
-        )

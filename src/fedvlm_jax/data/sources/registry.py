@@ -1,6 +1,6 @@
 """The named data sets, each a file of this folder with a module-level `DATASET`, and the reading of any data set.
 
-Such a file imports nothing heavy at its top, because the command line lists the names.
+A source's options are `Options` in its file; those of a path are `parquet.Options`.
 """
 
 import dataclasses
@@ -10,16 +10,18 @@ import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedvlm_jax.data.config import PARTITIONS, DataOptions, Partition
+from fedvlm_jax.data.sources import parquet
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.utils.option_ranges import list_options
 
 if TYPE_CHECKING:
-    from fedvlm_jax.data.config import DataOptions
     from fedvlm_jax.data.federated_dataset import Federation
     from fedvlm_jax.data.table import Table
 
-__all__ = ["NamedSet", "find_sets", "read_table"]
+__all__ = ["NamedSet", "find_options", "find_partition", "find_sets", "list_owners", "make_options", "read_table"]
 
 
 class NamedSet(NamedTuple):
@@ -30,14 +32,14 @@ class NamedSet(NamedTuple):
         summary: one line for listings.
         read: opens the rows; the options say where a set lies that does not ship, and which revision of it is wanted.
         federate: (table, options, seed) -> Federation.
-        options: those of `config.NOT_EVERYWHERE` that mean something for this set; the others are refused.
+        options: the class of its options.
     """
 
     name: str
     summary: str
-    read: "Callable[[DataOptions], Table]"
-    federate: "Callable[[Table, DataOptions, int], Federation]"
-    options: frozenset[str]
+    read: "Callable[[Any], Table]"
+    federate: "Callable[[Table, Any, int], Federation]"
+    options: type[DataOptions]
 
 
 @functools.cache
@@ -69,14 +71,13 @@ def read_table(source: "str | DataOptions") -> "Table":
     Raises:
         UserError: neither such a name nor such a path, or the files do not hold what is needed.
     """
-    from fedvlm_jax.data.config import DataOptions
     from fedvlm_jax.data.parquet_to_arrow import read_parquet
 
-    options = DataOptions(source=source) if isinstance(source, str) else source
+    options = make_options(source) if isinstance(source, str) else source
     known, path = find_sets(), Path(options.source).expanduser()
-    root = options.image_root and options.image_root.expanduser()
+    root = options.image_root and options.image_root.expanduser() if isinstance(options, parquet.Options) else None
     if root is not None and not root.is_dir():
-        raise UserError(f"--data.image-root {options.image_root} is no folder; expected the one that holds the images.")
+        raise UserError(f"--data.image-root {root} is no folder; expected the one that holds the images.")
     if options.source not in known and not path.exists():
         raise UserError(
             f"--data {options.source!r} is neither a named data set nor a path that exists; named sets are "
@@ -84,3 +85,71 @@ def read_table(source: "str | DataOptions") -> "Table":
         )
     table = known[options.source].read(options) if options.source in known else read_parquet(path)
     return dataclasses.replace(table, image_root=root, max_image_pixels=options.max_image_pixels)
+
+
+def find_options(source: str) -> type[DataOptions]:
+    """Return the class of a source's options; of the files in this folder it imports that one alone."""
+    stem = source.replace("-", "_")
+    named = "_" not in source and stem not in ("parquet", "registry") and stem in _list_modules()
+    return importlib.import_module(f"{__package__}.{stem if named else 'parquet'}").Options
+
+
+def find_partition(options: type[DataOptions], kind: str) -> type[Partition]:
+    """Return the class of a partition's options; what is natural the source says.
+
+    Raises:
+        UserError: there is no such partition.
+    """
+    natural = next(field for field in dataclasses.fields(options) if field.name == "partition").default_factory
+    kinds = {**PARTITIONS, "natural": natural}
+    if kind not in kinds:
+        raise UserError(f"--data.partition {kind}: there are {', '.join(kinds)}")
+    return kinds[kind]  # type: ignore[return-value]  # a class is its own factory
+
+
+def make_options(source: str = "emoji", partition: str = "natural", **numbers: Any) -> DataOptions:
+    """Make the options of a source with a partition; each number goes to the one of the two that has it.
+
+    Raises:
+        UserError: neither has it, or a value cannot be.
+
+    Examples:
+        >>> make_options("emoji", "dirichlet", alpha=0.1, images_per_client=20).partition.alpha
+        0.1
+    """
+    kind = find_options(source)
+    of_partition = find_partition(kind, partition)
+    names = {field.name for field in dataclasses.fields(of_partition)}
+    numbers = {"by" if name == "partition_by" else name: value for name, value in numbers.items()}
+    strange = sorted(numbers.keys() - names - {field.name for field in dataclasses.fields(kind)})
+    if strange:
+        flag = "--data." + ("partition-by" if strange[0] == "by" else strange[0].replace("_", "-"))
+        raise UserError(f"{flag} belongs to {', '.join(list_owners(flag)) or 'nothing'}, and not to {source}")
+    cut = of_partition(**{name: value for name, value in numbers.items() if name in names})
+    rest = {name: value for name, value in numbers.items() if name not in names}
+    return kind(source=source, partition=cut, **rest)
+
+
+def list_owners(flag: str) -> list[str]:
+    """List the choices that have an option: sources beside what all of them have, and partitions."""
+    sources = {f"--data {name}": entry.options for name, entry in find_sets().items()}
+    owners = {
+        name: _list_flags(options()) - _list_flags(DataOptions())
+        for name, options in {**sources, "parquet files": find_options("")}.items()
+    }
+    owners |= {
+        f"--data.partition {kind}": _list_flags(options()) - _list_flags(Partition())
+        for kind, options in PARTITIONS.items()
+    }
+    return [name for name, flags in owners.items() if flag in flags]
+
+
+def _list_flags(options: DataOptions | Partition) -> set[str]:
+    return {option.flag for option in list_options(options, "data")}
+
+
+@functools.cache
+def _list_modules() -> frozenset[str]:
+    import fedvlm_jax.data.sources as room
+
+    return frozenset(module.name for module in pkgutil.iter_modules(room.__path__))

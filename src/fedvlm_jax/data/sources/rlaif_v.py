@@ -7,26 +7,47 @@ kept in its cache. Its natural clients are its sources (`origin_dataset`); it is
 
 import dataclasses
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from fedvlm_jax.data.config import OF_PARQUET
+import tyro
+
+from fedvlm_jax.data.config import Source
 from fedvlm_jax.data.partitioning.natural_clients import federate_by_column
+from fedvlm_jax.data.sources import parquet
 from fedvlm_jax.data.sources.registry import NamedSet
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.utils.digests import digest_files
 
-if TYPE_CHECKING:
-    from fedvlm_jax.data.config import DataOptions
-
-__all__ = ["DATASET", "read_rlaif_v"]
+__all__ = ["DATASET", "Options", "read_rlaif_v"]
 
 NAME, HUB_ID = "rlaif-v", "openbmb/RLAIF-V-Dataset"
 COLUMNS = ("rejected", "origin_dataset", "origin_split", "idx")  # columns that other data of the same form lack
 
 
-def read_rlaif_v(options: "DataOptions") -> Table:
+@dataclass(frozen=True)
+class Options(parquet.Options):
+    """RLAIF-V"""
+
+    source: Source = NAME
+    path: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: the Hugging Face hub)")] = (
+        None
+    )
+    """Folder of the downloaded parquet shards."""
+    revision: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: what the hub calls main now)")
+    ] = None
+    """Commit, branch or tag of the hub; older ones are smaller, so name one for figures that last."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path is not None and self.revision is not None:
+            raise UserError(f"--data.revision {self.revision} is the hub's; with --data.path {self.path} leave it out.")
+
+
+def read_rlaif_v(options: Options) -> Table:
     """Open the shards below `options.path`, or the hub's at `options.revision` (what it calls main now, if None).
 
     Raises:
@@ -47,7 +68,7 @@ DATASET = NamedSet(
     summary="preference pairs about pictures of seven sources (from --data.path, or the Hugging Face hub)",
     read=read_rlaif_v,
     federate=federate_by_column,
-    options=OF_PARQUET | {"path", "revision"},
+    options=Options,
 )
 
 

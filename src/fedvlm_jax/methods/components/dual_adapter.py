@@ -48,22 +48,21 @@ def make_dual_method(
     name: str,
     source: str,
     setup: Setup,
+    alpha: float,
     *,
     stages: Callable[[int, Client], tuple[Client | None, Client | None]],
     phase: Callable[[int], int] = one_phase,
-    reads: tuple[str, ...] = (),
 ) -> Method:
     """Make a FedDPA.
 
     Args:
         name, source: as in `Method`.
         setup: as in every method.
+        alpha: weight of the local adapter.
         stages: (phase, client) -> the client with the steps that train the local adapter, and with those that train the
             global one.
         phase: as in `Method`.
-        reads: options of the method alone beside alpha.
     """
-    alpha = setup.hyper.dpa_alpha
 
     def init(adapter: lora.Adapter) -> Server:
         factors, scales = mixing.split(adapter)
@@ -123,5 +122,5 @@ def make_dual_method(
     return Method(
         name=name, source=source, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate,
         personalise=personalise, trained=trained, download=lambda server: server["shared"], phase=phase,
-        travels=both_ways, pairs=2, takes=frozenset({"hyper.dpa_alpha", *reads}), refuses=REFUSES,
+        travels=both_ways, pairs=2, refuses=REFUSES,
     )  # fmt: skip

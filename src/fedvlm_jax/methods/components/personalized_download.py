@@ -99,7 +99,6 @@ def make_delivering_method(
     assemble: Assemble,
     weigh: Weigh,
     keep_own: bool = True,
-    reads: tuple[str, ...] = (),
     pairs: int = 1,
 ) -> Method:
     """Make a method whose clients each receive a mixture of what others sent.
@@ -114,7 +113,6 @@ def make_delivering_method(
             ever send?) -> how much each of the pool is in what the client receives [P]; Σ ≤ 1.
         keep_own: what is delivered stands beside the own adapter; else the mixture takes the place of what was sent,
             and what is missing to Σ = 1 in it is the client's own.
-        reads: options of the method alone, `hyper.mix_temperature` say.
         pairs: as in `Method`.
     """
 
@@ -200,5 +198,5 @@ def make_delivering_method(
     return Method(
         name=name, source=source, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate,
         personalise=personalise, trained=trained_adapter, download=lambda server: {}, travels=travels, mixes=True,
-        pairs=pairs, takes=frozenset(reads), refuses=REFUSES, moot=frozenset({"train.weighting"}),
+        pairs=pairs, refuses=REFUSES, moot=frozenset({"train.weighting"}),
     )  # fmt: skip

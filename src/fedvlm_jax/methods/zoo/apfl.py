@@ -7,6 +7,7 @@ The authors' code differs from the paper, which is followed here: it mixes the o
 weights, trains v_k beside the w of after the step, and renews α once a round, with a pull of 0.02 α towards zero.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,10 +19,12 @@ from fedvlm_jax.methods.base import Client, Context, Key, Method, Metrics, Perso
 from fedvlm_jax.methods.components import mixing
 from fedvlm_jax.methods.components.personal_model import with_personal_model
 from fedvlm_jax.methods.components.training_metrics import over_steps
-from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
+from fedvlm_jax.methods.config import MethodOptions
+from fedvlm_jax.methods.rule_based import FACTORS, make_share_method
 from fedvlm_jax.utils import tree
+from fedvlm_jax.utils.option_ranges import Share
 
-__all__ = ["make"]
+__all__ = ["Options", "make"]
 
 SOURCE = (
     "arXiv 2003.13461: w by FedAvg; v_k ← v_k − η ∇_v F_k(α v_k + (1−α) w), the mixture is what the client uses; "
@@ -29,17 +32,26 @@ SOURCE = (
 )
 
 
+@dataclass(frozen=True)
+class Options(MethodOptions):
+    """Numbers of apfl"""
+
+    alpha: Share = 0.5
+    """Share of the private model in the mixture, at the start."""
+    adaptive: bool = False
+    """Learn that share with the private model, at the rate of B."""
+
+
 def make(setup: Setup) -> Method:
     """Make apfl: fedavg-lora with a second model per client, mixed with the first."""
-    parts = Parts(reads=("hyper.apfl_alpha", "hyper.apfl_adaptive"))
-    federated = make_share_method("apfl", SOURCE, FACTORS, setup, parts)
-    hyper = setup.hyper
+    federated = make_share_method("apfl", SOURCE, FACTORS, setup)
+    options = setup.own(Options)
 
     def trained(path: str) -> bool:
-        return is_factor(path) or (hyper.apfl_adaptive and path == "alpha")
+        return is_factor(path) or (options.adaptive and path == "alpha")
 
     def start(adapter: lora.Adapter) -> PyTree:
-        return {**mixing.split(adapter)[0], "alpha": jnp.float32(hyper.apfl_alpha)}
+        return {**mixing.split(adapter)[0], "alpha": jnp.float32(options.alpha)}
 
     def update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
         ended: list[tuple[PyTree, PyTree, Metrics]] = []

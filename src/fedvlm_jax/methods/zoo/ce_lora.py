@@ -6,6 +6,8 @@ C starts as the identity, so that the adapter starts as plain LoRA. The clients 
 `parts/delivered.py`, and the client itself with the C that it trained last, if it ever did.
 """
 
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -15,25 +17,35 @@ from fedvlm_jax.methods.components import mixing
 from fedvlm_jax.methods.components.low_rank import map_sites, matmul
 from fedvlm_jax.methods.components.norms import only
 from fedvlm_jax.methods.components.personalized_download import make_delivering_method
+from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.utils import tree
+from fedvlm_jax.utils.option_ranges import Positive
 
-__all__ = ["make"]
+__all__ = ["Options", "make"]
 
 SOURCE = "arXiv 2503.23869: ΔW = B C A, A and B private; C_k ← Σ_j w_kj C_j, w_k = softmax of similarity"
 
 
+@dataclass(frozen=True)
+class Options(MethodOptions):
+    """Numbers of ce-lora"""
+
+    temperature: Positive = 0.5
+    """Temperature of the softmax over the clients' similarities."""
+
+
 def make(setup: Setup) -> Method:
     """ce-lora: all three factors are trained, the middle one is mixed."""
+    temperature = setup.own(Options).temperature
 
     def weigh(moved: PyTree, pool: PyTree, others: Bool[Array, " P"], sent: Bool[Array, ""]) -> Float[Array, " P"]:
         likeness = jnp.append(mixing.cosines(moved, pool), 1.0)  # with itself, last
-        return mixing.softmax_among(likeness / setup.hyper.mix_temperature, jnp.append(others, sent))[:-1]
+        return mixing.softmax_among(likeness / temperature, jnp.append(others, sent))[:-1]
 
     return make_delivering_method(
         "ce-lora", SOURCE, setup,
         extend=extend, trained=only("a", "b", "c"), sent=only("c"), keep_own=False,
         assemble=lambda own, _, scales: assemble(own, scales), weigh=weigh,
-        reads=("hyper.mix_temperature",),
     )  # fmt: skip
 
 

@@ -3,27 +3,43 @@
 The personal model takes as many steps as the global one, so a round costs twice that of fedavg-lora.
 """
 
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
 from fedvlm_jax.methods.base import Client, Context, Key, Method, Personal, Server, Setup, Updated
 from fedvlm_jax.methods.components import mixing
 from fedvlm_jax.methods.components.client_regularizers import make_proximal
 from fedvlm_jax.methods.components.personal_model import with_personal_model
-from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
+from fedvlm_jax.methods.config import MethodOptions
+from fedvlm_jax.methods.rule_based import FACTORS, make_share_method
+from fedvlm_jax.utils.option_ranges import NonNegative
 
-__all__ = ["make"]
+__all__ = ["Options", "make"]
 
 SOURCE = "arXiv 2012.04221: w by FedAvg; v_k ← v_k − η(∇F_k(v_k) + λ(v_k − w)), v_k is what the client uses"
 
 
+@dataclass(frozen=True)
+class Options(MethodOptions):
+    """Numbers of ditto"""
+
+    lambda_: Annotated[NonNegative, tyro.conf.arg(name="lambda")] = 0.1
+    """Pull of the personal model towards the global one."""
+
+
 def make(setup: Setup) -> Method:
     """Make ditto: fedavg-lora with a second model per client."""
-    federated = make_share_method("ditto", SOURCE, FACTORS, setup, Parts(reads=("hyper.ditto_lambda",)))
+    strength = setup.own(Options).lambda_
+    federated = make_share_method("ditto", SOURCE, FACTORS, setup)
 
     def update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
         state = personal["federated"]
         anchor = mixing.split(federated.personalise(server=server, personal=state))[0]
         state, message, metrics = federated.client_update(ctx, server=server, personal=state, client=client, key=key)
         own, optimizer, mine = ctx.train(
-            personal["own"], personal["optimizer"], client, nudge=make_proximal(setup.hyper.ditto_lambda, anchor)
+            personal["own"], personal["optimizer"], client, nudge=make_proximal(strength, anchor)
         )
         metrics |= {"loss": mine["loss"], "last_loss": mine["last_loss"], "global_loss": metrics["loss"]}
         return {"federated": state, "own": own, "optimizer": optimizer}, message, metrics

@@ -2,9 +2,11 @@
 
 The local steps of a round are halved, so that it takes as many as any other method, and both adapters are trained from
 round 1 on. In the authors' code the first round is the global adapter's alone, and from the second one on each adapter
-takes all local steps: `--hyper.dpa-whole`. Until a client has trained its local adapter, in its first round with that
+takes all local steps: `--method.whole`. Until a client has trained its local adapter, in its first round with that
 schedule, it uses the global one as it is.
 """
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +14,37 @@ from jaxtyping import Array, Int
 
 from fedvlm_jax.methods.base import Client, Method, Setup
 from fedvlm_jax.methods.components.dual_adapter import make_dual_method
+from fedvlm_jax.methods.config import MethodOptions
+from fedvlm_jax.utils.option_ranges import Share
 
-__all__ = ["make"]
+__all__ = ["Options", "make"]
 
 SOURCE = (
     "arXiv 2403.19211: (A_g, B_g) averaged and (A_l, B_l) private, trained in turn; y = W_0 x + (1−α) g + α l; "
-    "the authors' code gives both all local steps, l from round 2 on (--hyper.dpa-whole)"
+    "the authors' code gives both all local steps, l from round 2 on (--method.whole)"
 )
+
+
+@dataclass(frozen=True)
+class Options(MethodOptions):
+    """Numbers of feddpa-t"""
+
+    alpha: Share = 0.5
+    """Weight of the local adapter; the global one has the rest."""
+    whole: bool = False
+    """The schedule of the authors' code: the local adapter starts in round 2, and both adapters take all local steps,
+    twice the work; else each takes half of them from round 1 on."""
 
 
 def make(setup: Setup) -> Method:
     """feddpa-t: halves of a round's steps, or all of them for both adapters, as the options say."""
-    reads = ("hyper.dpa_whole",)
-    if not setup.hyper.dpa_whole:
-        return make_dual_method("feddpa-t", SOURCE, setup, stages=lambda phase, client: halve(client), reads=reads)
+    options = setup.own(Options)
+    if not options.whole:
+        return make_dual_method("feddpa-t", SOURCE, setup, options.alpha, stages=lambda phase, client: halve(client))
     return make_dual_method(
-        "feddpa-t", SOURCE, setup,
+        "feddpa-t", SOURCE, setup, options.alpha,
         stages=lambda phase, client: (client if phase else None, client),
-        phase=lambda round_: int(round_ > 1), reads=reads,
+        phase=lambda round_: int(round_ > 1),
     )  # fmt: skip
 
 

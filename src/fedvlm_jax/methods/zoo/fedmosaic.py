@@ -7,27 +7,41 @@ carries Co-LoRA across architectures, none of which is here. The others are thos
 (`--lora.private-a per-client`) the similarity is largely that of the draws.
 """
 
+from dataclasses import dataclass
+
 from jaxtyping import Array, Bool, Float, PyTree
 
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.components import mixing
 from fedvlm_jax.methods.components.personalized_download import make_delivering_method
+from fedvlm_jax.methods.config import MethodOptions
+from fedvlm_jax.utils.option_ranges import Positive, Share
 
-__all__ = ["make"]
+__all__ = ["Options", "make"]
 
 SOURCE = "arXiv 2506.11024: client k receives Σ_j w_kj (A_j, B_j), w_k = softmax of similarity over the others"
 
 
+@dataclass(frozen=True)
+class Options(MethodOptions):
+    """Numbers of fedmosaic"""
+
+    temperature: Positive = 0.5
+    """Temperature of the softmax over the clients' similarities."""
+    weight: Share = 0.5
+    """Weight of the adapter that is mixed from the others' (the paper learns it)."""
+
+
 def make(setup: Setup) -> Method:
     """fedmosaic: own and mixed adapter at a fixed weight."""
-    hyper = setup.hyper
+    options = setup.own(Options)
 
     def weigh(moved: PyTree, pool: PyTree, others: Bool[Array, " P"], sent: Bool[Array, ""]) -> Float[Array, " P"]:
         del sent
-        return mixing.softmax_among(mixing.cosines(moved, pool) / hyper.mix_temperature, others)
+        return mixing.softmax_among(mixing.cosines(moved, pool) / options.temperature, others)
 
     return make_delivering_method(
         "fedmosaic", SOURCE, setup,
-        assemble=lambda own, mixed, scales: mixing.mix(own, mixed, scales, hyper.mosaic_weight),
-        weigh=weigh, reads=("hyper.mix_temperature", "hyper.mosaic_weight"), pairs=2,
+        assemble=lambda own, mixed, scales: mixing.mix(own, mixed, scales, options.weight),
+        weigh=weigh, pairs=2,
     )  # fmt: skip

@@ -5,14 +5,18 @@ alternating directions of principal component pursuit (arXiv 0912.3599), a fixed
 mean(S): what is common is averaged, what is a client's own is averaged and amplified.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.methods.base import Message, Method, Setup
+from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 from fedvlm_jax.utils import tree
+from fedvlm_jax.utils.option_ranges import Count, NonNegative
 
 __all__ = ["make", "split"]
 
@@ -23,9 +27,20 @@ REFUSES: dict[str, str] = {
 }
 
 
+@dataclass(frozen=True)
+class Options(MethodOptions):
+    """Numbers of fedrpca"""
+
+    beta: NonNegative = 2.0
+    """Weight of the average of the clients' sparse parts."""
+    steps: Count = 100
+    """Iterations of the decomposition."""
+
+
 def make(setup: Setup) -> Method:
     """fedrpca, as a share rule with its own average."""
-    beta, steps = setup.hyper.rpca_beta, setup.hyper.rpca_steps
+    options = setup.own(Options)
+    beta, steps = options.beta, options.steps
 
     def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"], held: object) -> PyTree:
         del shared, held
@@ -41,7 +56,7 @@ def make(setup: Setup) -> Method:
 
         return tree.unflatten({path: one(update) for path, update in tree.flatten(messages).items()})
 
-    parts = Parts(average=average, reads=("hyper.rpca_beta", "hyper.rpca_steps"), refuses=REFUSES)
+    parts = Parts(average=average, refuses=REFUSES)
     return make_share_method("fedrpca", SOURCE, FACTORS, setup, parts)
 
 

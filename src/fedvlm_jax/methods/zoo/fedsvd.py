@@ -5,6 +5,8 @@ another A, B has another basis, in which what AdamW remembers means nothing: a c
 optimiser anew (the authors' code does so in every round).
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
@@ -13,18 +15,28 @@ from fedvlm_jax import lora
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.components.low_rank import map_sites, matmul
 from fedvlm_jax.methods.components.norms import only
+from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
+from fedvlm_jax.utils.option_ranges import Count
 
-__all__ = ["make"]
+__all__ = ["Options", "make"]
 
 SOURCE = "arXiv 2505.12805: B̄ = Σ p_k B_k with A frozen; every few rounds B̄ A = U Σ Vᵀ, A ← Vᵀ, B̄ ← U Σ"
 _NEW_BASIS = "an SVD gives B another basis every few rounds, in which the state of former rounds means nothing"
 REFUSES: dict[str, str] = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)
 
 
+@dataclass(frozen=True)
+class Options(MethodOptions):
+    """Numbers of fedsvd"""
+
+    every: Count = 2
+    """Rounds between two re-orthogonalisations."""
+
+
 def make(setup: Setup) -> Method:
     """fedsvd, as a share rule that does something to the average."""
-    every = setup.hyper.svd_every
+    every = setup.own(Options).every
 
     def after(shared: PyTree, round_: Int[Array, ""]) -> PyTree:
         now = round_ % every == 0
@@ -32,7 +44,7 @@ def make(setup: Setup) -> Method:
 
     parts = Parts(
         trained=(only("b"),), after=after, basis=lambda round_: (round_ - 1) // every, fresh=every == 1,
-        reads=("hyper.svd_every",), refuses=REFUSES,
+        refuses=REFUSES,
     )  # fmt: skip
     return make_share_method("fedsvd", SOURCE, FACTORS, setup, parts)
 

@@ -4,7 +4,7 @@
 rank r takes the first r of them, which are the best of rank r. The mean itself is never formed.
 
 As in the paper the singular values go to B and the rows of A are orthonormal (U Σ and Vᵀ in its notation);
-`--hyper.flex-even` shares them evenly. The two compute the same until they are trained on. A direction that the mean
+`--method.even` shares them evenly. The two compute the same until they are trained on. A direction that the mean
 lacks keeps its A, with B at zero, so that it can be learned again: with both at zero it would have no gradient. And
 what lies beyond the largest rank of a round's clients is kept: they neither received nor sent it.
 
@@ -12,19 +12,22 @@ The adapter's scale is alpha / R, R the largest rank, for clients of every rank;
 alpha / r_k. Every round gives the factors another basis, so the optimiser starts anew in every round.
 """
 
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.methods.base import Message, Method, Setup
 from fedvlm_jax.methods.components.low_rank import map_sites, side_by_side
+from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.methods.rule_based import FACTORS, Held, Parts, make_share_method
 
-__all__ = ["make"]
+__all__ = ["Options", "make"]
 
 SOURCE = (
     "arXiv 2402.11505: Σ p_k B_k A_k = U Σ Vᵀ; client k gets the best factors of its rank, B = U Σ, A = Vᵀ "
-    "(--hyper.flex-even: √Σ to each); all ranks have the scale alpha / R, the paper's alpha / r_k"
+    "(--method.even: √Σ to each); all ranks have the scale alpha / R, the paper's alpha / r_k"
 )
 _NEW_BASIS = "every round's SVD gives the factors another basis, in which the last round's state means nothing"
 REFUSES: dict[str, str] = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)
@@ -32,9 +35,17 @@ NOTHING = 1e-6
 """A singular value that is no larger, beside the largest, is rounding."""
 
 
+@dataclass(frozen=True)
+class Options(MethodOptions):
+    """Numbers of flexlora"""
+
+    even: bool = False
+    """Share the singular values evenly between A and B; in the paper all of them go to B."""
+
+
 def make(setup: Setup) -> Method:
     """flexlora, as a share rule with its own average."""
-    even = setup.hyper.flex_even
+    even = setup.own(Options).even
 
     def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"], held: Held | None) -> PyTree:
         """From the factors now to the best ones of the mean's."""
@@ -54,7 +65,7 @@ def make(setup: Setup) -> Method:
 
         return map_sites(one, shared, messages)
 
-    parts = Parts(average=average, fresh=True, reads=("hyper.flex_even",), refuses=REFUSES)
+    parts = Parts(average=average, fresh=True, refuses=REFUSES)
     return make_share_method("flexlora", SOURCE, FACTORS, setup, parts)
 
 

@@ -76,6 +76,6 @@ def make(setup: Setup) -> Method:
         name="flora", source=SOURCE, init=init, init_client=init_client, client_update=client_update,
         aggregate=aggregate, personalise=personalise, trained=trained, download=lambda server: server["base"],
         base=lambda params, server: base_updates.apply(params, server["base"]), travels=travels,
-        takes=frozenset({"lora.ranks"}), refuses=REFUSES,
+        refuses=REFUSES,
     )  # fmt: skip
     return with_ranks(method, setup.ranks, tell=False)

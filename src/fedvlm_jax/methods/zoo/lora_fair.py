@@ -4,16 +4,22 @@ In our layout (x A B) the correction of B̄ is ΔB = (ĀᵀĀ + λI)⁻¹ Āᵀ 
 min ‖E − Ā ΔB‖² + λ‖ΔB‖²: the Frobenius form. The paper's own objective measures by cosine similarity.
 """
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import jax.numpy as jnp
+import tyro
 from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.methods.base import Message, Method, Setup
 from fedvlm_jax.methods.components.low_rank import deviations, map_sites, matmul
+from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 from fedvlm_jax.utils import tree
+from fedvlm_jax.utils.option_ranges import Positive
 
-__all__ = ["make"]
+__all__ = ["Options", "make"]
 
 SOURCE = "arXiv 2411.14961: Ā = Σ p_k A_k; B̄ + ΔB, ΔB = argmin ‖Σ p_k B_k A_k − (B̄ + ΔB) Ā‖² + λ‖ΔB‖²"
 REFUSES: dict[str, str] = {
@@ -23,9 +29,17 @@ REFUSES: dict[str, str] = {
 }
 
 
+@dataclass(frozen=True)
+class Options(MethodOptions):
+    """Numbers of lora-fair"""
+
+    lambda_: Annotated[Positive, tyro.conf.arg(name="lambda")] = 0.01
+    """Ridge of the correction of B; at 0 the system that gives it may be singular."""
+
+
 def make(setup: Setup) -> Method:
     """lora-fair, as a share rule with its own average."""
-    ridge = setup.hyper.fair_lambda
+    ridge = setup.own(Options).lambda_
 
     def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"], held: object) -> PyTree:
         del held
@@ -40,6 +54,4 @@ def make(setup: Setup) -> Method:
 
         return map_sites(one, shared, messages)
 
-    return make_share_method(
-        "lora-fair", SOURCE, FACTORS, setup, Parts(average=average, reads=("hyper.fair_lambda",), refuses=REFUSES)
-    )
+    return make_share_method("lora-fair", SOURCE, FACTORS, setup, Parts(average=average, refuses=REFUSES))

@@ -5,13 +5,15 @@ A client holds a local copy w_k of the global model. In each of its local rounds
 θ_k is what the client uses. Its inner steps read one batch each, where the paper keeps one batch for all of them.
 
 The paper does not say where a round's θ_k begins; here it goes on from the last one. The authors' code loads the global
-model into θ_k at the beginning of every round: `--hyper.pfedme-restart`.
+model into θ_k at the beginning of every round: `--method.restart`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import tyro
 from jaxtyping import Array
 
 from fedvlm_jax.methods.base import Client, Context, Key, Message, Method, Personal, Server, Setup, Updated
@@ -19,14 +21,16 @@ from fedvlm_jax.methods.components import mixing
 from fedvlm_jax.methods.components.client_regularizers import make_proximal
 from fedvlm_jax.methods.components.personal_model import with_personal_model
 from fedvlm_jax.methods.components.training_metrics import over_steps
+from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 from fedvlm_jax.utils import tree
+from fedvlm_jax.utils.option_ranges import Count, Positive
 
-__all__ = ["make"]
+__all__ = ["Options", "make"]
 
 SOURCE = (
     "arXiv 2006.08848: θ_k ≈ argmin F_k(θ) + λ/2 ‖θ − w_k‖², w_k ← w_k − ηλ(w_k − θ_k); w ← (1−β) w + β Σ p_k w_k; "
-    "the authors' code begins every round with θ_k at w (--hyper.pfedme-restart)"
+    "the authors' code begins every round with θ_k at w (--method.restart)"
 )
 
 _OWN_ROUNDS = "its local rounds are its own: the pull towards the global model is part of them"
@@ -35,19 +39,34 @@ REFUSES: dict[str, str] = {
     "local.scaffold": _OWN_ROUNDS,
     "lora.ranks": "a step of w_k towards θ_k is not written for factors that are padded",
 }
-_NAMES = ("lambda", "inner", "rate", "beta", "restart")
-READS = tuple(f"hyper.pfedme_{name}" for name in _NAMES)
+
+
+@dataclass(frozen=True)
+class Options(MethodOptions):
+    """Numbers of pfedme"""
+
+    lambda_: Annotated[Positive, tyro.conf.arg(name="lambda")] = 1.0
+    """Strength of the Moreau envelope; at 0 the global model would never move."""
+    inner: Count = 4
+    """Steps that approximate its minimum; local steps are cut into groups of so many."""
+    rate: Positive = 0.1
+    """Learning rate of the local copy of the global model."""
+    beta: Positive = 1.0
+    """Share of the average in the new global model."""
+    restart: bool = False
+    """Begin every round with the personal model at the global one, as the authors' code does; the paper leaves the
+    start open, and here it goes on from where it was."""
 
 
 def make(setup: Setup) -> Method:
     """Make pfedme: fedavg-lora's server, with other local rounds."""
-    hyper = setup.hyper
+    options = setup.own(Options)
 
     def average(shared: object, messages: Message, weights: Array, held: object) -> Message:
         del shared, held
-        return jax.tree.map(lambda leaf: hyper.pfedme_beta * leaf, tree.weighted_sum(messages, weights))
+        return jax.tree.map(lambda leaf: options.beta * leaf, tree.weighted_sum(messages, weights))
 
-    parts = Parts(average=average, reads=READS, refuses=REFUSES)
+    parts = Parts(average=average, refuses=REFUSES)
     # Its optimiser is the personal model's: the federated one takes steps of its own.
     federated = make_share_method("pfedme", SOURCE, FACTORS, replace(setup, keep_optimizer=False), parts)
 
@@ -55,15 +74,15 @@ def make(setup: Setup) -> Method:
         del key
         received, scales = mixing.split(federated.personalise(server=server, personal=personal["federated"]))
         local, history = received, []
-        own = tree.combine(received, scales) if hyper.pfedme_restart else personal["own"]
+        own = tree.combine(received, scales) if options.restart else personal["own"]
         optimizer = personal["optimizer"]
         steps = client.mask.shape[0]
-        for first in range(0, steps, hyper.pfedme_inner):
-            part = slice(first, min(first + hyper.pfedme_inner, steps))
+        for first in range(0, steps, options.inner):
+            part = slice(first, min(first + options.inner, steps))
             some = client._replace(indices=client.indices[part], mask=client.mask[part])
             start = tree.combine(mixing.split(own)[0], scales)
-            own, optimizer, metrics = ctx.train(start, optimizer, some, nudge=make_proximal(hyper.pfedme_lambda, local))
-            pull = jnp.where(some.mask.any(), hyper.pfedme_rate * hyper.pfedme_lambda, 0.0)
+            own, optimizer, metrics = ctx.train(start, optimizer, some, nudge=make_proximal(options.lambda_, local))
+            pull = jnp.where(some.mask.any(), options.rate * options.lambda_, 0.0)
             local = jax.tree.map(lambda w, theta, pull=pull: w - pull * (w - theta), local, mixing.split(own)[0])
             history.append(metrics)
         metrics = over_steps({name: jnp.stack([one[name] for one in history]) for name in history[0]})

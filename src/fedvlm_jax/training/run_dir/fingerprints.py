@@ -35,8 +35,8 @@ __all__ = [
     "tell_versions",
 ]
 
-MOVABLE = ("source", "path", "image_root")
-"""Data options that say where files are, and nothing else."""
+FOLDERS = ("path", "image_root")
+"""Options of some data sources that say where files are, and nothing else; so does `source`, where it is a path."""
 
 SHOWN = 5
 """Clients or files that are named of those that differ."""
@@ -49,11 +49,12 @@ def anchor(run: Run) -> Run:
         source = str(_absolute(source))
     if Path(model).is_dir():
         model = str(_absolute(model))
-    path, images, cache = (place and _absolute(place) for place in (data.path, data.image_root, run.system.cache_dir))
+    cache = run.system.cache_dir and _absolute(run.system.cache_dir)
+    places = {name: _absolute(place) for name in FOLDERS if (place := getattr(data, name, None)) is not None}
     return replace(
         run,
         model=model,
-        data=data.replace(source=source, path=path, image_root=images),
+        data=data.replace(source=source, **places),
         system=replace(run.system, cache_dir=cache),
     )
 
@@ -61,9 +62,10 @@ def anchor(run: Run) -> Run:
 def move(run: Run, places: Run) -> Run:
     """The same run with data and model where they are now: those of `places` that are not an option's default."""
     there, default = anchor(places), Run()
-    data = {
-        name: getattr(there.data, name) for name in MOVABLE if getattr(there.data, name) != getattr(default.data, name)
-    }
+    named = {name: getattr(there.data, name, None) for name in FOLDERS if hasattr(run.data, name)}
+    data = {name: place for name, place in named.items() if place is not None}
+    if there.data.source != default.data.source:
+        data["source"] = there.data.source
     model = there.model if there.model != default.model else run.model
     return replace(run, model=model, data=run.data.replace(**data))
 
@@ -80,7 +82,8 @@ def find_places(folder: Path, run: Run) -> None:
     Raises:
         UserError: one is not; says how to name its new place.
     """
-    path = ("--data.path", str(run.data.path)) if run.data.path else ("--data", run.data.source)
+    shards = getattr(run.data, "path", None)
+    path = ("--data.path", str(shards)) if shards else ("--data", run.data.source)
     for flag, place in (path, ("--model", run.model)):
         if Path(place).is_absolute() and not os.path.exists(place):  # noqa: PTH110  it raises for no name
             flag = f"--data {run.data.source} {flag}" if flag == "--data.path" else flag
@@ -148,7 +151,8 @@ def compare_sources(folder: Path, run: Run, stored: Mapping[str, Any], now: Mapp
     Raises:
         UserError: each that differs, a line for each.
     """
-    lines = [f"the data, {run.data.path or run.data.source}, have another content"] * (stored["data"] != now["data"])
+    place = getattr(run.data, "path", None) or run.data.source
+    lines = [f"the data, {place}, have another content"] * (stored["data"] != now["data"])
     lines += [f"the weights of the model {run.model} are others"] * (stored["weights"] != now["weights"])
     then, files = stored["model_files"], now["model_files"]
     lines += [
