@@ -35,7 +35,9 @@ def toy():
     vlm, params = make_toy()
     shapes = jax.eval_shape(lambda: params)
     batch = {"image_features": jax.ShapeDtypeStruct((1, WIDTH), jnp.float32)}
-    return SimpleNamespace(sites=vlm.sites, logits=vlm.logits, shapes=lambda: shapes, example_batch=lambda: batch)
+    return SimpleNamespace(
+        sites=vlm.sites, components={}, logits=vlm.logits, shapes=lambda: shapes, example_batch=lambda: batch
+    )
 
 
 def explain(toy, name, make=None, **choices):
