@@ -5,16 +5,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = [
-    "DamagedError",
-    "UserError",
-    "check_utf8",
-    "describe_os_error",
-    "explain_error",
-    "find_machine_fault",
-    "naming",
-]
-
 
 class UserError(ValueError):
     """Bad input, told at the boundary: the value, what was expected, and how to mend it.

@@ -15,8 +15,6 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-__all__ = ["Collective", "Line", "find_collectives", "read_groups", "read_program"]
-
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")  # fmt: skip
 BITS = {"pred": 8, "bf16": 16}

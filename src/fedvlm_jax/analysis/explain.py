@@ -23,8 +23,6 @@ from fedvlm_jax.training.method_options import check_rule
 from fedvlm_jax.training.method_setup import deal_ranks, make_setup
 from fedvlm_jax.utils import tree
 
-__all__ = ["Explanation", "explain", "explain_method"]
-
 
 @dataclass(frozen=True)
 class Explanation:

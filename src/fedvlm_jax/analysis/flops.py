@@ -11,8 +11,6 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-__all__ = ["count_flops"]
-
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """Count a multiplication and an addition as two operations, all devices together; nothing is computed.

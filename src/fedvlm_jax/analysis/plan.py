@@ -30,8 +30,6 @@ from fedvlm_jax.objectives import Objective, load_objective
 from fedvlm_jax.training.method_options import check_rule
 from fedvlm_jax.training.method_setup import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes, make_spec
 
-__all__ = ["Attempt", "Plan", "plan_round"]
-
 
 @dataclass(frozen=True)
 class Attempt:

@@ -21,9 +21,6 @@ from fedvlm_jax.training.config import (
 )
 from fedvlm_jax.utils.option_ranges import Count, Positive, check_ranges
 
-__all__ = ["Request", "SizeOptions", "check_request"]
-
-
 _OF_RUN = {option.name for option in fields(Run)} - {"out"}
 
 

@@ -15,17 +15,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = [
-    "Shares",
-    "find_own_times",
-    "find_scopes",
-    "label_trace",
-    "read_trace",
-    "share_out_time",
-    "tabulate_shares",
-    "write_trace",
-]
-
 Trace = dict[str, Any]
 """A trace in Chrome's format, which Perfetto reads: `traceEvents`, with times in microseconds."""
 

@@ -30,8 +30,6 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.simulator import Driver
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer
 
-__all__ = ["PROFILE", "ROUNDS", "RoundProfile"]
-
 PROFILE = "profile"
 """In the folder of a run."""
 

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 from fedvlm_jax.errors import UserError
 
-__all__ = ["CHIPS", "CPU", "Chip", "Topology", "open_devices", "parse_topology"]
-
 CPU = "cpu"
 CUBE = 4
 """Three-dimensional pods are made of cubes of 4x4x4; what is smaller is part of one."""

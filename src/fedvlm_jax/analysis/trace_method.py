@@ -19,8 +19,6 @@ from fedvlm_jax.methods.base import is_factor, shape_of_one
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.utils import tree
 
-__all__ = ["OPTIMIZER", "Held", "Stage", "Tensor", "Tracer", "flatten_state"]
-
 OPTIMIZER = "the optimiser's state"
 """A mark around every optimiser state that a method asks for, so it is found again wherever the method keeps it."""
 

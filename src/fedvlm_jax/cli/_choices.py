@@ -15,8 +15,6 @@ from fedvlm_jax.training.config import SHARE, Compare, Run, methods_available
 from fedvlm_jax.training.validation import plain
 from fedvlm_jax.utils.option_ranges import list_options
 
-__all__ = ["make_signature"]
-
 
 def make_signature(command: Callable[..., None], words: Sequence[str]) -> inspect.Signature:
     """Return a command's signature, with the options of what the words choose as its defaults.

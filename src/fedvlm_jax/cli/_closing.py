@@ -11,8 +11,6 @@ from fedvlm_jax.training.config import Run, from_json
 from fedvlm_jax.training.run_dir.reader import RunRecord, read_baseline
 from fedvlm_jax.utils.option_ranges import list_options
 
-__all__ = ["close_run", "suggest_comparison"]
-
 NOT_TAKEN = ("--method", "--out", "--resume", "--train.finetune-steps", "--evaluation.neighbours", "--evaluation.test")
 """Options of a run that `fedvlm compare` has from elsewhere."""
 

@@ -4,8 +4,6 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-__all__ = ["ALL", "WIDTH", "find_help", "show_help"]
-
 ALL = "--help-all"
 WIDTH = 80
 

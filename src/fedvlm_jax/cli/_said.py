@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from contextvars import ContextVar
 
-__all__ = ["find_said", "list_words", "note_words", "was_said"]
-
 _WORDS: ContextVar[tuple[str, ...]] = ContextVar("words", default=())
 
 

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from fedvlm_jax import __version__
 from fedvlm_jax.errors import UserError
 
-__all__ = ["expand_rate", "is_version", "tell_version"]
-
 RATE = "--lr"
 RATES = ("--train.learning-rate-a", "--train.learning-rate-b")
 

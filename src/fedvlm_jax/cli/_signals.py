@@ -18,8 +18,6 @@ from typing import NoReturn
 
 from fedvlm_jax.utils.untrusted_text import clean
 
-__all__ = ["StoppedError", "exit_code", "heed_signals", "say"]
-
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 LINE = "\n"

@@ -12,8 +12,6 @@ import sys
 
 from fedvlm_jax.utils.compilation_cache import keep_programs
 
-__all__ = ["start_quickly"]
-
 RARELY = (100_000, 20, 20)
 """Thresholds of Python's three generations of garbage; its own first is 700."""
 

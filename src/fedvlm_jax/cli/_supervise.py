@@ -18,8 +18,6 @@ from pathlib import Path
 from fedvlm_jax.cli._signals import exit_code, say
 from fedvlm_jax.distributed.launch import DistributedOptions, describe_loss
 
-__all__ = ["LOST", "Ending", "end_with_parent", "is_child", "read_abort", "supervise"]
-
 LOST = 3
 """Exit code of a process that ended because another did: nothing was wrong with what it was asked."""
 

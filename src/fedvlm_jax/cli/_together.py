@@ -14,8 +14,6 @@ from fedvlm_jax.cli._supervise import LOST, end_with_parent
 from fedvlm_jax.distributed.launch import DistributedOptions, describe_loss, join
 from fedvlm_jax.errors import UserError, describe_os_error
 
-__all__ = ["Together", "together"]
-
 
 @dataclass
 class Together:

@@ -18,8 +18,6 @@ from fedvlm_jax.utils.cache_folders import (
     remove,
 )
 
-__all__ = ["cache"]
-
 Kind = Literal["programs", "features", "reference", "arrow", "contents"]
 
 

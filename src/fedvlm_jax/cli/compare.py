@@ -13,8 +13,6 @@ from fedvlm_jax.training.config import Compare
 from fedvlm_jax.training.run_dir.folder_lock import choose_folder
 from fedvlm_jax.training.validation import validate_comparison
 
-__all__ = ["compare"]
-
 
 def compare(
     comparison: Annotated[Compare, tyro.conf.arg(name="")] = Compare(),  # noqa: B008  frozen

@@ -12,8 +12,6 @@ from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.training.run_dir.folder_lock import open_folder
 from fedvlm_jax.utils.option_ranges import Seed
 
-__all__ = ["data"]
-
 
 def data(
     data: DataOptions = emoji.Options(),  # noqa: B008  # frozen

@@ -8,8 +8,6 @@ import tyro
 from fedvlm_jax.cli._startup import start_quickly
 from fedvlm_jax.errors import UserError
 
-__all__ = ["evaluate"]
-
 
 def evaluate(
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help="The folder of a run.")],

@@ -9,8 +9,6 @@ from fedvlm_jax.training.config import LocalOptions, LoraOptions, MethodOptions,
 from fedvlm_jax.training.validation import validate
 from fedvlm_jax.utils.option_ranges import Count
 
-__all__ = ["explain"]
-
 
 def explain(
     method: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[METHOD]")] = "",

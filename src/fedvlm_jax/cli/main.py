@@ -29,8 +29,6 @@ from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
 from fedvlm_jax.utils.option_ranges import check_arguments
 from fedvlm_jax.utils.standard_streams import PIPE_GONE, is_reader_gone, leave_out_told, silence, soften
 
-__all__ = ["commands_available", "main"]
-
 ORDER = ("data", "explain", "plan", "train", "compare", "evaluate", "report", "cache")
 QUIET = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # it tells at import that PyTorch is missing, as it should be here

@@ -10,8 +10,6 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.training.run_dir.folder_lock import open_folder
 from fedvlm_jax.training.validation import validate
 
-__all__ = ["plan"]
-
 
 def plan(request: Annotated[Request, tyro.conf.arg(name="")] = Request()) -> None:  # noqa: B008  frozen
     """Compile a round for a TPU pod, or for CPU devices, that need not be there, and say what it would take."""

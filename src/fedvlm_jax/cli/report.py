@@ -7,8 +7,6 @@ import tyro
 
 from fedvlm_jax.errors import UserError
 
-__all__ = ["report"]
-
 
 def report(
     folders: Annotated[

@@ -23,8 +23,6 @@ from fedvlm_jax.utils.option_ranges import list_options
 if TYPE_CHECKING:
     from fedvlm_jax.analysis.profiling import RoundProfile
 
-__all__ = ["train"]
-
 ROUNDS = ("--train.rounds", "--rounds")
 """The one option that a resumed run takes: it trains a finished run longer."""
 

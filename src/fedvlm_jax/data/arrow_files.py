@@ -23,8 +23,6 @@ from fedvlm_jax.utils.cache_folders import ARROW, list_entries, remove
 from fedvlm_jax.utils.digests import digest_parts
 from fedvlm_jax.utils.files import read_plain, write_bytes
 
-__all__ = ["ImageLocations", "check_seal", "discard", "open_arrow"]
-
 SEAL = "fedvlm-jax-seal.txt"
 
 

@@ -15,8 +15,6 @@ from jaxtyping import Bool, Int
 
 from fedvlm_jax.utils.random_streams import Stream
 
-__all__ = ["RoundRows", "bucket", "count_steps", "local_batches", "pad_rows", "round_rows", "split_batches"]
-
 
 def local_batches(
     seed: int, round_: int, client: int, n: int, steps: int, batch: int

@@ -15,27 +15,6 @@ from annotated_types import Ge, Gt, Le
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.option_ranges import Amount, Chance, Count, Share, check_ranges
 
-__all__ = [
-    "KINDS",
-    "MAX_IMAGE_PIXELS",
-    "PARTITIONS",
-    "SPLITS",
-    "Alpha",
-    "DataOptions",
-    "Dirichlet",
-    "Drawn",
-    "Iid",
-    "Kind",
-    "Natural",
-    "Partition",
-    "Pathological",
-    "Prompt",
-    "Quantity",
-    "Source",
-    "Split",
-    "check_names",
-]
-
 Prompt = Literal["neutral", "client-language"]
 Split = Literal["train", "validation", "test"]
 Kind = Literal["natural", "dirichlet", "pathological", "quantity", "iid"]

@@ -23,8 +23,6 @@ from fedvlm_jax.data.unique_images import unique_images
 if TYPE_CHECKING:
     from fedvlm_jax.data.config import DataOptions
 
-__all__ = ["describe", "measure_unlikeness"]
-
 # Keys that are counted where a table has them, after the one that the partition is made by.
 KEYS = ("group", "origin_dataset", "question_type", "language")
 

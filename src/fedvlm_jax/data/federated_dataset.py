@@ -10,8 +10,6 @@ from jaxtyping import Int
 from fedvlm_jax.data.config import SPLITS, Split
 from fedvlm_jax.data.skipped_rows import Skipped
 
-__all__ = ["ClientRows", "Federation", "gather_clients"]
-
 
 @dataclass(frozen=True, eq=False)
 class ClientRows:

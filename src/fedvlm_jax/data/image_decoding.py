@@ -21,8 +21,6 @@ from fedvlm_jax.data.config import MAX_IMAGE_PIXELS
 if TYPE_CHECKING:
     from PIL import Image, ImageCms
 
-__all__ = ["DECODING", "BrokenImageError", "decode_picture"]
-
 DECODING = 3
 """Version of these rules: what is cached of a picture is valid for one version."""
 

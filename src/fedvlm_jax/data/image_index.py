@@ -11,8 +11,6 @@ import numpy as np
 
 from fedvlm_jax.utils.files import read_plain, write_bytes
 
-__all__ = ["ImageFacts"]
-
 SIZE = 16  # bytes of a digest
 
 

@@ -16,8 +16,6 @@ from jaxtyping import Int
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.federated_dataset import Federation
 
-__all__ = ["Places", "find_overlap", "number_things", "place_rows"]
-
 SHOWN = 5  # examples, and pairs of clients, that are named
 
 

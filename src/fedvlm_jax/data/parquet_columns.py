@@ -18,8 +18,6 @@ import pyarrow.types as is_a
 
 from fedvlm_jax.errors import UserError, explain_error
 
-__all__ = ["UNDERSTOOD", "check_shards", "is_list", "is_text", "make_plain", "read_class_names"]
-
 NEEDED = ("image", "question", "chosen")
 
 UNDERSTOOD = (

@@ -25,8 +25,6 @@ from fedvlm_jax.utils.digests import digest_files, digest_parts
 if TYPE_CHECKING:
     import datasets  # takes a second to import
 
-__all__ = ["convert_shards", "open_dataset", "read_parquet"]
-
 BATCH = 1000  # rows that are converted at a time
 
 Columns = dict[str, pa.DataType]

@@ -8,8 +8,6 @@ that a run's numbers never depend on it. Its shuffling and sharding stay unused:
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-__all__ = ["AHEAD", "read_ahead"]
-
 T = TypeVar("T")
 
 AHEAD = 2

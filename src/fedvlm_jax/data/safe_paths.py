@@ -9,8 +9,6 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["MOST_BYTES", "OutsideError", "find_below", "read_below"]
-
 MOST_BYTES = 2**28
 """Bytes of a file that is read whole at most."""
 

@@ -9,16 +9,6 @@ from jaxtyping import Int
 
 from fedvlm_jax.data.table import LOST, OUTSIDE, UNREADABLE, Table
 
-__all__ = [
-    "Skipped",
-    "count_reasons",
-    "describe_lost",
-    "describe_skipped",
-    "find_pair_fault",
-    "find_text_fault",
-    "skip_rows",
-]
-
 
 @dataclass(frozen=True)
 class Skipped:

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from fedvlm_jax.data.arrow_files import ImageLocations
 
-__all__ = ["FACTS", "LOST", "OUTSIDE", "UNREADABLE", "Table"]
-
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 """Stands for a text whose bytes are no UTF-8: nobody checks when parquet is written, and damage is not noticed."""
 

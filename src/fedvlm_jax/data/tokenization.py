@@ -23,17 +23,6 @@ from fedvlm_jax.errors import UserError
 if TYPE_CHECKING:
     from fedvlm_jax.data.config import DataOptions
 
-__all__ = [
-    "IGNORED",
-    "LABELS",
-    "Examples",
-    "TextProcessor",
-    "ask_processor",
-    "encode",
-    "find_question_column",
-    "require_pairs",
-]
-
 # Columns of the question that all clients are asked alike, and of that in the client's language.
 QUESTION, CLIENT_QUESTION = "question", "question_client"
 

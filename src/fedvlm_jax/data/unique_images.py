@@ -23,8 +23,6 @@ from fedvlm_jax.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Images", "digest_rows", "unique_images"]
-
 T = TypeVar("T")
 
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read, hash and decode

@@ -13,8 +13,6 @@ import tyro
 
 from fedvlm_jax.errors import UserError, explain_error
 
-__all__ = ["DistributedOptions", "check_distributed", "describe_loss", "join"]
-
 SILENCE = 30
 """Seconds without a heartbeat after which a process counts as gone, and the others end."""
 

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from fedvlm_jax.errors import UserError
 
-__all__ = ["MeshShape", "parse_mesh"]
-
 
 class MeshShape(NamedTuple):
     """Lengths of a mesh's axes.

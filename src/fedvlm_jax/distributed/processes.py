@@ -19,8 +19,6 @@ from jaxtyping import Int, Shaped
 
 from fedvlm_jax.errors import UserError
 
-__all__ = ["count", "find_gone", "gather", "is_first", "share_out", "smallest", "tell_all", "wait_for_all"]
-
 PATIENCE = 7 * 24 * 3600 * 1000
 """Milliseconds that one waits for the others at most: that one of them is gone is noticed elsewhere, and soon."""
 

@@ -23,12 +23,6 @@ from jaxtyping import Int
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.tree import flatten, unflatten
 
-__all__ = [
-    "CLIENTS", "MODEL", "Cuts", "connect", "cut_base", "fetch", "fetch_own", "make_mesh", "own_base", "own_mesh",
-    "own_places", "place", "place_base", "place_like", "place_own", "place_waves", "refuse_split_groups", "replicate",
-    "wave_sharding",
-]  # fmt: skip
-
 CLIENTS = "clients"
 MODEL = "model"
 

@@ -28,8 +28,6 @@ from fedvlm_jax.federation.inputs.batch_reader import Inputs
 from fedvlm_jax.models import Processor, Vlm
 from fedvlm_jax.objectives.log_probs import score_pairs, token_losses
 
-__all__ = ["GREEDY", "Adapters", "Evaluator", "Scored", "Scores", "make_answer"]
-
 Scores = dict[str, dict[str, float]]
 """metric -> client -> value; clients without an example in the split are left out."""
 

@@ -17,8 +17,6 @@ from fedvlm_jax.evaluation.metrics.answer_tokens import normalise
 from fedvlm_jax.models import Processor
 from fedvlm_jax.models.search import Settings
 
-__all__ = ["STEP", "Gold", "read_gold"]
-
 STEP = 16
 """Answers get room for a multiple of so many tokens, so that data sets of short answers share one program."""
 

@@ -28,8 +28,6 @@ from fedvlm_jax.data.tokenization import IGNORED
 from fedvlm_jax.evaluation.evaluator import Adapters, Evaluator
 from fedvlm_jax.models import Batch, Params, Vlm
 
-__all__ = ["KERNELS", "SHARES", "Kernel", "Memory", "Neighbours", "Recall", "make_neighbours", "recall", "with_memory"]
-
 AnyArray = Any  # a jax.Array on the device, a numpy array before it
 
 SHARES = tuple(tenth / 10 for tenth in range(11))

@@ -20,8 +20,6 @@ from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import DamagedError, UserError, naming
 from fedvlm_jax.utils import digests
 
-__all__ = ["Checkpoints"]
-
 LOG = logging.getLogger("absl")
 
 

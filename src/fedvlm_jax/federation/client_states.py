@@ -29,8 +29,6 @@ from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import DamagedError, naming
 from fedvlm_jax.utils import digests
 
-__all__ = ["NOBODY", "Population", "Slots", "Stamps"]
-
 Slots = Int[np.ndarray, " clients"]
 """The slot of every client's record; `NOBODY` for clients that have none yet."""
 

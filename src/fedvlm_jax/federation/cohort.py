@@ -14,18 +14,6 @@ from fedvlm_jax.federation.round import to_waves
 from fedvlm_jax.methods import Client
 from fedvlm_jax.utils.random_streams import Stream
 
-__all__ = [
-    "Layout",
-    "Turnout",
-    "balance_wave",
-    "choose_layout",
-    "draw_cohort",
-    "draw_turnout",
-    "find_fillers",
-    "find_shares",
-    "make_clients",
-]
-
 WAVE = 16
 """Clients trained side by side on one device, unless the user says otherwise."""
 

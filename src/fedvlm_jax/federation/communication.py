@@ -8,8 +8,6 @@ from fedvlm_jax.methods.base import shape_of_one
 from fedvlm_jax.methods.components.norms import leaf_name
 from fedvlm_jax.utils import tree
 
-__all__ = ["count_bytes", "find_travelling"]
-
 
 def find_travelling(method: Method, server: PyTree, messages: PyTree) -> tuple[PyTree, PyTree]:
     """Return what one client sends and what it receives, as trees of shapes.

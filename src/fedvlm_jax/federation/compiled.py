@@ -20,8 +20,6 @@ from fedvlm_jax.methods import Method
 from fedvlm_jax.methods.base import Base
 from fedvlm_jax.utils import tree
 
-__all__ = ["Around", "Programs", "make_programs"]
-
 EXAMINE = jax.jit(examine, static_argnames=("beside", "component"))
 """One program for all methods whose clients train adapters of the same shapes: compiling it takes seconds."""
 

@@ -21,8 +21,6 @@ from jaxtyping import Array, Float, PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.methods.components.low_rank import deviations, matmul, side_by_side
 
-__all__ = ["OF_PAIRS", "examine"]
-
 OF_PAIRS = ("angle_a", "update_dissimilarity")
 """What means something only where at least two clients count."""
 

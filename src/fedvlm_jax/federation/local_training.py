@@ -21,8 +21,6 @@ from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import Objective
 from fedvlm_jax.utils import tree
 
-__all__ = ["LocalTrainer", "make_local_trainer"]
-
 RATE = {"a": "a", "gate": "a"}
 """The learning rate by a leaf's name; all others, b and whatever lies between a and b, have b's."""
 

@@ -14,20 +14,6 @@ from fedvlm_jax.distributed.sharding import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import balance_wave
 
-__all__ = [
-    "GIB",
-    "USABLE",
-    "Footprint",
-    "Memory",
-    "TooLargeError",
-    "count_device_bytes",
-    "count_unread",
-    "find_wave",
-    "measure",
-    "read_device_bytes",
-    "read_memory",
-]
-
 GIB = 2**30
 
 USABLE = 0.9

@@ -8,8 +8,6 @@ from typing import Literal
 
 from fedvlm_jax.utils.option_ranges import Chance, Share
 
-__all__ = ["ParticipationOptions"]
-
 
 @dataclass(frozen=True)
 class ParticipationOptions:

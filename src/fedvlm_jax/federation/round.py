@@ -24,8 +24,6 @@ from fedvlm_jax.methods.base import AnyArray, Metrics, Number
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.random_streams import Stream
 
-__all__ = ["RoundArguments", "RoundOutput", "from_waves", "make_arguments", "make_round", "start_personal", "to_waves"]
-
 
 class RoundArguments(NamedTuple):
     """The arguments of a compiled round, arrays on the devices or their shapes, in the function's order.

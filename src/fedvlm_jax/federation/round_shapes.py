@@ -22,8 +22,6 @@ from fedvlm_jax.methods import Client
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import Objective
 
-__all__ = ["shape_client", "shape_examples", "shape_key", "shape_round"]
-
 Shape = jax.ShapeDtypeStruct
 
 

@@ -41,8 +41,6 @@ from fedvlm_jax.federation.round import (
 from fedvlm_jax.methods import Client
 from fedvlm_jax.utils.random_streams import Stream
 
-__all__ = ["Driver", "Moment", "RoundInputs", "RoundReport", "start_adapter"]
-
 
 class RoundInputs(NamedTuple):
     """A round's inputs, on the host.

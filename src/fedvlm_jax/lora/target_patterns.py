@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 from fedvlm_jax.lora.sites import Sites, as_patterns, search
 
-__all__ = ["find_dead_targets", "split_alternatives"]
-
 # A group may begin so and still be one of names; lookarounds, conditions and comments are not looked into.
 _HEAD = re.compile(r"\?(:|P<\w+>|[a-zA-Z-]+:)")
 # Flags of the whole expression; Python takes them at its beginning alone.

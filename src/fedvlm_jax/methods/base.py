@@ -18,19 +18,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 
-__all__ = [
-    "AVERAGING",
-    "Client",
-    "Context",
-    "Method",
-    "Metrics",
-    "Setup",
-    "Train",
-    "both_ways",
-    "is_factor",
-    "shape_of_one",
-]
-
 Metrics = dict[str, Array]
 AnyArray = Any  # a jax.Array on the device in a round, a numpy array before it
 Server = PyTree

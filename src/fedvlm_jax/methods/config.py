@@ -12,16 +12,6 @@ from typing import Literal
 
 from fedvlm_jax.utils.option_ranges import Chance, NonNegative, Positive
 
-__all__ = [
-    "SHARE",
-    "LocalOptions",
-    "MethodOptions",
-    "ServerOptions",
-    "find_method_options",
-    "list_method_flags",
-    "name_module",
-]
-
 SHARE = "share"
 """The method that a rule alone makes; it has no file in the zoo."""
 

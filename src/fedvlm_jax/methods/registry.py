@@ -6,8 +6,6 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.base import AVERAGING, Method, Setup
 from fedvlm_jax.methods.config import name_module
 
-__all__ = ["load_method"]
-
 
 def load_method(name: str, setup: Setup) -> Method:
     """The method of this name, `plora` say, made for a setup.

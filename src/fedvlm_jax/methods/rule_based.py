@@ -45,18 +45,6 @@ from fedvlm_jax.methods.components.server_optimizers import make_server_optimize
 from fedvlm_jax.methods.config import SHARE, MethodOptions
 from fedvlm_jax.utils import tree
 
-__all__ = [
-    "FACTORS",
-    "FACTOR_A",
-    "FACTOR_B",
-    "NOTHING",
-    "Options",
-    "Parts",
-    "make",
-    "make_share_method",
-    "mean_update",
-]
-
 NOTHING = lora.Rule(())
 FACTORS = lora.Rule(r"(^|/)(a|b)$")
 FACTOR_A = lora.Rule(r"(^|/)a$")

@@ -40,8 +40,6 @@ from fedvlm_jax.models.search import Settings
 from fedvlm_jax.models.weight_table import Table
 from fedvlm_jax.utils import tree
 
-__all__ = ["Batch", "Family", "Params", "Processor", "Vlm", "select_leaves"]
-
 Params = dict[str, Any]
 Batch = Mapping[str, Any]
 """Arrays by name; `memory` may be a pytree of them."""

@@ -13,8 +13,6 @@ from fedvlm_jax.models.hub import open_processor, read_vlm, resolve_folder
 from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.search import Settings
 
-__all__ = ["check_agreement", "open_model"]
-
 
 def open_model(
     path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: Stacking = USUAL

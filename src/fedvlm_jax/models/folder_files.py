@@ -16,8 +16,6 @@ import numpy as np
 
 from fedvlm_jax.errors import UserError, explain_error
 
-__all__ = ["Tensor", "advise_conversion", "find_files", "list_tensors", "read_json", "read_tensors"]
-
 
 def _sniff(file: Path) -> str:
     """Say what a file that cannot be read is instead; empty where nothing is known of it."""

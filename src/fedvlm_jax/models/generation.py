@@ -21,8 +21,6 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Batch, Params
 from fedvlm_jax.models.search import Decoder, Settings, Step, search_beams, search_greedy
 
-__all__ = ["make_generate", "read_settings"]
-
 Amend = Callable[[PyTree, Array, Array], Array]
 """(recalled, last states [B, K, D], logits [B, K, V]) -> logits to search with."""
 

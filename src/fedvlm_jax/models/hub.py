@@ -21,10 +21,6 @@ from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.registry import find_family
 from fedvlm_jax.models.weight_table import read_params, write_tensors
 
-__all__ = [
-    "load_vlm", "load_weights", "open_processor", "read_size", "read_vlm", "resolve_folder", "save_checkpoint",
-]  # fmt: skip
-
 ASSETS = Path(__file__).parent.parent / "assets"
 
 

@@ -11,8 +11,6 @@ from fedvlm_jax import models
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Family
 
-__all__ = ["find_family", "list_families"]
-
 
 def list_families() -> list[Family]:
     """All families that there are."""

@@ -17,8 +17,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-__all__ = ["Cache", "Decoder", "Settings", "process_scores", "search_beams", "search_greedy"]
-
 FAR = -1e9  # the score of what must not win but may still be compared; transformers' own number
 
 

@@ -20,8 +20,6 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.folder_files import Tensor, list_tensors, read_tensors
 from fedvlm_jax.utils.tree import flatten, unflatten
 
-__all__ = ["Constant", "Rule", "Slot", "Table", "dense", "read_params", "weights", "write_tensors"]
-
 NAMED = 12
 """So many tensors are named of those that have something wrong."""
 

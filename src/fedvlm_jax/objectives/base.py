@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from fedvlm_jax import lora
     from fedvlm_jax.models import Batch, Params, Vlm
 
-__all__ = ["Metrics", "Objective"]
-
 Metrics = dict[str, "Array"]
 
 

@@ -11,8 +11,6 @@ from annotated_types import Ge, Le
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.option_ranges import Positive, check_ranges
 
-__all__ = ["PreferenceOptions", "Variant"]
-
 Variant = Literal["sigmoid", "length-normalised", "ipo"]
 
 

@@ -23,8 +23,6 @@ from fedvlm_jax.objectives.base import Metrics, Objective
 from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.objectives.log_probs import score_pairs
 
-__all__ = ["READS", "compare_answers", "make"]
-
 SOURCE = "arXiv 2305.18290, eq. 7: −log σ(β h), h how much more than the base the adapter favours the chosen answer"
 READS = ("beta", "variant", "label_smoothing")
 

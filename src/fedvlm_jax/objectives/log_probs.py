@@ -12,8 +12,6 @@ from fedvlm_jax.data.tokenization import IGNORED
 from fedvlm_jax.models import Batch, Params, Vlm
 from fedvlm_jax.models.layers import widen
 
-__all__ = ["score_pairs", "token_losses"]
-
 
 def token_losses(
     logits: Float[Array, "*batch labels vocabulary"], labels: Int[Array, "*batch labels"]

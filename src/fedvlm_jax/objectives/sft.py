@@ -12,8 +12,6 @@ from fedvlm_jax.objectives.base import Metrics, Objective
 from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.objectives.log_probs import token_losses
 
-__all__ = ["make"]
-
 SOURCE = "maximum likelihood of the chosen answer"
 
 

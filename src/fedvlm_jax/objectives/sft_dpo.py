@@ -14,8 +14,6 @@ from fedvlm_jax.objectives.base import Metrics, Objective
 from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.objectives.log_probs import score_pairs
 
-__all__ = ["make"]
-
 SOURCE = "dpo + sft_weight · sft"
 
 

@@ -16,8 +16,6 @@ from fedvlm_jax.reporting.tables import MANY, Table
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.serialization import encode
 
-__all__ = ["describe_data", "find_leaks", "tabulate_data", "word_findings"]
-
 MISSING = frozenset({"nan", "none", "null", "<na>", "n/a", "nat"})
 """Missing values, once they were turned into text."""
 

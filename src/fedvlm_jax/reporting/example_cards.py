@@ -9,8 +9,6 @@ from fedvlm_jax.data.safe_paths import OutsideError, read_below
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training.run_dir.validated_files import EXAMPLE_MODELS, EXAMPLES, check_examples, read_json
 
-__all__ = ["Answer", "Card", "read_cards"]
-
 PNG = b"\x89PNG\r\n\x1a\n"
 """The first bytes of a PNG."""
 

@@ -12,8 +12,6 @@ from fedvlm_jax.reporting.tables import Table, format_bytes
 from fedvlm_jax.training.config import SHARE, Run, methods_available
 from fedvlm_jax.training.method_options import declare
 
-__all__ = ["tabulate_explanation", "tabulate_methods"]
-
 WIDTH = 22
 """Longer paths are folded at their slashes, so that a table fits a terminal of 80 columns."""
 

@@ -21,8 +21,6 @@ from fedvlm_jax.reporting.figures.theme import PALETTE, Picture
 from fedvlm_jax.reporting.tables import Table, to_markdown
 from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
 
-__all__ = ["Facts", "Report", "Section", "render"]
-
 LONG = 240
 """Texts of examples are cut to so many characters; the run's folder has them whole."""
 

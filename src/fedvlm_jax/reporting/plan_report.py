@@ -11,8 +11,6 @@ from fedvlm_jax.training.run_dir.artifacts import describe_environment
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.serialization import encode
 
-__all__ = ["describe_refusal", "tabulate_plan", "write_plan"]
-
 MEANINGS = {
     "arguments": "what the program is given and reads, as the device lays it out",
     "outputs": "what it returns",

@@ -25,8 +25,6 @@ from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord, is_c
 from fedvlm_jax.training.validation import plain
 from fedvlm_jax.utils.files import write_text
 
-__all__ = ["write_report"]
-
 BEST = 5
 """Of many methods, so many have their figure at the top of the page."""
 

@@ -12,8 +12,6 @@ from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, order_by
 from fedvlm_jax.reporting.tables import MANY, MARKS, Table, format_bytes, format_paired, points
 from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord, read_baseline
 
-__all__ = ["RIVALS", "tabulate_comparison", "tabulate_run", "tabulate_runs"]
-
 MANY_METHODS = 8
 """Above so many methods they are listed best first, and go down a table that else has them across."""
 

@@ -13,8 +13,6 @@ from fedvlm_jax.reporting.tables import points
 from fedvlm_jax.training.failures import describe_lost, describe_rounds
 from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord, read_baseline
 
-__all__ = ["describe_comparison", "describe_run", "describe_runs"]
-
 FEW = 8
 """Up to so many methods each difference has a sentence of its own."""
 

@@ -15,20 +15,6 @@ from fedvlm_jax.utils.console import knows_signs
 from fedvlm_jax.utils.standard_streams import to_ascii
 from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
 
-__all__ = [
-    "MANY",
-    "MARKS",
-    "Table",
-    "cut_to_width",
-    "format_bytes",
-    "format_duration",
-    "format_paired",
-    "points",
-    "show",
-    "to_markdown",
-    "to_rich",
-]
-
 MANY = 40
 """Above so many clients a table shows the two ends of the list only."""
 

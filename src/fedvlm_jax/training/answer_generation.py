@@ -14,8 +14,6 @@ from fedvlm_jax.models.search import Settings
 from fedvlm_jax.training.config import Run
 from fedvlm_jax.training.session import Note
 
-__all__ = ["Answering", "check_room", "plan_answers"]
-
 
 @dataclass(frozen=True)
 class Answering:

@@ -25,8 +25,6 @@ from fedvlm_jax.training.run_dir.reader import read_metrics
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
 from fedvlm_jax.utils.files import write_text
 
-__all__ = ["Best", "BestRound", "FiniteCheck", "MetricsWriter", "ProgressReporter"]
-
 
 class FiniteCheck(Callback):
     """Name clients whose numbers are not finite; end the run where nobody else is left."""

@@ -19,8 +19,6 @@ from fedvlm_jax.federation.client_states import Slots
 from fedvlm_jax.training.callbacks import Best, BestRound
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
 
-__all__ = ["CheckpointWriter"]
-
 KEPT = 2
 """Checkpoints, the newest."""
 

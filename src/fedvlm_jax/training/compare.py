@@ -29,8 +29,6 @@ from fedvlm_jax.training.validation import FINETUNED, REMEMBERING, plain, valida
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.serialization import encode
 
-__all__ = ["compare", "finish_run", "refuse_other_sources"]
-
 BYTES = ("bytes_up_per_client", "bytes_down_per_client")
 """Of a round; a comparison tells their mean over the federated rounds."""
 

@@ -32,29 +32,6 @@ from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.utils.option_ranges import Amount, Chance, Count, NonNegative, Positive, Seed, Share
 from fedvlm_jax.utils.serialization import decode, encode
 
-__all__ = [
-    "METHOD",
-    "SHARE",
-    "Compare",
-    "EvaluationOptions",
-    "LocalOptions",
-    "LoraOptions",
-    "MethodOptions",
-    "ParticipationOptions",
-    "PreferenceOptions",
-    "Run",
-    "ServerOptions",
-    "SystemOptions",
-    "TrainOptions",
-    "describe_method",
-    "from_json",
-    "methods_available",
-    "name_folder",
-    "objectives_available",
-    "to_json",
-    "without_extras",
-]
-
 MOST_BATCH = 2**16
 """Examples that are scored at once; clients with fewer are filled up to it."""
 MOST_EXAMPLES = 48

@@ -23,8 +23,6 @@ from fedvlm_jax.training.run_dir.folder_lock import Claim
 from fedvlm_jax.training.run_dir.validated_files import check_seal, read_config
 from fedvlm_jax.utils.files import write_json
 
-__all__ = ["evaluate"]
-
 
 def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
     """Score every client's adapter of a finished run on validation and test again.

@@ -21,8 +21,6 @@ from fedvlm_jax.training.prepare import Prepared
 from fedvlm_jax.training.run_dir.validated_files import EXAMPLE_MODELS, EXAMPLES
 from fedvlm_jax.utils.files import write_json
 
-__all__ = ["share_out_right", "write_examples"]
-
 PICTURES = "examples"
 
 CLIENTS = 6

@@ -18,8 +18,6 @@ from fedvlm_jax.training.run_dir.validated_files import StoredConfig, check_seal
 from fedvlm_jax.training.validation import validate
 from fedvlm_jax.utils.files import write_json
 
-__all__ = ["lengthen"]
-
 
 def lengthen(folder: Path, rounds: int) -> None:
     """Have a finished run go on, when it is resumed, until it has so many rounds.

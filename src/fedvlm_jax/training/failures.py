@@ -11,16 +11,6 @@ from typing import Any
 
 from fedvlm_jax.errors import UserError
 
-__all__ = [
-    "UNFIT",
-    "describe_lost",
-    "describe_rounds",
-    "describe_unfit",
-    "explain_aggregate",
-    "explain_all_unfit",
-    "list_names",
-]
-
 UNFIT = "unfit"
 """The key of their names in a round's line."""
 

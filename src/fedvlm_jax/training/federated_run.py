@@ -58,9 +58,6 @@ from fedvlm_jax.training.wave_width import fit
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.files import write_json
 
-__all__ = ["Opened", "extend", "open_later", "resume", "train"]
-
-
 Opened = Session | Callable[[Run], Session]
 """What runs of the same model and data share, or what opens it for the first of them that needs it."""
 

@@ -15,17 +15,6 @@ from fedvlm_jax.evaluation.knn_per import KERNELS, recall
 from fedvlm_jax.evaluation.statistics.confidence_intervals import bootstrap_mean
 from fedvlm_jax.training.prepare import Prepared
 
-__all__ = [
-    "ScoredModels",
-    "describe_scores",
-    "is_same",
-    "let_remember",
-    "read_gains",
-    "score_base",
-    "score_matrix",
-    "score_models",
-]
-
 ScoredModels = dict[str, Mapping[Split, Scored]]
 """model -> split -> how it does for everybody."""
 

@@ -20,8 +20,6 @@ from fedvlm_jax.training.run_dir.reader import BASELINE, read_run
 from fedvlm_jax.training.run_dir.validated_files import read_config
 from fedvlm_jax.training.validation import validate
 
-__all__ = ["ALONE", "find_reason_against", "make_baseline", "train_alone"]
-
 ALONE = "local"
 """The method in which nothing is shared."""
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from fedvlm_jax.methods import Method
     from fedvlm_jax.models import Vlm
 
-__all__ = ["check_choices", "check_comparison", "check_rule", "declare", "find_rule", "for_method"]
-
 
 def check_choices(run: Run) -> None:
     """Refuse options that the run's method cannot work with.

@@ -24,8 +24,6 @@ from fedvlm_jax.models import Stacking, Vlm
 from fedvlm_jax.objectives import Objective
 from fedvlm_jax.training.config import Run, SystemOptions
 
-__all__ = ["build_programs", "choose_arithmetic", "deal_ranks", "lay_out_sizes", "make_setup", "make_spec"]
-
 MOST_ROWS = 2**28
 """Rows that a round may take; their numbers alone are a GiB then."""
 

@@ -19,8 +19,6 @@ import jax
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training.progress import SilentProgress
 
-__all__ = ["WorkerProgress", "spread"]
-
 LOOKING = 0.5
 """Seconds between two looks at whether the process that asked is still there."""
 

@@ -30,8 +30,6 @@ from fedvlm_jax.federation.simulator import Driver, Moment
 from fedvlm_jax.methods.components.norms import leaf_name
 from fedvlm_jax.training.prepare import Prepared
 
-__all__ = ["each_model", "find_nearest", "give_models"]
-
 IMAGES = 128
 """A client is known by so many of its images at most."""
 

@@ -46,8 +46,6 @@ from fedvlm_jax.training.run_dir.fingerprints import describe_sources
 from fedvlm_jax.training.session import Note, Session, choose_store, reference_of
 from fedvlm_jax.utils.random_streams import Stream
 
-__all__ = ["Prepared", "Session", "lay_out", "make_driver", "open_session", "prepare", "show_evaluation"]
-
 MANY, SOME = 128, 64
 """Of more than so many clients only some are evaluated, unless the options say how many."""
 

@@ -21,18 +21,6 @@ from rich.text import Text
 from fedvlm_jax.utils.console import open_console
 from fedvlm_jax.utils.untrusted_text import clean
 
-__all__ = [
-    "COMPILING",
-    "LiveProgress",
-    "Numbered",
-    "PlainProgress",
-    "Progress",
-    "SilentProgress",
-    "estimate_seconds_left",
-    "open_progress",
-    "working",
-]
-
 SPARKS = "▁▂▃▄▅▆▇█"
 
 COMPILING = "compiling the round: about a minute the first time, seconds where it is kept from an earlier run"

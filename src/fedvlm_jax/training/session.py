@@ -32,8 +32,6 @@ from fedvlm_jax.training.config import Run, SystemOptions
 from fedvlm_jax.utils.cache_folders import find_cache, read_bound, trim
 from fedvlm_jax.utils.compilation_cache import describe_processor
 
-__all__ = ["Note", "Session", "choose_store", "reference_of"]
-
 Note = Callable[[str], None]
 
 SOURCES = (

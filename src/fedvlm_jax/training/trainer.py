@@ -27,8 +27,6 @@ from fedvlm_jax.training.personalization import each_model, give_models
 from fedvlm_jax.training.prepare import Prepared, make_driver
 from fedvlm_jax.training.progress import COMPILING, Progress, working
 
-__all__ = ["Callback", "FederatedTrainer", "RoundResult", "find_rates"]
-
 FINETUNING = "local"
 """The method of the local steps after a federation."""
 

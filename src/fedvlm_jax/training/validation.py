@@ -23,8 +23,6 @@ from fedvlm_jax.training.config import (
 from fedvlm_jax.training.method_options import check_choices, check_comparison, find_rule
 from fedvlm_jax.utils.option_ranges import LARGEST_SEED, check_ranges
 
-__all__ = ["FINETUNED", "REMEMBERING", "plain", "validate", "validate_comparison"]
-
 FINETUNED, REMEMBERING = "+ft", "+knn"
 """What a method's name ends with in a comparison when local fine-tuning follows it, or neighbours are mixed in."""
 

@@ -11,8 +11,6 @@ from fedvlm_jax.federation.memory import GIB, USABLE, Footprint, TooLargeError, 
 from fedvlm_jax.training.prepare import Prepared, lay_out, make_driver
 from fedvlm_jax.training.progress import COMPILING, Progress, SilentProgress, working
 
-__all__ = ["fit"]
-
 
 def fit(prepared: Prepared, show: Progress | None = None) -> Prepared:
     """Choose the wave, unless the run names one, and compile its first round; says what it takes of a device.

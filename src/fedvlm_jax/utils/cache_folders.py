@@ -28,24 +28,6 @@ try:
 except ImportError:  # not POSIX: nobody's use is seen there, so nothing is removed
     fcntl = None
 
-__all__ = [
-    "ARROW",
-    "BOUND",
-    "FOLDER",
-    "KINDS",
-    "PLACED",
-    "PROGRAMS",
-    "Entry",
-    "Hold",
-    "find_arrow",
-    "find_cache",
-    "hold_table",
-    "list_entries",
-    "read_bound",
-    "remove",
-    "trim",
-]
-
 FOLDER = "FEDVLM_CACHE"
 """Environment: the folder of all kinds."""
 

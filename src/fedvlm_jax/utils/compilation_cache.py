@@ -21,8 +21,6 @@ from pathlib import Path
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.cache_folders import PLACED, PROGRAMS, Hold, find_cache
 
-__all__ = ["SWITCH", "describe_processor", "find_danger", "keep_programs"]
-
 SWITCH = PLACED
 """Environment: 0 switches it off, a folder places it."""
 

@@ -7,8 +7,6 @@ from rich.console import Console
 from fedvlm_jax.utils.standard_streams import PIPE_GONE, silence
 from fedvlm_jax.utils.untrusted_text import clean
 
-__all__ = ["Terminal", "knows_signs", "open_console"]
-
 
 class Terminal(Console):
     """A console on which markup in a text is text, and control characters are escaped."""

@@ -23,8 +23,6 @@ from fedvlm_jax.utils.files import read_plain, write_bytes
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["SIZE", "digest_file", "digest_files", "digest_parts"]
-
 SIZE = 16
 """Bytes of a digest."""
 

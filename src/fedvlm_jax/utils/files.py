@@ -14,8 +14,6 @@ from typing import Any
 
 from fedvlm_jax.errors import naming
 
-__all__ = ["read_plain", "write_bytes", "write_json", "write_text"]
-
 
 def write_bytes(file: Path, content: bytes, *, sync: bool = False) -> None:
     """Write a file whole or not at all.

@@ -12,8 +12,6 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["SETTINGS", "expect_accelerator", "restart_with_kept_memory"]
-
 SETTINGS = {
     "MALLOC_ARENA_MAX": "1",  # in a thread's arena large buffers are returned whatever the next two say
     "MALLOC_MMAP_MAX_": "0",

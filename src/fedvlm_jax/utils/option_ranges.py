@@ -17,23 +17,6 @@ from annotated_types import Ge, Gt, Le, Lt
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.untrusted_text import clean
 
-__all__ = [
-    "LARGEST",
-    "LARGEST_SEED",
-    "Amount",
-    "Chance",
-    "Count",
-    "NonNegative",
-    "Option",
-    "Positive",
-    "Seed",
-    "Share",
-    "check_arguments",
-    "check_ranges",
-    "list_options",
-    "shorten",
-]
-
 LARGEST = 2**31 - 1
 LARGEST_SEED = 2**32 - 1
 """jax makes its keys of 32 bits: a seed of 2**32 would draw adapters as seed 0 does."""

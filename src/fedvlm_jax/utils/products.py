@@ -16,8 +16,6 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-__all__ = ["mix", "project", "score"]
-
 Product = Callable[[Array, Array], Array]
 
 

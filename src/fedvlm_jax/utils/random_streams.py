@@ -7,8 +7,6 @@ on to append (a round here, a client there), they never read the same numbers.
 
 from enum import IntEnum, unique
 
-__all__ = ["Stream"]
-
 
 @unique
 class Stream(IntEnum):

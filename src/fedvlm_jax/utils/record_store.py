@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 from fedvlm_jax.utils.cache_folders import Hold
 
-__all__ = ["KEY", "Records"]
-
 KEY = DIGEST = 16
 """Bytes of a key, and of a digest."""
 

@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 
 from fedvlm_jax.errors import UserError
 
-__all__ = ["decode", "encode", "fit"]
-
 T = TypeVar("T")
 
 LONGEST = 80

@@ -9,8 +9,6 @@ import select
 import sys
 from typing import Any, TextIO
 
-__all__ = ["PIPE_GONE", "is_reader_gone", "leave_out_told", "silence", "soften", "to_ascii"]
-
 PIPE_GONE = 141
 """Exit code of a command whose reader left, as `head` does: 128 and the number of SIGPIPE."""
 

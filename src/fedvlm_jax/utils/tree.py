@@ -13,8 +13,6 @@ from flax import traverse_util
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-__all__ = ["combine", "count_bytes", "flatten", "is_finite", "partition", "unflatten", "weighted_sum"]
-
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a nested dictionary into one level; paths come in sorted order.

@@ -3,8 +3,6 @@
 import re
 import unicodedata
 
-__all__ = ["clean", "escape_markdown"]
-
 # Categories of characters that move a cursor, turn the direction of what follows, or are not seen at all.
 HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 

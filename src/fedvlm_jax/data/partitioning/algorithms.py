@@ -21,9 +21,6 @@ from jaxtyping import Float, Int
 
 from fedvlm_jax.errors import UserError
 
-__all__ = ["ALIKE", "cut_dirichlet", "cut_iid", "cut_pathological", "cut_quantity"]
-
-
 ALIKE = 1e12
 """Concentration from which shares are even to a millionth; far beyond it, numbers drawn for them overflow."""
 

@@ -26,8 +26,6 @@ from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.random_streams import Stream
 
-__all__ = ["draw_clients"]
-
 DRAWS = 100  # how often a partition is drawn before its least size is given up
 
 

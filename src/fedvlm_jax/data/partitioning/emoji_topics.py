@@ -31,8 +31,6 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.digests import digest_files
 from fedvlm_jax.utils.random_streams import Stream
 
-__all__ = ["FILE", "draw_concepts", "draw_mix", "federate_topics", "read_file"]
-
 FILE = Path(__file__).parents[2] / "assets" / "emoji" / "emoji.parquet"
 COLUMNS = ("client", "split", "language", "concept", "task", "group", "question_client")
 

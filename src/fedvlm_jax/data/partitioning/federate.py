@@ -22,8 +22,6 @@ from fedvlm_jax.errors import UserError
 if TYPE_CHECKING:
     from fedvlm_jax.data.config import DataOptions
 
-__all__ = ["check_federation", "federate", "hold_out"]
-
 
 def federate(table: Table, options: "DataOptions", seed: int) -> Federation:
     """Cut a table into clients, as its data set does it, or by its columns.

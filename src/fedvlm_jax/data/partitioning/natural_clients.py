@@ -22,8 +22,6 @@ from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.random_streams import Stream
 
-__all__ = ["choose_rows", "federate_by_column", "federate_rows"]
-
 SHOWN = 40  # characters of a value that a message shows
 
 

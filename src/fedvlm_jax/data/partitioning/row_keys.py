@@ -20,8 +20,6 @@ from fedvlm_jax.errors import UserError
 if TYPE_CHECKING:
     from fedvlm_jax.data.table import Table
 
-__all__ = ["DERIVED", "UNKNOWN", "list_keys", "parse_origin_split", "read_key"]
-
 UNKNOWN = "unknown"
 """Where a derived key has no value."""
 

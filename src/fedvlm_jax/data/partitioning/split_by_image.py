@@ -16,8 +16,6 @@ from fedvlm_jax.data.sources import parquet
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.unique_images import digest_rows
 
-__all__ = ["TRAIN", "ImageGroups", "group_by_image", "label_groups", "order_groups", "rank_groups", "split_groups"]
-
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from fedvlm_jax.data.federated_dataset import Federation
     from fedvlm_jax.data.table import Table
 
-__all__ = ["DATASET", "Options", "Topics"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Topics(Natural):

@@ -13,8 +13,6 @@ from fedvlm_jax.data.config import DataOptions, Source, check_names
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.option_ranges import Count, Share
 
-__all__ = ["Options"]
-
 
 @dataclass(frozen=True)
 class Options(DataOptions):

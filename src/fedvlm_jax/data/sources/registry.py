@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from fedvlm_jax.data.federated_dataset import Federation
     from fedvlm_jax.data.table import Table
 
-__all__ = ["NamedSet", "find_options", "find_partition", "find_sets", "list_owners", "make_options", "read_table"]
-
 
 class NamedSet(NamedTuple):
     """A data set that `--data NAME` finds.

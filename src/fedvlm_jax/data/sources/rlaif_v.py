@@ -21,8 +21,6 @@ from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.utils.digests import digest_files
 
-__all__ = ["DATASET", "Options", "read_rlaif_v"]
-
 NAME, HUB_ID = "rlaif-v", "openbmb/RLAIF-V-Dataset"
 COLUMNS = ("rejected", "origin_dataset", "origin_split", "idx")  # columns that other data of the same form lack
 

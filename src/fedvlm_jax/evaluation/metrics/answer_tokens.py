@@ -10,8 +10,6 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["normalise", "pair_up", "tokenise", "tokenise_squad"]
-
 
 def pair_up(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[str, Sequence[str]]]:
     """Pair every prediction with its gold answers.

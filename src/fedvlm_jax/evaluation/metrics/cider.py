@@ -20,8 +20,6 @@ from jaxtyping import Float
 
 from fedvlm_jax.evaluation.metrics.answer_tokens import pair_up, tokenise
 
-__all__ = ["Rarity", "cider", "weigh_corpus"]
-
 ORDERS = (1, 2, 3, 4)
 SIGMA = 6.0
 

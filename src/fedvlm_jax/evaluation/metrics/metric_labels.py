@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["MEASURES", "SELECTING", "Measure", "find_measure", "order_measures", "percent"]
-
 
 @dataclass(frozen=True)
 class Measure:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-__all__ = ["Pairs", "measure_perplexity", "prefer_chosen", "reward_margin", "score_preferences"]
-
 Sums = Float[np.ndarray, " examples"]
 Counts = Int[np.ndarray, " examples"]
 

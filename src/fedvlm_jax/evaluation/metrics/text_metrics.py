@@ -19,8 +19,6 @@ from fedvlm_jax.evaluation.metrics.answer_tokens import normalise, pair_up, toke
 from fedvlm_jax.evaluation.metrics.cider import cider, weigh_corpus
 from fedvlm_jax.evaluation.metrics.vqa_accuracy import vqa_accuracy
 
-__all__ = ["METRICS", "Metric", "exact_match", "rouge_l", "select_metrics", "token_f1"]
-
 Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], Float[np.ndarray, " examples"]]
 """(predictions [N], gold answers [N] lists) -> float64 [N]; raises what `pair_up` raises."""
 

@@ -18,8 +18,6 @@ from jaxtyping import Float
 
 from fedvlm_jax.evaluation.metrics.answer_tokens import pair_up
 
-__all__ = ["normalise_short", "vqa_accuracy"]
-
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = ("a", "an", "the")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

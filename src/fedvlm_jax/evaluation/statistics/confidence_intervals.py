@@ -9,8 +9,6 @@ from jaxtyping import Float
 
 from fedvlm_jax.errors import UserError
 
-__all__ = ["Difference", "Interval", "bootstrap_mean", "paired_difference", "read_shares"]
-
 RESAMPLES = 2000  # from one random seed to another the ends of a 95 % interval move by about 2 % of its width
 DRAWS = 1 << 20  # clients drawn at a time: a bound on memory
 

@@ -12,8 +12,6 @@ from jaxtyping import Float
 
 from fedvlm_jax.errors import UserError
 
-__all__ = ["Matrix", "Rival", "summarise_matrix"]
-
 
 @dataclass(frozen=True)
 class Rival:

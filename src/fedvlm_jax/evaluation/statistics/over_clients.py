@@ -10,8 +10,6 @@ from jaxtyping import Float
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.statistics.confidence_intervals import bootstrap_mean, read_shares
 
-__all__ = ["Gain", "Summary", "gain_by_client", "jain_index", "summarise", "summarise_gain"]
-
 
 @dataclass(frozen=True)
 class Summary:

@@ -7,8 +7,6 @@ import numpy as np
 
 from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference, paired_difference
 
-__all__ = ["Spread", "compare_paired", "count_seeds_ahead", "judge", "mean_over_seeds", "order_by_mean", "spread"]
-
 BySeed = Mapping[int, Mapping[str, float]]
 
 

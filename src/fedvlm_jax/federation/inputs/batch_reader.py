@@ -13,8 +13,6 @@ from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.federation.inputs.feature_cache import FeatureStore
 from fedvlm_jax.models import Processor
 
-__all__ = ["Inputs", "make_blank_inputs", "make_inputs"]
-
 Inputs = Callable[[np.ndarray], dict[str, np.ndarray]]
 """(rows [...]) -> the batch of these rows, arrays [..., …]; may be called from several threads."""
 

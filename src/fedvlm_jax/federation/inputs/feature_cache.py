@@ -32,8 +32,6 @@ from fedvlm_jax.utils.files import read_plain, write_bytes
 from fedvlm_jax.utils.record_store import Records
 from fedvlm_jax.utils.tree import flatten, partition
 
-__all__ = ["FeatureStore", "choose_chunk", "fingerprint_params", "fingerprint_vision", "is_vision_frozen"]
-
 PIXELS = 32 * 64 * 64 * 20
 """Pixels that are decoded at a time, about: 32 pictures at most, 4 of 768x768."""
 WIDTH = 4

@@ -29,8 +29,6 @@ from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives.log_probs import score_pairs
 from fedvlm_jax.utils.record_store import Records
 
-__all__ = ["ReferenceStore", "add_reference", "compute_reference", "make_score"]
-
 VALUES = np.dtype("<f4")
 """The log-probabilities of a pair's two answers, one after the other, as they are kept."""
 

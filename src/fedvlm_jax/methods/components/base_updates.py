@@ -16,8 +16,6 @@ from fedvlm_jax import lora
 from fedvlm_jax.methods.components.low_rank import by_site, matmul
 from fedvlm_jax.utils import tree
 
-__all__ = ["add", "apply", "start"]
-
 Factors = Mapping[str, tuple[Array, Array]]
 
 

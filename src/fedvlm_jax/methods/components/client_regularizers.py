@@ -41,8 +41,6 @@ from fedvlm_jax.methods.base import (
 from fedvlm_jax.methods.components.norms import leaf_name
 from fedvlm_jax.utils import tree
 
-__all__ = ["make_proximal", "with_proximal", "with_scaffold"]
-
 Nudge = Callable[[PyTree], PyTree]
 
 

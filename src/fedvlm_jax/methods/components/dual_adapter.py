@@ -34,8 +34,6 @@ from fedvlm_jax.methods.components import mixing
 from fedvlm_jax.methods.components.norms import norm_of
 from fedvlm_jax.utils import tree
 
-__all__ = ["make_dual_method"]
-
 REFUSES: dict[str, str] = {
     **dict.fromkeys(
         ("server", "local.proximal", "local.scaffold"), "its global adapter is averaged plainly, as the paper has it"

@@ -35,8 +35,6 @@ from fedvlm_jax.methods.base import (
 from fedvlm_jax.methods.components.norms import leaf_name
 from fedvlm_jax.utils import tree
 
-__all__ = ["Held", "cut", "keep_unsent", "mean", "with_ranks"]
-
 Held = Float[Array, "K R"]
 """1 where a client of the cohort has a direction, 0 where it does not."""
 

@@ -12,8 +12,6 @@ from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax.utils import tree
 
-__all__ = ["by_site", "deviations", "map_sites", "matmul", "product_norms", "side_by_side"]
-
 Site = dict[str, Array]
 
 

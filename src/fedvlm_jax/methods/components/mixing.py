@@ -8,8 +8,6 @@ from fedvlm_jax import lora
 from fedvlm_jax.methods.base import is_factor
 from fedvlm_jax.utils import tree
 
-__all__ = ["cosines", "mix", "softmax_among", "split"]
-
 
 def split(adapter: lora.Adapter) -> tuple[PyTree, PyTree]:
     """Split an adapter into factors and scales."""

@@ -9,8 +9,6 @@ from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax.utils import tree
 
-__all__ = ["leaf_name", "norm_of", "only", "only_a", "personal_drift"]
-
 
 def norm_of(part: PyTree) -> Float[Array, ""]:
     """Compute the Frobenius norm over all leaves; 0 where there are none.

@@ -21,8 +21,6 @@ from fedvlm_jax.methods.base import (
     is_factor,
 )
 
-__all__ = ["with_personal_model"]
-
 
 def with_personal_model(
     federated: Method,

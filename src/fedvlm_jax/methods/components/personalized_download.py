@@ -39,8 +39,6 @@ from fedvlm_jax.methods.components import mixing
 from fedvlm_jax.methods.components.norms import norm_of, only_a, personal_drift
 from fedvlm_jax.utils import tree
 
-__all__ = ["make_delivering_method"]
-
 REFUSES: dict[str, str] = {
     **dict.fromkeys(
         ("server", "local.proximal", "local.scaffold"),

@@ -21,8 +21,6 @@ from fedvlm_jax.methods.components.heterogeneous_ranks import Held, keep_unsent
 from fedvlm_jax.methods.config import ServerOptions
 from fedvlm_jax.utils import tree
 
-__all__ = ["ServerOptimizer", "make_server_optimizer"]
-
 _SECOND: dict[str, Callable[[Array, Array, float], Array]] = {
     "adam": lambda v, squared, beta: beta * v + (1 - beta) * squared,
     "yogi": lambda v, squared, beta: v - (1 - beta) * squared * jnp.sign(v - squared),

@@ -4,8 +4,6 @@ import jax.numpy as jnp
 
 from fedvlm_jax.methods.base import Metrics
 
-__all__ = ["over_steps"]
-
 
 def over_steps(history: Metrics) -> Metrics:
     """Join the metrics of trainings that follow each other [S] into those of one training."""

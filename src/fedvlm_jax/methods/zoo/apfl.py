@@ -24,8 +24,6 @@ from fedvlm_jax.methods.rule_based import FACTORS, make_share_method
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.option_ranges import Share
 
-__all__ = ["Options", "make"]
-
 SOURCE = (
     "arXiv 2003.13461: w by FedAvg; v_k ← v_k − η ∇_v F_k(α v_k + (1−α) w), the mixture is what the client uses; "
     "the authors' code mixes outputs, not weights, and renews α once a round"

@@ -21,8 +21,6 @@ from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.option_ranges import Positive
 
-__all__ = ["Options", "make"]
-
 SOURCE = "arXiv 2503.23869: ΔW = B C A, A and B private; C_k ← Σ_j w_kj C_j, w_k = softmax of similarity"
 
 

@@ -16,8 +16,6 @@ from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.methods.rule_based import FACTORS, make_share_method
 from fedvlm_jax.utils.option_ranges import NonNegative
 
-__all__ = ["Options", "make"]
-
 SOURCE = "arXiv 2012.04221: w by FedAvg; v_k ← v_k − η(∇F_k(v_k) + λ(v_k − w)), v_k is what the client uses"
 
 

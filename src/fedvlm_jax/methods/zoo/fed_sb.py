@@ -18,8 +18,6 @@ from fedvlm_jax.methods.components.norms import only
 from fedvlm_jax.methods.rule_based import Parts, make_share_method
 from fedvlm_jax.utils import tree
 
-__all__ = ["make"]
-
 SOURCE = (
     "arXiv 2502.15436: ΔW = B R A, B and A frozen; R̄ = Σ p_k R_k; here B and A are drawn and R starts at 0, "
     "the paper takes all three from the SVD of the first gradients"

@@ -15,8 +15,6 @@ from fedvlm_jax.methods.components.low_rank import map_sites
 from fedvlm_jax.methods.components.norms import only
 from fedvlm_jax.methods.components.personalized_download import make_delivering_method
 
-__all__ = ["make"]
-
 SOURCE = "arXiv 2503.11880: y = W_0 x + s[α(x) B_k A_k x + (1−α(x)) B^R A^R x]; A^R, B^R = means over the other clients"
 
 

@@ -6,8 +6,6 @@ The mean of products is not the product of means: the error is Σ p_k (B_k − B
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import FACTORS, make_share_method
 
-__all__ = ["make"]
-
 SOURCE = "arXiv 2305.05644: Ā = Σ p_k A_k, B̄ = Σ p_k B_k"
 
 

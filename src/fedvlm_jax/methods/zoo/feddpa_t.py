@@ -17,8 +17,6 @@ from fedvlm_jax.methods.components.dual_adapter import make_dual_method
 from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.utils.option_ranges import Share
 
-__all__ = ["Options", "make"]
-
 SOURCE = (
     "arXiv 2403.19211: (A_g, B_g) averaged and (A_l, B_l) private, trained in turn; y = W_0 x + (1−α) g + α l; "
     "the authors' code gives both all local steps, l from round 2 on (--method.whole)"

@@ -21,8 +21,6 @@ from fedvlm_jax.methods.components import base_updates
 from fedvlm_jax.methods.components.low_rank import by_site, deviations
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 
-__all__ = ["make"]
-
 SOURCE = "arXiv 2410.09432: fedavg-lora, and W_0 ← W_0 + s (Σ p_k B_k A_k − B̄ Ā)"
 REFUSES: dict[str, str] = {
     "server": "what it adds to the base makes up for the plain average, and for no other step",

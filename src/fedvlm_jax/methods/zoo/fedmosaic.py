@@ -17,8 +17,6 @@ from fedvlm_jax.methods.components.personalized_download import make_delivering_
 from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.utils.option_ranges import Positive, Share
 
-__all__ = ["Options", "make"]
-
 SOURCE = "arXiv 2506.11024: client k receives Σ_j w_kj (A_j, B_j), w_k = softmax of similarity over the others"
 
 

@@ -18,8 +18,6 @@ from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.option_ranges import Count, NonNegative
 
-__all__ = ["make", "split"]
-
 SOURCE = "arXiv 2506.01194: [ΔA_k]_k = L + S by robust PCA (ΔB too); the update is mean(L) + β mean(S)"
 REFUSES: dict[str, str] = {
     "local.scaffold": "it takes out of the updates what is a client's own, which the method looks for and amplifies",

@@ -3,8 +3,6 @@
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import FACTOR_A, make_share_method
 
-__all__ = ["make"]
-
 SOURCE = "arXiv 2410.01463: Ā = Σ p_k A_k is shared, B_k is private"
 
 

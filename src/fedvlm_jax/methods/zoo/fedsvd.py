@@ -19,8 +19,6 @@ from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 from fedvlm_jax.utils.option_ranges import Count
 
-__all__ = ["Options", "make"]
-
 SOURCE = "arXiv 2505.12805: B̄ = Σ p_k B_k with A frozen; every few rounds B̄ A = U Σ Vᵀ, A ← Vᵀ, B̄ ← U Σ"
 _NEW_BASIS = "an SVD gives B another basis every few rounds, in which the state of former rounds means nothing"
 REFUSES: dict[str, str] = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)

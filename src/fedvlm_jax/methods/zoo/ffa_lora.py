@@ -6,8 +6,6 @@ from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.components.norms import only
 from fedvlm_jax.methods.rule_based import FACTOR_B, Parts, make_share_method
 
-__all__ = ["make"]
-
 SOURCE = "arXiv 2403.12313: A ≡ A_0 for all, B̄ = Σ p_k B_k"
 
 

@@ -23,8 +23,6 @@ from fedvlm_jax.methods.components.low_rank import map_sites, side_by_side
 from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.methods.rule_based import FACTORS, Held, Parts, make_share_method
 
-__all__ = ["Options", "make"]
-
 SOURCE = (
     "arXiv 2402.11505: Σ p_k B_k A_k = U Σ Vᵀ; client k gets the best factors of its rank, B = U Σ, A = Vᵀ "
     "(--method.even: √Σ to each); all ranks have the scale alpha / R, the paper's alpha / r_k"

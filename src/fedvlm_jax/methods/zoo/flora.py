@@ -27,8 +27,6 @@ from fedvlm_jax.methods.components.low_rank import by_site, side_by_side
 from fedvlm_jax.methods.components.norms import norm_of, only
 from fedvlm_jax.utils import tree
 
-__all__ = ["make"]
-
 SOURCE = "arXiv 2409.05976: W_0 ← W_0 + s Σ p_k B_k A_k by stacking, then LoRA starts anew"
 _NO_AVERAGE = "factors are stacked and start anew in every round: there is no average that a next round goes on from"
 REFUSES: dict[str, str] = dict.fromkeys(("server", "local.proximal", "local.scaffold"), _NO_AVERAGE)

@@ -13,8 +13,6 @@ from fedvlm_jax.methods.base import Message, Method, Setup
 from fedvlm_jax.methods.components.low_rank import map_sites, product_norms
 from fedvlm_jax.methods.rule_based import FACTORS, Held, Parts, make_share_method
 
-__all__ = ["make"]
-
 SOURCE = (
     "arXiv 2401.06432: each direction averaged over who has it, weights ∝ ‖B_k A_k‖_F; client k has its own rank; "
     "a weight per site, the paper's is of the whole model, and no ranks are pruned"

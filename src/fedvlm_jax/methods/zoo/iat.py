@@ -10,8 +10,6 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import make_share_method
 
-__all__ = ["find_halves", "make"]
-
 SOURCE = "arXiv 2606.08687, its sharing rule alone: B̄ = Σ p_k B_k in encoders, Ā = Σ p_k A_k in the decoder"
 
 

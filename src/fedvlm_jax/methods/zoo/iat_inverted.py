@@ -5,8 +5,6 @@ from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import make_share_method
 from fedvlm_jax.methods.zoo.iat import find_halves
 
-__all__ = ["make"]
-
 SOURCE = "ours, arXiv 2606.08687 inverted: Ā = Σ p_k A_k in encoders, B̄ = Σ p_k B_k in the decoder"
 
 

@@ -3,8 +3,6 @@
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import NOTHING, Parts, make_share_method
 
-__all__ = ["make"]
-
 SOURCE = "no communication: A_k and B_k stay private"
 REFUSES: dict[str, str] = dict.fromkeys(
     ("server", "local.proximal", "local.scaffold", "train.weighting"), "nothing is shared, so there is no average"

@@ -19,8 +19,6 @@ from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.option_ranges import Positive
 
-__all__ = ["Options", "make"]
-
 SOURCE = "arXiv 2411.14961: Ā = Σ p_k A_k; B̄ + ΔB, ΔB = argmin ‖Σ p_k B_k A_k − (B̄ + ΔB) Ā‖² + λ‖ΔB‖²"
 REFUSES: dict[str, str] = {
     "server": "the correction of B fits the plain average of A, and no other step",

@@ -26,8 +26,6 @@ from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.option_ranges import Count, Positive
 
-__all__ = ["Options", "make"]
-
 SOURCE = (
     "arXiv 2006.08848: θ_k ≈ argmin F_k(θ) + λ/2 ‖θ − w_k‖², w_k ← w_k − ηλ(w_k − θ_k); w ← (1−β) w + β Σ p_k w_k; "
     "the authors' code begins every round with θ_k at w (--method.restart)"

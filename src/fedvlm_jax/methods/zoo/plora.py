@@ -7,8 +7,6 @@ averaging B mixes updates that are expressed in different subspaces otherwise; t
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import FACTOR_B, make_share_method
 
-__all__ = ["make"]
-
 SOURCE = "arXiv 2507.17088: B̄ = Σ p_k B_k is shared, A_k is private"
 
 

@@ -8,8 +8,6 @@ that A gives it, the optimiser starts anew with A.
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import FACTOR_B, Parts, make_share_method
 
-__all__ = ["make"]
-
 SOURCE = "arXiv 2509.25414 as its code has it: B̄ = Σ p_k B_k is shared, A_k ← A_0 at the start of every round"
 
 

@@ -4,8 +4,6 @@ from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.components.norms import only
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 
-__all__ = ["make"]
-
 SOURCE = "arXiv 2409.02346: B̄ = Σ p_k B_k in odd rounds (A frozen), Ā = Σ p_k A_k in even ones (B frozen)"
 
 

@@ -12,8 +12,6 @@ from typing import Any
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.models.layers import activation
 
-__all__ = ["MODEL_TYPES", "check_config", "read_config"]
-
 MODEL_TYPES = ("florence2", "florence2_language")
 """The second is that of Microsoft's layout, which is refused."""
 

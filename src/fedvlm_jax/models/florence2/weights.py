@@ -14,8 +14,6 @@ import numpy as np
 
 from fedvlm_jax.models.weight_table import Constant, Rule, Table, dense, weights
 
-__all__ = ["make_table", "temporal_embedding"]
-
 _FIELDS = {
     "stage": r"\d+",
     "half": r"spatial_block|channel_block",

@@ -19,8 +19,6 @@ from fedvlm_jax.reporting.score_tables import RIVALS
 from fedvlm_jax.reporting.tables import points
 from fedvlm_jax.training.run_dir.reader import ComparisonRecord
 
-__all__ = ["Gains", "draw_comparison", "draw_method_gains", "draw_methods", "read_gains"]
-
 METHODS = (
     "Dots are clients, mean over seeds. First: accuracy, the bar is the mean of all. Then: differences to local "
     "training, with their mean and its 95 % interval."

@@ -15,8 +15,6 @@ from fedvlm_jax.reporting.figures.round_lines import Line, Rounds, average, pick
 from fedvlm_jax.reporting.tables import format_bytes
 from fedvlm_jax.training.run_dir.reader import ComparisonRecord
 
-__all__ = ["Cost", "draw_costs", "draw_curves", "draw_pareto", "find_front", "read_costs"]
-
 PARETO = (
     "Test score against all bytes that a client sends and receives if it takes part in every round; mean over seeds, "
     "the line is ± one standard deviation over seeds. Methods that send nothing stand at the left. On the dashed "

@@ -16,8 +16,6 @@ from matplotlib.font_manager import FontProperties
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.reporting.figures import theme
 
-__all__ = ["draw_data"]
-
 WIDTH = 9.6
 NAMED = 40
 """Above so many clients they are columns without names."""

@@ -27,8 +27,6 @@ from fedvlm_jax.reporting.figures.round_lines import (
 from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord
 from fedvlm_jax.training.validation import plain
 
-__all__ = ["draw_comparison_health", "draw_health", "draw_method_health", "draw_run_health", "list_panels"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:

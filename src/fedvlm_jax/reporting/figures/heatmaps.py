@@ -11,8 +11,6 @@ from fedvlm_jax.evaluation.statistics.over_seeds import mean_over_seeds, order_b
 from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord
 
-__all__ = ["draw_heatmap", "draw_matrix"]
-
 
 @theme.style()
 def draw_heatmap(record: ComparisonRecord) -> Figure:

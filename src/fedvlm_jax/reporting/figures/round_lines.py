@@ -7,8 +7,6 @@ import numpy as np
 
 from fedvlm_jax.training.run_dir.reader import ComparisonRecord, read_metrics
 
-__all__ = ["Line", "Lines", "Read", "Rounds", "average", "pick", "read_rounds", "read_validation"]
-
 Lines = Sequence[Mapping[str, Any]]
 Rounds = Mapping[str, Sequence[Lines]]
 """Method -> the lines of each of its runs."""

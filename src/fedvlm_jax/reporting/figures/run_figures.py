@@ -18,8 +18,6 @@ from fedvlm_jax.reporting.figures.round_lines import pick, read_validation
 from fedvlm_jax.reporting.tables import points
 from fedvlm_jax.training.run_dir.reader import RunRecord
 
-__all__ = ["draw_clients", "draw_gains", "draw_rounds", "draw_run"]
-
 CLIENTS = "Every client from zero-shot (ring) to its personal model (dot); dashed: means."
 GAINS = (
     "What every client gains with its personal model; squares lose. Dashed: the mean of clients; shaded: its 95 % "

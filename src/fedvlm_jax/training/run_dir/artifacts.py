@@ -26,18 +26,6 @@ from fedvlm_jax.training.run_dir.folder_lock import name_command
 from fedvlm_jax.utils import digests, tree
 from fedvlm_jax.utils.files import read_plain, write_bytes, write_json
 
-__all__ = [
-    "BASE",
-    "describe_environment",
-    "describe_start",
-    "describe_versions",
-    "load_base",
-    "name_file",
-    "open_adapters",
-    "save_adapters",
-    "save_base",
-]
-
 PACKAGES = (
     "fedvlm-jax",
     "jax",

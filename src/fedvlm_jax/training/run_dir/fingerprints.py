@@ -24,17 +24,6 @@ from fedvlm_jax.training.run_dir.artifacts import describe_versions
 from fedvlm_jax.utils import digests
 from fedvlm_jax.utils.digests import digest_file, digest_files
 
-__all__ = [
-    "anchor",
-    "compare_clients",
-    "compare_sources",
-    "describe_clients",
-    "describe_sources",
-    "find_places",
-    "move",
-    "tell_versions",
-]
-
 FOLDERS = ("path", "image_root")
 """Options of some data sources that say where files are, and nothing else; so does `source`, where it is a path."""
 

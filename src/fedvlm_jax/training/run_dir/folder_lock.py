@@ -27,8 +27,6 @@ from fedvlm_jax.training.config import name_folder
 from fedvlm_jax.utils.files import read_plain
 from fedvlm_jax.utils.untrusted_text import clean
 
-__all__ = ["Claim", "choose_folder", "clear", "is_used", "make_folder", "name_command", "open_folder", "remove_unused"]
-
 LOCK = ".lock"
 """The file that is locked; it says who has the folder, and goes when they leave."""
 

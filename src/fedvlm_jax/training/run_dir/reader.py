@@ -24,17 +24,6 @@ from fedvlm_jax.training.run_dir.validated_files import (
     read_text,
 )
 
-__all__ = [
-    "BASELINE",
-    "ComparisonRecord",
-    "RunRecord",
-    "is_comparison",
-    "read_baseline",
-    "read_comparison",
-    "read_metrics",
-    "read_run",
-]
-
 BASELINE = "baseline"
 """Folder in a run's, of the run that trained the same clients alone."""
 

@@ -18,24 +18,6 @@ from fedvlm_jax.training.config import Run, from_json
 from fedvlm_jax.utils.digests import digest_parts
 from fedvlm_jax.utils.serialization import fit
 
-__all__ = [
-    "EXAMPLES",
-    "EXAMPLE_MODELS",
-    "SEAL",
-    "StoredConfig",
-    "check_comparison",
-    "check_examples",
-    "check_line",
-    "check_origin",
-    "check_results",
-    "check_seal",
-    "parse_json",
-    "read_config",
-    "read_json",
-    "read_text",
-    "seal",
-]
-
 EXAMPLES = "examples.json"
 EXAMPLE_MODELS = {"zero_shot": "zero-shot", "global": "global model", "personal": "personal model"}
 """Models whose answers are kept beside an example -> what a reader sees."""
