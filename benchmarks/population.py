@@ -94,26 +94,26 @@ def serve(options: Options) -> None:
     """Prepare a federation, then run a round for every line."""
     from fedvlm_jax.federation.checkpoint import Checkpoints
     from fedvlm_jax.training.config import Run
-    from fedvlm_jax.training.prepare import make_driver, open_session, prepare
+    from fedvlm_jax.training.prepare import make_simulator, open_session, prepare
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = Run(cohort=options.cohort)
         run = dataclasses.replace(run, data=run.data.replace(clients=options.serve, prompt="neutral"))
-        prepared = prepare(run, open_session(run))
-        driver = make_driver(prepared, run.method, cohort=run.cohort, file=Path(folder) / "states.bin")
+        experiment = prepare(run, open_session(run))
+        simulator = make_simulator(experiment, run.method, cohort=run.cohort, file=Path(folder) / "states.bin")
         checkpoints = Checkpoints(Path(folder) / "checkpoints", keep=2)
         rates = {"a": run.train.learning_rate_a, "b": run.train.learning_rate_b}
         for number, _ in enumerate(sys.stdin):
             answer: dict[str, float] = {}
             if number:
                 began = time.perf_counter()
-                driver.run_round(driver.read_round(number), rates)
-                population = driver.population
+                simulator.run_round(simulator.read_round(number), rates)
+                population = simulator.population
                 population.flush()
                 population.keep(number)
                 population.let_go(number - 2)
                 about: dict[str, Any] = {"best_round": 0, "best_phase": 0, "best_score": [None, None]}
-                checkpoints.save(number, driver.state(), about, {"states": population.shapes})
+                checkpoints.save(number, simulator.state(), about, {"states": population.shapes})
                 answer = {"seconds": time.perf_counter() - began, "mib": resident()}
             print(json.dumps(answer), flush=True)
         checkpoints.close()

@@ -124,15 +124,15 @@ def tabulate(found: Mapping[str, Any]) -> Table:
 
 def describe(found: Mapping[str, Any]) -> list[str]:
     """Write the lines below the table: machine, peak, host's share, compilations, memory of a client."""
-    machine, versions, driver, memory = (found[key] for key in ("machine", "versions", "driver", "client_bytes"))
-    compiles, room = driver["compiles"], machine["device_memory_gib"]
+    machine, versions, simulator, memory = (found[key] for key in ("machine", "versions", "simulator", "client_bytes"))
+    compiles, room = simulator["compiles"], machine["device_memory_gib"]
     return [
         f"machine  {machine['processor']}, {machine['cores']} cores, {machine['devices'][0]}"
         + (f" of {room} GiB" if room else "")
         + f"; Python {versions['python']}, jax {versions['jax']}, commit {(found['commit'] or 'unknown')[:12]}",
         f"peak     {found['matmul_peak_gflops']:.0f} GFLOP/s in float32 matmuls, measured between the rounds",
-        f"host     {driver['host_share']:.1%} of a round passes outside compiled programs; "
-        f"{driver['health_share']:.1%} measures the aggregation's health",
+        f"host     {simulator['host_share']:.1%} of a round passes outside compiled programs; "
+        f"{simulator['health_share']:.1%} measures the aggregation's health",
         f"compiles {compiles['programs_of_the_round']} for {compiles['rounds']} rounds, {compiles['later']} later",
         f"memory   one more client takes {memory['marginal'] / 2**20:.1f} MiB at batch {memory['batch']}, "
         f"{memory['marginal_over_alone']:.2f} times a round of one client without its base",

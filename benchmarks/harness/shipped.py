@@ -11,10 +11,10 @@ import jax
 
 from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.data.sources import emoji
-from fedvlm_jax.federation.simulator import Driver
+from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.models import Vlm, resolve_folder
 from fedvlm_jax.training.config import EvaluationOptions, Run, TrainOptions
-from fedvlm_jax.training.prepare import Prepared, Session, make_driver, open_session, prepare
+from fedvlm_jax.training.prepare import Experiment, Session, make_simulator, open_session, prepare
 from harness.cells import compare_factors
 from harness.machine import MatmulPeak, describe_machine
 from harness.memory import measure_clients
@@ -23,13 +23,22 @@ from harness.peer import Peer
 from harness.timing import describe_times, interleave, ratio
 from harness.world import Shape, World, read_world
 
-__all__ = ["CLIENTS", "IMAGES", "MODEL", "BenchOptions", "Shipped", "measure_driver", "measure_shipped", "open_shipped"]
+__all__ = [
+    "CLIENTS",
+    "IMAGES",
+    "MODEL",
+    "BenchOptions",
+    "Shipped",
+    "measure_shipped",
+    "measure_simulator",
+    "open_shipped",
+]
 
 MODEL, CLIENTS, IMAGES = "florence2-nano", 16, 60
 """What ships, and how many clients of so many training images its data make."""
 
 DRIVEN = 9
-"""Rounds of a whole driver: the first, which may compile, and those of which the host's share is taken."""
+"""Rounds of a whole simulator: the first, which may compile, and those of which the host's share is taken."""
 
 Note = Callable[[str], None]
 
@@ -49,19 +58,19 @@ class BenchOptions:
 class Shipped:
     """The shipped model with a federation that is ready to run, and its first round as a world."""
 
-    prepared: Prepared
-    driver: Driver
+    experiment: Experiment
+    simulator: Simulator
     world: World
 
     @property
     def vlm(self) -> Vlm:
         """The model."""
-        return self.prepared.session.vlm
+        return self.experiment.session.vlm
 
     @property
     def params(self) -> Any:
         """Its weights."""
-        return self.prepared.session.params
+        return self.experiment.session.params
 
 
 def open_shipped(shape: Shape, session: Session | None = None) -> Shipped:
@@ -78,12 +87,12 @@ def open_shipped(shape: Shape, session: Session | None = None) -> Shipped:
         train=TrainOptions(local_steps=shape.steps, batch_size=shape.batch, weighting="uniform"),
         evaluation=EvaluationOptions(examples=0),
     )
-    prepared = prepare(run, session or open_session(run))
-    driver = make_driver(prepared, run.method, cohort=None)
-    world = read_world(prepared, driver)
+    experiment = prepare(run, session or open_session(run))
+    simulator = make_simulator(experiment, run.method, cohort=None)
+    world = read_world(experiment, simulator)
     if world.shape != shape:
         raise ValueError(f"the data that ships make rounds of {world.shape}, not {shape}")
-    return Shipped(prepared, driver, world)
+    return Shipped(experiment, simulator, world)
 
 
 def measure_shipped(options: BenchOptions, note: Note = lambda text: None) -> dict[str, Any]:
@@ -94,14 +103,14 @@ def measure_shipped(options: BenchOptions, note: Note = lambda text: None) -> di
     for batch in options.batches:
         note(f"batch {batch}: compiling, then {options.repeats} interleaved runs")
         shipped = open_shipped(Shape(CLIENTS, options.steps, batch), session)
-        session = shipped.prepared.session
+        session = shipped.experiment.session
         rounds += _measure_batch(shipped, peak, options)
     assert shipped is not None
     note(f"{DRIVEN} rounds as `fedvlm train` runs them")
-    driven = measure_driver(shipped.driver)
+    driven = measure_simulator(shipped.simulator)
     note("memory of one more client, from the compiler")
     rows = shipped.world.examples["input_ids"].shape[-1]
-    size = shipped.prepared.session.processor.size
+    size = shipped.experiment.session.processor.size
     memory = measure_clients(
         shipped.vlm,
         shipped.params,
@@ -117,13 +126,13 @@ def measure_shipped(options: BenchOptions, note: Note = lambda text: None) -> di
         "tokens": rows,
         "matmul_peak_gflops": max(line["matmul_peak_gflops"] for line in rounds),
         "rounds": rounds,
-        "driver": driven,
+        "simulator": driven,
         "client_bytes": {"batch": options.batches[0], **memory},
         **describe_machine(),
     }
 
 
-def measure_driver(driver: Driver, rounds: int = DRIVEN) -> dict[str, Any]:
+def measure_simulator(simulator: Simulator, rounds: int = DRIVEN) -> dict[str, Any]:
     """Run whole rounds, data read ahead and states written back, and tell the compiled programs' time from the rest.
 
     Returns:
@@ -142,16 +151,16 @@ def measure_driver(driver: Driver, rounds: int = DRIVEN) -> dict[str, Any]:
     host: list[float] = []
     healths: list[float] = []
     seconds: list[float] = []
-    health = _Timed(driver.programs.health)
-    driver.programs = dataclasses.replace(driver.programs, health=health)
-    ahead, after_first = read_ahead(driver.read_round, 1, rounds + 1), 0
-    compiled, rates = driver.programs.compiled, {"a": 5e-3, "b": 2e-3}
+    health = _Timed(simulator.programs.health)
+    simulator.programs = dataclasses.replace(simulator.programs, health=health)
+    ahead, after_first = read_ahead(simulator.read_round, 1, rounds + 1), 0
+    compiled, rates = simulator.programs.compiled, {"a": 5e-3, "b": 2e-3}
     for number in range(rounds):
         for program in (health, *timed):
             program.seconds = 0.0
         began = time.perf_counter()
-        driver.run_round(next(ahead), rates)
-        jax.block_until_ready(driver.server)
+        simulator.run_round(next(ahead), rates)
+        jax.block_until_ready(simulator.server)
         total = time.perf_counter() - began
         if number == 0:
             timed = [_Timed(program) for program in compiled.values()]

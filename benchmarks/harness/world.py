@@ -19,9 +19,9 @@ from fedvlm_jax import lora
 from fedvlm_jax.federation.cohort import make_clients
 from fedvlm_jax.federation.inputs.batch_reader import make_inputs
 from fedvlm_jax.federation.round import from_waves
-from fedvlm_jax.federation.simulator import Driver
+from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.models import Vlm
-from fedvlm_jax.training.prepare import Prepared
+from fedvlm_jax.training.prepare import Experiment
 from fedvlm_jax.utils import tree
 
 __all__ = ["SETTINGS", "Settings", "Shape", "World", "draw_world", "read_world", "start_factors", "write_world"]
@@ -85,13 +85,13 @@ def start_factors(vlm: Vlm, settings: Settings) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf) for path, leaf in tree.flatten(fresh).items() if not path.endswith("scale")}
 
 
-def read_world(prepared: Prepared, driver: Driver, settings: Settings = SETTINGS) -> World:
+def read_world(experiment: Experiment, simulator: Simulator, settings: Settings = SETTINGS) -> World:
     """The first round of a federation that is ready to run, with its clients' own rows."""
-    layout, examples, session = prepared.layout, prepared.examples, prepared.session
-    features, pixels = prepared.inputs, make_inputs(examples, session.processor, None)
-    numbers = driver.read_round(1).numbers
+    layout, examples, session = experiment.layout, experiment.examples, experiment.session
+    features, pixels = experiment.inputs, make_inputs(examples, session.processor, None)
+    numbers = simulator.read_round(1).numbers
     clients, weights = make_clients(
-        prepared.run.seed, 1, numbers, examples, lambda rows: features(rows) | pixels(rows), layout, "uniform"
+        experiment.run.seed, 1, numbers, examples, lambda rows: features(rows) | pixels(rows), layout, "uniform"
     )
     clients = from_waves(clients)
     if not clients.mask.all():

@@ -141,7 +141,7 @@ def test_ranks_count_for_what_they_are(toy):
 @pytest.mark.broad
 @pytest.mark.parametrize("name", methods_available())
 def test_bytes_are_those_of_a_real_round(toy, name):
-    """What `explain` counts from one client's message is what the driver counts from a round's."""
+    """What `explain` counts from one client's message is what the simulator counts from a round's."""
     method, server, outs = trace_shapes(name)
     counted = [find_travelling(method, server, out.messages) for out in outs.values()]
     stages = explain_method(

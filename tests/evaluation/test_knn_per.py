@@ -163,13 +163,13 @@ def test_all_clients_have_the_kernel_that_is_likelier_in_all(second, kernel, sha
 def open_run(run):
     """A run whose clients have models of their own, none of them trained."""
     run = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, neighbours=1, max_answer_tokens=16))
-    prepared = prepare(run, open_session(run))
+    experiment = prepare(run, open_session(run))
     rng = np.random.default_rng(3)
-    count = len(prepared.examples.clients)
+    count = len(experiment.examples.clients)
     adapters = jax.tree.map(
-        lambda leaf: (leaf + 0.03 * rng.standard_normal((count, *leaf.shape))).astype(np.float32), prepared.adapter
+        lambda leaf: (leaf + 0.03 * rng.standard_normal((count, *leaf.shape))).astype(np.float32), experiment.adapter
     )
-    return prepared, prepared.evaluator, lambda numbers: jax.tree.map(lambda leaf: leaf[numbers], adapters)
+    return experiment, experiment.evaluator, lambda numbers: jax.tree.map(lambda leaf: leaf[numbers], adapters)
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +178,9 @@ def tiny(model, tmp_path_factory):
 
 
 def remember(tiny, clients=range(4), capacity=10_000, kernels=KERNELS):
-    prepared, evaluator, adapters = tiny
+    experiment, evaluator, adapters = tiny
     *found, kernel = recall(
-        evaluator, prepared.neighbours, prepared.session.params, adapters, clients, capacity, kernels
+        evaluator, experiment.neighbours, experiment.session.params, adapters, clients, capacity, kernels
     )
     assert kernel in kernels
     return found
@@ -207,26 +207,26 @@ def test_a_client_that_trusts_its_memory_recites_its_training_answers(tmp_path):
     With the shipped model: a random one hardly tells pictures apart.
     """
     shipped = open_run(tiny_run("florence2-nano", tmp_path))
-    prepared, evaluator, _ = shipped
+    experiment, evaluator, _ = shipped
     recalls, _ = remember(shipped)
-    said = evaluator(prepared.session.params, trust(recalls, 1.0), "train", (0, 2))["own"].texts
-    clients = [prepared.examples.clients[number] for number in (0, 2)]
-    assert said == {own.name: [prepared.examples.answers[row].strip() for row in own.train] for own in clients}
+    said = evaluator(experiment.session.params, trust(recalls, 1.0), "train", (0, 2))["own"].texts
+    clients = [experiment.examples.clients[number] for number in (0, 2)]
+    assert said == {own.name: [experiment.examples.answers[row].strip() for row in own.train] for own in clients}
 
 
 def test_a_memory_is_its_client_s_own(tiny):
-    prepared, _, _ = tiny
+    experiment, _, _ = tiny
     recalls, _ = remember(tiny)
-    for number, client in enumerate(prepared.examples.clients):
-        labels = prepared.examples.labels[client.train]
+    for number, client in enumerate(experiment.examples.clients):
+        labels = experiment.examples.labels[client.train]
         kept = memory_of(recalls).tokens[number]
         np.testing.assert_array_equal(np.sort(kept[kept != NOTHING]), np.sort(labels[labels != -100]))
 
 
 def test_who_does_not_take_part_remembers_nothing(tiny):
-    prepared, _, _ = tiny
+    experiment, _, _ = tiny
     recalls, shares = remember(tiny, clients=(0, 1, 3))
-    assert prepared.examples.clients[2].name not in shares
+    assert experiment.examples.clients[2].name not in shares
     assert memory_of(recalls).share[2] == 0
     assert (memory_of(recalls).tokens[2] == NOTHING).all()
 
@@ -240,11 +240,11 @@ def test_capacity_bounds_what_is_kept(tiny):
 
 def test_the_share_is_the_likeliest_on_validation(tiny):
     """Every λ is scored by the evaluator itself, on validation; the one chosen must have the lowest loss."""
-    prepared, evaluator, _ = tiny
+    experiment, evaluator, _ = tiny
     recalls, shares = remember(tiny)
     losses = {}
     for share in SHARES:
-        scored = evaluator(prepared.session.params, trust(recalls, share), "validation", range(4))
+        scored = evaluator(experiment.session.params, trust(recalls, share), "validation", range(4))
         losses[share] = scored["own"].scores["loss"]
     for name, chosen in shares.items():
         best = min(losses[share][name] for share in SHARES)
@@ -253,12 +253,12 @@ def test_the_share_is_the_likeliest_on_validation(tiny):
 
 
 def test_without_validation_nothing_is_mixed_in(tiny):
-    prepared, evaluator, adapters = tiny
-    first, *others = prepared.examples.clients
+    experiment, evaluator, adapters = tiny
+    first, *others = experiment.examples.clients
     examples = dataclasses.replace(
-        prepared.examples, clients=(dataclasses.replace(first, validation=first.validation[:0]), *others)
+        experiment.examples, clients=(dataclasses.replace(first, validation=first.validation[:0]), *others)
     )
-    blind = (prepared, dataclasses.replace(evaluator, examples=examples), adapters)
+    blind = (experiment, dataclasses.replace(evaluator, examples=examples), adapters)
     recalls, shares = remember(blind)
     assert first.name not in shares
     assert memory_of(recalls).share[0] == 0

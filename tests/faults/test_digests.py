@@ -184,7 +184,7 @@ def read_slots(folder, round_):
     with ocp.CheckpointManager(folder / "checkpoints") as manager:
         restored = manager.restore(round_, args=ocp.args.Composite(state=ocp.args.PyTreeRestore()))["state"]
     clients = len(json.loads((folder / "config.json").read_text())["resolved"]["clients"])
-    # Leaves lie in the order of their names: best/slots, best/stamps, driver/slots, driver/stamps.
+    # Leaves lie in the order of their names: best/slots, best/stamps, simulator/slots, simulator/stamps.
     return [slot for slot in restored["int64"].reshape(-1, clients)[2].tolist() if slot >= 0]
 
 

@@ -55,74 +55,74 @@ def plora():
 
 
 def test_an_unfit_client_is_named_and_keeps_its_state(plora):
-    driver, without = plora.start(), plora.start()
-    for one in (driver, without):
+    simulator, without = plora.start(), plora.start()
+    for one in (simulator, without):
         one.run_round(read_steps(one, 1, [4] * 4), RATES)
-    before = copy(driver.population.gather([1]))
-    report = driver.run_round(poison(read_steps(driver, 2, [4] * 4), [1]), RATES)
+    before = copy(simulator.population.gather([1]))
+    report = simulator.run_round(poison(read_steps(simulator, 2, [4] * 4), [1]), RATES)
     without.run_round(read_steps(without, 2, [4, 0, 4, 4]), RATES)
     assert (report.unfit.tolist(), report.counted.tolist(), report.finite) == ([1], [0, 2, 3], True)
-    assert_same(copy(driver.population.gather([1])), before)
-    assert_same(copy(driver.server), copy(without.server), rtol=1e-4, atol=2e-6)
+    assert_same(copy(simulator.population.gather([1])), before)
+    assert_same(copy(simulator.server), copy(without.server), rtol=1e-4, atol=2e-6)
     assert len(plora.programs.compiled) == 1, "who is unfit is data"
 
 
 def test_an_unfit_newcomer_is_still_new(plora):
-    driver = plora.start()
-    driver.run_round(poison(read_steps(driver, 1, [4] * 4), [1, 3]), RATES)
-    assert driver.population.known.tolist() == [True, False, True, False]
-    driver.run_round(read_steps(driver, 2, [4] * 4), RATES)
-    assert driver.population.known.all()
+    simulator = plora.start()
+    simulator.run_round(poison(read_steps(simulator, 1, [4] * 4), [1, 3]), RATES)
+    assert simulator.population.known.tolist() == [True, False, True, False]
+    simulator.run_round(read_steps(simulator, 2, [4] * 4), RATES)
+    assert simulator.population.known.all()
 
 
 def test_where_all_are_unfit_nothing_changes(plora):
-    driver = plora.start()
-    driver.run_round(read_steps(driver, 1, [4] * 4), RATES)
-    before = copy(driver.state())
-    report = driver.run_round(read_steps(driver, 2, [4] * 4), HUGE)
+    simulator = plora.start()
+    simulator.run_round(read_steps(simulator, 1, [4] * 4), RATES)
+    before = copy(simulator.state())
+    report = simulator.run_round(read_steps(simulator, 2, [4] * 4), HUGE)
     assert (report.unfit.tolist(), report.counted.tolist(), report.trained) == ([0, 1, 2, 3], [], None)
-    assert_same(copy(driver.state()), before)
-    report = driver.run_round(read_steps(driver, 3, [4] * 4), RATES)
+    assert_same(copy(simulator.state()), before)
+    report = simulator.run_round(read_steps(simulator, 3, [4] * 4), RATES)
     assert len(report.counted) == 4, "and the next round is like any other"
 
 
 def test_rates_of_zero_tell_data_from_rates(plora):
-    driver = plora.start()
-    read = poison(read_steps(driver, 1, [4] * 4), [2])
-    before = copy(driver.state())
-    assert driver.find_unfit(read).tolist() == [2]
-    assert driver.find_unfit(read_steps(driver, 1, [4] * 4)).tolist() == []
-    assert_same(copy(driver.state()), before)
+    simulator = plora.start()
+    read = poison(read_steps(simulator, 1, [4] * 4), [2])
+    before = copy(simulator.state())
+    assert simulator.find_unfit(read).tolist() == [2]
+    assert simulator.find_unfit(read_steps(simulator, 1, [4] * 4)).tolist() == []
+    assert_same(copy(simulator.state()), before)
 
 
 @pytest.mark.parametrize("optimizer", ["avg", "adam"])
 def test_an_aggregate_that_is_not_finite_is_not_taken(optimizer):
     """The server's step overflows, of finite messages; its moments count as well."""
-    driver = Case("fedavg-lora", server=ServerOptions(optimizer, 1e36)).start()
-    before = copy(driver.state())
-    report = driver.run_round(read_steps(driver, 1, [4] * 4), RATES)
+    simulator = Case("fedavg-lora", server=ServerOptions(optimizer, 1e36)).start()
+    before = copy(simulator.state())
+    report = simulator.run_round(read_steps(simulator, 1, [4] * 4), RATES)
     assert (report.finite, report.unfit.tolist()) == (False, [])
-    assert_same(copy(driver.state()), before)
-    assert not driver.population.known.any()
+    assert_same(copy(simulator.state()), before)
+    assert not simulator.population.known.any()
 
 
 def test_a_base_that_overflows_is_not_taken(monkeypatch):
     """The server's factors are finite, what they make of the weights is not."""
-    driver = Case("flora").start()
-    server = copy(driver.server)
+    simulator = Case("flora").start()
+    server = copy(simulator.server)
     large = {**server, "base": jax.tree.map(lambda leaf: np.full_like(leaf, 1e30), server["base"])}
-    assert driver._moves_finitely(driver.server)
-    monkeypatch.setattr(driver, "_run", lambda *given, run=driver._run: run(*given)._replace(server=large))
-    assert not driver.run_round(read_steps(driver, 1, [4] * 4), RATES).finite
-    assert_same(copy(driver.server), server)
+    assert simulator._moves_finitely(simulator.server)
+    monkeypatch.setattr(simulator, "_run", lambda *given, run=simulator._run: run(*given)._replace(server=large))
+    assert not simulator.run_round(read_steps(simulator, 1, [4] * 4), RATES).finite
+    assert_same(copy(simulator.server), server)
 
 
 def test_clients_without_examples_take_no_place():
     """Two of four have none: a cohort of two is the other two, and so is everybody."""
     case = Case("local")
     for cohort in (2, None):
-        driver = case.start(sizes=[9, 0, 4, 0], cohort=cohort)
-        assert {tuple(driver.read_round(n).numbers) for n in range(1, 5)} == {(0, 2)}
+        simulator = case.start(sizes=[9, 0, 4, 0], cohort=cohort)
+        assert {tuple(simulator.read_round(n).numbers) for n in range(1, 5)} == {(0, 2)}
 
 
 # --- A run ---

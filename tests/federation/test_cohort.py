@@ -15,7 +15,7 @@ from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.federation.cohort import choose_layout, find_shares, make_clients
 from fedvlm_jax.federation.compiled import make_programs
 from fedvlm_jax.federation.participation import ParticipationOptions
-from fedvlm_jax.federation.simulator import Driver
+from fedvlm_jax.federation.simulator import Simulator
 
 NONE = np.empty(0, np.int64)
 
@@ -81,13 +81,13 @@ def test_shares_of_all_clients_weight():
 def test_shares_are_those_of_the_objective_that_the_average_aims_at(cohort, sampling, weighting, shares):
     _, params, trainer, method, adapter = make_method("local")
     sizes = [3, 6, 9]
-    driver = Driver(
+    simulator = Simulator(
         programs=make_programs(method, trainer, make_mesh(1)), params=params, examples=make_examples(sizes),
         inputs=read, layout=choose_layout(sizes, cohort=cohort, wave=None, devices=1, steps=2, batch=4), seed=0,
         key=jax.random.key(0), weighting=weighting, server=method.init(adapter),
         participation=ParticipationOptions(sampling=sampling),
     )  # fmt: skip
-    drawn = driver.read_round(1)
+    drawn = simulator.read_round(1)
     np.testing.assert_allclose(drawn.clients.share.ravel(), np.asarray(shares)[drawn.numbers], rtol=1e-6)
 
 
@@ -95,21 +95,21 @@ def test_held_out_clients_are_never_in_a_cohort():
     _, params, trainer, method, adapter = make_method("plora")
     examples = make_examples([9] * 6, held_out=(1, 4))
     layout = choose_layout([9] * 4, cohort=3, wave=None, devices=1, steps=2, batch=4)
-    driver = Driver(
+    simulator = Simulator(
         programs=make_programs(method, trainer, make_mesh(1)), params=params, examples=examples, inputs=read,
         layout=layout, seed=0, key=jax.random.key(0), weighting="examples", server=method.init(adapter),
     )  # fmt: skip
     seen = set()
     for round_ in range(1, 6):
-        read_ = driver.read_round(round_)
+        read_ = simulator.read_round(round_)
         np.testing.assert_allclose(read_.clients.share, 1 / 4)  # of the four who can be drawn
-        numbers = driver.run_round(read_, RATES).numbers
+        numbers = simulator.run_round(read_, RATES).numbers
         assert len(set(numbers.tolist())) == 3
         seen |= set(numbers.tolist())
     assert seen == {0, 2, 3, 5}
-    assert driver.population.known.tolist() == [True, False, True, True, False, True]
-    own = driver.adapters(np.arange(6))  # a newcomer has the server's part, and the private part that all start from
-    for leaf, start in zip(jax.tree.leaves(own), jax.tree.leaves(driver.global_adapters(np.arange(6))), strict=True):
+    assert simulator.population.known.tolist() == [True, False, True, True, False, True]
+    own = simulator.adapters(np.arange(6))  # a newcomer has the server's part, and the private part that all start from
+    for leaf, start in zip(jax.tree.leaves(own), jax.tree.leaves(simulator.global_adapters(np.arange(6))), strict=True):
         assert (jnp.asarray(leaf)[1] == jnp.asarray(start)[1]).all()
 
 

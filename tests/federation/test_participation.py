@@ -14,7 +14,7 @@ from fedvlm_jax.federation.client_states import Population
 from fedvlm_jax.federation.cohort import choose_layout, draw_cohort, draw_turnout, make_clients
 from fedvlm_jax.federation.compiled import make_programs
 from fedvlm_jax.federation.participation import ParticipationOptions
-from fedvlm_jax.federation.simulator import Driver
+from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
 from fedvlm_jax.methods.zoo import pfedme
 
@@ -212,7 +212,7 @@ class Case:
         self.programs = make_programs(self.method, self.trainer, make_mesh(1))
 
     def start(self, *, sizes=SIZES, steps=4, cohort=None, seed=0, weighting="examples", **choices):
-        return Driver(
+        return Simulator(
             programs=self.programs, params=self.params, examples=make_examples(sizes), inputs=read,
             layout=choose_layout(sizes, cohort=cohort, wave=len(sizes), devices=1, steps=steps, batch=4), seed=seed,
             key=jax.random.key(0), weighting=weighting, server=self.method.init(self.adapter), **choices,
@@ -225,13 +225,13 @@ def case(request):
     return Case(name, **choices)
 
 
-def read_steps(driver, round_, steps, numbers=(0, 1, 2, 3)):
+def read_steps(simulator, round_, steps, numbers=(0, 1, 2, 3)):
     """A round in which these clients take so many steps, whatever was drawn."""
     numbers = np.asarray(numbers)
     clients, weights = make_clients(
-        0, round_, numbers, driver.examples, read, driver.layout, "examples", np.asarray(steps)
+        0, round_, numbers, simulator.examples, read, simulator.layout, "examples", np.asarray(steps)
     )
-    return driver.read_round(round_)._replace(numbers=numbers, clients=clients, weights=weights)
+    return simulator.read_round(round_)._replace(numbers=numbers, clients=clients, weights=weights)
 
 
 ROUNDING = {"rtol": 1e-4, "atol": 2e-6}
@@ -246,17 +246,17 @@ def assert_same(one, two, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **{"rtol": 0, "atol": 0, **tolerance}), one, two)
 
 
-def rest_of(driver):
+def rest_of(simulator):
     """The server, and the states of all clients but the second."""
-    return copy((driver.server, driver.population.gather([0, 2, 3])))
+    return copy((simulator.server, simulator.population.gather([0, 2, 3])))
 
 
 @pytest.mark.broad
 def test_who_drops_out_leaves_no_trace(case):
     """It keeps its state to the bit, and the others end up as if it had not been drawn, and not as if it had stayed."""
     dropped, never, stayed = (case.start() for _ in range(3))
-    for driver in (dropped, never, stayed):
-        driver.run_round(read_steps(driver, 1, [4] * 4), RATES)
+    for simulator in (dropped, never, stayed):
+        simulator.run_round(read_steps(simulator, 1, [4] * 4), RATES)
     before = copy(dropped.population.gather([1]))
     report = dropped.run_round(read_steps(dropped, 2, [4, 0, 4, 2]), RATES)
     never.run_round(read_steps(never, 2, [4, 4, 2], (0, 2, 3)), RATES)
@@ -275,19 +275,19 @@ def test_a_newcomer_that_drops_out_is_still_new(case):
     assert dropped.population.known.tolist() == [True, False, True, True]
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(dropped.population.gather([1])))
     never.run_round(read_steps(never, 1, [4, 4, 4], (0, 2, 3)), RATES)
-    for driver in (dropped, never):
-        driver.run_round(read_steps(driver, 2, [4] * 4), RATES)
-        assert driver.population.known.all()
+    for simulator in (dropped, never):
+        simulator.run_round(read_steps(simulator, 2, [4] * 4), RATES)
+        assert simulator.population.known.all()
     assert_same(rest_of(dropped), rest_of(never), **ROUNDING)
     assert_same(dropped.population.gather([1]), never.population.gather([1]), **ROUNDING)
 
 
 def test_where_everybody_drops_out_nothing_changes(case):
-    driver = case.start()
-    driver.run_round(read_steps(driver, 1, [4, 4, 0, 4]), RATES)
-    before = copy(driver.state())
-    report = driver.run_round(read_steps(driver, 2, [0] * 4), RATES)
-    assert_same(copy(driver.state()), before)
+    simulator = case.start()
+    simulator.run_round(read_steps(simulator, 1, [4, 4, 0, 4]), RATES)
+    before = copy(simulator.state())
+    report = simulator.run_round(read_steps(simulator, 2, [0] * 4), RATES)
+    assert_same(copy(simulator.state()), before)
     assert len(report.counted) == 0
     assert report.trained is None
     assert report.bytes_up == 0
@@ -302,32 +302,32 @@ def test_states_that_stay_on_the_devices_are_those_of_the_file(case, monkeypatch
     monkeypatch.setattr(Population, "gather", lambda self, *given: asked.append(self) or gather(self, *given))
     for round_, steps in enumerate([[4] * 4, [4] * 4, [4, 0, 4, 2], [4] * 4, [4] * 4], 1):
         returning._left = None
-        for driver in (staying, returning):
-            driver.run_round(read_steps(driver, round_, steps), RATES)
+        for simulator in (staying, returning):
+            simulator.run_round(read_steps(simulator, round_, steps), RATES)
     assert asked.count(returning.population) == 5
     assert asked.count(staying.population) == 2, "at the start, and after somebody had dropped out"
-    whole = [copy((driver.server, gather(driver.population, range(4)))) for driver in (staying, returning)]
+    whole = [copy((simulator.server, gather(simulator.population, range(4)))) for simulator in (staying, returning)]
     assert_same(*whole)
 
 
 def test_states_on_the_devices_do_not_outlive_those_that_were_loaded(case):
-    """A driver that goes back to an earlier table goes on from there."""
-    driver, other = case.start(), case.start()
-    for one in (driver, other):
+    """A simulator that goes back to an earlier table goes on from there."""
+    simulator, other = case.start(), case.start()
+    for one in (simulator, other):
         one.run_round(read_steps(one, 1, [4] * 4), RATES)
-    early = jax.tree.map(np.array, jax.device_get(driver.state()))
-    driver.population.keep("early")
-    driver.run_round(read_steps(driver, 2, [4] * 4), RATES)
-    driver.load(early)
-    for one in (driver, other):
+    early = jax.tree.map(np.array, jax.device_get(simulator.state()))
+    simulator.population.keep("early")
+    simulator.run_round(read_steps(simulator, 2, [4] * 4), RATES)
+    simulator.load(early)
+    for one in (simulator, other):
         one.run_round(read_steps(one, 2, [4] * 4), RATES)
-    assert_same(copy(driver.population.gather(range(4))), copy(other.population.gather(range(4))))
+    assert_same(copy(simulator.population.gather(range(4))), copy(other.population.gather(range(4))))
 
 
 def test_a_straggler_s_loss_is_that_of_the_steps_it_took(case):
     """And no zero from a stage that it did not reach. One step at the start is the same step for all of them."""
-    driver = case.start()
-    metrics = driver.run_round(read_steps(driver, 1, [4, 0, 1, 2]), RATES).metrics
+    simulator = case.start()
+    metrics = simulator.run_round(read_steps(simulator, 1, [4, 0, 1, 2]), RATES).metrics
     assert metrics["steps"].tolist() == [4, 0, 1, 2]
     assert (metrics["loss"][[0, 2, 3]] > 1).all()
     assert (metrics["last_loss"][[0, 2, 3]] > 1).all()
@@ -336,9 +336,9 @@ def test_a_straggler_s_loss_is_that_of_the_steps_it_took(case):
 
 def test_masks_are_data(case):
     """One program for rounds with and without dropouts and stragglers, whoever they are."""
-    driver = case.start()
+    simulator = case.start()
     for round_, steps in enumerate(([4] * 4, [4, 0, 1, 3], [0] * 4, [2, 2, 2, 0]), 1):
-        driver.run_round(read_steps(driver, round_, steps), RATES)
+        simulator.run_round(read_steps(simulator, round_, steps), RATES)
     assert len(case.programs.compiled) == 1
 
 
@@ -361,33 +361,35 @@ def test_turnout_is_told_where_it_may_happen_and_the_same_for_every_method():
 
 def test_bytes_are_those_of_who_sent():
     """Ranks 2, 1, 2, 1: 74 floats at rank 2, 37 at rank 1, and the rank itself, 4 bytes."""
-    driver = Case("fedavg-lora", ranks=(2, 1, 2, 1)).start(ranks=(2, 1, 2, 1))
-    whole = driver.run_round(read_steps(driver, 1, [4] * 4), RATES)
-    one = driver.run_round(read_steps(driver, 2, [4, 0, 0, 0]), RATES)
-    nobody = driver.run_round(read_steps(driver, 3, [0] * 4), RATES)
+    simulator = Case("fedavg-lora", ranks=(2, 1, 2, 1)).start(ranks=(2, 1, 2, 1))
+    whole = simulator.run_round(read_steps(simulator, 1, [4] * 4), RATES)
+    one = simulator.run_round(read_steps(simulator, 2, [4, 0, 0, 0]), RATES)
+    nobody = simulator.run_round(read_steps(simulator, 3, [0] * 4), RATES)
     assert (whole.bytes_up, one.bytes_up, nobody.bytes_up) == (222 + 4, 296 + 4, 0)
     assert one.bytes_down == whole.bytes_down == nobody.bytes_down == 226, "who drops out had received"
 
 
 def test_stacked_messages_are_those_that_were_sent():
     """FLoRA's download is everybody's factors: of three clients, where the fourth dropped out."""
-    driver = Case("flora").start()
-    whole, three = (driver.run_round(read_steps(driver, n, [4, 4, 4, last]), RATES) for n, last in ((1, 4), (2, 0)))
+    simulator = Case("flora").start()
+    whole, three = (
+        simulator.run_round(read_steps(simulator, n, [4, 4, 4, last]), RATES) for n, last in ((1, 4), (2, 0))
+    )
     assert (whole.bytes_up, whole.bytes_down, three.bytes_up, three.bytes_down) == (296, 4 * 296, 296, 3 * 296)
 
 
 def test_a_mixture_goes_to_who_was_drawn():
-    driver = Case("fedmosaic").start()
-    assert driver.run_round(read_steps(driver, 1, [4, 0, 4, 4]), RATES).bytes_down == 296
-    assert driver.run_round(read_steps(driver, 2, [0] * 4), RATES).bytes_down == 296
+    simulator = Case("fedmosaic").start()
+    assert simulator.run_round(read_steps(simulator, 1, [4, 0, 4, 4]), RATES).bytes_down == 296
+    assert simulator.run_round(read_steps(simulator, 2, [0] * 4), RATES).bytes_down == 296
 
 
 def test_epochs_give_every_client_its_own_steps():
     """Nine, twelve, four and thirty examples in batches of four: 5, 6, 2 and 15 steps are two epochs."""
-    driver = Case("local").start(steps=15, epochs=2)
-    steps = driver.read_round(1).clients.mask[0].any(axis=-1).sum(axis=-1)
+    simulator = Case("local").start(steps=15, epochs=2)
+    steps = simulator.read_round(1).clients.mask[0].any(axis=-1).sum(axis=-1)
     assert steps.tolist() == [5, 6, 2, 15]
-    report = driver.run_round(driver.read_round(1), RATES)
+    report = simulator.run_round(simulator.read_round(1), RATES)
     assert report.metrics["steps"].tolist() == [5, 6, 2, 15]
     late = Case("local").start(steps=15, epochs=2, participation=ParticipationOptions(stragglers=1.0))
     fewer = late.read_round(1).clients.mask[0].any(axis=-1).sum(axis=-1)

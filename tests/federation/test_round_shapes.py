@@ -9,7 +9,7 @@ from tiny_run import make_folder, tiny_run
 
 from fedvlm_jax.federation.round_shapes import shape_examples, shape_round
 from fedvlm_jax.training.config import LoraOptions
-from fedvlm_jax.training.prepare import make_driver, open_session, prepare
+from fedvlm_jax.training.prepare import make_simulator, open_session, prepare
 
 
 def describe(arguments):
@@ -37,19 +37,19 @@ def test_shapes_are_those_of_training(objective, method, targets, cached, tmp_pa
     run = tiny_run(make_folder(tmp_path / "model"), tmp_path / "run", objective=objective, method=method, lora=lora)
     run = dataclasses.replace(run, system=dataclasses.replace(run.system, mesh="clients=1"))
     session = open_session(run)
-    prepared = prepare(run, session)
-    driver = make_driver(prepared, method, cohort=run.cohort)
-    read = driver.read_round(1)
-    if not prepared.objective.pairs:  # the rejected answers that these data have are read by nobody
+    experiment = prepare(run, session)
+    simulator = make_simulator(experiment, method, cohort=run.cohort)
+    read = simulator.read_round(1)
+    if not experiment.objective.pairs:  # the rejected answers that these data have are read by nobody
         rest = {name: array for name, array in read.clients.examples.items() if name != "rejected_labels"}
         read = read._replace(clients=read.clients._replace(examples=rest))
-    expected = driver._arguments(read, {"a": 1e-3, "b": 1e-3})
+    expected = simulator._arguments(read, {"a": 1e-3, "b": 1e-3})
 
     batch = read.clients.examples
     example = shape_examples(
         session.vlm,
-        prepared.objective,
-        prepared.spec,
+        experiment.objective,
+        experiment.spec,
         size=session.processor.size,
         prompt=batch["input_ids"].shape[-1],
         answer=batch["labels"].shape[-1],
@@ -59,5 +59,5 @@ def test_shapes_are_those_of_training(objective, method, targets, cached, tmp_pa
     assert set(example) == set(batch)
     for name in set(example) & {"rejected_labels"}:  # their length is the data's
         example[name] = jax.ShapeDtypeStruct(batch[name].shape[3:], example[name].dtype)
-    shapes = shape_round(driver.programs, session.vlm, prepared.spec, driver.layout, example)
+    shapes = shape_round(simulator.programs, session.vlm, experiment.spec, simulator.layout, example)
     assert describe(shapes) == describe(expected)

@@ -6,16 +6,16 @@ import pytest
 from tiny_run import tiny_run
 
 from fedvlm_jax.training.config import SystemOptions
-from fedvlm_jax.training.prepare import make_driver, prepare
+from fedvlm_jax.training.prepare import make_simulator, prepare
 from fedvlm_jax.training.wave_width import fit
 
 
 @pytest.mark.parametrize(("cache", "objective"), [("memory", "sft"), ("off", "sft"), ("memory", "dpo")])
 def test_blank_rows_have_the_shapes_of_real_ones(model, session, tmp_path, cache, objective):
     run = tiny_run(model, tmp_path / "run", system=SystemOptions(cache=cache), objective=objective)
-    prepared = prepare(run, session)
+    experiment = prepare(run, session)
     rows = np.asarray([[0, 3, 3], [1, 0, 2]])
-    real, blank = prepared.inputs(rows), prepared.blank(rows)
+    real, blank = experiment.inputs(rows), experiment.blank(rows)
     assert {name: (x.shape, x.dtype) for name, x in real.items()} == {
         name: (x.shape, x.dtype) for name, x in blank.items()
     }
@@ -26,8 +26,8 @@ def test_blank_rows_have_the_shapes_of_real_ones(model, session, tmp_path, cache
 
 
 def test_the_first_round_finds_the_program_that_was_measured(model, session, tmp_path):
-    prepared = fit(prepare(tiny_run(model, tmp_path / "run"), session))
-    driver = make_driver(prepared, "plora", cohort=3)
-    before = dict(driver.programs.compiled)
-    driver.run_round(driver.read_round(1), {"a": 1e-3, "b": 1e-3})
-    assert driver.programs.compiled == before != {}
+    experiment = fit(prepare(tiny_run(model, tmp_path / "run"), session))
+    simulator = make_simulator(experiment, "plora", cohort=3)
+    before = dict(simulator.programs.compiled)
+    simulator.run_round(simulator.read_round(1), {"a": 1e-3, "b": 1e-3})
+    assert simulator.programs.compiled == before != {}

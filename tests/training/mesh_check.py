@@ -20,7 +20,7 @@ from tiny_run import StopAfter, StopError
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training import evaluate, federated_run
 from fedvlm_jax.training.config import SystemOptions, from_json
-from fedvlm_jax.training.prepare import make_driver, open_session, prepare
+from fedvlm_jax.training.prepare import make_simulator, open_session, prepare
 
 
 def main():
@@ -36,7 +36,7 @@ def main():
         refused = str(open_session(dataclasses.replace(run, system=SystemOptions(mesh="clients=4,model=2"))))
     except UserError as error:
         refused = str(error)
-    federation = make_driver(prepare(run, session), run.method, cohort=run.cohort)
+    federation = make_simulator(prepare(run, session), run.method, cohort=run.cohort)
     leaves = jax.tree.leaves(federation.base)  # with what the method adds to it
     held = {
         str(device): sum(

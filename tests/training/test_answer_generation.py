@@ -34,14 +34,14 @@ def session(searching, tmp_path_factory):
 def test_answers_are_those_of_the_search_that_was_chosen(searching, session, tmp_path, decoding, options, beams, said):
     evaluation = EvaluationOptions(decoding=decoding, max_answer_tokens=8, batch_size=2)
     notes = []
-    prepared = prepare(tiny_run(searching, tmp_path, evaluation=evaluation), session, notes.append)
-    client, rows = prepared.examples.clients[0].name, prepared.examples.clients[0].test
-    found = prepared.evaluator(session.params, {"base": None}, "test", [0])["base"].texts[client]
-    batch = prepared.inputs(rows)
+    experiment = prepare(tiny_run(searching, tmp_path, evaluation=evaluation), session, notes.append)
+    client, rows = experiment.examples.clients[0].name, experiment.examples.clients[0].test
+    found = experiment.evaluator(session.params, {"base": None}, "test", [0])["base"].texts[client]
+    batch = experiment.inputs(rows)
     alone = session.vlm.generate(session.params, None, batch, 8, **options)
     assert found == session.processor.decode(alone)
     assert any(said in note and "at most 8 tokens" in note for note in notes)
-    described = prepared.answering.describe()
+    described = experiment.answering.describe()
     assert (described["num_beams"], described["max_answer_tokens"]) == (beams, 8)
     assert (described["no_repeat_ngram_size"] == 3) == (decoding == "folder")
 
@@ -49,10 +49,10 @@ def test_answers_are_those_of_the_search_that_was_chosen(searching, session, tmp
 def test_what_no_answer_reaches_is_said_once_before_training(searching, session, tmp_path):
     evaluation = EvaluationOptions(decoding="folder", max_answer_tokens=4)
     notes = []
-    prepared = prepare(tiny_run(searching, tmp_path, evaluation=evaluation), session, notes.append)
-    counted = prepared.answering.gold.unreachable
+    experiment = prepare(tiny_run(searching, tmp_path, evaluation=evaluation), session, notes.append)
+    counted = experiment.answering.gold.unreachable
     told = [note for note in notes if "exact_match is 0" in note]
     assert len(told) == 1
     for reason, count in counted.items():
         assert f"{count} {reason}" in told[0]
-    assert sum(counted.values()) == prepared.answering.gold.scored  # each is below min_length or beyond four tokens
+    assert sum(counted.values()) == experiment.answering.gold.scored  # each is below min_length or beyond four tokens

@@ -16,48 +16,48 @@ LIKE = np.asarray([[1.0, 0.1], [0.0, 1.0], [1.0, 0.0], [0.1, 1.0]])
 
 
 @pytest.fixture(scope="module")
-def driver():
+def simulator():
     """plora after a round of the first two clients, of rank 1 and 2."""
-    driver = Case("plora", ranks=RANKS).start(ranks=RANKS)
-    driver.run_round(read_steps(driver, 1, [4, 4], (0, 1)), RATES)
-    assert driver.population.known.tolist() == [True, True, False, False]
-    return driver
+    simulator = Case("plora", ranks=RANKS).start(ranks=RANKS)
+    simulator.run_round(read_steps(simulator, 1, [4, 4], (0, 1)), RATES)
+    assert simulator.population.known.tolist() == [True, True, False, False]
+    return simulator
 
 
-def models_of(driver, kind):
-    prepared = SimpleNamespace(
+def models_of(simulator, kind):
+    experiment = SimpleNamespace(
         run=SimpleNamespace(evaluation=SimpleNamespace(cold_start=kind)),
         session=SimpleNamespace(mesh=make_mesh(1), remember=lambda key, make: LIKE),
         layout=SimpleNamespace(wave=2),
         examples=SimpleNamespace(images=SimpleNamespace(keys=())),
     )
-    site = give_models(prepared, driver, driver.now)(np.arange(4))["encoder"]["fc1"]
+    site = give_models(experiment, simulator, simulator.now)(np.arange(4))["encoder"]["fc1"]
     return np.asarray(site["a"]), np.asarray(site["b"])
 
 
-def test_a_client_that_was_not_drawn_yet_has_the_mean_of_the_others(driver):
+def test_a_client_that_was_not_drawn_yet_has_the_mean_of_the_others(simulator):
     """Of each direction over those who have it, and in a rank of its own: ranks have no mean."""
-    a, b = models_of(driver, "mean")
+    a, b = models_of(simulator, "mean")
     np.testing.assert_allclose(a[2][:, 0], a[:2, :, 0].mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(a[2][:, 1], a[1][:, 1], rtol=1e-6)
     np.testing.assert_array_equal(a[3], np.stack([a[2][:, 0], 0 * a[2][:, 1]], axis=1))
-    shared = np.asarray(driver.server["shared"]["encoder"]["fc1"]["b"])
+    shared = np.asarray(simulator.server["shared"]["encoder"]["fc1"]["b"])
     np.testing.assert_array_equal(b[2], shared)
     np.testing.assert_array_equal(b[3], shared * [[1], [0]])
     assert np.abs(shared[1]).max() > 0
 
 
-def test_what_the_nearest_client_lacks_is_that_of_the_own_start(driver):
-    a, b = models_of(driver, "nearest")
-    start = np.asarray(driver.server["start"]["encoder"]["fc1"]["a"])
+def test_what_the_nearest_client_lacks_is_that_of_the_own_start(simulator):
+    a, b = models_of(simulator, "nearest")
+    start = np.asarray(simulator.server["start"]["encoder"]["fc1"]["a"])
     np.testing.assert_array_equal(a[2], np.stack([a[0][:, 0], start[:, 1]], axis=1))
     np.testing.assert_array_equal(a[3], np.stack([a[1][:, 0], 0 * start[:, 1]], axis=1))
     assert np.abs(b[2][1]).max() > 0
     assert not b[3][1].any()
 
 
-def test_by_default_it_begins_as_everybody_did(driver):
-    (a, b), (mean, _) = models_of(driver, "initial"), models_of(driver, "mean")
-    np.testing.assert_array_equal(a[2], np.asarray(driver.server["start"]["encoder"]["fc1"]["a"]))
+def test_by_default_it_begins_as_everybody_did(simulator):
+    (a, b), (mean, _) = models_of(simulator, "initial"), models_of(simulator, "mean")
+    np.testing.assert_array_equal(a[2], np.asarray(simulator.server["start"]["encoder"]["fc1"]["a"]))
     assert np.abs(a[2] - mean[2]).max() > 1e-4
     assert np.abs(b[2]).max() > 0

@@ -30,22 +30,22 @@ def record(model, session, tmp_path_factory):
 @pytest.mark.broad
 def test_scores_do_not_depend_on_how_examples_are_cut(model, session, tmp_path):
     """Clients with 0, 1 and 9 examples beside each other, in pieces of 1 and 4 and waves of 1 and 3."""
-    prepared = prepare(tiny_run(model, tmp_path), session)
-    clients = prepared.examples.clients
+    experiment = prepare(tiny_run(model, tmp_path), session)
+    clients = experiment.examples.clients
     sizes = (0, 1, 9, 6)
     ragged = tuple(
         dataclasses.replace(client, test=np.concatenate([client.train, client.test])[:size])
         for client, size in zip(clients, sizes, strict=True)
     )
-    examples = dataclasses.replace(prepared.examples, clients=ragged)
+    examples = dataclasses.replace(experiment.examples, clients=ragged)
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(
-        lambda leaf: (leaf + 0.3 * rng.standard_normal((4, *leaf.shape))).astype(np.float32), prepared.adapter
+        lambda leaf: (leaf + 0.3 * rng.standard_normal((4, *leaf.shape))).astype(np.float32), experiment.adapter
     )
     models = {"base": None, "own": lambda numbers: jax.tree.map(lambda leaf: leaf[numbers], adapters)}
     found = []
     for wave, batch in ((1, 1), (3, 4)):
-        evaluator = dataclasses.replace(prepared.evaluator, examples=examples, wave=wave, batch=batch, base={})
+        evaluator = dataclasses.replace(experiment.evaluator, examples=examples, wave=wave, batch=batch, base={})
         scored = evaluator(session.params, models, "test", range(4))
         found.append({name: one.scores for name, one in scored.items()})
     names = [client.name for client, size in zip(clients, sizes, strict=True) if size]

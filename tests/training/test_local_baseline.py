@@ -17,7 +17,7 @@ def test_both_share_what_is_loaded_and_the_second_is_resumed(model, tmp_path, mo
     monkeypatch.setattr(federated_run, "open_session", lambda run, note: loads.append(run.out) or opened(run, note))
     run, show = tiny_run(model, tmp_path / "run", method="plora"), SilentProgress()
     bases, score_base = [], federated_run.score_base
-    monkeypatch.setattr(federated_run, "score_base", lambda prepared: bases.append(1) or score_base(prepared))
+    monkeypatch.setattr(federated_run, "score_base", lambda experiment: bases.append(1) or score_base(experiment))
     session = federated_run.open_later(show)
     federated_run.train(run, show, session)
     assert read_baseline(read_run(run.out)) is None

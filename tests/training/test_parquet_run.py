@@ -65,8 +65,8 @@ def test_cached_features_are_what_the_tower_computes(model, rows, tmp_path):
         system = SystemOptions(cache=cache, cache_dir=tmp_path / "cache" if cache == "disk" else None)
         run = tiny_run(model, tmp_path / "unused", data=data, cohort=None, system=system)
         session, show = open_session(run), SilentProgress()
-        prepared = prepare(run, session, show.note)
-        batch = prepared.inputs(np.arange(8))
+        experiment = prepare(run, session, show.note)
+        batch = experiment.inputs(np.arange(8))
         if "pixel_values" in batch:
             batch["image_features"] = session.vlm.image_features(session.params, None, batch["pixel_values"])
         taken.append(np.asarray(batch["image_features"]))

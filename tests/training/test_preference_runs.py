@@ -54,13 +54,13 @@ def session(model, pairs, tmp_path_factory):
     return open_session(make_run(model, pairs, tmp_path_factory.mktemp("unused")))
 
 
-def count_preferred(prepared, adapters):
+def count_preferred(experiment, adapters):
     """The share of all training pairs whose chosen answer is the likelier one, each by its client's own model."""
-    session, wins = prepared.session, []
+    session, wins = experiment.session, []
     score = jax.jit(lambda params, adapter, batch: score_pairs(session.vlm, params, adapter, batch))
-    for number, client in enumerate(prepared.examples.clients):
+    for number, client in enumerate(experiment.examples.clients):
         own = None if adapters is None else jax.tree.map(lambda leaf, n=number: leaf[n], adapters)
-        scores = score(session.params, own, prepared.inputs(client.train))
+        scores = score(session.params, own, experiment.inputs(client.train))
         wins += (scores["chosen_log_prob"] > scores["rejected_log_prob"]).tolist()
     return np.mean(wins)
 
@@ -86,10 +86,10 @@ def test_what_is_preferred_is_learnt(model, pairs, session, tmp_path, method, ob
     if objective == "sft+dpo":
         assert last["token_accuracy"] > first["token_accuracy"]
         assert last["loss"] == pytest.approx(last["dpo_loss"] + 0.1 * last["sft_loss"], rel=1e-5)
-    prepared = prepare(run, session)
-    names = [client.name for client in prepared.examples.clients]
-    after = count_preferred(prepared, open_adapters(folder / "adapters", names)(np.arange(len(names))))
-    assert after > max(count_preferred(prepared, None), 0.9)
+    experiment = prepare(run, session)
+    names = [client.name for client in experiment.examples.clients]
+    after = count_preferred(experiment, open_adapters(folder / "adapters", names)(np.arange(len(names))))
+    assert after > max(count_preferred(experiment, None), 0.9)
 
 
 def test_a_reference_on_disk_is_computed_once(model, pairs, tmp_path):
@@ -144,9 +144,9 @@ def test_rows_that_are_no_pair_count_for_sft_and_are_left_out_for_dpo(model, tmp
     data = make_options(source=str(write_rows(tmp_path / "rows.parquet", rows)), max_bad_share=0.1)
     run = make_run(model, None, tmp_path / "run", data=data)
     session = open_session(run)
-    prepared = prepare(run, session)
-    assert len(prepared.examples) == 38
-    assert sorted(row.reason for row in prepared.examples.skipped) == [
+    experiment = prepare(run, session)
+    assert len(experiment.examples) == 38
+    assert sorted(row.reason for row in experiment.examples.skipped) == [
         "chosen equals rejected",
         "empty rejected answer",
     ]

@@ -5,7 +5,7 @@ from tiny_run import tiny_run
 
 from fedvlm_jax.training import method_setup
 from fedvlm_jax.training.config import LoraOptions, TrainOptions
-from fedvlm_jax.training.prepare import make_driver, prepare
+from fedvlm_jax.training.prepare import make_simulator, prepare
 from fedvlm_jax.training.trainer import find_rates
 
 
@@ -30,8 +30,8 @@ def test_dropout_reaches_training_and_targets_without_a_weight_are_told(model, s
     make = method_setup.make_local_trainer
     monkeypatch.setattr(method_setup, "make_local_trainer", lambda *given, **kw: asked.append(kw) or make(*given, **kw))
     options = LoraOptions(rank=2, dropout=0.25, targets="q_proj|o_proj|lm_head")
-    prepared = prepare(tiny_run(model, tmp_path / "run", lora=options), session, notes.append)
-    make_driver(prepared, "local", cohort=None)
+    experiment = prepare(tiny_run(model, tmp_path / "run", lora=options), session, notes.append)
+    make_simulator(experiment, "local", cohort=None)
     assert [given["dropout"] for given in asked] == [0.25]
     assert [note for note in notes if "targets" in note] == [
         f"--lora.targets: o_proj, lm_head match no weight of {model}; the others have adapters"

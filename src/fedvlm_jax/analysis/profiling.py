@@ -27,7 +27,7 @@ from fedvlm_jax.analysis.profile_scopes import (
 )
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.federation.simulator import Driver
+from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer
 
 PROFILE = "profile"
@@ -51,17 +51,17 @@ class RoundProfile(Callback):
 
     def around_round(self, trainer: FederatedTrainer, round_: int) -> AbstractContextManager[None]:
         """Trace a round, if its program has run before and no two of its phase were traced."""
-        driver = trainer.driver
-        program = (id(driver), driver.phase_of(round_))
+        simulator = trainer.simulator
+        program = (id(simulator), simulator.phase_of(round_))
         warm = program in self._ran
         self._ran.add(program)
-        if not warm or self._traced[id(driver)] >= ROUNDS:
+        if not warm or self._traced[id(simulator)] >= ROUNDS:
             return nullcontext()
-        self._traced[id(driver)] += 1
-        return self._trace(driver, round_)
+        self._traced[id(simulator)] += 1
+        return self._trace(simulator, round_)
 
     @contextmanager
-    def _trace(self, driver: Driver, round_: int) -> Generator[None]:
+    def _trace(self, simulator: Simulator, round_: int) -> Generator[None]:
         folder = self.folder / f"round-{round_}"
         shutil.rmtree(folder, ignore_errors=True)  # a resumed run runs rounds again that no checkpoint has
         try:
@@ -75,14 +75,14 @@ class RoundProfile(Callback):
             jax.profiler.StepTraceAnnotation("round", step_num=round_),
         ):
             yield
-        self._explain(folder, driver, round_)
+        self._explain(folder, simulator, round_)
 
-    def _explain(self, folder: Path, driver: Driver, round_: int) -> None:
+    def _explain(self, folder: Path, simulator: Simulator, round_: int) -> None:
         """Write what Perfetto reads, and the shares of the model's parts."""
         found = sorted(folder.rglob("*.trace.json.gz"))
         if not found:
             return
-        trace, scopes = read_trace(found[-1]), find_scopes(driver.round_text(round_))
+        trace, scopes = read_trace(found[-1]), find_scopes(simulator.round_text(round_))
         trace = label_trace(trace, scopes)
         self.written.append(folder.with_name(f"{folder.name}.json.gz"))
         write_trace(self.written[-1], trace)

@@ -1,6 +1,6 @@
 """The shapes of a round's arguments, with their places on a mesh: all that compiling it takes, no data and no weights.
 
-They are those of the arguments that `simulator.Driver` hands to `Programs.compile_round`, one for one.
+They are those of the arguments that `simulator.Simulator` hands to `Programs.compile_round`, one for one.
 """
 
 from collections.abc import Mapping

@@ -110,7 +110,7 @@ class Moment(NamedTuple):
 
 
 @dataclass
-class Driver:
+class Simulator:
     """A federation in progress.
 
     Attributes:

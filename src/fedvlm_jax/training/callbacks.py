@@ -19,7 +19,7 @@ from fedvlm_jax.federation.client_states import Slots
 from fedvlm_jax.federation.simulator import Moment, RoundReport
 from fedvlm_jax.training.failures import UNFIT, describe_rounds, describe_unfit, explain_aggregate, explain_all_unfit
 from fedvlm_jax.training.personalization import give_models
-from fedvlm_jax.training.prepare import Prepared
+from fedvlm_jax.training.prepare import Experiment
 from fedvlm_jax.training.progress import Progress, working
 from fedvlm_jax.training.run_dir.reader import read_metrics
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
@@ -40,7 +40,7 @@ class FiniteCheck(Callback):
         Raises:
             UserError: all clients of the round are unfit, or what became of the others is not finite.
         """
-        report, clients = result.report, trainer.prepared.examples.clients
+        report, clients = result.report, trainer.experiment.examples.clients
         if not report.finite:
             raise UserError(explain_aggregate(result.round, self.describe_left()))
         if not len(report.unfit):
@@ -50,9 +50,9 @@ class FiniteCheck(Callback):
         if len(report.counted) and self.known.issuperset(names):
             return  # to ask again whether they are unfit at rates of 0 would cost a round
         self.known.update(names)
-        from_the_start = {clients[number].name for number in trainer.driver.find_unfit(result.inputs)}
+        from_the_start = {clients[number].name for number in trainer.simulator.find_unfit(result.inputs)}
         if not len(report.counted):
-            model, left = trainer.prepared.run.model, self.describe_left()
+            model, left = trainer.experiment.run.model, self.describe_left()
             raise UserError(explain_all_unfit(result.round, names, from_the_start, model, left))
         self.show.note(describe_unfit(result.round, names, from_the_start))
 
@@ -86,7 +86,7 @@ class BestRound(Callback):
 
     def begin(self, trainer: FederatedTrainer) -> None:
         """Take the start as the best there is so far."""
-        self.best = Best(jax.device_get(trainer.driver.server), trainer.driver.population.keep("best"))
+        self.best = Best(jax.device_get(trainer.simulator.server), trainer.simulator.population.keep("best"))
 
     def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
         """Add `validation` to the line of a round that is validated."""
@@ -109,39 +109,39 @@ class BestRound(Callback):
 
     def give_models(self, trainer: FederatedTrainer) -> Adapters:
         """Return every client's model of the best round."""
-        best, driver = self.best, trainer.drivers[self.best.phase]
+        best, simulator = self.best, trainer.simulators[self.best.phase]
         if best.phase == 0:
-            return give_models(trainer.prepared, driver, Moment(best.server, best.slots))
-        return partial(driver.adapters, at=Moment(driver.server, best.slots))
+            return give_models(trainer.experiment, simulator, Moment(best.server, best.slots))
+        return partial(simulator.adapters, at=Moment(simulator.server, best.slots))
 
     def _validate(self, trainer: FederatedTrainer, round_: int, report: RoundReport) -> dict[str, Any]:
-        prepared, driver, chosen = trainer.prepared, trainer.driver, trainer.prepared.select_by
-        models = driver.adapters
+        experiment, simulator, chosen = trainer.experiment, trainer.simulator, trainer.experiment.select_by
+        models = simulator.adapters
         if trainer.federated:  # with a cold start for who was not drawn yet, as at the end
-            models = give_models(prepared, driver, driver.now)
-        scores = score_validation(prepared, driver.base, models, prepared.scored)
+            models = give_models(experiment, simulator, simulator.now)
+        scores = score_validation(experiment, simulator.base, models, experiment.scored)
         result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}
-        if report.trained is not None and prepared.run.evaluation.before_redistribution:
-            asked = [number for number in report.counted.tolist() if number in prepared.scored]
-            before = score_validation(prepared, report.base, report.trained, asked).get(chosen, {})
+        if report.trained is not None and experiment.run.evaluation.before_redistribution:
+            asked = [number for number in report.counted.tolist() if number in experiment.scored]
+            before = score_validation(experiment, report.base, report.trained, asked).get(chosen, {})
             result["before_redistribution"] = {chosen: _mean(before)}
             result["after_redistribution"] = {chosen: _mean({name: scores[chosen][name] for name in before})}
         value, loss = result.get(chosen), result.get("loss")
         # Without validation data the newest is the best there is. A model whose loss is not finite is never the best.
         score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
         if value is None or (all(map(math.isfinite, score)) and score > self.best.score):
-            server = jax.device_get(driver.server) if trainer.federated else trainer.last_server or self.best.server
-            self.best = Best(server, driver.population.keep("best"), round_, len(trainer.drivers) - 1, score)
+            server = jax.device_get(simulator.server) if trainer.federated else trainer.last_server or self.best.server
+            self.best = Best(server, simulator.population.keep("best"), round_, len(trainer.simulators) - 1, score)
         return result
 
 
-def score_validation(prepared: Prepared, base: PyTree, adapters: Adapters, numbers: Sequence[int]) -> Scores:
+def score_validation(experiment: Experiment, base: PyTree, adapters: Adapters, numbers: Sequence[int]) -> Scores:
     """Score models on validation data.
 
     Rejected answers are a fifth of the work: they are scored only where they decide; the end scores them too.
     """
-    evaluator = prepared.evaluator
-    rejected = prepared.select_by not in evaluator.metrics
+    evaluator = experiment.evaluator
+    rejected = experiment.select_by not in evaluator.metrics
     return evaluator(base, {"personal": adapters}, "validation", numbers, rejected=rejected)["personal"].scores
 
 
@@ -180,7 +180,7 @@ class ProgressReporter(Callback):
 
     def on_start(self, trainer: FederatedTrainer, done: int) -> None:
         """Show how many rounds and validations are left."""
-        run, last = trainer.prepared.run, trainer.last_round
+        run, last = trainer.experiment.run, trainer.last_round
         validated = sum(trainer.is_validated(round_) for round_ in range(done + 1, last + 1))
         self.show.start(last, f"{run.method} · seed {run.seed}", done, validated)
 

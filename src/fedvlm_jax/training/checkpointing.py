@@ -38,7 +38,7 @@ class CheckpointWriter(Callback):
 
     def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
         """Save the last round of a phase, and every few before it."""
-        if trainer.ends_phase(result.round) or result.round % trainer.prepared.run.checkpoint_every == 0:
+        if trainer.ends_phase(result.round) or result.round % trainer.experiment.run.checkpoint_every == 0:
             self._save(trainer, result.round)
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class CheckpointWriter(Callback):
                 self._restore(trainer, done)
             except DamagedError as error:
                 faults.append(str(error))
-                del trainer.drivers[1:]
+                del trainer.simulators[1:]
                 continue
             for damaged, fault in zip(rounds, faults, strict=False):
                 self.note(f"{fault}; the run goes on from round {done}, and round {damaged} is run again")
@@ -84,12 +84,12 @@ class CheckpointWriter(Callback):
 
     def _state(self, trainer: FederatedTrainer) -> PyTree:
         best = self.best.best
-        stamps = trainer.drivers[best.phase].population.stamps(best.slots)
+        stamps = trainer.simulators[best.phase].population.stamps(best.slots)
         kept = {"server": best.server, "slots": best.slots, "stamps": stamps}
-        return {"driver": trainer.driver.state(), "best": kept, "last_server": trainer.last_server}
+        return {"simulator": trainer.simulator.state(), "best": kept, "last_server": trainer.last_server}
 
     def _save(self, trainer: FederatedTrainer, round_: int) -> None:
-        best, population = self.best.best, trainer.driver.population
+        best, population = self.best.best, trainer.simulator.population
         score = [value if math.isfinite(value) else None for value in best.score]
         about = {"best_round": best.round, "best_phase": best.phase, "best_score": score}
         population.flush()  # before the table that names them
@@ -103,9 +103,9 @@ class CheckpointWriter(Callback):
 
     def _protect(self, trainer: FederatedTrainer, round_: int, slots: Slots, best: Slots) -> None:
         """Have no record overwritten that the checkpoint of a round names: a kill or damage may need it again."""
-        population = trainer.driver.population
+        population = trainer.simulator.population
         population.keep(round_, slots.copy())
-        if self.best.best.phase == len(trainer.drivers) - 1:  # records of an earlier phase are not written any more
+        if self.best.best.phase == len(trainer.simulators) - 1:  # records of an earlier phase are not written any more
             population.keep(("best", round_), best.copy())
 
     def _restore(self, trainer: FederatedTrainer, done: int) -> None:
@@ -114,20 +114,20 @@ class CheckpointWriter(Callback):
         Raises:
             DamagedError: its checkpoint, or a personal state that it names, is not as it was written.
         """
-        session, number, federation = trainer.prepared.session, trainer.phase_of(done), trainer.driver
+        session, number, federation = trainer.experiment.session, trainer.phase_of(done), trainer.simulator
         if number:
             trainer.last_server = jax.device_get(federation.server) if federation.programs.base is not None else {}
             trainer.start_phase(number, go_on=(trainer.first_adapter(federation.adapters), session.params))
-        driver = trainer.driver
-        state, about = self.checkpoints.restore(done, self._state(trainer), {"states": driver.population.shapes})
+        simulator = trainer.simulator
+        state, about = self.checkpoints.restore(done, self._state(trainer), {"states": simulator.population.shapes})
         trainer.last_server = state["last_server"]
         if trainer.last_server:
             federation.server = replicate(session.mesh, trainer.last_server)
-            driver.params = federation.base
-        driver.load(state["driver"])
+            simulator.params = federation.base
+        simulator.load(state["simulator"])
         metric, loss = (-math.inf if value is None else value for value in about["best_score"])
-        best, population = state["best"], driver.population
-        of_best = trainer.drivers[about["best_phase"]].population
+        best, population = state["best"], simulator.population
+        of_best = trainer.simulators[about["best_phase"]].population
         self.best.best = Best(best["server"], best["slots"], about["best_round"], about["best_phase"], (metric, loss))
         of_best.recall(best["slots"], best["stamps"])
         of_best.keep("best", best["slots"])
@@ -139,13 +139,13 @@ class CheckpointWriter(Callback):
 
     def _keep_older(self, trainer: FederatedTrainer, rounds: Sequence[int]) -> None:
         """Keep what older checkpoints of this phase name, should the newest turn out to be damaged another time."""
-        population = trainer.driver.population
+        population = trainer.simulator.population
         for round_ in sorted(rounds):
-            if trainer.phase_of(round_) == len(trainer.drivers) - 1:
+            if trainer.phase_of(round_) == len(trainer.simulators) - 1:
                 with contextlib.suppress(DamagedError):
                     shapes = {"states": population.shapes}
                     state, _ = self.checkpoints.restore(round_, self._state(trainer), shapes)
-                    for part in (state["driver"], state["best"]):
+                    for part in (state["simulator"], state["best"]):
                         population.recall(part["slots"], part["stamps"])
-                    self._protect(trainer, round_, state["driver"]["slots"], state["best"]["slots"])
+                    self._protect(trainer, round_, state["simulator"]["slots"], state["best"]["slots"])
                     self.saved.insert(-1, round_)

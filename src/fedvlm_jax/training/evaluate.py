@@ -49,15 +49,15 @@ def _evaluate(folder: Path, show: Progress) -> dict[str, Any]:
     find_places(folder, run)
     then = stored.content["fingerprint"]
     session = open_session(run, show.note, partial(compare_sources, folder, run, then))
-    prepared = show_evaluation(prepare(run, session, show.note), show)
-    compare_clients(folder, then["clients"], describe_clients(prepared.examples))
-    names = [client.name for client in prepared.examples.clients]
-    session = prepared.session
+    experiment = show_evaluation(prepare(run, session, show.note), show)
+    compare_clients(folder, then["clients"], describe_clients(experiment.examples))
+    names = [client.name for client in experiment.examples.clients]
+    session = experiment.session
     params = place_base(session.mesh, load_base(folder / "adapters", session.params), session.vlm.cuts)
     with working(show, f"evaluating {len(names)} clients and the bare base, which compiles first"):
-        models, remembered = let_remember(prepared, params, open_adapters(folder / "adapters", names))
-        scored = score_models(prepared, params, models, None, score_base(prepared))
-        scores = remembered | describe_scores(prepared, scored) | score_matrix(prepared, params, models)
+        models, remembered = let_remember(experiment, params, open_adapters(folder / "adapters", names))
+        scored = score_models(experiment, params, models, None, score_base(experiment))
+        scores = remembered | describe_scores(experiment, scored) | score_matrix(experiment, params, models)
     if processes.is_first():
         write_json(folder / "evaluation.json", scores)
     return scores

@@ -17,7 +17,7 @@ from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.errors import naming
 from fedvlm_jax.evaluation.metrics.text_metrics import exact_match, token_f1
 from fedvlm_jax.training.final_evaluation import ScoredModels
-from fedvlm_jax.training.prepare import Prepared
+from fedvlm_jax.training.prepare import Experiment
 from fedvlm_jax.training.run_dir.validated_files import EXAMPLE_MODELS, EXAMPLES
 from fedvlm_jax.utils.files import write_json
 
@@ -33,22 +33,22 @@ SIDE, COLOURS = 176, 128
 """Pictures are brought to this many pixels and colours: at most some 25 KiB each, sharp on a phone."""
 
 
-def write_examples(prepared: Prepared, scored: ScoredModels, folder: Path) -> None:
+def write_examples(experiment: Experiment, scored: ScoredModels, folder: Path) -> None:
     """Write what the models said to a few test examples of a few clients.
 
     Nothing is written where no examples are asked for, or where the test split is left alone or empty.
 
     Args:
-        prepared: the run.
+        experiment: the run.
         scored: how its models did, with what they said.
         folder: the run's.
     """
-    examples, options = prepared.examples, prepared.run.evaluation
-    places = _list_candidates(prepared) if options.test else {}
+    examples, options = experiment.examples, experiment.run.evaluation
+    places = _list_candidates(experiment) if options.test else {}
     if not places:
         return
     told: list[dict[str, Any]] = []
-    for client, chosen in _choose_places(prepared, scored, places).items():
+    for client, chosen in _choose_places(experiment, scored, places).items():
         name, test = examples.clients[client].name, examples.clients[client].test
         for place in chosen:
             row = int(test[place])
@@ -57,16 +57,16 @@ def write_examples(prepared: Prepared, scored: ScoredModels, folder: Path) -> No
                 for model in EXAMPLE_MODELS
                 if (by_split := scored.get(model))
             }
-            told.append(_describe(prepared, client, row, said, f"{PICTURES}/{len(told):02d}.png"))
+            told.append(_describe(experiment, client, row, said, f"{PICTURES}/{len(told):02d}.png"))
             _save_picture(examples.images, int(examples.image[row]), folder / told[-1]["picture"])
     looked = {examples.clients[client].name: len(own) for client, own in places.items()}
     write_json(folder / EXAMPLES, {"looked_at": looked, "examples": told})
 
 
-def _list_candidates(prepared: Prepared) -> dict[int, list[int]]:
+def _list_candidates(experiment: Experiment) -> dict[int, list[int]]:
     """client -> places among its test examples of the first with pictures of their own."""
-    examples, wanted = prepared.examples, prepared.run.evaluation.examples
-    having = [number for number in prepared.scored if len(examples.clients[number].test)]
+    examples, wanted = experiment.examples, experiment.run.evaluation.examples
+    having = [number for number in experiment.scored if len(examples.clients[number].test)]
     count = min(CLIENTS, wanted, len(having))
     spaced = [having[place] for place in np.linspace(0, len(having) - 1, count).round().astype(int)] if count else []
     places = {}
@@ -79,10 +79,10 @@ def _list_candidates(prepared: Prepared) -> dict[int, list[int]]:
     return places
 
 
-def _choose_places(prepared: Prepared, scored: ScoredModels, places: dict[int, list[int]]) -> dict[int, list[int]]:
+def _choose_places(experiment: Experiment, scored: ScoredModels, places: dict[int, list[int]]) -> dict[int, list[int]]:
     """client -> places among its test examples of those to show."""
-    examples, count = prepared.examples, prepared.run.evaluation.examples
-    gold = prepared.evaluator.gold
+    examples, count = experiment.examples, experiment.run.evaluation.examples
+    gold = experiment.evaluator.gold
     personal = scored["personal"]["test"].texts
     right = {}
     for client, own in places.items():
@@ -91,7 +91,7 @@ def _choose_places(prepared: Prepared, scored: ScoredModels, places: dict[int, l
         right[client] = exact_match([personal[who.name][place] for place in own], golden) == 1
     shares = [
         np.mean(exact_match(personal[who.name], [gold[row] for row in who.test.tolist()]))
-        for who in (examples.clients[number] for number in prepared.scored)
+        for who in (examples.clients[number] for number in experiment.scored)
         if len(who.test)
     ]
     wanted = [count // len(places) + (number < count % len(places)) for number in range(len(places))]
@@ -133,10 +133,10 @@ def _first_of_each(right: Bool[np.ndarray, " some"], some: int, count: int) -> l
     return sorted([*np.flatnonzero(right)[:some].tolist(), *np.flatnonzero(~right)[: count - some].tolist()])
 
 
-def _describe(prepared: Prepared, client: int, row: int, answers: dict[str, str], picture: str) -> dict[str, Any]:
-    examples, table = prepared.examples, prepared.session.table
-    column = find_question_column(table, prepared.run.data)
-    gold = [prepared.evaluator.gold[row]]
+def _describe(experiment: Experiment, client: int, row: int, answers: dict[str, str], picture: str) -> dict[str, Any]:
+    examples, table = experiment.examples, experiment.session.table
+    column = find_question_column(table, experiment.run.data)
+    gold = [experiment.evaluator.gold[row]]
     return {
         "client": examples.clients[client].name,
         "row": int(examples.rows[row]),

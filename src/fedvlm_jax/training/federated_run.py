@@ -36,7 +36,7 @@ from fedvlm_jax.training.example_outputs import write_examples
 from fedvlm_jax.training.failures import describe_lost
 from fedvlm_jax.training.final_evaluation import describe_scores, let_remember, score_base, score_matrix, score_models
 from fedvlm_jax.training.personalization import each_model
-from fedvlm_jax.training.prepare import Prepared, Session, open_session, prepare, show_evaluation
+from fedvlm_jax.training.prepare import Experiment, Session, open_session, prepare, show_evaluation
 from fedvlm_jax.training.progress import Progress, SilentProgress, working
 from fedvlm_jax.training.run_dir.artifacts import BASE, describe_environment, describe_start, save_adapters, save_base
 from fedvlm_jax.training.run_dir.fingerprints import (
@@ -235,44 +235,44 @@ def _execute(
     else:
         session = opened(run) if callable(opened) else opened
         check(session.sources)
-    prepared = fit(show_evaluation(prepare(run, session, show.note), show), show)
+    experiment = fit(show_evaluation(prepare(run, session, show.note), show), show)
     if stored:
-        compare_clients(run.out, stored.content["fingerprint"]["clients"], describe_clients(prepared.examples))
+        compare_clients(run.out, stored.content["fingerprint"]["clients"], describe_clients(experiment.examples))
         _note_places(run, stored)
     else:
-        _write_config(run, prepared)
-    ask_base = partial(_ask_base, run, prepared, session, show)
-    trainer, best_round = _run_rounds(prepared, run.out, show, ask_base, callbacks)
+        _write_config(run, experiment)
+    ask_base = partial(_ask_base, run, experiment, session, show)
+    trainer, best_round = _run_rounds(experiment, run.out, show, ask_base, callbacks)
     zero_shot = ask_base()
-    best, federation, own = best_round.best, trainer.drivers[0], best_round.give_models(trainer)
+    best, federation, own = best_round.best, trainer.simulators[0], best_round.give_models(trainer)
     at = Moment(replicate(session.mesh, best.server), federation.population.slots)
     base = federation.base_at(at.server)
     shared = jax.device_get(federation.programs.method.download(server=at.server))
     save_base(run.out / "adapters" / BASE, session.params, base)
     save_adapters(
-        run.out / "adapters", _list_adapters(prepared, own), shared, {"method": run.method, "round": best.round}
+        run.out / "adapters", _list_adapters(experiment, own), shared, {"method": run.method, "round": best.round}
     )
     general = partial(federation.global_adapters, at=at) if jax.tree.leaves(shared) else None
     with working(show, "evaluating every client's own model"):
-        models, remembered = let_remember(prepared, base, own)
-        scored = score_models(prepared, base, models, general, zero_shot)
+        models, remembered = let_remember(experiment, base, own)
+        scored = score_models(experiment, base, models, general, zero_shot)
         results = {
             "selected_round": best.round,
-            "selected_by": prepared.select_by,
+            "selected_by": experiment.select_by,
             **remembered,
-            **describe_scores(prepared, scored),
-            **score_matrix(prepared, base, models),
+            **describe_scores(experiment, scored),
+            **score_matrix(experiment, base, models),
         }
     if lost := describe_lost(results):
         show.note(lost)
     if processes.is_first():
-        write_examples(prepared, scored, run.out)
+        write_examples(experiment, scored, run.out)
         write_json(run.out / "results.json", results)
     return run.out
 
 
 def _run_rounds(
-    prepared: Prepared, folder: Path, show: Progress, ask_base: Callable[[], Any], more: Sequence[Callback]
+    experiment: Experiment, folder: Path, show: Progress, ask_base: Callable[[], Any], more: Sequence[Callback]
 ) -> tuple[FederatedTrainer, BestRound]:
     """Run all rounds that are in no checkpoint; return the trainer after the last, and the best round."""
     best = BestRound(show, ask_base)
@@ -280,7 +280,7 @@ def _run_rounds(
     check = FiniteCheck(show, checkpoints.describe_newest)
     callbacks = (check, best, MetricsWriter(folder, show), checkpoints, ProgressReporter(folder, show), *more)
     try:
-        trainer = FederatedTrainer(prepared, folder, show, callbacks)
+        trainer = FederatedTrainer(experiment, folder, show, callbacks)
         best.begin(trainer)
         trainer.run(checkpoints.load(trainer))
     finally:
@@ -288,22 +288,22 @@ def _run_rounds(
     return trainer, best
 
 
-def _ask_base(run: Run, prepared: Prepared, session: Session, show: Progress) -> dict[Split, Scored]:
+def _ask_base(run: Run, experiment: Experiment, session: Session, show: Progress) -> dict[Split, Scored]:
     """What the bare base answers, asked once: rounds need not wait for it, but rewards are relative to it."""
 
     def ask() -> dict[Split, Scored]:
         with working(show, "asking the bare base (zero-shot), which compiles first"):
-            return score_base(prepared)
+            return score_base(experiment)
 
     # What is only reported of a run's own models changes nothing of the base's answers: the baseline run leaves it out.
     options = dataclasses.replace(without_extras(run).evaluation, examples=0, cross_clients=False)
-    return session.remember(("zero-shot", run.data, run.seed, options, run.preference, prepared.objective.pairs), ask)
+    return session.remember(("zero-shot", run.data, run.seed, options, run.preference, experiment.objective.pairs), ask)
 
 
-def _list_adapters(prepared: Prepared, models: Adapters) -> Iterator[tuple[str, PyTree]]:
+def _list_adapters(experiment: Experiment, models: Adapters) -> Iterator[tuple[str, PyTree]]:
     """Everybody's name and adapter, on the host."""
-    clients = prepared.examples.clients
-    for numbers, adapters in each_model(models, len(clients), prepared.layout.wave):
+    clients = experiment.examples.clients
+    for numbers, adapters in each_model(models, len(clients), experiment.layout.wave):
         held = fetch(adapters)
         for place, number in enumerate(numbers):
             yield clients[number].name, jax.tree.map(lambda leaf, place=place: leaf[place], held)
@@ -321,13 +321,13 @@ def _note_places(run: Run, stored: StoredConfig) -> None:
         write_json(run.out / "config.json", seal({**stored.content, "run": {**stored.content["run"], **here}}))
 
 
-def _write_config(run: Run, prepared: Prepared) -> None:
+def _write_config(run: Run, experiment: Experiment) -> None:
     """Write the record of the start, which a resumed run keeps."""
     assert run.out is not None
     file = run.out / "config.json"
     if processes.is_first() and not file.exists():
         run.out.mkdir(parents=True, exist_ok=True)
-        write_json(file, seal(_describe_start(run, prepared)))
+        write_json(file, seal(_describe_start(run, experiment)))
     processes.wait_for_all()
     if not file.exists():
         raise UserError(
@@ -336,38 +336,38 @@ def _write_config(run: Run, prepared: Prepared) -> None:
         )
     if processes.count() > 1:  # each reads data and model from what it takes for the same place
         then = read_config(run.out).content["fingerprint"]
-        compare_sources(run.out, run, then, prepared.session.sources)
-        compare_clients(run.out, then["clients"], describe_clients(prepared.examples))
+        compare_sources(run.out, run, then, experiment.session.sources)
+        compare_clients(run.out, then["clients"], describe_clients(experiment.examples))
 
 
-def _describe_start(run: Run, prepared: Prepared) -> dict[str, Any]:
-    layout = prepared.layout
+def _describe_start(run: Run, experiment: Experiment) -> dict[str, Any]:
+    layout = experiment.layout
     resolved = {
         "wave": layout.wave,
         "waves": layout.waves,
         "cohort": layout.cohort,
         "rows": layout.rows,
         "steps": layout.steps,
-        "mesh": dict(prepared.session.mesh.shape),
+        "mesh": dict(experiment.session.mesh.shape),
         "processes": processes.count(),
-        "clients": [client.name for client in prepared.examples.clients],
-        "evaluated": [prepared.examples.clients[number].name for number in prepared.scored],
-        "train_examples": [len(client.train) for client in prepared.examples.clients],
+        "clients": [client.name for client in experiment.examples.clients],
+        "evaluated": [experiment.examples.clients[number].name for number in experiment.scored],
+        "train_examples": [len(client.train) for client in experiment.examples.clients],
         "adapter_parameters": sum(
-            leaf.size for path, leaf in tree.flatten(prepared.adapter).items() if not path.endswith("scale")
+            leaf.size for path, leaf in tree.flatten(experiment.adapter).items() if not path.endswith("scale")
         ),
-        "targets": prepared.spec.targets,
-        "adapted_sites": [path for path, _ in lora.sites_of(prepared.adapter)],
-        "skipped": [dataclasses.asdict(row) for row in prepared.examples.skipped],
-        "question_column": find_question_column(prepared.session.table, run.data),
+        "targets": experiment.spec.targets,
+        "adapted_sites": [path for path, _ in lora.sites_of(experiment.adapter)],
+        "skipped": [dataclasses.asdict(row) for row in experiment.examples.skipped],
+        "question_column": find_question_column(experiment.session.table, run.data),
     }
-    clients = prepared.examples.clients
+    clients = experiment.examples.clients
     about = {
-        "devices": [f"{count} × {kind}" for kind, count in _count_devices(prepared.session.mesh).items()],
+        "devices": [f"{count} × {kind}" for kind, count in _count_devices(experiment.session.mesh).items()],
         "examples": {split: sum(len(client.rows_of(split)) for client in clients) for split in SPLITS},
         "resolved": resolved,
-        "fingerprint": {**prepared.session.sources, "clients": describe_clients(prepared.examples)},
-        "federation": prepared.federation.description,
+        "fingerprint": {**experiment.session.sources, "clients": describe_clients(experiment.examples)},
+        "federation": experiment.federation.description,
     }
     return {"run": to_json(run), **describe_start(), **describe_environment(), **about}
 

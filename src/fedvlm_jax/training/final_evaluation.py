@@ -13,7 +13,7 @@ from fedvlm_jax.distributed.sharding import fetch
 from fedvlm_jax.evaluation.evaluator import Adapters, Scored, Scores
 from fedvlm_jax.evaluation.knn_per import KERNELS, recall
 from fedvlm_jax.evaluation.statistics.confidence_intervals import bootstrap_mean
-from fedvlm_jax.training.prepare import Prepared
+from fedvlm_jax.training.prepare import Experiment
 
 ScoredModels = dict[str, Mapping[Split, Scored]]
 """model -> split -> how it does for everybody."""
@@ -22,16 +22,16 @@ MATRIX = ("exact_match", "token_accuracy", "loss", "preference_accuracy")
 """The metrics of the cross-client matrix."""
 
 
-def score_base(prepared: Prepared) -> dict[Split, Scored]:
+def score_base(experiment: Experiment) -> dict[Split, Scored]:
     """split -> how the bare base does, for everybody. From then on the evaluator knows what is rewarded."""
-    return _evaluate(prepared, prepared.session.params, {"zero_shot": None})["zero_shot"]
+    return _evaluate(experiment, experiment.session.params, {"zero_shot": None})["zero_shot"]
 
 
-def let_remember(prepared: Prepared, params: PyTree, adapters: Adapters) -> tuple[Adapters, dict[str, Any]]:
+def let_remember(experiment: Experiment, params: PyTree, adapters: Adapters) -> tuple[Adapters, dict[str, Any]]:
     """Give clients their neighbours, where the options ask for them.
 
     Args:
-        prepared: the run.
+        experiment: the run.
         params: the base, with what the method added to it.
         adapters: every client's own.
 
@@ -39,18 +39,24 @@ def let_remember(prepared: Prepared, params: PyTree, adapters: Adapters) -> tupl
         What stands in the adapters' place when models are scored (the adapters themselves without neighbours), and
         for the results `neighbours`: `share`, how much they count, by client, and `kernel`, how by their distance.
     """
-    if prepared.neighbours is None:
+    if experiment.neighbours is None:
         return adapters, {}
-    options = prepared.run.evaluation
+    options = experiment.run.evaluation
     kernels = KERNELS if options.neighbour_kernel == "validation" else (options.neighbour_kernel,)
     models, share, kernel = recall(
-        prepared.evaluator, prepared.neighbours, params, adapters, prepared.scored, options.neighbour_capacity, kernels
+        experiment.evaluator,
+        experiment.neighbours,
+        params,
+        adapters,
+        experiment.scored,
+        options.neighbour_capacity,
+        kernels,
     )
     return models, {"neighbours": {"share": share, "kernel": kernel}}
 
 
 def score_models(
-    prepared: Prepared,
+    experiment: Experiment,
     params: PyTree,
     adapters: Adapters,
     general: Adapters | None,
@@ -59,7 +65,7 @@ def score_models(
     """Score the models that a run ends with, for everybody.
 
     Args:
-        prepared: the run.
+        experiment: the run.
         params: the base, with what the method added to it.
         adapters: every client's own, or what `let_remember` made of them; a held-out client's as it starts.
         general: the shared part with what each client started from; None where nothing is shared.
@@ -70,14 +76,14 @@ def score_models(
     """
     models: dict[str, Adapters | None] = {"personal": adapters}
     same = False
-    if general is not None and prepared.run.evaluation.global_model:
-        same = is_same(adapters, general, prepared.scored[:1] * prepared.layout.wave)
+    if general is not None and experiment.run.evaluation.global_model:
+        same = is_same(adapters, general, experiment.scored[:1] * experiment.layout.wave)
         models |= {} if same else {"global": general}
-    scored: ScoredModels = {"zero_shot": zero_shot, **_evaluate(prepared, params, models)}
+    scored: ScoredModels = {"zero_shot": zero_shot, **_evaluate(experiment, params, models)}
     return scored | {"global": scored["personal"]} if same else scored
 
 
-def describe_scores(prepared: Prepared, scored: ScoredModels) -> dict[str, Any]:
+def describe_scores(experiment: Experiment, scored: ScoredModels) -> dict[str, Any]:
     """What `results.json` tells of them.
 
     Returns:
@@ -86,17 +92,17 @@ def describe_scores(prepared: Prepared, scored: ScoredModels) -> dict[str, Any]:
         client -> the ends of the 95 % interval of what it gains over zero-shot on test, for the metric that the run is
         judged by; `held_out`, where there are any: their `zero_shot` and `personal`, and the `cold_start`.
     """
-    options, clients = prepared.run.evaluation, prepared.examples.clients
-    trained = {clients[number].name for number in prepared.scored}
-    results: dict[str, Any] = {"generation": {"decoding": options.decoding, **prepared.answering.describe()}}
+    options, clients = experiment.run.evaluation, experiment.examples.clients
+    trained = {clients[number].name for number in experiment.scored}
+    results: dict[str, Any] = {"generation": {"decoding": options.decoding, **experiment.answering.describe()}}
     results |= {name: _keep(by_split, trained) for name, by_split in scored.items()}
-    if prepared.scored_newcomers:
-        others = {clients[number].name for number in prepared.scored_newcomers}
+    if experiment.scored_newcomers:
+        others = {clients[number].name for number in experiment.scored_newcomers}
         results["held_out"] = {
             "cold_start": options.cold_start,
             **{name: _keep(scored[name], others) for name in ("zero_shot", "personal")},
         }
-    metric = prepared.select_by
+    metric = experiment.select_by
     if options.test and metric in scored["zero_shot"]["test"].values:
         own, base = (scored[name]["test"].values[metric] for name in ("personal", "zero_shot"))
         own = {client: values for client, values in own.items() if client in trained}
@@ -105,12 +111,12 @@ def describe_scores(prepared: Prepared, scored: ScoredModels) -> dict[str, Any]:
 
 
 def _evaluate(
-    prepared: Prepared, params: PyTree, models: Mapping[str, Adapters | None]
+    experiment: Experiment, params: PyTree, models: Mapping[str, Adapters | None]
 ) -> dict[str, dict[Split, Scored]]:
     """model -> split -> how it does for everybody, each split read once for all models."""
-    everyone = [*prepared.scored, *prepared.scored_newcomers]
-    splits = prepared.run.evaluation.splits
-    scored = {split: prepared.evaluator(params, models, split, everyone) for split in splits}
+    everyone = [*experiment.scored, *experiment.scored_newcomers]
+    splits = experiment.run.evaluation.splits
+    scored = {split: experiment.evaluator(params, models, split, everyone) for split in splits}
     return {name: {split: scored[split][name] for split in splits} for name in models}
 
 
@@ -150,27 +156,27 @@ def _keep(by_split: Mapping[Split, Scored], names: set[str]) -> dict[Split, Scor
     }
 
 
-def score_matrix(prepared: Prepared, params: PyTree, adapters: Adapters) -> dict[str, Any]:
+def score_matrix(experiment: Experiment, params: PyTree, adapters: Adapters) -> dict[str, Any]:
     """Every participant's model on every participant's test data, all models asked while a batch is there.
 
     Args:
-        prepared, params, adapters: as `score_models` takes them.
+        experiment, params, adapters: as `score_models` takes them.
 
     Returns:
         `cross_clients`, where it is asked for: the clients, and metric -> rows of values, by model down and by data
         across.
     """
-    if not (prepared.run.evaluation.cross_clients and prepared.run.evaluation.test):
+    if not (experiment.run.evaluation.cross_clients and experiment.run.evaluation.test):
         return {}
-    clients = prepared.examples.clients
-    numbers = [number for number in prepared.scored if len(clients[number].test)]
+    clients = experiment.examples.clients
+    numbers = [number for number in experiment.scored if len(clients[number].test)]
     names = [clients[number].name for number in numbers]
 
     def always(number: int) -> Adapters:
         return lambda asked: adapters(np.full(len(asked), number))
 
     models = {name: always(number) for name, number in zip(names, numbers, strict=True)}
-    found = {name: one.scores for name, one in prepared.evaluator(params, models, "test", numbers).items()}
+    found = {name: one.scores for name, one in experiment.evaluator(params, models, "test", numbers).items()}
     metrics = [metric for metric in MATRIX if all(len(found[name].get(metric, {})) == len(names) for name in names)]
     values = {metric: [[found[model][metric][data] for data in names] for model in names] for metric in metrics}
     return {"cross_clients": {"clients": names, **values}}

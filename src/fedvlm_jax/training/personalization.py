@@ -26,46 +26,46 @@ from fedvlm_jax.distributed.sharding import replicate
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.federation.client_states import NOBODY, Slots
-from fedvlm_jax.federation.simulator import Driver, Moment
+from fedvlm_jax.federation.simulator import Moment, Simulator
 from fedvlm_jax.methods.components.norms import leaf_name
-from fedvlm_jax.training.prepare import Prepared
+from fedvlm_jax.training.prepare import Experiment
 
 IMAGES = 128
 """A client is known by so many of its images at most."""
 
 
-def give_models(prepared: Prepared, driver: Driver, at: Moment) -> Adapters:
+def give_models(experiment: Experiment, simulator: Simulator, at: Moment) -> Adapters:
     """Every client's own adapter, for whoever is asked about; who never trained starts as the run asks for.
 
     Args:
-        prepared: the run.
-        driver: its federation.
+        experiment: the run.
+        simulator: its federation.
         at: as it was then.
 
     Raises:
         UserError: "nearest" where image features are not frozen and kept.
     """
-    at = at._replace(server=replicate(prepared.session.mesh, at.server))
-    kind = prepared.run.evaluation.cold_start
+    at = at._replace(server=replicate(experiment.session.mesh, at.server))
+    kind = experiment.run.evaluation.cold_start
     known = at.slots != NOBODY
     cold, trained = np.flatnonzero(~known), np.flatnonzero(known)
     if kind == "initial" or not len(cold) or not len(trained):
-        return partial(driver.adapters, at=at)
+        return partial(simulator.adapters, at=at)
     source = np.arange(len(at.slots))  # whose private state a client has
     mean: PyTree = None
-    ranks = np.asarray(driver.ranks, np.int64)
+    ranks = np.asarray(simulator.ranks, np.int64)
     if kind == "mean":
-        mean = _average(driver, trained, at.slots, prepared.layout.wave)
+        mean = _average(simulator, trained, at.slots, experiment.layout.wave)
     else:
-        like = prepared.session.remember(
-            ("client means", *prepared.examples.images.keys), lambda: describe_clients(prepared)
+        like = experiment.session.remember(
+            ("client means", *experiment.examples.images.keys), lambda: describe_clients(experiment)
         )
         source[cold] = find_nearest(like, cold, trained)
 
     def adapters(numbers: np.ndarray) -> PyTree:
-        states = driver.population.gather(source[numbers], at.slots)
+        states = simulator.population.gather(source[numbers], at.slots)
         if mean is None and not len(ranks):
-            return driver.personalise(states, np.ones(len(numbers), bool), numbers, at)
+            return simulator.personalise(states, np.ones(len(numbers), bool), numbers, at)
         new, there = ~known[numbers], None
         if len(ranks):
             has = ranks[source[numbers]] if mean is None else ranks[trained].max()
@@ -76,9 +76,9 @@ def give_models(prepared: Prepared, driver: Driver, at: Moment) -> Adapters:
             taken = (not np.issubdtype(leaf.dtype, np.integer)) & _along(path, there, leaf.ndim, True)
             return np.where(_widen(new, leaf), np.where(taken, one, own), leaf)
 
-        start = driver.start_states(numbers, at)
+        start = simulator.start_states(numbers, at)
         states = jax.tree_util.tree_map_with_path(replace, states, states if mean is None else mean, start)
-        return driver.personalise(states, np.ones(len(numbers), bool), numbers, at)
+        return simulator.personalise(states, np.ones(len(numbers), bool), numbers, at)
 
     return adapters
 
@@ -103,14 +103,14 @@ def find_nearest(
     return among[(unit[who] @ unit[among].T).argmax(axis=1)]
 
 
-def describe_clients(prepared: Prepared) -> Float[np.ndarray, "clients width"]:
+def describe_clients(experiment: Experiment) -> Float[np.ndarray, "clients width"]:
     """The mean frozen feature of every client's images [C, D]: training images, validation images of the held-out."""
     rows = []
-    clients = prepared.examples.clients
+    clients = experiment.examples.clients
     for number in processes.share_out(len(clients)):
         client = clients[number]
         own = client.validation if client.held_out else client.train
-        batch = prepared.inputs(own[:IMAGES])
+        batch = experiment.inputs(own[:IMAGES])
         if "image_features" not in batch:
             raise UserError("--evaluation.cold-start nearest needs frozen image features: keep the adapter out of the "
                             "vision tower, and --system.cache on; or choose mean or initial.")  # fmt: skip
@@ -119,15 +119,15 @@ def describe_clients(prepared: Prepared) -> Float[np.ndarray, "clients width"]:
     return processes.gather(np.stack(rows), len(clients))
 
 
-def _average(driver: Driver, numbers: np.ndarray, slots: Slots, wave: int) -> PyTree:
+def _average(simulator: Simulator, numbers: np.ndarray, slots: Slots, wave: int) -> PyTree:
     """The mean of these clients' private states, read so many at a time; of each direction over those who have it."""
     total: PyTree = None
     for start in range(0, len(numbers), wave):
-        states = driver.population.gather(numbers[start : start + wave], slots)
+        states = simulator.population.gather(numbers[start : start + wave], slots)
         part = jax.tree.map(lambda leaf: leaf.sum(axis=0, dtype=np.float64), states)
         total = part if total is None else jax.tree.map(np.add, total, part)
-    shapes = driver.population.gather(numbers[:1], slots)
-    ranks = np.asarray(driver.ranks, np.int64)
+    shapes = simulator.population.gather(numbers[:1], slots)
+    ranks = np.asarray(simulator.ranks, np.int64)
     having = (ranks[numbers, None] > np.arange(ranks.max())).sum(axis=0) if len(ranks) else None
 
     def divide(path: tuple[Any, ...], leaf: np.ndarray, like: np.ndarray) -> np.ndarray:

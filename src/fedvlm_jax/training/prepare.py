@@ -33,7 +33,7 @@ from fedvlm_jax.federation.inputs.batch_reader import Inputs, make_blank_inputs,
 from fedvlm_jax.federation.inputs.feature_cache import is_vision_frozen
 from fedvlm_jax.federation.inputs.reference_log_probs import add_reference
 from fedvlm_jax.federation.participation import ParticipationOptions
-from fedvlm_jax.federation.simulator import Driver, start_adapter
+from fedvlm_jax.federation.simulator import Simulator, start_adapter
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
 from fedvlm_jax.models import Vlm, load_weights, open_model, resolve_folder
 from fedvlm_jax.objectives import Objective, load_objective
@@ -51,7 +51,7 @@ MANY, SOME = 128, 64
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Experiment:
     """Everything one run needs.
 
     Attributes:
@@ -148,7 +148,7 @@ def open_session(
     return Session(vlm, params, processor, mesh, table, sources)
 
 
-def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepared:
+def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Experiment:
     """Cut the data into clients, tokenise, compute what is frozen, and lay out the rounds.
 
     Raises:
@@ -218,7 +218,7 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
         beta=run.preference.beta,
         base=session.remember(("numbers of the base", *data_key), dict),
     )
-    return Prepared(
+    return Experiment(
         run=run,
         session=session,
         objective=objective,
@@ -236,18 +236,18 @@ def prepare(run: Run, session: Session, note: Note = lambda text: None) -> Prepa
     )
 
 
-def make_driver(
-    prepared: Prepared,
+def make_simulator(
+    experiment: Experiment,
     method: str,
     *,
     cohort: int | None,
     go_on: tuple[lora.Adapter, Any] | None = None,
     file: Path | None = None,
-) -> Driver:
+) -> Simulator:
     """Start a federation with a method.
 
     Args:
-        prepared: the run.
+        experiment: the run.
         method: its name.
         cohort: clients a round; None means everybody.
         go_on: for fine-tuning after a federation: an adapter of the form that it ended with, and its base. What the
@@ -257,10 +257,10 @@ def make_driver(
     Raises:
         UserError: options that the method cannot work with.
     """
-    run, session = prepared.run, prepared.session
-    train, clients = run.train, len(prepared.examples.clients)
+    run, session = experiment.run, experiment.session
+    train, clients = run.train, len(experiment.examples.clients)
     common = run.lora.private_a == "common" or go_on is not None
-    layout = lay_out(run, prepared.examples, session.mesh, cohort, prepared.layout.wave)
+    layout = lay_out(run, experiment.examples, session.mesh, cohort, experiment.layout.wave)
     dealt = () if go_on else run.lora.ranks
     ranks = deal_ranks(dealt, clients)
     local, server = (run.local, run.server) if go_on is None else (LocalOptions(), ServerOptions())
@@ -273,7 +273,7 @@ def make_driver(
             run,
             method,
             session.vlm,
-            prepared.objective,
+            experiment.objective,
             session.mesh,
             population=clients,
             layout=layout,
@@ -284,16 +284,16 @@ def make_driver(
         )
 
     programs = session.remember(("programs", *static, local, server), make)
-    return Driver(
+    return Simulator(
         programs=programs,
         params=go_on[1] if go_on else session.params,
-        examples=prepared.examples,
-        inputs=prepared.inputs,
+        examples=experiment.examples,
+        inputs=experiment.inputs,
         layout=layout,
         seed=run.seed,
-        key=prepared.key,
+        key=experiment.key,
         weighting=train.weighting,
-        server=programs.method.init(adapter=go_on[0] if go_on else prepared.adapter),
+        server=programs.method.init(adapter=go_on[0] if go_on else experiment.adapter),
         ranks=ranks,
         participation=run.participation if go_on is None else ParticipationOptions(),
         epochs=train.local_epochs if go_on is None else None,
@@ -301,9 +301,9 @@ def make_driver(
     )
 
 
-def show_evaluation(prepared: Prepared, show: Progress) -> Prepared:
+def show_evaluation(experiment: Experiment, show: Progress) -> Experiment:
     """The same, with an evaluator that shows how far it is."""
-    return dataclasses.replace(prepared, evaluator=dataclasses.replace(prepared.evaluator, tell=show.advance))
+    return dataclasses.replace(experiment, evaluator=dataclasses.replace(experiment.evaluator, tell=show.advance))
 
 
 def _fit_to_model(run: Run, vlm: Vlm) -> DataOptions:

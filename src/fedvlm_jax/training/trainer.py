@@ -21,10 +21,10 @@ from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import fetch
 from fedvlm_jax.evaluation.evaluator import Adapters
-from fedvlm_jax.federation.simulator import Driver, RoundInputs, RoundReport
+from fedvlm_jax.federation.simulator import RoundInputs, RoundReport, Simulator
 from fedvlm_jax.training.config import Run, TrainOptions
 from fedvlm_jax.training.personalization import each_model, give_models
-from fedvlm_jax.training.prepare import Prepared, make_driver
+from fedvlm_jax.training.prepare import Experiment, make_simulator
 from fedvlm_jax.training.progress import COMPILING, Progress, working
 
 FINETUNING = "local"
@@ -92,36 +92,36 @@ class FederatedTrainer:
     """Run the rounds of one run.
 
     Attributes:
-        prepared: the run.
-        drivers: of the phases so far; the last is the one that the run is in.
+        experiment: the run.
+        simulators: of the phases so far; the last is the one that the run is in.
         last_server: the server's state of the federation, where a method moves the base that is fine-tuned on.
     """
 
-    def __init__(self, prepared: Prepared, folder: Path, show: Progress, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, experiment: Experiment, folder: Path, show: Progress, callbacks: Sequence[Callback]) -> None:
         """Stand before the first round.
 
         Args:
-            prepared: the run.
+            experiment: the run.
             folder: where personal states are kept.
             show: reports that a round is being compiled.
             callbacks: in the order in which they are called.
         """
-        self.prepared, self.folder, self.show, self.callbacks = prepared, folder, show, callbacks
-        self.phases = list(_plan(prepared.run, prepared.layout.steps))
+        self.experiment, self.folder, self.show, self.callbacks = experiment, folder, show, callbacks
+        self.phases = list(_plan(experiment.run, experiment.layout.steps))
         self.compile_seconds = 0.0
-        self.drivers: list[Driver] = []
+        self.simulators: list[Simulator] = []
         self.last_server: PyTree = {}
         self.start_phase(0)
 
     @property
-    def driver(self) -> Driver:
-        """Return the driver of the phase that the run is in."""
-        return self.drivers[-1]
+    def simulator(self) -> Simulator:
+        """Return the simulator of the phase that the run is in."""
+        return self.simulators[-1]
 
     @property
     def federated(self) -> bool:
         """Tell the federation from the fine-tuning after it."""
-        return len(self.drivers) == 1
+        return len(self.simulators) == 1
 
     @property
     def last_round(self) -> int:
@@ -138,32 +138,32 @@ class FederatedTrainer:
 
     def is_validated(self, round_: int) -> bool:
         """Tell whether models are validated after a round."""
-        return self.ends_phase(round_) or round_ % self.prepared.run.evaluation.every == 0
+        return self.ends_phase(round_) or round_ % self.experiment.run.evaluation.every == 0
 
     def run(self, done: int) -> None:
-        """Run all rounds after round `done`, which the drivers stand at."""
+        """Run all rounds after round `done`, which the simulators stand at."""
         for callback in self.callbacks:
             callback.on_start(self, done)
         for number, phase in enumerate(self.phases):
             if number and done < phase.first:
                 self._start_finetuning(number)
             first = max(phase.first, done + 1)
-            rounds = read_ahead(partial(_read_round, self.driver, phase), first, phase.last + 1)
+            rounds = read_ahead(partial(_read_round, self.simulator, phase), first, phase.last + 1)
             for _ in range(first, phase.last + 1):
                 self._run_round(phase, rounds)
         for callback in self.callbacks:
             callback.on_end(self)
 
     def start_phase(self, number: int, go_on: tuple[PyTree, PyTree] | None = None) -> None:
-        """Append the driver of a phase; `go_on`: an adapter and a base to fine-tune."""
+        """Append the simulator of a phase; `go_on`: an adapter and a base to fine-tune."""
         phase, file = self.phases[number], self.folder / f"states-{number}.bin"
-        driver = make_driver(self.prepared, phase.method, cohort=phase.cohort, go_on=go_on, file=file)
-        driver.compiling = self._time_compiling
-        self.drivers.append(driver)
+        simulator = make_simulator(self.experiment, phase.method, cohort=phase.cohort, go_on=go_on, file=file)
+        simulator.compiling = self._time_compiling
+        self.simulators.append(simulator)
 
     def first_adapter(self, models: Adapters) -> PyTree:
         """Return an adapter of the form that all of them have."""
-        return jax.tree.map(lambda leaf: leaf[0], models(np.zeros(self.prepared.layout.wave, np.int64)))
+        return jax.tree.map(lambda leaf: leaf[0], models(np.zeros(self.experiment.layout.wave, np.int64)))
 
     @contextmanager
     def _time_compiling(self) -> Generator[None]:
@@ -177,12 +177,12 @@ class FederatedTrainer:
 
     def _start_finetuning(self, number: int) -> None:
         """Begin local fine-tuning: every client's model so far becomes its private adapter."""
-        before, base = self.driver, self.driver.base
-        models = give_models(self.prepared, before, before.now)
+        before, base = self.simulator, self.simulator.base
+        models = give_models(self.experiment, before, before.now)
         if before.programs.base is not None:
             self.last_server = jax.device_get(before.server)
         self.start_phase(number, go_on=(self.first_adapter(models), base))
-        _adopt(self.driver, models, self.prepared.layout.wave)
+        _adopt(self.simulator, models, self.experiment.layout.wave)
 
     def _run_round(self, phase: _Phase, rounds: Iterator[RoundInputs]) -> None:
         start = time.perf_counter()  # waiting for data is part of a round's time
@@ -192,7 +192,7 @@ class FederatedTrainer:
             for callback in self.callbacks:
                 around.enter_context(callback.around_round(self, inputs.round))
             start = time.perf_counter()
-            report = self.driver.run_round(inputs, find_rates(self.prepared.run.train, inputs.round))
+            report = self.simulator.run_round(inputs, find_rates(self.experiment.run.train, inputs.round))
             seconds = waited + time.perf_counter() - start - (self.compile_seconds - compiled)
         line = _describe_round(inputs.round, phase.method, report, seconds)
         result = RoundResult(inputs, report, line, seconds)
@@ -220,22 +220,22 @@ def _plan(run: Run, steps: int) -> Iterator[_Phase]:
         yield _Phase(FINETUNING, None, train.rounds + 1, train.rounds + rounds, steps, train.finetune_steps)
 
 
-def _read_round(driver: Driver, phase: _Phase, round_: int) -> RoundInputs:
-    return driver.read_round(round_, phase.steps_of(round_))
+def _read_round(simulator: Simulator, phase: _Phase, round_: int) -> RoundInputs:
+    return simulator.read_round(round_, phase.steps_of(round_))
 
 
-def _adopt(driver: Driver, models: Adapters, wave: int) -> None:
+def _adopt(simulator: Simulator, models: Adapters, wave: int) -> None:
     """Make these models the clients' private ones, with fresh optimisers."""
-    method = driver.programs.method
+    method = simulator.programs.method
 
     def start_with(adapter: PyTree, number: Any) -> PyTree:
-        return method.init_client(key=driver.key, server=method.init(adapter=adapter), number=number)
+        return method.init_client(key=simulator.key, server=method.init(adapter=adapter), number=number)
 
     start = jax.jit(jax.vmap(start_with))
-    for numbers, adapters in each_model(models, len(driver.population), wave):
+    for numbers, adapters in each_model(models, len(simulator.population), wave):
         states, own = fetch(start(adapters, pad_rows(numbers, wave))), processes.share_out(len(numbers))
-        driver.population.scatter(numbers, jax.tree.map(lambda leaf, own=own: leaf[own], states), own)
-    driver.population.meet()
+        simulator.population.scatter(numbers, jax.tree.map(lambda leaf, own=own: leaf[own], states), own)
+    simulator.population.meet()
 
 
 def _describe_round(round_: int, method: str, report: RoundReport, seconds: float) -> dict[str, Any]:

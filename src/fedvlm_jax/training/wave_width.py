@@ -8,32 +8,34 @@ from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.memory import GIB, USABLE, Footprint, TooLargeError, find_wave, read_device_bytes
-from fedvlm_jax.training.prepare import Prepared, lay_out, make_driver
+from fedvlm_jax.training.prepare import Experiment, lay_out, make_simulator
 from fedvlm_jax.training.progress import COMPILING, Progress, SilentProgress, working
 
 
-def fit(prepared: Prepared, show: Progress | None = None) -> Prepared:
+def fit(experiment: Experiment, show: Progress | None = None) -> Experiment:
     """Choose the wave, unless the run names one, and compile its first round; says what it takes of a device.
 
     Raises:
         UserError: not even one client fits on a device, or not as many as the run asks for.
     """
-    run, mesh, show = prepared.run, prepared.session.mesh, show or SilentProgress()
+    run, mesh, show = experiment.run, experiment.session.mesh, show or SilentProgress()
     began, limit = time.monotonic(), processes.smallest(read_device_bytes(mesh))
 
-    def try_wave(wave: int) -> tuple[Prepared, Footprint]:
-        layout = lay_out(run, prepared.examples, mesh, run.cohort, wave)
-        evaluator = dataclasses.replace(prepared.evaluator, wave=layout.wave)
-        candidate = dataclasses.replace(prepared, layout=layout, evaluator=evaluator)
+    def try_wave(wave: int) -> tuple[Experiment, Footprint]:
+        layout = lay_out(run, experiment.examples, mesh, run.cohort, wave)
+        evaluator = dataclasses.replace(experiment.evaluator, wave=layout.wave)
+        candidate = dataclasses.replace(experiment, layout=layout, evaluator=evaluator)
         # Compiling takes shapes: whoever waits for the first round waits for its pictures once it is compiled.
-        driver = make_driver(dataclasses.replace(candidate, inputs=candidate.blank), run.method, cohort=run.cohort)
-        driver.compiling = partial(working, show, COMPILING)
-        return candidate, driver.measure_round(driver.read_round(1))
+        simulator = make_simulator(
+            dataclasses.replace(candidate, inputs=candidate.blank), run.method, cohort=run.cohort
+        )
+        simulator.compiling = partial(working, show, COMPILING)
+        return candidate, simulator.measure_round(simulator.read_round(1))
 
     asked = run.system.wave
     if asked is None:
         fitted, footprint = find_wave(
-            try_wave, prepared.layout.wave, prepared.layout.cohort, mesh.shape[CLIENTS], limit
+            try_wave, experiment.layout.wave, experiment.layout.cohort, mesh.shape[CLIENTS], limit
         )
     else:
         try:
