@@ -24,8 +24,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 from rlaif_form import Form, write_folder  # noqa: E402
 
-from fedvlm_jax.training.run_dir.artifacts import describe_environment  # noqa: E402
-from fedvlm_jax.training.run_dir.reader import read_metrics  # noqa: E402
+from fedvlm_jax.run_dir.artifacts import describe_environment  # noqa: E402
+from fedvlm_jax.run_dir.reader import read_metrics  # noqa: E402
 from fedvlm_jax.utils.files import write_json  # noqa: E402
 
 CLIENTS = 4

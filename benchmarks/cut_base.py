@@ -34,7 +34,7 @@ from fedvlm_jax.methods import Client, Setup, load_method  # noqa: E402
 from fedvlm_jax.models import Stacking, Vlm  # noqa: E402
 from fedvlm_jax.models.florence2 import build  # noqa: E402
 from fedvlm_jax.objectives import load_objective  # noqa: E402
-from fedvlm_jax.training.run_dir.artifacts import describe_environment  # noqa: E402
+from fedvlm_jax.run_dir.artifacts import describe_environment  # noqa: E402
 from fedvlm_jax.utils.files import write_json  # noqa: E402
 
 SHARES, ROWS, STEPS, BATCH, PICTURE, PROMPT, ANSWER = 2, 8, 4, 2, 577, 600, 64

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from fedvlm_jax.analysis.tpu_topologies import parse_topology
-from fedvlm_jax.training.run_dir.artifacts import describe_environment
+from fedvlm_jax.run_dir.artifacts import describe_environment
 from fedvlm_jax.utils.files import write_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -28,7 +28,7 @@ from typing import Any
 
 import tyro
 
-from fedvlm_jax.training.run_dir.artifacts import describe_environment
+from fedvlm_jax.run_dir.artifacts import describe_environment
 from fedvlm_jax.utils.files import write_json
 
 HERE = Path(__file__).parent
@@ -92,8 +92,8 @@ def ask(child: "subprocess.Popen[str]") -> dict[str, float]:
 
 def serve(options: Options) -> None:
     """Prepare a federation, then run a round for every line."""
+    from fedvlm_jax.config.run_options import Run
     from fedvlm_jax.federation.checkpoint import Checkpoints
-    from fedvlm_jax.training.config import Run
     from fedvlm_jax.training.prepare import make_simulator, open_session, prepare
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -23,8 +23,8 @@ from harness.shipped import CLIENTS, IMAGES, BenchOptions, measure_shipped
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.tables import Table, show
+from fedvlm_jax.run_dir.folder_lock import open_folder
 from fedvlm_jax.training.progress import open_progress
-from fedvlm_jax.training.run_dir.folder_lock import open_folder
 from fedvlm_jax.utils.compilation_cache import keep_programs
 from fedvlm_jax.utils.console import open_console
 from fedvlm_jax.utils.files import write_json

@@ -39,11 +39,11 @@ from typing import Any, Literal
 import methods_summary as summary
 import tyro
 
+from fedvlm_jax.config.run_options import EvaluationOptions, MethodOptions, Run, TrainOptions, methods_available
 from fedvlm_jax.data.config import DataOptions, Iid
 from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.methods import rule_based
 from fedvlm_jax.methods.zoo import pfedme
-from fedvlm_jax.training.config import EvaluationOptions, MethodOptions, Run, TrainOptions, methods_available
 
 RESULTS = Path(__file__).parent / "results"
 Rates = tuple[float, ...]
@@ -192,11 +192,11 @@ class Bench:
         for line in summary.read_all(self.study.out):
             if all(line[name] == value for name, value in key.items()):
                 return line
+        from fedvlm_jax.run_dir.artifacts import describe_environment
+        from fedvlm_jax.run_dir.reader import read_run
         from fedvlm_jax.training import federated_run
         from fedvlm_jax.training.prepare import open_session
         from fedvlm_jax.training.progress import SilentProgress
-        from fedvlm_jax.training.run_dir.artifacts import describe_environment
-        from fedvlm_jax.training.run_dir.reader import read_run
 
         run = self.study.make_run(stage, self.study.plan()[cell], method, seed, rates)
         assert run.out is not None

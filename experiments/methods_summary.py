@@ -16,7 +16,7 @@ from fedvlm_jax.evaluation.metrics.metric_labels import percent
 from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference
 from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.reporting.tables import Table, format_bytes, format_paired, points, to_markdown
-from fedvlm_jax.training.run_dir.artifacts import describe_environment
+from fedvlm_jax.run_dir.artifacts import describe_environment
 
 RIVALS = ("local", "fedavg-lora")
 LEVEL = 0.5

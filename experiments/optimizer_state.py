@@ -27,9 +27,9 @@ import study_summary
 import tyro
 from study_emoji import QUICK, RESULTS, Study
 
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.evaluation.statistics.over_seeds import BySeed, compare_paired, count_seeds_ahead, spread
 from fedvlm_jax.reporting.tables import Table, format_paired, to_markdown
-from fedvlm_jax.training.config import Run
 
 CELL = "client-language-20"
 RATES = {"fedavg-lora": (2e-3, 2e-3), "plora": (5e-3, 2e-3), "ditto": (5e-3, 2e-3)}
@@ -84,10 +84,10 @@ def read_lines(options: Options) -> list[dict[str, Any]]:
 
 def run_missing(options: Options) -> None:
     """Run what has no line yet; a run that was stopped begins anew."""
+    from fedvlm_jax.run_dir.reader import read_run
     from fedvlm_jax.training import federated_run
     from fedvlm_jax.training.prepare import open_session
     from fedvlm_jax.training.progress import SilentProgress
-    from fedvlm_jax.training.run_dir.reader import read_run
 
     session = None
     for method, state, seed in list(list_missing(options)):

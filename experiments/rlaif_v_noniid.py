@@ -26,18 +26,18 @@ from pathlib import Path
 
 import tyro
 
+from fedvlm_jax.config.run_options import Compare, EvaluationOptions, LoraOptions, Run, SystemOptions, TrainOptions
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import spread
 from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.reporting.tables import Table, to_markdown
+from fedvlm_jax.run_dir.artifacts import describe_environment
+from fedvlm_jax.run_dir.reader import ComparisonRecord, read_comparison, read_run
 from fedvlm_jax.training.compare import compare, finish_run
-from fedvlm_jax.training.config import Compare, EvaluationOptions, LoraOptions, Run, SystemOptions, TrainOptions
 from fedvlm_jax.training.prepare import Session, open_session
 from fedvlm_jax.training.progress import Progress, open_progress
-from fedvlm_jax.training.run_dir.artifacts import describe_environment
-from fedvlm_jax.training.run_dir.reader import ComparisonRecord, read_comparison, read_run
 from fedvlm_jax.utils.files import write_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -29,12 +29,12 @@ from typing import Any, Literal
 import study_summary as summary
 import tyro
 
+from fedvlm_jax.config.run_options import Compare, EvaluationOptions, Run, TrainOptions
 from fedvlm_jax.data.config import DataOptions, Prompt
 from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.reporting.figures.theme import save_png
 from fedvlm_jax.reporting.tables import to_markdown
-from fedvlm_jax.training.config import Compare, EvaluationOptions, Run, TrainOptions
-from fedvlm_jax.training.run_dir.reader import read_comparison
+from fedvlm_jax.run_dir.reader import read_comparison
 
 METHODS = ("local", "fedavg-lora", "fedavg-lora+ft", "plora")
 GRID = ((2e-3, 2e-3), (5e-3, 2e-3), (1e-2, 5e-3))

@@ -17,7 +17,7 @@ from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, mean_over_seeds, spread
 from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.reporting.tables import Table, format_bytes, format_paired, points
-from fedvlm_jax.training.run_dir.reader import ComparisonRecord
+from fedvlm_jax.run_dir.reader import ComparisonRecord
 
 RIVALS = ("local", "fedavg-lora", "fedavg-lora+ft")
 FAR = 0.1

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedvlm_jax.training.config import Run, to_json
+from fedvlm_jax.config.run_options import Run, to_json
 
 VENDORS, LANGUAGES = ("noto", "twemoji", "fluent", "emojione"), ("en", "de", "fr", "es")
 CLIENTS = tuple(f"{vendor}-{language}" for vendor in VENDORS for language in LANGUAGES)

@@ -10,10 +10,10 @@ from safetensors.numpy import load_file
 from transformers import BartConfig, Florence2Config
 
 import fedvlm_jax
+from fedvlm_jax.config.run_options import EvaluationOptions, LoraOptions, Run, TrainOptions
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.models import save_checkpoint
 from fedvlm_jax.models.florence2 import build
-from fedvlm_jax.training.config import EvaluationOptions, LoraOptions, Run, TrainOptions
 from fedvlm_jax.training.progress import SilentProgress
 
 NANO = Path(fedvlm_jax.__file__).parent / "assets" / "florence2-nano"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.federation.memory import GIB, read_device_bytes
-from fedvlm_jax.training.run_dir.artifacts import describe_environment
+from fedvlm_jax.run_dir.artifacts import describe_environment
 
 __all__ = ["MatmulPeak", "describe_machine", "has_bfloat16_units"]
 

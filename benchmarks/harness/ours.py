@@ -9,6 +9,8 @@ import numpy as np
 
 from fedvlm_jax import lora
 from fedvlm_jax.analysis.flops import count_flops
+from fedvlm_jax.config.method_setup import make_spec
+from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions
 from fedvlm_jax.distributed.sharding import make_mesh, place_waves, replicate
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.memory import Footprint, measure
@@ -16,8 +18,7 @@ from fedvlm_jax.federation.round import RoundArguments, make_arguments, start_pe
 from fedvlm_jax.methods import Client
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import load_objective
-from fedvlm_jax.training.config import LoraOptions, Run, TrainOptions
-from fedvlm_jax.training.method_setup import build_programs, make_spec
+from fedvlm_jax.training.round_setup import build_programs
 from fedvlm_jax.utils import tree
 from harness.world import Settings, Shape, World
 

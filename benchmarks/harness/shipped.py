@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
+from fedvlm_jax.config.run_options import EvaluationOptions, Run, TrainOptions
 from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.models import Vlm, resolve_folder
-from fedvlm_jax.training.config import EvaluationOptions, Run, TrainOptions
 from fedvlm_jax.training.prepare import Experiment, Session, make_simulator, open_session, prepare
 from harness.cells import compare_factors
 from harness.machine import MatmulPeak, describe_machine

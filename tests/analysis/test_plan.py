@@ -11,11 +11,11 @@ import pytest
 
 from fedvlm_jax.analysis.plan import plan_round
 from fedvlm_jax.analysis.plan_options import Request, SizeOptions
+from fedvlm_jax.config.run_options import LoraOptions, SystemOptions, TrainOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation import memory
 from fedvlm_jax.federation.memory import GIB, Footprint
 from fedvlm_jax.reporting.plan_report import describe_refusal, tabulate_plan, write_plan
-from fedvlm_jax.training.config import LoraOptions, SystemOptions, TrainOptions
 
 ADAPTER = LoraOptions(rank=2, targets=r"language_model/encoder/.*(q_proj|fc1)")
 

@@ -9,8 +9,8 @@ from tiny_run import StopAfter, StopError, assert_same_adapters, tiny_run
 
 from fedvlm_jax.analysis.profile_scopes import find_scopes, label_trace, name_part, share_out_time, tabulate_shares
 from fedvlm_jax.analysis.profiling import RoundProfile
+from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training import federated_run
-from fedvlm_jax.training.run_dir.reader import read_metrics
 
 pytestmark = pytest.mark.broad
 

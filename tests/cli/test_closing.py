@@ -11,13 +11,7 @@ from made_up import write_run
 from fedvlm_jax.cli._choices import make_signature
 from fedvlm_jax.cli._closing import close_run, suggest_comparison
 from fedvlm_jax.cli.compare import compare
-from fedvlm_jax.data.sources.registry import make_options
-from fedvlm_jax.methods.config import MethodOptions, ServerOptions
-from fedvlm_jax.methods.rule_based import Options as Rule
-from fedvlm_jax.methods.zoo import ditto
-from fedvlm_jax.reporting.score_tables import tabulate_run
-from fedvlm_jax.reporting.sentences import describe_run
-from fedvlm_jax.training.config import (
+from fedvlm_jax.config.run_options import (
     Compare,
     EvaluationOptions,
     LoraOptions,
@@ -26,9 +20,15 @@ from fedvlm_jax.training.config import (
     TrainOptions,
     without_extras,
 )
+from fedvlm_jax.config.validation import validate_comparison
+from fedvlm_jax.data.sources.registry import make_options
+from fedvlm_jax.methods.config import MethodOptions, ServerOptions
+from fedvlm_jax.methods.rule_based import Options as Rule
+from fedvlm_jax.methods.zoo import ditto
+from fedvlm_jax.reporting.score_tables import tabulate_run
+from fedvlm_jax.reporting.sentences import describe_run
+from fedvlm_jax.run_dir.reader import read_baseline, read_run
 from fedvlm_jax.training.local_baseline import find_reason_against, make_baseline
-from fedvlm_jax.training.run_dir.reader import read_baseline, read_run
-from fedvlm_jax.training.validation import validate_comparison
 
 ZERO = {"a": 0.25, "b": 0.25, "c": 0.0}
 OWN = {"a": 0.5, "b": 0.75, "c": 0.25}

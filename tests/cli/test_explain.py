@@ -14,6 +14,7 @@ from fedvlm_jax import lora
 from fedvlm_jax.analysis.explain import explain_method
 from fedvlm_jax.analysis.trace_method import Held
 from fedvlm_jax.cli.main import main
+from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions, methods_available
 from fedvlm_jax.federation.communication import count_bytes, find_travelling
 from fedvlm_jax.methods import Method, load_method
 from fedvlm_jax.methods.config import LocalOptions
@@ -21,7 +22,6 @@ from fedvlm_jax.methods.rule_based import Options as Rule
 from fedvlm_jax.methods.rule_based import Parts, make_share_method
 from fedvlm_jax.methods.zoo import feddpa_f
 from fedvlm_jax.reporting.method_report import tabulate_explanation, tabulate_methods
-from fedvlm_jax.training.config import LoraOptions, Run, TrainOptions, methods_available
 from fedvlm_jax.utils import tree
 
 CLIENTS = 4

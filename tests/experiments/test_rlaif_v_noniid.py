@@ -10,8 +10,8 @@ from tiny_run import make_folder
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import rlaif_v_noniid
 
+from fedvlm_jax.run_dir.reader import read_run
 from fedvlm_jax.training.prepare import Session
-from fedvlm_jax.training.run_dir.reader import read_run
 
 
 @pytest.mark.slow

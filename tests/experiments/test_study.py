@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import study_emoji
 import study_summary
 
-from fedvlm_jax.training.run_dir.reader import read_comparison
+from fedvlm_jax.run_dir.reader import read_comparison
 
 T_975_1 = 12.7062047  # Student's t, 97.5 %, one degree of freedom: two seeds
 LOCAL = {0: {"a": 0.4, "b": 0.6}, 1: {"a": 0.5, "b": 0.7}}

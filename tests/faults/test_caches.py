@@ -21,7 +21,7 @@ from fedvlm_jax.data.image_index import ImageFacts
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.unique_images import unique_images
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.training.run_dir.artifacts import LIST, open_adapters
+from fedvlm_jax.run_dir.artifacts import LIST, open_adapters
 from fedvlm_jax.utils import digests
 from fedvlm_jax.utils.files import read_plain
 from fedvlm_jax.utils.record_store import KEY, Records

@@ -17,15 +17,7 @@ from fedvlm_jax.data.federated_dataset import ClientRows, Federation
 from fedvlm_jax.data.partitioning.federate import check_federation
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.client_states import Population
-from fedvlm_jax.training.run_dir.artifacts import (
-    BASE,
-    LIST,
-    load_base,
-    name_file,
-    open_adapters,
-    save_adapters,
-    save_base,
-)
+from fedvlm_jax.run_dir.artifacts import BASE, LIST, load_base, name_file, open_adapters, save_adapters, save_base
 
 HOSTILE = [
     *(

@@ -9,17 +9,17 @@ from made_up import write_comparison, write_run
 from make_parquet import draw_image
 
 from fedvlm_jax.cli.main import main
+from fedvlm_jax.config.run_options import Run, from_json, to_json
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.example_cards import read_cards
 from fedvlm_jax.reporting.pages import render
 from fedvlm_jax.reporting.score_tables import tabulate_comparison, tabulate_run
 from fedvlm_jax.reporting.sentences import describe_comparison, describe_run
+from fedvlm_jax.run_dir.reader import read_comparison, read_metrics, read_run
+from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import evaluate, federated_run
 from fedvlm_jax.training.compare import finish_run
-from fedvlm_jax.training.config import Run, from_json, to_json
 from fedvlm_jax.training.progress import SilentProgress
-from fedvlm_jax.training.run_dir.reader import read_comparison, read_metrics, read_run
-from fedvlm_jax.training.run_dir.validated_files import read_config
 
 NO_OBJECT = {
     "empty": b"",

@@ -18,15 +18,15 @@ from tiny_run import assert_same_adapters, make_folder
 
 from fedvlm_jax.cli import train as command
 from fedvlm_jax.cli.main import main
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.errors import ADVICE, UserError, describe_os_error, naming
 from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.federation.client_states import Population
 from fedvlm_jax.reporting import report
+from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.callbacks import MetricsWriter
-from fedvlm_jax.training.config import Run
 from fedvlm_jax.training.progress import SilentProgress
-from fedvlm_jax.training.run_dir.folder_lock import Claim
 from fedvlm_jax.utils.files import write_bytes, write_json
 from fedvlm_jax.utils.standard_streams import leave_out_told
 

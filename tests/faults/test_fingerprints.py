@@ -16,19 +16,19 @@ from safetensors.numpy import load_file, save_file
 from tiny_run import StopAfter, StopError, make_folder, tiny_run
 
 from fedvlm_jax.cli.main import main
+from fedvlm_jax.config.run_options import Compare, Run, TrainOptions
 from fedvlm_jax.data.parquet_to_arrow import read_parquet
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.data.unique_images import digest_rows
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.report import write_report
+from fedvlm_jax.run_dir import fingerprints
+from fedvlm_jax.run_dir.fingerprints import anchor
+from fedvlm_jax.run_dir.reader import read_baseline, read_run
+from fedvlm_jax.run_dir.validated_files import check_seal, read_config, seal
 from fedvlm_jax.training import compare, evaluate, federated_run
-from fedvlm_jax.training.config import Compare, Run, TrainOptions
 from fedvlm_jax.training.local_baseline import train_alone
 from fedvlm_jax.training.progress import SilentProgress
-from fedvlm_jax.training.run_dir import fingerprints
-from fedvlm_jax.training.run_dir.fingerprints import anchor
-from fedvlm_jax.training.run_dir.reader import read_baseline, read_run
-from fedvlm_jax.training.run_dir.validated_files import check_seal, read_config, seal
 from fedvlm_jax.utils import digests
 from fedvlm_jax.utils.digests import digest_file, digest_files
 

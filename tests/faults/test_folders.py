@@ -17,20 +17,18 @@ from made_up import write_comparison, write_run
 from tiny_run import StopError, make_folder
 
 from fedvlm_jax.cli.main import main
+from fedvlm_jax.config.run_options import Compare, Run
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting import report
+from fedvlm_jax.run_dir import folder_lock
+from fedvlm_jax.run_dir.fingerprints import anchor
+from fedvlm_jax.run_dir.folder_lock import Claim
+from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training import compare, evaluate, federated_run
-from fedvlm_jax.training.config import Compare, Run
-from fedvlm_jax.training.run_dir import folder_lock
-from fedvlm_jax.training.run_dir.fingerprints import anchor
-from fedvlm_jax.training.run_dir.folder_lock import Claim
-from fedvlm_jax.training.run_dir.reader import read_metrics
 from fedvlm_jax.utils.cache_folders import FOLDER, find_arrow
 
-HOLD = (
-    "import pathlib, sys\nfrom fedvlm_jax.training.run_dir.folder_lock import Claim\nClaim(pathlib.Path(sys.argv[1]))\n"
-)
+HOLD = "import pathlib, sys\nfrom fedvlm_jax.run_dir.folder_lock import Claim\nClaim(pathlib.Path(sys.argv[1]))\n"
 HOLD += "print('mine', flush=True); sys.stdin.read()"
 
 

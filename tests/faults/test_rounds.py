@@ -10,14 +10,14 @@ import pytest
 from federation.test_participation import RATES, Case, assert_same, copy, read_steps
 from tiny_run import tiny_run
 
+from fedvlm_jax.config.run_options import EvaluationOptions, TrainOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.config import ServerOptions
 from fedvlm_jax.reporting.sentences import describe_run
+from fedvlm_jax.run_dir.reader import read_metrics, read_run
 from fedvlm_jax.training import callbacks, federated_run, trainer
-from fedvlm_jax.training.config import EvaluationOptions, TrainOptions
 from fedvlm_jax.training.failures import describe_lost, describe_rounds, describe_unfit, explain_all_unfit
 from fedvlm_jax.training.progress import SilentProgress, describe_line
-from fedvlm_jax.training.run_dir.reader import read_metrics, read_run
 from fedvlm_jax.utils import tree
 
 HUGE = {"a": jnp.float32(1e30), "b": jnp.float32(1e30)}

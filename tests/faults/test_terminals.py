@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.reporting import score_tables, tables
-from fedvlm_jax.training.run_dir import reader
+from fedvlm_jax.run_dir import reader
 from fedvlm_jax.utils.console import open_console
 def show(*args, **kwargs):
     console = open_console()

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from tiny_run import make_folder, tiny_run
 
+from fedvlm_jax.config.run_options import LoraOptions
 from fedvlm_jax.federation.round_shapes import shape_examples, shape_round
-from fedvlm_jax.training.config import LoraOptions
 from fedvlm_jax.training.prepare import make_simulator, open_session, prepare
 
 

@@ -12,12 +12,12 @@ import pytest
 from toy import RATES, WIDTH, make_cohort, make_method, run_round, start_states, take, trace_rounds
 
 from fedvlm_jax import lora
+from fedvlm_jax.config.run_options import methods_available
 from fedvlm_jax.distributed.sharding import make_mesh, replicate
 from fedvlm_jax.federation.round import make_round, start_personal
 from fedvlm_jax.methods.base import AVERAGING, Context, is_factor
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions, find_method_options, list_method_flags
 from fedvlm_jax.methods.zoo import fedrpca
-from fedvlm_jax.training.config import methods_available
 from fedvlm_jax.utils import tree
 
 CLIENTS = 4

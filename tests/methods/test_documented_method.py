@@ -8,8 +8,8 @@ import pytest
 import test_contract as contract
 
 import fedvlm_jax.methods.zoo
-from fedvlm_jax.training.config import Run
-from fedvlm_jax.training.method_options import declare
+from fedvlm_jax.config.method_options import declare
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.utils import tree
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "add-a-method.md"

@@ -7,13 +7,13 @@ import pytest
 from toy import RATES, make_cohort, make_method, run_round, start_states, take
 
 import fedvlm_jax.methods.zoo
+from fedvlm_jax.config.method_options import check_choices, declare
+from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.round import make_round
 from fedvlm_jax.methods.config import LocalOptions
 from fedvlm_jax.reporting.method_report import tabulate_methods
-from fedvlm_jax.training.config import Run, TrainOptions
-from fedvlm_jax.training.method_options import check_choices, declare
 
 GOOD = """
 from fedvlm_jax.errors import UserError

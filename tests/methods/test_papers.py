@@ -15,6 +15,8 @@ import pytest
 from linear_world import KEY, RANK, SHAPES, World, as_theta, assert_close
 
 from fedvlm_jax import lora
+from fedvlm_jax.config.method_options import declare
+from fedvlm_jax.config.run_options import Run, methods_available
 from fedvlm_jax.methods.base import Context, Setup
 from fedvlm_jax.methods.components import heterogeneous_ranks, personalized_download
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
@@ -32,8 +34,6 @@ from fedvlm_jax.methods.zoo import (
     pfedme,
 )
 from fedvlm_jax.methods.zoo.fedrpca import split
-from fedvlm_jax.training.config import Run, methods_available
-from fedvlm_jax.training.method_options import declare
 
 
 def assert_rounds(world, wanted, *, shared=True, turns=None):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny_run import tiny_run
 
-from fedvlm_jax.training.config import SystemOptions
+from fedvlm_jax.config.run_options import SystemOptions
 from fedvlm_jax.training.prepare import make_simulator, prepare
 from fedvlm_jax.training.wave_width import fit
 

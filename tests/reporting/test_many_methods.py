@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from fedvlm_jax.reporting.figures import comparison_figures, cost_figures, diagnostics, heatmaps
 from fedvlm_jax.reporting.figures.round_lines import read_rounds
 from fedvlm_jax.reporting.figures.theme import spread_apart
-from fedvlm_jax.training.run_dir.reader import ComparisonRecord, read_comparison
+from fedvlm_jax.run_dir.reader import ComparisonRecord, read_comparison
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from made_up import CLIENTS, METHODS, write_comparison, write_many, write_run
 
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.report import write_report
 from fedvlm_jax.reporting.score_tables import tabulate_comparison
 from fedvlm_jax.reporting.sentences import describe_comparison
-from fedvlm_jax.training.config import Run
-from fedvlm_jax.training.run_dir.reader import read_comparison
+from fedvlm_jax.run_dir.reader import read_comparison
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 

@@ -15,7 +15,7 @@ from fedvlm_jax.reporting.figures import comparison_figures, cost_figures, diagn
 from fedvlm_jax.reporting.figures.round_lines import read_rounds
 from fedvlm_jax.reporting.figures.run_figures import draw_run
 from fedvlm_jax.reporting.figures.theme import choose_series, save_png, to_svg
-from fedvlm_jax.training.run_dir.reader import read_comparison, read_run
+from fedvlm_jax.run_dir.reader import read_comparison, read_run
 
 
 def test_clients_are_sorted_and_stand_at_their_scores(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from made_up import CLIENTS, write_comparison, write_run
 from rich.console import Console
 
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.pages import render
 from fedvlm_jax.reporting.score_tables import tabulate_comparison, tabulate_run, tabulate_runs
@@ -19,8 +20,7 @@ from fedvlm_jax.reporting.tables import (
     to_markdown,
     to_rich,
 )
-from fedvlm_jax.training.config import Run
-from fedvlm_jax.training.run_dir.reader import read_comparison, read_metrics, read_run
+from fedvlm_jax.run_dir.reader import read_comparison, read_metrics, read_run
 
 # Two seeds, two clients. Means per seed: local .5, .6; plora .6, .8. Differences by seed: .1 and .2, mean .15;
 # standard error .05; Student's t with one degree of freedom at 97.5 % is 12.7062, so ± .6353.

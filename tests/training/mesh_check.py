@@ -17,9 +17,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 from tiny_run import StopAfter, StopError
 
+from fedvlm_jax.config.run_options import SystemOptions, from_json
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training import evaluate, federated_run
-from fedvlm_jax.training.config import SystemOptions, from_json
 from fedvlm_jax.training.prepare import make_simulator, open_session, prepare
 
 

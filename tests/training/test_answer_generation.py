@@ -6,8 +6,8 @@ import shutil
 import pytest
 from tiny_run import tiny_run
 
+from fedvlm_jax.config.run_options import EvaluationOptions
 from fedvlm_jax.evaluation.evaluator import GREEDY
-from fedvlm_jax.training.config import EvaluationOptions
 from fedvlm_jax.training.prepare import open_session, prepare
 
 

@@ -8,13 +8,13 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import tiny_run
 
+from fedvlm_jax.config.run_options import Compare
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.run_dir.reader import read_comparison, read_metrics, read_run
 from fedvlm_jax.training import compare as comparing
 from fedvlm_jax.training import federated_run
-from fedvlm_jax.training.config import Compare
 from fedvlm_jax.training.evaluate import evaluate
 from fedvlm_jax.training.progress import SilentProgress
-from fedvlm_jax.training.run_dir.reader import read_comparison, read_metrics, read_run
 
 TIMING = {"seconds", "clients_per_second"}
 

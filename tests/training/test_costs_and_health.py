@@ -10,7 +10,7 @@ from made_up import write_comparison, write_run
 from fedvlm_jax.reporting.figures import comparison_figures, cost_figures, diagnostics
 from fedvlm_jax.reporting.figures.cost_figures import Cost
 from fedvlm_jax.reporting.figures.round_lines import read_rounds
-from fedvlm_jax.training.run_dir.reader import read_comparison, read_run
+from fedvlm_jax.run_dir.reader import read_comparison, read_run
 
 SCORES = {
     "local": {0: {"a": 0.4, "b": 0.6}, 1: {"a": 0.5, "b": 0.7}},

@@ -18,7 +18,7 @@ import pytest
 from make_parquet import make_row, write_rows
 from tiny_run import assert_same_adapters, read_adapters
 
-from fedvlm_jax.training.run_dir.reader import read_metrics, read_run
+from fedvlm_jax.run_dir.reader import read_metrics, read_run
 
 pytestmark = pytest.mark.slow
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from tiny_run import StopAfter, StopError, assert_same_adapters, read_adapters, tiny_run
 
+from fedvlm_jax.config.run_options import EvaluationOptions, TrainOptions, to_json
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.run_dir.reader import read_metrics, read_run
+from fedvlm_jax.run_dir.validated_files import seal
 from fedvlm_jax.training import evaluate, federated_run, trainer
-from fedvlm_jax.training.config import EvaluationOptions, TrainOptions, to_json
 from fedvlm_jax.training.progress import SilentProgress
-from fedvlm_jax.training.run_dir.reader import read_metrics, read_run
-from fedvlm_jax.training.run_dir.validated_files import seal
 
 
 @pytest.fixture(scope="module")

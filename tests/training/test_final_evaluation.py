@@ -8,11 +8,11 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import tiny_run
 
+from fedvlm_jax.run_dir.reader import read_run
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.final_evaluation import read_gains
 from fedvlm_jax.training.personalization import find_nearest
 from fedvlm_jax.training.prepare import prepare
-from fedvlm_jax.training.run_dir.reader import read_run
 
 
 def run_with(model, folder, session, method="plora", held_out=0.25, **evaluation):

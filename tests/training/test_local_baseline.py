@@ -3,11 +3,11 @@
 import pytest
 from tiny_run import StopAfter, StopError, tiny_run
 
+from fedvlm_jax.run_dir.reader import read_baseline, read_run
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.extend_run import lengthen
 from fedvlm_jax.training.local_baseline import train_alone
 from fedvlm_jax.training.progress import SilentProgress
-from fedvlm_jax.training.run_dir.reader import read_baseline, read_run
 
 
 @pytest.mark.broad

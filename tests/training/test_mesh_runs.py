@@ -12,10 +12,10 @@ import pytest
 from make_parquet import make_row, write_rows
 from tiny_run import assert_same_adapters, read_adapters, tiny_run
 
+from fedvlm_jax.config.run_options import EvaluationOptions, SystemOptions, TrainOptions, to_json
 from fedvlm_jax.data.sources.registry import make_options
+from fedvlm_jax.run_dir.reader import read_run
 from fedvlm_jax.training import federated_run
-from fedvlm_jax.training.config import EvaluationOptions, SystemOptions, TrainOptions, to_json
-from fedvlm_jax.training.run_dir.reader import read_run
 
 pytestmark = pytest.mark.broad
 

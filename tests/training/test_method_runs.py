@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import StopAfter, StopError, assert_same_adapters, tiny_run
 
+from fedvlm_jax.config.run_options import LocalOptions, LoraOptions, ServerOptions, TrainOptions, methods_available
+from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training import evaluate, federated_run
-from fedvlm_jax.training.config import LocalOptions, LoraOptions, ServerOptions, TrainOptions, methods_available
-from fedvlm_jax.training.run_dir.reader import read_metrics
 
 pytestmark = pytest.mark.broad
 

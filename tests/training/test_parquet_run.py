@@ -6,13 +6,13 @@ from make_parquet import make_row, make_rows, write_rows
 from safetensors.numpy import load_file
 from tiny_run import tiny_run
 
+from fedvlm_jax.config.run_options import LoraOptions, SystemOptions, TrainOptions
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.run_dir.reader import read_run
 from fedvlm_jax.training import federated_run
-from fedvlm_jax.training.config import LoraOptions, SystemOptions, TrainOptions
 from fedvlm_jax.training.prepare import open_session, prepare
 from fedvlm_jax.training.progress import SilentProgress
-from fedvlm_jax.training.run_dir.reader import read_run
 
 TRAIN = TrainOptions(rounds=1, local_steps=2, batch_size=4)
 

@@ -9,14 +9,14 @@ import pytest
 from tiny_run import tiny_run
 from training.test_federated_run import StopAfter, StopError, assert_same_adapters
 
+from fedvlm_jax.config.run_options import Compare, ParticipationOptions, Run, TrainOptions, from_json, to_json
+from fedvlm_jax.config.validation import validate, validate_comparison
 from fedvlm_jax.data.config import Quantity
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.simulator import RoundReport
+from fedvlm_jax.run_dir.reader import read_metrics, read_run
 from fedvlm_jax.training import federated_run
-from fedvlm_jax.training.config import Compare, ParticipationOptions, Run, TrainOptions, from_json, to_json
-from fedvlm_jax.training.run_dir.reader import read_metrics, read_run
 from fedvlm_jax.training.trainer import _describe_round
-from fedvlm_jax.training.validation import validate, validate_comparison
 
 pytestmark = pytest.mark.broad
 

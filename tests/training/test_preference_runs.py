@@ -8,15 +8,15 @@ import pytest
 from make_parquet import make_row, make_rows, write_rows
 from tiny_run import tiny_run
 
+from fedvlm_jax.config.run_options import EvaluationOptions, PreferenceOptions, SystemOptions, TrainOptions
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.objectives.log_probs import score_pairs
+from fedvlm_jax.run_dir.artifacts import open_adapters
+from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training import federated_run
-from fedvlm_jax.training.config import EvaluationOptions, PreferenceOptions, SystemOptions, TrainOptions
 from fedvlm_jax.training.prepare import open_session, prepare
 from fedvlm_jax.training.progress import SilentProgress
-from fedvlm_jax.training.run_dir.artifacts import open_adapters
-from fedvlm_jax.training.run_dir.reader import read_metrics
 
 ROUNDS = 10
 WORDS = (("red", "cat"), ("up", "no"), ("one", "hand"), ("car", "bus"), ("water", "food"), ("bird", "house"))

@@ -12,9 +12,9 @@ from fedvlm_jax.analysis.explain import explain
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import open_model
+from fedvlm_jax.run_dir.reader import read_metrics, read_run
 from fedvlm_jax.training.federated_run import resume, train
 from fedvlm_jax.training.prepare import open_session, prepare
-from fedvlm_jax.training.run_dir.reader import read_metrics, read_run
 
 
 def toy_run(model, out, **changes):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from transformers import BartConfig
 
+from fedvlm_jax.config.run_options import EvaluationOptions, Run, SystemOptions
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.training import session as frozen
-from fedvlm_jax.training.config import EvaluationOptions, Run, SystemOptions
 
 PLAIN = SystemOptions()
 

@@ -3,8 +3,8 @@
 import pytest
 from tiny_run import tiny_run
 
-from fedvlm_jax.training import method_setup
-from fedvlm_jax.training.config import LoraOptions, TrainOptions
+from fedvlm_jax.config.run_options import LoraOptions, TrainOptions
+from fedvlm_jax.training import round_setup
 from fedvlm_jax.training.prepare import make_simulator, prepare
 from fedvlm_jax.training.trainer import find_rates
 
@@ -27,8 +27,8 @@ def test_without_warm_up_rates_are_what_they_were():
 
 def test_dropout_reaches_training_and_targets_without_a_weight_are_told(model, session, tmp_path, monkeypatch):
     asked, notes = [], []
-    make = method_setup.make_local_trainer
-    monkeypatch.setattr(method_setup, "make_local_trainer", lambda *given, **kw: asked.append(kw) or make(*given, **kw))
+    make = round_setup.make_local_trainer
+    monkeypatch.setattr(round_setup, "make_local_trainer", lambda *given, **kw: asked.append(kw) or make(*given, **kw))
     options = LoraOptions(rank=2, dropout=0.25, targets="q_proj|o_proj|lm_head")
     experiment = prepare(tiny_run(model, tmp_path / "run", lora=options), session, notes.append)
     make_simulator(experiment, "local", cohort=None)

@@ -12,15 +12,16 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.analysis.trace_method import OPTIMIZER, Stage, Tracer, flatten_state
+from fedvlm_jax.config.method_options import check_rule
+from fedvlm_jax.config.method_setup import make_setup
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round_shapes import shape_key
 from fedvlm_jax.methods import Method, Setup, load_method
 from fedvlm_jax.methods.base import is_factor
 from fedvlm_jax.models import Vlm, read_vlm
 from fedvlm_jax.objectives import load_objective
-from fedvlm_jax.training.config import Run
-from fedvlm_jax.training.method_options import check_rule
-from fedvlm_jax.training.method_setup import deal_ranks, make_setup
+from fedvlm_jax.training.round_setup import deal_ranks
 from fedvlm_jax.utils import tree
 
 

@@ -17,6 +17,8 @@ from fedvlm_jax.analysis.collectives import Collective, find_collectives
 from fedvlm_jax.analysis.flops import count_flops
 from fedvlm_jax.analysis.plan_options import Request, check_request
 from fedvlm_jax.analysis.tpu_topologies import Chip, open_devices, parse_topology
+from fedvlm_jax.config.method_options import check_rule
+from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.data.tokenization import MULTIPLE
 from fedvlm_jax.distributed.mesh_shape import parse_mesh
 from fedvlm_jax.distributed.sharding import CLIENTS, make_mesh
@@ -27,8 +29,7 @@ from fedvlm_jax.federation.round_shapes import shape_examples, shape_round
 from fedvlm_jax.lora import LoRA
 from fedvlm_jax.models import Vlm, read_size, read_vlm
 from fedvlm_jax.objectives import Objective, load_objective
-from fedvlm_jax.training.method_options import check_rule
-from fedvlm_jax.training.method_setup import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes, make_spec
+from fedvlm_jax.training.round_setup import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from fedvlm_jax.analysis.tpu_topologies import CHIPS, CPU, parse_topology
-from fedvlm_jax.errors import UserError
-from fedvlm_jax.training.config import (
+from fedvlm_jax.config.run_options import (
     METHOD,
     LocalOptions,
     LoraOptions,
@@ -19,6 +18,7 @@ from fedvlm_jax.training.config import (
     SystemOptions,
     TrainOptions,
 )
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.option_ranges import Count, Positive, check_ranges
 
 _OF_RUN = {option.name for option in fields(Run)} - {"out"}

@@ -7,12 +7,12 @@ import inspect
 from collections.abc import Callable, Sequence
 
 from fedvlm_jax.analysis.plan_options import Request
+from fedvlm_jax.config.run_options import SHARE, Compare, Run, methods_available
+from fedvlm_jax.config.validation import plain
 from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.sources.registry import list_owners, make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.config import MethodOptions, find_method_options, list_method_flags
-from fedvlm_jax.training.config import SHARE, Compare, Run, methods_available
-from fedvlm_jax.training.validation import plain
 from fedvlm_jax.utils.option_ranges import list_options
 
 

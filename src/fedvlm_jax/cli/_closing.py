@@ -3,12 +3,12 @@
 import shlex
 from typing import Any
 
+from fedvlm_jax.config.run_options import Run, from_json
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired
 from fedvlm_jax.reporting.tables import format_paired
-from fedvlm_jax.training.config import Run, from_json
-from fedvlm_jax.training.run_dir.reader import RunRecord, read_baseline
+from fedvlm_jax.run_dir.reader import RunRecord, read_baseline
 from fedvlm_jax.utils.option_ranges import list_options
 
 NOT_TAKEN = ("--method", "--out", "--resume", "--train.finetune-steps", "--evaluation.neighbours", "--evaluation.test")

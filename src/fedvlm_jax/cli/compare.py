@@ -8,10 +8,10 @@ import tyro
 
 from fedvlm_jax.cli._signals import exit_code, say
 from fedvlm_jax.cli._startup import start_quickly
+from fedvlm_jax.config.run_options import Compare
+from fedvlm_jax.config.validation import validate_comparison
 from fedvlm_jax.errors import UserError, describe_os_error
-from fedvlm_jax.training.config import Compare
-from fedvlm_jax.training.run_dir.folder_lock import choose_folder
-from fedvlm_jax.training.validation import validate_comparison
+from fedvlm_jax.run_dir.folder_lock import choose_folder
 
 
 def compare(
@@ -22,7 +22,7 @@ def compare(
     start_quickly()
 
     from fedvlm_jax.reporting import report, score_tables, tables
-    from fedvlm_jax.training.run_dir import reader
+    from fedvlm_jax.run_dir import reader
     from fedvlm_jax.utils.console import open_console
 
     with choose_folder(comparison.out, "compare") as folder:

@@ -9,7 +9,7 @@ import tyro
 
 from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.sources import emoji
-from fedvlm_jax.training.run_dir.folder_lock import open_folder
+from fedvlm_jax.run_dir.folder_lock import open_folder
 from fedvlm_jax.utils.option_ranges import Seed
 
 

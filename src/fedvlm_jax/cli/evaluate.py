@@ -19,9 +19,9 @@ def evaluate(
     start_quickly()
 
     from fedvlm_jax.reporting import score_tables, tables
+    from fedvlm_jax.run_dir import reader
     from fedvlm_jax.training import evaluate as evaluating
     from fedvlm_jax.training import progress
-    from fedvlm_jax.training.run_dir import reader
     from fedvlm_jax.utils.console import open_console
 
     show = progress.open_progress()

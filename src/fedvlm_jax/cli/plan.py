@@ -6,9 +6,9 @@ from typing import Annotated
 import tyro
 
 from fedvlm_jax.analysis.plan_options import Request, check_request
+from fedvlm_jax.config.validation import validate
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.training.run_dir.folder_lock import open_folder
-from fedvlm_jax.training.validation import validate
+from fedvlm_jax.run_dir.folder_lock import open_folder
 
 
 def plan(request: Annotated[Request, tyro.conf.arg(name="")] = Request()) -> None:  # noqa: B008  frozen

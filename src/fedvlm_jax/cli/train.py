@@ -12,12 +12,12 @@ from fedvlm_jax.cli._signals import exit_code, say
 from fedvlm_jax.cli._startup import start_quickly
 from fedvlm_jax.cli._supervise import is_child, supervise
 from fedvlm_jax.cli._together import Together, together
+from fedvlm_jax.config.run_options import Run
+from fedvlm_jax.config.validation import validate
 from fedvlm_jax.distributed.launch import DistributedOptions, check_distributed
 from fedvlm_jax.errors import UserError, describe_os_error
-from fedvlm_jax.training.config import Run
-from fedvlm_jax.training.run_dir.folder_lock import make_folder, remove_unused
-from fedvlm_jax.training.run_dir.validated_files import read_config
-from fedvlm_jax.training.validation import validate
+from fedvlm_jax.run_dir.folder_lock import make_folder, remove_unused
+from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.utils.option_ranges import list_options
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _has_begun(run: Run, folder: Path) -> bool:
     file = folder / "config.json"
     if not file.is_file():
         return False
-    from fedvlm_jax.training.run_dir.fingerprints import anchor
+    from fedvlm_jax.run_dir.fingerprints import anchor
 
     there, run = read_config(folder).run, anchor(run)
     if dataclasses.replace(there, out=None) != dataclasses.replace(run, out=None):
@@ -192,7 +192,7 @@ def _print_results(folder: Path, no_baseline: str) -> None:
     """Show the tables, then the few numbers that matter; `no_baseline`: why nobody was trained alone."""
     from fedvlm_jax.cli._closing import close_run, suggest_comparison
     from fedvlm_jax.reporting import report, score_tables, tables
-    from fedvlm_jax.training.run_dir import reader
+    from fedvlm_jax.run_dir import reader
     from fedvlm_jax.utils.console import open_console
 
     record = reader.read_run(folder)

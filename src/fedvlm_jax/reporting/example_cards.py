@@ -7,7 +7,7 @@ from typing import Any
 
 from fedvlm_jax.data.safe_paths import OutsideError, read_below
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.training.run_dir.validated_files import EXAMPLE_MODELS, EXAMPLES, check_examples, read_json
+from fedvlm_jax.run_dir.validated_files import EXAMPLE_MODELS, EXAMPLES, check_examples, read_json
 
 PNG = b"\x89PNG\r\n\x1a\n"
 """The first bytes of a PNG."""

@@ -5,12 +5,12 @@ from itertools import groupby, pairwise, zip_longest
 
 from fedvlm_jax.analysis.explain import Explanation
 from fedvlm_jax.analysis.trace_method import Held, Stage, Tensor
+from fedvlm_jax.config.method_options import declare
+from fedvlm_jax.config.run_options import SHARE, Run, methods_available
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.base import AVERAGING
 from fedvlm_jax.methods.config import list_method_flags
 from fedvlm_jax.reporting.tables import Table, format_bytes
-from fedvlm_jax.training.config import SHARE, Run, methods_available
-from fedvlm_jax.training.method_options import declare
 
 WIDTH = 22
 """Longer paths are folded at their slashes, so that a table fits a terminal of 80 columns."""

@@ -7,7 +7,7 @@ from fedvlm_jax.distributed.sharding import CLIENTS
 from fedvlm_jax.errors import naming
 from fedvlm_jax.federation.memory import GIB
 from fedvlm_jax.reporting.tables import Table, format_bytes, to_markdown
-from fedvlm_jax.training.run_dir.artifacts import describe_environment
+from fedvlm_jax.run_dir.artifacts import describe_environment
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.serialization import encode
 

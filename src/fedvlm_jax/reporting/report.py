@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedvlm_jax.config.run_options import Run, describe_method, to_json
+from fedvlm_jax.config.validation import plain
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
@@ -19,10 +21,8 @@ from fedvlm_jax.reporting.pages import Facts, Report, Section, render
 from fedvlm_jax.reporting.score_tables import tabulate_comparison, tabulate_run, tabulate_runs
 from fedvlm_jax.reporting.sentences import describe_comparison, describe_run, describe_runs
 from fedvlm_jax.reporting.tables import MARKS, format_bytes, format_duration, points
-from fedvlm_jax.training.config import Run, describe_method, to_json
-from fedvlm_jax.training.run_dir.folder_lock import Claim
-from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run
-from fedvlm_jax.training.validation import plain
+from fedvlm_jax.run_dir.folder_lock import Claim
+from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run
 from fedvlm_jax.utils.files import write_text
 
 BEST = 5

@@ -10,7 +10,7 @@ from fedvlm_jax.evaluation.statistics.cross_client_matrix import summarise_matri
 from fedvlm_jax.evaluation.statistics.over_clients import summarise, summarise_gain
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, order_by_mean, spread
 from fedvlm_jax.reporting.tables import MANY, MARKS, Table, format_bytes, format_paired, points
-from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord, read_baseline
+from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord, read_baseline
 
 MANY_METHODS = 8
 """Above so many methods they are listed best first, and go down a table that else has them across."""

@@ -10,8 +10,8 @@ from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, count_seeds_ahead, judge
 from fedvlm_jax.reporting.score_tables import RIVALS
 from fedvlm_jax.reporting.tables import points
+from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord, read_baseline
 from fedvlm_jax.training.failures import describe_lost, describe_rounds
-from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord, read_baseline
 
 FEW = 8
 """Up to so many methods each difference has a sentence of its own."""

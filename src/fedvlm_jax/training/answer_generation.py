@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import GREEDY
 from fedvlm_jax.evaluation.gold_answers import Gold, read_gold
 from fedvlm_jax.models import Processor, Vlm
 from fedvlm_jax.models.search import Settings
-from fedvlm_jax.training.config import Run
 from fedvlm_jax.training.session import Note
 
 

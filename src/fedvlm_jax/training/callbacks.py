@@ -17,11 +17,11 @@ from fedvlm_jax.errors import UserError, naming
 from fedvlm_jax.evaluation.evaluator import Adapters, Scores
 from fedvlm_jax.federation.client_states import Slots
 from fedvlm_jax.federation.simulator import Moment, RoundReport
+from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training.failures import UNFIT, describe_rounds, describe_unfit, explain_aggregate, explain_all_unfit
 from fedvlm_jax.training.personalization import give_models
 from fedvlm_jax.training.prepare import Experiment
 from fedvlm_jax.training.progress import Progress, working
-from fedvlm_jax.training.run_dir.reader import read_metrics
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
 from fedvlm_jax.utils.files import write_text
 

@@ -12,20 +12,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedvlm_jax.config.method_options import for_method
+from fedvlm_jax.config.run_options import SHARE, Compare, Run, TrainOptions, to_json, without_extras
+from fedvlm_jax.config.validation import FINETUNED, REMEMBERING, plain, validate_comparison
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.run_dir.artifacts import describe_environment
+from fedvlm_jax.run_dir.fingerprints import anchor, compare_sources, move
+from fedvlm_jax.run_dir.folder_lock import Claim, name_command
+from fedvlm_jax.run_dir.reader import RunRecord, read_run
+from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import federated_run
-from fedvlm_jax.training.config import SHARE, Compare, Run, TrainOptions, to_json, without_extras
-from fedvlm_jax.training.method_options import for_method
 from fedvlm_jax.training.parallel import WorkerProgress, spread
 from fedvlm_jax.training.prepare import Session, open_session
 from fedvlm_jax.training.progress import Numbered, Progress, SilentProgress
-from fedvlm_jax.training.run_dir.artifacts import describe_environment
-from fedvlm_jax.training.run_dir.fingerprints import anchor, compare_sources, move
-from fedvlm_jax.training.run_dir.folder_lock import Claim, name_command
-from fedvlm_jax.training.run_dir.reader import RunRecord, read_run
-from fedvlm_jax.training.run_dir.validated_files import read_config
-from fedvlm_jax.training.validation import FINETUNED, REMEMBERING, plain, validate_comparison
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.serialization import encode
 

@@ -8,19 +8,19 @@ from typing import Any
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import place_base
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.training.final_evaluation import describe_scores, let_remember, score_base, score_matrix, score_models
-from fedvlm_jax.training.prepare import open_session, prepare, show_evaluation
-from fedvlm_jax.training.progress import Progress, SilentProgress, working
-from fedvlm_jax.training.run_dir.artifacts import load_base, open_adapters
-from fedvlm_jax.training.run_dir.fingerprints import (
+from fedvlm_jax.run_dir.artifacts import load_base, open_adapters
+from fedvlm_jax.run_dir.fingerprints import (
     compare_clients,
     compare_sources,
     describe_clients,
     find_places,
     tell_versions,
 )
-from fedvlm_jax.training.run_dir.folder_lock import Claim
-from fedvlm_jax.training.run_dir.validated_files import check_seal, read_config
+from fedvlm_jax.run_dir.folder_lock import Claim
+from fedvlm_jax.run_dir.validated_files import check_seal, read_config
+from fedvlm_jax.training.final_evaluation import describe_scores, let_remember, score_base, score_matrix, score_models
+from fedvlm_jax.training.prepare import open_session, prepare, show_evaluation
+from fedvlm_jax.training.progress import Progress, SilentProgress, working
 from fedvlm_jax.utils.files import write_json
 
 

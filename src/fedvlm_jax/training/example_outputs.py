@@ -16,9 +16,9 @@ from fedvlm_jax.data.tokenization import find_question_column
 from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.errors import naming
 from fedvlm_jax.evaluation.metrics.text_metrics import exact_match, token_f1
+from fedvlm_jax.run_dir.validated_files import EXAMPLE_MODELS, EXAMPLES
 from fedvlm_jax.training.final_evaluation import ScoredModels
 from fedvlm_jax.training.prepare import Experiment
-from fedvlm_jax.training.run_dir.validated_files import EXAMPLE_MODELS, EXAMPLES
 from fedvlm_jax.utils.files import write_json
 
 PICTURES = "examples"

@@ -9,13 +9,13 @@ for the rates of rounds that lie beyond `decay_at` of 16 and not of 24, and for 
 import dataclasses
 from pathlib import Path
 
+from fedvlm_jax.config.method_options import declare
+from fedvlm_jax.config.run_options import Run, to_json
+from fedvlm_jax.config.validation import validate
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.training.config import Run, to_json
-from fedvlm_jax.training.method_options import declare
-from fedvlm_jax.training.run_dir.folder_lock import Claim
-from fedvlm_jax.training.run_dir.validated_files import StoredConfig, check_seal, read_config, seal
-from fedvlm_jax.training.validation import validate
+from fedvlm_jax.run_dir.folder_lock import Claim
+from fedvlm_jax.run_dir.validated_files import StoredConfig, check_seal, read_config, seal
 from fedvlm_jax.utils.files import write_json
 
 

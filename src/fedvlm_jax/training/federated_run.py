@@ -20,6 +20,8 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from fedvlm_jax import lora
+from fedvlm_jax.config.run_options import Run, to_json, without_extras
+from fedvlm_jax.config.validation import validate
 from fedvlm_jax.data.config import SPLITS, Split
 from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.data.tokenization import find_question_column
@@ -29,17 +31,8 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import Adapters, Scored
 from fedvlm_jax.federation.simulator import Moment
 from fedvlm_jax.models import resolve_folder
-from fedvlm_jax.training.callbacks import BestRound, FiniteCheck, MetricsWriter, ProgressReporter
-from fedvlm_jax.training.checkpointing import CheckpointWriter
-from fedvlm_jax.training.config import Run, to_json, without_extras
-from fedvlm_jax.training.example_outputs import write_examples
-from fedvlm_jax.training.failures import describe_lost
-from fedvlm_jax.training.final_evaluation import describe_scores, let_remember, score_base, score_matrix, score_models
-from fedvlm_jax.training.personalization import each_model
-from fedvlm_jax.training.prepare import Experiment, Session, open_session, prepare, show_evaluation
-from fedvlm_jax.training.progress import Progress, SilentProgress, working
-from fedvlm_jax.training.run_dir.artifacts import BASE, describe_environment, describe_start, save_adapters, save_base
-from fedvlm_jax.training.run_dir.fingerprints import (
+from fedvlm_jax.run_dir.artifacts import BASE, describe_environment, describe_start, save_adapters, save_base
+from fedvlm_jax.run_dir.fingerprints import (
     anchor,
     compare_clients,
     compare_sources,
@@ -49,11 +42,18 @@ from fedvlm_jax.training.run_dir.fingerprints import (
     move,
     tell_versions,
 )
-from fedvlm_jax.training.run_dir.folder_lock import Claim, clear, is_used
-from fedvlm_jax.training.run_dir.reader import read_run
-from fedvlm_jax.training.run_dir.validated_files import StoredConfig, check_seal, read_config, seal
+from fedvlm_jax.run_dir.folder_lock import Claim, clear, is_used
+from fedvlm_jax.run_dir.reader import read_run
+from fedvlm_jax.run_dir.validated_files import StoredConfig, check_seal, read_config, seal
+from fedvlm_jax.training.callbacks import BestRound, FiniteCheck, MetricsWriter, ProgressReporter
+from fedvlm_jax.training.checkpointing import CheckpointWriter
+from fedvlm_jax.training.example_outputs import write_examples
+from fedvlm_jax.training.failures import describe_lost
+from fedvlm_jax.training.final_evaluation import describe_scores, let_remember, score_base, score_matrix, score_models
+from fedvlm_jax.training.personalization import each_model
+from fedvlm_jax.training.prepare import Experiment, Session, open_session, prepare, show_evaluation
+from fedvlm_jax.training.progress import Progress, SilentProgress, working
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer
-from fedvlm_jax.training.validation import validate
 from fedvlm_jax.training.wave_width import fit
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.files import write_json

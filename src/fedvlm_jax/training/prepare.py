@@ -15,6 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedvlm_jax import lora
+from fedvlm_jax.config.method_options import check_rule
+from fedvlm_jax.config.method_setup import make_spec
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.federated_dataset import Federation
 from fedvlm_jax.data.partitioning.federate import federate
@@ -37,12 +40,10 @@ from fedvlm_jax.federation.simulator import Simulator, start_adapter
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
 from fedvlm_jax.models import Vlm, load_weights, open_model, resolve_folder
 from fedvlm_jax.objectives import Objective, load_objective
+from fedvlm_jax.run_dir.fingerprints import describe_sources
 from fedvlm_jax.training.answer_generation import Answering, check_room, plan_answers
-from fedvlm_jax.training.config import Run
-from fedvlm_jax.training.method_options import check_rule
-from fedvlm_jax.training.method_setup import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes, make_spec
 from fedvlm_jax.training.progress import Progress
-from fedvlm_jax.training.run_dir.fingerprints import describe_sources
+from fedvlm_jax.training.round_setup import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes
 from fedvlm_jax.training.session import Note, Session, choose_store, reference_of
 from fedvlm_jax.utils.random_streams import Stream
 

@@ -18,6 +18,7 @@ import PIL
 from jax.sharding import Mesh
 
 import fedvlm_jax
+from fedvlm_jax.config.run_options import Run, SystemOptions
 from fedvlm_jax.data.image_decoding import DECODING
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import Examples
@@ -28,7 +29,6 @@ from fedvlm_jax.federation.inputs.batch_reader import Inputs
 from fedvlm_jax.federation.inputs.feature_cache import GIB, WIDTH, FeatureStore, fingerprint_params, fingerprint_vision
 from fedvlm_jax.federation.inputs.reference_log_probs import ReferenceStore, compute_reference, make_score
 from fedvlm_jax.models import Params, Processor, Vlm
-from fedvlm_jax.training.config import Run, SystemOptions
 from fedvlm_jax.utils.cache_folders import find_cache, read_bound, trim
 from fedvlm_jax.utils.compilation_cache import describe_processor
 

@@ -16,13 +16,13 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.data.batches import pad_rows
 from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import fetch
 from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.federation.simulator import RoundInputs, RoundReport, Simulator
-from fedvlm_jax.training.config import Run, TrainOptions
 from fedvlm_jax.training.personalization import each_model, give_models
 from fedvlm_jax.training.prepare import Experiment, make_simulator
 from fedvlm_jax.training.progress import COMPILING, Progress, working

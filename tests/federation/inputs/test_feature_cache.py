@@ -12,14 +12,14 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.unique_images import Images, unique_images
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.inputs.feature_cache import WIDTH, FeatureStore, choose_chunk
 from fedvlm_jax.models import load_vlm, resolve_folder
 from fedvlm_jax.models.florence2 import Processor
-from fedvlm_jax.training.config import Run
-from fedvlm_jax.training.method_setup import choose_arithmetic
+from fedvlm_jax.training.round_setup import choose_arithmetic
 
 SIDE = 4
 ROW = 2 * SIDE * 3 * 4  # bytes: two tokens of twelve float32

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.errors import UserError
@@ -15,8 +16,7 @@ from fedvlm_jax.federation.inputs.reference_log_probs import (
     make_score,
 )
 from fedvlm_jax.models import load_vlm, resolve_folder
-from fedvlm_jax.training.config import Run
-from fedvlm_jax.training.method_setup import choose_arithmetic
+from fedvlm_jax.training.round_setup import choose_arithmetic
 
 COUNT, BATCH = 7, 3
 

@@ -17,7 +17,7 @@ from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.reporting.figures.heatmaps import draw_heatmap
 from fedvlm_jax.reporting.score_tables import RIVALS
 from fedvlm_jax.reporting.tables import points
-from fedvlm_jax.training.run_dir.reader import ComparisonRecord
+from fedvlm_jax.run_dir.reader import ComparisonRecord
 
 METHODS = (
     "Dots are clients, mean over seeds. First: accuracy, the bar is the mean of all. Then: differences to local "

@@ -13,7 +13,7 @@ from fedvlm_jax.evaluation.statistics.over_seeds import order_by_mean, spread
 from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.reporting.figures.round_lines import Line, Rounds, average, pick, read_rounds, read_validation
 from fedvlm_jax.reporting.tables import format_bytes
-from fedvlm_jax.training.run_dir.reader import ComparisonRecord
+from fedvlm_jax.run_dir.reader import ComparisonRecord
 
 PARETO = (
     "Test score against all bytes that a client sends and receives if it takes part in every round; mean over seeds, "

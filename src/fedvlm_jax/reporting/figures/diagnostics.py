@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from fedvlm_jax.config.validation import plain
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.reporting.figures.round_lines import (
@@ -24,8 +25,7 @@ from fedvlm_jax.reporting.figures.round_lines import (
     read_rounds,
     read_validation,
 )
-from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord
-from fedvlm_jax.training.validation import plain
+from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 from fedvlm_jax.evaluation.statistics.over_seeds import mean_over_seeds, order_by_mean
 from fedvlm_jax.reporting.figures import theme
-from fedvlm_jax.training.run_dir.reader import ComparisonRecord, RunRecord
+from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord
 
 
 @theme.style()

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fedvlm_jax.training.run_dir.reader import ComparisonRecord, read_metrics
+from fedvlm_jax.run_dir.reader import ComparisonRecord, read_metrics
 
 Lines = Sequence[Mapping[str, Any]]
 Rounds = Mapping[str, Sequence[Lines]]

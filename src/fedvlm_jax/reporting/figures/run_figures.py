@@ -16,7 +16,7 @@ from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.reporting.figures.heatmaps import draw_matrix
 from fedvlm_jax.reporting.figures.round_lines import pick, read_validation
 from fedvlm_jax.reporting.tables import points
-from fedvlm_jax.training.run_dir.reader import RunRecord
+from fedvlm_jax.run_dir.reader import RunRecord
 
 CLIENTS = "Every client from zero-shot (ring) to its personal model (dot); dashed: means."
 GAINS = (

@@ -22,8 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fedvlm_jax.config.run_options import name_folder
 from fedvlm_jax.errors import UserError, describe_os_error, naming
-from fedvlm_jax.training.config import name_folder
 from fedvlm_jax.utils.files import read_plain
 from fedvlm_jax.utils.untrusted_text import clean
 

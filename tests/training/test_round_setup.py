@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
+from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import choose_layout
@@ -12,17 +13,16 @@ from fedvlm_jax.methods import load_method
 from fedvlm_jax.methods.components.personalized_download import start_pool
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
 from fedvlm_jax.objectives import load_objective
-from fedvlm_jax.training import method_setup
-from fedvlm_jax.training.config import Run, TrainOptions
+from fedvlm_jax.training import round_setup
 
 
 @pytest.mark.parametrize(("wave", "places"), [(20, 20), (12, 24), (8, 24)])
 def test_a_pool_has_room_for_the_cohort_however_it_is_laid_out(monkeypatch, wave, places):
     """Of 40 clients 20 a round: places beyond them are nobody's, and depend on the devices."""
     made = []
-    monkeypatch.setattr(method_setup, "load_method", lambda name, setup: made.append(setup) or load_method(name, setup))
+    monkeypatch.setattr(round_setup, "load_method", lambda name, setup: made.append(setup) or load_method(name, setup))
     layout = choose_layout([9] * 40, cohort=20, wave=wave, devices=1, steps=2, batch=2)
-    method_setup.build_programs(
+    round_setup.build_programs(
         Run(), "fedalt", SimpleNamespace(sites={}), load_objective("sft"), make_mesh(1), population=40, layout=layout,
         ranks=(), common_start=True, local=LocalOptions(), server=ServerOptions(),
     )  # fmt: skip
@@ -35,4 +35,4 @@ def test_a_pool_has_room_for_the_cohort_however_it_is_laid_out(monkeypatch, wave
 def test_a_round_of_more_rows_than_can_be_listed_is_refused(train):
     run = Run(train=TrainOptions(**train))
     with pytest.raises(UserError, match=r"a round would take [\d,]+ rows \(2 clients"):
-        method_setup.lay_out_sizes(run, [9, 9], make_mesh(1), None, None)
+        round_setup.lay_out_sizes(run, [9, 9], make_mesh(1), None, None)

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedvlm_jax.data.sources.registry import make_options
-from fedvlm_jax.errors import UserError
-from fedvlm_jax.training.config import (
+from fedvlm_jax.config.run_options import (
     Compare,
     EvaluationOptions,
     LoraOptions,
@@ -23,7 +21,9 @@ from fedvlm_jax.training.config import (
     objectives_available,
     to_json,
 )
-from fedvlm_jax.training.validation import validate, validate_comparison
+from fedvlm_jax.config.validation import validate, validate_comparison
+from fedvlm_jax.data.sources.registry import make_options
+from fedvlm_jax.errors import UserError
 
 UNUSUAL = Run(
     method="local",

@@ -3,26 +3,25 @@
 Nothing here looks at data or weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import PyTree
 
-from fedvlm_jax import lora
+from fedvlm_jax.config.method_setup import make_setup
+from fedvlm_jax.config.run_options import Run, SystemOptions
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.distributed.sharding import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.compiled import Programs, make_programs
 from fedvlm_jax.federation.local_training import make_local_trainer
-from fedvlm_jax.methods import Setup, load_method
+from fedvlm_jax.methods import load_method
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.models import Stacking, Vlm
 from fedvlm_jax.objectives import Objective
-from fedvlm_jax.training.config import Run, SystemOptions
 
 MOST_ROWS = 2**28
 """Rows that a round may take; their numbers alone are a GiB then."""
@@ -32,13 +31,6 @@ def choose_arithmetic(options: SystemOptions) -> dict[str, Any]:
     """Choose how the model computes, as `load_vlm` and `read_vlm` take it."""
     compute = jnp.bfloat16 if options.compute == "bfloat16" else jnp.float32
     return {"compute_dtype": compute, "stacking": Stacking(options.remat, options.unroll)}
-
-
-def make_spec(run: Run, vlm: Vlm) -> lora.LoRA:
-    """Make the form of a run's adapters, on the sites that the model has by default where the options name none."""
-    options = run.lora
-    targets = options.targets or vlm.targets
-    return lora.LoRA(options.rank, options.alpha, targets, rslora=options.rslora, init=options.init)
 
 
 def deal_ranks(dealt: Sequence[int], clients: int) -> tuple[int, ...]:
@@ -75,23 +67,6 @@ def lay_out_sizes(run: Run, sizes: Sequence[int], mesh: Mesh, cohort: int | None
         devices=mesh.shape[CLIENTS],
         steps=max(steps, 1),
         batch=train.batch_size,
-    )
-
-
-def make_setup(run: Run, vlm: Vlm | None, start_optimizer: Callable[..., PyTree]) -> Setup:
-    """Make what a method is made for, as far as a run's options tell; of clients and ranks they do not."""
-    return Setup(
-        sites={} if vlm is None else vlm.sites,
-        spec=lora.LoRA() if vlm is None else make_spec(run, vlm),
-        components={} if vlm is None else vlm.components,
-        start_optimizer=start_optimizer,
-        keep_optimizer=run.train.optimizer_state == "kept",
-        common_start=run.lora.private_a == "common",
-        rounds=run.train.rounds,
-        local_steps=run.train.local_steps if run.train.local_epochs is None else 0,
-        local=run.local,
-        server=run.server,
-        options=run.method_options,
     )
 
 

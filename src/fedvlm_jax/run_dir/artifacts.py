@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import own_base
 from fedvlm_jax.errors import DamagedError, UserError
-from fedvlm_jax.training.run_dir.folder_lock import name_command
+from fedvlm_jax.run_dir.folder_lock import name_command
 from fedvlm_jax.utils import digests, tree
 from fedvlm_jax.utils.files import read_plain, write_bytes, write_json
 

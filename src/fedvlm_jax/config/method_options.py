@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.config import SHARE, LocalOptions, MethodOptions, ServerOptions, find_method_options
-from fedvlm_jax.training.config import Run, TrainOptions
 
 if TYPE_CHECKING:
     from fedvlm_jax.methods import Method
@@ -65,8 +65,8 @@ def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Ru
 
 def declare(name: str, run: Run) -> "Method":
     """Make a method with a run's options but without a model: for what it says of itself."""
+    from fedvlm_jax.config.method_setup import make_setup
     from fedvlm_jax.methods import load_method  # late: it imports jax
-    from fedvlm_jax.training.method_setup import make_setup
 
     def nothing(*_: Any) -> Any:
         raise AssertionError("a method is made without a model: its functions may ask for one, `make` may not")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.training.run_dir.validated_files import (
+from fedvlm_jax.run_dir.validated_files import (
     SEAL,
     check_comparison,
     check_line,

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.sources.registry import find_sets
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import IGNORED, Examples
 from fedvlm_jax.errors import UserError, check_utf8
 from fedvlm_jax.models.folder_files import find_files
-from fedvlm_jax.training.config import Run
-from fedvlm_jax.training.run_dir.artifacts import describe_versions
+from fedvlm_jax.run_dir.artifacts import describe_versions
 from fedvlm_jax.utils import digests
 from fedvlm_jax.utils.digests import digest_file, digest_files
 

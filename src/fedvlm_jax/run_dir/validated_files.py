@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedvlm_jax.config.run_options import Run, from_json
 from fedvlm_jax.distributed.mesh_shape import MeshShape
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.training.config import Run, from_json
 from fedvlm_jax.utils.digests import digest_parts
 from fedvlm_jax.utils.serialization import fit
 

@@ -5,12 +5,8 @@ import difflib
 import re
 from pathlib import Path
 
-from fedvlm_jax.data.sources.registry import find_options
-from fedvlm_jax.distributed.mesh_shape import parse_mesh
-from fedvlm_jax.errors import UserError
-from fedvlm_jax.evaluation.metrics.metric_labels import SELECTING
-from fedvlm_jax.objectives import load_objective
-from fedvlm_jax.training.config import (
+from fedvlm_jax.config.method_options import check_choices, check_comparison, find_rule
+from fedvlm_jax.config.run_options import (
     METHOD,
     SHARE,
     Compare,
@@ -20,7 +16,11 @@ from fedvlm_jax.training.config import (
     methods_available,
     objectives_available,
 )
-from fedvlm_jax.training.method_options import check_choices, check_comparison, find_rule
+from fedvlm_jax.data.sources.registry import find_options
+from fedvlm_jax.distributed.mesh_shape import parse_mesh
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.metrics.metric_labels import SELECTING
+from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.utils.option_ranges import LARGEST_SEED, check_ranges
 
 FINETUNED, REMEMBERING = "+ft", "+knn"

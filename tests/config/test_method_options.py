@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import pytest
 from toy import RATES, make_cohort, make_method, start_states
 
+from fedvlm_jax.config.method_options import check_rule, declare, for_method
+from fedvlm_jax.config.run_options import Compare, LoraOptions, Run, TrainOptions, methods_available
+from fedvlm_jax.config.validation import validate, validate_comparison
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.participation import ParticipationOptions
@@ -16,9 +19,6 @@ from fedvlm_jax.methods.base import AVERAGING
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions, find_method_options, list_method_flags
 from fedvlm_jax.methods.rule_based import Options as Rule
 from fedvlm_jax.methods.zoo import apfl, ce_lora, ditto, feddpa_t, fedrpca, lora_fair
-from fedvlm_jax.training.config import Compare, LoraOptions, Run, TrainOptions, methods_available
-from fedvlm_jax.training.method_options import check_rule, declare, for_method
-from fedvlm_jax.training.validation import validate, validate_comparison
 from fedvlm_jax.utils.option_ranges import list_options
 
 SGD = TrainOptions(optimizer="sgd")

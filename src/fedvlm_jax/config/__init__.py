@@ -1,0 +1,1 @@
+"""A run's options, and whether they can work; judged before any data or weights are read."""

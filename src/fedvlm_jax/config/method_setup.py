@@ -1,0 +1,34 @@
+"""From a run's options to the form of its adapters and to what its method is made for; no data, no weights."""
+
+from collections.abc import Callable
+
+from jaxtyping import PyTree
+
+from fedvlm_jax import lora
+from fedvlm_jax.config.run_options import Run
+from fedvlm_jax.methods import Setup
+from fedvlm_jax.models import Vlm
+
+
+def make_spec(run: Run, vlm: Vlm) -> lora.LoRA:
+    """Make the form of a run's adapters, on the sites that the model has by default where the options name none."""
+    options = run.lora
+    targets = options.targets or vlm.targets
+    return lora.LoRA(options.rank, options.alpha, targets, rslora=options.rslora, init=options.init)
+
+
+def make_setup(run: Run, vlm: Vlm | None, start_optimizer: Callable[..., PyTree]) -> Setup:
+    """Make what a method is made for, as far as a run's options tell; of clients and ranks they do not."""
+    return Setup(
+        sites={} if vlm is None else vlm.sites,
+        spec=lora.LoRA() if vlm is None else make_spec(run, vlm),
+        components={} if vlm is None else vlm.components,
+        start_optimizer=start_optimizer,
+        keep_optimizer=run.train.optimizer_state == "kept",
+        common_start=run.lora.private_a == "common",
+        rounds=run.train.rounds,
+        local_steps=run.train.local_steps if run.train.local_epochs is None else 0,
+        local=run.local,
+        server=run.server,
+        options=run.method_options,
+    )
