@@ -19,10 +19,10 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
+from fedvlm_jax.config.run_options import EvaluationOptions, LoraOptions, Run, TrainOptions
 from fedvlm_jax.data.sources import emoji
+from fedvlm_jax.run_dir.reader import read_run
 from fedvlm_jax.training import federated_run
-from fedvlm_jax.training.config import EvaluationOptions, LoraOptions, Run, TrainOptions
-from fedvlm_jax.training.run_dir.reader import read_run
 
 folder = Path(tempfile.mkdtemp())
 run = Run(
