@@ -108,12 +108,12 @@ def serve(options: Options) -> None:
             if number:
                 began = time.perf_counter()
                 simulator.run_round(simulator.read_round(number), rates)
-                population = simulator.population
-                population.flush()
-                population.keep(number)
-                population.let_go(number - 2)
+                client_states = simulator.client_states
+                client_states.flush()
+                client_states.keep(number)
+                client_states.let_go(number - 2)
                 about: dict[str, Any] = {"best_round": 0, "best_phase": 0, "best_score": [None, None]}
-                checkpoints.save(number, simulator.state(), about, {"states": population.shapes})
+                checkpoints.save(number, simulator.state(), about, {"states": client_states.shapes})
                 answer = {"seconds": time.perf_counter() - began, "mib": resident()}
             print(json.dumps(answer), flush=True)
         checkpoints.close()

@@ -16,7 +16,7 @@ from made_table import make_table
 from fedvlm_jax.data.federated_dataset import ClientRows, Federation
 from fedvlm_jax.data.partitioning.federate import check_federation
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.federation.client_states import Population
+from fedvlm_jax.federation.client_states import ClientStates
 from fedvlm_jax.run_dir.artifacts import BASE, LIST, load_base, name_file, open_adapters, save_adapters, save_base
 
 HOSTILE = [
@@ -207,7 +207,7 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path, umask, mode):
     try:
         write(tmp_path, ["one", "Two"])
         save_base(tmp_path / BASE, {"w": np.zeros(3)}, {"w": np.ones(3)})
-        Population({}, 3, tmp_path / "states-0.bin")
+        ClientStates({}, 3, tmp_path / "states-0.bin")
     finally:
         os.umask(before)
     files = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}

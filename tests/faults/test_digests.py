@@ -10,7 +10,7 @@ from tiny_run import StopAfter, StopError, assert_same_adapters, tiny_run
 
 from fedvlm_jax.errors import DamagedError, UserError
 from fedvlm_jax.federation.checkpoint import Checkpoints
-from fedvlm_jax.federation.client_states import Population
+from fedvlm_jax.federation.client_states import ClientStates
 from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.progress import SilentProgress
@@ -108,33 +108,33 @@ def test_a_checkpoint_whose_files_are_not_whole_is_told(written, tmp_path, part,
 
 def test_a_flipped_bit_anywhere_in_a_record_is_told(tmp_path):
     file = tmp_path / "states.bin"
-    population = Population(SHAPES, 4, file)
-    population.scatter([0, 1, 2], make_states([0, 1, 2], 1))
+    client_states = ClientStates(SHAPES, 4, file)
+    client_states.scatter([0, 1, 2], make_states([0, 1, 2], 1))
     for at in range(RECORD, 2 * RECORD):
         flip(file, at, bit=at % 8)
         with pytest.raises(DamagedError, match=r"states\.bin is damaged: the client's state at its bytes 80 to 160"):
-            population.gather([0, 1])
-        population.gather([0, 2, 3])
-        assert "is damaged" in population.find_damage(population.slots)
+            client_states.gather([0, 1])
+        client_states.gather([0, 2, 3])
+        assert "is damaged" in client_states.find_damage(client_states.slots)
         flip(file, at, bit=at % 8)
-    assert population.find_damage(population.slots) is None
+    assert client_states.find_damage(client_states.slots) is None
 
 
 def test_a_record_of_another_time_or_place_is_told(tmp_path):
     """Whole in itself: a lost write, a file that was copied while it was written, two records that changed places."""
     file = tmp_path / "states.bin"
-    population = Population(SHAPES, 4, file)
-    population.scatter([0, 1], make_states([0, 1], 1))
+    client_states = ClientStates(SHAPES, 4, file)
+    client_states.scatter([0, 1], make_states([0, 1], 1))
     early = file.read_bytes()
-    population.scatter([0, 1], make_states([0, 1], 2))
+    client_states.scatter([0, 1], make_states([0, 1], 2))
     late = file.read_bytes()
     assert len(early) == len(late) == 2 * RECORD
     for content in (early, early[:RECORD] + late[RECORD:], late[RECORD:] + late[:RECORD]):
         file.write_bytes(content)
         with pytest.raises(DamagedError, match="not the one that was written there"):
-            population.gather([0, 1])
+            client_states.gather([0, 1])
     file.write_bytes(late)
-    np.testing.assert_array_equal(population.gather([0, 1])["count"], [2, 2])
+    np.testing.assert_array_equal(client_states.gather([0, 1])["count"], [2, 2])
 
 
 # --- Whole runs ---

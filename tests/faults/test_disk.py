@@ -21,7 +21,7 @@ from fedvlm_jax.cli.main import main
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.errors import ADVICE, UserError, describe_os_error, naming
 from fedvlm_jax.federation.checkpoint import Checkpoints
-from fedvlm_jax.federation.client_states import Population
+from fedvlm_jax.federation.client_states import ClientStates
 from fedvlm_jax.reporting import report
 from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.training import federated_run
@@ -72,18 +72,18 @@ def test_errors_of_libraries_are_one_line_too():
 
 
 def test_states(monkeypatch, tmp_path):
-    population = Population({"a": jax.ShapeDtypeStruct((4,), np.float32)}, 3, tmp_path / "states-0.bin")
-    population.scatter([0, 1], {"a": np.ones((2, 4), np.float32)})
-    kept = population.keep("best").copy()
+    client_states = ClientStates({"a": jax.ShapeDtypeStruct((4,), np.float32)}, 3, tmp_path / "states-0.bin")
+    client_states.scatter([0, 1], {"a": np.ones((2, 4), np.float32)})
+    kept = client_states.keep("best").copy()
 
     def refuse(*rest):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwritev", refuse)
     with pytest.raises(OSError, match="No space") as told:
-        population.scatter([0], {"a": np.zeros((1, 4), np.float32)})
+        client_states.scatter([0], {"a": np.zeros((1, 4), np.float32)})
     assert describe_os_error(told.value) == f"{tmp_path / 'states-0.bin'}: {FULL}"
-    np.testing.assert_array_equal(population.gather([0, 1], kept)["a"], np.ones((2, 4)))
+    np.testing.assert_array_equal(client_states.gather([0, 1], kept)["a"], np.ones((2, 4)))
 
 
 def test_a_checkpoint_that_is_written_in_the_background(tmp_path, caplog):

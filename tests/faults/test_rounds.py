@@ -58,11 +58,11 @@ def test_an_unfit_client_is_named_and_keeps_its_state(plora):
     simulator, without = plora.start(), plora.start()
     for one in (simulator, without):
         one.run_round(read_steps(one, 1, [4] * 4), RATES)
-    before = copy(simulator.population.gather([1]))
+    before = copy(simulator.client_states.gather([1]))
     report = simulator.run_round(poison(read_steps(simulator, 2, [4] * 4), [1]), RATES)
     without.run_round(read_steps(without, 2, [4, 0, 4, 4]), RATES)
     assert (report.unfit.tolist(), report.counted.tolist(), report.finite) == ([1], [0, 2, 3], True)
-    assert_same(copy(simulator.population.gather([1])), before)
+    assert_same(copy(simulator.client_states.gather([1])), before)
     assert_same(copy(simulator.server), copy(without.server), rtol=1e-4, atol=2e-6)
     assert len(plora.programs.compiled) == 1, "who is unfit is data"
 
@@ -70,9 +70,9 @@ def test_an_unfit_client_is_named_and_keeps_its_state(plora):
 def test_an_unfit_newcomer_is_still_new(plora):
     simulator = plora.start()
     simulator.run_round(poison(read_steps(simulator, 1, [4] * 4), [1, 3]), RATES)
-    assert simulator.population.known.tolist() == [True, False, True, False]
+    assert simulator.client_states.known.tolist() == [True, False, True, False]
     simulator.run_round(read_steps(simulator, 2, [4] * 4), RATES)
-    assert simulator.population.known.all()
+    assert simulator.client_states.known.all()
 
 
 def test_where_all_are_unfit_nothing_changes(plora):
@@ -103,7 +103,7 @@ def test_an_aggregate_that_is_not_finite_is_not_taken(optimizer):
     report = simulator.run_round(read_steps(simulator, 1, [4] * 4), RATES)
     assert (report.finite, report.unfit.tolist()) == (False, [])
     assert_same(copy(simulator.state()), before)
-    assert not simulator.population.known.any()
+    assert not simulator.client_states.known.any()
 
 
 def test_a_base_that_overflows_is_not_taken(monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.federation.client_states import Population
+from fedvlm_jax.federation.client_states import ClientStates
 
 CLIENTS = 5
 SHAPES = {
@@ -53,34 +53,34 @@ STEPS = st.lists(
 @settings(max_examples=60, deadline=None)
 def test_every_kept_table_reads_as_it_was(tmp_path_factory, steps):
     file = tmp_path_factory.mktemp("states") / "states.bin"
-    population, now, kept = Population(SHAPES, CLIENTS, file), {}, {}
+    client_states, now, kept = ClientStates(SHAPES, CLIENTS, file), {}, {}
     for value, (what, which) in enumerate(steps):
         if what == "scatter":
             numbers = sorted(which, reverse=bool(value % 2))
-            population.scatter(numbers, make_states(numbers, value))
+            client_states.scatter(numbers, make_states(numbers, value))
             now = {**now, **dict.fromkeys(numbers, value)}
         elif what == "keep":
-            kept[which] = (population.keep(which).copy(), population.stamps(), now)
+            kept[which] = (client_states.keep(which).copy(), client_states.stamps(), now)
         elif what == "let_go":
-            population.let_go(which)
+            client_states.let_go(which)
             kept.pop(which, None)
         elif which in kept:  # as after a kill: the file, and the table of a checkpoint
             slots, stamps, now = kept[which]
-            population = Population(SHAPES, CLIENTS, file)
-            population.load(slots, stamps)
-            population.keep(which)
+            client_states = ClientStates(SHAPES, CLIENTS, file)
+            client_states.load(slots, stamps)
+            client_states.keep(which)
             kept = {which: (slots, stamps, now)}
-        assert population.find_damage(population.slots, *(slots for slots, _, _ in kept.values())) is None
+        assert client_states.find_damage(client_states.slots, *(slots for slots, _, _ in kept.values())) is None
         for slots, values in [(None, now), *((slots, values) for slots, _, values in kept.values())]:
-            assert_states(population.gather(list(values), slots), values, values.values())
-        assert population.known.tolist() == [number in now for number in range(CLIENTS)]
+            assert_states(client_states.gather(list(values), slots), values, values.values())
+        assert client_states.known.tolist() == [number in now for number in range(CLIENTS)]
     assert file.stat().st_size <= RECORD * CLIENTS * (1 + 3 + 1), "slots are used again"
 
 
 def test_an_unknown_client_s_state_is_zeros_and_repeated_numbers_read_alike():
-    population = Population(SHAPES, CLIENTS)
-    population.scatter([3], make_states([3], 7))
-    found = population.gather([1, 3, 3])
+    client_states = ClientStates(SHAPES, CLIENTS)
+    client_states.scatter([3], make_states([3], 7))
+    found = client_states.gather([1, 3, 3])
     assert all((leaf[0] == 0).all() for leaf in found.values())
     assert_states({name: leaf[1:] for name, leaf in found.items()}, [3, 3], [7, 7])
 
@@ -88,27 +88,27 @@ def test_an_unknown_client_s_state_is_zeros_and_repeated_numbers_read_alike():
 def test_without_a_table_to_keep_a_state_stays_in_its_place(tmp_path):
     """Rounds that nobody remembers leave the file as long as it was."""
     file = tmp_path / "states.bin"
-    population = Population(SHAPES, CLIENTS, file)
+    client_states = ClientStates(SHAPES, CLIENTS, file)
     for value in range(20):
-        population.scatter([4, 2], make_states([4, 2], value))
-    assert population.record == RECORD
+        client_states.scatter([4, 2], make_states([4, 2], value))
+    assert client_states.record == RECORD
     assert file.stat().st_size == 2 * RECORD
 
 
 def test_states_without_bytes():
     """A method that keeps nothing private still knows who took part."""
-    population = Population({}, CLIENTS)
-    population.scatter([1], {})
-    assert population.gather([0, 1]) == {}
-    assert population.known.tolist() == [False, True, False, False, False]
+    client_states = ClientStates({}, CLIENTS)
+    client_states.scatter([1], {})
+    assert client_states.gather([0, 1]) == {}
+    assert client_states.known.tolist() == [False, True, False, False, False]
 
 
 def test_a_file_that_was_cut_is_told(tmp_path):
     file = tmp_path / "states.bin"
-    population = Population(SHAPES, CLIENTS, file)
-    population.scatter([0, 1, 2], make_states([0, 1, 2], 1))
-    again = Population(SHAPES, CLIENTS, file)
-    again.load(population.slots, population.stamps())
+    client_states = ClientStates(SHAPES, CLIENTS, file)
+    client_states.scatter([0, 1, 2], make_states([0, 1, 2], 1))
+    again = ClientStates(SHAPES, CLIENTS, file)
+    again.load(client_states.slots, client_states.stamps())
     assert again.find_damage(again.slots) is None
     os.truncate(file, 2 * RECORD)
     assert "states.bin ends 47 bytes before the end of a client's state" in again.find_damage(again.slots)
@@ -116,11 +116,11 @@ def test_a_file_that_was_cut_is_told(tmp_path):
 
 def test_a_file_that_is_cut_while_it_is_read_is_told(tmp_path):
     file = tmp_path / "states.bin"
-    population = Population(SHAPES, CLIENTS, file)
-    population.scatter([0, 1], make_states([0, 1], 1))
+    client_states = ClientStates(SHAPES, CLIENTS, file)
+    client_states.scatter([0, 1], make_states([0, 1], 1))
     os.truncate(file, 2 * RECORD - 5)
     with pytest.raises(UserError, match=r"states\.bin ends 5 bytes before the end of a client's state"):
-        population.gather([0, 1])
+        client_states.gather([0, 1])
 
 
 @pytest.mark.parametrize("step", [1, 5, 26, STATE, RECORD])
@@ -138,10 +138,10 @@ def test_a_call_may_move_fewer_bytes_and_parts_than_asked(monkeypatch, tmp_path,
     monkeypatch.setattr(os, "preadv", shortened(os.preadv))
     monkeypatch.setattr(os, "pwritev", shortened(os.pwritev))
     monkeypatch.setattr("fedvlm_jax.federation.client_states.MOST_PARTS", 2)
-    population = Population({**SHAPES, "nothing": jax.ShapeDtypeStruct((0,), np.float32)}, CLIENTS)
+    client_states = ClientStates({**SHAPES, "nothing": jax.ShapeDtypeStruct((0,), np.float32)}, CLIENTS)
     states = {**make_states([1, 4], 3), "nothing": np.empty((2, 0), np.float32)}
-    population.scatter([1, 4], states)
-    found = population.gather([4, 1])
+    client_states.scatter([1, 4], states)
+    found = client_states.gather([4, 1])
     assert found.pop("nothing").shape == (2, 0)
     assert_states(found, [4, 1], [3, 3])
 
@@ -149,22 +149,22 @@ def test_a_call_may_move_fewer_bytes_and_parts_than_asked(monkeypatch, tmp_path,
 def test_states_of_another_type_are_refused():
     states = make_states([1], 3)
     with pytest.raises(ValueError, match="reshape"):
-        Population(SHAPES, CLIENTS).scatter([1], {**states, "a": states["a"].astype(np.float64)})
+        ClientStates(SHAPES, CLIENTS).scatter([1], {**states, "a": states["a"].astype(np.float64)})
 
 
 def test_two_processes_write_one_file(tmp_path):
     """Each has the table and writes its own records: read by either, all of them are there."""
     file, numbers = tmp_path / "states.bin", [4, 0, 3]
-    one, two = (Population(SHAPES, CLIENTS, file) for _ in range(2))
+    one, two = (ClientStates(SHAPES, CLIENTS, file) for _ in range(2))
     for value in range(3):
         states = make_states(numbers, value)
-        for population, own in ((one, [0, 2]), (two, [1])):
-            population.scatter(numbers, {name: leaf[own] for name, leaf in states.items()}, np.asarray(own))
-            population.keep("last")
+        for client_states, own in ((one, [0, 2]), (two, [1])):
+            client_states.scatter(numbers, {name: leaf[own] for name, leaf in states.items()}, np.asarray(own))
+            client_states.keep("last")
         np.testing.assert_array_equal(one.slots, two.slots)
         np.testing.assert_array_equal(one.stamps(), two.stamps())
-        for population in (one, two):
-            assert_states(population.gather(numbers), numbers, [value] * 3)
+        for client_states in (one, two):
+            assert_states(client_states.gather(numbers), numbers, [value] * 3)
     nothing = {name: leaf[:0] for name, leaf in make_states([1], 0).items()}
     two.scatter([1], nothing, np.asarray([], np.int64))  # another's
     assert two.known.tolist() == [True, True, False, True, True]

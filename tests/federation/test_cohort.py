@@ -107,7 +107,7 @@ def test_held_out_clients_are_never_in_a_cohort():
         assert len(set(numbers.tolist())) == 3
         seen |= set(numbers.tolist())
     assert seen == {0, 2, 3, 5}
-    assert simulator.population.known.tolist() == [True, False, True, True, False, True]
+    assert simulator.client_states.known.tolist() == [True, False, True, True, False, True]
     own = simulator.adapters(np.arange(6))  # a newcomer has the server's part, and the private part that all start from
     for leaf, start in zip(jax.tree.leaves(own), jax.tree.leaves(simulator.global_adapters(np.arange(6))), strict=True):
         assert (jnp.asarray(leaf)[1] == jnp.asarray(start)[1]).all()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from toy import LABELS, RATES, VOCABULARY, WIDTH, make_method
 
 from fedvlm_jax.distributed.sharding import make_mesh
-from fedvlm_jax.federation.client_states import Population
+from fedvlm_jax.federation.client_states import ClientStates
 from fedvlm_jax.federation.cohort import choose_layout, draw_cohort, draw_turnout, make_clients
 from fedvlm_jax.federation.compiled import make_programs
 from fedvlm_jax.federation.participation import ParticipationOptions
@@ -248,7 +248,7 @@ def assert_same(one, two, **tolerance):
 
 def rest_of(simulator):
     """The server, and the states of all clients but the second."""
-    return copy((simulator.server, simulator.population.gather([0, 2, 3])))
+    return copy((simulator.server, simulator.client_states.gather([0, 2, 3])))
 
 
 @pytest.mark.broad
@@ -257,12 +257,12 @@ def test_who_drops_out_leaves_no_trace(case):
     dropped, never, stayed = (case.start() for _ in range(3))
     for simulator in (dropped, never, stayed):
         simulator.run_round(read_steps(simulator, 1, [4] * 4), RATES)
-    before = copy(dropped.population.gather([1]))
+    before = copy(dropped.client_states.gather([1]))
     report = dropped.run_round(read_steps(dropped, 2, [4, 0, 4, 2]), RATES)
     never.run_round(read_steps(never, 2, [4, 4, 2], (0, 2, 3)), RATES)
     stayed.run_round(read_steps(stayed, 2, [4, 4, 4, 2]), RATES)
     assert report.counted.tolist() == [0, 2, 3]
-    assert_same(dropped.population.gather([1]), before)
+    assert_same(dropped.client_states.gather([1]), before)
     assert_same(rest_of(dropped), rest_of(never), **ROUNDING)
     with pytest.raises(AssertionError):
         assert_same(rest_of(dropped), rest_of(stayed), **ROUNDING)
@@ -272,14 +272,14 @@ def test_a_newcomer_that_drops_out_is_still_new(case):
     """In its next round it begins as somebody who was never there, from what the server is then."""
     dropped, never = case.start(), case.start()
     dropped.run_round(read_steps(dropped, 1, [4, 0, 4, 4]), RATES)
-    assert dropped.population.known.tolist() == [True, False, True, True]
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(dropped.population.gather([1])))
+    assert dropped.client_states.known.tolist() == [True, False, True, True]
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(dropped.client_states.gather([1])))
     never.run_round(read_steps(never, 1, [4, 4, 4], (0, 2, 3)), RATES)
     for simulator in (dropped, never):
         simulator.run_round(read_steps(simulator, 2, [4] * 4), RATES)
-        assert simulator.population.known.all()
+        assert simulator.client_states.known.all()
     assert_same(rest_of(dropped), rest_of(never), **ROUNDING)
-    assert_same(dropped.population.gather([1]), never.population.gather([1]), **ROUNDING)
+    assert_same(dropped.client_states.gather([1]), never.client_states.gather([1]), **ROUNDING)
 
 
 def test_where_everybody_drops_out_nothing_changes(case):
@@ -298,15 +298,15 @@ def test_states_that_stay_on_the_devices_are_those_of_the_file(case, monkeypatch
     """Where everybody takes part, states go to the file and do not come back; all ends the same, to the bit."""
     staying, returning = case.start(), case.start()
     asked = []
-    gather = Population.gather
-    monkeypatch.setattr(Population, "gather", lambda self, *given: asked.append(self) or gather(self, *given))
+    gather = ClientStates.gather
+    monkeypatch.setattr(ClientStates, "gather", lambda self, *given: asked.append(self) or gather(self, *given))
     for round_, steps in enumerate([[4] * 4, [4] * 4, [4, 0, 4, 2], [4] * 4, [4] * 4], 1):
         returning._left = None
         for simulator in (staying, returning):
             simulator.run_round(read_steps(simulator, round_, steps), RATES)
-    assert asked.count(returning.population) == 5
-    assert asked.count(staying.population) == 2, "at the start, and after somebody had dropped out"
-    whole = [copy((simulator.server, gather(simulator.population, range(4)))) for simulator in (staying, returning)]
+    assert asked.count(returning.client_states) == 5
+    assert asked.count(staying.client_states) == 2, "at the start, and after somebody had dropped out"
+    whole = [copy((simulator.server, gather(simulator.client_states, range(4)))) for simulator in (staying, returning)]
     assert_same(*whole)
 
 
@@ -316,12 +316,12 @@ def test_states_on_the_devices_do_not_outlive_those_that_were_loaded(case):
     for one in (simulator, other):
         one.run_round(read_steps(one, 1, [4] * 4), RATES)
     early = jax.tree.map(np.array, jax.device_get(simulator.state()))
-    simulator.population.keep("early")
+    simulator.client_states.keep("early")
     simulator.run_round(read_steps(simulator, 2, [4] * 4), RATES)
     simulator.load(early)
     for one in (simulator, other):
         one.run_round(read_steps(one, 2, [4] * 4), RATES)
-    assert_same(copy(simulator.population.gather(range(4))), copy(other.population.gather(range(4))))
+    assert_same(copy(simulator.client_states.gather(range(4))), copy(other.client_states.gather(range(4))))
 
 
 def test_a_straggler_s_loss_is_that_of_the_steps_it_took(case):

@@ -20,7 +20,7 @@ def simulator():
     """plora after a round of the first two clients, of rank 1 and 2."""
     simulator = Case("plora", ranks=RANKS).start(ranks=RANKS)
     simulator.run_round(read_steps(simulator, 1, [4, 4], (0, 1)), RATES)
-    assert simulator.population.known.tolist() == [True, True, False, False]
+    assert simulator.client_states.known.tolist() == [True, True, False, False]
     return simulator
 
 

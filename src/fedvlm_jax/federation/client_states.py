@@ -41,7 +41,7 @@ MOST_PARTS = 1024
 """Parts that one call may read or write: IOV_MAX of Linux and macOS."""
 
 
-class Population:
+class ClientStates:
     """Personal states of C clients in a file.
 
     A client's state changes only through `scatter` with its own number: whoever is not in a cohort keeps its state to

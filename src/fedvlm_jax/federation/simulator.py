@@ -22,7 +22,7 @@ from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.distributed.sharding import fetch, fetch_own, own_places, place_like, place_waves, replicate
-from fedvlm_jax.federation.client_states import NOBODY, Population, Slots
+from fedvlm_jax.federation.client_states import NOBODY, ClientStates, Slots
 from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, find_fillers, find_shares, make_clients
 from fedvlm_jax.federation.communication import count_bytes, find_travelling
 from fedvlm_jax.federation.compiled import Around, Programs
@@ -102,7 +102,7 @@ class Moment(NamedTuple):
 
     Attributes:
         server: the server's state, on the host.
-        slots: where the personal states of that moment are; the population keeps them.
+        slots: where the personal states of that moment are; `client_states` keeps them.
     """
 
     server: PyTree
@@ -126,7 +126,7 @@ class Simulator:
         epochs: passes of a client over its examples in a round; None: the layout's local steps, all alike.
         file: where the personal states are; a temporary file by default.
         compiling: makes the context that is entered while a round is compiled.
-        population: the personal states.
+        client_states: the personal states of all clients.
     """
 
     programs: Programs
@@ -143,7 +143,7 @@ class Simulator:
     epochs: float | None = None
     file: Path | None = None
     compiling: Around = nullcontext
-    population: Population = field(init=False)
+    client_states: ClientStates = field(init=False)
     _own: Int[np.ndarray, " own"] = field(init=False, repr=False)
     _trainable: Int[np.ndarray, " some"] = field(init=False, repr=False)
     _sizes: Int[np.ndarray, " some"] = field(init=False, repr=False)
@@ -157,7 +157,7 @@ class Simulator:
             lambda key, server: start_personal(self.programs.method, key, server, jnp.int32(0)), self.key, self.server
         )
         clients = self.examples.clients
-        self.population = Population(shapes, len(clients), self.file)
+        self.client_states = ClientStates(shapes, len(clients), self.file)
         waves = self.layout.waves  # position k of the cohort sits at wave k mod W, place k div W
         own = own_places(self.programs.mesh, self.layout.wave)
         self._own = (own[:, None] * waves + np.arange(waves)).ravel()
@@ -225,7 +225,7 @@ class Simulator:
         """Make what the compiled round takes; personal states as they are now."""
         mesh, numbers, waves = self.programs.mesh, read.numbers, self.layout.waves
         held = numbers[find_fillers(self._own, len(numbers))]
-        clients = read.clients._replace(new=to_waves(~self.population.known[held], waves))
+        clients = read.clients._replace(new=to_waves(~self.client_states.known[held], waves))
         return make_arguments(
             params=self.base,
             server=self.server,
@@ -243,9 +243,9 @@ class Simulator:
         Where the clients are those of the last round, its states, which may be overwritten; else from the file.
         """
         left, self._left = self._left, None
-        if left is not None and np.array_equal(left[0], self.population.slots[numbers]):
+        if left is not None and np.array_equal(left[0], self.client_states.slots[numbers]):
             return left[1]
-        return place_waves(self.programs.mesh, to_waves(self.population.gather(numbers), self.layout.waves))
+        return place_waves(self.programs.mesh, to_waves(self.client_states.gather(numbers), self.layout.waves))
 
     def phase_of(self, round_: int) -> int:
         """Return which of the method's programs runs round `round_`."""
@@ -319,10 +319,10 @@ class Simulator:
         if not whole:
             rows = np.searchsorted(self._own, places[own])
             held = jax.tree.map(lambda x: x[rows], held)
-        self.population.scatter(numbers, held, own)
-        self.population.meet()
+        self.client_states.scatter(numbers, held, own)
+        self.client_states.meet()
         if whole and len(numbers) == len(self._trainable):  # everybody, who will be the next round's cohort too
-            self._left = self.population.slots[numbers[own]], states
+            self._left = self.client_states.slots[numbers[own]], states
 
     def _travelling(self, messages: PyTree, senders: int, round_: int) -> tuple[PyTree, PyTree]:
         """Return shapes of what a client sends and receives, where so many clients sent something."""
@@ -343,16 +343,16 @@ class Simulator:
     @property
     def now(self) -> Moment:
         """The federation as it stands."""
-        return Moment(self.server, self.population.slots)
+        return Moment(self.server, self.client_states.slots)
 
     def adapters(self, numbers: np.ndarray, at: Moment | None = None) -> PyTree:
         """Make the personalised adapters of these clients [V, …], now or at another moment."""
         slots = (at or self.now).slots
-        return self.personalise(self.population.gather(numbers, slots), slots[numbers] != NOBODY, numbers, at)
+        return self.personalise(self.client_states.gather(numbers, slots), slots[numbers] != NOBODY, numbers, at)
 
     def global_adapters(self, numbers: np.ndarray, at: Moment | None = None) -> PyTree:
         """Make adapters [V, …] of the shared part and the private part that each of these clients started from."""
-        states = self.population.gather(numbers, (at or self.now).slots)
+        states = self.client_states.gather(numbers, (at or self.now).slots)
         return self.personalise(states, np.zeros(len(numbers), bool), numbers, at)
 
     def start_states(self, numbers: np.ndarray, at: Moment | None = None) -> PyTree:
@@ -372,19 +372,19 @@ class Simulator:
         def adapters(numbers: np.ndarray) -> PyTree:
             at = np.searchsorted(cohort, numbers)
             own = jax.tree.map(lambda x: x[at], held())
-            return self.programs.trained(before, self.population.gather(numbers), own)
+            return self.programs.trained(before, self.client_states.gather(numbers), own)
 
         return adapters
 
     def state(self) -> PyTree:
         """Return what changes, for a checkpoint: the personal states as their places and what wrote them there."""
-        population = self.population
-        return {"server": self.server, "slots": population.slots.copy(), "stamps": population.stamps()}
+        client_states = self.client_states
+        return {"server": self.server, "slots": client_states.slots.copy(), "stamps": client_states.stamps()}
 
     def load(self, state: PyTree) -> None:
         """Go on from a state that `state` returned."""
         self.server = replicate(self.programs.mesh, state["server"])
-        self.population.load(state["slots"], state["stamps"])
+        self.client_states.load(state["slots"], state["stamps"])
         self._left = None
 
 

@@ -86,7 +86,7 @@ class BestRound(Callback):
 
     def begin(self, trainer: FederatedTrainer) -> None:
         """Take the start as the best there is so far."""
-        self.best = Best(jax.device_get(trainer.simulator.server), trainer.simulator.population.keep("best"))
+        self.best = Best(jax.device_get(trainer.simulator.server), trainer.simulator.client_states.keep("best"))
 
     def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
         """Add `validation` to the line of a round that is validated."""
@@ -131,7 +131,7 @@ class BestRound(Callback):
         score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
         if value is None or (all(map(math.isfinite, score)) and score > self.best.score):
             server = jax.device_get(simulator.server) if trainer.federated else trainer.last_server or self.best.server
-            self.best = Best(server, simulator.population.keep("best"), round_, len(trainer.simulators) - 1, score)
+            self.best = Best(server, simulator.client_states.keep("best"), round_, len(trainer.simulators) - 1, score)
         return result
 
 

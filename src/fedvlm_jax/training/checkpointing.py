@@ -84,29 +84,29 @@ class CheckpointWriter(Callback):
 
     def _state(self, trainer: FederatedTrainer) -> PyTree:
         best = self.best.best
-        stamps = trainer.simulators[best.phase].population.stamps(best.slots)
+        stamps = trainer.simulators[best.phase].client_states.stamps(best.slots)
         kept = {"server": best.server, "slots": best.slots, "stamps": stamps}
         return {"simulator": trainer.simulator.state(), "best": kept, "last_server": trainer.last_server}
 
     def _save(self, trainer: FederatedTrainer, round_: int) -> None:
-        best, population = self.best.best, trainer.simulator.population
+        best, client_states = self.best.best, trainer.simulator.client_states
         score = [value if math.isfinite(value) else None for value in best.score]
         about = {"best_round": best.round, "best_phase": best.phase, "best_score": score}
-        population.flush()  # before the table that names them
-        self._protect(trainer, round_, population.slots, best.slots)
-        self.checkpoints.save(round_, self._state(trainer), about, {"states": population.shapes})
+        client_states.flush()  # before the table that names them
+        self._protect(trainer, round_, client_states.slots, best.slots)
+        self.checkpoints.save(round_, self._state(trainer), about, {"states": client_states.shapes})
         self.saved.append(round_)
         for old in self.saved[:-KEPT]:
-            population.let_go(old)
-            population.let_go(("best", old))
+            client_states.let_go(old)
+            client_states.let_go(("best", old))
         self.saved = self.saved[-KEPT:]
 
     def _protect(self, trainer: FederatedTrainer, round_: int, slots: Slots, best: Slots) -> None:
         """Have no record overwritten that the checkpoint of a round names: a kill or damage may need it again."""
-        population = trainer.simulator.population
-        population.keep(round_, slots.copy())
+        client_states = trainer.simulator.client_states
+        client_states.keep(round_, slots.copy())
         if self.best.best.phase == len(trainer.simulators) - 1:  # records of an earlier phase are not written any more
-            population.keep(("best", round_), best.copy())
+            client_states.keep(("best", round_), best.copy())
 
     def _restore(self, trainer: FederatedTrainer, done: int) -> None:
         """Stand as after round `done`.
@@ -119,33 +119,33 @@ class CheckpointWriter(Callback):
             trainer.last_server = jax.device_get(federation.server) if federation.programs.base is not None else {}
             trainer.start_phase(number, go_on=(trainer.first_adapter(federation.adapters), session.params))
         simulator = trainer.simulator
-        state, about = self.checkpoints.restore(done, self._state(trainer), {"states": simulator.population.shapes})
+        state, about = self.checkpoints.restore(done, self._state(trainer), {"states": simulator.client_states.shapes})
         trainer.last_server = state["last_server"]
         if trainer.last_server:
             federation.server = replicate(session.mesh, trainer.last_server)
             simulator.params = federation.base
         simulator.load(state["simulator"])
         metric, loss = (-math.inf if value is None else value for value in about["best_score"])
-        best, population = state["best"], simulator.population
-        of_best = trainer.simulators[about["best_phase"]].population
+        best, client_states = state["best"], simulator.client_states
+        of_best = trainer.simulators[about["best_phase"]].client_states
         self.best.best = Best(best["server"], best["slots"], about["best_round"], about["best_phase"], (metric, loss))
         of_best.recall(best["slots"], best["stamps"])
         of_best.keep("best", best["slots"])
-        find = lambda: population.find_damage(population.slots) or of_best.find_damage(best["slots"])  # noqa: E731
+        find = lambda: client_states.find_damage(client_states.slots) or of_best.find_damage(best["slots"])  # noqa: E731
         if fault := processes.tell_all(find):
             raise DamagedError(fault)
-        self._protect(trainer, done, population.slots, best["slots"])
+        self._protect(trainer, done, client_states.slots, best["slots"])
         self.saved = [done]
 
     def _keep_older(self, trainer: FederatedTrainer, rounds: Sequence[int]) -> None:
         """Keep what older checkpoints of this phase name, should the newest turn out to be damaged another time."""
-        population = trainer.simulator.population
+        client_states = trainer.simulator.client_states
         for round_ in sorted(rounds):
             if trainer.phase_of(round_) == len(trainer.simulators) - 1:
                 with contextlib.suppress(DamagedError):
-                    shapes = {"states": population.shapes}
+                    shapes = {"states": client_states.shapes}
                     state, _ = self.checkpoints.restore(round_, self._state(trainer), shapes)
                     for part in (state["simulator"], state["best"]):
-                        population.recall(part["slots"], part["stamps"])
+                        client_states.recall(part["slots"], part["stamps"])
                     self._protect(trainer, round_, state["simulator"]["slots"], state["best"]["slots"])
                     self.saved.insert(-1, round_)

@@ -245,7 +245,7 @@ def _execute(
     trainer, best_round = _run_rounds(experiment, run.out, show, ask_base, callbacks)
     zero_shot = ask_base()
     best, federation, own = best_round.best, trainer.simulators[0], best_round.give_models(trainer)
-    at = Moment(replicate(session.mesh, best.server), federation.population.slots)
+    at = Moment(replicate(session.mesh, best.server), federation.client_states.slots)
     base = federation.base_at(at.server)
     shared = jax.device_get(federation.programs.method.download(server=at.server))
     save_base(run.out / "adapters" / BASE, session.params, base)

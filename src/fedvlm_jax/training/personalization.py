@@ -63,7 +63,7 @@ def give_models(experiment: Experiment, simulator: Simulator, at: Moment) -> Ada
         source[cold] = find_nearest(like, cold, trained)
 
     def adapters(numbers: np.ndarray) -> PyTree:
-        states = simulator.population.gather(source[numbers], at.slots)
+        states = simulator.client_states.gather(source[numbers], at.slots)
         if mean is None and not len(ranks):
             return simulator.personalise(states, np.ones(len(numbers), bool), numbers, at)
         new, there = ~known[numbers], None
@@ -123,10 +123,10 @@ def _average(simulator: Simulator, numbers: np.ndarray, slots: Slots, wave: int)
     """The mean of these clients' private states, read so many at a time; of each direction over those who have it."""
     total: PyTree = None
     for start in range(0, len(numbers), wave):
-        states = simulator.population.gather(numbers[start : start + wave], slots)
+        states = simulator.client_states.gather(numbers[start : start + wave], slots)
         part = jax.tree.map(lambda leaf: leaf.sum(axis=0, dtype=np.float64), states)
         total = part if total is None else jax.tree.map(np.add, total, part)
-    shapes = simulator.population.gather(numbers[:1], slots)
+    shapes = simulator.client_states.gather(numbers[:1], slots)
     ranks = np.asarray(simulator.ranks, np.int64)
     having = (ranks[numbers, None] > np.arange(ranks.max())).sum(axis=0) if len(ranks) else None
 

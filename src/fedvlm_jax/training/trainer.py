@@ -232,10 +232,10 @@ def _adopt(simulator: Simulator, models: Adapters, wave: int) -> None:
         return method.init_client(key=simulator.key, server=method.init(adapter=adapter), number=number)
 
     start = jax.jit(jax.vmap(start_with))
-    for numbers, adapters in each_model(models, len(simulator.population), wave):
+    for numbers, adapters in each_model(models, len(simulator.client_states), wave):
         states, own = fetch(start(adapters, pad_rows(numbers, wave))), processes.share_out(len(numbers))
-        simulator.population.scatter(numbers, jax.tree.map(lambda leaf, own=own: leaf[own], states), own)
-    simulator.population.meet()
+        simulator.client_states.scatter(numbers, jax.tree.map(lambda leaf, own=own: leaf[own], states), own)
+    simulator.client_states.meet()
 
 
 def _describe_round(round_: int, method: str, report: RoundReport, seconds: float) -> dict[str, Any]:
