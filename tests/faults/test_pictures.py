@@ -454,7 +454,8 @@ def test_images_beyond_the_bound_are_not_decoded(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("bound", [0, -1, 2**63, 2 * MAX_IMAGE_PIXELS + 1])
 def test_bounds_that_cannot_be_are_refused(bound: int) -> None:
-    with pytest.raises(UserError, match=rf"--data\.max-image-pixels is {bound}; expected 1 to 178956970"):
+    allowed = "from 1 to 178956970" if bound < 1 else "a whole number of at most 178956970"
+    with pytest.raises(UserError, match=rf"--data\.max-image-pixels is {bound}: it must be {allowed}$"):
         make_options("rows.parquet", max_image_pixels=bound)
 
 

@@ -291,7 +291,7 @@ def test_pfedme():
 
 def test_pfedme_as_its_authors_code_has_it():
     """Every round begins with θ at w; that is another model from the second round on."""
-    choices = {"pfedme_lambda": 2.0, "pfedme_inner": 2, "pfedme_rate": 0.3}
+    choices = {"lambda_": 2.0, "inner": 2, "rate": 0.3}
     world = World("pfedme", groups=2, straggler=False, rounds=3, options=pfedme.Options(**choices, restart=True))
     wanted = personal.pfedme(world.problem(), 2.0, 2, 0.3, 1.0, restart=True)
     assert_rounds(world, wanted)

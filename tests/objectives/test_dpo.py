@@ -179,10 +179,10 @@ def test_swapping_the_answers_negates_the_margin(variant):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"beta": 0.0}, "--preference.beta is 0.0; expected a number above 0"),
+        ({"beta": 0.0}, "--preference.beta is 0.0: it must be above 0"),
         ({"beta": float("nan")}, "--preference.beta is nan"),
-        ({"label_smoothing": 0.6}, "--preference.label-smoothing is 0.6; expected a share from 0 to 0.5"),
-        ({"label_smoothing": 0.1, "variant": "ipo"}, "--preference.label-smoothing is 0.1; expected 0 with"),
+        ({"label_smoothing": 0.6}, "--preference.label-smoothing is 0.6: it must be from 0 to 0.5"),
+        ({"label_smoothing": 0.1, "variant": "ipo"}, "--preference.label-smoothing is 0.1: it must be 0 with"),
         ({"sft_weight": -1.0}, "--preference.sft-weight is -1.0"),
     ],
 )

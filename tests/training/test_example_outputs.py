@@ -109,5 +109,5 @@ def test_the_first_of_each_kind_in_their_order():
 def test_too_many_for_a_page_are_refused(model, tmp_path):
     run = tiny_run(model, tmp_path)
     options = dataclasses.replace(run.evaluation, examples=49)
-    with pytest.raises(UserError, match="48 or fewer"):
+    with pytest.raises(UserError, match=r"--evaluation\.examples is 49: it must be a whole number of at most 48"):
         validate(dataclasses.replace(run, evaluation=options))
