@@ -15,9 +15,10 @@ from tiny_run import StopAfter, StopError, assert_same_adapters, read_adapters, 
 
 from fedvlm_jax.config.run_options import EvaluationOptions, TrainOptions, to_json
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.run_dir.reader import read_metrics, read_run
 from fedvlm_jax.run_dir.validated_files import seal
-from fedvlm_jax.training import evaluate, federated_run, trainer
+from fedvlm_jax.training import evaluate, federated_run
 from fedvlm_jax.training.progress import SilentProgress
 
 
@@ -91,8 +92,8 @@ def test_a_line_without_its_checkpoint_is_run_again(model, session, finished, tm
             raise StopError
         return original(self, round_, *rest)
 
-    original = trainer.Checkpoints.save
-    monkeypatch.setattr(trainer.Checkpoints, "save", fail)
+    original = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", fail)
     with pytest.raises(StopError):
         federated_run.train(run, session=session)
     assert read_metrics(run.out)[-1]["round"] == 3

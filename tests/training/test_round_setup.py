@@ -22,8 +22,9 @@ def test_a_pool_has_room_for_the_cohort_however_it_is_laid_out(monkeypatch, wave
     made = []
     monkeypatch.setattr(round_setup, "load_method", lambda name, setup: made.append(setup) or load_method(name, setup))
     layout = choose_layout([9] * 40, cohort=20, wave=wave, devices=1, steps=2, batch=2)
+    vlm = SimpleNamespace(sites={}, targets="", components=(), component=str)
     round_setup.build_programs(
-        Run(), "fedalt", SimpleNamespace(sites={}), load_objective("sft"), make_mesh(1), population=40, layout=layout,
+        Run(), "fedalt", vlm, load_objective("sft"), make_mesh(1), population=40, layout=layout,
         ranks=(), common_start=True, local=LocalOptions(), server=ServerOptions(),
     )  # fmt: skip
     (setup,) = made
