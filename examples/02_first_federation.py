@@ -17,8 +17,6 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from fedvlm_jax.training.config import EvaluationOptions, LoraOptions, Run, TrainOptions
-from fedvlm_jax.training.run_dir.reader import read_run
 from safetensors.numpy import load_file
 
 from fedvlm_jax.config.run_options import EvaluationOptions, LoraOptions, Run, TrainOptions
