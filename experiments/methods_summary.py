@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from study_summary import Json, format_mean, read_lines, summarise_scores
 
 from fedvlm_jax.evaluation.metrics.metric_labels import percent
-from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference
+from fedvlm_jax.evaluation.statistics.over_seeds import Difference
 from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.reporting.tables import Table, format_bytes, format_paired, points, to_markdown
 from fedvlm_jax.run_dir.artifacts import describe_environment

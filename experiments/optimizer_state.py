@@ -128,7 +128,7 @@ def summarise(lines: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[s
 
 def tabulate(found: dict[str, Any]) -> Table:
     """A row per method."""
-    from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference
+    from fedvlm_jax.evaluation.statistics.over_seeds import Difference
 
     rows = [
         (

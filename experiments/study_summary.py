@@ -12,9 +12,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fedvlm_jax.evaluation.metrics.metric_labels import percent
-from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference, paired_difference
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
-from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, mean_over_seeds, spread
+from fedvlm_jax.evaluation.statistics.over_seeds import (
+    Difference,
+    compare_paired,
+    mean_over_seeds,
+    paired_difference,
+    spread,
+)
 from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.reporting.tables import Table, format_bytes, format_paired, points
 from fedvlm_jax.run_dir.reader import ComparisonRecord

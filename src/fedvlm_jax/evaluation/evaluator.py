@@ -8,7 +8,7 @@ its devices answer, and gets all answers.
 Axes: C clients, V pieces at a time, B examples of a piece, U labels.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,8 +22,8 @@ from fedvlm_jax.data.config import Split
 from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.data.tokenization import IGNORED, LABELS, Examples
 from fedvlm_jax.distributed.sharding import CLIENTS, fetch, own_places, place, place_own
-from fedvlm_jax.evaluation.metrics.preferences import Pairs, score_preferences
-from fedvlm_jax.evaluation.metrics.text_metrics import select_metrics
+from fedvlm_jax.evaluation.metrics.preferences import Numbers, score_preferences
+from fedvlm_jax.evaluation.metrics.text_metrics import Metric, select_metrics
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
 from fedvlm_jax.models import Processor, Vlm
 from fedvlm_jax.objectives.log_probs import score_pairs, token_losses
@@ -33,10 +33,6 @@ Scores = dict[str, dict[str, float]]
 
 Adapters = Callable[[np.ndarray], PyTree]
 """(client numbers [V], which may repeat) -> their adapters [V, …]."""
-
-
-Numbers = dict[str, Float[np.ndarray, " examples"]]
-"""Per example of a client, sums over the tokens of its answers, by the names of `score_pairs`."""
 
 
 class Scored(NamedTuple):
@@ -53,11 +49,6 @@ class Scored(NamedTuple):
     texts: dict[str, list[str]]
 
 
-def tell_nobody(done: int, total: int, what: str) -> None:
-    """Show no progress."""
-    del done, total, what
-
-
 class _Piece(NamedTuple):
     """Up to B examples of one client: `rows` [B], of which the first `real` count."""
 
@@ -66,21 +57,13 @@ class _Piece(NamedTuple):
     real: int
 
 
-class _Answers(NamedTuple):
-    """A model's answers to a client's examples, and the log-probabilities of the gold answers."""
-
-    texts: list[str]
-    numbers: Numbers
-
-
 @dataclass(frozen=True)
 class Evaluator:
     """Evaluation of clients by a compiled program.
 
     Attributes:
-        examples: of the population.
+        examples, processor: the population's rows, and what decodes answers.
         inputs: rows -> batches.
-        processor: decodes answers.
         wave: pieces at a time.
         batch: examples of a piece.
         mesh: pieces are spread over its devices.
@@ -88,9 +71,9 @@ class Evaluator:
         gold: the answers to each of `examples`, as predictions are compared with them (`gold_answers.py`).
         metrics: of generated answers, by name (`text_metrics.py`).
         beta: of the reward, which is beta times an answer's gain in log-probability over the bare base.
-        tell: called with the parts done, the parts in all, and the split.
         base: split and client -> the numbers of the bare base [N]; filled when the base is evaluated, and rewards are
             known from then on.
+        advance: called with the parts done, the parts in all, and the split.
     """
 
     examples: Examples
@@ -104,7 +87,7 @@ class Evaluator:
     metrics: tuple[str, ...]
     beta: float
     base: dict[tuple[Split, int], Numbers]
-    tell: Callable[[int, int, str], None] = tell_nobody
+    advance: Callable[[int, int, str], None] = lambda done, total, split: None
 
     def __call__(
         self,
@@ -115,91 +98,51 @@ class Evaluator:
         *,
         rejected: bool = True,
     ) -> dict[str, Scored]:
-        """Score models on a split, all of them in one pass over the data.
+        """Score models on a split.
 
         Args:
             params: the base.
             models: name -> its adapters; None for the bare base (zero-shot).
-            split: of the rows.
-            numbers: of the clients.
+            split, numbers: of the rows and the clients.
             rejected: score rejected answers too, where the data has them; without them there is no metric of pairs.
 
         Returns:
             For every model: `metrics` of generated answers; `token_accuracy` and `loss` (nats per token) of the gold
             answers; and those of `score_preferences`; each by client's name.
         """
+
+        def answer(params: PyTree, adapters: PyTree, batch: dict[str, Array]) -> Any:
+            kept = {name: value for name, value in batch.items() if rejected or not name.startswith("rejected_")}
+            return self.answer(params, adapters, kept)
+
         rows = {number: self.examples.clients[number].rows_of(split) for number in numbers}
-        found = self._answer(params, models, rows, rejected, split)
+        found = self.visit(answer, params, models, rows, split)
         # CIDEr's document frequencies are those of all clients, whichever are scored.
-        corpus = self._gold(split, range(len(self.examples.clients)))
-        metrics = select_metrics(self.metrics, corpus)
-        return {name: self._score(split, answers, metrics, models[name]) for name, answers in found.items()}
+        metrics = select_metrics(self.metrics, self._gold(split, range(len(self.examples.clients))))
+        return {name: self._score(split, by_client, metrics, models[name] is None) for name, by_client in found.items()}
 
     def visit(
         self,
-        program: Callable[..., dict[str, Array]],
-        params: PyTree,
-        adapters: Adapters,
-        rows: Mapping[int, Int[np.ndarray, " rows"]],
-    ) -> dict[int, list[dict[str, np.ndarray]]]:
-        """Run another program over rows of clients, each with its model.
-
-        Args:
-            program: (params, adapters, batch [V, B, …]) -> arrays by name [V, B, …]; labels that do not count are -100.
-            params: the base.
-            adapters: of the models.
-            rows: client number -> rows.
-
-        Returns:
-            client number -> for each piece of its rows, in their order, the arrays [up to B, …]; none without rows.
-        """
-        found: dict[int, list[dict[str, np.ndarray]]] = {}
-        for batch, wave in self._read(rows):
-            for client, outputs in self._run(program, params, adapters, batch, wave):
-                found.setdefault(client, []).append(outputs)
-        return found
-
-    def _answer(
-        self,
+        program: Callable[..., Any],
         params: PyTree,
         models: Mapping[str, Adapters | None],
         rows: Mapping[int, Int[np.ndarray, " rows"]],
-        rejected: bool,
-        split: Split,
-    ) -> dict[str, dict[int, _Answers]]:
-        """Collect model -> client -> its answers, each piece read once for all models."""
-        found: dict[str, dict[int, list[_Answers]]] = {name: {} for name in models}
-        done, total = 0, len(models) * len(self._waves(list(self._cut(rows))))
-        self.tell(done, total, split)
-        for batch, wave in self._read(rows):
-            asked = {name: value for name, value in batch.items() if rejected or not name.startswith("rejected_")}
-            for name, adapters in models.items():
-                for client, (ids, numbers) in self._run(self.answer, params, adapters, asked, wave):
-                    found[name].setdefault(client, []).append(_Answers(self.processor.decode(ids), numbers))
-                done += 1
-                self.tell(done, total, split)
-        return {
-            name: {client: _join(parts) for client, parts in by_client.items()} for name, by_client in found.items()
-        }
+        shown: str = "",
+    ) -> dict[str, dict[int, list[Any]]]:
+        """Run a program over rows of clients, each with its model, all models in one pass.
 
-    def _cut(self, rows_of: Mapping[int, Int[np.ndarray, " rows"]]) -> Iterator[_Piece]:
-        for number, rows in rows_of.items():
-            for start in range(0, len(rows), self.batch):
-                part = rows[start : start + self.batch]
-                yield _Piece(number, pad_rows(part, self.batch), len(part))
+        Args:
+            program: (params, adapters, batch [V, B, …]) -> arrays [V, B, …]; labels that do not count are -100.
+            params, models: as above.
+            rows: client number -> rows.
+            shown: what the progress is called; empty shows none.
 
-    def _waves(self, pieces: list[_Piece]) -> list[list[_Piece]]:
-        """Gather V pieces each; the last wave is filled up with pieces in which nothing counts."""
-        waves = [pieces[start : start + self.wave] for start in range(0, len(pieces), self.wave)]
-        if waves:  # full, so that all waves are of the shape that was compiled
-            waves[-1] += [waves[-1][0]._replace(real=0)] * (self.wave - len(waves[-1]))
-        return waves
-
-    def _read(self, rows: Mapping[int, Int[np.ndarray, " rows"]]) -> Iterator[tuple[dict[str, Array], list[_Piece]]]:
-        """Yield batches [V, B, …] on the devices with their pieces, the next read while the last is in use."""
-        waves = self._waves(list(self._cut(rows)))
-        across = NamedSharding(self.mesh, PartitionSpec(CLIENTS))
-        local = own_places(self.mesh, self.wave).tolist()
+        Returns:
+            model -> client number -> for each piece of its rows, in their order, the arrays [up to B, …]; none without
+            rows.
+        """
+        waves = self._cut(rows)
+        across, local = NamedSharding(self.mesh, PartitionSpec(CLIENTS)), own_places(self.mesh, self.wave).tolist()
 
         def make(index: int) -> dict[str, np.ndarray]:
             pieces = [waves[index][at] for at in local]
@@ -209,67 +152,59 @@ class Evaluator:
             # Padding repeats real rows: without labels it adds to no sum.
             return batch | {name: np.where(counted, batch[name], IGNORED) for name in LABELS if name in batch}
 
-        for batch, wave in zip(read_ahead(make, 0, len(waves)), waves, strict=True):
-            yield place_own(batch, across), wave
+        found: dict[str, dict[int, list[Any]]] = {name: {} for name in models}
+        done, total = 0, len(models) * len(waves)
+        if shown:
+            self.advance(done, total, shown)
+        for read, wave in zip(read_ahead(make, 0, len(waves)), waves, strict=True):
+            batch, clients = place_own(read, across), np.asarray([piece.client for piece in wave])
+            for name, adapters in models.items():
+                placed = None if adapters is None else place(adapters(clients), across)
+                outputs = fetch(program(params, placed, batch))
+                for at, piece in enumerate(wave):
+                    if piece.real:
+                        part = jax.tree.map(lambda leaf, at=at, piece=piece: leaf[at, : piece.real], outputs)
+                        found[name].setdefault(piece.client, []).append(part)
+                done += 1
+                if shown:
+                    self.advance(done, total, shown)
+        return found
 
-    def _run(
-        self, program: Callable[..., Any], params: PyTree, adapters: Adapters | None, batch: Any, wave: list[_Piece]
-    ) -> Iterator[tuple[int, Any]]:
-        """Run a program on a batch and yield each client with its part of the outputs, padding cut off."""
-        across = NamedSharding(self.mesh, PartitionSpec(CLIENTS))
-        clients = np.asarray([piece.client for piece in wave])
-        outputs = fetch(program(params, None if adapters is None else place(adapters(clients), across), batch))
-        for at, piece in enumerate(wave):
-            if piece.real:
-                yield piece.client, jax.tree.map(lambda leaf, at=at, piece=piece: leaf[at, : piece.real], outputs)
+    def _cut(self, rows: Mapping[int, Int[np.ndarray, " rows"]]) -> list[list[_Piece]]:
+        """Cut rows into pieces, V in every wave; the last wave is filled up with pieces in which nothing counts."""
+        pieces: list[_Piece] = []
+        for number, of_client in rows.items():
+            for start in range(0, len(of_client), self.batch):
+                part = of_client[start : start + self.batch]
+                pieces.append(_Piece(number, pad_rows(part, self.batch), len(part)))
+        waves = [pieces[start : start + self.wave] for start in range(0, len(pieces), self.wave)]
+        if waves:  # full, so that all waves are of the shape that was compiled
+            waves[-1] += [waves[-1][0]._replace(real=0)] * (self.wave - len(waves[-1]))
+        return waves
 
     def _gold(self, split: Split, numbers: Sequence[int]) -> list[list[str]]:
         return [self.gold[row] for number in numbers for row in self.examples.clients[number].rows_of(split)]
 
     def _score(
-        self,
-        split: Split,
-        answers: dict[int, _Answers],
-        metrics: Mapping[str, Any],
-        adapters: Adapters | None,
+        self, split: Split, answered: dict[int, list[Any]], metrics: Mapping[str, Metric], is_base: bool
     ) -> Scored:
-        values: dict[str, dict[str, np.ndarray]] = {name: {} for name in metrics}
-        scores: Scores = {name: {} for name in (*metrics, "token_accuracy", "loss")}
-        texts_of: dict[str, list[str]] = {}
-        for client, (texts, numbers) in answers.items():
-            name = self.examples.clients[client].name
-            texts_of[name] = texts
-            gold = self._gold(split, [client])
+        scored = Scored({name: {} for name in (*metrics, "token_accuracy", "loss")}, {name: {} for name in metrics}, {})
+        for client, parts in answered.items():
+            name, gold = self.examples.clients[client].name, self._gold(split, [client])
+            texts = scored.texts[name] = [text for ids, _ in parts for text in self.processor.decode(ids)]
             for metric, score in metrics.items():
-                values[metric][name] = np.asarray(score(texts, gold))
-            of_client = {metric: float(values[metric][name].mean()) for metric in metrics}
+                scored.values[metric][name] = np.asarray(score(texts, gold))
+            of_client = {metric: float(values[name].mean()) for metric, values in scored.values.items()}
+            numbers = {key: np.concatenate([sums[key] for _, sums in parts]) for key in parts[0][1]}
             tokens = max(float(numbers["chosen_tokens"].sum()), 1.0)  # all answers may be empty
             of_client["token_accuracy"] = float(numbers["chosen_correct"].sum()) / tokens
             of_client["loss"] = -float(numbers["chosen_log_prob"].sum()) / tokens
-            if adapters is None:
+            if is_base:
                 self.base[split, client] = numbers
-            of_client |= score_preferences(_pair(numbers, self.base.get((split, client))), self.beta)
+            of_client |= score_preferences(numbers, self.base.get((split, client)), self.beta)
             for metric, value in of_client.items():
-                scores.setdefault(metric, {})[name] = value
-        return Scored(scores, values, texts_of)
-
-
-def _pair(numbers: Numbers, base: Numbers | None) -> Pairs:
-    """Pair the numbers of a model with those of the base; without rejected answers there is no pair."""
-    nothing = np.zeros_like(numbers["chosen_tokens"])
-    return Pairs(
-        chosen=numbers["chosen_log_prob"],
-        rejected=numbers.get("rejected_log_prob", nothing),
-        chosen_tokens=numbers["chosen_tokens"],
-        rejected_tokens=numbers.get("rejected_tokens", nothing),
-        base_chosen=None if base is None else base["chosen_log_prob"],
-        base_rejected=None if base is None else base.get("rejected_log_prob", nothing),
-    )
-
-
-def _join(parts: list[_Answers]) -> _Answers:
-    texts = [text for part in parts for text in part.texts]
-    return _Answers(texts, {name: np.concatenate([part.numbers[name] for part in parts]) for name in parts[0].numbers})
+                scored.scores.setdefault(metric, {})[name] = value
+        return scored
 
 
 GREEDY: Mapping[str, int] = {"num_beams": 1, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0}
@@ -278,34 +213,32 @@ GREEDY: Mapping[str, int] = {"num_beams": 1, "no_repeat_ngram_size": 0, "min_len
 
 def make_answer(
     vlm: Vlm, max_tokens: int, options: Mapping[str, int] = GREEDY
-) -> Callable[..., tuple[Any, dict[str, Any]]]:
+) -> Callable[..., tuple[Array, dict[str, Array]]]:
     """Compile-once `(params, adapters, batch [V, B, …]) -> ids [V, B, max_tokens], numbers [V, B]`.
 
-    The numbers are those of `objectives.likelihood.score_pairs`; of the chosen answer alone where the batch has no
+    The numbers are those of `objectives.log_probs.score_pairs`; of the chosen answer alone where the batch has no
     rejected ones.
 
     Args:
-        vlm: the model's record.
+        vlm: the model.
         max_tokens: how many are generated at most, BOS and EOS included.
         options: of `Vlm.generate`, in place of what the model's generation configuration says.
     """
 
-    def one(params: PyTree, adapter: PyTree, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def answer_piece(params: PyTree, adapter: PyTree, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        # Generation and scoring share one pass of the encoder.
         prompt = {"memory": vlm.encode(params, adapter, batch), "attention_mask": batch["attention_mask"]}
-        answers = {name: batch[name] for name in LABELS if name in batch}
         ids = vlm.generate(params, adapter, prompt, max_tokens, **options)
-        return ids, _score(vlm, params, adapter, prompt | answers)
+        batch = prompt | {name: batch[name] for name in LABELS if name in batch}
+        if "rejected_labels" in batch:
+            return ids, score_pairs(vlm, params, adapter, batch)
+        losses, correct, counts = token_losses(vlm.logits(params, adapter, batch), batch["labels"])
+        sums = {"chosen_log_prob": -losses, "chosen_correct": correct, "chosen_tokens": counts}
+        return ids, {name: values.sum(axis=-1) for name, values in sums.items()}
 
-    def answer(params: PyTree, adapters: PyTree, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        across = jax.vmap(one, in_axes=(None, None if adapters is None else 0, 0), spmd_axis_name=CLIENTS)
-        return across(params, adapters, batch)
+    @jax.jit
+    def answer(params: PyTree, adapters: PyTree, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        axes = (None, None if adapters is None else 0, 0)
+        return jax.vmap(answer_piece, in_axes=axes, spmd_axis_name=CLIENTS)(params, adapters, batch)
 
-    return jax.jit(answer)
-
-
-def _score(vlm: Vlm, params: PyTree, adapter: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
-    if "rejected_labels" in batch:
-        return score_pairs(vlm, params, adapter, batch)
-    losses, correct, counts = token_losses(vlm.logits(params, adapter, batch), batch["labels"])
-    sums = {"chosen_log_prob": -losses, "chosen_correct": correct, "chosen_tokens": counts}
-    return {name: values.sum(axis=-1) for name, values in sums.items()}
+    return answer

@@ -1,6 +1,6 @@
 """Gold answers as a model could write them, the room that they take, and those that no model could ever give.
 
-What is generated reaches the metrics as decoded tokens. So gold answers go through the same tokens: both sides then
+Generated answers reach the metrics as decoded tokens. So gold answers go through the same tokens: both sides then
 write spaces beside location tokens and the like alike. A gold answer that tokens cannot write stays as the data have
 it, and is counted, because a metric that nothing can reach looks like a bad model.
 """
@@ -20,12 +20,7 @@ from fedvlm_jax.models.search import Settings
 STEP = 16
 """Answers get room for a multiple of so many tokens, so that data sets of short answers share one program."""
 
-LONG, BANNED, SHORT, UNWRITABLE = (
-    "longer than {most} tokens",
-    "repeating {size} tokens, which no_repeat_ngram_size bans",
-    "shorter than min_length or min_new_tokens",
-    "with text that the tokenizer cannot write",
-)
+UNWRITABLE = "with text that the tokenizer cannot write"
 
 
 class Gold(NamedTuple):
@@ -61,7 +56,7 @@ def read_gold(
     Args:
         answers: [N] as the data have them.
         rows: places among them of those that are scored, each once.
-        processor: of the model.
+        processor: tokenises and decodes.
         most: no answer gets more tokens than this, BOS and EOS included.
         settings: how answers are searched for.
         several: [N] what all people answered, where several did; room and faults are of `answers` alone.
@@ -69,41 +64,43 @@ def read_gold(
     rows = list(rows)
     scored = [answers[row] for row in rows]
     written, faults, longest = _write(scored, processor, most, settings)
-    budget = min(most, -(-longest // STEP) * STEP)
     texts = [written.get(text, text) for text in answers]
     compared = [[text] for text in texts]
     if several is not None:
         others, _, _ = _write([text for row in rows for text in several[row]], processor, most, settings)
-        compared = [[others.get(text, text) for text in own] for own in several]
-    counted = dict(Counter(faults[text] for text in scored if text in faults))
-    return Gold(texts, compared, longest, budget, len(scored), counted)
+        compared = [[others.get(text, text) for text in of_row] for of_row in several]
+    unreachable = dict(Counter(faults[text] for text in scored if text in faults))
+    budget = min(most, -(-longest // STEP) * STEP)
+    return Gold(texts, compared, longest, budget, len(scored), unreachable)
 
 
 def _write(
     texts: Sequence[str], processor: Processor, most: int, settings: Settings
 ) -> tuple[dict[str, str], dict[str, str], int]:
-    """Texts as tokens write them, why others cannot be given, and the tokens of the longest."""
+    """Return texts as tokens write them, why others cannot be given, and the tokens of the longest."""
     written: dict[str, str] = {}
     faults: dict[str, str] = {}
     longest = 1
     distinct = list(dict.fromkeys(texts))
     for start in range(0, len(distinct), CHUNK):
         part = distinct[start : start + CHUNK]
+        # Of a text of megabytes only the beginning is tokenised: it is too long in any case.
         begun = [text[: CHARACTERS * (most + 1)] for text in part]
         labels, refused = ask_processor(lambda texts: processor.answers(texts, most + 1), begun, "answer")
         faults |= {part[place]: UNWRITABLE for place in refused}
         longest = max(longest, int((labels != IGNORED).sum(axis=1).max()))
-        for text, ids, told in zip(part, labels, processor.decode(labels), strict=True):
-            own = ids[ids != IGNORED]
+        for text, ids, decoded in zip(part, labels, processor.decode(labels), strict=True):
+            tokens = ids[ids != IGNORED]
             if text in faults:
                 continue
-            if len(own) > most:
-                faults[text] = LONG.format(most=most)
-            elif _letters(told) != _letters(text):
+            if len(tokens) > most:
+                faults[text] = f"longer than {most} tokens"
+            elif not _is_same(decoded, text):
                 faults[text] = UNWRITABLE
             else:
-                written[text] = told
-                faults |= {text: fault} if (fault := _find_ban(own, settings)) else {}
+                written[text] = decoded
+                if ban := _find_ban(tokens, settings):
+                    faults[text] = ban
     return written, faults, longest
 
 
@@ -113,12 +110,14 @@ def _find_ban(ids: Int[np.ndarray, " tokens"], settings: Settings) -> str:
     The bans are those of `models.search.process_scores`, whose history begins with the decoder's start token.
     """
     if len(ids) < settings.min_length or len(ids) - 1 < settings.min_new_tokens:
-        return SHORT
+        return "shorter than min_length or min_new_tokens"
     size = settings.no_repeat_ngram_size
     history = [settings.decoder_start_token_id, *ids.tolist()]
     grams = [tuple(history[start : start + size]) for start in range(len(history) - size + 1)] if size else []
-    return BANNED.format(size=size) if len(set(grams)) < len(grams) else ""
+    repeats = len(set(grams)) < len(grams)
+    return f"repeating {size} tokens, which no_repeat_ngram_size bans" if repeats else ""
 
 
-def _letters(text: str) -> str:
-    return "".join(normalise(text).split())
+def _is_same(decoded: str, text: str) -> bool:
+    """Compare but for spaces, which tokens write in their way."""
+    return "".join(normalise(decoded).split()) == "".join(normalise(text).split())

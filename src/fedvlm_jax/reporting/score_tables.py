@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fedvlm_jax.evaluation.metrics.metric_labels import MEASURES, Measure, find_measure, order_measures, percent
-from fedvlm_jax.evaluation.statistics.cross_client_matrix import summarise_matrix
-from fedvlm_jax.evaluation.statistics.over_clients import summarise, summarise_gain
+from fedvlm_jax.evaluation.statistics.over_clients import summarise, summarise_gain, summarise_matrix
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, order_by_mean, spread
 from fedvlm_jax.reporting.tables import MANY, MARKS, Table, format_bytes, format_paired, points
 from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord, read_baseline
@@ -167,8 +166,8 @@ def _tabulate_matrix(record: RunRecord) -> Table:
         if name in MEASURES:
             measure = MEASURES[name]
             matrix = summarise_matrix(np.asarray(values), stored["clients"], measure.higher)
-            row = (measure.write(matrix.own), measure.write(matrix.others), percent(matrix.own_best))
-            rows.append((measure.label, *row, str(len(matrix.rivals))))
+            row = (measure.write(matrix.diagonal), measure.write(matrix.off_diagonal), percent(matrix.unbeaten))
+            rows.append((measure.label, *row, str(len(matrix.beaten))))
     columns = ("metric", "own model", "others' models", "own is best", "better off with another's")
     return Table("Every client's model on every client's test data", columns, tuple(rows))
 

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
-from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
-from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, count_seeds_ahead, judge
+from fedvlm_jax.evaluation.statistics.over_seeds import Difference, compare_paired, count_seeds_ahead, judge
 from fedvlm_jax.reporting.score_tables import RIVALS
 from fedvlm_jax.reporting.tables import points
 from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord, read_baseline

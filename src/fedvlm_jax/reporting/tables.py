@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference
-from fedvlm_jax.evaluation.statistics.over_seeds import judge
+from fedvlm_jax.evaluation.statistics.over_seeds import Difference, judge
 from fedvlm_jax.utils.console import knows_signs
 from fedvlm_jax.utils.standard_streams import to_ascii
 from fedvlm_jax.utils.untrusted_text import clean, escape_markdown

@@ -11,8 +11,8 @@ from jaxtyping import PyTree
 from fedvlm_jax.data.config import Split
 from fedvlm_jax.distributed.sharding import fetch
 from fedvlm_jax.evaluation.evaluator import Adapters, Scored, Scores
-from fedvlm_jax.evaluation.knn_per import KERNELS, recall
-from fedvlm_jax.evaluation.statistics.confidence_intervals import bootstrap_mean
+from fedvlm_jax.evaluation.knn_per import KERNELS, build_datastores
+from fedvlm_jax.evaluation.statistics.over_clients import bootstrap_interval
 from fedvlm_jax.training.prepare import Experiment
 
 ScoredModels = dict[str, Mapping[Split, Scored]]
@@ -43,7 +43,7 @@ def let_remember(experiment: Experiment, params: PyTree, adapters: Adapters) -> 
         return adapters, {}
     options = experiment.run.evaluation
     kernels = KERNELS if options.neighbour_kernel == "validation" else (options.neighbour_kernel,)
-    models, share, kernel = recall(
+    models, share, kernel = build_datastores(
         experiment.evaluator,
         experiment.neighbours,
         params,
@@ -140,9 +140,9 @@ def read_gains(own: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) ->
     found = {}
     for client, values in own.items():
         gains = {f"{place:09d}": float(gain) for place, gain in enumerate(values - base[client])}
-        interval = bootstrap_mean({0: gains})
-        if math.isfinite(interval.low):
-            found[client] = [interval.low, interval.high]
+        low, high = bootstrap_interval(gains)
+        if math.isfinite(low):
+            found[client] = [low, high]
     return found
 
 

@@ -304,7 +304,7 @@ def make_simulator(
 
 def show_evaluation(experiment: Experiment, show: Progress) -> Experiment:
     """The same, with an evaluator that shows how far it is."""
-    return dataclasses.replace(experiment, evaluator=dataclasses.replace(experiment.evaluator, tell=show.advance))
+    return dataclasses.replace(experiment, evaluator=dataclasses.replace(experiment.evaluator, advance=show.advance))
 
 
 def _fit_to_model(run: Run, vlm: Vlm) -> DataOptions:

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, jain_index, summarise, summarise_gain
+from fedvlm_jax.evaluation.statistics import over_clients
+from fedvlm_jax.evaluation.statistics.over_clients import (
+    bootstrap_interval,
+    gain_by_client,
+    jain_index,
+    summarise,
+    summarise_gain,
+    summarise_matrix,
+)
 
 SCORES = st.dictionaries(st.text(max_size=3), st.floats(0, 1e6), min_size=1, max_size=20)
 
@@ -25,32 +33,13 @@ def test_the_worst_decile_is_the_lowest_tenth_rounded_up(count, lowest):
     assert summarise(values).worst_decile == np.mean(lowest)
 
 
-def test_weights_move_mean_and_std_alone():
-    summary = summarise({"a": 0.0, "b": 1.0}, {"a": 3, "b": 1, "unused": 9})
-    assert summary.mean == 0.25
-    assert summary.std == pytest.approx(math.sqrt(0.75 * 0.0625 + 0.25 * 0.5625))
-    assert summary.worst_decile == 0.0
-
-
 @pytest.mark.parametrize(
-    ("values", "weights", "message"),
-    [
-        ({}, None, "no client"),
-        ({"a": 1.0, "b": math.nan}, None, r"1 of 2 clients are not finite \(b\)"),
-        ({"a": 1.0}, {}, "no weight for a"),
-        ({"a": 1.0}, {"a": 0.0}, "at least one of them above zero"),
-        ({"a": 1.0}, {"a": -1.0}, "non-negative"),
-    ],
+    ("values", "message"),
+    [({}, "no client"), ({"a": 1.0, "b": math.nan}, r"1 of 2 clients are not finite \(b\)")],
 )
-def test_summaries_of_nothing_are_refused(values, weights, message):
+def test_summaries_of_nothing_are_refused(values, message):
     with pytest.raises(UserError, match=message):
-        summarise(values, weights)
-
-
-def test_a_loss_is_worst_where_it_is_highest():
-    values = {f"c{n}": float(n) for n in range(11)}
-    assert summarise(values).worst_decile == 0.5
-    assert summarise(values, higher_is_better=False).worst_decile == 9.5
+        summarise(values)
 
 
 def test_jain_by_hand():
@@ -122,16 +111,111 @@ def test_gain_by_hand():
     assert gain_by_client(values, base) == {"a": 0.25, "b": -0.25, "c": 0.0}
     gain = summarise_gain(values | {"d": 1.0}, base | {"d": 0.0})
     assert (gain.mean, gain.min, gain.max, gain.clients) == (0.25, -0.25, 1.0, 4)
-    assert (gain.better, gain.worse) == (0.5, 0.25)
     assert gain.low < 0.25 < gain.high
-
-
-def test_a_lower_loss_is_a_gain():
-    assert gain_by_client({"a": 1.0}, {"a": 3.0}, higher_is_better=False) == {"a": 2.0}
-    gain = summarise_gain({"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 1.0}, higher_is_better=False)
-    assert (gain.mean, gain.better, gain.worse) == (0.5, 0.5, 0.5)
 
 
 def test_gains_need_a_client_in_both():
     with pytest.raises(UserError, match="there is none"):
         summarise_gain({"a": 1.0}, {"b": 1.0})
+
+
+def name(values):
+    return {f"c{n}": float(value) for n, value in enumerate(values)}
+
+
+def test_the_same_seed_gives_the_same_interval_whatever_the_order():
+    values = name(np.random.default_rng(0).random(9))
+    low, high = bootstrap_interval(values, seed=5)
+    assert bootstrap_interval(dict(reversed(values.items())), seed=5) == (low, high)
+    assert bootstrap_interval(values, seed=6) != (low, high)
+    assert low < np.mean(list(values.values())) < high
+
+
+def test_it_is_the_ordinary_bootstrap():
+    values = np.random.default_rng(0).exponential(size=40)
+    low, high = bootstrap_interval(name(values), level=0.9, resamples=40_000)
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", confidence_level=0.9, n_resamples=40_000)
+    assert low == pytest.approx(theirs.confidence_interval.low, abs=0.02 * (high - low))
+    assert high == pytest.approx(theirs.confidence_interval.high, abs=0.02 * (high - low))
+
+
+def test_the_interval_of_two_clients_by_hand():
+    # Means of two draws out of {0, 1}: 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4.
+    assert bootstrap_interval({"a": 0.0, "b": 1.0}, level=0.4) == (0.5, 0.5)
+    assert bootstrap_interval({"a": 0.0, "b": 1.0}, level=0.9) == (0.0, 1.0)
+
+
+def test_equal_clients_leave_no_doubt():
+    assert bootstrap_interval(name([0.3] * 5)) == pytest.approx((0.3, 0.3))
+
+
+def test_a_large_population_is_drawn_in_pieces(monkeypatch):
+    values = name(np.random.default_rng(2).random(50))
+    whole = bootstrap_interval(values)
+    monkeypatch.setattr(over_clients, "DRAWS", 7 * 50)
+    assert bootstrap_interval(values) == whole
+
+
+@pytest.mark.parametrize(("values", "message"), [({}, "nothing to resample"), ({"a": math.inf}, "finite")])
+def test_nothing_to_resample_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        bootstrap_interval(values)
+
+
+def test_stored_intervals_keep_their_bits():
+    """What earlier versions computed, to the last bit."""
+    values = name([0.41, 0.53, 0.37, 0.68, 0.59, 0.44, 0.71])
+    assert bootstrap_interval(values) == (0.44285714285714295, 0.6228571428571429)
+
+
+# Down the models of a, b, c; across their data. On b's data a's model is better than b's own; on c's it ties.
+VALUES = np.array([[0.5, 0.75, 0.25], [0.25, 0.5, 0.0], [0.25, 0.5, 0.25]])
+
+
+def test_a_matrix_by_hand():
+    found = summarise_matrix(VALUES, ["a", "b", "c"])
+    assert found.diagonal == pytest.approx(1.25 / 3)
+    assert found.off_diagonal == pytest.approx(2 / 6)
+    assert found.beaten == ("b",)
+    assert found.unbeaten == pytest.approx(2 / 3)
+
+
+def test_of_a_loss_the_lowest_is_best():
+    found = summarise_matrix(VALUES, ["a", "b", "c"], higher_is_better=False)
+    assert found.unbeaten == pytest.approx(1 / 3)
+    assert found.beaten == ("a", "c")
+
+
+def test_one_client_has_no_others():
+    found = summarise_matrix(np.array([[0.5]]), ["a"])
+    assert (found.diagonal, found.unbeaten, found.beaten) == (0.5, 1.0, ())
+    assert math.isnan(found.off_diagonal)
+
+
+@given(st.data())
+def test_the_order_of_clients_changes_nothing(data):
+    count = data.draw(st.integers(1, 6))
+    flat = data.draw(st.lists(st.integers(0, 5), min_size=count**2, max_size=count**2))
+    values, names = np.reshape(flat, (count, count)), list("abcdef")[:count]
+    order = data.draw(st.permutations(range(count)))
+    one = summarise_matrix(values, names)
+    other = summarise_matrix(values[np.ix_(order, order)], [names[n] for n in order])
+    assert (other.diagonal, other.off_diagonal, other.unbeaten) == pytest.approx(
+        (one.diagonal, one.off_diagonal, one.unbeaten), nan_ok=True
+    )
+    assert set(other.beaten) == set(one.beaten)
+    assert one.unbeaten == pytest.approx(1 - len(one.beaten) / count)
+    assert summarise_matrix(-values, names, higher_is_better=False).beaten == one.beaten
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "message"),
+    [
+        (np.zeros((2, 3)), ["a", "b"], r"shape \(2, 3\) for 2 clients"),
+        (np.zeros((0, 0)), [], "for 0 clients"),
+        (np.array([[1.0, math.nan], [0.0, 0.0]]), ["a", "b"], "model of a has no finite value on the data of b"),
+    ],
+)
+def test_what_is_no_matrix_is_refused(values, names, message):
+    with pytest.raises(UserError, match=message):
+        summarise_matrix(values, names)

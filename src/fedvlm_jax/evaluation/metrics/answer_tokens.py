@@ -15,14 +15,17 @@ def pair_up(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     """Pair every prediction with its gold answers.
 
     Raises:
-        ValueError: not as many predictions as lists of gold answers, an example without one, or gold answers that
-            are a text where a list of texts is expected (each of its letters would count as an answer).
+        ValueError: the numbers of both differ, or an example's gold answers are not a list of one text or more.
+
+    >>> pair_up(["bus"], [["a bus", "bus"]])
+    [('bus', ['a bus', 'bus'])]
     """
     if len(predictions) != len(references):
         raise ValueError(
             f"{len(predictions)} predictions for {len(references)} lists of gold answers; expected as many"
         )
     for golds in references:
+        # Of a text in place of a list each letter would count as an answer.
         if isinstance(golds, str) or not golds:
             raise ValueError(f"the gold answers of an example are {golds!r}; expected a list of one text or more")
     return list(zip(predictions, references, strict=True))
@@ -42,24 +45,14 @@ def normalise(text: str) -> str:
     # Twice: folding may leave letters that compose.
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     spaced = " ".join(folded.split())
-    start, end = 0, len(spaced)
-    while start < end and _is_margin(spaced[start]):
-        start += 1
-    while end > start and _is_margin(spaced[end - 1]):
-        end -= 1
-    return spaced[start:end] or spaced
-
-
-def _is_margin(character: str) -> bool:
-    category = unicodedata.category(character)
-    return category[0] in "PZ" or category in ("Cf", "Cc")
+    margin = "".join(sign for sign in spaced if unicodedata.category(sign).startswith(("P", "Z", "Cf", "Cc")))
+    return spaced.strip(margin) or spaced
 
 
 def tokenise(text: str) -> list[str]:
     """Cut a text into tokens, after `normalise`.
 
-    Punctuation and symbols are no tokens; a text of nothing else is a token itself, so that "?" and "!" remain
-    different here too, and only the empty text has none.
+    Punctuation and symbols are no tokens; a text of nothing else is a token itself, and only the empty text has none.
 
     >>> tokenise("It's 食べ物!")
     ['it', 's', '食', 'べ', '物']
@@ -72,8 +65,7 @@ def tokenise_squad(text: str) -> list[str]:
     """Cut a text into tokens as SQuAD (arXiv 1606.05250) compares them.
 
     As `tokenise`, but punctuation inside a text (Unicode's P* and ASCII's symbols) is deleted and so joins its
-    neighbours, and English articles are dropped. Articles of other languages are kept, because a token does not show
-    its language. A text of articles alone keeps them: "A" is also the first of several choices.
+    neighbours, and English articles are dropped. A text of articles alone keeps them: "A" may be a choice.
 
     >>> tokenise_squad("It's the 1,000th")
     ['its', '1000th']

@@ -12,7 +12,6 @@ its few examples alone, a client's score could not be compared with another's.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -26,14 +25,10 @@ SIGMA = 6.0
 Gram = tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Rarity:
-    """Weights of a corpus' n-grams.
+class Rarity(NamedTuple):
+    """Weights of a corpus' n-grams: `weights` has those that two documents or more hold, all others weigh `most`.
 
-    Attributes:
-        most: log(documents), the weight of an n-gram that no document or one document holds.
-        weights: n-gram -> log(documents / documents that hold it), where they are two or more: most n-grams occur
-            once, and would take most of the memory.
+    Most n-grams occur once, and would take most of the memory. `most` is log(documents).
     """
 
     most: float
@@ -41,7 +36,7 @@ class Rarity:
 
 
 class _Vector(NamedTuple):
-    """A text's n-grams, weighted: by order, n-gram -> weight, and Euclidean norm; its length in tokens."""
+    """A text's n-grams by order, n-gram -> weight; their Euclidean norms; the text's length in tokens."""
 
     weights: list[dict[Gram, float]]
     norms: list[float]
@@ -49,7 +44,11 @@ class _Vector(NamedTuple):
 
 
 def weigh_corpus(corpus: Sequence[Sequence[str]]) -> Rarity:
-    """Count in how many documents (all gold answers of an example) every n-gram of a corpus occurs, and weigh it."""
+    """Weigh the n-grams of a corpus, a document of which is all gold answers of an example.
+
+    >>> weigh_corpus([["a bus"], ["a cat"], ["two"]]).weights.keys()
+    dict_keys([('a',)])
+    """
     documents = [[tokenise(text) for text in texts] for texts in corpus]
     most = math.log(max(len(documents), 1))  # an empty split has no documents
     weights: dict[Gram, float] = {}
@@ -67,10 +66,10 @@ def cider(
     """Score every prediction against its gold answers by CIDEr-D, from 0 to 10.
 
     Args:
-        predictions: one per example.
-        references: gold answers of every example; the score is the mean over them.
-        rarity: of the corpus' n-grams, by `weigh_corpus`; without it that of `references`, which is right only
-            where these are the whole split over all clients. In a corpus of one document every score is 0.
+        predictions: [N].
+        references: [N] gold answers of every example; the score is the mean over them.
+        rarity: of the corpus; without it that of `references`, which is right only where these are the whole split
+            over all clients. In a corpus of one document every score is 0.
 
     Raises:
         ValueError: as `pair_up`.
@@ -91,11 +90,9 @@ def _list_grams(tokens: list[str], order: int) -> list[Gram]:
 
 
 def _weigh(tokens: list[str], rarity: Rarity) -> _Vector:
-    """Weigh the n-grams of a text by how often they stand in it, and by how rare they are."""
-    most, find = rarity.most, rarity.weights.get
+    counts = [Counter(_list_grams(tokens, order)) for order in ORDERS]
     weights = [
-        {gram: times * find(gram, most) for gram, times in Counter(_list_grams(tokens, order)).items()}
-        for order in ORDERS
+        {gram: times * rarity.weights.get(gram, rarity.most) for gram, times in found.items()} for found in counts
     ]
     return _Vector(weights, [math.hypot(*grams.values()) for grams in weights], len(tokens))
 

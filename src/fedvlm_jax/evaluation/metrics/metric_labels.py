@@ -8,43 +8,38 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Measure:
-    """A metric.
-
-    Attributes:
-        name: its key in `results.json`.
-        label: for readers.
-        share: whether it lies between 0 and 1, to be written in per cent.
-        higher: whether more is better.
-    """
+    """A metric: its key in `results.json`, its label, whether it is a share (0 to 1, written in per cent)."""
 
     name: str
     label: str
     share: bool = True
-    higher: bool = True
+    higher: bool = True  # whether more is better
 
     def write(self, value: float) -> str:
-        """Write a value, or a dash where there is none."""
-        return percent(value) if self.share else "–" if math.isnan(value) else f"{value:.3f}"
+        """Write a value, or a dash where there is none.
+
+        >>> find_measure("loss").write(1.23456), find_measure("rouge_l").write(math.nan)
+        ('1.235', '–')
+        """
+        if self.share:
+            return percent(value)
+        return "–" if math.isnan(value) else f"{value:.3f}"
 
 
-MEASURES = MappingProxyType(
-    {
-        measure.name: measure
-        for measure in (
-            Measure("exact_match", "exact match"),
-            Measure("preference_accuracy", "preference accuracy"),
-            Measure("preference_accuracy_per_token", "preference accuracy per token"),
-            Measure("reward_margin", "reward margin", share=False),
-            Measure("token_f1", "token F1"),
-            Measure("rouge_l", "ROUGE-L"),
-            Measure("cider", "CIDEr", share=False),
-            Measure("vqa_accuracy", "VQA accuracy"),
-            Measure("token_accuracy", "token accuracy"),
-            Measure("loss", "loss", share=False, higher=False),
-            Measure("perplexity", "perplexity", share=False, higher=False),
-        )
-    }
+_LISTED = (
+    Measure("exact_match", "exact match"),
+    Measure("preference_accuracy", "preference accuracy"),
+    Measure("preference_accuracy_per_token", "preference accuracy per token"),
+    Measure("reward_margin", "reward margin", share=False),
+    Measure("token_f1", "token F1"),
+    Measure("rouge_l", "ROUGE-L"),
+    Measure("cider", "CIDEr", share=False),
+    Measure("vqa_accuracy", "VQA accuracy"),
+    Measure("token_accuracy", "token accuracy"),
+    Measure("loss", "loss", share=False, higher=False),
+    Measure("perplexity", "perplexity", share=False, higher=False),
 )
+MEASURES = MappingProxyType({measure.name: measure for measure in _LISTED})
 """Metrics by name, in the order of tables."""
 
 SELECTING = tuple(name for name, measure in MEASURES.items() if measure.share and measure.higher)

@@ -7,8 +7,7 @@ agree. All lie between 0 and 1, CIDEr between 0 and 10.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
     >>> exact_match(["A cat.", "dog"], [["a cat", "cat"], ["cat"]]).tolist()
     [1.0, 0.0]
     """
-    return _take_best(_is_equal, predictions, references, normalise)
+    return _take_best(lambda ours, gold: float(ours == gold), predictions, references, normalise)
 
 
 def token_f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " examples"]:
@@ -41,31 +40,37 @@ def token_f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) ->
     >>> token_f1(["the red bus"], [["a bus"]]).round(3).tolist()
     [0.667]
     """
-    return _take_best(_overlap, predictions, references, tokenise_squad)
+
+    def overlap(ours: list[str], gold: list[str]) -> float:
+        return _f1((Counter(ours) & Counter(gold)).total(), ours, gold)
+
+    return _take_best(overlap, predictions, references, tokenise_squad)
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " examples"]:
     """Compute ROUGE-L (Lin 2004, ACL W04-1013): F1 of the longest common subsequence of tokens, by `tokenise`.
 
-    As the package rouge-score computes it (precision and recall weigh the same, no stemming, the best gold answer), and
-    on ASCII the same number but for texts without a letter or digit, which score 0 there and count as a token here.
-    COCO's caption server weighs recall more (beta 1.2), so its numbers differ.
+    As the package rouge-score computes it (precision and recall weigh the same, no stemming), but for texts that are no
+    ASCII or have neither letter nor digit. COCO's caption server weighs recall more (beta 1.2): its numbers differ.
 
     >>> rouge_l(["a bus that is red"], [["a red bus"]]).tolist()
     [0.5]
     """
-    return _take_best(_subsequence, predictions, references, tokenise)
+    from rapidfuzz.distance import LCSseq  # late: only this metric needs it
+
+    def share_order(ours: list[str], gold: list[str]) -> float:
+        return _f1(LCSseq.similarity(ours, gold), ours, gold)
+
+    return _take_best(share_order, predictions, references, tokenise)
 
 
-METRICS: MappingProxyType[str, Metric] = MappingProxyType(
-    {
-        "exact_match": exact_match,
-        "token_f1": token_f1,
-        "rouge_l": rouge_l,
-        "cider": cider,
-        "vqa_accuracy": vqa_accuracy,
-    }
-)
+METRICS: Mapping[str, Metric] = {
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "rouge_l": rouge_l,
+    "cider": cider,
+    "vqa_accuracy": vqa_accuracy,
+}
 """Text metrics by name. `cider` here weighs by the gold answers of its call: `select_metrics` binds a corpus."""
 
 
@@ -74,8 +79,7 @@ def select_metrics(names: Sequence[str], corpus: Sequence[Sequence[str]]) -> dic
 
     Args:
         names: of `METRICS`.
-        corpus: gold answers of every example of the split, over all clients: CIDEr's document frequencies are counted
-            over them once, so that clients are scored alike (see `cider.py`).
+        corpus: gold answers of every example of the split, over all clients, for CIDEr's document frequencies.
 
     Raises:
         UserError: there is no metric of that name.
@@ -101,20 +105,6 @@ def _take_best(
         ours = read(prediction)
         best.append(max(score(ours, read(gold)) for gold in golds))
     return np.asarray(best, np.float64)
-
-
-def _is_equal(ours: str, gold: str) -> float:
-    return float(ours == gold)
-
-
-def _overlap(ours: list[str], gold: list[str]) -> float:
-    return _f1((Counter(ours) & Counter(gold)).total(), ours, gold)
-
-
-def _subsequence(ours: list[str], gold: list[str]) -> float:
-    from rapidfuzz.distance import LCSseq  # late: only this metric needs it
-
-    return _f1(LCSseq.similarity(ours, gold), ours, gold)
 
 
 def _f1(common: int, ours: list[str], gold: list[str]) -> float:

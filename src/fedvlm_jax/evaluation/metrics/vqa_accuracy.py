@@ -11,7 +11,6 @@ single gold answer is right or wrong (1 or 0). The rule is made for ten people: 
 
 import re
 from collections.abc import Sequence
-from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Float
@@ -20,8 +19,8 @@ from fedvlm_jax.evaluation.metrics.answer_tokens import pair_up
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = ("a", "an", "the")
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-NUMBERS = MappingProxyType({word: str(number) for number, word in enumerate(DIGITS)} | {"none": "0"})
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+NUMBERS = {word: str(number) for number, word in enumerate(DIGITS)} | {"none": "0"}
 
 # Contractions that are mended. "Im", "Ive" and "Id've" are in the official table with a capital that no lower-cased
 # word has, and "lets" and "shes" are not: all five stay as written.
@@ -34,14 +33,13 @@ FULL_FORMS = """
     what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
     would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
-
-
-def _drop_apostrophes(forms: Sequence[str]) -> dict[str, str]:
-    """Map misspellings, which lack one apostrophe, to full forms: couldnt've and couldn'tve, not couldntve."""
-    return {form[:place] + form[place + 1 :]: form for form in forms for place, sign in enumerate(form) if sign == "'"}
-
-
-CONTRACTIONS = MappingProxyType(_drop_apostrophes(FULL_FORMS.split()))
+CONTRACTIONS = {
+    form[:place] + form[place + 1 :]: form
+    for form in FULL_FORMS.split()
+    for place, sign in enumerate(form)
+    if sign == "'"
+}
+"""Misspellings, which lack one apostrophe, to full forms: of couldnt've and couldn'tve, not of couldntve."""
 
 
 def normalise_short(text: str) -> str:
@@ -68,8 +66,8 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]
     """Score every prediction by VQA accuracy, from 0 to 1.
 
     Args:
-        predictions: one per example.
-        references: gold answers of every example, one from each person, equal ones as often as they were given.
+        predictions: [N].
+        references: [N] gold answers of every example, one from each person, equal ones as often as they were given.
 
     Raises:
         ValueError: as `pair_up`.

@@ -1,18 +1,20 @@
 """Statistics over seeds: means, spreads and paired comparisons of scores by seed and client."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fedvlm_jax.evaluation.statistics.confidence_intervals import Difference, paired_difference
+from fedvlm_jax.errors import UserError
 
 BySeed = Mapping[int, Mapping[str, float]]
+"""seed -> client -> score."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean of a number per seed, and its sample standard deviation where there are two seeds or more."""
+    """Mean of a number per seed, and its sample standard deviation, None with one seed."""
 
     mean: float
     std: float | None
@@ -43,14 +45,19 @@ def mean_over_seeds(by_seed: BySeed) -> dict[str, float]:
 
 def order_by_mean(scores: Mapping[str, BySeed], methods: Sequence[str]) -> list[str]:
     """Order methods by their mean over clients within a seed, then over seeds, the highest first; ties keep order."""
-    means = {
-        method: np.mean([np.mean(list(of_seed.values())) for of_seed in scores[method].values()]) for method in methods
-    }
-    return sorted(methods, key=lambda method: -float(means[method]))
+
+    def mean(method: str) -> float:
+        return float(np.mean([np.mean(list(of_seed.values())) for of_seed in scores[method].values()]))
+
+    return sorted(methods, key=mean, reverse=True)
 
 
 def keep_common(method: BySeed, other: BySeed) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]]:
-    """Cut both down to the seeds, and to the clients of all these seeds, that both have."""
+    """Cut both down to the seeds, and to the clients of all these seeds, that both have.
+
+    >>> keep_common({0: {"ann": 0.5, "bob": 1.0}, 1: {"ann": 0.7}}, {0: {"ann": 0.4}})
+    ({0: {'ann': 0.5}}, {0: {'ann': 0.4}})
+    """
     seeds = sorted(method.keys() & other.keys())
     clients = set.intersection(*(set(side[seed]) for side in (method, other) for seed in seeds)) if seeds else set()
     cut = [
@@ -58,6 +65,75 @@ def keep_common(method: BySeed, other: BySeed) -> tuple[dict[int, dict[str, floa
         for side in (method, other)
     ]
     return cut[0], cut[1]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two methods a and b on the same clients and seeds.
+
+    Attributes:
+        mean: a minus b, averaged over clients within a seed, then over seeds.
+        standard_error: of that mean, from the spread between seeds; NaN with a single value.
+        low, high: confidence interval, Student's t; NaN with a single value.
+        wins: share of (seed, client) pairs in which a is better, ties counting half.
+        seeds: number of seeds.
+        clients: number of clients in each of them.
+        over: the population of the interval: "seeds", or "clients" where there is a single seed.
+    """
+
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+    wins: float
+    seeds: int
+    clients: int
+    over: str
+
+
+def paired_difference(a: BySeed, b: BySeed) -> Difference:
+    """Compare two methods over seeds and clients, pair by pair, with a 95 % interval.
+
+    The unit is the seed: clients of a seed share a training run, so their differences are averaged first, and Student's
+    t over the seed means (n - 1 degrees of freedom) gives the interval, for new seeds of such a population of clients.
+    With one seed the unit is the client; such an interval says nothing about other seeds, and is too narrow where
+    clients share parameters. No bootstrap: five seeds are too few to resample.
+
+    Raises:
+        UserError: no seeds, or seeds or clients that are not the same in both.
+
+    >>> plora, fedavg = {0: {"ann": 0.7, "bob": 0.5}, 1: {"ann": 0.6, "bob": 0.8}}, {0: {"ann": 0.5, "bob": 0.4}}
+    >>> fedavg[1] = {"ann": 0.5, "bob": 0.6}
+    >>> difference = paired_difference(plora, fedavg)
+    >>> round(difference.mean, 3), difference.wins, difference.over
+    (0.15, 1.0, 'seeds')
+    """
+    if not a or a.keys() != b.keys():
+        raise UserError(f"a comparison needs the same seeds on both sides; got {sorted(a)} and {sorted(b)}.")
+    clients = sorted(next(iter(a.values())))
+    for seed in a:
+        if not clients or sorted(a[seed]) != clients or sorted(b[seed]) != clients:
+            raise UserError(
+                f"a comparison needs the same clients on both sides and in every seed; seed {seed} differs."
+            )
+    pairs = np.asarray([[a[seed][client] - b[seed][client] for client in clients] for seed in sorted(a)], np.float64)
+    units = pairs.mean(axis=1) if len(pairs) > 1 else pairs[0]  # seeds, or the clients of the only one
+    mean, error, reach = float(pairs.mean()), math.nan, math.nan
+    if len(units) > 1:
+        from scipy.stats import t  # late: it takes a second to import
+
+        error = float(units.std(ddof=1) / np.sqrt(len(units)))
+        reach = error * float(t.ppf((1 + 0.95) / 2, len(units) - 1))
+    return Difference(
+        mean=mean,
+        standard_error=error,
+        low=mean - reach,
+        high=mean + reach,
+        wins=float(((pairs > 0) + 0.5 * (pairs == 0)).mean()),
+        seeds=len(pairs),
+        clients=len(clients),
+        over="seeds" if len(pairs) > 1 else "clients",
+    )
 
 
 def compare_paired(method: BySeed, other: BySeed) -> Difference | None:
@@ -74,4 +150,6 @@ def count_seeds_ahead(method: BySeed, other: BySeed) -> int:
 
 def judge(difference: Difference) -> str:
     """Say "ahead" or "behind" where the 95 % interval leaves zero out, else "level" (also where there is none)."""
-    return "ahead" if difference.low > 0 else "behind" if difference.high < 0 else "level"
+    if difference.low > 0:
+        return "ahead"
+    return "behind" if difference.high < 0 else "level"
