@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from fedvlm_jax.data.unique_images import digest_rows
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.report import write_report
 from fedvlm_jax.run_dir import fingerprints
+from fedvlm_jax.run_dir.artifacts import describe_environment
 from fedvlm_jax.run_dir.fingerprints import anchor
 from fedvlm_jax.run_dir.reader import read_baseline, read_run
 from fedvlm_jax.run_dir.validated_files import check_seal, read_config, seal
@@ -303,6 +305,14 @@ def test_other_versions_are_said(monkeypatch):
     (told,) = notes
     assert f"jax 0.0.1 is now {then['jax']}" in told
     assert "equal bits are not promised" in told
+
+
+def test_a_run_notes_the_commit_of_its_checkout():
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("this is no checkout")
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=root, text=True).strip()
+    assert describe_environment()["commit"] == head
 
 
 def test_a_report_notices_an_edited_config(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from toy import RATES, make_cohort, make_method, run_round, start_states, take
 
 import fedvlm_jax.methods.zoo
-from fedvlm_jax.config.method_options import check_choices, declare
+from fedvlm_jax.config.method_options import declare
 from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.errors import UserError
@@ -65,9 +65,9 @@ def test_a_broken_file_hides_no_other_method(write, monkeypatch):
 def test_a_method_refuses_a_setup_before_loading(write):
     write("mine", GOOD)
     with pytest.raises(UserError, match="needs 2 local steps"):
-        check_choices(Run(method="mine", train=TrainOptions(local_steps=1)))
-    check_choices(Run(method="mine", train=TrainOptions(local_steps=2)))
-    check_choices(Run(method="mine", train=TrainOptions(local_epochs=1)))
+        declare("mine", Run(method="mine", train=TrainOptions(local_steps=1)))
+    declare("mine", Run(method="mine", train=TrainOptions(local_steps=2)))
+    declare("mine", Run(method="mine", train=TrainOptions(local_epochs=1)))
 
 
 def test_a_phase_that_trains_nothing_shared_is_not_held_back(write):

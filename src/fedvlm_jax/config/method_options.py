@@ -6,7 +6,7 @@ need no such check: those of another method cannot be written.
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from fedvlm_jax.config.run_options import Run, TrainOptions
@@ -17,39 +17,57 @@ if TYPE_CHECKING:
     from fedvlm_jax.methods import Method
     from fedvlm_jax.models import Vlm
 
-
-def check_choices(run: Run) -> None:
-    """Refuse options that the run's method cannot work with.
-
-    Raises:
-        UserError: the first of them, with the reason.
-    """
-    _check_pairs(run)
-    _check_method(run, declare(run.method, run), f"--method {run.method}")
+MATHEMATICS = ("server", "local", "train.weighting", "lora.ranks")
+"""The options, and groups of options, that change how a round computes, for the methods that have a place for them."""
 
 
-def check_comparison(base: Run, names: Sequence[str], options: Mapping[str, MethodOptions]) -> None:
-    """Refuse options with which one of several methods cannot work, or that do nothing in any of them.
+def check_method(run: Run, label: str) -> None:
+    """Refuse what changes a round's mathematics in a way that the run's method has no place for.
+
+    Args:
+        label: the method as the command line names it, `--method plora`.
 
     Raises:
-        UserError: the first of them, with the method and the reason.
+        UserError: the first such option, with the method's reason.
     """
-    _check_pairs(base)
-    runs = {name: for_method(base, name, options.get(name)) for name in dict.fromkeys(names)}
-    for name, run in runs.items():
-        _check_method(run, declare(name, run), f"--methods {name}")
-    for path in _list_changed(base):
-        if all(path not in _list_changed(run) for run in runs.values()):
-            raise UserError(f"{_flag(path)} means nothing to any of --methods {' '.join(runs)}: leave it out")
+    method = declare(run.method, run)
+    if type(run.method_options) is not find_method_options(run.method):
+        raise UserError(f"{run.method_options} are the numbers of another method than {label}")
+    for path in list_changed(run, *MATHEMATICS):
+        # A method refuses a single option or the whole group: an aggregation by SVD has no place for any optimiser.
+        why = method.refuses.get(path) or method.refuses.get(path.partition(".")[0])
+        if why:
+            raise UserError(
+                f"{write_flag(path)} does not go with {label}, because {why}. Leave it out, or leave the method out"
+            )
+    if run.method == SHARE and not find_rule(run.method_options):
+        raise UserError(f"{label} needs its rule: add --share REGEX, for example --share 'decoder/.*/b$'")
+
+
+def list_changed(run: Run, *groups: str) -> list[str]:
+    """List those options that are not at their default, of whole groups or single ones.
+
+    >>> list_changed(Run(server=ServerOptions(beta1=0.5)), "server", "lora.ranks")
+    ['server.beta1']
+    """
+    default, paths = Run(), list[str]()
+    for group in groups:
+        value = attrgetter(group)(default)
+        names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+        paths += [f"{group}.{name}" for name in names] or [group]
+    return [path for path in paths if attrgetter(path)(run) != attrgetter(path)(default)]
+
+
+def write_flag(path: str) -> str:
+    """Write an option's path as its flag."""
+    return "--" + path.replace("_", "-")
 
 
 def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Run:
     """Give a method the options that others have too, without those that would merely do nothing in it.
 
     Args:
-        base: the options.
-        name: the method.
-        options: its own numbers; its defaults if None.
+        options: the numbers of this method; its defaults if None.
     """
     run = dataclasses.replace(base, method=name, method_options=options or MethodOptions())
     moot = declare(name, run).moot
@@ -64,19 +82,24 @@ def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Ru
 
 
 def declare(name: str, run: Run) -> "Method":
-    """Make a method with a run's options but without a model: for what it says of itself."""
+    """Make a method with a run's options but without a model: for what it declares of itself.
+
+    Raises:
+        UserError: its file is not that of a method, or it cannot work with these options.
+    """
     from fedvlm_jax.config.method_setup import make_setup
     from fedvlm_jax.methods import load_method  # late: it imports jax
 
-    def nothing(*_: Any) -> Any:
+    def refuse_call(*_: Any) -> Any:
         raise AssertionError("a method is made without a model: its functions may ask for one, `make` may not")
 
     options = run.method_options if run.method == name else MethodOptions()
-    return load_method(name, dataclasses.replace(make_setup(run, None, nothing), options=options))
+    return load_method(name, dataclasses.replace(make_setup(run, None, refuse_call), options=options))
 
 
 def find_rule(options: MethodOptions) -> str | None:
     """Return the rule of the method that `--share` makes; None for the options of any other method."""
+    # By its name: the class stands in a file that imports jax, which options without a rule need not wait for.
     return getattr(options, "rule", None) if type(options).__module__.endswith(".rule_based") else None
 
 
@@ -92,86 +115,13 @@ def check_rule(run: Run, vlm: "Vlm") -> None:
     import jax
 
     from fedvlm_jax import lora
+    from fedvlm_jax.config.method_setup import make_spec
     from fedvlm_jax.lora.sites import listing
     from fedvlm_jax.methods.base import is_factor
     from fedvlm_jax.utils import tree
 
-    sites, spec = vlm.sites, lora.LoRA(run.lora.rank, run.lora.alpha, run.lora.targets or vlm.targets)
-    adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), sites, spec))
+    adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), vlm.sites, make_spec(run, vlm)))
     factors = tree.partition(adapter, is_factor)[0]
-    paths = {path: lora.virtual_paths(factors, path, sites) for path in tree.flatten(factors)}
-    named = [name for path, several in paths.items() for name in (path, *several) if re.search(rule, name)]
-    if not named:
+    paths = {path: lora.virtual_paths(factors, path, vlm.sites) for path in tree.flatten(factors)}
+    if not any(re.search(rule, name) for path, layers in paths.items() for name in (path, *layers)):
         raise UserError(f"--share {rule!r} is found in no factor's path; there are:\n{listing(paths, 1000)}")
-
-
-def _check_pairs(run: Run) -> None:
-    for name in _changed(run.server, ServerOptions()):
-        if name not in run.server.reads:
-            raise UserError(
-                f"--server.{name.replace('_', '-')} means nothing to --server.optimizer {run.server.optimizer}: "
-                "leave it out, or choose another optimizer"
-            )
-    if run.local.scaffold:
-        _check_scaffold(run)
-    ranks, largest = run.lora.ranks, run.lora.rank
-    if ranks and (min(ranks) < 1 or max(ranks) != largest):
-        raise UserError(
-            f"--lora.ranks {' '.join(map(str, ranks))}: they must be 1 or more, and the largest of them --lora.rank, "
-            f"which is {largest}"
-        )
-
-
-def _check_scaffold(run: Run) -> None:
-    """SCAFFOLD's control variate is (θ_server − θ_k) / Σ η, which must be the client's mean gradient."""
-    # Clipping leaves it one (the mean of what was clipped), and so do rates that change from round to round.
-    if run.train.optimizer != "sgd":
-        raise UserError(
-            "--local.scaffold takes a client's gradient from how far it went, which holds for plain steps alone: add "
-            "--train.optimizer sgd (it needs far larger learning rates than adamw)"
-        )
-    if run.local.proximal:
-        raise UserError(
-            "--local.scaffold and --local.proximal exclude each other: what scaffold takes for a client's gradient "
-            "would hold the proximal term, and its correction would undo it"
-        )
-    if run.lora.ranks:
-        raise UserError(
-            "--local.scaffold and --lora.ranks exclude each other: a client of lower rank has no gradient of the "
-            "factors that it lacks, so its control variate is none either"
-        )
-    if run.participation.sampling == "size" and run.train.weighting != "uniform":
-        raise UserError(
-            "--local.scaffold with --participation.sampling size needs --train.weighting uniform: weighed by examples "
-            "too, sizes count twice in the average, and once in the control variates"
-        )
-
-
-def _check_method(run: Run, method: "Method", label: str) -> None:
-    """Refuse what changes a round's mathematics in a way that the method has no place for."""
-    if type(run.method_options) is not find_method_options(run.method):
-        raise UserError(f"{run.method_options} are the numbers of another method than {label}")
-    for path in _list_changed(run):
-        why = method.refuses.get(path) or method.refuses.get(path.partition(".")[0])
-        if why:
-            raise UserError(
-                f"{_flag(path)} does not go with {label}, because {why}. Leave it out, or leave the method out"
-            )
-    if run.method == SHARE and not find_rule(run.method_options):
-        raise UserError(f"{label} needs its rule: add --share REGEX, for example --share 'decoder/.*/b$'")
-
-
-def _list_changed(run: Run) -> list[str]:
-    """List those of the options of a round's mathematics that are not at their default."""
-    server = [f"server.{name}" for name in _changed(run.server, ServerOptions())]
-    local = [f"local.{name}" for name in _changed(run.local, LocalOptions())]
-    weighting = ["train.weighting"] if run.train.weighting != TrainOptions().weighting else []
-    return [*server, *local, *weighting, *(["lora.ranks"] if run.lora.ranks else [])]
-
-
-def _changed(options: Any, default: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != getattr(default, f.name)]
-
-
-def _flag(path: str) -> str:
-    return "--" + path.replace("_", "-")

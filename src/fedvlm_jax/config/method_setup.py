@@ -1,4 +1,4 @@
-"""From a run's options to the form of its adapters and to what its method is made for; no data, no weights."""
+"""A run's options as the form of its adapters and as what its method is made for; without data or weights."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def make_spec(run: Run, vlm: Vlm) -> lora.LoRA:
 
 
 def make_setup(run: Run, vlm: Vlm | None, start_optimizer: Callable[..., PyTree]) -> Setup:
-    """Make what a method is made for, as far as a run's options tell; of clients and ranks they do not."""
+    """Make what a method is made for, as far as a run's options decide it; clients and their ranks are not in them."""
     return Setup(
         sites={} if vlm is None else vlm.sites,
         spec=lora.LoRA() if vlm is None else make_spec(run, vlm),
@@ -27,7 +27,7 @@ def make_setup(run: Run, vlm: Vlm | None, start_optimizer: Callable[..., PyTree]
         keep_optimizer=run.train.optimizer_state == "kept",
         common_start=run.lora.private_a == "common",
         rounds=run.train.rounds,
-        local_steps=run.train.local_steps if run.train.local_epochs is None else 0,
+        local_steps=run.train.local_steps if run.train.local_epochs is None else 0,  # epochs differ between clients
         local=run.local,
         server=run.server,
         options=run.method_options,

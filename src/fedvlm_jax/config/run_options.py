@@ -1,4 +1,4 @@
-"""What a run is made of: one frozen dataclass per choice, nested into `Run`. The command line is read off them.
+"""Options of a run: one frozen dataclass per choice, nested into `Run`. The command line is read off them.
 
 The FedVLM paper (arXiv 2507.17088) does not give its rank, rounds, rates and the like. Fields of that kind say so in
 their help; their defaults are this project's. No heavy package is imported here, so that `--help` answers at once.
@@ -8,7 +8,6 @@ import ast
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,10 +31,6 @@ from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.utils.option_ranges import Amount, Chance, Count, NonNegative, Positive, Seed, Share
 from fedvlm_jax.utils.serialization import decode, encode
 
-MOST_BATCH = 2**16
-"""Examples that are scored at once; clients with fewer are filled up to it."""
-MOST_EXAMPLES = 48
-"""So many pictures of at most 25 KiB keep the report's page below 2 MB."""
 PACKAGE = Path(__file__).parent.parent
 METHOD = "plora"
 """The method where none is named."""
@@ -52,7 +47,11 @@ def methods_available() -> tuple[str, ...]:
 
 
 def describe_method(name: str) -> str:
-    """Return the first sentence of a method's file, read without importing it; empty for a name without a file."""
+    """Return the first sentence of a method's file, read without importing it; empty for a name without a file.
+
+    >>> describe_method("local")
+    'Local training: every client fine-tunes its own adapter and nothing ever leaves it. The one to beat.'
+    """
     if name not in (*methods_available(), SHARE):
         return ""
     file = PACKAGE.joinpath(*name_module(name).split(".")[1:]).with_suffix(".py")
@@ -60,18 +59,17 @@ def describe_method(name: str) -> str:
 
 
 def objectives_available() -> tuple[str, ...]:
-    """Name the training objectives: one per public file in `objectives/`; `sft_dpo` is both of them, `sft+dpo`."""
-    stems = _list_files("objectives", frozenset({"base", "config", "log_probs"}))
+    """Name the training objectives: one per public file in `objectives/`; `sft_dpo` is both of them.
+
+    >>> objectives_available()
+    ('dpo', 'sft', 'sft+dpo')
+    """
+    stems = [stem for stem in _list_files("objectives") if stem not in ("base", "config", "log_probs")]
     return tuple(stem.replace("_", "+") for stem in stems)
 
 
-def _list_files(room: str, infrastructure: frozenset[str] = frozenset()) -> list[str]:
-    stems = sorted(path.stem for path in (PACKAGE / room).glob("*.py"))
-    return [stem for stem in stems if not stem.startswith("_") and stem not in infrastructure]
-
-
-def _show_choices(names: tuple[str, ...]) -> str:
-    return "{" + ",".join(names) + "}"
+def _list_files(folder: str) -> list[str]:
+    return sorted(path.stem for path in (PACKAGE / folder).glob("*.py") if not path.stem.startswith("_"))
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """When and how every client's own model is evaluated"""
+    """Evaluation of every client's own model, when and how"""
 
     every: Count = 4
     """Evaluate on validation every so many rounds, and after the last."""
@@ -153,7 +151,7 @@ class EvaluationOptions:
     clients: Annotated[Count | None, _optional("INT", "all, but 64 of more than 128")] = None
     """Evaluate the models of so many clients, in the rounds and at the end, drawn by the seed; and of so many of those
     that are held out."""
-    batch_size: Annotated[int, Ge(1), Le(MOST_BATCH)] = 32
+    batch_size: Annotated[int, Ge(1), Le(2**16)] = 32  # all batches are filled up to it, so it is memory, too
     """Examples of one client that are answered at a time."""
     metrics: tuple[str, ...] = ("exact_match", "token_f1", "rouge_l", "cider", "vqa_accuracy")
     """Metrics of generated answers."""
@@ -179,14 +177,14 @@ class EvaluationOptions:
     which."""
     neighbour_capacity: Count = 4096
     """Most training tokens that a client remembers."""
-    examples: Annotated[int, Ge(0), Le(MOST_EXAMPLES)] = 12
+    examples: Annotated[int, Ge(0), Le(48)] = 12  # 48 pictures of at most 25 KiB keep the page below 2 MB
     """At the end, store so many test examples with picture and answers for the report; 0 for none."""
     test: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = True
     """From Python only: False leaves the test split alone, for runs that serve to choose options."""
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        """What is scored at the end of a run."""
+        """The splits that are scored at the end of a run."""
         return ("validation", "test") if self.test else ("validation",)
 
 
@@ -218,11 +216,7 @@ class Run:
     """Everything that decides what a run does."""
 
     method: Annotated[
-        str,
-        tyro.conf.arg(
-            metavar=_show_choices(methods_available()),
-            help_behavior_hint=f"(default: {METHOD}, or what --share REGEX makes of a rule)",
-        ),
+        str, _optional(f"{{{','.join(methods_available())}}}", f"{METHOD}, or what --share REGEX makes of a rule")
     ] = METHOD
     """`train` only: the federated method, that is, what clients share and what stays theirs; `fedvlm explain` tells
     what each does."""
@@ -237,7 +231,7 @@ class Run:
     """Decides every random choice: partition, adapters, cohorts, batches."""
     cohort: Annotated[Count | None, _optional("INT", "all of them")] = None
     """Clients drawn each round (not given by the paper)."""
-    objective: Annotated[str, tyro.conf.arg(metavar=_show_choices(objectives_available()))] = "sft"
+    objective: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(objectives_available())}}}")] = "sft"
     """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both."""
     checkpoint_every: Count = 1
     """Rounds between checkpoints."""
@@ -253,7 +247,7 @@ class Run:
     system: SystemOptions = field(default_factory=SystemOptions)
 
     def __post_init__(self) -> None:
-        """Give the method its numbers, where none are given."""
+        """Give the method its default numbers where none are given."""
         if type(self.method_options) is MethodOptions:
             object.__setattr__(self, "method_options", find_method_options(self.method)())
 
@@ -281,12 +275,12 @@ class Compare:
 
     @property
     def out(self) -> Path | None:
-        """The folder of the comparison: `base.out`, so that `--out` is one option and not two."""
+        """The comparison's folder, `base.out`: so `--out` is one option and not two."""
         return self.base.out
 
 
 def without_extras(run: Run) -> Run:
-    """The federation alone: without the local fine-tuning and the neighbours that may come after it."""
+    """Return the federation alone, without the local fine-tuning and the neighbours that may come after it."""
     return dataclasses.replace(
         run,
         train=dataclasses.replace(run.train, finetune_steps=0),
@@ -294,13 +288,12 @@ def without_extras(run: Run) -> Run:
     )
 
 
-def name_folder(name: str, now: datetime) -> Path:
-    """Name the folder of a run that was given no `--out`: `runs/<time>-<name>`."""
-    return Path("runs") / f"{now:%Y-%m-%d-%H%M%S}-{name}"
-
-
 def to_json(run: Run) -> dict[str, Any]:
-    """Turn a run into what `json.dumps` takes."""
+    """Turn a run into what `json.dumps` takes.
+
+    >>> from_json(to_json(Run(cohort=4))).cohort
+    4
+    """
     return encode(run)
 
 
@@ -317,17 +310,14 @@ def from_json(stored: Any) -> Run:
             "the stored configuration is of a development state of fedvlm-jax 0.1, whose methods shared one record of "
             "numbers: the commit that its config.json names reads it"
         )
-    data = stored.get("data")
-    source, cut = (data.get("source"), data.get("partition")) if isinstance(data, Mapping) else (None, None)
+    # The file may be a stranger's: any of these may be missing, or of another type, which `decode` then reports.
+    data = stored["data"] if isinstance(stored.get("data"), Mapping) else {}
+    cut = data["partition"] if isinstance(data.get("partition"), Mapping) else {}
+    source, method = data.get("source"), stored.get("method")
     kind = find_options(source) if isinstance(source, str) else DataOptions
-    drawn = cut.get("kind") if isinstance(cut, Mapping) else None
-    method = stored.get("method")
-    return decode(
-        Run,
-        stored,
-        chosen={
-            "method_options": find_method_options(method) if isinstance(method, str) else MethodOptions,
-            "data": kind,
-            "data.partition": find_partition(kind, drawn) if drawn in KINDS else Partition,
-        },
-    )
+    chosen = {
+        "method_options": find_method_options(method) if isinstance(method, str) else MethodOptions,
+        "data": kind,
+        "data.partition": find_partition(kind, cut["kind"]) if cut.get("kind") in KINDS else Partition,
+    }
+    return decode(Run, stored, chosen=chosen)

@@ -1,16 +1,14 @@
-"""Options that cannot work, told before anything is loaded: one message each, which says what to change."""
+"""Options that cannot work, refused before anything is loaded: one message each, which says what to change."""
 
-import dataclasses
 import difflib
 import re
 from pathlib import Path
 
-from fedvlm_jax.config.method_options import check_choices, check_comparison, find_rule
+from fedvlm_jax.config.method_options import MATHEMATICS, check_method, find_rule, for_method, list_changed, write_flag
 from fedvlm_jax.config.run_options import (
     METHOD,
     SHARE,
     Compare,
-    PreferenceOptions,
     Run,
     TrainOptions,
     methods_available,
@@ -24,7 +22,7 @@ from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.utils.option_ranges import LARGEST_SEED, check_ranges
 
 FINETUNED, REMEMBERING = "+ft", "+knn"
-"""What a method's name ends with in a comparison when local fine-tuning follows it, or neighbours are mixed in."""
+"""Endings of a method's name in a comparison: local fine-tuning follows it, or neighbours are mixed in."""
 
 
 def validate(run: Run) -> None:
@@ -37,41 +35,31 @@ def validate(run: Run) -> None:
         UserError: the first option, or pair of options, that cannot work.
     """
     _require_choice("--method", run.method, (*methods_available(), SHARE))
-    _validate_common(run)
-    check_choices(run)
-
-
-def _validate_common(run: Run) -> None:
-    """What does not depend on the method."""
-    check_ranges(run)
-    _require_choice("--objective", run.objective, objectives_available())
-    _check_preference(run)
-    _check_metrics(run)
-    _check_model(run.model)
-    if type(run.data) is not find_options(run.data.source):
-        raise UserError(f"--data {run.data.source} has other options than {type(run.data).__qualname__}")
-    _check_patterns(run)
-    _check_participation(run)
-    _check_pairs(run)
+    _check_common(run)
+    check_method(run, f"--method {run.method}")
 
 
 def plain(method: str) -> str:
-    """A method's name in a comparison without its "+ft" or "+knn"."""
+    """Drop the "+ft" or "+knn" of a method's name in a comparison.
+
+    >>> plain("plora+ft")
+    'plora'
+    """
     return method.removesuffix(FINETUNED).removesuffix(REMEMBERING)
 
 
 def validate_comparison(comparison: Compare) -> None:
-    """Refuse a comparison that cannot be run.
+    """Refuse a comparison that cannot be run, or an option of it that does nothing in any of its methods.
 
     Raises:
         UserError: as `validate`, for every run it is made of.
     """
-    base = comparison.base
+    base, names = comparison.base, list(dict.fromkeys(map(plain, comparison.methods)))
     check_ranges(comparison)
-    if not comparison.methods:
+    if not names:
         raise UserError("--methods names no method: say which to compare, for example --methods local plora")
-    for name in comparison.methods:
-        _require_choice("--methods", plain(name), (*methods_available(), SHARE))
+    for name in names:
+        _require_choice("--methods", name, (*methods_available(), SHARE))
     twice = sorted({name for name in comparison.methods if comparison.methods.count(name) > 1})
     if twice:
         raise UserError(f"--methods names {twice[0]} twice: leave one out")
@@ -79,7 +67,7 @@ def validate_comparison(comparison: Compare) -> None:
         raise UserError(f"--seed {base.seed} and --seeds {comparison.seeds} go beyond {LARGEST_SEED}")
     if base.method != METHOD:
         raise UserError(f"--method {base.method} chooses for `fedvlm train`; here say --methods {base.method} ...")
-    if strangers := sorted(comparison.method_options.keys() - {*map(plain, comparison.methods)}):
+    if strangers := sorted(comparison.method_options.keys() - set(names)):
         raise UserError(f"there are numbers of {strangers[0]}, which is not compared: add it to --methods")
     if base.resume is not None:
         raise UserError(f"--resume goes on with one run; to go on with a comparison repeat it with --out {base.resume}")
@@ -89,32 +77,44 @@ def validate_comparison(comparison: Compare) -> None:
         )
     if base.evaluation.neighbours:
         raise UserError('--evaluation.neighbours is for `fedvlm train`; here add "+knn" to a method, and --neighbours')
-    _validate_common(base)
-    check_comparison(base, [plain(name) for name in comparison.methods], comparison.method_options)
+    _check_common(base)
+    runs = [for_method(base, name, comparison.method_options.get(name)) for name in names]
+    for run in runs:
+        check_method(run, f"--methods {run.method}")
+    for path in list_changed(base, *MATHEMATICS):
+        if all(path not in list_changed(run, path) for run in runs):
+            raise UserError(f"{write_flag(path)} means nothing to any of --methods {' '.join(names)}: leave it out")
 
 
-def _check_model(model: str) -> None:
-    if not model:
-        raise UserError("--model is empty: give a shipped model's name, a folder or a Hugging Face hub id")
-    # A hub id is `name` or `owner/name`; anything else that has a slash can only be meant as a path.
-    is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith("/")
-    if is_path and not Path(model).expanduser().is_dir():
-        raise UserError(f"--model {model}: there is no such folder")
-
-
-def _check_preference(run: Run) -> None:
-    """An option that the objective does not read would silently do nothing."""
-    stated, default = (dataclasses.asdict(options) for options in (run.preference, PreferenceOptions()))
-    changed = [name for name in stated if stated[name] != default[name]]
-    if not changed:
-        return  # the objective's file imports jax, which a run with default options need not wait for here
-    for name in changed:
+def _check_common(run: Run) -> None:
+    """Refuse what cannot work with any method."""
+    check_ranges(run)
+    _require_choice("--objective", run.objective, objectives_available())
+    # The loop comes first: the objective's file imports jax, which a run with default options need not wait for here.
+    for path in list_changed(run, "preference"):
+        name = path.removeprefix("preference.")
         if name not in load_objective(run.objective, run.preference).reads:
             readers = [o for o in objectives_available() if name in load_objective(o, run.preference).reads]
             raise UserError(
-                f"--preference.{name.replace('_', '-')} means nothing to --objective {run.objective}: leave it out, or "
+                f"{write_flag(path)} means nothing to --objective {run.objective}: leave it out, or "
                 f"use --objective {' or '.join(readers)}"
             )
+    _check_metrics(run)
+    if not run.model:
+        raise UserError("--model is empty: give a shipped model's name, a folder or a Hugging Face hub id")
+    # A hub id is `name` or `owner/name`; anything else that has a slash can only be meant as a path.
+    is_path = run.model.startswith(("/", ".", "~")) or run.model.count("/") > 1 or run.model.endswith("/")
+    if is_path and not Path(run.model).expanduser().is_dir():
+        raise UserError(f"--model {run.model}: there is no such folder")
+    if type(run.data) is not find_options(run.data.source):
+        raise UserError(f"--data {run.data.source} has other options than {type(run.data).__qualname__}")
+    for flag, pattern in (("--lora.targets", run.lora.targets), ("--share", find_rule(run.method_options) or "")):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{flag} {pattern!r} is not a regular expression: {error}") from None
+    _check_pairs(run)
+    _check_mathematics(run)
 
 
 def _check_metrics(run: Run) -> None:
@@ -130,37 +130,23 @@ def _check_metrics(run: Run) -> None:
         raise UserError(f"--evaluation.metrics leaves out {judged_by}, by which the best round is chosen: add it")
 
 
-def _check_participation(run: Run) -> None:
-    train, options = run.train, run.participation
-    if options.sampling != "uniform" and run.cohort is None:
+def _check_pairs(run: Run) -> None:
+    train, participation = run.train, run.participation
+    if participation.sampling != "uniform" and run.cohort is None:
         raise UserError(
-            f"--participation.sampling {options.sampling} says how clients are drawn, and without --cohort everybody "
-            "takes part: say how many with --cohort, or leave it out"
+            f"--participation.sampling {participation.sampling} says how clients are drawn, and without --cohort "
+            "everybody takes part: say how many with --cohort, or leave it out"
         )
-    if train.local_epochs is None:
-        if options.stragglers and train.local_steps == 1:
-            raise UserError(
-                "--participation.stragglers take fewer steps than --train.local-steps 1, and there are none: take more "
-                "local steps, or leave it out"
-            )
-        return
-    if train.local_steps != TrainOptions().local_steps:
+    if train.local_epochs is None and train.local_steps == 1 and participation.stragglers:
+        raise UserError(
+            "--participation.stragglers take fewer steps than --train.local-steps 1, and there are none: take more "
+            "local steps, or leave it out"
+        )
+    if train.local_epochs is not None and train.local_steps != TrainOptions().local_steps:
         raise UserError(
             f"--train.local-epochs {train.local_epochs} and --train.local-steps {train.local_steps} exclude each "
             "other: epochs decide how many steps every client takes; leave one out"
         )
-
-
-def _check_patterns(run: Run) -> None:
-    for flag, pattern in (("--lora.targets", run.lora.targets), ("--share", find_rule(run.method_options) or "")):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"{flag} {pattern!r} is not a regular expression: {error}") from None
-
-
-def _check_pairs(run: Run) -> None:
-    train, system = run.train, run.system
     if train.warmup_rounds > train.rounds:
         raise UserError(
             f"--train.warmup-rounds is {train.warmup_rounds}, and there are --train.rounds {train.rounds}: warm up in "
@@ -170,6 +156,7 @@ def _check_pairs(run: Run) -> None:
         raise UserError("--train.learning-rate-a and --train.learning-rate-b are both 0: nothing would be trained")
     if train.optimizer == "sgd" and train.weight_decay:
         raise UserError("--train.weight-decay belongs to AdamW: leave it at 0, or use --train.optimizer adamw")
+    system = run.system
     if system.wave and run.cohort and system.wave > run.cohort:
         raise UserError(f"--wave {system.wave} is wider than --cohort {run.cohort}: make the wave smaller")
     mesh = parse_mesh(system.mesh)
@@ -179,6 +166,44 @@ def _check_pairs(run: Run) -> None:
         raise UserError(f"--system.cache-dir is for --system.cache disk, not {system.cache}")
     if run.out is not None and run.resume is not None:
         raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
+
+
+def _check_mathematics(run: Run) -> None:
+    """Refuse terms of local training and of the server that exclude each other, whatever the method."""
+    for path in list_changed(run, "server"):
+        if path.removeprefix("server.") not in run.server.reads:
+            raise UserError(
+                f"{write_flag(path)} means nothing to --server.optimizer {run.server.optimizer}: "
+                "leave it out, or choose another optimizer"
+            )
+    # SCAFFOLD's control variate is (θ_server − θ_k) / Σ η, which must be the client's mean gradient. Clipping leaves it
+    # one (the mean of what was clipped), and so do rates that change from round to round.
+    scaffold, ranks, largest = run.local.scaffold, run.lora.ranks, run.lora.rank
+    if scaffold and run.train.optimizer != "sgd":
+        raise UserError(
+            "--local.scaffold takes a client's gradient from how far it went, which holds for plain steps alone: add "
+            "--train.optimizer sgd (it needs far larger learning rates than adamw)"
+        )
+    if scaffold and run.local.proximal:
+        raise UserError(
+            "--local.scaffold and --local.proximal exclude each other: what scaffold takes for a client's gradient "
+            "would hold the proximal term, and its correction would undo it"
+        )
+    if scaffold and ranks:
+        raise UserError(
+            "--local.scaffold and --lora.ranks exclude each other: a client of lower rank has no gradient of the "
+            "factors that it lacks, so its control variate is none either"
+        )
+    if scaffold and run.participation.sampling == "size" and run.train.weighting != "uniform":
+        raise UserError(
+            "--local.scaffold with --participation.sampling size needs --train.weighting uniform: weighed by examples "
+            "too, sizes count twice in the average, and once in the control variates"
+        )
+    if ranks and (min(ranks) < 1 or max(ranks) != largest):
+        raise UserError(
+            f"--lora.ranks {' '.join(map(str, ranks))}: they must be 1 or more, and the largest of them --lora.rank, "
+            f"which is {largest}"
+        )
 
 
 def _require_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedvlm_jax.data.safe_paths import OutsideError, read_below
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.run_dir.validated_files import EXAMPLE_MODELS, EXAMPLES, check_examples, read_json
+from fedvlm_jax.run_dir.validated_files import EXAMPLE_MODELS, EXAMPLES, EXAMPLES_FILE, read_json
 
 PNG = b"\x89PNG\r\n\x1a\n"
 """The first bytes of a PNG."""
@@ -62,8 +62,7 @@ def read_cards(folder: Path) -> tuple[list[Card], dict[str, int]]:
     path = folder / EXAMPLES
     if not path.is_file():
         return [], {}
-    stored = read_json(path)
-    check_examples(path, stored)
+    stored = read_json(path, EXAMPLES_FILE)
     cards = [
         Card(
             client=entry["client"],

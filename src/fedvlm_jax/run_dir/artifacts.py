@@ -12,6 +12,7 @@ import re
 import subprocess
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,22 +24,15 @@ from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import own_base
 from fedvlm_jax.errors import DamagedError, UserError
 from fedvlm_jax.run_dir.folder_lock import name_command
+from fedvlm_jax.run_dir.validated_files import Form, check_form, parse_json
 from fedvlm_jax.utils import digests, tree
 from fedvlm_jax.utils.files import read_plain, write_bytes, write_json
 
 PACKAGES = (
-    "fedvlm-jax",
-    "jax",
-    "jaxlib",
-    "libtpu",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "datasets",
-    "numpy",
+    *("fedvlm-jax", "jax", "jaxlib", "libtpu", "flax", "optax"),
+    *("orbax-checkpoint", "transformers", "datasets", "numpy"),
 )
-
+"""Packages on whose versions results depend."""
 
 BASE = "base.safetensors"
 """In the folder of the adapters: the base's weights that a method moved."""
@@ -46,11 +40,7 @@ BASE = "base.safetensors"
 LIST = "clients.json"
 """In the same folder: which file is whose, and the digests of all of them."""
 
-PLAIN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}(?<!\.)")
-"""Client names that are file names everywhere as they are."""
-
-READABLE = 60
-"""Characters that are kept of other names, for who lists the folder."""
+LIST_FORM: Form = {"common": dict[str, str], "clients": {"*": {"file": str, "digest": str}}}
 
 
 def save_adapters(
@@ -63,33 +53,30 @@ def save_adapters(
     leave equal bytes.
 
     Args:
-        folder: where to.
         adapters: every client's name and whole adapter, shared factors included, usable by itself.
-        shared: the shared tree.
         about: goes into the files' metadata.
     """
     if not processes.is_first():
-        deque(adapters, maxlen=0)
+        deque(adapters, maxlen=0)  # to make them takes all processes
         return
     metadata = {"format": "fedvlm-jax", **{name: str(value) for name, value in about.items()}}
     (folder / "clients").mkdir(parents=True, exist_ok=True)
     common: dict[str, str] = {}
     if flat := tree.flatten(shared):
-        common["shared.safetensors"] = _write_arrays(
-            folder / "shared.safetensors", flat, {**metadata, "part": "shared"}
-        )
+        file = folder / "shared.safetensors"
+        common[file.name] = _write_arrays(file, flat, {**metadata, "part": "shared"})
     if (folder / BASE).is_file():
         common[BASE] = digests.digest_parts([(folder / BASE).read_bytes()]).hex()
     clients: dict[str, dict[str, str]] = {}
     for name, adapter in adapters:
-        file, about_it = name_file(name), {**metadata, "part": "personal", "client": name}
-        digest = _write_arrays(folder / "clients" / file, tree.flatten(adapter), about_it)
-        clients[name] = {"file": file, "digest": digest}
+        file = folder / "clients" / name_file(name)
+        digest = _write_arrays(file, tree.flatten(adapter), {**metadata, "part": "personal", "client": name})
+        clients[name] = {"file": file.name, "digest": digest}
     write_json(folder / LIST, {"common": common, "clients": clients})
 
 
 def save_base(file: Path, base: PyTree, moved: PyTree) -> None:
-    """Write the weights in which `moved` differs from `base`: what a method added to the base; no file without any."""
+    """Write the weights in which `moved` differs from `base`, which a method added to it; no file without any."""
     before, after = tree.flatten(base), tree.flatten(moved)
     changed = {path: own_base(leaf) for path, leaf in after.items() if leaf is not before[path]}
     if changed and processes.is_first():
@@ -98,7 +85,7 @@ def save_base(file: Path, base: PyTree, moved: PyTree) -> None:
 
 
 def load_base(folder: Path, base: PyTree) -> PyTree:
-    """The base with the weights that `save_base` wrote into the adapters' folder, where there are any.
+    """Return the base with the weights that `save_base` wrote into the adapters' folder, where there are any.
 
     Raises:
         UserError: the file is missing, or not as it was written.
@@ -108,7 +95,7 @@ def load_base(folder: Path, base: PyTree) -> PyTree:
 
 
 def open_adapters(folder: Path, names: Sequence[str]) -> Callable[[np.ndarray], PyTree]:
-    """Give the clients' stored adapters [V, …] for the numbers [V] of the clients in `names`, read when asked for.
+    """Give a function that reads the adapters [V, …] of the clients with the numbers [V] in `names`.
 
     Raises:
         UserError: the list of the files, a client in it or a file is missing, or, when it is read, a file is not as it
@@ -124,46 +111,42 @@ def open_adapters(folder: Path, names: Sequence[str]) -> Callable[[np.ndarray], 
 
     def adapters(numbers: np.ndarray) -> PyTree:
         distinct, which = np.unique(numbers, return_inverse=True)
-        own = [_read_arrays(paths[number], listed[names[number]]["digest"]) for number in distinct]
-        return tree.unflatten({path: np.stack([flat[path] for flat in own])[which] for path in own[0]})
+        read = [_read_arrays(paths[number], listed[names[number]]["digest"]) for number in distinct]
+        return tree.unflatten({path: np.stack([flat[path] for flat in read])[which] for path in read[0]})
 
     return adapters
 
 
 def name_file(client: str) -> str:
-    """The name of a client's adapter file: another for every name, on every file system, and never long.
+    """Name a client's adapter file: another for every client, on every file system, and never long.
 
     Names of small letters, digits and `-_.` stay as they are. What else there is (capitals, which some file systems do
     not tell apart, letters that have two spellings in Unicode, spaces, great length) is replaced, and a digest of the
     name, which no plain name can end with, tells the client apart.
+
+    >>> name_file("fr-noto"), name_file("Zoë")
+    ('fr-noto.safetensors', 'zo~...safetensors')
     """
-    if PLAIN.fullmatch(client):
+    if re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,99}(?<!\.)", client):
         return f"{client}.safetensors"
-    seen = re.sub(r"[^a-z0-9]+", "_", client.lower())[:READABLE].strip("_")
-    return f"{seen}~{hashlib.blake2b(client.encode(), digest_size=16).hexdigest()}.safetensors"
+    readable = re.sub(r"[^a-z0-9]+", "_", client.lower())[:60].strip("_")  # for people who list the folder
+    return f"{readable}~{hashlib.blake2b(client.encode(), digest_size=16).hexdigest()}.safetensors"
 
 
 def _write_arrays(file: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    """Write arrays as safetensors, whole or not at all; equal arrays and metadata are equal bytes.
-
-    Returns:
-        The digest of the file's bytes.
-    """
+    """Write arrays as safetensors, whole or not at all, and return the digest of the file's bytes."""
     from safetensors.numpy import save
 
-    content = _sort_metadata(save({path: np.ascontiguousarray(leaf) for path, leaf in arrays.items()}, dict(metadata)))
-    write_bytes(file, content)
-    return digests.digest_parts([content]).hex()
-
-
-def _sort_metadata(content: bytes) -> bytes:
-    """Put a safetensors file's metadata in the order of their names: the library's is another in every process."""
+    content = save({path: np.ascontiguousarray(leaf) for path, leaf in arrays.items()}, dict(metadata))
+    # Equal arrays are to be equal bytes, but the library's order of the metadata is another in every process.
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of 8
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    content = len(text).to_bytes(8, "little") + text + content[end:]
+    write_bytes(file, content)
+    return digests.digest_parts([content]).hex()
 
 
 def _read_arrays(file: Path, digest: str) -> dict[str, np.ndarray]:
@@ -179,60 +162,42 @@ def _read_arrays(file: Path, digest: str) -> dict[str, np.ndarray]:
 
 
 def _read_list(folder: Path) -> dict[str, Any]:
-    """The list of the adapters' files.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
     file = folder / LIST
     try:
-        listed = json.loads(read_plain(file))
-        sound = all(isinstance(digest, str) for digest in listed["common"].values()) and all(
-            isinstance(entry["file"], str) and isinstance(entry["digest"], str) for entry in listed["clients"].values()
-        )
+        listed = parse_json(file, read_plain(file).decode())
+        check_form(file, listed, LIST_FORM)
     except FileNotFoundError:
         raise UserError(
             f"{file} is missing, the list of the clients' adapters: is the run finished, and not of version 0.1?"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        sound, listed = False, {}
-    if not sound:
-        raise UserError(f"{file} is damaged; it lists the clients' adapters: put it back from a copy, or train again")
+    except (OSError, ValueError):
+        raise UserError(
+            f"{file} is damaged; it lists the clients' adapters: put it back from a copy, or train again"
+        ) from None
     return listed
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, machine and, from a checkout, the commit."""
-    return {
-        "versions": describe_versions(),
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
-        "commit": _commit(),
-    }
+    """Describe versions, machine and, in a checkout, the commit."""
+    root, commit = Path(__file__).parents[3], None
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.CalledProcessError):  # no git, or a checkout of somebody else
+            commit = subprocess.check_output(
+                ["git", "rev-parse", "HEAD"], cwd=root, stderr=subprocess.DEVNULL, text=True
+            ).strip()
+    machine = {"platform": platform.platform(), "cores": os.cpu_count()}
+    return {"versions": describe_versions(), "machine": machine, "commit": commit}
 
 
 def describe_start() -> dict[str, str]:
-    """Return when this is, with its time zone, and the command that was given."""
+    """Return the time, with its zone, and the command that was given."""
     return {"started": datetime.now().astimezone().isoformat(timespec="seconds"), "command": name_command()}
 
 
 def describe_versions() -> dict[str, str | None]:
-    """Of Python and of the packages that results depend on; None where one is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    root = Path(__file__).parents[4]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    """Return the versions of Python and of `PACKAGES`; None where one is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), **dict.fromkeys(PACKAGES)}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

@@ -1,8 +1,7 @@
-"""What a run was made of: digests of its data, its clients, its base and its options, kept in `config.json`.
+"""Fingerprints of what a run was made of: digests of its data, its clients and its base, kept in `config.json`.
 
-Whoever goes on with a run, or evaluates it again, compares them: other data or another base under the same name would
-go unnoticed, and so would an option that somebody edited. Paths are made absolute when a run begins, so that it means
-the same from every working folder.
+They are compared when a run is resumed or evaluated again: other data or another base under the same name would go
+unnoticed otherwise. Paths are made absolute when a run begins, so that it means the same from every working folder.
 """
 
 import os
@@ -22,40 +21,36 @@ from fedvlm_jax.errors import UserError, check_utf8
 from fedvlm_jax.models.folder_files import find_files
 from fedvlm_jax.run_dir.artifacts import describe_versions
 from fedvlm_jax.utils import digests
-from fedvlm_jax.utils.digests import digest_file, digest_files
 
 FOLDERS = ("path", "image_root")
 """Options of some data sources that say where files are, and nothing else; so does `source`, where it is a path."""
 
-SHOWN = 5
-"""Clients or files that are named of those that differ."""
-
 
 def anchor(run: Run) -> Run:
-    """The same run with absolute paths in place of relative ones."""
-    data, source, model = run.data, run.data.source, run.model
+    """Return the run with absolute paths in place of relative ones.
+
+    Raises:
+        UserError: such a path has bytes that are no UTF-8.
+    """
+    source, model = run.data.source, run.model
     if source not in find_sets() and Path(source).expanduser().exists():
         source = str(_absolute(source))
-    if Path(model).is_dir():
+    if Path(model).is_dir():  # else it is the name of a shipped model, or a hub id
         model = str(_absolute(model))
     cache = run.system.cache_dir and _absolute(run.system.cache_dir)
-    places = {name: _absolute(place) for name in FOLDERS if (place := getattr(data, name, None)) is not None}
-    return replace(
-        run,
-        model=model,
-        data=data.replace(source=source, **places),
-        system=replace(run.system, cache_dir=cache),
-    )
+    places = {name: _absolute(place) for name in FOLDERS if (place := getattr(run.data, name, None)) is not None}
+    data, system = run.data.replace(source=source, **places), replace(run.system, cache_dir=cache)
+    return replace(run, model=model, data=data, system=system)
 
 
 def move(run: Run, places: Run) -> Run:
-    """The same run with data and model where they are now: those of `places` that are not an option's default."""
-    there, default = anchor(places), Run()
-    named = {name: getattr(there.data, name, None) for name in FOLDERS if hasattr(run.data, name)}
-    data = {name: place for name, place in named.items() if place is not None}
-    if there.data.source != default.data.source:
-        data["source"] = there.data.source
-    model = there.model if there.model != default.model else run.model
+    """Return the run with data and model where they are now: those of `places` that are not an option's default."""
+    now, default = anchor(places), Run()
+    folders = {name: getattr(now.data, name, None) for name in FOLDERS if hasattr(run.data, name)}
+    data = {name: place for name, place in folders.items() if place is not None}
+    if now.data.source != default.data.source:
+        data["source"] = now.data.source
+    model = now.model if now.model != default.model else run.model
     return replace(run, model=model, data=run.data.replace(**data))
 
 
@@ -69,7 +64,7 @@ def find_places(folder: Path, run: Run) -> None:
     """See that data and model of the run in a folder are where they were.
 
     Raises:
-        UserError: one is not; says how to name its new place.
+        UserError: one is not, with how to name its new place.
     """
     shards = getattr(run.data, "path", None)
     path = ("--data.path", str(shards)) if shards else ("--data", run.data.source)
@@ -83,31 +78,34 @@ def find_places(folder: Path, run: Run) -> None:
 
 
 def describe_sources(table: Table, model: Path) -> dict[str, Any]:
-    """Digests of the files that a run reads: its data, and its base with all that decides how the base is used.
-
-    Args:
-        table: the data.
-        model: the base's folder.
+    """Digest the files that a run reads: its data, and its base's folder with all that decides how the base is used.
 
     Raises:
         UserError: a file cannot be read.
     """
-    said = sorted(
-        path
-        for pattern in ("*.json", "*.txt", "*.model")
-        for path in model.glob(pattern)
-        if path.is_file() and not path.name.endswith(".index.json")
-    )
+    # Configuration, tokenizer and processor. An index only lists in which file each weight is.
+    paths = sorted(path for pattern in ("*.json", "*.txt", "*.model") for path in model.glob(pattern))
+    read = [path for path in paths if path.is_file() and not path.name.endswith(".index.json")]
     return {
         "data": table.digest,
-        "weights": digest_files(find_files(model)),
-        "model_files": {path.name: digest_file(path) for path in said},
+        "weights": digests.digest_files(find_files(model)),
+        "model_files": {path.name: digests.digest_file(path) for path in read},
     }
 
 
 def describe_clients(examples: Examples) -> dict[str, str]:
-    """Client -> digest of its rows, in their order and by split: pictures, tokens and answers, as they are used."""
-    rows = _digest_rows(examples)
+    """Digest each client's rows, in their order and by split: pictures, tokens and answers, as they are used."""
+    rows = np.empty((len(examples), digests.SIZE), np.uint8)
+    keys = [key.encode() for key in examples.images.keys]
+    rejected = examples.rejected_answers or [""] * len(examples)
+    labels = [each for each in (examples.labels, examples.rejected) if each is not None]
+    for row in range(len(examples)):
+        texts = [text.encode("utf-8", "surrogatepass") for text in (examples.answers[row], rejected[row])]
+        # Without their padding: how wide tokens are padded does not count.
+        tokens = [examples.input_ids[row][examples.attention_mask[row] > 0]]
+        tokens += [each[row][each[row] != IGNORED] for each in labels]
+        parts = [keys[examples.image[row]], *texts, *tokens]
+        rows[row] = np.frombuffer(digests.digest_parts(parts, *map(len, parts)), np.uint8)
     return {
         client.name: digests.digest_parts(
             [rows[client.rows_of(split)] for split in SPLITS],
@@ -118,37 +116,19 @@ def describe_clients(examples: Examples) -> dict[str, str]:
     }
 
 
-def _digest_rows(examples: Examples) -> np.ndarray:
-    """Every row's digest [N, 16]; how wide tokens are padded does not count."""
-    found = np.empty((len(examples), digests.SIZE), np.uint8)
-    keys = [key.encode() for key in examples.images.keys]
-    rejected = examples.rejected_answers or [""] * len(examples)
-    for row in range(len(examples)):
-        texts = [text.encode("utf-8", "surrogatepass") for text in (examples.answers[row], rejected[row])]
-        tokens = [examples.input_ids[row][examples.attention_mask[row] > 0]]
-        tokens += [
-            labels[row][labels[row] != IGNORED] for labels in (examples.labels, examples.rejected) if labels is not None
-        ]
-        parts = [keys[examples.image[row]], *texts, *tokens]
-        found[row] = np.frombuffer(digests.digest_parts(parts, *map(len, parts)), np.uint8)
-    return found
-
-
 def compare_sources(folder: Path, run: Run, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse files that are not those which the run in a folder began with.
 
     Raises:
         UserError: each that differs, a line for each.
     """
-    place = getattr(run.data, "path", None) or run.data.source
-    lines = [f"the data, {place}, have another content"] * (stored["data"] != now["data"])
-    lines += [f"the weights of the model {run.model} are others"] * (stored["weights"] != now["weights"])
-    then, files = stored["model_files"], now["model_files"]
-    lines += [
-        f"{name} of the model {run.model} {what}"
-        for name, what in _name_differences(then, files, "has another content")
-    ]
-    _refuse(folder, lines)
+    lines = list[str]()
+    if stored["data"] != now["data"]:
+        lines.append(f"the data, {getattr(run.data, 'path', None) or run.data.source}, have another content")
+    if stored["weights"] != now["weights"]:
+        lines.append(f"the weights of the model {run.model} are others")
+    files = _list_differences(stored["model_files"], now["model_files"], "has another content")
+    _refuse(folder, [*lines, *(f"{name} of the model {run.model} {what}" for name, what in files)])
 
 
 def compare_clients(folder: Path, stored: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -157,14 +137,14 @@ def compare_clients(folder: Path, stored: Mapping[str, str], now: Mapping[str, s
     Raises:
         UserError: each that differs, a line for each.
     """
-    lines = [f"the client {name} {what}" for name, what in _name_differences(stored, now, "has other rows")]
+    lines = [f"the client {name} {what}" for name, what in _list_differences(stored, now, "has other rows")]
     if not lines and list(stored) != list(now):
         lines = ["the clients are in another order"]
     _refuse(folder, lines)
 
 
 def tell_versions(stored: Mapping[str, Any], note: Callable[[str], None]) -> None:
-    """Say which versions are not those that the run began with."""
+    """Note the versions that are not those that the run began with."""
     now = describe_versions()
     changed = [f"{name} {stored[name]} is now {now.get(name)}" for name in stored if stored[name] != now.get(name)]
     if changed:
@@ -174,14 +154,12 @@ def tell_versions(stored: Mapping[str, Any], note: Callable[[str], None]) -> Non
         )
 
 
-def _name_differences(then: Mapping[str, str], now: Mapping[str, str], other: str) -> list[tuple[str, str]]:
-    """What differs, and how; of many the first."""
-    told = {name: "is gone" for name in then if name not in now}
-    told |= {name: "is new" for name in now if name not in then}
-    told |= {name: other for name in then if name in now and then[name] != now[name]}
-    names = list(told)
-    more = [(f"and {len(names) - SHOWN} more", "differ")] if len(names) > SHOWN else []
-    return [(name, told[name]) for name in names[:SHOWN]] + more
+def _list_differences(then: Mapping[str, str], now: Mapping[str, str], other: str) -> list[tuple[str, str]]:
+    """List names and how each differs; of many the first five."""
+    found = [(name, "is gone") for name in then if name not in now]
+    found += [(name, "is new") for name in now if name not in then]
+    found += [(name, other) for name in then if name in now and then[name] != now[name]]
+    return found[:5] + ([(f"and {len(found) - 5} more", "differ")] if len(found) > 5 else [])
 
 
 def _refuse(folder: Path, lines: list[str]) -> None:

@@ -17,15 +17,12 @@ import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from itertools import chain, count
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from fedvlm_jax.config.run_options import name_folder
 from fedvlm_jax.errors import UserError, describe_os_error, naming
 from fedvlm_jax.utils.files import read_plain
-from fedvlm_jax.utils.untrusted_text import clean
+from fedvlm_jax.utils.untrusted_text import clean, cut
 
 LOCK = ".lock"
 """The file that is locked; it says who has the folder, and goes when they leave."""
@@ -35,16 +32,9 @@ STAND_IN = ".held"
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-LONGEST = 120
-"""Characters of what others wrote that are told."""
-
 
 class Claim:
-    """A folder that is this process's to write into, until it leaves.
-
-    Attributes:
-        folder: which one.
-    """
+    """A folder that is this process's to write into, until it leaves."""
 
     def __init__(self, folder: Path) -> None:
         """Make the folder where there is none, try whether it can be written into, and claim it.
@@ -57,9 +47,9 @@ class Claim:
         try:
             self._made = not folder.is_dir()
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._take()
+            self._file = self._open()
             try:
-                self._sign()
+                self._write_holder()
             except BaseException:
                 self.leave()
                 raise
@@ -69,9 +59,7 @@ class Claim:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.leave()
 
     def move(self, target: Path) -> None:
@@ -88,6 +76,7 @@ class Claim:
 
     def leave(self) -> None:
         """Let others have it; a folder that was made for nothing goes."""
+        # The file goes before its lock: whoever waits for it then finds that the path leads to another file.
         with suppress(OSError):
             (self.folder / LOCK).unlink()
             if self._stand_in:
@@ -96,14 +85,16 @@ class Claim:
         if self._made:
             remove_unused(self.folder)
 
-    def _take(self) -> int:
+    def _open(self) -> int:
+        """Open and lock the file that is at the lock's path then, and return its descriptor."""
         path = self.folder / LOCK
         while True:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 self._lock(file)
-                if _is_at(file, path):
-                    return file
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file), path.stat()):
+                        return file
             except BaseException:
                 os.close(file)
                 raise
@@ -112,14 +103,12 @@ class Claim:
     def _lock(self, file: int) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
             raise UserError(_describe_holder(self.folder)) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            self._hold()
-
-    def _hold(self) -> None:
         held = self.folder / STAND_IN
         try:
             held.mkdir()
@@ -128,7 +117,7 @@ class Claim:
                 raise UserError(f"{_describe_holder(self.folder)}; if it is gone, delete {held}") from None
         self._stand_in = True
 
-    def _sign(self) -> None:
+    def _write_holder(self) -> None:
         """Write who has the folder, which also shows whether the disk takes what is written."""
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         holder = {"host": platform.node(), "process": os.getpid(), "since": since, "command": name_command()}
@@ -139,23 +128,28 @@ class Claim:
 
 
 def make_folder(name: str, now: datetime | None = None) -> Path:
-    """Make a folder of its own for a command that was given none: `runs/<time>-<name>`, or the same with "-2", "-3", …
+    """Make a new folder for a command that was given none: `runs/<time>-<name>`, or the same with "-2", "-3", …
 
     Raises:
         UserError: none can be made there.
     """
-    first = name_folder(name, now or datetime.now())
-    names = chain([first.name], (f"{first.name}-{number}" for number in count(2)))
+    first = folder = Path("runs", f"{now or datetime.now():%Y-%m-%d-%H%M%S}-{name}")
+    number = 1
     try:
         first.parent.mkdir(parents=True, exist_ok=True)
-        return next(filter(_make, map(first.with_name, names)))
+        while True:
+            with suppress(FileExistsError):  # another command's, begun in the same second
+                folder.mkdir()
+                return folder
+            number += 1
+            folder = first.with_name(f"{first.name}-{number}")
     except OSError as error:
         raise UserError(f"no folder can be made here: {describe_os_error(error)}; say where with --out") from None
 
 
 @contextmanager
 def choose_folder(out: Path | None, name: str) -> Generator[Path]:
-    """`out`, or a folder with a name of its own, which goes where nothing came to lie in it.
+    """Give `out`, or a new folder, which is removed at the end where nothing came to lie in it.
 
     Raises:
         UserError: none can be made.
@@ -180,40 +174,23 @@ def open_folder(out: Path | None, name: str) -> Generator[Path]:
 
 
 def remove_unused(folder: Path) -> None:
-    """Take a folder away in which nothing came to lie."""
+    """Remove a folder in which nothing came to lie."""
     with suppress(OSError):  # there is something in it
         folder.rmdir()
 
 
 def is_used(folder: Path) -> bool:
-    """Is there anything in it beside a claim?"""
+    """Tell whether there is anything in a folder beside a claim."""
     return any(path.name not in (LOCK, STAND_IN) for path in folder.iterdir())
 
 
 def clear(folder: Path) -> None:
-    """Take away all that is in a folder beside the claim."""
+    """Remove all that is in a folder beside the claim."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink() and path.name != STAND_IN:
             shutil.rmtree(path)
         elif path.name not in (LOCK, STAND_IN):
             path.unlink()
-
-
-def _make(folder: Path) -> bool:
-    """Make a folder, unless the name is taken."""
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True
-
-
-def _is_at(file: int, path: Path) -> bool:
-    """Does the path still lead to this open file?"""
-    try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def name_command() -> str:
@@ -232,21 +209,18 @@ def _describe_holder(folder: Path) -> str:
     holder = _read_holder(folder)
     if not holder:
         return f"{folder} is in use by another process"
-    told = {name: _cut(holder.get(name, "unknown")) for name in ("process", "host", "since", "command")}
+    # The file may say anything, and of any length.
+    process, host, since, command = (
+        cut(clean(str(holder.get(name, "unknown"))[:121]), 120) for name in ("process", "host", "since", "command")
+    )
     return (
-        f"{folder} is in use: process {told['process']} on {told['host']} has it since {told['since']} "
-        f"({told['command']}). Wait for it, stop it, or choose another folder"
+        f"{folder} is in use: process {process} on {host} has it since {since} ({command}). Wait for it, stop it, or "
+        "choose another folder"
     )
 
 
-def _cut(value: object) -> str:
-    """A value out of somebody's file, as a terminal may have it."""
-    text = clean(str(value)[: LONGEST + 1])
-    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
-
-
 def _read_holder(folder: Path) -> Mapping[str, Any]:
-    """What the lock file says; nothing where it says nothing that can be read."""
+    """Read what the lock file says; empty where it says nothing that can be read."""
     try:
         holder = json.loads(read_plain(folder / LOCK))
     except (OSError, ValueError, RecursionError):
@@ -255,12 +229,12 @@ def _read_holder(folder: Path) -> Mapping[str, Any]:
 
 
 def _has_ended(holder: Mapping[str, Any]) -> bool:
-    """Is it known that this process is gone? Of another machine nobody knows."""
+    """Tell whether a process is known to be gone. Of another machine nobody knows."""
     process = holder.get("process")
     if holder.get("host") != platform.node() or type(process) is not int or process <= 0:
         return False
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)  # sends nothing
     except (ProcessLookupError, OverflowError):
         return True
     except OSError:

@@ -13,14 +13,13 @@ from typing import Any
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.validated_files import (
+    COMPARISON,
+    ORIGIN,
     SEAL,
-    check_comparison,
-    check_line,
-    check_origin,
-    check_results,
     check_seal,
-    parse_json,
+    parse_line,
     read_json,
+    read_results,
     read_text,
 )
 
@@ -33,7 +32,7 @@ SAME = ("model", "objective", "cohort", "seed", "data", "preference", "participa
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A finished run as its folder tells it."""
+    """A finished run, as its folder has it."""
 
     folder: Path
     config: dict[str, Any]
@@ -48,9 +47,10 @@ class RunRecord:
     @property
     def method(self) -> str:
         """The method's name, with "+ft" where local fine-tuning followed and "+knn" where neighbours are mixed in."""
-        finetuned = (self.options.get("train") or {}).get("finetune_steps", 0) > 0
-        remembers = (self.options.get("evaluation") or {}).get("neighbours", 0) > 0
-        return self.options["method"] + ("+ft" if finetuned else "") + ("+knn" if remembers else "")
+        # Folders of version 0.1 have no such options.
+        finetuned = "+ft" if self.options.get("train", {}).get("finetune_steps", 0) > 0 else ""
+        remembers = "+knn" if self.options.get("evaluation", {}).get("neighbours", 0) > 0 else ""
+        return f"{self.options['method']}{finetuned}{remembers}"
 
     @property
     def metric(self) -> str:
@@ -69,16 +69,16 @@ class RunRecord:
         found: Any = self.results
         for part in (*model.split("/"), split, metric or self.metric):
             found = (found or {}).get(part)
-        return drop_missing(found or {})
+        return _drop_missing(found or {})
 
     def metrics(self, model: str = "personal", split: str = "test") -> tuple[str, ...]:
         """Name the metrics that there are."""
-        return tuple(name for name, values in (self.results[model].get(split) or {}).items() if drop_missing(values))
+        return tuple(name for name, values in (self.results[model].get(split) or {}).items() if _drop_missing(values))
 
 
 @dataclass(frozen=True)
 class ComparisonRecord:
-    """A finished comparison as its folder tells it."""
+    """A finished comparison, as its folder has it."""
 
     folder: Path
     methods: list[str]
@@ -93,7 +93,7 @@ class ComparisonRecord:
         """Give a metric of a method (or "zero-shot") by seed and client; the one it is judged by, unless named."""
         entries = self.zero_shot if method == "zero-shot" else [run for run in self.runs if run["method"] == method]
         name = metric or self.metric
-        by_seed = {entry["seed"]: drop_missing((entry.get(split) or {}).get(name) or {}) for entry in entries}
+        by_seed = {entry["seed"]: _drop_missing((entry.get(split) or {}).get(name) or {}) for entry in entries}
         return {seed: scores for seed, scores in sorted(by_seed.items()) if scores}
 
     def folder_of(self, run: Mapping[str, Any]) -> Path:
@@ -102,8 +102,8 @@ class ComparisonRecord:
         return inside if inside.is_dir() else Path(run["folder"])
 
 
-def drop_missing(scores: Mapping[str, float | None]) -> dict[str, float]:
-    """Leave out clients that have no score (`null` or NaN), which is what a client without examples has."""
+def _drop_missing(scores: Mapping[str, float | None]) -> dict[str, float]:
+    # `null` or NaN is the score of a client without examples.
     return {client: float(score) for client, score in scores.items() if score is not None and not math.isnan(score)}
 
 
@@ -124,19 +124,17 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder}: no config.json there, so it is not the folder of a run")
     if not (folder / "results.json").is_file():
         raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
-    config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
-    check_origin(folder / "config.json", config)
+    config = read_json(folder / "config.json", ORIGIN)
     if SEAL in config:
         check_seal(folder / "config.json", config)
-    check_results(folder / "results.json", results)
-    return RunRecord(folder, config, read_metrics(folder), results)
+    return RunRecord(folder, config, read_metrics(folder), read_results(folder / "results.json"))
 
 
 def read_baseline(record: RunRecord) -> RunRecord | None:
-    """Read the run that trained the same clients alone, for `fedvlm train` makes one inside the run's folder.
+    """Read the run inside a run's folder that trained the same clients alone, which `fedvlm train` makes.
 
     Returns:
-        `None` where there is none, where it is not finished, or where it had another budget than the run has now, or
+        None where there is none, where it is not finished, or where it had another budget than the run has now, or
         other data or another base.
 
     Raises:
@@ -159,13 +157,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         UserError: a line is not that of a round. One that a kill cut short is left out.
     """
     path = folder / "metrics.jsonl"
-    texts = read_text(path).split("\n") if path.is_file() else []
-    if texts and not _is_json(texts[-1]):  # the end of the last line, or what a kill left of one
+    texts = read_text(path).split("\n") if path.is_file() else [""]
+    try:
+        json.loads(texts[-1])
+    except (ValueError, RecursionError):  # nothing, after the end of the last line, or what a kill left of a line
         texts.pop()
     lines: dict[int, dict[str, Any]] = {}
     for number, text in enumerate(texts, start=1):
-        line = parse_json(path, text, f", line {number}")
-        check_line(path, f", line {number}", line)
+        line = parse_line(path, text, f", line {number}")
         lines[line["round"]] = line
     return [lines[number] for number in sorted(lines)]
 
@@ -179,23 +178,14 @@ def read_comparison(folder: Path) -> ComparisonRecord:
     path = folder / "comparison.json"
     if not path.is_file():
         raise UserError(f"{folder}: no comparison.json there, so it is not the folder of a finished comparison")
-    stored = read_json(path)
-    check_comparison(path, stored)
+    stored = read_json(path, COMPARISON)
     return ComparisonRecord(
-        folder=folder,
-        methods=list(stored["methods"]),
-        seeds=list(stored["seeds"]),
+        folder,
+        methods=stored["methods"],
+        seeds=stored["seeds"],
         command=stored.get("command", ""),
-        runs=list(stored["runs"]),
-        zero_shot=list(stored["zero_shot"]),
-        settings=dict(stored.get("settings") or {}),
+        runs=stored["runs"],
+        zero_shot=stored["zero_shot"],
+        settings=stored.get("settings") or {},
         metric=stored.get("selected_by", "exact_match"),
     )
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True

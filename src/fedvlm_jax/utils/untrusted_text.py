@@ -32,6 +32,15 @@ def _escape(letter: str) -> str:
     return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+def cut(text: str, most: int) -> str:
+    """Leave at most so many characters of a text, and show that it is cut.
+
+    >>> cut("abcdef", 3)
+    'abc…'
+    """
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def escape_markdown(text: str) -> str:
     r"""Write a text so that Markdown shows it as it stands: on one line, without tags, links or emphasis.
 
