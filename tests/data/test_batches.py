@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedvlm_jax.data.batches import bucket, count_steps, local_batches, pad_rows, round_rows, split_batches
+from fedvlm_jax.data.batches import bucket, count_steps, local_batches, pad_rows, round_rows
 
 SMALL = st.integers(0, 12)
 
@@ -32,13 +32,6 @@ def test_seed_round_and_client_each_matter_and_more_steps_continue():
     for other in [(2, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3)]:
         assert (local_batches(*other, 50, 4, 8)[0] != base).any()
     assert (local_batches(1, 2, 3, 50, 9, 8)[0][:4] == base).all()
-
-
-@given(n=st.integers(0, 40), batch=st.integers(1, 9))
-def test_evaluation_sees_everything_once_in_order(n, batch):
-    indices, mask = split_batches(n, batch)
-    assert indices[mask].tolist() == list(range(n))
-    assert len(indices) == -(-n // batch)
 
 
 @given(n=st.integers(0, 100_000))

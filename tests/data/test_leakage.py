@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.distinct import number_distinct
 from fedvlm_jax.data.federated_dataset import ClientRows, Federation
-from fedvlm_jax.data.leakage import find_overlap, number_things, place_rows
+from fedvlm_jax.data.leakage import find_overlap, place_rows
 
 NAMES = ("a", "b", "c")
 
@@ -21,7 +22,7 @@ def make_federation(*clients: tuple[list[int], list[int], list[int]]) -> Federat
 
 
 def find(federation: Federation, thing_of_row: dict[int, str | None]) -> dict[str, Any]:
-    things = number_things([thing_of_row[row] for row in federation.rows.tolist()])
+    things = number_distinct([thing_of_row[row] for row in federation.rows.tolist()])[1]
     return find_overlap(things, place_rows(federation), federation.names)
 
 

@@ -3,14 +3,11 @@
 A page of a mapped file that was touched is the process's until the system wants it back, so that an epoch over 14 GB
 would show as 14 GB. Text is small and read through the mapping. Images are read from the file, at the places where the
 mapping says that they lie: nothing stays behind, and threads wait for the disk without the interpreter's lock.
-
-A seal is a digest of everything but the encoded images: columns, texts, numbers, and where the images lie. Each image
-is compared with its digest when it is decoded (`unique_images.py`).
 """
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +25,7 @@ SEAL = "fedvlm-jax-seal.txt"
 
 @dataclass(frozen=True, eq=False)
 class ImageLocations:
-    """Where every row's encoded image lies.
-
-    Attributes:
-        files: the Arrow files.
-        file: [N] each row's file.
-        start: [N] where in it the bytes begin; 0 where a row has none.
-        length: [N] how many they are; 0 where a row has none.
-    """
+    """Places of every row's encoded image: its file's number [N], the bytes' start [N] and count [N] (0: none)."""
 
     files: tuple[Path, ...]
     file: Int[np.ndarray, " rows"]
@@ -72,7 +62,7 @@ def open_arrow(files: Sequence[Path]) -> tuple[pa.Table, ImageLocations]:
 
 def _locate(chunk: pa.StructArray) -> tuple[np.ndarray, np.ndarray]:
     """Find addresses and lengths of a chunk's bytes."""
-    values = _get_field(chunk, "bytes")
+    values = chunk.flatten()[chunk.type.get_field_index("bytes")]
     _, offsets, content = values.buffers()
     if content is None:  # no row has any
         return np.zeros(len(values)), np.zeros(len(values))
@@ -81,28 +71,24 @@ def _locate(chunk: pa.StructArray) -> tuple[np.ndarray, np.ndarray]:
     return content.address + edges[:-1], np.where(valid, np.diff(edges), 0)
 
 
-def _get_field(chunk: pa.StructArray, name: str) -> pa.Array:
-    return chunk.flatten()[chunk.type.get_field_index(name)]
-
-
 def check_seal(data: pa.Table, images: ImageLocations) -> bool:
-    """Compare a table with the seal beside its files, or seal it where it was just written."""
-    found = digest_parts(_list_parts(data, images), len(data), *(file.stat().st_size for file in images.files)).hex()
+    """Compare a table with the seal beside its files, or seal it where it was just written.
+
+    A seal is a digest of everything but the encoded images: columns, texts, numbers, and where the images lie. Each
+    image is compared with its digest when it is decoded (`unique_images.py`).
+    """
+    parts = [np.frombuffer(data.schema.serialize(), np.uint8), images.file, images.start, images.length]
+    for name in data.column_names:
+        for chunk in data.column(name).chunks:
+            sealed = chunk.flatten()[chunk.type.get_field_index("path")] if name == "image" else chunk
+            parts += [np.frombuffer(buffer, np.uint8) for buffer in sealed.buffers() if buffer is not None]
+    found = digest_parts(parts, len(data), *(file.stat().st_size for file in images.files)).hex()
     file = images.files[0].parent / SEAL
     if file.exists():
         return read_plain(file) == found.encode()
     with contextlib.suppress(OSError):  # without a seal it is as good as one just written
         write_bytes(file, found.encode())
     return True
-
-
-def _list_parts(data: pa.Table, images: ImageLocations) -> Iterator[np.ndarray]:
-    yield np.frombuffer(data.schema.serialize(), np.uint8)
-    yield from (images.file, images.start, images.length)
-    for name in data.column_names:
-        for chunk in data.column(name).chunks:
-            sealed = _get_field(chunk, "path") if name == "image" else chunk
-            yield from (np.frombuffer(buffer, np.uint8) for buffer in sealed.buffers() if buffer is not None)
 
 
 def discard(folder: Path) -> None:

@@ -23,10 +23,9 @@ def local_batches(
 
     With `n >= batch` every slot is filled, and a batch may span the end of an epoch. With `0 < n < batch` every step is
     an epoch: each example once, the other slots masked (not repeated, so no example weighs more than another). With
-    `n = 0` everything is masked. More steps continue the same sequence.
+    `n = 0` everything is masked. More steps continue the same sequence, which depends on the other arguments alone.
 
     Args:
-        seed, round_, client: non-negative integers; all that the choice depends on, with n and batch.
         n: examples the client has.
         steps: local steps S.
         batch: slots B of a step.
@@ -59,19 +58,6 @@ def count_steps(n: int, epochs: float, batch: int) -> int:
     11
     """
     return math.ceil(Fraction(str(epochs)) * n / min(n, batch)) if n else 0
-
-
-def split_batches(n: int, batch: int) -> tuple[Int[np.ndarray, "batches batch"], Bool[np.ndarray, "batches batch"]]:
-    """Cut 0 … n - 1 into batches in order, for evaluation: indices and mask [ceil(n / B), B]; padding repeats 0.
-
-    >>> indices, mask = split_batches(3, 2)
-    >>> indices.tolist(), mask.tolist()
-    ([[0, 1], [2, 0]], [[True, True], [True, False]])
-    """
-    count = -(-n // batch)
-    places = np.arange(count * batch).reshape(count, batch)
-    mask = places < n
-    return np.where(mask, places, 0).astype(np.int32), mask
 
 
 def bucket(n: int, sizes: Sequence[int] | None = None) -> int:
@@ -139,10 +125,9 @@ def round_rows(
     """Draw `local_batches` for a cohort, each client with only the rows that it will touch, M a bucket of the most.
 
     Args:
-        seed, round_: as in `local_batches`.
+        seed, round_, steps, batch: as in `local_batches`.
         cohort: the clients' numbers, K of them.
         rows: the training rows of each of these K clients.
-        steps, batch: S and B.
         sizes: the allowed M, see `bucket`.
         taken: the first so many steps of each of these clients count, and no rows are read for the others; all S by
             default.
@@ -154,19 +139,12 @@ def round_rows(
     # Only rows that count are read and moved to the device.
     touched = [np.unique(indices[mask]) for indices, mask in drawn]
     size = bucket(max((len(used) for used in touched), default=0), sizes)
+    padded = [pad_rows(held[used], size) for held, used in zip(rows, touched, strict=True)]
+    indices = [np.where(mask, np.searchsorted(used, at), 0) for (at, mask), used in zip(drawn, touched, strict=True)]
+    # Shapes are stated because a cohort may be empty.
     return RoundRows(
-        rows=_stack(
-            [pad_rows(held[used], size) for held, used in zip(rows, touched, strict=True)], (0, size), np.int64
-        ),
-        indices=_stack(
-            [np.where(mask, np.searchsorted(used, at), 0) for (at, mask), used in zip(drawn, touched, strict=True)],
-            (0, steps, batch),
-            np.int32,
-        ),
-        mask=_stack([mask for _, mask in drawn], (0, steps, batch), bool),
+        rows=np.asarray(padded, np.int64).reshape(len(cohort), size),
+        indices=np.asarray(indices, np.int32).reshape(len(cohort), steps, batch),
+        mask=np.asarray([mask for _, mask in drawn], bool).reshape(len(cohort), steps, batch),
         counts=np.asarray(counts, np.int64),
     )
-
-
-def _stack(parts: list[np.ndarray], empty: tuple[int, ...], kind: type) -> np.ndarray:
-    return np.stack(parts).astype(kind) if parts else np.empty(empty, kind)

@@ -19,11 +19,11 @@ Prompt = Literal["neutral", "client-language"]
 Split = Literal["train", "validation", "test"]
 Kind = Literal["natural", "dirichlet", "pathological", "quantity", "iid"]
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SPLITS: tuple[Split, ...] = get_args(Split)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+# Pixels of a picture at most, unless the user says otherwise: what Pillow calls safe to decode (256 MiB of RGB).
 MAX_IMAGE_PIXELS = 89_478_485
-"""Pixels of a picture at most, unless the user says otherwise: what Pillow calls safe to decode (256 MiB of RGB)."""
 
 Source = Annotated[
     str,
@@ -60,7 +60,7 @@ _Key = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """Whose rows are whose; each kind has the options that it reads"""
+    """Partition of rows among clients; each kind has the options that it reads"""
 
     kind: _Kind = "natural"
 
@@ -121,7 +121,7 @@ PARTITIONS: dict[str, type[Partition]] = {
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which rows there are, whose they are, and how they are asked.
+    """Rows that there are, whose they are, and how they are asked.
 
     Raises:
         UserError: at construction, when a value cannot mean anything (a negative count, shares that leave nothing to
@@ -160,6 +160,11 @@ class DataOptions:
 
 
 def check_names(flag: str, names: tuple[str, ...]) -> None:
-    """Refuse a name that is there twice."""
+    """Refuse a name that is given twice.
+
+    >>> check_names("--data.tasks", ("group", "group"))
+    Traceback (most recent call last):
+    fedvlm_jax.errors.UserError: --data.tasks is group group: it must have every name once
+    """
     if len(set(names)) < len(names):
         raise UserError(f"{flag} is {' '.join(names)}: it must have every name once")

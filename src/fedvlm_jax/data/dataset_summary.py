@@ -6,22 +6,20 @@ unless that is asked for.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.config import SPLITS, DataOptions
+from fedvlm_jax.data.distinct import number_distinct
 from fedvlm_jax.data.federated_dataset import Federation
-from fedvlm_jax.data.leakage import Places, find_overlap, number_things, place_rows
+from fedvlm_jax.data.leakage import Places, find_overlap, place_rows
 from fedvlm_jax.data.partitioning.row_keys import UNKNOWN, list_keys, read_key
 from fedvlm_jax.data.skipped_rows import count_reasons, describe_lost, find_pair_fault, find_text_fault, skip_rows
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import find_question_column
 from fedvlm_jax.data.unique_images import unique_images
-
-if TYPE_CHECKING:
-    from fedvlm_jax.data.config import DataOptions
 
 # Keys that are counted where a table has them, after the one that the partition is made by.
 KEYS = ("group", "origin_dataset", "question_type", "language")
@@ -32,7 +30,7 @@ SHOWN = 20  # unusable rows that are listed
 def describe(
     table: Table,
     federation: Federation,
-    options: "DataOptions",
+    options: DataOptions,
     *,
     check_images: bool = False,
     note: Callable[[str], None] = lambda text: None,
@@ -74,7 +72,7 @@ def describe(
             faults[place] = reason
     unusable = federation.skipped + skip_rows(table, places.rows[list(faults)], list(faults.values()))
     keys = _count_keys(table, federation, places)
-    asked = number_things(list(zip(texts["question"], texts["chosen"], strict=True)))
+    _, asked = number_distinct(zip(texts["question"], texts["chosen"], strict=True))
     return {
         "source": options.source,
         "rows": {"in_table": len(table), "in_use": len(places.rows), "without_client": len(federation.skipped)},
@@ -103,22 +101,6 @@ def describe(
     }
 
 
-def measure_unlikeness(counts: Int[np.ndarray, "clients values"]) -> float | None:
-    """Average the total variation distance between a client's mix of values and the mix of all.
-
-    0 where clients are alike, towards 1 where they are disjoint. Clients without rows do not count; None where none has
-    rows.
-
-    >>> measure_unlikeness(np.asarray([[9, 1], [1, 9]]))
-    0.4
-    """
-    sizes = counts.sum(axis=1, keepdims=True)
-    filled = counts[sizes[:, 0] > 0] / sizes[sizes[:, 0] > 0]
-    if not len(filled):
-        return None
-    return float(0.5 * np.abs(filled - counts.sum(axis=0) / counts.sum()).sum(axis=1).mean())
-
-
 def _count_keys(table: Table, federation: Federation, places: Places) -> dict[str, Any]:
     by = (federation.description.get("partition") or {}).get("by")
     known = list_keys(table)
@@ -140,6 +122,22 @@ def _count_keys(table: Table, federation: Federation, places: Places) -> dict[st
     return found
 
 
+def measure_unlikeness(counts: Int[np.ndarray, "clients values"]) -> float | None:
+    """Average the total variation distance between a client's mix of values and the mix of all.
+
+    0 where clients are alike, towards 1 where they are disjoint. Clients without rows do not count; None where none has
+    rows.
+
+    >>> measure_unlikeness(np.asarray([[9, 1], [1, 9]]))
+    0.4
+    """
+    sizes = counts.sum(axis=1, keepdims=True)
+    filled = counts[sizes[:, 0] > 0] / sizes[sizes[:, 0] > 0]
+    if not len(filled):
+        return None
+    return float(0.5 * np.abs(filled - counts.sum(axis=0) / counts.sum()).sum(axis=1).mean())
+
+
 def _choose_label(keys: dict[str, Any]) -> str | None:
     """Choose the first key with several values that does not just repeat the client."""
     for key, found in keys.items():
@@ -153,36 +151,29 @@ def _describe_clients(federation: Federation, places: Places, image: np.ndarray)
     known = image >= 0
     pairs = np.unique(np.stack([places.clients[known], image[known]]), axis=1)
     distinct = np.bincount(pairs[0], minlength=len(federation.clients)).tolist()
-    return [
-        {
-            "name": client.name,
-            "held_out": client.held_out,
-            **{split: len(client.rows_of(split)) for split in SPLITS},
-            "images": images,
-        }
-        for client, images in zip(federation.clients, distinct, strict=True)
-    ]
+    described = []
+    for client, images in zip(federation.clients, distinct, strict=True):
+        rows = {split: len(client.rows_of(split)) for split in SPLITS}
+        described.append({"name": client.name, "held_out": client.held_out, **rows, "images": images})
+    return described
 
 
 def _measure_texts(texts: Sequence[str]) -> dict[str, Any]:
+    """Count texts, and their characters and words."""
     filled = [text for text in texts if text]
+    measured: dict[str, Any] = {"filled": len(filled), "distinct": len(set(filled))}
     lengths = {"characters": [len(text) for text in filled], "words": [len(text.split()) for text in filled]}
-    return {
-        "filled": len(filled),
-        "distinct": len(set(filled)),
-        **{unit: _summarise(np.asarray(values)) for unit, values in lengths.items() if values},
-    }
-
-
-def _summarise(values: np.ndarray) -> dict[str, float]:
-    median, high = np.quantile(values, [0.5, 0.95])
-    return {
-        "least": int(values.min()),
-        "median": float(median),
-        "mean": round(float(values.mean()), 2),
-        "p95": float(high),
-        "most": int(values.max()),
-    }
+    for unit in lengths if filled else ():
+        values = np.asarray(lengths[unit])
+        median, high = np.quantile(values, [0.5, 0.95])
+        measured[unit] = {
+            "least": int(values.min()),
+            "median": float(median),
+            "mean": round(float(values.mean()), 2),
+            "p95": float(high),
+            "most": int(values.max()),
+        }
+    return measured
 
 
 def _describe_pairs(chosen: list[str], rejected: list[str]) -> dict[str, Any] | None:

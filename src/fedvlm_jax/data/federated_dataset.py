@@ -1,5 +1,6 @@
 """A federation: whose rows are whose, and which of them train, validate and test."""
 
+import dataclasses
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from fedvlm_jax.data.skipped_rows import Skipped
 
 @dataclass(frozen=True, eq=False)
 class ClientRows:
-    """One client's rows; any of the three may be empty.
+    """Rows of one client; any of the three may be empty.
 
     Attributes:
         name: stable over runs, unique in a federation.
@@ -58,15 +59,22 @@ class Federation:
         parts = [client.rows_of(split) for client in self.clients for split in SPLITS]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
+    def note(self, **facts: Any) -> "Federation":
+        """Return it with more facts in its description.
+
+        >>> Federation((), {"partition": "iid"}).note(left_out=[]).description
+        {'partition': 'iid', 'left_out': []}
+        """
+        return dataclasses.replace(self, description={**self.description, **facts})
+
 
 def gather_clients(
     rows: Int[np.ndarray, " rows"],
     owners: Int[np.ndarray, " rows"],
     splits: Int[np.ndarray, " rows"],
-    *,
     names: tuple[str, ...],
     skipped: tuple[Skipped, ...],
-    description: dict[str, Any],
+    **description: Any,
 ) -> Federation:
     """Give every client its rows, split by split; a client without rows stays, empty.
 
@@ -79,7 +87,7 @@ def gather_clients(
         description: of the federation.
 
     >>> rows, owners, splits = np.asarray([7, 8, 9]), np.asarray([1, 0, 1]), np.asarray([0, 0, 2])
-    >>> made = gather_clients(rows, owners, splits, names=("ann", "bob"), skipped=(), description={})
+    >>> made = gather_clients(rows, owners, splits, ("ann", "bob"), ())
     >>> [(client.name, client.train.tolist(), client.test.tolist()) for client in made.clients]
     [('ann', [8], []), ('bob', [7], [9])]
     """

@@ -12,21 +12,17 @@ import math
 import threading
 import warnings
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from fedvlm_jax.data.config import MAX_IMAGE_PIXELS
 
-if TYPE_CHECKING:
-    from PIL import Image, ImageCms
-
-DECODING = 3
-"""Version of these rules: what is cached of a picture is valid for one version."""
+DECODING = 3  # version of these rules: what is cached of a picture is valid for one version
 
 # Pictures of four times as many pixels and more are brought to about so many (2048 × 2048), by a whole factor.
 REDUCED = 2**22
-
 SHORT_SIDE = 1024  # pixels that a reduced picture's shorter side keeps at least
 BAND_PIXELS = 2**20  # pixels of a large picture that change their mode at a time
 
@@ -39,10 +35,10 @@ RUN_PROGRAMS = ("EPS", "WMF")  # formats for which PIL would start another progr
 MODES = {"1": "L", "P": "RGB", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB", "HSV": "RGB", "YCbCr": "RGB"}
 WITH_ALPHA = {"1": "LA", "L": "LA", "RGB": "RGBA", "P": "RGBA"}
 
-# A PNG of 16 bits has 65535 for white by its format, but scanners and cameras put 12 bits and fewer into such files as
-# they are, and by the format these pictures would be black. The price: of two frames of a camera, one whose brightest
-# value is 4095 comes out 16 times as bright as one with a 4096.
-# Whites of integer greys: the least that holds all values is taken, and no less than a TIFF says.
+# Whites of integer greys: the least that holds all values is taken, and no less than a TIFF says. A PNG of 16 bits has
+# 65535 for white by its format, but scanners and cameras put 12 bits and fewer into such files as they are, and by the
+# format these pictures would be black. The price: of two frames of a camera, one whose brightest value is 4095 comes
+# out 16 times as bright as one with a 4096.
 RANGES = (255, 4095, 65535)
 
 ALIKE = 3  # steps of 255 by which a profile's colours may differ from sRGB's for its pictures to be left as they are
@@ -55,7 +51,7 @@ class BrokenImageError(ValueError):
     """An image that is missing or cannot be decoded; the message is the reason, in a few words."""
 
 
-def decode_picture(encoded: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, quick: bool = False) -> "Image.Image":
+def decode_picture(encoded: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, quick: bool = False) -> Image.Image:
     """Decode a picture, [H, W] in RGB.
 
     Args:
@@ -66,20 +62,19 @@ def decode_picture(encoded: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, quick:
     Raises:
         BrokenImageError: the bytes are cut short, no image, or of too many pixels.
 
-    >>> from PIL import Image
     >>> Image.new("LA", (3, 2), (0, 0)).save(file := io.BytesIO(), "PNG")  # black, but transparent
     >>> picture = decode_picture(file.getvalue())
     >>> picture.mode, picture.size, picture.getpixel((0, 0))
     ('RGB', (3, 2), (255, 255, 255))
     """
-    from PIL import Image
-
     _hush_pillow()
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             _check(image, max_pixels)
             with _MEMORY.take(BYTES_PER_PIXEL * image.width * image.height):
-                _draft(image, quick)
+                factor = 8 if quick else _choose_factor(*image.size)
+                if factor > 1:  # JPEGs are decoded at a half, a quarter or an eighth; other formats ignore it
+                    image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
                 greys = _read_greys(image)
                 image.load()
                 _check(image, max_pixels)  # an icon's header may say less than it holds
@@ -95,13 +90,11 @@ def decode_picture(encoded: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, quick:
 @functools.cache
 def _hush_pillow() -> None:
     """Silence Pillow's warnings of sizes, which are bounded here, and of damaged EXIF, which is not applied."""
-    from PIL import Image
-
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def _check(image: "Image.Image", max_pixels: int) -> None:
+def _check(image: Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise BrokenImageError(_word_large(max_pixels))
     if image.format in RUN_PROGRAMS:
@@ -113,38 +106,38 @@ def _word_large(max_pixels: int) -> str:
 
 
 def _choose_factor(width: int, height: int) -> int:
-    """Choose the whole number by which a picture of this size is reduced."""
+    """Choose the whole number by which a picture of this size is reduced.
+
+    >>> _choose_factor(4095, 4095), _choose_factor(4096, 4096)
+    (1, 2)
+    """
     return max(1, min(math.isqrt(width * height // REDUCED), min(width, height) // SHORT_SIDE))
 
 
-def _draft(image: "Image.Image", quick: bool) -> None:
-    """Have JPEGs decoded at a half, a quarter or an eighth of their size; other formats ignore it."""
-    factor = 8 if quick else _choose_factor(*image.size)
-    if factor > 1:
-        image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
-
-
-def _to_working_mode(image: "Image.Image") -> "Image.Image":
+def _to_working_mode(image: Image.Image) -> Image.Image:
     """Bring a picture to L, LA, RGB, RGBA, CMYK, LAB, I or F, reduced where it is large: band by band, for memory."""
-    from PIL import Image
-
     factor = _choose_factor(*image.size)
     if factor == 1:
         return _convert(image)
-    rows = factor * max(1, BAND_PIXELS // (image.width * factor))
-    bands = (image.crop((0, y, image.width, min(y + rows, image.height))) for y in range(0, image.height, rows))
     reduced: Image.Image | None = None
-    for number, band in enumerate(bands):
+    for top, band in _crop_bands(image, factor):
         part = _convert(band).reduce(factor)
         if reduced is None:
             reduced = Image.new(part.mode, (part.width, -(-image.height // factor)))
             reduced.info = part.info
-        reduced.paste(part, (0, number * rows // factor))
+        reduced.paste(part, (0, top // factor))
     assert reduced is not None
     return reduced
 
 
-def _convert(image: "Image.Image") -> "Image.Image":
+def _crop_bands(image: Image.Image, step: int = 1) -> Iterator[tuple[int, Image.Image]]:
+    """Crop a picture into bands of a multiple of `step` rows, each with the row in which it begins."""
+    rows = step * max(1, BAND_PIXELS // (image.width * step))
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _convert(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return image.convert("I")
     alpha = image.has_transparency_data
@@ -152,19 +145,15 @@ def _convert(image: "Image.Image") -> "Image.Image":
     return image if mode is None else image.convert(mode)
 
 
-def _read_greys(image: "Image.Image") -> tuple[int, bool]:
+def _read_greys(image: Image.Image) -> tuple[int, bool]:
     """Read a TIFF's least white, and whether 0 is white; Pillow inverts such greys in 8 bits, but not in more."""
-    from PIL import TiffImagePlugin
-
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return 0, False
     return 4095 if image.tag_v2.get(BITS) in (12, (12,)) else 0, image.tag_v2.get(PHOTOMETRIC) == 0
 
 
-def _lay_on_white(image: "Image.Image", profile: bytes | None, greys: tuple[int, bool] = (0, False)) -> "Image.Image":
+def _lay_on_white(image: Image.Image, profile: bytes | None, greys: tuple[int, bool] = (0, False)) -> Image.Image:
     """Bring a picture in a working mode to RGB in sRGB, without transparency."""
-    from PIL import Image
-
     if image.mode in ("I", "F"):
         image = _scale_grey(image, *greys)
     if image.mode not in ("LA", "RGBA"):
@@ -175,21 +164,25 @@ def _lay_on_white(image: "Image.Image", profile: bytes | None, greys: tuple[int,
     return Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
 
 
-def _scale_grey(image: "Image.Image", least: int, inverted: bool) -> "Image.Image":
+def _scale_grey(image: Image.Image, least: int, inverted: bool) -> Image.Image:
     """Scale greys of more than 8 bits, or fractions, to 8 bits: band by band, for memory.
 
     White is the least of `RANGES` that holds all values, for fractions also 1. Greys outside of these, or below 0, have
     no known white: the darkest becomes black and the lightest white.
     """
-    from PIL import Image
-
-    low, high = _find_extremes(image)
+    low, high = math.inf, -math.inf
+    for _, band in _crop_bands(image):
+        values = np.asarray(band, np.float64)
+        if not np.isfinite(values).all():
+            raise BrokenImageError("image with values that are no numbers")
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
     ranges = (1, *RANGES) if image.mode == "F" else RANGES
     whites = [white for white in ranges if white >= max(high, least)]
     low, white = (0.0, float(whites[0])) if low >= 0 and whites else (low, high)
     transparent = image.info.get("transparency")
     scaled = Image.new("L", image.size)
-    for top, values in _list_bands(image):
+    for top, band in _crop_bands(image):
+        values = np.asarray(band, np.float64)
         grey = np.rint((values - low) / ((white - low) or 1) * 255).astype(np.uint8)
         if inverted:
             grey = 255 - grey
@@ -199,27 +192,8 @@ def _scale_grey(image: "Image.Image", least: int, inverted: bool) -> "Image.Imag
     return scaled
 
 
-def _find_extremes(image: "Image.Image") -> tuple[float, float]:
-    low, high = math.inf, -math.inf
-    for _, values in _list_bands(image):
-        if not np.isfinite(values).all():
-            raise BrokenImageError("image with values that are no numbers")
-        low, high = min(low, float(values.min())), max(high, float(values.max()))
-    return low, high
-
-
-def _list_bands(image: "Image.Image") -> Iterator[tuple[int, np.ndarray]]:
-    """List the picture's values in bands [h, W], each with the row in which it begins."""
-    rows = max(1, BAND_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(top + rows, image.height)))
-        yield top, np.asarray(band, np.float64)
-
-
-def _to_srgb(image: "Image.Image", profile: bytes | None) -> "Image.Image":
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Bring a picture in L, RGB, CMYK or LAB to RGB; a profile that is damaged, or of another space, is not used."""
-    from PIL import ImageCms
-
     if image.mode == "LAB":
         return _transform(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
     if profile:
@@ -244,8 +218,6 @@ def _is_srgb(profile: bytes, mode: str) -> bool:
     Most pictures that have a profile have one of the many of sRGB; these then decode as quickly as those without, and
     their pixels do not change by a rounding.
     """
-    from PIL import Image, ImageCms
-
     if mode not in ("L", "RGB"):
         return False
     levels = np.arange(0, 256, 15).astype(np.uint8)
@@ -257,20 +229,15 @@ def _is_srgb(profile: bytes, mode: str) -> bool:
 
 
 def _transform(
-    image: "Image.Image", profile: "ImageCms.ImageCmsProfile", intent: "ImageCms.Intent | None" = None
-) -> "Image.Image":
-    from PIL import ImageCms
-
-    intent = ImageCms.Intent.PERCEPTUAL if intent is None else intent
+    image: Image.Image, profile: ImageCms.ImageCmsProfile, intent: ImageCms.Intent = ImageCms.Intent.PERCEPTUAL
+) -> Image.Image:
     made = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), intent, outputMode="RGB")
     assert made is not None  # only what is changed in place comes back as None
     return made
 
 
-def _turn(image: "Image.Image", picture: "Image.Image") -> "Image.Image":
+def _turn(image: Image.Image, picture: Image.Image) -> Image.Image:
     """Turn a picture as the EXIF of its file says; EXIF that cannot be read is not applied."""
-    from PIL import Image
-
     try:
         method = TURNS.get(image.getexif().get(ORIENTATION, 1))
     except MemoryError:
@@ -288,7 +255,6 @@ class _SharedMemory:
 
     @contextlib.contextmanager
     def take(self, wanted: int) -> Generator[None]:
-        """Hold so many bytes for as long as the block runs."""
         with self._changed:
             self._changed.wait_for(lambda: not self._taken or self._taken + wanted <= self._size)
             self._taken += wanted

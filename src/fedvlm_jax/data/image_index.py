@@ -16,12 +16,9 @@ SIZE = 16  # bytes of a digest
 
 @dataclass(eq=False)
 class ImageFacts:
-    """Digests and soundness of images, by row.
+    """Digest of each row's encoded image, and the rows whose image was decoded without a fault.
 
-    Attributes:
-        file: where they are kept; in memory only where None.
-        digests: row -> digest of its encoded image.
-        sound: rows whose image was decoded without a fault.
+    `file` keeps them; where it is None they are in memory only.
     """
 
     file: Path | None = None
@@ -31,36 +28,28 @@ class ImageFacts:
     @classmethod
     def open(cls, file: Path) -> "ImageFacts":
         """Read what an earlier run kept; nothing where the file is missing or damaged."""
-        digests, sound = _read(file)
-        return cls(file, digests, sound)
+        return cls(file, *_read(file))
 
     def save(self, lasting: Callable[[int], bool]) -> None:
-        """Keep facts of the rows that are `lasting`: other images are separate files, which may change.
-
-        Facts that another process has kept in the meantime stay.
-        """
+        """Keep facts of the rows that are `lasting`: other images are separate files, which may change."""
         if self.file is None:
             return
-        digests, sound = _read(self.file)  # again: another process may have written since
+        digests, sound = _read(self.file)  # again: what another process has written since stays
         digests |= {row: digest for row, digest in self.digests.items() if lasting(row)}
         sound |= {row for row in self.sound if lasting(row)}
+        out = io.BytesIO()
+        rows = np.asarray(list(digests), np.int64)
+        stacked = np.frombuffer(b"".join(digests.values()), np.uint8).reshape(-1, SIZE)
+        np.savez(out, rows=rows, digests=stacked, sound=np.asarray(sorted(sound), np.int64))
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            write_bytes(self.file, _pack(digests, sound))
-
-
-def _pack(digests: dict[int, bytes], sound: set[int]) -> bytes:
-    """Pack the arrays, after a digest of them."""
-    out = io.BytesIO()
-    rows = np.asarray(list(digests), np.int64)
-    stacked = np.frombuffer(b"".join(digests.values()), np.uint8).reshape(-1, SIZE)
-    np.savez(out, rows=rows, digests=stacked, sound=np.asarray(sorted(sound), np.int64))
-    return _digest(out.getvalue()) + out.getvalue()
+            write_bytes(self.file, _digest(out.getvalue()) + out.getvalue())
 
 
 def _read(file: Path) -> tuple[dict[int, bytes], set[int]]:
     content = b""
     with contextlib.suppress(OSError):
         content = read_plain(file)
+    # The arrays come after a digest of them, which a file that was cut short or changed does not fit.
     if len(content) <= SIZE or _digest(content[SIZE:]) != content[:SIZE]:
         return {}, set()
     with np.load(io.BytesIO(content[SIZE:]), allow_pickle=False) as stored:

@@ -6,7 +6,7 @@ was scaled, or saved anew with loss, is another one.
 """
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,16 +33,6 @@ def place_rows(federation: Federation) -> Places:
     sizes = np.asarray([[len(client.rows_of(split)) for split in SPLITS] for client in federation.clients], np.int64)
     places = np.repeat(np.arange(sizes.size), sizes.reshape(-1))
     return Places(federation.rows, places // len(SPLITS), places % len(SPLITS))
-
-
-def number_things(things: Sequence[Hashable | None]) -> Int[np.ndarray, " rows"]:
-    """Number things in the order in which they are met, equal ones alike; None is -1.
-
-    >>> number_things(["cat", None, "dog", "cat"]).tolist()
-    [0, -1, 1, 0]
-    """
-    numbers: dict[Hashable, int] = {}
-    return np.asarray([-1 if thing is None else numbers.setdefault(thing, len(numbers)) for thing in things], np.int64)
 
 
 def find_overlap(things: Int[np.ndarray, " rows"], places: Places, names: Sequence[str]) -> dict[str, Any]:

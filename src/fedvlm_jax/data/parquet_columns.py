@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,21 +20,22 @@ from fedvlm_jax.errors import UserError, explain_error
 
 NEEDED = ("image", "question", "chosen")
 
+# Every column that some part of this package reads. Others mean nothing here, but rows can be told apart by them, so
+# they are kept where they are plain (text, numbers, truth) and of one type in all shards.
 UNDERSTOOD = (
     *NEEDED,
     *("rejected", "ds_name", "origin_dataset", "origin_split", "idx", "image_path"),
     *("client", "split", "language", "question_client", "concept", "task", "group"),
 )
-"""Every column that some part of this package reads. Others mean nothing here, but rows can be told apart by them, so
-they are kept where they are plain (text, numbers, truth) and of one type in all shards."""
 
 ANSWER = "answer"  # the field of an answer's struct that holds its text
 
 
 class _Shard(NamedTuple):
-    """A file's column types, columns of named classes counting as text, and which these are."""
+    """A file's number of rows and column types, columns of named classes counting as text, and which these are."""
 
     file: Path
+    rows: int
     types: dict[str, pa.DataType]
     classes: frozenset[str]
 
@@ -45,11 +46,10 @@ def check_shards(files: Sequence[Path]) -> tuple[dict[str, pa.DataType], list[Pa
     Raises:
         UserError: a file that is no parquet or damaged, missing or mistyped columns, shards that disagree.
     """
-    shards, filled = list[_Shard](), list[Path]()
+    shards = list[_Shard]()
     for file in files:
-        shard, count = _read_footer(file)
+        shard = _read_footer(file)
         shards.append(shard)
-        filled += [file] * (count > 0)
         for column, kind in shard.types.items():
             _check_type(file, column, kind)
         _check_agreement(shards[0], shard)
@@ -58,10 +58,10 @@ def check_shards(files: Sequence[Path]) -> tuple[dict[str, pa.DataType], list[Pa
         for column, kind in shards[0].types.items()
         if column in UNDERSTOOD or (_is_plain(kind) and all(shard.types.get(column) == kind for shard in shards))
     }
-    return kept, filled
+    return kept, [shard.file for shard in shards if shard.rows]
 
 
-def _read_footer(file: Path) -> tuple[_Shard, int]:
+def _read_footer(file: Path) -> _Shard:
     if file.exists() and not file.is_file():
         raise UserError(f"{file} is no regular file; replace it or remove it.")
     try:
@@ -82,18 +82,18 @@ def _read_footer(file: Path) -> tuple[_Shard, int]:
         )
     if twice := [column for column, times in Counter(schema.names).items() if times > 1]:
         raise UserError(f"{file} has more than one column {_quote(twice)}; keep the one that is meant.")
-    classes = frozenset(read_class_names(schema))
-    return _Shard(file, {e.name: pa.string() if e.name in classes else e.type for e in schema}, classes), count
+    classes = frozenset(_read_class_names(schema))
+    return _Shard(file, count, {e.name: pa.string() if e.name in classes else e.type for e in schema}, classes)
 
 
 def _check_agreement(first: _Shard, other: _Shard) -> None:
-    """Refuse shards with other columns, or other columns of classes: names would stand beside numbers."""
     differing = [c for c in UNDERSTOOD if (c in first.types) != (c in other.types)]
     if differing:
         raise UserError(
             f"{other.file} and {first.file} disagree: only one of them has {_quote(differing)}. All shards of a folder "
             "need the same columns; give one of them alone, or add the columns."
         )
+    # Names would stand beside numbers.
     named = [c for c in UNDERSTOOD if (c in first.classes) != (c in other.classes)]
     numbers = [c for c in named if not is_text((first if c in other.classes else other).types[c])]
     if numbers:
@@ -111,8 +111,11 @@ def _check_type(file: Path, column: str, kind: pa.DataType) -> None:
         )
     if column == "image" or column not in UNDERSTOOD:
         return
-    if column == "chosen" and is_list(kind) and is_text(_find_item(kind)):
-        return
+    if column == "chosen" and is_list(kind):
+        item = kind.value_type
+        held = is_a.is_struct(item) and item.get_field_index(ANSWER) >= 0
+        if is_text(item.field(ANSWER).type if held else item):
+            return
     plain = _unwrap(kind)
     if not (is_text(plain) or is_a.is_integer(plain) or is_a.is_null(plain)):
         several = ", a list of texts, or of structs with a text 'answer'" if column == "chosen" else ""
@@ -125,16 +128,12 @@ def _unwrap(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if is_a.is_dictionary(kind) else kind
 
 
-def _find_item(kind: pa.DataType) -> pa.DataType:
-    """Find the type of a single answer in a list of them: of the struct's field, or of the item itself."""
-    item = kind.value_type
-    if is_a.is_struct(item) and item.get_field_index(ANSWER) >= 0:
-        return item.field(ANSWER).type
-    return item
-
-
 def is_list(kind: pa.DataType) -> bool:
-    """Tell whether it is a list in any layout."""
+    """Tell whether it is a list in any layout.
+
+    >>> is_list(pa.large_list(pa.string())), is_list(pa.string())
+    (True, False)
+    """
     views = is_a.is_list_view(kind) or is_a.is_large_list_view(kind)
     return is_a.is_list(kind) or is_a.is_large_list(kind) or is_a.is_fixed_size_list(kind) or views
 
@@ -163,22 +162,20 @@ def _is_image(kind: pa.DataType) -> bool:
     return "path" in parts
 
 
-def read_class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+def _read_class_names(schema: pa.Schema) -> dict[str, list[str]]:
     """Find integer columns that `datasets` calls ClassLabel -> the names of their classes; odd metadata has none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        named = {name: feature["names"] for name, feature in features.items() if _is_label(feature)}
+        about = {name: feature for name, feature in features.items() if isinstance(feature, Mapping)}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
-    integers = {field.name for field in schema if is_a.is_integer(field.type)}
-    return {name: tuple(names) for name, names in named.items() if name in integers}
-
-
-def _is_label(feature: Any) -> bool:
-    if not isinstance(feature, Mapping) or feature.get("_type") != "ClassLabel":
-        return False
-    names = feature.get("names")
-    return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
+    named = dict[str, list[str]]()
+    for field in schema:
+        feature = about.get(field.name, {})
+        names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
+        if is_a.is_integer(field.type) and isinstance(names, list) and names and all(isinstance(n, str) for n in names):
+            named[field.name] = names
+    return named
 
 
 def make_plain(table: pa.Table) -> pa.Table:
@@ -187,22 +184,22 @@ def make_plain(table: pa.Table) -> pa.Table:
     Raises:
         ValueError: a row with several pictures, or a class without a name.
     """
-    names = read_class_names(table.schema)
+    names = _read_class_names(table.schema)
     for place, field in enumerate(table.schema):
         column = table.column(place).combine_chunks()
         if field.name == "image":
-            made = _make_image(column)
+            column = _make_image(column)
         elif field.name in names:
-            made = _name_classes(field.name, column, names[field.name])
+            column = _name_classes(field.name, column, names[field.name])
         elif field.name == "chosen" and is_list(field.type):
-            made = _make_answers(column)
+            column = _make_answers(column)
         else:
             continue
-        table = table.set_column(place, field.name, made)
+        table = table.set_column(place, field.name, column)
     return table
 
 
-def _name_classes(column: str, values: pa.Array, names: tuple[str, ...]) -> pa.Array:
+def _name_classes(column: str, values: pa.Array, names: Sequence[str]) -> pa.Array:
     codes = values.to_pylist()
     unknown = [code for code in codes if code is not None and not -1 <= code < len(names)]
     if unknown:
@@ -211,24 +208,20 @@ def _name_classes(column: str, values: pa.Array, names: tuple[str, ...]) -> pa.A
 
 
 def _make_image(values: pa.Array) -> pa.Array:
-    if is_list(values.type):
-        values = _take_single(values)
+    if is_list(values.type):  # its only item; null where a list is empty or null
+        lists = values.cast(pa.list_(values.type.value_type))
+        lengths = np.asarray(lists.value_lengths().fill_null(0))
+        if (lengths > 1).any():
+            row = int(np.argmax(lengths > 1))
+            raise ValueError(
+                f"a row has {lengths[row]} pictures (the {row + 1}. of its row group); expected one in each"
+            )
+        values = lists.flatten().take(pa.array(np.cumsum(lengths) - 1, pa.int64(), mask=lengths == 0))
     if is_a.is_dictionary(values.type):
         values = values.dictionary_decode()
     if is_a.is_binary_view(values.type):
         values = values.cast(pa.binary())
     return values.cast(pa.string()) if is_a.is_string_view(values.type) else values
-
-
-def _take_single(lists: pa.Array) -> pa.Array:
-    """Take the only item of every list; null where a list is empty or null."""
-    lists = lists.cast(pa.list_(lists.type.value_type))
-    lengths = np.asarray(lists.value_lengths().fill_null(0))
-    if (lengths > 1).any():
-        row = int(np.argmax(lengths > 1))
-        raise ValueError(f"a row has {lengths[row]} pictures (the {row + 1}. of its row group); expected one in each")
-    places = np.cumsum(lengths) - 1
-    return lists.flatten().take(pa.array(places, pa.int64(), mask=lengths == 0))
 
 
 def _make_answers(lists: pa.Array) -> pa.Array:

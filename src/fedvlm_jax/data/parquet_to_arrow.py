@@ -9,7 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,10 +24,6 @@ from fedvlm_jax.utils.digests import digest_files, digest_parts
 
 if TYPE_CHECKING:
     import datasets  # takes a second to import
-
-BATCH = 1000  # rows that are converted at a time
-
-Columns = dict[str, pa.DataType]
 
 
 def read_parquet(path: Path, name: str | None = None) -> Table:
@@ -44,38 +40,37 @@ def read_parquet(path: Path, name: str | None = None) -> Table:
     if not filled:
         raise UserError(f"{path} has no rows; expected at least one image with question and answer.")
     digest = digest_files(filled)
-    table = _open_cached(filled, columns, digest, name or str(path), path if path.is_dir() else path.parent)
+    read_bound()  # a wrong value in the environment is refused before anything is done
+    table = _open_cached(filled, columns, digest)
     if digest_files(filled) != digest:
         raise UserError(f"{path} was changed while it was read; try again when nobody writes it.")
-    return table
+    return dataclasses.replace(table, name=name or str(path), folder=path if path.is_dir() else path.parent)
 
 
-def _open_cached(files: list[Path], columns: Columns, digest: str, name: str, folder: Path) -> Table:
+def _open_cached(files: list[Path], columns: dict[str, pa.DataType], digest: str) -> Table:
     """Open the Arrow files of these shards; where they are damaged they are written again, once."""
-    read_bound()  # a wrong value in the environment is refused before anything is done
-    kept = _find_folder(columns, digest)
+    kept, table = _find_folder(columns, digest), None
     if kept.is_dir():
         try:
-            table = _convert(files, columns, digest, name, folder)
+            table = _open_sealed(files, columns, digest)
         except Exception as error:  # whatever is wrong with the Arrow files, the shards are there
             if find_machine_fault(error):
                 raise
-            table = None
-        if table is not None:
-            return table
-        discard(kept)
-    table = _convert(files, columns, digest, name, folder)  # a second time, from the shards
+        if table is None:
+            discard(kept)
+    if table is None:
+        table = _open_sealed(files, columns, digest)
     if table is None:
         raise UserError(f"{kept} is not what was just written there: its disk is damaged; set FEDVLM_CACHE to another")
     return table
 
 
-def _convert(files: list[Path], columns: Columns, digest: str, name: str, folder: Path) -> Table | None:
+def _open_sealed(files: list[Path], columns: dict[str, pa.DataType], digest: str) -> Table | None:
     """Convert shards and open the result; None where that does not fit its seal."""
     dataset, hold = convert_shards(files, columns, digest)
     sealed = False
     try:
-        table = open_dataset(dataset, name, folder)
+        table = open_dataset(dataset, "", files[0].parent)
         assert table.locations is not None
         sealed = check_seal(table.data, table.locations)
     finally:
@@ -91,12 +86,12 @@ def open_dataset(dataset: "datasets.Dataset", name: str, folder: Path) -> Table:
     return Table(name, data, folder, locations, ImageFacts.open(files[0].parent / FACTS))
 
 
-def _find_folder(columns: Columns, digest: str) -> Path:
-    """Return the folder of the cache for files of this content, read as these columns; see `convert_shards`."""
+def _find_folder(columns: dict[str, pa.DataType], digest: str) -> Path:
+    """Return the folder of the cache for files of this content, read as these columns."""
     return find_arrow() / digest / "rows" / digest_parts([repr(_make_features(columns)).encode()]).hex()
 
 
-def _make_features(columns: Columns) -> "datasets.Features":
+def _make_features(columns: dict[str, pa.DataType]) -> "datasets.Features":
     """Describe to `datasets` what it is to write: understood columns as text, others as they are."""
     import datasets
 
@@ -109,26 +104,10 @@ def _make_features(columns: Columns) -> "datasets.Features":
     return datasets.Features({name: known.get(name, text) for name in columns})
 
 
-def _make_builder(**options: Any) -> "datasets.ArrowBasedBuilder":
-    """Make `datasets`' reader of parquet, which also takes what `make_plain` makes plain."""
-    from datasets.packaged_modules.parquet.parquet import Parquet
-
-    class PlainParquet(Parquet):
-        def _cast_table(self, pa_table: pa.Table) -> pa.Table:
-            return super()._cast_table(make_plain(pa_table))
-
-    return PlainParquet(**options)
-
-
-def convert_shards(files: Sequence[Path], columns: Columns, digest: str) -> tuple["datasets.Dataset", Hold | None]:
+def convert_shards(
+    files: Sequence[Path], columns: dict[str, pa.DataType], digest: str
+) -> tuple["datasets.Dataset", Hold | None]:
     """Let `datasets` write the shards into the cache as Arrow, once per content.
-
-    `datasets` itself goes by names and time stamps, so it is given the folder, which the content decides: files that
-    were touched, moved or copied are not converted again.
-
-    Args:
-        files, columns: as `check_shards` found them.
-        digest: of the files' contents.
 
     Returns:
         The data set, and the hold that keeps its files from being removed.
@@ -136,26 +115,13 @@ def convert_shards(files: Sequence[Path], columns: Columns, digest: str) -> tupl
     Raises:
         UserError: a shard is damaged, the cache cannot be written or its bound is none.
     """
-    import datasets
     import datasets.exceptions
 
-    cache, folder, bound = find_arrow(), _find_folder(columns, digest), read_bound()
+    cache, bound = find_arrow(), read_bound()
     writing: Hold | None = None
     try:
         writing = Hold(cache)
-        with _hush_datasets():
-            builder = _make_builder(
-                data_files={"train": [str(file.resolve()) for file in files]},
-                cache_dir=str(folder.parent.parent),
-                dataset_name=folder.parent.name,
-                config_id=folder.name,
-                columns=list(columns),
-                features=_make_features(columns),
-                batch_size=BATCH,  # by default the first row group's rows, and 0 is refused
-            )
-            builder.download_and_prepare()
-            dataset = builder.as_dataset(split="train")
-        assert isinstance(dataset, datasets.Dataset)
+        dataset = _write_arrow(files, columns, _find_folder(columns, digest))
         hold = hold_table(Path(dataset.cache_files[0]["filename"]).parent)
     except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, TypeError) as error:
         fault = find_machine_fault(error)
@@ -177,6 +143,32 @@ def convert_shards(files: Sequence[Path], columns: Columns, digest: str) -> tupl
     pa.default_memory_pool().release_unused()  # the pool would hold on to the largest row group
     trim(bound)
     return dataset, hold
+
+
+def _write_arrow(files: Sequence[Path], columns: dict[str, pa.DataType], folder: Path) -> "datasets.Dataset":
+    import datasets
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    class PlainParquet(Parquet):
+        def _cast_table(self, pa_table: pa.Table) -> pa.Table:
+            return super()._cast_table(make_plain(pa_table))
+
+    with _hush_datasets():
+        # `datasets` itself goes by names and time stamps, so it is given the folder, which the content decides: files
+        # that were touched, moved or copied are not converted again.
+        builder = PlainParquet(
+            data_files={"train": [str(file.resolve()) for file in files]},
+            cache_dir=str(folder.parent.parent),
+            dataset_name=folder.parent.name,
+            config_id=folder.name,
+            columns=list(columns),
+            features=_make_features(columns),
+            batch_size=1000,  # by default the first row group's rows, and 0 is refused
+        )
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split="train")
+    assert isinstance(dataset, datasets.Dataset)
+    return dataset
 
 
 def _refuse_cache(cache: Path, error: OSError) -> UserError:

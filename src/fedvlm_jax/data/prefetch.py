@@ -10,18 +10,16 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-AHEAD = 2
-"""Elements that are read ahead by default: one is being read, one waits."""
 
-
-def read_ahead(make: Callable[[int], T], start: int, stop: int, *, ahead: int = AHEAD) -> Iterator[T]:
+def read_ahead(make: Callable[[int], T], start: int, stop: int, *, ahead: int = 2) -> Iterator[T]:
     """Yield `make(start)`, …, `make(stop - 1)` in order, up to `ahead` of them made before they are asked for.
 
     Args:
         make: index -> element, never None (grain would leave it out). It runs in another thread, and its exceptions
             come out of the iterator in their turn.
         start, stop: the range of indices.
-        ahead: elements in memory beside the one in use, and threads that make them; 0 makes them when asked for.
+        ahead: elements in memory beside the current one, and threads that make them (by default one is being read, one
+            waits); 0 makes them when asked for.
 
     >>> list(read_ahead(lambda index: index * 10, 0, 3, ahead=0))
     [0, 10, 20]

@@ -9,24 +9,34 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-MOST_BYTES = 2**28
-"""Bytes of a file that is read whole at most."""
+MOST_BYTES = 2**28  # a picture's file is read whole
 
 
 class OutsideError(ValueError):
     """A name that leads out of the folders it is meant for."""
 
 
-def find_below(name: str, folders: Sequence[Path]) -> Path:
-    """Find the file `name` below one of the folders, links resolved; relative names begin in each of them in turn.
+def read_below(name: str, folders: Sequence[Path], most: int = MOST_BYTES) -> bytes:
+    """Read the file `name` below one of the folders, links resolved; relative names begin in each of them in turn.
 
     Whether a file outside exists does not show: the answer is the same.
 
     Raises:
         OutsideError: it would lie outside of all of them.
-        FileNotFoundError: there is none.
+        OSError: there is none, it cannot be read, is no regular file (a pipe or a device would be read for ever), or
+            has more than `most` bytes.
         ValueError: the name holds a NUL.
     """
+    # O_NOFOLLOW: a link put here since the path was resolved is not followed. O_NONBLOCK: opening a pipe does not wait.
+    opened = os.open(_find_below(name, folders), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(opened, "rb") as file:
+        about = os.fstat(opened)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > most:
+            raise OSError(f"{name} is no regular file of at most {most} bytes")
+        return file.read()
+
+
+def _find_below(name: str, folders: Sequence[Path]) -> Path:
     # The folders may be links themselves, as in the hub's cache.
     allowed = [Path(os.path.realpath(folder)) for folder in folders]
     for folder in folders:
@@ -36,20 +46,3 @@ def find_below(name: str, folders: Sequence[Path]) -> Path:
         if os.path.lexists(found):  # a link that leads back to itself is there, and cannot be opened
             return found
     raise FileNotFoundError(name)
-
-
-def read_below(name: str, folders: Sequence[Path], most: int = MOST_BYTES) -> bytes:
-    """Read the file that `find_below` finds.
-
-    Raises:
-        OSError: it cannot be read, is no regular file (a pipe or a device would be read for ever), or has more than
-            `most` bytes.
-        ValueError: as `find_below`.
-    """
-    # O_NOFOLLOW: a link put here since the path was resolved is not followed. O_NONBLOCK: opening a pipe does not wait.
-    opened = os.open(find_below(name, folders), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(opened, "rb") as file:
-        about = os.fstat(opened)
-        if not stat.S_ISREG(about.st_mode) or about.st_size > most:
-            raise OSError(f"{name} is no regular file of at most {most} bytes")
-        return file.read()

@@ -26,7 +26,11 @@ def skip_rows(table: Table, rows: Int[np.ndarray, " rows"], reasons: Sequence[st
 
 
 def count_reasons(skipped: Sequence[Skipped]) -> dict[str, int]:
-    """Count the rows of every reason, the most frequent first."""
+    """Count the rows of every reason, the most frequent first.
+
+    >>> count_reasons([Skipped(3, None, "no image"), Skipped(5, None, "empty answer"), Skipped(8, None, "no image")])
+    {'no image': 2, 'empty answer': 1}
+    """
     return dict(Counter(entry.reason for entry in skipped).most_common())
 
 
@@ -36,13 +40,12 @@ def find_text_fault(question: str, chosen: str) -> str | None:
     >>> find_text_fault("What is this?", "")
     'empty answer'
     """
-    if not question:
-        return "empty question"
-    if question == UNREADABLE:
-        return "question is not UTF-8"
-    if not chosen:
-        return "empty answer"
-    return "answer is not UTF-8" if chosen == UNREADABLE else None
+    for name, text in (("question", question), ("answer", chosen)):
+        if not text:
+            return f"empty {name}"
+        if text == UNREADABLE:
+            return f"{name} is not UTF-8"
+    return None
 
 
 def find_pair_fault(chosen: str, rejected: str) -> str | None:

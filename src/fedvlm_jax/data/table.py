@@ -22,23 +22,23 @@ from fedvlm_jax.data.safe_paths import OutsideError, read_below
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.cache_folders import Hold
 
+# pyarrow is imported late, because the listing of named sets imports this file.
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from fedvlm_jax.data.arrow_files import ImageLocations
 
+# Stands for a text whose bytes are no UTF-8: nobody checks when parquet is written, and damage is not noticed.
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
-"""Stands for a text whose bytes are no UTF-8: nobody checks when parquet is written, and damage is not noticed."""
 
+# Why an image that goes by a name is not read.
 LOST = "image file cannot be read"
 OUTSIDE = "image file outside of the data's folder (--data.image-root allows another)"
-"""Why an image that goes by a name is not read."""
 
 LONGEST_NAME = 80  # characters of an image's name that a message shows
 INLINE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in base64
 
-FACTS = f"fedvlm-jax-images-{DECODING}.npz"
-"""The file beside the Arrow files that holds what is known about the images."""
+FACTS = f"fedvlm-jax-images-{DECODING}.npz"  # the file of `ImageFacts`, beside the Arrow files
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +104,16 @@ class Table:
         return is_a.is_list(self.data.schema.field("chosen").type)
 
     def _take(self, column: str, rows: "Sequence[int] | np.ndarray | None") -> "list[pa.Array]":
+        import pyarrow as pa
+
         if column not in self.columns:
             raise UserError(f"{self.name} has no column {column!r}; it has: {', '.join(self.columns)}.")
         values = self.data.column(column)
-        return values.chunks if rows is None else values.take(_to_arrow(np.ascontiguousarray(rows, np.int64))).chunks
+        if rows is None:
+            return values.chunks
+        # `pa.array` does the same, but imports pandas, a third of a second.
+        numbers = pa.py_buffer(np.ascontiguousarray(rows, np.int64))
+        return values.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, numbers])).chunks
 
     def read_image(self, row: int) -> bytes:
         """Read the encoded bytes of a row's image, from the table or from the file that it names.
@@ -121,14 +127,10 @@ class Table:
             return found
         cell = self.data.column("image")[int(row)]
         encoded, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, pa.StructScalar) else (None, cell)
-        if encoded is not None and (found := encoded.as_py()):
-            return found
+        found = None if encoded is None else encoded.as_py()
         try:
-            if path is None or not (name := path.as_py()):
-                raise BrokenImageError("no image")
-            found = _read_inline(name) or read_below(name, self.image_folders)
-        except BrokenImageError:
-            raise
+            if not found and path is not None and (name := path.as_py()):
+                found = _read_inline(name) or read_below(name, self.image_folders)
         except OutsideError as error:
             raise BrokenImageError(OUTSIDE) from error
         except (OSError, ValueError) as error:  # the latter from a name with a NUL, or one that is no UTF-8
@@ -168,28 +170,27 @@ def _read_inline(text: str) -> bytes | None:
         return None
 
 
-def _to_arrow(numbers: "np.ndarray") -> "pa.Array":
-    """Wrap 64-bit integers; `pa.array` does the same, but imports pandas, a third of a second."""
-    import pyarrow as pa
-
-    return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)])
-
-
 def _list_texts(chunk: "pa.Array") -> list[str | None]:
-    """List an array's values as text; a dictionary's words are made once, not once per row."""
     import pyarrow.types as is_a
 
     if is_a.is_list(chunk.type):
         return [_choose(cell) for cell in _list_cells(chunk)]
-    if not is_a.is_dictionary(chunk.type):
-        try:
-            # NaN, which is not itself, is how other programs write that there is no number.
-            return [None if value is None or value != value else str(value) for value in chunk.to_pylist()]
-        except UnicodeDecodeError:
-            encoded = chunk.cast("large_binary").to_pylist()
-            return [None if value is None else _read_utf8(value) for value in encoded]
-    words = _list_texts(chunk.dictionary)
-    return [None if code is None else words[code] for code in chunk.indices.to_pylist()]
+    if is_a.is_dictionary(chunk.type):  # its words are made once, not once per row
+        words = _list_texts(chunk.dictionary)
+        return [None if code is None else words[code] for code in chunk.indices.to_pylist()]
+    try:
+        # NaN, which is not itself, is how other programs write that there is no number.
+        return [None if value is None or value != value else str(value) for value in chunk.to_pylist()]
+    except UnicodeDecodeError:
+        encoded = chunk.cast("large_binary").to_pylist()
+        return [None if value is None else _read_utf8(value) for value in encoded]
+
+
+def _read_utf8(encoded: bytes) -> str:
+    try:
+        return encoded.decode()
+    except UnicodeDecodeError:
+        return UNREADABLE
 
 
 def _list_cells(chunk: "pa.Array") -> list[list[str | None]]:
@@ -206,16 +207,10 @@ def _list_cells(chunk: "pa.Array") -> list[list[str | None]]:
 def _choose(answers: "Sequence[str | None]") -> str | None:
     """Choose the most frequent of several answers, of equally frequent ones the first; None of none.
 
-    Where one is no UTF-8 nobody knows which is the most frequent.
+    >>> _choose(["two", " 2", "2 ", None])
+    '2'
     """
-    if UNREADABLE in answers:
+    if UNREADABLE in answers:  # nobody knows which is the most frequent
         return UNREADABLE
     counted = Counter(text.strip() for text in answers if text and text.strip())
     return max(counted, key=counted.__getitem__) if counted else None
-
-
-def _read_utf8(encoded: bytes) -> str:
-    try:
-        return encoded.decode()
-    except UnicodeDecodeError:
-        return UNREADABLE

@@ -8,35 +8,37 @@ images are shared and, with a frozen vision tower, read only once.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int
 
-from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.config import SPLITS, DataOptions
+from fedvlm_jax.data.distinct import number_distinct
 from fedvlm_jax.data.federated_dataset import ClientRows, Federation
-from fedvlm_jax.data.skipped_rows import Skipped, count_reasons, describe_lost, find_pair_fault, find_text_fault
+from fedvlm_jax.data.skipped_rows import (
+    Skipped,
+    count_reasons,
+    describe_lost,
+    find_pair_fault,
+    find_text_fault,
+    skip_rows,
+)
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.unique_images import Images, unique_images
 from fedvlm_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from fedvlm_jax.data.config import DataOptions
-
 # Columns of the question that all clients are asked alike, and of that in the client's language.
 QUESTION, CLIENT_QUESTION = "question", "question_client"
 
-IGNORED = -100
-"""Label of a position that no loss counts, Hugging Face's convention."""
-
-LABELS = ("labels", "rejected_labels")
-"""What labels are called in a batch: the chosen answer's, and the rejected one's."""
-
+IGNORED = -100  # label of a position that no loss counts, Hugging Face's convention
+LABELS = ("labels", "rejected_labels")  # the chosen answer's in a batch, and the rejected one's
 MULTIPLE = 4  # token axes are padded to multiples of this: few shapes, little waste
 CHUNK = 1024  # texts that are tokenised at a time
 
-# A text of megabytes would make every array as wide as itself, so what must be too long is not even tokenised.
-CHARACTERS = 16  # more characters per token than any text has on average
+# More characters per token than any text has on average. A text of megabytes would make every array as wide as itself,
+# so what must be too long is not even tokenised.
+CHARACTERS = 16
 
 TOO_LONG = "prompt too long"
 
@@ -109,7 +111,7 @@ def require_pairs(table: Table) -> None:
         )
 
 
-def find_question_column(table: Table, options: "DataOptions") -> str:
+def find_question_column(table: Table, options: DataOptions) -> str:
     """Find the column whose questions are asked: the client's own, where the options do not say and the table has it.
 
     Raises:
@@ -126,7 +128,7 @@ def find_question_column(table: Table, options: "DataOptions") -> str:
 
 
 def encode(
-    table: Table, federation: Federation, processor: TextProcessor, options: "DataOptions", *, pairs: bool = False
+    table: Table, federation: Federation, processor: TextProcessor, options: DataOptions, *, pairs: bool = False
 ) -> Examples:
     """Tokenise and check all rows of a federation. Every distinct text is tokenised once, every image decoded once.
 
@@ -150,52 +152,67 @@ def encode(
     broken = images.find_broken()
 
     reasons: dict[int, str] = {}
-    for place, row in enumerate(rows.tolist()):
-        if image[place] < 0:
-            reasons[place] = missing[row]
-        elif int(image[place]) in broken:
-            reasons[place] = broken[int(image[place])]
-        elif reason := find_text_fault(questions[place], answers.chosen[place]):
-            reasons[place] = reason
-        elif place in answers.refused:
-            reasons[place] = answers.refused[place]
-        elif pairs and not answers.is_pair[place]:
+    for place, (row, index) in enumerate(zip(rows.tolist(), image.tolist(), strict=True)):
+        reason = missing.get(row) if index < 0 else broken.get(index)
+        reason = reason or find_text_fault(questions[place], answers.chosen[place]) or answers.refused.get(place)
+        if reason is None and pairs and not answers.is_pair[place]:
             fault = find_pair_fault(answers.chosen[place], answers.rejected[place])
-            reasons[place] = fault or "chosen equals rejected once cut"
-    input_ids, attention_mask, which, pad, unfit = _tokenise_prompts(processor, questions, options.max_prompt_tokens)
-    lengths = attention_mask.sum(axis=1)
-    for place in range(len(rows)):
-        if place not in reasons and int(which[place]) in unfit:
-            reasons[place] = unfit[int(which[place])]
-
-    idx = table.read_text("idx", rows) if "idx" in table.columns else [None] * len(rows)
-    skipped = federation.skipped + tuple(Skipped(int(rows[p]), idx[p], reason) for p, reason in reasons.items())
+            reason = fault or "chosen equals rejected once cut"
+        if reason is not None:
+            reasons[place] = reason
+    prompts = _tokenise_prompts(processor, questions, options.max_prompt_tokens)
+    for place, reason in prompts.unfit.items():
+        reasons.setdefault(place, reason)
+    skipped = federation.skipped + skip_rows(table, rows[list(reasons)], list(reasons.values()))
     _check_share(table, skipped, len(rows) + len(federation.skipped), options)
 
     kept = np.asarray([place for place in range(len(rows)) if place not in reasons], np.int64)
     used, image = np.unique(image[kept], return_inverse=True)  # images of skipped rows alone are dropped
     has_rejected = "rejected" in table.columns
-    width = _round_up(int(lengths[which[kept]].max(initial=0)))
+    asked, lengths = prompts.which[kept], prompts.mask.sum(axis=1)
     return Examples(
         image=image.astype(np.int32),
-        input_ids=_widen(input_ids, width, pad)[which[kept], :width],
-        attention_mask=_widen(attention_mask, width, 0)[which[kept], :width],
-        labels=_trim(answers.labels[kept]),
+        input_ids=_take(prompts.ids, asked, lengths, prompts.pad),
+        attention_mask=_take(prompts.mask, asked, lengths, 0),
+        labels=_take_labels(answers.labels, kept),
         answers=[answers.chosen[place] for place in kept],
         rows=rows[kept],
         clients=_renumber(federation.clients, kept, len(rows)),
         images=images.select(used),
         skipped=skipped,
         truncated=int(answers.cut[kept].sum()),
-        rejected=_trim(answers.rejected_labels[kept]) if has_rejected else None,
+        rejected=_take_labels(answers.rejected_labels, kept) if has_rejected else None,
         rejected_answers=[answers.rejected[place] for place in kept] if has_rejected else None,
         rejected_truncated=int(answers.rejected_cut[kept].sum()),
         all_answers=table.read_answers(rows[kept]) if table.has_several_answers else None,
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Answers:
+def _check_share(table: Table, skipped: tuple[Skipped, ...], total: int, options: "DataOptions") -> None:
+    if len(skipped) > options.max_bad_share * total:
+        counted = ", ".join(f"{count} × {reason}" for reason, count in count_reasons(skipped).items())
+        shown = "; ".join(f"row {s.row}{f' (idx {s.idx})' if s.idx else ''}: {s.reason}" for s in skipped[:5])
+        raise UserError(
+            f"{table.name}: {len(skipped)} of {total} rows cannot be used ({counted}), more than --data.max-bad-share "
+            f"{options.max_bad_share:g} allows. The first are {shown}. {describe_lost(table, skipped)}Mend them, or "
+            "raise the share."
+        )
+    if len(skipped) == total:
+        raise UserError(f"{table.name}: none of the {total} rows can be used.")
+
+
+def _renumber(clients: tuple[ClientRows, ...], kept: np.ndarray, total: int) -> tuple[ClientRows, ...]:
+    """Give every client its rows' places among the kept rows; `Federation.rows` fixes the order of all."""
+    place = np.full(total, -1, np.int64)
+    place[kept] = np.arange(len(kept))
+    edges = np.cumsum([len(client.rows_of(split)) for client in clients for split in SPLITS])
+    parts = iter(part[part >= 0] for part in np.split(place, edges[:-1]))
+    return tuple(
+        dataclasses.replace(client, train=next(parts), validation=next(parts), test=next(parts)) for client in clients
+    )
+
+
+class _Answers(NamedTuple):
     """Both answers of N rows: as text, as labels [N, U], which were cut [N], and which are a pair [N].
 
     A row without a pair has no rejected labels. `refused` has rows of which the processor refuses an answer, and why.
@@ -226,64 +243,6 @@ def _read_answers(table: Table, rows: np.ndarray, processor: TextProcessor, most
     return _Answers(chosen, rejected, labels, rejected_labels, cut[: len(rows)], rejected_cut, is_pair, refused)
 
 
-def _tokenise_prompts(
-    processor: TextProcessor, texts: Sequence[str], most: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, dict[int, str]]:
-    """Tokenise D distinct prompts: ids and mask [D, T], every text's place among them [N], the padding id, the unfit.
-
-    T is the longest prompt of at most `most` tokens. Longer prompts, and those that the processor refuses, are unfit:
-    place among the D -> reason.
-    """
-    distinct, which = _distinct(texts)
-    unfit = {place: TOO_LONG for place, text in enumerate(distinct) if len(text) > CHARACTERS * most}
-    chunks, pad = [], None
-    for start in range(0, len(distinct), CHUNK):
-        part = ["" if start + n in unfit else text for n, text in enumerate(distinct[start : start + CHUNK])]
-        asked, refused = ask_processor(processor.prompts, part, "prompt")
-        ids, mask = (np.asarray(found, np.int32) for found in asked)
-        unfit |= {start + n: reason for n, reason in refused.items()}
-        if pad is None and (mask == 0).any():
-            pad = int(ids[mask == 0][0])  # the processor's own padding id, where it shows one
-        lengths = mask.sum(axis=1)
-        unfit |= {start + int(n): TOO_LONG for n in np.flatnonzero(lengths > most) if start + int(n) not in unfit}
-        width = int(lengths[lengths <= most].max(initial=0))
-        chunks.append((ids[:, :width], mask[:, :width]))
-    ids, masks = _stack([ids for ids, _ in chunks], pad or 0), _stack([mask for _, mask in chunks], 0)
-    # Padding was cut off on the right.
-    assert (np.diff(masks, axis=1) <= 0).all(), "prompts must be padded on the right"
-    return ids, masks, which, pad or 0, unfit
-
-
-def ask_processor(ask: Callable[[list[str]], Any], texts: list[str], what: str) -> tuple[Any, dict[int, str]]:
-    """Have a processor tokenise texts; also return place -> reason for those that it refuses.
-
-    Whatever it raises is a text's fault; a refused text is tokenised as an empty one.
-
-    Args:
-        ask: a function of the processor.
-        texts: its argument.
-        what: the texts' name in a reason.
-    """
-    try:
-        return ask(texts), {}
-    except UNRELATED:
-        raise
-    except BaseException:  # what ends a tokenizer written in Rust is no Exception
-        reasons = {place: _find_refusal(ask, text) for place, text in enumerate(texts)}
-    refused = {place: f"{what} refused: {reason}"[:120] for place, reason in reasons.items() if reason is not None}
-    return ask(["" if place in refused else text for place, text in enumerate(texts)]), refused
-
-
-def _find_refusal(ask: Callable[[list[str]], Any], text: str) -> str | None:
-    try:
-        ask([text])
-    except UNRELATED:
-        raise
-    except BaseException as error:
-        return str(error)
-    return None
-
-
 def _tokenise_answers(
     processor: TextProcessor, texts: Sequence[str], most: int
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
@@ -291,7 +250,7 @@ def _tokenise_answers(
 
     A text of more than `most` tokens is tokenised again to `most`, so that the processor decides how a cut answer ends.
     """
-    distinct, which = _distinct(texts)  # clients share questions and answers
+    distinct, which = number_distinct(texts)  # clients share questions and answers
     chunks = []
     long = np.zeros(len(distinct), bool)
     unfit: dict[int, str] = {}
@@ -308,20 +267,86 @@ def _tokenise_answers(
         long[start : start + CHUNK] = over
         used = int((labels != IGNORED).sum(axis=1).max())
         chunks.append(labels[:, :used])
-    refused_rows = {row: unfit[int(at)] for row, at in enumerate(which) if int(at) in unfit}
-    return _stack(chunks, IGNORED)[which], long[which], refused_rows
+    return _stack(chunks, IGNORED)[which], long[which], _list_unfit(unfit, which)
 
 
-def _trim(labels: np.ndarray) -> np.ndarray:
-    """Narrow labels to the longest answer, rounded up."""
-    width = _round_up(int((labels != IGNORED).sum(axis=1).max(initial=0)))
-    return _widen(labels, width, IGNORED)[:, :width]
+class _Prompts(NamedTuple):
+    """Tokens of D distinct prompts: ids and mask [D, T], every row's place among them [N], the padding id.
+
+    T is the longest prompt that is not too long. `unfit` has rows whose prompt is, or is refused, and why.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    which: np.ndarray
+    pad: int
+    unfit: dict[int, str]
 
 
-def _distinct(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    places: dict[str, int] = {}
-    which = np.asarray([places.setdefault(text, len(places)) for text in texts], np.int64)
-    return list(places), which
+def _tokenise_prompts(processor: TextProcessor, texts: Sequence[str], most: int) -> _Prompts:
+    distinct, which = number_distinct(texts)
+    unfit = {place: TOO_LONG for place, text in enumerate(distinct) if len(text) > CHARACTERS * most}
+    chunks, pad = [], None
+    for start in range(0, len(distinct), CHUNK):
+        part = ["" if start + n in unfit else text for n, text in enumerate(distinct[start : start + CHUNK])]
+        asked, refused = ask_processor(processor.prompts, part, "prompt")
+        ids, mask = (np.asarray(found, np.int32) for found in asked)
+        unfit |= {start + n: reason for n, reason in refused.items()}
+        if pad is None and (mask == 0).any():
+            pad = int(ids[mask == 0][0])  # the processor's padding id, where it shows one
+        lengths = mask.sum(axis=1)
+        unfit |= {start + int(n): TOO_LONG for n in np.flatnonzero(lengths > most) if start + int(n) not in unfit}
+        width = int(lengths[lengths <= most].max(initial=0))
+        chunks.append((ids[:, :width], mask[:, :width]))
+    ids, masks = _stack([ids for ids, _ in chunks], pad or 0), _stack([mask for _, mask in chunks], 0)
+    # Padding was cut off on the right.
+    assert (np.diff(masks, axis=1) <= 0).all(), "prompts must be padded on the right"
+    return _Prompts(ids, masks, which, pad or 0, _list_unfit(unfit, which))
+
+
+def _list_unfit(unfit: dict[int, str], which: np.ndarray) -> dict[int, str]:
+    """Turn places among distinct texts into those of the rows [N] that have them.
+
+    >>> _list_unfit({1: "too long"}, np.asarray([0, 1, 1]))
+    {1: 'too long', 2: 'too long'}
+    """
+    return {row: unfit[place] for row, place in enumerate(which.tolist()) if place in unfit}
+
+
+def ask_processor(ask: Callable[[list[str]], Any], texts: list[str], what: str) -> tuple[Any, dict[int, str]]:
+    """Have a processor tokenise texts; also return place -> reason for those that it refuses.
+
+    Whatever it raises is a text's fault; a refused text is tokenised as an empty one. `what` names the texts in a
+    reason.
+    """
+    try:
+        return ask(texts), {}
+    except UNRELATED:
+        raise
+    except BaseException:  # what ends a tokenizer written in Rust is no Exception
+        refused = dict[int, str]()
+    for place, text in enumerate(texts):
+        try:
+            ask([text])
+        except UNRELATED:
+            raise
+        except BaseException as error:
+            refused[place] = f"{what} refused: {error}"[:120]
+    return ask(["" if place in refused else text for place, text in enumerate(texts)]), refused
+
+
+def _take(array: np.ndarray, kept: np.ndarray, lengths: np.ndarray, fill: int) -> np.ndarray:
+    """Take rows, as wide as the longest of them, rounded up.
+
+    >>> _take(np.asarray([[5, 6, 0, 0], [7, 0, 0, 0]]), np.asarray([1, 0, 1]), np.asarray([2, 1]), 0).tolist()
+    [[7, 0, 0, 0], [5, 6, 0, 0], [7, 0, 0, 0]]
+    """
+    width = -(-max(1, int(lengths[kept].max(initial=0))) // MULTIPLE) * MULTIPLE
+    return _widen(array, width, fill)[kept, :width]
+
+
+def _take_labels(labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    return _take(labels, kept, (labels != IGNORED).sum(axis=1), IGNORED)
 
 
 def _stack(parts: Sequence[np.ndarray], fill: int) -> np.ndarray:
@@ -333,31 +358,3 @@ def _stack(parts: Sequence[np.ndarray], fill: int) -> np.ndarray:
 def _widen(array: np.ndarray, width: int, fill: int) -> np.ndarray:
     missing = max(0, width - array.shape[1])
     return np.pad(array, ((0, 0), (0, missing)), constant_values=fill)
-
-
-def _round_up(size: int) -> int:
-    return -(-max(size, 1) // MULTIPLE) * MULTIPLE
-
-
-def _renumber(clients: tuple[ClientRows, ...], kept: np.ndarray, total: int) -> tuple[ClientRows, ...]:
-    """Give every client its rows' places among the kept rows; `Federation.rows` fixes the order of all."""
-    place = np.full(total, -1, np.int64)
-    place[kept] = np.arange(len(kept))
-    edges = np.cumsum([len(client.rows_of(split)) for client in clients for split in SPLITS])
-    parts = iter(part[part >= 0] for part in np.split(place, edges[:-1]))
-    return tuple(
-        dataclasses.replace(client, train=next(parts), validation=next(parts), test=next(parts)) for client in clients
-    )
-
-
-def _check_share(table: Table, skipped: tuple[Skipped, ...], total: int, options: "DataOptions") -> None:
-    if len(skipped) > options.max_bad_share * total:
-        counted = ", ".join(f"{count} × {reason}" for reason, count in count_reasons(skipped).items())
-        shown = "; ".join(f"row {s.row}{f' (idx {s.idx})' if s.idx else ''}: {s.reason}" for s in skipped[:5])
-        raise UserError(
-            f"{table.name}: {len(skipped)} of {total} rows cannot be used ({counted}), more than --data.max-bad-share "
-            f"{options.max_bad_share:g} allows. The first are {shown}. {describe_lost(table, skipped)}Mend them, or "
-            "raise the share."
-        )
-    if len(skipped) == total:
-        raise UserError(f"{table.name}: none of the {total} rows can be used.")

@@ -7,7 +7,7 @@ run in threads (both release the interpreter's lock) and are done once per table
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.config import MAX_IMAGE_PIXELS
+from fedvlm_jax.data.distinct import number_distinct
 from fedvlm_jax.data.image_decoding import BrokenImageError, decode_picture
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
@@ -31,12 +32,9 @@ PART = 64  # images that a thread takes at a time: a task per image costs more t
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Unique images in the order of their first row.
+    """Unique images in the order of their first row: `rows` [I] has one row of `table` for each.
 
-    Attributes:
-        table: where the bytes lie.
-        rows: [I] one row of the table for each image.
-        keys: the images' content hashes as hex, the natural key of a feature cache.
+    `keys` are the images' content hashes as hex, the natural key of a feature cache.
     """
 
     table: Table
@@ -73,41 +71,35 @@ class Images:
             )
         return decode_picture(encoded, max_pixels=self.table.max_image_pixels)
 
-    def find_broken(self, workers: int = WORKERS) -> dict[int, str]:
+    def find_broken(self) -> dict[int, str]:
         """Decode every image once (JPEGs at an eighth of their size) and return index -> reason for those that fail."""
-        facts = self.table.facts
-        as_usual = self.table.max_image_pixels == MAX_IMAGE_PIXELS  # what is kept holds for that bound alone
-        known = facts.sound if as_usual else frozenset[int]()
-        unknown = [index for index, row in enumerate(self.rows.tolist()) if row not in known]
-        broken = {index: reason for index, reason in _map_parts(self._check, unknown, workers) if reason}
-        if as_usual and len(unknown) > len(broken):
-            facts.sound.update(int(self.rows[index]) for index in unknown if index not in broken)
-            facts.save(self.table.is_embedded)
-        return broken
+        bound, facts = self.table.max_image_pixels, self.table.facts
 
-    def number_pictures(self, workers: int = WORKERS) -> tuple[Int[np.ndarray, " images"], dict[int, str]]:
+        def check(row: int) -> None:
+            decode_picture(self.table.read_image(row), max_pixels=bound, quick=True)
+
+        known = facts.sound if bound == MAX_IMAGE_PIXELS else set[int]()  # what is kept holds for that bound alone
+        sound, broken = _try_all(check, [row for row in self.rows.tolist() if row not in known])
+        if bound == MAX_IMAGE_PIXELS and sound:
+            facts.sound.update(sound)
+            facts.save(self.table.is_embedded)
+        return {index: broken[row] for index, row in enumerate(self.rows.tolist()) if row in broken}
+
+    def number_pictures(self) -> tuple[Int[np.ndarray, " images"], dict[int, str]]:
         """Decode every image whole, as training does, and number them [I] so that equal pixels have equal numbers.
 
-        Files differ where pictures do not: a copy was saved anew, or lost its camera's data.
-
-        Returns:
-            The index of the first image with these pixels, or its index where it fails; and index -> reason for those
-            that fail.
+        Files differ where pictures do not: a copy was saved anew, or lost its camera's data. The number is the index of
+        the first image with these pixels, or the image's where it fails; index -> reason has those that fail.
         """
 
-        def look(index: int) -> bytes | str:
-            try:
-                picture = self._decode(index)
-            except BrokenImageError as error:
-                return str(error)
-            return hashlib.blake2b(repr(picture.size).encode() + picture.tobytes(), digest_size=16).digest()
+        def digest_pixels(index: int) -> bytes:
+            picture = self._decode(index)
+            return _digest(repr(picture.size).encode() + picture.tobytes())
 
-        numbers, first, broken = np.arange(len(self)), dict[bytes, int](), dict[int, str]()
-        for index, found in _map_parts(look, range(len(self)), workers):
-            if isinstance(found, str):
-                broken[index] = found
-            else:
-                numbers[index] = first.setdefault(found, index)
+        digests, broken = _try_all(digest_pixels, range(len(self)))
+        numbers, first = np.arange(len(self)), dict[bytes, int]()
+        for index, digest in digests.items():
+            numbers[index] = first.setdefault(digest, index)
         return numbers, broken
 
     def select(self, kept: Sequence[int] | np.ndarray) -> "Images":
@@ -115,61 +107,30 @@ class Images:
         kept = np.asarray(kept, np.int64)
         return Images(self.table, self.rows[kept], tuple(self.keys[index] for index in kept))
 
-    def _check(self, index: int) -> str | None:
-        try:
-            encoded = self.table.read_image(int(self.rows[index]))
-            decode_picture(encoded, max_pixels=self.table.max_image_pixels, quick=True)
-        except BrokenImageError as error:
-            return str(error)
-        return None
-
 
 def unique_images(
     table: Table, rows: Sequence[int] | np.ndarray
 ) -> tuple[Images, Int[np.ndarray, " rows"], dict[int, str]]:
-    """Group rows by the content of their images.
-
-    Args:
-        table: where the rows lie.
-        rows: [N] row numbers.
+    """Group rows [N] by the content of their images.
 
     Returns:
         The unique images [I]; for every row the index of its image [N] int32, or -1 where it has none; and
         row -> reason for the latter.
     """
     digests, missing = digest_rows(table, rows)
-    places: dict[bytes, int] = {}
-    first: list[int] = []
-    index = np.full(len(digests), -1, np.int32)
-    for position, (row, digest) in enumerate(zip(rows, digests, strict=True)):
-        if digest is not None:
-            if digest not in places:
-                first.append(int(row))
-            index[position] = places.setdefault(digest, len(places))
-    images = Images(table, np.asarray(first, np.int64), tuple(digest.hex() for digest in places))
-    return images, index, missing
+    distinct, index = number_distinct(digests)
+    _, first = np.unique(index[index >= 0], return_index=True)
+    used = np.asarray(rows, np.int64)[index >= 0][first]
+    return Images(table, used, tuple(digest.hex() for digest in distinct)), index.astype(np.int32), missing
 
 
-def digest_rows(
-    table: Table, rows: Sequence[int] | np.ndarray, workers: int = WORKERS
-) -> tuple[list[bytes | None], dict[int, str]]:
+def digest_rows(table: Table, rows: Sequence[int] | np.ndarray) -> tuple[list[bytes | None], dict[int, str]]:
     """Digest every row's encoded image by BLAKE2b-128, None where it has none, and give row -> reason for these."""
-
-    def digest(row: int) -> bytes | str:
-        try:
-            return _digest(table.read_image(row))
-        except BrokenImageError as error:
-            return str(error)
-
     known = table.facts.digests
     unknown = list(dict.fromkeys(row for row in map(int, rows) if row not in known))
-    missing: dict[int, str] = {}
-    for row, found in _map_parts(digest, unknown, workers):
-        if isinstance(found, str):
-            missing[row] = found
-        else:
-            known[row] = found
-    if len(unknown) > len(missing):
+    found, missing = _try_all(lambda row: _digest(table.read_image(row)), unknown)
+    if found:
+        known.update(found)
         table.facts.save(table.is_embedded)
     return [known.get(row) for row in map(int, rows)], missing
 
@@ -178,9 +139,22 @@ def _digest(encoded: bytes) -> bytes:
     return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
-def _map_parts(work: Callable[[int], T], items: Sequence[int], workers: int) -> Iterator[tuple[int, T]]:
-    """Yield item and result, in order."""
+def _try_all(work: Callable[[int], T], items: Sequence[int]) -> tuple[dict[int, T], dict[int, str]]:
+    """Run in threads; return item -> result in order, and item -> reason where the image is broken."""
+
+    def run(part: Sequence[int]) -> tuple[dict[int, T], dict[int, str]]:
+        results, reasons = dict[int, T](), dict[int, str]()
+        for item in part:
+            try:
+                results[item] = work(item)
+            except BrokenImageError as error:
+                reasons[item] = str(error)
+        return results, reasons
+
     parts = [items[start : start + PART] for start in range(0, len(items), PART)]
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for part, results in zip(parts, pool.map(lambda part: [work(item) for item in part], parts), strict=True):
-            yield from zip(part, results, strict=True)
+    results, reasons = dict[int, T](), dict[int, str]()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for made, failed in pool.map(run, parts):
+            results |= made
+            reasons |= failed
+    return results, reasons

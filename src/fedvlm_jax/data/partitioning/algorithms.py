@@ -17,12 +17,12 @@ so that owners depend on nothing but that order, the labels and the generator. E
 import heapq
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from fedvlm_jax.errors import UserError
 
+# Concentration from which shares are even to a millionth; far beyond it, numbers drawn for them overflow.
 ALIKE = 1e12
-"""Concentration from which shares are even to a millionth; far beyond it, numbers drawn for them overflow."""
 
 
 def cut_iid(units: int, clients: int) -> Int[np.ndarray, " units"]:
@@ -35,13 +35,21 @@ def cut_iid(units: int, clients: int) -> Int[np.ndarray, " units"]:
 
 
 def cut_quantity(units: int, clients: int, alpha: float, rng: np.random.Generator) -> Int[np.ndarray, " units"]:
-    """Give every client a run whose length is its Dirichlet(alpha) share; at alpha = inf as `cut_iid`.
+    """Give every client a run of its Dirichlet(alpha) share, rounded to whole units; at alpha = inf as `cut_iid`.
 
     >>> owners = cut_quantity(100, 4, 0.5, np.random.default_rng(0))
     >>> len(owners), bool((np.diff(owners) >= 0).all())
     (100, True)
     """
-    return _deal(units, _draw_shares(clients, alpha, rng))
+    if alpha >= ALIKE:
+        shares = np.full(clients, 1 / clients)
+    else:
+        shares = rng.dirichlet(np.full(clients, alpha))
+        if not np.isfinite(shares).all():  # alpha near 0 underflows, and then a single client takes all
+            shares = np.eye(clients)[rng.integers(clients)]
+    edges = np.floor(np.cumsum(shares) * units + 0.5)
+    edges[-1] = units
+    return np.searchsorted(edges, np.arange(units), side="right")
 
 
 def cut_dirichlet(
@@ -62,7 +70,7 @@ def cut_dirichlet(
         units = np.flatnonzero(labels == label)
         # Rounding favours some places of the run; which clients stand there changes from label to label.
         order = rng.permutation(clients)
-        owners[units] = order[_deal(len(units), _draw_shares(clients, alpha, rng))]
+        owners[units] = order[cut_quantity(len(units), clients, alpha, rng)]
     return owners
 
 
@@ -106,7 +114,11 @@ def cut_pathological(
 
 
 def _allot_shards(counts: Int[np.ndarray, " labels"], shards: int) -> list[int]:
-    """Allot a shard to every label, and each further one to the label whose shards are the largest, [L]."""
+    """Allot a shard to every label, and each further one to the label whose shards are the largest, [L].
+
+    >>> _allot_shards(np.asarray([9, 2]), 4)
+    [3, 1]
+    """
     allotted = [1] * len(counts)
     largest = [(-float(count), label) for label, count in enumerate(counts)]
     heapq.heapify(largest)
@@ -115,17 +127,3 @@ def _allot_shards(counts: Int[np.ndarray, " labels"], shards: int) -> list[int]:
         allotted[label] += 1
         heapq.heappush(largest, (-float(counts[label] / allotted[label]), label))
     return allotted
-
-
-def _draw_shares(clients: int, alpha: float, rng: np.random.Generator) -> Float[np.ndarray, " clients"]:
-    if alpha >= ALIKE:
-        return np.full(clients, 1 / clients)
-    shares = rng.dirichlet(np.full(clients, alpha))
-    return shares if np.isfinite(shares).all() else np.eye(clients)[rng.integers(clients)]  # alpha near 0 underflows
-
-
-def _deal(units: int, shares: Float[np.ndarray, " clients"]) -> Int[np.ndarray, " units"]:
-    """Deal a run of units, client after client, each with its share rounded to whole units."""
-    edges = np.floor(np.cumsum(shares) * units + 0.5)
-    edges[-1] = units
-    return np.searchsorted(edges, np.arange(units), side="right")

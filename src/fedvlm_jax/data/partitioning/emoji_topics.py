@@ -16,7 +16,6 @@ and the neutral prompt nobody could know which is wanted, so ask in the client's
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -24,7 +23,7 @@ from jaxtyping import Float
 from fedvlm_jax.data.config import SPLITS, Dirichlet, Pathological
 from fedvlm_jax.data.federated_dataset import ClientRows, Federation
 from fedvlm_jax.data.partitioning.algorithms import ALIKE
-from fedvlm_jax.data.partitioning.natural_clients import federate_rows
+from fedvlm_jax.data.partitioning.table_clients import federate_rows
 from fedvlm_jax.data.sources.emoji import Options, Topics
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
@@ -33,13 +32,7 @@ from fedvlm_jax.utils.random_streams import Stream
 
 FILE = Path(__file__).parents[2] / "assets" / "emoji" / "emoji.parquet"
 COLUMNS = ("client", "split", "language", "concept", "task", "group", "question_client")
-
-
-class _Rows(NamedTuple):
-    """A client's rows for sampling: split -> group -> concepts, and (concept, task) -> row."""
-
-    concepts: dict[str, dict[str, list[str]]]
-    row_of: dict[tuple[str, str], int]
+SPLITS_FROM = "the set's own concepts"
 
 
 def read_file(file: Path) -> Table:
@@ -78,8 +71,7 @@ def federate_topics(table: Table, options: Options, seed: int) -> Federation:
     if isinstance(partition, Dirichlet | Pathological):
         options = options.replace(partition=dataclasses.replace(partition, by=partition.by or "group"))
     federation = federate_rows(table, np.concatenate(parts), splits, options, seed)
-    description = {**federation.description, "splits_from": "the set's own concepts", "cut_from": list(pool.names)}
-    return Federation(federation.clients, description, federation.skipped)
+    return federation.note(splits_from=SPLITS_FROM, cut_from=list(pool.names))
 
 
 def _sample_clients(table: Table, options: Options, alpha: float, seed: int, count: int | None = None) -> Federation:
@@ -89,14 +81,8 @@ def _sample_clients(table: Table, options: Options, alpha: float, seed: int, cou
     split), so a client keeps its images whatever other clients there are; fewer images are a prefix of more; validation
     and test do not depend on the number of training images.
     """
-    clients = table.read_text("client")
-    everyone = sorted({client for client in clients if client})
-    chosen = [f"{vendor}-{language}" for vendor in options.vendors for language in options.languages]
-    _check_choice("vendors", options.vendors, {name.rpartition("-")[0] for name in everyone})
-    _check_choice("languages", options.languages, {name.rpartition("-")[2] for name in everyone})
-    _check_choice("tasks", options.tasks, set(table.read_text("task")))
-    _check_choice("vendors and languages", chosen, set(everyone))
-
+    everyone = sorted({client for client in table.read_text("client") if client})
+    chosen = _choose_clients(table, options, everyone)
     count = len(chosen) if count is None else count
     if count < len(chosen):
         raise UserError(
@@ -107,13 +93,10 @@ def _sample_clients(table: Table, options: Options, alpha: float, seed: int, cou
     group_of, split_of = _read_concepts(table)
     groups = sorted(set(group_of.values()))
     prior = np.asarray([list(group_of.values()).count(group) for group in groups], float) / len(group_of)
-    rows_by_client = _index_rows(table, clients, chosen, options.tasks, group_of, split_of)
+    rows_of = _index_rows(table, chosen, options.tasks)
+    pools = {name: _pool_concepts(rows_of[name], options.tasks, group_of, split_of) for name in chosen}
     sizes = (options.images_per_client, options.validation_per_client, options.test_per_client)
-    pools = {
-        name: {split: [sorted(rows.concepts[split].get(group, ())) for group in groups] for split in SPLITS}
-        for name, rows in rows_by_client.items()
-    }
-    federated, described = [], {}
+    federated, topics = [], {}
     for number in range(count):
         name, again = chosen[number % len(chosen)], number // len(chosen)
         # By the place among all clients of the set: the choice of other vendors or languages changes nothing here.
@@ -122,20 +105,70 @@ def _sample_clients(table: Table, options: Options, alpha: float, seed: int, cou
         parts, realised = [], {}
         for place, (split, wanted) in enumerate(zip(SPLITS, sizes, strict=True)):
             rng = np.random.default_rng([Stream.CONCEPTS, *stream, place])
-            drawn = draw_concepts(rng, mix, pools[name][split], wanted)
-            parts.append([rows_by_client[name].row_of[concept, task] for concept in drawn for task in options.tasks])
-            realised[split] = _describe_mix([group_of[concept] for concept in drawn], groups)
+            drawn = draw_concepts(rng, mix, list(pools[name][split].values()), wanted)
+            parts.append([rows_of[name][concept, task] for concept in drawn for task in options.tasks])
+            seen = [group_of[concept] for concept in drawn]
+            realised[split] = {group: round(seen.count(group) / len(seen), 4) for group in groups} if seen else {}
         client = f"{name}-{again + 1}" if again else name
         federated.append(ClientRows(client, *(np.asarray(part, np.int64) for part in parts)))
-        drawn_mix = dict(zip(groups, mix.round(4).tolist(), strict=True))
-        described[client] = {"mix_drawn": drawn_mix, "mix_realised": realised}
-    about = {
-        "clients_from": "vendor and language",
-        "partition": {"kind": "natural", "by": "group", "alpha": alpha if np.isfinite(alpha) else "inf", "seed": seed},
-        "splits_from": "the set's own concepts",
-        "topics": described,
+        mix_drawn = dict(zip(groups, mix.round(4).tolist(), strict=True))
+        topics[client] = {"mix_drawn": mix_drawn, "mix_realised": realised}
+    about = {"kind": "natural", "by": "group", "alpha": alpha if np.isfinite(alpha) else "inf", "seed": seed}
+    return Federation(tuple(federated), {"clients_from": "vendor and language", "partition": about}).note(
+        splits_from=SPLITS_FROM, topics=topics
+    )
+
+
+def _choose_clients(table: Table, options: Options, everyone: Sequence[str]) -> list[str]:
+    chosen = [f"{vendor}-{language}" for vendor in options.vendors for language in options.languages]
+    for flag, names, known in (
+        ("vendors", options.vendors, {name.rpartition("-")[0] for name in everyone}),
+        ("languages", options.languages, {name.rpartition("-")[2] for name in everyone}),
+        ("tasks", options.tasks, set(map(str, table.read_text("task")))),
+        ("vendors and languages", chosen, set(everyone)),
+    ):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise UserError(f"--data.{flag} has {', '.join(unknown)}; the emoji set has {', '.join(sorted(known))}.")
+    return chosen
+
+
+def _read_concepts(table: Table) -> tuple[dict[str, str], dict[str, str]]:
+    """Read concept -> group and concept -> split, in sorted order; a concept must have one of each."""
+    concepts, groups, splits = (table.read_text(column) for column in ("concept", "group", "split"))
+    group_of, split_of = {}, {}
+    for concept, group, split in sorted(set(zip(concepts, groups, splits, strict=True)), key=str):
+        if concept in group_of or split not in SPLITS or not group or not concept:
+            raise UserError(
+                f"{table.name}: the concept {concept!r} has split {split!r} and group {group!r}"
+                f"{' and another of them' if concept in group_of else ''}; expected one group and one split of "
+                f"{', '.join(SPLITS)} per concept. Install fedvlm-jax again."
+            )
+        group_of[concept], split_of[concept] = group, split
+    return group_of, split_of
+
+
+def _index_rows(table: Table, clients: Sequence[str], tasks: Sequence[str]) -> dict[str, dict[tuple[str, str], int]]:
+    """Index the rows of each client by concept and task."""
+    columns = (table.read_text(column) for column in ("client", "concept", "task"))
+    indexed: dict[str, dict[tuple[str, str], int]] = {client: {} for client in clients}
+    for row, (client, concept, task) in enumerate(zip(*columns, strict=True)):
+        if client in indexed and task in tasks:
+            indexed[client][str(concept), str(task)] = row
+    return indexed
+
+
+def _pool_concepts(
+    rows: dict[tuple[str, str], int], tasks: Sequence[str], group_of: dict[str, str], split_of: dict[str, str]
+) -> dict[str, dict[str, list[str]]]:
+    """Sort the concepts about which all tasks can be asked by split and group."""
+    pools: dict[str, dict[str, list[str]]] = {
+        split: {group: [] for group in sorted(set(group_of.values()))} for split in SPLITS
     }
-    return Federation(tuple(federated), about)
+    for concept in sorted({concept for concept, _ in rows}):
+        if all((concept, task) in rows for task in tasks):
+            pools[split_of[concept]][group_of[concept]].append(concept)
+    return pools
 
 
 def draw_mix(
@@ -179,52 +212,3 @@ def draw_concepts(
         group = int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
         drawn.append(queues[group].pop())
     return drawn
-
-
-def _read_concepts(table: Table) -> tuple[dict[str, str], dict[str, str]]:
-    """Read concept -> group and concept -> split, in sorted order; a concept must have one of each."""
-    concepts, groups, splits = (table.read_text(column) for column in ("concept", "group", "split"))
-    facts = sorted(set(zip(concepts, groups, splits, strict=True)), key=str)
-    group_of, split_of = {}, {}
-    for concept, group, split in facts:
-        if concept in group_of or split not in SPLITS or not group or not concept:
-            raise UserError(
-                f"{table.name}: the concept {concept!r} has split {split!r} and group {group!r}"
-                f"{' and another of them' if concept in group_of else ''}; expected one group and one split of "
-                f"{', '.join(SPLITS)} per concept. Install fedvlm-jax again."
-            )
-        group_of[concept], split_of[concept] = group, split
-    return group_of, split_of
-
-
-def _index_rows(
-    table: Table,
-    clients: Sequence[str | None],
-    chosen: Sequence[str],
-    tasks: Sequence[str],
-    group_of: dict[str, str],
-    split_of: dict[str, str],
-) -> dict[str, _Rows]:
-    """Index for every chosen client the concepts about which all tasks can be asked."""
-    concepts, asked = table.read_text("concept"), table.read_text("task")
-    indexed = {name: _Rows({split: {} for split in SPLITS}, {}) for name in chosen}
-    for row, (client, concept, task) in enumerate(zip(clients, concepts, asked, strict=True)):
-        if client in indexed and task in tasks:
-            indexed[client].row_of[str(concept), str(task)] = row
-    for entry in indexed.values():
-        for concept in dict.fromkeys(concept for concept, _ in entry.row_of):
-            if all((concept, task) in entry.row_of for task in tasks):
-                entry.concepts[split_of[concept]].setdefault(group_of[concept], []).append(concept)
-    return indexed
-
-
-def _describe_mix(drawn: Sequence[str], groups: Sequence[str]) -> dict[str, float]:
-    return {group: round(drawn.count(group) / len(drawn), 4) for group in groups} if drawn else {}
-
-
-def _check_choice(flag: str, chosen: Sequence[str], known: set[Any]) -> None:
-    unknown = [name for name in chosen if name not in known]
-    if unknown:
-        raise UserError(
-            f"--data.{flag} has {', '.join(unknown)}; the emoji set has {', '.join(sorted(map(str, known)))}."
-        )

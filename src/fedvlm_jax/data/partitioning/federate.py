@@ -7,23 +7,20 @@ clients may have trained on the same pictures.
 import dataclasses
 import hashlib
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.config import SPLITS, DataOptions
 from fedvlm_jax.data.federated_dataset import Federation
-from fedvlm_jax.data.partitioning.natural_clients import federate_by_column
+from fedvlm_jax.data.partitioning.table_clients import federate_by_column
 from fedvlm_jax.data.skipped_rows import describe_skipped
 from fedvlm_jax.data.sources import parquet
+from fedvlm_jax.data.sources.registry import find_sets
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from fedvlm_jax.data.config import DataOptions
 
-
-def federate(table: Table, options: "DataOptions", seed: int) -> Federation:
+def federate(table: Table, options: DataOptions, seed: int) -> Federation:
     """Cut a table into clients, as its data set does it, or by its columns.
 
     Args:
@@ -37,63 +34,74 @@ def federate(table: Table, options: "DataOptions", seed: int) -> Federation:
     """
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}; expected an integer from 0 to {2**63 - 1}.")
-    from fedvlm_jax.data.sources.registry import find_sets
-
     named = find_sets().get(table.name)
-    if named is not None:
+    if named is not None and named.federate is not None:
         federation = named.federate(table, options, seed)
     else:
         assert isinstance(options, parquet.Options)
         federation = federate_by_column(table, options, seed)
     if table.revision:
-        federation = dataclasses.replace(federation, description={**federation.description, "revision": table.revision})
+        federation = federation.note(revision=table.revision)
     federation = _leave_out(table, federation, options)
-    federation = hold_out(federation, options.held_out_clients, seed)
+    if options.held_out_clients > 0:
+        federation = _hold_out(federation, options.held_out_clients, seed)
     return check_federation(table, federation, options)
 
 
-def hold_out(federation: Federation, share: float, seed: int) -> Federation:
-    """Take a share of the clients out of training, chosen by the seed and their names alone.
+def _leave_out(table: Table, federation: Federation, options: DataOptions) -> Federation:
+    sizes = [len(client.train) for client in federation.clients]
+    kept = tuple(client for client in federation.clients if len(client.train) >= options.min_examples)
+    if not kept:
+        raise UserError(
+            f"--data {options.source}: no client is left of {len(sizes)}; --data.min-examples is "
+            f"{options.min_examples} and the largest client has {max(sizes, default=0)} training rows. "
+            f"{describe_skipped(table, federation.skipped)}".rstrip()
+        )
+    out = [client.name for client in federation.clients if len(client.train) < options.min_examples]
+    return dataclasses.replace(federation, clients=kept).note(left_out=out)
 
-    Raises:
-        UserError: nobody would be left to train.
-    """
-    if share == 0:
-        return federation
+
+def _hold_out(federation: Federation, share: float, seed: int) -> Federation:
+    """Take a share of the clients out of training, chosen by the seed and their names alone."""
     count = max(1, int(np.floor(share * len(federation.clients) + 0.5)))
     if count >= len(federation.clients):
         raise UserError(
             f"--data.held-out-clients {share:g} of {len(federation.clients)} clients is {count}: nobody would be left "
             "to train. Hold out fewer, or make more clients."
         )
-    # By a hash of the name, so that a client's fate does not depend on which others there are.
     key = int(seed).to_bytes(16, "little")
-    ranked = sorted(
-        federation.names,
-        key=lambda name: hashlib.blake2b(name.encode(), key=key, person=b"held out", digest_size=16).digest(),
-    )
-    chosen = set(ranked[:count])
-    none = np.empty(0, np.int64)
-    unused = sum(len(client.train) for client in federation.clients if client.name in chosen)
-    clients = tuple(
-        dataclasses.replace(client, train=none, held_out=True) if client.name in chosen else client
-        for client in federation.clients
-    )
-    description = {
-        **federation.description,
-        "held_out": {"share": share, "seed": seed, "clients": sorted(chosen), "training_rows_set_aside": unused},
-    }
-    return Federation(clients, description, federation.skipped)
+
+    def hash_name(name: str) -> bytes:
+        return hashlib.blake2b(name.encode(), key=key, person=b"held out", digest_size=16).digest()
+
+    # By a hash of the name, so that a client's fate does not depend on which others there are.
+    chosen = sorted(sorted(federation.names, key=hash_name)[:count])
+    unused, clients = 0, list(federation.clients)
+    for place, client in enumerate(clients):
+        if client.name in chosen:
+            unused += len(client.train)
+            clients[place] = dataclasses.replace(client, train=np.empty(0, np.int64), held_out=True)
+    held_out = {"share": share, "seed": seed, "clients": chosen, "training_rows_set_aside": unused}
+    return dataclasses.replace(federation, clients=tuple(clients)).note(held_out=held_out)
 
 
-def check_federation(table: Table, federation: Federation, options: "DataOptions") -> Federation:
+def check_federation(table: Table, federation: Federation, options: DataOptions) -> Federation:
     """Describe who has what, and refuse what cannot be trained on.
 
     Raises:
         UserError: two clients have one name, a name is not text that can be written, or none of the clients has a
             training row.
     """
-    _check_names(federation.names, options)
+    # Names must be unique and UTF-8: models, results and files of adapters are found by them.
+    if twice := [name for name, count in Counter(federation.names).items() if count > 1]:
+        raise UserError(
+            f"--data {options.source}: two clients are called {twice[0]!r}; give every client its own name."
+        )
+    for name in federation.names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--data {options.source}: the client name {name!r} cannot be written as UTF-8.") from None
     if not any(len(client.train) for client in federation.clients):
         raise UserError(
             f"--data {options.source}: none of the {len(federation.clients)} clients has a training row. "
@@ -101,30 +109,4 @@ def check_federation(table: Table, federation: Federation, options: "DataOptions
             "--data.validation-share and --data.test-share."
         )
     rows = {client.name: {split: len(client.rows_of(split)) for split in SPLITS} for client in federation.clients}
-    return Federation(federation.clients, {**federation.description, "rows": rows}, federation.skipped)
-
-
-def _check_names(names: tuple[str, ...], options: "DataOptions") -> None:
-    """Refuse names that are not unique or not UTF-8: models, results and files of adapters are found by them."""
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(
-            f"--data {options.source}: two clients are called {twice[0]!r}; give every client its own name."
-        )
-    for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"--data {options.source}: the client name {name!r} cannot be written as UTF-8.") from None
-
-
-def _leave_out(table: Table, federation: Federation, options: "DataOptions") -> Federation:
-    kept = tuple(client for client in federation.clients if len(client.train) >= options.min_examples)
-    if not kept:
-        raise UserError(
-            f"--data {options.source}: no client is left of {len(federation.clients)}; --data.min-examples is "
-            f"{options.min_examples} and the largest client has "
-            f"{max((len(client.train) for client in federation.clients), default=0)} training rows. "
-            f"{describe_skipped(table, federation.skipped)}".rstrip()
-        )
-    out = [client.name for client in federation.clients if len(client.train) < options.min_examples]
-    return Federation(kept, {**federation.description, "left_out": out}, federation.skipped)
+    return federation.note(rows=rows)

@@ -11,20 +11,15 @@ import json
 import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from fedvlm_jax.data.table import UNREADABLE, Table
 from fedvlm_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from fedvlm_jax.data.table import Table
-
-UNKNOWN = "unknown"
-"""Where a derived key has no value."""
-
-DERIVED = ("question_type", "generator", "labeller")
-"""The keys that `origin_split` holds."""
+UNKNOWN = "unknown"  # where a derived key has no value
+DERIVED = ("question_type", "generator", "labeller")  # the keys that `origin_split` holds
 
 # What the card names; looked for where `origin_split` has no structure.
 QUESTION_TYPES = ("detailed description", "question answering")
@@ -32,14 +27,14 @@ QUESTION_TYPES = ("detailed description", "question answering")
 LONGEST = 10_000  # characters beyond which a text is no longer taken for a literal
 
 
-def list_keys(table: "Table") -> tuple[str, ...]:
+def list_keys(table: Table) -> tuple[str, ...]:
     """List the keys that a table can be cut by: its columns but the image, and what `origin_split` gives."""
     columns = tuple(column for column in table.columns if column != "image")
     derived = DERIVED if "origin_split" in columns else ()
     return columns + tuple(key for key in derived if key not in columns)
 
 
-def read_key(table: "Table", key: str, rows: "Sequence[int] | np.ndarray | None" = None) -> list[str | None]:
+def read_key(table: Table, key: str, rows: Sequence[int] | np.ndarray | None = None) -> list[str | None]:
     """Read every row's value of a key, for the given rows [N] or for all; spaces around it do not count.
 
     Values are in Unicode's form NFC: the same letters are the same value, however they were typed. A column without
@@ -53,16 +48,12 @@ def read_key(table: "Table", key: str, rows: "Sequence[int] | np.ndarray | None"
         raise UserError(f"{table.name} has no key {key!r} to tell rows apart by; it has {', '.join(list_keys(table))}.")
     if key in table.columns:
         texts = table.read_text(key, rows)
-        tidied = {text: _tidy(text) for text in set(texts) if text}
-        return [tidied.get(text) if text else None for text in texts]
+        tidied = {text: unicodedata.normalize("NFC", text.strip()) for text in set(texts) if text}
+        valued = {text: tidy for text, tidy in tidied.items() if tidy not in ("", UNREADABLE)}
+        return [valued.get(text) if text else None for text in texts]
     texts = table.read_text("origin_split", rows)
     parsed = {text: parse_origin_split(text)[key] for text in set(texts)}
     return [parsed[text] for text in texts]
-
-
-def _tidy(text: str) -> str | None:
-    found = unicodedata.normalize("NFC", text.strip())
-    return None if found in ("", "\N{REPLACEMENT CHARACTER}") else found
 
 
 def parse_origin_split(text: str | None) -> dict[str, str]:
@@ -97,7 +88,6 @@ def _read_fields(text: str) -> dict[str, str] | None:
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
         if isinstance(value, Mapping):
-            # JSON can spell half a surrogate pair, which no file or terminal takes.
             stated = {
                 _encodable(str(name)): " ".join(_encodable(str(v)).split())
                 for name, v in value.items()
@@ -108,11 +98,16 @@ def _read_fields(text: str) -> dict[str, str] | None:
 
 
 def _find(fields: Mapping[str, str], parts: Sequence[str]) -> str | None:
-    """Find the first field whose name has the first of the parts that any has."""
+    """Find the first field whose name has the first of the parts that any has.
+
+    >>> _find({"model_name": "LLaVA", "Infer": "x"}, ("infer", "model"))
+    'Infer'
+    """
     return next((name for part in parts for name in fields if part in name.casefold()), None)
 
 
 def _encodable(text: str) -> str:
+    # JSON can spell half a surrogate pair, which no file or terminal takes.
     return text.encode("utf-8", "replace").decode()
 
 

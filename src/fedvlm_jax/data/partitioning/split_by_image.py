@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from fedvlm_jax.data.config import SPLITS, DataOptions
+from fedvlm_jax.data.distinct import number_distinct
 from fedvlm_jax.data.skipped_rows import Skipped, skip_rows
 from fedvlm_jax.data.sources import parquet
 from fedvlm_jax.data.table import Table
@@ -32,7 +33,7 @@ class ImageGroups:
 
     kept: Bool[np.ndarray, " all"]
     of_row: Int[np.ndarray, " rows"]
-    digests: tuple[bytes, ...]
+    digests: list[bytes]
     skipped: tuple[Skipped, ...]
 
     def __len__(self) -> int:
@@ -42,11 +43,10 @@ class ImageGroups:
 def group_by_image(table: Table, rows: Int[np.ndarray, " all"]) -> ImageGroups:
     """Group rows by the content of their images."""
     digests, missing = digest_rows(table, rows)
-    places: dict[bytes, int] = {}
-    of_row = [places.setdefault(digest, len(places)) for digest in digests if digest is not None]
-    kept = np.asarray([digest is not None for digest in digests], bool)
-    skipped = skip_rows(table, rows[~kept], [missing[row] for row in rows[~kept].tolist()])
-    return ImageGroups(kept, np.asarray(of_row, np.int64), tuple(places), skipped)
+    distinct, numbers = number_distinct(digests)
+    kept = numbers >= 0
+    lost = rows[~kept]
+    return ImageGroups(kept, numbers[kept], distinct, skip_rows(table, lost, [missing[row] for row in lost.tolist()]))
 
 
 def label_groups(groups: ImageGroups, labels: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " groups"]:
@@ -86,7 +86,7 @@ def split_groups(
     owners: Int[np.ndarray, " groups"], rank: Int[np.ndarray, " groups"], options: DataOptions
 ) -> Int[np.ndarray, " groups"]:
     """Put every owner's first groups by rank into test, the next into validation, the others into train."""
-    assert isinstance(options, parquet.Options)  # a set of another form has splits of its own
+    assert isinstance(options, parquet.Options)  # a set of another form has splits already
     place, size = _count_off(owners, rank)
     test = np.floor(options.test_share * size + 0.5)
     validation = np.floor(options.validation_share * size + 0.5)
@@ -94,7 +94,12 @@ def split_groups(
 
 
 def _count_off(strata: Int[np.ndarray, " groups"], rank: Int[np.ndarray, " groups"]) -> tuple[np.ndarray, np.ndarray]:
-    """Return every group's place by rank in its stratum, and the size of that stratum."""
+    """Return every group's place by rank in its stratum, and the size of that stratum.
+
+    >>> place, size = _count_off(np.asarray([7, 7, 4]), np.asarray([2, 0, 1]))
+    >>> place.tolist(), size.tolist()
+    ([1, 0, 0], [2, 2, 1])
+    """
     order = np.lexsort((rank, strata))
     _, start, which, sizes = np.unique(strata[order], return_index=True, return_inverse=True, return_counts=True)
     place, size = np.empty(len(strata), np.int64), np.empty(len(strata), np.int64)

@@ -64,24 +64,18 @@ class Options(DataOptions):
             )
 
 
-def read_emoji(options: Options) -> "Table":
-    """Open the shipped set; no option says where it lies."""
-    from fedvlm_jax.data.partitioning.emoji_topics import FILE, read_file
+def _read(_: Options) -> "Table":
+    from fedvlm_jax.data.partitioning import emoji_topics
 
-    return read_file(FILE)
+    return emoji_topics.read_file(emoji_topics.FILE)
 
 
-def federate_emoji(table: "Table", options: Options, seed: int) -> "Federation":
-    """Give every client its images; see `federate_topics`."""
+def _federate(table: "Table", options: Options, seed: int) -> "Federation":
     from fedvlm_jax.data.partitioning.emoji_topics import federate_topics
 
     return federate_topics(table, options, seed)
 
 
 DATASET = NamedSet(
-    name="emoji",
-    summary="emoji of four drawing styles, asked about in twelve languages (ships)",
-    read=read_emoji,
-    federate=federate_emoji,
-    options=Options,
+    "emoji", "emoji of four drawing styles, asked about in twelve languages (ships)", Options, _read, _federate
 )

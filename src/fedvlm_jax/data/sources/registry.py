@@ -28,16 +28,16 @@ class NamedSet(NamedTuple):
     Attributes:
         name: as the user types it.
         summary: one line for listings.
-        read: opens the rows; the options say where a set lies that does not ship, and which revision of it is wanted.
-        federate: (table, options, seed) -> Federation.
         options: the class of its options.
+        read: opens the rows; the options say where a set lies that does not ship, and which revision of it is wanted.
+        federate: (table, options, seed) -> Federation; by the table's columns where it is None.
     """
 
     name: str
     summary: str
-    read: "Callable[[Any], Table]"
-    federate: "Callable[[Table, Any, int], Federation]"
     options: type[DataOptions]
+    read: "Callable[[Any], Table]"
+    federate: "Callable[[Table, Any, int], Federation] | None" = None
 
 
 @functools.cache
@@ -47,11 +47,9 @@ def find_sets() -> MappingProxyType[str, NamedSet]:
     Raises:
         RuntimeError: two modules claim one name.
     """
-    import fedvlm_jax.data.sources as room
-
     found: dict[str, NamedSet] = {}
-    for module in pkgutil.iter_modules(room.__path__):
-        entry = getattr(importlib.import_module(f"{room.__name__}.{module.name}"), "DATASET", None)
+    for module in _list_modules():
+        entry = getattr(importlib.import_module(f"{__package__}.{module}"), "DATASET", None)
         if isinstance(entry, NamedSet):
             if entry.name in found:
                 raise RuntimeError(f"two modules of fedvlm_jax.data.sources define the data set {entry.name!r}")
@@ -86,7 +84,11 @@ def read_table(source: "str | DataOptions") -> "Table":
 
 
 def find_options(source: str) -> type[DataOptions]:
-    """Return the class of a source's options; of the files in this folder it imports that one alone."""
+    """Return the class of a source's options; of the files in this folder it imports that one alone.
+
+    >>> find_options("rlaif-v").__module__, find_options("./shards").__module__
+    ('fedvlm_jax.data.sources.rlaif_v', 'fedvlm_jax.data.sources.parquet')
+    """
     stem = source.replace("-", "_")
     named = "_" not in source and stem not in ("parquet", "registry") and stem in _list_modules()
     return importlib.import_module(f"{__package__}.{stem if named else 'parquet'}").Options
@@ -111,9 +113,8 @@ def make_options(source: str = "emoji", partition: str = "natural", **numbers: A
     Raises:
         UserError: neither has it, or a value cannot be.
 
-    Examples:
-        >>> make_options("emoji", "dirichlet", alpha=0.1, images_per_client=20).partition.alpha
-        0.1
+    >>> make_options("emoji", "dirichlet", alpha=0.1, images_per_client=20).partition.alpha
+    0.1
     """
     kind = find_options(source)
     of_partition = find_partition(kind, partition)
@@ -129,17 +130,15 @@ def make_options(source: str = "emoji", partition: str = "natural", **numbers: A
 
 
 def list_owners(flag: str) -> list[str]:
-    """List the choices that have an option: sources beside what all of them have, and partitions."""
-    sources = {f"--data {name}": entry.options for name, entry in find_sets().items()}
-    owners = {
-        name: _list_flags(options()) - _list_flags(DataOptions())
-        for name, options in {**sources, "parquet files": find_options("")}.items()
-    }
-    owners |= {
-        f"--data.partition {kind}": _list_flags(options()) - _list_flags(Partition())
-        for kind, options in PARTITIONS.items()
-    }
-    return [name for name, flags in owners.items() if flag in flags]
+    """List the choices that have an option: sources beside what all of them have, and partitions.
+
+    >>> list_owners("--data.alpha")
+    ['--data emoji', '--data.partition dirichlet', '--data.partition quantity']
+    """
+    owners = {f"--data {name}": (entry.options(), DataOptions()) for name, entry in find_sets().items()}
+    owners["parquet files"] = find_options("")(), DataOptions()
+    owners |= {f"--data.partition {kind}": (options(), Partition()) for kind, options in PARTITIONS.items()}
+    return [name for name, (has, all_have) in owners.items() if flag in _list_flags(has) - _list_flags(all_have)]
 
 
 def _list_flags(options: DataOptions | Partition) -> set[str]:
@@ -147,7 +146,6 @@ def _list_flags(options: DataOptions | Partition) -> set[str]:
 
 
 @functools.cache
-def _list_modules() -> frozenset[str]:
-    import fedvlm_jax.data.sources as room
-
-    return frozenset(module.name for module in pkgutil.iter_modules(room.__path__))
+def _list_modules() -> tuple[str, ...]:
+    folder = str(Path(__file__).parent)
+    return tuple(module.name for module in pkgutil.iter_modules([folder]))

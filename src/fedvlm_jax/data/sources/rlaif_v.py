@@ -9,20 +9,20 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from fedvlm_jax.data.config import Source
-from fedvlm_jax.data.partitioning.natural_clients import federate_by_column
 from fedvlm_jax.data.sources import parquet
 from fedvlm_jax.data.sources.registry import NamedSet
-from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.utils.digests import digest_files
 
+if TYPE_CHECKING:
+    from fedvlm_jax.data.table import Table
+
 NAME, HUB_ID = "rlaif-v", "openbmb/RLAIF-V-Dataset"
-COLUMNS = ("rejected", "origin_dataset", "origin_split", "idx")  # columns that other data of the same form lack
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,19 @@ class Options(parquet.Options):
             raise UserError(f"--data.revision {self.revision} is the hub's; with --data.path {self.path} leave it out.")
 
 
-def read_rlaif_v(options: Options) -> Table:
-    """Open the shards below `options.path`, or the hub's at `options.revision` (what it calls main now, if None).
+def _read(options: Options) -> "Table":
+    """Open the shards below `options.path`, or the hub's at `options.revision` (what it calls main now, if None)."""
+    from fedvlm_jax.data.parquet_to_arrow import read_parquet
 
-    Raises:
-        UserError: there is no such folder, the hub cannot be reached, or the files are not RLAIF-V's.
-    """
-    table = _fetch(options.revision) if options.path is None else _read_folder(options.path.expanduser())
-    missing = [column for column in COLUMNS if column not in table.columns]
+    if options.path is None:
+        table = _fetch(options.revision)
+    else:
+        path = options.path.expanduser()
+        if not path.exists():
+            raise UserError(f"--data.path {path} does not exist; expected the folder of RLAIF-V's parquet shards.")
+        table = read_parquet(path, NAME)
+    # Other data of the same form lack these columns.
+    missing = [c for c in ("rejected", "origin_dataset", "origin_split", "idx") if c not in table.columns]
     if missing:
         raise UserError(
             f"--data.path {options.path} is not RLAIF-V: it lacks {', '.join(missing)} and has "
@@ -61,24 +66,7 @@ def read_rlaif_v(options: Options) -> Table:
     return table
 
 
-DATASET = NamedSet(
-    name=NAME,
-    summary="preference pairs about pictures of seven sources (from --data.path, or the Hugging Face hub)",
-    read=read_rlaif_v,
-    federate=federate_by_column,
-    options=Options,
-)
-
-
-def _read_folder(path: Path) -> Table:
-    if not path.exists():
-        raise UserError(f"--data.path {path} does not exist; expected the folder of RLAIF-V's parquet shards.")
-    from fedvlm_jax.data.parquet_to_arrow import read_parquet
-
-    return read_parquet(path, NAME)
-
-
-def _fetch(revision: str | None) -> Table:
+def _fetch(revision: str | None) -> "Table":
     import datasets
 
     from fedvlm_jax.data.parquet_to_arrow import open_dataset
@@ -94,7 +82,12 @@ def _fetch(revision: str | None) -> Table:
     assert isinstance(dataset, datasets.Dataset)
     urls = dataset.info.download_checksums or {}  # hf://datasets/owner/name@commit/file
     commits = {found[1] for url in urls if (found := re.search(r"@([0-9a-f]{40})/", url))}
-    digest = digest_files(Path(entry["filename"]) for entry in dataset.cache_files)
+    files = [Path(entry["filename"]) for entry in dataset.cache_files]
     # Not the working folder: a file of it could pass for one of the set's images.
-    table = open_dataset(dataset, NAME, Path(dataset.cache_files[0]["filename"]).parent)
-    return dataclasses.replace(table, revision=min(commits, default=revision), digest=digest)
+    table = open_dataset(dataset, NAME, files[0].parent)
+    return dataclasses.replace(table, revision=min(commits, default=revision), digest=digest_files(files))
+
+
+DATASET = NamedSet(
+    NAME, "preference pairs about pictures of seven sources (from --data.path, or the Hugging Face hub)", Options, _read
+)
