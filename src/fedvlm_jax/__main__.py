@@ -1,6 +1,24 @@
-"""`python -m fedvlm_jax` is the `fedvlm` command."""
+"""The `fedvlm` command, also as `python -m fedvlm_jax`."""
 
-from fedvlm_jax.cli.main import main
+import sys
+
+from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
+
+COMPUTING = ("plan", "train", "compare", "evaluate")
+"""Commands that compile or compute; the others, and a command's help, gain nothing by settings of malloc."""
+
+HELP = {"-h", "--help", "--help-all"}
+
+
+def main() -> None:
+    """Run the command line. A process that will compute starts again first, before it imports what takes long."""
+    if sys.argv[1:2] and sys.argv[1] in COMPUTING and HELP.isdisjoint(sys.argv):
+        restart_with_kept_memory()
+
+    from fedvlm_jax.cli.main import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""The exception that means "the input is at fault, not the program", and how damage and faults of the disk are told."""
+"""The exception that means "the input is at fault, not the program", and messages of damage and faults of the disk."""
 
 import errno
 from collections.abc import Generator
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Bad input, told at the boundary: the value, what was expected, and how to mend it.
+    """Bad input, refused at the boundary: the value, what was expected, and how to mend it.
 
     The command line prints it as one message without a traceback and exits with 2. Library users catch a `ValueError`.
     """
@@ -50,7 +50,11 @@ ADVICE = {
 
 
 def describe_os_error(error: OSError) -> str:
-    """Say in one line which file it was, what is wrong with it, and what to do."""
+    """Say in a line which file it was, what is wrong with it, and what to do.
+
+    >>> describe_os_error(OSError(errno.ENOSPC, "No space left on device", "run/results.json"))
+    'run/results.json: No space left on device (free some space there)'
+    """
     if error.errno is None:
         return (str(error) or type(error).__name__).splitlines()[0]
     where = f"{error.filename!s}: " if error.filename else ""
@@ -59,24 +63,26 @@ def describe_os_error(error: OSError) -> str:
 
 
 def explain_error(error: BaseException, most: int = 300) -> str:
-    """An exception in one line of at most so many characters, its kind first unless it is a message of ours."""
+    """Write an exception as one line of at most so many characters, its kind first unless it is a message of ours.
+
+    >>> explain_error(OSError("disk  full"))
+    'OSError: disk full'
+    """
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     text = " ".join(f"{kind}{error}".split())
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-OF_FILES = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
-"""Errors that a damaged file may cause itself: libraries raise without a number, a mapping of nothing is EINVAL."""
-
-
 def find_machine_fault(error: BaseException) -> OSError | MemoryError | None:
-    """The fault of the machine, not of a file's content, that an exception is or was caused by; None where it is none.
+    """Find the fault of the machine, not of a file's content, that an exception is or was caused by.
 
     No memory, a full disk, too many open files: the same work may succeed later, and nothing is known to be damaged.
     """
+    # A damaged file may cause these itself: libraries raise without a number, a mapping of nothing is EINVAL.
+    of_files = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, MemoryError) or (isinstance(seen, OSError) and seen.errno not in OF_FILES):
+        if isinstance(seen, MemoryError) or (isinstance(seen, OSError) and seen.errno not in of_files):
             return seen
         seen = seen.__cause__ or seen.__context__
     return None

@@ -4,10 +4,14 @@ import ast
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from fedvlm_jax import __main__
+from fedvlm_jax.cli._help import ALL
+from fedvlm_jax.cli.main import commands_available
 from fedvlm_jax.utils import malloc_settings
 from fedvlm_jax.utils.malloc_settings import SETTINGS, restart_with_kept_memory
 
@@ -69,6 +73,34 @@ def test_where_an_accelerator_computes_nothing_happens(monkeypatch):
     restart_with_kept_memory()
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "--rounds", "1"], ["restart", "run"]),
+        (["compare"], ["restart", "run"]),
+        (["train", "--help"], ["run"]),
+        (["train", "--help-all"], ["run"]),
+        (["cache"], ["run"]),
+        (["report", "train"], ["run"]),
+        (["explain"], ["run"]),
+        (["--help"], ["run"]),
+        ([], ["run"]),
+    ],
+)
+def test_commands_that_compute_start_again_and_no_others(words, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["fedvlm", *words])
+    monkeypatch.setattr(__main__, "restart_with_kept_memory", lambda: seen.append("restart"))
+    monkeypatch.setattr("fedvlm_jax.cli.main.main", lambda: seen.append("run"))
+    __main__.main()
+    assert seen == expected
+
+
+def test_every_command_that_computes_is_one():
+    assert set(__main__.COMPUTING) <= set(commands_available())
+    assert {ALL} <= __main__.HELP
+
+
 ROOT = Path(__file__).parents[2]
 CALL = "restart_with_kept_memory()"
 SCRIPTS = [
@@ -110,7 +142,7 @@ def test_there_are_such_scripts():
 def test_an_accelerator_is_expected_by_devices_and_plugins(monkeypatch, tmp_path, platforms, device, plugins, expected):
     (tmp_path / device).parent.mkdir(exist_ok=True)
     (tmp_path / device).touch()
-    monkeypatch.setattr(malloc_settings, "entry_points", lambda group: [name for name in plugins if name != "libtpu"])
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [name for name in plugins if name != "libtpu"])
     monkeypatch.setattr(malloc_settings, "find_spec", lambda name: name if name in plugins else None)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     if platforms is not None:

@@ -25,7 +25,6 @@ from fedvlm_jax.cli._said import note_words
 from fedvlm_jax.cli._short import expand_rate, is_version, tell_version
 from fedvlm_jax.cli._signals import exit_code, heed_signals, say
 from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
-from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
 from fedvlm_jax.utils.option_ranges import check_arguments
 from fedvlm_jax.utils.standard_streams import PIPE_GONE, is_reader_gone, leave_out_told, silence, soften
 
@@ -69,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 check_utf8("the word", word)
             words = expand_rate(words)
             note_words(words)
-            _dispatch(words, is_process=args is None)
+            _dispatch(words)
         sys.stdout.flush()
     except UserError as error:
         raise SystemExit(say(str(error), 2)) from None
@@ -86,8 +85,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(say("stopped", exit_code(error))) from None
 
 
-def _dispatch(words: list[str], *, is_process: bool = False) -> None:
-    """Run the command; `is_process`: these are the words of the whole process, which may start again."""
+def _dispatch(words: list[str]) -> None:
     if is_version(words):
         print(tell_version())
         return
@@ -116,8 +114,6 @@ def _dispatch(words: list[str], *, is_process: bool = False) -> None:
         if flag and reasons:  # tyro's own sentence lists what else could have stood there
             sentence = f"{flag[1]}: {reasons[-1]}"
         raise UserError(f"{sentence} (fedvlm {name} {ALL} lists what there is)") from None
-    if chosen and is_process:
-        restart_with_kept_memory()
     for work in chosen:
         work()
 

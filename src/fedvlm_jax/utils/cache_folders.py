@@ -34,8 +34,6 @@ FOLDER = "FEDVLM_CACHE"
 BOUND = "FEDVLM_CACHE_GIB"
 """Environment: what features, references and tables may take together, in GiB."""
 
-DEFAULT_GIB = 100.0
-
 LOCK = ".in-use"  # a file in every entry: whoever uses the entry has it locked, and its time is that of the newest use
 
 PLACED = "FEDVLM_KEEP_PROGRAMS"
@@ -102,7 +100,7 @@ class Hold:
     _descriptor: int | None = None
 
     def __init__(self, folder: Path) -> None:
-        """Make the folder where it does not exist, and hold it. One that cannot be written is used without a mark.
+        """Make the folder where it does not exist, and hold it; one that cannot be written is used without a mark.
 
         Raises:
             OSError: it cannot be made.
@@ -148,7 +146,7 @@ def _lock(folder: Path, *, shared: bool) -> int | None:
 
 
 def _open(file: Path) -> int | None:
-    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
+    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):  # a cache that others filled may be read-only
         with contextlib.suppress(OSError):
             return os.open(file, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
     return None
@@ -161,8 +159,16 @@ def hold_table(folder: Path) -> Hold | None:
 
 def list_entries(kinds: Sequence[str] = tuple(KINDS)) -> list[Entry]:
     """List what lies in the caches, the entry that was used last at the end."""
-    found = [_measure(kind, path) for kind in kinds for path in _find_entries(kind)]
-    return sorted((entry for entry in found if entry.count), key=lambda entry: entry.used)
+    found = list[Entry]()
+    for kind in kinds:
+        for path in _find_entries(kind):
+            files = [status for _, status in _list_files(kind, path)]
+            times = [status.st_mtime for status in files]
+            with contextlib.suppress(OSError):
+                times.append((path / LOCK).stat(follow_symlinks=False).st_mtime)
+            if files:
+                found.append(Entry(kind, path, sum(status.st_size for status in files), len(files), max(times)))
+    return sorted(found, key=lambda entry: entry.used)
 
 
 def _find_entries(kind: str) -> Iterator[Path]:
@@ -188,60 +194,38 @@ def _list_folders(folder: Path) -> list[Path]:
     return [path for path in paths if path.is_dir() and not path.is_symlink()]
 
 
-def _measure(kind: str, path: Path) -> Entry:
-    size = count = 0
-    used = 0.0
-    for file in _list_files(kind, path):
-        with contextlib.suppress(OSError):
-            status = file.stat(follow_symlinks=False)
-            size, count, used = size + status.st_size, count + 1, max(used, status.st_mtime)
-    with contextlib.suppress(OSError):
-        used = max(used, (path / LOCK).stat(follow_symlinks=False).st_mtime)
-    return Entry(kind, path, size, count, used)
-
-
-def _list_files(kind: str, path: Path) -> Iterator[Path]:
+def _list_files(kind: str, path: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """List the regular files below an entry that its kind writes, by their names."""
     for folder, _, names in os.walk(path):
-        yield from (file for name in sorted(names) if _is_ours(kind, file := Path(folder, name)))
-
-
-def _is_ours(kind: str, file: Path) -> bool:
-    try:
-        plain = stat.S_ISREG(file.lstat().st_mode)
-    except OSError:
-        return False
-    return plain and any(fnmatch(file.name, pattern) for pattern in KINDS[kind])
+        for name in names:
+            if any(fnmatch(name, pattern) for pattern in KINDS[kind]):
+                with contextlib.suppress(OSError):  # another process has just removed it
+                    status = Path(folder, name).lstat()
+                    if stat.S_ISREG(status.st_mode):
+                        yield Path(folder, name), status
 
 
 def remove(entry: Entry) -> bool:
     """Remove an entry's files, and its folders where nothing else is in them; False where a process uses it."""
-    locks = list[int]()
-    try:
+    tables = find_arrow()
+    with contextlib.ExitStack() as locked:
         # While a table is being written its folder is not known yet, so its writer holds the folder of all tables.
-        for folder in (find_arrow(), entry.path) if entry.kind == ARROW else (entry.path,):
+        for folder in (tables, entry.path) if entry.kind == ARROW else (entry.path,):
             lock = _lock(folder, shared=False)
             if lock is None:
                 return not entry.path.exists()
-            locks.append(lock)
-        _empty(entry)
-    finally:
-        for lock in locks:
-            os.close(lock)
+            locked.callback(os.close, lock)
+        below = [Path(folder) for folder, _, _ in os.walk(entry.path, topdown=False)]
+        above = list(entry.path.parents)[: len(entry.path.parts) - len(tables.parts)] if entry.kind == ARROW else []
+        # The locks of `datasets`, by which conversions that are under way wait for each other: none is.
+        waits = [file for folder in above for file in folder.glob("*.lock") if file.is_file() and not file.is_symlink()]
+        for file in (*(file for file, _ in _list_files(entry.kind, entry.path)), entry.path / LOCK, *waits):
+            with contextlib.suppress(OSError):
+                file.unlink()
+        for folder in [*below, *above]:
+            with contextlib.suppress(OSError):  # files of others are in it
+                folder.rmdir()
     return True
-
-
-def _empty(entry: Entry) -> None:
-    below = [Path(folder) for folder, _, _ in os.walk(entry.path, topdown=False)]
-    above = list(entry.path.parents)[: len(entry.path.parts) - len(find_arrow().parts)] if entry.kind == ARROW else []
-    # The locks of `datasets`, by which conversions that are under way wait for each other: none is.
-    locks = [file for folder in above for file in folder.glob("*.lock") if _is_ours(ARROW, file)]
-    for file in (*_list_files(entry.kind, entry.path), entry.path / LOCK, *locks):
-        with contextlib.suppress(OSError):
-            file.unlink()
-    for folder in [*below, *above]:
-        with contextlib.suppress(OSError):  # files of others are in it
-            folder.rmdir()
 
 
 def read_bound() -> int:
@@ -252,7 +236,7 @@ def read_bound() -> int:
     """
     given = os.environ.get(BOUND, "")
     try:
-        gib = float(given) if given else DEFAULT_GIB
+        gib = float(given) if given else 100.0
     except ValueError:
         gib = 0.0
     if not 0 < gib * 2**30 < float("inf"):

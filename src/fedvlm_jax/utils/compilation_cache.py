@@ -19,10 +19,8 @@ import sys
 from pathlib import Path
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.utils.cache_folders import PLACED, PROGRAMS, Hold, find_cache
-
-SWITCH = PLACED
-"""Environment: 0 switches it off, a folder places it."""
+from fedvlm_jax.utils.cache_folders import PLACED as SWITCH
+from fedvlm_jax.utils.cache_folders import PROGRAMS, Hold, find_cache
 
 FOLDER = "JAX_COMPILATION_CACHE_DIR"
 
@@ -30,8 +28,6 @@ SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.1,  # jax's own second leaves out the many small ones
     "jax_compilation_cache_max_size": 2 * 2**30,  # bytes; those used longest ago go first
 }
-
-WAIT = 10.0  # seconds to wait for another process that looks for a program
 
 _holds: list[Hold] = []  # folders in use until this process ends
 
@@ -62,8 +58,13 @@ def keep_programs() -> Path | None:
         return None
     folder.chmod(0o700)
     _holds.append(Hold(folder))
-    _drop_unfinished(folder)
-    _tell_jax(folder)
+    _remove_unfinished(folder)
+    jax = sys.modules.get("jax")  # which reads the environment when it is imported
+    for name, value in {"jax_compilation_cache_dir": str(folder), **SETTINGS}.items():
+        if name.upper() not in os.environ:
+            os.environ[name.upper()] = str(value)
+            if jax is not None:
+                jax.config.update(name, value)
     return folder
 
 
@@ -74,8 +75,10 @@ def find_danger(folder: Path) -> str | None:
     """
     if not hasattr(os, "getuid"):
         return None
+    # This user and the system's, which in a container may be the owner of `/`.
+    trusted = {os.getuid(), 0, Path("/").stat().st_uid}
     for path in (folder, *folder.rglob("*")):
-        if path.is_symlink() and (path != folder or path.lstat().st_uid not in _trusted()):
+        if path.is_symlink() and (path != folder or path.lstat().st_uid not in trusted):
             return f"{path} is a link that may not be yours; remove it"
         found = path.stat()
         if found.st_uid != os.getuid():
@@ -84,48 +87,33 @@ def find_danger(folder: Path) -> str | None:
             return f"others may write to {path}, so what is in it may be theirs; remove it, or chmod go-w it"
     for path in (path for end in {folder.absolute(), folder.resolve()} for path in end.parents):
         owners, found = {path.lstat().st_uid, path.stat().st_uid}, path.stat()
-        if not owners <= _trusted() or (_is_open(found) and not found.st_mode & stat.S_ISVTX):
+        if not owners <= trusted or (_is_open(found) and not found.st_mode & stat.S_ISVTX):
             return f"others may write to {path}, and so replace {folder}; set {SWITCH} to a folder in your home"
     return None
 
 
-def _trusted() -> set[int]:
-    """Return this user and the system's; in a container that may be the owner of `/`."""
-    return {os.getuid(), 0, Path("/").stat().st_uid}
-
-
 def _is_open(found: os.stat_result) -> bool:
     """Tell whether others may write it. A group that has only the user in it is the user."""
-    return bool(found.st_mode & stat.S_IWOTH) or bool(found.st_mode & stat.S_IWGRP and not _is_private(found.st_gid))
-
-
-def _is_private(group: int) -> bool:
     import grp
     import pwd
 
+    alone = False
     with contextlib.suppress(KeyError):
-        user, found = pwd.getpwuid(os.getuid()), grp.getgrgid(group)
-        return group == user.pw_gid and found.gr_name == user.pw_name and set(found.gr_mem) <= {user.pw_name}
-    return False
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(found.st_gid)
+        same = (group.gr_gid, group.gr_name) == (user.pw_gid, user.pw_name)
+        alone = same and set(group.gr_mem) <= {user.pw_name}
+    return bool(found.st_mode & stat.S_IWOTH) or bool(found.st_mode & stat.S_IWGRP and not alone)
 
 
-def _drop_unfinished(folder: Path) -> None:
+def _remove_unfinished(folder: Path) -> None:
     """Remove programs whose time of use is missing: jax writes it last, and finds no room beside one without."""
     from filelock import FileLock, Timeout  # it imports asyncio, for which `--help` should not wait
 
-    with contextlib.suppress(OSError, Timeout), FileLock(folder / ".lockfile", timeout=WAIT):
+    # jax holds this lock while it looks for a program.
+    with contextlib.suppress(OSError, Timeout), FileLock(folder / ".lockfile", timeout=10.0):
         for file in folder.glob("*-cache"):
             if not file.with_name(file.name.removesuffix("-cache") + "-atime").exists():
                 file.unlink()
-
-
-def _tell_jax(folder: Path) -> None:
-    jax = sys.modules.get("jax")  # which reads the environment when it is imported
-    for name, value in {"jax_compilation_cache_dir": str(folder), **SETTINGS}.items():
-        if name.upper() not in os.environ:
-            os.environ[name.upper()] = str(value)
-            if jax is not None:
-                jax.config.update(name, value)
 
 
 def describe_processor() -> str:

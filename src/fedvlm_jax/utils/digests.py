@@ -35,11 +35,10 @@ FOLDER = "contents-of-files"  # in the folder of caches, whose kind `contents` i
 
 
 def digest_parts(parts: "Iterable[bytes | np.ndarray]", *numbers: int) -> bytes:
-    """Digest contents laid end to end, and numbers that say what they are.
+    """Digest contents laid end to end, and signed 64-bit numbers that say what they are.
 
     Args:
         parts: bytes, or C-contiguous arrays, whose types and shapes do not count.
-        numbers: signed 64-bit.
 
     >>> digest_parts([b"ab"]) == digest_parts([b"a", b"b"]) != digest_parts([b"ab"], 2)
     True
@@ -67,25 +66,26 @@ def digest_file(file: Path) -> str:
     """
     try:
         with file.open("rb", buffering=0) as opened:
-            before = _identify(file, os.fstat(opened.fileno()))
+            identity = _identify(file, os.fstat(opened.fileno()))
             large = os.fstat(opened.fileno()).st_size >= LARGE
-            if large and (known := _recall(before)):
+            if large and (known := _recall(identity)):
                 return known
             digest = hashlib.file_digest(opened, xxhash.xxh3_128).hexdigest()
-            status = os.fstat(opened.fileno())
+            after = os.fstat(opened.fileno())
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})") from error
-    if large and before == _identify(file, status) and time.time() - status.st_ctime > SETTLED:
-        _remember(before, digest)
+    if large and identity == _identify(file, after) and time.time() - after.st_ctime > SETTLED:
+        with contextlib.suppress(OSError, ValueError, UserError):  # what cannot be kept costs time, nothing else
+            place = _place(identity)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(place, json.dumps({"file": identity, "digest": digest}).encode())
     return digest
 
 
 def _identify(file: Path, status: os.stat_result) -> list[str | int]:
     """List what differs between any two contents: unlike the time of modification, nobody can set ctime."""
-    return [
-        *(os.path.realpath(file), status.st_dev, status.st_ino),
-        *(status.st_size, status.st_mtime_ns, status.st_ctime_ns),
-    ]
+    times = [status.st_mtime_ns, status.st_ctime_ns]
+    return [os.path.realpath(file), status.st_dev, status.st_ino, status.st_size, *times]
 
 
 def _place(identity: list[str | int]) -> Path:
@@ -99,10 +99,3 @@ def _recall(identity: list[str | int]) -> str | None:
         if known["file"] == identity and isinstance(known["digest"], str):
             return known["digest"]
     return None
-
-
-def _remember(identity: list[str | int], digest: str) -> None:
-    with contextlib.suppress(OSError, ValueError, UserError):  # what cannot be kept costs time, nothing else
-        place = _place(identity)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(place, json.dumps({"file": identity, "digest": digest}).encode())

@@ -8,7 +8,6 @@ Results do not change; the process keeps its peak memory until it ends.
 
 import os
 import sys
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,12 +37,11 @@ def restart_with_kept_memory() -> None:
 
 
 def expect_accelerator(devices: Path = Path("/dev")) -> bool:
-    """Tell from the environment and the machine, without asking jax, whether it will compute on something else.
-
-    Args:
-        devices: the folder of Linux's devices.
-    """
+    """Tell from the environment and the machine, without asking jax, whether it will compute on something else."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return not platforms.startswith("cpu")
-    found = any(next(devices.glob(pattern), None) for pattern in DEVICES)
-    return found and (bool(entry_points(group="jax_plugins")) or find_spec("libtpu") is not None)
+    if not any(next(devices.glob(pattern), None) for pattern in DEVICES):
+        return False
+    from importlib.metadata import entry_points  # late: it takes as long to import as half of the command line
+
+    return bool(entry_points(group="jax_plugins")) or find_spec("libtpu") is not None

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 from annotated_types import Ge, Gt, Le, Lt
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.utils.untrusted_text import clean
+from fedvlm_jax.utils.untrusted_text import clean, cut
 
 LARGEST = 2**31 - 1
 LARGEST_SEED = 2**32 - 1
@@ -29,21 +29,14 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 Chance = Annotated[float, Ge(0), Lt(1)]
 
-SHOWN = 40
-"""Characters of a value that a message shows."""
-
 TESTS: dict[type, Callable[[Any, Any], bool]] = {Gt: operator.gt, Ge: operator.ge, Lt: operator.lt, Le: operator.le}
 WORDS: dict[type, str] = {Gt: "above {}", Ge: "{} or more", Lt: "below {}", Le: "at most {}"}
 
 
 class Option(NamedTuple):
-    """One option.
+    """An option with its flag, `--train.batch-size`, and the bounds that are declared for it.
 
-    Attributes:
-        flag: on the command line, `--train.batch-size`.
-        value: the current one.
-        default: the field's own; None where a factory makes it.
-        bounds: the declared ones.
+    The default is that of the field: None where a factory makes it.
     """
 
     flag: str
@@ -53,30 +46,28 @@ class Option(NamedTuple):
 
 
 def check_ranges(options: Any, prefix: str = "") -> None:
-    """Refuse numbers outside of their range, in options nested as deeply as they are.
+    """Refuse numbers outside of their range, in a dataclass of options, nested as deeply as they are.
 
     Args:
-        options: a dataclass of options.
-        prefix: the group that it is in, `data` for `--data.limit`.
+        prefix: the group that they are in, `data` for `--data.limit`.
 
     Raises:
         UserError: the first of them, with its flag and the range.
 
-    Examples:
-        >>> from dataclasses import dataclass
-        >>> @dataclass
-        ... class Options:
-        ...     rank: Count = 0
-        >>> check_ranges(Options())
-        Traceback (most recent call last):
-        fedvlm_jax.errors.UserError: --rank is 0: it must be 1 or more
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Options:
+    ...     rank: Count = 0
+    >>> check_ranges(Options())
+    Traceback (most recent call last):
+    fedvlm_jax.errors.UserError: --rank is 0: it must be 1 or more
     """
     for option in list_options(options, prefix):
         _check(option)
 
 
 def check_arguments(function: Callable[..., None], arguments: Mapping[str, Any]) -> None:
-    """Do the same for the arguments of a function that is a command.
+    """Refuse numbers outside of their range in the arguments of a function that is a command.
 
     Raises:
         UserError: as `check_ranges`.
@@ -89,7 +80,7 @@ def check_arguments(function: Callable[..., None], arguments: Mapping[str, Any])
 
 def list_options(options: Any, prefix: str = "") -> Iterator[Option]:
     """List all options of a dataclass of options, those of nested groups in their place."""
-    hints = _find_hints(type(options))
+    hints = _read_hints(type(options))
     for field in fields(options):
         yield from _open(field.name, getattr(options, field.name), field.default, hints[field.name], prefix)
 
@@ -109,12 +100,12 @@ def _open(name: str, value: Any, default: Any, hint: Any, prefix: str) -> Iterat
 
 
 @functools.cache
-def _find_hints(kind: type) -> dict[str, Any]:
+def _read_hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
 
 
 def _list_notes(hint: Any) -> Iterator[Any]:
-    """List what `Annotated` says of a type, and of those inside of it."""
+    """List the notes that `Annotated` gives a type, and those inside of it."""
     yield from getattr(hint, "__metadata__", ())
     inner = (hint.__origin__,) if hasattr(hint, "__metadata__") else typing.get_args(hint)
     for part in inner:
@@ -132,23 +123,19 @@ def _check(option: Option) -> None:
         most = LARGEST if highest is None else highest
         if isinstance(value, int) and abs(value) > most:
             raise UserError(f"{option.flag} is {shorten(str(value))}: it must be a whole number of at most {most}")
-        held = [TESTS[type(bound)](value, _limit(bound)) for bound in option.bounds]
-        if not all(held) or (math.isinf(value) and highest is None):
-            raise UserError(f"{option.flag} is {value}: it must be {_describe(option.bounds)}")
-
-
-def _limit(bound: Any) -> Any:
-    return getattr(bound, type(bound).__name__.lower())
-
-
-def _describe(bounds: tuple[Any, ...]) -> str:
-    if [type(bound) for bound in bounds] == [Ge, Le]:
-        return f"from {_limit(bounds[0])} to {_limit(bounds[1])}"
-    told = [WORDS[type(bound)].format(_limit(bound)) for bound in bounds if _limit(bound) != math.inf]
-    return " and ".join(told) or "finite"
+        limits = [(type(bound), getattr(bound, type(bound).__name__.lower())) for bound in option.bounds]
+        if not all(TESTS[kind](value, limit) for kind, limit in limits) or (math.isinf(value) and highest is None):
+            words = " and ".join(WORDS[kind].format(limit) for kind, limit in limits if limit != math.inf) or "finite"
+            if [kind for kind, _ in limits] == [Ge, Le]:
+                words = f"from {limits[0][1]} to {limits[1][1]}"
+            raise UserError(f"{option.flag} is {value}: it must be {words}")
 
 
 def shorten(text: str) -> str:
-    """Cut what was given, and write out its line breaks, so that the message stays one line."""
+    """Cut what was given, and write out its line breaks, so that the message stays a line.
+
+    >>> shorten("9" * 60)
+    '999999999999999999999999999999… (60 characters)'
+    """
     text = clean(text)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 10]}… ({len(text)} characters)"
+    return text if len(text) <= 40 else f"{cut(text, 30)} ({len(text)} characters)"

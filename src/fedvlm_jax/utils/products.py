@@ -22,11 +22,9 @@ Product = Callable[[Array, Array], Array]
 def project(
     low: Float[Array, "... m r"], right: Float[Array, "... r d"], precision: Any = None
 ) -> Float[Array, "... m d"]:
-    """`low @ right`, of few ranks r; lowᵀ is kept for the backward pass in place of low (arXiv 2106.09685, eq. 3).
+    """Compute `low @ right`, of few ranks r, with the same leading axes (arXiv 2106.09685, eq. 3).
 
-    Args:
-        low, right: with the same leading axes.
-        precision: as `jnp.matmul` takes it.
+    For the backward pass lowᵀ is kept in place of low.
 
     Raises:
         TypeError: shapes do not fit; so do the others.
@@ -36,17 +34,21 @@ def project(
 
 
 def score(query: Float[Array, "... t d"], key: Float[Array, "... s d"]) -> Float[Array, "... t s"]:
-    """`query @ keyᵀ`, attention's scores (arXiv 1706.03762, eq. 1); narrow types are summed and kept in float32."""
+    """Compute attention's scores `query @ keyᵀ` (arXiv 1706.03762, eq. 1); narrow types give float32.
+
+    >>> score(jnp.ones((2, 3)), jnp.ones((4, 3))).shape
+    (2, 4)
+    """
     return _with_gradient(_score, partial(_in_backward_pass, _score_turned, _score))(query, key)
 
 
 def mix(weights: Float[Array, "... t s"], value: Float[Array, "... s d"]) -> Float[Array, "... t d"]:
-    """`weights @ value`, what attention gives (arXiv 1706.03762, eq. 1)."""
+    """Compute `weights @ value`, what attention gives (arXiv 1706.03762, eq. 1)."""
     return _with_gradient(jnp.matmul, partial(_in_backward_pass, _multiply_turned, jnp.matmul))(weights, value)
 
 
 def _with_gradient(multiply: Product, multiply_turned: Product) -> Product:
-    """`multiply`, differentiated with respect to its right factor as `multiply_turned`, which gives the same."""
+    """Make a product that is differentiated by its right factor as `multiply_turned`, which has the same values."""
 
     def differentiate(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
         (left, right), (left_dot, right_dot) = primals, tangents
@@ -63,20 +65,16 @@ def _with_gradient(multiply: Product, multiply_turned: Product) -> Product:
 
 
 def _in_backward_pass(on_cpu: Product, elsewhere: Product, left: Array, right_dot: Array) -> Array:
-    """A product that is linear in its second factor, with all that it does to the first done in the backward pass.
-
-    So nothing is kept twice. On accelerators, which sum over rows as fast as over columns, it is `elsewhere`.
-    """
-
-    def multiply(left: Array, right_dot: Array) -> Array:
-        return jax.lax.platform_dependent(left, right_dot, cpu=on_cpu, default=elsewhere)
-
+    """Multiply, linear in the second factor, with all that is done to the first done anew in the backward pass."""
+    # So nothing is kept twice. Accelerators sum over rows as fast as over columns, and take the plain product.
+    multiply = partial(jax.lax.platform_dependent, cpu=on_cpu, default=elsewhere)
     return jax.checkpoint(multiply, prevent_cse=False)(left, right_dot)
 
 
 def _multiply_turned(left: Array, right_dot: Array, precision: Any = None) -> Array:
-    """`left @ right_dot`, of which the gradient is leftᵀ, as it stands in memory, times g."""
-    turned, right = _write_down(_drop_ones(left).swapaxes(-1, -2)), _write_down(_drop_ones(right_dot))
+    """Compute `left @ right_dot`, of which the gradient is leftᵀ, as it stands in memory, times g."""
+    turned = jax.lax.optimization_barrier(_drop_ones(left).swapaxes(-1, -2))
+    right = jax.lax.optimization_barrier(_drop_ones(right_dot))
     out = jnp.einsum("...km,...kn->...mn", turned, right, precision=precision)
     return out.reshape(*left.shape[:-1], right_dot.shape[-1])
 
@@ -87,15 +85,11 @@ def _score(query: Array, key: Array) -> Array:
 
 
 def _score_turned(query: Array, key_dot: Array) -> Array:
-    """`query @ key_dotᵀ`, of which the gradient is gᵀ, as it stands in memory, times the query."""
-    out = _write_down(_score(_drop_ones(key_dot), _drop_ones(query))).swapaxes(-1, -2)
+    """Compute `query @ key_dotᵀ`, of which the gradient is gᵀ, as it stands in memory, times the query."""
+    out = jax.lax.optimization_barrier(_score(_drop_ones(key_dot), _drop_ones(query))).swapaxes(-1, -2)
     return out.reshape(*query.shape[:-1], key_dot.shape[-2])
 
 
-def _write_down(x: Array) -> Array:
-    return jax.lax.optimization_barrier(x)
-
-
 def _drop_ones(x: Array) -> Array:
-    """Without leading axes of length one: XLA folds no transposition across them."""
+    # XLA folds no transposition across leading axes of length one.
     return x.reshape(*(length for length in x.shape[:-2] if length != 1), *x.shape[-2:])

@@ -13,31 +13,18 @@ class Stream(IntEnum):
     """First number of a stream; a number that was ever in use is never given to another."""
 
     # Folded into the run's key.
-    ADAPTER = 0
-    """The adapter that every client starts from."""
-    NEWCOMERS = 1
-    """The personal state that a client begins with, by client."""
-    UPDATES = 2
-    """Draws of a method during local training, by round and client."""
-    DROPOUT = 3
-    """What dropout leaves out, by round, client, training, step and site."""
-    AGGREGATION = 4
-    """Whatever the server draws when it aggregates, by round."""
+    ADAPTER = 0  # the adapter that every client starts from
+    NEWCOMERS = 1  # the personal state that a client begins with, by client
+    UPDATES = 2  # draws of a method during local training, by round and client
+    DROPOUT = 3  # what dropout leaves out, by round, client, training, step and site
+    AGGREGATION = 4  # whatever the server draws when it aggregates, by round
 
     # First integers of numpy's seeds.
-    TOPICS = 101
-    """An emoji client's mix of topics, by client."""
-    CONCEPTS = 102
-    """The images it gets, by client and split."""
-    TURNOUT = 103
-    """Clients that drop out or stop early, by round."""
-    COHORTS = 104
-    """The clients of a round; 101 in release 0.1, which was also that of `TOPICS`."""
-    EVALUATED = 105
-    """The clients that are evaluated, where not all are."""
-    BATCHES = 201
-    """The examples of each local step, by round and client."""
-    LIMIT = 301
-    """The rows of a table that `--data.limit` keeps."""
-    PARTITIONS = 302
-    """The cut of a table into clients, by attempt."""
+    TOPICS = 101  # an emoji client's mix of topics, by client
+    CONCEPTS = 102  # the images it gets, by client and split
+    TURNOUT = 103  # clients that drop out or stop early, by round
+    COHORTS = 104  # the clients of a round; 101 in release 0.1, which was also that of `TOPICS`
+    EVALUATED = 105  # the clients that are evaluated, where not all are
+    BATCHES = 201  # the examples of each local step, by round and client
+    LIMIT = 301  # the rows of a table that `--data.limit` keeps
+    PARTITIONS = 302  # the cut of a table into clients, by attempt

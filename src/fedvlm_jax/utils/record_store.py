@@ -79,14 +79,18 @@ class Records:
             whole = len(content) // ENTRY  # the last entry may be in the middle of being written
             for row in range(whole):
                 entry = content[row * ENTRY : (row + 1) * ENTRY]
-                self._note(entry[:KEY], _Place(file.stem, first + row, entry[KEY:]))
+                place = _Place(file.stem, first + row, entry[KEY:])
+                self._places.setdefault(entry[:KEY], []).append(place)
             self._seen[file.stem] = first + whole
 
     def read(self, key: bytes) -> bytes | None:
         """Read the record of a key; None where none is whole, and the key is then no longer counted."""
         for place in list(self._places.get(key, ())):
-            content = self._read(place)
-            if content is not None and _digest(key, content) == place.digest:
+            content = b""
+            with contextlib.suppress(OSError), (self._folder / f"{place.segment}.rows").open("rb", buffering=0) as file:
+                file.seek(place.row * self._size)
+                content = file.read(self._size)
+            if len(content) == self._size and _digest(key, content) == place.digest:
                 return content
             self._places[key].remove(place)
         self._places.pop(key, None)
@@ -107,21 +111,9 @@ class Records:
             logging.getLogger(__name__).warning("%s takes no more: %s", self._folder, error.strerror or error)
             return
         for row, (key, digest) in enumerate(zip(keys, digests, strict=True), self._written):
-            self._note(key, _Place(self._segment, row, digest))
+            self._places.setdefault(key, []).append(_Place(self._segment, row, digest))
         self._written += len(contents)
         self._seen[self._segment] = self._written
-
-    def _note(self, key: bytes, place: _Place) -> None:
-        self._places.setdefault(key, []).append(place)
-
-    def _read(self, place: _Place) -> bytes | None:
-        try:
-            with (self._folder / f"{place.segment}.rows").open("rb", buffering=0) as file:
-                file.seek(place.row * self._size)
-                content = file.read(self._size)
-        except OSError:
-            return None
-        return content if len(content) == self._size else None
 
 
 def _append(file: Path, content: bytes) -> None:

@@ -13,24 +13,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.utils.untrusted_text import cut
 
 T = TypeVar("T")
 
-LONGEST = 80
-"""Characters of a value that a message shows."""
-
 
 def encode(options: Any) -> dict[str, Any]:
-    """Turn a dataclass into what `json.dumps` takes: nested dictionaries, lists, strings, numbers, `None`."""
+    """Turn a dataclass into what `json.dumps` takes: nested dictionaries, lists, strings, numbers, `None`.
+
+    >>> from fedvlm_jax.methods.config import LocalOptions
+    >>> encode(LocalOptions(proximal=0.1))
+    {'proximal': 0.1, 'scaffold': False}
+    """
     return {field.name: _encode_value(getattr(options, field.name)) for field in dataclasses.fields(options)}
 
 
 def decode(kind: type[T], stored: Any, where: str = "", chosen: Mapping[str, Any] | None = None) -> T:
-    """Rebuild a `kind` from what `encode` made of it.
+    """Rebuild a dataclass from what `encode` made of it.
 
     Args:
-        kind: the dataclass to build.
-        stored: its fields, as JSON gave them.
         where: the path of the enclosing field, for messages.
         chosen: path of a field -> its type, where that is a subclass of the declared one.
 
@@ -51,15 +52,14 @@ def decode(kind: type[T], stored: Any, where: str = "", chosen: Mapping[str, Any
     missing = [name for name in names if name not in stored]
     if missing:
         raise UserError(f"the stored configuration lacks {prefix}{missing[0]}; was it written by another version?")
-    types = {name: chosen.get(prefix + name, hints[name]) for name in names}
-    return kind(
-        **{
-            name: decode(typing.cast("type[Any]", hint), stored[name], prefix + name, chosen)
-            if dataclasses.is_dataclass(hint)
-            else fit(hint, stored[name], prefix + name)
-            for name, hint in types.items()
-        }
-    )
+    values = dict[str, Any]()
+    for name in names:
+        hint = chosen.get(prefix + name, hints[name])
+        if dataclasses.is_dataclass(hint):
+            values[name] = decode(typing.cast("type[Any]", hint), stored[name], prefix + name, chosen)
+        else:
+            values[name] = fit(hint, stored[name], prefix + name)
+    return kind(**values)
 
 
 def _encode_value(value: Any) -> Any:
@@ -78,7 +78,10 @@ def fit(hint: Any, value: Any, where: str) -> Any:
     """Rebuild a value of the type that a hint names from what JSON gave.
 
     Raises:
-        UserError: it is of another type; `where` tells whose value it is.
+        UserError: it is of another type; `where` names its place.
+
+    >>> fit(tuple[float, ...], [1, "inf"], "rates")
+    (1.0, inf)
     """
     if hint is Any:
         return value
@@ -98,22 +101,18 @@ def fit(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _misfit(where, value, "a group")
-        return {name: fit(typing.get_args(hint)[1], one, f"{where}.{name}") for name, one in value.items()}
+        return {name: fit(typing.get_args(hint)[1], entry, f"{where}.{name}") for name, entry in value.items()}
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and (type(value) is int or value in ("inf", "-inf", "nan")):
-        return _to_float(value, where)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _misfit(where, value, "a number that float64 has") from None
     # `type(...) is`, because True is an int to isinstance.
     if isinstance(hint, type) and type(value) is hint:
         return value
     raise _misfit(where, value, getattr(hint, "__name__", str(hint)))
-
-
-def _to_float(value: int | str, where: str) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise _misfit(where, value, "a number that float64 has") from None
 
 
 def _decode_union(members: Sequence[Any], value: Any, where: str) -> Any:
@@ -139,5 +138,5 @@ def _decode_tuple(members: Sequence[Any], value: Any, where: str) -> tuple[Any, 
 
 
 def _misfit(where: str, value: Any, expected: str) -> UserError:
-    told = repr(value) if isinstance(value, str | int | float | None) else "[…]" if isinstance(value, list) else "{…}"
-    return UserError(f"{where} = {told if len(told) <= LONGEST else told[:LONGEST] + '…'}; expected {expected}")
+    shown = "[…]" if isinstance(value, list) else "{…}" if isinstance(value, dict) else repr(value)
+    return UserError(f"{where} = {cut(shown, 80)}; expected {expected}")

@@ -4,10 +4,11 @@ No heavy package is imported here.
 """
 
 import codecs
+import contextlib
 import os
 import select
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 PIPE_GONE = 141
 """Exit code of a command whose reader left, as `head` does: 128 and the number of SIGPIPE."""
@@ -30,21 +31,18 @@ def silence() -> None:
 
 def is_reader_gone() -> bool:
     """Tell whether the reader of the command's output has left, as `head` does."""
-    return any(map(_is_gone, (sys.stdout, sys.stderr)))
-
-
-def _is_gone(stream: TextIO | None) -> bool:
-    try:
-        asked = select.poll()
-        asked.register(stream.fileno(), 0) if stream is not None else None
-        return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
-    except (OSError, ValueError, AttributeError):  # a test's stand-in has no descriptor, Windows no poll
-        return False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it has no descriptor, Windows no poll
+            asked = select.poll()
+            asked.register(stream.fileno(), 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0)):
+                return True
+    return False
 
 
 def soften() -> None:
     """Have outputs write a stand-in for what their encoding lacks, in place of an error."""
-    codecs.register_error("fedvlm", _replace)
+    codecs.register_error("fedvlm", _replace_signs)
     for stream in (sys.stdout, sys.stderr):
         reconfigure: Any = getattr(stream, "reconfigure", None)  # a test's stand-in has none
         if reconfigure is not None:
@@ -57,12 +55,12 @@ def leave_out_told() -> None:
     Where one of several writes of a checkpoint fails, orbax closes the event loop in which the others end, and each of
     tensorstore's threads that ends one of them raises.
     """
-    sys.unraisablehook = _tell_unraisable
 
+    def print_others(found: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            sys.__unraisablehook__(found)
 
-def _tell_unraisable(found: "sys.UnraisableHookArgs") -> None:
-    if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
-        sys.__unraisablehook__(found)
+    sys.unraisablehook = print_others
 
 
 def to_ascii(text: str) -> str:
@@ -71,19 +69,11 @@ def to_ascii(text: str) -> str:
     >>> print(to_ascii("0.5 ± 0.1 → 猫"))
     0.5 +- 0.1 -> \u732b
     """
-    return text.encode("ascii", "fedvlm").decode("ascii") if not text.isascii() else text
+    return "".join(PLAIN.get(letter, letter) for letter in text).encode("ascii", "backslashreplace").decode()
 
 
-def _replace(error: UnicodeError) -> tuple[str, int]:
+def _replace_signs(error: UnicodeError) -> tuple[str, int]:
     """Replace characters that a codec lacks; Python calls it by its registered name."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    letters = error.object[error.start : error.end]
-    return "".join(PLAIN.get(letter) or _escape(letter) for letter in letters), error.end
-
-
-def _escape(letter: str) -> str:
-    return letter.encode("ascii", "backslashreplace").decode("ascii")
-
-
-codecs.register_error("fedvlm", _replace)
+    return to_ascii(error.object[error.start : error.end]), error.end

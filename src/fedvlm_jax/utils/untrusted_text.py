@@ -11,25 +11,16 @@ KEPT = frozenset("\u200c\u200d")
 
 
 def clean(text: str, keep: str = "") -> str:
-    r"""Write invisible characters as escapes.
-
-    Args:
-        text: of a stranger.
-        keep: characters to leave, as line breaks in a message of several lines.
+    r"""Write invisible characters as escapes, but for those to keep, as line breaks in a message of several lines.
 
     >>> print(clean("red\x1b[31m"))
     red\x1b[31m
     """
     if text.isascii() and text.isprintable():
         return text
-    kept = KEPT.union(keep)
-    return "".join(
-        letter if letter in kept or unicodedata.category(letter) not in HIDDEN else _escape(letter) for letter in text
-    )
-
-
-def _escape(letter: str) -> str:
-    return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
+    hidden = {letter for letter in set(text) - KEPT - set(keep) if unicodedata.category(letter) in HIDDEN}
+    escapes = {ord(letter): letter.encode("unicode_escape", "surrogatepass").decode("ascii") for letter in hidden}
+    return text.translate(escapes)
 
 
 def cut(text: str, most: int) -> str:
