@@ -94,13 +94,14 @@ def serve(options: Options) -> None:
     """Prepare a federation, then run a round for every line."""
     from fedvlm_jax.config.run_options import Run
     from fedvlm_jax.federation.checkpoint import Checkpoints
-    from fedvlm_jax.training.prepare import make_simulator, open_session, prepare
+    from fedvlm_jax.training.experiment import make_simulator, open_experiment
+    from fedvlm_jax.training.loaded_model import load_model
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = Run(cohort=options.cohort)
         run = dataclasses.replace(run, data=run.data.replace(clients=options.serve, prompt="neutral"))
-        experiment = prepare(run, open_session(run))
-        simulator = make_simulator(experiment, run.method, cohort=run.cohort, file=Path(folder) / "states.bin")
+        experiment = open_experiment(run, load_model(run))
+        simulator = make_simulator(experiment, Path(folder) / "states.bin")
         checkpoints = Checkpoints(Path(folder) / "checkpoints", keep=2)
         rates = {"a": run.train.learning_rate_a, "b": run.train.learning_rate_b}
         for number, _ in enumerate(sys.stdin):

@@ -183,7 +183,7 @@ class Bench:
     def __init__(self, study: Study) -> None:
         self.study = study
         self.log = study.out / f"lines-{study.part.replace('/', '-')}.jsonl"
-        self.session: Any = None
+        self.model: Any = None
         self.began, self.count = time.monotonic(), 0
 
     def score(self, stage: str, cell: str, method: str, seed: int, rates: Rates) -> summary.Json:
@@ -195,15 +195,15 @@ class Bench:
         from fedvlm_jax.run_dir.artifacts import describe_environment
         from fedvlm_jax.run_dir.reader import read_run
         from fedvlm_jax.training import federated_run
-        from fedvlm_jax.training.prepare import open_session
+        from fedvlm_jax.training.loaded_model import load_model
         from fedvlm_jax.training.progress import SilentProgress
 
         run = self.study.make_run(stage, self.study.plan()[cell], method, seed, rates)
         assert run.out is not None
         shutil.rmtree(run.out, ignore_errors=True)
-        self.session = self.session or open_session(run)
+        self.model = self.model or load_model(run)
         start = time.monotonic()
-        record = read_run(federated_run.train(run, SilentProgress(), self.session))
+        record = read_run(federated_run.train(run, SilentProgress(), self.model))
         validation = record.scores("personal", split="validation")
         federated = record.rounds[: self.study.rounds]  # what follows is fine-tuning
         line = key | {
@@ -267,8 +267,8 @@ class Bench:
 
     def forget(self) -> None:
         """Drop a method's programs: they would fill the memory."""
-        if self.session is not None:
-            self.session.forget("programs")
+        if self.model is not None:
+            self.model.drop_programs()
 
 
 def _mean(rounds: list[summary.Json], name: str) -> int:

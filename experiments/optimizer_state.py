@@ -86,17 +86,17 @@ def run_missing(options: Options) -> None:
     """Run what has no line yet; a run that was stopped begins anew."""
     from fedvlm_jax.run_dir.reader import read_run
     from fedvlm_jax.training import federated_run
-    from fedvlm_jax.training.prepare import open_session
+    from fedvlm_jax.training.loaded_model import load_model
     from fedvlm_jax.training.progress import SilentProgress
 
-    session = None
+    model = None
     for method, state, seed in list(list_missing(options)):
         run = make_run(options, method, state, seed)
         assert run.out is not None
         shutil.rmtree(run.out, ignore_errors=True)
-        session = session or open_session(run)
+        model = model or load_model(run)
         began = time.monotonic()
-        record = read_run(federated_run.train(run, SilentProgress(), session))
+        record = read_run(federated_run.train(run, SilentProgress(), model))
         scores = record.scores("personal", split="validation")
         line = {
             "method": method, "state": state, "seed": seed, "rates": RATES[method], "scores": scores,

@@ -36,7 +36,7 @@ from fedvlm_jax.reporting.tables import Table, to_markdown
 from fedvlm_jax.run_dir.artifacts import describe_environment
 from fedvlm_jax.run_dir.reader import ComparisonRecord, read_comparison, read_run
 from fedvlm_jax.training.compare import compare, finish_run
-from fedvlm_jax.training.prepare import Session, open_session
+from fedvlm_jax.training.loaded_model import LoadedModel, load_model
 from fedvlm_jax.training.progress import Progress, open_progress
 from fedvlm_jax.utils.files import write_json
 
@@ -106,22 +106,22 @@ def shared_options(preset: Preset) -> Run:
 def run(preset: Preset) -> dict[str, ComparisonRecord]:
     """Compare the methods under every objective; returns what was stored."""
     out = preset.out or Path("runs") / preset.name.replace("_", "-")
-    records, session, show = {}, None, open_progress()
+    records, model, show = {}, None, open_progress()
     for objective in preset.objectives:
         select = EvaluationOptions.select_by if preset.twin else "preference_accuracy"  # long answers never match
         base = shared_options(preset)
         evaluation = dataclasses.replace(base.evaluation, select_by=select)
         base = dataclasses.replace(base, objective=objective, evaluation=evaluation, out=out / objective)
-        session = session or open_session(base, show.note)
+        model = model or load_model(base, show.note)
         if not (out / objective / "comparison.json").is_file():
-            settings = tune(preset, base, show, session)
-            compare(Compare(preset.methods, preset.seeds, base=base), show, session, settings)
+            settings = tune(preset, base, show, model)
+            compare(Compare(preset.methods, preset.seeds, base=base), show, model, settings)
         records[objective] = read_comparison(out / objective)
     show.finish()
     return records
 
 
-def tune(preset: Preset, base: Run, show: Progress, session: Session) -> dict[str, TrainOptions]:
+def tune(preset: Preset, base: Run, show: Progress, model: LoadedModel) -> dict[str, TrainOptions]:
     """Method -> its training options, with the rates that did best on validation; the test split stays shut."""
     assert base.out is not None
     evaluation = dataclasses.replace(base.evaluation, test=False)
@@ -134,7 +134,7 @@ def tune(preset: Preset, base: Run, show: Progress, session: Session) -> dict[st
             one = dataclasses.replace(
                 base, method=method, train=train, evaluation=evaluation, seed=preset.tune_seed, out=out
             )
-            found = finish_run(one, show, session).scores("personal", split="validation")
+            found = finish_run(one, show, model).scores("personal", split="validation")
             scores[factor] = sum(found.values()) / len(found)
         best = max(scores, key=lambda factor: scores[factor])  # the first of equals
         show.note(f"{base.objective} {method}: " + ", ".join(f"x{f:g} {s:.1%}" for f, s in scores.items()))

@@ -155,17 +155,17 @@ class Clock:
 
 @dataclass(frozen=True)
 class Bench:
-    """The stages that train; one session serves them all."""
+    """The stages that train; one loaded model serves them all."""
 
     study: Study
 
     @cached_property
-    def session(self) -> Any:
-        """The base, the data, image features and compiled programs."""
-        from fedvlm_jax.training.prepare import open_session
+    def model(self) -> Any:
+        """The base with image features and compiled programs."""
+        from fedvlm_jax.training.loaded_model import load_model
 
         study = self.study
-        return open_session(study.base(next(iter(study.cells)), study.seed, study.out, test=False), print)
+        return load_model(study.base(next(iter(study.cells)), study.seed, study.out, test=False), print)
 
     def tune(self) -> None:
         """Try the grid; append every point to tuning.jsonl."""
@@ -185,7 +185,7 @@ class Bench:
             start = home / method.removesuffix("+ft")
             began = time.monotonic()
             usable = method.endswith("+ft") and (start / "results.json").is_file()
-            record = finish_run(run, clock, self.session, start if usable else None)
+            record = finish_run(run, clock, self.model, start if usable else None)
             scores = record.scores("personal", split="validation")
             point = {
                 "cell": cell, "seed": seed, "method": method, "learning_rate_a": pair[0], "learning_rate_b": pair[1],
@@ -211,7 +211,7 @@ class Bench:
             settings = {method: study.rates(base.train, method, pair) for method, pair in pairs.items()}
             settings = {name: dataclasses.replace(train, finetune_steps=0) for name, train in settings.items()}
             comparison = Compare(METHODS, study.seeds, study.finetune_steps, base)
-            compare(comparison, _Announcing(clock), self.session, settings)
+            compare(comparison, _Announcing(clock), self.model, settings)
             drop_checkpoints(study.out / cell)
             clock.say(f"{cell}: done")
 

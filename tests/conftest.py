@@ -58,13 +58,13 @@ def toy_decoder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def session(model, tmp_path_factory):
+def loaded(model, tmp_path_factory):
     """The tiny model and its data: runs of many files share their programs."""
     from tiny_run import tiny_run
 
-    from fedvlm_jax.training.prepare import open_session
+    from fedvlm_jax.training.loaded_model import load_model
 
-    return open_session(tiny_run(model, tmp_path_factory.mktemp("unused")))
+    return load_model(tiny_run(model, tmp_path_factory.mktemp("unused")))
 
 
 @pytest.fixture

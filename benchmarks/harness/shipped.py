@@ -14,7 +14,8 @@ from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.models import Vlm, resolve_folder
-from fedvlm_jax.training.prepare import Experiment, Session, make_simulator, open_session, prepare
+from fedvlm_jax.training.experiment import Experiment, make_simulator, open_experiment
+from fedvlm_jax.training.loaded_model import LoadedModel, load_model
 from harness.cells import compare_factors
 from harness.machine import MatmulPeak, describe_machine
 from harness.memory import measure_clients
@@ -65,20 +66,20 @@ class Shipped:
     @property
     def vlm(self) -> Vlm:
         """The model."""
-        return self.experiment.session.vlm
+        return self.experiment.model.vlm
 
     @property
     def params(self) -> Any:
         """Its weights."""
-        return self.experiment.session.params
+        return self.experiment.model.params
 
 
-def open_shipped(shape: Shape, session: Session | None = None) -> Shipped:
+def open_shipped(shape: Shape, model: LoadedModel | None = None) -> Shipped:
     """Prepare the federation that ships, of all its clients.
 
     Args:
         shape: its rounds; as many clients as the data have.
-        session: of an earlier call, to start faster.
+        model: of an earlier call, to start faster.
     """
     run = Run(
         model=MODEL,
@@ -87,8 +88,8 @@ def open_shipped(shape: Shape, session: Session | None = None) -> Shipped:
         train=TrainOptions(local_steps=shape.steps, batch_size=shape.batch, weighting="uniform"),
         evaluation=EvaluationOptions(examples=0),
     )
-    experiment = prepare(run, session or open_session(run))
-    simulator = make_simulator(experiment, run.method, cohort=None)
+    experiment = open_experiment(run, model or load_model(run))
+    simulator = make_simulator(experiment)
     world = read_world(experiment, simulator)
     if world.shape != shape:
         raise ValueError(f"the data that ships make rounds of {world.shape}, not {shape}")
@@ -98,19 +99,19 @@ def open_shipped(shape: Shape, session: Session | None = None) -> Shipped:
 def measure_shipped(options: BenchOptions, note: Note = lambda text: None) -> dict[str, Any]:
     """Measure what the options name; returns what goes into JSON."""
     note("measuring this machine's float32 matmul peak")
-    peak, rounds, session = MatmulPeak(), [], None
+    peak, rounds, model = MatmulPeak(), [], None
     shipped: Shipped | None = None
     for batch in options.batches:
         note(f"batch {batch}: compiling, then {options.repeats} interleaved runs")
-        shipped = open_shipped(Shape(CLIENTS, options.steps, batch), session)
-        session = shipped.experiment.session
+        shipped = open_shipped(Shape(CLIENTS, options.steps, batch), model)
+        model = shipped.experiment.model
         rounds += _measure_batch(shipped, peak, options)
     assert shipped is not None
     note(f"{DRIVEN} rounds as `fedvlm train` runs them")
     driven = measure_simulator(shipped.simulator)
     note("memory of one more client, from the compiler")
     rows = shipped.world.examples["input_ids"].shape[-1]
-    size = shipped.experiment.session.processor.size
+    size = shipped.experiment.model.processor.size
     memory = measure_clients(
         shipped.vlm,
         shipped.params,

@@ -21,7 +21,7 @@ from fedvlm_jax.federation.inputs.batch_reader import make_inputs
 from fedvlm_jax.federation.round import from_waves
 from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.models import Vlm
-from fedvlm_jax.training.prepare import Experiment
+from fedvlm_jax.training.experiment import Experiment
 from fedvlm_jax.utils import tree
 
 __all__ = ["SETTINGS", "Settings", "Shape", "World", "draw_world", "read_world", "start_factors", "write_world"]
@@ -87,8 +87,8 @@ def start_factors(vlm: Vlm, settings: Settings) -> dict[str, np.ndarray]:
 
 def read_world(experiment: Experiment, simulator: Simulator, settings: Settings = SETTINGS) -> World:
     """The first round of a federation that is ready to run, with its clients' own rows."""
-    layout, examples, session = experiment.layout, experiment.examples, experiment.session
-    features, pixels = experiment.inputs, make_inputs(examples, session.processor, None)
+    layout, examples, model = experiment.layout, experiment.examples, experiment.model
+    features, pixels = experiment.inputs, make_inputs(examples, model.processor, None)
     numbers = simulator.read_round(1).numbers
     clients, weights = make_clients(
         experiment.run.seed, 1, numbers, examples, lambda rows: features(rows) | pixels(rows), layout, "uniform"
@@ -97,7 +97,7 @@ def read_world(experiment: Experiment, simulator: Simulator, settings: Settings 
     if not clients.mask.all():
         raise ValueError("a client has fewer examples than a round's batches")
     shape = Shape(len(numbers), layout.steps, layout.batch)
-    start = start_factors(session.vlm, settings)
+    start = start_factors(model.vlm, settings)
     return World(shape, clients.examples, clients.indices, weights[: len(numbers)], start, settings)
 
 

@@ -22,16 +22,16 @@ def run(model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(run, session):
-    return federated_run.train(run, session=session)
+def plain(run, loaded):
+    return federated_run.train(run, model=loaded)
 
 
 @pytest.fixture(scope="module")
-def profiled(run, session):
+def profiled(run, loaded):
     """Four rounds of a federation and two of fine-tuning."""
     profile = RoundProfile(run.out.with_name("traced"))
     return federated_run.train(
-        dataclasses.replace(run, out=run.out.with_name("traced")), session=session, watch=profile
+        dataclasses.replace(run, out=run.out.with_name("traced")), model=loaded, callbacks=(profile,)
     ), profile
 
 
@@ -76,12 +76,12 @@ def test_results_are_those_of_the_run_without(plain, profiled):
     assert ours == theirs
 
 
-def test_a_resumed_run_traces_rounds_after_the_first_that_it_runs(run, session, plain):
+def test_a_resumed_run_traces_rounds_after_the_first_that_it_runs(run, loaded, plain):
     folder = run.out.with_name("resumed")
     with pytest.raises(StopError):
-        federated_run.train(dataclasses.replace(run, out=folder), StopAfter(2), session)
+        federated_run.train(dataclasses.replace(run, out=folder), StopAfter(2), loaded)
     profile = RoundProfile(folder)
-    federated_run.resume(folder, session=session, watch=profile)
+    federated_run.resume(folder, model=loaded, callbacks=(profile,))
     assert [file.name for file in profile.written] == ["round-4.json.gz", "round-6.json.gz"]
     assert_same_adapters(plain, folder)
 

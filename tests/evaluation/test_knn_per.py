@@ -23,7 +23,8 @@ from fedvlm_jax.evaluation.knn_per import (
     make_neighbours,
     with_datastore,
 )
-from fedvlm_jax.training.prepare import open_session, prepare
+from fedvlm_jax.training.experiment import open_experiment
+from fedvlm_jax.training.loaded_model import load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ def test_all_clients_have_the_kernel_that_is_likelier_in_all(second, kernel, sha
 def open_run(run):
     """A run whose clients have models of their own, none of them trained."""
     run = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, neighbours=1, max_answer_tokens=16))
-    experiment = prepare(run, open_session(run))
+    experiment = open_experiment(run, load_model(run))
     rng = np.random.default_rng(3)
     count = len(experiment.examples.clients)
     adapters = jax.tree.map(
@@ -183,7 +184,7 @@ def tiny(model, tmp_path_factory):
 def remember(tiny, clients=range(4), capacity=10_000, kernels=KERNELS):
     experiment, evaluator, adapters = tiny
     *found, kernel = build_datastores(
-        evaluator, experiment.neighbours, experiment.session.params, adapters, clients, capacity, kernels
+        evaluator, experiment.neighbours, experiment.model.params, adapters, clients, capacity, kernels
     )
     assert kernel in kernels
     return found
@@ -212,7 +213,7 @@ def test_a_client_that_trusts_its_memory_recites_its_training_answers(tmp_path):
     shipped = open_run(tiny_run("florence2-nano", tmp_path))
     experiment, evaluator, _ = shipped
     models, _ = remember(shipped)
-    said = evaluator(experiment.session.params, trust(models, 1.0), "train", (0, 2))["knn"].texts
+    said = evaluator(experiment.model.params, trust(models, 1.0), "train", (0, 2))["knn"].texts
     clients = [experiment.examples.clients[number] for number in (0, 2)]
     assert said == {own.name: [experiment.examples.answers[row].strip() for row in own.train] for own in clients}
 
@@ -247,7 +248,7 @@ def test_the_share_is_the_likeliest_on_validation(tiny):
     models, shares = remember(tiny)
     losses = {}
     for share in SHARES:
-        scored = evaluator(experiment.session.params, trust(models, share), "validation", range(4))
+        scored = evaluator(experiment.model.params, trust(models, share), "validation", range(4))
         losses[share] = scored["knn"].scores["loss"]
     for name, chosen in shares.items():
         best = min(losses[share][name] for share in SHARES)

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import rlaif_v_noniid
 
 from fedvlm_jax.run_dir.reader import read_run
-from fedvlm_jax.training.prepare import Session
+from fedvlm_jax.training.loaded_model import LoadedModel
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_the_preset_runs_goes_on_where_it_stopped_and_is_tabulated(tmp_path, mon
         raise AssertionError("trained again")
 
     monkeypatch.setattr(rlaif_v_noniid, "compare", fail)
-    monkeypatch.setattr(Session, "remember", fail)
+    monkeypatch.setattr(LoadedModel, "federation", fail)
     assert rlaif_v_noniid.tabulate(rlaif_v_noniid.run(preset)) == table
 
 

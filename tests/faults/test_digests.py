@@ -141,17 +141,17 @@ def test_a_record_of_another_time_or_place_is_told(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(model, session, tmp_path_factory):
+def whole(model, loaded, tmp_path_factory):
     """The run, never stopped."""
-    return federated_run.train(tiny_run(model, tmp_path_factory.mktemp("runs") / "whole"), session=session)
+    return federated_run.train(tiny_run(model, tmp_path_factory.mktemp("runs") / "whole"), model=loaded)
 
 
 @pytest.fixture(scope="module")
-def stopped(model, session, tmp_path_factory):
+def stopped(model, loaded, tmp_path_factory):
     """The same, stopped after round 3: the checkpoints of rounds 2 and 3 are there."""
     run = tiny_run(model, tmp_path_factory.mktemp("runs") / "stopped")
     with pytest.raises(StopError):
-        federated_run.train(run, StopAfter(3), session)
+        federated_run.train(run, StopAfter(3), loaded)
     assert sorted(path.name for path in (run.out / "checkpoints").iterdir()) == ["2", "3"]
     return run.out
 
@@ -189,13 +189,13 @@ def read_slots(folder, round_):
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "state"])
-def test_a_damaged_newest_checkpoint_is_told_and_the_older_one_is_used(session, whole, copy, kind):
+def test_a_damaged_newest_checkpoint_is_told_and_the_older_one_is_used(loaded, whole, copy, kind):
     if kind == "checkpoint":
         damage(copy, 3)
     else:
         damage_state(copy, 3, 2)
     show = SilentProgress()
-    federated_run.resume(copy, show, session)
+    federated_run.resume(copy, show, loaded)
     (told,) = [note for note in show.notes if "damaged" in note]
     assert "the run goes on from round 2, and round 3 is run again" in told
     assert [line["round"] for line in show.lines] == [3, 4]
@@ -204,7 +204,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_older_one_is_used(session, 
 
 
 @pytest.mark.parametrize(("kept", "lost"), [(None, 3), ([0, 2], 1)])
-def test_lines_that_were_lost_are_told(session, whole, copy, kept, lost):
+def test_lines_that_were_lost_are_told(loaded, whole, copy, kept, lost):
     """Of the rounds before: a report without them would look as if they had never been."""
     file = copy / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True)
@@ -212,26 +212,26 @@ def test_lines_that_were_lost_are_told(session, whole, copy, kept, lost):
     if kept:
         file.write_text("".join(lines[at] for at in kept))
     show = SilentProgress()
-    federated_run.resume(copy, show, session)
+    federated_run.resume(copy, show, loaded)
     (told,) = [note for note in show.notes if "metrics.jsonl" in note]
     assert f"metrics.jsonl lacks {lost} of 3 rounds" in told
     assert len(read_metrics(copy)) == 4 - lost
     assert_same_adapters(copy, whole)
 
 
-def test_where_no_checkpoint_is_whole_the_run_ends_with_one_line_and_stays_as_it_is(session, copy):
+def test_where_no_checkpoint_is_whole_the_run_ends_with_one_line_and_stays_as_it_is(loaded, copy):
     damage(copy, 2)
     damage(copy, 3)
     before = list_files(copy)
     with pytest.raises(
         UserError, match=r"none of its checkpoints is whole: .*round 3 is damaged.*round 2 is damaged"
     ) as told:
-        federated_run.resume(copy, session=session)
+        federated_run.resume(copy, model=loaded)
     assert "\n" not in str(told.value)
     assert list_files(copy) == before
 
 
-def test_the_older_checkpoint_stays_whole_in_a_resumed_run(session, whole, copy, monkeypatch):
+def test_the_older_checkpoint_stays_whole_in_a_resumed_run(loaded, whole, copy, monkeypatch):
     """Killed in round 4, after the clients' states were written and before the checkpoint was; then 3 goes bad."""
 
     def fail(self, round_, *rest):
@@ -239,10 +239,10 @@ def test_the_older_checkpoint_stays_whole_in_a_resumed_run(session, whole, copy,
 
     monkeypatch.setattr(Checkpoints, "save", fail)
     with pytest.raises(StopError):
-        federated_run.resume(copy, session=session)
+        federated_run.resume(copy, model=loaded)
     monkeypatch.undo()
     damage(copy, 3)
     show = SilentProgress()
-    federated_run.resume(copy, show, session)
+    federated_run.resume(copy, show, loaded)
     assert [line["round"] for line in show.lines] == [3, 4]
     assert_same_adapters(copy, whole)

@@ -26,7 +26,6 @@ from fedvlm_jax.reporting import report
 from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.callbacks import MetricsWriter
-from fedvlm_jax.training.progress import SilentProgress
 from fedvlm_jax.utils.files import write_bytes, write_json
 from fedvlm_jax.utils.standard_streams import leave_out_told
 
@@ -145,9 +144,9 @@ def test_a_file_is_written_whole_or_not_at_all(write, content, tmp_path):
 
 def test_metrics(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    writer = MetricsWriter(tmp_path, SilentProgress())
+    trainer = SimpleNamespace(experiment=SimpleNamespace(folder=tmp_path))
     with pytest.raises(OSError, match="No space") as told:
-        writer.on_round(None, SimpleNamespace(line={"round": 1}))
+        MetricsWriter().on_round(trainer, SimpleNamespace(line={"round": 1}))
     assert describe_os_error(told.value) == f"{tmp_path / 'metrics.jsonl'}: {FULL}"
 
 

@@ -332,28 +332,28 @@ def finished(tmp_path):
     folder = write_run(tmp_path / "runs" / "local-seed0", {"a": 0.1}, {"a": 0.2}, anchor(Run(method="local")))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(seal({**config, "fingerprint": then})))
-    return folder, SimpleNamespace(sources={**then, "data": "other"})
+    return folder, SimpleNamespace(sources=lambda data: {**then, "data": "other"})
 
 
 @pytest.mark.parametrize("method", ["local", "local+ft"])
 def test_a_comparison_goes_on_with_no_other_data(finished, method):
     """Finished runs are only read: beside them others would be trained on the new data."""
-    folder, session = finished
+    folder, loaded = finished
     if method != "local":
         folder.rename(folder.with_name(f"{method}-seed0"))
     comparison = Compare(methods=(method, "plora"), seeds=1, base=Run(out=folder.parent.parent))
     with pytest.raises(UserError, match=r"the data, emoji, have another content"):
-        compare.compare(comparison, session=session)
+        compare.compare(comparison, model=loaded)
 
 
 @pytest.mark.parametrize("later", [False, True])
 def test_training_alone_is_of_the_run_s_own_data(finished, later):
-    folder, session = finished
+    folder, loaded = finished
     config = json.loads((folder / "config.json").read_text())
     config["run"]["method"] = "plora"
     (folder / "config.json").write_text(json.dumps(seal(config)))
     with pytest.raises(UserError, match=r"the data, emoji, have another content"):
-        train_alone(folder, SilentProgress(), (lambda run: session) if later else session)
+        train_alone(folder, SilentProgress(), (lambda run: loaded) if later else loaded)
     assert not (folder / "baseline").exists()
 
 

@@ -136,11 +136,11 @@ def short(model, out, **train):
 
 
 @pytest.mark.broad
-def test_a_run_with_an_unfit_client_ends_well_and_names_it(model, session, tmp_path, monkeypatch):
+def test_a_run_with_an_unfit_client_ends_well_and_names_it(model, loaded, tmp_path, monkeypatch):
     read = trainer._read_round
     monkeypatch.setattr(trainer, "_read_round", lambda *given: poison(read(*given), [1]))
     show = SilentProgress()
-    folder = federated_run.train(short(model, tmp_path / "run"), show, session)
+    folder = federated_run.train(short(model, tmp_path / "run"), show, loaded)
     name = read_run(folder).config["resolved"]["clients"][1]
     lines = read_metrics(folder)
     assert [line["unfit"] for line in lines] == [[name], [name]]
@@ -160,27 +160,27 @@ def test_a_run_with_an_unfit_client_ends_well_and_names_it(model, session, tmp_p
         ([], {"learning_rate_a": 1e30, "learning_rate_b": 1e30}, r"round 1: the training of all 4.*lower --train.lear"),
     ],
 )
-def test_the_base_is_not_blamed_on_the_rates(model, session, tmp_path, monkeypatch, places, train, message):
+def test_the_base_is_not_blamed_on_the_rates(model, loaded, tmp_path, monkeypatch, places, train, message):
     read = trainer._read_round
     monkeypatch.setattr(trainer, "_read_round", lambda *given: poison(read(*given), places))
     with pytest.raises(UserError, match=message):
-        federated_run.train(short(model, tmp_path / "run", **train), session=session)
+        federated_run.train(short(model, tmp_path / "run", **train), model=loaded)
     assert not (tmp_path / "run" / "results.json").exists()
     assert read_metrics(tmp_path / "run") == []
 
 
-def test_an_overflow_in_the_last_round_is_no_success(model, session, tmp_path, monkeypatch):
+def test_an_overflow_in_the_last_round_is_no_success(model, loaded, tmp_path, monkeypatch):
     """Its loss, before the update, is finite. What is kept, and called good, is the round before."""
     rates = trainer.find_rates
     monkeypatch.setattr(trainer, "find_rates", lambda run, n: {"a": 1e30, "b": 1e30} if n == 2 else rates(run, n))
     with pytest.raises(UserError, match=r"round 2: .*not finite.*last good checkpoint is that of round 1") as told:
-        federated_run.train(short(model, tmp_path / "run"), session=session)
+        federated_run.train(short(model, tmp_path / "run"), model=loaded)
     assert len(str(told.value).splitlines()) == 1
     assert [line["round"] for line in read_metrics(tmp_path / "run")] == [1]
     assert not (tmp_path / "run" / "results.json").exists()
 
 
-def test_a_round_whose_validation_is_not_finite_is_never_the_best(model, session, tmp_path, monkeypatch):
+def test_a_round_whose_validation_is_not_finite_is_never_the_best(model, loaded, tmp_path, monkeypatch):
     """Not by its metric, not by its loss, and a run without any other ends with a line."""
     score = callbacks.score_validation
 
@@ -191,14 +191,14 @@ def test_a_round_whose_validation_is_not_finite_is_never_the_best(model, session
     monkeypatch.setattr(callbacks, "score_validation", spoil)
     for bad in (float("nan"), float("inf")):
         with pytest.raises(UserError, match="no round's models have a finite loss"):
-            federated_run.train(short(model, tmp_path / f"run{bad}"), session=session)
+            federated_run.train(short(model, tmp_path / f"run{bad}"), model=loaded)
 
 
-def test_nobody_in_any_round_is_told(model, session, tmp_path):
+def test_nobody_in_any_round_is_told(model, loaded, tmp_path):
     run = short(model, tmp_path / "run")
     show = SilentProgress()
     run = dataclasses.replace(run, participation=dataclasses.replace(run.participation, dropout=0.999999))
-    folder = federated_run.train(run, show, session)
+    folder = federated_run.train(run, show, loaded)
     assert any(note.startswith("Nothing was trained: in none of the 2 rounds") for note in show.notes)
     assert any(sentence.startswith("Nothing was trained") for sentence in describe_run(read_run(folder)))
     json.loads((folder / "results.json").read_text())

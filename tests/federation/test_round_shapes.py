@@ -9,7 +9,8 @@ from tiny_run import make_folder, tiny_run
 
 from fedvlm_jax.config.run_options import LoraOptions
 from fedvlm_jax.federation.round_shapes import shape_examples, shape_round
-from fedvlm_jax.training.prepare import make_simulator, open_session, prepare
+from fedvlm_jax.training.experiment import make_simulator, open_experiment
+from fedvlm_jax.training.loaded_model import load_model
 
 
 def describe(arguments):
@@ -36,9 +37,9 @@ def test_shapes_are_those_of_training(objective, method, targets, cached, tmp_pa
     lora = LoraOptions(rank=2) if targets is None else LoraOptions(rank=2, targets=targets)
     run = tiny_run(make_folder(tmp_path / "model"), tmp_path / "run", objective=objective, method=method, lora=lora)
     run = dataclasses.replace(run, system=dataclasses.replace(run.system, mesh="clients=1"))
-    session = open_session(run)
-    experiment = prepare(run, session)
-    simulator = make_simulator(experiment, method, cohort=run.cohort)
+    loaded = load_model(run)
+    experiment = open_experiment(run, loaded)
+    simulator = make_simulator(experiment)
     read = simulator.read_round(1)
     if not experiment.objective.pairs:  # the rejected answers that these data have are read by nobody
         rest = {name: array for name, array in read.clients.examples.items() if name != "rejected_labels"}
@@ -47,10 +48,10 @@ def test_shapes_are_those_of_training(objective, method, targets, cached, tmp_pa
 
     batch = read.clients.examples
     example = shape_examples(
-        session.vlm,
+        loaded.vlm,
         experiment.objective,
         experiment.spec,
-        size=session.processor.size,
+        size=loaded.processor.size,
         prompt=batch["input_ids"].shape[-1],
         answer=batch["labels"].shape[-1],
         cached=True,
@@ -59,5 +60,5 @@ def test_shapes_are_those_of_training(objective, method, targets, cached, tmp_pa
     assert set(example) == set(batch)
     for name in set(example) & {"rejected_labels"}:  # their length is the data's
         example[name] = jax.ShapeDtypeStruct(batch[name].shape[3:], example[name].dtype)
-    shapes = shape_round(simulator.programs, session.vlm, experiment.spec, simulator.layout, example)
+    shapes = shape_round(simulator.programs, loaded.vlm, experiment.spec, simulator.layout, example)
     assert describe(shapes) == describe(expected)

@@ -6,16 +6,16 @@ import pytest
 from tiny_run import tiny_run
 
 from fedvlm_jax.config.run_options import SystemOptions
-from fedvlm_jax.training.prepare import make_simulator, prepare
+from fedvlm_jax.training.experiment import make_simulator, open_experiment
 from fedvlm_jax.training.wave_width import fit
 
 
 @pytest.mark.parametrize(("cache", "objective"), [("memory", "sft"), ("off", "sft"), ("memory", "dpo")])
-def test_blank_rows_have_the_shapes_of_real_ones(model, session, tmp_path, cache, objective):
+def test_blank_rows_have_the_shapes_of_real_ones(model, loaded, tmp_path, cache, objective):
     run = tiny_run(model, tmp_path / "run", system=SystemOptions(cache=cache), objective=objective)
-    experiment = prepare(run, session)
+    experiment = open_experiment(run, loaded)
     rows = np.asarray([[0, 3, 3], [1, 0, 2]])
-    real, blank = experiment.inputs(rows), experiment.blank(rows)
+    real, blank = experiment.inputs(rows), experiment.blank_inputs(rows)
     assert {name: (x.shape, x.dtype) for name, x in real.items()} == {
         name: (x.shape, x.dtype) for name, x in blank.items()
     }
@@ -25,9 +25,9 @@ def test_blank_rows_have_the_shapes_of_real_ones(model, session, tmp_path, cache
     )
 
 
-def test_the_first_round_finds_the_program_that_was_measured(model, session, tmp_path):
-    experiment = fit(prepare(tiny_run(model, tmp_path / "run"), session))
-    simulator = make_simulator(experiment, "plora", cohort=3)
+def test_the_first_round_finds_the_program_that_was_measured(model, loaded, tmp_path):
+    experiment = fit(open_experiment(tiny_run(model, tmp_path / "run"), loaded))
+    simulator = make_simulator(experiment)
     before = dict(simulator.programs.compiled)
     simulator.run_round(simulator.read_round(1), {"a": 1e-3, "b": 1e-3})
     assert simulator.programs.compiled == before != {}

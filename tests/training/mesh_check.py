@@ -20,23 +20,24 @@ from tiny_run import StopAfter, StopError
 from fedvlm_jax.config.run_options import SystemOptions, from_json
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training import evaluate, federated_run
-from fedvlm_jax.training.prepare import make_simulator, open_session, prepare
+from fedvlm_jax.training.experiment import make_simulator, open_experiment
+from fedvlm_jax.training.loaded_model import load_model
 
 
 def main():
     run = from_json(json.loads(Path(sys.argv[1]).read_text()))
-    session = open_session(run)
-    federated_run.train(run, session=session)
+    loaded = load_model(run)
+    federated_run.train(run, model=loaded)
     halved = dataclasses.replace(run, out=run.out.with_name(run.out.name + "-halved"))
     try:
-        federated_run.train(halved, StopAfter(int(sys.argv[2])), session)
+        federated_run.train(halved, StopAfter(int(sys.argv[2])), loaded)
     except StopError:
         federated_run.resume(halved.out)  # on the mesh that its folder tells
     try:
-        refused = str(open_session(dataclasses.replace(run, system=SystemOptions(mesh="clients=4,model=2"))))
+        refused = str(load_model(dataclasses.replace(run, system=SystemOptions(mesh="clients=4,model=2"))))
     except UserError as error:
         refused = str(error)
-    federation = make_simulator(prepare(run, session), run.method, cohort=run.cohort)
+    federation = make_simulator(open_experiment(run, loaded))
     leaves = jax.tree.leaves(federation.base)  # with what the method adds to it
     held = {
         str(device): sum(

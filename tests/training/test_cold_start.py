@@ -27,9 +27,10 @@ def simulator():
 def models_of(simulator, kind):
     experiment = SimpleNamespace(
         run=SimpleNamespace(evaluation=SimpleNamespace(cold_start=kind)),
-        session=SimpleNamespace(mesh=make_mesh(1), remember=lambda key, make: LIKE),
+        model=SimpleNamespace(mesh=make_mesh(1)),
+        data=SimpleNamespace(client_means=lambda inputs: LIKE),
+        inputs=None,
         layout=SimpleNamespace(wave=2),
-        examples=SimpleNamespace(images=SimpleNamespace(keys=())),
     )
     site = give_models(experiment, simulator, simulator.now)(np.arange(4))["encoder"]["fc1"]
     return np.asarray(site["a"]), np.asarray(site["b"])

@@ -44,10 +44,10 @@ def rates(base):
 
 
 @pytest.fixture(scope="module")
-def folder(base, session, methods, show, rates, tmp_path_factory):
+def folder(base, loaded, methods, show, rates, tmp_path_factory):
     base = dataclasses.replace(base, out=tmp_path_factory.mktemp("comparisons") / "one")
     comparison = Compare(methods=methods, seeds=1, finetune_steps=3, base=base)
-    return comparing.compare(comparison, show, session, settings={"local": rates})
+    return comparing.compare(comparison, show, loaded, settings={"local": rates})
 
 
 def read_adapters(folder):
@@ -72,13 +72,13 @@ def test_fine_tuning_does_not_repeat_the_federation(folder, show):
     assert sorted(rounds) == [("fedavg-lora", 1), ("fedavg-lora", 2), *(("local", n) for n in (1, 2, 3, 4))]
 
 
-def test_a_continued_run_is_a_run_of_its_own(folder, base, session, tmp_path):
+def test_a_continued_run_is_a_run_of_its_own(folder, base, loaded, tmp_path):
     """Bit for bit what it would have been without the run that it continues."""
     continued = read_run(folder / "runs" / "fedavg-lora+ft-seed1")
     train = dataclasses.replace(base.train, finetune_steps=3)
     alone = read_run(
         federated_run.train(
-            dataclasses.replace(base, method="fedavg-lora", train=train, out=tmp_path / "run"), None, session
+            dataclasses.replace(base, method="fedavg-lora", train=train, out=tmp_path / "run"), None, loaded
         )
     )
     assert continued.results == alone.results
@@ -96,50 +96,50 @@ def test_a_continued_run_is_a_run_of_its_own(folder, base, session, tmp_path):
             np.testing.assert_array_equal(array, two[name][path], err_msg=f"{name} {path}")
 
 
-def test_a_repeated_comparison_reads_what_is_there(folder, base, session, methods, rates):
+def test_a_repeated_comparison_reads_what_is_there(folder, base, loaded, methods, rates):
     lines = len(read_metrics(folder / "runs" / "local-seed1"))
     before = (folder / "comparison.json").read_text()
     rest = SilentProgress()
     base = dataclasses.replace(base, out=folder)
     comparison = Compare(methods=methods, seeds=1, finetune_steps=3, base=base)
-    comparing.compare(comparison, rest, session, settings={"local": rates})
+    comparing.compare(comparison, rest, loaded, settings={"local": rates})
     assert rest.lines == []
     assert len(read_metrics(folder / "runs" / "local-seed1")) == lines
     assert json.loads((folder / "comparison.json").read_text())["runs"] == json.loads(before)["runs"]
 
 
-def test_other_settings_in_the_same_folder_are_refused(folder, base, session, methods):
+def test_other_settings_in_the_same_folder_are_refused(folder, base, loaded, methods):
     base = dataclasses.replace(base, out=folder)
     comparison = Compare(methods=methods, seeds=1, finetune_steps=3, base=base)
     with pytest.raises(UserError, match="local-seed1 was made with other options"):
-        comparing.compare(comparison, None, session)
+        comparing.compare(comparison, None, loaded)
 
 
-def test_settings_of_a_method_that_is_not_compared(base, session, tmp_path):
+def test_settings_of_a_method_that_is_not_compared(base, loaded, tmp_path):
     comparison = Compare(methods=("local",), seeds=1, base=dataclasses.replace(base, out=tmp_path))
     with pytest.raises(UserError, match="settings for plora, which is not compared: there are local"):
-        comparing.compare(comparison, None, session, settings={"plora": base.train})
+        comparing.compare(comparison, None, loaded, settings={"plora": base.train})
 
 
-def test_a_run_is_continued_by_its_own_fine_tuning_only(folder, base, session, tmp_path):
+def test_a_run_is_continued_by_its_own_fine_tuning_only(folder, base, loaded, tmp_path):
     train = dataclasses.replace(base.train, finetune_steps=3, learning_rate_b=1e-4)
     run = dataclasses.replace(base, method="fedavg-lora", train=train, out=tmp_path / "run")
     with pytest.raises(UserError, match=r"differs from .* in more than local fine-tuning or neighbours"):
-        federated_run.extend(folder / "runs" / "fedavg-lora-seed1", run, None, session)
+        federated_run.extend(folder / "runs" / "fedavg-lora-seed1", run, None, loaded)
 
 
-def test_the_test_split_can_be_left_alone(base, session, tmp_path):
+def test_the_test_split_can_be_left_alone(base, loaded, tmp_path):
     evaluation = dataclasses.replace(base.evaluation, test=False)
     run = dataclasses.replace(base, method="local", evaluation=evaluation, out=tmp_path / "run")
-    record = read_run(federated_run.train(run, None, session))
+    record = read_run(federated_run.train(run, None, loaded))
     assert set(record.results["personal"]) == set(record.results["zero_shot"]) == {"validation"}
     assert record.scores("personal") == {}
 
 
-def test_what_clients_had_before_redistribution_can_be_left_out(folder, base, session, tmp_path):
+def test_what_clients_had_before_redistribution_can_be_left_out(folder, base, loaded, tmp_path):
     evaluation = dataclasses.replace(base.evaluation, before_redistribution=False)
     run = dataclasses.replace(base, method="fedavg-lora", evaluation=evaluation, out=tmp_path / "run")
-    record = read_run(federated_run.train(run, None, session))
+    record = read_run(federated_run.train(run, None, loaded))
     whole = read_run(folder / "runs" / "fedavg-lora-seed1")
     assert "before_redistribution" in whole.rounds[-1]["validation"]
     assert "before_redistribution" not in record.rounds[-1]["validation"]
@@ -147,12 +147,12 @@ def test_what_clients_had_before_redistribution_can_be_left_out(folder, base, se
 
 
 @pytest.fixture(scope="module")
-def remembering(base, session, tmp_path_factory):
+def remembering(base, loaded, tmp_path_factory):
     """Rounds that were run, and the folder, of a comparison in which neighbours follow a federation."""
     show = SilentProgress()
     base = dataclasses.replace(base, out=tmp_path_factory.mktemp("comparisons") / "knn")
     comparison = Compare(methods=("plora+knn", "plora"), seeds=1, neighbours=2, base=base)
-    return show.lines, comparing.compare(comparison, show, session)
+    return show.lines, comparing.compare(comparison, show, loaded)
 
 
 def test_neighbours_do_not_repeat_the_federation(remembering):
@@ -191,7 +191,7 @@ def test_a_stored_run_remembers_again(remembering):
         assert again["personal"]["test"][metric] == pytest.approx(values, rel=1e-5, abs=1e-6), metric
 
 
-def test_neighbours_are_asked_for_by_name(base, session, tmp_path):
+def test_neighbours_are_asked_for_by_name(base, loaded, tmp_path):
     base = dataclasses.replace(base, out=tmp_path, evaluation=dataclasses.replace(base.evaluation, neighbours=2))
     with pytest.raises(UserError, match=r'here add "\+knn" to a method'):
-        comparing.compare(Compare(methods=("plora",), seeds=1, base=base), None, session)
+        comparing.compare(Compare(methods=("plora",), seeds=1, base=base), None, loaded)

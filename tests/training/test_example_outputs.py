@@ -18,10 +18,10 @@ from fedvlm_jax.training import example_outputs, federated_run
 TRAIN = TrainOptions(rounds=1, local_steps=2, batch_size=4)
 
 
-def run_with(model, folder, session, method="plora", **evaluation):
+def run_with(model, folder, loaded, method="plora", **evaluation):
     run = tiny_run(model, folder, method=method, train=TRAIN)
     return federated_run.train(
-        dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, **evaluation)), session=session
+        dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, **evaluation)), model=loaded
     )
 
 
@@ -30,8 +30,8 @@ def read(folder):
 
 
 @pytest.mark.broad
-def test_a_run_stores_examples_with_every_model_s_answer(model, session, tmp_path):
-    folder = run_with(model, tmp_path / "run", session, examples=6)
+def test_a_run_stores_examples_with_every_model_s_answer(model, loaded, tmp_path):
+    folder = run_with(model, tmp_path / "run", loaded, examples=6)
     told = read(folder)
     assert [entry["client"] for entry in told] == ["noto-en"] * 2 + ["noto-de"] * 2 + ["fluent-en", "fluent-de"]
     assert len(told) == 6
@@ -44,11 +44,11 @@ def test_a_run_stores_examples_with_every_model_s_answer(model, session, tmp_pat
             assert max(picture.size) <= 176
 
 
-def test_the_answers_are_those_that_were_scored(model, session, tmp_path):
+def test_the_answers_are_those_that_were_scored(model, loaded, tmp_path):
     """One test example a client, so that a client's score is its example's."""
     run = tiny_run(model, tmp_path / "run", train=TRAIN)
     run = dataclasses.replace(run, data=run.data.replace(test_per_client=1, tasks=run.data.tasks[:1]))
-    folder = federated_run.train(run, session=session)
+    folder = federated_run.train(run, model=loaded)
     results = json.loads((folder / "results.json").read_text())
     told = read(folder)
     assert [entry["client"] for entry in told] == list(results["personal"]["test"]["token_f1"])
@@ -59,16 +59,16 @@ def test_the_answers_are_those_that_were_scored(model, session, tmp_path):
 
 
 @pytest.mark.broad
-def test_where_nothing_is_private_the_global_model_answers_as_the_personal_one(model, session, tmp_path):
-    for entry in read(run_with(model, tmp_path / "run", session, method="fedavg-lora")):
+def test_where_nothing_is_private_the_global_model_answers_as_the_personal_one(model, loaded, tmp_path):
+    for entry in read(run_with(model, tmp_path / "run", loaded, method="fedavg-lora")):
         assert entry["answers"]["global"] == entry["answers"]["personal"]
-    for entry in read(run_with(model, tmp_path / "local", session, method="local")):
+    for entry in read(run_with(model, tmp_path / "local", loaded, method="local")):
         assert set(entry["answers"]) == {"zero_shot", "personal"}
 
 
-def test_none_are_stored_where_none_are_asked_for_or_test_is_left_alone(model, session, tmp_path):
+def test_none_are_stored_where_none_are_asked_for_or_test_is_left_alone(model, loaded, tmp_path):
     for name, options in (("none", {"examples": 0}), ("tuning", {"test": False})):
-        folder = run_with(model, tmp_path / name, session, **options)
+        folder = run_with(model, tmp_path / name, loaded, **options)
         assert not (folder / "examples.json").exists()
         assert not (folder / "examples").exists()
 

@@ -31,19 +31,19 @@ def read_lines(folder):
 
 
 @pytest.mark.slow
-def test_two_rounds_and_two_more_are_four(model, session, tmp_path):
+def test_two_rounds_and_two_more_are_four(model, loaded, tmp_path):
     """Bit for bit, where the rates are alike; stopped on the way, too."""
-    whole = federated_run.train(run_of(model, tmp_path / "whole", 4), None, session)
-    short = federated_run.train(run_of(model, tmp_path / "short", 2), None, session)
+    whole = federated_run.train(run_of(model, tmp_path / "whole", 4), None, loaded)
+    short = federated_run.train(run_of(model, tmp_path / "short", 2), None, loaded)
     first = read_run(short)
     lengthen(short, 4)
     assert not (short / "results.json").exists()
     assert json.loads((short / "results-2.json").read_text()) == first.results
     with pytest.raises(StopError):
-        federated_run.resume(short, StopAfter(3), session)
+        federated_run.resume(short, StopAfter(3), loaded)
     lengthen(short, 4)  # the same command again
     rest = SilentProgress()
-    federated_run.resume(short, rest, session)
+    federated_run.resume(short, rest, loaded)
     assert [line["round"] for line in rest.lines] == [4]
     assert_same_adapters(short, whole)
     assert read_lines(short) == read_lines(whole)

@@ -23,11 +23,11 @@ from fedvlm_jax.training.progress import SilentProgress
 
 
 @pytest.fixture(scope="module")
-def finished(model, session, tmp_path_factory):
+def finished(model, loaded, tmp_path_factory):
     """An uninterrupted run, fine-tuning included."""
     run = tiny_run(model, tmp_path_factory.mktemp("runs") / "whole")
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, finetune_steps=3))
-    return federated_run.train(run, session=session)
+    return federated_run.train(run, model=loaded)
 
 
 def test_what_a_run_leaves(finished):
@@ -48,8 +48,8 @@ def test_what_a_run_leaves(finished):
     assert sum(array.nbytes for array in shared.values()) == record.rounds[0]["bytes_up_per_client"]
 
 
-def test_a_federated_model_s_shared_factors_are_everybody_s(model, session, tmp_path):
-    folder = federated_run.train(tiny_run(model, tmp_path / "run"), session=session)
+def test_a_federated_model_s_shared_factors_are_everybody_s(model, loaded, tmp_path):
+    folder = federated_run.train(tiny_run(model, tmp_path / "run"), model=loaded)
     adapters = read_adapters(folder)
     shared = adapters.pop("adapters/shared.safetensors")
     for own in adapters.values():
@@ -66,13 +66,13 @@ def test_evaluating_the_stored_adapters_gives_the_results(finished):
 
 
 @pytest.mark.parametrize("stop", [1, 4, 5])
-def test_stopped_and_resumed_is_never_stopped(model, session, finished, tmp_path, stop):
+def test_stopped_and_resumed_is_never_stopped(model, loaded, finished, tmp_path, stop):
     run = tiny_run(model, tmp_path / "run")
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, finetune_steps=3))
     with pytest.raises(StopError):
-        federated_run.train(run, StopAfter(stop), session)
+        federated_run.train(run, StopAfter(stop), loaded)
     rest = SilentProgress()
-    federated_run.resume(run.out, rest, session)
+    federated_run.resume(run.out, rest, loaded)
     assert [line["round"] for line in rest.lines] == list(range(stop + 1, 7)), "finished rounds are not run again"
     assert_same_adapters(run.out, finished)
     mine, whole = read_metrics(run.out), read_metrics(finished)
@@ -82,7 +82,7 @@ def test_stopped_and_resumed_is_never_stopped(model, session, finished, tmp_path
     ]
 
 
-def test_a_line_without_its_checkpoint_is_run_again(model, session, finished, tmp_path, monkeypatch):
+def test_a_line_without_its_checkpoint_is_run_again(model, loaded, finished, tmp_path, monkeypatch):
     """Killed inside the write of a checkpoint: the round's line is there, its checkpoint is not."""
     run = tiny_run(model, tmp_path / "run")
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, finetune_steps=3))
@@ -95,11 +95,11 @@ def test_a_line_without_its_checkpoint_is_run_again(model, session, finished, tm
     original = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", fail)
     with pytest.raises(StopError):
-        federated_run.train(run, session=session)
+        federated_run.train(run, model=loaded)
     assert read_metrics(run.out)[-1]["round"] == 3
     monkeypatch.undo()
     rest = SilentProgress()
-    federated_run.resume(run.out, rest, session)
+    federated_run.resume(run.out, rest, loaded)
     assert rest.lines[0]["round"] == 3
     assert_same_adapters(run.out, finished)
 
@@ -149,9 +149,9 @@ def test_killed_at_random_moments(model, finished, tmp_path, kills):
 # --- Errors ---
 
 
-def test_a_used_folder_is_refused(model, session, finished):
+def test_a_used_folder_is_refused(model, loaded, finished):
     with pytest.raises(UserError, match="is not empty: choose another --out"):
-        federated_run.train(tiny_run(model, finished), session=session)
+        federated_run.train(tiny_run(model, finished), model=loaded)
 
 
 def test_a_finished_run_stays_as_it_is(finished):
@@ -167,30 +167,30 @@ def test_a_finished_run_stays_as_it_is(finished):
     ("part", "option", "value", "told"),
     [("lora", "rank", 3, r"shared.*\[1, 3, 16\]"), ("train", "optimizer", "sgd", r"\['states'\]")],
 )
-def test_a_checkpoint_of_another_configuration_is_refused(model, session, tmp_path, part, option, value, told):
+def test_a_checkpoint_of_another_configuration_is_refused(model, loaded, tmp_path, part, option, value, told):
     """What the server holds, and what clients keep in their own file."""
     run = tiny_run(model, tmp_path / "run")
     with pytest.raises(StopError):
-        federated_run.train(run, StopAfter(1), session)
+        federated_run.train(run, StopAfter(1), loaded)
     stored = json.loads((run.out / "config.json").read_text())
     stored["run"][part][option] = value
     (run.out / "config.json").write_text(json.dumps(seal(stored)))
     with pytest.raises(UserError, match=rf"does not fit this run(.|\n)*{told}"):
-        federated_run.resume(run.out, session=session)
+        federated_run.resume(run.out, model=loaded)
 
 
-def test_more_devices_than_there_are(model, session, tmp_path):
+def test_more_devices_than_there_are(model, loaded, tmp_path):
     run = tiny_run(model, tmp_path / "run")
     with pytest.raises(StopError):
-        federated_run.train(run, StopAfter(1), session)
+        federated_run.train(run, StopAfter(1), loaded)
     stored = json.loads((run.out / "config.json").read_text())
     stored["resolved"]["mesh"] = {"clients": 32, "model": 2}
     (run.out / "config.json").write_text(json.dumps(seal(stored)))
     with pytest.raises(UserError, match=r"ran on 64 devices \(clients=32,model=2\)"):
-        federated_run.resume(run.out, session=session)
+        federated_run.resume(run.out, model=loaded)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(model, session, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(model, loaded, tmp_path):
     train = TrainOptions(
         rounds=4,
         local_steps=2,
@@ -200,18 +200,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, session, tmp_path):
         learning_rate_b=1e30,
     )
     with pytest.raises(UserError, match=r"the training of .* not finite: lower --train\.learning-rate-a"):
-        federated_run.train(tiny_run(model, tmp_path / "run", train=train), session=session)
+        federated_run.train(tiny_run(model, tmp_path / "run", train=train), model=loaded)
 
 
-def test_too_large_a_cohort(model, session, tmp_path):
+def test_too_large_a_cohort(model, loaded, tmp_path):
     with pytest.raises(UserError, match="--cohort 9: there are only 4 clients that train"):
-        federated_run.train(tiny_run(model, tmp_path / "run", cohort=9), session=session)
+        federated_run.train(tiny_run(model, tmp_path / "run", cohort=9), model=loaded)
 
 
-def test_answers_longer_than_the_model_has_positions(model, session, tmp_path):
+def test_answers_longer_than_the_model_has_positions(model, loaded, tmp_path):
     evaluation = EvaluationOptions(max_answer_tokens=65)
     with pytest.raises(UserError, match=r"--evaluation.max-answer-tokens is 65: .* has 64 positions"):
-        federated_run.train(tiny_run(model, tmp_path / "run", evaluation=evaluation), session=session)
+        federated_run.train(tiny_run(model, tmp_path / "run", evaluation=evaluation), model=loaded)
 
 
 def test_options_survive_the_folder(finished, model):

@@ -10,27 +10,27 @@ from tiny_run import tiny_run
 
 from fedvlm_jax.run_dir.reader import read_run
 from fedvlm_jax.training import federated_run
+from fedvlm_jax.training.experiment import open_experiment
 from fedvlm_jax.training.final_evaluation import read_gains
 from fedvlm_jax.training.personalization import find_nearest
-from fedvlm_jax.training.prepare import prepare
 
 
-def run_with(model, folder, session, method="plora", held_out=0.25, **evaluation):
+def run_with(model, folder, loaded, method="plora", held_out=0.25, **evaluation):
     run = tiny_run(model, folder, method=method)
     data = run.data.replace(held_out_clients=held_out)
     changed = dataclasses.replace(run.evaluation, **evaluation)
-    return read_run(federated_run.train(dataclasses.replace(run, data=data, evaluation=changed), session=session))
+    return read_run(federated_run.train(dataclasses.replace(run, data=data, evaluation=changed), model=loaded))
 
 
 @pytest.fixture(scope="module")
-def record(model, session, tmp_path_factory):
-    return run_with(model, tmp_path_factory.mktemp("runs") / "plora", session, cross_clients=True)
+def record(model, loaded, tmp_path_factory):
+    return run_with(model, tmp_path_factory.mktemp("runs") / "plora", loaded, cross_clients=True)
 
 
 @pytest.mark.broad
-def test_scores_do_not_depend_on_how_examples_are_cut(model, session, tmp_path):
+def test_scores_do_not_depend_on_how_examples_are_cut(model, loaded, tmp_path):
     """Clients with 0, 1 and 9 examples beside each other, in pieces of 1 and 4 and waves of 1 and 3."""
-    experiment = prepare(tiny_run(model, tmp_path), session)
+    experiment = open_experiment(tiny_run(model, tmp_path), loaded)
     clients = experiment.examples.clients
     sizes = (0, 1, 9, 6)
     ragged = tuple(
@@ -46,7 +46,7 @@ def test_scores_do_not_depend_on_how_examples_are_cut(model, session, tmp_path):
     found = []
     for wave, batch in ((1, 1), (3, 4)):
         evaluator = dataclasses.replace(experiment.evaluator, examples=examples, wave=wave, batch=batch, base={})
-        scored = evaluator(session.params, models, "test", range(4))
+        scored = evaluator(loaded.params, models, "test", range(4))
         found.append({name: one.scores for name, one in scored.items()})
     names = [client.name for client, size in zip(clients, sizes, strict=True) if size]
     for scores in found:
@@ -111,17 +111,17 @@ def test_the_global_model_is_nobody_s_own_where_something_is_private(record):
 
 
 @pytest.mark.broad
-def test_where_nothing_is_private_the_global_model_is_everybody_s(model, session, tmp_path):
-    record = run_with(model, tmp_path / "run", session, method="fedavg-lora", held_out=0.0)
+def test_where_nothing_is_private_the_global_model_is_everybody_s(model, loaded, tmp_path):
+    record = run_with(model, tmp_path / "run", loaded, method="fedavg-lora", held_out=0.0)
     assert record.results["global"] == record.results["personal"]
     assert "held_out" not in record.results
-    record = run_with(model, tmp_path / "local", session, method="local", held_out=0.0)
+    record = run_with(model, tmp_path / "local", loaded, method="local", held_out=0.0)
     assert "global" not in record.results
 
 
 @pytest.mark.parametrize("kind", ["mean", "nearest"])
-def test_newcomers_start_with_others_private_part(model, session, tmp_path, kind):
-    record = run_with(model, tmp_path / "run", session, cold_start=kind)
+def test_newcomers_start_with_others_private_part(model, loaded, tmp_path, kind):
+    record = run_with(model, tmp_path / "run", loaded, cold_start=kind)
     (new,) = record.config["federation"]["held_out"]["clients"]
     files = {path.stem: load_file(path) for path in (record.folder / "adapters" / "clients").iterdir()}
     newcomer = files.pop(new)

@@ -4,7 +4,7 @@ import pytest
 from tiny_run import StopAfter, StopError, tiny_run
 
 from fedvlm_jax.run_dir.reader import read_baseline, read_run
-from fedvlm_jax.training import federated_run
+from fedvlm_jax.training import federated_run, final_evaluation
 from fedvlm_jax.training.extend_run import lengthen
 from fedvlm_jax.training.local_baseline import train_alone
 from fedvlm_jax.training.progress import SilentProgress
@@ -13,18 +13,18 @@ from fedvlm_jax.training.progress import SilentProgress
 @pytest.mark.broad
 def test_both_share_what_is_loaded_and_the_second_is_resumed(model, tmp_path, monkeypatch):
     loads = []
-    opened = federated_run.open_session
-    monkeypatch.setattr(federated_run, "open_session", lambda run, note: loads.append(run.out) or opened(run, note))
+    opened = federated_run.load_model
+    monkeypatch.setattr(federated_run, "load_model", lambda run, note: loads.append(run.out) or opened(run, note))
     run, show = tiny_run(model, tmp_path / "run", method="plora"), SilentProgress()
-    bases, score_base = [], federated_run.score_base
-    monkeypatch.setattr(federated_run, "score_base", lambda experiment: bases.append(1) or score_base(experiment))
-    session = federated_run.open_later(show)
-    federated_run.train(run, show, session)
+    bases, score_base = [], final_evaluation.score_base
+    monkeypatch.setattr(final_evaluation, "score_base", lambda experiment: bases.append(1) or score_base(experiment))
+    loaded = federated_run.load_later(show)
+    federated_run.train(run, show, loaded)
     assert read_baseline(read_run(run.out)) is None
     with pytest.raises(StopError):
-        train_alone(run.out, StopAfter(2), session)
+        train_alone(run.out, StopAfter(2), loaded)
     rest = SilentProgress()
-    train_alone(run.out, rest, session)
+    train_alone(run.out, rest, loaded)
     assert [line["round"] for line in rest.lines] == [3, 4]
     assert {line["method"] for line in rest.lines} == {"local"}
     assert loads == [run.out]
@@ -33,11 +33,11 @@ def test_both_share_what_is_loaded_and_the_second_is_resumed(model, tmp_path, mo
     assert alone.scores("zero_shot") == read_run(run.out).scores("zero_shot")
     assert len(bases) == 1, "the bare base is asked once for both"
     again = SilentProgress()
-    train_alone(run.out, again, session)
+    train_alone(run.out, again, loaded)
     assert again.lines == []
     lengthen(run.out, 6)
-    federated_run.resume(run.out, session=session)
+    federated_run.resume(run.out, model=loaded)
     assert read_baseline(read_run(run.out)) is None, "of fewer rounds"
-    train_alone(run.out, again, session)
+    train_alone(run.out, again, loaded)
     assert [line["round"] for line in again.lines] == [5, 6]
     assert read_baseline(read_run(run.out)) is not None

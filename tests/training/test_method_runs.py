@@ -23,18 +23,18 @@ ORDINARY = RICH[:1]
 @pytest.mark.parametrize(
     "method", [pytest.param(m, marks=[] if m in ORDINARY else [pytest.mark.slow]) for m in methods_available()]
 )
-def test_a_stopped_run_ends_as_a_whole_one(method, model, session, tmp_path):
+def test_a_stopped_run_ends_as_a_whole_one(method, model, loaded, tmp_path):
     train = TrainOptions(rounds=4, local_steps=2, batch_size=4, finetune_steps=2 if method in RICH else 0)
     whole, halved = (tiny_run(model, tmp_path / name, method=method, train=train) for name in ("whole", "halved"))
-    federated_run.train(whole, session=session)
+    federated_run.train(whole, model=loaded)
     last = 5 if train.finetune_steps else 4
     for stop in (2, last - 1):
         begun = (halved.out / "config.json").exists()
         with pytest.raises(StopError):
-            federated_run.resume(halved.out, StopAfter(stop), session) if begun else federated_run.train(
-                halved, StopAfter(stop), session
+            federated_run.resume(halved.out, StopAfter(stop), loaded) if begun else federated_run.train(
+                halved, StopAfter(stop), loaded
             )
-    federated_run.resume(halved.out, session=session)
+    federated_run.resume(halved.out, model=loaded)
     assert_same_adapters(whole.out, halved.out)
     lines = read_metrics(whole.out)
     assert [line["round"] for line in lines] == list(range(1, last + 1))
@@ -61,19 +61,19 @@ def test_a_stopped_run_ends_as_a_whole_one(method, model, session, tmp_path):
     ],
     ids=["prox-adam", "ranks", "scaffold"],
 )
-def test_options_beside_the_method_survive_a_stop(options, model, session, tmp_path):
+def test_options_beside_the_method_survive_a_stop(options, model, loaded, tmp_path):
     runs = [tiny_run(model, tmp_path / name, method="plora", **options) for name in ("whole", "halved")]
-    federated_run.train(runs[0], session=session)
+    federated_run.train(runs[0], model=loaded)
     with pytest.raises(StopError):
-        federated_run.train(runs[1], StopAfter(2), session)
-    federated_run.resume(runs[1].out, session=session)
+        federated_run.train(runs[1], StopAfter(2), loaded)
+    federated_run.resume(runs[1].out, model=loaded)
     assert_same_adapters(*(run.out for run in runs))
 
 
-def test_ranks_are_in_the_adapters_and_in_the_bytes(model, session, tmp_path):
+def test_ranks_are_in_the_adapters_and_in_the_bytes(model, loaded, tmp_path):
     run = tiny_run(model, tmp_path / "run", method="fedavg-lora", cohort=None, lora=LoraOptions(rank=4, ranks=(4, 2)))
     run = dataclasses.replace(run, train=TrainOptions(rounds=1, local_steps=2, batch_size=4))
-    federated_run.train(run, session=session)
+    federated_run.train(run, model=loaded)
     clients = [load_file(path) for path in sorted((run.out / "adapters" / "clients").iterdir())]
     used = [
         int(max(np.flatnonzero(np.abs(own[path]).sum(axis=tuple(range(own[path].ndim - 1))) > 0)) + 1)
@@ -83,6 +83,6 @@ def test_ranks_are_in_the_adapters_and_in_the_bytes(model, session, tmp_path):
     ]
     assert sorted(set(used)) == [2, 4]
     full = tiny_run(model, tmp_path / "full", method="fedavg-lora", cohort=None, lora=LoraOptions(rank=4))
-    federated_run.train(dataclasses.replace(full, train=run.train), session=session)
+    federated_run.train(dataclasses.replace(full, train=run.train), model=loaded)
     sent, all_sent = (read_metrics(folder)[0]["bytes_up_per_client"] for folder in (run.out, full.out))
     assert sent == pytest.approx(0.75 * all_sent, rel=1e-3)

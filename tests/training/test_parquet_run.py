@@ -11,7 +11,8 @@ from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.reader import read_run
 from fedvlm_jax.training import federated_run
-from fedvlm_jax.training.prepare import open_session, prepare
+from fedvlm_jax.training.experiment import open_experiment
+from fedvlm_jax.training.loaded_model import load_model
 from fedvlm_jax.training.progress import SilentProgress
 
 TRAIN = TrainOptions(rounds=1, local_steps=2, batch_size=4)
@@ -64,11 +65,11 @@ def test_cached_features_are_what_the_tower_computes(model, rows, tmp_path):
     for cache in ("memory", "disk", "disk", "off"):
         system = SystemOptions(cache=cache, cache_dir=tmp_path / "cache" if cache == "disk" else None)
         run = tiny_run(model, tmp_path / "unused", data=data, cohort=None, system=system)
-        session, show = open_session(run), SilentProgress()
-        experiment = prepare(run, session, show.note)
+        loaded, show = load_model(run), SilentProgress()
+        experiment = open_experiment(run, loaded, show)
         batch = experiment.inputs(np.arange(8))
         if "pixel_values" in batch:
-            batch["image_features"] = session.vlm.image_features(session.params, None, batch["pixel_values"])
+            batch["image_features"] = loaded.vlm.image_features(loaded.params, None, batch["pixel_values"])
         taken.append(np.asarray(batch["image_features"]))
         said = [note for note in show.notes if note.startswith("image features")]
         assert len(said) == (cache != "off"), "the size is said before anything is computed"
@@ -83,11 +84,11 @@ def test_a_cache_cut_short_by_a_kill_is_mended(model, rows, tmp_path):
     run = tiny_run(
         model, tmp_path / "unused", data=data, cohort=None, system=SystemOptions(cache="disk", cache_dir=tmp_path)
     )
-    whole = prepare(run, open_session(run)).inputs(np.arange(20))["image_features"]
+    whole = open_experiment(run, load_model(run)).inputs(np.arange(20))["image_features"]
     (folder,) = (path for path in tmp_path.iterdir() if path.name.startswith("features-"))
     for number, file in enumerate([*folder.glob("*.keys"), *folder.glob("*.rows")]):
         file.write_bytes(file.read_bytes()[: -((5 + 32 * 4), 3)[number]])
-    mended = prepare(run, open_session(run)).inputs(np.arange(20))["image_features"]
+    mended = open_experiment(run, load_model(run)).inputs(np.arange(20))["image_features"]
     np.testing.assert_array_equal(mended, whole)
 
 
@@ -96,7 +97,7 @@ def test_a_missing_column_is_told_before_the_model_is_loaded(tmp_path):
     write_rows(path, make_rows(4), drop=("chosen",))
     run = tiny_run(tmp_path / "no-such-model", tmp_path / "run", data=make_options(source=str(path)))
     with pytest.raises(UserError, match="chosen"):
-        open_session(run)
+        load_model(run)
 
 
 def test_a_question_in_the_client_s_language_needs_its_column(model, rows, tmp_path):

@@ -32,8 +32,8 @@ def eventful_run(model, out, **changes):
 
 
 @pytest.fixture(scope="module")
-def finished(model, session, tmp_path_factory):
-    return federated_run.train(eventful_run(model, tmp_path_factory.mktemp("runs") / "whole"), session=session)
+def finished(model, loaded, tmp_path_factory):
+    return federated_run.train(eventful_run(model, tmp_path_factory.mktemp("runs") / "whole"), model=loaded)
 
 
 def test_a_run_tells_what_became_of_its_clients(finished):
@@ -56,12 +56,12 @@ def test_a_run_tells_what_became_of_its_clients(finished):
 
 
 @pytest.mark.parametrize("stop", [1, 2, 4])
-def test_stopped_and_resumed_is_never_stopped(model, session, finished, tmp_path, stop):
+def test_stopped_and_resumed_is_never_stopped(model, loaded, finished, tmp_path, stop):
     """The same clients are drawn, drop out and straggle, so the adapters are the same bit for bit."""
     run = eventful_run(model, tmp_path / "run")
     with pytest.raises(StopError):
-        federated_run.train(run, StopAfter(stop), session)
-    federated_run.resume(run.out, session=session)
+        federated_run.train(run, StopAfter(stop), loaded)
+    federated_run.resume(run.out, model=loaded)
     assert_same_adapters(run.out, finished)
     timing = {"seconds", "clients_per_second"}
     mine, whole = (
@@ -71,12 +71,10 @@ def test_stopped_and_resumed_is_never_stopped(model, session, finished, tmp_path
     assert mine == whole
 
 
-def test_other_methods_meet_the_same_fate(model, session, finished, tmp_path):
+def test_other_methods_meet_the_same_fate(model, loaded, finished, tmp_path):
     """`fedvlm compare` compares methods, not luck."""
     run = eventful_run(model, tmp_path / "run", method="local")
-    federated_run.train(
-        dataclasses.replace(run, train=dataclasses.replace(run.train, finetune_steps=0)), session=session
-    )
+    federated_run.train(dataclasses.replace(run, train=dataclasses.replace(run.train, finetune_steps=0)), model=loaded)
     fates = [[(line["dropped"], line["stragglers"]) for line in read_metrics(f)[:4]] for f in (run.out, finished)]
     assert fates[0] == fates[1]
 

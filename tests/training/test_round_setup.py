@@ -11,8 +11,6 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import choose_layout
 from fedvlm_jax.methods import load_method
 from fedvlm_jax.methods.components.personalized_download import start_pool
-from fedvlm_jax.methods.config import LocalOptions, ServerOptions
-from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.training import round_setup
 
 
@@ -22,11 +20,8 @@ def test_a_pool_has_room_for_the_cohort_however_it_is_laid_out(monkeypatch, wave
     made = []
     monkeypatch.setattr(round_setup, "load_method", lambda name, setup: made.append(setup) or load_method(name, setup))
     layout = choose_layout([9] * 40, cohort=20, wave=wave, devices=1, steps=2, batch=2)
-    vlm = SimpleNamespace(sites={}, targets="", components=(), component=str)
-    round_setup.build_programs(
-        Run(), "fedalt", vlm, load_objective("sft"), make_mesh(1), population=40, layout=layout,
-        ranks=(), common_start=True, local=LocalOptions(), server=ServerOptions(),
-    )  # fmt: skip
+    run, vlm = Run(method="fedalt"), SimpleNamespace(sites={}, targets="x", components={}, component=lambda path: None)
+    round_setup.build_programs(vlm, make_mesh(1), run, 40, layout.cohort, layout.places, layout.steps)
     (setup,) = made
     assert (setup.cohort, setup.places) == (20, places)
     assert len(start_pool({"b": jnp.zeros(1)}, setup)["number"]) == 20

@@ -13,8 +13,9 @@ from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import open_model
 from fedvlm_jax.run_dir.reader import read_metrics, read_run
+from fedvlm_jax.training.experiment import open_experiment
 from fedvlm_jax.training.federated_run import resume, train
-from fedvlm_jax.training.prepare import open_session, prepare
+from fedvlm_jax.training.loaded_model import load_model
 
 
 def toy_run(model, out, **changes):
@@ -65,7 +66,7 @@ def test_prompt_and_answer_share_its_positions(toy_decoder, tmp_path):
     run = toy_run(toy_decoder, tmp_path / "run")
     short = replace(run, data=run.data.replace(max_answer_tokens=150))
     with pytest.raises(UserError, match="too long"):
-        prepare(short, open_session(short))
+        open_experiment(short, load_model(short))
 
 
 def test_a_method_that_needs_an_encoder_is_refused(toy_decoder, tmp_path):

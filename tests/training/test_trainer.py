@@ -5,7 +5,8 @@ from tiny_run import tiny_run
 
 from fedvlm_jax.config.run_options import LoraOptions, TrainOptions
 from fedvlm_jax.training import round_setup
-from fedvlm_jax.training.prepare import make_simulator, prepare
+from fedvlm_jax.training.experiment import make_simulator, open_experiment
+from fedvlm_jax.training.progress import SilentProgress
 from fedvlm_jax.training.trainer import find_rates
 
 
@@ -25,14 +26,14 @@ def test_without_warm_up_rates_are_what_they_were():
     assert rates(decay=1.0) == [{"a": 4.0, "b": 8.0}] * 9
 
 
-def test_dropout_reaches_training_and_targets_without_a_weight_are_told(model, session, tmp_path, monkeypatch):
-    asked, notes = [], []
+def test_dropout_reaches_training_and_targets_without_a_weight_are_told(model, loaded, tmp_path, monkeypatch):
+    asked, show = [], SilentProgress()
     make = round_setup.make_local_trainer
     monkeypatch.setattr(round_setup, "make_local_trainer", lambda *given, **kw: asked.append(kw) or make(*given, **kw))
     options = LoraOptions(rank=2, dropout=0.25, targets="q_proj|o_proj|lm_head")
-    experiment = prepare(tiny_run(model, tmp_path / "run", lora=options), session, notes.append)
-    make_simulator(experiment, "local", cohort=None)
+    run = tiny_run(model, tmp_path / "run", method="local", lora=options)
+    make_simulator(open_experiment(run, loaded, show))
     assert [given["dropout"] for given in asked] == [0.25]
-    assert [note for note in notes if "targets" in note] == [
+    assert [note for note in show.notes if "targets" in note] == [
         f"--lora.targets: o_proj, lm_head match no weight of {model}; the others have adapters"
     ]

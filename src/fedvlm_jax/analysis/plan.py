@@ -29,7 +29,7 @@ from fedvlm_jax.federation.round_shapes import shape_examples, shape_round
 from fedvlm_jax.lora import LoRA
 from fedvlm_jax.models import Vlm, read_size, read_vlm
 from fedvlm_jax.objectives import Objective, load_objective
-from fedvlm_jax.training.round_setup import build_programs, choose_arithmetic, deal_ranks, lay_out_sizes
+from fedvlm_jax.training.round_setup import build_programs, choose_arithmetic, lay_out_sizes
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,7 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         layout, began = lay_out(wave), time.monotonic()
         waves = f"{layout.waves} x {layout.wave}, {layout.wave // groups} side by side on {share}"
         note(f"compiling for {topology.name}: {cohort} clients, {waves}")
-        programs = build_programs(
-            run, run.method, vlm, objective, mesh, population=request.clients, layout=layout,
-            ranks=deal_ranks(run.lora.ranks, request.clients), common_start=run.lora.private_a == "common",
-            local=run.local, server=run.server,
-        )  # fmt: skip
+        programs = build_programs(vlm, mesh, run, request.clients, layout.cohort, layout.places, layout.steps)
         arguments = shape_round(programs, vlm, spec, layout, example)
         phase = programs.method.phase(1)
         try:

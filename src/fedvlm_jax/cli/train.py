@@ -81,7 +81,7 @@ def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool
     against = _refuse_baseline(options) if baseline else "--no-baseline"
     first: progress.Progress = show
     if not against:
-        first, watched["session"] = progress.Numbered(show, 1, 2), federated_run.open_later(show)
+        first, watched["model"] = progress.Numbered(show, 1, 2), federated_run.load_later(show)
     try:
         if run.resume is not None and was_said(*ROUNDS):
             processes.tell_all(lambda: lengthen(folder, run.train.rounds))
@@ -94,7 +94,7 @@ def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool
         if not against:
             from fedvlm_jax.training.local_baseline import train_alone
 
-            train_alone(folder, progress.Numbered(show, 2, 2), watched["session"])
+            train_alone(folder, progress.Numbered(show, 2, 2), watched["model"])
     except KeyboardInterrupt as error:
         show.finish()
         raise SystemExit(say(f"stopped. {_advise(folder, baseline)}", exit_code(error))) from None

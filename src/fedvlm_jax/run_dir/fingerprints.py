@@ -15,7 +15,6 @@ import numpy as np
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.sources.registry import find_sets
-from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import IGNORED, Examples
 from fedvlm_jax.errors import UserError, check_utf8
 from fedvlm_jax.models.folder_files import find_files
@@ -77,18 +76,17 @@ def find_places(folder: Path, run: Run) -> None:
             )
 
 
-def describe_sources(table: Table, model: Path) -> dict[str, Any]:
-    """Digest the files that a run reads: its data, and its base's folder with all that decides how the base is used.
+def describe_model(folder: Path) -> dict[str, Any]:
+    """Digest the weights of a base and all files in its folder that decide how it is used.
 
     Raises:
         UserError: a file cannot be read.
     """
     # Configuration, tokenizer and processor. An index only lists in which file each weight is.
-    paths = sorted(path for pattern in ("*.json", "*.txt", "*.model") for path in model.glob(pattern))
+    paths = sorted(path for pattern in ("*.json", "*.txt", "*.model") for path in folder.glob(pattern))
     read = [path for path in paths if path.is_file() and not path.name.endswith(".index.json")]
     return {
-        "data": table.digest,
-        "weights": digests.digest_files(find_files(model)),
+        "weights": digests.digest_files(find_files(folder)),
         "model_files": {path.name: digests.digest_file(path) for path in read},
     }
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,10 +17,11 @@ from fedvlm_jax.evaluation.evaluator import Adapters, Scores
 from fedvlm_jax.federation.client_states import Slots
 from fedvlm_jax.federation.simulator import Moment, RoundReport
 from fedvlm_jax.run_dir.reader import read_metrics
+from fedvlm_jax.training.experiment import Experiment
 from fedvlm_jax.training.failures import UNFIT, describe_rounds, describe_unfit, explain_aggregate, explain_all_unfit
+from fedvlm_jax.training.final_evaluation import ask_base
 from fedvlm_jax.training.personalization import give_models
-from fedvlm_jax.training.prepare import Experiment
-from fedvlm_jax.training.progress import Progress, working
+from fedvlm_jax.training.progress import working
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
 from fedvlm_jax.utils.files import write_text
 
@@ -29,9 +29,9 @@ from fedvlm_jax.utils.files import write_text
 class FiniteCheck(Callback):
     """Name clients whose numbers are not finite; end the run where nobody else is left."""
 
-    def __init__(self, show: Progress, describe_left: Callable[[], str]) -> None:
-        """Report to `show`; `describe_left` says which checkpoint a run that ends here leaves."""
-        self.show, self.describe_left = show, describe_left
+    def __init__(self, describe_left: Callable[[], str]) -> None:
+        """Take what says which checkpoint a run that ends here leaves."""
+        self.describe_left = describe_left
         self.known: set[str] = set()  # clients that were reported
 
     def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
@@ -54,7 +54,7 @@ class FiniteCheck(Callback):
         if not len(report.counted):
             model, left = trainer.experiment.run.model, self.describe_left()
             raise UserError(explain_all_unfit(result.round, names, from_the_start, model, left))
-        self.show.note(describe_unfit(result.round, names, from_the_start))
+        trainer.experiment.show.note(describe_unfit(result.round, names, from_the_start))
 
 
 @dataclass
@@ -79,10 +79,7 @@ class Best:
 class BestRound(Callback):
     """Validate every client's model every few rounds and keep the round that did best."""
 
-    def __init__(self, show: Progress, ask_base: Callable[[], Any]) -> None:
-        """Report to `show`; `ask_base` has the evaluator know what the bare base answers, before models are scored."""
-        self.show, self.ask_base = show, ask_base
-        self.best: Best
+    best: Best
 
     def begin(self, trainer: FederatedTrainer) -> None:
         """Take the start as the best there is so far."""
@@ -91,8 +88,8 @@ class BestRound(Callback):
     def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
         """Add `validation` to the line of a round that is validated."""
         if trainer.is_validated(result.round):
-            self.ask_base()
-            with working(self.show, "validating every client's model"):
+            ask_base(trainer.experiment)  # rewards are relative to what it answers
+            with working(trainer.experiment.show, "validating every client's model"):
                 result.line["validation"] = self._validate(trainer, result.round, result.report)
 
     def on_end(self, trainer: FederatedTrainer) -> None:
@@ -103,16 +100,16 @@ class BestRound(Callback):
         """
         if not self.best.round:
             raise UserError(
-                f"{trainer.folder}: on the clients' validation data no round's models have a finite loss, so there is "
-                "none to choose; lower --train.learning-rate-a and --train.learning-rate-b"
+                f"{trainer.experiment.folder}: on the clients' validation data no round's models have a finite loss, "
+                "so there is none to choose; lower --train.learning-rate-a and --train.learning-rate-b"
             )
 
     def give_models(self, trainer: FederatedTrainer) -> Adapters:
         """Return every client's model of the best round."""
         best, simulator = self.best, trainer.simulators[self.best.phase]
-        if best.phase == 0:
-            return give_models(trainer.experiment, simulator, Moment(best.server, best.slots))
-        return partial(simulator.adapters, at=Moment(simulator.server, best.slots))
+        if best.phase:  # fine-tuning changes no server's state, and every client has taken part in it
+            return partial(simulator.adapters, at=Moment(simulator.server, best.slots))
+        return give_models(trainer.experiment, simulator, Moment(best.server, best.slots))
 
     def _validate(self, trainer: FederatedTrainer, round_: int, report: RoundReport) -> dict[str, Any]:
         experiment, simulator, chosen = trainer.experiment, trainer.simulator, trainer.experiment.select_by
@@ -148,23 +145,21 @@ def score_validation(experiment: Experiment, base: PyTree, adapters: Adapters, n
 class MetricsWriter(Callback):
     """Append a line per round to `metrics.jsonl`; of several processes the first writes."""
 
-    def __init__(self, folder: Path, show: Progress) -> None:
-        """Write into `folder`, the run's, and report what is missing there."""
-        self.path, self.show = folder / "metrics.jsonl", show
-
     def on_start(self, trainer: FederatedTrainer, done: int) -> None:
         """Drop lines of rounds that are in no checkpoint: they are run again."""
-        if not processes.is_first() or not (done or self.path.exists()):
+        experiment, path = trainer.experiment, trainer.experiment.folder / "metrics.jsonl"
+        if not processes.is_first() or not (done or path.exists()):
             return
-        kept = [line for line in read_metrics(self.path.parent) if line["round"] <= done]
+        kept = [line for line in read_metrics(experiment.folder) if line["round"] <= done]
         if lost := done - len(kept):
-            self.show.note(f"{self.path} lacks {lost} of {done} rounds: reports leave them out, and nothing else does")
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            experiment.show.note(f"{path} lacks {lost} of {done} rounds: reports leave them out, and nothing else does")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
         """Append the round's line, on the disk before the checkpoint that follows."""
         if processes.is_first():
-            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            path = trainer.experiment.folder / "metrics.jsonl"
+            with naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result.line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -173,29 +168,28 @@ class MetricsWriter(Callback):
 class ProgressReporter(Callback):
     """Show every round, and after the last what was odd in all of them."""
 
-    def __init__(self, folder: Path, show: Progress) -> None:
-        """Report to `show`; `folder` has the lines of all rounds."""
-        self.folder, self.show = folder, show
-        self.rounds = 0  # since this process began
+    rounds = 0  # since this process began
 
     def on_start(self, trainer: FederatedTrainer, done: int) -> None:
         """Show how many rounds and validations are left."""
-        run, last = trainer.experiment.run, trainer.last_round
+        experiment, run, last = trainer.experiment, trainer.experiment.run, trainer.last_round
         validated = sum(trainer.is_validated(round_) for round_ in range(done + 1, last + 1))
-        self.show.start(last, f"{run.method} · seed {run.seed}", done, validated)
+        experiment.show.start(last, f"{run.method} · seed {run.seed}", done, validated)
 
     def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
         """Show the line; after the second round what a round takes, for the first one compiles."""
-        self.show.round(result.line)
+        show = trainer.experiment.show
+        show.round(result.line)
         self.rounds += 1
         if self.rounds == 2:
-            self.show.note(f"a round after the first takes {result.seconds:.2g} s, evaluation apart")
+            show.note(f"a round after the first takes {result.seconds:.2g} s, evaluation apart")
 
     def on_end(self, trainer: FederatedTrainer) -> None:
         """End the display and say what was odd."""
-        self.show.finish()
-        for sentence in describe_rounds(read_metrics(self.folder)):
-            self.show.note(sentence)
+        experiment = trainer.experiment
+        experiment.show.finish()
+        for sentence in describe_rounds(read_metrics(experiment.folder)):
+            experiment.show.note(sentence)
 
 
 def _mean(values: dict[str, float]) -> float | None:

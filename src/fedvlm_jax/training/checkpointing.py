@@ -5,7 +5,7 @@ Of several processes the first writes the checkpoints, and all of them know what
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ from fedvlm_jax.training.callbacks import Best, BestRound
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
 
 KEPT = 2
-"""Checkpoints, the newest."""
+"""The newest checkpoints that are kept: should the last turn out damaged, a run goes on from the one before."""
 
 
 class CheckpointWriter(Callback):
@@ -30,9 +30,9 @@ class CheckpointWriter(Callback):
         saved: rounds whose checkpoints are kept.
     """
 
-    def __init__(self, folder: Path, best: BestRound, note: Callable[[str], None]) -> None:
-        """Open the checkpoints of a run's folder; `note` is told of damaged ones."""
-        self.folder, self.best, self.note = folder, best, note
+    def __init__(self, folder: Path, best: BestRound) -> None:
+        """Open the checkpoints of a run's folder."""
+        self.folder, self.best = folder, best
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=KEPT)
         self.saved: list[int] = []
 
@@ -71,7 +71,9 @@ class CheckpointWriter(Callback):
                 del trainer.simulators[1:]
                 continue
             for damaged, fault in zip(rounds, faults, strict=False):
-                self.note(f"{fault}; the run goes on from round {done}, and round {damaged} is run again")
+                trainer.experiment.show.note(
+                    f"{fault}; the run goes on from round {done}, and round {damaged} is run again"
+                )
                 self.checkpoints.forget(damaged)
             self._keep_older(trainer, [older for older in rounds if older < done])
             return done
@@ -114,15 +116,15 @@ class CheckpointWriter(Callback):
         Raises:
             DamagedError: its checkpoint, or a personal state that it names, is not as it was written.
         """
-        session, number, federation = trainer.experiment.session, trainer.phase_of(done), trainer.simulator
-        if number:
+        model, federation = trainer.experiment.model, trainer.simulator
+        if trainer.phase_of(done):
             trainer.last_server = jax.device_get(federation.server) if federation.programs.base is not None else {}
-            trainer.start_phase(number, go_on=(trainer.first_adapter(federation.adapters), session.params))
+            trainer.start_finetuning(federation.adapters, model.params)
         simulator = trainer.simulator
         state, about = self.checkpoints.restore(done, self._state(trainer), {"states": simulator.client_states.shapes})
         trainer.last_server = state["last_server"]
         if trainer.last_server:
-            federation.server = replicate(session.mesh, trainer.last_server)
+            federation.server = replicate(model.mesh, trainer.last_server)
             simulator.params = federation.base
         simulator.load(state["simulator"])
         metric, loss = (-math.inf if value is None else value for value in about["best_score"])

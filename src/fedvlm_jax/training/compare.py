@@ -23,8 +23,8 @@ from fedvlm_jax.run_dir.folder_lock import Claim, name_command
 from fedvlm_jax.run_dir.reader import RunRecord, read_run
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import federated_run
+from fedvlm_jax.training.loaded_model import LoadedModel, load_model
 from fedvlm_jax.training.parallel import WorkerProgress, spread
-from fedvlm_jax.training.prepare import Session, open_session
 from fedvlm_jax.training.progress import Numbered, Progress, SilentProgress
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.serialization import encode
@@ -36,7 +36,7 @@ BYTES = ("bytes_up_per_client", "bytes_down_per_client")
 def compare(
     comparison: Compare,
     show: Progress | None = None,
-    session: Session | None = None,
+    model: LoadedModel | None = None,
     settings: Mapping[str, TrainOptions] | None = None,
 ) -> Path:
     """Run every method with every seed; returns the folder with `comparison.json` and a folder per run.
@@ -44,7 +44,7 @@ def compare(
     Args:
         comparison: what is compared.
         show: where to report.
-        session: what an earlier run of the same model and data left, to start faster.
+        model: what an earlier run of the same model and data left, to start faster.
         settings: method (with its "+ft" or "+knn") -> its own training options in place of `comparison.base.train`,
             for example the learning rates tuned for it. They are kept in `comparison.json`.
 
@@ -58,23 +58,23 @@ def compare(
     if folder is None:
         raise UserError("a comparison needs a folder: set out")
     with Claim(folder):
-        return _compare(comparison, folder, show or SilentProgress(), session, settings)
+        return _compare(comparison, folder, show or SilentProgress(), model, settings)
 
 
 def _compare(
-    comparison: Compare, folder: Path, show: Progress, session: Session | None, settings: Mapping[str, TrainOptions]
+    comparison: Compare, folder: Path, show: Progress, model: LoadedModel | None, settings: Mapping[str, TrainOptions]
 ) -> Path:
     seeds = [comparison.base.seed + number for number in range(comparison.seeds)]
     if comparison.processes > 1:
         _share_out(comparison, settings, seeds, show)
         show = SilentProgress()  # from here on, all is there to be read
-    session = session or open_session(_find_common(comparison), show.note)
-    _check_finished(comparison, settings, comparison.methods, seeds, session)
+    model = model or load_model(_find_common(comparison), show.note)
+    _check_finished(comparison, settings, comparison.methods, seeds, model)
     entries: list[dict[str, Any]] = []
     zero_shot: list[dict[str, Any]] = []
     selected_by = ""
     for seed in seeds:
-        records = _run_methods(comparison, settings, comparison.methods, seed, show, session)
+        records = _run_methods(comparison, settings, comparison.methods, seed, show, model)
         entries += [_describe(records[method], method, seed, folder) for method in comparison.methods]
         zero_shot.append({"seed": seed, **records[comparison.methods[0]].results["zero_shot"]})
         selected_by = records[comparison.methods[0]].metric
@@ -105,13 +105,13 @@ def _check_finished(
     settings: Mapping[str, TrainOptions],
     methods: Sequence[str],
     seeds: Sequence[int],
-    session: Session,
+    model: LoadedModel,
 ) -> None:
     """Refuse to put runs of other data or another model into one comparison: those that are finished are only read."""
     for run in (_make_run(comparison, settings, method, seed) for seed in seeds for method in methods):
         assert run.out is not None
         if (run.out / "results.json").is_file():
-            refuse_other_sources(run.out, run, session)
+            refuse_other_sources(run.out, run, model)
 
 
 def _run_methods(
@@ -120,7 +120,7 @@ def _run_methods(
     methods: Sequence[str],
     seed: int,
     show: Progress,
-    session: Session,
+    model: LoadedModel,
 ) -> dict[str, RunRecord]:
     runs = {method: _make_run(comparison, settings, method, seed) for method in methods}
     records: dict[str, RunRecord] = {}
@@ -129,7 +129,7 @@ def _run_methods(
     for number, method in enumerate(ordered, start=before + 1):
         start = records.get(plain(method)) if method != plain(method) else None
         numbered = Numbered(show, number, total)
-        records[method] = finish_run(runs[method], numbered, session, start.folder if start else None)
+        records[method] = finish_run(runs[method], numbered, model, start.folder if start else None)
     return records
 
 
@@ -146,35 +146,35 @@ def _share_out(comparison: Compare, settings: Mapping[str, TrainOptions], seeds:
 
 def _work(task: tuple[Compare, Mapping[str, TrainOptions], tuple[str, ...], list[int]]) -> tuple[str, ...]:
     comparison, settings, methods, seeds = task
-    session = _open_kept(_find_common(comparison))
-    _check_finished(comparison, settings, methods, seeds, session)
+    model = _open_kept(_find_common(comparison))
+    _check_finished(comparison, settings, methods, seeds, model)
     for seed in seeds:
-        _run_methods(comparison, settings, methods, seed, WorkerProgress(), session)
-    session.forget("programs")
+        _run_methods(comparison, settings, methods, seed, WorkerProgress(), model)
+    model.drop_programs()
     return methods
 
 
-_open_kept = functools.lru_cache(maxsize=1)(open_session)
+_open_kept = functools.lru_cache(maxsize=1)(load_model)
 """In a worker: what all its tasks have in common."""
 
 
-def refuse_other_sources(folder: Path, run: Run, session: Session) -> None:
+def refuse_other_sources(folder: Path, run: Run, model: LoadedModel) -> None:
     """See that a finished run, which is only read, was of the data and the model beside whose runs it is put.
 
     Raises:
         UserError: they have changed since.
     """
     if stored := read_config(folder).content.get("fingerprint"):
-        compare_sources(folder, run, stored, session.sources)
+        compare_sources(folder, run, stored, model.sources(run.data))
 
 
-def finish_run(run: Run, show: Progress, session: federated_run.Opened, start: Path | None = None) -> RunRecord:
+def finish_run(run: Run, show: Progress, model: federated_run.Model, start: Path | None = None) -> RunRecord:
     """Read the run if it is finished, go on with it if it was begun, else run it.
 
     Args:
         run: its options; `out` must be given.
         show: where to report.
-        session: of the same model and data, or what opens it.
+        model: of the same model and data, or what opens it.
         start: the folder of a finished run; where it is `run` without what comes after the federation, `run` continues
             it.
 
@@ -185,14 +185,14 @@ def finish_run(run: Run, show: Progress, session: federated_run.Opened, start: P
     assert run.out is not None
     if not (run.out / "config.json").exists():
         if start is not None and _is_start(start, run):
-            federated_run.extend(start, run, show, session)
+            federated_run.extend(start, run, show, model)
         else:
-            federated_run.train(run, show, session)
+            federated_run.train(run, show, model)
         return read_run(run.out)
     there = dataclasses.replace(_read_options(run.out), out=run.out)
     if move(there, run) != run:
         raise UserError(f"{run.out} was made with other options: choose another --out, or repeat the first command")
-    federated_run.resume(run.out, show, session, places=None if there == run else run)
+    federated_run.resume(run.out, show, model, places=None if there == run else run)
     return read_run(run.out)
 
 

@@ -18,8 +18,9 @@ from fedvlm_jax.run_dir.fingerprints import (
 )
 from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.run_dir.validated_files import check_seal, read_config
-from fedvlm_jax.training.final_evaluation import describe_scores, let_remember, score_base, score_matrix, score_models
-from fedvlm_jax.training.prepare import open_session, prepare, show_evaluation
+from fedvlm_jax.training.experiment import open_experiment
+from fedvlm_jax.training.final_evaluation import score_all, score_base
+from fedvlm_jax.training.loaded_model import load_model
 from fedvlm_jax.training.progress import Progress, SilentProgress, working
 from fedvlm_jax.utils.files import write_json
 
@@ -48,16 +49,14 @@ def _evaluate(folder: Path, show: Progress) -> dict[str, Any]:
     tell_versions(stored.content["versions"], show.note)
     find_places(folder, run)
     then = stored.content["fingerprint"]
-    session = open_session(run, show.note, partial(compare_sources, folder, run, then))
-    experiment = show_evaluation(prepare(run, session, show.note), show)
+    model = load_model(run, show.note, partial(compare_sources, folder, run, then))
+    experiment = open_experiment(run, model, show)
     compare_clients(folder, then["clients"], describe_clients(experiment.examples))
     names = [client.name for client in experiment.examples.clients]
-    session = experiment.session
-    params = place_base(session.mesh, load_base(folder / "adapters", session.params), session.vlm.cuts)
+    params = place_base(model.mesh, load_base(folder / "adapters", model.params), model.vlm.cuts)
     with working(show, f"evaluating {len(names)} clients and the bare base, which compiles first"):
-        models, remembered = let_remember(experiment, params, open_adapters(folder / "adapters", names))
-        scored = score_models(experiment, params, models, None, score_base(experiment))
-        scores = remembered | describe_scores(experiment, scored) | score_matrix(experiment, params, models)
+        adapters = open_adapters(folder / "adapters", names)
+        _, scores = score_all(experiment, params, adapters, None, score_base(experiment))
     if processes.is_first():
         write_json(folder / "evaluation.json", scores)
     return scores

@@ -17,8 +17,8 @@ from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.errors import naming
 from fedvlm_jax.evaluation.metrics.text_metrics import exact_match, token_f1
 from fedvlm_jax.run_dir.validated_files import EXAMPLE_MODELS, EXAMPLES
+from fedvlm_jax.training.experiment import Experiment
 from fedvlm_jax.training.final_evaluation import ScoredModels
-from fedvlm_jax.training.prepare import Experiment
 from fedvlm_jax.utils.files import write_json
 
 PICTURES = "examples"
@@ -134,7 +134,7 @@ def _first_of_each(right: Bool[np.ndarray, " some"], some: int, count: int) -> l
 
 
 def _describe(experiment: Experiment, client: int, row: int, answers: dict[str, str], picture: str) -> dict[str, Any]:
-    examples, table = experiment.examples, experiment.session.table
+    examples, table = experiment.examples, experiment.data.table
     column = find_question_column(table, experiment.run.data)
     gold = [experiment.evaluator.gold[row]]
     return {

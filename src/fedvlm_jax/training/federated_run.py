@@ -16,85 +16,80 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import Run, to_json, without_extras
 from fedvlm_jax.config.validation import validate
-from fedvlm_jax.data.config import SPLITS, Split
+from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.data.tokenization import find_question_column
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import fetch, replicate
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.evaluation.evaluator import Adapters, Scored
+from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.federation.simulator import Moment
 from fedvlm_jax.models import resolve_folder
-from fedvlm_jax.run_dir.artifacts import BASE, describe_environment, describe_start, save_adapters, save_base
-from fedvlm_jax.run_dir.fingerprints import (
-    anchor,
-    compare_clients,
-    compare_sources,
-    describe_clients,
-    describe_sources,
-    find_places,
-    move,
-    tell_versions,
-)
+from fedvlm_jax.run_dir import artifacts, fingerprints
 from fedvlm_jax.run_dir.folder_lock import Claim, clear, is_used
 from fedvlm_jax.run_dir.reader import read_run
 from fedvlm_jax.run_dir.validated_files import StoredConfig, check_seal, read_config, seal
+from fedvlm_jax.training import final_evaluation
 from fedvlm_jax.training.callbacks import BestRound, FiniteCheck, MetricsWriter, ProgressReporter
 from fedvlm_jax.training.checkpointing import CheckpointWriter
 from fedvlm_jax.training.example_outputs import write_examples
+from fedvlm_jax.training.experiment import Experiment, open_experiment
 from fedvlm_jax.training.failures import describe_lost
-from fedvlm_jax.training.final_evaluation import describe_scores, let_remember, score_base, score_matrix, score_models
+from fedvlm_jax.training.loaded_model import LoadedModel, load_model
 from fedvlm_jax.training.personalization import each_model
-from fedvlm_jax.training.prepare import Experiment, Session, open_session, prepare, show_evaluation
 from fedvlm_jax.training.progress import Progress, SilentProgress, working
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer
 from fedvlm_jax.training.wave_width import fit
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.files import write_json
 
-Opened = Session | Callable[[Run], Session]
-"""What runs of the same model and data share, or what opens it for the first of them that needs it."""
+Model = LoadedModel | Callable[[Run], LoadedModel]
+"""What runs of the same model share, or what loads it for the first of them that needs it."""
 
 
-def open_later(show: Progress) -> Callable[[Run], Session]:
-    """Load the model and open the data when a run first asks for them, and keep them for the next."""
-    kept: list[Session] = []
+def load_later(show: Progress) -> Callable[[Run], LoadedModel]:
+    """Return what loads the model when a run first asks for it, and keeps it for the next."""
+    kept: list[LoadedModel] = []
 
-    def open_once(run: Run) -> Session:
+    def load_once(run: Run) -> LoadedModel:
         if not kept:
-            kept.append(open_session(run, show.note))
+            kept.append(load_model(run, show.note))
         return kept[0]
 
-    return open_once
+    return load_once
 
 
 def train(
-    run: Run, show: Progress | None = None, session: Opened | None = None, callbacks: Sequence[Callback] = ()
+    run: Run, show: Progress | None = None, model: Model | None = None, callbacks: Sequence[Callback] = ()
 ) -> Path:
-    """Run a federation from the start; returns the folder that holds everything about it.
+    """Run a federation from the start; return the folder that holds everything about it.
 
     Args:
         run: the options; `out` must be given.
         show: where to report.
-        session: what an earlier run of the same model and data left, to start faster.
+        model: of an earlier run with the same model and mesh, to start faster.
         callbacks: called after those that every run has; `analysis.profiling` has one.
 
     Raises:
         UserError: the options, the data or the model cannot work, the folder is in use, or the loss is not finite.
     """
+    run, out = _check_new(run)
+    with _claim(out):
+        processes.tell_all(partial(_refuse_used, out))
+        return _execute(run, show or SilentProgress(), model, callbacks)
+
+
+def _check_new(run: Run) -> tuple[Run, Path]:
     validate(run)
-    run = anchor(run)
+    run = fingerprints.anchor(run)
     if run.out is None:
         raise UserError("a run needs a folder: set out")
-    with _claim(run.out):
-        processes.tell_all(partial(_refuse_used, run.out))
-        return _execute(run, show or SilentProgress(), session, callbacks)
+    return run, run.out
 
 
 @contextmanager
@@ -115,7 +110,7 @@ def _refuse_used(folder: Path) -> None:
 def resume(
     folder: Path,
     show: Progress | None = None,
-    session: Opened | None = None,
+    model: Model | None = None,
     callbacks: Sequence[Callback] = (),
     places: Run | None = None,
 ) -> Path:
@@ -123,27 +118,20 @@ def resume(
 
     Args:
         folder: the run's.
-        show: where to report.
-        session: what an earlier run of the same model and data left, to start faster.
-        callbacks: called after those that every run has.
+        show, model, callbacks: as `train` takes them.
         places: says where data and model are now, if they have moved.
 
     Raises:
         UserError: the folder is no run's, its checkpoint does not fit, the devices of then are not there, or data,
             clients, model or options are not those that it began with.
     """
-    show = show or SilentProgress()
     read_config(folder)  # before the folder is claimed, for it may be none
     with _claim(folder):
-        return _go_on(folder, show, session, callbacks, places)
+        return _go_on(folder, show or SilentProgress(), model, callbacks, places)
 
 
 def _go_on(
-    folder: Path,
-    show: Progress,
-    session: Opened | None,
-    callbacks: Sequence[Callback] = (),
-    places: Run | None = None,
+    folder: Path, show: Progress, model: Model | None, callbacks: Sequence[Callback] = (), places: Run | None = None
 ) -> Path:
     stored = read_config(folder)
     run = dataclasses.replace(stored.run, out=folder, resume=None)
@@ -151,35 +139,30 @@ def _go_on(
     if finished and places is None:
         show.note(f"{folder} is finished")
         return folder
-    run = run if places is None else move(run, places)
-    find_places(folder, run)
-    _validate_stored(folder, run)
+    run = run if places is None else fingerprints.move(run, places)
+    fingerprints.find_places(folder, run)
+    try:
+        validate(run)  # options may have been edited
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
     check_seal(folder / "config.json", stored.content)
     if finished:
-        sources = describe_sources(read_table(run.data), resolve_folder(run.model))
-        compare_sources(folder, run, stored.content["fingerprint"], sources)
+        sources = {"data": read_table(run.data).digest, **fingerprints.describe_model(resolve_folder(run.model))}
+        fingerprints.compare_sources(folder, run, stored.content["fingerprint"], sources)
         _note_places(run, stored)
         show.note(f"{folder} is finished; it is noted where its data and model are now")
         return folder
-    tell_versions(stored.content["versions"], show.note)
+    fingerprints.tell_versions(stored.content["versions"], show.note)
     if stored.mesh.devices > len(jax.devices()):
         raise UserError(
             f"{folder} ran on {stored.mesh.devices} devices ({stored.mesh}) and there are {len(jax.devices())} now. "
             "Numbers on another mesh agree to rounding only, so the run is not continued; start a new one."
         )
     system = dataclasses.replace(run.system, mesh=str(stored.mesh), wave=stored.wave)
-    return _execute(dataclasses.replace(run, system=system), show, session, callbacks, stored)
+    return _execute(dataclasses.replace(run, system=system), show, model, callbacks, stored)
 
 
-def _validate_stored(folder: Path, run: Run) -> None:
-    """Options that were edited are judged as those of a new run are."""
-    try:
-        validate(run)
-    except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
-
-
-def extend(folder: Path, run: Run, show: Progress | None = None, session: Opened | None = None) -> Path:
+def extend(folder: Path, run: Run, show: Progress | None = None, model: Model | None = None) -> Path:
     """Run `run`: the rounds of the finished run in `folder`, with local fine-tuning or neighbours after them.
 
     Nothing is trained twice: what the finished run left is copied, and the copy goes on. It ends as `train(run)` would,
@@ -188,99 +171,88 @@ def extend(folder: Path, run: Run, show: Progress | None = None, session: Opened
     Raises:
         UserError: the folder's run is not finished or differs in more than these, or `run.out` is in use.
     """
-    validate(run)
-    run = anchor(run)
-    if run.out is None:
-        raise UserError("a run needs a folder: set out")
-    record = read_run(folder)
-    done = read_config(folder).run
+    run, out = _check_new(run)
+    record, done = read_run(folder), read_config(folder).run
     if dataclasses.replace(without_extras(run), out=done.out) != done:
         raise UserError(
-            f"{folder} differs from {run.out} in more than local fine-tuning or neighbours: it cannot go on as that run"
+            f"{folder} differs from {out} in more than local fine-tuning or neighbours: it cannot go on as that run"
         )
-    scratch = run.out.with_name(run.out.name + ".partial")  # a kill leaves the run whole or not begun
+    scratch = out.with_name(out.name + ".partial")  # a kill leaves the run whole or not begun
     with Claim(scratch) as claim:
-        with Claim(run.out):
-            _refuse_used(run.out)
+        with Claim(out):
+            _refuse_used(out)
         clear(scratch)
         with Claim(folder):  # what is copied is at rest
-            _copy(folder, scratch)
+            shutil.copy(folder / "metrics.jsonl", scratch)
+            if (folder / "checkpoints").is_dir():  # without checkpoints the copy starts anew
+                shutil.copytree(folder / "checkpoints", scratch / "checkpoints")
+                for file in folder.glob("states-*.bin"):
+                    shutil.copy(file, scratch)
         if processes.is_first():
             write_json(scratch / "config.json", seal({**record.config, "run": to_json(run)}))
-        claim.move(run.out)
-        return _go_on(run.out, show or SilentProgress(), session)
-
-
-def _copy(folder: Path, target: Path) -> None:
-    """Copy what a run needs to go on; without checkpoints the copy starts anew."""
-    shutil.copy(folder / "metrics.jsonl", target)
-    if (folder / "checkpoints").is_dir():
-        shutil.copytree(folder / "checkpoints", target / "checkpoints")
-        for file in folder.glob("states-*.bin"):
-            shutil.copy(file, target)
+        claim.move(out)
+        return _go_on(out, show or SilentProgress(), model)
 
 
 def _execute(
-    run: Run,
-    show: Progress,
-    opened: Opened | None,
-    callbacks: Sequence[Callback],
-    stored: StoredConfig | None = None,
+    run: Run, show: Progress, given: Model | None, callbacks: Sequence[Callback], stored: StoredConfig | None = None
 ) -> Path:
     """Run all that is not done; `stored` is what the folder of a run that goes on says."""
-    assert run.out is not None
-    check = partial(compare_sources, run.out, run, stored.content["fingerprint"]) if stored else _accept
-    if opened is None:
-        session = open_session(run, show.note, check)
-    else:
-        session = opened(run) if callable(opened) else opened
-        check(session.sources)
-    experiment = fit(show_evaluation(prepare(run, session, show.note), show), show)
-    if stored:
-        compare_clients(run.out, stored.content["fingerprint"]["clients"], describe_clients(experiment.examples))
-        _note_places(run, stored)
-    else:
-        _write_config(run, experiment)
-    ask_base = partial(_ask_base, run, experiment, session, show)
-    trainer, best_round = _run_rounds(experiment, run.out, show, ask_base, callbacks)
-    zero_shot = ask_base()
-    best, federation, own = best_round.best, trainer.simulators[0], best_round.give_models(trainer)
-    at = Moment(replicate(session.mesh, best.server), federation.client_states.slots)
+    model, experiment = _open(run, show, given, stored)
+    folder = experiment.folder
+    trainer, best_round = _run_rounds(experiment, callbacks)
+    zero_shot = final_evaluation.ask_base(experiment)
+    best, federation, personal = best_round.best, trainer.simulators[0], best_round.give_models(trainer)
+    at = Moment(replicate(model.mesh, best.server), federation.client_states.slots)
     base = federation.base_at(at.server)
     shared = jax.device_get(federation.programs.method.download(server=at.server))
-    save_base(run.out / "adapters" / BASE, session.params, base)
-    save_adapters(
-        run.out / "adapters", _list_adapters(experiment, own), shared, {"method": run.method, "round": best.round}
-    )
+    artifacts.save_base(folder / "adapters" / artifacts.BASE, model.params, base)
+    about = {"method": run.method, "round": best.round}
+    artifacts.save_adapters(folder / "adapters", _list_adapters(experiment, personal), shared, about)
     general = partial(federation.global_adapters, at=at) if jax.tree.leaves(shared) else None
     with working(show, "evaluating every client's own model"):
-        models, remembered = let_remember(experiment, base, own)
-        scored = score_models(experiment, base, models, general, zero_shot)
-        results = {
-            "selected_round": best.round,
-            "selected_by": experiment.select_by,
-            **remembered,
-            **describe_scores(experiment, scored),
-            **score_matrix(experiment, base, models),
-        }
+        scored, scores = final_evaluation.score_all(experiment, base, personal, general, zero_shot)
+        results = {"selected_round": best.round, "selected_by": experiment.select_by, **scores}
     if lost := describe_lost(results):
         show.note(lost)
     if processes.is_first():
-        write_examples(experiment, scored, run.out)
-        write_json(run.out / "results.json", results)
-    return run.out
+        write_examples(experiment, scored, folder)
+        write_json(folder / "results.json", results)
+    return folder
 
 
-def _run_rounds(
-    experiment: Experiment, folder: Path, show: Progress, ask_base: Callable[[], Any], more: Sequence[Callback]
-) -> tuple[FederatedTrainer, BestRound]:
+def _open(run: Run, show: Progress, given: Model | None, stored: StoredConfig | None) -> tuple[LoadedModel, Experiment]:
+    """Load what a run needs, and write its config, or see that all is as the config of a run that goes on has it."""
+    assert run.out is not None
+
+    def check(sources: Mapping[str, Any]) -> None:
+        if stored:
+            fingerprints.compare_sources(run.out, run, stored.content["fingerprint"], sources)
+
+    if given is None:
+        model = load_model(run, show.note, check)
+    else:
+        model = given(run) if callable(given) else given
+        check(model.sources(run.data))
+    experiment = fit(open_experiment(run, model, show))
+    if stored:
+        clients = fingerprints.describe_clients(experiment.examples)
+        fingerprints.compare_clients(run.out, stored.content["fingerprint"]["clients"], clients)
+        _note_places(run, stored)
+    else:
+        _write_config(experiment)
+    return model, experiment
+
+
+def _run_rounds(experiment: Experiment, more: Sequence[Callback]) -> tuple[FederatedTrainer, BestRound]:
     """Run all rounds that are in no checkpoint; return the trainer after the last, and the best round."""
-    best = BestRound(show, ask_base)
-    checkpoints = CheckpointWriter(folder, best, show.note)
-    check = FiniteCheck(show, checkpoints.describe_newest)
-    callbacks = (check, best, MetricsWriter(folder, show), checkpoints, ProgressReporter(folder, show), *more)
+    best = BestRound()
+    checkpoints = CheckpointWriter(experiment.folder, best)
+    # The line is complete before it is written, and on the disk before the checkpoint of its round.
+    check = FiniteCheck(checkpoints.describe_newest)
+    callbacks = (check, best, MetricsWriter(), checkpoints, ProgressReporter(), *more)
     try:
-        trainer = FederatedTrainer(experiment, folder, show, callbacks)
+        trainer = FederatedTrainer(experiment, callbacks)
         best.begin(trainer)
         trainer.run(checkpoints.load(trainer))
     finally:
@@ -288,29 +260,13 @@ def _run_rounds(
     return trainer, best
 
 
-def _ask_base(run: Run, experiment: Experiment, session: Session, show: Progress) -> dict[Split, Scored]:
-    """What the bare base answers, asked once: rounds need not wait for it, but rewards are relative to it."""
-
-    def ask() -> dict[Split, Scored]:
-        with working(show, "asking the bare base (zero-shot), which compiles first"):
-            return score_base(experiment)
-
-    # What is only reported of a run's own models changes nothing of the base's answers: the baseline run leaves it out.
-    options = dataclasses.replace(without_extras(run).evaluation, examples=0, cross_clients=False)
-    return session.remember(("zero-shot", run.data, run.seed, options, run.preference, experiment.objective.pairs), ask)
-
-
 def _list_adapters(experiment: Experiment, models: Adapters) -> Iterator[tuple[str, PyTree]]:
-    """Everybody's name and adapter, on the host."""
+    """Yield everybody's name and adapter, on the host."""
     clients = experiment.examples.clients
     for numbers, adapters in each_model(models, len(clients), experiment.layout.wave):
         held = fetch(adapters)
         for place, number in enumerate(numbers):
             yield clients[number].name, jax.tree.map(lambda leaf, place=place: leaf[place], held)
-
-
-def _accept(sources: Mapping[str, Any]) -> None:
-    """A new run is of what there is."""
 
 
 def _note_places(run: Run, stored: StoredConfig) -> None:
@@ -321,13 +277,12 @@ def _note_places(run: Run, stored: StoredConfig) -> None:
         write_json(run.out / "config.json", seal({**stored.content, "run": {**stored.content["run"], **here}}))
 
 
-def _write_config(run: Run, experiment: Experiment) -> None:
+def _write_config(experiment: Experiment) -> None:
     """Write the record of the start, which a resumed run keeps."""
-    assert run.out is not None
-    file = run.out / "config.json"
+    file = experiment.folder / "config.json"
     if processes.is_first() and not file.exists():
-        run.out.mkdir(parents=True, exist_ok=True)
-        write_json(file, seal(_describe_start(run, experiment)))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, seal(_describe_start(experiment)))
     processes.wait_for_all()
     if not file.exists():
         raise UserError(
@@ -335,42 +290,42 @@ def _write_config(run: Run, experiment: Experiment) -> None:
             "disk that all processes share; choose it with --out"
         )
     if processes.count() > 1:  # each reads data and model from what it takes for the same place
-        then = read_config(run.out).content["fingerprint"]
-        compare_sources(run.out, run, then, experiment.session.sources)
-        compare_clients(run.out, then["clients"], describe_clients(experiment.examples))
+        then, run = read_config(file.parent).content["fingerprint"], experiment.run
+        fingerprints.compare_sources(file.parent, run, then, experiment.model.sources(run.data))
+        clients = fingerprints.describe_clients(experiment.examples)
+        fingerprints.compare_clients(file.parent, then["clients"], clients)
 
 
-def _describe_start(run: Run, experiment: Experiment) -> dict[str, Any]:
-    layout = experiment.layout
+def _describe_start(experiment: Experiment) -> dict[str, Any]:
+    run, layout, mesh, examples = experiment.run, experiment.layout, experiment.model.mesh, experiment.examples
+    clients = examples.clients
     resolved = {
         "wave": layout.wave,
         "waves": layout.waves,
         "cohort": layout.cohort,
         "rows": layout.rows,
         "steps": layout.steps,
-        "mesh": dict(experiment.session.mesh.shape),
+        "mesh": dict(mesh.shape),
         "processes": processes.count(),
-        "clients": [client.name for client in experiment.examples.clients],
-        "evaluated": [experiment.examples.clients[number].name for number in experiment.scored],
-        "train_examples": [len(client.train) for client in experiment.examples.clients],
+        "clients": [client.name for client in clients],
+        "evaluated": [clients[number].name for number in experiment.scored],
+        "train_examples": [len(client.train) for client in clients],
         "adapter_parameters": sum(
             leaf.size for path, leaf in tree.flatten(experiment.adapter).items() if not path.endswith("scale")
         ),
         "targets": experiment.spec.targets,
         "adapted_sites": [path for path, _ in lora.sites_of(experiment.adapter)],
-        "skipped": [dataclasses.asdict(row) for row in experiment.examples.skipped],
-        "question_column": find_question_column(experiment.session.table, run.data),
+        "skipped": [dataclasses.asdict(row) for row in examples.skipped],
+        "question_column": find_question_column(experiment.data.table, run.data),
     }
-    clients = experiment.examples.clients
-    about = {
-        "devices": [f"{count} × {kind}" for kind, count in _count_devices(experiment.session.mesh).items()],
+    kinds = Counter(device.device_kind for device in mesh.devices.flat)
+    return {
+        "run": to_json(run),
+        **artifacts.describe_start(),
+        **artifacts.describe_environment(),
+        "devices": [f"{count} × {kind}" for kind, count in kinds.items()],
         "examples": {split: sum(len(client.rows_of(split)) for client in clients) for split in SPLITS},
         "resolved": resolved,
-        "fingerprint": {**experiment.session.sources, "clients": describe_clients(experiment.examples)},
-        "federation": experiment.federation.description,
+        "fingerprint": {**experiment.model.sources(run.data), "clients": fingerprints.describe_clients(examples)},
+        "federation": experiment.data.federation.description,
     }
-    return {"run": to_json(run), **describe_start(), **describe_environment(), **about}
-
-
-def _count_devices(mesh: Mesh) -> Counter[str]:
-    return Counter(device.device_kind for device in mesh.devices.flat)

@@ -1,5 +1,6 @@
 """The numbers a run ends with: of every client's own model, the global one, newcomers, and each on others' data."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -8,12 +9,14 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from fedvlm_jax.config.run_options import without_extras
 from fedvlm_jax.data.config import Split
 from fedvlm_jax.distributed.sharding import fetch
 from fedvlm_jax.evaluation.evaluator import Adapters, Scored, Scores
 from fedvlm_jax.evaluation.knn_per import KERNELS, build_datastores
 from fedvlm_jax.evaluation.statistics.over_clients import bootstrap_interval
-from fedvlm_jax.training.prepare import Experiment
+from fedvlm_jax.training.experiment import Experiment
+from fedvlm_jax.training.progress import working
 
 ScoredModels = dict[str, Mapping[Split, Scored]]
 """model -> split -> how it does for everybody."""
@@ -23,8 +26,21 @@ MATRIX = ("exact_match", "token_accuracy", "loss", "preference_accuracy")
 
 
 def score_base(experiment: Experiment) -> dict[Split, Scored]:
-    """split -> how the bare base does, for everybody. From then on the evaluator knows what is rewarded."""
-    return _evaluate(experiment, experiment.session.params, {"zero_shot": None})["zero_shot"]
+    """Return split -> how the bare base does, for everybody. From then on the evaluator knows what is rewarded."""
+    return _evaluate(experiment, experiment.model.params, {"zero_shot": None})["zero_shot"]
+
+
+def ask_base(experiment: Experiment) -> dict[Split, Scored]:
+    """Return what `score_base` finds, asked once for all runs on the same data that score alike."""
+
+    def ask() -> dict[Split, Scored]:
+        with working(experiment.show, "asking the bare base (zero-shot), which compiles first"):
+            return score_base(experiment)
+
+    run = experiment.run
+    # What is only reported of a run's models changes nothing of the base's answers: the baseline run leaves it out.
+    options = dataclasses.replace(without_extras(run).evaluation, examples=0, cross_clients=False)
+    return experiment.data.zero_shot(options, run.preference, ask=ask)
 
 
 def let_remember(experiment: Experiment, params: PyTree, adapters: Adapters) -> tuple[Adapters, dict[str, Any]]:
@@ -81,6 +97,24 @@ def score_models(
         models |= {} if same else {"global": general}
     scored: ScoredModels = {"zero_shot": zero_shot, **_evaluate(experiment, params, models)}
     return scored | {"global": scored["personal"]} if same else scored
+
+
+def score_all(
+    experiment: Experiment,
+    params: PyTree,
+    personal: Adapters,
+    general: Adapters | None,
+    zero_shot: Mapping[Split, Scored],
+) -> tuple[ScoredModels, dict[str, Any]]:
+    """Score all models that a run ends with; arguments are those of `score_models`, before neighbours.
+
+    Returns:
+        What the models did, and what `results.json` has of it.
+    """
+    models, remembered = let_remember(experiment, params, personal)
+    scored = score_models(experiment, params, models, general, zero_shot)
+    matrix = score_matrix(experiment, params, models)
+    return scored, {**remembered, **describe_scores(experiment, scored), **matrix}
 
 
 def describe_scores(experiment: Experiment, scored: ScoredModels) -> dict[str, Any]:

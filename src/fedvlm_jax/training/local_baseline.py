@@ -50,13 +50,13 @@ def find_reason_against(run: Run) -> str:
     return ""
 
 
-def train_alone(folder: Path, show: Progress, session: federated_run.Opened) -> None:
+def train_alone(folder: Path, show: Progress, model: federated_run.Model) -> None:
     """Train every client of a finished run alone, or go on with that, or find that it is done.
 
     Args:
         folder: of the finished run.
         show: where to report.
-        session: what both runs share.
+        model: what both runs share.
 
     Raises:
         UserError: as `make_baseline`, what lies in its folder is a run with other options, or data or model are not
@@ -66,10 +66,10 @@ def train_alone(folder: Path, show: Progress, session: federated_run.Opened) -> 
     alone = make_baseline(run)
     assert alone.out is not None
     if not (alone.out / "results.json").is_file():
-        refuse_other_sources(folder, run, session(alone) if callable(session) else session)
+        refuse_other_sources(folder, run, model(alone) if callable(model) else model)
     if (alone.out / "config.json").is_file() and read_config(alone.out).run.train.rounds < alone.train.rounds:
         federated_run.resume(
-            alone.out, show, session
+            alone.out, show, model
         )  # the run was trained longer: so is this, once it has its first rounds
         processes.tell_all(partial(lengthen, alone.out, alone.train.rounds))
-    finish_run(alone, show, session)
+    finish_run(alone, show, model)

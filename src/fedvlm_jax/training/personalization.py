@@ -21,17 +21,12 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 
 from fedvlm_jax.data.batches import pad_rows
-from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import replicate
-from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.federation.client_states import NOBODY, Slots
 from fedvlm_jax.federation.simulator import Moment, Simulator
 from fedvlm_jax.methods.components.norms import leaf_name
-from fedvlm_jax.training.prepare import Experiment
-
-IMAGES = 128
-"""A client is known by so many of its images at most."""
+from fedvlm_jax.training.experiment import Experiment
 
 
 def give_models(experiment: Experiment, simulator: Simulator, at: Moment) -> Adapters:
@@ -45,7 +40,7 @@ def give_models(experiment: Experiment, simulator: Simulator, at: Moment) -> Ada
     Raises:
         UserError: "nearest" where image features are not frozen and kept.
     """
-    at = at._replace(server=replicate(experiment.session.mesh, at.server))
+    at = at._replace(server=replicate(experiment.model.mesh, at.server))
     kind = experiment.run.evaluation.cold_start
     known = at.slots != NOBODY
     cold, trained = np.flatnonzero(~known), np.flatnonzero(known)
@@ -57,10 +52,8 @@ def give_models(experiment: Experiment, simulator: Simulator, at: Moment) -> Ada
     if kind == "mean":
         mean = _average(simulator, trained, at.slots, experiment.layout.wave)
     else:
-        like = experiment.session.remember(
-            ("client means", *experiment.examples.images.keys), lambda: describe_clients(experiment)
-        )
-        source[cold] = find_nearest(like, cold, trained)
+        means = experiment.data.client_means(inputs=experiment.inputs)
+        source[cold] = find_nearest(means, cold, trained)
 
     def adapters(numbers: np.ndarray) -> PyTree:
         states = simulator.client_states.gather(source[numbers], at.slots)
@@ -101,22 +94,6 @@ def find_nearest(
     lengths = np.linalg.norm(centred, axis=1, keepdims=True)
     unit = centred / np.where(lengths > 0, lengths, 1.0)
     return among[(unit[who] @ unit[among].T).argmax(axis=1)]
-
-
-def describe_clients(experiment: Experiment) -> Float[np.ndarray, "clients width"]:
-    """The mean frozen feature of every client's images [C, D]: training images, validation images of the held-out."""
-    rows = []
-    clients = experiment.examples.clients
-    for number in processes.share_out(len(clients)):
-        client = clients[number]
-        own = client.validation if client.held_out else client.train
-        batch = experiment.inputs(own[:IMAGES])
-        if "image_features" not in batch:
-            raise UserError("--evaluation.cold-start nearest needs frozen image features: keep the adapter out of the "
-                            "vision tower, and --system.cache on; or choose mean or initial.")  # fmt: skip
-        features = batch["image_features"]
-        rows.append(features.mean(axis=(0, 1)) if len(features) else np.zeros(features.shape[-1], features.dtype))
-    return processes.gather(np.stack(rows), len(clients))
 
 
 def _average(simulator: Simulator, numbers: np.ndarray, slots: Slots, wave: int) -> PyTree:

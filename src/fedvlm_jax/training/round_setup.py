@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fedvlm_jax.config.method_setup import make_setup
-from fedvlm_jax.config.run_options import Run, SystemOptions
+from fedvlm_jax.config.run_options import Run, SystemOptions, TrainOptions
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.distributed.sharding import CLIENTS
 from fedvlm_jax.errors import UserError
@@ -19,9 +19,8 @@ from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.compiled import Programs, make_programs
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.methods import load_method
-from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.models import Stacking, Vlm
-from fedvlm_jax.objectives import Objective
+from fedvlm_jax.objectives import load_objective
 
 MOST_ROWS = 2**28
 """Rows that a round may take; their numbers alone are a GiB then."""
@@ -34,7 +33,11 @@ def choose_arithmetic(options: SystemOptions) -> dict[str, Any]:
 
 
 def deal_ranks(dealt: Sequence[int], clients: int) -> tuple[int, ...]:
-    """Deal ranks to the clients in turn; empty where all have the adapter's."""
+    """Deal ranks to the clients in turn; empty where all have the adapter's.
+
+    >>> deal_ranks((2, 8), 5)
+    (2, 8, 2, 8, 2)
+    """
     return tuple(dealt[number % len(dealt)] for number in range(clients)) if dealt else ()
 
 
@@ -45,8 +48,8 @@ def lay_out_sizes(run: Run, sizes: Sequence[int], mesh: Mesh, cohort: int | None
         run: the options.
         sizes: training examples of every client that trains.
         mesh: the devices.
-        cohort: clients a round; None means everybody.
-        wave: clients side by side; None: as many as is usual.
+        cohort: clients a round; all by default.
+        wave: clients side by side; as many as is usual by default.
 
     Raises:
         UserError: a round would take more rows than a computer can list.
@@ -70,31 +73,41 @@ def lay_out_sizes(run: Run, sizes: Sequence[int], mesh: Mesh, cohort: int | None
     )
 
 
-def build_programs(
-    run: Run,
-    method: str,
-    vlm: Vlm,
-    objective: Objective,
-    mesh: Mesh,
-    *,
-    population: int,
-    layout: Layout,
-    ranks: Sequence[int],
-    common_start: bool,
-    local: LocalOptions,
-    server: ServerOptions,
-) -> Programs:
+def choose_program_options(run: Run) -> Run:
+    """Put every option at its default that a method's programs do not depend on: runs that differ in these share them.
+
+    >>> fast, slow = (Run(seed=seed, train=TrainOptions(learning_rate_a=rate)) for seed, rate in ((0, 1e-2), (1, 1e-4)))
+    >>> choose_program_options(fast) == choose_program_options(slow)
+    True
+    """
+    train = run.train
+    return Run(
+        method=run.method,
+        method_options=run.method_options,
+        objective=run.objective,
+        preference=run.preference,
+        lora=run.lora,
+        local=run.local,
+        server=run.server,
+        train=TrainOptions(
+            rounds=train.rounds,
+            optimizer=train.optimizer,
+            weight_decay=train.weight_decay,
+            clip_norm=train.clip_norm,
+            optimizer_state=train.optimizer_state,
+        ),
+    )
+
+
+def build_programs(vlm: Vlm, mesh: Mesh, run: Run, clients: int, cohort: int, places: int, steps: int) -> Programs:
     """Make a method's programs on a mesh; nothing is compiled yet.
 
     Args:
-        run: the options, of which those that follow may be others' here.
-        method: its name.
-        vlm, objective, mesh: model, what is minimised, devices.
-        population: clients that there are.
-        layout: of the rounds.
-        ranks: of every client, or none.
-        common_start: do clients start from the same personal factors?
-        local, server: options of local training and of the server's optimiser.
+        vlm: the model.
+        mesh: the devices.
+        run: the options; `choose_program_options` names those that are read.
+        clients: in the population.
+        cohort, places, steps: of a round, as `Layout` has them.
 
     Raises:
         UserError: options that the method cannot work with.
@@ -102,7 +115,7 @@ def build_programs(
     train = run.train
     trainer = make_local_trainer(
         vlm,
-        objective,
+        load_objective(run.objective, run.preference),
         optimizer=train.optimizer,
         weight_decay=train.weight_decay,
         clip_norm=train.clip_norm,
@@ -110,14 +123,10 @@ def build_programs(
     )
     setup = replace(
         make_setup(run, vlm, trainer.start),
-        common_start=common_start,
-        population=population,
-        cohort=layout.cohort,
-        places=layout.places,
-        local_steps=layout.steps,
-        ranks=ranks,
-        local=local,
-        server=server,
-        options=run.method_options if method == run.method else MethodOptions(),
+        population=clients,
+        cohort=cohort,
+        places=places,
+        local_steps=steps,
+        ranks=deal_ranks(run.lora.ranks, clients),
     )
-    return make_programs(load_method(method, setup), trainer, mesh, vlm.component)
+    return make_programs(load_method(run.method, setup), trainer, mesh, vlm.component)

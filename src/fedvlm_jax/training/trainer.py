@@ -9,26 +9,22 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from fedvlm_jax.config.run_options import Run, TrainOptions
+from fedvlm_jax.config.run_options import TrainOptions
 from fedvlm_jax.data.batches import pad_rows
 from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import fetch
 from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.federation.simulator import RoundInputs, RoundReport, Simulator
+from fedvlm_jax.training.experiment import FINETUNING, Experiment, make_finetuner, make_simulator
 from fedvlm_jax.training.personalization import each_model, give_models
-from fedvlm_jax.training.prepare import Experiment, make_simulator
-from fedvlm_jax.training.progress import COMPILING, Progress, working
-
-FINETUNING = "local"
-"""The method of the local steps after a federation."""
+from fedvlm_jax.training.progress import COMPILING, working
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,6 @@ class _Phase:
     """Rounds of one method: the federation, or the local fine-tuning after it."""
 
     method: str
-    cohort: int | None
     first: int
     last: int
     steps: int
@@ -93,25 +88,24 @@ class FederatedTrainer:
 
     Attributes:
         experiment: the run.
+        callbacks: in the order in which they are called.
+        phases: of the run; of each that has begun there is a simulator.
         simulators: of the phases so far; the last is the one that the run is in.
         last_server: the server's state of the federation, where a method moves the base that is fine-tuned on.
     """
 
-    def __init__(self, experiment: Experiment, folder: Path, show: Progress, callbacks: Sequence[Callback]) -> None:
-        """Stand before the first round.
-
-        Args:
-            experiment: the run.
-            folder: where personal states are kept.
-            show: reports that a round is being compiled.
-            callbacks: in the order in which they are called.
-        """
-        self.experiment, self.folder, self.show, self.callbacks = experiment, folder, show, callbacks
-        self.phases = list(_plan(experiment.run, experiment.layout.steps))
+    def __init__(self, experiment: Experiment, callbacks: Sequence[Callback]) -> None:
+        """Stand before the first round."""
+        self.experiment, self.callbacks = experiment, callbacks
+        run, steps = experiment.run, experiment.layout.steps
+        rounds, finetune = run.train.rounds, run.train.finetune_steps
+        self.phases = [_Phase(run.method, 1, rounds, steps)]
+        if finetune:
+            self.phases.append(_Phase(FINETUNING, rounds + 1, rounds - (-finetune // steps), steps, finetune))
         self.compile_seconds = 0.0
         self.simulators: list[Simulator] = []
         self.last_server: PyTree = {}
-        self.start_phase(0)
+        self._add(make_simulator(experiment, experiment.folder / "states-0.bin"))
 
     @property
     def simulator(self) -> Simulator:
@@ -120,7 +114,7 @@ class FederatedTrainer:
 
     @property
     def federated(self) -> bool:
-        """Tell the federation from the fine-tuning after it."""
+        """Say whether this is the federation and not the fine-tuning after it."""
         return len(self.simulators) == 1
 
     @property
@@ -133,11 +127,11 @@ class FederatedTrainer:
         return max(number for number, phase in enumerate(self.phases) if phase.first <= round_)
 
     def ends_phase(self, round_: int) -> bool:
-        """Tell whether a round is the last of the run or of the federation."""
+        """Say whether a round is the last of the run or of the federation."""
         return round_ in (self.last_round, self.phases[0].last)
 
     def is_validated(self, round_: int) -> bool:
-        """Tell whether models are validated after a round."""
+        """Say whether models are validated after a round."""
         return self.ends_phase(round_) or round_ % self.experiment.run.evaluation.every == 0
 
     def run(self, done: int) -> None:
@@ -146,7 +140,7 @@ class FederatedTrainer:
             callback.on_start(self, done)
         for number, phase in enumerate(self.phases):
             if number and done < phase.first:
-                self._start_finetuning(number)
+                self._finetune()
             first = max(phase.first, done + 1)
             rounds = read_ahead(partial(_read_round, self.simulator, phase), first, phase.last + 1)
             for _ in range(first, phase.last + 1):
@@ -154,34 +148,32 @@ class FederatedTrainer:
         for callback in self.callbacks:
             callback.on_end(self)
 
-    def start_phase(self, number: int, go_on: tuple[PyTree, PyTree] | None = None) -> None:
-        """Append the simulator of a phase; `go_on`: an adapter and a base to fine-tune."""
-        phase, file = self.phases[number], self.folder / f"states-{number}.bin"
-        simulator = make_simulator(self.experiment, phase.method, cohort=phase.cohort, go_on=go_on, file=file)
+    def start_finetuning(self, models: Adapters, params: PyTree) -> None:
+        """Append the simulator of local fine-tuning: of adapters in the form of these models, on a base."""
+        adapter = jax.tree.map(lambda leaf: leaf[0], models(np.zeros(self.experiment.layout.wave, np.int64)))
+        self._add(make_finetuner(self.experiment, adapter, params, self.experiment.folder / "states-1.bin"))
+
+    def _add(self, simulator: Simulator) -> None:
         simulator.compiling = self._time_compiling
         self.simulators.append(simulator)
-
-    def first_adapter(self, models: Adapters) -> PyTree:
-        """Return an adapter of the form that all of them have."""
-        return jax.tree.map(lambda leaf: leaf[0], models(np.zeros(self.experiment.layout.wave, np.int64)))
 
     @contextmanager
     def _time_compiling(self) -> Generator[None]:
         """Show that a round is compiled, which is no part of its time."""
         start = time.perf_counter()
         try:
-            with working(self.show, COMPILING):
+            with working(self.experiment.show, COMPILING):
                 yield
         finally:
             self.compile_seconds += time.perf_counter() - start
 
-    def _start_finetuning(self, number: int) -> None:
+    def _finetune(self) -> None:
         """Begin local fine-tuning: every client's model so far becomes its private adapter."""
-        before, base = self.simulator, self.simulator.base
+        before = self.simulator
         models = give_models(self.experiment, before, before.now)
         if before.programs.base is not None:
             self.last_server = jax.device_get(before.server)
-        self.start_phase(number, go_on=(self.first_adapter(models), base))
+        self.start_finetuning(models, before.base)
         _adopt(self.simulator, models, self.experiment.layout.wave)
 
     def _run_round(self, phase: _Phase, rounds: Iterator[RoundInputs]) -> None:
@@ -209,15 +201,6 @@ def find_rates(train: TrainOptions, round_: int) -> dict[str, float]:
     factor = train.decay if round_ > train.decay_at * train.rounds else 1.0
     factor *= min(1.0, round_ / (train.warmup_rounds + 1))
     return {"a": train.learning_rate_a * factor, "b": train.learning_rate_b * factor}
-
-
-def _plan(run: Run, steps: int) -> Iterator[_Phase]:
-    """Yield the phases, in rounds of at most `steps` local steps."""
-    train = run.train
-    yield _Phase(run.method, run.cohort, 1, train.rounds, steps)
-    if train.finetune_steps:
-        rounds = -(-train.finetune_steps // steps)
-        yield _Phase(FINETUNING, None, train.rounds + 1, train.rounds + rounds, steps, train.finetune_steps)
 
 
 def _read_round(simulator: Simulator, phase: _Phase, round_: int) -> RoundInputs:

@@ -8,35 +8,30 @@ from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.memory import GIB, USABLE, Footprint, TooLargeError, find_wave, read_device_bytes
-from fedvlm_jax.training.prepare import Experiment, lay_out, make_simulator
-from fedvlm_jax.training.progress import COMPILING, Progress, SilentProgress, working
+from fedvlm_jax.training.experiment import Experiment, make_simulator
+from fedvlm_jax.training.progress import COMPILING, working
 
 
-def fit(experiment: Experiment, show: Progress | None = None) -> Experiment:
+def fit(experiment: Experiment) -> Experiment:
     """Choose the wave, unless the run names one, and compile its first round; says what it takes of a device.
 
     Raises:
         UserError: not even one client fits on a device, or not as many as the run asks for.
     """
-    run, mesh, show = experiment.run, experiment.session.mesh, show or SilentProgress()
+    mesh, show, asked = experiment.model.mesh, experiment.show, experiment.run.system.wave
     began, limit = time.monotonic(), processes.smallest(read_device_bytes(mesh))
 
     def try_wave(wave: int) -> tuple[Experiment, Footprint]:
-        layout = lay_out(run, experiment.examples, mesh, run.cohort, wave)
-        evaluator = dataclasses.replace(experiment.evaluator, wave=layout.wave)
-        candidate = dataclasses.replace(experiment, layout=layout, evaluator=evaluator)
+        candidate = dataclasses.replace(experiment, wave=wave)
+        simulator = make_simulator(candidate)
         # Compiling takes shapes: whoever waits for the first round waits for its pictures once it is compiled.
-        simulator = make_simulator(
-            dataclasses.replace(candidate, inputs=candidate.blank), run.method, cohort=run.cohort
-        )
+        simulator.inputs = candidate.blank_inputs
         simulator.compiling = partial(working, show, COMPILING)
         return candidate, simulator.measure_round(simulator.read_round(1))
 
-    asked = run.system.wave
     if asked is None:
-        fitted, footprint = find_wave(
-            try_wave, experiment.layout.wave, experiment.layout.cohort, mesh.shape[CLIENTS], limit
-        )
+        layout = experiment.layout
+        fitted, footprint = find_wave(try_wave, layout.wave, layout.cohort, mesh.shape[CLIENTS], limit)
     else:
         try:
             fitted, footprint = try_wave(asked)

@@ -1,0 +1,313 @@
+"""One run over federated data: from its options to what its rounds and evaluations need."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from fedvlm_jax import lora
+from fedvlm_jax.config.method_setup import make_spec
+from fedvlm_jax.config.run_options import Run
+from fedvlm_jax.data.skipped_rows import count_reasons, describe_lost
+from fedvlm_jax.data.tokenization import Examples
+from fedvlm_jax.data.unique_images import Images
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.evaluator import Evaluator
+from fedvlm_jax.evaluation.knn_per import Neighbours
+from fedvlm_jax.federation.cohort import Layout
+from fedvlm_jax.federation.inputs.batch_reader import Inputs, make_blank_inputs, make_inputs
+from fedvlm_jax.federation.inputs.feature_cache import GIB, FeatureStore, is_vision_frozen
+from fedvlm_jax.federation.inputs.reference_log_probs import Reference, add_reference
+from fedvlm_jax.federation.participation import ParticipationOptions
+from fedvlm_jax.federation.simulator import Simulator, start_adapter
+from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
+from fedvlm_jax.objectives import Objective, load_objective
+from fedvlm_jax.training.answer_generation import Answering, check_room
+from fedvlm_jax.training.federated_data import FederatedData, open_data
+from fedvlm_jax.training.loaded_model import LoadedModel
+from fedvlm_jax.training.memoized import memoized
+from fedvlm_jax.training.progress import Progress, SilentProgress
+from fedvlm_jax.training.round_setup import choose_program_options, deal_ranks, lay_out_sizes
+from fedvlm_jax.utils.random_streams import Stream
+
+MANY, SOME = 128, 64
+"""Of more than `MANY` clients only `SOME` are evaluated, unless the options say how many."""
+
+IN_MEMORY = 2 * GIB
+"""More image features than this go to disk, unless the options say where they are kept."""
+
+FINETUNING = "local"
+"""The method of the local steps after a federation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """One run, with its data and the adapter that all methods start from.
+
+    Attributes:
+        run: the options.
+        data: the clients and the model, shared with other runs.
+        adapter: drawn by the seed alone.
+        show: receives the run's progress.
+        wave: clients side by side, once it is known what fits on a device; before that, what the options say.
+    """
+
+    run: Run
+    data: FederatedData
+    adapter: lora.Adapter
+    show: Progress = field(default_factory=SilentProgress)
+    wave: int | None = None
+
+    @property
+    def model(self) -> LoadedModel:
+        """Return the model under the data."""
+        return self.data.model
+
+    @property
+    def examples(self) -> Examples:
+        """Return the clients with their tokenised examples."""
+        return self.data.examples
+
+    @property
+    def folder(self) -> Path:
+        """Return the run's folder, which a run that trains has."""
+        assert self.run.out is not None
+        return self.run.out
+
+    @property
+    def spec(self) -> lora.LoRA:
+        """Return the adapter's form."""
+        return make_spec(self.run, self.model.vlm)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """Load what the clients minimise."""
+        return load_objective(self.run.objective, self.run.preference)
+
+    @property
+    def select_by(self) -> str:
+        """Return the metric by which the best round is chosen."""
+        return self.run.evaluation.select_by or self.objective.select_by
+
+    @property
+    def participants(self) -> list[int]:
+        """List the clients that are not held out; those without training examples are never drawn."""
+        return [number for number, client in enumerate(self.examples.clients) if not client.held_out]
+
+    @property
+    def held_out(self) -> list[int]:
+        """List the clients that never train."""
+        return [number for number, client in enumerate(self.examples.clients) if client.held_out]
+
+    @property
+    def scored(self) -> list[int]:
+        """List the participants whose models are evaluated."""
+        return self._sample(self.participants)
+
+    @property
+    def scored_newcomers(self) -> list[int]:
+        """List the held-out clients whose models are evaluated."""
+        return self._sample(self.held_out)
+
+    def _sample(self, numbers: list[int]) -> list[int]:
+        """Draw as many as the options say, by the seed alone."""
+        asked = self.run.evaluation.clients
+        count = asked if asked is not None else len(numbers) if len(numbers) <= MANY else SOME
+        rng = np.random.default_rng([Stream.EVALUATED, self.run.seed])
+        return numbers if count >= len(numbers) else sorted(rng.choice(numbers, count, replace=False).tolist())
+
+    @cached_property
+    def store(self) -> FeatureStore | None:
+        """Open where image features are kept; None where the adapter changes them or the options keep none."""
+        model, system = self.model, self.run.system
+        if system.cache == "off" or not is_vision_frozen(model.vlm, self.adapter):
+            return None
+        limit = int(system.cache_gib * GIB)
+        store = model.feature_store(limit, system.cache == "disk", system.cache_dir)
+        if system.cache == "auto" and len(self.examples.images) * store.row_bytes > IN_MEMORY:
+            store = model.feature_store(limit, True, system.cache_dir)
+        return store
+
+    def find_reference(self) -> Reference:
+        """Compute the bare base's log-probabilities of all answers, once for all runs on these data."""
+        system, store = self.run.system, self.store
+        on_disk = system.cache == "disk" or (store is not None and store.on_disk)
+        inputs, batch = make_inputs(self.examples, self.model.processor, store), self.run.evaluation.batch_size
+        return self.data.reference(batch, on_disk, system.cache_dir, inputs=inputs, note=self.show.note)
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """Make the function from rows to batches."""
+        return self._add_reference(make_inputs(self.examples, self.model.processor, self.store))
+
+    @cached_property
+    def blank_inputs(self) -> Inputs:
+        """Make the same but for the pictures, which are not looked at."""
+        return self._add_reference(make_blank_inputs(self.examples, self.model.processor, self.store))
+
+    def _add_reference(self, inputs: Inputs) -> Inputs:
+        return add_reference(inputs, self.find_reference()) if self.objective.reference else inputs
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Choose the shapes of the federation's rounds."""
+        return self.lay_out(self.run.cohort, self.wave or self.run.system.wave)
+
+    def lay_out(self, cohort: int | None, wave: int | None) -> Layout:
+        """Choose the shapes of rounds with so many clients each, so many of them side by side."""
+        sizes = [len(client.train) for client in self.examples.clients if not client.held_out and len(client.train)]
+        return lay_out_sizes(self.run, sizes, self.model.mesh, cohort, wave)
+
+    @property
+    def answering(self) -> Answering:
+        """Return how answers are generated."""
+        options = self.run.evaluation
+        most = options.max_answer_tokens or self.data.fitted.max_answer_tokens
+        return self.data.answering(options.decoding, most, options.splits)
+
+    @property
+    def _asked_neighbours(self) -> tuple[int, float] | None:
+        options = self.run.evaluation
+        return (options.neighbours, options.neighbour_temperature) if options.neighbours else None
+
+    @property
+    def neighbours(self) -> Neighbours | None:
+        """Return what asking neighbours takes, where the options ask for them."""
+        asked = self._asked_neighbours
+        return None if asked is None else self.model.neighbours(*asked)
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Make what scores clients."""
+        model, options, gold = self.model, self.run.evaluation, self.answering.gold
+        return Evaluator(
+            examples=self.examples,
+            inputs=self.inputs,
+            processor=model.processor,
+            wave=self.layout.wave,
+            batch=options.batch_size,
+            mesh=model.mesh,
+            answer=model.answer_program(gold.budget, options.decoding, self._asked_neighbours),
+            gold=gold.all,
+            metrics=options.metrics,
+            beta=self.run.preference.beta,
+            base=self.data.base_numbers,
+            advance=self.show.advance,
+        )
+
+
+def open_experiment(run: Run, model: LoadedModel, show: Progress | None = None) -> Experiment:
+    """Cut the data into clients, tokenise, compute what is frozen, and lay out the rounds.
+
+    Raises:
+        UserError: data, targets, ranks or sizes that cannot work; each with what to change.
+    """
+    show = show or SilentProgress()
+    check_room(run, model.vlm)
+    adapter = start_adapter(jax.random.key(run.seed), model.vlm.sites, make_spec(run, model.vlm))
+    if run.lora.targets and (dead := lora.find_dead_targets(model.vlm.sites, run.lora.targets)):
+        show.note(f"--lora.targets: {', '.join(dead)} match no weight of {run.model}; the others have adapters")
+    experiment = Experiment(run, open_data(model, run), adapter, show)
+    examples, clients = experiment.examples, experiment.examples.clients
+    show.note(f"{len(clients)} clients, {sum(len(c.train) for c in clients)} training examples")
+    if examples.skipped:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in count_reasons(examples.skipped).items())
+        lost = describe_lost(experiment.data.table, examples.skipped)
+        show.note(f"left out: {reasons} (listed in the run's config.json). {lost}".rstrip())
+    cut = f"answers cut to {experiment.data.fitted.max_answer_tokens} tokens"
+    if examples.truncated:
+        show.note(f"{examples.truncated} {cut}")
+    if experiment.data.pairs and examples.rejected_truncated:
+        show.note(f"{examples.rejected_truncated} rejected {cut}")
+    if experiment.store is not None:
+        _announce(model, examples.images.keys, images=examples.images, store=experiment.store, note=show.note)
+        experiment.store.reserve(examples.images)
+    trainable = sum(not client.held_out and len(client.train) > 0 for client in clients)
+    if not trainable:
+        raise UserError(f"none of the {len(clients)} clients has a training example, so there is nothing to train on")
+    if run.cohort is not None and run.cohort > trainable:
+        raise UserError(f"--cohort {run.cohort}: there are only {trainable} clients that train")
+    if experiment.objective.reference:
+        experiment.find_reference()  # takes long and reports, so it is no part of the first round
+    experiment.lay_out(run.cohort, run.system.wave)  # refuses rounds of too many rows
+    for text in experiment.answering.explain():
+        show.note(text)
+    return experiment
+
+
+@memoized
+def _announce(
+    model: LoadedModel, keys: tuple[str, ...], /, *, images: Images, store: FeatureStore, note: Callable[[str], None]
+) -> None:
+    """Say what keeping these images' features takes, once for all runs of a model."""
+    note(store.announce(images))
+
+
+def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulator:
+    """Start the federation of a run; personal states are kept in `file`, a temporary one by default.
+
+    Raises:
+        UserError: options that the method cannot work with.
+    """
+    run, adapter = experiment.run, experiment.adapter
+    epochs = run.train.local_epochs
+    return _start(experiment, run, experiment.layout, experiment.model.params, adapter, epochs, file)
+
+
+def make_finetuner(
+    experiment: Experiment, adapter: lora.Adapter, params: PyTree, file: Path | None = None
+) -> Simulator:
+    """Start local fine-tuning after a federation.
+
+    What the options say of ranks, the server, proximal terms, participation and epochs was the federation's.
+
+    Args:
+        experiment: the run.
+        adapter: one of the form that the federation ended with.
+        params: the base that it ended with.
+        file: where the personal states are.
+    """
+    run = replace(
+        experiment.run,
+        method=FINETUNING,
+        method_options=MethodOptions(),
+        lora=replace(experiment.run.lora, ranks=(), private_a="common"),
+        local=LocalOptions(),
+        server=ServerOptions(),
+        participation=ParticipationOptions(),
+    )
+    layout = experiment.lay_out(None, experiment.layout.wave)
+    return _start(experiment, run, layout, params, adapter, None, file)
+
+
+def _start(
+    experiment: Experiment,
+    run: Run,
+    layout: Layout,
+    params: PyTree,
+    adapter: lora.Adapter,
+    epochs: float | None,
+    file: Path | None,
+) -> Simulator:
+    clients = len(experiment.examples.clients)
+    options = choose_program_options(run)
+    programs = experiment.model.programs(options, clients, layout.cohort, layout.places, layout.steps)
+    return Simulator(
+        programs=programs,
+        params=params,
+        examples=experiment.examples,
+        inputs=experiment.inputs,
+        layout=layout,
+        seed=run.seed,
+        key=jax.random.key(run.seed),
+        weighting=run.train.weighting,
+        server=programs.method.init(adapter=adapter),
+        ranks=deal_ranks(run.lora.ranks, clients),
+        participation=run.participation,
+        epochs=epochs,
+        file=file,
+    )

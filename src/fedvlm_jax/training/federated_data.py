@@ -1,0 +1,132 @@
+"""The clients of a seed with their examples, for a loaded model, and what is known of them whatever the method."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from fedvlm_jax.config.run_options import EvaluationOptions, Run
+from fedvlm_jax.data.config import DataOptions, Split
+from fedvlm_jax.data.federated_dataset import Federation
+from fedvlm_jax.data.table import Table
+from fedvlm_jax.data.tokenization import Examples, encode
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.distributed.sharding import own_base, own_mesh
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.evaluator import Numbers, Scored
+from fedvlm_jax.federation.inputs.batch_reader import Inputs
+from fedvlm_jax.federation.inputs.reference_log_probs import Reference, compute_reference
+from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.objectives.config import PreferenceOptions
+from fedvlm_jax.training.answer_generation import Answering, plan_answers
+from fedvlm_jax.training.loaded_model import LoadedModel
+from fedvlm_jax.training.memoized import memoized
+
+IMAGES = 128
+"""Images by which a client is known, at most: a mean over more costs their features and hardly moves."""
+
+
+@dataclass(frozen=True, eq=False)
+class FederatedData:
+    """A loaded model's view of data that a seed has cut into clients.
+
+    Attributes:
+        model: tokenises and scores the examples.
+        options: name the source and the clients.
+        fitted: the same with prompts and answers no longer than the model has positions.
+        seed: decides who the clients are.
+        pairs: whether rejected answers are read, and rows without them left out.
+    """
+
+    model: LoadedModel
+    options: DataOptions
+    fitted: DataOptions
+    seed: int
+    pairs: bool
+
+    @property
+    def table(self) -> Table:
+        """Return the rows."""
+        return self.model.table(self.options)
+
+    @property
+    def federation(self) -> Federation:
+        """Return the clients, before anything is tokenised."""
+        return self.model.federation(self.options, self.seed)
+
+    @cached_property
+    def examples(self) -> Examples:
+        """Tokenise every client's rows."""
+        return encode(self.table, self.federation, self.model.processor, self.fitted, pairs=self.pairs)
+
+    @cached_property
+    def base_numbers(self) -> dict[tuple[Split, int], Numbers]:
+        """Hold the numbers of the bare base, which an `Evaluator` fills in."""
+        return {}
+
+    @memoized
+    def answering(self, decoding: str, max_tokens: int, splits: tuple[Split, ...], /) -> Answering:
+        """Decide how answers to these splits are generated."""
+        model = self.model
+        return plan_answers(decoding, max_tokens, splits, model.vlm, model.processor, self.examples)
+
+    @memoized
+    def reference(
+        self, batch: int, on_disk: bool, cache_dir: Path | None, /, *, inputs: Inputs, note: Callable[[str], None]
+    ) -> Reference:
+        """Compute the base's log-probabilities of all answers, `batch` rows at a time on each device."""
+        model, examples = self.model, self.examples
+        mesh = own_mesh(model.mesh)
+        arrays = (examples.input_ids, examples.labels, examples.rejected)
+        # Programs of other shapes round otherwise: what they compute is kept apart, in memory as on disk.
+        shapes = (*(array.shape[1] for array in arrays if array is not None), batch, mesh.size)
+        store, params = model.reference_store(shapes, on_disk, cache_dir), own_base(model.params)
+        score = model.reference_scorer
+        return compute_reference(score, params, examples, inputs, store, batch=batch, mesh=mesh, note=note)
+
+    @memoized
+    def zero_shot(
+        self, evaluation: EvaluationOptions, preference: PreferenceOptions, /, *, ask: Callable[[], dict[Split, Scored]]
+    ) -> dict[Split, Scored]:
+        """Return what `ask` finds the bare base to do on these splits, asked once for all runs that score alike."""
+        del evaluation, preference  # they are the key
+        return ask()
+
+    @memoized
+    def client_means(self, /, *, inputs: Inputs) -> Float[np.ndarray, "clients width"]:
+        """Compute the mean frozen feature of every client's images [C, D], of held-out ones' validation images.
+
+        Raises:
+            UserError: image features are not kept.
+        """
+        rows, clients = [], self.examples.clients
+        for number in processes.share_out(len(clients)):
+            client = clients[number]
+            batch = inputs((client.validation if client.held_out else client.train)[:IMAGES])
+            if "image_features" not in batch:
+                raise UserError(
+                    "--evaluation.cold-start nearest needs frozen image features: keep the adapter out of the vision "
+                    "tower, and --system.cache on; or choose mean or initial."
+                )
+            features = batch["image_features"]
+            rows.append(features.mean(axis=(0, 1)) if len(features) else np.zeros(features.shape[-1], features.dtype))
+        return processes.gather(np.stack(rows), len(clients))
+
+
+_share_data = memoized(FederatedData)  # kept in the model, by all that follows it
+
+
+def open_data(model: LoadedModel, run: Run) -> FederatedData:
+    """Return the data of a run, which all runs on the same clients and lengths share; nothing is read yet.
+
+    Longer prompts than the model has positions will be left out, longer answers cut; both are counted.
+    """
+    data, vlm = run.data, model.vlm
+    answer = min(data.max_answer_tokens, vlm.positions)
+    prompt = vlm.most_prompt_tokens(max(answer, run.evaluation.max_answer_tokens or 0))
+    fitted = data.replace(max_prompt_tokens=min(data.max_prompt_tokens, prompt), max_answer_tokens=answer)
+    pairs = load_objective(run.objective, run.preference).pairs
+    return _share_data(model, data, fitted, run.seed, pairs)

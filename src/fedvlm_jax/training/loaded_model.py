@@ -1,0 +1,201 @@
+"""A model on the devices with all that depends on it alone, which the runs of a comparison share.
+
+What is computed with the frozen base (image features, reference log-probabilities) may be kept on disk, in a folder
+that is named by all that decides its bits. With several processes each computes what it needs on its own devices, and
+keeps it in a folder of its own.
+"""
+
+import gc
+import hashlib
+import os
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import PIL
+from jax.sharding import Mesh
+
+import fedvlm_jax
+from fedvlm_jax.config.method_options import check_rule
+from fedvlm_jax.config.run_options import Run, SystemOptions
+from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.federated_dataset import Federation
+from fedvlm_jax.data.image_decoding import DECODING
+from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.data.table import Table
+from fedvlm_jax.data.tokenization import require_pairs
+from fedvlm_jax.distributed import processes, sharding
+from fedvlm_jax.distributed.mesh_shape import parse_mesh
+from fedvlm_jax.evaluation.evaluator import make_answer
+from fedvlm_jax.evaluation.knn_per import Neighbours, make_neighbours
+from fedvlm_jax.federation.compiled import Programs
+from fedvlm_jax.federation.inputs import feature_cache
+from fedvlm_jax.federation.inputs.feature_cache import FeatureStore
+from fedvlm_jax.federation.inputs.reference_log_probs import ReferenceStore, make_score
+from fedvlm_jax.models import Params, Processor, Vlm, load_weights, open_model, resolve_folder
+from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.run_dir.fingerprints import anchor, describe_model
+from fedvlm_jax.training.answer_generation import SEARCHES, check_room
+from fedvlm_jax.training.memoized import forget, memoized
+from fedvlm_jax.training.round_setup import build_programs, choose_arithmetic
+from fedvlm_jax.utils.cache_folders import find_cache, read_bound, trim
+from fedvlm_jax.utils.compilation_cache import describe_processor
+
+SOURCES = (
+    *("models/**/*.py", "objectives/*.py", "data/image_decoding.py"),
+    *("federation/inputs/feature_cache.py", "federation/inputs/reference_log_probs.py"),
+)
+"""The code between a row's bytes and what is kept of it: where it changes, so may the numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model on the devices.
+
+    Attributes:
+        vlm, params, processor: the base; `params` on the mesh, cut over its axis `model`.
+        mesh: the devices.
+        system: the options that it was loaded with, of which precision, remat and unrolling decide its numbers.
+        digests: of its files (`run_dir.fingerprints`).
+        tables: the data sources that were read beside it.
+    """
+
+    vlm: Vlm
+    params: Params
+    processor: Processor
+    mesh: Mesh
+    system: SystemOptions
+    digests: Mapping[str, Any]
+    tables: dict[DataOptions, Table] = field(default_factory=dict)
+
+    def table(self, options: DataOptions) -> Table:
+        """Return a data source, which is read once."""
+        if options not in self.tables:
+            self.tables[options] = read_table(options)
+        return self.tables[options]
+
+    def sources(self, options: DataOptions) -> dict[str, Any]:
+        """Return the digests of the files that a run with these data reads."""
+        return {"data": self.table(options).digest, **self.digests}
+
+    @memoized
+    def federation(self, options: DataOptions, seed: int, /) -> Federation:
+        """Cut the data into clients, before anything is tokenised."""
+        return federate(self.table(options), options, seed)
+
+    @memoized
+    def programs(self, run: Run, clients: int, cohort: int, places: int, steps: int, /) -> Programs:
+        """Make a method's programs; arguments are those of `build_programs`."""
+        return build_programs(self.vlm, self.mesh, run, clients, cohort, places, steps)
+
+    def drop_programs(self) -> None:
+        """Free what the programs of all methods take: they fill memory once their methods are done with."""
+        forget(self, LoadedModel.programs)
+        gc.collect()
+
+    @memoized
+    def neighbours(self, count: int, temperature: float, /) -> Neighbours:
+        """Make the programs that ask so many neighbours."""
+        return make_neighbours(self.vlm, count, temperature)
+
+    @memoized
+    def answer_program(self, tokens: int, decoding: str, neighbours: tuple[int, float] | None, /) -> Callable[..., Any]:
+        """Make the program that answers in so many tokens; `neighbours`: arguments of the method, if they are asked."""
+        vlm = self.vlm if neighbours is None else self.neighbours(*neighbours).vlm
+        return make_answer(vlm, tokens, SEARCHES[decoding])
+
+    @cached_property
+    def reference_scorer(self) -> Callable[..., dict[str, Any]]:
+        """Make the program that scores pairs with the bare base."""
+        return make_score(self.vlm)
+
+    @memoized
+    def reference_store(self, shapes: tuple[int, ...], on_disk: bool, cache_dir: Path | None, /) -> ReferenceStore:
+        """Open the store of log-probabilities that programs of these shapes compute."""
+        if not on_disk:
+            return ReferenceStore()
+        weights = feature_cache.fingerprint_params(sharding.own_base(self.params))
+        return ReferenceStore(self.name_folder(cache_dir, "reference", weights, *shapes))
+
+    @memoized
+    def feature_store(self, limit: int, on_disk: bool, cache_dir: Path | None, /) -> FeatureStore:
+        """Open the store of frozen image features, of at most `limit` bytes."""
+        folder, vlm, params = None, self.vlm, sharding.own_base(self.params)
+        if on_disk:
+            weights = feature_cache.fingerprint_vision(vlm, params)
+            folder = self.name_folder(cache_dir, "features", weights, feature_cache.WIDTH)
+        row = jax.ShapeDtypeStruct((vlm.image_tokens(*self.processor.size), vlm.image_width), vlm.dtype)
+        compute = partial(jax.jit(lambda params, pixels: vlm.image_features(params, None, pixels)), params)
+        store = FeatureStore(compute, self.processor, limit=limit, row=row, folder=folder)
+        if on_disk:
+            trim(read_bound())  # this one, now in use, stays
+        return store
+
+    def name_folder(self, cache_dir: Path | None, kind: str, weights: str, *computing: Hashable) -> Path:
+        """Name the folder of what is computed from these weights, by all else that decides the bits of a number.
+
+        A program for other devices, another number of cores or another version may round otherwise, and numbers of two
+        kinds in one run would make it another run. The same weights are another model in another configuration, or
+        with a processor that makes other pixels. Of several processes each has its own folder.
+        """
+        device, system = jax.local_devices()[0], self.system
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        hashed = (
+            (f"{self.vlm.fingerprint} {self.processor.fingerprint}", *computing),
+            (system.compute, system.remat, system.unroll),
+            DECODING,
+            (jax.__version__, jax.lib.__version__, device.client.platform_version, PIL.__version__, _hash_sources()),
+            (os.environ.get("XLA_FLAGS"), jax.config.values["jax_default_matmul_precision"]),
+            device.device_kind,
+            describe_processor(),
+            cores,
+        )
+        digest = hashlib.blake2b(repr(hashed).encode(), digest_size=12).hexdigest()
+        process = f"-{jax.process_index()}of{processes.count()}" if processes.count() > 1 else ""
+        return (cache_dir or find_cache()) / f"{kind}-{weights}-{digest}{process}"
+
+
+@cache
+def _hash_sources() -> str:
+    root, digest = Path(fedvlm_jax.__file__).parent, hashlib.blake2b(digest_size=16)
+    for file in sorted(file for pattern in SOURCES for file in root.glob(pattern)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def load_model(
+    run: Run,
+    note: Callable[[str], None] = lambda text: None,
+    check: Callable[[Mapping[str, Any]], None] = lambda sources: None,
+) -> LoadedModel:
+    """Load the model of a run and open its data; everything that can be refused is, before weights are read.
+
+    Args:
+        run: names both.
+        note: receives what is loaded, in words.
+        check: judges the digests of their files.
+
+    Raises:
+        UserError: files are missing or do not fit, there are fewer devices than asked for, or no weight can be cut.
+    """
+    table = read_table(run.data)  # first: it is quick to fail
+    if load_objective(run.objective, run.preference).pairs:
+        require_pairs(table)
+    mesh = sharding.make_mesh(*(parse_mesh(run.system.mesh) or ()))
+    sharding.refuse_split_groups(mesh)
+    if processes.count() > 1:
+        processes.wait_for_all()
+        sharding.connect(mesh)
+    vlm, processor = open_model(run.model, **choose_arithmetic(run.system))
+    check_room(run, vlm)
+    check_rule(run, vlm)
+    folder = resolve_folder(run.model)
+    digests = describe_model(folder)
+    check({"data": table.digest, **digests})
+    note(f"loading {run.model}")
+    params = load_weights(vlm, folder, mesh=mesh)
+    return LoadedModel(vlm, params, processor, mesh, run.system, digests, {anchor(run).data: table})

@@ -1,0 +1,85 @@
+"""What is kept of the base on disk is found again only by whoever would compute the same bits."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fedvlm_jax.config.run_options import Run, SystemOptions
+from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.training import federated_data, loaded_model
+from fedvlm_jax.training.federated_data import FederatedData
+from fedvlm_jax.training.loaded_model import LoadedModel
+
+PLAIN = SystemOptions()
+
+
+def load(processor="64x64", system=PLAIN, **config):
+    vlm = SimpleNamespace(fingerprint=repr(config))
+    return LoadedModel(vlm, {}, SimpleNamespace(fingerprint=processor), make_mesh(1), system, {})
+
+
+def name(loaded=None, cache_dir=None):
+    return (loaded or load()).name_folder(cache_dir, "features", "weights", 4).name
+
+
+def test_the_same_model_and_options_find_what_they_left(tmp_path):
+    assert name() == name()
+    assert load(system=SystemOptions(cache="disk")).name_folder(tmp_path, "features", "weights", 4) == tmp_path / name()
+
+
+@pytest.mark.parametrize("change", [{"compute": "bfloat16"}, {"remat": True}, {"unroll": 1}])
+def test_other_arithmetic_is_another_folder(change):
+    assert name(load(system=dataclasses.replace(PLAIN, **change))) != name()
+
+
+@pytest.mark.parametrize(
+    "other", [load(encoder_attention_heads=8), load("48x48")], ids=["the same weights, other heads", "processor"]
+)
+def test_the_same_weights_in_another_model_are_another_folder(other):
+    """Features by weights alone were those of another model."""
+    assert name(other) != name()
+
+
+def test_other_flags_and_other_code_are_another_folder(monkeypatch, tmp_path):
+    before = name()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    changed = name()
+    assert changed != before
+    monkeypatch.setattr(loaded_model, "_hash_sources", lambda: "edited")
+    assert name() not in (before, changed)
+
+
+def test_reference_log_probabilities_of_other_shapes_are_kept_apart(monkeypatch):
+    """Seeds of one model may have longer prompts; whoever was scored first decided the last bits of both."""
+    stores = []
+    monkeypatch.setattr(federated_data, "compute_reference", lambda *args, **options: stores.append(args[4]))
+    monkeypatch.setattr(LoadedModel, "reference_scorer", None)
+    loaded = load()
+    for width, batch in ((4, 32), (8, 32), (4, 16), (4, 32)):
+        arrays = {name: np.zeros((2, width), np.int32) for name in ("input_ids", "labels", "rejected")}
+        data = FederatedData(loaded, None, None, 0, True)
+        vars(data)["examples"] = SimpleNamespace(**arrays)
+        data.reference(batch, False, None, inputs=None, note=print)
+    assert len({id(store) for store in stores}) == 3
+    assert stores[0] is stores[3]
+
+
+def test_what_is_memoized_is_made_once_and_dropped_with_its_programs(monkeypatch):
+    """Everything that a value depends on is its key; other values outlive the programs that are dropped."""
+    made = []
+    monkeypatch.setattr(loaded_model, "build_programs", lambda *given: made.append(given[2:]) or object())
+    monkeypatch.setattr(loaded_model, "make_neighbours", lambda *given: made.append(given[1:]) or object())
+    loaded = load()
+    first, other = (loaded.programs(run, 4, 2, 2, 3) for run in (Run(), Run(method="local")))
+    assert first is not other
+    assert loaded.programs(Run(), 4, 2, 2, 3) is first
+    neighbours = loaded.neighbours(5, 1.0)
+    loaded.drop_programs()
+    assert loaded.programs(Run(), 4, 2, 2, 3) is not first
+    assert loaded.neighbours(5, 1.0) is neighbours
+    assert load().neighbours(5, 1.0) is not neighbours
+    assert made == [
+        *((run, 4, 2, 2, 3) for run in (Run(), Run(method="local"))), (5, 1.0), (Run(), 4, 2, 2, 3), (5, 1.0),
+    ]  # fmt: skip
