@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from config.test_method_options import trace_shapes
 from tiny_run import make_folder
 from toy import SPEC, WIDTH, make_toy
-from training.test_method_options import trace_shapes
 
 from fedvlm_jax import lora
 from fedvlm_jax.analysis.explain import explain_method
