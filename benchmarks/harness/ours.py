@@ -50,15 +50,13 @@ class Ours:
         settings, shape = world.settings, world.shape
         mesh = make_mesh(1)
         run = Run(
+            method=METHOD,
             lora=LoraOptions(settings.rank, settings.alpha, settings.targets),
             train=TrainOptions(rounds=2, clip_norm=settings.clip_norm),
         )
         clients, waves = shape.clients, shape.clients // wave
         layout = Layout(clients, wave, waves, shape.steps * shape.batch, shape.steps, shape.batch)
-        programs = build_programs(
-            run, METHOD, vlm, load_objective("sft"), mesh, population=clients, layout=layout, ranks=(),
-            common_start=True, local=run.local, server=run.server,
-        )  # fmt: skip
+        programs = build_programs(vlm, mesh, run, clients, layout.cohort, layout.places, layout.steps)
         method = programs.method
         fresh = tree.flatten(lora.init(jax.random.key(0), vlm.sites, make_spec(run, vlm)))
         adapter = tree.unflatten(fresh | {path: jnp.asarray(factor) for path, factor in world.start.items()})
