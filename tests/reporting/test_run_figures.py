@@ -11,7 +11,7 @@ from made_up import CLIENTS, write_comparison, write_run
 from PIL import Image
 from rich.cells import cell_len
 
-from fedvlm_jax.reporting.figures import comparison_figures, cost_figures, diagnostics, heatmaps, run_figures, theme
+from fedvlm_jax.reporting.figures import comparison_figures, cost_figures, diagnostics, run_figures, theme
 from fedvlm_jax.reporting.figures.round_lines import read_rounds
 from fedvlm_jax.reporting.figures.run_figures import draw_run
 from fedvlm_jax.reporting.figures.theme import choose_series, save_png, to_svg
@@ -144,7 +144,7 @@ def test_hundreds_of_clients_stay_a_picture_of_one_page(tmp_path: Path) -> None:
     many = {f"client-{number}": number / 300 for number in range(300)}
     record = read_run(write_run(tmp_path / "r", many, many))
     comparison = read_comparison(write_comparison(tmp_path / "c", {"local": {0: many}}, {0: many}))
-    for figure in (run_figures.draw_clients(record), heatmaps.draw_heatmap(comparison)):
+    for figure in (run_figures.draw_clients(record), comparison_figures.draw_heatmap(comparison)):
         assert figure.get_size_inches()[1] < 8
         assert figure.axes[0].get_yticklabels() == []
 
@@ -202,7 +202,7 @@ def test_the_matrix_has_data_down_and_models_across(tmp_path: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     results["cross_clients"] = {"clients": ["a", "b"], "exact_match": [[0.5, 0.2], [0.3, 0.4]]}  # [model, data]
     (folder / "results.json").write_text(json.dumps(results))
-    (ax,) = heatmaps.draw_matrix(read_run(folder)).axes
+    (ax,) = run_figures.draw_matrix(read_run(folder)).axes
     cells = {text.get_position(): text.get_text() for text in ax.texts}
     assert cells == {(0, 1): "50", (1, 1): "30", (0, 0): "20", (1, 0): "40"}  # the first client's data on top
     assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"]

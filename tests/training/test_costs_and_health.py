@@ -113,7 +113,7 @@ def test_health_of_a_comparison_is_the_mean_over_seeds(tmp_path: Path) -> None:
     path = folder / "plora-1" / "metrics.jsonl"
     path.write_text(path.read_text().replace('"angle_a": 10.0', '"angle_a": 20.0'))
     rounds = read_rounds(read_comparison(folder))
-    axes = diagnostics.draw_method_health(rounds, "exact_match").axes
+    axes = diagnostics.draw_method_health(rounds).axes
     assert {text.get_text() for text in axes[1].texts} == {"local", "plora"}, "plora+ft has plora's federation"
     assert axes[1].lines[1].get_ydata()[:2] == pytest.approx([15, 20])
     gain = axes[3].lines[1]
@@ -122,4 +122,4 @@ def test_health_of_a_comparison_is_the_mean_over_seeds(tmp_path: Path) -> None:
 
 def test_rounds_without_health_have_no_picture(tmp_path: Path) -> None:
     lines = [{"round": 1, "loss": 1.0, "validation": None}]
-    assert diagnostics.list_panels([lines], "exact_match") == []
+    assert diagnostics.list_panels([lines]) == []

@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,12 @@ from fedvlm_jax.data.partitioning.federate import federate
 from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.reporting.figures.data_figures import draw_data
 from fedvlm_jax.reporting.figures.theme import save_png
-from fedvlm_jax.reporting.tables import MANY, Table
+from fedvlm_jax.reporting.tables import Table, keep_ends
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.serialization import encode
 
-MISSING = frozenset({"nan", "none", "null", "<na>", "n/a", "nat"})
-"""Missing values, once they were turned into text."""
-
-LISTED = 12
-"""Values of a key, and reasons, that a table shows."""
+MISSING = frozenset({"nan", "none", "null", "<na>", "n/a", "nat"})  # missing values, once they were turned into text
+LISTED = 12  # values of a key, and reasons, that a table shows
 
 
 def describe_data(
@@ -33,10 +30,9 @@ def describe_data(
 ) -> dict[str, Any]:
     """Make the federation that a run with these options and this seed would have, and describe it.
 
-    Writes `data.json` and `data.png` into `out`.
-
     Returns:
-        The content of `data.json`: the seed, the options, and what `data.statistics.describe` found.
+        The content of `out`/data.json, beside which `data.png` lies: the seed, the options, and what
+        `data.dataset_summary.describe` found.
 
     Raises:
         UserError: the data cannot be read, or make no federation.
@@ -85,31 +81,24 @@ def word_findings(description: Mapping[str, Any]) -> list[str]:
         if lacking:
             names = ", ".join(lacking[:5]) + (", …" if len(lacking) > 5 else "")
             findings.append(f"{_count(len(lacking), 'client has', 'clients have')} {meaning}: {names}.")
-    findings += _word_names([one["name"] for one in clients])
+    names = [one["name"] for one in clients]
+    missing = [name for name in names if name.casefold() in MISSING]
+    if missing:
+        findings.append(f"A client is called {missing[0]!r}, as missing values are that were turned into text.")
+    alike = defaultdict[str, list[str]](list)
+    for name in names:
+        alike[" ".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
+    if twins := [group for group in alike.values() if len(group) > 1]:
+        findings.append(
+            f"{_count(len(twins), 'name is', 'names are')} written in more than one way, and counts as many clients: "
+            f"{twins[0][0]!r} and {twins[0][1]!r}, for example."
+        )
     shared = description["overlap"]["images"]["between_clients"]
     if shared["distinct"]:
         first, second, count = shared["most"][0]
         findings.append(
             f"{_count(shared['distinct'], 'image is', 'images are')} with two or more clients, on "
             f"{shared['rows']:,} rows; {first} and {second} have most in common ({count:,})."
-        )
-    return findings
-
-
-def _word_names(names: Sequence[str]) -> list[str]:
-    """Describe which clients may be mistakes in the data."""
-    missing = [name for name in names if name.casefold() in MISSING]
-    alike = defaultdict[str, list[str]](list)
-    for name in names:
-        alike[" ".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
-    twins = [group for group in alike.values() if len(group) > 1]
-    findings = []
-    if missing:
-        findings.append(f"A client is called {missing[0]!r}, as missing values are that were turned into text.")
-    if twins:
-        findings.append(
-            f"{_count(len(twins), 'name is', 'names are')} written in more than one way, and counts as many clients: "
-            f"{twins[0][0]!r} and {twins[0][1]!r}, for example."
         )
     return findings
 
@@ -133,30 +122,26 @@ def _tabulate_clients(description: Mapping[str, Any]) -> Table:
         (f"{one['name']} (held out)" if one["held_out"] else one["name"], *(f"{one[name]:,}" for name in columns[1:]))
         for one in clients
     ]
-    note = ""
-    if len(rows) > MANY:
-        note = f"The largest and the smallest ten of {len(rows)} clients."
-        rows = [*rows[:10], ("…",) * len(columns), *rows[-10:]]
+    shown, note = keep_ends(rows, "largest and the smallest")
     images = f"{description['images']['distinct']:,}"
     sums = ("all", *(f"{sum(one[split] for one in clients):,}" for split in SPLITS), images)
     title = f"{description['source']}, seed {description['seed']}: {_count(len(clients), 'client', 'clients')}"
-    return Table(title, columns, (*rows, sums), frozenset({len(rows)}), note)
+    return Table(title, columns, (*shown, sums), frozenset({len(shown)}), note)
 
 
 def _tabulate_key(key: str, found: Mapping[str, Any]) -> Table:
-    values, clients = found["values"], found["by_client"]
+    values, clients = found["values"], found["by_client"].values()
     total = sum(values.values())
     rows = [
-        (value, f"{count:,}", f"{100 * count / total:.1f} %", str(sum(value in counts for counts in clients.values())))
+        (value, f"{count:,}", f"{100 * count / total:.1f} %", str(sum(value in counts for counts in clients)))
         for value, count in list(values.items())[:LISTED]
     ]
     if len(values) > LISTED:
         rest = sum(list(values.values())[LISTED:])
         rows.append((f"{len(values) - LISTED} others", f"{rest:,}", f"{100 * rest / total:.1f} %", ""))
-    unlike = found["unlikeness"]
     note = (
-        f"A client's mix is {100 * unlike:.0f} % away from that of all clients, on average (total variation distance: "
-        "0 % alike, 100 % nothing in common)."
+        f"A client's mix is {100 * found['unlikeness']:.0f} % away from that of all clients, on average (total "
+        "variation distance: 0 % alike, 100 % nothing in common)."
     )
     return Table(key, ("value", "rows", "share", "clients"), tuple(rows), note=note)
 
@@ -178,34 +163,29 @@ def _tabulate_texts(description: Mapping[str, Any]) -> Table:
 
 
 def _tabulate_left_out(description: Mapping[str, Any]) -> Table:
-    reasons = description["unusable"]["reasons"]
-    rows = [(reason, f"{count:,}") for reason, count in list(reasons.items())[:LISTED]]
-    checked = description["images"]["decoded"]
-    note = "Prompts that are too long for the model come on top" + (
-        "." if checked else "; and broken images, which only --check-images looks for."
-    )
-    note = f"{description['unusable']['lost']}{note}"
-    return Table("Rows that will be left out", ("reason", "rows"), tuple(rows), note=note)
+    unusable = description["unusable"]
+    rows = tuple((reason, f"{count:,}") for reason, count in list(unusable["reasons"].items())[:LISTED])
+    rest = "." if description["images"]["decoded"] else "; and broken images, which only --check-images looks for."
+    note = f"{unusable['lost']}Prompts that are too long for the model come on top{rest}"
+    return Table("Rows that will be left out", ("reason", "rows"), rows, note=note)
 
 
 def _tabulate_overlap(description: Mapping[str, Any]) -> Table:
-    images, texts = description["overlap"]["images"], description["overlap"]["texts"]
-    lines = [
-        (
-            f"{line.replace('/', ' and ')}",
-            *(f"{kind['between_splits'][line][name]:,}" for kind in (images, texts) for name in ("distinct", "rows")),
-        )
-        for line in images["between_splits"]
-    ]
-    shared = [f"{kind['between_clients'][name]:,}" for kind in (images, texts) for name in ("distinct", "rows")]
-    lines.append(("two or more clients", *shared))
+    kinds = (description["overlap"]["images"], description["overlap"]["texts"])
+    lines = kinds[0]["between_splits"]
+    places = {line.replace("/", " and "): [kind["between_splits"][line] for kind in kinds] for line in lines}
+    places["two or more clients"] = [kind["between_clients"] for kind in kinds]
+    rows = tuple(
+        (place, *(f"{kind[name]:,}" for kind in found for name in ("distinct", "rows")))
+        for place, found in places.items()
+    )
     alike = "pixels" if description["images"]["decoded"] else "bytes (by pixels with --check-images)"
     note = f"The same image: the same {alike}. A question with its answer may well recur."
     if description["repeated_rows"]:
         repeated = _count(description["repeated_rows"], "row repeats", "rows repeat")
         note += f" {repeated} another: image, question and answer."
     columns = ("in both", "images", "rows", "questions with answer", "rows ")
-    return Table("What is in two places", columns, tuple(lines), note=note)
+    return Table("What is in two places", columns, rows, note=note)
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -1,31 +1,19 @@
 """Cards of examples: a test picture, its question and right answer, and what each model answers."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedvlm_jax.data.safe_paths import OutsideError, read_below
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.validated_files import EXAMPLE_MODELS, EXAMPLES, EXAMPLES_FILE, read_json
 
-PNG = b"\x89PNG\r\n\x1a\n"
-"""The first bytes of a PNG."""
-
-MOST_BYTES = 2**20
-"""Bytes of a picture at most; ours have some 25 KiB."""
+PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of a PNG
+MOST_BYTES = 2**20  # bytes of a picture at most; ours have some 25 KiB
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Answer:
-    """A model's answer.
-
-    Attributes:
-        model: in words.
-        text: the answer.
-        verdict: "right", "wrong" or the share of words in common with the right answer.
-        sign: the verdict's sign, which needs no colour.
-    """
+    """A model's answer, its verdict, and the verdict's sign, which needs no colour."""
 
     model: str
     text: str
@@ -35,15 +23,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """An example.
-
-    Attributes:
-        client: whose test example it is.
-        picture: the file of its picture, a PNG.
-        content: of that file.
-        question, answer: as they stand in the data.
-        answers: of the models.
-    """
+    """A test example of a client: the file of its picture, a PNG, and that file's content; the texts are the data's."""
 
     client: str
     picture: Path
@@ -63,30 +43,25 @@ def read_cards(folder: Path) -> tuple[list[Card], dict[str, int]]:
     if not path.is_file():
         return [], {}
     stored = read_json(path, EXAMPLES_FILE)
-    cards = [
-        Card(
-            client=entry["client"],
-            picture=folder / entry["picture"],
-            content=content,
-            question=entry["question"],
-            answer=entry["answer"],
-            answers=tuple(
-                _judge(name, entry["answers"][model])
-                for model, name in EXAMPLE_MODELS.items()
-                if model in entry["answers"]
-            ),
-        )
-        for entry in stored["examples"]
-        if (content := _read_picture(folder, entry["picture"], path)) is not None
-    ]
+    cards = []
+    for entry in stored["examples"]:
+        content = _read_picture(folder, entry["picture"], path)
+        if content is None:
+            continue
+        answers = []
+        for model, name in EXAMPLE_MODELS.items():
+            if model in entry["answers"]:
+                answer = entry["answers"][model]
+                answers.append(Answer(name, answer["text"], *judge(answer["exact_match"], answer["token_f1"])))
+        texts = {name: entry[name] for name in ("client", "question", "answer")}
+        cards.append(Card(picture=folder / entry["picture"], content=content, answers=tuple(answers), **texts))
     return cards, dict(stored["looked_at"])
 
 
 def _read_picture(folder: Path, name: str, listed: Path) -> bytes | None:
     """Read the PNG `name` below a run's folder; None where it is gone.
 
-    Raises:
-        UserError: it lies elsewhere or is no PNG; a report would pass it on to whoever reads the page.
+    Files elsewhere and what is no PNG are refused: a report would pass them on to whoever reads the page.
     """
     try:
         content = read_below(name, [folder], MOST_BYTES)
@@ -102,11 +77,12 @@ def _read_picture(folder: Path, name: str, listed: Path) -> bytes | None:
     return content
 
 
-def _judge(model: str, answer: Mapping[str, Any]) -> Answer:
-    if answer["exact_match"] == 1:
-        verdict, sign = "right", "✓"
-    elif answer["token_f1"]:
-        verdict, sign = f"token F1 {100 * answer['token_f1']:.0f} %", "≈"
-    else:
-        verdict, sign = "wrong", "✗"
-    return Answer(model=model, text=answer["text"], verdict=verdict, sign=sign)
+def judge(exact_match: float, token_f1: float) -> tuple[str, str]:
+    """Return the verdict on an answer and its sign.
+
+    >>> judge(1.0, 1.0), judge(0.0, 0.5), judge(0.0, 0.0)
+    (('right', '✓'), ('token F1 50 %', '≈'), ('wrong', '✗'))
+    """
+    if exact_match == 1:
+        return "right", "✓"
+    return (f"token F1 {100 * token_f1:.0f} %", "≈") if token_f1 else ("wrong", "✗")

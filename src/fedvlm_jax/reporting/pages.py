@@ -21,8 +21,7 @@ from fedvlm_jax.reporting.figures.theme import PALETTE, Picture
 from fedvlm_jax.reporting.tables import Table, to_markdown
 from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
 
-LONG = 240
-"""Texts of examples are cut to so many characters; the run's folder has them whole."""
+LONG = 240  # texts of examples are cut to so many characters; the run's folder has them whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +46,11 @@ class Section:
     command: str = ""
     facts: Sequence[Facts] = ()
 
+    @property
+    def has_content(self) -> bool:
+        """Whether there is more than a heading, which alone is left out of the page."""
+        return any((self.sentences, self.tables, self.pictures, self.cards, self.command, self.facts))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -59,12 +63,7 @@ class Report:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template of this package; a name without a value is an error.
-
-    Args:
-        template: `report.html.j2`, `report.md.j2`, or a part of one.
-        values: by the names that the template uses.
-    """
+    """Fill `report.html.j2`, `report.md.j2` or a part of one; a name without a value is an error."""
     return _make_environment(template.endswith(".html.j2")).get_template(template).render(values)
 
 
@@ -73,7 +72,7 @@ def _make_environment(to_html: bool) -> Environment:
     environment = Environment(
         loader=PackageLoader("fedvlm_jax.reporting"),
         autoescape=to_html,
-        finalize=None if to_html else _escape_for_markdown,
+        finalize=None if to_html else lambda value: value if isinstance(value, Markup) else escape_markdown(str(value)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -83,7 +82,7 @@ def _make_environment(to_html: bool) -> Environment:
     filters.update(
         base64=lambda content: b64encode(content).decode("ascii"),
         clean=lambda text: Markup(clean(text)),
-        code=_mark_code if to_html else _keep_commands,
+        code=mark_code if to_html else keep_commands,
         cut=_cut,
         markdown=lambda table: Markup(to_markdown(table)),
         relative_to=lambda path, folder: Path(os.path.relpath(path, folder)).as_posix(),
@@ -93,17 +92,21 @@ def _make_environment(to_html: bool) -> Environment:
     return environment
 
 
-def _escape_for_markdown(value: object) -> str:
-    return value if isinstance(value, Markup) else escape_markdown(str(value))
+def mark_code(sentence: str) -> Markup:
+    """Escape a sentence for HTML, and mark what stands between backticks as code.
 
-
-def _mark_code(sentence: str) -> Markup:
-    """Escape a sentence and mark what stands between backticks as code."""
+    >>> print(mark_code("1 < 2, says `fedvlm report`"))
+    1 &lt; 2, says <code>fedvlm report</code>
+    """
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(sentence))))
 
 
-def _keep_commands(sentence: str) -> Markup:
-    """Escape a sentence but for the commands in it, which stand between backticks."""
+def keep_commands(sentence: str) -> Markup:
+    r"""Escape a sentence for Markdown but for the commands in it, which stand between backticks.
+
+    >>> print(keep_commands("`odd` names; `fedvlm data --out a_b` lists them"))
+    \`odd\` names; `fedvlm data --out a_b` lists them
+    """
     parts = re.split(r"(`fedvlm [^`]*`)", sentence)
     return Markup("".join(clean(part) if number % 2 else escape_markdown(part) for number, part in enumerate(parts)))
 

@@ -4,11 +4,10 @@ from pathlib import Path
 
 from fedvlm_jax.analysis.plan import Plan
 from fedvlm_jax.distributed.sharding import CLIENTS
-from fedvlm_jax.errors import naming
 from fedvlm_jax.federation.memory import GIB
 from fedvlm_jax.reporting.tables import Table, format_bytes, to_markdown
 from fedvlm_jax.run_dir.artifacts import describe_environment
-from fedvlm_jax.utils.files import write_json
+from fedvlm_jax.utils.files import write_json, write_text
 from fedvlm_jax.utils.serialization import encode
 
 MEANINGS = {
@@ -90,9 +89,7 @@ def tabulate_plan(plan: Plan) -> list[Table]:
 def write_plan(folder: Path, plan: Plan) -> None:
     """Write `plan.json` and `plan.md`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / "plan.json", {**encode(plan), "refusal": describe_refusal(plan) or None, **describe_environment()}
-    )
-    parts = [f"# Plan for {plan.request.topology}", describe_refusal(plan), *map(to_markdown, tabulate_plan(plan))]
-    with naming(folder / "plan.md"):
-        (folder / "plan.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    refusal = describe_refusal(plan)
+    write_json(folder / "plan.json", {**encode(plan), "refusal": refusal or None, **describe_environment()})
+    parts = [f"# Plan for {plan.request.topology}", refusal, *map(to_markdown, tabulate_plan(plan))]
+    write_text(folder / "plan.md", "\n\n".join(filter(None, parts)) + "\n")

@@ -1,6 +1,7 @@
 """The report of a run, of several runs, or of a comparison: `report.html`, `report.md` and `figures/*.png`."""
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,27 +19,21 @@ from fedvlm_jax.reporting.figures.cost_figures import draw_costs
 from fedvlm_jax.reporting.figures.diagnostics import draw_comparison_health, draw_run_health
 from fedvlm_jax.reporting.figures.run_figures import draw_run
 from fedvlm_jax.reporting.pages import Facts, Report, Section, render
-from fedvlm_jax.reporting.score_tables import tabulate_comparison, tabulate_run, tabulate_runs
+from fedvlm_jax.reporting.score_tables import read_scores, tabulate_comparison, tabulate_run, tabulate_runs
 from fedvlm_jax.reporting.sentences import describe_comparison, describe_run, describe_runs
 from fedvlm_jax.reporting.tables import MARKS, format_bytes, format_duration, points
 from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run
 from fedvlm_jax.utils.files import write_text
 
-BEST = 5
-"""Of many methods, so many have their figure at the top of the page."""
-
+BEST = 5  # of many methods, so many have their figure at the top of the page
+HEALTH = "The health of the aggregation"
 SPLITS = {"train": "training", "validation": "validation", "test": "test"}
-
-UNSTORED = ("out", "resume")
-"""Options that say where a run lies, not what it is."""
+UNSTORED = ("out", "resume")  # options that say where a run lies, not what it is
 
 
 def write_report(folders: Sequence[Path]) -> Path:
-    """Write the report, into the folder itself, or beside the first of several.
-
-    Args:
-        folders: a run's folder, several of them, or one comparison's.
+    """Write the report of a run, of several, or of a comparison into its folder, or beside the first of several.
 
     Returns:
         The HTML page.
@@ -48,19 +43,20 @@ def write_report(folders: Sequence[Path]) -> Path:
     """
     if not folders:
         raise UserError("a report needs the folder of a run or of a comparison")
-    if len(folders) > 1 and any(is_comparison(folder) for folder in folders):
+    first = folders[0]
+    if len(folders) == 1:
+        record = read_comparison(first) if is_comparison(first) else read_run(first)
+        with Claim(first):
+            report = _report_comparison(record) if isinstance(record, ComparisonRecord) else _report_run(record)
+            return _write(report, first)
+    if any(is_comparison(folder) for folder in folders):
         raise UserError("a comparison is reported by itself: give its folder alone")
-    if len(folders) > 1:
-        target = folders[0].parent / f"report-{folders[0].name}-and-{len(folders) - 1}-more"
-        records = [read_run(folder) for folder in folders]
-        if len({folder.resolve() for folder in folders}) < len(folders):
-            raise UserError("a run is given twice: name every folder once")
-        with Claim(target):
-            return _write(_report_runs(records, target), target)
-    record = read_comparison(folders[0]) if is_comparison(folders[0]) else read_run(folders[0])
-    with Claim(record.folder):
-        report = _report_comparison(record) if isinstance(record, ComparisonRecord) else _report_run(record)
-        return _write(report, record.folder)
+    records = [read_run(folder) for folder in folders]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a run is given twice: name every folder once")
+    target = first.parent / f"report-{first.name}-and-{len(folders) - 1}-more"
+    with Claim(target):
+        return _write(_report_runs(records, target), target)
 
 
 def _write(report: Report, target: Path) -> Path:
@@ -71,85 +67,82 @@ def _write(report: Report, target: Path) -> Path:
 
 def _report_run(record: RunRecord) -> Report:
     before, after = summarise(record.scores("zero_shot")), summarise(record.scores("personal"))
-    first = record.rounds[0] if record.rounds else {}  # in the last one there may be nothing but local fine-tuning
     figures = [
         (percent(after.mean), "personal models, mean of clients"),
         (percent(before.mean), "zero-shot"),
         (percent(after.worst_decile), "worst tenth of clients"),
     ]
-    if (sent := first.get("bytes_up_per_client")) is not None:
+    # Of the first round, for in the last one there may be nothing but local fine-tuning.
+    if record.rounds and (sent := record.rounds[0].get("bytes_up_per_client")) is not None:
         figures.append((format_bytes(sent), "sent per client and round"))
     examples = _show_examples(record.folder)  # a damaged file is reported before anything is drawn
-    sections = [
-        Section(
-            title="What came out",
-            sentences=describe_run(record),
-            tables=tabulate_run(record),
-            pictures=draw_run(record, record.folder),
-        ),
-        *examples,
-        *_show_health(draw_run_health(record, record.folder)),
-        Section(
-            title="How it was made",
-            sentences=_describe_making(record),
-            command=record.config.get("command", ""),
-            facts=_list_facts(record.config),
-        ),
-    ]
-    subtitle = f"{_name_subject(record.options)}seed {record.options.get('seed')}"
-    return Report(title=f"fedvlm: {record.method}", subtitle=subtitle, figures=figures, sections=sections)
+    results = Section(
+        title="What came out",
+        sentences=describe_run(record),
+        tables=tabulate_run(record),
+        pictures=draw_run(record, record.folder),
+    )
+    health = Section(title=HEALTH, pictures=draw_run_health(record, record.folder))
+    return Report(
+        title=f"fedvlm: {record.method}",
+        subtitle=f"{_name_subject(record.options)}seed {record.options.get('seed')}",
+        figures=figures,
+        sections=[results, examples, health, _show_making(record)],
+    )
 
 
 def _report_runs(records: Sequence[RunRecord], target: Path) -> Report:
-    figures, sections = [], []
+    figures = []
+    sections = [Section(title="Side by side", sentences=describe_runs(records), tables=[tabulate_runs(records)])]
     for number, record in enumerate(records):
-        mean = summarise(record.scores("personal")).mean
-        figures.append((percent(mean), f"{record.method}, {record.folder.name}"))
+        name = record.folder.name
+        figures.append((percent(summarise(record.scores("personal")).mean), f"{record.method}, {name}"))
+        pictures = [*draw_run(record, target, f"{number}-"), *draw_run_health(record, target, f"{number}-")]
+        made = _show_making(record)
+        # The last sentence compares one run with training alone, which the tables of several runs do not show.
+        sentences = [*describe_run(record)[:-1], *made.sentences]
         sections.append(
-            Section(
-                title=f"{record.folder.name} ({record.method})",
-                sentences=[*describe_run(record)[:-1], *_describe_making(record)],
-                pictures=[*draw_run(record, target, f"{number}-"), *draw_run_health(record, target, f"{number}-")],
-                command=record.config.get("command", ""),
-                facts=_list_facts(record.config),
-            )
+            dataclasses.replace(made, title=f"{name} ({record.method})", sentences=sentences, pictures=pictures)
         )
-    side = Section(title="Side by side", sentences=describe_runs(records), tables=[tabulate_runs(records)])
     return Report(
         title=f"fedvlm: {len(records)} runs",
         subtitle=f"{find_measure(records[0].metric).label} on test, mean of clients",
         figures=figures,
-        sections=[side, *sections],
+        sections=sections,
     )
 
 
 def _report_comparison(record: ComparisonRecord) -> Report:
-    scores = {method: record.scores(method) for method in record.methods}
-    scores = {method: by_seed for method, by_seed in scores.items() if by_seed}
+    scores = read_scores(record)
+    scores.pop("zero-shot", None)
     ranking = order_by_mean(scores, list(scores))
-    shown = list(scores)
-    if len(ranking) > theme.MANY:
-        shown = [method for number, method in enumerate(ranking) if number < BEST or method == "local"]
+    best = [method for number, method in enumerate(ranking) if number < BEST or method == "local"]
     figures = []
-    for method in shown:
+    for method in best if len(ranking) > theme.MANY else scores:
         mean = spread([summarise(one).mean for one in scores[method].values()]).mean
         difference = compare_paired(scores[method], scores["local"]) if "local" in scores else None
         against = ""
         if difference and method != "local":
             against = f", {MARKS[judge(difference)]} {points(difference.mean)} against local"
         figures.append((percent(mean), method + against))
-    runs = _read_runs(record)
+    runs: list[RunRecord] = []
+    examples = Section(title="Examples")
+    for run in record.runs:
+        folder = record.folder_of(run)
+        with contextlib.suppress(UserError):  # its folder may be gone
+            runs.append(read_run(folder))
+        if not examples.cards and run["method"] in ranking[:1]:
+            examples = _show_examples(folder, f"Models of {run['method']}, seed {run['seed']}. ")
     config = runs[0].config if runs else {}
     seeds = ", ".join(map(str, record.seeds))
     how = [
         f"Seeds: {seeds}. All methods have the same clients, cohorts and initial adapter.",
         *[f"{method}: {about}" for method in record.methods if (about := describe_method(plain(method)))],
-        *_describe_origin(config),
-        *_describe_time(runs),
+        *_describe_origin(runs),
         f"Adapters: `adapters` in the folder of each run, in `{record.folder}`.",
     ]
-    settings = [Facts(title="Settings of the comparison", values=_flatten(record.settings))] if record.settings else []
-    costs = draw_costs(record, record.folder)
+    settings = [Facts(title="Settings of the comparison", values=flatten(record.settings))] if record.settings else []
+    facts = [*settings, *_list_facts(config)]
     sections = [
         Section(
             title="What came out",
@@ -157,12 +150,10 @@ def _report_comparison(record: ComparisonRecord) -> Report:
             tables=tabulate_comparison(record),
             pictures=draw_comparison(record, record.folder),
         ),
-        *([Section(title="What it cost", pictures=costs)] if costs else []),
-        *_show_best_examples(record, ranking),
-        *_show_health(draw_comparison_health(record, record.folder)),
-        Section(
-            title="How it was made", sentences=how, command=record.command, facts=[*settings, *_list_facts(config)]
-        ),
+        Section(title="What it cost", pictures=draw_costs(record, record.folder)),
+        examples,
+        Section(title=HEALTH, pictures=draw_comparison_health(record, record.folder)),
+        Section(title="How it was made", sentences=how, command=record.command, facts=facts),
     ]
     clients = len({client for by_seed in scores.values() for one in by_seed.values() for client in one})
     subtitle = (
@@ -172,15 +163,10 @@ def _report_comparison(record: ComparisonRecord) -> Report:
     return Report(title="fedvlm: methods side by side", subtitle=subtitle, figures=figures, sections=sections)
 
 
-def _show_health(pictures: Sequence[theme.Picture]) -> list[Section]:
-    return [Section(title="The health of the aggregation", pictures=pictures)] if pictures else []
-
-
-def _show_examples(folder: Path, whose: str = "") -> list[Section]:
-    """Show the stored examples of a run, and how they were chosen."""
+def _show_examples(folder: Path, whose: str = "") -> Section:
     cards, looked_at = read_cards(folder)
     if not cards:
-        return []
+        return Section(title="Examples")
     counts = sorted(set(looked_at.values()))
     each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     clients = f"each of {len(looked_at)} clients" if len(looked_at) > 1 else "one client"
@@ -190,26 +176,19 @@ def _show_examples(folder: Path, whose: str = "") -> list[Section]:
         "as far as these pictures allow. ✓ equal to the right answer but for case and outer punctuation; ≈ shares "
         "words with it (token F1); ✗ neither."
     )
-    return [Section(title="Examples", cards=cards, cards_note=note)]
+    return Section(title="Examples", cards=cards, cards_note=note)
 
 
-def _show_best_examples(record: ComparisonRecord, ranking: Sequence[str]) -> list[Section]:
-    """Show the examples of the first run that stored any, of the method with the highest mean."""
-    for run in record.runs:
-        if run["method"] in ranking[:1]:
-            whose = f"Models of {run['method']}, seed {run['seed']}. "
-            if sections := _show_examples(record.folder_of(run), whose):
-                return sections
-    return []
-
-
-def _read_runs(record: ComparisonRecord) -> list[RunRecord]:
-    """Read those runs of a comparison that are still there."""
-    found = []
-    for run in record.runs:
-        with contextlib.suppress(UserError):
-            found.append(read_run(record.folder_of(run)))
-    return found
+def _show_making(record: RunRecord) -> Section:
+    """Describe the method, the origin and the time of a run, where its adapters lie, and its options."""
+    name, folder = record.options["method"], record.folder / "adapters"
+    sentences = [f"{name}: {about}"] if (about := describe_method(name)) else []
+    sentences += _describe_origin([record])
+    if folder.is_dir():
+        shared = " What left the clients is `shared.safetensors`." if (folder / "shared.safetensors").is_file() else ""
+        sentences.append(f"Adapters: `{folder}`; every client's is a file in `clients/`.{shared}")
+    command = record.config.get("command", "")
+    return Section(title="How it was made", sentences=sentences, command=command, facts=_list_facts(record.config))
 
 
 def _name_subject(options: Mapping[str, Any]) -> str:
@@ -218,19 +197,9 @@ def _name_subject(options: Mapping[str, Any]) -> str:
     return f"{options.get('model')} on {source}, " if source else ""
 
 
-def _describe_making(record: RunRecord) -> list[str]:
-    """Describe the method, the origin and the time of a run, and where its adapters lie."""
-    name, folder = record.options["method"], record.folder / "adapters"
-    sentences = [f"{name}: {about}"] if (about := describe_method(name)) else []
-    sentences += [*_describe_origin(record.config), *_describe_time([record])]
-    if folder.is_dir():
-        shared = " What left the clients is `shared.safetensors`." if (folder / "shared.safetensors").is_file() else ""
-        sentences.append(f"Adapters: `{folder}`; every client's is a file in `clients/`.{shared}")
-    return sentences
-
-
-def _describe_origin(config: Mapping[str, Any]) -> list[str]:
-    """Describe the data, the devices and the commit of a run, as far as its folder tells."""
+def _describe_origin(runs: Sequence[RunRecord]) -> list[str]:
+    """Describe the data, the devices, the commit and the time of runs, as far as their folders tell."""
+    config = runs[0].config if runs else {}
     sentences = []
     if examples := config.get("examples"):
         parts = ", ".join(f"{examples.get(split, 0):,} for {name}" for split, name in SPLITS.items())
@@ -240,37 +209,38 @@ def _describe_origin(config: Mapping[str, Any]) -> list[str]:
         sentences.append(f"On {' and '.join(devices)}; {machine.get('platform')}, {machine.get('cores')} cores.")
     if commit := config.get("commit"):
         sentences.append(f"Commit {commit}.")
+    if started := [run.config["started"] for run in runs if run.config.get("started")]:
+        # The sum of all rounds, for a resumed run has waited between them.
+        seconds = sum(line.get("seconds") or 0.0 for run in runs for line in run.rounds)
+        whose = "its rounds" if len(runs) == 1 else f"the rounds of all {len(runs)} runs"
+        first = min(started).replace("T", " ")
+        sentences.append(f"Started {first}; {whose} took {format_duration(seconds)} in all.")
     return sentences
-
-
-def _describe_time(records: Sequence[RunRecord]) -> list[str]:
-    """Say when the first run was started, and how long all rounds took; a resumed run has waited between them."""
-    started = [record.config["started"] for record in records if record.config.get("started")]
-    seconds = sum(line.get("seconds") or 0.0 for record in records for line in record.rounds)
-    if not started:
-        return []
-    whose = "its rounds" if len(records) == 1 else f"the rounds of all {len(records)} runs"
-    return [f"Started {min(started).replace('T', ' ')}; {whose} took {format_duration(seconds)} in all."]
 
 
 def _list_facts(config: Mapping[str, Any]) -> list[Facts]:
     facts = []
     if config.get("run"):
-        stored = _flatten({name: value for name, value in config["run"].items() if name not in UNSTORED})
-        default = {**_flatten(to_json(Run(method=config["run"]["method"]))), "method": Run().method}
+        stored = flatten({name: value for name, value in config["run"].items() if name not in UNSTORED})
+        default = {**flatten(to_json(Run(method=config["run"]["method"]))), "method": Run().method}
         marked = frozenset(name for name, value in stored.items() if default.get(name) != value)
         facts.append(Facts(title="Options (bold: not the default)", values=stored, marked=marked))
     for title, key in (("Resolved when it ran", "resolved"), ("Versions", "versions")):
         if config.get(key):
-            facts.append(Facts(title=title, values=_flatten(config[key])))
+            facts.append(Facts(title=title, values=flatten(config[key])))
     return facts
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Write nested values as texts, by the path to each.
+
+    >>> flatten({"lora": {"rank": 8, "ranks": [2, 4]}, "out": None})
+    {'lora.rank': '8', 'lora.ranks': '2, 4', 'out': '–'}
+    """
     flat: dict[str, str] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         elif isinstance(value, list):
             flat[prefix + name] = ", ".join(map(str, value))
         else:

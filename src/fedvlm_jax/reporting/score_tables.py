@@ -6,26 +6,44 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fedvlm_jax.evaluation.metrics.metric_labels import MEASURES, Measure, find_measure, order_measures, percent
-from fedvlm_jax.evaluation.statistics.over_clients import summarise, summarise_gain, summarise_matrix
+from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise, summarise_gain, summarise_matrix
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, order_by_mean, spread
-from fedvlm_jax.reporting.tables import MANY, MARKS, Table, format_bytes, format_paired, points
+from fedvlm_jax.reporting.tables import MANY, MARKS, Table, format_bytes, format_paired, keep_ends, points
 from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord, read_baseline
 
-MANY_METHODS = 8
-"""Above so many methods they are listed best first, and go down a table that else has them across."""
-
-ALONE = "alone"
-"""The key of a run's baseline, the same clients trained alone, among its models."""
-
+MANY_METHODS = 8  # above so many methods they are listed best first, and go down a table that else has them across
+# The methods that every method is compared with, client by client: the two that are hard to beat.
 RIVALS = ("local", "fedavg-lora+ft")
-"""The methods that every method is compared with, client by client: the two that are hard to beat."""
+
+
+def read_scores(record: ComparisonRecord) -> dict[str, dict[int, dict[str, float]]]:
+    """Return method -> seed -> client -> score of every method that has scores, the frozen model (zero-shot) first."""
+    scores = {method: record.scores(method) for method in ("zero-shot", *record.methods)}
+    return {method: by_seed for method, by_seed in scores.items() if by_seed}
 
 
 def tabulate_run(record: RunRecord) -> list[Table]:
     """Tabulate a run: zero-shot against the personal models, by the metric that judges and by all others; clients."""
-    clients = _tabulate_clients(find_measure(record.metric), record.scores("zero_shot"), record.scores("personal"))
-    matrix = _tabulate_matrix(record)
-    tables = [_tabulate_models(record), _tabulate_metrics(record), clients, matrix]
+    held_out = record.results.get("held_out") or {}
+    named = {
+        "zero_shot": "zero-shot",
+        "alone": "training alone (local)",
+        "global": "global model",
+        "personal": f"personal ({record.method})",
+        "held_out/zero_shot": "held-out clients, zero-shot",
+        "held_out/personal": f"held-out clients, cold start ({held_out.get('cold_start', '')})",
+    }
+    alone = read_baseline(record)
+    scores = {model: record.scores(model) for model in named if model != "alone"}
+    scores["alone"] = alone.scores("personal", record.metric) if alone else {}
+    models = {model: label for model, label in named.items() if scores[model]}
+    title = f"{_capitalise(find_measure(record.metric).label)} on test, {len(scores['personal'])} clients"
+    tables = [
+        _tabulate_models(title, models, scores),
+        _tabulate_metrics(record, {model: label for model, label in models.items() if model != "alone"}),
+        _tabulate_clients(find_measure(record.metric), scores["zero_shot"], scores["personal"]),
+        _tabulate_matrix(record),
+    ]
     return [table for table in tables if table.rows]
 
 
@@ -43,13 +61,10 @@ def tabulate_runs(records: Sequence[RunRecord]) -> Table:
 
 
 def tabulate_comparison(record: ComparisonRecord) -> list[Table]:
-    """Tabulate a comparison: one row per method, zero-shot first; then the mean of every client."""
-    methods = ["zero-shot", *record.methods]
-    scores = {method: record.scores(method) for method in methods}
-    methods = [method for method in methods if scores[method]]
-    if len(methods) > MANY_METHODS:
-        methods = order_by_mean(scores, methods)
-    rivals = [rival for rival in RIVALS if scores.get(rival)]
+    """Tabulate a comparison: one row per method, zero-shot first; then all other metrics."""
+    scores = read_scores(record)
+    methods = order_by_mean(scores, list(scores)) if len(scores) > MANY_METHODS else list(scores)
+    rivals = [rival for rival in RIVALS if rival in scores]
     rows, means = [], []
     for method in methods:
         summaries = [summarise(one) for one in scores[method].values()]
@@ -80,34 +95,21 @@ def tabulate_comparison(record: ComparisonRecord) -> list[Table]:
     return [Table("Methods", columns, tuple(rows), best, note), *([others] if others.rows else [])]
 
 
-def _name_models(record: RunRecord) -> list[tuple[str, str]]:
-    """List label and key of the models that were scored; held-out clients come last."""
-    cold = (record.results.get("held_out") or {}).get("cold_start", "")
-    named = [
-        ("zero-shot", "zero_shot"),
-        ("global model", "global"),
-        (f"personal ({record.method})", "personal"),
-        ("held-out clients, zero-shot", "held_out/zero_shot"),
-        (f"held-out clients, cold start ({cold})", "held_out/personal"),
-    ]
-    return [(label, model) for label, model in named if record.scores(model)]
-
-
-def _tabulate_models(record: RunRecord) -> Table:
-    """Tabulate the metric that judges: its spread over clients, and the gain over zero-shot."""
-    alone = read_baseline(record)
-    rows, models = [], _name_models(record)
-    models[1:1] = [("training alone (local)", ALONE)] if alone and alone.scores("personal", record.metric) else []
-    for label, model in models:
-        own = alone.scores("personal", record.metric) if alone and model == ALONE else record.scores(model)
-        summary = summarise(own)
-        base = record.scores("held_out/zero_shot" if model.startswith("held_out") else "zero_shot")
-        gain = "–" if model.endswith("zero_shot") else _format_gain(own, base)
+def _tabulate_models(title: str, models: Mapping[str, str], scores: Mapping[str, Mapping[str, float]]) -> Table:
+    """Tabulate the metric that judges, model by model: its spread over clients, and the gain over zero-shot."""
+    rows = []
+    for model, label in models.items():
+        summary = summarise(scores[model])
+        base = scores["held_out/zero_shot" if model.startswith("held_out") else "zero_shot"]
+        written = "–"
+        if not model.endswith("zero_shot") and gain_by_client(scores[model], base):
+            gain = summarise_gain(scores[model], base)
+            written = f"{points(gain.mean)} [{points(gain.low)}, {points(gain.high)}]"
         figures = (summary.mean, summary.std, summary.min, summary.worst_decile)
-        rows.append((label, *map(percent, figures), _write_jain(summary.jain), gain))
+        jain = "–" if math.isnan(summary.jain) else f"{summary.jain:.3f}"
+        rows.append((label, *map(percent, figures), jain, written))
     columns = ("model", "mean", "std", "min", "worst decile", "Jain", "gain over zero-shot")
-    strong = frozenset(number for number, (_, model) in enumerate(models) if model == "personal")
-    title = f"{_capitalise(find_measure(record.metric).label)} on test, {len(record.scores('personal'))} clients"
+    strong = frozenset(number for number, model in enumerate(models) if model == "personal")
     note = (
         "Spread over clients; Jain: fairness index, 1 where all are alike, none where all are zero; gain in points "
         "with its 95 % interval."
@@ -115,52 +117,30 @@ def _tabulate_models(record: RunRecord) -> Table:
     return Table(title, columns, tuple(rows), strong, note)
 
 
-def _write_jain(index: float) -> str:
-    return "–" if math.isnan(index) else f"{index:.3f}"
-
-
-def _format_gain(own: Mapping[str, float], base: Mapping[str, float]) -> str:
-    common = {client: own[client] for client in own if client in base}
-    if not common:
-        return "–"
-    gain = summarise_gain(common, {client: base[client] for client in common})
-    return f"{points(gain.mean)} [{points(gain.low)}, {points(gain.high)}]"
-
-
-def _tabulate_metrics(record: RunRecord) -> Table:
-    """Tabulate all the other metrics, means over clients."""
-    models = _name_models(record)
-    measures = [measure for measure in order_measures(record.metrics()) if measure.name != record.metric]
+def _tabulate_metrics(record: RunRecord, models: Mapping[str, str]) -> Table:
     rows = []
-    for measure in measures:
-        scores = [record.scores(model, measure.name) for _, model in models]
-        rows.append((measure.label, *(measure.write(summarise(own).mean) if own else "–" for own in scores)))
-    columns = ("metric", *(label for label, _ in models))
-    return Table("Other metrics on test, mean over clients", columns, tuple(rows))
+    for measure in order_measures(record.metrics()):
+        if measure.name != record.metric:
+            scores = [record.scores(model, measure.name) for model in models]
+            rows.append((measure.label, *(measure.write(summarise(own).mean) if own else "–" for own in scores)))
+    return Table("Other metrics on test, mean over clients", ("metric", *models.values()), tuple(rows))
 
 
 def _tabulate_all_metrics(record: ComparisonRecord, methods: list[str]) -> Table:
-    """Tabulate every other metric of every method, mean over clients, then over seeds."""
     names = {name for run in record.runs for name, values in (run.get("test") or {}).items() if values}
-    measures = [measure for measure in order_measures(names) if measure.name != record.metric]
-    rows = []
-    for measure in measures:
-        written = []
-        for method in methods:
-            by_seed = record.scores(method, measure.name)
-            mean = spread([summarise(one).mean for one in by_seed.values()]).mean if by_seed else math.nan
-            written.append(measure.write(mean))
-        rows.append((measure.label, *written))
-    title, columns = "Other metrics on test, mean over clients and seeds", ("metric", *methods)
-    if len(methods) > MANY_METHODS and rows:
-        turned = list(zip(columns, *rows, strict=True))
-        return Table(title, ("method", *turned[0][1:]), tuple(turned[1:]))
-    return Table(title, columns, tuple(rows))
+    rows: list[tuple[str, ...]] = [("metric", *methods)]
+    for measure in order_measures(names - {record.metric}):
+        by_method = [record.scores(method, measure.name).values() for method in methods]
+        means = [spread([summarise(one).mean for one in seeds]).mean if seeds else math.nan for seeds in by_method]
+        rows.append((measure.label, *map(measure.write, means)))
+    if len(methods) > MANY_METHODS and len(rows) > 1:
+        rows[0] = ("method", *methods)
+        rows = list(zip(*rows, strict=True))
+    return Table("Other metrics on test, mean over clients and seeds", rows[0], tuple(rows[1:]))
 
 
 def _tabulate_matrix(record: RunRecord) -> Table:
-    """Tabulate the cross-client matrix, metric by metric; empty where it was not asked for."""
-    stored = record.results.get("cross_clients") or {}
+    stored = record.results.get("cross_clients") or {}  # empty where it was not asked for
     rows = []
     for name, values in stored.items():
         if name in MEASURES:
@@ -174,20 +154,18 @@ def _tabulate_matrix(record: RunRecord) -> Table:
 
 def _tabulate_clients(measure: Measure, zero_shot: Mapping[str, float], personal: Mapping[str, float]) -> Table:
     change = f"{_capitalise(measure.label)} per client, zero-shot → personal"
-    cells = {client: f"{_short(zero_shot.get(client))} → {_short(personal[client])}" for client in personal}
     split = {client: client.rsplit("-", 1) for client in personal if "-" in client}
     rows = list(dict.fromkeys(parts[0] for parts in split.values()))
     columns = list(dict.fromkeys(parts[1] for parts in split.values()))
-    if len(split) == len(personal) and 1 < len(columns) <= 8 and len(rows) <= MANY and len(rows) > 1:
+    # Names like `noto-en` are a grid of two keys.
+    if len(split) == len(personal) and 1 < len(columns) <= 8 and 1 < len(rows) <= MANY:
+        cells = {client: f"{_short(zero_shot.get(client))} → {_short(personal[client])}" for client in personal}
         grid = tuple((row, *(cells.get(f"{row}-{column}", "") for column in columns)) for row in rows)
         return Table(f"{change} (%)", ("", *columns), grid)
     order = sorted(personal, key=lambda client: personal[client], reverse=True)
     listed = [(client, percent(zero_shot.get(client, math.nan)), percent(personal[client])) for client in order]
-    note = ""
-    if len(listed) > MANY:
-        note = f"The best and the worst ten of {len(listed)} clients."
-        listed = [*listed[:10], ("…", "…", "…"), *listed[-10:]]
-    return Table(change, ("client", "zero-shot", "personal"), tuple(listed), note=note)
+    shown, note = keep_ends(listed, "best and the worst")
+    return Table(change, ("client", "zero-shot", "personal"), tuple(shown), note=note)
 
 
 def _capitalise(text: str) -> str:

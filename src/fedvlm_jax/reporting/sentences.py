@@ -1,19 +1,19 @@
 """Sentences of a report. A loss is called a loss, and a difference inside its interval is called level."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
-from fedvlm_jax.evaluation.statistics.over_seeds import Difference, compare_paired, count_seeds_ahead, judge
-from fedvlm_jax.reporting.score_tables import RIVALS
+from fedvlm_jax.evaluation.statistics.over_seeds import BySeed, Difference, compare_paired, count_seeds_ahead, judge
+from fedvlm_jax.reporting.score_tables import RIVALS, read_scores
 from fedvlm_jax.reporting.tables import points
 from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord, read_baseline
 from fedvlm_jax.training.failures import describe_lost, describe_rounds
 
-FEW = 8
-"""Up to so many methods each difference has a sentence of its own."""
+FEW = 8  # up to so many methods each difference has a sentence of its own
+# The digests of a run's fingerprint.
+SOURCES = {"data": "data", "weights": "base weights", "model_files": "model files", "clients": "clients"}
 
 
 def describe_run(record: RunRecord) -> list[str]:
@@ -28,7 +28,13 @@ def describe_run(record: RunRecord) -> list[str]:
         f"{_achieves(record.metric, before.mean)} ({change})."
     ]
     if gain < 0:
-        sentences.append(_describe_loss(record.method, compare_paired({0: personal}, {0: zero_shot})))
+        difference = compare_paired({0: personal}, {0: zero_shot})
+        if difference is None or math.isnan(difference.low):
+            sentences.append("From one client, so without an interval.")
+        elif judge(difference) == "behind":
+            sentences.append(f"So {record.method} lost here: training made the average client worse.")
+        else:
+            sentences.append("That is inside the noise: the 95 % interval over clients holds zero.")
     sentences.append(
         f"The worst tenth of the clients goes from {percent(before.worst_decile)} to {percent(after.worst_decile)}."
     )
@@ -42,17 +48,15 @@ def describe_run(record: RunRecord) -> list[str]:
         read = f"read then, and after round {' and '.join(ends)} before" if ends else "read once"
         sentences.append(f"The adapters are those of round {chosen}, chosen on validation; test was {read}.")
     lost = describe_lost(record.results)
-    sentences += [*([lost] if lost else []), *describe_rounds(record.rounds)]
-    sentences.append(_describe_sharing(record))
-    return sentences
+    return [*sentences, *([lost] if lost else []), *describe_rounds(record.rounds), _describe_sharing(record)]
 
 
-def _describe_loss(method: str, difference: Difference | None) -> str:
-    if difference is None or math.isnan(difference.low):
-        return "From one client, so without an interval."
-    if judge(difference) == "behind":
-        return f"So {method} lost here: training made the average client worse."
-    return "That is inside the noise: the 95 % interval over clients holds zero."
+def _achieves(metric: str, value: float) -> str:
+    if metric == "exact_match":
+        return f"gets {percent(value)} of the test questions exactly right"
+    if metric.startswith("preference_accuracy"):
+        return f"finds the preferred of two test answers likelier in {percent(value)} of all pairs"
+    return f"reaches a {find_measure(metric).label} of {percent(value)} on test"
 
 
 def _describe_sharing(record: RunRecord) -> str:
@@ -69,71 +73,70 @@ def _describe_sharing(record: RunRecord) -> str:
     return f"{sentence} Same clients, rounds and rates; `fedvlm compare` has several seeds and methods."
 
 
-def _achieves(metric: str, value: float) -> str:
-    if metric == "exact_match":
-        return f"gets {percent(value)} of the test questions exactly right"
-    if metric.startswith("preference_accuracy"):
-        return f"finds the preferred of two test answers likelier in {percent(value)} of all pairs"
-    return f"reaches a {find_measure(metric).label} of {percent(value)} on test"
-
-
 def describe_runs(records: Sequence[RunRecord]) -> list[str]:
     """Say what may, and what may not, be read out of several runs side by side."""
     best = max(records, key=lambda record: summarise(record.scores("personal")).mean)
     accuracy = percent(summarise(best.scores("personal")).mean)
-    return [
+    sentences = [
         f"{len(records)} runs. The highest mean is that of {best.folder.name} ({best.method}): {accuracy}.",
         "These runs were started one by one, so their clients and seeds may differ, and no interval is given. "
         "`fedvlm compare` compares on equal terms.",
-        *_name_unlike(records),
     ]
-
-
-SOURCES = {"data": "data", "weights": "base weights", "model_files": "model files", "clients": "clients"}
-"""The digests of a run's fingerprint."""
-
-
-def _name_unlike(records: Sequence[RunRecord]) -> list[str]:
-    """Name the runs whose data, base or clients are not those of the first, as far as their folders tell."""
     known = [record for record in records if record.config.get("fingerprint")]
     found = []
     for record in known[1:]:
         ours, theirs = known[0].config["fingerprint"], record.config["fingerprint"]
         if unlike := [name for key, name in SOURCES.items() if ours.get(key) != theirs.get(key)]:
             found.append(f"{record.folder.name} (other {', '.join(unlike)})")
-    if not found:
-        return []
-    return [f"Not on what {known[0].folder.name} was trained on: {'; '.join(found)}. Their numbers do not compare."]
+    if found:
+        first = known[0].folder.name
+        sentences.append(f"Not on what {first} was trained on: {'; '.join(found)}. Their numbers do not compare.")
+    return sentences
 
 
 def describe_comparison(record: ComparisonRecord) -> list[str]:
     """Describe which method is ahead of which, method by method, against the two rivals that are hard to beat."""
-    scores = {method: record.scores(method) for method in ["zero-shot", *record.methods]}
-    scores = {method: by_seed for method, by_seed in scores.items() if by_seed}
+    scores = read_scores(record)
     means = {
         method: sum(summarise(one).mean for one in by_seed.values()) / len(by_seed)
         for method, by_seed in scores.items()
     }
     ranking = sorted((method for method in means if method != "zero-shot"), key=lambda method: -means[method])
     sentences = [_describe_winner(ranking, means, scores)] if len(ranking) > 1 else []
-    for rival in RIVALS if len(ranking) <= FEW else ():
+    for rival in RIVALS:
+        if rival not in scores:
+            continue
+        if len(ranking) > FEW:
+            sentences.append(_sum_up(rival, ranking, scores))
+            continue
         for method in ranking:
             # The two rivals meet once, from fine-tuning's side.
-            if rival in scores and method != rival and not (method == RIVALS[0] and rival == RIVALS[1]):
-                difference = compare_paired(scores[method], scores[rival])
-                if difference is not None:
-                    ahead = count_seeds_ahead(scores[method], scores[rival])
-                    sentences.append(_describe_difference(method, rival, difference, ahead))
-    if len(ranking) > FEW:
-        sentences += [_sum_up(rival, ranking, scores) for rival in RIVALS if rival in scores]
+            if method == rival or (method, rival) == RIVALS:
+                continue
+            if (difference := compare_paired(scores[method], scores[rival])) is not None:
+                ahead = count_seeds_ahead(scores[method], scores[rival])
+                sentences.append(_describe_difference(method, rival, difference, ahead))
     if "zero-shot" in means:
         sentences.append(f"Zero-shot, the frozen model alone, has {percent(means['zero-shot'])}.")
-    if len(record.seeds) < 3:
-        sentences.append(_warn_of_few_seeds(len(record.seeds)))
+    seeds = len(record.seeds)
+    if seeds == 1:
+        sentences.append("There is one seed: the intervals are over clients and say nothing about other seeds.")
+    elif seeds < 3:
+        sentences.append(f"There are only {seeds} seeds: the intervals are wide, and only large differences can show.")
     return sentences
 
 
-def _sum_up(rival: str, ranking: Sequence[str], scores: dict[str, Any]) -> str:
+def _describe_winner(ranking: Sequence[str], means: Mapping[str, float], scores: Mapping[str, BySeed]) -> str:
+    first, second = ranking[:2]
+    trained = " of what was trained" if means.get("zero-shot", -math.inf) > means[first] else ""
+    sentence = f"The highest mean on test{trained} is that of {first}, {percent(means[first])}"
+    difference = compare_paired(scores[first], scores[second])
+    if difference is not None and judge(difference) == "ahead":
+        return f"{sentence}, ahead of {second} with {percent(means[second])}."
+    return f"{sentence}, but its lead over {second} ({percent(means[second])}) is within the noise."
+
+
+def _sum_up(rival: str, ranking: Sequence[str], scores: Mapping[str, BySeed]) -> str:
     """Describe in one sentence which of many methods are ahead of a rival, which behind, and which are level."""
     found: dict[str, list[str]] = {"ahead": [], "behind": [], "level": []}
     for method in ranking:
@@ -146,7 +149,6 @@ def _sum_up(rival: str, ranking: Sequence[str], scores: dict[str, Any]) -> str:
 
 
 def _describe_difference(method: str, rival: str, difference: Difference, seeds_ahead: int) -> str:
-    """Describe a paired difference in a sentence."""
     size = f"{abs(100 * difference.mean):.1f} points"
     seeds = f"ahead in {seeds_ahead} of {difference.seeds} seeds" if difference.seeds > 1 else "one seed"
     if math.isnan(difference.low):
@@ -161,19 +163,3 @@ def _describe_difference(method: str, rival: str, difference: Difference, seeds_
         f"{method} and {rival} cannot be told apart: the difference of {points(difference.mean)} points lies inside "
         f"the noise ({interval}; {seeds})."
     )
-
-
-def _describe_winner(ranking: list[str], means: dict[str, float], scores: dict[str, Any]) -> str:
-    first, second = ranking[:2]
-    trained = " of what was trained" if means.get("zero-shot", -math.inf) > means[first] else ""
-    sentence = f"The highest mean on test{trained} is that of {first}, {percent(means[first])}"
-    difference = compare_paired(scores[first], scores[second])
-    if difference is not None and judge(difference) == "ahead":
-        return f"{sentence}, ahead of {second} with {percent(means[second])}."
-    return f"{sentence}, but its lead over {second} ({percent(means[second])}) is within the noise."
-
-
-def _warn_of_few_seeds(seeds: int) -> str:
-    if seeds == 1:
-        return "There is one seed: the intervals are over clients and say nothing about other seeds."
-    return f"There are only {seeds} seeds: the intervals are wide, and only large differences can show."

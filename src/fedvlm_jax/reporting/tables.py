@@ -2,24 +2,22 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from fedvlm_jax.evaluation.statistics.over_seeds import Difference, judge
-from fedvlm_jax.utils.console import knows_signs
+from fedvlm_jax.utils.console import Terminal, knows_signs, open_console
 from fedvlm_jax.utils.standard_streams import to_ascii
 from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
 
-MANY = 40
-"""Above so many clients a table shows the two ends of the list only."""
-
+MANY = 40  # above so many clients a table shows the two ends of the list only
+# Characters across a phone. There a wider table shows each row as a list of names and figures.
 PHONE = 50
-"""Characters across a phone. There a wider table shows each row as a list of names and figures."""
-
 MARKS = {"ahead": "▲", "behind": "▼", "level": "≈"}
 
 
@@ -40,10 +38,14 @@ class Table:
 
     def __post_init__(self) -> None:
         """Clean the texts, which others wrote: nothing in them may move a cursor or turn the line round."""
-        object.__setattr__(self, "title", clean(self.title))
-        object.__setattr__(self, "note", clean(self.note))
-        object.__setattr__(self, "columns", tuple(map(clean, self.columns)))
-        object.__setattr__(self, "rows", tuple(tuple(map(clean, row)) for row in self.rows))
+        for name, texts in self.rewrite(clean).items():
+            object.__setattr__(self, name, texts)
+
+    def rewrite(self, write: Callable[[str], str]) -> dict[str, Any]:
+        """Return the fields that hold texts, each text as `write` has it."""
+        rows = tuple(tuple(map(write, row)) for row in self.rows)
+        columns = tuple(map(write, self.columns))
+        return {"title": write(self.title), "columns": columns, "rows": rows, "note": write(self.note)}
 
     @property
     def is_wide(self) -> bool:
@@ -51,6 +53,13 @@ class Table:
         columns = zip(self.columns, *self.rows, strict=True)
         widths = [max(map(len, [*heading.split(), *cells]), default=0) for heading, *cells in columns]
         return sum(widths) + 2 * len(widths) > PHONE
+
+
+def keep_ends(rows: Sequence[tuple[str, ...]], ends: str) -> tuple[Sequence[tuple[str, ...]], str]:
+    """Leave out the middle of a list of many clients; return the rest, and a note that names its `ends`."""
+    if len(rows) <= MANY:
+        return rows, ""
+    return [*rows[:10], ("…",) * len(rows[0]), *rows[-10:]], f"The {ends} ten of {len(rows)} clients."
 
 
 def format_paired(difference: Difference | None) -> str:
@@ -63,13 +72,21 @@ def format_paired(difference: Difference | None) -> str:
 
 
 def points(share: float) -> str:
-    """Write a difference of shares in percentage points, with its sign."""
+    """Write a difference of shares in percentage points, with its sign.
+
+    >>> points(0.012), points(-0.0001)
+    ('+1.2', '0.0')
+    """
     written = f"{100 * share:+.1f}".replace("-", "−")
     return "0.0" if written[1:] == "0.0" else written
 
 
 def format_duration(seconds: float) -> str:
-    """Write a time with its two largest units: `1 h 4 min`, `3 min 12 s`, `8.1 s`."""
+    """Write a time with its two largest units.
+
+    >>> format_duration(8.12), format_duration(192), format_duration(3840)
+    ('8.1 s', '3 min 12 s', '1 h 4 min')
+    """
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -78,7 +95,11 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Write a number of bytes with the largest unit that keeps it above one."""
+    """Write a number of bytes with the largest unit that keeps it above one.
+
+    >>> format_bytes(1536), format_bytes(180_000)
+    ('1.5 KiB', '176 KiB')
+    """
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
@@ -88,49 +109,45 @@ def format_bytes(count: float) -> str:
 
 def show(console: Console, table: Table) -> None:
     """Print a table, in parts below each other where it is wider than the terminal."""
-    if not knows_signs(console):
-        table = _to_ascii(table)
+    if not knows_signs(console):  # before widths are measured: in ASCII a sign may take several characters
+        table = dataclasses.replace(table, **table.rewrite(to_ascii))
     for part in cut_to_width(table, console.width):
         roomy = 1 + sum(3 + max(_measure(part, column), len(name)) for column, name in enumerate(part.columns))
         console.print(to_rich(part, tight=roomy > console.width))
 
 
-def _to_ascii(table: Table) -> Table:
-    """The same in ASCII, before widths are measured."""
-    rows = tuple(tuple(map(to_ascii, row)) for row in table.rows)
-    columns = tuple(map(to_ascii, table.columns))
-    return dataclasses.replace(
-        table, title=to_ascii(table.title), note=to_ascii(table.note), columns=columns, rows=rows
-    )
+def show_all(tables: Iterable[Table]) -> Terminal:
+    """Print tables on the terminal that the command writes to; return it."""
+    console = open_console()
+    for table in tables:
+        show(console, table)
+    return console
 
 
 def cut_to_width(table: Table, width: int) -> list[Table]:
-    """Parts of a table with its first column in each, as wide as `width` characters allow; prose wraps by itself."""
+    """Cut a table into parts of at most `width` characters, the first column in each; prose wraps by itself."""
     if table.prose:
         return [table]
-
     first = 4 + _measure(table, 0)  # of every column 3 characters are frame
-    groups: list[list[int]] = [[]]
+    groups: list[list[int]] = [[0]]
     used = first
     for column in range(1, len(table.columns)):
-        if groups[-1] and used + 3 + _measure(table, column) > width:
-            groups.append([])
+        needed = 3 + _measure(table, column)
+        if len(groups[-1]) > 1 and used + needed > width:
+            groups.append([0])
             used = first
         groups[-1].append(column)
-        used += 3 + _measure(table, column)
-    parts = []
-    for number, group in enumerate(groups):
-        columns = (0, *group)
-        parts.append(
-            dataclasses.replace(
-                table,
-                title="" if number else table.title,
-                columns=tuple(table.columns[column] for column in columns),
-                rows=tuple(tuple(row[column] for column in columns) for row in table.rows),
-                note=table.note if number == len(groups) - 1 else "",
-            )
+        used += needed
+    return [
+        dataclasses.replace(
+            table,
+            title="" if number else table.title,
+            columns=tuple(table.columns[column] for column in group),
+            rows=tuple(tuple(row[column] for column in group) for row in table.rows),
+            note=table.note if group is groups[-1] else "",
         )
-    return parts
+        for number, group in enumerate(groups)
+    ]
 
 
 def _measure(table: Table, column: int) -> int:
@@ -140,41 +157,33 @@ def _measure(table: Table, column: int) -> int:
     return max(map(len, (*words, *lines)), default=0)
 
 
+def _break_interval(cell: str) -> str:
+    return cell.replace(" [", "\n[")  # an interval goes below its mean, to fit 80 columns
+
+
 def to_rich(table: Table, *, tight: bool = False) -> RichTable:
     """Show a table on a terminal; a tight one breaks its headings wherever that makes it narrower."""
     shown = RichTable(title=table.title or None, title_justify="left", title_style="bold", caption=table.note or None)
     shown.caption_justify = "left"
     for number, column in enumerate(table.columns):
-        side = "left" if number in (0, *table.prose) else "right"
         width = _measure(table, number) if tight and not table.prose else None
+        side = "left" if number in (0, *table.prose) else "right"
         shown.add_column(column, justify=side, overflow="fold", width=width)
     for number, row in enumerate(table.rows):
-        # Brackets are text here, not rich's markup.
-        cells = [
-            Text(cell, justify="left")
-            if column in table.prose
-            else Text(_break_interval(cell), justify="right" if column else "left")
-            for column, cell in enumerate(row)
-        ]
+        cells: list[Text] = []
+        for column, cell in enumerate(row):
+            text = cell if column in table.prose else _break_interval(cell)
+            # As `Text`, brackets are not taken for rich's markup.
+            cells.append(Text(text, justify="left" if column in (0, *table.prose) else "right"))
         shown.add_row(*cells, style="bold" if number in table.strong else None)
     return shown
 
 
-def _break_interval(cell: str) -> str:
-    """An interval goes below its mean, to fit 80 columns."""
-    return cell.replace(" [", "\n[")
-
-
 def to_markdown(table: Table) -> str:
     """Write a table in Markdown, with its title and note."""
-    rule = ["---", *["---:"] * (len(table.columns) - 1)]
-    columns = [escape_markdown(column) for column in table.columns]
-    lines = [f"**{escape_markdown(table.title)}**", "", _join_row(columns), _join_row(rule)]
+    rows = [list(map(escape_markdown, table.columns)), ["---", *["---:"] * (len(table.columns) - 1)]]
     for number, row in enumerate(table.rows):
-        cells = map(escape_markdown, row)
-        lines.append(_join_row([f"**{cell}**" if number in table.strong else cell for cell in cells]))
+        cells = list(map(escape_markdown, row))
+        rows.append([f"**{cell}**" for cell in cells] if number in table.strong else cells)
+    lines = [f"**{escape_markdown(table.title)}**", "", *(f"| {' | '.join(cells)} |" for cells in rows)]
     return "\n".join(lines + (["", escape_markdown(table.note)] if table.note else []))
-
-
-def _join_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

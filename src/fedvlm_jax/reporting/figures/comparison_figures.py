@@ -14,28 +14,15 @@ from matplotlib.figure import Figure
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, mean_over_seeds, order_by_mean
 from fedvlm_jax.reporting.figures import theme
-from fedvlm_jax.reporting.figures.heatmaps import draw_heatmap
-from fedvlm_jax.reporting.score_tables import RIVALS
+from fedvlm_jax.reporting.score_tables import RIVALS, read_scores
 from fedvlm_jax.reporting.tables import points
 from fedvlm_jax.run_dir.reader import ComparisonRecord
 
-METHODS = (
-    "Dots are clients, mean over seeds. First: accuracy, the bar is the mean of all. Then: differences to local "
-    "training, with their mean and its 95 % interval."
-)
-INTERVALS = (
-    "lines: 95 % t-intervals over seeds, where they go beyond the axis they are cut; filled dots: the interval leaves "
-    "out zero, which of twenty clients without any gain one does by chance"
-)
-
 
 class Gains(NamedTuple):
-    """A method's gain over local training, client by client, in points.
+    """A method's gain over local training, client by client, in points: its mean over seeds and its 95 % t-interval.
 
-    Attributes:
-        clients: in the order of the arrays.
-        mean: over seeds.
-        low, high: 95 % t-interval over seeds; NaN with one seed.
+    The interval is NaN with one seed.
     """
 
     clients: list[str]
@@ -46,32 +33,29 @@ class Gains(NamedTuple):
 
 def draw_comparison(record: ComparisonRecord, target: Path) -> list[theme.Picture]:
     """Draw and save all methods, method × client, and the gains of clients."""
-    label = find_measure(record.metric).label
-    cells = f"Test {label} per client, %, mean over seeds; bold, or a dot: the best of a client."
-    drawn = [("methods", METHODS, draw_methods(record)), ("clients", cells, draw_heatmap(record))]
+    captions = theme.CAPTIONS["comparison"]
+    cells = captions["clients"].format(label=find_measure(record.metric).label)
+    pictures = [
+        theme.save_picture(draw_methods(record), target, "methods", captions["methods"]),
+        theme.save_picture(draw_heatmap(record), target, "clients", cells),
+    ]
     if gains := read_gains(record):
-        intervals = INTERVALS if len(record.seeds) > 1 else "one seed only, so without intervals"
-        caption = (
-            f"What every client gains over local training, mean over seeds; {intervals}. Triangle and figure: the mean "
-            "of all clients."
-        )
-        drawn.append(("gains", caption, draw_method_gains(gains, record.metric)))
-    return [theme.save_picture(figure, target, name, caption) for name, caption, figure in drawn]
+        caption = captions["gains" if len(record.seeds) > 1 else "gains_of_one_seed"]
+        pictures.append(theme.save_picture(draw_method_gains(gains, record.metric), target, "gains", caption))
+    return pictures
 
 
 @theme.style()
 def draw_methods(record: ComparisonRecord) -> Figure:
     """Draw all clients under each method, and how far each method is ahead of local training client by client."""
-    scores = {method: record.scores(method) for method in ["zero-shot", *record.methods]}
-    methods = [method for method in scores if scores[method]]
-    dense = len(methods) > theme.MANY + 1
-    methods = (order_by_mean(scores, methods) if dense else methods)[::-1]
-    rival = "local" if scores.get("local") else methods[-1]
+    scores = read_scores(record)
+    dense = len(scores) > theme.MANY + 1
+    methods = (order_by_mean(scores, list(scores)) if dense else list(scores))[::-1]
+    rival = "local" if "local" in scores else methods[-1]
     height = 1.1 + (0.22 if dense else 0.52) * len(methods)
     figure, (left, right) = theme.make_figure(theme.WIDE, height, columns=2, sharey=True, width_ratios=(1.1, 1))
     series = theme.choose_series(record.methods)
     theirs = mean_over_seeds(scores[rival])
-    size = 8 if dense else 9
     bar = {"markersize": 11, "markeredgewidth": 2} if dense else {"markersize": 20, "markeredgewidth": 2.6}
     for row, method in enumerate(methods):
         colour = theme.MUTED if method == "zero-shot" else theme.SERIES[series[method]]
@@ -84,8 +68,9 @@ def draw_methods(record: ComparisonRecord) -> Figure:
         # Zero-shot lies far below: it would press all others against the edge.
         if method in (rival, "zero-shot") or difference is None:
             far = "" if difference is None else f"{points(difference.mean)}, not drawn"
-            text, look = "the yardstick" if method == rival else far, {"color": theme.MUTED, "fontsize": size}
-            theme.annotate(right, (0.02, row), text, ("axes fraction", "data"), (0, -3), "left", **look)
+            text, look = "the yardstick" if method == rival else far, {"fontsize": 8 if dense else 9}
+            frame = ("axes fraction", "data")
+            theme.annotate(right, (0.02, row), text, frame, (0, -3), "left", color=theme.MUTED, **look)
             continue
         ahead = [score - theirs[client] for client, score in ours.items() if client in theirs]
         _draw_cloud(right, row, 100 * np.asarray(ahead), colour, dense)
@@ -104,8 +89,7 @@ def draw_methods(record: ComparisonRecord) -> Figure:
 
 
 def _draw_cloud(ax: Any, row: int, values: np.ndarray, colour: str, dense: bool) -> None:
-    """Scatter values around a row. The jitter is a fixed pattern: the same report gives the same figure."""
-    jitter = 0.13 * np.sin(2.4 * np.arange(len(values)))
+    jitter = 0.13 * np.sin(2.4 * np.arange(len(values)))  # no random one: the same report gives the same figure
     size = 8 if dense or len(values) > theme.LABELLED else 26
     ax.scatter(values, row - 0.08 + jitter, s=size, color=colour, alpha=0.6, linewidths=0)
 
@@ -118,27 +102,53 @@ def _write(ax: Any, row: int, value: float, text: str, dense: bool) -> None:
         theme.annotate(ax, (value, row), text, "data", (0, 11), "center")
 
 
+@theme.style()
+def draw_heatmap(record: ComparisonRecord) -> Figure:
+    """Draw method × client, methods across; with many methods down, the best on top. The best of a client is bold."""
+    scores = read_scores(record)
+    means = {method: mean_over_seeds(by_seed) for method, by_seed in scores.items()}
+    methods = list(means)
+    clients = sorted(set.union(*map(set, means.values())), reverse=True)
+    values = 100 * np.asarray([[means[method].get(client, np.nan) for method in methods] for client in clients])
+    named, many = len(clients) <= theme.LABELLED, len(methods) > theme.MANY + 1
+    if not named:  # in the order of the first trained method, so that the others can be read against it
+        values = values[np.argsort(values[:, min(1, len(methods) - 1)], kind="stable")]
+    best = np.nanmax(values, axis=1, keepdims=True) == values
+    names = clients if named else []
+    if many:
+        ranked = order_by_mean(scores, methods)[::-1]
+        chosen = [methods.index(method) for method in ranked]
+        figure = theme.tint_cells(values.T[chosen, ::-1], best.T[chosen, ::-1], ranked, names[::-1])
+    else:
+        figure = theme.tint_cells(values, best, names, methods)
+    if not named:
+        (ax,) = figure.axes
+        ax.xaxis.set_label_position("top")
+        (ax.set_xlabel if many else ax.set_ylabel)(f"{len(clients)} clients")
+    return figure
+
+
 def read_gains(record: ComparisonRecord) -> dict[str, Gains]:
     """Compute every method's gains over local training, the best method first; empty where local is not compared."""
-    scores = {method: record.scores(method) for method in record.methods}
-    base = scores.get(RIVALS[0])
-    if not base:
+    scores = read_scores(record)
+    local = scores.get(RIVALS[0])
+    if not local:
         return {}
     gains = {}
-    for method in order_by_mean(scores, [name for name in scores if scores[name] and name != RIVALS[0]]):
+    for method in order_by_mean(scores, [name for name in scores if name not in ("zero-shot", RIVALS[0])]):
         found = []
         for client in sorted({client for one in scores[method].values() for client in one}):
-            difference = compare_paired(_pick_client(scores[method], client), _pick_client(base, client))
+            ours, theirs = (
+                {seed: {client: one[client]} for seed, one in by_seed.items() if client in one}
+                for by_seed in (scores[method], local)
+            )
+            difference = compare_paired(ours, theirs)
             if difference is not None:
                 found.append((client, 100 * difference.mean, 100 * difference.low, 100 * difference.high))
         if found:
             names, *numbers = zip(*found, strict=True)
             gains[method] = Gains(list(names), *(np.asarray(values) for values in numbers))
     return gains
-
-
-def _pick_client(by_seed: Mapping[int, Mapping[str, float]], client: str) -> dict[int, dict[str, float]]:
-    return {seed: {client: one[client]} for seed, one in by_seed.items() if client in one}
 
 
 @theme.style()

@@ -11,57 +11,39 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_seeds import order_by_mean, spread
 from fedvlm_jax.reporting.figures import theme
-from fedvlm_jax.reporting.figures.round_lines import Line, Rounds, average, pick, read_rounds, read_validation
+from fedvlm_jax.reporting.figures.round_lines import Line, Rounds, average, pick, read_rounds
+from fedvlm_jax.reporting.score_tables import read_scores
 from fedvlm_jax.reporting.tables import format_bytes
 from fedvlm_jax.run_dir.reader import ComparisonRecord
 
-PARETO = (
-    "Test score against all bytes that a client sends and receives if it takes part in every round; mean over seeds, "
-    "the line is ± one standard deviation over seeds. Methods that send nothing stand at the left. On the dashed "
-    "stair, the Pareto front, are those that no other method matches for fewer bytes; it goes by the means, so small "
-    "steps of it may be noise."
-)
-CURVES = "Validation score on the way, over rounds and over bytes; mean over seeds."
-PANELS = (
-    "Validation score on the way, mean over seeds; one panel per method, the others grey behind it, best on test first."
-)
-
 
 class Cost(NamedTuple):
-    """A method's test score and the bytes that it moved.
-
-    Attributes:
-        method: its name.
-        sent: bytes up and down of a client that takes part in every round, over the whole run, mean over seeds.
-        mean, std: the test score in per cent, mean over clients and then over seeds; std over seeds, None with one.
-    """
+    """A method's bytes, and its test score in per cent, mean over clients and then over seeds."""
 
     method: str
-    sent: float
+    sent: float  # up and down, by a client that takes part in every round of the run, mean over seeds
     mean: float
-    std: float | None
+    std: float | None  # over seeds; None with one
 
 
 def draw_costs(record: ComparisonRecord, target: Path) -> list[theme.Picture]:
     """Draw and save accuracy against bytes and rounds; nothing where no run's folder is there."""
-    drawn, rounds = [], read_rounds(record)
+    captions, pictures = theme.CAPTIONS["comparison"], list[theme.Picture]()
+    rounds = read_rounds(record)
     costs = read_costs(record, rounds)
     if any(cost.method != "zero-shot" for cost in costs):
         missing = sorted(set(record.methods) - {cost.method for cost in costs})
-        caption = PARETO + (f" Without their runs' folders: {', '.join(missing)}." if missing else "")
-        drawn.append(("pareto", caption, draw_pareto(costs, record.metric)))
+        caption = captions["pareto"] + (f" Without their runs' folders: {', '.join(missing)}." if missing else "")
+        pictures.append(theme.save_picture(draw_pareto(costs, record.metric), target, "pareto", caption))
     if curves := read_curves(record, rounds):
-        caption = PANELS if len(curves) > theme.MANY else CURVES
-        drawn.append(("curves", caption, draw_curves(curves, record.metric)))
-    return [theme.save_picture(figure, target, name, caption) for name, caption, figure in drawn]
+        caption = captions["curves_of_many" if len(curves) > theme.MANY else "curves"]
+        pictures.append(theme.save_picture(draw_curves(curves, record.metric), target, "curves", caption))
+    return pictures
 
 
 def read_curves(record: ComparisonRecord, rounds: Rounds) -> Rounds:
     """Pick the runs that were evaluated on the way, by method, the best method first where there are many."""
-    found = {
-        method: [lines for lines in runs if pick(lines, read_validation(record.metric))[0]]
-        for method, runs in rounds.items()
-    }
+    found = {method: [lines for lines in runs if pick(lines, "validation")[0]] for method, runs in rounds.items()}
     there = [method for method, runs in found.items() if runs]
     if len(there) > theme.MANY:
         there = order_by_mean({method: record.scores(method) for method in there}, there)
@@ -71,11 +53,10 @@ def read_curves(record: ComparisonRecord, rounds: Rounds) -> Rounds:
 def read_costs(record: ComparisonRecord, rounds: Rounds) -> list[Cost]:
     """Find the costs of zero-shot and of every method of which there are both scores and rounds."""
     found = []
-    for method in ("zero-shot", *record.methods):
-        scores = record.scores(method)
-        if scores and (method == "zero-shot" or method in rounds):
+    for method, scores in read_scores(record).items():
+        if method == "zero-shot" or method in rounds:
             result = spread([100 * float(np.mean(list(one.values()))) for one in scores.values()])
-            sent = [sum(_read_bytes(line) for line in lines) for lines in rounds.get(method, [])]
+            sent = [sum(map(_read_bytes, lines)) for lines in rounds.get(method, [])]
             found.append(Cost(method, float(np.mean(sent or [0])), result.mean, result.std))
     return found
 
@@ -85,7 +66,11 @@ def _read_bytes(line: Mapping[str, Any]) -> int:
 
 
 def find_front(costs: Sequence[Cost]) -> list[Cost]:
-    """Find the Pareto front, cheapest first: those that no other one matches in both and beats in one."""
+    """Find the Pareto front, cheapest first: those that no other one matches in both and beats in one.
+
+    >>> [cost.method for cost in find_front([Cost("a", 0, 50, None), Cost("b", 9, 49, None), Cost("c", 9, 60, None)])]
+    ['a', 'c']
+    """
 
     def beats(one: Cost, other: Cost) -> bool:
         return one.sent <= other.sent and one.mean >= other.mean and (one.sent, one.mean) != (other.sent, other.mean)
@@ -102,7 +87,11 @@ def draw_pareto(costs: Sequence[Cost], metric: str) -> Figure:
     sending = sorted(cost.sent for cost in costs if cost.sent) or [1.0]
     low, high = sending[0], sending[-1]
     series = theme.choose_series([cost.method for cost in costs])
-    front, shown = find_front(costs), _leave_out_far(costs)
+    # Zero-shot is left out where it lies so far below that the others would be pressed together.
+    others = [cost.mean for cost in costs if cost.method != "zero-shot"]
+    room = 1.5 * max(max(others) - min(others), 2.0)
+    shown = [cost for cost in costs if cost.method != "zero-shot" or cost.mean > min(others) - room]
+    front = find_front(costs)
     stair = [(cost.sent, cost.mean) for cost in front]
     stair.append((1.5 * high, stair[-1][1]))
     # Logarithmic, but for a linear piece with zero at the left, where the methods are that send nothing.
@@ -118,7 +107,10 @@ def draw_pareto(costs: Sequence[Cost], metric: str) -> Figure:
     ax.set_xlim(-low / 6, 1.5 * high)
     bottom, top = ax.get_ylim()
     ax.set_ylim(bottom - 0.04 * (top - bottom), top + 0.06 * (top - bottom))
-    _mark_bytes(ax, low, high)
+    ticks = [tick for tick in LogLocator(base=2, numticks=6).tick_values(low, high) if low <= tick <= high]
+    ax.xaxis.set_major_locator(FixedLocator([0, *(ticks if len(ticks) > 1 else sorted({low, high}))]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_bytes(x) if x else "nothing"))
     if any(not cost.sent for cost in costs):
         ax.axvline(0.7 * low, color=theme.MUTED, linewidth=0.8, linestyle=theme.DOTTED)
     ax.grid(axis="y")
@@ -133,32 +125,14 @@ def draw_pareto(costs: Sequence[Cost], metric: str) -> Figure:
     return figure
 
 
-def _leave_out_far(costs: Sequence[Cost]) -> list[Cost]:
-    """Leave out zero-shot where it lies so far below that the others would be pressed together."""
-    others = [cost.mean for cost in costs if cost.method != "zero-shot"]
-    room = 1.5 * max(max(others) - min(others), 2.0)
-    return [cost for cost in costs if cost.method != "zero-shot" or cost.mean > min(others) - room]
-
-
-def _mark_bytes(ax: Any, low: float, high: float) -> None:
-    """Put ticks at powers of two, written as bytes, and one for methods that send nothing."""
-    ticks = [tick for tick in LogLocator(base=2, numticks=6).tick_values(low, high) if low <= tick <= high]
-    ax.xaxis.set_major_locator(FixedLocator([0, *(ticks if len(ticks) > 1 else sorted({low, high}))]))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_bytes(x) if x else "nothing"))
-
-
 @theme.style()
 def draw_curves(curves: Rounds, metric: str) -> Figure:
-    """Draw validation over rounds, and over bytes that one client has sent and received by then.
+    """Draw validation over rounds, and over bytes that a client has sent and received by then.
 
     Of many methods each has a small panel over rounds.
     """
     title = f"Validation {find_measure(metric).label}, %"
-    averaged = {
-        method: average([pick(lines, read_validation(metric), 100) for lines in runs])
-        for method, runs in curves.items()
-    }
+    averaged = {method: average([pick(lines, "validation", 100) for lines in runs]) for method, runs in curves.items()}
     if len(curves) > theme.MANY:
         return _draw_panels(averaged, title)
     figure, (left, right) = theme.make_figure(theme.WIDE, 3.1, columns=2, sharey=True)
@@ -166,13 +140,8 @@ def draw_curves(curves: Rounds, metric: str) -> Figure:
     for method, (rounds, values) in averaged.items():
         moved = [(line["round"], _read_bytes(line)) for line in curves[method][0]]
         sent = [sum(count for number, count in moved if number <= last) for last in rounds]
-        colour = theme.SERIES[series[method]]
-        look: dict[str, Any] = {
-            "color": colour,
-            "marker": theme.MARKERS[series[method]],
-            "markersize": 4,
-            "linewidth": 1.6,
-        }
+        colour, marker = theme.SERIES[series[method]], theme.MARKERS[series[method]]
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6}
         left.plot(rounds, values, label=method, **look)
         if sent[-1] > 0:
             right.plot(np.asarray(sent) / 2**20, values, **look)
@@ -191,7 +160,6 @@ def draw_curves(curves: Rounds, metric: str) -> Figure:
 
 
 def _draw_panels(lines: Mapping[str, Line], title: str) -> Figure:
-    """Draw one small panel per method: its own line strong, those of all others faint behind it."""
     across = 5
     down = -(-len(lines) // across)
     figure, axes = theme.make_figure(theme.WIDE, 0.8 + 1.25 * down, columns=across, rows=down, sharex=True, sharey=True)

@@ -1,6 +1,6 @@
 """Numbers read off the lines of `metrics.jsonl`, a line per round, to be drawn over the rounds."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,13 +8,8 @@ import numpy as np
 from fedvlm_jax.run_dir.reader import ComparisonRecord, read_metrics
 
 Lines = Sequence[Mapping[str, Any]]
-Rounds = Mapping[str, Sequence[Lines]]
-"""Method -> the lines of each of its runs."""
-
-Line = tuple[list[int], list[float]]
-"""Rounds, and the values at them."""
-
-Read = Callable[[Mapping[str, Any]], float | None]
+Rounds = Mapping[str, Sequence[Lines]]  # method -> the lines of each of its runs
+Line = tuple[list[int], list[float]]  # rounds, and the values at them
 
 
 def read_rounds(record: ComparisonRecord) -> Rounds:
@@ -22,23 +17,34 @@ def read_rounds(record: ComparisonRecord) -> Rounds:
     rounds: dict[str, list[Lines]] = {}
     for run in record.runs:
         if lines := read_metrics(record.folder_of(run)):
-            rounds.setdefault(run["method"], []).append(lines)
+            rounds.setdefault(run["method"], []).append(lift_validation(lines, record.metric))
     return rounds
 
 
-def read_validation(metric: str, side: str = "") -> Read:
-    """Return the reader of a validation metric, or of the same "before" or "after" redistribution."""
+def lift_validation(lines: Lines, metric: str) -> Lines:
+    """Put a metric of validation into each line itself: its value, those before and after redistribution, its gain.
 
-    def read(line: Mapping[str, Any]) -> float | None:
+    >>> validation = {"f1": 0.5, "before_redistribution": {"f1": 0.25}, "after_redistribution": {"f1": 0.5}}
+    >>> lift_validation([{"round": 1, "validation": validation}], "f1")
+    [{'round': 1, 'validation': 0.5, 'before': 0.25, 'after': 0.5, 'redistribution': 0.25}]
+    """
+    lifted = []
+    for line in lines:
         found = line.get("validation") or {}
-        return ((found.get(f"{side}_redistribution") or {}) if side else found).get(metric)
+        before, after = ((found.get(f"{side}_redistribution") or {}).get(metric) for side in ("before", "after"))
+        gain = None if before is None or after is None else after - before
+        scores = {"validation": found.get(metric), "before": before, "after": after, "redistribution": gain}
+        lifted.append({**line, **scores})
+    return lifted
 
-    return read
 
+def pick(lines: Lines, key: str, scale: float = 1.0) -> Line:
+    """Pick the rounds that have a number, and their values times `scale`.
 
-def pick(lines: Lines, read: Read, scale: float = 1.0) -> Line:
-    """Pick the rounds that have a number, and their values times `scale`."""
-    found = [(line["round"], read(line)) for line in lines]
+    >>> pick([{"round": 1, "loss": 0.5}, {"round": 2}, {"round": 3, "loss": 0.25}], "loss", 100)
+    ([1, 3], [50.0, 25.0])
+    """
+    found = [(line["round"], line.get(key)) for line in lines]
     there = [(number, scale * value) for number, value in found if value is not None and np.isfinite(value)]
     return [number for number, _ in there], [value for _, value in there]
 

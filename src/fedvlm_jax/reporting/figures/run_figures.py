@@ -9,35 +9,30 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise_gain
 from fedvlm_jax.reporting.figures import theme
-from fedvlm_jax.reporting.figures.heatmaps import draw_matrix
-from fedvlm_jax.reporting.figures.round_lines import pick, read_validation
+from fedvlm_jax.reporting.figures.round_lines import lift_validation, pick
 from fedvlm_jax.reporting.tables import points
 from fedvlm_jax.run_dir.reader import RunRecord
-
-CLIENTS = "Every client from zero-shot (ring) to its personal model (dot); dashed: means."
-GAINS = (
-    "What every client gains with its personal model; squares lose. Dashed: the mean of clients; shaded: its 95 % "
-    "bootstrap interval over clients, which says nothing about other seeds. A client's own line is its 95 % paired "
-    "bootstrap interval over its test examples."
-)
-ROUNDS = "Validation after each evaluated round; dashed: before redistribution; ring: the selected round."
 
 
 def draw_run(record: RunRecord, target: Path, prefix: str = "") -> list[theme.Picture]:
     """Draw and save a run's clients, their gains, the cross-client matrix and the rounds, as far as it has them."""
-    drawn = [("clients", CLIENTS, draw_clients(record))]
+    drawn = {"clients": draw_clients(record)}
     if set(record.scores("zero_shot")) & set(record.scores("personal")):
-        drawn.append(("gains", GAINS, draw_gains(record)))
+        drawn["gains"] = draw_gains(record)
     if record.metric in (record.results.get("cross_clients") or {}):
-        cells = f"{find_measure(record.metric).label} of every client's model (across) on every client's test data, %."
-        drawn.append(("matrix", cells, draw_matrix(record)))
+        drawn["matrix"] = draw_matrix(record)
     if record.rounds:
-        drawn.append(("rounds", ROUNDS, draw_rounds(record)))
-    return [theme.save_picture(figure, target, prefix + name, caption) for name, caption, figure in drawn]
+        drawn["rounds"] = draw_rounds(record)
+    captions, label = theme.CAPTIONS["run"], find_measure(record.metric).label
+    return [
+        theme.save_picture(figure, target, prefix + name, captions[name].format(label=label))
+        for name, figure in drawn.items()
+    ]
 
 
 @theme.style()
@@ -50,15 +45,14 @@ def draw_clients(record: RunRecord) -> Figure:
     starts = 100 * np.asarray([zero_shot.get(client, np.nan) for client in order])
     colour = _colour(record)
     ax.hlines(rows, starts, ends, color=theme.GRID, linewidth=0.07 * size, zorder=1)
-    ax.scatter(
-        starts, rows, s=size, facecolors=theme.PAPER, edgecolors=theme.MUTED, linewidths=1.3, zorder=2, clip_on=False
-    )
+    ring = {"facecolors": theme.PAPER, "edgecolors": theme.MUTED, "linewidths": 1.3}
+    ax.scatter(starts, rows, s=size, zorder=2, clip_on=False, **ring)
     ax.scatter(ends, rows, s=size, color=colour, zorder=3, clip_on=False)
     means = sorted([(float(np.nanmean(starts)), theme.MUTED, "zero-shot"), (float(ends.mean()), colour, "personal")])
     # The lower mean's label stands to its left and the higher one's to its right: close means stay readable.
+    frame = ("data", "axes fraction")
     for (mean, shade, name), align, shift in zip(means, ("right", "left"), (-3, 3), strict=True):
         ax.axvline(mean, color=shade, linewidth=1, linestyle=theme.LEVEL, zorder=0)
-        frame = ("data", "axes fraction")
         theme.annotate(ax, (mean, 1), f"{name} {mean:.1f}", frame, (shift, 3), align, color=shade, weight="bold")
     ax.set_xlabel(f"{find_measure(record.metric).label} on test, %")
     ax.set_xlim(left=max(0.0, min(np.nanmin(starts), ends.min()) - 3))
@@ -96,16 +90,37 @@ def draw_gains(record: RunRecord) -> Figure:
 
 
 @theme.style()
+def draw_matrix(record: RunRecord) -> Figure:
+    """Draw the cross-client matrix of the metric that judges: data down, models across, the diagonal framed.
+
+    The best model for each client's data is bold.
+    """
+    stored = record.results["cross_clients"]
+    clients = stored["clients"]
+    values = 100 * np.asarray(stored[record.metric], float).T[::-1]  # the first client's data on top
+    names = clients if len(clients) <= theme.LABELLED else []
+    figure = theme.tint_cells(values, values == values.max(axis=1, keepdims=True), names[::-1], names)
+    (ax,) = figure.axes
+    ax.set_ylabel("data of")
+    ax.set_xlabel("model of")
+    ax.xaxis.set_label_position("top")
+    ax.tick_params(axis="x", rotation=90)
+    for place in range(len(clients)):
+        corner = (place - 0.5, len(clients) - place - 1.5)
+        ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=theme.INK, linewidth=0.9))
+    return figure
+
+
+@theme.style()
 def draw_rounds(record: RunRecord) -> Figure:
     """Draw validation accuracy and training loss over the rounds."""
     figure, (left, right) = theme.make_figure(theme.WIDE, 2.9, columns=2)
     colour = _colour(record)
-    rounds, values = pick(record.rounds, read_validation(record.metric), 100)
+    lines = lift_validation(record.rounds, record.metric)
+    rounds, values = pick(lines, "validation", 100)
     left.plot(rounds, values, color=colour, marker="o", markersize=4, linewidth=1.8)
-    before = pick(record.rounds, read_validation(record.metric, "before"), 100)
-    left.plot(*before, color=theme.MUTED, linewidth=1.2, linestyle=theme.BEFORE)
-    start = record.scores("zero_shot", split="validation")
-    if start:
+    left.plot(*pick(lines, "before", 100), color=theme.MUTED, linewidth=1.2, linestyle=theme.BEFORE)
+    if start := record.scores("zero_shot", split="validation"):
         level = 100 * float(np.mean(list(start.values())))
         left.axhline(level, color=theme.MUTED, linewidth=1, linestyle=theme.DOTTED)
         theme.annotate(left, (1, level), "zero-shot", ("axes fraction", "data"), (0, 3), "right", color=theme.MUTED)
@@ -113,7 +128,7 @@ def draw_rounds(record: RunRecord) -> Figure:
     if chosen in rounds:
         left.plot(chosen, values[rounds.index(chosen)], "o", markersize=10, fillstyle="none", color=colour)
     left.set_title(f"Validation {find_measure(record.metric).label}, %")
-    right.plot(*pick(record.rounds, lambda line: line.get("loss")), color=colour, linewidth=1.8)
+    right.plot(*pick(lines, "loss"), color=colour, linewidth=1.8)
     right.set_title("Training loss")
     for ax in (left, right):
         ax.grid(axis="y")

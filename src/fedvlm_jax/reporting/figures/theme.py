@@ -1,13 +1,13 @@
 """The look of figures: colours, fonts, names of any length and script, and how a figure becomes a PNG file and SVG.
 
 A figure is drawn once. In its SVG the colours of the palette become CSS variables of the page, so that it follows the
-page's light or dark scheme. The colours of series are Okabe and Ito's, chosen for all kinds of colour vision; series
-differ in their markers too.
+page's light or dark scheme. `templates/figures.toml` has the look and the captions.
 """
 
 import io
 import itertools
 import re
+import tomllib
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from markupsafe import Markup
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from rich.cells import cell_len
@@ -30,91 +31,21 @@ from rich.cells import cell_len
 from fedvlm_jax.errors import naming
 from fedvlm_jax.utils.untrusted_text import clean
 
-PALETTE = {
-    "ink": ("#1b1f24", "#e8eaed"),
-    "muted": ("#636b74", "#9aa3ad"),
-    "grid": ("#e3e6ea", "#30363d"),
-    "paper": ("#ffffff", "#14171a"),
-    "s0": ("#0072b2", "#4fa9e6"),
-    "s1": ("#d99100", "#f0b13c"),
-    "s2": ("#009e73", "#2cc796"),
-    "s3": ("#d55e00", "#ff8143"),
-    "s4": ("#b3569a", "#e08cc8"),
-    "s5": ("#3f9fd6", "#8ccbf2"),
-    "s6": ("#7a6a00", "#cbb84a"),
-    "s7": ("#5b6570", "#a9b3bd"),
-}
-"""CSS variable -> its light and its dark colour."""
-
-INK, MUTED, GRID, PAPER, *_SERIES = (light for light, _ in PALETTE.values())
+LOOK: dict[str, Any] = tomllib.loads((Path(__file__).parents[1] / "templates" / "figures.toml").read_text("utf-8"))
+PALETTE: dict[str, tuple[str, str]] = LOOK["palette"]
+CAPTIONS: dict[str, dict[str, str]] = LOOK["captions"]
+COLOURS = {name: light for name, (light, _) in PALETTE.items()}
+STYLE: dict[Any, Any] = {name: COLOURS.get(value, value) for name, value in LOOK["style"].items()}
+INK, MUTED, GRID, PAPER, *_SERIES = COLOURS.values()
 SERIES = tuple(_SERIES)
-VARIABLES = {light: f"var(--{name})" for name, (light, _) in PALETTE.items()}
-
 MARKERS = "osD^vPX*"
-BEFORE = (0, (4, 2))
-"""Dashes of validation before redistribution, in every figure; what came after is solid."""
-
-LEVEL, DOTTED = (0, (4, 3)), (0, (1, 2))
-"""Dashes of means and other levels, and dots of what is only a reference."""
-
-MANY = len(MARKERS)
-"""Above so many methods colours and markers repeat, so that names have to stand beside what is drawn."""
-
-LABELLED = 48
-"""Above so many clients their names are left out of figures."""
-
-WIDE = 7.6
-"""Width of a page's figures in inches."""
-
+BEFORE = (0, (4, 2))  # dashes of validation before redistribution, in every figure; what came after is solid
+LEVEL, DOTTED = (0, (4, 3)), (0, (1, 2))  # dashes of means and other levels, and dots of what is only a reference
+MANY = len(MARKERS)  # above so many methods their colours and markers repeat, so names stand beside what is drawn
+LABELLED = 48  # above so many clients their names are left out of figures
+WIDE = 7.6  # width of a page's figures in inches
+# Methods that keep their colour from one report to the next.
 FIRST_SERIES = ("local", "fedavg-lora", "fedavg-lora+ft", "plora")
-"""Methods that keep their colour from one report to the next."""
-
-STYLE: dict[Any, Any] = {
-    "text.color": INK,
-    "text.parse_math": False,  # a dollar sign in a client's name starts no formula
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 9,
-    "axes.facecolor": "none",
-    "axes.edgecolor": GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "x",
-    "grid.color": GRID,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "svg.fonttype": "none",  # text stays text: it can be searched, and the browser's fonts have all scripts
-    **{
-        f"{axis}tick.{key}": value
-        for axis in "xy"
-        for key, value in {"color": MUTED, "labelcolor": INK, "labelsize": 9, "major.size": 0, "minor.size": 0}.items()
-    },
-}
-
-FALLBACKS = (
-    "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "Noto Sans JP",
-    "Noto Sans SC",
-    "Source Han Sans",
-    "WenQuanYi Zen Hei",
-    "Droid Sans Fallback",
-    "IPAGothic",
-    "PingFang SC",
-    "Hiragino Sans",
-    "Microsoft YaHei",
-    "Malgun Gothic",
-    "Noto Sans Arabic",
-    "Noto Sans Hebrew",
-    "Noto Sans Devanagari",
-    "Noto Sans Thai",
-    "Arial Unicode MS",
-)
-"""Families that have what matplotlib's DejaVu Sans lacks; those that are installed are used, in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +69,7 @@ class Name(NamedTuple):
 @cache
 def _list_families() -> tuple[str, ...]:
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    return ("DejaVu Sans", *(name for name in FALLBACKS if name in installed))
+    return ("DejaVu Sans", *(name for name in LOOK["fallback_fonts"] if name in installed))
 
 
 @contextmanager
@@ -149,23 +80,18 @@ def style() -> Generator[None]:
 
 
 def choose_series(methods: Sequence[str]) -> dict[str, int]:
-    """Give each method the number of its colour and marker; the common methods always have the same."""
+    """Give each method the number of its colour and marker; the common methods always have the same.
+
+    >>> choose_series(["fedsa", "plora", "ditto"])
+    {'fedsa': 0, 'plora': 3, 'ditto': 1}
+    """
     taken = {FIRST_SERIES.index(method) for method in methods if method in FIRST_SERIES}
     free = itertools.cycle([number for number in range(8) if number not in taken] or [7])
     return {method: FIRST_SERIES.index(method) if method in FIRST_SERIES else next(free) for method in methods}
 
 
 def make_figure(width: float, height: float, columns: int = 1, rows: int = 1, **layout: Any) -> Any:
-    """Make a figure without pyplot's global state, and its axes.
-
-    Args:
-        width, height: in inches.
-        columns, rows: numbers of axes.
-        layout: further arguments of `Figure.subplots`.
-
-    Returns:
-        The figure and a list of axes, row by row.
-    """
+    """Make a figure of so many inches without pyplot's global state; return it and a list of its axes, row by row."""
     with style():
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
@@ -182,16 +108,15 @@ def hide_rest(axes: Sequence[Any], used: int, across: int) -> None:
 
 
 def use_whole_numbers(ax: Any, most: int = 9) -> None:
-    """Put ticks of the horizontal axis at whole numbers alone, at most so many; of one round that is one tick."""
+    """Put ticks of the horizontal axis at whole numbers alone."""
+    # At least one, for there may be a single round.
     ax.xaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
 
 def fit_name(name: str, width: int) -> str:
-    r"""Write a name on one line of a figure, its middle left out where it is long: names differ at both ends.
+    r"""Write a name on one line of at most `width` Latin letters (a Chinese one takes the room of two).
 
-    Args:
-        name: by whomever; characters that are not seen are written as escapes.
-        width: the most that it may take, in columns of a Latin letter (a Chinese one takes two).
+    The middle of a long name is left out, for names differ at both ends; what is not seen is written as an escape.
 
     >>> fit_name("hospital of the north, ward 7", 16)
     'hospital… ward 7'
@@ -213,12 +138,50 @@ def name_rows(ax: Any, names: Sequence[str]) -> None:
     ax.set_yticks(range(len(names)), [fit_name(name, width) for name in names])
 
 
+def tint_cells(
+    values: Float[np.ndarray, "rows columns"],
+    best: Bool[np.ndarray, "rows columns"],
+    rows: Sequence[str],
+    columns: Sequence[str],
+) -> Figure:
+    """Tint cells by value, in per cent; rows or columns that are too many to be named have no names.
+
+    Where there is room the values are written, the best in bold; else a dot marks the best.
+    """
+    count, across = values.shape
+    turned = len(columns) > MANY + 1
+    figure, (ax,) = make_figure(WIDE, (1.6 if turned else 1.0) + (0.25 * count if rows else 6.0))
+    top = max(float(np.nanmax(values)), 1.0)
+    written = bool(rows) and bool(columns) and across <= 26
+    wide, high = (0.96 if columns else 1.0), (0.92 if rows else 1.0)
+    for row, column in np.argwhere(np.isfinite(values)).tolist():
+        value = float(values[row, column])
+        # Opacity instead of a colour map: the paper shines through, light or dark, and ink stays readable on it.
+        tint: dict[str, Any] = {"facecolor": SERIES[0], "alpha": 0.04 + 0.56 * value / top, "linewidth": 0}
+        ax.add_patch(Rectangle((column - wide / 2, row - high / 2), wide, high, **tint))
+        if written:
+            weight = "bold" if best[row, column] else "normal"
+            size = 8.5 if across <= 16 else 7.5
+            ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, weight=weight)
+        elif rows and best[row, column]:
+            ax.plot(column, row, "o", color=INK, markersize=3 if columns else 1.2)
+    ax.grid(visible=False)
+    ax.spines["bottom"].set_visible(False)
+    ax.xaxis.tick_top()
+    ax.set_xticks(range(len(columns)), [fit_name(name, 40) for name in columns])
+    ax.tick_params(axis="x", rotation=90 if turned else 0)
+    name_rows(ax, rows)
+    ax.set_xlim(-0.5, across - 0.5)
+    ax.set_ylim(-0.5, count - 0.5)
+    return figure
+
+
 def annotate(
     ax: Any, at: tuple[float, float], text: str, frame: Any, shift: tuple[int, int], align: str, **look: Any
 ) -> None:
-    """Write a text beside a place; `frame` says in which coordinates, `shift` is in points."""
-    look = {"fontsize": 9, **look}
-    ax.annotate(text, at, xycoords=frame, xytext=shift, textcoords="offset points", ha=align, **look)
+    """Write a text beside a place in the coordinates `frame`, moved by `shift` points."""
+    look = {"fontsize": 9, "xycoords": frame, "textcoords": "offset points", "ha": align, **look}
+    ax.annotate(text, at, xytext=shift, **look)
 
 
 def spread_apart(heights: Sequence[float], gap: float) -> Float[np.ndarray, " names"]:
@@ -236,12 +199,9 @@ def spread_apart(heights: Sequence[float], gap: float) -> Float[np.ndarray, " na
 
 
 def name_beside(figure: Figure, groups: Sequence[tuple[Any, Sequence[Name]]], size: float) -> None:
-    """Write names in a column to the right of axes, each joined to its point by a thin line.
+    """Write names in letters of `size` points in a column to the right of axes, joined to their points by thin lines.
 
-    Args:
-        figure: the figure, whose limits have to be final.
-        groups: axes and their names.
-        size: of the letters, in points.
+    The limits of the axes have to be final.
     """
     figure.draw_without_rendering()  # only then is it known how high the axes are
     line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
@@ -252,10 +212,8 @@ def name_beside(figure: Figure, groups: Sequence[tuple[Any, Sequence[Name]]], si
         gap = 1.2 * size * figure.dpi / 72 / ax.get_window_extent().height
         for name, height in zip(names, spread_apart(heights, gap), strict=True):
             look: dict[str, Any] = {"fontsize": size, "weight": "bold" if name.strong else "normal", "va": "center"}
-            ax.annotate(
-                name.text, (name.x, name.y), xytext=(1.06, height), textcoords="axes fraction",
-                annotation_clip=False, arrowprops=line, **look,
-            )  # fmt: skip
+            place = {"xytext": (1.06, height), "textcoords": "axes fraction", "annotation_clip": False}
+            ax.annotate(name.text, (name.x, name.y), arrowprops=line, **place, **look)
 
 
 @cache
@@ -264,13 +222,8 @@ def _has_glyph(character: str) -> bool:
     return character.isspace() or any(font_manager.get_font(path).get_char_index(ord(character)) for path in paths)
 
 
-def replace_missing(figure: Figure, width: int = 44) -> None:
-    """Write characters for which no font is installed as their code points: boxes would make all names alike.
-
-    Args:
-        figure: the figure.
-        width: the most that the name of a row may take then, in letters.
-    """
+def replace_missing(figure: Figure) -> None:
+    """Write characters for which no font is installed as their code points: boxes would make all names alike."""
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_text(_spell_out(text.get_text()))
@@ -278,7 +231,7 @@ def replace_missing(figure: Figure, width: int = 44) -> None:
         for axis in (ax.xaxis, ax.yaxis):  # their texts are made anew when they are drawn
             names = [label.get_text() for label in axis.get_ticklabels()]
             if not all(map(str.isascii, names)) and isinstance(axis.get_major_locator(), FixedLocator):
-                axis.set_ticklabels([fit_name(_spell_out(name), width) for name in names])
+                axis.set_ticklabels([fit_name(_spell_out(name), 44) for name in names])
 
 
 def _spell_out(text: str) -> str:
@@ -294,13 +247,12 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def to_svg(figure: Figure, name: str, label: str) -> Markup:
-    """Turn a figure into SVG to be put into an HTML page; the same figure gives the same text each time.
+    """Turn a figure into SVG for an HTML page, with a label for those who cannot see it.
 
-    Args:
-        figure: the figure.
-        name: goes into its ids, which have to differ between the figures of a page.
-        label: describes it to those who cannot see it.
+    The name goes into its ids, which have to differ between the figures of a page. The same figure gives the same text
+    each time.
     """
+    variables = {light: f"var(--{variable})" for variable, light in COLOURS.items()}
     buffer = io.StringIO()
     with style(), mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
         # A browser has fonts of its own, so names stay as they are here: matplotlib only measures them.
@@ -309,7 +261,7 @@ def to_svg(figure: Figure, name: str, label: str) -> Markup:
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     drawing = buffer.getvalue().partition("<svg")[2].partition(">")[2]
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # numbered from 1 in every figure, and nobody refers to them
-    drawing = re.sub(r"(?<=: )#[0-9a-f]{6}", lambda colour: VARIABLES.get(colour[0], colour[0]), drawing)
+    drawing = re.sub(r"(?<=: )#[0-9a-f]{6}", lambda colour: variables.get(colour[0], colour[0]), drawing)
     width, height = 72 * figure.get_size_inches()
     box = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">')
     return box.format(width, height, label) + Markup(drawing)
@@ -317,6 +269,6 @@ def to_svg(figure: Figure, name: str, label: str) -> Markup:
 
 def save_picture(figure: Figure, target: Path, name: str, caption: str) -> Picture:
     """Turn a figure into SVG, and save it as `figures/<name>.png` below `target`."""
-    svg = to_svg(figure, name, caption)
+    svg = to_svg(figure, name, caption)  # before names are spelled out for the PNG
     save_png(figure, target / "figures" / f"{name}.png")
     return Picture(name=name, caption=caption, svg=svg)
