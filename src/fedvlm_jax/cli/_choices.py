@@ -23,31 +23,29 @@ def make_signature(command: Callable[..., None], words: Sequence[str]) -> inspec
         UserError: a word is an option of something else than what is chosen.
     """
     signature = inspect.signature(command)
-    chosen: dict[type, object] = {}
+    named = _find_values(words, "--method")
+    chosen: dict[str, object] = {}
     for parameter in signature.parameters.values():
         match parameter.default:
             case DataOptions():
-                chosen[DataOptions] = _choose_data(words)
+                chosen[parameter.name] = _choose_data(words)
             case Compare():
-                chosen[Compare] = _choose_methods(words)
+                chosen[parameter.name] = _choose_methods(words)
             case Request():
-                name = _choose_method("plan", words)
-                chosen[Request] = Request(method=name, method_options=find_method_options(name)())
-            case Run() | MethodOptions():
-                run = Run(method=_choose_method(command.__name__, words), data=_choose_data(words))
-                chosen |= {Run: run, MethodOptions: run.method_options}
+                name = _choose_method(words, named)
+                chosen[parameter.name] = Request(method=name, method_options=find_method_options(name)())
+            case Run():
+                chosen[parameter.name] = Run(method=_choose_method(words, named), data=_choose_data(words))
+            case MethodOptions():  # of `explain`, which takes the method without its flag
+                named = [word for word in words if word in (*methods_available(), SHARE)]
+                run = Run(method=_choose_method(words, named), data=_choose_data(words))
+                chosen[parameter.name] = run.method_options
                 if run.method == SHARE:
-                    chosen[str] = SHARE
+                    chosen["method"] = SHARE
             case _:
                 pass
-
-    def replace(parameter: inspect.Parameter) -> inspect.Parameter:
-        if isinstance(parameter.default, str) and parameter.name != "method":
-            return parameter
-        kind = next((kind for kind in chosen if isinstance(parameter.default, kind)), None)
-        return parameter if kind is None else parameter.replace(default=chosen[kind])
-
-    return signature.replace(parameters=[replace(parameter) for parameter in signature.parameters.values()])
+    kept = signature.parameters.values()
+    return signature.replace(parameters=[p.replace(default=chosen.get(p.name, p.default)) for p in kept])
 
 
 def _choose_methods(words: Sequence[str]) -> Compare:
@@ -60,10 +58,7 @@ def _choose_methods(words: Sequence[str]) -> Compare:
     return Compare(base=Run(data=_choose_data(words)), method_options=numbers)
 
 
-def _choose_method(command: str, words: Sequence[str]) -> str:
-    names = _find_values(words, "--method")
-    if command == "explain":  # which takes the method without its flag
-        names = [word for word in words if word in (*methods_available(), SHARE)]
+def _choose_method(words: Sequence[str], names: Sequence[str]) -> str:
     if _find_values(words, "--share"):
         if names and names[0] != SHARE:
             raise UserError(
@@ -91,7 +86,11 @@ def _list_methods(flag: str) -> list[str]:
 
 
 def _find_values(words: Sequence[str], flag: str) -> list[str]:
-    """Return what stands after the last of these flags, up to the next flag."""
+    """Return what stands after the last of these flags, up to the next flag.
+
+    >>> _find_values(["--methods", "local", "plora", "--seeds=3"], "--methods")
+    ['local', 'plora']
+    """
     values: list[str] = []
     inside = False
     for word in words:

@@ -11,8 +11,8 @@ from fedvlm_jax.reporting.tables import format_paired
 from fedvlm_jax.run_dir.reader import RunRecord, read_baseline
 from fedvlm_jax.utils.option_ranges import list_options
 
+# Options of a run that `fedvlm compare` has from elsewhere.
 NOT_TAKEN = ("--method", "--out", "--resume", "--train.finetune-steps", "--evaluation.neighbours", "--evaluation.test")
-"""Options of a run that `fedvlm compare` has from elsewhere."""
 
 
 def close_run(record: RunRecord) -> list[str]:

@@ -1,4 +1,4 @@
-"""How numbers are written on the command line: plain ASCII digits, and no more of them than a number can have.
+"""Numbers on the command line: plain ASCII digits, and no more of them than a number can have.
 
 Python itself reads much more as a number (`1_000`, digits of every script, spaces around them); who writes those rather
 slipped, so they are refused and not guessed at.
@@ -12,9 +12,7 @@ from fedvlm_jax.utils.option_ranges import LARGEST_SEED, shorten
 
 WHOLE = re.compile(r"[+-]?[0-9]+", re.ASCII)
 DECIMAL = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|inf|infinity|nan)", re.ASCII | re.IGNORECASE)
-
-DIGITS = 20
-"""More than 64 bits have; what has more is out of every range, and Python refuses to read thousands."""
+DIGITS = 20  # more than 64 bits have; what has more is out of every range, and Python refuses to read thousands
 
 
 def read_int(text: str) -> int:
@@ -22,6 +20,9 @@ def read_int(text: str) -> int:
 
     Raises:
         ValueError: it is none, or far beyond every option's range.
+
+    >>> read_int("-12")
+    -12
     """
     if not WHOLE.fullmatch(text):
         raise ValueError(f"{shorten(text)} is not a whole number in plain digits, like 1000")
@@ -42,29 +43,26 @@ def read_float(text: str) -> float:
 
 
 def make_registry(reasons: list[str]) -> ConstructorRegistry:
-    """What tyro reads whole numbers and others with.
-
-    Args:
-        reasons: why something was refused is added to it; tyro's own message may lack it.
-    """
+    """Return what tyro reads numbers with; why one is refused is added to `reasons`, for tyro's message may lack it."""
     registry = ConstructorRegistry()
-
-    def read(kind: type[int | float], text: str) -> int | float:
-        try:
-            return read_int(text) if kind is int else read_float(text)
-        except ValueError as error:
-            reasons.append(str(error))
-            raise
 
     @registry.primitive_rule
     def read_numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int | float] | None:
-        if info.type not in (int, float):
-            return None
         kind = info.type
+        if kind not in (int, float):
+            return None
+
+        def read(words: list[str]) -> int | float:
+            try:
+                return read_int(words[0]) if kind is int else read_float(words[0])
+            except ValueError as error:
+                reasons.append(str(error))
+                raise
+
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar=kind.__name__.upper(),
-            instance_from_str=lambda words: read(kind, words[0]),
+            instance_from_str=read,
             is_instance=lambda value: type(value) is kind or (kind is float and type(value) is int),
             str_from_instance=lambda value: [str(value)],
         )

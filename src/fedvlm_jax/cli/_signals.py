@@ -11,41 +11,49 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.utils.untrusted_text import clean
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-LINE = "\n"
-"""Messages that list something have several lines."""
-
-PATIENCE = 2
-"""Seconds after which it is told that Python has not got to the signal yet."""
-
+PATIENCE = 2  # seconds after which a message says that Python has not got to the signal yet
 WAITING = b"\nfedvlm: stopping when what is being computed is through; a second signal ends it at once\n"
 SHOW_CURSOR = b"\x1b[?25h"
 
 
 class StoppedError(KeyboardInterrupt):
-    """A signal asked the command to end.
-
-    Attributes:
-        code: the exit code that belongs to the signal.
-    """
+    """A signal asked the command to end; `code` is the exit code that belongs to it."""
 
     def __init__(self, number: int = signal.SIGINT) -> None:
-        """Remember which signal it was."""
         super().__init__()
         self.code = 128 + number
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """The exit code of a command that was asked to end."""
+    """Return the exit code of a command that was asked to end.
+
+    >>> exit_code(StoppedError(15)), exit_code(KeyboardInterrupt())
+    (143, 130)
+    """
     return error.code if isinstance(error, StoppedError) else StoppedError().code
+
+
+@contextmanager
+def advising(finish: Callable[[], None], advise: Callable[[], str]) -> Generator[None]:
+    """End with `finish` what is shown in the block; where a signal or a disk ends it early, `advise` how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        finish()
+        raise SystemExit(say(f"stopped. {advise()}", exit_code(error))) from None
+    except OSError as error:
+        raise UserError(f"{describe_os_error(error)}. {advise()}") from error
+    finally:
+        finish()
 
 
 @contextmanager
@@ -79,10 +87,11 @@ def heed_signals() -> Generator[None]:
 
 
 def say(text: str, code: int) -> int:
-    """Say in one line what ended a command, where there still is somebody to read it; returns its exit code."""
+    """Say what ended a command, where there still is somebody to read it; returns its exit code."""
     with suppress(OSError):
         begin = "\n" if code == StoppedError().code and sys.stderr.isatty() else ""  # after the terminal's ^C
-        print(f"{begin}fedvlm: {clean(text, LINE)}", file=sys.stderr, flush=True)
+        shown = clean(text, "\n")  # messages that list something have several lines
+        print(f"{begin}fedvlm: {shown}", file=sys.stderr, flush=True)
     return code
 
 
@@ -92,22 +101,19 @@ def _watch(reader: int, reached: threading.Event) -> None:
         if not _find_next(numbers.fileno()):
             return
         ready, _, _ = select.select([numbers], [], [], PATIENCE)
-        if not ready and not reached.is_set():
-            _tell(WAITING)
+        with suppress(OSError):  # the terminal may be gone
+            if not ready and not reached.is_set():
+                os.write(2, WAITING)
         if second := _find_next(numbers.fileno()):
-            if sys.stderr is not None and sys.stderr.isatty():
-                _tell(SHOW_CURSOR)
+            with suppress(OSError):
+                if sys.stderr is not None and sys.stderr.isatty():
+                    os.write(2, SHOW_CURSOR)
             os._exit(128 + second)
 
 
 def _find_next(reader: int) -> int:
-    """The number of the next signal that asks to end; 0 where there will be none."""
+    """Return the number of the next signal that asks to end; 0 where there will be none."""
     while byte := os.read(reader, 1):
         if byte[0] in ENDING:
             return byte[0]
     return 0
-
-
-def _tell(text: bytes) -> None:
-    with suppress(OSError):  # the terminal is gone
-        os.write(2, text)

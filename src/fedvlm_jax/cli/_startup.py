@@ -12,21 +12,16 @@ import sys
 
 from fedvlm_jax.utils.compilation_cache import keep_programs
 
-RARELY = (100_000, 20, 20)
-"""Thresholds of Python's three generations of garbage; its own first is 700."""
-
-LINES = "jax_traceback_in_locations_limit"
-"""jax's setting: frames of source that an operation remembers."""
+RARELY = (100_000, 20, 20)  # thresholds of Python's three generations of garbage; its own first is 700
+LINES = "jax_traceback_in_locations_limit"  # jax's setting: frames of source that an operation remembers
 
 
 def start_quickly(lines: bool = False) -> None:
     """Keep compiled programs, collect rarely, note no lines of source; call it before the first program is traced.
 
-    Where the environment says how many lines (`JAX_TRACEBACK_IN_LOCATIONS_LIMIT`) that counts. Libraries should leave
-    the choice to the program, so nothing in this package calls it on import.
-
-    Args:
-        lines: note the lines all the same: profilers show them.
+    The environment may say how many lines (`JAX_TRACEBACK_IN_LOCATIONS_LIMIT`); with `lines` they are noted all the
+    same, for profilers, which show them. Nothing in this package calls it on import: libraries leave that choice to the
+    program.
     """
     keep_programs()
     gc.set_threshold(*RARELY)

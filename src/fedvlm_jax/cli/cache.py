@@ -6,17 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fedvlm_jax.utils.cache_folders import (
-    BOUND,
-    FOLDER,
-    KINDS,
-    Entry,
-    find_arrow,
-    find_cache,
-    list_entries,
-    read_bound,
-    remove,
-)
+from fedvlm_jax.utils import cache_folders
 
 Kind = Literal["programs", "features", "reference", "arrow", "contents"]
 
@@ -36,37 +26,34 @@ def cache(
         clear: the kinds to remove: `programs` (compiled), `features` (of images), `reference` (log-probabilities),
             `arrow` (tables) and `contents` (digests of files).
     """
-    bound = read_bound()
+    bound = write_size(cache_folders.read_bound())
     if clear is not None:
-        for kind in clear or KINDS:
-            print(_clear(kind))
+        for kind in clear or cache_folders.KINDS:
+            entries = cache_folders.list_entries([kind])
+            gone = [entry for entry in entries if cache_folders.remove(entry)]
+            stay = [str(entry.path) for entry in entries if entry not in gone]
+            rest = f"; {len(stay)} used by running processes stay: {', '.join(stay)}" if stay else ""
+            print(f"{kind:10} removed {_sum(gone)}{rest}")
         return
-    print(f"{find_cache()} ({FOLDER}), tables in {find_arrow()}; beside programs at most {_size(bound)} ({BOUND})\n")
-    for kind in KINDS:
-        print("\n".join(_describe(kind, list_entries([kind]))))
+    places = f"{cache_folders.find_cache()} ({cache_folders.FOLDER}), tables in {cache_folders.find_arrow()}"
+    print(f"{places}; beside programs at most {bound} ({cache_folders.BOUND})\n")
+    for kind in cache_folders.KINDS:
+        entries = cache_folders.list_entries([kind])
+        print(f"{kind:10} {_sum(entries)}")
+        for entry in reversed(entries):
+            used = datetime.fromtimestamp(entry.used).astimezone().isoformat(" ", "minutes")[:16]
+            print(f"    {write_size(entry.size):>9}  used last {used}  {entry.path}")
 
 
-def _describe(kind: str, entries: Sequence[Entry]) -> list[str]:
-    lines = [f"{kind:10} {_sum(entries)}"]
-    return lines + [f"    {_size(e.size):>9}  used last {_date(e.used)}  {e.path}" for e in reversed(entries)]
-
-
-def _clear(kind: str) -> str:
-    entries = list_entries([kind])
-    gone = [entry for entry in entries if remove(entry)]
-    stay = [entry for entry in entries if entry not in gone]
-    told = f"; {len(stay)} used by running processes stay: {', '.join(str(e.path) for e in stay)}" if stay else ""
-    return f"{kind:10} removed {_sum(gone)}{told}"
-
-
-def _sum(entries: Sequence[Entry]) -> str:
+def _sum(entries: Sequence[cache_folders.Entry]) -> str:
     files = sum(entry.count for entry in entries)
-    return f"{_size(sum(entry.size for entry in entries))} in {files} files of {len(entries)} folders"
+    return f"{write_size(sum(entry.size for entry in entries))} in {files} files of {len(entries)} folders"
 
 
-def _size(count: int) -> str:
+def write_size(count: int) -> str:
+    """Write a number of bytes in MiB or, from 1 GiB, in GiB.
+
+    >>> write_size(3 * 2**29), write_size(2**19)
+    ('1.5 GiB', '0.5 MiB')
+    """
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _date(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "minutes")[:16]

@@ -22,13 +22,10 @@ def evaluate(
     from fedvlm_jax.run_dir import reader
     from fedvlm_jax.training import evaluate as evaluating
     from fedvlm_jax.training import progress
-    from fedvlm_jax.utils.console import open_console
 
     show = progress.open_progress()
     try:
         evaluating.evaluate(run, show)
     finally:
         show.finish()
-    console = open_console()
-    for table in score_tables.tabulate_run(reader.read_run(run)):
-        tables.show(console, table)
+    tables.show_all(score_tables.tabulate_run(reader.read_run(run)))

@@ -47,13 +47,11 @@ def explain(
     from fedvlm_jax.reporting.method_report import tabulate_explanation, tabulate_methods
     from fedvlm_jax.utils.console import open_console
 
-    console = open_console()
     if not method:
-        tables.show(console, tabulate_methods(Run()))
+        tables.show_all([tabulate_methods(Run())])
         return
     from fedvlm_jax.analysis.explain import explain as explain_run
 
     explained = explain_run(run, clients)
-    console.say(f"{explained.name}  {explained.source}\n")
-    for table in tabulate_explanation(explained):
-        tables.show(console, table)
+    open_console().say(f"{explained.name}  {explained.source}\n")
+    tables.show_all(tabulate_explanation(explained))

@@ -13,27 +13,27 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tyro
 
+from fedvlm_jax import __version__
 from fedvlm_jax.cli._choices import make_signature
-from fedvlm_jax.cli._help import ALL, WIDTH, find_help, show_help
+from fedvlm_jax.cli._help import ALL, WIDTH, show_help
 from fedvlm_jax.cli._numbers import make_registry
-from fedvlm_jax.cli._said import note_words
-from fedvlm_jax.cli._short import expand_rate, is_version, tell_version
 from fedvlm_jax.cli._signals import exit_code, heed_signals, say
+from fedvlm_jax.cli._words import WORDS, expand_rate
 from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
 from fedvlm_jax.utils.option_ranges import check_arguments
 from fedvlm_jax.utils.standard_streams import PIPE_GONE, is_reader_gone, leave_out_told, silence, soften
 
 ORDER = ("data", "explain", "plan", "train", "compare", "evaluate", "report", "cache")
+# Environment of the commands, where the user's own says nothing.
 QUIET = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # it tells at import that PyTorch is missing, as it should be here
     "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's compiler calls itself very slow after two minutes; what fails raises anyway
 }
-"""Environment of the commands, where the user's own says nothing."""
 
 DESCRIPTION = (
     "Federated fine-tuning of vision-language models: one frozen base, a low-rank adapter per client, a part of it "
@@ -42,20 +42,17 @@ DESCRIPTION = (
 
 
 def commands_available() -> dict[str, Callable[..., None]]:
-    """Find the subcommands: every public file beside this one, in the order in which one uses them."""
+    """Find the subcommands: every public file beside this one, in the order in which they are used."""
     stems = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_")} - {"main"}
     ranked = sorted(stems, key=lambda stem: (ORDER.index(stem) if stem in ORDER else len(ORDER), stem))
     return {stem.replace("_", "-"): getattr(importlib.import_module(f"fedvlm_jax.cli.{stem}"), stem) for stem in ranked}
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line.
+    """Run the command line: the words after `fedvlm`, those of the process by default.
 
     Bad input, and a disk that fails, end it with one message on stderr and exit code 2; Ctrl-C with 130, SIGTERM with
     143, SIGHUP with 129.
-
-    Args:
-        args: the words after `fedvlm`; those of the process by default.
     """
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
     for name, value in QUIET.items():  # before jax and transformers are imported, which read them then
@@ -67,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
             for word in words:
                 check_utf8("the word", word)
             words = expand_rate(words)
-            note_words(words)
+            WORDS.set(tuple(words))
             _dispatch(words)
         sys.stdout.flush()
     except UserError as error:
@@ -86,25 +83,29 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(words: list[str]) -> None:
-    if is_version(words):
-        print(tell_version())
+    if words in (["--version"], ["-V"]):
+        print(f"fedvlm {__version__}")
         return
     commands = commands_available()
     name, *rest = words
     if name in ("-h", "--help"):
-        print(_list_commands(commands))
+        lines = ["usage: fedvlm COMMAND [OPTIONS]", "", *textwrap.wrap(DESCRIPTION, WIDTH), ""]
+        for name, command in commands.items():
+            about = " ".join((inspect.getdoc(command) or "").partition("\n\n")[0].split())
+            lines += textwrap.wrap(f"{name:10} {about}", WIDTH, subsequent_indent=" " * 11)
+        print("\n".join([*lines, "", "fedvlm COMMAND --help lists its options."]))
         return
     if name not in commands:
         raise UserError(f"there is no command {name}; there are {', '.join(commands)}")
+    asked = next((word for word in rest if word in ("-h", "--help", ALL)), "")
+    rest = ["--help" if word == ALL else word for word in rest]
     chosen: list[Callable[[], None]] = []
-    asked, rest = find_help(rest)
     # Parsing only notes what is to be done: what is printed while parsing is caught, what is printed while working not.
     shown, complaint, reasons = io.StringIO(), io.StringIO(), list[str]()
+    command = _defer(commands[name], rest, chosen)
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(complaint):
-            tyro.cli(
-                _defer(commands[name], rest, chosen), prog=f"fedvlm {name}", args=rest, registry=make_registry(reasons)
-            )
+            tyro.cli(command, prog=f"fedvlm {name}", args=rest, registry=make_registry(reasons))
     except SystemExit as stop:
         if stop.code in (0, None):
             print(show_help(shown.getvalue(), everything=asked == ALL))
@@ -118,17 +119,6 @@ def _dispatch(words: list[str]) -> None:
         work()
 
 
-def _list_commands(commands: Mapping[str, Callable[..., None]]) -> str:
-    """Tell what each command does, in the first sentence of its docstring."""
-    lines = ["usage: fedvlm COMMAND [OPTIONS]", "", *textwrap.wrap(DESCRIPTION, WIDTH), ""]
-    for name, command in commands.items():
-        about = inspect.getdoc(command) or ""
-        lines += textwrap.wrap(
-            f"{name:10} {' '.join(about.partition(chr(10) * 2)[0].split())}", WIDTH, subsequent_indent=" " * 11
-        )
-    return "\n".join([*lines, "", "fedvlm COMMAND --help lists its options."])
-
-
 def _defer(command: Callable[..., None], words: Sequence[str], chosen: list[Callable[[], None]]) -> Callable[..., None]:
     @functools.wraps(command)
     def note(*args: object, **kwargs: object) -> None:
@@ -139,7 +129,6 @@ def _defer(command: Callable[..., None], words: Sequence[str], chosen: list[Call
 
 
 def _check_and_run(command: Callable[..., None], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    """Refuse numbers that no option takes, then do the work."""
     check_arguments(command, inspect.signature(command).bind(*args, **kwargs).arguments)
     command(*args, **kwargs)
 

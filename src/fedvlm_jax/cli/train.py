@@ -1,36 +1,31 @@
 """`fedvlm train`: one federated run, or the rest of one."""
 
 import dataclasses
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
-from fedvlm_jax.cli._said import find_said, list_words, was_said
-from fedvlm_jax.cli._signals import exit_code, say
+from fedvlm_jax.cli._signals import advising
 from fedvlm_jax.cli._startup import start_quickly
-from fedvlm_jax.cli._supervise import is_child, supervise
-from fedvlm_jax.cli._together import Together, together
+from fedvlm_jax.cli._supervise import CHILD, Together, supervise, together
+from fedvlm_jax.cli._words import WORDS, find_written
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.config.validation import validate
 from fedvlm_jax.distributed.launch import DistributedOptions, check_distributed
-from fedvlm_jax.errors import UserError, describe_os_error
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.folder_lock import make_folder, remove_unused
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.utils.option_ranges import list_options
 
-if TYPE_CHECKING:
-    from fedvlm_jax.analysis.profiling import RoundProfile
-
-ROUNDS = ("--train.rounds", "--rounds")
-"""The one option that a resumed run takes: it trains a finished run longer."""
-
+ROUNDS = ("--train.rounds", "--rounds")  # the one option that a resumed run takes: it trains a finished run longer
+# Options that say where something is: a resumed run may find it elsewhere.
 PLACES = ("--model", "--data", "--data.path", "--data.image-root")
-"""Options that say where something is: a resumed run may find it elsewhere."""
-
+# Flags that may stand beside `--resume`, with those of several processes.
 GO_ON = frozenset(("--resume", "--profile", "--baseline", "--no-baseline", *PLACES, *ROUNDS))
-"""Flags that may stand beside `--resume`, with those of places and of several processes."""
 
 
 def train(
@@ -50,16 +45,15 @@ def train(
             it takes as long again. Goes with --resume too.
     """
     check_distributed(distributed)
-    if distributed.asked and not is_child():
-        command = [sys.executable, "-m", "fedvlm_jax", *list_words()]
+    if distributed.asked and CHILD not in os.environ:
+        command = [sys.executable, "-m", "fedvlm_jax", *WORDS.get()]
         raise SystemExit(supervise(command, distributed, run.resume or run.out))
-    if run.resume is not None:
-        _refuse_changes(run)
-        _refuse_said()
+    if run.resume is None:
+        validate(run)
+    else:
+        _refuse_options(run)
         if not (run.resume / "config.json").is_file():
             raise UserError(f"--resume {run.resume}: no config.json there, so it is not the folder of a run")
-    else:
-        validate(run)
     start_quickly(lines=profile)
     with together(distributed) as about:
         _train(run, about, distributed.asked, profile, baseline)
@@ -71,47 +65,47 @@ def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool
     from fedvlm_jax.training import federated_run, progress
     from fedvlm_jax.training.extend_run import lengthen
 
-    name = processes.tell_all(lambda: str(run.resume or run.out or make_folder(run.method)))
-    folder = about.folder = Path(name)
+    folder = about.folder = Path(processes.tell_all(lambda: str(run.resume or run.out or make_folder(run.method))))
     begun = run.resume is not None or (again and processes.tell_all(lambda: _has_begun(run, folder)))
-    watch = _open_profile(folder) if profile else None
-    watched: dict[str, Any] = {} if watch is None else {"callbacks": (watch,)}
+    watch, watched = None, dict[str, Any]()
+    if profile:
+        from fedvlm_jax.analysis.profiling import RoundProfile
+
+        watch = RoundProfile(folder)
+        watched["callbacks"] = (watch,)
     show = progress.open_progress() if processes.is_first() else progress.SilentProgress()
-    options = _read_options(folder) if begun else dataclasses.replace(run, out=folder)
-    against = _refuse_baseline(options) if baseline else "--no-baseline"
-    first: progress.Progress = show
+    options = dataclasses.replace(read_config(folder).run if begun else run, out=folder, resume=None)
+    against, first = "--no-baseline", show
+    if baseline:
+        from fedvlm_jax.training.local_baseline import find_reason_against
+
+        against = find_reason_against(options)
     if not against:
         first, watched["model"] = progress.Numbered(show, 1, 2), federated_run.load_later(show)
     try:
-        if run.resume is not None and was_said(*ROUNDS):
-            processes.tell_all(lambda: lengthen(folder, run.train.rounds))
-        if begun:
-            named = run.resume is not None and not {*PLACES}.isdisjoint(_list_changes(run))
-            moved: dict[str, Any] = {"places": run} if named else {}
-            federated_run.resume(folder, first, **moved, **watched)
-        else:
-            federated_run.train(options, first, **watched)
-        if not against:
-            from fedvlm_jax.training.local_baseline import train_alone
+        with advising(show.finish, lambda: _advise(folder, baseline)):
+            if run.resume is not None and not find_written().isdisjoint(ROUNDS):
+                processes.tell_all(lambda: lengthen(folder, run.train.rounds))
+            if begun:
+                named = run.resume is not None and not {*PLACES}.isdisjoint(_list_changes(run))
+                moved: dict[str, Any] = {"places": run} if named else {}
+                federated_run.resume(folder, first, **moved, **watched)
+            else:
+                federated_run.train(options, first, **watched)
+            if not against:
+                from fedvlm_jax.training.local_baseline import train_alone
 
-            train_alone(folder, progress.Numbered(show, 2, 2), watched["model"])
-    except KeyboardInterrupt as error:
-        show.finish()
-        raise SystemExit(say(f"stopped. {_advise(folder, baseline)}", exit_code(error))) from None
-    except OSError as error:
-        raise UserError(f"{describe_os_error(error)}. {_advise(folder, baseline)}") from error
+                train_alone(folder, progress.Numbered(show, 2, 2), watched["model"])
     finally:
-        show.finish()
         if run.out is None and processes.is_first():
             remove_unused(folder)
     if processes.is_first():
         _print_results(folder, against)
         if watch is not None:
-            print(_tell_profile(watch))
+            print(_describe_profile(watch.folder, watch.written))
 
 
 def _advise(folder: Path, baseline: bool) -> str:
-    """How to go on with what is in the folder of a run that ended early."""
     if (folder / "results.json").is_file():
         if baseline:
             return f"The run itself is finished; to go on with training alone: fedvlm train --resume {folder}"
@@ -121,30 +115,19 @@ def _advise(folder: Path, baseline: bool) -> str:
     return "The run had not begun: there is nothing to go on with, so give the command again"
 
 
-def _open_profile(folder: Path) -> "RoundProfile":
-    from fedvlm_jax.analysis.profiling import RoundProfile
-
-    return RoundProfile(folder)
-
-
-def _tell_profile(profile: "RoundProfile") -> str:
-    if not profile.written:
+def _describe_profile(folder: Path, written: Sequence[Path]) -> str:
+    if not written:
         return "profile nothing was traced: only rounds whose program has run before are, so there must be two or more"
     return (
-        f"profile {profile.folder}: " + ", ".join(path.name for path in profile.written) + " open in "
+        f"profile {folder}: " + ", ".join(path.name for path in written) + " open in "
         f"https://ui.perfetto.dev (nothing is uploaded), and the whole in XProf or TensorBoard: pip install xprof && "
-        f"xprof --logdir {profile.folder}"
+        f"xprof --logdir {folder}"
     )
 
 
 def _has_begun(run: Run, folder: Path) -> bool:
-    """Is this very run in the folder already?
-
-    Raises:
-        UserError: another one is.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
+    """Tell whether this very run is in the folder already; refuse a folder with another one."""
+    if not (folder / "config.json").is_file():
         return False
     from fedvlm_jax.run_dir.fingerprints import anchor
 
@@ -156,13 +139,16 @@ def _has_begun(run: Run, folder: Path) -> bool:
     return True
 
 
-def _refuse_changes(run: Run) -> None:
-    """A resumed run has its options from its folder, so others beside `--resume` would silently do nothing."""
+def _refuse_options(run: Run) -> None:
+    """Refuse options beside `--resume`: a resumed run has them from its folder, so they would silently do nothing."""
     if changed := [flag for flag in _list_changes(run) if flag not in (*PLACES, *ROUNDS)]:
         raise UserError(
             f"--resume takes all options from the run's folder, but where moved data are (--data) or a moved model is "
             f"(--model): leave out {', '.join(changed)}"
         )
+    # A flag that says the default is no change, and would do nothing either: `--seed 0` for a run of seed 3.
+    if written := sorted(flag for flag in find_written() - GO_ON if not flag.startswith("--distributed")):
+        raise UserError(f"--resume takes all options from the run's folder: leave out {', '.join(written)}")
 
 
 def _list_changes(run: Run) -> list[str]:
@@ -171,37 +157,16 @@ def _list_changes(run: Run) -> list[str]:
     return [option.flag for option in list_options(run) if option.value != default.get(option.flag, option.default)]
 
 
-def _refuse_said() -> None:
-    """A flag that says the default is no change, and would do nothing either: `--seed 0` for a run of seed 3."""
-    if said := sorted(flag for flag in find_said() - GO_ON if not flag.startswith("--distributed")):
-        raise UserError(f"--resume takes all options from the run's folder: leave out {', '.join(said)}")
-
-
-def _refuse_baseline(run: Run) -> str:
-    """Say why nobody is trained alone beside this run; empty where all are."""
-    from fedvlm_jax.training.local_baseline import find_reason_against
-
-    return find_reason_against(run)
-
-
-def _read_options(folder: Path) -> Run:
-    return dataclasses.replace(read_config(folder).run, out=folder, resume=None)
-
-
 def _print_results(folder: Path, no_baseline: str) -> None:
     """Show the tables, then the few numbers that matter; `no_baseline`: why nobody was trained alone."""
     from fedvlm_jax.cli._closing import close_run, suggest_comparison
     from fedvlm_jax.reporting import report, score_tables, tables
     from fedvlm_jax.run_dir import reader
-    from fedvlm_jax.utils.console import open_console
 
     record = reader.read_run(folder)
     page = report.write_report([folder])
-    console = open_console()
-    for table in score_tables.tabulate_run(record):
-        tables.show(console, table)
     lines = close_run(record)
     if no_baseline and reader.read_baseline(record) is None:
         lines.append(f"  training alone was left out: {no_baseline}")
     lines += [f"run     {folder}", f"report  {page}", f"next    {suggest_comparison(record)}"]
-    console.say("\n".join(lines))
+    tables.show_all(score_tables.tabulate_run(record)).say("\n".join(lines))

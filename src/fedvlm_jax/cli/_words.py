@@ -1,22 +1,30 @@
-"""Short forms of the command line that stand for more than one option, or for none."""
+"""The words of the command line: an option at its default looks the same whether it was asked for or not.
+
+`--lr` stands for two options, which take its place before the words are kept.
+"""
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 
-from fedvlm_jax import __version__
 from fedvlm_jax.errors import UserError
 
+WORDS: ContextVar[tuple[str, ...]] = ContextVar("words", default=())  # all words after `fedvlm`
 RATE = "--lr"
 RATES = ("--train.learning-rate-a", "--train.learning-rate-b")
 
 
-def is_version(words: Sequence[str]) -> bool:
-    """Tell whether the version is asked for, and nothing else."""
-    return list(words) in (["--version"], ["-V"])
+def find_flags(words: Sequence[str]) -> list[str]:
+    """Return the flag in each word, as tyro spells it; other words as they are.
+
+    >>> find_flags(["train", "--train.local_steps=3"])
+    ['train', '--train.local-steps']
+    """
+    return [word.partition("=")[0].replace("_", "-") for word in words]
 
 
-def tell_version() -> str:
-    """The command's name and version."""
-    return f"fedvlm {__version__}"
+def find_written() -> frozenset[str]:
+    """Return all flags that were written on the command line."""
+    return frozenset(flag for flag in find_flags(WORDS.get()) if flag.startswith("--"))
 
 
 def expand_rate(words: Sequence[str]) -> list[str]:
@@ -25,11 +33,10 @@ def expand_rate(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: it has no value, or one of the two is there as well.
 
-    Examples:
-        >>> expand_rate(["train", "--lr", "1e-3"])
-        ['train', '--train.learning-rate-a', '1e-3', '--train.learning-rate-b', '1e-3']
+    >>> expand_rate(["train", "--lr", "1e-3"])
+    ['train', '--train.learning-rate-a', '1e-3', '--train.learning-rate-b', '1e-3']
     """
-    written = [word.partition("=")[0].replace("_", "-") for word in words]
+    written = find_flags(words)
     if RATE not in written:
         return list(words)
     if other := next((flag for flag in RATES if flag in written), None):
