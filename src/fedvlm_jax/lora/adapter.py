@@ -1,4 +1,4 @@
-"""What an adapter looks like (`LoRA`), how it starts (`init`), and how its sites are walked."""
+"""The form of an adapter (`LoRA`), its start (`init`), and a walk over its sites."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ DROPOUT = ("dropout_key", "dropout_rate")
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """What an adapter should look like.
+    """The form that an adapter is to have.
 
     Attributes:
         rank: columns of `a`, rows of `b`; at most min(d_in, d_out) of every target.
@@ -38,10 +38,6 @@ class LoRA:
         init: how `a` starts. "gaussian": N(0, 1/rank²); "kaiming": U(±1/√d_in). Both are PEFT's
             for dense layers and convolutions; for embeddings PEFT starts the other way round, `a` at zero, `b` random.
         dtype: of `a` and `b`.
-
-    Examples:
-        >>> LoRA(rank=8, alpha=16).scale
-        2.0
     """
 
     rank: int = 8
@@ -54,7 +50,11 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """The factor of the low-rank product."""
+        """The factor of the low-rank product.
+
+        >>> LoRA(rank=8, alpha=16).scale
+        2.0
+        """
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
@@ -66,14 +66,10 @@ def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
     Raises:
         LoraError: no site matches, a target cannot be adapted, or the rank is above min(d_in, d_out) somewhere.
 
-    Examples:
-        >>> from flax import linen as nn
-        >>> from fedvlm_jax.lora import find_sites
-        >>> model, x = nn.Sequential([nn.Dense(8), nn.Dense(2)]), jnp.ones((1, 4))
-        >>> params = model.init(jax.random.key(0), x)["params"]
-        >>> adapter = init(jax.random.key(1), find_sites(model.apply, params, x), LoRA(rank=2, targets="layers_1"))
-        >>> jax.tree.map(jnp.shape, adapter)
-        {'layers_1': {'a': (8, 2), 'b': (2, 2), 'scale': ()}}
+    >>> from fedvlm_jax.lora import Site
+    >>> adapter = init(jax.random.key(1), {"fc": Site("fc", "dense", (), (), (8,), (4,))}, LoRA(rank=2))
+    >>> jax.tree.map(jnp.shape, adapter)
+    {'fc': {'a': (8, 2), 'b': (2, 4), 'scale': ()}}
     """
     if spec.rank < 1:
         raise LoraError(f"rank must be at least 1, not {spec.rank}")
@@ -96,7 +92,7 @@ def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
 
 
 def trainable(adapter: Adapter) -> dict[str, Any]:
-    """Say which leaves of an adapter are to be trained, as a tree of booleans, optax's form of a mask.
+    """Mark the leaves of an adapter that are to be trained, in optax's form of a mask: a tree of booleans.
 
     All but `scale`, whose gradient is zero but which weight decay would move: `optax.adamw(1e-3, mask=trainable)`.
 
@@ -107,7 +103,11 @@ def trainable(adapter: Adapter) -> dict[str, Any]:
 
 
 def sites_of(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, Any, Any]]]:
-    """Walk an adapter: path and (a, b, scale) of every site, in the order of the paths."""
+    """Walk an adapter: path and (a, b, scale) of every site, in the order of the paths.
+
+    >>> list(sites_of({"fc": {"a": 1, "b": 2, "scale": 3}}))
+    [('fc', (1, 2, 3))]
+    """
     flat = tree.flatten(adapter)
     for path in sorted({path.rpartition("/")[0] for path in flat}):
         if join(path, GATE) in flat:
@@ -127,14 +127,14 @@ def with_dropout(key: PRNGKeyArray, adapter: Adapter, rate: float) -> Adapter:
     flat = tree.flatten(adapter)
     for path in sorted({path.rpartition("/")[0] for path in flat}):
         stack = flat[join(path, "scale")].shape
-        own = jax.random.fold_in(key, _path_number(path))
-        flat[join(path, DROPOUT[0])] = jax.random.split(own, stack) if stack else own
+        site_key = jax.random.fold_in(key, _path_number(path))
+        flat[join(path, DROPOUT[0])] = jax.random.split(site_key, stack) if stack else site_key
         flat[join(path, DROPOUT[1])] = jnp.full(stack, rate, jnp.float32)
     return tree.unflatten(flat)
 
 
 def _path_number(path: str) -> int:
-    """A stable 31-bit number for a path (FNV-1a): Python's own `hash` differs between processes."""
+    # FNV-1a, cut to the 31 bits that `fold_in` takes: Python's `hash` of a text differs between processes.
     number = 2166136261
     for byte in path.encode():
         number = (number ^ byte) * 16777619 % 2**32

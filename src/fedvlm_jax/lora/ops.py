@@ -14,34 +14,29 @@ from fedvlm_jax.utils import tree
 
 
 def merge(params: Mapping[str, Any], adapter: Adapter, *, dtype: Any = None) -> dict[str, Any]:
-    """Write the adapter into the base: `W + scale · a b`, formed in float32.
+    """Write the adapter into the base: `W + scale · a b`, formed in float32; the answer has the form of `params`.
 
-    Args:
-        params: the `params` collection or a variables dictionary; the answer has the same form.
-        adapter: of this model.
-        dtype: of the merged weights, each weight's by default; small updates drown in bfloat16, so widen it then.
+    `dtype` is that of the merged weights, each weight's by default; small updates drown in bfloat16, so widen it then.
 
     Raises:
         LoraError: the adapter has a site that the parameters lack, or of another shape.
 
-    Examples:
-        >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
-        >>> merged = merge({"fc": {"kernel": jnp.zeros((4, 3))}}, adapter)
-        >>> merged["fc"]["kernel"][0].tolist()
-        [2.0, 2.0, 2.0]
+    >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
+    >>> merge({"fc": {"kernel": jnp.zeros((4, 3))}}, adapter)["fc"]["kernel"][0].tolist()
+    [2.0, 2.0, 2.0]
     """
-    return _merge(params, adapter, 1.0, dtype)
+    deltas = {}
+    for path, (a, b, scale) in sites_of(adapter):
+        product = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+        deltas[path] = product * jax.lax.stop_gradient(scale)[..., None, None]
+    return add_to_weights(params, deltas, dtype=dtype)
 
 
 def unmerge(params: Mapping[str, Any], adapter: Adapter, *, dtype: Any = None) -> dict[str, Any]:
-    """Undo `merge` to rounding: `W − scale · a b`.
-
-    Examples:
-        >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
-        >>> unmerge({"fc": {"kernel": jnp.full((4, 3), 2.0)}}, adapter)["fc"]["kernel"][0].tolist()
-        [0.0, 0.0, 0.0]
-    """
-    return _merge(params, adapter, -1.0, dtype)
+    """Undo `merge` to rounding: `W − scale · a b`."""
+    leaves = tree.flatten(adapter).items()
+    opposite = {path: -leaf if path.rpartition("/")[2] == "scale" else leaf for path, leaf in leaves}
+    return merge(params, tree.unflatten(opposite), dtype=dtype)
 
 
 def add_to_weights(params: Mapping[str, Any], deltas: Mapping[str, Array], *, dtype: Any = None) -> dict[str, Any]:
@@ -65,26 +60,15 @@ def add_to_weights(params: Mapping[str, Any], deltas: Mapping[str, Array], *, dt
     return {**variables, "params": merged} if variables is params else merged
 
 
-def _merge(params: Mapping[str, Any], adapter: Adapter, sign: float, dtype: Any) -> dict[str, Any]:
-    deltas = {path: sign * _product(a, b, scale) for path, (a, b, scale) in sites_of(adapter)}
-    return add_to_weights(params, deltas, dtype=dtype)
-
-
-def _product(a: Array, b: Array, scale: Array) -> Array:
-    a, b, scale = a.astype(jnp.float32), b.astype(jnp.float32), jax.lax.stop_gradient(scale)
-    return jnp.matmul(a, b, precision="highest") * scale[..., None, None]
-
-
 def concatenate(*adapters: Adapter) -> Adapter:
     """Join adapters into one whose term is the sum of theirs; ranks add up, scales move into `b`, without a gradient.
 
     Raises:
         LoraError: the adapters do not have the same sites.
 
-    Examples:
-        >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
-        >>> jax.tree.map(jnp.shape, concatenate(adapter, adapter))
-        {'fc': {'a': (4, 4), 'b': (4, 3), 'scale': ()}}
+    >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
+    >>> jax.tree.map(jnp.shape, concatenate(adapter, adapter))
+    {'fc': {'a': (4, 4), 'b': (4, 3), 'scale': ()}}
     """
     sites = [dict(sites_of(adapter)) for adapter in adapters]
     for other in sites[1:]:
@@ -101,7 +85,7 @@ def concatenate(*adapters: Adapter) -> Adapter:
 
 
 def thin_svd(matrix: Array) -> tuple[Array, Array, Array]:
-    """u, s, vt of the smaller size."""
+    """Decompose a matrix into u, s and vt of the smaller size."""
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
     return u, s, vt
 
@@ -120,7 +104,11 @@ def one_by_one(decompose: Callable[..., Any], *matrices: Array) -> Any:
 
 
 def fix_signs(a: Array, b: Array) -> tuple[Array, Array]:
-    """The same product a b with the largest entry of every column of `a` positive: an SVD leaves the sign to chance."""
+    """Make the largest entry of every column of `a` positive and keep the product a b: an SVD leaves signs to chance.
+
+    >>> [factor.tolist() for factor in fix_signs(jnp.asarray([[1.0], [-2.0]]), jnp.asarray([[3.0]]))]
+    [[[-1.0], [2.0]], [[-3.0]]]
+    """
     largest = jnp.take_along_axis(a, jnp.argmax(jnp.abs(a), axis=-2, keepdims=True), axis=-2)
     sign = jnp.where(largest < 0, -1, 1).astype(a.dtype)
     return a * sign, b * sign.mT
@@ -132,19 +120,11 @@ def truncate(adapter: Adapter, rank: int, *, even: bool = True) -> Adapter:
     With a = Q_a R_a and bᵀ = Q_b R_b, ΔW = Q_a (R_a R_bᵀ) Q_bᵀ and only the small matrix in the middle is decomposed;
     signs are settled (`fix_signs`). Scales stay. Batched over stacked layers.
 
-    Args:
-        adapter: of any rank.
-        rank: wanted.
-        even: share the singular values evenly between the factors; else all of them go to `b`, and the columns of `a`
-            are orthonormal.
+    The factors share the singular values evenly; without `even` all of them go to `b`, and the columns of `a` are
+    orthonormal.
 
     Raises:
         LoraError: `rank` is below 1 or above what a site can have.
-
-    Examples:
-        >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
-        >>> jax.tree.map(jnp.shape, truncate(adapter, 1))
-        {'fc': {'a': (4, 1), 'b': (1, 3), 'scale': ()}}
     """
     flat = {}
     for path, (a, b, scale) in sites_of(adapter):

@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,12 +22,6 @@ class Rule:
 
     Regular expressions are searched in the leaves' paths, `decoder/layers/fc1/b`, and for stacked layers in their
     virtual paths, `decoder/layers/3/fc1/b`. An empty `include` is the one rule that may match nothing.
-
-    Examples:
-        >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
-        >>> shared, personal = partition(adapter, Rule(r"fc/(a|b)$", exclude="a$"))
-        >>> list(shared["fc"]), list(personal["fc"])
-        (['b'], ['a', 'scale'])
     """
 
     include: str | Sequence[str]
@@ -49,22 +45,20 @@ def partition(
     Raises:
         LoraError: the rule matches nothing (the message lists the paths), or cannot be decided without `sites`.
 
-    Examples:
-        >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
-        >>> shared, personal = partition(adapter, r"/b$")
-        >>> list(shared["fc"]), list(personal["fc"])
-        (['b'], ['a', 'scale'])
+    >>> adapter = {"fc": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "scale": jnp.ones(())}}
+    >>> shared, personal = partition(adapter, r"/b$")
+    >>> list(shared["fc"]), list(personal["fc"])
+    (['b'], ['a', 'scale'])
     """
     shared: dict[str, Any] = {}
     personal: dict[str, Any] = {}
     for path, leaf in tree.flatten(adapter).items():
-        stack = _stack_of(adapter, path)
-        mine = {index: _decide(rule, path, index, sites) for index in np.ndindex(*stack)}
-        if all(mine.values()) or not any(mine.values()):
-            (shared if any(mine.values()) else personal)[path] = leaf
+        named = {index: _names(rule, path, index, sites) for index in np.ndindex(*_stack_of(adapter, path))}
+        if len(set(named.values())) < 2:  # the whole stack goes to one side
+            (shared if any(named.values()) else personal)[path] = leaf
             continue
-        for index, named in mine.items():
-            (shared if named else personal)[f"{path}/{'.'.join(map(str, index))}"] = leaf[index]
+        for index, is_shared in named.items():
+            (shared if is_shared else personal)[f"{path}/{'.'.join(map(str, index))}"] = leaf[index]
     if not shared and not (isinstance(rule, Rule) and not as_patterns(rule.include)):
         paths = [v for path in tree.flatten(adapter) for v in virtual_paths(adapter, path, sites)]
         raise LoraError(f"the rule {rule!r} matches no leaf of the adapter; there are:\n{listing(paths)}")
@@ -77,9 +71,8 @@ def combine(shared: Adapter, personal: Adapter) -> Adapter:
     Raises:
         LoraError: both trees hold a leaf, or layers of a stack are missing.
 
-    Examples:
-        >>> sorted(combine({"fc": {"b": 1}}, {"fc": {"a": 2, "scale": 3}})["fc"].items())
-        [('a', 2), ('b', 1), ('scale', 3)]
+    >>> sorted(combine({"fc": {"b": 1}}, {"fc": {"a": 2, "scale": 3}})["fc"].items())
+    [('a', 2), ('b', 1), ('scale', 3)]
     """
     flat: dict[str, Any] = {}
     layers: dict[str, dict[tuple[int, ...], Any]] = {}
@@ -89,6 +82,7 @@ def combine(shared: Adapter, personal: Adapter) -> Adapter:
         raise LoraError(str(error)) from None
     for path, leaf in joined.items():
         head, _, last = path.rpartition("/")
+        # A layer may itself be called "0": below a factor's name only an index can stand.
         if head.rpartition("/")[2] in FACTORS and re.fullmatch(r"\d+(\.\d+)*", last):
             layers.setdefault(head, {})[tuple(map(int, last.split(".")))] = leaf
         else:
@@ -104,50 +98,49 @@ def combine(shared: Adapter, personal: Adapter) -> Adapter:
 
 
 def virtual_paths(adapter: Adapter, path: str, sites: Sites | None = None) -> list[str]:
-    """All paths that a leaf answers to: one per layer where it is stacked and `sites` are known, else its own."""
+    """List all paths that a leaf answers to: one per layer where it is stacked and `sites` are known, else `path`."""
     stack = _stack_of(adapter, path)
     if not stack or sites is None:
         return [path]
-    return [next(_places(path, index, sites)) for index in np.ndindex(*stack)]
+    return [next(_place_index(path, index, sites)) for index in np.ndindex(*stack)]
 
 
-def _decide(rule: str | Rule | Callable[[str], bool], path: str, index: tuple[int, ...], sites: Sites | None) -> bool:
-    names = [path, *_places(path, index, sites)] if index else [path]
+def _names(rule: str | Rule | Callable[[str], bool], path: str, index: tuple[int, ...], sites: Sites | None) -> bool:
+    paths = [path, *_place_index(path, index, sites)] if index else [path]
     if isinstance(rule, str):
-        rule = Rule(rule)
+        return search(rule, *paths)
     if isinstance(rule, Rule):
-        included = any(search(p, name) for p in as_patterns(rule.include) for name in names)
-        return included and not any(search(p, name) for p in as_patterns(rule.exclude) for name in names)
+        return search(rule.include, *paths) and not search(rule.exclude, *paths)
     if sites is not None or not index:
-        return bool(rule(names[-1]))
+        return bool(rule(paths[-1]))
     nowhere = tuple(10**9 + i for i in index)  # an index that no layer has: does the rule look at it at all?
-    if any(bool(rule(x)) != bool(rule(y)) for x, y in zip(names[1:], _places(path, nowhere, sites), strict=True)):
+    others = _place_index(path, nowhere, sites)
+    if any(bool(rule(x)) != bool(rule(y)) for x, y in zip(paths[1:], others, strict=True)):
         raise LoraError(
             f"the rule names single layers of {path}; pass sites= to say where in the path the index stands"
         )
     return bool(rule(path))
 
 
-def _places(path: str, index: tuple[int, ...], sites: Sites | None) -> Iterator[str]:
+def _place_index(path: str, index: tuple[int, ...], sites: Sites | None) -> Iterator[str]:
     """The leaf's path with the layer's index put in: where `sites` say, or in every place it could stand."""
-    *parts, leaf = path.split("/")
-    if sites is not None and "/".join(parts) not in sites:
-        raise LoraError(f"the adapter's {'/'.join(parts)!r} is not among the sites:\n{listing(sites)}")
-    known = [sites["/".join(parts)].stack_at] if sites is not None else None
-    for at in known or itertools.combinations_with_replacement(range(1, len(parts) + 1), len(index)):
-        out: list[str] = []
-        for position in range(len(parts) + 1):
-            out += [str(i) for i, where in zip(index, at, strict=True) if where == position]
-            out += parts[position : position + 1]
-        yield "/".join([*out, leaf])
+    site = path.rpartition("/")[0]
+    places: Iterable[tuple[int, ...]]
+    places = itertools.combinations_with_replacement(range(1, path.count("/") + 1), len(index))
+    if sites is not None:
+        if site not in sites:
+            raise LoraError(f"the adapter's {site!r} is not among the sites:\n{listing(sites)}")
+        places = [sites[site].stack_at]
+    for at in places:
+        parts = path.split("/")
+        # From the last to the first, so that the places that remain still count components of the path alone.
+        for place, number in reversed(list(zip(at, index, strict=True))):
+            parts.insert(place, str(number))
+        yield "/".join(parts)
 
 
 def _stack_of(adapter: Adapter, path: str) -> tuple[int, ...]:
-    node: Any = adapter
-    *parts, leaf = path.split("/")
-    for part in parts:
-        node = node[part]
-    scale = node.get("scale")
-    if scale is not None:
-        return tuple(scale.shape)
-    return tuple(node[leaf].shape[:-2])  # an adapter of which a part was taken away
+    *above, leaf = path.split("/")
+    site: Any = reduce(operator.getitem, above, adapter)
+    # Where a part of the adapter was taken away, `a` and `b` have two axes of their own.
+    return tuple(site["scale"].shape if "scale" in site else site[leaf].shape[:-2])

@@ -15,7 +15,7 @@ from fedvlm_jax.utils import tree
 
 Kind = Literal["dense", "dense_general", "conv", "embed"]
 
-KINDS: dict[type, Kind] = {nn.Dense: "dense", nn.DenseGeneral: "dense_general", nn.Conv: "conv", nn.Embed: "embed"}
+_KINDS: dict[type, Kind] = {nn.Dense: "dense", nn.DenseGeneral: "dense_general", nn.Conv: "conv", nn.Embed: "embed"}
 
 
 class LoraError(UserError):
@@ -48,7 +48,7 @@ class Site:
     @property
     def weight(self) -> str:
         """Path of the adapted parameter."""
-        return join(self.path, weight_name(self.kind))
+        return join(self.path, _weight_name(self.kind))
 
     @property
     def d_in(self) -> int:
@@ -69,135 +69,127 @@ class Site:
 Sites = dict[str, Site]
 
 
+def read_site(module: nn.Module) -> Site | None:
+    """Describe the weight of a module as it is inside all scans; None where no adapter can sit on the module's type."""
+    kind = _KINDS.get(type(module))
+    if kind is None or not module.has_variable("params", _weight_name(kind)):
+        return None
+    shape = module.get_variable("params", _weight_name(kind)).shape
+    inputs, obstacle = len(shape) - 1, ""
+    if isinstance(module, nn.DenseGeneral):
+        inputs = len(as_tuple(module.axis))
+        if as_tuple(module.batch_dims):
+            obstacle = "DenseGeneral with batch dimensions"
+    elif isinstance(module, nn.Conv) and module.feature_group_count != 1:
+        obstacle = f"grouped convolution, {module.feature_group_count} groups"
+    elif isinstance(module, nn.Conv) and module.mask is not None:
+        obstacle = "masked convolution"
+    return Site("/".join(module.path), kind, (), (), shape[:inputs], shape[inputs:], obstacle)
+
+
 def find_sites(apply_fn: Callable[..., Any], params: Mapping[str, Any], *example: Any, **kwargs: Any) -> Sites:
     """Trace the model once, abstractly, and list the weights that an adapter may sit on, in the order of their paths.
 
     Args:
         apply_fn: a linen `Module.apply`, or any function `(variables, *args, **kwargs)` that ends in one.
         params: the `params` collection, or a whole variables dictionary; shapes (`jax.ShapeDtypeStruct`) suffice.
-        *example: arguments as `apply_fn` takes them; shapes suffice. Nothing is computed.
-        **kwargs: passed on (`method=`, `train=False`, …).
+        *example, **kwargs: as `apply_fn` takes them (`method=`, `train=False`, …); shapes suffice.
 
     Raises:
         LoraError: a model or state of flax.nnx.
 
-    Examples:
-        >>> from flax import linen as nn
-        >>> import jax.numpy as jnp
-        >>> model, x = nn.Sequential([nn.Dense(8), nn.Dense(2)]), jnp.ones((1, 4))
-        >>> params = model.init(jax.random.key(0), x)["params"]
-        >>> [(path, site.d_in, site.d_out) for path, site in find_sites(model.apply, params, x).items()]
-        [('layers_0', 4, 8), ('layers_1', 8, 2)]
+    >>> import jax.numpy as jnp
+    >>> model, x = nn.Sequential([nn.Dense(8), nn.Dense(2)]), jnp.ones((1, 4))
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> [(path, site.d_in, site.d_out) for path, site in find_sites(model.apply, params, x).items()]
+    [('layers_0', 4, 8), ('layers_1', 8, 2)]
     """
     _refuse_nnx(apply_fn, params, *example)
     variables = as_variables(params)
-    seen = _Seen()
-    with nn.intercept_methods(seen.watch):
-        _eval_shape(lambda v, *args: apply_fn(v, *args, **kwargs), variables, *example)
-    return seen.sites(variables["params"])
+    _, seen = _trace(lambda v, *args: apply_fn(v, *args, **kwargs), variables, *example)
+    return seen.list_sites(variables["params"])
 
 
 def trace_init(init_fn: Callable[..., Mapping[str, Any]], *args: Any) -> tuple[dict[str, Any], Sites]:
     """Trace a model's `init` once, abstractly: what it returns, as shapes, and what `find_sites` finds.
 
-    Args:
-        init_fn: (*args) -> the `params` collection, or a whole variables dictionary; it calls everything.
-        *args: as it takes them; shapes suffice, `jax.eval_shape(lambda: jax.random.key(0))` for a key.
+    `init_fn` returns the `params` collection, or a whole variables dictionary, and calls everything. Of its arguments
+    shapes suffice, `jax.eval_shape(lambda: jax.random.key(0))` for a key.
     """
-    seen = _Seen()
-    with nn.intercept_methods(seen.watch):
-        shapes = _eval_shape(init_fn, *args)
-    return shapes, seen.sites(as_variables(shapes)["params"])
+    shapes, seen = _trace(init_fn, *args)
+    return shapes, seen.list_sites(as_variables(shapes)["params"])
 
 
 def _refuse_nnx(*given: Any) -> None:
-    """Sites are found by what linen calls on its way, which nnx never does."""
+    # Sites are found by what linen calls on its way, which nnx never does.
     if "flax.nnx" not in sys.modules:
         return  # then nobody has a model of it, and a second of importing is saved
     from flax import nnx
 
-    for one in given:
-        if isinstance(one, nnx.Module | nnx.State | nnx.GraphDef) or isinstance(
-            getattr(one, "__self__", None), nnx.Module
-        ):
+    for value in given:
+        if isinstance(getattr(value, "__self__", value), nnx.Module | nnx.State | nnx.GraphDef):
             raise LoraError(
-                f"{type(one).__name__} is of flax.nnx, and adapters sit on modules of flax.linen: pass a linen "
+                f"{type(value).__name__} is of flax.nnx, and adapters sit on modules of flax.linen: pass a linen "
                 "module's apply and its params. nnx.bridge.to_linen does not help, because it hides the layers; nnx "
                 "has LoRA of its own, flax.nnx.LoRA"
             )
 
 
+def _trace(fn: Callable[..., Any], *args: Any) -> tuple[Any, "_Seen"]:
+    """The shapes of what a function returns, and the layers that it calls."""
+    leaves, structure = jax.tree.flatten(args)
+    # Python flags and other static arguments stay as they are.
+    dynamic = {at: leaf for at, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
+
+    def call(arrays: dict[int, Any]) -> Any:
+        return fn(*jax.tree.unflatten(structure, [arrays.get(at, leaf) for at, leaf in enumerate(leaves)]))
+
+    seen = _Seen()
+    with nn.intercept_methods(seen.watch):
+        return jax.eval_shape(call, dynamic), seen
+
+
 class _Seen:
-    """What the layers of a model are and hold, noted as they are called."""
+    """The layers of a model, noted as they are called."""
 
     def __init__(self) -> None:
-        self._kinds: dict[str, tuple[Kind, tuple[int, ...], int, str]] = {}  # kind, weight's shape, inputs, obstacle
-        self._inside: dict[tuple[str, ...], dict[str, int]] = {}  # module's path → parameter below it → axes inside
+        self._sites: Sites = {}  # as they are inside all scans
+        self._ranks: dict[tuple[str, str], int] = {}  # (module, parameter): its number of axes inside the module
 
     def watch(self, next_fun: Callable[..., Any], args: Any, kw: Any, context: nn.module.InterceptorContext) -> Any:
         out = next_fun(*args, **kw)  # first, because in `init` that makes the parameters
-        module = context.module
-        if module.scope is None or context.method_name not in ("__call__", "attend"):
-            return out
-        held = tree.flatten(module.variables.get("params", {}))
-        self._inside[module.path] = {name: len(leaf.shape) for name, leaf in held.items()}
-        kind = KINDS.get(type(module))
-        if kind is not None and module.has_variable("params", weight_name(kind)):
-            shape = module.get_variable("params", weight_name(kind)).shape
-            self._kinds["/".join(module.path)] = (kind, shape, count_inputs(module, shape), find_obstacle(module))
+        module, path = context.module, "/".join(context.module.path)
+        if module.scope is not None and context.method_name in ("__call__", "attend"):
+            for name, leaf in tree.flatten(module.variables.get("params", {})).items():
+                self._ranks[path, join(path, name)] = len(leaf.shape)
+            if site := read_site(module):
+                self._sites[path] = site
         return out
 
-    def sites(self, params: Mapping[str, Any]) -> Sites:
-        """All, where these are the parameters outside of all scans."""
-        weights = tree.flatten(params)
-        lost: dict[tuple[str, ...], int] = {}  # module's path → how many leading axes its parameters lost on the way in
-        for path, held in self._inside.items():
-            outer = {name: weights.get("/".join((*path, name))) for name in held}
-            losses = [len(leaf.shape) - held[name] for name, leaf in outer.items() if leaf is not None]
-            if losses:
-                lost[path] = max(losses)
-        sites: Sites = {}
-        for path, (kind, shape, inputs, obstacle) in sorted(self._kinds.items()):
-            outer = weights[join(path, weight_name(kind))].shape
-            depth, parts = len(outer) - len(shape), tuple(path.split("/"))
-            if outer[depth:] != shape:
-                obstacle = f"stacked along an axis that is not the first: {outer} outside its scan, {shape} inside"
-            stack_at = tuple(
-                next(end for end in range(len(parts) + 1) if lost.get(parts[:end], 0) > axis) for axis in range(depth)
-            )
-            sites[path] = Site(path, kind, outer[:depth], stack_at, shape[:inputs], shape[inputs:], obstacle)
+    def list_sites(self, params: Mapping[str, Any]) -> Sites:
+        """List all sites; `params` are as they lie outside of all scans."""
+        weights, sites = tree.flatten(params), Sites()
+        for path, site in sorted(self._sites.items()):
+            inner, outer = (*site.inputs, *site.outputs), weights[site.weight].shape
+            depth, parts, obstacle = len(outer) - len(inner), path.split("/"), site.obstacle
+            if outer[depth:] != inner:
+                obstacle = f"stacked along an axis that is not the first: {outer} outside its scan, {inner} inside"
+            # How many leading axes the weight has lost inside each of the modules that hold it, from the model on.
+            above = ("/".join(parts[:end]) for end in range(len(parts) + 1))
+            lost = [len(outer) - self._ranks.get((module, site.weight), len(outer)) for module in above]
+            stack_at = tuple(next(at for at, axes in enumerate(lost) if axes > axis) for axis in range(depth))
+            sites[path] = dataclasses.replace(site, stack=outer[:depth], stack_at=stack_at, obstacle=obstacle)
         return sites
 
 
-def count_inputs(module: nn.Module, shape: tuple[int, ...]) -> int:
-    """How many of a weight's leading axes are inputs; the others are outputs."""
-    if isinstance(module, nn.DenseGeneral):
-        return len(as_tuple(module.axis))
-    return 1 if isinstance(module, nn.Embed) else len(shape) - 1
-
-
-def find_obstacle(module: nn.Module) -> str:
-    """Why a module of a known kind cannot be adapted all the same; empty where it can."""
-    if isinstance(module, nn.Conv) and module.feature_group_count != 1:
-        return f"grouped convolution, {module.feature_group_count} groups"
-    if isinstance(module, nn.Conv) and module.mask is not None:
-        return "masked convolution"
-    if isinstance(module, nn.DenseGeneral) and as_tuple(module.batch_dims):
-        return "DenseGeneral with batch dimensions"
-    return ""
-
-
 def select(sites: Sites, targets: str | Sequence[str], exclude: str | Sequence[str] = ()) -> list[Site]:
-    """The sites whose path, with or without the weight's name, one of `targets` is found in and none of `exclude`.
+    """Select the sites whose path, with or without the weight's name, matches a target and no pattern of `exclude`.
 
     Raises:
         LoraError: nothing matches, or a site that matches cannot be adapted.
     """
-
-    def matches(site: Site, patterns: str | Sequence[str]) -> bool:
-        return any(search(p, site.path) or search(p, site.weight) for p in as_patterns(patterns))
-
-    chosen = [site for site in sites.values() if matches(site, targets) and not matches(site, exclude)]
+    found = [site for site in sites.values() if search(targets, site.path, site.weight)]
+    chosen = [site for site in found if not search(exclude, site.path, site.weight)]
     if not chosen:
         raise LoraError(
             f"no site matches targets {as_patterns(targets)!r}" + (f" without {exclude!r}" if exclude else "") + ". "
@@ -215,19 +207,7 @@ def as_variables(params: Mapping[str, Any]) -> Mapping[str, Any]:
     return params if has_collections else {"params": params}
 
 
-def _eval_shape(fn: Callable[..., Any], *args: Any) -> Any:
-    """`jax.eval_shape` that leaves Python flags and other static arguments alone."""
-    leaves, structure = jax.tree.flatten(args)
-    dynamic = {at: leaf for at, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
-
-    def call(arrays: dict[int, Any]) -> Any:
-        return fn(*jax.tree.unflatten(structure, [arrays.get(at, leaf) for at, leaf in enumerate(leaves)]))
-
-    return jax.eval_shape(call, dynamic)
-
-
-def weight_name(kind: Kind) -> str:
-    """Name the adapted parameter of a layer."""
+def _weight_name(kind: Kind) -> str:
     return "embedding" if kind == "embed" else "kernel"
 
 
@@ -246,20 +226,20 @@ def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def search(pattern: str, path: str) -> bool:
-    """Tell whether a regular expression is found in a path.
-
-    Raises:
-        LoraError: it is no regular expression.
-    """
-    try:
-        return re.search(pattern, path) is not None
-    except re.error as error:
-        raise LoraError(f"{pattern!r} is not a regular expression: {error}") from None
+def search(patterns: str | Sequence[str], *paths: str) -> bool:
+    """Tell whether a regular expression, or one of several, is found in a path; a `LoraError` where it is none."""
+    for pattern in as_patterns(patterns):
+        try:
+            if any(re.search(pattern, path) for path in paths):
+                return True
+        except re.error as error:
+            raise LoraError(f"{pattern!r} is not a regular expression: {error}") from None
+    return False
 
 
 def listing(paths: Any, limit: int = 60) -> str:
     """List paths for a message, a line each."""
     lines = [f"  {path}" for path in paths]
-    more = len(lines) - limit
-    return "\n".join(lines[:limit] + ([f"  … and {more} more"] if more > 0 else []))
+    if len(lines) > limit:
+        lines[limit:] = [f"  … and {len(lines) - limit} more"]
+    return "\n".join(lines)

@@ -19,15 +19,12 @@ _TOKENS = r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|]"
 
 
 class _Group(NamedTuple):
-    """The names in a pair of parentheses, or in the whole: from `start` to before `end`, with bars between them.
-
-    `plain` says that exactly one of them is there: no lookaround, and nothing that may be repeated or left out.
-    """
+    """The names in a pair of parentheses, or in the whole: from `start` to before `end`, with bars between them."""
 
     start: int
     end: int
     bars: list[int]
-    plain: bool
+    plain: bool  # exactly one of the names occurs: no lookaround, and nothing that may be repeated or left out
 
 
 def find_dead_targets(sites: Sites, targets: str | Sequence[str]) -> list[str]:
@@ -36,11 +33,13 @@ def find_dead_targets(sites: Sites, targets: str | Sequence[str]) -> list[str]:
     An alternative is tried without those beside it, and with the rest of its expression as it is. Groups that may be
     repeated or left out are taken whole: there the rest of the expression could do without any one of them.
 
-    Examples:
-        With the sites `fc1` and `out_proj`, `fc1|q_proj|(o|out)_proj` has the dead alternatives `q_proj` and `o`.
-
     Raises:
         LoraError: a target is not a regular expression.
+
+    >>> from fedvlm_jax.lora import Site
+    >>> sites = {path: Site(path, "dense", (), (), (4,), (4,)) for path in ("fc1", "out_proj")}
+    >>> find_dead_targets(sites, "fc1|q_proj|(o|out)_proj")
+    ['q_proj', 'o']
     """
     names = [name for site in sites.values() for name in (site.path, site.weight)]
     dead: list[str] = []
@@ -48,23 +47,23 @@ def find_dead_targets(sites: Sites, targets: str | Sequence[str]) -> list[str]:
         spans: list[tuple[int, int]] = []
         for start, end, alone in split_alternatives(pattern):
             inside = any(first <= start and end <= last for first, last in spans)
-            if not inside and not any(search(alone, name) for name in names):
+            if not inside and not search(alone, *names):
                 spans.append((start, end))
                 dead.append(pattern[start:end])
     return list(dict.fromkeys(dead))
 
 
 def split_alternatives(pattern: str) -> Iterator[tuple[int, int, str]]:
-    """Where each alternative stands in a pattern, outer ones first, and the pattern without those beside it."""
+    """Yield the place of each alternative in a pattern, outer ones first, and the pattern without those beside it."""
     branches = [
         (group, before + 1, after)
         for group in sorted(_find_groups(pattern))
         for before, after in itertools.pairwise([group.start - 1, *group.bars, group.end])
     ]
     for group, first, last in branches:
-        around = [one for one in branches if one[1] <= first and last <= one[2]]
-        if all(one.plain for one, _, _ in around) and (group.bars or group.end == len(pattern)):
-            dropped = {at for one, a, z in around for at in (*range(one.start, a), *range(z, one.end))}
+        around = [branch for branch in branches if branch[1] <= first and last <= branch[2]]
+        if all(outer.plain for outer, _, _ in around) and (group.bars or group.end == len(pattern)):
+            dropped = {at for outer, a, z in around for at in (*range(outer.start, a), *range(z, outer.end))}
             yield first, last, "".join(letter for at, letter in enumerate(pattern) if at not in dropped)
 
 
