@@ -16,9 +16,7 @@ from fedvlm_jax.errors import UserError, explain_error
 SILENCE = 30
 """Seconds without a heartbeat after which a process counts as gone, and the others end."""
 
-
-def _optional(metavar: str, otherwise: str) -> object:
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
+_CLUSTER = "(default: as the cluster tells)"
 
 
 @dataclass(frozen=True)
@@ -33,47 +31,48 @@ class DistributedOptions:
     """Be one of several processes. On TPU pods, under Slurm and Open MPI that is all; elsewhere say also what follows.
     The run's folder must be on a disk that all of them share. If one dies the others end; the same command, given to
     all of them again, goes on from the last checkpoint."""
-    coordinator: Annotated[str, _optional("HOST:PORT", "as the cluster tells")] = ""
+    coordinator: Annotated[str, tyro.conf.arg(metavar="HOST:PORT", help_behavior_hint=_CLUSTER)] = ""
     """Where process 0 listens and the others find it: its address, and any port that is free there."""
-    processes: Annotated[int | None, _optional("INT", "as the cluster tells")] = None
+    processes: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_CLUSTER)] = None
     """How many processes there are."""
-    process: Annotated[int | None, _optional("INT", "as the cluster tells")] = None
+    process: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_CLUSTER)] = None
     """Which of them this is, from 0."""
     timeout: int = 300
     """Seconds to wait for all of them at the start."""
 
     @property
     def asked(self) -> bool:
-        """Is this one of several processes?"""
-        return self.on or self != DistributedOptions()
+        """Tell whether this is one of several processes.
+
+        >>> DistributedOptions().asked, DistributedOptions(on=True).asked
+        (False, True)
+        """
+        return self != DistributedOptions()
 
 
 def check_distributed(options: DistributedOptions) -> None:
-    """Refuse what cannot be, before anything is loaded.
-
-    Raises:
-        UserError: the first option, or pair of options, that cannot work.
-    """
+    """Refuse the first option, or pair of options, that cannot work, before anything is loaded."""
+    processes, process = options.processes, options.process
     stated = {
         "--distributed.coordinator": options.coordinator or None,
-        "--distributed.processes": options.processes,
-        "--distributed.process": options.process,
+        "--distributed.processes": processes,
+        "--distributed.process": process,
     }
-    if any(value is not None for value in stated.values()) and None in stated.values():
-        missing = next(flag for flag, value in stated.items() if value is None)
+    missing = [flag for flag, value in stated.items() if value is None]
+    if 0 < len(missing) < len(stated):
         raise UserError(
-            f"{missing} is missing: {', '.join(stated)} go together; on TPU pods and under Slurm leave them out"
+            f"{missing[0]} is missing: {', '.join(stated)} go together; on TPU pods and under Slurm leave them out"
         )
     if options.timeout < 1:
         raise UserError(f"--distributed.timeout is {options.timeout}: it must be 1 or more")
-    if options.processes is None or options.process is None:
+    if processes is None or process is None:
         return
-    if options.processes < 1:
-        raise UserError(f"--distributed.processes is {options.processes}: it must be 1 or more")
-    if not 0 <= options.process < options.processes:
+    if processes < 1:
+        raise UserError(f"--distributed.processes is {processes}: it must be 1 or more")
+    if not 0 <= process < processes:
         raise UserError(
-            f"--distributed.process is {options.process}: with --distributed.processes {options.processes} it is "
-            f"0 to {options.processes - 1}, and each process has another"
+            f"--distributed.process is {process}: with --distributed.processes {processes} it is "
+            f"0 to {processes - 1}, and each process has another"
         )
     port = re.fullmatch(r".+:(\d+)", options.coordinator)
     if port is None or not 0 < int(port[1]) < 2**16:
@@ -85,11 +84,11 @@ def check_distributed(options: DistributedOptions) -> None:
 def join(options: DistributedOptions) -> None:
     """Meet the other processes; to be called before jax is asked for anything.
 
-    Process 0 listens at the address that it was told and at no other, unless JAX_COORDINATOR_BIND_ADDRESS says where.
-    Whoever reaches it there can take part or disturb: jax's service asks nobody who they are.
+    Process 0 listens at its stated address and at no other, unless JAX_COORDINATOR_BIND_ADDRESS says where. Whoever
+    reaches it can take part or disturb: jax's service asks nobody who they are.
 
     Raises:
-        UserError: there is no cluster that tells where they are, or process 0 cannot listen where it was told.
+        UserError: no cluster says where the processes are, or process 0 cannot listen at its address.
     """
     import jax
 
@@ -102,6 +101,7 @@ def join(options: DistributedOptions) -> None:
             initialization_timeout=options.timeout,
             heartbeat_timeout_seconds=SILENCE,
             shutdown_timeout_seconds=SILENCE,
+            # Without an address jax listens at all that the machine has.
             coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or options.coordinator or None,
         )
     except ValueError as error:
@@ -118,7 +118,11 @@ def join(options: DistributedOptions) -> None:
 
 
 def describe_loss(gone: list[int] | None, folder: Path | None) -> str:
-    """What to tell when a run ended because some of its processes did."""
+    """Advise what to do when a run ended because some of its processes did.
+
+    >>> describe_loss([1, 3], None)
+    'process 1 and 3 is gone. Start all processes again with the same command: the run goes on from the start, ...'
+    """
     names = " and ".join(map(str, gone or [])) or "other than this"
     saved = [] if folder is None else [path.name for path in (folder / "checkpoints").glob("*")]
     newest = max((int(name) for name in saved if name.isdigit()), default=0)

@@ -1,7 +1,4 @@
-"""The option `--mesh`: how many shares of the clients run side by side, and over how many devices the base is cut.
-
-No heavy package is imported here, so that a wrong one is told at once.
-"""
+"""The option `--mesh`; no heavy package is imported here, so that a wrong one is refused at once."""
 
 import re
 from typing import NamedTuple
@@ -10,19 +7,14 @@ from fedvlm_jax.errors import UserError
 
 
 class MeshShape(NamedTuple):
-    """Lengths of a mesh's axes.
+    """Lengths of a mesh's axes."""
 
-    Attributes:
-        clients: shares of the clients that run side by side, each on devices of its own.
-        model: devices that share one copy of the base.
-    """
-
-    clients: int
-    model: int = 1
+    clients: int  # shares of the clients that run side by side, each on a set of devices
+    model: int = 1  # devices that share one copy of the base
 
     @property
     def devices(self) -> int:
-        """How many there must be."""
+        """Number of devices that the mesh takes."""
         return self.clients * self.model
 
     def __str__(self) -> str:
@@ -30,10 +22,10 @@ class MeshShape(NamedTuple):
 
 
 def parse_mesh(text: str) -> MeshShape | None:
-    """Read `clients=N` or `clients=N,model=M`; None where nothing is said.
+    """Read `clients=N` or `clients=N,model=M`; None for no text; refuse another form, or a 0.
 
-    Raises:
-        UserError: it has another form, or a 0.
+    >>> parse_mesh("clients=4,model=2")
+    MeshShape(clients=4, model=2)
     """
     if not text:
         return None

@@ -22,26 +22,30 @@ from fedvlm_jax.errors import UserError
 PATIENCE = 7 * 24 * 3600 * 1000
 """Milliseconds that one waits for the others at most: that one of them is gone is noticed elsewhere, and soon."""
 
-_numbers = itertools.count()
+_numbers = itertools.count()  # a fresh key for every exchange; alike in all processes, for their calls are
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return jax.process_count()
 
 
 def is_first() -> bool:
-    """Is this the process that writes what is written once, and tells how far the run is?"""
+    """Tell whether this is the process that writes what is written once, and prints how far the run is."""
     return jax.process_index() == 0
 
 
 def share_out(count_: int) -> Int[np.ndarray, " some"]:
-    """Of 0 … count - 1 those that are this process's, where it does not matter whose they are."""
+    """Select this process's part of 0 … count - 1, where it does not matter which process has which.
+
+    >>> share_out(3).tolist()
+    [0, 1, 2]
+    """
     return np.arange(jax.process_index(), count_, jax.process_count())
 
 
 def gather(values: Shaped[np.ndarray, "some ..."], count_: int) -> Shaped[np.ndarray, "count ..."]:
-    """What all of them made of what `share_out` dealt them, in every process: `values` are this one's."""
+    """Collect, in every process, the values that each made for its part of `share_out`."""
     if count() == 1:
         return values
     from jax.experimental import multihost_utils
@@ -59,20 +63,21 @@ def wait_for_all() -> None:
 
 
 def tell_all(decide: Callable[[], Any]) -> Any:
-    """What the first process decides, in all of them: JSON, or the `UserError` that it raises."""
+    """Give all processes what the first decides: JSON, or the `UserError` that it raises."""
     if count() == 1:
         return decide()
     key = f"fedvlm/tell/{next(_numbers)}"
     if is_first():
         try:
-            told = {"value": decide()}
+            answer = {"value": decide()}
         except UserError as error:
-            told = {"error": str(error)}
-        _client().key_value_set(key, json.dumps(told))
-    told = json.loads(_client().blocking_key_value_get(key, PATIENCE))
-    if "error" in told:
-        raise UserError(told["error"])
-    return told["value"]
+            answer = {"error": str(error)}
+        _client().key_value_set(key, json.dumps(answer))
+    # The first reads it, too, so that all have what JSON makes of it.
+    answer = json.loads(_client().blocking_key_value_get(key, PATIENCE))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
 
 
 def smallest(value: int | None) -> int | None:
@@ -86,7 +91,7 @@ def smallest(value: int | None) -> int | None:
 
 
 def find_gone(seconds: float = 10) -> list[int] | None:
-    """Who does not answer any more, asked by all that are left when a program failed; None where nobody knows."""
+    """Find the processes that do not answer, asked by all that are left when a program failed; None if unknown."""
     try:
         _client().wait_at_barrier("fedvlm/gone", int(seconds * 1000))
     except jax.errors.JaxRuntimeError as error:
@@ -96,7 +101,7 @@ def find_gone(seconds: float = 10) -> list[int] | None:
 
 
 def _client() -> Any:
-    """Of the service that jax's processes meet at; jax has no public way to it, and orbax takes the same."""
+    # Of the service that jax's processes meet at; jax has no public way to it, and orbax takes the same.
     from jax._src import distributed
 
     return distributed.global_state.client

@@ -1,18 +1,18 @@
-"""Where arrays live: a mesh with the axes `clients` and `model`, and the placements of the base and of a round.
+"""The places of arrays: a mesh with the axes `clients` and `model`, and shardings of the base and of a round.
 
 Arrays of a cohort come as [waves, per_wave, …] and their second axis lies along `clients`; what the server holds is on
 every device. The base is cut over `model` as its rules say (Megatron-LM, arXiv 1909.08053, for the shipped one) and is
 the same along `clients`. Axes are Auto: the compiler places the reductions; over `clients` there is one.
 
-A mesh may be made of several processes' devices, and a process reaches the arrays on its own alone. So each gives what
-lies on its own devices (`own_places`, `place_own`, `fetch_own`), and what is on the host whole all of them give and get
+A mesh may be made of several processes' devices, and a process reaches only the arrays on its local ones. So each gives
+what lies there (`local_places`, `place_local`, `fetch_local`), and what is on the host whole all of them give and get
 alike (`place`, `fetch`). Devices that share a base are of one process, which so can use the base by itself
-(`own_base`). With one process, everything is its own.
+(`local_base`). With one process, everything is local.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from fedvlm_jax.distributed.mesh_shape import MeshShape
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.tree import flatten, unflatten
 
@@ -40,13 +41,12 @@ def make_mesh(clients: int | None = None, model: int = 1, *, devices: Sequence[A
         UserError: there are fewer devices than asked for.
     """
     devices = sorted(jax.devices() if devices is None else devices, key=lambda device: device.process_index)
-    clients = len(devices) // model if clients is None else clients
-    if not 1 <= clients * model <= len(devices):
-        asked = f"clients={clients}" + (f",model={model}" if model > 1 else "")
+    shape = MeshShape(len(devices) // model if clients is None else clients, model)
+    if not 1 <= shape.devices <= len(devices):
         raise UserError(
-            f"--mesh {asked} takes {clients * model} devices: there are {len(devices)} ({devices[0].platform})"
+            f"--mesh {shape} takes {shape.devices} devices: there are {len(devices)} ({devices[0].platform})"
         )
-    return Mesh(np.asarray(devices[: clients * model]).reshape(clients, model), (CLIENTS, MODEL))
+    return Mesh(np.asarray(devices[: shape.devices]).reshape(shape), (CLIENTS, MODEL))
 
 
 def connect(mesh: Mesh) -> None:
@@ -56,21 +56,15 @@ def connect(mesh: Mesh) -> None:
     other for half a minute then, and never again. One that takes longer to compile its first program would be too late.
     """
     for axes in ((CLIENTS,), (MODEL,), (CLIENTS, MODEL)):
+        ones = np.ones([mesh.shape[axis] for axis in axes], np.float32).ravel()
         where = NamedSharding(mesh, PartitionSpec(axes))
-        count = int(np.prod([mesh.shape[axis] for axis in axes]))
-        ones = jax.make_array_from_callback(
-            (count,), where, lambda index, count=count: np.ones(count, np.float32)[index]
-        )
-        total = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(ones)
-        assert float(total) == count
+        placed = jax.make_array_from_callback(ones.shape, where, lambda index, ones=ones: ones[index])
+        total = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(placed)
+        assert float(total) == ones.size
 
 
 def refuse_split_groups(mesh: Mesh) -> None:
-    """Refuse a mesh on which a process has no device, or shares a base with another.
-
-    Raises:
-        UserError: that is so; with what to ask for.
-    """
+    """Refuse a mesh on which a process has no device, or shares a base with another; say what to ask for instead."""
     processes, total = jax.process_count(), jax.device_count()
     if processes == 1:
         return
@@ -81,29 +75,26 @@ def refuse_split_groups(mesh: Mesh) -> None:
             "it must take all of them; leave clients out of it, or start fewer processes"
         )
     if any(len({device.process_index for device in group}) > 1 for group in mesh.devices):
-        own = jax.local_device_count()
+        local = jax.local_device_count()
         raise UserError(
             f"--mesh clients={clients},model={model}: a base may be cut over devices of one process only, and one "
-            f"has {own}; choose a model that divides {own}"
+            f"has {local}; choose a model that divides {local}"
         )
 
 
 def cut_base(mesh: Mesh, shapes: Mapping[str, Any], cuts: Cuts) -> dict[str, Any]:
-    """A tree of shardings: how a base of these shapes lies on a mesh; touches no device.
+    """Shardings of a base of these shapes, as a tree; touches no device.
 
     A leaf that no line of `cuts` names, or of which no named axis divides, is on every device.
 
     Raises:
         UserError: the mesh has more than one device along `model`, and no weight can be cut over them.
     """
-    size = mesh.shape[MODEL]
-
-    def choose(path: str, shape: Sequence[int]) -> tuple[str | None, ...]:
+    size, specs = mesh.shape[MODEL], dict[str, tuple[str | None, ...]]()
+    for path, leaf in flatten(shapes).items():
         named = next((axes for pattern, axes in cuts if re.fullmatch(pattern, path)), ())
-        axis = next((axis for axis in named if size > 1 and shape[axis] % size == 0), None)
-        return () if axis is None else (*[None] * (len(shape) + axis), MODEL)
-
-    specs = {path: choose(path, leaf.shape) for path, leaf in flatten(shapes).items()}
+        axis = next((axis for axis in named if size > 1 and leaf.shape[axis] % size == 0), None)
+        specs[path] = () if axis is None else (*[None] * (len(leaf.shape) + axis), MODEL)
     if size > 1 and not any(specs.values()):
         raise UserError(
             f"--mesh with model={size}: no weight of this base divides over {size} devices; choose another number, or "
@@ -121,7 +112,7 @@ def place(tree: Any, where: Any) -> Any:
         return jax.device_put(tree, where)
 
     def put(array: Any, where: NamedSharding) -> jax.Array:
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        if _is_shared(array):
             return _exchange(array, where)
         host = np.asarray(array)  # not `device_put`, which would have all processes compare what they have
         return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
@@ -129,15 +120,19 @@ def place(tree: Any, where: Any) -> Any:
     return jax.tree.map(put, tree, jax.tree.broadcast(where, tree))
 
 
-def place_own(tree: Any, where: NamedSharding) -> Any:
-    """Place a tree of host arrays of which each process has what its own devices hold."""
+def place_local(tree: Any, where: NamedSharding) -> Any:
+    """Place a tree of host arrays of which each process has what its local devices hold."""
     if jax.process_count() == 1:
         return jax.device_put(tree, where)
     return jax.tree.map(lambda host: jax.make_array_from_process_local_data(where, np.asarray(host)), tree)
 
 
-def own_places(mesh: Mesh, count: int) -> Int[np.ndarray, " some"]:
-    """Of `count` places along `clients` those on this process's devices; all, where there is one process."""
+def local_places(mesh: Mesh, count: int) -> Int[np.ndarray, " some"]:
+    """Select of `count` places along `clients` those on this process's devices; all, where there is one process.
+
+    >>> local_places(make_mesh(1), 3).tolist()
+    [0, 1, 2]
+    """
     if jax.process_count() == 1:
         return np.arange(count)
     owners = [group[0].process_index for group in mesh.devices]
@@ -148,7 +143,7 @@ def fetch(tree: Any) -> Any:
     """A tree on the host, whole, in every process; all of them must ask for it."""
 
     def whole(array: Any) -> Any:
-        if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        if not _is_shared(array) or array.is_fully_replicated:
             return array
         assert isinstance(array.sharding, NamedSharding)
         return _exchange(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
@@ -156,17 +151,20 @@ def fetch(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(whole, tree))
 
 
-def _exchange(array: jax.Array, where: NamedSharding) -> jax.Array:
-    """Place an array that lies on several processes' devices, and wait for it.
+def _is_shared(array: Any) -> TypeGuard[jax.Array]:
+    # Some of it lies on another process's devices.
+    return isinstance(array, jax.Array) and not array.is_fully_addressable
 
-    A CPU runs each collective on a thread of a small pool. Where processes are at different ones of many that are under
-    way, all threads may wait for one that no thread is left for: two processes stood still in this way on busy cores.
-    """
+
+def _exchange(array: jax.Array, where: NamedSharding) -> jax.Array:
+    # Waits for the array. A CPU runs each collective on a thread of a small pool: where processes are at different ones
+    # of many that are under way, all threads may wait for one that no thread is left for. Two processes stood still in
+    # this way on busy cores.
     return jax.block_until_ready(jax.device_put(array, where))
 
 
-def fetch_own(tree: Any) -> Any:
-    """What this process's devices hold of a tree of arrays [waves, per_wave, …], on the host: [waves, own, …]."""
+def fetch_local(tree: Any) -> Any:
+    """A tree of arrays [waves, per_wave, …] on the host, of which each process gets its part [waves, local, …]."""
 
     def join(array: jax.Array) -> np.ndarray:
         parts = {shard.index[1].start or 0: shard.data for shard in array.addressable_shards}  # alike along `model`
@@ -175,19 +173,19 @@ def fetch_own(tree: Any) -> Any:
     return jax.device_get(tree) if jax.process_count() == 1 else jax.tree.map(join, tree)
 
 
-def own_mesh(mesh: Mesh) -> Mesh:
+def local_mesh(mesh: Mesh) -> Mesh:
     """The part of a mesh that is this process's."""
-    return Mesh(mesh.devices[own_places(mesh, len(mesh.devices))], mesh.axis_names)
+    return Mesh(mesh.devices[local_places(mesh, len(mesh.devices))], mesh.axis_names)
 
 
-def own_base(params: Any) -> Any:
-    """The same base on this process's part of the mesh, for work that the others do not do; no weight is copied."""
+def local_base(params: Any) -> Any:
+    """A base on this process's part of the mesh alone, for work that the others do not do; no weight is copied."""
 
     def localise(array: Any) -> Any:
-        if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        if not _is_shared(array):
             return array
         assert isinstance(array.sharding, NamedSharding)
-        mesh = own_mesh(array.sharding.mesh)  # type: ignore[arg-type]
+        mesh = local_mesh(array.sharding.mesh)  # type: ignore[arg-type]
         held = {shard.device: shard.data for shard in array.addressable_shards}
         where = NamedSharding(mesh, array.sharding.spec)
         return jax.make_array_from_single_device_arrays(array.shape, where, [held[it] for it in mesh.devices.flat])
@@ -211,10 +209,10 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def wave_sharding(mesh: Mesh) -> NamedSharding:
-    """How arrays [waves, per_wave, …] lie: `per_wave` along `clients`."""
+    """The sharding of arrays [waves, per_wave, …]: `per_wave` along `clients`."""
     return NamedSharding(mesh, PartitionSpec(None, CLIENTS))
 
 
 def place_waves(mesh: Mesh, tree: Any) -> Any:
-    """Place a tree of host arrays [waves, own places, …]."""
-    return place_own(tree, wave_sharding(mesh))
+    """Place a tree of host arrays [waves, local places, …]."""
+    return place_local(tree, wave_sharding(mesh))

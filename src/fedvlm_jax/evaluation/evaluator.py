@@ -21,7 +21,7 @@ from fedvlm_jax.data.batches import pad_rows
 from fedvlm_jax.data.config import Split
 from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.data.tokenization import IGNORED, LABELS, Examples
-from fedvlm_jax.distributed.sharding import CLIENTS, fetch, own_places, place, place_own
+from fedvlm_jax.distributed.sharding import CLIENTS, fetch, local_places, place, place_local
 from fedvlm_jax.evaluation.metrics.preferences import Numbers, score_preferences
 from fedvlm_jax.evaluation.metrics.text_metrics import Metric, select_metrics
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
@@ -142,7 +142,7 @@ class Evaluator:
             rows.
         """
         waves = self._cut(rows)
-        across, local = NamedSharding(self.mesh, PartitionSpec(CLIENTS)), own_places(self.mesh, self.wave).tolist()
+        across, local = NamedSharding(self.mesh, PartitionSpec(CLIENTS)), local_places(self.mesh, self.wave).tolist()
 
         def make(index: int) -> dict[str, np.ndarray]:
             pieces = [waves[index][at] for at in local]
@@ -157,7 +157,7 @@ class Evaluator:
         if shown:
             self.advance(done, total, shown)
         for read, wave in zip(read_ahead(make, 0, len(waves)), waves, strict=True):
-            batch, clients = place_own(read, across), np.asarray([piece.client for piece in wave])
+            batch, clients = place_local(read, across), np.asarray([piece.client for piece in wave])
             for name, adapters in models.items():
                 placed = None if adapters is None else place(adapters(clients), across)
                 outputs = fetch(program(params, placed, batch))

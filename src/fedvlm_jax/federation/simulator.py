@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.data.tokenization import Examples
-from fedvlm_jax.distributed.sharding import fetch, fetch_own, own_places, place_like, place_waves, replicate
+from fedvlm_jax.distributed.sharding import fetch, fetch_local, local_places, place_like, place_waves, replicate
 from fedvlm_jax.federation.client_states import NOBODY, ClientStates, Slots
 from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, find_fillers, find_shares, make_clients
 from fedvlm_jax.federation.communication import count_bytes, find_travelling
@@ -159,7 +159,7 @@ class Simulator:
         clients = self.examples.clients
         self.client_states = ClientStates(shapes, len(clients), self.file)
         waves = self.layout.waves  # position k of the cohort sits at wave k mod W, place k div W
-        own = own_places(self.programs.mesh, self.layout.wave)
+        own = local_places(self.programs.mesh, self.layout.wave)
         self._own = (own[:, None] * waves + np.arange(waves)).ravel()
         # A place in a cohort is for who can fill it.
         self._trainable = np.flatnonzero([not client.held_out and len(client.train) > 0 for client in clients])
@@ -314,7 +314,7 @@ class Simulator:
     def _store(self, numbers: np.ndarray, places: np.ndarray, states: PyTree) -> None:
         """Keep the states [W, V, …] of these clients, who stand at these places of the cohort."""
         own = np.flatnonzero(np.isin(places, self._own))
-        held = from_waves(fetch_own(states))
+        held = from_waves(fetch_local(states))
         whole = len(own) == len(self._own)  # all of them are kept, in their order, and none is copied
         if not whole:
             rows = np.searchsorted(self._own, places[own])

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from fedvlm_jax.distributed import processes
-from fedvlm_jax.distributed.sharding import own_base
+from fedvlm_jax.distributed.sharding import local_base
 from fedvlm_jax.errors import DamagedError, UserError
 from fedvlm_jax.run_dir.folder_lock import name_command
 from fedvlm_jax.run_dir.validated_files import Form, check_form, parse_json
@@ -78,7 +78,7 @@ def save_adapters(
 def save_base(file: Path, base: PyTree, moved: PyTree) -> None:
     """Write the weights in which `moved` differs from `base`, which a method added to it; no file without any."""
     before, after = tree.flatten(base), tree.flatten(moved)
-    changed = {path: own_base(leaf) for path, leaf in after.items() if leaf is not before[path]}
+    changed = {path: local_base(leaf) for path, leaf in after.items() if leaf is not before[path]}
     if changed and processes.is_first():
         file.parent.mkdir(parents=True, exist_ok=True)
         _write_arrays(file, changed, {"format": "fedvlm-jax", "part": "base"})

@@ -14,7 +14,7 @@ from fedvlm_jax.data.federated_dataset import Federation
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import Examples, encode
 from fedvlm_jax.distributed import processes
-from fedvlm_jax.distributed.sharding import own_base, own_mesh
+from fedvlm_jax.distributed.sharding import local_base, local_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import Numbers, Scored
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
@@ -79,11 +79,11 @@ class FederatedData:
     ) -> Reference:
         """Compute the base's log-probabilities of all answers, `batch` rows at a time on each device."""
         model, examples = self.model, self.examples
-        mesh = own_mesh(model.mesh)
+        mesh = local_mesh(model.mesh)
         arrays = (examples.input_ids, examples.labels, examples.rejected)
         # Programs of other shapes round otherwise: what they compute is kept apart, in memory as on disk.
         shapes = (*(array.shape[1] for array in arrays if array is not None), batch, mesh.size)
-        store, params = model.reference_store(shapes, on_disk, cache_dir), own_base(model.params)
+        store, params = model.reference_store(shapes, on_disk, cache_dir), local_base(model.params)
         score = model.reference_scorer
         return compute_reference(score, params, examples, inputs, store, batch=batch, mesh=mesh, note=note)
 

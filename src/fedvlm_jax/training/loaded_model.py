@@ -118,13 +118,13 @@ class LoadedModel:
         """Open the store of log-probabilities that programs of these shapes compute."""
         if not on_disk:
             return ReferenceStore()
-        weights = feature_cache.fingerprint_params(sharding.own_base(self.params))
+        weights = feature_cache.fingerprint_params(sharding.local_base(self.params))
         return ReferenceStore(self.name_folder(cache_dir, "reference", weights, *shapes))
 
     @memoized
     def feature_store(self, limit: int, on_disk: bool, cache_dir: Path | None, /) -> FeatureStore:
         """Open the store of frozen image features, of at most `limit` bytes."""
-        folder, vlm, params = None, self.vlm, sharding.own_base(self.params)
+        folder, vlm, params = None, self.vlm, sharding.local_base(self.params)
         if on_disk:
             weights = feature_cache.fingerprint_vision(vlm, params)
             folder = self.name_folder(cache_dir, "features", weights, feature_cache.WIDTH)
