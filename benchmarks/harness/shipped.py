@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from fedvlm_jax.config.run_options import EvaluationOptions, Run, TrainOptions
-from fedvlm_jax.data.prefetch import read_ahead
+from fedvlm_jax.data.batches import read_ahead
 from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.models import Vlm, resolve_folder

@@ -78,7 +78,7 @@ def test_what_means_something_is_taken():
 
 def test_options_and_listing_import_nothing_heavy():
     code = (
-        "import sys, fedvlm_jax.data.config, fedvlm_jax.data.sources.registry as r; r.find_sets();"
+        "import sys, fedvlm_jax.data.config, fedvlm_jax.data.sources.registry as r; r.list_owners('--data.alpha');"
         "print([m for m in ('jax', 'transformers', 'datasets', 'pyarrow', 'PIL') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ from make_parquet import draw_image, make_row, write_rows
 from rlaif_form import REASONS, Form, write_folder
 
 from fedvlm_jax.data.dataset_summary import describe, measure_unlikeness
-from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.federated_dataset import federate
 from fedvlm_jax.data.sources.registry import make_options, read_table
 
 

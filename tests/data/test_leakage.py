@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedvlm_jax.data.config import SPLITS
-from fedvlm_jax.data.distinct import number_distinct
+from fedvlm_jax.data.dataset_summary import find_overlap, place_rows
 from fedvlm_jax.data.federated_dataset import ClientRows, Federation
-from fedvlm_jax.data.leakage import find_overlap, place_rows
+from fedvlm_jax.data.unique_images import number_distinct
 
 NAMES = ("a", "b", "c")
 

@@ -18,7 +18,7 @@ from make_parquet import IMAGE, RLAIF_V, make_row, make_rows, write_rows
 from rlaif_form import REASONS, Form, make_form_rows, write_folder
 from words import WordProcessor
 
-from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.federated_dataset import federate
 from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import Examples, encode

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fedvlm_jax.data.prefetch import read_ahead
+from fedvlm_jax.data.batches import read_ahead
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 5])

@@ -3,7 +3,7 @@ import pytest
 from make_parquet import draw_image, make_row, write_rows
 
 from fedvlm_jax.data.config import SPLITS
-from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.federated_dataset import federate
 from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.tokenization import encode
 from fedvlm_jax.data.unique_images import unique_images

@@ -17,8 +17,7 @@ import pytest
 from PIL import Image
 
 import fedvlm_jax
-from fedvlm_jax.data.image_index import ImageFacts
-from fedvlm_jax.data.table import Table
+from fedvlm_jax.data.table import ImageFacts, Table
 from fedvlm_jax.data.unique_images import unique_images
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.artifacts import LIST, open_adapters

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_table import make_table
 
-from fedvlm_jax.data.federated_dataset import ClientRows, Federation
-from fedvlm_jax.data.partitioning.federate import check_federation
+from fedvlm_jax.data.federated_dataset import ClientRows, Federation, check_federation
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.client_states import ClientStates
 from fedvlm_jax.run_dir.artifacts import BASE, LIST, load_base, name_file, open_adapters, save_adapters, save_base

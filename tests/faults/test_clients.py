@@ -9,9 +9,9 @@ import pytest
 from made_table import as_lists, make_table
 from make_parquet import make_row, write_rows
 
+from fedvlm_jax.data.federated_dataset import federate
 from fedvlm_jax.data.partitioning.algorithms import cut_dirichlet, cut_quantity
 from fedvlm_jax.data.partitioning.emoji_topics import draw_mix
-from fedvlm_jax.data.partitioning.federate import federate
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.data_report import describe_data, word_findings

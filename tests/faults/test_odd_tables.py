@@ -16,8 +16,8 @@ from malformed import LOST, replace_column
 from words import WordProcessor
 
 import fedvlm_jax
+from fedvlm_jax.data.federated_dataset import federate
 from fedvlm_jax.data.image_decoding import BrokenImageError
-from fedvlm_jax.data.partitioning.federate import federate
 from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.table import UNREADABLE, Table
 from fedvlm_jax.data.tokenization import Examples, encode

@@ -18,8 +18,8 @@ from PIL import Image, ImageCms
 from fedvlm_jax.data import image_decoding
 from fedvlm_jax.data.config import MAX_IMAGE_PIXELS
 from fedvlm_jax.data.dataset_summary import describe
+from fedvlm_jax.data.federated_dataset import federate
 from fedvlm_jax.data.image_decoding import BrokenImageError, decode_picture
-from fedvlm_jax.data.partitioning.federate import federate
 from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.unique_images import unique_images
 from fedvlm_jax.errors import UserError

@@ -1,37 +1,29 @@
-"""Batches of local steps: which example a client sees at which step, and rows padded to few shapes.
+"""Batches of local steps: which example a client sees at which step, rows padded to few shapes, and reading ahead.
 
-A round's arrays hold what its clients touch in that round: rows [K, M] and, into them, indices [K, S, B] with a mask.
 Padding repeats a real row instead of zeros, because an attention mask without a single one makes NaN in a softmax, and
 a NaN survives multiplication by a mask.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from fedvlm_jax.utils.random_streams import Stream
 
+T = TypeVar("T")
 
-def local_batches(
-    seed: int, round_: int, client: int, n: int, steps: int, batch: int
-) -> tuple[Int[np.ndarray, "steps batch"], Bool[np.ndarray, "steps batch"]]:
+
+def local_batches(seed: int, round_: int, client: int, n: int, steps: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw epochs of permutations and cut them into batches.
 
     With `n >= batch` every slot is filled, and a batch may span the end of an epoch. With `0 < n < batch` every step is
-    an epoch: each example once, the other slots masked (not repeated, so no example weighs more than another). With
-    `n = 0` everything is masked. More steps continue the same sequence, which depends on the other arguments alone.
-
-    Args:
-        n: examples the client has.
-        steps: local steps S.
-        batch: slots B of a step.
-
-    Returns:
-        Indices [S, B] int32 in 0 … max(n, 1) - 1 and the mask [S, B] of the slots that count.
+    an epoch: each example once, the other slots masked (not repeated, so no example weighs more than another). More
+    steps continue the same sequence, which depends on the other arguments alone. Returns indices [S, B] int32 and the
+    mask [S, B] of the slots that count.
 
     >>> indices, mask = local_batches(seed=0, round_=1, client=0, n=3, steps=2, batch=2)
     >>> sorted(indices.ravel()[:3].tolist()), mask.tolist()  # the first epoch, then a new one begins
@@ -52,39 +44,26 @@ def local_batches(
 def count_steps(n: int, epochs: float, batch: int) -> int:
     """Count the steps in which `local_batches` shows all of `n` examples `epochs` times: ⌈E n / B⌉ where n ≥ B.
 
-    Where n < B each step is an epoch. The last step is filled from the epoch that follows.
-
     >>> count_steps(10, 1.1, 1)  # the decimal number, not the binary fraction a little above it
     11
     """
     return math.ceil(Fraction(str(epochs)) * n / min(n, batch)) if n else 0
 
 
-def bucket(n: int, sizes: Sequence[int] | None = None) -> int:
-    """Find the smallest size that holds `n`: from `sizes`, else 8, 12, 16, 24, 32, 48 …: at most a third padding.
-
-    Raises:
-        ValueError: n is larger than all of `sizes`.
+def bucket(n: int) -> int:
+    """Find the smallest of 8, 12, 16, 24, 32, 48 … that holds `n`: at most a third is padding.
 
     >>> bucket(9), bucket(17)
     (12, 24)
     """
-    if sizes is None:
-        size = 8
-        while size < n:
-            size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-        return size
-    fitting = [size for size in sizes if size >= n]
-    if not fitting:
-        raise ValueError(f"{n} rows do not fit into any of the sizes {sorted(sizes)}")
-    return min(fitting)
+    size = 8
+    while size < n:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
 
 
 def pad_rows(rows: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " size"]:
-    """Pad row numbers to `size` with the first of them (with row 0, if there are none).
-
-    Raises:
-        ValueError: there are more than `size`.
+    """Pad row numbers to `size` with the first of them (with row 0, if there are none); refuse more than `size`.
 
     >>> pad_rows(np.asarray([5, 7]), 4).tolist()
     [5, 7, 5, 5]
@@ -97,19 +76,12 @@ def pad_rows(rows: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " size"]
 
 
 class RoundRows(NamedTuple):
-    """The rows that a cohort reads in a round.
+    """The rows that a cohort of K clients reads in a round."""
 
-    Attributes:
-        rows: [K, M] int64, into the arrays of an `Examples`; padded.
-        indices: [K, S, B] int32, into the M rows of the same client.
-        mask: [K, S, B] bool, False where a slot does not count.
-        counts: [K] int64, how many training examples each client has in all (its weight by examples).
-    """
-
-    rows: Int[np.ndarray, "cohort rows"]
-    indices: Int[np.ndarray, "cohort steps batch"]
-    mask: Bool[np.ndarray, "cohort steps batch"]
-    counts: Int[np.ndarray, " cohort"]
+    rows: Int[np.ndarray, "cohort rows"]  # int64, M of each client into the arrays of an `Examples`; padded
+    indices: Int[np.ndarray, "cohort steps batch"]  # int32, into the M rows of the same client
+    mask: Bool[np.ndarray, "cohort steps batch"]  # False where a slot does not count
+    counts: Int[np.ndarray, " cohort"]  # int64, training examples of each client in all (its weight by examples)
 
 
 def round_rows(
@@ -119,26 +91,19 @@ def round_rows(
     rows: Sequence[Int[np.ndarray, " n"]],
     steps: int,
     batch: int,
-    sizes: Sequence[int] | None = None,
-    taken: Sequence[int] | None = None,
+    size: int,
+    taken: Sequence[int],
 ) -> RoundRows:
-    """Draw `local_batches` for a cohort, each client with only the rows that it will touch, M a bucket of the most.
+    """Draw `local_batches` for a cohort with these training rows, each client with only the M that it will touch.
 
-    Args:
-        seed, round_, steps, batch: as in `local_batches`.
-        cohort: the clients' numbers, K of them.
-        rows: the training rows of each of these K clients.
-        sizes: the allowed M, see `bucket`.
-        taken: the first so many steps of each of these clients count, and no rows are read for the others; all S by
-            default.
+    M is `size`. Of each client the first `taken` steps count, and no rows are read for the others.
     """
     counts = [len(held) for held in rows]
     drawn = [local_batches(seed, round_, client, n, steps, batch) for client, n in zip(cohort, counts, strict=True)]
-    for (_, mask), first in zip(drawn, [steps] * len(drawn) if taken is None else taken, strict=True):
+    for (_, mask), first in zip(drawn, taken, strict=True):
         mask[first:] = False
     # Only rows that count are read and moved to the device.
     touched = [np.unique(indices[mask]) for indices, mask in drawn]
-    size = bucket(max((len(used) for used in touched), default=0), sizes)
     padded = [pad_rows(held[used], size) for held, used in zip(rows, touched, strict=True)]
     indices = [np.where(mask, np.searchsorted(used, at), 0) for (at, mask), used in zip(drawn, touched, strict=True)]
     # Shapes are stated because a cohort may be empty.
@@ -148,3 +113,22 @@ def round_rows(
         mask=np.asarray([mask for _, mask in drawn], bool).reshape(len(cohort), steps, batch),
         counts=np.asarray(counts, np.int64),
     )
+
+
+def read_ahead(make: Callable[[int], T], start: int, stop: int, *, ahead: int = 2) -> Iterator[T]:
+    """Yield `make(start)`, …, `make(stop - 1)` in order, up to `ahead` of them made before they are asked for.
+
+    By grain, whose elements come in their order whatever the number of threads, so that a run's numbers never depend on
+    it. `make` runs in `ahead` threads and never returns None (grain would leave it out); its exceptions come out of the
+    iterator in their turn.
+
+    >>> list(read_ahead(lambda index: index * 10, 0, 3, ahead=0))
+    [0, 10, 20]
+    """
+    if ahead < 1 or stop - start < 2:
+        yield from map(make, range(start, stop))
+        return
+    import grain  # late: it takes a second to import
+
+    options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+    yield from grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options)

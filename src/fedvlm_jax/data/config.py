@@ -1,19 +1,23 @@
 """Options of a run's data: a record of what all sources read, which each source extends in its own file.
 
-Nothing heavy is imported here, because `fedvlm train --help` reads this file. The seed is the run's, not the data's:
+Nothing heavy is imported here and in `sources`, because `fedvlm train --help` reads these files. The seed is the run's:
 the same options with another seed give another draw of the same experiment.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import tyro
 from annotated_types import Ge, Gt, Le
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.option_ranges import Amount, Chance, Count, Share, check_ranges
+
+if TYPE_CHECKING:
+    from fedvlm_jax.data.federated_dataset import Federation
+    from fedvlm_jax.data.table import Table
 
 Prompt = Literal["neutral", "client-language"]
 Split = Literal["train", "validation", "test"]
@@ -25,36 +29,21 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # Pixels of a picture at most, unless the user says otherwise: what Pillow calls safe to decode (256 MiB of RGB).
 MAX_IMAGE_PIXELS = 89_478_485
 
-Source = Annotated[
-    str,
-    tyro.conf.arg(
-        name="",
-        metavar="NAME|PATH",
-        help="emoji (ships), rlaif-v, or a parquet file or folder in RLAIF-V's columns (client, split optional).",
-    ),
-]
-Alpha = Annotated[
-    float,
-    Gt(0),
-    Le(math.inf),
-    tyro.conf.arg(help="Concentration; small = clients unlike, inf = alike. Ours; the paper gives none."),
-]
-_Kind = Annotated[
-    Kind,
-    tyro.conf.arg(
-        name="partition",
-        help="natural: clients as the data have them; the others cut their rows anew. Ours, not the paper's.",
-    ),
-]
+_SOURCE = "emoji (ships), rlaif-v, or a parquet file or folder in RLAIF-V's columns (client, split optional)."
+_ALPHA = "Concentration; small = clients unlike, inf = alike. Ours; the paper gives none."
+_KIND = "natural: clients as the data have them; the others cut their rows anew. Ours, not the paper's."
+_KEY = (
+    "Key that makes clients, or in which they differ: a column, or question_type, generator, labeller. Ours, not the "
+    "paper's."
+)
+_DEFAULT_PROMPT = "(default: client-language; neutral where the data have no question_client)"
+_DEFAULT_KEY = "(default: client if natural, else origin_dataset; emoji: group)"
+
+Source = Annotated[str, tyro.conf.arg(name="", metavar="NAME|PATH", help=_SOURCE)]
+Alpha = Annotated[float, Gt(0), Le(math.inf), tyro.conf.arg(help=_ALPHA)]
+_Kind = Annotated[Kind, tyro.conf.arg(name="partition", help=_KIND)]
 _Key = Annotated[
-    str | None,
-    tyro.conf.arg(
-        name="partition-by",
-        metavar="KEY",
-        help="Key that makes clients, or in which they differ: a column, or question_type, generator, labeller. Ours, "
-        "not the paper's.",
-        help_behavior_hint="(default: client if natural, else origin_dataset; emoji: group)",
-    ),
+    str | None, tyro.conf.arg(name="partition-by", metavar="KEY", help=_KEY, help_behavior_hint=_DEFAULT_KEY)
 ]
 
 
@@ -114,30 +103,19 @@ class Pathological(Drawn):
     """Values of the key that a client has at most. Ours, not the paper's."""
 
 
-PARTITIONS: dict[str, type[Partition]] = {
-    kind().kind: kind for kind in (Natural, Dirichlet, Pathological, Quantity, Iid)
-}
+PARTITIONS: dict[str, type[Partition]] = {k().kind: k for k in (Natural, Dirichlet, Pathological, Quantity, Iid)}
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Rows that there are, whose they are, and how they are asked.
-
-    Raises:
-        UserError: at construction, when a value cannot mean anything (a negative count, shares that leave nothing to
-            train on, a name twice); the message has the flag, the value and what is expected.
-    """
+    """Rows that there are, whose they are, and how they are asked; a `UserError` where a value cannot mean anything."""
 
     source: Source = "emoji"
     partition: Annotated[Partition, tyro.conf.arg(name="")] = field(default_factory=Natural)
     held_out_clients: Chance = 0.0
     """Share of the clients that never train; they serve to try models on newcomers. Ours, not the paper's."""
     prompt: Annotated[
-        Prompt | None,
-        tyro.conf.arg(
-            metavar="{neutral,client-language}",
-            help_behavior_hint="(default: client-language; neutral where the data have no question_client)",
-        ),
+        Prompt | None, tyro.conf.arg(metavar="{neutral,client-language}", help_behavior_hint=_DEFAULT_PROMPT)
     ] = None
     """Ask all clients alike (column question), or each in its language (question_client). Ours, not the paper's."""
     min_examples: Amount = 0
@@ -154,17 +132,20 @@ class DataOptions:
     def __post_init__(self) -> None:
         check_ranges(self, "data")
 
+    def read(self) -> "Table":
+        """Open the rows, as the source does it."""
+        raise NotImplementedError
+
+    def federate(self, table: "Table", seed: int) -> "Federation":
+        """Cut the rows into clients, as the source does it."""
+        raise NotImplementedError
+
     def replace(self, **changes: Any) -> Self:
         """Return the same options with some of them changed (and checked again)."""
         return dataclasses.replace(self, **changes)
 
 
 def check_names(flag: str, names: tuple[str, ...]) -> None:
-    """Refuse a name that is given twice.
-
-    >>> check_names("--data.tasks", ("group", "group"))
-    Traceback (most recent call last):
-    fedvlm_jax.errors.UserError: --data.tasks is group group: it must have every name once
-    """
+    """Refuse a name that is given twice."""
     if len(set(names)) < len(names):
         raise UserError(f"{flag} is {' '.join(names)}: it must have every name once")

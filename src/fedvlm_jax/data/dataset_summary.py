@@ -1,65 +1,58 @@
 """A federation before any training, as JSON: how much of what each client has, and what is in two splits or clients.
 
-Nothing here needs a model, so prompts that are too long for one are not known yet. Images are hashed and not decoded,
-unless that is asked for.
+Nothing here needs a model, so prompts that are too long for one are not known yet. An image in train and in test makes
+a test score too good; one with two clients makes them less apart than they seem (some sets mean it so). Sameness is
+that of the encoded bytes, or of the pixels where images are decoded.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from fedvlm_jax.data import federated_dataset as federated
 from fedvlm_jax.data.config import SPLITS, DataOptions
-from fedvlm_jax.data.distinct import number_distinct
-from fedvlm_jax.data.federated_dataset import Federation
-from fedvlm_jax.data.leakage import Places, find_overlap, place_rows
 from fedvlm_jax.data.partitioning.row_keys import UNKNOWN, list_keys, read_key
-from fedvlm_jax.data.skipped_rows import count_reasons, describe_lost, find_pair_fault, find_text_fault, skip_rows
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import find_question_column
-from fedvlm_jax.data.unique_images import unique_images
+from fedvlm_jax.data.unique_images import number_distinct, unique_images
 
 # Keys that are counted where a table has them, after the one that the partition is made by.
 KEYS = ("group", "origin_dataset", "question_type", "language")
-
 SHOWN = 20  # unusable rows that are listed
+NAMED = 5  # examples of an overlap, and pairs of clients, that are named
+
+
+class Places(NamedTuple):
+    """Rows in use: [N] row numbers, each row's client as a number, each row's split as a place in `SPLITS`."""
+
+    rows: Int[np.ndarray, " rows"]
+    clients: Int[np.ndarray, " rows"]
+    splits: Int[np.ndarray, " rows"]
 
 
 def describe(
     table: Table,
-    federation: Federation,
+    federation: federated.Federation,
     options: DataOptions,
     *,
     check_images: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Describe a federation, rows that will be skipped included.
+    """Describe a federation, rows that will be skipped included, as JSON; `note` gets a line before long work.
 
-    Args:
-        table: of its rows.
-        federation: the clients.
-        options: those that made it.
-        check_images: decode every image, to find those that are broken, and those with equal pixels though their bytes
-            differ.
-        note: called with a line before long work.
-
-    Returns:
-        As JSON. `rows`: how many the table has, clients have, and no client has. `clients`: name, held_out, rows per
-        split, distinct images. `keys`: for each key the rows per value, in all and by client, and the clients'
-        unlikeness; `label` is the key that says most. `texts`: lengths. `images`, `unusable`, `pairs`: counts.
-        `overlap`: see `find_overlap`.
+    With `check_images` every image is decoded, to find those that are broken, and those with equal pixels though their
+    bytes differ. `keys` has for each key the rows per value, in all and by client, and the clients' unlikeness; `label`
+    is the key that says most.
     """
     places = place_rows(federation)
     note(f"hashing the images of {len(places.rows)} rows")
     images, image, missing = unique_images(table, places.rows)
     columns = {"question": find_question_column(table, options), "chosen": "chosen", "rejected": "rejected"}
-    texts = {
-        name: [(text or "").strip() for text in table.read_text(column, places.rows)]
-        for name, column in columns.items()
-        if column in table.columns
-    }
+    texts = {name: table.read_stripped(c, places.rows) for name, c in columns.items() if c in table.columns}
     pictures, broken = np.arange(len(images)), dict[int, str]()
     if check_images:
         note(f"decoding {len(images)} images")
@@ -68,9 +61,13 @@ def describe(
     faults: dict[int, str] = {}  # place -> why the row there will be skipped, in the order of `encode`
     for place, (row, index) in enumerate(zip(places.rows.tolist(), image.tolist(), strict=True)):
         seen = missing.get(row) if index < 0 else broken.get(index)
-        if reason := seen or find_text_fault(texts["question"][place], texts["chosen"][place]):
+        if reason := seen or federated.find_text_fault(texts["question"][place], texts["chosen"][place]):
             faults[place] = reason
-    unusable = federation.skipped + skip_rows(table, places.rows[list(faults)], list(faults.values()))
+    unusable = federation.skipped + federated.skip_rows(table, places.rows[list(faults)], list(faults.values()))
+    pairs = None
+    if texts.get("rejected"):
+        unpaired = Counter(filter(None, map(federated.find_pair_fault, texts["chosen"], texts["rejected"])))
+        pairs = {"rows": len(places.rows) - unpaired.total(), "reasons": dict(unpaired.most_common())}
     keys = _count_keys(table, federation, places)
     _, asked = number_distinct(zip(texts["question"], texts["chosen"], strict=True))
     return {
@@ -88,11 +85,11 @@ def describe(
         },
         "unusable": {
             "rows": len(unusable),
-            "reasons": count_reasons(unusable),
+            "reasons": federated.count_reasons(unusable),
             "first": [{"row": entry.row, "idx": entry.idx, "reason": entry.reason} for entry in unusable[:SHOWN]],
-            "lost": describe_lost(table, unusable),
+            "lost": federated.describe_lost(table, unusable),
         },
-        "pairs": _describe_pairs(texts["chosen"], texts.get("rejected", [])),
+        "pairs": pairs,
         "overlap": {
             "images": find_overlap(picture.astype(np.int64), places, federation.names),
             "texts": find_overlap(asked, places, federation.names),
@@ -101,23 +98,21 @@ def describe(
     }
 
 
-def _count_keys(table: Table, federation: Federation, places: Places) -> dict[str, Any]:
+def _count_keys(table: Table, federation: federated.Federation, places: Places) -> dict[str, Any]:
     by = (federation.description.get("partition") or {}).get("by")
-    known = list_keys(table)
     found = {}
-    for key in dict.fromkeys(key for key in (by, *KEYS) if key in known):
+    for key in dict.fromkeys(key for key in (by, *KEYS) if key in list_keys(table)):
         values = [value or UNKNOWN for value in read_key(table, key, places.rows)]
-        ranked = [value for value, _ in Counter(values).most_common()]
-        number = {value: place for place, value in enumerate(ranked)}
-        counts = np.zeros((len(federation.clients), len(ranked)), np.int64)
-        np.add.at(counts, (places.clients, np.asarray([number[value] for value in values], np.int64)), 1)
+        total = dict(Counter(values).most_common())
+        held = {name: Counter[str]() for name in federation.names}
+        for client, value in zip(places.clients.tolist(), values, strict=True):
+            held[federation.clients[client].name][value] += 1
         found[key] = {
-            "values": dict(zip(ranked, counts.sum(axis=0).tolist(), strict=True)),
-            "unlikeness": measure_unlikeness(counts),
-            "by_client": {
-                name: {value: count for value, count in zip(ranked, of_client, strict=True) if count}
-                for name, of_client in zip(federation.names, counts.tolist(), strict=True)
-            },
+            "values": total,
+            "unlikeness": measure_unlikeness(
+                np.asarray([[counts[value] for value in total] for counts in held.values()])
+            ),
+            "by_client": {name: {v: counts[v] for v in total if counts[v]} for name, counts in held.items()},
         }
     return found
 
@@ -125,8 +120,7 @@ def _count_keys(table: Table, federation: Federation, places: Places) -> dict[st
 def measure_unlikeness(counts: Int[np.ndarray, "clients values"]) -> float | None:
     """Average the total variation distance between a client's mix of values and the mix of all.
 
-    0 where clients are alike, towards 1 where they are disjoint. Clients without rows do not count; None where none has
-    rows.
+    0 where clients are alike, towards 1 where they are disjoint; clients without rows do not count.
 
     >>> measure_unlikeness(np.asarray([[9, 1], [1, 9]]))
     0.4
@@ -147,7 +141,7 @@ def _choose_label(keys: dict[str, Any]) -> str | None:
     return None
 
 
-def _describe_clients(federation: Federation, places: Places, image: np.ndarray) -> list[dict[str, Any]]:
+def _describe_clients(federation: federated.Federation, places: Places, image: np.ndarray) -> list[dict[str, Any]]:
     known = image >= 0
     pairs = np.unique(np.stack([places.clients[known], image[known]]), axis=1)
     distinct = np.bincount(pairs[0], minlength=len(federation.clients)).tolist()
@@ -176,9 +170,62 @@ def _measure_texts(texts: Sequence[str]) -> dict[str, Any]:
     return measured
 
 
-def _describe_pairs(chosen: list[str], rejected: list[str]) -> dict[str, Any] | None:
-    """Count the rows that state a preference, and why others do not; None where there are no rejected answers."""
-    if not rejected:
-        return None
-    faults = Counter(filter(None, map(find_pair_fault, chosen, rejected)))
-    return {"rows": len(rejected) - faults.total(), "reasons": dict(faults.most_common())}
+def place_rows(federation: federated.Federation) -> Places:
+    """Line up a federation's rows as `Federation.rows` does, each with its client and split."""
+    sizes = np.asarray([[len(client.rows_of(split)) for split in SPLITS] for client in federation.clients], np.int64)
+    places = np.repeat(np.arange(sizes.size), sizes.reshape(-1))
+    return Places(federation.rows, places // len(SPLITS), places % len(SPLITS))
+
+
+def find_overlap(things: Int[np.ndarray, " rows"], places: Places, names: Sequence[str]) -> dict[str, Any]:
+    """Find things that are in two splits, or with two clients, given every row's by its number (-1: none).
+
+    For two splits: the things in both (`distinct`), the `rows` of the second split about them, those of these whose
+    thing is in the first split of the same client, and `examples`, a row of the first split with one of the second. For
+    clients: the things with several, the `rows` about them, and the pairs that share `most`, with how many.
+    """
+    known = things >= 0
+    numbers, rows, clients, splits = (part[known] for part in (things, places.rows, places.clients, places.splits))
+    count = int(numbers.max(initial=-1)) + 1
+    met = np.zeros((count, len(SPLITS)), bool)
+    met[numbers, splits] = True
+    # Thing and client as one number, to be looked up among those of another split.
+    held = numbers * len(names) + clients
+
+    def compare(first: int, second: int) -> dict[str, Any]:
+        both = met[:, first] & met[:, second]
+        earlier, later = (np.flatnonzero((splits == split) & both[numbers]) for split in (first, second))
+        # Backwards, so that a thing's first row is the one that stays.
+        row_of = dict(zip(numbers[earlier][::-1].tolist(), rows[earlier][::-1].tolist(), strict=True))
+        shown = zip(numbers[later[:NAMED]].tolist(), rows[later[:NAMED]].tolist(), strict=True)
+        return {
+            "distinct": int(both.sum()),
+            "rows": len(later),
+            "rows_of_the_same_client": int(np.isin(held[later], held[earlier]).sum()),
+            "examples": [[row_of[thing], row] for thing, row in shown],
+        }
+
+    holders = np.unique(np.stack([numbers, clients]), axis=1)
+    shared = np.bincount(holders[0], minlength=count) > 1
+    pairs = itertools.combinations(range(len(SPLITS)), 2)
+    return {
+        "distinct": int(met.any(axis=1).sum()),
+        "between_splits": {f"{SPLITS[first]}/{SPLITS[second]}": compare(first, second) for first, second in pairs},
+        "between_clients": {
+            "distinct": int(shared.sum()),
+            "rows": int(shared[numbers].sum()),
+            "most": _count_pairs(holders[:, shared[holders[0]]], names),
+        },
+    }
+
+
+def _count_pairs(holders: Int[np.ndarray, "2 held"], names: Sequence[str]) -> list[list[Any]]:
+    """Count what the pairs of clients with most in common share, out of (thing, client)."""
+    from scipy.sparse import csr_array, triu
+
+    if not holders.size:
+        return []
+    held = csr_array((np.ones(holders.shape[1], np.int64), holders), shape=(int(holders[0].max()) + 1, len(names)))
+    common = triu(held.T @ held, k=1).tocoo()
+    most = np.lexsort((common.col, common.row, -common.data))[:NAMED].tolist()
+    return [[names[int(common.row[at])], names[int(common.col[at])], int(common.data[at])] for at in most]

@@ -1,34 +1,45 @@
-"""A federation: whose rows are whose, and which of them train, validate and test."""
+"""A federation: whose rows are whose, which of them train, validate and test, and which are left out, and why."""
 
 import dataclasses
+import hashlib
 import itertools
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from fedvlm_jax.data.config import SPLITS, Split
-from fedvlm_jax.data.skipped_rows import Skipped
+from fedvlm_jax.data.config import SPLITS, DataOptions, Split
+from fedvlm_jax.data.table import LOST, OUTSIDE, UNREADABLE, Table
+from fedvlm_jax.errors import UserError
+
+Rows = Int[np.ndarray, " rows"]  # int64, row numbers of a table or values of these rows
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that is not used, and why."""
+
+    row: int
+    idx: str | None  # the data set's name for it, where it has one
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
 class ClientRows:
-    """Rows of one client; any of the three may be empty.
+    """Rows of one client [n] int64, each in the order in which it is to be read; any of the three may be empty."""
 
-    Attributes:
-        name: stable over runs, unique in a federation.
-        train, validation, test: row numbers [n] int64, each in the order in which it is to be read.
-        held_out: the client never trains, so `train` is empty; it serves to try models on a newcomer.
-    """
-
-    name: str
-    train: Int[np.ndarray, " train"]
-    validation: Int[np.ndarray, " validation"]
-    test: Int[np.ndarray, " test"]
+    name: str  # stable over runs, unique in a federation
+    train: Rows
+    validation: Rows
+    test: Rows
+    # The client never trains, so `train` is empty; it serves to try models on a newcomer. Its training rows are not
+    # tested on either, because other clients may have trained on the same pictures.
     held_out: bool = field(default=False, kw_only=True)
 
-    def rows_of(self, split: Split) -> Int[np.ndarray, " rows"]:
+    def rows_of(self, split: Split) -> Rows:
         """Return the rows of a split by its name."""
         return getattr(self, split)
 
@@ -37,16 +48,13 @@ class ClientRows:
 class Federation:
     """All clients, in the order that gives them their numbers.
 
-    Attributes:
-        clients: sorted so that the same options give the same order everywhere.
-        description: how it was made and what came out, as JSON: the partition with its key, concentration and seed,
-            held-out clients, counts per client and, where topics were drawn, the realised mix.
-        skipped: rows without a client.
+    The description is JSON: how it was made (the partition with its key, concentration and seed) and what came out
+    (held-out clients, counts per client and, where topics were drawn, the realised mix).
     """
 
-    clients: tuple[ClientRows, ...]
+    clients: tuple[ClientRows, ...]  # sorted so that the same options give the same order everywhere
     description: dict[str, Any]
-    skipped: tuple[Skipped, ...] = field(default=())
+    skipped: tuple[Skipped, ...] = field(default=())  # rows without a client
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,7 +62,7 @@ class Federation:
         return tuple(client.name for client in self.clients)
 
     @property
-    def rows(self) -> Int[np.ndarray, " rows"]:
+    def rows(self) -> Rows:
         """Every row in use: client by client, train, validation, test."""
         parts = [client.rows_of(split) for client in self.clients for split in SPLITS]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
@@ -69,27 +77,11 @@ class Federation:
 
 
 def gather_clients(
-    rows: Int[np.ndarray, " rows"],
-    owners: Int[np.ndarray, " rows"],
-    splits: Int[np.ndarray, " rows"],
-    names: tuple[str, ...],
-    skipped: tuple[Skipped, ...],
-    **description: Any,
+    rows: Rows, owners: Rows, splits: Rows, names: tuple[str, ...], skipped: tuple[Skipped, ...], **description: Any
 ) -> Federation:
     """Give every client its rows, split by split; a client without rows stays, empty.
 
-    Args:
-        rows: [n] row numbers, in the order in which clients are to read them.
-        owners: [n] the client of each, as a place in `names`.
-        splits: [n] the split of each, as a place in `SPLITS`.
-        names: the clients, in order.
-        skipped: rows without a client.
-        description: of the federation.
-
-    >>> rows, owners, splits = np.asarray([7, 8, 9]), np.asarray([1, 0, 1]), np.asarray([0, 0, 2])
-    >>> made = gather_clients(rows, owners, splits, ("ann", "bob"), ())
-    >>> [(client.name, client.train.tolist(), client.test.tolist()) for client in made.clients]
-    [('ann', [8], []), ('bob', [7], [9])]
+    `rows` [n] are in the order in which clients are to read them; `owners` are places in `names`, `splits` in `SPLITS`.
     """
     part = owners * len(SPLITS) + splits
     order = np.argsort(part, kind="stable")  # stable: rows keep the order in which clients read them
@@ -97,3 +89,139 @@ def gather_clients(
     parts = [rows[order[start:end]].astype(np.int64) for start, end in itertools.pairwise(edges)]
     clients = (ClientRows(name, *parts[3 * place : 3 * place + 3]) for place, name in enumerate(names))
     return Federation(tuple(clients), description, skipped)
+
+
+def federate(table: Table, options: DataOptions, seed: int) -> Federation:
+    """Cut a table into clients, as its source does it; clients that are too small are left out, some are held out.
+
+    Raises:
+        UserError: nothing says who the clients are, the partition cannot be, or there is nothing to train on.
+    """
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}; expected an integer from 0 to {2**63 - 1}.")
+    federation = options.federate(table, seed)
+    if table.revision:
+        federation = federation.note(revision=table.revision)
+    federation = _leave_out(table, federation, options)
+    if options.held_out_clients > 0:
+        federation = _hold_out(federation, options.held_out_clients, seed)
+    return check_federation(table, federation, options)
+
+
+def _leave_out(table: Table, federation: Federation, options: DataOptions) -> Federation:
+    sizes = [len(client.train) for client in federation.clients]
+    kept = tuple(client for client in federation.clients if len(client.train) >= options.min_examples)
+    if not kept:
+        raise UserError(
+            f"--data {options.source}: no client is left of {len(sizes)}; --data.min-examples is "
+            f"{options.min_examples} and the largest client has {max(sizes, default=0)} training rows. "
+            f"{describe_skipped(table, federation.skipped)}".rstrip()
+        )
+    out = [client.name for client in federation.clients if len(client.train) < options.min_examples]
+    return dataclasses.replace(federation, clients=kept).note(left_out=out)
+
+
+def _hold_out(federation: Federation, share: float, seed: int) -> Federation:
+    """Take a share of the clients out of training, chosen by the seed and their names alone."""
+    count = max(1, int(np.floor(share * len(federation.clients) + 0.5)))
+    if count >= len(federation.clients):
+        raise UserError(
+            f"--data.held-out-clients {share:g} of {len(federation.clients)} clients is {count}: nobody would be left "
+            "to train. Hold out fewer, or make more clients."
+        )
+    names = federation.names
+    first = sort_by_hash([name.encode() for name in names], seed, b"held out")[:count]
+    chosen = sorted(names[place] for place in first)
+    unused, clients = 0, list(federation.clients)
+    for place, client in enumerate(clients):
+        if client.name in chosen:
+            unused += len(client.train)
+            clients[place] = dataclasses.replace(client, train=np.empty(0, np.int64), held_out=True)
+    held_out = {"share": share, "seed": seed, "clients": chosen, "training_rows_set_aside": unused}
+    return dataclasses.replace(federation, clients=tuple(clients)).note(held_out=held_out)
+
+
+def check_federation(table: Table, federation: Federation, options: DataOptions) -> Federation:
+    """Describe who has what, and refuse names that are not unique or not UTF-8, and clients without training rows."""
+    # Models, results and files of adapters are found by names.
+    if twice := [name for name, count in Counter(federation.names).items() if count > 1]:
+        raise UserError(
+            f"--data {options.source}: two clients are called {twice[0]!r}; give every client its own name."
+        )
+    for name in federation.names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--data {options.source}: the client name {name!r} cannot be written as UTF-8.") from None
+    if not any(len(client.train) for client in federation.clients):
+        raise UserError(
+            f"--data {options.source}: none of the {len(federation.clients)} clients has a training row. "
+            f"{describe_skipped(table, federation.skipped)}Check the split column, --data.images-per-client, "
+            "--data.validation-share and --data.test-share."
+        )
+    rows = {client.name: {split: len(client.rows_of(split)) for split in SPLITS} for client in federation.clients}
+    return federation.note(rows=rows)
+
+
+def sort_by_hash(contents: Sequence[bytes], seed: int, purpose: bytes) -> list[int]:
+    """Sort places by a keyed hash of what is there, so that no content's turn depends on which others there are.
+
+    >>> sort_by_hash([b"ann", b"bob", b"eve"], 0, b"held out")
+    [2, 1, 0]
+    """
+    key = int(seed).to_bytes(16, "little")
+    hashed = [hashlib.blake2b(content, key=key, person=purpose, digest_size=16).digest() for content in contents]
+    return sorted(range(len(contents)), key=hashed.__getitem__)
+
+
+def skip_rows(table: Table, rows: Rows, reasons: Sequence[str]) -> tuple[Skipped, ...]:
+    """Pair each of these rows with its reason."""
+    idx = table.read_text("idx", rows) if "idx" in table.columns else [None] * len(rows)
+    return tuple(Skipped(int(row), name, reason) for row, name, reason in zip(rows, idx, reasons, strict=True))
+
+
+def count_reasons(skipped: Sequence[Skipped]) -> dict[str, int]:
+    """Count the rows of every reason, the most frequent first."""
+    return dict(Counter(entry.reason for entry in skipped).most_common())
+
+
+def list_reasons(skipped: Sequence[Skipped]) -> str:
+    """List how many rows have which reason: "2 × no image, 1 × empty answer"."""
+    return ", ".join(f"{count} × {reason}" for reason, count in count_reasons(skipped).items())
+
+
+def find_text_fault(question: str, chosen: str) -> str | None:
+    """Say why nothing can be learnt from a row's question and answer (without spaces around them), if so.
+
+    >>> find_text_fault("What is this?", "")
+    'empty answer'
+    """
+    return _find_fault("question", question) or _find_fault("answer", chosen)
+
+
+def find_pair_fault(chosen: str, rejected: str) -> str | None:
+    """Say why two answers (without spaces around them) state no preference, if so.
+
+    >>> find_pair_fault("a cat", "a cat")
+    'chosen equals rejected'
+    """
+    return _find_fault("rejected answer", rejected) or ("chosen equals rejected" if chosen == rejected else None)
+
+
+def _find_fault(name: str, text: str) -> str | None:
+    if not text:
+        return f"empty {name}"
+    return f"{name} is not UTF-8" if text == UNREADABLE else None
+
+
+def describe_skipped(table: Table, skipped: Sequence[Skipped]) -> str:
+    """Say how many rows are left out and why, with what was looked for where a file was: sentences, or nothing."""
+    return f"Rows left out: {list_reasons(skipped)}. {describe_lost(table, skipped)}" if skipped else ""
+
+
+def describe_lost(table: Table, skipped: Sequence[Skipped]) -> str:
+    """Say of the first image file that was not read what was looked for and where: a sentence, or nothing."""
+    for entry in skipped:
+        if entry.reason in (LOST, OUTSIDE) and (lookup := table.describe_lookup(entry.row)):
+            return f"For row {entry.row} it {lookup}. "
+    return ""

@@ -1,8 +1,7 @@
 """Decode a picture's bytes into the RGB image that its maker meant: for training, reports and comparisons alike.
 
-It is turned as its EXIF orientation says; grey of more than 8 bits is scaled, not cut; transparency is laid on white;
-an embedded colour profile is taken to sRGB; of several frames it is the first. Sizes are bounded before anything is
-decoded, very large pictures are reduced while they are decoded, and threads share a bound on memory.
+It is turned as EXIF says; grey of more than 8 bits is scaled, not cut; transparency is laid on white; a colour profile
+is taken to sRGB; of several frames it is the first. Sizes are bounded, and threads share a bound on memory.
 """
 
 import contextlib
@@ -30,15 +29,13 @@ BAND_PIXELS = 2**20  # pixels of a large picture that change their mode at a tim
 BYTES_PER_PIXEL = 25
 
 RUN_PROGRAMS = ("EPS", "WMF")  # formats for which PIL would start another program on what the file says
-
 # Modes that are not computed with -> those that are; the second where a colour or a palette's entry is transparent.
 MODES = {"1": "L", "P": "RGB", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB", "HSV": "RGB", "YCbCr": "RGB"}
 WITH_ALPHA = {"1": "LA", "L": "LA", "RGB": "RGBA", "P": "RGBA"}
 
 # Whites of integer greys: the least that holds all values is taken, and no less than a TIFF says. A PNG of 16 bits has
-# 65535 for white by its format, but scanners and cameras put 12 bits and fewer into such files as they are, and by the
-# format these pictures would be black. The price: of two frames of a camera, one whose brightest value is 4095 comes
-# out 16 times as bright as one with a 4096.
+# 65535 for white by its format, but scanners and cameras put 12 bits and fewer into such files as they are. The price:
+# of two frames of a camera, one whose brightest value is 4095 comes out 16 times as bright as one with a 4096.
 RANGES = (255, 4095, 65535)
 
 ALIKE = 3  # steps of 255 by which a profile's colours may differ from sRGB's for its pictures to be left as they are
@@ -46,18 +43,19 @@ ORIENTATION = 0x0112  # EXIF's tag
 BITS, PHOTOMETRIC = 258, 262  # TIFF's tags: bits of a sample, and whether 0 is white (0) or black (1)
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> the `PIL.Image.Transpose` that undoes it
 
+# Pillow warns of sizes, which are bounded here, and of damaged EXIF, which is not applied.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 
 class BrokenImageError(ValueError):
     """An image that is missing or cannot be decoded; the message is the reason, in a few words."""
 
 
 def decode_picture(encoded: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, quick: bool = False) -> Image.Image:
-    """Decode a picture, [H, W] in RGB.
+    """Decode a picture in a file of any format that PIL decodes itself, [H, W] in RGB.
 
-    Args:
-        encoded: a file of any format that PIL decodes itself.
-        max_pixels: larger pictures are refused by their header.
-        quick: to find out whether it can be decoded at all: JPEGs at an eighth of their size.
+    With `quick` only to find out whether it can be decoded: JPEGs at an eighth of their size.
 
     Raises:
         BrokenImageError: the bytes are cut short, no image, or of too many pixels.
@@ -67,7 +65,6 @@ def decode_picture(encoded: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, quick:
     >>> picture.mode, picture.size, picture.getpixel((0, 0))
     ('RGB', (3, 2), (255, 255, 255))
     """
-    _hush_pillow()
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             _check(image, max_pixels)
@@ -75,42 +72,29 @@ def decode_picture(encoded: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, quick:
                 factor = 8 if quick else _choose_factor(*image.size)
                 if factor > 1:  # JPEGs are decoded at a half, a quarter or an eighth; other formats ignore it
                     image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
-                greys = _read_greys(image)
+                # A TIFF's least white, and whether 0 is white: Pillow inverts such greys in 8 bits, but not in more.
+                tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+                greys = (4095 if tags.get(BITS) in (12, (12,)) else 0, tags.get(PHOTOMETRIC) == 0)
                 image.load()
                 _check(image, max_pixels)  # an icon's header may say less than it holds
                 return _turn(image, _lay_on_white(_to_working_mode(image), image.info.get("icc_profile"), greys))
     except Image.DecompressionBombError as error:
-        raise BrokenImageError(_word_large(max_pixels)) from error
+        raise BrokenImageError(f"image of more than {max_pixels:,} pixels (--data.max-image-pixels)") from error
     except (BrokenImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
         raise BrokenImageError("broken or truncated image") from error
 
 
-@functools.cache
-def _hush_pillow() -> None:
-    """Silence Pillow's warnings of sizes, which are bounded here, and of damaged EXIF, which is not applied."""
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
-
 def _check(image: Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
-        raise BrokenImageError(_word_large(max_pixels))
+        raise Image.DecompressionBombError
     if image.format in RUN_PROGRAMS:
         raise BrokenImageError("image of a kind that is not read")
 
 
-def _word_large(max_pixels: int) -> str:
-    return f"image of more than {max_pixels:,} pixels (--data.max-image-pixels)"
-
-
 def _choose_factor(width: int, height: int) -> int:
-    """Choose the whole number by which a picture of this size is reduced.
-
-    >>> _choose_factor(4095, 4095), _choose_factor(4096, 4096)
-    (1, 2)
-    """
+    """Choose the whole number by which a picture of this size is reduced."""
     return max(1, min(math.isqrt(width * height // REDUCED), min(width, height) // SHORT_SIDE))
 
 
@@ -145,13 +129,6 @@ def _convert(image: Image.Image) -> Image.Image:
     return image if mode is None else image.convert(mode)
 
 
-def _read_greys(image: Image.Image) -> tuple[int, bool]:
-    """Read a TIFF's least white, and whether 0 is white; Pillow inverts such greys in 8 bits, but not in more."""
-    if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        return 0, False
-    return 4095 if image.tag_v2.get(BITS) in (12, (12,)) else 0, image.tag_v2.get(PHOTOMETRIC) == 0
-
-
 def _lay_on_white(image: Image.Image, profile: bytes | None, greys: tuple[int, bool] = (0, False)) -> Image.Image:
     """Bring a picture in a working mode to RGB in sRGB, without transparency."""
     if image.mode in ("I", "F"):
@@ -167,8 +144,8 @@ def _lay_on_white(image: Image.Image, profile: bytes | None, greys: tuple[int, b
 def _scale_grey(image: Image.Image, least: int, inverted: bool) -> Image.Image:
     """Scale greys of more than 8 bits, or fractions, to 8 bits: band by band, for memory.
 
-    White is the least of `RANGES` that holds all values, for fractions also 1. Greys outside of these, or below 0, have
-    no known white: the darkest becomes black and the lightest white.
+    White is the least of `RANGES` that holds all values, for fractions also 1. Without one, or with values below 0, the
+    darkest becomes black and the lightest white.
     """
     low, high = math.inf, -math.inf
     for _, band in _crop_bands(image):
@@ -215,8 +192,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _is_srgb(profile: bytes, mode: str) -> bool:
     """Tell whether a profile's colours are sRGB's, by what they become and not by its name.
 
-    Most pictures that have a profile have one of the many of sRGB; these then decode as quickly as those without, and
-    their pixels do not change by a rounding.
+    Most profiles are one of the many of sRGB; their pictures then decode as quickly as others, without a rounding.
     """
     if mode not in ("L", "RGB"):
         return False

@@ -1,8 +1,7 @@
 """Columns of parquet shards in RLAIF-V's form: checked by the files' footers, made plain while they become Arrow.
 
-Whatever is wrong with a file is a `UserError` that names it. Types that say the same in another way are read too:
-pictures in lists of one, in dictionaries or views; answers of several people as texts or as structs with a field
-`answer` (as VQAv2 has them); `datasets.ClassLabel`s, whose names stand in the file's metadata, as those names.
+Types that say the same in another way are read too: pictures in lists of one, in dictionaries or views; answers of
+several people as texts or as structs with a field `answer` (as VQAv2 has them); `datasets.ClassLabel`s as their names.
 """
 
 import json
@@ -28,11 +27,13 @@ UNDERSTOOD = (
     *("client", "split", "language", "question_client", "concept", "task", "group"),
 )
 
+TEXTS = (pa.string(), pa.large_string(), pa.string_view())
+BINARIES = (pa.binary(), pa.large_binary(), pa.binary_view())
 ANSWER = "answer"  # the field of an answer's struct that holds its text
 
 
 class _Shard(NamedTuple):
-    """A file's number of rows and column types, columns of named classes counting as text, and which these are."""
+    """A file, its number of rows, and its columns, those of named classes (`classes`) as text."""
 
     file: Path
     rows: int
@@ -41,11 +42,7 @@ class _Shard(NamedTuple):
 
 
 def check_shards(files: Sequence[Path]) -> tuple[dict[str, pa.DataType], list[Path]]:
-    """Read every footer; return the columns to be read, typed as in the first file, and the files with rows.
-
-    Raises:
-        UserError: a file that is no parquet or damaged, missing or mistyped columns, shards that disagree.
-    """
+    """Check every footer; return the columns to be read, typed as in the first file, and the files with rows."""
     shards = list[_Shard]()
     for file in files:
         shard = _read_footer(file)
@@ -53,11 +50,12 @@ def check_shards(files: Sequence[Path]) -> tuple[dict[str, pa.DataType], list[Pa
         for column, kind in shard.types.items():
             _check_type(file, column, kind)
         _check_agreement(shards[0], shard)
-    kept = {
-        column: kind
-        for column, kind in shards[0].types.items()
-        if column in UNDERSTOOD or (_is_plain(kind) and all(shard.types.get(column) == kind for shard in shards))
-    }
+    kept = dict[str, pa.DataType]()
+    for column, kind in shards[0].types.items():
+        item = _unwrap(kind)
+        plain = item in TEXTS or is_a.is_integer(item) or is_a.is_floating(item) or is_a.is_boolean(item)
+        if column in UNDERSTOOD or (plain and all(shard.types.get(column) == kind for shard in shards)):
+            kept[column] = kind
     return kept, [shard.file for shard in shards if shard.rows]
 
 
@@ -74,8 +72,7 @@ def _read_footer(file: Path) -> _Shard:
         ) from error
     if min(groups, default=0) < 0 or sum(groups) != count:
         raise UserError(f"{file} promises {count} rows and has {sum(groups)}: it is damaged; write it again.")
-    missing = [column for column in NEEDED if column not in schema.names]
-    if missing:
+    if missing := [column for column in NEEDED if column not in schema.names]:
         raise UserError(
             f"{file} lacks {_quote(missing)}; it has {_quote(dict.fromkeys(schema.names))}. Needed are "
             f"{_quote(NEEDED)} (RLAIF-V's schema); understood as well: {_quote(UNDERSTOOD[len(NEEDED) :])}."
@@ -87,16 +84,14 @@ def _read_footer(file: Path) -> _Shard:
 
 
 def _check_agreement(first: _Shard, other: _Shard) -> None:
-    differing = [c for c in UNDERSTOOD if (c in first.types) != (c in other.types)]
-    if differing:
+    if differing := [c for c in UNDERSTOOD if (c in first.types) != (c in other.types)]:
         raise UserError(
             f"{other.file} and {first.file} disagree: only one of them has {_quote(differing)}. All shards of a folder "
             "need the same columns; give one of them alone, or add the columns."
         )
     # Names would stand beside numbers.
     named = [c for c in UNDERSTOOD if (c in first.classes) != (c in other.classes)]
-    numbers = [c for c in named if not is_text((first if c in other.classes else other).types[c])]
-    if numbers:
+    if numbers := [c for c in named if (first if c in other.classes else other).types[c] not in TEXTS]:
         raise UserError(
             f"{other.file} and {first.file} disagree: only one of them has names for the classes of {_quote(numbers)}. "
             "Write both with `datasets`, or write the names as text."
@@ -114,13 +109,19 @@ def _check_type(file: Path, column: str, kind: pa.DataType) -> None:
     if column == "chosen" and is_list(kind):
         item = kind.value_type
         held = is_a.is_struct(item) and item.get_field_index(ANSWER) >= 0
-        if is_text(item.field(ANSWER).type if held else item):
+        if (item.field(ANSWER).type if held else item) in TEXTS:
             return
     plain = _unwrap(kind)
-    if not (is_text(plain) or is_a.is_integer(plain) or is_a.is_null(plain)):
+    if not (plain in TEXTS or is_a.is_integer(plain) or is_a.is_null(plain)):
         several = ", a list of texts, or of structs with a text 'answer'" if column == "chosen" else ""
         mend = "Write it as text." if column in NEEDED else "Write it as text, or leave it out."
         raise UserError(f"{file}: column {column!r} is {kind}; expected text{several}. {mend}")
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Tell whether it is a list in any layout."""
+    views = is_a.is_list_view(kind) or is_a.is_large_list_view(kind)
+    return is_a.is_list(kind) or is_a.is_large_list(kind) or is_a.is_fixed_size_list(kind) or views
 
 
 def _unwrap(kind: pa.DataType) -> pa.DataType:
@@ -128,37 +129,13 @@ def _unwrap(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if is_a.is_dictionary(kind) else kind
 
 
-def is_list(kind: pa.DataType) -> bool:
-    """Tell whether it is a list in any layout.
-
-    >>> is_list(pa.large_list(pa.string())), is_list(pa.string())
-    (True, False)
-    """
-    views = is_a.is_list_view(kind) or is_a.is_large_list_view(kind)
-    return is_a.is_list(kind) or is_a.is_large_list(kind) or is_a.is_fixed_size_list(kind) or views
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Tell whether it is text in any layout."""
-    return is_a.is_string(kind) or is_a.is_large_string(kind) or is_a.is_string_view(kind)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return is_a.is_binary(kind) or is_a.is_large_binary(kind) or is_a.is_binary_view(kind)
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    kind = _unwrap(kind)
-    return is_text(kind) or is_a.is_integer(kind) or is_a.is_floating(kind) or is_a.is_boolean(kind)
-
-
 def _is_image(kind: pa.DataType) -> bool:
     kind = _unwrap(kind.value_type if is_list(kind) else kind)
     if not is_a.is_struct(kind):
-        return _is_binary(kind) or is_text(kind)
+        return kind in BINARIES + TEXTS
     parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
     if "bytes" in parts:
-        return _is_binary(parts["bytes"]) or (is_a.is_null(parts["bytes"]) and "path" in parts)
+        return parts["bytes"] in BINARIES or (is_a.is_null(parts["bytes"]) and "path" in parts)
     return "path" in parts
 
 
@@ -179,32 +156,25 @@ def _read_class_names(schema: pa.Schema) -> dict[str, list[str]]:
 
 
 def make_plain(table: pa.Table) -> pa.Table:
-    """Replace columns of types that are read but not kept, row for row.
-
-    Raises:
-        ValueError: a row with several pictures, or a class without a name.
-    """
+    """Replace columns of types that are read but not kept; a `ValueError` where a row has no plain form."""
     names = _read_class_names(table.schema)
     for place, field in enumerate(table.schema):
         column = table.column(place).combine_chunks()
         if field.name == "image":
             column = _make_image(column)
         elif field.name in names:
-            column = _name_classes(field.name, column, names[field.name])
+            codes, words = column.to_pylist(), names[field.name]
+            if unknown := [code for code in codes if code is not None and not -1 <= code < len(words)]:
+                raise ValueError(
+                    f"column {field.name!r} has the class {unknown[0]}, and names for {len(words)} classes"
+                )
+            column = pa.array([None if code is None or code < 0 else words[code] for code in codes], pa.string())
         elif field.name == "chosen" and is_list(field.type):
             column = _make_answers(column)
         else:
             continue
         table = table.set_column(place, field.name, column)
     return table
-
-
-def _name_classes(column: str, values: pa.Array, names: Sequence[str]) -> pa.Array:
-    codes = values.to_pylist()
-    unknown = [code for code in codes if code is not None and not -1 <= code < len(names)]
-    if unknown:
-        raise ValueError(f"column {column!r} has the class {unknown[0]}, and names for {len(names)} classes")
-    return pa.array([None if code is None or code < 0 else names[code] for code in codes], pa.string())
 
 
 def _make_image(values: pa.Array) -> pa.Array:

@@ -1,37 +1,63 @@
 """Parquet files and folders of shards, written once by `datasets` into the cache as Arrow and mapped from there.
 
-The Arrow files are as large again as the shards; in memory there are a few row groups at a time. The network is never
-asked. Columns are checked from the files' footers (`parquet_columns.py`), before a single row is read.
+The Arrow files are as large again as the shards; in memory there are a few row groups at a time. Columns are checked
+from the files' footers (`parquet_columns.py`), before a single row is read. Images are read from the file, not through
+the mapping: its pages count as the process's memory, so that an epoch over 14 GB would show as 14 GB.
 """
 
 import contextlib
 import dataclasses
+import gc
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedvlm_jax.data.arrow_files import check_seal, discard, open_arrow
-from fedvlm_jax.data.image_index import ImageFacts
-from fedvlm_jax.data.parquet_columns import UNDERSTOOD, check_shards, is_list, is_text, make_plain
-from fedvlm_jax.data.table import FACTS, Table
+from fedvlm_jax.data.parquet_columns import TEXTS, UNDERSTOOD, check_shards, is_list, make_plain
+from fedvlm_jax.data.table import FACTS, ImageFacts, ImageLocations, Table
 from fedvlm_jax.errors import UserError, explain_error, find_machine_fault
-from fedvlm_jax.utils.cache_folders import Hold, find_arrow, hold_table, read_bound, trim
+from fedvlm_jax.utils import cache_folders
+from fedvlm_jax.utils.cache_folders import Hold, find_arrow, hold_table, read_bound
 from fedvlm_jax.utils.digests import digest_files, digest_parts
+from fedvlm_jax.utils.files import read_plain, write_bytes
 
 if TYPE_CHECKING:
     import datasets  # takes a second to import
 
+SEAL = "fedvlm-jax-seal.txt"
+Columns = dict[str, pa.DataType]
+
+
+def open_arrow(files: Sequence[Path]) -> tuple[pa.Table, ImageLocations]:
+    """Map Arrow files one after the other, and find the bytes in their column `image`, a struct of bytes and path."""
+    tables, owners, starts, lengths = [], [], [], []
+    for number, file in enumerate(files):
+        mapped = pa.memory_map(str(file)).read_buffer()
+        table = pa.ipc.open_stream(mapped).read_all()
+        tables.append(table)
+        for chunk in table.column("image").chunks:
+            values = chunk.flatten()[chunk.type.get_field_index("bytes")]
+            _, offsets, content = values.buffers()
+            start = length = np.zeros(len(values), np.int64)
+            if content is not None:  # None where no row has any
+                edges = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
+                length = np.where(values.is_valid().to_numpy(zero_copy_only=False), np.diff(edges), 0)
+                # An empty cell has no place: the address of this mapping would fit no seal of another mapping.
+                start = np.where(length > 0, content.address + edges[:-1].astype(np.int64) - mapped.address, 0)
+            assert ((length == 0) | ((start >= 0) & (start + length <= mapped.size))).all(), "not mapped but copied"
+            owners.append(np.full(len(chunk), number))
+            starts.append(start)
+            lengths.append(length)
+    places = (np.concatenate(parts).astype(np.int64) for parts in (owners, starts, lengths))
+    return pa.concat_tables(tables), ImageLocations(tuple(files), *places)
+
 
 def read_parquet(path: Path, name: str | None = None) -> Table:
-    """Memory-map a parquet file or all `*.parquet` below a folder, in the order of their names.
-
-    Raises:
-        UserError: no parquet there, a file that is none, missing or mistyped columns, shards that disagree, no rows.
-    """
+    """Memory-map a parquet file or all `*.parquet` below a folder, in the order of their names; refuse what is none."""
     # A folder may be called *.parquet: what is in it is found by itself. A link to nowhere stays, and is refused.
     files = sorted(file for file in path.rglob("*.parquet") if not file.is_dir()) if path.is_dir() else [path]
     if not files:
@@ -44,59 +70,74 @@ def read_parquet(path: Path, name: str | None = None) -> Table:
     table = _open_cached(filled, columns, digest)
     if digest_files(filled) != digest:
         raise UserError(f"{path} was changed while it was read; try again when nobody writes it.")
-    return dataclasses.replace(table, name=name or str(path), folder=path if path.is_dir() else path.parent)
+    folder = path if path.is_dir() else path.parent
+    return dataclasses.replace(table, name=name or str(path), folder=folder, digest=digest)
 
 
-def _open_cached(files: list[Path], columns: dict[str, pa.DataType], digest: str) -> Table:
+def _open_cached(files: list[Path], columns: Columns, digest: str) -> Table:
     """Open the Arrow files of these shards; where they are damaged they are written again, once."""
-    kept, table = _find_folder(columns, digest), None
-    if kept.is_dir():
-        try:
-            table = _open_sealed(files, columns, digest)
-        except Exception as error:  # whatever is wrong with the Arrow files, the shards are there
-            if find_machine_fault(error):
-                raise
-        if table is None:
-            discard(kept)
-    if table is None:
-        table = _open_sealed(files, columns, digest)
+    # The folder is that of this content, read as these columns.
+    kept = find_arrow() / digest / "rows" / digest_parts([repr(_make_features(columns)).encode()]).hex()
+    found, table = kept.is_dir(), None
+    try:
+        table = _open_sealed(files, columns, kept)
+    except Exception as error:  # whatever is wrong with the Arrow files, the shards are there
+        if not found or find_machine_fault(error):
+            raise
+    if table is None and found:
+        gc.collect()  # tables that nobody reads any more would hold their files
+        for entry in cache_folders.list_entries([cache_folders.ARROW]):
+            if kept in (entry.path, *entry.path.parents) and not cache_folders.remove(entry):
+                raise UserError(
+                    f"{entry.path} is damaged, and a running process uses it: end that, or set FEDVLM_CACHE to another "
+                    "folder"
+                )
+        table = _open_sealed(files, columns, kept)
     if table is None:
         raise UserError(f"{kept} is not what was just written there: its disk is damaged; set FEDVLM_CACHE to another")
     return table
 
 
-def _open_sealed(files: list[Path], columns: dict[str, pa.DataType], digest: str) -> Table | None:
+def _open_sealed(files: list[Path], columns: Columns, folder: Path) -> Table | None:
     """Convert shards and open the result; None where that does not fit its seal."""
-    dataset, hold = convert_shards(files, columns, digest)
-    sealed = False
-    try:
-        table = open_dataset(dataset, "", files[0].parent)
-        assert table.locations is not None
-        sealed = check_seal(table.data, table.locations)
-    finally:
-        if not sealed and hold is not None:
-            hold.let_go()
-    return dataclasses.replace(table, hold=hold, digest=digest) if sealed else None
+    dataset, hold = convert_shards(files, columns, folder)
+    table = open_dataset(dataset)
+    # Where the seal does not fit nothing refers to the hold any more, and that ends it.
+    return dataclasses.replace(table, hold=hold) if _check_seal(table) else None
 
 
-def open_dataset(dataset: "datasets.Dataset", name: str, folder: Path) -> Table:
+def open_dataset(dataset: "datasets.Dataset") -> Table:
     """Map the Arrow files of a data set that `datasets` has in its cache, whose column `image` is not decoded."""
     files = [Path(entry["filename"]) for entry in dataset.cache_files]
     data, locations = open_arrow(files)
-    return Table(name, data, folder, locations, ImageFacts.open(files[0].parent / FACTS))
+    return Table("", data, files[0].parent, locations, ImageFacts.open(files[0].parent / FACTS))
 
 
-def _find_folder(columns: dict[str, pa.DataType], digest: str) -> Path:
-    """Return the folder of the cache for files of this content, read as these columns."""
-    return find_arrow() / digest / "rows" / digest_parts([repr(_make_features(columns)).encode()]).hex()
+def _check_seal(table: Table) -> bool:
+    """Compare a table with the seal beside its files, or seal it where it was just written."""
+    data, images = table.data, table.locations
+    assert images is not None
+    # Everything but the encoded images, which are compared with their digests when they are decoded.
+    parts = [np.frombuffer(data.schema.serialize(), np.uint8), images.file, images.start, images.length]
+    for name in data.column_names:
+        for chunk in data.column(name).chunks:
+            sealed = chunk.flatten()[chunk.type.get_field_index("path")] if name == "image" else chunk
+            parts += [np.frombuffer(buffer, np.uint8) for buffer in sealed.buffers() if buffer is not None]
+    found = digest_parts(parts, len(data), *(file.stat().st_size for file in images.files)).hex()
+    file = images.files[0].parent / SEAL
+    if file.exists():
+        return read_plain(file) == found.encode()
+    with contextlib.suppress(OSError):  # without a seal it is as good as one just written
+        write_bytes(file, found.encode())
+    return True
 
 
-def _make_features(columns: dict[str, pa.DataType]) -> "datasets.Features":
+def _make_features(columns: Columns) -> "datasets.Features":
     """Describe to `datasets` what it is to write: understood columns as text, others as they are."""
     import datasets
 
     others = [(name, kind) for name, kind in columns.items() if name not in UNDERSTOOD]
-    plain = pa.schema([(name, pa.string() if is_text(kind) else kind) for name, kind in others])
+    plain = pa.schema([(name, pa.string() if kind in TEXTS else kind) for name, kind in others])
     text = datasets.Value("string")
     known = dict(datasets.Features.from_arrow_schema(plain)) | {"image": datasets.Image(decode=False)}
     if is_list(columns["chosen"]):
@@ -104,29 +145,20 @@ def _make_features(columns: dict[str, pa.DataType]) -> "datasets.Features":
     return datasets.Features({name: known.get(name, text) for name in columns})
 
 
-def convert_shards(
-    files: Sequence[Path], columns: dict[str, pa.DataType], digest: str
-) -> tuple["datasets.Dataset", Hold | None]:
-    """Let `datasets` write the shards into the cache as Arrow, once per content.
-
-    Returns:
-        The data set, and the hold that keeps its files from being removed.
-
-    Raises:
-        UserError: a shard is damaged, the cache cannot be written or its bound is none.
-    """
+def convert_shards(files: Sequence[Path], columns: Columns, folder: Path) -> tuple["datasets.Dataset", Hold | None]:
+    """Let `datasets` write the shards into the cache as Arrow, once per content, and hold what it wrote."""
     import datasets.exceptions
 
     cache, bound = find_arrow(), read_bound()
-    writing: Hold | None = None
     try:
-        writing = Hold(cache)
-        dataset = _write_arrow(files, columns, _find_folder(columns, digest))
-        hold = hold_table(Path(dataset.cache_files[0]["filename"]).parent)
-    except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, TypeError) as error:
-        fault = find_machine_fault(error)
+        dataset, hold = _write_arrow(files, columns, folder)
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, TypeError, OSError) as error:
+        fault = error if isinstance(error, OSError) else find_machine_fault(error)
         if isinstance(fault, OSError):
-            raise _refuse_cache(cache, fault) from error
+            raise UserError(
+                f"the cache {cache} cannot be written ({fault.strerror or fault}); set FEDVLM_CACHE to a folder with "
+                "room for a copy of the data."
+            ) from error
         if fault is not None:
             raise fault from None
         broken = _find_damaged(files, list(columns))
@@ -135,17 +167,12 @@ def convert_shards(
             f"{where} cannot be read to its end ({explain_error(error.__cause__ or error)}); it is damaged or its "
             "columns are of types that cannot be. Write it again, or remove it from the folder."
         ) from error
-    except OSError as error:
-        raise _refuse_cache(cache, error) from error
-    finally:
-        if writing is not None:
-            writing.let_go()
     pa.default_memory_pool().release_unused()  # the pool would hold on to the largest row group
-    trim(bound)
+    cache_folders.trim(bound)
     return dataset, hold
 
 
-def _write_arrow(files: Sequence[Path], columns: dict[str, pa.DataType], folder: Path) -> "datasets.Dataset":
+def _write_arrow(files: Sequence[Path], columns: Columns, folder: Path) -> tuple["datasets.Dataset", Hold | None]:
     import datasets
     from datasets.packaged_modules.parquet.parquet import Parquet
 
@@ -153,7 +180,13 @@ def _write_arrow(files: Sequence[Path], columns: dict[str, pa.DataType], folder:
         def _cast_table(self, pa_table: pa.Table) -> pa.Table:
             return super()._cast_table(make_plain(pa_table))
 
-    with _hush_datasets():
+    writing = Hold(find_arrow())
+    # No bars, and no log of the errors that are raised anyway.
+    logger, bars = logging.getLogger("datasets"), not datasets.are_progress_bars_disabled()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
         # `datasets` itself goes by names and time stamps, so it is given the folder, which the content decides: files
         # that were touched, moved or copied are not converted again.
         builder = PlainParquet(
@@ -167,15 +200,13 @@ def _write_arrow(files: Sequence[Path], columns: dict[str, pa.DataType], folder:
         )
         builder.download_and_prepare()
         dataset = builder.as_dataset(split="train")
-    assert isinstance(dataset, datasets.Dataset)
-    return dataset
-
-
-def _refuse_cache(cache: Path, error: OSError) -> UserError:
-    return UserError(
-        f"the cache {cache} cannot be written ({error.strerror or error}); set FEDVLM_CACHE to a folder with room for "
-        "a copy of the data."
-    )
+        assert isinstance(dataset, datasets.Dataset)
+        return dataset, hold_table(Path(dataset.cache_files[0]["filename"]).parent)
+    finally:
+        writing.let_go()
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _find_damaged(files: Sequence[Path], columns: list[str]) -> Path | None:
@@ -188,20 +219,3 @@ def _find_damaged(files: Sequence[Path], columns: list[str]) -> Path | None:
         except Exception:  # of any kind, as in `check_shards`
             return file
     return None
-
-
-@contextlib.contextmanager
-def _hush_datasets() -> Generator[None]:
-    """Keep `datasets` from drawing bars and from logging the errors that are raised anyway."""
-    import datasets
-
-    logger, bars = logging.getLogger("datasets"), not datasets.are_progress_bars_disabled()
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()

@@ -1,32 +1,30 @@
 """Rows of image, question and answer, addressed by number; nothing is loaded whole.
 
-A table of 14 GB is mapped from Arrow files (`parquet_to_arrow.py` writes them), so that it costs address space and no
-memory. Source of the schema: the card of openbmb/RLAIF-V-Dataset (arXiv 2405.17220); `client`, `split`, `language` and
-`question_client` are this project's additions.
+A table is mapped from Arrow files (`parquet_to_arrow.py` writes them). Source of the schema: the card of
+openbmb/RLAIF-V-Dataset (arXiv 2405.17220); `client`, `split`, `language` and `question_client` are this project's.
 """
 
 import base64
+import contextlib
+import io
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.types as is_a
+from jaxtyping import Int
 
 from fedvlm_jax.data.config import MAX_IMAGE_PIXELS
 from fedvlm_jax.data.image_decoding import DECODING, BrokenImageError
-from fedvlm_jax.data.image_index import ImageFacts
 from fedvlm_jax.data.safe_paths import OutsideError, read_below
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.cache_folders import Hold
-
-# pyarrow is imported late, because the listing of named sets imports this file.
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from fedvlm_jax.data.arrow_files import ImageLocations
+from fedvlm_jax.utils.digests import digest_parts
+from fedvlm_jax.utils.files import read_plain, write_bytes
 
 # Stands for a text whose bytes are no UTF-8: nobody checks when parquet is written, and damage is not noticed.
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
@@ -39,35 +37,71 @@ LONGEST_NAME = 80  # characters of an image's name that a message shows
 INLINE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in base64
 
 FACTS = f"fedvlm-jax-images-{DECODING}.npz"  # the file of `ImageFacts`, beside the Arrow files
+DIGEST = 16  # bytes of a digest
+
+RowNumbers = Sequence[int] | np.ndarray
+
+
+@dataclass(eq=False)
+class ImageFacts:
+    """Digest of each row's encoded image, and the rows whose image was decoded without a fault."""
+
+    file: Path | None = None  # keeps them; None: in memory only
+    digests: dict[int, bytes] = field(default_factory=dict, repr=False)
+    sound: set[int] = field(default_factory=set, repr=False)
+
+    @classmethod
+    def open(cls, file: Path) -> "ImageFacts":
+        """Read what an earlier run kept; nothing where the file is missing or damaged."""
+        return cls(file, *_read_facts(file))
+
+    def save(self, lasting: Callable[[int], bool]) -> None:
+        """Keep facts of the rows that are `lasting`: other images are separate files, which may change."""
+        if self.file is None:
+            return
+        digests, sound = _read_facts(self.file)  # again: what another process has written since stays
+        digests |= {row: digest for row, digest in self.digests.items() if lasting(row)}
+        sound |= {row for row in self.sound if lasting(row)}
+        out = io.BytesIO()
+        rows = np.asarray(list(digests), np.int64)
+        stacked = np.frombuffer(b"".join(digests.values()), np.uint8).reshape(-1, DIGEST)
+        np.savez(out, rows=rows, digests=stacked, sound=np.asarray(sorted(sound), np.int64))
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            write_bytes(self.file, digest_parts([out.getvalue()]) + out.getvalue())
+
+
+@dataclass(frozen=True, eq=False)
+class ImageLocations:
+    """Places of every row's encoded image: its file's number [N], the bytes' start [N] and count [N] (0: none)."""
+
+    files: tuple[Path, ...]
+    file: Int[np.ndarray, " rows"]
+    start: Int[np.ndarray, " rows"]
+    length: Int[np.ndarray, " rows"]
+
+    def read(self, row: int) -> bytes:
+        """Read the bytes of a row."""
+        if self.length[row] == 0:
+            return b""
+        with self.files[self.file[row]].open("rb", buffering=0) as file:
+            file.seek(int(self.start[row]))
+            return file.read(int(self.length[row]))
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A table of rows on disk.
+    """A table of rows on disk."""
 
-    Attributes:
-        name: the data set's registered name, or the path that was given.
-        data: the Arrow table behind it, memory-mapped or small.
-        folder: where relative image paths begin, and below which every image file must lie.
-        locations: where the images' bytes lie, if that is in mapped files.
-        facts: what is known about the images; only `unique_images.py` fills it.
-        revision: the commit that a set from the hub was fetched at.
-        digest: of the contents of its files; "" where it was made in memory.
-        image_root: a second folder for image files, looked into after the first.
-        hold: what keeps mapped files in our cache from being removed.
-        max_image_pixels: images of more pixels are not decoded.
-    """
-
-    name: str
-    data: "pa.Table"
-    folder: Path
-    locations: "ImageLocations | None" = field(default=None, repr=False)
-    facts: ImageFacts = field(default_factory=ImageFacts, repr=False)
-    revision: str | None = None
-    digest: str = ""
-    image_root: Path | None = None
-    hold: Hold | None = field(default=None, repr=False)
-    max_image_pixels: int = MAX_IMAGE_PIXELS
+    name: str  # the data set's registered name, or the path that was given
+    data: pa.Table  # memory-mapped or small
+    folder: Path  # where relative image paths begin, and below which every image file must lie
+    locations: ImageLocations | None = field(default=None, repr=False)  # of images in mapped files
+    facts: ImageFacts = field(default_factory=ImageFacts, repr=False)  # only `unique_images.py` fills it
+    revision: str | None = None  # the commit that a set from the hub was fetched at
+    digest: str = ""  # of the contents of its files; "" where it was made in memory
+    image_root: Path | None = None  # a second folder for image files, looked into after the first
+    hold: Hold | None = field(default=None, repr=False)  # keeps mapped files in our cache from being removed
+    max_image_pixels: int = MAX_IMAGE_PIXELS  # images of more pixels are not decoded
 
     def __len__(self) -> int:
         return self.data.num_rows
@@ -77,35 +111,30 @@ class Table:
         """Names of the columns."""
         return tuple(self.data.column_names)
 
-    def read_text(self, column: str, rows: "Sequence[int] | np.ndarray | None" = None) -> list[str | None]:
+    def read_text(self, column: str, rows: RowNumbers | None = None) -> list[str | None]:
         """Read the texts of a column, for the given rows [N] or for all; numbers become text, nulls stay None.
 
-        Bytes that are no UTF-8 become `UNREADABLE`. Of several answers it is the most frequent, of equally frequent
-        ones the first.
-
-        Raises:
-            UserError: there is no such column.
+        Bytes that are no UTF-8 become `UNREADABLE`. Of several answers it is the most frequent, of these the first.
         """
         return [text for chunk in self._take(column, rows) for text in _list_texts(chunk)]
 
-    def read_answers(self, rows: "Sequence[int] | np.ndarray | None" = None) -> list[tuple[str, ...]]:
-        """Read all answers of each of the given rows [N], equal ones as often as they were given.
+    def read_stripped(self, column: str, rows: RowNumbers) -> list[str]:
+        """Read texts without the spaces around them; empty where a row, or the table, has none."""
+        if column not in self.columns:
+            return [""] * len(rows)
+        return [(text or "").strip() for text in self.read_text(column, rows)]
 
-        Spaces around them do not count, nor do empty answers.
-        """
+    def read_answers(self, rows: RowNumbers | None = None) -> list[tuple[str, ...]]:
+        """Read all answers of each of the given rows [N], equal ones as often as given; empty ones do not count."""
         cells = [cell for chunk in self._take("chosen", rows) for cell in _list_cells(chunk)]
         return [tuple(text.strip() for text in cell if text and text.strip()) for cell in cells]
 
     @property
     def has_several_answers(self) -> bool:
-        """Whether a row may have the answers of several people."""
-        import pyarrow.types as is_a
-
+        """True where rows may have the answers of several people."""
         return is_a.is_list(self.data.schema.field("chosen").type)
 
-    def _take(self, column: str, rows: "Sequence[int] | np.ndarray | None") -> "list[pa.Array]":
-        import pyarrow as pa
-
+    def _take(self, column: str, rows: RowNumbers | None) -> list[pa.Array]:
         if column not in self.columns:
             raise UserError(f"{self.name} has no column {column!r}; it has: {', '.join(self.columns)}.")
         values = self.data.column(column)
@@ -116,13 +145,7 @@ class Table:
         return values.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, numbers])).chunks
 
     def read_image(self, row: int) -> bytes:
-        """Read the encoded bytes of a row's image, from the table or from the file that it names.
-
-        Raises:
-            BrokenImageError: there are none.
-        """
-        import pyarrow as pa
-
+        """Read the encoded bytes of a row's image, from the table or the file that it names, or `BrokenImageError`."""
         if self.locations is not None and (found := self.locations.read(int(row))):
             return found
         cell = self.data.column("image")[int(row)]
@@ -130,7 +153,7 @@ class Table:
         found = None if encoded is None else encoded.as_py()
         try:
             if not found and path is not None and (name := path.as_py()):
-                found = _read_inline(name) or read_below(name, self.image_folders)
+                found = _read_inline(name) or read_below(name, self._image_folders)
         except OutsideError as error:
             raise BrokenImageError(OUTSIDE) from error
         except (OSError, ValueError) as error:  # the latter from a name with a NUL, or one that is no UTF-8
@@ -146,11 +169,10 @@ class Table:
         if not isinstance(name, str) or not name or self.is_embedded(row):
             return ""
         shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
-        return f"looked for {shown!r} in {' and '.join(repr(str(place.absolute())) for place in self.image_folders)}"
+        return f"looked for {shown!r} in {' and '.join(repr(str(place.absolute())) for place in self._image_folders)}"
 
     @property
-    def image_folders(self) -> tuple[Path, ...]:
-        """The folders below which image files may lie."""
+    def _image_folders(self) -> tuple[Path, ...]:
         return (self.folder,) if self.image_root is None else (self.folder, self.image_root)
 
     def is_embedded(self, row: int) -> bool:
@@ -170,9 +192,7 @@ def _read_inline(text: str) -> bytes | None:
         return None
 
 
-def _list_texts(chunk: "pa.Array") -> list[str | None]:
-    import pyarrow.types as is_a
-
+def _list_texts(chunk: pa.Array) -> list[str | None]:
     if is_a.is_list(chunk.type):
         return [_choose(cell) for cell in _list_cells(chunk)]
     if is_a.is_dictionary(chunk.type):  # its words are made once, not once per row
@@ -193,10 +213,8 @@ def _read_utf8(encoded: bytes) -> str:
         return UNREADABLE
 
 
-def _list_cells(chunk: "pa.Array") -> list[list[str | None]]:
+def _list_cells(chunk: pa.Array) -> list[list[str | None]]:
     """List every row's texts: those of its list, or its only one."""
-    import pyarrow.types as is_a
-
     if not is_a.is_list(chunk.type):
         return [[text] for text in _list_texts(chunk)]
     texts = _list_texts(chunk.flatten())
@@ -204,13 +222,21 @@ def _list_cells(chunk: "pa.Array") -> list[list[str | None]]:
     return [texts[start:end] for start, end in itertools.pairwise(edges)]
 
 
-def _choose(answers: "Sequence[str | None]") -> str | None:
-    """Choose the most frequent of several answers, of equally frequent ones the first; None of none.
-
-    >>> _choose(["two", " 2", "2 ", None])
-    '2'
-    """
+def _choose(answers: Sequence[str | None]) -> str | None:
+    """Choose the most frequent of several answers, of equally frequent ones the first; None of none."""
     if UNREADABLE in answers:  # nobody knows which is the most frequent
         return UNREADABLE
     counted = Counter(text.strip() for text in answers if text and text.strip())
     return max(counted, key=counted.__getitem__) if counted else None
+
+
+def _read_facts(file: Path) -> tuple[dict[int, bytes], set[int]]:
+    content = b""
+    with contextlib.suppress(OSError):
+        content = read_plain(file)
+    # The arrays come after a digest of them, which a file that was cut short or changed does not fit.
+    if len(content) <= DIGEST or digest_parts([content[DIGEST:]]) != content[:DIGEST]:
+        return {}, set()
+    with np.load(io.BytesIO(content[DIGEST:]), allow_pickle=False) as stored:
+        digests = (digest.tobytes() for digest in stored["digests"])
+        return dict(zip(stored["rows"].tolist(), digests, strict=True)), set(stored["sound"].tolist())

@@ -1,55 +1,46 @@
 """Unique images behind a set of rows: found by content, read when needed, checked before training.
 
-Rows share images (several questions about one picture, one picture with several clients), so frozen features are
-computed and cached once per content. Pixels are never kept: an `Images` knows where its bytes lie. Hashing and checking
-run in threads (both release the interpreter's lock) and are done once per table (`image_index.py`).
+Rows share images, so frozen features are computed and cached once per content. Pixels are never kept. Hashing and
+checking run in threads (both release the interpreter's lock) and are done once per table (`ImageFacts`).
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int
+from PIL import Image
 
 from fedvlm_jax.data.config import MAX_IMAGE_PIXELS
-from fedvlm_jax.data.distinct import number_distinct
 from fedvlm_jax.data.image_decoding import BrokenImageError, decode_picture
-from fedvlm_jax.data.table import Table
+from fedvlm_jax.data.table import RowNumbers, Table
 from fedvlm_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-T = TypeVar("T")
-
+T = TypeVar("T", bound=Hashable)
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read, hash and decode
 PART = 64  # images that a thread takes at a time: a task per image costs more than hashing it
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Unique images in the order of their first row: `rows` [I] has one row of `table` for each.
-
-    `keys` are the images' content hashes as hex, the natural key of a feature cache.
-    """
+    """Unique images in the order of their first row."""
 
     table: Table
-    rows: Int[np.ndarray, " images"]
-    keys: tuple[str, ...]
+    rows: Int[np.ndarray, " images"]  # a row of the table for each
+    keys: tuple[str, ...]  # content hashes as hex, the natural key of a feature cache
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def decode(self, index: int) -> "Image.Image":
+    def decode(self, index: int) -> Image.Image:
         """Decode an image in RGB, as `decode_picture` does.
 
         Raises:
-            UserError: the bytes are missing, cut short, or no image, which happens after `find_broken` where files are
-                removed or changed; or they are not those of the image's key, under which its features are cached.
+            UserError: the image is broken, or not that of its key any more: files were removed or changed.
         """
         try:
             return self._decode(index)
@@ -61,7 +52,7 @@ class Images:
                 "the run began, put it back; a new run leaves the row out"
             ) from error
 
-    def _decode(self, index: int) -> "Image.Image":
+    def _decode(self, index: int) -> Image.Image:
         row = int(self.rows[index])
         encoded = self.table.read_image(row)
         if _digest(encoded).hex() != self.keys[index]:
@@ -73,13 +64,12 @@ class Images:
 
     def find_broken(self) -> dict[int, str]:
         """Decode every image once (JPEGs at an eighth of their size) and return index -> reason for those that fail."""
-        bound, facts = self.table.max_image_pixels, self.table.facts
-
-        def check(row: int) -> None:
-            decode_picture(self.table.read_image(row), max_pixels=bound, quick=True)
-
+        table, facts, bound = self.table, self.table.facts, self.table.max_image_pixels
         known = facts.sound if bound == MAX_IMAGE_PIXELS else set[int]()  # what is kept holds for that bound alone
-        sound, broken = _try_all(check, [row for row in self.rows.tolist() if row not in known])
+        sound, broken = _try_all(
+            lambda row: decode_picture(table.read_image(row), max_pixels=bound, quick=True).size,
+            [row for row in self.rows.tolist() if row not in known],
+        )
         if bound == MAX_IMAGE_PIXELS and sound:
             facts.sound.update(sound)
             facts.save(self.table.is_embedded)
@@ -88,8 +78,7 @@ class Images:
     def number_pictures(self) -> tuple[Int[np.ndarray, " images"], dict[int, str]]:
         """Decode every image whole, as training does, and number them [I] so that equal pixels have equal numbers.
 
-        Files differ where pictures do not: a copy was saved anew, or lost its camera's data. The number is the index of
-        the first image with these pixels, or the image's where it fails; index -> reason has those that fail.
+        Files differ where pictures do not: a copy was saved anew. Those that fail are in index -> reason.
         """
 
         def digest_pixels(index: int) -> bytes:
@@ -97,25 +86,18 @@ class Images:
             return _digest(repr(picture.size).encode() + picture.tobytes())
 
         digests, broken = _try_all(digest_pixels, range(len(self)))
-        numbers, first = np.arange(len(self)), dict[bytes, int]()
-        for index, digest in digests.items():
-            numbers[index] = first.setdefault(digest, index)
-        return numbers, broken
+        return number_distinct(digests.get(index, index) for index in range(len(self)))[1], broken
 
-    def select(self, kept: Sequence[int] | np.ndarray) -> "Images":
+    def select(self, kept: RowNumbers) -> "Images":
         """Select the images at the given positions, in that order."""
         kept = np.asarray(kept, np.int64)
         return Images(self.table, self.rows[kept], tuple(self.keys[index] for index in kept))
 
 
-def unique_images(
-    table: Table, rows: Sequence[int] | np.ndarray
-) -> tuple[Images, Int[np.ndarray, " rows"], dict[int, str]]:
+def unique_images(table: Table, rows: RowNumbers) -> tuple[Images, np.ndarray, dict[int, str]]:
     """Group rows [N] by the content of their images.
 
-    Returns:
-        The unique images [I]; for every row the index of its image [N] int32, or -1 where it has none; and
-        row -> reason for the latter.
+    Returns the unique images [I]; the index of every row's image [N] int32, -1 where it has none; and row -> reason.
     """
     digests, missing = digest_rows(table, rows)
     distinct, index = number_distinct(digests)
@@ -124,7 +106,19 @@ def unique_images(
     return Images(table, used, tuple(digest.hex() for digest in distinct)), index.astype(np.int32), missing
 
 
-def digest_rows(table: Table, rows: Sequence[int] | np.ndarray) -> tuple[list[bytes | None], dict[int, str]]:
+def number_distinct(values: Iterable[T | None]) -> tuple[list[T], Int[np.ndarray, " values"]]:
+    """List distinct values, and number all of them [N] by their places in that list; None is -1.
+
+    >>> distinct, numbers = number_distinct(["cat", None, "dog", "cat"])
+    >>> distinct, numbers.tolist()
+    (['cat', 'dog'], [0, -1, 1, 0])
+    """
+    places: dict[T, int] = {}
+    numbers = [-1 if value is None else places.setdefault(value, len(places)) for value in values]
+    return list(places), np.asarray(numbers, np.int64)
+
+
+def digest_rows(table: Table, rows: RowNumbers) -> tuple[list[bytes | None], dict[int, str]]:
     """Digest every row's encoded image by BLAKE2b-128, None where it has none, and give row -> reason for these."""
     known = table.facts.digests
     unknown = list(dict.fromkeys(row for row in map(int, rows) if row not in known))
@@ -140,21 +134,17 @@ def _digest(encoded: bytes) -> bytes:
 
 
 def _try_all(work: Callable[[int], T], items: Sequence[int]) -> tuple[dict[int, T], dict[int, str]]:
-    """Run in threads; return item -> result in order, and item -> reason where the image is broken."""
+    """Run in threads; return item -> result, and item -> reason where the image is broken."""
+    results, reasons = dict[int, T](), dict[int, str]()
 
-    def run(part: Sequence[int]) -> tuple[dict[int, T], dict[int, str]]:
-        results, reasons = dict[int, T](), dict[int, str]()
+    def run(part: Sequence[int]) -> None:
         for item in part:
             try:
                 results[item] = work(item)
             except BrokenImageError as error:
                 reasons[item] = str(error)
-        return results, reasons
 
-    parts = [items[start : start + PART] for start in range(0, len(items), PART)]
-    results, reasons = dict[int, T](), dict[int, str]()
     with ThreadPoolExecutor(WORKERS) as pool:
-        for made, failed in pool.map(run, parts):
-            results |= made
-            reasons |= failed
+        for _ in pool.map(run, [items[start : start + PART] for start in range(0, len(items), PART)]):
+            pass  # whatever else a thread raised is raised here
     return results, reasons

@@ -17,9 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from fedvlm_jax.data.batches import pad_rows
+from fedvlm_jax.data.batches import pad_rows, read_ahead
 from fedvlm_jax.data.config import Split
-from fedvlm_jax.data.prefetch import read_ahead
 from fedvlm_jax.data.tokenization import IGNORED, LABELS, Examples
 from fedvlm_jax.distributed.sharding import CLIENTS, fetch, local_places, place, place_local
 from fedvlm_jax.evaluation.metrics.preferences import Numbers, score_preferences

@@ -171,7 +171,7 @@ def make_clients(
     at = np.arange(layout.places) if own is None else own
     rows = [examples.clients[number].train for number in numbers]
     taken = np.full(len(numbers), layout.steps) if steps is None else steps
-    drawn = round_rows(seed, round_, numbers.tolist(), rows, layout.steps, layout.batch, [layout.rows], taken.tolist())
+    drawn = round_rows(seed, round_, numbers.tolist(), rows, layout.steps, layout.batch, layout.rows, taken.tolist())
     counts = np.where(taken > 0, drawn.counts if weighting == "examples" else drawn.counts > 0, 0).astype(np.float64)
     padding = np.zeros(layout.places - len(numbers))
     weights = np.concatenate([counts / max(counts.sum(), 1.0), padding]).astype(np.float32)

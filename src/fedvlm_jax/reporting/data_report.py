@@ -8,7 +8,7 @@ from typing import Any
 
 from fedvlm_jax.data.config import SPLITS, DataOptions
 from fedvlm_jax.data.dataset_summary import describe
-from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.federated_dataset import federate
 from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.reporting.figures.data_figures import draw_data
 from fedvlm_jax.reporting.figures.theme import save_png

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.config import SPLITS
-from fedvlm_jax.data.sources.registry import find_sets
+from fedvlm_jax.data.sources.registry import list_sets
 from fedvlm_jax.data.tokenization import IGNORED, Examples
 from fedvlm_jax.errors import UserError, check_utf8
 from fedvlm_jax.models.folder_files import find_files
@@ -32,7 +32,7 @@ def anchor(run: Run) -> Run:
         UserError: such a path has bytes that are no UTF-8.
     """
     source, model = run.data.source, run.model
-    if source not in find_sets() and Path(source).expanduser().exists():
+    if source not in list_sets() and Path(source).expanduser().exists():
         source = str(_absolute(source))
     if Path(model).is_dir():  # else it is the name of a shipped model, or a hub id
         model = str(_absolute(model))

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.run_options import Run
-from fedvlm_jax.data.skipped_rows import count_reasons, describe_lost
+from fedvlm_jax.data.federated_dataset import count_reasons, describe_lost
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.errors import UserError

@@ -22,9 +22,8 @@ import fedvlm_jax
 from fedvlm_jax.config.method_options import check_rule
 from fedvlm_jax.config.run_options import Run, SystemOptions
 from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.data.federated_dataset import Federation
+from fedvlm_jax.data.federated_dataset import Federation, federate
 from fedvlm_jax.data.image_decoding import DECODING
-from fedvlm_jax.data.partitioning.federate import federate
 from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import require_pairs

@@ -16,8 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from fedvlm_jax.config.run_options import TrainOptions
-from fedvlm_jax.data.batches import pad_rows
-from fedvlm_jax.data.prefetch import read_ahead
+from fedvlm_jax.data.batches import pad_rows, read_ahead
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import fetch
 from fedvlm_jax.evaluation.evaluator import Adapters

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from make_parquet import SOURCES, draw_image, make_emoji_rows, make_row, make_rows, write_rows
 
 from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.federated_dataset import federate
 from fedvlm_jax.data.partitioning.emoji_topics import draw_concepts, draw_mix, read_file
-from fedvlm_jax.data.partitioning.federate import federate
 from fedvlm_jax.data.sources.emoji import Topics
 from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.errors import UserError

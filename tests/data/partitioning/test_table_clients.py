@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from made_table import as_lists, count_labels, make_table
 
 from fedvlm_jax.data.config import SPLITS
-from fedvlm_jax.data.partitioning.federate import federate
+from fedvlm_jax.data.federated_dataset import federate
 from fedvlm_jax.data.partitioning.table_clients import choose_rows
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError

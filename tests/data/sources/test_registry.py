@@ -9,8 +9,8 @@ import pytest
 from make_parquet import make_rows, write_rows
 
 from fedvlm_jax.data.config import SPLITS
-from fedvlm_jax.data.partitioning.federate import federate
-from fedvlm_jax.data.sources.registry import find_sets, make_options, read_table
+from fedvlm_jax.data.federated_dataset import federate
+from fedvlm_jax.data.sources.registry import list_sets, make_options, read_table
 from fedvlm_jax.data.tokenization import encode
 from fedvlm_jax.data.unique_images import digest_rows
 
@@ -22,7 +22,7 @@ def stand_in(tmp_path):
     return {"rlaif-v": {"path": tmp_path}}
 
 
-@pytest.mark.parametrize("name", sorted(find_sets()))
+@pytest.mark.parametrize("name", sorted(list_sets()))
 def test_a_named_set_federates_and_encodes_with_the_defaults(name, processor, stand_in):
     options = make_options(source=name, **stand_in.get(name, {}))
     table = read_table(options)

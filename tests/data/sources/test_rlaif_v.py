@@ -8,8 +8,8 @@ from rlaif_form import SOURCES, Form, write_folder
 
 from fedvlm_jax.data import unique_images as images_module
 from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.federated_dataset import federate
 from fedvlm_jax.data.image_decoding import BrokenImageError
-from fedvlm_jax.data.partitioning.federate import federate
 from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.table import FACTS
 from fedvlm_jax.data.unique_images import digest_rows, unique_images

@@ -1,17 +1,12 @@
 """Partitions: which of C clients gets which unit (a picture with all rows about it).
 
-Units come in an order that was drawn before, and every client takes a run of them (of each label, where labels count),
-so that owners depend on nothing but that order, the labels and the generator. Every unit gets exactly one owner.
-
-- `cut_iid`: equal sizes, nothing else.
-- `cut_quantity`: sizes ~ Dirichlet(alpha), rows alike: "quantity skew" of Li et al. (arXiv 2102.02079).
-- `cut_dirichlet`: every label is shared out after a Dirichlet(alpha) over the clients: Yurochkin et al. (arXiv
-  1905.12022), as in Li et al. Sizes differ then too. The other form, a mix over labels drawn per client (Hsu et al.,
-  arXiv 1909.06335; the emoji set's own topics), fixes the sizes instead, and either leaves rows over or lets labels
-  run dry; here every row is used and every share has exactly its Dirichlet's moments.
-- `cut_pathological`: shards of one label each, k to a client: McMahan et al. (arXiv 1602.05629). Deviation: their
-  shards are of one size and may span two labels; here a label gets a number of shards by its size and at least one, so
-  that k is a bound however unequal the labels are.
+Units come in an order that was drawn before, and every client takes a run of them (of each label, where labels count).
+Every unit gets exactly one owner. Quantity skew is that of Li et al. (arXiv 2102.02079). Labels are shared out after
+Yurochkin et al. (arXiv 1905.12022), so that sizes differ, too. The other form, a mix over labels drawn per client (Hsu
+et al., arXiv 1909.06335), fixes the sizes instead, and either leaves rows over or lets labels run dry; here every row
+is used and every share has exactly its Dirichlet's moments. Pathological shards are those of McMahan et al. (arXiv
+1602.05629). Deviation: theirs are of one size and may span two labels; here a label gets shards by its size and at
+least one, so that k is a bound however unequal the labels are.
 """
 
 import heapq
@@ -23,9 +18,10 @@ from fedvlm_jax.errors import UserError
 
 # Concentration from which shares are even to a millionth; far beyond it, numbers drawn for them overflow.
 ALIKE = 1e12
+Units = Int[np.ndarray, " units"]  # a label or an owner of each
 
 
-def cut_iid(units: int, clients: int) -> Int[np.ndarray, " units"]:
+def cut_iid(units: int, clients: int) -> Units:
     """Give every client an equal run; sizes differ by one at most.
 
     >>> cut_iid(5, 2).tolist()
@@ -34,13 +30,8 @@ def cut_iid(units: int, clients: int) -> Int[np.ndarray, " units"]:
     return np.arange(units) * clients // max(units, 1)
 
 
-def cut_quantity(units: int, clients: int, alpha: float, rng: np.random.Generator) -> Int[np.ndarray, " units"]:
-    """Give every client a run of its Dirichlet(alpha) share, rounded to whole units; at alpha = inf as `cut_iid`.
-
-    >>> owners = cut_quantity(100, 4, 0.5, np.random.default_rng(0))
-    >>> len(owners), bool((np.diff(owners) >= 0).all())
-    (100, True)
-    """
+def cut_quantity(units: int, clients: int, alpha: float, rng: np.random.Generator) -> Units:
+    """Give every client a run of its Dirichlet(alpha) share, rounded to whole units; at alpha = inf as `cut_iid`."""
     if alpha >= ALIKE:
         shares = np.full(clients, 1 / clients)
     else:
@@ -52,9 +43,7 @@ def cut_quantity(units: int, clients: int, alpha: float, rng: np.random.Generato
     return np.searchsorted(edges, np.arange(units), side="right")
 
 
-def cut_dirichlet(
-    labels: Int[np.ndarray, " units"], clients: int, alpha: float, rng: np.random.Generator
-) -> Int[np.ndarray, " units"]:
+def cut_dirichlet(labels: Units, clients: int, alpha: float, rng: np.random.Generator) -> Units:
     """Share out the units of every label after a Dirichlet(alpha) over the clients.
 
     A client's share of a label has mean 1 / C and variance (1 / C)(1 - 1 / C) / (C·alpha + 1), up to rounding to whole
@@ -74,13 +63,8 @@ def cut_dirichlet(
     return owners
 
 
-def cut_pathological(
-    labels: Int[np.ndarray, " units"], clients: int, classes: int, rng: np.random.Generator
-) -> Int[np.ndarray, " units"]:
+def cut_pathological(labels: Units, clients: int, classes: int, rng: np.random.Generator) -> Units:
     """Cut every label into shards and give every client `classes` of them, so many labels at most.
-
-    Raises:
-        UserError: there are too few labels, or so many that some would belong to nobody, or too few units.
 
     >>> labels = np.asarray([0, 0, 1, 1, 2, 2])
     >>> owners = cut_pathological(labels, 3, 1, np.random.default_rng(0))
@@ -114,11 +98,7 @@ def cut_pathological(
 
 
 def _allot_shards(counts: Int[np.ndarray, " labels"], shards: int) -> list[int]:
-    """Allot a shard to every label, and each further one to the label whose shards are the largest, [L].
-
-    >>> _allot_shards(np.asarray([9, 2]), 4)
-    [3, 1]
-    """
+    """Allot a shard to every label, and each further one to the label whose shards are the largest, [L]."""
     allotted = [1] * len(counts)
     largest = [(-float(count), label) for label, count in enumerate(counts)]
     heapq.heapify(largest)

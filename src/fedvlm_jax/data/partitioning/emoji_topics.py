@@ -1,19 +1,17 @@
 """The clients of the emoji set that ships: drawing styles and languages, topics drawn from a Dirichlet per client.
 
-Where more clients are wanted than there are styles and languages, further clients share these, each with topics and
-images drawn for it: two of the same style and language may have a picture in common.
-
+Further clients share styles and languages, each with topics and images drawn for it: two may have a picture in common.
 Topics as in Hsu, Qi and Brown (arXiv 1909.06335): a client's mix over groups is Dirichlet(alpha · G · p), p being the
 share of each of the G groups in the set; at alpha = inf all clients have p. Deviation: images are drawn without
-replacement, so a group can run dry; its share then falls to the groups that are left, in proportion, and the realised
-mix is reported. The set itself fixes which concepts train, validate and test, for every seed and client.
+replacement, so a group can run dry; its share then falls to the groups that are left, in proportion. The set itself
+fixes which concepts train, validate and test, for every seed and client.
 
-Another `--data.partition` cuts anew what these clients have together, drawn at alpha = inf, so that alpha is the
-partition's alone. A picture is then with one client in all the languages that it was drawn for: with several languages
-and the neutral prompt nobody could know which is wanted, so ask in the client's, or choose a single language.
+Another `--data.partition` cuts anew what these clients have together, drawn at alpha = inf. A picture is then with one
+client in all its languages: ask in the client's, because the neutral prompt does not say which is wanted.
 """
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,21 +31,17 @@ from fedvlm_jax.utils.random_streams import Stream
 FILE = Path(__file__).parents[2] / "assets" / "emoji" / "emoji.parquet"
 COLUMNS = ("client", "split", "language", "concept", "task", "group", "question_client")
 SPLITS_FROM = "the set's own concepts"
+Mix = Float[np.ndarray, " groups"]  # shares that sum to 1
 
 
 def read_file(file: Path) -> Table:
-    """Open a file of the set's form. It is small but unfolds to many rows that share images: dictionaries stay so.
-
-    Raises:
-        UserError: the file is not there or lacks columns.
-    """
+    """Open a file of the set's form. It is small but unfolds to many rows that share images: dictionaries stay so."""
     import pyarrow.parquet as pq
 
     if not file.is_file():
         raise UserError(f"the shipped data set {file} is missing; install fedvlm-jax again (tools/assets makes it).")
     names = pq.read_schema(file).names
-    missing = [column for column in COLUMNS if column not in names]
-    if missing:
+    if missing := [column for column in COLUMNS if column not in names]:
         raise UserError(f"{file} lacks {', '.join(missing)}; it has {', '.join(names)}. Install fedvlm-jax again.")
     repeated = [name for name in names if name not in ("image", "idx")]  # idx is new in every row
     # Not `read_table`: that imports pandas, a third of a second.
@@ -56,12 +50,7 @@ def read_file(file: Path) -> Table:
 
 
 def federate_topics(table: Table, options: Options, seed: int) -> Federation:
-    """Sample the set's own clients, or cut anew what they have together.
-
-    Raises:
-        UserError: a vendor, language or task that the set does not have, a concept in two splits, or no partition has
-            what the options ask for.
-    """
+    """Sample the clients that the set has, or cut anew what they have together."""
     partition = options.partition
     if isinstance(partition, Topics) and partition.by is None:
         return _sample_clients(table, options, partition.alpha, seed, partition.clients)
@@ -77,9 +66,8 @@ def federate_topics(table: Table, options: Options, seed: int) -> Federation:
 def _sample_clients(table: Table, options: Options, alpha: float, seed: int, count: int | None = None) -> Federation:
     """Sample the images of so many clients, by default one per style and language, each asked all `options.tasks`.
 
-    Random numbers come from (seed, position of the style and language among all of the set, which client of them,
-    split), so a client keeps its images whatever other clients there are; fewer images are a prefix of more; validation
-    and test do not depend on the number of training images.
+    Random numbers come from (seed, place of the style and language in the set, which client of them, split), so a
+    client keeps its images whatever other clients there are, and fewer images are a prefix of more.
     """
     everyone = sorted({client for client in table.read_text("client") if client})
     chosen = _choose_clients(table, options, everyone)
@@ -93,8 +81,15 @@ def _sample_clients(table: Table, options: Options, alpha: float, seed: int, cou
     group_of, split_of = _read_concepts(table)
     groups = sorted(set(group_of.values()))
     prior = np.asarray([list(group_of.values()).count(group) for group in groups], float) / len(group_of)
-    rows_of = _index_rows(table, chosen, options.tasks)
-    pools = {name: _pool_concepts(rows_of[name], options.tasks, group_of, split_of) for name in chosen}
+    rows: dict[tuple[str, str, str], int] = {}
+    columns, wanted = (table.read_text(column) for column in ("client", "concept", "task")), set(chosen)
+    for row, (name, concept, task) in enumerate(zip(*columns, strict=True)):
+        if name in wanted and task in options.tasks:
+            rows[str(name), str(concept), str(task)] = row
+    pools = defaultdict[tuple[str, str, str], list[str]](list)
+    for name, concept in sorted({(name, concept) for name, concept, _ in rows}):
+        if all((name, concept, task) in rows for task in options.tasks):
+            pools[name, split_of[concept], group_of[concept]].append(concept)
     sizes = (options.images_per_client, options.validation_per_client, options.test_per_client)
     federated, topics = [], {}
     for number in range(count):
@@ -103,10 +98,10 @@ def _sample_clients(table: Table, options: Options, alpha: float, seed: int, cou
         stream = [seed, everyone.index(name), *([again] if again else [])]
         mix = draw_mix(np.random.default_rng([Stream.TOPICS, *stream]), alpha, prior)
         parts, realised = [], {}
-        for place, (split, wanted) in enumerate(zip(SPLITS, sizes, strict=True)):
+        for place, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
             rng = np.random.default_rng([Stream.CONCEPTS, *stream, place])
-            drawn = draw_concepts(rng, mix, list(pools[name][split].values()), wanted)
-            parts.append([rows_of[name][concept, task] for concept in drawn for task in options.tasks])
+            drawn = draw_concepts(rng, mix, [pools[name, split, group] for group in groups], size)
+            parts.append([rows[name, concept, task] for concept in drawn for task in options.tasks])
             seen = [group_of[concept] for concept in drawn]
             realised[split] = {group: round(seen.count(group) / len(seen), 4) for group in groups} if seen else {}
         client = f"{name}-{again + 1}" if again else name
@@ -114,9 +109,8 @@ def _sample_clients(table: Table, options: Options, alpha: float, seed: int, cou
         mix_drawn = dict(zip(groups, mix.round(4).tolist(), strict=True))
         topics[client] = {"mix_drawn": mix_drawn, "mix_realised": realised}
     about = {"kind": "natural", "by": "group", "alpha": alpha if np.isfinite(alpha) else "inf", "seed": seed}
-    return Federation(tuple(federated), {"clients_from": "vendor and language", "partition": about}).note(
-        splits_from=SPLITS_FROM, topics=topics
-    )
+    federation = Federation(tuple(federated), {"clients_from": "vendor and language", "partition": about})
+    return federation.note(splits_from=SPLITS_FROM, topics=topics)
 
 
 def _choose_clients(table: Table, options: Options, everyone: Sequence[str]) -> list[str]:
@@ -127,8 +121,7 @@ def _choose_clients(table: Table, options: Options, everyone: Sequence[str]) -> 
         ("tasks", options.tasks, set(map(str, table.read_text("task")))),
         ("vendors and languages", chosen, set(everyone)),
     ):
-        unknown = [name for name in names if name not in known]
-        if unknown:
+        if unknown := [name for name in names if name not in known]:
             raise UserError(f"--data.{flag} has {', '.join(unknown)}; the emoji set has {', '.join(sorted(known))}.")
     return chosen
 
@@ -148,32 +141,7 @@ def _read_concepts(table: Table) -> tuple[dict[str, str], dict[str, str]]:
     return group_of, split_of
 
 
-def _index_rows(table: Table, clients: Sequence[str], tasks: Sequence[str]) -> dict[str, dict[tuple[str, str], int]]:
-    """Index the rows of each client by concept and task."""
-    columns = (table.read_text(column) for column in ("client", "concept", "task"))
-    indexed: dict[str, dict[tuple[str, str], int]] = {client: {} for client in clients}
-    for row, (client, concept, task) in enumerate(zip(*columns, strict=True)):
-        if client in indexed and task in tasks:
-            indexed[client][str(concept), str(task)] = row
-    return indexed
-
-
-def _pool_concepts(
-    rows: dict[tuple[str, str], int], tasks: Sequence[str], group_of: dict[str, str], split_of: dict[str, str]
-) -> dict[str, dict[str, list[str]]]:
-    """Sort the concepts about which all tasks can be asked by split and group."""
-    pools: dict[str, dict[str, list[str]]] = {
-        split: {group: [] for group in sorted(set(group_of.values()))} for split in SPLITS
-    }
-    for concept in sorted({concept for concept, _ in rows}):
-        if all((concept, task) in rows for task in tasks):
-            pools[split_of[concept]][group_of[concept]].append(concept)
-    return pools
-
-
-def draw_mix(
-    rng: np.random.Generator, alpha: float, prior: Float[np.ndarray, " groups"]
-) -> Float[np.ndarray, " groups"]:
+def draw_mix(rng: np.random.Generator, alpha: float, prior: Mix) -> Mix:
     """Draw a client's mix over groups: Dirichlet(alpha · G · prior), or the prior itself at alpha = inf.
 
     >>> float(draw_mix(np.random.default_rng(0), np.inf, np.asarray([0.75, 0.25])).max())
@@ -186,18 +154,11 @@ def draw_mix(
     return mix if np.isfinite(mix).all() else np.eye(len(prior))[rng.choice(len(prior), p=prior)]
 
 
-def draw_concepts(
-    rng: np.random.Generator, mix: Float[np.ndarray, " groups"], pools: Sequence[Sequence[str]], count: int
-) -> list[str]:
+def draw_concepts(rng: np.random.Generator, mix: Mix, pools: Sequence[Sequence[str]], count: int) -> list[str]:
     """Draw up to `count` concepts without replacement, group by group after `mix`.
 
-    The same generator state gives the same sequence whatever `count` is: a shorter draw is a prefix of a longer one.
-
-    Args:
-        rng: used up in one fixed order: a permutation per group, then one number per draw.
-        mix: [G] probabilities.
-        pools: the concepts of each group.
-        count: how many are wanted; all that exist, if these are fewer.
+    The generator is used up in one fixed order, a permutation per group, then one number per draw: a shorter draw is a
+    prefix of a longer one.
 
     >>> sorted(draw_concepts(np.random.default_rng(0), np.asarray([1.0, 0.0]), [["cat", "dog"], ["bus"]], 2))
     ['cat', 'dog']

@@ -1,9 +1,8 @@
 """Keys that rows differ in: the text columns, and fields of RLAIF-V's column `origin_split`.
 
-The card of openbmb/RLAIF-V-Dataset (arXiv 2405.17220) says what that column holds (the model that answered, the model
-that labelled, the type of question), not how its fields are called, and older revisions write it in other ways. So it
-is read as JSON, else as a Python literal, else as plain text, and fields are found by parts of their names. The value
-is "unknown" where there is none, which shows up in every count.
+The card of openbmb/RLAIF-V-Dataset (arXiv 2405.17220) says what that column holds, not how its fields are called, and
+older revisions write it in other ways. So it is read as JSON, else as a Python literal, else as plain text, and fields
+are found by parts of their names.
 """
 
 import ast
@@ -23,7 +22,6 @@ DERIVED = ("question_type", "generator", "labeller")  # the keys that `origin_sp
 
 # What the card names; looked for where `origin_split` has no structure.
 QUESTION_TYPES = ("detailed description", "question answering")
-
 LONGEST = 10_000  # characters beyond which a text is no longer taken for a literal
 
 
@@ -37,12 +35,8 @@ def list_keys(table: Table) -> tuple[str, ...]:
 def read_key(table: Table, key: str, rows: Sequence[int] | np.ndarray | None = None) -> list[str | None]:
     """Read every row's value of a key, for the given rows [N] or for all; spaces around it do not count.
 
-    Values are in Unicode's form NFC: the same letters are the same value, however they were typed. A column without
-    text in a row, or with bytes that are no UTF-8, gives None there; a derived key gives "unknown". A column wins over
-    a derived key of its name.
-
-    Raises:
-        UserError: the table has no such key.
+    Values are in Unicode's form NFC: the same letters are the same value, however they were typed. A row without text,
+    or with bytes that are no UTF-8, gives None, a derived key "unknown". A column wins over a derived key of its name.
     """
     if key not in list_keys(table):
         raise UserError(f"{table.name} has no key {key!r} to tell rows apart by; it has {', '.join(list_keys(table))}.")
@@ -98,11 +92,7 @@ def _read_fields(text: str) -> dict[str, str] | None:
 
 
 def _find(fields: Mapping[str, str], parts: Sequence[str]) -> str | None:
-    """Find the first field whose name has the first of the parts that any has.
-
-    >>> _find({"model_name": "LLaVA", "Infer": "x"}, ("infer", "model"))
-    'Infer'
-    """
+    """Find the first field whose name has the first of the parts that any has."""
     return next((name for part in parts for name in fields if part in name.casefold()), None)
 
 

@@ -1,42 +1,67 @@
 """Clients out of a table: which rows are used, whose they are, and which split each is in.
 
 Natural clients are the values of a key: column `client`, else `origin_dataset`, else what `--data.partition-by` says.
-Their rows stay as the data have them. Other partitions draw clients over pictures. A table without a column `split` is
-split inside every client, by the content of the images, so that no image is in two splits, not even with different
-clients.
+Other partitions draw clients over pictures. A table without a column `split` is split inside every client, by the
+content of the images, so that no image is in two splits, not even with different clients. Rows are grouped by the
+picture that they show; groups are put in order by a keyed hash of the picture's bytes, never by their place in the
+table: reordered files give the same order.
 """
 
 import unicodedata
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
+from fedvlm_jax.data import federated_dataset as federated
 from fedvlm_jax.data.config import SPLITS, DataOptions, Dirichlet, Drawn, Natural, Pathological, Quantity
-from fedvlm_jax.data.federated_dataset import Federation, gather_clients
+from fedvlm_jax.data.federated_dataset import Federation, Rows, gather_clients
 from fedvlm_jax.data.partitioning import algorithms
-from fedvlm_jax.data.partitioning import split_by_image as by_image
 from fedvlm_jax.data.partitioning.row_keys import UNKNOWN, list_keys, read_key
-from fedvlm_jax.data.skipped_rows import describe_skipped, skip_rows
 from fedvlm_jax.data.sources import parquet
 from fedvlm_jax.data.table import Table
+from fedvlm_jax.data.unique_images import digest_rows, number_distinct
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.random_streams import Stream
 
+TRAIN, VALIDATION, TEST = range(len(SPLITS))
+Groups = Int[np.ndarray, " groups"]  # int64, a value of each group
 DRAWS = 100  # how often a partition is drawn before its least size is given up
 SHOWN = 40  # characters of a value that a message shows
 
 
-def federate_by_column(table: Table, options: parquet.Options, seed: int) -> Federation:
-    """Choose rows, give each to a client, and split every client's rows.
+class ImageGroups(NamedTuple):
+    """The groups of N rows, n of which have an image."""
 
-    Raises:
-        UserError: as `choose_rows` and `federate_rows`, or the split column has values other than train, validation,
-            test.
-    """
+    kept: Bool[np.ndarray, " rows"]  # [N] which rows have an image
+    of_row: Rows  # [n] the group of each of these
+    digests: list[bytes]  # the groups' contents
+    skipped: tuple[federated.Skipped, ...]  # the rows without an image
+
+
+def group_by_image(table: Table, rows: Rows) -> ImageGroups:
+    """Group rows by the content of their images."""
+    digests, missing = digest_rows(table, rows)
+    distinct, numbers = number_distinct(digests)
+    kept = numbers >= 0
+    skipped = federated.skip_rows(table, rows[~kept], [missing[row] for row in rows[~kept].tolist()])
+    return ImageGroups(kept, numbers[kept], distinct, skipped)
+
+
+def federate_by_column(table: Table, options: parquet.Options, seed: int) -> Federation:
+    """Choose rows, give each to a client, and split every client's rows."""
     rows = choose_rows(table, options, seed)
-    splits = _read_splits(table, rows) if "split" in table.columns else None
+    splits = None
+    if "split" in table.columns:
+        names = table.read_text("split", rows)
+        if unknown := Counter(repr(name and name[:SHOWN]) for name in names if name not in SPLITS):
+            listed = ", ".join(f"{value} ({count} rows)" for value, count in unknown.most_common(5))
+            raise UserError(
+                f"{table.name}: column 'split' has {listed}; expected {', '.join(SPLITS)}. Rename them, or leave the "
+                "column out to have rows split by image content."
+            )
+        splits = np.asarray([SPLITS.index(name) for name in names], np.int64)
     shares = f"{options.validation_share:g} validation, {options.test_share:g} test"
     return federate_rows(table, rows, splits, options, seed).note(
         splits_from=f"drawn by image content: {shares}" if splits is None else "column 'split'",
@@ -44,22 +69,18 @@ def federate_by_column(table: Table, options: parquet.Options, seed: int) -> Fed
     )
 
 
-def choose_rows(table: Table, options: parquet.Options, seed: int) -> Int[np.ndarray, " rows"]:
+def choose_rows(table: Table, options: parquet.Options, seed: int) -> Rows:
     """Return the rows in use, ascending: those of the chosen origins, and of them as many as the limit allows.
 
     A limit of N cuts the rows into N stretches of equal length and draws one row of each. So the choice is even over
     the files, and no period in them can show (as it would if every k-th row were taken).
-
-    Raises:
-        UserError: an origin that the table does not have, or it has no such column.
     """
     rows = np.arange(len(table))
     if options.origins:
         found = read_key(table, "origin_dataset")
         counts = Counter(origin for origin in found if origin)
         wanted = {unicodedata.normalize("NFC", origin.strip()) for origin in options.origins}
-        unknown = sorted(wanted - set(counts))
-        if unknown:
+        if unknown := sorted(wanted - set(counts)):
             known = ", ".join(f"{origin} ({count} rows)" for origin, count in sorted(counts.items()))
             raise UserError(f"--data.origins has {', '.join(unknown)}; {table.name} has {known or 'none'}.")
         rows = rows[[origin in wanted for origin in found]]
@@ -69,53 +90,23 @@ def choose_rows(table: Table, options: parquet.Options, seed: int) -> Int[np.nda
     return rows
 
 
-def _read_splits(table: Table, rows: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
-    splits = table.read_text("split", rows)
-    unknown = Counter(repr(split and split[:SHOWN]) for split in splits if split not in SPLITS)
-    if unknown:
-        listed = ", ".join(f"{value} ({count} rows)" for value, count in unknown.most_common(5))
-        raise UserError(
-            f"{table.name}: column 'split' has {listed}; expected {', '.join(SPLITS)}. Rename them, or leave the "
-            "column out to have rows split by image content."
-        )
-    return np.asarray([SPLITS.index(split) for split in splits], np.int64)
-
-
-def federate_rows(
-    table: Table,
-    rows: Int[np.ndarray, " rows"],
-    splits: Int[np.ndarray, " rows"] | None,
-    options: DataOptions,
-    seed: int,
-) -> Federation:
-    """Give rows to clients as `options.partition` says.
-
-    Args:
-        table: the table of the rows.
-        rows: [N] row numbers, in the order in which clients are to read them.
-        splits: [N] places in `SPLITS`; drawn by image content where None.
-        options: the partition and the shares of the splits.
-        seed: of the draws.
-
-    Raises:
-        UserError: nothing says who the clients are, there is no such key, there are fewer images than clients, or no
-            draw has what the options ask for.
-    """
+def federate_rows(table: Table, rows: Rows, splits: Rows | None, options: DataOptions, seed: int) -> Federation:
+    """Give rows [N], in the order in which they are to be read, to clients; splits that are None are drawn by image."""
     if isinstance(options.partition, Drawn):
         return _draw_clients(table, rows, splits, options, options.partition, seed)
     assert isinstance(options.partition, Natural)
     key = options.partition.by or _find_natural_key(table, rows)
     values = read_key(table, key, rows)
     kept = np.asarray([value is not None for value in values], bool)
-    skipped = skip_rows(table, rows[~kept], [f"no {key}"] * int((~kept).sum()))
+    skipped = federated.skip_rows(table, rows[~kept], [f"no {key}"] * int((~kept).sum()))
     names, owners = np.unique(np.asarray(values, object)[kept], return_inverse=True)
     rows = rows[kept]
     if splits is None:
-        groups = by_image.group_by_image(table, rows)
+        groups = group_by_image(table, rows)
         rows, owners, skipped = rows[groups.kept], owners[groups.kept], skipped + groups.skipped
-        first = np.full(len(groups), len(names))
+        first = np.full(len(groups.digests), len(names))
         np.minimum.at(first, groups.of_row, owners)  # a picture at two clients is split as the first of them has it
-        splits = by_image.split_groups(first, by_image.rank_groups(groups, seed), options)[groups.of_row]
+        splits = split_groups(first, rank_groups(groups, seed), options)[groups.of_row]
     else:
         splits = splits[kept]
     origin = f"column {key!r}" if key in table.columns else f"key {key!r}"
@@ -123,17 +114,16 @@ def federate_rows(
     return gather_clients(rows, owners, splits, tuple(names.tolist()), skipped, clients_from=origin, partition=about)
 
 
-def _find_natural_key(table: Table, rows: Int[np.ndarray, " rows"]) -> str:
+def _find_natural_key(table: Table, rows: Rows) -> str:
     if "client" in table.columns:
         return "client"
+    lack = "no column 'client' nor 'origin_dataset'"
     if "origin_dataset" in table.columns:
         origins = {origin for origin in read_key(table, "origin_dataset", rows) if origin}
         if len(origins) >= 2:
             return "origin_dataset"
         seen = f"only {origins.pop()!r}" if origins else "nothing"
         lack = f"no column 'client', and {seen} in 'origin_dataset'"
-    else:
-        lack = "no column 'client' nor 'origin_dataset'"
     raise UserError(
         f"{table.name} does not say whose rows are whose: it has {lack}. Say what makes its clients with "
         f"--data.partition-by ({', '.join(list_keys(table))}), add a text column 'client', or cut it anew with "
@@ -142,37 +132,28 @@ def _find_natural_key(table: Table, rows: Int[np.ndarray, " rows"]) -> str:
 
 
 def _draw_clients(
-    table: Table,
-    rows: Int[np.ndarray, " rows"],
-    splits: Int[np.ndarray, " rows"] | None,
-    options: DataOptions,
-    partition: Drawn,
-    seed: int,
+    table: Table, rows: Rows, splits: Rows | None, options: DataOptions, partition: Drawn, seed: int
 ) -> Federation:
-    """Share the images of some rows out among clients.
-
-    A least size makes the draw conditional, as in Li et al. (arXiv 2102.02079): draws with a smaller client are
-    dropped.
-    """
+    """Share images out among clients; draws with one below the least size are dropped (Li et al., arXiv 2102.02079)."""
     count, wanted = partition.clients, options.min_examples
-    groups = by_image.group_by_image(table, rows)
+    groups = group_by_image(table, rows)
     rows, splits = rows[groups.kept], None if splits is None else splits[groups.kept]
-    left_out = describe_skipped(table, groups.skipped)
-    if len(groups) < count:
+    left_out = federated.describe_skipped(table, groups.skipped)
+    if len(groups.digests) < count:
         raise UserError(
-            f"--data.clients is {count}, and there are {len(groups)} images to share out. "
-            f"{left_out}{'Choose fewer clients.' if len(groups) else ''}".rstrip()
+            f"--data.clients is {count}, and there are {len(groups.digests)} images to share out. "
+            f"{left_out}{'Choose fewer clients.' if len(groups.digests) else ''}".rstrip()
         )
     labels, about = _read_labels(table, rows, groups, partition)
-    order, rank = by_image.order_groups(groups, labels, splits, seed), by_image.rank_groups(groups, seed)
+    order, rank = order_groups(groups, labels, splits, seed), rank_groups(groups, seed)
     best, train = -1, 0
     for attempt in range(DRAWS):
         rng = np.random.default_rng([Stream.PARTITIONS, seed, attempt])
-        owner = np.empty(len(groups), np.int64)
+        owner = np.empty(len(groups.digests), np.int64)
         owner[order] = _cut(labels[order], partition, rng)
-        split = by_image.split_groups(owner, rank, options)[groups.of_row] if splits is None else splits
+        split = split_groups(owner, rank, options)[groups.of_row] if splits is None else splits
         owners = owner[groups.of_row]
-        training = split == by_image.TRAIN
+        training = split == TRAIN
         least = int(np.bincount(owners[training], minlength=count).min())
         if least >= wanted:
             about = {"kind": partition.kind, "clients": count, **about, "seed": seed}
@@ -190,17 +171,15 @@ def _draw_clients(
     )
 
 
-def _read_labels(
-    table: Table, rows: Int[np.ndarray, " rows"], groups: by_image.ImageGroups, partition: Drawn
-) -> tuple[Int[np.ndarray, " groups"], dict[str, Any]]:
-    """Read the groups' labels, zeros where the partition needs none, and describe the partition."""
+def _read_labels(table: Table, rows: Rows, groups: ImageGroups, partition: Drawn) -> tuple[Groups, dict[str, Any]]:
+    """Read every group's most frequent label (or the first of these; zeros if none are needed), with a description."""
     about: dict[str, Any] = {}
     if isinstance(partition, Dirichlet | Quantity):
         about["alpha"] = partition.alpha if np.isfinite(partition.alpha) else "inf"
     if isinstance(partition, Pathological):
         about["classes_per_client"] = partition.classes_per_client
     if not isinstance(partition, Dirichlet | Pathological):
-        return np.zeros(len(groups), np.int64), about
+        return np.zeros(len(groups.digests), np.int64), about
     key = partition.by or "origin_dataset"
     if key not in list_keys(table) and partition.by is None:
         raise UserError(
@@ -210,10 +189,14 @@ def _read_labels(
     values = [value or UNKNOWN for value in read_key(table, key, rows)]
     names, numbers = np.unique(np.asarray(values, object), return_inverse=True)
     about = {"by": key, **about, "values": len(names), "rows_unknown": values.count(UNKNOWN)}
-    return by_image.label_groups(groups, numbers), about
+    pairs, counts = np.unique(np.stack([groups.of_row, numbers]), axis=1, return_counts=True)
+    # The last key sorts first: by group, then by falling count, then by label.
+    by_count = np.lexsort((pairs[1], -counts, pairs[0]))
+    _, first = np.unique(pairs[0][by_count], return_index=True)
+    return pairs[1][by_count][first], about
 
 
-def _cut(labels: Int[np.ndarray, " groups"], partition: Drawn, rng: np.random.Generator) -> Int[np.ndarray, " groups"]:
+def _cut(labels: Groups, partition: Drawn, rng: np.random.Generator) -> Groups:
     match partition:
         case Dirichlet():
             return algorithms.cut_dirichlet(labels, partition.clients, partition.alpha, rng)
@@ -223,3 +206,42 @@ def _cut(labels: Int[np.ndarray, " groups"], partition: Drawn, rng: np.random.Ge
             return algorithms.cut_quantity(len(labels), partition.clients, partition.alpha, rng)
         case _:
             return algorithms.cut_iid(len(labels), partition.clients)
+
+
+def rank_groups(groups: ImageGroups, seed: int, purpose: bytes = b"") -> Groups:
+    """Rank groups by a hash of their content, the seed and the purpose alone."""
+    rank = np.empty(len(groups.digests), np.int64)
+    rank[federated.sort_by_hash(groups.digests, seed, purpose)] = np.arange(len(groups.digests))
+    return rank
+
+
+def order_groups(groups: ImageGroups, labels: Groups, splits: Rows | None, seed: int) -> Groups:
+    """Draw the order in which clients take runs of groups, labels and given splits evenly mixed in every run."""
+    strata = labels * len(SPLITS)
+    if splits is not None:
+        split = np.full(len(groups.digests), len(SPLITS) - 1)
+        np.minimum.at(split, groups.of_row, splits)
+        strata = strata + split
+    # Another purpose than that of the splits, so that the two draws are independent.
+    rank = rank_groups(groups, seed, b"partition")
+    place, size = _count_off(strata, rank)
+    return np.lexsort((rank, (place + 0.5) / size))
+
+
+def split_groups(owners: Groups, rank: Groups, options: DataOptions) -> Groups:
+    """Put every owner's first groups by rank into test, the next into validation, the others into train."""
+    assert isinstance(options, parquet.Options)  # a set of another form has splits already
+    place, size = _count_off(owners, rank)
+    test = np.floor(options.test_share * size + 0.5)
+    validation = np.floor(options.validation_share * size + 0.5)
+    return np.where(place < test, TEST, np.where(place < test + validation, VALIDATION, TRAIN))
+
+
+def _count_off(strata: Groups, rank: Groups) -> tuple[np.ndarray, np.ndarray]:
+    """Return every group's place by rank in its stratum, and the size of that stratum."""
+    order = np.lexsort((rank, strata))
+    _, start, which, sizes = np.unique(strata[order], return_index=True, return_inverse=True, return_counts=True)
+    place, size = np.empty(len(strata), np.int64), np.empty(len(strata), np.int64)
+    place[order] = np.arange(len(strata)) - start[which]
+    size[order] = sizes[which]
+    return place, size

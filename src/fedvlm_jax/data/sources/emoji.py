@@ -1,7 +1,4 @@
-"""The emoji set that ships: one client per drawing style and language; how they are drawn is in `emoji_topics.py`.
-
-Nothing heavy is imported here, because `fedvlm train --help` reads this file.
-"""
+"""The emoji set that ships: one client per drawing style and language; how they are drawn is in `emoji_topics.py`."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fedvlm_jax.data.config import Alpha, DataOptions, Natural, Partition, check_names
-from fedvlm_jax.data.sources.registry import NamedSet
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.option_ranges import Amount, Count
 
@@ -17,16 +13,15 @@ if TYPE_CHECKING:
     from fedvlm_jax.data.federated_dataset import Federation
     from fedvlm_jax.data.table import Table
 
+_DEFAULT_CLIENTS = "(default: one per style and language)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topics(Natural):
     """The set's own clients, each with a mix of topics"""
 
     clients: Annotated[
-        Count | None,
-        tyro.conf.arg(
-            metavar="INT", help_behavior_hint="(default: one per style and language)", aliases=("--clients",)
-        ),
+        Count | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_DEFAULT_CLIENTS, aliases=("--clients",))
     ] = None
     """Number of clients; further ones share styles and languages. Ours, not the paper's."""
     alpha: Alpha = 0.3
@@ -63,19 +58,14 @@ class Options(DataOptions):
                 "clients: leave them out, or choose another --data.partition"
             )
 
+    def read(self) -> "Table":
+        """Open the set that ships; no option says where it lies."""
+        from fedvlm_jax.data.partitioning import emoji_topics
 
-def _read(_: Options) -> "Table":
-    from fedvlm_jax.data.partitioning import emoji_topics
+        return emoji_topics.read_file(emoji_topics.FILE)
 
-    return emoji_topics.read_file(emoji_topics.FILE)
+    def federate(self, table: "Table", seed: int) -> "Federation":
+        """Give every client its images; see `federate_topics`."""
+        from fedvlm_jax.data.partitioning.emoji_topics import federate_topics
 
-
-def _federate(table: "Table", options: Options, seed: int) -> "Federation":
-    from fedvlm_jax.data.partitioning.emoji_topics import federate_topics
-
-    return federate_topics(table, options, seed)
-
-
-DATASET = NamedSet(
-    "emoji", "emoji of four drawing styles, asked about in twelve languages (ships)", Options, _read, _federate
-)
+        return federate_topics(table, self, seed)

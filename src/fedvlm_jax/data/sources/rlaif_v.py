@@ -15,7 +15,6 @@ import tyro
 
 from fedvlm_jax.data.config import Source
 from fedvlm_jax.data.sources import parquet
-from fedvlm_jax.data.sources.registry import NamedSet
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.utils.digests import digest_files
 
@@ -44,26 +43,21 @@ class Options(parquet.Options):
         if self.path is not None and self.revision is not None:
             raise UserError(f"--data.revision {self.revision} is the hub's; with --data.path {self.path} leave it out.")
 
+    def read_shards(self) -> "Table":
+        """Open the shards below `path`, or the hub's at `revision` (what it calls main now, if None)."""
+        from fedvlm_jax.data.parquet_to_arrow import read_parquet
 
-def _read(options: Options) -> "Table":
-    """Open the shards below `options.path`, or the hub's at `options.revision` (what it calls main now, if None)."""
-    from fedvlm_jax.data.parquet_to_arrow import read_parquet
-
-    if options.path is None:
-        table = _fetch(options.revision)
-    else:
-        path = options.path.expanduser()
-        if not path.exists():
+        path = self.path and self.path.expanduser()
+        if path is not None and not path.exists():
             raise UserError(f"--data.path {path} does not exist; expected the folder of RLAIF-V's parquet shards.")
-        table = read_parquet(path, NAME)
-    # Other data of the same form lack these columns.
-    missing = [c for c in ("rejected", "origin_dataset", "origin_split", "idx") if c not in table.columns]
-    if missing:
-        raise UserError(
-            f"--data.path {options.path} is not RLAIF-V: it lacks {', '.join(missing)} and has "
-            f"{', '.join(table.columns)}. For other data of that form: --data {options.path}"
-        )
-    return table
+        table = _fetch(self.revision) if path is None else read_parquet(path, NAME)
+        # Other data of the same form lack these columns.
+        if missing := [c for c in ("rejected", "origin_dataset", "origin_split", "idx") if c not in table.columns]:
+            raise UserError(
+                f"--data.path {self.path} is not RLAIF-V: it lacks {', '.join(missing)} and has "
+                f"{', '.join(table.columns)}. For other data of that form: --data {self.path}"
+            )
+        return table
 
 
 def _fetch(revision: str | None) -> "Table":
@@ -83,11 +77,6 @@ def _fetch(revision: str | None) -> "Table":
     urls = dataset.info.download_checksums or {}  # hf://datasets/owner/name@commit/file
     commits = {found[1] for url in urls if (found := re.search(r"@([0-9a-f]{40})/", url))}
     files = [Path(entry["filename"]) for entry in dataset.cache_files]
-    # Not the working folder: a file of it could pass for one of the set's images.
-    table = open_dataset(dataset, NAME, files[0].parent)
-    return dataclasses.replace(table, revision=min(commits, default=revision), digest=digest_files(files))
-
-
-DATASET = NamedSet(
-    NAME, "preference pairs about pictures of seven sources (from --data.path, or the Hugging Face hub)", Options, _read
-)
+    # Its folder is not the working folder, a file of which could pass for one of the set's images.
+    table, revision = open_dataset(dataset), min(commits, default=revision)
+    return dataclasses.replace(table, name=NAME, revision=revision, digest=digest_files(files))
