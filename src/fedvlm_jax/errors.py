@@ -62,15 +62,15 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{name}" + (f" ({advice})" if advice else "")
 
 
-def explain_error(error: BaseException, most: int = 300) -> str:
-    """Write an exception as one line of at most so many characters, its kind first unless it is a message of ours.
+def explain_error(error: BaseException) -> str:
+    """Write an exception as one line of at most 300 characters, its kind first unless it is a message of ours.
 
     >>> explain_error(OSError("disk  full"))
     'OSError: disk full'
     """
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     text = " ".join(f"{kind}{error}".split())
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return text if len(text) <= 300 else f"{text[:299]}…"
 
 
 def find_machine_fault(error: BaseException) -> OSError | MemoryError | None:

@@ -27,7 +27,7 @@ from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.callbacks import MetricsWriter
 from fedvlm_jax.utils.files import write_bytes, write_json
-from fedvlm_jax.utils.standard_streams import leave_out_told
+from fedvlm_jax.utils.standard_streams import silence_closed_loops
 
 FULL = "No space left on device (free some space there)"
 
@@ -126,7 +126,7 @@ def test_a_thread_that_ends_another_write_of_a_failed_checkpoint_says_nothing(er
             raise RuntimeError(error)
 
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    leave_out_told()
+    silence_closed_loops()
     Ended()
     assert (error in capsys.readouterr().err) == told
 

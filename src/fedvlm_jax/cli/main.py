@@ -26,7 +26,7 @@ from fedvlm_jax.cli._signals import exit_code, heed_signals, say
 from fedvlm_jax.cli._words import WORDS, expand_rate
 from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
 from fedvlm_jax.utils.option_ranges import check_arguments
-from fedvlm_jax.utils.standard_streams import PIPE_GONE, is_reader_gone, leave_out_told, silence, soften
+from fedvlm_jax.utils.standard_streams import PIPE_GONE, is_reader_gone, silence, silence_closed_loops, soften
 
 ORDER = ("data", "explain", "plan", "train", "compare", "evaluate", "report", "cache")
 # Environment of the commands, where the user's own says nothing.
@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> None:
     for name, value in QUIET.items():  # before jax and transformers are imported, which read them then
         os.environ.setdefault(name, value)
     soften()
-    leave_out_told()
+    silence_closed_loops()
     try:
         with heed_signals():
             for word in words:

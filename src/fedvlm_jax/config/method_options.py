@@ -1,7 +1,7 @@
 """Options that change the mathematics of a round, and whether a method has a place for them; judged before any load.
 
-A method says itself what does not go with it (`Method.refuses`), so nothing here knows any by name. Its own numbers
-need no such check: those of another method cannot be written.
+A method declares what does not go with it (`Method.refuses`), so nothing here knows any by name. The numbers of a
+method need no such check: those of another method cannot be written.
 """
 
 import dataclasses
@@ -69,6 +69,7 @@ def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Ru
     Args:
         options: the numbers of this method; its defaults if None.
     """
+    # A comparison has one set of options for all methods, so one that a method has no use for is no mistake.
     run = dataclasses.replace(base, method=name, method_options=options or MethodOptions())
     moot = declare(name, run).moot
     local = {field.name: field.default for field in dataclasses.fields(LocalOptions) if f"local.{field.name}" in moot}

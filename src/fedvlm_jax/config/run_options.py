@@ -50,7 +50,7 @@ def describe_method(name: str) -> str:
     """Return the first sentence of a method's file, read without importing it; empty for a name without a file.
 
     >>> describe_method("local")
-    'Local training: every client fine-tunes its own adapter and nothing ever leaves it. The one to beat.'
+    'Local training: ...'
     """
     if name not in (*methods_available(), SHARE):
         return ""
@@ -69,6 +69,7 @@ def objectives_available() -> tuple[str, ...]:
 
 
 def _list_files(folder: str) -> list[str]:
+    # By name: to import the files would import jax, which `--help` must not wait for.
     return sorted(path.stem for path in (PACKAGE / folder).glob("*.py") if not path.stem.startswith("_"))
 
 
@@ -248,7 +249,7 @@ class Run:
 
     def __post_init__(self) -> None:
         """Give the method its default numbers where none are given."""
-        if type(self.method_options) is MethodOptions:
+        if type(self.method_options) is MethodOptions:  # the default: which class it has depends on the method
             object.__setattr__(self, "method_options", find_method_options(self.method)())
 
 
@@ -305,7 +306,7 @@ def from_json(stored: Any) -> Run:
     """
     if not isinstance(stored, Mapping):
         return decode(Run, stored)
-    if "hyper" in stored:
+    if "hyper" in stored:  # `decode` would call it unknown, which says less
         raise UserError(
             "the stored configuration is of a development state of fedvlm-jax 0.1, whose methods shared one record of "
             "numbers: the commit that its config.json names reads it"

@@ -5,15 +5,7 @@ import re
 from pathlib import Path
 
 from fedvlm_jax.config.method_options import MATHEMATICS, check_method, find_rule, for_method, list_changed, write_flag
-from fedvlm_jax.config.run_options import (
-    METHOD,
-    SHARE,
-    Compare,
-    Run,
-    TrainOptions,
-    methods_available,
-    objectives_available,
-)
+from fedvlm_jax.config.run_options import METHOD, SHARE, Compare, Run, methods_available, objectives_available
 from fedvlm_jax.data.sources.registry import find_options
 from fedvlm_jax.distributed.mesh_shape import parse_mesh
 from fedvlm_jax.errors import UserError
@@ -65,6 +57,7 @@ def validate_comparison(comparison: Compare) -> None:
         raise UserError(f"--methods names {twice[0]} twice: leave one out")
     if base.seed + comparison.seeds - 1 > LARGEST_SEED:
         raise UserError(f"--seed {base.seed} and --seeds {comparison.seeds} go beyond {LARGEST_SEED}")
+    # Options of `train` that are others here would silently do nothing.
     if base.method != METHOD:
         raise UserError(f"--method {base.method} chooses for `fedvlm train`; here say --methods {base.method} ...")
     if strangers := sorted(comparison.method_options.keys() - set(names)):
@@ -90,16 +83,25 @@ def _check_common(run: Run) -> None:
     """Refuse what cannot work with any method."""
     check_ranges(run)
     _require_choice("--objective", run.objective, objectives_available())
-    # The loop comes first: the objective's file imports jax, which a run with default options need not wait for here.
+    objective = load_objective(run.objective, run.preference)
     for path in list_changed(run, "preference"):
         name = path.removeprefix("preference.")
-        if name not in load_objective(run.objective, run.preference).reads:
+        if name not in objective.reads:
             readers = [o for o in objectives_available() if name in load_objective(o, run.preference).reads]
             raise UserError(
                 f"{write_flag(path)} means nothing to --objective {run.objective}: leave it out, or "
                 f"use --objective {' or '.join(readers)}"
             )
-    _check_metrics(run)
+    from fedvlm_jax.evaluation.metrics.text_metrics import METRICS  # late: it imports numpy
+
+    evaluation = run.evaluation
+    for name in evaluation.metrics:
+        _require_choice("--evaluation.metrics", name, tuple(METRICS))
+    if evaluation.select_by:
+        _require_choice("--evaluation.select-by", evaluation.select_by, SELECTING)
+    judged_by = evaluation.select_by or objective.select_by
+    if judged_by in METRICS and judged_by not in evaluation.metrics:
+        raise UserError(f"--evaluation.metrics leaves out {judged_by}, by which the best round is chosen: add it")
     if not run.model:
         raise UserError("--model is empty: give a shipped model's name, a folder or a Hugging Face hub id")
     # A hub id is `name` or `owner/name`; anything else that has a slash can only be meant as a path.
@@ -117,19 +119,6 @@ def _check_common(run: Run) -> None:
     _check_mathematics(run)
 
 
-def _check_metrics(run: Run) -> None:
-    from fedvlm_jax.evaluation.metrics.text_metrics import METRICS  # late: it imports numpy
-
-    evaluation = run.evaluation
-    for name in evaluation.metrics:
-        _require_choice("--evaluation.metrics", name, tuple(METRICS))
-    if evaluation.select_by:
-        _require_choice("--evaluation.select-by", evaluation.select_by, SELECTING)
-    judged_by = evaluation.select_by or load_objective(run.objective, run.preference).select_by
-    if judged_by in METRICS and judged_by not in evaluation.metrics:
-        raise UserError(f"--evaluation.metrics leaves out {judged_by}, by which the best round is chosen: add it")
-
-
 def _check_pairs(run: Run) -> None:
     train, participation = run.train, run.participation
     if participation.sampling != "uniform" and run.cohort is None:
@@ -142,7 +131,7 @@ def _check_pairs(run: Run) -> None:
             "--participation.stragglers take fewer steps than --train.local-steps 1, and there are none: take more "
             "local steps, or leave it out"
         )
-    if train.local_epochs is not None and train.local_steps != TrainOptions().local_steps:
+    if train.local_epochs is not None and train.local_steps != Run().train.local_steps:
         raise UserError(
             f"--train.local-epochs {train.local_epochs} and --train.local-steps {train.local_steps} exclude each "
             "other: epochs decide how many steps every client takes; leave one out"
@@ -152,7 +141,7 @@ def _check_pairs(run: Run) -> None:
             f"--train.warmup-rounds is {train.warmup_rounds}, and there are --train.rounds {train.rounds}: warm up in "
             "fewer, or train longer"
         )
-    if train.learning_rate_a == 0 and train.learning_rate_b == 0:
+    if train.learning_rate_a == 0 and train.learning_rate_b == 0:  # one of them may be: that factor is frozen
         raise UserError("--train.learning-rate-a and --train.learning-rate-b are both 0: nothing would be trained")
     if train.optimizer == "sgd" and train.weight_decay:
         raise UserError("--train.weight-decay belongs to AdamW: leave it at 0, or use --train.optimizer adamw")
@@ -160,7 +149,7 @@ def _check_pairs(run: Run) -> None:
     if system.wave and run.cohort and system.wave > run.cohort:
         raise UserError(f"--wave {system.wave} is wider than --cohort {run.cohort}: make the wave smaller")
     mesh = parse_mesh(system.mesh)
-    if system.wave and mesh and system.wave % mesh.clients:
+    if system.wave and mesh and system.wave % mesh.clients:  # each group trains as many clients at a time
         raise UserError(f"--wave {system.wave} does not divide over --mesh {mesh}: use a multiple of {mesh.clients}")
     if system.cache_dir is not None and system.cache not in ("auto", "disk"):
         raise UserError(f"--system.cache-dir is for --system.cache disk, not {system.cache}")

@@ -104,6 +104,7 @@ def open_adapters(folder: Path, names: Sequence[str]) -> Callable[[np.ndarray], 
     listed = _read_list(folder)["clients"]
     if absent := [name for name in names if name not in listed]:
         raise UserError(f"{folder / LIST} does not list the client {absent[0]!r}")
+    # The folder may be a stranger's: a name with folders in it leads nowhere else.
     paths = [folder / "clients" / Path(listed[name]["file"]).name for name in names]
     for path in paths:
         if not path.is_file():
@@ -181,7 +182,7 @@ def describe_environment() -> dict[str, Any]:
     """Describe versions, machine and, in a checkout, the commit."""
     root, commit = Path(__file__).parents[3], None
     if (root / ".git").exists():
-        with suppress(OSError, subprocess.CalledProcessError):  # no git, or a checkout of somebody else
+        with suppress(OSError, subprocess.CalledProcessError):  # no git, or the checkout of another user
             commit = subprocess.check_output(
                 ["git", "rev-parse", "HEAD"], cwd=root, stderr=subprocess.DEVNULL, text=True
             ).strip()

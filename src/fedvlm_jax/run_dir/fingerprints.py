@@ -30,6 +30,9 @@ def anchor(run: Run) -> Run:
 
     Raises:
         UserError: such a path has bytes that are no UTF-8.
+
+    >>> anchor(Run()) == Run()  # shipped data and a shipped model: names, not paths
+    True
     """
     source, model = run.data.source, run.model
     if source not in list_sets() and Path(source).expanduser().exists():
@@ -67,7 +70,7 @@ def find_places(folder: Path, run: Run) -> None:
     """
     shards = getattr(run.data, "path", None)
     path = ("--data.path", str(shards)) if shards else ("--data", run.data.source)
-    for flag, place in (path, ("--model", run.model)):
+    for flag, place in (path, ("--model", run.model)):  # a relative one is a name: paths were made absolute
         if Path(place).is_absolute() and not os.path.exists(place):  # noqa: PTH110  it raises for no name
             flag = f"--data {run.data.source} {flag}" if flag == "--data.path" else flag
             raise UserError(
@@ -134,9 +137,15 @@ def compare_clients(folder: Path, stored: Mapping[str, str], now: Mapping[str, s
 
     Raises:
         UserError: each that differs, a line for each.
+
+    >>> compare_clients(Path("run"), {"ann": "0f"}, {"ann": "1e"})
+    Traceback (most recent call last):
+    fedvlm_jax.errors.UserError: run was not made of what is there now, so its numbers would be those of neither:
+      the client ann has other rows
+    Put back what was there, or start a new run.
     """
     lines = [f"the client {name} {what}" for name, what in _list_differences(stored, now, "has other rows")]
-    if not lines and list(stored) != list(now):
+    if not lines and list(stored) != list(now):  # states and random draws go by their numbers
         lines = ["the clients are in another order"]
     _refuse(folder, lines)
 

@@ -124,7 +124,7 @@ class Claim:
         with naming(self.folder / LOCK):
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, json.dumps(holder).encode(), 0)
-            os.fsync(self._file)
+            os.fsync(self._file)  # a network disk may refuse only now
 
 
 def make_folder(name: str, now: datetime | None = None) -> Path:

@@ -12,16 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.run_dir.validated_files import (
-    COMPARISON,
-    ORIGIN,
-    SEAL,
-    check_seal,
-    parse_line,
-    read_json,
-    read_results,
-    read_text,
-)
+from fedvlm_jax.run_dir import validated_files
 
 BASELINE = "baseline"
 """Folder in a run's, of the run that trained the same clients alone."""
@@ -46,7 +37,11 @@ class RunRecord:
 
     @property
     def method(self) -> str:
-        """The method's name, with "+ft" where local fine-tuning followed and "+knn" where neighbours are mixed in."""
+        """The method's name, with "+ft" where local fine-tuning followed and "+knn" where neighbours are mixed in.
+
+        >>> RunRecord(Path("run"), {"run": {"method": "plora", "train": {"finetune_steps": 5}}}, [], {}).method
+        'plora+ft'
+        """
         # Folders of version 0.1 have no such options.
         finetuned = "+ft" if self.options.get("train", {}).get("finetune_steps", 0) > 0 else ""
         remembers = "+knn" if self.options.get("evaluation", {}).get("neighbours", 0) > 0 else ""
@@ -103,7 +98,11 @@ class ComparisonRecord:
 
 
 def _drop_missing(scores: Mapping[str, float | None]) -> dict[str, float]:
-    # `null` or NaN is the score of a client without examples.
+    """Leave out clients without examples, whose score is `null` or NaN.
+
+    >>> _drop_missing({"ann": 0.5, "bob": None})
+    {'ann': 0.5}
+    """
     return {client: float(score) for client, score in scores.items() if score is not None and not math.isnan(score)}
 
 
@@ -124,10 +123,10 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder}: no config.json there, so it is not the folder of a run")
     if not (folder / "results.json").is_file():
         raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
-    config = read_json(folder / "config.json", ORIGIN)
-    if SEAL in config:
-        check_seal(folder / "config.json", config)
-    return RunRecord(folder, config, read_metrics(folder), read_results(folder / "results.json"))
+    config = validated_files.read_json(folder / "config.json", validated_files.ORIGIN)
+    if validated_files.SEAL in config:
+        validated_files.check_seal(folder / "config.json", config)
+    return RunRecord(folder, config, read_metrics(folder), validated_files.read_results(folder / "results.json"))
 
 
 def read_baseline(record: RunRecord) -> RunRecord | None:
@@ -157,15 +156,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         UserError: a line is not that of a round. One that a kill cut short is left out.
     """
     path = folder / "metrics.jsonl"
-    texts = read_text(path).split("\n") if path.is_file() else [""]
+    texts = validated_files.read_text(path).split("\n") if path.is_file() else [""]
     try:
         json.loads(texts[-1])
     except (ValueError, RecursionError):  # nothing, after the end of the last line, or what a kill left of a line
         texts.pop()
     lines: dict[int, dict[str, Any]] = {}
     for number, text in enumerate(texts, start=1):
-        line = parse_line(path, text, f", line {number}")
-        lines[line["round"]] = line
+        line = validated_files.parse_line(path, text, f", line {number}")
+        lines[line["round"]] = line  # a killed run wrote rounds that the resumed one wrote again
     return [lines[number] for number in sorted(lines)]
 
 
@@ -178,7 +177,7 @@ def read_comparison(folder: Path) -> ComparisonRecord:
     path = folder / "comparison.json"
     if not path.is_file():
         raise UserError(f"{folder}: no comparison.json there, so it is not the folder of a finished comparison")
-    stored = read_json(path, COMPARISON)
+    stored = validated_files.read_json(path, validated_files.COMPARISON)
     return ComparisonRecord(
         folder,
         methods=stored["methods"],

@@ -1,7 +1,7 @@
 """Files of runs and comparisons, read as files of strangers.
 
-Whatever a disk, an editor or a copy did to one is told in one line that names it, and what is handed on has the form
-that its readers count on.
+Damage by a disk, an editor or a copy is reported in a line that names the file, and what is handed on has the form that
+its readers count on.
 
 No heavy package is imported here.
 """
@@ -38,7 +38,7 @@ Form = Mapping[str, Any]
 """The form of a JSON object: the names of its entries -> their types.
 
 A type is a hint, or the form of an object, or `[form]` for a list of such objects; `{"*": form}` is the form of an
-object whose entries all have one form. "?" after a name: the entry may be missing.
+object whose entries all have that form. "?" after a name: the entry may be missing.
 """
 
 ORIGIN: Form = {  # of config.json, perhaps of another version; tables and reports count on it
@@ -46,10 +46,7 @@ ORIGIN: Form = {  # of config.json, perhaps of another version; tables and repor
     "resolved?": dict[str, Any],
     "versions?": dict[str, Any],
 }
-RESOLVED: Form = {
-    "run": dict[str, Any],
-    "resolved": {"wave": int, "clients": list[str], "mesh": dict[str, int]},
-}
+RESOLVED: Form = {"run": dict[str, Any], "resolved": {"wave": int, "clients": list[str], "mesh": dict[str, int]}}
 SEALED: Form = {
     "fingerprint": {"data": str, "weights": str, "model_files": dict[str, str], "clients": dict[str, str]},
     "versions": dict[str, str | None],
@@ -111,6 +108,10 @@ def parse_json(path: Path, text: str, where: str = "") -> dict[str, Any]:
 
     Raises:
         UserError: it is none; names the file, and `where` in it.
+
+    >>> parse_json(Path("metrics.jsonl"), "[1]", ", line 3")
+    Traceback (most recent call last):
+    fedvlm_jax.errors.UserError: metrics.jsonl, line 3: expected a JSON object, found '[1]'
     """
     try:
         stored = json.loads(text)
@@ -246,6 +247,10 @@ def check_form(path: Path, stored: Mapping[str, Any], form: Form, where: str = "
 
     Raises:
         UserError: the first entry that is missing, or of another type.
+
+    >>> check_form(Path("results.json"), {"runs": [{"seed": "0"}]}, {"runs": [{"seed": int}]})
+    Traceback (most recent call last):
+    fedvlm_jax.errors.UserError: results.json: runs.0.seed = '0'; expected int; is the file damaged?
     """
     if "*" in form:
         for name, value in stored.items():
@@ -256,9 +261,8 @@ def check_form(path: Path, stored: Mapping[str, Any], form: Form, where: str = "
         if name in stored:
             _check_entry(path, stored[name], kind, where, before + name)
         elif name == key:
-            raise UserError(
-                f"{path}{where}: the entry {before + name!r} is missing; is it damaged, or of another version?"
-            )
+            named = f"{path}{where}: the entry {before + name!r}"
+            raise UserError(f"{named} is missing; is it damaged, or of another version?")
 
 
 def _check_entry(path: Path, value: Any, kind: Any, where: str, name: str) -> None:

@@ -125,8 +125,11 @@ def _lock(folder: Path, *, shared: bool) -> int | None:
     while True:
         if shared:
             folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _open(folder / LOCK)
-        if descriptor is None:
+        for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):  # a cache that others filled may be read-only
+            with contextlib.suppress(OSError):
+                descriptor = os.open(folder / LOCK, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+                break
+        else:
             return None
         try:
             if fcntl is None:
@@ -143,13 +146,6 @@ def _lock(folder: Path, *, shared: bool) -> int | None:
         os.close(descriptor)  # whoever removed the entry removed this file while we waited for it
         if not shared:
             return None
-
-
-def _open(file: Path) -> int | None:
-    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):  # a cache that others filled may be read-only
-        with contextlib.suppress(OSError):
-            return os.open(file, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    return None
 
 
 def hold_table(folder: Path) -> Hold | None:

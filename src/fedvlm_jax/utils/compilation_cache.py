@@ -41,6 +41,8 @@ def keep_programs() -> Path | None:
         The folder; None where it is switched off, cannot be made, is open to others (printed on stderr), or is already
         decided (`JAX_COMPILATION_CACHE_DIR`).
     """
+    from filelock import FileLock, Timeout  # it imports asyncio, for which `--help` should not wait
+
     chosen = os.environ.get(SWITCH, "")
     if chosen == "0" or FOLDER in os.environ:
         return None
@@ -58,7 +60,11 @@ def keep_programs() -> Path | None:
         return None
     folder.chmod(0o700)
     _holds.append(Hold(folder))
-    _remove_unfinished(folder)
+    # jax writes a program's time of use last, and finds no room beside one without. It holds this lock meanwhile.
+    with contextlib.suppress(OSError, Timeout), FileLock(folder / ".lockfile", timeout=10.0):
+        for file in folder.glob("*-cache"):
+            if not file.with_name(file.name.removesuffix("-cache") + "-atime").exists():
+                file.unlink()
     jax = sys.modules.get("jax")  # which reads the environment when it is imported
     for name, value in {"jax_compilation_cache_dir": str(folder), **SETTINGS}.items():
         if name.upper() not in os.environ:
@@ -103,17 +109,6 @@ def _is_open(found: os.stat_result) -> bool:
         same = (group.gr_gid, group.gr_name) == (user.pw_gid, user.pw_name)
         alone = same and set(group.gr_mem) <= {user.pw_name}
     return bool(found.st_mode & stat.S_IWOTH) or bool(found.st_mode & stat.S_IWGRP and not alone)
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Remove programs whose time of use is missing: jax writes it last, and finds no room beside one without."""
-    from filelock import FileLock, Timeout  # it imports asyncio, for which `--help` should not wait
-
-    # jax holds this lock while it looks for a program.
-    with contextlib.suppress(OSError, Timeout), FileLock(folder / ".lockfile", timeout=10.0):
-        for file in folder.glob("*-cache"):
-            if not file.with_name(file.name.removesuffix("-cache") + "-atime").exists():
-                file.unlink()
 
 
 def describe_processor() -> str:

@@ -16,11 +16,9 @@ from fedvlm_jax.errors import naming
 
 
 def write_bytes(file: Path, content: bytes, *, sync: bool = False) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all, into a folder that exists.
 
     Args:
-        file: in a folder that exists.
-        content: of the file.
         sync: wait until the disk has it, so that it outlives a power cut.
 
     Raises:

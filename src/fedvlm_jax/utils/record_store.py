@@ -9,7 +9,6 @@ record that does not fit its digest counts as missing: it is computed again and 
 import contextlib
 import hashlib
 import logging
-import os
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,10 +29,7 @@ class _Place(NamedTuple):
 
 
 class Records:
-    """Records of `size` bytes in a folder, by keys of `KEY` bytes.
-
-    One process's threads must take turns; processes need not.
-    """
+    """Records of `size` bytes in a folder, by keys of `KEY` bytes. Threads must take turns; processes need not."""
 
     def __init__(self, folder: Path, size: int) -> None:
         """Open the folder, which is made where it does not exist, and hold it as in use.
@@ -46,7 +42,6 @@ class Records:
         self._places: dict[bytes, list[_Place]] = {}
         self._seen: dict[str, int] = {}
         self._segment = uuid.uuid4().hex
-        self._written = 0
         self._writable = True
         self.refresh()
 
@@ -104,27 +99,18 @@ class Records:
         digests = [_digest(key, content) for key, content in zip(keys, contents, strict=True)]
         try:
             # Keys last: an entry then never stands for a record that a kill cut short.
-            _append(self._folder / f"{self._segment}.rows", b"".join(contents))
-            _append(self._folder / f"{self._segment}.keys", b"".join(k + d for k, d in zip(keys, digests, strict=True)))
+            entries = [key + digest for key, digest in zip(keys, digests, strict=True)]
+            for kind, written in (("rows", contents), ("keys", entries)):
+                with (self._folder / f"{self._segment}.{kind}").open("ab") as file:
+                    file.write(b"".join(written))
         except OSError as error:
             self._writable = False
             logging.getLogger(__name__).warning("%s takes no more: %s", self._folder, error.strerror or error)
             return
-        for row, (key, digest) in enumerate(zip(keys, digests, strict=True), self._written):
+        first = self._seen.get(self._segment, 0)
+        for row, (key, digest) in enumerate(zip(keys, digests, strict=True), first):
             self._places.setdefault(key, []).append(_Place(self._segment, row, digest))
-        self._written += len(contents)
-        self._seen[self._segment] = self._written
-
-
-def _append(file: Path, content: bytes) -> None:
-    """Append all of it, or raise OSError: a shorter write would shift every later record."""
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        left = memoryview(content)
-        while left:
-            left = left[os.write(descriptor, left) :]
-    finally:
-        os.close(descriptor)
+        self._seen[self._segment] = first + len(contents)
 
 
 def _digest(key: bytes, content: bytes) -> bytes:

@@ -4,11 +4,12 @@ The folder of a run must bring back the very options that made it. So nothing is
 unknown or missing key is an error, and a value of another type than its field's is an error that names the field.
 """
 
+import contextlib
 import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,14 +19,22 @@ from fedvlm_jax.utils.untrusted_text import cut
 T = TypeVar("T")
 
 
-def encode(options: Any) -> dict[str, Any]:
+def encode(value: Any) -> Any:
     """Turn a dataclass into what `json.dumps` takes: nested dictionaries, lists, strings, numbers, `None`.
 
     >>> from fedvlm_jax.methods.config import LocalOptions
     >>> encode(LocalOptions(proximal=0.1))
     {'proximal': 0.1, 'scaffold': False}
     """
-    return {field.name: _encode_value(getattr(options, field.name)) for field in dataclasses.fields(options)}
+    if dataclasses.is_dataclass(value):
+        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity
+    return value
 
 
 def decode(kind: type[T], stored: Any, where: str = "", chosen: Mapping[str, Any] | None = None) -> T:
@@ -52,29 +61,12 @@ def decode(kind: type[T], stored: Any, where: str = "", chosen: Mapping[str, Any
     missing = [name for name in names if name not in stored]
     if missing:
         raise UserError(f"the stored configuration lacks {prefix}{missing[0]}; was it written by another version?")
-    values = dict[str, Any]()
-    for name in names:
-        hint = chosen.get(prefix + name, hints[name])
-        if dataclasses.is_dataclass(hint):
-            values[name] = decode(typing.cast("type[Any]", hint), stored[name], prefix + name, chosen)
-        else:
-            values[name] = fit(hint, stored[name], prefix + name)
-    return kind(**values)
+    return kind(
+        **{name: fit(chosen.get(prefix + name, hints[name]), stored[name], prefix + name, chosen) for name in names}
+    )
 
 
-def _encode_value(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return encode(value)
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, tuple):
-        return [_encode_value(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no infinity
-    return value
-
-
-def fit(hint: Any, value: Any, where: str) -> Any:
+def fit(hint: Any, value: Any, where: str, chosen: Mapping[str, Any] | None = None) -> Any:
     """Rebuild a value of the type that a hint names from what JSON gave.
 
     Raises:
@@ -85,23 +77,29 @@ def fit(hint: Any, value: Any, where: str) -> Any:
     """
     if hint is Any:
         return value
-    origin = typing.get_origin(hint)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return decode(typing.cast("type[Any]", hint), value, where)
+        return decode(typing.cast("type[Any]", hint), value, where, chosen)
     if origin in (typing.Union, types.UnionType):
-        return _decode_union(typing.get_args(hint), value, where)
+        for member in inner:
+            with contextlib.suppress(UserError):
+                return fit(member, value, where)
+        raise _misfit(where, value, " or ".join(getattr(member, "__name__", str(member)) for member in inner))
     if origin is typing.Literal:
-        if value in typing.get_args(hint):
+        if value in inner:
             return value
-        raise _misfit(where, value, " or ".join(map(repr, typing.get_args(hint))))
-    if origin is tuple:
-        return _decode_tuple(typing.get_args(hint), value, where)
-    if origin is list:
-        return list(_decode_tuple((*typing.get_args(hint), ...), value, where))
+        raise _misfit(where, value, " or ".join(map(repr, inner)))
+    if origin in (list, tuple):
+        if not isinstance(value, list):
+            raise _misfit(where, value, "a list")
+        kinds = inner[:1] * len(value) if origin is list or inner[1:] == (...,) else inner
+        if len(kinds) != len(value):
+            raise _misfit(where, value, f"{len(kinds)} values")
+        return origin(fit(kind, item, where) for kind, item in zip(kinds, value, strict=True))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _misfit(where, value, "a group")
-        return {name: fit(typing.get_args(hint)[1], entry, f"{where}.{name}") for name, entry in value.items()}
+        return {name: fit(inner[1], entry, f"{where}.{name}") for name, entry in value.items()}
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and (type(value) is int or value in ("inf", "-inf", "nan")):
@@ -113,28 +111,6 @@ def fit(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and type(value) is hint:
         return value
     raise _misfit(where, value, getattr(hint, "__name__", str(hint)))
-
-
-def _decode_union(members: Sequence[Any], value: Any, where: str) -> Any:
-    if value is None and type(None) in members:
-        return None
-    for member in members:
-        if member is not type(None):
-            try:
-                return fit(member, value, where)
-            except UserError:
-                continue
-    raise _misfit(where, value, " or ".join(getattr(member, "__name__", str(member)) for member in members))
-
-
-def _decode_tuple(members: Sequence[Any], value: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise _misfit(where, value, "a list")
-    if len(members) == 2 and members[1] is Ellipsis:
-        members = [members[0]] * len(value)
-    if len(members) != len(value):
-        raise _misfit(where, value, f"{len(members)} values")
-    return tuple(fit(member, item, where) for member, item in zip(members, value, strict=True))
 
 
 def _misfit(where: str, value: Any, expected: str) -> UserError:

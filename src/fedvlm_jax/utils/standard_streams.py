@@ -49,7 +49,7 @@ def soften() -> None:
             reconfigure(errors="fedvlm")
 
 
-def leave_out_told() -> None:
+def silence_closed_loops() -> None:
     """Print no traceback of closed event loops: the error of the disk behind them is printed already.
 
     Where one of several writes of a checkpoint fails, orbax closes the event loop in which the others end, and each of
