@@ -110,8 +110,6 @@ def test_what_decides_pixels_decides_the_fingerprint(tmp_path: Path) -> None:
     one, same, wide = (Processor.from_folder(tmp_path / name) for name in ("one", "same", "wide"))
     assert one.fingerprint == same.fingerprint != wide.fingerprint
     assert (one.size, wide.size, one.image_tokens) == ((16, 20), (16, 24), 3)
-    assert one.mean == (0.5, 0.4, 0.3)
-    assert one.std == (0.2, 0.3, 0.4)
 
 
 def test_missing_files_are_said(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """Vision-language models as records of facts and pure functions: a package per family, found by `model_type`."""
 
 from fedvlm_jax.models.base import Batch, Family, Params, Processor, Vlm
-from fedvlm_jax.models.consistency import open_model
 from fedvlm_jax.models.hub import (
     load_vlm,
     load_weights,
+    open_model,
     open_processor,
     read_size,
     read_vlm,

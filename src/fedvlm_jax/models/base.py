@@ -1,25 +1,7 @@
 """The records that a family of vision-language models is to the rest of the package: facts and pure functions.
 
-Axes: C clients, B batch, A answers, T tokens, P image tokens, D width, V vocabulary, U labels.
-
-A *batch* is a dict of arrays:
-    pixel_values    [B, H, W, 3] float32, normalised as the model's processor does; or, in its place,
-    image_features  [B, P, D], what `Vlm.image_features` returned (for frozen towers: computed once and kept); if both
-                    are there, these are used
-    input_ids       [B, T] int32, image tokens included, padded on the right
-    attention_mask  [B, T] int32, 0 where padded
-    memory          in the place of all these but the mask: what `Vlm.encode` returned of them, so that the prompt is
-                    read once for several uses; the mask is still read
-    labels          [B, U] int32, -100 where ignored: the answer's tokens alone. `states[u]` and `logits[u]` predict
-                    `labels[u]` from the prompt and the labels before it
-Labels may also be [B, A, U], several answers to each prompt. They are answered as if each were asked alone, but the
-prompt is read once and its A answers share it.
-
-An *adapter* is a pytree of `fedvlm_jax.lora`, or None for the bare base. The base is an argument always:
-`jax.vmap` over adapters and batches with `in_axes=None` for params keeps each base matmul one over all clients' rows.
+`Vlm` says what a batch holds and what a model computes of it, `Processor` how text and pictures become arrays.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -51,12 +33,26 @@ class Vlm:
 
     Axes: B batch, A answers, T tokens, P image tokens, D width, V vocabulary, U labels.
 
-    A *batch* is a dict of arrays: `pixel_values`, or in their place `image_features`; `input_ids` and `attention_mask`;
-    or in the place of all but the mask `memory`; and `labels`. The module's documentation says more of each.
+    A *batch* is a dict of arrays:
+        pixel_values    [B, H, W, 3] float32, normalised as the model's processor does; or, in its place,
+        image_features  [B, P, D], what `image_features` returned (for frozen towers: computed once and kept); if both
+                        are there, these are used
+        input_ids       [B, T] int32, image tokens included, padded on the right
+        attention_mask  [B, T] int32, 0 where padded
+        memory          in the place of all these but the mask: what `encode` returned of them, so that the prompt is
+                        read once for several uses; the mask is still read
+        labels          [B, U] int32, -100 where ignored: the answer's tokens alone. `states[u]` and `logits[u]` predict
+                        `labels[u]` from the prompt and the labels before it
+    Labels may also be [B, A, U], several answers to each prompt. They are answered as if each were asked alone, but
+    the prompt is read once and its A answers share it.
+
+    An *adapter* is a pytree of `fedvlm_jax.lora`, or None for the bare base. The base is an argument always:
+    `jax.vmap` over adapters and batches with `in_axes=None` for params keeps each base matmul one over all clients'
+    rows.
 
     Attributes:
         family: its name, `florence2`.
-        config: the family's own configuration, which nothing outside of its package reads.
+        config: the family's configuration, which nothing outside of its package reads.
         fingerprint: all that makes the same weights another model, for the keys of caches.
         dtype: what matmuls are computed in. Norms, softmax and logits are float32 at least.
         init: (key) -> params: random weights, float32.
@@ -112,7 +108,7 @@ class Vlm:
     example_batch: Callable[[], dict[str, jax.ShapeDtypeStruct]]
 
     def __repr__(self) -> str:
-        """The family and precision; configuration and functions would fill pages."""
+        # Configuration and functions would fill pages.
         return f"Vlm({self.family}, {jnp.dtype(self.dtype).name}, image_width={self.image_width})"
 
     def logits(self, params: Params, adapter: PyTree, batch: Batch) -> Array:
@@ -120,11 +116,11 @@ class Vlm:
         return self.states(params, adapter, batch)[1]
 
     def most_prompt_tokens(self, answer: int) -> int:
-        """Longest prompt, image tokens included, beside answers of so many tokens; 0 or less where there is none."""
+        """Longest prompt, image tokens included, beside answers of so many tokens; 0 or less where none fits."""
         return self.positions - answer if self.shared_positions else self.positions
 
     def component(self, path: str) -> str | None:
-        """The part of the model that a parameter, a site or a leaf of an adapter lies in; None for other paths."""
+        """Find the part of the model that a parameter, a site or a leaf of an adapter lies in; None for other paths."""
         return next((name for name, pattern in self.components.items() if re.match(pattern, path)), None)
 
     @cached_property
@@ -137,72 +133,52 @@ class Vlm:
 
     @property
     def sites(self) -> lora.Sites:
-        """Where an adapter can sit, found by tracing once; touches no device."""
+        """The weights that an adapter can sit on, found by tracing once; touches no device."""
         return self._traced[1]
 
 
 class Processor(Protocol):
-    """Text and pictures to arrays and back, as a model was trained with."""
+    """Text and pictures to arrays and back, as a model was trained with.
 
+    Attributes:
+        size: height and width in pixels that every picture is brought to.
+        image_tokens: image tokens in every prompt: `Vlm.image_tokens` of `size`.
+        image_token_id: id of the token in whose places image tokens are put; no text yields it.
+        eos_token_id: id of the token that ends answers.
+        largest_id: the largest id of a token.
+        framing: ids of tokens that stand around texts, or for what is none: `decode` leaves them out.
+        fingerprint: a hash of all that decides how a picture becomes pixels, for the keys of caches.
+        pixels: pictures of any size and mode to normalised float32 pixels; none to an array of length 0.
+        prompts: texts to `input_ids` and `attention_mask`, image tokens included, padded on the right to the longest;
+            raises `UserError` for a text that cannot be asked.
+        answers: texts to labels, each ended by `eos_token_id`, cut to `max_tokens` with it, padded with -100.
+        decode: token ids, or labels, to texts: the inverse of `answers` but for white space around them.
+    """
+
+    # Properties and not plain attributes, so that a class which computes them fits, too.
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels that every picture is brought to."""
-        ...
-
+    def size(self) -> tuple[int, int]: ...
     @property
-    def image_tokens(self) -> int:
-        """Image tokens in every prompt: `Vlm.image_tokens` of `size`."""
-        ...
-
+    def image_tokens(self) -> int: ...
     @property
-    def image_token_id(self) -> int:
-        """Id of the token in whose places image tokens are put; no text yields it."""
-        ...
-
+    def image_token_id(self) -> int: ...
     @property
-    def eos_token_id(self) -> int:
-        """Id of the token that ends answers."""
-        ...
-
+    def eos_token_id(self) -> int: ...
     @property
-    def largest_id(self) -> int:
-        """The largest id of a token."""
-        ...
-
+    def largest_id(self) -> int: ...
     @property
-    def framing(self) -> frozenset[int]:
-        """Ids of tokens that stand around texts, or for what is none: `decode` leaves them out."""
-        ...
-
+    def framing(self) -> frozenset[int]: ...
     @property
-    def fingerprint(self) -> str:
-        """A hash of all that decides how a picture becomes pixels, for the keys of caches."""
-        ...
-
-    def pixels(self, images: Sequence[Image.Image], /) -> Float[np.ndarray, "B H W 3"]:
-        """Pictures of any size and mode to normalised float32 pixels; none to an array of length 0."""
-        ...
-
-    def prompts(self, texts: Sequence[str], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-        """Texts to `input_ids` and `attention_mask`, image tokens included, padded on the right to the longest.
-
-        Raises:
-            UserError: for a text that cannot be asked.
-        """
-        ...
-
-    def answers(self, texts: Sequence[str], max_tokens: int, /) -> Int[np.ndarray, "B U"]:
-        """Texts to labels, each ended by `eos_token_id`, cut to `max_tokens` with it, padded with -100."""
-        ...
-
-    def decode(self, ids: Int[np.ndarray, "B U"], /) -> list[str]:
-        """Token ids, or labels, to texts: the inverse of `answers` but for white space around them."""
-        ...
+    def fingerprint(self) -> str: ...
+    def pixels(self, images: Sequence[Image.Image], /) -> Float[np.ndarray, "B H W 3"]: ...
+    def prompts(self, texts: Sequence[str], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]: ...
+    def answers(self, texts: Sequence[str], max_tokens: int, /) -> Int[np.ndarray, "B U"]: ...
+    def decode(self, ids: Int[np.ndarray, "B U"], /) -> list[str]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How folders of a family of models are read: `FAMILY` of its package in `models/`.
+    """A family of models as its folders are read: `FAMILY` of its package in `models/`.
 
     Attributes:
         model_types: the values of `model_type` in a config.json that are the family's to read, or to refuse; the first
@@ -222,5 +198,9 @@ class Family:
 
 
 def select_leaves(adapter: lora.Adapter | None, belongs: Callable[[str], bool]) -> lora.Adapter | None:
-    """The part of an adapter that one call reads: a leaf that a call never reads is an error in `lora.inject`."""
+    """Select the part of an adapter that one call reads: `lora.inject` refuses leaves that its call never reads.
+
+    >>> select_leaves({"tower": {"fc": {"a": 1}}, "text": {"fc": {"a": 2}}}, lambda path: path.startswith("text/"))
+    {'text': {'fc': {'a': 2}}}
+    """
     return tree.partition(adapter, belongs)[0] or None if adapter else None

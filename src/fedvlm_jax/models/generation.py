@@ -1,12 +1,9 @@
 """Generation: settings from transformers' `GenerationConfig`, and one jitted function from a batch to answers.
 
 Tokens equal those of transformers 5.23's `generate` (see `search`); an option that would change them and is not
-implemented is refused, never ignored.
-
-Under `jax.vmap` over clients the loop runs until the slowest client has finished.
+implemented is refused, never ignored. Under `jax.vmap` over clients the loop runs until the slowest client has
+finished.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -19,6 +16,7 @@ from jaxtyping import Array, Int, PyTree
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Batch, Params
+from fedvlm_jax.models.folder_files import require_integer
 from fedvlm_jax.models.search import Decoder, Settings, Step, search_beams, search_greedy
 
 Amend = Callable[[PyTree, Array, Array], Array]
@@ -34,17 +32,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "max_time"), (None,)),
     "exponential_decay_length_penalty": (None,),
 }
-MOST_BEAMS = 64
-"""More beams than anybody searches by."""
+MOST_BEAMS = 64  # more than anybody searches by
 
 
 def read_settings(generation_config: Any, text: Any, vocabulary: int) -> Settings:
-    """Settings of a `GenerationConfig`.
-
-    Args:
-        generation_config: transformers' own.
-        text: has token ids as attributes, for those that it leaves open.
-        vocabulary: number of tokens.
+    """Settings of transformers' `GenerationConfig`; `text` has as attributes the token ids that it leaves open.
 
     Raises:
         UserError: for an option that would change the tokens and is not implemented, or for values of wrong types,
@@ -59,9 +51,7 @@ def read_settings(generation_config: Any, text: Any, vocabulary: int) -> Setting
         value = getattr(generation_config, name, None)
         return getattr(text, name, None) if value is None else value
 
-    eos = _as_ids(token("eos_token_id"))
-    pad = token("pad_token_id")
-    start = token("decoder_start_token_id")
+    eos, pad, start = _as_ids(token("eos_token_id")), token("pad_token_id"), token("decoder_start_token_id")
     if pad is None and not eos:
         raise UserError("generation needs a pad_token_id or an eos_token_id; the configuration has neither")
     settings = Settings(
@@ -81,25 +71,31 @@ def read_settings(generation_config: Any, text: Any, vocabulary: int) -> Setting
     return settings
 
 
+def _as_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
 def _check_settings(settings: Settings, vocabulary: int) -> None:
-    tokens: dict[str, tuple[Any, ...]] = {  # as a file has them, whatever their types should be
+    forced = settings.forced_bos_token_id
+    # Values are as a file has them, whatever their types should be.
+    tokens: dict[str, tuple[Any, ...]] = {
         "decoder_start_token_id": (settings.decoder_start_token_id,),
         "pad_token_id": (settings.pad_token_id,),
         "eos_token_id": settings.eos_token_ids,
-        "forced_bos_token_id": () if settings.forced_bos_token_id is None else (settings.forced_bos_token_id,),
+        "forced_bos_token_id": () if forced is None else (forced,),
         "forced_eos_token_id": settings.forced_eos_token_ids,
     }
-    bounds = [(name, value, 0, vocabulary - 1) for name, values in tokens.items() for value in values]
-    bounds.append(("num_beams", settings.num_beams, 1, MOST_BEAMS))
-    bounds += [
-        (name, getattr(settings, name), 0, 2**20) for name in ("no_repeat_ngram_size", "min_length", "min_new_tokens")
-    ]
-    for name, value, least, most in bounds:
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise UserError(f"{name} is {value!r}, expected a whole number from {least} to {most}")
-    if settings.forced_bos_token_id in settings.eos_token_ids:
+    for name, values in tokens.items():
+        for value in values:
+            require_integer(name, value, 0, vocabulary - 1)
+    require_integer("num_beams", settings.num_beams, 1, MOST_BEAMS)
+    for name in ("no_repeat_ngram_size", "min_length", "min_new_tokens"):
+        require_integer(name, getattr(settings, name), 0, 2**20)
+    if forced in settings.eos_token_ids:
         raise UserError(
-            f"forced_bos_token_id is {settings.forced_bos_token_id}, which ends answers too (eos_token_id "
+            f"forced_bos_token_id is {forced}, which ends answers too (eos_token_id "
             f"{list(settings.eos_token_ids)}): every answer would be empty"
         )
     penalty: Any = settings.length_penalty
@@ -110,20 +106,13 @@ def _check_settings(settings: Settings, vocabulary: int) -> None:
         raise UserError(f"early_stopping is {early!r}, expected true, false or 'never'")
 
 
-def _as_ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
 def make_generate(
     read: Callable[[], Settings], open_decoder: Callable[[Params, PyTree, Batch, int, int], Decoder]
 ) -> Callable[..., Array]:
-    """The `generate` of a model.
+    """Make the `generate` of a model.
 
-    Args:
-        read: () -> the settings where its arguments do not say otherwise.
-        open_decoder: (params, adapter, batch, beams, length) -> the decoder with room for so many tokens.
+    `read` gives the settings where its arguments do not say otherwise; `open_decoder`, of (params, adapter, batch,
+    beams, length), the decoder with room for so many tokens.
     """
 
     @partial(jax.jit, static_argnames=("length", "settings", "amend"))
@@ -131,30 +120,20 @@ def make_generate(
         params: Params, adapter: PyTree, batch: Batch, recalled: PyTree, length: int, settings: Settings,
         amend: Amend | None,
     ) -> Array:  # fmt: skip
-        bare = open_decoder(params, adapter, batch, settings.num_beams, length)
+        decoder = open_decoder(params, adapter, batch, settings.num_beams, length)
 
-        def amended(made: Step) -> Step:
-            states, logits, cache = made
+        def amended(step: Callable[..., Step], *args: Any) -> Step:
+            states, logits, cache = step(*args)
             return states, logits if amend is None else amend(recalled, states, logits), cache
 
-        decoder = Decoder(
-            bare.batch,
-            lambda ids: amended(bare.first(ids)),
-            lambda ids, position, cache: amended(bare.step(ids, position, cache)),
-        )
-        return (search_greedy if settings.num_beams == 1 else search_beams)(decoder, length, settings)
+        search = search_greedy if settings.num_beams == 1 else search_beams
+        first, step = partial(amended, decoder.first), partial(amended, decoder.step)
+        return search(Decoder(decoder.batch, first, step), length, settings)
 
     def generate(
-        params: Params,
-        adapter: PyTree,
-        batch: Batch,
-        max_tokens: int,
-        *,
-        num_beams: int | None = None,
-        amend: Amend | None = None,
-        recalled: PyTree = None,
-        **options: Any,
-    ) -> Int[Array, "B U"]:
+        params: Params, adapter: PyTree, batch: Batch, max_tokens: int, *, num_beams: int | None = None,
+        amend: Amend | None = None, recalled: PyTree = None, **options: Any,
+    ) -> Int[Array, "B U"]:  # fmt: skip
         """Answers to a batch, without the decoder's start token.
 
         Args:
@@ -176,10 +155,12 @@ def make_generate(
         settings = read()
         if unknown := options.keys() - {field.name for field in fields(Settings)}:
             raise UserError(f"generate does not know {', '.join(sorted(unknown))}")
+        if num_beams is not None:
+            options["num_beams"] = num_beams
         settings = replace(settings, **options)
-        settings = settings if num_beams is None else replace(settings, num_beams=num_beams)
         if max_tokens < 1 or settings.num_beams < 1:
             raise UserError(f"max_tokens={max_tokens} and num_beams={settings.num_beams} must both be at least 1")
+        # What is not read would only compile the program anew for its shape.
         batch = {name: batch[name] for name in batch if name not in ("labels", "decoder_input_ids")}
         return run(params, adapter, batch, recalled, max_tokens, settings, amend)
 

@@ -1,7 +1,5 @@
 """Models from a folder: a local one, one that ships with the package, or one of the Hugging Face hub."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -19,6 +17,7 @@ from fedvlm_jax.models.base import Family, Params, Processor, Vlm
 from fedvlm_jax.models.folder_files import advise_conversion, find_files, read_json
 from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.registry import find_family
+from fedvlm_jax.models.search import Settings
 from fedvlm_jax.models.weight_table import read_params, write_tensors
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -27,35 +26,35 @@ ASSETS = Path(__file__).parent.parent / "assets"
 def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a model: `name` is a folder, a model that ships, or a hub id, which is downloaded.
 
-    Args:
-        name: which model.
-        weights: are they wanted too? Of some models only the configuration ships; of a hub id, they are downloaded.
+    Of some models only the configuration ships; of a hub id, `weights` are downloaded only where they are wanted.
 
     Raises:
-        UserError: there is no such folder and the hub does not have it or cannot be reached, or weights are wanted of
+        UserError: no such folder is there and the hub does not have it or cannot be reached, or weights are wanted of
             a model that ships without.
+
+    >>> resolve_folder("florence2-base", weights=False).name
+    'florence2-base'
     """
-    folder = Path(name)
+    folder, text = Path(name), str(name)
     if folder.is_dir():
         return folder
     described = {path.parent.name for path in ASSETS.glob("*/config.json")}
     ships = sorted(model for model in described if not weights or (ASSETS / model / "model.safetensors").is_file())
-    known = f"models that ship: {', '.join(ships) or 'none'}"
-    if str(name) in ships:
-        return ASSETS / str(name)
-    if str(name) in described:
-        hub = f"florence-community/{str(name).replace('florence2', 'Florence-2')}"
+    known = ", ".join(ships) or "none"
+    if text in ships:
+        return ASSETS / text
+    if text in described:
+        hub = f"florence-community/{text.replace('florence2', 'Florence-2')}"
         raise UserError(
             f"of {name} only the configuration ships, for `fedvlm plan` and `fedvlm explain`: for its weights name a "
-            f"folder or a hub id, for example {hub}; models that ship whole: {', '.join(ships) or 'none'}"
+            f"folder or a hub id, for example {hub}; models that ship whole: {known}"
         )
-    if str(name).count("/") != 1 or folder.is_absolute() or str(name).startswith("."):
-        raise UserError(f"no model {str(name)!r}: not a folder, not a hub id (owner/name); {known}")
-    return _download(str(name), known, weights)
+    if text.count("/") != 1 or folder.is_absolute() or text.startswith("."):
+        raise UserError(f"no model {text!r}: not a folder, not a hub id (owner/name); models that ship: {known}")
+    return _download(text, known, weights)
 
 
 def _download(name: str, known: str, weights: bool) -> Path:
-    """A hub model's folder. Its configuration comes first and alone: what cannot load is refused before gigabytes."""
     from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 
     def ask(get: Callable[[], str]) -> Path:
@@ -64,60 +63,53 @@ def _download(name: str, known: str, weights: bool) -> Path:
         except Exception as error:
             raise UserError(
                 f"no folder {name!r} here, and the hub did not give it ({explain_error(error)}). "
-                f"Offline, download the model elsewhere and name its folder; {known}"
+                f"Offline, download the model elsewhere and name its folder; models that ship: {known}"
             ) from error
 
-    _read_config(ask(lambda: hf_hub_download(name, "config.json")).parent)
+    # The configuration comes first and alone, so that what cannot load is refused before gigabytes have come.
+    config = ask(lambda: hf_hub_download(name, "config.json"))
+    _, family, values = _find_family(config.parent)
+    family.read_config(values, config)
     wanted = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     folder = ask(lambda: snapshot_download(name, allow_patterns=wanted))
     if weights and not any(folder.glob("*.safetensors")):
-        said, pickles = f"{name} has no *.safetensors on the hub", list[str]()
+        message, pickles = f"{name} has no *.safetensors on the hub", list[str]()
         with contextlib.suppress(Exception):  # whatever the hub has against it, the sentence stands without
             pickles = [file for file in list_repo_files(name) if fnmatch(file, "pytorch_model*.bin")]
         if pickles:
-            said += f", only PyTorch's pickled weights; {advise_conversion(name, 'DIR')}, and name DIR as the model"
-        raise UserError(said)
+            message += f", only PyTorch's pickled weights; {advise_conversion(name, 'DIR')}, and name DIR as the model"
+        raise UserError(message)
     return folder
 
 
-def _find_family(folder: Path) -> tuple[Family, dict[str, Any], Path]:
-    """-> the family of a model folder, the content of its config.json, and where that is."""
+def _find_family(path: str | Path) -> tuple[Path, Family, dict[str, Any]]:
+    """Find a model's folder, its family, and the content of its config.json."""
+    folder = resolve_folder(path, weights=False)
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} has no config.json")
     values = read_json(file)
-    return find_family(values, file), values, file
-
-
-def _read_config(folder: Path) -> tuple[Family, Any]:
-    """-> the family of a model folder, and its configuration."""
-    family, values, file = _find_family(folder)
-    return family, family.read_config(values, file)
+    return folder, find_family(values, file), values
 
 
 def read_vlm(path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: Stacking = USUAL) -> Vlm:
-    """A model without its weights: what its configuration alone tells, its sites for example.
+    """A model without its weights, of its configuration alone; arguments and errors are those of `load_vlm`.
 
-    Args and errors are those of `load_vlm`.
+    >>> read_vlm("florence2-base")
+    Vlm(florence2, float32, image_width=768)
     """
-    folder = resolve_folder(path, weights=False)
-    family, config = _read_config(folder)
-    generation = _read_generation(folder)
-    return family.build(config, dtype=compute_dtype, stacking=stacking, generation_config=generation)
-
-
-def _read_generation(folder: Path) -> Any:
-    """transformers' `GenerationConfig` of a folder; None where it has none."""
     from transformers import GenerationConfig
 
+    folder, family, values = _find_family(path)
+    config, generation = family.read_config(values, folder / "config.json"), None
     file = folder / "generation_config.json"
-    if not file.is_file():
-        return None
-    values = read_json(file)
-    try:
-        return GenerationConfig.from_dict(values)
-    except Exception as error:
-        raise UserError(f"{file} is nothing that transformers reads ({explain_error(error)})") from None
+    if file.is_file():
+        values = read_json(file)
+        try:
+            generation = GenerationConfig.from_dict(values)
+        except Exception as error:
+            raise UserError(f"{file} is nothing that transformers reads ({explain_error(error)})") from None
+    return family.build(config, dtype=compute_dtype, stacking=stacking, generation_config=generation)
 
 
 def open_processor(path: str | Path) -> Processor:
@@ -126,8 +118,8 @@ def open_processor(path: str | Path) -> Processor:
     Raises:
         UserError: its files are missing, cannot be read, or make nonsense.
     """
-    folder = resolve_folder(path, weights=False)
-    return _find_family(folder)[0].open_processor(folder)
+    folder, family, _ = _find_family(path)
+    return family.open_processor(folder)
 
 
 def read_size(path: str | Path) -> tuple[int, int] | None:
@@ -135,9 +127,74 @@ def read_size(path: str | Path) -> tuple[int, int] | None:
 
     Raises:
         UserError: its JSON cannot be read.
+
+    >>> read_size("florence2-nano")
+    (64, 64)
     """
+    folder, family, _ = _find_family(path)
+    return family.read_size(folder)
+
+
+def open_model(
+    path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: Stacking = USUAL
+) -> tuple[Vlm, Processor]:
+    """A model but for its weights, and its processor; arguments as `load_vlm` takes them.
+
+    Raises:
+        UserError: a file of it cannot be read, or its configuration, tokenizer and processor disagree: pictures would
+            silently be lost.
+    """
+    vlm = read_vlm(path, compute_dtype=compute_dtype, stacking=stacking)
     folder = resolve_folder(path, weights=False)
-    return _find_family(folder)[0].read_size(folder)
+    try:
+        settings = vlm.settings()
+    except UserError as error:
+        file = folder / "generation_config.json"
+        raise UserError(f"{file if file.is_file() else folder / 'config.json'}: {error}") from None
+    processor = open_processor(folder)
+    _check_tokens(vlm, settings, processor, folder)
+    try:
+        tokens = vlm.image_tokens(*processor.size)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}; the processor makes pictures of {processor.size} pixels") from None
+    if tokens != processor.image_tokens:
+        raise UserError(
+            f"{folder}: the processor puts image_seq_length={processor.image_tokens} image tokens before a text, and "
+            f"the tower of config.json makes {tokens} of its pictures of {processor.size} pixels"
+        )
+    if tokens + 3 > vlm.positions:  # beside <s>, </s> and at least one token
+        raise UserError(f"{folder}: {tokens} image tokens leave no room for a text in {vlm.positions} positions")
+    return vlm, processor
+
+
+def _check_tokens(vlm: Vlm, settings: Settings, processor: Processor, folder: Path) -> None:
+    """Refuse ids that mean something else to the tokenizer, or nothing to the model."""
+    if vlm.image_token_id != processor.image_token_id:
+        raise UserError(
+            f"{folder}: the image token is {processor.image_token_id} in the tokenizer and "
+            f"image_token_id={vlm.image_token_id} in config.json: no picture would be seen"
+        )
+    if processor.largest_id >= vlm.vocabulary:
+        raise UserError(
+            f"{folder}: the tokenizer has a token {processor.largest_id}, and the vocabulary of config.json ends with "
+            f"{vlm.vocabulary - 1}: is the tokenizer another model's?"
+        )
+    if processor.eos_token_id not in settings.eos_token_ids:
+        raise UserError(
+            f"{folder}: answers end with token {processor.eos_token_id} in the tokenizer, and with "
+            f"{list(settings.eos_token_ids)} in the configuration: none would ever end"
+        )
+    first = int(processor.answers(["a"], 4)[0, 0])
+    if settings.forced_bos_token_id not in (None, first):
+        raise UserError(
+            f"{folder}: generated answers begin with forced_bos_token_id={settings.forced_bos_token_id}, and the "
+            f"tokenizer begins those that are learnt with {first}: is the post_processor of tokenizer.json whole?"
+        )
+    for name, number in (("pad", settings.pad_token_id), ("forced BOS", settings.forced_bos_token_id)):
+        if number is not None and number not in processor.framing:
+            raise UserError(
+                f"{folder}: the {name} token of generation is {number}, which in the tokenizer is a token of texts"
+            )
 
 
 def load_vlm(
@@ -168,11 +225,7 @@ def load_vlm(
 
 
 def load_weights(vlm: Vlm, folder: Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Params:
-    """The weights of `folder`, of which `read_vlm` made `vlm`; the other arguments and errors are those of `load_vlm`.
-
-    Raises:
-        UserError: as `load_vlm`.
-    """
+    """The weights of `folder`, of which `read_vlm` made `vlm`; other arguments and errors are those of `load_vlm`."""
     where = None if mesh is None else cut_base(mesh, vlm.shapes(), vlm.cuts)
     arrays = read_params(vlm.table, vlm.shapes(), find_files(folder), jnp.dtype(dtype))
     return jax.tree.map(jnp.asarray, arrays) if where is None else place(arrays, where)
@@ -181,11 +234,8 @@ def load_weights(vlm: Vlm, folder: Path, *, dtype: Any = jnp.float32, mesh: Mesh
 def save_checkpoint(vlm: Vlm, params: Params, folder: Path | str, dtype: Any = np.float32) -> None:
     """Write `model.safetensors`, `config.json` and `generation_config.json`, which transformers itself can load.
 
-    Args:
-        vlm: whose configurations are written.
-        params: as `vlm.init` or `load_vlm` return them; written as they are, so merge an adapter first.
-        folder: made if it is not there; files of these names are replaced.
-        dtype: of the tensors in the file.
+    `params` are written as they are, so merge an adapter first; files of these names are replaced. `dtype` is that of
+    the tensors in the file.
     """
     from safetensors.numpy import save_file
 

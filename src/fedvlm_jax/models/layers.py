@@ -5,8 +5,6 @@ which `fedvlm_jax.lora` can add an adapter. Norms and softmax are computed in fl
 is computed in; where that is float64, in float64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +22,7 @@ HIDDEN = -1e9
 
 
 class Stacking(NamedTuple):
-    """How a stack of like layers is run; numbers are the same to rounding.
+    """Settings for running a stack of like layers; numbers are the same to rounding.
 
     Attributes:
         remat: the inside of a layer is computed again in the backward pass instead of kept.
@@ -39,7 +37,6 @@ class Stacking(NamedTuple):
 
 USUAL = Stacking()
 
-
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
@@ -53,10 +50,10 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """The activation that Hugging Face calls `name`.
+    """Look up the activation that Hugging Face calls `name`; refuse others, with a list of those that are known.
 
-    Raises:
-        UserError: for a name that is not known here; the message lists those that are.
+    >>> activation("relu")(jnp.asarray([-1.0, 2.0])).tolist()
+    [0.0, 2.0]
     """
     if name not in _ACTIVATIONS:
         raise UserError(f"activation {name!r} is not supported; known are {', '.join(sorted(_ACTIVATIONS))}")
@@ -64,7 +61,11 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 def widen(x: Array) -> Array:
-    """In float32, or in float64 if it is that."""
+    """In float32, or in float64 if it is that.
+
+    >>> widen(jnp.ones(1, jnp.bfloat16)).dtype
+    dtype('float32')
+    """
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -95,18 +96,15 @@ def softmax(scores: Float[Array, "... S"], dtype: Any) -> Float[Array, "... S"]:
 
 
 def dot_attention(
-    query: Float[Array, "N H T d"],
-    key: Float[Array, "N H S d"],
-    value: Float[Array, "N H S d"],
+    query: Float[Array, "N H T d"], key: Float[Array, "N H S d"], value: Float[Array, "N H S d"],
     bias: Array | None = None,
-) -> Float[Array, "N T D"]:
+) -> Float[Array, "N T D"]:  # fmt: skip
     """Scaled dot-product attention with heads joined again at the end; `bias` is added to the scores.
 
     Heads come before positions: XLA's CPU backend multiplies batches of contiguous matrices several times faster than
     strided ones, and keys that are kept are laid out so once.
     """
-    query = query * query.shape[-1] ** -0.5
-    scores = score(query, key)
+    scores = score(query * query.shape[-1] ** -0.5, key)
     weights = softmax(scores if bias is None else scores + bias, value.dtype)
     mixed = mix(weights, value).transpose(0, 2, 1, 3)
     return mixed.reshape(*mixed.shape[:2], -1)

@@ -1,7 +1,5 @@
 """Find the family of a model: each is a package beside this file that holds a `Family` called `FAMILY`."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from pathlib import Path
@@ -13,24 +11,16 @@ from fedvlm_jax.models.base import Family
 
 
 def list_families() -> list[Family]:
-    """All families that there are."""
+    """Import every package beside this file for its `FAMILY`."""
     packages = [found.name for found in pkgutil.iter_modules(models.__path__) if found.ispkg]
     return [importlib.import_module(f"{models.__name__}.{name}").FAMILY for name in packages]
 
 
 def find_family(values: dict[str, Any], file: Path) -> Family:
-    """The family whose model a config.json describes.
-
-    Args:
-        values: the content of the file.
-        file: named in the message.
-
-    Raises:
-        UserError: its `model_type` is no family's.
-    """
+    """The family whose model `values`, the content of a config.json, describe; refuse a `model_type` of none."""
     kind, families = values.get("model_type"), list_families()
-    found = next((family for family in families if kind in family.model_types), None)
-    if found is None:
-        known = " or ".join(repr(family.model_types[0]) for family in families)
-        raise UserError(f"{file} has model_type={kind!r}, expected {known}")
-    return found
+    for family in families:
+        if kind in family.model_types:
+            return family
+    known = " or ".join(repr(family.model_types[0]) for family in families)
+    raise UserError(f"{file} has model_type={kind!r}, expected {known}")

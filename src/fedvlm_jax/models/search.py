@@ -7,8 +7,6 @@ length ** length_penalty, early_stopping True, False or "never".
 Deviation: after EOS there is always the padding token (transformers' beam search fills with EOS where padding is 0).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -22,7 +20,7 @@ FAR = -1e9  # the score of what must not win but may still be compared; transfor
 
 @dataclass(frozen=True)
 class Settings:
-    """How to generate; names and meanings are those of transformers' `GenerationConfig`."""
+    """Settings of generation; names and meanings are those of transformers' `GenerationConfig`."""
 
     num_beams: int
     decoder_start_token_id: int
@@ -38,15 +36,10 @@ class Settings:
 
 
 class Cache(NamedTuple):
-    """What later steps of decoding need of earlier ones.
+    """The part of earlier steps of decoding that later ones need."""
 
-    Attributes:
-        beams: leaves [L, B, K, ...], rearranged with the hypotheses.
-        prompt: the same for all hypotheses of an example.
-    """
-
-    beams: PyTree
-    prompt: PyTree
+    beams: PyTree  # leaves [L, B, K, ...], rearranged with the hypotheses
+    prompt: PyTree  # the same for all hypotheses of an example
 
 
 Step = tuple[Float[Array, "B K D"], Float[Array, "B K V"], Cache]
@@ -54,7 +47,7 @@ Step = tuple[Float[Array, "B K D"], Float[Array, "B K V"], Cache]
 
 
 class Decoder(NamedTuple):
-    """What search needs of a model with its parameters, adapter and batch.
+    """A model with its parameters, adapter and batch, as search uses it.
 
     Attributes:
         batch: B, examples.
@@ -69,11 +62,8 @@ class Decoder(NamedTuple):
 
 @jax.custom_batching.custom_vmap
 def _anywhere(flags: Bool[Array, "*any"]) -> Bool[Array, ""]:
-    """Is a flag set anywhere, also in what `jax.vmap` runs beside this?
-
-    So a loop over vmapped clients has one condition and one counter. With a condition per client, vmap would copy the
-    whole cache in every step to hold what has finished, and scatter into it.
-    """
+    # Over all clients that `jax.vmap` runs side by side, so that their loop has one condition and one counter. With one
+    # per client, vmap would copy the whole cache in every step to hold what has finished, and scatter into it.
     return jnp.any(flags)
 
 
@@ -83,14 +73,8 @@ def _(size: int, batched: list[bool], flags: Array) -> tuple[Array, bool]:
     return _anywhere(flags), False
 
 
-def _is_one_of(ids: Array, wanted: tuple[int, ...]) -> Bool[Array, ...]:
+def _is_one_of(ids: Array, wanted: tuple[int, ...]) -> Bool[Array, "..."]:
     return jnp.isin(ids, jnp.array(wanted, ids.dtype)) if wanted else jnp.zeros(ids.shape, bool)
-
-
-def _likeliest(scores: Float[Array, "... V"]) -> Int[Array, ...]:
-    """The first of the greatest, as two reductions: XLA does not vectorise `argmax` on a CPU."""
-    best = scores == scores.max(-1, keepdims=True)
-    return jnp.where(best, jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape[-1] - 1).min(-1)
 
 
 def process_scores(
@@ -99,8 +83,9 @@ def process_scores(
     """Scores for the next token as the settings allow them; `history` holds `count` tokens, the start token first."""
     vocabulary = jnp.arange(scores.shape[-1])
     last = history.shape[-1] - 1
-    if settings.no_repeat_ngram_size:
-        scores = _ban_repeats(scores, history, count, settings.no_repeat_ngram_size)
+    size = settings.no_repeat_ngram_size
+    if 0 < size <= history.shape[-1]:
+        scores = _ban_repeats(scores, history, count, size)
     too_short = (count < settings.min_length) | (count - 1 < settings.min_new_tokens)
     scores = jnp.where(too_short & _is_one_of(vocabulary, settings.eos_token_ids), -jnp.inf, scores)
     if settings.forced_bos_token_id is not None:
@@ -115,10 +100,7 @@ def process_scores(
 def _ban_repeats(scores: Array, history: Array, count: Array, size: int) -> Array:
     """Minus infinity for every token that would complete an n-gram that the history already has."""
     windows = history.shape[-1] - size + 1
-    if windows < 1:
-        return scores
-    starts = jnp.arange(windows)
-    match = jnp.broadcast_to(starts + size <= count, (*history.shape[:2], windows))
+    match = jnp.broadcast_to(jnp.arange(windows) + size <= count, (*history.shape[:2], windows))
     for offset in range(size - 1):
         tail = jax.lax.dynamic_index_in_dim(history, jnp.maximum(count + 1 - size + offset, 0), axis=2)
         match = match & (history[..., offset : offset + windows] == tail)
@@ -128,13 +110,16 @@ def _ban_repeats(scores: Array, history: Array, count: Array, size: int) -> Arra
     return jnp.where(banned, -jnp.inf, scores)
 
 
-def search_greedy(decoder: Decoder, length: int, settings: Settings) -> Int[Array, ...]:
+def search_greedy(decoder: Decoder, length: int, settings: Settings) -> Int[Array, "..."]:
     """The likeliest token at every step, until every row has met EOS or is full."""
     start = jnp.full((decoder.batch, 1, 1 + length), settings.pad_token_id, jnp.int32)
     start = start.at[..., 0].set(settings.decoder_start_token_id)
 
     def choose(logits: Array, history: Array, done: Array, count: Array) -> tuple[Array, Array]:
-        token = _likeliest(process_scores(logits, history, count, settings))
+        scores = process_scores(logits, history, count, settings)
+        # The first of the greatest, as two reductions: XLA does not vectorise `argmax` on a CPU.
+        best, width = scores == scores.max(-1, keepdims=True), scores.shape[-1]
+        token = jnp.where(best, jnp.arange(width, dtype=jnp.int32), width - 1).min(-1)
         token = jnp.where(done, settings.pad_token_id, token)
         history = jax.lax.dynamic_update_slice_in_dim(history, token[..., None], count, 2)
         return history, done | _is_one_of(token, settings.eos_token_ids)
@@ -152,7 +137,7 @@ def search_greedy(decoder: Decoder, length: int, settings: Settings) -> Int[Arra
 
 
 class _Beams(NamedTuple):
-    """State of the search. Running hypotheses [B, K, ...] go on; finished ones are kept by their penalised score."""
+    """State of beam search: running hypotheses [B, K, ...] go on, finished ones are kept by their penalised score."""
 
     tokens: Array  # how many a hypothesis has so far, start token included
     running: Int[Array, "B K N"]
@@ -169,9 +154,10 @@ def _take(array: Array, beams: Int[Array, "B M"]) -> Array:
     return jnp.take_along_axis(array, beams.reshape(*beams.shape, *[1] * (array.ndim - 2)), axis=1)
 
 
-def search_beams(decoder: Decoder, length: int, settings: Settings) -> Int[Array, ...]:
+def search_beams(decoder: Decoder, length: int, settings: Settings) -> Int[Array, "..."]:
     """The hypothesis with the best score / length ** length_penalty among those that beam search finishes."""
     batch, beams = decoder.batch, settings.num_beams
+    # So many candidates that K of them go on even where every end is among the best.
     keep = max(2, 1 + len(settings.eos_token_ids)) * beams
     early = settings.early_stopping is True
 

@@ -5,24 +5,20 @@ a path and a path, with a layer number where layers are stacked, determines a na
 used exactly once, every parameter is filled, every shape is right, or an error lists the names.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.folder_files import Tensor, list_tensors, read_tensors
+from fedvlm_jax.models.folder_files import open_tensors
 from fedvlm_jax.utils.tree import flatten, unflatten
 
-NAMED = 12
-"""So many tensors are named of those that have something wrong."""
-
+_NAMED = 12  # so many tensors are named of those that have something wrong
 _KINDS = ("F64", "F32", "F16", "BF16")
 
 Change = Callable[[np.ndarray], np.ndarray]
@@ -32,8 +28,7 @@ def _keep(array: np.ndarray) -> np.ndarray:
     return array
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """One line of a table: checkpoint name, parameter path, and what turns one's tensor into the other's."""
 
     name: str
@@ -43,7 +38,11 @@ class Rule:
 
 
 def weights(name: str, path: str, leaf: str, read: Change = _keep, write: Change = _keep) -> tuple[Rule, Rule]:
-    """The rules of a module's `weight`, which is called `leaf` here, and of its `bias`."""
+    """The rules of a module's `weight`, which is called `leaf` here, and of its `bias`.
+
+    >>> [rule.path for rule in weights("encoder.norm", "encoder/norm", "scale")]
+    ['encoder/norm/scale', 'encoder/norm/bias']
+    """
     return Rule(f"{name}.weight", f"{path}/{leaf}", read, write), Rule(f"{name}.bias", f"{path}/bias")
 
 
@@ -52,9 +51,8 @@ def dense(name: str, path: str) -> tuple[Rule, Rule]:
     return weights(name, path, "kernel", np.transpose, np.transpose)
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where a checkpoint tensor goes: parameter path, layer in the stack (None where not stacked), and how."""
+class Slot(NamedTuple):
+    """The place of a checkpoint tensor: parameter path, layer in the stack (None where not stacked), and its rule."""
 
     path: str
     layer: int | None
@@ -63,15 +61,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that some checkpoints hold and no parameter is.
+    """A tensor that some checkpoints hold and no parameter is."""
 
-    Attributes:
-        fits: is this value what the model computes itself?
-        make: () -> the value, where transformers expects it in a file.
-    """
-
-    fits: Callable[[np.ndarray], bool]
-    make: Callable[[], np.ndarray] | None = None
+    fits: Callable[[np.ndarray], bool]  # is this value what the model computes itself?
+    make: Callable[[], np.ndarray] | None = None  # the value, where transformers expects it in a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,35 +78,38 @@ class Table:
         ties: matches further names of the tensor `tied`. Where several are in a file they must be equal; one is enough.
         tied: a name of the table.
         constants: name of a tensor that is no parameter -> what it must hold where it is there.
+
+    >>> table = Table(rules=dense("layers.{layer}.{side}", "layers/{side}"), fields={"side": "fc1|fc2"})
+    >>> [name for name, _ in table.find_names("layers/fc2/kernel", layers=2)]
+    ['layers.0.fc2.weight', 'layers.1.fc2.weight']
+    >>> table.find_slot("layers.1.fc2.bias")[:2]
+    ('layers/fc2/bias', 1)
     """
 
     rules: tuple[Rule, ...]
     fields: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
-    ties: re.Pattern[str] = re.compile(r"(?!)")
+    ties: re.Pattern[str] = re.compile(r"(?!)")  # matches nothing
     tied: str = ""
     constants: Mapping[str, Constant] = field(default_factory=dict)
 
     @cached_property
-    def _names(self) -> list[tuple[re.Pattern[str], Rule]]:
-        return [(self._compile(rule.name, "."), rule) for rule in self.rules]
-
-    @cached_property
-    def _paths(self) -> list[tuple[re.Pattern[str], Rule]]:
-        return [(self._compile(rule.path, "/"), rule) for rule in self.rules]
-
-    def _compile(self, template: str, separator: str) -> re.Pattern[str]:
-        """The template as a regular expression with a group per field."""
-        parts = re.split(r"\{(\w+)\}", template)
+    def _patterns(self) -> list[tuple[re.Pattern[str], re.Pattern[str], Rule]]:
+        """Expressions for the names and the paths of every rule, with a group for each of its fields."""
         fields = {"layer": r"\d+", **self.fields}
-        for at, part in enumerate(parts):
-            inside = at % 2 and fields[part].replace(".", re.escape(separator))
-            parts[at] = f"(?P<{part}>{inside})" if inside else re.escape(part)
-        return re.compile("".join(parts))
+
+        def compile_(template: str, separator: str) -> re.Pattern[str]:
+            # After re.split every second part is the name of a field.
+            parts = re.split(r"\{(\w+)\}", template)
+            parts[::2] = map(re.escape, parts[::2])
+            parts[1::2] = [f"(?P<{name}>{fields[name].replace('.', re.escape(separator))})" for name in parts[1::2]]
+            return re.compile("".join(parts))
+
+        return [(compile_(rule.name, "."), compile_(rule.path, "/"), rule) for rule in self.rules]
 
     def find_slot(self, name: str) -> Slot | None:
-        """The slot of a checkpoint tensor, its name without the prefix; None where the table has no line for it."""
-        for pattern, rule in self._names:
+        """Find the slot of a checkpoint tensor, its name without the prefix; None where no line of the table has it."""
+        for pattern, _, rule in self._patterns:
             if match := pattern.fullmatch(name):
                 fields = {key: value.replace(".", "/") for key, value in match.groupdict().items()}
                 layer = fields.pop("layer", None)
@@ -121,8 +117,8 @@ class Table:
         return None
 
     def find_names(self, path: str, layers: int) -> list[tuple[str, Slot]]:
-        """The checkpoint names, without the prefix, of the parameter at `path`: one per layer where it is stacked."""
-        for pattern, rule in self._paths:
+        """Find the checkpoint names, without the prefix, of the parameter at `path`: one per layer where stacked."""
+        for _, pattern, rule in self._patterns:
             if match := pattern.fullmatch(path):
                 fields = {key: value.replace("/", ".") for key, value in match.groupdict().items()}
                 if "{layer}" not in rule.name:
@@ -132,36 +128,33 @@ class Table:
 
 
 def read_params(table: Table, shapes: Any, files: list[Path], dtype: Any) -> dict[str, Any]:
-    """Parameters of the given shapes, filled from safetensors files.
+    """Parameters of the given shapes (`Vlm.shapes()`), filled from safetensors files.
 
-    All names and shapes are compared first, from the files' headers; only then is memory asked for.
-
-    Args:
-        table: the family's.
-        shapes: what `Vlm.shapes()` returns.
-        files: together they must hold every parameter once and nothing that is unknown.
-        dtype: of the returned arrays.
+    All names and shapes are compared first, from the files' headers; only then is memory asked for. Together the files
+    must hold every parameter once and nothing that is unknown.
 
     Raises:
         UserError: naming all tensors that are unknown, doubled, misshapen or missing, that hold no finite numbers, or
             that differ from what they should be tied to; or a file that is no safetensors file.
     """
     expected = flatten(shapes)
-    slots, repeats, problems = _plan(table, expected, [tensor for file in files for tensor in list_tensors(file)])
+    slots, repeats, problems = _plan(table, expected, files)
     _refuse(problems, files)
     filled = {path: np.empty(shape.shape, dtype) for path, shape in expected.items()}
     compared: dict[str, np.ndarray] = {}
     for file in files:
-        for name, tensor in read_tensors(file):
-            if name in repeats:
-                compared[name] = tensor
-                continue
-            slot = slots[name]
-            with np.errstate(over="ignore"):  # an overflow is no finite number, which is told
-                value = slot.rule.read(tensor).astype(dtype, copy=False)
-            if not np.isfinite(value).all():
-                problems.append(f"not finite in {np.dtype(dtype).name}: {name} in {file.name}")
-            filled[slot.path][... if slot.layer is None else slot.layer] = value
+        with open_tensors(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  not a dict
+                tensor = opened.get_tensor(name)
+                if name in repeats:
+                    compared[name] = tensor
+                    continue
+                slot = slots[name]
+                with np.errstate(over="ignore"):  # an overflow is no finite number, and so a problem below
+                    value = slot.rule.read(tensor).astype(dtype, copy=False)
+                if not np.isfinite(value).all():
+                    problems.append(f"not finite in {np.dtype(dtype).name}: {name} in {file.name}")
+                filled[slot.path][... if slot.layer is None else slot.layer] = value
     for name, tensor in compared.items():
         constant = table.constants.get(name.removeprefix(table.prefix))
         if constant is not None:
@@ -178,22 +171,25 @@ def read_params(table: Table, shapes: Any, files: list[Path], dtype: Any) -> dic
 
 def _refuse(problems: list[str], files: list[Path]) -> None:
     if problems:
-        more = [f"and {len(problems) - NAMED} more"] if len(problems) > NAMED else []
-        shown = "\n  ".join([*problems[:NAMED], *more])
-        where = ", ".join(sorted({str(file.parent) for file in files}))
+        if len(problems) > _NAMED:
+            problems = [*problems[:_NAMED], f"and {len(problems) - _NAMED} more"]
+        where, shown = ", ".join(sorted({str(file.parent) for file in files})), "\n  ".join(problems)
         raise UserError(f"the checkpoint in {where} does not fit its configuration:\n  {shown}")
 
 
-def _plan(
-    table: Table, expected: dict[str, Any], tensors: list[Tensor]
-) -> tuple[dict[str, Slot], frozenset[str], list[str]]:
-    """Where every tensor goes, which are only compared, and what is wrong with the others."""
+def _plan(table: Table, expected: dict[str, Any], files: list[Path]) -> tuple[dict[str, Slot], set[str], list[str]]:
+    """Plan from the files' headers: every tensor's slot, the tensors that are only compared, and what is wrong."""
+    headers: list[tuple[str, tuple[int, ...], str]] = []
+    for file in files:
+        with open_tensors(file) as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a dict
+            headers += [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()]
     names = {
         (slot.path, slot.layer): name
         for path, shape in expected.items()
         for name, slot in table.find_names(path, shape.shape[0] if shape.shape else 1)
     }
-    short = {tensor.name: tensor.name.removeprefix(table.prefix) for tensor in tensors}
+    short = {name: name.removeprefix(table.prefix) for name, _, _ in headers}
     # safetensors keeps one of tensors that are tied, under any of their names.
     serves = None
     if table.tied not in short.values():
@@ -202,29 +198,27 @@ def _plan(
     done: set[tuple[str, int | None]] = set()
     repeats: set[str] = set()
     problems: list[str] = []
-    for name, shape, kind in tensors:
+    for name, shape, kind in headers:
         slot = table.find_slot(table.tied if name == serves else short[name])
-        key = None if slot is None else (slot.path, slot.layer)
-        tied = table.ties.fullmatch(short[name]) or short[name] in table.constants
         wrong = [] if kind in _KINDS else [f"of type {kind}: {name}; weights must be one of {', '.join(_KINDS)}"]
-        if name != serves and tied:
+        if name != serves and (table.ties.fullmatch(short[name]) or short[name] in table.constants):
             repeats.add(name)
             problems += wrong
-        elif slot is None or key not in names:
+        elif slot is None or slot[:2] not in names:
             problems.append(f"unexpected: {name} {list(shape)}")
-        elif key in done:
+        elif slot[:2] in done:
             problems.append(f"twice: {name}")
         else:
-            done.add(key)
+            done.add(slot[:2])
             slots[name] = slot
             wanted = expected[slot.path].shape[slot.layer is not None :]
+            # A number that is broadcast has any shape and takes no memory.
             asked = slot.rule.write(np.broadcast_to(np.empty(()), wanted)).shape
             if shape != asked:
                 wrong = wrong or [f"misshapen: {name} is {list(shape)}, the configuration says {list(asked)}"]
             problems += wrong
-    missing = sorted(names.keys() - done, key=str)
-    problems += [f"missing: {table.prefix}{names[key]}" for key in missing]
-    return slots, frozenset(repeats), problems
+    problems += [f"missing: {table.prefix}{names[key]}" for key in sorted(names.keys() - done, key=str)]
+    return slots, repeats, problems
 
 
 def write_tensors(table: Table, params: Any, dtype: Any) -> dict[str, np.ndarray]:

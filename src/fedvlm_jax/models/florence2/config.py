@@ -3,13 +3,12 @@
 Nonsense is refused before anything is made of it, so bounds are checked of every size.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.models.folder_files import require_integer
 from fedvlm_jax.models.layers import activation
 
 MODEL_TYPES = ("florence2", "florence2_language")
@@ -30,23 +29,15 @@ _VISION = {
     "in_channels": 3,
     **dict.fromkeys(("window_size", "projection_dim", "max_position_embeddings", "max_temporal_embeddings"), WIDTH),
 }
+# Fields of vision_config that are a list, a number for each stage.
 _STAGES = {
-    "depths": (0, DEPTH),
-    "patch_size": (1, 64),
-    "patch_stride": (1, 64),
-    "patch_padding": (0, 64),
-    "embed_dim": (2, WIDTH),
-    "num_heads": (1, WIDTH),
-    "num_groups": (1, WIDTH),
-}
+    "depths": (0, DEPTH), "patch_size": (1, 64), "patch_stride": (1, 64), "patch_padding": (0, 64),
+    "embed_dim": (2, WIDTH), "num_heads": (1, WIDTH), "num_groups": (1, WIDTH),
+}  # fmt: skip
 
 
 def read_config(values: dict[str, Any], file: Path) -> Any:
-    """transformers' `Florence2Config` of the content of a config.json.
-
-    Raises:
-        UserError: it is not one of a Florence-2 as transformers writes it, whole and possible.
-    """
+    """Make transformers' `Florence2Config` of a config.json; refuse what is not Florence-2's, whole and possible."""
     from transformers import Florence2Config
 
     _check_layout(values, file)
@@ -63,9 +54,8 @@ def read_config(values: dict[str, Any], file: Path) -> Any:
 
 def _check_layout(values: dict[str, Any], file: Path) -> None:
     """Refuse layouts whose tensors have other names, before transformers sees them."""
-    text, vision = (
-        part if isinstance(part := values.get(name), dict) else {} for name in ("text_config", "vision_config")
-    )
+    text, vision = (values.get(name) for name in ("text_config", "vision_config"))
+    text, vision = (part if isinstance(part, dict) else {} for part in (text, vision))
     if "auto_map" in values or text.get("model_type") == "florence2_language" or vision.get("model_type") == "davit":
         size = "large" if 1024 in (values.get("projection_dim"), text.get("d_model")) else "base"
         resaved = "" if "auto_map" in values else ", saved again"
@@ -82,11 +72,7 @@ def _check_layout(values: dict[str, Any], file: Path) -> None:
 
 
 def check_config(config: Any) -> None:
-    """Refuse a `Florence2Config` that the model does not implement.
-
-    Raises:
-        UserError: naming the field, its value and what it may be.
-    """
+    """Refuse a `Florence2Config` that the model does not implement, with the field, its value and what it may be."""
     if getattr(config, "model_type", None) != MODEL_TYPES[0]:
         raise UserError(f"expected a Florence-2 configuration, got model_type={getattr(config, 'model_type', None)!r}")
     vision, text = config.vision_config, config.text_config
@@ -105,8 +91,8 @@ def check_config(config: Any) -> None:
     if len(set(stages.values())) != 1:
         raise UserError(f"vision_config lists must all have one entry per stage, got lengths {stages}")
     for name in ("encoder_attention_heads", "decoder_attention_heads"):
-        if text.d_model % getattr(text, name):
-            raise UserError(f"d_model={text.d_model} does not divide into {name}={getattr(text, name)}")
+        if text.d_model % (heads := getattr(text, name)):
+            raise UserError(f"d_model={text.d_model} does not divide into {name}={heads}")
     for width, heads, groups in zip(vision.embed_dim, vision.num_heads, vision.num_groups, strict=True):
         if width % heads or width % groups:
             raise UserError(f"embed_dim {width} does not divide into {heads} heads and {groups} groups")
@@ -117,21 +103,16 @@ def _check_sizes(config: Any) -> None:
     text, vision = config.text_config, config.vision_config
     for where, part, bounds in (("text_config", text, _TEXT), ("vision_config", vision, _VISION)):
         for name, most in bounds.items():
-            _require(f"{where}.{name}", getattr(part, name, None), 1, most)
+            require_integer(f"{where}.{name}", getattr(part, name, None), 1, most)
     if not 1 <= len(vision.depths) <= 16:
         raise UserError(f"vision_config.depths has {len(vision.depths)} stages, expected 1 to 16")
     for name, (least, most) in _STAGES.items():
         for value in getattr(vision, name):
-            _require(f"vision_config.{name}", value, least, most)
+            require_integer(f"vision_config.{name}", value, least, most)
     if not (math.isfinite(vision.mlp_ratio) and 0 < vision.mlp_ratio <= 64):
         raise UserError(f"vision_config.mlp_ratio is {vision.mlp_ratio}, expected more than 0 and at most 64")
     if vision.in_channels != 3:
         raise UserError(f"vision_config.in_channels is {vision.in_channels}; pictures have 3")
-    _require("image_token_id", config.image_token_id, 0, text.vocab_size - 1)
+    require_integer("image_token_id", config.image_token_id, 0, text.vocab_size - 1)
     for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id"):
-        _require(f"text_config.{name}", getattr(text, name, None), 0, text.vocab_size - 1)
-
-
-def _require(name: str, value: Any, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise UserError(f"{name} is {value!r}, expected a whole number from {least} to {most}")
+        require_integer(f"text_config.{name}", getattr(text, name, None), 0, text.vocab_size - 1)

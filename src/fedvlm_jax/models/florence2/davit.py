@@ -9,8 +9,6 @@ grouped convolution, forward and backward. They hold plain parameters and so tak
 convolution.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.linen as nn
@@ -22,10 +20,11 @@ from fedvlm_jax.models.layers import USUAL, Norm, Stacking, activation, dot_atte
 
 
 def feature_size(vision: Any, height: int, width: int) -> tuple[int, int]:
-    """Height and width of the tower's last feature map for an image of `height` x `width` pixels.
+    """Height and width of the tower's last feature map; refuse an image, in pixels, too small for its strides.
 
-    Raises:
-        UserError: where the image is too small for the tower's strides.
+    >>> from types import SimpleNamespace
+    >>> feature_size(SimpleNamespace(patch_size=(7, 3), patch_stride=(4, 2), patch_padding=(3, 1)), 64, 48)
+    (8, 6)
     """
     sides = [height, width]
     for kernel, stride, pad in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
@@ -35,12 +34,16 @@ def feature_size(vision: Any, height: int, width: int) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-class PatchEmbed(nn.Module):
-    """The strided convolution that opens a stage, normed before or after."""
+class StageModule(nn.Module):
+    """A part of a stage; `vision` is a transformers `Florence2VisionConfig`, `dtype` what matmuls are computed in."""
 
     vision: Any
     stage: int
     dtype: Any
+
+
+class PatchEmbed(StageModule):
+    """The strided convolution that opens a stage, normed before or after."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B H W D"]:
@@ -48,8 +51,8 @@ class PatchEmbed(nn.Module):
         kernel, stride, pad = vision.patch_size[stage], vision.patch_stride[stage], vision.patch_padding[stage]
         norm, init = Norm(self.dtype, name="norm"), nn.initializers.normal(vision.initializer_range)
         conv = nn.Conv(
-            vision.embed_dim[stage], (kernel, kernel), (stride, stride), padding=((pad, pad), (pad, pad)),
-            dtype=self.dtype, kernel_init=init, name="conv",
+            vision.embed_dim[stage], (kernel, kernel), stride, padding=pad, dtype=self.dtype, kernel_init=init,
+            name="conv",
         )  # fmt: skip
         return conv(norm(x)) if vision.patch_prenorm[stage] else norm(conv(x))
 
@@ -73,12 +76,8 @@ class DepthwiseConv(nn.Module):
         return total
 
 
-class Attention(nn.Module):
-    """What window and channel attention have in common: one projection to query, key and value, and one back."""
-
-    vision: Any
-    stage: int
-    dtype: Any
+class Attention(StageModule):
+    """The projections of window and channel attention: one to query, key and value, and one back."""
 
     def setup(self) -> None:
         width, init = self.vision.embed_dim[self.stage], nn.initializers.normal(self.vision.initializer_range)
@@ -93,7 +92,7 @@ class WindowAttention(Attention):
         batch, height, width, channels = x.shape
         side, heads = self.vision.window_size, self.vision.num_heads[self.stage]
         x = jnp.pad(x, ((0, 0), (0, -height % side), (0, -width % side), (0, 0)))
-        rows, columns = x.shape[1] // side, x.shape[2] // side
+        rows, columns = x.shape[1] // side, x.shape[2] // side  # of windows
         windows = x.reshape(batch, rows, side, columns, side, channels).swapaxes(2, 3)
         windows = windows.reshape(-1, side * side, channels)
         split = self.qkv(windows).reshape(*windows.shape[:2], 3, heads, channels // heads).transpose(2, 0, 3, 1, 4)
@@ -116,12 +115,8 @@ class ChannelAttention(Attention):
         return self.proj(mixed.reshape(batch, height, width, channels))
 
 
-class Mlp(nn.Module):
+class Mlp(StageModule):
     """Two dense layers with the configuration's activation between."""
-
-    vision: Any
-    stage: int
-    dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
@@ -132,34 +127,23 @@ class Mlp(nn.Module):
         return nn.Dense(width, dtype=self.dtype, kernel_init=init, name="fc2")(hidden)
 
 
-class HalfBlock(nn.Module):
+class HalfBlock(StageModule):
     """Depthwise convolution, attention, depthwise convolution, MLP; each added to what came in."""
 
-    vision: Any
-    stage: int
-    dtype: Any
     channel: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
-        where = (self.vision, self.stage, self.dtype)
-        std = self.vision.initializer_range
-        if self.channel:
-            attention: Attention = ChannelAttention(*where, name="channel_attn")
-        else:
-            attention = WindowAttention(*where, name="window_attn")
+        where, std = (self.vision, self.stage, self.dtype), self.vision.initializer_range
+        attention, name = (ChannelAttention, "channel_attn") if self.channel else (WindowAttention, "window_attn")
         x = x + DepthwiseConv(std, self.dtype, name="conv1")(x)
-        x = x + attention(Norm(self.dtype, name="norm1")(x))
+        x = x + attention(*where, name=name)(Norm(self.dtype, name="norm1")(x))
         x = x + DepthwiseConv(std, self.dtype, name="conv2")(x)
         return x + Mlp(*where, name="ffn")(Norm(self.dtype, name="norm2")(x))
 
 
-class Block(nn.Module):
+class Block(StageModule):
     """Spatial block, then channel block; shaped as the body of a scan."""
-
-    vision: Any
-    stage: int
-    dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w D"], _: None) -> tuple[Float[Array, "B h w D"], None]:

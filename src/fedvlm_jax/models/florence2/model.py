@@ -4,8 +4,6 @@ A picture becomes P tokens (one for the mean, one per position of the feature ma
 token in the prompt. Everything runs as in inference: no dropout, no drop-path.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from fedvlm_jax.data.tokenization import IGNORED
 from fedvlm_jax.distributed.sharding import Cuts
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Batch, Params, Vlm, select_leaves
-from fedvlm_jax.models.florence2.bart import Bart, empty_cache
+from fedvlm_jax.models.florence2.bart import Bart
 from fedvlm_jax.models.florence2.config import check_config
 from fedvlm_jax.models.florence2.davit import DaViT, feature_size
 from fedvlm_jax.models.florence2.weights import make_table, temporal_embedding
@@ -42,6 +40,8 @@ CUTS: Cuts = (
     (r"language_model/shared/embedding", (-2, -1)),  # the vocabulary, or where it does not divide the width
 )
 """Columns of the first matrix of every pair and rows of the second, so that what lies between them stays cut."""
+_MEMORY_ONLY = re.compile("/encoder_attn/(k|v)_proj/")
+"""Weights that the first step alone reads: they make the cross keys and values."""
 
 
 def _check_map(vision: Any, height: int, width: int) -> None:
@@ -62,10 +62,9 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "B h w D"]) -> Float[Array, "B P D"]:
-        vision = self.vision
-        batch, height, width, channels = features.shape
-        rows, init = vision.max_position_embeddings, nn.initializers.normal(vision.initializer_range)
+        vision, (batch, height, width, channels) = self.vision, features.shape
         _check_map(vision, height, width)
+        rows, init = vision.max_position_embeddings, nn.initializers.normal(vision.initializer_range)
         half = channels // 2
         by_row = nn.Embed(rows, half, dtype=self.dtype, embedding_init=init, name="row_embeddings")
         by_column = nn.Embed(rows, channels - half, dtype=self.dtype, embedding_init=init, name="column_embeddings")
@@ -96,11 +95,8 @@ class Florence2(nn.Module):
     def encode(self, batch: Batch) -> Float[Array, "B T D"]:
         if "memory" in batch:
             return batch["memory"]
-        if "image_features" in batch:
-            features = batch["image_features"].astype(self.dtype)
-        else:
-            features = self.image_features(batch["pixel_values"])
-        ids = batch["input_ids"]
+        ids, features = batch["input_ids"], batch.get("image_features")
+        features = self.image_features(batch["pixel_values"]) if features is None else features.astype(self.dtype)
         embedded = place_features(self.language_model.embed(ids), features, ids == self.config.image_token_id)
         return self.language_model.encode(embedded, batch["attention_mask"])
 
@@ -118,58 +114,52 @@ class Florence2(nn.Module):
 def place_features(
     embedded: Float[Array, "B T D"], features: Float[Array, "B P D"], is_image: Array
 ) -> Float[Array, "B T D"]:
-    """The n-th image token of every row replaced by the row's n-th feature; surplus image tokens repeat the last."""
+    """Replace the n-th image token of every row by the row's n-th feature; surplus image tokens repeat the last.
+
+    >>> place_features(jnp.zeros((1, 3, 1)), jnp.asarray([[[7.0], [8.0]]]), jnp.asarray([[True, False, True]])).tolist()
+    [[[7.0], [0.0], [8.0]]]
+    """
     order = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
     return jnp.where(is_image[..., None], jnp.take_along_axis(features, order[..., None], axis=1), embedded)
 
 
 def shift_right(labels: Int[Array, "*B U"], pad: int, start: int) -> Int[Array, "*B U"]:
-    """Decoder inputs for `labels`: the start token first, everything one later, ignored labels as padding."""
+    """Decoder inputs for `labels`: the start token first, everything one later, ignored labels as padding.
+
+    >>> shift_right(jnp.asarray([[5, 6, 7, -100]]), pad=1, start=2).tolist()
+    [[2, 5, 6, 7]]
+    """
     shifted = jnp.concatenate([jnp.full_like(labels[..., :1], start), labels[..., :-1]], axis=-1)
     return jnp.where(shifted == IGNORED, pad, shifted)
 
 
 def image_tokens(config: Any, height: int, width: int) -> int:
-    """Number of image tokens P that a picture of `height` x `width` pixels becomes.
-
-    Raises:
-        UserError: where the picture is smaller than the tower's strides take, or larger than it has positions for.
-    """
+    """Count the image tokens P of a picture; refuse one too small for the tower's strides, or for its positions."""
     rows, columns = feature_size(config.vision_config, height, width)
     _check_map(config.vision_config, rows, columns)
     return 1 + rows * columns
 
 
-def smallest_image(vision: Any) -> int:
-    """The least side, in pixels, that leaves a feature map: what shapes are traced with."""
-    side = 1
-    for kernel, stride, pad in reversed(
-        list(zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True))
-    ):
-        side = max(1, (side - 1) * stride + kernel - 2 * pad)
-    return side
-
-
 def example_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the smallest complete batch: one picture, its image tokens, one label."""
-    side = smallest_image(config.vision_config)
+    vision, side = config.vision_config, 1
+    # Back from a map of one position to the least side, in pixels, that leaves it.
+    strides = list(zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True))
+    for kernel, stride, pad in reversed(strides):
+        side = max(1, (side - 1) * stride + kernel - 2 * pad)
     ids = jax.ShapeDtypeStruct((1, image_tokens(config, side, side)), jnp.int32)
-    pixels = jax.ShapeDtypeStruct((1, side, side, config.vision_config.in_channels), jnp.float32)
+    pixels = jax.ShapeDtypeStruct((1, side, side, vision.in_channels), jnp.float32)
     labels = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return {"pixel_values": pixels, "input_ids": ids, "attention_mask": ids, "labels": labels}
 
 
 def build(
-    config: Any,
-    *,
-    dtype: Any = jnp.float32,
-    stacking: Stacking = USUAL,
-    generation_config: Any | None = None,
+    config: Any, *, dtype: Any = jnp.float32, stacking: Stacking = USUAL, generation_config: Any | None = None
 ) -> Vlm:
-    """The Florence-2 of a transformers `Florence2Config`, as a record of pure functions; no weights are made.
+    """Make the Florence-2 of a transformers `Florence2Config`, as a record of pure functions; no weights are made.
 
     Args:
-        config: transformers' `Florence2Config`; text model BART, tied embeddings.
+        config: with BART as text model, and tied embeddings.
         dtype: what matmuls are computed in; norms, softmax and the returned logits are float32 at least.
         stacking: how its stacks of layers are run.
         generation_config: transformers' `GenerationConfig`; without one, what `config` says about generation.
@@ -184,24 +174,26 @@ def build(
     injected = lora.inject(module.apply)
     options = GenerationConfig.from_model_config(config) if generation_config is None else generation_config
 
+    def select(adapter: lora.Adapter | None, *components: str) -> lora.Adapter | None:
+        parts = tuple(COMPONENTS[name] for name in components)
+        return select_leaves(adapter, lambda path: path.startswith(parts))
+
     def init(key: Array) -> Params:
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in example_batch(config).items()}
         return dict(module.init(key, zeros, method="states")["params"])
 
     def image_features(params: Params, adapter: lora.Adapter | None, pixel_values: Array) -> Array:
-        seeing = select_leaves(adapter, lambda path: path.startswith(("vision_tower/", "image_projector/")))
-        return injected(params, seeing, pixel_values, method="image_features")
+        return injected(params, select(adapter, "vision", "connector"), pixel_values, method="image_features")
 
     def encode(params: Params, adapter: lora.Adapter | None, batch: Batch) -> Array:
         if "memory" in batch:
             return batch["memory"]
-        encoding = select_leaves(adapter, lambda path: not path.startswith("language_model/decoder/"))
-        return injected(params, encoding, batch, method="encode")
+        read = select_leaves(adapter, lambda path: not path.startswith(COMPONENTS["decoder"]))
+        return injected(params, read, batch, method="encode")
 
     def states(params: Params, adapter: lora.Adapter | None, batch: Batch) -> tuple[Array, Array]:
-        return injected(
-            params, select_leaves(adapter, _decoding) if "memory" in batch else adapter, batch, method="states"
-        )
+        read = select(adapter, "decoder", "embedding") if "memory" in batch else adapter
+        return injected(params, read, batch, method="states")
 
     def settings() -> Settings:
         found = read_settings(options, text, text.vocab_size)
@@ -213,13 +205,20 @@ def build(
         return found
 
     def open_decoder(params: Params, adapter: lora.Adapter | None, batch: Batch, beams: int, length: int) -> Decoder:
+        if length > text.max_position_embeddings:
+            raise UserError(
+                f"{length} generated tokens do not fit max_position_embeddings={text.max_position_embeddings}"
+            )
         memory, mask = encode(params, adapter, batch), batch["attention_mask"]
-        cache = empty_cache(text, memory.shape[0], beams, length, dtype)
-        later = select_leaves(adapter, lambda path: _decoding(path) and not _MEMORY_ONLY.search(path))
+        heads = text.decoder_attention_heads
+        shape = (text.decoder_layers, memory.shape[0], beams, heads, length, text.d_model // heads)
+        # Keys and values [L, B, K, H, S, d]; those of the memory [L, B, H, T, d] are filled in by the first step.
+        cache = Cache((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), None)
+        reading = select(adapter, "decoder", "embedding")
+        later = select_leaves(reading, lambda path: not _MEMORY_ONLY.search(path))
 
         def first(ids: Array) -> Step:
-            own = select_leaves(adapter, _decoding)
-            return injected(params, own, ids, jnp.int32(0), cache, memory, mask, method="step")
+            return injected(params, reading, ids, jnp.int32(0), cache, memory, mask, method="step")
 
         def step(ids: Array, position: Array, cache: Cache) -> Step:
             return injected(params, later, ids, position, cache, None, mask, method="step")
@@ -253,12 +252,3 @@ def build(
         write_configs=write_configs,
         example_batch=lambda: example_batch(config),
     )
-
-
-_MEMORY_ONLY = re.compile("/encoder_attn/(k|v)_proj/")
-"""Weights that the first step alone reads: they make the cross keys and values."""
-
-
-def _decoding(path: str) -> bool:
-    """Is the leaf at this path of an adapter read on the way from the memory?"""
-    return path.startswith(("language_model/decoder/", "language_model/shared/"))

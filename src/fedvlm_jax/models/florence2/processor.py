@@ -4,14 +4,12 @@ A prompt is what Florence-2 takes (arXiv 2311.06242): image tokens, `<s>`, the t
 `<CAPTION>` is written out as its sentence. An answer is tokenised as BART's labels are: `<s>`, the text, `</s>`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -35,20 +33,19 @@ MOST_TOKENS = 2**16
 
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
 _IMAGES = ("processor_config.json", "preprocessor_config.json")
+_JSON = (*_IMAGES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json")
+
+
+def _list_files(folder: Path, names: Sequence[str]) -> list[str]:
+    return [name for name in names if (folder / name).is_file()]
 
 
 def read_size(folder: Path) -> tuple[int, int] | None:
-    """Read the height and width in pixels that a model's pictures are brought to, from its folder's JSON alone.
+    """Height and width in pixels of a model's pictures, from its folder's JSON alone; None where they have no one size.
 
-    Returns:
-        None where it has none, or they are not brought to one size.
-
-    Raises:
-        UserError: where its JSON cannot be read, or states no numbers.
+    JSON that cannot be read, or states no numbers, is refused.
     """
-    for name in _IMAGES:
-        if not (folder / name).is_file():
-            continue
+    for name in _list_files(folder, _IMAGES):
         values = read_json(folder / name)
         images = values.get("image_processor", values)
         try:
@@ -82,11 +79,11 @@ def _open_wrapped(folder: Path) -> Any:
 
 
 def _explain_import(error: BaseException) -> str:
-    """What to do where transformers itself does not import."""
+    """Say why transformers does not import, and what to do."""
     chain = [error]
     while found := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(found)
-    first = next((one for one in reversed(chain) if "torchvision" in str(one)), None)
+    first = next((cause for cause in reversed(chain) if "torchvision" in str(cause)), None)
     if first is None:
         return f"transformers cannot be imported ({explain_error(chain[-1])})"
     return (
@@ -96,17 +93,6 @@ def _explain_import(error: BaseException) -> str:
     )
 
 
-def _refuse_odd_words(file: Path, content: Mapping[str, Any]) -> None:
-    """Refuse words that are cut by chance, so that no text has the same tokens twice, and a prefix of continued words.
-
-    Byte-level tokenizers have no such prefix, and `tokenizers` ends the process over it.
-    """
-    model = content.get("model")
-    for name in ("dropout", "continuing_subword_prefix"):
-        if isinstance(model, dict) and (value := model.get(name)):
-            raise UserError(f"{file}: model.{name} is {str(value)[:40]!r}, expected none, as Florence-2's has")
-
-
 @dataclass(frozen=True, eq=False)
 class Processor(base.Processor):
     """Florence-2's processor, around transformers' own; make one with `from_folder`."""
@@ -114,26 +100,31 @@ class Processor(base.Processor):
     wrapped: Any
 
     @classmethod
-    def from_folder(cls, path: Path | str) -> Processor:
-        """The processor of a model, once it has made one picture and one prompt; `path` is as `load_vlm` takes it.
+    def from_folder(cls, path: Path | str) -> Self:
+        """Open the processor of a model, a path as `load_vlm` takes it, and have it make one picture and one prompt.
 
         Raises:
             UserError: its tokenizer's or processor's files are missing, cannot be read, or make nonsense.
         """
         folder = resolve_folder(path, weights=False)
         for what, names in (("tokenizer", _TOKENIZERS), ("image processor", _IMAGES)):
-            if not any((folder / name).is_file() for name in names):
+            if not _list_files(folder, names):
                 raise UserError(f"{folder} has no {what}: none of {', '.join(names)} is there")
-        for name in (*_IMAGES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json"):
-            if (folder / name).is_file():
-                _refuse_odd_words(folder / name, read_json(folder / name))
+        for name in _list_files(folder, _JSON):
+            model = read_json(folder / name).get("model")
+            # With dropout words are cut by chance, so that no text has the same tokens twice. Byte-level tokenizers
+            # have no prefix of continued words, and `tokenizers` ends the process over it.
+            for field in ("dropout", "continuing_subword_prefix"):
+                if isinstance(model, dict) and (value := model.get(field)):
+                    found = f"model.{field} is {str(value)[:40]!r}"
+                    raise UserError(f"{folder / name}: {found}, expected none, as Florence-2's has")
         processor = cls(_open_wrapped(folder))
         processor._try_out(folder)
         return processor
 
     def _try_out(self, folder: Path) -> None:
         """Make a picture and a prompt, because most settings are looked at only then."""
-        images = next(folder / name for name in _IMAGES if (folder / name).is_file())
+        images = folder / _list_files(folder, _IMAGES)[0]
         count = self.wrapped.num_image_tokens
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_TOKENS:
             raise UserError(f"{images} has image_seq_length={count!r}, expected a whole number from 1 to {MOST_TOKENS}")
@@ -151,8 +142,8 @@ class Processor(base.Processor):
 
     def _try_picture(self) -> None:
         images = self.wrapped.image_processor
-        if images.do_normalize and not all(np.isfinite(std) and std > 0 for std in self.std):
-            raise UserError(f"image_std is {list(self.std)}, and pixels are divided by it: it must be above 0")
+        if images.do_normalize and not all(np.isfinite(std) and std > 0 for std in images.image_std):
+            raise UserError(f"image_std is {list(images.image_std)}, and pixels are divided by it: it must be above 0")
         asked = [side for size in (images.size, images.crop_size) for side in dict(size or {}).values() if side]
         if max(*self.size, *asked) > MOST_PIXELS:
             raise UserError(f"it brings pictures to {max(asked)} pixels, expected at most {MOST_PIXELS} a side")
@@ -162,8 +153,8 @@ class Processor(base.Processor):
             raise UserError(f"it makes numbers that are not finite; {see}")
         contrast = np.abs(white - black).max(axis=(0, 1))
         if not ((contrast >= LEAST_CONTRAST) & (contrast <= MOST_CONTRAST)).all():
-            told = ", ".join(f"{value:g}" for value in contrast)
-            raise UserError(f"black and white differ by {told} in its channels, so pictures would not be seen; {see}")
+            found = ", ".join(f"{value:g}" for value in contrast)
+            raise UserError(f"black and white differ by {found} in its channels, so pictures would not be seen; {see}")
 
     @property
     def image_token_id(self) -> int:
@@ -191,26 +182,16 @@ class Processor(base.Processor):
         return int(size["height"]), int(size["width"])
 
     @property
-    def mean(self) -> tuple[float, ...]:
-        """What is subtracted from every channel, after scaling to 0 … 1."""
-        return tuple(self.wrapped.image_processor.image_mean)
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """What every channel is divided by."""
-        return tuple(self.wrapped.image_processor.image_std)
-
-    @property
     def fingerprint(self) -> str:
         settings = self.wrapped.image_processor.to_dict()
-        settings = {key: settings[key] for key in sorted(settings) if not key.startswith("_")}
-        text = json.dumps(settings, sort_keys=True, default=str)
+        text = json.dumps({key: value for key, value in settings.items() if key[0] != "_"}, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def pixels(self, images: Sequence[Any], /) -> Float[np.ndarray, "B H W 3"]:
         height, width = self.size
         if not images:
             return np.empty((0, height, width, 3), np.float32)
+        # Pictures of other modes would keep their number of channels.
         made = self.wrapped.image_processor([image.convert("RGB") for image in images], return_tensors="np")
         pixels = np.asarray(made["pixel_values"], np.float32).transpose(0, 2, 3, 1)
         if pixels.shape[1:] != (height, width, 3):
@@ -260,13 +241,17 @@ class Processor(base.Processor):
 
     @property
     def framing(self) -> frozenset[int]:
-        tokenizer = self.wrapped.tokenizer
         names = ("bos", "eos", "pad", "cls", "sep", "mask", "unk", "image")
-        ids = (getattr(tokenizer, f"{name}_token_id", None) for name in names)
-        return frozenset(number for number in ids if number is not None)
+        ids = {getattr(self.wrapped.tokenizer, f"{name}_token_id", None) for name in names}
+        return frozenset(ids - {None})
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Int[np.ndarray, "B T"]:
+    """Fill rows with a value on the right.
+
+    >>> _pad([[5, 6], [7]], -100).tolist()
+    [[5, 6], [7, -100]]
+    """
     padded = np.full((len(rows), max(map(len, rows), default=0)), value, np.int32)
     for line, row in zip(padded, rows, strict=True):
         line[: len(row)] = row

@@ -4,8 +4,6 @@ The tables that are tied to the token table, the head and two constant buffers m
 must hold what the model uses.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any
@@ -58,7 +56,11 @@ _TIES = re.compile(
 
 
 def temporal_embedding(length: int, width: int) -> np.ndarray:
-    """Sine in even and cosine in odd columns, wavelengths geometric up to 10000: float32 [length, width]."""
+    """Sine in even and cosine in odd columns, wavelengths geometric up to 10000: float32 [length, width].
+
+    >>> temporal_embedding(1, 4).tolist()
+    [[0.0, 1.0, 0.0, 1.0]]
+    """
     frequency = np.exp(np.arange(width // 2, dtype=np.float32) * np.float32(-math.log(10000) / (width // 2)))
     angle = np.arange(length, dtype=np.float32)[:, None] * frequency
     return np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(length, -1).astype(np.float32)
@@ -66,6 +68,7 @@ def temporal_embedding(length: int, width: int) -> np.ndarray:
 
 def _is_temporal(tensor: np.ndarray) -> bool:
     even = tensor.ndim == 2 and tensor.shape[1] >= 2 and tensor.shape[1] % 2 == 0
+    # Files in bfloat16 hold three digits.
     return even and np.allclose(tensor.astype(np.float32), temporal_embedding(*tensor.shape), atol=1e-2)
 
 
