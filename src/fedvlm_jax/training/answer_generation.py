@@ -1,17 +1,14 @@
-"""How a run's answers are generated: by which search, in how many tokens, and what of the gold no search can give."""
+"""Generation of a run's answers: by which search, in how many tokens, and what of the gold no search can give."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fedvlm_jax.config.run_options import Run
-from fedvlm_jax.data.config import Split
-from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import GREEDY
-from fedvlm_jax.evaluation.gold_answers import Gold, read_gold
-from fedvlm_jax.models import Processor, Vlm
+from fedvlm_jax.evaluation.gold_answers import Gold
+from fedvlm_jax.models import Vlm
 from fedvlm_jax.models.search import Settings
 
 SEARCHES: Mapping[str, Mapping[str, int]] = {"greedy": GREEDY, "folder": {}}
@@ -20,12 +17,7 @@ SEARCHES: Mapping[str, Mapping[str, int]] = {"greedy": GREEDY, "folder": {}}
 
 @dataclass(frozen=True)
 class Answering:
-    """How answers are generated.
-
-    Attributes:
-        gold: what they are compared with, and how many tokens they get.
-        settings: all that decides the search.
-    """
+    """The gold answers, which bound the tokens of generated ones, and the settings of the search."""
 
     gold: Gold
     settings: Settings
@@ -61,30 +53,9 @@ class Answering:
 
 
 def check_room(run: Run, vlm: Vlm) -> None:
-    """Refuse a bound that the model's positions do not hold.
-
-    Raises:
-        UserError: there are fewer positions than answer tokens asked for.
-    """
+    """Refuse to ask for more answer tokens than the model has positions."""
     asked, positions = run.evaluation.max_answer_tokens, vlm.positions
     if asked is not None and asked > positions:
         raise UserError(
             f"--evaluation.max-answer-tokens is {asked}: {run.model} has {positions} positions, ask for fewer"
         )
-
-
-def plan_answers(
-    decoding: str, max_tokens: int, splits: tuple[Split, ...], vlm: Vlm, processor: Processor, examples: Examples
-) -> Answering:
-    """Decide how answers are generated.
-
-    Args:
-        decoding: a key of `SEARCHES`.
-        max_tokens: bounds an answer.
-        splits: whose gold answers are to be reached.
-        vlm, processor: the model.
-        examples: of all clients.
-    """
-    settings = dataclasses.replace(vlm.settings(), **SEARCHES[decoding])
-    rows = [row for client in examples.clients for split in splits for row in client.rows_of(split)]
-    return Answering(read_gold(examples.answers, rows, processor, max_tokens, settings, examples.all_answers), settings)

@@ -1,4 +1,4 @@
-"""What a run does with a finished round: judge its clients, validate and keep the best, write its line, show it."""
+"""Callbacks of every run: judge a round's clients, validate and keep the best, write the round's line, show it."""
 
 import json
 import math
@@ -59,13 +59,11 @@ class FiniteCheck(Callback):
 
 @dataclass
 class Best:
-    """The round that did best on validation.
+    """The round that did best on validation, of which phase; round 0 before any.
 
     Attributes:
         server: the server's state of the last federated round that was the best so far, on the host.
         slots: where the personal states of that round are.
-        round: which round it was; 0 before any.
-        phase: in which phase it was.
         score: the metric that selects, and minus the loss, which breaks ties.
     """
 
@@ -119,6 +117,7 @@ class BestRound(Callback):
         scores = score_validation(experiment, simulator.base, models, experiment.scored)
         result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}
         if report.trained is not None and experiment.run.evaluation.before_redistribution:
+            # Who dropped out has nothing to compare.
             asked = [number for number in report.counted.tolist() if number in experiment.scored]
             before = score_validation(experiment, report.base, report.trained, asked).get(chosen, {})
             result["before_redistribution"] = {chosen: _mean(before)}

@@ -68,7 +68,7 @@ class CheckpointWriter(Callback):
                 self._restore(trainer, done)
             except DamagedError as error:
                 faults.append(str(error))
-                del trainer.simulators[1:]
+                del trainer.simulators[1:]  # which it may have begun
                 continue
             for damaged, fault in zip(rounds, faults, strict=False):
                 trainer.experiment.show.note(
@@ -92,6 +92,7 @@ class CheckpointWriter(Callback):
 
     def _save(self, trainer: FederatedTrainer, round_: int) -> None:
         best, client_states = self.best.best, trainer.simulator.client_states
+        # JSON has no infinity.
         score = [value if math.isfinite(value) else None for value in best.score]
         about = {"best_round": best.round, "best_phase": best.phase, "best_score": score}
         client_states.flush()  # before the table that names them
@@ -117,6 +118,7 @@ class CheckpointWriter(Callback):
             DamagedError: its checkpoint, or a personal state that it names, is not as it was written.
         """
         model, federation = trainer.experiment.model, trainer.simulator
+        # A simulator of fine-tuning needs an adapter's form alone: its values are in the checkpoint.
         if trainer.phase_of(done):
             trainer.last_server = jax.device_get(federation.server) if federation.programs.base is not None else {}
             trainer.start_finetuning(federation.adapters, model.params)
@@ -150,4 +152,4 @@ class CheckpointWriter(Callback):
                     for part in (state["simulator"], state["best"]):
                         client_states.recall(part["slots"], part["stamps"])
                     self._protect(trainer, round_, state["simulator"]["slots"], state["best"]["slots"])
-                    self.saved.insert(-1, round_)
+                    self.saved.insert(-1, round_)  # before the newest

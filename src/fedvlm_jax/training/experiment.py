@@ -36,10 +36,8 @@ from fedvlm_jax.utils.random_streams import Stream
 
 MANY, SOME = 128, 64
 """Of more than `MANY` clients only `SOME` are evaluated, unless the options say how many."""
-
 IN_MEMORY = 2 * GIB
 """More image features than this go to disk, unless the options say where they are kept."""
-
 FINETUNING = "local"
 """The method of the local steps after a federation."""
 
@@ -94,30 +92,20 @@ class Experiment:
         return self.run.evaluation.select_by or self.objective.select_by
 
     @property
-    def participants(self) -> list[int]:
-        """List the clients that are not held out; those without training examples are never drawn."""
-        return [number for number, client in enumerate(self.examples.clients) if not client.held_out]
-
-    @property
-    def held_out(self) -> list[int]:
-        """List the clients that never train."""
-        return [number for number, client in enumerate(self.examples.clients) if client.held_out]
-
-    @property
     def scored(self) -> list[int]:
-        """List the participants whose models are evaluated."""
-        return self._sample(self.participants)
+        """List the clients that may train whose models are evaluated."""
+        return self._sample(held_out=False)
 
     @property
     def scored_newcomers(self) -> list[int]:
         """List the held-out clients whose models are evaluated."""
-        return self._sample(self.held_out)
+        return self._sample(held_out=True)
 
-    def _sample(self, numbers: list[int]) -> list[int]:
-        """Draw as many as the options say, by the seed alone."""
+    def _sample(self, *, held_out: bool) -> list[int]:
+        numbers = [number for number, client in enumerate(self.examples.clients) if client.held_out == held_out]
         asked = self.run.evaluation.clients
         count = asked if asked is not None else len(numbers) if len(numbers) <= MANY else SOME
-        rng = np.random.default_rng([Stream.EVALUATED, self.run.seed])
+        rng = np.random.default_rng([Stream.EVALUATED, self.run.seed])  # so that all methods are scored on the same
         return numbers if count >= len(numbers) else sorted(rng.choice(numbers, count, replace=False).tolist())
 
     @cached_property
@@ -128,6 +116,7 @@ class Experiment:
             return None
         limit = int(system.cache_gib * GIB)
         store = model.feature_store(limit, system.cache == "disk", system.cache_dir)
+        # What a picture takes is known by a store; one in memory that stays empty costs nothing.
         if system.cache == "auto" and len(self.examples.images) * store.row_bytes > IN_MEMORY:
             store = model.feature_store(limit, True, system.cache_dir)
         return store
@@ -158,7 +147,8 @@ class Experiment:
         return self.lay_out(self.run.cohort, self.wave or self.run.system.wave)
 
     def lay_out(self, cohort: int | None, wave: int | None) -> Layout:
-        """Choose the shapes of rounds with so many clients each, so many of them side by side."""
+        """Choose the shapes of rounds of `cohort` clients, `wave` of them side by side."""
+        # Clients without training examples take no place in a round.
         sizes = [len(client.train) for client in self.examples.clients if not client.held_out and len(client.train)]
         return lay_out_sizes(self.run, sizes, self.model.mesh, cohort, wave)
 
@@ -170,20 +160,17 @@ class Experiment:
         return self.data.answering(options.decoding, most, options.splits)
 
     @property
-    def _asked_neighbours(self) -> tuple[int, float] | None:
-        options = self.run.evaluation
-        return (options.neighbours, options.neighbour_temperature) if options.neighbours else None
-
-    @property
     def neighbours(self) -> Neighbours | None:
-        """Return what asking neighbours takes, where the options ask for them."""
-        asked = self._asked_neighbours
-        return None if asked is None else self.model.neighbours(*asked)
+        """Return the programs of nearest neighbours, where the options ask for them."""
+        options = self.run.evaluation
+        asked = options.neighbours
+        return self.model.neighbours(asked, options.neighbour_temperature) if asked else None
 
     @cached_property
     def evaluator(self) -> Evaluator:
         """Make what scores clients."""
         model, options, gold = self.model, self.run.evaluation, self.answering.gold
+        asked = (options.neighbours, options.neighbour_temperature)
         return Evaluator(
             examples=self.examples,
             inputs=self.inputs,
@@ -191,7 +178,7 @@ class Experiment:
             wave=self.layout.wave,
             batch=options.batch_size,
             mesh=model.mesh,
-            answer=model.answer_program(gold.budget, options.decoding, self._asked_neighbours),
+            answer=model.answer_program(gold.budget, options.decoding, *asked),
             gold=gold.all,
             metrics=options.metrics,
             beta=self.run.preference.beta,
@@ -261,15 +248,9 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
 def make_finetuner(
     experiment: Experiment, adapter: lora.Adapter, params: PyTree, file: Path | None = None
 ) -> Simulator:
-    """Start local fine-tuning after a federation.
+    """Start local fine-tuning of adapters of this form on the base that the federation ended with.
 
     What the options say of ranks, the server, proximal terms, participation and epochs was the federation's.
-
-    Args:
-        experiment: the run.
-        adapter: one of the form that the federation ended with.
-        params: the base that it ended with.
-        file: where the personal states are.
     """
     run = replace(
         experiment.run,

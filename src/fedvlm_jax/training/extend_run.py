@@ -15,7 +15,7 @@ from fedvlm_jax.config.validation import validate
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.folder_lock import Claim
-from fedvlm_jax.run_dir.validated_files import StoredConfig, check_seal, read_config, seal
+from fedvlm_jax.run_dir.validated_files import check_seal, read_config, seal
 from fedvlm_jax.utils.files import write_json
 
 
@@ -35,12 +35,18 @@ def lengthen(folder: Path, rounds: int) -> None:
         if run == stored.run:
             return
         validate(run)
-        _refuse(folder, stored.run, run)
+        _check(folder, stored.run, run)
         check_seal(folder / "config.json", stored.content)
-        _make_longer(folder, stored, run)
+        done = stored.run.train.rounds
+        # A kill between two of these steps leaves a run that goes on: with its old rounds, or with the new ones.
+        (folder / "evaluation.json").unlink(missing_ok=True)  # of models that will be others
+        (folder / "results.json").replace(folder / f"results-{done}.json")
+        longer = [*stored.content.get("longer", []), {"from": done, "to": rounds}]
+        if processes.is_first():
+            write_json(folder / "config.json", seal({**stored.content, "run": to_json(run), "longer": longer}))
 
 
-def _refuse(folder: Path, before: Run, after: Run) -> None:
+def _check(folder: Path, before: Run, after: Run) -> None:
     done, asked = before.train.rounds, after.train.rounds
     if asked < done:
         raise UserError(
@@ -57,6 +63,7 @@ def _refuse(folder: Path, before: Run, after: Run) -> None:
     if not any((folder / "checkpoints").glob(f"{done}")):
         raise UserError(f"{folder} has no checkpoint of round {done} any more, so it cannot go on; {start_anew}")
     old, new = declare(before.method, before), declare(after.method, after)
+    # A method is asked rather than known by name: what of it depends on the number of rounds would change those done.
     if old.base is not None:
         raise UserError(f"{before.method} makes room for its rounds at the start, and here for {done}; {start_anew}")
     if any(old.phase(number) != new.phase(number) for number in range(1, done + 1)):
@@ -64,13 +71,3 @@ def _refuse(folder: Path, before: Run, after: Run) -> None:
             f"what {before.method} trains in a round depends on how many there are: with {asked} the {done} that are "
             f"done would have been others; {start_anew}"
         )
-
-
-def _make_longer(folder: Path, stored: StoredConfig, run: Run) -> None:
-    """A kill between two lines leaves a run that goes on: with its old rounds, or with the new ones."""
-    done = stored.run.train.rounds
-    (folder / "evaluation.json").unlink(missing_ok=True)  # of models that will be others
-    (folder / "results.json").replace(folder / f"results-{done}.json")
-    longer = [*stored.content.get("longer", []), {"from": done, "to": run.train.rounds}]
-    if processes.is_first():
-        write_json(folder / "config.json", seal({**stored.content, "run": to_json(run), "longer": longer}))

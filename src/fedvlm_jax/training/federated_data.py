@@ -1,9 +1,10 @@
 """The clients of a seed with their examples, for a loaded model, and what is known of them whatever the method."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -17,11 +18,13 @@ from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import local_base, local_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import Numbers, Scored
+from fedvlm_jax.evaluation.gold_answers import read_gold
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
 from fedvlm_jax.federation.inputs.reference_log_probs import Reference, compute_reference
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.objectives.config import PreferenceOptions
-from fedvlm_jax.training.answer_generation import Answering, plan_answers
+from fedvlm_jax.run_dir.fingerprints import describe_clients
+from fedvlm_jax.training.answer_generation import SEARCHES, Answering
 from fedvlm_jax.training.loaded_model import LoadedModel
 from fedvlm_jax.training.memoized import memoized
 
@@ -63,15 +66,23 @@ class FederatedData:
         return encode(self.table, self.federation, self.model.processor, self.fitted, pairs=self.pairs)
 
     @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Digest all that a run reads: the files, and every client's rows."""
+        return {**self.model.sources(self.options), "clients": describe_clients(self.examples)}
+
+    @cached_property
     def base_numbers(self) -> dict[tuple[Split, int], Numbers]:
         """Hold the numbers of the bare base, which an `Evaluator` fills in."""
         return {}
 
     @memoized
     def answering(self, decoding: str, max_tokens: int, splits: tuple[Split, ...], /) -> Answering:
-        """Decide how answers to these splits are generated."""
-        model = self.model
-        return plan_answers(decoding, max_tokens, splits, model.vlm, model.processor, self.examples)
+        """Decide how answers to these splits are generated; `decoding` is a key of `SEARCHES`."""
+        examples = self.examples
+        settings = replace(self.model.vlm.settings(), **SEARCHES[decoding])
+        rows = [row for client in examples.clients for split in splits for row in client.rows_of(split)]
+        gold = read_gold(examples.answers, rows, self.model.processor, max_tokens, settings, examples.all_answers)
+        return Answering(gold, settings)
 
     @memoized
     def reference(
@@ -92,7 +103,8 @@ class FederatedData:
         self, evaluation: EvaluationOptions, preference: PreferenceOptions, /, *, ask: Callable[[], dict[Split, Scored]]
     ) -> dict[Split, Scored]:
         """Return what `ask` finds the bare base to do on these splits, asked once for all runs that score alike."""
-        del evaluation, preference  # they are the key
+        # The wave is no part of the key: it is chosen by the round's memory, and would ask once more for each method.
+        del evaluation, preference
         return ask()
 
     @memoized

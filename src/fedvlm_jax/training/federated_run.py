@@ -9,7 +9,7 @@ Several processes run the same loop side by side, in a folder that all of them r
 import dataclasses
 import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -49,11 +49,11 @@ from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.files import write_json
 
 Model = LoadedModel | Callable[[Run], LoadedModel]
-"""What runs of the same model share, or what loads it for the first of them that needs it."""
+"""A model that runs share, or a function that loads it for the first of them that needs it."""
 
 
 def load_later(show: Progress) -> Callable[[Run], LoadedModel]:
-    """Return what loads the model when a run first asks for it, and keeps it for the next."""
+    """Return a function that loads the model when a run first asks for it, and keeps it for the next."""
     kept: list[LoadedModel] = []
 
     def load_once(run: Run) -> LoadedModel:
@@ -69,18 +69,14 @@ def train(
 ) -> Path:
     """Run a federation from the start; return the folder that holds everything about it.
 
-    Args:
-        run: the options; `out` must be given.
-        show: where to report.
-        model: of an earlier run with the same model and mesh, to start faster.
-        callbacks: called after those that every run has; `analysis.profiling` has one.
+    A model that an earlier run on the same mesh has loaded saves a start; `callbacks` come after those of every run.
 
     Raises:
         UserError: the options, the data or the model cannot work, the folder is in use, or the loss is not finite.
     """
     run, out = _check_new(run)
     with _claim(out):
-        processes.tell_all(partial(_refuse_used, out))
+        processes.tell_all(partial(_refuse_used, out))  # the first looks, before it writes what the others would see
         return _execute(run, show or SilentProgress(), model, callbacks)
 
 
@@ -116,10 +112,7 @@ def resume(
 ) -> Path:
     """Go on with a run from its newest checkpoint, or from the start where there is none yet.
 
-    Args:
-        folder: the run's.
-        show, model, callbacks: as `train` takes them.
-        places: says where data and model are now, if they have moved.
+    Arguments are those of `train`, but for `places`, which says where data and model are now if they have moved.
 
     Raises:
         UserError: the folder is no run's, its checkpoint does not fit, the devices of then are not there, or data,
@@ -198,8 +191,8 @@ def _execute(
     run: Run, show: Progress, given: Model | None, callbacks: Sequence[Callback], stored: StoredConfig | None = None
 ) -> Path:
     """Run all that is not done; `stored` is what the folder of a run that goes on says."""
-    model, experiment = _open(run, show, given, stored)
-    folder = experiment.folder
+    experiment = _open(run, show, given, stored)
+    model, folder = experiment.model, experiment.folder
     trainer, best_round = _run_rounds(experiment, callbacks)
     zero_shot = final_evaluation.ask_base(experiment)
     best, federation, personal = best_round.best, trainer.simulators[0], best_round.give_models(trainer)
@@ -211,7 +204,7 @@ def _execute(
     artifacts.save_adapters(folder / "adapters", _list_adapters(experiment, personal), shared, about)
     general = partial(federation.global_adapters, at=at) if jax.tree.leaves(shared) else None
     with working(show, "evaluating every client's own model"):
-        scored, scores = final_evaluation.score_all(experiment, base, personal, general, zero_shot)
+        scored, scores = final_evaluation.score_models(experiment, base, personal, general, zero_shot)
         results = {"selected_round": best.round, "selected_by": experiment.select_by, **scores}
     if lost := describe_lost(results):
         show.note(lost)
@@ -221,14 +214,11 @@ def _execute(
     return folder
 
 
-def _open(run: Run, show: Progress, given: Model | None, stored: StoredConfig | None) -> tuple[LoadedModel, Experiment]:
+def _open(run: Run, show: Progress, given: Model | None, stored: StoredConfig | None) -> Experiment:
     """Load what a run needs, and write its config, or see that all is as the config of a run that goes on has it."""
-    assert run.out is not None
-
-    def check(sources: Mapping[str, Any]) -> None:
-        if stored:
-            fingerprints.compare_sources(run.out, run, stored.content["fingerprint"], sources)
-
+    folder, then = run.out, stored.content["fingerprint"] if stored else {}
+    assert folder is not None
+    check = partial(fingerprints.compare_sources, folder, run, then) if stored else lambda sources: None
     if given is None:
         model = load_model(run, show.note, check)
     else:
@@ -236,12 +226,11 @@ def _open(run: Run, show: Progress, given: Model | None, stored: StoredConfig | 
         check(model.sources(run.data))
     experiment = fit(open_experiment(run, model, show))
     if stored:
-        clients = fingerprints.describe_clients(experiment.examples)
-        fingerprints.compare_clients(run.out, stored.content["fingerprint"]["clients"], clients)
+        fingerprints.compare_clients(folder, then["clients"], experiment.data.fingerprint["clients"])
         _note_places(run, stored)
     else:
         _write_config(experiment)
-    return model, experiment
+    return experiment
 
 
 def _run_rounds(experiment: Experiment, more: Sequence[Callback]) -> tuple[FederatedTrainer, BestRound]:
@@ -290,10 +279,9 @@ def _write_config(experiment: Experiment) -> None:
             "disk that all processes share; choose it with --out"
         )
     if processes.count() > 1:  # each reads data and model from what it takes for the same place
-        then, run = read_config(file.parent).content["fingerprint"], experiment.run
-        fingerprints.compare_sources(file.parent, run, then, experiment.model.sources(run.data))
-        clients = fingerprints.describe_clients(experiment.examples)
-        fingerprints.compare_clients(file.parent, then["clients"], clients)
+        then, now = read_config(file.parent).content["fingerprint"], experiment.data.fingerprint
+        fingerprints.compare_sources(file.parent, experiment.run, then, now)
+        fingerprints.compare_clients(file.parent, then["clients"], now["clients"])
 
 
 def _describe_start(experiment: Experiment) -> dict[str, Any]:
@@ -326,6 +314,6 @@ def _describe_start(experiment: Experiment) -> dict[str, Any]:
         "devices": [f"{count} × {kind}" for kind, count in kinds.items()],
         "examples": {split: sum(len(client.rows_of(split)) for client in clients) for split in SPLITS},
         "resolved": resolved,
-        "fingerprint": {**experiment.model.sources(run.data), "clients": fingerprints.describe_clients(examples)},
+        "fingerprint": experiment.data.fingerprint,
         "federation": experiment.data.federation.description,
     }

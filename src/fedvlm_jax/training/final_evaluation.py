@@ -43,136 +43,112 @@ def ask_base(experiment: Experiment) -> dict[Split, Scored]:
     return experiment.data.zero_shot(options, run.preference, ask=ask)
 
 
-def let_remember(experiment: Experiment, params: PyTree, adapters: Adapters) -> tuple[Adapters, dict[str, Any]]:
-    """Give clients their neighbours, where the options ask for them.
-
-    Args:
-        experiment: the run.
-        params: the base, with what the method added to it.
-        adapters: every client's own.
-
-    Returns:
-        What stands in the adapters' place when models are scored (the adapters themselves without neighbours), and
-        for the results `neighbours`: `share`, how much they count, by client, and `kernel`, how by their distance.
-    """
-    if experiment.neighbours is None:
-        return adapters, {}
-    options = experiment.run.evaluation
-    kernels = KERNELS if options.neighbour_kernel == "validation" else (options.neighbour_kernel,)
-    models, share, kernel = build_datastores(
-        experiment.evaluator,
-        experiment.neighbours,
-        params,
-        adapters,
-        experiment.scored,
-        options.neighbour_capacity,
-        kernels,
-    )
-    return models, {"neighbours": {"share": share, "kernel": kernel}}
-
-
 def score_models(
-    experiment: Experiment,
-    params: PyTree,
-    adapters: Adapters,
-    general: Adapters | None,
-    zero_shot: Mapping[Split, Scored],
-) -> ScoredModels:
-    """Score the models that a run ends with, for everybody.
-
-    Args:
-        experiment: the run.
-        params: the base, with what the method added to it.
-        adapters: every client's own, or what `let_remember` made of them; a held-out client's as it starts.
-        general: the shared part with what each client started from; None where nothing is shared.
-        zero_shot: what `score_base` found.
-
-    Returns:
-        `zero_shot`, `personal` and, where something is shared, `global`: split -> how it does.
-    """
-    models: dict[str, Adapters | None] = {"personal": adapters}
-    same = False
-    if general is not None and experiment.run.evaluation.global_model:
-        same = is_same(adapters, general, experiment.scored[:1] * experiment.layout.wave)
-        models |= {} if same else {"global": general}
-    scored: ScoredModels = {"zero_shot": zero_shot, **_evaluate(experiment, params, models)}
-    return scored | {"global": scored["personal"]} if same else scored
-
-
-def score_all(
     experiment: Experiment,
     params: PyTree,
     personal: Adapters,
     general: Adapters | None,
     zero_shot: Mapping[Split, Scored],
 ) -> tuple[ScoredModels, dict[str, Any]]:
-    """Score all models that a run ends with; arguments are those of `score_models`, before neighbours.
+    """Score the models that a run ends with, for everybody.
+
+    Args:
+        experiment: the run.
+        params: the base, with what the method added to it.
+        personal: every client's own adapters; a held-out client's as it starts.
+        general: the shared part with what each client started from; None where nothing is shared.
+        zero_shot: what `score_base` found.
 
     Returns:
-        What the models did, and what `results.json` has of it.
-    """
-    models, remembered = let_remember(experiment, params, personal)
-    scored = score_models(experiment, params, models, general, zero_shot)
-    matrix = score_matrix(experiment, params, models)
-    return scored, {**remembered, **describe_scores(experiment, scored), **matrix}
+        `zero_shot`, `personal` and, where something is shared, `global`: split -> how it does.
 
-
-def describe_scores(experiment: Experiment, scored: ScoredModels) -> dict[str, Any]:
-    """What `results.json` tells of them.
-
-    Returns:
-        `generation`: how the answers were generated, and what no model could answer. The models' names: split ->
-        metric -> client -> value, of the clients that train; `gain_intervals`: metric ->
+        For `results.json`, `neighbours`, where the options ask for them: `share`, how much they count, by client, and
+        `kernel`, how by their distance. `generation`: how the answers were generated, and what no model could answer.
+        The models' names: split -> metric -> client -> value, of the clients that train. `gain_intervals`: metric ->
         client -> the ends of the 95 % interval of what it gains over zero-shot on test, for the metric that the run is
-        judged by; `held_out`, where there are any: their `zero_shot` and `personal`, and the `cold_start`.
+        judged by. `held_out`, where there are any: their `zero_shot` and `personal`, and the `cold_start`.
+        `cross_clients`, where it is asked for: the clients, and metric -> rows of values, by model down and by data
+        across.
     """
+    options, results = experiment.run.evaluation, dict[str, Any]()
+    if experiment.neighbours is not None:
+        kernels = KERNELS if options.neighbour_kernel == "validation" else (options.neighbour_kernel,)
+        evaluator, capacity = experiment.evaluator, options.neighbour_capacity
+        personal, share, kernel = build_datastores(
+            evaluator, experiment.neighbours, params, personal, experiment.scored, capacity, kernels
+        )
+        results["neighbours"] = {"share": share, "kernel": kernel}
+    models: dict[str, Adapters | None] = {"personal": personal}
+    same = False
+    if general is not None and options.global_model:
+        # A single client, as often as a wave has places: programs of this shape are compiled already.
+        same = _is_same(personal, general, experiment.scored[:1] * experiment.layout.wave)
+        models |= {} if same else {"global": general}
+    scored: ScoredModels = {"zero_shot": zero_shot, **_evaluate(experiment, params, models)}
+    if same:
+        scored["global"] = scored["personal"]
+    return scored, {**results, **_describe(experiment, scored), **_score_matrix(experiment, params, personal)}
+
+
+def _evaluate(
+    experiment: Experiment, params: PyTree, models: Mapping[str, Adapters | None]
+) -> dict[str, dict[Split, Scored]]:
+    everyone = [*experiment.scored, *experiment.scored_newcomers]
+    splits = experiment.run.evaluation.splits
+    # Each split is read once for all models.
+    scored = {split: experiment.evaluator(params, models, split, everyone) for split in splits}
+    return {name: {split: scored[split][name] for split in splits} for name in models}
+
+
+def _is_same(personal: Adapters, general: Adapters, numbers: list[int]) -> bool:
+    """Say whether the global model is what these clients have, because their method keeps nothing private."""
+    ours, theirs = (fetch(adapters(np.asarray(numbers))) for adapters in (personal, general))
+    if jax.tree.structure(ours) != jax.tree.structure(theirs):
+        return False  # the personal ones ask their neighbours
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, ours, theirs)))
+
+
+def _describe(experiment: Experiment, scored: ScoredModels) -> dict[str, Any]:
     options, clients = experiment.run.evaluation, experiment.examples.clients
     trained = {clients[number].name for number in experiment.scored}
     results: dict[str, Any] = {"generation": {"decoding": options.decoding, **experiment.answering.describe()}}
     results |= {name: _keep(by_split, trained) for name, by_split in scored.items()}
     if experiment.scored_newcomers:
         others = {clients[number].name for number in experiment.scored_newcomers}
-        results["held_out"] = {
-            "cold_start": options.cold_start,
-            **{name: _keep(scored[name], others) for name in ("zero_shot", "personal")},
-        }
+        kept = {name: _keep(scored[name], others) for name in ("zero_shot", "personal")}
+        results["held_out"] = {"cold_start": options.cold_start, **kept}
     metric = experiment.select_by
     if options.test and metric in scored["zero_shot"]["test"].values:
-        own, base = (scored[name]["test"].values[metric] for name in ("personal", "zero_shot"))
-        own = {client: values for client, values in own.items() if client in trained}
-        results["gain_intervals"] = {metric: read_gains(own, base)}
+        personal, base = (scored[name]["test"].values[metric] for name in ("personal", "zero_shot"))
+        personal = {client: values for client, values in personal.items() if client in trained}
+        results["gain_intervals"] = {metric: read_gains(personal, base)}
     return results
 
 
-def _evaluate(
-    experiment: Experiment, params: PyTree, models: Mapping[str, Adapters | None]
-) -> dict[str, dict[Split, Scored]]:
-    """model -> split -> how it does for everybody, each split read once for all models."""
-    everyone = [*experiment.scored, *experiment.scored_newcomers]
-    splits = experiment.run.evaluation.splits
-    scored = {split: experiment.evaluator(params, models, split, everyone) for split in splits}
-    return {name: {split: scored[split][name] for split in splits} for name in models}
+def _keep(by_split: Mapping[Split, Scored], names: set[str]) -> dict[Split, Scores]:
+    return {
+        split: {
+            metric: {client: value for client, value in values.items() if client in names}
+            for metric, values in scored.scores.items()
+        }
+        for split, scored in by_split.items()
+    }
 
 
-def is_same(personal: Adapters, general: Adapters, numbers: list[int]) -> bool:
-    """Is the global model what these clients have, because their method keeps nothing private?"""
-    ours, theirs = (fetch(adapters(np.asarray(numbers))) for adapters in (personal, general))
-    if jax.tree.structure(ours) != jax.tree.structure(theirs):
-        return False  # one of them remembers
-    return all(jax.tree.leaves(jax.tree.map(np.array_equal, ours, theirs)))
+def read_gains(personal: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    """Estimate what each client gains, by a paired bootstrap over its examples.
 
-
-def read_gains(own: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    """What each client gains, as a paired bootstrap over its own examples sees it.
+    >>> read_gains({"a": np.array([1.0, 1.0])}, {"a": np.array([0.5, 0.5])})
+    {'a': [0.5, 0.5]}
 
     Args:
-        own, base: client -> a metric of the same examples [N], by its own model and by the base.
+        personal, base: client -> a metric of the same examples [N], by the client's model and by the base.
 
     Returns:
-        client -> the ends of the 95 % interval of the mean of own - base; without clients of a single example.
+        client -> the ends of the 95 % interval of the mean difference; without clients of a single example.
     """
     found = {}
-    for client, values in own.items():
+    for client, values in personal.items():
         gains = {f"{place:09d}": float(gain) for place, gain in enumerate(values - base[client])}
         low, high = bootstrap_interval(gains)
         if math.isfinite(low):
@@ -180,37 +156,20 @@ def read_gains(own: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) ->
     return found
 
 
-def _keep(by_split: Mapping[Split, Scored], names: set[str]) -> dict[Split, Scores]:
-    return {
-        split: {
-            metric: {client: value for client, value in values.items() if client in names}
-            for metric, values in one.scores.items()
-        }
-        for split, one in by_split.items()
-    }
-
-
-def score_matrix(experiment: Experiment, params: PyTree, adapters: Adapters) -> dict[str, Any]:
-    """Every participant's model on every participant's test data, all models asked while a batch is there.
-
-    Args:
-        experiment, params, adapters: as `score_models` takes them.
-
-    Returns:
-        `cross_clients`, where it is asked for: the clients, and metric -> rows of values, by model down and by data
-        across.
-    """
+def _score_matrix(experiment: Experiment, params: PyTree, adapters: Adapters) -> dict[str, Any]:
+    """Try every participant's model on every participant's test data, all models while a batch is in memory."""
     if not (experiment.run.evaluation.cross_clients and experiment.run.evaluation.test):
         return {}
     clients = experiment.examples.clients
     numbers = [number for number in experiment.scored if len(clients[number].test)]
     names = [clients[number].name for number in numbers]
 
-    def always(number: int) -> Adapters:
+    def always(number: int) -> Adapters:  # whoever's data are read
         return lambda asked: adapters(np.full(len(asked), number))
 
     models = {name: always(number) for name, number in zip(names, numbers, strict=True)}
-    found = {name: one.scores for name, one in experiment.evaluator(params, models, "test", numbers).items()}
-    metrics = [metric for metric in MATRIX if all(len(found[name].get(metric, {})) == len(names) for name in names)]
-    values = {metric: [[found[model][metric][data] for data in names] for model in names] for metric in metrics}
+    scored = experiment.evaluator(params, models, "test", numbers)
+    scores = {name: scored[name].scores for name in names}
+    metrics = [metric for metric in MATRIX if all(len(scores[name].get(metric, {})) == len(names) for name in names)]
+    values = {metric: [[scores[model][metric][data] for data in names] for model in names] for metric in metrics}
     return {"cross_clients": {"clients": names, **values}}

@@ -94,7 +94,7 @@ class LoadedModel:
     def drop_programs(self) -> None:
         """Free what the programs of all methods take: they fill memory once their methods are done with."""
         forget(self, LoadedModel.programs)
-        gc.collect()
+        gc.collect()  # traced functions and what they close over refer to each other
 
     @memoized
     def neighbours(self, count: int, temperature: float, /) -> Neighbours:
@@ -102,9 +102,9 @@ class LoadedModel:
         return make_neighbours(self.vlm, count, temperature)
 
     @memoized
-    def answer_program(self, tokens: int, decoding: str, neighbours: tuple[int, float] | None, /) -> Callable[..., Any]:
-        """Make the program that answers in so many tokens; `neighbours`: arguments of the method, if they are asked."""
-        vlm = self.vlm if neighbours is None else self.neighbours(*neighbours).vlm
+    def answer_program(self, tokens: int, decoding: str, count: int, temperature: float, /) -> Callable[..., Any]:
+        """Make the program that answers in at most so many tokens, and asks `count` neighbours."""
+        vlm = self.neighbours(count, temperature).vlm if count else self.vlm
         return make_answer(vlm, tokens, SEARCHES[decoding])
 
     @cached_property
@@ -128,6 +128,7 @@ class LoadedModel:
             weights = feature_cache.fingerprint_vision(vlm, params)
             folder = self.name_folder(cache_dir, "features", weights, feature_cache.WIDTH)
         row = jax.ShapeDtypeStruct((vlm.image_tokens(*self.processor.size), vlm.image_width), vlm.dtype)
+        # The weights are an argument: as a constant each program would have its copy.
         compute = partial(jax.jit(lambda params, pixels: vlm.image_features(params, None, pixels)), params)
         store = FeatureStore(compute, self.processor, limit=limit, row=row, folder=folder)
         if on_disk:
@@ -173,10 +174,7 @@ def load_model(
 ) -> LoadedModel:
     """Load the model of a run and open its data; everything that can be refused is, before weights are read.
 
-    Args:
-        run: names both.
-        note: receives what is loaded, in words.
-        check: judges the digests of their files.
+    `check` judges the digests of their files.
 
     Raises:
         UserError: files are missing or do not fit, there are fewer devices than asked for, or no weight can be cut.

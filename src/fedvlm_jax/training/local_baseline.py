@@ -29,6 +29,9 @@ def make_baseline(run: Run) -> Run:
 
     What is scored only for the report of a method (other clients' data, examples) is left out.
 
+    >>> make_baseline(Run(method="plora", out=Path("runs/a"))).method
+    'local'
+
     Raises:
         UserError: options of the run mean something else, or nothing, where nothing is shared.
     """
@@ -40,7 +43,11 @@ def make_baseline(run: Run) -> Run:
 
 
 def find_reason_against(run: Run) -> str:
-    """Say why no baseline can stand beside this run; empty where one can."""
+    """Say why no baseline can stand beside this run; empty where one can.
+
+    >>> find_reason_against(Run(method="local"))
+    '--method local is that itself'
+    """
     if run.method == ALONE:
         return f"--method {ALONE} is that itself"
     try:
@@ -53,11 +60,6 @@ def find_reason_against(run: Run) -> str:
 def train_alone(folder: Path, show: Progress, model: federated_run.Model) -> None:
     """Train every client of a finished run alone, or go on with that, or find that it is done.
 
-    Args:
-        folder: of the finished run.
-        show: where to report.
-        model: what both runs share.
-
     Raises:
         UserError: as `make_baseline`, what lies in its folder is a run with other options, or data or model are not
             those of the finished run any more.
@@ -68,8 +70,7 @@ def train_alone(folder: Path, show: Progress, model: federated_run.Model) -> Non
     if not (alone.out / "results.json").is_file():
         refuse_other_sources(folder, run, model(alone) if callable(model) else model)
     if (alone.out / "config.json").is_file() and read_config(alone.out).run.train.rounds < alone.train.rounds:
-        federated_run.resume(
-            alone.out, show, model
-        )  # the run was trained longer: so is this, once it has its first rounds
+        # The run was trained longer: so is this, once it has its first rounds.
+        federated_run.resume(alone.out, show, model)
         processes.tell_all(partial(lengthen, alone.out, alone.train.rounds))
     finish_run(alone, show, model)

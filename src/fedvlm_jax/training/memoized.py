@@ -39,7 +39,7 @@ def memoized(function: Callable[Concatenate[Holder, Key], Value]) -> Callable[Co
 
 
 def forget(holder: object, function: Callable[..., Any]) -> None:
-    """Drop all values of a memoized function that an object holds."""
+    """Drop all values of a memoized function that an object holds; those of other functions stay."""
     memo: dict[tuple[Hashable, ...], Any] = vars(holder).get("_memo", {})
     for key in [key for key in memo if key[0] is function]:
         del memo[key]

@@ -1,4 +1,4 @@
-"""Independent pieces of work spread over processes, each with cores of its own.
+"""Independent pieces of work spread over processes, each with its share of the cores.
 
 A CPU program waits for its slowest thread at every step. Two processes with a core each do more than one that has both:
 about a quarter more for the shipped model.
@@ -6,10 +6,9 @@ about a quarter more for the shipped model.
 
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from threading import Thread
 from typing import Any, TypeVar
@@ -17,36 +16,19 @@ from typing import Any, TypeVar
 import jax
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.training.progress import SilentProgress
-
-LOOKING = 0.5
-"""Seconds between two looks at whether the process that asked is still there."""
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-class WorkerProgress(SilentProgress):
-    """The progress of a run in a worker: nobody reads it."""
-
-    def round(self, line: Mapping[str, Any]) -> None:
-        """Keep nothing."""
-
-    def note(self, text: str) -> None:
-        """Keep nothing."""
-
-
 def spread(work: Callable[[Task], Result], tasks: Sequence[Task], processes: int) -> Iterator[Result]:
-    """Yield the results of `work` in the order in which they are ready.
+    """Yield the results of `work` for each task in the order in which they are ready.
 
-    Args:
-        work: a function of a module, so that it can be sent to a process; it may keep what the next task needs too.
-        tasks: what it is called with; each goes to the next process that is free.
-        processes: how many.
+    `work` is a function of a module, so that it can be sent to a process; it may keep what the next task needs too.
 
     Raises:
-        UserError: there is an accelerator, which processes cannot share, or there are fewer cores than processes.
-        UserError: a process was killed from outside.
+        UserError: there is an accelerator, which processes cannot share, there are fewer cores than processes, or one
+            was killed from outside.
         Exception: what `work` raised, or what stopped this process; the other processes are ended, and what they were
             at is as after a kill.
     """
@@ -61,8 +43,12 @@ def spread(work: Callable[[Task], Result], tasks: Sequence[Task], processes: int
         shares.put(cores[number::processes])
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_settle, initargs=(shares, stop)) as pool:
         try:
-            with _shielding():
+            # A Ctrl-C or a closed terminal reaches all processes alike; those that start here leave it to this one.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+            try:
                 futures = [pool.submit(work, task) for task in tasks]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:
@@ -77,16 +63,6 @@ def spread(work: Callable[[Task], Result], tasks: Sequence[Task], processes: int
             raise
 
 
-@contextmanager
-def _shielding() -> Generator[None]:
-    """Start processes that a Ctrl-C or a closed terminal, which reach all alike, leave to the one that started them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _settle(shares: Any, stop: Any) -> None:
     """Take a share of the cores, before JAX counts them, and end when nobody waits any more."""
     Thread(target=_end_with, args=(stop,), daemon=True).start()
@@ -95,9 +71,9 @@ def _settle(shares: Any, stop: Any) -> None:
 
 
 def _end_with(stop: Any) -> None:
-    """End this process when it is told to, or when the one that started it is gone."""
+    """End this process once it is asked to, or the process that started it is gone; look twice a second."""
     parent = parent_process()
-    while not stop.wait(LOOKING):
+    while not stop.wait(0.5):
         if parent is not None and not parent.is_alive():
             break
-    os._exit(1)
+    os._exit(1)  # sys.exit would end this thread alone

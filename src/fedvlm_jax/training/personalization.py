@@ -1,4 +1,4 @@
-"""Every client's own model, as it was at a moment of the federation.
+"""Every client's personal model, as it was at a moment of the federation.
 
 Clients that never trained, held out or not drawn yet, have the server's global part, and their private part has to come
 from somewhere:
@@ -30,12 +30,7 @@ from fedvlm_jax.training.experiment import Experiment
 
 
 def give_models(experiment: Experiment, simulator: Simulator, at: Moment) -> Adapters:
-    """Every client's own adapter, for whoever is asked about; who never trained starts as the run asks for.
-
-    Args:
-        experiment: the run.
-        simulator: its federation.
-        at: as it was then.
+    """Give every client's adapter at a moment of the run's federation; who never trained starts as the run asks for.
 
     Raises:
         UserError: "nearest" where image features are not frozen and kept.
@@ -59,15 +54,16 @@ def give_models(experiment: Experiment, simulator: Simulator, at: Moment) -> Ada
         states = simulator.client_states.gather(source[numbers], at.slots)
         if mean is None and not len(ranks):
             return simulator.personalise(states, np.ones(len(numbers), bool), numbers, at)
-        new, there = ~known[numbers], None
+        new, shared = ~known[numbers], None
         if len(ranks):
-            has = ranks[source[numbers]] if mean is None else ranks[trained].max()
-            there = np.arange(ranks.max()) < np.minimum(ranks[numbers], has)[..., None]  # [V, R]
+            most = ranks[source[numbers]] if mean is None else ranks[trained].max()
+            shared = np.arange(ranks.max()) < np.minimum(ranks[numbers], most)[..., None]  # [V, R], directions
 
-        def replace(path: tuple[Any, ...], leaf: np.ndarray, one: np.ndarray, own: np.ndarray) -> np.ndarray:
-            # Whole numbers name or count: a rank or a client's number is its own, and has no mean.
-            taken = (not np.issubdtype(leaf.dtype, np.integer)) & _along(path, there, leaf.ndim, True)
-            return np.where(_widen(new, leaf), np.where(taken, one, own), leaf)
+        def replace(path: tuple[Any, ...], leaf: np.ndarray, given: np.ndarray, start: np.ndarray) -> np.ndarray:
+            # Whole numbers name or count: a rank or a client's number stays, and has no mean.
+            taken = (not np.issubdtype(leaf.dtype, np.integer)) & _align(path, shared, leaf.ndim, True)
+            is_new = new.reshape(-1, *[1] * (leaf.ndim - 1))
+            return np.where(is_new, np.where(taken, given, start), leaf)
 
         start = simulator.start_states(numbers, at)
         states = jax.tree_util.tree_map_with_path(replace, states, states if mean is None else mean, start)
@@ -77,9 +73,12 @@ def give_models(experiment: Experiment, simulator: Simulator, at: Moment) -> Ada
 
 
 def each_model(models: Adapters, clients: int, wave: int) -> Iterator[tuple[Int[np.ndarray, " some"], PyTree]]:
-    """Everybody's models in turn: so many client numbers at a time, and their adapters [V, …] on the devices.
+    """Yield everybody's models in turn: so many client numbers at a time, with their adapters [V, …] on the devices.
 
     The last wave is shorter; its adapters are filled up to V, so that all have one shape.
+
+    >>> [numbers.tolist() for numbers, _ in each_model(lambda numbers: None, clients=5, wave=2)]
+    [[0, 1], [2, 3], [4]]
     """
     for start in range(0, clients, wave):
         numbers = np.arange(start, min(start + wave, clients))
@@ -89,7 +88,12 @@ def each_model(models: Adapters, clients: int, wave: int) -> Iterator[tuple[Int[
 def find_nearest(
     means: Float[np.ndarray, "clients width"], who: Int[np.ndarray, " some"], among: Int[np.ndarray, " others"]
 ) -> Int[np.ndarray, " some"]:
-    """For each of `who` the one of `among` with the most similar row: cosine, after `among`'s mean is taken off."""
+    """Find for each of `who` the client of `among` with the most similar row: cosine, centred by `among`'s mean.
+
+    >>> means = np.array([[1.0, 0.1], [0.0, 1.0], [1.0, 0.0]])
+    >>> find_nearest(means, who=np.array([2]), among=np.array([0, 1]))
+    array([0])
+    """
     centred = means - means[among].mean(axis=0)
     lengths = np.linalg.norm(centred, axis=1, keepdims=True)
     unit = centred / np.where(lengths > 0, lengths, 1.0)
@@ -97,7 +101,7 @@ def find_nearest(
 
 
 def _average(simulator: Simulator, numbers: np.ndarray, slots: Slots, wave: int) -> PyTree:
-    """The mean of these clients' private states, read so many at a time; of each direction over those who have it."""
+    """Average these clients' private states, read so many at a time; each direction over those who have it."""
     total: PyTree = None
     for start in range(0, len(numbers), wave):
         states = simulator.client_states.gather(numbers[start : start + wave], slots)
@@ -109,20 +113,16 @@ def _average(simulator: Simulator, numbers: np.ndarray, slots: Slots, wave: int)
 
     def divide(path: tuple[Any, ...], leaf: np.ndarray, like: np.ndarray) -> np.ndarray:
         # What a client lacks is zero in its state, so that the sum is that of those who have it.
-        return (leaf / np.maximum(_along(path, having, leaf.ndim, len(numbers)), 1)).astype(like.dtype)
+        return (leaf / np.maximum(_align(path, having, leaf.ndim, len(numbers)), 1)).astype(like.dtype)
 
     return jax.tree_util.tree_map_with_path(divide, total, shapes)
 
 
-def _along(path: tuple[Any, ...], numbers: np.ndarray | None, axes: int, otherwise: Any) -> Any:
-    """Numbers [..., R] of the directions beside the columns of an A, the rows of a B; `otherwise` for other leaves."""
+def _align(path: tuple[Any, ...], numbers: np.ndarray | None, axes: int, otherwise: Any) -> Any:
+    """Align numbers [..., R] with the columns of an A or the rows of a B; give `otherwise` for other leaves."""
     name = leaf_name(jax.tree_util.keystr(path, simple=True, separator="/"))
     if numbers is None or name not in ("a", "b"):
         return otherwise
     *front, rank = numbers.shape
     back = (rank,) if name == "a" else (rank, 1)
     return numbers.reshape(*front, *[1] * (axes - len(front) - len(back)), *back)
-
-
-def _widen(mask: np.ndarray, leaf: np.ndarray) -> np.ndarray:
-    return mask.reshape(-1, *[1] * (leaf.ndim - 1))

@@ -27,7 +27,11 @@ MOST_ROWS = 2**28
 
 
 def choose_arithmetic(options: SystemOptions) -> dict[str, Any]:
-    """Choose how the model computes, as `load_vlm` and `read_vlm` take it."""
+    """Choose the arguments of `load_vlm` and `read_vlm` that say how the model computes.
+
+    >>> choose_arithmetic(SystemOptions(remat=True))["stacking"]
+    Stacking(remat=True, unroll=3)
+    """
     compute = jnp.bfloat16 if options.compute == "bfloat16" else jnp.float32
     return {"compute_dtype": compute, "stacking": Stacking(options.remat, options.unroll)}
 
@@ -48,15 +52,20 @@ def lay_out_sizes(run: Run, sizes: Sequence[int], mesh: Mesh, cohort: int | None
         run: the options.
         sizes: training examples of every client that trains.
         mesh: the devices.
-        cohort: clients a round; all by default.
-        wave: clients side by side; as many as is usual by default.
+        cohort, wave: clients a round (None: all), and side by side (None: as many as is usual).
+
+    >>> from fedvlm_jax.distributed.sharding import make_mesh
+    >>> lay_out_sizes(Run(), [9, 30], make_mesh(1), cohort=None, wave=None).wave
+    2
 
     Raises:
         UserError: a round would take more rows than a computer can list.
     """
     train, steps = run.train, run.train.local_steps
+    # All clients run the steps of the largest, so that they share one program; what is beyond theirs does not count.
     if train.local_epochs is not None:
         steps = max((count_steps(size, train.local_epochs, train.batch_size) for size in sizes), default=1)
+    # Their numbers are made for all clients at once, and are refused here rather than by the memory.
     rows = (cohort or len(sizes)) * steps * train.batch_size
     if rows > MOST_ROWS:
         raise UserError(
@@ -103,8 +112,7 @@ def build_programs(vlm: Vlm, mesh: Mesh, run: Run, clients: int, cohort: int, pl
     """Make a method's programs on a mesh; nothing is compiled yet.
 
     Args:
-        vlm: the model.
-        mesh: the devices.
+        vlm, mesh: the model and the devices.
         run: the options; `choose_program_options` names those that are read.
         clients: in the population.
         cohort, places, steps: of a round, as `Layout` has them.

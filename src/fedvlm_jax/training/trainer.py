@@ -4,6 +4,7 @@ A callback adds to a round's line, writes it, keeps checkpoints, finds the best 
 trainer runs rounds and calls them in their order; it writes nothing itself.
 """
 
+import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -28,13 +29,9 @@ from fedvlm_jax.training.progress import COMPILING, working
 
 @dataclass(frozen=True)
 class RoundResult:
-    """A finished round.
+    """A finished round: what it read and left on the host, and the seconds that it took, without compiling.
 
-    Attributes:
-        inputs: what the round read.
-        report: what is left of it on the host.
-        line: its line of `metrics.jsonl`; callbacks add to it before it is written.
-        seconds: what it took, without compiling.
+    Callbacks add to `line`, its line of `metrics.jsonl`, before it is written.
     """
 
     inputs: RoundInputs
@@ -44,12 +41,17 @@ class RoundResult:
 
     @property
     def round(self) -> int:
-        """Return its number."""
+        """Return the round's number."""
         return self.inputs.round
 
 
 class Callback:
-    """What happens around rounds; a callback overrides what it needs, and is called in the trainer's order."""
+    """Base of what happens around rounds; a callback overrides what it needs.
+
+    >>> class PrintLoss(Callback):
+    ...     def on_round(self, trainer, result):
+    ...         print(result.round, result.line["loss"])
+    """
 
     def on_start(self, trainer: "FederatedTrainer", done: int) -> None:
         """Begin, when rounds up to `done` are finished."""
@@ -74,11 +76,10 @@ class _Phase:
     first: int
     last: int
     steps: int
-    total_steps: int | None = None
+    total_steps: int
 
     def steps_of(self, round_: int) -> int:
-        if self.total_steps is None:
-            return self.steps
+        """The last round of fine-tuning may be shorter."""
         return min(self.steps, self.total_steps - (round_ - self.first) * self.steps)
 
 
@@ -88,8 +89,7 @@ class FederatedTrainer:
     Attributes:
         experiment: the run.
         callbacks: in the order in which they are called.
-        phases: of the run; of each that has begun there is a simulator.
-        simulators: of the phases so far; the last is the one that the run is in.
+        simulators: of the phases that have begun: the federation, and the fine-tuning after it.
         last_server: the server's state of the federation, where a method moves the base that is fine-tuned on.
     """
 
@@ -97,10 +97,11 @@ class FederatedTrainer:
         """Stand before the first round."""
         self.experiment, self.callbacks = experiment, callbacks
         run, steps = experiment.run, experiment.layout.steps
-        rounds, finetune = run.train.rounds, run.train.finetune_steps
-        self.phases = [_Phase(run.method, 1, rounds, steps)]
-        if finetune:
-            self.phases.append(_Phase(FINETUNING, rounds + 1, rounds - (-finetune // steps), steps, finetune))
+        rounds, more_steps = run.train.rounds, run.train.finetune_steps
+        self.phases = [_Phase(run.method, 1, rounds, steps, rounds * steps)]
+        if more_steps:
+            last = rounds + math.ceil(more_steps / steps)
+            self.phases.append(_Phase(FINETUNING, rounds + 1, last, steps, more_steps))
         self.compile_seconds = 0.0
         self.simulators: list[Simulator] = []
         self.last_server: PyTree = {}
@@ -141,6 +142,7 @@ class FederatedTrainer:
             if number and done < phase.first:
                 self._finetune()
             first = max(phase.first, done + 1)
+            # The next round is read while this one runs.
             rounds = read_ahead(partial(_read_round, self.simulator, phase), first, phase.last + 1)
             for _ in range(first, phase.last + 1):
                 self._run_round(phase, rounds)
@@ -153,7 +155,7 @@ class FederatedTrainer:
         self._add(make_finetuner(self.experiment, adapter, params, self.experiment.folder / "states-1.bin"))
 
     def _add(self, simulator: Simulator) -> None:
-        simulator.compiling = self._time_compiling
+        simulator.compiling = self._time_compiling  # a new shape compiles within a round
         self.simulators.append(simulator)
 
     @contextmanager
@@ -168,12 +170,21 @@ class FederatedTrainer:
 
     def _finetune(self) -> None:
         """Begin local fine-tuning: every client's model so far becomes its private adapter."""
-        before = self.simulator
+        before, wave = self.simulator, self.experiment.layout.wave
         models = give_models(self.experiment, before, before.now)
         if before.programs.base is not None:
             self.last_server = jax.device_get(before.server)
         self.start_finetuning(models, before.base)
-        _adopt(self.simulator, models, self.experiment.layout.wave)
+        simulator, method = self.simulator, self.simulator.programs.method
+
+        def start_with(adapter: PyTree, number: Any) -> PyTree:
+            return method.init_client(key=simulator.key, server=method.init(adapter=adapter), number=number)
+
+        start = jax.jit(jax.vmap(start_with))  # with fresh optimisers
+        for numbers, adapters in each_model(models, len(simulator.client_states), wave):
+            states, own = fetch(start(adapters, pad_rows(numbers, wave))), processes.share_out(len(numbers))
+            simulator.client_states.scatter(numbers, jax.tree.map(lambda leaf, own=own: leaf[own], states), own)
+        simulator.client_states.meet()
 
     def _run_round(self, phase: _Phase, rounds: Iterator[RoundInputs]) -> None:
         start = time.perf_counter()  # waiting for data is part of a round's time
@@ -204,20 +215,6 @@ def find_rates(train: TrainOptions, round_: int) -> dict[str, float]:
 
 def _read_round(simulator: Simulator, phase: _Phase, round_: int) -> RoundInputs:
     return simulator.read_round(round_, phase.steps_of(round_))
-
-
-def _adopt(simulator: Simulator, models: Adapters, wave: int) -> None:
-    """Make these models the clients' private ones, with fresh optimisers."""
-    method = simulator.programs.method
-
-    def start_with(adapter: PyTree, number: Any) -> PyTree:
-        return method.init_client(key=simulator.key, server=method.init(adapter=adapter), number=number)
-
-    start = jax.jit(jax.vmap(start_with))
-    for numbers, adapters in each_model(models, len(simulator.client_states), wave):
-        states, own = fetch(start(adapters, pad_rows(numbers, wave))), processes.share_out(len(numbers))
-        simulator.client_states.scatter(numbers, jax.tree.map(lambda leaf, own=own: leaf[own], states), own)
-    simulator.client_states.meet()
 
 
 def _describe_round(round_: int, method: str, report: RoundReport, seconds: float) -> dict[str, Any]:

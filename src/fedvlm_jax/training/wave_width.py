@@ -1,4 +1,4 @@
-"""How many clients train side by side: as many as the compiled round leaves room for on a device."""
+"""The number of clients that train side by side: as many as the compiled round leaves room for on a device."""
 
 import dataclasses
 import time
@@ -19,6 +19,7 @@ def fit(experiment: Experiment) -> Experiment:
         UserError: not even one client fits on a device, or not as many as the run asks for.
     """
     mesh, show, asked = experiment.model.mesh, experiment.show, experiment.run.system.wave
+    # All processes must choose alike, so the smallest device decides.
     began, limit = time.monotonic(), processes.smallest(read_device_bytes(mesh))
 
     def try_wave(wave: int) -> tuple[Experiment, Footprint]:
