@@ -77,18 +77,17 @@ class Best:
 class BestRound(Callback):
     """Validate every client's model every few rounds and keep the round that did best."""
 
-    best: Best
-
-    def begin(self, trainer: FederatedTrainer) -> None:
+    def __init__(self, trainer: FederatedTrainer) -> None:
         """Take the start as the best there is so far."""
-        self.best = Best(jax.device_get(trainer.simulator.server), trainer.simulator.client_states.keep("best"))
+        self.trainer, start = trainer, trainer.simulator
+        self.best = Best(jax.device_get(start.server), start.client_states.keep("best"))
 
     def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
         """Add `validation` to the line of a round that is validated."""
         if trainer.is_validated(result.round):
             ask_base(trainer.experiment)  # rewards are relative to what it answers
             with working(trainer.experiment.show, "validating every client's model"):
-                result.line["validation"] = self._validate(trainer, result.round, result.report)
+                result.line["validation"] = self._validate(result.round, result.report)
 
     def on_end(self, trainer: FederatedTrainer) -> None:
         """Check that there is a best round.
@@ -102,17 +101,18 @@ class BestRound(Callback):
                 "so there is none to choose; lower --train.learning-rate-a and --train.learning-rate-b"
             )
 
-    def give_models(self, trainer: FederatedTrainer) -> Adapters:
+    def give_models(self) -> Adapters:
         """Return every client's model of the best round."""
-        best, simulator = self.best, trainer.simulators[self.best.phase]
+        best, simulator = self.best, self.trainer.simulators[self.best.phase]
         if best.phase:  # fine-tuning changes no server's state, and every client has taken part in it
             return partial(simulator.adapters, at=Moment(simulator.server, best.slots))
-        return give_models(trainer.experiment, simulator, Moment(best.server, best.slots))
+        return give_models(self.trainer.experiment, simulator, Moment(best.server, best.slots))
 
-    def _validate(self, trainer: FederatedTrainer, round_: int, report: RoundReport) -> dict[str, Any]:
-        experiment, simulator, chosen = trainer.experiment, trainer.simulator, trainer.experiment.select_by
+    def _validate(self, round_: int, report: RoundReport) -> dict[str, Any]:
+        trainer, experiment, simulator = self.trainer, self.trainer.experiment, self.trainer.simulator
+        chosen = experiment.select_by
         models = simulator.adapters
-        if trainer.federated:  # with a cold start for who was not drawn yet, as at the end
+        if trainer.phase == 0:  # with a cold start for who was not drawn yet, as at the end
             models = give_models(experiment, simulator, simulator.now)
         scores = score_validation(experiment, simulator.base, models, experiment.scored)
         result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}
@@ -126,8 +126,10 @@ class BestRound(Callback):
         # Without validation data the newest is the best there is. A model whose loss is not finite is never the best.
         score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
         if value is None or (all(map(math.isfinite, score)) and score > self.best.score):
-            server = jax.device_get(simulator.server) if trainer.federated else trainer.last_server or self.best.server
-            self.best = Best(server, simulator.client_states.keep("best"), round_, len(trainer.simulators) - 1, score)
+            server = trainer.last_server or self.best.server
+            if trainer.phase == 0:
+                server = jax.device_get(simulator.server)
+            self.best = Best(server, simulator.client_states.keep("best"), round_, trainer.phase, score)
         return result
 
 

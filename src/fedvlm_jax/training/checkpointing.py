@@ -6,7 +6,6 @@ Of several processes the first writes the checkpoints, and all of them know what
 import contextlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from jaxtyping import PyTree
@@ -30,16 +29,16 @@ class CheckpointWriter(Callback):
         saved: rounds whose checkpoints are kept.
     """
 
-    def __init__(self, folder: Path, best: BestRound) -> None:
-        """Open the checkpoints of a run's folder."""
-        self.folder, self.best = folder, best
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep=KEPT)
+    def __init__(self, trainer: FederatedTrainer, best: BestRound) -> None:
+        """Open the checkpoints in the folder of a trainer's run."""
+        self.trainer, self.best, self.folder = trainer, best, trainer.experiment.folder
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=KEPT)
         self.saved: list[int] = []
 
     def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
         """Save the last round of a phase, and every few before it."""
         if trainer.ends_phase(result.round) or result.round % trainer.experiment.run.checkpoint_every == 0:
-            self._save(trainer, result.round)
+            self._save(result.round)
 
     def close(self) -> None:
         """Wait for what is being written.
@@ -55,8 +54,8 @@ class CheckpointWriter(Callback):
         left = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is that of round {newest}"
         return f"{left} in {self.folder}"
 
-    def load(self, trainer: FederatedTrainer) -> int:
-        """Bring a trainer to the newest checkpoint that is whole; return its round, 0 where there is none yet.
+    def load(self) -> int:
+        """Bring the trainer to the newest checkpoint that is whole; return its round, 0 where there is none yet.
 
         Raises:
             UserError: there are checkpoints, and none is whole.
@@ -65,17 +64,17 @@ class CheckpointWriter(Callback):
         faults: list[str] = []
         for done in rounds:
             try:
-                self._restore(trainer, done)
+                self._restore(done)
             except DamagedError as error:
                 faults.append(str(error))
-                del trainer.simulators[1:]  # which it may have begun
+                del self.trainer.simulators[1:]  # which it may have begun
                 continue
             for damaged, fault in zip(rounds, faults, strict=False):
-                trainer.experiment.show.note(
+                self.trainer.experiment.show.note(
                     f"{fault}; the run goes on from round {done}, and round {damaged} is run again"
                 )
                 self.checkpoints.forget(damaged)
-            self._keep_older(trainer, [older for older in rounds if older < done])
+            self._keep_older([older for older in rounds if older < done])
             return done
         if faults:
             raise UserError(
@@ -84,46 +83,46 @@ class CheckpointWriter(Callback):
             )
         return 0
 
-    def _state(self, trainer: FederatedTrainer) -> PyTree:
+    def _state(self) -> PyTree:
         best = self.best.best
-        stamps = trainer.simulators[best.phase].client_states.stamps(best.slots)
+        stamps = self.trainer.simulators[best.phase].client_states.stamps(best.slots)
         kept = {"server": best.server, "slots": best.slots, "stamps": stamps}
-        return {"simulator": trainer.simulator.state(), "best": kept, "last_server": trainer.last_server}
+        return {"simulator": self.trainer.simulator.state(), "best": kept, "last_server": self.trainer.last_server}
 
-    def _save(self, trainer: FederatedTrainer, round_: int) -> None:
-        best, client_states = self.best.best, trainer.simulator.client_states
+    def _save(self, round_: int) -> None:
+        best, client_states = self.best.best, self.trainer.simulator.client_states
         # JSON has no infinity.
         score = [value if math.isfinite(value) else None for value in best.score]
         about = {"best_round": best.round, "best_phase": best.phase, "best_score": score}
         client_states.flush()  # before the table that names them
-        self._protect(trainer, round_, client_states.slots, best.slots)
-        self.checkpoints.save(round_, self._state(trainer), about, {"states": client_states.shapes})
+        self._protect(round_, client_states.slots, best.slots)
+        self.checkpoints.save(round_, self._state(), about, {"states": client_states.shapes})
         self.saved.append(round_)
         for old in self.saved[:-KEPT]:
             client_states.let_go(old)
             client_states.let_go(("best", old))
         self.saved = self.saved[-KEPT:]
 
-    def _protect(self, trainer: FederatedTrainer, round_: int, slots: Slots, best: Slots) -> None:
+    def _protect(self, round_: int, slots: Slots, best: Slots) -> None:
         """Have no record overwritten that the checkpoint of a round names: a kill or damage may need it again."""
-        client_states = trainer.simulator.client_states
+        client_states = self.trainer.simulator.client_states
         client_states.keep(round_, slots.copy())
-        if self.best.best.phase == len(trainer.simulators) - 1:  # records of an earlier phase are not written any more
+        if self.best.best.phase == self.trainer.phase:  # records of an earlier phase are not written any more
             client_states.keep(("best", round_), best.copy())
 
-    def _restore(self, trainer: FederatedTrainer, done: int) -> None:
+    def _restore(self, done: int) -> None:
         """Stand as after round `done`.
 
         Raises:
             DamagedError: its checkpoint, or a personal state that it names, is not as it was written.
         """
-        model, federation = trainer.experiment.model, trainer.simulator
+        trainer, model, federation = self.trainer, self.trainer.experiment.model, self.trainer.simulator
         # A simulator of fine-tuning needs an adapter's form alone: its values are in the checkpoint.
         if trainer.phase_of(done):
             trainer.last_server = jax.device_get(federation.server) if federation.programs.base is not None else {}
             trainer.start_finetuning(federation.adapters, model.params)
         simulator = trainer.simulator
-        state, about = self.checkpoints.restore(done, self._state(trainer), {"states": simulator.client_states.shapes})
+        state, about = self.checkpoints.restore(done, self._state(), {"states": simulator.client_states.shapes})
         trainer.last_server = state["last_server"]
         if trainer.last_server:
             federation.server = replicate(model.mesh, trainer.last_server)
@@ -138,18 +137,18 @@ class CheckpointWriter(Callback):
         find = lambda: client_states.find_damage(client_states.slots) or of_best.find_damage(best["slots"])  # noqa: E731
         if fault := processes.tell_all(find):
             raise DamagedError(fault)
-        self._protect(trainer, done, client_states.slots, best["slots"])
+        self._protect(done, client_states.slots, best["slots"])
         self.saved = [done]
 
-    def _keep_older(self, trainer: FederatedTrainer, rounds: Sequence[int]) -> None:
+    def _keep_older(self, rounds: Sequence[int]) -> None:
         """Keep what older checkpoints of this phase name, should the newest turn out to be damaged another time."""
-        client_states = trainer.simulator.client_states
+        client_states = self.trainer.simulator.client_states
         for round_ in sorted(rounds):
-            if trainer.phase_of(round_) == len(trainer.simulators) - 1:
+            if self.trainer.phase_of(round_) == self.trainer.phase:
                 with contextlib.suppress(DamagedError):
                     shapes = {"states": client_states.shapes}
-                    state, _ = self.checkpoints.restore(round_, self._state(trainer), shapes)
+                    state, _ = self.checkpoints.restore(round_, self._state(), shapes)
                     for part in (state["simulator"], state["best"]):
                         client_states.recall(part["slots"], part["stamps"])
-                    self._protect(trainer, round_, state["simulator"]["slots"], state["best"]["slots"])
+                    self._protect(round_, state["simulator"]["slots"], state["best"]["slots"])
                     self.saved.insert(-1, round_)  # before the newest

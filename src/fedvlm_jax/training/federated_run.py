@@ -195,7 +195,7 @@ def _execute(
     model, folder = experiment.model, experiment.folder
     trainer, best_round = _run_rounds(experiment, callbacks)
     zero_shot = final_evaluation.ask_base(experiment)
-    best, federation, personal = best_round.best, trainer.simulators[0], best_round.give_models(trainer)
+    best, federation, personal = best_round.best, trainer.simulators[0], best_round.give_models()
     at = Moment(replicate(model.mesh, best.server), federation.client_states.slots)
     base = federation.base_at(at.server)
     shared = jax.device_get(federation.programs.method.download(server=at.server))
@@ -235,15 +235,14 @@ def _open(run: Run, show: Progress, given: Model | None, stored: StoredConfig | 
 
 def _run_rounds(experiment: Experiment, more: Sequence[Callback]) -> tuple[FederatedTrainer, BestRound]:
     """Run all rounds that are in no checkpoint; return the trainer after the last, and the best round."""
-    best = BestRound()
-    checkpoints = CheckpointWriter(experiment.folder, best)
+    trainer = FederatedTrainer(experiment)
+    best = BestRound(trainer)
+    checkpoints = CheckpointWriter(trainer, best)
     # The line is complete before it is written, and on the disk before the checkpoint of its round.
     check = FiniteCheck(checkpoints.describe_newest)
     callbacks = (check, best, MetricsWriter(), checkpoints, ProgressReporter(), *more)
     try:
-        trainer = FederatedTrainer(experiment, callbacks)
-        best.begin(trainer)
-        trainer.run(checkpoints.load(trainer))
+        trainer.run(checkpoints.load(), callbacks)
     finally:
         checkpoints.close()
     return trainer, best

@@ -88,14 +88,15 @@ class FederatedTrainer:
 
     Attributes:
         experiment: the run.
-        callbacks: in the order in which they are called.
         simulators: of the phases that have begun: the federation, and the fine-tuning after it.
         last_server: the server's state of the federation, where a method moves the base that is fine-tuned on.
     """
 
-    def __init__(self, experiment: Experiment, callbacks: Sequence[Callback]) -> None:
+    callbacks: Sequence[Callback] = ()
+
+    def __init__(self, experiment: Experiment) -> None:
         """Stand before the first round."""
-        self.experiment, self.callbacks = experiment, callbacks
+        self.experiment = experiment
         run, steps = experiment.run, experiment.layout.steps
         rounds, more_steps = run.train.rounds, run.train.finetune_steps
         self.phases = [_Phase(run.method, 1, rounds, steps, rounds * steps)]
@@ -113,9 +114,9 @@ class FederatedTrainer:
         return self.simulators[-1]
 
     @property
-    def federated(self) -> bool:
-        """Say whether this is the federation and not the fine-tuning after it."""
-        return len(self.simulators) == 1
+    def phase(self) -> int:
+        """Return the number of the phase that the run is in: 0 in the federation, 1 in the fine-tuning after it."""
+        return len(self.simulators) - 1
 
     @property
     def last_round(self) -> int:
@@ -134,8 +135,9 @@ class FederatedTrainer:
         """Say whether models are validated after a round."""
         return self.ends_phase(round_) or round_ % self.experiment.run.evaluation.every == 0
 
-    def run(self, done: int) -> None:
-        """Run all rounds after round `done`, which the simulators stand at."""
+    def run(self, done: int, callbacks: Sequence[Callback]) -> None:
+        """Run all rounds after round `done`, which the simulators stand at; callbacks are called in their order."""
+        self.callbacks = callbacks
         for callback in self.callbacks:
             callback.on_start(self, done)
         for number, phase in enumerate(self.phases):
