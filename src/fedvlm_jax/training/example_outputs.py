@@ -30,7 +30,7 @@ SIDE, COLOURS = 176, 128
 """Pixels and colours that pictures are brought to: at most some 25 KiB each, sharp on a phone."""
 
 
-def write_examples(experiment: Experiment, scored: ScoredModels, folder: Path) -> None:
+def write_examples(experiment: Experiment, scored: ScoredModels) -> None:
     """Write what the models said to a few test examples of a few clients.
 
     Nothing is written where no examples are asked for, or where the test split is left alone or empty.
@@ -62,9 +62,9 @@ def write_examples(experiment: Experiment, scored: ScoredModels, folder: Path) -
                 },
             }
         )
-        _save_picture(examples.images, int(examples.image[row]), folder / picture)
+        _save_picture(examples.images, int(examples.image[row]), experiment.folder / picture)
     looked = {examples.clients[number].name: len(places) for number, places in candidates.items()}
-    write_json(folder / EXAMPLES, {"looked_at": looked, "examples": entries})
+    write_json(experiment.folder / EXAMPLES, {"looked_at": looked, "examples": entries})
 
 
 def _list_candidates(experiment: Experiment) -> dict[int, list[int]]:

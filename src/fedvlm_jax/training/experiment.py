@@ -240,14 +240,27 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
     Raises:
         UserError: options that the method cannot work with.
     """
-    run, adapter = experiment.run, experiment.adapter
-    epochs = run.train.local_epochs
-    return _start(experiment, run, experiment.layout, experiment.model.params, adapter, epochs, file)
+    run, layout, clients = experiment.run, experiment.layout, len(experiment.examples.clients)
+    options = choose_program_options(run)
+    programs = experiment.model.programs(options, clients, layout.cohort, layout.places, layout.steps)
+    return Simulator(
+        programs=programs,
+        params=experiment.model.params,
+        examples=experiment.examples,
+        inputs=experiment.inputs,
+        layout=layout,
+        seed=run.seed,
+        key=jax.random.key(run.seed),
+        weighting=run.train.weighting,
+        server=programs.method.init(adapter=experiment.adapter),
+        ranks=deal_ranks(run.lora.ranks, clients),
+        participation=run.participation,
+        epochs=run.train.local_epochs,
+        file=file,
+    )
 
 
-def make_finetuner(
-    experiment: Experiment, adapter: lora.Adapter, params: PyTree, file: Path | None = None
-) -> Simulator:
+def make_finetuner(experiment: Experiment, adapter: lora.Adapter, params: PyTree, file: Path) -> Simulator:
     """Start local fine-tuning of adapters of this form on the base that the federation ended with.
 
     What the options say of ranks, the server, proximal terms, participation and epochs was the federation's.
@@ -256,39 +269,13 @@ def make_finetuner(
         experiment.run,
         method=FINETUNING,
         method_options=MethodOptions(),
+        cohort=None,
         lora=replace(experiment.run.lora, ranks=(), private_a="common"),
         local=LocalOptions(),
         server=ServerOptions(),
         participation=ParticipationOptions(),
     )
-    layout = experiment.lay_out(None, experiment.layout.wave)
-    return _start(experiment, run, layout, params, adapter, None, file)
-
-
-def _start(
-    experiment: Experiment,
-    run: Run,
-    layout: Layout,
-    params: PyTree,
-    adapter: lora.Adapter,
-    epochs: float | None,
-    file: Path | None,
-) -> Simulator:
-    clients = len(experiment.examples.clients)
-    options = choose_program_options(run)
-    programs = experiment.model.programs(options, clients, layout.cohort, layout.places, layout.steps)
-    return Simulator(
-        programs=programs,
-        params=params,
-        examples=experiment.examples,
-        inputs=experiment.inputs,
-        layout=layout,
-        seed=run.seed,
-        key=jax.random.key(run.seed),
-        weighting=run.train.weighting,
-        server=programs.method.init(adapter=adapter),
-        ranks=deal_ranks(run.lora.ranks, clients),
-        participation=run.participation,
-        epochs=epochs,
-        file=file,
-    )
+    alone = replace(experiment, run=run, adapter=adapter, wave=experiment.layout.wave)
+    simulator = make_simulator(alone, file)
+    simulator.params, simulator.epochs = params, None
+    return simulator

@@ -209,7 +209,7 @@ def _execute(
     if lost := describe_lost(results):
         show.note(lost)
     if processes.is_first():
-        write_examples(experiment, scored, folder)
+        write_examples(experiment, scored)
         write_json(folder / "results.json", results)
     return folder
 
