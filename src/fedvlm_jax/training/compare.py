@@ -203,7 +203,7 @@ def finish_run(run: Run, show: Progress, model: federated_run.Model, start: Path
     assert run.out is not None
     if (run.out / "config.json").exists():
         stored = replace(read_config(run.out).run, out=run.out)
-        if move(stored, run) != run:
+        if move(stored, run) != run:  # but for where data and model are
             raise UserError(f"{run.out} was made with other options: choose another --out, or repeat the first command")
         federated_run.resume(run.out, show, model, places=None if stored == run else run)
         return read_run(run.out)

@@ -46,6 +46,7 @@ def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
         params = place_base(model.mesh, load_base(folder / "adapters", model.params), model.vlm.cuts)
         with working(show, f"evaluating {len(clients)} clients and the bare base, which compiles first"):
             adapters = open_adapters(folder / "adapters", list(clients))
+            # The global model is not stored.
             _, scores = score_models(experiment, params, adapters, None, score_base(experiment))
         if processes.is_first():
             write_json(folder / "evaluation.json", scores)

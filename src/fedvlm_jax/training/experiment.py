@@ -194,7 +194,7 @@ def open_experiment(run: Run, model: LoadedModel, show: Progress | None = None) 
         UserError: data, targets, ranks or sizes that cannot work; each with what to change.
     """
     show = show or SilentProgress()
-    check_room(run, model.vlm)
+    check_room(run, model.vlm)  # the model may have been loaded for another run
     adapter = start_adapter(jax.random.key(run.seed), model.vlm.sites, make_spec(run, model.vlm))
     if run.lora.targets and (dead := lora.find_dead_targets(model.vlm.sites, run.lora.targets)):
         show.note(f"--lora.targets: {', '.join(dead)} match no weight of {run.model}; the others have adapters")

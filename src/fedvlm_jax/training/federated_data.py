@@ -94,6 +94,7 @@ class FederatedData:
         arrays = (examples.input_ids, examples.labels, examples.rejected)
         # Programs of other shapes round otherwise: what they compute is kept apart, in memory as on disk.
         shapes = (*(array.shape[1] for array in arrays if array is not None), batch, mesh.size)
+        # Each process scores its share with the copy of the base on its devices.
         store, params = model.reference_store(shapes, on_disk, cache_dir), local_base(model.params)
         score = model.reference_scorer
         return compute_reference(score, params, examples, inputs, store, batch=batch, mesh=mesh, note=note)

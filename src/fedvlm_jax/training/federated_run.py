@@ -151,6 +151,7 @@ def _go_on(
             f"{folder} ran on {stored.mesh.devices} devices ({stored.mesh}) and there are {len(jax.devices())} now. "
             "Numbers on another mesh agree to rounding only, so the run is not continued; start a new one."
         )
+    # A wave of another width would round otherwise.
     system = dataclasses.replace(run.system, mesh=str(stored.mesh), wave=stored.wave)
     return _execute(dataclasses.replace(run, system=system), show, model, callbacks, stored)
 

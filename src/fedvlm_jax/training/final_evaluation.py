@@ -149,6 +149,7 @@ def read_gains(personal: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray
     """
     found = {}
     for client, values in personal.items():
+        # The bootstrap sorts by name: these keep the examples' order.
         gains = {f"{place:09d}": float(gain) for place, gain in enumerate(values - base[client])}
         low, high = bootstrap_interval(gains)
         if math.isfinite(low):

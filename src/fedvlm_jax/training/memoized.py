@@ -39,7 +39,18 @@ def memoized(function: Callable[Concatenate[Holder, Key], Value]) -> Callable[Co
 
 
 def forget(holder: object, function: Callable[..., Any]) -> None:
-    """Drop all values of a memoized function that an object holds; those of other functions stay."""
+    """Drop all values of a memoized function that an object holds; those of other functions stay.
+
+    >>> class Model:
+    ...     @memoized
+    ...     def programs(self, method, /):
+    ...         print(f"compiling {method}")
+    >>> model = Model()
+    >>> model.programs("plora"), forget(model, Model.programs), model.programs("plora")
+    compiling plora
+    compiling plora
+    (None, None, None)
+    """
     memo: dict[tuple[Hashable, ...], Any] = vars(holder).get("_memo", {})
     for key in [key for key in memo if key[0] is function]:
         del memo[key]

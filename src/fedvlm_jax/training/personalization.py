@@ -105,6 +105,7 @@ def _average(simulator: Simulator, numbers: np.ndarray, slots: Slots, wave: int)
     total: PyTree = None
     for start in range(0, len(numbers), wave):
         states = simulator.client_states.gather(numbers[start : start + wave], slots)
+        # In float64, so that how many are read at a time shows in no digit of the mean.
         part = jax.tree.map(lambda leaf: leaf.sum(axis=0, dtype=np.float64), states)
         total = part if total is None else jax.tree.map(np.add, total, part)
     shapes = simulator.client_states.gather(numbers[:1], slots)

@@ -119,7 +119,11 @@ def describe_line(line: Mapping[str, Any]) -> list[str]:
 
 
 def _read_score(line: Mapping[str, Any]) -> float | None:
-    """Return the metric by which a run is judged, where the round was validated."""
+    """Return the metric by which a run is judged, where the round was validated.
+
+    >>> _read_score({"validation": {"metric": "token_f1", "token_f1": 0.5}})
+    0.5
+    """
     validation = line.get("validation") or {}
     return validation.get(validation.get("metric", "exact_match"))
 
@@ -177,7 +181,11 @@ class SilentProgress(Progress):
 
 
 class Numbered:
-    """A progress that also says which of several runs this is: "run 3 of 20"."""
+    """A progress that also says which of several runs this is.
+
+    >>> Numbered(PlainProgress(Console()), number=3, total=20).start(4, "plora")
+    run 3 of 20 · plora: 4 rounds
+    """
 
     def __init__(self, show: Progress, number: int, total: int) -> None:
         self.show, self.which = show, f"run {number} of {total}"

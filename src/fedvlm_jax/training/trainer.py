@@ -70,7 +70,11 @@ class Callback:
 
 @dataclass(frozen=True)
 class _Phase:
-    """Rounds of one method: the federation, or the local fine-tuning after it."""
+    """Rounds of one method: the federation, or the local fine-tuning after it.
+
+    >>> _Phase("local", first=5, last=6, steps=4, total_steps=6).steps_of(6)
+    2
+    """
 
     method: str
     first: int
@@ -79,7 +83,7 @@ class _Phase:
     total_steps: int
 
     def steps_of(self, round_: int) -> int:
-        """The last round of fine-tuning may be shorter."""
+        # The last round of fine-tuning may be shorter.
         return min(self.steps, self.total_steps - (round_ - self.first) * self.steps)
 
 
@@ -184,8 +188,8 @@ class FederatedTrainer:
 
         start = jax.jit(jax.vmap(start_with))  # with fresh optimisers
         for numbers, adapters in each_model(models, len(simulator.client_states), wave):
-            states, own = fetch(start(adapters, pad_rows(numbers, wave))), processes.share_out(len(numbers))
-            simulator.client_states.scatter(numbers, jax.tree.map(lambda leaf, own=own: leaf[own], states), own)
+            states, share = fetch(start(adapters, pad_rows(numbers, wave))), processes.share_out(len(numbers))
+            simulator.client_states.scatter(numbers, jax.tree.map(lambda leaf, at=share: leaf[at], states), share)
         simulator.client_states.meet()
 
     def _run_round(self, phase: _Phase, rounds: Iterator[RoundInputs]) -> None:
