@@ -108,7 +108,7 @@ PARTITIONS: dict[str, type[Partition]] = {k().kind: k for k in (Natural, Dirichl
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Rows that there are, whose they are, and how they are asked; a `UserError` where a value cannot mean anything."""
+    """Rows in use, whose they are, and how they are asked; a `UserError` where a value cannot mean anything."""
 
     source: Source = "emoji"
     partition: Annotated[Partition, tyro.conf.arg(name="")] = field(default_factory=Natural)

@@ -65,7 +65,7 @@ class Federation:
     def rows(self) -> Rows:
         """Every row in use: client by client, train, validation, test."""
         parts = [client.rows_of(split) for client in self.clients for split in SPLITS]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return np.concatenate([np.empty(0, np.int64), *parts])
 
     def note(self, **facts: Any) -> "Federation":
         """Return it with more facts in its description.
@@ -102,13 +102,6 @@ def federate(table: Table, options: DataOptions, seed: int) -> Federation:
     federation = options.federate(table, seed)
     if table.revision:
         federation = federation.note(revision=table.revision)
-    federation = _leave_out(table, federation, options)
-    if options.held_out_clients > 0:
-        federation = _hold_out(federation, options.held_out_clients, seed)
-    return check_federation(table, federation, options)
-
-
-def _leave_out(table: Table, federation: Federation, options: DataOptions) -> Federation:
     sizes = [len(client.train) for client in federation.clients]
     kept = tuple(client for client in federation.clients if len(client.train) >= options.min_examples)
     if not kept:
@@ -118,7 +111,10 @@ def _leave_out(table: Table, federation: Federation, options: DataOptions) -> Fe
             f"{describe_skipped(table, federation.skipped)}".rstrip()
         )
     out = [client.name for client in federation.clients if len(client.train) < options.min_examples]
-    return dataclasses.replace(federation, clients=kept).note(left_out=out)
+    federation = dataclasses.replace(federation, clients=kept).note(left_out=out)
+    if options.held_out_clients > 0:
+        federation = _hold_out(federation, options.held_out_clients, seed)
+    return check_federation(table, federation, options)
 
 
 def _hold_out(federation: Federation, share: float, seed: int) -> Federation:
@@ -164,7 +160,7 @@ def check_federation(table: Table, federation: Federation, options: DataOptions)
 
 
 def sort_by_hash(contents: Sequence[bytes], seed: int, purpose: bytes) -> list[int]:
-    """Sort places by a keyed hash of what is there, so that no content's turn depends on which others there are.
+    """Sort places by a keyed hash of their contents, so that the order of two does not depend on the others.
 
     >>> sort_by_hash([b"ann", b"bob", b"eve"], 0, b"held out")
     [2, 1, 0]

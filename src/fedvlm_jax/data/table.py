@@ -145,7 +145,7 @@ class Table:
         return values.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, numbers])).chunks
 
     def read_image(self, row: int) -> bytes:
-        """Read the encoded bytes of a row's image, from the table or the file that it names, or `BrokenImageError`."""
+        """Read a row's encoded image, from the table or the file that it names; raise `BrokenImageError` if none is."""
         if self.locations is not None and (found := self.locations.read(int(row))):
             return found
         cell = self.data.column("image")[int(row)]
