@@ -5,18 +5,12 @@ from jaxtyping import PyTree
 
 from fedvlm_jax.methods import Method
 from fedvlm_jax.methods.base import shape_of_one
-from fedvlm_jax.methods.components.norms import leaf_name
+from fedvlm_jax.methods.components.factors import leaf_name
 from fedvlm_jax.utils import tree
 
 
 def find_travelling(method: Method, server: PyTree, messages: PyTree) -> tuple[PyTree, PyTree]:
-    """Return what one client sends and what it receives, as trees of shapes.
-
-    Args:
-        method: whose round.
-        server: the server's state, or its shapes.
-        messages: of the cohort [K, …], or their shapes.
-    """
+    """Return what a client sends and receives, as shapes, from a server's state and messages [K, …] or their shapes."""
     shapes = jax.eval_shape(lambda part: part, messages)
     if method.travels is not None:
         return method.travels(server=server, messages=shapes)
@@ -24,10 +18,11 @@ def find_travelling(method: Method, server: PyTree, messages: PyTree) -> tuple[P
 
 
 def count_bytes(part: PyTree, share: float = 1.0) -> int:
-    """Count the bytes of a client whose rank is this share of the largest: padding beyond it does not travel."""
-    return round(
-        sum(
-            tree.count_bytes(leaf) * (share if leaf_name(path) in ("a", "b") else 1)
-            for path, leaf in tree.flatten(part).items()
-        )
-    )
+    """Count the bytes of a client whose rank is this share of the largest: padding beyond it does not travel.
+
+    >>> count_bytes({"a": jax.ShapeDtypeStruct((8, 4), "float32"), "c": jax.ShapeDtypeStruct((4,), "float32")}, 0.5)
+    80
+    """
+    shares = {"a": share, "b": share}  # of all other leaves a client of any rank has the whole
+    leaves = tree.flatten(part).items()
+    return round(sum(tree.count_bytes(leaf) * shares.get(leaf_name(path), 1) for path, leaf in leaves))

@@ -1,4 +1,4 @@
-"""What an aggregation left out, and how far apart the clients are: numbers for every round's line.
+"""Numbers for every round's line: what an aggregation left out, and how far apart the clients are.
 
 They are computed from the adapters that the clients trained, whatever the method, in a program of their own, so that
 the round itself keeps its one all-reduce. Clients that do not count are left out.
@@ -8,7 +8,7 @@ the round itself keeps its one all-reduce. Clients that do not count are left ou
     angle_a               between the column spaces of two clients' A, in degrees: the angle whose cosine is the root
                           mean square of the principal angles' cosines, mean over pairs of clients and sites; where two
                           adapters stand side by side, like with like, mean over both. Of unlike ranks the smaller
-                          one's angles count, and an adapter that is not there yet is compared with nothing
+                          one's angles count, and an adapter that is zero as yet is compared with nothing
     update_dissimilarity  1 − cosine of two clients' low-rank terms s·A B, mean over pairs of clients
 """
 
@@ -19,25 +19,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.components.low_rank import deviations, matmul, side_by_side
+from fedvlm_jax.methods.components.factors import deviations, matmul, side_by_side
 
-OF_PAIRS = ("angle_a", "update_dissimilarity")
-"""What means something only where at least two clients count."""
+OF_PAIRS = ("angle_a", "update_dissimilarity")  # they mean something only where at least two clients count
+
+
+Component = Callable[[str], str | None]  # (path) -> the part of the model that it lies in
 
 
 def examine(
-    adapters: PyTree,
-    weights: Float[Array, " K"],
-    beside: int = 1,
-    component: Callable[[str], str | None] = lambda path: None,
+    adapters: PyTree, weights: Float[Array, " K"], beside: int = 1, component: Component = lambda path: None
 ) -> dict[str, Float[Array, ""]]:
-    """The numbers for adapters [K, …] as they were trained; empty for adapters with a gate, whose term is no matrix.
+    """Compute the numbers for adapters [K, …] as they were trained; none where a gate makes their term no matrix.
 
-    Args:
-        adapters: of the cohort.
-        weights: who counts, and how much.
-        beside: how many adapters of one rank stand side by side in each, see `Method.pairs`.
-        component: (path) -> the part of the model that it lies in, see `Vlm.component`; "rest" stands for None.
+    `beside` is how many adapters of one rank stand side by side in each, see `Method.pairs`; `component` tells parts of
+    the model apart, see `Vlm.component`, and "rest" stands for None.
     """
     if any("gate" in str(path[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(adapters)):
         return {}
@@ -45,49 +41,48 @@ def examine(
     pairs = jnp.maximum(counts.sum() ** 2 - counts.sum(), 1)
     lost: dict[str, Array] = {}
     whole: dict[str, Array] = {}
-    grams = jnp.zeros((len(weights), len(weights)))
+    clients = len(weights)
+    grams = jnp.zeros((clients, clients))
     cosines, zero = [], jnp.float32(0)
     for path, (a, b, scale) in lora.sites_of(adapters):
         b = b * scale[..., None, None]
         group = component(f"{path}/") or "rest"
         lost[group] = lost.get(group, 0) + _squared_norm(*deviations(a, b, weights))
         whole[group] = whole.get(group, 0) + _squared_norm(*side_by_side(a, b, weights))
-        grams += _inner_products(a, b, counts)
+        # ⟨a_i b_i, a_j b_j⟩ for all pairs of clients, summed over layers, from one Gram matrix [*stack, KR, KR].
+        gram, rank = _gram(*side_by_side(a, b, counts)), a.shape[-1]
+        grams += gram.reshape(-1, clients, rank, clients, rank).sum(axis=(0, 2, 4))
         parts = zip(jnp.split(a, beside, axis=-1), jnp.split(b, beside, axis=-2), strict=True)
         cosines += [_mean_cosine(*pair, counts) for pair in parts]
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(grams), 1e-24))
-    likeness = jnp.sum((grams / (norms[:, None] * norms)) * (1 - jnp.eye(len(weights)))) / pairs
+    likeness = jnp.sum((grams / (norms[:, None] * norms)) * (1 - jnp.eye(clients))) / pairs
     errors = {f"aggregation_error/{group}": _ratio(lost[group], whole[group]) for group in lost if len(lost) > 1}
+    known = sum((known for _, known in cosines), start=zero)
+    total = sum((cosine * known for cosine, known in cosines), start=zero)
+    cosine = jnp.where(known > 0, total / jnp.maximum(known, 1), 1.0)  # no angle where there is nothing to compare
     return {
         "aggregation_error": _ratio(sum(lost.values(), start=zero), sum(whole.values(), start=zero)),
         **errors,
-        "angle_a": jnp.degrees(jnp.arccos(jnp.clip(_average(cosines), 0, 1))),
+        "angle_a": jnp.degrees(jnp.arccos(jnp.clip(cosine, 0, 1))),
         "update_dissimilarity": 1 - likeness,
     }
-
-
-def _average(cosines: list[tuple[Array, Array]]) -> Array:
-    """The mean of those that there are; 1, no angle, where there is none."""
-    there = sum((known for _, known in cosines), start=jnp.float32(0))
-    total = sum((cosine * known for cosine, known in cosines), start=jnp.float32(0))
-    return jnp.where(there > 0, total / jnp.maximum(there, 1), 1.0)
 
 
 def _ratio(part: Array, of: Array) -> Array:
     return jnp.sqrt(part / jnp.maximum(of, 1e-24))
 
 
+def _gram(left: Float[Array, "*stack d_in R"], right: Float[Array, "*stack R d_out"]) -> Float[Array, "*stack R R"]:
+    return matmul(left.mT, left) * matmul(right, right.mT)
+
+
 def _squared_norm(left: Float[Array, "*stack d_in R"], right: Float[Array, "*stack R d_out"]) -> Array:
-    """‖left right‖² = tr(leftᵀ left · right rightᵀ), over all layers."""
-    return jnp.maximum(jnp.sum(matmul(left.mT, left) * matmul(right, right.mT)), 0)
+    """Compute ‖left right‖² = tr(leftᵀ left · right rightᵀ), over all layers.
 
-
-def _inner_products(a: Array, b: Array, counts: Array) -> Float[Array, "K K"]:
-    """⟨a_i b_i, a_j b_j⟩ summed over layers."""
-    left, right = side_by_side(a, b, counts)
-    gram = matmul(left.mT, left) * matmul(right, right.mT)  # [*stack, KR, KR]
-    clients, rank = len(counts), a.shape[-1]
-    return gram.reshape(-1, clients, rank, clients, rank).sum(axis=(0, 2, 4))
+    >>> float(_squared_norm(jnp.asarray([[3.0], [4.0]]), jnp.asarray([[1.0, 0.0]])))
+    25.0
+    """
+    return jnp.maximum(jnp.sum(_gram(left, right)), 0)
 
 
 def _mean_cosine(a: Array, b: Array, counts: Array) -> tuple[Array, Array]:
@@ -110,11 +105,10 @@ def _mean_cosine(a: Array, b: Array, counts: Array) -> tuple[Array, Array]:
 
 
 def _orthonormalise(a: Float[Array, "*stack d_in R"]) -> Float[Array, "*stack d_in R"]:
-    """Gram-Schmidt, every column twice, in plain products; columns that depend on earlier ones become zero.
+    """Orthonormalise columns by Gram-Schmidt, each twice; those that depend on earlier ones become zero."""
 
-    Not `jnp.linalg.qr`: on a CPU with few threads several batched ones at once may wait for each other for ever.
-    """
-
+    # Plain products, not `jnp.linalg.qr`: on a CPU with few threads several batched ones at once may wait for each
+    # other for ever.
     def settle(index: Array, basis: Array) -> Array:
         column = jnp.take(basis, index, axis=-1)[..., None]
         before = jnp.where(jnp.arange(a.shape[-1]) < index, basis, 0)

@@ -17,12 +17,13 @@ from fedvlm_jax.data.tokenization import IGNORED, LABELS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods import Client
 from fedvlm_jax.methods.base import Metrics, is_factor
+from fedvlm_jax.methods.components.training_metrics import over_steps
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import Objective
 from fedvlm_jax.utils import tree
 
+# The learning rate by a leaf's name; all others, b and whatever lies between a and b, have b's.
 RATE = {"a": "a", "gate": "a"}
-"""The learning rate by a leaf's name; all others, b and whatever lies between a and b, have b's."""
 
 
 class LocalTrainer(NamedTuple):
@@ -92,6 +93,9 @@ def make_local_trainer(
                 adapter = lora.with_dropout(jax.random.fold_in(key, number[0]), adapter, dropout)
             return objective.loss(vlm, params, adapter, batch)
 
+        def descend(path: str, update: Array) -> Array:
+            return -rates[RATE.get(path.rpartition("/")[2], "b")] * update
+
         def step(carry: tuple[PyTree, PyTree], at: tuple[Array, ...]) -> tuple[tuple[PyTree, PyTree], Metrics]:
             moving, state = carry
             indices, mask, *number = at
@@ -107,28 +111,15 @@ def make_local_trainer(
                 if nudge is not None:
                     gradient = jax.tree.map(jnp.add, gradient, nudge(moving))
                 updates, new_state = direction.update(gradient, state, moving)
-                new = optax.apply_updates(moving, _descend(updates, rates))
+                steps_down = {path: descend(path, update) for path, update in tree.flatten(updates).items()}
+                new = optax.apply_updates(moving, tree.unflatten(steps_down))
                 carry = jax.tree.map(lambda new, old: jnp.where(counts, new, old), (new, new_state), (moving, state))
-            return carry, metrics | {"counts": counts.astype(jnp.float32)}
+            steps = counts.astype(jnp.float32)
+            return carry, metrics | {"last_loss": metrics["loss"] * steps, "steps": steps}
 
         with jax.named_scope("local_step"):
             numbers = [first + jnp.arange(len(client.indices))] if dropout else []
             (moving, state), history = jax.lax.scan(step, (moving, state), (client.indices, client.mask, *numbers))
-        return tree.combine(moving, frozen), state, _average(history)
+        return tree.combine(moving, frozen), state, over_steps(history)
 
     return LocalTrainer(start, run, draws=dropout > 0)
-
-
-def _descend(updates: PyTree, rates: dict[str, Float[Array, ""]]) -> PyTree:
-    def rate(path: str) -> Float[Array, ""]:
-        return rates[RATE.get(path.rpartition("/")[2], "b")]
-
-    return tree.unflatten({path: -rate(path) * update for path, update in tree.flatten(updates).items()})
-
-
-def _average(history: Metrics) -> Metrics:
-    counts = history.pop("counts")
-    steps = counts.sum()
-    mean = {name: jnp.sum(values * counts) / jnp.maximum(steps, 1) for name, values in history.items()}
-    last = jnp.maximum(jnp.argmax(jnp.cumsum(counts)), 0)  # the first place at which the count is complete
-    return {**mean, "last_loss": history["loss"][last] * counts[last], "steps": steps}

@@ -20,18 +20,13 @@ from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 
 Metrics = dict[str, Array]
 AnyArray = Any  # a jax.Array on the device in a round, a numpy array before it
-Server = PyTree
-Personal = PyTree
-Message = PyTree
 Weights = Float[Array, " cohort"]
+Held = Float[Array, "cohort rank"]  # 1 where a client of the cohort has a direction of the factors, 0 where it has not
 Number = Int[Array, ""]
 Key = PRNGKeyArray
-Updated = tuple[Personal, Message, Metrics]
-"""A client's new personal state, its message, metrics."""
-Aggregated = tuple[Server, Metrics]
-"""The server's new state, metrics."""
-Travelling = tuple[PyTree, PyTree]
-"""Shapes of what a client sends and of what it receives."""
+Updated = tuple[PyTree, PyTree, Metrics]  # a client's new personal state, its message, metrics
+Aggregated = tuple[PyTree, Metrics]  # the server's new state, metrics
+Travelling = tuple[PyTree, PyTree]  # shapes of what a client sends and of what it receives
 Numbers = TypeVar("Numbers", bound=MethodOptions)
 
 AVERAGING = ("server", "local.proximal", "local.scaffold", "lora.ranks")
@@ -61,7 +56,21 @@ class Client(NamedTuple):
 
 
 class Train(Protocol):
-    """S local steps on a tree of factors."""
+    """Take S local steps on a tree of factors: -> the tree, the optimiser's state, metrics.
+
+    The metrics are means over the steps that counted, `loss` and the objective's others and `gradient_norm`; then
+    `last_loss`; and `steps`, how many counted. `components.training_metrics.over_steps` joins several trainings'.
+
+    Args:
+        factors: holds what is trained; an adapter, unless `assemble` makes one of it.
+        optimizer: its state, for the same `trained`.
+        client: has the data.
+        trained: (path) -> whether the leaf is trained; the others stay. By default `is_factor`.
+        assemble: (factors) -> the adapter that the model runs with.
+        nudge: (trained leaves) -> a tree of the same form that is added to their gradient: a proximal term's
+            gradient, a control variate.
+        first: the number of its first step, where a method asks for one step at a time: dropout masks depend on it.
+    """
 
     def __call__(
         self,
@@ -73,26 +82,7 @@ class Train(Protocol):
         assemble: Callable[[PyTree], lora.Adapter] = ...,
         nudge: Callable[[PyTree], PyTree] | None = None,
         first: Int[Array, ""] | int = 0,
-    ) -> tuple[PyTree, PyTree, Metrics]:
-        """Train.
-
-        Args:
-            factors: the tree that holds what is trained; an adapter, unless `assemble` makes one of it.
-            optimizer: its state, for the same `trained`.
-            client: has the data.
-            trained: (path) -> whether the leaf is trained; the others stay. By default `is_factor`.
-            assemble: (factors) -> the adapter that the model runs with.
-            nudge: (trained leaves) -> a tree of the same form that is added to their gradient: a proximal term's
-                gradient, a control variate.
-            first: the number of its first step, where a loop of the method asks for one step at a time: the dropout
-                mask depends on it.
-
-        Returns:
-            The tree after training, the optimiser's state, and metrics: `loss` and the objective's others, and
-            `gradient_norm`, as means over the steps that counted; `last_loss`; and `steps`, how many counted.
-            `methods.components.training_metrics.over_steps` joins those of several trainings in a row.
-        """
-        ...
+    ) -> tuple[PyTree, PyTree, Metrics]: ...
 
 
 class Context(NamedTuple):
@@ -110,12 +100,12 @@ class Context(NamedTuple):
     """
 
     params: PyTree
-    round: Int[Array, ""]
+    round: Number
     phase: int
     rates: dict[str, Float[Array, ""]]
     train: Train
     key: Key
-    held: Float[Array, "cohort rank"] | None = None
+    held: Held | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,16 +113,14 @@ class Setup:
     """A method's surroundings: the model's sites, the run's sizes and options.
 
     Attributes:
-        sites: of the model.
-        spec: the form of the adapter.
+        sites, spec: of the model, and the form of the adapter.
         start_optimizer: (factors, trained) -> a fresh optimiser state for the leaves that `trained` names.
         keep_optimizer: whether a client keeps its optimiser state between its rounds.
         common_start: whether all clients start from the same personal factors; otherwise each draws its own.
-        population: clients that there are.
-        cohort: clients that a round has at most.
+        population, cohort: clients in all, and in a round at most.
         places: of a round, with a message at each: the cohort and what fills up its waves, so devices decide it.
         rounds: that the run will have.
-        local_steps: of a client in a round at most; 0 while the data, which will tell, is not read.
+        local_steps: of a client in a round at most; 0 while the data, on which it depends, is not read.
         ranks: of every client, or empty where all have the adapter's; padded to it, so that shapes are equal.
         local, server: options of local training and of the server's optimiser.
         options: the method's numbers, see `own`.
@@ -177,25 +165,27 @@ class Setup:
 
 
 def is_factor(path: str) -> bool:
-    """Tell whether the path ends in a factor of an adapter: what is trained unless a method says otherwise."""
+    """Return whether the path ends in a factor of an adapter: what is trained unless a method says otherwise.
+
+    >>> is_factor("encoder/fc1/a"), is_factor("encoder/fc1/scale")
+    (True, False)
+    """
     return path.rpartition("/")[2] in ("a", "b")
 
 
 def shape_of_one(stacked: PyTree) -> PyTree:
-    """Return the shapes of one client's part of [K, …]."""
+    """Return the shapes of one client's part of [K, …].
+
+    >>> shape_of_one({"b": jax.ShapeDtypeStruct((3, 4, 2), "float32")})
+    {'b': ShapeDtypeStruct(shape=(4, 2), dtype=float32)}
+    """
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked)
-
-
-def both_ways(*, server: Server, messages: Message) -> Travelling:
-    """`Travels` where the server sends anew what the clients change, and nothing else."""
-    del server
-    return shape_of_one(messages), shape_of_one(messages)
 
 
 class Init(Protocol):
     """Make the server's state, a tree of arrays whose shapes never change, of the adapter that a run starts from."""
 
-    def __call__(self, *, adapter: lora.Adapter) -> Server: ...
+    def __call__(self, *, adapter: lora.Adapter) -> PyTree: ...
 
 
 class InitClient(Protocol):
@@ -204,7 +194,7 @@ class InitClient(Protocol):
     `key` is the client's, the same whenever it begins; `server` is the state before that round.
     """
 
-    def __call__(self, *, key: Key, server: Server, number: Number) -> Personal: ...
+    def __call__(self, *, key: Key, server: PyTree, number: Number) -> PyTree: ...
 
 
 class ClientUpdate(Protocol):
@@ -213,7 +203,7 @@ class ClientUpdate(Protocol):
     The engine vmaps it. `key` is of this client in this round. A client of which no step counts keeps its state.
     """
 
-    def __call__(self, ctx: Context, *, server: Server, personal: Personal, client: Client, key: Key) -> Updated: ...
+    def __call__(self, ctx: Context, *, server: PyTree, personal: PyTree, client: Client, key: Key) -> Updated: ...
 
 
 class Aggregate(Protocol):
@@ -223,13 +213,13 @@ class Aggregate(Protocol):
     are 0 the server must stay as it is.
     """
 
-    def __call__(self, ctx: Context, *, server: Server, messages: Message, weights: Weights) -> Aggregated: ...
+    def __call__(self, ctx: Context, *, server: PyTree, messages: PyTree, weights: Weights) -> Aggregated: ...
 
 
 class Personalise(Protocol):
     """Make the adapter that a client uses."""
 
-    def __call__(self, *, server: Server, personal: Personal) -> lora.Adapter: ...
+    def __call__(self, *, server: PyTree, personal: PyTree) -> lora.Adapter: ...
 
 
 class Trained(Protocol):
@@ -238,25 +228,25 @@ class Trained(Protocol):
     `server` is the state before the round, `personal` and `message` are as `client_update` returned them.
     """
 
-    def __call__(self, *, server: Server, personal: Personal, message: Message) -> lora.Adapter: ...
+    def __call__(self, *, server: PyTree, personal: PyTree, message: PyTree) -> lora.Adapter: ...
 
 
 class Download(Protocol):
     """Select the tree that every client receives; with the message, what travels."""
 
-    def __call__(self, *, server: Server) -> PyTree: ...
+    def __call__(self, *, server: PyTree) -> PyTree: ...
 
 
 class Base(Protocol):
     """Add to the base what the server's state has for it; once per round and outside of vmap."""
 
-    def __call__(self, *, params: PyTree, server: Server) -> PyTree: ...
+    def __call__(self, *, params: PyTree, server: PyTree) -> PyTree: ...
 
 
 class Travels(Protocol):
-    """Tell what a client sends and what it receives, two trees of shapes; `messages` [K, …] are shapes too."""
+    """Return what a client sends and what it receives, two trees of shapes; `messages` [K, …] are shapes too."""
 
-    def __call__(self, *, server: Server, messages: Message) -> Travelling: ...
+    def __call__(self, *, server: PyTree, messages: PyTree) -> Travelling: ...
 
 
 def one_phase(round_: int) -> int:

@@ -28,7 +28,7 @@ class LocalOptions:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What the server does with the average update (arXiv 2003.00295)"""
+    """The optimiser that takes the average update at the server (arXiv 2003.00295)"""
 
     optimizer: Literal["avg", "momentum", "adam", "yogi", "adagrad"] = "avg"
     """FedAvg(M), FedAdam, FedYogi, FedAdagrad: on the clients' average update as a pseudo-gradient."""
@@ -43,7 +43,11 @@ class ServerOptions:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The fields that mean something to the optimiser."""
+        """The fields that mean something to the optimiser.
+
+        >>> ServerOptions("momentum").reads
+        ('optimizer', 'learning_rate', 'beta1')
+        """
         own = {"avg": (), "momentum": ("beta1",), "adagrad": ("beta1", "epsilon")}
         return ("optimizer", "learning_rate", *own.get(self.optimizer, ("beta1", "beta2", "epsilon")))
 
@@ -56,9 +60,8 @@ class MethodOptions:
 def find_method_options(name: str) -> type[MethodOptions]:
     """Return the class of a method's numbers; its file, which knows jax, is imported only where it defines one.
 
-    Examples:
-        >>> find_method_options("plora").__name__
-        'MethodOptions'
+    >>> find_method_options("plora").__name__
+    'MethodOptions'
     """
     if not list_method_flags(name):
         return MethodOptions
@@ -67,7 +70,11 @@ def find_method_options(name: str) -> type[MethodOptions]:
 
 @functools.cache
 def list_method_flags(name: str) -> tuple[str, ...]:
-    """List the flags of a method's numbers, `--method.lambda`, read from its file without importing it."""
+    """List the flags of a method's numbers, read from its file without importing it.
+
+    >>> list_method_flags("ditto")
+    ('--method.lambda',)
+    """
     spec = importlib.util.find_spec(name_module(name)) if name.replace("-", "_").isidentifier() else None
     if spec is None or spec.origin is None:
         return ()
@@ -78,5 +85,9 @@ def list_method_flags(name: str) -> tuple[str, ...]:
 
 
 def name_module(name: str) -> str:
-    """Name the module that makes a method."""
+    """Name the module that makes a method.
+
+    >>> name_module("fedavg-lora")
+    'fedvlm_jax.methods.zoo.fedavg_lora'
+    """
     return f"{__package__}.rule_based" if name == SHARE else f"{__package__}.zoo.{name.replace('-', '_')}"

@@ -8,7 +8,7 @@ from fedvlm_jax.methods.config import name_module
 
 
 def load_method(name: str, setup: Setup) -> Method:
-    """The method of this name, `plora` say, made for a setup.
+    """Make the method of this name, `plora` say, for a setup.
 
     Raises:
         UserError: its file has no `make`, or says of the method what cannot be: another name, unknown options.

@@ -20,28 +20,10 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.lora.sites import as_patterns
-from fedvlm_jax.methods.base import (
-    Aggregated,
-    Client,
-    Context,
-    Key,
-    Message,
-    Method,
-    Number,
-    Personal,
-    Server,
-    Setup,
-    Updated,
-    Weights,
-    both_ways,
-    is_factor,
-    one_phase,
-    shape_of_one,
-)
-from fedvlm_jax.methods.components import client_regularizers, heterogeneous_ranks
-from fedvlm_jax.methods.components.heterogeneous_ranks import Held
-from fedvlm_jax.methods.components.norms import norm_of, only_a, personal_drift
-from fedvlm_jax.methods.components.server_optimizers import make_server_optimizer
+from fedvlm_jax.methods import base
+from fedvlm_jax.methods.base import Aggregated, Client, Context, Held, Key, Method, Number, Setup, Updated, Weights
+from fedvlm_jax.methods.components import client_regularizers, heterogeneous_ranks, server_optimizers
+from fedvlm_jax.methods.components.factors import norm_of, only_a, personal_drift
 from fedvlm_jax.methods.config import SHARE, MethodOptions
 from fedvlm_jax.utils import tree
 
@@ -51,8 +33,12 @@ FACTOR_A = lora.Rule(r"(^|/)a$")
 FACTOR_B = lora.Rule(r"(^|/)b$")
 
 
-def mean_update(shared: PyTree, messages: Message, weights: Weights, held: Held | None) -> PyTree:
-    """Average the updates, Σ p_k Δ_k; where ranks differ each direction over those who have it."""
+def mean_update(shared: PyTree, messages: PyTree, weights: Weights, held: Held | None) -> PyTree:
+    """Average the updates, Σ p_k Δ_k; where ranks differ each direction over those who have it.
+
+    >>> mean_update({}, {"b": jnp.asarray([[1.0], [3.0]])}, jnp.asarray([0.25, 0.75]), None)["b"].tolist()
+    [2.5]
+    """
     del shared
     return tree.weighted_sum(messages, weights) if held is None else heterogeneous_ranks.mean(messages, weights, held)
 
@@ -74,15 +60,14 @@ class Parts:
         fresh: the optimiser starts anew in every round: the server gives what is trained another basis each time.
         basis: (round) -> which basis what is trained has in it, for a server that changes it now and then. A client
             that meets another one than in its last round starts its optimiser anew.
-        refuses: which of `AVERAGING` it does not take: option -> why, as in `Method`.
-        moot: as in `Method`.
+        refuses, moot: as in `Method`.
     """
 
     extend: Callable[[lora.Adapter], PyTree] = lambda adapter: adapter
     assemble: Callable[[PyTree], lora.Adapter] = lambda factors: factors
-    trained: tuple[Callable[[str], bool], ...] = (is_factor,)
-    phase: Callable[[int], int] = one_phase
-    average: Callable[[PyTree, Message, Weights, Held | None], PyTree] = mean_update
+    trained: tuple[Callable[[str], bool], ...] = (base.is_factor,)
+    phase: Callable[[int], int] = base.one_phase
+    average: Callable[[PyTree, PyTree, Weights, Held | None], PyTree] = mean_update
     after: Callable[[PyTree, Number], PyTree] | None = None
     restart: bool = False
     fresh: bool = False
@@ -118,60 +103,62 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
         method = client_regularizers.with_proximal(method, setup.local.proximal)
     if setup.local.scaffold:
         method = client_regularizers.with_scaffold(method)
+    # Outermost, so that the anchors and control variates of the other two are truncated as well.
     return heterogeneous_ranks.with_ranks(method, setup.ranks)
 
 
 def _make_plain(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Parts) -> Method:
     rule = dataclasses.replace(rule, exclude=(*as_patterns(rule.exclude), r"(^|/)scale(/|$)"))  # data, not learned
-    optimizer = make_server_optimizer(setup.server)
     keeps = setup.keep_optimizer and not (parts.fresh or parts.restart)
 
     def split(factors: PyTree) -> tuple[PyTree, PyTree]:
         return lora.partition(factors, rule, setup.sites)
 
-    def init(adapter: lora.Adapter) -> Server:
-        shared, own = split(parts.extend(adapter))
-        return {"shared": shared, "start": own, "optimizer": optimizer.init(shared)}
-
-    def init_client(key: Key, server: Server, number: Number) -> Personal:
-        del number
-        own = server["start"] if setup.common_start else split(parts.extend(setup.draw(key)))[1]
-        personal = {"own": own}
-        first = own if parts.restart else only_a(own)
-        if first and not setup.common_start:
-            personal["first"] = first
-        if keeps:
-            personal["optimizer"] = start_optimizers(lora.combine(server["shared"], own))
-            personal |= {"basis": jnp.int32(-1)} if parts.basis is not None else {}
-        return personal
-
     def start_optimizers(factors: PyTree) -> tuple[PyTree, ...]:
         return tuple(setup.start_optimizer(factors, trained) for trained in parts.trained)
 
-    def find_optimizers(ctx: Context, personal: Personal, factors: PyTree) -> list[PyTree]:
-        """Return those that the client kept, where they mean something for these factors, else fresh ones."""
-        if not keeps:
-            return list(start_optimizers(factors))
-        if parts.basis is None:
-            return list(personal["optimizer"])
-        same = personal["basis"] == parts.basis(ctx.round)
-        fresh = start_optimizers(factors)
-        return list(jax.tree.map(lambda kept, new: jnp.where(same, kept, new), personal["optimizer"], fresh))
+    def init(adapter: lora.Adapter) -> PyTree:
+        shared, private = split(parts.extend(adapter))
+        return {
+            "shared": shared,
+            "start": private,
+            "optimizer": server_optimizers.start(setup.server, shared),
+        }
 
-    def client_update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
+    def init_client(key: Key, server: PyTree, number: Number) -> PyTree:
+        del number
+        private = server["start"] if setup.common_start else split(parts.extend(setup.draw(key)))[1]
+        personal = {"own": private}
+        first = private if parts.restart else only_a(private)
+        if first and not setup.common_start:
+            personal["first"] = first
+        if keeps:
+            personal["optimizer"] = start_optimizers(lora.combine(server["shared"], private))
+            personal |= {"basis": jnp.int32(-1)} if parts.basis is not None else {}
+        return personal
+
+    def client_update(ctx: Context, server: PyTree, personal: PyTree, client: Client, key: Key) -> Updated:
         del key  # nothing here is random
         first = server["start"] if setup.common_start else personal.get("first", {})
         factors = lora.combine(server["shared"], first if parts.restart else personal["own"])
-        optimizers = find_optimizers(ctx, personal, factors)
+        optimizers = personal["optimizer"] if keeps else start_optimizers(factors)
+        if keeps and parts.basis is not None:
+            same = personal["basis"] == parts.basis(ctx.round)
+            fresh = start_optimizers(factors)
+            optimizers = jax.tree.map(lambda kept, new: jnp.where(same, kept, new), optimizers, fresh)
+        optimizers = list(optimizers)
         received, _ = split(factors)
         trained = parts.trained[ctx.phase]
         factors, optimizers[ctx.phase], metrics = ctx.train(
             factors, optimizers[ctx.phase], client, trained=trained, assemble=parts.assemble
         )
-        shared, own = split(factors)
-        update = _select_trained(jax.tree.map(jnp.subtract, shared, received), trained)
-        metrics |= {"update_norm": norm_of(update), "personal_drift": personal_drift(own, first)}
-        state = {**personal, "own": own}
+        shared, private = split(factors)
+        # A layer that the rule split off, `…/b/3`, was trained if its factor was.
+        update, _ = tree.partition(
+            jax.tree.map(jnp.subtract, shared, received), lambda path: trained(re.sub(r"/\d+(\.\d+)*$", "", path))
+        )
+        metrics |= {"update_norm": norm_of(update), "personal_drift": personal_drift(private, first)}
+        state = {**personal, "own": private}
         if keeps:
             state["optimizer"] = tuple(optimizers)
             state |= {"basis": jnp.int32(parts.basis(ctx.round))} if parts.basis is not None else {}
@@ -180,26 +167,28 @@ def _make_plain(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Pa
             state = jax.tree.map(lambda new, old: jnp.where(took, new, old), state, personal)
         return state, update, metrics
 
-    def aggregate(ctx: Context, server: Server, messages: Message, weights: Weights) -> Aggregated:
-        shared = server["shared"]
-        update = parts.average(shared, messages, weights, ctx.held)
-        step, state = optimizer.step(update, server["optimizer"], weights, ctx.held)
-        new = _add(shared, step)
+    def aggregate(ctx: Context, server: PyTree, messages: PyTree, weights: Weights) -> Aggregated:
+        update = parts.average(server["shared"], messages, weights, ctx.held)
+        step, state = server_optimizers.step(setup.server, update, server["optimizer"], weights, ctx.held)
+        new = _add(server["shared"], step)
         if parts.after is not None:
             counts = weights.sum() > 0
             new = jax.tree.map(lambda after, now: jnp.where(counts, after, now), parts.after(new, ctx.round), new)
         health = {"shared_norm": norm_of(new), "shared_update_norm": norm_of(update)}
         return {**server, "shared": new, "optimizer": state}, health
 
-    def personalise(server: Server, personal: Personal) -> lora.Adapter:
+    def personalise(server: PyTree, personal: PyTree) -> lora.Adapter:
         return parts.assemble(lora.combine(server["shared"], personal["own"]))
 
-    def trained_adapter(server: Server, personal: Personal, message: Message) -> lora.Adapter:
-        shared, own = split(lora.combine(server["shared"], personal["own"]))
-        return parts.assemble(lora.combine(_add(shared, message), own))
+    def trained_adapter(server: PyTree, personal: PyTree, message: PyTree) -> lora.Adapter:
+        shared, private = split(lora.combine(server["shared"], personal["own"]))
+        return parts.assemble(lora.combine(_add(shared, message), private))
 
-    # The server may change more than the clients do, and then sends all that it holds.
-    travels = both_ways if parts.after is None else lambda server, messages: (shape_of_one(messages), server["shared"])
+    def travels(server: PyTree, messages: PyTree) -> base.Travelling:
+        # The server may change more than the clients do, and then sends all that it holds.
+        up = base.shape_of_one(messages)
+        return up, up if parts.after is None else server["shared"]
+
     return Method(
         name=name, source=source, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate,
         personalise=personalise, trained=trained_adapter, download=lambda server: server["shared"], phase=parts.phase,
@@ -207,12 +196,11 @@ def _make_plain(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Pa
     )  # fmt: skip
 
 
-def _select_trained(update: PyTree, trained: Callable[[str], bool]) -> PyTree:
-    """Select what was trained; a layer that a rule split off, `…/b/3`, was if its factor was."""
-    return tree.partition(update, lambda path: trained(re.sub(r"/\d+(\.\d+)*$", "", path)))[0]
-
-
 def _add(shared: PyTree, update: PyTree) -> PyTree:
-    """Add an update of some leaves; the others stay."""
+    """Add an update of some leaves; the others stay.
+
+    >>> _add({"a": 1, "b": 2}, {"b": 3})
+    {'a': 1, 'b': 5}
+    """
     flat = tree.flatten(update)
     return tree.unflatten({path: x + flat[path] if path in flat else x for path, x in tree.flatten(shared).items()})

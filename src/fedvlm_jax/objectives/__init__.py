@@ -9,5 +9,9 @@ __all__ = ["Objective", "PreferenceOptions", "load_objective"]
 
 
 def load_objective(name: str, options: PreferenceOptions | None = None) -> Objective:
-    """The objective of this name, `dpo` say, made from options (by default the default ones)."""
+    """Make the objective of this name from options, by default the default ones.
+
+    >>> load_objective("sft+dpo").reads
+    ('beta', 'variant', 'label_smoothing', 'sft_weight')
+    """
     return importlib.import_module(f"{__name__}.{name.replace('+', '_')}").make(options or PreferenceOptions())

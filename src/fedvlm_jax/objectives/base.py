@@ -1,4 +1,4 @@
-"""The record that a training objective is; imports no jax, because the command line reads the options beside it."""
+"""The record of a training objective; imports no jax, because the command line reads the options beside it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from fedvlm_jax.models import Batch, Params, Vlm
 
 Metrics = dict[str, "Array"]
+Loss = tuple["Float[Array, '']", Metrics]
 
 
 class Objective(NamedTuple):
-    """What local training minimises.
+    """The function that local training minimises.
 
     Attributes:
         name: as the command line knows it.
@@ -23,16 +24,16 @@ class Objective(NamedTuple):
         loss: (vlm, params, adapter, batch) -> (scalar, metrics of scalars, `loss` among them). `batch` is the model's
             (see `models.base`); examples that do not count have all their labels at -100, the rejected ones as well.
             Pure; a batch in which nothing counts has loss 0 and a gradient of 0.
-        pairs: does it need `rejected_labels` [B, U'] in the batch?
-        reference: does it need `reference_chosen` and `reference_rejected` [B] in the batch, the answers'
-            log-probabilities under the bare base?
+        pairs: whether it needs `rejected_labels` [B, U'] in the batch.
+        reference: whether it needs `reference_chosen` and `reference_rejected` [B] in the batch, the answers'
+            log-probabilities under the bare base.
         select_by: the metric by which the best round is chosen, unless the user says otherwise.
         reads: the fields of `PreferenceOptions` that mean something to it.
     """
 
     name: str
     source: str
-    loss: Callable[[Vlm, Params, lora.Adapter | None, Batch], tuple[Float[Array, ""], Metrics]]
+    loss: Callable[[Vlm, Params, lora.Adapter | None, Batch], Loss]
     pairs: bool = False
     reference: bool = False
     select_by: str = "exact_match"

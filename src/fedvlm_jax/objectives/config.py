@@ -1,7 +1,4 @@
-"""What a run may choose about its objective: one frozen record, which is also the `--preference.*` options.
-
-Nothing heavy is imported here, because `fedvlm --help` reads this file.
-"""
+"""Options of the objective, the `--preference.*` ones; imports nothing heavy, for `fedvlm --help` reads this file."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -11,12 +8,10 @@ from annotated_types import Ge, Le
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.option_ranges import Positive, check_ranges
 
-Variant = Literal["sigmoid", "length-normalised", "ipo"]
-
 
 @dataclass(frozen=True)
 class PreferenceOptions:
-    """How the preference for the chosen answer is learnt: --objective dpo and sft+dpo
+    """Learning of the preference for the chosen answer: --objective dpo and sft+dpo
 
     Raises:
         UserError: at construction, when a value cannot mean anything; the message has the flag, the value and what is
@@ -26,7 +21,7 @@ class PreferenceOptions:
     beta: Positive = 0.1
     """Pull towards the base, arXiv 2305.18290's beta; tau for ipo. length-normalised wants some 50 times as much (not
     given by the paper)."""
-    variant: Variant = "sigmoid"
+    variant: Literal["sigmoid", "length-normalised", "ipo"] = "sigmoid"
     """DPO as published, on whole answers; on means per token (arXiv 2411.15124); or IPO (arXiv 2310.12036), here also
     on means per token (not given by the paper)."""
     label_smoothing: Annotated[float, Ge(0), Le(0.5)] = 0.0

@@ -7,8 +7,8 @@ With the log-ratios of policy and reference, ρ_c = log π(chosen) − log π₀
     ipo                 (h − 1 / (2 β))² (arXiv 2310.12036, eq. 17), each ρ divided by its number of tokens too: the
                         paper leaves this open, its authors' results and TRL are so
 
-The reference π₀ is the frozen base, which is there already: no second model, and its log-probabilities come with the
-batch. The loss is the mean over the pairs that count, those that have both answers.
+The reference π₀ is the frozen base: no second model, and its log-probabilities come with the batch. The loss is the
+mean over the pairs that count, those that have both answers.
 """
 
 from collections.abc import Mapping
@@ -19,33 +19,28 @@ from jaxtyping import Array, Float
 
 from fedvlm_jax import lora
 from fedvlm_jax.models import Batch, Params, Vlm
-from fedvlm_jax.objectives.base import Metrics, Objective
+from fedvlm_jax.objectives.base import Loss, Objective
 from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.objectives.log_probs import score_pairs
 
-SOURCE = "arXiv 2305.18290, eq. 7: −log σ(β h), h how much more than the base the adapter favours the chosen answer"
 READS = ("beta", "variant", "label_smoothing")
 
 
 def make(options: PreferenceOptions) -> Objective:
-    """dpo, of one of the variants."""
+    """Make dpo, of one of the variants."""
 
-    def loss(vlm: Vlm, params: Params, adapter: lora.Adapter | None, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+    def loss(vlm: Vlm, params: Params, adapter: lora.Adapter | None, batch: Batch) -> Loss:
         value, metrics = compare_answers(options, score_pairs(vlm, params, adapter, batch), batch)
         return value, {"loss": value, **metrics}
 
-    return Objective("dpo", SOURCE, loss, pairs=True, reference=True, select_by="preference_accuracy", reads=READS)
+    source = "arXiv 2305.18290, eq. 7: −log σ(β h), h how much more than the base the adapter favours the chosen answer"
+    return Objective("dpo", source, loss, pairs=True, reference=True, select_by="preference_accuracy", reads=READS)
 
 
-def compare_answers(
-    options: PreferenceOptions, scores: Mapping[str, Array], batch: Batch
-) -> tuple[Float[Array, ""], Metrics]:
-    """The preference loss of scored pairs, and how they fare.
+def compare_answers(options: PreferenceOptions, scores: Mapping[str, Array], batch: Batch) -> Loss:
+    """Compute the preference loss of what `score_pairs` found, and how the pairs fare.
 
-    Args:
-        options: decide the loss.
-        scores: what `score_pairs` found.
-        batch: with `reference_chosen` and `reference_rejected` [B], log-probabilities summed over the tokens.
+    `batch` has `reference_chosen` and `reference_rejected` [B], log-probabilities summed over the tokens.
 
     Returns:
         The loss, and means over the pairs that count: `reward_accuracy`, the share whose chosen answer has the larger

@@ -12,15 +12,19 @@ from fedvlm_jax.data.tokenization import IGNORED
 from fedvlm_jax.models import Batch, Params, Vlm
 from fedvlm_jax.models.layers import widen
 
+PerLabel = Float[Array, "*batch labels"]
+
 
 def token_losses(
     logits: Float[Array, "*batch labels vocabulary"], labels: Int[Array, "*batch labels"]
-) -> tuple[Float[Array, "*batch labels"], Float[Array, "*batch labels"], Float[Array, "*batch labels"]]:
-    """Per position: cross-entropy in nats, whether no token is likelier than the right one, and whether it counts.
+) -> tuple[PerLabel, PerLabel, PerLabel]:
+    """Compute cross-entropy in nats, whether no token is likelier than the right one, and whether a position counts.
 
-    Where several are the likeliest, all of them are right; in float32 that is hardly ever so.
+    Where several are the likeliest, all of them are right; in float32 that is hardly ever so. Where the label is -100
+    all three are 0; elsewhere the last is 1.
 
-    The first two are 0 where the label is -100, as is the third, which is 1 elsewhere.
+    >>> [x.tolist() for x in token_losses(jnp.zeros((2, 1)), jnp.asarray([0, -100]))]
+    [[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]]
     """
     with jax.named_scope("cross_entropy"):
         counts = (labels != IGNORED).astype(jnp.float32)
@@ -38,8 +42,10 @@ def score_pairs(vlm: Vlm, params: Params, adapter: lora.Adapter | None, batch: B
         the tokens, in nats; `chosen_tokens` and `rejected_tokens`, how many there are; `chosen_correct`, how many of
         the chosen answer's tokens are the likeliest at their place.
     """
-    width = max(batch["labels"].shape[-1], batch["rejected_labels"].shape[-1])
-    labels = jnp.stack([_widen(batch[name], width) for name in ("labels", "rejected_labels")], axis=-2)
+    both = [batch["labels"], batch["rejected_labels"]]
+    width = max(labels.shape[-1] for labels in both)
+    both = [jnp.pad(one, ((0, 0), (0, width - one.shape[-1])), constant_values=IGNORED) for one in both]
+    labels = jnp.stack(both, axis=-2)
     losses, correct, counts = token_losses(vlm.logits(params, adapter, {**batch, "labels": labels}), labels)
     log_probs, tokens = -losses.sum(axis=-1), counts.sum(axis=-1)
     return {
@@ -51,30 +57,19 @@ def score_pairs(vlm: Vlm, params: Params, adapter: lora.Adapter | None, batch: B
     }
 
 
-def _widen(labels: Int[Array, "B U"], width: int) -> Int[Array, "B W"]:
-    return jnp.pad(labels, ((0, 0), (0, width - labels.shape[-1])), constant_values=IGNORED)
-
-
+# Differentiating a gather scatters into a second array of the logits' size, and a one-hot product reads three; both
+# cost more than the vocabulary projection itself on a CPU. So the gradient is written out, one pass over the logits.
 @jax.custom_vjp
 def _cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Cross-entropy and whether the target is the likeliest, with a gradient that is one pass over the logits.
-
-    Differentiating a gather scatters into a second array of the logits' size, and a one-hot product reads three; both
-    cost more than the vocabulary projection itself on a CPU.
-    """
-    return _score(logits, targets)[:2]
-
-
-def _score(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
-    highest = logits.max(axis=-1)
-    log_partition = highest + jnp.log(jnp.exp(logits - highest[..., None]).sum(axis=-1))
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return log_partition - chosen, (chosen >= highest).astype(jnp.float32), log_partition
+    return _forward(logits, targets)[0]
 
 
 def _forward(logits: Array, targets: Array) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-    losses, correct, log_partition = _score(logits, targets)
-    return (losses, correct), (logits, targets, log_partition)
+    highest = logits.max(axis=-1)
+    log_partition = highest + jnp.log(jnp.exp(logits - highest[..., None]).sum(axis=-1))
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    is_likeliest = (chosen >= highest).astype(jnp.float32)
+    return (log_partition - chosen, is_likeliest), (logits, targets, log_partition)
 
 
 def _backward(kept: tuple[Array, Array, Array], cotangents: tuple[Array, Array]) -> tuple[Array, None]:

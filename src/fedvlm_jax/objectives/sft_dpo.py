@@ -5,22 +5,19 @@ the mean per answer; here, as in `sft`, it is the mean over all tokens of the ba
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from fedvlm_jax import lora
 from fedvlm_jax.models import Batch, Params, Vlm
 from fedvlm_jax.objectives import dpo
-from fedvlm_jax.objectives.base import Metrics, Objective
+from fedvlm_jax.objectives.base import Loss, Objective
 from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.objectives.log_probs import score_pairs
 
-SOURCE = "dpo + sft_weight · sft"
-
 
 def make(options: PreferenceOptions) -> Objective:
-    """sft+dpo, of one of dpo's variants."""
+    """Make sft+dpo, of one of dpo's variants."""
 
-    def loss(vlm: Vlm, params: Params, adapter: lora.Adapter | None, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+    def loss(vlm: Vlm, params: Params, adapter: lora.Adapter | None, batch: Batch) -> Loss:
         scores = score_pairs(vlm, params, adapter, batch)
         preference, metrics = dpo.compare_answers(options, scores, batch)
         tokens = jnp.maximum(scores["chosen_tokens"].sum(), 1.0)
@@ -29,4 +26,5 @@ def make(options: PreferenceOptions) -> Objective:
         parts = {"dpo_loss": preference, "sft_loss": likelihood}
         return value, {"loss": value, **parts, "token_accuracy": scores["chosen_correct"].sum() / tokens, **metrics}
 
-    return Objective("sft+dpo", SOURCE, loss, pairs=True, reference=True, reads=(*dpo.READS, "sft_weight"))
+    reads = (*dpo.READS, "sft_weight")
+    return Objective("sft+dpo", "dpo + sft_weight · sft", loss, pairs=True, reference=True, reads=reads)

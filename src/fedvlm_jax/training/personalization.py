@@ -25,7 +25,7 @@ from fedvlm_jax.distributed.sharding import replicate
 from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.federation.client_states import NOBODY, Slots
 from fedvlm_jax.federation.simulator import Moment, Simulator
-from fedvlm_jax.methods.components.norms import leaf_name
+from fedvlm_jax.methods.components.factors import leaf_name
 from fedvlm_jax.training.experiment import Experiment
 
 

@@ -5,52 +5,44 @@ they make, they are kept beside each other, at places that the round decides; ot
 the two is settled once, so shapes never change. The base is formed from it once a round, for all clients.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.components.low_rank import by_site, matmul
-from fedvlm_jax.utils import tree
-
-Factors = Mapping[str, tuple[Array, Array]]
+from fedvlm_jax.methods.base import Number
+from fedvlm_jax.methods.components.factors import by_site, map_sites, matmul
 
 
-def start(adapter: lora.Adapter, rank: int, rounds: int) -> PyTree:
-    """Make room for the updates of a run.
+def start(adapter: lora.Adapter, places: int, rounds: int) -> PyTree:
+    """Make room for the updates of a run, in which every place of a round adds factors of the adapter's rank."""
 
-    Args:
-        adapter: has the sites and their shapes.
-        rank: of the update that a round adds.
-        rounds: of the run.
-    """
-    flat: dict[str, Any] = {}
-    for path, site in by_site(adapter).items():
-        *stack, d_in, _ = site["a"].shape
-        d_out, room = site["b"].shape[-1], rank * rounds
-        if room * (d_in + d_out) < d_in * d_out:
-            flat[f"{path}/left"] = jnp.zeros((*stack, d_in, room), jnp.float32)
-            flat[f"{path}/right"] = jnp.zeros((*stack, room, d_out), jnp.float32)
-        else:
-            flat[f"{path}/delta"] = jnp.zeros((*stack, d_in, d_out), jnp.float32)
-    return tree.unflatten(flat)
+    def make_room(site: dict[str, Array]) -> dict[str, Array]:
+        *stack, d_in, rank = site["a"].shape
+        d_out, room = site["b"].shape[-1], rank * places * rounds
+        shapes = {"left": (*stack, d_in, room), "right": (*stack, room, d_out)}
+        if room * (d_in + d_out) >= d_in * d_out:
+            shapes = {"delta": (*stack, d_in, d_out)}
+        return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+
+    return map_sites(make_room, adapter)
 
 
-def add(deltas: PyTree, update: Factors, round_: Int[Array, ""]) -> PyTree:
-    """Add a round's update, given as site -> factors [*stack, d_in, r] and [*stack, r, d_out]; scales are in them."""
-    flat: dict[str, Any] = {}
-    for path, site in by_site(deltas).items():
-        left, right = (part.astype(jnp.float32) for part in update[path])
+def add(deltas: PyTree, update: PyTree, scales: PyTree, round_: Number) -> PyTree:
+    """Add a round's update, at every site `left` [*stack, d_in, r] and `right` [*stack, r, d_out] times its scale."""
+
+    def add_to_site(site: dict[str, Array], factors: dict[str, Array], scale: dict[str, Array]) -> dict[str, Array]:
+        left = (factors["left"] * scale["scale"][..., None, None]).astype(jnp.float32)
+        right = factors["right"].astype(jnp.float32)
         if "delta" in site:
-            flat[f"{path}/delta"] = site["delta"] + matmul(left, right)
-            continue
+            return {"delta": site["delta"] + matmul(left, right)}
         at = (round_ - 1) * left.shape[-1]
-        flat[f"{path}/left"] = jax.lax.dynamic_update_slice_in_dim(site["left"], left, at, left.ndim - 1)
-        flat[f"{path}/right"] = jax.lax.dynamic_update_slice_in_dim(site["right"], right, at, right.ndim - 2)
-    return tree.unflatten(flat)
+        return {
+            "left": jax.lax.dynamic_update_slice_in_dim(site["left"], left, at, left.ndim - 1),
+            "right": jax.lax.dynamic_update_slice_in_dim(site["right"], right, at, right.ndim - 2),
+        }
+
+    return map_sites(add_to_site, deltas, update, scales)
 
 
 def apply(params: PyTree, deltas: PyTree) -> PyTree:

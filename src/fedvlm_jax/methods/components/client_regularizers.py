@@ -20,32 +20,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import (
-    Aggregated,
-    Client,
-    Context,
-    Key,
-    Message,
-    Method,
-    Metrics,
-    Number,
-    Personal,
-    Server,
-    Train,
-    Updated,
-    Weights,
-)
-from fedvlm_jax.methods.components.norms import leaf_name
+from fedvlm_jax.methods.base import Aggregated, Client, Context, Key, Method, Metrics, Number, Updated, Weights
+from fedvlm_jax.methods.components.factors import leaf_name
 from fedvlm_jax.utils import tree
 
 Nudge = Callable[[PyTree], PyTree]
 
 
 def make_proximal(strength: float, anchor: PyTree) -> Nudge:
-    """Make the nudge strength · (θ − anchor) for the leaves that there are of both."""
+    """Make the nudge strength · (θ − anchor) for the leaves that are in both.
+
+    >>> make_proximal(0.5, {"b": 2.0, "scale": 1.0})({"b": 4.0})
+    {'b': 1.0}
+    """
 
     def nudge(factors: PyTree) -> PyTree:
         flat = tree.flatten(anchor)
@@ -55,51 +45,61 @@ def make_proximal(strength: float, anchor: PyTree) -> Nudge:
 
 
 def with_proximal(method: Method, strength: float) -> Method:
-    """Pull a client's shared factors towards the server's (FedProx) in a method that tells how to `split` factors."""
+    """Pull a client's shared factors towards the server's (FedProx) in a method that says how to `split` factors."""
 
-    def client_update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
-        train = _hold_back(ctx.train, method, lambda received: make_proximal(strength, received))
-        return method.client_update(ctx._replace(train=train), server=server, personal=personal, client=client, key=key)
+    def client_update(ctx: Context, server: PyTree, personal: PyTree, client: Client, key: Key) -> Updated:
+        ctx = _hold_back(ctx, method, lambda received: make_proximal(strength, received))
+        return method.client_update(ctx, server=server, personal=personal, client=client, key=key)
 
     return replace(method, client_update=client_update)
 
 
 def with_scaffold(method: Method) -> Method:
-    """Correct a client's gradients by control variates (SCAFFOLD) in a method that tells how to `split` factors.
+    """Correct a client's gradients by control variates (SCAFFOLD) in a method that says how to `split` factors.
 
     Server and clients hold c and c_k as `control`, of the form of `download`; both travel beside what travels anyway.
     """
 
-    def start(server: Server) -> PyTree:
+    def start(server: PyTree) -> PyTree:
         return jax.tree.map(jnp.zeros_like, method.download(server=server))
 
-    def init(adapter: lora.Adapter) -> Server:
+    def init(adapter: lora.Adapter) -> PyTree:
         server = method.init(adapter=adapter)
         return {**server, "control": start(server)}
 
-    def init_client(key: Key, server: Server, number: Number) -> Personal:
+    def init_client(key: Key, server: PyTree, number: Number) -> PyTree:
         return {**method.init_client(key=key, server=server, number=number), "control": start(server)}
 
-    def client_update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
-        c, c_k = server["control"], personal["control"]
-        correction = jax.tree.map(jnp.subtract, c, c_k)
-        train = _hold_back(ctx.train, method, lambda received: lambda shared: correction)
+    def client_update(ctx: Context, server: PyTree, personal: PyTree, client: Client, key: Key) -> Updated:
+        before, steps = tree.flatten(personal["control"]), client.mask.any(axis=1).sum()
+        correction = jax.tree.map(jnp.subtract, server["control"], personal["control"])
+        held_back = _hold_back(ctx, method, lambda received: lambda shared: correction)
         state, update, metrics = method.client_update(
-            ctx._replace(train=train), server=server, personal=personal, client=client, key=key
+            held_back, server=server, personal=personal, client=client, key=key
         )
-        new = _renew(c, c_k, update, client, ctx.rates)
-        moved = jax.tree.map(lambda after, before: client.share * (after - before), new, c_k)
-        return {**state, "control": new}, {"update": update, "control": moved}, metrics
+        moved = tree.flatten(update)
 
-    def aggregate(ctx: Context, server: Server, messages: Message, weights: Weights) -> Aggregated:
+        def renew(path: str, c: Array) -> Array:
+            if path not in moved:  # the round did not train it
+                return before[path]
+            rate = ctx.rates["a" if leaf_name(path) == "a" else "b"]
+            new = before[path] - c - moved[path] / jnp.maximum(steps * rate, 1e-12)
+            return jnp.where(steps > 0, new, before[path])
+
+        control = tree.unflatten({path: renew(path, c) for path, c in tree.flatten(server["control"]).items()})
+        step = jax.tree.map(lambda new, old: client.share * (new - old), control, personal["control"])
+        return {**state, "control": control}, {"update": update, "control": step}, metrics
+
+    def aggregate(ctx: Context, server: PyTree, messages: PyTree, weights: Weights) -> Aggregated:
         new, health = method.aggregate(ctx, server=server, messages=messages["update"], weights=weights)
+        # Each step is already weighted by its client's share, so here everyone who counts counts once.
         step = tree.weighted_sum(messages["control"], (weights > 0).astype(jnp.float32))
         return {**new, "control": jax.tree.map(jnp.add, server["control"], step)}, health
 
-    def trained(server: Server, personal: Personal, message: Message) -> lora.Adapter:
+    def trained(server: PyTree, personal: PyTree, message: PyTree) -> lora.Adapter:
         return method.trained(server=server, personal=personal, message=message["update"])
 
-    def download(server: Server) -> PyTree:
+    def download(server: PyTree) -> PyTree:
         return {**method.download(server=server), "control": server["control"]}
 
     return replace(
@@ -108,45 +108,22 @@ def with_scaffold(method: Method) -> Method:
     )  # fmt: skip
 
 
-def _hold_back(train: Train, method: Method, make: Callable[[PyTree], Nudge]) -> Callable[..., Any]:
-    """Local training that adds a nudge to the gradient of what is shared; the rest is left alone.
-
-    Args:
-        train: that of the context.
-        method: tells what is shared.
-        make: (shared factors before the training) -> their nudge.
-    """
+def _hold_back(ctx: Context, method: Method, make: Callable[[PyTree], Nudge]) -> Context:
+    """Add a nudge to the gradient of what a method shares: `make` makes it of the shared factors before a training."""
     split = method.split
     assert split is not None, f"{method.name} does not tell which of its factors are shared"
 
-    def train_with_nudge(
-        factors: PyTree, optimizer: PyTree, client: Client, **choices: Any
-    ) -> tuple[PyTree, PyTree, Metrics]:
+    def train(factors: PyTree, optimizer: PyTree, client: Client, **choices: Any) -> tuple[PyTree, PyTree, Metrics]:
         extra, others = make(split(factors)[0]), choices.pop("nudge", None)
 
         def nudge(moving: PyTree) -> PyTree:
             paths = tree.flatten(moving).keys()
             # Split with what is frozen: a round may train nothing of what is shared.
-            shared, own = split(tree.unflatten(tree.flatten(factors) | tree.flatten(moving)))
-            total = lora.combine(extra(shared), jax.tree.map(jnp.zeros_like, own))
+            shared, private = split(tree.unflatten(tree.flatten(factors) | tree.flatten(moving)))
+            total = lora.combine(extra(shared), jax.tree.map(jnp.zeros_like, private))
             total = tree.partition(total, lambda path: path in paths)[0]
             return total if others is None else jax.tree.map(jnp.add, others(moving), total)
 
-        return train(factors, optimizer, client, **choices, nudge=nudge)
+        return ctx.train(factors, optimizer, client, **choices, nudge=nudge)
 
-    return train_with_nudge
-
-
-def _renew(control: PyTree, own: PyTree, update: PyTree, client: Client, rates: dict[str, Float[Array, ""]]) -> PyTree:
-    """Return c_k⁺ (option II); a client without a step keeps c_k, and so does a leaf that was not trained."""
-    steps = client.mask.any(axis=1).sum()
-    moved, mine = tree.flatten(update), tree.flatten(own)
-
-    def renew_leaf(path: str, c: Array) -> Array:
-        if path not in moved:
-            return mine[path]
-        rate = rates["a" if leaf_name(path) == "a" else "b"]
-        new = mine[path] - c - moved[path] / jnp.maximum(steps * rate, 1e-12)
-        return jnp.where(steps > 0, new, mine[path])
-
-    return tree.unflatten({path: renew_leaf(path, c) for path, c in tree.flatten(control).items()})
+    return ctx._replace(train=train)

@@ -4,8 +4,8 @@ A pair of a column of A and a row of B that are both zero has no gradient, so it
 rank's for all, so that the same factors mean the same update everywhere.
 
 Each direction, that is such a pair, is averaged over those who have it, with their weights made to sum to 1, and stays
-as it is where none of them is there. To count as zero what a client lacks (zero padding, arXiv 2401.06432) shrinks the
-higher directions, and a round of low ranks alone ends them for good.
+as it is where no client in the round has it. To count as zero what a client lacks (zero padding, arXiv 2401.06432)
+shrinks the higher directions, and a round of low ranks alone ends them for good.
 """
 
 from collections.abc import Sequence
@@ -15,68 +15,53 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import (
-    Aggregated,
-    Client,
-    Context,
-    Key,
-    Message,
-    Method,
-    Metrics,
-    Number,
-    Personal,
-    Server,
-    Updated,
-    Weights,
-)
-from fedvlm_jax.methods.components.norms import leaf_name
+from fedvlm_jax.methods.base import Aggregated, Client, Context, Held, Key, Method, Metrics, Number, Updated, Weights
+from fedvlm_jax.methods.components.factors import leaf_name
 from fedvlm_jax.utils import tree
 
-Held = Float[Array, "K R"]
-"""1 where a client of the cohort has a direction, 0 where it does not."""
 
-
-def with_ranks(method: Method, ranks: Sequence[int], *, tell: bool = True) -> Method:
+def with_ranks(method: Method, ranks: Sequence[int], *, send_rank: bool = True) -> Method:
     """Give every client its rank in a method: all that it starts from, receives and trains is zero beyond it.
 
     Args:
         method: any whose adapters' factors are leaves named a and b.
         ranks: of every client; empty: all have the adapter's, and the method stays as it is.
-        tell: whether a message tells the client's rank, for an `aggregate` that reads `Context.held`.
+        send_rank: whether the client's rank is in its message, for an `aggregate` that reads `Context.held`.
     """
     if not ranks:
         return method
-    dealt, widest = np.asarray(ranks, np.int32), max(ranks)
+    ranks_of_all, widest = np.asarray(ranks, np.int32), max(ranks)
 
-    def init_client(key: Key, server: Server, number: Number) -> Personal:
-        rank = jnp.asarray(dealt)[number]
+    def init_client(key: Key, server: PyTree, number: Number) -> PyTree:
+        rank = jnp.asarray(ranks_of_all)[number]
         return {**cut(method.init_client(key=key, server=server, number=number), rank), "rank": rank}
 
-    def client_update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
+    def client_update(ctx: Context, server: PyTree, personal: PyTree, client: Client, key: Key) -> Updated:
         rank = personal["rank"]
 
         def train(factors: PyTree, optimizer: PyTree, client: Client, **choices: Any) -> tuple[PyTree, PyTree, Metrics]:
+            # What a method draws during a round has the largest rank.
             return ctx.train(cut(factors, rank), optimizer, client, **choices)
 
         state, message, metrics = method.client_update(
             ctx._replace(train=train), server=cut(server, rank), personal=personal, client=client, key=key
         )
-        return {**state, "rank": rank}, {"update": message, "rank": rank} if tell else message, metrics
+        return {**state, "rank": rank}, {"update": message, "rank": rank} if send_rank else message, metrics
 
-    def aggregate(ctx: Context, server: Server, messages: Message, weights: Weights) -> Aggregated:
-        if tell:
+    def aggregate(ctx: Context, server: PyTree, messages: PyTree, weights: Weights) -> Aggregated:
+        if send_rank:
             held = (jnp.arange(widest) < messages["rank"][:, None]).astype(jnp.float32)
             ctx, messages = ctx._replace(held=held), messages["update"]
         return method.aggregate(ctx, server=server, messages=messages, weights=weights)
 
-    def personalise(server: Server, personal: Personal) -> lora.Adapter:
+    def personalise(server: PyTree, personal: PyTree) -> lora.Adapter:
         return method.personalise(server=cut(server, personal["rank"]), personal=personal)
 
-    def trained(server: Server, personal: Personal, message: Message) -> lora.Adapter:
-        message = message["update"] if tell else message
+    def trained(server: PyTree, personal: PyTree, message: PyTree) -> lora.Adapter:
+        message = message["update"] if send_rank else message
         return method.trained(server=cut(server, personal["rank"]), personal=personal, message=message)
 
     return replace(
@@ -85,8 +70,12 @@ def with_ranks(method: Method, ranks: Sequence[int], *, tell: bool = True) -> Me
     )  # fmt: skip
 
 
-def cut(state: PyTree, rank: Int[Array, ""]) -> PyTree:
-    """Zero what is beyond the rank in a tree of any state: columns of A, rows of B."""
+def cut(state: PyTree, rank: Number) -> PyTree:
+    """Zero what is beyond the rank in a tree of any state: columns of A, rows of B.
+
+    >>> cut({"a": jnp.ones((1, 3)), "scale": jnp.ones(2)}, jnp.int32(2))["a"].tolist()
+    [[1.0, 1.0, 0.0]]
+    """
 
     def cut_leaf(keys: tuple[Any, ...], leaf: Array) -> Array:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")

@@ -6,20 +6,7 @@ from dataclasses import replace
 from jaxtyping import PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import (
-    Client,
-    ClientUpdate,
-    Context,
-    Key,
-    Message,
-    Method,
-    Number,
-    Personal,
-    Server,
-    Setup,
-    Updated,
-    is_factor,
-)
+from fedvlm_jax.methods.base import Client, ClientUpdate, Context, Key, Method, Number, Setup, Updated, is_factor
 
 
 def with_personal_model(
@@ -36,29 +23,28 @@ def with_personal_model(
     State: a client holds the method's personal state as `federated`, its model as `own`, and the latter's `optimizer`.
 
     Args:
-        federated: the method.
-        setup: as it is made for.
+        federated, setup: the method, and what it is made for.
         update: `client_update` of that state, whose optimiser is a fresh one where the client keeps none.
         start: (the client's adapter in the method) -> own.
         trained: (path) -> whether the leaf of `own` is trained.
         use: (own, the client's adapter in the method) -> the adapter that the client uses.
     """
 
-    def init_client(key: Key, server: Server, number: Number) -> Personal:
+    def init_client(key: Key, server: PyTree, number: Number) -> PyTree:
         state = federated.init_client(key=key, server=server, number=number)
         own = start(federated.personalise(server=server, personal=state))
         return {"federated": state, "own": own, **setup.kept(setup.start_optimizer(own, trained))}
 
-    def client_update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
+    def client_update(ctx: Context, server: PyTree, personal: PyTree, client: Client, key: Key) -> Updated:
         if not setup.keep_optimizer:
             personal = {**personal, "optimizer": setup.start_optimizer(personal["own"], trained)}
         state, message, metrics = update(ctx, server=server, personal=personal, client=client, key=key)
         return {name: state[name] for name in ("federated", "own")} | setup.kept(state["optimizer"]), message, metrics
 
-    def personalise(server: Server, personal: Personal) -> lora.Adapter:
+    def personalise(server: PyTree, personal: PyTree) -> lora.Adapter:
         return use(personal["own"], federated.personalise(server=server, personal=personal["federated"]))
 
-    def trained_adapter(server: Server, personal: Personal, message: Message) -> lora.Adapter:
+    def trained_adapter(server: PyTree, personal: PyTree, message: PyTree) -> lora.Adapter:
         adapter = federated.trained(server=server, personal=personal["federated"], message=message)
         return use(personal["own"], adapter)
 

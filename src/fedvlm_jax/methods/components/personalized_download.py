@@ -2,9 +2,10 @@
 
 The server keeps a pool: what clients sent last, of as many as a round has at most, and of `POOL` where there are so
 many; who sent longest ago leaves it first. What a client receives is mixed from the pool whenever its model is asked
-for, when its rounds begin and when it is evaluated. So a client that comes back after a while trains beside what there
-is by then, one that is alone in its round has others all the same, and one that never took part has a mixture too. In
-ce-lora what is mixed stands between private factors, of which B begins at zero: there it has the bare base nonetheless.
+for, when its rounds begin and when it is evaluated. So a client that comes back after a while trains beside what is in
+the pool by then, one that is alone in its round has others all the same, and one that never took part has a mixture
+too. In ce-lora what is mixed stands between private factors, of which B begins at zero: there it has the bare base
+nonetheless.
 
 A message is how far the client's adapter went from the start that all share, so that the values can be told from it.
 With `--lora.private-a per-client` adapters begin elsewhere, and that distance is in it: methods that weigh clients by
@@ -15,44 +16,23 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import (
-    Aggregated,
-    Client,
-    Context,
-    Key,
-    Message,
-    Method,
-    Number,
-    Personal,
-    Server,
-    Setup,
-    Travelling,
-    Updated,
-    Weights,
-    is_factor,
-    shape_of_one,
-)
-from fedvlm_jax.methods.components import mixing
-from fedvlm_jax.methods.components.norms import norm_of, only_a, personal_drift
+from fedvlm_jax.methods import base
+from fedvlm_jax.methods.base import Aggregated, Client, Context, Key, Method, Number, Setup, Updated, Weights, is_factor
+from fedvlm_jax.methods.components.factors import norm_of, only_a, personal_drift, split_scales
 from fedvlm_jax.utils import tree
 
+_NO_AVERAGE = "every client receives a mixture of its own: there is no one average to step or to stay near"
 REFUSES: dict[str, str] = {
-    **dict.fromkeys(
-        ("server", "local.proximal", "local.scaffold"),
-        "every client receives a mixture of its own: there is no one average to step or to stay near",
-    ),
+    **dict.fromkeys(("server", "local.proximal", "local.scaffold"), _NO_AVERAGE),
     "lora.ranks": "clients receive each other's factors, which must have the form of their own",
     "train.weighting": "what a client receives is weighed by similarity, or all others count alike",
 }
 
-POOL = 16
-"""Clients that the pool has room for at least, where there are so many: a round may have one alone."""
-
-NOBODY = -1
-"""The number at a free place of the pool."""
+POOL = 16  # places in the pool at least, where there are so many clients: a round may have one alone
+NOBODY = -1  # the number at a free place of the pool
 
 Assemble = Callable[[PyTree, PyTree, PyTree], lora.Adapter]
 Weigh = Callable[[PyTree, PyTree, Bool[Array, " P"], Bool[Array, ""]], Float[Array, " P"]]
@@ -70,7 +50,7 @@ def start_pool(sent: PyTree, setup: Setup) -> PyTree:
     return {"moved": moved, "number": jnp.full(size, NOBODY, jnp.int32), "round": jnp.zeros(size, jnp.int32)}
 
 
-def renew(pool: PyTree, messages: Message, weights: Float[Array, " K"], round_: Int[Array, ""]) -> PyTree:
+def renew(pool: PyTree, messages: PyTree, weights: Float[Array, " K"], round_: Number) -> PyTree:
     """Put what came from those who count into the pool, in place of what they had sent before."""
     counts = weights > 0
     again = jnp.any((pool["number"][:, None] == messages["number"]) & counts, axis=1)
@@ -102,8 +82,7 @@ def make_delivering_method(
     """Make a method whose clients each receive a mixture of what others sent.
 
     Args:
-        name, source: as in `Method`.
-        setup: as in every method.
+        name, source, setup, pairs: as in `Method` and `make_share_method`.
         extend: (factors) -> the tree that a client trains, with a gate say.
         trained, sent: (path) -> is the leaf trained, is it in the message?
         assemble: (own tree, delivered, scales) -> the adapter; delivered is zero where nobody else sent anything.
@@ -111,52 +90,51 @@ def make_delivering_method(
             ever send?) -> how much each of the pool is in what the client receives [P]; Σ ≤ 1.
         keep_own: what is delivered stands beside the own adapter; else the mixture takes the place of what was sent,
             and what is missing to Σ = 1 in it is the client's own.
-        pairs: as in `Method`.
     """
 
-    def init(adapter: lora.Adapter) -> Server:
-        factors, scales = mixing.split(adapter)
-        start = extend(factors)
-        return {"start": start, "scales": scales, "pool": start_pool(_sent(start), setup)}
+    def select_sent(factors: PyTree) -> PyTree:
+        return tree.partition(factors, sent)[0]
 
-    def init_client(key: Key, server: Server, number: Number) -> Personal:
-        own = server["start"] if setup.common_start else extend(mixing.split(setup.draw(key))[0])
+    def init(adapter: lora.Adapter) -> PyTree:
+        factors, scales = split_scales(adapter)
+        start = extend(factors)
+        return {"start": start, "scales": scales, "pool": start_pool(select_sent(start), setup)}
+
+    def init_client(key: Key, server: PyTree, number: Number) -> PyTree:
+        own = server["start"] if setup.common_start else extend(split_scales(setup.draw(key))[0])
         shares = jnp.zeros(server["pool"]["number"].shape, jnp.float32)
         state = {"own": own, "number": jnp.asarray(number, jnp.int32), "sent": jnp.zeros((), bool), "shares": shares}
         state |= {} if setup.common_start else {"first": only_a(own)}
         return state | setup.kept(setup.start_optimizer(own, trained))
 
-    def _sent(factors: PyTree) -> PyTree:
-        return tree.partition(factors, sent)[0]
-
-    def _share_out(server: Server, personal: Personal) -> Float[Array, " P"]:
+    def find_shares(server: PyTree, personal: PyTree) -> Float[Array, " P"]:
         """Weigh the pool for a client, as it is now; a client that never sent anything has not moved."""
         pool = server["pool"]
         others = (pool["number"] != NOBODY) & (pool["number"] != personal["number"])
-        here, start = _sent(personal["own"]), _sent(server["start"])
-        moved = jax.tree.map(lambda x, first: jnp.where(personal["sent"], x - first, 0), here, start)
+        now, start = select_sent(personal["own"]), select_sent(server["start"])
+        moved = jax.tree.map(lambda x, first: jnp.where(personal["sent"], x - first, 0), now, start)
         return weigh(moved, pool["moved"], others, personal["sent"])
 
-    def _mix(server: Server, shares: Float[Array, " P"]) -> PyTree:
+    def mix(server: PyTree, shares: Float[Array, " P"]) -> PyTree:
         """Return Σ_j shares_j (start + moved_j)."""
+        return jax.tree.map(
+            lambda first, moved: shares.sum() * first + jnp.einsum("p,p...->...", shares, moved, precision="highest"),
+            select_sent(server["start"]),
+            server["pool"]["moved"],
+        )
 
-        def one(first: Array, moved: Array) -> Array:
-            return shares.sum() * first + jnp.einsum("p,p...->...", shares, moved, precision="highest")
-
-        return jax.tree.map(one, _sent(server["start"]), server["pool"]["moved"])
-
-    def _use(server: Server, own: PyTree, shares: Float[Array, " P"]) -> tuple[PyTree, PyTree]:
+    def receive(server: PyTree, own: PyTree, shares: Float[Array, " P"]) -> tuple[PyTree, PyTree]:
         """Return what a client trains, and what stands beside it."""
-        mixed = _mix(server, shares)
+        mixed = mix(server, shares)
         if keep_own:
             return own, mixed
         mine, rest = tree.partition(own, sent)
         return tree.combine(jax.tree.map(lambda x, m: (1 - shares.sum()) * x + m, mine, mixed), rest), {}
 
-    def client_update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
+    def client_update(ctx: Context, server: PyTree, personal: PyTree, client: Client, key: Key) -> Updated:
         del key
-        shares = _share_out(server, personal)
-        own, beside = _use(server, personal["own"], shares)
+        shares = find_shares(server, personal)
+        own, beside = receive(server, personal["own"], shares)
         optimizer = personal["optimizer"] if setup.keep_optimizer else setup.start_optimizer(own, trained)
         own, optimizer, metrics = ctx.train(
             own,
@@ -165,33 +143,31 @@ def make_delivering_method(
             trained=trained,
             assemble=lambda factors: assemble(factors, beside, server["scales"]),
         )
-        moved = jax.tree.map(jnp.subtract, _sent(own), _sent(server["start"]))
-        metrics |= {
-            "update_norm": norm_of(moved),
-            "personal_drift": personal_drift(own, personal.get("first", server["start"])),
-        }
-        state = {**personal, "own": own, "sent": jnp.ones((), bool), "shares": shares}
-        state |= setup.kept(optimizer)
+        moved = jax.tree.map(jnp.subtract, select_sent(own), select_sent(server["start"]))
+        drift = personal_drift(own, personal.get("first", server["start"]))
+        metrics |= {"update_norm": norm_of(moved), "personal_drift": drift}
+        state = {**personal, "own": own, "sent": jnp.ones((), bool), "shares": shares, **setup.kept(optimizer)}
         took = client.mask.any()
         state = jax.tree.map(lambda new, old: jnp.where(took, new, old), state, personal)
         return state, {"moved": moved, "number": personal["number"]}, metrics
 
-    def aggregate(ctx: Context, server: Server, messages: Message, weights: Weights) -> Aggregated:
+    def aggregate(ctx: Context, server: PyTree, messages: PyTree, weights: Weights) -> Aggregated:
         pool = renew(server["pool"], messages, weights, ctx.round)
         return {**server, "pool": pool}, {"shared_update_norm": norm_of(tree.weighted_sum(messages["moved"], weights))}
 
-    def personalise(server: Server, personal: Personal) -> lora.Adapter:
-        own, beside = _use(server, personal["own"], _share_out(server, personal))
+    def personalise(server: PyTree, personal: PyTree) -> lora.Adapter:
+        own, beside = receive(server, personal["own"], find_shares(server, personal))
         return assemble(own, beside, server["scales"])
 
-    def trained_adapter(server: Server, personal: Personal, message: Message) -> lora.Adapter:
-        mine = jax.tree.map(jnp.add, _sent(server["start"]), message["moved"])
+    def trained_adapter(server: PyTree, personal: PyTree, message: PyTree) -> lora.Adapter:
+        mine = jax.tree.map(jnp.add, select_sent(server["start"]), message["moved"])
         own = tree.combine(mine, tree.partition(personal["own"], sent)[1])
-        return assemble(own, _mix(server, personal["shares"]) if keep_own else {}, server["scales"])
+        return assemble(own, mix(server, personal["shares"]) if keep_own else {}, server["scales"])
 
-    def travels(server: Server, messages: Message) -> Travelling:
+    def travels(server: PyTree, messages: PyTree) -> base.Travelling:
         del server
-        return shape_of_one(messages["moved"]), shape_of_one(messages["moved"])
+        moved = base.shape_of_one(messages["moved"])  # the client's number costs nothing beside it
+        return moved, moved
 
     return Method(
         name=name, source=source, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate,

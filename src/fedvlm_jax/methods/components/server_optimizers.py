@@ -10,14 +10,13 @@ m starts at zero and v at τ², as in the paper; there is no bias correction, as
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from fedvlm_jax.methods.base import Weights
-from fedvlm_jax.methods.components.heterogeneous_ranks import Held, keep_unsent
+from fedvlm_jax.methods.base import Held, Weights
+from fedvlm_jax.methods.components.heterogeneous_ranks import keep_unsent
 from fedvlm_jax.methods.config import ServerOptions
 from fedvlm_jax.utils import tree
 
@@ -28,58 +27,46 @@ _SECOND: dict[str, Callable[[Array, Array, float], Array]] = {
 }
 
 
-class ServerOptimizer(NamedTuple):
-    """Two pure functions.
+def start(options: ServerOptions, shared: PyTree) -> PyTree:
+    """Make the state of the optimiser that the options name."""
+    if options.optimizer == "avg":
+        return {}
+    state = {"m": jax.tree.map(jnp.zeros_like, shared)}
+    if options.optimizer in _SECOND:
+        state["v"] = jax.tree.map(lambda leaf: jnp.full_like(leaf, options.epsilon**2), shared)
+    return state
 
-    Attributes:
-        init: (shared) -> state.
-        step: (update, state, weights [K], held [K, R] or None) -> what is added to the shared part, state. Momentum
-            moves nothing that nobody sent: leaves that the update lacks and directions that nobody has keep their
-            state, and when nobody counts nothing moves.
+
+def step(
+    options: ServerOptions, update: PyTree, state: PyTree, weights: Weights, held: Held | None = None
+) -> tuple[PyTree, PyTree]:
+    """Return what is added to the shared part, and the new state.
+
+    Momentum moves nothing that nobody sent: leaves that the update lacks and directions that nobody has keep their
+    state, and when nobody counts nothing moves.
     """
-
-    init: Callable[[PyTree], PyTree]
-    step: Callable[[PyTree, PyTree, Weights, Held | None], tuple[PyTree, PyTree]]
-
-
-def make_server_optimizer(options: ServerOptions) -> ServerOptimizer:
-    """Make the optimiser that the options name."""
     second, rate = _SECOND.get(options.optimizer), options.learning_rate
-
-    def init(shared: PyTree) -> PyTree:
-        if options.optimizer == "avg":
-            return {}
-        start: dict[str, Any] = {"m": jax.tree.map(jnp.zeros_like, shared)}
-        v = jax.tree.map(lambda leaf: jnp.full_like(leaf, options.epsilon**2), shared)
-        return start | ({"v": v} if second else {})
-
-    def step(update: PyTree, state: PyTree, weights: Weights, held: Held | None) -> tuple[PyTree, PyTree]:
-        if options.optimizer == "avg":  # held or not: flexlora's step is from one basis to another, and half is neither
-            return jax.tree.map(lambda leaf: rate * leaf, update), state
-        gain = 1 - options.beta1 if second else 1.0
-        new = {"m": _over(update, state["m"], lambda d, m: options.beta1 * m + gain * d)}
-        if second is not None:
-            new["v"] = _over(update, state["v"], lambda d, v, of=second: of(v, jnp.square(d), options.beta2))
-        counts = weights.sum() > 0
-        new = jax.tree.map(lambda after, before: jnp.where(counts, after, before), new, state)
-        live = jnp.where(counts, rate, 0.0)
-        paths = tree.flatten(update).keys()
-        moved = {name: tree.partition(part, lambda path: path in paths)[0] for name, part in new.items()}
-        if second is None:
-            moves = jax.tree.map(lambda m: live * m, moved["m"])
-        else:
-            moves = jax.tree.map(lambda m, v: live * m / (jnp.sqrt(v) + options.epsilon), moved["m"], moved["v"])
-        if held is None:
-            return moves, new
-        still = jax.tree.map(jnp.zeros_like, moves)
-        return keep_unsent(moves, still, weights, held), keep_unsent(new, state, weights, held)
-
-    return ServerOptimizer(init, step)
-
-
-def _over(update: PyTree, state: PyTree, rule: Callable[[Array, Array], Array]) -> PyTree:
-    """Apply `rule` where the update has a leaf; the state's other leaves stay."""
+    if options.optimizer == "avg":  # held or not: flexlora's step is from one basis to another, and half is neither
+        return jax.tree.map(lambda leaf: rate * leaf, update), state
     flat = tree.flatten(update)
-    return tree.unflatten(
-        {path: rule(flat[path], leaf) if path in flat else leaf for path, leaf in tree.flatten(state).items()}
-    )
+
+    def renew(part: PyTree, rule: Callable[[Array, Array], Array]) -> PyTree:
+        leaves = tree.flatten(part).items()
+        return tree.unflatten({path: rule(flat[path], leaf) if path in flat else leaf for path, leaf in leaves})
+
+    gain = 1 - options.beta1 if second else 1.0
+    new = {"m": renew(state["m"], lambda d, m: options.beta1 * m + gain * d)}
+    if second is not None:
+        new["v"] = renew(state["v"], lambda d, v: second(v, jnp.square(d), options.beta2))
+    counts = weights.sum() > 0
+    new = jax.tree.map(lambda after, before: jnp.where(counts, after, before), new, state)
+    live = jnp.where(counts, rate, 0.0)
+    moved = {name: tree.partition(part, lambda path: path in flat)[0] for name, part in new.items()}
+    if second is None:
+        moves = jax.tree.map(lambda m: live * m, moved["m"])
+    else:
+        moves = jax.tree.map(lambda m, v: live * m / (jnp.sqrt(v) + options.epsilon), moved["m"], moved["v"])
+    if held is None:
+        return moves, new
+    still = jax.tree.map(jnp.zeros_like, moves)
+    return keep_unsent(moves, still, weights, held), keep_unsent(new, state, weights, held)

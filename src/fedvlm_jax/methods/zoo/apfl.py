@@ -12,22 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Client, Context, Key, Method, Metrics, Personal, Server, Setup, Updated, is_factor
-from fedvlm_jax.methods.components import mixing
+from fedvlm_jax.methods.base import Client, Context, Key, Method, MethodOptions, Metrics, Setup, Updated, is_factor
+from fedvlm_jax.methods.components.factors import split_scales
 from fedvlm_jax.methods.components.personal_model import with_personal_model
 from fedvlm_jax.methods.components.training_metrics import over_steps
-from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.methods.rule_based import FACTORS, make_share_method
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.option_ranges import Share
-
-SOURCE = (
-    "arXiv 2003.13461: w by FedAvg; v_k ← v_k − η ∇_v F_k(α v_k + (1−α) w), the mixture is what the client uses; "
-    "the authors' code mixes outputs, not weights, and renews α once a round"
-)
 
 
 @dataclass(frozen=True)
@@ -42,24 +36,26 @@ class Options(MethodOptions):
 
 def make(setup: Setup) -> Method:
     """Make apfl: fedavg-lora with a second model per client, mixed with the first."""
-    federated = make_share_method("apfl", SOURCE, FACTORS, setup)
     options = setup.own(Options)
+    source = (
+        "arXiv 2003.13461: w by FedAvg; v_k ← v_k − η ∇_v F_k(α v_k + (1−α) w), the mixture is what the client uses; "
+        "the authors' code mixes outputs, not weights, and renews α once a round"
+    )
+    federated = make_share_method("apfl", source, FACTORS, setup)
 
     def trained(path: str) -> bool:
         return is_factor(path) or (options.adaptive and path == "alpha")
 
     def start(adapter: lora.Adapter) -> PyTree:
-        return {**mixing.split(adapter)[0], "alpha": jnp.float32(options.alpha)}
+        return {**split_scales(adapter)[0], "alpha": jnp.float32(options.alpha)}
 
-    def update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
+    def update(ctx: Context, server: PyTree, personal: PyTree, client: Client, key: Key) -> Updated:
         ended: list[tuple[PyTree, PyTree, Metrics]] = []
 
         def train(w: PyTree, w_state: PyTree, client: Client, **choices: Any) -> tuple[PyTree, PyTree, Metrics]:
             """Train the federated model, and in every step the private one beside it."""
 
-            def step(
-                carry: PyTree, at: tuple[Int[Array, " batch"], Bool[Array, " batch"], Int[Array, ""]]
-            ) -> tuple[PyTree, PyTree]:
+            def step(carry: PyTree, at: tuple[Array, Array, Array]) -> tuple[PyTree, PyTree]:
                 (w, w_state), (v, v_state) = carry
                 one = client._replace(indices=at[0][None], mask=at[1][None])
                 *after, metrics = ctx.train(w, w_state, one, first=at[2], **choices)
@@ -89,7 +85,11 @@ def make(setup: Setup) -> Method:
 
 
 def mixture(own: PyTree, adapter: lora.Adapter) -> lora.Adapter:
-    """Return α v + (1 − α) w, factor by factor."""
+    """Return α v + (1 − α) w, factor by factor.
+
+    >>> mixture({"alpha": 0.25, "b": 4.0}, {"b": 8.0, "scale": 1.0})
+    {'b': 7.0, 'scale': 1.0}
+    """
     alpha, mine = own["alpha"], {name: part for name, part in own.items() if name != "alpha"}
-    factors, scales = mixing.split(adapter)
+    factors, scales = split_scales(adapter)
     return tree.combine(jax.tree.map(lambda v, w: alpha * v + (1 - alpha) * w, mine, factors), scales)

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
+from jaxtyping import PyTree
 
-from fedvlm_jax.methods.base import Client, Context, Key, Method, Personal, Server, Setup, Updated
-from fedvlm_jax.methods.components import mixing
+from fedvlm_jax.methods.base import Client, Context, Key, Method, MethodOptions, Setup, Updated
 from fedvlm_jax.methods.components.client_regularizers import make_proximal
+from fedvlm_jax.methods.components.factors import split_scales
 from fedvlm_jax.methods.components.personal_model import with_personal_model
-from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.methods.rule_based import FACTORS, make_share_method
 from fedvlm_jax.utils.option_ranges import NonNegative
-
-SOURCE = "arXiv 2012.04221: w by FedAvg; v_k ← v_k − η(∇F_k(v_k) + λ(v_k − w)), v_k is what the client uses"
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,12 @@ class Options(MethodOptions):
 def make(setup: Setup) -> Method:
     """Make ditto: fedavg-lora with a second model per client."""
     strength = setup.own(Options).lambda_
-    federated = make_share_method("ditto", SOURCE, FACTORS, setup)
+    source = "arXiv 2012.04221: w by FedAvg; v_k ← v_k − η(∇F_k(v_k) + λ(v_k − w)), v_k is what the client uses"
+    federated = make_share_method("ditto", source, FACTORS, setup)
 
-    def update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
+    def update(ctx: Context, server: PyTree, personal: PyTree, client: Client, key: Key) -> Updated:
         state = personal["federated"]
-        anchor = mixing.split(federated.personalise(server=server, personal=state))[0]
+        anchor = split_scales(federated.personalise(server=server, personal=state))[0]  # w as it was received
         state, message, metrics = federated.client_update(ctx, server=server, personal=state, client=client, key=key)
         own, optimizer, mine = ctx.train(
             personal["own"], personal["optimizer"], client, nudge=make_proximal(strength, anchor)

@@ -6,9 +6,7 @@ The mean of products is not the product of means: the error is Σ p_k (B_k − B
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import FACTORS, make_share_method
 
-SOURCE = "arXiv 2305.05644: Ā = Σ p_k A_k, B̄ = Σ p_k B_k"
-
 
 def make(setup: Setup) -> Method:
-    """fedavg-lora, as a share rule."""
-    return make_share_method("fedavg-lora", SOURCE, FACTORS, setup)
+    """Make fedavg-lora: a share rule."""
+    return make_share_method("fedavg-lora", "arXiv 2305.05644: Ā = Σ p_k A_k, B̄ = Σ p_k B_k", FACTORS, setup)

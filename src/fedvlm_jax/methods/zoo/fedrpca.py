@@ -12,17 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Message, Method, Setup
-from fedvlm_jax.methods.config import MethodOptions
+from fedvlm_jax.methods.base import Method, MethodOptions, Setup
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
-from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.option_ranges import Count, NonNegative
-
-SOURCE = "arXiv 2506.01194: [ΔA_k]_k = L + S by robust PCA (ΔB too); the update is mean(L) + β mean(S)"
-REFUSES: dict[str, str] = {
-    "local.scaffold": "it takes out of the updates what is a client's own, which the method looks for and amplifies",
-    "lora.ranks": "what a client lacks would count as a sparse part of its own, and be amplified",
-}
 
 
 @dataclass(frozen=True)
@@ -36,32 +28,34 @@ class Options(MethodOptions):
 
 
 def make(setup: Setup) -> Method:
-    """fedrpca, as a share rule with its own average."""
+    """Make fedrpca: a share rule with another average."""
     options = setup.own(Options)
-    beta, steps = options.beta, options.steps
 
-    def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"], held: object) -> PyTree:
+    def average(shared: PyTree, messages: PyTree, weights: Float[Array, " cohort"], held: object) -> PyTree:
         del shared, held
 
-        def one(update: Float[Array, "K ..."]) -> Array:
+        def average_leaf(update: Float[Array, "K ..."]) -> Array:
             counts = weights.reshape(-1, *[1] * (update.ndim - 1)) > 0
             columns = jnp.where(counts, update, 0)
             *stack, rows, width = columns.shape[1:]
             matrix = jnp.moveaxis(columns.reshape(len(weights), *stack, rows * width), 0, -1)  # [*stack, d, K]
-            low, sparse = split(matrix, steps)
-            mean = jnp.matmul(low + beta * sparse, weights, precision="highest")
+            low, sparse = split(matrix, options.steps)
+            mean = jnp.matmul(low + options.beta * sparse, weights, precision="highest")
             return mean.reshape(*stack, rows, width)
 
-        return tree.unflatten({path: one(update) for path, update in tree.flatten(messages).items()})
+        return jax.tree.map(average_leaf, messages)
 
-    parts = Parts(average=average, refuses=REFUSES)
-    return make_share_method("fedrpca", SOURCE, FACTORS, setup, parts)
+    source = "arXiv 2506.01194: [ΔA_k]_k = L + S by robust PCA (ΔB too); the update is mean(L) + β mean(S)"
+    looked_for = "it takes out of the updates what is a client's own, which the method looks for and amplifies"
+    lacking = "what a client lacks would count as a sparse part of its own, and be amplified"
+    refuses = {"local.scaffold": looked_for, "lora.ranks": lacking}
+    return make_share_method("fedrpca", source, FACTORS, setup, Parts(average=average, refuses=refuses))
 
 
 def split(
     matrix: Float[Array, "*stack d K"], steps: int
 ) -> tuple[Float[Array, "*stack d K"], Float[Array, "*stack d K"]]:
-    """Low rank and sparse, which add up to the matrix: what is left after the last step goes to the sparse part."""
+    """Split a matrix into low rank and sparse; what is left after the last step goes to the sparse part."""
     rows, columns = matrix.shape[-2:]
     threshold = 1 / jnp.sqrt(max(rows, columns))
     total = jnp.sum(jnp.abs(matrix), axis=(-2, -1), keepdims=True)

@@ -3,9 +3,7 @@
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import FACTOR_A, make_share_method
 
-SOURCE = "arXiv 2410.01463: Ā = Σ p_k A_k is shared, B_k is private"
-
 
 def make(setup: Setup) -> Method:
-    """fedsa-lora, as a share rule."""
-    return make_share_method("fedsa-lora", SOURCE, FACTOR_A, setup)
+    """Make fedsa-lora: a share rule."""
+    return make_share_method("fedsa-lora", "arXiv 2410.01463: Ā = Σ p_k A_k is shared, B_k is private", FACTOR_A, setup)

@@ -9,19 +9,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Method, Setup
-from fedvlm_jax.methods.components.low_rank import map_sites, matmul
-from fedvlm_jax.methods.components.norms import only
-from fedvlm_jax.methods.config import MethodOptions
+from fedvlm_jax.methods.base import Method, MethodOptions, Number, Setup
+from fedvlm_jax.methods.components.factors import map_sites, matmul, only
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 from fedvlm_jax.utils.option_ranges import Count
-
-SOURCE = "arXiv 2505.12805: B̄ = Σ p_k B_k with A frozen; every few rounds B̄ A = U Σ Vᵀ, A ← Vᵀ, B̄ ← U Σ"
-_NEW_BASIS = "an SVD gives B another basis every few rounds, in which the state of former rounds means nothing"
-REFUSES: dict[str, str] = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)
 
 
 @dataclass(frozen=True)
@@ -33,22 +27,24 @@ class Options(MethodOptions):
 
 
 def make(setup: Setup) -> Method:
-    """fedsvd, as a share rule that does something to the average."""
+    """Make fedsvd: a share rule that does something to the average."""
     every = setup.own(Options).every
+    source = "arXiv 2505.12805: B̄ = Σ p_k B_k with A frozen; every few rounds B̄ A = U Σ Vᵀ, A ← Vᵀ, B̄ ← U Σ"
+    new_basis = "an SVD gives B another basis every few rounds, in which the state of former rounds means nothing"
 
-    def after(shared: PyTree, round_: Int[Array, ""]) -> PyTree:
+    def after(shared: PyTree, round_: Number) -> PyTree:
         now = round_ % every == 0
         return jax.tree.map(lambda new, old: jnp.where(now, new, old), map_sites(renew, shared), shared)
 
     parts = Parts(
         trained=(only("b"),), after=after, basis=lambda round_: (round_ - 1) // every, fresh=every == 1,
-        refuses=REFUSES,
+        refuses=dict.fromkeys(("server", "local.scaffold"), new_basis),
     )  # fmt: skip
-    return make_share_method("fedsvd", SOURCE, FACTORS, setup, parts)
+    return make_share_method("fedsvd", source, FACTORS, setup, parts)
 
 
 def renew(site: dict[str, Array]) -> dict[str, Array]:
-    """The same product with orthonormal columns of A: QR of A, then the SVD of the small R_a B."""
+    """Make the same product with orthonormal columns of A: QR of A, then the SVD of the small R_a B."""
     q, r = lora.one_by_one(jnp.linalg.qr, site["a"].astype(jnp.float32))
     u, s, vt = lora.one_by_one(lora.thin_svd, matmul(r, site["b"]))
     a, b = lora.fix_signs(matmul(q, u), s[..., None] * vt)

@@ -3,13 +3,12 @@
 from dataclasses import replace
 
 from fedvlm_jax.methods.base import Method, Setup
-from fedvlm_jax.methods.components.norms import only
+from fedvlm_jax.methods.components.factors import only
 from fedvlm_jax.methods.rule_based import FACTOR_B, Parts, make_share_method
-
-SOURCE = "arXiv 2403.12313: A ≡ A_0 for all, B̄ = Σ p_k B_k"
 
 
 def make(setup: Setup) -> Method:
-    """ffa-lora, as a share rule."""
+    """Make ffa-lora: a share rule."""
     setup = replace(setup, common_start=True)  # B means something in the basis of one A
-    return make_share_method("ffa-lora", SOURCE, FACTOR_B, setup, Parts(trained=(only("b"),)))
+    source = "arXiv 2403.12313: A ≡ A_0 for all, B̄ = Σ p_k B_k"
+    return make_share_method("ffa-lora", source, FACTOR_B, setup, Parts(trained=(only("b"),)))

@@ -15,22 +15,14 @@ alpha / r_k. Every round gives the factors another basis, so the optimiser start
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Message, Method, Setup
-from fedvlm_jax.methods.components.low_rank import map_sites, side_by_side
-from fedvlm_jax.methods.config import MethodOptions
-from fedvlm_jax.methods.rule_based import FACTORS, Held, Parts, make_share_method
+from fedvlm_jax.methods.base import Held, Method, MethodOptions, Setup, Weights
+from fedvlm_jax.methods.components.factors import map_sites, side_by_side
+from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 
-SOURCE = (
-    "arXiv 2402.11505: Σ p_k B_k A_k = U Σ Vᵀ; client k gets the best factors of its rank, B = U Σ, A = Vᵀ "
-    "(--method.even: √Σ to each); all ranks have the scale alpha / R, the paper's alpha / r_k"
-)
-_NEW_BASIS = "every round's SVD gives the factors another basis, in which the last round's state means nothing"
-REFUSES: dict[str, str] = dict.fromkeys(("server", "local.scaffold"), _NEW_BASIS)
-NOTHING = 1e-6
-"""A singular value that is no larger, beside the largest, is rounding."""
+ROUNDING = 1e-6  # a singular value that is no larger, beside the largest, is rounding
 
 
 @dataclass(frozen=True)
@@ -42,13 +34,18 @@ class Options(MethodOptions):
 
 
 def make(setup: Setup) -> Method:
-    """flexlora, as a share rule with its own average."""
+    """Make flexlora: a share rule with another average."""
     even = setup.own(Options).even
+    source = (
+        "arXiv 2402.11505: Σ p_k B_k A_k = U Σ Vᵀ; client k gets the best factors of its rank, B = U Σ, A = Vᵀ "
+        "(--method.even: √Σ to each); all ranks have the scale alpha / R, the paper's alpha / r_k"
+    )
+    new_basis = "every round's SVD gives the factors another basis, in which the last round's state means nothing"
 
-    def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"], held: Held | None) -> PyTree:
-        """From the factors now to the best ones of the mean's."""
+    def average(shared: PyTree, messages: PyTree, weights: Weights, held: Held | None) -> PyTree:
+        """Return the way from the factors now to the best ones of the mean."""
 
-        def one(now: dict[str, Array], update: dict[str, Array]) -> dict[str, Array]:
+        def average_site(now: dict[str, Array], update: dict[str, Array]) -> dict[str, Array]:
             a, b = now["a"] + update["a"], now["b"] + update["b"]
             if held is not None:
                 a = a * held.reshape(len(held), *[1] * (a.ndim - 2), -1)
@@ -57,25 +54,15 @@ def make(setup: Setup) -> Method:
                 unsent = 1.0 - jnp.any((held > 0) & (weights > 0)[:, None], axis=0)
                 left = jnp.concatenate([left, now["a"] * unsent], axis=-1)
                 right = jnp.concatenate([right, now["b"]], axis=-2)
-            best = find_best(now, left, right, even=even)
+            mean = {"site": {"a": left, "b": right, "scale": jnp.ones(left.shape[:-2])}}
+            best = lora.truncate(mean, now["a"].shape[-1], even=even)["site"]
+            size = jnp.linalg.norm(best["a"], axis=-2) * jnp.linalg.norm(best["b"], axis=-1)  # [*stack, R]
+            known = size > ROUNDING * jnp.max(size, axis=-1, keepdims=True)
+            a, b = jnp.where(known[..., None, :], best["a"], now["a"]), jnp.where(known[..., :, None], best["b"], 0)
             counts = weights.sum() > 0
-            return {name: jnp.where(counts, best[name] - now[name], 0) for name in "ab"}
+            return {"a": jnp.where(counts, a - now["a"], 0), "b": jnp.where(counts, b - now["b"], 0)}
 
-        return map_sites(one, shared, messages)
+        return map_sites(average_site, shared, messages)
 
-    parts = Parts(average=average, fresh=True, refuses=REFUSES)
-    return make_share_method("flexlora", SOURCE, FACTORS, setup, parts)
-
-
-def find_best(
-    now: dict[str, Array], left: Float[Array, "*stack d_in M"], right: Float[Array, "*stack M d_out"], *, even: bool
-) -> dict[str, Array]:
-    """The best factors of left · right, of the rank that those of now have."""
-    mean = {"site": {"a": left, "b": right, "scale": jnp.ones(left.shape[:-2])}}
-    best = lora.truncate(mean, now["a"].shape[-1], even=even)["site"]
-    size = jnp.linalg.norm(best["a"], axis=-2) * jnp.linalg.norm(best["b"], axis=-1)  # [*stack, R]
-    there = size > NOTHING * jnp.max(size, axis=-1, keepdims=True)
-    return {
-        "a": jnp.where(there[..., None, :], best["a"], now["a"]),
-        "b": jnp.where(there[..., :, None], best["b"], 0),
-    }
+    parts = Parts(average=average, fresh=True, refuses=dict.fromkeys(("server", "local.scaffold"), new_basis))
+    return make_share_method("flexlora", source, FACTORS, setup, parts)

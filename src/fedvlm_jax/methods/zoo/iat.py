@@ -10,11 +10,9 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import make_share_method
 
-SOURCE = "arXiv 2606.08687, its sharing rule alone: B̄ = Σ p_k B_k in encoders, Ā = Σ p_k A_k in the decoder"
-
 
 def find_halves(setup: Setup) -> tuple[str, str]:
-    """Regular expressions of the encoders' paths, vision and connector among them, and of the decoder's.
+    """Find regular expressions of the encoders' paths, vision and connector among them, and of the decoder's.
 
     Raises:
         UserError: the model has no encoder, as a decoder-only one has none.
@@ -27,6 +25,7 @@ def find_halves(setup: Setup) -> tuple[str, str]:
 
 
 def make(setup: Setup) -> Method:
-    """iat, as a share rule."""
+    """Make iat: a share rule."""
+    source = "arXiv 2606.08687, its sharing rule alone: B̄ = Σ p_k B_k in encoders, Ā = Σ p_k A_k in the decoder"
     encoders, decoder = find_halves(setup)
-    return make_share_method("iat", SOURCE, lora.Rule((f"{encoders}.*/b$", f"{decoder}.*/a$")), setup)
+    return make_share_method("iat", source, lora.Rule((f"{encoders}.*/b$", f"{decoder}.*/a$")), setup)

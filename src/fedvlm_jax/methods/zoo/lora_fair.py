@@ -9,22 +9,14 @@ from typing import Annotated
 
 import jax.numpy as jnp
 import tyro
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Message, Method, Setup
-from fedvlm_jax.methods.components.low_rank import deviations, map_sites, matmul
-from fedvlm_jax.methods.config import MethodOptions
+from fedvlm_jax.methods.base import Method, MethodOptions, Setup, Weights
+from fedvlm_jax.methods.components.factors import deviations, map_sites, matmul
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.option_ranges import Positive
-
-SOURCE = "arXiv 2411.14961: Ā = Σ p_k A_k; B̄ + ΔB, ΔB = argmin ‖Σ p_k B_k A_k − (B̄ + ΔB) Ā‖² + λ‖ΔB‖²"
-REFUSES: dict[str, str] = {
-    "server": "the correction of B fits the plain average of A, and no other step",
-    "local.scaffold": "its control variates aim at the plain mean of B, which the method corrects",
-    "lora.ranks": "the correction of B is fitted to all columns of A, of which such clients truncate some",
-}
 
 
 @dataclass(frozen=True)
@@ -36,13 +28,19 @@ class Options(MethodOptions):
 
 
 def make(setup: Setup) -> Method:
-    """lora-fair, as a share rule with its own average."""
+    """Make lora-fair: a share rule with another average."""
     ridge = setup.own(Options).lambda_
+    source = "arXiv 2411.14961: Ā = Σ p_k A_k; B̄ + ΔB, ΔB = argmin ‖Σ p_k B_k A_k − (B̄ + ΔB) Ā‖² + λ‖ΔB‖²"
+    refuses = {
+        "server": "the correction of B fits the plain average of A, and no other step",
+        "local.scaffold": "its control variates aim at the plain mean of B, which the method corrects",
+        "lora.ranks": "the correction of B is fitted to all columns of A, of which such clients truncate some",
+    }
 
-    def average(shared: PyTree, messages: Message, weights: Float[Array, " cohort"], held: object) -> PyTree:
+    def average(shared: PyTree, messages: PyTree, weights: Weights, held: object) -> PyTree:
         del held
 
-        def one(now: dict[str, Array], update: dict[str, Array]) -> dict[str, Array]:
+        def average_site(now: dict[str, Array], update: dict[str, Array]) -> dict[str, Array]:
             mean = tree.weighted_sum(update, weights)
             left, right = deviations(now["a"] + update["a"], now["b"] + update["b"], weights)
             a = now["a"] + mean["a"]
@@ -50,6 +48,6 @@ def make(setup: Setup) -> Method:
             correction = lora.one_by_one(jnp.linalg.solve, gram, matmul(matmul(a.mT, left), right))
             return {"a": mean["a"], "b": mean["b"] + correction}
 
-        return map_sites(one, shared, messages)
+        return map_sites(average_site, shared, messages)
 
-    return make_share_method("lora-fair", SOURCE, FACTORS, setup, Parts(average=average, refuses=REFUSES))
+    return make_share_method("lora-fair", source, FACTORS, setup, Parts(average=average, refuses=refuses))

@@ -14,29 +14,16 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import tyro
-from jaxtyping import Array
+from jaxtyping import PyTree
 
-from fedvlm_jax.methods.base import Client, Context, Key, Message, Method, Personal, Server, Setup, Updated
-from fedvlm_jax.methods.components import mixing
+from fedvlm_jax.methods.base import Client, Context, Key, Method, MethodOptions, Setup, Updated, Weights
 from fedvlm_jax.methods.components.client_regularizers import make_proximal
+from fedvlm_jax.methods.components.factors import split_scales
 from fedvlm_jax.methods.components.personal_model import with_personal_model
 from fedvlm_jax.methods.components.training_metrics import over_steps
-from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.option_ranges import Count, Positive
-
-SOURCE = (
-    "arXiv 2006.08848: θ_k ≈ argmin F_k(θ) + λ/2 ‖θ − w_k‖², w_k ← w_k − ηλ(w_k − θ_k); w ← (1−β) w + β Σ p_k w_k; "
-    "the authors' code begins every round with θ_k at w (--method.restart)"
-)
-
-_OWN_ROUNDS = "its local rounds are its own: the pull towards the global model is part of them"
-REFUSES: dict[str, str] = {
-    "local.proximal": _OWN_ROUNDS,
-    "local.scaffold": _OWN_ROUNDS,
-    "lora.ranks": "a step of w_k towards θ_k is not written for factors that are padded",
-}
 
 
 @dataclass(frozen=True)
@@ -59,18 +46,25 @@ class Options(MethodOptions):
 def make(setup: Setup) -> Method:
     """Make pfedme: fedavg-lora's server, with other local rounds."""
     options = setup.own(Options)
+    source = (
+        "arXiv 2006.08848: θ_k ≈ argmin F_k(θ) + λ/2 ‖θ − w_k‖², w_k ← w_k − ηλ(w_k − θ_k); w ← (1−β) w + β Σ p_k w_k; "
+        "the authors' code begins every round with θ_k at w (--method.restart)"
+    )
+    local_rounds = "its local rounds are its own: the pull towards the global model is part of them"
+    padded = "a step of w_k towards θ_k is not written for factors that are padded"
 
-    def average(shared: object, messages: Message, weights: Array, held: object) -> Message:
+    def average(shared: object, messages: PyTree, weights: Weights, held: object) -> PyTree:
         del shared, held
         return jax.tree.map(lambda leaf: options.beta * leaf, tree.weighted_sum(messages, weights))
 
-    parts = Parts(average=average, refuses=REFUSES)
-    # Its optimiser is the personal model's: the federated one takes steps of its own.
-    federated = make_share_method("pfedme", SOURCE, FACTORS, replace(setup, keep_optimizer=False), parts)
+    refuses = {"local.proximal": local_rounds, "local.scaffold": local_rounds, "lora.ranks": padded}
+    parts = Parts(average=average, refuses=refuses)
+    # The optimiser is the personal model's: the federated one takes steps of its own.
+    federated = make_share_method("pfedme", source, FACTORS, replace(setup, keep_optimizer=False), parts)
 
-    def update(ctx: Context, server: Server, personal: Personal, client: Client, key: Key) -> Updated:
+    def update(ctx: Context, server: PyTree, personal: PyTree, client: Client, key: Key) -> Updated:
         del key
-        received, scales = mixing.split(federated.personalise(server=server, personal=personal["federated"]))
+        received, scales = split_scales(federated.personalise(server=server, personal=personal["federated"]))
         local, history = received, []
         own = tree.combine(received, scales) if options.restart else personal["own"]
         optimizer = personal["optimizer"]
@@ -78,10 +72,10 @@ def make(setup: Setup) -> Method:
         for first in range(0, steps, options.inner):
             part = slice(first, min(first + options.inner, steps))
             some = client._replace(indices=client.indices[part], mask=client.mask[part])
-            start = tree.combine(mixing.split(own)[0], scales)
+            start = tree.combine(split_scales(own)[0], scales)
             own, optimizer, metrics = ctx.train(start, optimizer, some, nudge=make_proximal(options.lambda_, local))
             pull = jnp.where(some.mask.any(), options.rate * options.lambda_, 0.0)
-            local = jax.tree.map(lambda w, theta, pull=pull: w - pull * (w - theta), local, mixing.split(own)[0])
+            local = jax.tree.map(lambda w, theta, pull=pull: w - pull * (w - theta), local, split_scales(own)[0])
             history.append(metrics)
         metrics = over_steps({name: jnp.stack([one[name] for one in history]) for name in history[0]})
         message = jax.tree.map(jnp.subtract, local, received)

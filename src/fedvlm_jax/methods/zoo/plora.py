@@ -7,9 +7,7 @@ averaging B mixes updates that are expressed in different subspaces otherwise; t
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import FACTOR_B, make_share_method
 
-SOURCE = "arXiv 2507.17088: B̄ = Σ p_k B_k is shared, A_k is private"
-
 
 def make(setup: Setup) -> Method:
-    """plora, as a share rule."""
-    return make_share_method("plora", SOURCE, FACTOR_B, setup)
+    """Make plora: a share rule."""
+    return make_share_method("plora", "arXiv 2507.17088: B̄ = Σ p_k B_k is shared, A_k is private", FACTOR_B, setup)

@@ -8,9 +8,8 @@ that A gives it, the optimiser starts anew with A.
 from fedvlm_jax.methods.base import Method, Setup
 from fedvlm_jax.methods.rule_based import FACTOR_B, Parts, make_share_method
 
-SOURCE = "arXiv 2509.25414 as its code has it: B̄ = Σ p_k B_k is shared, A_k ← A_0 at the start of every round"
-
 
 def make(setup: Setup) -> Method:
-    """plora-reset-a, as a share rule with a private part that begins anew."""
-    return make_share_method("plora-reset-a", SOURCE, FACTOR_B, setup, Parts(restart=True))
+    """Make plora-reset-a: a share rule with a private part that begins anew."""
+    source = "arXiv 2509.25414 as its code has it: B̄ = Σ p_k B_k is shared, A_k ← A_0 at the start of every round"
+    return make_share_method("plora-reset-a", source, FACTOR_B, setup, Parts(restart=True))

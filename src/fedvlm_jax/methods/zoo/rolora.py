@@ -1,13 +1,12 @@
 """RoLoRA (arXiv 2409.02346): odd rounds train and average B, even rounds A; the other is frozen, so it is exact."""
 
 from fedvlm_jax.methods.base import Method, Setup
-from fedvlm_jax.methods.components.norms import only
+from fedvlm_jax.methods.components.factors import only
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
-
-SOURCE = "arXiv 2409.02346: B̄ = Σ p_k B_k in odd rounds (A frozen), Ā = Σ p_k A_k in even ones (B frozen)"
 
 
 def make(setup: Setup) -> Method:
-    """rolora, as a share rule with two phases."""
+    """Make rolora: a share rule with two phases."""
+    source = "arXiv 2409.02346: B̄ = Σ p_k B_k in odd rounds (A frozen), Ā = Σ p_k A_k in even ones (B frozen)"
     parts = Parts(trained=(only("b"), only("a")), phase=lambda round_: (round_ - 1) % 2)
-    return make_share_method("rolora", SOURCE, FACTORS, setup, parts)
+    return make_share_method("rolora", source, FACTORS, setup, parts)
