@@ -111,7 +111,7 @@ def test_a_base_that_overflows_is_not_taken(monkeypatch):
     simulator = Case("flora").start()
     server = copy(simulator.server)
     large = {**server, "base": jax.tree.map(lambda leaf: np.full_like(leaf, 1e30), server["base"])}
-    assert simulator._moves_finitely(simulator.server)
+    assert simulator.programs.base_is_finite(simulator.params, simulator.server)
     monkeypatch.setattr(simulator, "_run", lambda *given, run=simulator._run: run(*given)._replace(server=large))
     assert not simulator.run_round(read_steps(simulator, 1, [4] * 4), RATES).finite
     assert_same(copy(simulator.server), server)

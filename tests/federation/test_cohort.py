@@ -13,7 +13,7 @@ from fedvlm_jax.data.batches import bucket
 from fedvlm_jax.data.federated_dataset import ClientRows
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.federation.cohort import choose_layout, find_shares, make_clients
-from fedvlm_jax.federation.compiled import make_programs
+from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.participation import ParticipationOptions
 from fedvlm_jax.federation.simulator import Simulator
 
@@ -82,7 +82,7 @@ def test_shares_are_those_of_the_objective_that_the_average_aims_at(cohort, samp
     _, params, trainer, method, adapter = make_method("local")
     sizes = [3, 6, 9]
     simulator = Simulator(
-        programs=make_programs(method, trainer, make_mesh(1)), params=params, examples=make_examples(sizes),
+        programs=Programs(method, trainer, make_mesh(1)), params=params, examples=make_examples(sizes),
         inputs=read, layout=choose_layout(sizes, cohort=cohort, wave=None, devices=1, steps=2, batch=4), seed=0,
         key=jax.random.key(0), weighting=weighting, server=method.init(adapter),
         participation=ParticipationOptions(sampling=sampling),
@@ -96,7 +96,7 @@ def test_held_out_clients_are_never_in_a_cohort():
     examples = make_examples([9] * 6, held_out=(1, 4))
     layout = choose_layout([9] * 4, cohort=3, wave=None, devices=1, steps=2, batch=4)
     simulator = Simulator(
-        programs=make_programs(method, trainer, make_mesh(1)), params=params, examples=examples, inputs=read,
+        programs=Programs(method, trainer, make_mesh(1)), params=params, examples=examples, inputs=read,
         layout=layout, seed=0, key=jax.random.key(0), weighting="examples", server=method.init(adapter),
     )  # fmt: skip
     seen = set()

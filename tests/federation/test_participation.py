@@ -12,7 +12,7 @@ from toy import LABELS, RATES, VOCABULARY, WIDTH, make_method
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.federation.client_states import ClientStates
 from fedvlm_jax.federation.cohort import choose_layout, draw_cohort, draw_turnout, make_clients
-from fedvlm_jax.federation.compiled import make_programs
+from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.participation import ParticipationOptions
 from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
@@ -209,7 +209,7 @@ class Case:
 
     def __init__(self, name, **choices):
         _, self.params, self.trainer, self.method, self.adapter = make_method(name, optimizer="sgd", **choices)
-        self.programs = make_programs(self.method, self.trainer, make_mesh(1))
+        self.programs = Programs(self.method, self.trainer, make_mesh(1))
 
     def start(self, *, sizes=SIZES, steps=4, cohort=None, seed=0, weighting="examples", **choices):
         return Simulator(

@@ -16,10 +16,10 @@ from linear_world import SCALE, SHAPES, SHARES, World, as_theta, assert_close
 from fedvlm_jax import lora
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.federation.cohort import draw_cohort
-from fedvlm_jax.federation.compiled import make_programs
+from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.local_training import make_local_trainer
-from fedvlm_jax.methods.components.norms import leaf_name
-from fedvlm_jax.methods.components.server_optimizers import make_server_optimizer
+from fedvlm_jax.methods.components import server_optimizers
+from fedvlm_jax.methods.components.factors import leaf_name
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
 from fedvlm_jax.methods.zoo import ditto, pfedme
 
@@ -168,10 +168,10 @@ def test_adam_takes_the_square_of_the_update():
 
     β₁ = ½, β₂ = ¾, τ = 0: m = ½, v = ¼, step ½ / ½ = 1; then m = ¼, v = 3/16, step ¼ / (√3 / 4) = 1 / √3.
     """
-    optimizer = make_server_optimizer(ServerOptions("adam", 1.0, 0.5, 0.75, 0.0))
-    shared = {"b": jnp.zeros(1)}
-    first, state = optimizer.step({"b": jnp.ones(1)}, optimizer.init(shared), jnp.ones(1))
-    second, _ = optimizer.step({"b": jnp.zeros(1)}, state, jnp.ones(1))
+    options, shared = ServerOptions("adam", 1.0, 0.5, 0.75, 0.0), {"b": jnp.zeros(1)}
+    start = server_optimizers.start(options, shared)
+    first, state = server_optimizers.step(options, {"b": jnp.ones(1)}, start, jnp.ones(1))
+    second, _ = server_optimizers.step(options, {"b": jnp.zeros(1)}, state, jnp.ones(1))
     np.testing.assert_allclose(first["b"], 1, rtol=1e-6)
     np.testing.assert_allclose(second["b"], 1 / np.sqrt(3), rtol=1e-6)
 
@@ -188,7 +188,7 @@ def test_who_never_took_part_has_nobodys_private_weights():
     world = World("plora")
     found = world.run()[-1]
     trainer = make_local_trainer(world.vlm, None, optimizer="sgd")  # type: ignore[arg-type]
-    programs = make_programs(world.method, trainer, make_mesh(1))
+    programs = Programs(world.method, trainer, make_mesh(1))
     states = jax.tree.map(lambda *rows: np.stack(rows), *found.states)
     numbers = np.arange(3, dtype=np.int32)
     strangers = programs.personalise(found.server, states, np.zeros(3, bool), numbers, jax.random.key(0))
@@ -211,9 +211,9 @@ def test_pulls_pull_towards_and_have_a_gradient():
     """
     start = as_theta(World("local").adapter)
     prox = [World("fedavg-lora", rounds=1, local=LocalOptions(proximal=mu)).run()[0].trained for mu in (0.0, 1.0, 4.0)]
-    ditto = [World("ditto", rounds=1, options=ditto.Options(lambda_=x)).run()[0].adapters for x in (0.0, 1.0, 4.0)]
+    beside = [World("ditto", rounds=1, options=ditto.Options(lambda_=x)).run()[0].adapters for x in (0.0, 1.0, 4.0)]
     moreau = [World("pfedme", rounds=1, options=pfedme.Options(lambda_=x)).run()[0].adapters for x in (0.1, 1.0, 4.0)]
-    for adapters in (prox, ditto, moreau):
+    for adapters in (prox, beside, moreau):
         far, nearer, nearest = (distance(one, start) for one in adapters)
         assert far > 1.05 * nearer > 1.1 * nearest
 

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import DamagedError, UserError, naming
-from fedvlm_jax.utils import digests
+from fedvlm_jax.utils.digests import digest_parts
 
 LOG = logging.getLogger("absl")
 
@@ -58,13 +58,10 @@ class Checkpoints:
             processes.wait_for_all()
 
     def save(self, round_: int, state: PyTree, extra: Mapping[str, Any], elsewhere: PyTree = ()) -> None:
-        """Write a checkpoint of the state as it is now, in the background. A kill leaves the last.
+        """Write the checkpoint of a round, the state as it is now, in the background. A kill leaves the last.
 
-        Args:
-            round_: its round.
-            state: what is written.
-            extra: JSON, written beside it.
-            elsewhere: shapes of what is stored in another place, and has to fit as well.
+        `extra` is JSON that is written beside it; `elsewhere` has the shapes of what is stored in another place, and
+        has to fit as well.
 
         Raises:
             OSError: the disk did not take it, or the one before it.
@@ -76,7 +73,7 @@ class Checkpoints:
             kind: np.concatenate([leaf.ravel() for leaf in leaves if str(leaf.dtype) == kind])
             for kind in sorted({str(leaf.dtype) for leaf in leaves})
         }
-        about = {"paths": _describe(state) + _describe(elsewhere), "digest": _digest_arrays(packed), **extra}
+        about = {"paths": _describe(state, elsewhere), "digest": _digest_arrays(packed), **extra}
         about |= {"digest_of_this": _digest_json(about)}
         args = self._ocp.args
         composite = args.Composite(state=args.PyTreeSave(packed), about=args.JsonSave(about))
@@ -85,12 +82,10 @@ class Checkpoints:
 
     def newest(self) -> int | None:
         """Return the round of the newest whole checkpoint, once what is being written is."""
-        with self._naming():
-            self._manager.wait_until_finished()
-        return self._manager.latest_step()
+        return next(iter(self.rounds()), None)
 
     def rounds(self) -> list[int]:
-        """List the rounds of all checkpoints, the newest first."""
+        """List the rounds of all checkpoints, the newest first, once what is being written is."""
         with self._naming():
             self._manager.wait_until_finished()
         return sorted(self._manager.all_steps(), reverse=True)
@@ -109,8 +104,12 @@ class Checkpoints:
             DamagedError: it cannot be read, or does not hold what was written.
             UserError: the checkpoint is of another state than the template: other paths, shapes or types, listed.
         """
-        about = self._read_about(round_)
-        stored, wanted = about.pop("paths"), json.loads(json.dumps(_describe(template) + _describe(elsewhere)))
+        about = dict(self._read(round_, about=self._ocp.args.JsonRestore()))
+        if "paths" not in about or about.pop("digest_of_this", None) != _digest_json(about):
+            raise DamagedError(
+                f"the checkpoint of round {round_} is damaged, or of version 0.1: its JSON is not as its digest says"
+            )
+        stored, wanted = about.pop("paths"), _describe(template, elsewhere)
         if stored != wanted:
             odd = [f"  {line}" for line in sorted({*map(str, stored)} ^ {*map(str, wanted)})]
             raise UserError(
@@ -126,15 +125,12 @@ class Checkpoints:
         packed = {kind: np.asarray(packed[kind]) for kind in shapes}
         if _digest_arrays(packed) != about.pop("digest"):
             raise DamagedError(f"the checkpoint of round {round_} is damaged: its arrays are not as written")
-        return jax.tree.unflatten(jax.tree.structure(template), _unpack(packed, leaves)), about
-
-    def _read_about(self, round_: int) -> dict[str, Any]:
-        about = dict(self._read(round_, about=self._ocp.args.JsonRestore()))
-        if "paths" not in about or about.pop("digest_of_this", None) != _digest_json(about):
-            raise DamagedError(
-                f"the checkpoint of round {round_} is damaged, or of version 0.1: its JSON is not as its digest says"
-            )
-        return about
+        begun, found = dict.fromkeys(packed, 0), []
+        for leaf in leaves:
+            kind = str(leaf.dtype)
+            found.append(packed[kind][begun[kind] : begun[kind] + leaf.size].reshape(leaf.shape))
+            begun[kind] += leaf.size
+        return jax.tree.unflatten(jax.tree.structure(template), found), about
 
     def _read(self, round_: int, **what: Any) -> Any:
         """Read a part of a checkpoint; of damaged files orbax and what it stands on raise whatever they like."""
@@ -142,8 +138,8 @@ class Checkpoints:
         try:
             return self._manager.restore(round_, args=self._ocp.args.Composite(**what))[name]
         except Exception as error:
-            told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise DamagedError(f"the checkpoint of round {round_} is damaged: it cannot be read ({told})") from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise DamagedError(f"the checkpoint of round {round_} is damaged: it cannot be read ({reason})") from error
 
     def close(self) -> None:
         """Wait for what is being written, and release what orbax holds.
@@ -159,7 +155,7 @@ class Checkpoints:
 
     @contextmanager
     def _naming(self) -> Generator[None]:
-        """Raise as an error of the disk what orbax, and tensorstore below it, tell as an error of their own."""
+        """Raise as an error of the disk what orbax, and tensorstore below it, raise as an error of their own."""
         try:
             with naming(self._folder):
                 yield
@@ -173,24 +169,22 @@ class Checkpoints:
             raise OSError(number, os.strerror(number), str(self._folder)) from error
 
 
-def _unpack(packed: Mapping[str, np.ndarray], leaves: Sequence[Any]) -> Iterator[np.ndarray]:
-    begun = dict.fromkeys(packed, 0)
-    for leaf in leaves:
-        kind = str(leaf.dtype)
-        yield packed[kind][begun[kind] : begun[kind] + leaf.size].reshape(leaf.shape)
-        begun[kind] += leaf.size
-
-
 def _digest_arrays(packed: Mapping[str, np.ndarray]) -> str:
-    return digests.digest_parts(packed[kind] for kind in sorted(packed)).hex()
+    return digest_parts(packed[kind] for kind in sorted(packed)).hex()
 
 
 def _digest_json(about: Mapping[str, Any]) -> str:
-    return digests.digest_parts([json.dumps(about, sort_keys=True).encode()]).hex()
+    return digest_parts([json.dumps(about, sort_keys=True).encode()]).hex()
 
 
-def _describe(state: PyTree) -> list[list[Any]]:
+def _describe(*states: PyTree) -> list[list[Any]]:
+    """List path, shape and type of every leaf, as JSON has them.
+
+    >>> _describe({"b": np.zeros((2, 3), np.float32)})
+    [["['b']", [2, 3], 'float32']]
+    """
     return [
         [jax.tree_util.keystr(path), list(leaf.shape), str(leaf.dtype)]
+        for state in states
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     ]

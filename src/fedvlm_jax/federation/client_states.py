@@ -29,16 +29,10 @@ from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import DamagedError, naming
 from fedvlm_jax.utils import digests
 
-Slots = Int[np.ndarray, " clients"]
-"""The slot of every client's record; `NOBODY` for clients that have none yet."""
-
-Stamps = Int[np.ndarray, " clients"]
-"""The number of the write of every client's record, from 1; 0 for clients that have none yet."""
-
 NOBODY = -1
-
-MOST_PARTS = 1024
-"""Parts that one call may read or write: IOV_MAX of Linux and macOS."""
+Slots = Int[np.ndarray, " clients"]  # the slot of every client's record; `NOBODY` for clients that have none yet
+Stamps = Int[np.ndarray, " clients"]  # the number of the write of every client's record, from 1; 0 if it has none yet
+MOST_PARTS = 1024  # parts that one call may read or write: IOV_MAX of Linux and macOS
 
 
 class ClientStates:
@@ -52,24 +46,22 @@ class ClientStates:
         slots: where every client's record is now [C].
     """
 
-    shapes: PyTree
-    slots: Slots
-
     def __init__(self, shapes: PyTree, clients: int, file: Path | None = None) -> None:
-        """Make room for `clients` states of the given shapes (a tree of `jax.ShapeDtypeStruct`).
+        """Make room for `clients` states of the given shapes (a tree of `jax.ShapeDtypeStruct`) in a file.
 
-        Args:
-            shapes: of one client's state.
-            clients: how many there are.
-            file: where records are, or will be; a temporary file by default.
+        By default that is a temporary one; what another holds is known once `load` has said where it is.
         """
         self.shapes = shapes
         self._leaves, self._structure = jax.tree.flatten(shapes)
         self._bytes = [leaf.size * leaf.dtype.itemsize for leaf in self._leaves]
         self._path, self._name = file, "its temporary file" if file is None else str(file)
-        self._file = _open_temporary() if file is None else os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        if file is None:
+            with tempfile.TemporaryFile() as temporary:  # it has no name, and ends with the process
+                self._file = os.dup(temporary.fileno())
+        else:
+            self._file = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         weakref.finalize(self, os.close, self._file)
-        self.slots = np.full(clients, NOBODY, np.int64)
+        self.slots: Slots = np.full(clients, NOBODY, np.int64)
         self._writes = 0
         self._written = np.zeros(0, np.int64)  # by slot, the write that put its record there
         self._kept: dict[Hashable, Slots] = {}
@@ -88,11 +80,9 @@ class ClientStates:
         return sum(self._bytes) + digests.SIZE
 
     def gather(self, numbers: Sequence[int] | np.ndarray, slots: Slots | None = None) -> PyTree:
-        """Copy the states of these clients [K, …]; zeros, which mean nothing, of those who have none.
+        """Copy the states of these clients [K, …], now or where a table of another time says.
 
-        Args:
-            numbers: of the clients.
-            slots: as they were at another time; now, by default.
+        Those of clients who have none are zeros, which mean nothing.
 
         Raises:
             DamagedError: a record is not as it was written.
@@ -111,18 +101,20 @@ class ClientStates:
     def scatter(
         self, numbers: Sequence[int] | np.ndarray, states: PyTree, own: Int[np.ndarray, " own"] | None = None
     ) -> None:
-        """Give these clients, each named once, new states; they are known from now on.
+        """Give these K clients, each named once, new states; they are known from now on.
 
-        Args:
-            numbers: of the clients, K of them.
-            states: [K, …], or what this process has of them.
-            own: the places among `numbers` of the states that it has; all by default. The others write the rest.
+        With several processes `states` [K, …] are those that this process has, and `own` their places among `numbers`,
+        all by default. The other processes write the rest.
         """
         at = np.asarray(numbers, np.int64)
         own = np.arange(len(at)) if own is None else own
         rows = self._to_rows([np.ascontiguousarray(leaf)[: len(own)] for leaf in jax.tree.leaves(states)])
         self.slots[at] = NOBODY  # their old records are free, unless a table that is kept names them
-        slots = self._find_free(len(at))
+        tables = [self.slots, *self._kept.values()]
+        taken = np.zeros(1 + max(int(table.max(initial=NOBODY)) for table in tables) + len(at), bool)
+        for table in tables:
+            taken[table[table != NOBODY]] = True
+        slots = np.flatnonzero(~taken)[: len(at)]
         self._stamp(slots, self._writes + 1)
         for place, slot in enumerate(slots[own].tolist()):
             parts = [row[place] for row in rows]
@@ -213,22 +205,9 @@ class ClientStates:
             for leaf, size, state in zip(self._leaves, self._bytes, states, strict=True)
         ]
 
-    def _find_free(self, count: int) -> Int[np.ndarray, " count"]:
-        """Find the lowest slots that no table names."""
-        tables = [self.slots, *self._kept.values()]
-        taken = np.zeros(1 + max(int(table.max(initial=NOBODY)) for table in tables) + count, bool)
-        for table in tables:
-            taken[table[table != NOBODY]] = True
-        return np.flatnonzero(~taken)[:count]
-
 
 def _transfer(how: Callable[..., int], file: int, parts: Sequence[np.ndarray], at: int, name: str) -> None:
-    """Read or write the bytes of a record's parts, one part after another from a place of the file on, without a copy.
-
-    Raises:
-        DamagedError: the file ends before the last one.
-        OSError: of the disk.
-    """
+    """Read or write the bytes of a record's parts, in order from a place of the file on, without a copy."""
     left = [part for part in parts if len(part)]
     while left:
         with naming(name):
@@ -241,9 +220,3 @@ def _transfer(how: Callable[..., int], file: int, parts: Sequence[np.ndarray], a
             done -= len(left.pop(0))
         if done:  # a call moves 2 GiB at most
             left[0] = left[0][done:]
-
-
-def _open_temporary() -> int:
-    """Open a file without a name, which ends with the process."""
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())

@@ -14,65 +14,56 @@ from fedvlm_jax.federation.round import to_waves
 from fedvlm_jax.methods import Client
 from fedvlm_jax.utils.random_streams import Stream
 
-WAVE = 16
-"""Clients trained side by side on one device, unless the user says otherwise."""
+WAVE = 16  # clients trained side by side on one device, unless the user says otherwise
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The fixed shapes of all rounds of a run, so that they share one program.
+    """The fixed shapes of all rounds of a run, so that they share one program."""
 
-    Attributes:
-        cohort: clients drawn each round.
-        wave: clients trained side by side, V; a multiple of the mesh's `clients`.
-        waves: W; W·V ≥ cohort, the rest is padding.
-        rows: M, the most rows a client touches in a round, rounded up.
-        steps, batch: S and B.
-    """
-
-    cohort: int
-    wave: int
-    waves: int
-    rows: int
-    steps: int
-    batch: int
+    cohort: int  # clients drawn each round
+    wave: int  # clients trained side by side, V; a multiple of the mesh's `clients`
+    waves: int  # W; W·V ≥ cohort, the rest is padding
+    rows: int  # M, the most rows a client touches in a round, rounded up
+    steps: int  # S
+    batch: int  # B
 
     @property
     def places(self) -> int:
-        """K = W·V."""
+        """K = W·V.
+
+        >>> Layout(cohort=5, wave=2, waves=3, rows=8, steps=1, batch=8).places
+        6
+        """
         return self.wave * self.waves
 
 
 def choose_layout(
     sizes: Sequence[int], *, cohort: int | None, wave: int | None, devices: int, steps: int, batch: int
 ) -> Layout:
-    """Choose the shapes of a run's rounds.
+    """Choose the shapes of a run's rounds for clients with so many training examples each.
 
-    Args:
-        sizes: training examples of every client in the population.
-        cohort: clients a round; all by default.
-        wave: clients side by side; by default 16 a device, or fewer where that takes no more waves.
-        devices: length of the mesh's axis `clients`.
-        steps, batch: local steps and batch size.
+    By default all clients are in a cohort, and 16 a device, the mesh's axis `clients`, are trained side by side, or
+    fewer where that takes no more waves.
+
+    >>> layout = choose_layout([8] * 20, cohort=None, wave=None, devices=1, steps=2, batch=4)
+    >>> layout.wave, layout.waves
+    (10, 2)
     """
     cohort = min(cohort or len(sizes), len(sizes))
     wave = min(wave or balance_wave(WAVE * devices, cohort, devices), cohort)
     wave = -(-wave // devices) * devices
-    waves = -(-cohort // wave)
     rows = bucket(max((min(size, steps * batch) for size in sizes), default=1))
-    return Layout(cohort, wave, waves, rows, steps, batch)
+    return Layout(cohort, wave, -(-cohort // wave), rows, steps, batch)
 
 
 def balance_wave(wave: int, cohort: int, devices: int) -> int:
     """Find the narrowest wave that takes a cohort in as many waves: an empty place costs what a client does.
 
+    A wave is spread over the devices, so its width is a multiple of their number.
+
     >>> balance_wave(16, 20, 2)
     10
-
-    Args:
-        wave: a multiple of `devices`.
-        cohort: clients a round.
-        devices: over which the wave is spread.
     """
     waves = -(-cohort // wave)
     return -(-cohort // (waves * devices)) * devices
@@ -86,6 +77,9 @@ def draw_cohort(
     The choice depends on the seed, the round and the sizes, and on nothing else. With `sizes` clients are drawn one
     after another, each time with chances proportional to the sizes of those who are left: the first to arrive in a race
     of exponential clocks with these rates. Clients of size 0 come last.
+
+    >>> draw_cohort(seed=0, round_=1, population=3, cohort=5).tolist()
+    [0, 1, 2]
     """
     if cohort >= population:
         return np.arange(population)
@@ -98,17 +92,11 @@ def draw_cohort(
 
 
 class Turnout(NamedTuple):
-    """The work that the clients of a round do.
+    """The work that the clients of a round do."""
 
-    Attributes:
-        steps: local steps that each takes; 0 for drop-outs.
-        dropped: 1 for drop-outs.
-        late: 1 for stragglers, who take fewer steps than they should, and count all the same.
-    """
-
-    steps: Int[np.ndarray, " cohort"]
+    steps: Int[np.ndarray, " cohort"]  # local steps that each takes; 0 for drop-outs
     dropped: Bool[np.ndarray, " cohort"]
-    late: Bool[np.ndarray, " cohort"]
+    late: Bool[np.ndarray, " cohort"]  # stragglers, who take fewer steps than they should, and count all the same
 
 
 def draw_turnout(
@@ -118,17 +106,11 @@ def draw_turnout(
     steps: Int[np.ndarray, " cohort"],
     options: ParticipationOptions,
 ) -> Turnout:
-    """Draw drop-outs and stragglers.
+    """Draw the drop-outs and stragglers of a cohort, in which a client should take so many local steps.
 
     What becomes of a client depends on (seed, round, client) and on nothing else: it has three random numbers, at a
     place of one stream that its own number decides. They are the same whatever the chances are, so a higher chance only
-    adds to those whom a lower one meets.
-
-    Args:
-        seed, round_: of the run.
-        numbers: the cohort.
-        steps: local steps that each of them should take; whoever has but one cannot straggle.
-        options: the chances.
+    adds to those whom a lower one meets. A client with a single step cannot straggle.
     """
     rng = np.random.default_rng([Stream.TURNOUT, seed, round_])
     leaves, tires, stamina = rng.random((numbers.max(initial=-1) + 1, 3))[numbers].T
@@ -152,21 +134,18 @@ def make_clients(
 ) -> tuple[Client, Float[np.ndarray, " places"]]:
     """Make all that a round reads of its cohort, as host arrays.
 
+    Seed and round decide which examples each step reads. Places beyond the cohort are padding, with weight 0.
+
     Args:
-        seed, round_: decide which examples each step reads.
         numbers: the cohort.
-        examples: of the population.
-        inputs: (rows [...]) -> the model's inputs of these rows, arrays [..., …].
-        layout: shapes; places beyond the cohort are padding, with weight 0.
-        weighting: p_k by number of examples, or uniform, over those who train; who has no examples, or takes no
-            step, has weight 0 either way.
+        examples, inputs: of the population, and (rows [...]) -> the model's inputs of these rows, arrays [..., …].
+        weighting: p_k by number of examples, or uniform; without examples or steps it is 0 either way.
         steps: how many of the layout's local steps each of them takes; all by default.
         own: the places of the cohort, padding included, that this process reads; all by default.
         shares: of the cohort in all clients' weight, see `find_shares`; by default there are no other clients.
 
     Returns:
-        A `Client` of arrays [W, V, …], or of this process's places alone, all of them new as yet, and the weights [K]
-        in the cohort's order.
+        A `Client` of arrays [W, V, …], or of this process's places alone, all new as yet, and all weights [K].
     """
     at = np.arange(layout.places) if own is None else own
     rows = [examples.clients[number].train for number in numbers]
@@ -175,7 +154,7 @@ def make_clients(
     counts = np.where(taken > 0, drawn.counts if weighting == "examples" else drawn.counts > 0, 0).astype(np.float64)
     padding = np.zeros(layout.places - len(numbers))
     weights = np.concatenate([counts / max(counts.sum(), 1.0), padding]).astype(np.float32)
-    who = find_fillers(at, len(numbers))
+    who = fill_places(at, len(numbers))
     client = Client(
         examples=inputs(drawn.rows[who]),
         indices=drawn.indices[who],
@@ -194,15 +173,18 @@ def find_shares(
     """Compute each client's share of all clients' weight: by number of examples, or alike over those that have any.
 
     Where clients are drawn by size and then count alike, that is by examples: so is the objective they average to.
+
+    >>> find_shares(np.asarray([1, 0, 3]), "examples").tolist()
+    [0.25, 0.0, 0.75]
     """
     counts = np.asarray(sizes if weighting == "examples" else sizes > 0, np.float64)
     return counts / max(counts.sum(), 1.0)
 
 
-def find_fillers(places: Int[np.ndarray, " some"], cohort: int) -> Int[np.ndarray, " some"]:
-    """Return the places in the cohort that fill these: beyond it the last, whose place is the nearest.
+def fill_places(places: Int[np.ndarray, " some"], cohort: int) -> Int[np.ndarray, " some"]:
+    """Return who of the cohort is at these places: beyond it the last client, whose place is the nearest.
 
-    >>> find_fillers(np.arange(5), 3).tolist()
+    >>> fill_places(np.arange(5), 3).tolist()
     [0, 1, 2, 2, 2]
     """
     return np.minimum(places, cohort - 1)

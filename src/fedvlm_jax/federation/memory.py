@@ -1,4 +1,4 @@
-"""What a compiled round needs of a device's memory, as its compiler says, and how many clients fit side by side."""
+"""Memory of a device that a compiled round needs, as its compiler says, and how many clients fit side by side."""
 
 import math
 import os
@@ -15,9 +15,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import balance_wave
 
 GIB = 2**30
-
-USABLE = 0.9
-"""Share of a device's memory that a round may take: the rest is for evaluation's arrays and what fragments."""
+USABLE = 0.9  # share of a device's memory that a round may take: the rest is for evaluation and what fragments
 
 T = TypeVar("T")
 
@@ -27,95 +25,76 @@ class TooLargeError(Exception):
 
     @property
     def needed(self) -> int | None:
-        """Bytes that the program would take at least, where the compiler's words tell."""
-        told = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available", str(self))
-        if told is None:
+        """Bytes that the program would take at least, where the compiler's words tell.
+
+        >>> TooLargeError("RESOURCE_EXHAUSTED: Used 2.00G of 1.50G hbm.").needed == 2 * GIB
+        True
+        """
+        found = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available", str(self))
+        if found is None:
             return None
-        number, unit = (part for part in told.groups() if part)
+        number, unit = (part for part in found.groups() if part)
         return int(float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))
 
 
 class Footprint(NamedTuple):
-    """Bytes of a device that a round needs.
+    """Bytes of a device that a round needs."""
 
-    Attributes:
-        base: the frozen base.
-        total: at most at a time, the base included.
-        clients: trained side by side on the device.
-    """
-
-    base: int
-    total: int
-    clients: int
+    base: int  # the frozen base
+    total: int  # at most at a time, the base included
+    clients: int  # trained side by side on the device
 
     @property
     def per_client(self) -> int:
-        """What a client costs, with its share of what does not depend on clients."""
+        """Bytes of a client, with its share of what does not depend on clients.
+
+        >>> Footprint(base=100, total=160, clients=3).per_client
+        20
+        """
         return max(0, self.total - self.base) // self.clients
 
 
 class Memory(NamedTuple):
-    """What a compiler says of a program's memory on one device: its `memory_analysis()`, field by field, in bytes.
+    """A program's memory on one device as its compiler has it: `memory_analysis()`, field by field, in bytes."""
 
-    Attributes:
-        arguments: what the program is given and reads, as the device lays it out.
-        outputs: what it returns.
-        aliases: of that, what is written over arguments (donated ones).
-        temporaries: scratch.
-        code: the program itself.
-        peak: the most at a time, as the compiler has it.
-    """
-
-    arguments: int
-    outputs: int
-    aliases: int
-    temporaries: int
-    code: int
-    peak: int
+    arguments: int  # what the program is given and reads, as the device lays it out
+    outputs: int  # what it returns
+    aliases: int  # of that, what is written over arguments (donated ones)
+    temporaries: int  # scratch
+    code: int  # the program itself
+    peak: int  # the most at a time, as the compiler has it
 
     @property
     def total(self) -> int:
-        """What must be free for it: all of it side by side, or the peak where the compiler puts that higher."""
+        """Bytes that must be free for it: all of it side by side, or the peak where the compiler puts that higher."""
         return max(self.peak, self.arguments + self.outputs - self.aliases + self.temporaries + self.code)
 
 
 def read_memory(compiled: Any) -> Memory:
     """Read the analysis of what `jax.jit(…).lower(…).compile()` returns."""
     stats = compiled.memory_analysis()
-    return Memory(
-        arguments=stats.argument_size_in_bytes,
-        outputs=stats.output_size_in_bytes,
-        aliases=stats.alias_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
-        code=stats.generated_code_size_in_bytes,
-        peak=stats.peak_memory_in_bytes,
-    )
+    kinds = ("argument", "output", "alias", "temp", "generated_code")
+    sizes = [getattr(stats, f"{kind}_size_in_bytes") for kind in kinds]
+    return Memory(*sizes, peak=stats.peak_memory_in_bytes)
 
 
 def measure(compiled: Any, base: PyTree, mesh: Mesh, wave: int, unread: int = 0) -> Footprint:
-    """Read a compiled round's footprint.
-
-    Args:
-        compiled: of `jax.jit(…).lower(…).compile()`.
-        base: the base as it is placed.
-        mesh: of the round.
-        wave: clients side by side, over all devices.
-        unread: of `count_unread`.
-    """
+    """Read a compiled round's footprint: the base as it is placed, a wave over all devices, and `count_unread`."""
     return Footprint(count_device_bytes(base), read_memory(compiled).total + unread, wave // mesh.shape[CLIENTS])
 
 
 def count_device_bytes(placed: PyTree) -> int:
-    """Bytes of a placed tree, or of its shapes, on each device: a sharded array's shard, a replicated one's whole."""
+    """Count the bytes of a placed tree, or of its shapes, on each device: of a sharded array those of a shard.
 
-    def count(leaf: Any) -> int:
+    >>> count_device_bytes({"w": jax.ShapeDtypeStruct((4, 2), "float32")})
+    32
+    """
+    total = 0
+    for leaf in jax.tree.leaves(placed):
         sharding = getattr(leaf, "sharding", None)
-        size = leaf.dtype.itemsize
-        for length in leaf.shape if sharding is None else sharding.shard_shape(leaf.shape):
-            size *= length
-        return size
-
-    return sum(count(leaf) for leaf in jax.tree.leaves(placed))
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total
 
 
 def count_unread(compiled: Any, arguments: tuple[Any, ...]) -> int:
@@ -129,7 +108,7 @@ def count_unread(compiled: Any, arguments: tuple[Any, ...]) -> int:
 
 
 def read_device_bytes(mesh: Mesh) -> int | None:
-    """The memory of a device of this process, or on a CPU its share of the machine's; None where nobody says."""
+    """Read the memory of a device of this process, on a CPU its share of the machine's; None where nobody says."""
     device = mesh.local_devices[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
@@ -145,33 +124,32 @@ def read_device_bytes(mesh: Mesh) -> int | None:
 def find_wave(
     try_wave: Callable[[int], tuple[T, Footprint]], wave: int, cohort: int, devices: int, limit: int | None
 ) -> tuple[T, Footprint]:
-    """The widest wave, from `wave` downwards, whose round fits, and of those the narrowest in as many waves.
+    """Find the widest wave, from `wave` downwards, whose round fits, and of those the narrowest in as many waves.
 
-    Args:
-        try_wave: wave -> what was made for it, and its footprint; raises `TooLargeError` where the compiler refuses.
-        wave: where to start, a multiple of `devices`.
-        cohort: clients a round.
-        devices: over which the wave is spread.
-        limit: bytes of a device, all of which may be used; None: whatever compiles, fits.
+    `try_wave` returns what was made for a wave, with its footprint; it raises `TooLargeError` if the compiler refuses.
+    `limit` is bytes of a device, all of which may be used; None: whatever compiles, fits.
 
     Raises:
         UserError: not even one client fits on a device.
+
+    >>> find_wave(lambda wave: (wave, Footprint(20, 20 + 10 * wave, wave)), wave=16, cohort=100, devices=1, limit=100)
+    (7, Footprint(base=20, total=90, clients=7))
     """
     seen: list[Footprint] = []
     while True:
         try:
             made, footprint = try_wave(wave)
         except TooLargeError as error:
-            made, footprint, told = None, None, str(error)
+            footprint, reason = None, str(error)
         else:
             seen.append(footprint)
             if limit is None or footprint.total <= USABLE * limit:
                 return made, footprint
-            told = f"it takes {footprint.total / GIB:.1f} GiB, {footprint.base / GIB:.1f} of them the base"
+            reason = f"it takes {footprint.total / GIB:.1f} GiB, {footprint.base / GIB:.1f} of them the base"
         if wave <= devices:
             room = f" of {limit / GIB:.1f} GiB" if limit else ""
             raise UserError(
-                f"a round with one client on a device{room} does not fit: {told}. Take smaller batches "
+                f"a round with one client on a device{room} does not fit: {reason}. Take smaller batches "
                 "(--train.batch-size), --system.remat, --system.compute bfloat16, or spread the base over devices "
                 "(--mesh clients=N,model=M)"
             )
@@ -179,7 +157,7 @@ def find_wave(
 
 
 def _narrow(clients: int, seen: list[Footprint], limit: int | None) -> int:
-    """As many clients a device as should fit by the last footprints, or half as many where there are none.
+    """Return how many clients a device should hold by the last footprints; half as many as now where there are none.
 
     What a cohort reads lies on the devices whatever the wave, so the line that leads to what fits is the one through
     two footprints; the first guess has only one, and the base. A round of one wave and one of several differ by more

@@ -1,4 +1,4 @@
-"""Options of who takes part in a round and how far they come. None of it is given by the FedVLM paper.
+"""Options of participation in a round. None of it is given by the FedVLM paper.
 
 Imports nothing heavy: the command line reads it.
 """

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from fedvlm_jax.distributed.sharding import CLIENTS, wave_sharding
 from fedvlm_jax.federation.local_training import LocalTrainer
@@ -26,27 +26,16 @@ from fedvlm_jax.utils.random_streams import Stream
 
 
 class RoundArguments(NamedTuple):
-    """The arguments of a compiled round, arrays on the devices or their shapes, in the function's order.
+    """The arguments of a compiled round, arrays on the devices or their shapes, in the function's order."""
 
-    Attributes:
-        params: the frozen base, as the method has it in this round.
-        server: the server's state.
-        personal: personal states [W, V, …]; donated. Those of newcomers are ignored: they begin with `init_client`.
-        clients: a `Client` of leaves [W, V, …].
-        weights: [K], p_k in the cohort's order; Σ p_k = 1, or all 0.
-        rates: learning rates of `a` and `b`.
-        round: the round's number.
-        key: the run's key; a client's is folded from it, the round and the client's number.
-    """
-
-    params: PyTree
+    params: PyTree  # the frozen base, as the method has it in this round
     server: PyTree
-    personal: PyTree
-    clients: Client
-    weights: Float[AnyArray, " cohort"]
-    rates: dict[str, Float[Array, ""]]
+    personal: PyTree  # states [W, V, …]; donated. Those of newcomers are ignored: they begin with `init_client`
+    clients: Client  # leaves [W, V, …]
+    weights: Float[AnyArray, " cohort"]  # p_k in the cohort's order; Σ p_k = 1, or all 0
+    rates: dict[str, Float[Array, ""]]  # learning rates of `a` and `b`
     round: Number
-    key: PRNGKeyArray
+    key: PRNGKeyArray  # the run's; a client's is folded from it, the round and the client's number
 
 
 def make_arguments(
@@ -72,24 +61,16 @@ def make_arguments(
 class RoundOutput(NamedTuple):
     """The results of a round.
 
-    Attributes:
-        server: the new server state.
-        personal: the cohort's new personal states [W, V, …].
-        messages: what the clients sent [K, …], in the cohort's order; zeros of those with numbers that are not finite,
-            whose personal state is the one that they came with.
-        metrics: of the clients' training [K].
-        health: of the aggregation, scalars.
-        weights: [K], p_k as they counted.
-        finite: whether the new server state is.
+    A client whose numbers are not finite sends zeros, and its personal state is the one that it came with.
     """
 
     server: PyTree
-    personal: PyTree
-    messages: PyTree
-    metrics: Metrics
-    health: Metrics
-    weights: Float[Array, " cohort"]
-    finite: Bool[Array, ""]
+    personal: PyTree  # the cohort's new states [W, V, …]
+    messages: PyTree  # [K, …], in the cohort's order
+    metrics: Metrics  # of the clients' training [K]
+    health: Metrics  # of the aggregation, scalars
+    weights: Float[Array, " cohort"]  # p_k as they counted
+    finite: Bool[Array, ""]  # whether the new server state is
 
 
 def to_waves(tree: PyTree, waves: int) -> PyTree:
@@ -103,7 +84,11 @@ def to_waves(tree: PyTree, waves: int) -> PyTree:
 
 
 def from_waves(tree: PyTree) -> PyTree:
-    """Undo `to_waves`: [W, V, …] to [K, …]."""
+    """Undo `to_waves`: [W, V, …] to [K, …].
+
+    >>> from_waves(jnp.asarray([[0, 2, 4], [1, 3, 5]])).tolist()
+    [0, 1, 2, 3, 4, 5]
+    """
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
@@ -119,7 +104,11 @@ def _choose(first: Bool[Array, ""], one: PyTree, other: PyTree) -> PyTree:
 
 
 def _leave_out(weights: Float[Array, " cohort"], finite: Bool[Array, " cohort"]) -> Float[Array, " cohort"]:
-    """Return the weights of those whose numbers are finite, with the sum that all had; untouched where all are."""
+    """Return the weights of those whose numbers are finite, with the sum that all had; untouched where all are.
+
+    >>> _leave_out(jnp.asarray([0.5, 0.25, 0.25]), jnp.asarray([False, True, True])).tolist()
+    [0.0, 0.5, 0.5]
+    """
     left = jnp.where(finite, weights, 0)
     renewed = left / jnp.maximum(left.sum(), jnp.finfo(left.dtype).tiny)
     return jnp.where(jnp.all(left == weights), weights, renewed)
@@ -139,15 +128,15 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
         clients: Client,
         weights: Float[Array, " cohort"],
         rates: dict[str, Float[Array, ""]],
-        round: Int[Array, ""],
+        round: Number,
         key: PRNGKeyArray,
         phase: int = 0,
     ) -> RoundOutput:
-        def of_round(stream_key: PRNGKeyArray) -> PRNGKeyArray:
-            return jax.random.fold_in(stream_key, round)
+        def fold(stream: Stream) -> PRNGKeyArray:
+            return jax.random.fold_in(jax.random.fold_in(key, stream), round)
 
         def train_with(drops: PRNGKeyArray | None) -> Callable[..., Any]:
-            """Local training of one client; each that its method asks for has a key for its dropout."""
+            """Make the local training of one client; each that its method asks for has a key for its dropout."""
             asked = itertools.count()
 
             def train(factors: PyTree, optimizer: PyTree, client: Client, **choices: Any) -> Any:
@@ -156,29 +145,19 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
 
             return train
 
-        ctx = Context(
-            params=params,
-            round=round,
-            phase=phase,
-            rates=rates,
-            train=train_with(None),
-            key=of_round(jax.random.fold_in(key, Stream.AGGREGATION)),
-        )
+        ctx = Context(params, round, phase, rates, train_with(None), fold(Stream.AGGREGATION))
 
         def update(personal: PyTree, client: Client) -> tuple[PyTree, PyTree, Metrics, Bool[Array, ""]]:
             with jax.named_scope("start_clients"):
                 fresh = start_personal(method, key, server, client.number)
                 personal = _choose(client.new, fresh, personal)
-            own = ctx
-            if trainer.draws:
-                drops = jax.random.fold_in(of_round(jax.random.fold_in(key, Stream.DROPOUT)), client.number)
-                own = ctx._replace(train=train_with(drops))
+            drops = jax.random.fold_in(fold(Stream.DROPOUT), client.number) if trainer.draws else None
             new, message, metrics = method.client_update(
-                own,
+                ctx._replace(train=train_with(drops)),
                 server=server,
                 personal=personal,
                 client=client,
-                key=jax.random.fold_in(of_round(jax.random.fold_in(key, Stream.UPDATES)), client.number),
+                key=jax.random.fold_in(fold(Stream.UPDATES), client.number),
             )
             with jax.named_scope("look_for_numbers_that_are_not_finite"):
                 finite = tree.is_finite((new, message, metrics["loss"]))
@@ -187,10 +166,10 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..
 
         wave = jax.vmap(update, spmd_axis_name=CLIENTS)
 
-        def one_wave(_: None, inputs: Any) -> Any:
+        def run_wave(_: None, inputs: Any) -> Any:
             return None, wave(*inputs)
 
-        _, (personal, messages, metrics, finite) = jax.lax.scan(one_wave, None, (personal, clients))
+        _, (personal, messages, metrics, finite) = jax.lax.scan(run_wave, None, (personal, clients))
         personal, messages, metrics = jax.lax.with_sharding_constraint(
             (personal, messages, metrics), wave_sharding(mesh)
         )

@@ -26,23 +26,11 @@ Shape = jax.ShapeDtypeStruct
 
 
 def shape_examples(
-    vlm: Vlm,
-    objective: Objective,
-    spec: lora.LoRA,
-    *,
-    size: tuple[int, int],
-    prompt: int,
-    answer: int,
-    cached: bool,
+    vlm: Vlm, objective: Objective, spec: lora.LoRA, *, size: tuple[int, int], prompt: int, answer: int, cached: bool
 ) -> dict[str, Shape]:
-    """Make the shapes of one example as the model reads it.
+    """Make the shapes of one example as the model reads it: a picture of this size, so many tokens, the image's too.
 
-    Args:
-        vlm, objective, spec: model, what is minimised, the adapter's form.
-        size: height and width of the pictures.
-        prompt: tokens, the image's among them.
-        answer: tokens.
-        cached: whether features of frozen vision are kept; with an adapter in the vision tower they never are.
+    `cached` is whether features of frozen vision are kept; with an adapter in the vision tower they never are.
     """
     pixels = Shape((1, *size, 3), jnp.float32)
     adapter = jax.eval_shape(lambda key: lora.init(key, vlm.sites, spec), shape_key())
@@ -61,14 +49,7 @@ def shape_examples(
 def shape_round(
     programs: Programs, vlm: Vlm, spec: lora.LoRA, layout: Layout, example: dict[str, Shape]
 ) -> RoundArguments:
-    """Make the arguments of a compiled round, as shapes.
-
-    Args:
-        programs: of the method, on the mesh.
-        vlm, spec: the model and the adapter's form.
-        layout: of the rounds.
-        example: of `shape_examples`.
-    """
+    """Make the arguments of a compiled round, as shapes; `example` is one of `shape_examples`."""
     mesh, method, key = programs.mesh, programs.method, shape_key()
     everywhere, across = NamedSharding(mesh, PartitionSpec()), wave_sharding(mesh)
     params = jax.tree.map(_place, vlm.shapes(), cut_base(mesh, vlm.shapes(), vlm.cuts))
@@ -78,7 +59,6 @@ def shape_round(
     if (base := method.base) is not None:
         moved = jax.eval_shape(lambda params, server: base(params=params, server=server), params, server)
         params = jax.tree.map(lambda leaf, old: _place(leaf, old.sharding), moved, params)
-    client = shape_client(example, layout.rows, layout.steps, layout.batch)
 
     def spread(tree: PyTree) -> PyTree:
         places = (layout.waves, layout.wave)
@@ -88,7 +68,7 @@ def shape_round(
         params=params,
         server=server,
         personal=spread(personal),
-        clients=spread(client),
+        clients=spread(shape_client(example, layout.rows, layout.steps, layout.batch)),
         weights=Shape((layout.places,), jnp.float32),
         key=key,  # type: ignore[arg-type]
     )

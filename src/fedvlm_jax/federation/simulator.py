@@ -23,7 +23,7 @@ from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.distributed.sharding import fetch, fetch_local, local_places, place_like, place_waves, replicate
 from fedvlm_jax.federation.client_states import NOBODY, ClientStates, Slots
-from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, find_fillers, find_shares, make_clients
+from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, fill_places, find_shares, make_clients
 from fedvlm_jax.federation.communication import count_bytes, find_travelling
 from fedvlm_jax.federation.compiled import Around, Programs
 from fedvlm_jax.federation.diagnostics import OF_PAIRS
@@ -43,21 +43,13 @@ from fedvlm_jax.utils.random_streams import Stream
 
 
 class RoundInputs(NamedTuple):
-    """A round's inputs, on the host.
+    """A round's inputs, on the host."""
 
-    Attributes:
-        round: its number.
-        numbers: the cohort.
-        clients: arrays [W, V, …], or of this process's places alone; who is new is settled when the round begins.
-        weights: [K], p_k in the cohort's order.
-        turnout: how many dropped out and how many straggled, where that may happen.
-    """
-
-    round: int
+    round: int  # its number
     numbers: Int[np.ndarray, " cohort"]
-    clients: Client
-    weights: Float[np.ndarray, " places"]
-    turnout: dict[str, int]
+    clients: Client  # arrays [W, V, …], or of this process's places; who is new is settled when the round begins
+    weights: Float[np.ndarray, " places"]  # p_k in the cohort's order
+    turnout: dict[str, int]  # how many dropped out and how many straggled, where that may happen
 
     @property
     def counted(self) -> Int[np.ndarray, " some"]:
@@ -67,84 +59,50 @@ class RoundInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class RoundReport:
-    """A round that has run, on the host.
+    """A round that has run, on the host."""
 
-    Attributes:
-        numbers: the cohort.
-        counted: the clients in it whose messages counted.
-        unfit: those that trained and did not count, because what came of it is not finite.
-        finite: whether the server's new state is, and the base where the method moves it; if not it was not taken.
-        turnout: how many dropped out and how many straggled, where that may happen.
-        metrics: of every client in the cohort [K].
-        health: of the aggregation.
-        bytes_up: per client that counted, their mean; padding beyond a client's rank does not travel.
-        bytes_down: per client that was drawn, for it dropped out after it had received.
-        trained: (client numbers [V] that counted) -> the adapters as these clients had them before aggregation; None
-            where nothing was redistributed.
-        base: what these adapters were trained on.
-    """
-
-    numbers: np.ndarray
-    counted: np.ndarray
-    unfit: np.ndarray
-    finite: bool
-    turnout: dict[str, int]
-    metrics: dict[str, np.ndarray]
-    health: dict[str, float]
-    bytes_up: int
-    bytes_down: int
+    numbers: np.ndarray  # the cohort
+    counted: np.ndarray  # the clients in it whose messages counted
+    unfit: np.ndarray  # those that trained and did not count, because what came of it is not finite
+    finite: bool  # whether the server's new state is, and the base where the method moves it; if not it was not taken
+    turnout: dict[str, int]  # how many dropped out and how many straggled, where that may happen
+    metrics: dict[str, np.ndarray]  # of every client in the cohort [K]
+    health: dict[str, float]  # of the aggregation
+    bytes_up: int  # per client that counted, their mean; padding beyond a client's rank does not travel
+    bytes_down: int  # per client that was drawn, for it dropped out after it had received
+    # (client numbers [V] that counted) -> the adapters as these had them before aggregation, which were trained on
+    # `base`; None where nothing was redistributed.
     trained: Callable[[np.ndarray], PyTree] | None
     base: PyTree
 
 
 class Moment(NamedTuple):
-    """A federation as it was after some round.
+    """A federation as it was after some round."""
 
-    Attributes:
-        server: the server's state, on the host.
-        slots: where the personal states of that moment are; `client_states` keeps them.
-    """
-
-    server: PyTree
-    slots: Slots
+    server: PyTree  # the server's state, on the host
+    slots: Slots  # where the personal states of that moment are; `client_states` keeps them
 
 
 @dataclass
 class Simulator:
-    """A federation in progress.
-
-    Attributes:
-        programs: of the method.
-        params: the base, on the devices.
-        examples, inputs: the clients' data.
-        layout: the rounds' shapes.
-        seed, key: decide cohorts and batches, and what is drawn on the devices.
-        weighting: how clients count.
-        server: the server's state.
-        ranks: of every client; empty where all have the adapter's.
-        participation: options of who is drawn, and how far they come.
-        epochs: passes of a client over its examples in a round; None: the layout's local steps, all alike.
-        file: where the personal states are; a temporary file by default.
-        compiling: makes the context that is entered while a round is compiled.
-        client_states: the personal states of all clients.
-    """
+    """A federation in progress."""
 
     programs: Programs
-    params: PyTree
+    params: PyTree  # the base, on the devices
     examples: Examples
     inputs: Inputs
     layout: Layout
-    seed: int
-    key: PRNGKeyArray
+    seed: int  # decides cohorts and batches
+    key: PRNGKeyArray  # decides what is drawn on the devices
     weighting: Literal["examples", "uniform"]
     server: PyTree
-    ranks: Sequence[int] = ()
+    ranks: Sequence[int] = ()  # of every client; empty where all have the adapter's
     participation: ParticipationOptions = field(default_factory=ParticipationOptions)
-    epochs: float | None = None
-    file: Path | None = None
+    epochs: float | None = None  # passes over a client's examples in a round; None: the layout's local steps, all alike
+    file: Path | None = None  # where the personal states are; a temporary file by default
     compiling: Around = nullcontext
     client_states: ClientStates = field(init=False)
-    _own: Int[np.ndarray, " own"] = field(init=False, repr=False)
+    _places: Int[np.ndarray, " own"] = field(init=False, repr=False)
     _trainable: Int[np.ndarray, " some"] = field(init=False, repr=False)
     _sizes: Int[np.ndarray, " some"] = field(init=False, repr=False)
     _shares: Float[np.ndarray, " some"] = field(init=False, repr=False)
@@ -160,7 +118,7 @@ class Simulator:
         self.client_states = ClientStates(shapes, len(clients), self.file)
         waves = self.layout.waves  # position k of the cohort sits at wave k mod W, place k div W
         own = local_places(self.programs.mesh, self.layout.wave)
-        self._own = (own[:, None] * waves + np.arange(waves)).ravel()
+        self._places = (own[:, None] * waves + np.arange(waves)).ravel()
         # A place in a cohort is for who can fill it.
         self._trainable = np.flatnonzero([not client.held_out and len(client.train) > 0 for client in clients])
         self._sizes = np.asarray([len(clients[number].train) for number in self._trainable])
@@ -171,26 +129,22 @@ class Simulator:
     def read_round(self, round_: int, steps: int | None = None) -> RoundInputs:
         """Draw the cohort of round `round_` (from 1) and read its data.
 
-        Clients that are held out or have no training examples are never drawn.
+        Clients that are held out or have no training examples are never drawn. Fewer `steps` than the layout's leave
+        out the others, in the same program.
 
         It depends on nothing that a round changes, so rounds may be read ahead, in other threads.
-
-        Args:
-            round_: the round.
-            steps: fewer than the layout's local steps leave out the others, in the same program.
         """
         layout, options = self.layout, self.participation
-        trainable, sizes = self._trainable, self._sizes
-        by_size = sizes if options.sampling == "size" else None
-        drawn = draw_cohort(self.seed, round_, len(trainable), layout.cohort, by_size)
-        numbers = trainable[drawn]
+        by_size = self._sizes if options.sampling == "size" else None
+        drawn = draw_cohort(self.seed, round_, len(self._trainable), layout.cohort, by_size)
+        numbers = self._trainable[drawn]
         full = np.full(len(numbers), layout.steps)
         if self.epochs is not None:
-            full = np.asarray([count_steps(size, self.epochs, layout.batch) for size in sizes[drawn].tolist()])
+            full = np.asarray([count_steps(size, self.epochs, layout.batch) for size in self._sizes[drawn].tolist()])
         full = full if steps is None else np.minimum(full, steps)
         turnout = draw_turnout(self.seed, round_, numbers, full, options)
         clients, weights = make_clients(
-            self.seed, round_, numbers, self.examples, self.inputs, layout, self.weighting, turnout.steps, self._own,
+            self.seed, round_, numbers, self.examples, self.inputs, layout, self.weighting, turnout.steps, self._places,
             self._shares[drawn],
         )  # fmt: skip
         missing = {"dropped": int(turnout.dropped.sum())} if options.dropout else {}
@@ -218,34 +172,29 @@ class Simulator:
         """
         arguments = self._arguments(read)
         compiled = self._compile(arguments, read.round)
-        unread = count_unread(compiled, arguments)
-        return measure(compiled, self.base, self.programs.mesh, self.layout.wave, unread)
+        return measure(
+            compiled, self.base, self.programs.mesh, self.layout.wave, unread=count_unread(compiled, arguments)
+        )
 
     def _arguments(self, read: RoundInputs, rates: dict[str, float] | None = None) -> RoundArguments:
         """Make what the compiled round takes; personal states as they are now."""
-        mesh, numbers, waves = self.programs.mesh, read.numbers, self.layout.waves
-        held = numbers[find_fillers(self._own, len(numbers))]
-        clients = read.clients._replace(new=to_waves(~self.client_states.known[held], waves))
+        mesh, waves, table = self.programs.mesh, self.layout.waves, self.client_states
+        held = read.numbers[fill_places(self._places, len(read.numbers))]
+        left, self._left = self._left, None
+        if left is not None and np.array_equal(left[0], table.slots[held]):
+            personal = left[1]  # the cohort is the last round's, whose states, still on the devices, are overwritten
+        else:
+            personal = place_waves(mesh, to_waves(table.gather(held), waves))
         return make_arguments(
             params=self.base,
             server=self.server,
-            personal=self._place_states(held),
-            clients=place_waves(mesh, clients),
+            personal=personal,
+            clients=place_waves(mesh, read.clients._replace(new=to_waves(~table.known[held], waves))),
             weights=jnp.asarray(read.weights),
             key=self.key,
             rates=rates,
             round_=read.round,
         )
-
-    def _place_states(self, numbers: np.ndarray) -> PyTree:
-        """Place the personal states [W, V, …] of these clients on the devices.
-
-        Where the clients are those of the last round, its states, which may be overwritten; else from the file.
-        """
-        left, self._left = self._left, None
-        if left is not None and np.array_equal(left[0], self.client_states.slots[numbers]):
-            return left[1]
-        return place_waves(self.programs.mesh, to_waves(self.client_states.gather(numbers), self.layout.waves))
 
     def phase_of(self, round_: int) -> int:
         """Return which of the method's programs runs round `round_`."""
@@ -271,13 +220,14 @@ class Simulator:
         Whoever does not count leaves no trace: its state stays, and if it had none it is as new next time. Where nobody
         counts the server stays too; and everything stays where the aggregate is not finite.
         """
-        numbers, before, base = read.numbers, self.server, self.base
+        numbers, before, base, programs = read.numbers, self.server, self.base, self.programs
         out = self._run(read, rates)
         health = out.health
-        found = self.programs.health(before, out.personal, out.messages, out.weights) if len(read.counted) else {}
+        found = programs.health(before, out.personal, out.messages, out.weights) if len(read.counted) else {}
         with TraceAnnotation("wait for the round"):
             counted = np.flatnonzero(fetch(out.weights)[: len(numbers)] > 0)
-        finite = bool(out.finite) and self._moves_finitely(out.server)
+        # Finite factors may overflow in their product, so a base that the method moves is looked at itself.
+        finite = bool(out.finite) and (programs.base is None or bool(programs.base_is_finite(self.params, out.server)))
         if len(counted):
             health = health | (found if len(counted) > 1 else {k: v for k, v in found.items() if k not in OF_PAIRS})
         if len(counted) and finite:
@@ -285,6 +235,7 @@ class Simulator:
                 self._store(numbers[counted], counted, out.personal)
             self.server = out.server
         up, down = self._travelling(out.messages, max(1, len(counted)), read.round)
+        redistributed = len(counted) > 0 and len(jax.tree.leaves(out.messages)) > 0
         return RoundReport(
             numbers=numbers,
             counted=numbers[counted],
@@ -295,15 +246,9 @@ class Simulator:
             health={name: float(value) for name, value in health.items()},
             bytes_up=self._count_bytes(up, numbers[counted]),
             bytes_down=self._count_bytes(down, numbers),
-            trained=self._trained(before, numbers, out.messages)
-            if len(counted) and jax.tree.leaves(out.messages)
-            else None,
+            trained=self._trained(before, numbers, out.messages) if redistributed else None,
             base=base,
         )
-
-    def _moves_finitely(self, server: PyTree) -> bool:
-        """Tell whether the base is finite with what this server's state adds to it: finite factors may overflow."""
-        return self.programs.base is None or bool(self.programs.base_is_finite(self.params, server))
 
     def find_unfit(self, read: RoundInputs) -> Int[np.ndarray, " some"]:
         """Run a round once more at learning rates of 0, which changes nothing: who is unfit then always is."""
@@ -313,11 +258,11 @@ class Simulator:
 
     def _store(self, numbers: np.ndarray, places: np.ndarray, states: PyTree) -> None:
         """Keep the states [W, V, …] of these clients, who stand at these places of the cohort."""
-        own = np.flatnonzero(np.isin(places, self._own))
+        own = np.flatnonzero(np.isin(places, self._places))
         held = from_waves(fetch_local(states))
-        whole = len(own) == len(self._own)  # all of them are kept, in their order, and none is copied
+        whole = len(own) == len(self._places)  # all of them are kept, in their order, and none is copied
         if not whole:
-            rows = np.searchsorted(self._own, places[own])
+            rows = np.searchsorted(self._places, places[own])
             held = jax.tree.map(lambda x: x[rows], held)
         self.client_states.scatter(numbers, held, own)
         self.client_states.meet()

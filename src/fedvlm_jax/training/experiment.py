@@ -212,7 +212,6 @@ def open_experiment(run: Run, model: LoadedModel, show: Progress | None = None) 
         show.note(f"{examples.rejected_truncated} rejected {cut}")
     if experiment.store is not None:
         _announce(model, examples.images.keys, images=examples.images, store=experiment.store, note=show.note)
-        experiment.store.reserve(examples.images)
     trainable = sum(not client.held_out and len(client.train) > 0 for client in clients)
     if not trainable:
         raise UserError(f"none of the {len(clients)} clients has a training example, so there is nothing to train on")

@@ -16,7 +16,7 @@ from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.distributed.sharding import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import Layout, choose_layout
-from fedvlm_jax.federation.compiled import Programs, make_programs
+from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.methods import load_method
 from fedvlm_jax.models import Stacking, Vlm
@@ -137,4 +137,4 @@ def build_programs(vlm: Vlm, mesh: Mesh, run: Run, clients: int, cohort: int, pl
         local_steps=steps,
         ranks=deal_ranks(run.lora.ranks, clients),
     )
-    return make_programs(load_method(run.method, setup), trainer, mesh, vlm.component)
+    return Programs(load_method(run.method, setup), trainer, mesh, vlm.component)

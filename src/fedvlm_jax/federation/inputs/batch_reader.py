@@ -1,4 +1,4 @@
-"""What the model reads of a row: tokens, and either the image's frozen features or its pixels.
+"""Rows as the model reads them: tokens, and either the image's frozen features or its pixels.
 
 Unless the adapter reaches into the vision tower or the projector, a row's image is its features, from a `FeatureStore`.
 Otherwise pixels are decoded for the rows that are asked for.
@@ -16,52 +16,37 @@ from fedvlm_jax.models import Processor
 Inputs = Callable[[np.ndarray], dict[str, np.ndarray]]
 """(rows [...]) -> the batch of these rows, arrays [..., …]; may be called from several threads."""
 
-WORKERS = 4
-"""Threads that decode pictures: the decoders release the interpreter."""
+WORKERS = 4  # threads that decode pictures: the decoders release the interpreter
 
 
 def make_inputs(examples: Examples, processor: Processor, store: FeatureStore | None) -> Inputs:
-    """Build the function from rows to batches.
+    """Make the function from rows, of all of the federation, to batches.
 
-    Args:
-        examples: all rows of the federation.
-        processor: of the model.
-        store: where frozen features are; None where the adapter reaches into the vision tower, or where nothing is to
-            be kept, so that pixels are read.
+    Frozen features are in the store; None where the adapter reaches into the vision tower, or where nothing is to be
+    kept, so that pixels are read.
     """
-    text = _find_text(examples)
 
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
-        batch = {name: array[rows] for name, array in text.items()}
-        image = examples.image[rows]
+        batch, image = _read_text(examples, rows), examples.image[rows]
         if store is not None:
-            batch["image_features"] = store.gather(examples.images, image)
-        else:
-            batch["pixel_values"] = _read_pixels(examples, processor, image)
-        return batch
+            return batch | {"image_features": store.gather(examples.images, image)}
+        distinct, which = np.unique(image, return_inverse=True)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            pictures = list(pool.map(examples.images.decode, distinct.tolist()))
+        return batch | {"pixel_values": processor.pixels(pictures)[which.reshape(image.shape)]}
 
     return read
 
 
 def make_blank_inputs(examples: Examples, processor: Processor, store: FeatureStore | None) -> Inputs:
     """As `make_inputs`, of the same shapes and at once, for all pictures are blank: what compiling a round takes."""
-    text = _find_text(examples)
     name = "pixel_values" if store is None else "image_features"
     shape, dtype = ((*processor.size, 3), np.dtype(np.float32)) if store is None else (store.shape, store.dtype)
-
-    def read(rows: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: array[rows] for name, array in text.items()} | {name: np.zeros((*rows.shape, *shape), dtype)}
-
-    return read
+    return lambda rows: _read_text(examples, rows) | {name: np.zeros((*rows.shape, *shape), dtype)}
 
 
-def _find_text(examples: Examples) -> dict[str, np.ndarray]:
+def _read_text(examples: Examples, rows: np.ndarray) -> dict[str, np.ndarray]:
     text = {"input_ids": examples.input_ids, "attention_mask": examples.attention_mask, "labels": examples.labels}
-    return text if examples.rejected is None else text | {"rejected_labels": examples.rejected}
-
-
-def _read_pixels(examples: Examples, processor: Processor, image: np.ndarray) -> np.ndarray:
-    distinct, which = np.unique(image, return_inverse=True)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        pictures = list(pool.map(examples.images.decode, distinct.tolist()))
-    return processor.pixels(pictures)[which.reshape(image.shape)]
+    if examples.rejected is not None:
+        text["rejected_labels"] = examples.rejected
+    return {name: array[rows] for name, array in text.items()}

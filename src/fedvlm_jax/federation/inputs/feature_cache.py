@@ -32,25 +32,23 @@ from fedvlm_jax.utils.files import read_plain, write_bytes
 from fedvlm_jax.utils.record_store import Records
 from fedvlm_jax.utils.tree import flatten, partition
 
-PIXELS = 32 * 64 * 64 * 20
-"""Pixels that are decoded at a time, about: 32 pictures at most, 4 of 768x768."""
-WIDTH = 4
-"""Pictures that go through the vision tower at a time, always: the last batch is filled up."""
+PIXELS = 32 * 64 * 64 * 20  # decoded at a time, about: 32 pictures at most, 4 of 768x768
+WIDTH = 4  # pictures that go through the vision tower at a time, always: the last batch is filled up
 GIB = 2**30
 
 
 def is_vision_frozen(vlm: Vlm, adapter: lora.Adapter) -> bool:
-    """Does the adapter leave the vision tower and the connector alone, so that their output can be kept?"""
+    """Tell whether the adapter leaves the vision tower and the connector alone, so that their output can be kept."""
     return not any(map(_makes_features(vlm), flatten(adapter)))
 
 
 def fingerprint_vision(vlm: Vlm, params: Params) -> str:
-    """A hash of the weights that image features are made with, which are valid for them alone."""
+    """Hash the weights that image features are made with, which are valid for them alone."""
     return fingerprint_params(partition(params, _makes_features(vlm))[0])
 
 
 def fingerprint_params(params: Params) -> str:
-    """A hash of weights."""
+    """Hash weights."""
     digest = hashlib.blake2b(digest_size=16)
     for path, leaf in flatten(params).items():
         digest.update(f"{path} {leaf.shape} {leaf.dtype}".encode())
@@ -63,7 +61,11 @@ def _makes_features(vlm: Vlm) -> Callable[[str], bool]:
 
 
 def choose_chunk(height: int, width: int) -> int:
-    """How many pictures of this size are decoded at a time: a power of two, 32 at most."""
+    """Choose how many pictures of this size are decoded at a time: a power of two, 32 at most.
+
+    >>> choose_chunk(64, 64), choose_chunk(768, 768)
+    (32, 4)
+    """
     fitting = max(1, PIXELS // (height * width))
     return min(32, 1 << (fitting.bit_length() - 1))
 
@@ -85,12 +87,10 @@ class FeatureStore:
         folder: Path | None = None,
         workers: int = 4,
     ) -> None:
-        """Open a store.
+        """Open a store of at most `limit` bytes.
 
         Args:
-            compute: pixels [B, H, W, 3] -> features [B, P, D]; jitted.
-            read: turns images into pixels.
-            limit: bytes that are kept at most.
+            compute: pixels [B, H, W, 3], as `read` makes them, -> features [B, P, D]; jitted.
             row: shape and dtype of one image's features [P, D]; by default `compute` is traced for them.
             folder: where to keep features; in memory by default.
             workers: threads that decode images.
@@ -105,13 +105,12 @@ class FeatureStore:
             row = jax.ShapeDtypeStruct(made.shape[1:], made.dtype)
         self.shape, self.dtype = tuple(row.shape), np.dtype(row.dtype)
         self.capacity = int(limit) // self.row_bytes
-        self._place: dict[str, int] = {}
-        self._kept = np.empty((0, *self.shape), self.dtype)
         self._lock = threading.Lock()
+        self._known: dict[str, np.ndarray] = {}  # what is kept in memory
         self._records = None if folder is None else self._open(folder)
 
     def __len__(self) -> int:
-        return len(self._place if self._records is None else self._records)
+        return len(self._known if self._records is None else self._records)
 
     @property
     def row_bytes(self) -> int:
@@ -120,7 +119,7 @@ class FeatureStore:
 
     @property
     def on_disk(self) -> bool:
-        """Are features kept in files, which later runs find again?"""
+        """Whether features are kept in files, which later runs find again."""
         return self._folder is not None
 
     def announce(self, images: Images) -> str:
@@ -135,21 +134,8 @@ class FeatureStore:
             text += "are computed each time (--system.cache-gib, --system.cache)"
         return text
 
-    def reserve(self, images: Images) -> None:
-        """Make room in memory for these images at once; what is not used costs no memory."""
-        with self._lock:
-            new = sum(not self._has(key) for key in images.keys)
-            self._grow(len(self) + new)
-
     def gather(self, images: Images, index: Int[np.ndarray, "..."]) -> Float[np.ndarray, "... tokens width"]:
-        """Features of the images at these positions, computing those that are not kept.
-
-        Args:
-            images: unique images.
-            index: [...] positions among them; may repeat.
-
-        Returns:
-            Features [..., P, D].
+        """Return features [..., P, D] of unique images at these positions, computing those that are not kept.
 
         Raises:
             UserError: an image that cannot be decoded.
@@ -165,7 +151,7 @@ class FeatureStore:
                     self._records.refresh()
                     part = self._load(keys, part, out)
                 out[part] = self._make(images, distinct[part])
-                self._append([keys[row] for row in part], out[part])
+                self._keep([keys[row] for row in part], out[part])
         return out[which.reshape(np.shape(index))]
 
     def _make(self, images: Images, chosen: np.ndarray) -> np.ndarray:
@@ -180,7 +166,7 @@ class FeatureStore:
         return np.concatenate([np.asarray(self._compute(part)) for part in parts])[: len(chosen)]
 
     def _has(self, key: str) -> bool:
-        return key in self._place if self._records is None else bytes.fromhex(key) in self._records
+        return key in self._known if self._records is None else bytes.fromhex(key) in self._records
 
     def _count_room(self) -> int:
         used = len(self) if self._records is None else self._records.count_bytes() // self.row_bytes
@@ -190,38 +176,24 @@ class FeatureStore:
         """Fill these rows of `out` with what is kept; returns those that are not."""
         missing = []
         for row in rows:
-            stored = self._find(keys[row])
+            if self._records is None:
+                stored = self._known.get(keys[row])
+            else:
+                read = self._records.read(bytes.fromhex(keys[row]))
+                stored = None if read is None else np.frombuffer(read, self.dtype).reshape(self.shape)
             if stored is None:
                 missing.append(row)
             else:
                 out[row] = stored
         return np.asarray(missing, np.int64)
 
-    def _find(self, key: str) -> np.ndarray | None:
-        if self._records is None:
-            return self._kept[self._place[key]] if key in self._place else None
-        stored = self._records.read(bytes.fromhex(key))
-        return None if stored is None else np.frombuffer(stored, self.dtype).reshape(self.shape)
-
-    def _append(self, keys: list[str], features: np.ndarray) -> None:
+    def _keep(self, keys: list[str], features: np.ndarray) -> None:
         room = self._count_room()
-        keys, features = keys[:room], features[:room]
         if self._records is not None:
-            self._records.add([bytes.fromhex(key) for key in keys], (row.tobytes() for row in features))
-            return
-        first = len(self)
-        self._grow(first + len(keys))
-        self._kept[first : first + len(keys)] = features
-        self._place |= {key: first + number for number, key in enumerate(keys)}
-
-    def _grow(self, wanted: int) -> None:
-        """Room for `wanted` rows, at least doubled, so that filling a store copies each row once or twice."""
-        size = len(self._kept)
-        if self._records is not None or min(wanted, self.capacity) <= size:
-            return
-        larger = np.empty((min(self.capacity, max(wanted, 2 * size)), *self.shape), self.dtype)
-        larger[: len(self)] = self._kept[: len(self)]
-        self._kept = larger
+            found = [bytes.fromhex(key) for key in keys[:room]]
+            self._records.add(found, (row.tobytes() for row in features[:room]))
+        else:  # copies, for a view would keep the whole batch in memory
+            self._known |= {key: row.copy() for key, row in zip(keys[:room], features[:room], strict=True)}
 
     def _open(self, folder: Path) -> Records:
         header = json.dumps({"shape": list(self.shape), "dtype": str(self.dtype)})

@@ -29,14 +29,9 @@ from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives.log_probs import score_pairs
 from fedvlm_jax.utils.record_store import Records
 
-VALUES = np.dtype("<f4")
-"""The log-probabilities of a pair's two answers, one after the other, as they are kept."""
-
-QUIET = 10.0
-"""Seconds between two notes about work that goes on."""
-
-Reference = Float[np.ndarray, "rows 2"]
-"""Log-probabilities of every row's chosen and rejected answer, summed over the tokens, in nats."""
+VALUES = np.dtype("<f4")  # the log-probabilities of a pair's two answers, one after the other, as they are kept
+QUIET = 10.0  # seconds between two notes about work that goes on
+Reference = Float[np.ndarray, "rows 2"]  # log π₀ of every row's chosen and rejected answer, over all tokens, in nats
 
 
 class ReferenceStore:
@@ -48,25 +43,19 @@ class ReferenceStore:
         Raises:
             UserError: the folder cannot be made.
         """
-        self._folder = folder
+        self.where = "kept in memory" if folder is None else f"kept in {folder}"  # for a message
         self._known: dict[bytes, np.ndarray] = {}
-        self._records: Records | None = None
-        if folder is not None:
-            try:
-                self._records = Records(folder, 2 * VALUES.itemsize)
-            except OSError as error:
-                raise UserError(f"--system.cache-dir {folder.parent}: {error.strerror}") from None
+        try:
+            self._records = None if folder is None else Records(folder, 2 * VALUES.itemsize)
+        except OSError as error:
+            assert folder is not None
+            raise UserError(f"--system.cache-dir {folder.parent}: {error.strerror}") from None
 
     def __len__(self) -> int:
         return len(self._known if self._records is None else self._records)
 
-    @property
-    def where(self) -> str:
-        """Where it is kept, for a message."""
-        return "kept in memory" if self._folder is None else f"kept in {self._folder}"
-
     def find(self, key: bytes) -> Float[np.ndarray, " 2"] | None:
-        """The chosen and the rejected answer's log-probability, where they are known."""
+        """Return the chosen and the rejected answer's log-probability, where they are known."""
         if key not in self._known and self._records is not None:
             stored = self._records.read(key)
             if stored is not None:
@@ -82,7 +71,7 @@ class ReferenceStore:
 
 
 def make_score(vlm: Vlm) -> Callable[[PyTree, dict[str, Any]], dict[str, Any]]:
-    """Compile-once `(params, batch) -> scores` of the bare base."""
+    """Make `(params, batch) -> scores` of the bare base, which compiles once."""
     return jax.jit(lambda params, batch: score_pairs(vlm, params, None, batch))
 
 
@@ -99,15 +88,8 @@ def compute_reference(
 ) -> Reference:
     """Score every row's two answers with the bare base, as far as the store does not know them.
 
-    Args:
-        score: what `make_score` made.
-        params: the base.
-        examples: all rows of the federation.
-        inputs: rows -> batches.
-        store: what is known already; what is computed is added to it.
-        batch: rows at a time on each device.
-        mesh: of this process; the rows of a batch are spread over its axis `clients`.
-        note: told about long work.
+    What is computed, `batch` rows at a time on each device of this process's mesh, is added to the store; `note` gets
+    lines about long work.
     """
     keys = _hash_pairs(examples)
     own = [keys[row] for row in processes.share_out(len(keys))]
@@ -117,7 +99,7 @@ def compute_reference(
     size = batch * mesh.shape[CLIENTS]
     if missing:
         note(f"reference log-probabilities: {len(missing)} of {len(own)} pairs to compute, {store.where}")
-    done, told, running = 0, time.monotonic(), None
+    done, noted, running = 0, time.monotonic(), None
     for start in range(0, len(missing) + size, size):
         rows, finished = missing[start : start + size], running
         if rows:  # while the devices work on these, the ones before are stored, and the next are read
@@ -128,14 +110,14 @@ def compute_reference(
             values = np.stack([scores["chosen_log_prob"], scores["rejected_log_prob"]], axis=1)[: len(rows)]
             store.add([keys[row] for row in rows], values)
             done += len(rows)
-            if done < len(missing) and time.monotonic() - told > QUIET:
+            if done < len(missing) and time.monotonic() - noted > QUIET:
                 note(f"reference log-probabilities: {done} of {len(missing)}")
-                told = time.monotonic()
+                noted = time.monotonic()
     return processes.gather(np.asarray([store.find(key) for key in own], np.float32).reshape(-1, 2), len(keys))
 
 
 def add_reference(inputs: Inputs, reference: Reference) -> Inputs:
-    """The same batches with `reference_chosen` and `reference_rejected` beside the labels."""
+    """Put `reference_chosen` and `reference_rejected` beside the labels of every batch."""
 
     def read(rows: Int[np.ndarray, "..."]) -> dict[str, np.ndarray]:
         chosen, rejected = np.moveaxis(reference[rows], -1, 0)
