@@ -11,7 +11,7 @@ from fedvlm_jax.utils.option_ranges import Chance, Share
 
 @dataclass(frozen=True)
 class ParticipationOptions:
-    """Who takes part in a federated round and how far they come; fine-tuning after it is everybody's, and whole"""
+    """Participation in a federated round, and how far clients come; fine-tuning after it is everybody's, and whole"""
 
     sampling: Literal["uniform", "size"] = "uniform"
     """How --cohort clients are drawn, without replacement: all alike, or one after another with chances proportional to

@@ -249,12 +249,6 @@ class Travels(Protocol):
     def __call__(self, *, server: PyTree, messages: PyTree) -> Travelling: ...
 
 
-def one_phase(round_: int) -> int:
-    """Return 0: all rounds share a program."""
-    del round_
-    return 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A federated method.
@@ -267,7 +261,7 @@ class Method:
         source: where it comes from, and its update in a line.
         init, init_client, client_update, aggregate, personalise, trained, download: see their Protocols.
         base: see `Base`; None: the base stays.
-        phase: (round) -> an integer; rounds of one phase share a program.
+        phase: (round) -> an integer; rounds of one phase share a program, by default all.
         travels: see `Travels`; None: a client sends its message and receives `download`.
         split: (factors) -> the part of them that is shared, in the form of `download`, and the rest. For wrappers of
             methods whose message is the update of that part, or of the leaves of it that the round trains.
@@ -289,7 +283,7 @@ class Method:
     trained: Trained
     download: Download
     base: Base | None = None
-    phase: Callable[[int], int] = one_phase
+    phase: Callable[[int], int] = lambda round_: 0
     travels: Travels | None = None
     split: Callable[[PyTree], tuple[PyTree, PyTree]] | None = None
     mixes: bool = False

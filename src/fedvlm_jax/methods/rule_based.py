@@ -66,7 +66,7 @@ class Parts:
     extend: Callable[[lora.Adapter], PyTree] = lambda adapter: adapter
     assemble: Callable[[PyTree], lora.Adapter] = lambda factors: factors
     trained: tuple[Callable[[str], bool], ...] = (base.is_factor,)
-    phase: Callable[[int], int] = base.one_phase
+    phase: Callable[[int], int] = lambda round_: 0
     average: Callable[[PyTree, PyTree, Weights, Held | None], PyTree] = mean_update
     after: Callable[[PyTree, Number], PyTree] | None = None
     restart: bool = False
@@ -134,6 +134,7 @@ def _make_plain(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Pa
             personal["first"] = first
         if keeps:
             personal["optimizer"] = start_optimizers(lora.combine(server["shared"], private))
+            # No round has the basis -1: in its first a client meets another one.
             personal |= {"basis": jnp.int32(-1)} if parts.basis is not None else {}
         return personal
 

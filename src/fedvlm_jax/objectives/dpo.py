@@ -47,6 +47,7 @@ def compare_answers(options: PreferenceOptions, scores: Mapping[str, Array], bat
         reward (a tie is no success: before training it is 0); `reward_margin`; `chosen_reward`, `rejected_reward`. A
         reward is β ρ, with ρ as the variant has it.
     """
+    # 1 for a pair that has both answers. One that has not may hold any number, so its ratios are replaced, not scaled.
     counts = jnp.minimum(jnp.minimum(scores["chosen_tokens"], scores["rejected_tokens"]), 1.0)
     ratios = {
         name: jnp.where(counts > 0, scores[f"{name}_log_prob"] - batch[f"reference_{name}"], 0.0)

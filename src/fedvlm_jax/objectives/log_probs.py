@@ -28,6 +28,7 @@ def token_losses(
     """
     with jax.named_scope("cross_entropy"):
         counts = (labels != IGNORED).astype(jnp.float32)
+        # -100 is no place in the vocabulary: any other will do where the label does not count.
         losses, correct = _cross_entropy(widen(logits), jnp.maximum(labels, 0))
         return losses * counts, correct * counts, counts
 
@@ -43,6 +44,7 @@ def score_pairs(vlm: Vlm, params: Params, adapter: lora.Adapter | None, batch: B
         the chosen answer's tokens are the likeliest at their place.
     """
     both = [batch["labels"], batch["rejected_labels"]]
+    # Side by side, so that the prompt is encoded once; of one width, so that they are one array.
     width = max(labels.shape[-1] for labels in both)
     both = [jnp.pad(one, ((0, 0), (0, width - one.shape[-1])), constant_values=IGNORED) for one in both]
     labels = jnp.stack(both, axis=-2)

@@ -21,6 +21,7 @@ def make(options: PreferenceOptions) -> Objective:
         scores = score_pairs(vlm, params, adapter, batch)
         preference, metrics = dpo.compare_answers(options, scores, batch)
         tokens = jnp.maximum(scores["chosen_tokens"].sum(), 1.0)
+        # As in `sft`: over all tokens of the batch, not per answer.
         likelihood = -scores["chosen_log_prob"].sum() / tokens
         value = preference + options.sft_weight * likelihood
         parts = {"dpo_loss": preference, "sft_loss": likelihood}

@@ -60,7 +60,7 @@ def step(
         new["v"] = renew(state["v"], lambda d, v: second(v, jnp.square(d), options.beta2))
     counts = weights.sum() > 0
     new = jax.tree.map(lambda after, before: jnp.where(counts, after, before), new, state)
-    live = jnp.where(counts, rate, 0.0)
+    live = jnp.where(counts, rate, 0.0)  # what m remembers would move the server without anybody
     moved = {name: tree.partition(part, lambda path: path in flat)[0] for name, part in new.items()}
     if second is None:
         moves = jax.tree.map(lambda m: live * m, moved["m"])

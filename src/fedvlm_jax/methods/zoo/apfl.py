@@ -70,6 +70,7 @@ def make(setup: Setup) -> Method:
                 (client.indices, client.mask, jnp.arange(len(client.indices))),
             )
             metrics, own_metrics = (over_steps(part) for part in history)
+            # Past the federated method, which knows of one model only.
             ended.append((v, v_state, own_metrics))
             return w, w_state, metrics
 

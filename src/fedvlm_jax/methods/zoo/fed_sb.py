@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.methods.base import Method, Setup
@@ -26,28 +26,20 @@ def make(setup: Setup) -> Method:
         "arXiv 2502.15436: ΔW = B R A, B and A frozen; R̄ = Σ p_k R_k; here B and A are drawn and R starts at 0, "
         "the paper takes all three from the SVD of the first gradients"
     )
+
+    def extend(site: dict[str, Array]) -> dict[str, Array]:
+        a, b = site["a"], site["b"]
+        *stack, _, rank = a.shape
+        drawn = jax.random.normal(jax.random.fold_in(jax.random.key(SEED), b.shape[-1]), b.mT.shape, b.dtype)
+        orthonormal_a, orthonormal_b = (lora.one_by_one(jnp.linalg.qr, x)[0] for x in (a, drawn))
+        return {**site, "a": orthonormal_a, "b": orthonormal_b.mT, "r": jnp.zeros((*stack, rank, rank), a.dtype)}
+
+    def assemble(factors: PyTree) -> lora.Adapter:
+        middle, adapter = tree.partition(factors, only("r"))
+        return map_sites(lambda site, between: {**site, "b": matmul(between["r"], site["b"])}, adapter, middle)
+
+    refuses = {"lora.ranks": "R is one square matrix that all clients average whole"}
     parts = Parts(
-        extend=lambda adapter: map_sites(extend, adapter),
-        assemble=assemble,
-        trained=(only("r"),),
-        refuses={"lora.ranks": "R is one square matrix that all clients average whole"},
+        extend=lambda adapter: map_sites(extend, adapter), assemble=assemble, trained=(only("r"),), refuses=refuses
     )
     return make_share_method("fed-sb", source, lora.Rule(r"(^|/)r$"), replace(setup, common_start=True), parts)
-
-
-def extend(site: dict[str, Array]) -> dict[str, Array]:
-    """Make orthonormal a and b, and r = 0 between them."""
-    a, b = site["a"], site["b"]
-    drawn = jax.random.normal(jax.random.fold_in(jax.random.key(SEED), b.shape[-1]), b.mT.shape, b.dtype)
-    return {
-        **site,
-        "a": lora.one_by_one(jnp.linalg.qr, a)[0],
-        "b": lora.one_by_one(jnp.linalg.qr, drawn)[0].mT,
-        "r": jnp.zeros((*a.shape[:-2], a.shape[-1], a.shape[-1]), a.dtype),
-    }
-
-
-def assemble(factors: dict[str, Array]) -> lora.Adapter:
-    """Multiply R into B."""
-    middle, adapter = tree.partition(factors, only("r"))
-    return map_sites(lambda site, between: {**site, "b": matmul(between["r"], site["b"])}, adapter, middle)

@@ -76,7 +76,7 @@ def make_dual_method(
     alpha: float,
     *,
     stages: Callable[[int, Client], tuple[Client | None, Client | None]],
-    phase: Callable[[int], int] = base.one_phase,
+    phase: Callable[[int], int] = lambda round_: 0,
 ) -> Method:
     """Make a FedDPA in which the local adapter has the weight `alpha`.
 

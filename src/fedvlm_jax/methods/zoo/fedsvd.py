@@ -32,6 +32,12 @@ def make(setup: Setup) -> Method:
     source = "arXiv 2505.12805: B̄ = Σ p_k B_k with A frozen; every few rounds B̄ A = U Σ Vᵀ, A ← Vᵀ, B̄ ← U Σ"
     new_basis = "an SVD gives B another basis every few rounds, in which the state of former rounds means nothing"
 
+    def renew(site: dict[str, Array]) -> dict[str, Array]:
+        q, r = lora.one_by_one(jnp.linalg.qr, site["a"].astype(jnp.float32))
+        u, s, vt = lora.one_by_one(lora.thin_svd, matmul(r, site["b"]))  # of the small R_a B alone
+        a, b = lora.fix_signs(matmul(q, u), s[..., None] * vt)
+        return {"a": a.astype(site["a"].dtype), "b": b.astype(site["b"].dtype)}
+
     def after(shared: PyTree, round_: Number) -> PyTree:
         now = round_ % every == 0
         return jax.tree.map(lambda new, old: jnp.where(now, new, old), map_sites(renew, shared), shared)
@@ -41,11 +47,3 @@ def make(setup: Setup) -> Method:
         refuses=dict.fromkeys(("server", "local.scaffold"), new_basis),
     )  # fmt: skip
     return make_share_method("fedsvd", source, FACTORS, setup, parts)
-
-
-def renew(site: dict[str, Array]) -> dict[str, Array]:
-    """Make the same product with orthonormal columns of A: QR of A, then the SVD of the small R_a B."""
-    q, r = lora.one_by_one(jnp.linalg.qr, site["a"].astype(jnp.float32))
-    u, s, vt = lora.one_by_one(lora.thin_svd, matmul(r, site["b"]))
-    a, b = lora.fix_signs(matmul(q, u), s[..., None] * vt)
-    return {"a": a.astype(site["a"].dtype), "b": b.astype(site["b"].dtype)}

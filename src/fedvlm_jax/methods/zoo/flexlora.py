@@ -47,7 +47,7 @@ def make(setup: Setup) -> Method:
 
         def average_site(now: dict[str, Array], update: dict[str, Array]) -> dict[str, Array]:
             a, b = now["a"] + update["a"], now["b"] + update["b"]
-            if held is not None:
+            if held is not None:  # beyond a client's rank its update is zero, and `a` the server's
                 a = a * held.reshape(len(held), *[1] * (a.ndim - 2), -1)
             left, right = side_by_side(a, b, weights)
             if held is not None:

@@ -69,7 +69,7 @@ def make(setup: Setup) -> Method:
         own = tree.combine(received, scales) if options.restart else personal["own"]
         optimizer = personal["optimizer"]
         steps = client.mask.shape[0]
-        for first in range(0, steps, options.inner):
+        for first in range(0, steps, options.inner):  # not scanned: the last group may be shorter
             part = slice(first, min(first + options.inner, steps))
             some = client._replace(indices=client.indices[part], mask=client.mask[part])
             start = tree.combine(split_scales(own)[0], scales)
