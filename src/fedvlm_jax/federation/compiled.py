@@ -48,21 +48,21 @@ class Programs:
             state = jax.tree.map(lambda new, old: jnp.where(known, old, new), fresh, state)
             return method.personalise(server=server, personal=state)
 
-        @partial(jax.vmap, in_axes=(None, 0, 0))
         def trained(server: PyTree, state: PyTree, message: PyTree) -> PyTree:
             return method.trained(server=server, personal=state, message=message)
 
         def base_is_finite(params: PyTree, server: PyTree) -> Any:
             return tree.is_finite(params if method.base is None else method.base(params=params, server=server))
 
+        trained_of_all = jax.vmap(trained, in_axes=(None, 0, 0))
         self.method, self.mesh, self.base = method, mesh, method.base
         self.round = make_round(method, trainer, mesh)
         self.start = jax.jit(jax.vmap(partial(start_personal, method), in_axes=(None, None, 0)))
         self.personalise = jax.jit(jax.vmap(personalise, in_axes=(None, 0, 0, 0, None)))
-        self.trained = jax.jit(trained)
+        self.trained = jax.jit(trained_of_all)
         self.base_is_finite = jax.jit(base_is_finite)
         self.compiled: dict[tuple[Hashable, ...], Any] = {}
-        self._trained_of_waves = jax.jit(lambda server, waves, sent: trained(server, from_waves(waves), sent))
+        self._trained_of_waves = jax.jit(lambda server, waves, sent: trained_of_all(server, from_waves(waves), sent))
         self._component = component
 
     def health(self, server: PyTree, states: PyTree, messages: PyTree, weights: Any) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def read_memory(compiled: Any) -> Memory:
     stats = compiled.memory_analysis()
     kinds = ("argument", "output", "alias", "temp", "generated_code")
     sizes = [getattr(stats, f"{kind}_size_in_bytes") for kind in kinds]
-    return Memory(*sizes, peak=stats.peak_memory_in_bytes)
+    return Memory._make([*sizes, stats.peak_memory_in_bytes])
 
 
 def measure(compiled: Any, base: PyTree, mesh: Mesh, wave: int, unread: int = 0) -> Footprint:
