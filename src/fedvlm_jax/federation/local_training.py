@@ -27,18 +27,13 @@ RATE = {"a": "a", "gate": "a"}
 
 
 class LocalTrainer(NamedTuple):
-    """Local training as two pure functions.
+    """Local training as two pure functions."""
 
-    Attributes:
-        start: (factors, trained) -> a fresh optimiser state for the leaves that `trained` names.
-        run: (params, factors, optimiser state, client, rates, **choices) -> (factors, optimiser state, metrics); the
-            choices are those of `methods.base.Train`, and `key` where it draws.
-        draws: whether it draws random numbers, for dropout.
-    """
-
-    start: Callable[..., PyTree]
+    start: Callable[..., PyTree]  # (factors, trained) -> a fresh optimiser state for the leaves that `trained` names
+    # (params, factors, optimiser state, client, rates, **choices) -> (factors, optimiser state, metrics); the choices
+    # are those of `methods.base.Train`, and `key` where it draws.
     run: Callable[..., tuple[PyTree, PyTree, Metrics]]
-    draws: bool = False
+    draws: bool = False  # whether it draws random numbers, for dropout
 
 
 def make_local_trainer(

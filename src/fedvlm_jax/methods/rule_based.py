@@ -119,11 +119,7 @@ def _make_plain(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Pa
 
     def init(adapter: lora.Adapter) -> PyTree:
         shared, private = split(parts.extend(adapter))
-        return {
-            "shared": shared,
-            "start": private,
-            "optimizer": server_optimizers.start(setup.server, shared),
-        }
+        return {"shared": shared, "start": private, "optimizer": server_optimizers.start(setup.server, shared)}
 
     def init_client(key: Key, server: PyTree, number: Number) -> PyTree:
         del number
