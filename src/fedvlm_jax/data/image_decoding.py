@@ -43,10 +43,6 @@ ORIENTATION = 0x0112  # EXIF's tag
 BITS, PHOTOMETRIC = 258, 262  # TIFF's tags: bits of a sample, and whether 0 is white (0) or black (1)
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> the `PIL.Image.Transpose` that undoes it
 
-# Pillow warns of sizes, which are bounded here, and of damaged EXIF, which is not applied.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
 
 class BrokenImageError(ValueError):
     """An image that is missing or cannot be decoded; the message is the reason, in a few words."""
@@ -65,6 +61,7 @@ def decode_picture(encoded: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, quick:
     >>> picture.mode, picture.size, picture.getpixel((0, 0))
     ('RGB', (3, 2), (255, 255, 255))
     """
+    _hush_pillow()
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             _check(image, max_pixels)
@@ -84,6 +81,14 @@ def decode_picture(encoded: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS, quick:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
         raise BrokenImageError("broken or truncated image") from error
+
+
+@functools.cache
+def _hush_pillow() -> None:
+    """Silence Pillow's warnings of sizes, which are bounded here, and of damaged EXIF, which is not applied."""
+    # Not on import: filters are the whole process's, and importing the package changes nothing of it.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def _check(image: Image.Image, max_pixels: int) -> None:
