@@ -26,7 +26,7 @@ from fedvlm_jax.reporting.tables import Table, show
 from fedvlm_jax.run_dir.folder_lock import open_folder
 from fedvlm_jax.training.progress import open_progress
 from fedvlm_jax.utils.compilation_cache import keep_programs
-from fedvlm_jax.utils.console import open_console
+from fedvlm_jax.utils.console import Terminal
 from fedvlm_jax.utils.files import write_json
 
 
@@ -74,7 +74,7 @@ def run(options: Options) -> None:
         finally:
             progress.finish()
         write_json(folder / "bench.json", found)
-    console = open_console()
+    console = Terminal()
     show(console, tabulate(found))
     for line in describe(found):
         console.say(line)

@@ -14,7 +14,7 @@ from rich.console import Console
 from fedvlm_jax.cli._signals import say
 from fedvlm_jax.reporting.tables import Table, show, to_markdown
 from fedvlm_jax.training.progress import PlainProgress
-from fedvlm_jax.utils.console import open_console
+from fedvlm_jax.utils.console import Terminal
 from fedvlm_jax.utils.standard_streams import PIPE_GONE, to_ascii
 from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
 
@@ -27,9 +27,9 @@ from pathlib import Path
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.reporting import score_tables, tables
 from fedvlm_jax.run_dir import reader
-from fedvlm_jax.utils.console import open_console
+from fedvlm_jax.utils.console import Terminal
 def show(*args, **kwargs):
-    console = open_console()
+    console = Terminal()
     for table in score_tables.tabulate_comparison(reader.read_comparison(Path(sys.argv[1]))):
         tables.show(console, table)
     console.say("\\u2026 \\xb1 1 \\u2013 \\u4e2d")
@@ -90,7 +90,7 @@ def test_others_texts_do_nothing_to_a_terminal(capsys: pytest.CaptureFixture[str
     show(console, Table(HOSTILE, ("client", HOSTILE), ((HOSTILE, "1"), ("plain", HOSTILE)), note=HOSTILE))
     PlainProgress(console).note(HOSTILE)
     say(HOSTILE.replace("\n", " "), 2)
-    open_console().say(HOSTILE.replace("\n", " "))
+    Terminal().say(HOSTILE.replace("\n", " "))
     shown = out.getvalue() + "".join(capsys.readouterr())
     for letter in ("\x1b]", "\x1b[2", "\x07", "\u202e", "\u200b", "\x9b", "\r"):
         assert letter not in shown

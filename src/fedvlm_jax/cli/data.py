@@ -31,7 +31,7 @@ def data(
     """
     from fedvlm_jax.reporting import data_report, tables
     from fedvlm_jax.training import progress
-    from fedvlm_jax.utils.console import open_console
+    from fedvlm_jax.utils.console import Terminal
 
     show = progress.open_progress()
     with open_folder(out, "data") as folder:
@@ -39,7 +39,7 @@ def data(
             description = data_report.describe_data(data, seed, folder, check_images=check_images, note=show.note)
         finally:
             show.finish()
-    console = open_console()
+    console = Terminal()
     for table in data_report.tabulate_data(description):
         tables.show(console, dataclasses.replace(table, note=""))
         console.say(f"{table.note}\n" if table.note else "", style="dim")

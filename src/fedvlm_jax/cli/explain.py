@@ -45,7 +45,7 @@ def explain(
 
     from fedvlm_jax.reporting import tables
     from fedvlm_jax.reporting.method_report import tabulate_explanation, tabulate_methods
-    from fedvlm_jax.utils.console import open_console
+    from fedvlm_jax.utils.console import Terminal
 
     if not method:
         tables.show_all([tabulate_methods(Run())])
@@ -53,5 +53,5 @@ def explain(
     from fedvlm_jax.analysis.explain import explain as explain_run
 
     explained = explain_run(run, clients)
-    open_console().say(f"{explained.name}  {explained.source}\n")
+    Terminal().say(f"{explained.name}  {explained.source}\n")
     tables.show_all(tabulate_explanation(explained))

@@ -19,7 +19,7 @@ def plan(request: Annotated[Request, tyro.conf.arg(name="")] = Request()) -> Non
     from fedvlm_jax.analysis.plan import plan_round
     from fedvlm_jax.reporting import plan_report, tables
     from fedvlm_jax.training import progress
-    from fedvlm_jax.utils.console import open_console
+    from fedvlm_jax.utils.console import Terminal
 
     show = progress.open_progress()
     with open_folder(request.out, "plan") as folder:
@@ -28,7 +28,7 @@ def plan(request: Annotated[Request, tyro.conf.arg(name="")] = Request()) -> Non
         finally:
             show.finish()
         plan_report.write_plan(folder, planned)
-    console = open_console()
+    console = Terminal()
     for table in plan_report.tabulate_plan(planned):
         tables.show(console, table)
         if table.note:

@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fedvlm_jax.evaluation.statistics.over_seeds import Difference, judge
-from fedvlm_jax.utils.console import Terminal, knows_signs, open_console
+from fedvlm_jax.utils.console import Terminal
 from fedvlm_jax.utils.standard_streams import to_ascii
 from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
 
@@ -109,7 +109,8 @@ def format_bytes(count: float) -> str:
 
 def show(console: Console, table: Table) -> None:
     """Print a table, in parts below each other where it is wider than the terminal."""
-    if not knows_signs(console):  # before widths are measured: in ASCII a sign may take several characters
+    # Before widths are measured: in ASCII a sign may take several characters.
+    if not console.encoding.lower().startswith("utf"):
         table = dataclasses.replace(table, **table.rewrite(to_ascii))
     for part in cut_to_width(table, console.width):
         roomy = 1 + sum(3 + max(_measure(part, column), len(name)) for column, name in enumerate(part.columns))
@@ -118,7 +119,7 @@ def show(console: Console, table: Table) -> None:
 
 def show_all(tables: Iterable[Table]) -> Terminal:
     """Print tables on the terminal that the command writes to; return it."""
-    console = open_console()
+    console = Terminal()
     for table in tables:
         show(console, table)
     return console

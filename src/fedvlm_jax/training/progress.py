@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedvlm_jax.utils.console import open_console
+from fedvlm_jax.utils.console import Terminal
 from fedvlm_jax.utils.untrusted_text import clean
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -66,7 +66,7 @@ def working(show: Progress, text: str) -> Generator[None]:
 
 def open_progress(console: Console | None = None) -> Progress:
     """Return the live display on a terminal and plain lines elsewhere (a pipe, a log file, CI, TERM=dumb)."""
-    console = console or open_console(stderr=True)
+    console = console or Terminal(stderr=True)
     moves = console.is_terminal and not console.is_dumb_terminal  # a dumb one cannot move its cursor
     return LiveProgress(console) if moves else PlainProgress(console)
 

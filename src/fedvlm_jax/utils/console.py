@@ -9,7 +9,7 @@ from fedvlm_jax.utils.untrusted_text import clean
 
 
 class Terminal(Console):
-    """A console on which markup in a text is text, and control characters are escaped."""
+    """The terminal, pipe or file that a command writes to; `say` escapes markup and control characters."""
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a text as it stands, lines unbroken and without what would move the cursor."""
@@ -20,13 +20,3 @@ class Terminal(Console):
         self.quiet = True
         silence()
         raise SystemExit(PIPE_GONE)
-
-
-def open_console(*, stderr: bool = False) -> Terminal:
-    """Open the terminal, pipe or file that the command writes to."""
-    return Terminal(stderr=stderr)
-
-
-def knows_signs(console: Console) -> bool:
-    """Tell whether it can show more than ASCII."""
-    return console.encoding.lower().startswith("utf")
