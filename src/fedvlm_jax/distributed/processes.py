@@ -1,4 +1,4 @@
-"""Several processes that run one program, each with devices of its own (`jax.distributed`): order and waiting.
+"""Several processes that run one program, each with separate devices (`jax.distributed`): order and waiting.
 
 With one process nothing here does anything.
 

@@ -103,11 +103,7 @@ def trainable(adapter: Adapter) -> dict[str, Any]:
 
 
 def sites_of(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, Any, Any]]]:
-    """Walk an adapter: path and (a, b, scale) of every site, in the order of the paths.
-
-    >>> list(sites_of({"fc": {"a": 1, "b": 2, "scale": 3}}))
-    [('fc', (1, 2, 3))]
-    """
+    """Walk an adapter: path and (a, b, scale) of every site, in the order of the paths."""
     flat = tree.flatten(adapter)
     for path in sorted({path.rpartition("/")[0] for path in flat}):
         if join(path, GATE) in flat:

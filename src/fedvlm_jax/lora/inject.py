@@ -62,12 +62,11 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
                 key, rate = (module.get_variable(COLLECTION, name) for name in DROPOUT)
                 kept = jax.random.bernoulli(key, 1 - rate, inputs.shape)
                 inputs = jnp.where(kept, inputs / (1 - rate).astype(inputs.dtype), 0)
+            shares: tuple[Array, ...] = ()
             if module.has_variable(COLLECTION, GATE):
                 # Dropout drops what enters A; the router sees all of the layer's input.
-                shares = _share_ranks(site, seen, a, module.get_variable(COLLECTION, GATE))
-                delta = _dense_delta(module, inputs, a, b, scale, shares)
-            else:
-                delta = _DELTAS[site.kind, context.method_name](module, inputs, a, b, scale)
+                shares = (_share_ranks(site, seen, a, module.get_variable(COLLECTION, GATE)),)
+            delta = _DELTAS[site.kind, context.method_name](module, inputs, a, b, scale, *shares)
             return out + delta.astype(out.dtype)
 
         with nn.intercept_methods(add):
@@ -102,7 +101,7 @@ def _dense_delta(
     # The gradient of b is to be summed over one axis at a time: to sum over examples and rows at once, XLA's CPU
     # backend first copies the output's whole gradient transposed, a tenth of a training step. So examples are merged
     # into one axis of rows where that costs nothing, which on TPUs, whose memory holds rows in tiles, is where the rows
-    # fill their tiles; elsewhere each example gets a b of its own.
+    # fill their tiles; elsewhere each example gets a copy of b.
     *examples, rows = low.shape[:-1] or (1,)
     if math.prod(examples) == 1 or rows % TILE == 0:
         merged = project(low.reshape(-1, low.shape[-1]), b, module.precision)

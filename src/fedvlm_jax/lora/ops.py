@@ -104,11 +104,7 @@ def one_by_one(decompose: Callable[..., Any], *matrices: Array) -> Any:
 
 
 def fix_signs(a: Array, b: Array) -> tuple[Array, Array]:
-    """Make the largest entry of every column of `a` positive and keep the product a b: an SVD leaves signs to chance.
-
-    >>> [factor.tolist() for factor in fix_signs(jnp.asarray([[1.0], [-2.0]]), jnp.asarray([[3.0]]))]
-    [[[-1.0], [2.0]], [[-3.0]]]
-    """
+    """Make the largest entry of every column of `a` positive and keep the product: an SVD leaves signs to chance."""
     largest = jnp.take_along_axis(a, jnp.argmax(jnp.abs(a), axis=-2, keepdims=True), axis=-2)
     sign = jnp.where(largest < 0, -1, 1).astype(a.dtype)
     return a * sign, b * sign.mT

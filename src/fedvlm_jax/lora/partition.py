@@ -2,10 +2,8 @@
 
 import dataclasses
 import itertools
-import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import reduce
 from typing import Any
 
 import jax.numpy as jnp
@@ -141,6 +139,8 @@ def _place_index(path: str, index: tuple[int, ...], sites: Sites | None) -> Iter
 
 def _stack_of(adapter: Adapter, path: str) -> tuple[int, ...]:
     *above, leaf = path.split("/")
-    site: Any = reduce(operator.getitem, above, adapter)
-    # Where a part of the adapter was taken away, `a` and `b` have two axes of their own.
+    site: Any = adapter
+    for part in above:
+        site = site[part]
+    # Where `scale` was taken away, the stack is all axes but the last two of `a` or `b`.
     return tuple(site["scale"].shape if "scale" in site else site[leaf].shape[:-2])
