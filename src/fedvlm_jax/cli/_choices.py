@@ -52,8 +52,8 @@ def _choose_methods(words: Sequence[str]) -> Compare:
     compared = list(dict.fromkeys(map(plain, _find_values(words, "--methods") or Compare().methods)))
     if SHARE not in compared and _find_values(words, "--share"):
         raise UserError(f"--share is the rule of {SHARE}, which is not compared: compare {SHARE} too")
-    own = [flag.replace(".", f".{name}.", 1) for name in compared for flag in list_method_flags(name)]
-    _refuse_others(words, "--method.", own, _list_methods, f"--methods {' '.join(compared)} has")
+    taken = [flag.replace(".", f".{name}.", 1) for name in compared for flag in list_method_flags(name)]
+    _refuse_others(words, "--method.", taken, _list_methods, f"--methods {' '.join(compared)} has")
     numbers = {name: find_method_options(name)() for name in compared if list_method_flags(name)}
     return Compare(base=Run(data=_choose_data(words)), method_options=numbers)
 
@@ -74,8 +74,8 @@ def _choose_data(words: Sequence[str]) -> DataOptions:
     source = (_find_values(words, "--data") or [DataOptions().source])[0]
     kind = (_find_values(words, "--data.partition") or [DataOptions().partition.kind])[0]
     options = make_options(source, kind)
-    own = [option.flag for option in list_options(options, "data")]
-    _refuse_others(words, "--data.", own, list_owners, f"--data {source} with --data.partition {kind} has")
+    taken = [option.flag for option in list_options(options, "data")]
+    _refuse_others(words, "--data.", taken, list_owners, f"--data {source} with --data.partition {kind} has")
     return options
 
 
@@ -104,12 +104,12 @@ def _find_values(words: Sequence[str], flag: str) -> list[str]:
 
 
 def _refuse_others(
-    words: Sequence[str], group: str, own: Sequence[str], find_owners: Callable[[str], Sequence[str]], chosen: str
+    words: Sequence[str], group: str, taken: Sequence[str], find_owners: Callable[[str], Sequence[str]], chosen: str
 ) -> None:
     """Refuse options that only what was not chosen has; what nothing has tyro refuses, and says what is like it."""
     for word in words:
         flag = word.partition("=")[0].replace("_", "-").replace(".no-", ".")
         flag = "--data.clients" if flag == "--clients" else flag
-        if flag.startswith(group) and flag not in own and (owners := find_owners(flag)):
-            few = ", ".join(own) or "none" if len(own) <= 8 else "no such option"
+        if flag.startswith(group) and flag not in taken and (owners := find_owners(flag)):
+            few = ", ".join(taken) or "none" if len(taken) <= 8 else "no such option"
             raise UserError(f"{flag} belongs to {', '.join(owners)}; {chosen} {few}")

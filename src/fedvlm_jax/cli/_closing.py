@@ -18,16 +18,16 @@ NOT_TAKEN = ("--method", "--out", "--resume", "--train.finetune-steps", "--evalu
 def close_run(record: RunRecord) -> list[str]:
     """Put zero-shot, training alone and the method side by side, one line each."""
     alone = read_baseline(record)
-    own = record.scores("personal")
+    personal = record.scores("personal")
     lines = {"zero-shot": percent(summarise(record.scores("zero_shot")).mean)}
     against = ""
     if alone is not None and (theirs := alone.scores("personal", record.metric)):
         lines["training alone"] = percent(summarise(theirs).mean)
-        paired = format_paired(compare_paired({0: own}, {0: theirs}))
+        paired = format_paired(compare_paired({0: personal}, {0: theirs}))
         against = f"  {paired} against training alone, in points; 95 % interval over clients, one seed"
-    lines[record.method] = percent(summarise(own).mean) + against
+    lines[record.method] = percent(summarise(personal).mean) + against
     width = max(map(len, lines))
-    title = f"{find_measure(record.metric).label} on test, mean of {len(own)} clients"
+    title = f"{find_measure(record.metric).label} on test, mean of {len(personal)} clients"
     return [title, *(f"  {name:<{width}}  {value}" for name, value in lines.items())]
 
 

@@ -131,9 +131,9 @@ def _has_begun(run: Run, folder: Path) -> bool:
         return False
     from fedvlm_jax.run_dir.fingerprints import anchor
 
-    there, run = read_config(folder).run, anchor(run)
-    if dataclasses.replace(there, out=None) != dataclasses.replace(run, out=None):
-        stored = {option.flag: option.value for option in list_options(dataclasses.replace(there, out=run.out))}
+    begun, run = read_config(folder).run, anchor(run)
+    if dataclasses.replace(begun, out=None) != dataclasses.replace(run, out=None):
+        stored = {option.flag: option.value for option in list_options(dataclasses.replace(begun, out=run.out))}
         other = ", ".join(option.flag for option in list_options(run) if option.value != stored.get(option.flag))
         raise UserError(f"--out {folder} has a run with other options ({other}): choose another folder")
     return True

@@ -55,11 +55,11 @@ def find_leaks(description: Mapping[str, Any]) -> list[str]:
     for line, found in description["overlap"]["images"]["between_splits"].items():
         if found["distinct"]:
             first, second = line.split("/")
-            one, other = found["examples"][0]
+            row, other = found["examples"][0]
             sentences.append(
                 f"LEAK: {_count(found['distinct'], 'image is', 'images are')} in {first} and in {second}, on "
                 f"{_count(found['rows'], 'row', 'rows')} of {second} ({found['rows_of_the_same_client']:,} of them the "
-                f"same client's). Row {other}, for example, shows what row {one} shows."
+                f"same client's). Row {other}, for example, shows what row {row} shows."
             )
     return sentences
 
@@ -77,11 +77,13 @@ def word_findings(description: Mapping[str, Any]) -> list[str]:
         )
     clients = description["clients"]
     for split, meaning in (("train", "nothing to train on"), ("test", "nothing to be tested on")):
-        lacking = [one["name"] for one in clients if not one[split] and not (split == "train" and one["held_out"])]
+        # Clients that are held out never train.
+        needing = [client for client in clients if split == "test" or not client["held_out"]]
+        lacking = [client["name"] for client in needing if not client[split]]
         if lacking:
             names = ", ".join(lacking[:5]) + (", …" if len(lacking) > 5 else "")
             findings.append(f"{_count(len(lacking), 'client has', 'clients have')} {meaning}: {names}.")
-    names = [one["name"] for one in clients]
+    names = [client["name"] for client in clients]
     missing = [name for name in names if name.casefold() in MISSING]
     if missing:
         findings.append(f"A client is called {missing[0]!r}, as missing values are that were turned into text.")
@@ -116,15 +118,15 @@ def tabulate_data(description: Mapping[str, Any]) -> list[Table]:
 
 
 def _tabulate_clients(description: Mapping[str, Any]) -> Table:
-    clients = sorted(description["clients"], key=lambda one: -sum(one[split] for split in SPLITS))
+    clients = sorted(description["clients"], key=lambda client: -sum(client[split] for split in SPLITS))
     columns = ("client", *SPLITS, "images")
     rows = [
-        (f"{one['name']} (held out)" if one["held_out"] else one["name"], *(f"{one[name]:,}" for name in columns[1:]))
-        for one in clients
+        (client["name"] + (" (held out)" if client["held_out"] else ""), *(f"{client[name]:,}" for name in columns[1:]))
+        for client in clients
     ]
     shown, note = keep_ends(rows, "largest and the smallest")
     images = f"{description['images']['distinct']:,}"
-    sums = ("all", *(f"{sum(one[split] for one in clients):,}" for split in SPLITS), images)
+    sums = ("all", *(f"{sum(client[split] for client in clients):,}" for split in SPLITS), images)
     title = f"{description['source']}, seed {description['seed']}: {_count(len(clients), 'client', 'clients')}"
     return Table(title, columns, (*shown, sums), frozenset({len(shown)}), note)
 

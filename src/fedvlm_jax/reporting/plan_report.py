@@ -71,9 +71,9 @@ def tabulate_plan(plan: Plan) -> list[Table]:
         price = f"of that time, at {plan.request.price_per_chip_hour:g} a chip and hour"
         cost.append(("price", f"{plan.price:.4g} or more", price))
     sent = [
-        (f"{one.kind} over {' and '.join(one.axes)}", str(one.devices_per_group), str(one.runs_per_round),
-         format_bytes(one.bytes_per_round))
-        for one in plan.collectives
+        (f"{op.kind} over {' and '.join(op.axes)}", str(op.devices_per_group), str(op.runs_per_round),
+         format_bytes(op.bytes_per_round))
+        for op in plan.collectives
     ]  # fmt: skip
     note = "" if sent else "None: no device sends another anything."
     if plan.unknown_loops:

@@ -119,7 +119,7 @@ def _report_comparison(record: ComparisonRecord) -> Report:
     best = [method for number, method in enumerate(ranking) if number < BEST or method == "local"]
     figures = []
     for method in best if len(ranking) > theme.MANY else scores:
-        mean = spread([summarise(one).mean for one in scores[method].values()]).mean
+        mean = spread([summarise(by_client).mean for by_client in scores[method].values()]).mean
         difference = compare_paired(scores[method], scores["local"]) if "local" in scores else None
         against = ""
         if difference and method != "local":
@@ -155,7 +155,7 @@ def _report_comparison(record: ComparisonRecord) -> Report:
         Section(title=HEALTH, pictures=draw_comparison_health(record, record.folder)),
         Section(title="How it was made", sentences=how, command=record.command, facts=facts),
     ]
-    clients = len({client for by_seed in scores.values() for one in by_seed.values() for client in one})
+    clients = len({client for by_seed in scores.values() for by_client in by_seed.values() for client in by_client})
     subtitle = (
         f"{_name_subject(config.get('run') or {})}{clients} clients, seeds {seeds}; "
         f"{find_measure(record.metric).label} on test, mean of clients"

@@ -33,9 +33,9 @@ def tabulate_run(record: RunRecord) -> list[Table]:
         "held_out/zero_shot": "held-out clients, zero-shot",
         "held_out/personal": f"held-out clients, cold start ({held_out.get('cold_start', '')})",
     }
-    alone = read_baseline(record)
-    scores = {model: record.scores(model) for model in named if model != "alone"}
-    scores["alone"] = alone.scores("personal", record.metric) if alone else {}
+    scores = {model: record.scores(model) for model in named}
+    if alone := read_baseline(record):
+        scores["alone"] = alone.scores("personal", record.metric)
     models = {model: label for model, label in named.items() if scores[model]}
     title = f"{_capitalise(find_measure(record.metric).label)} on test, {len(scores['personal'])} clients"
     tables = [
@@ -67,9 +67,9 @@ def tabulate_comparison(record: ComparisonRecord) -> list[Table]:
     rivals = [rival for rival in RIVALS if rival in scores]
     rows, means = [], []
     for method in methods:
-        summaries = [summarise(one) for one in scores[method].values()]
-        accuracy = spread([one.mean for one in summaries])
-        worst = spread([one.worst_decile for one in summaries])
+        summaries = [summarise(by_client) for by_client in scores[method].values()]
+        accuracy = spread([summary.mean for summary in summaries])
+        worst = spread([summary.worst_decile for summary in summaries])
         means.append(accuracy.mean)
         against = [
             "–" if method == rival else format_paired(compare_paired(scores[method], scores[rival])) for rival in rivals
@@ -122,7 +122,8 @@ def _tabulate_metrics(record: RunRecord, models: Mapping[str, str]) -> Table:
     for measure in order_measures(record.metrics()):
         if measure.name != record.metric:
             scores = [record.scores(model, measure.name) for model in models]
-            rows.append((measure.label, *(measure.write(summarise(own).mean) if own else "–" for own in scores)))
+            means = [summarise(by_client).mean if by_client else math.nan for by_client in scores]
+            rows.append((measure.label, *map(measure.write, means)))
     return Table("Other metrics on test, mean over clients", ("metric", *models.values()), tuple(rows))
 
 
@@ -130,8 +131,10 @@ def _tabulate_all_metrics(record: ComparisonRecord, methods: list[str]) -> Table
     names = {name for run in record.runs for name, values in (run.get("test") or {}).items() if values}
     rows: list[tuple[str, ...]] = [("metric", *methods)]
     for measure in order_measures(names - {record.metric}):
-        by_method = [record.scores(method, measure.name).values() for method in methods]
-        means = [spread([summarise(one).mean for one in seeds]).mean if seeds else math.nan for seeds in by_method]
+        means = []
+        for method in methods:
+            by_seed = record.scores(method, measure.name).values()
+            means.append(spread([summarise(scores).mean for scores in by_seed]).mean if by_seed else math.nan)
         rows.append((measure.label, *map(measure.write, means)))
     if len(methods) > MANY_METHODS and len(rows) > 1:
         rows[0] = ("method", *methods)

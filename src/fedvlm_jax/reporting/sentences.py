@@ -44,7 +44,7 @@ def describe_run(record: RunRecord) -> list[str]:
     sentences.append(f"{better} of {len(common)} clients gained, {worse} lost.")
     chosen = record.results.get("selected_round")
     if chosen is not None:
-        ends = [str(one["from"]) for one in record.config.get("longer") or []]
+        ends = [str(extension["from"]) for extension in record.config.get("longer") or []]
         read = f"read then, and after round {' and '.join(ends)} before" if ends else "read once"
         sentences.append(f"The adapters are those of round {chosen}, chosen on validation; test was {read}.")
     lost = describe_lost(record.results)
@@ -98,7 +98,7 @@ def describe_comparison(record: ComparisonRecord) -> list[str]:
     """Describe which method is ahead of which, method by method, against the two rivals that are hard to beat."""
     scores = read_scores(record)
     means = {
-        method: sum(summarise(one).mean for one in by_seed.values()) / len(by_seed)
+        method: sum(summarise(by_client).mean for by_client in by_seed.values()) / len(by_seed)
         for method, by_seed in scores.items()
     }
     ranking = sorted((method for method in means if method != "zero-shot"), key=lambda method: -means[method])

@@ -61,7 +61,7 @@ def draw_methods(record: ComparisonRecord) -> Figure:
         colour = theme.MUTED if method == "zero-shot" else theme.SERIES[series[method]]
         ours = mean_over_seeds(scores[method])
         _draw_cloud(left, row, 100 * np.asarray(list(ours.values())), colour, dense)
-        mean = 100 * float(np.mean([np.mean(list(one.values())) for one in scores[method].values()]))
+        mean = 100 * float(np.mean([np.mean(list(by_client.values())) for by_client in scores[method].values()]))
         left.plot(mean, row, "|", color=theme.INK, zorder=4, **bar)
         _write(left, row, mean, f"{mean:.1f}", dense)
         difference = compare_paired(scores[method], scores[rival])
@@ -81,8 +81,7 @@ def draw_methods(record: ComparisonRecord) -> Figure:
         right.plot(centre, row, "o", color=theme.INK, markersize=4 if dense else 6, zorder=5)
         _write(right, row, centre, points(difference.mean), dense)
     theme.name_rows(left, methods)
-    left.set_ylim(-0.6, len(methods) - 0.3)
-    left.set_xlabel(f"test {find_measure(record.metric).label}, %")
+    left.set(ylim=(-0.6, len(methods) - 0.3), xlabel=f"test {find_measure(record.metric).label}, %")
     right.axvline(0, color=theme.MUTED, linewidth=1)
     right.set_xlabel(f"points ahead of {rival}")
     return figure
@@ -137,9 +136,9 @@ def read_gains(record: ComparisonRecord) -> dict[str, Gains]:
     gains = {}
     for method in order_by_mean(scores, [name for name in scores if name not in ("zero-shot", RIVALS[0])]):
         found = []
-        for client in sorted({client for one in scores[method].values() for client in one}):
+        for client in sorted({client for by_client in scores[method].values() for client in by_client}):
             ours, theirs = (
-                {seed: {client: one[client]} for seed, one in by_seed.items() if client in one}
+                {seed: {client: by_client[client]} for seed, by_client in by_seed.items() if client in by_client}
                 for by_seed in (scores[method], local)
             )
             difference = compare_paired(ours, theirs)
@@ -167,8 +166,8 @@ def draw_method_gains(gains: Mapping[str, Gains], metric: str) -> Figure:
         # Two seeds may agree by chance: an interval without a width says nothing.
         sure = ((gain.low > 0) | (gain.high < 0)) & (gain.high > gain.low)
         ax.axvline(0, color=theme.MUTED, linewidth=0.9)
-        there = np.isfinite(gain.low)
-        ax.hlines(rows[there], gain.low[there], gain.high[there], color=theme.MUTED, linewidth=1, zorder=2)
+        finite = np.isfinite(gain.low)
+        ax.hlines(rows[finite], gain.low[finite], gain.high[finite], color=theme.MUTED, linewidth=1, zorder=2)
         for chosen, face in ((sure, theme.SERIES[0]), (~sure, theme.PAPER)):
             look: dict[str, Any] = {"s": 13 if many else 20, "facecolors": face, "edgecolors": theme.SERIES[0]}
             ax.scatter(gain.mean[chosen], rows[chosen], linewidths=1, zorder=3, **look)

@@ -27,7 +27,7 @@ class Cost(NamedTuple):
 
 
 def draw_costs(record: ComparisonRecord, target: Path) -> list[theme.Picture]:
-    """Draw and save accuracy against bytes and rounds; nothing where no run's folder is there."""
+    """Draw and save accuracy against bytes and rounds; nothing where no run's folder is left."""
     captions, pictures = theme.CAPTIONS["comparison"], list[theme.Picture]()
     rounds = read_rounds(record)
     costs = read_costs(record, rounds)
@@ -44,10 +44,10 @@ def draw_costs(record: ComparisonRecord, target: Path) -> list[theme.Picture]:
 def read_curves(record: ComparisonRecord, rounds: Rounds) -> Rounds:
     """Pick the runs that were evaluated on the way, by method, the best method first where there are many."""
     found = {method: [lines for lines in runs if pick(lines, "validation")[0]] for method, runs in rounds.items()}
-    there = [method for method, runs in found.items() if runs]
-    if len(there) > theme.MANY:
-        there = order_by_mean({method: record.scores(method) for method in there}, there)
-    return {method: found[method] for method in there}
+    evaluated = [method for method, runs in found.items() if runs]
+    if len(evaluated) > theme.MANY:
+        evaluated = order_by_mean({method: record.scores(method) for method in evaluated}, evaluated)
+    return {method: found[method] for method in evaluated}
 
 
 def read_costs(record: ComparisonRecord, rounds: Rounds) -> list[Cost]:
@@ -55,7 +55,7 @@ def read_costs(record: ComparisonRecord, rounds: Rounds) -> list[Cost]:
     found = []
     for method, scores in read_scores(record).items():
         if method == "zero-shot" or method in rounds:
-            result = spread([100 * float(np.mean(list(one.values()))) for one in scores.values()])
+            result = spread([100 * float(np.mean(list(by_client.values()))) for by_client in scores.values()])
             sent = [sum(map(_read_bytes, lines)) for lines in rounds.get(method, [])]
             found.append(Cost(method, float(np.mean(sent or [0])), result.mean, result.std))
     return found
@@ -149,9 +149,8 @@ def draw_curves(curves: Rounds, metric: str) -> Figure:
             right.axhline(values[-1], color=colour, linewidth=1.2, linestyle=theme.LEVEL)
             place, frame = (0.02, values[-1]), ("axes fraction", "data")
             theme.annotate(right, place, f"{method}: nothing sent", frame, (0, 3), "left", color=colour)
-    left.set_xlabel("round")
-    right.set_xlabel("MiB sent and received by a client so far")
-    left.set_title(title)
+    left.set(xlabel="round", title=title)
+    right.set(xlabel="MiB sent and received by a client so far")
     for ax in (left, right):
         ax.grid(axis="y")
     theme.use_whole_numbers(left)

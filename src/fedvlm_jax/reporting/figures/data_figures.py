@@ -30,8 +30,8 @@ Parts = Mapping[str, tuple[np.ndarray, tuple[float, ...]]]
 
 @theme.style()
 def draw_data(description: Mapping[str, Any]) -> Figure:
-    """Draw a description (of `data.statistics.describe`): rows by split, and shares of the values of its label."""
-    clients = sorted(description["clients"], key=lambda one: (one["held_out"], -_count_rows(one), one["name"]))
+    """Draw a description (of `data.dataset_summary.describe`): rows by split, and shares of the values of its label."""
+    clients = sorted(description["clients"], key=lambda each: (each["held_out"], -_count_rows(each), each["name"]))
     found = description["keys"].get(description["label"])
     named, panels = len(clients) <= NAMED, 2 if found else 1
     gap = (0.6 if named else max(1.0, 0.02 * len(clients))) if clients[-1]["held_out"] else 0.0
@@ -39,7 +39,7 @@ def draw_data(description: Mapping[str, Any]) -> Figure:
         figure, axes = theme.make_figure(WIDTH, 1.7 + 0.25 * (len(clients) + gap), columns=panels, sharey=True)
     else:
         figure, axes = theme.make_figure(WIDTH, 2.7 * panels + 0.3, rows=panels, sharex=True)
-    at = np.arange(len(clients)) + np.asarray([gap if one["held_out"] else 0.0 for one in clients])
+    at = np.arange(len(clients)) + np.asarray([gap if client["held_out"] else 0.0 for client in clients])
     (_draw_named_rows if named else _draw_many_rows)(axes[0], at, clients)
     if found:
         title = f"Share of their rows by {description['label']}"
@@ -52,7 +52,7 @@ def draw_data(description: Mapping[str, Any]) -> Figure:
             ax.grid(visible=False, axis="x")
             ax.grid(axis="y")
             ax.set(xticks=[], xlim=(-0.8, at.max() + 0.8))
-        out = sum(one["held_out"] for one in clients)
+        out = sum(client["held_out"] for client in clients)
         axes[-1].set_xlabel(f"{len(clients)} clients" + (f", on the right the {out} that are held out" if out else ""))
     return figure
 
@@ -63,10 +63,10 @@ def _count_rows(client: Mapping[str, Any]) -> int:
 
 def _draw_named_rows(ax: Any, at: np.ndarray, clients: Clients) -> None:
     _stack(ax, at, _split_rows(clients), named=True)
-    names = [theme.fit_name(one["name"], 34) + (" (held out)" if one["held_out"] else "") for one in clients]
+    names = [theme.fit_name(client["name"], 34) + (" (held out)" if client["held_out"] else "") for client in clients]
     ax.set_yticks(at, names)
     ax.set_ylim(at.max() + 0.6, -0.6)
-    sums = [_count_rows(one) for one in clients]
+    sums = [_count_rows(client) for client in clients]
     look = {"va": "center", "fontsize": 8.5, "color": theme.MUTED}
     for place, number in zip(at, sums, strict=True):
         theme.annotate(ax, (number, place), f"{number:,}", "data", (4, 0), "left", **look)
@@ -77,7 +77,7 @@ def _draw_named_rows(ax: Any, at: np.ndarray, clients: Clients) -> None:
 
 
 def _draw_many_rows(ax: Any, at: np.ndarray, clients: Clients) -> None:
-    sums = np.asarray([_count_rows(one) for one in clients])
+    sums = np.asarray([_count_rows(client) for client in clients])
     skewed = sums.max() > SKEWED * max(1.0, float(np.median(sums)))
     parts = _split_rows(clients)
     if skewed:  # a stack has no meaning on a log scale
@@ -95,7 +95,7 @@ def _draw_many_rows(ax: Any, at: np.ndarray, clients: Clients) -> None:
 
 def _split_rows(clients: Clients) -> Parts:
     return {
-        str(split): (np.asarray([one[split] for one in clients], float), thin(theme.INK, STRENGTHS[split]))
+        str(split): (np.asarray([client[split] for client in clients], float), thin(theme.INK, STRENGTHS[split]))
         for split in SPLITS
     }
 
@@ -107,7 +107,7 @@ def _share_values(clients: Clients, found: Mapping[str, Any], named: bool) -> Pa
     """
     values = list(found["values"])
     shown = values if len(values) <= COLOURED + 1 else values[:COLOURED]
-    held = [found["by_client"][one["name"]] for one in clients]
+    held = [found["by_client"][client["name"]] for client in clients]
     totals = np.maximum(1, np.asarray([sum(counts.values()) for counts in held], float))
     shares = {value: 100 * np.asarray([counts.get(value, 0) for counts in held]) / totals for value in shown}
     colours = {value: thin(theme.SERIES[place], 0.9) for place, value in enumerate(shown)}
@@ -119,7 +119,7 @@ def _share_values(clients: Clients, found: Mapping[str, Any], named: bool) -> Pa
     order = np.arange(len(clients))
     if not named:
         table = np.stack(list(shares.values()))
-        held_out = np.asarray([one["held_out"] for one in clients])
+        held_out = np.asarray([client["held_out"] for client in clients])
         # The last key counts first: held-out clients, then those without rows, stand at the right.
         order = np.lexsort((-table.max(axis=0), table.argmax(axis=0), table.sum(axis=0) == 0, held_out))
     return {value: (share[order], colours[value]) for value, share in shares.items()}

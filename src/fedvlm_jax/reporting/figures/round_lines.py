@@ -45,8 +45,8 @@ def pick(lines: Lines, key: str, scale: float = 1.0) -> Line:
     ([1, 3], [50.0, 25.0])
     """
     found = [(line["round"], line.get(key)) for line in lines]
-    there = [(number, scale * value) for number, value in found if value is not None and np.isfinite(value)]
-    return [number for number, _ in there], [value for _, value in there]
+    finite = [(number, scale * value) for number, value in found if value is not None and np.isfinite(value)]
+    return [number for number, _ in finite], [value for _, value in finite]
 
 
 def average(runs: Sequence[Line]) -> Line:

@@ -72,9 +72,9 @@ def draw_gains(record: RunRecord) -> Figure:
     ax.hlines(rows, 0, values, color=theme.GRID, linewidth=0.07 * size, zorder=1)
     intervals = (record.results.get("gain_intervals") or {}).get(record.metric) or {}
     if intervals and len(order) <= theme.LABELLED:  # among more clients they would hide each other
-        there = [row for row, client in enumerate(order) if client in intervals]
-        ends = 100 * np.asarray([intervals[order[row]] for row in there]).reshape(-1, 2)
-        ax.hlines(there, ends[:, 0], ends[:, 1], color=colour, linewidth=1, zorder=2)
+        known = [row for row, client in enumerate(order) if client in intervals]
+        ends = 100 * np.asarray([intervals[order[row]] for row in known]).reshape(-1, 2)
+        ax.hlines(known, ends[:, 0], ends[:, 1], color=colour, linewidth=1, zorder=2)
     # A client that loses is a square: its side of the line is not the only sign of it.
     for chosen, marker in ((values >= 0, "o"), (values < 0, "s")):
         ax.scatter(values[chosen], rows[chosen], s=size, color=colour, marker=marker, zorder=3)
@@ -101,8 +101,7 @@ def draw_matrix(record: RunRecord) -> Figure:
     names = clients if len(clients) <= theme.LABELLED else []
     figure = theme.tint_cells(values, values == values.max(axis=1, keepdims=True), names[::-1], names)
     (ax,) = figure.axes
-    ax.set_ylabel("data of")
-    ax.set_xlabel("model of")
+    ax.set(xlabel="model of", ylabel="data of")
     ax.xaxis.set_label_position("top")
     ax.tick_params(axis="x", rotation=90)
     for place in range(len(clients)):
@@ -147,6 +146,5 @@ def _make_rows(order: Sequence[str], margin: float, row: float) -> tuple[Figure,
     named = len(order) <= theme.LABELLED
     figure, (ax,) = theme.make_figure(theme.WIDE, margin + (row * len(order) if named else min(6.0, 0.05 * len(order))))
     theme.name_rows(ax, order if named else [])
-    ax.set_ylabel("" if named else f"{len(order)} clients, sorted")
-    ax.set_ylim(-0.8, len(order) - 0.2)
+    ax.set(ylabel="" if named else f"{len(order)} clients, sorted", ylim=(-0.8, len(order) - 0.2))
     return figure, ax, np.arange(len(order)), 34 if named else 8

@@ -171,8 +171,7 @@ def tint_cells(
     ax.set_xticks(range(len(columns)), [fit_name(name, 40) for name in columns])
     ax.tick_params(axis="x", rotation=90 if turned else 0)
     name_rows(ax, rows)
-    ax.set_xlim(-0.5, across - 0.5)
-    ax.set_ylim(-0.5, count - 0.5)
+    ax.set(xlim=(-0.5, across - 0.5), ylim=(-0.5, count - 0.5))
     return figure
 
 
