@@ -91,7 +91,11 @@ def multiply(indices: str, left: Array, right: Array) -> Array:
 
 
 def softmax(scores: Float[Array, "... S"], dtype: Any) -> Float[Array, "... S"]:
-    """Softmax over the last axis in float32 at least, cast to `dtype`."""
+    """Softmax over the last axis in float32 at least, cast to `dtype`.
+
+    >>> softmax(jnp.zeros(2), jnp.float32).tolist()
+    [0.5, 0.5]
+    """
     return jax.nn.softmax(widen(scores), axis=-1).astype(dtype)
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import layers
-from fedvlm_jax.models.layers import HIDDEN, USUAL, Norm, Stacking
+from fedvlm_jax.models.layers import HIDDEN, Norm, Stacking
 from fedvlm_jax.models.search import Cache
 
 OFFSET = 2  # BART's position table starts with two rows that are never used
@@ -153,12 +153,10 @@ class Half(TextModule):
         return self.layers(x, *args)
 
 
-class Bart(nn.Module):
-    """The language model: `text` is a transformers `BartConfig`."""
+class Bart(TextModule):
+    """The language model."""
 
-    text: Any
-    dtype: Any = jnp.float32
-    stacking: Stacking = USUAL
+    stacking: Stacking
 
     def setup(self) -> None:
         text, init = self.text, nn.initializers.normal(self.text.init_std)

@@ -15,23 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.layers import USUAL, Norm, Stacking, activation, dot_attention, multiply, scanned, softmax
-
-
-def feature_size(vision: Any, height: int, width: int) -> tuple[int, int]:
-    """Height and width of the tower's last feature map; refuse an image, in pixels, too small for its strides.
-
-    >>> from types import SimpleNamespace
-    >>> feature_size(SimpleNamespace(patch_size=(7, 3), patch_stride=(4, 2), patch_padding=(3, 1)), 64, 48)
-    (8, 6)
-    """
-    sides = [height, width]
-    for kernel, stride, pad in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
-        sides = [(side + 2 * pad - kernel) // stride + 1 for side in sides]
-    if min(sides) < 1:
-        raise UserError(f"an image of {height}x{width} pixels leaves no features after strides {vision.patch_stride}")
-    return sides[0], sides[1]
 
 
 class StageModule(nn.Module):

@@ -4,6 +4,7 @@ A picture becomes P tokens (one for the mean, one per position of the feature ma
 token in the prompt. Everything runs as in inference: no dropout, no drop-path.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Batch, Params, Vlm, select_leaves
 from fedvlm_jax.models.florence2.bart import Bart
 from fedvlm_jax.models.florence2.config import check_config
-from fedvlm_jax.models.florence2.davit import DaViT, feature_size
+from fedvlm_jax.models.florence2.davit import DaViT
 from fedvlm_jax.models.florence2.weights import make_table, temporal_embedding
 from fedvlm_jax.models.generation import make_generate, read_settings
 from fedvlm_jax.models.layers import USUAL, Norm, Stacking
@@ -134,10 +135,19 @@ def shift_right(labels: Int[Array, "*B U"], pad: int, start: int) -> Int[Array, 
 
 
 def image_tokens(config: Any, height: int, width: int) -> int:
-    """Count the image tokens P of a picture; refuse one too small for the tower's strides, or for its positions."""
-    rows, columns = feature_size(config.vision_config, height, width)
-    _check_map(config.vision_config, rows, columns)
-    return 1 + rows * columns
+    """Count the image tokens P of a picture; refuse one too small for the tower's strides, or too large for positions.
+
+    >>> from fedvlm_jax.models import read_vlm
+    >>> image_tokens(read_vlm("florence2-base").config, 768, 768)
+    577
+    """
+    vision, sides = config.vision_config, (height, width)
+    for kernel, stride, pad in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
+        sides = tuple((side + 2 * pad - kernel) // stride + 1 for side in sides)
+    if min(sides) < 1:
+        raise UserError(f"an image of {height}x{width} pixels leaves no features after strides {vision.patch_stride}")
+    _check_map(vision, *sides)
+    return 1 + math.prod(sides)
 
 
 def example_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
