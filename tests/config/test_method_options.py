@@ -12,7 +12,7 @@ from fedvlm_jax.config.run_options import Compare, LoraOptions, Run, TrainOption
 from fedvlm_jax.config.validation import validate, validate_comparison
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.federation.participation import ParticipationOptions
+from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.federation.round import RoundOutput, make_round, to_waves
 from fedvlm_jax.methods import Method, Setup
 from fedvlm_jax.methods.base import AVERAGING

@@ -11,9 +11,10 @@ from toy import LABELS, RATES, VOCABULARY, WIDTH, make_method
 
 from fedvlm_jax.distributed.sharding import make_mesh
 from fedvlm_jax.federation.client_states import ClientStates
-from fedvlm_jax.federation.cohort import choose_layout, draw_cohort, draw_turnout, make_clients
+from fedvlm_jax.federation.cohort import choose_layout, make_clients
 from fedvlm_jax.federation.compiled import Programs
-from fedvlm_jax.federation.participation import ParticipationOptions
+from fedvlm_jax.federation.config import ParticipationOptions
+from fedvlm_jax.federation.participation import draw_cohort, draw_turnout
 from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
 from fedvlm_jax.methods.zoo import pfedme

@@ -15,9 +15,9 @@ from linear_world import SCALE, SHAPES, SHARES, World, as_theta, assert_close
 
 from fedvlm_jax import lora
 from fedvlm_jax.distributed.sharding import make_mesh
-from fedvlm_jax.federation.cohort import draw_cohort
 from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.local_training import make_local_trainer
+from fedvlm_jax.federation.participation import draw_cohort
 from fedvlm_jax.methods.components import server_optimizers
 from fedvlm_jax.methods.components.factors import leaf_name
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions

@@ -10,7 +10,7 @@ import pytest
 
 import fedvlm_jax
 from fedvlm_jax.data.partitioning.emoji_topics import draw_mix
-from fedvlm_jax.federation.cohort import draw_cohort
+from fedvlm_jax.federation.participation import draw_cohort
 from fedvlm_jax.utils.random_streams import Stream
 
 SOURCE = Path(fedvlm_jax.__file__).parent

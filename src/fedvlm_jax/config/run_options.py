@@ -18,7 +18,7 @@ from fedvlm_jax.data.config import KINDS, DataOptions, Partition, Split
 from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.data.sources.registry import find_options, find_partition
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.federation.participation import ParticipationOptions
+from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.methods.config import (
     SHARE,
     LocalOptions,

@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from fedvlm_jax.data.batches import bucket, round_rows
 from fedvlm_jax.data.tokenization import Examples
-from fedvlm_jax.federation.participation import ParticipationOptions
 from fedvlm_jax.federation.round import to_waves
 from fedvlm_jax.methods import Client
-from fedvlm_jax.utils.random_streams import Stream
 
 WAVE = 16  # clients trained side by side on one device, unless the user says otherwise
 
@@ -69,57 +67,6 @@ def balance_wave(wave: int, cohort: int, devices: int) -> int:
     return -(-cohort // (waves * devices)) * devices
 
 
-def draw_cohort(
-    seed: int, round_: int, population: int, cohort: int, sizes: Int[np.ndarray, " population"] | None = None
-) -> Int[np.ndarray, " cohort"]:
-    """Draw the clients of a round, without replacement and in ascending order; all where the cohort is everybody.
-
-    The choice depends on the seed, the round and the sizes, and on nothing else. With `sizes` clients are drawn one
-    after another, each time with chances proportional to the sizes of those who are left: the first to arrive in a race
-    of exponential clocks with these rates. Clients of size 0 come last.
-
-    >>> draw_cohort(seed=0, round_=1, population=3, cohort=5).tolist()
-    [0, 1, 2]
-    """
-    if cohort >= population:
-        return np.arange(population)
-    rng = np.random.default_rng([Stream.COHORTS, seed, round_])
-    if sizes is None:
-        return np.sort(rng.choice(population, cohort, replace=False))
-    never = np.full(population, np.inf)
-    arrivals = np.divide(-np.log1p(-rng.random(population)), sizes, out=never, where=sizes > 0)
-    return np.sort(np.argsort(arrivals, kind="stable")[:cohort])
-
-
-class Turnout(NamedTuple):
-    """The work that the clients of a round do."""
-
-    steps: Int[np.ndarray, " cohort"]  # local steps that each takes; 0 for drop-outs
-    dropped: Bool[np.ndarray, " cohort"]
-    late: Bool[np.ndarray, " cohort"]  # stragglers, who take fewer steps than they should, and count all the same
-
-
-def draw_turnout(
-    seed: int,
-    round_: int,
-    numbers: Int[np.ndarray, " cohort"],
-    steps: Int[np.ndarray, " cohort"],
-    options: ParticipationOptions,
-) -> Turnout:
-    """Draw the drop-outs and stragglers of a cohort, in which a client should take so many local steps.
-
-    What becomes of a client depends on (seed, round, client) and on nothing else: it has three random numbers, at a
-    place of one stream that its own number decides. They are the same whatever the chances are, so a higher chance only
-    adds to those whom a lower one meets. A client with a single step cannot straggle.
-    """
-    rng = np.random.default_rng([Stream.TURNOUT, seed, round_])
-    leaves, tires, stamina = rng.random((numbers.max(initial=-1) + 1, 3))[numbers].T
-    dropped = leaves < options.dropout
-    late = ~dropped & (tires < options.stragglers) & (steps > 1)
-    fewer = 1 + np.floor(stamina * (steps - 1)).astype(np.int64)
-    return Turnout(np.where(dropped, 0, np.where(late, fewer, steps)), dropped, late)
-
-
 def make_clients(
     seed: int,
     round_: int,
@@ -165,20 +112,6 @@ def make_clients(
         share=weights[at] if shares is None else shares[who].astype(np.float32),
     )
     return to_waves(client, layout.waves), weights
-
-
-def find_shares(
-    sizes: Int[np.ndarray, " population"], weighting: Literal["examples", "uniform"]
-) -> Float[np.ndarray, " population"]:
-    """Compute each client's share of all clients' weight: by number of examples, or alike over those that have any.
-
-    Where clients are drawn by size and then count alike, that is by examples: so is the objective they average to.
-
-    >>> find_shares(np.asarray([1, 0, 3]), "examples").tolist()
-    [0.25, 0.0, 0.75]
-    """
-    counts = np.asarray(sizes if weighting == "examples" else sizes > 0, np.float64)
-    return counts / max(counts.sum(), 1.0)
 
 
 def fill_places(places: Int[np.ndarray, " some"], cohort: int) -> Int[np.ndarray, " some"]:

@@ -1,24 +1,74 @@
-"""Options of participation in a round. None of it is given by the FedVLM paper.
+"""Participation in a round: the clients that are drawn, those that drop out or straggle, and their share of the weight."""
 
-Imports nothing heavy: the command line reads it.
-"""
+from typing import Literal, NamedTuple
 
-from dataclasses import dataclass
-from typing import Literal
+import numpy as np
+from jaxtyping import Bool, Float, Int
 
-from fedvlm_jax.utils.option_ranges import Chance, Share
+from fedvlm_jax.federation.config import ParticipationOptions
+from fedvlm_jax.utils.random_streams import Stream
 
 
-@dataclass(frozen=True)
-class ParticipationOptions:
-    """Participation in a federated round, and how far clients come; fine-tuning after it is everybody's, and whole"""
+def draw_cohort(
+    seed: int, round_: int, population: int, cohort: int, sizes: Int[np.ndarray, " population"] | None = None
+) -> Int[np.ndarray, " cohort"]:
+    """Draw the clients of a round, without replacement and in ascending order; all where the cohort is everybody.
 
-    sampling: Literal["uniform", "size"] = "uniform"
-    """How --cohort clients are drawn, without replacement: all alike, or one after another with chances proportional to
-    their training examples (then --train.weighting uniform, or size counts twice; not given by the paper)."""
-    dropout: Chance = 0.0
-    """Chance that a drawn client drops out mid-round: it sends nothing, keeps the private state it had, and the others'
-    weights add up to 1 without it (not given by the paper)."""
-    stragglers: Share = 0.0
-    """Chance that a drawn client comes only so far, a number of steps drawn from 1 to one less than its own; what it
-    learned counts like any other's (not given by the paper)."""
+    The choice depends on the seed, the round and the sizes, and on nothing else. With `sizes` clients are drawn one
+    after another, each time with chances proportional to the sizes of those who are left: the first to arrive in a race
+    of exponential clocks with these rates. Clients of size 0 come last.
+
+    >>> draw_cohort(seed=0, round_=1, population=3, cohort=5).tolist()
+    [0, 1, 2]
+    """
+    if cohort >= population:
+        return np.arange(population)
+    rng = np.random.default_rng([Stream.COHORTS, seed, round_])
+    if sizes is None:
+        return np.sort(rng.choice(population, cohort, replace=False))
+    never = np.full(population, np.inf)
+    arrivals = np.divide(-np.log1p(-rng.random(population)), sizes, out=never, where=sizes > 0)
+    return np.sort(np.argsort(arrivals, kind="stable")[:cohort])
+
+
+class Turnout(NamedTuple):
+    """The work that the clients of a round do."""
+
+    steps: Int[np.ndarray, " cohort"]  # local steps that each takes; 0 for drop-outs
+    dropped: Bool[np.ndarray, " cohort"]
+    late: Bool[np.ndarray, " cohort"]  # stragglers, who take fewer steps than they should, and count all the same
+
+
+def draw_turnout(
+    seed: int,
+    round_: int,
+    numbers: Int[np.ndarray, " cohort"],
+    steps: Int[np.ndarray, " cohort"],
+    options: ParticipationOptions,
+) -> Turnout:
+    """Draw the drop-outs and stragglers of a cohort, in which a client should take so many local steps.
+
+    What becomes of a client depends on (seed, round, client) and on nothing else: it has three random numbers, at a
+    place of one stream that its own number decides. They are the same whatever the chances are, so a higher chance only
+    adds to those whom a lower one meets. A client with a single step cannot straggle.
+    """
+    rng = np.random.default_rng([Stream.TURNOUT, seed, round_])
+    leaves, tires, stamina = rng.random((numbers.max(initial=-1) + 1, 3))[numbers].T
+    dropped = leaves < options.dropout
+    late = ~dropped & (tires < options.stragglers) & (steps > 1)
+    fewer = 1 + np.floor(stamina * (steps - 1)).astype(np.int64)
+    return Turnout(np.where(dropped, 0, np.where(late, fewer, steps)), dropped, late)
+
+
+def find_shares(
+    sizes: Int[np.ndarray, " population"], weighting: Literal["examples", "uniform"]
+) -> Float[np.ndarray, " population"]:
+    """Compute each client's share of all clients' weight: by number of examples, or alike over those that have any.
+
+    Where clients are drawn by size and then count alike, that is by examples: so is the objective they average to.
+
+    >>> find_shares(np.asarray([1, 0, 3]), "examples").tolist()
+    [0.25, 0.0, 0.75]
+    """
+    counts = np.asarray(sizes if weighting == "examples" else sizes > 0, np.float64)
+    return counts / max(counts.sum(), 1.0)

@@ -23,13 +23,14 @@ from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.distributed.sharding import fetch, fetch_local, local_places, place_like, place_waves, replicate
 from fedvlm_jax.federation.client_states import NOBODY, ClientStates, Slots
-from fedvlm_jax.federation.cohort import Layout, draw_cohort, draw_turnout, fill_places, find_shares, make_clients
+from fedvlm_jax.federation.cohort import Layout, fill_places, make_clients
 from fedvlm_jax.federation.communication import count_bytes, find_travelling
 from fedvlm_jax.federation.compiled import Around, Programs
+from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.federation.diagnostics import OF_PAIRS
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
 from fedvlm_jax.federation.memory import Footprint, count_unread, measure
-from fedvlm_jax.federation.participation import ParticipationOptions
+from fedvlm_jax.federation.participation import draw_cohort, draw_turnout, find_shares
 from fedvlm_jax.federation.round import (
     RoundArguments,
     RoundOutput,

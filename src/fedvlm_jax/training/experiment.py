@@ -19,10 +19,10 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import Evaluator
 from fedvlm_jax.evaluation.knn_per import Neighbours
 from fedvlm_jax.federation.cohort import Layout
+from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.federation.inputs.batch_reader import Inputs, make_blank_inputs, make_inputs
 from fedvlm_jax.federation.inputs.feature_cache import GIB, FeatureStore, is_vision_frozen
 from fedvlm_jax.federation.inputs.reference_log_probs import Reference, add_reference
-from fedvlm_jax.federation.participation import ParticipationOptions
 from fedvlm_jax.federation.simulator import Simulator, start_adapter
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.objectives import Objective, load_objective

@@ -1,0 +1,24 @@
+"""Options of participation in a round. None of it is given by the FedVLM paper.
+
+Imports nothing heavy: the command line reads it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedvlm_jax.utils.option_ranges import Chance, Share
+
+
+@dataclass(frozen=True)
+class ParticipationOptions:
+    """Participation in a federated round, and how far clients come; fine-tuning after it is everybody's, and whole"""
+
+    sampling: Literal["uniform", "size"] = "uniform"
+    """How --cohort clients are drawn, without replacement: all alike, or one after another with chances proportional to
+    their training examples (then --train.weighting uniform, or size counts twice; not given by the paper)."""
+    dropout: Chance = 0.0
+    """Chance that a drawn client drops out mid-round: it sends nothing, keeps the private state it had, and the others'
+    weights add up to 1 without it (not given by the paper)."""
+    stragglers: Share = 0.0
+    """Chance that a drawn client comes only so far, a number of steps drawn from 1 to one less than its own; what it
+    learned counts like any other's (not given by the paper)."""
