@@ -6,8 +6,8 @@ import sys
 LOOK = """
 import gc, importlib, os, pkgutil, signal, socket, sys, threading, warnings
 # Libraries set what they set when they are imported; what is compared is what this package adds to that.
-import datasets, flax.linen, grain, jax, matplotlib, numpy, optax, orbax.checkpoint, PIL.Image, PIL.ImageCms, rich, scipy.stats
-import transformers, tyro
+import datasets, flax.linen, grain, jax, matplotlib, numpy, optax, orbax.checkpoint, PIL.Image, PIL.ImageCms, rich
+import scipy.stats, transformers, tyro
 from jax._src import xla_bridge
 
 socket.socket.connect = lambda *given: sys.exit(f"a connection to {given[1:]}")

@@ -8,7 +8,7 @@ import pytest
 from made_up import CLIENTS, METHODS, write_many
 from matplotlib.text import Text
 
-from fedvlm_jax.reporting.figures import comparison_figures, cost_figures, diagnostics
+from fedvlm_jax.reporting.figures import comparison_figures, cost_pareto_figures, diagnostics_figures
 from fedvlm_jax.reporting.figures.round_lines import read_rounds
 from fedvlm_jax.reporting.figures.theme import spread_apart
 from fedvlm_jax.run_dir.reader import ComparisonRecord, read_comparison
@@ -36,14 +36,14 @@ def check_apart(figure: Any, ax: Any, names: set[str]) -> None:
 
 
 def test_names_beside_points_are_apart(record: ComparisonRecord) -> None:
-    costs = cost_figures.read_costs(record, read_rounds(record))
-    figure = cost_figures.draw_pareto(costs, "exact_match")
+    costs = cost_pareto_figures.read_costs(record, read_rounds(record))
+    figure = cost_pareto_figures.draw_pareto(costs, "exact_match")
     check_apart(figure, figure.axes[0], set(METHODS))
 
 
 @pytest.mark.broad
 def test_names_at_the_ends_of_lines_are_apart(record: ComparisonRecord) -> None:
-    figure = diagnostics.draw_method_health(read_rounds(record))
+    figure = diagnostics_figures.draw_method_health(read_rounds(record))
     assert len(figure.axes) == 4
     for ax in figure.axes[:3]:
         check_apart(figure, ax, set(METHODS) - {"fedavg-lora+ft"})
@@ -57,8 +57,8 @@ def test_rows_and_panels_have_all_methods_the_best_first(record: ComparisonRecor
     figures = [float(text.get_text()) for text in left.texts][::-1]
     assert figures == sorted(figures, reverse=True)
     assert len(right.texts) == 26
-    curves = cost_figures.read_curves(record, read_rounds(record))
-    panels = cost_figures.draw_curves(curves, "exact_match").axes
+    curves = cost_pareto_figures.read_curves(record, read_rounds(record))
+    panels = cost_pareto_figures.draw_curves(curves, "exact_match").axes
     assert [ax.get_title(loc="left") for ax in panels] == rows[:-1]
     cells = comparison_figures.draw_heatmap(record).axes[0]
     assert [label.get_text() for label in cells.get_yticklabels()][::-1] == rows

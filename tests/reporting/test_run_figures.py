@@ -11,7 +11,13 @@ from made_up import CLIENTS, write_comparison, write_run
 from PIL import Image
 from rich.cells import cell_len
 
-from fedvlm_jax.reporting.figures import comparison_figures, cost_figures, diagnostics, run_figures, theme
+from fedvlm_jax.reporting.figures import (
+    comparison_figures,
+    cost_pareto_figures,
+    diagnostics_figures,
+    run_figures,
+    theme,
+)
 from fedvlm_jax.reporting.figures.round_lines import read_rounds
 from fedvlm_jax.reporting.figures.run_figures import draw_run
 from fedvlm_jax.reporting.figures.theme import choose_series, save_png, to_svg
@@ -39,7 +45,9 @@ def test_rounds_show_validation_before_and_after_redistribution(tmp_path: Path) 
 def test_what_was_before_redistribution_has_one_style_in_all_pictures(tmp_path: Path) -> None:
     record = read_run(write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5}, curve=(0.2, 0.3)))
     after, before = run_figures.draw_rounds(record).axes[0].lines[:2]
-    (panel,) = [ax for ax in diagnostics.draw_health(record).axes if ax.get_title(loc="left").startswith("Validation")]
+    (panel,) = [
+        ax for ax in diagnostics_figures.draw_health(record).axes if ax.get_title(loc="left").startswith("Validation")
+    ]
     assert list(panel.lines[0].get_ydata()) == pytest.approx([20, 30])  # after, then before
     for theirs, ours in zip(panel.lines, (after, before), strict=True):
         assert (theirs.get_linestyle(), theirs.get_color()) == (ours.get_linestyle(), ours.get_color())
@@ -49,7 +57,7 @@ def test_what_was_before_redistribution_has_one_style_in_all_pictures(tmp_path: 
 
 def test_rounds_are_whole_numbers_on_every_axis(tmp_path: Path) -> None:
     record = read_run(write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5}, curve=(0.3,)))
-    for figure in (run_figures.draw_rounds(record), diagnostics.draw_health(record)):
+    for figure in (run_figures.draw_rounds(record), diagnostics_figures.draw_health(record)):
         figure.canvas.draw()
         for ax in figure.axes:
             if ax.get_xlabel() == "round":
@@ -99,8 +107,8 @@ def test_curves_average_seeds_and_add_up_bytes(tmp_path: Path) -> None:
     # Accuracies of a made-up run end at its mean over clients: .4 and .6, so .5.
     scores = {"plora": {0: {"a": 0.4}, 1: {"a": 0.6}}, "local": {0: {"a": 0.5}, 1: {"a": 0.5}}}
     record = read_comparison(write_comparison(tmp_path / "c", scores, {0: {"a": 0.1}, 1: {"a": 0.1}}))
-    curves = cost_figures.read_curves(record, read_rounds(record))
-    left, right = cost_figures.draw_curves(curves, "exact_match").axes
+    curves = cost_pareto_figures.read_curves(record, read_rounds(record))
+    left, right = cost_pareto_figures.draw_curves(curves, "exact_match").axes
     assert left.lines[0].get_ydata()[-1] == pytest.approx(50)
     assert right.lines[0].get_xdata()[-1] == pytest.approx(8 * 360_000 / 2**20)
     assert [text.get_text() for text in right.texts] == ["local: nothing sent"]
@@ -172,10 +180,10 @@ def test_black_and_other_fixed_colours_do_not_reach_the_page(tmp_path: Path) -> 
     run = read_run(record.folder_of(record.runs[1]))
     pictures = [
         *run_figures.draw_run(run, tmp_path),
-        *diagnostics.draw_run_health(run, tmp_path),
+        *diagnostics_figures.draw_run_health(run, tmp_path),
         *comparison_figures.draw_comparison(record, tmp_path),
-        *cost_figures.draw_costs(record, tmp_path),
-        *diagnostics.draw_comparison_health(record, tmp_path),
+        *cost_pareto_figures.draw_costs(record, tmp_path),
+        *diagnostics_figures.draw_comparison_health(record, tmp_path),
     ]
     assert len(pictures) == 10
     for picture in pictures:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from made_up import write_comparison, write_run
 
-from fedvlm_jax.reporting.figures import comparison_figures, cost_figures, diagnostics
-from fedvlm_jax.reporting.figures.cost_figures import Cost
+from fedvlm_jax.reporting.figures import comparison_figures, cost_pareto_figures, diagnostics_figures
+from fedvlm_jax.reporting.figures.cost_pareto_figures import Cost
 from fedvlm_jax.reporting.figures.round_lines import read_rounds
 from fedvlm_jax.run_dir.reader import read_comparison, read_run
 
@@ -29,17 +29,17 @@ def test_the_front_by_hand() -> None:
         Cost("dear", 90, 60, 1.0),
         Cost("best", 99, 61, 1.0),
     ]
-    assert [cost.method for cost in cost_figures.find_front(costs)] == ["local", "middle", "twin", "best"]
+    assert [cost.method for cost in cost_pareto_figures.find_front(costs)] == ["local", "middle", "twin", "best"]
 
 
 def test_costs_are_those_of_all_rounds(tmp_path: Path) -> None:
     record = read_comparison(write_comparison(tmp_path / "c", SCORES, ZERO))
-    costs = {cost.method: cost for cost in cost_figures.read_costs(record, read_rounds(record))}
+    costs = {cost.method: cost for cost in cost_pareto_figures.read_costs(record, read_rounds(record))}
     assert costs["plora"].sent == 8 * 360_000
     assert costs["local"].sent == 0
     assert costs["plora"].mean == pytest.approx(65)
     assert costs["plora"].std == pytest.approx(20 / np.sqrt(2))  # seeds at 55 and 75
-    (ax,) = cost_figures.draw_pareto(list(costs.values()), "exact_match").axes
+    (ax,) = cost_pareto_figures.draw_pareto(list(costs.values()), "exact_match").axes
     ticks = [label.get_text() for label in ax.get_xticklabels()]
     assert ticks[0] == "nothing"
     assert "zero-shot 10.0, off the scale" in {text.get_text() for text in ax.texts}
@@ -54,7 +54,7 @@ def test_methods_whose_folder_is_gone_have_no_cost(tmp_path: Path) -> None:
     for seed in (0, 1):
         (folder / f"plora-{seed}" / "metrics.jsonl").unlink()
     record = read_comparison(folder)
-    assert [cost.method for cost in cost_figures.read_costs(record, read_rounds(record))] == [
+    assert [cost.method for cost in cost_pareto_figures.read_costs(record, read_rounds(record))] == [
         "zero-shot",
         "local",
     ]
@@ -87,7 +87,7 @@ def test_health_of_a_run(tmp_path: Path) -> None:
     lines = [{**line, "method": "plora"} for line in lines] + [tuned]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = read_run(folder)
-    axes = diagnostics.draw_health(record).axes
+    axes = diagnostics_figures.draw_health(record).axes
     titles = [ax.get_title(loc="left") for ax in axes if ax.axison]
     assert titles == [
         "Aggregation error, %",
@@ -113,7 +113,7 @@ def test_health_of_a_comparison_is_the_mean_over_seeds(tmp_path: Path) -> None:
     path = folder / "plora-1" / "metrics.jsonl"
     path.write_text(path.read_text().replace('"angle_a": 10.0', '"angle_a": 20.0'))
     rounds = read_rounds(read_comparison(folder))
-    axes = diagnostics.draw_method_health(rounds).axes
+    axes = diagnostics_figures.draw_method_health(rounds).axes
     assert {text.get_text() for text in axes[1].texts} == {"local", "plora"}, "plora+ft has plora's federation"
     assert axes[1].lines[1].get_ydata()[:2] == pytest.approx([15, 20])
     gain = axes[3].lines[1]
@@ -122,4 +122,4 @@ def test_health_of_a_comparison_is_the_mean_over_seeds(tmp_path: Path) -> None:
 
 def test_rounds_without_health_have_no_picture(tmp_path: Path) -> None:
     lines = [{"round": 1, "loss": 1.0, "validation": None}]
-    assert diagnostics.list_panels([lines]) == []
+    assert diagnostics_figures.list_panels([lines]) == []

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from fedvlm_jax.cli._flags import WORDS, find_written
 from fedvlm_jax.cli._signals import advising
 from fedvlm_jax.cli._startup import start_quickly
 from fedvlm_jax.cli._supervise import CHILD, Together, supervise, together
-from fedvlm_jax.cli._words import WORDS, find_written
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.config.validation import validate
 from fedvlm_jax.distributed.launch import DistributedOptions, check_distributed

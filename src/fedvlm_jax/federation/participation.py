@@ -1,4 +1,4 @@
-"""Participation in a round: the clients that are drawn, those that drop out or straggle, and their share of the weight."""
+"""Participation in a round: the clients that are drawn, drop out or straggle, and their share of the weight."""
 
 from typing import Literal, NamedTuple
 

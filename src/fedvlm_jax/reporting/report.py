@@ -15,8 +15,8 @@ from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, judge, o
 from fedvlm_jax.reporting.example_cards import read_cards
 from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.reporting.figures.comparison_figures import draw_comparison
-from fedvlm_jax.reporting.figures.cost_figures import draw_costs
-from fedvlm_jax.reporting.figures.diagnostics import draw_comparison_health, draw_run_health
+from fedvlm_jax.reporting.figures.cost_pareto_figures import draw_costs
+from fedvlm_jax.reporting.figures.diagnostics_figures import draw_comparison_health, draw_run_health
 from fedvlm_jax.reporting.figures.run_figures import draw_run
 from fedvlm_jax.reporting.pages import Facts, Report, Section, render
 from fedvlm_jax.reporting.score_tables import read_scores, tabulate_comparison, tabulate_run, tabulate_runs

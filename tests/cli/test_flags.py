@@ -4,7 +4,7 @@ import pytest
 
 import fedvlm_jax
 from fedvlm_jax.cli import main, train
-from fedvlm_jax.cli._words import expand_rate
+from fedvlm_jax.cli._flags import expand_rate
 
 
 @pytest.fixture
