@@ -25,7 +25,8 @@ sys.path.insert(0, str(HERE.parent / "tests" / "federation"))
 from program_check import find_gathered  # noqa: E402  it also asks for eight devices
 
 from fedvlm_jax import lora  # noqa: E402
-from fedvlm_jax.distributed.sharding import CLIENTS, cut_base, make_mesh, wave_sharding  # noqa: E402
+from fedvlm_jax.distributed.mesh import CLIENTS, make_mesh  # noqa: E402
+from fedvlm_jax.distributed.sharding import cut_base, wave_sharding  # noqa: E402
 from fedvlm_jax.evaluation.evaluator import make_answer  # noqa: E402
 from fedvlm_jax.federation.inputs.reference_log_probs import make_score  # noqa: E402
 from fedvlm_jax.federation.local_training import make_local_trainer  # noqa: E402

@@ -11,7 +11,8 @@ import numpy as np
 from flax import linen as nn
 
 from fedvlm_jax import lora
-from fedvlm_jax.distributed.sharding import make_mesh, replicate
+from fedvlm_jax.distributed.mesh import make_mesh
+from fedvlm_jax.distributed.sharding import replicate
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round import make_round, to_waves
 from fedvlm_jax.methods import Client, Setup, load_method

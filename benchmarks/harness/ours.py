@@ -11,7 +11,8 @@ from fedvlm_jax import lora
 from fedvlm_jax.analysis.flops import count_flops
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions
-from fedvlm_jax.distributed.sharding import make_mesh, place_waves, replicate
+from fedvlm_jax.distributed.mesh import make_mesh
+from fedvlm_jax.distributed.sharding import place_waves, replicate
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.memory import Footprint, measure
 from fedvlm_jax.federation.round import RoundArguments, make_arguments, start_personal, to_waves

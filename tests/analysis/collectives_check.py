@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from fedvlm_jax.analysis.collectives import find_collectives
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 
 mesh = make_mesh(4, 2)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedvlm_jax.models.florence2.model import TARGETS
+from fedvlm_jax.models.florence2.config import TARGETS
 
 HERE = Path(__file__).parent
 CHIPS, CLIENTS, STEPS, BATCH, ANSWER, RANK = 4, 4, 4, 2, 64, 8

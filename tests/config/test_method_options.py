@@ -10,7 +10,7 @@ from toy import RATES, make_cohort, make_method, start_states
 from fedvlm_jax.config.method_options import check_rule, declare, for_method
 from fedvlm_jax.config.run_options import Compare, LoraOptions, Run, TrainOptions, methods_available
 from fedvlm_jax.config.validation import validate, validate_comparison
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.federation.round import RoundOutput, make_round, to_waves

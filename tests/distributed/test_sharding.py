@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import AbstractMesh
 from transformers import Florence2Config
 
-from fedvlm_jax.distributed.sharding import cut_base, make_mesh, place_base, place_like
+from fedvlm_jax.distributed.mesh import make_mesh
+from fedvlm_jax.distributed.sharding import cut_base, place_base, place_like
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.florence2 import build
 from fedvlm_jax.utils import tree

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from fedvlm_jax.data.tokenization import IGNORED
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.evaluation.evaluator import Evaluator
 from fedvlm_jax.evaluation.gold_answers import Gold, read_gold
 from fedvlm_jax.models import read_vlm
+from fedvlm_jax.models.beam_search import Settings
 from fedvlm_jax.models.florence2 import Processor
-from fedvlm_jax.models.search import Settings
 
 LONG = " ".join(f"word{number}" for number in range(12))
 JSON = '{"a": 1, "b": 1, "c": 1}'
@@ -113,7 +113,7 @@ def test_a_text_that_ends_the_processor_is_unreachable_and_ends_nothing_else(
 
 def test_the_bans_are_those_of_the_search(processor: Processor, greedy: Settings) -> None:
     """A search over a model that is certain of a gold answer gives it back exactly where none is counted."""
-    from fedvlm_jax.models.search import process_scores
+    from fedvlm_jax.models.beam_search import process_scores
 
     for text in ("a cat", "a cat a cat a cat", JSON, LONG):
         ids = processor.answers([text], 64)[0]

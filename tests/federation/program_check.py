@@ -20,7 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from transformers import BartConfig, Florence2Config
 
 from fedvlm_jax import lora
-from fedvlm_jax.distributed.sharding import make_mesh, place_base, place_waves, replicate
+from fedvlm_jax.distributed.mesh import make_mesh
+from fedvlm_jax.distributed.sharding import place_base, place_waves, replicate
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round import make_round, to_waves
 from fedvlm_jax.methods import Client, Setup, load_method

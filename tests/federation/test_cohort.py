@@ -11,7 +11,7 @@ from toy import LABELS, RATES, WIDTH, make_method
 
 from fedvlm_jax.data.batches import bucket
 from fedvlm_jax.data.federated_dataset import ClientRows
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.federation.cohort import choose_layout, make_clients
 from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.config import ParticipationOptions

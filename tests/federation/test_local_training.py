@@ -7,7 +7,7 @@ import pytest
 from toy import RATES, SPEC, make_cohort, make_toy, run_round, start_states
 
 from fedvlm_jax import lora
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round import make_round
 from fedvlm_jax.methods import Setup, load_method

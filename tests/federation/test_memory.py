@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedvlm_jax.distributed.sharding import make_mesh, place_waves, replicate
+from fedvlm_jax.distributed.mesh import make_mesh
+from fedvlm_jax.distributed.sharding import place_waves, replicate
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.memory import (
     GIB,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import LABELS, RATES, VOCABULARY, WIDTH, make_method
 
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.federation.client_states import ClientStates
 from fedvlm_jax.federation.cohort import choose_layout, make_clients
 from fedvlm_jax.federation.compiled import Programs

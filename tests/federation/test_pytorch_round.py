@@ -13,7 +13,8 @@ import pytest
 from federation.round_case import ALPHA, BASE, CASES, FILE, GOLDEN_CASES, RANK, STEPS, TARGETS, draw_start, make_clients
 
 from fedvlm_jax import lora
-from fedvlm_jax.distributed.sharding import make_mesh, replicate
+from fedvlm_jax.distributed.mesh import make_mesh
+from fedvlm_jax.distributed.sharding import replicate
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round import from_waves, make_round, to_waves
 from fedvlm_jax.methods import Client, Setup, load_method

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toy import make_cohort, make_method, run_round, start_states
 
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.federation.round import make_round
 
 

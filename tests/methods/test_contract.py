@@ -13,7 +13,8 @@ from toy import RATES, WIDTH, make_cohort, make_method, run_round, start_states,
 
 from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import methods_available
-from fedvlm_jax.distributed.sharding import make_mesh, replicate
+from fedvlm_jax.distributed.mesh import make_mesh
+from fedvlm_jax.distributed.sharding import replicate
 from fedvlm_jax.federation.round import make_round, start_personal
 from fedvlm_jax.methods.base import AVERAGING, Context, is_factor
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions, find_method_options, list_method_flags

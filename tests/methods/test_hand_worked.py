@@ -30,7 +30,8 @@ from flax import linen as nn
 from toy import start_states
 
 from fedvlm_jax import lora
-from fedvlm_jax.distributed.sharding import make_mesh, replicate
+from fedvlm_jax.distributed.mesh import make_mesh
+from fedvlm_jax.distributed.sharding import replicate
 from fedvlm_jax.federation.local_training import IGNORED, make_local_trainer
 from fedvlm_jax.federation.round import from_waves, make_round, to_waves
 from fedvlm_jax.methods import Client, Setup, load_method

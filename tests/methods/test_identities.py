@@ -14,7 +14,7 @@ import pytest
 from linear_world import SCALE, SHAPES, SHARES, World, as_theta, assert_close
 
 from fedvlm_jax import lora
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.participation import draw_cohort

@@ -9,7 +9,7 @@ from toy import RATES, make_cohort, make_method, run_round, start_states, take
 import fedvlm_jax.methods.zoo
 from fedvlm_jax.config.method_options import declare
 from fedvlm_jax.config.run_options import Run, TrainOptions
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.round import make_round
 from fedvlm_jax.methods.config import LocalOptions

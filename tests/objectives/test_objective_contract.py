@@ -7,7 +7,7 @@ from toy import LABELS, VOCABULARY, make_cohort, make_method, make_toy, run_roun
 
 from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import methods_available, objectives_available
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.federation.round import make_round
 from fedvlm_jax.objectives import load_objective
 

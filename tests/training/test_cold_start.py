@@ -7,7 +7,7 @@ import pytest
 from federation.test_participation import Case, read_steps
 from toy import RATES
 
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.training.personalization import give_models
 
 RANKS = (1, 2, 2, 1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedvlm_jax.config.run_options import Run, SystemOptions
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.training import federated_data, loaded_model
 from fedvlm_jax.training.federated_data import FederatedData
 from fedvlm_jax.training.loaded_model import LoadedModel

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from fedvlm_jax.config.run_options import Run, TrainOptions
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import choose_layout
 from fedvlm_jax.methods import load_method

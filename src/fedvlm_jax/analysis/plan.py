@@ -20,8 +20,8 @@ from fedvlm_jax.analysis.tpu_topologies import Chip, open_devices, parse_topolog
 from fedvlm_jax.config.method_options import check_rule
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.data.tokenization import MULTIPLE
-from fedvlm_jax.distributed.mesh_shape import parse_mesh
-from fedvlm_jax.distributed.sharding import CLIENTS, make_mesh
+from fedvlm_jax.distributed.mesh import CLIENTS, make_mesh
+from fedvlm_jax.distributed.mesh_option import parse_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation import memory
 from fedvlm_jax.federation.cohort import Layout

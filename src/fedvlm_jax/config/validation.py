@@ -7,7 +7,7 @@ from pathlib import Path
 from fedvlm_jax.config.method_options import MATHEMATICS, check_method, find_rule, for_method, list_changed, write_flag
 from fedvlm_jax.config.run_options import METHOD, SHARE, Compare, Run, methods_available, objectives_available
 from fedvlm_jax.data.sources.registry import find_options
-from fedvlm_jax.distributed.mesh_shape import parse_mesh
+from fedvlm_jax.distributed.mesh_option import parse_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.metrics.metric_labels import SELECTING
 from fedvlm_jax.objectives import load_objective

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from fedvlm_jax.data.batches import pad_rows, read_ahead
 from fedvlm_jax.data.config import Split
 from fedvlm_jax.data.tokenization import IGNORED, LABELS, Examples
-from fedvlm_jax.distributed.sharding import CLIENTS, fetch, local_places, place, place_local
+from fedvlm_jax.distributed.mesh import CLIENTS
+from fedvlm_jax.distributed.sharding import fetch, local_places, place, place_local
 from fedvlm_jax.evaluation.metrics.preferences import Numbers, score_preferences
 from fedvlm_jax.evaluation.metrics.text_metrics import Metric, select_metrics
 from fedvlm_jax.federation.inputs.batch_reader import Inputs

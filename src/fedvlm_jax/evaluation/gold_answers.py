@@ -15,7 +15,7 @@ from jaxtyping import Int
 from fedvlm_jax.data.tokenization import CHARACTERS, CHUNK, IGNORED, ask_processor
 from fedvlm_jax.evaluation.metrics.answer_tokens import normalise
 from fedvlm_jax.models import Processor
-from fedvlm_jax.models.search import Settings
+from fedvlm_jax.models.beam_search import Settings
 
 STEP = 16
 """Answers get room for a multiple of so many tokens, so that data sets of short answers share one program."""

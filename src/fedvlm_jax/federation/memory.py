@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from fedvlm_jax.distributed.sharding import CLIENTS
+from fedvlm_jax.distributed.mesh import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import balance_wave
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from fedvlm_jax.distributed.sharding import CLIENTS, wave_sharding
+from fedvlm_jax.distributed.mesh import CLIENTS
+from fedvlm_jax.distributed.sharding import wave_sharding
 from fedvlm_jax.federation.local_training import LocalTrainer
 from fedvlm_jax.methods import Client, Context, Method
 from fedvlm_jax.methods.base import AnyArray, Metrics, Number

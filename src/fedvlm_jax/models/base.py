@@ -18,7 +18,7 @@ from PIL import Image
 
 from fedvlm_jax import lora
 from fedvlm_jax.distributed.sharding import Cuts
-from fedvlm_jax.models.search import Settings
+from fedvlm_jax.models.beam_search import Settings
 from fedvlm_jax.models.weight_table import Table
 from fedvlm_jax.utils import tree
 

@@ -16,8 +16,8 @@ from jaxtyping import Array, Int, PyTree
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Batch, Params
+from fedvlm_jax.models.beam_search import Decoder, Settings, Step, search_beams, search_greedy
 from fedvlm_jax.models.folder_files import require_integer
-from fedvlm_jax.models.search import Decoder, Settings, Step, search_beams, search_greedy
 
 Amend = Callable[[PyTree, Array, Array], Array]
 """(recalled, last states [B, K, D], logits [B, K, V]) -> logits to search with."""

@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from fedvlm_jax.distributed.sharding import cut_base, place
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.models.base import Family, Params, Processor, Vlm
+from fedvlm_jax.models.beam_search import Settings
 from fedvlm_jax.models.folder_files import advise_conversion, find_files, read_json
 from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.registry import find_family
-from fedvlm_jax.models.search import Settings
 from fedvlm_jax.models.weight_table import read_params, write_tensors
 
 ASSETS = Path(__file__).parent.parent / "assets"

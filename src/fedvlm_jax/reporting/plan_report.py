@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fedvlm_jax.analysis.plan import Plan
-from fedvlm_jax.distributed.sharding import CLIENTS
+from fedvlm_jax.distributed.mesh import CLIENTS
 from fedvlm_jax.federation.memory import GIB
 from fedvlm_jax.reporting.tables import Table, format_bytes, to_markdown
 from fedvlm_jax.run_dir.artifacts import describe_environment

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.config.run_options import Run, from_json
-from fedvlm_jax.distributed.mesh_shape import MeshShape
+from fedvlm_jax.distributed.mesh_option import MeshShape
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.digests import digest_parts
 from fedvlm_jax.utils.serialization import fit

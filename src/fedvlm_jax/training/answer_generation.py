@@ -9,7 +9,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import GREEDY
 from fedvlm_jax.evaluation.gold_answers import Gold
 from fedvlm_jax.models import Vlm
-from fedvlm_jax.models.search import Settings
+from fedvlm_jax.models.beam_search import Settings
 
 SEARCHES: Mapping[str, Mapping[str, int]] = {"greedy": GREEDY, "folder": {}}
 """Decoding -> options of `Vlm.generate`, in place of what the model's folder says."""

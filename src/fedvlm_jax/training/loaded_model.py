@@ -28,7 +28,8 @@ from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import require_pairs
 from fedvlm_jax.distributed import processes, sharding
-from fedvlm_jax.distributed.mesh_shape import parse_mesh
+from fedvlm_jax.distributed.mesh import connect, make_mesh, refuse_split_groups
+from fedvlm_jax.distributed.mesh_option import parse_mesh
 from fedvlm_jax.evaluation.evaluator import make_answer
 from fedvlm_jax.evaluation.knn_per import Neighbours, make_neighbours
 from fedvlm_jax.federation.compiled import Programs
@@ -182,11 +183,11 @@ def load_model(
     table = read_table(run.data)  # first: it is quick to fail
     if load_objective(run.objective, run.preference).pairs:
         require_pairs(table)
-    mesh = sharding.make_mesh(*(parse_mesh(run.system.mesh) or ()))
-    sharding.refuse_split_groups(mesh)
+    mesh = make_mesh(*(parse_mesh(run.system.mesh) or ()))
+    refuse_split_groups(mesh)
     if processes.count() > 1:
         processes.wait_for_all()
-        sharding.connect(mesh)
+        connect(mesh)
     vlm, processor = open_model(run.model, **choose_arithmetic(run.system))
     check_room(run, vlm)
     check_rule(run, vlm)

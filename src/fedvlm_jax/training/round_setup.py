@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from fedvlm_jax.config.method_setup import make_setup
 from fedvlm_jax.config.run_options import Run, SystemOptions, TrainOptions
 from fedvlm_jax.data.batches import count_steps
-from fedvlm_jax.distributed.sharding import CLIENTS
+from fedvlm_jax.distributed.mesh import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.compiled import Programs
@@ -54,7 +54,7 @@ def lay_out_sizes(run: Run, sizes: Sequence[int], mesh: Mesh, cohort: int | None
         mesh: the devices.
         cohort, wave: clients a round (None: all), and side by side (None: as many as is usual).
 
-    >>> from fedvlm_jax.distributed.sharding import make_mesh
+    >>> from fedvlm_jax.distributed.mesh import make_mesh
     >>> lay_out_sizes(Run(), [9, 30], make_mesh(1), cohort=None, wave=None).wave
     2
 

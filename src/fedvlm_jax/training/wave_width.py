@@ -5,7 +5,7 @@ import time
 from functools import partial
 
 from fedvlm_jax.distributed import processes
-from fedvlm_jax.distributed.sharding import CLIENTS
+from fedvlm_jax.distributed.mesh import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.memory import GIB, USABLE, Footprint, TooLargeError, find_wave, read_device_bytes
 from fedvlm_jax.training.experiment import Experiment, make_simulator

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from fedvlm_jax import lora
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Vlm, select_leaves
+from fedvlm_jax.models.beam_search import Cache, Decoder, Settings
 from fedvlm_jax.models.generation import make_generate
 from fedvlm_jax.models.layers import HIDDEN, USUAL, Norm, Stacking, dot_attention, scanned
-from fedvlm_jax.models.search import Cache, Decoder, Settings
 from fedvlm_jax.models.weight_table import Rule, Table, dense, weights
 
 PAD, EOS, IMAGE = 0, 1, 2

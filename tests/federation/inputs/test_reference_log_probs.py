@@ -7,7 +7,7 @@ import pytest
 
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.tokenization import Examples
-from fedvlm_jax.distributed.sharding import make_mesh
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.inputs.reference_log_probs import (
     ReferenceStore,

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int, PyTree
 
 from fedvlm_jax.data.tokenization import IGNORED, Examples
 from fedvlm_jax.distributed import processes
-from fedvlm_jax.distributed.sharding import CLIENTS
+from fedvlm_jax.distributed.mesh import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
 from fedvlm_jax.models import Vlm

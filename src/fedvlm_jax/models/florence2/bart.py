@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Int
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import layers
+from fedvlm_jax.models.beam_search import Cache
 from fedvlm_jax.models.layers import HIDDEN, Norm, Stacking
-from fedvlm_jax.models.search import Cache
 
 OFFSET = 2  # BART's position table starts with two rows that are never used
 

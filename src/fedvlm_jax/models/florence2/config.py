@@ -14,6 +14,9 @@ from fedvlm_jax.models.layers import activation
 MODEL_TYPES = ("florence2", "florence2_language")
 """The second is that of Microsoft's layout, which is refused."""
 
+# Sites of adapters where a run names none: all products of both stacks of the language model.
+TARGETS = r"language_model/.*(encoder|decoder)/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+
 DEPTH, WIDTH, VOCABULARY = 512, 2**17, 2**24
 """Most layers of a stack, most numbers along an axis, most tokens: ten times those of any Florence-2 and far from what
 memory has to be asked for."""

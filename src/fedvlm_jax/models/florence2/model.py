@@ -19,15 +19,14 @@ from fedvlm_jax.data.tokenization import IGNORED
 from fedvlm_jax.distributed.sharding import Cuts
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Batch, Params, Vlm, select_leaves
+from fedvlm_jax.models.beam_search import Cache, Decoder, Settings, Step
 from fedvlm_jax.models.florence2.bart import Bart
-from fedvlm_jax.models.florence2.config import check_config
+from fedvlm_jax.models.florence2.config import TARGETS, check_config
 from fedvlm_jax.models.florence2.davit import DaViT
 from fedvlm_jax.models.florence2.weights import make_table, temporal_embedding
 from fedvlm_jax.models.generation import make_generate, read_settings
 from fedvlm_jax.models.layers import USUAL, Norm, Stacking
-from fedvlm_jax.models.search import Cache, Decoder, Settings, Step
 
-TARGETS = r"language_model/.*(encoder|decoder)/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 COMPONENTS = {
     "vision": "vision_tower/",
     "connector": "image_projector/",
