@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from fedvlm_jax.analysis.collectives import Line, read_program
-from fedvlm_jax.analysis.profile_scopes import find_own_times, read_trace
+from fedvlm_jax.analysis.profile_scopes import find_self_times, read_trace
 
 __all__ = ["KINDS", "find_kinds", "measure_kinds"]
 
@@ -68,7 +68,7 @@ def measure_kinds(run: Callable[[], Any], text: str) -> Mapping[str, float]:
         trace = read_trace(max(Path(scratch).rglob("*.trace.json.gz")))
     events = [event for event in trace["traceEvents"] if event.get("args", {}).get("hlo_op") in kinds]
     found = dict.fromkeys(KINDS, 0.0)
-    for event, seconds in find_own_times(events):
+    for event, seconds in find_self_times(events):
         found[kinds[event["args"]["hlo_op"]]] += seconds
     total = sum(found.values())
     if not total:

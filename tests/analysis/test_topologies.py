@@ -4,12 +4,13 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
+from jax.experimental import topologies
 
-from fedvlm_jax.analysis import tpu_topologies
-from fedvlm_jax.analysis.tpu_topologies import CHIPS, open_devices, parse_topology
+from fedvlm_jax.analysis.plan_options import CHIPS, open_devices, parse_topology
 from fedvlm_jax.errors import UserError
 
 
@@ -84,16 +85,18 @@ def test_cpu_devices_of_a_process_that_has_started():
     ],
 )
 def test_flags_that_only_the_cpu_knows_are_kept_from_libtpu(monkeypatch, flags, left):
-    if flags is None:
-        monkeypatch.delenv("XLA_FLAGS", raising=False)
-    else:
-        monkeypatch.setenv("XLA_FLAGS", flags)
-    tpu_topologies._drop_cpu_flags()
-    assert os.environ.get("XLA_FLAGS") == left
+    def describe(**described):
+        assert os.environ.get("XLA_FLAGS") == left
+        return SimpleNamespace(devices=["chip"])
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    monkeypatch.setattr(os, "environ", {} if flags is None else {"XLA_FLAGS": flags})
+    assert open_devices(parse_topology("v5e:1x1")) == ["chip"]
 
 
 EVERY_SLICE = """
-from fedvlm_jax.analysis.tpu_topologies import CHIPS, open_devices, parse_topology
+from fedvlm_jax.analysis.plan_options import CHIPS, open_devices, parse_topology
 for kind, chip in CHIPS.items():
     axes = len(chip.slices[0].split("x"))
     for slice in (*chip.slices, *(("4x4x8", "8x8x8") if axes == 3 else ())):

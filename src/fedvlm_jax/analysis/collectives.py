@@ -7,7 +7,7 @@ wrote it (a TPU's does not), else the one integer in the loop's condition: jax's
 import json
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,8 +17,6 @@ from jax.sharding import Mesh
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")  # fmt: skip
-BITS = {"pred": 8, "bf16": 16}
-"""Element types whose name does not end in their width."""
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)(.*)$")
@@ -29,21 +27,13 @@ _NAME = re.compile(r"[\w.\-]+")
 
 @dataclass(frozen=True)
 class Collective:
-    """All collectives of a round of one kind between the same devices.
+    """All collectives of a round of one kind between the same devices."""
 
-    Attributes:
-        kind: as HLO names it.
-        axes: of the mesh, along which the devices of a group differ.
-        devices_per_group: devices that take part together.
-        runs_per_round: how often such a collective happens.
-        bytes_per_round: of all a device's results, or of what it hands in where that is more, without padding.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
+    kind: str  # as HLO names it
+    axes: tuple[str, ...]  # of the mesh, along which the devices of a group differ
     devices_per_group: int
     runs_per_round: int
-    bytes_per_round: int
+    bytes_per_round: int  # of all a device's results, or of its operands where that is more, without padding
 
 
 class Line(NamedTuple):
@@ -57,7 +47,11 @@ class Line(NamedTuple):
 
     @property
     def called(self) -> dict[str, list[str]]:
-        """Role -> computations."""
+        """Role -> computations.
+
+        >>> Line("loop", "s32[]", "while", "%start", ", condition=%until, body=%turn").called
+        {'condition': ['until'], 'body': ['turn']}
+        """
         return {role: _NAME.findall(names) for role, names in _CALLED.findall(self.rest)}
 
 
@@ -78,39 +72,37 @@ def read_program(text: str) -> tuple[str, Computations]:
 
 
 def find_collectives(text: str, mesh: Mesh) -> tuple[tuple[Collective, ...], int]:
-    """Find all collectives that a program runs; the two halves of an asynchronous one are one.
-
-    Args:
-        text: of the compiled program.
-        mesh: its devices, numbered as they lie in it.
+    """Find all collectives that a program runs on a mesh; the two halves of an asynchronous one are one.
 
     Returns:
         The collectives, and the number of loops whose turns the text does not give: their bodies count once.
     """
     entry, computations = read_program(text)
-    runs, unknown, sizes = Counter[str](), set[str](), dict[tuple[str, tuple[str, ...], int], list[int]]()
-    _count_runs(entry, 1, computations, runs, unknown)
-    for name, lines in computations.items():
-        for line in lines.values() if runs[name] else ():
+    found = defaultdict[tuple[str, tuple[str, ...], int], list[int]](list)  # bytes of every run
+    unknown: set[str] = set()
+
+    def enter(name: str, times: int) -> None:
+        lines = computations[name]
+        for line in lines.values():
             kind = line.op.removesuffix("-start")
             groups = read_groups(line.rest, mesh.devices.size) if kind in KINDS else [[0]]
-            if (devices := max(map(len, groups))) > 1:
-                found = sizes.setdefault((kind, _find_axes(groups, mesh), devices), [])
-                found += [_count_bytes(line, lines)] * runs[name]
-    return tuple(Collective(*key, len(found), sum(found)) for key, found in sorted(sizes.items())), len(unknown)
+            devices = max(map(len, groups))
+            if devices > 1:
+                places = [np.unravel_index(group, mesh.devices.shape) for group in groups]
+                differ = [any(len(set(place[axis])) > 1 for place in places) for axis in range(mesh.devices.ndim)]
+                axes = tuple(str(name) for name, differs in zip(mesh.axis_names, differ, strict=True) if differs)
+                found[kind, axes, devices] += [_count_bytes(line, lines)] * times
+            turns = _count_turns(line, computations) if line.op == "while" else 1
+            if turns is None:
+                unknown.add(line.name)
+            if line.op.endswith(("-done", "-update")):  # what started it has called already
+                continue
+            for role, called in line.called.items():
+                for inner in called if role != "condition" else ():
+                    enter(inner, times * (1 if turns is None else turns))
 
-
-def _count_runs(name: str, times: int, computations: Computations, runs: Counter[str], unknown: set[str]) -> None:
-    """Add how often a computation and all that it calls run."""
-    runs[name] += times
-    for line in computations[name].values():
-        turns = _count_turns(line, computations) if line.op == "while" else 1
-        if turns is None:
-            unknown.add(line.name)
-        for role, called in line.called.items():
-            if role != "condition" and not line.op.endswith(("-done", "-update")):  # the start of these has called
-                for inner in called:
-                    _count_runs(inner, times * (1 if turns is None else turns), computations, runs, unknown)
+    enter(entry, 1)
+    return tuple(Collective(*key, len(sizes), sum(sizes)) for key, sizes in sorted(found.items())), len(unknown)
 
 
 def _count_turns(loop: Line, computations: Computations) -> int | None:
@@ -123,33 +115,26 @@ def _count_turns(loop: Line, computations: Computations) -> int | None:
 
 
 def _count_bytes(line: Line, lines: Mapping[str, Line]) -> int:
-    """Bytes of the results, or of the operands where that is more."""
-    operands = [lines[name].result for name in _NAME.findall(line.operands) if name in lines]
-    given, made = str(operands), line.result
-    starts = line.op.endswith("-start") and not line.op.startswith("all-reduce")  # it returns operands and counters too
-    sizes = [sum(_count_bits(*array) for array in _ARRAY.findall(part)) for part in (given, made.replace("u32[]", ""))]
-    return math.ceil(max(sizes[0], sizes[1] - starts * sizes[0]) / 8)
+    """Count the bytes of the results, or of the operands where that is more."""
+    given = _count_bits(" ".join(lines[name].result for name in _NAME.findall(line.operands) if name in lines))
+    made = _count_bits(line.result.replace("u32[]", ""))
+    if line.op.endswith("-start") and not line.op.startswith("all-reduce"):
+        made -= given  # its result holds the operands, too, and counters
+    return math.ceil(max(given, made) / 8)
 
 
-def _count_bits(element: str, lengths: str) -> int:
-    width = re.match(r"[a-z]+?(\d+)", element)
-    bits = BITS.get(element, int(width[1]) if width else 0)
-    return bits * math.prod(int(length.lstrip("<=")) for length in lengths.split(",") if length)
-
-
-def _find_axes(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
-    places = [np.asarray(np.unravel_index(group, mesh.devices.shape)) for group in groups]
-    return tuple(
-        str(name) for axis, name in enumerate(mesh.axis_names) if any(len(set(place[axis])) > 1 for place in places)
-    )
+def _count_bits(types: str) -> int:
+    bits = 0
+    for element, lengths in _ARRAY.findall(types):
+        # An element's width ends its name, but for these two: f32, s8, f8e4m3.
+        width = re.match(r"[a-z]+?(\d+)", element)
+        size = {"pred": 8, "bf16": 16}.get(element, int(width[1]) if width else 0)
+        bits += size * math.prod(int(length.lstrip("<=")) for length in lengths.split(",") if length)
+    return bits
 
 
 def read_groups(text: str, devices: int) -> list[list[int]]:
-    """Read the groups of device numbers from any of the ways in which HLO writes them.
-
-    Args:
-        text: what follows a collective's operands.
-        devices: how many there are; all of them are one group where none is written.
+    """Read the groups of device numbers from any of the ways in which HLO writes them; unwritten, all are one group.
 
     Raises:
         ValueError: they are written in a way that is not known here.
@@ -157,9 +142,9 @@ def read_groups(text: str, devices: int) -> list[list[int]]:
     >>> read_groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4)
     [[0, 2], [1, 3]]
     """
-    if pairs := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", text):
-        groups = [[int(number) for number in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", pairs[1])]
-        return groups or [list(range(devices))]
+    everything = [list(range(devices))]
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=(\{(?:\{[\d,]+\},?)*\})", text):
+        return json.loads(listed[1].replace("{", "[").replace("}", "]")) or everything
     if flat := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
         return _read_order(flat[2]).reshape(json.loads(flat[1])).tolist()
     if axes := re.search(r"replica_groups=mesh\[(\S+?)\](?:, device_ids=\((\S+)\))? \{('\w+'(?:,'\w+')*)\}", text):
@@ -167,14 +152,14 @@ def read_groups(text: str, devices: int) -> list[list[int]]:
         order = _read_order(axes[2]) if axes[2] else np.arange(devices)
         inside = [list(sizes).index(name) for name in axes[3].split(",")]
         moved = np.moveaxis(order.reshape(list(sizes.values())), inside, range(-len(inside), 0))
-        return moved.reshape(-1, int(np.prod(moved.shape[-len(inside) :]))).tolist()
+        return moved.reshape(-1, math.prod(moved.shape[-len(inside) :])).tolist()
     if "replica_groups" not in text:
-        return [list(range(devices))]
+        return everything
     raise ValueError(f"unknown way to write groups: {text[:200]}")
 
 
 def _read_order(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: numbers 0, 1, … laid out so and transposed so."""
+    """Read `[4,2]T(1,0)`: numbers 0, 1, … laid out so and transposed so."""
     shape, _, axes = text.partition("T")
     order = np.arange(math.prod(json.loads(shape))).reshape(json.loads(shape))
     return order.transpose(json.loads(axes.replace("(", "[").replace(")", "]"))) if axes else order

@@ -27,40 +27,24 @@ from fedvlm_jax.utils import tree
 
 @dataclass(frozen=True)
 class Explanation:
-    """A method on a model.
+    """A method on a model."""
 
-    Attributes:
-        name, source: the method's.
-        model: as the user named it.
-        base: numbers in the frozen base.
-        stages: by phase.
-        state, optimizer: bytes that a client keeps from round to round, and how many of them are its optimisers'.
-        moves_base: does the method change the base?
-        own_download: do clients receive something that is each client's own?
-        population, cohort: clients, and how many of them a round has.
-        layer: a virtual path, to show how a rule names a single layer; empty where nothing is stacked.
-    """
-
-    name: str
+    name: str  # the method's
     source: str
-    model: str
-    base: int
-    stages: tuple[Stage, ...]
-    state: int
-    optimizer: int
+    model: str  # as the user named it
+    base: int  # numbers in the frozen base
+    stages: tuple[Stage, ...]  # by phase
+    state: int  # bytes that a client keeps from round to round
+    optimizer: int  # of them its optimisers'
     moves_base: bool
-    own_download: bool
+    own_download: bool  # whether clients receive something that differs from client to client
     population: int
     cohort: int
-    layer: str
+    layer: str  # a virtual path, to show how a rule names a single layer; empty where nothing is stacked
 
 
 def explain(run: Run, population: int = 16) -> Explanation:
-    """Explain `run.method` on `run.model`.
-
-    Args:
-        run: the options; what they say of data and evaluation is not looked at.
-        population: clients that there are.
+    """Explain `run.method` on `run.model`; options of data and evaluation play no part.
 
     Raises:
         UserError: the model is not there, or targets, ranks or the rule do not fit it.
@@ -71,19 +55,10 @@ def explain(run: Run, population: int = 16) -> Explanation:
 
 
 def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], Method]) -> Explanation:
-    """Explain a method that need not be among the installed ones.
-
-    Args:
-        vlm: the model; of its weights only shapes are asked for.
-        run: the options.
-        population: clients that there are.
-        make: of the method.
-    """
-    cohort = min(run.cohort or population, population)
+    """Explain a method that need not be among the installed ones, but is made by `make`."""
+    train, cohort = run.train, min(run.cohort or population, population)
     ranks = deal_ranks(run.lora.ranks, population)
-    trainer = make_local_trainer(
-        vlm, load_objective("sft"), optimizer=run.train.optimizer, weight_decay=run.train.weight_decay
-    )
+    trainer = make_local_trainer(vlm, load_objective("sft"), optimizer=train.optimizer, weight_decay=train.weight_decay)
 
     def start_marked(factors: PyTree, trained: Callable[[str], bool] = is_factor) -> PyTree:
         return {OPTIMIZER: trainer.start(factors, trained)}
@@ -93,7 +68,7 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
         population=population,
         cohort=cohort,
         places=cohort,
-        local_steps=run.train.local_steps,
+        local_steps=train.local_steps,
         ranks=ranks,
     )
     method = make(setup)
@@ -103,10 +78,10 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
         lambda key, server: method.init_client(key=key, server=server, number=jnp.int32(0)), shape_key(), server
     )
     rounds: dict[int, list[int]] = {}
-    for number in range(1, run.train.rounds + 1):
+    for number in range(1, train.rounds + 1):
         rounds.setdefault(method.phase(number), []).append(number)
     sites = {path: len(site.stack) for path, site in vlm.sites.items() if f"{path}/a" in tree.flatten(adapter)}
-    tracer = Tracer(method, vlm, run.train.local_steps, run.train.batch_size, server, personal, cohort, ranks, sites)
+    tracer = Tracer(method, vlm, train.local_steps, train.batch_size, server, personal, cohort, ranks, sites)
     state = flatten_state(personal)
     stacked = next((path for path, count in sites.items() if count), "")
     return Explanation(

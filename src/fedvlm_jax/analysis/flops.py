@@ -1,7 +1,7 @@
 """Operations of a function's matrix products and convolutions, counted in its trace, before XLA sees it.
 
-The trace of a gradient with respect to an adapter holds the forward pass, the gradients of activations and those of the
-adapter's factors: no gradient of a frozen weight. Elementwise work is not counted, as is usual.
+The trace of a gradient with respect to an adapter holds no gradient of a frozen weight. Elementwise work is not
+counted, as is usual.
 """
 
 import math
@@ -13,13 +13,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
-    """Count a multiplication and an addition as two operations, all devices together; nothing is computed.
+    """Count a multiplication and an addition as two operations, all devices together, from shapes alone.
 
     Scans count as often as they turn, branches as the dearest of them, and what a backward pass recomputes again.
-
-    Args:
-        function: traceable; bind static arguments with `functools.partial`.
-        arguments: arrays or their shapes.
+    Static arguments of the function are to be bound with `functools.partial`.
 
     Raises:
         ValueError: there is a product in a while loop, whose number of turns is not known.

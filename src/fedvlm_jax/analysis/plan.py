@@ -4,7 +4,6 @@ Everything is shapes: no data, no weights, nothing runs. A plan has what the com
 what stands in its text; its only time is a bound that no chip has confirmed, the arithmetic at the chip's peak.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,107 +14,79 @@ import jax
 
 from fedvlm_jax.analysis.collectives import Collective, find_collectives
 from fedvlm_jax.analysis.flops import count_flops
-from fedvlm_jax.analysis.plan_options import Request, check_request
-from fedvlm_jax.analysis.tpu_topologies import Chip, open_devices, parse_topology
+from fedvlm_jax.analysis.plan_options import Chip, Request, check_request, open_devices, parse_topology
 from fedvlm_jax.config.method_options import check_rule
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.data.tokenization import MULTIPLE
 from fedvlm_jax.distributed.mesh import CLIENTS, make_mesh
 from fedvlm_jax.distributed.mesh_option import parse_mesh
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.federation import memory
+from fedvlm_jax.federation import memory, round_shapes
 from fedvlm_jax.federation.cohort import Layout
-from fedvlm_jax.federation.round_shapes import shape_examples, shape_round
 from fedvlm_jax.lora import LoRA
 from fedvlm_jax.models import Vlm, read_size, read_vlm
 from fedvlm_jax.objectives import Objective, load_objective
-from fedvlm_jax.training.round_setup import build_programs, choose_arithmetic, lay_out_sizes
+from fedvlm_jax.training import round_setup
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A compilation of the round at one width of the wave.
-
-    Attributes:
-        wave: clients side by side.
-        clients: of them on a device.
-        bytes: that a device must have; None where the compiler refused without a number.
-        fits: whether they are there with a tenth left free.
-        seconds: that it took.
-    """
+    """A compilation of the round at one width of the wave."""
 
     wave: int
-    clients: int
-    bytes: int | None
-    fits: bool
-    seconds: float
+    clients: int  # side by side on a device
+    bytes: int | None  # that a device must have; None where the compiler refused without a number
+    fits: bool  # with a tenth left free
+    seconds: float  # that it took
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The widest wave that fits, compiled.
 
-    Attributes:
-        request: the question; `chip`, the table's entry for its topology.
-        mesh: axis -> devices.
-        layout: of the round.
-        parameters: of the base; `image_tokens`, of a picture.
-        example: name -> shape; image features in place of pixels where they are kept.
-        clients: side by side on a device, or on the devices that share a base.
-        memory: bytes of a device: the compiler's analysis; `unread`, of the base, which the round does not read;
-            `needed`, the analysis' sum or peak and what is not read; `base` and `per_client` of it.
-        room: bytes of a device; None where nobody says.
-        flops: of a device in a round.
-        seconds: of these at the chip's bf16 peak: no round is faster; None without a known peak.
-        price: of that time on all chips; None without a price per hour.
-        collectives: of the round; those in `unknown_loops`, whose turns the program's text does not give, count once.
-        attempts: all compilations, in their order.
+    `memory` has the bytes of a device: the compiler's analysis; `unread`, of the base, which the round does not read;
+    `needed`, the analysis' sum or peak and what is not read; `base` and `per_client` of that.
     """
 
     request: Request
     chip: Chip | None
     mesh: dict[str, int]
     layout: Layout
-    parameters: int
-    image_tokens: int
-    example: dict[str, tuple[int, ...]]
-    clients: int
+    parameters: int  # of the base
+    image_tokens: int  # of a picture
+    example: dict[str, tuple[int, ...]]  # name -> shape; image features in place of pixels where they are kept
+    clients: int  # side by side on a device, or on the devices that share a base
     memory: dict[str, int]
-    room: int | None
-    flops: int
-    seconds: float | None
-    price: float | None
+    room: int | None  # bytes of a device; None where they are unknown
+    flops: int  # of a device in a round
+    seconds: float | None  # of these at the chip's bf16 peak: no round is faster; None without a known peak
+    price: float | None  # of that time on all chips; None without a price per hour
     collectives: tuple[Collective, ...]
-    unknown_loops: int
-    attempts: tuple[Attempt, ...] = ()
+    unknown_loops: int  # whose turns the program's text does not give: their collectives count once
+    attempts: tuple[Attempt, ...]
 
 
 def plan_round(request: Request, note: Callable[[str], None] = lambda text: None) -> Plan:
     """Compile the round that the request describes, narrower where it does not fit, and read what it takes.
 
-    Args:
-        request: the options; its run must have passed `validate`.
-        note: receives progress in words.
+    The request's run must have passed `validate`; `note` receives progress in words.
 
     Raises:
         UserError: the topology, the mesh, the model or the sizes cannot be, or not even one client fits.
     """
     check_request(request)
-    run, sizes, topology = request.run, request.sizes, parse_topology(request.topology)
+    run, topology, clients = request.run, parse_topology(request.topology), request.clients
+    # Devices come first: jax settles their number when it is first asked.
     mesh, chip = make_mesh(*(parse_mesh(run.system.mesh) or ()), devices=open_devices(topology)), topology.chip
-    vlm = read_vlm(run.model, **choose_arithmetic(run.system))
+    vlm = read_vlm(run.model, **round_setup.choose_arithmetic(run.system))
     check_rule(run, vlm)
     objective, spec = load_objective(run.objective, run.preference), make_spec(run, vlm)
     image_tokens, example = _shape_example(request, vlm, objective, spec)
     room = memory.read_device_bytes(mesh) if chip is None else int(chip.hbm * memory.GIB)
-    groups, cohort = mesh.shape[CLIENTS], run.cohort or request.clients
-    together = mesh.devices.size // groups
-    share = "a device" if together == 1 else f"{together} devices with one base"
+    groups, cohort = mesh.shape[CLIENTS], request.cohort or clients
+    examples = [request.sizes.examples or run.train.local_steps * run.train.batch_size] * clients
+    lay_out = partial(round_setup.lay_out_sizes, run, examples, mesh, cohort)
     attempts: list[Attempt] = []
-
-    def lay_out(wave: int | None) -> Layout:
-        examples = sizes.examples or run.train.local_steps * run.train.batch_size
-        return lay_out_sizes(run, [examples] * request.clients, mesh, cohort, wave)
 
     def account(layout: Layout, needed: int | None, began: float) -> None:
         seconds = time.monotonic() - began
@@ -124,12 +95,13 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         takes = "more than there is" if needed is None else f"{needed / memory.GIB:.2f} GiB"
         note(f"{'fits' if fits else 'does not fit'}: {takes} of a device (compiled in {seconds:.0f} s)")
 
-    def try_wave(wave: int) -> tuple[Plan, memory.Footprint]:
-        layout, began = lay_out(wave), time.monotonic()
+    def try_wave(wave: int) -> tuple[tuple[Any, ...], memory.Footprint]:
+        layout, began, together = lay_out(wave), time.monotonic(), mesh.devices.size // groups
+        share = "a device" if together == 1 else f"{together} devices with one base"
         waves = f"{layout.waves} x {layout.wave}, {layout.wave // groups} side by side on {share}"
         note(f"compiling for {topology.name}: {cohort} clients, {waves}")
-        programs = build_programs(vlm, mesh, run, request.clients, layout.cohort, layout.places, layout.steps)
-        arguments = shape_round(programs, vlm, spec, layout, example)
+        programs = round_setup.build_programs(vlm, mesh, run, clients, layout.cohort, layout.places, layout.steps)
+        arguments = round_shapes.shape_round(programs, vlm, spec, layout, example)
         phase = programs.method.phase(1)
         try:
             compiled = programs.compile_round(arguments, phase)
@@ -139,37 +111,38 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         unread = memory.count_unread(compiled, arguments)
         footprint = memory.measure(compiled, arguments.params, mesh, layout.wave, unread)
         account(layout, footprint.total, began)
-        needs = {"needed": footprint.total, "base": footprint.base, "per_client": footprint.per_client}
-        flops = count_flops(partial(programs.round, phase=phase), *arguments) // mesh.devices.size
-        seconds = None if chip is None else flops / (chip.flops * 1e12)
-        hourly = request.price_per_chip_hour
-        collectives, unknown_loops = find_collectives(compiled.as_text(), mesh)
-        plan = Plan(
-            request=request,
-            chip=chip,
-            mesh=dict(mesh.shape),
-            layout=layout,
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(vlm.shapes())),
-            image_tokens=image_tokens,
-            example={name: array.shape for name, array in example.items()},
-            clients=footprint.clients,
-            memory={**memory.read_memory(compiled)._asdict(), "unread": unread, **needs},
-            room=room,
-            flops=flops,
-            seconds=seconds,
-            price=None if seconds is None or hourly is None else seconds / 3600 * mesh.devices.size * hourly,
-            collectives=collectives,
-            unknown_loops=unknown_loops,
-        )
-        return plan, footprint
+        count = partial(count_flops, partial(programs.round, phase=phase), *arguments)
+        return (layout, compiled, unread, count), footprint
 
-    plan, _ = memory.find_wave(try_wave, lay_out(run.system.wave).wave, cohort, groups, room)
-    return dataclasses.replace(plan, attempts=tuple(attempts))
+    widest = lay_out(run.system.wave).wave
+    (layout, compiled, unread, count), footprint = memory.find_wave(try_wave, widest, cohort, groups, room)
+    needs = {"needed": footprint.total, "base": footprint.base, "per_client": footprint.per_client}
+    flops, hourly = count() // mesh.devices.size, request.price_per_chip_hour
+    seconds = None if chip is None else flops / (chip.flops * 1e12)
+    collectives, unknown_loops = find_collectives(compiled.as_text(), mesh)
+    return Plan(
+        request=request,
+        chip=chip,
+        mesh=dict(mesh.shape),
+        layout=layout,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(vlm.shapes())),
+        image_tokens=image_tokens,
+        example={name: array.shape for name, array in example.items()},
+        clients=footprint.clients,
+        memory={**memory.read_memory(compiled)._asdict(), "unread": unread, **needs},
+        room=room,
+        flops=flops,
+        seconds=seconds,
+        price=None if seconds is None or hourly is None else seconds / 3600 * mesh.devices.size * hourly,
+        collectives=collectives,
+        unknown_loops=unknown_loops,
+        attempts=tuple(attempts),
+    )
 
 
 def _shape_example(request: Request, vlm: Vlm, objective: Objective, spec: LoRA) -> tuple[int, dict[str, Any]]:
-    """Tokens of a picture, and the shapes of an example with sequences padded as batches are."""
-    side, sizes = request.sizes.image_size, request.sizes
+    """Return the tokens of a picture, and the shapes of an example with sequences padded as batches are."""
+    sizes, side = request.sizes, request.sizes.image_size
     size = (side, side) if side else read_size(request.model)
     if size is None:
         raise UserError(f"{request.model} does not say how large its pictures are: say --sizes.image-size, say 768")
@@ -178,9 +151,8 @@ def _shape_example(request: Request, vlm: Vlm, objective: Objective, spec: LoRA)
     room = max(vlm.most_prompt_tokens(answer), 0)
     for name, length, most in (("prompt", prompt, room), ("answer", answer, vlm.positions)):
         if length > most:
-            raise UserError(
-                f"--sizes.{name}-tokens: that makes {length} tokens with the picture's, and the model has {most} "
-                "positions"
-            )
-    cached = request.system.cache != "off"
-    return tokens, shape_examples(vlm, objective, spec, size=size, prompt=prompt, answer=answer, cached=cached)
+            makes = f"that makes {length} tokens with the picture's, and the model has {most} positions"
+            raise UserError(f"--sizes.{name}-tokens: {makes}")
+    return tokens, round_shapes.shape_examples(
+        vlm, objective, spec, size=size, prompt=prompt, answer=answer, cached=request.system.cache != "off"
+    )

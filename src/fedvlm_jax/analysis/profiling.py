@@ -8,30 +8,21 @@ Tracing changes no result: the same compiled program runs, watched. Of several p
 which are all that it sees.
 """
 
+import gzip
+import json
 import shutil
 from collections import Counter
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from fedvlm_jax.analysis.profile_scopes import (
-    find_scopes,
-    label_trace,
-    read_trace,
-    share_out_time,
-    tabulate_shares,
-    write_trace,
-)
+from fedvlm_jax.analysis import profile_scopes
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer
-
-PROFILE = "profile"
-"""In the folder of a run."""
 
 ROUNDS = 2
 """Rounds that are traced of each phase."""
@@ -42,12 +33,13 @@ class RoundProfile(Callback):
 
     def __init__(self, folder: Path) -> None:
         """Trace into `folder`/profile, and there into a folder per process where there are several."""
-        own = f"process-{jax.process_index()}" if processes.count() > 1 else ""
-        self.folder = folder / PROFILE / own
+        self.folder = folder / "profile"
+        if processes.count() > 1:
+            self.folder /= f"process-{jax.process_index()}"
         self.written: list[Path] = []
         """The traces for Perfetto, in the order of the rounds."""
-        self._ran: set[tuple[Any, int]] = set()
-        self._traced: Counter[Any] = Counter()
+        self._ran: set[tuple[int, int]] = set()
+        self._traced: Counter[int] = Counter()
 
     def around_round(self, trainer: FederatedTrainer, round_: int) -> AbstractContextManager[None]:
         """Trace a round, if its program has run before and no two of its phase were traced."""
@@ -62,6 +54,7 @@ class RoundProfile(Callback):
 
     @contextmanager
     def _trace(self, simulator: Simulator, round_: int) -> Generator[None]:
+        """Trace what happens inside, and write what Perfetto reads and the shares of the model's parts."""
         folder = self.folder / f"round-{round_}"
         shutil.rmtree(folder, ignore_errors=True)  # a resumed run runs rounds again that no checkpoint has
         try:
@@ -75,16 +68,13 @@ class RoundProfile(Callback):
             jax.profiler.StepTraceAnnotation("round", step_num=round_),
         ):
             yield
-        self._explain(folder, simulator, round_)
-
-    def _explain(self, folder: Path, simulator: Simulator, round_: int) -> None:
-        """Write what Perfetto reads, and the shares of the model's parts."""
         found = sorted(folder.rglob("*.trace.json.gz"))
         if not found:
             return
-        trace, scopes = read_trace(found[-1]), find_scopes(simulator.round_text(round_))
-        trace = label_trace(trace, scopes)
+        scopes = profile_scopes.find_scopes(simulator.round_text(round_))
+        trace = profile_scopes.label_trace(profile_scopes.read_trace(found[-1]), scopes)
         self.written.append(folder.with_name(f"{folder.name}.json.gz"))
-        write_trace(self.written[-1], trace)
-        table = tabulate_shares(round_, share_out_time(trace))
+        with gzip.open(self.written[-1], "wt", encoding="utf-8") as opened:
+            json.dump(trace, opened)
+        table = profile_scopes.tabulate_shares(round_, profile_scopes.share_out_time(trace))
         folder.with_name(f"{folder.name}.md").write_text(table, encoding="utf-8")

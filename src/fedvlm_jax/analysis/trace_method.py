@@ -4,7 +4,7 @@ Local training is replaced by a stand-in that notes what it is given to train. N
 known by name. Axes: K clients of the cohort.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,36 +25,21 @@ OPTIMIZER = "the optimiser's state"
 
 @dataclass(frozen=True)
 class Held:
-    """A leaf, or some layers of one, in what is sent, received or kept.
+    """A leaf, or some layers of a stacked one, in what is sent, received or kept."""
 
-    Attributes:
-        place: where the method has it, `control` say; left out of what travels where all of that is in one place.
-        layers: which, where a rule splits the stack; empty for all.
-        times: how many clients' it is.
-    """
-
-    place: str
-    layers: tuple[str, ...] = ()
-    times: int = 1
+    place: str  # where the method has it, `control` say; empty where all that travels is in the same place
+    layers: tuple[str, ...] = ()  # which, where a rule splits the stack; empty for all
+    times: int = 1  # how many clients' it is
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One leaf at one site, in the rounds of one phase.
+    """A leaf at a site, in the rounds of a phase."""
 
-    Attributes:
-        group, name: the site's path and the leaf's name; a leaf that is at no site has no group.
-        shape: stacked axes first.
-        stack: how many of its axes those are.
-        trained: how many copies of it a client trains; 0: it is frozen.
-        sent, received, kept: in which places.
-    """
-
-    group: str
+    group: str  # the site's path; empty for a leaf that is at no site
     name: str
-    shape: tuple[int, ...]
-    stack: int
-    trained: int
+    shape: tuple[int, ...]  # stacked axes first
+    trained: int  # how many copies of it a client trains; 0: it is frozen
     sent: tuple[Held, ...]
     received: tuple[Held, ...]
     kept: tuple[Held, ...]
@@ -62,29 +47,21 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Stage:
-    """The rounds of one phase.
+    """The rounds of a phase."""
 
-    Attributes:
-        rounds: which of the run.
-        tensors: what there is, by path.
-        trained: numbers that a client trains in such a round.
-        up, down: bytes per client, the mean over the clients.
-        by_rank: rank -> bytes up and down of a client of that rank; empty where all have the same.
-    """
-
-    rounds: tuple[int, ...]
+    rounds: tuple[int, ...]  # which of the run
     tensors: tuple[Tensor, ...]
-    trained: int
-    up: int
+    trained: int  # numbers that a client trains in such a round
+    up: int  # bytes per client, the mean over the clients
     down: int
-    by_rank: Mapping[int, tuple[int, int]]
+    by_rank: Mapping[int, tuple[int, int]]  # rank -> bytes up and down of such a client; empty where all are alike
 
 
 class _Training:
-    """Stands in for local training: what it is given to train comes back changed, and is noted.
+    """Stand-in for local training: what it is given to train comes back changed, and is noted.
 
-    Several calls may go on with the same factors, and then these are trained once, not several times: who passes in
-    what an earlier call gave back goes on.
+    Several calls may go on with the same factors, and then these are trained once, not several times: a call that is
+    given what an earlier call gave back goes on.
     """
 
     def __init__(self) -> None:
@@ -102,55 +79,45 @@ class _Training:
             at = next((number for number, copy in enumerate(copies) if copy is leaf), len(copies))
             copies[at : at + 1] = [moved[path]]
         self.seen |= tree.flatten(factors)
-        zero = jnp.zeros(())
-        steps = client.mask.any(axis=-1).sum() * 1.0
-        metrics = {"loss": zero, "last_loss": zero, "gradient_norm": zero, "token_accuracy": zero, "steps": steps}
+        metrics = dict.fromkeys(("loss", "last_loss", "gradient_norm", "token_accuracy"), jnp.zeros(()))
+        metrics["steps"] = client.mask.any(axis=-1).sum() * 1.0
         return tree.combine(tree.unflatten(moved), frozen), optimizer, metrics
 
 
 @dataclass(frozen=True)
 class Tracer:
-    """A method on a model, ready to be traced.
-
-    Attributes:
-        method, vlm: which.
-        steps, batch: of local training.
-        server, personal: shapes of the states.
-        cohort: K.
-        ranks: of all clients, or empty.
-        sites: path of every adapted site -> how many stacked axes it has.
-    """
+    """A method on a model, ready to be traced."""
 
     method: Method
     vlm: Vlm
-    steps: int
+    steps: int  # of local training
     batch: int
-    server: PyTree
+    server: PyTree  # shapes of the states
     personal: PyTree
     cohort: int
-    ranks: tuple[int, ...]
-    sites: Mapping[str, int]
+    ranks: tuple[int, ...]  # of all clients, or empty
+    sites: Mapping[str, int]  # path of every adapted site -> how many stacked axes it has
 
     def stage(self, phase: int, rounds: tuple[int, ...]) -> Stage:
         """Trace a round of this phase."""
         training = _Training()
-        kept, message = self._trace_client(phase, training)
+        changed, message = self._trace_client(phase, training)
         messages = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.cohort, *leaf.shape), leaf.dtype), message)
         up, down = find_travelling(self.method, self.server, messages)
+        state = {path: leaf for path, leaf in flatten_state(self.personal).items() if path in changed}
         sizes = {path: leaf.size for path, leaf in training.seen.items()}
-        state = {path: leaf for path, leaf in flatten_state(self.personal).items() if path in kept}
-        moved = [self._locate(flatten_state(part), sizes) for part in (up, down)]
-        places = [*(_leave_out_the_common(found) for found in moved), self._locate(state, sizes)]
+        sent, received = (_leave_out_common(self._locate(flatten_state(part), sizes)) for part in (up, down))
+        kept = self._locate(state, sizes)
         tensors: list[Tensor] = []
         for path, leaf in training.seen.items():
             group, _, name = path.rpartition("/")
-            stack = self.sites.get(group, 0)
             copies = len(training.copies.get(path, ()))
-            if len(leaf.shape) <= stack and not copies:
-                continue  # a scale: data, one number a layer
-            sent, received, own = (found.get(path, ()) for found in places)
-            tensors.append(Tensor(group, name, leaf.shape, stack, copies, sent, received, own if copies else ()))
-        share = sum(self.ranks) / len(self.ranks) / max(self.ranks) if self.ranks else 1.0
+            if len(leaf.shape) <= self.sites.get(group, 0) and not copies:
+                continue  # a scale: data, a number per layer
+            places = sent.get(path, ()), received.get(path, ()), kept.get(path, ()) if copies else ()
+            tensors.append(Tensor(group, name, leaf.shape, copies, *places))
+        most = max(self.ranks, default=1)
+        share = sum(self.ranks) / len(self.ranks) / most if self.ranks else 1.0
         return Stage(
             rounds=rounds,
             tensors=tuple(tensors),
@@ -158,77 +125,67 @@ class Tracer:
             up=count_bytes(up, share),
             down=count_bytes(down, share),
             by_rank={
-                rank: (count_bytes(up, rank / max(self.ranks)), count_bytes(down, rank / max(self.ranks)))
-                for rank in sorted(set(self.ranks))
+                rank: (count_bytes(up, rank / most), count_bytes(down, rank / most)) for rank in sorted(set(self.ranks))
             },
         )
 
     def _trace_client(self, phase: int, training: _Training) -> tuple[set[str], PyTree]:
-        """-> paths in the personal state that a round changes, and the message."""
+        """Return the paths in the personal state that a round changes, and the message."""
 
         def update(personal: PyTree, params: PyTree, server: PyTree, client: Client, number: Any, key: Any) -> Any:
-            rate = jnp.zeros(())
-            rates = {"a": rate, "b": rate}
+            rates = {"a": jnp.zeros(()), "b": jnp.zeros(())}
             ctx = Context(params=params, round=number, phase=phase, rates=rates, train=training, key=key)
-            personal, message, _ = self.method.client_update(
-                ctx, server=server, personal=personal, client=client, key=key
-            )
-            return personal, message
+            return self.method.client_update(ctx, server=server, personal=personal, client=client, key=key)[:2]
 
-        example = shape_of_one(self.vlm.example_batch())
-        client = shape_client(example, self.batch, self.steps, self.batch)
+        client = shape_client(shape_of_one(self.vlm.example_batch()), self.batch, self.steps, self.batch)
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        arguments = (self.vlm.shapes(), self.server, client, number, shape_key())
-        changed, (_, message) = _trace(update, self.personal, *arguments)
-        return changed, message
+        traced, (personal, message) = jax.make_jaxpr(update, return_shape=True)(
+            self.personal, self.vlm.shapes(), self.server, client, number, shape_key()
+        )
+        # What comes back as it is, is the same variable of the trace.
+        came = dict(zip(flatten_state(self.personal), traced.jaxpr.invars, strict=False))
+        went = dict(zip(flatten_state(personal), traced.jaxpr.outvars, strict=False))
+        return {path for path, variable in went.items() if variable is not came.get(path)}, message
 
     def _locate(self, part: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, tuple[Held, ...]]:
-        """path of a tensor -> where a tree has it."""
-        found: dict[str, dict[str, list[tuple[str, int]]]] = {}
+        """Return path of a tensor -> where a tree has it."""
+        found: dict[str, dict[str, list[tuple[str, int]]]] = {}  # tensor -> place -> layers and their sizes
         longest_first = sorted(self.sites, key=len, reverse=True)
         for path, leaf in part.items():
-            site = next((site for site in longest_first if f"/{site}/" in f"/{path}"), None)
             if OPTIMIZER in path:
                 continue
-            if site is None:  # a leaf that belongs to no site, such as one number for all
-                before, _, name = path.rpartition("/")
-                where, layer = found.setdefault(name, {}).setdefault(before, []), ""
+            site = next((site for site in longest_first if f"/{site}/" in f"/{path}"), None)
+            if site is None:  # a leaf that belongs to no site, such as a number that all layers share
+                place, _, tensor = path.rpartition("/")
+                layer = ""
             else:
-                before, _, after = f"/{path}".partition(f"/{site}/")
+                place, _, after = f"/{path}".partition(f"/{site}/")
                 name, _, layer = after.partition("/")
-                where = found.setdefault(f"{site}/{name}", {}).setdefault(before.strip("/"), [])
-            where.append((layer, leaf.size))
-        return {
-            path: tuple(
-                Held(
-                    place,
-                    tuple(layer for layer, _ in leaves if layer),
-                    1 if leaves[0][0] else max(1, leaves[0][1] // sizes.get(path, leaves[0][1])),
-                )
-                for place, leaves in places.items()
-            )
-            for path, places in found.items()
-        }
+                tensor = f"{site}/{name}"
+            found.setdefault(tensor, {}).setdefault(place.strip("/"), []).append((layer, leaf.size))
+        located: dict[str, tuple[Held, ...]] = {}
+        for path, places in found.items():
+            for place, leaves in places.items():
+                layer, size = leaves[0]
+                times = 1 if layer else max(1, size // sizes.get(path, size))
+                held = Held(place, tuple(layer for layer, _ in leaves if layer), times)
+                located[path] = (*located.get(path, ()), held)
+        return located
 
 
-def _leave_out_the_common(found: Mapping[str, tuple[Held, ...]]) -> Mapping[str, tuple[Held, ...]]:
-    """Leave out the place where all that travels is in one."""
+def _leave_out_common(found: Mapping[str, tuple[Held, ...]]) -> Mapping[str, tuple[Held, ...]]:
+    """Leave out the place where all that travels is in the same."""
     if len({held.place for several in found.values() for held in several}) > 1:
         return found
     return {path: tuple(replace(held, place="") for held in several) for path, several in found.items()}
 
 
-def _trace(function: Callable[..., tuple[Any, ...]], state: PyTree, *arguments: Any) -> tuple[set[str], Any]:
-    """-> paths of the leaves of `state` that do not come back as they are as the first result, and all results."""
-    traced, shapes = jax.make_jaxpr(function, return_shape=True)(state, *arguments)
-    before, after = list(flatten_state(state)), list(flatten_state(shapes[0]))
-    came = dict(zip(before, traced.jaxpr.invars, strict=False))
-    went = dict(zip(after, traced.jaxpr.outvars, strict=False))
-    return {path for path in after if went[path] is not came.get(path)}, shapes
-
-
 def flatten_state(part: PyTree) -> dict[str, Any]:
-    """path -> leaf in JAX's own order, of any tree: dictionaries, tuples, records of optimisers."""
+    """Return path -> leaf in JAX's order, of any tree: dictionaries, tuples, records of optimisers.
+
+    >>> flatten_state({"control": (1, {"b": 2})})
+    {'control/0': 1, 'control/1/b': 2}
+    """
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]

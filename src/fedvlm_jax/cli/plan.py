@@ -1,6 +1,5 @@
 """`fedvlm plan`: what a round would take of devices that need not be there."""
 
-import dataclasses
 from typing import Annotated
 
 import tyro
@@ -14,7 +13,7 @@ from fedvlm_jax.run_dir.folder_lock import open_folder
 def plan(request: Annotated[Request, tyro.conf.arg(name="")] = Request()) -> None:  # noqa: B008  frozen
     """Compile a round for a TPU pod, or for CPU devices, that need not be there, and say what it would take."""
     check_request(request)
-    validate(dataclasses.replace(request.run, cohort=request.cohort or request.clients))
+    validate(request.run)
 
     from fedvlm_jax.analysis.plan import plan_round
     from fedvlm_jax.reporting import plan_report, tables

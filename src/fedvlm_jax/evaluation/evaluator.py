@@ -36,17 +36,11 @@ Adapters = Callable[[np.ndarray], PyTree]
 
 
 class Scored(NamedTuple):
-    """Scores of a model on a split.
-
-    Attributes:
-        scores: every metric.
-        values: metrics of generated answers by example, metric -> client -> [N]; `scores` has their means.
-        texts: the answers themselves, client -> [N].
-    """
+    """Scores of a model on a split."""
 
     scores: Scores
-    values: dict[str, dict[str, Float[np.ndarray, " examples"]]]
-    texts: dict[str, list[str]]
+    values: dict[str, dict[str, Float[np.ndarray, " examples"]]]  # generated answers': metric -> client -> [N]
+    texts: dict[str, list[str]]  # the answers themselves, client -> [N]
 
 
 class _Piece(NamedTuple):
@@ -59,35 +53,20 @@ class _Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluation of clients by a compiled program.
-
-    Attributes:
-        examples, processor: the population's rows, and what decodes answers.
-        inputs: rows -> batches.
-        wave: pieces at a time.
-        batch: examples of a piece.
-        mesh: pieces are spread over its devices.
-        answer: the program of `make_answer`.
-        gold: the answers to each of `examples`, as predictions are compared with them (`gold_answers.py`).
-        metrics: of generated answers, by name (`text_metrics.py`).
-        beta: of the reward, which is beta times an answer's gain in log-probability over the bare base.
-        base: split and client -> the numbers of the bare base [N]; filled when the base is evaluated, and rewards are
-            known from then on.
-        advance: called with the parts done, the parts in all, and the split.
-    """
+    """Evaluation of clients by a compiled program."""
 
     examples: Examples
-    inputs: Inputs
+    inputs: Inputs  # rows -> batches
     processor: Processor
-    wave: int
-    batch: int
+    wave: int  # pieces at a time, spread over the mesh's devices
+    batch: int  # examples of a piece
     mesh: Mesh
-    answer: Callable[..., Any]
-    gold: list[list[str]]
-    metrics: tuple[str, ...]
-    beta: float
-    base: dict[tuple[Split, int], Numbers]
-    advance: Callable[[int, int, str], None] = lambda done, total, split: None
+    answer: Callable[..., Any]  # the program of `make_answer`
+    gold: list[list[str]]  # the answers to each of `examples`, as predictions are compared with them
+    metrics: tuple[str, ...]  # of generated answers, by name
+    beta: float  # of the reward, which is beta times an answer's gain in log-probability over the bare base
+    base: dict[tuple[Split, int], Numbers]  # split and client -> sums of the bare base, once it was evaluated
+    advance: Callable[[int, int, str], None] = lambda done, total, split: None  # shows progress
 
     def __call__(
         self,
@@ -102,7 +81,7 @@ class Evaluator:
 
         Args:
             params: the base.
-            models: name -> its adapters; None for the bare base (zero-shot).
+            models: name -> its adapters; None for the bare base (zero-shot), with which rewards become known.
             split, numbers: of the rows and the clients.
             rejected: score rejected answers too, where the data has them; without them there is no metric of pairs.
 
@@ -133,13 +112,12 @@ class Evaluator:
 
         Args:
             program: (params, adapters, batch [V, B, …]) -> arrays [V, B, …]; labels that do not count are -100.
-            params, models: as above.
+            params, models: as in `__call__`.
             rows: client number -> rows.
             shown: what the progress is called; empty shows none.
 
         Returns:
-            model -> client number -> for each piece of its rows, in their order, the arrays [up to B, …]; none without
-            rows.
+            model -> client number, if it has rows -> for each piece, in their order, the arrays [up to B, …].
         """
         waves = self._cut(rows)
         across, local = NamedSharding(self.mesh, PartitionSpec(CLIENTS)), local_places(self.mesh, self.wave).tolist()
@@ -214,15 +192,10 @@ GREEDY: Mapping[str, int] = {"num_beams": 1, "no_repeat_ngram_size": 0, "min_len
 def make_answer(
     vlm: Vlm, max_tokens: int, options: Mapping[str, int] = GREEDY
 ) -> Callable[..., tuple[Array, dict[str, Array]]]:
-    """Compile-once `(params, adapters, batch [V, B, …]) -> ids [V, B, max_tokens], numbers [V, B]`.
+    """Make the program `(params, adapters, batch [V, B, …]) -> ids [V, B, max_tokens], numbers [V, B]`.
 
-    The numbers are those of `objectives.log_probs.score_pairs`; of the chosen answer alone where the batch has no
-    rejected ones.
-
-    Args:
-        vlm: the model.
-        max_tokens: how many are generated at most, BOS and EOS included.
-        options: of `Vlm.generate`, in place of what the model's generation configuration says.
+    Of the tokens BOS and EOS are two. The numbers are those of `objectives.log_probs.score_pairs`; of the chosen answer
+    alone where the batch has no rejected ones. `options` override the model's generation configuration.
     """
 
     def answer_piece(params: PyTree, adapter: PyTree, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:

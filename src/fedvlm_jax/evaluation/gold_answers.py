@@ -24,23 +24,14 @@ UNWRITABLE = "with text that the tokenizer cannot write"
 
 
 class Gold(NamedTuple):
-    """Gold answers, ready to be compared with generated ones.
+    """Gold answers, ready to be compared with generated ones."""
 
-    Attributes:
-        texts: [N] as tokens write them; those of rows that are not scored, and those that no tokens write, as given.
-        all: [N] all that a row's prediction is compared with: its text alone, or every person's answer, written alike.
-        longest: tokens of the longest scored answer, with BOS and EOS; one more than the bound where one exceeds it.
-        budget: tokens that are generated at most.
-        scored: how many answers are scored.
-        unreachable: why a scored answer cannot be given -> how many.
-    """
-
-    texts: list[str]
-    all: list[list[str]]
-    longest: int
-    budget: int
+    texts: list[str]  # [N] as tokens write them; as given where they are not scored or no tokens write them
+    all: list[list[str]]  # [N] all that a prediction is compared with: the text alone, or every person's answer
+    longest: int  # tokens of the longest scored answer, with BOS and EOS; one more than the bound if one exceeds it
+    budget: int  # tokens that are generated at most
     scored: int
-    unreachable: dict[str, int]
+    unreachable: dict[str, int]  # why a scored answer cannot be given -> how many
 
 
 def read_gold(

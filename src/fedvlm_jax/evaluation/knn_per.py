@@ -2,10 +2,10 @@
 
 At every token of every training answer, the decoder's last state φ and the token y that followed go to the client's
 datastore. A new state finds its k nearest, and p_kNN(y) ∝ Σ_{i among them} 1[y = y_i] exp(−‖φ − φ_i‖ / τ), in the paper
-with τ = 1. The authors' code has exp(−‖φ − φ_i‖² / (D τ)) instead, under which the nearest weighs less; both are here,
-and unless the options choose, all clients take the kernel that is likelier on all validation answers. The model's
-answer is then p = λ p_kNN + (1 − λ) p_h, with a λ for each client, the likeliest on its validation answers. Nothing is
-trained and nothing leaves the client.
+with τ = 1. The authors' code has exp(−‖φ − φ_i‖² / (D τ)) instead, under which the nearest weighs less; unless the
+options choose, all clients take the kernel that is likelier on all validation answers. Tokens then come from
+p = λ p_kNN + (1 − λ) p_h, with each client's likeliest λ on its validation answers. Nothing is trained, and nothing
+leaves the client.
 
 Deviation: the paper classifies images; here it is every token of a generated answer, as in kNN-LM (arXiv 1911.00172).
 λ is chosen by the likelihood of the validation answers, which one pass knows for every λ; the paper takes accuracy.
@@ -61,16 +61,13 @@ class KnnAdapter(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """The programs for k neighbours at temperature τ, compiled once for all runs.
+    """The programs for k neighbours at temperature τ, compiled once for all runs; batches are [V, B, …].
 
-    Attributes:
-        vlm: the model as `with_datastore` makes it.
-        keep: (params, adapters, batch [V, B, …]) -> `states` [V, B, U, D] and `tokens` [V, B, U] of the answers.
-        weigh: (params, `KnnAdapter`s, batch [V, B, …]) -> `likelihood` [V, B, kernel, λ] of the answers, for all that
-            are tried, whatever share and kernel the datastores have.
+    `keep` (params, adapters, batch) gives the `states` [V, B, U, D] and `tokens` [V, B, U] of the answers; `weigh`
+    (params, `KnnAdapter`s, batch) their `likelihood` [V, B, kernel, λ], whatever share and kernel the datastores have.
     """
 
-    vlm: Vlm
+    vlm: Vlm  # as `with_datastore` makes it
     keep: Callable[..., dict[str, Array]]
     weigh: Callable[..., dict[str, Array]]
 

@@ -80,6 +80,7 @@ def tabulate_plan(plan: Plan) -> list[Table]:
         note = f"Those in {plan.unknown_loops} loops count once: their turns are not in the program's text."
     return [
         Table("Round", ("", "planned"), tuple(planned), prose=frozenset({1})),
+        # The row of what is needed stands out.
         Table("Memory of a device", ("", "", "meaning"), tuple(memory), frozenset({7}), prose=frozenset({2})),
         Table("Cost of a round", ("", "", "meaning"), tuple(cost), prose=frozenset({2})),
         Table("Collectives", ("collective", "devices", "in a round", "bytes a device"), tuple(sent), note=note),

@@ -63,13 +63,10 @@ def weigh_corpus(corpus: Sequence[Sequence[str]]) -> Rarity:
 def cider(
     predictions: Sequence[str], references: Sequence[Sequence[str]], rarity: Rarity | None = None
 ) -> Float[np.ndarray, " examples"]:
-    """Score every prediction against its gold answers by CIDEr-D, from 0 to 10.
+    """Score every prediction against its gold answers by CIDEr-D, from 0 to 10; the mean where there are several.
 
-    Args:
-        predictions: [N].
-        references: [N] gold answers of every example; the score is the mean over them.
-        rarity: of the corpus; without it that of `references`, which is right only where these are the whole split
-            over all clients. In a corpus of one document every score is 0.
+    Without the corpus' rarity it is that of `references`, which is right only where these are the whole split over all
+    clients. In a corpus of one document every score is 0.
 
     Raises:
         ValueError: as `pair_up`.

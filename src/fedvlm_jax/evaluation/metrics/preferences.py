@@ -28,12 +28,7 @@ def prefer_chosen(chosen: np.ndarray, rejected: np.ndarray) -> Float[np.ndarray,
 
 
 def score_preferences(model: Numbers, base: Numbers | None, beta: float) -> dict[str, float]:
-    """Compute the preference metrics of a set of examples, a client's say.
-
-    Args:
-        model: the numbers of the model.
-        base: those of the frozen base for the same examples; None without rewards.
-        beta: of the reward.
+    """Compute the preference metrics of a set of examples, a client's say, with rewards where the base's are known.
 
     Returns:
         `perplexity` of the chosen answers over all tokens, so that long answers weigh more, where there is a token;

@@ -77,9 +77,7 @@ METRICS: Mapping[str, Metric] = {
 def select_metrics(names: Sequence[str], corpus: Sequence[Sequence[str]]) -> dict[str, Metric]:
     """Select metrics by name, ready to be called client by client.
 
-    Args:
-        names: of `METRICS`.
-        corpus: gold answers of every example of the split, over all clients, for CIDEr's document frequencies.
+    The corpus is the gold answers of every example of the split, over all clients, for CIDEr's document frequencies.
 
     Raises:
         UserError: there is no metric of that name.

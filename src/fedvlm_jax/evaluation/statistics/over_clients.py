@@ -15,26 +15,16 @@ DRAWS = 1 << 20  # clients drawn at a time: a bound on memory
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and spread of a metric over clients.
-
-    Attributes:
-        mean: every client counts the same.
-        std: population standard deviation (divided by the number of clients).
-        worst_decile: mean of the lowest ceil(10 %) of the clients: of 16 clients the lowest 2.
-        min, max: the extreme clients.
-        clients: number of clients.
-        jain: Jain's fairness index; NaN where a value is negative or all are zero.
-        low, high: 95 % bootstrap interval of the mean; NaN with one client. It says nothing about other seeds.
-    """
+    """Mean and spread of a metric over clients, all of which count the same."""
 
     mean: float
-    std: float
-    worst_decile: float
+    std: float  # population standard deviation: divided by the number of clients
+    worst_decile: float  # mean of the lowest ceil(10 %) of the clients: of 16 clients the lowest 2
     min: float
     max: float
     clients: int
-    jain: float
-    low: float
+    jain: float  # Jain's fairness index; NaN where a value is negative or all are zero
+    low: float  # 95 % bootstrap interval of the mean; NaN with one client
     high: float
 
 
@@ -152,30 +142,18 @@ def summarise_gain(values: Mapping[str, float], base: Mapping[str, float]) -> Su
 
 @dataclass(frozen=True)
 class Matrix:
-    """Summary of a cross-client matrix: every client's model on every client's data.
+    """Summary of a cross-client matrix: every client's model on every client's data."""
 
-    Attributes:
-        diagonal: mean of clients' models on the data they were trained for.
-        off_diagonal: mean of clients' models on other clients' data; NaN with one client.
-        beaten: names of the clients for whom another client's model is better, not just as good.
-        unbeaten: share of the other clients.
-    """
-
-    diagonal: float
-    off_diagonal: float
-    beaten: tuple[str, ...]
-    unbeaten: float
+    diagonal: float  # mean of clients' models on the data they were trained for
+    off_diagonal: float  # mean of clients' models on other clients' data; NaN with one client
+    beaten: tuple[str, ...]  # the clients for whom another client's model is better, not just as good
+    unbeaten: float  # share of the other clients
 
 
 def summarise_matrix(
     values: Float[np.ndarray, "clients clients"], names: Sequence[str], higher_is_better: bool = True
 ) -> Matrix:
-    """Summarise the metric of each client's model on each client's data.
-
-    Args:
-        values: [model, data].
-        names: of the clients, in the order of both axes.
-        higher_is_better: False for a loss or a perplexity.
+    """Summarise a metric [model, data] of each client's model on each client's data; `names` are both axes'.
 
     Raises:
         UserError: no clients, a matrix that is not square over the names, or a value that is not finite.

@@ -69,26 +69,16 @@ def keep_common(method: BySeed, other: BySeed) -> tuple[dict[int, dict[str, floa
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of two methods a and b on the same clients and seeds.
+    """The difference of two methods a and b on the same clients and seeds."""
 
-    Attributes:
-        mean: a minus b, averaged over clients within a seed, then over seeds.
-        standard_error: of that mean, from the spread between seeds; NaN with a single value.
-        low, high: confidence interval, Student's t; NaN with a single value.
-        wins: share of (seed, client) pairs in which a is better, ties counting half.
-        seeds: number of seeds.
-        clients: number of clients in each of them.
-        over: the population of the interval: "seeds", or "clients" where there is a single seed.
-    """
-
-    mean: float
-    standard_error: float
-    low: float
+    mean: float  # a minus b, averaged over clients within a seed, then over seeds
+    standard_error: float  # of that mean, from the spread between seeds; NaN with a single value
+    low: float  # 95 % confidence interval, Student's t; NaN with a single value
     high: float
-    wins: float
+    wins: float  # share of (seed, client) pairs in which a is better, ties counting half
     seeds: int
-    clients: int
-    over: str
+    clients: int  # in each of the seeds
+    over: str  # the population of the interval: "seeds", or "clients" where there is a single seed
 
 
 def paired_difference(a: BySeed, b: BySeed) -> Difference:
