@@ -98,7 +98,7 @@ def _write(
 def _find_ban(ids: Int[np.ndarray, " tokens"], settings: Settings) -> str:
     """Say why the search never gives these tokens; empty if it may.
 
-    The bans are those of `models.search.process_scores`, whose history begins with the decoder's start token.
+    The bans are those of `models.beam_search.process_scores`, whose history begins with the decoder's start token.
     """
     if len(ids) < settings.min_length or len(ids) - 1 < settings.min_new_tokens:
         return "shorter than min_length or min_new_tokens"
