@@ -79,7 +79,9 @@ class _Training:
             at = next((number for number, copy in enumerate(copies) if copy is leaf), len(copies))
             copies[at : at + 1] = [moved[path]]
         self.seen |= tree.flatten(factors)
-        metrics = dict.fromkeys(("loss", "last_loss", "gradient_norm", "token_accuracy"), jnp.zeros(()))
+        metrics: dict[str, Any] = {
+            name: jnp.zeros(()) for name in ("loss", "last_loss", "gradient_norm", "token_accuracy")
+        }
         metrics["steps"] = client.mask.any(axis=-1).sum() * 1.0
         return tree.combine(tree.unflatten(moved), frozen), optimizer, metrics
 

@@ -227,5 +227,6 @@ def _count_pairs(holders: Int[np.ndarray, "2 held"], names: Sequence[str]) -> li
         return []
     held = csr_array((np.ones(holders.shape[1], np.int64), holders), shape=(int(holders[0].max()) + 1, len(names)))
     common = triu(held.T @ held, k=1).tocoo()
-    most = np.lexsort((common.col, common.row, -common.data))[:NAMED].tolist()
-    return [[names[int(common.row[at])], names[int(common.col[at])], int(common.data[at])] for at in most]
+    counts: Int[np.ndarray, " pairs"] = common.data
+    most = np.lexsort((common.col, common.row, -counts))[:NAMED].tolist()
+    return [[names[int(common.row[at])], names[int(common.col[at])], int(counts[at])] for at in most]

@@ -105,6 +105,7 @@ def make_local_trainer(
                 gradient, _ = clip.update(gradient, clip.init(moving))
                 if nudge is not None:
                     gradient = jax.tree.map(jnp.add, gradient, nudge(moving))
+                updates: PyTree
                 updates, new_state = direction.update(gradient, state, moving)
                 steps_down = {path: descend(path, update) for path, update in tree.flatten(updates).items()}
                 new = optax.apply_updates(moving, tree.unflatten(steps_down))

@@ -115,7 +115,7 @@ def _leave_out(weights: Float[Array, " cohort"], finite: Bool[Array, " cohort"])
     return jnp.where(jnp.all(left == weights), weights, renewed)
 
 
-def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> Callable[..., RoundOutput]:
+def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> jax.stages.Wrapped:
     """Make the jitted round: `run(*arguments, phase=0)` of `RoundArguments`; a program for each phase.
 
     `personal` is donated. The server's state comes back exactly as it goes in, so the next round finds its program.

@@ -111,8 +111,9 @@ class DecoderLayer(TextLayer):
             attended = inner(x, causal)
         else:
             assert index is not None
-            attended, *kept = inner.step(x, *cache.beams, index)
-            cache = cache._replace(beams=tuple(kept))
+            keys, values = cache.beams
+            attended, keys, values = inner.step(x, keys, values, index)
+            cache = cache._replace(beams=(keys, values))
         x = Norm(self.dtype, name="self_attn_layer_norm")(x + attended)
         if cache is None or cache.prompt is None:
             assert memory is not None
@@ -185,8 +186,9 @@ class Bart(TextModule):
         self, ids: Int[Array, "B K"], index: Array, cache: Cache, memory: Array | None, attention_mask: Array
     ) -> tuple[Float[Array, "B K D"], Float[Array, "B K V"], Cache]:
         """One position: the decoder's last states, their logits, and the cache with that position in it."""
-        hidden, cache = self.decoder(self.embed(ids), index, cache, memory, _padding_bias(attention_mask), index)
-        return hidden, layers.widen(self.shared.attend(hidden)), cache
+        hidden, kept = self.decoder(self.embed(ids), index, cache, memory, _padding_bias(attention_mask), index)
+        assert kept is not None
+        return hidden, layers.widen(self.shared.attend(hidden)), kept
 
 
 def _padding_bias(attention_mask: Int[Array, "B T"]) -> Float[Array, "B 1 1 T"]:

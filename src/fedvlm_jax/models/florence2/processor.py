@@ -242,8 +242,8 @@ class Processor(base.Processor):
     @property
     def framing(self) -> frozenset[int]:
         names = ("bos", "eos", "pad", "cls", "sep", "mask", "unk", "image")
-        ids = {getattr(self.wrapped.tokenizer, f"{name}_token_id", None) for name in names}
-        return frozenset(ids - {None})
+        ids = (getattr(self.wrapped.tokenizer, f"{name}_token_id", None) for name in names)
+        return frozenset(number for number in ids if number is not None)
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Int[np.ndarray, "B T"]:
