@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from fedvlm_jax.analysis.plan_options import parse_topology
+from fedvlm_jax.analysis.tpu_topologies import parse_topology
 from fedvlm_jax.run_dir.artifacts import describe_environment
 from fedvlm_jax.utils.files import write_json
 

@@ -10,7 +10,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from fedvlm_jax.analysis.plan_options import CHIPS, open_devices, parse_topology
+from fedvlm_jax.analysis.tpu_topologies import CHIPS, open_devices, parse_topology
 from fedvlm_jax.errors import UserError
 
 
@@ -96,7 +96,7 @@ def test_flags_that_only_the_cpu_knows_are_kept_from_libtpu(monkeypatch, flags, 
 
 
 EVERY_SLICE = """
-from fedvlm_jax.analysis.plan_options import CHIPS, open_devices, parse_topology
+from fedvlm_jax.analysis.tpu_topologies import CHIPS, open_devices, parse_topology
 for kind, chip in CHIPS.items():
     axes = len(chip.slices[0].split("x"))
     for slice in (*chip.slices, *(("4x4x8", "8x8x8") if axes == 3 else ())):

@@ -14,7 +14,8 @@ import jax
 
 from fedvlm_jax.analysis.collectives import Collective, find_collectives
 from fedvlm_jax.analysis.flops import count_flops
-from fedvlm_jax.analysis.plan_options import Chip, Request, check_request, open_devices, parse_topology
+from fedvlm_jax.analysis.plan_options import Request, check_request
+from fedvlm_jax.analysis.tpu_topologies import Chip, open_devices, parse_topology
 from fedvlm_jax.config.method_options import check_rule
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.data.tokenization import MULTIPLE

@@ -1,165 +1,28 @@
-"""Options of `fedvlm plan`: the round to plan, the chips, and devices to compile for that need not be there.
+"""Options of `fedvlm plan`: the round to plan and the devices. Imports nothing heavy."""
 
-Numbers of chips are the vendor's: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (system architecture; GB of HBM there
-are GiB). Imports nothing heavy: jax comes with the devices.
-"""
-
-import contextlib
-import importlib.util
-import math
-import os
-import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
 import tyro
 
+from fedvlm_jax.analysis.tpu_topologies import CHIPS, CPU, parse_topology
 from fedvlm_jax.config import run_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.option_ranges import Count, Positive, check_ranges
-
-CPU = "cpu"
-CUBE = 4  # three-dimensional pods are made of cubes of 4x4x4; what is smaller is part of one
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A kind of accelerator."""
-
-    hbm: float  # GiB of memory
-    flops: float  # peak TFLOP/s in bf16
-    slices: tuple[str, ...]
-    most: int  # chips in the largest slice
-
-
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
-
-CHIPS = {
-    "v4": Chip(32, 275, _DEEP, 4096),
-    "v5e": Chip(16, 197, _FLAT, 256),
-    "v5p": Chip(95, 459, _DEEP, 6144),
-    "v6e": Chip(32, 918, _FLAT, 256),
-}
-
-
-class Topology(NamedTuple):
-    """A parsed `--topology`; a CPU has no chip, and no number of devices where the machine decides."""
-
-    name: str
-    chip: Chip | None
-    devices: int | None
-
-
-def parse_topology(name: str) -> Topology:
-    """Read `v5e:4x4`, `cpu` or `cpu:8`.
-
-    Raises:
-        UserError: it has another form, its chip is not in the table, or there is no such slice of it.
-
-    >>> parse_topology("v5e:4x4").devices
-    16
-    """
-    kind, _, rest = name.partition(":")
-    shape = list(map(int, rest.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest) else []
-    if name == CPU or (kind == CPU and len(shape) == 1):
-        return Topology(name, None, shape[0] if shape else None)
-    chips = ", ".join(CHIPS)
-    if kind == CPU:
-        raise UserError(f"--topology {name}: expected cpu, or cpu:N with the number of devices, for example cpu:8")
-    if re.fullmatch(r"v\d+(e|p|litepod)?-\d+", kind):
-        laid_out = "say which chip and how they are laid out, as in v5e:4x4 or v5p:2x2x1"
-        raise UserError(f"--topology {name}: that says how many there are; {laid_out}; there are {chips}")
-    if kind not in CHIPS:
-        known = f"there are {chips} (as in v5e:4x4, v5p:2x2x1) and cpu (cpu:8)"
-        raise UserError(f"--topology {name}: nothing is known of {kind or 'a chip without a name'}; {known}")
-    chip = CHIPS[kind]
-    deep = chip.slices == _DEEP
-    cubes = deep and len(shape) == 3 and not any(n % CUBE for n in shape) and shape == sorted(shape)
-    if rest not in chip.slices and not (cubes and math.prod(shape) <= chip.most):
-        more = f" and multiples of {CUBE} in ascending order, at most {chip.most} chips" if deep else ""
-        raise UserError(f"--topology {name}: there is no such slice; {kind} has {', '.join(chip.slices)}{more}")
-    return Topology(name, chip, math.prod(shape))
-
-
-def open_devices(topology: Topology) -> list[Any]:
-    """Return the devices of a topology; those of a TPU can be compiled for and nothing else.
-
-    It must come before anything else touches a device: this process computes on the CPU then, with this many devices.
-
-    Raises:
-        UserError: libtpu is not installed or refuses the topology, or another number of CPU devices is settled already.
-    """
-    import jax
-
-    with contextlib.suppress(RuntimeError):  # settled already: nothing is computed in a plan, so it does no harm
-        jax.config.update("jax_platforms", "cpu")
-    if topology.chip is not None:
-        return _open_tpu(topology)
-    count = topology.devices
-    if count is not None:
-        with contextlib.suppress(RuntimeError):  # settled already, perhaps with enough of them
-            jax.config.update("jax_num_cpu_devices", count)
-    devices = jax.devices("cpu")
-    if count is not None and len(devices) < count:
-        raise UserError(
-            f"--topology cpu:{count}: this process has settled for {len(devices)} CPU devices already; plan in a "
-            "new process, or leave out what sets XLA_FLAGS=--xla_force_host_platform_device_count"
-        )
-    return devices[:count]
-
-
-def _open_tpu(topology: Topology) -> list[Any]:
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f'--topology {topology.name} is compiled by libtpu, which is not installed: pip install "fedvlm-jax[plan]" '
-            "(no TPU is needed), or plan for --topology cpu"
-        )
-    from jax.experimental import topologies
-
-    # Keeps libtpu from looking for hosts: a compiler has no need of them.
-    quiet = {
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask about this machine's TPU
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any will do: the topology is named
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is opened, so several processes may compile
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "TPU_MIN_LOG_LEVEL": "3",
-    }
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    # jax has read what they say of the CPU, and libtpu aborts where it does not know a flag.
-    if flags := os.environ.get("XLA_FLAGS"):
-        os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags.split() if not flag.startswith("--xla_cpu_"))
-    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if topology.devices == 1 else {}
-    if topology.name.startswith("v4"):
-        options["chip_config_name"] = "megacore"  # its two cores as one device, as jax has them on a v4
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
-    except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError
-        raise UserError(f"--topology {topology.name}: libtpu refuses it: {str(error).splitlines()[0]}") from error
-    if len(devices) != topology.devices:
-        made = f"libtpu makes {len(devices)} devices of its {topology.devices} chips"
-        raise UserError(f"--topology {topology.name}: {made}")
-    return list(devices)
-
-
-def _optional(metavar: str, otherwise: str) -> Any:
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})")
 
 
 @dataclass(frozen=True)
 class SizeOptions:
     """Sizes of the clients' data, which are not read."""
 
-    image_size: Annotated[Count | None, _optional("PIXELS", "as the model's processor has it")] = None
+    image_size: Annotated[Count | None, run_options.optional("PIXELS", "as the model's processor has it")] = None
     """Side of the pictures."""
     prompt_tokens: Count = 24
     """Tokens of the longest prompt; the picture's come on top."""
     answer_tokens: Count = 16
     """Tokens of the longest answer."""
-    examples: Annotated[Count | None, _optional("INT", "as many as it reads in a round")] = None
+    examples: Annotated[Count | None, run_options.optional("INT", "as many as it reads in a round")] = None
     """Training examples of a client."""
 
 
@@ -177,11 +40,11 @@ class Request:
     objective: str = "sft"
     clients: Count = 16
     """Number of clients."""
-    cohort: Annotated[Count | None, _optional("INT", "all of them")] = None
+    cohort: Annotated[Count | None, run_options.optional("INT", "all of them")] = None
     """Clients drawn each round."""
-    price_per_chip_hour: Annotated[Positive | None, _optional("PRICE", "none")] = None
+    price_per_chip_hour: Annotated[Positive | None, run_options.optional("PRICE", "none")] = None
     """Price of a chip for an hour, to say what a round costs at least."""
-    out: Annotated[Path | None, _optional("DIR", "runs/<time>-plan")] = None
+    out: Annotated[Path | None, run_options.optional("DIR", "runs/<time>-plan")] = None
     """Folder for plan.json and plan.md."""
     sizes: SizeOptions = field(default_factory=SizeOptions)
     train: run_options.TrainOptions = field(default_factory=run_options.TrainOptions)

@@ -36,7 +36,7 @@ METHOD = "plora"
 """The method where none is named."""
 
 
-def _optional(metavar: str, otherwise: str, *aliases: str) -> Any:
+def optional(metavar: str, otherwise: str, *aliases: str) -> Any:
     """Describe an option that may stay unset: the help then says what happens instead of "None"."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {otherwise})", aliases=aliases or None)
 
@@ -81,7 +81,7 @@ class LoraOptions:
     """Rank of the adapter (not given by the paper)."""
     alpha: Positive = 16.0
     """The adapter's output is scaled by alpha / rank (not given by the paper)."""
-    targets: Annotated[str, _optional("REGEX", "the model's text layers")] = ""
+    targets: Annotated[str, optional("REGEX", "the model's text layers")] = ""
     """Regular expression over parameter paths: which weights get an adapter (not given by the paper)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
@@ -105,7 +105,7 @@ class TrainOptions:
     """Federated rounds (not given by the paper)."""
     local_steps: Count = 4
     """Optimiser steps of a client in a round (not given by the paper)."""
-    local_epochs: Annotated[Positive | None, _optional("E", "all clients take --train.local-steps")] = None
+    local_epochs: Annotated[Positive | None, optional("E", "all clients take --train.local-steps")] = None
     """In place of --train.local-steps: every client takes ceil(E * its examples / batch) steps, or ceil(E) where it
     has less than a batch. All wait for the largest (not given by the paper)."""
     batch_size: Annotated[Count, tyro.conf.arg(aliases=("--batch-size",))] = 16
@@ -146,17 +146,17 @@ class EvaluationOptions:
     """How answers are generated: greedily and with no token banned, or as the model folder's generation_config.json
     says, with its beams and its ban on repeated n-grams."""
     max_answer_tokens: Annotated[
-        Count | None, _optional("INT", "what the gold answers take, at most --data.max-answer-tokens")
+        Count | None, optional("INT", "what the gold answers take, at most --data.max-answer-tokens")
     ] = None
     """Longest answer that is generated, in tokens; never more than the gold answers take, rounded up to 16."""
-    clients: Annotated[Count | None, _optional("INT", "all, but 64 of more than 128")] = None
+    clients: Annotated[Count | None, optional("INT", "all, but 64 of more than 128")] = None
     """Evaluate the models of so many clients, in the rounds and at the end, drawn by the seed; and of so many of those
     that are held out."""
     batch_size: Annotated[int, Ge(1), Le(2**16)] = 32  # all batches are filled up to it, so it is memory, too
     """Examples of one client that are answered at a time."""
     metrics: tuple[str, ...] = ("exact_match", "token_f1", "rouge_l", "cider", "vqa_accuracy")
     """Metrics of generated answers."""
-    select_by: Annotated[str, _optional("METRIC", "exact_match; preference_accuracy for dpo")] = ""
+    select_by: Annotated[str, optional("METRIC", "exact_match; preference_accuracy for dpo")] = ""
     """Keep the models of the round that is best on validation by this metric, ties broken by the loss."""
     global_model: bool = True
     """At the end, evaluate also the shared part with the initial private one, as a newcomer would have it."""
@@ -193,9 +193,9 @@ class EvaluationOptions:
 class SystemOptions:
     """Devices, memory and speed; none of it changes what is learned beyond floating-point tolerance"""
 
-    mesh: Annotated[str, _optional("clients=N[,model=M]", "clients=all there are", "--mesh")] = ""
+    mesh: Annotated[str, optional("clients=N[,model=M]", "clients=all there are", "--mesh")] = ""
     """Clients are spread over N groups of M devices; the M devices of a group share one copy of the frozen model."""
-    wave: Annotated[Count | None, _optional("INT", "as many as fit, at most 16 a device", "--wave")] = None
+    wave: Annotated[Count | None, optional("INT", "as many as fit, at most 16 a device", "--wave")] = None
     """Clients trained at the same time; what is chosen is stored with the run."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen model's arithmetic. Norms, softmax and adapters stay float32."""
@@ -208,7 +208,7 @@ class SystemOptions:
     """Where the frozen image features are kept, which are computed once per image; auto: on disk above 2 GiB."""
     cache_gib: Annotated[float, Gt(0), Le(1e18)] = 20.0
     """Keep at most so many GiB of them; what does not fit is computed each time."""
-    cache_dir: Annotated[Path | None, _optional("DIR", "fedvlm-jax in your cache folder")] = None
+    cache_dir: Annotated[Path | None, optional("DIR", "fedvlm-jax in your cache folder")] = None
     """Folder of the disk cache."""
 
 
@@ -217,20 +217,20 @@ class Run:
     """Everything that decides what a run does."""
 
     method: Annotated[
-        str, _optional(f"{{{','.join(methods_available())}}}", f"{METHOD}, or what --share REGEX makes of a rule")
+        str, optional(f"{{{','.join(methods_available())}}}", f"{METHOD}, or what --share REGEX makes of a rule")
     ] = METHOD
     """`train` only: the federated method, that is, what clients share and what stays theirs; `fedvlm explain` tells
     what each does."""
     model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = "florence2-nano"
     """The frozen base: a shipped model's name, a Hugging Face Florence-2 folder, or a hub id."""
-    out: Annotated[Path | None, _optional("DIR", "runs/<time>-<name>")] = None
+    out: Annotated[Path | None, optional("DIR", "runs/<time>-<name>")] = None
     """Folder to write to."""
-    resume: Annotated[Path | None, _optional("RUN", "start anew")] = None
+    resume: Annotated[Path | None, optional("RUN", "start anew")] = None
     """`train` only: go on with the run in this folder, with the options stored there; a finished one trains longer if
     --train.rounds says how many rounds there shall be in all."""
     seed: Seed = 0
     """Decides every random choice: partition, adapters, cohorts, batches."""
-    cohort: Annotated[Count | None, _optional("INT", "all of them")] = None
+    cohort: Annotated[Count | None, optional("INT", "all of them")] = None
     """Clients drawn each round (not given by the paper)."""
     objective: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(objectives_available())}}}")] = "sft"
     """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both."""
