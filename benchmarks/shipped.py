@@ -24,10 +24,10 @@ from harness.shipped import CLIENTS, IMAGES, BenchOptions, measure_shipped
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.tables import Table, show
 from fedvlm_jax.run_dir.folder_lock import open_folder
-from fedvlm_jax.training.progress import open_progress
 from fedvlm_jax.utils.compilation_cache import keep_programs
 from fedvlm_jax.utils.console import Terminal
 from fedvlm_jax.utils.files import write_json
+from fedvlm_jax.utils.progress import open_progress
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ class Bench:
         from fedvlm_jax.run_dir.reader import read_run
         from fedvlm_jax.training import federated_run
         from fedvlm_jax.training.loaded_model import load_model
-        from fedvlm_jax.training.progress import SilentProgress
+        from fedvlm_jax.utils.progress import SilentProgress
 
         run = self.study.make_run(stage, self.study.plan()[cell], method, seed, rates)
         assert run.out is not None

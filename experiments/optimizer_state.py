@@ -87,7 +87,7 @@ def run_missing(options: Options) -> None:
     from fedvlm_jax.run_dir.reader import read_run
     from fedvlm_jax.training import federated_run
     from fedvlm_jax.training.loaded_model import load_model
-    from fedvlm_jax.training.progress import SilentProgress
+    from fedvlm_jax.utils.progress import SilentProgress
 
     model = None
     for method, state, seed in list(list_missing(options)):

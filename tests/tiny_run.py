@@ -14,7 +14,7 @@ from fedvlm_jax.config.run_options import EvaluationOptions, LoraOptions, Run, T
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.models import save_checkpoint
 from fedvlm_jax.models.florence2 import build
-from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.utils.progress import SilentProgress
 
 NANO = Path(fedvlm_jax.__file__).parent / "assets" / "florence2-nano"
 

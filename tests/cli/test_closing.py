@@ -11,6 +11,7 @@ from made_up import write_run
 from fedvlm_jax.cli._choices import make_signature
 from fedvlm_jax.cli._closing import close_run, suggest_comparison
 from fedvlm_jax.cli.compare import compare
+from fedvlm_jax.config.option_checks import validate_comparison
 from fedvlm_jax.config.run_options import (
     Compare,
     EvaluationOptions,
@@ -20,7 +21,6 @@ from fedvlm_jax.config.run_options import (
     TrainOptions,
     without_extras,
 )
-from fedvlm_jax.config.validation import validate_comparison
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.methods.config import MethodOptions, ServerOptions
 from fedvlm_jax.methods.rule_based import Options as Rule

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fedvlm_jax.config.option_checks import validate, validate_comparison
 from fedvlm_jax.config.run_options import (
     Compare,
     EvaluationOptions,
@@ -21,7 +22,6 @@ from fedvlm_jax.config.run_options import (
     objectives_available,
     to_json,
 )
-from fedvlm_jax.config.validation import validate, validate_comparison
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import methods_emoji
 import methods_summary
 
+from fedvlm_jax.config.option_checks import plain, validate
 from fedvlm_jax.config.run_options import methods_available
-from fedvlm_jax.config.validation import plain, validate
 
 T_975_1 = 12.7062047  # Student's t, 97.5 %, one degree of freedom: two seeds
 STUDY = methods_emoji.Study(stage="run")

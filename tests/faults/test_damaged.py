@@ -19,7 +19,7 @@ from fedvlm_jax.run_dir.reader import read_comparison, read_metrics, read_run
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import evaluate, federated_run
 from fedvlm_jax.training.compare import finish_run
-from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.utils.progress import SilentProgress
 
 NO_OBJECT = {
     "empty": b"",

@@ -13,7 +13,7 @@ from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.federation.client_states import ClientStates
 from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training import federated_run
-from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.utils.progress import SilentProgress
 
 STATE = {"server": {"b": np.linspace(-1, 1, 4000, dtype=np.float32).reshape(40, 100)}, "slots": np.arange(7)}
 SHAPES = {"a": jax.ShapeDtypeStruct((3, 5), np.float32), "count": jax.ShapeDtypeStruct((), np.int32)}

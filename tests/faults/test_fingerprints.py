@@ -30,9 +30,9 @@ from fedvlm_jax.run_dir.reader import read_baseline, read_run
 from fedvlm_jax.run_dir.validated_files import check_seal, read_config, seal
 from fedvlm_jax.training import compare, evaluate, federated_run
 from fedvlm_jax.training.local_baseline import train_alone
-from fedvlm_jax.training.progress import SilentProgress
 from fedvlm_jax.utils import digests
 from fedvlm_jax.utils.digests import digest_file, digest_files
+from fedvlm_jax.utils.progress import SilentProgress
 
 # --- Contents of files ---
 

@@ -14,7 +14,7 @@ from fedvlm_jax.run_dir.reader import read_comparison, read_metrics, read_run
 from fedvlm_jax.training import compare as comparing
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.evaluate import evaluate
-from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.utils.progress import SilentProgress
 
 TIMING = {"seconds", "clients_per_second"}
 

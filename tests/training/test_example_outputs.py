@@ -9,8 +9,8 @@ from make_parquet import make_rows, write_rows
 from PIL import Image
 from tiny_run import tiny_run
 
+from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import TrainOptions
-from fedvlm_jax.config.validation import validate
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.training import example_outputs, federated_run

@@ -15,7 +15,7 @@ from fedvlm_jax.run_dir.reader import read_metrics, read_run
 from fedvlm_jax.run_dir.validated_files import read_config, seal
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.extend_run import lengthen
-from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.utils.progress import SilentProgress
 
 TIMES = ("seconds", "clients_per_second")
 
@@ -88,7 +88,7 @@ def test_what_must_be_there(name, told, tmp_path):
 
 
 def test_rates_of_added_rounds_are_those_of_the_new_length(tmp_path):
-    from fedvlm_jax.training.trainer import find_rates
+    from fedvlm_jax.training.learning_rates import find_rates
 
     rates = {}
     for rounds in (16, 24):

@@ -7,7 +7,7 @@ from fedvlm_jax.run_dir.reader import read_baseline, read_run
 from fedvlm_jax.training import federated_run, final_evaluation
 from fedvlm_jax.training.extend_run import lengthen
 from fedvlm_jax.training.local_baseline import train_alone
-from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.utils.progress import SilentProgress
 
 
 @pytest.mark.broad

@@ -13,7 +13,7 @@ from fedvlm_jax.run_dir.reader import read_run
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.experiment import open_experiment
 from fedvlm_jax.training.loaded_model import load_model
-from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.utils.progress import SilentProgress
 
 TRAIN = TrainOptions(rounds=1, local_steps=2, batch_size=4)
 

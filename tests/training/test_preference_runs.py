@@ -17,7 +17,7 @@ from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.experiment import open_experiment
 from fedvlm_jax.training.loaded_model import load_model
-from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.utils.progress import SilentProgress
 
 ROUNDS = 10
 WORDS = (("red", "cat"), ("up", "no"), ("one", "hand"), ("car", "bus"), ("water", "food"), ("bird", "house"))

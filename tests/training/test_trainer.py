@@ -6,8 +6,8 @@ from tiny_run import tiny_run
 from fedvlm_jax.config.run_options import LoraOptions, TrainOptions
 from fedvlm_jax.training import round_setup
 from fedvlm_jax.training.experiment import make_simulator, open_experiment
-from fedvlm_jax.training.progress import SilentProgress
-from fedvlm_jax.training.trainer import find_rates
+from fedvlm_jax.training.learning_rates import find_rates
+from fedvlm_jax.utils.progress import SilentProgress
 
 
 def rates(**train):

@@ -8,8 +8,8 @@ import tyro
 
 from fedvlm_jax.cli._signals import advising
 from fedvlm_jax.cli._startup import start_quickly
+from fedvlm_jax.config.option_checks import validate_comparison
 from fedvlm_jax.config.run_options import Compare
-from fedvlm_jax.config.validation import validate_comparison
 from fedvlm_jax.run_dir.folder_lock import choose_folder
 
 
@@ -23,7 +23,7 @@ def compare(
     from fedvlm_jax.reporting import report, score_tables, tables
     from fedvlm_jax.run_dir import reader
     from fedvlm_jax.training import compare as comparing
-    from fedvlm_jax.training import progress
+    from fedvlm_jax.utils import progress
 
     with choose_folder(comparison.out, "compare") as folder:
         placed = dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, out=folder))

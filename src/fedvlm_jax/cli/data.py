@@ -30,7 +30,7 @@ def data(
         strict: end with exit code 1 if an image is in two splits.
     """
     from fedvlm_jax.reporting import data_report, tables
-    from fedvlm_jax.training import progress
+    from fedvlm_jax.utils import progress
     from fedvlm_jax.utils.console import Terminal
 
     show = progress.open_progress()

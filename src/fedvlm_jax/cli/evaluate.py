@@ -21,7 +21,7 @@ def evaluate(
     from fedvlm_jax.reporting import score_tables, tables
     from fedvlm_jax.run_dir import reader
     from fedvlm_jax.training import evaluate as evaluating
-    from fedvlm_jax.training import progress
+    from fedvlm_jax.utils import progress
 
     show = progress.open_progress()
     try:

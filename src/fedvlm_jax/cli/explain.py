@@ -4,8 +4,8 @@ from typing import Annotated
 
 import tyro
 
+from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import LocalOptions, LoraOptions, MethodOptions, Run, ServerOptions, TrainOptions
-from fedvlm_jax.config.validation import validate
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.option_ranges import Count
 

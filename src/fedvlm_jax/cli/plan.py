@@ -5,7 +5,7 @@ from typing import Annotated
 import tyro
 
 from fedvlm_jax.analysis.plan_options import Request, check_request
-from fedvlm_jax.config.validation import validate
+from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.folder_lock import open_folder
 
@@ -17,7 +17,7 @@ def plan(request: Annotated[Request, tyro.conf.arg(name="")] = Request()) -> Non
 
     from fedvlm_jax.analysis.plan import plan_round
     from fedvlm_jax.reporting import plan_report, tables
-    from fedvlm_jax.training import progress
+    from fedvlm_jax.utils import progress
     from fedvlm_jax.utils.console import Terminal
 
     show = progress.open_progress()

@@ -13,8 +13,8 @@ from fedvlm_jax.cli._flags import WORDS, find_written
 from fedvlm_jax.cli._signals import advising
 from fedvlm_jax.cli._startup import start_quickly
 from fedvlm_jax.cli._supervise import CHILD, Together, supervise, together
+from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run
-from fedvlm_jax.config.validation import validate
 from fedvlm_jax.distributed.launch import DistributedOptions, check_distributed
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.folder_lock import make_folder, remove_unused
@@ -62,8 +62,9 @@ def train(
 def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool) -> None:
     """Train or go on; `again`: a run that has begun in its folder goes on without being asked to."""
     from fedvlm_jax.distributed import processes
-    from fedvlm_jax.training import federated_run, progress
+    from fedvlm_jax.training import federated_run
     from fedvlm_jax.training.extend_run import lengthen
+    from fedvlm_jax.utils import progress
 
     folder = about.folder = Path(processes.tell_all(lambda: str(run.resume or run.out or make_folder(run.method))))
     begun = run.resume is not None or (again and processes.tell_all(lambda: _has_begun(run, folder)))

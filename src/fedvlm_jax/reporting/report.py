@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedvlm_jax.config.option_checks import plain
 from fedvlm_jax.config.run_options import Run, describe_method, to_json
-from fedvlm_jax.config.validation import plain
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise

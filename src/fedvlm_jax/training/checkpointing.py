@@ -15,7 +15,7 @@ from fedvlm_jax.distributed.sharding import replicate
 from fedvlm_jax.errors import DamagedError, UserError
 from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.federation.client_states import Slots
-from fedvlm_jax.training.callbacks import Best, BestRound
+from fedvlm_jax.training.best_round import Best, BestRound
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
 
 KEPT = 2

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.config.method_options import for_method
+from fedvlm_jax.config.option_checks import FINETUNED, REMEMBERING, plain, validate_comparison
 from fedvlm_jax.config.run_options import SHARE, Compare, Run, TrainOptions, to_json, without_extras
-from fedvlm_jax.config.validation import FINETUNED, REMEMBERING, plain, validate_comparison
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.artifacts import describe_environment
@@ -24,9 +24,9 @@ from fedvlm_jax.run_dir.reader import RunRecord, read_run
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.loaded_model import LoadedModel, load_model
-from fedvlm_jax.training.parallel import spread
-from fedvlm_jax.training.progress import NoProgress, Numbered, Progress, SilentProgress
 from fedvlm_jax.utils.files import write_json
+from fedvlm_jax.utils.parallel import spread
+from fedvlm_jax.utils.progress import NoProgress, Numbered, Progress, SilentProgress
 from fedvlm_jax.utils.serialization import encode
 
 BYTES = ("bytes_up_per_client", "bytes_down_per_client")

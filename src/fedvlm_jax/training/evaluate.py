@@ -15,8 +15,8 @@ from fedvlm_jax.run_dir.validated_files import check_seal, read_config
 from fedvlm_jax.training.experiment import open_experiment
 from fedvlm_jax.training.final_evaluation import score_base, score_models
 from fedvlm_jax.training.loaded_model import load_model
-from fedvlm_jax.training.progress import Progress, SilentProgress, working
 from fedvlm_jax.utils.files import write_json
+from fedvlm_jax.utils.progress import Progress, SilentProgress, working
 
 
 def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:

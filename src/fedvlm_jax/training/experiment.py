@@ -16,6 +16,7 @@ from fedvlm_jax.data.federated_dataset import count_reasons, describe_lost
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.answer_generation import Answering
 from fedvlm_jax.evaluation.evaluator import Evaluator
 from fedvlm_jax.evaluation.knn_per import Neighbours
 from fedvlm_jax.federation.cohort import Layout
@@ -26,12 +27,11 @@ from fedvlm_jax.federation.inputs.reference_log_probs import Reference, add_refe
 from fedvlm_jax.federation.simulator import Simulator, start_adapter
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.objectives import Objective, load_objective
-from fedvlm_jax.training.answer_generation import Answering, check_room
 from fedvlm_jax.training.federated_data import FederatedData, open_data
 from fedvlm_jax.training.loaded_model import LoadedModel
-from fedvlm_jax.training.memoized import memoized
-from fedvlm_jax.training.progress import Progress, SilentProgress
-from fedvlm_jax.training.round_setup import choose_program_options, deal_ranks, lay_out_sizes
+from fedvlm_jax.training.round_setup import check_room, choose_program_options, deal_ranks, lay_out_sizes
+from fedvlm_jax.utils.memoized import memoized
+from fedvlm_jax.utils.progress import Progress, SilentProgress
 from fedvlm_jax.utils.random_streams import Stream
 
 MANY, SOME = 128, 64

@@ -10,8 +10,8 @@ import dataclasses
 from pathlib import Path
 
 from fedvlm_jax.config.method_options import declare
+from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run, to_json
-from fedvlm_jax.config.validation import validate
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.folder_lock import Claim

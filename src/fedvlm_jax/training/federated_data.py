@@ -17,6 +17,7 @@ from fedvlm_jax.data.tokenization import Examples, encode
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import local_base, local_mesh
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.answer_generation import SEARCHES, Answering
 from fedvlm_jax.evaluation.evaluator import Numbers, Scored
 from fedvlm_jax.evaluation.gold_answers import read_gold
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
@@ -24,9 +25,8 @@ from fedvlm_jax.federation.inputs.reference_log_probs import Reference, compute_
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.run_dir.fingerprints import describe_clients
-from fedvlm_jax.training.answer_generation import SEARCHES, Answering
 from fedvlm_jax.training.loaded_model import LoadedModel
-from fedvlm_jax.training.memoized import memoized
+from fedvlm_jax.utils.memoized import memoized
 
 IMAGES = 128
 """Images by which a client is known, at most: a mean over more costs their features and hardly moves."""

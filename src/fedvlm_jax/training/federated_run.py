@@ -19,8 +19,8 @@ import jax
 from jaxtyping import PyTree
 
 from fedvlm_jax import lora
+from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run, to_json, without_extras
-from fedvlm_jax.config.validation import validate
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.data.tokenization import find_question_column
@@ -35,18 +35,19 @@ from fedvlm_jax.run_dir.folder_lock import Claim, clear, is_used
 from fedvlm_jax.run_dir.reader import read_run
 from fedvlm_jax.run_dir.validated_files import StoredConfig, check_seal, read_config, seal
 from fedvlm_jax.training import final_evaluation
-from fedvlm_jax.training.callbacks import BestRound, FiniteCheck, MetricsWriter, ProgressReporter
+from fedvlm_jax.training.best_round import BestRound
+from fedvlm_jax.training.callbacks import FiniteCheck, MetricsWriter, ProgressReporter
 from fedvlm_jax.training.checkpointing import CheckpointWriter
 from fedvlm_jax.training.example_outputs import write_examples
 from fedvlm_jax.training.experiment import Experiment, open_experiment
 from fedvlm_jax.training.failures import describe_lost
 from fedvlm_jax.training.loaded_model import LoadedModel, load_model
 from fedvlm_jax.training.personalization import each_model
-from fedvlm_jax.training.progress import Progress, SilentProgress, working
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer
 from fedvlm_jax.training.wave_width import fit
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.files import write_json
+from fedvlm_jax.utils.progress import Progress, SilentProgress, working
 
 Model = LoadedModel | Callable[[Run], LoadedModel]
 """A model that runs share, or a function that loads it for the first of them that needs it."""

@@ -16,7 +16,7 @@ from fedvlm_jax.evaluation.evaluator import Adapters, Scored, Scores
 from fedvlm_jax.evaluation.knn_per import KERNELS, build_datastores
 from fedvlm_jax.evaluation.statistics.over_clients import bootstrap_interval
 from fedvlm_jax.training.experiment import Experiment
-from fedvlm_jax.training.progress import working
+from fedvlm_jax.utils.progress import working
 
 ScoredModels = dict[str, Mapping[Split, Scored]]
 """model -> split -> how it does for everybody."""

@@ -30,6 +30,7 @@ from fedvlm_jax.data.tokenization import require_pairs
 from fedvlm_jax.distributed import processes, sharding
 from fedvlm_jax.distributed.mesh import connect, make_mesh, refuse_split_groups
 from fedvlm_jax.distributed.mesh_option import parse_mesh
+from fedvlm_jax.evaluation.answer_generation import SEARCHES
 from fedvlm_jax.evaluation.evaluator import make_answer
 from fedvlm_jax.evaluation.knn_per import Neighbours, make_neighbours
 from fedvlm_jax.federation.compiled import Programs
@@ -39,11 +40,10 @@ from fedvlm_jax.federation.inputs.reference_log_probs import ReferenceStore, mak
 from fedvlm_jax.models import Params, Processor, Vlm, load_weights, open_model, resolve_folder
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.run_dir.fingerprints import anchor, describe_model
-from fedvlm_jax.training.answer_generation import SEARCHES, check_room
-from fedvlm_jax.training.memoized import forget, memoized
-from fedvlm_jax.training.round_setup import build_programs, choose_arithmetic
+from fedvlm_jax.training.round_setup import build_programs, check_room, choose_arithmetic
 from fedvlm_jax.utils.cache_folders import find_cache, read_bound, trim
 from fedvlm_jax.utils.compilation_cache import describe_processor
+from fedvlm_jax.utils.memoized import forget, memoized
 
 SOURCES = (
     *("models/**/*.py", "objectives/*.py", "data/image_decoding.py"),

@@ -138,3 +138,12 @@ def build_programs(vlm: Vlm, mesh: Mesh, run: Run, clients: int, cohort: int, pl
         ranks=deal_ranks(run.lora.ranks, clients),
     )
     return Programs(load_method(run.method, setup), trainer, mesh, vlm.component)
+
+
+def check_room(run: Run, vlm: Vlm) -> None:
+    """Refuse to ask for more answer tokens than the model has positions."""
+    asked, positions = run.evaluation.max_answer_tokens, vlm.positions
+    if asked is not None and asked > positions:
+        raise UserError(
+            f"--evaluation.max-answer-tokens is {asked}: {run.model} has {positions} positions, ask for fewer"
+        )

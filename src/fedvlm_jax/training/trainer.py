@@ -16,15 +16,15 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from fedvlm_jax.config.run_options import TrainOptions
 from fedvlm_jax.data.batches import pad_rows, read_ahead
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import fetch
 from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.federation.simulator import RoundInputs, RoundReport, Simulator
 from fedvlm_jax.training.experiment import FINETUNING, Experiment, make_finetuner, make_simulator
+from fedvlm_jax.training.learning_rates import find_rates
 from fedvlm_jax.training.personalization import each_model, give_models
-from fedvlm_jax.training.progress import COMPILING, working
+from fedvlm_jax.utils.progress import COMPILING, working
 
 
 @dataclass(frozen=True)
@@ -206,17 +206,6 @@ class FederatedTrainer:
         result = RoundResult(inputs, report, line, seconds)
         for callback in self.callbacks:
             callback.on_round(self, result)
-
-
-def find_rates(train: TrainOptions, round_: int) -> dict[str, float]:
-    """Return the learning rates of A and B in a round: they rise over the rounds of warm-up and fall late.
-
-    >>> find_rates(TrainOptions(rounds=8, learning_rate_a=4.0, learning_rate_b=8.0, warmup_rounds=3), 1)
-    {'a': 1.0, 'b': 2.0}
-    """
-    factor = train.decay if round_ > train.decay_at * train.rounds else 1.0
-    factor *= min(1.0, round_ / (train.warmup_rounds + 1))
-    return {"a": train.learning_rate_a * factor, "b": train.learning_rate_b * factor}
 
 
 def _read_round(simulator: Simulator, phase: _Phase, round_: int) -> RoundInputs:

@@ -9,7 +9,7 @@ from fedvlm_jax.distributed.mesh import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.memory import GIB, USABLE, Footprint, TooLargeError, find_wave, read_device_bytes
 from fedvlm_jax.training.experiment import Experiment, make_simulator
-from fedvlm_jax.training.progress import COMPILING, working
+from fedvlm_jax.utils.progress import COMPILING, working
 
 
 def fit(experiment: Experiment) -> Experiment:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from fedvlm_jax.config.validation import plain
+from fedvlm_jax.config.option_checks import plain
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.reporting.figures.round_lines import Lines, Rounds, average, lift_validation, pick, read_rounds

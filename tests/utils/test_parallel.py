@@ -10,8 +10,8 @@ from fedvlm_jax.config.run_options import Compare, SystemOptions, TrainOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.reader import read_comparison
 from fedvlm_jax.training import compare as comparing
-from fedvlm_jax.training.parallel import spread
-from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.utils.parallel import spread
+from fedvlm_jax.utils.progress import SilentProgress
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="processes share cores, and this is an accelerator")

@@ -4,11 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedvlm_jax.config.run_options import Run
-from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import GREEDY
 from fedvlm_jax.evaluation.gold_answers import Gold
-from fedvlm_jax.models import Vlm
 from fedvlm_jax.models.beam_search import Settings
 
 SEARCHES: Mapping[str, Mapping[str, int]] = {"greedy": GREEDY, "folder": {}}
@@ -50,12 +47,3 @@ class Answering:
                 "decide that)"
             )
         return lines
-
-
-def check_room(run: Run, vlm: Vlm) -> None:
-    """Refuse to ask for more answer tokens than the model has positions."""
-    asked, positions = run.evaluation.max_answer_tokens, vlm.positions
-    if asked is not None and asked > positions:
-        raise UserError(
-            f"--evaluation.max-answer-tokens is {asked}: {run.model} has {positions} positions, ask for fewer"
-        )

@@ -10,7 +10,7 @@ from fedvlm_jax.config.run_options import EvaluationOptions
 from fedvlm_jax.evaluation.evaluator import GREEDY
 from fedvlm_jax.training.experiment import open_experiment
 from fedvlm_jax.training.loaded_model import load_model
-from fedvlm_jax.training.progress import SilentProgress
+from fedvlm_jax.utils.progress import SilentProgress
 
 
 @pytest.fixture(scope="module")

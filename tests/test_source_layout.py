@@ -1,0 +1,48 @@
+"""The house stays one that a reader finds their way in: small folders and rooms, docstrings that begin well."""
+
+import ast
+import re
+from pathlib import Path
+
+import fedvlm_jax
+
+PACKAGE = Path(fedvlm_jax.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+BAD_BEGINNING = re.compile(r"(What|Who|Whose|How|Of|Is|Are|Where|When|Which|Does|Do|Can|The same)\b")
+
+
+def count_lines(files):
+    return sum(path.read_text(encoding="utf-8").count("\n") for path in files)
+
+
+def read_docstrings():
+    """Every docstring of the package, with its place."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                yield f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 1)}", text
+
+
+def test_folders_hold_at_most_twenty_files():
+    """The zoo of methods apart, where a file is a method."""
+    folders = {path.parent for path in FILES} - {PACKAGE / "methods" / "zoo"}
+    sizes = {str(folder.relative_to(PACKAGE)): len(list(folder.glob("*.py"))) for folder in folders}
+    assert {folder: count for folder, count in sizes.items() if count > 20} == {}
+
+
+def test_no_room_holds_more_than_fifteen_percent_of_the_source():
+    total = count_lines(FILES)
+    rooms = {room.name: count_lines(room.rglob("*.py")) / total for room in PACKAGE.iterdir() if room.is_dir()}
+    assert {room: share for room, share in rooms.items() if share > 0.15} == {}
+
+
+def test_docstrings_begin_with_a_verb_or_the_noun():
+    """An occasional one may not; more than one in a hundred is a habit."""
+    docstrings = list(read_docstrings())
+    bad = [place for place, text in docstrings if BAD_BEGINNING.match(text)]
+    assert len(bad) < 0.01 * len(docstrings), bad
+
+
+def test_docstrings_show_examples():
+    docstrings = [text for _, text in read_docstrings()]
+    assert sum(">>> " in text for text in docstrings) > 0.1 * len(docstrings)
