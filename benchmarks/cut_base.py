@@ -97,8 +97,9 @@ def lower(vlm: Vlm, mesh: Mesh, params: Any) -> dict[str, Any]:
     trainer = make_local_trainer(vlm, load_objective("sft"))
     method = load_method("plora", Setup(sites=vlm.sites, spec=spec, start_optimizer=trainer.start))
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(1), vlm.sites, spec))
-    server = place(jax.eval_shape(method.init, adapter), everywhere)
-    personal = jax.eval_shape(lambda server: method.init_client(jax.random.key(0), server, jnp.int32(0)), server)
+    server = place(jax.eval_shape(lambda: method.init(adapter=adapter)), everywhere)
+    key, number = jax.random.key(0), jnp.int32(0)
+    personal = jax.eval_shape(lambda server: method.init_client(key=key, server=server, number=number), server)
     waves, rates = wave_sharding(mesh), {name: Shape((), jnp.float32) for name in "ab"}
     clients = place(make_client(), waves, 1, SHARES)
     drawn = (Shape((SHARES,), jnp.float32), rates, Shape((), jnp.int32), jax.random.key(2))

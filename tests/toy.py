@@ -105,7 +105,7 @@ def take(cohort, order):
 
 
 def start_states(method, server, clients):
-    one = jax.eval_shape(lambda: method.init_client(jax.random.key(0), server, jnp.int32(0)))
+    one = jax.eval_shape(lambda: method.init_client(key=jax.random.key(0), server=server, number=jnp.int32(0)))
     return jax.tree.map(lambda x: np.zeros((clients, *x.shape), x.dtype), one)
 
 
@@ -125,9 +125,9 @@ def trace_rounds(name, **choices):
     """A method without compiling anything: the rounds' phases; per phase, what is computed (text) and returned."""
     _, params, trainer, method, adapter = make_method(name, **choices)
     run = make_round(method, trainer, make_mesh(1))
-    server = method.init(adapter)
+    server = method.init(adapter=adapter)
     if method.base is not None:
-        params = method.base(params, server)
+        params = method.base(params=params, server=server)
     states, cohort = to_waves(start_states(method, server, 4), 1), to_waves(make_cohort(4), 1)
     weights, key = jnp.full(4, 0.25), jax.random.key(0)
     phases = [method.phase(number) for number in range(1, 5)]

@@ -179,9 +179,9 @@ class Noted:
 def trace_shapes(name: str, **choices: object) -> tuple[Method, object, dict[int, RoundOutput]]:
     """The method on the toy, its server's state, and phase -> a round of two clients: shapes, nothing is computed."""
     _, params, trainer, method, adapter = make_method(name, population=2, cohort=2, places=2, **choices)
-    server = jax.eval_shape(method.init, adapter)
+    server = jax.eval_shape(lambda: method.init(adapter=adapter))
     run = make_round(method, trainer, make_mesh(1))
-    states = jax.eval_shape(lambda: start_states(method, method.init(adapter), 2))
+    states = jax.eval_shape(lambda: start_states(method, method.init(adapter=adapter), 2))
     phases = {round_: method.phase(round_) for round_ in range(1, 5)}
     outs = {
         phase: jax.eval_shape(

@@ -80,8 +80,8 @@ def run(case, vlm, params, clients, waves, model=1):
     setup = Setup(sites=vlm.sites, spec=spec, start_optimizer=trainer.start, cohort=CLIENTS, places=CLIENTS, rounds=2)
     method = load_method(name, setup)
     mesh = make_mesh(clients, model)
-    server = method.init(lora.init(jax.random.key(1), vlm.sites, spec))
-    shapes = jax.eval_shape(lambda: method.init_client(jax.random.key(0), server, jnp.int32(0)))
+    server = method.init(adapter=lora.init(jax.random.key(1), vlm.sites, spec))
+    shapes = jax.eval_shape(lambda: method.init_client(key=jax.random.key(0), server=server, number=jnp.int32(0)))
     states = jax.tree.map(lambda x: np.zeros((CLIENTS, *x.shape), x.dtype), shapes)
     arguments = (
         place_base(mesh, params, vlm.cuts),

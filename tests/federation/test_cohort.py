@@ -85,7 +85,7 @@ def test_shares_are_those_of_the_objective_that_the_average_aims_at(cohort, samp
     simulator = Simulator(
         programs=Programs(method, trainer, make_mesh(1)), params=params, examples=make_examples(sizes),
         inputs=read, layout=choose_layout(sizes, cohort=cohort, wave=None, devices=1, steps=2, batch=4), seed=0,
-        key=jax.random.key(0), weighting=weighting, server=method.init(adapter),
+        key=jax.random.key(0), weighting=weighting, server=method.init(adapter=adapter),
         participation=ParticipationOptions(sampling=sampling),
     )  # fmt: skip
     drawn = simulator.read_round(1)
@@ -98,7 +98,7 @@ def test_held_out_clients_are_never_in_a_cohort():
     layout = choose_layout([9] * 4, cohort=3, wave=None, devices=1, steps=2, batch=4)
     simulator = Simulator(
         programs=Programs(method, trainer, make_mesh(1)), params=params, examples=examples, inputs=read,
-        layout=layout, seed=0, key=jax.random.key(0), weighting="examples", server=method.init(adapter),
+        layout=layout, seed=0, key=jax.random.key(0), weighting="examples", server=method.init(adapter=adapter),
     )  # fmt: skip
     seen = set()
     for round_ in range(1, 6):

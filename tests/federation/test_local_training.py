@@ -25,7 +25,7 @@ def start(name, dropout):
         population=CLIENTS, cohort=CLIENTS, places=CLIENTS, rounds=4, local_steps=3,
     )  # fmt: skip
     method = load_method(name, setup)
-    server = method.init(lora.init(jax.random.key(9), vlm.sites, SPEC))
+    server = method.init(adapter=lora.init(jax.random.key(9), vlm.sites, SPEC))
     round_, states = make_round(method, trainer, make_mesh(1)), start_states(method, server, CLIENTS)
 
     def run(cohort, **options):

@@ -216,7 +216,7 @@ class Case:
         return Simulator(
             programs=self.programs, params=self.params, examples=make_examples(sizes), inputs=read,
             layout=choose_layout(sizes, cohort=cohort, wave=len(sizes), devices=1, steps=steps, batch=4), seed=seed,
-            key=jax.random.key(0), weighting=weighting, server=self.method.init(self.adapter), **choices,
+            key=jax.random.key(0), weighting=weighting, server=self.method.init(adapter=self.adapter), **choices,
         )  # fmt: skip
 
 

@@ -75,8 +75,8 @@ def run_ours(vlm, params, name, clip, kind, rates):
 
     trainer = make_local_trainer(vlm, load_objective("sft"), optimizer="sgd", clip_norm=clip)
     method = load_method(name, Setup(sites=vlm.sites, spec=spec, start_optimizer=trainer.start))
-    server, cohort = method.init(adapter), make_cohort(vlm, params)
-    blank = jax.eval_shape(lambda: method.init_client(jax.random.key(0), server, jnp.int32(0)))
+    server, cohort = method.init(adapter=adapter), make_cohort(vlm, params)
+    blank = jax.eval_shape(lambda: method.init_client(key=jax.random.key(0), server=server, number=jnp.int32(0)))
     states = jax.tree.map(lambda x: np.zeros((2, *x.shape), x.dtype), blank)
     out = make_round(method, trainer, make_mesh(1))(
         params,

@@ -78,7 +78,7 @@ class World:
         self.method = load_method(name, self.setup)
         self.round = make_round(self.method, trainer, make_mesh(1))
         self.adapter = lora.init(jax.random.key(9), self.sites, spec)
-        self.server = self.method.init(self.adapter)
+        self.server = self.method.init(adapter=self.adapter)
         self.shares = np.asarray(shares, np.float32)
         self.data = [make_data(clients, groups, straggler, (seed, number)) for number in range(rounds)]
         self.ranks, self.part = ranks, part
@@ -130,10 +130,12 @@ class World:
                     server=server,
                     base=self._base(server),
                     base_before=self._base(before),
-                    adapters=[self.method.personalise(server, state) for state in each],
+                    adapters=[self.method.personalise(server=server, personal=state) for state in each],
                     states=each,
                     trained=[
-                        self.method.trained(before, state, jax.tree.map(lambda x, k=k: x[k], out.messages))
+                        self.method.trained(
+                            server=before, personal=state, message=jax.tree.map(lambda x, k=k: x[k], out.messages)
+                        )
                         for k, state in enumerate(each)
                     ],
                 )
@@ -141,7 +143,7 @@ class World:
         return history
 
     def _base(self, server):
-        return self.params if self.method.base is None else self.method.base(self.params, server)
+        return self.params if self.method.base is None else self.method.base(params=self.params, server=server)
 
 
 def make_data(clients, groups, straggler, seed):

@@ -85,9 +85,9 @@ class Case:
         self.vlm, self.params, self.trainer, method, self.adapter = make_method(name, **CHOICES.get(name, {}))
         self.method = change(method)
         self.round = make_round(self.method, self.trainer, make_mesh(1))
-        self.server = self.method.init(self.adapter)
+        self.server = self.method.init(adapter=self.adapter)
         self.states = start_states(self.method, self.server, CLIENTS)
-        self.fresh = self.method.init_client(jax.random.key(0), self.server, jnp.int32(0))
+        self.fresh = self.method.init_client(key=jax.random.key(0), server=self.server, number=jnp.int32(0))
         self.rounds = list(self.play())
         others = {at.phase: at for at in reversed(self.rounds)}
         self.moments = [at for at in self.rounds if at.number in (1, 3) or others[at.phase] is at]
@@ -122,7 +122,11 @@ class Case:
 
     def base(self, server):
         mesh = make_mesh(1)
-        return self.params if self.method.base is None else self.method.base(self.params, replicate(mesh, server))
+        return (
+            self.params
+            if self.method.base is None
+            else self.method.base(params=self.params, server=replicate(mesh, server))
+        )
 
     def model(self, server, adapter):
         """What a client with this adapter says to a few inputs."""
@@ -185,21 +189,21 @@ def test_structure_shapes_and_types_are_kept(case):
         assert describe(at.out.server) == describe(case.server)
         assert describe(at.personal) == describe(case.states)
         own, message = row(at.personal, 0), row(at.out.messages, 0)
-        adapter = case.method.personalise(at.out.server, own)
-        assert describe(adapter) == describe(case.method.trained(at.server, own, message))
-        assert describe(adapter) == describe(case.method.personalise(case.server, case.fresh))
+        adapter = case.method.personalise(server=at.out.server, personal=own)
+        assert describe(adapter) == describe(case.method.trained(server=at.server, personal=own, message=message))
+        assert describe(adapter) == describe(case.method.personalise(server=case.server, personal=case.fresh))
         assert dict.fromkeys(sites(adapter)) == dict.fromkeys(sites(case.adapter))
 
 
 def test_a_fresh_client_has_the_bare_base(case):
-    adapter = case.method.personalise(case.server, case.fresh)
+    adapter = case.method.personalise(server=case.server, personal=case.fresh)
     np.testing.assert_allclose(case.model(case.server, adapter), case.model(case.server, None), atol=1e-6)
 
 
 def test_training_moves_the_model_and_never_the_scale(case):
     for at in case.moments:
-        old = case.method.personalise(at.server, case.before(at, 1))
-        new = case.method.personalise(at.out.server, row(at.personal, 1))
+        old = case.method.personalise(server=at.server, personal=case.before(at, 1))
+        new = case.method.personalise(server=at.out.server, personal=row(at.personal, 1))
         moved = np.abs(case.model(at.out.server, new) - case.model(at.server, old)).max()
         assert moved > 1e-3, f"round {at.number}"
         scales = (tree.partition(part, lambda path: path.endswith("scale"))[0] for part in (new, old))
@@ -316,8 +320,8 @@ def test_one_client_alone_is_not_changed_by_averaging(case):
     for at in case.moments[:1] if case.name in POOLED else case.moments:
         out, personal = case.again(at, take(at.cohort, [2]), [1.0], take(at.states, [2]))
         own, message = row(personal, 0), row(out.messages, 0)
-        after = case.method.personalise(out.server, own)
-        before = case.method.trained(at.server, own, message)
+        after = case.method.personalise(server=out.server, personal=own)
+        before = case.method.trained(server=at.server, personal=own, message=message)
         np.testing.assert_allclose(case.model(out.server, after), case.model(at.server, before), atol=1e-5, rtol=1e-5)
 
 
@@ -332,9 +336,9 @@ def test_trained_is_the_model_at_the_end_of_local_training(case):
         ended = []
         ctx = make_context(case.base(at.server), make_believe(ended), at.number, at.phase)
         state, message, _ = case.method.client_update(
-            ctx, at.server, case.before(at, 1), row(at.cohort, 1), jax.random.key(1)
+            ctx, server=at.server, personal=case.before(at, 1), client=row(at.cohort, 1), key=jax.random.key(1)
         )
-        got = case.method.trained(at.server, state, message)
+        got = case.method.trained(server=at.server, personal=state, message=message)
         np.testing.assert_allclose(case.model(at.server, got), case.model(at.server, ended[-1]), rtol=1e-5, atol=1e-5)
 
 
@@ -368,7 +372,7 @@ def test_with_one_client_averaging_is_local_training(case):
         for at in case.rounds[: 1 if case.name in BEGIN_ANEW else 2]:
             out, states = one.run(take(at.cohort, [2]), [1.0], states, server=server, round_=at.number)
             server = out.server
-        ended.append(one.model(server, one.method.personalise(server, row(states, 0))))
+        ended.append(one.model(server, one.method.personalise(server=server, personal=row(states, 0))))
     np.testing.assert_allclose(*ended, atol=2e-5)
 
 
@@ -429,7 +433,9 @@ def test_another_basis_starts_the_optimizer_anew():
 @pytest.mark.parametrize("name", methods_available())
 def test_an_optimizer_that_starts_anew_is_not_kept(name):
     *_, method, adapter = make_method(name, keep_optimizer=False)
-    state = jax.eval_shape(lambda: method.init_client(jax.random.key(0), method.init(adapter), jnp.int32(0)))
+    state = jax.eval_shape(
+        lambda: method.init_client(key=jax.random.key(0), server=method.init(adapter=adapter), number=jnp.int32(0))
+    )
     assert not [path for path, _ in jax.tree_util.tree_leaves_with_path(state) if is_moment(path)]
 
 
@@ -453,8 +459,8 @@ def test_who_does_not_move_has_not_drifted(which):
     """At rates of 0, and by as much as A moved otherwise: from the client's own start, in its own rank."""
     name, choices = DRIFTS[which]
     _, params, _, method, adapter = make_method(name, **choices)
-    server, client = method.init(adapter), row(make_cohort(CLIENTS), 1)
-    personal = method.init_client(jax.random.key(1), server, jnp.int32(0))
+    server, client = method.init(adapter=adapter), row(make_cohort(CLIENTS), 1)
+    personal = method.init_client(key=jax.random.key(1), server=server, number=jnp.int32(0))
     drifts = []
     for moved in (0.0, 0.1):
 
@@ -464,7 +470,11 @@ def test_who_does_not_move_has_not_drifted(which):
 
         ctx = make_context(params, train)
         drifts.append(
-            float(method.client_update(ctx, server, personal, client, jax.random.key(1))[2]["personal_drift"])
+            float(
+                method.client_update(ctx, server=server, personal=personal, client=client, key=jax.random.key(1))[2][
+                    "personal_drift"
+                ]
+            )
         )
     assert drifts == pytest.approx([0.0, 0.1], abs=1e-6)
 
@@ -472,7 +482,9 @@ def test_who_does_not_move_has_not_drifted(which):
 @pytest.mark.parametrize("name", ["flexlora", "plora-reset-a", "flora"])
 def test_a_new_basis_in_every_round_keeps_no_optimizer(name):
     *_, method, adapter = make_method(name)
-    state = jax.eval_shape(lambda: method.init_client(jax.random.key(0), method.init(adapter), jnp.int32(0)))
+    state = jax.eval_shape(
+        lambda: method.init_client(key=jax.random.key(0), server=method.init(adapter=adapter), number=jnp.int32(0))
+    )
     assert not [path for path, _ in jax.tree_util.tree_leaves_with_path(state) if is_moment(path)]
 
 
@@ -486,7 +498,9 @@ def test_one_compile_for_all_rounds_and_rates(case):
 
 def test_what_travels(case):
     """No scale, no optimiser's state: a message is at most as large as what a client trains."""
-    trained = tree.partition(case.method.personalise(case.server, case.fresh), lambda path: not path.endswith("scale"))
+    trained = tree.partition(
+        case.method.personalise(server=case.server, personal=case.fresh), lambda path: not path.endswith("scale")
+    )
     for at in case.moments:
         sent = tree.flatten(at.out.messages)
         assert "scale" not in {path.rpartition("/")[2] for path in sent}
@@ -548,7 +562,7 @@ def test_shipped_methods_send_what_their_papers_say(name):
 
 def test_what_the_server_renews_goes_down_too():
     case = make_case("fedsvd")
-    up, down = case.method.travels(case.out.server, jax.eval_shape(lambda x: x, case.out.messages))
+    up, down = case.method.travels(server=case.out.server, messages=jax.eval_shape(lambda x: x, case.out.messages))
     assert {path.rpartition("/")[2] for path in tree.flatten(up)} == {"b"}
     assert {path.rpartition("/")[2] for path in tree.flatten(down)} == {"a", "b"}
 
@@ -556,8 +570,10 @@ def test_what_the_server_renews_goes_down_too():
 def test_private_start_common_or_own():
     for common in (True, False):
         _, _, _, method, adapter = make_method("plora", common_start=common)
-        server = method.init(adapter)
-        one, two = (method.init_client(jax.random.key(k), server, jnp.int32(k))["own"] for k in (1, 2))
+        server = method.init(adapter=adapter)
+        one, two = (
+            method.init_client(key=jax.random.key(k), server=server, number=jnp.int32(k))["own"] for k in (1, 2)
+        )
         assert np.array_equal(one["encoder"]["fc1"]["a"], two["encoder"]["fc1"]["a"]) == common
         assert set(one["encoder"]["fc1"]) == {"a", "scale"}
 
@@ -565,12 +581,14 @@ def test_private_start_common_or_own():
 def test_who_never_sent_is_equally_like_all():
     """fedmosaic, where clients drew an A each: the mixture is the mean of the pool, and not weighed by the draw."""
     *_, method, adapter = make_method("fedmosaic", common_start=False)
-    server = method.init(adapter)
-    drawn = [method.init_client(jax.random.key(k), server, jnp.int32(k))["own"] for k in (7, 8)]
+    server = method.init(adapter=adapter)
+    drawn = [method.init_client(key=jax.random.key(k), server=server, number=jnp.int32(k))["own"] for k in (7, 8)]
     start = server["start"]
     moved = jax.tree.map(lambda first, *own: jnp.stack([x - first for x in own] + [0 * first] * 2), start, *drawn)
     server["pool"] |= {"moved": moved, "number": jnp.asarray([7, 8, -1, -1]), "round": jnp.asarray([1, 1, 0, 0])}
-    adapter = method.personalise(server, method.init_client(jax.random.key(7), server, jnp.int32(1)))
+    adapter = method.personalise(
+        server=server, personal=method.init_client(key=jax.random.key(7), server=server, number=jnp.int32(1))
+    )
     mean = (drawn[0]["encoder"]["fc1"]["a"] + drawn[1]["encoder"]["fc1"]["a"]) / 2
     assert_close(adapter["encoder"]["fc1"]["a"][:, 2:], mean)
 
@@ -579,16 +597,21 @@ def test_who_never_sent_is_equally_like_all():
 def test_a_restart_goes_back_to_where_the_client_began(common):
     """Two rounds of plora-reset-a from one server begin alike, also where clients drew an A each."""
     _, params, _, method, adapter = make_method("plora-reset-a", common_start=common)
-    server, client = method.init(adapter), row(make_cohort(1), 0)
-    drawn = [method.init_client(jax.random.key(k), server, jnp.int32(k)) for k in (1, 2)]
+    server, client = method.init(adapter=adapter), row(make_cohort(1), 0)
+    drawn = [method.init_client(key=jax.random.key(k), server=server, number=jnp.int32(k)) for k in (1, 2)]
     for state in drawn:
         rounds = []
         for number in (1, 2):
             ended = []
             ctx = make_context(params, make_believe(ended), number)
-            state, _, _ = method.client_update(ctx, server, state, client, jax.random.key(number))
+            state, _, _ = method.client_update(
+                ctx, server=server, personal=state, client=client, key=jax.random.key(number)
+            )
             rounds.append(ended[-1])
-            assert_close(method.personalise(server, state)["encoder"]["fc1"]["a"], ended[-1]["encoder"]["fc1"]["a"])
+            assert_close(
+                method.personalise(server=server, personal=state)["encoder"]["fc1"]["a"],
+                ended[-1]["encoder"]["fc1"]["a"],
+            )
         assert_close(*rounds, rtol=0, atol=0)
     same = np.array_equal(*(state["own"]["encoder"]["fc1"]["a"] for state in drawn))
     assert same == common
@@ -618,7 +641,7 @@ def test_rules_make_methods():
     trainer = make_local_trainer(vlm, load_objective("sft"))
     setup = Setup(sites=vlm.sites, spec=SPEC, start_optimizer=trainer.start)
     method = make_share_method("mine", "here", lora.Rule("fc2/b$"), setup)
-    server = method.init(lora.init(jax.random.key(0), vlm.sites, SPEC))
+    server = method.init(adapter=lora.init(jax.random.key(0), vlm.sites, SPEC))
     run = make_round(method, trainer, make_mesh(1))
     out, _ = run_round(run, params, server, make_cohort(2), [0.5, 0.5], start_states(method, server, 2))
     assert list(tree.flatten(out.messages)) == ["decoder/fc2/b"]

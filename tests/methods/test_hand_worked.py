@@ -82,7 +82,7 @@ class World:
         self.round = make_round(self.method, trainer, make_mesh(1))
         adapter = lora.init(jax.random.key(0), self.sites, spec)
         adapter["fc"]["a"] = jnp.asarray(START)
-        self.server = self.method.init(adapter)
+        self.server = self.method.init(adapter=adapter)
 
     def run(self, numbers, weights, *, steps=2, server=None, states=None):
         """-> the server, each client's state, the adapter that each client uses, the one that it trained."""
@@ -102,8 +102,11 @@ class World:
         states = jax.tree.map(np.asarray, from_waves(out.personal))
         one = lambda tree, k: jax.tree.map(lambda x: x[k], tree)  # noqa: E731
         places = range(len(numbers))
-        used = [self.method.personalise(out.server, one(states, k))["fc"] for k in places]
-        trained = [self.method.trained(server, one(states, k), one(out.messages, k))["fc"] for k in places]
+        used = [self.method.personalise(server=out.server, personal=one(states, k))["fc"] for k in places]
+        trained = [
+            self.method.trained(server=server, personal=one(states, k), message=one(out.messages, k))["fc"]
+            for k in places
+        ]
         return out.server, states, used, trained
 
 
@@ -206,7 +209,7 @@ def test_a_second_round_of_plora_goes_on_from_the_private_a():
     assert_factors(used[0], a, b)
     # Client 2 was away: it has its own A, and the B that is there now.
     away = jax.tree.map(lambda x: x[1], states)
-    assert_factors(world.method.personalise(server, away)["fc"], A_2, b)
+    assert_factors(world.method.personalise(server=server, personal=away)["fc"], A_2, b)
 
 
 def test_clipping():

@@ -76,7 +76,7 @@ def test_a_phase_that_trains_nothing_shared_is_not_held_back(write):
     moved = []
     for strength in (0.0, 50.0):
         _, params, trainer, method, adapter = make_method("mine", local=LocalOptions(proximal=strength))
-        server = method.init(adapter)
+        server = method.init(adapter=adapter)
         server["shared"] = jax.tree.map(lambda b: b + 0.1, server["shared"])  # where B is zero A has no gradient
         run = make_round(method, trainer, make_mesh(1))
         _, personal = run_round(run, params, server, make_cohort(2), [0.5, 0.5], start_states(method, server, 2))

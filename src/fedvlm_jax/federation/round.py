@@ -181,6 +181,8 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> jax.stages.
         with jax.named_scope("aggregate"):
             # Laid out as the messages are, or the partitioner may gather the messages to meet the weights.
             spread = jax.lax.with_sharding_constraint(weights, across)
+            numbers = jax.lax.with_sharding_constraint(from_waves(clients.number), across)
+            ctx = ctx._replace(numbers=numbers)
             server, health = method.aggregate(ctx, server=server, messages=messages, weights=spread)
         return RoundOutput(server, personal, messages, metrics, health, weights, tree.is_finite(server))
 
