@@ -25,9 +25,10 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.report import write_report
 from fedvlm_jax.run_dir import fingerprints
 from fedvlm_jax.run_dir.artifacts import describe_environment
+from fedvlm_jax.run_dir.config_seal import check_seal, seal
 from fedvlm_jax.run_dir.fingerprints import anchor
 from fedvlm_jax.run_dir.reader import read_baseline, read_run
-from fedvlm_jax.run_dir.validated_files import check_seal, read_config, seal
+from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import compare, evaluate, federated_run
 from fedvlm_jax.training.local_baseline import train_alone
 from fedvlm_jax.utils import digests

@@ -14,6 +14,7 @@ from rich.cells import cell_len
 from fedvlm_jax.reporting.figures import (
     comparison_figures,
     cost_pareto_figures,
+    cross_client_heatmap,
     diagnostics_figures,
     run_figures,
     theme,
@@ -210,7 +211,7 @@ def test_the_matrix_has_data_down_and_models_across(tmp_path: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     results["cross_clients"] = {"clients": ["a", "b"], "exact_match": [[0.5, 0.2], [0.3, 0.4]]}  # [model, data]
     (folder / "results.json").write_text(json.dumps(results))
-    (ax,) = run_figures.draw_matrix(read_run(folder)).axes
+    (ax,) = cross_client_heatmap.draw_matrix(read_run(folder)).axes
     cells = {text.get_position(): text.get_text() for text in ax.texts}
     assert cells == {(0, 1): "50", (1, 1): "30", (0, 0): "20", (1, 0): "40"}  # the first client's data on top
     assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"]

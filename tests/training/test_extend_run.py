@@ -11,8 +11,9 @@ from fedvlm_jax.cli import train as command
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.run_dir.config_seal import seal
 from fedvlm_jax.run_dir.reader import read_metrics, read_run
-from fedvlm_jax.run_dir.validated_files import read_config, seal
+from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.extend_run import lengthen
 from fedvlm_jax.utils.progress import SilentProgress

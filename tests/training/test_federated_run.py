@@ -16,8 +16,8 @@ from tiny_run import StopAfter, StopError, assert_same_adapters, read_adapters, 
 from fedvlm_jax.config.run_options import EvaluationOptions, TrainOptions, to_json
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.checkpoint import Checkpoints
+from fedvlm_jax.run_dir.config_seal import seal
 from fedvlm_jax.run_dir.reader import read_metrics, read_run
-from fedvlm_jax.run_dir.validated_files import seal
 from fedvlm_jax.training import evaluate, federated_run
 from fedvlm_jax.utils.progress import SilentProgress
 

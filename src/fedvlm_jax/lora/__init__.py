@@ -17,8 +17,17 @@ the collection: `nn.scan(..., variable_axes={"params": 0, "lora": 0})`. An adapt
 """
 
 from fedvlm_jax.lora.adapter import Adapter, LoRA, init, sites_of, trainable, with_dropout
-from fedvlm_jax.lora.inject import inject
-from fedvlm_jax.lora.ops import add_to_weights, concatenate, fix_signs, merge, one_by_one, thin_svd, truncate, unmerge
+from fedvlm_jax.lora.adapter_algebra import (
+    add_to_weights,
+    concatenate,
+    fix_signs,
+    merge,
+    one_by_one,
+    thin_svd,
+    truncate,
+    unmerge,
+)
+from fedvlm_jax.lora.forward_injection import inject
 from fedvlm_jax.lora.share_rules import Rule, combine, partition, virtual_paths
 from fedvlm_jax.lora.sites import LoraError, Site, Sites, find_sites, select, trace_init
 from fedvlm_jax.lora.target_patterns import find_dead_targets

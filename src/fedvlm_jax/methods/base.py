@@ -95,8 +95,8 @@ class Context(NamedTuple):
         rates: traced hyperparameters: learning rates `a` and `b`.
         train: local training; not for `aggregate`.
         key: for random numbers of `aggregate` alone, such as noise; every round has another. A client has its own.
-        numbers: [K] in `aggregate`: the clients that the messages are of; None elsewhere. Padding repeats one of them with
-            weight 0, so a table by client is written at `jnp.where(weights > 0, numbers, population)`, mode "drop".
+        numbers: [K] in `aggregate`: the clients that the messages are of; None elsewhere. Padding repeats one of them
+            with weight 0, so a table by client is set at `jnp.where(weights > 0, numbers, population)`, mode "drop".
         held: [K, R] in `aggregate` where ranks differ: 1 where a client of the cohort has a direction of the factors, 0
             where its message is zero there; None where all clients have all.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.run_dir import validated_files
+from fedvlm_jax.run_dir import config_seal, validated_files
 
 BASELINE = "baseline"
 """Folder in a run's, of the run that trained the same clients alone."""
@@ -124,8 +124,8 @@ def read_run(folder: Path) -> RunRecord:
     if not (folder / "results.json").is_file():
         raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
     config = validated_files.read_json(folder / "config.json", validated_files.ORIGIN)
-    if validated_files.SEAL in config:
-        validated_files.check_seal(folder / "config.json", config)
+    if config_seal.SEAL in config:
+        config_seal.check_seal(folder / "config.json", config)
     return RunRecord(folder, config, read_metrics(folder), validated_files.read_results(folder / "results.json"))
 
 

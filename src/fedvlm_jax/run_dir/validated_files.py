@@ -15,15 +15,11 @@ from typing import Any
 from fedvlm_jax.config.run_options import Run, from_json
 from fedvlm_jax.distributed.mesh_option import MeshShape
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.utils.digests import digest_parts
 from fedvlm_jax.utils.serialization import fit
 
 EXAMPLES = "examples.json"
 EXAMPLE_MODELS = {"zero_shot": "zero-shot", "global": "global model", "personal": "personal model"}
 """Models whose answers are kept beside an example -> what a reader sees."""
-
-SEAL = "digest"
-"""The entry of `config.json` that holds the digest of all others."""
 
 HEALTH = ("loss", "seconds", "clients_per_second", "bytes_", "aggregation_error", "angle_", "update_", "personal_drift")
 """Beginnings of the names of a line's numbers that are drawn or summed."""
@@ -170,33 +166,6 @@ def read_config(folder: Path) -> StoredConfig:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return StoredConfig(stored, run, resolved["wave"], MeshShape(**mesh), tuple(resolved["clients"]))
-
-
-def seal(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to the content of `config.json` a digest of all the rest, by which an edit is noticed.
-
-    >>> sealed = seal({"run": {"seed": 1}})
-    >>> sealed == seal(sealed) != seal({"run": {"seed": 2}})
-    True
-    """
-    rest = {name: value for name, value in config.items() if name != SEAL}
-    return {**rest, SEAL: digest_parts([json.dumps(rest, sort_keys=True).encode()]).hex()}
-
-
-def check_seal(path: Path, stored: Mapping[str, Any]) -> None:
-    """See that `config.json` is as it was written, and has what is compared with data and model now.
-
-    Raises:
-        UserError: it is not, or is of version 0.1.
-    """
-    if SEAL not in stored:
-        raise UserError(f"{path} has no digest: it is of version 0.1, whose runs neither go on nor are evaluated")
-    if stored[SEAL] != seal(stored)[SEAL]:
-        raise UserError(
-            f"{path} is not as the run wrote it: was it edited, or damaged? What a run was made of cannot change; put "
-            "the file back, or start a new run with these options"
-        )
-    check_form(path, stored, SEALED)
 
 
 def read_results(path: Path) -> dict[str, Any]:

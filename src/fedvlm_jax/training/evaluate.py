@@ -10,8 +10,9 @@ from fedvlm_jax.distributed.sharding import place_base
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir import fingerprints
 from fedvlm_jax.run_dir.artifacts import load_base, open_adapters
+from fedvlm_jax.run_dir.config_seal import check_seal
 from fedvlm_jax.run_dir.folder_lock import Claim
-from fedvlm_jax.run_dir.validated_files import check_seal, read_config
+from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training.experiment import open_experiment
 from fedvlm_jax.training.final_evaluation import score_base, score_models
 from fedvlm_jax.training.loaded_model import load_model

@@ -14,8 +14,9 @@ from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run, to_json
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.run_dir.config_seal import check_seal, seal
 from fedvlm_jax.run_dir.folder_lock import Claim
-from fedvlm_jax.run_dir.validated_files import check_seal, read_config, seal
+from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.utils.files import write_json
 
 

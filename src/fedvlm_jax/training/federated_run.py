@@ -31,9 +31,10 @@ from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.federation.simulator import Moment
 from fedvlm_jax.models import resolve_folder
 from fedvlm_jax.run_dir import artifacts, fingerprints
+from fedvlm_jax.run_dir.config_seal import check_seal, seal
 from fedvlm_jax.run_dir.folder_lock import Claim, clear, is_used
 from fedvlm_jax.run_dir.reader import read_run
-from fedvlm_jax.run_dir.validated_files import StoredConfig, check_seal, read_config, seal
+from fedvlm_jax.run_dir.validated_files import StoredConfig, read_config
 from fedvlm_jax.training import final_evaluation
 from fedvlm_jax.training.best_round import BestRound
 from fedvlm_jax.training.callbacks import FiniteCheck, MetricsWriter, ProgressReporter

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise_gain
 from fedvlm_jax.reporting.figures import theme
+from fedvlm_jax.reporting.figures.cross_client_heatmap import draw_matrix
 from fedvlm_jax.reporting.figures.round_lines import lift_validation, pick
 from fedvlm_jax.reporting.tables import points
 from fedvlm_jax.run_dir.reader import RunRecord
@@ -86,27 +86,6 @@ def draw_gains(record: RunRecord) -> Figure:
         label += f" [{points(gain.low)}, {points(gain.high)}]"
     theme.annotate(ax, (100 * gain.mean, 1), label, ("data", "axes fraction"), (0, 3), "center", color=colour)
     ax.set_xlabel(f"{find_measure(record.metric).label} on test, points gained over zero-shot")
-    return figure
-
-
-@theme.style()
-def draw_matrix(record: RunRecord) -> Figure:
-    """Draw the cross-client matrix of the metric that judges: data down, models across, the diagonal framed.
-
-    The best model for each client's data is bold.
-    """
-    stored = record.results["cross_clients"]
-    clients = stored["clients"]
-    values = 100 * np.asarray(stored[record.metric], float).T[::-1]  # the first client's data on top
-    names = clients if len(clients) <= theme.LABELLED else []
-    figure = theme.tint_cells(values, values == values.max(axis=1, keepdims=True), names[::-1], names)
-    (ax,) = figure.axes
-    ax.set(xlabel="model of", ylabel="data of")
-    ax.xaxis.set_label_position("top")
-    ax.tick_params(axis="x", rotation=90)
-    for place in range(len(clients)):
-        corner = (place - 0.5, len(clients) - place - 1.5)
-        ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=theme.INK, linewidth=0.9))
     return figure
 
 
