@@ -15,7 +15,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.config import ServerOptions
 from fedvlm_jax.reporting.sentences import describe_run
 from fedvlm_jax.run_dir.reader import read_metrics, read_run
-from fedvlm_jax.training import callbacks, federated_run, trainer
+from fedvlm_jax.training import best_round, federated_run, trainer
 from fedvlm_jax.training.failures import describe_lost, describe_rounds, describe_unfit, explain_all_unfit
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.progress import SilentProgress, describe_line
@@ -182,13 +182,13 @@ def test_an_overflow_in_the_last_round_is_no_success(model, loaded, tmp_path, mo
 
 def test_a_round_whose_validation_is_not_finite_is_never_the_best(model, loaded, tmp_path, monkeypatch):
     """Not by its metric, not by its loss, and a run without any other ends with a line."""
-    score = callbacks.score_validation
+    score = best_round.score_validation
 
     def spoil(*given):
         found = score(*given)
         return {**found, "exact_match": dict.fromkeys(found["exact_match"], 1.0), "loss": {"one": bad}}
 
-    monkeypatch.setattr(callbacks, "score_validation", spoil)
+    monkeypatch.setattr(best_round, "score_validation", spoil)
     for bad in (float("nan"), float("inf")):
         with pytest.raises(UserError, match="no round's models have a finite loss"):
             federated_run.train(short(model, tmp_path / f"run{bad}"), model=loaded)

@@ -76,6 +76,7 @@ def place_local(tree: Any, where: NamedSharding) -> Any:
 def local_places(mesh: Mesh, count: int) -> Int[np.ndarray, " some"]:
     """Select of `count` places along `clients` those on this process's devices; all, where there is one process.
 
+    >>> from fedvlm_jax.distributed.mesh import make_mesh
     >>> local_places(make_mesh(1), 3).tolist()
     [0, 1, 2]
     """

@@ -104,3 +104,7 @@ def score_validation(experiment: Experiment, base: PyTree, adapters: Adapters, n
     evaluator = experiment.evaluator
     rejected = experiment.select_by not in evaluator.metrics
     return evaluator(base, {"personal": adapters}, "validation", numbers, rejected=rejected)["personal"].scores
+
+
+def _mean(values: dict[str, float]) -> float | None:
+    return sum(values.values()) / len(values) if values else None

@@ -91,7 +91,3 @@ class ProgressReporter(Callback):
         experiment.show.finish()
         for sentence in describe_rounds(read_metrics(experiment.folder)):
             experiment.show.note(sentence)
-
-
-def _mean(values: dict[str, float]) -> float | None:
-    return sum(values.values()) / len(values) if values else None
