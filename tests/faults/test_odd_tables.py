@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from make_parquet import IMAGE, draw_image, make_row, make_rows, write_rows
-from malformed import LOST, replace_column
+from malformed import GOOD, LOST, replace_column
 from words import WordProcessor
 
 import fedvlm_jax
@@ -337,7 +337,7 @@ def test_a_pipe_a_circle_and_a_device_as_the_data_are_one_line(tmp_path: Path) -
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path) -> None:
-    write(tmp_path, malformed.GOOD).chmod(0)
+    write(tmp_path, GOOD).chmod(0)
     with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
         read_table(str(tmp_path))
 
