@@ -35,8 +35,9 @@ def toy():
     vlm, params = make_toy()
     shapes = jax.eval_shape(lambda: params)
     batch = {"image_features": jax.ShapeDtypeStruct((1, WIDTH), jnp.float32)}
+    components = {name: f"{name}/" for name in ("encoder", "decoder")}
     return SimpleNamespace(
-        sites=vlm.sites, components={}, logits=vlm.logits, shapes=lambda: shapes, example_batch=lambda: batch
+        sites=vlm.sites, components=components, logits=vlm.logits, shapes=lambda: shapes, example_batch=lambda: batch
     )
 
 
