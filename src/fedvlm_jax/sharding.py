@@ -142,7 +142,7 @@ def place(tree: Any, where: Any) -> Any:
 
 def _place(array: Any, where: NamedSharding) -> jax.Array:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return jax.device_put(array, where)
+        return _exchange(array, where)
     host = np.asarray(array)  # not `device_put`, which would have all processes compare what they have
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
@@ -169,9 +169,18 @@ def fetch(tree: Any) -> Any:
         if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
             return array
         assert isinstance(array.sharding, NamedSharding)
-        return jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+        return _exchange(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
 
     return jax.device_get(jax.tree.map(whole, tree))
+
+
+def _exchange(array: jax.Array, where: NamedSharding) -> jax.Array:
+    """Place an array that lies on several processes' devices, and wait for it.
+
+    A CPU runs each collective on a thread of a small pool. Where processes are at different ones of many that are under
+    way, all threads may wait for one that no thread is left for: two processes stood still in this way on busy cores.
+    """
+    return jax.block_until_ready(jax.device_put(array, where))
 
 
 def fetch_own(tree: Any) -> Any:

@@ -10,6 +10,7 @@ them know the table of states, what was measured, and who counted.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -363,9 +364,13 @@ class Driver:
         return self.programs.personalise(server, states, known, np.asarray(numbers, np.int32), self.key)
 
     def _trained(self, before: PyTree, cohort: np.ndarray, messages: PyTree) -> Callable[[np.ndarray], PyTree]:
+        @cache
+        def held() -> PyTree:  # on the host: taken leaf by leaf on several processes' devices they could wait for ever
+            return fetch(messages)
+
         def adapters(numbers: np.ndarray) -> PyTree:
             at = np.searchsorted(cohort, numbers)
-            own = jax.tree.map(lambda x: x[at], messages)
+            own = jax.tree.map(lambda x: x[at], held())
             return self.programs.trained(before, self.population.gather(numbers), own)
 
         return adapters
