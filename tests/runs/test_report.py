@@ -155,6 +155,7 @@ def test_a_run_that_was_trained_longer_does_not_say_that_test_was_read_once(tmp_
     assert "test was read then, and after round 4 before." in check_page(write_report([folder]))
 
 
+@pytest.mark.broad
 def test_many_methods_are_summed_up_on_a_page_that_can_be_sent(tmp_path: Path) -> None:
     folder = write_many(tmp_path / "c")
     page = write_report([folder])
