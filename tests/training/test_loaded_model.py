@@ -1,6 +1,7 @@
 """What is kept of the base on disk is found again only by whoever would compute the same bits."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,6 +50,15 @@ def test_other_flags_and_other_code_are_another_folder(monkeypatch, tmp_path):
     assert changed != before
     monkeypatch.setattr(loaded_model, "_hash_sources", lambda: "edited")
     assert name() not in (before, changed)
+
+
+def test_the_code_that_decides_kept_numbers_is_hashed():
+    """A pattern that matches no file, after a move, hashes nothing; products decide the last bits of both models."""
+    root = Path(loaded_model.__file__).parents[1]
+    found = {pattern: [str(file.relative_to(root)) for file in root.glob(pattern)] for pattern in loaded_model.SOURCES}
+    assert [pattern for pattern, files in found.items() if not files] == []
+    hashed = {file for files in found.values() for file in files}
+    assert {"models/florence2/davit.py", "models/layers.py", "utils/products.py", "data/unique_images.py"} <= hashed
 
 
 def test_reference_log_probabilities_of_other_shapes_are_kept_apart(monkeypatch):

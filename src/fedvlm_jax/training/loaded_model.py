@@ -46,7 +46,7 @@ from fedvlm_jax.utils.compilation_cache import describe_processor
 from fedvlm_jax.utils.memoized import forget, memoized
 
 SOURCES = (
-    *("models/**/*.py", "objectives/*.py", "data/image_decoding.py"),
+    *("models/**/*.py", "objectives/*.py", "utils/products.py", "data/image_decoding.py", "data/unique_images.py"),
     *("federation/inputs/feature_cache.py", "federation/inputs/reference_log_probs.py"),
 )
 """The code between a row's bytes and what is kept of it: where it changes, so may the numbers."""
