@@ -49,3 +49,22 @@ def test_the_server_s_key_is_of_a_stream_of_its_own(draw):
     """The fifth of the enum: what a method draws there is settled by the seed and the round."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 4), jnp.int32(2))
     assert draw(2, 3)[0] == pytest.approx(float(jax.random.normal(key)), rel=1e-6)
+
+
+def test_aggregate_knows_whose_messages_it_has():
+    """Two waves of two, of clients 5, 0 and 3, who drops out, and a padded place that repeats 3: rows by number."""
+    _, params, trainer, method, adapter = make_method("fedavg-lora")
+
+    def aggregate(ctx, server, messages, weights):
+        server, health = method.aggregate(ctx, server=server, messages=messages, weights=weights)
+        rows = jnp.where(weights > 0, ctx.numbers, 6)
+        sent = messages["encoder"]["fc1"]["b"].sum(axis=(1, 2))
+        return server, health | {"table": jnp.zeros(6).at[rows].set(sent, mode="drop"), "sent": sent}
+
+    run = make_round(replace(method, aggregate=aggregate), trainer, make_mesh(1))
+    server = method.init(adapter=adapter)
+    cohort = make_cohort(4)._replace(number=np.asarray([5, 0, 3, 3], np.int32))
+    out, _ = run_round(run, params, server, cohort, [0.5, 0.5, 0, 0], start_states(method, server, 4), waves=2)
+    table, sent = np.asarray(out.health["table"]), np.asarray(out.health["sent"])
+    assert sent[0] != sent[1]
+    np.testing.assert_array_equal(table, [sent[1], 0, 0, 0, 0, sent[0]])

@@ -170,8 +170,8 @@ def test_adam_takes_the_square_of_the_update():
     """
     options, shared = ServerOptions("adam", 1.0, 0.5, 0.75, 0.0), {"b": jnp.zeros(1)}
     start = server_optimizers.start(options, shared)
-    first, state = server_optimizers.step(options, {"b": jnp.ones(1)}, start, jnp.ones(1))
-    second, _ = server_optimizers.step(options, {"b": jnp.zeros(1)}, state, jnp.ones(1))
+    first, state = server_optimizers.step(options, {"b": jnp.ones(1)}, start, jnp.ones(1), None)
+    second, _ = server_optimizers.step(options, {"b": jnp.zeros(1)}, state, jnp.ones(1), None)
     np.testing.assert_allclose(first["b"], 1, rtol=1e-6)
     np.testing.assert_allclose(second["b"], 1 / np.sqrt(3), rtol=1e-6)
 

@@ -343,8 +343,8 @@ def test_a_pool_keeps_the_newest():
     )
     for number, (who, weights) in enumerate([((4, 7), (1, 1)), ((5, 9), (1, 1)), ((7, 4), (1, 0))], start=1):
         moved = {"b": jnp.asarray([[10.0 * number + w] if w else [jnp.nan] for w in weights])}
-        messages = {"moved": moved, "number": jnp.asarray(who)}
-        pool = personalized_download.renew(pool, messages, jnp.asarray(weights, jnp.float32), jnp.int32(number))
+        counts = jnp.asarray(weights, jnp.float32)
+        pool = personalized_download.renew(pool, moved, jnp.asarray(who), counts, jnp.int32(number))
         assert pool["number"].tolist() == [[4, 7, -1], [5, 9, 4], [7, 5, 9]][number - 1]
         assert pool["round"].tolist() == [[1, 1, 0], [2, 2, 1], [3, 2, 2]][number - 1]
     assert pool["moved"]["b"].ravel().tolist() == [31, 21, 21]

@@ -126,6 +126,8 @@ def find_wave(
 ) -> tuple[T, Footprint]:
     """Find the widest wave, from `wave` downwards, whose round fits, and of those the narrowest in as many waves.
 
+    Waves, and so `wave`, are multiples of `devices`.
+
     `try_wave` returns what was made for a wave, with its footprint; it raises `TooLargeError` if the compiler refuses.
     `limit` is bytes of a device, all of which may be used; None: whatever compiles, fits.
 

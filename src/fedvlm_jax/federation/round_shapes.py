@@ -28,7 +28,7 @@ Shape = jax.ShapeDtypeStruct
 def shape_examples(
     vlm: Vlm, objective: Objective, spec: lora.LoRA, *, size: tuple[int, int], prompt: int, answer: int, cached: bool
 ) -> dict[str, Shape]:
-    """Make the shapes of one example as the model reads it: a picture of this size, so many tokens, the image's too.
+    """Make the shapes of one example: a picture of `size` (height, width), `prompt` tokens, the image's among them.
 
     `cached` is whether features of frozen vision are kept; with an adapter in the vision tower they never are.
     """

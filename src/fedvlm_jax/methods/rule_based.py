@@ -60,7 +60,7 @@ class Parts:
         fresh: the optimiser starts anew in every round: the server gives what is trained another basis each time.
         basis: (round) -> which basis what is trained has in it, for a server that changes it now and then. A client
             that meets another one than in its last round starts its optimiser anew.
-        refuses, moot: as in `Method`.
+        refuses, moot: as in `Method`, but nothing is refused unless it is said here.
     """
 
     extend: Callable[[lora.Adapter], PyTree] = lambda adapter: adapter

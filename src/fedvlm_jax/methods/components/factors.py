@@ -70,6 +70,11 @@ def map_sites(rule: Callable[..., Mapping[str, Array]], *factors: PyTree) -> PyT
     return tree.unflatten({f"{path}/{name}": leaf for path, site in made.items() for name, leaf in site.items()})
 
 
+def merge_middle(adapter: PyTree, middle: PyTree, name: str) -> PyTree:
+    """Multiply a middle factor [*stack, R, R] of every site into its B, so that the product is a b again."""
+    return map_sites(lambda site, between: {**site, "b": matmul(between[name], site["b"])}, adapter, middle)
+
+
 def norm_of(part: PyTree) -> Float[Array, ""]:
     """Compute the Frobenius norm over all leaves; 0 where there are none.
 

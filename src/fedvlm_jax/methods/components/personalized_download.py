@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.methods import base
@@ -50,11 +50,13 @@ def start_pool(sent: PyTree, setup: Setup) -> PyTree:
     return {"moved": moved, "number": jnp.full(size, NOBODY, jnp.int32), "round": jnp.zeros(size, jnp.int32)}
 
 
-def renew(pool: PyTree, messages: PyTree, weights: Float[Array, " K"], round_: Number) -> PyTree:
-    """Put what came from those who count into the pool, in place of what they had sent before."""
+def renew(
+    pool: PyTree, moved: PyTree, numbers: Int[Array, " K"], weights: Float[Array, " K"], round_: Number
+) -> PyTree:
+    """Put what came from those who count, [K, …], into the pool, in place of what they had sent before."""
     counts = weights > 0
-    again = jnp.any((pool["number"][:, None] == messages["number"]) & counts, axis=1)
-    number = jnp.concatenate([jnp.where(again, NOBODY, pool["number"]), jnp.where(counts, messages["number"], NOBODY)])
+    again = jnp.any((pool["number"][:, None] == numbers) & counts, axis=1)
+    number = jnp.concatenate([jnp.where(again, NOBODY, pool["number"]), jnp.where(counts, numbers, NOBODY)])
     came = jnp.concatenate([pool["round"], jnp.full(len(counts), round_, jnp.int32)]) * (number != NOBODY)
     order = jnp.lexsort((number, -came))[: len(pool["number"])]
     number, came = number[order], came[order]
@@ -63,7 +65,7 @@ def renew(pool: PyTree, messages: PyTree, weights: Float[Array, " K"], round_: N
         both = jnp.concatenate([old, new.astype(old.dtype)])[order]
         return jnp.where((number != NOBODY).reshape(-1, *[1] * (old.ndim - 1)), both, 0)
 
-    return {"moved": jax.tree.map(keep, pool["moved"], messages["moved"]), "number": number, "round": came}
+    return {"moved": jax.tree.map(keep, pool["moved"], moved), "number": number, "round": came}
 
 
 def make_delivering_method(
@@ -149,24 +151,25 @@ def make_delivering_method(
         state = {**personal, "own": own, "sent": jnp.ones((), bool), "shares": shares, **setup.kept(optimizer)}
         took = client.mask.any()
         state = jax.tree.map(lambda new, old: jnp.where(took, new, old), state, personal)
-        return state, {"moved": moved, "number": personal["number"]}, metrics
+        return state, moved, metrics
 
     def aggregate(ctx: Context, server: PyTree, messages: PyTree, weights: Weights) -> Aggregated:
-        pool = renew(server["pool"], messages, weights, ctx.round)
-        return {**server, "pool": pool}, {"shared_update_norm": norm_of(tree.weighted_sum(messages["moved"], weights))}
+        assert ctx.numbers is not None
+        pool = renew(server["pool"], messages, ctx.numbers, weights, ctx.round)
+        return {**server, "pool": pool}, {"shared_update_norm": norm_of(tree.weighted_sum(messages, weights))}
 
     def personalise(server: PyTree, personal: PyTree) -> lora.Adapter:
         own, beside = receive(server, personal["own"], find_shares(server, personal))
         return assemble(own, beside, server["scales"])
 
     def trained_adapter(server: PyTree, personal: PyTree, message: PyTree) -> lora.Adapter:
-        mine = jax.tree.map(jnp.add, select_sent(server["start"]), message["moved"])
+        mine = jax.tree.map(jnp.add, select_sent(server["start"]), message)
         own = tree.combine(mine, tree.partition(personal["own"], sent)[1])
         return assemble(own, mix(server, personal["shares"]) if keep_own else {}, server["scales"])
 
     def travels(server: PyTree, messages: PyTree) -> base.Travelling:
         del server
-        moved = base.shape_of_one(messages["moved"])  # the client's number costs nothing beside it
+        moved = base.shape_of_one(messages)
         return moved, moved
 
     return Method(

@@ -38,7 +38,7 @@ def start(options: ServerOptions, shared: PyTree) -> PyTree:
 
 
 def step(
-    options: ServerOptions, update: PyTree, state: PyTree, weights: Weights, held: Held | None = None
+    options: ServerOptions, update: PyTree, state: PyTree, weights: Weights, held: Held | None
 ) -> tuple[PyTree, PyTree]:
     """Return what is added to the shared part, and the new state.
 

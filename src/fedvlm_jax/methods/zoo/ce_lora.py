@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.methods.base import Method, MethodOptions, Setup
-from fedvlm_jax.methods.components.factors import cosines, map_sites, matmul, only, softmax_among
+from fedvlm_jax.methods.components.factors import cosines, map_sites, merge_middle, only, softmax_among
 from fedvlm_jax.methods.components.personalized_download import make_delivering_method
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.option_ranges import Positive
@@ -42,8 +42,7 @@ def make(setup: Setup) -> Method:
     def assemble(own: PyTree, delivered: PyTree, scales: PyTree) -> lora.Adapter:
         del delivered  # it has taken the place of C
         middle, rest = tree.partition(own, only("c"))
-        merged = map_sites(lambda site, between: {**site, "b": matmul(between["c"], site["b"])}, rest, middle)
-        return tree.combine(merged, scales)
+        return tree.combine(merge_middle(rest, middle, "c"), scales)
 
     return make_delivering_method(
         "ce-lora", "arXiv 2503.23869: ΔW = B C A, A and B private; C_k ← Σ_j w_kj C_j, w_k = softmax of similarity",

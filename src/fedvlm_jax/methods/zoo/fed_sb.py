@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.methods.base import Method, Setup
-from fedvlm_jax.methods.components.factors import map_sites, matmul, only
+from fedvlm_jax.methods.components.factors import map_sites, merge_middle, only
 from fedvlm_jax.methods.rule_based import Parts, make_share_method
 from fedvlm_jax.utils import tree
 
@@ -36,7 +36,7 @@ def make(setup: Setup) -> Method:
 
     def assemble(factors: PyTree) -> lora.Adapter:
         middle, adapter = tree.partition(factors, only("r"))
-        return map_sites(lambda site, between: {**site, "b": matmul(between["r"], site["b"])}, adapter, middle)
+        return merge_middle(adapter, middle, "r")
 
     refuses = {"lora.ranks": "R is one square matrix that all clients average whole"}
     parts = Parts(
