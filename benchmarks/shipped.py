@@ -27,7 +27,7 @@ from fedvlm_jax.run_dir.folder_lock import open_folder
 from fedvlm_jax.utils.compilation_cache import keep_programs
 from fedvlm_jax.utils.console import Terminal
 from fedvlm_jax.utils.files import write_json
-from fedvlm_jax.utils.progress import open_progress
+from fedvlm_jax.utils.progress_display import open_progress
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,9 @@ def report_products(options: Products) -> None:
     plain = {
         "fedvlm_jax.models.layers.score": lambda query, key: query @ key.swapaxes(-1, -2),
         "fedvlm_jax.models.layers.mix": jnp.matmul,
-        "fedvlm_jax.lora.inject.project": lambda low, right, precision: jnp.matmul(low, right, precision=precision),
+        "fedvlm_jax.lora.forward_injection.project": lambda low, right, precision: jnp.matmul(
+            low, right, precision=precision
+        ),
     }
     found = {}
     for name in options.cells:

@@ -38,7 +38,8 @@ from fedvlm_jax.run_dir.reader import ComparisonRecord, read_comparison, read_ru
 from fedvlm_jax.training.compare import compare, finish_run
 from fedvlm_jax.training.loaded_model import LoadedModel, load_model
 from fedvlm_jax.utils.files import write_json
-from fedvlm_jax.utils.progress import Progress, open_progress
+from fedvlm_jax.utils.progress import Progress
+from fedvlm_jax.utils.progress_display import open_progress
 
 RESULTS = Path(__file__).parent / "results"
 METRICS = ("preference_accuracy", "preference_accuracy_per_token", "reward_margin", "exact_match", "token_f1")

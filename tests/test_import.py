@@ -23,9 +23,9 @@ def look():
         "threads": threading.active_count(),
     }
 
+before = look()
 import fedvlm_jax
 
-before = look()
 names = [module.name for module in pkgutil.walk_packages(fedvlm_jax.__path__, "fedvlm_jax.")]
 for name in names:
     if not name.endswith("__main__"):

@@ -74,7 +74,7 @@ def explain_error(error: BaseException) -> str:
 
 
 def find_machine_fault(error: BaseException) -> OSError | MemoryError | None:
-    """Find the fault of the machine, not of a file's content, that an exception is or was caused by.
+    """Find the fault of the machine, not of a file's content, that an exception is or was caused by; None if none is.
 
     No memory, a full disk, too many open files: the same work may succeed later, and nothing is known to be damaged.
     """

@@ -1,6 +1,7 @@
 """Malformed files and rows: one clear error that names the file, or a row skipped with its reason and no other lost."""
 
 import contextlib
+import dataclasses
 import hashlib
 import signal
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from make_parquet import IMAGE, RLAIF_V, make_row, make_rows, write_rows
 from rlaif_form import REASONS, Form, make_form_rows, write_folder
 from words import WordProcessor
 
-from fedvlm_jax.data.federated_dataset import federate
+from fedvlm_jax.data.federated_dataset import describe_lost, federate
 from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import Examples, encode
@@ -133,6 +134,28 @@ def test_a_path_that_is_no_utf_8_costs_nothing_beside_bytes_and_its_row_without(
     image = pa.StructArray.from_arrays([pa.array(encoded, pa.binary()), paths], ["bytes", "path"])
     pq.write_table(malformed.replace_column("image", image, 9), tmp_path / "a.parquet")
     check_nothing_lost(load(tmp_path)[1], rows, {PLACE: malformed.LOST})
+
+
+def test_a_path_that_is_no_utf_8_stops_no_drawn_client_and_no_summary(tmp_path: Path) -> None:
+    """The note that tells where lost images were looked for cannot show such a name, and leaves it out."""
+    encoded: list[bytes | None] = [row["image"]["bytes"] for row in make_rows(9)]
+    encoded[PLACE] = None
+    paths = pa.array([b"\xff.png"] * 9).view(pa.string())
+    image = pa.StructArray.from_arrays([pa.array(encoded, pa.binary()), paths], ["bytes", "path"])
+    pq.write_table(malformed.replace_column("image", image, 9), tmp_path / "a.parquet")
+    options = make_options(str(tmp_path), "iid", clients=2, min_examples=1, validation_share=0.0, test_share=0.2)
+    table = read_table(options)
+    federation = federate(table, options, seed=0)
+    assert sum(len(client.train) + len(client.test) for client in federation.clients) == 8
+    assert describe_lost(table, federation.skipped) == ""
+
+
+def test_a_table_without_answers_is_refused_by_the_column(tmp_path: Path) -> None:
+    """Not row by row, as if every answer were empty."""
+    options, table = make_options(str(tmp_path)), read_table(str(write_rows(tmp_path / "a.parquet", make_rows(4))))
+    lacking = dataclasses.replace(table, data=table.data.drop_columns(["chosen"]))
+    with pytest.raises(UserError, match="has no column 'chosen'; it has: "):
+        encode(lacking, federate(table, options, seed=0), WordProcessor(), options)
 
 
 @pytest.mark.parametrize("name", list(malformed.FILE_CASES))

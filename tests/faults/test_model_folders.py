@@ -326,6 +326,7 @@ CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     "weights an LFS pointer": (write(WEIGHTS, POINTER), r"model\.safetensors .*git lfs pull"),
     "weights a pickle": (write(WEIGHTS, b"PK\x03\x04" + bytes(99)), r"PyTorch pickle"),
     "weights a GGUF": (write(WEIGHTS, b"GGUF" + bytes(99)), r"GGUF"),
+    "weights whose header's length begins with a space": (write(WEIGHTS, b" \x80\x04" + bytes(5)), r"cut short"),
     "weights with a header beyond all": (write(WEIGHTS, b"\xff" * 99), r"model\.safetensors .*cut short"),
     "weights under another name": (rename(WEIGHTS, "florence.safetensors"), r"florence\.safetensors none is called"),
     "only a PyTorch pickle": (rename(WEIGHTS, "pytorch_model.bin"), r"convert them.*save_pretrained"),

@@ -18,7 +18,8 @@ from fedvlm_jax.run_dir.reader import read_metrics, read_run
 from fedvlm_jax.training import best_round, federated_run, trainer
 from fedvlm_jax.training.failures import describe_lost, describe_rounds, describe_unfit, explain_all_unfit
 from fedvlm_jax.utils import tree
-from fedvlm_jax.utils.progress import SilentProgress, describe_line
+from fedvlm_jax.utils.progress import SilentProgress
+from fedvlm_jax.utils.progress_display import describe_line
 
 HUGE = {"a": jnp.float32(1e30), "b": jnp.float32(1e30)}
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from fedvlm_jax.cli._signals import say
 from fedvlm_jax.reporting.tables import Table, show, to_markdown
 from fedvlm_jax.utils.console import Terminal
-from fedvlm_jax.utils.progress import PlainProgress
+from fedvlm_jax.utils.progress_display import PlainProgress
 from fedvlm_jax.utils.standard_streams import PIPE_GONE, to_ascii
 from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fedvlm_jax.config.run_options import Run, SystemOptions
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.training import federated_data, loaded_model
 from fedvlm_jax.training.federated_data import FederatedData
@@ -93,3 +94,15 @@ def test_what_is_memoized_is_made_once_and_dropped_with_its_programs(monkeypatch
     assert made == [
         *((run, 4, 2, 2, 3) for run in (Run(), Run(method="local"))), (5, 1.0), (Run(), 4, 2, 2, 3), (5, 1.0),
     ]  # fmt: skip
+
+
+def test_a_source_is_read_once_however_its_rows_are_cut(monkeypatch):
+    read = []
+    monkeypatch.setattr(loaded_model, "read_table", lambda options: read.append(options.source) or object())
+    loaded = load()
+    neutral, pictures = make_options("emoji", prompt="neutral"), make_options("emoji", images_per_client=20)
+    assert loaded.table(neutral) is loaded.table(pictures)
+    assert loaded.table(make_options("emoji", "dirichlet", alpha=0.1)) is loaded.table(neutral)
+    assert loaded.table(make_options("rows.parquet")) is not loaded.table(neutral)
+    assert loaded.table(make_options("emoji", max_image_pixels=100)) is not loaded.table(neutral)
+    assert read == ["emoji", "rows.parquet", "emoji"]

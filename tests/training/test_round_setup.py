@@ -5,12 +5,15 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-from fedvlm_jax.config.run_options import Run, TrainOptions
+from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import choose_layout
 from fedvlm_jax.methods import load_method
 from fedvlm_jax.methods.components.personalized_download import start_pool
+from fedvlm_jax.methods.config import LocalOptions, ServerOptions
+from fedvlm_jax.methods.zoo import ditto
+from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.training import round_setup
 
 
@@ -32,3 +35,43 @@ def test_a_round_of_more_rows_than_can_be_listed_is_refused(train):
     run = Run(train=TrainOptions(**train))
     with pytest.raises(UserError, match=r"a round would take [\d,]+ rows \(2 clients"):
         round_setup.lay_out_sizes(run, [9, 9], make_mesh(1), None, None)
+
+
+CHANGES = {
+    "method": Run(method="fedsa-lora"),
+    "numbers": Run(method="ditto", method_options=ditto.Options(lambda_=0.7)),
+    "objective": Run(objective="sft+dpo"),
+    "preference": Run(objective="dpo", preference=PreferenceOptions(beta=0.7)),
+    "dropout": Run(lora=LoraOptions(dropout=0.1)),
+    "rank": Run(lora=LoraOptions(rank=2)),
+    "ranks": Run(lora=LoraOptions(rank=2, ranks=(1, 2))),
+    "private_a": Run(lora=LoraOptions(private_a="per-client")),
+    "local": Run(local=LocalOptions(proximal=0.1)),
+    "server": Run(server=ServerOptions(optimizer="adam", learning_rate=0.01)),
+    "optimizer": Run(train=TrainOptions(optimizer="sgd")),
+    "weight_decay": Run(train=TrainOptions(weight_decay=0.3)),
+    "clip_norm": Run(train=TrainOptions(clip_norm=3.0)),
+    "optimizer_state": Run(train=TrainOptions(optimizer_state="fresh")),
+    "rounds": Run(train=TrainOptions(rounds=77)),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_no_option_that_programs_depend_on_is_put_at_its_default(monkeypatch, changed):
+    """Objective, local training and method are made of the same, from a run's options and from those chosen of them."""
+    monkeypatch.setattr(round_setup, "load_objective", lambda name, preference: (name, preference))
+    monkeypatch.setattr(round_setup, "load_method", lambda name, setup: (name, setup))
+    monkeypatch.setattr(round_setup, "Programs", lambda method, trainer, *_: (method, trainer.options))
+
+    def make_local_trainer(vlm, objective, **options):
+        return SimpleNamespace(start=None, options=(objective, options))
+
+    monkeypatch.setattr(round_setup, "make_local_trainer", make_local_trainer)
+    vlm = SimpleNamespace(sites={}, targets="", components={}, component=str)
+
+    def make(run):
+        return round_setup.build_programs(vlm, None, run, clients=4, cohort=2, places=2, steps=3)
+
+    run = CHANGES[changed]
+    assert make(run) == make(round_setup.choose_program_options(run))
+    assert make(run) != make(Run())

@@ -5,16 +5,14 @@ import io
 import pytest
 from rich.console import Console
 
-from fedvlm_jax.utils.progress import (
+from fedvlm_jax.utils.progress import Numbered, SilentProgress, working
+from fedvlm_jax.utils.progress_display import (
     LiveProgress,
-    Numbered,
     PlainProgress,
-    SilentProgress,
     draw_sparkline,
     estimate_seconds_left,
     format_seconds,
     open_progress,
-    working,
 )
 
 LINE = {"round": 2, "loss": 1.23456, "validation": {"exact_match": 0.415}, "clients_per_second": 3.14}
@@ -34,7 +32,7 @@ def test_the_time_left_does_not_jump_at_compiling_or_at_an_evaluation(
     every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("fedvlm_jax.utils.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("fedvlm_jax.utils.progress_display.time.monotonic", lambda: now)
     show, rounds = PlainProgress(Console(file=io.StringIO())), 16
     show.start(rounds, "plora", evaluations=rounds // every)
     told = []
@@ -102,7 +100,7 @@ def test_the_live_display_shows_bar_numbers_and_course() -> None:
 
 def test_what_is_no_round_has_a_clock_and_a_bar_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("fedvlm_jax.utils.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("fedvlm_jax.utils.progress_display.time.monotonic", lambda: now)
     out = io.StringIO()
     show = LiveProgress(Console(file=out, width=120, force_terminal=True, color_system=None))
 

@@ -243,7 +243,7 @@ CORRECTIONS = {
         "plant-flower": "花卉",
         "food-fruit": "水果",
         "food-vegetable": "蔬菜",
-        "food-experiment": "熟食",
+        "food-prepared": "熟食",
         "food-asian": "亚洲食物",
         "food-marine": "海鲜",
         "food-sweet": "甜食",

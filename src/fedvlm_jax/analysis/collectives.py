@@ -143,8 +143,9 @@ def read_groups(text: str, devices: int) -> list[list[int]]:
     [[0, 2], [1, 3]]
     """
     everything = [list(range(devices))]
-    if listed := re.search(r"(?:replica_groups|source_target_pairs)=(\{(?:\{[\d,]+\},?)*\})", text):
-        return json.loads(listed[1].replace("{", "[").replace("}", "]")) or everything
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=(\{(?:\{[\d,]*\},?)*\})", text):
+        groups = json.loads(listed[1].replace("{", "[").replace("}", "]"))
+        return [group for group in groups if group] or everything
     if flat := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
         return _read_order(flat[2]).reshape(json.loads(flat[1])).tolist()
     if axes := re.search(r"replica_groups=mesh\[(\S+?)\](?:, device_ids=\((\S+)\))? \{('\w+'(?:,'\w+')*)\}", text):

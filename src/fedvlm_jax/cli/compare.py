@@ -23,11 +23,11 @@ def compare(
     from fedvlm_jax.reporting import report, score_tables, tables
     from fedvlm_jax.run_dir import reader
     from fedvlm_jax.training import compare as comparing
-    from fedvlm_jax.utils import progress
+    from fedvlm_jax.utils import progress_display
 
     with choose_folder(comparison.out, "compare") as folder:
         placed = dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, out=folder))
-        show = progress.open_progress()
+        show = progress_display.open_progress()
         with advising(show.finish, lambda: _advise(folder)):
             comparing.compare(placed, show)
     record = reader.read_comparison(folder)

@@ -30,10 +30,10 @@ def data(
         strict: end with exit code 1 if an image is in two splits.
     """
     from fedvlm_jax.reporting import data_report, tables
-    from fedvlm_jax.utils import progress
+    from fedvlm_jax.utils import progress_display
     from fedvlm_jax.utils.console import Terminal
 
-    show = progress.open_progress()
+    show = progress_display.open_progress()
     with open_folder(out, "data") as folder:
         try:
             description = data_report.describe_data(data, seed, folder, check_images=check_images, note=show.note)

@@ -21,9 +21,9 @@ def evaluate(
     from fedvlm_jax.reporting import score_tables, tables
     from fedvlm_jax.run_dir import reader
     from fedvlm_jax.training import evaluate as evaluating
-    from fedvlm_jax.utils import progress
+    from fedvlm_jax.utils import progress_display
 
-    show = progress.open_progress()
+    show = progress_display.open_progress()
     try:
         evaluating.evaluate(run, show)
     finally:

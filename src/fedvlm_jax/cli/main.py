@@ -108,7 +108,8 @@ def _dispatch(words: list[str]) -> None:
             tyro.cli(command, prog=f"fedvlm {name}", args=rest, registry=make_registry(reasons))
     except SystemExit as stop:
         if stop.code in (0, None):
-            print(show_help(shown.getvalue(), everything=asked == ALL))
+            text = shown.getvalue()  # what is no help is a script that completes words in a shell
+            print(show_help(text, everything=asked == ALL) if asked else text)
             raise
         sentence = _read_box(complaint.getvalue())
         flag = re.match(r"Error parsing (--[\w.-]+)", sentence)

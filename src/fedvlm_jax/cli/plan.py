@@ -17,10 +17,10 @@ def plan(request: Annotated[Request, tyro.conf.arg(name="")] = Request()) -> Non
 
     from fedvlm_jax.analysis.plan import plan_round
     from fedvlm_jax.reporting import plan_report, tables
-    from fedvlm_jax.utils import progress
+    from fedvlm_jax.utils import progress_display
     from fedvlm_jax.utils.console import Terminal
 
-    show = progress.open_progress()
+    show = progress_display.open_progress()
     with open_folder(request.out, "plan") as folder:
         try:
             planned = plan_round(request, show.note)

@@ -64,7 +64,7 @@ def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool
     from fedvlm_jax.distributed import processes
     from fedvlm_jax.training import federated_run
     from fedvlm_jax.training.extend_run import lengthen
-    from fedvlm_jax.utils import progress
+    from fedvlm_jax.utils import progress, progress_display
 
     folder = about.folder = Path(processes.tell_all(lambda: str(run.resume or run.out or make_folder(run.method))))
     begun = run.resume is not None or (again and processes.tell_all(lambda: _has_begun(run, folder)))
@@ -74,7 +74,7 @@ def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool
 
         watch = RoundProfile(folder)
         watched["callbacks"] = (watch,)
-    show = progress.open_progress() if processes.is_first() else progress.SilentProgress()
+    show = progress_display.open_progress() if processes.is_first() else progress.SilentProgress()
     options = dataclasses.replace(read_config(folder).run if begun else run, out=folder, resume=None)
     against, first = "--no-baseline", show
     if baseline:
@@ -166,8 +166,9 @@ def _print_results(folder: Path, no_baseline: str) -> None:
 
     record = reader.read_run(folder)
     page = report.write_report([folder])
+    console = tables.show_all(score_tables.tabulate_run(record))
     lines = close_run(record)
     if no_baseline and reader.read_baseline(record) is None:
         lines.append(f"  training alone was left out: {no_baseline}")
     lines += [f"run     {folder}", f"report  {page}", f"next    {suggest_comparison(record)}"]
-    tables.show_all(score_tables.tabulate_run(record)).say("\n".join(lines))
+    console.say("\n".join(lines))

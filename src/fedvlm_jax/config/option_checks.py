@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedvlm_jax.config.method_options import MATHEMATICS, check_method, find_rule, for_method, list_changed, write_flag
 from fedvlm_jax.config.run_options import METHOD, SHARE, Compare, Run, methods_available, objectives_available
-from fedvlm_jax.data.sources.registry import find_options
+from fedvlm_jax.data.sources.registry import check_source
 from fedvlm_jax.distributed.mesh_option import parse_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.metrics.metric_labels import SELECTING
@@ -108,8 +108,7 @@ def _check_common(run: Run) -> None:
     is_path = run.model.startswith(("/", ".", "~")) or run.model.count("/") > 1 or run.model.endswith("/")
     if is_path and not Path(run.model).expanduser().is_dir():
         raise UserError(f"--model {run.model}: there is no such folder")
-    if type(run.data) is not find_options(run.data.source):
-        raise UserError(f"--data {run.data.source} has other options than {type(run.data).__qualname__}")
+    check_source(run.data)
     for flag, pattern in (("--lora.targets", run.lora.targets), ("--share", find_rule(run.method_options) or "")):
         try:
             re.compile(pattern)

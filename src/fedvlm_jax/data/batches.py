@@ -65,6 +65,9 @@ def bucket(n: int) -> int:
 def pad_rows(rows: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " size"]:
     """Pad row numbers to `size` with the first of them (with row 0, if there are none); refuse more than `size`.
 
+    Raises:
+        ValueError: there are more than `size`.
+
     >>> pad_rows(np.asarray([5, 7]), 4).tolist()
     [5, 7, 5, 5]
     """

@@ -132,6 +132,12 @@ class DataOptions:
     def __post_init__(self) -> None:
         check_ranges(self, "data")
 
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Return all that the opened rows depend on: runs that cut them otherwise share what was read."""
+        names = ("source", "path", "image_root", "revision", "max_image_pixels")
+        return tuple(getattr(self, name, None) for name in names)
+
     def read(self) -> "Table":
         """Open the rows, as the source does it."""
         raise NotImplementedError

@@ -127,18 +127,23 @@ def _hold_out(federation: Federation, share: float, seed: int) -> Federation:
         )
     names = federation.names
     first = sort_by_hash([name.encode() for name in names], seed, b"held out")[:count]
-    chosen = sorted(names[place] for place in first)
+    chosen = {names[place] for place in first}
     unused, clients = 0, list(federation.clients)
     for place, client in enumerate(clients):
         if client.name in chosen:
             unused += len(client.train)
             clients[place] = dataclasses.replace(client, train=np.empty(0, np.int64), held_out=True)
-    held_out = {"share": share, "seed": seed, "clients": chosen, "training_rows_set_aside": unused}
+    held_out = {"share": share, "seed": seed, "clients": sorted(chosen), "training_rows_set_aside": unused}
     return dataclasses.replace(federation, clients=tuple(clients)).note(held_out=held_out)
 
 
 def check_federation(table: Table, federation: Federation, options: DataOptions) -> Federation:
-    """Describe who has what, and refuse names that are not unique or not UTF-8, and clients without training rows."""
+    """Describe who has what, and refuse names that are not unique or not UTF-8, and clients without training rows.
+
+    Raises:
+        UserError: two clients have one name, a name is not text that can be written, or none of the clients has a
+            training row.
+    """
     # Models, results and files of adapters are found by names.
     if twice := [name for name, count in Counter(federation.names).items() if count > 1]:
         raise UserError(

@@ -42,7 +42,11 @@ class _Shard(NamedTuple):
 
 
 def check_shards(files: Sequence[Path]) -> tuple[dict[str, pa.DataType], list[Path]]:
-    """Check every footer; return the columns to be read, typed as in the first file, and the files with rows."""
+    """Check every footer; return the columns to be read, typed as in the first file, and the files with rows.
+
+    Raises:
+        UserError: a file that is no parquet or damaged, missing or mistyped columns, shards that disagree.
+    """
     shards = list[_Shard]()
     for file in files:
         shard = _read_footer(file)
@@ -156,7 +160,11 @@ def _read_class_names(schema: pa.Schema) -> dict[str, list[str]]:
 
 
 def make_plain(table: pa.Table) -> pa.Table:
-    """Replace columns of types that are read but not kept; a `ValueError` where a row has no plain form."""
+    """Replace columns of types that are read but not kept; a `ValueError` where a row has no plain form.
+
+    Raises:
+        ValueError: a row with several pictures, or a class without a name.
+    """
     names = _read_class_names(table.schema)
     for place, field in enumerate(table.schema):
         column = table.column(place).combine_chunks()

@@ -57,7 +57,11 @@ def open_arrow(files: Sequence[Path]) -> tuple[pa.Table, ImageLocations]:
 
 
 def read_parquet(path: Path, name: str | None = None) -> Table:
-    """Memory-map a parquet file or all `*.parquet` below a folder, in the order of their names; refuse what is none."""
+    """Memory-map a parquet file or all `*.parquet` below a folder, in the order of their names; refuse what is none.
+
+    Raises:
+        UserError: no parquet there, a file that is none, missing or mistyped columns, shards that disagree, no rows.
+    """
     # A folder may be called *.parquet: what is in it is found by itself. A link to nowhere stays, and is refused.
     files = sorted(file for file in path.rglob("*.parquet") if not file.is_dir()) if path.is_dir() else [path]
     if not files:
@@ -146,7 +150,11 @@ def _make_features(columns: Columns) -> "datasets.Features":
 
 
 def convert_shards(files: Sequence[Path], columns: Columns, folder: Path) -> tuple["datasets.Dataset", Hold | None]:
-    """Let `datasets` write the shards into the cache as Arrow, once per content, and hold what it wrote."""
+    """Let `datasets` write the shards into the cache as Arrow, once per content, and hold what it wrote.
+
+    Raises:
+        UserError: a shard is damaged, the cache cannot be written or its bound is none.
+    """
     import datasets.exceptions
 
     cache, bound = find_arrow(), read_bound()

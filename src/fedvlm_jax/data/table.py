@@ -115,13 +115,14 @@ class Table:
         """Read the texts of a column, for the given rows [N] or for all; numbers become text, nulls stay None.
 
         Bytes that are no UTF-8 become `UNREADABLE`. Of several answers it is the most frequent, of these the first.
+
+        Raises:
+            UserError: there is no such column.
         """
         return [text for chunk in self._take(column, rows) for text in _list_texts(chunk)]
 
     def read_stripped(self, column: str, rows: RowNumbers) -> list[str]:
-        """Read texts without the spaces around them; empty where a row, or the table, has none."""
-        if column not in self.columns:
-            return [""] * len(rows)
+        """Read texts without the spaces around them, as `read_text` does; empty where a row has none."""
         return [(text or "").strip() for text in self.read_text(column, rows)]
 
     def read_answers(self, rows: RowNumbers | None = None) -> list[tuple[str, ...]]:
@@ -145,7 +146,11 @@ class Table:
         return values.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, numbers])).chunks
 
     def read_image(self, row: int) -> bytes:
-        """Read a row's encoded image, from the table or the file that it names; raise `BrokenImageError` if none is."""
+        """Read a row's encoded image, from the table or the file that it names; raise `BrokenImageError` if none is.
+
+        Raises:
+            BrokenImageError: there are none.
+        """
         if self.locations is not None and (found := self.locations.read(int(row))):
             return found
         cell = self.data.column("image")[int(row)]
@@ -164,7 +169,10 @@ class Table:
 
     def describe_lookup(self, row: int) -> str:
         """Say by which name a row's image was looked for, and where; empty where it does not go by a name."""
-        cell = self.data.column("image")[int(row)].as_py()
+        try:
+            cell = self.data.column("image")[int(row)].as_py()
+        except UnicodeDecodeError:  # a name that is no UTF-8 has not been looked for
+            return ""
         name = cell.get("path") if isinstance(cell, dict) else cell
         if not isinstance(name, str) or not name or self.is_embedded(row):
             return ""

@@ -83,7 +83,11 @@ def require_pairs(table: Table) -> None:
 
 
 def find_question_column(table: Table, options: DataOptions) -> str:
-    """Find the column whose questions are asked, by default those in the client's language where the table has them."""
+    """Find the column whose questions are asked, by default those in the client's language where the table has them.
+
+    Raises:
+        UserError: the options say so, and the table does not have it.
+    """
     has_it = CLIENT_QUESTION in table.columns
     if options.prompt == "client-language" and not has_it:
         raise UserError(
@@ -187,7 +191,8 @@ def _read_answers(
     table: Table, rows: np.ndarray, processor: TextProcessor, most: int
 ) -> tuple[_Side, _Side, np.ndarray, dict[int, str]]:
     """Read the chosen and the rejected answers, which rows are a pair [N], and those refused by the processor."""
-    chosen, rejected = (table.read_stripped(column, rows) for column in ("chosen", "rejected"))
+    chosen = table.read_stripped("chosen", rows)
+    rejected = table.read_stripped("rejected", rows) if "rejected" in table.columns else [""] * len(rows)
     both, cut, unfit = _tokenise_answers(processor, [*chosen, *rejected], most)
     refused = {place % len(rows): reason for place, reason in unfit.items()}
     labels, rejected_labels = both[: len(rows)], both[len(rows) :]

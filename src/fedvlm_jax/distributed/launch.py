@@ -51,7 +51,11 @@ class DistributedOptions:
 
 
 def check_distributed(options: DistributedOptions) -> None:
-    """Refuse the first option, or pair of options, that cannot work, before anything is loaded."""
+    """Refuse the first option, or pair of options, that cannot work, before anything is loaded.
+
+    Raises:
+        UserError: the first option, or pair of options, that cannot work.
+    """
     processes, process = options.processes, options.process
     stated = {
         "--distributed.coordinator": options.coordinator or None,

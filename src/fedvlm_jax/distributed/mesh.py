@@ -47,7 +47,11 @@ def connect(mesh: Mesh) -> None:
 
 
 def refuse_split_groups(mesh: Mesh) -> None:
-    """Refuse a mesh on which a process has no device, or shares a base with another; say what to ask for instead."""
+    """Refuse a mesh on which a process has no device, or shares a base with another; say what to ask for instead.
+
+    Raises:
+        UserError: that is so; with what to ask for.
+    """
     processes, total = jax.process_count(), jax.device_count()
     if processes == 1:
         return

@@ -24,6 +24,9 @@ class MeshShape(NamedTuple):
 def parse_mesh(text: str) -> MeshShape | None:
     """Read `clients=N` or `clients=N,model=M`; None for no text; refuse another form, or a 0.
 
+    Raises:
+        UserError: it has another form, or a 0.
+
     >>> parse_mesh("clients=4,model=2")
     MeshShape(clients=4, model=2)
     """

@@ -1,4 +1,4 @@
-"""The places of arrays: a mesh with the axes `clients` and `model`, and shardings of the base and of a round.
+"""The places of arrays on a mesh with the axes `clients` and `model`: shardings of the base and of a round.
 
 Arrays of a cohort come as [waves, per_wave, …] and their second axis lies along `clients`; what the server holds is on
 every device. The base is cut over `model` as its rules say (Megatron-LM, arXiv 1909.08053, for the shipped one) and is

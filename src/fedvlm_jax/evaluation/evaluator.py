@@ -194,8 +194,9 @@ def make_answer(
 ) -> Callable[..., tuple[Array, dict[str, Array]]]:
     """Make the program `(params, adapters, batch [V, B, …]) -> ids [V, B, max_tokens], numbers [V, B]`.
 
-    Of the tokens BOS and EOS are two. The numbers are those of `objectives.log_probs.score_pairs`; of the chosen answer
-    alone where the batch has no rejected ones. `options` override the model's generation configuration.
+    At most `max_tokens` are generated, BOS and EOS included. The numbers are those of
+    `objectives.log_probs.score_pairs`; of the chosen answer alone where the batch has no rejected ones. `options`
+    override the model's generation configuration.
     """
 
     def answer_piece(params: PyTree, adapter: PyTree, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:

@@ -50,8 +50,8 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
             module = context.module
             if context.method_name not in ("__call__", "attend") or module.scope is None:
                 return out
-            site = read_site(module)
-            if site is None or not module.has_variable(COLLECTION, "a"):
+            site = read_site(module) if module.has_variable(COLLECTION, "a") else None
+            if site is None:
                 return out
             a, b, scale = (module.get_variable(COLLECTION, name) for name in FACTORS)
             _check_shapes(site, a, b, scale)
@@ -83,7 +83,7 @@ def _share_ranks(site: Site, x: Array, a: Array, gate: Array) -> Array:
     if site.kind != "dense" or gate.shape != (a.shape[-2], groups) or rank % groups:
         raise LoraError(
             f"the gate at {site.path} has shape {gate.shape}: it needs an nn.Dense, and [d_in, n] with n a divisor of "
-            f" the rank {rank}"
+            f"the rank {rank}"
         )
     shares = jax.nn.softmax(jnp.matmul(x.astype(jnp.float32), gate.astype(jnp.float32)), axis=-1)
     return jnp.repeat(shares, rank // groups, axis=-1)

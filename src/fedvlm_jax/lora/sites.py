@@ -227,7 +227,11 @@ def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def search(patterns: str | Sequence[str], *paths: str) -> bool:
-    """Tell whether a regular expression, or one of several, is found in a path; a `LoraError` where it is none."""
+    """Tell whether a regular expression, or one of several, is found in a path; a `LoraError` where it is none.
+
+    Raises:
+        LoraError: it is no regular expression.
+    """
     for pattern in as_patterns(patterns):
         try:
             if any(re.search(pattern, path) for path in paths):

@@ -12,12 +12,11 @@ from typing import Any
 
 from fedvlm_jax.errors import UserError, explain_error
 
-# Beginnings of files, in lower case, and what they show.
+# Beginnings of files, and what they show.
 _KNOWN = (
     ((b"version https://git-lfs",), "it is a Git LFS pointer, not the file itself: fetch that with `git lfs pull`"),
-    ((b"<!doctype", b"<html", b"<?xml"), "it is a web page, as a failed download leaves: download it again"),
-    ((b"pk\x03\x04", b"\x80\x02", b"\x80\x04"), "it is a PyTorch pickle under another name"),
-    ((b"gguf",), "it is a GGUF file"),
+    ((b"PK\x03\x04", b"\x80\x02", b"\x80\x04"), "it is a PyTorch pickle under another name"),
+    ((b"GGUF",), "it is a GGUF file"),
     ((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"), "it begins with a byte order mark: save it as plain UTF-8"),
 )
 
@@ -33,8 +32,10 @@ def _sniff(file: Path, error: Exception) -> str:
     if not head:
         return "it is empty"
     for beginnings, kind in _KNOWN:
-        if head.lstrip().lower().startswith(beginnings):
+        if head.startswith(beginnings):
             return kind
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, as a failed download leaves: download it again"
     if file.suffix == ".safetensors":
         if len(head) < 8 or not any(head):
             return "it holds no header"
@@ -86,6 +87,9 @@ def find_files(folder: Path) -> list[Path]:
     """Find the safetensors files of a checkpoint folder: model.safetensors, or else those that the index names.
 
     Refused are a folder with neither, a damaged index, and one that names a missing file.
+
+    Raises:
+        UserError: where neither is there, the index is damaged, or a file that it names is missing.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.is_file():

@@ -98,12 +98,12 @@ def read_vlm(path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: St
     >>> read_vlm("florence2-base")
     Vlm(florence2, float32, image_width=768)
     """
-    from transformers import GenerationConfig
-
     folder, family, values = _find_family(path)
     config, generation = family.read_config(values, folder / "config.json"), None
     file = folder / "generation_config.json"
     if file.is_file():
+        from transformers import GenerationConfig  # late: it takes seconds, and what is above refuses at once
+
         values = read_json(file)
         try:
             generation = GenerationConfig.from_dict(values)
@@ -225,7 +225,11 @@ def load_vlm(
 
 
 def load_weights(vlm: Vlm, folder: Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Params:
-    """The weights of `folder`, of which `read_vlm` made `vlm`; other arguments and errors are those of `load_vlm`."""
+    """The weights of `folder`, of which `read_vlm` made `vlm`; other arguments and errors are those of `load_vlm`.
+
+    Raises:
+        UserError: as `load_vlm`.
+    """
     where = None if mesh is None else cut_base(mesh, vlm.shapes(), vlm.cuts)
     arrays = read_params(vlm.table, vlm.shapes(), find_files(folder), jnp.dtype(dtype))
     return jax.tree.map(jnp.asarray, arrays) if where is None else place(arrays, where)

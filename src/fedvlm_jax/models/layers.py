@@ -52,6 +52,9 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def activation(name: str) -> Callable[[Array], Array]:
     """Look up the activation that Hugging Face calls `name`; refuse others, with a list of those that are known.
 
+    Raises:
+        UserError: for a name that is not known here; the message lists those that are.
+
     >>> activation("relu")(jnp.asarray([-1.0, 2.0])).tolist()
     [0.0, 2.0]
     """

@@ -17,7 +17,11 @@ def list_families() -> list[Family]:
 
 
 def find_family(values: dict[str, Any], file: Path) -> Family:
-    """The family whose model `values`, the content of a config.json, describe; refuse a `model_type` of none."""
+    """The family whose model `values`, the content of a config.json, describe; refuse a `model_type` of none.
+
+    Raises:
+        UserError: its `model_type` is no family's.
+    """
     kind, families = values.get("model_type"), list_families()
     for family in families:
         if kind in family.model_types:

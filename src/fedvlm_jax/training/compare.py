@@ -101,22 +101,25 @@ class _Plan:
         methods = self.comparison.methods
         if self.comparison.processes > 1:
             self.spread_out(show)
-            show = SilentProgress()  # from here on, all is there to be read
+            show = NoProgress()  # from here on, all is there to be read
         model = model or load_model(self.common, show.note)
         self.check_finished(methods, model)
-        records = {seed: self.run_seed(seed, methods, show, model) for seed in self.seeds}
-        firsts = {seed: by_method[methods[0]] for seed, by_method in records.items()}
+        runs: list[dict[str, Any]] = []
+        zero_shot: list[dict[str, Any]] = []
+        metric = ""
+        for seed in self.seeds:
+            records = self.run_seed(seed, methods, show, model)
+            runs += [_describe(records[method], method, seed, self.folder) for method in methods]
+            first = records[methods[0]]
+            zero_shot.append({"seed": seed, **first.results["zero_shot"]})
+            metric = first.metric
         content = {
             "methods": list(methods),
             "seeds": self.seeds,
-            "selected_by": firsts[self.seeds[-1]].metric,
+            "selected_by": metric,
             "command": name_command(),
-            "runs": [
-                _describe(by_method[method], method, seed, self.folder)
-                for seed, by_method in records.items()
-                for method in methods
-            ],
-            "zero_shot": [{"seed": seed, **record.results["zero_shot"]} for seed, record in firsts.items()],
+            "runs": runs,
+            "zero_shot": zero_shot,
             "settings": to_json(replace(self.comparison.base, out=None)),
             "train": {method: encode(self.train_options(method)) for method in methods},
             **describe_environment(),

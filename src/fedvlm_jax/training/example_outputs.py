@@ -35,10 +35,11 @@ def write_examples(experiment: Experiment, scored: ScoredModels) -> None:
 
     Nothing is written where no examples are asked for, or where the test split is left alone or empty.
     """
-    examples, column = experiment.examples, find_question_column(experiment.data.table, experiment.run.data)
+    examples = experiment.examples
     candidates = _list_candidates(experiment) if experiment.run.evaluation.test else {}
     if not candidates:
         return
+    column = find_question_column(experiment.data.table, experiment.run.data)
     chosen = _choose(experiment, scored, candidates)
     entries: list[dict[str, Any]] = []
     for number, place in ((number, place) for number, places in chosen.items() for place in places):
@@ -50,7 +51,7 @@ def write_examples(experiment: Experiment, scored: ScoredModels) -> None:
                 "client": name,
                 "row": int(examples.rows[row]),
                 "picture": picture,
-                "question": (experiment.data.table.read_text(column, examples.rows[[row]])[0] or "").strip(),
+                "question": experiment.data.table.read_stripped(column, examples.rows[[row]])[0],
                 "answer": examples.answers[row],
                 "answers": {
                     model: {

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.run_options import Run
-from fedvlm_jax.data.federated_dataset import count_reasons, describe_lost
+from fedvlm_jax.data.federated_dataset import describe_lost, list_reasons
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.errors import UserError
@@ -49,7 +49,7 @@ class Experiment:
     Attributes:
         run: the options.
         data: the clients and the model, shared with other runs.
-        adapter: drawn by the seed alone.
+        adapter: the one to start from; a federation's is drawn by the seed alone.
         show: receives the run's progress.
         wave: clients side by side, once it is known what fits on a device; before that, what the options say.
     """
@@ -115,7 +115,8 @@ class Experiment:
         if system.cache == "off" or not is_vision_frozen(model.vlm, self.adapter):
             return None
         limit = int(system.cache_gib * GIB)
-        store = model.feature_store(limit, system.cache == "disk", system.cache_dir)
+        on_disk = system.cache == "disk"
+        store = model.feature_store(limit, on_disk, system.cache_dir if on_disk else None)
         # What a picture takes is known by a store; one in memory that stays empty costs nothing.
         if system.cache == "auto" and len(self.examples.images) * store.row_bytes > IN_MEMORY:
             store = model.feature_store(limit, True, system.cache_dir)
@@ -126,7 +127,8 @@ class Experiment:
         system, store = self.run.system, self.store
         on_disk = system.cache == "disk" or (store is not None and store.on_disk)
         inputs, batch = make_inputs(self.examples, self.model.processor, store), self.run.evaluation.batch_size
-        return self.data.reference(batch, on_disk, system.cache_dir, inputs=inputs, note=self.show.note)
+        place = system.cache_dir if on_disk else None
+        return self.data.reference(batch, on_disk, place, inputs=inputs, note=self.show.note)
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -143,14 +145,14 @@ class Experiment:
 
     @cached_property
     def layout(self) -> Layout:
-        """Choose the shapes of the federation's rounds."""
-        return self.lay_out(self.run.cohort, self.wave or self.run.system.wave)
+        """Choose the shapes of the federation's rounds.
 
-    def lay_out(self, cohort: int | None, wave: int | None) -> Layout:
-        """Choose the shapes of rounds of `cohort` clients, `wave` of them side by side."""
+        Raises:
+            UserError: a round would take more rows than a computer can list.
+        """
         # Clients without training examples take no place in a round.
         sizes = [len(client.train) for client in self.examples.clients if not client.held_out and len(client.train)]
-        return lay_out_sizes(self.run, sizes, self.model.mesh, cohort, wave)
+        return lay_out_sizes(self.run, sizes, self.model.mesh, self.run.cohort, self.wave or self.run.system.wave)
 
     @property
     def answering(self) -> Answering:
@@ -170,7 +172,7 @@ class Experiment:
     def evaluator(self) -> Evaluator:
         """Make what scores clients."""
         model, options, gold = self.model, self.run.evaluation, self.answering.gold
-        asked = (options.neighbours, options.neighbour_temperature)
+        asked = (options.neighbours, options.neighbour_temperature) if options.neighbours else (0, 0.0)
         return Evaluator(
             examples=self.examples,
             inputs=self.inputs,
@@ -202,9 +204,8 @@ def open_experiment(run: Run, model: LoadedModel, show: Progress | None = None) 
     examples, clients = experiment.examples, experiment.examples.clients
     show.note(f"{len(clients)} clients, {sum(len(c.train) for c in clients)} training examples")
     if examples.skipped:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in count_reasons(examples.skipped).items())
         lost = describe_lost(experiment.data.table, examples.skipped)
-        show.note(f"left out: {reasons} (listed in the run's config.json). {lost}".rstrip())
+        show.note(f"left out: {list_reasons(examples.skipped)} (listed in the run's config.json). {lost}".rstrip())
     cut = f"answers cut to {experiment.data.fitted.max_answer_tokens} tokens"
     if examples.truncated:
         show.note(f"{examples.truncated} {cut}")
@@ -219,7 +220,7 @@ def open_experiment(run: Run, model: LoadedModel, show: Progress | None = None) 
         raise UserError(f"--cohort {run.cohort}: there are only {trainable} clients that train")
     if experiment.objective.reference:
         experiment.find_reference()  # takes long and reports, so it is no part of the first round
-    experiment.lay_out(run.cohort, run.system.wave)  # refuses rounds of too many rows
+    _ = experiment.layout  # refuses rounds of too many rows
     for text in experiment.answering.explain():
         show.note(text)
     return experiment
@@ -263,6 +264,9 @@ def make_finetuner(experiment: Experiment, adapter: lora.Adapter, params: PyTree
     """Start local fine-tuning of adapters of this form on the base that the federation ended with.
 
     What the options say of ranks, the server, proximal terms, participation and epochs was the federation's.
+
+    Raises:
+        UserError: options that local training cannot work with.
     """
     run = replace(
         experiment.run,

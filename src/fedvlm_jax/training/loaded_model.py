@@ -70,13 +70,17 @@ class LoadedModel:
     mesh: Mesh
     system: SystemOptions
     digests: Mapping[str, Any]
-    tables: dict[DataOptions, Table] = field(default_factory=dict)
+    tables: dict[tuple[Any, ...], Table] = field(default_factory=dict)
 
     def table(self, options: DataOptions) -> Table:
-        """Return a data source, which is read once."""
-        if options not in self.tables:
-            self.tables[options] = read_table(options)
-        return self.tables[options]
+        """Return a data source, which is read once however its rows are cut.
+
+        Raises:
+            UserError: as `read_table`.
+        """
+        if options.place not in self.tables:
+            self.tables[options.place] = read_table(options)
+        return self.tables[options.place]
 
     def sources(self, options: DataOptions) -> dict[str, Any]:
         """Return the digests of the files that a run with these data reads."""
@@ -89,7 +93,7 @@ class LoadedModel:
 
     @memoized
     def programs(self, run: Run, clients: int, cohort: int, places: int, steps: int, /) -> Programs:
-        """Make a method's programs; arguments are those of `build_programs`."""
+        """Make a method's programs; arguments and errors are those of `build_programs`."""
         return build_programs(self.vlm, self.mesh, run, clients, cohort, places, steps)
 
     def drop_programs(self) -> None:
@@ -196,4 +200,4 @@ def load_model(
     check({"data": table.digest, **digests})
     note(f"loading {run.model}")
     params = load_weights(vlm, folder, mesh=mesh)
-    return LoadedModel(vlm, params, processor, mesh, run.system, digests, {anchor(run).data: table})
+    return LoadedModel(vlm, params, processor, mesh, run.system, digests, {anchor(run).data.place: table})

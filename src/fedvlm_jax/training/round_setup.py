@@ -141,7 +141,11 @@ def build_programs(vlm: Vlm, mesh: Mesh, run: Run, clients: int, cohort: int, pl
 
 
 def check_room(run: Run, vlm: Vlm) -> None:
-    """Refuse to ask for more answer tokens than the model has positions."""
+    """Refuse to ask for more answer tokens than the model has positions.
+
+    Raises:
+        UserError: there are fewer positions than answer tokens asked for.
+    """
     asked, positions = run.evaluation.max_answer_tokens, vlm.positions
     if asked is not None and asked > positions:
         raise UserError(

@@ -41,8 +41,6 @@ def keep_programs() -> Path | None:
         The folder; None where it is switched off, cannot be made, is open to others (printed on stderr), or is already
         decided (`JAX_COMPILATION_CACHE_DIR`).
     """
-    from filelock import FileLock, Timeout  # it imports asyncio, for which `--help` should not wait
-
     chosen = os.environ.get(SWITCH, "")
     if chosen == "0" or FOLDER in os.environ:
         return None
@@ -58,6 +56,8 @@ def keep_programs() -> Path | None:
         return None
     if not os.access(folder, os.W_OK):
         return None
+    from filelock import FileLock, Timeout  # late: it imports asyncio, for which nobody waits who keeps no programs
+
     folder.chmod(0o700)
     _holds.append(Hold(folder))
     # jax writes a program's time of use last, and finds no room beside one without. It holds this lock meanwhile.
@@ -100,6 +100,8 @@ def find_danger(folder: Path) -> str | None:
 
 def _is_open(found: os.stat_result) -> bool:
     """Tell whether others may write it. A group that has only the user in it is the user."""
+    if not found.st_mode & stat.S_IWGRP:  # a look-up of names may ask a server, for every file
+        return bool(found.st_mode & stat.S_IWOTH)
     import grp
     import pwd
 
@@ -108,7 +110,7 @@ def _is_open(found: os.stat_result) -> bool:
         user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(found.st_gid)
         same = (group.gr_gid, group.gr_name) == (user.pw_gid, user.pw_name)
         alone = same and set(group.gr_mem) <= {user.pw_name}
-    return bool(found.st_mode & stat.S_IWOTH) or bool(found.st_mode & stat.S_IWGRP and not alone)
+    return bool(found.st_mode & stat.S_IWOTH) or not alone
 
 
 def describe_processor() -> str:

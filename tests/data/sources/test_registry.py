@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from make_parquet import make_rows, write_rows
 
-from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.config import SPLITS, DataOptions
 from fedvlm_jax.data.federated_dataset import federate
+from fedvlm_jax.data.sources import emoji, parquet
 from fedvlm_jax.data.sources.registry import list_sets, make_options, read_table
 from fedvlm_jax.data.tokenization import encode
 from fedvlm_jax.data.unique_images import digest_rows
+from fedvlm_jax.errors import UserError
 
 
 @pytest.fixture
@@ -93,3 +95,10 @@ def test_no_picture_is_trained_on_and_tested():
     assert len(train) > 3000
     assert len(test) > 1000
     assert not train & test
+
+
+@pytest.mark.parametrize("options", [DataOptions(), parquet.Options(source="emoji"), emoji.Options(source="nowhere")])
+def test_options_of_another_source_are_refused_from_python_too(options):
+    """They would open another set than the one that they name."""
+    with pytest.raises(UserError, match="has other options than"):
+        read_table(options)

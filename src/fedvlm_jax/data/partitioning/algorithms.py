@@ -66,6 +66,9 @@ def cut_dirichlet(labels: Units, clients: int, alpha: float, rng: np.random.Gene
 def cut_pathological(labels: Units, clients: int, classes: int, rng: np.random.Generator) -> Units:
     """Cut every label into shards and give every client `classes` of them, so many labels at most.
 
+    Raises:
+        UserError: there are too few labels, or so many that some would belong to nobody, or too few units.
+
     >>> labels = np.asarray([0, 0, 1, 1, 2, 2])
     >>> owners = cut_pathological(labels, 3, 1, np.random.default_rng(0))
     >>> [len(set(labels[owners == client])) for client in range(3)]

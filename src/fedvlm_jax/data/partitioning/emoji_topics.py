@@ -35,7 +35,11 @@ Mix = Float[np.ndarray, " groups"]  # shares that sum to 1
 
 
 def read_file(file: Path) -> Table:
-    """Open a file of the set's form. It is small but unfolds to many rows that share images: dictionaries stay so."""
+    """Open a file of the set's form. It is small but unfolds to many rows that share images: dictionaries stay so.
+
+    Raises:
+        UserError: the file is not there or lacks columns.
+    """
     import pyarrow.parquet as pq
 
     if not file.is_file():
@@ -50,7 +54,12 @@ def read_file(file: Path) -> Table:
 
 
 def federate_topics(table: Table, options: Options, seed: int) -> Federation:
-    """Sample the clients that the set has, or cut anew what they have together."""
+    """Sample the clients that the set has, or cut anew what they have together.
+
+    Raises:
+        UserError: a vendor, language or task that the set does not have, a concept in two splits, or no partition has
+            what the options ask for.
+    """
     partition = options.partition
     if isinstance(partition, Topics) and partition.by is None:
         return _sample_clients(table, options, partition.alpha, seed, partition.clients)
@@ -69,7 +78,8 @@ def _sample_clients(table: Table, options: Options, alpha: float, seed: int, cou
     Random numbers come from (seed, place of the style and language in the set, which client of them, split), so a
     client keeps its images whatever other clients there are, and fewer images are a prefix of more.
     """
-    everyone = sorted({client for client in table.read_text("client") if client})
+    columns = [table.read_text(column) for column in ("client", "concept", "task")]
+    everyone = sorted({client for client in columns[0] if client})
     chosen = _choose_clients(table, options, everyone)
     count = len(chosen) if count is None else count
     if count < len(chosen):
@@ -82,7 +92,7 @@ def _sample_clients(table: Table, options: Options, alpha: float, seed: int, cou
     groups = sorted(set(group_of.values()))
     prior = np.asarray([list(group_of.values()).count(group) for group in groups], float) / len(group_of)
     rows: dict[tuple[str, str, str], int] = {}
-    columns, wanted = (table.read_text(column) for column in ("client", "concept", "task")), set(chosen)
+    wanted = set(chosen)
     for row, (name, concept, task) in enumerate(zip(*columns, strict=True)):
         if name in wanted and task in options.tasks:
             rows[str(name), str(concept), str(task)] = row

@@ -37,6 +37,9 @@ def read_key(table: Table, key: str, rows: Sequence[int] | np.ndarray | None = N
 
     Values are in Unicode's form NFC: the same letters are the same value, however they were typed. A row without text,
     or with bytes that are no UTF-8, gives None, a derived key "unknown". A column wins over a derived key of its name.
+
+    Raises:
+        UserError: the table has no such key.
     """
     if key not in list_keys(table):
         raise UserError(f"{table.name} has no key {key!r} to tell rows apart by; it has {', '.join(list_keys(table))}.")

@@ -50,7 +50,12 @@ def group_by_image(table: Table, rows: Rows) -> ImageGroups:
 
 
 def federate_by_column(table: Table, options: parquet.Options, seed: int) -> Federation:
-    """Choose rows, give each to a client, and split every client's rows."""
+    """Choose rows, give each to a client, and split every client's rows.
+
+    Raises:
+        UserError: as `choose_rows` and `federate_rows`, or the split column has values other than train, validation,
+            test.
+    """
     rows = choose_rows(table, options, seed)
     splits = None
     if "split" in table.columns:
@@ -74,6 +79,9 @@ def choose_rows(table: Table, options: parquet.Options, seed: int) -> Rows:
 
     A limit of N cuts the rows into N stretches of equal length and draws one row of each. So the choice is even over
     the files, and no period in them can show (as it would if every k-th row were taken).
+
+    Raises:
+        UserError: an origin that the table does not have, or it has no such column.
     """
     rows = np.arange(len(table))
     if options.origins:
@@ -91,7 +99,11 @@ def choose_rows(table: Table, options: parquet.Options, seed: int) -> Rows:
 
 
 def federate_rows(table: Table, rows: Rows, splits: Rows | None, options: DataOptions, seed: int) -> Federation:
-    """Give rows [N], in the order in which they are to be read, to clients; splits that are None are drawn by image."""
+    """Give rows [N], in the order in which they are to be read, to clients; splits that are None are drawn by image.
+
+    Raises:
+        UserError: nothing says who the clients are, or no partition has what the options ask for.
+    """
     if isinstance(options.partition, Drawn):
         return _draw_clients(table, rows, splits, options, options.partition, seed)
     assert isinstance(options.partition, Natural)

@@ -39,11 +39,26 @@ def read_table(source: str | DataOptions) -> "Table":
         UserError: neither such a name nor such a path, or the files do not hold what is needed.
     """
     options = make_options(source) if isinstance(source, str) else source
+    check_source(options)
     return dataclasses.replace(options.read(), max_image_pixels=options.max_image_pixels)
 
 
+def check_source(options: DataOptions) -> None:
+    """Refuse options that are of another class than their source's: they would open another set than they name.
+
+    Raises:
+        UserError: they are.
+    """
+    if type(options) is not find_options(options.source):
+        raise UserError(f"--data {options.source} has other options than {type(options).__qualname__}")
+
+
 def find_partition(options: type[DataOptions], kind: str) -> type[Partition]:
-    """Return the class of a partition's options; what is natural the source says."""
+    """Return the class of a partition's options; what is natural the source says.
+
+    Raises:
+        UserError: there is no such partition.
+    """
     kinds = {**PARTITIONS, "natural": type(options().partition)}
     if kind not in kinds:
         raise UserError(f"--data.partition {kind}: there are {', '.join(kinds)}")

@@ -52,7 +52,8 @@ def normalise(text: str) -> str:
 def tokenise(text: str) -> list[str]:
     """Cut a text into tokens, after `normalise`.
 
-    Punctuation and symbols are no tokens; a text of nothing else is a token itself, and only the empty text has none.
+    Punctuation and symbols are no tokens; a text of nothing else is a token itself, so that
+    "?" and "!" stay different, and only the empty text has none.
 
     >>> tokenise("It's 食べ物!")
     ['it', 's', '食', 'べ', '物']

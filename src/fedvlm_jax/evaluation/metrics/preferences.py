@@ -52,7 +52,7 @@ def score_preferences(model: Numbers, base: Numbers | None, beta: float) -> dict
     per_token = chosen / tokens[paired], rejected / model["rejected_tokens"][paired]
     scores["preference_accuracy"] = float(prefer_chosen(chosen, rejected).mean())
     scores["preference_accuracy_per_token"] = float(prefer_chosen(*per_token).mean())
-    if base is not None:
+    if base is not None and "rejected_log_prob" in base:
         gains = chosen - base["chosen_log_prob"][paired], rejected - base["rejected_log_prob"][paired]
         scores["reward_margin"] = float((beta * (gains[0] - gains[1])).mean())
     return scores

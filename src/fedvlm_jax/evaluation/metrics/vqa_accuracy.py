@@ -63,7 +63,9 @@ def normalise_short(text: str) -> str:
 
 
 def vqa_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " examples"]:
-    """Score every prediction by VQA accuracy, from 0 to 1; of each person there is a gold answer, equal or not.
+    """Score every prediction by VQA accuracy, from 0 to 1.
+
+    `references` are the gold answers of every example, one from each person, equal ones as often as they were given.
 
     Raises:
         ValueError: as `pair_up`.

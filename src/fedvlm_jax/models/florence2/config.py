@@ -75,7 +75,11 @@ def _check_layout(values: dict[str, Any], file: Path) -> None:
 
 
 def check_config(config: Any) -> None:
-    """Refuse a `Florence2Config` that the model does not implement, with the field, its value and what it may be."""
+    """Refuse a `Florence2Config` that the model does not implement, with the field, its value and what it may be.
+
+    Raises:
+        UserError: naming the field, its value and what it may be.
+    """
     if getattr(config, "model_type", None) != MODEL_TYPES[0]:
         raise UserError(f"expected a Florence-2 configuration, got model_type={getattr(config, 'model_type', None)!r}")
     vision, text = config.vision_config, config.text_config

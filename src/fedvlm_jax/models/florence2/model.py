@@ -136,6 +136,9 @@ def shift_right(labels: Int[Array, "*B U"], pad: int, start: int) -> Int[Array, 
 def image_tokens(config: Any, height: int, width: int) -> int:
     """Count the image tokens P of a picture; refuse one too small for the tower's strides, or too large for positions.
 
+    Raises:
+        UserError: where the picture is smaller than the tower's strides take, or larger than it has positions for.
+
     >>> from fedvlm_jax.models import read_vlm
     >>> image_tokens(read_vlm("florence2-base").config, 768, 768)
     577
