@@ -1,5 +1,6 @@
 """Prompts, labels and pixels against transformers' own Florence2Processor, in a folder made here without PyTorch."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,21 @@ def test_prompts_and_pixels_are_those_of_transformers(processor: Processor) -> N
 def test_pixels_by_hand(processor: Processor) -> None:
     pixels = processor.pixels([Image.new("RGBA", (5, 5), (255, 0, 51, 255))])
     np.testing.assert_allclose(pixels[0, 3, 4], [(1 - 0.5) / 0.2, -0.4 / 0.3, (0.2 - 0.3) / 0.4], atol=1e-6)
+
+
+@pytest.mark.parametrize("file", ["shipped", "processor_config.json", "preprocessor_config.json"])
+def test_mean_and_std_are_those_of_the_folder(tmp_path: Path, file: str) -> None:
+    folder, mean, std = "florence2-nano", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # Florence-2's own
+    if file != "shipped":
+        save_processor(tmp_path)
+        folder, mean, std = str(tmp_path), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    if file == "preprocessor_config.json":  # as the hub's checkpoints have it
+        stored = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+        (tmp_path / "processor_config.json").unlink()
+        (tmp_path / file).write_text(json.dumps(stored))
+    black, white = Processor.from_folder(folder).pixels([Image.new("RGB", (5, 5), n) for n in ("black", "white")])
+    np.testing.assert_allclose(black[3, 4], -np.divide(mean, std), rtol=1e-6)
+    np.testing.assert_allclose(white[3, 4], (1 - np.asarray(mean)) / std, rtol=1e-6)
 
 
 def test_prompts_are_padded_on_the_right_whatever_the_tokenizer_says(tmp_path: Path) -> None:
