@@ -26,7 +26,8 @@ from pathlib import Path
 
 import tyro
 
-from fedvlm_jax.config.run_options import Compare, EvaluationOptions, LoraOptions, Run, SystemOptions, TrainOptions
+from fedvlm_jax.config.compare_options import Compare
+from fedvlm_jax.config.run_options import EvaluationOptions, LoraOptions, Run, SystemOptions, TrainOptions
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_clients import summarise

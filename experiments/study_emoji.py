@@ -29,7 +29,8 @@ from typing import Any, Literal
 import study_summary as summary
 import tyro
 
-from fedvlm_jax.config.run_options import Compare, EvaluationOptions, Run, TrainOptions
+from fedvlm_jax.config.compare_options import Compare
+from fedvlm_jax.config.run_options import EvaluationOptions, Run, TrainOptions
 from fedvlm_jax.data.config import DataOptions, Prompt
 from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.reporting.figures.theme import save_png

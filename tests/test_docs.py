@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedvlm_jax.cli import main
+from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.option_checks import validate, validate_comparison
-from fedvlm_jax.config.run_options import Compare, Run
+from fedvlm_jax.config.run_options import Run
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

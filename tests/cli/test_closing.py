@@ -8,12 +8,12 @@ import pytest
 import tyro
 from made_up import write_run
 
-from fedvlm_jax.cli._choices import make_signature
 from fedvlm_jax.cli._closing import close_run, suggest_comparison
+from fedvlm_jax.cli._method_and_data_options import make_signature
 from fedvlm_jax.cli.compare import compare
+from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.option_checks import validate_comparison
 from fedvlm_jax.config.run_options import (
-    Compare,
     EvaluationOptions,
     LoraOptions,
     Run,
@@ -27,7 +27,8 @@ from fedvlm_jax.methods.rule_based import Options as Rule
 from fedvlm_jax.methods.zoo import ditto
 from fedvlm_jax.reporting.score_tables import tabulate_run
 from fedvlm_jax.reporting.sentences import describe_run
-from fedvlm_jax.run_dir.reader import read_baseline, read_run
+from fedvlm_jax.run_dir.reader import read_run
+from fedvlm_jax.run_dir.stored_baseline import read_baseline
 from fedvlm_jax.training.local_baseline import find_reason_against, make_baseline
 
 ZERO = {"a": 0.25, "b": 0.25, "c": 0.0}

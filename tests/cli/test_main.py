@@ -12,7 +12,8 @@ import pytest
 
 import fedvlm_jax.training
 from fedvlm_jax.cli.main import commands_available, main
-from fedvlm_jax.config.run_options import Compare, Run, to_json
+from fedvlm_jax.config.compare_options import Compare
+from fedvlm_jax.config.run_options import Run, to_json
 
 HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "scipy.stats", "numpy", "jaxtyping")
 

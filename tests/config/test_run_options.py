@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.option_checks import validate, validate_comparison
 from fedvlm_jax.config.run_options import (
-    Compare,
     EvaluationOptions,
     LoraOptions,
     PreferenceOptions,

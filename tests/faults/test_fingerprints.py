@@ -17,17 +17,19 @@ from safetensors.numpy import load_file, save_file
 from tiny_run import StopAfter, StopError, make_folder, tiny_run
 
 from fedvlm_jax.cli.main import main
-from fedvlm_jax.config.run_options import Compare, Run, TrainOptions
+from fedvlm_jax.config.compare_options import Compare
+from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.data.parquet_to_arrow import read_parquet
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.data.unique_images import digest_rows
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.report import write_report
 from fedvlm_jax.run_dir import fingerprints
+from fedvlm_jax.run_dir.absolute_paths import anchor
 from fedvlm_jax.run_dir.artifacts import describe_environment
 from fedvlm_jax.run_dir.config_seal import check_seal, seal
-from fedvlm_jax.run_dir.fingerprints import anchor
-from fedvlm_jax.run_dir.reader import read_baseline, read_run
+from fedvlm_jax.run_dir.reader import read_run
+from fedvlm_jax.run_dir.stored_baseline import read_baseline
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import compare, evaluate, federated_run
 from fedvlm_jax.training.local_baseline import train_alone

@@ -17,12 +17,13 @@ from made_up import write_comparison, write_run
 from tiny_run import StopError, make_folder
 
 from fedvlm_jax.cli.main import main
-from fedvlm_jax.config.run_options import Compare, Run
+from fedvlm_jax.config.compare_options import Compare
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting import report
 from fedvlm_jax.run_dir import folder_lock
-from fedvlm_jax.run_dir.fingerprints import anchor
+from fedvlm_jax.run_dir.absolute_paths import anchor
 from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training import compare, evaluate, federated_run

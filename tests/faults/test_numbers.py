@@ -10,8 +10,9 @@ import pytest
 
 from fedvlm_jax.cli._numbers import read_float, read_int
 from fedvlm_jax.cli.main import main
+from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.option_checks import validate, validate_comparison
-from fedvlm_jax.config.run_options import Compare, Run
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.cache_folders import BOUND, read_bound

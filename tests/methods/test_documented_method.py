@@ -8,7 +8,7 @@ import pytest
 import test_contract as contract
 
 import fedvlm_jax.methods.zoo
-from fedvlm_jax.config.method_options import declare
+from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.utils import tree
 

@@ -7,7 +7,7 @@ import pytest
 from toy import RATES, make_cohort, make_method, run_round, start_states, take
 
 import fedvlm_jax.methods.zoo
-from fedvlm_jax.config.method_options import declare
+from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError

@@ -15,7 +15,7 @@ import pytest
 from linear_world import KEY, RANK, SHAPES, World, as_theta, assert_close
 
 from fedvlm_jax import lora
-from fedvlm_jax.config.method_options import declare
+from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.run_options import Run, methods_available
 from fedvlm_jax.methods.base import Context, Setup
 from fedvlm_jax.methods.components import heterogeneous_ranks, personalized_download

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import tiny_run
 
-from fedvlm_jax.config.run_options import Compare
+from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.reader import read_comparison, read_metrics, read_run
 from fedvlm_jax.training import compare as comparing

@@ -3,7 +3,8 @@
 import pytest
 from tiny_run import StopAfter, StopError, tiny_run
 
-from fedvlm_jax.run_dir.reader import read_baseline, read_run
+from fedvlm_jax.run_dir.reader import read_run
+from fedvlm_jax.run_dir.stored_baseline import read_baseline
 from fedvlm_jax.training import federated_run, final_evaluation
 from fedvlm_jax.training.extend_run import lengthen
 from fedvlm_jax.training.local_baseline import train_alone

@@ -9,8 +9,9 @@ import pytest
 from tiny_run import tiny_run
 from training.test_federated_run import StopAfter, StopError, assert_same_adapters
 
+from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.option_checks import validate, validate_comparison
-from fedvlm_jax.config.run_options import Compare, ParticipationOptions, Run, TrainOptions, from_json, to_json
+from fedvlm_jax.config.run_options import ParticipationOptions, Run, TrainOptions, from_json, to_json
 from fedvlm_jax.data.config import Quantity
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.simulator import RoundReport

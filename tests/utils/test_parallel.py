@@ -6,7 +6,8 @@ import jax
 import pytest
 from tiny_run import make_folder, tiny_run
 
-from fedvlm_jax.config.run_options import Compare, SystemOptions, TrainOptions
+from fedvlm_jax.config.compare_options import Compare
+from fedvlm_jax.config.run_options import SystemOptions, TrainOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.reader import read_comparison
 from fedvlm_jax.training import compare as comparing

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.analysis.trace_method import OPTIMIZER, Stage, Tracer, flatten_state
-from fedvlm_jax.config.method_options import check_rule
+from fedvlm_jax.config.method_checks import check_rule
 from fedvlm_jax.config.method_setup import make_setup
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.federation.local_training import make_local_trainer

@@ -8,7 +8,8 @@ from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired
 from fedvlm_jax.reporting.tables import format_paired
-from fedvlm_jax.run_dir.reader import RunRecord, read_baseline
+from fedvlm_jax.run_dir.reader import RunRecord
+from fedvlm_jax.run_dir.stored_baseline import read_baseline
 from fedvlm_jax.utils.option_ranges import list_options
 
 # Options of a run that `fedvlm compare` has from elsewhere.

@@ -8,8 +8,8 @@ import tyro
 
 from fedvlm_jax.cli._signals import advising
 from fedvlm_jax.cli._startup import start_quickly
+from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.option_checks import validate_comparison
-from fedvlm_jax.config.run_options import Compare
 from fedvlm_jax.run_dir.folder_lock import choose_folder
 
 

@@ -130,7 +130,7 @@ def _has_begun(run: Run, folder: Path) -> bool:
     """Tell whether this very run is in the folder already; refuse a folder with another one."""
     if not (folder / "config.json").is_file():
         return False
-    from fedvlm_jax.run_dir.fingerprints import anchor
+    from fedvlm_jax.run_dir.absolute_paths import anchor
 
     begun, run = read_config(folder).run, anchor(run)
     if dataclasses.replace(begun, out=None) != dataclasses.replace(run, out=None):
@@ -162,13 +162,13 @@ def _print_results(folder: Path, no_baseline: str) -> None:
     """Show the tables, then the few numbers that matter; `no_baseline`: why nobody was trained alone."""
     from fedvlm_jax.cli._closing import close_run, suggest_comparison
     from fedvlm_jax.reporting import report, score_tables, tables
-    from fedvlm_jax.run_dir import reader
+    from fedvlm_jax.run_dir import reader, stored_baseline
 
     record = reader.read_run(folder)
     page = report.write_report([folder])
     console = tables.show_all(score_tables.tabulate_run(record))
     lines = close_run(record)
-    if no_baseline and reader.read_baseline(record) is None:
+    if no_baseline and stored_baseline.read_baseline(record) is None:
         lines.append(f"  training alone was left out: {no_baseline}")
     lines += [f"run     {folder}", f"report  {page}", f"next    {suggest_comparison(record)}"]
     console.say("\n".join(lines))

@@ -4,8 +4,9 @@ import difflib
 import re
 from pathlib import Path
 
-from fedvlm_jax.config.method_options import MATHEMATICS, check_method, find_rule, for_method, list_changed, write_flag
-from fedvlm_jax.config.run_options import METHOD, SHARE, Compare, Run, methods_available, objectives_available
+from fedvlm_jax.config.compare_options import Compare
+from fedvlm_jax.config.method_checks import MATHEMATICS, check_method, find_rule, for_method, list_changed, write_flag
+from fedvlm_jax.config.run_options import METHOD, SHARE, Run, methods_available, objectives_available
 from fedvlm_jax.data.sources.registry import check_source
 from fedvlm_jax.distributed.mesh_option import parse_mesh
 from fedvlm_jax.errors import UserError

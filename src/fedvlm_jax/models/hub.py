@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from fedvlm_jax.distributed.sharding import cut_base, place
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.models.base import Family, Params, Processor, Vlm
-from fedvlm_jax.models.beam_search import Settings
 from fedvlm_jax.models.folder_files import advise_conversion, find_files, read_json
 from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.registry import find_family
+from fedvlm_jax.models.tokenizer_checks import check_tokens
 from fedvlm_jax.models.weight_table import read_params, write_tensors
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -152,7 +152,7 @@ def open_model(
         file = folder / "generation_config.json"
         raise UserError(f"{file if file.is_file() else folder / 'config.json'}: {error}") from None
     processor = open_processor(folder)
-    _check_tokens(vlm, settings, processor, folder)
+    check_tokens(vlm, settings, processor, folder)
     try:
         tokens = vlm.image_tokens(*processor.size)
     except UserError as error:
@@ -165,36 +165,6 @@ def open_model(
     if tokens + 3 > vlm.positions:  # beside <s>, </s> and at least one token
         raise UserError(f"{folder}: {tokens} image tokens leave no room for a text in {vlm.positions} positions")
     return vlm, processor
-
-
-def _check_tokens(vlm: Vlm, settings: Settings, processor: Processor, folder: Path) -> None:
-    """Refuse ids that mean something else to the tokenizer, or nothing to the model."""
-    if vlm.image_token_id != processor.image_token_id:
-        raise UserError(
-            f"{folder}: the image token is {processor.image_token_id} in the tokenizer and "
-            f"image_token_id={vlm.image_token_id} in config.json: no picture would be seen"
-        )
-    if processor.largest_id >= vlm.vocabulary:
-        raise UserError(
-            f"{folder}: the tokenizer has a token {processor.largest_id}, and the vocabulary of config.json ends with "
-            f"{vlm.vocabulary - 1}: is the tokenizer another model's?"
-        )
-    if processor.eos_token_id not in settings.eos_token_ids:
-        raise UserError(
-            f"{folder}: answers end with token {processor.eos_token_id} in the tokenizer, and with "
-            f"{list(settings.eos_token_ids)} in the configuration: none would ever end"
-        )
-    first = int(processor.answers(["a"], 4)[0, 0])
-    if settings.forced_bos_token_id not in (None, first):
-        raise UserError(
-            f"{folder}: generated answers begin with forced_bos_token_id={settings.forced_bos_token_id}, and the "
-            f"tokenizer begins those that are learnt with {first}: is the post_processor of tokenizer.json whole?"
-        )
-    for name, number in (("pad", settings.pad_token_id), ("forced BOS", settings.forced_bos_token_id)):
-        if number is not None and number not in processor.framing:
-            raise UserError(
-                f"{folder}: the {name} token of generation is {number}, which in the tokenizer is a token of texts"
-            )
 
 
 def load_vlm(

@@ -5,7 +5,7 @@ from itertools import groupby, pairwise, zip_longest
 
 from fedvlm_jax.analysis.explain import Explanation
 from fedvlm_jax.analysis.trace_method import Held, Stage, Tensor
-from fedvlm_jax.config.method_options import declare
+from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.run_options import SHARE, Run, methods_available
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.base import AVERAGING

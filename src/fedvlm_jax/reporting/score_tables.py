@@ -9,7 +9,8 @@ from fedvlm_jax.evaluation.metrics.metric_labels import MEASURES, Measure, find_
 from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise, summarise_gain, summarise_matrix
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, order_by_mean, spread
 from fedvlm_jax.reporting.tables import MANY, MARKS, Table, format_bytes, format_paired, keep_ends, points
-from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord, read_baseline
+from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord
+from fedvlm_jax.run_dir.stored_baseline import read_baseline
 
 MANY_METHODS = 8  # above so many methods they are listed best first, and go down a table that else has them across
 # The methods that every method is compared with, client by client: the two that are hard to beat.

@@ -8,7 +8,8 @@ from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import BySeed, Difference, compare_paired, count_seeds_ahead, judge
 from fedvlm_jax.reporting.score_tables import RIVALS, read_scores
 from fedvlm_jax.reporting.tables import points
-from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord, read_baseline
+from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord
+from fedvlm_jax.run_dir.stored_baseline import read_baseline
 from fedvlm_jax.training.failures import describe_lost, describe_rounds
 
 FEW = 8  # up to so many methods each difference has a sentence of its own

@@ -14,12 +14,6 @@ from typing import Any
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir import config_seal, validated_files
 
-BASELINE = "baseline"
-"""Folder in a run's, of the run that trained the same clients alone."""
-
-SAME = ("model", "objective", "cohort", "seed", "data", "preference", "participation", "lora")
-"""Options that both have alike, beside those of training; averages have weights, and training alone has none."""
-
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -127,26 +121,6 @@ def read_run(folder: Path) -> RunRecord:
     if config_seal.SEAL in config:
         config_seal.check_seal(folder / "config.json", config)
     return RunRecord(folder, config, read_metrics(folder), validated_files.read_results(folder / "results.json"))
-
-
-def read_baseline(record: RunRecord) -> RunRecord | None:
-    """Read the run inside a run's folder that trained the same clients alone, which `fedvlm train` makes.
-
-    Returns:
-        None where there is none, where it is not finished, or where it had another budget than the run has now, or
-        other data or another base.
-
-    Raises:
-        UserError: a file of it is damaged.
-    """
-    folder = record.folder / BASELINE
-    if not (folder / "results.json").is_file():
-        return None
-    alone = read_run(folder)
-    alike = all(alone.options.get(name) == record.options.get(name) for name in SAME)
-    budgets = [{**(one.options.get("train") or {}), "weighting": None} for one in (record, alone)]
-    sources = [one.config.get("fingerprint") for one in (record, alone)]
-    return alone if alike and budgets[0] == budgets[1] and sources[0] == sources[1] else None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -12,13 +12,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedvlm_jax.config.method_options import for_method
+from fedvlm_jax.config.compare_options import Compare
+from fedvlm_jax.config.method_checks import for_method
 from fedvlm_jax.config.option_checks import FINETUNED, REMEMBERING, plain, validate_comparison
-from fedvlm_jax.config.run_options import SHARE, Compare, Run, TrainOptions, to_json, without_extras
+from fedvlm_jax.config.run_options import SHARE, Run, TrainOptions, to_json, without_extras
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.run_dir.absolute_paths import anchor, move
 from fedvlm_jax.run_dir.artifacts import describe_environment
-from fedvlm_jax.run_dir.fingerprints import anchor, compare_sources, move
+from fedvlm_jax.run_dir.fingerprints import compare_sources
 from fedvlm_jax.run_dir.folder_lock import Claim, name_command
 from fedvlm_jax.run_dir.reader import RunRecord, read_run
 from fedvlm_jax.run_dir.validated_files import read_config

@@ -8,7 +8,7 @@ from typing import Any
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import place_base
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.run_dir import fingerprints
+from fedvlm_jax.run_dir import absolute_paths, fingerprints
 from fedvlm_jax.run_dir.artifacts import load_base, open_adapters
 from fedvlm_jax.run_dir.config_seal import check_seal
 from fedvlm_jax.run_dir.folder_lock import Claim
@@ -39,7 +39,7 @@ def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
         run, then = dataclasses.replace(stored.run, out=folder), stored.content["fingerprint"]
         check_seal(folder / "config.json", stored.content)
         fingerprints.tell_versions(stored.content["versions"], show.note)
-        fingerprints.find_places(folder, run)
+        absolute_paths.find_places(folder, run)
         model = load_model(run, show.note, partial(fingerprints.compare_sources, folder, run, then))
         experiment = open_experiment(run, model, show)
         clients = experiment.data.fingerprint["clients"]

@@ -9,7 +9,7 @@ for the rates of rounds that lie beyond `decay_at` of 16 and not of 24, and for 
 import dataclasses
 from pathlib import Path
 
-from fedvlm_jax.config.method_options import declare
+from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run, to_json
 from fedvlm_jax.distributed import processes

@@ -30,7 +30,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.federation.simulator import Moment
 from fedvlm_jax.models import resolve_folder
-from fedvlm_jax.run_dir import artifacts, fingerprints
+from fedvlm_jax.run_dir import absolute_paths, artifacts, fingerprints
 from fedvlm_jax.run_dir.config_seal import check_seal, seal
 from fedvlm_jax.run_dir.folder_lock import Claim, clear, is_used
 from fedvlm_jax.run_dir.reader import read_run
@@ -84,7 +84,7 @@ def train(
 
 def _check_new(run: Run) -> tuple[Run, Path]:
     validate(run)
-    run = fingerprints.anchor(run)
+    run = absolute_paths.anchor(run)
     if run.out is None:
         raise UserError("a run needs a folder: set out")
     return run, run.out
@@ -134,8 +134,8 @@ def _go_on(
     if finished and places is None:
         show.note(f"{folder} is finished")
         return folder
-    run = run if places is None else fingerprints.move(run, places)
-    fingerprints.find_places(folder, run)
+    run = run if places is None else absolute_paths.move(run, places)
+    absolute_paths.find_places(folder, run)
     try:
         validate(run)  # options may have been edited
     except UserError as error:

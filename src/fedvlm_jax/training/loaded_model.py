@@ -19,7 +19,7 @@ import PIL
 from jax.sharding import Mesh
 
 import fedvlm_jax
-from fedvlm_jax.config.method_options import check_rule
+from fedvlm_jax.config.method_checks import check_rule
 from fedvlm_jax.config.run_options import Run, SystemOptions
 from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.federated_dataset import Federation, federate
@@ -39,7 +39,8 @@ from fedvlm_jax.federation.inputs.feature_cache import FeatureStore
 from fedvlm_jax.federation.inputs.reference_log_probs import ReferenceStore, make_score
 from fedvlm_jax.models import Params, Processor, Vlm, load_weights, open_model, resolve_folder
 from fedvlm_jax.objectives import load_objective
-from fedvlm_jax.run_dir.fingerprints import anchor, describe_model
+from fedvlm_jax.run_dir.absolute_paths import anchor
+from fedvlm_jax.run_dir.fingerprints import describe_model
 from fedvlm_jax.training.round_setup import build_programs, check_room, choose_arithmetic
 from fedvlm_jax.utils.cache_folders import find_cache, read_bound, trim
 from fedvlm_jax.utils.compilation_cache import describe_processor

@@ -8,12 +8,13 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
-from fedvlm_jax.config.method_options import for_method
+from fedvlm_jax.config.method_checks import for_method
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run, from_json
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.run_dir.reader import BASELINE, read_run
+from fedvlm_jax.run_dir.reader import read_run
+from fedvlm_jax.run_dir.stored_baseline import BASELINE
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.compare import finish_run, refuse_other_sources

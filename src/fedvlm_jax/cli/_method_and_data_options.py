@@ -7,8 +7,9 @@ import inspect
 from collections.abc import Callable, Sequence
 
 from fedvlm_jax.analysis.plan_options import Request
+from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.option_checks import plain
-from fedvlm_jax.config.run_options import SHARE, Compare, Run, methods_available
+from fedvlm_jax.config.run_options import SHARE, Run, methods_available
 from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.sources.registry import list_owners, make_options
 from fedvlm_jax.errors import UserError

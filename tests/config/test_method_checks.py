@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 from toy import RATES, make_cohort, make_method, start_states
 
-from fedvlm_jax.config.method_options import check_rule, declare, for_method
+from fedvlm_jax.config.compare_options import Compare
+from fedvlm_jax.config.method_checks import check_rule, declare, for_method
 from fedvlm_jax.config.option_checks import validate, validate_comparison
-from fedvlm_jax.config.run_options import Compare, LoraOptions, Run, TrainOptions, methods_available
+from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions, methods_available
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.config import ParticipationOptions
