@@ -143,7 +143,7 @@ def find_gathered(text, params, cuts):
     """Weights that are cut and that an all-gather makes whole, all layers at once or one."""
     whole = set()
     for path, leaf in tree.flatten(params).items():
-        if path.endswith(("kernel", "embedding")) and any(re.fullmatch(pattern, path) for pattern, _ in cuts):
+        if path.endswith(("kernel", "embedding")) and any(re.fullmatch(pattern, path) for pattern, _, _ in cuts):
             whole |= {tuple(sorted(leaf.shape)), tuple(sorted(leaf.shape[-2:]))}
     found = []
     for line in text.splitlines():

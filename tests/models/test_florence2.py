@@ -14,7 +14,8 @@ from fedvlm_jax import lora
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import load_vlm
 from fedvlm_jax.models.florence2 import build
-from fedvlm_jax.models.florence2.model import place_features, shift_right
+from fedvlm_jax.models.florence2.model import shift_right
+from fedvlm_jax.models.layers import place_features
 
 GOLDEN = Path(__file__).parent / "golden"
 CLIENTS = 3

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import causal_cases
 from PIL import Image
 
 from fedvlm_jax import lora
@@ -15,6 +16,11 @@ from fedvlm_jax.evaluation.evaluator import GREEDY
 from fedvlm_jax.models import load_weights, open_model, read_size, save_checkpoint
 from fedvlm_jax.utils import tree
 
+CAUSAL = [
+    # One of the decoder-only models in the ordinary suite: what they share takes a minute to compile for each.
+    name if name == "smolvlm-tied" else pytest.param(name, marks=pytest.mark.broad)
+    for name in causal_cases.CASES
+]
 QUESTIONS, ANSWERS = ["what is this?", "a", "is it a red car, or two?"], ["a car", "no", "yes it is one"]
 
 
@@ -44,8 +50,12 @@ class Case:
         return jax.jit(self.vlm.logits)(self.params, adapter, batch)
 
 
-@pytest.fixture(scope="module", params=["florence2", "toy_decoder"])
-def case(request, model, toy_decoder):
+@pytest.fixture(scope="module", params=["florence2", "toy_decoder", *CAUSAL])
+def case(request, model, toy_decoder, tmp_path_factory):
+    if request.param in causal_cases.CASES:
+        folder = tmp_path_factory.mktemp(request.param)
+        causal_cases.write_model(request.param, folder)
+        return Case(folder)
     return Case({"florence2": model, "toy_decoder": toy_decoder}[request.param])
 
 
@@ -172,7 +182,7 @@ def test_every_site_moves_the_answers(case):
 
 def test_cuts_name_parameters(case):
     shapes = tree.flatten(case.vlm.shapes())
-    for pattern, axes in case.vlm.cuts:
+    for pattern, axes, _ in case.vlm.cuts:
         named = [leaf for path, leaf in shapes.items() if re.fullmatch(pattern, path)]
         assert named, pattern
         assert all(-leaf.ndim <= axis < 0 for leaf in named for axis in axes)

@@ -12,7 +12,7 @@ alike (`place`, `fetch`). Devices that share a base are of one process, which so
 
 import re
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import numpy as np
@@ -23,9 +23,23 @@ from fedvlm_jax.distributed.mesh import CLIENTS, MODEL
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.tree import flatten, unflatten
 
-Cuts = tuple[tuple[str, tuple[int, ...]], ...]
-"""Which weights are cut over `model`, a line each: a regular expression that a parameter's whole path matches, and the
-axes, counted from the end, of which the first that divides is cut. The first line that matches holds."""
+
+class Cut(NamedTuple):
+    """A rule of which weights are cut over `model`.
+
+    Attributes:
+        pattern: regular expression that a parameter's whole path matches.
+        axes: counted from the end, of which the first that divides is cut.
+        units: parts of that axis that stay whole, such as heads; by default its numbers.
+    """
+
+    pattern: str
+    axes: tuple[int, ...]
+    units: int | None = None
+
+
+Cuts = tuple[Cut, ...]
+"""The rules of a model; the first whose pattern matches holds."""
 
 
 def cut_base(mesh: Mesh, shapes: Mapping[str, Any], cuts: Cuts) -> dict[str, Any]:
@@ -38,8 +52,8 @@ def cut_base(mesh: Mesh, shapes: Mapping[str, Any], cuts: Cuts) -> dict[str, Any
     """
     size, specs = mesh.shape[MODEL], dict[str, tuple[str | None, ...]]()
     for path, leaf in flatten(shapes).items():
-        named = next((axes for pattern, axes in cuts if re.fullmatch(pattern, path)), ())
-        axis = next((axis for axis in named if size > 1 and leaf.shape[axis] % size == 0), None)
+        cut = next((cut for cut in cuts if re.fullmatch(cut.pattern, path)), Cut("", ()))
+        axis = next((axis for axis in cut.axes if size > 1 and (cut.units or leaf.shape[axis]) % size == 0), None)
         specs[path] = () if axis is None else (*[None] * (len(leaf.shape) + axis), MODEL)
     if size > 1 and not any(specs.values()):
         raise UserError(

@@ -73,9 +73,10 @@ def widen(x: Array) -> Array:
 
 
 class Norm(nn.Module):
-    """Layer norm over the last axis in float32 at least (epsilon 1e-5, as PyTorch's), cast back to `dtype`."""
+    """Layer norm over the last axis in float32 at least (epsilon by default PyTorch's), cast back to `dtype`."""
 
     dtype: Any = jnp.float32
+    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -83,7 +84,7 @@ class Norm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         wide = widen(x)
         centred = wide - wide.mean(-1, keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + 1e-5)
+        inverse = jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.epsilon)
         return (centred * inverse * widen(scale) + widen(bias)).astype(self.dtype)
 
 
@@ -128,3 +129,15 @@ def scanned(layer: type[nn.Module], length: int, in_axes: tuple[Any, ...], stack
         body, variable_axes=axes, split_rngs={"params": True}, in_axes=in_axes, length=length, unroll=unroll,
         check_constancy_invariants=False,  # tracing every layer a second time would only show that nothing is broadcast
     )  # fmt: skip
+
+
+def place_features(
+    embedded: Float[Array, "B T D"], features: Float[Array, "B P D"], is_image: Array
+) -> Float[Array, "B T D"]:
+    """Replace the n-th image token of every row by the row's n-th feature; surplus image tokens repeat the last.
+
+    >>> place_features(jnp.zeros((1, 3, 1)), jnp.asarray([[[7.0], [8.0]]]), jnp.asarray([[True, False, True]])).tolist()
+    [[[7.0], [0.0], [8.0]]]
+    """
+    order = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
+    return jnp.where(is_image[..., None], jnp.take_along_axis(features, order[..., None], axis=1), embedded)

@@ -51,6 +51,11 @@ def dense(name: str, path: str) -> tuple[Rule, Rule]:
     return weights(name, path, "kernel", np.transpose, np.transpose)
 
 
+def conv(name: str, path: str) -> tuple[Rule, Rule]:
+    """The rules of PyTorch's convolution [out, in, h, w] and flax's [h, w, in, out]."""
+    return weights(name, path, "kernel", lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
+
+
 class Slot(NamedTuple):
     """The place of a checkpoint tensor: parameter path, layer in the stack (None where not stacked), and its rule."""
 
@@ -75,6 +80,7 @@ class Table:
         rules: a line per kind of parameter; `{layer}` in its name says that the parameter is stacked.
         fields: what stands for the other names in braces: field -> regular expression, `.` being the separator.
         prefix: what stands before all names where they are written, and may where they are read.
+        aliases: (regular expression, replacement) pairs that turn other spellings of a name into the table's, in order.
         ties: matches further names of the tensor `tied`. Where several are in a file they must be equal; one is enough.
         tied: a name of the table.
         constants: name of a tensor that is no parameter -> what it must hold where it is there.
@@ -89,6 +95,7 @@ class Table:
     rules: tuple[Rule, ...]
     fields: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
+    aliases: tuple[tuple[str, str], ...] = ()
     ties: re.Pattern[str] = re.compile(r"(?!)")  # matches nothing
     tied: str = ""
     constants: Mapping[str, Constant] = field(default_factory=dict)
@@ -106,6 +113,16 @@ class Table:
             return re.compile("".join(parts))
 
         return [(compile_(rule.name, "."), compile_(rule.path, "/"), rule) for rule in self.rules]
+
+    def spell(self, name: str) -> str:
+        r"""Spell a name of a file as the table does.
+
+        >>> Table(rules=(), aliases=((r"^visual\.", "model.visual."),)).spell("visual.norm.weight")
+        'model.visual.norm.weight'
+        """
+        for pattern, replacement in self.aliases:
+            name = re.sub(pattern, replacement, name)
+        return name.removeprefix(self.prefix)
 
     def find_slot(self, name: str) -> Slot | None:
         """Find the slot of a checkpoint tensor, its name without the prefix; None where no line of the table has it."""
@@ -156,7 +173,7 @@ def read_params(table: Table, shapes: Any, files: list[Path], dtype: Any) -> dic
                     problems.append(f"not finite in {np.dtype(dtype).name}: {name} in {file.name}")
                 filled[slot.path][... if slot.layer is None else slot.layer] = value
     for name, tensor in compared.items():
-        constant = table.constants.get(name.removeprefix(table.prefix))
+        constant = table.constants.get(table.spell(name))
         if constant is not None:
             fits = constant.fits(tensor)
         else:
@@ -189,7 +206,7 @@ def _plan(table: Table, expected: dict[str, Any], files: list[Path]) -> tuple[di
         for path, shape in expected.items()
         for name, slot in table.find_names(path, shape.shape[0] if shape.shape else 1)
     }
-    short = {name: name.removeprefix(table.prefix) for name, _, _ in headers}
+    short = {name: table.spell(name) for name, _, _ in headers}
     # safetensors keeps one of tensors that are tied, under any of their names.
     serves = None
     if table.tied not in short.values():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedvlm_jax import lora
+from fedvlm_jax.distributed.sharding import Cut
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Vlm, select_leaves
 from fedvlm_jax.models.beam_search import Cache, Decoder, Settings
@@ -219,7 +220,7 @@ def build(config, *, dtype=jnp.float32, stacking=USUAL, generation_config=None):
             "vision": "vision/", "connector": "connector/", "decoder": "(layers|norm|places)/", "embedding": "tokens/",
         },
         targets=f"layers/({PROJECTIONS})",
-        cuts=((r"layers/(q|k|v|up)_proj/(kernel|bias)", (-1,)), (r"layers/(o|down)_proj/kernel", (-2,))),
+        cuts=(Cut(r"layers/(q|k|v|up)_proj/(kernel|bias)", (-1,)), Cut(r"layers/(o|down)_proj/kernel", (-2,))),
         table=TABLE,
         write_configs=lambda folder: (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config))),
         example_batch=example_batch,

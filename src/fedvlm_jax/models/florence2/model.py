@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from fedvlm_jax import lora
 from fedvlm_jax.data.tokenization import IGNORED
-from fedvlm_jax.distributed.sharding import Cuts
+from fedvlm_jax.distributed.sharding import Cut, Cuts
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Batch, Params, Vlm, select_leaves
 from fedvlm_jax.models.beam_search import Cache, Decoder, Settings, Step
@@ -25,7 +25,7 @@ from fedvlm_jax.models.florence2.config import TARGETS, check_config
 from fedvlm_jax.models.florence2.davit import DaViT
 from fedvlm_jax.models.florence2.weights import make_table, temporal_embedding
 from fedvlm_jax.models.generation import make_generate, read_settings
-from fedvlm_jax.models.layers import USUAL, Norm, Stacking
+from fedvlm_jax.models.layers import USUAL, Norm, Stacking, place_features
 
 COMPONENTS = {
     "vision": "vision_tower/",
@@ -35,9 +35,9 @@ COMPONENTS = {
     "embedding": "language_model/shared/",
 }
 CUTS: Cuts = (
-    (r".*/(q_proj|k_proj|v_proj|qkv|fc1)/(kernel|bias)", (-1,)),
-    (r".*/(out_proj|proj|fc2)/kernel", (-2,)),
-    (r"language_model/shared/embedding", (-2, -1)),  # the vocabulary, or where it does not divide the width
+    Cut(r".*/(q_proj|k_proj|v_proj|qkv|fc1)/(kernel|bias)", (-1,)),
+    Cut(r".*/(out_proj|proj|fc2)/kernel", (-2,)),
+    Cut(r"language_model/shared/embedding", (-2, -1)),  # the vocabulary, or where it does not divide the width
 )
 """Columns of the first matrix of every pair and rows of the second, so that what lies between them stays cut."""
 _MEMORY_ONLY = re.compile("/encoder_attn/(k|v)_proj/")
@@ -109,18 +109,6 @@ class Florence2(nn.Module):
         self, ids: Int[Array, "B K"], index: Array, cache: Cache, memory: Array | None, attention_mask: Array
     ) -> tuple[Float[Array, "B K D"], Float[Array, "B K V"], Cache]:
         return self.language_model.step(ids, index, cache, memory, attention_mask)
-
-
-def place_features(
-    embedded: Float[Array, "B T D"], features: Float[Array, "B P D"], is_image: Array
-) -> Float[Array, "B T D"]:
-    """Replace the n-th image token of every row by the row's n-th feature; surplus image tokens repeat the last.
-
-    >>> place_features(jnp.zeros((1, 3, 1)), jnp.asarray([[[7.0], [8.0]]]), jnp.asarray([[True, False, True]])).tolist()
-    [[[7.0], [0.0], [8.0]]]
-    """
-    order = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
-    return jnp.where(is_image[..., None], jnp.take_along_axis(features, order[..., None], axis=1), embedded)
 
 
 def shift_right(labels: Int[Array, "*B U"], pad: int, start: int) -> Int[Array, "*B U"]:

@@ -4,8 +4,6 @@ A prompt is what Florence-2 takes (arXiv 2311.06242): image tokens, `<s>`, the t
 `<CAPTION>` is written out as its sentence. An answer is tokenised as BART's labels are: `<s>`, the text, `</s>`.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,31 +11,22 @@ from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Float, Int
-from PIL import Image
 
 from fedvlm_jax.data.tokenization import IGNORED
-from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import base
 from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.hub import resolve_folder
-
-MOST_PIXELS = 4096
-"""Longest side of the pictures that a processor may make; Florence-2 has 768."""
-
-LEAST_CONTRAST, MOST_CONTRAST = 1e-3, 1e6
-"""What a processor may make of the difference between black and white: 1 if scaled to 0 … 1, 255 if not, about 4 of
-Florence-2. Less is lost beside the numbers of a model, and more loses them."""
-
-MOST_TOKENS = 2**16
-"""Most image tokens of a picture; Florence-2 has 577."""
-
-_TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
-_IMAGES = ("processor_config.json", "preprocessor_config.json")
-_JSON = (*_IMAGES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json")
-
-
-def _list_files(folder: Path, names: Sequence[str]) -> list[str]:
-    return [name for name in names if (folder / name).is_file()]
+from fedvlm_jax.models.processor_files import (
+    IMAGES,
+    MOST_TOKENS,
+    check_files,
+    digest_settings,
+    list_files,
+    open_files,
+    pad,
+    try_out,
+)
 
 
 def read_size(folder: Path) -> tuple[int, int] | None:
@@ -45,7 +34,7 @@ def read_size(folder: Path) -> tuple[int, int] | None:
 
     JSON that cannot be read, or states no numbers, is refused.
     """
-    for name in _list_files(folder, _IMAGES):
+    for name in list_files(folder, IMAGES):
         values = read_json(folder / name)
         images = values.get("image_processor", values)
         try:
@@ -55,42 +44,6 @@ def read_size(folder: Path) -> tuple[int, int] | None:
         except (AttributeError, TypeError, ValueError):
             raise UserError(f"{folder / name} states no size in pixels that can be read") from None
     return None
-
-
-def _open_wrapped(folder: Path) -> Any:
-    """transformers' `Florence2Processor` of a folder, its image processor in the form that needs Pillow alone."""
-    try:
-        from transformers import AutoImageProcessor, AutoTokenizer, Florence2Processor
-    except Exception as error:
-        raise UserError(_explain_import(error)) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
-        return Florence2Processor(images, tokenizer)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # transformers raises many kinds, and tokenizers a panic that is no Exception
-        if "torchvision" in str(error):
-            raise UserError(_explain_import(error)) from error
-        raise UserError(
-            f"the processor in {folder} cannot be read ({explain_error(error)}); it needs an image "
-            "processor with image_seq_length and a tokenizer with an image token, as Florence-2's has"
-        ) from error
-
-
-def _explain_import(error: BaseException) -> str:
-    """Say why transformers does not import, and what to do."""
-    chain = [error]
-    while found := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(found)
-    first = next((cause for cause in reversed(chain) if "torchvision" in str(cause)), None)
-    if first is None:
-        return f"transformers cannot be imported ({explain_error(chain[-1])})"
-    return (
-        f"transformers cannot be imported, for it imports torchvision, which fails ({explain_error(first)}): it does "
-        "not fit the PyTorch that is installed. fedvlm needs neither: pip uninstall torchvision, or install the one "
-        "that fits"
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,54 +60,21 @@ class Processor(base.Processor):
             UserError: its tokenizer's or processor's files are missing, cannot be read, or make nonsense.
         """
         folder = resolve_folder(path, weights=False)
-        for what, names in (("tokenizer", _TOKENIZERS), ("image processor", _IMAGES)):
-            if not _list_files(folder, names):
-                raise UserError(f"{folder} has no {what}: none of {', '.join(names)} is there")
-        for name in _list_files(folder, _JSON):
-            model = read_json(folder / name).get("model")
-            # With dropout words are cut by chance, so that no text has the same tokens twice. Byte-level tokenizers
-            # have no prefix of continued words, and `tokenizers` ends the process over it.
-            for field in ("dropout", "continuing_subword_prefix"):
-                if isinstance(model, dict) and (value := model.get(field)):
-                    found = f"model.{field} is {str(value)[:40]!r}"
-                    raise UserError(f"{folder / name}: {found}, expected none, as Florence-2's has")
-        processor = cls(_open_wrapped(folder))
-        processor._try_out(folder)
-        return processor
 
-    def _try_out(self, folder: Path) -> None:
-        """Make a picture and a prompt, because most settings are looked at only then."""
-        images = folder / _list_files(folder, _IMAGES)[0]
-        count = self.wrapped.num_image_tokens
+        def join(images: Any, tokenizer: Any) -> Any:
+            from transformers import Florence2Processor
+
+            return Florence2Processor(images, tokenizer)
+
+        check_files(folder)
+        needs = "an image processor with image_seq_length and a tokenizer with an image token, as Florence-2's has"
+        processor = cls(open_files(folder, join, needs))
+        count = processor.wrapped.num_image_tokens
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_TOKENS:
-            raise UserError(f"{images} has image_seq_length={count!r}, expected a whole number from 1 to {MOST_TOKENS}")
-        try:
-            self._try_picture()
-        except Exception as error:
-            raise UserError(f"the image processor of {images} cannot be used: {explain_error(error)}") from None
-        try:
-            self.prompts(["a"])
-            self.decode(self.answers(["a"], 4))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic of tokenizers is no Exception
-            raise UserError(f"the tokenizer in {folder} fails on a text ({explain_error(error)})") from None
-
-    def _try_picture(self) -> None:
-        images = self.wrapped.image_processor
-        if images.do_normalize and not all(np.isfinite(std) and std > 0 for std in images.image_std):
-            raise UserError(f"image_std is {list(images.image_std)}, and pixels are divided by it: it must be above 0")
-        asked = [side for size in (images.size, images.crop_size) for side in dict(size or {}).values() if side]
-        if max(*self.size, *asked) > MOST_PIXELS:
-            raise UserError(f"it brings pictures to {max(asked)} pixels, expected at most {MOST_PIXELS} a side")
-        black, white = self.pixels([Image.new("RGB", (8, 8), colour) for colour in ("black", "white")])
-        see = "see image_mean, image_std and rescale_factor"
-        if not np.isfinite([black, white]).all():
-            raise UserError(f"it makes numbers that are not finite; {see}")
-        contrast = np.abs(white - black).max(axis=(0, 1))
-        if not ((contrast >= LEAST_CONTRAST) & (contrast <= MOST_CONTRAST)).all():
-            found = ", ".join(f"{value:g}" for value in contrast)
-            raise UserError(f"black and white differ by {found} in its channels, so pictures would not be seen; {see}")
+            file = folder / list_files(folder, IMAGES)[0]
+            raise UserError(f"{file} has image_seq_length={count!r}, expected a whole number from 1 to {MOST_TOKENS}")
+        try_out(processor, processor.wrapped.image_processor, folder)
+        return processor
 
     @property
     def image_token_id(self) -> int:
@@ -183,9 +103,7 @@ class Processor(base.Processor):
 
     @property
     def fingerprint(self) -> str:
-        settings = self.wrapped.image_processor.to_dict()
-        text = json.dumps({key: value for key, value in settings.items() if key[0] != "_"}, sort_keys=True, default=str)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return digest_settings(self.wrapped.image_processor)
 
     def pixels(self, images: Sequence[Any], /) -> Float[np.ndarray, "B H W 3"]:
         height, width = self.size
@@ -223,14 +141,14 @@ class Processor(base.Processor):
         ids = tokenizer(full, add_special_tokens=False)["input_ids"]
         if any(row.count(self.image_token_id) != self.image_tokens for row in ids):
             raise UserError(f"the tokenizer makes other than {self.image_tokens} image tokens of a prompt")
-        return _pad(ids, tokenizer.pad_token_id), _pad([[1] * len(row) for row in ids], 0)
+        return pad(ids, tokenizer.pad_token_id), pad([[1] * len(row) for row in ids], 0)
 
     def answers(self, texts: Sequence[str], max_tokens: int, /) -> Int[np.ndarray, "B U"]:
         tokenizer = self.wrapped.tokenizer
         rows = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
         eos = tokenizer.eos_token_id
         rows = [row if row and row[-1] == eos else [*row, eos] for row in rows]
-        return _pad([row if len(row) <= max_tokens else [*row[: max_tokens - 1], eos] for row in rows], IGNORED)
+        return pad([row if len(row) <= max_tokens else [*row[: max_tokens - 1], eos] for row in rows], IGNORED)
 
     def decode(self, ids: Int[np.ndarray, "B U"], /) -> list[str]:
         framing = self.framing
@@ -244,15 +162,3 @@ class Processor(base.Processor):
         names = ("bos", "eos", "pad", "cls", "sep", "mask", "unk", "image")
         ids = (getattr(self.wrapped.tokenizer, f"{name}_token_id", None) for name in names)
         return frozenset(number for number in ids if number is not None)
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Int[np.ndarray, "B T"]:
-    """Fill rows with a value on the right.
-
-    >>> _pad([[5, 6], [7]], -100).tolist()
-    [[5, 6], [7, -100]]
-    """
-    padded = np.full((len(rows), max(map(len, rows), default=0)), value, np.int32)
-    for line, row in zip(padded, rows, strict=True):
-        line[: len(row)] = row
-    return padded

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedvlm_jax.models.weight_table import Constant, Rule, Table, dense, weights
+from fedvlm_jax.models.weight_table import Constant, Rule, Table, conv, dense, weights
 
 _FIELDS = {
     "stage": r"\d+",
@@ -29,15 +29,10 @@ _PROJECTOR, _SIDE = "multi_modal_projector", "language_model.{side}"
 _TOKENS = "language_model.shared.weight"
 
 
-def _conv(name: str, path: str) -> tuple[Rule, Rule]:
-    """The rules of PyTorch's convolution [out, in, h, w] and flax's [h, w, in, out]."""
-    return weights(name, path, "kernel", lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
-
-
 _RULES: tuple[Rule, ...] = (
-    *_conv(f"{_CONV}.conv", f"{_CONVS}/conv"),
+    *conv(f"{_CONV}.conv", f"{_CONVS}/conv"),
     *weights(f"{_CONV}.norm", f"{_CONVS}/norm", "scale"),
-    *_conv(_BLOCK + ".{conv}", _BLOCKS + "/{conv}"),
+    *conv(_BLOCK + ".{conv}", _BLOCKS + "/{conv}"),
     *weights(_BLOCK + ".{visual_norm}", _BLOCKS + "/{visual_norm}", "scale"),
     *dense(_BLOCK + ".{visual}", _BLOCKS + "/{visual}"),
     dense(f"{_PROJECTOR}.image_projection", "image_projector/image_projection")[0],

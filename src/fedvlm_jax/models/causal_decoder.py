@@ -1,0 +1,280 @@
+"""A causal transformer that reads a prompt once and answers it several times, as Llama and its relatives are built.
+
+Layers are pre-norm: RMS norms, grouped-query attention with rotary positions, a gated feed-forward part. Prompts
+[B, T, D] and answers [B·A, U, D] go through a layer as two streams: an answer attends to its prompt's keys, which are
+computed once whatever A is, and to its own. So an answer's tokens never meet padding between prompt and answer, and
+what is kept of a prompt (its keys and values) serves training, scoring and generation alike.
+
+Sources: RMS norm arXiv 1910.07467, rotary positions arXiv 2104.09864, grouped queries arXiv 2305.13245, gated
+feed-forward arXiv 2002.05202.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fedvlm_jax.models.layers import HIDDEN, Stacking, activation, scanned, softmax, widen
+from fedvlm_jax.utils.products import mix, score
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextShape:
+    """Sizes and options of a causal text model, as a family reads them off its configuration.
+
+    Attributes:
+        width: numbers D of a token.
+        heads, kv_heads, head_width: query heads H, heads of keys and values, and numbers d of each.
+        hidden: width of the feed-forward part.
+        layers: depth L.
+        vocabulary: tokens V.
+        activation: of the feed-forward part, as Hugging Face names it.
+        epsilon: of the norms.
+        theta: base of the rotary positions' wavelengths.
+        tied: is the head the token table?
+        qkv_bias: have the projections to queries, keys and values a bias?
+        deviation: of random weights.
+    """
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    hidden: int
+    layers: int
+    vocabulary: int
+    activation: str
+    epsilon: float
+    theta: float
+    tied: bool
+    qkv_bias: bool = False
+    deviation: float = 0.02
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in float32 at least; cast to `dtype`, then scaled."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        wide = widen(x)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)
+        return wide.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every position's angles, [N, 1, T, d] each, the axis of heads broadcast."""
+
+    cos: Array
+    sin: Array
+
+
+def make_rotation(positions: Int[Array, "N T"], width: int, theta: float) -> Rotation:
+    """Make the rotary angles of positions, in float32 (arXiv 2104.09864, eq. 34, its halves side by side).
+
+    >>> make_rotation(jnp.zeros((1, 3), jnp.int32), 4, 1e4).cos.shape
+    (1, 1, 3, 4)
+    """
+    frequencies = 1.0 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], -1)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "N H T d"], rotation: Rotation) -> Float[Array, "N H T d"]:
+    """Turn pairs (i, i + d/2) of numbers by their position's angles.
+
+    >>> rotate(jnp.asarray([[[[1.0, 0.0]]]]), Rotation(jnp.zeros((1, 1, 1, 2)), jnp.ones((1, 1, 1, 2)))).tolist()
+    [[[[0.0, 1.0]]]]
+    """
+    cos, sin = (part.astype(x.dtype) for part in rotation)
+    first, second = jnp.split(x, 2, -1)
+    return x * cos + jnp.concatenate([-second, first], -1) * sin
+
+
+class View(NamedTuple):
+    """The place of a stream's tokens, and what they may look at.
+
+    `own` and `prompt` are added to scores: `own` [N | 1, 1, 1, T, T] of the stream's tokens among themselves, `prompt`
+    [B, 1, 1, 1, 1, T] of an answer's tokens to its prompt's; `place` is the place in the cache of the token that is
+    generated, [] int32. None is what the stream does not read.
+    """
+
+    rotation: Rotation
+    own: Any = None
+    prompt: Any = None
+    place: Any = None
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of a layer, [N, kv, T, d] each, or with an axis of beams [B, K, kv, S, d]."""
+
+    key: Array
+    value: Array
+
+
+class Attention(nn.Module):
+    """Projections of grouped-query attention; the products with keys and values are the layer's."""
+
+    text: TextShape
+    dtype: Any
+
+    def setup(self) -> None:
+        text = self.text
+        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(text.deviation))
+        self.q_proj = dense(text.heads * text.head_width, text.qkv_bias)
+        self.k_proj = dense(text.kv_heads * text.head_width, text.qkv_bias)
+        self.v_proj = dense(text.kv_heads * text.head_width, text.qkv_bias)
+        self.o_proj = dense(text.width, use_bias=False)
+
+    def project(self, x: Float[Array, "N T D"], rotation: Rotation) -> tuple[Float[Array, "N kv G T d"], KeysValues]:
+        """Queries, scaled and in G groups per head of keys; keys and values."""
+        text = self.text
+
+        def split(y: Array, heads: int) -> Array:
+            return y.reshape(*y.shape[:-1], heads, text.head_width).swapaxes(1, 2)
+
+        query = rotate(split(self.q_proj(x), text.heads), rotation) * text.head_width**-0.5
+        key = rotate(split(self.k_proj(x), text.kv_heads), rotation)
+        grouped = query.reshape(len(x), text.kv_heads, text.heads // text.kv_heads, *query.shape[2:])
+        return grouped, KeysValues(key, split(self.v_proj(x), text.kv_heads))
+
+    def join(self, mixed: Float[Array, "N kv G T d"]) -> Float[Array, "N T D"]:
+        rows = mixed.transpose(0, 3, 1, 2, 4)
+        return self.o_proj(rows.reshape(*rows.shape[:2], -1))
+
+
+def _group(product: Callable[[Array, Array], Array], rows: Array, kept: Array) -> Array:
+    """Multiply rows [N, kv, G, T, x] with [N, kv, S, y] as one product of G·T rows, so that keys are never repeated."""
+    count, heads, groups, length, width = rows.shape
+    return product(rows.reshape(count, heads, groups * length, width), kept).reshape(count, heads, groups, length, -1)
+
+
+class Mlp(nn.Module):
+    """Gated feed-forward part."""
+
+    text: TextShape
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
+        text, init = self.text, nn.initializers.normal(self.text.deviation)
+        dense = partial(nn.Dense, use_bias=False, dtype=self.dtype, kernel_init=init)
+        gate = activation(text.activation)(dense(text.hidden, name="gate_proj")(x))
+        return dense(text.width, name="down_proj")(gate * dense(text.hidden, name="up_proj")(x))
+
+
+class Streams(NamedTuple):
+    """What goes through the layers: prompts [B, T, D], answers [B·A, U, D], or one of both."""
+
+    prompts: Array | None
+    answers: Array | None
+
+
+class Layer(nn.Module):
+    """One layer over both streams.
+
+    `prompt` holds the prompt's keys and values where there is no stream of prompts; `beams` those of what K beams have
+    generated so far, and then answers are one token each, A = K and U = 1. Returns the streams, and the keys and values
+    that the stream of prompts made, or else the beams' with the new token's in them.
+    """
+
+    text: TextShape
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, streams: Streams, prompt: KeysValues | None, beams: KeysValues | None, views: tuple[View, View]
+    ) -> tuple[Streams, KeysValues | None]:
+        norm = partial(RmsNorm, self.text.epsilon, self.dtype)
+        before, between = norm(name="input_layernorm"), norm(name="post_attention_layernorm")
+        attention, mlp = Attention(self.text, self.dtype, name="self_attn"), Mlp(self.text, self.dtype, name="mlp")
+
+        def finish(x: Array, mixed: Array) -> Array:
+            x = x + attention.join(mixed)
+            return x + mlp(between(x))
+
+        (prompts, answers), kept = streams, beams
+        if prompts is not None:
+            view = views[0]
+            query, prompt = attention.project(before(prompts), view.rotation)
+            weights = softmax(_group(score, query, prompt.key) + view.own, self.dtype)
+            prompts, kept = finish(prompts, _group(mix, weights, prompt.value)), prompt
+        if answers is not None:
+            assert prompt is not None
+            query, new = attention.project(before(answers), views[1].rotation)
+            mixed, kept_beams = self._answer(query, new, prompt, beams, views[1])
+            answers, kept = finish(answers, mixed), kept if prompts is not None else kept_beams
+        return Streams(prompts, answers), kept
+
+    def _answer(
+        self, query: Array, new: KeysValues, prompt: KeysValues, beams: KeysValues | None, view: View
+    ) -> tuple[Float[Array, "N kv G U d"], KeysValues | None]:
+        """Attend to the prompt's keys and to the answers' own in one softmax."""
+        rows, (count, heads, groups, length, _) = len(prompt.key), query.shape
+        answers = count // rows
+
+        def fold(x: Array) -> Array:  # [B·A, kv, G, U, x] -> [B, kv, G, A·U, x], so that a prompt's keys serve all A
+            split = x.reshape(rows, answers, heads, groups, length, -1).transpose(0, 2, 3, 1, 4, 5)
+            return split.reshape(rows, heads, groups, answers * length, -1)
+
+        def unfold(x: Array) -> Array:
+            split = x.reshape(rows, heads, groups, answers, length, -1).transpose(0, 3, 1, 2, 4, 5)
+            return split.reshape(count, heads, groups, length, -1)
+
+        if beams is None:
+            own, bias = new, view.own
+        else:
+            beams = KeysValues(*(self._put(*pair, view.place) for pair in zip(beams, new, strict=True)))
+            own = KeysValues(*(leaf.reshape(count, *leaf.shape[2:]) for leaf in beams))
+            bias = jnp.where(jnp.arange(own.key.shape[2]) <= view.place, 0.0, HIDDEN)
+        to_prompt = _group(score, fold(query), prompt.key).reshape(rows, heads, groups, answers, length, -1)
+        to_prompt = unfold((to_prompt + view.prompt).reshape(rows, heads, groups, answers * length, -1))
+        weights = softmax(jnp.concatenate([to_prompt, _group(score, query, own.key) + bias], -1), self.dtype)
+        told, said = jnp.split(weights, [prompt.key.shape[2]], -1)
+        return unfold(_group(mix, fold(told), prompt.value)) + _group(mix, said, own.value), beams
+
+    def _put(self, cache: Float[Array, "B K kv S d"], new: Float[Array, "N kv 1 d"], index: Array) -> Array:
+        new = new.reshape(*cache.shape[:3], 1, cache.shape[-1]).astype(cache.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, index, 3)
+
+
+class CausalDecoder(nn.Module):
+    """Token table, layers, last norm, and the head, which may be the table."""
+
+    text: TextShape
+    dtype: Any
+    stacking: Stacking
+
+    def setup(self) -> None:
+        text, init = self.text, nn.initializers.normal(self.text.deviation)
+        self.embed_tokens = nn.Embed(text.vocabulary, text.width, dtype=self.dtype, embedding_init=init)
+        stack = scanned(Layer, text.layers, (0, 0, nn.broadcast), self.stacking)
+        self.layers = stack(text, self.dtype)
+        self.norm = RmsNorm(text.epsilon, self.dtype)
+        if not text.tied:
+            self.lm_head = nn.Dense(text.vocabulary, use_bias=False, dtype=self.dtype, kernel_init=init)
+
+    def embed(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """Token embeddings; ids outside the vocabulary (an image token may be) are clamped, not NaN."""
+        return self.embed_tokens(jnp.clip(ids, 0, self.text.vocabulary - 1))
+
+    def run(
+        self, streams: Streams, views: tuple[View | None, View | None],
+        prompt: KeysValues | None = None, beams: KeysValues | None = None,
+    ) -> tuple[Streams, KeysValues]:  # fmt: skip
+        """Run all layers; keys and values, given and returned, have a leading axis L."""
+        return self.layers(streams, prompt, beams, views)
+
+    def head(self, x: Float[Array, "... D"]) -> tuple[Float[Array, "... D"], Float[Array, "... V"]]:
+        """Norm the last layer's states; returns them and the logits that they give."""
+        states = self.norm(x)
+        return states, widen(self.embed_tokens.attend(states) if self.text.tied else self.lm_head(states))

@@ -1,0 +1,199 @@
+"""Text and pictures of models that chat: prompts and answers as the folder's chat template writes them.
+
+The template is rendered once with marks in the places of question and answer; what stands around the marks stands
+around every text. So a text is data and never part of a template, and answers begin and end as the model learned.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image
+
+from fedvlm_jax.data.tokenization import IGNORED
+from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.models.folder_files import read_json
+from fedvlm_jax.models.processor_files import digest_settings, list_files, pad
+
+QUESTION, ANSWER = "\ue000", "\ue001"  # of Unicode's private use, so that no template holds them
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The texts around a question and around its answer.
+
+    Attributes:
+        head: before the question, with `image` in the place of the picture.
+        tail: after it, up to where the model answers.
+        answer_head: before the answer: nothing, or a space.
+        answer_end: after it, the token that ends answers first.
+    """
+
+    head: str
+    tail: str
+    answer_head: str
+    answer_end: str
+
+
+def read_template(folder: Path, tokenizer: Any) -> str | None:
+    """Read a folder's chat template, from any of the files that transformers has kept it in; None where there is none.
+
+    Raises:
+        UserError: a file of it cannot be read.
+    """
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read: {explain_error(error)}") from None
+    for name in list_files(folder, ("chat_template.json", "processor_config.json")):
+        if isinstance(template := read_json(folder / name).get("chat_template"), str):
+            return template
+    template = getattr(tokenizer, "chat_template", None)
+    return template if isinstance(template, str) else None
+
+
+def make_frame(template: str, tokenizer: Any, folder: Path) -> Frame:
+    """Render a chat template around a picture and a question, and around an answer.
+
+    Raises:
+        UserError: the template fails, changes a text, or writes a prompt otherwise once it is answered.
+    """
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
+    try:
+        prompt = tokenizer.apply_chat_template(
+            asked, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        whole = tokenizer.apply_chat_template(answered, chat_template=template, tokenize=False)
+    except Exception as error:  # of Jinja, whose sandbox the template runs in, or of what the template calls
+        raise UserError(f"the chat template in {folder} cannot be used: {explain_error(error)}") from None
+    if prompt.count(QUESTION) != 1 or not whole.startswith(prompt) or whole[len(prompt) :].count(ANSWER) != 1:
+        raise UserError(
+            f"the chat template in {folder} does not write a question and its answer one after another, each once: a "
+            "prompt must be the same whether it is answered or not"
+        )
+    head, tail = prompt.split(QUESTION)
+    answer_head, answer_end = whole[len(prompt) :].split(ANSWER)
+    return Frame(head, tail, answer_head, answer_end)
+
+
+@dataclass(frozen=True, eq=False)
+class ChatProcessor:
+    """The processor of a chatting model.
+
+    Attributes:
+        tokenizer: transformers' tokenizer.
+        images: transformers' image processor, for its settings.
+        frame: the texts around questions and answers.
+        image_token: the token in whose places image tokens are put, as text.
+        image_text: what stands for a picture in a prompt, `image_token` repeated in it.
+        render: pictures in RGB -> pixels [B, 3, H, W].
+    """
+
+    tokenizer: Any
+    images: Any
+    frame: Frame
+    image_token: str
+    image_text: str
+    size: tuple[int, int]
+    render: Callable[[list[Image.Image]], np.ndarray]
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        """Tokens that no text may hold, by id."""
+        added = {number: str(token) for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        named = [self.image_token, *self.tokenizer.all_special_tokens]
+        return added | {self.tokenizer.convert_tokens_to_ids(token): token for token in named}
+
+    @cached_property
+    def _strange(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(token) for token in self._special.values() if token))
+
+    @property
+    def image_token_id(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(self.image_token))
+
+    @property
+    def image_tokens(self) -> int:
+        return self.image_text.count(self.image_token)
+
+    @property
+    def eos_token_id(self) -> int:
+        ids = self.tokenise([self.frame.answer_end])[0]
+        return int(ids[0]) if ids else int(self.tokenizer.eos_token_id)
+
+    @property
+    def largest_id(self) -> int:
+        return max(self.tokenizer.get_vocab().values())
+
+    @property
+    def framing(self) -> frozenset[int]:
+        return frozenset(self._special)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{digest_settings(self.images)}-{self.size[0]}x{self.size[1]}"
+
+    def pixels(self, images: Sequence[Image.Image], /) -> Float[np.ndarray, "B H W 3"]:
+        if not images:
+            return np.empty((0, *self.size, 3), np.float32)
+        # Pictures of other modes would keep their number of channels.
+        made = np.asarray(self.render([image.convert("RGB") for image in images]), np.float32).transpose(0, 2, 3, 1)
+        if made.shape[1:] != (*self.size, 3):
+            raise UserError(f"the image processor made pixels {made.shape[1:]}, expected {(*self.size, 3)}")
+        return np.ascontiguousarray(made)
+
+    def prompts(self, texts: Sequence[str], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+        for text in texts:
+            if found := self._strange.search(text):
+                raise UserError(f"the text holds {found[0]}, which stands for something else")
+        head = self.frame.head.replace(self.image_token, self.image_text)
+        ids = self.tokenise([head + text + self.frame.tail for text in texts], whole=True)
+        image, count = self.image_token_id, self.image_tokens
+        if any(row.count(image) != count for row in ids):
+            raise UserError(f"the tokenizer makes other than {count} image tokens of a prompt")
+        return pad(ids, self.tokenizer.pad_token_id or 0), pad([[1] * len(row) for row in ids], 0)
+
+    def answers(self, texts: Sequence[str], max_tokens: int, /) -> Int[np.ndarray, "B U"]:
+        for text in texts:
+            if found := self._strange.search(text):
+                raise UserError(f"the text holds {found[0]}, which stands for something else")
+        rows = self.tokenise([self.frame.answer_head + text for text in texts])
+        eos = self.eos_token_id
+        return pad([[*row[: max_tokens - 1], eos] for row in rows], IGNORED)
+
+    def decode(self, ids: Int[np.ndarray, "B U"], /) -> list[str]:
+        framing = self.framing
+        rows = [[number for number in row if number >= 0 and number not in framing] for row in np.asarray(ids).tolist()]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [text.strip() for text in texts]
+
+    def tokenise(self, texts: list[str], *, whole: bool = False) -> list[list[int]]:
+        """Tokenise; of `whole` prompts the tokenizer adds what it begins texts with, unless the template has."""
+        bos = self.tokenizer.bos_token
+        begins = whole and not (bos and all(text.startswith(bos) for text in texts))
+        return self.tokenizer(texts, add_special_tokens=begins)["input_ids"] if texts else []
+
+
+def check_frame(processor: ChatProcessor, folder: Path) -> None:
+    """See that an answer's tokens are those that it has behind its prompt.
+
+    Raises:
+        UserError: they are not, or the template ends answers with no token.
+    """
+    if processor.eos_token_id not in processor.framing:
+        raise UserError(f"the chat template in {folder} does not end answers with a token that only ends answers")
+    frame = processor.frame
+    prompt, _ = processor.prompts(["What is it?"])
+    head = frame.head.replace(processor.image_token, processor.image_text)
+    joint = processor.tokenise([f"{head}What is it?{frame.tail}{frame.answer_head}A cat."], whole=True)[0]
+    apart = [*prompt[0].tolist(), *processor.answers(["A cat."], 64)[0].tolist()[:-1]]
+    if joint != apart:
+        raise UserError(f"the tokenizer in {folder} joins the end of a prompt with its answer")

@@ -1,0 +1,144 @@
+"""Reading of config.json for every family: transformers' record of it, whole, possible and implemented.
+
+Nonsense is refused before anything is made of it, so bounds are checked of every size.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.models.causal_decoder import TextShape
+from fedvlm_jax.models.folder_files import require_integer
+from fedvlm_jax.models.layers import activation
+from fedvlm_jax.models.vision_transformer import VisionShape
+
+DEPTH, WIDTH, VOCABULARY = 512, 2**17, 2**24
+"""Most layers of a stack, most numbers along an axis, most tokens: ten times those of any model and far from what
+memory has to be asked for."""
+
+_TEXT = {
+    "vocab_size": VOCABULARY, "max_position_embeddings": VOCABULARY, "num_hidden_layers": DEPTH,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), WIDTH),
+}  # fmt: skip
+_VISION = {
+    "num_hidden_layers": DEPTH,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size"), WIDTH),
+}
+
+
+def parse_config(values: dict[str, Any], file: Path, kind: str, check: Callable[[Any], None]) -> Any:
+    """Make transformers' record of a config.json, and check it.
+
+    Args:
+        values: content of the file.
+        kind: name of transformers' class.
+        check: raises `UserError` for what is not implemented.
+
+    Raises:
+        UserError: it is cut short, of quantised weights, nothing that transformers reads, or not implemented.
+    """
+    import transformers
+
+    if not (isinstance(values.get("text_config"), dict) and isinstance(values.get("vision_config"), dict)):
+        raise UserError(f"{file} has no text_config or no vision_config: is it cut short?")
+    if "quantization_config" in values:
+        raise UserError(f"{file} is of quantised weights, which are not supported: take them as they were before")
+    try:
+        config = getattr(transformers, kind).from_dict(values)
+    except Exception as error:  # transformers and its validators raise many kinds
+        raise UserError(f"{file} is no configuration that transformers reads ({explain_error(error)})") from None
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return config
+
+
+def require(where: str, part: Any, wanted: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse a configuration of which a field is none of the values that are implemented.
+
+    Raises:
+        UserError: naming the field, its value and what it may be.
+
+    >>> from types import SimpleNamespace
+    >>> require("text_config", SimpleNamespace(mlp_bias=False), {"mlp_bias": (False,)})
+    """
+    for name, known in wanted.items():
+        value = getattr(part, name, None)
+        if value not in known:
+            names = ", ".join(repr(one) for one in known)
+            raise UserError(f"{where}.{name}={value!r} is not supported, only {names}")
+
+
+def read_text_shape(text: Any, *, tied: bool, **options: Any) -> TextShape:
+    """Read a Llama-like `text_config`.
+
+    Args:
+        tied: is the head the token table?
+        options: further fields of `TextShape`.
+
+    Raises:
+        UserError: a size or an activation that no model has, or rotary positions that are scaled.
+    """
+    for name, most in _TEXT.items():
+        require_integer(f"text_config.{name}", getattr(text, name, None), 1, most)
+    width, heads = text.hidden_size, text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or width // heads
+    require_integer("text_config.head_dim", head_width, 2, WIDTH)
+    if head_width % 2 or heads % text.num_key_value_heads:
+        raise UserError(
+            f"text_config has {heads} heads of {head_width} numbers and {text.num_key_value_heads} heads of keys: "
+            "heads must be of even width, and share keys evenly"
+        )
+    rope = dict(text.rope_parameters or {})
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"text_config.rope_parameters has rope_type={rope['rope_type']!r}; only 'default' is supported")
+    activation(text.hidden_act)  # for its error
+    return TextShape(
+        width=width,
+        heads=heads,
+        kv_heads=text.num_key_value_heads,
+        head_width=head_width,
+        hidden=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        vocabulary=text.vocab_size,
+        activation=text.hidden_act,
+        epsilon=_read_positive("text_config.rms_norm_eps", text.rms_norm_eps),
+        theta=_read_positive("text_config.rope_parameters.rope_theta", rope.get("rope_theta")),
+        tied=tied,
+        deviation=text.initializer_range,
+        **options,
+    )
+
+
+def read_vision_shape(vision: Any) -> VisionShape:
+    """Read a SigLIP-like `vision_config`.
+
+    Raises:
+        UserError: a size or an activation that no tower has, or pictures that do not divide into patches.
+    """
+    for name, most in _VISION.items():
+        require_integer(f"vision_config.{name}", getattr(vision, name, None), 1, most)
+    require("vision_config", vision, {"num_channels": (3,)})
+    for name, part in (("image_size", vision.patch_size), ("hidden_size", vision.num_attention_heads)):
+        if (whole := getattr(vision, name)) % part:
+            raise UserError(f"vision_config.{name}={whole} does not divide by {part}")
+    activation(vision.hidden_act)  # for its error
+    return VisionShape(
+        image=vision.image_size,
+        patch=vision.patch_size,
+        width=vision.hidden_size,
+        heads=vision.num_attention_heads,
+        hidden=vision.intermediate_size,
+        layers=vision.num_hidden_layers,
+        activation=vision.hidden_act,
+        epsilon=_read_positive("vision_config.layer_norm_eps", vision.layer_norm_eps),
+        deviation=getattr(vision, "initializer_range", 0.02),
+    )
+
+
+def _read_positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UserError(f"{name} is {value!r}, expected a number above 0")
+    return float(value)

@@ -1,0 +1,157 @@
+"""Opening of a folder's tokenizer and image processor, and trials of them, for every family.
+
+Files may be a stranger's: what is in them is tried on a picture and a text, because most settings are looked at only
+when something is made of them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.models.base import Processor
+from fedvlm_jax.models.folder_files import read_json
+
+MOST_PIXELS = 4096
+"""Longest side of the pictures that a processor may make; Florence-2 has 768."""
+
+LEAST_CONTRAST, MOST_CONTRAST = 1e-3, 1e6
+"""What a processor may make of the difference between black and white: 1 if scaled to 0 … 1, 255 if not, about 4 of
+Florence-2. Less is lost beside the numbers of a model, and more loses them."""
+
+MOST_TOKENS = 2**16
+"""Most image tokens of a picture; Florence-2 has 577."""
+
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
+IMAGES = ("processor_config.json", "preprocessor_config.json")
+_JSON = (*IMAGES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json")
+
+
+def list_files(folder: Path, names: Sequence[str]) -> list[str]:
+    """List those of the names that are files of the folder."""
+    return [name for name in names if (folder / name).is_file()]
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a folder without tokenizer or image processor, or with settings that no processor has.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for what, names in (("tokenizer", TOKENIZERS), ("image processor", IMAGES)):
+        if not list_files(folder, names):
+            raise UserError(f"{folder} has no {what}: none of {', '.join(names)} is there")
+    for name in list_files(folder, _JSON):
+        model = read_json(folder / name).get("model")
+        # With dropout words are cut by chance, so that no text has the same tokens twice. Byte-level tokenizers
+        # have no prefix of continued words, and `tokenizers` ends the process over it.
+        for field in ("dropout", "continuing_subword_prefix"):
+            if isinstance(model, dict) and (value := model.get(field)):
+                found = f"model.{field} is {str(value)[:40]!r}"
+                raise UserError(f"{folder / name}: {found}, expected none, as Florence-2's has")
+
+
+def open_files(folder: Path, join: Callable[[Any, Any], Any], needs: str) -> Any:
+    """Open a folder's image processor, in the form that needs Pillow alone, and its tokenizer.
+
+    Args:
+        join: (image processor, tokenizer) -> what is returned; whatever it raises is the files' fault.
+        needs: the parts that the family needs, for the message.
+
+    Raises:
+        UserError: transformers cannot be imported, or cannot read them.
+    """
+    try:
+        from transformers import AutoImageProcessor, AutoTokenizer
+    except Exception as error:
+        raise UserError(_explain_import(error)) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
+        return join(images, tokenizer)
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as error:  # transformers raises many kinds, and tokenizers a panic that is no Exception
+        if "torchvision" in str(error):
+            raise UserError(_explain_import(error)) from error
+        found = explain_error(error)
+        raise UserError(f"the processor in {folder} cannot be read ({found}); it needs {needs}") from error
+
+
+def _explain_import(error: BaseException) -> str:
+    """Say why transformers does not import, and what to do."""
+    chain = [error]
+    while found := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(found)
+    first = next((cause for cause in reversed(chain) if "torchvision" in str(cause)), None)
+    if first is None:
+        return f"transformers cannot be imported ({explain_error(chain[-1])})"
+    return (
+        f"transformers cannot be imported, for it imports torchvision, which fails ({explain_error(first)}): it does "
+        "not fit the PyTorch that is installed. fedvlm needs neither: pip uninstall torchvision, or install the one "
+        "that fits"
+    )
+
+
+def try_out(processor: Processor, images: Any, folder: Path) -> None:
+    """Make a picture and a prompt.
+
+    Args:
+        images: transformers' image processor, inside of `processor`.
+
+    Raises:
+        UserError: one fails, or the pictures are nothing that a model could see.
+    """
+    try:
+        _try_picture(processor, images)
+    except Exception as error:
+        file = folder / list_files(folder, IMAGES)[0]
+        raise UserError(f"the image processor of {file} cannot be used: {explain_error(error)}") from None
+    try:
+        processor.prompts(["a"])
+        processor.decode(processor.answers(["a"], 4))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of tokenizers is no Exception
+        raise UserError(f"the tokenizer in {folder} fails on a text ({explain_error(error)})") from None
+
+
+def _try_picture(processor: Processor, images: Any) -> None:
+    if images.do_normalize and not all(np.isfinite(std) and std > 0 for std in images.image_std):
+        raise UserError(f"image_std is {list(images.image_std)}, and pixels are divided by it: it must be above 0")
+    sizes = (getattr(images, name, None) for name in ("size", "crop_size", "max_image_size"))
+    asked = [side for size in sizes for side in dict(size or {}).values() if side]
+    if max(*processor.size, *asked) > MOST_PIXELS:
+        raise UserError(f"it brings pictures to {max(asked)} pixels, expected at most {MOST_PIXELS} a side")
+    black, white = processor.pixels([Image.new("RGB", (8, 8), colour) for colour in ("black", "white")])
+    see = "see image_mean, image_std and rescale_factor"
+    if not np.isfinite([black, white]).all():
+        raise UserError(f"it makes numbers that are not finite; {see}")
+    contrast = np.abs(white - black).max(axis=(0, 1))
+    if not ((contrast >= LEAST_CONTRAST) & (contrast <= MOST_CONTRAST)).all():
+        found = ", ".join(f"{value:g}" for value in contrast)
+        raise UserError(f"black and white differ by {found} in its channels, so pictures would not be seen; {see}")
+
+
+def digest_settings(images: Any) -> str:
+    """Hash all that decides how a picture becomes pixels."""
+    settings = {key: value for key, value in images.to_dict().items() if key[0] != "_"}
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
+    """Fill rows with a value on the right: int32 [B, T].
+
+    >>> pad([[5, 6], [7]], -100).tolist()
+    [[5, 6], [7, -100]]
+    """
+    padded = np.full((len(rows), max(map(len, rows), default=0)), value, np.int32)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row
+    return padded
