@@ -18,7 +18,7 @@ from fedvlm_jax.analysis.plan_options import Request, check_request
 from fedvlm_jax.analysis.tpu_topologies import Chip, open_devices, parse_topology
 from fedvlm_jax.config.method_checks import check_rule
 from fedvlm_jax.config.method_setup import make_spec
-from fedvlm_jax.data.tokenization import MULTIPLE
+from fedvlm_jax.data.batches import MULTIPLE
 from fedvlm_jax.distributed.mesh import CLIENTS, make_mesh
 from fedvlm_jax.distributed.mesh_option import parse_mesh
 from fedvlm_jax.errors import UserError

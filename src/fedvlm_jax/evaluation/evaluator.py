@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from fedvlm_jax.data.batches import pad_rows, read_ahead
+from fedvlm_jax.data.batches import IGNORED, LABELS, pad_rows, read_ahead
 from fedvlm_jax.data.config import Split
-from fedvlm_jax.data.tokenization import IGNORED, LABELS, Examples
+from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.distributed.mesh import CLIENTS
 from fedvlm_jax.distributed.sharding import fetch, local_places, place, place_local
 from fedvlm_jax.evaluation.metrics.preferences import Numbers, score_preferences

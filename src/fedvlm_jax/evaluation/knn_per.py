@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.data.config import Split
-from fedvlm_jax.data.tokenization import IGNORED
 from fedvlm_jax.evaluation.evaluator import Adapters, Evaluator
 from fedvlm_jax.models import Batch, Params, Vlm
 

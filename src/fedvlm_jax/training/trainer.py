@@ -202,7 +202,7 @@ class FederatedTrainer:
             start = time.perf_counter()
             report = self.simulator.run_round(inputs, find_rates(self.experiment.run.train, inputs.round))
             seconds = waited + time.perf_counter() - start - (self.compile_seconds - compiled)
-        line = _describe_round(inputs.round, phase.method, report, seconds)
+        line = describe_round(inputs.round, phase.method, report, seconds)
         result = RoundResult(inputs, report, line, seconds)
         for callback in self.callbacks:
             callback.on_round(self, result)
@@ -212,7 +212,7 @@ def _read_round(simulator: Simulator, phase: _Phase, round_: int) -> RoundInputs
     return simulator.read_round(round_, phase.steps_of(round_))
 
 
-def _describe_round(round_: int, method: str, report: RoundReport, seconds: float) -> dict[str, Any]:
+def describe_round(round_: int, method: str, report: RoundReport, seconds: float) -> dict[str, Any]:
     """Return the line of a round: means over clients whose training counted; no such numbers where nobody's did."""
     trained = (report.metrics["steps"] > 0) & ~np.isin(report.numbers, report.unfit)
     mean = {name: float(values[trained].mean()) for name, values in report.metrics.items()} if trained.any() else {}
