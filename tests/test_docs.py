@@ -89,7 +89,7 @@ NEW = {"methods/zoo/encoder_b.py"}
 
 
 def test_every_file_that_a_page_names_is_there():
-    """Paths into the repository in backticks, and Python files anywhere, in the repository, its package or its tests."""
+    """Paths into the repository in backticks, and Python files of it, its package or its tests anywhere."""
     texts = {
         page: page.read_text(encoding="utf-8") for page in PAGES if page.name != "log.md"
     }  # it names what there was
