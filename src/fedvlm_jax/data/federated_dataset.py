@@ -39,6 +39,11 @@ class ClientRows:
     # tested on either, because other clients may have trained on the same pictures.
     held_out: bool = field(default=False, kw_only=True)
 
+    @property
+    def trains(self) -> bool:
+        """Say whether the client takes part in rounds: it is not held out and has training rows."""
+        return not self.held_out and len(self.train) > 0
+
     def rows_of(self, split: Split) -> Rows:
         """Return the rows of a split by its name."""
         return getattr(self, split)

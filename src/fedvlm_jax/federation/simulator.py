@@ -123,7 +123,7 @@ class Simulator:
         own = local_places(self.programs.mesh, self.layout.wave)
         self._places = (own[:, None] * waves + np.arange(waves)).ravel()
         # A place in a cohort is for who can fill it.
-        self._trainable = np.flatnonzero([not client.held_out and len(client.train) > 0 for client in clients])
+        self._trainable = np.flatnonzero([client.trains for client in clients])
         self._sizes = np.asarray([len(clients[number].train) for number in self._trainable])
         by_size = self.participation.sampling == "size" and self.layout.cohort < len(self._sizes)
         self._shares = find_shares(self._sizes, "examples" if by_size else self.weighting)

@@ -70,9 +70,12 @@ class FederatedData:
         """Digest all that a run reads: the files, and every client's rows."""
         return {**self.model.sources(self.options), "clients": describe_clients(self.examples)}
 
-    @cached_property
-    def base_numbers(self) -> dict[tuple[Split, int], Numbers]:
-        """Hold the numbers of the bare base, which an `Evaluator` fills in."""
+    @memoized
+    def base_numbers(
+        self, evaluation: EvaluationOptions, preference: PreferenceOptions, pixels: bool, /
+    ) -> dict[tuple[Split, int], Numbers]:
+        """Hold the numbers of the bare base, which an `Evaluator` fills in; arguments are those of `zero_shot`."""
+        del evaluation, preference, pixels
         return {}
 
     @memoized
@@ -86,14 +89,15 @@ class FederatedData:
 
     @memoized
     def reference(
-        self, batch: int, on_disk: bool, cache_dir: Path | None, /, *, inputs: Inputs, note: Callable[[str], None]
-    ) -> Reference:
-        """Compute the base's log-probabilities of all answers, `batch` rows at a time on each device."""
+        self, batch: int, on_disk: bool, cache_dir: Path | None, pixels: bool, /, *,
+        inputs: Inputs, note: Callable[[str], None],
+    ) -> Reference:  # fmt: skip
+        """Compute the base's log-probabilities of all answers, `batch` rows, with features or pixels, on a device."""
         model, examples = self.model, self.examples
         mesh = local_mesh(model.mesh)
         arrays = (examples.input_ids, examples.labels, examples.rejected)
         # Programs of other shapes round otherwise: what they compute is kept apart, in memory as on disk.
-        shapes = (*(array.shape[1] for array in arrays if array is not None), batch, mesh.size)
+        shapes = (*(array.shape[1] for array in arrays if array is not None), batch, mesh.size, int(pixels))
         # Each process scores its share with the copy of the base on its devices.
         store, params = model.reference_store(shapes, on_disk, cache_dir), local_base(model.params)
         score = model.reference_scorer
@@ -101,11 +105,15 @@ class FederatedData:
 
     @memoized
     def zero_shot(
-        self, evaluation: EvaluationOptions, preference: PreferenceOptions, /, *, ask: Callable[[], dict[Split, Scored]]
-    ) -> dict[Split, Scored]:
-        """Return what `ask` finds the bare base to do on these splits, asked once for all runs that score alike."""
+        self, evaluation: EvaluationOptions, preference: PreferenceOptions, pixels: bool, /, *,
+        ask: Callable[[], dict[Split, Scored]],
+    ) -> dict[Split, Scored]:  # fmt: skip
+        """Return what `ask` finds the bare base to do on these splits, asked once for all runs that score alike.
+
+        Those that read pixels score apart from those that read kept features: other programs round otherwise.
+        """
         # The wave is no part of the key: it is chosen by the round's memory, and would ask once more for each method.
-        del evaluation, preference
+        del evaluation, preference, pixels
         return ask()
 
     @memoized
