@@ -9,7 +9,7 @@ from fedvlm_jax.config.run_options import EvaluationOptions, Run, SystemOptions,
 from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.training import final_evaluation
 from fedvlm_jax.training.experiment import open_experiment
-from fedvlm_jax.training.federated_data import open_data
+from fedvlm_jax.training.federated_data import BaseScoring, open_data
 from fedvlm_jax.training.loaded_model import LoadedModel
 
 VLM = SimpleNamespace(positions=64, most_prompt_tokens=lambda answer: 64)
@@ -34,7 +34,7 @@ def test_the_bare_base_is_asked_once_for_all_runs_that_score_alike():
 
     options = EvaluationOptions(), EvaluationOptions(), EvaluationOptions(batch_size=4)
     for evaluation in options:
-        data.zero_shot(evaluation, PreferenceOptions(), False, ask=ask)
+        data.zero_shot(BaseScoring(evaluation, PreferenceOptions(), pixels=False), ask=ask)
     assert len(asked) == 2
 
 

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.config.method_setup import make_spec
-from fedvlm_jax.config.run_options import EvaluationOptions, Run, without_extras
+from fedvlm_jax.config.run_options import Run, without_extras
 from fedvlm_jax.data.federated_dataset import describe_lost, list_reasons
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.data.unique_images import Images
@@ -27,8 +27,7 @@ from fedvlm_jax.federation.inputs.reference_log_probs import Reference, add_refe
 from fedvlm_jax.federation.simulator import Simulator, start_adapter
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.objectives import Objective, load_objective
-from fedvlm_jax.objectives.config import PreferenceOptions
-from fedvlm_jax.training.federated_data import FederatedData, open_data
+from fedvlm_jax.training.federated_data import BaseScoring, FederatedData, open_data
 from fedvlm_jax.training.loaded_model import LoadedModel
 from fedvlm_jax.training.round_setup import check_room, choose_program_options, deal_ranks, lay_out_sizes
 from fedvlm_jax.utils.memoized import memoized
@@ -169,11 +168,11 @@ class Experiment:
         return self.model.neighbours(asked, options.neighbour_temperature) if asked else None
 
     @property
-    def base_scoring(self) -> tuple[EvaluationOptions, PreferenceOptions, bool]:
-        """Return what the bare base's scores depend on, beside the data: options, and whether pixels are read."""
+    def base_scoring(self) -> BaseScoring:
+        """Return what decides the bare base's scores."""
         # What is only reported of a run's models changes nothing of the base's answers: the baseline run leaves it out.
         evaluation = replace(without_extras(self.run).evaluation, examples=0, cross_clients=False)
-        return evaluation, self.run.preference, self.store is None
+        return BaseScoring(evaluation, self.run.preference, pixels=self.store is None)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -191,7 +190,7 @@ class Experiment:
             gold=gold.all,
             metrics=options.metrics,
             beta=self.run.preference.beta,
-            base=self.data.base_numbers(*self.base_scoring),
+            base=self.data.base_numbers(self.base_scoring),
             advance=self.show.advance,
         )
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -30,6 +30,14 @@ from fedvlm_jax.utils.memoized import memoized
 
 IMAGES = 128
 """Images by which a client is known, at most: a mean over more costs their features and hardly moves."""
+
+
+class BaseScoring(NamedTuple):
+    """What decides the bare base's scores, beside the data."""
+
+    evaluation: EvaluationOptions
+    preference: PreferenceOptions
+    pixels: bool  # and not kept features, whose programs round otherwise
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +79,9 @@ class FederatedData:
         return {**self.model.sources(self.options), "clients": describe_clients(self.examples)}
 
     @memoized
-    def base_numbers(
-        self, evaluation: EvaluationOptions, preference: PreferenceOptions, pixels: bool, /
-    ) -> dict[tuple[Split, int], Numbers]:
-        """Hold the numbers of the bare base, which an `Evaluator` fills in; arguments are those of `zero_shot`."""
-        del evaluation, preference, pixels
+    def base_numbers(self, scoring: BaseScoring, /) -> dict[tuple[Split, int], Numbers]:
+        """Hold the numbers of the bare base, which an `Evaluator` fills in."""
+        del scoring
         return {}
 
     @memoized
@@ -92,7 +98,7 @@ class FederatedData:
         self, batch: int, on_disk: bool, cache_dir: Path | None, pixels: bool, /, *,
         inputs: Inputs, note: Callable[[str], None],
     ) -> Reference:  # fmt: skip
-        """Compute the base's log-probabilities of all answers, `batch` rows, with features or pixels, on a device."""
+        """Compute the base's log-probabilities of all answers, `batch` rows of pixels or features at a time on a device."""
         model, examples = self.model, self.examples
         mesh = local_mesh(model.mesh)
         arrays = (examples.input_ids, examples.labels, examples.rejected)
@@ -104,16 +110,10 @@ class FederatedData:
         return compute_reference(score, params, examples, inputs, store, batch=batch, mesh=mesh, note=note)
 
     @memoized
-    def zero_shot(
-        self, evaluation: EvaluationOptions, preference: PreferenceOptions, pixels: bool, /, *,
-        ask: Callable[[], dict[Split, Scored]],
-    ) -> dict[Split, Scored]:  # fmt: skip
-        """Return what `ask` finds the bare base to do on these splits, asked once for all runs that score alike.
-
-        Those that read pixels score apart from those that read kept features: other programs round otherwise.
-        """
+    def zero_shot(self, scoring: BaseScoring, /, *, ask: Callable[[], dict[Split, Scored]]) -> dict[Split, Scored]:
+        """Return what `ask` finds the bare base to do on these splits, asked once for all runs that score alike."""
         # The wave is no part of the key: it is chosen by the round's memory, and would ask once more for each method.
-        del evaluation, preference, pixels
+        del scoring
         return ask()
 
     @memoized

@@ -35,7 +35,7 @@ def ask_base(experiment: Experiment) -> dict[Split, Scored]:
         with working(experiment.show, "asking the bare base (zero-shot), which compiles first"):
             return score_base(experiment)
 
-    return experiment.data.zero_shot(*experiment.base_scoring, ask=ask)
+    return experiment.data.zero_shot(experiment.base_scoring, ask=ask)
 
 
 def score_models(
