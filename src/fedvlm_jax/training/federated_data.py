@@ -37,7 +37,7 @@ class BaseScoring(NamedTuple):
 
     evaluation: EvaluationOptions
     preference: PreferenceOptions
-    pixels: bool  # and not kept features, whose programs round otherwise
+    pixels: bool  # are read, not kept features: programs of the two round otherwise
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class FederatedData:
         self, batch: int, on_disk: bool, cache_dir: Path | None, pixels: bool, /, *,
         inputs: Inputs, note: Callable[[str], None],
     ) -> Reference:  # fmt: skip
-        """Compute the base's log-probabilities of all answers, `batch` rows of pixels or features at a time on a device."""
+        """Compute the base's log-probabilities of all answers, `batch` rows at a time on each device."""
         model, examples = self.model, self.examples
         mesh = local_mesh(model.mesh)
         arrays = (examples.input_ids, examples.labels, examples.rejected)
