@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from harness.command import name_command
 from memory import Watched, watch
 
 HERE = Path(__file__).parent
@@ -76,7 +77,7 @@ def measure(options: Options, work: Path) -> dict[str, float | str | list[float]
     seconds = [line["seconds"] for line in read_metrics(work / "run")]
     later = statistics.median(seconds[1:])
     return {
-        "command": "python benchmarks/base_size.py",
+        "command": name_command(),
         "peak_gib": round(seen.peak(), 2),
         "peak_by_phase_gib": {name: round(seen.peak("VmRSS", name), 2) for name in seen.phases()},
         "seconds_by_epoch": [round(value, 1) for value in seconds],

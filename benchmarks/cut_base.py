@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from harness.command import name_command
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import Florence2Config
 
@@ -31,6 +32,7 @@ from fedvlm_jax.evaluation.evaluator import make_answer  # noqa: E402
 from fedvlm_jax.federation.inputs.reference_log_probs import make_score  # noqa: E402
 from fedvlm_jax.federation.local_training import make_local_trainer  # noqa: E402
 from fedvlm_jax.federation.round import make_round  # noqa: E402
+from fedvlm_jax.federation.round_shapes import shape_client  # noqa: E402
 from fedvlm_jax.methods import Client, Setup, load_method  # noqa: E402
 from fedvlm_jax.models import Stacking, Vlm  # noqa: E402
 from fedvlm_jax.models.florence2 import build  # noqa: E402
@@ -47,7 +49,7 @@ Shape = jax.ShapeDtypeStruct
 def main() -> None:
     """Compile for one, two and four devices a base, and say what came out."""
     found = {f"clients={SHARES},model={model}": measure(model) for model in (1, 2, 4)}
-    result = {"command": "python benchmarks/cut_base.py", "mib_per_device": found}
+    result = {"command": name_command(), "mib_per_device": found}
     (HERE / "results").mkdir(exist_ok=True)
     write_json(HERE / "results" / "cut_base.json", {**result, **describe_environment()})
     print(json.dumps(result, indent=1))
@@ -128,9 +130,7 @@ def make_batch() -> dict[str, Shape]:
 
 def make_client() -> Client:
     """A client's data of a round."""
-    examples = place(make_batch(), None, ROWS)
-    drawn = (Shape((STEPS, BATCH), jnp.int32), Shape((STEPS, BATCH), jnp.bool_))
-    return Client(examples, *drawn, Shape((), jnp.float32), Shape((), jnp.int32), Shape((), jnp.bool_))
+    return shape_client(make_batch(), ROWS, STEPS, BATCH)
 
 
 def place(shapes: Any, sharding: NamedSharding | None, *leading: int) -> Any:

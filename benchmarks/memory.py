@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["GIB", "Sample", "Watched", "watch"]
-
 GIB = 2**30
 FIELDS = ("VmRSS", "RssAnon", "RssFile")
 

@@ -59,7 +59,8 @@ def main() -> None:
             with LINES.open("a") as file:
                 file.write(json.dumps({"cell": name, **cell}) + "\n")
     cells = read_cells()
-    write_json(RESULTS / "plan_table.json", {"options": OPTIONS, "cells": cells, **describe_environment()})
+    if not chosen.table:
+        write_json(RESULTS / "plan_table.json", {"options": OPTIONS, "cells": cells, **describe_environment()})
     print("\n".join(tabulate(cells)))
 
 

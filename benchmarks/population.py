@@ -14,7 +14,6 @@ from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
 if __name__ == "__main__":
     restart_with_kept_memory()  # before what takes long to import
 
-import dataclasses
 import json
 import os
 import statistics
@@ -27,7 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from harness.command import name_command
 
+from fedvlm_jax.config.run_options import Run
+from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.run_dir.artifacts import describe_environment
 from fedvlm_jax.utils.files import write_json
 
@@ -65,7 +67,7 @@ def main() -> None:
             lines[count].append(ask(child))
         told = ", ".join(f"{c} clients {x[-1]['seconds']:.2f} s {x[-1]['mib']:.0f} MiB" for c, x in lines.items())
         print(f"round {number}: {told}", flush=True)
-    result = {"command": "python benchmarks/population.py", **summarise(options, lines)}
+    result = {"command": name_command(), **summarise(options, lines)}
     (HERE / "results").mkdir(exist_ok=True)
     write_json(HERE / "results" / "population.json", {**result, **describe_environment()})
     print(json.dumps(result, indent=1))
@@ -92,14 +94,12 @@ def ask(child: "subprocess.Popen[str]") -> dict[str, float]:
 
 def serve(options: Options) -> None:
     """Prepare a federation, then run a round for every line."""
-    from fedvlm_jax.config.run_options import Run
     from fedvlm_jax.federation.checkpoint import Checkpoints
     from fedvlm_jax.training.experiment import make_simulator, open_experiment
     from fedvlm_jax.training.loaded_model import load_model
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        run = Run(cohort=options.cohort)
-        run = dataclasses.replace(run, data=run.data.replace(clients=options.serve, prompt="neutral"))
+        run = make_run(options)
         experiment = open_experiment(run, load_model(run))
         simulator = make_simulator(experiment, Path(folder) / "states.bin")
         checkpoints = Checkpoints(Path(folder) / "checkpoints", keep=2)
@@ -118,6 +118,12 @@ def serve(options: Options) -> None:
                 answer = {"seconds": time.perf_counter() - began, "mib": resident()}
             print(json.dumps(answer), flush=True)
         checkpoints.close()
+
+
+def make_run(options: Options) -> Run:
+    """The shipped data, dealt to as many clients as this process serves."""
+    data = emoji.Options(partition=emoji.Topics(clients=options.serve), prompt="neutral")
+    return Run(cohort=options.cohort, data=data)
 
 
 def resident() -> float:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from harness.command import name_command
 from memory import GIB, watch
 
 HERE = Path(__file__).parent
@@ -87,7 +88,7 @@ def measure(options: Options, work: Path) -> dict[str, object]:
         for number in range(1, ROUNDS + 1)
     ]
     return {
-        "command": "python benchmarks/shards.py",
+        "command": name_command(),
         "shards_gib": round(size / GIB, 2),
         "rows": int(rows),
         "seconds": round(seen.seconds),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from harness.command import name_command
 from harness.machine import describe_machine
 from harness.timing import describe_times, interleave, ratio
 
@@ -65,7 +66,7 @@ def describe(
 ) -> dict[str, Any]:
     """What goes into the file."""
     return {
-        "command": "python benchmarks/startup.py",
+        "command": name_command(),
         "train": list(options.train),
         "help_seconds": describe_times(times["help"]),
         "python_seconds": describe_times(times["python"]),

@@ -1,6 +1,7 @@
 """Every block that README and docs show runs: Python is executed, command lines are parsed with their options."""
 
 import importlib
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -83,17 +84,38 @@ def test_links_to_files_lead_to_files(page):
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
+NEW = {"methods/zoo/encoder_b.py"}
+"""Files that a page tells the reader to write."""
+
+
 def test_every_file_that_a_page_names_is_there():
-    """Paths into the repository, in backticks; a pattern stands for all that it matches."""
-    roots = ("benchmarks", "experiments", "tests", "examples", "src", "tools")
-    named = {
-        (name_page(page), path)
-        for page in PAGES
-        if page.name != "log.md"  # it names what there was
-        for path in re.findall(rf"`((?:{'|'.join(roots)})/[\w./-]+)`", page.read_text(encoding="utf-8"))
+    """Paths into the repository in backticks, and Python files of it, its package or its tests anywhere."""
+    texts = {
+        page: page.read_text(encoding="utf-8") for page in PAGES if page.name != "log.md"
+    }  # it names what there was
+    folders = "benchmarks|experiments|tests|examples|src|tools"
+    patterns = (rf"`((?:{folders})/[\w./-]+)`", r"[\w./-]+/\w+\.py\b")
+    named = {(page, path) for page, text in texts.items() for form in patterns for path in re.findall(form, text)}
+    assert len(named) > 50
+    roots = (ROOT, ROOT / "src" / "fedvlm_jax", ROOT / "tests")
+    missing = {(page, path) for page, path in named if not any((at / path).exists() for at in (*roots, page.parent))}
+    assert sorted((name_page(page), path) for page, path in missing if path not in NEW) == []
+
+
+def test_every_module_that_a_page_names_is_there():
+    """In backticks, with the names in it."""
+    names = {
+        name for page in PAGES for name in re.findall(r"`(fedvlm_jax(?:\.\w+)+)", page.read_text(encoding="utf-8"))
     }
-    assert named
-    assert sorted((page, path) for page, path in named if not (ROOT / path).exists()) == []
+    assert names
+    assert sorted(name for name in names if not is_there(name)) == []
+
+
+def is_there(name):
+    try:
+        return pkgutil.resolve_name(name) is not None
+    except (ImportError, AttributeError):
+        return False
 
 
 @pytest.mark.parametrize("module", ["fedvlm_jax", *(f"fedvlm_jax.{room}" for room in ("lora", "models", "methods"))])

@@ -40,3 +40,8 @@ def test_importing_changes_nothing_of_the_process():
     done = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[-2] == "[] False"
+
+
+def test_rounds_and_plans_load_no_pyarrow():
+    look = "import fedvlm_jax.federation.simulator, fedvlm_jax.analysis.plan, sys; assert 'pyarrow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", look], check=True)

@@ -22,8 +22,6 @@ from harness.peer import Peer
 from harness.timing import describe_times, interleave, ratio
 from harness.world import World
 
-__all__ = ["USES", "Cell", "append_line", "compare_factors", "measure_cell", "measure_rounding", "read_lines"]
-
 USES: Mapping[str, tuple[Vision, Vision]] = {
     "both": ("cached", "cached"),
     "neither": ("computed", "computed"),

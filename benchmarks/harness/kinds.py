@@ -10,8 +10,6 @@ import jax
 from fedvlm_jax.analysis.collectives import Line, read_program
 from fedvlm_jax.analysis.profile_scopes import find_self_times, read_trace
 
-__all__ = ["KINDS", "find_kinds", "measure_kinds"]
-
 KINDS: tuple[str, ...] = ("matrix products", "exponentials and the like", "sums and elementwise", "moving data")
 
 PRODUCTS = {"dot", "convolution"}

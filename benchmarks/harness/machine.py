@@ -14,8 +14,6 @@ from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.federation.memory import GIB, read_device_bytes
 from fedvlm_jax.run_dir.artifacts import describe_environment
 
-__all__ = ["MatmulPeak", "describe_machine", "has_bfloat16_units"]
-
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16 = {"amx_bf16", "avx512_bf16", "bf16"}
 """Flags of processors that multiply bfloat16 themselves: x86, and the last ARM's."""

@@ -10,8 +10,6 @@ from fedvlm_jax.models import Vlm
 from harness.ours import Ours
 from harness.world import SETTINGS, Settings, Shape, World, start_factors
 
-__all__ = ["measure_clients"]
-
 
 def measure_clients(
     vlm: Vlm,

@@ -23,8 +23,6 @@ from fedvlm_jax.training.round_setup import build_programs
 from fedvlm_jax.utils import tree
 from harness.world import Settings, Shape, World
 
-__all__ = ["Ours", "Vision", "choose_examples", "count_round_flops"]
-
 Vision = Literal["cached", "computed"]
 UNREAD = {"cached": "pixel_values", "computed": "image_features"}
 

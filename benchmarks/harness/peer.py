@@ -17,8 +17,6 @@ from fedvlm_jax.utils.malloc_settings import SETTINGS
 from harness.ours import Vision
 from harness.world import World, write_world
 
-__all__ = ["FORMS", "Choice", "Peer"]
-
 SCRIPT = Path(__file__).parents[1] / "pytorch_peft.py"
 
 FORMS = {"float32": ("float32",), "bfloat16": ("bfloat16", "autocast")}

@@ -1,9 +1,11 @@
 """Rounds of the model that ships on its own data, at several batches and waves: `benchmarks/shipped.py`."""
 
+import contextlib
+import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -24,17 +26,6 @@ from harness.ours import METHOD, Ours, choose_examples, count_round_flops
 from harness.peer import Peer
 from harness.timing import describe_times, interleave, ratio
 from harness.world import Shape, World, read_world
-
-__all__ = [
-    "CLIENTS",
-    "IMAGES",
-    "MODEL",
-    "BenchOptions",
-    "Shipped",
-    "measure_shipped",
-    "measure_simulator",
-    "open_shipped",
-]
 
 MODEL, CLIENTS, IMAGES = "florence2-nano", 16, 60
 """What ships, and how many clients of so many training images its data make."""
@@ -142,6 +133,45 @@ def measure_simulator(simulator: Simulator, rounds: int = DRIVEN) -> dict[str, A
         program that measures the aggregation's health; `round_seconds`; and `compiles`: programs of the round, and
         whatever XLA compiled after the first round, which should be nothing.
     """
+    timed: list[_Timed] = []
+    host: list[float] = []
+    healths: list[float] = []
+    seconds: list[float] = []
+    programs = copy.copy(simulator.programs)  # other simulators share them
+    programs.compiled = compiled = dict(programs.compiled)
+    health = _Timed(programs.health)
+    ahead, after_first, rates = read_ahead(simulator.read_round, 1, rounds + 1), 0, {"a": 5e-3, "b": 2e-3}
+    with (
+        mock.patch.object(programs, "health", health),
+        mock.patch.object(simulator, "programs", programs),
+        _count_compilations() as counted,
+    ):
+        for number in range(rounds):
+            for program in (health, *timed):
+                program.seconds = 0.0
+            began = time.perf_counter()
+            simulator.run_round(next(ahead), rates)
+            jax.block_until_ready(simulator.server)
+            total = time.perf_counter() - began
+            if number == 0:
+                timed = [_Timed(program) for program in compiled.values()]
+                compiled.update(zip(compiled, timed, strict=True))
+                after_first = counted[0]
+                continue
+            seconds.append(total)
+            host.append(1 - sum(program.seconds for program in (health, *timed)) / total)
+            healths.append(health.seconds / total)
+    return {
+        "host_share": round(statistics.median(host), 4),
+        "health_share": round(statistics.median(healths), 4),
+        "round_seconds": describe_times(seconds),
+        "compiles": {"rounds": rounds, "programs_of_the_round": len(compiled), "later": counted[0] - after_first},
+    }
+
+
+@contextlib.contextmanager
+def _count_compilations() -> Generator[list[int]]:
+    """Give a list whose one number grows with everything that XLA compiles."""
     counted = [0]
 
     def count(event: str, duration_secs: float, **_: str | int) -> None:
@@ -149,35 +179,10 @@ def measure_simulator(simulator: Simulator, rounds: int = DRIVEN) -> dict[str, A
         counted[0] += event == "/jax/core/compile/backend_compile_duration"
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    timed: list[_Timed] = []
-    host: list[float] = []
-    healths: list[float] = []
-    seconds: list[float] = []
-    health = _Timed(simulator.programs.health)
-    mock.patch.object(simulator.programs, "health", health).start()  # for this simulator alone, which ends here
-    ahead, after_first = read_ahead(simulator.read_round, 1, rounds + 1), 0
-    compiled, rates = simulator.programs.compiled, {"a": 5e-3, "b": 2e-3}
-    for number in range(rounds):
-        for program in (health, *timed):
-            program.seconds = 0.0
-        began = time.perf_counter()
-        simulator.run_round(next(ahead), rates)
-        jax.block_until_ready(simulator.server)
-        total = time.perf_counter() - began
-        if number == 0:
-            timed = [_Timed(program) for program in compiled.values()]
-            compiled.update(zip(compiled, timed, strict=True))
-            after_first = counted[0]
-            continue
-        seconds.append(total)
-        host.append(1 - sum(program.seconds for program in (health, *timed)) / total)
-        healths.append(health.seconds / total)
-    return {
-        "host_share": round(statistics.median(host), 4),
-        "health_share": round(statistics.median(healths), 4),
-        "round_seconds": describe_times(seconds),
-        "compiles": {"rounds": rounds, "programs_of_the_round": len(compiled), "later": counted[0] - after_first},
-    }
+    try:
+        yield counted
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
 
 
 def _measure_batch(shipped: Shipped, peak: MatmulPeak, options: BenchOptions) -> list[dict[str, Any]]:

@@ -3,8 +3,6 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["describe_times", "interleave", "ratio"]
-
 
 def interleave(contestants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Run all contestants in turn, `repeats` times over.

@@ -24,8 +24,6 @@ from fedvlm_jax.models import Vlm
 from fedvlm_jax.training.experiment import Experiment
 from fedvlm_jax.utils import tree
 
-__all__ = ["SETTINGS", "Settings", "Shape", "World", "draw_world", "read_world", "start_factors", "write_world"]
-
 
 @dataclass(frozen=True)
 class Settings:

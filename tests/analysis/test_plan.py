@@ -11,6 +11,7 @@ import pytest
 
 from fedvlm_jax.analysis.plan import plan_round
 from fedvlm_jax.analysis.plan_options import Request, SizeOptions
+from fedvlm_jax.cli.plan import plan
 from fedvlm_jax.config.run_options import LoraOptions, SystemOptions, TrainOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation import memory
@@ -59,6 +60,12 @@ def test_a_plan_for_this_cpu(planned, tmp_path):
     text = (tmp_path / "plan.md").read_text()
     assert "# Plan for cpu" in text
     assert all(table.title in text for table in tabulate_plan(found))
+
+
+def test_the_command_says_a_table_s_note_once(planned, model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("fedvlm_jax.analysis.plan.plan_round", lambda request, note: planned[0])
+    plan(make_request(model, out=tmp_path / "plan"))
+    assert capsys.readouterr().out.count("no device sends another anything") == 1
 
 
 @pytest.mark.broad

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedvlm_jax.data.tokenization import IGNORED
+from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.evaluation.evaluator import Evaluator
 from fedvlm_jax.evaluation.gold_answers import Gold, read_gold

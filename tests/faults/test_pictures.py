@@ -503,14 +503,14 @@ def test_a_leak_shows_though_a_picture_was_saved_anew(tmp_path: Path) -> None:
 
 
 def test_the_report_shows_what_was_trained_on(tmp_path: Path) -> None:
-    from fedvlm_jax.training.example_outputs import _save_picture
+    from fedvlm_jax.training.example_outputs import save_picture
 
     values = np.repeat((RAMP[:50] * 65535).astype(np.uint16)[None], 40, axis=0)
     exif = Image.Exif()
     exif[0x0112] = 6
     rows = [make_row(0, image={"bytes": save(Image.fromarray(values), "PNG", exif=exif), "path": None})]
     images = unique_images(read_table(str(write_rows(tmp_path / "a.parquet", rows))), [0])[0]
-    _save_picture(images, 0, tmp_path / "shown.png")
+    save_picture(images, 0, tmp_path / "shown.png")
     shown = np.asarray(Image.open(tmp_path / "shown.png").convert("RGB"))
     np.testing.assert_array_equal(shown, np.asarray(images.decode(0)))
     assert shown.shape == (50, 40, 3)

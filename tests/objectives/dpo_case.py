@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from federation.round_case import BASE, IMAGE_TOKEN, IMAGE_TOKENS, PAD, PROMPT, SIZE
-
-__all__ = ["BASE", "CASES", "FILE", "LENGTHS", "make_batch"]
+from federation.round_case import IMAGE_TOKEN, IMAGE_TOKENS, PAD, PROMPT, SIZE
 
 FILE = Path(__file__).with_name("golden_dpo.npz")
 

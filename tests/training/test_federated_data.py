@@ -3,9 +3,13 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+from tiny_run import tiny_run
+
 from fedvlm_jax.config.run_options import EvaluationOptions, Run, SystemOptions, TrainOptions
 from fedvlm_jax.objectives.config import PreferenceOptions
-from fedvlm_jax.training.federated_data import open_data
+from fedvlm_jax.training import final_evaluation
+from fedvlm_jax.training.experiment import open_experiment
+from fedvlm_jax.training.federated_data import BaseScoring, open_data
 from fedvlm_jax.training.loaded_model import LoadedModel
 
 VLM = SimpleNamespace(positions=64, most_prompt_tokens=lambda answer: 64)
@@ -30,5 +34,19 @@ def test_the_bare_base_is_asked_once_for_all_runs_that_score_alike():
 
     options = EvaluationOptions(), EvaluationOptions(), EvaluationOptions(batch_size=4)
     for evaluation in options:
-        data.zero_shot(evaluation, PreferenceOptions(), ask=ask)
+        data.zero_shot(BaseScoring(evaluation, PreferenceOptions(), pixels=False), ask=ask)
     assert len(asked) == 2
+
+
+def test_what_is_computed_of_pixels_and_of_kept_features_is_kept_apart(model, loaded, tmp_path, monkeypatch):
+    """The vision tower rounds otherwise in a program with all that comes after it."""
+    monkeypatch.setattr(final_evaluation, "score_base", lambda experiment: object())
+    run = tiny_run(model, tmp_path, objective="dpo", system=SystemOptions(cache="memory"))
+    features, pixels = (
+        open_experiment(each, loaded) for each in (run, replace(run, system=SystemOptions(cache="off")))
+    )
+    assert features.data is pixels.data
+    assert final_evaluation.ask_base(features) is final_evaluation.ask_base(features)
+    assert final_evaluation.ask_base(features) is not final_evaluation.ask_base(pixels)
+    assert features.evaluator.base is not pixels.evaluator.base
+    assert features.find_reference() is not pixels.find_reference()

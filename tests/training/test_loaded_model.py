@@ -68,12 +68,12 @@ def test_reference_log_probabilities_of_other_shapes_are_kept_apart(monkeypatch)
     monkeypatch.setattr(federated_data, "compute_reference", lambda *args, **options: stores.append(args[4]))
     monkeypatch.setattr(LoadedModel, "reference_scorer", None)
     loaded = load()
-    for width, batch in ((4, 32), (8, 32), (4, 16), (4, 32)):
+    for width, batch, pixels in ((4, 32, False), (8, 32, False), (4, 16, False), (4, 32, False), (4, 32, True)):
         arrays = {name: np.zeros((2, width), np.int32) for name in ("input_ids", "labels", "rejected")}
         data = FederatedData(loaded, None, None, 0, True)
         vars(data)["examples"] = SimpleNamespace(**arrays)
-        data.reference(batch, False, None, inputs=None, note=print)
-    assert len({id(store) for store in stores}) == 3
+        data.reference(batch, False, None, pixels, inputs=None, note=print)
+    assert len({id(store) for store in stores}) == 4
     assert stores[0] is stores[3]
 
 

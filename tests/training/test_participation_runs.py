@@ -17,7 +17,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.simulator import RoundReport
 from fedvlm_jax.run_dir.reader import read_metrics, read_run
 from fedvlm_jax.training import federated_run
-from fedvlm_jax.training.trainer import _describe_round
+from fedvlm_jax.training.trainer import describe_round
 
 pytestmark = pytest.mark.broad
 
@@ -88,11 +88,11 @@ def test_a_line_s_means_are_over_those_who_trained():
         metrics={"loss": np.asarray([1.0, 0.0, 3.0]), "steps": np.asarray([4.0, 0.0, 2.0])},
         health={"shared_norm": 5.0}, bytes_up=8, bytes_down=9, trained=None, base={},
     )  # fmt: skip
-    line = _describe_round(6, "plora", report, 2.0)
+    line = describe_round(6, "plora", report, 2.0)
     assert (line["clients"], line["dropped"], line["stragglers"]) == (3, 1, 1)
     assert (line["loss"], line["steps"], line["shared_norm"]) == (2.0, 3.0, 5.0)
     nobody = dataclasses.replace(report, metrics=jax.tree.map(np.zeros_like, report.metrics))
-    assert not {"loss", "steps"} & _describe_round(6, "plora", nobody, 2.0).keys()
+    assert not {"loss", "steps"} & describe_round(6, "plora", nobody, 2.0).keys()
 
 
 # --- Options ---

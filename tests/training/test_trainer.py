@@ -1,4 +1,4 @@
-"""The learning rates of a run's rounds, and dropout in them."""
+"""The learning rates of a run's rounds, dropout in them, and that a trainer runs them once."""
 
 import pytest
 from tiny_run import tiny_run
@@ -7,6 +7,7 @@ from fedvlm_jax.config.run_options import LoraOptions, TrainOptions
 from fedvlm_jax.training import round_setup
 from fedvlm_jax.training.experiment import make_simulator, open_experiment
 from fedvlm_jax.training.learning_rates import find_rates
+from fedvlm_jax.training.trainer import FederatedTrainer
 from fedvlm_jax.utils.progress import SilentProgress
 
 
@@ -37,3 +38,13 @@ def test_dropout_reaches_training_and_targets_without_a_weight_are_told(model, l
     assert [note for note in show.notes if "targets" in note] == [
         f"--lora.targets: o_proj, lm_head match no weight of {model}; the others have adapters"
     ]
+
+
+def test_a_trainer_runs_once(model, loaded, tmp_path):
+    """Another run would begin with the models that the first one ended with."""
+    (tmp_path / "run").mkdir()
+    train = TrainOptions(rounds=1, local_steps=1, batch_size=4)
+    trainer = FederatedTrainer(open_experiment(tiny_run(model, tmp_path / "run", train=train), loaded))
+    trainer.run(0, ())
+    with pytest.raises(ValueError, match="a trainer runs once"):
+        trainer.run(0, ())

@@ -20,7 +20,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)(.*)$")
-_ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\]")
+_ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,<=]*)\]")  # f32[16], s8[], f8e4m3[2,2]: an element's width is in its name
 _CALLED = re.compile(r"\b(body|calls|to_apply|condition|\w+_computations?)=(\{[^}]*\}|[^,]+)")
 _NAME = re.compile(r"[\w.\-]+")
 
@@ -55,10 +55,7 @@ class Line(NamedTuple):
         return {role: _NAME.findall(names) for role, names in _CALLED.findall(self.rest)}
 
 
-Computations = Mapping[str, Mapping[str, Line]]
-
-
-def read_program(text: str) -> tuple[str, Computations]:
+def read_program(text: str) -> tuple[str, dict[str, dict[str, Line]]]:
     """Split a program's text; returns the first computation's name, and name -> lines of all."""
     computations: dict[str, dict[str, Line]] = {}
     entry, lines = "", dict[str, Line]()
@@ -72,11 +69,7 @@ def read_program(text: str) -> tuple[str, Computations]:
 
 
 def find_collectives(text: str, mesh: Mesh) -> tuple[tuple[Collective, ...], int]:
-    """Find all collectives that a program runs on a mesh; the two halves of an asynchronous one are one.
-
-    Returns:
-        The collectives, and the number of loops whose turns the text does not give: their bodies count once.
-    """
+    """Find a program's collectives on a mesh, asynchronous halves as one, and count the loops of unknown turns."""
     entry, computations = read_program(text)
     found = defaultdict[tuple[str, tuple[str, ...], int], list[int]](list)  # bytes of every run
     unknown: set[str] = set()
@@ -105,7 +98,7 @@ def find_collectives(text: str, mesh: Mesh) -> tuple[tuple[Collective, ...], int
     return tuple(Collective(*key, len(sizes), sum(sizes)) for key, sizes in sorted(found.items())), len(unknown)
 
 
-def _count_turns(loop: Line, computations: Computations) -> int | None:
+def _count_turns(loop: Line, computations: Mapping[str, Mapping[str, Line]]) -> int | None:
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(known[1])
     (condition,) = loop.called["condition"]
@@ -125,10 +118,8 @@ def _count_bytes(line: Line, lines: Mapping[str, Line]) -> int:
 
 def _count_bits(types: str) -> int:
     bits = 0
-    for element, lengths in _ARRAY.findall(types):
-        # An element's width ends its name, but for these two: f32, s8, f8e4m3.
-        width = re.match(r"[a-z]+?(\d+)", element)
-        size = {"pred": 8, "bf16": 16}.get(element, int(width[1]) if width else 0)
+    for element, width, lengths in _ARRAY.findall(types):
+        size = 8 if element == "pred" else int(width or 0)
         bits += size * math.prod(int(length.lstrip("<=")) for length in lengths.split(",") if length)
     return bits
 

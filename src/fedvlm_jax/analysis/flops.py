@@ -31,8 +31,7 @@ def _count(equation: Any) -> int:
     params, shapes = equation.params, [variable.aval.shape for variable in equation.invars]
     made = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
     values = [part for value in params.values() for part in (value if isinstance(value, list | tuple) else [value])]
-    jaxprs = [value.jaxpr if isinstance(value, ClosedJaxpr) else value for value in values]
-    inner = [sum(map(_count, jaxpr.eqns)) for jaxpr in jaxprs if isinstance(jaxpr, Jaxpr)]
+    inner = [sum(map(_count, value.eqns)) for value in values if isinstance(value, ClosedJaxpr | Jaxpr)]
     match equation.primitive.name:
         case "dot_general":
             (contracted, _), _ = params["dimension_numbers"]

@@ -18,15 +18,14 @@ from fedvlm_jax.analysis.plan_options import Request, check_request
 from fedvlm_jax.analysis.tpu_topologies import Chip, open_devices, parse_topology
 from fedvlm_jax.config.method_checks import check_rule
 from fedvlm_jax.config.method_setup import make_spec
-from fedvlm_jax.data.tokenization import MULTIPLE
-from fedvlm_jax.distributed.mesh import CLIENTS, make_mesh
+from fedvlm_jax.data.batches import MULTIPLE
+from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.distributed.mesh_option import parse_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation import memory, round_shapes
 from fedvlm_jax.federation.cohort import Layout
-from fedvlm_jax.lora import LoRA
-from fedvlm_jax.models import Vlm, read_size, read_vlm
-from fedvlm_jax.objectives import Objective, load_objective
+from fedvlm_jax.models import read_size, read_vlm
+from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.training import round_setup
 
 
@@ -43,11 +42,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The widest wave that fits, compiled.
-
-    `memory` has the bytes of a device: the compiler's analysis; `unread`, of the base, which the round does not read;
-    `needed`, the analysis' sum or peak and what is not read; `base` and `per_client` of that.
-    """
+    """The widest wave that fits, compiled."""
 
     request: Request
     chip: Chip | None
@@ -57,7 +52,7 @@ class Plan:
     image_tokens: int  # of a picture
     example: dict[str, tuple[int, ...]]  # name -> shape; image features in place of pixels where they are kept
     clients: int  # side by side on a device, or on the devices that share a base
-    memory: dict[str, int]
+    memory: dict[str, int]  # bytes of a device, under the names that the report explains
     room: int | None  # bytes of a device; None where they are unknown
     flops: int  # of a device in a round
     seconds: float | None  # of these at the chip's bf16 peak: no round is faster; None without a known peak
@@ -76,16 +71,28 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         UserError: the topology, the mesh, the model or the sizes cannot be, or not even one client fits.
     """
     check_request(request)
-    run, topology, clients = request.run, parse_topology(request.topology), request.clients
+    run, sizes, topology, clients = request.run, request.sizes, parse_topology(request.topology), request.clients
     # Devices come first: jax settles their number when it is first asked.
     mesh, chip = make_mesh(*(parse_mesh(run.system.mesh) or ()), devices=open_devices(topology)), topology.chip
     vlm = read_vlm(run.model, **round_setup.choose_arithmetic(run.system))
     check_rule(run, vlm)
     objective, spec = load_objective(run.objective, run.preference), make_spec(run, vlm)
-    image_tokens, example = _shape_example(request, vlm, objective, spec)
+    size = (sizes.image_size, sizes.image_size) if sizes.image_size else read_size(request.model)
+    if size is None:
+        raise UserError(f"{request.model} does not say how large its pictures are: say --sizes.image-size, say 768")
+    tokens = vlm.image_tokens(*size)
+    # Sequences are padded as batches are.
+    prompt, answer = (-(-n // MULTIPLE) * MULTIPLE for n in (tokens + sizes.prompt_tokens, sizes.answer_tokens))
+    most = {"prompt": max(vlm.most_prompt_tokens(answer), 0), "answer": vlm.positions}
+    for name, length in (("prompt", prompt), ("answer", answer)):
+        if length > most[name]:
+            makes = f"that makes {length} tokens with the picture's, and the model has {most[name]} positions"
+            raise UserError(f"--sizes.{name}-tokens: {makes}")
+    cached = run.system.cache != "off"
+    example = round_shapes.shape_examples(vlm, objective, spec, size=size, prompt=prompt, answer=answer, cached=cached)
     room = memory.read_device_bytes(mesh) if chip is None else int(chip.hbm * memory.GIB)
-    groups, cohort = mesh.shape[CLIENTS], request.cohort or clients
-    examples = [request.sizes.examples or run.train.local_steps * run.train.batch_size] * clients
+    groups, together, cohort = *mesh.devices.shape, request.cohort or clients
+    examples = [sizes.examples or run.train.local_steps * run.train.batch_size] * clients
     lay_out = partial(round_setup.lay_out_sizes, run, examples, mesh, cohort)
     attempts: list[Attempt] = []
 
@@ -97,7 +104,7 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         note(f"{'fits' if fits else 'does not fit'}: {takes} of a device (compiled in {seconds:.0f} s)")
 
     def try_wave(wave: int) -> tuple[tuple[Any, ...], memory.Footprint]:
-        layout, began, together = lay_out(wave), time.monotonic(), mesh.devices.size // groups
+        layout, began = lay_out(wave), time.monotonic()
         share = "a device" if together == 1 else f"{together} devices with one base"
         waves = f"{layout.waves} x {layout.wave}, {layout.wave // groups} side by side on {share}"
         note(f"compiling for {topology.name}: {cohort} clients, {waves}")
@@ -112,13 +119,12 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         unread = memory.count_unread(compiled, arguments)
         footprint = memory.measure(compiled, arguments.params, mesh, layout.wave, unread)
         account(layout, footprint.total, began)
-        count = partial(count_flops, partial(programs.round, phase=phase), *arguments)
-        return (layout, compiled, unread, count), footprint
+        return (layout, compiled, unread, partial(programs.round, phase=phase), arguments), footprint
 
     widest = lay_out(run.system.wave).wave
-    (layout, compiled, unread, count), footprint = memory.find_wave(try_wave, widest, cohort, groups, room)
+    (layout, compiled, unread, program, arguments), footprint = memory.find_wave(try_wave, widest, cohort, groups, room)
     needs = {"needed": footprint.total, "base": footprint.base, "per_client": footprint.per_client}
-    flops, hourly = count() // mesh.devices.size, request.price_per_chip_hour
+    flops, hourly = count_flops(program, *arguments) // mesh.devices.size, request.price_per_chip_hour
     seconds = None if chip is None else flops / (chip.flops * 1e12)
     collectives, unknown_loops = find_collectives(compiled.as_text(), mesh)
     return Plan(
@@ -127,7 +133,7 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         mesh=dict(mesh.shape),
         layout=layout,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(vlm.shapes())),
-        image_tokens=image_tokens,
+        image_tokens=tokens,
         example={name: array.shape for name, array in example.items()},
         clients=footprint.clients,
         memory={**memory.read_memory(compiled)._asdict(), "unread": unread, **needs},
@@ -138,22 +144,4 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         collectives=collectives,
         unknown_loops=unknown_loops,
         attempts=tuple(attempts),
-    )
-
-
-def _shape_example(request: Request, vlm: Vlm, objective: Objective, spec: LoRA) -> tuple[int, dict[str, Any]]:
-    """Return the tokens of a picture, and the shapes of an example with sequences padded as batches are."""
-    sizes, side = request.sizes, request.sizes.image_size
-    size = (side, side) if side else read_size(request.model)
-    if size is None:
-        raise UserError(f"{request.model} does not say how large its pictures are: say --sizes.image-size, say 768")
-    tokens = vlm.image_tokens(*size)
-    prompt, answer = (-(-n // MULTIPLE) * MULTIPLE for n in (tokens + sizes.prompt_tokens, sizes.answer_tokens))
-    room = max(vlm.most_prompt_tokens(answer), 0)
-    for name, length, most in (("prompt", prompt, room), ("answer", answer, vlm.positions)):
-        if length > most:
-            makes = f"that makes {length} tokens with the picture's, and the model has {most} positions"
-            raise UserError(f"--sizes.{name}-tokens: {makes}")
-    return tokens, round_shapes.shape_examples(
-        vlm, objective, spec, size=size, prompt=prompt, answer=answer, cached=request.system.cache != "off"
     )

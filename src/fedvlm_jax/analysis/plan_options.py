@@ -9,6 +9,7 @@ import tyro
 from fedvlm_jax.analysis.tpu_topologies import CHIPS, CPU, parse_topology
 from fedvlm_jax.config import run_options
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.utils.option_ranges import Count, Positive, check_ranges
 
 
@@ -52,9 +53,7 @@ class Request:
     preference: run_options.PreferenceOptions = field(default_factory=run_options.PreferenceOptions)
     local: run_options.LocalOptions = field(default_factory=run_options.LocalOptions)
     server: run_options.ServerOptions = field(default_factory=run_options.ServerOptions)
-    method_options: Annotated[run_options.MethodOptions, tyro.conf.arg(name="method")] = field(
-        default_factory=run_options.MethodOptions
-    )
+    method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = field(default_factory=MethodOptions)
     system: run_options.SystemOptions = field(default_factory=run_options.SystemOptions)
 
     @property
@@ -72,9 +71,8 @@ def check_request(request: Request) -> None:
     """
     topology = parse_topology(request.topology)
     check_ranges(request)
-    cohort, clients = request.cohort, request.clients
-    if cohort is not None and cohort > clients:
-        raise UserError(f"--cohort {cohort}: there are only {clients} clients; say --clients {cohort}")
+    if (cohort := request.cohort or 0) > request.clients:
+        raise UserError(f"--cohort {cohort}: there are only {request.clients} clients; say --clients {cohort}")
     if request.train.local_epochs is not None and request.sizes.examples is None:
         raise UserError("--train.local-epochs decide how many steps a client takes: say --sizes.examples too")
     for name in ("cache_gib", "cache_dir"):

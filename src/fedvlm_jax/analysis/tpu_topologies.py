@@ -88,24 +88,19 @@ def open_devices(topology: Topology) -> list[Any]:
     """
     import jax
 
-    with contextlib.suppress(RuntimeError):  # settled already: nothing is computed in a plan, so it does no harm
-        jax.config.update("jax_platforms", "cpu")
-    if topology.chip is not None:
-        return _open_tpu(topology)
     count = topology.devices
-    if count is not None:
-        with contextlib.suppress(RuntimeError):  # settled already, perhaps with enough of them
+    with contextlib.suppress(RuntimeError):  # settled already, perhaps with enough devices; a plan computes nothing
+        jax.config.update("jax_platforms", "cpu")
+        if topology.chip is None and count is not None:
             jax.config.update("jax_num_cpu_devices", count)
-    devices = jax.devices("cpu")
-    if count is not None and len(devices) < count:
-        raise UserError(
-            f"--topology cpu:{count}: this process has settled for {len(devices)} CPU devices already; plan in a "
-            "new process, or leave out what sets XLA_FLAGS=--xla_force_host_platform_device_count"
-        )
-    return devices[:count]
-
-
-def _open_tpu(topology: Topology) -> list[Any]:
+    if topology.chip is None:
+        devices = jax.devices("cpu")
+        if count is not None and len(devices) < count:
+            raise UserError(
+                f"--topology cpu:{count}: this process has settled for {len(devices)} CPU devices already; plan in a "
+                "new process, or leave out what sets XLA_FLAGS=--xla_force_host_platform_device_count"
+            )
+        return devices[:count]
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f'--topology {topology.name} is compiled by libtpu, which is not installed: pip install "fedvlm-jax[plan]" '
@@ -127,14 +122,13 @@ def _open_tpu(topology: Topology) -> list[Any]:
     # jax has read what they say of the CPU, and libtpu aborts where it does not know a flag.
     if flags := os.environ.get("XLA_FLAGS"):
         os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags.split() if not flag.startswith("--xla_cpu_"))
-    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if topology.devices == 1 else {}
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
     if topology.name.startswith("v4"):
         options["chip_config_name"] = "megacore"  # its two cores as one device, as jax has them on a v4
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError
         raise UserError(f"--topology {topology.name}: libtpu refuses it: {str(error).splitlines()[0]}") from error
-    if len(devices) != topology.devices:
-        made = f"libtpu makes {len(devices)} devices of its {topology.devices} chips"
-        raise UserError(f"--topology {topology.name}: {made}")
+    if len(devices) != count:
+        raise UserError(f"--topology {topology.name}: libtpu makes {len(devices)} devices of its {count} chips")
     return list(devices)

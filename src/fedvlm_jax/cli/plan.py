@@ -18,7 +18,6 @@ def plan(request: Annotated[Request, tyro.conf.arg(name="")] = Request()) -> Non
     from fedvlm_jax.analysis.plan import plan_round
     from fedvlm_jax.reporting import plan_report, tables
     from fedvlm_jax.utils import progress_display
-    from fedvlm_jax.utils.console import Terminal
 
     show = progress_display.open_progress()
     with open_folder(request.out, "plan") as folder:
@@ -27,14 +26,9 @@ def plan(request: Annotated[Request, tyro.conf.arg(name="")] = Request()) -> Non
         finally:
             show.finish()
         plan_report.write_plan(folder, planned)
-    console = Terminal()
-    for table in plan_report.tabulate_plan(planned):
-        tables.show(console, table)
-        if table.note:
-            console.say(table.note, style="dim")
+    console = tables.show_all(plan_report.tabulate_plan(planned))
     console.say(f"plan     {folder / 'plan.md'}\nnumbers  {folder / 'plan.json'}")
-    refusal = plan_report.describe_refusal(planned)
-    if refusal and request.system.wave is not None:
-        raise UserError(f"--wave {request.system.wave} {refusal}")
-    if refusal:
+    if refusal := plan_report.describe_refusal(planned):
+        if request.system.wave is not None:
+            raise UserError(f"--wave {request.system.wave} {refusal}")
         console.say(refusal, style="yellow")

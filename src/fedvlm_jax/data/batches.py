@@ -15,6 +15,9 @@ from jaxtyping import Bool, Int
 from fedvlm_jax.utils.random_streams import Stream
 
 T = TypeVar("T")
+IGNORED = -100  # label of a position that no loss counts, Hugging Face's convention
+LABELS = ("labels", "rejected_labels")  # the chosen answer's in a batch, and the rejected one's
+MULTIPLE = 4  # token axes are padded to multiples of this: few shapes, little waste
 
 
 def local_batches(seed: int, round_: int, client: int, n: int, steps: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +45,9 @@ def local_batches(seed: int, round_: int, client: int, n: int, steps: int, batch
 
 
 def count_steps(n: int, epochs: float, batch: int) -> int:
-    """Count the steps in which `local_batches` shows all of `n` examples `epochs` times: ⌈E n / B⌉ where n ≥ B.
+    """Count the steps in which `local_batches` shows each of `n` examples `epochs` times.
+
+    Returns ⌈epochs · n / min(n, batch)⌉ local steps, 0 without examples.
 
     >>> count_steps(10, 1.1, 1)  # the decimal number, not the binary fraction a little above it
     11

@@ -42,11 +42,15 @@ def describe(
     check_images: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Describe a federation, rows that will be skipped included, as JSON; `note` gets a line before long work.
+    """Describe a federation, rows that will be skipped included; `note` gets a line before long work.
 
     With `check_images` every image is decoded, to find those that are broken, and those with equal pixels though their
-    bytes differ. `keys` has for each key the rows per value, in all and by client, and the clients' unlikeness; `label`
-    is the key that says most.
+    bytes differ.
+
+    Returns:
+        JSON of counts, of rows unless they are called `distinct` or `images`. `keys` has for each key the rows per
+        value, in all and by client, and the clients' unlikeness, 0 to 1; `label` is the key that says most. `texts` has
+        the lengths in characters and in words.
     """
     places = place_rows(federation)
     note(f"hashing the images of {len(places.rows)} rows")

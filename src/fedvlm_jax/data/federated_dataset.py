@@ -39,6 +39,11 @@ class ClientRows:
     # tested on either, because other clients may have trained on the same pictures.
     held_out: bool = field(default=False, kw_only=True)
 
+    @property
+    def trains(self) -> bool:
+        """Say whether the client takes part in rounds: it is not held out and has training rows."""
+        return not self.held_out and len(self.train) > 0
+
     def rows_of(self, split: Split) -> Rows:
         """Return the rows of a split by its name."""
         return getattr(self, split)
@@ -82,6 +87,11 @@ def gather_clients(
     """Give every client its rows, split by split; a client without rows stays, empty.
 
     `rows` [n] are in the order in which clients are to read them; `owners` are places in `names`, `splits` in `SPLITS`.
+
+    >>> rows, owners, splits = np.asarray([7, 3, 5]), np.asarray([1, 0, 1]), np.asarray([0, 0, 2])
+    >>> ann, bob = gather_clients(rows, owners, splits, ("ann", "bob"), ()).clients
+    >>> ann.train, bob.train, bob.test
+    (array([3]), array([7]), array([5]))
     """
     part = owners * len(SPLITS) + splits
     order = np.argsort(part, kind="stable")  # stable: rows keep the order in which clients read them

@@ -23,7 +23,7 @@ from fedvlm_jax.data.image_decoding import DECODING, BrokenImageError
 from fedvlm_jax.data.safe_paths import OutsideError, read_below
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.cache_folders import Hold
-from fedvlm_jax.utils.digests import digest_parts
+from fedvlm_jax.utils.digests import DIGEST_SIZE, digest_parts
 from fedvlm_jax.utils.files import read_plain, write_bytes
 
 # Stands for a text whose bytes are no UTF-8: nobody checks when parquet is written, and damage is not noticed.
@@ -37,7 +37,6 @@ LONGEST_NAME = 80  # characters of an image's name that a message shows
 INLINE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in base64
 
 FACTS = f"fedvlm-jax-images-{DECODING}.npz"  # the file of `ImageFacts`, beside the Arrow files
-DIGEST = 16  # bytes of a digest
 
 RowNumbers = Sequence[int] | np.ndarray
 
@@ -64,7 +63,7 @@ class ImageFacts:
         sound |= {row for row in self.sound if lasting(row)}
         out = io.BytesIO()
         rows = np.asarray(list(digests), np.int64)
-        stacked = np.frombuffer(b"".join(digests.values()), np.uint8).reshape(-1, DIGEST)
+        stacked = np.frombuffer(b"".join(digests.values()), np.uint8).reshape(-1, DIGEST_SIZE)
         np.savez(out, rows=rows, digests=stacked, sound=np.asarray(sorted(sound), np.int64))
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
             write_bytes(self.file, digest_parts([out.getvalue()]) + out.getvalue())
@@ -243,8 +242,8 @@ def _read_facts(file: Path) -> tuple[dict[int, bytes], set[int]]:
     with contextlib.suppress(OSError):
         content = read_plain(file)
     # The arrays come after a digest of them, which a file that was cut short or changed does not fit.
-    if len(content) <= DIGEST or digest_parts([content[DIGEST:]]) != content[:DIGEST]:
+    if len(content) <= DIGEST_SIZE or digest_parts([content[DIGEST_SIZE:]]) != content[:DIGEST_SIZE]:
         return {}, set()
-    with np.load(io.BytesIO(content[DIGEST:]), allow_pickle=False) as stored:
+    with np.load(io.BytesIO(content[DIGEST_SIZE:]), allow_pickle=False) as stored:
         digests = (digest.tobytes() for digest in stored["digests"])
         return dict(zip(stored["rows"].tolist(), digests, strict=True)), set(stored["sound"].tolist())

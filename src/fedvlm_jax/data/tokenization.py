@@ -14,15 +14,13 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data import federated_dataset as federated
+from fedvlm_jax.data.batches import IGNORED, MULTIPLE
 from fedvlm_jax.data.config import SPLITS, DataOptions
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.unique_images import Images, number_distinct, unique_images
 from fedvlm_jax.errors import UserError
 
 CLIENT_QUESTION = "question_client"  # the column of the question in the client's language
-IGNORED = -100  # label of a position that no loss counts, Hugging Face's convention
-LABELS = ("labels", "rejected_labels")  # the chosen answer's in a batch, and the rejected one's
-MULTIPLE = 4  # token axes are padded to multiples of this: few shapes, little waste
 CHUNK = 1024  # texts that are tokenised at a time
 
 # More characters per token than any text has on average. A text of megabytes would make every array as wide as itself,

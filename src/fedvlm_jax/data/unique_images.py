@@ -19,6 +19,7 @@ from fedvlm_jax.data.config import MAX_IMAGE_PIXELS
 from fedvlm_jax.data.image_decoding import BrokenImageError, decode_picture
 from fedvlm_jax.data.table import RowNumbers, Table
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.utils.digests import DIGEST_SIZE
 
 T = TypeVar("T", bound=Hashable)
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read, hash and decode
@@ -130,7 +131,7 @@ def digest_rows(table: Table, rows: RowNumbers) -> tuple[list[bytes | None], dic
 
 
 def _digest(encoded: bytes) -> bytes:
-    return hashlib.blake2b(encoded, digest_size=16).digest()
+    return hashlib.blake2b(encoded, digest_size=DIGEST_SIZE).digest()
 
 
 def _try_all(work: Callable[[int], T], items: Sequence[int]) -> tuple[dict[int, T], dict[int, str]]:

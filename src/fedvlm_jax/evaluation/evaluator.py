@@ -8,7 +8,7 @@ its devices answer, and gets all answers.
 Axes: C clients, V pieces at a time, B examples of a piece, U labels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from fedvlm_jax.data.batches import pad_rows, read_ahead
+from fedvlm_jax.data.batches import IGNORED, LABELS, pad_rows, read_ahead
 from fedvlm_jax.data.config import Split
-from fedvlm_jax.data.tokenization import IGNORED, LABELS, Examples
+from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.distributed.mesh import CLIENTS
 from fedvlm_jax.distributed.sharding import fetch, local_places, place, place_local
 from fedvlm_jax.evaluation.metrics.preferences import Numbers, score_preferences
@@ -49,6 +49,13 @@ class _Piece(NamedTuple):
     client: int
     rows: Int[np.ndarray, " examples"]
     real: int
+
+
+def _split(outputs: PyTree, wave: Sequence[_Piece]) -> Iterator[tuple[int, PyTree]]:
+    """Yield the client of every piece in which something counts, and its part [up to B, …] of the arrays [V, B, …]."""
+    for at, piece in enumerate(wave):
+        if piece.real:
+            yield piece.client, jax.tree.map(lambda leaf, at=at, piece=piece: leaf[at, : piece.real], outputs)
 
 
 @dataclass(frozen=True)
@@ -138,11 +145,8 @@ class Evaluator:
             batch, clients = place_local(read, across), np.asarray([piece.client for piece in wave])
             for name, adapters in models.items():
                 placed = None if adapters is None else place(adapters(clients), across)
-                outputs = fetch(program(params, placed, batch))
-                for at, piece in enumerate(wave):
-                    if piece.real:
-                        part = jax.tree.map(lambda leaf, at=at, piece=piece: leaf[at, : piece.real], outputs)
-                        found[name].setdefault(piece.client, []).append(part)
+                for client, part in _split(fetch(program(params, placed, batch)), wave):
+                    found[name].setdefault(client, []).append(part)
                 done += 1
                 if shown:
                     self.advance(done, total, shown)

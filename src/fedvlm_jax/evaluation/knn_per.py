@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.data.config import Split
-from fedvlm_jax.data.tokenization import IGNORED
 from fedvlm_jax.evaluation.evaluator import Adapters, Evaluator
 from fedvlm_jax.models import Batch, Params, Vlm
 
@@ -108,7 +108,7 @@ def with_datastore(vlm: Vlm, neighbours: int, temperature: float) -> Vlm:
     def generate(params: Params, adapter: PyTree, batch: Batch, max_tokens: int, **options: Any) -> Array:
         if not isinstance(adapter, KnnAdapter):
             return vlm.generate(params, adapter, batch, max_tokens, **options)
-        options |= {"amend": mix, "recalled": adapter.datastore}
+        options |= {"amend": mix, "datastore": adapter.datastore}
         return vlm.generate(params, adapter.adapter, batch, max_tokens, **options)
 
     return dataclasses.replace(vlm, encode=encode, states=states, generate=generate)

@@ -77,7 +77,7 @@ class ClientStates:
     @property
     def record(self) -> int:
         """Bytes of a client's record: its state and the digest."""
-        return sum(self._bytes) + digests.SIZE
+        return sum(self._bytes) + digests.DIGEST_SIZE
 
     def gather(self, numbers: Sequence[int] | np.ndarray, slots: Slots | None = None) -> PyTree:
         """Copy the states of these clients [K, …], now or where a table of another time says.
@@ -179,7 +179,7 @@ class ClientStates:
 
     def _read(self, slot: int, parts: Sequence[np.ndarray]) -> None:
         """Fill the parts of a state from a slot, and check it."""
-        seal, begin = np.empty(digests.SIZE, np.uint8), slot * self.record
+        seal, begin = np.empty(digests.DIGEST_SIZE, np.uint8), slot * self.record
         _transfer(os.preadv, self._file, [*parts, seal], begin, self._name)
         if seal.tobytes() != self._digest(slot, parts):
             raise DamagedError(

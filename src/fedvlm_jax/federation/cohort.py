@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from fedvlm_jax.data.batches import bucket, round_rows
-from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.federation.round import to_waves
 from fedvlm_jax.methods import Client
+
+if TYPE_CHECKING:
+    from fedvlm_jax.data.tokenization import Examples  # which loads pyarrow
 
 WAVE = 16  # clients trained side by side on one device, unless the user says otherwise
 
@@ -71,7 +73,7 @@ def make_clients(
     seed: int,
     round_: int,
     numbers: Int[np.ndarray, " cohort"],
-    examples: Examples,
+    examples: "Examples",
     inputs: Callable[[np.ndarray], dict[str, np.ndarray]],
     layout: Layout,
     weighting: Literal["examples", "uniform"],

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.data.tokenization import IGNORED, LABELS
+from fedvlm_jax.data.batches import IGNORED, LABELS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods import Client
 from fedvlm_jax.methods.base import Metrics, is_factor

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
-from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.distributed.sharding import fetch, fetch_local, local_places, place_like, place_waves, replicate
 from fedvlm_jax.federation.client_states import NOBODY, ClientStates, Slots
 from fedvlm_jax.federation.cohort import Layout, fill_places, make_clients
@@ -41,6 +40,9 @@ from fedvlm_jax.federation.round import (
 )
 from fedvlm_jax.methods import Client
 from fedvlm_jax.utils.random_streams import Stream
+
+if TYPE_CHECKING:
+    from fedvlm_jax.data.tokenization import Examples  # which loads pyarrow
 
 
 class RoundInputs(NamedTuple):
@@ -90,7 +92,7 @@ class Simulator:
 
     programs: Programs
     params: PyTree  # the base, on the devices
-    examples: Examples
+    examples: "Examples"
     inputs: Inputs
     layout: Layout
     seed: int  # decides cohorts and batches
@@ -121,7 +123,7 @@ class Simulator:
         own = local_places(self.programs.mesh, self.layout.wave)
         self._places = (own[:, None] * waves + np.arange(waves)).ravel()
         # A place in a cohort is for who can fill it.
-        self._trainable = np.flatnonzero([not client.held_out and len(client.train) > 0 for client in clients])
+        self._trainable = np.flatnonzero([client.trains for client in clients])
         self._sizes = np.asarray([len(clients[number].train) for number in self._trainable])
         by_size = self.participation.sampling == "size" and self.layout.cohort < len(self._sizes)
         self._shares = find_shares(self._sizes, "examples" if by_size else self.weighting)

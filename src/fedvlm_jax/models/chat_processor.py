@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from fedvlm_jax.data.tokenization import IGNORED
+from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.processor_files import digest_settings, list_files, pad

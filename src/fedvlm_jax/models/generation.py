@@ -20,7 +20,7 @@ from fedvlm_jax.models.beam_search import Decoder, Settings, Step, search_beams,
 from fedvlm_jax.models.folder_files import require_integer
 
 Amend = Callable[[PyTree, Array, Array], Array]
-"""(recalled, last states [B, K, D], logits [B, K, V]) -> logits to search with."""
+"""(datastore, last states [B, K, D], logits [B, K, V]) -> logits to search with."""
 
 # Options of GenerationConfig that would change the tokens and are not implemented, with their neutral values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -117,14 +117,14 @@ def make_generate(
 
     @partial(jax.jit, static_argnames=("length", "settings", "amend"))
     def run(
-        params: Params, adapter: PyTree, batch: Batch, recalled: PyTree, length: int, settings: Settings,
+        params: Params, adapter: PyTree, batch: Batch, datastore: PyTree, length: int, settings: Settings,
         amend: Amend | None,
     ) -> Array:  # fmt: skip
         decoder = open_decoder(params, adapter, batch, settings.num_beams, length)
 
         def amended(step: Callable[..., Step], *args: Any) -> Step:
             states, logits, cache = step(*args)
-            return states, logits if amend is None else amend(recalled, states, logits), cache
+            return states, logits if amend is None else amend(datastore, states, logits), cache
 
         search = search_greedy if settings.num_beams == 1 else search_beams
         first, step = partial(amended, decoder.first), partial(amended, decoder.step)
@@ -132,7 +132,7 @@ def make_generate(
 
     def generate(
         params: Params, adapter: PyTree, batch: Batch, max_tokens: int, *, num_beams: int | None = None,
-        amend: Amend | None = None, recalled: PyTree = None, **options: Any,
+        amend: Amend | None = None, datastore: PyTree = None, **options: Any,
     ) -> Int[Array, "B U"]:  # fmt: skip
         """Answers to a batch, without the decoder's start token.
 
@@ -141,7 +141,7 @@ def make_generate(
             max_tokens: how many tokens at most, forced BOS and EOS included: transformers' `max_new_tokens`.
             num_beams: 1 for greedy search; None for what the generation configuration says.
             amend: changes the logits at every step; compiled once per function, so it must not be made anew each time.
-            recalled: the arrays that `amend` reads.
+            datastore: the arrays that `amend` reads.
             **options: other fields of `Settings` in place of the generation configuration's: forced_bos_token_id,
                 forced_eos_token_ids, no_repeat_ngram_size, min_length, min_new_tokens, length_penalty, early_stopping.
 
@@ -162,6 +162,6 @@ def make_generate(
             raise UserError(f"max_tokens={max_tokens} and num_beams={settings.num_beams} must both be at least 1")
         # What is not read would only compile the program anew for its shape.
         batch = {name: batch[name] for name in batch if name not in ("labels", "decoder_input_ids")}
-        return run(params, adapter, batch, recalled, max_tokens, settings, amend)
+        return run(params, adapter, batch, datastore, max_tokens, settings, amend)
 
     return generate

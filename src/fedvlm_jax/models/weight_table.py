@@ -63,6 +63,11 @@ class Slot(NamedTuple):
     layer: int | None
     rule: Rule
 
+    @property
+    def place(self) -> tuple[str, int | None]:
+        """Its place alone: two rules may not fill the same one."""
+        return self.path, self.layer
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -88,7 +93,7 @@ class Table:
     >>> table = Table(rules=dense("layers.{layer}.{side}", "layers/{side}"), fields={"side": "fc1|fc2"})
     >>> [name for name, _ in table.find_names("layers/fc2/kernel", layers=2)]
     ['layers.0.fc2.weight', 'layers.1.fc2.weight']
-    >>> table.find_slot("layers.1.fc2.bias")[:2]
+    >>> table.find_slot("layers.1.fc2.bias").place
     ('layers/fc2/bias', 1)
     """
 
@@ -221,12 +226,12 @@ def _plan(table: Table, expected: dict[str, Any], files: list[Path]) -> tuple[di
         if name != serves and (table.ties.fullmatch(short[name]) or short[name] in table.constants):
             repeats.add(name)
             problems += wrong
-        elif slot is None or slot[:2] not in names:
+        elif slot is None or slot.place not in names:
             problems.append(f"unexpected: {name} {list(shape)}")
-        elif slot[:2] in done:
+        elif slot.place in done:
             problems.append(f"twice: {name}")
         else:
-            done.add(slot[:2])
+            done.add(slot.place)
             slots[name] = slot
             wanted = expected[slot.path].shape[slot.layer is not None :]
             # A number that is broadcast has any shape and takes no memory.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fedvlm_jax import lora
-from fedvlm_jax.data.tokenization import IGNORED
+from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.models import Batch, Params, Vlm
 from fedvlm_jax.models.layers import widen
 

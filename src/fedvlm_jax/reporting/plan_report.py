@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from fedvlm_jax.analysis.plan import Plan
-from fedvlm_jax.distributed.mesh import CLIENTS
+from fedvlm_jax.distributed.mesh import MODEL
+from fedvlm_jax.distributed.mesh_option import MeshShape
 from fedvlm_jax.federation.memory import GIB
 from fedvlm_jax.reporting.tables import Table, format_bytes, to_markdown
 from fedvlm_jax.run_dir.artifacts import describe_environment
@@ -37,21 +38,19 @@ def describe_refusal(plan: Plan) -> str:
 
 
 def _name_place(plan: Plan) -> str:
-    others = [size for name, size in plan.mesh.items() if name != CLIENTS and size > 1]
-    chip = "chip" if plan.chip else "device"
-    return f"group of {others[0]} {chip}s" if others else chip
+    chip, together = "chip" if plan.chip else "device", plan.mesh[MODEL]
+    return f"group of {together} {chip}s" if together > 1 else chip
 
 
 def tabulate_plan(plan: Plan) -> list[Table]:
     """Make the tables of the round, its memory, its cost and its collectives."""
     run, layout, chip = plan.request.run, plan.layout, plan.chip
-    mesh = ",".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1 or name == CLIENTS)
     about = f" ({chip.hbm:g} GiB, {chip.flops:g} TFLOP/s each)" if chip else ""
     pictures = "features, computed once" if "image_features" in plan.example else "pixels, in every step"
     recomputed = ", layers recomputed" if run.system.remat else ""
     tokens, answer = plan.example["input_ids"][0], plan.request.sizes.answer_tokens
     planned = [
-        ("devices", f"{plan.request.topology}, {mesh}{about}"),
+        ("devices", f"{plan.request.topology}, {MeshShape(**plan.mesh)}{about}"),
         ("model", f"{run.model}, {plan.parameters / 1e6:.1f} M parameters, {run.system.compute}{recomputed}"),
         ("method", f"{run.method}, rank {run.lora.rank}, {run.objective}"),
         ("clients", f"{layout.cohort} of {plan.request.clients} a round: {layout.waves} × {layout.wave}, "
@@ -89,7 +88,6 @@ def tabulate_plan(plan: Plan) -> list[Table]:
 
 def write_plan(folder: Path, plan: Plan) -> None:
     """Write `plan.json` and `plan.md`."""
-    folder.mkdir(parents=True, exist_ok=True)
     refusal = describe_refusal(plan)
     write_json(folder / "plan.json", {**encode(plan), "refusal": refusal or None, **describe_environment()})
     parts = [f"# Plan for {plan.request.topology}", refusal, *map(to_markdown, tabulate_plan(plan))]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fedvlm_jax.evaluation.metrics.metric_labels import MEASURES, Measure, find_measure, order_measures, percent
-from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise, summarise_gain, summarise_matrix
+from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise, summarise_matrix
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, order_by_mean, spread
 from fedvlm_jax.reporting.tables import MANY, MARKS, Table, format_bytes, format_paired, keep_ends, points
 from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord
@@ -103,8 +103,8 @@ def _tabulate_models(title: str, models: Mapping[str, str], scores: Mapping[str,
         summary = summarise(scores[model])
         base = scores["held_out/zero_shot" if model.startswith("held_out") else "zero_shot"]
         written = "–"
-        if not model.endswith("zero_shot") and gain_by_client(scores[model], base):
-            gain = summarise_gain(scores[model], base)
+        if not model.endswith("zero_shot") and (gains := gain_by_client(scores[model], base)):
+            gain = summarise(gains)
             written = f"{points(gain.mean)} [{points(gain.low)}, {points(gain.high)}]"
         figures = (summary.mean, summary.std, summary.min, summary.worst_decile)
         jain = "–" if math.isnan(summary.jain) else f"{summary.jain:.3f}"

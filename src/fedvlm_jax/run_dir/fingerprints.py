@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from fedvlm_jax.config.run_options import Run
+from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.data.config import SPLITS
-from fedvlm_jax.data.tokenization import IGNORED, Examples
+from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.folder_files import find_files
 from fedvlm_jax.run_dir.artifacts import describe_versions
@@ -36,7 +37,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
 
 def describe_clients(examples: Examples) -> dict[str, str]:
     """Digest each client's rows, in their order and by split: pictures, tokens and answers, as they are used."""
-    rows = np.empty((len(examples), digests.SIZE), np.uint8)
+    rows = np.empty((len(examples), digests.DIGEST_SIZE), np.uint8)
     keys = [key.encode() for key in examples.images.keys]
     rejected = examples.rejected_answers or [""] * len(examples)
     labels = [each for each in (examples.labels, examples.rejected) if each is not None]

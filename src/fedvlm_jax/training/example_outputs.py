@@ -63,7 +63,7 @@ def write_examples(experiment: Experiment, scored: ScoredModels) -> None:
                 },
             }
         )
-        _save_picture(examples.images, int(examples.image[row]), experiment.folder / picture)
+        save_picture(examples.images, int(examples.image[row]), experiment.folder / picture)
     looked = {examples.clients[number].name: len(places) for number, places in candidates.items()}
     write_json(experiment.folder / EXAMPLES, {"looked_at": looked, "examples": entries})
 
@@ -132,7 +132,8 @@ def _first_of_each(right: Bool[np.ndarray, " some"], some: int, count: int) -> l
     return sorted([*np.flatnonzero(right)[:some].tolist(), *np.flatnonzero(~right)[: count - some].tolist()])
 
 
-def _save_picture(images: Images, index: int, file: Path) -> None:
+def save_picture(images: Images, index: int, file: Path) -> None:
+    """Write an image as a PNG of at most `SIDE` pixels a side."""
     picture = images.decode(index)
     picture.thumbnail((SIDE, SIDE))
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.config.method_setup import make_spec
-from fedvlm_jax.config.run_options import Run
+from fedvlm_jax.config.run_options import Run, without_extras
 from fedvlm_jax.data.federated_dataset import describe_lost, list_reasons
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.data.unique_images import Images
@@ -27,7 +27,7 @@ from fedvlm_jax.federation.inputs.reference_log_probs import Reference, add_refe
 from fedvlm_jax.federation.simulator import Simulator, start_adapter
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.objectives import Objective, load_objective
-from fedvlm_jax.training.federated_data import FederatedData, open_data
+from fedvlm_jax.training.federated_data import BaseScoring, FederatedData, open_data
 from fedvlm_jax.training.loaded_model import LoadedModel
 from fedvlm_jax.training.round_setup import check_room, choose_program_options, deal_ranks, lay_out_sizes
 from fedvlm_jax.utils.memoized import memoized
@@ -128,7 +128,7 @@ class Experiment:
         on_disk = system.cache == "disk" or (store is not None and store.on_disk)
         inputs, batch = make_inputs(self.examples, self.model.processor, store), self.run.evaluation.batch_size
         place = system.cache_dir if on_disk else None
-        return self.data.reference(batch, on_disk, place, inputs=inputs, note=self.show.note)
+        return self.data.reference(batch, on_disk, place, store is None, inputs=inputs, note=self.show.note)
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -150,8 +150,7 @@ class Experiment:
         Raises:
             UserError: a round would take more rows than a computer can list.
         """
-        # Clients without training examples take no place in a round.
-        sizes = [len(client.train) for client in self.examples.clients if not client.held_out and len(client.train)]
+        sizes = [len(client.train) for client in self.examples.clients if client.trains]
         return lay_out_sizes(self.run, sizes, self.model.mesh, self.run.cohort, self.wave or self.run.system.wave)
 
     @property
@@ -167,6 +166,13 @@ class Experiment:
         options = self.run.evaluation
         asked = options.neighbours
         return self.model.neighbours(asked, options.neighbour_temperature) if asked else None
+
+    @property
+    def base_scoring(self) -> BaseScoring:
+        """Return what decides the bare base's scores."""
+        # What is only reported of a run's models changes nothing of the base's answers: the baseline run leaves it out.
+        evaluation = replace(without_extras(self.run).evaluation, examples=0, cross_clients=False)
+        return BaseScoring(evaluation, self.run.preference, pixels=self.store is None)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -184,7 +190,7 @@ class Experiment:
             gold=gold.all,
             metrics=options.metrics,
             beta=self.run.preference.beta,
-            base=self.data.base_numbers,
+            base=self.data.base_numbers(self.base_scoring),
             advance=self.show.advance,
         )
 
@@ -213,7 +219,7 @@ def open_experiment(run: Run, model: LoadedModel, show: Progress | None = None) 
         show.note(f"{examples.rejected_truncated} rejected {cut}")
     if experiment.store is not None:
         _announce(model, examples.images.keys, images=examples.images, store=experiment.store, note=show.note)
-    trainable = sum(not client.held_out and len(client.train) > 0 for client in clients)
+    trainable = sum(client.trains for client in clients)
     if not trainable:
         raise UserError(f"none of the {len(clients)} clients has a training example, so there is nothing to train on")
     if run.cohort is not None and run.cohort > trainable:

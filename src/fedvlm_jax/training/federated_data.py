@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -30,6 +30,14 @@ from fedvlm_jax.utils.memoized import memoized
 
 IMAGES = 128
 """Images by which a client is known, at most: a mean over more costs their features and hardly moves."""
+
+
+class BaseScoring(NamedTuple):
+    """What decides the bare base's scores, beside the data."""
+
+    evaluation: EvaluationOptions
+    preference: PreferenceOptions
+    pixels: bool  # are read, not kept features: programs of the two round otherwise
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +78,10 @@ class FederatedData:
         """Digest all that a run reads: the files, and every client's rows."""
         return {**self.model.sources(self.options), "clients": describe_clients(self.examples)}
 
-    @cached_property
-    def base_numbers(self) -> dict[tuple[Split, int], Numbers]:
+    @memoized
+    def base_numbers(self, scoring: BaseScoring, /) -> dict[tuple[Split, int], Numbers]:
         """Hold the numbers of the bare base, which an `Evaluator` fills in."""
+        del scoring
         return {}
 
     @memoized
@@ -86,26 +95,25 @@ class FederatedData:
 
     @memoized
     def reference(
-        self, batch: int, on_disk: bool, cache_dir: Path | None, /, *, inputs: Inputs, note: Callable[[str], None]
-    ) -> Reference:
+        self, batch: int, on_disk: bool, cache_dir: Path | None, pixels: bool, /, *,
+        inputs: Inputs, note: Callable[[str], None],
+    ) -> Reference:  # fmt: skip
         """Compute the base's log-probabilities of all answers, `batch` rows at a time on each device."""
         model, examples = self.model, self.examples
         mesh = local_mesh(model.mesh)
         arrays = (examples.input_ids, examples.labels, examples.rejected)
         # Programs of other shapes round otherwise: what they compute is kept apart, in memory as on disk.
-        shapes = (*(array.shape[1] for array in arrays if array is not None), batch, mesh.size)
+        shapes = (*(array.shape[1] for array in arrays if array is not None), batch, mesh.size, int(pixels))
         # Each process scores its share with the copy of the base on its devices.
         store, params = model.reference_store(shapes, on_disk, cache_dir), local_base(model.params)
         score = model.reference_scorer
         return compute_reference(score, params, examples, inputs, store, batch=batch, mesh=mesh, note=note)
 
     @memoized
-    def zero_shot(
-        self, evaluation: EvaluationOptions, preference: PreferenceOptions, /, *, ask: Callable[[], dict[Split, Scored]]
-    ) -> dict[Split, Scored]:
+    def zero_shot(self, scoring: BaseScoring, /, *, ask: Callable[[], dict[Split, Scored]]) -> dict[Split, Scored]:
         """Return what `ask` finds the bare base to do on these splits, asked once for all runs that score alike."""
         # The wave is no part of the key: it is chosen by the round's memory, and would ask once more for each method.
-        del evaluation, preference
+        del scoring
         return ask()
 
     @memoized

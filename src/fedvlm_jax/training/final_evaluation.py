@@ -1,6 +1,5 @@
 """The numbers a run ends with: of every client's own model, the global one, newcomers, and each on others' data."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +8,6 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from fedvlm_jax.config.run_options import without_extras
 from fedvlm_jax.data.config import Split
 from fedvlm_jax.distributed.sharding import fetch
 from fedvlm_jax.evaluation.evaluator import Adapters, Scored, Scores
@@ -37,10 +35,7 @@ def ask_base(experiment: Experiment) -> dict[Split, Scored]:
         with working(experiment.show, "asking the bare base (zero-shot), which compiles first"):
             return score_base(experiment)
 
-    run = experiment.run
-    # What is only reported of a run's models changes nothing of the base's answers: the baseline run leaves it out.
-    options = dataclasses.replace(without_extras(run).evaluation, examples=0, cross_clients=False)
-    return experiment.data.zero_shot(options, run.preference, ask=ask)
+    return experiment.data.zero_shot(experiment.base_scoring, ask=ask)
 
 
 def score_models(

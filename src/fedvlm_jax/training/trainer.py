@@ -96,8 +96,6 @@ class FederatedTrainer:
         last_server: the server's state of the federation, where a method moves the base that is fine-tuned on.
     """
 
-    callbacks: Sequence[Callback] = ()
-
     def __init__(self, experiment: Experiment) -> None:
         """Stand before the first round."""
         self.experiment = experiment
@@ -107,7 +105,7 @@ class FederatedTrainer:
         if more_steps:
             last = rounds + math.ceil(more_steps / steps)
             self.phases.append(_Phase(FINETUNING, rounds + 1, last, steps, more_steps))
-        self.compile_seconds = 0.0
+        self.has_run, self.compile_seconds = False, 0.0
         self.simulators: list[Simulator] = []
         self.last_server: PyTree = {}
         self._add(make_simulator(experiment, experiment.folder / "states-0.bin"))
@@ -140,9 +138,15 @@ class FederatedTrainer:
         return self.ends_phase(round_) or round_ % self.experiment.run.evaluation.every == 0
 
     def run(self, done: int, callbacks: Sequence[Callback]) -> None:
-        """Run all rounds after round `done`, which the simulators stand at; callbacks are called in their order."""
-        self.callbacks = callbacks
-        for callback in self.callbacks:
+        """Run all rounds after round `done`, which the simulators stand at; callbacks are called in their order.
+
+        Raises:
+            ValueError: the trainer has run before.
+        """
+        if self.has_run:
+            raise ValueError("a trainer runs once: its simulators stand after the last round, so make another one")
+        self.has_run = True
+        for callback in callbacks:
             callback.on_start(self, done)
         for number, phase in enumerate(self.phases):
             if number and done < phase.first:
@@ -151,8 +155,8 @@ class FederatedTrainer:
             # The next round is read while this one runs.
             rounds = read_ahead(partial(_read_round, self.simulator, phase), first, phase.last + 1)
             for _ in range(first, phase.last + 1):
-                self._run_round(phase, rounds)
-        for callback in self.callbacks:
+                self._run_round(phase, rounds, callbacks)
+        for callback in callbacks:
             callback.on_end(self)
 
     def start_finetuning(self, models: Adapters, params: PyTree) -> None:
@@ -192,19 +196,19 @@ class FederatedTrainer:
             simulator.client_states.scatter(numbers, jax.tree.map(lambda leaf, at=share: leaf[at], states), share)
         simulator.client_states.meet()
 
-    def _run_round(self, phase: _Phase, rounds: Iterator[RoundInputs]) -> None:
+    def _run_round(self, phase: _Phase, rounds: Iterator[RoundInputs], callbacks: Sequence[Callback]) -> None:
         start = time.perf_counter()  # waiting for data is part of a round's time
         inputs = next(rounds)
         waited, compiled = time.perf_counter() - start, self.compile_seconds
         with ExitStack() as around:
-            for callback in self.callbacks:
+            for callback in callbacks:
                 around.enter_context(callback.around_round(self, inputs.round))
             start = time.perf_counter()
             report = self.simulator.run_round(inputs, find_rates(self.experiment.run.train, inputs.round))
             seconds = waited + time.perf_counter() - start - (self.compile_seconds - compiled)
-        line = _describe_round(inputs.round, phase.method, report, seconds)
+        line = describe_round(inputs.round, phase.method, report, seconds)
         result = RoundResult(inputs, report, line, seconds)
-        for callback in self.callbacks:
+        for callback in callbacks:
             callback.on_round(self, result)
 
 
@@ -212,7 +216,7 @@ def _read_round(simulator: Simulator, phase: _Phase, round_: int) -> RoundInputs
     return simulator.read_round(round_, phase.steps_of(round_))
 
 
-def _describe_round(round_: int, method: str, report: RoundReport, seconds: float) -> dict[str, Any]:
+def describe_round(round_: int, method: str, report: RoundReport, seconds: float) -> dict[str, Any]:
     """Return the line of a round: means over clients whose training counted; no such numbers where nobody's did."""
     trained = (report.metrics["steps"] > 0) & ~np.isin(report.numbers, report.unfit)
     mean = {name: float(values[trained].mean()) for name, values in report.metrics.items()} if trained.any() else {}

@@ -23,7 +23,7 @@ from fedvlm_jax.utils.files import read_plain, write_bytes
 if TYPE_CHECKING:
     import numpy as np
 
-SIZE = 16
+DIGEST_SIZE = 16
 """Bytes of a digest."""
 
 LARGE = 2**24  # bytes from which on a file's digest is remembered: smaller files are read in milliseconds

@@ -1,9 +1,8 @@
 """Settings of glibc's malloc that keep freed memory with the process, for computing on a CPU.
 
 XLA's CPU backend takes its buffers from malloc, and glibc returns large ones to the system when they are freed: to
-fault them in again costs a tenth to a quarter of a round's processor time on the shipped model, more with larger
-buffers (docs/log).
-Results do not change; the process keeps its peak memory until it ends.
+fault them in again costs processor time, more with larger buffers (docs/log). Results do not change; the process keeps
+its peak memory until it ends.
 """
 
 import os

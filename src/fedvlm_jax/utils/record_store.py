@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedvlm_jax.utils.cache_folders import Hold
+from fedvlm_jax.utils.digests import DIGEST_SIZE
 
-KEY = DIGEST = 16
-"""Bytes of a key, and of a digest."""
+KEY = 16
+"""Bytes of a key."""
 
-ENTRY = KEY + DIGEST
+ENTRY = KEY + DIGEST_SIZE
 
 
 class _Place(NamedTuple):
@@ -114,4 +115,4 @@ class Records:
 
 
 def _digest(key: bytes, content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=DIGEST, key=key).digest()
+    return hashlib.blake2b(content, digest_size=DIGEST_SIZE, key=key).digest()

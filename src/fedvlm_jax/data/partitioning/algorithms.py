@@ -31,7 +31,11 @@ def cut_iid(units: int, clients: int) -> Units:
 
 
 def cut_quantity(units: int, clients: int, alpha: float, rng: np.random.Generator) -> Units:
-    """Give every client a run of its Dirichlet(alpha) share, rounded to whole units; at alpha = inf as `cut_iid`."""
+    """Give every client a run of its Dirichlet(alpha) share, rounded to whole units; at alpha = inf as `cut_iid`.
+
+    >>> cut_quantity(6, 2, np.inf, np.random.default_rng(0)).tolist()
+    [0, 0, 0, 1, 1, 1]
+    """
     if alpha >= ALIKE:
         shares = np.full(clients, 1 / clients)
     else:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from fedvlm_jax.errors import UserError
 
+LEVEL = 0.95  # of the bootstrap's interval
 RESAMPLES = 2000  # from one random seed to another the ends of a 95 % interval move by about 2 % of its width
 DRAWS = 1 << 20  # clients drawn at a time: a bound on memory
 
@@ -64,10 +65,8 @@ def summarise(values: Mapping[str, float]) -> Summary:
     )
 
 
-def bootstrap_interval(
-    values: Mapping[str, float], level: float = 0.95, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """Bootstrap the mean over clients by percentiles (Efron 1979); the interval's ends, NaN with a single client.
+def bootstrap_interval(values: Mapping[str, float]) -> tuple[float, float]:
+    """Bootstrap the mean over clients by percentiles (Efron 1979); the 95 % interval's ends, NaN with a single client.
 
     It says nothing about other seeds, since the clients share a training run: to compare methods over seeds there is
     `paired_difference`. Percentiles stay within a metric's bounds, but are too narrow for few clients, by about
@@ -88,16 +87,16 @@ def bootstrap_interval(
     count = len(numbers)
     if count == 1:  # every resample is that client: an interval of no width would claim certainty
         return math.nan, math.nan
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     # Weighted by shares, not `mean`, whose last bits differ: stored results were computed so.
     shares = np.full(count, 1 / count)
     weighted, total = numbers * shares, shares.sum()
     means: list[np.ndarray] = []
     at_once = max(1, DRAWS // count)
-    for start in range(0, resamples, at_once):
-        drawn = rng.integers(count, size=(min(at_once, resamples - start), count))
+    for start in range(0, RESAMPLES, at_once):
+        drawn = rng.integers(count, size=(min(at_once, RESAMPLES - start), count))
         means.append(weighted[drawn].sum(axis=1) / total)
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -126,18 +125,6 @@ def gain_by_client(values: Mapping[str, float], base: Mapping[str, float]) -> di
     {'ann': 0.25}
     """
     return {client: value - base[client] for client, value in values.items() if client in base}
-
-
-def summarise_gain(values: Mapping[str, float], base: Mapping[str, float]) -> Summary:
-    """Summarise `gain_by_client` over clients.
-
-    Raises:
-        UserError: no client is in both, or a value is not finite.
-    """
-    gains = gain_by_client(values, base)
-    if not gains:
-        raise UserError("a gain needs clients that both models were evaluated on; there is none.")
-    return summarise(gains)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,15 @@ Otherwise pixels are decoded for the rows that are asked for.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.federation.inputs.feature_cache import FeatureStore
 from fedvlm_jax.models import Processor
+
+if TYPE_CHECKING:
+    from fedvlm_jax.data.tokenization import Examples  # which loads pyarrow
 
 Inputs = Callable[[np.ndarray], dict[str, np.ndarray]]
 """(rows [...]) -> the batch of these rows, arrays [..., …]; may be called from several threads."""
@@ -19,7 +22,7 @@ Inputs = Callable[[np.ndarray], dict[str, np.ndarray]]
 WORKERS = 4  # threads that decode pictures: the decoders release the interpreter
 
 
-def make_inputs(examples: Examples, processor: Processor, store: FeatureStore | None) -> Inputs:
+def make_inputs(examples: "Examples", processor: Processor, store: FeatureStore | None) -> Inputs:
     """Make the function from rows, of all of the federation, to batches.
 
     Frozen features are in the store; None where the adapter reaches into the vision tower, or where nothing is to be
@@ -38,14 +41,14 @@ def make_inputs(examples: Examples, processor: Processor, store: FeatureStore | 
     return read
 
 
-def make_blank_inputs(examples: Examples, processor: Processor, store: FeatureStore | None) -> Inputs:
+def make_blank_inputs(examples: "Examples", processor: Processor, store: FeatureStore | None) -> Inputs:
     """As `make_inputs`, of the same shapes and at once, for all pictures are blank: what compiling a round takes."""
     name = "pixel_values" if store is None else "image_features"
     shape, dtype = ((*processor.size, 3), np.dtype(np.float32)) if store is None else (store.shape, store.dtype)
     return lambda rows: _read_text(examples, rows) | {name: np.zeros((*rows.shape, *shape), dtype)}
 
 
-def _read_text(examples: Examples, rows: np.ndarray) -> dict[str, np.ndarray]:
+def _read_text(examples: "Examples", rows: np.ndarray) -> dict[str, np.ndarray]:
     text = {"input_ids": examples.input_ids, "attention_mask": examples.attention_mask, "labels": examples.labels}
     if examples.rejected is not None:
         text["rejected_labels"] = examples.rejected

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from fedvlm_jax import lora
-from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import Params, Processor, Vlm
 from fedvlm_jax.utils.files import read_plain, write_bytes
 from fedvlm_jax.utils.record_store import Records
 from fedvlm_jax.utils.tree import flatten, partition
+
+if TYPE_CHECKING:
+    from fedvlm_jax.data.unique_images import Images  # which loads pyarrow
 
 PIXELS = 32 * 64 * 64 * 20  # decoded at a time, about: 32 pictures at most, 4 of 768x768
 WIDTH = 4  # pictures that go through the vision tower at a time, always: the last batch is filled up
@@ -122,7 +124,7 @@ class FeatureStore:
         """Whether features are kept in files, which later runs find again."""
         return self._folder is not None
 
-    def announce(self, images: Images) -> str:
+    def announce(self, images: "Images") -> str:
         """Say what keeping these images' features takes, before any is computed."""
         new = sum(not self._has(key) for key in images.keys)
         room = self._count_room()
@@ -134,7 +136,7 @@ class FeatureStore:
             text += "are computed each time (--system.cache-gib, --system.cache)"
         return text
 
-    def gather(self, images: Images, index: Int[np.ndarray, "..."]) -> Float[np.ndarray, "... tokens width"]:
+    def gather(self, images: "Images", index: Int[np.ndarray, "..."]) -> Float[np.ndarray, "... tokens width"]:
         """Return features [..., P, D] of unique images at these positions, computing those that are not kept.
 
         Raises:
@@ -154,7 +156,7 @@ class FeatureStore:
                 self._keep([keys[row] for row in part], out[part])
         return out[which.reshape(np.shape(index))]
 
-    def _make(self, images: Images, chosen: np.ndarray) -> np.ndarray:
+    def _make(self, images: "Images", chosen: np.ndarray) -> np.ndarray:
         if not len(chosen):
             return np.empty((0, *self.shape), self.dtype)
         # One by one, so that no more decoded pictures are in memory than there are threads.

@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int, PyTree
 
-from fedvlm_jax.data.tokenization import IGNORED, Examples
+from fedvlm_jax.data.batches import IGNORED
+from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.mesh import CLIENTS
 from fedvlm_jax.errors import UserError

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fedvlm_jax import lora
-from fedvlm_jax.data.tokenization import IGNORED
+from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.distributed.sharding import Cut, Cuts
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Batch, Params, Vlm, select_leaves

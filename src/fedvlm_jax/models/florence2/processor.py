@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Float, Int
 
-from fedvlm_jax.data.tokenization import IGNORED
+from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import base
 from fedvlm_jax.models.folder_files import read_json

@@ -4,6 +4,7 @@ All scores are of the metric by which a run is judged, on test unless the figure
 """
 
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
-from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise_gain
+from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise
 from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.reporting.figures.cross_client_heatmap import draw_matrix
 from fedvlm_jax.reporting.figures.round_lines import lift_validation, pick
@@ -63,12 +64,10 @@ def draw_clients(record: RunRecord) -> Figure:
 def draw_gains(record: RunRecord) -> Figure:
     """Draw what every client gains over the frozen model, with the mean and its bootstrap interval over clients."""
     zero_shot, personal = record.scores("zero_shot"), record.scores("personal")
-    gains = gain_by_client(personal, zero_shot)
-    order = sorted(gains, key=gains.__getitem__)
+    gains = dict(sorted(gain_by_client(personal, zero_shot).items(), key=itemgetter(1)))
+    order, values, gain = list(gains), 100 * np.asarray(list(gains.values())), summarise(gains)
     figure, ax, rows, size = _make_rows(order, 1.2, 0.2)
-    values = 100 * np.asarray([gains[client] for client in order])
     colour = _colour(record)
-    gain = summarise_gain({client: personal[client] for client in order}, zero_shot)
     ax.hlines(rows, 0, values, color=theme.GRID, linewidth=0.07 * size, zorder=1)
     intervals = (record.results.get("gain_intervals") or {}).get(record.metric) or {}
     if intervals and len(order) <= theme.LABELLED:  # among more clients they would hide each other
