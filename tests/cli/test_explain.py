@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from config.test_method_options import trace_shapes
+from config.test_method_checks import trace_shapes
+from models import causal_cases
 from tiny_run import make_folder
 from toy import SPEC, WIDTH, make_toy
 
@@ -217,6 +218,17 @@ def test_the_command_needs_no_weights_and_no_data(tmp_path, capsys, monkeypatch)
     assert "{k,out,q,v}_proj" in shown
     sent = 4 * 2 * 16 * 10  # b of ten sites, 2 × 16 float32
     assert f"{sent / 1024:.1f} KiB ({sent:,} bytes)" in shown
+
+
+def test_a_model_alone_is_its_parts_and_its_sites(tmp_path, capsys):
+    causal_cases.CASES["smolvlm"](tmp_path)  # configuration and processor, no weights
+    main(["explain", "--model", str(tmp_path), "--lora.rank", "2"])
+    shown = capsys.readouterr().out
+    assert "32×32 pixels, 4 image tokens" in shown
+    assert "160, an answer goes on where its prompt ends" in shown
+    # q and o 24 → 24, k and v 24 → 12, three products of 24 and 40; in two layers, at rank 2.
+    adapted = 2 * 2 * (2 * 48 + 2 * 36 + 3 * 64)
+    assert f"Of rank 2 it has {adapted:,} parameters" in " ".join(shown.split())
 
 
 def test_a_rule_that_names_nothing_is_one_message_before_weights_are_read(tmp_path, capsys):

@@ -12,7 +12,9 @@ from fedvlm_jax.utils.option_ranges import Count
 
 def explain(
     method: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[METHOD]")] = "",
-    model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = "florence2-nano",
+    model: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME|DIR|HUB_ID", help_behavior_hint="(default: florence2-nano)")
+    ] = None,
     clients: Count = 16,
     cohort: Annotated[Count | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all of them)")] = None,
     train: TrainOptions = TrainOptions(),  # noqa: B008  # frozen
@@ -21,10 +23,12 @@ def explain(
     server: ServerOptions = ServerOptions(),  # noqa: B008
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = MethodOptions(),  # noqa: B008
 ) -> None:
-    """Show what a method trains, sends and keeps, tensor by tensor, without data or weights; or list all methods.
+    """Show what a method trains, sends and keeps, tensor by tensor, without data or weights.
+
+    Of a model alone its parts and the sites of adapters are shown; without either, all methods are listed.
 
     Args:
-        method: whose; without one, and without --share, all methods are listed.
+        method: whose.
         model: the frozen base, as for `fedvlm train`; of a hub id only its configuration is downloaded.
         clients: how many there are.
         cohort: clients drawn each round.
@@ -35,8 +39,8 @@ def explain(
         method_options: the method's own numbers.
     """
     run = Run(
-        method=method or Run().method, model=model, cohort=cohort, train=train, lora=lora, local=local, server=server,
-        method_options=method_options,
+        method=method or Run().method, model=model or Run().model, cohort=cohort, train=train, lora=lora, local=local,
+        server=server, method_options=method_options,
     )  # fmt: skip
     if cohort is not None and cohort > clients:
         raise UserError(f"--cohort {cohort}: there are only {clients} clients; say --clients {cohort}, for example")
@@ -47,6 +51,12 @@ def explain(
     from fedvlm_jax.reporting.method_report import tabulate_explanation, tabulate_methods
     from fedvlm_jax.utils.console import Terminal
 
+    if not method and model is not None:
+        from fedvlm_jax.models import read_size, read_vlm
+        from fedvlm_jax.reporting.model_report import tabulate_model
+
+        tables.show_all(tabulate_model(read_vlm(model), model, read_size(model), lora.rank))
+        return
     if not method:
         tables.show_all([tabulate_methods(Run())])
         return

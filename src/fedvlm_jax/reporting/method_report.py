@@ -53,7 +53,7 @@ def _tabulate_stage(explained: Explanation, stage: Stage) -> Table:
     top = tops.pop() if len(tops) == 1 and all("/" in group for group in groups) else ""
     cells: list[tuple[str, ...]] = []
     for (parent, leaves), names in alike.items():
-        path = _fold(join_path(parent, names).removeprefix(f"{top}/")) or ["(one of all)"]
+        path = fold_path(join_path(parent, names).removeprefix(f"{top}/")) or ["(one of all)"]
         cells += [(part or "", *(leaf or [""] * 6)) for part, leaf in zip_longest(path, leaves)]
     note = ""
     if stage is explained.stages[-1]:
@@ -161,7 +161,8 @@ def join_path(parent: str, names: Sequence[str]) -> str:
     return f"{parent}/{{{','.join(name.removesuffix(end) for name in names)}}}{end}".removeprefix("/")
 
 
-def _fold(path: str) -> list[str]:
+def fold_path(path: str) -> list[str]:
+    """Fold a path at its slashes, into lines of about `WIDTH`; none of an empty path."""
     lines = [""]
     for part in path.split("/"):
         if lines[-1] and len(lines[-1]) + len(part) > WIDTH:
