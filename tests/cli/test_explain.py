@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from config.test_method_options import trace_shapes
+from config.test_method_checks import trace_shapes
 from tiny_run import make_folder
 from toy import SPEC, WIDTH, make_toy
 
