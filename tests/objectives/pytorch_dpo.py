@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from federation.pytorch_round import find_sites
-from federation.round_case import ALPHA, RANK, draw_start
-from objectives.dpo_case import BASE, CASES, FILE, make_batch
+from federation.round_case import ALPHA, BASE, RANK, draw_start
+from objectives.dpo_case import CASES, FILE, make_batch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from pytorch_peft import from_arrays, load_model, to_arrays
 from torch.nn.functional import log_softmax, logsigmoid

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from federation.round_case import ALPHA, RANK, TARGETS, draw_start
-from objectives.dpo_case import BASE, CASES, FILE, make_batch
+from federation.round_case import ALPHA, BASE, RANK, TARGETS, draw_start
+from objectives.dpo_case import CASES, FILE, make_batch
 
 from fedvlm_jax import lora
 from fedvlm_jax.models import load_vlm, save_checkpoint
