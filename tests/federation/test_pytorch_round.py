@@ -43,9 +43,10 @@ def base(request, tmp_path_factory):
     return vlm, params, answer(folder, tuple(CASES))
 
 
-def make_cohort(vlm, params):
+def make_cohort(vlm, params, clients):
     """The ragged clients in one shape: rows and batches padded, padding masked; pictures as their frozen features."""
-    clients, features = make_clients(), jax.jit(lambda params, pixels: vlm.image_features(params, None, pixels))
+    clients = [dict(client) for client in clients]
+    features = jax.jit(lambda params, pixels: vlm.image_features(params, None, pixels))
     pixels = [c.pop("pixel_values") for c in clients]
     computed = np.split(features(params, np.concatenate(pixels)), np.cumsum([len(p) for p in pixels])[:-1])
     clients = [c | {"image_features": np.asarray(f)} for c, f in zip(clients, computed, strict=True)]
@@ -64,18 +65,18 @@ def make_cohort(vlm, params):
     return Client(examples, indices, mask, weights, np.arange(2, dtype=np.int32), np.ones(2, bool), weights)
 
 
-def run_ours(vlm, params, name, clip, kind, rates):
+def run_ours(vlm, params, clients, targets, name, clip, kind, rates):
     """-> the start, the server's factors, the clients' own, norms of the gradients as the engine reports them."""
-    sites = {site.path: site for site in lora.select(vlm.sites, TARGETS)}
+    sites = {site.path: site for site in lora.select(vlm.sites, targets)}
     start = draw_start(kind, {path: (site.stack[0], site.d_in, site.d_out) for path, site in sites.items()})
-    spec = lora.LoRA(rank=RANK, alpha=ALPHA, targets=TARGETS)
+    spec = lora.LoRA(rank=RANK, alpha=ALPHA, targets=targets)
     fresh = lora.init(jax.random.key(0), vlm.sites, spec)
     adapter = tree.unflatten(tree.flatten(fresh) | {path: jnp.asarray(x) for path, x in start.items()})
     assert jax.tree.map(jnp.shape, adapter) == jax.tree.map(jnp.shape, fresh)
 
     trainer = make_local_trainer(vlm, load_objective("sft"), optimizer="sgd", clip_norm=clip)
     method = load_method(name, Setup(sites=vlm.sites, spec=spec, start_optimizer=trainer.start))
-    server, cohort = method.init(adapter=adapter), make_cohort(vlm, params)
+    server, cohort = method.init(adapter=adapter), make_cohort(vlm, params, clients)
     blank = jax.eval_shape(lambda: method.init_client(key=jax.random.key(0), server=server, number=jnp.int32(0)))
     states = jax.tree.map(lambda x: np.zeros((2, *x.shape), x.dtype), blank)
     out = make_round(method, trainer, make_mesh(1))(
@@ -110,7 +111,7 @@ def norm(arrays):
 def test_a_round_is_pytorch_s(base, case):
     vlm, params, answers = base
     clip = CASES[case][1]
-    start, ours, norms = run_ours(vlm, params, *CASES[case])
+    start, ours, norms = run_ours(vlm, params, make_clients(), TARGETS, *CASES[case])
     theirs = {}
     for key, value in answers.items():
         owner, _, path = key.removeprefix(f"{case}/").partition("/")

@@ -1,7 +1,7 @@
 """SmolVLM (arXiv 2504.05299) and Idefics3 (arXiv 2408.12637): a tower, pixel shuffle, and Llama, as a `Vlm` record.
 
-A picture is one tile, whole, brought to the tower's size: pictures are not split into tiles, whose up to seventeen cost
-five times the arithmetic of Florence-2 at its usual size.
+A picture is one tile, whole, brought to the tower's size: pictures are not split into tiles, of which transformers'
+processor makes up to seventeen.
 """
 
 from typing import Any
