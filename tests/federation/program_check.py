@@ -1,6 +1,6 @@
 """Runs by itself with eight forced host devices and prints what it found as JSON; `test_program.py` reads that.
 Arguments: a method, an objective and the meshes (clients x waves, or clients x waves x model) to hold against one
-device, `plora/dpo=4x2,4x2x2`.
+device, `plora/dpo=4x2,4x2x2`; `smolvlm:plora/sft=4x2` of another family than Florence-2.
 
 A device count is fixed when jax starts, so this cannot happen inside the process of the tests.
 """
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from transformers import BartConfig, Florence2Config
+from transformers import BartConfig, Florence2Config, SmolVLMConfig
 
 from fedvlm_jax import lora
 from fedvlm_jax.distributed.mesh import make_mesh
@@ -25,7 +25,7 @@ from fedvlm_jax.distributed.sharding import place_base, place_waves, replicate
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round import make_round, to_waves
 from fedvlm_jax.methods import Client, Setup, load_method
-from fedvlm_jax.models.florence2 import build
+from fedvlm_jax.models import florence2, smolvlm
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.utils import tree
 
@@ -34,7 +34,7 @@ WIDTH, HIDDEN, VOCABULARY, LAYERS = 20, 28, 44, 2
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
 
-def make_model():
+def make_florence2():
     text = BartConfig(
         vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=HIDDEN, decoder_ffn_dim=HIDDEN, max_position_embeddings=16,
@@ -45,7 +45,26 @@ def make_model():
         "patch_padding": [1], "patch_prenorm": [False], "window_size": 2, "projection_dim": WIDTH,
         "max_position_embeddings": 4, "max_temporal_embeddings": 1,
     }  # fmt: skip
-    return build(Florence2Config(text_config=text, vision_config=vision, image_token_id=43))
+    return florence2.build(Florence2Config(text_config=text, vision_config=vision, image_token_id=43))
+
+
+def make_smolvlm():
+    text = {
+        "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": HIDDEN,
+        "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "max_position_embeddings": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "bos_token_id": 1, "pad_token_id": 2, "eos_token_id": 3,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+        "patch_size": 4,
+    }  # fmt: skip
+    config = SmolVLMConfig(text_config=text, vision_config=vision, image_token_id=43, scale_factor=1)
+    return smolvlm.build(config, dtype=jnp.float32)
+
+
+MODELS = {"florence2": make_florence2, "smolvlm": make_smolvlm}
+TARGETS = {"florence2": r"language_model/.*(proj|fc1|fc2)", "smolvlm": r"language_model/layers/.*proj"}
 
 
 def make_cohort():
@@ -74,7 +93,7 @@ def make_cohort():
 
 def run(case, vlm, params, clients, waves, model=1):
     """-> the server's and clients' adapters after one round, and the compiled program."""
-    spec = lora.LoRA(rank=2, targets=r"language_model/.*(proj|fc1|fc2)")
+    spec = lora.LoRA(rank=2, targets=TARGETS[vlm.family])
     name, _, objective = case.partition("/")
     trainer = make_local_trainer(vlm, load_objective(objective))
     setup = Setup(sites=vlm.sites, spec=spec, start_optimizer=trainer.start, cohort=CLIENTS, places=CLIENTS, rounds=2)
@@ -166,17 +185,21 @@ def find_copies(text, params):
 
 
 def main():
-    vlm = make_model()
-    params = vlm.init(jax.random.key(0))
-    found = {}
+    found, models = {}, {}
     for argument in sys.argv[1:]:
         name, _, meshes = argument.partition("=")
-        alone, program = run(name, vlm, params, 1, 1)
+        family, _, case = f"florence2:{name}".rpartition(":")
+        family = family.rpartition(":")[2]
+        if family not in models:
+            vlm = MODELS[family]()
+            models[family] = vlm, vlm.init(jax.random.key(0))
+        vlm, params = models[family]
+        alone, program = run(case, vlm, params, 1, 1)
         text = program.as_text()
         entry = {"copies": find_copies(text, params), "dots": len(re.findall(r" dot\(", text)), "meshes": {}}
         for mesh in meshes.split(","):
             clients, waves, model = map(int, [*mesh.split("x"), "1"][:3])
-            other, program = run(name, vlm, params, clients, waves, model)
+            other, program = run(case, vlm, params, clients, waves, model)
             # Not the largest: Adam makes much of the rounding of the one gradient that is nearly nothing.
             errors = {path: distance(other[path], leaf) for path, leaf in alone.items()}
             entry["meshes"][mesh] = {
@@ -188,6 +211,7 @@ def main():
         found[name] = entry
     # Controls: with the base under vmap as well the search must find copies, and where a weight is made whole a gather.
     batched = jax.jit(jax.vmap(lambda params, x: jax.grad(lambda x: jnp.sum((x @ params) ** 2))(x), in_axes=(0, 0)))
+    vlm, params = models["florence2"]
     weights = params["language_model"]["encoder"]["layers"]["fc1"]["kernel"][0]
     text = batched.lower(jnp.stack([weights] * CLIENTS), jnp.ones((CLIENTS, BATCH, WIDTH))).compile().as_text()
     mesh = make_mesh(4, 2)

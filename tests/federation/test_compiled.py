@@ -1,4 +1,4 @@
-"""The compiled round of a Florence-2, on one, four and eight devices: equal results, one all-reduce, one base."""
+"""The compiled round of a Florence-2 and of a SmolVLM, on one, four and eight devices: equal results, one all-reduce."""
 
 import json
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 
 pytestmark = pytest.mark.broad
 
-MESHES = {"plora/sft": ("1x2", "4x2", "4x2x2")}
-"""Of a case: clients x waves, or clients x waves x model."""
+MESHES = {"plora/sft": ("1x2", "4x2", "4x2x2"), "smolvlm:plora/sft": ("4x2", "4x2x2")}
+"""Of a case, Florence-2 where it names no family: clients x waves, or clients x waves x model."""
 
 SLOW = {
     "plora/sft": ("8x1", "2x4x4", "1x1x2"),
