@@ -1,4 +1,4 @@
-"""The compiled round of a Florence-2 and of a SmolVLM, on one, four and eight devices: equal results, one all-reduce."""
+"""The compiled round of Florence-2 and SmolVLM on one, four and eight devices: equal results, one all-reduce, one base."""
 
 import json
 import subprocess
