@@ -1,4 +1,4 @@
-"""The compiled round of Florence-2 and SmolVLM on one, four and eight devices: equal results, one all-reduce, one base."""
+"""The compiled round of Florence-2 and SmolVLM on one, four and eight devices: equal results, one all-reduce."""
 
 import json
 import subprocess
