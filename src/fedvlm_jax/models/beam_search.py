@@ -1,4 +1,4 @@
-"""Greedy and beam search over a decoder step, token for token as transformers 5.23 does them.
+"""Greedy and beam search over a decoder step, token for token as transformers 5.24 does them.
 
 Scores are processed in its order: no_repeat_ngram_size, min_length, min_new_tokens, forced BOS, forced EOS. Beam search
 follows its vectorised search: 2 K candidates a step (more with several EOS tokens), scores divided by

@@ -1,6 +1,6 @@
 """Generation: settings from transformers' `GenerationConfig`, and one jitted function from a batch to answers.
 
-Tokens equal those of transformers 5.23's `generate` (see `beam_search`); an option that would change them and is not
+Tokens equal those of transformers 5.24's `generate` (see `beam_search`); an option that would change them and is not
 implemented is refused, never ignored. Under `jax.vmap` over clients the loop runs until the slowest client has
 finished.
 """
