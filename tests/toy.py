@@ -52,7 +52,8 @@ def make_toy():
         several = batch["labels"].ndim == found.ndim
         return jnp.broadcast_to(found[..., None, :, :], (*batch["labels"].shape, VOCABULARY)) if several else found
 
-    return SimpleNamespace(logits=logits, sites=lora.find_sites(model.apply, params, example)), params
+    sites = lora.find_sites(model.apply, params, example)
+    return SimpleNamespace(logits=logits, sites=sites, component=lambda path: None), params
 
 
 def make_method(

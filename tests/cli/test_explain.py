@@ -38,8 +38,9 @@ def toy():
     batch = {"image_features": jax.ShapeDtypeStruct((1, WIDTH), jnp.float32)}
     components = {name: f"{name}/" for name in ("encoder", "decoder")}
     return SimpleNamespace(
-        sites=vlm.sites, components=components, logits=vlm.logits, shapes=lambda: shapes, example_batch=lambda: batch
-    )
+        sites=vlm.sites, components=components, component=vlm.component, logits=vlm.logits, shapes=lambda: shapes,
+        example_batch=lambda: batch,
+    )  # fmt: skip
 
 
 def explain(toy, name, make=None, **choices):

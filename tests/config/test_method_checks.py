@@ -5,10 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from models import causal_cases
 from toy import RATES, make_cohort, make_method, start_states
 
+from fedvlm_jax import lora
 from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.method_checks import check_rule, declare, for_method
+from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.option_checks import validate, validate_comparison
 from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions, methods_available
 from fedvlm_jax.distributed.mesh import make_mesh
@@ -20,6 +23,7 @@ from fedvlm_jax.methods.base import AVERAGING
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions, find_method_options, list_method_flags
 from fedvlm_jax.methods.rule_based import Options as Rule
 from fedvlm_jax.methods.zoo import apfl, ce_lora, ditto, feddpa_t, fedrpca, lora_fair
+from fedvlm_jax.models import read_vlm
 from fedvlm_jax.utils.option_ranges import list_options
 
 SGD = TrainOptions(optimizer="sgd")
@@ -252,3 +256,19 @@ def test_a_rule_that_matches_nothing_lists_the_paths_there_are() -> None:
         check_rule(Run(method="share", method_options=Rule("scale$"), lora=options), vlm)
     check_rule(Run(method="share", method_options=Rule("fc2/b$"), lora=options), vlm)
     check_rule(Run(lora=options), vlm)
+
+
+def test_targets_that_reach_the_tower_unnamed_are_refused(tmp_path):
+    causal_cases.CASES["smolvlm"](tmp_path)
+    vlm = read_vlm(tmp_path)
+
+    def reach(targets):
+        return {vlm.component(site.path) for site in lora.select(vlm.sites, targets)}
+
+    with pytest.raises(UserError, match=r"6 sites of its vision too, such as vision_tower/layers/self_attn/k_proj"):
+        make_spec(Run(lora=LoraOptions(targets="(q|k|v)_proj|out_proj|fc1|o_proj|position_embedding")), vlm)
+    assert reach(make_spec(Run(lora=LoraOptions(targets="language_model/.*q_proj")), vlm).targets) == {"decoder"}
+    both = make_spec(Run(lora=LoraOptions(targets="(vision_tower|language_model)/.*q_proj")), vlm)
+    assert reach(both.targets) == {"vision", "decoder"}
+    assert reach(make_spec(Run(lora=LoraOptions(targets="fc1")), vlm).targets) == {"vision"}, "it is in the tower alone"
+    assert make_spec(Run(), vlm).targets == vlm.targets

@@ -6,14 +6,20 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import Run
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods import Setup
 from fedvlm_jax.models import Vlm
 
 
 def make_spec(run: Run, vlm: Vlm) -> lora.LoRA:
-    """Make the form of a run's adapters, on the sites that the model has by default where the options name none."""
+    """Make the form of a run's adapters, on the sites that the model has by default where the options name none.
+
+    Raises:
+        UserError: the targets name sites of the text model, and reach the vision tower or the connector unnamed.
+    """
     options = run.lora
     targets = options.targets or vlm.targets
+    _check_reach(targets, vlm)
     return lora.LoRA(options.rank, options.alpha, targets, rslora=options.rslora, init=options.init)
 
 
@@ -32,3 +38,18 @@ def make_setup(run: Run, vlm: Vlm | None, start_optimizer: Callable[..., PyTree]
         server=run.server,
         options=run.method_options,
     )
+
+
+def _check_reach(targets: str, vlm: Vlm) -> None:
+    # Projections have the same names in tower and text model, so `q_proj` means both, which hardly anybody wants: the
+    # tower's features could no longer be computed once.
+    chosen = {site.path for site in lora.select(vlm.sites, targets)}
+    seeing = sorted(path for path in chosen if vlm.component(path) in ("vision", "connector"))
+    unnamed = [path for path in seeing if path.partition("/")[0] not in targets]
+    if unnamed and len(seeing) < len(chosen):
+        top = unnamed[0].partition("/")[0]
+        raise UserError(
+            f"--lora.targets {targets!r} is found in the text model, and in {len(unnamed)} sites of its vision too, "
+            f"such as {unnamed[0]}. For the text model alone say language_model/.*({targets}); for both name them: "
+            f"({top}|language_model)/.*({targets})"
+        )
