@@ -42,6 +42,84 @@ def write_tokenizer(folder: Path, special: list[str], bos: str, eos: str, pad: s
     return fast.get_vocab()
 
 
+def write_llama_tokenizer(folder: Path, special: list[str]) -> dict[str, int]:
+    """A tokenizer as Llama's: words begin with ▁, texts are begun with one, and unknown letters become bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import LlamaTokenizer
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    bytes_ = [f"<0x{number:02X}>" for number in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    made = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in made["merges"]]
+    fast = LlamaTokenizer(vocab=made["vocab"], merges=merges, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": special})
+    fast.save_pretrained(folder)
+    return fast.get_vocab()
+
+
+def write_llava(
+    folder: Path, *, tower: str = "clip", vision=(), text=(), template: str | None = None, **config
+) -> None:
+    """Configuration, tokenizer and image processor of a tiny LLaVA; its template is the hub's, or there is none."""
+    ids = write_llama_tokenizer(folder, ["<image>"])
+    text = {**LLAMA, "vocab_size": 430, "eos_token_id": 2, "pad_token_id": ids["<pad>"], **dict(text)}
+    write_json(folder / "config.json", {
+        "model_type": "llava", "image_token_index": ids["<image>"], "text_config": text,
+        "vision_config": {"model_type": f"{tower}_vision_model", **SIGLIP, **dict(vision)}, **config,
+    })  # fmt: skip
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": ids["<pad>"]})
+    side = {"shortest_edge": 32} if tower == "clip" else {"height": 32, "width": 32}
+    write_json(folder / "preprocessor_config.json", {
+        "image_processor_type": {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}[tower],
+        "size": side, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
+        **({"do_center_crop": True, "crop_size": {"height": 32, "width": 32}} if tower == "clip" else {}),
+        "resample": 3, "rescale_factor": 1 / 255, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.3, 0.4],
+    })  # fmt: skip
+    write_json(folder / "processor_config.json", {
+        "processor_class": "LlavaProcessor", "patch_size": 8, "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1, "image_token": "<image>",
+    })  # fmt: skip
+    if template is not None:
+        write_json(folder / "chat_template.json", {"chat_template": template})
+
+
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""As llava-1.5-7b-hf has it: no token ends its answers."""
+
+
+def write_onevision(folder: Path, **text) -> None:
+    """Configuration, tokenizer and image processor of a tiny LLaVA-OneVision, whose side is no whole patches."""
+    special = ["<unk>", "<|endoftext|>", "<pad>", "<|im_end|>", "<|im_start|>", "<image>"]
+    ids = write_tokenizer(folder, special, "<|endoftext|>", "<|im_end|>", "<pad>")
+    text = {**LLAMA, "model_type": "qwen2", "tie_word_embeddings": True, **text}
+    del text["head_dim"]
+    write_json(folder / "config.json", {
+        "model_type": "llava_onevision", "image_token_index": ids["<image>"], "video_token_index": 319,
+        "text_config": text, "image_grid_pinpoints": [[30, 30], [30, 60], [60, 30]],
+        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **SIGLIP, "image_size": 30},
+    })  # fmt: skip
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 2})
+    write_json(folder / "preprocessor_config.json", {
+        "image_processor_type": "LlavaOnevisionImageProcessor", "size": {"height": 30, "width": 30},
+        "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "do_pad": True,
+        "image_grid_pinpoints": [[30, 30], [30, 60], [60, 30]], "resample": 3, "rescale_factor": 1 / 255,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    })  # fmt: skip
+
+
 def write_smolvlm(folder: Path, *, kind: str = "smolvlm", tied: bool = False, **text) -> None:
     """Configuration, tokenizer and image processor of a tiny SmolVLM or Idefics3."""
     special = [
@@ -73,6 +151,25 @@ CASES = {
     "smolvlm": lambda folder: write_smolvlm(folder),
     "smolvlm-tied": lambda folder: write_smolvlm(folder, tied=True, num_hidden_layers=4, num_key_value_heads=1),
     "idefics3": lambda folder: write_smolvlm(folder, kind="idefics3", num_key_value_heads=4),
+    "llava": lambda folder: write_llava(folder, template=LLAVA_TEMPLATE),
+    "llava-full": lambda folder: write_llava(
+        folder,
+        vision={"num_hidden_layers": 3},
+        vision_feature_layer=1,
+        vision_feature_select_strategy="full",
+        text={"model_type": "mistral", "sliding_window": None, "num_hidden_layers": 4, "head_dim": 8},
+    ),
+    "llava-siglip": lambda folder: write_llava(
+        folder,
+        tower="siglip",
+        vision={"vision_use_head": True, "patch_size": 16},
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        multimodal_projector_bias=False,
+        projector_hidden_act="relu",
+        text={"model_type": "qwen2", "tie_word_embeddings": True},
+    ),
+    "llava_onevision": write_onevision,
 }
 """Name -> what writes a folder of it."""
 

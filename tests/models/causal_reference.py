@@ -25,33 +25,40 @@ def make_model(folder, seed=0):
     return model
 
 
-def to_pixels(batch, row):
-    pixels = torch.tensor(batch["pixel_values"][row : row + 1]).permute(0, 3, 1, 2)
-    return pixels[:, None]  # SmolVLM has an axis of tiles
+def to_inputs(model, batch, row):
+    """A row's picture as the model takes it, and how many equal rows are asked at once."""
+    pixels = torch.tensor(batch["pixel_values"][row : row + 1]).permute(0, 3, 1, 2).to(model.dtype)
+    kind = model.config.model_type
+    if kind == "llava_onevision":  # among several pictures each is one tile
+        sizes = torch.tensor([pixels.shape[2:]] * 2)
+        return {"pixel_values": torch.cat([pixels] * 2), "image_sizes": sizes, "batch_num_images": torch.tensor([2])}, 2
+    return {"pixel_values": pixels[:, None] if kind in ("smolvlm", "idefics3") else pixels}, 1
 
 
 @torch.no_grad()
-def find_logits(model, batch, labels, pixels=to_pixels, dtype=torch.float32):
+def find_logits(model, batch, labels):
     """Logits [B, U, V] that predict the labels, every row alone and unpadded; zeros where labels are ignored."""
     rows = []
     for row, (ids, mask, label) in enumerate(zip(batch["input_ids"], batch["attention_mask"], labels, strict=True)):
         prompt, answer = ids[mask != 0], label[label != -100]
-        whole = torch.tensor(np.concatenate([prompt, answer])[None]).long()
-        found = model(input_ids=whole, pixel_values=pixels(batch, row).to(dtype), attention_mask=torch.ones_like(whole))
+        inputs, count = to_inputs(model, batch, row)
+        whole = torch.tensor(np.concatenate([prompt, answer])[None]).long().repeat(count, 1)
+        found = model(input_ids=whole, attention_mask=torch.ones_like(whole), **inputs)
         said = found.logits[0, len(prompt) - 1 : len(whole[0]) - 1].float().numpy()
         rows.append(np.pad(said, ((0, len(label) - len(said)), (0, 0))))
     return np.stack(rows)
 
 
 @torch.no_grad()
-def generate(model, batch, length, pixels=to_pixels, **options):
+def generate(model, batch, length, **options):
     """Tokens [B, length] after each prompt alone, padded with the pad token."""
     rows = []
     for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
-        prompt = torch.tensor(ids[mask != 0][None]).long()
+        inputs, count = to_inputs(model, batch, row)
+        prompt = torch.tensor(ids[mask != 0][None]).long().repeat(count, 1)
         found = model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), pixel_values=pixels(batch, row),
-            max_new_tokens=length, do_sample=False, **options,
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, do_sample=False,
+            **inputs, **options,
         )  # fmt: skip
         said = found[0, prompt.shape[1] :].numpy()
         rows.append(np.pad(said, (0, length - len(said)), constant_values=model.generation_config.pad_token_id))

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import causal_cases
+from models.llava_folders import LLAVA_7B, ONEVISION_HALF_B, SPELLINGS, save, spell
 from PIL import Image
 
-from fedvlm_jax.models import load_vlm, load_weights, open_model, save_checkpoint
+from fedvlm_jax.models import load_vlm, load_weights, open_model, read_vlm, save_checkpoint
 
 pytestmark = [
     pytest.mark.parity,
@@ -61,7 +62,7 @@ def test_transformers_loads_what_is_saved(case, tmp_path):
     from transformers import AutoModelForImageTextToText
 
     folder, _, vlm, params, *_ = case
-    save_checkpoint(vlm, params, tmp_path)
+    save_checkpoint(vlm, params, tmp_path, source=folder)
     again, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     theirs = AutoModelForImageTextToText.from_pretrained(folder)
@@ -79,7 +80,7 @@ def test_bfloat16_is_as_close_as_that_of_pytorch(case):
     ours = jax.jit(vlm.logits)(params, None, batch | {"labels": labels})
     narrow = reference.to(torch.bfloat16)
     try:
-        theirs = causal_reference.find_logits(narrow, batch, labels, dtype=torch.bfloat16)
+        theirs = causal_reference.find_logits(narrow, batch, labels)
     finally:
         reference.to(torch.float32)
 
@@ -87,3 +88,32 @@ def test_bfloat16_is_as_close_as_that_of_pytorch(case):
         return np.sqrt(np.mean(np.square((np.asarray(found, np.float32) - exact)[labels != -100])))
 
     assert distance(ours) <= 1.6 * distance(theirs)
+
+
+@pytest.mark.parametrize("config", [LLAVA_7B, ONEVISION_HALF_B])
+def test_published_shapes_have_as_many_parameters(tmp_path, config):
+    """All of transformers' but those that are never read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    causal_cases.write_json(tmp_path / "config.json", config)
+    vlm = read_vlm(tmp_path)
+    with torch.device("meta"):
+        theirs = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path))
+    read = {name: one.numel() for name, one in theirs.named_parameters() if not vlm.table.unread.fullmatch(name)}
+    assert sum(leaf.size for leaf in jax.tree.leaves(vlm.shapes())) == sum(read.values())
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_transformers_takes_the_spellings_that_are_tested(tmp_path, spelling):
+    from models import causal_reference
+    from transformers import AutoModelForImageTextToText
+
+    causal_cases.CASES["llava"](tmp_path)
+    model = causal_reference.make_model(tmp_path)
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    save(spell(tensors, spelling), tmp_path)
+    again, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, tensor in again.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), tensors[name])

@@ -152,8 +152,8 @@ def test_folders_that_are_no_model(tmp_path: Path, folder: Path, monkeypatch: py
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
         load_vlm(folder)
-    (folder / "config.json").write_text('{"model_type": "llava"}')
-    with pytest.raises(UserError, match="llava"):
+    (folder / "config.json").write_text('{"model_type": "blip-2"}')
+    with pytest.raises(UserError, match="blip-2"):
         load_vlm(folder)
     (folder / "config.json").write_text('{"model_type": "florence2", "auto_map": {}}')
     with pytest.raises(UserError, match="florence-community"):

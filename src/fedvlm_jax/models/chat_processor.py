@@ -31,7 +31,7 @@ class Frame:
         head: before the question, with `image` in the place of the picture.
         tail: after it, up to where the model answers.
         answer_head: before the answer: nothing, or a space.
-        answer_end: after it, the token that ends answers first.
+        answer_end: after it, the token that ends answers first; where it is blank, the tokenizer's EOS ends them.
     """
 
     head: str
@@ -74,6 +74,11 @@ def make_frame(template: str, tokenizer: Any, folder: Path) -> Frame:
         whole = tokenizer.apply_chat_template(answered, chat_template=template, tokenize=False)
     except Exception as error:  # of Jinja, whose sandbox the template runs in, or of what the template calls
         raise UserError(f"the chat template in {folder} cannot be used: {explain_error(error)}") from None
+    bare = prompt.rstrip()
+    if not whole.startswith(prompt) and whole.startswith(bare) and whole[len(bare) :].lstrip().startswith(ANSWER):
+        # Some templates write other white space before an answer than where one is asked for (LLaVA-OneVision's); the
+        # latter is what generation sees.
+        whole = prompt + whole[len(bare) :].lstrip()
     if prompt.count(QUESTION) != 1 or not whole.startswith(prompt) or whole[len(prompt) :].count(ANSWER) != 1:
         raise UserError(
             f"the chat template in {folder} does not write a question and its answer one after another, each once: a "
@@ -126,7 +131,7 @@ class ChatProcessor:
 
     @property
     def eos_token_id(self) -> int:
-        ids = self.tokenise([self.frame.answer_end])[0]
+        ids = self.tokenise([self.frame.answer_end])[0] if self.frame.answer_end.strip() else []
         return int(ids[0]) if ids else int(self.tokenizer.eos_token_id)
 
     @property
@@ -165,9 +170,19 @@ class ChatProcessor:
         for text in texts:
             if found := self._strange.search(text):
                 raise UserError(f"the text holds {found[0]}, which stands for something else")
-        rows = self.tokenise([self.frame.answer_head + text for text in texts])
-        eos = self.eos_token_id
+        rows, eos = self._continue([self.frame.answer_head + text for text in texts]), self.eos_token_id
         return pad([[*row[: max_tokens - 1], eos] for row in rows], IGNORED)
+
+    def _continue(self, texts: list[str]) -> list[list[int]]:
+        """Tokenise texts as they stand behind a prompt: Llama's tokenizer puts a space before what begins a text."""
+        tail = self.frame.tail
+        before = self.tokenise([tail])[0]
+        rows = self.tokenise([tail + text for text in texts])
+        # Where the end of the prompt is joined with what follows, the prompt still ends as it was asked.
+        return [
+            row[len(before) :] if row[: len(before)] == before else self.tokenise([text])[0]
+            for row, text in zip(rows, texts, strict=True)
+        ]
 
     def decode(self, ids: Int[np.ndarray, "B U"], /) -> list[str]:
         framing = self.framing

@@ -113,17 +113,20 @@ def read_text_shape(text: Any, *, tied: bool, **options: Any) -> TextShape:
 
 
 def read_vision_shape(vision: Any) -> VisionShape:
-    """Read a SigLIP-like `vision_config`.
+    """Read a `vision_config` like SigLIP's; what CLIP has besides, its families add.
 
     Raises:
-        UserError: a size or an activation that no tower has, or pictures that do not divide into patches.
+        UserError: a size or an activation that no tower has, or pictures smaller than a patch.
     """
     for name, most in _VISION.items():
         require_integer(f"vision_config.{name}", getattr(vision, name, None), 1, most)
     require("vision_config", vision, {"num_channels": (3,)})
-    for name, part in (("image_size", vision.patch_size), ("hidden_size", vision.num_attention_heads)):
-        if (whole := getattr(vision, name)) % part:
-            raise UserError(f"vision_config.{name}={whole} does not divide by {part}")
+    if vision.hidden_size % vision.num_attention_heads:
+        raise UserError(
+            f"vision_config.hidden_size={vision.hidden_size} does not divide by {vision.num_attention_heads} heads"
+        )
+    if vision.image_size < vision.patch_size:
+        raise UserError(f"vision_config.image_size={vision.image_size} is below its patch_size={vision.patch_size}")
     activation(vision.hidden_act)  # for its error
     return VisionShape(
         image=vision.image_size,

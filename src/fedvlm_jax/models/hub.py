@@ -18,7 +18,7 @@ from fedvlm_jax.models.folder_files import advise_conversion, find_files, read_j
 from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.registry import find_family
 from fedvlm_jax.models.tokenizer_checks import check_tokens
-from fedvlm_jax.models.weight_table import read_params, write_tensors
+from fedvlm_jax.models.weight_table import read_params, read_unread, write_tensors
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -70,7 +70,7 @@ def _download(name: str, known: str, weights: bool) -> Path:
     config = ask(lambda: hf_hub_download(name, "config.json"))
     _, family, values = _find_family(config.parent)
     family.read_config(values, config)
-    wanted = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
+    wanted = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     folder = ask(lambda: snapshot_download(name, allow_patterns=wanted))
     if weights and not any(folder.glob("*.safetensors")):
         message, pickles = f"{name} has no *.safetensors on the hub", list[str]()
@@ -205,17 +205,28 @@ def load_weights(vlm: Vlm, folder: Path, *, dtype: Any = jnp.float32, mesh: Mesh
     return jax.tree.map(jnp.asarray, arrays) if where is None else place(arrays, where)
 
 
-def save_checkpoint(vlm: Vlm, params: Params, folder: Path | str, dtype: Any = np.float32) -> None:
+def save_checkpoint(
+    vlm: Vlm, params: Params, folder: Path | str, dtype: Any = np.float32, *, source: Path | str | None = None
+) -> None:
     """Write `model.safetensors`, `config.json` and `generation_config.json`, which transformers itself can load.
 
     `params` are written as they are, so merge an adapter first; files of these names are replaced. `dtype` is that of
-    the tensors in the file.
+    the tensors in the file. Of some families checkpoints hold tensors that the model never reads (the last layer of
+    LLaVA's tower): they are copied from the folder `source`. Without it they are left out, and transformers, which
+    does not read them either, says that they are missing.
+
+    Raises:
+        UserError: `source` holds no safetensors files.
     """
     from safetensors.numpy import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(write_tensors(vlm.table, params, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = write_tensors(vlm.table, params, dtype)
+    if source is not None:
+        unread = read_unread(vlm.table, find_files(Path(source)))
+        tensors |= {name: tensor.astype(dtype) for name, tensor in unread.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     vlm.write_configs(folder)
     # safetensors leaves its file readable by its owner alone, whatever the umask says.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode & 0o666)

@@ -1,4 +1,8 @@
-"""The vision transformer of SigLIP (arXiv 2010.11929, 2303.15343): patches, learned positions, pre-norm layers."""
+"""The vision transformer (arXiv 2010.11929) of SigLIP and CLIP: patches, learned positions, pre-norm layers.
+
+Sources: SigLIP arXiv 2303.15343; CLIP arXiv 2103.00020, which has a class token before the patches and norms what goes
+into the layers.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +18,16 @@ from fedvlm_jax.models.layers import Norm, Stacking, activation, dot_attention, 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionShape:
-    """Sizes of a tower, as a family reads them off its configuration: pixels, numbers, heads and layers."""
+    """Sizes of a tower, as a family reads them off its configuration: pixels, numbers, heads and layers.
+
+    Attributes:
+        image, patch: sides in pixels. What a picture has beyond whole patches is not looked at.
+        layers: how many are computed, which may be fewer than a checkpoint holds.
+        class_token: does a learned token stand before the patches, as CLIP has it?
+        patch_bias: has the product that makes patches a bias?
+        norm_first, norm_last: is what goes into the layers normed, and what comes out of them?
+        deviation: of random weights.
+    """
 
     image: int
     patch: int
@@ -24,7 +37,21 @@ class VisionShape:
     layers: int
     activation: str
     epsilon: float
+    class_token: bool = False
+    patch_bias: bool = True
+    norm_first: bool = False
+    norm_last: bool = True
     deviation: float = 0.02
+
+    @property
+    def tokens(self) -> int:
+        """States that it makes of a picture: one for each patch, and that of the class token.
+
+        >>> shape = {"width": 2, "heads": 1, "hidden": 2, "layers": 1, "activation": "gelu", "epsilon": 1e-5}
+        >>> VisionShape(image=384, patch=14, **shape).tokens
+        729
+        """
+        return (self.image // self.patch) ** 2 + self.class_token
 
 
 class SelfAttention(nn.Module):
@@ -72,7 +99,7 @@ class Layer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A tower from pictures [B, H, W, 3] of one size to patch states [B, P, D], normed at the end."""
+    """A tower from pictures [B, H, W, 3] of one size to states [B, P, D]; a class token's is the first."""
 
     vision: VisionShape
     dtype: Any
@@ -81,15 +108,20 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
         vision, init = self.vision, nn.initializers.normal(self.vision.deviation)
-        side, step = vision.image // vision.patch, (vision.patch, vision.patch)
-        conv = nn.Conv(vision.width, step, step, "VALID", dtype=self.dtype, kernel_init=init, name="patch_embedding")
-        x = conv(pixels.astype(self.dtype)).reshape(len(pixels), -1, vision.width)
+        conv = partial(nn.Conv, use_bias=vision.patch_bias, dtype=self.dtype, kernel_init=init, name="patch_embedding")
+        patches = conv(vision.width, *[(vision.patch, vision.patch)] * 2, "VALID")(pixels.astype(self.dtype))
+        x = patches.reshape(len(pixels), -1, vision.width)
+        if vision.class_token:
+            token = self.param("class_embedding", init, (vision.width,)).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, vision.width)), x], 1)
         positions = nn.Embed(
-            side * side, vision.width, dtype=self.dtype, embedding_init=init, name="position_embedding"
+            vision.tokens, vision.width, dtype=self.dtype, embedding_init=init, name="position_embedding"
         )
-        x = x + positions(jnp.arange(side * side))
+        x = x + positions(jnp.arange(vision.tokens))
+        if vision.norm_first:
+            x = Norm(self.dtype, vision.epsilon, name="pre_layernorm")(x)
         x, _ = scanned(Layer, vision.layers, (), self.stacking)(vision, self.dtype, name="layers")(x)
-        return Norm(self.dtype, vision.epsilon, name="post_layernorm")(x)
+        return Norm(self.dtype, vision.epsilon, name="post_layernorm")(x) if vision.norm_last else x
 
 
 def cut_tower(vision: VisionShape) -> Cuts:

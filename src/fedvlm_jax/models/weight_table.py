@@ -89,6 +89,7 @@ class Table:
         ties: matches further names of the tensor `tied`. Where several are in a file they must be equal; one is enough.
         tied: a name of the table.
         constants: name of a tensor that is no parameter -> what it must hold where it is there.
+        unread: matches the names of further tensors that checkpoints hold and the model does not read.
 
     >>> table = Table(rules=dense("layers.{layer}.{side}", "layers/{side}"), fields={"side": "fc1|fc2"})
     >>> [name for name, _ in table.find_names("layers/fc2/kernel", layers=2)]
@@ -104,6 +105,7 @@ class Table:
     ties: re.Pattern[str] = re.compile(r"(?!)")  # matches nothing
     tied: str = ""
     constants: Mapping[str, Constant] = field(default_factory=dict)
+    unread: re.Pattern[str] = re.compile(r"(?!)")
 
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], re.Pattern[str], Rule]]:
@@ -153,7 +155,7 @@ def read_params(table: Table, shapes: Any, files: list[Path], dtype: Any) -> dic
     """Parameters of the given shapes (`Vlm.shapes()`), filled from safetensors files.
 
     All names and shapes are compared first, from the files' headers; only then is memory asked for. Together the files
-    must hold every parameter once and nothing that is unknown.
+    must hold every parameter once and nothing that is unknown; what the table calls unread may be there or not.
 
     Raises:
         UserError: naming all tensors that are unknown, doubled, misshapen or missing, that hold no finite numbers, or
@@ -167,6 +169,8 @@ def read_params(table: Table, shapes: Any, files: list[Path], dtype: Any) -> dic
     for file in files:
         with open_tensors(file) as opened:
             for name in opened.keys():  # noqa: SIM118  not a dict
+                if name not in slots and name not in repeats:
+                    continue  # known, and unread
                 tensor = opened.get_tensor(name)
                 if name in repeats:
                     compared[name] = tensor
@@ -227,7 +231,8 @@ def _plan(table: Table, expected: dict[str, Any], files: list[Path]) -> tuple[di
             repeats.add(name)
             problems += wrong
         elif slot is None or slot.place not in names:
-            problems.append(f"unexpected: {name} {list(shape)}")
+            if not table.unread.fullmatch(short[name]):
+                problems.append(f"unexpected: {name} {list(shape)}")
         elif slot.place in done:
             problems.append(f"twice: {name}")
         else:
@@ -241,6 +246,21 @@ def _plan(table: Table, expected: dict[str, Any], files: list[Path]) -> tuple[di
             problems += wrong
     problems += [f"missing: {table.prefix}{names[key]}" for key in sorted(names.keys() - done, key=str)]
     return slots, repeats, problems
+
+
+def read_unread(table: Table, files: list[Path]) -> dict[str, np.ndarray]:
+    """Read the tensors that the model does not read, by the names under which they are written.
+
+    Raises:
+        UserError: a file is no safetensors file.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        with open_tensors(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  not a dict
+                if table.unread.fullmatch(short := table.spell(name)):
+                    tensors[f"{table.prefix}{short}"] = opened.get_tensor(name)
+    return tensors
 
 
 def write_tensors(table: Table, params: Any, dtype: Any) -> dict[str, np.ndarray]:
