@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from make_parquet import IMAGE, make_rows, write_rows
 
-from fedvlm_jax.data import parquet_to_arrow as parquet
+from fedvlm_jax.data import arrow_cache
 from fedvlm_jax.data.parquet_to_arrow import read_parquet
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.cache_folders import BOUND, FOLDER, Hold
@@ -161,7 +161,9 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{type(fault).__name__} {fault}")
-@pytest.mark.parametrize("place", [(parquet, "open_arrow"), (parquet, "hold_table")], ids=["opening", "converting"])
+@pytest.mark.parametrize(
+    "place", [(arrow_cache, "open_arrow"), (arrow_cache, "hold_table")], ids=["opening", "converting"]
+)
 def test_a_fault_of_the_machine_costs_no_copy(kept, monkeypatch, fault, place):
     """It is told as what it is, and the copy is there when the machine can open it again."""
     file, arrow = kept
@@ -171,7 +173,7 @@ def test_a_fault_of_the_machine_costs_no_copy(kept, monkeypatch, fault, place):
         raise fault
 
     with monkeypatch.context() as patch:
-        patch.setattr(*place, fail)
+        patch.setattr(arrow_cache, name, fail)
         with pytest.raises((OSError, MemoryError, UserError), match=fault.strerror if fault.args[1:] else None):
             read_parquet(file)
     assert arrow.stat() == before

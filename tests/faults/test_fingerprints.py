@@ -152,13 +152,13 @@ def test_a_table_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch)
     from fedvlm_jax.data import parquet_to_arrow as parquet
 
     file, other = (write_rows(tmp_path / name, make_rows(6)[part:][:3]) for name, part in (("a", 0), ("b", 3)))
-    convert = parquet.convert_shards
+    opened = parquet.open_cached
 
-    def disturb(files, columns, digest):
+    def disturb(*content):
         file.write_bytes(other.read_bytes())
-        return convert(files, columns, digest)
+        return opened(*content)
 
-    monkeypatch.setattr(parquet, "convert_shards", disturb)
+    monkeypatch.setattr(parquet, "open_cached", disturb)
     with pytest.raises(UserError, match="was changed while it was read"):
         read_parquet(file)
 

@@ -1,6 +1,6 @@
 """Rows of image, question and answer, addressed by number; nothing is loaded whole.
 
-A table is mapped from Arrow files (`parquet_to_arrow.py` writes them). Source of the schema: the card of
+A table is mapped from Arrow files (`arrow_cache.py` writes and maps them). Source of the schema: the card of
 openbmb/RLAIF-V-Dataset (arXiv 2405.17220); `client`, `split`, `language` and `question_client` are this project's.
 """
 

@@ -63,7 +63,7 @@ class Options(parquet.Options):
 def _fetch(revision: str | None) -> "Table":
     import datasets
 
-    from fedvlm_jax.data.parquet_to_arrow import open_dataset
+    from fedvlm_jax.data.arrow_cache import open_dataset
 
     try:
         dataset = datasets.load_dataset(HUB_ID, split="train", revision=revision)
