@@ -346,8 +346,8 @@ FILE_CASES: dict[str, Callable[[Path], str]] = {
         lambda file: pq.write_table(replace_column("image", pa.array([1, 2, 3, 4])), file),
         r"b\.parquet.*'image' is int64",
     ),
-    "a folder alone": lambda folder: ((folder / "x.parquet").mkdir(), r"has no \*\.parquet")[1],
-    "no file": lambda folder: r"has no \*\.parquet",
+    "a folder alone": lambda folder: ((folder / "x.parquet").mkdir(), "is of no form that is read")[1],
+    "no file": lambda folder: "is of no form that is read",
     "no rows": _write_table(GOOD.slice(0, 0), "has no rows"),
     "no columns": _write_table(pa.table({}), "lacks 'image', 'question', 'chosen'"),
     "one column twice": _write_table(GOOD.append_column("question", pa.array(["x"] * 4)), "question"),
@@ -362,7 +362,6 @@ FILE_CASES: dict[str, Callable[[Path], str]] = {
     ),
     "images as lists of numbers": _write_table(replace_column("image", pa.array([[1]] * 4)), "'image' is list"),
     "images as lists of lists": _write_table(replace_column("image", pa.array([[[b"x"]]] * 4)), "'image' is list"),
-    "images two in a row": _write_table(replace_column("image", pa.array([[b"x"] * 2] * 4)), "a row has 2 pictures"),
     "images as numbers in a dictionary": _write_table(
         replace_column("image", pa.array([3] * 4).dictionary_encode()), "'image' is int64"
     ),

@@ -6,7 +6,7 @@ import pytest
 
 from fedvlm_jax.cli import main
 from fedvlm_jax.data.config import Dirichlet
-from fedvlm_jax.data.sources import parquet
+from fedvlm_jax.data.forms import parquet
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 
@@ -46,10 +46,13 @@ def test_impossible_values_are_refused_at_once(changes, message):
     ("changes", "message"),
     [
         ({"path": Path("d")}, "--data.path belongs to --data rlaif-v, and not to emoji"),
-        ({"limit": 5}, "--data.limit belongs to --data rlaif-v, parquet files, and not to emoji"),
+        ({"limit": 5}, "--data.limit belongs to --data rlaif-v, one's own data, and not to emoji"),
         ({"source": "x", "vendors": ("noto",)}, "--data.vendors belongs to --data emoji, and not to x"),
         ({"source": "rlaif-v", "tasks": ("name",)}, "--data.tasks belongs to --data emoji, and not to rlaif-v"),
-        ({"source": "x", "revision": "main"}, "--data.revision belongs to --data rlaif-v, and not to x"),
+        (
+            {"source": "x", "revision": "main"},
+            "--data.revision belongs to --data rlaif-v, --data.form hub, and not to x",
+        ),
         ({"source": "rlaif-v", "path": Path("d"), "revision": "a"}, "--data.revision a is the hub's"),
         (
             {"source": "rlaif-v", "clients": 4},

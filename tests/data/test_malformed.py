@@ -152,7 +152,8 @@ def test_a_path_that_is_no_utf_8_stops_no_drawn_client_and_no_summary(tmp_path: 
 
 def test_a_table_without_answers_is_refused_by_the_column(tmp_path: Path) -> None:
     """Not row by row, as if every answer were empty."""
-    options, table = make_options(str(tmp_path)), read_table(str(write_rows(tmp_path / "a.parquet", make_rows(4))))
+    table = read_table(str(write_rows(tmp_path / "a.parquet", make_rows(4))))
+    options = make_options(str(tmp_path))
     lacking = dataclasses.replace(table, data=table.data.drop_columns(["chosen"]))
     with pytest.raises(UserError, match="has no column 'chosen'; it has: "):
         encode(lacking, federate(table, options, seed=0), WordProcessor(), options)

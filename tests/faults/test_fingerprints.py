@@ -19,8 +19,7 @@ from tiny_run import StopAfter, StopError, make_folder, tiny_run
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.run_options import Run, TrainOptions
-from fedvlm_jax.data.parquet_to_arrow import read_parquet
-from fedvlm_jax.data.sources.registry import make_options
+from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.unique_images import digest_rows
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.report import write_report
@@ -140,27 +139,27 @@ def read_all(table):
 def test_a_table_replaced_under_the_same_name_and_time_gives_the_new_rows(tmp_path, change):
     """`datasets` goes by name and time stamp and gave the old rows; so did the digests of images beside them."""
     file, other = (write_rows(tmp_path / name, make_rows(6)[part:][:3]) for name, part in (("a", 0), ("b", 3)))
-    first = read_all(read_parquet(file))
+    first = read_all(read_table(str(file)))
     change(file, other.read_bytes())
-    second = read_all(read_parquet(file))
-    assert second == read_all(read_parquet(other))
+    second = read_all(read_table(str(file)))
+    assert second == read_all(read_table(str(other)))
     assert second != first
-    assert read_parquet(file).digest == read_parquet(other).digest
+    assert read_table(str(file)).digest == read_table(str(other)).digest
 
 
 def test_a_table_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
-    from fedvlm_jax.data import parquet_to_arrow as parquet
+    from fedvlm_jax.data import records_to_arrow
 
     file, other = (write_rows(tmp_path / name, make_rows(6)[part:][:3]) for name, part in (("a", 0), ("b", 3)))
-    opened = parquet.open_cached
+    opened = records_to_arrow.open_cached
 
     def disturb(*content):
         file.write_bytes(other.read_bytes())
         return opened(*content)
 
-    monkeypatch.setattr(parquet, "open_cached", disturb)
+    monkeypatch.setattr(records_to_arrow, "open_cached", disturb)
     with pytest.raises(UserError, match="was changed while it was read"):
-        read_parquet(file)
+        read_table(str(file))
 
 
 # --- Runs ---
@@ -212,7 +211,7 @@ def test_a_run_s_folder_holds_absolute_paths(origin):
 def test_names_stay_names_and_paths_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert anchor(Run()) == Run()
-    (tmp_path / "rows").mkdir()
+    write_rows(tmp_path / "rows" / "a.parquet", make_rows(1))
     data = make_options(source="rows", image_root=Path("pictures"))
     assert anchor(Run(data=data)).data.source == str(tmp_path / "rows")
     assert anchor(Run(data=data)).data.image_root == tmp_path / "pictures"

@@ -11,11 +11,11 @@ from make_parquet import draw_image, make_row, write_rows
 from malformed import LOST, OUTSIDE
 
 from fedvlm_jax.data.image_decoding import BrokenImageError
-from fedvlm_jax.data.safe_paths import OutsideError, read_below
 from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.reporting.example_cards import read_cards
+from fedvlm_jax.utils.safe_paths import OutsideError, read_below
 
 SECRET = draw_image(9)
 

@@ -74,10 +74,18 @@ def _choose_method(words: Sequence[str], names: Sequence[str]) -> str:
 def _choose_data(words: Sequence[str]) -> DataOptions:
     source = (_find_values(words, "--data") or [DataOptions().source])[0]
     kind = (_find_values(words, "--data.partition") or [DataOptions().partition.kind])[0]
-    options = make_options(source, kind)
+    form = (_find_values(words, "--data.form") or [None])[0]
+    options = make_options(source, kind, form)
     taken = [option.flag for option in list_options(options, "data")]
-    _refuse_others(words, "--data.", taken, list_owners, f"--data {source} with --data.partition {kind} has")
+    _refuse_others(
+        words, "--data.", taken, list_owners, f"--data {source}{_name_form(options)} with --data.partition {kind} has"
+    )
     return options
+
+
+def _name_form(options: DataOptions) -> str:
+    form = getattr(options, "form", "")
+    return f" (form {form})" if form else ""
 
 
 def _list_methods(flag: str) -> list[str]:

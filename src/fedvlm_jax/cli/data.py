@@ -9,6 +9,7 @@ import tyro
 
 from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.sources import emoji
+from fedvlm_jax.records.detection import FORMS
 from fedvlm_jax.run_dir.folder_lock import open_folder
 from fedvlm_jax.utils.option_ranges import Seed
 
@@ -43,6 +44,8 @@ def data(
     for table in data_report.tabulate_data(description):
         tables.show(console, dataclasses.replace(table, note=""))
         console.say(f"{table.note}\n" if table.note else "", style="dim")
+    if form := description["form"]:
+        console.say(f"form     {form}: {FORMS[form]}")
     leaks = data_report.find_leaks(description)
     for sentences, style in ((data_report.word_findings(description), "yellow"), (leaks, "bold red")):
         for sentence in sentences:

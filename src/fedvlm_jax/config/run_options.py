@@ -288,7 +288,8 @@ def from_json(stored: Any) -> Run:
     data = stored["data"] if isinstance(stored.get("data"), Mapping) else {}
     cut = data["partition"] if isinstance(data.get("partition"), Mapping) else {}
     source, method = data.get("source"), stored.get("method")
-    kind = find_options(source) if isinstance(source, str) else DataOptions
+    form = data.get("form") if isinstance(data.get("form"), str) else None
+    kind = find_options(source, form) if isinstance(source, str) else DataOptions
     chosen = {
         "method_options": find_method_options(method) if isinstance(method, str) else MethodOptions,
         "data": kind,

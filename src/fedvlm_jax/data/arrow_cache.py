@@ -9,15 +9,15 @@ import contextlib
 import dataclasses
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from fedvlm_jax.data.table import FACTS, ImageFacts, ImageLocations, Table
-from fedvlm_jax.errors import UserError, find_machine_fault
+from fedvlm_jax.errors import UserError, explain_error, find_machine_fault
 from fedvlm_jax.utils import cache_folders
 from fedvlm_jax.utils.cache_folders import Hold, find_arrow, hold_table, read_bound
 from fedvlm_jax.utils.digests import digest_parts
@@ -27,10 +27,7 @@ if TYPE_CHECKING:
     import datasets  # takes a second to import
 
 SEAL = "fedvlm-jax-seal.txt"
-MakeBuilder = Callable[
-    ..., "datasets.ArrowBasedBuilder"
-]  # of what `datasets` asks for: cache_dir, dataset_name, config_id
-Explain = Callable[[Exception], UserError]  # words what is wrong with the files that could not be converted
+MakeTables = Callable[[], Iterator[pa.Table]]
 
 
 def open_arrow(files: Sequence[Path]) -> tuple[pa.Table, ImageLocations]:
@@ -57,14 +54,13 @@ def open_arrow(files: Sequence[Path]) -> tuple[pa.Table, ImageLocations]:
     return pa.concat_tables(tables), ImageLocations(tuple(files), *places)
 
 
-def open_cached(digest: str, form: str, make_builder: MakeBuilder, explain: Explain) -> Table:
+def open_cached(digest: str, form: str, make_tables: MakeTables) -> Table:
     """Open the Arrow files that were made of a content; where there are none, or damaged ones, they are written, once.
 
     Args:
         digest: of the content.
         form: how it is read: the same content read otherwise has Arrow files of its own.
-        make_builder: makes what writes them.
-        explain: words an error of the files that are read.
+        make_tables: makes what they hold, part by part.
 
     Raises:
         UserError: they cannot be converted, or the cache cannot be written.
@@ -72,7 +68,7 @@ def open_cached(digest: str, form: str, make_builder: MakeBuilder, explain: Expl
     kept = find_arrow() / digest / "rows" / digest_parts([form.encode()]).hex()
     found, table = kept.is_dir(), None
     try:
-        table = _open_sealed(kept, make_builder, explain)
+        table = _open_sealed(kept, make_tables)
     except Exception as error:  # whatever is wrong with the Arrow files, what they were made of is there
         if not found or find_machine_fault(error):
             raise
@@ -84,15 +80,15 @@ def open_cached(digest: str, form: str, make_builder: MakeBuilder, explain: Expl
                     f"{entry.path} is damaged, and a running process uses it: end that, or set FEDVLM_CACHE to another "
                     "folder"
                 )
-        table = _open_sealed(kept, make_builder, explain)
+        table = _open_sealed(kept, make_tables)
     if table is None:
         raise UserError(f"{kept} is not what was just written there: its disk is damaged; set FEDVLM_CACHE to another")
     return table
 
 
-def _open_sealed(folder: Path, make_builder: MakeBuilder, explain: Explain) -> Table | None:
+def _open_sealed(folder: Path, make_tables: MakeTables) -> Table | None:
     """Write and open Arrow files; None where they do not fit their seal."""
-    dataset, hold = convert(folder, make_builder, explain)
+    dataset, hold = convert(folder, make_tables)
     table = open_dataset(dataset)
     # Where the seal does not fit nothing refers to the hold any more, and that ends it.
     return dataclasses.replace(table, hold=hold) if _check_seal(table) else None
@@ -124,7 +120,7 @@ def _check_seal(table: Table) -> bool:
     return True
 
 
-def convert(folder: Path, make_builder: MakeBuilder, explain: Explain) -> tuple["datasets.Dataset", Hold | None]:
+def convert(folder: Path, make_tables: MakeTables) -> tuple["datasets.Dataset", Hold | None]:
     """Let `datasets` write a folder of the cache, once, and hold what it wrote.
 
     Raises:
@@ -134,8 +130,10 @@ def convert(folder: Path, make_builder: MakeBuilder, explain: Explain) -> tuple[
 
     cache, bound = find_arrow(), read_bound()
     try:
-        dataset, hold = _write_arrow(folder, make_builder)
+        dataset, hold = _write_arrow(folder, make_tables)
     except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, TypeError, OSError) as error:
+        if isinstance(error.__cause__, UserError):
+            raise UserError(str(error.__cause__)) from error  # the same one again would be its own context
         fault = error if isinstance(error, OSError) else find_machine_fault(error)
         if isinstance(fault, OSError):
             raise UserError(
@@ -144,14 +142,25 @@ def convert(folder: Path, make_builder: MakeBuilder, explain: Explain) -> tuple[
             ) from error
         if fault is not None:
             raise fault from None
-        raise explain(error) from error
+        raise UserError(f"the data cannot be read to their end ({explain_error(error.__cause__ or error)}).") from error
     pa.default_memory_pool().release_unused()  # the pool would hold on to the largest batch
     cache_folders.trim(bound)
     return dataset, hold
 
 
-def _write_arrow(folder: Path, make_builder: MakeBuilder) -> tuple["datasets.Dataset", Hold | None]:
+def _write_arrow(folder: Path, make_tables: MakeTables) -> tuple["datasets.Dataset", Hold | None]:
     import datasets
+    from datasets.builder import Key
+
+    class Builder(datasets.ArrowBasedBuilder):
+        def _info(self) -> datasets.DatasetInfo:
+            return datasets.DatasetInfo()
+
+        def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+            return [datasets.SplitGenerator(name="train")]
+
+        def _generate_tables(self) -> Iterator[tuple[Key, pa.Table]]:
+            yield from ((Key(0, number), table) for number, table in enumerate(make_tables()))
 
     writing = Hold(find_arrow())
     # No bars, and no log of the errors that are raised anyway.
@@ -163,7 +172,7 @@ def _write_arrow(folder: Path, make_builder: MakeBuilder) -> tuple["datasets.Dat
         # `datasets` itself goes by names and time stamps, so it is given the folder, which the content decides: files
         # that were touched, moved or copied are not converted again.
         root, name = str(folder.parent.parent), folder.parent.name
-        builder = make_builder(cache_dir=root, dataset_name=name, config_id=folder.name)
+        builder = Builder(cache_dir=root, dataset_name=name, config_id=folder.name)
         builder.download_and_prepare()
         dataset = builder.as_dataset(split="train")
         assert isinstance(dataset, datasets.Dataset)

@@ -29,7 +29,11 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # Pixels of a picture at most, unless the user says otherwise: what Pillow calls safe to decode (256 MiB of RGB).
 MAX_IMAGE_PIXELS = 89_478_485
 
-_SOURCE = "emoji (ships), rlaif-v, or a parquet file or folder in RLAIF-V's columns (client, split optional)."
+INLINE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in base64
+FAULT = "why_unusable"  # the column that says why a row cannot be used; a table has it only where there is such a row
+TURNS = "prompt_turns"  # the column of a conversation's turns before the answer, as JSON that chat templates take
+
+_SOURCE = "emoji (ships), rlaif-v, a file or folder (parquet, JSON, CSV, pictures, saved by `datasets`), or a hub id."
 _ALPHA = "Concentration; small = clients unlike, inf = alike. Ours; the paper gives none."
 _KIND = "natural: clients as the data have them; the others cut their rows anew. Ours, not the paper's."
 _KEY = (
@@ -39,7 +43,7 @@ _KEY = (
 _DEFAULT_PROMPT = "(default: client-language; neutral where the data have no question_client)"
 _DEFAULT_KEY = "(default: client if natural, else origin_dataset; emoji: group)"
 
-Source = Annotated[str, tyro.conf.arg(name="", metavar="NAME|PATH", help=_SOURCE)]
+Source = Annotated[str, tyro.conf.arg(name="", metavar="NAME|PATH|HUB_ID", help=_SOURCE)]
 Alpha = Annotated[float, Gt(0), Le(math.inf), tyro.conf.arg(help=_ALPHA)]
 _Kind = Annotated[Kind, tyro.conf.arg(name="partition", help=_KIND)]
 _Key = Annotated[
@@ -136,7 +140,8 @@ class DataOptions:
     def place(self) -> tuple[Any, ...]:
         """Return all that the opened rows depend on: runs that cut them otherwise share what was read."""
         names = ("source", "path", "image_root", "revision", "max_image_pixels")
-        return tuple(getattr(self, name, None) for name in names)
+        own = ("form", "config", "splits", "reading")  # of the forms that one's own data may have
+        return tuple(getattr(self, name, None) for name in names + own)
 
     def read(self) -> "Table":
         """Open the rows, as the source does it."""

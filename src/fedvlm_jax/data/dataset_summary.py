@@ -76,6 +76,7 @@ def describe(
     _, asked = number_distinct(zip(texts["question"], texts["chosen"], strict=True))
     return {
         "source": options.source,
+        "form": table.form,
         "rows": {"in_table": len(table), "in_use": len(places.rows), "without_client": len(federation.skipped)},
         "federation": federation.description,
         "clients": _describe_clients(federation, places, image),

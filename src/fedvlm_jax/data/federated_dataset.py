@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.config import SPLITS, DataOptions, Split
-from fedvlm_jax.data.table import LOST, OUTSIDE, UNREADABLE, Table
+from fedvlm_jax.data.table import LOST, OUTSIDE, Table
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.records.conversations import UNREADABLE
 
 Rows = Int[np.ndarray, " rows"]  # int64, row numbers of a table or values of these rows
 

@@ -18,23 +18,20 @@ import pyarrow as pa
 import pyarrow.types as is_a
 from jaxtyping import Int
 
-from fedvlm_jax.data.config import MAX_IMAGE_PIXELS
+from fedvlm_jax.data.config import INLINE, MAX_IMAGE_PIXELS
 from fedvlm_jax.data.image_decoding import DECODING, BrokenImageError
-from fedvlm_jax.data.safe_paths import OutsideError, read_below
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.records.conversations import UNREADABLE
 from fedvlm_jax.utils.cache_folders import Hold
 from fedvlm_jax.utils.digests import DIGEST_SIZE, digest_parts
 from fedvlm_jax.utils.files import read_plain, write_bytes
-
-# Stands for a text whose bytes are no UTF-8: nobody checks when parquet is written, and damage is not noticed.
-UNREADABLE = "\N{REPLACEMENT CHARACTER}"
+from fedvlm_jax.utils.safe_paths import OutsideError, read_below
 
 # Why an image that goes by a name is not read.
 LOST = "image file cannot be read"
 OUTSIDE = "image file outside of the data's folder (--data.image-root allows another)"
 
 LONGEST_NAME = 80  # characters of an image's name that a message shows
-INLINE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in base64
 
 FACTS = f"fedvlm-jax-images-{DECODING}.npz"  # the file of `ImageFacts`, beside the Arrow files
 
@@ -91,7 +88,7 @@ class ImageLocations:
 class Table:
     """A table of rows on disk."""
 
-    name: str  # the data set's registered name, or the path that was given
+    name: str  # the data set's registered name, or what was given
     data: pa.Table  # memory-mapped or small
     folder: Path  # where relative image paths begin, and below which every image file must lie
     locations: ImageLocations | None = field(default=None, repr=False)  # of images in mapped files
@@ -100,6 +97,7 @@ class Table:
     digest: str = ""  # of the contents of its files; "" where it was made in memory
     image_root: Path | None = None  # a second folder for image files, looked into after the first
     hold: Hold | None = field(default=None, repr=False)  # keeps mapped files in our cache from being removed
+    form: str = ""  # of people's own data, as found
     max_image_pixels: int = MAX_IMAGE_PIXELS  # images of more pixels are not decoded
 
     def __len__(self) -> int:
@@ -173,7 +171,7 @@ class Table:
         except UnicodeDecodeError:  # a name that is no UTF-8 has not been looked for
             return ""
         name = cell.get("path") if isinstance(cell, dict) else cell
-        if not isinstance(name, str) or not name or self.is_embedded(row):
+        if not isinstance(name, str) or name in ("", UNREADABLE) or self.is_embedded(row):
             return ""
         shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
         return f"looked for {shown!r} in {' and '.join(repr(str(place.absolute())) for place in self._image_folders)}"

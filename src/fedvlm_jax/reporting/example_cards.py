@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedvlm_jax.data.safe_paths import OutsideError, read_below
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.validated_files import EXAMPLE_MODELS, EXAMPLES, EXAMPLES_FILE, read_json
+from fedvlm_jax.utils.safe_paths import OutsideError, read_below
 
 PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of a PNG
 MOST_BYTES = 2**20  # bytes of a picture at most; ours have some 25 KiB

@@ -10,7 +10,8 @@ from make_parquet import make_rows, write_rows
 
 from fedvlm_jax.data.config import SPLITS, DataOptions
 from fedvlm_jax.data.federated_dataset import federate
-from fedvlm_jax.data.sources import emoji, parquet
+from fedvlm_jax.data.forms import parquet
+from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.data.sources.registry import list_sets, make_options, read_table
 from fedvlm_jax.data.tokenization import encode
 from fedvlm_jax.data.unique_images import digest_rows

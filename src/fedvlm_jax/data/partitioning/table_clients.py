@@ -7,6 +7,7 @@ picture that they show; groups are put in order by a keyed hash of the picture's
 table: reordered files give the same order.
 """
 
+import dataclasses
 import unicodedata
 from collections import Counter
 from typing import Any, NamedTuple
@@ -15,11 +16,11 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from fedvlm_jax.data import federated_dataset as federated
-from fedvlm_jax.data.config import SPLITS, DataOptions, Dirichlet, Drawn, Natural, Pathological, Quantity
+from fedvlm_jax.data.config import FAULT, SPLITS, DataOptions, Dirichlet, Drawn, Natural, Pathological, Quantity
 from fedvlm_jax.data.federated_dataset import Federation, Rows, gather_clients
+from fedvlm_jax.data.forms.base import RowOptions
 from fedvlm_jax.data.partitioning import algorithms
 from fedvlm_jax.data.partitioning.row_keys import UNKNOWN, list_keys, read_key
-from fedvlm_jax.data.sources import parquet
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.unique_images import digest_rows, number_distinct
 from fedvlm_jax.errors import UserError
@@ -49,7 +50,7 @@ def group_by_image(table: Table, rows: Rows) -> ImageGroups:
     return ImageGroups(kept, numbers[kept], distinct, skipped)
 
 
-def federate_by_column(table: Table, options: parquet.Options, seed: int) -> Federation:
+def federate_by_column(table: Table, options: RowOptions, seed: int) -> Federation:
     """Choose rows, give each to a client, and split every client's rows.
 
     Raises:
@@ -57,6 +58,7 @@ def federate_by_column(table: Table, options: parquet.Options, seed: int) -> Fed
             test.
     """
     rows = choose_rows(table, options, seed)
+    rows, unusable = _leave_out_unusable(table, rows)
     splits = None
     if "split" in table.columns:
         names = table.read_text("split", rows)
@@ -68,13 +70,23 @@ def federate_by_column(table: Table, options: parquet.Options, seed: int) -> Fed
             )
         splits = np.asarray([SPLITS.index(name) for name in names], np.int64)
     shares = f"{options.validation_share:g} validation, {options.test_share:g} test"
-    return federate_rows(table, rows, splits, options, seed).note(
+    federation = federate_rows(table, rows, splits, options, seed)
+    return dataclasses.replace(federation, skipped=unusable + federation.skipped).note(
         splits_from=f"drawn by image content: {shares}" if splits is None else "column 'split'",
         rows_chosen={"of": len(table), "origins": list(options.origins), "limit": options.limit, "are": len(rows)},
     )
 
 
-def choose_rows(table: Table, options: parquet.Options, seed: int) -> Rows:
+def _leave_out_unusable(table: Table, rows: Rows) -> tuple[Rows, tuple[federated.Skipped, ...]]:
+    """Leave out rows whose records could not be read."""
+    if FAULT not in table.columns:
+        return rows, ()
+    faults = table.read_text(FAULT, rows)
+    bad = np.asarray([fault is not None for fault in faults], bool)
+    return rows[~bad], federated.skip_rows(table, rows[bad], [fault for fault in faults if fault is not None])
+
+
+def choose_rows(table: Table, options: RowOptions, seed: int) -> Rows:
     """Return the rows in use, ascending: those of the chosen origins, and of them as many as the limit allows.
 
     A limit of N cuts the rows into N stretches of equal length and draws one row of each. So the choice is even over
@@ -242,7 +254,7 @@ def order_groups(groups: ImageGroups, labels: Groups, splits: Rows | None, seed:
 
 def split_groups(owners: Groups, rank: Groups, options: DataOptions) -> Groups:
     """Put every owner's first groups by rank into test, the next into validation, the others into train."""
-    assert isinstance(options, parquet.Options)  # a set of another form has splits already
+    assert isinstance(options, RowOptions)  # a set of another form has splits already
     place, size = _count_off(owners, rank)
     test = np.floor(options.test_share * size + 0.5)
     validation = np.floor(options.validation_share * size + 0.5)

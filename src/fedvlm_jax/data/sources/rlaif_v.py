@@ -6,7 +6,6 @@ kept in its cache. Its natural clients are its sources (`origin_dataset`); it is
 """
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fedvlm_jax.data.config import Source
-from fedvlm_jax.data.sources import parquet
+from fedvlm_jax.data.forms import parquet
+from fedvlm_jax.data.forms.base import RowOptions
+from fedvlm_jax.data.forms.hub import fetch, find_commit
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.utils.digests import digest_files
 
@@ -25,7 +26,7 @@ NAME, HUB_ID = "rlaif-v", "openbmb/RLAIF-V-Dataset"
 
 
 @dataclass(frozen=True)
-class Options(parquet.Options):
+class Options(RowOptions):
     """RLAIF-V"""
 
     source: Source = NAME
@@ -43,40 +44,33 @@ class Options(parquet.Options):
         if self.path is not None and self.revision is not None:
             raise UserError(f"--data.revision {self.revision} is the hub's; with --data.path {self.path} leave it out.")
 
-    def read_shards(self) -> "Table":
+    def read_rows(self) -> "Table":
         """Open the shards below `path`, or the hub's at `revision` (what it calls main now, if None)."""
-        from fedvlm_jax.data.parquet_to_arrow import read_parquet
-
         path = self.path and self.path.expanduser()
         if path is not None and not path.exists():
             raise UserError(f"--data.path {path} does not exist; expected the folder of RLAIF-V's parquet shards.")
-        table = _fetch(self.revision) if path is None else read_parquet(path, NAME)
+        table = _fetch(self.revision) if path is None else parquet.Options(source=str(path)).read_rows()
         # Other data of the same form lack these columns.
         if missing := [c for c in ("rejected", "origin_dataset", "origin_split", "idx") if c not in table.columns]:
             raise UserError(
                 f"--data.path {self.path} is not RLAIF-V: it lacks {', '.join(missing)} and has "
                 f"{', '.join(table.columns)}. For other data of that form: --data {self.path}"
             )
-        return table
+        return dataclasses.replace(table, name=NAME, form="")
 
 
 def _fetch(revision: str | None) -> "Table":
-    import datasets
-
     from fedvlm_jax.data.arrow_cache import open_dataset
 
     try:
-        dataset = datasets.load_dataset(HUB_ID, split="train", revision=revision)
+        dataset = fetch(HUB_ID, split="train", revision=revision)
     except Exception as error:  # of the hub, the network or the disk: their libraries share no base
         command = f"hf download {HUB_ID} --repo-type dataset{f' --revision {revision}' if revision else ''}"
         raise UserError(
             f"--data {NAME}: {HUB_ID} at revision {revision or 'main'} cannot be fetched ({explain_error(error)}). "
             f"Where the hub can be reached, run: {command} --local-dir DIR; then give --data.path DIR."
         ) from error
-    assert isinstance(dataset, datasets.Dataset)
-    urls = dataset.info.download_checksums or {}  # hf://datasets/owner/name@commit/file
-    commits = {found[1] for url in urls if (found := re.search(r"@([0-9a-f]{40})/", url))}
     files = [Path(entry["filename"]) for entry in dataset.cache_files]
     # Its folder is not the working folder, a file of which could pass for one of the set's images.
-    table, revision = open_dataset(dataset), min(commits, default=revision)
+    table, revision = open_dataset(dataset), find_commit(dataset) or revision
     return dataclasses.replace(table, name=NAME, revision=revision, digest=digest_files(files))

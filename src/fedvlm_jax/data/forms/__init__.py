@@ -1,0 +1,1 @@
+"""Forms that people's own data have, a file each with the class of its options."""

@@ -1,0 +1,26 @@
+"""Own data go from `fedvlm train` to its report."""
+
+import json
+from pathlib import Path
+
+import pytest
+from own_data import FORMS, make_own_rows, write_pictures
+
+from fedvlm_jax.cli.main import main
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("name", ["LLaVA", "metadata.jsonl", "CSV"])
+def test_own_data_train_to_a_report(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "0")  # else the command would start this process again
+    rows = make_own_rows(16)
+    write_pictures(tmp_path, rows)
+    path = FORMS[name][2](tmp_path, rows)
+    out = tmp_path / "run"
+    short = "--rounds 1 --batch-size 2 --train.local-steps 1 --rank 2 --no-baseline --evaluation.max-answer-tokens 4"
+    main(["train", "--data", str(path), "--model", "florence2-nano", "--out", str(out), *short.split()])
+    assert (out / "report.html").is_file()
+    stored = json.loads((out / "config.json").read_text())
+    assert stored["data"]["form"] == FORMS[name][0]
+    main(["evaluate", str(out)])
+    main(["report", str(out)])
