@@ -147,9 +147,10 @@ def test_a_table_replaced_under_the_same_name_and_time_gives_the_new_rows(tmp_pa
     assert read_table(str(file)).digest == read_table(str(other)).digest
 
 
-def test_a_table_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+def test_a_table_that_changes_while_it_is_read_is_refused_and_not_kept(tmp_path, monkeypatch):
     from fedvlm_jax.data import records_to_arrow
 
+    monkeypatch.setenv("FEDVLM_CACHE", str(tmp_path / "cache"))
     file, other = (write_rows(tmp_path / name, make_rows(6)[part:][:3]) for name, part in (("a", 0), ("b", 3)))
     opened = records_to_arrow.open_cached
 
@@ -157,9 +158,14 @@ def test_a_table_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch)
         file.write_bytes(other.read_bytes())
         return opened(*content)
 
-    monkeypatch.setattr(records_to_arrow, "open_cached", disturb)
-    with pytest.raises(UserError, match="was changed while it was read"):
-        read_table(str(file))
+    before = file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(records_to_arrow, "open_cached", disturb)
+        with pytest.raises(UserError, match="was changed while it was read"):
+            read_table(str(file))
+    assert read_all(read_table(str(file))) == read_all(read_table(str(other)))
+    file.write_bytes(before)
+    assert read_all(read_table(str(file))) != read_all(read_table(str(other)))
 
 
 # --- Runs ---

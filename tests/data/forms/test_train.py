@@ -21,6 +21,6 @@ def test_own_data_train_to_a_report(name: str, tmp_path: Path, monkeypatch: pyte
     main(["train", "--data", str(path), "--model", "florence2-nano", "--out", str(out), *short.split()])
     assert (out / "report.html").is_file()
     stored = json.loads((out / "config.json").read_text())
-    assert stored["data"]["form"] == FORMS[name][0]
+    assert stored["run"]["data"]["form"] == FORMS[name][0]
     main(["evaluate", str(out)])
     main(["report", str(out)])
