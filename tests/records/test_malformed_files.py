@@ -118,6 +118,7 @@ LINES: dict[str, tuple[str | bytes, str | None]] = {
         "a message with something else than text and pictures",
     ),
     "a talk with an empty answer": (talk(USER, {"from": "gpt", "value": ""}), "empty answer"),
+    "a talk without end": (talk(*[USER, SAYS] * 501), "more than 1000 messages"),
     "a talk that nobody begins": (talk(SAYS), "empty question"),
     "a talk with half a surrogate": (talk({"from": "human", "value": "\ud800"}, SAYS), "question is not UTF-8"),
     "a talk over several pictures": (talk(USER, SAYS, image=["00.png", "01.png"]), "several pictures"),

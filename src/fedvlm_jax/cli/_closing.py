@@ -43,7 +43,8 @@ def suggest_comparison(record: RunRecord) -> str:
     if method.endswith("+knn"):
         words += ["--neighbours", str(run.evaluation.neighbours)]
     for flag, value, standard, _ in list_options(run):
-        if flag not in NOT_TAKEN and value != default.get(flag, standard):
+        said = value != default.get(flag, standard) or flag == "--data.form"  # which a folder may not show
+        if said and flag not in NOT_TAKEN:
             words += _write_flag(flag.replace("--method.", f"--method.{run.method}."), value)
     return shlex.join(words)
 

@@ -159,7 +159,7 @@ def _write_arrow(folder: Path, make_tables: MakeTables) -> tuple["datasets.Datas
         def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
             return [datasets.SplitGenerator(name="train")]
 
-        def _generate_tables(self) -> Iterator[tuple[Key, pa.Table]]:
+        def _generate_tables(self, **kwargs: Any) -> Iterator[tuple[Key, pa.Table]]:
             yield from ((Key(0, number), table) for number, table in enumerate(make_tables()))
 
     writing = Hold(find_arrow())

@@ -24,7 +24,7 @@ from fedvlm_jax.utils.option_ranges import shorten
 VERSION = 1  # of the rules by which records become rows: tables of another one are made again
 MOST_COLUMNS = 500
 SHOWN = 16  # columns that a message lists
-ROWS, BYTES = 1000, 2**26  # of rows that are written at a time, at most
+ROWS, BYTES = 1000, 2**24  # of rows that are written at a time, at most
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+MOST_TURNS = 1000  # each may make an example, with all before it in its prompt
 PICTURE = "<image>"  # stands for the picture in LLaVA's texts
 
 
@@ -40,6 +41,8 @@ def read_turns(messages: Any) -> tuple[list[Turn], list[Any]]:
     """
     if not isinstance(messages, list):
         raise UnusableError("messages are no list")
+    if len(messages) > MOST_TURNS:
+        raise UnusableError(f"more than {MOST_TURNS} messages")
     turns, pictures = list[Turn](), list[Any]()
     for message in messages:
         if not isinstance(message, dict):

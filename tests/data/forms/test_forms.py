@@ -14,6 +14,7 @@ from words import WordProcessor
 
 from fedvlm_jax.data.config import FAULT, TURNS
 from fedvlm_jax.data.federated_dataset import federate
+from fedvlm_jax.data.image_decoding import BrokenImageError
 from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.tokenization import encode
 from fedvlm_jax.errors import UserError
@@ -114,6 +115,39 @@ def test_rlaif_v_in_trl_s_form_gives_the_same_examples(tmp_path: Path) -> None:
         assert other.images.keys == own.images.keys
         assert other.skipped == own.skipped
         assert other.all_answers is None
+
+
+def test_conversations_and_captions_are_those_that_datasets_loads(folder: Path) -> None:
+    (place, coco) = (FORMS[name][2](folder, ROWS) for name in ("LLaVA", "COCO"))
+    talks = datasets.load_dataset("json", data_files=str(place), split="train")
+    table = read_table(make_options(str(place)))
+    assert [talk[0]["value"].removeprefix("<image>\n") for talk in talks["conversations"]] == table.read_text(
+        "question"
+    )
+    assert [talk[1]["value"] for talk in talks["conversations"]] == table.read_text("chosen")
+    assert [row["path"] for row in table.data.column("image").to_pylist()] == talks["image"]
+    said = datasets.load_dataset("json", data_files=str(coco), field="annotations", split="train")
+    table = read_table(make_options(str(coco)))
+    captions = dict(zip(map(str, said["image_id"]), said["caption"], strict=True))
+    assert [captions[idx] for idx in table.read_text("idx")] == table.read_text("chosen")
+
+
+def test_pictures_of_the_hub_that_stay_files_lie_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "datasets--anna--photos" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    write_pictures(snapshot, ROWS)
+    FORMS["metadata.jsonl"][2](snapshot, ROWS)
+    load = datasets.load_dataset
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets, "load_dataset", lambda hub_id, **_: load("imagefolder", data_dir=str(snapshot)))
+    table = read_table("anna/photos")
+    assert [table.read_image(row) for row in range(len(table))] == [row["bytes"] for row in ROWS]
+    assert "split" not in table.columns
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
+    with pytest.raises(BrokenImageError, match="outside of the data's folder"):
+        read_table("anna/photos").read_image(0)
 
 
 def test_the_splits_of_a_saved_dictionary_are_the_column(tmp_path: Path) -> None:
