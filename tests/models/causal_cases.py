@@ -24,8 +24,10 @@ def write_json(file: Path, values) -> None:
     file.write_text(json.dumps(values))
 
 
-def write_tokenizer(folder: Path, special: list[str], bos: str, eos: str, pad: str) -> dict[str, int]:
-    """A byte-level tokenizer whose first ids are the special tokens; returns its vocabulary."""
+def write_tokenizer(
+    folder: Path, special: list[str], bos: str, eos: str, pad: str, *, last: tuple[str, ...] = ()
+) -> dict[str, int]:
+    """A byte-level tokenizer whose first, and last, ids are the special tokens; returns its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,6 +40,7 @@ def write_tokenizer(folder: Path, special: list[str], bos: str, eos: str, pad: s
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad)
+    fast.add_special_tokens({"additional_special_tokens": list(last)})
     fast.save_pretrained(folder)
     return fast.get_vocab()
 
@@ -147,10 +150,91 @@ def write_smolvlm(folder: Path, *, kind: str = "smolvlm", tied: bool = False, **
     })  # fmt: skip
 
 
+GEMMA = {
+    "vocab_size": 312, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 6, "max_position_embeddings": 160, "rms_norm_eps": 1e-6,
+    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+}  # fmt: skip
+GEMMA2 = {"model_type": "gemma2", "query_pre_attn_scalar": 5, "sliding_window": 6, "attn_logit_softcapping": 3.0}
+
+
+def write_pictures(folder: Path, kind: str) -> None:
+    """Settings of an image processor that brings pictures to one size."""
+    write_json(folder / "preprocessor_config.json", {
+        "image_processor_type": kind, "size": {"height": 32, "width": 32}, "do_resize": True, "do_rescale": True,
+        "do_normalize": True, "do_convert_rgb": None, "resample": 3, "rescale_factor": 1 / 255, "image_seq_length": 16,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    })  # fmt: skip
+
+
+def write_paligemma(folder: Path, **text) -> None:
+    """Configuration, tokenizer and image processor of a tiny PaliGemma, whose image token is not in the vocabulary."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    ids = write_tokenizer(folder, special, "<bos>", "<eos>", "<pad>", last=("<image>",))
+    assert ids["<image>"] >= GEMMA["vocab_size"]
+    write_json(folder / "config.json", {
+        "model_type": "paligemma", "image_token_index": ids["<image>"], "projection_dim": 24,
+        "text_config": {**GEMMA, **text}, "vision_config": {
+            "model_type": "siglip_vision_model", "vision_use_head": False, **SIGLIP
+        },
+    })  # fmt: skip
+    write_json(folder / "generation_config.json", {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0})
+    write_pictures(folder, "SiglipImageProcessor")
+
+
+GEMMA3_TEMPLATE = (
+    "{{ bos_token }}\n{%- if messages[0]['role'] == 'system' -%}\n"
+    "    {%- set first_user_prefix = messages[0]['content'][0]['text'] + '\n\n' -%}\n"
+    '    {%- set loop_messages = messages[1:] -%}\n{%- else -%}\n    {%- set first_user_prefix = "" -%}\n'
+    "    {%- set loop_messages = messages -%}\n{%- endif -%}\n{%- for message in loop_messages -%}\n"
+    "    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}\n"
+    '        {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}\n'
+    "    {%- endif -%}\n    {%- if (message['role'] == 'assistant') -%}\n        {%- set role = \"model\" -%}\n"
+    "    {%- else -%}\n        {%- set role = message['role'] -%}\n    {%- endif -%}\n"
+    "    {{ '<start_of_turn>' + role + '\n' + (first_user_prefix if loop.first else \"\") }}\n"
+    "    {%- if message['content'] is string -%}\n        {{ message['content'] | trim }}\n"
+    "    {%- elif message['content'] is iterable -%}\n        {%- for item in message['content'] -%}\n"
+    "            {%- if item['type'] == 'image' -%}\n                {{ '<start_of_image>' }}\n"
+    "            {%- elif item['type'] == 'text' -%}\n                {{ item['text'] | trim }}\n"
+    "            {%- endif -%}\n        {%- endfor -%}\n    {%- else -%}\n"
+    "        {{ raise_exception(\"Invalid content type\") }}\n    {%- endif -%}\n    {{ '<end_of_turn>\n' }}\n"
+    "{%- endfor -%}\n{%- if add_generation_prompt -%}\n    {{'<start_of_turn>model\n'}}\n{%- endif -%}\n"
+)
+"""As Gemma 3's folders have it."""
+
+
+def write_gemma3(folder: Path, *, template: str | None = None, **text) -> None:
+    """Configuration, tokenizer and image processor of a tiny Gemma 3, with the fields that its first folders have."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    special += ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+    ids = write_tokenizer(folder, special, "<bos>", "<eos>", "<pad>")
+    write_json(folder / "config.json", {
+        "model_type": "gemma3", "image_token_index": ids["<image_soft_token>"], "mm_tokens_per_image": 4,
+        "boi_token_index": ids["<start_of_image>"], "eoi_token_index": ids["<end_of_image>"], "eos_token_id": [1, 5],
+        "text_config": {
+            "model_type": "gemma3_text", **GEMMA, "num_hidden_layers": 5, "query_pre_attn_scalar": 3,
+            "sliding_window": 8, "sliding_window_pattern": 3,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, **text,
+        },
+        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **SIGLIP},
+    })  # fmt: skip
+    write_json(folder / "generation_config.json", {
+        "bos_token_id": 2, "eos_token_id": [1, 5], "pad_token_id": 0, "do_sample": True, "top_k": 64, "top_p": 0.95,
+    })  # fmt: skip
+    write_pictures(folder, "Gemma3ImageProcessor")
+    if template is not None:
+        write_json(folder / "chat_template.json", {"chat_template": template})
+
+
 CASES = {
     "smolvlm": lambda folder: write_smolvlm(folder),
     "smolvlm-tied": lambda folder: write_smolvlm(folder, tied=True, num_hidden_layers=4, num_key_value_heads=1),
-    "idefics3": lambda folder: write_smolvlm(folder, kind="idefics3", num_key_value_heads=4),
+    "idefics3": lambda folder: write_smolvlm(
+        folder,
+        kind="idefics3",
+        num_key_value_heads=4,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    ),
     "llava": lambda folder: write_llava(folder, template=LLAVA_TEMPLATE),
     "llava-full": lambda folder: write_llava(
         folder,
@@ -170,6 +254,11 @@ CASES = {
         text={"model_type": "qwen2", "tie_word_embeddings": True},
     ),
     "llava_onevision": write_onevision,
+    "paligemma2": lambda folder: write_paligemma(folder, **GEMMA2, final_logit_softcapping=12.0),
+    "paligemma": lambda folder: write_paligemma(folder, model_type="gemma", num_hidden_layers=4, num_key_value_heads=1),
+    "gemma3": lambda folder: write_gemma3(folder, template=GEMMA3_TEMPLATE),
+    # A window shorter than a picture, and no template.
+    "gemma3-narrow": lambda folder: write_gemma3(folder, sliding_window=3, sliding_window_pattern=4),
 }
 """Name -> what writes a folder of it."""
 

@@ -9,11 +9,14 @@ def make_model(folder, seed=0):
     """A random model of a folder's configuration, written into it; its outputs vary, its logits lie in about ±10."""
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+    behind = {name for name, _ in model.named_parameters() if "post_feedforward" in name}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.2 * noise)
+            if name.replace("post_attention", "post_feedforward") in behind:
+                parameter.copy_(3 + 0.2 * noise)  # so that Gemma's large embeddings do not decide alone
+            elif "norm" in name and name.endswith("weight"):
+                parameter.add_(0.2 * noise)  # Gemma's begin at 0, others at 1
             elif parameter.ndim == 1:
                 parameter.copy_(0.1 * noise)
             elif "embed" in name:
@@ -35,6 +38,15 @@ def to_inputs(model, batch, row):
     return {"pixel_values": pixels[:, None] if kind in ("smolvlm", "idefics3") else pixels}, 1
 
 
+def find_kinds(model, ids, prompt):
+    """Kinds of tokens, by which Gemma's masks are made: PaliGemma's answers are 1, Gemma 3's image tokens."""
+    if model.config.model_type == "paligemma":
+        return {"token_type_ids": (torch.arange(ids.shape[1]) >= prompt).long().expand_as(ids)}
+    if model.config.model_type == "gemma3":
+        return {"token_type_ids": (ids == model.config.image_token_id).long()}
+    return {}
+
+
 @torch.no_grad()
 def find_logits(model, batch, labels):
     """Logits [B, U, V] that predict the labels, every row alone and unpadded; zeros where labels are ignored."""
@@ -43,6 +55,7 @@ def find_logits(model, batch, labels):
         prompt, answer = ids[mask != 0], label[label != -100]
         inputs, count = to_inputs(model, batch, row)
         whole = torch.tensor(np.concatenate([prompt, answer])[None]).long().repeat(count, 1)
+        inputs |= find_kinds(model, whole, len(prompt))
         found = model(input_ids=whole, attention_mask=torch.ones_like(whole), **inputs)
         said = found.logits[0, len(prompt) - 1 : len(whole[0]) - 1].float().numpy()
         rows.append(np.pad(said, ((0, len(label) - len(said)), (0, 0))))
@@ -56,6 +69,7 @@ def generate(model, batch, length, **options):
     for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
         inputs, count = to_inputs(model, batch, row)
         prompt = torch.tensor(ids[mask != 0][None]).long().repeat(count, 1)
+        inputs |= find_kinds(model, prompt, prompt.shape[1])
         found = model.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, do_sample=False,
             **inputs, **options,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import causal_cases
-from models.llava_folders import LLAVA_7B, ONEVISION_HALF_B, SPELLINGS, save, spell
+from models.llava_folders import GEMMA3_4B, LLAVA_7B, ONEVISION_HALF_B, PALIGEMMA2_3B, SPELLINGS, save, spell
 from PIL import Image
 
 from fedvlm_jax.models import load_vlm, load_weights, open_model, read_vlm, save_checkpoint
@@ -90,7 +90,7 @@ def test_bfloat16_is_as_close_as_that_of_pytorch(case):
     assert distance(ours) <= 1.6 * distance(theirs)
 
 
-@pytest.mark.parametrize("config", [LLAVA_7B, ONEVISION_HALF_B])
+@pytest.mark.parametrize("config", [LLAVA_7B, ONEVISION_HALF_B, PALIGEMMA2_3B, GEMMA3_4B])
 def test_published_shapes_have_as_many_parameters(tmp_path, config):
     """All of transformers' but those that are never read."""
     import torch
@@ -104,12 +104,13 @@ def test_published_shapes_have_as_many_parameters(tmp_path, config):
     assert sum(leaf.size for leaf in jax.tree.leaves(vlm.shapes())) == sum(read.values())
 
 
+@pytest.mark.parametrize("name", ["llava", "paligemma2", "gemma3"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_transformers_takes_the_spellings_that_are_tested(tmp_path, spelling):
+def test_transformers_takes_the_spellings_that_are_tested(tmp_path, name, spelling):
     from models import causal_reference
     from transformers import AutoModelForImageTextToText
 
-    causal_cases.CASES["llava"](tmp_path)
+    causal_cases.CASES[name](tmp_path)
     model = causal_reference.make_model(tmp_path)
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     save(spell(tensors, spelling), tmp_path)

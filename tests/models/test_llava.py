@@ -14,7 +14,6 @@ from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import load_weights, open_model, open_processor, read_size, read_vlm, save_checkpoint
 
-LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 FULL = "llava-full"  # of whose tower layers 1 and 2 are unread
 
 
@@ -102,8 +101,8 @@ def change(folder, **values):
         ),
         ({"text_config.attention_bias": True}, "text_config.attention_bias=True is not supported"),
         (
-            {"text_config.rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "rope_type='linear'",
+            {"text_config.rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type='dynamic'",
         ),
         ({"text_config.hidden_act": "relu6"}, "activation 'relu6'"),
         ({"projector_hidden_act": "relu6"}, "activation 'relu6'"),

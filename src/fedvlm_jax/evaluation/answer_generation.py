@@ -28,6 +28,7 @@ class Answering:
             "gold_answers": self.gold.scored,
             "unreachable": self.gold.unreachable,
             **{name: getattr(self.settings, name) for name in beams},
+            **({"ignored": list(self.settings.ignored)} if self.settings.ignored else {}),
         }
 
     def explain(self) -> list[str]:
@@ -39,6 +40,11 @@ class Answering:
         lines = [
             f"answers are generated {search}{ban}, in at most {gold.budget} tokens; the gold ones take {gold.longest}"
         ]
+        if settings.ignored:
+            lines.append(
+                f"the model's generation_config.json draws tokens ({', '.join(settings.ignored)}): that is ignored, "
+                "evaluation takes the likeliest"
+            )
         if gold.unreachable:
             reasons = ", ".join(f"{count} {reason}" for reason, count in gold.unreachable.items())
             lines.append(

@@ -145,7 +145,7 @@ class Processor(Protocol):
         image_tokens: image tokens in every prompt: `Vlm.image_tokens` of `size`.
         image_token_id: id of the token in whose places image tokens are put; no text yields it.
         eos_token_id: id of the token that ends answers.
-        largest_id: the largest id of a token.
+        largest_id: the largest id of a token whose embedding is read.
         framing: ids of tokens that stand around texts, or for what is none: `decode` leaves them out.
         fingerprint: a hash of all that decides how a picture becomes pixels, for the keys of caches.
         pixels: pictures of any size and mode to normalised float32 pixels; none to an array of length 0.

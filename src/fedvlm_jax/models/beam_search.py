@@ -20,7 +20,10 @@ FAR = -1e9  # the score of what must not win but may still be compared; transfor
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of generation; names and meanings are those of transformers' `GenerationConfig`."""
+    """Settings of generation; names and meanings are those of transformers' `GenerationConfig`.
+
+    `ignored` names options of the folder by which tokens would be drawn: a search takes the likeliest.
+    """
 
     num_beams: int
     decoder_start_token_id: int
@@ -33,6 +36,7 @@ class Settings:
     min_new_tokens: int
     length_penalty: float
     early_stopping: bool | Literal["never"]
+    ignored: tuple[str, ...] = ()
 
 
 class Cache(NamedTuple):

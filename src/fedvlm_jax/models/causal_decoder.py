@@ -1,16 +1,16 @@
 """A causal transformer that reads a prompt once and answers it several times, as Llama and its relatives are built.
 
-Layers are pre-norm: RMS norms, grouped-query attention with rotary positions, a gated feed-forward part. Prompts
-[B, T, D] and answers [B·A, U, D] go through a layer as two streams: an answer attends to its prompt's keys, which are
-computed once whatever A is, and to its own. So an answer's tokens never meet padding between prompt and answer, and
-what is kept of a prompt (its keys and values) serves training, scoring and generation alike.
+Layers are pre-norm: RMS norms, grouped-query attention with rotary positions, a gated feed-forward part. Gemma's have
+more norms, bounded scores, and local layers, whose tokens see the nearest ones alone. Prompts [B, T, D] and
+answers [B·A, U, D] go through a layer as two streams: an answer attends to its prompt's keys, which are computed once
+whatever A is, and to its own. So an answer's tokens never meet padding between prompt and answer, and what is kept of a
+prompt (its keys and values) serves training, scoring and generation alike.
 
 Sources: RMS norm arXiv 1910.07467, rotary positions arXiv 2104.09864, grouped queries arXiv 2305.13245, gated
-feed-forward arXiv 2002.05202.
+feed-forward arXiv 2002.05202, Gemma arXiv 2408.00118 and 2503.19786.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,54 +19,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fedvlm_jax.models.layers import HIDDEN, Stacking, activation, scanned, softmax, widen
+from fedvlm_jax.models.layers import Stacking, activation, scanned, softmax, widen
+from fedvlm_jax.models.text_shape import TextShape
 from fedvlm_jax.utils.products import mix, score
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextShape:
-    """Sizes and options of a causal text model, as a family reads them off its configuration.
-
-    Attributes:
-        width: numbers D of a token.
-        heads, kv_heads, head_width: query heads H, heads of keys and values, and numbers d of each.
-        hidden: width of the feed-forward part.
-        layers: depth L.
-        vocabulary: tokens V.
-        activation: of the feed-forward part, as Hugging Face names it.
-        epsilon: of the norms.
-        theta: base of the rotary positions' wavelengths.
-        tied: is the head the token table?
-        qkv_bias: have the projections to queries, keys and values a bias?
-        deviation: of random weights.
-    """
-
-    width: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    hidden: int
-    layers: int
-    vocabulary: int
-    activation: str
-    epsilon: float
-    theta: float
-    tied: bool
-    qkv_bias: bool = False
-    deviation: float = 0.02
-
-
 class RmsNorm(nn.Module):
-    """Root-mean-square norm over the last axis, in float32 at least; cast to `dtype`, then scaled."""
+    """Root-mean-square norm over the last axis, in float32 at least; cast to `dtype`, then scaled.
+
+    A `shifted` one is scaled by 1 + scale, and cast then.
+    """
 
     epsilon: float
     dtype: Any
+    shifted: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        start = nn.initializers.zeros if self.shifted else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],))
         wide = widen(x)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)
+        if self.shifted:
+            return (wide * (1 + widen(scale))).astype(self.dtype)
         return wide.astype(self.dtype) * scale.astype(self.dtype)
 
 
@@ -77,13 +52,13 @@ class Rotation(NamedTuple):
     sin: Array
 
 
-def make_rotation(positions: Int[Array, "N T"], width: int, theta: float) -> Rotation:
+def make_rotation(positions: Int[Array, "N T"], width: int, theta: float, factor: float = 1.0) -> Rotation:
     """Make the rotary angles of positions, in float32 (arXiv 2104.09864, eq. 34, its halves side by side).
 
     >>> make_rotation(jnp.zeros((1, 3), jnp.int32), 4, 1e4).cos.shape
     (1, 1, 3, 4)
     """
-    frequencies = 1.0 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    frequencies = 1.0 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width) / factor
     angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], -1)
     return Rotation(jnp.cos(angles), jnp.sin(angles))
@@ -103,15 +78,29 @@ def rotate(x: Float[Array, "N H T d"], rotation: Rotation) -> Float[Array, "N H 
 class View(NamedTuple):
     """The place of a stream's tokens, and what they may look at.
 
-    `own` and `prompt` are added to scores: `own` [N | 1, 1, 1, T, T] of the stream's tokens among themselves, `prompt`
-    [B, 1, 1, 1, 1, T] of an answer's tokens to its prompt's; `place` is the place in the cache of the token that is
-    generated, [] int32. None is what the stream does not read.
+    `own` and `prompt` are added to scores: `own` [N | 1, 1, 1, T | 1, T] of the stream's tokens among themselves, of a
+    token that is generated [S] to those before it; `prompt` [B, 1, 1, 1, U | 1, T] of an answer's tokens to its
+    prompt's. `place` is the place in the cache of the token that is generated, [] int32. None is what the stream does
+    not read.
     """
 
     rotation: Rotation
     own: Any = None
     prompt: Any = None
     place: Any = None
+
+
+Views = tuple[View | None, View | None]
+"""Of prompts and of answers."""
+
+
+def cap(x: Array, bound: float | None) -> Array:
+    """Keep numbers within a bound, smoothly (arXiv 2408.00118, section 2); None leaves them.
+
+    >>> cap(jnp.asarray([0.0, 1e6]), 30.0).tolist()
+    [0.0, 30.0]
+    """
+    return x if bound is None else bound * jnp.tanh(x / bound)
 
 
 class KeysValues(NamedTuple):
@@ -134,6 +123,8 @@ class Attention(nn.Module):
         self.k_proj = dense(text.kv_heads * text.head_width, text.qkv_bias)
         self.v_proj = dense(text.kv_heads * text.head_width, text.qkv_bias)
         self.o_proj = dense(text.width, use_bias=False)
+        if text.head_norms:
+            self.q_norm, self.k_norm = (RmsNorm(text.epsilon, self.dtype, text.shifted_norms) for _ in "qk")
 
     def project(self, x: Float[Array, "N T D"], rotation: Rotation) -> tuple[Float[Array, "N kv G T d"], KeysValues]:
         """Queries, scaled and in G groups per head of keys; keys and values."""
@@ -142,8 +133,11 @@ class Attention(nn.Module):
         def split(y: Array, heads: int) -> Array:
             return y.reshape(*y.shape[:-1], heads, text.head_width).swapaxes(1, 2)
 
-        query = rotate(split(self.q_proj(x), text.heads), rotation) * text.head_width**-0.5
-        key = rotate(split(self.k_proj(x), text.kv_heads), rotation)
+        query, key = split(self.q_proj(x), text.heads), split(self.k_proj(x), text.kv_heads)
+        if text.head_norms:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = rotate(query, rotation) * (text.head_width**-0.5 if text.scale is None else text.scale)
+        key = rotate(key, rotation)
         grouped = query.reshape(len(x), text.kv_heads, text.heads // text.kv_heads, *query.shape[2:])
         return grouped, KeysValues(key, split(self.v_proj(x), text.kv_heads))
 
@@ -183,8 +177,9 @@ class Layer(nn.Module):
     """One layer over both streams.
 
     `prompt` holds the prompt's keys and values where there is no stream of prompts; `beams` those of what K beams have
-    generated so far, and then answers are one token each, A = K and U = 1. Returns the streams, and the keys and values
-    that the stream of prompts made, or else the beams' with the new token's in them.
+    generated so far, and then answers are one token each, A = K and U = 1. `views` has one pair, or two and `local`
+    says whether the layer takes the second: there is a mask for each kind of layer, not for each layer. Returns the
+    streams, and the keys and values that the stream of prompts made, or else the beams' with the new token's in them.
     """
 
     text: TextShape
@@ -192,28 +187,39 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: Streams, prompt: KeysValues | None, beams: KeysValues | None, views: tuple[View, View]
-    ) -> tuple[Streams, KeysValues | None]:
-        norm = partial(RmsNorm, self.text.epsilon, self.dtype)
-        before, between = norm(name="input_layernorm"), norm(name="post_attention_layernorm")
+        self, streams: Streams, prompt: KeysValues | None, beams: KeysValues | None, views: tuple[Views, ...],
+        local: Array | None,
+    ) -> tuple[Streams, KeysValues | None]:  # fmt: skip
+        norm = partial(RmsNorm, self.text.epsilon, self.dtype, self.text.shifted_norms)
+        before, after = norm(name="input_layernorm"), norm(name="post_attention_layernorm")
         attention, mlp = Attention(self.text, self.dtype, name="self_attn"), Mlp(self.text, self.dtype, name="mlp")
+        if self.text.norms_after:
+            between, end = norm(name="pre_feedforward_layernorm"), norm(name="post_feedforward_layernorm")
 
-        def finish(x: Array, mixed: Array) -> Array:
-            x = x + attention.join(mixed)
-            return x + mlp(between(x))
+            def finish(x: Array, mixed: Array) -> Array:
+                x = x + after(attention.join(mixed))
+                return x + end(mlp(between(x)))
+        else:  # where nothing is normed after attention, Hugging Face calls the norm before `mlp` so
 
+            def finish(x: Array, mixed: Array) -> Array:
+                x = x + attention.join(mixed)
+                return x + mlp(after(x))
+
+        view, answer_view = views[0] if local is None else jax.tree.map(partial(jnp.where, local), views[1], views[0])
         (prompts, answers), kept = streams, beams
         if prompts is not None:
-            view = views[0]
             query, prompt = attention.project(before(prompts), view.rotation)
-            weights = softmax(_group(score, query, prompt.key) + view.own, self.dtype)
+            weights = softmax(self._score(query, prompt.key) + view.own, self.dtype)
             prompts, kept = finish(prompts, _group(mix, weights, prompt.value)), prompt
         if answers is not None:
             assert prompt is not None
-            query, new = attention.project(before(answers), views[1].rotation)
-            mixed, kept_beams = self._answer(query, new, prompt, beams, views[1])
+            query, new = attention.project(before(answers), answer_view.rotation)
+            mixed, kept_beams = self._answer(query, new, prompt, beams, answer_view)
             answers, kept = finish(answers, mixed), kept if prompts is not None else kept_beams
         return Streams(prompts, answers), kept
+
+    def _score(self, query: Float[Array, "N kv G T d"], key: Float[Array, "N kv S d"]) -> Float[Array, "N kv G T S"]:
+        return cap(_group(score, query, key), self.text.score_cap)
 
     def _answer(
         self, query: Array, new: KeysValues, prompt: KeysValues, beams: KeysValues | None, view: View
@@ -231,14 +237,13 @@ class Layer(nn.Module):
             return split.reshape(count, heads, groups, length, -1)
 
         if beams is None:
-            own, bias = new, view.own
+            own = new
         else:
             beams = KeysValues(*(self._put(*pair, view.place) for pair in zip(beams, new, strict=True)))
             own = KeysValues(*(leaf.reshape(count, *leaf.shape[2:]) for leaf in beams))
-            bias = jnp.where(jnp.arange(own.key.shape[2]) <= view.place, 0.0, HIDDEN)
-        to_prompt = _group(score, fold(query), prompt.key).reshape(rows, heads, groups, answers, length, -1)
+        to_prompt = self._score(fold(query), prompt.key).reshape(rows, heads, groups, answers, length, -1)
         to_prompt = unfold((to_prompt + view.prompt).reshape(rows, heads, groups, answers * length, -1))
-        weights = softmax(jnp.concatenate([to_prompt, _group(score, query, own.key) + bias], -1), self.dtype)
+        weights = softmax(jnp.concatenate([to_prompt, self._score(query, own.key) + view.own], -1), self.dtype)
         told, said = jnp.split(weights, [prompt.key.shape[2]], -1)
         return unfold(_group(mix, fold(told), prompt.value)) + _group(mix, said, own.value), beams
 
@@ -257,24 +262,27 @@ class CausalDecoder(nn.Module):
     def setup(self) -> None:
         text, init = self.text, nn.initializers.normal(self.text.deviation)
         self.embed_tokens = nn.Embed(text.vocabulary, text.width, dtype=self.dtype, embedding_init=init)
-        stack = scanned(Layer, text.layers, (0, 0, nn.broadcast), self.stacking)
+        stack = scanned(Layer, text.layers, (0, 0, nn.broadcast, 0), self.stacking)
         self.layers = stack(text, self.dtype)
-        self.norm = RmsNorm(text.epsilon, self.dtype)
+        self.norm = RmsNorm(text.epsilon, self.dtype, text.shifted_norms)
         if not text.tied:
             self.lm_head = nn.Dense(text.vocabulary, use_bias=False, dtype=self.dtype, kernel_init=init)
 
     def embed(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Token embeddings; ids outside the vocabulary (an image token may be) are clamped, not NaN."""
-        return self.embed_tokens(jnp.clip(ids, 0, self.text.vocabulary - 1))
+        embedded = self.embed_tokens(jnp.clip(ids, 0, self.text.vocabulary - 1))
+        return embedded if self.text.multiplier == 1 else embedded * jnp.asarray(self.text.multiplier, self.dtype)
 
     def run(
-        self, streams: Streams, views: tuple[View | None, View | None],
+        self, streams: Streams, views: tuple[Views, ...],
         prompt: KeysValues | None = None, beams: KeysValues | None = None,
     ) -> tuple[Streams, KeysValues]:  # fmt: skip
-        """Run all layers; keys and values, given and returned, have a leading axis L."""
-        return self.layers(streams, prompt, beams, views)
+        """Run all layers, with views for each of `TextShape.reaches`; keys and values have a leading axis L."""
+        local = jnp.asarray(self.text.local_layers) if self.text.local else None
+        return self.layers(streams, prompt, beams, views, local)
 
     def head(self, x: Float[Array, "... D"]) -> tuple[Float[Array, "... D"], Float[Array, "... V"]]:
         """Norm the last layer's states; returns them and the logits that they give."""
         states = self.norm(x)
-        return states, widen(self.embed_tokens.attend(states) if self.text.tied else self.lm_head(states))
+        logits = widen(self.embed_tokens.attend(states) if self.text.tied else self.lm_head(states))
+        return states, cap(logits, self.text.logit_cap)

@@ -7,21 +7,22 @@ last token, which predicts an answer's first token; so labels hold answers alone
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fedvlm_jax import lora
-from fedvlm_jax.distributed.sharding import Cut, Cuts
+from fedvlm_jax.distributed.sharding import Cuts
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Batch, Params, Vlm, select_leaves
 from fedvlm_jax.models.beam_search import Cache, Decoder, Settings, Step
-from fedvlm_jax.models.causal_decoder import CausalDecoder, KeysValues, Streams, TextShape, View, make_rotation
+from fedvlm_jax.models.causal_decoder import CausalDecoder, KeysValues, Streams, View, Views, make_rotation
 from fedvlm_jax.models.generation import make_generate, read_settings
 from fedvlm_jax.models.layers import HIDDEN, Stacking, place_features
+from fedvlm_jax.models.text_shape import Reach, TextShape, cut_text
 from fedvlm_jax.models.weight_table import Table
 
 COMPONENTS = {
@@ -45,6 +46,7 @@ class CausalVlm(nn.Module):
         image_projector: these to image tokens [B, P, D].
         text: shape of the text model.
         image_token_id: the token whose places image tokens take.
+        prompts: which tokens of a prompt attend to later ones: none, those of a picture to all of its own, or all.
     """
 
     vision_tower: nn.Module
@@ -53,6 +55,7 @@ class CausalVlm(nn.Module):
     image_token_id: int
     dtype: Any
     stacking: Stacking
+    prompts: Literal["causal", "pictures", "whole"] = "causal"
 
     def setup(self) -> None:
         self.language_model = CausalDecoder(self.text, self.dtype, self.stacking)
@@ -60,20 +63,58 @@ class CausalVlm(nn.Module):
     def image_features(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
         return self.image_projector(self.vision_tower(pixel_values))
 
-    def _open_prompts(self, batch: Batch) -> tuple[Float[Array, "B T D"], View]:
+    def _open_prompts(self, batch: Batch) -> tuple[Float[Array, "B T D"], tuple[View, ...]]:
         ids, features = batch["input_ids"], batch.get("image_features")
         features = self.image_features(batch["pixel_values"]) if features is None else features.astype(self.dtype)
         embedded = place_features(self.language_model.embed(ids), features, ids == self.image_token_id)
-        # Prompts are padded on the right, so a token's place in the row is its position, and causality hides padding.
-        rotation = self._rotate(jnp.arange(ids.shape[1])[None])
-        return embedded, View(rotation, own=_hide(jnp.tri(ids.shape[1], dtype=bool))[None, None, None])
+        # Prompts are padded on the right, so a token's place in the row is its position.
+        places = jnp.arange(ids.shape[1])[None]
 
-    def _rotate(self, positions: Int[Array, "N T"]) -> Any:
-        return make_rotation(positions, self.text.head_width, self.text.theta)
+        def view(reach: Reach) -> View:
+            return View(self._rotate(places, reach), own=_hide(self._see(batch, reach.window))[:, None, None])
+
+        return embedded, tuple(map(view, self.text.reaches))
+
+    def _see(self, batch: Batch, window: int | None) -> Bool[Array, "B T T"]:
+        """Say which tokens of a prompt each attends to; axes over which nothing differs have length 1."""
+        ids = batch["input_ids"]
+        if self.prompts == "whole":  # within a prompt there is no window
+            return (batch["attention_mask"] != 0)[:, None]
+        seen = jnp.tri(ids.shape[1], dtype=bool)[None]  # which hides padding, too: it comes after all tokens
+        if self.prompts == "pictures":
+            is_image = ids == self.image_token_id
+            begins = is_image & ~jnp.pad(is_image, ((0, 0), (1, 0)))[:, :-1]
+            picture = jnp.where(is_image, jnp.cumsum(begins, 1), 0)
+            seen |= (picture[:, :, None] == picture[:, None]) & is_image[:, None]
+        places = jnp.arange(ids.shape[1])
+        return seen & _near(places[:, None], places, window)
+
+    def _view_answers(
+        self, mask: Int[Array, "B T"], offsets: Int[Array, " U"], answers: int, cached: int | None = None
+    ) -> tuple[View, ...]:
+        """Make the views of answers' tokens that are so many after their prompt's end, for every kind of layer.
+
+        `answers`: A to each prompt. `cached`: room of the cache, where only one token is not in it yet.
+        """
+        positions = mask.sum(-1)[:, None] + offsets
+        others = offsets if cached is None else jnp.arange(cached)
+        before = others <= offsets[:, None]
+
+        def view(reach: Reach) -> View:
+            rotation = self._rotate(jnp.repeat(positions, answers, 0), reach)
+            own = _hide(before & _near(offsets[:, None], others, reach.window))[None, None, None]
+            seen = (mask != 0)[:, None] & _near(positions[:, :, None], jnp.arange(mask.shape[1]), reach.window)
+            place = None if cached is None else offsets[0]
+            return View(rotation, own, _hide(seen)[:, None, None, None], place)
+
+        return tuple(map(view, self.text.reaches))
+
+    def _rotate(self, positions: Int[Array, "N T"], reach: Reach) -> Any:
+        return make_rotation(positions, self.text.head_width, reach.theta, reach.factor)
 
     def encode(self, batch: Batch) -> Memory:
-        embedded, view = self._open_prompts(batch)
-        (prompts, _), kept = self.language_model.run(Streams(embedded, None), (view, None))
+        embedded, views = self._open_prompts(batch)
+        (prompts, _), kept = self.language_model.run(Streams(embedded, None), tuple((view, None) for view in views))
         assert prompts is not None
         by_row = {"keys": kept.key, "values": kept.value}
         last = _take_last(prompts, batch["attention_mask"])
@@ -85,15 +126,14 @@ class CausalVlm(nn.Module):
         # The last label is nobody's input; what is ignored is embedded as token 0, and no label is predicted from it.
         inputs = self.language_model.embed(jnp.maximum(labels[..., :-1], 0).reshape(-1, length - 1))
         each = len(inputs) // rows
-        positions = jnp.repeat(mask.sum(-1)[:, None] + jnp.arange(length - 1), each, 0)
-        own = _hide(jnp.tri(length - 1, dtype=bool))[None, None, None]
-        view = View(self._rotate(positions), own, _hide_padding(mask))
+        views = self._view_answers(mask, jnp.arange(length - 1), each)
         if "memory" in batch:
             memory = batch["memory"]
-            last, (_, answers) = memory["last"], self._read(memory, Streams(None, inputs), view)[0]
+            last, (_, answers) = memory["last"], self._read(memory, Streams(None, inputs), views)[0]
         else:
-            embedded, prompt_view = self._open_prompts(batch)
-            (prompts, answers), _ = self.language_model.run(Streams(embedded, inputs), (prompt_view, view))
+            embedded, prompt_views = self._open_prompts(batch)
+            both = tuple(zip(prompt_views, views, strict=True))
+            (prompts, answers), _ = self.language_model.run(Streams(embedded, inputs), both)
             assert prompts is not None
             last = _take_last(prompts, mask)
         assert answers is not None
@@ -103,10 +143,11 @@ class CausalVlm(nn.Module):
         return states.reshape(*labels.shape, -1), logits.reshape(*labels.shape, -1)
 
     def _read(
-        self, memory: Memory, streams: Streams, view: View, beams: KeysValues | None = None
+        self, memory: Memory, streams: Streams, views: tuple[View, ...], beams: KeysValues | None = None
     ) -> tuple[Streams, KeysValues]:
         prompt = KeysValues(*(jnp.moveaxis(memory[name], 1, 0) for name in ("keys", "values")))
-        return self.language_model.run(streams, (None, view), prompt, beams)
+        pairs: tuple[Views, ...] = tuple((None, view) for view in views)
+        return self.language_model.run(streams, pairs, prompt, beams)
 
     def first(self, memory: Memory) -> tuple[Float[Array, "B 1 D"], Float[Array, "B 1 V"]]:
         """What the prompt alone predicts."""
@@ -117,10 +158,9 @@ class CausalVlm(nn.Module):
     ) -> tuple[Float[Array, "B K D"], Float[Array, "B K V"], KeysValues]:
         """One token of every beam, before which `index` were generated; beams' keys are [L, B, K, kv, S, d]."""
         rows, count = ids.shape
-        positions = jnp.repeat(mask.sum(-1)[:, None] + index, count, 0)
-        view = View(self._rotate(positions), prompt=_hide_padding(mask), place=index)
+        views = self._view_answers(mask, jnp.asarray(index)[None], count, beams.key.shape[-2])
         embedded = self.language_model.embed(ids).reshape(rows * count, 1, -1)
-        (_, answers), beams = self._read(memory, Streams(None, embedded), view, beams)
+        (_, answers), beams = self._read(memory, Streams(None, embedded), views, beams)
         assert answers is not None
         return *self.language_model.head(answers.reshape(rows, count, -1)), beams
 
@@ -130,29 +170,15 @@ def _hide(seen: Array) -> Array:
     return jnp.where(seen, 0.0, HIDDEN).astype(jnp.float32)
 
 
-def _hide_padding(mask: Int[Array, "B T"]) -> Float[Array, "B 1 1 1 1 T"]:
-    return _hide(mask != 0)[:, None, None, None, None]
+def _near(token: Array, other: Array, window: int | None) -> Any:
+    """Say whether a place is in the window of another; True without a window."""
+    return True if window is None else token - other < window
 
 
 def _take_last(prompts: Float[Array, "B T D"], mask: Int[Array, "B T"]) -> Float[Array, "B D"]:
     """The state after each prompt's last token; of a row without any, that of its first padding."""
     last = jnp.maximum(mask.sum(-1) - 1, 0)
     return jnp.take_along_axis(prompts, last[:, None, None], 1)[:, 0]
-
-
-def cut_text(text: TextShape) -> Cuts:
-    """Cut the text model over devices: whole heads, the columns of a pair's first matrix and the rows of its second."""
-    layer = "language_model/layers/"
-    return (
-        Cut(rf"{layer}self_attn/q_proj/(kernel|bias)", (-1,), text.heads),
-        # Where heads of keys do not divide, every device has them whole.
-        Cut(rf"{layer}self_attn/(k|v)_proj/(kernel|bias)", (-1,), text.kv_heads),
-        Cut(rf"{layer}self_attn/o_proj/kernel", (-2,), text.heads),
-        Cut(rf"{layer}mlp/(gate|up)_proj/kernel", (-1,)),
-        Cut(rf"{layer}mlp/down_proj/kernel", (-2,)),
-        Cut("language_model/embed_tokens/embedding", (-2, -1)),
-        *([] if text.tied else [Cut("language_model/lm_head/kernel", (-1, -2))]),
-    )
 
 
 def check_generation(options: Any) -> None:
@@ -213,7 +239,7 @@ def make_record(
 
     def settings() -> Settings:
         check_generation(options)
-        return read_settings(options, config.text_config, text.vocabulary)
+        return read_settings(options, config.text_config, text.vocabulary, ignore_sampling=True)
 
     def open_decoder(params: Params, adapter: lora.Adapter | None, batch: Batch, beams: int, length: int) -> Decoder:
         memory, mask = encode(params, adapter, batch), batch["attention_mask"]

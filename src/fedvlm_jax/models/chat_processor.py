@@ -136,7 +136,8 @@ class ChatProcessor:
 
     @property
     def largest_id(self) -> int:
-        return max(self.tokenizer.get_vocab().values())
+        # In the places of image tokens no embedding is read, so theirs may lie outside of the model's vocabulary.
+        return max(number for token, number in self.tokenizer.get_vocab().items() if token != self.image_token)
 
     @property
     def framing(self) -> frozenset[int]:
@@ -193,7 +194,7 @@ class ChatProcessor:
     def tokenise(self, texts: list[str], *, whole: bool = False) -> list[list[int]]:
         """Tokenise; of `whole` prompts the tokenizer adds what it begins texts with, unless the template has."""
         bos = self.tokenizer.bos_token
-        begins = whole and not (bos and all(text.startswith(bos) for text in texts))
+        begins = whole and not (bos and bos in self.frame.head)
         return self.tokenizer(texts, add_special_tokens=begins)["input_ids"] if texts else []
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError, explain_error
-from fedvlm_jax.models.causal_decoder import TextShape
 from fedvlm_jax.models.folder_files import require_integer
 from fedvlm_jax.models.layers import activation
+from fedvlm_jax.models.text_shape import Reach, TextShape
 from fedvlm_jax.models.vision_transformer import VisionShape
 
 DEPTH, WIDTH, VOCABULARY = 512, 2**17, 2**24
@@ -79,7 +79,7 @@ def read_text_shape(text: Any, *, tied: bool, **options: Any) -> TextShape:
         options: further fields of `TextShape`.
 
     Raises:
-        UserError: a size or an activation that no model has, or rotary positions that are scaled.
+        UserError: a size, an activation or rotary positions that no model has.
     """
     for name, most in _TEXT.items():
         require_integer(f"text_config.{name}", getattr(text, name, None), 1, most)
@@ -91,10 +91,10 @@ def read_text_shape(text: Any, *, tied: bool, **options: Any) -> TextShape:
             f"text_config has {heads} heads of {head_width} numbers and {text.num_key_value_heads} heads of keys: "
             "heads must be of even width, and share keys evenly"
         )
+    named = text.hidden_activation if hasattr(text, "hidden_activation") else text.hidden_act
+    activation(named)  # for its error
     rope = dict(text.rope_parameters or {})
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"text_config.rope_parameters has rope_type={rope['rope_type']!r}; only 'default' is supported")
-    activation(text.hidden_act)  # for its error
+    reach = read_reach(rope.get("full_attention", rope))
     return TextShape(
         width=width,
         heads=heads,
@@ -103,13 +103,30 @@ def read_text_shape(text: Any, *, tied: bool, **options: Any) -> TextShape:
         hidden=text.intermediate_size,
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
-        activation=text.hidden_act,
-        epsilon=_read_positive("text_config.rms_norm_eps", text.rms_norm_eps),
-        theta=_read_positive("text_config.rope_parameters.rope_theta", rope.get("rope_theta")),
+        activation=named,
+        epsilon=read_positive("text_config.rms_norm_eps", text.rms_norm_eps),
+        theta=reach.theta,
+        factor=reach.factor,
         tied=tied,
         deviation=text.initializer_range,
         **options,
     )
+
+
+def read_reach(rope: Mapping[str, Any], window: int | None = None) -> Reach:
+    """Read the rotary positions of a kind of layers.
+
+    Raises:
+        UserError: they are scaled otherwise than by a factor, or have no base.
+
+    >>> read_reach({"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6})
+    Reach(theta=1000000.0, factor=8.0, window=None)
+    """
+    name, kind = "text_config.rope_parameters", rope.get("rope_type", "default")
+    if kind not in ("default", "linear"):
+        raise UserError(f"{name} has rope_type={kind!r}; only 'default' and 'linear' are supported")
+    factor = read_positive(f"{name}.factor", rope.get("factor")) if kind == "linear" else 1.0
+    return Reach(read_positive(f"{name}.rope_theta", rope.get("rope_theta")), factor, window)
 
 
 def read_vision_shape(vision: Any) -> VisionShape:
@@ -136,12 +153,17 @@ def read_vision_shape(vision: Any) -> VisionShape:
         hidden=vision.intermediate_size,
         layers=vision.num_hidden_layers,
         activation=vision.hidden_act,
-        epsilon=_read_positive("vision_config.layer_norm_eps", vision.layer_norm_eps),
+        epsilon=read_positive("vision_config.layer_norm_eps", vision.layer_norm_eps),
         deviation=getattr(vision, "initializer_range", 0.02),
     )
 
 
-def _read_positive(name: str, value: Any) -> float:
+def read_positive(name: str, value: Any) -> float:
+    """Check that a value is a number above 0.
+
+    Raises:
+        UserError: it is none.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise UserError(f"{name} is {value!r}, expected a number above 0")
     return float(value)

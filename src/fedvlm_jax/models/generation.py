@@ -1,7 +1,8 @@
 """Generation: settings from transformers' `GenerationConfig`, and one jitted function from a batch to answers.
 
 Tokens equal those of transformers 5.24's `generate` (see `beam_search`); an option that would change them and is not
-implemented is refused, never ignored. Under `jax.vmap` over clients the loop runs until the slowest client has
+implemented is refused. Sampling alone is ignored where a family says so, since published models that chat ask for it
+and evaluation searches; the settings name what is. Under `jax.vmap` over clients the loop runs until the slowest has
 finished.
 """
 
@@ -33,18 +34,25 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "exponential_decay_length_penalty": (None,),
 }
 MOST_BEAMS = 64  # more than anybody searches by
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-def read_settings(generation_config: Any, text: Any, vocabulary: int) -> Settings:
+def read_settings(generation_config: Any, text: Any, vocabulary: int, *, ignore_sampling: bool = False) -> Settings:
     """Settings of transformers' `GenerationConfig`; `text` has as attributes the token ids that it leaves open.
+
+    Args:
+        ignore_sampling: a configuration that draws tokens is read as one that takes the likeliest.
 
     Raises:
         UserError: for an option that would change the tokens and is not implemented, or for values of wrong types,
             tokens outside of the vocabulary, and answers that end where they begin.
     """
+    ignored: tuple[str, ...] = ()
+    if ignore_sampling and generation_config.do_sample is True:
+        ignored = ("do_sample", *(name for name in _SAMPLING if getattr(generation_config, name, None) is not None))
     for name, neutral in _NEUTRAL.items():
         value = getattr(generation_config, name, None)
-        if not any(value is known or value == known for known in neutral):
+        if name not in ignored and not any(value is known or value == known for known in neutral):
             raise UserError(f"generation option {name}={value!r} is not implemented; set it to {neutral[-1]!r}")
 
     def token(name: str) -> Any:
@@ -66,6 +74,7 @@ def read_settings(generation_config: Any, text: Any, vocabulary: int) -> Setting
         min_new_tokens=generation_config.min_new_tokens or 0,
         length_penalty=1.0 if generation_config.length_penalty is None else generation_config.length_penalty,
         early_stopping=generation_config.early_stopping or False,
+        ignored=ignored,
     )
     _check_settings(settings, vocabulary)
     return settings

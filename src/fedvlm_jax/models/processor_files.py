@@ -37,6 +37,24 @@ def list_files(folder: Path, names: Sequence[str]) -> list[str]:
     return [name for name in names if (folder / name).is_file()]
 
 
+def read_size(folder: Path) -> tuple[int, int] | None:
+    """Height and width in pixels of a model's pictures, from its folder's JSON alone; None where they have no one size.
+
+    Raises:
+        UserError: its JSON cannot be read, or states no numbers.
+    """
+    for name in list_files(folder, IMAGES):
+        values = read_json(folder / name)
+        images = values.get("image_processor", values)
+        try:
+            size = images.get("crop_size" if images.get("do_center_crop") else "size") or {}
+            if size.get("height") and size.get("width"):
+                return int(size["height"]), int(size["width"])
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f"{folder / name} states no size in pixels that can be read") from None
+    return None
+
+
 def check_files(folder: Path) -> None:
     """Refuse a folder without tokenizer or image processor, or with settings that no processor has.
 

@@ -7,9 +7,18 @@ FIELDS = {
     "biased": r"q_proj|k_proj|v_proj",
     "wide": r"fc1|fc2|gate_proj|up_proj|down_proj",
     "visual_norm": r"layer_norm[12]",
-    "text_norm": r"input_layernorm|post_attention_layernorm",
+    "text_norm": r"input_layernorm|post_attention_layernorm|(pre|post)_feedforward_layernorm",
+    "head_norm": r"q_norm|k_norm",
 }
 """What stands for the names in braces: `fields` of a `Table` with these rules."""
+
+ALIASES = (
+    (r"^(model\.)?language_model\.lm_head\.", "lm_head."),
+    (r"^(language_model|vision_tower|multi_modal_projector|image_newline)\b", r"model.\1"),
+    (r"^model\.language_model\.model\.", "model.language_model."),
+    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
+)
+"""LLaVA's and Gemma's spellings on the hub, and those of transformers 5 when it saves, for the names of its modules."""
 
 
 def name_tower(name: str, path: str = "vision_tower", *, class_token: bool = False) -> tuple[Rule, ...]:
@@ -51,5 +60,6 @@ def name_text(name: str, path: str = "language_model") -> tuple[Rule, ...]:
         bias,
         dense(name + ".layers.{layer}.mlp.{wide}", layers + "/mlp/{wide}")[0],
         Rule(name + ".layers.{layer}.{text_norm}.weight", layers + "/{text_norm}/scale"),
+        Rule(name + ".layers.{layer}.self_attn.{head_norm}.weight", layers + "/self_attn/{head_norm}/scale"),
         Rule(f"{name}.norm.weight", f"{path}/norm/scale"),
     )

@@ -3,7 +3,8 @@
 from fedvlm_jax.models.base import Family
 from fedvlm_jax.models.florence2.config import MODEL_TYPES, read_config
 from fedvlm_jax.models.florence2.model import build
-from fedvlm_jax.models.florence2.processor import Processor, read_size
+from fedvlm_jax.models.florence2.processor import Processor
+from fedvlm_jax.models.processor_files import read_size
 
 __all__ = ["FAMILY", "Processor", "build"]
 

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import base
-from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.hub import resolve_folder
 from fedvlm_jax.models.processor_files import (
     IMAGES,
@@ -27,23 +26,6 @@ from fedvlm_jax.models.processor_files import (
     pad,
     try_out,
 )
-
-
-def read_size(folder: Path) -> tuple[int, int] | None:
-    """Height and width in pixels of a model's pictures, from its folder's JSON alone; None where they have no one size.
-
-    JSON that cannot be read, or states no numbers, is refused.
-    """
-    for name in list_files(folder, IMAGES):
-        values = read_json(folder / name)
-        images = values.get("image_processor", values)
-        try:
-            size = images.get("crop_size" if images.get("do_center_crop") else "size") or {}
-            if size.get("height") and size.get("width"):
-                return int(size["height"]), int(size["width"])
-        except (AttributeError, TypeError, ValueError):
-            raise UserError(f"{folder / name} states no size in pixels that can be read") from None
-    return None
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,15 +8,9 @@ import re
 from typing import Any
 
 from fedvlm_jax.models.llava.config import has_newline, read_tower
-from fedvlm_jax.models.transformer_names import FIELDS, name_text, name_tower
+from fedvlm_jax.models.transformer_names import ALIASES, FIELDS, name_text, name_tower
 from fedvlm_jax.models.weight_table import Rule, Table, dense
 
-ALIASES = (
-    (r"^(model\.)?language_model\.lm_head\.", "lm_head."),
-    (r"^(language_model|vision_tower|multi_modal_projector|image_newline)\b", r"model.\1"),
-    (r"^model\.language_model\.model\.", "model.language_model."),
-    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
-)
 _TEXT, _TOWER, _PROJECTOR = "model.language_model", "model.vision_tower", "model.multi_modal_projector"
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.causal_decoder import TextShape
 from fedvlm_jax.models.configuration import parse_config, read_text_shape, read_vision_shape, require
 from fedvlm_jax.models.folder_files import require_integer
+from fedvlm_jax.models.text_shape import TextShape
 
 MODEL_TYPES = ("smolvlm", "idefics3")
 _CLASSES = {"smolvlm": "SmolVLMConfig", "idefics3": "Idefics3Config"}

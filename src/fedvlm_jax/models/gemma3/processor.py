@@ -1,0 +1,52 @@
+"""The processor of Gemma 3 and MedGemma: the folder's chat template, and a picture's tokens in a frame of two."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.models.chat_processor import ChatProcessor, check_frame, make_frame, read_template
+from fedvlm_jax.models.folder_files import read_json
+from fedvlm_jax.models.gemma3.config import read_config
+from fedvlm_jax.models.processor_files import check_files, open_files, read_size, try_out
+
+BEGIN, IMAGE, END = "<start_of_image>", "<image_soft_token>", "<end_of_image>"
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
+    "{% for part in message['content'] %}"
+    "{{ '<start_of_image>' if part['type'] == 'image' else part['text'] | trim }}{% endfor %}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+"""The family's way to chat, for folders that hold no template."""
+
+
+def open_processor(folder: Path) -> ChatProcessor:
+    """Open a folder's processor, and try it out.
+
+    Raises:
+        UserError: its files are missing, cannot be read, or make nonsense.
+    """
+    check_files(folder)
+    size, config = read_size(folder), read_config(read_json(folder / "config.json"), folder / "config.json")
+    if size is None:
+        raise UserError(f"{folder} does not say how large pictures are: size of its image processor")
+
+    def join(images: Any, tokenizer: Any) -> ChatProcessor:
+        if missing := [token for token in (BEGIN, IMAGE, END) if token not in tokenizer.get_vocab()]:
+            raise UserError(f"the tokenizer in {folder} lacks {', '.join(missing)}, which frame a picture")
+
+        def render(pictures: list[Image.Image]) -> np.ndarray:
+            return np.asarray(images(pictures, do_pan_and_scan=False, return_tensors="np")["pixel_values"])
+
+        frame = make_frame(read_template(folder, tokenizer) or TEMPLATE, tokenizer, folder)
+        frame = replace(frame, head=frame.head.replace(BEGIN, f"\n\n{BEGIN}{IMAGE}{END}\n\n"))
+        return ChatProcessor(tokenizer, images, frame, IMAGE, IMAGE * config.mm_tokens_per_image, size, render)
+
+    processor = open_files(folder, join, "an image processor with a size and a tokenizer, as Gemma 3's has")
+    try_out(processor, processor.images, folder)
+    check_frame(processor, folder)
+    return processor

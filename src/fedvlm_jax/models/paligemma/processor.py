@@ -1,0 +1,41 @@
+"""The processor of PaliGemma: image tokens, `<bos>`, the question and a line's end; its answers end with `<eos>`."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.models.chat_processor import ChatProcessor, Frame
+from fedvlm_jax.models.folder_files import read_json
+from fedvlm_jax.models.paligemma.config import count_image_tokens, read_config
+from fedvlm_jax.models.processor_files import check_files, open_files, read_size, try_out
+
+IMAGE = "<image>"
+
+
+def open_processor(folder: Path) -> ChatProcessor:
+    """Open a folder's processor, and try it out.
+
+    Raises:
+        UserError: its files are missing, cannot be read, or make nonsense.
+    """
+    check_files(folder)
+    size, config = read_size(folder), read_config(read_json(folder / "config.json"), folder / "config.json")
+    if size is None:
+        raise UserError(f"{folder} does not say how large pictures are: size of its image processor")
+
+    def join(images: Any, tokenizer: Any) -> ChatProcessor:
+        if IMAGE not in tokenizer.get_vocab() or None in (tokenizer.bos_token, tokenizer.eos_token):
+            raise UserError(f"the tokenizer in {folder} lacks {IMAGE}, or tokens that begin and end texts")
+
+        def render(pictures: list[Image.Image]) -> np.ndarray:
+            return np.asarray(images(pictures, return_tensors="np")["pixel_values"])
+
+        frame = Frame(f"{IMAGE}{tokenizer.bos_token}", "\n", "", tokenizer.eos_token)
+        return ChatProcessor(tokenizer, images, frame, IMAGE, IMAGE * count_image_tokens(config), size, render)
+
+    processor = open_files(folder, join, "an image processor with a size and a tokenizer, as PaliGemma's has")
+    try_out(processor, processor.images, folder)
+    return processor
