@@ -11,8 +11,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from malformed import LOST, OUTSIDE
 from own_data import make_own_rows, make_saved
+from words import WordProcessor
 
 from fedvlm_jax.data.federated_dataset import federate
 from fedvlm_jax.data.sources.registry import make_options, read_table
@@ -39,8 +42,6 @@ def place(tmp_path: Path) -> Path:
 
 
 def find_skipped(path: Path, **options: Any) -> dict[int, str]:
-    from words import WordProcessor
-
     made = make_options(str(path), max_bad_share=1.0, **options)
     table = read_table(made)
     examples = encode(table, federate(table, made, 0), WordProcessor(), made)
@@ -68,7 +69,7 @@ LINES: dict[str, tuple[str | bytes, str | None]] = {
     "NUL": ("\0", "line is no JSON object"),
     "nested below": (change(extra=1)[:-2] + DEEP + "1" + "}" * 100_001, "line is no JSON object"),
     "two pictures": (change(image=["00.png", "01.png"]), "several pictures"),
-    "two pictures of TRL": (change(images=["00.png", "01.png"]), "several pictures"),
+    "two pictures of TRL": (change(image=None, images=["00.png", "01.png"]), "several pictures"),
     "one picture in a list": (change(image=["03.png"]), None),
     "no picture": (change(image=None), "no image"),
     "an empty list": (change(image=[]), "no image"),
@@ -372,3 +373,27 @@ def test_a_folder_may_be_moved(place: Path) -> None:
     second = read_table(str(place.parent / "moved"))
     assert second.read_image(3) == PICTURE + b"\x03"
     assert first.digest == second.digest
+
+
+NAMES = "image images file_name prompt question chosen rejected messages conversations client role from content value"
+WORDS = st.sampled_from([*NAMES.split(), "type", "text", "user", "assistant", "human", "gpt", "bytes", "path"])
+PLAIN = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), WORDS)
+VALUES = st.recursive(
+    PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS | st.text(max_size=3), inner, max_size=4)
+)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(records=st.lists(st.dictionaries(WORDS | st.text(max_size=4), VALUES, max_size=7), min_size=1, max_size=6))
+def test_any_records_are_rows_or_skipped_with_a_reason(
+    place: Path, records: list[Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, [*GOOD, *records])))
+    options = make_options(str(folder), max_bad_share=1.0, turns="each", image_root=place)
+    table = read_table(options)
+    assert len(table) >= len(GOOD) + len(records)
+    examples = encode(table, federate(table, options, 0), WordProcessor(), options)
+    assert set(range(len(GOOD))) <= {*examples.rows.tolist()}
+    assert len(examples) + len(examples.skipped) == len(table)
+    assert all(entry.reason for entry in examples.skipped)

@@ -49,7 +49,7 @@ def check_shards(files: Sequence[Path], plain: bool) -> None:
     shards = list[_Shard]()
     for file in files:
         shard = _read_footer(file)
-        if not plain or OTHERS & {*shard.types}:
+        if not plain or (OTHERS & {*shard.types} and not {*NEEDED} <= {*shard.types}):
             continue
         shards.append(shard)
         if missing := [column for column in NEEDED if column not in shard.types]:

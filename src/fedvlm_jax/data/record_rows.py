@@ -22,10 +22,10 @@ from fedvlm_jax.records.files import Part, Record
 
 Row = dict[str, Any]
 
-# Columns that say the same: of several the first that has a value counts, and one that `--data.columns` names.
-PICTURES = ("images", "image", "file_names", "file_name")
-QUESTIONS = ("prompt", "question")
-ANSWERS = ("conversations", "messages", "chosen")
+# Columns that say the same: one that `--data.columns` names counts, else the first that has a value.
+PICTURES = ("image", "images", "file_name", "file_names")
+QUESTIONS = ("question", "prompt")
+ANSWERS = ("chosen", "messages", "conversations")
 ANSWER = "answer"  # the field of an answer's object that holds its text, as VQAv2 has it
 READ = frozenset((*PICTURES, *QUESTIONS, *ANSWERS, "rejected", "idx", "id", FAULT, TURNS))
 
@@ -48,7 +48,7 @@ def make_rows(record: Record, part: Part, reading: Reading) -> list[Row]:
         return [row | {FAULT: str(error)}]
     row["image"] = picture
     if reading.client_folder is not None:
-        row["client"] = _name_folder(picture and picture["path"], reading.client_folder)
+        row["client"] = _name_folder(picture["path"] if picture else None, reading.client_folder)
     rows = [row | example for example in examples]
     for number, example in enumerate(rows[1:] if row.get("idx") else [], 2):
         example["idx"] = f"{row['idx']}/{number}"
@@ -75,7 +75,7 @@ def _read_examples(record: Mapping[str, Any], reading: Reading) -> tuple[list[Ro
     """Read what a record asks and answers: questions with answers, and pictures that stand in its messages."""
     prompt, answers = _find(record, QUESTIONS), _find(record, ANSWERS)
     before, pictures = read_turns(prompt) if is_messages(prompt) else (_ask(prompt), [])
-    talks = _find(record, ANSWERS[:2]) is not None
+    talks = answers is not None and _find(record, ANSWERS[:1]) is None
     if not talks and not is_messages(answers):
         return [_make_example(before, _read_answers(answers), _read_rejected(record, []), reading)], pictures
     turns, more = read_turns(answers)

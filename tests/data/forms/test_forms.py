@@ -242,6 +242,19 @@ def test_prompts_of_preferences_may_stand_in_both_answers(folder: Path) -> None:
     assert table.read_text(FAULT) == [None, None, "chosen and rejected answer different prompts"]
 
 
+def test_our_own_column_counts_before_one_that_says_the_same(folder: Path) -> None:
+    row = {
+        "image": "a.png",
+        "images": ["b.png"],
+        "question": "What?",
+        "prompt": "Who?",
+        "rejected": talk("?", "no")[1:],
+    }
+    table = read_lines(folder, row | {"chosen": talk("?", "yes")[1:], "messages": talk("Where?", "there")})
+    assert table.data.column("image").to_pylist() == [{"bytes": None, "path": "a.png"}]
+    assert [table.read_text(name) for name in ("question", "chosen", "rejected")] == [["What?"], ["yes"], ["no"]]
+
+
 def test_messages_of_a_supervised_set(folder: Path) -> None:
     parts = [{"type": "image", "image": f"north/{ROWS[0]['file']}"}, {"type": "text", "text": "What?"}]
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a cat"}]

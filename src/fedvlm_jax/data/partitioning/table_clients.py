@@ -150,8 +150,9 @@ def _find_natural_key(table: Table, rows: Rows) -> str:
         lack = f"no column 'client', and {seen} in 'origin_dataset'"
     raise UserError(
         f"{table.name} does not say whose rows are whose: it has {lack}. Say what makes its clients with "
-        f"--data.partition-by ({', '.join(list_keys(table))}), add a text column 'client', or cut it anew with "
-        "--data.partition iid, dirichlet, pathological or quantity, and --data.clients."
+        f"--data.partition-by ({', '.join(list_keys(table))}), add a text column 'client', take the "
+        "pictures' folders with --data.client-folder, or cut it anew with --data.partition iid, dirichlet, "
+        "pathological or quantity, and --data.clients."
     )
 
 
