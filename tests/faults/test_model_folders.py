@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from models.pickles import write_pickle
 from safetensors.numpy import load_file, save_file
 
 from fedvlm_jax.cli.main import main
@@ -329,8 +330,14 @@ CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     "weights whose header's length begins with a space": (write(WEIGHTS, b" \x80\x04" + bytes(5)), r"cut short"),
     "weights with a header beyond all": (write(WEIGHTS, b"\xff" * 99), r"model\.safetensors .*cut short"),
     "weights under another name": (rename(WEIGHTS, "florence.safetensors"), r"florence\.safetensors none is called"),
-    "only a PyTorch pickle": (rename(WEIGHTS, "pytorch_model.bin"), r"convert them.*save_pretrained"),
-    "only pieces of pickles": (rename(WEIGHTS, "pytorch_model-00001-of-00002.bin"), r"convert them"),
+    "only a PyTorch pickle": (
+        rename(WEIGHTS, "pytorch_model.bin"),
+        r"pytorch_model\.bin cannot be read as PyTorch's weights",
+    ),
+    "only pieces of pickles": (
+        rename(WEIGHTS, "pytorch_model-00001-of-00002.bin"),
+        r"00001-of-00002\.bin none is called so",
+    ),
     "index half": (shard(content=b'{"metadata": {}, "weight_m'), r"index\.json cannot be read as JSON"),
     "index empty": (shard(content=b""), r"index\.json .*empty"),
     "index a list": (shard(content=b"[]"), r"index\.json holds a list"),
@@ -482,36 +489,32 @@ def test_a_hub_id_is_judged_by_its_configuration(folder: Path, tmp_path: Path, m
     assert asked == [CONFIG]
 
 
-@pytest.mark.parametrize(
-    ("files", "told"),
-    [
-        (
-            ["config.json", "pytorch_model.bin"],
-            r"only PyTorch's pickled .*F\.from_pretrained\('owner/model'\)\.save_pre",
-        ),
-        (["pytorch_model-00001-of-00002.bin"], r"only PyTorch's pickled weights; convert them"),
-        (["config.json", "flax_model.msgpack"], r"owner/model has no \*\.safetensors on the hub$"),
-        (OSError("offline"), r"owner/model has no \*\.safetensors on the hub$"),
-    ],
-)
-def test_a_hub_id_without_safetensors_says_what_it_has(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, files: list[str] | OSError, told: str
+@pytest.mark.parametrize("pickled", [True, False])
+def test_a_hub_id_without_safetensors_gives_its_pickles(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, pickled: bool
 ) -> None:
-    """Only what is asked for is fetched, so the folder itself never holds the pickles."""
+    """They are fetched only then, and only where weights are wanted."""
     import huggingface_hub
 
-    def list_files(name: str) -> list[str]:
-        if isinstance(files, OSError):
-            raise files
-        return files
-
+    tensors, asked = load_file(folder / WEIGHTS), list[str]()
     (folder / WEIGHTS).unlink()
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        if pickled and "pytorch_model*.bin" in allow_patterns:
+            write_pickle(folder / "pytorch_model.bin", tensors)
+        return str(folder)
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(folder / file))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(folder))
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     open_model("owner/model")  # which needs no weights
-    with pytest.raises(UserError, match=told):
-        load_vlm("owner/model")
+    assert "pytorch_model*.bin" not in asked
+    if pickled:
+        _, params = load_vlm("owner/model")
+        np.testing.assert_array_equal(params["language_model"]["shared"]["embedding"], tensors[SHARED])
+    else:
+        with pytest.raises(UserError, match=r"owner/model has neither \*\.safetensors nor pytorch_model\*\.bin"):
+            load_vlm("owner/model")
 
 
 @pytest.mark.parity

@@ -1,4 +1,4 @@
-"""Files of a model's folder: its JSON, and the safetensors files that hold its weights.
+"""Files of a model's folder: its JSON, and the files that hold its weights, safetensors or PyTorch's pickles.
 
 Where a file cannot be read, the message says what it is in truth.
 """
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.models.pickled_tensors import PickleError, open_pickle
 
+_PICKLE, _PICKLES = "it is a PyTorch pickle under another name", (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
 # Beginnings of files, and what they show.
 _KNOWN = (
     ((b"version https://git-lfs",), "it is a Git LFS pointer, not the file itself: fetch that with `git lfs pull`"),
-    ((b"PK\x03\x04", b"\x80\x02", b"\x80\x04"), "it is a PyTorch pickle under another name"),
+    (_PICKLES, _PICKLE),
     ((b"GGUF",), "it is a GGUF file"),
     ((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"), "it begins with a byte order mark: save it as plain UTF-8"),
 )
@@ -32,8 +34,10 @@ def _sniff(file: Path, error: Exception) -> str:
     if not head:
         return "it is empty"
     for beginnings, kind in _KNOWN:
-        if head.startswith(beginnings):
+        if head.startswith(beginnings) and not (file.suffix == ".bin" and kind == _PICKLE):
             return kind
+    if file.suffix == ".bin" and head.startswith(_PICKLES[1:]):
+        return "PyTorch before 1.6 wrote it: load it there and save it again"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page, as a failed download leaves: download it again"
     if file.suffix == ".safetensors":
@@ -43,7 +47,7 @@ def _sniff(file: Path, error: Exception) -> str:
         size, needed = file.stat().st_size, struct.unpack("<Q", head[:8])[0] + 8
         if needed > size:
             return f"it is cut short: {size} bytes, and its header alone needs {needed}"
-    return explain_error(error)
+    return str(error) if isinstance(error, PickleError) else explain_error(error)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -69,13 +73,21 @@ def require_integer(name: str, value: Any, least: int, most: int) -> None:
 
 @contextmanager
 def open_tensors(file: Path) -> Generator[Any]:
-    """Open a safetensors file for `keys()`, `get_slice(name)` and `get_tensor(name)`.
+    """Open a file of weights for `keys()`, `get_slice(name)` and `get_tensor(name)`: safetensors, or a pickle (`.bin`).
 
-    What is none, or is damaged, is refused, also where that shows only inside of the block.
+    What is none, or is damaged, is refused, also where that shows only inside of the block. Nothing that a pickle asks
+    for is run (see `pickled_tensors`).
     """
     import ml_dtypes  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers bfloat16 with numpy
     from safetensors import SafetensorError, safe_open
 
+    if file.suffix == ".bin":
+        try:
+            with open_pickle(file) as opened:
+                yield opened
+        except PickleError as error:
+            raise UserError(f"{file} cannot be read as PyTorch's weights: {_sniff(file, error)}") from None
+        return
     try:
         with safe_open(file, framework="np") as opened:
             yield opened
@@ -84,39 +96,31 @@ def open_tensors(file: Path) -> Generator[Any]:
 
 
 def find_files(folder: Path) -> list[Path]:
-    """Find the safetensors files of a checkpoint folder: model.safetensors, or else those that the index names.
-
-    Refused are a folder with neither, a damaged index, and one that names a missing file.
+    """Find the files of a folder's weights: model.safetensors or those that its index names, or else PyTorch's pickles.
 
     Raises:
-        UserError: where neither is there, the index is damaged, or a file that it names is missing.
+        UserError: where none is there, the index is damaged, or a file that it names is missing.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        message = f"{folder} has neither {single.name} nor {index.name}"
-        others = sorted(file.name for file in folder.glob("*.safetensors"))
-        if any(folder.glob("pytorch_model*.bin")):
-            message += f", only PyTorch's pickled weights; {advise_conversion(str(folder), str(folder))}"
-        elif others:
-            message += f"; of {', '.join(others[:5])} none is called so"
-        raise UserError(message)
+    for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        index = single.with_name(f"{single.name}.index.json")
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            return _read_index(index)
+    message = f"{folder} has neither model.safetensors nor model.safetensors.index.json"
+    others = sorted(file.name for kind in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(kind))
+    raise UserError(f"{message}; of {', '.join(others[:5])} none is called so" if others else message)
+
+
+def _read_index(index: Path) -> list[Path]:
+    """Read which files an index names: all beside it."""
     weight_map = read_json(index).get("weight_map")
     names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     if not names:
         raise UserError(f"{index} has no weight_map that names files: is it cut short?")
     if outside := [name for name in names if Path(name).name != name]:
         raise UserError(f"{index} names {outside[0]!r}, which is no file beside it")
-    files = [folder / name for name in names]
+    files = [index.parent / name for name in names]
     if absent := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{index} names files that are not there: {', '.join(absent)}")
     return files
-
-
-def advise_conversion(source: str, folder: str) -> str:
-    """Say how pickled weights, of a folder or a hub id, become safetensors in a folder."""
-    return (
-        'convert them, where PyTorch is installed: python -c "from transformers import '
-        f"AutoModelForImageTextToText as F; F.from_pretrained('{source}').save_pretrained('{folder}')\""
-    )

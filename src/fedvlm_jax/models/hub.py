@@ -1,8 +1,6 @@
 """Models from a folder: a local one, one that ships with the package, or one of the Hugging Face hub."""
 
-import contextlib
 from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from jax.sharding import Mesh
 from fedvlm_jax.distributed.sharding import cut_base, place
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.models.base import Family, Params, Processor, Vlm
-from fedvlm_jax.models.folder_files import advise_conversion, find_files, read_json
+from fedvlm_jax.models.folder_files import find_files, read_json
 from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.registry import find_family
 from fedvlm_jax.models.tokenizer_checks import check_tokens
@@ -55,7 +53,7 @@ def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
 
 
 def _download(name: str, known: str, weights: bool) -> Path:
-    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     def ask(get: Callable[[], str]) -> Path:
         try:
@@ -70,15 +68,12 @@ def _download(name: str, known: str, weights: bool) -> Path:
     config = ask(lambda: hf_hub_download(name, "config.json"))
     _, family, values = _find_family(config.parent)
     family.read_config(values, config)
-    wanted = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
-    folder = ask(lambda: snapshot_download(name, allow_patterns=wanted))
+    wanted = ["*.json", "*.jinja", "*.txt", "*.model"]
+    folder = ask(lambda: snapshot_download(name, allow_patterns=[*wanted, *(["*.safetensors"] if weights else [])]))
     if weights and not any(folder.glob("*.safetensors")):
-        message, pickles = f"{name} has no *.safetensors on the hub", list[str]()
-        with contextlib.suppress(Exception):  # whatever the hub has against it, the sentence stands without
-            pickles = [file for file in list_repo_files(name) if fnmatch(file, "pytorch_model*.bin")]
-        if pickles:
-            message += f", only PyTorch's pickled weights; {advise_conversion(name, 'DIR')}, and name DIR as the model"
-        raise UserError(message)
+        folder = ask(lambda: snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"]))
+        if not any(folder.glob("pytorch_model*.bin")):
+            raise UserError(f"{name} has neither *.safetensors nor pytorch_model*.bin on the hub")
     return folder
 
 
@@ -178,7 +173,7 @@ def load_vlm(
     """A model and its weights.
 
     Args:
-        path: a Hugging Face folder (config.json and safetensors, sharded or not, are enough), a hub id, or the name
+        path: a Hugging Face folder (config.json and its weights, sharded or not, are enough), a hub id, or the name
             of a model that ships (`florence2-nano`).
         dtype: what the weights are kept in.
         compute_dtype: what matmuls are computed in.
@@ -216,7 +211,7 @@ def save_checkpoint(
     does not read them either, says that they are missing.
 
     Raises:
-        UserError: `source` holds no safetensors files.
+        UserError: `source` holds no weights.
     """
     from safetensors.numpy import save_file
 

@@ -152,14 +152,14 @@ class Table:
 
 
 def read_params(table: Table, shapes: Any, files: list[Path], dtype: Any) -> dict[str, Any]:
-    """Parameters of the given shapes (`Vlm.shapes()`), filled from safetensors files.
+    """Parameters of the given shapes (`Vlm.shapes()`), filled from files of weights.
 
     All names and shapes are compared first, from the files' headers; only then is memory asked for. Together the files
     must hold every parameter once and nothing that is unknown; what the table calls unread may be there or not.
 
     Raises:
         UserError: naming all tensors that are unknown, doubled, misshapen or missing, that hold no finite numbers, or
-            that differ from what they should be tied to; or a file that is no safetensors file.
+            that differ from what they should be tied to; or a file that cannot be read.
     """
     expected = flatten(shapes)
     slots, repeats, problems = _plan(table, expected, files)
@@ -252,7 +252,7 @@ def read_unread(table: Table, files: list[Path]) -> dict[str, np.ndarray]:
     """Read the tensors that the model does not read, by the names under which they are written.
 
     Raises:
-        UserError: a file is no safetensors file.
+        UserError: a file cannot be read.
     """
     tensors: dict[str, np.ndarray] = {}
     for file in files:
