@@ -7,6 +7,7 @@ when something is made of them.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,15 @@ def check_files(folder: Path) -> None:
                 raise UserError(f"{folder / name}: {found}, expected none, as Florence-2's has")
 
 
-def open_files(folder: Path, join: Callable[[Any, Any], Any], needs: str) -> Any:
+def open_files(
+    folder: Path, join: Callable[[Any, Any], Any], needs: str, tokenizer_of: Callable[[Path], Any] | None = None
+) -> Any:
     """Open a folder's image processor, in the form that needs Pillow alone, and its tokenizer.
 
     Args:
         join: (image processor, tokenizer) -> what is returned; whatever it raises is the files' fault.
         needs: the parts that the family needs, for the message.
+        tokenizer_of: opens the folder's tokenizer in the place of transformers' `AutoTokenizer`.
 
     Raises:
         UserError: transformers cannot be imported, or cannot read them.
@@ -89,7 +93,8 @@ def open_files(folder: Path, join: Callable[[Any, Any], Any], needs: str) -> Any
     except Exception as error:
         raise UserError(_explain_import(error)) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        auto = partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
+        tokenizer = (tokenizer_of or auto)(folder)
         images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
         return join(images, tokenizer)
     except (KeyboardInterrupt, SystemExit, UserError):

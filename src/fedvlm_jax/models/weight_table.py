@@ -82,7 +82,8 @@ class Table:
     """Names in a family's checkpoints.
 
     Attributes:
-        rules: a line per kind of parameter; `{layer}` in its name says that the parameter is stacked.
+        rules: a line per kind of parameter; `{layer}` in its name says that the parameter is stacked. Of several that
+            fit a parameter the first says how it is written, and all how it may be read.
         fields: what stands for the other names in braces: field -> regular expression, `.` being the separator.
         prefix: what stands before all names where they are written, and may where they are read.
         aliases: (regular expression, replacement) pairs that turn other spellings of a name into the table's, in order.

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.models.florence2.microsoft_layout import has_layout, translate
 from fedvlm_jax.models.folder_files import require_integer
 from fedvlm_jax.models.layers import activation
 
 MODEL_TYPES = ("florence2", "florence2_language")
-"""The second is that of Microsoft's layout, which is refused."""
+"""The second is that of a language model alone, which is refused."""
 
 # Sites of adapters where a run names none: all products of both stacks of the language model.
 TARGETS = r"language_model/.*(encoder|decoder)/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
@@ -40,10 +41,16 @@ _STAGES = {
 
 
 def read_config(values: dict[str, Any], file: Path) -> Any:
-    """Make transformers' `Florence2Config` of a config.json; refuse what is not Florence-2's, whole and possible."""
+    """Make transformers' `Florence2Config` of a config.json, also of one of Microsoft's layout.
+
+    Raises:
+        UserError: it is not Florence-2's, whole and possible.
+    """
     from transformers import Florence2Config
 
     _check_layout(values, file)
+    if has_layout(values):
+        values = translate(values, file)
     try:
         config = Florence2Config.from_dict(values)
     except Exception as error:  # transformers and its validators raise many kinds
@@ -56,19 +63,10 @@ def read_config(values: dict[str, Any], file: Path) -> Any:
 
 
 def _check_layout(values: dict[str, Any], file: Path) -> None:
-    """Refuse layouts whose tensors have other names, before transformers sees them."""
-    text, vision = (values.get(name) for name in ("text_config", "vision_config"))
-    text, vision = (part if isinstance(part, dict) else {} for part in (text, vision))
-    if "auto_map" in values or text.get("model_type") == "florence2_language" or vision.get("model_type") == "davit":
-        size = "large" if 1024 in (values.get("projection_dim"), text.get("d_model")) else "base"
-        resaved = "" if "auto_map" in values else ", saved again"
-        raise UserError(
-            f"{file} is laid out as Microsoft's original release{resaved}, whose tensors have other names; take the "
-            f"same weights as transformers has them: florence-community/Florence-2-{size}, or -{size}-ft"
-        )
+    """Refuse what is no configuration of a whole model, before transformers sees it."""
     if values["model_type"] != MODEL_TYPES[0]:
         raise UserError(f"{file} has model_type={values['model_type']!r}, expected {MODEL_TYPES[0]!r}")
-    if not (text and vision):
+    if not all(isinstance(part := values.get(name), dict) and part for name in ("text_config", "vision_config")):
         raise UserError(f"{file} has no text_config or no vision_config: is it cut short?")
     if "quantization_config" in values:
         raise UserError(f"{file} is of quantised weights, which are not supported: take them as they were before")

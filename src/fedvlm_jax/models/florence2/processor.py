@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import base
+from fedvlm_jax.models.florence2.microsoft_layout import has_layout, open_tokenizer
+from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.hub import resolve_folder
 from fedvlm_jax.models.processor_files import (
     IMAGES,
@@ -50,7 +52,9 @@ class Processor(base.Processor):
 
         check_files(folder)
         needs = "an image processor with image_seq_length and a tokenizer with an image token, as Florence-2's has"
-        processor = cls(open_files(folder, join, needs))
+        config = folder / "config.json"
+        own = open_tokenizer if config.is_file() and has_layout(read_json(config)) else None
+        processor = cls(open_files(folder, join, needs, own))
         count = processor.wrapped.num_image_tokens
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_TOKENS:
             file = folder / list_files(folder, IMAGES)[0]

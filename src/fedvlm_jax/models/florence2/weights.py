@@ -1,4 +1,4 @@
-"""Names in Florence-2's checkpoints: those that transformers writes, with `model.` before them or not.
+"""Names in Florence-2's checkpoints: those that transformers writes, with `model.` before them or not, or Microsoft's.
 
 The tables that are tied to the token table, the head and two constant buffers may be there or not; where they are they
 must hold what the model uses.
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fedvlm_jax.models.florence2.microsoft_layout import ALIASES, RULES
 from fedvlm_jax.models.weight_table import Constant, Rule, Table, conv, dense, weights
 
 _FIELDS = {
@@ -71,9 +72,10 @@ def make_table(config: Any) -> Table:
     """The table of a `Florence2Config`, which decides the size of one constant."""
     length, width = config.vision_config.max_temporal_embeddings, config.vision_config.embed_dim[-1]
     return Table(
-        rules=_RULES,
+        rules=(*_RULES, *RULES),
         fields=_FIELDS,
         prefix="model.",
+        aliases=ALIASES,
         ties=_TIES,
         tied=_TOKENS,
         constants={

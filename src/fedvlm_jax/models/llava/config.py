@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.causal_decoder import TextShape
 from fedvlm_jax.models.configuration import parse_config, read_text_shape, read_vision_shape, require
 from fedvlm_jax.models.folder_files import require_integer
 from fedvlm_jax.models.layers import activation
+from fedvlm_jax.models.text_shape import TextShape
 from fedvlm_jax.models.vision_transformer import VisionShape
 
 MODEL_TYPES = ("llava", "llava_onevision")
