@@ -46,9 +46,10 @@ def name_modules(vlm):
     return named
 
 
-def run_theirs(folder, clients, modules, start, pixels):
+def run_theirs(folder, clients, modules, start):
     """Mean of the clients' factors after the round, by path, weighted by their examples."""
     import torch
+    from models import causal_reference
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import AutoModelForImageTextToText
 
@@ -83,10 +84,11 @@ def run_theirs(folder, clients, modules, start, pixels):
             ids = torch.tensor(np.stack([np.pad(ids, (0, longest - len(ids))) for ids, _ in sequences])).long()
             wanted = [np.pad(labels, (0, longest - len(labels)), constant_values=-100) for _, labels in sequences]
             mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s, _ in sequences])
-            seen = torch.cat([pixels(client, row) for row in step])
-            found = model(
-                input_ids=ids, attention_mask=mask, pixel_values=seen, labels=torch.tensor(np.stack(wanted)).long()
-            )
+            seen = [causal_reference.to_inputs(base, client, row)[0] for row in step]
+            inputs = {name: torch.cat([one[name] for one in seen]) for name in seen[0]}
+            prompts = torch.tensor([[client["attention_mask"][row].sum()] for row in step])
+            inputs |= causal_reference.find_kinds(base, ids, prompts)
+            found = model(input_ids=ids, attention_mask=mask, labels=torch.tensor(np.stack(wanted)).long(), **inputs)
             found.loss.backward()
             rule.step()
         states.append({key: value.clone() for key, value in get_peft_model_state_dict(model).items()})
@@ -98,7 +100,7 @@ def run_theirs(folder, clients, modules, start, pixels):
     return {path: np.stack([layers[n] for n in sorted(layers)]) for path, layers in mean.items()}
 
 
-@pytest.mark.parametrize("name", ["smolvlm"])
+@pytest.mark.parametrize("name", ["smolvlm", "paligemma2", "gemma3"])
 def test_a_round_is_pytorch_s(name, tmp_path):
     from models import causal_reference
 
@@ -108,7 +110,7 @@ def test_a_round_is_pytorch_s(name, tmp_path):
     clients, modules = make_clients(processor), name_modules(vlm)
     params = load_weights(vlm, tmp_path)
     start, ours, _ = run_ours(vlm, params, clients, vlm.targets, "fedavg-lora", None, "trained", RATES)
-    theirs = run_theirs(tmp_path, clients, modules, start, causal_reference.to_pixels)
+    theirs = run_theirs(tmp_path, clients, modules, start)
     assert ours["server"].keys() == theirs.keys()
     for factor in "ab":
         paths = [path for path in theirs if path.endswith(f"/{factor}")]

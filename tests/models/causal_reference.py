@@ -39,7 +39,10 @@ def to_inputs(model, batch, row):
 
 
 def find_kinds(model, ids, prompt):
-    """Kinds of tokens, by which Gemma's masks are made: PaliGemma's answers are 1, Gemma 3's image tokens."""
+    """Kinds of tokens, by which Gemma's masks are made: PaliGemma's answers are 1, Gemma 3's image tokens.
+
+    `prompt`: tokens of the prompts, of all together or [B, 1].
+    """
     if model.config.model_type == "paligemma":
         return {"token_type_ids": (torch.arange(ids.shape[1]) >= prompt).long().expand_as(ids)}
     if model.config.model_type == "gemma3":
