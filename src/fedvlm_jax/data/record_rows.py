@@ -142,8 +142,9 @@ def _read_picture(value: Any, base: str) -> dict[str, Any] | None:
     if not isinstance(encoded, bytes | None) or not isinstance(path, str | None):
         raise UnusableError("image is no picture and no path")
     path = to_text(path)
-    inline = encoded or not path or not base or path.startswith(("data:", *INLINE))
-    return {"bytes": encoded, "path": path if inline else str(PurePath(base, path))} if encoded or path else None
+    if path and base and not encoded and not path.startswith(("data:", *INLINE)):
+        path = str(PurePath(base, path))
+    return {"bytes": encoded, "path": path} if encoded or path else None
 
 
 def _name_folder(path: str | None, level: int) -> str | None:

@@ -208,11 +208,13 @@ class Layer(nn.Module):
         view, answer_view = views[0] if local is None else jax.tree.map(partial(jnp.where, local), views[1], views[0])
         (prompts, answers), kept = streams, beams
         if prompts is not None:
+            assert view is not None
             query, prompt = attention.project(before(prompts), view.rotation)
             weights = softmax(self._score(query, prompt.key) + view.own, self.dtype)
             prompts, kept = finish(prompts, _group(mix, weights, prompt.value)), prompt
         if answers is not None:
             assert prompt is not None
+            assert answer_view is not None
             query, new = attention.project(before(answers), answer_view.rotation)
             mixed, kept_beams = self._answer(query, new, prompt, beams, answer_view)
             answers, kept = finish(answers, mixed), kept if prompts is not None else kept_beams

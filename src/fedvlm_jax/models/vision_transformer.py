@@ -108,8 +108,12 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
         vision, init = self.vision, nn.initializers.normal(self.vision.deviation)
-        conv = partial(nn.Conv, use_bias=vision.patch_bias, dtype=self.dtype, kernel_init=init, name="patch_embedding")
-        patches = conv(vision.width, *[(vision.patch, vision.patch)] * 2, "VALID")(pixels.astype(self.dtype))
+        step = (vision.patch, vision.patch)
+        conv = nn.Conv(
+            vision.width, step, step, "VALID", use_bias=vision.patch_bias, dtype=self.dtype, kernel_init=init,
+            name="patch_embedding",
+        )  # fmt: skip
+        patches = conv(pixels.astype(self.dtype))
         x = patches.reshape(len(pixels), -1, vision.width)
         if vision.class_token:
             token = self.param("class_embedding", init, (vision.width,)).astype(self.dtype)

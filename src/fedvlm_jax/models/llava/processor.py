@@ -62,8 +62,8 @@ def _shorten(picture: Image.Image, side: int, *, crop: bool) -> Image.Image:
         return picture
     if crop:
         half_width, half_height = (min(length, LONGEST * short) / 2 for length in picture.size)
-        box = (width / 2 - half_width, height / 2 - half_height, width / 2 + half_width, height / 2 + half_height)
-        return picture.crop(tuple(map(int, box)))
+        left, top = int(width / 2 - half_width), int(height / 2 - half_height)
+        return picture.crop((left, top, int(width / 2 + half_width), int(height / 2 + half_height)))
     scale = min(1.0, 4 * side / long)
     return picture.resize((max(1, round(width * scale)), max(1, round(height * scale))))
 
