@@ -100,7 +100,7 @@ def run_theirs(folder, clients, modules, start):
     return {path: np.stack([layers[n] for n in sorted(layers)]) for path, layers in mean.items()}
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "paligemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["smolvlm", "paligemma2", "gemma3", "qwen3-vl"])
 def test_a_round_is_pytorch_s(name, tmp_path):
     from models import causal_reference
 

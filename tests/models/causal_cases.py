@@ -226,6 +226,47 @@ def write_gemma3(folder: Path, *, template: str | None = None, **text) -> None:
         write_json(folder / "chat_template.json", {"chat_template": template})
 
 
+def write_qwen(folder: Path, kind: str, vision: dict, *, tied: bool = True, **text) -> None:
+    """Configuration, tokenizer and image processor of a tiny Qwen-VL; pictures of 40 pixels, 5 x 5 image tokens."""
+    special = ["<unk>", "<|endoftext|>", "<pad>", "<|im_start|>", "<|im_end|>"]
+    special += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    ids = write_tokenizer(folder, special, "<|endoftext|>", "<|im_end|>", "<pad>")
+    llama = {name: value for name, value in LLAMA.items() if name not in ("bos_token_id", "rope_parameters")}
+    write_json(folder / "config.json", {
+        "model_type": kind, "tie_word_embeddings": tied, "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"], "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "text_config": {**llama, "model_type": f"{kind}_text", "eos_token_id": 4, **text},
+        "vision_config": {
+            "model_type": kind, "depth": 4, "hidden_size": 32, "intermediate_size": 44, "num_heads": 4,
+            "in_channels": 3, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "out_hidden_size": 24, **vision,
+        },
+    })  # fmt: skip
+    write_json(folder / "generation_config.json", {"eos_token_id": [4, 1], "pad_token_id": 1})
+    write_json(folder / "preprocessor_config.json", {
+        "image_processor_type": "Qwen2VLImageProcessorFast", "size": {"shortest_edge": 64, "longest_edge": 1600},
+        "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "resample": 3, "do_resize": True,
+        "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "rescale_factor": 1 / 255,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    })  # fmt: skip
+
+
+def write_qwen3(folder: Path, **changes) -> None:
+    """A tiny Qwen3-VL: learned positions of another grid than the pictures', two deep layers."""
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    vision = {"num_position_embeddings": 36, "deepstack_visual_indexes": [1, 2], "hidden_act": "gelu_pytorch_tanh"}
+    text = {"head_dim": 8, "num_hidden_layers": 4, "rope_parameters": rope}  # a layer reads what the two deep ones add
+    write_qwen(folder, "qwen3_vl", vision, **text | changes)
+
+
+def write_qwen25(folder: Path, **changes) -> None:
+    """A tiny Qwen2.5-VL: windows of 4 patches a side, which do not divide the pictures' 10."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 1]}
+    vision = {"window_size": 16, "fullatt_block_indexes": [1, 3], "hidden_act": "silu"}
+    write_qwen(folder, "qwen2_5_vl", vision, **{"rope_parameters": rope, "rms_norm_eps": 1e-6, **changes})
+
+
 CASES = {
     "smolvlm": lambda folder: write_smolvlm(folder),
     "smolvlm-tied": lambda folder: write_smolvlm(folder, tied=True, num_hidden_layers=4, num_key_value_heads=1),
@@ -259,6 +300,8 @@ CASES = {
     "gemma3": lambda folder: write_gemma3(folder, template=GEMMA3_TEMPLATE),
     # A window shorter than a picture, and no template.
     "gemma3-narrow": lambda folder: write_gemma3(folder, sliding_window=3, sliding_window_pattern=4),
+    "qwen3-vl": write_qwen3,
+    "qwen2.5-vl": lambda folder: write_qwen25(folder, tied=False),
 }
 """Name -> what writes a folder of it."""
 

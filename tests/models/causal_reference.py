@@ -32,10 +32,24 @@ def to_inputs(model, batch, row):
     """A row's picture as the model takes it, and how many equal rows are asked at once."""
     pixels = torch.tensor(batch["pixel_values"][row : row + 1]).permute(0, 3, 1, 2).to(model.dtype)
     kind = model.config.model_type
+    if kind.startswith("qwen"):
+        return to_patches(model, batch["pixel_values"][row]), 1
     if kind == "llava_onevision":  # among several pictures each is one tile
         sizes = torch.tensor([pixels.shape[2:]] * 2)
         return {"pixel_values": torch.cat([pixels] * 2), "image_sizes": sizes, "batch_num_images": torch.tensor([2])}, 2
     return {"pixel_values": pixels[:, None] if kind in ("smolvlm", "idefics3") else pixels}, 1
+
+
+def to_patches(model, picture):
+    """A picture [H, W, 3] as the patches and the grid that Qwen-VL's image processor makes of it."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    vision = model.config.vision_config
+    patches, rows, columns = Qwen2VLImageProcessorPil().patchify(
+        picture.transpose(2, 0, 1), vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    )
+    grid = torch.tensor([[1, rows, columns]])
+    return {"pixel_values": torch.tensor(patches).to(model.dtype), "image_grid_thw": grid}
 
 
 def find_kinds(model, ids, prompt):
@@ -45,6 +59,8 @@ def find_kinds(model, ids, prompt):
     """
     if model.config.model_type == "paligemma":
         return {"token_type_ids": (torch.arange(ids.shape[1]) >= prompt).long().expand_as(ids)}
+    if model.config.model_type.startswith("qwen"):
+        return {"mm_token_type_ids": (ids == model.config.image_token_id).int()}
     if model.config.model_type == "gemma3":
         return {"token_type_ids": (ids == model.config.image_token_id).long()}
     return {}

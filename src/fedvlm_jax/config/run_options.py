@@ -222,7 +222,10 @@ class Run:
     """`train` only: the federated method, that is, what clients share and what stays theirs; `fedvlm explain` tells
     what each does."""
     model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = "florence2-nano"
-    """The frozen base: a shipped model's name, a Hugging Face Florence-2 folder, or a hub id."""
+    """The frozen base: a shipped model's name, a Hugging Face folder, or a hub id."""
+    image_size: Annotated[Count | None, optional("PIXELS", "as the model's processor has it")] = None
+    """Side of the square that pictures are brought to, whole, where the model leaves the choice (Qwen-VL, by default
+    448): more pixels are more image tokens in every prompt."""
     out: Annotated[Path | None, optional("DIR", "runs/<time>-<name>")] = None
     """Folder to write to."""
     resume: Annotated[Path | None, optional("RUN", "start anew")] = None

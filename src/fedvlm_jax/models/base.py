@@ -188,13 +188,16 @@ class Family:
         build: (configuration, dtype=, stacking=, generation_config=) -> the model without weights.
         open_processor: (folder) -> the folder's processor; raises `UserError` where its files are damaged.
         read_size: (folder) -> height and width of its pictures, from JSON alone; None where it states none.
+        resizes: may a run bring pictures to a size of its own? Then these two take the side in pixels as a second
+            argument, None where it is not given.
     """
 
     model_types: tuple[str, ...]
     read_config: Callable[[dict[str, Any], Path], Any]
     build: Callable[..., Vlm]
-    open_processor: Callable[[Path], Processor]
-    read_size: Callable[[Path], tuple[int, int] | None]
+    open_processor: Callable[..., Processor]
+    read_size: Callable[..., tuple[int, int] | None]
+    resizes: bool = False
 
 
 def select_leaves(adapter: lora.Adapter | None, belongs: Callable[[str], bool]) -> lora.Adapter | None:

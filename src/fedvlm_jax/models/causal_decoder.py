@@ -52,14 +52,17 @@ class Rotation(NamedTuple):
     sin: Array
 
 
-def make_rotation(positions: Int[Array, "N T"], width: int, theta: float, factor: float = 1.0) -> Rotation:
+def make_rotation(positions: Int[Array, "N T *F"], width: int, theta: float, factor: float = 1.0) -> Rotation:
     """Make the rotary angles of positions, in float32 (arXiv 2104.09864, eq. 34, its halves side by side).
+
+    A token has one position, or one for each of the F = width / 2 frequencies.
 
     >>> make_rotation(jnp.zeros((1, 3), jnp.int32), 4, 1e4).cos.shape
     (1, 1, 3, 4)
     """
     frequencies = 1.0 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width) / factor
-    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+    positions = positions[..., None] if positions.ndim == 2 else positions
+    angles = positions[:, None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], -1)
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
@@ -80,14 +83,15 @@ class View(NamedTuple):
 
     `own` and `prompt` are added to scores: `own` [N | 1, 1, 1, T | 1, T] of the stream's tokens among themselves, of a
     token that is generated [S] to those before it; `prompt` [B, 1, 1, 1, U | 1, T] of an answer's tokens to its
-    prompt's. `place` is the place in the cache of the token that is generated, [] int32. None is what the stream does
-    not read.
+    prompt's. `place` is the place in the cache of the token that is generated, [] int32. `added` [K, B, T, D] is added
+    to the stream after each of the first K layers. None is what the stream does not read.
     """
 
     rotation: Rotation
     own: Any = None
     prompt: Any = None
     place: Any = None
+    added: Any = None
 
 
 Views = tuple[View | None, View | None]
@@ -178,8 +182,9 @@ class Layer(nn.Module):
 
     `prompt` holds the prompt's keys and values where there is no stream of prompts; `beams` those of what K beams have
     generated so far, and then answers are one token each, A = K and U = 1. `views` has one pair, or two and `local`
-    says whether the layer takes the second: there is a mask for each kind of layer, not for each layer. Returns the
-    streams, and the keys and values that the stream of prompts made, or else the beams' with the new token's in them.
+    says whether the layer takes the second: there is a mask for each kind of layer, not for each layer. `number` is the
+    layer's, counted from 0, where a view adds something. Returns the streams, and the keys and values that the stream
+    of prompts made, or else the beams' with the new token's in them.
     """
 
     text: TextShape
@@ -188,7 +193,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(
         self, streams: Streams, prompt: KeysValues | None, beams: KeysValues | None, views: tuple[Views, ...],
-        local: Array | None,
+        local: Array | None, number: Array | None,
     ) -> tuple[Streams, KeysValues | None]:  # fmt: skip
         norm = partial(RmsNorm, self.text.epsilon, self.dtype, self.text.shifted_norms)
         before, after = norm(name="input_layernorm"), norm(name="post_attention_layernorm")
@@ -212,6 +217,9 @@ class Layer(nn.Module):
             query, prompt = attention.project(before(prompts), view.rotation)
             weights = softmax(self._score(query, prompt.key) + view.own, self.dtype)
             prompts, kept = finish(prompts, _group(mix, weights, prompt.value)), prompt
+            if number is not None:
+                last = len(view.added) - 1
+                prompts = prompts + jnp.where(number <= last, view.added[jnp.minimum(number, last)], 0)
         if answers is not None:
             assert prompt is not None
             assert answer_view is not None
@@ -264,7 +272,7 @@ class CausalDecoder(nn.Module):
     def setup(self) -> None:
         text, init = self.text, nn.initializers.normal(self.text.deviation)
         self.embed_tokens = nn.Embed(text.vocabulary, text.width, dtype=self.dtype, embedding_init=init)
-        stack = scanned(Layer, text.layers, (0, 0, nn.broadcast, 0), self.stacking)
+        stack = scanned(Layer, text.layers, (0, 0, nn.broadcast, 0, 0), self.stacking)
         self.layers = stack(text, self.dtype)
         self.norm = RmsNorm(text.epsilon, self.dtype, text.shifted_norms)
         if not text.tied:
@@ -281,7 +289,8 @@ class CausalDecoder(nn.Module):
     ) -> tuple[Streams, KeysValues]:  # fmt: skip
         """Run all layers, with views for each of `TextShape.reaches`; keys and values have a leading axis L."""
         local = jnp.asarray(self.text.local_layers) if self.text.local else None
-        return self.layers(streams, prompt, beams, views, local)
+        adds = views[0][0] is not None and views[0][0].added is not None
+        return self.layers(streams, prompt, beams, views, local, jnp.arange(self.text.layers) if adds else None)
 
     def head(self, x: Float[Array, "... D"]) -> tuple[Float[Array, "... D"], Float[Array, "... V"]]:
         """Norm the last layer's states; returns them and the logits that they give."""

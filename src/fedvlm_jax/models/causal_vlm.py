@@ -20,8 +20,8 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Batch, Params, Vlm, select_leaves
 from fedvlm_jax.models.beam_search import Cache, Decoder, Settings, Step
 from fedvlm_jax.models.causal_decoder import CausalDecoder, KeysValues, Streams, View, Views, make_rotation
-from fedvlm_jax.models.generation import make_generate, read_settings
-from fedvlm_jax.models.layers import HIDDEN, Stacking, place_features
+from fedvlm_jax.models.generation import check_generation, make_generate, read_settings
+from fedvlm_jax.models.layers import HIDDEN, Stacking, place_features, take_last
 from fedvlm_jax.models.text_shape import Reach, TextShape, cut_text
 from fedvlm_jax.models.weight_table import Table
 
@@ -35,7 +35,8 @@ TARGETS = r"language_model/layers/.*(q|k|v|o|gate|up|down)_proj"
 """Sites of adapters where a run names none: all products of the text model's layers, and none of the tower's."""
 
 Memory = dict[str, Any]
-"""`keys` [B, L, kv, T, d], `values` [B, L, kv, T, d], `last` [B, D]: the state after the prompt's last token."""
+"""`keys` [B, L, kv, T, d] and `values` [B, L, kv, T, d]; `last` [B, D]: the state after the prompt's last token; `next`
+[B]: the position that follows it."""
 
 
 class CausalVlm(nn.Module):
@@ -43,9 +44,12 @@ class CausalVlm(nn.Module):
 
     Attributes:
         vision_tower: pictures [B, H, W, 3] to patch states.
-        image_projector: these to image tokens [B, P, D].
+        image_projector: these to image tokens [B, P, D]; or [B, P, (1 + K)·D], of which K parts after the first are
+            added to the tokens' states, one after each of the text model's first K layers (arXiv 2406.04334).
         text: shape of the text model.
         image_token_id: the token whose places image tokens take.
+        place: (is image token [B, T], P) -> a position of every token, or one for each frequency [B, T, F], as rotary
+            positions on a grid have; None where a token's place in its row is its position.
         prompts: which tokens of a prompt attend to later ones: none, those of a picture to all of its own, or all.
     """
 
@@ -55,6 +59,7 @@ class CausalVlm(nn.Module):
     image_token_id: int
     dtype: Any
     stacking: Stacking
+    place: Callable[[Array, int], Array] | None = None
     prompts: Literal["causal", "pictures", "whole"] = "causal"
 
     def setup(self) -> None:
@@ -63,17 +68,26 @@ class CausalVlm(nn.Module):
     def image_features(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
         return self.image_projector(self.vision_tower(pixel_values))
 
-    def _open_prompts(self, batch: Batch) -> tuple[Float[Array, "B T D"], tuple[View, ...]]:
-        ids, features = batch["input_ids"], batch.get("image_features")
+    def _open_prompts(self, batch: Batch) -> tuple[Float[Array, "B T D"], tuple[View, ...], Int[Array, " B"]]:
+        """Embed prompts; also their views for every kind of layer, and the positions that follow them."""
+        ids, mask, features = batch["input_ids"], batch["attention_mask"], batch.get("image_features")
         features = self.image_features(batch["pixel_values"]) if features is None else features.astype(self.dtype)
-        embedded = place_features(self.language_model.embed(ids), features, ids == self.image_token_id)
-        # Prompts are padded on the right, so a token's place in the row is its position.
-        places = jnp.arange(ids.shape[1])[None]
+        is_image = ids == self.image_token_id
+        first, *others = jnp.split(features, features.shape[-1] // self.text.width, -1)
+        embedded = place_features(self.language_model.embed(ids), first, is_image)
+        blank = jnp.zeros_like(embedded)
+        added = jnp.stack([place_features(blank, part, is_image) for part in others]) if others else None
+        # Prompts are padded on the right, so a token's place in the row is its position, pictures on a grid apart.
+        places, following = jnp.arange(ids.shape[1])[None], mask.sum(-1)
+        if self.place is not None:
+            places = self.place(is_image, features.shape[1])
+            following = 1 + jnp.max(places * mask[..., None], (1, 2))
 
         def view(reach: Reach) -> View:
-            return View(self._rotate(places, reach), own=_hide(self._see(batch, reach.window))[:, None, None])
+            own = _hide(self._see(batch, reach.window))[:, None, None]
+            return View(self._rotate(places, reach), own, added=added)
 
-        return embedded, tuple(map(view, self.text.reaches))
+        return embedded, tuple(map(view, self.text.reaches)), following
 
     def _see(self, batch: Batch, window: int | None) -> Bool[Array, "B T T"]:
         """Say which tokens of a prompt each attends to; axes over which nothing differs have length 1."""
@@ -90,18 +104,20 @@ class CausalVlm(nn.Module):
         return seen & _near(places[:, None], places, window)
 
     def _view_answers(
-        self, mask: Int[Array, "B T"], offsets: Int[Array, " U"], answers: int, cached: int | None = None
-    ) -> tuple[View, ...]:
+        self, mask: Int[Array, "B T"], following: Int[Array, " B"], offsets: Int[Array, " U"], answers: int,
+        cached: int | None = None,
+    ) -> tuple[View, ...]:  # fmt: skip
         """Make the views of answers' tokens that are so many after their prompt's end, for every kind of layer.
 
-        `answers`: A to each prompt. `cached`: room of the cache, where only one token is not in it yet.
+        `following`: positions after the prompts. `answers`: A to each prompt. `cached`: room of the cache, where only
+        one token is not in it yet.
         """
         positions = mask.sum(-1)[:, None] + offsets
         others = offsets if cached is None else jnp.arange(cached)
         before = others <= offsets[:, None]
 
         def view(reach: Reach) -> View:
-            rotation = self._rotate(jnp.repeat(positions, answers, 0), reach)
+            rotation = self._rotate(jnp.repeat(following[:, None] + offsets, answers, 0), reach)
             own = _hide(before & _near(offsets[:, None], others, reach.window))[None, None, None]
             seen = (mask != 0)[:, None] & _near(positions[:, :, None], jnp.arange(mask.shape[1]), reach.window)
             place = None if cached is None else offsets[0]
@@ -109,16 +125,16 @@ class CausalVlm(nn.Module):
 
         return tuple(map(view, self.text.reaches))
 
-    def _rotate(self, positions: Int[Array, "N T"], reach: Reach) -> Any:
+    def _rotate(self, positions: Int[Array, "N T *F"], reach: Reach) -> Any:
         return make_rotation(positions, self.text.head_width, reach.theta, reach.factor)
 
     def encode(self, batch: Batch) -> Memory:
-        embedded, views = self._open_prompts(batch)
+        embedded, views, following = self._open_prompts(batch)
         (prompts, _), kept = self.language_model.run(Streams(embedded, None), tuple((view, None) for view in views))
         assert prompts is not None
-        by_row = {"keys": kept.key, "values": kept.value}
-        last = _take_last(prompts, batch["attention_mask"])
-        return {name: jnp.moveaxis(leaf, 0, 1) for name, leaf in by_row.items()} | {"last": last}
+        keys, values = (jnp.moveaxis(leaf, 0, 1) for leaf in kept)
+        last = take_last(prompts, batch["attention_mask"])
+        return {"keys": keys, "values": values, "last": last, "next": following}
 
     def states(self, batch: Batch) -> tuple[Float[Array, "B *A U D"], Float[Array, "B *A U V"]]:
         labels, mask = batch["labels"], batch["attention_mask"]
@@ -126,16 +142,18 @@ class CausalVlm(nn.Module):
         # The last label is nobody's input; what is ignored is embedded as token 0, and no label is predicted from it.
         inputs = self.language_model.embed(jnp.maximum(labels[..., :-1], 0).reshape(-1, length - 1))
         each = len(inputs) // rows
-        views = self._view_answers(mask, jnp.arange(length - 1), each)
+        offsets = jnp.arange(length - 1)
         if "memory" in batch:
             memory = batch["memory"]
+            views = self._view_answers(mask, memory["next"], offsets, each)
             last, (_, answers) = memory["last"], self._read(memory, Streams(None, inputs), views)[0]
         else:
-            embedded, prompt_views = self._open_prompts(batch)
+            embedded, prompt_views, following = self._open_prompts(batch)
+            views = self._view_answers(mask, following, offsets, each)
             both = tuple(zip(prompt_views, views, strict=True))
             (prompts, answers), _ = self.language_model.run(Streams(embedded, inputs), both)
             assert prompts is not None
-            last = _take_last(prompts, mask)
+            last = take_last(prompts, mask)
         assert answers is not None
         first = jnp.broadcast_to(last[:, None, None], (rows, each, 1, last.shape[-1]))
         hidden = jnp.concatenate([first, answers.reshape(rows, each, length - 1, -1)], 2)
@@ -158,7 +176,7 @@ class CausalVlm(nn.Module):
     ) -> tuple[Float[Array, "B K D"], Float[Array, "B K V"], KeysValues]:
         """One token of every beam, before which `index` were generated; beams' keys are [L, B, K, kv, S, d]."""
         rows, count = ids.shape
-        views = self._view_answers(mask, jnp.asarray(index)[None], count, beams.key.shape[-2])
+        views = self._view_answers(mask, memory["next"], jnp.asarray(index)[None], count, beams.key.shape[-2])
         embedded = self.language_model.embed(ids).reshape(rows * count, 1, -1)
         (_, answers), beams = self._read(memory, Streams(None, embedded), views, beams)
         assert answers is not None
@@ -175,26 +193,9 @@ def _near(token: Array, other: Array, window: int | None) -> Any:
     return True if window is None else token - other < window
 
 
-def _take_last(prompts: Float[Array, "B T D"], mask: Int[Array, "B T"]) -> Float[Array, "B D"]:
-    """The state after each prompt's last token; of a row without any, that of its first padding."""
-    last = jnp.maximum(mask.sum(-1) - 1, 0)
-    return jnp.take_along_axis(prompts, last[:, None, None], 1)[:, 0]
-
-
-def check_generation(options: Any) -> None:
-    """Refuse what counts the prompt's tokens too in a decoder-only model of transformers, and here would not.
-
-    Raises:
-        UserError: naming the option.
-    """
-    for name in ("no_repeat_ngram_size", "min_length", "forced_bos_token_id"):
-        if value := getattr(options, name, None):
-            raise UserError(f"generation option {name}={value!r} is not implemented for a decoder-only model; leave it")
-
-
 def make_record(
     module: CausalVlm, *, family: str, config: Any, positions: int, cuts: Cuts, table: Table,
-    image_tokens: Callable[[int, int], int], side: int, generation_config: Any | None,
+    image_tokens: Callable[[int, int], int], side: int, generation_config: Any | None, parts: int = 1,
 ) -> Vlm:  # fmt: skip
     """Make the record of a model.
 
@@ -204,6 +205,7 @@ def make_record(
         cuts: of the tower; the text model's are added.
         image_tokens: as the record has it.
         side: pixels of a picture's side, for the smallest batch.
+        parts: how often an image token has the text model's width.
         generation_config: transformers' `GenerationConfig`; without one, what `config` says about generation.
     """
     from transformers import GenerationConfig
@@ -239,7 +241,7 @@ def make_record(
 
     def settings() -> Settings:
         check_generation(options)
-        return read_settings(options, config.text_config, text.vocabulary, ignore_sampling=True)
+        return read_settings(options, config.text_config, text.vocabulary, ignore_sampling=True, start=0)
 
     def open_decoder(params: Params, adapter: lora.Adapter | None, batch: Batch, beams: int, length: int) -> Decoder:
         memory, mask = encode(params, adapter, batch), batch["attention_mask"]
@@ -279,7 +281,7 @@ def make_record(
         generate=make_generate(settings, open_decoder),
         settings=settings,
         image_tokens=image_tokens,
-        image_width=text.width,
+        image_width=parts * text.width,
         image_token_id=module.image_token_id,
         vocabulary=text.vocabulary,
         positions=positions,

@@ -34,14 +34,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "exponential_decay_length_penalty": (None,),
 }
 MOST_BEAMS = 64  # more than anybody searches by
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_SAMPLING = (
+    "repetition_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
 
 
-def read_settings(generation_config: Any, text: Any, vocabulary: int, *, ignore_sampling: bool = False) -> Settings:
+def read_settings(
+    generation_config: Any, text: Any, vocabulary: int, *, ignore_sampling: bool = False, start: int | None = None
+) -> Settings:
     """Settings of transformers' `GenerationConfig`; `text` has as attributes the token ids that it leaves open.
 
     Args:
-        ignore_sampling: a configuration that draws tokens is read as one that takes the likeliest.
+        ignore_sampling: a configuration that draws tokens is read as one that takes the likeliest, without penalties.
+        start: what stands in the place of a start token for models that have none.
 
     Raises:
         UserError: for an option that would change the tokens and is not implemented, or for values of wrong types,
@@ -49,7 +54,9 @@ def read_settings(generation_config: Any, text: Any, vocabulary: int, *, ignore_
     """
     ignored: tuple[str, ...] = ()
     if ignore_sampling and generation_config.do_sample is True:
-        ignored = ("do_sample", *(name for name in _SAMPLING if getattr(generation_config, name, None) is not None))
+        asked = {name: getattr(generation_config, name, None) for name in _SAMPLING}
+        others = (name for name, value in asked.items() if value not in (None, *_NEUTRAL.get(name, ())))
+        ignored = ("do_sample", *others)
     for name, neutral in _NEUTRAL.items():
         value = getattr(generation_config, name, None)
         if name not in ignored and not any(value is known or value == known for known in neutral):
@@ -59,7 +66,8 @@ def read_settings(generation_config: Any, text: Any, vocabulary: int, *, ignore_
         value = getattr(generation_config, name, None)
         return getattr(text, name, None) if value is None else value
 
-    eos, pad, start = _as_ids(token("eos_token_id")), token("pad_token_id"), token("decoder_start_token_id")
+    eos, pad = _as_ids(token("eos_token_id")), token("pad_token_id")
+    start = token("decoder_start_token_id") if start is None else start
     if pad is None and not eos:
         raise UserError("generation needs a pad_token_id or an eos_token_id; the configuration has neither")
     settings = Settings(
@@ -78,6 +86,17 @@ def read_settings(generation_config: Any, text: Any, vocabulary: int, *, ignore_
     )
     _check_settings(settings, vocabulary)
     return settings
+
+
+def check_generation(options: Any) -> None:
+    """Refuse what counts the prompt's tokens too in a decoder-only model of transformers, and here would not.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in ("no_repeat_ngram_size", "min_length", "forced_bos_token_id"):
+        if value := getattr(options, name, None):
+            raise UserError(f"generation option {name}={value!r} is not implemented for a decoder-only model; leave it")
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:

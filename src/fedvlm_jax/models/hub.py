@@ -107,13 +107,22 @@ def read_vlm(path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: St
     return family.build(config, dtype=compute_dtype, stacking=stacking, generation_config=generation)
 
 
-def open_processor(path: str | Path) -> Processor:
-    """The processor of a model; `path` is as `load_vlm` takes it.
+def open_processor(path: str | Path, image_size: int | None = None) -> Processor:
+    """The processor of a model.
+
+    Args:
+        path: as `load_vlm` takes it.
+        image_size: side in pixels that pictures are brought to, where the family leaves the choice.
 
     Raises:
-        UserError: its files are missing, cannot be read, or make nonsense.
+        UserError: its files are missing, cannot be read, or make nonsense, or its pictures have another size.
     """
     folder, family, _ = _find_family(path)
+    if family.resizes:
+        return family.open_processor(folder, image_size)
+    own = None if image_size is None else family.read_size(folder)
+    if own is not None and own != (image_size, image_size):
+        raise UserError(f"pictures of {path} have {own[1]}x{own[0]} pixels, and no other size: leave --image-size out")
     return family.open_processor(folder)
 
 
@@ -131,9 +140,9 @@ def read_size(path: str | Path) -> tuple[int, int] | None:
 
 
 def open_model(
-    path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: Stacking = USUAL
+    path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: Stacking = USUAL, image_size: int | None = None
 ) -> tuple[Vlm, Processor]:
-    """A model but for its weights, and its processor; arguments as `load_vlm` takes them.
+    """A model but for its weights, and its processor; arguments as `load_vlm` and `open_processor` take them.
 
     Raises:
         UserError: a file of it cannot be read, or its configuration, tokenizer and processor disagree: pictures would
@@ -146,7 +155,7 @@ def open_model(
     except UserError as error:
         file = folder / "generation_config.json"
         raise UserError(f"{file if file.is_file() else folder / 'config.json'}: {error}") from None
-    processor = open_processor(folder)
+    processor = open_processor(folder, image_size)
     check_tokens(vlm, settings, processor, folder)
     try:
         tokens = vlm.image_tokens(*processor.size)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.products import mix, score
@@ -141,3 +141,9 @@ def place_features(
     """
     order = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
     return jnp.where(is_image[..., None], jnp.take_along_axis(features, order[..., None], axis=1), embedded)
+
+
+def take_last(prompts: Float[Array, "B T D"], mask: Int[Array, "B T"]) -> Float[Array, "B D"]:
+    """The state after each prompt's last token; of a row without any, that of its first padding."""
+    last = jnp.maximum(mask.sum(-1) - 1, 0)
+    return jnp.take_along_axis(prompts, last[:, None, None], 1)[:, 0]

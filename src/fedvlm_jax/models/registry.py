@@ -26,5 +26,5 @@ def find_family(values: dict[str, Any], file: Path) -> Family:
     for family in families:
         if kind in family.model_types:
             return family
-    known = " or ".join(repr(family.model_types[0]) for family in families)
-    raise UserError(f"{file} has model_type={kind!r}, expected {known}")
+    known = ", ".join(kind for family in families for kind in family.model_types)
+    raise UserError(f"{file} has model_type={kind!r}; known are {known}")

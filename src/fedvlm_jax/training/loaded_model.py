@@ -193,12 +193,13 @@ def load_model(
     if processes.count() > 1:
         processes.wait_for_all()
         connect(mesh)
-    vlm, processor = open_model(run.model, **choose_arithmetic(run.system))
+    vlm, processor = open_model(run.model, image_size=run.image_size, **choose_arithmetic(run.system))
     check_room(run, vlm)
     check_rule(run, vlm)
     folder = resolve_folder(run.model)
     digests = describe_model(folder)
     check({"data": table.digest, **digests})
-    note(f"loading {run.model}")
+    (height, width), tokens = processor.size, processor.image_tokens
+    note(f"loading {run.model}: pictures of {width}x{height} pixels, {tokens:,} image tokens each")
     params = load_weights(vlm, folder, mesh=mesh)
     return LoadedModel(vlm, params, processor, mesh, run.system, digests, {anchor(run).data.place: table})
