@@ -16,11 +16,10 @@ from fedvlm_jax.evaluation.evaluator import GREEDY
 from fedvlm_jax.models import load_weights, open_model, read_size, save_checkpoint
 from fedvlm_jax.utils import tree
 
-CAUSAL = [
-    # One of the decoder-only models in the ordinary suite: what they share takes a minute to compile for each.
-    name if name == "smolvlm-tied" else pytest.param(name, marks=pytest.mark.broad)
-    for name in causal_cases.CASES
-]
+# What they share takes a minute to compile for each, so one decoder-only model is in the ordinary suite, and of further
+# architectures one each in the broad one; live comparisons with transformers cover every case.
+MARKS = {"smolvlm-tied": [], **dict.fromkeys(("gemma3", "llava", "qwen3_vl", "clip"), [pytest.mark.broad])}
+CAUSAL = [pytest.param(name, marks=MARKS.get(name, [pytest.mark.slow])) for name in causal_cases.CASES]
 QUESTIONS, ANSWERS = ["what is this?", "a", "is it a red car, or two?"], ["a car", "no", "yes it is one"]
 
 
