@@ -18,8 +18,11 @@ from fedvlm_jax.utils import tree
 
 # What they share takes a minute to compile for each, so one decoder-only model is in the ordinary suite, and of further
 # architectures one each in the broad one; live comparisons with transformers cover every case.
-MARKS = {"smolvlm-tied": [], **dict.fromkeys(("gemma3", "llava", "qwen3_vl", "clip"), [pytest.mark.broad])}
-CAUSAL = [pytest.param(name, marks=MARKS.get(name, [pytest.mark.slow])) for name in causal_cases.CASES]
+ORDINARY, BROAD = ("smolvlm-tied",), ("gemma3", "llava", "qwen3_vl", "clip")
+CAUSAL = [
+    pytest.param(name, marks=[] if name in ORDINARY else pytest.mark.broad if name in BROAD else pytest.mark.slow)
+    for name in causal_cases.CASES
+]
 QUESTIONS, ANSWERS = ["what is this?", "a", "is it a red car, or two?"], ["a car", "no", "yes it is one"]
 
 
