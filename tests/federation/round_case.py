@@ -28,18 +28,18 @@ STEPS = (((0, 1, 2), (3, 4), (1, 0, 4)), ((0, 1), (1,), (1, 0)))
 EXAMPLES = (5, 2)
 
 
-def draw_start(kind: str, sites: dict[str, tuple[int, int, int]]) -> dict[str, np.ndarray]:
+def draw_start(kind: str, sites: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """The adapter that both clients begin with, by path: B is zero where it is fresh.
 
     Args:
         kind: "fresh" or "trained".
-        sites: path -> layers, d_in, d_out.
+        sites: path -> layers where they are stacked, d_in, d_out.
     """
     random = np.random.default_rng(5)
     start = {}
-    for path, (layers, d_in, d_out) in sorted(sites.items()):
-        start[f"{path}/a"] = random.normal(0, 1 / RANK, (layers, d_in, RANK)).astype(np.float32)
-        b = random.normal(0, 0.03, (layers, RANK, d_out)).astype(np.float32)
+    for path, (*layers, d_in, d_out) in sorted(sites.items()):
+        start[f"{path}/a"] = random.normal(0, 1 / RANK, (*layers, d_in, RANK)).astype(np.float32)
+        b = random.normal(0, 0.03, (*layers, RANK, d_out)).astype(np.float32)
         start[f"{path}/b"] = b if kind == "trained" else np.zeros_like(b)
     return start
 

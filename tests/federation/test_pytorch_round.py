@@ -43,13 +43,14 @@ def base(request, tmp_path_factory):
     return vlm, params, answer(folder, tuple(CASES))
 
 
-def make_cohort(vlm, params, clients):
+def make_cohort(vlm, params, clients, frozen=True):
     """The ragged clients in one shape: rows and batches padded, padding masked; pictures as their frozen features."""
     clients = [dict(client) for client in clients]
-    features = jax.jit(lambda params, pixels: vlm.image_features(params, None, pixels))
-    pixels = [c.pop("pixel_values") for c in clients]
-    computed = np.split(features(params, np.concatenate(pixels)), np.cumsum([len(p) for p in pixels])[:-1])
-    clients = [c | {"image_features": np.asarray(f)} for c, f in zip(clients, computed, strict=True)]
+    if frozen:
+        features = jax.jit(lambda params, pixels: vlm.image_features(params, None, pixels))
+        pixels = [c.pop("pixel_values") for c in clients]
+        computed = np.split(features(params, np.concatenate(pixels)), np.cumsum([len(p) for p in pixels])[:-1])
+        clients = [c | {"image_features": np.asarray(f)} for c, f in zip(clients, computed, strict=True)]
     rows, batch = (max(map(len, (c["labels"] for c in clients))), max(len(step) for s in STEPS for step in s))
     examples = {
         name: np.stack([np.pad(c[name], [(0, rows - len(c[name]))] + [(0, 0)] * (c[name].ndim - 1)) for c in clients])
@@ -65,10 +66,10 @@ def make_cohort(vlm, params, clients):
     return Client(examples, indices, mask, weights, np.arange(2, dtype=np.int32), np.ones(2, bool), weights)
 
 
-def run_ours(vlm, params, clients, targets, name, clip, kind, rates):
+def run_ours(vlm, params, clients, targets, name, clip, kind, rates, frozen=True):
     """-> the start, the server's factors, the clients' own, norms of the gradients as the engine reports them."""
     sites = {site.path: site for site in lora.select(vlm.sites, targets)}
-    start = draw_start(kind, {path: (site.stack[0], site.d_in, site.d_out) for path, site in sites.items()})
+    start = draw_start(kind, {path: (*site.stack, site.d_in, site.d_out) for path, site in sites.items()})
     spec = lora.LoRA(rank=RANK, alpha=ALPHA, targets=targets)
     fresh = lora.init(jax.random.key(0), vlm.sites, spec)
     adapter = tree.unflatten(tree.flatten(fresh) | {path: jnp.asarray(x) for path, x in start.items()})
@@ -76,7 +77,7 @@ def run_ours(vlm, params, clients, targets, name, clip, kind, rates):
 
     trainer = make_local_trainer(vlm, load_objective("sft"), optimizer="sgd", clip_norm=clip)
     method = load_method(name, Setup(sites=vlm.sites, spec=spec, start_optimizer=trainer.start))
-    server, cohort = method.init(adapter=adapter), make_cohort(vlm, params, clients)
+    server, cohort = method.init(adapter=adapter), make_cohort(vlm, params, clients, frozen)
     blank = jax.eval_shape(lambda: method.init_client(key=jax.random.key(0), server=server, number=jnp.int32(0)))
     states = jax.tree.map(lambda x: np.zeros((2, *x.shape), x.dtype), blank)
     out = make_round(method, trainer, make_mesh(1))(

@@ -306,13 +306,13 @@ CASES = {
 """Name -> what writes a folder of it."""
 
 
-def write_model(name: str, folder: Path, seed: int = 5) -> None:
+def write_model(name: str, folder: Path, seed: int = 5, cases=CASES) -> None:
     """A folder of a case with random weights, strong enough that answers depend on everything."""
     import jax
 
     from fedvlm_jax.models import read_vlm, save_checkpoint
 
-    CASES[name](folder)
+    cases[name](folder)
     vlm = read_vlm(folder)
     paths, structure = jax.tree.flatten_with_path(jax.jit(vlm.init)(jax.random.key(seed)))
     drawn = []

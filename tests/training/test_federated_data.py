@@ -12,7 +12,7 @@ from fedvlm_jax.training.experiment import open_experiment
 from fedvlm_jax.training.federated_data import BaseScoring, open_data
 from fedvlm_jax.training.loaded_model import LoadedModel
 
-VLM = SimpleNamespace(positions=64, most_prompt_tokens=lambda answer: 64)
+VLM = SimpleNamespace(positions=64, most_prompt_tokens=lambda answer: 64, bind=None)
 
 
 def test_runs_on_the_same_clients_and_lengths_share_their_data():

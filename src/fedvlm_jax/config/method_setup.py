@@ -47,9 +47,9 @@ def _check_reach(targets: str, vlm: Vlm) -> None:
     seeing = sorted(path for path in chosen if vlm.component(path) in ("vision", "connector"))
     unnamed = [path for path in seeing if path.partition("/")[0] not in targets]
     if unnamed and len(seeing) < len(chosen):
-        top = unnamed[0].partition("/")[0]
+        top, text = (min(paths).partition("/")[0] for paths in (unnamed, chosen.difference(seeing)))
         raise UserError(
             f"--lora.targets {targets!r} is found in the text model, and in {len(unnamed)} sites of its vision too, "
-            f"such as {unnamed[0]}. For the text model alone say language_model/.*({targets}); for both name them: "
-            f"({top}|language_model)/.*({targets})"
+            f"such as {unnamed[0]}. For the text model alone say {text}/.*({targets}); for both name them: "
+            f"({top}|{text})/.*({targets})"
         )

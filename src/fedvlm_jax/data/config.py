@@ -122,6 +122,9 @@ class DataOptions:
         Prompt | None, tyro.conf.arg(metavar="{neutral,client-language}", help_behavior_hint=_DEFAULT_PROMPT)
     ] = None
     """Ask all clients alike (column question), or each in its language (question_client). Ours, not the paper's."""
+    class_prompt: str = "a photo of a {}."
+    """Where the model chooses among the data's answers (CLIP): what it reads in place of each, {} being the answer.
+    CLIP's own for photographs."""
     min_examples: Amount = 0
     """Training rows a client needs: natural leaves out smaller ones, others draw again. Ours, not the paper's."""
     max_prompt_tokens: Count = 1024
@@ -135,6 +138,10 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self, "data")
+        if self.class_prompt.count("{}") != 1:
+            raise UserError(
+                f"--data.class-prompt is {self.class_prompt!r}: it must have {{}} once, where the answer stands"
+            )
 
     @property
     def place(self) -> tuple[Any, ...]:

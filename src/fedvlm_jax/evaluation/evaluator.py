@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fedvlm_jax.data.batches import IGNORED, LABELS, pad_rows, read_ahead
 from fedvlm_jax.data.config import Split
@@ -27,6 +27,7 @@ from fedvlm_jax.evaluation.metrics.text_metrics import Metric, select_metrics
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
 from fedvlm_jax.models import Processor, Vlm
 from fedvlm_jax.objectives.log_probs import score_pairs, token_losses
+from fedvlm_jax.utils.memoized import memoized
 
 Scores = dict[str, dict[str, float]]
 """metric -> client -> value; clients without an example in the split are left out."""
@@ -73,6 +74,8 @@ class Evaluator:
     metrics: tuple[str, ...]  # of generated answers, by name
     beta: float  # of the reward, which is beta times an answer's gain in log-probability over the bare base
     base: dict[tuple[Split, int], Numbers]  # split and client -> sums of the bare base, once it was evaluated
+    # Of a model that chooses among classes: which of `examples` have one that no training example has.
+    novel: Bool[np.ndarray, " examples"] | None = None
     advance: Callable[[int, int, str], None] = lambda done, total, split: None  # shows progress
 
     def __call__(
@@ -94,7 +97,8 @@ class Evaluator:
 
         Returns:
             For every model: `metrics` of generated answers; `token_accuracy` and `loss` (nats per token) of the gold
-            answers; and those of `score_preferences`; each by client's name.
+            answers; those of `score_preferences`; and where the split has `novel` examples `exact_match` of the base
+            and of the novel classes, each by the names of clients that have some; all by client's name.
         """
 
         def answer(params: PyTree, adapters: PyTree, batch: dict[str, Array]) -> Any:
@@ -167,6 +171,19 @@ class Evaluator:
     def _gold(self, split: Split, numbers: Sequence[int]) -> list[list[str]]:
         return [self.gold[row] for number in numbers for row in self.examples.clients[number].rows_of(split)]
 
+    @memoized
+    def _has_novel(self, split: Split, /) -> bool:
+        assert self.novel is not None
+        return any(self.novel[client.rows_of(split)].any() for client in self.examples.clients)
+
+    def _match_classes(self, split: Split, client: int, matches: Float[np.ndarray, " examples"]) -> dict[str, float]:
+        """Compute the exact match of base and of novel classes, where the split has novel ones."""
+        if self.novel is None or not self._has_novel(split):
+            return {}
+        novel = self.novel[self.examples.clients[client].rows_of(split)]
+        kinds = {"exact_match_base": ~novel, "exact_match_novel": novel}
+        return {name: float(matches[chosen].mean()) for name, chosen in kinds.items() if chosen.any()}
+
     def _score(
         self, split: Split, answered: dict[int, list[Any]], metrics: Mapping[str, Metric], is_base: bool
     ) -> Scored:
@@ -183,6 +200,8 @@ class Evaluator:
             of_client["loss"] = -float(numbers["chosen_log_prob"].sum()) / tokens
             if is_base:
                 self.base[split, client] = numbers
+            if "exact_match" in scored.values:
+                of_client |= self._match_classes(split, client, scored.values["exact_match"][name])
             of_client |= score_preferences(numbers, self.base.get((split, client)), self.beta)
             for metric, value in of_client.items():
                 scored.scores.setdefault(metric, {})[name] = value

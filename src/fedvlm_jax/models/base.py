@@ -82,6 +82,11 @@ class Vlm:
         table: the parameters' names in checkpoints.
         write_configs: (folder) -> writes the JSON files that say what the model is, config.json among them.
         example_batch: () -> shapes of a smallest batch, to trace with.
+        classes: the answers among which the model chooses, by their token; none where it writes answers, or is not
+            bound yet.
+        bind: (processor, answers, template) -> the model and the processor that choose among these answers, each
+            asked as the template with the answer in the place of {}, in this order but for those that cannot be
+            asked; its weights are the same. None where the model writes its answers.
     """
 
     family: str
@@ -106,6 +111,8 @@ class Vlm:
     table: Table
     write_configs: Callable[[Path], None]
     example_batch: Callable[[], dict[str, jax.ShapeDtypeStruct]]
+    classes: tuple[str, ...] = ()
+    bind: "Callable[[Processor, Sequence[str], str], tuple[Vlm, Processor]] | None" = None
 
     def __repr__(self) -> str:
         # Configuration and functions would fill pages.
@@ -151,7 +158,8 @@ class Processor(Protocol):
         pixels: pictures of any size and mode to normalised float32 pixels; none to an array of length 0.
         prompts: texts to `input_ids` and `attention_mask`, image tokens included, padded on the right to the longest;
             raises `UserError` for a text that cannot be asked.
-        answers: texts to labels, each ended by `eos_token_id`, cut to `max_tokens` with it, padded with -100.
+        answers: texts to labels, each ended by `eos_token_id`, cut to `max_tokens` with it, padded with -100. Where
+            a model chooses among answers, one token that nothing ends; raises `UserError` for a text that is none.
         decode: token ids, or labels, to texts: the inverse of `answers` but for white space around them.
     """
 

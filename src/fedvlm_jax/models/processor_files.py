@@ -28,6 +28,9 @@ Florence-2. Less is lost beside the numbers of a model, and more loses them."""
 MOST_TOKENS = 2**16
 """Most image tokens of a picture; Florence-2 has 577."""
 
+LONGEST = 16
+"""Longer sides are looked at up to so many shorter ones."""
+
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
 IMAGES = ("processor_config.json", "preprocessor_config.json")
 _JSON = (*IMAGES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json")
@@ -54,6 +57,44 @@ def read_size(folder: Path) -> tuple[int, int] | None:
         except (AttributeError, TypeError, ValueError):
             raise UserError(f"{folder / name} states no size in pixels that can be read") from None
     return None
+
+
+def read_crop_size(folder: Path) -> tuple[int, int] | None:
+    """Height and width in pixels of what the tower sees; None where no file states both.
+
+    Raises:
+        UserError: the file's JSON cannot be read, or states no number.
+    """
+    for name in list_files(folder, IMAGES):
+        values = read_json(folder / name)
+        values = values.get("image_processor", values)
+        try:
+            crop = values.get("crop_size") if values.get("do_center_crop", True) else None
+            size = values.get("size") if crop is None else crop
+            if isinstance(size, int):  # as older files have it
+                return size, size
+            if size and "height" in size:
+                return int(size["height"]), int(size["width"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(f"{folder / name} states no size in pixels that can be read") from None
+    return None
+
+
+def shorten(picture: Image.Image, side: int, *, crop: bool = True) -> Image.Image:
+    """Shorten a picture that is far longer than wide, of whose pixels processors make gigabytes.
+
+    They bring its shorter side to the tower's `side` and then cut out the middle (`crop`), or pad it to a square.
+    """
+    width, height = picture.size
+    short, long = min(picture.size), max(picture.size)
+    if long <= LONGEST * short:
+        return picture
+    if crop:
+        half_width, half_height = (min(length, LONGEST * short) / 2 for length in picture.size)
+        left, top = int(width / 2 - half_width), int(height / 2 - half_height)
+        return picture.crop((left, top, int(width / 2 + half_width), int(height / 2 + half_height)))
+    scale = min(1.0, 4 * side / long)
+    return picture.resize((max(1, round(width * scale)), max(1, round(height * scale))))
 
 
 def check_files(folder: Path) -> None:

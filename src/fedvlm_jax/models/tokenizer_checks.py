@@ -24,8 +24,8 @@ def check_tokens(vlm: Vlm, settings: Settings, processor: Processor, folder: Pat
             f"{folder}: answers end with token {processor.eos_token_id} in the tokenizer, and with "
             f"{list(settings.eos_token_ids)} in the configuration: none would ever end"
         )
-    first = int(processor.answers(["a"], 4)[0, 0])
-    if settings.forced_bos_token_id not in (None, first):
+    forced = settings.forced_bos_token_id
+    if forced is not None and forced != (first := int(processor.answers(["a"], 4)[0, 0])):
         raise UserError(
             f"{folder}: generated answers begin with forced_bos_token_id={settings.forced_bos_token_id}, and the "
             f"tokenizer begins those that are learnt with {first}: is the post_processor of tokenizer.json whole?"

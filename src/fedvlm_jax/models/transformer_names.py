@@ -21,13 +21,25 @@ ALIASES = (
 """LLaVA's and Gemma's spellings on the hub, and those of transformers 5 when it saves, for the names of its modules."""
 
 
+def name_layers(name: str, path: str) -> tuple[Rule, ...]:
+    """The rules of a stack of `vision_transformer.Layer`s.
+
+    >>> name_layers("text_model.encoder.layers", "text_model/layers")[0].path
+    'text_model/layers/self_attn/{attention}/kernel'
+    """
+    return (
+        *dense(name + ".{layer}.self_attn.{attention}", path + "/self_attn/{attention}"),
+        *dense(name + ".{layer}.mlp.{wide}", path + "/mlp/{wide}"),
+        *weights(name + ".{layer}.{visual_norm}", path + "/{visual_norm}", "scale"),
+    )
+
+
 def name_tower(name: str, path: str = "vision_tower", *, class_token: bool = False) -> tuple[Rule, ...]:
     """The rules of a `VisionTransformer`: of SigLIP's, or with a class token of CLIP's, `pre_layrnorm` [sic].
 
     >>> name_tower("model.vision_tower")[0].name
     'model.vision_tower.embeddings.patch_embedding.weight'
     """
-    layers = f"{path}/layers"
     first: tuple[Rule, ...] = ()
     if class_token:
         first = (
@@ -38,9 +50,7 @@ def name_tower(name: str, path: str = "vision_tower", *, class_token: bool = Fal
         *conv(f"{name}.embeddings.patch_embedding", f"{path}/patch_embedding"),
         *first,
         Rule(f"{name}.embeddings.position_embedding.weight", f"{path}/position_embedding/embedding"),
-        *dense(name + ".encoder.layers.{layer}.self_attn.{attention}", layers + "/self_attn/{attention}"),
-        *dense(name + ".encoder.layers.{layer}.mlp.{wide}", layers + "/mlp/{wide}"),
-        *weights(name + ".encoder.layers.{layer}.{visual_norm}", layers + "/{visual_norm}", "scale"),
+        *name_layers(f"{name}.encoder.layers", f"{path}/layers"),
         *weights(f"{name}.post_layernorm", f"{path}/post_layernorm", "scale"),
     )
 

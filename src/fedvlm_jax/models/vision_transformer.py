@@ -13,35 +13,46 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fedvlm_jax.distributed.sharding import Cut, Cuts
-from fedvlm_jax.models.layers import Norm, Stacking, activation, dot_attention, scanned
+from fedvlm_jax.models.layers import HIDDEN, Norm, Stacking, activation, dot_attention, scanned
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionShape:
-    """Sizes of a tower, as a family reads them off its configuration: pixels, numbers, heads and layers.
+class StackShape:
+    """Sizes of a stack of layers, as a family reads them off its configuration: numbers, heads and layers.
 
     Attributes:
-        image, patch: sides in pixels. What a picture has beyond whole patches is not looked at.
         layers: how many are computed, which may be fewer than a checkpoint holds.
-        class_token: does a learned token stand before the patches, as CLIP has it?
-        patch_bias: has the product that makes patches a bias?
-        norm_first, norm_last: is what goes into the layers normed, and what comes out of them?
+        causal: does a state see only itself and those before it, as in CLIP's text model?
         deviation: of random weights.
     """
 
-    image: int
-    patch: int
     width: int
     heads: int
     hidden: int
     layers: int
     activation: str
     epsilon: float
+    causal: bool = False
+    deviation: float = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionShape(StackShape):
+    """Sizes of a tower.
+
+    Attributes:
+        image, patch: sides in pixels. What a picture has beyond whole patches is not looked at.
+        class_token: does a learned token stand before the patches, as CLIP has it?
+        patch_bias: has the product that makes patches a bias?
+        norm_first, norm_last: is what goes into the layers normed, and what comes out of them?
+    """
+
+    image: int
+    patch: int
     class_token: bool = False
     patch_bias: bool = True
     norm_first: bool = False
     norm_last: bool = True
-    deviation: float = 0.02
 
     @property
     def tokens(self) -> int:
@@ -55,47 +66,49 @@ class VisionShape:
 
 
 class SelfAttention(nn.Module):
-    """Attention of all patches to all, with a bias in every projection."""
+    """Attention of all states to all, or to those before them, with a bias in every projection."""
 
-    vision: VisionShape
+    shape: StackShape
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        width, heads, init = self.vision.width, self.vision.heads, nn.initializers.normal(self.vision.deviation)
+        width, heads, init = self.shape.width, self.shape.heads, nn.initializers.normal(self.shape.deviation)
         dense = partial(nn.Dense, width, dtype=self.dtype, kernel_init=init)
 
         def split(y: Array) -> Array:
             return y.reshape(*y.shape[:-1], heads, width // heads).swapaxes(1, 2)
 
         query, key, value = (split(dense(name=f"{name}_proj")(x)) for name in "qkv")
-        return dense(name="out_proj")(dot_attention(query, key, value))
+        seen = jnp.tri(x.shape[1], dtype=bool) if self.shape.causal else None
+        bias = None if seen is None else jnp.where(seen, 0.0, HIDDEN).astype(jnp.float32)
+        return dense(name="out_proj")(dot_attention(query, key, value, bias))
 
 
 class Mlp(nn.Module):
     """Feed-forward part."""
 
-    vision: VisionShape
+    shape: StackShape
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(self.vision.deviation))
-        wide = activation(self.vision.activation)(dense(self.vision.hidden, name="fc1")(x))
-        return dense(self.vision.width, name="fc2")(wide)
+        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(self.shape.deviation))
+        wide = activation(self.shape.activation)(dense(self.shape.hidden, name="fc1")(x))
+        return dense(self.shape.width, name="fc2")(wide)
 
 
 class Layer(nn.Module):
     """Attention and feed-forward part, each after its norm."""
 
-    vision: VisionShape
+    shape: StackShape
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> tuple[Float[Array, "B P D"], None]:
-        norm = partial(Norm, self.dtype, self.vision.epsilon)
-        x = x + SelfAttention(self.vision, self.dtype, name="self_attn")(norm(name="layer_norm1")(x))
-        return x + Mlp(self.vision, self.dtype, name="mlp")(norm(name="layer_norm2")(x)), None
+        norm = partial(Norm, self.dtype, self.shape.epsilon)
+        x = x + SelfAttention(self.shape, self.dtype, name="self_attn")(norm(name="layer_norm1")(x))
+        return x + Mlp(self.shape, self.dtype, name="mlp")(norm(name="layer_norm2")(x)), None
 
 
 class VisionTransformer(nn.Module):
@@ -128,12 +141,12 @@ class VisionTransformer(nn.Module):
         return Norm(self.dtype, vision.epsilon, name="post_layernorm")(x) if vision.norm_last else x
 
 
-def cut_tower(vision: VisionShape) -> Cuts:
-    """Cut a tower at `vision_tower` over devices: whole heads, and the columns and rows of its feed-forward parts."""
-    layer = "vision_tower/layers/"
+def cut_tower(shape: StackShape, path: str = "vision_tower") -> Cuts:
+    """Cut the layers at `path` over devices: whole heads, and the columns and rows of their feed-forward parts."""
+    layer = f"{path}/layers/"
     return (
-        Cut(rf"{layer}self_attn/(q|k|v)_proj/(kernel|bias)", (-1,), vision.heads),
-        Cut(rf"{layer}self_attn/out_proj/kernel", (-2,), vision.heads),
+        Cut(rf"{layer}self_attn/(q|k|v)_proj/(kernel|bias)", (-1,), shape.heads),
+        Cut(rf"{layer}self_attn/out_proj/kernel", (-2,), shape.heads),
         Cut(rf"{layer}mlp/fc1/(kernel|bias)", (-1,)),
         Cut(rf"{layer}mlp/fc2/kernel", (-2,)),
     )

@@ -20,6 +20,7 @@ from fedvlm_jax.utils.tree import flatten, unflatten
 
 _NAMED = 12  # so many tensors are named of those that have something wrong
 _KINDS = ("F64", "F32", "F16", "BF16")
+_COUNTS = ("I64", "I32")  # of constants alone
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -228,7 +229,10 @@ def _plan(table: Table, expected: dict[str, Any], files: list[Path]) -> tuple[di
     for name, shape, kind in headers:
         slot = table.find_slot(table.tied if name == serves else short[name])
         wrong = [] if kind in _KINDS else [f"of type {kind}: {name}; weights must be one of {', '.join(_KINDS)}"]
-        if name != serves and (table.ties.fullmatch(short[name]) or short[name] in table.constants):
+        if name != serves and short[name] in table.constants:
+            repeats.add(name)
+            problems += [] if kind in _COUNTS else wrong
+        elif name != serves and table.ties.fullmatch(short[name]):
             repeats.add(name)
             problems += wrong
         elif slot is None or slot.place not in names:

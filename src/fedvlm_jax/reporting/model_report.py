@@ -28,7 +28,10 @@ def tabulate_model(vlm: Vlm, name: str, size: tuple[int, int] | None, rank: int)
     if size is not None:
         rows.append(("picture", f"{size[1]}×{size[0]} pixels, {vlm.image_tokens(*size):,} image tokens"))
     share = "an answer goes on where its prompt ends" if vlm.shared_positions else "for a prompt, and for an answer"
-    rows += [("positions", f"{vlm.positions:,}, {share}"), ("vocabulary", f"{vlm.vocabulary:,} tokens")]
+    written = ("vocabulary", f"{vlm.vocabulary:,} tokens")
+    if vlm.bind is not None:
+        share, written = "for the prompt of a class", ("answers", "chosen among those of the data")
+    rows += [("positions", f"{vlm.positions:,}, {share}"), written]
     chosen = lora.select(vlm.sites, vlm.targets)
     adapted = sum(max(1, _layers(site)) * rank * (site.d_in + site.d_out) for site in chosen)
     alike: dict[tuple[str, ...], list[str]] = {}

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.run_options import Run, without_extras
+from fedvlm_jax.data.classes import describe_classes, find_novel
 from fedvlm_jax.data.federated_dataset import describe_lost, list_reasons
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.data.unique_images import Images
@@ -189,6 +190,7 @@ class Experiment:
             answer=model.answer_program(gold.budget, options.decoding, *asked),
             gold=gold.all,
             metrics=options.metrics,
+            novel=find_novel(self.examples) if model.vlm.classes else None,
             beta=self.run.preference.beta,
             base=self.data.base_numbers(self.base_scoring),
             advance=self.show.advance,
@@ -209,6 +211,8 @@ def open_experiment(run: Run, model: LoadedModel, show: Progress | None = None) 
     experiment = Experiment(run, open_data(model, run), adapter, show)
     examples, clients = experiment.examples, experiment.examples.clients
     show.note(f"{len(clients)} clients, {sum(len(c.train) for c in clients)} training examples")
+    if experiment.model.learner is not None:
+        show.note(describe_classes(experiment.model.learner.classes, experiment.model.vlm.classes))
     if examples.skipped:
         lost = describe_lost(experiment.data.table, examples.skipped)
         show.note(f"left out: {list_reasons(examples.skipped)} (listed in the run's config.json). {lost}".rstrip())

@@ -145,9 +145,10 @@ def open_data(model: LoadedModel, run: Run) -> FederatedData:
 
     Longer prompts than the model has positions will be left out, longer answers cut; both are counted.
     """
-    data, vlm = run.data, model.vlm
+    data, pairs = run.data, load_objective(run.objective, run.preference).pairs
+    model = model.bind(data, run.seed, pairs=pairs)
+    vlm = model.vlm
     answer = min(data.max_answer_tokens, vlm.positions)
     prompt = vlm.most_prompt_tokens(max(answer, run.evaluation.max_answer_tokens or 0))
     fitted = data.replace(max_prompt_tokens=min(data.max_prompt_tokens, prompt), max_answer_tokens=answer)
-    pairs = load_objective(run.objective, run.preference).pairs
     return _share_data(model, data, fitted, run.seed, pairs)

@@ -286,6 +286,13 @@ def _write_config(experiment: Experiment) -> None:
         fingerprints.compare_clients(file.parent, then["clients"], now["clients"])
 
 
+def _describe_classes(model: LoadedModel) -> dict[str, int]:
+    """Count the classes of a model that chooses among them, and those that it trains among."""
+    if model.learner is None:
+        return {}
+    return {"classes": len(model.vlm.classes), "trained_classes": len(model.learner.classes)}
+
+
 def _describe_start(experiment: Experiment) -> dict[str, Any]:
     run, layout, mesh, examples = experiment.run, experiment.layout, experiment.model.mesh, experiment.examples
     clients = examples.clients
@@ -306,6 +313,7 @@ def _describe_start(experiment: Experiment) -> dict[str, Any]:
         "targets": experiment.spec.targets,
         "adapted_sites": [path for path, _ in lora.sites_of(experiment.adapter)],
         "skipped": [dataclasses.asdict(row) for row in examples.skipped],
+        **_describe_classes(experiment.model),
         "question_column": find_question_column(experiment.data.table, run.data),
     }
     kinds = Counter(device.device_kind for device in mesh.devices.flat)

@@ -8,8 +8,8 @@ keeps it in a folder of its own.
 import gc
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 import fedvlm_jax
 from fedvlm_jax.config.method_checks import check_rule
 from fedvlm_jax.config.run_options import Run, SystemOptions
+from fedvlm_jax.data.classes import list_classes
 from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.federated_dataset import Federation, federate
 from fedvlm_jax.data.image_decoding import DECODING
@@ -63,6 +64,10 @@ class LoadedModel:
         system: the options that it was loaded with, of which precision, remat and unrolling decide its numbers.
         digests: of its files (`run_dir.fingerprints`).
         tables: the data sources that were read beside it.
+        learner: of a model that is bound to classes: the same one, bound to those that it trains among, which come
+            first; otherwise None.
+        unbound: the model that it was bound from, which keeps what does not depend on classes.
+        bindings: of that one: the models that were bound.
     """
 
     vlm: Vlm
@@ -72,6 +77,31 @@ class LoadedModel:
     system: SystemOptions
     digests: Mapping[str, Any]
     tables: dict[tuple[Any, ...], Table] = field(default_factory=dict)
+    learner: Vlm | None = None
+    unbound: "LoadedModel | None" = None
+    bindings: "list[LoadedModel]" = field(default_factory=list)
+
+    def bind(self, options: DataOptions, seed: int, *, pairs: bool) -> "LoadedModel":
+        """Return the model of these data: itself, unless it chooses among their answers.
+
+        Args:
+            options, seed: of the federation.
+            pairs: whether rejected answers are learnt from.
+
+        Raises:
+            UserError: there are too many answers to choose among, or none that can be asked about.
+        """
+        if self.vlm.bind is None:
+            return self
+        classes = list_classes(self.table(options), self.federation(options, seed), pairs=pairs)
+        return self._choose_among(*classes, options.class_prompt)
+
+    @memoized
+    def _choose_among(self, trained: tuple[str, ...], others: tuple[str, ...], prompt: str, /) -> "LoadedModel":
+        learner, vlm, processor = choose_among(self.vlm, self.processor, trained, others, prompt)
+        bound = replace(self, vlm=vlm, processor=processor, learner=learner, unbound=self, bindings=[])
+        self.bindings.append(bound)
+        return bound
 
     def table(self, options: DataOptions) -> Table:
         """Return a data source, which is read once however its rows are cut.
@@ -90,16 +120,19 @@ class LoadedModel:
     @memoized
     def federation(self, options: DataOptions, seed: int, /) -> Federation:
         """Cut the data into clients, before anything is tokenised."""
+        if self.unbound is not None:
+            return self.unbound.federation(options, seed)
         return federate(self.table(options), options, seed)
 
     @memoized
     def programs(self, run: Run, clients: int, cohort: int, places: int, steps: int, /) -> Programs:
         """Make a method's programs; arguments and errors are those of `build_programs`."""
-        return build_programs(self.vlm, self.mesh, run, clients, cohort, places, steps)
+        return build_programs(self.learner or self.vlm, self.mesh, run, clients, cohort, places, steps)
 
     def drop_programs(self) -> None:
         """Free what the programs of all methods take: they fill memory once their methods are done with."""
-        forget(self, LoadedModel.programs)
+        for model in (self, *self.bindings):
+            forget(model, LoadedModel.programs)
         gc.collect()  # traced functions and what they close over refer to each other
 
     @memoized
@@ -129,6 +162,8 @@ class LoadedModel:
     @memoized
     def feature_store(self, limit: int, on_disk: bool, cache_dir: Path | None, /) -> FeatureStore:
         """Open the store of frozen image features, of at most `limit` bytes."""
+        if self.unbound is not None:
+            return self.unbound.feature_store(limit, on_disk, cache_dir)
         folder, vlm, params = None, self.vlm, sharding.local_base(self.params)
         if on_disk:
             weights = feature_cache.fingerprint_vision(vlm, params)
@@ -165,6 +200,19 @@ class LoadedModel:
         return (cache_dir or find_cache()) / f"{kind}-{weights}-{digest}{process}"
 
 
+def choose_among(
+    vlm: Vlm, processor: Processor, trained: Sequence[str], others: Sequence[str], prompt: str
+) -> tuple[Vlm, Vlm, Processor]:
+    """Bind a model to classes: to those that it trains among, and with its processor to all, those first.
+
+    Raises:
+        UserError: there are too many, or none that can be asked about.
+    """
+    assert vlm.bind is not None
+    learner, _ = vlm.bind(processor, trained, prompt)
+    return learner, *vlm.bind(processor, (*learner.classes, *others), prompt)
+
+
 @cache
 def _hash_sources() -> str:
     root, digest = Path(fedvlm_jax.__file__).parent, hashlib.blake2b(digest_size=16)
@@ -186,7 +234,8 @@ def load_model(
         UserError: files are missing or do not fit, there are fewer devices than asked for, or no weight can be cut.
     """
     table = read_table(run.data)  # first: it is quick to fail
-    if load_objective(run.objective, run.preference).pairs:
+    pairs = load_objective(run.objective, run.preference).pairs
+    if pairs:
         require_pairs(table)
     mesh = make_mesh(*(parse_mesh(run.system.mesh) or ()))
     refuse_split_groups(mesh)
@@ -194,6 +243,9 @@ def load_model(
         processes.wait_for_all()
         connect(mesh)
     vlm, processor = open_model(run.model, image_size=run.image_size, **choose_arithmetic(run.system))
+    if vlm.bind is not None:  # for its errors
+        classes = list_classes(table, federate(table, run.data, run.seed), pairs=pairs)
+        choose_among(vlm, processor, *classes, run.data.class_prompt)
     check_room(run, vlm)
     check_rule(run, vlm)
     folder = resolve_folder(run.model)

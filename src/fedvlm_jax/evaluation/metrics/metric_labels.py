@@ -14,6 +14,7 @@ class Measure:
     label: str
     share: bool = True
     higher: bool = True  # whether more is better
+    partial: bool = False  # whether it is of some of a client's examples, so that a client may have none of it
 
     def write(self, value: float) -> str:
         """Write a value, or a dash where there is none.
@@ -28,6 +29,8 @@ class Measure:
 
 _LISTED = (
     Measure("exact_match", "exact match"),
+    Measure("exact_match_base", "exact match, base classes", partial=True),
+    Measure("exact_match_novel", "exact match, novel classes", partial=True),
     Measure("preference_accuracy", "preference accuracy"),
     Measure("preference_accuracy_per_token", "preference accuracy per token"),
     Measure("reward_margin", "reward margin", share=False),
@@ -42,8 +45,10 @@ _LISTED = (
 MEASURES = MappingProxyType({measure.name: measure for measure in _LISTED})
 """Metrics by name, in the order of tables."""
 
-SELECTING = tuple(name for name, measure in MEASURES.items() if measure.share and measure.higher)
-"""The metrics by which the best round may be chosen: shares, of which more is better."""
+SELECTING = tuple(
+    name for name, measure in MEASURES.items() if measure.share and measure.higher and not measure.partial
+)
+"""The metrics by which the best round may be chosen: shares of all examples, of which more is better."""
 
 
 def find_measure(name: str) -> Measure:

@@ -3,7 +3,8 @@
 from fedvlm_jax.models.base import Family
 from fedvlm_jax.models.llava.config import MODEL_TYPES, read_config
 from fedvlm_jax.models.llava.model import build
-from fedvlm_jax.models.llava.processor import open_processor, read_size
+from fedvlm_jax.models.llava.processor import open_processor
+from fedvlm_jax.models.processor_files import read_crop_size
 
 __all__ = ["FAMILY", "build"]
 
@@ -12,5 +13,5 @@ FAMILY = Family(
     read_config=read_config,
     build=build,
     open_processor=open_processor,
-    read_size=read_size,
+    read_size=read_crop_size,
 )

@@ -10,11 +10,9 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.chat_processor import ChatProcessor, check_frame, make_frame, read_template
 from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.llava.config import count_image_tokens, has_newline, read_config
-from fedvlm_jax.models.processor_files import IMAGES, check_files, list_files, open_files, try_out
+from fedvlm_jax.models.processor_files import check_files, open_files, read_crop_size, shorten, try_out
 
 IMAGE = "<image>"
-LONGEST = 16
-"""Longer sides are looked at up to so many shorter ones."""
 _PARTS = "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else '<image>\n' }}{% endfor %}"
 TEMPLATES = {
     "llava": (
@@ -30,44 +28,6 @@ TEMPLATES = {
 """The families' ways to chat, for folders that hold no template: Vicuna's and Qwen2's."""
 
 
-def read_size(folder: Path) -> tuple[int, int] | None:
-    """Height and width in pixels of what the tower sees; None where no file states both.
-
-    Raises:
-        UserError: the file's JSON cannot be read, or states no number.
-    """
-    for name in list_files(folder, IMAGES):
-        values = read_json(folder / name)
-        values = values.get("image_processor", values)
-        try:
-            crop = values.get("crop_size") if values.get("do_center_crop", True) else None
-            size = values.get("size") if crop is None else crop
-            if isinstance(size, int):  # as older files have it
-                return size, size
-            if size and "height" in size:
-                return int(size["height"]), int(size["width"])
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise UserError(f"{folder / name} states no size in pixels that can be read") from None
-    return None
-
-
-def _shorten(picture: Image.Image, side: int, *, crop: bool) -> Image.Image:
-    """Shorten a picture that is far longer than wide, of whose pixels processors make gigabytes.
-
-    They bring its shorter side to the tower's and then cut out the middle (`crop`), or pad it to a square.
-    """
-    width, height = picture.size
-    short, long = min(picture.size), max(picture.size)
-    if long <= LONGEST * short:
-        return picture
-    if crop:
-        half_width, half_height = (min(length, LONGEST * short) / 2 for length in picture.size)
-        left, top = int(width / 2 - half_width), int(height / 2 - half_height)
-        return picture.crop((left, top, int(width / 2 + half_width), int(height / 2 + half_height)))
-    scale = min(1.0, 4 * side / long)
-    return picture.resize((max(1, round(width * scale)), max(1, round(height * scale))))
-
-
 def open_processor(folder: Path) -> ChatProcessor:
     """Open a folder's processor, and try it out.
 
@@ -75,7 +35,7 @@ def open_processor(folder: Path) -> ChatProcessor:
         UserError: its files are missing, cannot be read, or make nonsense.
     """
     check_files(folder)
-    size, config = read_size(folder), read_config(read_json(folder / "config.json"), folder / "config.json")
+    size, config = read_crop_size(folder), read_config(read_json(folder / "config.json"), folder / "config.json")
     if size is None:
         raise UserError(f"{folder} does not say how large pictures are: crop_size or size of its image processor")
 
@@ -84,7 +44,7 @@ def open_processor(folder: Path) -> ChatProcessor:
             raise UserError(f"the tokenizer in {folder} lacks {IMAGE}, in whose places pictures stand")
 
         def render(pictures: list[Image.Image]) -> np.ndarray:
-            pictures = [_shorten(picture, max(size), crop=not has_newline(config)) for picture in pictures]
+            pictures = [shorten(picture, max(size), crop=not has_newline(config)) for picture in pictures]
             if has_newline(config):
                 # Of several pictures each is padded to a square and makes one tile; of one alone it would be more.
                 made = images([[*pictures, pictures[0]]], return_tensors="np")

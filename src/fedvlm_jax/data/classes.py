@@ -1,0 +1,62 @@
+"""Classes of a federation: the different answers of its rows, for a model that chooses among them.
+
+Base classes are the answers of somebody's training rows, novel ones those of validation and test rows alone: a model
+trains without having heard of a novel class, and is asked to tell it from all others.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+
+from fedvlm_jax.data.federated_dataset import Federation
+from fedvlm_jax.data.table import UNREADABLE, Table
+from fedvlm_jax.data.tokenization import Examples
+from fedvlm_jax.utils.untrusted_text import clean, cut
+
+
+class Classes(NamedTuple):
+    """Different answers, sorted: what models train among, and what they are asked about besides."""
+
+    trained: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+def list_classes(table: Table, federation: Federation, *, pairs: bool) -> Classes:
+    """List the answers of all rows of a federation.
+
+    Those that are trained among are the chosen ones of training rows and, where `pairs` are, their rejected ones. The
+    others are all that rows hold besides, rejected ones too, which are only scored.
+    """
+    train = np.concatenate([np.empty(0, np.int64), *(client.train for client in federation.clients)])
+    columns = [column for column in ("chosen", "rejected") if column in table.columns]
+    trained = {text for column in columns[: 1 + pairs] for text in table.read_stripped(column, train)}
+    every = {text for column in columns for text in table.read_stripped(column, federation.rows)}
+    return Classes(_order(trained), _order(every - trained))
+
+
+def _order(texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(texts) - {"", UNREADABLE}))
+
+
+def find_novel(examples: Examples) -> Bool[np.ndarray, " examples"]:
+    """Find the examples whose answer is that of no training example."""
+    trained = {examples.answers[row] for client in examples.clients for row in client.train}
+    return np.asarray([answer not in trained for answer in examples.answers], bool)
+
+
+def describe_classes(trained: Sequence[str], every: Sequence[str]) -> str:
+    """Say in a line what a model chooses among, of which it trains among the first.
+
+    >>> describe_classes(("cat", "dog"), ("cat", "dog", "emu"))
+    'answers are chosen among 3 classes, of which 1 is in no training example: cat, dog, emu'
+    """
+    others = len(every) - len(trained)
+    unseen = f", of which {others} {'is' if others == 1 else 'are'} in no training example" if others else ""
+    shown = [clean(cut(name, _LONG)) for name in every[:_SHOWN]]
+    more = ", …" if len(every) > _SHOWN else ""
+    return f"answers are chosen among {len(every):,} classes{unseen}: {', '.join(shown)}{more}"
+
+
+_SHOWN, _LONG = 8, 40  # classes that are named, and their characters

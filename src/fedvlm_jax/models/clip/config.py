@@ -1,0 +1,75 @@
+"""CLIP's configuration: read from config.json, and refused where it is not implemented."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.models.configuration import DEPTH, VOCABULARY, WIDTH, parse_config, read_vision_shape, require
+from fedvlm_jax.models.folder_files import require_integer
+from fedvlm_jax.models.layers import activation
+from fedvlm_jax.models.vision_transformer import StackShape, VisionShape
+
+MODEL_TYPES = ("clip",)
+LARGEST_ENDS = 2
+"""The `eos_token_id` of older configurations, under which the largest id of a text ends it, whatever its number."""
+
+_TEXT = {
+    "num_hidden_layers": DEPTH,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), WIDTH),
+}
+
+
+def read_config(values: dict[str, Any], file: Path) -> Any:
+    """Make transformers' `CLIPConfig` of a config.json; refuse what is not implemented."""
+    return parse_config(values, file, "CLIPConfig", check_config)
+
+
+def check_config(config: Any) -> None:
+    """Refuse a configuration that the model does not implement.
+
+    Raises:
+        UserError: naming the field, its value and what it may be.
+    """
+    text = config.text_config
+    require("text_config", text, {"model_type": ("clip_text_model",)})
+    require("vision_config", config.vision_config, {"model_type": ("clip_vision_model",)})
+    read_tower(config)
+    read_text(config)
+    require_integer("projection_dim", config.projection_dim, 1, WIDTH)
+    require_integer("text_config.vocab_size", text.vocab_size, 1, VOCABULARY)
+    require_integer("text_config.max_position_embeddings", text.max_position_embeddings, 4, VOCABULARY)
+    if text.eos_token_id != LARGEST_ENDS:
+        require_integer("text_config.eos_token_id", text.eos_token_id, 0, text.vocab_size - 1)
+
+
+def read_tower(config: Any) -> VisionShape:
+    """Read the shape of the tower of pictures."""
+    return replace(read_vision_shape(config.vision_config), class_token=True, patch_bias=False, norm_first=True)
+
+
+def read_text(config: Any) -> StackShape:
+    """Read the shape of the text model's layers.
+
+    Raises:
+        UserError: a size or an activation that no model has.
+    """
+    text = config.text_config
+    for name, most in _TEXT.items():
+        require_integer(f"text_config.{name}", getattr(text, name, None), 1, most)
+    width, heads, epsilon = text.hidden_size, text.num_attention_heads, text.layer_norm_eps
+    if width % heads:
+        raise UserError(f"text_config.hidden_size={width} does not divide by {heads} heads")
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < float("inf"):
+        raise UserError(f"text_config.layer_norm_eps is {epsilon!r}, expected a number above 0")
+    activation(text.hidden_act)  # for its error
+    return StackShape(
+        width=width,
+        heads=heads,
+        hidden=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        activation=text.hidden_act,
+        epsilon=float(epsilon),
+        causal=True,
+        deviation=text.initializer_range,
+    )

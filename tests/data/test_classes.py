@@ -1,0 +1,47 @@
+"""The classes of a federation: what is trained among, what is asked about besides, and which examples are novel."""
+
+from types import SimpleNamespace
+
+import numpy as np
+from made_table import make_table
+
+from fedvlm_jax.data.classes import describe_classes, find_novel, list_classes
+from fedvlm_jax.data.federated_dataset import ClientRows, Federation
+from fedvlm_jax.data.table import UNREADABLE
+
+
+def rows(*numbers):
+    return np.asarray(numbers, np.int64)
+
+
+CLIENTS = (
+    ClientRows("ann", rows(0, 1), rows(2), rows(3)),
+    ClientRows("bob", rows(4), rows(), rows(5)),
+    ClientRows("eve", rows(), rows(6), rows(7), held_out=True),
+)
+CHOSEN = ["dog ", "cat", "cat", "emu", "dog", "gnu", "", UNREADABLE, "of nobody"]
+REJECTED = ["yak", "dog", "emu", "fox", "", "cat", "dog", "dog", "of nobody"]
+
+
+def test_classes_are_the_answers_of_rows_in_use():
+    table, federation = make_table([None] * 9, chosen=CHOSEN, rejected=REJECTED), Federation(CLIENTS, {})
+    assert list_classes(table, federation, pairs=False) == (("cat", "dog"), ("emu", "fox", "gnu", "yak"))
+    # Who learns from pairs trains among the rejected answers, too.
+    assert list_classes(table, federation, pairs=True) == (("cat", "dog", "yak"), ("emu", "fox", "gnu"))
+    alone = make_table([None] * 9, chosen=CHOSEN)
+    assert list_classes(alone, federation, pairs=False) == (("cat", "dog"), ("emu", "gnu"))
+
+
+def test_novel_is_what_no_training_example_of_anybody_has():
+    answers = [text.strip() for text in CHOSEN]
+    found = find_novel(SimpleNamespace(clients=CLIENTS, answers=answers))
+    assert [answer for answer, novel in zip(answers, found, strict=True) if novel] == answers[3:4] + answers[5:]
+
+
+def test_strange_and_long_names_are_told_on_one_line():
+    told = describe_classes(["a\x1b[31m\n", "b" * 500], ["a\x1b[31m\n", "b" * 500, *"cdefghijk"])
+    assert "\x1b" not in told
+    assert "\n" not in told
+    assert len(told) < 250
+    assert told.startswith("answers are chosen among 11 classes, of which 9 are in no training example: ")
+    assert told.endswith(", …")

@@ -1,0 +1,78 @@
+"""Tiny CLIP models: folders as transformers has them."""
+
+from pathlib import Path
+
+from models.causal_cases import write_json
+
+MERGES = [("c", "a"), ("d", "o"), ("r", "e"), ("o", "f</w>")]
+LAYERS = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLASSES = ["a red cat", "car", "dog", "no", "yes it is one"]
+
+
+def write_clip_tokenizer(folder: Path) -> dict[str, int]:
+    """A tokenizer as CLIP's: bytes, words that end in </w>, and the end of texts as the largest id."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    merged = ["".join(pair) for pair in MERGES]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *merged, "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=MERGES)
+    tokenizer.save_pretrained(folder)
+    return tokenizer.get_vocab()
+
+
+def write_clip(folder: Path, *, legacy: bool = False, act: str = "quick_gelu", **text) -> None:
+    """Configuration, tokenizer and image processor; `legacy` files are as those of 2022, which say that EOS is 2."""
+    ids = write_clip_tokenizer(folder)
+    eos = ids["<|endoftext|>"]
+    write_json(folder / "config.json", {
+        "model_type": "clip", "projection_dim": 12, "logit_scale_init_value": 2.6592,
+        "text_config": {
+            "model_type": "clip_text_model", **LAYERS, "vocab_size": eos + 1, "max_position_embeddings": 40,
+            "hidden_act": act, "eos_token_id": 2 if legacy else eos, "bos_token_id": eos - 1, "pad_token_id": eos,
+            **text,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model", **LAYERS, "hidden_size": 18, "num_attention_heads": 3,
+            "image_size": 32, "patch_size": 8, "hidden_act": act,
+        },
+    })  # fmt: skip
+    size = {"size": 32, "crop_size": 32, "feature_extractor_type": "CLIPFeatureExtractor"}
+    if not legacy:
+        size = {
+            "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "do_rescale": True,
+            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "rescale_factor": 1 / 255,
+        }  # fmt: skip
+    write_json(folder / "preprocessor_config.json", {
+        **size, "do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": 3,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+    })  # fmt: skip
+
+
+CASES = {
+    "clip": lambda folder: write_clip(folder),
+    "clip-legacy": lambda folder: write_clip(folder, legacy=True, act="gelu", num_hidden_layers=4),
+}
+"""Name -> what writes a folder of it."""
+
+_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+PUBLISHED = {
+    "ViT-B/32": (512, 8, {**_BASE, "patch_size": 32}, 151_277_313),
+    "ViT-B/16": (512, 8, {**_BASE, "patch_size": 16}, 149_620_737),
+    "ViT-L/14": (768, 12, {**_LARGE, "patch_size": 14}, 427_616_513),
+}
+"""Name -> width of the text model and of the common space, heads, the tower, and how many parameters there are."""
+
+
+def write_published(name: str, folder: Path) -> None:
+    """The configuration of a published shape and the size of its pictures: what `fedvlm explain` reads."""
+    width, heads, vision, _ = PUBLISHED[name]
+    text = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
+    write_json(folder / "config.json", {
+        "model_type": "clip", "projection_dim": width,
+        "text_config": {"model_type": "clip_text_model", "num_hidden_layers": 12, "eos_token_id": 2, **text},
+        "vision_config": {"model_type": "clip_vision_model", "image_size": 224, **vision},
+    })  # fmt: skip
+    write_json(folder / "preprocessor_config.json", {"size": 224, "crop_size": 224, "do_center_crop": True})
