@@ -265,7 +265,7 @@ def test_targets_that_reach_the_tower_unnamed_are_refused(tmp_path):
     def reach(targets):
         return {vlm.component(site.path) for site in lora.select(vlm.sites, targets)}
 
-    with pytest.raises(UserError, match=r"6 sites of its vision too, such as vision_tower/layers/self_attn/k_proj"):
+    with pytest.raises(UserError, match=r"6 sites of its vision too, such as vision_tower/layers/mlp/fc1"):
         make_spec(Run(lora=LoraOptions(targets="(q|k|v)_proj|out_proj|fc1|o_proj|position_embedding")), vlm)
     assert reach(make_spec(Run(lora=LoraOptions(targets="language_model/.*q_proj")), vlm).targets) == {"decoder"}
     both = make_spec(Run(lora=LoraOptions(targets="(vision_tower|language_model)/.*q_proj")), vlm)
