@@ -275,6 +275,7 @@ def test_a_name_in_another_encoding_is_one_line_before_anything_is_done(words, c
 
 def test_a_folder_in_another_encoding_is_told_where_paths_begin_in_it(tmp_path, monkeypatch):
     (tmp_path / CAFE / "data").mkdir(parents=True)
+    (tmp_path / CAFE / "data" / "rows.parquet").touch()
     monkeypatch.chdir(tmp_path / CAFE)
     with pytest.raises(UserError, match=r"the path .*caf\\udce9/data' has bytes that are no UTF-8"):
         anchor(Run(data=make_options(source="data")))

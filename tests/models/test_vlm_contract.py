@@ -18,12 +18,13 @@ from fedvlm_jax.utils import tree
 
 # What they share takes a minute to compile for each, so one decoder-only model is in the ordinary suite, and of further
 # architectures one each in the broad one; live comparisons with transformers cover every case.
-ORDINARY, BROAD = ("smolvlm-tied",), ("gemma3", "llava", "qwen3_vl", "clip")
+ORDINARY, BROAD = ("smolvlm-tied",), ("gemma3", "llava", "qwen3_vl")
 CAUSAL = [
     pytest.param(name, marks=[] if name in ORDINARY else pytest.mark.broad if name in BROAD else pytest.mark.slow)
     for name in causal_cases.CASES
 ]
-CLIP = ["clip", pytest.param("clip-legacy", marks=pytest.mark.broad)]
+CLIP = [pytest.param("clip", marks=pytest.mark.broad), pytest.param("clip-legacy", marks=pytest.mark.slow)]
+TOY = pytest.param("toy_decoder", marks=pytest.mark.broad)  # trained by tests/training/test_second_family.py
 QUESTIONS, ANSWERS = ["what is this?", "a", "is it a red car, or two?"], ["a car", "no", "yes it is one"]
 
 
@@ -61,7 +62,7 @@ class Case:
         return jax.jit(self.vlm.logits)(self.params, adapter, batch)
 
 
-@pytest.fixture(scope="module", params=["florence2", "toy_decoder", *CAUSAL, *CLIP])
+@pytest.fixture(scope="module", params=["florence2", TOY, *CAUSAL, *CLIP])
 def case(request, model, toy_decoder, tmp_path_factory):
     for cases in (causal_cases.CASES, clip_cases.CASES):
         if request.param in cases:

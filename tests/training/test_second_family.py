@@ -42,6 +42,7 @@ def test_it_learns_and_is_scored_with_neighbours(finished):
     assert resolved["adapted_sites"] == [f"layers/{name}_proj" for name in ("down", "k", "o", "q", "up", "v")]
 
 
+@pytest.mark.broad
 def test_a_stopped_run_goes_on_to_the_same_adapters(finished, tmp_path):
     run, folder = finished
     run = replace(run, evaluation=replace(run.evaluation, neighbours=3), out=tmp_path / "stopped")
@@ -50,6 +51,7 @@ def test_a_stopped_run_goes_on_to_the_same_adapters(finished, tmp_path):
     assert_same_adapters(resume(tmp_path / "stopped"), folder)
 
 
+@pytest.mark.broad
 def test_it_learns_preferences(toy_decoder, tmp_path):
     rows = [
         make_row(n, client="ab"[n % 2], split=("train", "train", "validation", "test")[n // 2 % 4]) for n in range(32)

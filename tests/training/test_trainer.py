@@ -40,6 +40,7 @@ def test_dropout_reaches_training_and_targets_without_a_weight_are_told(model, l
     ]
 
 
+@pytest.mark.broad
 def test_a_trainer_runs_once(model, loaded, tmp_path):
     """Another run would begin with the models that the first one ended with."""
     (tmp_path / "run").mkdir()

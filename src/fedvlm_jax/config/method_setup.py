@@ -43,7 +43,10 @@ def make_setup(run: Run, vlm: Vlm | None, start_optimizer: Callable[..., PyTree]
 def _check_reach(targets: str, vlm: Vlm) -> None:
     # Projections have the same names in tower and text model, so `q_proj` means both, which hardly anybody wants: the
     # tower's features could no longer be computed once.
-    chosen = {site.path for site in lora.select(vlm.sites, targets)}
+    try:
+        chosen = {site.path for site in lora.select(vlm.sites, targets)}
+    except lora.LoraError:  # nothing matches: who makes the adapter says what there is
+        return
     seeing = sorted(path for path in chosen if vlm.component(path) in ("vision", "connector"))
     unnamed = [path for path in seeing if path.partition("/")[0] not in targets]
     if unnamed and len(seeing) < len(chosen):

@@ -118,7 +118,7 @@ def _check(option: Option) -> None:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if math.isnan(value):
+        if isinstance(value, float) and math.isnan(value):  # of a huge integer `isnan` fails
             raise UserError(f"{option.flag} is nan: it must be a number")
         most = LARGEST if highest is None else highest
         if isinstance(value, int) and abs(value) > most:
