@@ -89,7 +89,7 @@ def test_base_and_novel_classes_are_scored_apart(folder, loaded):
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("towers", ["text", "both"])
+@pytest.mark.parametrize("towers", [pytest.param("text", marks=pytest.mark.slow), "both"])
 def test_from_train_to_report(folder, tmp_path, towers):
     from fedvlm_jax.cli.main import main
 
@@ -110,7 +110,7 @@ def test_from_train_to_report(folder, tmp_path, towers):
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("objective", ["dpo", "sft+dpo"])
+@pytest.mark.parametrize("objective", ["dpo", pytest.param("sft+dpo", marks=pytest.mark.slow)])
 def test_preferences_and_neighbours_choose_among_classes_too(folder, loaded, tmp_path, objective):
     run = make_run(folder, tmp_path / "run", objective=objective)
     run = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, neighbours=2))

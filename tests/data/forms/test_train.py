@@ -10,7 +10,7 @@ from fedvlm_jax.cli.main import main
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("name", ["LLaVA", "metadata.jsonl", "CSV"])
+@pytest.mark.parametrize("name", ["LLaVA", "metadata.jsonl", pytest.param("CSV", marks=pytest.mark.slow)])
 def test_own_data_train_to_a_report(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_ARENA_MAX", "0")  # else the command would start this process again
     rows = make_own_rows(16)
