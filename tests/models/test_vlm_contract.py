@@ -18,7 +18,7 @@ from fedvlm_jax.utils import tree
 
 # What they share takes a minute to compile for each, so one decoder-only model is in the ordinary suite, and of further
 # architectures one each in the broad one; live comparisons with transformers cover every case.
-ORDINARY, BROAD = ("smolvlm-tied",), ("gemma3", "llava", "qwen3_vl")
+ORDINARY, BROAD = ("smolvlm-tied",), ("gemma3", "llava")
 CAUSAL = [
     pytest.param(name, marks=[] if name in ORDINARY else pytest.mark.broad if name in BROAD else pytest.mark.slow)
     for name in causal_cases.CASES
