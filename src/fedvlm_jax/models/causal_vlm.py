@@ -23,6 +23,7 @@ from fedvlm_jax.models.causal_decoder import CausalDecoder, KeysValues, Streams,
 from fedvlm_jax.models.generation import check_generation, make_generate, read_settings
 from fedvlm_jax.models.layers import HIDDEN, Stacking, place_features, take_last
 from fedvlm_jax.models.text_shape import Reach, TextShape, cut_text
+from fedvlm_jax.models.vision_transformer import VisionShape, VisionTransformer, cut_tower
 from fedvlm_jax.models.weight_table import Table
 
 COMPONENTS = {
@@ -194,14 +195,13 @@ def _near(token: Array, other: Array, window: int | None) -> Any:
 
 
 def make_record(
-    module: CausalVlm, *, family: str, config: Any, positions: int, cuts: Cuts, table: Table,
-    image_tokens: Callable[[int, int], int], side: int, generation_config: Any | None, parts: int = 1,
+    module: CausalVlm, *, family: str, config: Any, cuts: Cuts, table: Table, image_tokens: Callable[[int, int], int],
+    side: int, generation_config: Any | None, parts: int = 1,
 ) -> Vlm:  # fmt: skip
     """Make the record of a model.
 
     Args:
         config: transformers' configuration, with a `text_config`.
-        positions: most tokens of prompt and answer together.
         cuts: of the tower; the text model's are added.
         image_tokens: as the record has it.
         side: pixels of a picture's side, for the smallest batch.
@@ -210,7 +210,7 @@ def make_record(
     """
     from transformers import GenerationConfig
 
-    text, injected = module.text, lora.inject(module.apply)
+    text, injected, positions = module.text, lora.inject(module.apply), config.text_config.max_position_embeddings
     options = GenerationConfig.from_model_config(config) if generation_config is None else generation_config
 
     def select(adapter: lora.Adapter | None, *components: str) -> lora.Adapter | None:
@@ -249,7 +249,8 @@ def make_record(
             raise UserError(f"{mask.shape[1]} prompt tokens and {length} generated do not fit {positions} positions")
         rows, dtype = len(mask), module.dtype
         shape = (text.layers, rows, beams, text.kv_heads, length, text.head_width)
-        heading = select_leaves(adapter, lambda path: path.startswith(_HEAD[text.tied]))
+        head = "embed_tokens" if text.tied else "lm_head"
+        heading = select_leaves(adapter, lambda path: path.startswith(f"language_model/{head}/"))
         reading = select(adapter, "decoder", "embedding")
 
         def first(ids: Array) -> Step:
@@ -295,5 +296,37 @@ def make_record(
     )
 
 
-_HEAD = {True: "language_model/embed_tokens/", False: "language_model/lm_head/"}
-"""Whether the table is tied -> the path of what makes logits."""
+def build_for_tower(
+    config: Any, *, family: str, text: TextShape, vision: VisionShape, projector: nn.Module, tokens: int, cuts: Cuts,
+    table: Table, dtype: Any, stacking: Stacking, generation_config: Any | None,
+    prompts: Literal["causal", "pictures", "whole"] = "causal",
+) -> Vlm:  # fmt: skip
+    """Make the record of a model whose tower is a `VisionTransformer`, so that all pictures have its size.
+
+    Args:
+        config: transformers' configuration, with a `text_config`.
+        projector: from the tower's states to image tokens.
+        tokens: image tokens of a picture.
+        cuts: of the projector; the tower's and the text model's are added.
+        prompts: as `CausalVlm` has it.
+        generation_config: as for `make_record`.
+    """
+
+    def image_tokens(height: int, width: int) -> int:
+        if (height, width) != (vision.image, vision.image):
+            raise UserError(f"the tower takes pictures of {vision.image}x{vision.image} pixels, not {height}x{width}")
+        return tokens
+
+    module = CausalVlm(
+        vision_tower=VisionTransformer(vision, dtype, stacking),
+        image_projector=projector,
+        text=text,
+        image_token_id=config.image_token_id,
+        dtype=dtype,
+        stacking=stacking,
+        prompts=prompts,
+    )
+    return make_record(
+        module, family=family, config=config, cuts=(*cut_tower(vision), *cuts), table=table, image_tokens=image_tokens,
+        side=vision.image, generation_config=generation_config,
+    )  # fmt: skip

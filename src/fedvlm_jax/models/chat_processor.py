@@ -18,7 +18,7 @@ from PIL import Image
 from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.models.folder_files import read_json
-from fedvlm_jax.models.processor_files import digest_settings, list_files, pad
+from fedvlm_jax.models.processor_files import digest_settings, list_files, make_pixels, open_files, pad, try_out
 
 QUESTION, ANSWER = "\ue000", "\ue001"  # of Unicode's private use, so that no template holds them
 
@@ -148,13 +148,7 @@ class ChatProcessor:
         return f"{digest_settings(self.images)}-{self.size[0]}x{self.size[1]}"
 
     def pixels(self, images: Sequence[Image.Image], /) -> Float[np.ndarray, "B H W 3"]:
-        if not images:
-            return np.empty((0, *self.size, 3), np.float32)
-        # Pictures of other modes would keep their number of channels.
-        made = np.asarray(self.render([image.convert("RGB") for image in images]), np.float32).transpose(0, 2, 3, 1)
-        if made.shape[1:] != (*self.size, 3):
-            raise UserError(f"the image processor made pixels {made.shape[1:]}, expected {(*self.size, 3)}")
-        return np.ascontiguousarray(made)
+        return make_pixels(self.render, images, self.size)
 
     def prompts(self, texts: Sequence[str], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
         for text in texts:
@@ -196,6 +190,31 @@ class ChatProcessor:
         bos = self.tokenizer.bos_token
         begins = whole and not (bos and bos in self.frame.head)
         return self.tokenizer(texts, add_special_tokens=begins)["input_ids"] if texts else []
+
+
+def open_chat_processor(
+    folder: Path, needs: str, tokens: Sequence[str], build: Callable[[Any, Any], ChatProcessor]
+) -> ChatProcessor:
+    """Open the files of a folder's processor, and try it out.
+
+    Args:
+        needs: the parts that the family needs, for a message.
+        tokens: those that stand for a picture, and around it.
+        build: (image processor, tokenizer) -> the processor.
+
+    Raises:
+        UserError: its files cannot be read, lack a token, or make nonsense.
+    """
+
+    def join(images: Any, tokenizer: Any) -> ChatProcessor:
+        if missing := [token for token in tokens if token not in tokenizer.get_vocab()]:
+            raise UserError(f"the tokenizer in {folder} lacks {', '.join(missing)}, which a picture needs")
+        return build(images, tokenizer)
+
+    processor = open_files(folder, join, needs)
+    try_out(processor, processor.images, folder)
+    check_frame(processor, folder)
+    return processor
 
 
 def check_frame(processor: ChatProcessor, folder: Path) -> None:

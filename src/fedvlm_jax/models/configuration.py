@@ -40,10 +40,7 @@ def parse_config(values: dict[str, Any], file: Path, kind: str, check: Callable[
     """
     import transformers
 
-    if not (isinstance(values.get("text_config"), dict) and isinstance(values.get("vision_config"), dict)):
-        raise UserError(f"{file} has no text_config or no vision_config: is it cut short?")
-    if "quantization_config" in values:
-        raise UserError(f"{file} is of quantised weights, which are not supported: take them as they were before")
+    check_whole(values, file)
     try:
         config = getattr(transformers, kind).from_dict(values)
     except Exception as error:  # transformers and its validators raise many kinds
@@ -53,6 +50,18 @@ def parse_config(values: dict[str, Any], file: Path, kind: str, check: Callable[
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return config
+
+
+def check_whole(values: Mapping[str, Any], file: Path) -> None:
+    """Refuse what is no configuration of a whole model's weights as they were trained, before transformers sees it.
+
+    Raises:
+        UserError: it has no text model or no tower, or weights are quantised.
+    """
+    if not all(isinstance(part := values.get(name), dict) and part for name in ("text_config", "vision_config")):
+        raise UserError(f"{file} has no text_config or no vision_config: is it cut short?")
+    if "quantization_config" in values:
+        raise UserError(f"{file} is of quantised weights, which are not supported: take them as they were before")
 
 
 def require(where: str, part: Any, wanted: Mapping[str, tuple[Any, ...]]) -> None:

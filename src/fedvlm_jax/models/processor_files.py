@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from fedvlm_jax.errors import UserError, explain_error
@@ -200,6 +201,27 @@ def _try_picture(processor: Processor, images: Any) -> None:
     if not ((contrast >= LEAST_CONTRAST) & (contrast <= MOST_CONTRAST)).all():
         found = ", ".join(f"{value:g}" for value in contrast)
         raise UserError(f"black and white differ by {found} in its channels, so pictures would not be seen; {see}")
+
+
+def make_pixels(
+    render: Callable[[list[Image.Image]], np.ndarray], images: Sequence[Image.Image], size: tuple[int, int]
+) -> Float[np.ndarray, "B H W 3"]:
+    """Make float32 pixels of pictures of any size and mode; none give an array of length 0.
+
+    Args:
+        render: pictures in RGB -> pixels [B, 3, H, W].
+        size: height and width that it brings them to.
+
+    Raises:
+        UserError: it makes others.
+    """
+    if not images:
+        return np.empty((0, *size, 3), np.float32)
+    # Pictures of other modes would keep their number of channels.
+    made = np.asarray(render([image.convert("RGB") for image in images]), np.float32).transpose(0, 2, 3, 1)
+    if made.shape[1:] != (*size, 3):
+        raise UserError(f"the image processor made pixels {made.shape[1:]}, expected {(*size, 3)}")
+    return np.ascontiguousarray(made)
 
 
 def digest_settings(images: Any) -> str:

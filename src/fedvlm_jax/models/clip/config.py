@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.configuration import DEPTH, VOCABULARY, WIDTH, parse_config, read_vision_shape, require
+from fedvlm_jax.models.configuration import (
+    DEPTH,
+    VOCABULARY,
+    WIDTH,
+    parse_config,
+    read_positive,
+    read_vision_shape,
+    require,
+)
 from fedvlm_jax.models.folder_files import require_integer
 from fedvlm_jax.models.layers import activation
 from fedvlm_jax.models.vision_transformer import StackShape, VisionShape
@@ -57,11 +65,9 @@ def read_text(config: Any) -> StackShape:
     text = config.text_config
     for name, most in _TEXT.items():
         require_integer(f"text_config.{name}", getattr(text, name, None), 1, most)
-    width, heads, epsilon = text.hidden_size, text.num_attention_heads, text.layer_norm_eps
+    width, heads = text.hidden_size, text.num_attention_heads
     if width % heads:
         raise UserError(f"text_config.hidden_size={width} does not divide by {heads} heads")
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < float("inf"):
-        raise UserError(f"text_config.layer_norm_eps is {epsilon!r}, expected a number above 0")
     activation(text.hidden_act)  # for its error
     return StackShape(
         width=width,
@@ -69,7 +75,7 @@ def read_text(config: Any) -> StackShape:
         hidden=text.intermediate_size,
         layers=text.num_hidden_layers,
         activation=text.hidden_act,
-        epsilon=float(epsilon),
+        epsilon=read_positive("text_config.layer_norm_eps", text.layer_norm_eps),
         causal=True,
         deviation=text.initializer_range,
     )

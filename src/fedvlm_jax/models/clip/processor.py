@@ -23,6 +23,7 @@ from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.processor_files import (
     check_files,
     digest_settings,
+    make_pixels,
     open_files,
     pad,
     read_crop_size,
@@ -114,13 +115,7 @@ class ClassProcessor(base.Processor):
         return replace(self, classes=classes, prompt_ids=ids)
 
     def pixels(self, images: Sequence[Image.Image], /) -> Float[np.ndarray, "B H W 3"]:
-        if not images:
-            return np.empty((0, *self.side, 3), np.float32)
-        # Pictures of other modes would keep their number of channels.
-        made = np.asarray(self.render([image.convert("RGB") for image in images]), np.float32).transpose(0, 2, 3, 1)
-        if made.shape[1:] != (*self.side, 3):
-            raise UserError(f"the image processor made pixels {made.shape[1:]}, expected {(*self.side, 3)}")
-        return np.ascontiguousarray(made)
+        return make_pixels(self.render, images, self.side)
 
     def prompts(self, texts: Sequence[str], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
         shape = (len(texts), 1)

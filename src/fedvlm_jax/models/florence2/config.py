@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.models.configuration import DEPTH, VOCABULARY, WIDTH, check_whole, parse_config
 from fedvlm_jax.models.florence2.microsoft_layout import has_layout, translate
 from fedvlm_jax.models.folder_files import require_integer
 from fedvlm_jax.models.layers import activation
@@ -17,10 +18,6 @@ MODEL_TYPES = ("florence2", "florence2_language")
 
 # Sites of adapters where a run names none: all products of both stacks of the language model.
 TARGETS = r"language_model/.*(encoder|decoder)/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
-
-DEPTH, WIDTH, VOCABULARY = 512, 2**17, 2**24
-"""Most layers of a stack, most numbers along an axis, most tokens: ten times those of any Florence-2 and far from what
-memory has to be asked for."""
 
 _TEXT = {
     "vocab_size": VOCABULARY,
@@ -46,30 +43,12 @@ def read_config(values: dict[str, Any], file: Path) -> Any:
     Raises:
         UserError: it is not Florence-2's, whole and possible.
     """
-    from transformers import Florence2Config
-
-    _check_layout(values, file)
-    if has_layout(values):
-        values = translate(values, file)
-    try:
-        config = Florence2Config.from_dict(values)
-    except Exception as error:  # transformers and its validators raise many kinds
-        raise UserError(f"{file} is no configuration that transformers reads ({explain_error(error)})") from None
-    try:
-        check_config(config)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    return config
-
-
-def _check_layout(values: dict[str, Any], file: Path) -> None:
-    """Refuse what is no configuration of a whole model, before transformers sees it."""
     if values["model_type"] != MODEL_TYPES[0]:
         raise UserError(f"{file} has model_type={values['model_type']!r}, expected {MODEL_TYPES[0]!r}")
-    if not all(isinstance(part := values.get(name), dict) and part for name in ("text_config", "vision_config")):
-        raise UserError(f"{file} has no text_config or no vision_config: is it cut short?")
-    if "quantization_config" in values:
-        raise UserError(f"{file} is of quantised weights, which are not supported: take them as they were before")
+    check_whole(values, file)  # before it is translated
+    return parse_config(
+        translate(values, file) if has_layout(values) else values, file, "Florence2Config", check_config
+    )
 
 
 def check_config(config: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Float, Int
+from PIL import Image
 
 from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.errors import UserError
@@ -24,6 +25,7 @@ from fedvlm_jax.models.processor_files import (
     check_files,
     digest_settings,
     list_files,
+    make_pixels,
     open_files,
     pad,
     try_out,
@@ -92,15 +94,10 @@ class Processor(base.Processor):
         return digest_settings(self.wrapped.image_processor)
 
     def pixels(self, images: Sequence[Any], /) -> Float[np.ndarray, "B H W 3"]:
-        height, width = self.size
-        if not images:
-            return np.empty((0, height, width, 3), np.float32)
-        # Pictures of other modes would keep their number of channels.
-        made = self.wrapped.image_processor([image.convert("RGB") for image in images], return_tensors="np")
-        pixels = np.asarray(made["pixel_values"], np.float32).transpose(0, 2, 3, 1)
-        if pixels.shape[1:] != (height, width, 3):
-            raise UserError(f"the image processor made pixels {pixels.shape[1:]}, expected {(height, width, 3)}")
-        return np.ascontiguousarray(pixels)
+        return make_pixels(self._render, images, self.size)
+
+    def _render(self, pictures: list[Image.Image]) -> np.ndarray:
+        return self.wrapped.image_processor(pictures, return_tensors="np")["pixel_values"]
 
     def expand(self, text: str) -> str:
         """Write out a task token of a prompt's text as its sentence.

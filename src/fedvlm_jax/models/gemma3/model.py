@@ -11,15 +11,13 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from fedvlm_jax.distributed.sharding import Cut
-from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Vlm
 from fedvlm_jax.models.causal_decoder import RmsNorm
-from fedvlm_jax.models.causal_vlm import CausalVlm, make_record
+from fedvlm_jax.models.causal_vlm import build_for_tower
 from fedvlm_jax.models.configuration import read_vision_shape
 from fedvlm_jax.models.gemma3.config import check_config, read_shape
 from fedvlm_jax.models.gemma_text import PROJECTOR, make_table
 from fedvlm_jax.models.layers import USUAL, Stacking
-from fedvlm_jax.models.vision_transformer import VisionTransformer, cut_tower
 from fedvlm_jax.models.weight_table import Rule
 
 
@@ -60,33 +58,21 @@ def build(config: Any, *, dtype: Any, stacking: Stacking = USUAL, generation_con
     """
     check_config(config)
     text, vision = read_shape(config), read_vision_shape(config.vision_config)
-    module = CausalVlm(
-        vision_tower=VisionTransformer(vision, dtype, stacking),
-        image_projector=Pooling(config.mm_tokens_per_image, text.width, vision.epsilon, text.deviation, dtype),
-        text=text,
-        image_token_id=config.image_token_id,
-        dtype=dtype,
-        stacking=stacking,
-        prompts="pictures",
-    )
-
-    def image_tokens(height: int, width: int) -> int:
-        if (height, width) != (vision.image, vision.image):
-            raise UserError(f"the tower takes pictures of {vision.image}x{vision.image} pixels, not {height}x{width}")
-        return config.mm_tokens_per_image
-
-    return make_record(
-        module,
+    return build_for_tower(
+        config,
         family="gemma3",
-        config=config,
-        positions=config.text_config.max_position_embeddings,
-        cuts=(*cut_tower(vision), Cut("image_projector/linear/kernel", (-2,))),
+        text=text,
+        vision=vision,
+        projector=Pooling(config.mm_tokens_per_image, text.width, vision.epsilon, text.deviation, dtype),
+        tokens=config.mm_tokens_per_image,
+        cuts=(Cut("image_projector/linear/kernel", (-2,)),),
         table=make_table(
             # A bare parameter, which is not transposed.
             Rule(f"{PROJECTOR}.mm_input_projection_weight", "image_projector/linear/kernel"),
             Rule(f"{PROJECTOR}.mm_soft_emb_norm.weight", "image_projector/norm/scale"),
         ),
-        image_tokens=image_tokens,
-        side=vision.image,
+        dtype=dtype,
+        stacking=stacking,
         generation_config=generation_config,
+        prompts="pictures",
     )

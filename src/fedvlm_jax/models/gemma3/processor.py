@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.chat_processor import ChatProcessor, check_frame, make_frame, read_template
+from fedvlm_jax.models.chat_processor import ChatProcessor, make_frame, open_chat_processor, read_template
 from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.gemma3.config import read_config
-from fedvlm_jax.models.processor_files import check_files, open_files, read_size, try_out
+from fedvlm_jax.models.processor_files import check_files, read_size
 
 BEGIN, IMAGE, END = "<start_of_image>", "<image_soft_token>", "<end_of_image>"
 TEMPLATE = (
@@ -35,10 +35,7 @@ def open_processor(folder: Path) -> ChatProcessor:
     if size is None:
         raise UserError(f"{folder} does not say how large pictures are: size of its image processor")
 
-    def join(images: Any, tokenizer: Any) -> ChatProcessor:
-        if missing := [token for token in (BEGIN, IMAGE, END) if token not in tokenizer.get_vocab()]:
-            raise UserError(f"the tokenizer in {folder} lacks {', '.join(missing)}, which frame a picture")
-
+    def build(images: Any, tokenizer: Any) -> ChatProcessor:
         def render(pictures: list[Image.Image]) -> np.ndarray:
             return np.asarray(images(pictures, do_pan_and_scan=False, return_tensors="np")["pixel_values"])
 
@@ -46,7 +43,5 @@ def open_processor(folder: Path) -> ChatProcessor:
         frame = replace(frame, head=frame.head.replace(BEGIN, f"\n\n{BEGIN}{IMAGE}{END}\n\n"))
         return ChatProcessor(tokenizer, images, frame, IMAGE, IMAGE * config.mm_tokens_per_image, size, render)
 
-    processor = open_files(folder, join, "an image processor with a size and a tokenizer, as Gemma 3's has")
-    try_out(processor, processor.images, folder)
-    check_frame(processor, folder)
-    return processor
+    needs = "an image processor with a size and a tokenizer, as Gemma 3's has"
+    return open_chat_processor(folder, needs, (BEGIN, IMAGE, END), build)

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fedvlm_jax.distributed.sharding import Cut
-from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Vlm
-from fedvlm_jax.models.causal_vlm import CausalVlm, make_record
+from fedvlm_jax.models.causal_vlm import build_for_tower
 from fedvlm_jax.models.layers import USUAL, Stacking, activation
 from fedvlm_jax.models.llava.config import (
     check_config,
@@ -26,7 +25,6 @@ from fedvlm_jax.models.llava.config import (
     skip_states,
 )
 from fedvlm_jax.models.llava.weights import make_table
-from fedvlm_jax.models.vision_transformer import VisionTransformer, cut_tower
 
 
 class Projector(nn.Module):
@@ -76,32 +74,19 @@ def build(config: Any, *, dtype: Any, stacking: Stacking = USUAL, generation_con
         text.width, skip_states(config), has_newline(config), config.projector_hidden_act,
         config.multimodal_projector_bias, text.deviation, dtype,
     )  # fmt: skip
-    module = CausalVlm(
-        vision_tower=VisionTransformer(vision, dtype, stacking),
-        image_projector=projector,
-        text=text,
-        image_token_id=config.image_token_id,
-        dtype=dtype,
-        stacking=stacking,
-    )
-
-    def image_tokens(height: int, width: int) -> int:
-        if (height, width) != (vision.image, vision.image):
-            raise UserError(f"the tower takes pictures of {vision.image}x{vision.image} pixels, not {height}x{width}")
-        return count_image_tokens(config)
-
-    return make_record(
-        module,
+    return build_for_tower(
+        config,
         family="llava",
-        config=config,
-        positions=config.text_config.max_position_embeddings,
+        text=text,
+        vision=vision,
+        projector=projector,
+        tokens=count_image_tokens(config),
         cuts=(
-            *cut_tower(vision),
             Cut("image_projector/linear_1/(kernel|bias)", (-1,)),
             Cut("image_projector/linear_2/kernel", (-2,)),
         ),
         table=make_table(config),
-        image_tokens=image_tokens,
-        side=vision.image,
+        dtype=dtype,
+        stacking=stacking,
         generation_config=generation_config,
     )

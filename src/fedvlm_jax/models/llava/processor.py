@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.chat_processor import ChatProcessor, check_frame, make_frame, read_template
+from fedvlm_jax.models.chat_processor import ChatProcessor, make_frame, open_chat_processor, read_template
 from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.llava.config import count_image_tokens, has_newline, read_config
-from fedvlm_jax.models.processor_files import check_files, open_files, read_crop_size, shorten, try_out
+from fedvlm_jax.models.processor_files import check_files, read_crop_size, shorten
 
 IMAGE = "<image>"
 _PARTS = "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else '<image>\n' }}{% endfor %}"
@@ -39,10 +39,7 @@ def open_processor(folder: Path) -> ChatProcessor:
     if size is None:
         raise UserError(f"{folder} does not say how large pictures are: crop_size or size of its image processor")
 
-    def join(images: Any, tokenizer: Any) -> ChatProcessor:
-        if IMAGE not in tokenizer.get_vocab():
-            raise UserError(f"the tokenizer in {folder} lacks {IMAGE}, in whose places pictures stand")
-
+    def build(images: Any, tokenizer: Any) -> ChatProcessor:
         def render(pictures: list[Image.Image]) -> np.ndarray:
             pictures = [shorten(picture, max(size), crop=not has_newline(config)) for picture in pictures]
             if has_newline(config):
@@ -55,7 +52,5 @@ def open_processor(folder: Path) -> ChatProcessor:
         text = IMAGE * count_image_tokens(config)
         return ChatProcessor(tokenizer, images, frame, IMAGE, text, size, render)
 
-    processor = open_files(folder, join, "an image processor with a size and a tokenizer, as LLaVA's has")
-    try_out(processor, processor.images, folder)
-    check_frame(processor, folder)
-    return processor
+    needs = "an image processor with a size and a tokenizer, as LLaVA's has"
+    return open_chat_processor(folder, needs, (IMAGE,), build)

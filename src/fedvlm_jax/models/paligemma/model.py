@@ -10,14 +10,12 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from fedvlm_jax.distributed.sharding import Cut
-from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Vlm
-from fedvlm_jax.models.causal_vlm import CausalVlm, make_record
+from fedvlm_jax.models.causal_vlm import build_for_tower
 from fedvlm_jax.models.configuration import read_vision_shape
 from fedvlm_jax.models.gemma_text import PROJECTOR, make_table
 from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.paligemma.config import check_config, count_image_tokens, read_shape
-from fedvlm_jax.models.vision_transformer import VisionTransformer, cut_tower
 from fedvlm_jax.models.weight_table import dense
 
 
@@ -48,29 +46,17 @@ def build(config: Any, *, dtype: Any, stacking: Stacking = USUAL, generation_con
     """
     check_config(config)
     text, vision = read_shape(config), read_vision_shape(config.vision_config)
-    module = CausalVlm(
-        vision_tower=VisionTransformer(vision, dtype, stacking),
-        image_projector=Projector(text.width, text.deviation, dtype),
+    return build_for_tower(
+        config,
+        family="paligemma",
         text=text,
-        image_token_id=config.image_token_id,
+        vision=vision,
+        projector=Projector(text.width, text.deviation, dtype),
+        tokens=count_image_tokens(config),
+        cuts=(Cut("image_projector/linear/kernel", (-2,)),),
+        table=make_table(*dense(f"{PROJECTOR}.linear", "image_projector/linear")),
         dtype=dtype,
         stacking=stacking,
-        prompts="whole",
-    )
-
-    def image_tokens(height: int, width: int) -> int:
-        if (height, width) != (vision.image, vision.image):
-            raise UserError(f"the tower takes pictures of {vision.image}x{vision.image} pixels, not {height}x{width}")
-        return count_image_tokens(config)
-
-    return make_record(
-        module,
-        family="paligemma",
-        config=config,
-        positions=config.text_config.max_position_embeddings,
-        cuts=(*cut_tower(vision), Cut("image_projector/linear/kernel", (-2,))),
-        table=make_table(*dense(f"{PROJECTOR}.linear", "image_projector/linear")),
-        image_tokens=image_tokens,
-        side=vision.image,
         generation_config=generation_config,
+        prompts="whole",
     )

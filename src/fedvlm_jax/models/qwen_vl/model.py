@@ -44,7 +44,6 @@ def build(config: Any, *, dtype: Any, stacking: Stacking = USUAL, generation_con
         module,
         family=config.model_type,
         config=config,
-        positions=config.text_config.max_position_embeddings,
         cuts=cut_grid_tower(vision),
         table=make_table(vision, tied=text.tied),
         image_tokens=partial(count_tokens, vision),

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.chat_processor import ChatProcessor, check_frame, make_frame, read_template
+from fedvlm_jax.models.chat_processor import ChatProcessor, make_frame, open_chat_processor, read_template
 from fedvlm_jax.models.folder_files import read_json, require_integer
-from fedvlm_jax.models.processor_files import IMAGES, MOST_PIXELS, check_files, list_files, open_files, try_out
+from fedvlm_jax.models.processor_files import IMAGES, MOST_PIXELS, check_files, list_files
 from fedvlm_jax.models.qwen_vl.config import read_config, read_tower
 from fedvlm_jax.models.qwen_vl.grid import FRAMES
 from fedvlm_jax.models.qwen_vl.tower import GridShape
@@ -100,9 +100,7 @@ def open_processor(folder: Path, image_size: int | None = None) -> ChatProcessor
     kind = str(read_json(folder / "config.json")["model_type"])
     tokens = (side // vision.patch // vision.merge) ** 2
 
-    def join(images: Any, tokenizer: Any) -> ChatProcessor:
-        if missing := [token for token in (BEGIN, IMAGE, END) if token not in tokenizer.get_vocab()]:
-            raise UserError(f"the tokenizer in {folder} lacks {', '.join(missing)}, which frame a picture")
+    def build(images: Any, tokenizer: Any) -> ChatProcessor:
         asked = {"patch_size": vision.patch, "merge_size": vision.merge, "temporal_patch_size": FRAMES}
         for name, value in asked.items():
             if (found := getattr(images, name, None)) != value:
@@ -113,10 +111,8 @@ def open_processor(folder: Path, image_size: int | None = None) -> ChatProcessor
         render = partial(_render, images, vision, side)
         return ChatProcessor(tokenizer, images, frame, IMAGE, IMAGE * tokens, (side, side), render)
 
-    processor = open_files(folder, join, "an image processor with patch_size and a tokenizer, as Qwen's have")
-    try_out(processor, processor.images, folder)
-    check_frame(processor, folder)
-    return processor
+    needs = "an image processor with patch_size and a tokenizer, as Qwen's have"
+    return open_chat_processor(folder, needs, (BEGIN, IMAGE, END), build)
 
 
 def _render(images: Any, vision: GridShape, side: int, pictures: list[Image.Image]) -> np.ndarray:

@@ -10,14 +10,12 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from fedvlm_jax.distributed.sharding import Cut
-from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Vlm
-from fedvlm_jax.models.causal_vlm import CausalVlm, make_record
+from fedvlm_jax.models.causal_vlm import build_for_tower
 from fedvlm_jax.models.configuration import read_vision_shape
 from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.smolvlm.config import check_config, count_image_tokens, read_shape
 from fedvlm_jax.models.smolvlm.weights import make_table
-from fedvlm_jax.models.vision_transformer import VisionTransformer, cut_tower
 
 
 class PixelShuffle(nn.Module):
@@ -52,28 +50,16 @@ def build(config: Any, *, dtype: Any, stacking: Stacking = USUAL, generation_con
     """
     check_config(config)
     text, vision = read_shape(config), read_vision_shape(config.vision_config)
-    module = CausalVlm(
-        vision_tower=VisionTransformer(vision, dtype, stacking),
-        image_projector=PixelShuffle(config.scale_factor, text.width, text.deviation, dtype),
+    return build_for_tower(
+        config,
+        family="smolvlm",
         text=text,
-        image_token_id=config.image_token_id,
+        vision=vision,
+        projector=PixelShuffle(config.scale_factor, text.width, text.deviation, dtype),
+        tokens=count_image_tokens(config),
+        cuts=(Cut("image_projector/proj/kernel", (-2,)),),
+        table=make_table(text.tied),
         dtype=dtype,
         stacking=stacking,
-    )
-
-    def image_tokens(height: int, width: int) -> int:
-        if (height, width) != (vision.image, vision.image):
-            raise UserError(f"the tower takes pictures of {vision.image}x{vision.image} pixels, not {height}x{width}")
-        return count_image_tokens(config)
-
-    return make_record(
-        module,
-        family="smolvlm",
-        config=config,
-        positions=config.text_config.max_position_embeddings,
-        cuts=(*cut_tower(vision), Cut("image_projector/proj/kernel", (-2,))),
-        table=make_table(text.tied),
-        image_tokens=image_tokens,
-        side=vision.image,
         generation_config=generation_config,
     )

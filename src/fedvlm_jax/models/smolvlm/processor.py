@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.chat_processor import ChatProcessor, check_frame, make_frame, read_template
+from fedvlm_jax.models.chat_processor import ChatProcessor, make_frame, open_chat_processor, read_template
 from fedvlm_jax.models.folder_files import read_json
-from fedvlm_jax.models.processor_files import IMAGES, check_files, list_files, open_files, try_out
+from fedvlm_jax.models.processor_files import IMAGES, check_files, list_files
 from fedvlm_jax.models.smolvlm.config import count_image_tokens, read_config
 
 AROUND, WHOLE, IMAGE = "<fake_token_around_image>", "<global-img>", "<image>"
@@ -50,10 +50,7 @@ def open_processor(folder: Path) -> ChatProcessor:
     if size is None:
         raise UserError(f"{folder} does not say how large pictures are: max_image_size of its image processor")
 
-    def join(images: Any, tokenizer: Any) -> ChatProcessor:
-        if missing := [token for token in (AROUND, WHOLE, IMAGE) if token not in tokenizer.get_vocab()]:
-            raise UserError(f"the tokenizer in {folder} lacks {', '.join(missing)}, which frame a picture")
-
+    def build(images: Any, tokenizer: Any) -> ChatProcessor:
         def render(pictures: list[Image.Image]) -> np.ndarray:
             rows = [[picture] for picture in pictures]
             made = images(rows, do_image_splitting=False, do_pad=False, return_tensors="np")
@@ -63,7 +60,5 @@ def open_processor(folder: Path) -> ChatProcessor:
         text = f"{AROUND}{WHOLE}{IMAGE * count_image_tokens(config)}{AROUND}"
         return ChatProcessor(tokenizer, images, frame, IMAGE, text, size, render)
 
-    processor = open_files(folder, join, "an image processor with max_image_size and a tokenizer, as SmolVLM's has")
-    try_out(processor, processor.images, folder)
-    check_frame(processor, folder)
-    return processor
+    needs = "an image processor with max_image_size and a tokenizer, as SmolVLM's has"
+    return open_chat_processor(folder, needs, (AROUND, WHOLE, IMAGE), build)
