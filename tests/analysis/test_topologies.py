@@ -93,6 +93,7 @@ def test_flags_that_only_the_cpu_knows_are_kept_from_libtpu(monkeypatch, flags, 
     monkeypatch.setattr(topologies, "get_topology_desc", describe)
     monkeypatch.setattr(os, "environ", {} if flags is None else {"XLA_FLAGS": flags})
     assert open_devices(parse_topology("v5e:1x1")) == ["chip"]
+    assert os.environ.get("XLA_FLAGS") == flags, "what this process starts gets all of them"
 
 
 EVERY_SLICE = """

@@ -119,16 +119,19 @@ def open_devices(topology: Topology) -> list[Any]:
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
-    # jax has read what they say of the CPU, and libtpu aborts where it does not know a flag.
-    if flags := os.environ.get("XLA_FLAGS"):
-        os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags.split() if not flag.startswith("--xla_cpu_"))
     options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
     if topology.name.startswith("v4"):
         options["chip_config_name"] = "megacore"  # its two cores as one device, as jax has them on a v4
+    flags = os.environ.get("XLA_FLAGS")
     try:
+        if flags:  # jax has read what they say of the CPU, and libtpu aborts where it does not know a flag
+            os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags.split() if not flag.startswith("--xla_cpu_"))
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError
         raise UserError(f"--topology {topology.name}: libtpu refuses it: {str(error).splitlines()[0]}") from error
+    finally:
+        if flags:  # the processes that this one starts compute on the CPU as it does
+            os.environ["XLA_FLAGS"] = flags
     if len(devices) != count:
         raise UserError(f"--topology {topology.name}: libtpu makes {len(devices)} devices of its {count} chips")
     return list(devices)
