@@ -7,6 +7,7 @@ class WordProcessor:
     """A `TextProcessor`: three image tokens (id 3) before a prompt, one token per word, the end (id 2)."""
 
     pad = 1
+    most_pictures = 1
 
     def __init__(self):
         self.asked: list[str] = []

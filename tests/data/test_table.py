@@ -104,10 +104,10 @@ def test_images_are_grouped_by_content(tmp_path):
     table = read_table(str(write_rows(tmp_path / "a.parquet", rows)))
     images, index, missing = unique_images(table, range(14))
     assert len(images) == 4
-    assert index.tolist() == [0, 1, 2, 3] * 3 + [-1, -1]
+    assert index.tolist() == [[0], [1], [2], [3]] * 3 + [[-1], [-1]]
     assert missing == {12: "no image", 13: "image file cannot be read"}
     again, other, _ = unique_images(table, [7, 3, 5])
-    assert other.tolist() == [0, 0, 1]
+    assert other.tolist() == [[0], [0], [1]]
     assert again.keys == (images.keys[3], images.keys[1])
     assert images.decode(2).tobytes() == Image.open(io.BytesIO(draw_image(2))).tobytes()
 

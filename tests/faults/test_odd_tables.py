@@ -67,7 +67,7 @@ def test_pictures_are_read_from_every_layout(tmp_path: Path, name: str) -> None:
     assert [table.read_image(row) for row in range(4)] == PICTURES
 
 
-def test_a_list_without_a_picture_is_a_row_without_one_and_two_cost_their_row(tmp_path: Path) -> None:
+def test_lists_of_no_picture_and_of_several(tmp_path: Path) -> None:
     lists = [[STRUCTS[0]], [], None, [STRUCTS[3]]]
     table = read(tmp_path, "image", pa.array(lists, pa.list_(IMAGE)))
     assert [table.read_image(0), table.read_image(3)] == [PICTURES[0], PICTURES[3]]
@@ -75,8 +75,13 @@ def test_a_list_without_a_picture_is_a_row_without_one_and_two_cost_their_row(tm
         with pytest.raises(BrokenImageError, match="no image"):
             table.read_image(row)
     (tmp_path / "b").mkdir()
-    several = read(tmp_path / "b", "image", pa.array([[STRUCTS[0]], STRUCTS[:2], [], []], pa.list_(IMAGE)))
-    assert several.read_text(FAULT) == [None, "several pictures", None, None]
+    lists = [[STRUCTS[0]], STRUCTS[:2], [None, STRUCTS[1]], [STRUCTS[2], None, STRUCTS[3]]]
+    several = read(tmp_path / "b", "image", pa.array(lists, pa.list_(IMAGE)))
+    assert several.read_text(FAULT) == [None, None, None, "a picture before others is missing"]
+    assert several.most_pictures == 2
+    assert [several.read_image(row, place) for row, place in ((0, 0), (1, 0), (1, 1), (2, 0))] == [
+        PICTURES[number] for number in (0, 0, 1, 1)
+    ]
 
 
 TEXTS = ["What is it?", "Où ?", "", None]

@@ -58,6 +58,10 @@ def talk(*turns: Any, image: Any = "03.png") -> str:
 
 
 USER, SAYS = {"from": "human", "value": "What?"}, {"from": "gpt", "value": "a"}
+SHOWS = [{"role": "assistant", "content": [{"type": "image"}]}]
+ALONE = {"prompt": [{"role": "system", "content": "?"}], "chosen": "a", "client": "a"}
+IN_ANSWER = "a picture in a turn of the assistant"
+ASKS_TWICE = {"from": "human", "value": "<image> or <image>?"}
 LINES: dict[str, tuple[str | bytes, str | None]] = {
     "cut": (change()[:-9], "line is no JSON object"),
     "a list": ("[1, 2]", "line is no JSON object"),
@@ -68,8 +72,15 @@ LINES: dict[str, tuple[str | bytes, str | None]] = {
     "single quotes": (str(GOOD[BAD]), "line is no JSON object"),
     "NUL": ("\0", "line is no JSON object"),
     "nested below": (change(extra=1)[:-2] + DEEP + "1" + "}" * 100_001, "line is no JSON object"),
-    "two pictures": (change(image=["00.png", "01.png"]), "several pictures"),
-    "two pictures of TRL": (change(image=None, images=["00.png", "01.png"]), "several pictures"),
+    "two pictures": (change(image=["00.png", "01.png"]), "2 pictures, the model takes 1"),
+    "two pictures of TRL": (change(image=None, images=["00.png", "01.png"]), "2 pictures, the model takes 1"),
+    "nine pictures": (change(image=[f"{n}.png" for n in range(9)]), "more than 8 pictures"),
+    "a million pictures": (change(image=[0] * 10**6), "more than 8 pictures"),
+    "a second picture in a column": (change(image_2="01.png"), "2 pictures, the model takes 1"),
+    "a second picture alone": (change(image=None, image_2="01.png"), "a picture before others is missing"),
+    "a second picture that is a number": (change(image_2=7), "image is no picture and no path"),
+    "a second picture that is lost": (change(image=["03.png", "lost.png"]), LOST),
+    "a second picture outside": (change(image=["03.png", "../secret.png"]), OUTSIDE),
     "one picture in a list": (change(image=["03.png"]), None),
     "no picture": (change(image=None), "no image"),
     "an empty list": (change(image=[]), "no image"),
@@ -122,7 +133,22 @@ LINES: dict[str, tuple[str | bytes, str | None]] = {
     "a talk without end": (talk(*[USER, SAYS] * 501), "more than 1000 messages"),
     "a talk that nobody begins": (talk(SAYS), "empty question"),
     "a talk with half a surrogate": (talk({"from": "human", "value": "\ud800"}, SAYS), "question is not UTF-8"),
-    "a talk over several pictures": (talk(USER, SAYS, image=["00.png", "01.png"]), "several pictures"),
+    "a talk over several pictures": (talk(USER, SAYS, image=["00.png", "01.png"]), "2 pictures, the model takes 1"),
+    "a picture less than its marks": (talk(ASKS_TWICE, SAYS), "1 picture for 2 places"),
+    "a picture more than its marks": (talk(ASKS_TWICE, SAYS, image=["03.png"] * 3), "3 pictures for 2 places"),
+    "marks without a picture": (talk(ASKS_TWICE, SAYS, image=None), "no image"),
+    "marks without end": (talk({"from": "human", "value": "<image>" * 10**6}, SAYS), "1 picture for 1000000 places"),
+    "a picture in an answer": (talk(USER, {"from": "gpt", "value": "<image> a"}), IN_ANSWER),
+    "a picture in an answer of TRL": (change(chosen=SHOWS), IN_ANSWER),
+    "a picture in a rejected answer": (change(rejected=SHOWS), IN_ANSWER),
+    "a picture in the system's turn": (
+        talk({"from": "system", "value": "<image>"}, USER, SAYS),
+        "a picture in a turn of the system",
+    ),
+    "pictures that nobody asks about": (
+        json.dumps({"images": ["00.png", "01.png"], **ALONE}),
+        "no turn of the user in which its pictures could stand",
+    ),
     "code": (change(image="__import__('os').abort()"), LOST),
 }
 

@@ -8,6 +8,7 @@ show as 14 GB.
 import contextlib
 import dataclasses
 import gc
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from fedvlm_jax.data.config import PICTURE_COLUMNS
 from fedvlm_jax.data.table import FACTS, ImageFacts, ImageLocations, Table
 from fedvlm_jax.errors import UserError, explain_error, find_machine_fault
 from fedvlm_jax.utils import cache_folders
@@ -31,27 +33,37 @@ MakeTables = Callable[[], Iterator[pa.Table]]
 
 
 def open_arrow(files: Sequence[Path]) -> tuple[pa.Table, ImageLocations]:
-    """Map Arrow files one after the other, and find the bytes in their column `image`, a struct of bytes and path."""
+    """Map Arrow files one after the other, and find the bytes in their columns of images, structs of bytes and path."""
     tables, owners, starts, lengths = [], [], [], []
     for number, file in enumerate(files):
         mapped = pa.memory_map(str(file)).read_buffer()
         table = pa.ipc.open_stream(mapped).read_all()
         tables.append(table)
-        for chunk in table.column("image").chunks:
-            values = chunk.flatten()[chunk.type.get_field_index("bytes")]
-            _, offsets, content = values.buffers()
-            start = length = np.zeros(len(values), np.int64)
-            if content is not None:  # None where no row has any
-                edges = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
-                length = np.where(values.is_valid().to_numpy(zero_copy_only=False), np.diff(edges), 0)
-                # An empty cell has no place: the address of this mapping would fit no seal of another mapping.
-                start = np.where(length > 0, content.address + edges[:-1].astype(np.int64) - mapped.address, 0)
-            assert ((length == 0) | ((start >= 0) & (start + length <= mapped.size))).all(), "not mapped but copied"
-            owners.append(np.full(len(chunk), number))
-            starts.append(start)
-            lengths.append(length)
+        named = itertools.takewhile(table.column_names.__contains__, PICTURE_COLUMNS)
+        found = [_locate(table.column(name), mapped) for name in named]
+        owners.append(np.full(len(table), number))
+        starts.append(np.stack([start for start, _ in found], axis=1))
+        lengths.append(np.stack([length for _, length in found], axis=1))
     places = (np.concatenate(parts).astype(np.int64) for parts in (owners, starts, lengths))
     return pa.concat_tables(tables), ImageLocations(tuple(files), *places)
+
+
+def _locate(column: pa.ChunkedArray, mapped: pa.Buffer) -> tuple[np.ndarray, np.ndarray]:
+    """Find where in a mapped file a column's bytes start [N], and how many they are [N]."""
+    starts, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for chunk in column.chunks:
+        values = chunk.flatten()[chunk.type.get_field_index("bytes")]
+        _, offsets, content = values.buffers()
+        start = length = np.zeros(len(values), np.int64)
+        if content is not None:  # None where no row has any
+            edges = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
+            length = np.where(values.is_valid().to_numpy(zero_copy_only=False), np.diff(edges), 0)
+            # An empty cell has no place: the address of this mapping would fit no seal of another mapping.
+            start = np.where(length > 0, content.address + edges[:-1].astype(np.int64) - mapped.address, 0)
+        assert ((length == 0) | ((start >= 0) & (start + length <= mapped.size))).all(), "not mapped but copied"
+        starts.append(start)
+        lengths.append(length)
+    return np.concatenate(starts), np.concatenate(lengths)
 
 
 def open_cached(digest: str, form: str, make_tables: MakeTables) -> Table:
@@ -107,9 +119,10 @@ def _check_seal(table: Table) -> bool:
     assert images is not None
     # Everything but the encoded images, which are compared with their digests when they are decoded.
     parts = [np.frombuffer(data.schema.serialize(), np.uint8), images.file, images.start, images.length]
+    pictures = PICTURE_COLUMNS[: images.start.shape[1]]
     for name in data.column_names:
         for chunk in data.column(name).chunks:
-            sealed = chunk.flatten()[chunk.type.get_field_index("path")] if name == "image" else chunk
+            sealed = chunk.flatten()[chunk.type.get_field_index("path")] if name in pictures else chunk
             parts += [np.frombuffer(buffer, np.uint8) for buffer in sealed.buffers() if buffer is not None]
     found = digest_parts(parts, len(data), *(file.stat().st_size for file in images.files)).hex()
     file = images.files[0].parent / SEAL

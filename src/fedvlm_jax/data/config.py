@@ -29,6 +29,12 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # Pixels of a picture at most, unless the user says otherwise: what Pillow calls safe to decode (256 MiB of RGB).
 MAX_IMAGE_PIXELS = 89_478_485
 
+MOST_PICTURES = 8
+"""Pictures of a row at most."""
+
+PICTURE_COLUMNS = ("image", *(f"image_{number}" for number in range(2, MOST_PICTURES + 1)))
+"""Columns of a row's pictures, in their order; a table has those after the first only where some row has so many."""
+
 INLINE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in base64
 FAULT = "why_unusable"  # the column that says why a row cannot be used; a table has it only where there is such a row
 TURNS = "prompt_turns"  # the column of a conversation's turns before the answer, as JSON that chat templates take

@@ -61,10 +61,10 @@ def describe(
     if check_images:
         note(f"decoding {len(images)} images")
         pictures, broken = images.number_pictures()
-    picture = np.where(image >= 0, pictures[image], -1) if len(images) else image
+    picture = np.where(image >= 0, pictures[image], -1) if len(images) else image  # [rows, pictures of a row]
     faults: dict[int, str] = {}  # place -> why the row there will be skipped, in the order of `encode`
-    for place, (row, index) in enumerate(zip(places.rows.tolist(), image.tolist(), strict=True)):
-        seen = missing.get(row) if index < 0 else broken.get(index)
+    for place, (row, held) in enumerate(zip(places.rows.tolist(), image.tolist(), strict=True)):
+        seen = missing.get(row) or next((broken[index] for index in held if index in broken), None)
         if reason := seen or federated.find_text_fault(texts["question"][place], texts["chosen"][place]):
             faults[place] = reason
     unusable = federation.skipped + federated.skip_rows(table, places.rows[list(faults)], list(faults.values()))
@@ -99,7 +99,7 @@ def describe(
             "images": find_overlap(picture.astype(np.int64), places, federation.names),
             "texts": find_overlap(asked, places, federation.names),
         },
-        "repeated_rows": len(asked) - len({*zip(asked.tolist(), picture.tolist(), strict=True)}),
+        "repeated_rows": len(asked) - len({*zip(asked.tolist(), map(tuple, picture.tolist()), strict=True)}),
     }
 
 
@@ -148,7 +148,7 @@ def _choose_label(keys: dict[str, Any]) -> str | None:
 
 def _describe_clients(federation: federated.Federation, places: Places, image: np.ndarray) -> list[dict[str, Any]]:
     known = image >= 0
-    pairs = np.unique(np.stack([places.clients[known], image[known]]), axis=1)
+    pairs = np.unique(np.stack([places.clients[np.nonzero(known)[0]], image[known]]), axis=1)
     distinct = np.bincount(pairs[0], minlength=len(federation.clients)).tolist()
     described = []
     for client, images in zip(federation.clients, distinct, strict=True):
@@ -182,15 +182,16 @@ def place_rows(federation: federated.Federation) -> Places:
     return Places(federation.rows, places // len(SPLITS), places % len(SPLITS))
 
 
-def find_overlap(things: Int[np.ndarray, " rows"], places: Places, names: Sequence[str]) -> dict[str, Any]:
-    """Find things that are in two splits, or with two clients, given every row's by its number (-1: none).
+def find_overlap(things: Int[np.ndarray, "rows ..."], places: Places, names: Sequence[str]) -> dict[str, Any]:
+    """Find things that are in two splits, or with two clients, given every row's, one or more, by number (-1: none).
 
     For two splits: the things in both (`distinct`), the `rows` of the second split about them, those of these whose
     thing is in the first split of the same client, and `examples`, a row of the first split with one of the second. For
     clients: the things with several, the `rows` about them, and the pairs that share `most`, with how many.
     """
     known = things >= 0
-    numbers, rows, clients, splits = (part[known] for part in (things, places.rows, places.clients, places.splits))
+    owner = np.nonzero(known)[0]  # each thing's row, as a place
+    numbers, rows, clients, splits = (things[known], *(part[owner] for part in places))
     count = int(numbers.max(initial=-1)) + 1
     met = np.zeros((count, len(SPLITS)), bool)
     met[numbers, splits] = True
@@ -205,8 +206,8 @@ def find_overlap(things: Int[np.ndarray, " rows"], places: Places, names: Sequen
         shown = zip(numbers[later[:NAMED]].tolist(), rows[later[:NAMED]].tolist(), strict=True)
         return {
             "distinct": int(both.sum()),
-            "rows": len(later),
-            "rows_of_the_same_client": int(np.isin(held[later], held[earlier]).sum()),
+            "rows": len({*owner[later].tolist()}),
+            "rows_of_the_same_client": len({*owner[later[np.isin(held[later], held[earlier])]].tolist()}),
             "examples": [[row_of[thing], row] for thing, row in shown],
         }
 
@@ -218,7 +219,7 @@ def find_overlap(things: Int[np.ndarray, " rows"], places: Places, names: Sequen
         "between_splits": {f"{SPLITS[first]}/{SPLITS[second]}": compare(first, second) for first, second in pairs},
         "between_clients": {
             "distinct": int(shared.sum()),
-            "rows": int(shared[numbers].sum()),
+            "rows": len({*owner[shared[numbers]].tolist()}),
             "most": _count_pairs(holders[:, shared[holders[0]]], names),
         },
     }

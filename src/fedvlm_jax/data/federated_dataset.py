@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.config import SPLITS, DataOptions, Split
+from fedvlm_jax.data.image_decoding import BrokenImageError
 from fedvlm_jax.data.table import LOST, OUTSIDE, Table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.records.conversations import UNREADABLE
@@ -234,6 +235,17 @@ def describe_skipped(table: Table, skipped: Sequence[Skipped]) -> str:
 def describe_lost(table: Table, skipped: Sequence[Skipped]) -> str:
     """Say of the first image file that was not read what was looked for and where: a sentence, or nothing."""
     for entry in skipped:
-        if entry.reason in (LOST, OUTSIDE) and (lookup := table.describe_lookup(entry.row)):
+        if entry.reason in (LOST, OUTSIDE) and (lookup := _describe_lost_picture(table, entry)):
             return f"For row {entry.row} it {lookup}. "
     return ""
+
+
+def _describe_lost_picture(table: Table, entry: Skipped) -> str:
+    """Say what was looked for where the row has the image that its reason is about."""
+    (count,) = table.count_pictures([entry.row]).tolist()
+    for place in range(count - 1):
+        try:
+            table.read_image(entry.row, place)
+        except BrokenImageError:
+            return table.describe_lookup(entry.row, place)
+    return table.describe_lookup(entry.row, count - 1)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as is_a
 
 from fedvlm_jax.errors import UserError, explain_error
-from fedvlm_jax.records.arrow_files import BINARIES, read_class_names
+from fedvlm_jax.records.arrow_files import BINARIES, is_list, read_class_names
 
 NEEDED = ("image", "question", "chosen")
 
@@ -115,12 +115,6 @@ def _check_type(file: Path, column: str, kind: pa.DataType) -> None:
         several = ", a list of texts, or of structs with a text 'answer'" if column == "chosen" else ""
         mend = "Write it as text." if column in NEEDED else "Write it as text, or leave it out."
         raise UserError(f"{file}: column {column!r} is {kind}; expected text{several}. {mend}")
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Tell whether it is a list in any layout."""
-    views = is_a.is_list_view(kind) or is_a.is_large_list_view(kind)
-    return is_a.is_list(kind) or is_a.is_large_list(kind) or is_a.is_fixed_size_list(kind) or views
 
 
 def _unwrap(kind: pa.DataType) -> pa.DataType:

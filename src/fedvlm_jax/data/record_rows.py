@@ -1,24 +1,26 @@
-"""A record of any form made the rows of a table: picture, question, answers, and the plain values beside them."""
+"""A record of any form made the rows of a table: pictures, question, answers, and the plain values beside them."""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
-from fedvlm_jax.data.config import FAULT, INLINE, TURNS
+from fedvlm_jax.data.config import FAULT, INLINE, MOST_PICTURES, PICTURE_COLUMNS, TURNS
 from fedvlm_jax.data.forms.base import Reading
 from fedvlm_jax.records.conversations import (
     Turn,
     UnusableError,
+    count_places,
     is_messages,
     is_plain,
     join_turns,
     list_answers,
+    place_pictures,
     read_turns,
     to_text,
     write_turns,
 )
-from fedvlm_jax.records.files import Part, Record
+from fedvlm_jax.records.files import LEFT_OUT, Part, Record
 
 Row = dict[str, Any]
 
@@ -27,7 +29,15 @@ PICTURES = ("image", "images", "file_name", "file_names")
 QUESTIONS = ("question", "prompt")
 ANSWERS = ("chosen", "messages", "conversations")
 ANSWER = "answer"  # the field of an answer's object that holds its text, as VQAv2 has it
-READ = frozenset((*PICTURES, *QUESTIONS, *ANSWERS, "rejected", "idx", "id", FAULT, TURNS))
+READ = frozenset((*PICTURES, *PICTURE_COLUMNS, *QUESTIONS, *ANSWERS, "rejected", "idx", "id", FAULT, TURNS))
+
+
+class _Example(NamedTuple):
+    """A prompt's turns, what is answered, and the column of the rejected answer, where there is one."""
+
+    turns: Sequence[Turn]
+    chosen: Any
+    rejected: Row
 
 
 def make_rows(record: Record, part: Part, reading: Reading) -> list[Row]:
@@ -42,14 +52,22 @@ def make_rows(record: Record, part: Part, reading: Reading) -> list[Row]:
     if part.split and row.get("split") is None:
         row["split"] = to_text(part.split)
     try:
-        examples, inside = _read_examples(record, reading)
-        picture = _read_picture(_find(record, PICTURES) or inside, part.base)
+        examples, talk, inside = _read_examples(record, reading)
+        pictures = _read_pictures(record, inside, part.base)
+        if (places := count_places(talk)) not in (0, len(pictures)):
+            count = f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''}"
+            raise UnusableError(f"{count} for {places} place{'s' if places > 1 else ''}" if pictures else "no image")
+        # Each example has the pictures that stand in its prompt; where none says where, all.
+        held = [pictures[: count_places(example.turns) if places else None] for example in examples]
+        made = [_make_example(*example, some, reading) for example, some in zip(examples, held, strict=True)]
     except UnusableError as error:
         return [row | {FAULT: str(error)}]
-    row["image"] = picture
+    row["image"] = None
     if reading.client_folder is not None:
-        row["client"] = _name_folder(picture["path"] if picture else None, reading.client_folder)
-    rows = [row | example for example in examples]
+        row["client"] = _name_folder(pictures[0]["path"] if pictures else None, reading.client_folder)
+    rows = [
+        row | dict(zip(PICTURE_COLUMNS, some, strict=False)) | example for some, example in zip(held, made, strict=True)
+    ]
     for number, example in enumerate(rows[1:] if row.get("idx") else [], 2):
         example["idx"] = f"{row['idx']}/{number}"
     return rows
@@ -71,22 +89,22 @@ def _find(record: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((record[name] for name in names if record.get(name) not in (None, [])), None)
 
 
-def _read_examples(record: Mapping[str, Any], reading: Reading) -> tuple[list[Row], list[Any]]:
-    """Read what a record asks and answers: questions with answers, and pictures that stand in its messages."""
+def _read_examples(record: Mapping[str, Any], reading: Reading) -> tuple[list[_Example], Sequence[Turn], list[Any]]:
+    """Read what a record asks and answers: examples, the turns that say where pictures stand, and those in messages."""
     prompt, answers = _find(record, QUESTIONS), _find(record, ANSWERS)
     before, pictures = read_turns(prompt) if is_messages(prompt) else (_ask(prompt), [])
     talks = answers is not None and _find(record, ANSWERS[:1]) is None
     if not talks and not is_messages(answers):
-        return [_make_example(before, _read_answers(answers), _read_rejected(record, []), reading)], pictures
+        return [_Example(before, _read_answers(answers), _read_rejected(record, []))], before, pictures
     turns, more = read_turns(answers)
     answered = list_answers(turns)
     if talks:
         chosen = answered if reading.each else answered[-1:]
-        return [_make_example(earlier, text, {}, reading) for earlier, text in chosen], more
+        return [_Example(earlier, text, {}) for earlier, text in chosen], turns, more
     earlier, text = answered[-1]
     # Some sets have the prompt in both answers, with or without a column of its own.
     before = list(earlier) if any(turn.role == "user" for turn in earlier) else [*before, *earlier]
-    return [_make_example(before, text, _read_rejected(record, earlier), reading)], pictures or more
+    return [_Example(before, text, _read_rejected(record, earlier))], before, pictures or more
 
 
 def _ask(prompt: Any) -> list[Turn]:
@@ -96,11 +114,14 @@ def _ask(prompt: Any) -> list[Turn]:
     return [] if text is None else [Turn("user", text)]
 
 
-def _make_example(turns: Sequence[Turn], chosen: Any, rejected: Row, reading: Reading) -> Row:
+def _make_example(turns: Sequence[Turn], chosen: Any, rejected: Row, pictures: Sequence[Row], reading: Reading) -> Row:
     if not any(turn.role == "user" and turn.text.strip() for turn in turns) and reading.question:
         turns = [*(turn for turn in turns if turn.text.strip()), Turn("user", reading.question)]
+    turns, count = place_pictures(turns, len(pictures)), len(pictures)
     example: Row = {"question": join_turns(turns), "chosen": chosen, **rejected}
-    return example | ({TURNS: write_turns(turns)} if len(turns) > 1 else {})
+    # What a single text with its picture before it says is all in the other columns.
+    plain = len(turns) < 2 and count < 2 and all(turn.parts[:1] in ((), (None,)) for turn in turns)
+    return example if plain or count_places(turns) != count else example | {TURNS: write_turns(turns)}
 
 
 def _read_rejected(record: Mapping[str, Any], earlier: Sequence[Turn]) -> Row:
@@ -113,7 +134,7 @@ def _read_rejected(record: Mapping[str, Any], earlier: Sequence[Turn]) -> Row:
             raise UnusableError("rejected answer is no text")
         return {"rejected": to_text(rejected)}
     asked, text = list_answers(read_turns(rejected)[0])[-1]
-    if [*asked] != [*earlier]:
+    if [turn[:2] for turn in asked] != [turn[:2] for turn in earlier]:
         raise UnusableError("chosen and rejected answer different prompts")
     return {"rejected": text}
 
@@ -130,12 +151,25 @@ def _read_answers(answers: Any) -> Any:
     return [to_text(text) for text in texts]
 
 
-def _read_picture(value: Any, base: str) -> dict[str, Any] | None:
-    """Read a picture: bytes, a path, a struct of both, or a list of one of these; None where there is none."""
-    several = [one for one in value if one is not None] if isinstance(value, list) else [value]
-    if len(several) > 1:
-        raise UnusableError("several pictures")
-    picture = several[0] if several else None
+def _read_pictures(record: Mapping[str, Any], inside: list[Any], base: str) -> list[Row]:
+    """Read a record's pictures: those of a list or the only one, and those of further columns; else those inside."""
+    given = _find(record, PICTURES) or inside
+    listed = given if isinstance(given, list) else [given]
+    there = [one for one in listed if one is not None]
+    further = [record.get(name) for name in PICTURE_COLUMNS[1:]]
+    if len(there) + sum(one is not None for one in further) > MOST_PICTURES:
+        raise UnusableError(f"more than {MOST_PICTURES} pictures")
+    found = [_read_picture(one, base) for one in [*(listed if len(there) > 1 else there or [None]), *further]]
+    pictures = [picture for picture in found if picture is not None]
+    if None in found[: len(pictures)]:
+        raise UnusableError("a picture before others is missing")
+    return pictures
+
+
+def _read_picture(picture: Any, base: str) -> Row | None:
+    """Read a picture: bytes, a path, or a struct of both; None where there is none."""
+    if picture is LEFT_OUT:
+        return {"bytes": None, "path": None}
     if isinstance(picture, bytes):
         return {"bytes": picture, "path": None}
     encoded, path = (picture.get("bytes"), picture.get("path")) if isinstance(picture, dict) else (None, picture)

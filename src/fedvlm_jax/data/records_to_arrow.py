@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from fedvlm_jax.data.arrow_cache import open_cached
-from fedvlm_jax.data.config import FAULT
+from fedvlm_jax.data.config import FAULT, PICTURE_COLUMNS
 from fedvlm_jax.data.forms.base import FormOptions
 from fedvlm_jax.data.record_rows import ANSWERS, PICTURES, QUESTIONS, Row, make_rows
 from fedvlm_jax.data.table import Table
@@ -21,7 +21,7 @@ from fedvlm_jax.utils.cache_folders import read_bound
 from fedvlm_jax.utils.digests import digest_files
 from fedvlm_jax.utils.option_ranges import shorten
 
-VERSION = 1  # of the rules by which records become rows: tables of another one are made again
+VERSION = 2  # of the rules by which records become rows: tables of another one are made again
 MOST_COLUMNS = 500
 SHOWN = 16  # columns that a message lists
 ROWS, BYTES = 1000, 2**24  # of rows that are written at a time, at most
@@ -72,14 +72,15 @@ def _make_tables(options: FormOptions, content: Content) -> Iterator[pa.Table]:
     texts = pa.list_(pa.string()) if found.several else pa.string()
     places = {name: place for place, name in enumerate(found.theirs)}
     names = sorted(found.columns, key=lambda name: places.get(name, len(places)))
-    kinds = {name: {"image": PICTURE, "chosen": texts}.get(name, pa.string()) for name in names}
+    given = {"chosen": texts, **dict.fromkeys(PICTURE_COLUMNS, PICTURE)}
+    kinds = {name: given.get(name, pa.string()) for name in names}
     schema, rows, size = pa.schema(list(kinds.items())), list[Row](), 0
     for row in _list_rows(options, content):
         if found.several and isinstance(row.get("chosen"), str):
             row["chosen"] = [row["chosen"]]
         rows.append(row)
         size += sum(len(value) for value in row.values() if isinstance(value, str))
-        size += len((row.get("image") or {}).get("bytes") or b"")
+        size += sum(len((row.get(name) or {}).get("bytes") or b"") for name in PICTURE_COLUMNS)
         if len(rows) == ROWS or size > BYTES:
             yield pa.Table.from_pylist(rows, schema)
             rows, size = [], 0
@@ -97,7 +98,6 @@ def _find_columns(options: FormOptions, content: Content) -> _Found:
     Raises:
         UserError: there are no rows, or too many columns, or none that say what is needed.
     """
-    # Whether a row has too many pictures is seen only when they are read.
     found = _Found(dict.fromkeys(("image", "question", "chosen", FAULT)), {})
     for row in _list_rows(options, content, found):
         found.columns |= dict.fromkeys(row)

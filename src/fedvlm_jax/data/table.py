@@ -1,4 +1,4 @@
-"""Rows of image, question and answer, addressed by number; nothing is loaded whole.
+"""Rows of images, question and answer, addressed by number; nothing is loaded whole.
 
 A table is mapped from Arrow files (`arrow_cache.py` writes and maps them). Source of the schema: the card of
 openbmb/RLAIF-V-Dataset (arXiv 2405.17220); `client`, `split`, `language` and `question_client` are this project's.
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.types as is_a
 from jaxtyping import Int
 
-from fedvlm_jax.data.config import INLINE, MAX_IMAGE_PIXELS
+from fedvlm_jax.data.config import INLINE, MAX_IMAGE_PIXELS, PICTURE_COLUMNS
 from fedvlm_jax.data.image_decoding import DECODING, BrokenImageError
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.records.conversations import UNREADABLE
@@ -40,7 +40,10 @@ RowNumbers = Sequence[int] | np.ndarray
 
 @dataclass(eq=False)
 class ImageFacts:
-    """Digest of each row's encoded image, and the rows whose image was decoded without a fault."""
+    """Digest of each encoded image, and the images that were decoded without a fault, by their numbers.
+
+    The image of place p in row r of a table of N rows has the number p · N + r, so a row's first has the row's.
+    """
 
     file: Path | None = None  # keeps them; None: in memory only
     digests: dict[int, bytes] = field(default_factory=dict, repr=False)
@@ -52,12 +55,12 @@ class ImageFacts:
         return cls(file, *_read_facts(file))
 
     def save(self, lasting: Callable[[int], bool]) -> None:
-        """Keep facts of the rows that are `lasting`: other images are separate files, which may change."""
+        """Keep facts of the images that are `lasting`: others are separate files, which may change."""
         if self.file is None:
             return
         digests, sound = _read_facts(self.file)  # again: what another process has written since stays
-        digests |= {row: digest for row, digest in self.digests.items() if lasting(row)}
-        sound |= {row for row in self.sound if lasting(row)}
+        digests |= {number: digest for number, digest in self.digests.items() if lasting(number)}
+        sound |= {number for number in self.sound if lasting(number)}
         out = io.BytesIO()
         rows = np.asarray(list(digests), np.int64)
         stacked = np.frombuffer(b"".join(digests.values()), np.uint8).reshape(-1, DIGEST_SIZE)
@@ -68,20 +71,20 @@ class ImageFacts:
 
 @dataclass(frozen=True, eq=False)
 class ImageLocations:
-    """Places of every row's encoded image: its file's number [N], the bytes' start [N] and count [N] (0: none)."""
+    """Where the encoded images of N rows lie: a row's file, and for V places the bytes' start and count (0: none)."""
 
     files: tuple[Path, ...]
     file: Int[np.ndarray, " rows"]
-    start: Int[np.ndarray, " rows"]
-    length: Int[np.ndarray, " rows"]
+    start: Int[np.ndarray, "rows pictures"]
+    length: Int[np.ndarray, "rows pictures"]
 
-    def read(self, row: int) -> bytes:
-        """Read the bytes of a row."""
-        if self.length[row] == 0:
+    def read(self, row: int, place: int = 0) -> bytes:
+        """Read the bytes of a row's image."""
+        if self.length[row, place] == 0:
             return b""
         with self.files[self.file[row]].open("rb", buffering=0) as file:
-            file.seek(int(self.start[row]))
-            return file.read(int(self.length[row]))
+            file.seek(int(self.start[row, place]))
+            return file.read(int(self.length[row, place]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,15 +145,28 @@ class Table:
         numbers = pa.py_buffer(np.ascontiguousarray(rows, np.int64))
         return values.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, numbers])).chunks
 
-    def read_image(self, row: int) -> bytes:
-        """Read a row's encoded image, from the table or the file that it names; raise `BrokenImageError` if none is.
+    @property
+    def most_pictures(self) -> int:
+        """Number V of images that a row may have, by the columns."""
+        return max(1, sum(1 for _ in itertools.takewhile(self.columns.__contains__, PICTURE_COLUMNS)))
+
+    def count_pictures(self, rows: RowNumbers) -> Int[np.ndarray, " rows"]:
+        """Count the images of each of the given rows [N], up to its last one; 1 where it has none."""
+        counts = np.ones(len(rows), np.int64)
+        for place in range(1, self.most_pictures):
+            there = np.asarray(self.data.column(PICTURE_COLUMNS[place]).is_valid(), bool)
+            counts[there[np.asarray(rows, np.int64)]] = place + 1
+        return counts
+
+    def read_image(self, row: int, place: int = 0) -> bytes:
+        """Read a row's encoded image at a place, 0 the first: from the table, or the file that it names.
 
         Raises:
-            BrokenImageError: there are none.
+            BrokenImageError: there is none.
         """
-        if self.locations is not None and (found := self.locations.read(int(row))):
+        if self.locations is not None and (found := self.locations.read(int(row), place)):
             return found
-        cell = self.data.column("image")[int(row)]
+        cell = self.data.column(PICTURE_COLUMNS[place])[int(row)]
         encoded, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, pa.StructScalar) else (None, cell)
         found = None if encoded is None else encoded.as_py()
         try:
@@ -164,14 +180,14 @@ class Table:
             raise BrokenImageError("no image")
         return found
 
-    def describe_lookup(self, row: int) -> str:
+    def describe_lookup(self, row: int, place: int = 0) -> str:
         """Say by which name a row's image was looked for, and where; empty where it does not go by a name."""
         try:
-            cell = self.data.column("image")[int(row)].as_py()
+            cell = self.data.column(PICTURE_COLUMNS[place])[int(row)].as_py()
         except UnicodeDecodeError:  # a name that is no UTF-8 has not been looked for
             return ""
         name = cell.get("path") if isinstance(cell, dict) else cell
-        if not isinstance(name, str) or name in ("", UNREADABLE) or self.is_embedded(row):
+        if not isinstance(name, str) or name in ("", UNREADABLE) or self.is_embedded(row, place):
             return ""
         shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
         return f"looked for {shown!r} in {' and '.join(repr(str(place.absolute())) for place in self._image_folders)}"
@@ -180,9 +196,9 @@ class Table:
     def _image_folders(self) -> tuple[Path, ...]:
         return (self.folder,) if self.image_root is None else (self.folder, self.image_root)
 
-    def is_embedded(self, row: int) -> bool:
-        """Tell whether the row's bytes lie in a mapped file, where nobody changes them."""
-        return self.locations is not None and bool(self.locations.length[row])
+    def is_embedded(self, row: int, place: int = 0) -> bool:
+        """Tell whether the image's bytes lie in a mapped file, where nobody changes them."""
+        return self.locations is not None and bool(self.locations.length[row, place])
 
 
 def _read_inline(text: str) -> bytes | None:

@@ -33,6 +33,11 @@ UNRELATED = (KeyboardInterrupt, SystemExit, MemoryError)  # exceptions of a proc
 class TextProcessor(Protocol):
     """The part of a model's processor that `encode` calls."""
 
+    @property
+    def most_pictures(self) -> int:
+        """Pictures of a prompt at most."""
+        ...
+
     def prompts(self, texts: list[str], /) -> tuple[np.ndarray, np.ndarray]:
         """Tokenise prompts: (input_ids, attention_mask), [B, T], padded to the longest, image tokens included."""
         ...
@@ -50,7 +55,8 @@ class Examples:
     Token axes are multiples of 4. Of several answers the most frequent is the one that is trained on.
     """
 
-    image: Int[np.ndarray, " examples"]  # int32, into `images`
+    image: Int[np.ndarray, " examples"]  # int32, a row's first into `images`
+    pictures: Int[np.ndarray, "examples pictures"]  # int32, all of a row's into `images`, -1 where it has no more
     input_ids: Int[np.ndarray, "examples tokens"]  # int32, image tokens included
     attention_mask: Int[np.ndarray, "examples tokens"]  # int32, 1 where `input_ids` counts
     labels: Int[np.ndarray, "examples labels"]  # int32, -100 where nothing is to be learnt
@@ -116,12 +122,13 @@ def encode(
     rows = federation.rows
     questions = table.read_stripped(column, rows)
     chosen, rejected, is_pair, refused = _read_answers(table, rows, processor, options.max_answer_tokens)
-    images, image, missing = unique_images(table, rows)
+    images, pictures, missing = unique_images(table, rows)
     broken = images.find_broken()
 
     reasons: dict[int, str] = {}
-    for place, (row, index) in enumerate(zip(rows.tolist(), image.tolist(), strict=True)):
-        reason = missing.get(row) if index < 0 else broken.get(index)
+    for place, (row, held) in enumerate(zip(rows.tolist(), pictures.tolist(), strict=True)):
+        reason = missing.get(row) or next((broken[index] for index in held if index in broken), None)
+        reason = reason or _find_surplus(held, processor)
         reason = reason or federated.find_text_fault(questions[place], chosen.texts[place]) or refused.get(place)
         if not reason and pairs and not is_pair[place]:
             reason = federated.find_pair_fault(chosen.texts[place], rejected.texts[place])
@@ -135,10 +142,11 @@ def encode(
     _check_share(table, skipped, len(rows) + len(federation.skipped), options)
 
     kept = np.asarray([place for place in range(len(rows)) if place not in reasons], np.int64)
-    used, image = np.unique(image[kept], return_inverse=True)  # images of skipped rows alone are dropped
+    used, pictures = _renumber_pictures(pictures[kept])  # images of skipped rows alone are dropped
     has_rejected = "rejected" in table.columns
     return Examples(
-        image=image.astype(np.int32),
+        image=pictures[:, 0].copy(),
+        pictures=pictures,
         input_ids=_take(ids, which[kept], mask, pad),
         attention_mask=_take(mask, which[kept], mask, 0),
         labels=_take(chosen.labels, kept, chosen.labels != IGNORED, IGNORED),
@@ -165,6 +173,26 @@ def _check_share(table: Table, skipped: tuple[federated.Skipped, ...], total: in
         )
     if len(skipped) == total:
         raise UserError(f"{table.name}: none of the {total} rows can be used.")
+
+
+def _find_surplus(held: Sequence[int], processor: TextProcessor) -> str | None:
+    """Say that a row has more pictures than the model takes, if so."""
+    count = sum(index >= 0 for index in held)
+    most = processor.most_pictures
+    return f"{count} pictures, the model takes {most}" if count > most else None
+
+
+def _renumber_pictures(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """List the pictures that rows have, and give each row [N, V] their places in that list; V is the most of a row.
+
+    >>> used, places = _renumber_pictures(np.asarray([[5, -1, -1], [2, 5, -1]]))
+    >>> used.tolist(), places.tolist()
+    ([2, 5], [[1, -1], [0, 1]])
+    """
+    there = pictures >= 0
+    used = np.unique(pictures[there])
+    places = np.where(there, np.searchsorted(used, pictures), -1).astype(np.int32)
+    return used, places[:, : max(1, int(there.sum(axis=1).max(initial=0)))]
 
 
 def _renumber(clients: tuple[federated.ClientRows, ...], kept: np.ndarray) -> tuple[federated.ClientRows, ...]:

@@ -5,6 +5,7 @@ checking run in threads (both release the interpreter's lock) and are done once 
 """
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ class Images:
 
     table: Table
     rows: Int[np.ndarray, " images"]  # a row of the table for each
+    places: Int[np.ndarray, " images"]  # its place in that row, 0 the first
     keys: tuple[str, ...]  # content hashes as hex, the natural key of a feature cache
 
     def __len__(self) -> int:
@@ -46,8 +48,8 @@ class Images:
         try:
             return self._decode(index)
         except BrokenImageError as error:
-            row = int(self.rows[index])
-            lookup = self.table.describe_lookup(row)
+            row, place = int(self.rows[index]), int(self.places[index])
+            lookup = self.table.describe_lookup(row, place)
             raise UserError(
                 f"row {row} of {self.table.name}: {error}{f' (it {lookup})' if lookup else ''}. If it was sound when "
                 "the run began, put it back; a new run leaves the row out"
@@ -55,7 +57,7 @@ class Images:
 
     def _decode(self, index: int) -> Image.Image:
         row = int(self.rows[index])
-        encoded = self.table.read_image(row)
+        encoded = self.table.read_image(row, int(self.places[index]))
         if _digest(encoded).hex() != self.keys[index]:
             raise UserError(
                 f"the image of row {row} of {self.table.name} is not what it was when it was first read: its file was "
@@ -67,14 +69,15 @@ class Images:
         """Decode every image once (JPEGs at an eighth of their size) and return index -> reason for those that fail."""
         table, facts, bound = self.table, self.table.facts, self.table.max_image_pixels
         known = facts.sound if bound == MAX_IMAGE_PIXELS else set[int]()  # what is kept holds for that bound alone
+        numbers = (self.places * len(table) + self.rows).tolist()
         sound, broken = _try_all(
-            lambda row: decode_picture(table.read_image(row), max_pixels=bound, quick=True).size,
-            [row for row in self.rows.tolist() if row not in known],
+            lambda number: decode_picture(_read(table, number), max_pixels=bound, quick=True).size,
+            [number for number in numbers if number not in known],
         )
         if bound == MAX_IMAGE_PIXELS and sound:
             facts.sound.update(sound)
-            facts.save(self.table.is_embedded)
-        return {index: broken[row] for index, row in enumerate(self.rows.tolist()) if row in broken}
+            _save_facts(table)
+        return {index: broken[number] for index, number in enumerate(numbers) if number in broken}
 
     def number_pictures(self) -> tuple[Int[np.ndarray, " images"], dict[int, str]]:
         """Decode every image whole, as training does, and number them [I] so that equal pixels have equal numbers.
@@ -92,19 +95,26 @@ class Images:
     def select(self, kept: RowNumbers) -> "Images":
         """Select the images at the given positions, in that order."""
         kept = np.asarray(kept, np.int64)
-        return Images(self.table, self.rows[kept], tuple(self.keys[index] for index in kept))
+        return Images(self.table, self.rows[kept], self.places[kept], tuple(self.keys[index] for index in kept))
 
 
-def unique_images(table: Table, rows: RowNumbers) -> tuple[Images, np.ndarray, dict[int, str]]:
-    """Group rows [N] by the content of their images.
+def unique_images(table: Table, rows: RowNumbers) -> tuple[Images, Int[np.ndarray, "rows pictures"], dict[int, str]]:
+    """Find the unique images of rows [N], by content.
 
-    Returns the unique images [I]; the index of every row's image [N] int32, -1 where it has none; and row -> reason.
+    Returns the unique images [I]; the indices of every row's images [N, V] int32, -1 where it has none at that place,
+    V being `table.most_pictures`; and row -> reason for rows without an image, or of whose images one is missing, which
+    count as having none.
     """
     digests, missing = digest_rows(table, rows)
-    distinct, index = number_distinct(digests)
-    _, first = np.unique(index[index >= 0], return_index=True)
-    used = np.asarray(rows, np.int64)[index >= 0][first]
-    return Images(table, used, tuple(digest.hex() for digest in distinct)), index.astype(np.int32), missing
+    counts = np.asarray([len(held) for held in digests], np.int64)
+    distinct, numbers = number_distinct(itertools.chain.from_iterable(digests))
+    index = np.full((len(digests), table.most_pictures), -1, np.int32)
+    there = np.arange(index.shape[1]) < counts[:, None]
+    index[there] = numbers
+    _, first = np.unique(numbers, return_index=True)
+    owners, places = (found[first] for found in np.nonzero(there))
+    used = np.asarray(rows, np.int64)[owners]
+    return Images(table, used, places, tuple(digest.hex() for digest in distinct)), index, missing
 
 
 def number_distinct(values: Iterable[T | None]) -> tuple[list[T], Int[np.ndarray, " values"]]:
@@ -119,15 +129,32 @@ def number_distinct(values: Iterable[T | None]) -> tuple[list[T], Int[np.ndarray
     return list(places), np.asarray(numbers, np.int64)
 
 
-def digest_rows(table: Table, rows: RowNumbers) -> tuple[list[bytes | None], dict[int, str]]:
-    """Digest every row's encoded image by BLAKE2b-128, None where it has none, and give row -> reason for these."""
-    known = table.facts.digests
-    unknown = list(dict.fromkeys(row for row in map(int, rows) if row not in known))
-    found, missing = _try_all(lambda row: _digest(table.read_image(row)), unknown)
+def digest_rows(table: Table, rows: RowNumbers) -> tuple[list[tuple[bytes, ...]], dict[int, str]]:
+    """Digest every row's encoded images by BLAKE2b-128, in their order.
+
+    There are none for a row without an image, or of whose images one is missing; these are in row -> reason.
+    """
+    known, count = table.facts.digests, len(table)
+    most = table.count_pictures(rows).tolist()
+    asked = [range(row, row + some * count, count) for row, some in zip(map(int, rows), most, strict=True)]
+    unknown = [number for numbers in asked for number in numbers if number not in known]
+    found, broken = _try_all(lambda number: _digest(_read(table, number)), list(dict.fromkeys(unknown)))
     if found:
         known.update(found)
-        table.facts.save(table.is_embedded)
-    return [known.get(row) for row in map(int, rows)], missing
+        _save_facts(table)
+    missing = {numbers[0]: broken[n] for numbers in asked for n in reversed(numbers) if n in broken} if broken else {}
+    whole = (() if numbers[0] in missing else tuple(known[number] for number in numbers) for numbers in asked)
+    return list(whole), missing
+
+
+def _read(table: Table, number: int) -> bytes:
+    """Read an image by its number (`ImageFacts`)."""
+    place, row = divmod(number, len(table))
+    return table.read_image(row, place)
+
+
+def _save_facts(table: Table) -> None:
+    table.facts.save(lambda number: table.is_embedded(*divmod(number, len(table))[::-1]))
 
 
 def _digest(encoded: bytes) -> bytes:

@@ -150,6 +150,7 @@ class Processor(Protocol):
     Attributes:
         size: height and width in pixels that every picture is brought to.
         image_tokens: image tokens in every prompt: `Vlm.image_tokens` of `size`.
+        most_pictures: pictures of a prompt at most.
         image_token_id: id of the token in whose places image tokens are put; no text yields it.
         eos_token_id: id of the token that ends answers.
         largest_id: the largest id of a token whose embedding is read.
@@ -168,6 +169,8 @@ class Processor(Protocol):
     def size(self) -> tuple[int, int]: ...
     @property
     def image_tokens(self) -> int: ...
+    @property
+    def most_pictures(self) -> int: ...
     @property
     def image_token_id(self) -> int: ...
     @property

@@ -100,6 +100,7 @@ class ChatProcessor:
         image_token: the token in whose places image tokens are put, as text.
         image_text: what stands for a picture in a prompt, `image_token` repeated in it.
         render: pictures in RGB -> pixels [B, 3, H, W].
+        most_pictures: pictures of a prompt at most.
     """
 
     tokenizer: Any
@@ -109,6 +110,7 @@ class ChatProcessor:
     image_text: str
     size: tuple[int, int]
     render: Callable[[list[Image.Image]], np.ndarray]
+    most_pictures: int = 1
 
     @cached_property
     def _special(self) -> dict[int, str]:

@@ -12,14 +12,14 @@ import pyarrow.types as is_a
 
 from fedvlm_jax.errors import UserError, explain_error, find_machine_fault
 from fedvlm_jax.records.conversations import UNREADABLE
-from fedvlm_jax.records.files import Record
+from fedvlm_jax.records.files import LEFT_OUT, Record
 
 BINARIES = (pa.binary(), pa.large_binary(), pa.binary_view())
 ROWS = 64  # rows that are Python's at a time, with their pictures
 
 
 def read_parquet(file: Path, pictures: bool) -> Iterator[Record]:
-    """Read a parquet file's rows; without `pictures` columns of bytes are all None.
+    """Read a parquet file's rows; without `pictures` columns of bytes are `LEFT_OUT`, but lists are not.
 
     Raises:
         UserError: it is damaged, or none.
@@ -32,7 +32,7 @@ def read_parquet(file: Path, pictures: bool) -> Iterator[Record]:
 
 
 def read_arrow(file: Path, pictures: bool) -> Iterator[Record]:
-    """Read the rows of an Arrow file, a stream of batches; without `pictures` columns of bytes are all None.
+    """Read the rows of an Arrow file, a stream of batches, as `read_parquet` does.
 
     Raises:
         UserError: it is damaged, or none.
@@ -58,10 +58,17 @@ def _naming(file: Path) -> Generator[None]:
         ) from error
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Tell whether it is a list in any layout."""
+    views = is_a.is_list_view(kind) or is_a.is_large_list_view(kind)
+    return is_a.is_list(kind) or is_a.is_large_list(kind) or is_a.is_fixed_size_list(kind) or views
+
+
 def _has_bytes(kind: pa.DataType) -> bool:
+    """Tell whether it holds bytes; not of lists, whose length says how many pictures there are."""
     if kind in BINARIES:
         return True
-    return any(_has_bytes(kind.field(place).type) for place in range(kind.num_fields))
+    return not is_list(kind) and any(_has_bytes(kind.field(place).type) for place in range(kind.num_fields))
 
 
 def _list_rows(batch: pa.RecordBatch, schema: pa.Schema) -> Iterator[Record]:
@@ -74,7 +81,7 @@ def _list_rows(batch: pa.RecordBatch, schema: pa.Schema) -> Iterator[Record]:
             raise ValueError(f"column {name!r} has the class {unknown[0]}, and names for {len(names)} classes")
         columns[name] = [None if code is None or code < 0 else names[code] for code in codes]
     for row in range(len(batch)):
-        yield {name: columns[name][row] if name in columns else None for name in schema.names}
+        yield {name: columns[name][row] if name in columns else LEFT_OUT for name in schema.names}
 
 
 def read_class_names(schema: pa.Schema) -> dict[str, list[str]]:

@@ -17,10 +17,17 @@ class UnusableError(ValueError):
 
 
 class Turn(NamedTuple):
-    """Who says what: `role` is system, user or assistant."""
+    """Who says what.
+
+    Attributes:
+        role: system, user or assistant.
+        text: all its text.
+        parts: where pictures stand in it, its texts in order with None in the place of a picture; else nothing.
+    """
 
     role: str
     text: str
+    parts: tuple[str | None, ...] = ()
 
 
 def is_messages(value: Any) -> bool:
@@ -33,11 +40,13 @@ def is_messages(value: Any) -> bool:
 def read_turns(messages: Any) -> tuple[list[Turn], list[Any]]:
     r"""Read a conversation: its turns, and the pictures that stand in their contents.
 
-    Raises:
-        UnusableError: it is none, or holds what is no text or picture.
+    Where pictures stand is said by parts of the type `image`, and in LLaVA's texts also by marks `<image>`.
 
-    >>> read_turns([{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}])[0]
-    [Turn(role='user', text='What is it?'), Turn(role='assistant', text='A cat.')]
+    Raises:
+        UnusableError: it is none, holds what is no text or picture, or has a picture in a turn that is not the user's.
+
+    >>> read_turns([{"from": "human", "value": "<image>\nWhat is it?"}])[0]
+    [Turn(role='user', text='What is it?', parts=(None, 'What is it?'))]
     """
     if not isinstance(messages, list):
         raise UnusableError("messages are no list")
@@ -51,18 +60,69 @@ def read_turns(messages: Any) -> tuple[list[Turn], list[Any]]:
         if not isinstance(role, str) or role not in ROLES:
             raise UnusableError("a message of another role than system, user and assistant")
         content = message["content"] if "content" in message else message.get("value")
-        texts = list[str]()
+        texts, parts, marked = list[str](), list[str | None](), "from" in message
         for part in content if isinstance(content, list) else [content]:
             if isinstance(part, dict) and part.get("type") == "image":
                 pictures += [part[name] for name in ("image", "path", "url") if part.get(name)][:1]
+                parts.append(None)
                 continue
             text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
             if not isinstance(text, str | None):
                 raise UnusableError("a message with something else than text and pictures")
             texts.append(to_text(text) or "")
+            parts += _split_marks(texts[-1]) if marked else texts[-1:]
+        if None in parts and ROLES[role] != "user":
+            raise UnusableError(f"a picture in a turn of the {ROLES[role]}")
         said = "\n".join(text for text in texts if text.strip())
-        turns.append(Turn(ROLES[role], (said.replace(PICTURE, "") if "from" in message else said).strip()))
+        text = (said.replace(PICTURE, "") if marked else said).strip()
+        turns.append(Turn(ROLES[role], text, _tidy(parts) if None in parts else ()))
     return turns, pictures
+
+
+def _split_marks(text: str) -> list[str | None]:
+    """Cut a text at the marks of pictures, with None for each.
+
+    >>> _split_marks("<image> or <image>?")
+    ['', None, ' or ', None, '?']
+    """
+    first, *others = text.split(PICTURE)
+    return [first, *(part for other in others for part in (None, other))]
+
+
+def _tidy(parts: Sequence[str | None]) -> tuple[str | None, ...]:
+    """Leave out blank texts, and the white space around all text."""
+    kept = [part for part in parts if part is None or part.strip()]
+    texts = [place for place, part in enumerate(kept) if part is not None]
+    for place in texts[:1]:
+        kept[place] = (kept[place] or "").lstrip()
+    for place in texts[-1:]:
+        kept[place] = (kept[place] or "").rstrip()
+    return tuple(kept)
+
+
+def count_places(turns: Sequence[Turn]) -> int:
+    """Count the places in which pictures stand."""
+    return sum(turn.parts.count(None) for turn in turns)
+
+
+def place_pictures(turns: Sequence[Turn], count: int) -> list[Turn]:
+    """Put pictures of which no turn says where they stand before the text of the first turn of the user.
+
+    Raises:
+        UnusableError: there are several, and no such turn.
+
+    >>> place_pictures([Turn("system", "Be brief."), Turn("user", "Alike?")], 2)[1].parts
+    (None, None, 'Alike?')
+    """
+    first = next((place for place, turn in enumerate(turns) if turn.role == "user"), None)
+    placed = [*turns]
+    if count and not count_places(turns):
+        if first is not None:
+            text = turns[first].text
+            placed[first] = turns[first]._replace(parts=(None,) * count + ((text,) if text else ()))
+        elif count > 1:
+            raise UnusableError("no turn of the user in which its pictures could stand")
+    return placed
 
 
 def list_answers(turns: Sequence[Turn]) -> list[tuple[Sequence[Turn], str]]:
@@ -101,8 +161,15 @@ def write_turns(turns: Sequence[Turn]) -> str:
 
     >>> write_turns([Turn("user", "What is it?")])
     '[{"role": "user", "content": "What is it?"}]'
+    >>> write_turns([Turn("user", "It?", (None, "It?"))])
+    '[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "It?"}]}]'
     """
-    return json.dumps([{"role": turn.role, "content": turn.text} for turn in turns], ensure_ascii=False)
+
+    def write(part: str | None) -> dict[str, str]:
+        return {"type": "image"} if part is None else {"type": "text", "text": part}
+
+    said = [{"role": turn.role, "content": [*map(write, turn.parts)] or turn.text} for turn in turns]
+    return json.dumps(said, ensure_ascii=False)
 
 
 def is_plain(value: Any) -> bool:

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.digests import digest_files, digest_parts
@@ -26,6 +26,10 @@ SPLIT_WORDS = {
 
 Record = dict[str, Any] | str
 """What stands in a file for one or several rows: values by name; or why it cannot be read."""
+
+
+LEFT_OUT: Final = object()
+"""Stands in a record for bytes that were not read."""
 
 
 class Part(NamedTuple):

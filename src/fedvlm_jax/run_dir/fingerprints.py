@@ -46,7 +46,8 @@ def describe_clients(examples: Examples) -> dict[str, str]:
         # Without their padding: how wide tokens are padded does not count.
         tokens = [examples.input_ids[row][examples.attention_mask[row] > 0]]
         tokens += [each[row][each[row] != IGNORED] for each in labels]
-        parts = [keys[examples.image[row]], *texts, *tokens]
+        first, *others = (keys[index] for index in examples.pictures[row].tolist() if index >= 0)
+        parts = [first, *texts, *tokens, *others]
         rows[row] = np.frombuffer(digests.digest_parts(parts, *map(len, parts)), np.uint8)
     return {
         client.name: digests.digest_parts(

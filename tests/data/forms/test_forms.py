@@ -225,7 +225,12 @@ def test_each_answer_of_a_conversation_or_the_last(folder: Path) -> None:
         ["system", "user"],
         ["system", "user", "assistant", "user"],
     ]
-    assert kept[1][1]["content"] == "What is it?"
+    assert [turn["content"] for turn in kept[1]] == [
+        "Be brief.",
+        [{"type": "image"}, {"type": "text", "text": "What is it?"}],
+        "A cat.",
+        "Asleep?",
+    ]
 
 
 def test_prompts_of_preferences_may_stand_in_both_answers(folder: Path) -> None:

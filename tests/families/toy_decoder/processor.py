@@ -11,6 +11,7 @@ FIRST = 4  # id of byte 0
 class Processor:
     size = (Config().side, Config().side)
     image_tokens = (Config().side // Config().patch) ** 2
+    most_pictures = 1
     image_token_id, eos_token_id, largest_id = IMAGE, EOS, FIRST + 255
     framing = frozenset(range(FIRST))
     fingerprint = "toy"

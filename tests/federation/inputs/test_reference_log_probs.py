@@ -33,6 +33,7 @@ def make_examples(seed=0, width=4, count=COUNT):
     ids = draw(1)
     return Examples(
         image=np.arange(count, dtype=np.int32) % 3,
+        pictures=np.arange(count, dtype=np.int32)[:, None] % 3,
         input_ids=ids,
         attention_mask=(np.arange(width) < 3).astype(np.int32) * np.ones((count, 1), np.int32),
         labels=draw(-100),
@@ -102,15 +103,15 @@ def test_a_pair_is_known_by_its_content(tmp_path):
     compute(make_examples(), store)
     _, base = compute(make_examples(width=6), store)
     assert base.batches == []
-    for change in ("image", "input_ids", "labels", "rejected"):
+    for change in ("pictures", "input_ids", "labels", "rejected"):
         examples = make_examples()
         array = getattr(examples, change)
-        array[5, ...] = array[4, ...] if change == "image" else np.where(array[5] > 2, array[5] + 1, array[5])
+        array[5, ...] = array[4, ...] if change == "pictures" else np.where(array[5] > 2, array[5] + 1, array[5])
         found, base = compute(examples, store)
         assert base.batches == [BATCH], change
         np.testing.assert_array_equal(found, expected(examples))
     twice = make_examples()
-    for array in (twice.image, twice.input_ids, twice.labels, twice.rejected):
+    for array in (twice.pictures, twice.input_ids, twice.labels, twice.rejected):
         array[:] = array[:1]
     assert compute(twice, ReferenceStore())[1].batches == [BATCH], "seven times the same pair is one"
 

@@ -141,7 +141,7 @@ class FormOptions(RowOptions):
         raise NotImplementedError
 
     def read_records(self, part: Part, pictures: bool) -> Iterator[Record]:
-        """Read a file's records one after the other; without `pictures` those that are embedded may be left out.
+        """Read a file's records one after the other; without `pictures` those that are embedded may be `LEFT_OUT`.
 
         Raises:
             UserError: the file is damaged, or none of this form.

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fedvlm_jax.data.config import FAULT, TURNS
+from fedvlm_jax.data.config import FAULT, PICTURE_COLUMNS, TURNS
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.records.conversations import UNREADABLE
@@ -28,8 +28,8 @@ LONGEST = 10_000  # characters beyond which a text is no longer taken for a lite
 
 
 def list_keys(table: Table) -> tuple[str, ...]:
-    """List the keys that a table can be cut by: its columns but the image, and what `origin_split` gives."""
-    columns = tuple(column for column in table.columns if column not in ("image", FAULT, TURNS))
+    """List the keys that a table can be cut by: its columns but the images, and what `origin_split` gives."""
+    columns = tuple(column for column in table.columns if column not in (*PICTURE_COLUMNS, FAULT, TURNS))
     derived = DERIVED if "origin_split" in columns else ()
     return columns + tuple(key for key in derived if key not in columns)
 

@@ -3,13 +3,14 @@
 Natural clients are the values of a key: column `client`, else `origin_dataset`, else what `--data.partition-by` says.
 Other partitions draw clients over pictures. A table without a column `split` is split inside every client, by the
 content of the images, so that no image is in two splits, not even with different clients. Rows are grouped by the
-picture that they show; groups are put in order by a keyed hash of the picture's bytes, never by their place in the
-table: reordered files give the same order.
+pictures that they show, all that are linked by a common one together; groups are put in order by a keyed hash of a
+picture's bytes, never by their place in the table: reordered files give the same order.
 """
 
 import dataclasses
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,21 +34,42 @@ SHOWN = 40  # characters of a value that a message shows
 
 
 class ImageGroups(NamedTuple):
-    """The groups of N rows, n of which have an image."""
+    """The groups of N rows, n of which have all their images."""
 
-    kept: Bool[np.ndarray, " rows"]  # [N] which rows have an image
+    kept: Bool[np.ndarray, " rows"]  # [N] which rows have them
     of_row: Rows  # [n] the group of each of these
-    digests: list[bytes]  # the groups' contents
+    digests: list[bytes]  # the groups' contents: the least digest of an image in each
     skipped: tuple[federated.Skipped, ...]  # the rows without an image
 
 
 def group_by_image(table: Table, rows: Rows) -> ImageGroups:
-    """Group rows by the content of their images."""
+    """Group rows by the content of their images; rows that share any are in one group, and so on from row to row."""
     digests, missing = digest_rows(table, rows)
-    distinct, numbers = number_distinct(digests)
-    kept = numbers >= 0
+    kept = np.asarray([bool(held) for held in digests], bool)
+    first = _join(digests)
+    distinct, numbers = number_distinct(first[held[0]] for held in digests if held)
     skipped = federated.skip_rows(table, rows[~kept], [missing[row] for row in rows[~kept].tolist()])
-    return ImageGroups(kept, numbers[kept], distinct, skipped)
+    return ImageGroups(kept, numbers, distinct, skipped)
+
+
+def _join(rows: Sequence[Sequence[bytes]]) -> dict[bytes, bytes]:
+    """Join what stands in one row: thing -> the least of all that are linked with it.
+
+    >>> _join([(b"b", b"c"), (b"d",), (b"c", b"a")])
+    {b'b': b'a', b'c': b'a', b'd': b'd', b'a': b'a'}
+    """
+    above = {thing: thing for row in rows for thing in row}
+
+    def find(thing: bytes) -> bytes:
+        while above[thing] != thing:
+            above[thing] = thing = above[above[thing]]
+        return thing
+
+    for row in rows:
+        for thing in row[1:]:
+            least, other = sorted((find(row[0]), find(thing)))
+            above[other] = least
+    return {thing: find(thing) for thing in above}
 
 
 def federate_by_column(table: Table, options: RowOptions, seed: int) -> Federation:

@@ -128,13 +128,14 @@ def add_reference(inputs: Inputs, reference: Reference) -> Inputs:
 
 
 def _hash_pairs(examples: Examples) -> list[bytes]:
-    """Hash all that a pair's log-probabilities depend on beside the base and its processor: image and tokens."""
+    """Hash all that a pair's log-probabilities depend on beside the base and its processor: images and tokens."""
     rejected = examples.rejected
     if rejected is None:
         raise ValueError("these examples have no rejected answers")
     keys = []
     for row in range(len(examples)):
-        digest = hashlib.blake2b(examples.images.keys[examples.image[row]].encode(), digest_size=16)
+        pictures = [examples.images.keys[index] for index in examples.pictures[row].tolist() if index >= 0]
+        digest = hashlib.blake2b("".join(pictures).encode(), digest_size=16)
         prompt = examples.input_ids[row][examples.attention_mask[row] != 0]
         answers = (labels[row][labels[row] != IGNORED] for labels in (examples.labels, rejected))
         for part in (prompt, *answers):

@@ -68,6 +68,10 @@ class ClassProcessor(base.Processor):
         return 1
 
     @property
+    def most_pictures(self) -> int:
+        return 1
+
+    @property
     def image_token_id(self) -> int:
         return IMAGE
 

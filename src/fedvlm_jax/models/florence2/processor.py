@@ -65,6 +65,10 @@ class Processor(base.Processor):
         return processor
 
     @property
+    def most_pictures(self) -> int:
+        return 1
+
+    @property
     def image_token_id(self) -> int:
         return int(self.wrapped.image_token_id)
 
