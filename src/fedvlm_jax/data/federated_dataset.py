@@ -249,3 +249,20 @@ def _describe_lost_picture(table: Table, entry: Skipped) -> str:
         except BrokenImageError:
             return table.describe_lookup(entry.row, place)
     return table.describe_lookup(entry.row, count - 1)
+
+
+def check_share(table: Table, skipped: tuple[Skipped, ...], total: int, options: DataOptions) -> None:
+    """Refuse data of which more of the `total` rows cannot be used than the options allow.
+
+    Raises:
+        UserError: with the reasons, and the first rows.
+    """
+    if len(skipped) > options.max_bad_share * total:
+        counted, lost = list_reasons(skipped), describe_lost(table, skipped)
+        shown = "; ".join(f"row {s.row}{f' (idx {s.idx})' if s.idx else ''}: {s.reason}" for s in skipped[:5])
+        raise UserError(
+            f"{table.name}: {len(skipped)} of {total} rows cannot be used ({counted}), more than --data.max-bad-share "
+            f"{options.max_bad_share:g} allows. The first are {shown}. {lost}Mend them, or raise the share."
+        )
+    if len(skipped) == total:
+        raise UserError(f"{table.name}: none of the {total} rows can be used.")

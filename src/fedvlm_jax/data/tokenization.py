@@ -128,7 +128,8 @@ def encode(
     reasons: dict[int, str] = {}
     for place, (row, held) in enumerate(zip(rows.tolist(), pictures.tolist(), strict=True)):
         reason = missing.get(row) or next((broken[index] for index in held if index in broken), None)
-        reason = reason or _find_surplus(held, processor)
+        if not reason and (count := sum(index >= 0 for index in held)) > processor.most_pictures:
+            reason = f"{count} pictures, the model takes {processor.most_pictures}"
         reason = reason or federated.find_text_fault(questions[place], chosen.texts[place]) or refused.get(place)
         if not reason and pairs and not is_pair[place]:
             reason = federated.find_pair_fault(chosen.texts[place], rejected.texts[place])
@@ -139,10 +140,10 @@ def encode(
     for place, reason in unfit.items():
         reasons.setdefault(place, reason)
     skipped = federation.skipped + federated.skip_rows(table, rows[list(reasons)], list(reasons.values()))
-    _check_share(table, skipped, len(rows) + len(federation.skipped), options)
+    federated.check_share(table, skipped, len(rows) + len(federation.skipped), options)
 
     kept = np.asarray([place for place in range(len(rows)) if place not in reasons], np.int64)
-    used, pictures = _renumber_pictures(pictures[kept])  # images of skipped rows alone are dropped
+    images, pictures = images.narrow(pictures[kept])  # images of skipped rows alone are dropped
     has_rejected = "rejected" in table.columns
     return Examples(
         image=pictures[:, 0].copy(),
@@ -153,7 +154,7 @@ def encode(
         answers=[chosen.texts[place] for place in kept],
         rows=rows[kept],
         clients=_renumber(federation.clients, kept),
-        images=images.select(used),
+        images=images,
         skipped=skipped,
         truncated=int(chosen.cut[kept].sum()),
         rejected=_take(rejected.labels, kept, rejected.labels != IGNORED, IGNORED) if has_rejected else None,
@@ -161,38 +162,6 @@ def encode(
         rejected_truncated=int(rejected.cut[kept].sum()),
         all_answers=table.read_answers(rows[kept]) if table.has_several_answers else None,
     )
-
-
-def _check_share(table: Table, skipped: tuple[federated.Skipped, ...], total: int, options: DataOptions) -> None:
-    if len(skipped) > options.max_bad_share * total:
-        counted, lost = federated.list_reasons(skipped), federated.describe_lost(table, skipped)
-        shown = "; ".join(f"row {s.row}{f' (idx {s.idx})' if s.idx else ''}: {s.reason}" for s in skipped[:5])
-        raise UserError(
-            f"{table.name}: {len(skipped)} of {total} rows cannot be used ({counted}), more than --data.max-bad-share "
-            f"{options.max_bad_share:g} allows. The first are {shown}. {lost}Mend them, or raise the share."
-        )
-    if len(skipped) == total:
-        raise UserError(f"{table.name}: none of the {total} rows can be used.")
-
-
-def _find_surplus(held: Sequence[int], processor: TextProcessor) -> str | None:
-    """Say that a row has more pictures than the model takes, if so."""
-    count = sum(index >= 0 for index in held)
-    most = processor.most_pictures
-    return f"{count} pictures, the model takes {most}" if count > most else None
-
-
-def _renumber_pictures(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """List the pictures that rows have, and give each row [N, V] their places in that list; V is the most of a row.
-
-    >>> used, places = _renumber_pictures(np.asarray([[5, -1, -1], [2, 5, -1]]))
-    >>> used.tolist(), places.tolist()
-    ([2, 5], [[1, -1], [0, 1]])
-    """
-    there = pictures >= 0
-    used = np.unique(pictures[there])
-    places = np.where(there, np.searchsorted(used, pictures), -1).astype(np.int32)
-    return used, places[:, : max(1, int(there.sum(axis=1).max(initial=0)))]
 
 
 def _renumber(clients: tuple[federated.ClientRows, ...], kept: np.ndarray) -> tuple[federated.ClientRows, ...]:

@@ -97,6 +97,17 @@ class Images:
         kept = np.asarray(kept, np.int64)
         return Images(self.table, self.rows[kept], self.places[kept], tuple(self.keys[index] for index in kept))
 
+    def narrow(self, index: Int[np.ndarray, "rows pictures"]) -> tuple["Images", Int[np.ndarray, "rows pictures"]]:
+        """Keep the images that rows have, of their indices [N, V], -1 for none.
+
+        Returns them, and the rows' indices into them, int32, whose V is the most that a row has.
+        """
+        there = index >= 0
+        used, numbers = np.unique(index[there], return_inverse=True)
+        narrowed = np.full(index.shape, -1, np.int32)
+        narrowed[there] = numbers
+        return self.select(used), narrowed[:, : max(1, int(there.sum(axis=1).max(initial=0)))]
+
 
 def unique_images(table: Table, rows: RowNumbers) -> tuple[Images, Int[np.ndarray, "rows pictures"], dict[int, str]]:
     """Find the unique images of rows [N], by content.

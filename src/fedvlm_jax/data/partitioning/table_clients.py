@@ -187,8 +187,9 @@ def _draw_clients(
     rows, splits = rows[groups.kept], None if splits is None else splits[groups.kept]
     left_out = federated.describe_skipped(table, groups.skipped)
     if len(groups.digests) < count:
+        things = "images" if table.most_pictures == 1 else "groups of rows without a common image"
         raise UserError(
-            f"--data.clients is {count}, and there are {len(groups.digests)} images to share out. "
+            f"--data.clients is {count}, and there are {len(groups.digests)} {things} to share out. "
             f"{left_out}{'Choose fewer clients.' if len(groups.digests) else ''}".rstrip()
         )
     labels, about = _read_labels(table, rows, groups, partition)
