@@ -8,6 +8,8 @@ class WordProcessor:
 
     pad = 1
     most_pictures = 1
+    reads_turns = False
+    cut = None
 
     def __init__(self):
         self.asked: list[str] = []

@@ -133,6 +133,7 @@ def write_smolvlm(folder: Path, *, kind: str = "smolvlm", tied: bool = False, **
         "<fake_token_around_image>",
         "<image>",
         "<global-img>",
+        *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
     ]
     ids = write_tokenizer(folder, special, "<|im_start|>", "<end_of_utterance>", "<pad>")
     write_json(folder / "config.json", {

@@ -29,27 +29,35 @@ def make_model(folder, seed=0):
 
 
 def to_inputs(model, batch, row):
-    """A row's picture as the model takes it, and how many equal rows are asked at once."""
-    pixels = torch.tensor(batch["pixel_values"][row : row + 1]).permute(0, 3, 1, 2).to(model.dtype)
+    """A row's pictures as the model takes them, and how many equal rows are asked at once."""
+    shown = batch["pixel_values"][row]
+    shown = shown[None] if shown.ndim == 3 else shown
+    pixels = torch.tensor(shown).permute(0, 3, 1, 2).to(model.dtype)
     kind = model.config.model_type
     if kind.startswith("qwen"):
-        return to_patches(model, batch["pixel_values"][row]), 1
+        return to_patches(model, shown), 1
     if kind == "llava_onevision":  # among several pictures each is one tile
-        sizes = torch.tensor([pixels.shape[2:]] * 2)
-        return {"pixel_values": torch.cat([pixels] * 2), "image_sizes": sizes, "batch_num_images": torch.tensor([2])}, 2
-    return {"pixel_values": pixels[:, None] if kind in ("smolvlm", "idefics3") else pixels}, 1
+        count = 1 if len(pixels) > 1 else 2
+        number = torch.tensor([len(pixels)] if count == 1 else [2])
+        pixels = torch.cat([pixels] * count)
+        sizes = torch.tensor([pixels.shape[2:]] * len(pixels))
+        return {"pixel_values": pixels, "image_sizes": sizes, "batch_num_images": number}, count
+    return {"pixel_values": pixels[None] if kind in ("smolvlm", "idefics3") else pixels}, 1
 
 
-def to_patches(model, picture):
-    """A picture [H, W, 3] as the patches and the grid that Qwen-VL's image processor makes of it."""
+def to_patches(model, pictures):
+    """Pictures [N, H, W, 3] as the patches and the grids that Qwen-VL's image processor makes of them."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     vision = model.config.vision_config
-    patches, rows, columns = Qwen2VLImageProcessorPil().patchify(
-        picture.transpose(2, 0, 1), vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    )
-    grid = torch.tensor([[1, rows, columns]])
-    return {"pixel_values": torch.tensor(patches).to(model.dtype), "image_grid_thw": grid}
+    made = [
+        Qwen2VLImageProcessorPil().patchify(
+            picture.transpose(2, 0, 1), vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        )
+        for picture in pictures
+    ]
+    patches = torch.tensor(np.concatenate([one for one, _, _ in made])).to(model.dtype)
+    return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, *grid] for _, *grid in made])}
 
 
 def find_kinds(model, ids, prompt):

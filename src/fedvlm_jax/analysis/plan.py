@@ -49,7 +49,7 @@ class Plan:
     mesh: dict[str, int]
     layout: Layout
     parameters: int  # of the base
-    image_tokens: int  # of a picture
+    image_tokens: int  # of a prompt's pictures
     example: dict[str, tuple[int, ...]]  # name -> shape; image features in place of pixels where they are kept
     clients: int  # side by side on a device, or on the devices that share a base
     memory: dict[str, int]  # bytes of a device, under the names that the report explains
@@ -80,7 +80,7 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
     size = (sizes.image_size, sizes.image_size) if sizes.image_size else read_size(request.model)
     if size is None:
         raise UserError(f"{request.model} does not say how large its pictures are: say --sizes.image-size, say 768")
-    tokens = vlm.image_tokens(*size)
+    tokens = sizes.pictures * vlm.image_tokens(*size)
     # Sequences are padded as batches are.
     prompt, answer = (-(-n // MULTIPLE) * MULTIPLE for n in (tokens + sizes.prompt_tokens, sizes.answer_tokens))
     most = {"prompt": max(vlm.most_prompt_tokens(answer), 0), "answer": vlm.positions}
@@ -89,7 +89,9 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
             makes = f"that makes {length} tokens with the picture's, and the model has {most[name]} positions"
             raise UserError(f"--sizes.{name}-tokens: {makes}")
     cached = run.system.cache != "off"
-    example = round_shapes.shape_examples(vlm, objective, spec, size=size, prompt=prompt, answer=answer, cached=cached)
+    example = round_shapes.shape_examples(
+        vlm, objective, spec, size=size, views=sizes.pictures, prompt=prompt, answer=answer, cached=cached
+    )
     room = memory.read_device_bytes(mesh) if chip is None else int(chip.hbm * memory.GIB)
     groups, together, cohort = *mesh.devices.shape, request.cohort or clients
     examples = [sizes.examples or run.train.local_steps * run.train.batch_size] * clients

@@ -19,8 +19,10 @@ class SizeOptions:
 
     image_size: Annotated[Count | None, run_options.optional("PIXELS", "as the model's processor has it")] = None
     """Side of the pictures."""
+    pictures: Count = 1
+    """Pictures of a prompt, or tiles that its picture is cut into, the whole of it among them."""
     prompt_tokens: Count = 24
-    """Tokens of the longest prompt; the picture's come on top."""
+    """Tokens of the longest prompt; the pictures' come on top."""
     answer_tokens: Count = 16
     """Tokens of the longest answer."""
     examples: Annotated[Count | None, run_options.optional("INT", "as many as it reads in a round")] = None

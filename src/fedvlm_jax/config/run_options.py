@@ -226,6 +226,9 @@ class Run:
     image_size: Annotated[Count | None, optional("PIXELS", "as the model's processor has it")] = None
     """Side of the square that pictures are brought to, whole, where the model leaves the choice (Qwen-VL, by default
     448): more pixels are more image tokens in every prompt."""
+    image_tiles: Annotated[Count | None, optional("INT", "none")] = None
+    """Tiles along a picture's longer side that it is cut into beside the whole of it, where the model cuts pictures
+    (SmolVLM, whose own processor makes 4: up to 17 times the image tokens)."""
     out: Annotated[Path | None, optional("DIR", "runs/<time>-<name>")] = None
     """Folder to write to."""
     resume: Annotated[Path | None, optional("RUN", "start anew")] = None

@@ -15,7 +15,9 @@ from jaxtyping import Int
 
 from fedvlm_jax.data import federated_dataset as federated
 from fedvlm_jax.data.batches import IGNORED, MULTIPLE
-from fedvlm_jax.data.config import SPLITS, DataOptions
+from fedvlm_jax.data.config import SPLITS, TURNS, DataOptions
+from fedvlm_jax.data.picture_views import Views, list_views, number_views
+from fedvlm_jax.data.prompts import Prompt, Tiles, parse_turns
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.unique_images import Images, number_distinct, unique_images
 from fedvlm_jax.errors import UserError
@@ -35,10 +37,20 @@ class TextProcessor(Protocol):
 
     @property
     def most_pictures(self) -> int:
-        """Pictures of a prompt at most."""
+        """Pictures that a prompt may have."""
         ...
 
-    def prompts(self, texts: list[str], /) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def reads_turns(self) -> bool:
+        """Whether it reads the turns of a conversation, or their text."""
+        ...
+
+    @property
+    def cut(self) -> Callable[[int, int], Tiles] | None:
+        """Height and width of a picture -> the tiles that it is cut into; None where all stay whole."""
+        ...
+
+    def prompts(self, asked: Sequence[str | Prompt], /) -> tuple[np.ndarray, np.ndarray]:
         """Tokenise prompts: (input_ids, attention_mask), [B, T], padded to the longest, image tokens included."""
         ...
 
@@ -57,6 +69,7 @@ class Examples:
 
     image: Int[np.ndarray, " examples"]  # int32, a row's first into `images`
     pictures: Int[np.ndarray, "examples pictures"]  # int32, all of a row's into `images`, -1 where it has no more
+    view: Int[np.ndarray, "examples views"]  # int32, into `views`: all that the tower sees of them, -1 after the last
     input_ids: Int[np.ndarray, "examples tokens"]  # int32, image tokens included
     attention_mask: Int[np.ndarray, "examples tokens"]  # int32, 1 where `input_ids` counts
     labels: Int[np.ndarray, "examples labels"]  # int32, -100 where nothing is to be learnt
@@ -64,6 +77,7 @@ class Examples:
     rows: Int[np.ndarray, " examples"]  # int64, the table's row numbers
     clients: tuple[federated.ClientRows, ...]
     images: Images
+    views: Views
     skipped: tuple[federated.Skipped, ...]  # for the run's folder
     truncated: int  # answers that were cut to `max_answer_tokens`
     # As `labels`; all -100 where a row has no rejected answer that differs from the chosen one. None, as the rejected
@@ -118,9 +132,8 @@ def encode(
     """
     if pairs:
         require_pairs(table)
-    column = find_question_column(table, options)
     rows = federation.rows
-    questions = table.read_stripped(column, rows)
+    questions = table.read_stripped(find_question_column(table, options), rows)
     chosen, rejected, is_pair, refused = _read_answers(table, rows, processor, options.max_answer_tokens)
     images, pictures, missing = unique_images(table, rows)
     broken = images.find_broken()
@@ -136,18 +149,23 @@ def encode(
             reason = reason or "chosen equals rejected once cut"
         if reason:
             reasons[place] = reason
-    ids, mask, which, pad, unfit = _tokenise_prompts(processor, questions, options.max_prompt_tokens)
-    for place, reason in unfit.items():
+    tiles = [processor.cut(*size) for size in images.read_sizes()] if processor.cut else [Tiles()] * len(images)
+    asked, refused = _ask(table, rows, questions, pictures, tiles, processor, set(reasons))
+    ids, mask, which, pad, unfit = _tokenise_prompts(processor, asked, options.max_prompt_tokens)
+    for place, reason in (refused | unfit).items():
         reasons.setdefault(place, reason)
     skipped = federation.skipped + federated.skip_rows(table, rows[list(reasons)], list(reasons.values()))
     federated.check_share(table, skipped, len(rows) + len(federation.skipped), options)
 
     kept = np.asarray([place for place in range(len(rows)) if place not in reasons], np.int64)
+    cut = dict(zip(images.keys, tiles, strict=True))
     images, pictures = images.narrow(pictures[kept])  # images of skipped rows alone are dropped
+    tiles = [cut[key] for key in images.keys]
     has_rejected = "rejected" in table.columns
     return Examples(
         image=pictures[:, 0].copy(),
         pictures=pictures,
+        view=number_views(pictures, tiles),
         input_ids=_take(ids, which[kept], mask, pad),
         attention_mask=_take(mask, which[kept], mask, 0),
         labels=_take(chosen.labels, kept, chosen.labels != IGNORED, IGNORED),
@@ -155,6 +173,7 @@ def encode(
         rows=rows[kept],
         clients=_renumber(federation.clients, kept),
         images=images,
+        views=list_views(images, tiles),
         skipped=skipped,
         truncated=int(chosen.cut[kept].sum()),
         rejected=_take(rejected.labels, kept, rejected.labels != IGNORED, IGNORED) if has_rejected else None,
@@ -162,6 +181,28 @@ def encode(
         rejected_truncated=int(rejected.cut[kept].sum()),
         all_answers=table.read_answers(rows[kept]) if table.has_several_answers else None,
     )
+
+
+def _ask(
+    table: Table, rows: np.ndarray, questions: list[str], pictures: np.ndarray, tiles: list[Tiles],
+    processor: TextProcessor, lost: set[int],
+) -> tuple[list[str | Prompt], dict[int, str]]:  # fmt: skip
+    """List what each row asks, a text where it is one question about a whole picture; also place -> why it cannot.
+
+    Rows at the places `lost` are not looked at.
+    """
+    turns = table.read_text(TURNS, rows) if TURNS in table.columns and processor.reads_turns else [None] * len(rows)
+    asked, refused = list[str | Prompt](), dict[int, str]()
+    for place, (question, said, row) in enumerate(zip(questions, turns, pictures.tolist(), strict=True)):
+        prompt = Prompt(question)
+        if place not in lost:
+            cut = tuple(tiles[picture] for picture in row if picture >= 0)
+            try:
+                prompt = Prompt(question, parse_turns(said, len(cut)) if said else (), cut)
+            except UserError as error:
+                refused[place] = str(error)
+        asked.append(question if prompt == Prompt(question) else prompt)
+    return asked, refused
 
 
 def _renumber(clients: tuple[federated.ClientRows, ...], kept: np.ndarray) -> tuple[federated.ClientRows, ...]:
@@ -223,19 +264,19 @@ def _tokenise_answers(
 
 
 def _tokenise_prompts(
-    processor: TextProcessor, texts: Sequence[str], most: int
+    processor: TextProcessor, asked: Sequence[str | Prompt], most: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, dict[int, str]]:
     """Tokenise D distinct prompts: ids and mask [D, T], every text's place among them [N], the padding id, the unfit.
 
     T is the longest prompt that is not too long. The unfit are rows whose prompt is, or is refused, and why.
     """
-    distinct, which = number_distinct(texts)
-    unfit = {place: TOO_LONG for place, text in enumerate(distinct) if len(text) > CHARACTERS * most}
+    distinct, which = number_distinct(asked)
+    unfit = {place: TOO_LONG for place, one in enumerate(distinct) if _measure(one) > CHARACTERS * most}
     chunks, pad = [], None
     for start in range(0, len(distinct), CHUNK):
-        part = ["" if start + n in unfit else text for n, text in enumerate(distinct[start : start + CHUNK])]
-        asked, refused = ask_processor(processor.prompts, part, "prompt")
-        ids, mask = (np.asarray(found, np.int32) for found in asked)
+        part = ["" if start + n in unfit else one for n, one in enumerate(distinct[start : start + CHUNK])]
+        made, refused = ask_processor(processor.prompts, part, "prompt")
+        ids, mask = (np.asarray(found, np.int32) for found in made)
         unfit |= {start + n: reason for n, reason in refused.items()}
         if pad is None and (mask == 0).any():
             pad = int(ids[mask == 0][0])  # the processor's padding id, where it shows one
@@ -248,18 +289,25 @@ def _tokenise_prompts(
     return ids, masks, which, pad or 0, _list_unfit(unfit, which)
 
 
+def _measure(asked: str | Prompt) -> int:
+    """Count the characters of what is asked."""
+    if isinstance(asked, str):
+        return len(asked)
+    return sum(len(part) for turn in asked.said for part in turn.parts if part)
+
+
 def _list_unfit(unfit: dict[int, str], which: np.ndarray) -> dict[int, str]:
     """Turn places among distinct texts into those of the rows [N] that have them."""
     return {row: unfit[place] for row, place in enumerate(which.tolist()) if place in unfit}
 
 
-def ask_processor(ask: Callable[[list[str]], Any], texts: list[str], what: str) -> tuple[Any, dict[int, str]]:
+def ask_processor(ask: Callable[[list[Any]], Any], texts: Sequence[Any], what: str) -> tuple[Any, dict[int, str]]:
     """Have a processor tokenise texts, those that it refuses as empty ones; also return place -> reason for these.
 
     Whatever it raises is a text's fault; `what` names the texts in a reason.
     """
     try:
-        return ask(texts), {}
+        return ask([*texts]), {}
     except UNRELATED:
         raise
     except BaseException:  # what ends a tokenizer written in Rust is no Exception

@@ -65,6 +65,11 @@ class Images:
             )
         return decode_picture(encoded, max_pixels=self.table.max_image_pixels)
 
+    def read_sizes(self) -> list[tuple[int, int]]:
+        """Read height and width in pixels of every image, as it is shown; (1, 1) where it is broken."""
+        found, _ = _try_all(lambda index: self._decode(index).size, range(len(self)))
+        return [(height, width) for width, height in (found.get(index, (1, 1)) for index in range(len(self)))]
+
     def find_broken(self) -> dict[int, str]:
         """Decode every image once (JPEGs at an eighth of their size) and return index -> reason for those that fail."""
         table, facts, bound = self.table, self.table.facts, self.table.max_image_pixels

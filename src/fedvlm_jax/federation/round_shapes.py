@@ -26,13 +26,14 @@ Shape = jax.ShapeDtypeStruct
 
 
 def shape_examples(
-    vlm: Vlm, objective: Objective, spec: lora.LoRA, *, size: tuple[int, int], prompt: int, answer: int, cached: bool
-) -> dict[str, Shape]:
-    """Make the shapes of one example: a picture of `size` (height, width), `prompt` tokens, the image's among them.
+    vlm: Vlm, objective: Objective, spec: lora.LoRA, *, size: tuple[int, int], views: int = 1, prompt: int, answer: int,
+    cached: bool,
+) -> dict[str, Shape]:  # fmt: skip
+    """Make the shapes of one example: pictures of `size` (height, width), `prompt` tokens, the images' among them.
 
     `cached` is whether features of frozen vision are kept; with an adapter in the vision tower they never are.
     """
-    pixels = Shape((1, *size, 3), jnp.float32)
+    pixels, several = Shape((1, *size, 3), jnp.float32), (views,) if views > 1 else ()
     adapter = jax.eval_shape(lambda key: lora.init(key, vlm.sites, spec), shape_key())
     example = {name: Shape((prompt,), jnp.int32) for name in ("input_ids", "attention_mask")}
     example |= {"labels": Shape((answer,), jnp.int32)}
@@ -42,8 +43,8 @@ def shape_examples(
         example |= {name: Shape((), jnp.float32) for name in ("reference_chosen", "reference_rejected")}
     if cached and is_vision_frozen(vlm, adapter):
         made = jax.eval_shape(lambda params, pixels: vlm.image_features(params, None, pixels), vlm.shapes(), pixels)
-        return example | {"image_features": Shape(made.shape[1:], made.dtype)}
-    return example | {"pixel_values": Shape(pixels.shape[1:], pixels.dtype)}
+        return example | {"image_features": Shape((*several, *made.shape[1:]), made.dtype)}
+    return example | {"pixel_values": Shape((*several, *pixels.shape[1:]), pixels.dtype)}
 
 
 def shape_round(

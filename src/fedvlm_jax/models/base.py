@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from PIL import Image
 
 from fedvlm_jax import lora
+from fedvlm_jax.data.prompts import Prompt, Tiles
 from fedvlm_jax.distributed.sharding import Cuts
 from fedvlm_jax.models.beam_search import Settings
 from fedvlm_jax.models.weight_table import Table
@@ -34,9 +35,10 @@ class Vlm:
     Axes: B batch, A answers, T tokens, P image tokens, D width, V vocabulary, U labels.
 
     A *batch* is a dict of arrays:
-        pixel_values    [B, H, W, 3] float32, normalised as the model's processor does; or, in its place,
-        image_features  [B, P, D], what `image_features` returned (for frozen towers: computed once and kept); if both
-                        are there, these are used
+        pixel_values    [B, H, W, 3] float32, normalised as the model's processor does, or [B, N, H, W, 3] where a row
+                        has several pictures or tiles, the last ones of which may be filled up; or, in its place,
+        image_features  [B, P, D] or [B, N, P, D], what `image_features` returned of each (for frozen towers: computed
+                        once and kept); if both are there, these are used
         input_ids       [B, T] int32, image tokens included, padded on the right
         attention_mask  [B, T] int32, 0 where padded
         memory          in the place of all these but the mask: what `encode` returned of them, so that the prompt is
@@ -149,16 +151,19 @@ class Processor(Protocol):
 
     Attributes:
         size: height and width in pixels that every picture is brought to.
-        image_tokens: image tokens in every prompt: `Vlm.image_tokens` of `size`.
-        most_pictures: pictures of a prompt at most.
+        image_tokens: of a whole picture, or of a tile: `Vlm.image_tokens` of `size`.
         image_token_id: id of the token in whose places image tokens are put; no text yields it.
         eos_token_id: id of the token that ends answers.
         largest_id: the largest id of a token whose embedding is read.
         framing: ids of tokens that stand around texts, or for what is none: `decode` leaves them out.
         fingerprint: a hash of all that decides how a picture becomes pixels, for the keys of caches.
-        pixels: pictures of any size and mode to normalised float32 pixels; none to an array of length 0.
-        prompts: texts to `input_ids` and `attention_mask`, image tokens included, padded on the right to the longest;
-            raises `UserError` for a text that cannot be asked.
+        most_pictures: that a prompt may have.
+        reads_turns: does it read the turns of a conversation? Else it is asked their text.
+        cut: (height, width) of a picture -> the tiles that it is cut into; None where all pictures stay whole.
+        pixels: pictures of any size and mode to normalised float32 pixels, of each its tiles first and then the whole
+            of it; none to an array of length 0.
+        prompts: texts, or prompts, to `input_ids` and `attention_mask`, image tokens included, padded on the right to
+            the longest; raises `UserError` for what cannot be asked.
         answers: texts to labels, each ended by `eos_token_id`, cut to `max_tokens` with it, padded with -100. Where
             a model chooses among answers, one token that nothing ends; raises `UserError` for a text that is none.
         decode: token ids, or labels, to texts: the inverse of `answers` but for white space around them.
@@ -170,8 +175,6 @@ class Processor(Protocol):
     @property
     def image_tokens(self) -> int: ...
     @property
-    def most_pictures(self) -> int: ...
-    @property
     def image_token_id(self) -> int: ...
     @property
     def eos_token_id(self) -> int: ...
@@ -181,8 +184,20 @@ class Processor(Protocol):
     def framing(self) -> frozenset[int]: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def most_pictures(self) -> int:
+        return 1
+
+    @property
+    def reads_turns(self) -> bool:
+        return False
+
+    @property
+    def cut(self) -> Callable[[int, int], Tiles] | None:
+        return None
+
     def pixels(self, images: Sequence[Image.Image], /) -> Float[np.ndarray, "B H W 3"]: ...
-    def prompts(self, texts: Sequence[str], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]: ...
+    def prompts(self, asked: Sequence[str | Prompt], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]: ...
     def answers(self, texts: Sequence[str], max_tokens: int, /) -> Int[np.ndarray, "B U"]: ...
     def decode(self, ids: Int[np.ndarray, "B U"], /) -> list[str]: ...
 
@@ -199,8 +214,10 @@ class Family:
         build: (configuration, dtype=, stacking=, generation_config=) -> the model without weights.
         open_processor: (folder) -> the folder's processor; raises `UserError` where its files are damaged.
         read_size: (folder) -> height and width of its pictures, from JSON alone; None where it states none.
-        resizes: may a run bring pictures to a size of its own? Then these two take the side in pixels as a second
-            argument, None where it is not given.
+        resizes: may a run bring pictures to a size of its own? Then these two take the side in pixels as `image_size`,
+            None where it is not given.
+        cuts: may a run have pictures cut into tiles? Then `open_processor` takes how many lie along the longer side as
+            `image_tiles`, None where it is not given.
     """
 
     model_types: tuple[str, ...]
@@ -209,6 +226,7 @@ class Family:
     open_processor: Callable[..., Processor]
     read_size: Callable[..., tuple[int, int] | None]
     resizes: bool = False
+    cuts: bool = False
 
 
 def select_leaves(adapter: lora.Adapter | None, belongs: Callable[[str], bool]) -> lora.Adapter | None:

@@ -49,8 +49,8 @@ class CausalVlm(nn.Module):
             added to the tokens' states, one after each of the text model's first K layers (arXiv 2406.04334).
         text: shape of the text model.
         image_token_id: the token whose places image tokens take.
-        place: (is image token [B, T], P) -> a position of every token, or one for each frequency [B, T, F], as rotary
-            positions on a grid have; None where a token's place in its row is its position.
+        place: (is image token [B, T], P of a picture) -> a position of every token, or one for each frequency [B, T,
+            F], as rotary positions on a grid have; None where a token's place in its row is its position.
         prompts: which tokens of a prompt attend to later ones: none, those of a picture to all of its own, or all.
     """
 
@@ -72,7 +72,13 @@ class CausalVlm(nn.Module):
     def _open_prompts(self, batch: Batch) -> tuple[Float[Array, "B T D"], tuple[View, ...], Int[Array, " B"]]:
         """Embed prompts; also their views for every kind of layer, and the positions that follow them."""
         ids, mask, features = batch["input_ids"], batch["attention_mask"], batch.get("image_features")
-        features = self.image_features(batch["pixel_values"]) if features is None else features.astype(self.dtype)
+        if features is None:
+            pixels = batch["pixel_values"]
+            features = self.image_features(pixels.reshape(-1, *pixels.shape[-3:]))
+            features = features.reshape(*pixels.shape[:-3], *features.shape[-2:])
+        features = features.astype(self.dtype)
+        tokens = features.shape[-2]
+        features = features.reshape(len(ids), -1, features.shape[-1])  # of all pictures in a row
         is_image = ids == self.image_token_id
         first, *others = jnp.split(features, features.shape[-1] // self.text.width, -1)
         embedded = place_features(self.language_model.embed(ids), first, is_image)
@@ -81,7 +87,7 @@ class CausalVlm(nn.Module):
         # Prompts are padded on the right, so a token's place in the row is its position, pictures on a grid apart.
         places, following = jnp.arange(ids.shape[1])[None], mask.sum(-1)
         if self.place is not None:
-            places = self.place(is_image, features.shape[1])
+            places = self.place(is_image, tokens)
             following = 1 + jnp.max(places * mask[..., None], (1, 2))
 
         def view(reach: Reach) -> View:

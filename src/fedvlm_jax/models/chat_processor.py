@@ -1,13 +1,14 @@
 """Text and pictures of models that chat: prompts and answers as the folder's chat template writes them.
 
-The template is rendered once with marks in the places of question and answer; what stands around the marks stands
-around every text. So a text is data and never part of a template, and answers begin and end as the model learned.
+The template is rendered with marks in the places of the texts, once for every order of speakers; what stands around the
+marks stands around every text. So a text is data and never part of a template, and answers begin and end as the model
+learned.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,18 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from fedvlm_jax.data.batches import IGNORED
+from fedvlm_jax.data.config import MOST_PICTURES
+from fedvlm_jax.data.prompts import Prompt, Tiles, to_prompt
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.processor_files import digest_settings, list_files, make_pixels, open_files, pad, try_out
 
 QUESTION, ANSWER = "\ue000", "\ue001"  # of Unicode's private use, so that no template holds them
+FIRST_MARK = 0xE100  # of the marks for a conversation's texts
+MARKS = re.compile(f"([{chr(FIRST_MARK)}-\uf8ff])")
+
+Shape = tuple[tuple[str, tuple[bool, ...]], ...]
+"""Who speaks, and of each part whether it is a text; the others are pictures."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,35 @@ def make_frame(template: str, tokenizer: Any, folder: Path) -> Frame:
     return Frame(head, tail, answer_head, answer_end)
 
 
+def spell(shape: Shape, template: str | None, frame: Frame, placeholder: str, tokenizer: Any) -> tuple[str | int, ...]:
+    """Render a conversation up to where the model answers: texts as their numbers, and what stands around them.
+
+    Raises:
+        UserError: the template fails, changes or leaves out a part, or asks for the answer otherwise than after one
+            question.
+    """
+    if shape == (("user", (False, True)),):
+        return (frame.head, 0, frame.tail)
+    if template is None:
+        raise UserError("the model takes one question about one picture")
+    marks, messages = iter(range(FIRST_MARK, 0xF900)), list[dict[str, Any]]()
+    for role, parts in shape:
+        content = [{"type": "text", "text": chr(next(marks))} if text else {"type": "image"} for text in parts]
+        messages.append({"role": role, "content": content})
+    try:
+        written = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # of Jinja, or a template's own, as of two questions one after another
+        raise UserError(f"the chat template refuses the turns: {explain_error(error)}") from None
+    pieces = [ord(piece) - FIRST_MARK if MARKS.fullmatch(piece) else piece for piece in MARKS.split(written)]
+    kinds = [text for _, parts in shape for text in parts]
+    placed = [piece for piece in pieces if isinstance(piece, int)] == [*range(sum(kinds))]
+    if not placed or written.count(placeholder) != kinds.count(False) or not written.endswith(frame.tail):
+        raise UserError("the chat template does not write these turns one after another, each part once")
+    return tuple(pieces)
+
+
 @dataclass(frozen=True, eq=False)
 class ChatProcessor:
     """The processor of a chatting model.
@@ -98,19 +135,27 @@ class ChatProcessor:
         images: transformers' image processor, for its settings.
         frame: the texts around questions and answers.
         image_token: the token in whose places image tokens are put, as text.
-        image_text: what stands for a picture in a prompt, `image_token` repeated in it.
-        render: pictures in RGB -> pixels [B, 3, H, W].
-        most_pictures: pictures of a prompt at most.
+        write_picture: how a picture is cut -> what stands for it in a prompt, `image_token` repeated in it.
+        render: pictures in RGB -> pixels [B, 3, H, W], a picture's tiles first and then the whole of it.
+        placeholder: what `frame` and the template write in the place of a picture.
+        template: the chat template; None where only a question can be asked.
+        most_pictures: that a prompt may hold.
+        cut: (height, width) of a picture in pixels -> its tiles; None where all stay whole.
+        tiles: along a picture's longer side.
     """
 
     tokenizer: Any
     images: Any
     frame: Frame
     image_token: str
-    image_text: str
+    write_picture: Callable[[Tiles], str]
     size: tuple[int, int]
     render: Callable[[list[Image.Image]], np.ndarray]
-    most_pictures: int = 1
+    placeholder: str
+    template: str | None = None
+    most_pictures: int = MOST_PICTURES
+    cut: Callable[[int, int], Tiles] | None = None
+    tiles: int = 1
 
     @cached_property
     def _special(self) -> dict[int, str]:
@@ -129,7 +174,7 @@ class ChatProcessor:
 
     @property
     def image_tokens(self) -> int:
-        return self.image_text.count(self.image_token)
+        return self.write_picture(Tiles()).count(self.image_token)
 
     @property
     def eos_token_id(self) -> int:
@@ -147,26 +192,59 @@ class ChatProcessor:
 
     @property
     def fingerprint(self) -> str:
-        return f"{digest_settings(self.images)}-{self.size[0]}x{self.size[1]}"
+        tiles = f"-{self.tiles}" if self.cut else ""
+        return f"{digest_settings(self.images)}-{self.size[0]}x{self.size[1]}{tiles}"
+
+    @property
+    def reads_turns(self) -> bool:
+        return self.template is not None
 
     def pixels(self, images: Sequence[Image.Image], /) -> Float[np.ndarray, "B H W 3"]:
         return make_pixels(self.render, images, self.size)
 
-    def prompts(self, texts: Sequence[str], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-        for text in texts:
-            if found := self._strange.search(text):
-                raise UserError(f"the text holds {found[0]}, which stands for something else")
-        head = self.frame.head.replace(self.image_token, self.image_text)
-        ids = self.tokenise([head + text + self.frame.tail for text in texts], whole=True)
-        image, count = self.image_token_id, self.image_tokens
-        if any(row.count(image) != count for row in ids):
-            raise UserError(f"the tokenizer makes other than {count} image tokens of a prompt")
+    def prompts(self, asked: Sequence[str | Prompt], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+        rows = [to_prompt(one) for one in asked]
+        ids = self.tokenise([self.write(prompt) for prompt in rows], whole=True)
+        image = self.image_token_id
+        for prompt, row in zip(rows, ids, strict=True):
+            if row.count(image) != prompt.views * self.image_tokens:
+                count = prompt.views * self.image_tokens
+                raise UserError(f"the tokenizer makes {row.count(image)} image tokens of a prompt, expected {count}")
         return pad(ids, self.tokenizer.pad_token_id or 0), pad([[1] * len(row) for row in ids], 0)
+
+    def write(self, prompt: Prompt) -> str:
+        """Write out what is asked, up to where the model answers.
+
+        Raises:
+            UserError: a text holds a token that stands for something else, or the template refuses the turns.
+        """
+        said = prompt.said
+        texts = [part for turn in said for part in turn.parts if part is not None]
+        for text in texts:
+            self._refuse_special(text)
+        shape = tuple((turn.role, tuple(part is not None for part in turn.parts)) for turn in said)
+        pictures, written = iter(prompt.pictures), list[str]()
+        for piece in self._spell(shape):
+            if isinstance(piece, int):
+                written.append(texts[piece])
+                continue
+            first, *others = piece.split(self.placeholder)
+            written += [first, *(part for other in others for part in (self.write_picture(next(pictures)), other))]
+        return "".join(written)
+
+    def _refuse_special(self, text: str) -> None:
+        if found := self._strange.search(text):
+            raise UserError(f"the text holds {found[0]}, which stands for something else")
+
+    @cached_property
+    def _spell(self) -> Callable[[Shape], tuple[str | int, ...]]:
+        """Return the function from who speaks to what is written: texts by their numbers, and what is around them."""
+        # One or two of a kind are asked all the time; long conversations have no two alike.
+        return lru_cache(256)(lambda shape: spell(shape, self.template, self.frame, self.placeholder, self.tokenizer))
 
     def answers(self, texts: Sequence[str], max_tokens: int, /) -> Int[np.ndarray, "B U"]:
         for text in texts:
-            if found := self._strange.search(text):
-                raise UserError(f"the text holds {found[0]}, which stands for something else")
+            self._refuse_special(text)
         rows, eos = self._continue([self.frame.answer_head + text for text in texts]), self.eos_token_id
         return pad([[*row[: max_tokens - 1], eos] for row in rows], IGNORED)
 
@@ -229,8 +307,8 @@ def check_frame(processor: ChatProcessor, folder: Path) -> None:
         raise UserError(f"the chat template in {folder} does not end answers with a token that only ends answers")
     frame = processor.frame
     prompt, _ = processor.prompts(["What is it?"])
-    head = frame.head.replace(processor.image_token, processor.image_text)
-    joint = processor.tokenise([f"{head}What is it?{frame.tail}{frame.answer_head}A cat."], whole=True)[0]
+    asked = processor.write(Prompt("What is it?"))
+    joint = processor.tokenise([f"{asked}{frame.answer_head}A cat."], whole=True)[0]
     apart = [*prompt[0].tolist(), *processor.answers(["A cat."], 64)[0].tolist()[:-1]]
     if joint != apart:
         raise UserError(f"the tokenizer in {folder} joins the end of a prompt with its answer")

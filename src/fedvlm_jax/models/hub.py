@@ -107,23 +107,28 @@ def read_vlm(path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: St
     return family.build(config, dtype=compute_dtype, stacking=stacking, generation_config=generation)
 
 
-def open_processor(path: str | Path, image_size: int | None = None) -> Processor:
+def open_processor(path: str | Path, image_size: int | None = None, image_tiles: int | None = None) -> Processor:
     """The processor of a model.
 
     Args:
         path: as `load_vlm` takes it.
         image_size: side in pixels that pictures are brought to, where the family leaves the choice.
+        image_tiles: that lie along a picture's longer side, where the family cuts pictures.
 
     Raises:
         UserError: its files are missing, cannot be read, or make nonsense, or its pictures have another size.
     """
     folder, family, _ = _find_family(path)
+    options: dict[str, int | None] = {}
     if family.resizes:
-        return family.open_processor(folder, image_size)
-    own = None if image_size is None else family.read_size(folder)
-    if own is not None and own != (image_size, image_size):
+        options["image_size"] = image_size
+    elif image_size is not None and (own := family.read_size(folder)) not in (None, (image_size, image_size)):
         raise UserError(f"pictures of {path} have {own[1]}x{own[0]} pixels, and no other size: leave --image-size out")
-    return family.open_processor(folder)
+    if family.cuts:
+        options["image_tiles"] = image_tiles
+    elif image_tiles is not None and image_tiles > 1:
+        raise UserError(f"{path} sees every picture whole: leave --image-tiles out")
+    return family.open_processor(folder, **options)
 
 
 def read_size(path: str | Path) -> tuple[int, int] | None:
@@ -140,8 +145,9 @@ def read_size(path: str | Path) -> tuple[int, int] | None:
 
 
 def open_model(
-    path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: Stacking = USUAL, image_size: int | None = None
-) -> tuple[Vlm, Processor]:
+    path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: Stacking = USUAL, image_size: int | None = None,
+    image_tiles: int | None = None,
+) -> tuple[Vlm, Processor]:  # fmt: skip
     """A model but for its weights, and its processor; arguments as `load_vlm` and `open_processor` take them.
 
     Raises:
@@ -155,7 +161,7 @@ def open_model(
     except UserError as error:
         file = folder / "generation_config.json"
         raise UserError(f"{file if file.is_file() else folder / 'config.json'}: {error}") from None
-    processor = open_processor(folder, image_size)
+    processor = open_processor(folder, image_size, image_tiles)
     check_tokens(vlm, settings, processor, folder)
     try:
         tokens = vlm.image_tokens(*processor.size)

@@ -193,7 +193,8 @@ def _try_picture(processor: Processor, images: Any) -> None:
     asked = [side for size in sizes for side in dict(size or {}).values() if side]
     if max(*processor.size, *asked) > MOST_PIXELS:
         raise UserError(f"it brings pictures to {max(asked)} pixels, expected at most {MOST_PIXELS} a side")
-    black, white = processor.pixels([Image.new("RGB", (8, 8), colour) for colour in ("black", "white")])
+    made = processor.pixels([Image.new("RGB", (8, 8), colour) for colour in ("black", "white")])
+    black, white = made[0], made[-1]
     see = "see image_mean, image_std and rescale_factor"
     if not np.isfinite([black, white]).all():
         raise UserError(f"it makes numbers that are not finite; {see}")
@@ -209,7 +210,7 @@ def make_pixels(
     """Make float32 pixels of pictures of any size and mode; none give an array of length 0.
 
     Args:
-        render: pictures in RGB -> pixels [B, 3, H, W].
+        render: pictures in RGB -> pixels [B, 3, H, W], of each as many as it makes.
         size: height and width that it brings them to.
 
     Raises:

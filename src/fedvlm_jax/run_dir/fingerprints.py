@@ -38,7 +38,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
 def describe_clients(examples: Examples) -> dict[str, str]:
     """Digest each client's rows, in their order and by split: pictures, tokens and answers, as they are used."""
     rows = np.empty((len(examples), digests.DIGEST_SIZE), np.uint8)
-    keys = [key.encode() for key in examples.images.keys]
+    keys = [key.encode() for key in examples.views.keys]
     rejected = examples.rejected_answers or [""] * len(examples)
     labels = [each for each in (examples.labels, examples.rejected) if each is not None]
     for row in range(len(examples)):

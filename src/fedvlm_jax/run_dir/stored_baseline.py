@@ -5,7 +5,18 @@ from fedvlm_jax.run_dir.reader import RunRecord, read_run
 BASELINE = "baseline"
 """Folder in a run's, of the run that trained the same clients alone."""
 
-SAME = ("model", "image_size", "objective", "cohort", "seed", "data", "preference", "participation", "lora")
+SAME = (
+    "model",
+    "image_size",
+    "image_tiles",
+    "objective",
+    "cohort",
+    "seed",
+    "data",
+    "preference",
+    "participation",
+    "lora",
+)
 """Options that both have alike, beside those of training; averages have weights, and training alone has none."""
 
 

@@ -14,8 +14,8 @@ from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.run_options import Run, without_extras
 from fedvlm_jax.data.classes import describe_classes, find_novel
 from fedvlm_jax.data.federated_dataset import describe_lost, list_reasons
+from fedvlm_jax.data.picture_views import Views
 from fedvlm_jax.data.tokenization import Examples
-from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.answer_generation import Answering
 from fedvlm_jax.evaluation.evaluator import Evaluator
@@ -119,7 +119,7 @@ class Experiment:
         on_disk = system.cache == "disk"
         store = model.feature_store(limit, on_disk, system.cache_dir if on_disk else None)
         # What a picture takes is known by a store; one in memory that stays empty costs nothing.
-        if system.cache == "auto" and len(self.examples.images) * store.row_bytes > IN_MEMORY:
+        if system.cache == "auto" and len(self.examples.views) * store.row_bytes > IN_MEMORY:
             store = model.feature_store(limit, True, system.cache_dir)
         return store
 
@@ -211,6 +211,9 @@ def open_experiment(run: Run, model: LoadedModel, show: Progress | None = None) 
     experiment = Experiment(run, open_data(model, run), adapter, show)
     examples, clients = experiment.examples, experiment.examples.clients
     show.note(f"{len(clients)} clients, {sum(len(c.train) for c in clients)} training examples")
+    if (most := examples.view.shape[1]) > 1:
+        tokens = most * model.processor.image_tokens
+        show.note(f"prompts have up to {most} pictures and tiles, {tokens:,} image tokens")
     if experiment.model.learner is not None:
         show.note(describe_classes(experiment.model.learner.classes, experiment.model.vlm.classes))
     if examples.skipped:
@@ -222,7 +225,7 @@ def open_experiment(run: Run, model: LoadedModel, show: Progress | None = None) 
     if experiment.data.pairs and examples.rejected_truncated:
         show.note(f"{examples.rejected_truncated} rejected {cut}")
     if experiment.store is not None:
-        _announce(model, examples.images.keys, images=examples.images, store=experiment.store, note=show.note)
+        _announce(model, examples.views.keys, views=examples.views, store=experiment.store, note=show.note)
     trainable = sum(client.trains for client in clients)
     if not trainable:
         raise UserError(f"none of the {len(clients)} clients has a training example, so there is nothing to train on")
@@ -238,10 +241,10 @@ def open_experiment(run: Run, model: LoadedModel, show: Progress | None = None) 
 
 @memoized
 def _announce(
-    model: LoadedModel, keys: tuple[str, ...], /, *, images: Images, store: FeatureStore, note: Callable[[str], None]
+    model: LoadedModel, keys: tuple[str, ...], /, *, views: Views, store: FeatureStore, note: Callable[[str], None]
 ) -> None:
-    """Say what keeping these images' features takes, once for all runs of a model."""
-    note(store.announce(images))
+    """Say what keeping these views' features takes, once for all runs of a model."""
+    note(store.announce(views))
 
 
 def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulator:

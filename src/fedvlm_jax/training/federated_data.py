@@ -133,6 +133,9 @@ class FederatedData:
                     "tower, and --system.cache on; or choose mean or initial."
                 )
             features = batch["image_features"]
+            if features.ndim > 3:  # of several views to a row, of which those that are filled up are zeros
+                features = features.reshape(-1, *features.shape[-2:])
+                features = features[features.any((1, 2))]
             rows.append(features.mean(axis=(0, 1)) if len(features) else np.zeros(features.shape[-1], features.dtype))
         return processes.gather(np.stack(rows), len(clients))
 

@@ -242,7 +242,9 @@ def load_model(
     if processes.count() > 1:
         processes.wait_for_all()
         connect(mesh)
-    vlm, processor = open_model(run.model, image_size=run.image_size, **choose_arithmetic(run.system))
+    vlm, processor = open_model(
+        run.model, image_size=run.image_size, image_tiles=run.image_tiles, **choose_arithmetic(run.system)
+    )
     if vlm.bind is not None:  # for its errors
         classes = list_classes(table, federate(table, run.data, run.seed), pairs=pairs)
         choose_among(vlm, processor, *classes, run.data.class_prompt)
@@ -252,6 +254,7 @@ def load_model(
     digests = describe_model(folder)
     check({"data": table.digest, **digests})
     (height, width), tokens = processor.size, processor.image_tokens
-    note(f"loading {run.model}: pictures of {width}x{height} pixels, {tokens:,} image tokens each")
+    cut = f", cut into tiles, up to {run.image_tiles} along the longer side" if processor.cut else ""
+    note(f"loading {run.model}: pictures of {width}x{height} pixels{cut}, {tokens:,} image tokens each")
     params = load_weights(vlm, folder, mesh=mesh)
     return LoadedModel(vlm, params, processor, mesh, run.system, digests, {anchor(run).data.place: table})

@@ -15,6 +15,8 @@ class Processor:
     image_token_id, eos_token_id, largest_id = IMAGE, EOS, FIRST + 255
     framing = frozenset(range(FIRST))
     fingerprint = "toy"
+    reads_turns = False
+    cut = None
 
     def pixels(self, images, /):
         resized = [np.asarray(image.convert("RGB").resize(self.size), np.float32) / 127.5 - 1 for image in images]

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from fedvlm_jax.config.run_options import Run
+from fedvlm_jax.data.picture_views import Views, list_views
 from fedvlm_jax.data.table import Table
-from fedvlm_jax.data.unique_images import Images, unique_images
+from fedvlm_jax.data.unique_images import unique_images
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.inputs.feature_cache import WIDTH, FeatureStore, choose_chunk
 from fedvlm_jax.models import load_vlm, resolve_folder
@@ -45,7 +46,7 @@ class Tower:
         return jnp.stack([pixels.sum(1).reshape(len(pixels), -1), pixels[:, 0].reshape(len(pixels), -1)], 1)
 
 
-def make_images(count: int, broken: int | None = None) -> Images:
+def make_images(count: int, broken: int | None = None) -> Views:
     def draw(number):
         out = io.BytesIO()
         Image.new("RGB", (SIDE, SIDE), (number, 2 * number % 256, 7)).save(out, "PNG")
@@ -53,22 +54,21 @@ def make_images(count: int, broken: int | None = None) -> Images:
 
     rows = [{"bytes": draw(number), "path": None} for number in range(count)]
     table = Table("drawn", pa.table({"image": rows}), Path())
-    return unique_images(table, np.arange(count))[0]
+    return list_views(unique_images(table, np.arange(count))[0])
 
 
-def draw_images(rng, count: int, size) -> Images:
+def draw_images(rng, count: int, size) -> Views:
     def draw():
         out = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(out, "PNG")
         return {"bytes": out.getvalue(), "path": None}
 
-    return unique_images(Table("drawn", pa.table({"image": [draw() for _ in range(count)]}), Path()), np.arange(count))[
-        0
-    ]
+    table = Table("drawn", pa.table({"image": [draw() for _ in range(count)]}), Path())
+    return list_views(unique_images(table, np.arange(count))[0])
 
 
-def expect(images: Images, index) -> np.ndarray:
-    pixels = Reader().pixels([images.decode(int(number)) for number in np.ravel(index)])
+def expect(images: Views, index) -> np.ndarray:
+    pixels = Reader().pixels([images.images.decode(int(number)) for number in np.ravel(index)])
     return np.asarray(Tower()(jnp.asarray(pixels))).reshape(*np.shape(index), 2, 3 * SIDE)
 
 
@@ -93,7 +93,9 @@ def test_every_image_is_computed_once(folder):
     store = open_store(folder, tower=tower)
     store.gather(images, np.arange(40))
     done = len(tower.batches)
-    again = store.gather(images.select(np.arange(5, 20)), np.arange(15))  # other positions, the same contents
+    again = store.gather(
+        list_views(images.images.select(np.arange(5, 20))), np.arange(15)
+    )  # other positions, the same contents
     assert len(tower.batches) == done
     assert len(store) == 40
     np.testing.assert_array_equal(again, expect(images, np.arange(5, 20)))

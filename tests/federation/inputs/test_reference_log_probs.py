@@ -40,7 +40,9 @@ def make_examples(seed=0, width=4, count=COUNT):
         answers=[""] * count,
         rows=np.arange(count),
         clients=(),
+        view=(np.arange(count, dtype=np.int32) % 3)[:, None],
         images=SimpleNamespace(keys=("red", "green", "blue")),  # type: ignore[arg-type]
+        views=SimpleNamespace(keys=("red", "green", "blue")),  # type: ignore[arg-type]
         skipped=(),
         truncated=0,
         rejected=draw(-100),

@@ -5,7 +5,6 @@ Otherwise pixels are decoded for the rows that are asked for.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,13 +29,15 @@ def make_inputs(examples: "Examples", processor: Processor, store: FeatureStore 
     """
 
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
-        batch, image = _read_text(examples, rows), examples.image[rows]
+        batch, views = _read_text(examples, rows), _drop_one(examples.view[rows])
         if store is not None:
-            return batch | {"image_features": store.gather(examples.images, image)}
-        distinct, which = np.unique(image, return_inverse=True)
-        with ThreadPoolExecutor(WORKERS) as pool:
-            pictures = list(pool.map(examples.images.decode, distinct.tolist()))
-        return batch | {"pixel_values": processor.pixels(pictures)[which.reshape(image.shape)]}
+            return batch | {"image_features": store.gather(examples.views, views)}
+        distinct, which = np.unique(views, return_inverse=True)
+        blank, shown = distinct[distinct < 0], distinct[distinct >= 0]
+        pixels = examples.views.render(shown, processor.pixels, WORKERS)
+        if len(blank):
+            pixels = np.concatenate([np.zeros_like(pixels[:1]), pixels])
+        return batch | {"pixel_values": pixels[which.reshape(views.shape)]}
 
     return read
 
@@ -45,7 +46,14 @@ def make_blank_inputs(examples: "Examples", processor: Processor, store: Feature
     """As `make_inputs`, of the same shapes and at once, for all pictures are blank: what compiling a round takes."""
     name = "pixel_values" if store is None else "image_features"
     shape, dtype = ((*processor.size, 3), np.dtype(np.float32)) if store is None else (store.shape, store.dtype)
+    if (most := examples.view.shape[1]) > 1:
+        shape = (most, *shape)
     return lambda rows: _read_text(examples, rows) | {name: np.zeros((*rows.shape, *shape), dtype)}
+
+
+def _drop_one(views: np.ndarray) -> np.ndarray:
+    """Leave out the last axis where every row has one view."""
+    return views[..., 0] if views.shape[-1] == 1 else views
 
 
 def _read_text(examples: "Examples", rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ from fedvlm_jax.utils.record_store import Records
 from fedvlm_jax.utils.tree import flatten, partition
 
 if TYPE_CHECKING:
-    from fedvlm_jax.data.unique_images import Images  # which loads pyarrow
+    from fedvlm_jax.data.picture_views import Views  # which loads pyarrow
 
 PIXELS = 32 * 64 * 64 * 20  # decoded at a time, about: 32 pictures at most, 4 of 768x768
 WIDTH = 4  # pictures that go through the vision tower at a time, always: the last batch is filled up
@@ -73,7 +72,7 @@ def choose_chunk(height: int, width: int) -> int:
 
 
 class FeatureStore:
-    """Frozen image features [P, D] by image content, computed at most once each while they fit.
+    """Frozen features [P, D] of whole pictures and tiles, by content, computed at most once each while they fit.
 
     On disk a store is a folder of `Records`, which several processes may share: each finds what the others added, and
     rows that do not fit their digest are computed again. Safe to use from several threads.
@@ -93,7 +92,7 @@ class FeatureStore:
 
         Args:
             compute: pixels [B, H, W, 3], as `read` makes them, -> features [B, P, D]; jitted.
-            row: shape and dtype of one image's features [P, D]; by default `compute` is traced for them.
+            row: shape and dtype of one view's features [P, D]; by default `compute` is traced for them.
             folder: where to keep features; in memory by default.
             workers: threads that decode images.
 
@@ -116,7 +115,7 @@ class FeatureStore:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one image's features."""
+        """Bytes of one view's features."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     @property
@@ -124,45 +123,44 @@ class FeatureStore:
         """Whether features are kept in files, which later runs find again."""
         return self._folder is not None
 
-    def announce(self, images: "Images") -> str:
-        """Say what keeping these images' features takes, before any is computed."""
-        new = sum(not self._has(key) for key in images.keys)
+    def announce(self, views: "Views") -> str:
+        """Say what keeping these views' features takes, before any is computed."""
+        new = sum(not self._has(key) for key in views.keys)
         room = self._count_room()
         where = "in memory" if self._folder is None else f"in {self._folder}"
-        text = f"image features: {len(images)} images, {_size(len(images) * self.row_bytes)} {where}"
-        text += f", {len(images) - new} of them there already" if new < len(images) and len(self) else ""
+        what = f"{len(views.images)} images" + (f" in {len(views)} parts" if len(views) > len(views.images) else "")
+        text = f"image features: {what}, {_size(len(views) * self.row_bytes)} {where}"
+        text += f", {len(views) - new} of them there already" if new < len(views) and len(self) else ""
         if new > room:
             text += f"; {room} of {new} new ones fit the bound of {_size(self.capacity * self.row_bytes)}, the others "
             text += "are computed each time (--system.cache-gib, --system.cache)"
         return text
 
-    def gather(self, images: "Images", index: Int[np.ndarray, "..."]) -> Float[np.ndarray, "... tokens width"]:
-        """Return features [..., P, D] of unique images at these positions, computing those that are not kept.
+    def gather(self, views: "Views", index: Int[np.ndarray, "..."]) -> Float[np.ndarray, "... tokens width"]:
+        """Return features [..., P, D] of views at these positions, zeros at -1, computing those that are not kept.
 
         Raises:
             UserError: an image that cannot be decoded.
         """
         distinct, which = np.unique(index, return_inverse=True)
-        out = np.empty((len(distinct), *self.shape), self.dtype)
+        blank = int((distinct[:1] < 0).sum())
+        out = np.zeros((len(distinct), *self.shape), self.dtype)
         with self._lock:
-            keys = [images.keys[image] for image in distinct]
-            missing = self._load(keys, np.arange(len(keys)), out)
+            keys = ["" if view < 0 else views.keys[view] for view in distinct]
+            missing = self._load(keys, np.arange(blank, len(keys)), out)
             for start in range(0, len(missing), self.chunk):
                 part = missing[start : start + self.chunk]
                 if self._records is not None:  # another process may have been quicker
                     self._records.refresh()
                     part = self._load(keys, part, out)
-                out[part] = self._make(images, distinct[part])
+                out[part] = self._make(views, distinct[part])
                 self._keep([keys[row] for row in part], out[part])
         return out[which.reshape(np.shape(index))]
 
-    def _make(self, images: "Images", chosen: np.ndarray) -> np.ndarray:
+    def _make(self, views: "Views", chosen: np.ndarray) -> np.ndarray:
         if not len(chosen):
             return np.empty((0, *self.shape), self.dtype)
-        # One by one, so that no more decoded pictures are in memory than there are threads.
-        with ThreadPoolExecutor(self._workers) as pool:
-            read = pool.map(lambda image: self._read.pixels([images.decode(image)]), chosen.tolist())
-            pixels = np.concatenate(list(read))
+        pixels = views.render(chosen, self._read.pixels, self._workers)
         parts = [pixels[start : start + WIDTH] for start in range(0, len(pixels), WIDTH)]
         parts[-1] = np.concatenate([parts[-1], np.repeat(pixels[:1], WIDTH - len(parts[-1]), axis=0)])
         return np.concatenate([np.asarray(self._compute(part)) for part in parts])[: len(chosen)]

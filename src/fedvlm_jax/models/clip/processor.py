@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from fedvlm_jax.data.batches import IGNORED
+from fedvlm_jax.data.prompts import Prompt
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import base
 from fedvlm_jax.models.clip.answers import END, IMAGE
@@ -68,10 +69,6 @@ class ClassProcessor(base.Processor):
         return 1
 
     @property
-    def most_pictures(self) -> int:
-        return 1
-
-    @property
     def image_token_id(self) -> int:
         return IMAGE
 
@@ -121,8 +118,8 @@ class ClassProcessor(base.Processor):
     def pixels(self, images: Sequence[Image.Image], /) -> Float[np.ndarray, "B H W 3"]:
         return make_pixels(self.render, images, self.side)
 
-    def prompts(self, texts: Sequence[str], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-        shape = (len(texts), 1)
+    def prompts(self, asked: Sequence[str | Prompt], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+        shape = (len(asked), 1)
         return np.full(shape, IMAGE, np.int32), np.ones(shape, np.int32)
 
     def answers(self, texts: Sequence[str], max_tokens: int, /) -> Int[np.ndarray, "B U"]:

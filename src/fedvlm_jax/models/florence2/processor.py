@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from fedvlm_jax.data.batches import IGNORED
+from fedvlm_jax.data.prompts import Prompt, to_prompt
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import base
 from fedvlm_jax.models.florence2.microsoft_layout import has_layout, open_tokenizer
@@ -63,10 +64,6 @@ class Processor(base.Processor):
             raise UserError(f"{file} has image_seq_length={count!r}, expected a whole number from 1 to {MOST_TOKENS}")
         try_out(processor, processor.wrapped.image_processor, folder)
         return processor
-
-    @property
-    def most_pictures(self) -> int:
-        return 1
 
     @property
     def image_token_id(self) -> int:
@@ -121,10 +118,10 @@ class Processor(base.Processor):
                 return sentence.format(input=text.replace(task, "").strip())
         return text
 
-    def prompts(self, texts: Sequence[str], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    def prompts(self, asked: Sequence[str | Prompt], /) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
         tokenizer = self.wrapped.tokenizer
         head = self.wrapped.image_token * self.image_tokens + tokenizer.bos_token
-        full = [head + self.expand(text) + tokenizer.eos_token for text in texts]
+        full = [head + self.expand(to_prompt(one).text) + tokenizer.eos_token for one in asked]
         ids = tokenizer(full, add_special_tokens=False)["input_ids"]
         if any(row.count(self.image_token_id) != self.image_tokens for row in ids):
             raise UserError(f"the tokenizer makes other than {self.image_tokens} image tokens of a prompt")

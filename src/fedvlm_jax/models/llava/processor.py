@@ -16,8 +16,10 @@ IMAGE = "<image>"
 _PARTS = "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else '<image>\n' }}{% endfor %}"
 TEMPLATES = {
     "llava": (
-        "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: ' }}" + _PARTS + "{{ ' ' }}"
-        "{% else %}{{ 'ASSISTANT: ' }}" + _PARTS + "{{ eos_token }}{% endif %}{% endfor %}"
+        "{% for message in messages %}"
+        "{% if message['role'] != 'system' %}{{ message['role'] | upper + ': ' }}{% endif %}"
+        + _PARTS
+        + "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
     ),
     "llava_onevision": (
@@ -48,9 +50,9 @@ def open_processor(folder: Path) -> ChatProcessor:
                 return np.asarray(made["pixel_values"])[:-1, 0]
             return np.asarray(images(pictures, return_tensors="np")["pixel_values"])
 
-        frame = make_frame(read_template(folder, tokenizer) or TEMPLATES[config.model_type], tokenizer, folder)
-        text = IMAGE * count_image_tokens(config)
-        return ChatProcessor(tokenizer, images, frame, IMAGE, text, size, render)
+        template = read_template(folder, tokenizer) or TEMPLATES[config.model_type]
+        frame, text = make_frame(template, tokenizer, folder), IMAGE * count_image_tokens(config)
+        return ChatProcessor(tokenizer, images, frame, IMAGE, lambda _: text, size, render, IMAGE, template)
 
     needs = "an image processor with a size and a tokenizer, as LLaVA's has"
     return open_chat_processor(folder, needs, (IMAGE,), build)

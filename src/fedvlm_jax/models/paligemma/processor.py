@@ -34,7 +34,8 @@ def open_processor(folder: Path) -> ChatProcessor:
             return np.asarray(images(pictures, return_tensors="np")["pixel_values"])
 
         frame = Frame(f"{IMAGE}{tokenizer.bos_token}", "\n", "", tokenizer.eos_token)
-        return ChatProcessor(tokenizer, images, frame, IMAGE, IMAGE * count_image_tokens(config), size, render)
+        text = IMAGE * count_image_tokens(config)
+        return ChatProcessor(tokenizer, images, frame, IMAGE, lambda _: text, size, render, IMAGE, most_pictures=1)
 
     processor = open_files(folder, join, "an image processor with a size and a tokenizer, as PaliGemma's has")
     try_out(processor, processor.images, folder)

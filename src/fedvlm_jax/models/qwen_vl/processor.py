@@ -105,11 +105,13 @@ def open_processor(folder: Path, image_size: int | None = None) -> ChatProcessor
         for name, value in asked.items():
             if (found := getattr(images, name, None)) != value:
                 raise UserError(f"the image processor in {folder} has {name}={found!r}, and the tower {value}")
-        frame = make_frame(read_template(folder, tokenizer) or _SYSTEM[kind] + _TEMPLATE, tokenizer, folder)
+        template = read_template(folder, tokenizer) or _SYSTEM[kind] + _TEMPLATE
+        frame, text = make_frame(template, tokenizer, folder), IMAGE * tokens
         if frame.head.count(IMAGE) != 1:
             raise UserError(f"the chat template in {folder} does not write {IMAGE} once for a picture")
         render = partial(_render, images, vision, side)
-        return ChatProcessor(tokenizer, images, frame, IMAGE, IMAGE * tokens, (side, side), render)
+        size = (side, side)
+        return ChatProcessor(tokenizer, images, frame, IMAGE, lambda _: text, size, render, IMAGE, template)
 
     needs = "an image processor with patch_size and a tokenizer, as Qwen's have"
     return open_chat_processor(folder, needs, (BEGIN, IMAGE, END), build)

@@ -13,4 +13,5 @@ FAMILY = Family(
     build=build,
     open_processor=open_processor,
     read_size=read_size,
+    cuts=True,
 )
