@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from fedvlm_jax.data.prompts import to_prompt
+
 
 class WordProcessor:
     """A `TextProcessor`: three image tokens (id 3) before a prompt, one token per word, the end (id 2)."""
@@ -17,9 +19,9 @@ class WordProcessor:
     def _ids(self, text: str) -> list[int]:
         return [10 + sum(map(ord, word)) % 1000 for word in text.split()] + [2]
 
-    def prompts(self, texts):
-        self.asked += texts
-        rows = [[3, 3, 3, *self._ids(text)] for text in texts]
+    def prompts(self, asked):
+        self.asked += asked
+        rows = [[3, 3, 3] * prompt.views + self._ids(prompt.text) for prompt in map(to_prompt, asked)]
         width = max(map(len, rows))
         ids = np.full((len(rows), width), self.pad, np.int64)
         for place, row in enumerate(rows):
