@@ -20,6 +20,9 @@ from fedvlm_jax.records.conversations import UNREADABLE
 Rows = Int[np.ndarray, " rows"]  # int64, row numbers of a table or values of these rows
 
 
+TOO_LONG = "prompt too long"  # why a row is skipped
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A row that is not used, and why."""
@@ -260,6 +263,9 @@ def check_share(table: Table, skipped: tuple[Skipped, ...], total: int, options:
     if len(skipped) > options.max_bad_share * total:
         counted, lost = list_reasons(skipped), describe_lost(table, skipped)
         shown = "; ".join(f"row {s.row}{f' (idx {s.idx})' if s.idx else ''}: {s.reason}" for s in skipped[:5])
+        if any(entry.reason == TOO_LONG for entry in skipped):
+            lost += f"Prompts have at most {options.max_prompt_tokens:,} tokens, those of their pictures among them: "
+            lost += "--data.max-prompt-tokens says so, or the model has no more positions. "
         raise UserError(
             f"{table.name}: {len(skipped)} of {total} rows cannot be used ({counted}), more than --data.max-bad-share "
             f"{options.max_bad_share:g} allows. The first are {shown}. {lost}Mend them, or raise the share."

@@ -28,7 +28,6 @@ CHUNK = 1024  # texts that are tokenised at a time
 # More characters per token than any text has on average. A text of megabytes would make every array as wide as itself,
 # so what must be too long is not even tokenised.
 CHARACTERS = 16
-TOO_LONG = "prompt too long"
 UNRELATED = (KeyboardInterrupt, SystemExit, MemoryError)  # exceptions of a processor that no text is to blame for
 
 
@@ -271,7 +270,7 @@ def _tokenise_prompts(
     T is the longest prompt that is not too long. The unfit are rows whose prompt is, or is refused, and why.
     """
     distinct, which = number_distinct(asked)
-    unfit = {place: TOO_LONG for place, one in enumerate(distinct) if _measure(one) > CHARACTERS * most}
+    unfit = {place: federated.TOO_LONG for place, one in enumerate(distinct) if _measure(one) > CHARACTERS * most}
     chunks, pad = [], None
     for start in range(0, len(distinct), CHUNK):
         part = ["" if start + n in unfit else one for n, one in enumerate(distinct[start : start + CHUNK])]
@@ -281,7 +280,9 @@ def _tokenise_prompts(
         if pad is None and (mask == 0).any():
             pad = int(ids[mask == 0][0])  # the processor's padding id, where it shows one
         lengths = mask.sum(axis=1)
-        unfit |= {start + int(n): TOO_LONG for n in np.flatnonzero(lengths > most) if start + int(n) not in unfit}
+        unfit |= {
+            start + int(n): federated.TOO_LONG for n in np.flatnonzero(lengths > most) if start + int(n) not in unfit
+        }
         width = int(lengths[lengths <= most].max(initial=0))
         chunks.append((ids[:, :width], mask[:, :width]))
     ids, masks = _stack([ids for ids, _ in chunks], pad or 0), _stack([mask for _, mask in chunks], 0)
