@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import jax
 import pytest
+from models import causal_cases, clip_cases
 
 from fedvlm_jax.analysis.plan import plan_round
 from fedvlm_jax.analysis.plan_options import Request, SizeOptions
@@ -16,6 +17,7 @@ from fedvlm_jax.config.run_options import LoraOptions, SystemOptions, TrainOptio
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation import memory
 from fedvlm_jax.federation.memory import GIB, Footprint
+from fedvlm_jax.models import read_size, read_vlm
 from fedvlm_jax.reporting.plan_report import describe_refusal, tabulate_plan, write_plan
 
 ADAPTER = LoraOptions(rank=2, targets=r"language_model/encoder/.*(q_proj|fc1)")
@@ -115,6 +117,28 @@ def test_tokens_beyond_the_model_s_positions(model):
     request = replace(make_request(model), sizes=SizeOptions(prompt_tokens=200))
     with pytest.raises(UserError, match=r"--sizes.prompt-tokens: that makes 220 tokens .* 64 positions"):
         plan_round(request)
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("name", ["smolvlm", "qwen3-vl", "clip"])
+def test_a_config_json_alone_is_planned(name, tmp_path):
+    """Without an image processor's file pictures are as large as the tower, or as the family has them."""
+    write_case = {**causal_cases.CASES, **clip_cases.CASES}[name]
+    write_case(tmp_path)
+    size = read_size(tmp_path)
+    for file in tmp_path.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    vlm = read_vlm(tmp_path)
+    sides = {"qwen3-vl": (448, 448)}  # the folder's files allow less
+    assert read_size(tmp_path) == sides.get(name, size)
+    sizes = SizeOptions(image_size=40 if name in sides else None, prompt_tokens=3, answer_tokens=3)
+    found = plan_round(make_request(tmp_path, lora=LoraOptions(rank=2), sizes=sizes))
+    assert found.image_tokens == vlm.image_tokens(*size)
+    assert "image_features" in found.example
+    assert found.memory["base"] == 4 * found.parameters
+    assert found.memory["unread"] > 0
+    assert found.flops > 0
 
 
 PROGRAM = """

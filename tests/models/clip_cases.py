@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from harness.published import describe_clip
 from models.causal_cases import write_json
 
 MERGES = [("c", "a"), ("d", "o"), ("r", "e"), ("o", "f</w>")]
@@ -56,23 +57,11 @@ CASES = {
 }
 """Name -> what writes a folder of it."""
 
-_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-PUBLISHED = {
-    "ViT-B/32": (512, 8, {**_BASE, "patch_size": 32}, 151_277_313),
-    "ViT-B/16": (512, 8, {**_BASE, "patch_size": 16}, 149_620_737),
-    "ViT-L/14": (768, 12, {**_LARGE, "patch_size": 14}, 427_616_513),
-}
-"""Name -> width of the text model and of the common space, heads, the tower, and how many parameters there are."""
+PARAMETERS = {"ViT-B/32": 151_277_313, "ViT-B/16": 149_620_737, "ViT-L/14": 427_616_513}
+"""Name of a published model -> how many there are."""
 
 
 def write_published(name: str, folder: Path) -> None:
     """The configuration of a published shape and the size of its pictures: what `fedvlm explain` reads."""
-    width, heads, vision, _ = PUBLISHED[name]
-    text = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
-    write_json(folder / "config.json", {
-        "model_type": "clip", "projection_dim": width,
-        "text_config": {"model_type": "clip_text_model", "num_hidden_layers": 12, "eos_token_id": 2, **text},
-        "vision_config": {"model_type": "clip_vision_model", "image_size": 224, **vision},
-    })  # fmt: skip
+    write_json(folder / "config.json", describe_clip(name))
     write_json(folder / "preprocessor_config.json", {"size": 224, "crop_size": 224, "do_center_crop": True})

@@ -87,7 +87,7 @@ def test_explain_reads_a_published_shape_from_its_configuration(name, tmp_path, 
     clip_cases.write_published(name, tmp_path)
     main(["explain", "--model", str(tmp_path)])
     told = capsys.readouterr().out
-    assert f"{clip_cases.PUBLISHED[name][-1]:,} parameters" in told
+    assert f"{clip_cases.PARAMETERS[name]:,} parameters" in told
     assert "224×224" in told
     assert "chosen among those of the data" in " ".join(told.split())
 

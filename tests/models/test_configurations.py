@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import pytest
+from harness.published import SMALLEST, write_config
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import load_vlm, read_size, read_vlm, resolve_folder
@@ -31,6 +32,20 @@ def test_sizes_of_pictures(tmp_path):
     assert read_size(tmp_path) is None
     (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 224}}')
     assert read_size(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_config_json_alone_says_how_large_pictures_are(name, tmp_path):
+    """The tower's, or the family's usual size; what an image processor's file says comes first."""
+    vlm, (height, width) = read_vlm(write_config(name, tmp_path)), read_size(tmp_path)
+    assert vlm.image_tokens(height, width) == {
+        "HuggingFaceTB/SmolVLM-256M-Instruct": 64, "Qwen/Qwen3-VL-2B-Instruct": 196, "Qwen/Qwen2.5-VL-3B-Instruct": 256,
+        "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": 730, "llava-hf/llava-1.5-7b-hf": 576,
+        "google/paligemma2-3b-pt-224": 256, "google/gemma-3-4b-it": 256, "openai/clip-vit-base-patch32": 1,
+    }[name]  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 1}}')
+    if "Qwen" not in name:
+        assert read_size(tmp_path) is None
 
 
 def test_their_weights_are_refused_by_name():

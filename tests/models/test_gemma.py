@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness.published import GEMMA3_4B, PALIGEMMA2_3B
 from models import causal_cases
-from models.llava_folders import GEMMA3_4B, PALIGEMMA2_3B, SPELLINGS, save, spell
+from models.llava_folders import SPELLINGS, save, spell
 from models.test_llava import QUESTIONS, change, draw_pictures
 from safetensors.numpy import load_file
 

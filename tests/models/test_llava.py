@@ -5,8 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from harness.published import LLAVA_7B, ONEVISION_HALF_B
 from models import causal_cases
-from models.llava_folders import LLAVA_7B, ONEVISION_HALF_B, SPELLINGS, save, spell
+from models.llava_folders import SPELLINGS, save, spell
 from PIL import Image
 from safetensors.numpy import load_file
 

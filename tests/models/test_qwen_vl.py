@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from harness.published import describe_qwen
 from models import causal_cases
 from PIL import Image
 
@@ -14,44 +15,13 @@ from fedvlm_jax.models import open_model, open_processor, read_size, read_vlm
 from fedvlm_jax.models.qwen_vl.grid import blend_positions, cut_patches, number_windows
 from fedvlm_jax.utils import tree
 
-NEW = {
-    "model_type": "qwen3_vl", "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16,
-    "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 2304,
-    "deepstack_visual_indexes": [5, 11, 17], "hidden_act": "gelu_pytorch_tanh", "in_channels": 3,
-}  # fmt: skip
-OLD = {
-    "model_type": "qwen2_5_vl", "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-    "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "in_chans": 3,
-    "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu", "tokens_per_second": 2,
-}  # fmt: skip
-
-
-def describe(kind, width, hidden, layers, heads, kv_heads, *, vocabulary=151936, tied=True):
-    """A config.json as it is published: Qwen2.5-VL's has the text model's fields beside its `vision_config`."""
-    text = {
-        "hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-        "bos_token_id": 151643, "eos_token_id": 151645,
-    }  # fmt: skip
-    whole = {"model_type": kind, "image_token_id": 151655, "tie_word_embeddings": tied}
-    if kind == "qwen2_5_vl":
-        rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
-        beside = {"rope_scaling": rope, "rope_theta": 1e6, "max_position_embeddings": 128000}
-        windows = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 70}
-        return whole | text | beside | windows | {"vision_config": OLD | {"out_hidden_size": width}}
-    rope = {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True}
-    text |= {"model_type": "qwen3_vl_text", "head_dim": 128, "rope_scaling": rope, "rope_theta": 5e6}
-    text |= {"max_position_embeddings": 262144, "attention_bias": False}
-    return whole | {"text_config": text, "vision_config": NEW | {"out_hidden_size": width}}
-
-
 PUBLISHED = {
     # As transformers counts on the meta device.
-    "Qwen3-VL-2B": (describe("qwen3_vl", 2048, 6144, 28, 16, 8), 2_127_532_032, 196),
-    "Qwen3-VL-4B": (describe("qwen3_vl", 2560, 9728, 36, 32, 8), 4_437_815_808, 196),
-    "Qwen2.5-VL-3B": (describe("qwen2_5_vl", 2048, 11008, 36, 16, 2), 3_754_622_976, 256),
+    "Qwen3-VL-2B": (describe_qwen("qwen3_vl", 2048, 6144, 28, 16, 8), 2_127_532_032, 196),
+    "Qwen3-VL-4B": (describe_qwen("qwen3_vl", 2560, 9728, 36, 32, 8), 4_437_815_808, 196),
+    "Qwen2.5-VL-3B": (describe_qwen("qwen2_5_vl", 2048, 11008, 36, 16, 2), 3_754_622_976, 256),
     "Qwen2.5-VL-7B": (
-        describe("qwen2_5_vl", 3584, 18944, 28, 28, 4, vocabulary=152064, tied=False), 8_292_166_656, 256,
+        describe_qwen("qwen2_5_vl", 3584, 18944, 28, 28, 4, vocabulary=152064, tied=False), 8_292_166_656, 256,
     ),
 }  # fmt: skip
 

@@ -81,6 +81,26 @@ def read_crop_size(folder: Path) -> tuple[int, int] | None:
     return None
 
 
+def read_size_or_tower(
+    folder: Path, read_config: Callable[[dict[str, Any], Path], Any], read: Callable[[Path], tuple[int, int] | None]
+) -> tuple[int, int] | None:
+    """Height and width in pixels by a folder's image processor; of a folder without one, those of the model's tower.
+
+    So config.json alone says what a plan needs, where a tower takes pictures of one size.
+
+    Args:
+        read_config, read: of the family, for config.json and for the files of image processors.
+
+    Raises:
+        UserError: a file cannot be read, or the configuration is not supported.
+    """
+    if list_files(folder, IMAGES):
+        return read(folder)
+    file = folder / "config.json"
+    side = read_config(read_json(file), file).vision_config.image_size
+    return side, side
+
+
 def shorten(picture: Image.Image, side: int, *, crop: bool = True) -> Image.Image:
     """Shorten a picture that is far longer than wide, of whose pixels processors make gigabytes.
 
