@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from harness.bases import make_florence
 from harness.command import name_command
 from memory import Watched, watch
 
@@ -66,7 +67,7 @@ def main() -> None:
 def measure(options: Options, work: Path) -> dict[str, float | str | list[float]]:
     """Two runs; the second counts."""
     if not (work / "model" / "model.safetensors").exists():
-        make_checkpoint(work / "model")
+        make_florence(work / "model")
     if not (work / "data").exists():
         sources = {f"made-up-{number}": 1 / CLIENTS for number in range(CLIENTS)}
         write_folder(work / "data", Form(rows=CLIENTS * options.rows, sources=sources, questions_per_image=1))
@@ -83,37 +84,6 @@ def measure(options: Options, work: Path) -> dict[str, float | str | list[float]
         "seconds_by_epoch": [round(value, 1) for value in seconds],
         "first_epoch_over_later": round(seconds[0] / later, 2),
     }
-
-
-def make_checkpoint(folder: Path) -> None:
-    """Write a Hugging Face folder of Florence-2-base's shape with random weights."""
-    import jax
-    from transformers import Florence2Config
-
-    from fedvlm_jax.models import resolve_folder, save_checkpoint
-    from fedvlm_jax.models.florence2 import build
-
-    nano = resolve_folder("florence2-nano")
-    folder.mkdir(parents=True)
-    shutil.copy(nano / "tokenizer.json", folder)
-    tokenizer = json.loads((nano / "tokenizer_config.json").read_text()) | {"model_max_length": 1024}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    processor = json.loads((nano / "processor_config.json").read_text())
-    processor["image_processor"] |= {"size": {"height": 768, "width": 768}, "image_seq_length": 577}
-    (folder / "processor_config.json").write_text(json.dumps(processor))
-    text = {
-        "model_type": "bart",
-        "vocab_size": 51290,
-        "d_model": 768,
-        **{f"{half}_layers": 6 for half in ("encoder", "decoder")},
-        **{f"{half}_attention_heads": 12 for half in ("encoder", "decoder")},
-        **{f"{half}_ffn_dim": 3072 for half in ("encoder", "decoder")},
-        "max_position_embeddings": 1024,
-    }
-    image_token = json.loads((nano / "config.json").read_text())["image_token_id"]
-    config = Florence2Config(vision_config={"projection_dim": 768}, text_config=text, image_token_id=image_token)
-    vlm = build(config)
-    save_checkpoint(vlm, jax.jit(vlm.init)(jax.random.key(0)), folder)
 
 
 def _train(options: Options, work: Path, name: str, epochs: int) -> Watched:

@@ -156,13 +156,14 @@ def cut_world(vlm: Vlm, world: World, point: Point) -> World:
     settings = dataclasses.replace(world.settings, rank=point.rank)
     examples = {name: rows[: point.clients] for name, rows in choose_examples(world.examples, "cached").items()}
     examples |= {name: examples[name][..., : point.length] for name in ("input_ids", "attention_mask")}
-    return World(
-        dataclasses.replace(world.shape, clients=point.clients),
-        examples,
-        world.indices[: point.clients],
-        np.full(point.clients, 1 / point.clients, np.float32),
-        start_factors(vlm, settings),
-        settings,
+    return dataclasses.replace(
+        world,
+        shape=dataclasses.replace(world.shape, clients=point.clients),
+        examples=examples,
+        indices=world.indices[: point.clients],
+        weights=np.full(point.clients, 1 / point.clients, np.float32),
+        start=start_factors(vlm, settings),
+        settings=settings,
     )
 
 

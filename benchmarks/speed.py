@@ -13,9 +13,9 @@
 The same model, data, float32 arithmetic, LoRA sites, rank, initial factors, batches and AdamW on both sides, runs
 interleaved in one process group; adapters are compared after the round. PyTorch is measured in bfloat16 as well where
 the processor has units for it. `nano` is the model that ships, on its own data; `base` has Florence-2-base's shape
-(pictures of 768x768, 577 image tokens and 32 more) and random weights. A finished cell is a line of
-results/speed.jsonl, and is not measured again. On a GPU both sides compute there, rounds of base shape have more
-clients, and XLA makes float32 products from TF32 unless it is asked for more, as in the last line.
+(pictures of 768x768, 577 image tokens and 32 more) and random weights, `smolvlm` SmolVLM-256M's (512x512, 64 and 32). A
+finished cell is a line of results/speed.jsonl, and is not measured again. On a GPU both sides compute there, rounds of
+base shape have more clients, and XLA makes float32 products from TF32 unless it is asked for more, as in the last line.
 """
 
 from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
@@ -37,7 +37,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import tyro
-from base_size import make_checkpoint
+from harness.bases import BASES
 from harness.cells import USES, Cell, append_line, measure_cell, measure_rounding, read_lines
 from harness.kinds import KINDS, measure_kinds
 from harness.machine import describe_machine
@@ -52,21 +52,13 @@ from fedvlm_jax.utils.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 2, 8)
-CELLS = [Cell(model, batch, cached).name for model in ("nano", "base") for batch in BATCHES for cached in USES]
-
 SHAPES = {
     "nano": {batch: (Shape(16, 4, batch), 16) for batch in BATCHES},
-    "base": {1: (Shape(2, 2, 1), 2), 2: (Shape(2, 2, 2), 1), 8: (Shape(1, 1, 8), 1)},
+    **{name: base.rounds for name, base in BASES.items()},
 }
-"""model -> batch -> a round's shape, and clients side by side; many long rows fill the cores by themselves."""
+"""model -> batch -> a round's shape, and clients side by side."""
 
-ACCELERATED = {batch: (Shape(16, 2, batch), wave) for batch, wave in {1: 16, 2: 16, 8: 4}.items()}
-"""The same of base shape on an accelerator."""
-
-STACKING = Stacking(unroll=6)
-"""`--system.unroll 6`: all layers of the base shape are written out, which pays on a CPU."""
-
-PICTURE, PROMPT, ANSWER = (768, 768), 32, 24
+CELLS = [Cell(model, batch, cached).name for model, rounds in SHAPES.items() for batch in rounds for cached in USES]
 
 
 @dataclass(frozen=True)
@@ -185,7 +177,7 @@ def measure(options: Run) -> None:
         folder, vlm, params, world = world_of[1]
         wave = choose_shape(cell)[1]
         if options.compute != "float32":
-            vlm = read_vlm(folder, compute_dtype=getattr(jnp, options.compute), stacking=choose_stacking())
+            vlm = read_vlm(folder, compute_dtype=getattr(jnp, options.compute), stacking=choose_stacking(cell.model))
         line = measure_cell(
             cell, vlm, params, world, folder, wave=wave, peer_python=options.peer_python, repeats=options.repeats,
             compute=options.compute,
@@ -196,13 +188,14 @@ def measure(options: Run) -> None:
 
 def choose_shape(cell: Cell) -> tuple[Shape, int]:
     """A cell's round, and clients side by side in it."""
-    many = cell.model == "base" and jax.default_backend() != "cpu"
-    return (ACCELERATED if many else SHAPES[cell.model])[cell.batch]
+    many = cell.model in BASES and jax.default_backend() != "cpu"
+    return (BASES[cell.model].accelerated if many else SHAPES[cell.model])[cell.batch]
 
 
-def choose_stacking() -> Stacking:
-    """How the layers of base shape are run here."""
-    return STACKING if jax.default_backend() == "cpu" else Stacking()
+def choose_stacking(model: str) -> Stacking:
+    """How a model's layers are run here."""
+    written = model in BASES and jax.default_backend() == "cpu"
+    return Stacking(unroll=BASES[model].unroll) if written else Stacking()
 
 
 def open_world(cell: Cell, work: Path) -> tuple[Path, Vlm, Any, World]:
@@ -211,17 +204,21 @@ def open_world(cell: Cell, work: Path) -> tuple[Path, Vlm, Any, World]:
     if cell.model == "nano":
         shipped = open_shipped(shape)
         return resolve_folder("florence2-nano"), shipped.vlm, shipped.params, shipped.world
-    vlm, params = load_vlm(_base(work), stacking=choose_stacking())
-    return _base(work), vlm, params, draw_world(vlm, params, shape, size=PICTURE, prompt=PROMPT, answer=ANSWER)
+    base = BASES[cell.model]
+    folder = base.open_folder(cell.model, work)
+    vlm, params = load_vlm(folder, stacking=choose_stacking(cell.model))
+    world = draw_world(vlm, params, shape, size=base.picture, prompt=base.prompt, answer=base.answer)
+    return folder, vlm, params, world
 
 
 def report_memory(options: Memory) -> None:
     """Write results/client_memory.json."""
     found = {}
     for model in options.models:
-        folder = resolve_folder("florence2-nano") if model == "nano" else _base(options.work)
-        vlm, params = load_vlm(folder, stacking=STACKING)
-        size, prompt, answer = ((64, 64), 8, 8) if model == "nano" else (PICTURE, PROMPT, ANSWER)
+        base = BASES.get(model)
+        folder = base.open_folder(model, options.work) if base else resolve_folder("florence2-nano")
+        vlm, params = load_vlm(folder, stacking=Stacking(unroll=base.unroll if base else 6))
+        size, prompt, answer = (base.picture, base.prompt, base.answer) if base else ((64, 64), 8, 8)
         for batch in (1, 2):
             shape = Shape(1, 2, batch)
             found[f"{model}-{batch}"] = measure_clients(vlm, params, shape, size=size, prompt=prompt, answer=answer)
@@ -243,12 +240,13 @@ def report_rounding(options: Rounding) -> None:
 
 def report_stacks(options: Stacks) -> None:
     """Write results/stacks.json."""
-    folder = _base(options.work)
+    base = BASES["base"]
+    folder = base.open_folder("base", options.work)
     vlm, params = load_vlm(folder)
-    world = draw_world(vlm, params, Shape(1, 1, 1), size=PICTURE, prompt=PROMPT, answer=ANSWER)
+    world = draw_world(vlm, params, Shape(1, 1, 1), size=base.picture, prompt=base.prompt, answer=base.answer)
     rounds = {
         f"unroll {stacking.unroll}": Ours(read_vlm(folder, stacking=stacking), params, world, "cached", 1)
-        for stacking in (Stacking(), STACKING)
+        for stacking in (Stacking(), Stacking(unroll=base.unroll))
     }
     for run in rounds.values():
         run()  # warm
@@ -343,14 +341,6 @@ def tabulate(lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )  # fmt: skip
         rows.append("| " + " | ".join(figures) + " |")
     return rows
-
-
-def _base(work: Path) -> Path:
-    """The checkpoint of base shape, made where it is not there."""
-    folder = work / "base"
-    if not (folder / "model.safetensors").exists():
-        make_checkpoint(folder)
-    return folder
 
 
 if __name__ == "__main__":

@@ -62,4 +62,4 @@ def _blank(vlm: Vlm, shape: Shape, size: tuple[int, int], prompt: int, answer: i
     }
     indices = np.zeros((shape.clients, shape.steps, shape.batch), np.int32)
     weights = np.full(shape.clients, 1 / shape.clients, np.float32)
-    return World(shape, examples, indices, weights, start_factors(vlm, settings), settings)
+    return World(shape, examples, indices, weights, start_factors(vlm, settings), settings, {})

@@ -5,7 +5,7 @@ Pictures are there twice, as pixels and as the frozen tower's features of them; 
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class World:
         weights: [K], of the average; Σ = 1.
         start: path -> factor, what all clients start from.
         settings: of adapter and optimiser.
+        modules: path of a site of the adapter -> what PEFT calls its layers.
     """
 
     shape: Shape
@@ -74,6 +75,7 @@ class World:
     weights: Float[np.ndarray, " clients"]
     start: Mapping[str, np.ndarray]
     settings: Settings
+    modules: Mapping[str, Sequence[str]]
 
 
 def start_factors(vlm: Vlm, settings: Settings) -> dict[str, np.ndarray]:
@@ -81,6 +83,20 @@ def start_factors(vlm: Vlm, settings: Settings) -> dict[str, np.ndarray]:
     spec = lora.LoRA(settings.rank, settings.alpha, settings.targets or vlm.targets)
     fresh = lora.init(jax.random.key(3), vlm.sites, spec)
     return {path: np.asarray(leaf) for path, leaf in tree.flatten(fresh).items() if not path.endswith("scale")}
+
+
+def name_modules(vlm: Vlm, targets: str = "") -> dict[str, list[str]]:
+    """Path of a site -> the names that its layers' modules have in transformers, by the family's table.
+
+    Args:
+        vlm: the model.
+        targets: of the adapter; the model's default where it is empty.
+    """
+    named = {}
+    for site in lora.select(vlm.sites, targets or vlm.targets):
+        names = vlm.table.find_names(site.weight, site.stack[0])
+        named[site.path] = [f"{vlm.table.prefix}{name}".removesuffix(".weight") for name, _ in names]
+    return named
 
 
 def read_world(experiment: Experiment, simulator: Simulator, settings: Settings = SETTINGS) -> World:
@@ -95,8 +111,8 @@ def read_world(experiment: Experiment, simulator: Simulator, settings: Settings 
     if not clients.mask.all():
         raise ValueError("a client has fewer examples than a round's batches")
     shape = Shape(len(numbers), layout.steps, layout.batch)
-    start = start_factors(model.vlm, settings)
-    return World(shape, clients.examples, clients.indices, weights[: len(numbers)], start, settings)
+    start, modules = start_factors(model.vlm, settings), name_modules(model.vlm, settings.targets)
+    return World(shape, clients.examples, clients.indices, weights[: len(numbers)], start, settings, modules)
 
 
 def draw_world(
@@ -123,9 +139,11 @@ def draw_world(
     count, tokens = shape.steps * shape.batch, vlm.image_tokens(*size)
     rows, image = (shape.clients, count), vlm.image_token_id
 
+    # Between the special tokens: Florence-2's are the first, those of models that chat the last.
+    lowest, highest = (max(10, image + 1), vlm.vocabulary) if image < vlm.vocabulary // 2 else (10, image)
+
     def words(length: int) -> np.ndarray:
-        lowest = max(10, image + 1)  # above the special tokens
-        return random.integers(lowest, vlm.vocabulary, (*rows, length)).astype(np.int32)
+        return random.integers(lowest, highest, (*rows, length)).astype(np.int32)
 
     ids = np.concatenate([np.full((*rows, tokens), image, np.int32), words(prompt)], axis=-1)
     pixels = random.normal(size=(*rows, *size, 3)).astype(np.float32)
@@ -142,12 +160,13 @@ def draw_world(
         np.arange(count, dtype=np.int32).reshape(shape.steps, shape.batch), (shape.clients, shape.steps, shape.batch)
     )
     weights = np.full(shape.clients, 1 / shape.clients, np.float32)
-    return World(shape, examples, indices, weights, start_factors(vlm, settings), settings)
+    start, modules = start_factors(vlm, settings), name_modules(vlm, settings.targets)
+    return World(shape, examples, indices, weights, start, settings, modules)
 
 
 def write_world(world: World, path: Path) -> None:
     """Write a world as one `.npz` that needs nothing of this package to be read."""
     examples = {f"example/{name}": array for name, array in world.examples.items()}
     start = {f"start/{name}": factor for name, factor in world.start.items()}
-    settings = json.dumps(dataclasses.asdict(world.settings))
-    np.savez(path, indices=world.indices, weights=world.weights, settings=settings, **examples, **start)  # type: ignore[arg-type]
+    texts = {"settings": json.dumps(dataclasses.asdict(world.settings)), "modules": json.dumps(world.modules)}
+    np.savez(path, indices=world.indices, weights=world.weights, **texts, **examples, **start)  # type: ignore[arg-type]

@@ -15,7 +15,19 @@ import numpy as np
 import torch
 from federation.round_case import ALPHA, BASE, CASES, FILE, GOLDEN_CASES, RANK, STEPS, draw_start, make_clients
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from pytorch_peft import State, average, from_arrays, load_model, to_arrays, to_torch, train_client
+from pytorch_peft import Places, State, average, from_arrays, load_model, to_arrays, to_torch, train_client
+
+TARGETS = r".*language_model\.(encoder|decoder)\.layers\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+
+
+def find_places(state: State) -> Places:
+    """`….language_model.encoder.layers.1.fc1.lora_A.weight` -> `language_model/encoder/layers/fc1/a`, 1."""
+    places = {}
+    for name in state:
+        parts = name[name.index("language_model") :].split(".")
+        layer = int(parts.pop(parts.index("layers") + 1))
+        places[name] = ("/".join([*parts[:-2], {"lora_A": "a", "lora_B": "b"}[parts[-2]]]), layer)
+    return places
 
 
 def run_round(
@@ -37,23 +49,23 @@ def run_round(
 
 def find_sites(state: State) -> dict[str, tuple[int, int, int]]:
     """path -> layers, d_in, d_out."""
-    shapes = {path: array.shape for path, array in to_arrays(state).items()}
+    shapes = {path: array.shape for path, array in to_arrays(find_places(state), state).items()}
     paths = {path.rpartition("/")[0] for path in shapes}
     return {path: (*shapes[f"{path}/a"][:2], shapes[f"{path}/b"][2]) for path in paths}
 
 
 def answer(folder: Path, cases: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Factors after the round, `case/server/path` and `case/0/path` (client 0 keeps it), and norms, `case/norms`."""
-    model, found = load_model(folder, RANK, ALPHA), {}
+    model, found = load_model(folder, RANK, ALPHA, TARGETS), {}
     fresh = get_peft_model_state_dict(model)
     for case in cases:
         method, clip, kind, rates = CASES[case]
-        start = from_arrays(list(fresh), draw_start(kind, find_sites(fresh)))
+        start = from_arrays(find_places(fresh), draw_start(kind, find_sites(fresh)))
         is_shared = {name: method != "plora" or "lora_B" in name for name in start}
         mean, private, norms = run_round(model, start, is_shared, clip, rates)
         found[f"{case}/norms"] = np.asarray(norms, np.float32)
         for owner, state in {"server": mean, "0": private[0], "1": private[1]}.items():
-            found |= {f"{case}/{owner}/{path}": factor for path, factor in to_arrays(state).items()}
+            found |= {f"{case}/{owner}/{path}": factor for path, factor in to_arrays(find_places(state), state).items()}
     return found
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from federation.round_case import ALPHA, RANK, STEPS
 from federation.test_pytorch_round import norm, run_ours
+from harness.world import name_modules
 from models import causal_cases
 
-from fedvlm_jax import lora
 from fedvlm_jax.models import load_weights, open_model
 
 pytestmark = [
@@ -37,29 +37,18 @@ def make_clients(processor):
     return [first, {"pixel_values": pixels[5:], **{name: array[[3, 1]] for name, array in rows.items()}}]
 
 
-def name_modules(vlm):
-    """Path of a site -> the names that its layers' modules have in transformers."""
-    named = {}
-    for site in lora.select(vlm.sites, vlm.targets):
-        names = vlm.table.find_names(site.weight, site.stack[0])
-        named[site.path] = [name.removesuffix(".weight") for name, _ in names]
-    return named
-
-
 def run_theirs(folder, clients, modules, start):
     """Mean of the clients' factors after the round, by path, weighted by their examples."""
     import torch
     from models import causal_reference
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from pytorch_peft import name_places
     from transformers import AutoModelForImageTextToText
 
     base = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=[name for names in modules.values() for name in names])
     model = get_peft_model(base, config).eval()
-    keys = {
-        f"base_model.model.{name}.lora_{side.upper()}.weight": (f"{path}/{side}", layer)
-        for path, names in modules.items() for layer, name in enumerate(names) for side in "ab"
-    }  # fmt: skip
+    keys = name_places(modules)
     assert get_peft_model_state_dict(model).keys() == keys.keys()
     states, counts = [], []
     for client, steps in zip(clients, STEPS, strict=True):

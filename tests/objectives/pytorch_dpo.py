@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from federation.pytorch_round import find_sites
+from federation.pytorch_round import TARGETS, find_places, find_sites
 from federation.round_case import ALPHA, BASE, RANK, draw_start
 from objectives.dpo_case import CASES, FILE, make_batch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -53,9 +53,10 @@ def compute_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], case: s
 
 def answer(folder: Path) -> dict[str, np.ndarray]:
     """`case/loss`, gradients `case/path`, and the base's log-probabilities, `reference/labels` and the like."""
-    model = load_model(folder, RANK, ALPHA)
+    model = load_model(folder, RANK, ALPHA, TARGETS)
     fresh = get_peft_model_state_dict(model)
-    set_peft_model_state_dict(model, from_arrays(list(fresh), draw_start("trained", find_sites(fresh))))
+    places = find_places(fresh)
+    set_peft_model_state_dict(model, from_arrays(places, draw_start("trained", find_sites(fresh))))
     batch = {name: torch.tensor(array) for name, array in make_batch().items()}
     batch = {name: array if name == "pixel_values" else array.long() for name, array in batch.items()}
     batch["pixel_values"] = batch["pixel_values"].permute(0, 3, 1, 2)
@@ -70,7 +71,7 @@ def answer(folder: Path) -> dict[str, np.ndarray]:
         found[f"{case}/loss"] = loss.detach().numpy()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         named = {name.replace(".default.", "."): gradient for name, gradient in gradients.items()}
-        found |= {f"{case}/{path}": array for path, array in to_arrays(named).items()}
+        found |= {f"{case}/{path}": array for path, array in to_arrays(places, named).items()}
     return found
 
 
