@@ -15,7 +15,7 @@ from fedvlm_jax.cli.main import main
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.run_options import LoraOptions, Run
 from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.data.tokenization import ask_processor
+from fedvlm_jax.data.token_arrays import ask_processor
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import load_vlm, open_model, read_vlm
 from fedvlm_jax.models.clip import processor as clip_processor

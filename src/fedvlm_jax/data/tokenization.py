@@ -8,17 +8,18 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data import federated_dataset as federated
-from fedvlm_jax.data.batches import IGNORED, MULTIPLE
+from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.data.config import SPLITS, TURNS, DataOptions
 from fedvlm_jax.data.picture_views import Views, list_views, number_views
 from fedvlm_jax.data.prompts import Prompt, Tiles, parse_turns
 from fedvlm_jax.data.table import Table
+from fedvlm_jax.data.token_arrays import ask_processor, list_unfit, stack, take, widen
 from fedvlm_jax.data.unique_images import Images, number_distinct, unique_images
 from fedvlm_jax.errors import UserError
 
@@ -28,7 +29,6 @@ CHUNK = 1024  # texts that are tokenised at a time
 # More characters per token than any text has on average. A text of megabytes would make every array as wide as itself,
 # so what must be too long is not even tokenised.
 CHARACTERS = 16
-UNRELATED = (KeyboardInterrupt, SystemExit, MemoryError)  # exceptions of a processor that no text is to blame for
 
 
 class TextProcessor(Protocol):
@@ -131,8 +131,10 @@ def encode(
     """
     if pairs:
         require_pairs(table)
-    rows = federation.rows
-    questions = table.read_stripped(find_question_column(table, options), rows)
+    rows, column = federation.rows, find_question_column(table, options)
+    questions = table.read_stripped(column, rows)
+    has_turns = TURNS in table.columns and column == "question" and processor.reads_turns
+    turns = table.read_text(TURNS, rows) if has_turns else [None] * len(rows)
     chosen, rejected, is_pair, refused = _read_answers(table, rows, processor, options.max_answer_tokens)
     images, pictures, missing = unique_images(table, rows)
     broken = images.find_broken()
@@ -149,7 +151,7 @@ def encode(
         if reason:
             reasons[place] = reason
     tiles = [processor.cut(*size) for size in images.read_sizes()] if processor.cut else [Tiles()] * len(images)
-    asked, refused = _ask(table, rows, questions, pictures, tiles, processor, set(reasons))
+    asked, refused = _ask(questions, turns, pictures, tiles, set(reasons))
     ids, mask, which, pad, unfit = _tokenise_prompts(processor, asked, options.max_prompt_tokens)
     for place, reason in (refused | unfit).items():
         reasons.setdefault(place, reason)
@@ -165,9 +167,9 @@ def encode(
         image=pictures[:, 0].copy(),
         pictures=pictures,
         view=number_views(pictures, tiles),
-        input_ids=_take(ids, which[kept], mask, pad),
-        attention_mask=_take(mask, which[kept], mask, 0),
-        labels=_take(chosen.labels, kept, chosen.labels != IGNORED, IGNORED),
+        input_ids=take(ids, which[kept], mask, pad),
+        attention_mask=take(mask, which[kept], mask, 0),
+        labels=take(chosen.labels, kept, chosen.labels != IGNORED, IGNORED),
         answers=[chosen.texts[place] for place in kept],
         rows=rows[kept],
         clients=_renumber(federation.clients, kept),
@@ -175,7 +177,7 @@ def encode(
         views=list_views(images, tiles),
         skipped=skipped,
         truncated=int(chosen.cut[kept].sum()),
-        rejected=_take(rejected.labels, kept, rejected.labels != IGNORED, IGNORED) if has_rejected else None,
+        rejected=take(rejected.labels, kept, rejected.labels != IGNORED, IGNORED) if has_rejected else None,
         rejected_answers=[rejected.texts[place] for place in kept] if has_rejected else None,
         rejected_truncated=int(rejected.cut[kept].sum()),
         all_answers=table.read_answers(rows[kept]) if table.has_several_answers else None,
@@ -183,14 +185,12 @@ def encode(
 
 
 def _ask(
-    table: Table, rows: np.ndarray, questions: list[str], pictures: np.ndarray, tiles: list[Tiles],
-    processor: TextProcessor, lost: set[int],
-) -> tuple[list[str | Prompt], dict[int, str]]:  # fmt: skip
+    questions: list[str], turns: Sequence[str | None], pictures: np.ndarray, tiles: list[Tiles], lost: set[int]
+) -> tuple[list[str | Prompt], dict[int, str]]:
     """List what each row asks, a text where it is one question about a whole picture; also place -> why it cannot.
 
     Rows at the places `lost` are not looked at.
     """
-    turns = table.read_text(TURNS, rows) if TURNS in table.columns and processor.reads_turns else [None] * len(rows)
     asked, refused = list[str | Prompt](), dict[int, str]()
     for place, (question, said, row) in enumerate(zip(questions, turns, pictures.tolist(), strict=True)):
         prompt = Prompt(question)
@@ -252,14 +252,14 @@ def _tokenise_answers(
         unfit |= {start + n: reason for n, reason in refused.items()}
         labels = np.array(asked, np.int32)
         over = (labels != IGNORED).sum(axis=1) > most
-        labels = _widen(labels, most + 1, IGNORED)[:, :most]
+        labels = widen(labels, most + 1, IGNORED)[:, :most]
         if over.any():  # tokenised again, so that the processor decides how a cut answer ends
             cut = np.asarray(processor.answers([text for text, o in zip(part, over, strict=True) if o], most), np.int32)
-            labels[over] = _widen(cut, most, IGNORED)
+            labels[over] = widen(cut, most, IGNORED)
         long[start : start + CHUNK] = over
         used = int((labels != IGNORED).sum(axis=1).max())
         chunks.append(labels[:, :used])
-    return _stack(chunks, IGNORED)[which], long[which], _list_unfit(unfit, which)
+    return stack(chunks, IGNORED)[which], long[which], list_unfit(unfit, which)
 
 
 def _tokenise_prompts(
@@ -285,9 +285,9 @@ def _tokenise_prompts(
         }
         width = int(lengths[lengths <= most].max(initial=0))
         chunks.append((ids[:, :width], mask[:, :width]))
-    ids, masks = _stack([ids for ids, _ in chunks], pad or 0), _stack([mask for _, mask in chunks], 0)
+    ids, masks = stack([ids for ids, _ in chunks], pad or 0), stack([mask for _, mask in chunks], 0)
     assert (np.diff(masks, axis=1) <= 0).all(), "prompts must be padded on the right"
-    return ids, masks, which, pad or 0, _list_unfit(unfit, which)
+    return ids, masks, which, pad or 0, list_unfit(unfit, which)
 
 
 def _measure(asked: str | Prompt) -> int:
@@ -295,51 +295,3 @@ def _measure(asked: str | Prompt) -> int:
     if isinstance(asked, str):
         return len(asked)
     return sum(len(part) for turn in asked.said for part in turn.parts if part)
-
-
-def _list_unfit(unfit: dict[int, str], which: np.ndarray) -> dict[int, str]:
-    """Turn places among distinct texts into those of the rows [N] that have them."""
-    return {row: unfit[place] for row, place in enumerate(which.tolist()) if place in unfit}
-
-
-def ask_processor(ask: Callable[[list[Any]], Any], texts: Sequence[Any], what: str) -> tuple[Any, dict[int, str]]:
-    """Have a processor tokenise texts, those that it refuses as empty ones; also return place -> reason for these.
-
-    Whatever it raises is a text's fault; `what` names the texts in a reason.
-    """
-    try:
-        return ask([*texts]), {}
-    except UNRELATED:
-        raise
-    except BaseException:  # what ends a tokenizer written in Rust is no Exception
-        refused = dict[int, str]()
-    for place, text in enumerate(texts):
-        try:
-            ask([text])
-        except UNRELATED:
-            raise
-        except BaseException as error:
-            refused[place] = f"{what} refused: {error}"[:120]
-    return ask(["" if place in refused else text for place, text in enumerate(texts)]), refused
-
-
-def _take(array: np.ndarray, kept: np.ndarray, counted: np.ndarray, fill: int) -> np.ndarray:
-    """Take rows, as wide as the one with most tokens that count, rounded up.
-
-    >>> tokens = np.asarray([[5, 6], [7, 0]])
-    >>> _take(tokens, np.asarray([1, 0]), tokens > 0, 0).tolist()
-    [[7, 0, 0, 0], [5, 6, 0, 0]]
-    """
-    width = -(-max(1, int(counted.sum(axis=1)[kept].max(initial=0))) // MULTIPLE) * MULTIPLE
-    return _widen(array, width, fill)[kept, :width]
-
-
-def _stack(parts: Sequence[np.ndarray], fill: int) -> np.ndarray:
-    """Lay arrays [n, T] of different widths T below each other."""
-    width = max((part.shape[1] for part in parts), default=0)
-    return np.concatenate([np.empty((0, width), np.int32), *(_widen(part, width, fill) for part in parts)])
-
-
-def _widen(array: np.ndarray, width: int, fill: int) -> np.ndarray:
-    missing = max(0, width - array.shape[1])
-    return np.pad(array, ((0, 0), (0, missing)), constant_values=fill)

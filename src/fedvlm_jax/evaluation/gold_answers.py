@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Int
 
 from fedvlm_jax.data.batches import IGNORED
-from fedvlm_jax.data.tokenization import CHARACTERS, CHUNK, ask_processor
+from fedvlm_jax.data.token_arrays import ask_processor
+from fedvlm_jax.data.tokenization import CHARACTERS, CHUNK
 from fedvlm_jax.evaluation.metrics.answer_tokens import normalise
 from fedvlm_jax.models import Processor
 from fedvlm_jax.models.beam_search import Settings
