@@ -1,4 +1,4 @@
-"""Runs by itself with eight forced host devices and prints what it found as JSON; `test_program.py` reads that.
+"""Runs by itself with eight forced host devices and prints what it found as JSON; `test_compiled.py` reads that.
 Arguments: a method, an objective and the meshes (clients x waves, or clients x waves x model) to hold against one
 device, `plora/dpo=4x2,4x2x2`; `smolvlm:plora/sft=4x2` of another family than Florence-2.
 
