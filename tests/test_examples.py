@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+LONG = "02_first_federation"  # a minute; building the site runs all of them
+
+CASES = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem == LONG else pytest.mark.broad)
+    for path in EXAMPLES
+]
 
 
-@pytest.mark.broad
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CASES)
 def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = runpy.run_path(str(path))

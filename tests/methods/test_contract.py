@@ -150,10 +150,24 @@ EVERY_TIME = ("plora", "local", "flora", "pfedme", "fedalt")
 """One of each kind, in the ordinary suite: one part shared, nothing shared, a base that moves, a model beside the
 shared one, what others sent delivered. All others that ship are broad tests; a new file is tried every time."""
 
+RULES = ("fedavg-lora", "fedsa-lora", "ffa-lora", "iat", "iat-inverted", "plora-reset-a")
+"""Rules of what is shared and no code beside: what takes another program to compile is a slow test of them."""
 
-def each(methods):
+UNLIKE = ("rolora", "apfl", "fedmosaic", "fedrpca")
+"""Two phases, two models in one scan, what was sent kept by the clients' numbers, an average of its own: with those
+of every time they stand for all methods where the engine makes all alike."""
+
+
+def each(methods, slow=()):
+    def mark(name):
+        return pytest.mark.slow if name in slow else pytest.mark.broad
+
     broad = SENT.keys() - set(EVERY_TIME)
-    return [pytest.param(name, marks=pytest.mark.broad) if name in broad else name for name in methods]
+    return [pytest.param(name, marks=mark(name)) if name in broad else name for name in methods]
+
+
+unless_a_rule = pytest.mark.parametrize("case", each(methods_available(), slow=RULES), indirect=True)
+of_each_kind = pytest.mark.parametrize("case", each(methods_available(), slow=SENT.keys() - set(UNLIKE)), indirect=True)
 
 
 @pytest.fixture(scope="module", params=each(methods_available()))
@@ -235,6 +249,7 @@ def test_weights_count_unless_the_method_says_why_not(case):
         assert all(jax.tree.leaves(equal)) == moot, f"round {at.number}"
 
 
+@of_each_kind
 def test_waves_change_nothing(case):
     """Four waves of one client each are another program to compile, which the engine makes alike for all methods."""
     for at, waves in itertools.product(case.moments, (2, 4) if case.name == "plora" else (2,)):
@@ -244,6 +259,7 @@ def test_waves_change_nothing(case):
         assert_close(out.messages, at.out.messages, **later(at))
 
 
+@unless_a_rule
 @pytest.mark.parametrize("poison", [np.nan, -7.0])
 def test_a_client_of_weight_zero_changes_nothing(case, poison):
     """Whatever it computed: what is not finite may be skipped by chance, so that there are numbers as well."""
@@ -257,6 +273,7 @@ def test_a_client_of_weight_zero_changes_nothing(case, poison):
         assert_close(take(personal, three), alone_personal, **later(at))
 
 
+@unless_a_rule
 @pytest.mark.parametrize("poison", [np.nan, 3e38])
 def test_a_client_whose_numbers_are_not_finite_is_left_out(case, poison):
     """As if it had not been drawn; it keeps its state, and the others' weights add up to one."""
@@ -293,6 +310,7 @@ def test_nobody_counts_and_the_server_stays(case):
         assert_close(out.server, at.server, rtol=0, atol=0)
 
 
+@of_each_kind
 def test_masked_steps_and_padded_rows_change_nothing(case):
     for at in case.moments:
         cohort = at.cohort
@@ -316,6 +334,7 @@ def test_an_empty_client_keeps_its_start(case):
         assert np.isfinite(out.metrics["loss"]).all()
 
 
+@unless_a_rule
 def test_one_client_alone_is_not_changed_by_averaging(case):
     for at in case.moments[:1] if case.name in POOLED else case.moments:
         out, personal = case.again(at, take(at.cohort, [2]), [1.0], take(at.states, [2]))
@@ -362,7 +381,7 @@ def make_believe(ended):
     return train
 
 
-@pytest.mark.parametrize("case", each(LIKE_LOCAL), indirect=True)
+@pytest.mark.parametrize("case", each(LIKE_LOCAL, slow=RULES), indirect=True)
 def test_with_one_client_averaging_is_local_training(case):
     """In two rounds, where the second goes on with all that local training goes on with."""
     local = make_case("local")
@@ -396,6 +415,7 @@ def test_old_clients_go_on_from_their_own_state_and_new_ones_do_not(case):
         assert all(jax.tree.leaves(same)) == (case.name in BEGIN_ANEW), f"round {at.number}"
 
 
+@of_each_kind
 def test_rounds_follow_each_other(case):
     """All rounds with everything that is carried over, in one wave and in two, in another order of clients."""
     order = np.asarray([3, 1, 0, 2])
@@ -663,7 +683,7 @@ def change(name, option):
     }[option]
 
 
-@pytest.mark.parametrize("name", each(methods_available()))
+@pytest.mark.parametrize("name", each(methods_available(), slow=RULES))
 def test_what_a_method_takes_it_reads(name):
     """An option that it says it takes changes what is computed: the traced programs or their order."""
     declared = [*(set(AVERAGING) - make_method(name)[3].refuses.keys()), *list_method_flags(name)]
@@ -677,4 +697,4 @@ def test_a_new_file_is_tried_every_time():
     plain, marked = each(["a-new-method", "fedavg-lora"])
     assert plain == "a-new-method"
     assert [mark.name for mark in marked.marks] == ["broad"]
-    assert set(EVERY_TIME) <= SENT.keys() <= set(methods_available())
+    assert {*EVERY_TIME, *RULES, *UNLIKE} <= SENT.keys() <= set(methods_available())

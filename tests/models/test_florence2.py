@@ -49,7 +49,7 @@ def test_labels_are_shifted_right() -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_several_answers_to_a_prompt_are_answered_as_one_by_one(loaded: Any, adapted: bool) -> None:
     vlm, params, batch = loaded
     adapter = make_adapter(vlm, "language_model.*(q_proj|v_proj|fc1)|shared") if adapted else None
@@ -95,7 +95,9 @@ def test_sites_are_found_without_weights_and_count_layers() -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("targets", ["decoder.*(k|v|q)_proj", "encoder/.*fc1|shared"])
+@pytest.mark.parametrize(
+    "targets", ["decoder.*(k|v|q)_proj", pytest.param("encoder/.*fc1|shared", marks=pytest.mark.slow)]
+)
 def test_adapted_generation_equals_merged_generation(loaded: Any, targets: str) -> None:
     vlm, params, batch = loaded
     adapter = make_adapter(vlm, targets)
@@ -117,7 +119,13 @@ def test_an_adapter_in_the_vision_tower_does_not_pass_by_cached_features(loaded:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("targets", ["encoder/.*fc1", "decoder/.*(q_proj|v_proj)", "(q|v)_proj|shared|fc2"])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        *(pytest.param(half, marks=pytest.mark.slow) for half in ("encoder/.*fc1", "decoder/.*(q_proj|v_proj)")),
+        "(q|v)_proj|shared|fc2",
+    ],
+)
 def test_a_prompt_may_be_encoded_once_for_several_uses(loaded: Any, targets: str) -> None:
     vlm, params, batch = loaded
     adapter = make_adapter(vlm, f"language_model.*({targets})")
@@ -132,7 +140,7 @@ def test_a_prompt_may_be_encoded_once_for_several_uses(loaded: Any, targets: str
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("beams", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_clients_at_once_generate_as_one_by_one(loaded: Any, beams: int) -> None:
     vlm, params, batch = loaded
     adapters = [make_adapter(vlm, "q_proj|v_proj", seed) for seed in range(CLIENTS)]

@@ -17,7 +17,13 @@ from fedvlm_jax.models.florence2 import build
 GOLDEN = Path(__file__).parent / "golden"
 FASTEST = "single"
 """The model that compiles fastest: all options of generation are tried on it, two on each of the others."""
-TOKENS = [(case, name) for case in CASES for name in (OPTIONS if case == FASTEST else ("greedy_ends", "beams_early"))]
+SLOW = "odd"
+"""Whose tokens are a slow test: its logits are compared every time."""
+TOKENS = [
+    pytest.param(case, name, marks=pytest.mark.slow if case == SLOW else pytest.mark.broad)
+    for case in CASES
+    for name in (OPTIONS if case == FASTEST else ("greedy_ends", "beams_early"))
+]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -39,7 +45,6 @@ def test_features_logits_and_loss_are_those_of_transformers(case: Any) -> None:
     assert -chosen[..., 0][counted].mean() == pytest.approx(answers["loss"].item(), abs=1e-5)
 
 
-@pytest.mark.broad
 @pytest.mark.parametrize(("case", "name"), TOKENS, indirect=["case"])
 def test_tokens_are_those_of_transformers(case: Any, name: str) -> None:
     vlm, params, batch, answers = case
@@ -66,8 +71,14 @@ def test_bfloat16_compute_stays_close() -> None:
     assert correlation > 0.99  # measured: 0.998
 
 
-@pytest.mark.broad
-@pytest.mark.parametrize("stacking", [Stacking(True, 1), Stacking(True, 2), Stacking(False, 1)], ids=str)
+@pytest.mark.parametrize(
+    "stacking",
+    [
+        pytest.param(Stacking(True, 1), marks=pytest.mark.broad),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (Stacking(True, 2), Stacking(False, 1))),
+    ],
+    ids=str,
+)
 def test_how_layers_are_stacked_changes_the_program_and_no_gradient(stacking: Stacking) -> None:
     vlm, params = load_vlm(GOLDEN / "windows", stacking=Stacking(unroll=2))
     other = build(vlm.config, stacking=stacking)

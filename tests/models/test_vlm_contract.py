@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,12 @@ from fedvlm_jax.evaluation.evaluator import GREEDY
 from fedvlm_jax.models import load_weights, open_model, read_size, save_checkpoint
 from fedvlm_jax.utils import tree
 
-# What they share takes a minute to compile for each, so one decoder-only model is in the ordinary suite, and of further
-# architectures one each in the broad one; live comparisons with transformers cover every case.
-ORDINARY, BROAD = ("smolvlm-tied",), ("gemma3", "llava")
-CAUSAL = [
-    pytest.param(name, marks=[] if name in ORDINARY else pytest.mark.broad if name in BROAD else pytest.mark.slow)
-    for name in causal_cases.CASES
-]
-CLIP = [pytest.param("clip", marks=pytest.mark.broad), pytest.param("clip-legacy", marks=pytest.mark.slow)]
-TOY = pytest.param("toy_decoder", marks=pytest.mark.broad)  # trained by tests/training/test_second_family.py
+# What they share takes a minute to compile for each, so one decoder-only model is in the ordinary suite, and in the
+# broad one that which is least like it, and CLIP. What a family alone decides, and takes seconds, is broad for more of
+# them. Live comparisons with transformers cover every case.
+NAMES = ["florence2", "toy_decoder", *causal_cases.CASES, *clip_cases.CASES]
+ORDINARY, BROAD = ("florence2", "smolvlm-tied"), ("qwen3-vl", "clip")
+DESCRIBED = (*BROAD, "gemma3", "llava")
 QUESTIONS, ANSWERS = ["what is this?", "a", "is it a red car, or two?"], ["a car", "no", "yes it is one"]
 
 
@@ -62,32 +60,55 @@ class Case:
         return jax.jit(self.vlm.logits)(self.params, adapter, batch)
 
 
-@pytest.fixture(scope="module", params=["florence2", TOY, *CAUSAL, *CLIP])
-def case(request, model, toy_decoder, tmp_path_factory):
-    for cases in (causal_cases.CASES, clip_cases.CASES):
-        if request.param in cases:
-            folder = tmp_path_factory.mktemp(request.param)
-            causal_cases.write_model(request.param, folder, cases=cases)
-            return Case(folder)
-    return Case({"florence2": model, "toy_decoder": toy_decoder}[request.param])
+@pytest.fixture(scope="module")
+def make(request, tmp_path_factory):
+    """Name -> its case, made once."""
+    homes = {"florence2": "model", "toy_decoder": "toy_decoder"}
+
+    @cache
+    def make(name):
+        if name in homes:
+            return Case(request.getfixturevalue(homes[name]))
+        folder = tmp_path_factory.mktemp(name)
+        cases = causal_cases.CASES if name in causal_cases.CASES else clip_cases.CASES
+        causal_cases.write_model(name, folder, cases=cases)
+        return Case(folder)
+
+    return make
+
+
+def mark(broad):
+    rest = [name for name in NAMES if name not in ORDINARY]
+    marked = [pytest.param(name, marks=pytest.mark.broad if name in broad else pytest.mark.slow) for name in rest]
+    return [*ORDINARY, *marked]
+
+
+@pytest.fixture(scope="module", params=mark(BROAD))
+def case(request, make):
+    return make(request.param)
+
+
+@pytest.fixture(scope="module", params=mark(DESCRIBED))
+def described(request, make):
+    return make(request.param)
 
 
 def assert_close(found, wanted, atol=2e-5):
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=atol), found, wanted)
 
 
-def test_shapes_are_those_of_the_contract(case):
-    vlm, tokens = case.vlm, case.processor.image_tokens
-    features = jax.eval_shape(vlm.image_features, case.params, None, case.batch["pixel_values"])
+def test_shapes_are_those_of_the_contract(described):
+    vlm, tokens = described.vlm, described.processor.image_tokens
+    features = jax.eval_shape(vlm.image_features, described.params, None, described.batch["pixel_values"])
     assert features.shape == (3, tokens, vlm.image_width)
-    assert read_size(case.folder) == case.processor.size
-    memory = jax.eval_shape(vlm.encode, case.params, None, case.batch)
+    assert read_size(described.folder) == described.processor.size
+    memory = jax.eval_shape(vlm.encode, described.params, None, described.batch)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(memory)} == {3}
-    states, logits = jax.eval_shape(vlm.states, case.params, None, case.batch | {"labels": case.labels})
-    assert states.shape[:-1] == case.labels.shape
-    assert (logits.shape, logits.dtype) == ((*case.labels.shape, vlm.vocabulary), jnp.float32)
+    states, logits = jax.eval_shape(vlm.states, described.params, None, described.batch | {"labels": described.labels})
+    assert states.shape[:-1] == described.labels.shape
+    assert (logits.shape, logits.dtype) == ((*described.labels.shape, vlm.vocabulary), jnp.float32)
     shapes = tree.flatten(vlm.shapes())
-    assert {path: leaf.shape for path, leaf in tree.flatten(case.params).items()} == {
+    assert {path: leaf.shape for path, leaf in tree.flatten(described.params).items()} == {
         path: leaf.shape for path, leaf in shapes.items()
     }
     jax.eval_shape(vlm.states, vlm.shapes(), None, vlm.example_batch())
@@ -172,60 +193,60 @@ def test_the_best_of_two_beams_is_as_likely_as_it_says(case):
     assert (score(4) >= score(1) - 1e-5).all()
 
 
-def test_components_part_the_parameters(case):
-    for path in tree.flatten(case.vlm.shapes()):
-        matching = [name for name, pattern in case.vlm.components.items() if re.match(pattern, path)]
+def test_components_part_the_parameters(described):
+    for path in tree.flatten(described.vlm.shapes()):
+        matching = [name for name, pattern in described.vlm.components.items() if re.match(pattern, path)]
         assert len(matching) == 1, (path, matching)
-    text = "encoder" if case.chooses else "decoder"  # what reads classes answers nothing
-    assert {"vision", "connector", text} <= case.vlm.components.keys()
+    text = "encoder" if described.chooses else "decoder"  # what reads classes answers nothing
+    assert {"vision", "connector", text} <= described.vlm.components.keys()
 
 
-def test_default_targets_are_sites_of_the_text_model(case):
-    chosen = lora.select(case.vlm.sites, case.vlm.targets)
-    assert {case.vlm.component(site.path) for site in chosen} <= {"encoder", "decoder"}
-    assert not lora.find_dead_targets(case.vlm.sites, case.vlm.targets)
+def test_default_targets_are_sites_of_the_text_model(described):
+    chosen = lora.select(described.vlm.sites, described.vlm.targets)
+    assert {described.vlm.component(site.path) for site in chosen} <= {"encoder", "decoder"}
+    assert not lora.find_dead_targets(described.vlm.sites, described.vlm.targets)
 
 
-def test_every_site_moves_the_answers(case):
-    adapter = case.adapt(".*")
-    batch = {**case.batch, "labels": case.labels}
+def test_every_site_moves_the_answers(described):
+    adapter = described.adapt(".*")
+    batch = {**described.batch, "labels": described.labels}
 
     def loss(adapter):
-        return jnp.square(case.vlm.logits(case.params, adapter, batch)).mean()
+        return jnp.square(described.vlm.logits(described.params, adapter, batch)).mean()
 
     for path, gradient in tree.flatten(jax.jit(jax.grad(loss))(adapter)).items():
         if not path.endswith("scale"):
             assert float(jnp.abs(gradient).max()) > 0, path
 
 
-def test_cuts_name_parameters(case):
-    shapes = tree.flatten(case.vlm.shapes())
-    for pattern, axes, _ in case.vlm.cuts:
+def test_cuts_name_parameters(described):
+    shapes = tree.flatten(described.vlm.shapes())
+    for pattern, axes, _ in described.vlm.cuts:
         named = [leaf for path, leaf in shapes.items() if re.fullmatch(pattern, path)]
         assert named, pattern
         assert all(-leaf.ndim <= axis < 0 for leaf in named for axis in axes)
 
 
-def test_names_in_checkpoints_and_paths_determine_each_other(case, tmp_path):
-    for path, leaf in tree.flatten(case.vlm.shapes()).items():
-        for name, slot in case.vlm.table.find_names(path, leaf.shape[0] if leaf.shape else 1):
-            assert (case.vlm.table.find_slot(name), slot.path) == (slot, path)
-    shutil.copytree(case.folder, tmp_path / "again")
-    save_checkpoint(case.vlm, case.params, tmp_path / "again")
+def test_names_in_checkpoints_and_paths_determine_each_other(described, tmp_path):
+    for path, leaf in tree.flatten(described.vlm.shapes()).items():
+        for name, slot in described.vlm.table.find_names(path, leaf.shape[0] if leaf.shape else 1):
+            assert (described.vlm.table.find_slot(name), slot.path) == (slot, path)
+    shutil.copytree(described.folder, tmp_path / "again")
+    save_checkpoint(described.vlm, described.params, tmp_path / "again")
     again, _ = open_model(tmp_path / "again")
-    assert again.fingerprint == case.opened.fingerprint
-    jax.tree.map(np.testing.assert_array_equal, load_weights(again, tmp_path / "again"), case.params)
+    assert again.fingerprint == described.opened.fingerprint
+    jax.tree.map(np.testing.assert_array_equal, load_weights(again, tmp_path / "again"), described.params)
 
 
-def test_the_processor_keeps_its_contract(case):
-    processor, vlm = case.processor, case.vlm
+def test_the_processor_keeps_its_contract(described):
+    processor, vlm = described.processor, described.vlm
     assert processor.image_tokens == vlm.image_tokens(*processor.size)
     assert processor.pixels([]).shape == (0, *processor.size, 3)
     ids, mask = processor.prompts(QUESTIONS)
     assert ((ids == processor.image_token_id).sum(1) == processor.image_tokens).all()
     assert (np.diff(mask, axis=1) <= 0).all(), "padding stands on the right"
     assert processor.decode(processor.answers(ANSWERS, 64)) == ANSWERS
-    if not case.chooses:  # among whose answers there is no long one
+    if not described.chooses:  # among whose answers there is no long one
         cut = processor.answers(["a long answer of many words"], 4)
         assert cut.shape == (1, 4)
         assert cut[0, -1] == processor.eos_token_id

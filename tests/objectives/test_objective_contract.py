@@ -14,7 +14,10 @@ from fedvlm_jax.objectives import load_objective
 CLIENTS = 3
 
 ORDINARY = ("local", "fedavg-lora", "plora", "flora", "fedalt")
-"""Methods that every objective is tried with each time; with the others it is a slow test."""
+"""Methods that every objective is tried with; with the others it is a slow test."""
+
+ALIKE = ("sft", "sft+dpo")
+"""Objectives that train as `dpo` does, which is tried with all of those: with plora, and with the others slowly."""
 
 
 def add_pairs(examples):
@@ -100,9 +103,15 @@ def test_padding_labels_change_nothing(case):
     assert np.isfinite(run(short)[0][0])
 
 
-@pytest.mark.broad
+def mark(objective, method):
+    broad = method in ORDINARY and (objective not in ALIKE or method == "plora")
+    return pytest.param(objective, method, marks=pytest.mark.broad if broad else pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    "method", [m if m in ORDINARY else pytest.param(m, marks=pytest.mark.slow) for m in methods_available()]
+    ("case", "method"),
+    [mark(objective, method) for objective in objectives_available() for method in methods_available()],
+    indirect=["case"],
 )
 def test_every_method_trains_it(case, method):
     """Three rounds of three steps at a high rate: the clients' loss falls."""

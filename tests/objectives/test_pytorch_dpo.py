@@ -62,8 +62,18 @@ def norm(arrays):
     return np.sqrt(sum(np.sum(np.square(np.asarray(x, np.float64))) for x in arrays))
 
 
-@pytest.mark.broad
-@pytest.mark.parametrize("case", CASES)
+BY_HAND = ("smoothed", "length-normalised")
+"""Variants that test_dpo.py holds against values and gradients worked out by hand; here they are slow."""
+
+
+def mark(base, case):
+    golden = pytest.mark.slow if case in BY_HAND else pytest.mark.broad
+    return pytest.param(base, case, marks=pytest.mark.parity if base == "live" else golden)
+
+
+@pytest.mark.parametrize(
+    ("base", "case"), [mark(base, case) for base in ("golden", "live") for case in CASES], indirect=["base"]
+)
 def test_loss_and_gradients_are_pytorch_s(base, case):
     vlm, params, adapter, batch, answers = base
     name, variant, beta, smoothing, weight = CASES[case]

@@ -106,7 +106,7 @@ def test_few_clients_stand_with_their_names_and_numbers() -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("count", [100, 1000])
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_clients_stay_a_picture_of_one_page(count: int) -> None:
     figure = draw_data(make_description(count, 12, held_out=count // 10))
     assert max(figure.get_size_inches()) < 10

@@ -58,7 +58,7 @@ def test_the_answers_are_those_that_were_scored(model, loaded, tmp_path):
                 assert answer[metric] == pytest.approx(results[name]["test"][metric][entry["client"]])
 
 
-@pytest.mark.broad
+@pytest.mark.slow  # that the two models score alike is a broad test, see test_final_evaluation.py
 def test_where_nothing_is_private_the_global_model_answers_as_the_personal_one(model, loaded, tmp_path):
     for entry in read(run_with(model, tmp_path / "run", loaded, method="fedavg-lora")):
         assert entry["answers"]["global"] == entry["answers"]["personal"]

@@ -56,7 +56,7 @@ def test_a_run_tells_what_became_of_its_clients(finished):
     assert [line["steps"] for line in finetuning] == [5], "everybody's, and whole"
 
 
-@pytest.mark.parametrize("stop", [1, 2, 4])
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_stopped_and_resumed_is_never_stopped(model, loaded, finished, tmp_path, stop):
     """The same clients are drawn, drop out and straggle, so the adapters are the same bit for bit."""
     run = eventful_run(model, tmp_path / "run")

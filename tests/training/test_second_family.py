@@ -42,7 +42,7 @@ def test_it_learns_and_is_scored_with_neighbours(finished):
     assert resolved["adapted_sites"] == [f"layers/{name}_proj" for name in ("down", "k", "o", "q", "up", "v")]
 
 
-@pytest.mark.broad
+@pytest.mark.slow  # what is stored of a run does not depend on its family
 def test_a_stopped_run_goes_on_to_the_same_adapters(finished, tmp_path):
     run, folder = finished
     run = replace(run, evaluation=replace(run.evaluation, neighbours=3), out=tmp_path / "stopped")

@@ -10,7 +10,9 @@ from fedvlm_jax.cli.main import main
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("name", ["LLaVA", "metadata.jsonl", pytest.param("CSV", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["LLaVA", *(pytest.param(name, marks=pytest.mark.slow) for name in ("metadata.jsonl", "CSV"))]
+)
 def test_own_data_train_to_a_report(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_ARENA_MAX", "0")  # else the command would start this process again
     rows = make_own_rows(16)
