@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from models import causal_cases
-from models.test_pictures import TALK, WHOLE
+from models.test_picture_prompts import TALK, WHOLE
 
 from fedvlm_jax.data.prompts import Prompt, Tiles
 from fedvlm_jax.models import load_weights, open_model
