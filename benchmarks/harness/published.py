@@ -129,6 +129,20 @@ def describe_clip(name: str) -> Config:
     }  # fmt: skip
 
 
+INTERNVL3_1B: Config = {
+    "model_type": "internvl", "downsample_ratio": 0.5, "image_token_id": 151667, "projector_hidden_act": "gelu",
+    "vision_feature_layer": -1, "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
+        "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rope_theta": 1000000.0,
+        "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}, "vocab_size": 151674,
+    },
+    "vision_config": {
+        "model_type": "internvl_vision", "attention_bias": True, "hidden_size": 1024, "image_size": [448, 448],
+        "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": [14, 14],
+    },
+}  # fmt: skip
+
 SMALLEST: dict[str, Config] = {
     "HuggingFaceTB/SmolVLM-256M-Instruct": SMOLVLM_256M,
     "Qwen/Qwen3-VL-2B-Instruct": describe_qwen("qwen3_vl", 2048, 6144, 28, 16, 8),
@@ -137,6 +151,7 @@ SMALLEST: dict[str, Config] = {
     "llava-hf/llava-1.5-7b-hf": LLAVA_7B,
     "google/paligemma2-3b-pt-224": PALIGEMMA2_3B,
     "google/gemma-3-4b-it": GEMMA3_4B,
+    "OpenGVLab/InternVL3-1B-hf": INTERNVL3_1B,
     "openai/clip-vit-base-patch32": describe_clip("ViT-B/32"),
 }
 """Hub id -> content of config.json; Florence-2-base's ships."""

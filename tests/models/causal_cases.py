@@ -151,6 +151,25 @@ def write_smolvlm(folder: Path, *, kind: str = "smolvlm", tied: bool = False, **
     })  # fmt: skip
 
 
+def write_internvl(folder: Path, *, vision=(), rope=(), text=(), **config) -> None:
+    """Configuration, tokenizer and image processor of a tiny InternVL."""
+    special = ["<unk>", "<|endoftext|>", "<pad>", "<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+    ids = write_tokenizer(folder, special, "<|endoftext|>", "<|im_end|>", "<pad>")
+    text = {**LLAMA, "model_type": "qwen2", **dict(text)}
+    text["rope_parameters"] = {**text["rope_parameters"], **dict(rope)}
+    del text["head_dim"]
+    write_json(folder / "config.json", {
+        "model_type": "internvl", "image_token_id": ids["<IMG_CONTEXT>"], "text_config": text,
+        "vision_config": {
+            "model_type": "internvl_vision", **SIGLIP, "image_size": [32, 32], "patch_size": [8, 8],
+            "attention_bias": True, **dict(vision),
+        },
+        **config,
+    })  # fmt: skip
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 2})
+    write_pictures(folder, "GotOcr2ImageProcessorFast", crop_to_patches=True, min_patches=1, max_patches=12)
+
+
 GEMMA = {
     "vocab_size": 312, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 6, "max_position_embeddings": 160, "rms_norm_eps": 1e-6,
@@ -159,12 +178,12 @@ GEMMA = {
 GEMMA2 = {"model_type": "gemma2", "query_pre_attn_scalar": 5, "sliding_window": 6, "attn_logit_softcapping": 3.0}
 
 
-def write_pictures(folder: Path, kind: str) -> None:
+def write_pictures(folder: Path, kind: str, **settings) -> None:
     """Settings of an image processor that brings pictures to one size."""
     write_json(folder / "preprocessor_config.json", {
         "image_processor_type": kind, "size": {"height": 32, "width": 32}, "do_resize": True, "do_rescale": True,
         "do_normalize": True, "do_convert_rgb": None, "resample": 3, "rescale_factor": 1 / 255, "image_seq_length": 16,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], **settings,
     })  # fmt: skip
 
 
@@ -301,6 +320,13 @@ CASES = {
     "gemma3": lambda folder: write_gemma3(folder, template=GEMMA3_TEMPLATE),
     # A window shorter than a picture, and no template.
     "gemma3-narrow": lambda folder: write_gemma3(folder, sliding_window=3, sliding_window_pattern=4),
+    "internvl": lambda folder: write_internvl(
+        folder, tie_word_embeddings=True, rope={"rope_type": "dynamic", "factor": 2.0}, text={"num_hidden_layers": 4}
+    ),
+    # Neither part says whether the head is the token table; the tower's states are normed; patches are joined 4 x 4.
+    "internvl-untied": lambda folder: write_internvl(
+        folder, vision={"use_mean_pooling": False}, downsample_ratio=0.25, projector_hidden_act="relu"
+    ),
     "qwen3-vl": write_qwen3,
     "qwen2.5-vl": lambda folder: write_qwen25(folder, tied=False),
 }

@@ -1,4 +1,4 @@
-"""The names that tensors of LLaVA's and Gemma's models have in folders."""
+"""The names that tensors of LLaVA's, Gemma's and InternVL's models have in folders."""
 
 import re
 

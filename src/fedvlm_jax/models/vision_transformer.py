@@ -24,6 +24,8 @@ class StackShape:
         layers: how many are computed, which may be fewer than a checkpoint holds.
         causal: does a state see only itself and those before it, as in CLIP's text model?
         deviation: of random weights.
+        layer_scale: where the learned factors begin that multiply what a layer's two halves add (arXiv 2103.17239);
+            None for none.
     """
 
     width: int
@@ -34,6 +36,7 @@ class StackShape:
     epsilon: float
     causal: bool = False
     deviation: float = 0.02
+    layer_scale: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +109,16 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> tuple[Float[Array, "B P D"], None]:
-        norm = partial(Norm, self.dtype, self.shape.epsilon)
-        x = x + SelfAttention(self.shape, self.dtype, name="self_attn")(norm(name="layer_norm1")(x))
-        return x + Mlp(self.shape, self.dtype, name="mlp")(norm(name="layer_norm2")(x)), None
+        norm, start = partial(Norm, self.dtype, self.shape.epsilon), self.shape.layer_scale
+
+        def scale(name: str, y: Array) -> Array:
+            if start is None:
+                return y
+            return y * self.param(name, nn.initializers.constant(start), y.shape[-1:]).astype(self.dtype)
+
+        attended = SelfAttention(self.shape, self.dtype, name="self_attn")(norm(name="layer_norm1")(x))
+        x = x + scale("lambda_1", attended)
+        return x + scale("lambda_2", Mlp(self.shape, self.dtype, name="mlp")(norm(name="layer_norm2")(x))), None
 
 
 class VisionTransformer(nn.Module):
