@@ -34,6 +34,7 @@ FAMILIES = {
 SLOW = {
     "smolvlm-tied": "smolvlm",  # one head of keys for four of queries
     "idefics3": "idefics3",
+    "internvl": "internvl",
     "llava_onevision": "llava_onevision",
     "paligemma": "paligemma",
     "smolvlm:tower": "smolvlm",

@@ -20,7 +20,9 @@ pytestmark = [
 ANSWERS = ["a car", "no", "yes it is one"]
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "qwen3-vl", "qwen2.5-vl", "gemma3", "llava", "llava_onevision", "internvl"])
+@pytest.mark.parametrize(
+    "name", ["smolvlm", "qwen3-vl", "qwen2.5-vl", "gemma3", "llava", "llava_onevision", "internvl"]
+)
 def test_rows_of_one_and_two_pictures_are_those_of_transformers(name, tmp_path):
     causal_cases.CASES[name](tmp_path)
     prompts = [Prompt("", TALK, WHOLE), Prompt("why?"), Prompt("which one?", pictures=WHOLE)]
