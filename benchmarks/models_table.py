@@ -39,6 +39,7 @@ FLORENCE = "microsoft/Florence-2-base"
 MODELS = {
     "HuggingFaceTB/SmolVLM-256M-Instruct": "SmolVLM-256M",
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": "LLaVA-OneVision-0.5B",
+    "OpenGVLab/InternVL3-1B-hf": "InternVL3-1B",
     "Qwen/Qwen3-VL-2B-Instruct": "Qwen3-VL-2B",
     "google/paligemma2-3b-pt-224": "PaliGemma 2 3B",
     "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen2.5-VL-3B",

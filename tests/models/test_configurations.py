@@ -42,6 +42,7 @@ def test_a_config_json_alone_says_how_large_pictures_are(name, tmp_path):
         "HuggingFaceTB/SmolVLM-256M-Instruct": 64, "Qwen/Qwen3-VL-2B-Instruct": 196, "Qwen/Qwen2.5-VL-3B-Instruct": 256,
         "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": 730, "llava-hf/llava-1.5-7b-hf": 576,
         "google/paligemma2-3b-pt-224": 256, "google/gemma-3-4b-it": 256, "openai/clip-vit-base-patch32": 1,
+        "OpenGVLab/InternVL3-1B-hf": 256,
     }[name]  # fmt: skip
     (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 1}}')
     if "Qwen" not in name:

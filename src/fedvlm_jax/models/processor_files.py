@@ -98,7 +98,7 @@ def read_size_or_tower(
         return read(folder)
     file = folder / "config.json"
     side = read_config(read_json(file), file).vision_config.image_size
-    return side, side
+    return (side, side) if isinstance(side, int) else tuple(side)
 
 
 def shorten(picture: Image.Image, side: int, *, crop: bool = True) -> Image.Image:

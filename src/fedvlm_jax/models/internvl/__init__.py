@@ -4,7 +4,7 @@ from fedvlm_jax.models.base import Family
 from fedvlm_jax.models.internvl.config import read_config
 from fedvlm_jax.models.internvl.model import build
 from fedvlm_jax.models.internvl.processor import open_processor
-from fedvlm_jax.models.processor_files import read_size
+from fedvlm_jax.models.processor_files import read_size, read_size_or_tower
 
 __all__ = ["FAMILY", "build"]
 
@@ -13,5 +13,5 @@ FAMILY = Family(
     read_config=read_config,
     build=build,
     open_processor=open_processor,
-    read_size=read_size,
+    read_size=lambda folder: read_size_or_tower(folder, read_config, read_size),
 )
