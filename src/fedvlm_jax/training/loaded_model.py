@@ -44,7 +44,7 @@ from fedvlm_jax.run_dir.absolute_paths import anchor
 from fedvlm_jax.run_dir.fingerprints import describe_model
 from fedvlm_jax.training.round_setup import build_programs, check_room, choose_arithmetic
 from fedvlm_jax.utils.cache_folders import find_cache, read_bound, trim
-from fedvlm_jax.utils.compilation_cache import count_cores, describe_processor
+from fedvlm_jax.utils.compilation_cache import describe_processor
 from fedvlm_jax.utils.memoized import forget, memoized
 
 SOURCES = (
@@ -184,6 +184,7 @@ class LoadedModel:
         with a processor that makes other pixels. Of several processes each has its own folder.
         """
         device, system = jax.local_devices()[0], self.system
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         hashed = (
             (f"{self.vlm.fingerprint} {self.processor.fingerprint}", *computing),
             (system.compute, system.remat, system.unroll),
@@ -192,7 +193,7 @@ class LoadedModel:
             (os.environ.get("XLA_FLAGS"), jax.config.values["jax_default_matmul_precision"]),
             device.device_kind,
             describe_processor(),
-            count_cores(),
+            cores,
         )
         digest = hashlib.blake2b(repr(hashed).encode(), digest_size=12).hexdigest()
         process = f"-{jax.process_index()}of{processes.count()}" if processes.count() > 1 else ""

@@ -2,9 +2,7 @@
 
 This is jax's persistent compilation cache, switched on for the commands that train or evaluate, through the environment
 (which the processes that a command starts inherit) and only where that says nothing about it yet. A program taken from
-it is the one that was compiled, so results do not change. XLA shares a CPU's loops out among the cores that there are
-when it compiles, which jax does not look at when it looks for a program: one for another number of cores rounds
-otherwise. So each number has a folder.
+it is the one that was compiled, so results do not change.
 
 A program from the cache is machine code that runs as the user. So nobody else may have been able to write it: the
 folder and the way to it must be the user's and closed to all others, or no program is kept and one line says so.
@@ -16,7 +14,6 @@ import contextlib
 import hashlib
 import os
 import platform
-import re
 import stat
 import sys
 from pathlib import Path
@@ -32,8 +29,6 @@ SETTINGS = {
     "jax_compilation_cache_max_size": 2 * 2**30,  # bytes; those used longest ago go first
 }
 
-_CORES = re.compile(r"\d+-cores")
-
 _holds: list[Hold] = []  # folders in use until this process ends
 
 
@@ -43,8 +38,8 @@ def keep_programs() -> Path | None:
     Libraries should leave the choice to the program, so nothing in this package calls it on import.
 
     Returns:
-        The folder, in which every number of cores has its own; None where it is switched off, cannot be made, is open
-        to others (printed on stderr), or is already decided (`JAX_COMPILATION_CACHE_DIR`).
+        The folder; None where it is switched off, cannot be made, is open to others (printed on stderr), or is already
+        decided (`JAX_COMPILATION_CACHE_DIR`).
     """
     chosen = os.environ.get(SWITCH, "")
     if chosen == "0" or FOLDER in os.environ:
@@ -65,45 +60,18 @@ def keep_programs() -> Path | None:
 
     folder.chmod(0o700)
     _holds.append(Hold(folder))
-    programs = folder / _name_cores()
     # jax writes a program's time of use last, and finds no room beside one without. It holds this lock meanwhile.
-    with contextlib.suppress(OSError, Timeout):
-        programs.mkdir(exist_ok=True, mode=0o700)
-        with FileLock(programs / ".lockfile", timeout=10.0):
-            for file in programs.glob("*-cache"):
-                if not file.with_name(file.name.removesuffix("-cache") + "-atime").exists():
-                    file.unlink()
-    for name, value in {"jax_compilation_cache_dir": str(programs), **SETTINGS}.items():
-        if name.upper() not in os.environ:
-            _set(name, value)
-    return folder
-
-
-def keep_apart() -> None:
-    """Have this process keep its programs apart from those of its parent, which has another number of cores.
-
-    To be called before the first program is compiled, and after the process was given its cores.
-    """
-    if parent := os.environ.get(FOLDER):
-        folder = Path(parent)
-        beside = folder.parent if _CORES.fullmatch(folder.name) else folder
-        _set("jax_compilation_cache_dir", str(beside / _name_cores()))
-
-
-def count_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _name_cores() -> str:
-    return f"{count_cores()}-cores"
-
-
-def _set(name: str, value: float | str) -> None:
-    os.environ[name.upper()] = str(value)
+    with contextlib.suppress(OSError, Timeout), FileLock(folder / ".lockfile", timeout=10.0):
+        for file in folder.glob("*-cache"):
+            if not file.with_name(file.name.removesuffix("-cache") + "-atime").exists():
+                file.unlink()
     jax = sys.modules.get("jax")  # which reads the environment when it is imported
-    if jax is not None:
-        jax.config.update(name, value)
+    for name, value in {"jax_compilation_cache_dir": str(folder), **SETTINGS}.items():
+        if name.upper() not in os.environ:
+            os.environ[name.upper()] = str(value)
+            if jax is not None:
+                jax.config.update(name, value)
+    return folder
 
 
 def find_danger(folder: Path) -> str | None:

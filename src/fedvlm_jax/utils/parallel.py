@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import jax
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.utils.compilation_cache import keep_apart
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -69,7 +68,6 @@ def _settle(shares: Any, stop: Any) -> None:
     Thread(target=_end_with, args=(stop,), daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, shares.get())
-    keep_apart()
 
 
 def _end_with(stop: Any) -> None:
