@@ -120,7 +120,7 @@ def test_killed_at_random_moments(model, finished, tmp_path, kills):
     command = [sys.executable, "-c", "from fedvlm_jax.cli.main import main; main()", "train", "--no-baseline"]
     generator = random.Random(os.getpid())
     log = tmp_path / "log"
-    # In a process of its own, too: behind the whole broad suite such a one has ended some last bits beside this process.
+    # In a process of its own, too: behind all broad tests such a one has ended some last bits beside this process.
     subprocess.run([*command, *flags, f"--out={tmp_path / 'whole'}"], check=True, capture_output=True)
     flags.append(f"--out={run.out}")
     for attempt in range(8):

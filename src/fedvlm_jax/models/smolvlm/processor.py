@@ -89,9 +89,7 @@ def write_picture(count: int, tiles: Tiles) -> str:
     r"""Write what stands for a picture: its tiles by row and column, then the whole of it, `count` image tokens each.
 
     >>> write_picture(1, Tiles(1, 2)).replace(AROUND, "|")
-    '|<row_1_col_1><image>|<row_1_col_2><image>
-
-    |<global-img><image>|'
+    '|<row_1_col_1><image>|<row_1_col_2><image>\n\n|<global-img><image>|'
     """
     lines = (
         "".join(f"{AROUND}<row_{row + 1}_col_{column + 1}>{IMAGE * count}" for column in range(tiles.columns)) + "\n"
