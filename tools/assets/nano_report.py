@@ -1,6 +1,7 @@
-"""Measure Florence2-nano as it lies in its folder, and write the figures into its model card.
+"""Measure a nano model as it lies in its folder, and write the figures into its model card.
 
     python tools/assets/nano_report.py
+    python tools/assets/nano_report.py --model smolvlm-nano
 
 Greedy generation from images and questions, exact match of normalised answers, on validation concepts, none of which
 the model has seen in any style: in the public styles (which it trained on) and in the client vendors' (which it never
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -26,9 +27,8 @@ from nano_augment import normalize
 from nano_corpus import decode
 from nano_text import encode_pairs
 from nano_training import ROOT
-from transformers import AutoTokenizer
 
-from fedvlm_jax.models import load_vlm
+from fedvlm_jax.models import load_weights, open_model
 
 BATCH = 512
 MARK = "<!-- figures -->"
@@ -38,13 +38,18 @@ MARK = "<!-- figures -->"
 class Report:
     """What is measured and where it is written."""
 
-    folder: Path = ROOT / "src" / "fedvlm_jax" / "assets" / "florence2-nano"
+    model: Literal["florence2-nano", "smolvlm-nano"] = "florence2-nano"
+    assets: Path = ROOT / "src" / "fedvlm_jax" / "assets"
     public: Path = ROOT / "build" / "emoji" / "public.parquet"
     shipped: Path = ROOT / "src" / "fedvlm_jax" / "assets" / "emoji" / "emoji.parquet"
     limit: int = 0
     """Pictures per style; 0 is all of them."""
     write: bool = True
     """Put the figures into the folder's README.md."""
+
+    @property
+    def folder(self) -> Path:
+        return self.assets / self.model
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,8 @@ def extract_features(vlm: Any, params: Any, pictures: list[Picture]) -> np.ndarr
 class Answerer:
     """Generates answers to (row, question) pairs, in batches of one shape."""
 
-    def __init__(self, vlm: Any, params: Any, tokenizer: Any, features: np.ndarray) -> None:
-        self.image, self.tokenizer, self.features = vlm.config.image_token_id, tokenizer, features
+    def __init__(self, vlm: Any, params: Any, processor: Any, features: np.ndarray) -> None:
+        self.processor, self.features = processor, features
         self.run = jax.jit(lambda batch: vlm.generate(params, None, batch, 18))
 
     def answer(self, rows: Iterable[int], question: str) -> list[str]:
@@ -102,10 +107,10 @@ class Answerer:
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
             padded = part + part[:1] * (BATCH - len(part))
-            batch = encode_pairs(self.tokenizer, [(question, "")] * BATCH, self.image)
+            batch = encode_pairs(self.processor, [(question, "")] * BATCH)
             batch.pop("labels")
             tokens = np.asarray(self.run({**batch, "image_features": self.features[padded]}))[: len(part)]
-            answers += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            answers += self.processor.decode(tokens)
         return answers
 
 
@@ -115,11 +120,10 @@ def normalise(text: str) -> str:
 
 def measure(report: Report) -> dict[str, Any]:
     """Accuracies by question language (``neutral`` among them), task and style, and what chance would give."""
-    vlm, params = load_vlm(report.folder)
+    vlm, processor = open_model(report.folder)
+    params = load_weights(vlm, report.folder)
     pictures = load_pictures(report)
-    answerer = Answerer(
-        vlm, params, AutoTokenizer.from_pretrained(report.folder), extract_features(vlm, params, pictures)
-    )
+    answerer = Answerer(vlm, params, processor, extract_features(vlm, params, pictures))
     styles = sorted({picture.style for picture in pictures})
     rows_of = {style: [i for i, p in enumerate(pictures) if p.style == style] for style in styles}
     accuracy: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)

@@ -8,19 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import nano_augment
-import nano_tokenizer
 import numpy as np
 from emoji_texts import CLIENT_QUESTIONS, NEUTRAL_QUESTIONS
 from nano_corpus import Corpus, draw_pair
 from nano_training import Pretrain, spread_kernels, train
 
-PROMPT_LENGTH, ANSWER_LENGTH = 26, 14
+PROMPT_LENGTH, ANSWER_LENGTH = 34, 14
 IGNORED = -100
 
 
 def feature_copies(run: Pretrain, vlm: Any, params: dict, corpus: Corpus, copies: int) -> np.ndarray:
     """float16 [copies, N, P, D]: features of the pictures, the first copy as they are, the others augmented."""
-    file = run.work / f"features-{sum(run.vision_steps)}-{copies}-{len(corpus.pixels)}.npy"
+    file = run.state / f"features-{sum(run.vision_steps)}-{copies}-{len(corpus.pixels)}.npy"
     if file.is_file():
         return np.load(file)
     extract = jax.jit(partial(vlm.image_features, params, None))
@@ -39,29 +38,22 @@ def feature_copies(run: Pretrain, vlm: Any, params: dict, corpus: Corpus, copies
     return features
 
 
-def encode_pairs(tokenizer: Any, pairs: list[tuple[str, str]], image: int) -> dict[str, np.ndarray]:
-    """Prompts [B, 17 + PROMPT_LENGTH] as the processor makes them, and labels [B, ANSWER_LENGTH], cut to fit."""
-    width = nano_tokenizer.IMAGE_TOKENS + PROMPT_LENGTH
-    ids = np.full((len(pairs), width), 1, np.int32)
-    labels = np.full((len(pairs), ANSWER_LENGTH), IGNORED, np.int32)
-    ids[:, : nano_tokenizer.IMAGE_TOKENS] = image
-    for line, label, question, answer in zip(
-        ids,
-        labels,
-        tokenizer([q for q, _ in pairs]).input_ids,
-        tokenizer([a for _, a in pairs]).input_ids,
-        strict=True,
-    ):
-        line[nano_tokenizer.IMAGE_TOKENS :][: len(question)] = question[:PROMPT_LENGTH]
-        label[: len(answer)] = answer[:ANSWER_LENGTH]
-    return {"input_ids": ids, "attention_mask": (ids != 1).astype(np.int32), "labels": labels}
+def encode_pairs(processor: Any, pairs: list[tuple[str, str]]) -> dict[str, np.ndarray]:
+    """Prompts [B, image tokens + PROMPT_LENGTH] and labels [B, ANSWER_LENGTH] as the processor makes them."""
+    ids, mask = processor.prompts([question for question, _ in pairs])
+    labels = processor.answers([answer for _, answer in pairs], ANSWER_LENGTH)
+    missing = processor.image_tokens + PROMPT_LENGTH - ids.shape[1]
+    return {
+        "input_ids": np.pad(ids, ((0, 0), (0, missing))),
+        "attention_mask": np.pad(mask, ((0, 0), (0, missing))),
+        "labels": np.pad(labels, ((0, 0), (0, ANSWER_LENGTH - labels.shape[1])), constant_values=IGNORED),
+    }
 
 
-def train_text(run: Pretrain, vlm: Any, params: dict, tokenizer: Any, corpus: Corpus, valid: Corpus) -> dict:
+def train_text(run: Pretrain, vlm: Any, params: dict, processor: Any, corpus: Corpus, valid: Corpus) -> dict:
     """The text half after learning to answer on the frozen features."""
     features = feature_copies(run, vlm, params, corpus, run.copies)
     unseen = feature_copies(run, vlm, params, valid, 1)[0]
-    image = vlm.config.image_token_id
 
     def loss(text: Any, batch: dict) -> tuple[Any, dict]:
         logits = vlm.logits({"language_model": text}, None, batch)
@@ -75,7 +67,7 @@ def train_text(run: Pretrain, vlm: Any, params: dict, tokenizer: Any, corpus: Co
 
     def batches(rng: np.random.Generator, number: int) -> tuple:
         rows = rng.integers(0, len(corpus.names), run.text_batch)
-        batch = encode_pairs(tokenizer, [draw_pair(rng, corpus.names[row]) for row in rows], image)
+        batch = encode_pairs(processor, [draw_pair(rng, corpus.names[row]) for row in rows])
         seen = features[rng.integers(0, run.copies, run.text_batch), rows].astype(np.float32)
         seen += rng.normal(0, 0.15, seen.shape).astype(np.float32)
         seen *= rng.random((*seen.shape[:2], 1)) > 0.1  # whole image tokens dropped
@@ -85,7 +77,7 @@ def train_text(run: Pretrain, vlm: Any, params: dict, tokenizer: Any, corpus: Co
     rows = np.arange(len(valid.names))
     pairs = [(NEUTRAL_QUESTIONS["subgroup"], valid.names[row]["en"]["subgroup"]) for row in rows]
     pairs += [(q[1], valid.names[row][language]["subgroup"]) for row in rows for language, q in [_draw_language(rng)]]
-    check = encode_pairs(tokenizer, pairs, image) | {"image_features": np.concatenate([unseen, unseen])}
+    check = encode_pairs(processor, pairs) | {"image_features": np.concatenate([unseen, unseen])}
     forced = jax.jit(lambda text, batch: loss(text, batch)[1]["train_exact"])
 
     def evaluate(text: Any) -> dict:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,11 @@ class Pretrain:
     """Where things are and how long to train."""
 
     corpus: Path = ROOT / "build" / "emoji" / "public.parquet"
+    model: Literal["florence2-nano", "smolvlm-nano"] = "florence2-nano"
     work: Path = ROOT / "build" / "pretrain"
-    """Checkpoints and log.jsonl."""
-    folder: Path = ROOT / "src" / "fedvlm_jax" / "assets" / "florence2-nano"
+    """Checkpoints and log.jsonl, in a folder of the model's name."""
+    assets: Path = ROOT / "src" / "fedvlm_jax" / "assets"
+    """Where the model's folder is written."""
     seed: int = 0
     vision_steps: tuple[int, ...] = (1500, 3000)
     """Steps of every cosine cycle of the vision phase. A cycle added later goes on from the finished ones."""
@@ -42,11 +44,19 @@ class Pretrain:
     text_rate: float = 2e-3
     save_seconds: float = 120.0
 
+    @property
+    def folder(self) -> Path:
+        return self.assets / self.model
+
+    @property
+    def state(self) -> Path:
+        return self.work / self.model
+
 
 def log(run: Pretrain, **values: Any) -> None:
     line = json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in values.items()})
     print(line, flush=True)
-    with (run.work / "log.jsonl").open("a") as file:
+    with (run.state / "log.jsonl").open("a") as file:
         file.write(line + "\n")
 
 
@@ -89,7 +99,7 @@ def train(
     # A copy, because the step donates its state and `params` and `ema` start as the same arrays.
     state = {"params": params, "ema": jax.tree.map(jnp.copy, params), "step": jnp.zeros((), jnp.int32)}
     state["opt"] = optimiser(rate, steps).init(params)
-    file = run.work / f"{phase}.msgpack"
+    file = run.state / f"{phase}.msgpack"
     if file.is_file():
         state = jax.tree.map(jnp.asarray, serialization.from_bytes(state, file.read_bytes()))
     step, saved, began = make_step(loss, rate, steps), time.time(), time.time()
@@ -121,6 +131,10 @@ def smoothed(logits: Any, target: Any, mass: float) -> Any:
     return -(1 - mass) * jnp.sum(logp * target, -1) - mass * jnp.mean(logp, -1) * jnp.sum(target, -1)
 
 
+LAST = ("proj", "out_proj", "fc2", "o_proj", "down_proj")
+"""Kernels at the end of a residual branch."""
+
+
 def spread_kernels(params: dict) -> dict:
     """Kernels rescaled from the configuration's 0.02 to fan-in ** -0.5 (half of that where a residual branch ends):
     at these widths 0.02 leaves the branches all but silent at first."""
@@ -129,7 +143,7 @@ def spread_kernels(params: dict) -> dict:
         names = [part.key for part in path]
         if names[-1] != "kernel" or names[-2] in ("conv1", "conv2"):  # depthwise: already beside a skip connection
             return leaf
-        fan_in = np.prod(leaf.shape[:-1]) if names[-2] == "conv" else leaf.shape[-2]
-        return leaf / 0.02 * fan_in**-0.5 * (0.5 if names[-2] in ("proj", "out_proj", "fc2") else 1.0)
+        fan_in = np.prod(leaf.shape[:-1]) if names[-2] in ("conv", "patch_embedding") else leaf.shape[-2]
+        return leaf / 0.02 * fan_in**-0.5 * (0.5 if names[-2] in LAST else 1.0)
 
     return jax.tree_util.tree_map_with_path(spread, params)

@@ -25,7 +25,7 @@ HEAD_SPEED = 2.0  # heads learn this much faster than the tower
 
 def train_vision(run: Pretrain, vlm: Any, params: dict, classes: Classes, corpus: Corpus, valid: Corpus) -> dict:
     """The tower and projector after the classification phase."""
-    width = vlm.config.text_config.d_model
+    width = vlm.image_width
     heads = {
         name: {"kernel": jnp.zeros((5 * width, size)), "bias": jnp.zeros(size)} for name, size in classes.sizes.items()
     }
@@ -37,8 +37,9 @@ def train_vision(run: Pretrain, vlm: Any, params: dict, classes: Classes, corpus
     def scores(eyes: Any, pixels: Any) -> tuple[dict, Any]:
         """Every head's logits; and how far the pooled features repeat each other, which is 0 at best."""
         tokens = see({k: v for k, v in eyes.items() if k != "heads"}, None, pixels)
-        corners = tokens[:, 1:].reshape(-1, 2, 2, 2, 2, width).mean((2, 4)).reshape(-1, 4 * width)
-        pooled = jnp.concatenate([tokens[:, 0], corners], -1)
+        # Florence-2 has a token of the mean before those of the 4x4 map.
+        corners = tokens[:, -16:].reshape(-1, 2, 2, 2, 2, width).mean((2, 4)).reshape(-1, 4 * width)
+        pooled = jnp.concatenate([tokens[:, 0] if tokens.shape[1] == 17 else tokens.mean(1), corners], -1)
         # Standardised over the batch: what all pictures share would swamp Adam's step sizes, and nothing is learned.
         pooled = (pooled - pooled.mean(0)) * jax.lax.rsqrt(pooled.var(0) + 1e-4)
         mean = pooled[:, :width]
@@ -87,12 +88,23 @@ def train_vision(run: Pretrain, vlm: Any, params: dict, classes: Classes, corpus
 
 
 def centre_tokens(vlm: Any, params: dict, corpus: Corpus) -> dict:
-    """The projector's last norm rescaled so that image tokens have mean 0 and deviation 1 over the training pictures:
-    what all pictures share would slow the text half down as it slowed the heads."""
+    """The last norm rescaled so that image tokens have mean 0 and deviation 1 over the training pictures: what all
+    pictures share would slow the text half down as it slowed the heads.
+
+    SmolVLM's last norm is the tower's, before a projection without bias: the projection's columns are scaled, and the
+    norm's bias moves by the least that takes the mean away.
+    """
     extract = jax.jit(partial(vlm.image_features, params, None))
     starts = range(0, len(corpus.pixels) - 99, 100)
     tokens = np.concatenate([extract(nano_augment.normalize(corpus.pixels[i : i + 100])) for i in starts])
     mean, deviation = tokens.mean((0, 1)), tokens.std((0, 1))
+    if "proj" in params["image_projector"]:
+        kernel = params["image_projector"]["proj"]["kernel"] / deviation
+        norm = params["vision_tower"]["post_layernorm"]
+        every = kernel.reshape(-1, len(norm["bias"]), kernel.shape[1]).sum(0)  # a bias meets every patch of a token
+        bias = norm["bias"] - np.linalg.lstsq(every.T, mean / deviation)[0]
+        tower = {**params["vision_tower"], "post_layernorm": {**norm, "bias": bias}}
+        return {**params, "vision_tower": tower, "image_projector": {"proj": {"kernel": kernel}}}
     norm = params["image_projector"]["image_proj_norm"]
     centred = {"scale": norm["scale"] / deviation, "bias": (norm["bias"] - mean) / deviation}
     return {**params, "image_projector": {**params["image_projector"], "image_proj_norm": centred}}

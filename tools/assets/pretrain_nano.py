@@ -1,7 +1,8 @@
-"""Pre-train Florence2-nano on the public emoji corpus, from random weights to the folder that ships.
+"""Pre-train Florence2-nano or SmolVLM-nano on the public emoji corpus, from random weights to the folder that ships.
 
     python tools/assets/build_emoji.py          # the corpus, once
     python tools/assets/pretrain_nano.py        # vision, text, folder; killed and started again, it resumes
+    python tools/assets/pretrain_nano.py --model smolvlm-nano
     python tools/assets/nano_report.py          # how good it is, into the model card
 
 Only training concepts in public styles are learned from; validation concepts in public styles choose nothing but are
@@ -21,36 +22,32 @@ import jax
 import nano_tokenizer
 import numpy as np
 import pyarrow.parquet as pq
+import smolvlm_nano
 import tyro
 from emoji_texts import CLIENT_QUESTIONS, NEUTRAL_QUESTIONS
 from nano_corpus import load_corpus
 from nano_text import train_text
 from nano_training import Pretrain, log
 from nano_vision import centre_tokens, train_vision
-from transformers import AutoTokenizer
 
-from fedvlm_jax.models import save_checkpoint
-from fedvlm_jax.models.florence2 import build
+from fedvlm_jax.models import open_model, save_checkpoint
 
 
 def main(run: Pretrain) -> None:
-    run.work.mkdir(parents=True, exist_ok=True)
+    run.state.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((run.work / "xla").resolve()))
     classes, corpus, valid = load_corpus(run.corpus)
     if not (run.folder / "tokenizer.json").is_file():
         rows = pq.read_table(run.corpus, columns=["split", "concept", "names"]).to_pylist()
         questions = [*NEUTRAL_QUESTIONS.values(), *(q for asked in CLIENT_QUESTIONS.values() for q in asked)]
-        nano_tokenizer.write_folder(
-            run.folder, nano_tokenizer.train_tokenizer(nano_tokenizer.corpus_texts(rows, questions))
-        )
-    tokenizer = AutoTokenizer.from_pretrained(run.folder)
-    config = nano_tokenizer.make_config(len(tokenizer))
-    vlm = build(config, generation_config=nano_tokenizer.make_generation_config())
+        maker = smolvlm_nano if run.model == "smolvlm-nano" else nano_tokenizer
+        maker.write_folder(run.folder, maker.train_tokenizer(nano_tokenizer.corpus_texts(rows, questions)))
+    vlm, processor = open_model(run.folder)
     params = jax.jit(vlm.init)(jax.random.key(run.seed))
     log(run, phase="start", train=len(corpus.names), valid=len(valid.names), **classes.sizes)
     params = train_vision(run, vlm, params, classes, corpus, valid)
     params = centre_tokens(vlm, params, corpus)
-    params = train_text(run, vlm, params, tokenizer, corpus, valid)
+    params = train_text(run, vlm, params, processor, corpus, valid)
     save_checkpoint(vlm, params, run.folder, np.float16)
     log(run, phase="saved")
 
