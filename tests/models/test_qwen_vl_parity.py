@@ -39,7 +39,7 @@ def test_image_tokens_are_those_of_transformers(case, side):
     folder, reference, vlm = case
     picture = np.random.default_rng(side).standard_normal((side, side, 3)).astype(np.float32)
     found = jax.jit(vlm.image_features)(load_weights(vlm, folder), None, picture[None])[0]
-    inputs = causal_reference.to_patches(reference, picture)
+    inputs = causal_reference.to_patches(reference, picture[None])
     with torch.no_grad():
         made = reference.model.get_image_features(*inputs.values(), return_dict=True)
     wanted = [made.pooler_output[0], *(part[0] for part in getattr(made, "deepstack_features", None) or ())]
