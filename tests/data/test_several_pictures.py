@@ -122,6 +122,41 @@ def test_a_model_gets_rows_of_as_many_pictures_as_it_takes() -> None:
             assert indices[len(rows[row]) :] == [-1] * (processor.most_pictures - len(rows[row]))
 
 
+class Talker(Album):
+    """Reads turns."""
+
+    reads_turns = True
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ("{", "turns that are no messages"),
+        ("[]", "turns that are no messages"),
+        ("5", "turns that are no messages"),
+        ('["user"]', "turns that are no messages"),
+        ('[{"role": ["user"], "content": "a"}]', "turns that are no messages"),
+        ('[{"role": {}, "content": "a"}]', "turns that are no messages"),
+        ('[{"role": "tool", "content": "a"}]', "turns that are no messages"),
+        ('[{"role": "user", "content": 5}]', "turns that are no messages"),
+        ('[{"role": "user", "content": ["a"]}]', "turns that are no messages"),
+        ('[{"role": "user", "content": [{"type": "text"}]}]', "turns that are no messages"),
+        ("[" * 100_000, "turns that are no messages"),
+        (
+            '[{"role": "user", "content": [{"type": "image"}]}]',
+            "turns with places for 1 pictures, and 2 pictures",
+        ),
+        ('[{"role": "system", "content": "a"}]', "no turn of the user in which its pictures could stand"),
+    ],
+    ids=range(13),
+)
+def test_turns_that_somebody_else_wrote_cost_their_row(written: str, reason: str) -> None:
+    table = make_table((0, 1), (2, 3), prompt_turns=[written, '[{"role": "user", "content": "Alike?"}]'])
+    examples = encode_table(table, Talker())
+    assert [(entry.row, entry.reason) for entry in examples.skipped] == [(0, reason)]
+    assert examples.rows.tolist() == [1]
+
+
 def test_rows_that_share_a_picture_stay_together() -> None:
     chain = [(n, n + 1) for n in range(8)]  # 0-1, 1-2, …: all are linked
     alone = [(100 + n,) for n in range(40)]

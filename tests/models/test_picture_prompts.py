@@ -7,15 +7,16 @@ from hypothesis import strategies as st
 from models import causal_cases
 from PIL import Image
 
-from fedvlm_jax.data.prompts import Prompt, Tiles, Turn
+from fedvlm_jax.data.prompts import Prompt, Tiles
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import open_processor
+from fedvlm_jax.records.conversations import Turn
 
 TALK = (
-    Turn("system", ("be brief",)),
-    Turn("user", (None, "what is this?")),
-    Turn("assistant", ("a car",)),
-    Turn("user", ("or is it", None, "two?")),
+    Turn("system", "be brief"),
+    Turn("user", "", (None, "what is this?")),
+    Turn("assistant", "a car"),
+    Turn("user", "", ("or is it", None, "two?")),
 )
 WHOLE = (Tiles(), Tiles())
 
@@ -74,7 +75,7 @@ def test_pictures_stand_before_a_question(name, tmp_path):
 
 def test_a_text_alone_is_asked_of_one_whole_picture(tmp_path):
     processor = open_case("smolvlm", tmp_path)
-    one = Prompt("why?", (Turn("user", (None, "why?")),))
+    one = Prompt("why?", (Turn("user", "", (None, "why?")),))
     for array, other in zip(processor.prompts(["why?"]), processor.prompts([one]), strict=True):
         np.testing.assert_array_equal(array, other)
 
@@ -82,11 +83,11 @@ def test_a_text_alone_is_asked_of_one_whole_picture(tmp_path):
 def test_prompts_that_no_template_writes_are_refused(tmp_path):
     processor = open_case("gemma3", tmp_path)
     with pytest.raises(UserError, match="roles must alternate"):
-        processor.prompts([Prompt("", (Turn("user", (None, "a")), Turn("user", ("b",))))])
+        processor.prompts([Prompt("", (Turn("user", "", (None, "a")), Turn("user", "b")))])
     with pytest.raises(UserError, match="the text holds <bos>, which stands for something else"):
-        processor.prompts([Prompt("", (*TALK[:2], Turn("assistant", ("a <bos>",)), TALK[3]), WHOLE)])
+        processor.prompts([Prompt("", (*TALK[:2], Turn("assistant", "a <bos>"), TALK[3]), WHOLE)])
     with pytest.raises(UserError, match="the chat template refuses the turns: UndefinedError"):
-        processor.prompts([Prompt("", (Turn("system", (None, "a")), Turn("user", ("b",))))])
+        processor.prompts([Prompt("", (Turn("system", "", (None, "a")), Turn("user", "b")))])
 
 
 def test_a_model_of_one_question_is_asked_no_turns(tmp_path):

@@ -13,6 +13,7 @@ from tiny_run import read_adapters, tiny_run
 from fedvlm_jax.config.run_options import EvaluationOptions, LoraOptions, SystemOptions, TrainOptions
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.federation.inputs.batch_reader import make_inputs
 from fedvlm_jax.run_dir.reader import read_run
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.experiment import open_experiment
@@ -71,6 +72,8 @@ def test_a_row_s_pictures_and_tiles_are_in_its_prompt(folder, rows, tmp_path):
     counted = (examples.input_ids == processor.image_token_id).sum(1)
     assert counted.tolist() == [4 * count for count in views]
     assert "prompts have up to 8 pictures and tiles, 32 image tokens" in "\n".join(show.notes)
+    nothing = make_inputs(examples, processor, None)(np.empty((3, 0), np.int64))
+    assert nothing["pixel_values"].shape == (3, 0, 8, *processor.size, 3)
     text = processor.tokenizer.decode(examples.input_ids[0][examples.attention_mask[0] > 0])
     assert text.endswith("Assistant: a car<end_of_utterance>\nUser: and how many?<end_of_utterance>\nAssistant:")
 

@@ -33,6 +33,8 @@ class Views:
         Raises:
             UserError: an image cannot be decoded.
         """
+        if not len(chosen):
+            return pixels([])
         images, places = np.unique(self.image[chosen], return_inverse=True)
         # One by one, so that no more decoded pictures are in memory than there are threads.
         with ThreadPoolExecutor(workers) as pool:

@@ -17,11 +17,12 @@ from fedvlm_jax.data import federated_dataset as federated
 from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.data.config import SPLITS, TURNS, DataOptions
 from fedvlm_jax.data.picture_views import Views, list_views, number_views
-from fedvlm_jax.data.prompts import Prompt, Tiles, parse_turns
+from fedvlm_jax.data.prompts import Prompt, Tiles, to_prompt
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.token_arrays import ask_processor, list_unfit, stack, take, widen
 from fedvlm_jax.data.unique_images import Images, number_distinct, unique_images
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.records.conversations import UnusableError, count_places, parse_turns, place_pictures
 
 CLIENT_QUESTION = "question_client"  # the column of the question in the client's language
 CHUNK = 1024  # texts that are tokenised at a time
@@ -66,8 +67,7 @@ class Examples:
     Token axes are multiples of 4. Of several answers the most frequent is the one that is trained on.
     """
 
-    image: Int[np.ndarray, " examples"]  # int32, a row's first into `images`
-    pictures: Int[np.ndarray, "examples pictures"]  # int32, all of a row's into `images`, -1 where it has no more
+    pictures: Int[np.ndarray, "examples pictures"]  # int32, a row's into `images`, -1 where it has no more
     view: Int[np.ndarray, "examples views"]  # int32, into `views`: all that the tower sees of them, -1 after the last
     input_ids: Int[np.ndarray, "examples tokens"]  # int32, image tokens included
     attention_mask: Int[np.ndarray, "examples tokens"]  # int32, 1 where `input_ids` counts
@@ -88,6 +88,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def image(self) -> Int[np.ndarray, " examples"]:
+        """A row's first picture, into `images`."""
+        return self.pictures[:, 0]
 
 
 def require_pairs(table: Table) -> None:
@@ -164,7 +169,6 @@ def encode(
     tiles = [cut[key] for key in images.keys]
     has_rejected = "rejected" in table.columns
     return Examples(
-        image=pictures[:, 0].copy(),
         pictures=pictures,
         view=number_views(pictures, tiles),
         input_ids=take(ids, which[kept], mask, pad),
@@ -197,9 +201,12 @@ def _ask(
         if place not in lost:
             cut = tuple(tiles[picture] for picture in row if picture >= 0)
             try:
-                prompt = Prompt(question, parse_turns(said, len(cut)) if said else (), cut)
-            except UserError as error:
+                held = place_pictures(parse_turns(said), len(cut)) if said else ()
+                prompt = Prompt(question, tuple(held), cut)
+            except UnusableError as error:
                 refused[place] = str(error)
+            if prompt.turns and (places := count_places(prompt.turns)) != len(cut):
+                refused[place] = f"turns with places for {places} pictures, and {len(cut)} pictures"
         asked.append(question if prompt == Prompt(question) else prompt)
     return asked, refused
 
@@ -270,7 +277,9 @@ def _tokenise_prompts(
     T is the longest prompt that is not too long. The unfit are rows whose prompt is, or is refused, and why.
     """
     distinct, which = number_distinct(asked)
-    unfit = {place: federated.TOO_LONG for place, one in enumerate(distinct) if _measure(one) > CHARACTERS * most}
+    unfit = {
+        place: federated.TOO_LONG for place, one in enumerate(distinct) if to_prompt(one).characters > CHARACTERS * most
+    }
     chunks, pad = [], None
     for start in range(0, len(distinct), CHUNK):
         part = ["" if start + n in unfit else one for n, one in enumerate(distinct[start : start + CHUNK])]
@@ -288,10 +297,3 @@ def _tokenise_prompts(
     ids, masks = stack([ids for ids, _ in chunks], pad or 0), stack([mask for _, mask in chunks], 0)
     assert (np.diff(masks, axis=1) <= 0).all(), "prompts must be padded on the right"
     return ids, masks, which, pad or 0, list_unfit(unfit, which)
-
-
-def _measure(asked: str | Prompt) -> int:
-    """Count the characters of what is asked."""
-    if isinstance(asked, str):
-        return len(asked)
-    return sum(len(part) for turn in asked.said for part in turn.parts if part)

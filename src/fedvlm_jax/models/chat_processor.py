@@ -219,10 +219,10 @@ class ChatProcessor:
             UserError: a text holds a token that stands for something else, or the template refuses the turns.
         """
         said = prompt.said
-        texts = [part for turn in said for part in turn.parts if part is not None]
+        texts = [part for turn in said for part in turn.content if part is not None]
         for text in texts:
             self._refuse_special(text)
-        shape = tuple((turn.role, tuple(part is not None for part in turn.parts)) for turn in said)
+        shape = tuple((turn.role, tuple(part is not None for part in turn.content)) for turn in said)
         pictures, written = iter(prompt.pictures), list[str]()
         for piece in self._spell(shape):
             if isinstance(piece, int):

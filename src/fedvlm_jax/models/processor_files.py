@@ -101,6 +101,27 @@ def read_size_or_tower(
     return (side, side) if isinstance(side, int) else tuple(side)
 
 
+def open_settings(
+    folder: Path, read_config: Callable[[dict[str, Any], Path], Any], read: Callable[[Path], tuple[int, int] | None],
+    where: str,
+) -> tuple[tuple[int, int], Any]:  # fmt: skip
+    """Height and width in pixels by a folder's image processor, and its configuration.
+
+    Args:
+        read_config, read: as for `read_size_or_tower`.
+        where: the field that states the size, for a message.
+
+    Raises:
+        UserError: a file is missing, cannot be read or is not supported, or none states the size.
+    """
+    check_files(folder)
+    size, file = read(folder), folder / "config.json"
+    config = read_config(read_json(file), file)
+    if size is None:
+        raise UserError(f"{folder} does not say how large pictures are: {where} of its image processor")
+    return size, config
+
+
 def shorten(picture: Image.Image, side: int, *, crop: bool = True) -> Image.Image:
     """Shorten a picture that is far longer than wide, of whose pixels processors make gigabytes.
 

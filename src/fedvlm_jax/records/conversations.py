@@ -29,6 +29,11 @@ class Turn(NamedTuple):
     text: str
     parts: tuple[str | None, ...] = ()
 
+    @property
+    def content(self) -> tuple[str | None, ...]:
+        """Its texts in their order, None in the place of a picture."""
+        return self.parts or (self.text,)
+
 
 def is_messages(value: Any) -> bool:
     """Tell whether a value is a list of messages, and not of plain answers."""
@@ -170,6 +175,36 @@ def write_turns(turns: Sequence[Turn]) -> str:
 
     said = [{"role": turn.role, "content": [*map(write, turn.parts)] or turn.text} for turn in turns]
     return json.dumps(said, ensure_ascii=False)
+
+
+def parse_turns(text: str) -> tuple[Turn, ...]:
+    """Read what `write_turns` wrote.
+
+    Raises:
+        UnusableError: it is something else.
+
+    >>> turns = (Turn("system", "Be brief."), Turn("user", "It?", (None, "It?")))
+    >>> parse_turns(write_turns(turns)) == turns
+    True
+    """
+    try:
+        turns = tuple(_parse_turn(message["role"], message["content"]) for message in json.loads(text))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        turns = ()
+    if not turns:
+        raise UnusableError("turns that are no messages")
+    return turns
+
+
+def _parse_turn(role: Any, content: Any) -> Turn:
+    if role not in ROLES.values():
+        raise ValueError
+    if isinstance(content, str):
+        return Turn(role, content)
+    if not isinstance(content, list):
+        raise TypeError
+    parts = tuple(None if part["type"] == "image" else str(part["text"]) for part in content)
+    return Turn(role, "\n".join(part for part in parts if part is not None), parts)
 
 
 def is_plain(value: Any) -> bool:

@@ -32,7 +32,6 @@ def make_examples(seed=0, width=4, count=COUNT):
 
     ids = draw(1)
     return Examples(
-        image=np.arange(count, dtype=np.int32) % 3,
         pictures=np.arange(count, dtype=np.int32)[:, None] % 3,
         input_ids=ids,
         attention_mask=(np.arange(width) < 3).astype(np.int32) * np.ones((count, 1), np.int32),

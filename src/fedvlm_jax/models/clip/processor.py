@@ -20,12 +20,11 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import base
 from fedvlm_jax.models.clip.answers import END, IMAGE
 from fedvlm_jax.models.clip.config import LARGEST_ENDS, read_config
-from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.processor_files import (
-    check_files,
     digest_settings,
     make_pixels,
     open_files,
+    open_settings,
     pad,
     read_crop_size,
     shorten,
@@ -140,10 +139,7 @@ def open_processor(folder: Path) -> ClassProcessor:
     Raises:
         UserError: its files are missing, cannot be read, or make nonsense.
     """
-    check_files(folder)
-    size, config = read_crop_size(folder), read_config(read_json(folder / "config.json"), folder / "config.json")
-    if size is None:
-        raise UserError(f"{folder} does not say how large pictures are: crop_size of its image processor")
+    size, config = open_settings(folder, read_config, read_crop_size, "crop_size")
 
     def join(images: Any, tokenizer: Any) -> ClassProcessor:
         def render(pictures: list[Image.Image]) -> np.ndarray:

@@ -6,11 +6,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.chat_processor import ChatProcessor, make_frame, open_chat_processor, read_template
-from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.gemma3.config import read_config
-from fedvlm_jax.models.processor_files import check_files, read_size
+from fedvlm_jax.models.processor_files import open_settings, read_size
 
 BEGIN, IMAGE, END = "<start_of_image>", "<image_soft_token>", "<end_of_image>"
 TEMPLATE = (
@@ -31,10 +29,7 @@ def open_processor(folder: Path) -> ChatProcessor:
     Raises:
         UserError: its files are missing, cannot be read, or make nonsense.
     """
-    check_files(folder)
-    size, config = read_size(folder), read_config(read_json(folder / "config.json"), folder / "config.json")
-    if size is None:
-        raise UserError(f"{folder} does not say how large pictures are: size of its image processor")
+    size, config = open_settings(folder, read_config, read_size, "size")
 
     def build(images: Any, tokenizer: Any) -> ChatProcessor:
         def render(pictures: list[Image.Image]) -> np.ndarray:

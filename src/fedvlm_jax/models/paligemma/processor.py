@@ -8,9 +8,8 @@ from PIL import Image
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.chat_processor import ChatProcessor, Frame
-from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.paligemma.config import count_image_tokens, read_config
-from fedvlm_jax.models.processor_files import check_files, open_files, read_size, try_out
+from fedvlm_jax.models.processor_files import open_files, open_settings, read_size, try_out
 
 IMAGE = "<image>"
 
@@ -21,10 +20,7 @@ def open_processor(folder: Path) -> ChatProcessor:
     Raises:
         UserError: its files are missing, cannot be read, or make nonsense.
     """
-    check_files(folder)
-    size, config = read_size(folder), read_config(read_json(folder / "config.json"), folder / "config.json")
-    if size is None:
-        raise UserError(f"{folder} does not say how large pictures are: size of its image processor")
+    size, config = open_settings(folder, read_config, read_size, "size")
 
     def join(images: Any, tokenizer: Any) -> ChatProcessor:
         if IMAGE not in tokenizer.get_vocab() or None in (tokenizer.bos_token, tokenizer.eos_token):

@@ -11,7 +11,7 @@ from fedvlm_jax.data.prompts import Tiles
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.chat_processor import ChatProcessor, make_frame, open_chat_processor, read_template
 from fedvlm_jax.models.folder_files import read_json
-from fedvlm_jax.models.processor_files import IMAGES, MOST_PIXELS, check_files, list_files
+from fedvlm_jax.models.processor_files import IMAGES, MOST_PIXELS, list_files, open_settings
 from fedvlm_jax.models.smolvlm.config import count_image_tokens, read_config
 
 AROUND, WHOLE, IMAGE = "<fake_token_around_image>", "<global-img>", "<image>"
@@ -51,10 +51,7 @@ def open_processor(folder: Path, image_tiles: int | None = None) -> ChatProcesso
     Raises:
         UserError: its files are missing, cannot be read, or make nonsense, or so many tiles are not made.
     """
-    check_files(folder)
-    size, config = read_size(folder), read_config(read_json(folder / "config.json"), folder / "config.json")
-    if size is None:
-        raise UserError(f"{folder} does not say how large pictures are: max_image_size of its image processor")
+    size, config = open_settings(folder, read_config, read_size, "max_image_size")
     tiles, side, count = image_tiles or 1, size[0], count_image_tokens(config)
     if tiles * side > MOST_PIXELS:
         raise UserError(f"--image-tiles {tiles}: {folder} cuts pictures into {MOST_PIXELS // side} a side at most")
