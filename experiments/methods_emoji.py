@@ -6,6 +6,7 @@
     python experiments/methods_emoji.py curve --cells lang-20     # how soon each method gets how far
     python experiments/methods_emoji.py search                    # for a better sharing pattern
     python experiments/methods_emoji.py report                    # tables and pictures of what there is
+    python experiments/methods_emoji.py run --model smolvlm-nano --methods local plora --cells lang-20
     python experiments/methods_emoji.py run --quick --out smoke   # a smoke run
 
 A *cell* is a way to cut the data. In every cell every method takes the same local steps of the same size; its learning
@@ -99,9 +100,10 @@ class Study:
 
     stage: tyro.conf.Positional[Literal["run", "curve", "search", "report"]]
     out: Path = Path("runs/methods-emoji")
-    """Folder of what is measured: one line per finished run."""
+    """Folder of what is measured: in a folder of the base's name, one line per finished run."""
     results: Path | None = None
-    """Where the report goes (default: experiments/results; with --quick, into --out)."""
+    """Where the report goes (default: experiments/results, or a folder in it for another base than Florence2-nano; with
+    --quick, into --out)."""
     cells: tuple[str, ...] = ()
     """Only these cells; all by default."""
     methods: tuple[str, ...] = ()
@@ -110,6 +112,8 @@ class Study:
     """i/n: every n-th method from the i-th, so that n processes share the work."""
     seeds: int = 5
     """How many seeds, from 0."""
+    model: str = "florence2-nano"
+    """The base."""
     rounds: int = 12
     local_steps: int = 4
     batch_size: int = 8
@@ -117,6 +121,17 @@ class Study:
     """A smoke run: four clients, two rounds, two seeds, two points of the grid, four methods."""
     grid: tyro.conf.Suppress[tuple[Rates, ...]] = GRID
     data: tyro.conf.Suppress[emoji.Options] = field(default_factory=lambda: emoji.Options(prompt="neutral"))
+
+    @property
+    def folder(self) -> Path:
+        """Where the base's lines are."""
+        return self.out / Path(self.model).name
+
+    @property
+    def report_folder(self) -> Path:
+        """Where the report goes."""
+        usual = RESULTS if self.model == "florence2-nano" else RESULTS / f"methods_{Path(self.model).name}"
+        return self.results or (self.folder / "results" if self.quick else usual)
 
     def plan(self) -> dict[str, Cell]:
         """The cells by name, in the order in which they are run."""
@@ -167,8 +182,9 @@ class Study:
         elif len(rates) > 2:
             options = pfedme.Options(rate=rates[2])
         return Run(
-            method=name, method_options=options, seed=seed, data=cell.data, train=train, evaluation=evaluation,
-            checkpoint_every=self.rounds, out=self.out / "scratch" / f"part-{self.part.replace('/', '-')}",
+            model=self.model, method=name, method_options=options, seed=seed, data=cell.data, train=train,
+            evaluation=evaluation, checkpoint_every=self.rounds,
+            out=self.folder / "scratch" / f"part-{self.part.replace('/', '-')}",
         )  # fmt: skip
 
     def mine(self, names: Iterator[str] | list[str] | tuple[str, ...]) -> list[str]:
@@ -182,14 +198,14 @@ class Bench:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.log = study.out / f"lines-{study.part.replace('/', '-')}.jsonl"
+        self.log = study.folder / f"lines-{study.part.replace('/', '-')}.jsonl"
         self.model: Any = None
         self.began, self.count = time.monotonic(), 0
 
     def score(self, stage: str, cell: str, method: str, seed: int, rates: Rates) -> summary.Json:
         """The line of a run, from the log or from running it."""
         key = {"stage": stage, "cell": cell, "method": method, "seed": seed, "rates": list(rates)}
-        for line in summary.read_all(self.study.out):
+        for line in summary.read_all(self.study.folder):
             if all(line[name] == value for name, value in key.items()):
                 return line
         from fedvlm_jax.run_dir.artifacts import describe_environment
@@ -292,18 +308,17 @@ def main() -> None:
     unknown = [name for name in study.cells if name not in study.plan()]
     if unknown:
         raise SystemExit(f"--cells {unknown[0]}: there are {', '.join(study.plan())}")
-    study.out.mkdir(parents=True, exist_ok=True)
+    study.folder.mkdir(parents=True, exist_ok=True)
     if study.stage == "report":
-        folder = study.results or (study.out / "results" if study.quick else RESULTS)
-        summary.write(study.out, folder, study.plan())
+        summary.write(study.folder, study.report_folder, study.plan(), study.model)
         return
     import jax
 
     # Programs are kept between processes: a method that was compiled for one cell starts at once when it goes on.
-    jax.config.update("jax_compilation_cache_dir", os.fspath(study.out.resolve() / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", os.fspath(study.folder.resolve() / "compiled"))
     bench = Bench(study)
     bench.search() if study.stage == "search" else bench.run()
-    shutil.rmtree(study.out / "scratch" / f"part-{study.part.replace('/', '-')}", ignore_errors=True)
+    shutil.rmtree(study.folder / "scratch" / f"part-{study.part.replace('/', '-')}", ignore_errors=True)
 
 
 if __name__ == "__main__":

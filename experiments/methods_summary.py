@@ -43,13 +43,14 @@ def read_all(folder: Path) -> list[Json]:
     return [line for path in sorted(folder.glob("lines-*.jsonl")) for line in read_lines(path)]
 
 
-def write(folder: Path, results: Path, order: Iterable[str]) -> None:
+def write(folder: Path, results: Path, order: Iterable[str], model: str) -> None:
     """Write `methods_emoji.json`, `.md` and a picture per finished part into `results`.
 
     Args:
         folder: of the lines.
         results: where to write.
         order: the cells' names, in the order of the report.
+        model: the base's name.
     """
     lines = read_all(folder)
     if not lines:
@@ -57,6 +58,7 @@ def write(folder: Path, results: Path, order: Iterable[str]) -> None:
     cells = {name: cell for name in order if (cell := summarise_cell(name, lines))["methods"]}
     content = {
         **{key: value for key, value in describe_environment().items() if key != "time"},
+        "model": model,
         "commits": sorted({line["commit"] for line in lines}),
         "runs": len(lines),
         "hours": round(sum(line["seconds"] for line in lines) / 3600, 1),
@@ -275,7 +277,7 @@ def write_note(content: Json) -> str:
         "client and round. To level: what a client has sent when validation, looked at every second round of one run, "
         "is half way from zero-shot to what local training ends with. A / B: the learning rates that did best on "
         f"validation out of three pairs, with a seed that is not among the study's. {cost}\n\n"
-        "Made by `python experiments/methods_emoji.py run`, `curve`, `search` and `report`."
+        f"Made on {content['model']} by `python experiments/methods_emoji.py run`, `curve`, `search` and `report`."
     )
 
 

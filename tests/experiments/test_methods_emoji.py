@@ -68,7 +68,7 @@ def test_the_search_by_hand():
 def test_the_report_of_what_there_is(tmp_path, capsys):
     (tmp_path / "lines-0-2.jsonl").write_text("".join(json.dumps(one) + "\n" for one in LINES[:7]))
     (tmp_path / "lines-1-2.jsonl").write_text("".join(json.dumps(one) + "\n" for one in LINES[7:]) + '{"cut sho')
-    methods_summary.write(tmp_path, tmp_path / "results", STUDY.plan())
+    methods_summary.write(tmp_path, tmp_path / "results", STUDY.plan(), "florence2-nano")
     stored = json.loads((tmp_path / "results" / "methods_emoji.json").read_text())
     assert (stored["runs"], list(stored["cells"])) == (len(LINES), ["lang-20"])
     text = capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_the_report_of_what_there_is(tmp_path, capsys):
 
 def test_nothing_measured_is_said(tmp_path):
     with pytest.raises(SystemExit, match="nothing has been measured"):
-        methods_summary.write(tmp_path, tmp_path / "results", STUDY.plan())
+        methods_summary.write(tmp_path, tmp_path / "results", STUDY.plan(), "florence2-nano")
 
 
 def test_every_method_is_in_every_cell_of_the_grid():

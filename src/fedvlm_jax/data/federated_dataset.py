@@ -265,7 +265,8 @@ def check_share(table: Table, skipped: tuple[Skipped, ...], total: int, options:
         shown = "; ".join(f"row {s.row}{f' (idx {s.idx})' if s.idx else ''}: {s.reason}" for s in skipped[:5])
         if any(entry.reason == TOO_LONG for entry in skipped):
             lost += f"Prompts have at most {options.max_prompt_tokens:,} tokens, those of their pictures among them: "
-            lost += "--data.max-prompt-tokens says so, or the model has no more positions. "
+            lost += "--data.max-prompt-tokens says so, or the model's positions, of which a decoder-only model keeps "
+            lost += f"some for answers (--data.max-answer-tokens {options.max_answer_tokens}). "
         raise UserError(
             f"{table.name}: {len(skipped)} of {total} rows cannot be used ({counted}), more than --data.max-bad-share "
             f"{options.max_bad_share:g} allows. The first are {shown}. {lost}Mend them, or raise the share."
