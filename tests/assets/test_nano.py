@@ -1,5 +1,6 @@
-"""The small base that ships: complete, small, readable by transformers and by us, and not random."""
+"""The small bases that ship: complete, small, readable by transformers and by us, and not random."""
 
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -10,13 +11,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from transformers import AutoProcessor, Florence2Processor
+from transformers import AutoProcessor, AutoTokenizer, Florence2Processor
 
 import fedvlm_jax
-from fedvlm_jax.models import load_vlm
+from fedvlm_jax.models import load_weights, open_model
 
 ASSETS = Path(fedvlm_jax.__file__).parent / "assets"
 FOLDER = ASSETS / "florence2-nano"
+SMOLVLM = ASSETS / "smolvlm-nano"
+BOTH = pytest.mark.parametrize("folder", [FOLDER, SMOLVLM], ids=lambda folder: folder.name)
 EMOJI = ASSETS / "emoji" / "emoji.parquet"
 FILES = {
     "README.md",
@@ -27,6 +30,7 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
+MORE = {FOLDER: set[str](), SMOLVLM: {"chat_template.jinja", "preprocessor_config.json"}}
 NAMES = {
     "en": "animals & nature",
     "de": "Süßigkeiten",
@@ -48,9 +52,10 @@ def processor() -> Florence2Processor:
     return AutoProcessor.from_pretrained(FOLDER)
 
 
-def test_folder_is_complete_and_small() -> None:
-    assert {file.name for file in FOLDER.iterdir()} == FILES
-    assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 16_000_000
+@BOTH
+def test_folder_is_complete_and_small(folder: Path) -> None:
+    assert {file.name for file in folder.iterdir()} == FILES | MORE[folder]
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 16_000_000
 
 
 def test_special_tokens_have_the_roles_they_have_in_florence2(processor: Florence2Processor) -> None:
@@ -61,11 +66,29 @@ def test_special_tokens_have_the_roles_they_have_in_florence2(processor: Florenc
     assert config["text_config"]["vocab_size"] == len(tokenizer)
 
 
+@BOTH
 @pytest.mark.parametrize("language", NAMES)
-def test_tokenizer_round_trips_every_language(processor: Florence2Processor, language: str) -> None:
-    ids = processor.tokenizer(NAMES[language]).input_ids
-    assert (ids[0], ids[-1]) == (0, 2)
-    assert processor.tokenizer.decode(ids, skip_special_tokens=True) == NAMES[language]
+def test_tokenizer_round_trips_every_language(folder: Path, language: str) -> None:
+    _, processor = open_model(folder)
+    labels = processor.answers([NAMES[language]], 24)
+    ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert labels[0][labels[0] != -100][-1] == ends
+    assert processor.decode(np.where(labels == -100, ends, labels)) == [NAMES[language]]
+
+
+def test_a_smolvlm_prompt_is_its_chat_template_s() -> None:
+    """By transformers' own template; its processor, which needs torchvision, would repeat the image token."""
+    config = json.loads((SMOLVLM / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(SMOLVLM)
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=0)
+    count = json.loads((SMOLVLM / "processor_config.json").read_text())["image_seq_len"]
+    mark = "<fake_token_around_image>"
+    chat = chat.replace("<image>", f"{mark}<global-img>{'<image>' * count}{mark}")
+    ids, mask = open_model(SMOLVLM)[1].prompts(["What is this?"])
+    assert ids[0].tolist() == tokenizer(chat, add_special_tokens=False).input_ids
+    assert mask.all()
+    assert (ids[0] == config["image_token_id"]).sum() == count == 16
 
 
 def test_prompt_is_image_tokens_then_the_question(processor: Florence2Processor) -> None:
@@ -77,31 +100,56 @@ def test_prompt_is_image_tokens_then_the_question(processor: Florence2Processor)
     assert made["pixel_values"].shape == (1, 3, 64, 64)
 
 
-def test_shipped_answers_are_short(processor: Florence2Processor) -> None:
+@BOTH
+def test_shipped_answers_are_short(folder: Path) -> None:
+    _, processor = open_model(folder)
     table = pq.read_table(EMOJI, columns=["chosen"], filters=[("task", "in", ["group", "subgroup"])])
     answers = pc.unique(table["chosen"]).to_pylist()
-    lengths = {answer: len(processor.tokenizer(answer).input_ids) for answer in answers}
+    lengths = (processor.answers(answers, 24) != -100).sum(1)
     assert len(answers) > 500
-    assert max(lengths.values()) <= 12, sorted(lengths, key=lengths.__getitem__)[-5:]
+    assert lengths.max() <= 12, answers[int(lengths.argmax())]
 
 
-def test_names_the_group_of_unseen_pictures(processor: Florence2Processor) -> None:
-    """Sixty validation pictures of vendors that it never saw: far above the share of the commonest answer."""
+def read_unseen(processor):
+    """Sixty validation pictures of vendors that neither model saw, as a batch, and their groups."""
     columns = ["image", "idx", "chosen", "question_neutral"]
     filters = [("split", "=", "validation"), ("task", "=", "group"), ("language", "=", "en")]
     rows = sorted(pq.read_table(EMOJI, columns=columns, filters=filters).to_pylist(), key=lambda row: row["idx"])
     rows = rows[:: len(rows) // 60][:60]
-    vlm, params = load_vlm(FOLDER)
     images = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
-    asked = processor(images=images, text=[row["question_neutral"] for row in rows], return_tensors="np", padding=True)
-    batch = {
-        "pixel_values": asked["pixel_values"].transpose(0, 2, 3, 1),
-        "input_ids": asked["input_ids"],
-        "attention_mask": asked["attention_mask"],
-    }
-    tokens = jax.jit(lambda params, batch: vlm.generate(params, None, batch, 10))(params, batch)
-    given = processor.tokenizer.batch_decode(np.asarray(tokens), skip_special_tokens=True)
-    right = np.mean([answer == row["chosen"] for answer, row in zip(given, rows, strict=True)])
-    answers = [row["chosen"] for row in rows]
+    ids, mask = processor.prompts([row["question_neutral"] for row in rows])
+    batch = {"pixel_values": processor.pixels(images), "input_ids": ids, "attention_mask": mask}
+    return batch, [row["chosen"] for row in rows]
+
+
+@BOTH
+def test_names_the_group_of_unseen_pictures(folder: Path) -> None:
+    """Far above the share of the commonest answer."""
+    vlm, processor = open_model(folder)
+    batch, answers = read_unseen(processor)
+    tokens = jax.jit(lambda params, batch: vlm.generate(params, None, batch, 10))(load_weights(vlm, folder), batch)
+    given = processor.decode(np.asarray(tokens))
+    right = np.mean([answer == wanted for answer, wanted in zip(given, answers, strict=True)])
     chance = max(answers.count(answer) for answer in answers) / len(answers)
     assert right > chance + 0.15, f"{right:.2f} against a chance of {chance:.2f}"
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch: pip install 'fedvlm-jax[parity]'")
+def test_transformers_loads_smolvlm_nano_and_answers_alike() -> None:
+    import torch
+    from models import causal_reference
+    from transformers import AutoModelForImageTextToText
+
+    reference, info = AutoModelForImageTextToText.from_pretrained(
+        SMOLVLM, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    vlm, processor = open_model(SMOLVLM)
+    params = load_weights(vlm, SMOLVLM)
+    batch, answers = read_unseen(processor)
+    batch, labels = {name: value[:12] for name, value in batch.items()}, processor.answers(answers[:12], 10)
+    found = np.where(labels[..., None] == -100, 0, vlm.logits(params, None, batch | {"labels": labels}))
+    np.testing.assert_allclose(found, causal_reference.find_logits(reference.eval(), batch, labels), atol=1e-4)
+    tokens = np.asarray(vlm.generate(params, None, batch, 10))
+    np.testing.assert_array_equal(tokens, causal_reference.generate(reference, batch, 10))

@@ -3,6 +3,7 @@
 The special tokens, the chat template and the processors are SmolVLM's; a picture is one tile of 64x64 pixels.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from fedvlm_jax.models.smolvlm.processor import TEMPLATE
 
 PAD, BOS, EOS, IMAGE = "<pad>", "<|im_start|>", "<end_of_utterance>", "<image>"
+IMAGE_TOKENS = 16
 SPECIAL_TOKENS = ["<unk>", BOS, PAD, EOS, "<fake_token_around_image>", IMAGE, "<global-img>"]
 
 
@@ -62,5 +64,8 @@ def write_folder(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     )
     images.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # By hand: transformers' class of the three together needs torchvision.
+    values = {"processor_class": "SmolVLMProcessor", "image_seq_len": IMAGE_TOKENS}
+    (folder / "processor_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     make_config(len(tokenizer)).save_pretrained(folder)
     make_generation_config().save_pretrained(folder)
