@@ -24,7 +24,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer = learn_merges([part for text in texts for part in (text, f" {text}")], SPECIAL_TOKENS, VOCABULARY)
     named = {"bos_token": BOS, "pad_token": PAD, "eos_token": EOS, "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **named, additional_special_tokens=SPECIAL_TOKENS[4:], model_max_length=96,
+        tokenizer_object=tokenizer, **named, additional_special_tokens=SPECIAL_TOKENS[4:], model_max_length=256,
         padding_side="right", clean_up_tokenization_spaces=False, chat_template=TEMPLATE,
     )  # fmt: skip
 
@@ -33,7 +33,7 @@ def make_config(vocabulary: int) -> SmolVLMConfig:
     """The architecture: a tower whose 64 patches become 16 image tokens, and a Llama that is cheap to train."""
     text = {
         "model_type": "llama", "vocab_size": vocabulary, "hidden_size": 128, "intermediate_size": 384,
-        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
         "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
         "bos_token_id": 1, "pad_token_id": 2, "eos_token_id": 3,

@@ -147,11 +147,20 @@ def open_data(model: LoadedModel, run: Run) -> FederatedData:
     """Return the data of a run, which all runs on the same clients and lengths share; nothing is read yet.
 
     Longer prompts than the model has positions will be left out, longer answers cut; both are counted.
+
+    Raises:
+        UserError: a decoder-only model has no more positions than an answer takes.
     """
     data, pairs = run.data, load_objective(run.objective, run.preference).pairs
     model = model.bind(data, run.seed, pairs=pairs)
     vlm = model.vlm
     answer = min(data.max_answer_tokens, vlm.positions)
-    prompt = vlm.most_prompt_tokens(max(answer, run.evaluation.max_answer_tokens or 0))
+    longest = max(answer, run.evaluation.max_answer_tokens or 0)
+    prompt = vlm.most_prompt_tokens(longest)
+    if prompt < 1:
+        raise UserError(
+            f"the model has {vlm.positions} positions, and answers of up to {longest} tokens leave none of them for a "
+            "prompt: lower --data.max-answer-tokens and --evaluation.max-answer-tokens"
+        )
     fitted = data.replace(max_prompt_tokens=min(data.max_prompt_tokens, prompt), max_answer_tokens=answer)
     return _share_data(model, data, fitted, run.seed, pairs)
