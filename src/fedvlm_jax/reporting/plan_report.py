@@ -49,6 +49,7 @@ def tabulate_plan(plan: Plan) -> list[Table]:
     pictures = "features, computed once" if "image_features" in plan.example else "pixels, in every step"
     recomputed = ", layers recomputed" if run.system.remat else ""
     tokens, answer = plan.example["input_ids"][0], plan.request.sizes.answer_tokens
+    whose = "the picture's" if plan.request.sizes.pictures == 1 else "the pictures'"
     planned = [
         ("devices", f"{plan.request.topology}, {MeshShape(**plan.mesh)}{about}"),
         ("model", f"{run.model}, {plan.parameters / 1e6:.1f} M parameters, {run.system.compute}{recomputed}"),
@@ -56,7 +57,7 @@ def tabulate_plan(plan: Plan) -> list[Table]:
         ("clients", f"{layout.cohort} of {plan.request.clients} a round: {layout.waves} × {layout.wave}, "
          f"{plan.clients} side by side on a {_name_place(plan)}"),
         ("local training", f"{layout.steps} steps of {layout.batch} examples"),
-        ("example", f"{tokens} tokens in, {plan.image_tokens} of them the picture's ({pictures}); {answer} out"),
+        ("example", f"{tokens} tokens in, {plan.image_tokens} of them {whose} ({pictures}); {answer} out"),
     ]  # fmt: skip
     memory = [(name.replace("_", " "), format_bytes(plan.memory[name]), text) for name, text in MEANINGS.items()]
     if plan.room is not None:
