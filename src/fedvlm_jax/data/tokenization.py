@@ -134,6 +134,24 @@ def encode(
     Raises:
         UserError: a column is missing, or more than `options.max_bad_share` of the rows are unusable.
     """
+    examples = encode_usable(table, federation, processor, options, pairs=pairs)
+    federated.check_share(table, examples.skipped, len(federation.rows) + len(federation.skipped), options)
+    return examples
+
+
+def encode_usable(
+    table: Table,
+    federation: federated.Federation,
+    processor: TextProcessor,
+    options: DataOptions,
+    *,
+    pairs: bool = False,
+) -> Examples:
+    """Tokenise and check rows as `encode` does, however many of them are unusable: the reasons are in `skipped`.
+
+    Raises:
+        UserError: a column is missing.
+    """
     if pairs:
         require_pairs(table)
     rows, column = federation.rows, find_question_column(table, options)
@@ -161,8 +179,6 @@ def encode(
     for place, reason in (refused | unfit).items():
         reasons.setdefault(place, reason)
     skipped = federation.skipped + federated.skip_rows(table, rows[list(reasons)], list(reasons.values()))
-    federated.check_share(table, skipped, len(rows) + len(federation.skipped), options)
-
     kept = np.asarray([place for place in range(len(rows)) if place not in reasons], np.int64)
     cut = dict(zip(images.keys, tiles, strict=True))
     images, pictures = images.narrow(pictures[kept])  # images of skipped rows alone are dropped

@@ -40,24 +40,33 @@ BASE = "base.safetensors"
 LIST = "clients.json"
 """In the same folder: which file is whose, and the digests of all of them."""
 
-LIST_FORM: Form = {"common": dict[str, str], "clients": {"*": {"file": str, "digest": str}}}
+LIST_FORM: Form = {"common": dict[str, str], "clients": {"*": {"file": str, "digest": str, "global?": str}}}
+
+GLOBAL = "global"
+"""The folder, below that one, of global models: by the digests of their files, for clients mostly share one."""
 
 
 def save_adapters(
-    folder: Path, adapters: Iterable[tuple[str, PyTree]], shared: PyTree, about: Mapping[str, Any]
+    folder: Path,
+    adapters: Iterable[tuple[str, PyTree]],
+    shared: PyTree,
+    about: Mapping[str, Any],
+    general: Iterable[tuple[str, PyTree]] = (),
 ) -> None:
     """Write what a run leaves: the shared part, every client's adapter, and the list of these files.
 
-    `clients.json` is written last: client -> its file below `clients/` and the digest of its bytes, and the digests of
-    `shared.safetensors` (what left the clients; absent where nothing did) and of what `save_base` wrote. Equal runs
-    leave equal bytes.
+    `clients.json` is written last: client -> its file below `clients/`, the digest of its bytes and that of its global
+    model's; and the digests of `shared.safetensors` (what left the clients; absent where nothing did) and of what
+    `save_base` wrote. Equal runs leave equal bytes.
 
     Args:
         adapters: every client's name and whole adapter, shared factors included, usable by itself.
         about: goes into the files' metadata.
+        general: every client's name and global model, the shared part with what the client started from.
     """
     if not processes.is_first():
         deque(adapters, maxlen=0)  # to make them takes all processes
+        deque(general, maxlen=0)
         return
     metadata = {"format": "fedvlm-jax", **{name: str(value) for name, value in about.items()}}
     (folder / "clients").mkdir(parents=True, exist_ok=True)
@@ -72,7 +81,20 @@ def save_adapters(
         file = folder / "clients" / name_file(name)
         digest = _write_arrays(file, tree.flatten(adapter), {**metadata, "part": "personal", "client": name})
         clients[name] = {"file": file.name, "digest": digest}
+    for name, adapter in general:
+        clients[name]["global"] = _save_global(folder / GLOBAL, tree.flatten(adapter), metadata)
     write_json(folder / LIST, {"common": common, "clients": clients})
+
+
+def _save_global(folder: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """Write a global model under its digest, which is returned, unless it is there."""
+    content = _serialise(arrays, {**metadata, "part": "global"})
+    digest = digests.digest_parts([content]).hex()
+    file = folder / f"{digest}.safetensors"
+    if not file.exists():
+        folder.mkdir(exist_ok=True)
+        write_bytes(file, content)
+    return digest
 
 
 def save_base(file: Path, base: PyTree, moved: PyTree) -> None:
@@ -101,18 +123,40 @@ def open_adapters(folder: Path, names: Sequence[str]) -> Callable[[np.ndarray], 
         UserError: the list of the files, a client in it or a file is missing, or, when it is read, a file is not as it
             was written.
     """
+    listed = _list_clients(folder, names)
+    # The folder may be a stranger's: a name with folders in it leads nowhere else.
+    paths = [folder / "clients" / Path(each["file"]).name for each in listed]
+    return _read_later(paths, [each["digest"] for each in listed])
+
+
+def open_global(folder: Path, names: Sequence[str]) -> Callable[[np.ndarray], PyTree] | None:
+    """Give a function that reads global models, as `open_adapters`; None where nothing is shared, or none was kept.
+
+    Raises:
+        UserError: as `open_adapters`.
+    """
+    found = [each["global"] for each in _list_clients(folder, names) if "global" in each]
+    if len(found) < len(names):
+        return None
+    return _read_later([folder / GLOBAL / Path(f"{digest}.safetensors").name for digest in found], found)
+
+
+def _list_clients(folder: Path, names: Sequence[str]) -> list[dict[str, str]]:
     listed = _read_list(folder)["clients"]
     if absent := [name for name in names if name not in listed]:
         raise UserError(f"{folder / LIST} does not list the client {absent[0]!r}")
-    # The folder may be a stranger's: a name with folders in it leads nowhere else.
-    paths = [folder / "clients" / Path(listed[name]["file"]).name for name in names]
+    return [listed[name] for name in names]
+
+
+def _read_later(paths: Sequence[Path], written: Sequence[str]) -> Callable[[np.ndarray], PyTree]:
+    """Give a function that reads the files with the numbers [V], which were written with these digests."""
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path} is missing: put it back from a copy, or train again")
 
     def adapters(numbers: np.ndarray) -> PyTree:
         distinct, which = np.unique(numbers, return_inverse=True)
-        read = [_read_arrays(paths[number], listed[names[number]]["digest"]) for number in distinct]
+        read = [_read_arrays(paths[number], written[number]) for number in distinct]
         return tree.unflatten({path: np.stack([flat[path] for flat in read])[which] for path in read[0]})
 
     return adapters
@@ -136,6 +180,13 @@ def name_file(client: str) -> str:
 
 def _write_arrays(file: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
     """Write arrays as safetensors, whole or not at all, and return the digest of the file's bytes."""
+    content = _serialise(arrays, metadata)
+    write_bytes(file, content)
+    return digests.digest_parts([content]).hex()
+
+
+def _serialise(arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """Return arrays as the bytes of a safetensors file, the same in every process."""
     from safetensors.numpy import save
 
     content = save({path: np.ascontiguousarray(leaf) for path, leaf in arrays.items()}, dict(metadata))
@@ -145,9 +196,7 @@ def _write_arrays(file: Path, arrays: Mapping[str, Any], metadata: Mapping[str, 
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of 8
-    content = len(text).to_bytes(8, "little") + text + content[end:]
-    write_bytes(file, content)
-    return digests.digest_parts([content]).hex()
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _read_arrays(file: Path, digest: str) -> dict[str, np.ndarray]:

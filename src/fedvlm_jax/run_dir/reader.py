@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.run_dir import config_seal, validated_files
+from fedvlm_jax.run_dir import absolute_paths, config_seal, validated_files
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,21 @@ def read_run(folder: Path) -> RunRecord:
     if config_seal.SEAL in config:
         config_seal.check_seal(folder / "config.json", config)
     return RunRecord(folder, config, read_metrics(folder), validated_files.read_results(folder / "results.json"))
+
+
+def read_finished(folder: Path) -> validated_files.StoredConfig:
+    """Read what a finished run says of itself; its model and data are where they were, and nothing is loaded.
+
+    Raises:
+        UserError: the folder is no run's, the run is not finished, its config was edited, or what it was made of has
+            gone.
+    """
+    stored = validated_files.read_config(folder)
+    if not (folder / "results.json").is_file():
+        raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
+    config_seal.check_seal(folder / "config.json", stored.content)
+    absolute_paths.find_places(folder, stored.run)
+    return stored
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

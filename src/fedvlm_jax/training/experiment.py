@@ -197,8 +197,12 @@ class Experiment:
         )
 
 
-def open_experiment(run: Run, model: LoadedModel, show: Progress | None = None) -> Experiment:
+def open_experiment(
+    run: Run, model: LoadedModel, show: Progress | None = None, *, reference: bool = True
+) -> Experiment:
     """Cut the data into clients, tokenise, compute what is frozen, and lay out the rounds.
+
+    Without `reference` the bare base's log-probabilities, which objectives may need, are left until they are asked for.
 
     Raises:
         UserError: data, targets, ranks or sizes that cannot work; each with what to change.
@@ -231,7 +235,7 @@ def open_experiment(run: Run, model: LoadedModel, show: Progress | None = None) 
         raise UserError(f"none of the {len(clients)} clients has a training example, so there is nothing to train on")
     if run.cohort is not None and run.cohort > trainable:
         raise UserError(f"--cohort {run.cohort}: there are only {trainable} clients that train")
-    if experiment.objective.reference:
+    if reference and experiment.objective.reference:
         experiment.find_reference()  # takes long and reports, so it is no part of the first round
     _ = experiment.layout  # refuses rounds of too many rows
     for text in experiment.answering.explain():

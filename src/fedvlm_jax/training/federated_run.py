@@ -204,8 +204,9 @@ def _execute(
     shared = jax.device_get(federation.programs.method.download(server=at.server))
     artifacts.save_base(folder / "adapters" / artifacts.BASE, model.params, base)
     about = {"method": run.method, "round": best.round}
-    artifacts.save_adapters(folder / "adapters", _list_adapters(experiment, personal), shared, about)
     general = partial(federation.global_adapters, at=at) if jax.tree.leaves(shared) else None
+    listed = [_list_adapters(experiment, models) for models in (personal, general) if models is not None]
+    artifacts.save_adapters(folder / "adapters", listed[0], shared, about, *listed[1:])
     with working(show, "evaluating every client's own model"):
         scored, scores = final_evaluation.score_models(experiment, base, personal, general, zero_shot)
         results = {"selected_round": best.round, "selected_by": experiment.select_by, **scores}
