@@ -34,9 +34,10 @@ def tabulate_answers(client: str, question: str, shown: Shown, answers: Sequence
         return [Table(title, ("model", "answer"), rows, prose=frozenset({1}))]
     found = list[tuple[str, ...]]()
     for names, each in zip(shown.rows, answers, strict=True):
-        told = [f"not asked: {each}"] * len(models) if isinstance(each, str) else [write_answer(each[m]) for m in models]
-        found.append((cut(", ".join(Path(name).name for name in names), LONG), *(told or [f"not asked: {each}"])))
-    columns = ("picture", *(models.values() or ("answer",)))
+        refused = [f"not asked: {each}"] * len(models)
+        told = refused if isinstance(each, str) else [write_answer(each[model]) for model in models]
+        found.append((cut(", ".join(Path(name).name for name in names), LONG), *told))
+    columns = ("picture", *models.values())
     return [Table(title, columns, tuple(found), prose=frozenset(range(1, len(columns))))]
 
 

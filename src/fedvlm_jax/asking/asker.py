@@ -224,7 +224,9 @@ class Asker:
         with working(self.show, f"asking about {len(rows)} picture{'s' * (len(rows) > 1)}, the first compiles"):
             parts = evaluator.visit(self._program, finished.experiment.model.params, {"zero_shot": None}, asked)
             parts |= evaluator.visit(self._program, finished.params, models, asked, shown="answers")
-        told = {name: [one for part in of_client[number] for one in self._tell(part)] for name, of_client in parts.items()}
+        told = {
+            name: [one for part in of_client[number] for one in self._tell(part)] for name, of_client in parts.items()
+        }
         return [{name: answers[row] for name, answers in told.items()} for row in rows.tolist()]
 
     @cached_property
@@ -254,9 +256,7 @@ class Asker:
             return [Answer(text) for text in model.processor.decode(part[0])]
         names = model.vlm.classes
         best = [(row, np.argsort(-row, kind="stable")[:TOLD].tolist()) for row in np.asarray(part)]
-        return [
-            Answer(names[order[0]], tuple((names[at], float(row[at])) for at in order)) for row, order in best
-        ]
+        return [Answer(names[order[0]], tuple((names[at], float(row[at])) for at in order)) for row, order in best]
 
     @memoized
     def _personal(self, number: int, /) -> Adapters:

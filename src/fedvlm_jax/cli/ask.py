@@ -43,8 +43,8 @@ def ask(
 
     start_quickly()
 
-    from fedvlm_jax.asking.asker import open_asker
     from fedvlm_jax.asking.answers_shown import tabulate_answers, write_answers
+    from fedvlm_jax.asking.asker import open_asker
     from fedvlm_jax.reporting import tables
     from fedvlm_jax.utils import progress_display
 
