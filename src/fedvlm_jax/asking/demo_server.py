@@ -14,6 +14,7 @@ import io
 import ipaddress
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -43,6 +44,8 @@ WAITING = 8
 
 SIDE = 256
 """Pixels that a sample's picture is shown with at most."""
+
+NUMBER = re.compile(r"[0-9]{1,12}")
 
 SECONDS = 30
 """Seconds that a reader or a writer may be silent."""
@@ -225,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif parts == ["samples"]:
             found = server.models.list_samples(client, server.samples)
             self._send_json({"samples": [_describe_sample(sample) for sample in found]})
-        elif len(parts) == 2 and parts[0] == "pictures" and parts[1].isdecimal():
+        elif len(parts) == 2 and parts[0] == "pictures" and NUMBER.fullmatch(parts[1]):
             picture = decode_picture(self._read_sample(client, int(parts[1])).contents[0])
             picture.thumbnail((SIDE, SIDE))
             picture.save(file := io.BytesIO(), "PNG")
@@ -247,7 +250,7 @@ class _Handler(BaseHTTPRequestHandler):
         if (origin is not None and origin != f"http://{self.headers.get('Host')}") or kind != "application/json":
             raise _RefusedError(403, "questions are asked by this server's own page")
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
+        if not NUMBER.fullmatch(length):
             raise _RefusedError(411, "the request does not say how long it is")
         if int(length) > MOST_BODY:
             raise _RefusedError(413, f"pictures of more than {MOST_UPLOAD >> 20} MiB are not taken")
@@ -312,9 +315,11 @@ def _describe_answer(model: str, answer: Answer) -> dict[str, Any]:
 def _read_form(body: bytes) -> dict[str, Any]:
     """Read what the page sent: `client` and `question`, and `pictures` in base64 or the number of a `sample`."""
     try:
-        form = json.loads(body)
+        sent = json.loads(body)
+        if not isinstance(sent, dict):
+            raise TypeError
         wanted = {"client": str, "question": str, "pictures": list, "sample": int | None}
-        form = {"client": "", "question": "", "pictures": [], "sample": None} | {name: form[name] for name in form}
+        form = {"client": "", "question": "", "pictures": [], "sample": None} | sent
         if any(not isinstance(form[name], kind) for name, kind in wanted.items()):
             raise TypeError
     except (ValueError, TypeError, RecursionError):

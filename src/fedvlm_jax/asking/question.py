@@ -95,14 +95,13 @@ def look_at(paths: Sequence[Path], max_pixels: int = MAX_IMAGE_PIXELS) -> Shown:
 
 def _read(path: Path, max_pixels: int) -> bytes:
     try:
-        content = read_below(path.name, [path.absolute().parent.resolve()], MOST_BYTES)
-    except OutsideError:  # the user's own link: it leads where they say
-        return _read(path.resolve(), max_pixels)
+        if not path.is_file():  # a pipe would be read for ever
+            raise UserError(f"--image {path}: {'it is no file' if path.exists() else 'there is no such file'}")
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise UserError(f"--image {path}: {size >> 20} MiB; {MOST_BYTES >> 20} MiB are the most")
+        content = path.read_bytes()
     except OSError as error:
-        reason = describe_os_error(error) if error.errno is None else error.strerror
-        raise UserError(f"--image {path}: {reason}") from None
-    except ValueError as error:  # a name with a NUL
-        raise UserError(f"--image {str(path)!r}: {error}") from None
+        raise UserError(f"--image {path}: {describe_os_error(OSError(error.errno, error.strerror))}") from None
     check_picture(content, f"--image {path}", max_pixels)
     return content
 

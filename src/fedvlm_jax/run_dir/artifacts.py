@@ -156,7 +156,7 @@ def _read_later(paths: Sequence[Path], written: Sequence[str]) -> Callable[[np.n
 
     def adapters(numbers: np.ndarray) -> PyTree:
         distinct, which = np.unique(numbers, return_inverse=True)
-        read = [_read_arrays(paths[number], written[number]) for number in distinct.tolist()]
+        read = [_read_arrays(paths[number], written[number]) for number in map(int, distinct)]
         return tree.unflatten({path: np.stack([flat[path] for flat in read])[which] for path in read[0]})
 
     return adapters
