@@ -19,7 +19,12 @@ HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "scipy.stats",
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], [], *([command, "--help"] for command in ("train", "compare", "explain", "plan", "report"))]
+    "words",
+    [
+        ["--help"],
+        [],
+        *([command, "--help"] for command in ("train", "compare", "explain", "plan", "ask", "demo", "report")),
+    ],
 )
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     program = (
@@ -33,7 +38,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 
 def test_every_command_is_listed_in_order() -> None:
-    named = "data explain plan train compare evaluate report cache"
+    named = "data explain plan train compare evaluate ask demo report cache"
     assert list(commands_available()) == named.split()
 
 

@@ -16,7 +16,17 @@ from made_table import make_table
 from fedvlm_jax.data.federated_dataset import ClientRows, Federation, check_federation
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.client_states import ClientStates
-from fedvlm_jax.run_dir.artifacts import BASE, LIST, load_base, name_file, open_adapters, save_adapters, save_base
+from fedvlm_jax.run_dir.artifacts import (
+    BASE,
+    GLOBAL,
+    LIST,
+    load_base,
+    name_file,
+    open_adapters,
+    open_global,
+    save_adapters,
+    save_base,
+)
 
 HOSTILE = [
     *(
@@ -113,6 +123,27 @@ def test_a_flipped_bit_in_an_adapter_is_told(tmp_path, at):
     adapters(np.asarray([0]))
     with pytest.raises(UserError, match=r"two~\w+\.safetensors is not as it was written: put it back from a copy"):
         adapters(np.asarray([0, 1]))
+
+
+def test_global_models_are_kept_once_each_and_checked(tmp_path):
+    """Three clients, of whom two would begin alike; then one bit of a file is another."""
+    names = ["one", "Two", "three"]
+    general = [(name, make_adapter(value)) for name, value in zip(names, (1, 2, 1), strict=True)]
+    save_adapters(tmp_path, [(name, make_adapter(0)) for name in names], {}, {"round": 3}, general)
+    files = sorted((tmp_path / GLOBAL).iterdir())
+    assert len(files) == 2
+    read = open_global(tmp_path, names)
+    np.testing.assert_array_equal(read(np.asarray([2, 1, 0]))["fc1"]["a"][:, 0, 0], [1, 2, 1])
+    content = bytearray(files[0].read_bytes())
+    content[-1] ^= 1
+    files[0].write_bytes(content)
+    with pytest.raises(UserError, match=r"global/\w+\.safetensors is not as it was written"):
+        read(np.asarray([0, 1]))
+    files[0].unlink()
+    with pytest.raises(UserError, match=r"global/\w+\.safetensors is missing"):
+        open_global(tmp_path, names)
+    write(tmp_path / "alone", names)
+    assert open_global(tmp_path / "alone", names) is None
 
 
 def test_a_flipped_bit_in_the_moved_base_is_told(tmp_path):

@@ -42,7 +42,7 @@ def test_what_a_run_leaves(finished):
     assert all(line["bytes_up_per_client"] == 0 for line in record.rounds[4:])
     assert set(record.results["personal"]["test"]["exact_match"]) == set(names)
     adapters = read_adapters(finished)
-    assert len(adapters) == 5
+    assert len(adapters) == 6, "four clients', the shared part, and a global model"
     shared = adapters["adapters/shared.safetensors"]
     assert all(path.endswith("/b") for path in shared)
     assert sum(array.nbytes for array in shared.values()) == record.rounds[0]["bytes_up_per_client"]

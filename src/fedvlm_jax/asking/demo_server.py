@@ -39,7 +39,7 @@ MOST_UPLOAD = 2**25
 MOST_BODY = MOST_UPLOAD * 4 // 3 + 2**17
 """Bytes of a request at most: the pictures in base64, and the question."""
 
-WAITING = 8
+WAITING = 3
 """Questions that may wait for the one that is being answered."""
 
 SIDE = 256

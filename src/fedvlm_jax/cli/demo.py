@@ -45,6 +45,7 @@ def demo(
         from fedvlm_jax.asking.asker import open_asker
         from fedvlm_jax.utils import progress_display
         from fedvlm_jax.utils.progress import NoProgress
+        from fedvlm_jax.utils.untrusted_text import clean
 
         show = progress_display.open_progress()
         try:
@@ -54,6 +55,6 @@ def demo(
         server.models, server.samples = dataclasses.replace(asker, show=NoProgress()), samples
         record = asker.record
         subtitle = f"{record.method} on {stored.run.model}, {len(asker.clients)} clients"
-        server.about = About(Path(record.folder).resolve().name, subtitle, asker.list_notes())
+        server.about = About(clean(record.folder.resolve().name), clean(subtitle), asker.list_notes())
         print(f"page    {server.url}\n        Ctrl-C ends it", flush=True)
         server.serve_forever()
