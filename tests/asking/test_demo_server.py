@@ -13,7 +13,8 @@ from PIL import Image
 
 from fedvlm_jax.asking import demo_server
 from fedvlm_jax.asking.asker import Answer, Sample
-from fedvlm_jax.asking.demo_server import MOST_BODY, About, open_server
+from fedvlm_jax.asking.demo_requests import MOST_BODY
+from fedvlm_jax.asking.demo_server import About, open_server
 from fedvlm_jax.asking.question import Shown
 from fedvlm_jax.errors import UserError
 

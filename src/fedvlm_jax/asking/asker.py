@@ -103,7 +103,11 @@ class Asker:
         if self.finished.general is None:
             has_one = (self.record.folder / "adapters" / "shared.safetensors").is_file()
             kept = "the run was made by a version that kept no global model, so that one is not asked"
-            found.append(kept if has_one else f"{self.record.method} shares nothing, so there is no global model")
+            found.append(
+                kept
+                if has_one
+                else f"{self.record.method} has no part that all clients share, so there is no global model"
+            )
         if self.chooses:
             found.append("the model chooses among the answers of the run's data, and reads no question")
         found += [f"{name} is left out: {reason}" for name, reason in (shown.broken if shown else ())]

@@ -7,37 +7,38 @@ uploads are bounded before they are read, and pictures are decoded as those of d
 elsewhere, which its headers hold it to.
 """
 
-import base64
 import contextlib
 import errno
 import io
 import ipaddress
 import json
 import os
-import re
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-from fedvlm_jax.asking.answers_shown import describe_answer
-from fedvlm_jax.asking.asker import Answer, Answers, Sample, list_models
-from fedvlm_jax.asking.question import Shown, check_picture, check_question
-from fedvlm_jax.data.config import MOST_PICTURES
+from fedvlm_jax.asking.asker import list_models
+from fedvlm_jax.asking.demo_requests import (
+    MOST_BODY,
+    MOST_UPLOAD,
+    NUMBER,
+    Models,
+    RefusedError,
+    describe_sample,
+    read_form,
+    read_pictures,
+    write_answer,
+)
+from fedvlm_jax.asking.question import Shown, check_question
 from fedvlm_jax.data.image_decoding import decode_picture
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.reporting.pages import render
 from fedvlm_jax.utils.untrusted_text import clean
-
-MOST_UPLOAD = 2**25
-"""Bytes of all pictures of a question at most: 32 MiB."""
-
-MOST_BODY = MOST_UPLOAD * 4 // 3 + 2**17
-"""Bytes of a request at most: the pictures in base64, and the question."""
 
 WAITING = 3
 """Questions that may wait for the one that is being answered."""
@@ -45,46 +46,8 @@ WAITING = 3
 SIDE = 256
 """Pixels that a sample's picture is shown with at most."""
 
-NUMBER = re.compile(r"[0-9]{1,12}")
-
 SECONDS = 30
 """Seconds that a reader or a writer may be silent."""
-
-
-class Models(Protocol):
-    """The models that answer, as `asker.Asker` has them."""
-
-    @property
-    def clients(self) -> Sequence[str]:
-        """The clients' names."""
-        ...
-
-    @property
-    def most_pictures(self) -> int:
-        """Most pictures of a question."""
-        ...
-
-    @property
-    def chooses(self) -> bool:
-        """Whether no question is read."""
-        ...
-
-    @property
-    def max_pixels(self) -> int:
-        """Most pixels of a picture."""
-        ...
-
-    def ask(self, client: str, question: str, shown: Shown) -> Sequence[Answers | str]:
-        """Answer a question; raises `UserError` for one that cannot be asked."""
-        ...
-
-    def list_samples(self, client: str, most: int) -> Sequence[Sample]:
-        """List rows that can be asked about; raises `UserError` for an unknown client."""
-        ...
-
-    def read_sample(self, number: int) -> Shown:
-        """Read a row's pictures; raises `UserError` where one has gone."""
-        ...
 
 
 class About(NamedTuple):
@@ -164,14 +127,6 @@ def open_server(host: str, port: int) -> DemoServer:
         raise UserError(f"--port {port} of {host} {why}: choose another, or 0 for any that is free") from None
 
 
-class _RefusedError(Exception):
-    """A request that is not answered: the status, and the line that says why."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
 class _Handler(BaseHTTPRequestHandler):
     timeout = SECONDS
     server_version, sys_version = "fedvlm", ""
@@ -194,9 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Send what the work returns, or in one line why there is nothing."""
         try:
             if not self.demo.knows(self.headers.get("Host", "")):
-                raise _RefusedError(421, f"this page is at {self.demo.url}")
+                raise RefusedError(421, f"this page is at {self.demo.url}")
             work()
-        except _RefusedError as error:
+        except RefusedError as error:
             self._send_json({"error": str(error)}, error.status)
         except UserError as error:
             self._send_json({"error": clean(" ".join(str(error).split()))}, 400)
@@ -227,51 +182,51 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(b"", "image/png")
         elif parts == ["samples"]:
             found = server.models.list_samples(client, server.samples)
-            self._send_json({"samples": [_describe_sample(sample) for sample in found]})
+            self._send_json({"samples": [describe_sample(sample) for sample in found]})
         elif len(parts) == 2 and parts[0] == "pictures" and NUMBER.fullmatch(parts[1]):
             picture = decode_picture(self._read_sample(client, int(parts[1])).contents[0])
             picture.thumbnail((SIDE, SIDE))
             picture.save(file := io.BytesIO(), "PNG")
             self._send(file.getvalue(), "image/png")
         else:
-            raise _RefusedError(404, "there is no such page")
+            raise RefusedError(404, "there is no such page")
 
     def _read_sample(self, client: str, number: int) -> Shown:
         """Read one of the samples that are offered, and no other row."""
         if number not in {sample.number for sample in self.demo.models.list_samples(client, self.demo.samples)}:
-            raise _RefusedError(404, "there is no such test picture")
+            raise RefusedError(404, "there is no such test picture")
         return self.demo.models.read_sample(number)
 
     def _post(self) -> None:
         if urlsplit(self.path).path != "/ask":
-            raise _RefusedError(404, "there is no such page")
+            raise RefusedError(404, "there is no such page")
         # A browser asks before it sends JSON to another site, and is not answered; a form cannot send it at all.
         origin, kind = self.headers.get("Origin"), self.headers.get_content_type()
         if (origin is not None and origin != f"http://{self.headers.get('Host')}") or kind != "application/json":
-            raise _RefusedError(403, "questions are asked by this server's own page")
+            raise RefusedError(403, "questions are asked by this server's own page")
         length = self.headers.get("Content-Length", "")
         if not NUMBER.fullmatch(length):
-            raise _RefusedError(411, "the request does not say how long it is")
+            raise RefusedError(411, "the request does not say how long it is")
         if int(length) > MOST_BODY:
-            raise _RefusedError(413, f"pictures of more than {MOST_UPLOAD >> 20} MiB are not taken")
+            raise RefusedError(413, f"pictures of more than {MOST_UPLOAD >> 20} MiB are not taken")
         if not self.demo.waiting.acquire(blocking=False):
-            raise _RefusedError(503, "too many questions are waiting: try again")
+            raise RefusedError(503, "too many questions are waiting: try again")
         try:
-            self._send_json(self._ask(_read_form(self.rfile.read(int(length)))))
+            self._send_json(self._ask(read_form(self.rfile.read(int(length)))))
         finally:
             self.demo.waiting.release()
 
     def _ask(self, form: Mapping[str, Any]) -> dict[str, Any]:
         models, client, sample = self.demo.models, form["client"], form["sample"]
         question = form["question"].strip() or "?" if models.chooses else check_question(form["question"])
-        shown = self._read_sample(client, sample) if sample is not None else _read_pictures(form["pictures"], models)
+        shown = self._read_sample(client, sample) if sample is not None else read_pictures(form["pictures"], models)
         with self.demo.asking:  # one at a time: answers take all the machine has
             start = time.perf_counter()
             answered = models.ask(client, question, shown)[0]
             seconds = time.perf_counter() - start
         if isinstance(answered, str):
             raise UserError(answered)
-        told = [_describe_answer(shown_as, answered[model]) for model, shown_as in list_models([answered]).items()]
+        told = [write_answer(shown_as, answered[model]) for model, shown_as in list_models([answered]).items()]
         return {"answers": told, "seconds": round(seconds, 1)}
 
     def _send_json(self, content: Mapping[str, Any], status: int = 200) -> None:
@@ -300,46 +255,3 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
-
-
-def _describe_sample(sample: Sample) -> dict[str, Any]:
-    texts = {"question": sample.question, "answer": sample.answer}
-    return {"number": sample.number, **{name: clean(text, "\n") for name, text in texts.items()}}
-
-
-def _describe_answer(model: str, answer: Answer) -> dict[str, Any]:
-    classes = [(clean(name), share) for name, share in answer.classes]
-    return {"model": model, **describe_answer(Answer(clean(answer.text, "\n"), tuple(classes)))}
-
-
-def _read_form(body: bytes) -> dict[str, Any]:
-    """Read what the page sent: `client` and `question`, and `pictures` in base64 or the number of a `sample`."""
-    try:
-        sent = json.loads(body)
-        if not isinstance(sent, dict):
-            raise TypeError
-        wanted = {"client": str, "question": str, "pictures": list, "sample": int | None}
-        form = {"client": "", "question": "", "pictures": [], "sample": None} | sent
-        if any(not isinstance(form[name], kind) for name, kind in wanted.items()):
-            raise TypeError
-    except (ValueError, TypeError, RecursionError):
-        raise _RefusedError(400, "the request is not as this server's page sends it") from None
-    return form
-
-
-def _read_pictures(given: Sequence[Any], models: Models) -> Shown:
-    if not given:
-        raise UserError("choose a picture first")
-    if len(given) > MOST_PICTURES:
-        raise UserError(f"{len(given)} pictures of one question; {MOST_PICTURES} are the most")
-    contents = list[bytes]()
-    for number, text in enumerate(given, start=1):
-        name = "the picture" if len(given) == 1 else f"picture {number}"
-        try:
-            contents.append(base64.b64decode(text, validate=True))
-        except (ValueError, TypeError):
-            raise UserError(f"{name} did not arrive whole: try again") from None
-        check_picture(contents[-1], name, models.max_pixels)
-    if sum(map(len, contents)) > MOST_UPLOAD:
-        raise UserError(f"pictures of more than {MOST_UPLOAD >> 20} MiB are not taken")
-    return Shown((tuple(f"picture {number}" for number in range(1, len(contents) + 1)),), contents=tuple(contents))
