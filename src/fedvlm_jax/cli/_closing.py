@@ -1,6 +1,7 @@
 """The last lines of `fedvlm train`: what came out, beside what it is to be held against, and the next command."""
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.config.run_options import Run, from_json
@@ -10,6 +11,7 @@ from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired
 from fedvlm_jax.reporting.tables import format_paired
 from fedvlm_jax.run_dir.reader import RunRecord
 from fedvlm_jax.run_dir.stored_baseline import read_baseline
+from fedvlm_jax.training.tracking.base import read_records
 from fedvlm_jax.utils.option_ranges import list_options
 
 # Options of a run that `fedvlm compare` has from elsewhere.
@@ -47,6 +49,11 @@ def suggest_comparison(record: RunRecord) -> str:
         if said and flag not in NOT_TAKEN:
             words += _write_flag(flag.replace("--method.", f"--method.{run.method}."), value)
     return shlex.join(words)
+
+
+def describe_trackers(folder: Path) -> list[str]:
+    """Say where the run can be looked at, a line for each tracker that has it whole."""
+    return [f"track   {record.view}" for record in read_records(folder) if record.results and not record.fault]
 
 
 def _write_flag(flag: str, value: Any) -> list[str]:

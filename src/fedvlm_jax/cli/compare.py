@@ -10,14 +10,26 @@ from fedvlm_jax.cli._signals import advising
 from fedvlm_jax.cli._startup import start_quickly
 from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.option_checks import validate_comparison
+from fedvlm_jax.config.track_options import TrackOptions, check_tracking
 from fedvlm_jax.run_dir.folder_lock import choose_folder
 
 
 def compare(
     comparison: Annotated[Compare, tyro.conf.arg(name="")] = Compare(),  # noqa: B008  frozen
+    track: TrackOptions = TrackOptions(),  # noqa: B008  frozen
 ) -> None:
-    """Run several methods on the same clients, cohorts and initial adapter, and compare them client by client."""
+    """Run several methods on the same clients, cohorts and initial adapter, and compare them client by client.
+
+    Args:
+        comparison: the options.
+        track: trackers of all its runs.
+    """
     validate_comparison(comparison)
+    check_tracking(track)
+    if track.trackers:
+        from fedvlm_jax.training.tracking.base import require
+
+        require(track)
     start_quickly()
 
     from fedvlm_jax.reporting import report, score_tables, tables
@@ -29,7 +41,7 @@ def compare(
         placed = dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, out=folder))
         show = progress_display.open_progress()
         with advising(show.finish, lambda: _advise(folder)):
-            comparing.compare(placed, show)
+            comparing.compare(placed, show, **({"track": track} if track.trackers else {}))
     record = reader.read_comparison(folder)
     page = report.write_report([folder])
     console = tables.show_all(score_tables.tabulate_comparison(record))

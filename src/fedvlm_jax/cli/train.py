@@ -15,6 +15,7 @@ from fedvlm_jax.cli._startup import start_quickly
 from fedvlm_jax.cli._supervise import CHILD, Together, supervise, together
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run
+from fedvlm_jax.config.track_options import TrackOptions, check_tracking
 from fedvlm_jax.distributed.launch import DistributedOptions, check_distributed
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.folder_lock import make_folder, remove_unused
@@ -25,7 +26,8 @@ ROUNDS = ("--train.rounds", "--rounds")  # the one option that a resumed run tak
 # Options that say where something is: a resumed run may find it elsewhere.
 PLACES = ("--model", "--data", "--data.path", "--data.image-root")
 # Flags that may stand beside `--resume`, with those of several processes.
-GO_ON = frozenset(("--resume", "--profile", "--baseline", "--no-baseline", *PLACES, *ROUNDS))
+TRACK = ("--track", "--track.project", "--track.name", "--track.client-names")
+GO_ON = frozenset(("--resume", "--profile", "--baseline", "--no-baseline", *TRACK, *PLACES, *ROUNDS))
 
 
 def train(
@@ -33,6 +35,7 @@ def train(
     distributed: DistributedOptions = DistributedOptions(),  # noqa: B008  frozen
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="(default: no)")] = False,
     baseline: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: yes)")] = True,
+    track: TrackOptions = TrackOptions(),  # noqa: B008  frozen
 ) -> None:
     """Fine-tune one adapter per client, together, and evaluate every client's own model.
 
@@ -43,8 +46,10 @@ def train(
             --resume too, and changes no result.
         baseline: then train every client alone with the same options, into RUN/baseline, to say what sharing is worth;
             it takes as long again. Goes with --resume too.
+        track: trackers. Go with --resume too.
     """
     check_distributed(distributed)
+    check_tracking(track)
     if distributed.asked and CHILD not in os.environ:
         command = [sys.executable, "-m", "fedvlm_jax", *WORDS.get()]
         raise SystemExit(supervise(command, distributed, run.resume or run.out))
@@ -54,12 +59,26 @@ def train(
         _refuse_options(run)
         if not (run.resume / "config.json").is_file():
             raise UserError(f"--resume {run.resume}: no config.json there, so it is not the folder of a run")
+        track = _find_trackers(run.resume, track)
+    if track.trackers and distributed.process in (None, 0):  # the first process tracks
+        from fedvlm_jax.training.tracking.base import require
+
+        require(track)
     start_quickly(lines=profile)
     with together(distributed) as about:
-        _train(run, about, distributed.asked, profile, baseline)
+        _train(run, about, distributed.asked, profile, baseline, track)
 
 
-def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool) -> None:
+def _find_trackers(folder: Path, track: TrackOptions) -> TrackOptions:
+    """Return the trackers of a run that goes on: those that are named, else those that it has."""
+    if not find_written().isdisjoint(TRACK):
+        return track
+    from fedvlm_jax.training.tracking.base import read_tracked
+
+    return read_tracked(folder)
+
+
+def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool, track: TrackOptions) -> None:
     """Train or go on; `again`: a run that has begun in its folder goes on without being asked to."""
     from fedvlm_jax.distributed import processes
     from fedvlm_jax.training import federated_run
@@ -74,6 +93,12 @@ def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool
 
         watch = RoundProfile(folder)
         watched["callbacks"] = (watch,)
+    alone = dict[str, Any]()
+    if track.trackers:
+        from fedvlm_jax.training.tracking.run_tracking import RunTracking
+
+        watched["callbacks"] = (*watched.get("callbacks", ()), RunTracking(track))
+        alone["make_callbacks"] = lambda: (RunTracking(track, beside=folder),)
     show = progress_display.open_progress() if processes.is_first() else progress.SilentProgress()
     options = dataclasses.replace(read_config(folder).run if begun else run, out=folder, resume=None)
     against, first = "--no-baseline", show
@@ -96,7 +121,7 @@ def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool
             if not against:
                 from fedvlm_jax.training.local_baseline import train_alone
 
-                train_alone(folder, progress.Numbered(show, 2, 2), watched["model"])
+                train_alone(folder, progress.Numbered(show, 2, 2), watched["model"], **alone)
     finally:
         if run.out is None and processes.is_first():
             remove_unused(folder)
@@ -160,7 +185,7 @@ def _list_changes(run: Run) -> list[str]:
 
 def _print_results(folder: Path, no_baseline: str) -> None:
     """Show the tables, then the few numbers that matter; `no_baseline`: why nobody was trained alone."""
-    from fedvlm_jax.cli._closing import close_run, suggest_comparison
+    from fedvlm_jax.cli._closing import close_run, describe_trackers, suggest_comparison
     from fedvlm_jax.reporting import report, score_tables, tables
     from fedvlm_jax.run_dir import reader, stored_baseline
 
@@ -170,5 +195,6 @@ def _print_results(folder: Path, no_baseline: str) -> None:
     lines = close_run(record)
     if no_baseline and stored_baseline.read_baseline(record) is None:
         lines.append(f"  training alone was left out: {no_baseline}")
-    lines += [f"run     {folder}", f"report  {page}", f"next    {suggest_comparison(record)}"]
+    lines += [f"run     {folder}", f"report  {page}", *describe_trackers(folder)]
+    lines.append(f"next    {suggest_comparison(record)}")
     console.say("\n".join(lines))

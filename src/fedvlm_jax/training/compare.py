@@ -16,6 +16,7 @@ from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.method_checks import for_method
 from fedvlm_jax.config.option_checks import FINETUNED, REMEMBERING, plain, validate_comparison
 from fedvlm_jax.config.run_options import SHARE, Run, TrainOptions, to_json, without_extras
+from fedvlm_jax.config.track_options import TrackOptions, check_tracking
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.absolute_paths import anchor, move
@@ -26,6 +27,9 @@ from fedvlm_jax.run_dir.reader import RunRecord, read_run
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.loaded_model import LoadedModel, load_model
+from fedvlm_jax.training.tracking.base import read_records
+from fedvlm_jax.training.tracking.run_tracking import RunTracking
+from fedvlm_jax.training.trainer import Callback
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.parallel import spread
 from fedvlm_jax.utils.progress import NoProgress, Numbered, Progress, SilentProgress
@@ -40,17 +44,19 @@ def compare(
     show: Progress | None = None,
     model: LoadedModel | None = None,
     settings: Mapping[str, TrainOptions] | None = None,
+    track: TrackOptions = TrackOptions(),  # noqa: B008  frozen
 ) -> Path:
     """Run every method with every seed; return the folder with `comparison.json` and a folder per run.
 
     A model that earlier runs on the same mesh have loaded saves a start. `settings`: method (with its "+ft" or "+knn")
     -> training options in place of `comparison.base.train`, for example the learning rates tuned for it, which are kept
-    in `comparison.json`.
+    in `comparison.json`. `track`: trackers that get the numbers of every run.
 
     Raises:
         UserError: as `federated_run.train`, or the folder holds runs with other options.
     """
     settings = dict(settings or {})
+    check_tracking(track)
     validate_comparison(comparison)
     for method, train in settings.items():
         if method not in comparison.methods:
@@ -58,7 +64,7 @@ def compare(
         validate_comparison(replace(comparison, base=replace(comparison.base, train=train)))
     if comparison.out is None:
         raise UserError("a comparison needs a folder: set out")
-    plan = _Plan(replace(comparison, base=anchor(comparison.base)), settings)
+    plan = _Plan(replace(comparison, base=anchor(comparison.base)), settings, track)
     with Claim(comparison.out):
         return plan.run(show or SilentProgress(), model)
 
@@ -69,6 +75,7 @@ class _Plan:
 
     comparison: Compare
     settings: Mapping[str, TrainOptions]
+    track: TrackOptions
 
     @property
     def folder(self) -> Path:
@@ -103,6 +110,7 @@ class _Plan:
         methods = self.comparison.methods
         if self.comparison.processes > 1:
             self.spread_out(show)
+            self.tell_faults(show)
             show = NoProgress()  # from here on, all is there to be read
         model = model or load_model(self.common, show.note)
         self.check_finished(methods, model)
@@ -130,6 +138,14 @@ class _Plan:
             write_json(self.folder / "comparison.json", content)
         return self.folder
 
+    def tell_faults(self, show: Progress) -> None:
+        """Say which trackers were dropped, which workers can tell nobody."""
+        for run in (self.make_run(method, seed) for seed in self.seeds for method in self.comparison.methods):
+            assert run.out is not None
+            for record in read_records(run.out):
+                if record.fault and record.tracker in self.track.trackers:
+                    show.note(f"{run.out.name}: {record.tracker} was dropped: {record.fault}")
+
     def check_finished(self, methods: Sequence[str], model: LoadedModel) -> None:
         """Refuse to compare runs of other data or another model: those that are finished are only read."""
         for run in (self.make_run(method, seed) for seed in self.seeds for method in methods):
@@ -144,7 +160,8 @@ class _Plan:
         for number, method in enumerate(ordered, start=before + 1):
             start = records.get(plain(method)) if method != plain(method) else None
             run, numbered = self.make_run(method, seed), Numbered(show, number, total)
-            records[method] = finish_run(run, numbered, model, start.folder if start else None)
+            callbacks = (RunTracking(self.track, self.track.name or self.folder.name),)
+            records[method] = finish_run(run, numbered, model, start.folder if start else None, callbacks)
         return records
 
     def spread_out(self, show: Progress) -> None:
@@ -196,10 +213,17 @@ def refuse_other_sources(folder: Path, run: Run, model: LoadedModel) -> None:
         compare_sources(folder, run, stored, model.sources(run.data))
 
 
-def finish_run(run: Run, show: Progress, model: federated_run.Model, start: Path | None = None) -> RunRecord:
+def finish_run(
+    run: Run,
+    show: Progress,
+    model: federated_run.Model,
+    start: Path | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> RunRecord:
     """Read the run if it is finished, go on with it if it was begun, else run it.
 
     `start` is the folder of a finished run, which `run` continues if it is `run` without what follows the federation.
+    `callbacks` come after those of every run.
 
     Raises:
         UserError: as `federated_run.train`, or the folder holds a run with other options.
@@ -210,11 +234,11 @@ def finish_run(run: Run, show: Progress, model: federated_run.Model, start: Path
         stored = replace(read_config(run.out).run, out=run.out)
         if move(stored, run) != run:  # but for where data and model are
             raise UserError(f"{run.out} was made with other options: choose another --out, or repeat the first command")
-        federated_run.resume(run.out, show, model, places=None if stored == run else run)
+        federated_run.resume(run.out, show, model, callbacks, places=None if stored == run else run)
         return read_run(run.out)
     done = None if start is None else read_config(start).run
     if start is not None and done is not None and done == replace(without_extras(run), out=done.out):
-        federated_run.extend(start, run, show, model)
+        federated_run.extend(start, run, show, model, callbacks)
     else:
-        federated_run.train(run, show, model)
+        federated_run.train(run, show, model, callbacks)
     return read_run(run.out)

@@ -79,7 +79,7 @@ def train(
     run, out = _check_new(run)
     with _claim(out):
         processes.tell_all(partial(_refuse_used, out))  # the first looks, before it writes what the others would see
-        return _execute(run, show or SilentProgress(), model, callbacks)
+        return _run_to_end(callbacks, lambda: _execute(run, show or SilentProgress(), model, callbacks))
 
 
 def _check_new(run: Run) -> tuple[Run, Path]:
@@ -122,7 +122,22 @@ def resume(
     """
     read_config(folder)  # before the folder is claimed, for it may be none
     with _claim(folder):
-        return _go_on(folder, show or SilentProgress(), model, callbacks, places)
+        return _run_to_end(callbacks, lambda: _go_on(folder, show or SilentProgress(), model, callbacks, places))
+
+
+def _run_to_end(callbacks: Sequence[Callback], work: Callable[[], Path]) -> Path:
+    """Do the work of a run, and have callbacks let go whatever comes of it."""
+    try:
+        return work()
+    finally:
+        for callback in callbacks:
+            callback.close()
+
+
+def _finish(folder: Path, show: Progress, callbacks: Sequence[Callback]) -> Path:
+    for callback in callbacks:
+        callback.on_finished(folder, show)
+    return folder
 
 
 def _go_on(
@@ -133,7 +148,7 @@ def _go_on(
     finished = processes.tell_all((folder / "results.json").exists)
     if finished and places is None:
         show.note(f"{folder} is finished")
-        return folder
+        return _finish(folder, show, callbacks)
     run = run if places is None else absolute_paths.move(run, places)
     absolute_paths.find_places(folder, run)
     try:
@@ -146,7 +161,7 @@ def _go_on(
         fingerprints.compare_sources(folder, run, stored.content["fingerprint"], sources)
         _note_places(run, stored)
         show.note(f"{folder} is finished; it is noted where its data and model are now")
-        return folder
+        return _finish(folder, show, callbacks)
     fingerprints.tell_versions(stored.content["versions"], show.note)
     if stored.mesh.devices > len(jax.devices()):
         raise UserError(
@@ -158,7 +173,9 @@ def _go_on(
     return _execute(dataclasses.replace(run, system=system), show, model, callbacks, stored)
 
 
-def extend(folder: Path, run: Run, show: Progress | None = None, model: Model | None = None) -> Path:
+def extend(
+    folder: Path, run: Run, show: Progress | None = None, model: Model | None = None, callbacks: Sequence[Callback] = ()
+) -> Path:
     """Run `run`: the rounds of the finished run in `folder`, with local fine-tuning or neighbours after them.
 
     Nothing is trained twice: what the finished run left is copied, and the copy goes on. It ends as `train(run)` would,
@@ -187,7 +204,7 @@ def extend(folder: Path, run: Run, show: Progress | None = None, model: Model | 
         if processes.is_first():
             write_json(scratch / "config.json", seal({**record.config, "run": to_json(run)}))
         claim.move(out)
-        return _go_on(out, show or SilentProgress(), model)
+        return _run_to_end(callbacks, lambda: _go_on(out, show or SilentProgress(), model, callbacks))
 
 
 def _execute(
@@ -215,7 +232,7 @@ def _execute(
     if processes.is_first():
         write_examples(experiment, scored)
         write_json(folder / "results.json", results)
-    return folder
+    return _finish(folder, show, callbacks)
 
 
 def _open(run: Run, show: Progress, given: Model | None, stored: StoredConfig | None) -> Experiment:

@@ -5,6 +5,7 @@ What sharing is worth is the difference to it, so `fedvlm train` has it too: a r
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.compare import finish_run, refuse_other_sources
 from fedvlm_jax.training.extend_run import lengthen
+from fedvlm_jax.training.trainer import Callback
 from fedvlm_jax.utils.progress import Progress
 
 ALONE = "local"
@@ -58,8 +60,12 @@ def find_reason_against(run: Run) -> str:
     return ""
 
 
-def train_alone(folder: Path, show: Progress, model: federated_run.Model) -> None:
+def train_alone(
+    folder: Path, show: Progress, model: federated_run.Model, make_callbacks: Callable[[], Sequence[Callback]] = tuple
+) -> None:
     """Train every client of a finished run alone, or go on with that, or find that it is done.
+
+    `make_callbacks` makes those that come after the callbacks of every run.
 
     Raises:
         UserError: as `make_baseline`, what lies in its folder is a run with other options, or data or model are not
@@ -72,6 +78,6 @@ def train_alone(folder: Path, show: Progress, model: federated_run.Model) -> Non
         refuse_other_sources(folder, run, model(alone) if callable(model) else model)
     if (alone.out / "config.json").is_file() and read_config(alone.out).run.train.rounds < alone.train.rounds:
         # The run was trained longer: so is this, once it has its first rounds.
-        federated_run.resume(alone.out, show, model)
+        federated_run.resume(alone.out, show, model, make_callbacks())
         processes.tell_all(partial(lengthen, alone.out, alone.train.rounds))
-    finish_run(alone, show, model)
+    finish_run(alone, show, model, callbacks=make_callbacks())

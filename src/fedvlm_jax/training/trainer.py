@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from fedvlm_jax.federation.simulator import RoundInputs, RoundReport, Simulator
 from fedvlm_jax.training.experiment import FINETUNING, Experiment, make_finetuner, make_simulator
 from fedvlm_jax.training.learning_rates import find_rates
 from fedvlm_jax.training.personalization import each_model, give_models
-from fedvlm_jax.utils.progress import COMPILING, working
+from fedvlm_jax.utils.progress import COMPILING, Progress, working
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ class Callback:
 
     def on_end(self, trainer: "FederatedTrainer") -> None:
         """End, after the last round."""
+
+    def on_finished(self, folder: Path, show: Progress) -> None:
+        """Take note that the run's folder holds all there will be, its results too; it may have for long."""
+
+    def close(self) -> None:
+        """Let go, however the run ended."""
 
 
 @dataclass(frozen=True)
