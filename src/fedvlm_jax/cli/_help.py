@@ -9,8 +9,8 @@ WIDTH = 80
 # Options that are used first; those of the chosen method are shown with them.
 FIRST = (
     "--method", "--methods", "--share", "--model", "--data", "--clients", "--cohort", "--rounds", "--batch-size",
-    "--rank", "--objective", "--topology", "--seed", "--seeds", "--baseline", "--check-images", "--strict", "--out",
-    "--resume",
+    "--rank", "--objective", "--topology", "--seed", "--seeds", "--baseline", "--check-images", "--strict", "--track",
+    "--out", "--resume",
 )  # fmt: skip
 
 FEW = 24  # a command with no more options shows all of them

@@ -31,7 +31,9 @@ class TrackOptions:
     """Project of W&B and trackio, experiment of MLflow."""
     name: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: the folder's name)")] = ""
     """Name of the run there; training alone, and the runs of a comparison, are NAME/FOLDER."""
-    client_names: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    client_names: Annotated[
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="(default: numbers)")
+    ] = False
     """Send clients' results under their names, and not under their numbers."""
 
 
