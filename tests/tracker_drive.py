@@ -18,7 +18,7 @@ SCORES = {"ann": 0.5, SECRET: 0.75}
 
 
 def make_run(folder: Path) -> Path:
-    """A finished run of six rounds whose folder and model lie in a home, and one of whose clients has a person's name."""
+    """A finished run of six rounds whose model lies in a home, and one of whose clients has a person's name."""
     run = Run(model="/home/alice/florence", out=folder)
     return write_run(folder, {"ann": 0.25, SECRET: 0.25}, SCORES, run)
 
