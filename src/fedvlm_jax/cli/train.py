@@ -71,11 +71,13 @@ def train(
 
 def _find_trackers(folder: Path, track: TrackOptions) -> TrackOptions:
     """Return the trackers of a run that goes on: those that are named, else those that it has."""
-    if not find_written().isdisjoint(TRACK):
-        return track
-    from fedvlm_jax.training.tracking.base import read_tracked
+    from fedvlm_jax.training.tracking.base import make_record, read_tracked
 
-    return read_tracked(folder)
+    if find_written().isdisjoint(TRACK):
+        return read_tracked(folder)
+    for name in track.trackers:
+        make_record(folder, name, track)  # refuses another project than the run is in
+    return track
 
 
 def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool, track: TrackOptions) -> None:

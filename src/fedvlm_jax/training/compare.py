@@ -27,7 +27,7 @@ from fedvlm_jax.run_dir.reader import RunRecord, read_run
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.loaded_model import LoadedModel, load_model
-from fedvlm_jax.training.tracking.base import read_records
+from fedvlm_jax.training.tracking.base import read_records, require
 from fedvlm_jax.training.tracking.run_tracking import RunTracking
 from fedvlm_jax.training.trainer import Callback
 from fedvlm_jax.utils.files import write_json
@@ -57,6 +57,7 @@ def compare(
     """
     settings = dict(settings or {})
     check_tracking(track)
+    require(track)
     validate_comparison(comparison)
     for method, train in settings.items():
         if method not in comparison.methods:

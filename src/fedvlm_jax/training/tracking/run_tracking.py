@@ -57,7 +57,7 @@ class RunTracking(Callback):
         """Open the trackers, and send the lines that they lack.
 
         Raises:
-            UserError: a record of what a tracker has is damaged, or of another project.
+            UserError: a tracker is not installed, or a record of what it has is damaged or of another project.
         """
         self._begin(trainer.experiment.folder, trainer.experiment.show, done, lambda record: True)
 
@@ -69,7 +69,7 @@ class RunTracking(Callback):
         """Hand over the results, and wait for the trackers; of a run that was finished before, what they lack.
 
         Raises:
-            UserError: a record of what a tracker has is damaged, or of another project.
+            UserError: as `on_start`, of a run that was finished before.
         """
         if not processes.is_first() or not self.options.trackers or not (lines := read_metrics(folder)):
             return
@@ -95,7 +95,9 @@ class RunTracking(Callback):
         self._folder, self._show = folder, show
         parameters = list_parameters(read_config(folder).content)
         records = [base.make_record(folder, name, self.options, **self._part_of) for name in self.options.trackers]
-        for record in filter(is_wanted, records):
+        wanted = list(filter(is_wanted, records))
+        base.require(TrackOptions(tuple(record.tracker for record in wanted)))
+        for record in wanted:
             session = Session(folder / FOLDER, record, min(record.round, done), parameters)
             self._threads.append(TrackerThread(folder, session, _open_late(record.tracker)))
         for line in read_metrics(folder):

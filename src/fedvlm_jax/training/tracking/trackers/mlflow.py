@@ -46,8 +46,10 @@ class MlflowRun:
         self._entities: Any = import_module("mlflow.entities")
         record = session.record
         # The default depends on the working folder, which may be another when a run goes on.
-        uri = str((not os.environ.get("MLFLOW_TRACKING_URI") and record.place) or mlflow.get_tracking_uri())
-        local = urlsplit(uri).scheme in ("", "file", "sqlite")
+        # A record may be a stranger's, who is not to say which server numbers are sent to.
+        known = record.place if _is_local(record.place) and not os.environ.get("MLFLOW_TRACKING_URI") else ""
+        uri = known or str(mlflow.get_tracking_uri())
+        local = _is_local(uri)
         self._client: Any = import_module("mlflow.tracking").MlflowClient(tracking_uri=uri)
         self.place = uri if local else ""  # others may hold a password
         self.id, self.sent = record.id, session.sent
@@ -86,6 +88,10 @@ class MlflowRun:
             except Exception as error:
                 fault = error
         raise fault
+
+
+def _is_local(uri: str) -> bool:
+    return urlsplit(uri).scheme in ("", "file", "sqlite")
 
 
 def _divide(values: dict[str, Value] | Numbers, most: int) -> Iterator[dict[str, Any]]:
