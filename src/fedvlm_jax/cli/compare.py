@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -30,6 +30,7 @@ def compare(
         from fedvlm_jax.training.tracking.base import require
 
         require(track)
+    tracked: dict[str, Any] = {"track": track} if track.trackers else {}
     start_quickly()
 
     from fedvlm_jax.reporting import report, score_tables, tables
@@ -41,7 +42,7 @@ def compare(
         placed = dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, out=folder))
         show = progress_display.open_progress()
         with advising(show.finish, lambda: _advise(folder)):
-            comparing.compare(placed, show, **({"track": track} if track.trackers else {}))
+            comparing.compare(placed, show, **tracked)
     record = reader.read_comparison(folder)
     page = report.write_report([folder])
     console = tables.show_all(score_tables.tabulate_comparison(record))

@@ -60,7 +60,8 @@ class Session:
     Attributes:
         folder: for what the tracker writes beside the run.
         record: of the run there; without an `id` where it is new to the tracker.
-        sent: the round after which lines are to be sent, as far as the record knows.
+        sent: the last round that was sent and is not run again: a tracker that can take rounds back goes on after it,
+            another after `record.round`.
         parameters: the run's options, and what was resolved.
     """
 

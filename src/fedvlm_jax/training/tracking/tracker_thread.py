@@ -66,13 +66,17 @@ class TrackerThread:
             self._drop(f"what was left was not sent within {patience:.0f} s")
 
     def _run(self) -> None:
+        tracker: Tracker | None = None
         try:
-            self._work()
+            tracker = self._open(self._session)
+            self._serve(tracker)
         except BaseException as error:  # a library may raise anything, SystemExit too
             self._drop(explain_error(error))
+            with suppress(BaseException):  # it may still take it that the run is stopped
+                if tracker is not None:
+                    tracker.close(False)
 
-    def _work(self) -> None:
-        tracker = self._open(self._session)
+    def _serve(self, tracker: Tracker) -> None:
         sent = tracker.sent
         self._note(id=tracker.id, place=tracker.place, view=tracker.view, round=sent)
         while not self.fault:

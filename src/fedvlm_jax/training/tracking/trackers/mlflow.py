@@ -6,7 +6,7 @@ Sent are the numbers and the options, through MLflow's client, which adds no use
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from itertools import islice
 from typing import Any
@@ -52,7 +52,7 @@ class MlflowRun:
         local = _is_local(uri)
         self._client: Any = import_module("mlflow.tracking").MlflowClient(tracking_uri=uri)
         self.place = uri if local else ""  # others may hold a password
-        self.id, self.sent = record.id, session.sent
+        self.id, self.sent = record.id, record.round
         if record.id:
             self._client.update_run(record.id, status="RUNNING")
             self.sent = max((entry.step for entry in self._client.get_metric_history(self.id, EVERY_LINE)), default=0)
@@ -80,21 +80,21 @@ class MlflowRun:
         self._client.set_terminated(self.id, status="FINISHED" if finished else "KILLED")
 
     def _find_experiment(self, name: str) -> str:
-        for _ in range(2):  # another process may create it in between
-            if (found := self._client.get_experiment_by_name(name)) is not None:
-                return found.experiment_id
-            try:
-                return self._client.create_experiment(name)
-            except Exception as error:
-                fault = error
-        raise fault
+        if (found := self._client.get_experiment_by_name(name)) is not None:
+            return found.experiment_id
+        try:
+            return self._client.create_experiment(name)
+        except Exception:
+            if (found := self._client.get_experiment_by_name(name)) is None:
+                raise
+            return found.experiment_id  # another process has created it in between
 
 
 def _is_local(uri: str) -> bool:
     return urlsplit(uri).scheme in ("", "file", "sqlite")
 
 
-def _divide(values: dict[str, Value] | Numbers, most: int) -> Iterator[dict[str, Any]]:
+def _divide(values: Mapping[str, Value], most: int) -> Iterator[dict[str, Any]]:
     left = iter(values.items())
     while part := dict(islice(left, most)):
         yield part

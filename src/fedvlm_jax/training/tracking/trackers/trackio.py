@@ -35,7 +35,7 @@ class TrackioRun:
             resume="allow" if record.id else "never", embed=False, auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
         self._run.config.pop("_Username", None)
-        self.id, self.place, self.sent = str(self._run.id), "", session.sent
+        self.id, self.place, self.sent = str(self._run.id), "", record.round
         if record.id and self.id != record.id:
             raise RuntimeError(f"project {record.project} has another run that is called {record.name}")
         self.view = f"trackio show --project {shlex.quote(record.project)}"

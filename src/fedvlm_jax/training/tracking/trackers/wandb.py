@@ -46,7 +46,7 @@ class WandbRun:
     def __init__(self, session: Session) -> None:
         wandb, record = _load(), session.record
         self.id = record.id or uuid.uuid4().hex[:12]
-        self.place, self.sent = "", session.sent
+        self.place, self.sent = "", record.round
         session.folder.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(
             **dict.fromkeys(UNSENT, True), console="off", silent=True, save_code=False, x_save_requirements=False,
