@@ -46,6 +46,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def trackers(session: nox.Session) -> None:
+    """W&B, MLflow and trackio without a network: what they stored is what a run's files say."""
+    _install(session, "test", "tensorboard", "wandb", "mlflow", "trackio")
+    session.run("pytest", "-q", "tests/training/tracking", *session.posargs)
+
+
+@nox.session
 def parity(session: nox.Session) -> None:
     """The live comparison with transformers, PyTorch and PEFT."""
     _install(session, "test", "parity")
