@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from made_up import write_run
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.config.track_options import TrackOptions
 from fedvlm_jax.run_dir.reader import read_metrics
+from fedvlm_jax.training.tracking.base import read_record
 from fedvlm_jax.training.tracking.run_tracking import RunTracking
 from fedvlm_jax.utils.progress import SilentProgress
 
@@ -43,12 +45,24 @@ class Drive:
                 with metrics.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 self.callback.on_round(self.trainer, SimpleNamespace(round=line["round"], line=line))
-            if not stop:
+            if stop:
+                self._wait_until_sent(stop)
+            else:
                 self.callback.on_finished(self.folder, self.show)
         finally:
             self.callback.close()
             metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return self
+
+    def _wait_until_sent(self, round_: int) -> None:
+        """A stopped run waits five seconds for its trackers, in which a busy machine may not even have opened one."""
+        end = time.monotonic() + self.callback.patience
+        for name in self.callback.options.trackers:
+            while time.monotonic() < end:
+                record = read_record(self.folder, name)
+                if record is not None and (record.round >= round_ or record.fault):
+                    break
+                time.sleep(0.01)
 
     def find(self) -> "Drive":
         """Come upon the run when it is finished."""
