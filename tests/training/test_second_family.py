@@ -88,5 +88,5 @@ def test_a_method_is_explained_on_it(toy_decoder, tmp_path):
 def test_answers_that_take_every_position_are_refused(toy_decoder, tmp_path):
     run = toy_run(toy_decoder, tmp_path / "run")
     run = replace(run, data=run.data.replace(max_answer_tokens=1024))
-    with pytest.raises(UserError, match="positions, and answers of up to .* leave none .*--data.max-answer-tokens"):
+    with pytest.raises(UserError, match=r"positions, and answers of up to .* leave none .*--data.max-answer-tokens"):
         open_experiment(run, load_model(run))
