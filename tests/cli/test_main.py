@@ -38,7 +38,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 
 def test_every_command_is_listed_in_order() -> None:
-    named = "data explain plan train compare evaluate ask demo report cache"
+    named = "data explain plan train compare evaluate ask demo report export cache"
     assert list(commands_available()) == named.split()
 
 

@@ -56,6 +56,21 @@ BEGIN_ANEW = ("flexlora", "plora-reset-a")
 CHOICES = {"fedrpca": {"options": fedrpca.Options(beta=1.0)}}  # above 1 it amplifies, with one client too
 
 
+@pytest.mark.parametrize("name", methods_available())
+def test_a_client_begins_with_the_adapter_that_is_given_or_the_method_refuses_it(name):
+    _, _, _, method, adapter = make_method(name)
+    given = {path: leaf + 0.5 if path.endswith("/b") else leaf for path, leaf in tree.flatten(adapter).items()}
+    server = method.init(adapter=tree.unflatten(given))
+    personal = start_personal(method, jax.random.key(3), server, jnp.int32(0))
+    used = method.personalise(server=server, personal=personal)
+    gated = any(path.endswith("/gate") for path in tree.flatten(used))
+    wanted = {path: scale * a @ b for path, (a, b, scale) in lora.sites_of(tree.unflatten(given))}
+    found = {} if gated else {path: scale * a @ b for path, (a, b, scale) in lora.sites_of(used)}
+    kept = not gated and all(np.allclose(found[path], product, atol=1e-5) for path, product in wanted.items())
+    # A client of flora has it until its first round, in which it draws factors of its own.
+    assert (kept and name != "flora") == ("start" not in method.refuses)
+
+
 INPUTS = np.random.default_rng(5).normal(size=(7, WIDTH)).astype(np.float32)
 
 

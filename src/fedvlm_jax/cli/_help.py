@@ -10,7 +10,7 @@ WIDTH = 80
 FIRST = (
     "--method", "--methods", "--share", "--model", "--data", "--clients", "--cohort", "--rounds", "--batch-size",
     "--rank", "--objective", "--topology", "--seed", "--seeds", "--baseline", "--check-images", "--strict", "--track",
-    "--out", "--resume",
+    "--out", "--resume", "--adapter",
 )  # fmt: skip
 
 FEW = 24  # a command with no more options shows all of them

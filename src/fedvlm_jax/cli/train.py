@@ -88,6 +88,10 @@ def _train(run: Run, about: Together, again: bool, profile: bool, baseline: bool
     from fedvlm_jax.utils import progress, progress_display
 
     folder = about.folder = Path(processes.tell_all(lambda: str(run.resume or run.out or make_folder(run.method))))
+    if run.start is not None:
+        from fedvlm_jax.config.start_folder import fit_start
+
+        run = fit_start(run)
     begun = run.resume is not None or (again and processes.tell_all(lambda: _has_begun(run, folder)))
     watch, watched = None, dict[str, Any]()
     if profile:

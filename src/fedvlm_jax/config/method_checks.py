@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedvlm_jax.methods import Method
     from fedvlm_jax.models import Vlm
 
-MATHEMATICS = ("server", "local", "train.weighting", "lora.ranks")
+MATHEMATICS = ("server", "local", "train.weighting", "lora.ranks", "start")
 """The options, and groups of options, that change how a round computes, for the methods that have a place for them."""
 
 

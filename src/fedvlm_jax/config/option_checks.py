@@ -153,6 +153,9 @@ def _check_pairs(run: Run) -> None:
         raise UserError(f"--wave {system.wave} does not divide over --mesh {mesh}: use a multiple of {mesh.clients}")
     if system.cache_dir is not None and system.cache not in ("auto", "disk"):
         raise UserError(f"--system.cache-dir is for --system.cache disk, not {system.cache}")
+    if run.start is not None and (run.lora.ranks or run.lora.private_a != "common"):
+        other = "--lora.ranks" if run.lora.ranks else f"--lora.private-a {run.lora.private_a}"
+        raise UserError(f"--start and {other} exclude each other: all clients begin with the one adapter that is given")
     if run.out is not None and run.resume is not None:
         raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
 

@@ -234,6 +234,8 @@ class Run:
     resume: Annotated[Path | None, optional("RUN", "start anew")] = None
     """`train` only: go on with the run in this folder, with the options stored there; a finished one trains longer if
     --train.rounds says how many rounds there shall be in all."""
+    start: Annotated[Path | None, optional("PEFT_DIR", "a fresh adapter")] = None
+    """Begin with the adapter in this folder of PEFT's; rank, alpha and targets are then its own."""
     seed: Seed = 0
     """Decides every random choice: partition, adapters, cohorts, batches."""
     cohort: Annotated[Count | None, optional("INT", "all of them")] = None
@@ -296,6 +298,8 @@ def from_json(stored: Any) -> Run:
     source, method = data.get("source"), stored.get("method")
     form = data.get("form") if isinstance(data.get("form"), str) else None
     kind = find_options(source, form) if isinstance(source, str) else DataOptions
+    if "method" in stored:  # of folders from before there was --start
+        stored = {"start": None, **stored}
     chosen = {
         "method_options": find_method_options(method) if isinstance(method, str) else MethodOptions,
         "data": kind,

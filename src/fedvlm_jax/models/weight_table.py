@@ -92,6 +92,10 @@ class Table:
         tied: a name of the table.
         constants: name of a tensor that is no parameter -> what it must hold where it is there.
         unread: matches the names of further tensors that checkpoints hold and the model does not read.
+        lookups: further modules of transformers, by their whole names, that look tokens up in the tensor `tied`.
+        head: the module that scores tokens with it.
+        counted: matches the names of tables whose module counts the rows that it looks up by itself: other code that
+            stands in for the module, as PEFT's does, would look up what the module was called with.
 
     >>> table = Table(rules=dense("layers.{layer}.{side}", "layers/{side}"), fields={"side": "fc1|fc2"})
     >>> [name for name, _ in table.find_names("layers/fc2/kernel", layers=2)]
@@ -108,6 +112,9 @@ class Table:
     tied: str = ""
     constants: Mapping[str, Constant] = field(default_factory=dict)
     unread: re.Pattern[str] = re.compile(r"(?!)")
+    lookups: tuple[str, ...] = ()
+    head: str = "lm_head"
+    counted: re.Pattern[str] = re.compile(r"(?!)")
 
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], re.Pattern[str], Rule]]:

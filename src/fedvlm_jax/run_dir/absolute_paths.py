@@ -27,9 +27,10 @@ def anchor(run: Run) -> Run:
     if Path(model).is_dir():  # else it is the name of a shipped model, or a hub id
         model = str(_absolute(model))
     cache = run.system.cache_dir and _absolute(run.system.cache_dir)
+    start = run.start and _absolute(run.start)
     places = {name: _absolute(place) for name in FOLDERS if (place := getattr(run.data, name, None)) is not None}
     data, system = run.data.replace(source=source, **places), replace(run.system, cache_dir=cache)
-    return replace(run, model=model, data=data, system=system)
+    return replace(run, model=model, data=data, system=system, start=start)
 
 
 def move(run: Run, places: Run) -> Run:

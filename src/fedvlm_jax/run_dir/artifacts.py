@@ -5,7 +5,6 @@ Of several processes the first writes; the others do what it takes to have the s
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ from jaxtyping import PyTree
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import local_base
 from fedvlm_jax.errors import DamagedError, UserError
+from fedvlm_jax.models.folder_files import encode_tensors
 from fedvlm_jax.run_dir.folder_lock import name_command
 from fedvlm_jax.run_dir.validated_files import Form, check_form, parse_json
 from fedvlm_jax.utils import digests, tree
@@ -88,7 +88,7 @@ def save_adapters(
 
 def _save_global(folder: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
     """Write a global model under its digest, which is returned, unless it is there."""
-    content = _serialise(arrays, {**metadata, "part": "global"})
+    content = encode_tensors(arrays, {**metadata, "part": "global"})
     digest = digests.digest_parts([content]).hex()
     file = folder / f"{digest}.safetensors"
     if not file.exists():
@@ -180,23 +180,9 @@ def name_file(client: str) -> str:
 
 def _write_arrays(file: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
     """Write arrays as safetensors, whole or not at all, and return the digest of the file's bytes."""
-    content = _serialise(arrays, metadata)
+    content = encode_tensors(arrays, metadata)
     write_bytes(file, content)
     return digests.digest_parts([content]).hex()
-
-
-def _serialise(arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
-    """Return arrays as the bytes of a safetensors file, the same in every process."""
-    from safetensors.numpy import save
-
-    content = save({path: np.ascontiguousarray(leaf) for path, leaf in arrays.items()}, dict(metadata))
-    # Equal arrays are to be equal bytes, but the library's order of the metadata is another in every process.
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of 8
-    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _read_arrays(file: Path, digest: str) -> dict[str, np.ndarray]:

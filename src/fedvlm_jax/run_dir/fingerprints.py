@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedvlm_jax.config.run_options import Run
+from fedvlm_jax.config.start_folder import digest_start
 from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.tokenization import Examples
@@ -72,6 +73,16 @@ def compare_sources(folder: Path, run: Run, stored: Mapping[str, Any], now: Mapp
         lines.append(f"the weights of the model {run.model} are others")
     files = _list_differences(stored["model_files"], now["model_files"], "has another content")
     _refuse(folder, [*lines, *(f"{name} of the model {run.model} {what}" for name, what in files)])
+
+
+def compare_start(folder: Path, run: Run, stored: Mapping[str, Any]) -> None:
+    """Refuse a PEFT folder to start with that is not the one which the run in a folder began with.
+
+    Raises:
+        UserError: it is gone, or has another content.
+    """
+    if run.start is not None and digest_start(run.start) != stored.get("start"):
+        _refuse(folder, [f"the adapter to start with, {run.start}, is gone or has another content"])
 
 
 def compare_clients(folder: Path, stored: Mapping[str, str], now: Mapping[str, str]) -> None:

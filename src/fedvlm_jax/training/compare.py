@@ -16,6 +16,7 @@ from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.method_checks import for_method
 from fedvlm_jax.config.option_checks import FINETUNED, REMEMBERING, plain, validate_comparison
 from fedvlm_jax.config.run_options import SHARE, Run, TrainOptions, to_json, without_extras
+from fedvlm_jax.config.start_folder import fit_start
 from fedvlm_jax.config.track_options import TrackOptions, check_tracking
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
@@ -65,7 +66,7 @@ def compare(
         validate_comparison(replace(comparison, base=replace(comparison.base, train=train)))
     if comparison.out is None:
         raise UserError("a comparison needs a folder: set out")
-    plan = _Plan(replace(comparison, base=anchor(comparison.base)), settings, track)
+    plan = _Plan(replace(comparison, base=fit_start(anchor(comparison.base))), settings, track)
     with Claim(comparison.out):
         return plan.run(show or SilentProgress(), model)
 

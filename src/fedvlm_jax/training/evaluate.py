@@ -1,4 +1,4 @@
-"""A finished run's stored adapters: opened, and evaluated once more from their files."""
+"""Adapters that are stored, opened and evaluated from their files: those of a finished run, or one of PEFT's."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,21 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
+from fedvlm_jax.config.run_options import Run, to_json
+from fedvlm_jax.config.start_folder import fit_start
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import place_base
 from fedvlm_jax.evaluation.evaluator import Adapters
-from fedvlm_jax.run_dir import fingerprints
+from fedvlm_jax.run_dir import absolute_paths, fingerprints
 from fedvlm_jax.run_dir.artifacts import load_base, open_adapters, open_global
 from fedvlm_jax.run_dir.folder_lock import Claim
-from fedvlm_jax.run_dir.reader import read_finished
+from fedvlm_jax.run_dir.reader import RunRecord, read_finished
 from fedvlm_jax.run_dir.validated_files import StoredConfig, read_config
 from fedvlm_jax.training.experiment import Experiment, open_experiment
 from fedvlm_jax.training.final_evaluation import score_base, score_models
 from fedvlm_jax.training.loaded_model import load_model
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.progress import Progress, SilentProgress, working
+from fedvlm_jax.utils.untrusted_text import clean
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +58,7 @@ def open_finished(folder: Path, stored: StoredConfig, show: Progress, *, scoring
     if not scoring and stored.mesh.devices > len(jax.devices()):
         run = dataclasses.replace(run, system=dataclasses.replace(run.system, mesh="", wave=None))
     fingerprints.tell_versions(stored.content["versions"], show.note)
+    fingerprints.compare_start(folder, run, then)
     model = load_model(run, show.note, partial(fingerprints.compare_sources, folder, run, then))
     experiment = open_experiment(run, model, show, reference=scoring)
     clients = experiment.data.fingerprint["clients"]
@@ -83,3 +88,27 @@ def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
         if processes.is_first():
             write_json(folder / "evaluation.json", scores)
     return scores
+
+
+def evaluate_adapter(run: Run, show: Progress | None = None) -> RunRecord:
+    """Score the adapter of a PEFT folder, `run.start`, on validation and test of every client; nothing is written.
+
+    Returns:
+        What a finished run is read as, with the adapter as every client's own.
+
+    Raises:
+        UserError: the folder cannot be read, its base is another, or data or model are missing or do not fit.
+    """
+    show = show or SilentProgress()
+    run = fit_start(absolute_paths.anchor(run))
+    assert run.start is not None
+    experiment = open_experiment(run, load_model(run, show.note), show)
+
+    def everywhere(numbers: np.ndarray) -> PyTree:
+        return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(numbers), *np.shape(leaf))), experiment.adapter)
+
+    with working(show, f"evaluating {len(experiment.scored)} clients and the bare base, which compiles first"):
+        base = score_base(experiment)
+        _, scores = score_models(experiment, experiment.model.params, everywhere, None, base)
+    results = {"selected_round": None, "selected_by": experiment.select_by, **scores}
+    return RunRecord(run.start, {"run": {**to_json(run), "method": clean(run.start.name)}}, [], results)

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.run_options import Run, without_extras
+from fedvlm_jax.config.start_folder import continue_from, name_other_base, read_start
 from fedvlm_jax.data.classes import describe_classes, find_novel
 from fedvlm_jax.data.federated_dataset import describe_lost, list_reasons
 from fedvlm_jax.data.picture_views import Views
@@ -210,6 +211,11 @@ def open_experiment(
     show = show or SilentProgress()
     check_room(run, model.vlm)  # the model may have been loaded for another run
     adapter = start_adapter(jax.random.key(run.seed), model.vlm.sites, make_spec(run, model.vlm))
+    if run.start is not None:
+        found = read_start(run.start, run.model, model.vlm)
+        if other := name_other_base(found, run.model):
+            show.note(f"{run.start} says that it was trained on {other}; its shapes fit {run.model}")
+        adapter = continue_from(adapter, found.adapter)
     if run.lora.targets and (dead := lora.find_dead_targets(model.vlm.sites, run.lora.targets)):
         show.note(f"--lora.targets: {', '.join(dead)} match no weight of {run.model}; the others have adapters")
     experiment = Experiment(run, open_data(model, run), adapter, show)

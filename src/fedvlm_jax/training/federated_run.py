@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run, to_json, without_extras
+from fedvlm_jax.config.start_folder import digest_start, fit_start
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.data.tokenization import find_question_column
@@ -84,7 +85,7 @@ def train(
 
 def _check_new(run: Run) -> tuple[Run, Path]:
     validate(run)
-    run = absolute_paths.anchor(run)
+    run = fit_start(absolute_paths.anchor(run))
     if run.out is None:
         raise UserError("a run needs a folder: set out")
     return run, run.out
@@ -240,6 +241,8 @@ def _open(run: Run, show: Progress, given: Model | None, stored: StoredConfig | 
     folder, then = run.out, stored.content["fingerprint"] if stored else {}
     assert folder is not None
     check = partial(fingerprints.compare_sources, folder, run, then) if stored else lambda sources: None
+    if stored:
+        fingerprints.compare_start(folder, run, then)
     if given is None:
         model = load_model(run, show.note, check)
     else:
@@ -342,6 +345,9 @@ def _describe_start(experiment: Experiment) -> dict[str, Any]:
         "devices": [f"{count} × {kind}" for kind, count in kinds.items()],
         "examples": {split: sum(len(client.rows_of(split)) for client in clients) for split in SPLITS},
         "resolved": resolved,
-        "fingerprint": experiment.data.fingerprint,
+        "fingerprint": {
+            **experiment.data.fingerprint,
+            **({} if run.start is None else {"start": digest_start(run.start)}),
+        },
         "federation": experiment.data.federation.description,
     }

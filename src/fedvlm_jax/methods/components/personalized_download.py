@@ -31,6 +31,8 @@ REFUSES: dict[str, str] = {
     "train.weighting": "what a client receives is weighed by similarity, or all others count alike",
 }
 
+_HALVED = {"start": "a client uses its own adapter as a part of a mixture, and would begin with that part alone"}
+
 POOL = 16  # places in the pool at least, where there are so many clients: a round may have one alone
 NOBODY = -1  # the number at a free place of the pool
 
@@ -175,5 +177,5 @@ def make_delivering_method(
     return Method(
         name=name, source=source, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate,
         personalise=personalise, trained=trained_adapter, download=lambda server: {}, travels=travels, mixes=True,
-        pairs=pairs, refuses=REFUSES, moot=frozenset({"train.weighting"}),
+        pairs=pairs, refuses=REFUSES | (_HALVED if keep_own else {}), moot=frozenset({"train.weighting"}),
     )  # fmt: skip

@@ -38,7 +38,10 @@ def make(setup: Setup) -> Method:
         middle, adapter = tree.partition(factors, only("r"))
         return merge_middle(adapter, middle, "r")
 
-    refuses = {"lora.ranks": "R is one square matrix that all clients average whole"}
+    refuses = {
+        "lora.ranks": "R is one square matrix that all clients average whole",
+        "start": "its A and B are drawn with orthonormal columns and rows, and frozen",
+    }
     parts = Parts(
         extend=lambda adapter: map_sites(extend, adapter), assemble=assemble, trained=(only("r"),), refuses=refuses
     )

@@ -45,6 +45,9 @@ def make(setup: Setup) -> Method:
         trained=trained, download=lambda server: server["base"],
         base=lambda params, server: base_updates.apply(params, server["base"]),
         travels=lambda server, messages: (shape_of_one(messages), messages),  # everybody receives all factors
-        refuses=dict.fromkeys(("server", "local.proximal", "local.scaffold"), no_average),
+        refuses={
+            **dict.fromkeys(("server", "local.proximal", "local.scaffold"), no_average),
+            "start": "its clients draw fresh factors in every round; merge the adapter into the base instead",
+        },
     )  # fmt: skip
     return with_ranks(method, setup.ranks, send_rank=False)

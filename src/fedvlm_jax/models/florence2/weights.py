@@ -84,4 +84,6 @@ def make_table(config: Any) -> Table:
             ),
             "language_model.final_logits_bias": Constant(lambda tensor: not np.any(tensor)),
         },
+        lookups=("model.language_model.decoder.embed_tokens",),
+        counted=re.compile(r"language_model\.(en|de)coder\.embed_positions\.weight"),
     )

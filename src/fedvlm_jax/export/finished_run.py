@@ -1,0 +1,154 @@
+"""A finished run with its base and its adapters, as they are exported."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from fedvlm_jax.config.run_options import Run
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.models import Params, Vlm, load_weights, read_vlm, resolve_folder
+from fedvlm_jax.run_dir import fingerprints
+from fedvlm_jax.run_dir.artifacts import BASE, describe_versions, load_base, open_adapters, open_global
+from fedvlm_jax.run_dir.config_seal import check_seal
+from fedvlm_jax.run_dir.reader import RunRecord, read_run
+from fedvlm_jax.run_dir.validated_files import read_config
+from fedvlm_jax.training.round_setup import deal_ranks
+
+SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedRun:
+    """A finished run.
+
+    Attributes:
+        record: its folder, as it was read.
+        run: its options.
+        vlm: the base.
+        model: the base's folder.
+        weights: digest of the base's weights.
+        note: is told what is done.
+        clients: their names.
+        adapter: name -> the client's adapter, on the host.
+        general: the adapter of the shared part and the initial private one; None where the run stored none.
+    """
+
+    record: RunRecord
+    run: Run
+    vlm: Vlm
+    model: Path
+    weights: str
+    note: Callable[[str], None]
+    clients: tuple[str, ...]
+    adapter: Callable[[str], PyTree]
+    general: PyTree | None
+
+    @cached_property
+    def params(self) -> Params:
+        """Load the base's weights, with what the method added to them."""
+        self.note(f"loading {self.run.model}")
+        return load_base(self.record.folder / "adapters", load_weights(self.vlm, self.model))
+
+    @property
+    def moves_base(self) -> bool:
+        """Say whether the method added something to the base."""
+        return (self.record.folder / "adapters" / BASE).is_file()
+
+    @property
+    def base(self) -> str:
+        """Name the base for others: its hub id, or the folder where it lies."""
+        is_id = "/" in self.run.model and not Path(self.run.model).is_dir()
+        return self.run.model if is_id else str(self.model.absolute())
+
+    def scores(self, model: str, client: str) -> dict[str, dict[str, float]]:
+        """Return split -> metric -> the client's score with a model, `personal`, `global` or `zero_shot`."""
+        found = dict[str, dict[str, float]]()
+        for split in SPLITS:
+            for prefix in ("", "held_out/"):
+                by_metric = self.record.results.get("held_out") or {} if prefix else self.record.results
+                metrics = (by_metric.get(model) or {}).get(split) or {}
+                values = {name: self.record.scores(prefix + model, name, split).get(client) for name in metrics}
+                found.setdefault(split, {}).update({name: value for name, value in values.items() if value is not None})
+        return {split: values for split, values in found.items() if values}
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the run and its base, for a manifest."""
+        versions = describe_versions()
+        return {
+            "method": self.record.method,
+            "round": self.record.results.get("selected_round"),
+            "metric": self.record.metric,
+            "seed": self.run.seed,
+            "base": {"name": self.run.model, "weights": self.weights, "moved": self.moves_base},
+            "data": self.run.data.source,
+            "module_names": f"transformers {versions['transformers']}",
+            "versions": versions,
+        }
+
+
+def open_run(folder: Path, note: Callable[[str], None] = lambda text: None) -> FinishedRun:
+    """Open a finished run for export.
+
+    Raises:
+        UserError: it is not finished, a file is missing or damaged, its base is no longer what it was, or what its
+            clients use is no adapter alone.
+    """
+    record = read_run(folder)
+    stored = read_config(folder)
+    check_seal(folder / "config.json", stored.content)
+    run = dataclasses.replace(stored.run, out=folder)
+    if run.evaluation.neighbours:
+        raise UserError(
+            f"{folder} is a run of {record.method}: its clients' models ask what they remember of their own training "
+            "answers as well, which no file holds. `fedvlm evaluate` uses them; for adapters alone train without "
+            "--evaluation.neighbours"
+        )
+    clients = stored.clients
+    adapter = open_adapters(folder / "adapters", clients)
+    if Path(run.model).is_absolute() and not Path(run.model).is_dir():
+        raise UserError(
+            f"{run.model}, the base of the run in {folder}, is not there; if it has moved, say so: fedvlm train "
+            f"--resume {folder} --model PLACE"
+        )
+    model = resolve_folder(run.model)
+    digests, then = fingerprints.describe_model(model), stored.content.get("fingerprint") or {}
+    fingerprints.compare_sources(folder, run, then, {**digests, "data": then.get("data")})
+    vlm = read_vlm(model)
+    numbers = {name: number for number, name in enumerate(clients)}
+    return FinishedRun(
+        record=record,
+        run=run,
+        vlm=vlm,
+        model=model,
+        weights=digests["weights"],
+        note=note,
+        clients=clients,
+        adapter=lambda name: jax.tree.map(lambda leaf: leaf[0], adapter(np.asarray([numbers[name]]))),
+        general=_read_general(folder / "adapters", run, clients),
+    )
+
+
+def _read_general(folder: Path, run: Run, clients: Sequence[str]) -> PyTree | None:
+    """Read the global model as a client of the largest rank would begin with it."""
+    read, ranks = open_global(folder, clients), deal_ranks(run.lora.ranks, len(clients))
+    number = max(range(len(clients)), key=lambda number: ranks[number] if ranks else 0)
+    return None if read is None else jax.tree.map(lambda leaf: leaf[0], read(np.asarray([number])))
+
+
+def choose_clients(run: FinishedRun, asked: Sequence[str]) -> tuple[str, ...]:
+    """Return the clients that are asked for, all of them by default.
+
+    Raises:
+        UserError: the run has no client of such a name.
+    """
+    if strange := [name for name in asked if name not in run.clients]:
+        few = ", ".join(run.clients[:8]) + (f" and {len(run.clients) - 8} more" if len(run.clients) > 8 else "")
+        raise UserError(f"--clients {strange[0]}: the run has no such client; there are {few}")
+    return tuple(dict.fromkeys(asked)) or run.clients

@@ -1,0 +1,74 @@
+"""A model card, `README.md`, for every folder that is exported: what it is, how it is loaded, what it scored."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedvlm_jax.evaluation.metrics.metric_labels import order_measures
+from fedvlm_jax.export.finished_run import FinishedRun
+from fedvlm_jax.utils.files import write_text
+from fedvlm_jax.utils.untrusted_text import escape_markdown
+
+_HEAD = """---
+{base}
+library_name: {library}
+tags: [fedvlm-jax, federated-learning, {method}]
+# To be filled in: the licences of the base model and of the data hold for this model, too.
+license: other
+license_name: to-be-filled-in
+---
+"""
+
+
+def write_card(
+    folder: Path, run: FinishedRun, title: str, about: str, loading: str, library: str, base: str,
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> None:  # fmt: skip
+    """Write `README.md` into an exported folder.
+
+    Args:
+        title: whose model it is; a stranger's text.
+        about: sentences in Markdown.
+        loading: lines of Python that load it.
+        library: `peft` or `transformers`.
+        base: name or folder of the base.
+        scores: heading -> split -> metric -> score.
+    """
+    # The hub takes no card whose base is none of its own.
+    known = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
+    name = f"base_model: {json.dumps(base)}" if known else "# base_model: to be filled in with the base's hub id"
+    lines = [
+        _HEAD.format(base=name, library=library, method=run.run.method),
+        f"# {escape_markdown(title)}",
+        "",
+        about,
+        "",
+        "```python",
+        loading,
+        "```",
+        "",
+        f"- Base: {escape_markdown(base)}",
+        f"- Data: {escape_markdown(Path(run.run.data.source).name)}",
+        f"- Method: {run.record.method}, the models of round {run.record.results.get('selected_round')}, chosen by "
+        f"{run.record.metric} on validation; seed {run.run.seed}",
+        "- Licence: to be filled in, here and above. That of the base and that of the data hold for this model, too.",
+        "- What it must not be used for, and whose data it was trained on: to be filled in.",
+        "",
+    ]
+    write_text(folder / "README.md", "\n".join([*lines, *_tabulate(scores)]))
+
+
+def _tabulate(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """Write a table of scores: metrics down, models and splits across."""
+    columns = [(heading, split) for heading, by_split in scores.items() for split in by_split]
+    if not columns:
+        return ["No score was kept of it.", ""]
+    names = {name for heading, split in columns for name in scores[heading][split]}
+    rows = ["| metric | " + " | ".join(f"{heading}, {split}" for heading, split in columns) + " |"]
+    rows.append("| --- |" + " ---: |" * len(columns))
+    for measure in order_measures(names):
+        cells = [scores[heading][split].get(measure.name) for heading, split in columns]
+        shown = ["–" if value is None else measure.write(value) for value in cells]
+        rows.append(f"| {measure.label} | " + " | ".join(shown) + " |")
+    return [*rows, ""]

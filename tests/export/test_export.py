@@ -1,0 +1,208 @@
+"""`fedvlm export` of finished tiny runs: what is written, what is checked, what is refused; and the way back in."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_run import tiny_run
+
+from fedvlm_jax import lora
+from fedvlm_jax.cli.main import main
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.export.hub_upload import upload
+from fedvlm_jax.export.merged_export import export_merged
+from fedvlm_jax.export.peft_export import export_peft
+from fedvlm_jax.models import load_vlm
+from fedvlm_jax.peft import read_peft
+from fedvlm_jax.run_dir.artifacts import open_adapters, open_global
+from fedvlm_jax.training import federated_run
+from fedvlm_jax.training.evaluate import evaluate_adapter
+from fedvlm_jax.utils import tree
+
+
+def read_general(run):
+    """The global model, which all clients of these runs would begin with."""
+    names = list(json.loads((run / "adapters" / "clients.json").read_text())["clients"])
+    return jax.tree.map(lambda leaf: leaf[0], open_global(run / "adapters", names)(np.asarray([0])))
+
+
+@pytest.fixture(scope="module")
+def run(model, loaded, tmp_path_factory):
+    """The folder of a finished run."""
+    return federated_run.train(tiny_run(model, tmp_path_factory.mktemp("runs") / "plora"), model=loaded)
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "peft"
+    return out, *export_peft(run, out)
+
+
+def names_of(run):
+    return json.loads((run / "config.json").read_text())["resolved"]["clients"]
+
+
+def product(adapter):
+    sites = lora.sites_of(adapter)
+    return {path: np.asarray(s)[..., None, None] * np.asarray(a) @ np.asarray(b) for path, (a, b, s) in sites}
+
+
+def test_every_client_and_the_shared_part_have_a_folder(run, exported, model):
+    out, count, worst = exported
+    names = names_of(run)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert count == len(names) + 1
+    assert manifest["method"] == "plora"
+    assert manifest["module_names"].startswith("transformers 5.")
+    assert manifest["base"]["moved"] is False
+    folders = manifest["folders"]
+    assert sorted(entry["client"] for entry in folders.values() if "client" in entry) == sorted(names)
+    assert worst.error == 0  # float32 factors come back bit for bit
+    assert worst.largest > 0.1
+    vlm, _ = load_vlm(model)
+    read = open_adapters(run / "adapters", names)
+    for inside, entry in folders.items():
+        found = read_peft(out / inside, vlm)
+        assert found.base == str(model)
+        if inside == "shared":
+            stored = read_general(run)
+        else:
+            stored = jax.tree.map(lambda leaf: leaf[0], read(np.asarray([names.index(entry["client"])])))
+            results = json.loads((run / "results.json").read_text())
+            loss = results["personal"]["test"]["loss"][entry["client"]]
+            assert entry["scores"]["test"]["loss"] == loss
+            assert (
+                f"| loss | {results['zero_shot']['validation']['loss'][entry['client']]:.3f} |"
+                in (out / inside / "README.md").read_text()
+            )
+        for path, leaf in tree.flatten(stored).items():
+            np.testing.assert_array_equal(tree.flatten(found.adapter)[path], leaf)
+        for file in (out / inside).iterdir():
+            assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_the_shared_part_is_that_of_the_server(run):
+    stored, shared = tree.flatten(read_general(run)), load_file(run / "adapters" / "shared.safetensors")
+    assert shared
+    for path, leaf in shared.items():
+        np.testing.assert_array_equal(stored[path], leaf)
+
+
+@pytest.mark.broad
+def test_a_run_begins_with_a_client_s_adapter(run, exported, model, loaded, tmp_path):
+    """Nothing is trained away: with learning rates of nearly nothing every client ends with what it began with."""
+    out, *_ = exported
+    inside = next(iter(json.loads((out / "manifest.json").read_text())["folders"]))
+    start = out / inside
+    again = dataclasses.replace(
+        tiny_run(model, tmp_path / "again"), start=start, lora=type(tiny_run(model, tmp_path).lora)()
+    )
+    slow = dataclasses.replace(again.train, learning_rate_a=1e-30, learning_rate_b=1e-30, rounds=1)
+    folder = federated_run.train(dataclasses.replace(again, train=slow), model=loaded)
+    vlm, _ = load_vlm(model)
+    wanted = product(read_peft(start, vlm).adapter)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["run"]["lora"]["rank"] == 2
+    assert config["fingerprint"]["start"]
+    adapters = open_adapters(folder / "adapters", names_of(folder))(np.arange(len(names_of(folder))))
+    for path, matrix in product(adapters).items():
+        for client in matrix:
+            np.testing.assert_allclose(client, wanted[path], rtol=1e-6, atol=1e-7)
+    record = evaluate_adapter(dataclasses.replace(again, out=None, method="local"))
+    results = json.loads((folder / "results.json").read_text())
+    for client, loss in results["personal"]["test"]["loss"].items():
+        assert record.scores("personal", "loss")[client] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_merged_model_gives_the_logits_of_base_and_adapter(run, tmp_path, model):
+    name = names_of(run)[0]
+    count, worst = export_merged(run, tmp_path / "merged", clients=[name])
+    assert count == 1
+    assert 0 <= worst.error < 1e-5
+    (entry,) = json.loads((tmp_path / "merged" / "manifest.json").read_text())["folders"]
+    folder = tmp_path / "merged" / entry
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
+        file.name for file in folder.iterdir()
+    }
+    assert json.loads((folder / "config.json").read_text()).get("dtype", "float32") == "float32"
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_merged_models_of_many_are_refused_with_their_size(run, tmp_path):
+    with pytest.raises(UserError, match=r"a merged model takes \d.* MiB, those of all 4 clients .*--clients NAME"):
+        export_merged(run, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
+def unfinish(folder):
+    (folder / "results.json").unlink()
+
+
+def remember(folder):
+    """As a run with neighbours has it."""
+    from fedvlm_jax.run_dir.config_seal import seal
+
+    content = json.loads((folder / "config.json").read_text())
+    content["run"]["evaluation"]["neighbours"] = 4
+    (folder / "config.json").write_text(json.dumps(seal(content)))
+
+
+def damage(folder):
+    file = next((folder / "adapters" / "clients").iterdir())
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "reason"),
+    [
+        (unfinish, [], "this run is not finished"),
+        (remember, [], "ask what they remember"),
+        (damage, [], "is not as it was written"),
+        (lambda folder: (folder / "peft").mkdir() or (folder / "peft" / "x").touch(), [], "is not empty"),
+        (lambda folder: (folder / "peft").touch(), [], "is no folder"),
+        (lambda folder: None, ["--clients", "nobody"], "the run has no such client"),
+        (lambda folder: None, ["--to", "merged", "--uniform"], "--uniform is for --to peft"),
+        (lambda folder: None, ["--push", "x"], "expected a hub id"),
+        (lambda folder: shutil.rmtree(folder), [], "there is no such folder"),
+    ],
+)
+def test_bad_input_ends_in_a_line_and_leaves_nothing(run, tmp_path, capsys, change, words, reason):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    change(folder)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(folder), *words])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert reason in said[-1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_hub_that_cannot_be_reached_is_a_line(exported, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"--push owner/name: the hub did not take it"):
+        upload(exported[0], "owner/name")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["train", "--start", "nowhere"], "nowhere: there is no such folder"),
+        (["train", "--start", "nowhere", "--lora.ranks", "2", "8"], "exclude each other"),
+        (["train", "--start", "nowhere", "--method", "flora"], "draw fresh factors in every round"),
+        (["evaluate", "--adapter", "nowhere"], "nowhere: there is no such folder"),
+        (["evaluate"], "say what to evaluate"),
+        (["evaluate", "nowhere", "--seed", "3"], "--seed goes with --adapter"),
+        (["evaluate", "nowhere", "--adapter", "nowhere"], "exclude each other"),
+    ],
+)
+def test_starts_that_cannot_be_are_refused(words, reason, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert reason in capsys.readouterr().err
