@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from fedvlm_jax.cli._startup import LINES, RARELY
+from fedvlm_jax.cli._process.startup import LINES, RARELY
 
 PROGRAM = """
 import gc, json, sys
 {early}
-from fedvlm_jax.cli._startup import start_quickly
+from fedvlm_jax.cli._process.startup import start_quickly
 start_quickly({arguments})
 without_jax = "jax" not in sys.modules
 import jax

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedvlm_jax.cli._supervise import LOST, read_abort, supervise
+from fedvlm_jax.cli._process.supervise import LOST, read_abort, supervise
 from fedvlm_jax.distributed.launch import DistributedOptions
 
 TWO = DistributedOptions(coordinator="127.0.0.1:9911", processes=2, process=1, timeout=7)
@@ -72,15 +72,15 @@ def test_stderr_and_exit_code_are_the_child_s(code, capfd):
 
 PARENT = """
 import sys
-from fedvlm_jax.cli._signals import heed_signals
-from fedvlm_jax.cli._supervise import supervise
+from fedvlm_jax.cli._process.signals import heed_signals
+from fedvlm_jax.cli._process.supervise import supervise
 from fedvlm_jax.distributed.launch import DistributedOptions
 with heed_signals():
     sys.exit(supervise([sys.executable, "-c", sys.argv[1]], DistributedOptions(on=True), None))
 """
 CHILD = """
 import os, signal, sys, time
-from fedvlm_jax.cli._supervise import end_with_parent
+from fedvlm_jax.cli._process.supervise import end_with_parent
 signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
 end_with_parent()
 print("pid", os.getpid(), file=sys.stderr, flush=True)
@@ -108,7 +108,8 @@ def wait_until_gone(number):
 
 def test_a_child_that_ends_by_itself_ends_well(capfd):
     """A thread that reads stdin must not hold what the interpreter needs to end."""
-    write = "from fedvlm_jax.cli._supervise import end_with_parent as e; import time; e(); time.sleep(0.2); print('x')"
+    write = "from fedvlm_jax.cli._process.supervise import end_with_parent; import time; "
+    write += "end_with_parent(); time.sleep(0.2); print('x')"
     assert supervise([sys.executable, "-c", write], TWO, None) == 0
     assert capfd.readouterr() == ("x\n", "")
 

@@ -12,7 +12,7 @@ from tiny_run import assert_same_adapters, make_folder
 
 HEED = """
 import hashlib, sys, time
-from fedvlm_jax.cli._signals import StoppedError, heed_signals
+from fedvlm_jax.cli._process.signals import StoppedError, heed_signals
 try:
     with heed_signals():
         print("ready", flush=True)
@@ -42,7 +42,7 @@ main(["train", "--no-baseline"])
 
 SPREAD = """
 import pathlib, sys, time
-from fedvlm_jax.cli._signals import heed_signals
+from fedvlm_jax.cli._process.signals import heed_signals
 from fedvlm_jax.training.parallel import spread
 def work(task):
     pathlib.Path(task).write_text(str(__import__("os").getpid()))

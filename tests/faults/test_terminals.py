@@ -11,7 +11,7 @@ import pytest
 from made_up import write_many, write_run
 from rich.console import Console
 
-from fedvlm_jax.cli._signals import say
+from fedvlm_jax.cli._process.signals import say
 from fedvlm_jax.reporting.tables import Table, show, to_markdown
 from fedvlm_jax.utils.console import Terminal
 from fedvlm_jax.utils.progress_display import PlainProgress

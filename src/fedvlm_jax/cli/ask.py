@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from fedvlm_jax.cli._startup import start_quickly
+from fedvlm_jax.cli._process.startup import start_quickly
 from fedvlm_jax.errors import UserError
 
 _IMAGES = "A picture; give it again for a question about several. A folder: ask about each picture in it."

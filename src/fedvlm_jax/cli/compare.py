@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from fedvlm_jax.cli._signals import advising
-from fedvlm_jax.cli._startup import start_quickly
+from fedvlm_jax.cli._process.signals import advising
+from fedvlm_jax.cli._process.startup import start_quickly
 from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.option_checks import validate_comparison
 from fedvlm_jax.config.track_options import TrackOptions, check_tracking

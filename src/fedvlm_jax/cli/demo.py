@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 from annotated_types import Ge, Le
 
-from fedvlm_jax.cli._startup import start_quickly
+from fedvlm_jax.cli._process.startup import start_quickly
 
 PORT = 8765
 

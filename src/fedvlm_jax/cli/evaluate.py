@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from fedvlm_jax.cli._flags import find_written
-from fedvlm_jax.cli._startup import start_quickly
+from fedvlm_jax.cli._process.startup import start_quickly
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import EvaluationOptions, Run, SystemOptions
 from fedvlm_jax.data.config import DataOptions

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fedvlm_jax.cli._startup import start_quickly
+from fedvlm_jax.cli._process.startup import start_quickly
 from fedvlm_jax.errors import UserError
 
 

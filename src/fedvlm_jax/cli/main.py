@@ -23,7 +23,7 @@ from fedvlm_jax.cli._flags import WORDS, expand_rate
 from fedvlm_jax.cli._help import ALL, WIDTH, show_help
 from fedvlm_jax.cli._method_and_data_options import make_signature
 from fedvlm_jax.cli._numbers import make_registry
-from fedvlm_jax.cli._signals import exit_code, heed_signals, say
+from fedvlm_jax.cli._process.signals import exit_code, heed_signals, say
 from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
 from fedvlm_jax.utils.option_ranges import check_arguments
 from fedvlm_jax.utils.standard_streams import PIPE_GONE, is_reader_gone, silence, silence_closed_loops, soften

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import tyro
 
 from fedvlm_jax.cli._flags import WORDS, find_written
-from fedvlm_jax.cli._signals import advising
-from fedvlm_jax.cli._startup import start_quickly
-from fedvlm_jax.cli._supervise import CHILD, Together, supervise, together
+from fedvlm_jax.cli._process.signals import advising
+from fedvlm_jax.cli._process.startup import start_quickly
+from fedvlm_jax.cli._process.supervise import CHILD, Together, supervise, together
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.config.track_options import TrackOptions, check_tracking

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fedvlm_jax.cli._signals import exit_code, say
+from fedvlm_jax.cli._process.signals import exit_code, say
 from fedvlm_jax.distributed.launch import DistributedOptions, describe_loss, join
 from fedvlm_jax.errors import UserError, describe_os_error
 

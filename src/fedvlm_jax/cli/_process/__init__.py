@@ -1,0 +1,1 @@
+"""The command as a process: how it starts, what signals do to it, and the processes that it starts."""
