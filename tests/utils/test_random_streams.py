@@ -14,9 +14,14 @@ from fedvlm_jax.federation.participation import draw_cohort
 from fedvlm_jax.utils.random_streams import Stream
 
 SOURCE = Path(fedvlm_jax.__file__).parent
-NOT_OF_A_RUN = {"evaluation/statistics/over_clients.py", "methods/zoo/fed_sb.py", "lora/adapter.py"}
+NOT_OF_A_RUN = {
+    "evaluation/statistics/over_clients.py",
+    "methods/zoo/fed_sb.py",
+    "lora/adapter.py",
+    "export/logit_check.py",
+}
 """Resampling for intervals has a seed of its own; Fed-SB's frozen factors are the same for every seed; an adapter folds
-its sites' paths into a key that it is given."""
+its sites' paths into a key that it is given; exports are all checked on the same noise."""
 
 
 def read_calls(name):
