@@ -1,5 +1,6 @@
 """The smallest run there is: a random Florence-2 of a few thousand parameters over four small emoji clients."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -76,8 +77,14 @@ class StopAfter(SilentProgress):
 
 
 def read_adapters(folder):
+    """Arrays by file; global models, whose names are digests, are numbered as the list of clients has them."""
+    listed = json.loads((folder / "adapters" / "clients.json").read_text())["clients"].values()
+    digests = dict.fromkeys(entry["global"] for entry in listed if "global" in entry)
+    numbers = {f"{digest}.safetensors": str(number) for number, digest in enumerate(digests)}
     files = sorted((folder / "adapters").rglob("*.safetensors"))
-    return {str(path.relative_to(folder)): load_file(path) for path in files}
+    return {
+        str(path.relative_to(folder).with_name(numbers.get(path.name, path.name))): load_file(path) for path in files
+    }
 
 
 def assert_same_adapters(one, two):

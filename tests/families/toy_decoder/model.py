@@ -118,7 +118,7 @@ class Toy(nn.Module):
         return hidden.reshape(*labels.shape, -1), self.say(hidden).reshape(*labels.shape, -1)
 
     def say(self, hidden):
-        return self.tokens.attend(hidden).astype(jnp.float32)
+        return self.tokens.attend(hidden).astype(jnp.promote_types(jnp.float32, self.dtype))
 
     def step(self, ids, index, cache, mask):  # ids [B, K]; beams' keys [L, B, K, H, S, d]
         batch, beams = ids.shape
