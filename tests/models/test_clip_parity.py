@@ -1,5 +1,6 @@
 """CLIP live, against transformers + PyTorch: `pytest -m parity` with the extra `parity`."""
 
+import copy
 import importlib.util
 
 import jax
@@ -88,7 +89,7 @@ def test_embeddings_and_logits_are_those_of_transformers(case):
 
 
 def test_a_text_is_known_by_the_token_that_ends_it(case):
-    """Rows whose end stands anywhere, twice, and before what is padded, as transformers reads them."""
+    """Rows whose end stands anywhere, twice, and before what is padded, as transformers reads them; in float64."""
     _, reference, vlm, params, processor, images = case
     rng = np.random.default_rng(1)
     text = vlm.config.text_config
@@ -99,12 +100,14 @@ def test_a_text_is_known_by_the_token_that_ends_it(case):
     ids[2, 5] = ids[4, 8] = largest
     module = Clip(
         vision=read_tower(vlm.config), text=read_text(vlm.config), width=12, vocabulary=largest + 1, positions=40,
-        ends=text.eos_token_id, scale=0.0, dtype=jnp.float32, stacking=USUAL,
+        ends=text.eos_token_id, scale=0.0, dtype=jnp.float64, stacking=USUAL,
     )  # fmt: skip
-    pixels = processor.pixels(images)
-    found = module.apply({"params": params}, {"pixel_values": pixels}, jnp.asarray(ids), method="compare")
-    theirs = ask(reference, pixels, ids, np.ones_like(ids))
-    np.testing.assert_allclose(found["logits"], theirs.logits_per_image.numpy(), atol=1e-5)
+    pixels = processor.pixels(images).astype(np.float64)
+    with jax.enable_x64(True):
+        exact = {"params": jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)}
+        found = module.apply(exact, {"pixel_values": pixels}, jnp.asarray(ids), method="compare")["logits"]
+    theirs = ask(copy.deepcopy(reference).double(), pixels, ids, np.ones_like(ids)).logits_per_image
+    np.testing.assert_allclose(found, theirs.numpy(), rtol=0, atol=1e-6)
 
 
 def test_transformers_loads_what_is_saved(case, tmp_path):
