@@ -39,7 +39,10 @@ class TwoBases:
 
 
 def pair_cells(first: Mapping[str, Json], second: Mapping[str, Json]) -> dict[str, dict[str, tuple[Json, Json]]]:
-    """Cell -> method -> its figures on both bases, for the cells and methods that both have; by the second's mean."""
+    """Cell -> method -> its figures on both bases, for the cells and methods that both have; by the second's mean.
+
+    A cell in which a rival is still to come is left out.
+    """
     return {
         cell: {
             method: (first[cell]["methods"][method], one)
@@ -47,7 +50,7 @@ def pair_cells(first: Mapping[str, Json], second: Mapping[str, Json]) -> dict[st
             if method in first[cell]["methods"]
         }
         for cell in first
-        if cell in second
+        if cell in second and set(RIVALS) <= second[cell]["methods"].keys()
     }
 
 

@@ -16,24 +16,28 @@ OTHER = [
     line("run", "plora", 1, {"a": 0.5, "b": 0.7}),
     line("run", "local", 0, {"a": 0.4, "b": 0.6}),
     line("run", "local", 1, {"a": 0.4, "b": 0.6}),
+    line("run", "fedavg-lora", 0, {"a": 0.4, "b": 0.6}),
     line("run", "ditto", 0, {"a": 0.4, "b": 0.6}),
 ]
 
 
 @pytest.fixture
 def studies():
-    return [{"lang-20": methods_summary.summarise_cell("lang-20", lines)} for lines in (LINES, OTHER)]
+    first = [*LINES, line("run", "fedavg-lora", 0, {"a": 0.4, "b": 0.6})]
+    return [{"lang-20": methods_summary.summarise_cell("lang-20", lines)} for lines in (first, OTHER)]
 
 
 def test_methods_that_both_studies_have_stand_by_the_second_s_mean(studies):
-    paired = two_bases.pair_cells(studies[0] | {"lang-60": {"methods": {}}}, studies[1])
-    assert {cell: list(methods) for cell, methods in paired.items()} == {"lang-20": ["plora", "local", "zero-shot"]}
+    started = {"methods": {"local": {}}}
+    paired = two_bases.pair_cells(studies[0] | {"lang-60": started}, studies[1] | {"lang-60": started})
+    assert list(paired) == ["lang-20"], "the other cell has local alone"
+    assert list(paired["lang-20"]) == ["plora", "local", "fedavg-lora", "zero-shot"]
 
 
 def test_a_verdict_that_differs_is_named(studies):
     """pLoRA is 0.15 ± 0.64 ahead of local on the first base, whose interval holds zero, and 0.1 ± 0 on the second."""
     table = two_bases.tabulate("lang-20", two_bases.pair_cells(*studies)["lang-20"], ("one", "two"))
-    plora, local, _ = table.rows
+    plora, local, *_ = table.rows
     assert (plora[0], plora[1], plora[4]) == ("plora", "70.0 ± 14.1 %", "60.0 ± 0.0 %")
     assert (plora[2][0], plora[5][0], plora[-1]) == ("≈", "▲", "vs local")
     assert local[-1] == "none"
