@@ -25,6 +25,7 @@ MANY = 8
 """More methods than this are all of them."""
 EDGE = 8.0
 """Points behind local training beyond which the picture shows a number in place of a mark."""
+STAGES = ("run", "curve", "search")
 NAMES = {
     "lang-20": "Client's language in the prompt, 20 images per client",
     "lang-60": "Client's language in the prompt, 60 images per client",
@@ -60,6 +61,7 @@ def write(folder: Path, results: Path, order: Iterable[str], model: str) -> None
         **{key: value for key, value in describe_environment().items() if key != "time"},
         "model": model,
         "commits": sorted({line["commit"] for line in lines}),
+        "stages": [stage for stage in STAGES if any(line["stage"] == stage for line in lines)],
         "runs": len(lines),
         "hours": round(sum(line["seconds"] for line in lines) / 3600, 1),
         "cells": cells,
@@ -277,7 +279,7 @@ def write_note(content: Json) -> str:
         "client and round. To level: what a client has sent when validation, looked at every second round of one run, "
         "is half way from zero-shot to what local training ends with. A / B: the learning rates that did best on "
         f"validation out of three pairs, with a seed that is not among the study's. {cost}\n\n"
-        f"Made on {content['model']} by `python experiments/methods_emoji.py run`, `curve`, `search` and `report`."
+        f"Made on {content['model']} by `python experiments/methods_emoji.py`, stages {', '.join(content['stages'])}."
     )
 
 

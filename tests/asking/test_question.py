@@ -8,9 +8,10 @@ import sys
 import pytest
 from PIL import Image
 
-from fedvlm_jax.asking.question import MOST_CHARACTERS, check_question, find_client, look_at, make_table
+from fedvlm_jax.asking.question import MOST_CHARACTERS, check_question, look_at, make_table
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.run_dir.reader import find_client
 
 
 def draw(file, colour=(9, 90, 200), size=(8, 6)):

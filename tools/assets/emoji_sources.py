@@ -133,9 +133,9 @@ def compose_svg(icons: dict, name: str) -> str:
 
 def rasterise(svg: str) -> np.ndarray | None:
     """SVG -> uint8 [SIZE, SIZE, 3] on white, or None for a blank picture."""
-    # Fonts of the building machine must not leak into the pictures.
     import resvg_py  # here, for whoever reads the texts alone has no need of it
 
+    # Fonts of the building machine must not leak into the pictures.
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, background="#ffffff", skip_system_fonts=True)
     pixels = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
     if pixels.shape != (SIZE, SIZE, 3):

@@ -27,7 +27,7 @@ from fedvlm_jax.evaluation.evaluator import Adapters, Evaluator
 from fedvlm_jax.evaluation.knn_per import KERNELS, build_datastores
 from fedvlm_jax.federation.inputs.batch_reader import make_inputs
 from fedvlm_jax.federation.inputs.feature_cache import FeatureStore
-from fedvlm_jax.run_dir.reader import RunRecord, read_run
+from fedvlm_jax.run_dir.reader import RunRecord, find_client, read_run
 from fedvlm_jax.run_dir.validated_files import EXAMPLE_MODELS, StoredConfig
 from fedvlm_jax.training.evaluate import FinishedRun, open_finished
 from fedvlm_jax.utils.memoized import memoized
@@ -143,9 +143,7 @@ class Asker:
         Raises:
             UserError: there is no such client.
         """
-        if client not in self.clients:
-            raise UserError(f"there is no client {client!r}")
-        return self.clients.index(client)
+        return self.clients.index(find_client(client, self.clients))
 
     def list_samples(self, client: str, most: int) -> list[Sample]:
         """List a client's first test rows with distinct pictures, of those that ask no more than a question."""

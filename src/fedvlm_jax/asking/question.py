@@ -4,7 +4,6 @@ A table of questions goes the way of all data: its pictures are decoded, its pro
 the rows that a run is evaluated on. No heavy package is imported before one is made.
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,6 @@ MOST_BYTES = 2**26
 MOST_CHARACTERS = 20_000
 """Characters of a question at most; how many tokens a prompt may have is the model's to say."""
 
-SHOWN = 12
-"""Clients that a message lists."""
-
 
 @dataclass(frozen=True)
 class Shown:
@@ -41,26 +37,6 @@ class Shown:
     folder: Path | None = None
     contents: tuple[bytes, ...] = ()
     broken: tuple[tuple[str, str], ...] = ()
-
-
-def find_client(name: str | None, clients: Sequence[str]) -> str:
-    """Return the name of one of a run's clients.
-
-    Raises:
-        UserError: there is no such client, or none is named; with those that it may have meant.
-
-    >>> find_client("noto_de", ["noto-de", "noto-en"])
-    Traceback (most recent call last):
-    fedvlm_jax.errors.UserError: there is no client 'noto_de'; did you mean noto-de or noto-en?
-    """
-    if name in clients:
-        return str(name)
-    listed = ", ".join(clients[:SHOWN]) + (f" and {len(clients) - SHOWN} more" if len(clients) > SHOWN else "")
-    if name is None:
-        raise UserError(f"say whose model: --client NAME; the run's clients are {listed}")
-    if close := difflib.get_close_matches(name, clients, n=3):
-        raise UserError(f"there is no client {name!r}; did you mean {' or '.join(close)}?")
-    raise UserError(f"there is no client {name!r}; the run's are {listed}")
 
 
 def check_question(text: str) -> str:

@@ -31,8 +31,8 @@ def ask(
         image: to ask about.
         json: print the answers as JSON.
     """
-    from fedvlm_jax.asking.question import check_question, find_client, look_at
-    from fedvlm_jax.run_dir.reader import read_finished
+    from fedvlm_jax.asking.question import check_question, look_at
+    from fedvlm_jax.run_dir.reader import find_client, read_finished
 
     stored = read_finished(run)
     name = find_client(client, stored.clients)

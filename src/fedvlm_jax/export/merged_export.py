@@ -13,12 +13,13 @@ import jax.numpy as jnp
 
 from fedvlm_jax import lora
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.export.finished_run import FinishedRun, choose_clients, open_run
+from fedvlm_jax.export.exported_run import ExportedRun, choose_clients, open_run
 from fedvlm_jax.export.logit_check import LogitError, make_check
 from fedvlm_jax.export.model_card import write_card
 from fedvlm_jax.export.new_folder import check_free, write_beside
 from fedvlm_jax.models import Params, Vlm, load_weights, save_checkpoint
 from fedvlm_jax.models.folder_files import read_json
+from fedvlm_jax.reporting.tables import format_bytes
 from fedvlm_jax.run_dir.artifacts import name_file
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.files import write_json
@@ -59,18 +60,17 @@ def export_merged(
     size = tree.count_bytes(run.vlm.shapes()) // 4 * jnp.dtype(dtype).itemsize
     if not clients and len(run.clients) > 1:
         raise UserError(
-            f"a merged model takes {_show(size)}, those of all {len(run.clients)} clients take "
-            f"{_show(size * len(run.clients))}: say whose with --clients NAME [NAME ...], or --clients {ALL}"
+            f"a merged model takes {format_bytes(size)}, those of all {len(run.clients)} clients take "
+            f"{format_bytes(size * len(run.clients))}: say whose with --clients NAME [NAME ...], or --clients {ALL}"
         )
     names = choose_clients(run, () if tuple(clients) == (ALL,) else clients)
     dict(lora.sites_of(run.adapter(names[0])))  # for its error
     kind = name_class(run.vlm)
     with write_beside(out) as place:
         if (room := shutil.disk_usage(place).free) < size * len(names):
-            raise UserError(
-                f"{len(names)} models take {_show(size * len(names))}, and {out.parent} has {_show(room)} left"
-            )
-        note(f"writing {len(names)} {'model' if len(names) == 1 else 'models'} of {_show(size)}")
+            needed = format_bytes(size * len(names))
+            raise UserError(f"{len(names)} models take {needed}, and {out.parent} has {format_bytes(room)} left")
+        note(f"writing {len(names)} {'model' if len(names) == 1 else 'models'} of {format_bytes(size)}")
         check, errors, entries = make_check(run.vlm), list[LogitError](), dict[str, dict[str, Any]]()
         for name in names:
             adapter, inside = run.adapter(name), f"clients/{name_file(name).removesuffix('.safetensors')}"
@@ -91,7 +91,7 @@ def export_merged(
     return len(errors), max(errors)
 
 
-def write_checkpoint(folder: Path, run: FinishedRun, params: Params, dtype: Any) -> None:
+def write_checkpoint(folder: Path, run: ExportedRun, params: Params, dtype: Any) -> None:
     """Write weights in the form of a run's base, with the base's processor and tokenizer beside them."""
     save_checkpoint(run.vlm, params, folder, dtype, source=run.model)
     _note_dtype(folder / "config.json", jnp.dtype(dtype).name)
@@ -112,7 +112,3 @@ def _note_dtype(file: Path, name: str) -> None:
 def name_class(vlm: Vlm) -> str:
     """Name the class of transformers that opens a checkpoint of this model."""
     return "CLIPModel" if vlm.family == "clip" else "AutoModelForImageTextToText"
-
-
-def _show(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedvlm_jax.evaluation.metrics.metric_labels import order_measures
-from fedvlm_jax.export.finished_run import FinishedRun
+from fedvlm_jax.export.exported_run import ExportedRun
+from fedvlm_jax.reporting.tables import Table, to_markdown
 from fedvlm_jax.utils.files import write_text
 from fedvlm_jax.utils.untrusted_text import escape_markdown
 
@@ -22,7 +23,7 @@ license_name: to-be-filled-in
 
 
 def write_card(
-    folder: Path, run: FinishedRun, title: str, about: str, loading: str, library: str, base: str,
+    folder: Path, run: ExportedRun, title: str, about: str, loading: str, library: str, base: str,
     scores: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> None:  # fmt: skip
     """Write `README.md` into an exported folder.
@@ -64,11 +65,9 @@ def _tabulate(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[s
     columns = [(heading, split) for heading, by_split in scores.items() for split in by_split]
     if not columns:
         return ["No score was kept of it.", ""]
-    names = {name for heading, split in columns for name in scores[heading][split]}
-    rows = ["| metric | " + " | ".join(f"{heading}, {split}" for heading, split in columns) + " |"]
-    rows.append("| --- |" + " ---: |" * len(columns))
-    for measure in order_measures(names):
+    rows = list[tuple[str, ...]]()
+    for measure in order_measures({name for heading, split in columns for name in scores[heading][split]}):
         cells = [scores[heading][split].get(measure.name) for heading, split in columns]
-        shown = ["–" if value is None else measure.write(value) for value in cells]
-        rows.append(f"| {measure.label} | " + " | ".join(shown) + " |")
-    return [*rows, ""]
+        rows.append((measure.label, *("–" if value is None else measure.write(value) for value in cells)))
+    names = ("metric", *(f"{heading}, {split}" for heading, split in columns))
+    return [to_markdown(Table("Scores", names, tuple(rows))), ""]

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from fedvlm_jax.export.finished_run import choose_clients, open_run
+from fedvlm_jax.export.exported_run import choose_clients, open_run
 from fedvlm_jax.export.logit_check import LogitError, make_check
 from fedvlm_jax.export.merged_export import name_class, write_checkpoint
 from fedvlm_jax.export.model_card import write_card

@@ -4,15 +4,19 @@ A run's folder has `config.json` (options, versions, commit, what was resolved),
 and, once finished, `results.json`. A comparison's folder has `comparison.json`, which names the folders of its runs.
 """
 
+import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir import absolute_paths, config_seal, validated_files
+
+LISTED = 12
+"""Clients that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,26 @@ def read_finished(folder: Path) -> validated_files.StoredConfig:
     config_seal.check_seal(folder / "config.json", stored.content)
     absolute_paths.find_places(folder, stored.run)
     return stored
+
+
+def find_client(name: str | None, clients: Sequence[str]) -> str:
+    """Return the name of one of a run's clients.
+
+    Raises:
+        UserError: there is no such client, or none is named; with those that it may have meant.
+
+    >>> find_client("noto_de", ["noto-de", "noto-en"])
+    Traceback (most recent call last):
+    fedvlm_jax.errors.UserError: there is no client 'noto_de'; did you mean noto-de or noto-en?
+    """
+    if name in clients:
+        return str(name)
+    listed = ", ".join(clients[:LISTED]) + (f" and {len(clients) - LISTED} more" if len(clients) > LISTED else "")
+    if name is None:
+        raise UserError(f"say whose model: --client NAME; the run's clients are {listed}")
+    if close := difflib.get_close_matches(name, clients, n=3):
+        raise UserError(f"there is no client {name!r}; did you mean {' or '.join(close)}?")
+    raise UserError(f"there is no client {name!r}; the run's are {listed}")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from fedvlm_jax.models import Params, Vlm, load_weights, read_vlm, resolve_folde
 from fedvlm_jax.run_dir import fingerprints
 from fedvlm_jax.run_dir.artifacts import BASE, describe_versions, load_base, open_adapters, open_global
 from fedvlm_jax.run_dir.config_seal import check_seal
-from fedvlm_jax.run_dir.reader import RunRecord, read_run
+from fedvlm_jax.run_dir.reader import RunRecord, find_client, read_run
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training.round_setup import deal_ranks
 
@@ -25,7 +25,7 @@ SPLITS = ("validation", "test")
 
 
 @dataclass(frozen=True, eq=False)
-class FinishedRun:
+class ExportedRun:
     """A finished run.
 
     Attributes:
@@ -93,7 +93,7 @@ class FinishedRun:
         }
 
 
-def open_run(folder: Path, note: Callable[[str], None] = lambda text: None) -> FinishedRun:
+def open_run(folder: Path, note: Callable[[str], None] = lambda text: None) -> ExportedRun:
     """Open a finished run for export.
 
     Raises:
@@ -122,7 +122,7 @@ def open_run(folder: Path, note: Callable[[str], None] = lambda text: None) -> F
     fingerprints.compare_sources(folder, run, then, {**digests, "data": then.get("data")})
     vlm = read_vlm(model)
     numbers = {name: number for number, name in enumerate(clients)}
-    return FinishedRun(
+    return ExportedRun(
         record=record,
         run=run,
         vlm=vlm,
@@ -142,13 +142,10 @@ def _read_general(folder: Path, run: Run, clients: Sequence[str]) -> PyTree | No
     return None if read is None else jax.tree.map(lambda leaf: leaf[0], read(np.asarray([number])))
 
 
-def choose_clients(run: FinishedRun, asked: Sequence[str]) -> tuple[str, ...]:
+def choose_clients(run: ExportedRun, asked: Sequence[str]) -> tuple[str, ...]:
     """Return the clients that are asked for, all of them by default.
 
     Raises:
         UserError: the run has no client of such a name.
     """
-    if strange := [name for name in asked if name not in run.clients]:
-        few = ", ".join(run.clients[:8]) + (f" and {len(run.clients) - 8} more" if len(run.clients) > 8 else "")
-        raise UserError(f"--clients {strange[0]}: the run has no such client; there are {few}")
-    return tuple(dict.fromkeys(asked)) or run.clients
+    return tuple(dict.fromkeys(find_client(name, run.clients) for name in asked)) or run.clients
