@@ -9,7 +9,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples in every run, so that a change is refused for what it changed; CONTRIBUTING.md says how to look on.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 FOLDER = "JAX_COMPILATION_CACHE_DIR"
 

@@ -97,6 +97,8 @@ LINES: dict[str, tuple[str | bytes, str | None]] = {
     "half a surrogate": (change(question="\ud800"), "question is not UTF-8"),
     "half a surrogate in a client": (change(client="\ud800"), "no client"),
     "half a surrogate in a name": (change(**{"\ud800": 1}), None),
+    "NUL for a name": (change(**{"\0": 1}), None),
+    "names that are one before NUL": (change(**{"client\0": 1, "": 2, "image\0b": 3}), None),
     "no UTF-8": (change(question="X").encode().replace(b"X", b"\xff\xfe"), "question is not UTF-8"),
     "no UTF-8 in an answer": (change(chosen="X").encode().replace(b"X", b"\xff\xfe"), "answer is not UTF-8"),
     "a question that is a list": (change(question=["What?"]), "question is no text"),

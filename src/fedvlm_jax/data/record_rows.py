@@ -47,7 +47,8 @@ def make_rows(record: Record, part: Part, reading: Reading) -> list[Row]:
         return [{FAULT: record}]
     record = rename(record, reading.columns)
     plain = {name: value for name, value in record.items() if name not in READ and is_plain(value)}
-    row: Row = {name: to_text(value) for name, value in plain.items() if to_text(name) == name}  # else it is no UTF-8
+    # `datasets` cuts a name at a NUL, and what is no UTF-8 cannot be written.
+    row: Row = {name: to_text(value) for name, value in plain.items() if to_text(name) == name and "\0" not in name}
     if named := [record[name] for name in ("idx", "id") if name in record]:
         row["idx"] = to_text(named[0])
     if part.split and row.get("split") is None:
