@@ -13,9 +13,10 @@ from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.distributed.sharding import place_waves, replicate
+from fedvlm_jax.federation.client_round import start_personal
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.memory import Footprint, measure
-from fedvlm_jax.federation.round import RoundArguments, make_arguments, start_personal, to_waves
+from fedvlm_jax.federation.round import RoundArguments, make_arguments, to_waves
 from fedvlm_jax.methods import Client
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import load_objective

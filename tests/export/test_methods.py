@@ -9,7 +9,7 @@ import pytest
 
 from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import methods_available
-from fedvlm_jax.federation.round import start_personal
+from fedvlm_jax.federation.client_round import start_personal
 from fedvlm_jax.methods import Setup, load_method
 from fedvlm_jax.models import read_vlm
 from fedvlm_jax.peft.folder import list_factors, make_uniform, place_factors

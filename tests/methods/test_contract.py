@@ -15,7 +15,8 @@ from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import methods_available
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.distributed.sharding import replicate
-from fedvlm_jax.federation.round import make_round, start_personal
+from fedvlm_jax.federation.client_round import start_personal
+from fedvlm_jax.federation.round import make_round
 from fedvlm_jax.methods.base import AVERAGING, Context, is_factor
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions, find_method_options, list_method_flags
 from fedvlm_jax.methods.zoo import fedrpca

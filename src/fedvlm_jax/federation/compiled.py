@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
+from fedvlm_jax.federation.client_round import start_personal
 from fedvlm_jax.federation.diagnostics import Component, examine
 from fedvlm_jax.federation.local_training import LocalTrainer
 from fedvlm_jax.federation.memory import TooLargeError
-from fedvlm_jax.federation.round import RoundArguments, from_waves, make_round, start_personal
+from fedvlm_jax.federation.round import RoundArguments, from_waves, make_round
 from fedvlm_jax.methods import Method
 from fedvlm_jax.utils import tree
 

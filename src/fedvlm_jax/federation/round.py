@@ -8,8 +8,7 @@ for the network is one all-reduce in `aggregate`, and before it one flag per cli
 numbers that are not finite has no weight, and the others' weights add up to one again.
 """
 
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +18,11 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from fedvlm_jax.distributed.mesh import CLIENTS
 from fedvlm_jax.distributed.sharding import wave_sharding
+from fedvlm_jax.federation.client_round import Frame, make_client_round, make_context
 from fedvlm_jax.federation.local_training import LocalTrainer
-from fedvlm_jax.methods import Client, Context, Method
+from fedvlm_jax.methods import Client, Method
 from fedvlm_jax.methods.base import AnyArray, Metrics, Number
 from fedvlm_jax.utils import tree
-from fedvlm_jax.utils.random_streams import Stream
 
 
 class RoundArguments(NamedTuple):
@@ -93,17 +92,6 @@ def from_waves(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def start_personal(method: Method, key: PRNGKeyArray, server: PyTree, number: Number) -> PyTree:
-    """Make the state that client `number` begins with; `key` is the run's, the same in every round."""
-    key = jax.random.fold_in(jax.random.fold_in(key, Stream.NEWCOMERS), number)
-    return method.init_client(key=key, server=server, number=number)
-
-
-def _choose(first: Bool[Array, ""], one: PyTree, other: PyTree) -> PyTree:
-    """Select one tree or the other; what is not chosen leaves no trace, as a product with zero would."""
-    return jax.tree.map(lambda x, y: jnp.where(first, x, y), one, other)
-
-
 def _leave_out(weights: Float[Array, " cohort"], finite: Bool[Array, " cohort"]) -> Float[Array, " cohort"]:
     """Return the weights of those whose numbers are finite, with the sum that all had; untouched where all are.
 
@@ -121,6 +109,7 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> jax.stages.
     `personal` is donated. The server's state comes back exactly as it goes in, so the next round finds its program.
     """
     across, everywhere = NamedSharding(mesh, PartitionSpec(CLIENTS)), NamedSharding(mesh, PartitionSpec())
+    client_round = make_client_round(method, trainer)
 
     def run(
         params: PyTree,
@@ -133,39 +122,9 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> jax.stages.
         key: PRNGKeyArray,
         phase: int = 0,
     ) -> RoundOutput:
-        def fold(stream: Stream) -> PRNGKeyArray:
-            return jax.random.fold_in(jax.random.fold_in(key, stream), round)
-
-        def train_with(drops: PRNGKeyArray | None) -> Callable[..., Any]:
-            """Make the local training of one client; each that its method asks for has a key for its dropout."""
-            asked = itertools.count()
-
-            def train(factors: PyTree, optimizer: PyTree, client: Client, **choices: Any) -> Any:
-                drawn = {} if drops is None else {"key": jax.random.fold_in(drops, next(asked))}
-                return trainer.run(params, factors, optimizer, client, rates, **choices, **drawn)
-
-            return train
-
-        ctx = Context(params, round, phase, rates, train_with(None), fold(Stream.AGGREGATION))
-
-        def update(personal: PyTree, client: Client) -> tuple[PyTree, PyTree, Metrics, Bool[Array, ""]]:
-            with jax.named_scope("start_clients"):
-                fresh = start_personal(method, key, server, client.number)
-                personal = _choose(client.new, fresh, personal)
-            drops = jax.random.fold_in(fold(Stream.DROPOUT), client.number) if trainer.draws else None
-            new, message, metrics = method.client_update(
-                ctx._replace(train=train_with(drops)),
-                server=server,
-                personal=personal,
-                client=client,
-                key=jax.random.fold_in(fold(Stream.UPDATES), client.number),
-            )
-            with jax.named_scope("look_for_numbers_that_are_not_finite"):
-                finite = tree.is_finite((new, message, metrics["loss"]))
-                new, message = _choose(finite, (new, message), (personal, jax.tree.map(jnp.zeros_like, message)))
-            return new, message, metrics, finite
-
-        wave = jax.vmap(update, spmd_axis_name=CLIENTS)
+        frame = Frame(params, server, rates, round, key)
+        ctx = make_context(trainer, frame, phase)
+        wave = jax.vmap(lambda personal, client: client_round(frame, personal, client, phase), spmd_axis_name=CLIENTS)
 
         def run_wave(_: None, inputs: Any) -> Any:
             return None, wave(*inputs)

@@ -13,10 +13,11 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.distributed.sharding import cut_base, wave_sharding
+from fedvlm_jax.federation.client_round import start_personal
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.inputs.feature_cache import is_vision_frozen
-from fedvlm_jax.federation.round import RoundArguments, make_arguments, start_personal
+from fedvlm_jax.federation.round import RoundArguments, make_arguments
 from fedvlm_jax.federation.simulator import start_adapter
 from fedvlm_jax.methods import Client
 from fedvlm_jax.models import Vlm

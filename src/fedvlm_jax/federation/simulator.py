@@ -21,6 +21,7 @@ from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.distributed.sharding import fetch, fetch_local, local_places, place_like, place_waves, replicate
+from fedvlm_jax.federation.client_round import start_personal
 from fedvlm_jax.federation.client_states import NOBODY, ClientStates, Slots
 from fedvlm_jax.federation.cohort import Layout, fill_places, make_clients
 from fedvlm_jax.federation.communication import count_bytes, find_travelling
@@ -35,7 +36,6 @@ from fedvlm_jax.federation.round import (
     RoundOutput,
     from_waves,
     make_arguments,
-    start_personal,
     to_waves,
 )
 from fedvlm_jax.methods import Client

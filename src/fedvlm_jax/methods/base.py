@@ -243,6 +243,27 @@ class Download(Protocol):
     def __call__(self, *, server: PyTree) -> PyTree: ...
 
 
+class Broadcast(Protocol):
+    """Select what client `number` needs of the server's state to begin, to train and to use its model.
+
+    It is complete: with the state that a run starts from, which the seed tells, `view` makes of it all that the
+    client's functions read. So it is what travels to a client over a network, and to one that missed some rounds.
+    `last` is the message that the client's last update sent, None before it has sent any; only a method that mixes
+    reads it.
+    """
+
+    def __call__(self, *, server: PyTree, number: Number, last: PyTree | None) -> PyTree: ...
+
+
+class View(Protocol):
+    """Make the server's state as a client may see it, of the run's `start` (see `Init`) and what it received.
+
+    `init_client`, `client_update`, `personalise`, `trained` and `base` return with it what they do with the server's.
+    """
+
+    def __call__(self, *, start: PyTree, received: PyTree) -> PyTree: ...
+
+
 class Base(Protocol):
     """Add to the base what the server's state has for it; once per round and outside of vmap."""
 
@@ -253,6 +274,29 @@ class Travels(Protocol):
     """Return what a client sends and what it receives, two trees of shapes; `messages` [K, …] are shapes too."""
 
     def __call__(self, *, server: PyTree, messages: PyTree) -> Travelling: ...
+
+
+def broadcast_parts(*names: str) -> Broadcast:
+    """Make a `Broadcast` of parts of the server's state, the same for all clients.
+
+    >>> broadcast_parts("shared")(server={"shared": 1, "optimizer": 2}, number=0, last=None)
+    {'shared': 1}
+    """
+
+    def broadcast(server: PyTree, number: Number, last: PyTree | None) -> PyTree:
+        del number, last
+        return {name: server[name] for name in names}
+
+    return broadcast
+
+
+def replace_received(start: PyTree, received: PyTree) -> PyTree:
+    """Put what a client received in place of what the run started from: the `View` of most methods.
+
+    >>> replace_received({"shared": 0, "start": 3}, {"shared": 1})
+    {'shared': 1, 'start': 3}
+    """
+    return {**start, **received}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +310,9 @@ class Method:
         name: as the command line knows it, its file's with hyphens.
         source: where it comes from, and its update in a line.
         init, init_client, client_update, aggregate, personalise, trained, download: see their Protocols.
+        broadcast, view: see their Protocols; by default everything that the server holds.
+        linear: whether `aggregate` needs the weighted mean of the messages alone: given that as a single message of
+            weight 1 it makes the same state, so the server need not see what a single client sent.
         base: see `Base`; None: the base stays.
         phase: (round) -> an integer; rounds of one phase share a program, by default all.
         travels: see `Travels`; None: a client sends its message and receives `download`.
@@ -289,6 +336,9 @@ class Method:
     personalise: Personalise
     trained: Trained
     download: Download
+    broadcast: Broadcast = lambda server, number, last: server
+    view: View = replace_received
+    linear: bool = False
     base: Base | None = None
     phase: Callable[[int], int] = lambda round_: 0
     travels: Travels | None = None

@@ -60,6 +60,7 @@ class Parts:
         fresh: the optimiser starts anew in every round: the server gives what is trained another basis each time.
         basis: (round) -> which basis what is trained has in it, for a server that changes it now and then. A client
             that meets another one than in its last round starts its optimiser anew.
+        linear: as in `Method`, for the average; None: it is the plain one, which is.
         refuses, moot: as in `Method`, but nothing is refused unless it is said here.
     """
 
@@ -72,6 +73,7 @@ class Parts:
     restart: bool = False
     fresh: bool = False
     basis: Callable[[Number], Number] | None = None
+    linear: bool | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
     moot: frozenset[str] = frozenset()
 
@@ -189,7 +191,9 @@ def _make_plain(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Pa
     return Method(
         name=name, source=source, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate,
         personalise=personalise, trained=trained_adapter, download=lambda server: server["shared"], phase=parts.phase,
-        travels=travels, split=split, refuses=parts.refuses, moot=parts.moot,
+        broadcast=base.broadcast_parts("shared"), travels=travels, split=split,
+        linear=parts.average is mean_update if parts.linear is None else parts.linear,
+        refuses=parts.refuses, moot=parts.moot,
     )  # fmt: skip
 
 

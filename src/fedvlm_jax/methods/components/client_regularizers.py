@@ -102,9 +102,13 @@ def with_scaffold(method: Method) -> Method:
     def download(server: PyTree) -> PyTree:
         return {**method.download(server=server), "control": server["control"]}
 
+    def broadcast(server: PyTree, number: Number, last: PyTree | None) -> PyTree:
+        received = method.broadcast(server=server, number=number, last=None if last is None else last["update"])
+        return {**received, "control": server["control"]}
+
     return replace(
         method, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate, trained=trained,
-        download=download,
+        download=download, broadcast=broadcast, linear=False,  # who counts counts once for the control variates
     )  # fmt: skip
 
 

@@ -40,6 +40,15 @@ Assemble = Callable[[PyTree, PyTree, PyTree], lora.Adapter]
 Weigh = Callable[[PyTree, PyTree, Bool[Array, " P"], Bool[Array, ""]], Float[Array, " P"]]
 
 
+def count_places(setup: Setup) -> int:
+    """Count the places of the pool, P.
+
+    >>> count_places(Setup(sites={}, spec=lora.LoRA(), start_optimizer=lambda *_: {}, population=40, cohort=2))
+    16
+    """
+    return max(setup.cohort, min(POOL, setup.population))
+
+
 def start_pool(sent: PyTree, setup: Setup) -> PyTree:
     """Make an empty pool for what has the form of `sent`: P places, the newest first, of one round by number.
 
@@ -47,7 +56,7 @@ def start_pool(sent: PyTree, setup: Setup) -> PyTree:
         `moved` [P, …], what was sent, zero at free places, which come last; `number` [P], whose it is; `round` [P],
         when it came, 0 at free places.
     """
-    size = max(setup.cohort, min(POOL, setup.population))
+    size = count_places(setup)
     moved = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), sent)
     return {"moved": moved, "number": jnp.full(size, NOBODY, jnp.int32), "round": jnp.zeros(size, jnp.int32)}
 
@@ -99,6 +108,8 @@ def make_delivering_method(
     def select_sent(factors: PyTree) -> PyTree:
         return tree.partition(factors, sent)[0]
 
+    places = count_places(setup)
+
     def init(adapter: lora.Adapter) -> PyTree:
         factors, scales = split_scales(adapter)
         start = extend(factors)
@@ -106,21 +117,35 @@ def make_delivering_method(
 
     def init_client(key: Key, server: PyTree, number: Number) -> PyTree:
         own = server["start"] if setup.common_start else extend(split_scales(setup.draw(key))[0])
-        shares = jnp.zeros(server["pool"]["number"].shape, jnp.float32)
+        shares = jnp.zeros(places, jnp.float32)
         state = {"own": own, "number": jnp.asarray(number, jnp.int32), "sent": jnp.zeros((), bool), "shares": shares}
         state |= {} if setup.common_start else {"first": only_a(own)}
         return state | setup.kept(setup.start_optimizer(own, trained))
 
     def find_shares(server: PyTree, personal: PyTree) -> Float[Array, " P"]:
         """Weigh the pool for a client, as it is now; a client that never sent anything has not moved."""
-        pool = server["pool"]
-        others = (pool["number"] != NOBODY) & (pool["number"] != personal["number"])
+        if "mixed" in server:
+            return server["shares"]
         now, start = select_sent(personal["own"]), select_sent(server["start"])
         moved = jax.tree.map(lambda x, first: jnp.where(personal["sent"], x - first, 0), now, start)
-        return weigh(moved, pool["moved"], others, personal["sent"])
+        return weigh_pool(server["pool"], personal["number"], moved, personal["sent"])
+
+    def weigh_pool(pool: PyTree, number: Number, moved: PyTree, sent: Bool[Array, ""]) -> Float[Array, " P"]:
+        return weigh(moved, pool["moved"], (pool["number"] != NOBODY) & (pool["number"] != number), sent)
+
+    def broadcast(server: PyTree, number: Number, last: PyTree | None) -> PyTree:
+        """Mix what a client receives at the server, so that it sees nobody's message."""
+        moved = jax.tree.map(jnp.zeros_like, select_sent(server["start"])) if last is None else last
+        shares = weigh_pool(server["pool"], number, moved, jnp.asarray(last is not None))
+        return {"mixed": mix(server, shares), "shares": shares}
+
+    def view(start: PyTree, received: PyTree) -> PyTree:
+        return {"start": start["start"], "scales": start["scales"], **received}
 
     def mix(server: PyTree, shares: Float[Array, " P"]) -> PyTree:
-        """Return Σ_j shares_j (start + moved_j)."""
+        """Return Σ_j shares_j (start + moved_j); a client that sees no pool received it."""
+        if "mixed" in server:
+            return server["mixed"]
         return jax.tree.map(
             lambda first, moved: shares.sum() * first + jnp.einsum("p,p...->...", shares, moved, precision="highest"),
             select_sent(server["start"]),
@@ -176,6 +201,7 @@ def make_delivering_method(
 
     return Method(
         name=name, source=source, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate,
-        personalise=personalise, trained=trained_adapter, download=lambda server: {}, travels=travels, mixes=True,
+        personalise=personalise, trained=trained_adapter, download=lambda server: {}, broadcast=broadcast, view=view,
+        travels=travels, mixes=True,
         pairs=pairs, refuses=REFUSES | (_HALVED if keep_own else {}), moot=frozenset({"train.weighting"}),
     )  # fmt: skip

@@ -137,6 +137,7 @@ def make_dual_method(
     return Method(
         name=name, source=source, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate,
         personalise=personalise, trained=trained, download=lambda server: server["shared"], phase=phase,
+        broadcast=base.broadcast_parts("shared"), linear=True,
         travels=lambda server, messages: (base.shape_of_one(messages), base.shape_of_one(messages)), pairs=2,
         refuses={"server": plain, "local.proximal": plain, "local.scaffold": plain, "lora.ranks": ranks},
     )  # fmt: skip

@@ -8,7 +8,16 @@ from dataclasses import replace
 from jaxtyping import Array, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Aggregated, Context, Method, Setup, Travelling, Weights, shape_of_one
+from fedvlm_jax.methods.base import (
+    Aggregated,
+    Context,
+    Method,
+    Setup,
+    Travelling,
+    Weights,
+    broadcast_parts,
+    shape_of_one,
+)
 from fedvlm_jax.methods.components import base_updates
 from fedvlm_jax.methods.components.factors import deviations, map_sites
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
@@ -44,4 +53,5 @@ def make(setup: Setup) -> Method:
     return replace(
         averaging, init=init, aggregate=aggregate,
         base=lambda params, server: base_updates.apply(params, server["base"]), travels=travels,
+        broadcast=broadcast_parts("shared", "base"), linear=False,
     )  # fmt: skip

@@ -6,7 +6,18 @@ LoRA starts anew in every round: each client draws an A of its own, B is zero.
 from jaxtyping import Array, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Aggregated, Client, Context, Key, Method, Setup, Updated, Weights, shape_of_one
+from fedvlm_jax.methods.base import (
+    Aggregated,
+    Client,
+    Context,
+    Key,
+    Method,
+    Setup,
+    Updated,
+    Weights,
+    broadcast_parts,
+    shape_of_one,
+)
 from fedvlm_jax.methods.components import base_updates
 from fedvlm_jax.methods.components.factors import map_sites, norm_of, side_by_side, split_scales
 from fedvlm_jax.methods.components.heterogeneous_ranks import with_ranks
@@ -43,6 +54,7 @@ def make(setup: Setup) -> Method:
         init=init, init_client=lambda key, server, number: {}, client_update=client_update, aggregate=aggregate,
         personalise=lambda server, personal: server["start"],  # its b is zero: what was learned is in the base
         trained=trained, download=lambda server: server["base"],
+        broadcast=broadcast_parts("base"),
         base=lambda params, server: base_updates.apply(params, server["base"]),
         travels=lambda server, messages: (shape_of_one(messages), messages),  # everybody receives all factors
         refuses={

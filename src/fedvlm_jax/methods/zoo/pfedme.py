@@ -58,7 +58,7 @@ def make(setup: Setup) -> Method:
         return jax.tree.map(lambda leaf: options.beta * leaf, tree.weighted_sum(messages, weights))
 
     refuses = {"local.proximal": local_rounds, "local.scaffold": local_rounds, "lora.ranks": padded}
-    parts = Parts(average=average, refuses=refuses)
+    parts = Parts(average=average, linear=True, refuses=refuses)
     # The optimiser is the personal model's: the federated one takes steps of its own.
     federated = make_share_method("pfedme", source, FACTORS, replace(setup, keep_optimizer=False), parts)
 
