@@ -19,7 +19,7 @@ from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.distributed.sharding import replicate
 from fedvlm_jax.federation.client_round import start_personal
 from fedvlm_jax.federation.local_training import IGNORED, make_local_trainer
-from fedvlm_jax.federation.round import from_waves, make_round
+from fedvlm_jax.federation.round import from_waves, make_round, to_waves
 from fedvlm_jax.methods import Client, Setup, load_method
 from fedvlm_jax.objectives import Objective
 
