@@ -15,7 +15,7 @@ from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import methods_available
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.distributed.sharding import replicate
-from fedvlm_jax.federation.client_round import start_personal
+from fedvlm_jax.federation.client_round import Frame, make_client_round, start_personal
 from fedvlm_jax.federation.round import make_round
 from fedvlm_jax.methods.base import AVERAGING, Context, is_factor
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions, find_method_options, list_method_flags
@@ -96,9 +96,10 @@ class Case:
     The first round and the third are looked at, and the first one of every other phase.
     """
 
-    def __init__(self, name, change=lambda method: method):
+    def __init__(self, name, change=lambda method: method, **choices):
         self.name = name
-        self.vlm, self.params, self.trainer, method, self.adapter = make_method(name, **CHOICES.get(name, {}))
+        choices = {**CHOICES.get(name, {}), **choices}
+        self.vlm, self.params, self.trainer, method, self.adapter = make_method(name, **choices)
         self.method = change(method)
         self.round = make_round(self.method, self.trainer, make_mesh(1))
         self.server = self.method.init(adapter=self.adapter)
@@ -273,6 +274,79 @@ def test_waves_change_nothing(case):
         assert_close(out.server, at.out.server, **later(at))
         assert_close(personal, at.personal, **later(at))
         assert_close(out.messages, at.out.messages, **later(at))
+
+
+def test_a_client_s_view_does_what_the_server_s_state_does(case):
+    """Bit for bit: to begin, to train, to use the model, and the base under it. What the view lacks nobody reads."""
+    check_views(case)
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        ("fedavg-lora", {"local": LocalOptions(scaffold=True), "optimizer": "sgd"}),
+        ("plora", {"local": LocalOptions(proximal=0.5), "server": ServerOptions(optimizer="adam")}),
+        ("fedsa-lora", {"ranks": (1, 2, 1, 2)}),
+        ("flora", {"ranks": (1, 2, 1, 2)}),
+        ("plora", {"common_start": False, "keep_optimizer": False}),
+        ("ce-lora", {"common_start": False, "keep_optimizer": False}),
+    ],
+)
+def test_views_and_means_with_options(name, choice):
+    case = Case(name, **choice)
+    check_views(case)
+    check_linear(case, case.method)
+
+
+def check_views(case):
+    method = case.method
+    last = dict.fromkeys(range(CLIENTS))
+    for at, sent in zip(case.rounds, [None, *[at.out.messages for at in case.rounds]], strict=False):
+        if sent is not None:
+            last = {k: row(sent, k) for k in range(CLIENTS)}
+        received = {k: method.broadcast(server=at.server, number=jnp.int32(k), last=last[k]) for k in (0, CLIENTS - 1)}
+        for k in received if at in case.moments else ():
+            view = method.view(start=case.server, received=received[k])
+            assert_close(case.base(view), case.base(at.server), rtol=0, atol=0)
+
+            def play(server, at=at, k=k):
+                key, number = jax.random.key(5), jnp.int32(k)
+                before = case.before(at, k)
+                used = method.personalise(server=server, personal=before)
+                client_round = make_client_round(method, case.trainer)
+                frame = Frame(case.base(at.server), server, RATES, jnp.int32(at.number), key)
+                client = row(at.cohort, k)._replace(new=jnp.asarray(False))
+                new = jax.jit(client_round, static_argnames="phase")(frame, before, client, phase=at.phase)
+                ended = method.trained(server=server, personal=new.personal, message=new.message)
+                return start_personal(method, key, server, number), used, new, ended
+
+            got, want = play(view), play(at.server)
+            assert_close(got, want, rtol=0, atol=0)
+
+
+def test_the_mean_of_the_messages_is_enough_where_the_method_says_so(case):
+    """And nowhere else: a method that is linear, and does not say so, could not be summed in secret."""
+    check_linear(case, make_method(case.name)[3])
+
+
+def check_linear(case, method):
+    enough = []
+    for at in case.moments:
+        ctx = make_context(case.base(at.server), None, at.number, at.phase)
+        ctx = ctx._replace(numbers=jnp.arange(CLIENTS))
+        weights = jnp.asarray(WEIGHTS)
+        whole, _ = method.aggregate(ctx, server=at.server, messages=at.out.messages, weights=weights)
+        mean = jax.tree.map(lambda leaf: leaf[None], tree.weighted_sum(at.out.messages, weights))
+        ctx = ctx._replace(numbers=jnp.arange(1))
+        try:
+            alone, _ = method.aggregate(ctx, server=at.server, messages=mean, weights=jnp.ones(1))
+        except (TypeError, ValueError):  # as the base's updates, which are as wide as there are messages
+            enough.append(False)
+            continue
+        same = jax.tree.map(lambda x, y: x.shape == y.shape and np.allclose(x, y, rtol=1e-5, atol=1e-7), alone, whole)
+        enough.append(all(jax.tree.leaves(same)))
+    assert all(enough) == method.linear
 
 
 @unless_a_rule
