@@ -1,1 +1,1 @@
-"""Real clients over a network: a node that holds its rows and its personal state, and a coordinator that has neither."""
+"""Real clients over a network: nodes that hold their rows and personal states, and a coordinator that has neither."""

@@ -6,9 +6,12 @@ This module imports nothing heavy: it is read by processes that live for one mes
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from fedvlm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MOST_HEADER = 2**24
 """Bytes that a header may take: more is no packet of ours."""
@@ -68,5 +71,24 @@ class Transport(Protocol):
         """Send an order to each of these nodes; return what came back within `timeout` seconds.
 
         A node that did not answer in time, or left, is missing in what comes back.
+        """
+        ...
+
+
+class SecureSum(NamedTuple):
+    """The sum of vectors of which nobody saw a single one."""
+
+    vector: "np.ndarray"  # float32
+    nodes: list[int]  # whose vectors are in it
+
+
+@runtime_checkable
+class SecureTransport(Transport, Protocol):
+    """A transport whose nodes' payloads can be summed in secret."""
+
+    def ask_sum(self, orders: Mapping[int, Packet], clip: float, timeout: float) -> SecureSum:
+        """Have each of these nodes send what it would answer to its order, a float32 vector, into one secret sum.
+
+        No entry may be larger than `clip`. Nodes that leave before they send are not in the sum.
         """
         ...

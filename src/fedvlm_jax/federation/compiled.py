@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
-from fedvlm_jax.federation.client_round import start_personal
+from fedvlm_jax.federation.client_round import make_client_round, start_personal
 from fedvlm_jax.federation.diagnostics import Component, examine
 from fedvlm_jax.federation.local_training import LocalTrainer
 from fedvlm_jax.federation.memory import TooLargeError
@@ -30,6 +30,7 @@ class Programs:
 
     Attributes:
         method, mesh, round: of the run, and see `make_round`.
+        client_round: see `make_client_round`, for a client that is alone on its machine.
         start: (key, server, numbers [V]) -> the states [V, …] that clients begin with.
         personalise: (server, states [V, …], known [V], numbers [V], key) -> adapters [V, …]; clients that are not known
             have the states that they would begin with.
@@ -58,6 +59,7 @@ class Programs:
         trained_of_all = jax.vmap(trained, in_axes=(None, 0, 0))
         self.method, self.mesh, self.base = method, mesh, method.base
         self.round = make_round(method, trainer, mesh)
+        self.client_round = jax.jit(make_client_round(method, trainer), static_argnames="phase")
         self.start = jax.jit(jax.vmap(partial(start_personal, method), in_axes=(None, None, 0)))
         self.personalise = jax.jit(jax.vmap(personalise, in_axes=(None, 0, 0, 0, None)))
         self.trained = jax.jit(trained_of_all)

@@ -8,23 +8,18 @@ Several processes run the same loop side by side, in a folder that all of them r
 
 import dataclasses
 import shutil
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
-from fedvlm_jax import lora
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run, to_json, without_extras
-from fedvlm_jax.config.start_folder import digest_start, fit_start
-from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.config.start_folder import fit_start
 from fedvlm_jax.data.sources.registry import read_table
-from fedvlm_jax.data.tokenization import find_question_column
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import fetch, replicate
 from fedvlm_jax.errors import UserError
@@ -45,9 +40,9 @@ from fedvlm_jax.training.experiment import Experiment, open_experiment
 from fedvlm_jax.training.failures import describe_lost
 from fedvlm_jax.training.loaded_model import LoadedModel, load_model
 from fedvlm_jax.training.personalization import each_model
+from fedvlm_jax.training.start_description import describe_start
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer
 from fedvlm_jax.training.wave_width import fit
-from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.progress import Progress, SilentProgress, working
 
@@ -294,7 +289,7 @@ def _write_config(experiment: Experiment) -> None:
     file = experiment.folder / "config.json"
     if processes.is_first() and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, seal(_describe_start(experiment)))
+        write_json(file, seal(describe_start(experiment)))
     processes.wait_for_all()
     if not file.exists():
         raise UserError(
@@ -305,49 +300,3 @@ def _write_config(experiment: Experiment) -> None:
         then, now = read_config(file.parent).content["fingerprint"], experiment.data.fingerprint
         fingerprints.compare_sources(file.parent, experiment.run, then, now)
         fingerprints.compare_clients(file.parent, then["clients"], now["clients"])
-
-
-def _describe_classes(model: LoadedModel) -> dict[str, int]:
-    """Count the classes of a model that chooses among them, and those that it trains among."""
-    if model.learner is None:
-        return {}
-    return {"classes": len(model.vlm.classes), "trained_classes": len(model.learner.classes)}
-
-
-def _describe_start(experiment: Experiment) -> dict[str, Any]:
-    run, layout, mesh, examples = experiment.run, experiment.layout, experiment.model.mesh, experiment.examples
-    clients = examples.clients
-    resolved = {
-        "wave": layout.wave,
-        "waves": layout.waves,
-        "cohort": layout.cohort,
-        "rows": layout.rows,
-        "steps": layout.steps,
-        "mesh": dict(mesh.shape),
-        "processes": processes.count(),
-        "clients": [client.name for client in clients],
-        "evaluated": [clients[number].name for number in experiment.scored],
-        "train_examples": [len(client.train) for client in clients],
-        "adapter_parameters": sum(
-            leaf.size for path, leaf in tree.flatten(experiment.adapter).items() if not path.endswith("scale")
-        ),
-        "targets": experiment.spec.targets,
-        "adapted_sites": [path for path, _ in lora.sites_of(experiment.adapter)],
-        "skipped": [dataclasses.asdict(row) for row in examples.skipped],
-        **_describe_classes(experiment.model),
-        "question_column": find_question_column(experiment.data.table, run.data),
-    }
-    kinds = Counter(device.device_kind for device in mesh.devices.flat)
-    return {
-        "run": to_json(run),
-        **artifacts.describe_start(),
-        **artifacts.describe_environment(),
-        "devices": [f"{count} × {kind}" for kind, count in kinds.items()],
-        "examples": {split: sum(len(client.rows_of(split)) for client in clients) for split in SPLITS},
-        "resolved": resolved,
-        "fingerprint": {
-            **experiment.data.fingerprint,
-            **({} if run.start is None else {"start": digest_start(run.start)}),
-        },
-        "federation": experiment.data.federation.description,
-    }

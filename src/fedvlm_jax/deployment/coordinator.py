@@ -1,0 +1,436 @@
+"""The server of a deployment: it sends what the method broadcasts, aggregates what comes back, and sees no row.
+
+It needs the base's configuration and neither weights nor data. Its folder is that of a run: options, a line per round,
+checkpoints, what is shared, results and so a report. Who does not answer in time leaves no trace in a round, there or
+at its node; a coordinator that is started again goes on from its last checkpoint.
+"""
+
+import math
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from fedvlm_jax.data.batches import count_steps
+from fedvlm_jax.deployment.packets import Packet, SecureTransport, Transport
+from fedvlm_jax.deployment.plan import Plan
+from fedvlm_jax.deployment.roll import Roll
+from fedvlm_jax.deployment.server_folder import ServerFolder
+from fedvlm_jax.deployment.server_program import ServerProgram, open_server_program
+from fedvlm_jax.deployment.vectors import count_bytes, digest_schema, pack, unpack
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.federation.participation import draw_cohort, find_shares
+from fedvlm_jax.federation.simulator import start_adapter
+from fedvlm_jax.models import resolve_folder
+from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.run_dir.fingerprints import describe_model
+from fedvlm_jax.run_dir.folder_lock import Claim
+from fedvlm_jax.run_dir.validated_files import Form, check_form
+from fedvlm_jax.training.failures import UNFIT, describe_unfit, list_names
+from fedvlm_jax.training.learning_rates import find_rates
+from fedvlm_jax.utils.progress import Progress
+from fedvlm_jax.utils.untrusted_text import clean, cut
+
+TRAINED: Form = {"round": int, "finite": bool, "metrics": dict[str, float], "schema": str, "largest": float}
+SCORED: Form = {"round": int, "scores": dict[str, float | None]}
+MODEL: Form = {"*": dict[str, float | None]}
+FINISHED: Form = {
+    "results": {"zero_shot": MODEL, "personal": MODEL, "global?": MODEL},
+    "gains": dict[str, list[float]],
+    "generation": dict[str, Any],
+}
+REPLY = Path("its reply")
+HEADROOM = 1.25
+"""The clip of a secure sum over the largest entry that a node says it sends."""
+POLL, TELL = 0.5, 30.0
+"""Seconds between two looks at who is there, and between two lines about who is missing."""
+
+
+class _Trained(NamedTuple):
+    """What came back of a round, by client number."""
+
+    headers: dict[int, Mapping[str, Any]]
+    messages: dict[int, PyTree]
+    unfit: list[int]
+
+
+@dataclass
+class Coordinator:
+    """A deployment in progress.
+
+    Attributes:
+        plan, model: what is run, and where the base's configuration is.
+        transport: to the nodes.
+        show: receives progress.
+        server: the server's state.
+        best: the state of the round that did best on validation data, its number, and its score.
+    """
+
+    plan: Plan
+    model: str
+    transport: Transport
+    folder: ServerFolder
+    show: Progress
+    program: ServerProgram
+    roll: Roll
+    server: PyTree
+    best: tuple[PyTree, int, tuple[float, float]]
+    last: dict[int, PyTree] = field(default_factory=dict)  # what each client sent last, where the method mixes
+
+    def run(self) -> Path:
+        """Run every round that is in no checkpoint, and have the nodes evaluate what comes of them.
+
+        Raises:
+            UserError: too few nodes come, two are the same client, or what is aggregated is not finite.
+        """
+        done, train = self._restore(), self.plan.run.train
+        self.folder.start_lines(done)
+        self._gather(range(self.plan.clients), "before the first round" if not done else "to go on")
+        adapter = start_adapter(self.program.key, self.program.vlm.sites, self._spec)
+        self.folder.write_config(self.model, adapter, self.roll.members, self._steps)
+        every = self.plan.run.evaluation.every
+        validated = sum(self._is_validated(round_, every) for round_ in range(done + 1, train.rounds + 1))
+        self.show.start(train.rounds, f"{self.plan.run.method} · {self.plan.clients} nodes", done, validated)
+        for round_ in range(done + 1, train.rounds + 1):
+            began = time.perf_counter()
+            line = self._run_round(round_)
+            line |= {"seconds": time.perf_counter() - began, "validation": None}
+            if self._is_validated(round_, every):
+                line["validation"] = self._validate(round_)
+            self.folder.write_line(line)
+            self._save(round_)
+            self.show.round(line)
+        self._finish()
+        self.show.finish()
+        return self.folder.path
+
+    @property
+    def _spec(self) -> Any:
+        from fedvlm_jax.config.method_setup import make_spec
+
+        return make_spec(self.plan.run, self.program.vlm)
+
+    @property
+    def _steps(self) -> int:
+        """Local steps of a round, those of the largest client where they go by epochs."""
+        train, members = self.plan.run.train, self.roll.members.values()
+        if train.local_epochs is None:
+            return train.local_steps
+        sizes = [member.sizes["train"] for member in members]
+        return max((count_steps(size, train.local_epochs, train.batch_size) for size in sizes if size), default=1)
+
+    def _is_validated(self, round_: int, every: int) -> bool:
+        return round_ == self.plan.run.train.rounds or round_ % every == 0
+
+    def _gather(self, wanted: Collection[int], when: str, least: int | None = None) -> None:
+        """Wait until these clients' nodes are there, or `least` of them, at most as long as an order may take."""
+        began = told = time.monotonic()
+        least = len(wanted) if least is None else least
+        while True:
+            for text in self.roll.update(self.transport, self.plan.timeout):
+                self.show.note(text)
+            missing = [number for number in wanted if number not in self.roll.nodes]
+            if len(wanted) - len(missing) >= least:
+                return
+            now = time.monotonic()
+            names = list_names([self._name(number) for number in missing])
+            if now - began > self.plan.timeout:
+                raise UserError(
+                    f"{names} did not come within {self.plan.timeout:g} seconds {when}: start their nodes, and then "
+                    "this again, which goes on where it was"
+                )
+            if now - told >= TELL or told == began:
+                self.show.note(f"waiting for {names} {when}")
+                told = now + 1e-6
+            time.sleep(POLL)
+
+    def _name(self, number: int) -> str:
+        member = self.roll.members.get(number)
+        return f"client {number}" if member is None else member.name
+
+    def _draw(self, round_: int) -> tuple[np.ndarray, dict[int, float]]:
+        """Draw the cohort of a round as the simulator does; return it with everyone's share of the weight."""
+        run, members = self.plan.run, self.roll.members
+        trainable = np.asarray([number for number in sorted(members) if members[number].sizes["train"]], np.int64)
+        if not len(trainable):
+            raise UserError("no node has a training example: there is nothing to train on")
+        sizes = np.asarray([members[number].sizes["train"] for number in trainable.tolist()])
+        by_size = run.participation.sampling == "size" and self.plan.cohort < len(sizes)
+        shares = find_shares(sizes, "examples" if by_size else run.train.weighting)
+        drawn = draw_cohort(run.seed, round_, len(trainable), self.plan.cohort, sizes if by_size else None)
+        return trainable[drawn], dict(zip(trainable.tolist(), shares.tolist(), strict=True))
+
+    def _weigh(self, numbers: Sequence[int]) -> np.ndarray:
+        """Return p_k of these clients, Σ = 1."""
+        sizes = np.asarray([self.roll.members[number].sizes["train"] for number in numbers], np.float64)
+        counts = sizes if self.plan.run.train.weighting == "examples" else (sizes > 0).astype(np.float64)
+        return (counts / max(counts.sum(), 1.0)).astype(np.float32)
+
+    def _run_round(self, round_: int) -> dict[str, Any]:
+        cohort, shares = self._draw(round_)
+        numbers = cohort.tolist()
+        self._gather(numbers, f"for round {round_}", min(self.plan.least, len(numbers)))
+        weights = dict(zip(numbers, self._weigh(numbers).tolist(), strict=True))
+        rates = find_rates(self.plan.run.train, round_)
+        there = [number for number in numbers if number in self.roll.nodes]
+        orders = {
+            number: self._order(
+                "train", number, self.server, round=round_, rates=rates, steps=self._steps, weight=weights[number],
+                share=shares[number],
+            )
+            for number in there
+        }  # fmt: skip
+        replies = self._ask(orders, round_)
+        trained = self._read_trained(replies, round_)
+        if len(trained.headers) < self.plan.least:
+            self.show.note(
+                f"round {round_}: {len(trained.headers)} clients counted, and a round needs {self.plan.least}: it "
+                "changes nothing"
+            )
+            counted, health = list[int](), dict[str, float]()
+        else:
+            counted, health = self._aggregate(trained, numbers, round_)
+        for number in counted:
+            self.roll.members[number].kept = round_
+        means = _mean([trained.headers[number]["metrics"] for number in counted])
+        shapes = self.program.message(self.program.method.phase(round_))
+        line: dict[str, Any] = {
+            "round": round_,
+            "method": self.plan.run.method,
+            "clients": len(numbers),
+            "dropped": len(numbers) - len(counted) - len(trained.unfit),
+            **means,
+            **health,
+            "bytes_up_per_client": count_bytes(shapes),
+            "bytes_down_per_client": count_bytes(self.program.received),
+        }
+        if trained.unfit:
+            line[UNFIT] = [self._name(number) for number in trained.unfit]
+            self.show.note(describe_unfit(round_, line[UNFIT], ()))
+        return line
+
+    def _order(self, kind: str, number: int, server: PyTree, **header: Any) -> Packet:
+        member = self.roll.members[number]
+        payload = pack(self.program.broadcast(server, number, self.last.get(number)))
+        about = {"kind": kind, "plan": self.plan.digest, "kept": member.kept, "keep": [member.best]}
+        return Packet({**about, **header}, payload)
+
+    def _ask(self, orders: Mapping[int, Packet], round_: int) -> dict[int, Packet]:
+        """Send orders to clients; return their replies, and tell of everyone who has none."""
+        nodes = {self.roll.nodes[number]: number for number in orders}
+        answers = self.transport.ask({node: orders[number] for node, number in nodes.items()}, self.plan.timeout)
+        found = dict[int, Packet]()
+        for node, number in nodes.items():
+            reply = answers.get(node)
+            if isinstance(reply, Packet):
+                if reply.header.get("number") == number:
+                    found[number] = reply
+                    continue
+                reason = "its reply is that of another client"
+            else:
+                reason = "no answer in time" if reply is None else clean(cut(reply.reason, 300))
+            self.show.note(f"round {round_}: {self._name(number)} is left out: {reason}")
+        return found
+
+    def _read_trained(self, replies: Mapping[int, Packet], round_: int) -> _Trained:
+        shapes = self.program.message(self.program.method.phase(round_))
+        schema, found = digest_schema(shapes), _Trained({}, {}, [])
+        for number, reply in sorted(replies.items()):
+            header = reply.header
+            try:
+                check_form(REPLY, header, TRAINED)
+                if header["round"] != round_ or header["schema"] != schema:
+                    raise UserError("it is of another round, or of arrays of other shapes")
+                message = {} if self.plan.secure or not header["finite"] else unpack(reply.payload, shapes)
+            except UserError as error:
+                self.show.note(f"round {round_}: {self._name(number)} is left out: {clean(cut(str(error), 300))}")
+                continue
+            # Who says that its numbers are finite may be wrong, and would take everybody's with it.
+            if not header["finite"] or not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(message)):
+                found.unfit.append(number)
+                continue
+            found.headers[number], found.messages[number] = header, message
+        return found
+
+    def _aggregate(self, trained: _Trained, numbers: Sequence[int], round_: int) -> tuple[list[int], dict[str, float]]:
+        """Aggregate what came; return who counted, and the aggregation's metrics."""
+        counted = sorted(trained.headers)
+        if self.plan.secure:
+            counted, messages = self._sum_secretly(trained, round_)
+            if not counted:
+                return [], {}
+            weights, who = np.ones(1, np.float32), np.zeros(1, np.int32)
+        else:
+            blank = jax.tree.map(
+                lambda leaf: np.zeros(leaf.shape, leaf.dtype), self.program.message(self.program.method.phase(round_))
+            )
+            held = [trained.messages.get(number, blank) for number in numbers]
+            held += [blank] * (self.plan.cohort - len(numbers))
+            messages = jax.tree.map(lambda *leaves: np.stack(leaves), *held)
+            weights = np.zeros(self.plan.cohort, np.float32)
+            weights[[numbers.index(number) for number in counted]] = self._weigh(counted)
+            who = np.full(self.plan.cohort, numbers[-1], np.int32)
+            who[: len(numbers)] = numbers
+        new, health, finite = self.program.aggregate(self.server, messages, weights, who, round_)
+        if not finite:
+            raise UserError(
+                f"round {round_}: what the clients' updates add up to is not finite; lower --train.learning-rate-a and "
+                "--train.learning-rate-b in a new deployment. The last checkpoint is that of the round before"
+            )
+        self.server = new
+        if self.program.method.mixes:
+            self.last |= {number: trained.messages[number] for number in counted}
+        return counted, health
+
+    def _sum_secretly(self, trained: _Trained, round_: int) -> tuple[list[int], PyTree]:
+        """Have the nodes' messages summed so that nobody sees a single one; return who counted, and the mean [1, …]."""
+        assert isinstance(self.transport, SecureTransport), "a plan with --secure needs a transport that sums"
+        numbers = sorted(trained.headers)
+        weights = dict(zip(numbers, self._weigh(numbers).tolist(), strict=True))
+        largest = max(trained.headers[number]["largest"] * weights[number] for number in numbers)
+        if not math.isfinite(largest):
+            raise UserError(f"round {round_}: a node sends numbers that are not finite")
+        about = {"kind": "message", "plan": self.plan.digest, "round": round_}
+        orders = {self.roll.nodes[number]: Packet({**about, "weight": weights[number]}) for number in numbers}
+        total = self.transport.ask_sum(orders, HEADROOM * max(largest, 1e-12), self.plan.timeout)
+        counted = [number for number in numbers if self.roll.nodes[number] in total.nodes]
+        if len(counted) < self.plan.least:
+            self.show.note(f"round {round_}: the secure sum came of {len(counted)} clients: the round changes nothing")
+            return [], {}
+        share = sum(weights[number] for number in counted)
+        shapes = self.program.message(self.program.method.phase(round_))
+        mean = unpack(np.asarray(total.vector / share, np.float32).tobytes(), shapes)
+        return counted, jax.tree.map(lambda leaf: leaf[None], mean)
+
+    def _validate(self, round_: int) -> dict[str, Any]:
+        """Have every node that is there score its model on its own validation data; keep the best round."""
+        select_by = self.plan.run.evaluation.select_by or load_objective(self.plan.run.objective).select_by
+        there = [n for n in sorted(self.roll.nodes) if self.roll.members[n].sizes["validation"]]
+        orders = {number: self._order("evaluate", number, self.server, round=round_) for number in there}
+        scores = dict[int, Mapping[str, float | None]]()
+        for number, reply in self._ask(orders, round_).items():
+            try:
+                check_form(REPLY, reply.header, SCORED)
+            except UserError as error:
+                self.show.note(f"round {round_}: {self._name(number)} is not scored: {clean(cut(str(error), 300))}")
+                continue
+            scores[number] = reply.header["scores"]
+        found: dict[str, Any] = {"metric": select_by, **_mean(list(scores.values()))}
+        value, loss = found.get(select_by), found.get("loss")
+        score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
+        if value is None or (all(map(math.isfinite, score)) and score > self.best[2]):
+            self.best = (self.server, round_, score)
+            for member in self.roll.members.values():
+                member.best = member.kept
+        return found
+
+    def _finish(self) -> None:
+        """Have every node score the models of the best round on all its data and keep its own; write the results."""
+        server, round_, _ = self.best
+        if not round_:
+            raise UserError("no round's models have a finite loss on the nodes' validation data: lower the rates")
+        self._gather(range(self.plan.clients), "for the last evaluation", self.plan.least)
+        for member in self.roll.members.values():
+            member.kept = member.best
+        orders = {number: self._order("finish", number, server, round=round_) for number in sorted(self.roll.nodes)}
+        results: dict[str, Any] = {"zero_shot": {}, "personal": {}}
+        generation: dict[str, Any] = {}
+        for number, reply in self._ask(orders, round_).items():
+            try:
+                check_form(REPLY, reply.header, FINISHED)
+            except UserError as error:
+                self.show.note(f"{self._name(number)} has no results: {clean(cut(str(error), 300))}")
+                continue
+            name, generation = self._name(number), generation or dict(reply.header["generation"])
+            for model, by_split in reply.header["results"].items():
+                for split, by_metric in by_split.items():
+                    for metric, value in by_metric.items():
+                        results.setdefault(model, {}).setdefault(split, {}).setdefault(metric, {})[name] = value
+            for metric, ends in reply.header["gains"].items():
+                if len(ends) == 2:
+                    results.setdefault("gain_intervals", {}).setdefault(metric, {})[name] = ends
+        if not results["personal"]:
+            raise UserError("no node sent results: start the nodes, and then this again")
+        select_by = self.plan.run.evaluation.select_by or load_objective(self.plan.run.objective).select_by
+        about = {"selected_round": round_, "selected_by": select_by, "generation": generation}
+        shared = self.program.method.download(server=server)
+        self.folder.write_results(self.plan.run.method, round_, shared, {**about, **results})
+
+    def _state(self) -> PyTree:
+        """What changes, for a checkpoint; what clients sent last only where a method mixes it."""
+        sent: PyTree = {}
+        if self.program.method.mixes:
+            shapes = self.program.message(self.program.method.phase(1))
+            blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+            held = [self.last.get(number, blank) for number in range(self.plan.clients)]
+            known = np.asarray([number in self.last for number in range(self.plan.clients)])
+            sent = {"known": known, "last": jax.tree.map(lambda *leaves: np.stack(leaves), *held)}
+        return {"server": self.server, "best": self.best[0], "sent": sent}
+
+    def _save(self, round_: int) -> None:
+        _, best, score = self.best
+        self.folder.save(round_, self._state(), self.roll.members, (best, list(score)))
+
+    def _restore(self) -> int:
+        """Go back to the newest checkpoint; return its round, 0 where there is none."""
+        found = self.folder.load(self._state())
+        if found is None:
+            return 0
+        round_, state, members, (best, score) = found
+        self.server, self.roll.members = state["server"], members
+        self.best = (state["best"], best, (score[0], score[1]))
+        if state["sent"]:
+            known = np.flatnonzero(state["sent"]["known"]).tolist()
+            self.last = {n: jax.tree.map(lambda leaf, n=n: leaf[n], state["sent"]["last"]) for n in known}
+        self.show.note(f"going on after round {round_}")
+        return round_
+
+
+def _mean(found: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Average each number over the clients that have it.
+
+    >>> _mean([{"loss": 1.0, "cider": None}, {"loss": 3.0}])
+    {'loss': 2.0}
+    """
+    values: dict[str, list[float]] = {}
+    for each in found:
+        for name, value in each.items():
+            if value is not None:
+                values.setdefault(name, []).append(value)
+    return {name: sum(held) / len(held) for name, held in values.items()}
+
+
+def coordinate(plan: Plan, model: str | None, transport: Transport, folder: Path, show: Progress) -> Path:
+    """Run a deployment to its end, or go on with it; return its folder.
+
+    Args:
+        plan: what everybody agreed on.
+        model: where the base's configuration is on this machine; None: what the plan says.
+        transport: to the nodes.
+        folder: of the run, new or that of a coordinator that ended.
+        show: receives progress.
+
+    Raises:
+        UserError: the model is not the plan's, too few nodes come, or the folder is another run's.
+    """
+    name = model or plan.run.model
+    here = describe_model(resolve_folder(name))
+    if here["model_files"].get("config.json") != plan.model["model_files"].get("config.json"):
+        raise UserError(f"the configuration of {name} is not that of the plan's model")
+    with Claim(folder):
+        program = open_server_program(plan, name)
+        files = ServerFolder(folder, plan)
+        try:
+            if files.is_finished:
+                show.note(f"{folder} is finished")
+                return folder
+            roll = Roll(plan, digest_schema(program.received))
+            best = (program.start, 0, (-math.inf, -math.inf))
+            return Coordinator(plan, name, transport, files, show, program, roll, program.start, best).run()
+        finally:
+            files.checkpoints.close()

@@ -1,0 +1,65 @@
+"""A node's personal states on its disk: one file per round that may be gone back to."""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from fedvlm_jax.deployment.vectors import digest_schema, pack, unpack
+from fedvlm_jax.errors import DamagedError
+from fedvlm_jax.utils.digests import DIGEST_SIZE, digest_parts
+from fedvlm_jax.utils.files import read_plain, write_bytes
+
+
+class NodeStates:
+    """The states that this client had after rounds, by the rounds' numbers.
+
+    The coordinator says after which round a client last counted, and the node goes on from the state of that one: a
+    reply that came too late, or was lost, leaves no trace. A file is written beside and renamed, so a kill leaves the
+    states that were there.
+    """
+
+    def __init__(self, folder: Path, shapes: PyTree) -> None:
+        """Open the folder, made where there is none, for states of these shapes."""
+        self._folder, self._shapes = folder, shapes
+        self._schema = digest_schema(shapes).encode()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def rounds(self) -> list[int]:
+        """List the rounds whose states are there."""
+        names = (re.fullmatch(r"state-(\d+)\.bin", file.name) for file in self._folder.iterdir())
+        return sorted(int(name[1]) for name in names if name)
+
+    def save(self, round_: int, state: PyTree, keep: Collection[int]) -> None:
+        """Write the state after a round, on the disk when this returns; of others only those to keep stay."""
+        content = pack(state)
+        write_bytes(self._name(round_), digest_parts([self._schema, content], round_) + content, sync=True)
+        for other in self.rounds():
+            if other != round_ and other not in keep:
+                self._name(other).unlink(missing_ok=True)
+
+    def load(self, round_: int) -> PyTree:
+        """Read the state after a round.
+
+        Raises:
+            DamagedError: it is not there, or not as it was written.
+        """
+        file = self._name(round_)
+        try:
+            stored = read_plain(file)
+        except FileNotFoundError:
+            raise DamagedError(f"{file} is missing: put it back, or the client begins anew") from None
+        seal, content = stored[:DIGEST_SIZE], stored[DIGEST_SIZE:]
+        if seal != digest_parts([self._schema, content], round_):
+            raise DamagedError(f"{file} is damaged, or of another method or model: put it back, or remove it")
+        return unpack(content, self._shapes)
+
+    def blank(self) -> PyTree:
+        """Make zeros in the form of a state, for a client that begins."""
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes)
+
+    def _name(self, round_: int) -> Path:
+        return self._folder / f"state-{round_}.bin"

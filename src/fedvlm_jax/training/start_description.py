@@ -1,0 +1,63 @@
+"""What a run's `config.json` says of its start: options, sizes, devices, versions, and the digests of what it read."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from fedvlm_jax import lora
+from fedvlm_jax.config.run_options import to_json
+from fedvlm_jax.config.start_folder import digest_start
+from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.tokenization import find_question_column
+from fedvlm_jax.distributed import processes
+from fedvlm_jax.run_dir import artifacts
+from fedvlm_jax.training.experiment import Experiment
+from fedvlm_jax.training.loaded_model import LoadedModel
+from fedvlm_jax.utils import tree
+
+
+def _describe_classes(model: LoadedModel) -> dict[str, int]:
+    """Count the classes of a model that chooses among them, and those that it trains among."""
+    if model.learner is None:
+        return {}
+    return {"classes": len(model.vlm.classes), "trained_classes": len(model.learner.classes)}
+
+
+def describe_start(experiment: Experiment) -> dict[str, Any]:
+    """Describe how a run began, for its `config.json`."""
+    run, layout, mesh, examples = experiment.run, experiment.layout, experiment.model.mesh, experiment.examples
+    clients = examples.clients
+    resolved = {
+        "wave": layout.wave,
+        "waves": layout.waves,
+        "cohort": layout.cohort,
+        "rows": layout.rows,
+        "steps": layout.steps,
+        "mesh": dict(mesh.shape),
+        "processes": processes.count(),
+        "clients": [client.name for client in clients],
+        "evaluated": [clients[number].name for number in experiment.scored],
+        "train_examples": [len(client.train) for client in clients],
+        "adapter_parameters": sum(
+            leaf.size for path, leaf in tree.flatten(experiment.adapter).items() if not path.endswith("scale")
+        ),
+        "targets": experiment.spec.targets,
+        "adapted_sites": [path for path, _ in lora.sites_of(experiment.adapter)],
+        "skipped": [dataclasses.asdict(row) for row in examples.skipped],
+        **_describe_classes(experiment.model),
+        "question_column": find_question_column(experiment.data.table, run.data),
+    }
+    kinds = Counter(device.device_kind for device in mesh.devices.flat)
+    return {
+        "run": to_json(run),
+        **artifacts.describe_start(),
+        **artifacts.describe_environment(),
+        "devices": [f"{count} × {kind}" for kind, count in kinds.items()],
+        "examples": {split: sum(len(client.rows_of(split)) for client in clients) for split in SPLITS},
+        "resolved": resolved,
+        "fingerprint": {
+            **experiment.data.fingerprint,
+            **({} if run.start is None else {"start": digest_start(run.start)}),
+        },
+        "federation": experiment.data.federation.description,
+    }

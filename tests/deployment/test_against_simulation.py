@@ -1,0 +1,79 @@
+"""A deployment in one process does what the simulator does: losses, what is shared, and every personal state."""
+
+import jax
+import numpy as np
+import pytest
+from deployment_world import LocalTransport, make_run, open_nodes, plan_run, write_rows
+from tiny_run import StopAfter, StopError
+
+from fedvlm_jax.config.run_options import methods_available
+from fedvlm_jax.deployment.coordinator import coordinate
+from fedvlm_jax.training.experiment import make_simulator, open_experiment
+from fedvlm_jax.training.learning_rates import find_rates
+from fedvlm_jax.training.loaded_model import load_model
+from fedvlm_jax.utils.progress import SilentProgress
+
+LOST = ("train", 1, 2)
+"""The third client's reply of the first round never arrives, though the client has trained."""
+
+
+EVERY_TIME = ("plora", "fedex-lora", "fedalt")
+"""One that shares a part, one whose base moves, one whose clients receive different things."""
+METHODS = [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.broad) for name in methods_available()]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def simulate(run):
+    """Two rounds of the simulator, of which the third client drops out of the first; its state after each."""
+    experiment = open_experiment(run, load_model(run))
+    simulator, reports = make_simulator(experiment), []
+    for round_ in (1, 2):
+        read = simulator.read_round(round_)
+        if round_ == 1:
+            counts = np.asarray([len(client.train) for client in experiment.examples.clients], np.float64)
+            counts[2] = 0
+            weights = np.zeros_like(read.weights)
+            weights[:3] = counts / counts.sum()
+            read = read._replace(weights=weights)
+        reports.append(simulator.run_round(read, find_rates(run.train, round_)))
+    return simulator, reports
+
+
+def assert_near(got, want, start, most=1e-4):
+    """Within this part of the way that each leaf went since the start; of what did not move, of its size."""
+    got, want, start = (jax.tree.leaves(part) for part in (got, want, start))
+    for one, other, first in zip(got, want, start, strict=True):
+        one, other, first = (np.asarray(leaf, np.float64) for leaf in (one, other, first))
+        scale = max(np.abs(other - first).max(initial=0), 1e-7)
+        assert np.abs(one - other).max(initial=0) <= most * scale
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_rounds_with_a_lost_reply_and_restarts(method, model, rows, tmp_path):
+    run = make_run(model, tmp_path / "simulated", rows / "all", method=method)
+    simulator, reports = simulate(run)
+    plan, tokens = plan_run(run)
+    stop = StopAfter(1)
+    with pytest.raises(StopError):
+        nodes = open_nodes(plan, tokens, rows, tmp_path)
+        coordinate(plan, None, LocalTransport(nodes, [LOST]), tmp_path / "server", stop)
+    # Node and server alike begin again with what is on their disks.
+    nodes, show = open_nodes(plan, tokens, rows, tmp_path), SilentProgress()
+    coordinate(plan, None, LocalTransport(nodes), tmp_path / "server", show)
+    lines = [*stop.lines, *show.lines]
+    for line, report in zip(lines, reports, strict=True):
+        counted = np.isin(report.numbers, report.counted)
+        assert line["loss"] == pytest.approx(report.metrics["loss"][counted].mean(), rel=1e-5)
+        assert line["update_norm"] == pytest.approx(report.metrics["update_norm"][counted].mean(), rel=1e-4)
+    assert [line["dropped"] for line in lines] == [1, 0]
+    start = simulator.programs.method.init(adapter=open_experiment(run, load_model(run)).adapter)
+    for number, node in nodes.items():
+        assert node._states.rounds() in ([1, 2], [2])
+        state = jax.tree.map(lambda leaf: leaf[0], simulator.client_states.gather([number]))
+        begun = simulator.programs.start(simulator.key, start, np.asarray([number], np.int32))
+        begun = jax.tree.map(lambda leaf: leaf[0], begun)
+        assert_near(node._states.load(2), state, begun)
