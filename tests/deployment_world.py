@@ -1,4 +1,4 @@
-"""Three clients' rows, as one file for the simulator and as a file for each node, and a transport within the process."""
+"""Three clients' rows, in one file for the simulator and in one for each node; a transport within the process."""
 
 import json
 from dataclasses import replace

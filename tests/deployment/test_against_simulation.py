@@ -58,8 +58,8 @@ def test_two_rounds_with_a_lost_reply_and_restarts(method, model, rows, tmp_path
     simulator, reports = simulate(run)
     plan, tokens = plan_run(run)
     stop = StopAfter(1)
+    nodes = open_nodes(plan, tokens, rows, tmp_path)
     with pytest.raises(StopError):
-        nodes = open_nodes(plan, tokens, rows, tmp_path)
         coordinate(plan, None, LocalTransport(nodes, [LOST]), tmp_path / "server", stop)
     # Node and server alike begin again with what is on their disks.
     nodes, show = open_nodes(plan, tokens, rows, tmp_path), SilentProgress()
