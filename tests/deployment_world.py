@@ -84,7 +84,7 @@ class SummingTransport(LocalTransport):
         return SecureSum(np.sum(vectors, axis=0), list(orders))
 
 
-def open_nodes(plan, tokens, rows, folder, numbers=range(3)):
+def open_nodes(plan, tokens, rows, folder, numbers=range(3), loaded=None):
     return {
         number: open_node(
             NodeFile(number, tokens[number], plan),
@@ -92,6 +92,7 @@ def open_nodes(plan, tokens, rows, folder, numbers=range(3)):
             None,
             folder / f"node-{number}",
             SilentProgress(),
+            loaded,
         )
         for number in numbers
     }

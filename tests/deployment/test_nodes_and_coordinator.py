@@ -25,6 +25,7 @@ from fedvlm_jax.deployment.packets import Failure, Packet
 from fedvlm_jax.deployment.plan import NodeFile, make_plan, read_node_file, read_plan, write_node_file, write_plan
 from fedvlm_jax.errors import DamagedError, UserError
 from fedvlm_jax.run_dir.reader import read_finished, read_run
+from fedvlm_jax.training.loaded_model import load_model
 from fedvlm_jax.utils.progress import SilentProgress
 
 
@@ -42,7 +43,8 @@ def planned(model, tmp_path_factory):
 def finished(planned, rows, tmp_path_factory):
     """A deployment from start to end: its folder, the nodes, what was carried, what was said."""
     folder, (plan, tokens) = tmp_path_factory.mktemp("finished"), planned
-    nodes, show = open_nodes(plan, tokens, rows, folder), SilentProgress()
+    loaded = load_model(make_run(plan.run.model, None, rows / "ann"))
+    nodes, show = open_nodes(plan, tokens, rows, folder, loaded=loaded), SilentProgress()
     transport = LocalTransport(nodes)
     return coordinate(plan, None, transport, folder / "server", show), nodes, transport.carried, show
 

@@ -35,7 +35,7 @@ from fedvlm_jax.run_dir.validated_files import Form, check_form
 from fedvlm_jax.training import final_evaluation
 from fedvlm_jax.training.best_round import score_validation
 from fedvlm_jax.training.experiment import Experiment, open_experiment
-from fedvlm_jax.training.loaded_model import load_model
+from fedvlm_jax.training.loaded_model import LoadedModel, load_model
 from fedvlm_jax.training.round_setup import choose_program_options, deal_ranks
 from fedvlm_jax.training.start_description import describe_start
 from fedvlm_jax.utils.files import write_json
@@ -308,7 +308,14 @@ def _select(scores: Mapping[str, Mapping[str, Any]], client: str) -> dict[str, A
     return {metric: values[client] for metric, values in scores.items() if client in values}
 
 
-def open_node(file: NodeFile, data: DataOptions, model: str | None, folder: Path, show: Progress) -> Node:
+def open_node(
+    file: NodeFile,
+    data: DataOptions,
+    model: str | None,
+    folder: Path,
+    show: Progress,
+    loaded: LoadedModel | None = None,
+) -> Node:
     """Load the model and this client's rows, compute the features that stay, and make ready for orders.
 
     Args:
@@ -317,6 +324,7 @@ def open_node(file: NodeFile, data: DataOptions, model: str | None, folder: Path
         model: where the base is on this machine; None: what the plan says.
         folder: of this node, kept over restarts.
         show: receives progress.
+        loaded: the base, where this process has it already.
 
     Raises:
         UserError: the base is not the plan's, the rows are not those of one client, or none of them can be trained on.
@@ -333,7 +341,10 @@ def open_node(file: NodeFile, data: DataOptions, model: str | None, folder: Path
         here = {"data": sources["data"], **{name: sources[name] for name in ("weights", "model_files")}}
         fingerprints.compare_sources(folder, run, {"data": sources["data"], **plan.model}, here)
 
-    loaded = load_model(run, show.note, check)
+    if loaded is None:
+        loaded = load_model(run, show.note, check)
+    else:
+        check(loaded.sources(run.data))
     if loaded.vlm.bind is not None:
         raise UserError(f"{run.model} chooses among the answers of its data, which differ between nodes: not deployed")
     experiment = open_experiment(run, loaded, show)
