@@ -20,9 +20,16 @@ LOST = ("train", 1, 2)
 """The third client's reply of the first round never arrives, though the client has trained."""
 
 
-EVERY_TIME = ("plora", "fedex-lora", "fedalt")
-"""One that shares a part, one whose base moves, one whose clients receive different things."""
-METHODS = [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.broad) for name in methods_available()]
+BROAD = ("fedex-lora", "fedalt", "rolora", "apfl")
+"""A base that moves, clients that receive different things, two phases, two models in one scan; the others are alike
+to the engine and slow tests here, and each has its view held against the server's state in methods/test_contract.py."""
+
+
+def mark(name):
+    return [] if name == "plora" else pytest.mark.broad if name in BROAD else pytest.mark.slow
+
+
+METHODS = [pytest.param(name, marks=mark(name)) for name in methods_available()]
 
 
 @pytest.fixture(scope="module")
