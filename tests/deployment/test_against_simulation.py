@@ -6,13 +6,13 @@ import pytest
 from deployment_world import LocalTransport, make_run, open_nodes, plan_run, write_rows
 from tiny_run import StopAfter, StopError
 
+from fedvlm_jax.config.learning_rates import find_rates
 from fedvlm_jax.config.run_options import methods_available
 from fedvlm_jax.deployment.coordinator import Coordinator, coordinate
 from fedvlm_jax.deployment.roll import Roll
 from fedvlm_jax.deployment.server_folder import ServerFolder
 from fedvlm_jax.deployment.server_program import open_server_program
 from fedvlm_jax.training.experiment import make_simulator, open_experiment
-from fedvlm_jax.training.learning_rates import find_rates
 from fedvlm_jax.training.loaded_model import load_model
 from fedvlm_jax.utils.progress import SilentProgress
 

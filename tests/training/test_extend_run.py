@@ -89,7 +89,7 @@ def test_what_must_be_there(name, told, tmp_path):
 
 
 def test_rates_of_added_rounds_are_those_of_the_new_length(tmp_path):
-    from fedvlm_jax.training.learning_rates import find_rates
+    from fedvlm_jax.config.learning_rates import find_rates
 
     rates = {}
     for rounds in (16, 24):

@@ -3,10 +3,10 @@
 import pytest
 from tiny_run import tiny_run
 
+from fedvlm_jax.config.learning_rates import find_rates
 from fedvlm_jax.config.run_options import LoraOptions, TrainOptions
 from fedvlm_jax.training import round_setup
 from fedvlm_jax.training.experiment import make_simulator, open_experiment
-from fedvlm_jax.training.learning_rates import find_rates
 from fedvlm_jax.training.trainer import FederatedTrainer
 from fedvlm_jax.utils.progress import SilentProgress
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from fedvlm_jax.config.learning_rates import find_rates
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.deployment.packets import Packet, SecureTransport, Transport
 from fedvlm_jax.deployment.plan import Plan
@@ -32,7 +33,6 @@ from fedvlm_jax.run_dir.fingerprints import describe_model
 from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.run_dir.validated_files import Form, check_form
 from fedvlm_jax.training.failures import UNFIT, describe_unfit, list_names
-from fedvlm_jax.training.learning_rates import find_rates
 from fedvlm_jax.utils.progress import Progress
 from fedvlm_jax.utils.untrusted_text import clean, cut
 
@@ -52,7 +52,7 @@ POLL, TELL = 0.5, 30.0
 
 
 class _Trained(NamedTuple):
-    """What came back of a round, by client number."""
+    """The replies of a round, by client number."""
 
     headers: dict[int, Mapping[str, Any]]
     messages: dict[int, PyTree]
@@ -362,7 +362,7 @@ class Coordinator:
         self.folder.write_results(self.plan.run.method, round_, shared, {**about, **results})
 
     def _state(self) -> PyTree:
-        """What changes, for a checkpoint; what clients sent last only where a method mixes it."""
+        """Return all that changes, for a checkpoint; what clients sent last only where a method mixes it."""
         sent: PyTree = {}
         if self.program.method.mixes:
             shapes = self.program.message(self.program.method.phase(1))

@@ -137,7 +137,7 @@ class Node:
         return {"up": count_bytes(self._message_shapes(1)), "down": count_bytes(self._received)}
 
     def answer(self, order: Packet) -> Packet:
-        """Do what an order asks for.
+        """Carry out an order.
 
         Raises:
             UserError: it is no order, is of another plan, or cannot be carried out.

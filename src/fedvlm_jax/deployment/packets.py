@@ -1,4 +1,4 @@
-"""What travels between coordinator and nodes: a header that is JSON, and one flat vector of bytes.
+"""Packets between coordinator and nodes: a header that is JSON, and one flat vector of bytes.
 
 This module imports nothing heavy: it is read by processes that live for one message.
 """
@@ -55,7 +55,7 @@ class Packet:
 
 @dataclass(frozen=True)
 class Failure:
-    """What came instead of a reply: the reason, in one line, as the node or the network gave it."""
+    """The lack of a reply: its reason, in one line, as the node or the network gave it."""
 
     reason: str
 

@@ -31,11 +31,13 @@ PLAN: Form = {
 }
 NODE: Form = {"number": int, "token": str, "plan": dict[str, Any]}
 MOST_CLIENTS = 100_000
+SECURE = 3
+"""Clients of a secure sum, at least."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What coordinator and nodes agree on before the first round.
+    """The terms on which coordinator and nodes agree before the first round.
 
     Attributes:
         run: the options; where data and model are is each side's own matter.
@@ -70,7 +72,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class NodeFile:
-    """What one node is given, and nobody else."""
+    """The file that one node is given, and nobody else."""
 
     number: int
     token: str
@@ -121,8 +123,8 @@ def _check(run: Run, clients: int, least: int, timeout: float, secure: bool) -> 
         raise UserError(f"--cohort {run.cohort}: there are only {clients} clients")
     if not 1 <= timeout <= 7 * 86_400:
         raise UserError(f"--timeout {timeout:g}: expected 1 second to 7 days")
-    if secure and clients < 3:
-        raise UserError("--secure: a mean of two tells each of them the other's; there must be 3 clients or more")
+    if secure and min(run.cohort or clients, clients) < SECURE:
+        raise UserError(f"--secure: a mean of two tells each of them the other's: a round needs {SECURE} clients")
 
 
 def write_plan(file: Path, plan: Plan) -> None:

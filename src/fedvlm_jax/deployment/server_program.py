@@ -1,4 +1,4 @@
-"""What the server of a deployment computes: the start, what it broadcasts, and the aggregate. No weights, no data."""
+"""The server's part of a deployment: the start, what it broadcasts, and the aggregate. No weights, no data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -16,7 +16,7 @@ from fedvlm_jax.utils.random_streams import Stream
 
 
 class Frame(NamedTuple):
-    """What all clients of a round share."""
+    """The round as all its clients share it."""
 
     params: PyTree  # the frozen base, as the method has it in this round
     server: PyTree  # the state before the round, or a client's view of it

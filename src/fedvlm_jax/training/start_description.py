@@ -1,4 +1,4 @@
-"""What a run's `config.json` says of its start: options, sizes, devices, versions, and the digests of what it read."""
+"""The description of a run's start in its `config.json`: options, sizes, devices, versions, and the digests of what it read."""
 
 import dataclasses
 from collections import Counter

@@ -17,13 +17,13 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from fedvlm_jax.config.learning_rates import find_rates
 from fedvlm_jax.data.batches import pad_rows, read_ahead
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import fetch
 from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.federation.simulator import RoundInputs, RoundReport, Simulator
 from fedvlm_jax.training.experiment import FINETUNING, Experiment, make_finetuner, make_simulator
-from fedvlm_jax.training.learning_rates import find_rates
 from fedvlm_jax.training.personalization import each_model, give_models
 from fedvlm_jax.utils.progress import COMPILING, Progress, working
 
