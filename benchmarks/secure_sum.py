@@ -1,11 +1,11 @@
-"""The secure mean of `deployment/flower/secure_sum.py` in one process: its error by settings, its bytes, its seconds.
+"""The secure sum of `deployment/flower/secure_sum.py` in one process: its error by settings, its bytes, its seconds.
 
-    python benchmarks/secure_sum.py   # needs flwr, not jax: pip install 'flwr>=1.42,<1.43'
+    python benchmarks/secure_sum.py > benchmarks/results/secure_sum.md
 
-All four stages run over Flower's own code and records, with a grid in this process in the network's place; between
-two messages of a node its context is all that is kept of it, as with a SuperNode. The error is ‖mean − exact‖ over
-‖exact‖, the exact mean in float64. Entries are those of a heavy-tailed message (Student's t with 4 degrees of freedom)
-of rms 2e-3.
+Needs flwr and no jax: `pip install 'flwr>=1.42,<1.43'` and `PYTHONPATH=src`. All four stages run over Flower's own code
+and records, with a grid in this process in the network's place; between two messages of a node its context is all that
+is kept of it, as with a SuperNode. The error is ‖mean − exact‖ over ‖exact‖, the exact mean in float64. Entries are
+heavy-tailed (Student's t with 4 degrees of freedom), of rms 2e-3 before they are weighted.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 
 from fedvlm_jax.deployment.flower import secure_sum
-from fedvlm_jax.deployment.flower.secure_sum import Fetch, SecureMean, answer_stage, ask_mean, is_stage
+from fedvlm_jax.deployment.flower.secure_sum import STAGES, Fetch, SecretSum, answer_stage, ask_sum, is_stage
 
 ENTRIES = 45_056  # of a message of Florence2-nano at rank 8
 RMS = 2e-3
@@ -86,36 +86,28 @@ def make_messages(nodes: int, weights: tuple[int, int], entries: int = ENTRIES, 
     return messages, numbers
 
 
-def make_grid(messages: Any, weights: Any, gone: Iterable[tuple[int, str]] = ()) -> LocalGrid:
+def make_grid(vectors: Any, gone: Iterable[tuple[int, str]] = ()) -> LocalGrid:
     """Make a grid of nodes 1, 2, … that keep these."""
-    kept = {node: (messages[node - 1], float(weights[node - 1])) for node in range(1, len(weights) + 1)}
-    return LocalGrid({node: lambda header, node=node: kept[node] for node in kept}, gone)
+    return LocalGrid({node: lambda header, node=node: vectors[node - 1] for node in range(1, len(vectors) + 1)}, gone)
 
 
 def run_sum(
-    messages: Any, weights: Any, gone: Iterable[tuple[int, str]] = (), clip: float = 0, largest: float = 0
-) -> tuple[SecureMean, float]:
-    """Ask nodes 1, 2, … for the mean: -> it, its relative error against float64 over the nodes that counted."""
-    kept = {
-        node: (vector, float(weight)) for node, (vector, weight) in enumerate(zip(messages, weights, strict=True), 1)
-    }
-    grid = LocalGrid({node: lambda header, node=node: kept[node] for node in kept}, gone)
-    mean = ask_mean(
-        grid, grid.get_node_ids(), {"round": 1}, clip=clip or 1.25 * float(np.abs(messages).max()),
-        largest_weight=largest or float(max(weights)), threshold=2 / 3, timeout=0.2,
-    )  # fmt: skip
-    counted = [node - 1 for node in mean.nodes]
+    messages: Any, weights: Any, gone: Iterable[tuple[int, str]] = (), scale: float = 0, clip: float = 0
+) -> tuple[SecretSum, float]:
+    """Ask nodes 1, 2, … for the sum of their messages times weight and scale.
+
+    By default the scale is one over the sum of the weights, and the clip 1.25 times the largest entry, as a
+    deployment has it. Returned is also the relative error of the mean against float64 over the nodes that counted.
+    """
+    scale = scale or 1 / weights.sum()
+    vectors = messages * (weights * scale).astype(np.float32)[:, None]
+    grid = make_grid(vectors, gone)
+    headers = {node: {"round": 1} for node in grid.get_node_ids()}
+    found = ask_sum(grid, headers, clip=clip or 1.25 * float(np.abs(vectors).max()), timeout=0.2)
+    counted = [node - 1 for node in found.nodes]
+    mean = found.vector.astype(np.float64) / (weights[counted] * scale).sum()
     exact = np.average(messages[counted].astype(np.float64), axis=0, weights=weights[counted])
-    return mean, float(np.linalg.norm(mean.vector - exact) / np.linalg.norm(exact))
-
-
-def run_premultiplied(messages: Any, weights: Any) -> float:
-    """The error where each node sends its vector times wₖ over the largest, and all have the same weight."""
-    scaled = messages * (weights / weights.max())[:, None]
-    mean, _ = run_sum(scaled.astype(np.float64), np.ones(len(weights)))
-    vector = mean.vector.astype(np.float64) * len(weights) * weights.max() / weights.sum()
-    exact = np.average(messages.astype(np.float64), axis=0, weights=weights)
-    return float(np.linalg.norm(vector - exact) / np.linalg.norm(exact))
+    return found, float(np.linalg.norm(mean - exact) / np.linalg.norm(exact))
 
 
 @contextlib.contextmanager
@@ -138,37 +130,34 @@ def print_table(*rows: Sequence[Any]) -> None:
 
 
 def list_errors() -> Iterable[Sequence[Any]]:
-    yield ("nodes", "weights", "flwr's defaults", "largest weight known", "and the range", "and the levels: `ask_mean`", "vectors multiplied by weights before")  # fmt: skip # noqa: E501
+    """Settings one after the other; flwr divides by the largest weight that it is told to expect, which is 1000."""
+    yield ("nodes", "examples of a node", "flwr's defaults", "weights known", "and the range", "and 2³⁰ levels: used")
     for nodes, weights in itertools.product((3, 16), ((11, 13), (1, 1000))):
         messages, numbers = make_messages(nodes, weights)
         with rounding(FLOWER):
-            settings = ({"clip": 8, "largest": 1000}, {"clip": 8}, {})
+            settings = ({"clip": 8, "scale": 1 / 1000}, {"clip": 8, "scale": 1 / weights[1]}, {})
             errors = [run_sum(messages, numbers, **setting)[1] for setting in settings]
-        errors += [run_sum(messages, numbers)[1], run_premultiplied(messages, numbers)]
-        yield (nodes, f"{weights[0]} to {weights[1]}", *errors)
+        yield (nodes, f"{weights[0]} to {weights[1]}", *errors, run_sum(messages, numbers)[1])
 
 
 def list_losses() -> Iterable[Sequence[Any]]:
-    yield ("of weights 1, 30, 400, 1000 this one leaves", "before it answers", "nodes that count", "error")
-    messages, weights = make_messages(4, (1, 1000))[0], np.array([1, 30, 400, 1000])
-    for stage, node in itertools.product(("setup", "share_keys", "collect_masked_vectors", "unmask"), (1, 4)):
-        mean, error = run_sum(messages, weights, [(node, stage)])
-        yield (weights[node - 1], stage, len(mean.nodes), error)
-    messages, weights = make_messages(16, (1, 1))[0], np.array([1] * 15 + [1000])
-    mean, error = run_sum(messages, weights, [(16, "collect_masked_vectors")])
-    yield ("1000 of 16, the others 1 each", "collect_masked_vectors", len(mean.nodes), error)
+    """A node leaves: the lightest, the heaviest, and one beside which the others weigh nothing."""
+    yield ("examples", "those of the node that leaves", "before it answers", "nodes that count", "error")
+    cases = [(np.array([1, 30, 400, 1000]), stage, node) for stage in STAGES for node in (1, 4)]
+    for weights, stage, node in (*cases, (np.array([1] * 15 + [1000]), STAGES[2], 16)):
+        messages, _ = make_messages(len(weights), (1, 1))
+        found, error = run_sum(messages, weights, [(node, stage)])
+        told = ", ".join(map(str, weights)) if len(weights) < 5 else "15 times 1, and 1000"
+        yield (told, weights[node - 1], stage.replace("_", " "), len(found.nodes), error)
 
 
 def list_costs() -> Iterable[Sequence[Any]]:
     yield ("nodes", "entries", "bytes up a node", "times float32", "ms of a node", "seconds of the server")
     for nodes, entries in ((3, ENTRIES), (8, ENTRIES), (16, ENTRIES), (32, ENTRIES), (3, 2**20)):
-        messages, weights = make_messages(nodes, (11, 13), entries)
-        grid = make_grid(messages, weights)
-        mean = ask_mean(
-            grid, grid.get_node_ids(), {}, clip=1, largest_weight=13, threshold=2 / 3, timeout=1
-        )  # fmt: skip
-        times, own = f"{mean.bytes_up / 4 / entries:.3f}", f"{1000 * grid.seconds / nodes:.0f}"
-        yield (nodes, f"{entries:,}", f"{mean.bytes_up:,}", times, own, f"{mean.seconds - grid.seconds:.2f}")
+        grid = make_grid(make_messages(nodes, (1, 1), entries)[0])
+        found = ask_sum(grid, {node: {} for node in grid.get_node_ids()}, clip=1, timeout=1)
+        times, own = f"{found.bytes_up / 4 / entries:.3f}", f"{1000 * grid.seconds / nodes:.0f}"
+        yield (nodes, f"{entries:,}", f"{found.bytes_up:,}", times, own, f"{found.seconds - grid.seconds:.2f}")
 
 
 if __name__ == "__main__":

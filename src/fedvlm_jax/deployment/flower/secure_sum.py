@@ -1,13 +1,14 @@
-"""The weighted mean of the nodes' messages, of which the server sees none: SecAgg+ (ePrint 2020/704), Flower's own.
+"""The sum of the nodes' messages, of which the server sees none: SecAgg+ (ePrint 2020/704), Flower's own.
 
-Training and the secure mean are apart: a node trains, keeps its message and says in its header how large it is; then
-`ask_mean` asks for the mean in four stages (keys, shares of keys, masked vectors, shares to unmask), which
-`answer_stage` answers. Masks, keys and shares are those of flwr 1.42: `secaggplus_mod` at a node, the stages of
-`SecAggPlusWorkflow` at the server, which know Flower's legacy records and strategies alone.
+Training and the sum are apart: a node trains, keeps its message and says in its header how large it is; then `ask_sum`
+asks for the sum in four stages (keys, shares of keys, masked vectors, shares to unmask), which `answer_stage` answers.
+Masks, keys and shares are those of flwr 1.42: `secaggplus_mod` at a node, the stages of `SecAggPlusWorkflow` at the
+server, which know Flower's legacy records and strategies alone.
 
-Deviations from `SecAggPlusWorkflow`: a node that leaves before it has shared its keys is left out, where flwr gives the
-round up after the masked vectors were sent; entries above the range are refused, where flwr cuts them; a node refuses
-orders that would show it alone, which flwr obeys.
+Deviations from `SecAggPlusWorkflow`: nodes multiply by their weights themselves, so that all have the same for flwr; a
+node that leaves before it has shared its keys is left out, where flwr gives the round up after the masked vectors were
+sent; entries above the range are refused, where flwr cuts them; a node refuses orders that would show it alone, which
+flwr obeys.
 """
 
 import json
@@ -27,8 +28,9 @@ from fedvlm_jax.utils.untrusted_text import clean, cut
 STAGE_RECORD, STATE_RECORD = "secaggplus_configs", "secaggplus_state"
 """Flower's names: of the record of a stage's message, and of what a node's context keeps between stages."""
 
+STAGES = ("setup", "share_keys", "collect_masked_vectors", "unmask")
 HEADER = "fedvlm_header"
-"""The key in the orders' configuration under which the header of `ask_mean` travels."""
+"""The key in the orders' configuration under which a node's header travels."""
 
 LEVELS = 2**30
 """To how many an entry is rounded within its range: the most that flwr's rounding, by way of int32, leaves whole."""
@@ -48,20 +50,24 @@ LONGEST_REASON = 300
 MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """Errors that flwr's code raises where a message of another machine is not as it should be."""
 
-Fetch = Callable[[Mapping[str, Any]], tuple[np.ndarray, float]]
-"""(header of `ask_mean`) -> the kept message, a flat vector, and its weight. May raise `UserError`."""
+Fetch = Callable[[Mapping[str, Any]], np.ndarray]
+"""(header of `ask_sum`) -> what the node sends into the sum: a flat vector, weighted. May raise `UserError`."""
+
+
+class TooFewNodesError(UserError):
+    """Fewer nodes are there, or are left, than a secure sum needs."""
 
 
 @dataclass(frozen=True)
-class SecureMean:
-    """The mean of the messages of those nodes that counted.
+class SecretSum:
+    """The sum of those nodes' vectors that counted.
 
     Attributes:
-        vector: [entries], float32: Σ wₖ vₖ / Σ wₖ over `nodes`.
-        nodes: whose messages are in it, in rising order.
+        vector: [entries], float32.
+        nodes: whose vectors are in it, in rising order.
         lost: the others -> why, in a line.
         bytes_up: that the node which sent most has sent, keys and shares included.
-        messages: that every node which counted has answered.
+        messages: that a node has answered to be in it.
         seconds: that it took.
     """
 
@@ -73,69 +79,59 @@ class SecureMean:
     seconds: float
 
 
-def ask_mean(
-    grid: Any,
-    nodes: Sequence[int],
-    fetch_header: Mapping[str, Any],
-    *,
-    clip: float,
-    largest_weight: float,
-    threshold: float,
-    timeout: float,
-) -> SecureMean:
-    """Ask nodes for the weighted mean of the messages that they keep, so that no message can be read by itself.
-
-    To be called inside the `main` of a ServerApp.
+def ask_sum(
+    grid: Any, headers: Mapping[int, Mapping[str, Any]], *, clip: float, timeout: float, threshold: float = 2 / 3
+) -> SecretSum:
+    """Ask nodes for the sum of their vectors, so that none can be read by itself; inside the `main` of a ServerApp.
 
     Args:
         grid: Flower's.
-        nodes: three or more; the neighbours of each are all others.
-        fetch_header: plain values that JSON takes, for the nodes' `Fetch`: the round above all.
-        clip: no entry of a message is further from 0; a node refuses to send one that is. 1.25 times the largest.
-        largest_weight: no node has more.
-        threshold: how many nodes must be left at the end, and must collude with the server to see a message: a whole
-            number is a count, a fraction below 1 a share of the nodes, rounded up. More than half.
+        headers: by node, of three or more: plain values that JSON takes, for its `Fetch`.
+        clip: no entry is further from 0: a node that has one does not send. 1.25 times the largest is a good value.
         timeout: seconds that each of the four stages waits for replies.
+        threshold: how many nodes must be left at the end, and must collude with the server to see a vector: a whole
+            number is a count, a fraction below 1 a share of the nodes, rounded up. More than half of them.
 
     Raises:
-        UserError: an argument is out of range, too few nodes are left for the threshold, or their replies make no sum.
+        TooFewNodesError: too few nodes are there, or left for the threshold.
+        UserError: an argument is out of range, or the replies make no sum.
     """
-    start = time.monotonic()
-    needed = count_needed(len(set(nodes)), threshold)
-    for name, value in (("largest entry", clip), ("largest weight", largest_weight), ("timeout", timeout)):
-        if not 0 <= value < math.inf or (value == 0 and name != "largest entry"):
-            raise UserError(f"secure mean: {value} is no {name}")
+    start, count = time.monotonic(), len(headers)
+    needed = count_needed(count, threshold)
+    if not 0 <= clip < math.inf or not 0 < timeout < math.inf:
+        raise UserError(f"secure sum: entries of at most {clip} within {timeout} seconds cannot be")
     workflow = load_flower("server.workflow").SecAggPlusWorkflow(
         num_shares=1.0,
         reconstruction_threshold=needed,
-        max_weight=float(largest_weight),
+        max_weight=1.0,
         clipping_range=float(clip or 1),  # where all entries are 0 any range does
         quantization_range=LEVELS,
         modulus_range=MODULUS,
         timeout=timeout,
     )
     state = load_flower("server.workflow.secure_aggregation.secaggplus_workflow").WorkflowState()
-    strategy = _Strategy(set(nodes), json.dumps(dict(fetch_header)))
-    context, watched = _make_context(strategy), _WatchedGrid(grid)
-    stages = ("setup", "share_keys", "collect_masked_vectors", "unmask")
-    for number, stage in enumerate(stages, 1):
+    strategy, watched = _Strategy(headers), _WatchedGrid(grid)
+    context = _make_context(strategy)
+    for number, stage in enumerate(STAGES, 1):
         try:
             enough = getattr(workflow, f"{stage}_stage")(watched, context, state)
+            if stage in STAGES[:2]:
+                _forget_lost(state)
+        except UserError:
+            raise
         except MALFORMED as error:
-            raise UserError(f"secure mean: the replies of stage {number} of 4 fit no sum: {_say(error)}") from error
+            raise UserError(f"secure sum: the replies of stage {number} of 4 fit no sum: {_say(error)}") from error
         if not enough:
-            raise UserError(_explain_lack(len(set(nodes)), state.active_node_ids, needed, number, watched.lost))
-        if stage in ("setup", "share_keys"):
-            _forget_lost(state)
-    vector = strategy.read_mean()
+            raise TooFewNodesError(_explain_lack(count, state.active_node_ids, needed, number, watched.lost))
+    vector = strategy.read_sum()
     if not np.isfinite(vector).all():
-        raise UserError("secure mean: the sum of the nodes' messages is not finite")
-    return SecureMean(
+        raise UserError("secure sum: it is not finite")
+    return SecretSum(
         vector=vector,
         nodes=sorted(strategy.counted),
         lost={node: reason for node, reason in watched.lost.items() if node not in strategy.counted},
         bytes_up=max(watched.bytes_up.values()),
-        messages=len(stages),
+        messages=len(STAGES),
         seconds=time.monotonic() - start,
     )
 
@@ -175,23 +171,24 @@ def answer_stage(message: Any, context: Any, fetch: Fetch) -> Any:
 
 
 def count_needed(nodes: int, threshold: float) -> int:
-    """Return how many of the nodes must be left, see `ask_mean`.
+    """Return how many of the nodes must be left, see `ask_sum`.
 
     >>> [count_needed(nodes, 2 / 3) for nodes in (3, 4, 16)], count_needed(5, 3)
     ([2, 3, 11], 3)
 
     Raises:
-        UserError: there are fewer than three nodes, or the threshold is not more than half of them, or above them.
+        TooFewNodesError: there are fewer than three nodes.
+        UserError: the threshold is not more than half of them, or above them.
     """
     if nodes < LEAST_NODES:
-        raise UserError(
-            f"secure mean of {nodes} nodes: at least {LEAST_NODES} are needed, for each of two knows the other's "
-            "message from the mean"
+        raise TooFewNodesError(
+            f"secure sum of {nodes} nodes: at least {LEAST_NODES} are needed, for each of two knows the other's "
+            "message from the sum"
         )
     needed = math.ceil(threshold * nodes - 1e-9) if 0 < threshold < 1 else threshold
     if not nodes / 2 < needed <= nodes or needed != int(needed):
         raise UserError(
-            f"secure mean of {nodes} nodes: a threshold of {threshold} is not between {nodes // 2 + 1} and {nodes}, "
+            f"secure sum of {nodes} nodes: a threshold of {threshold} is not between {nodes // 2 + 1} and {nodes}, "
             "nor a share of them that comes to as much"
         )
     return int(needed)
@@ -212,35 +209,37 @@ def refuse_exposure(stage: Any, configs: Mapping[str, Any]) -> None:
     if stage == "setup":
         count_needed(configs["sample_num"], configs["threshold"])
         if configs["share_num"] != configs["sample_num"]:
-            raise UserError(f"secure mean: {configs['share_num']} shares for {configs['sample_num']} nodes")
+            raise UserError(f"secure sum: {configs['share_num']} shares for {configs['sample_num']} nodes")
     if stage == "unmask" and set(configs["active_nids"]) & set(configs["dead_nids"]):
-        raise UserError("secure mean: the server asks for both shares of a node, with which it could read its message")
+        raise UserError("secure sum: the server asks for both shares of a node, with which it could read its message")
 
 
 def _write_kept(content: Any, state: Any, fetch: Fetch) -> Any:
-    """Write the kept message as a legacy result, of which the mod takes the vector before anything is sent."""
+    """Write the node's vector as a legacy result, of which the mod takes it before anything is sent."""
     legacy, compat = load_flower("common"), load_flower("compat.common.recorddict_compat")
     header = json.loads(compat.recorddict_to_fitins(content, keep_input=True).config[HEADER])
-    vector, weight = fetch(header)
-    clip, most = state[STATE_RECORD]["clipping_range"], state[STATE_RECORD]["max_weight"]
+    vector, clip = fetch(header), state[STATE_RECORD]["clipping_range"]
     largest = float(np.abs(vector).max(initial=0))
     if vector.ndim != 1 or not largest <= clip:
-        raise UserError(f"secure mean: an entry of {largest:g} is beyond {clip:g}, which the server allows: not sent")
-    if not 0 < weight <= most:
-        raise UserError(f"secure mean: a weight of {weight:g} is not between 0 and {most:g}: not sent")
+        raise UserError(f"secure sum: an entry of {largest:g} is beyond {clip:g}, which the server allows: not sent")
     # float64: in float32 the mod would round to 24 bits before it rounds to its levels.
     parameters = legacy.ndarrays_to_parameters([vector.astype(np.float64)])
-    status = legacy.Status(legacy.Code.OK, "")
-    return compat.fitres_to_recorddict(legacy.FitRes(status, parameters, float(weight), {}), keep_input=False)
+    result = legacy.FitRes(legacy.Status(legacy.Code.OK, ""), parameters, 1, {})
+    return compat.fitres_to_recorddict(result, keep_input=False)
 
 
 class _Strategy:
     """The two functions that the stages call of a legacy strategy: whom to ask, and what came of it."""
 
-    def __init__(self, nodes: Iterable[int], header: str) -> None:
+    def __init__(self, headers: Mapping[int, Mapping[str, Any]]) -> None:
         legacy = load_flower("common")
-        order = legacy.FitIns(legacy.Parameters([], ""), {HEADER: header})
-        self._orders = [(SimpleNamespace(node_id=node), order) for node in nodes]
+        self._orders = [
+            (
+                SimpleNamespace(node_id=node),
+                legacy.FitIns(legacy.Parameters([], ""), {HEADER: json.dumps(dict(header))}),
+            )
+            for node, header in headers.items()
+        ]
         self._mean: Any = None
         self.counted: list[int] = []
 
@@ -253,9 +252,9 @@ class _Strategy:
         self._mean = results[0][1].parameters
         return None, {}
 
-    def read_mean(self) -> np.ndarray:
-        (vector,) = load_flower("common").parameters_to_ndarrays(self._mean)
-        return vector.astype(np.float32)
+    def read_sum(self) -> np.ndarray:
+        (mean,) = load_flower("common").parameters_to_ndarrays(self._mean)
+        return (mean * len(self.counted)).astype(np.float32)
 
 
 def _make_context(strategy: _Strategy) -> Any:
@@ -280,7 +279,7 @@ class _WatchedGrid:
         nodes = [message.metadata.dst_node_id for message in messages]
         names = list(self._grid.push_messages(messages))
         if not names:  # which is how flwr tells that HTTP refused the size (413)
-            raise UserError("secure mean: the messages are larger than Flower carries")
+            raise UserError("secure sum: the messages are larger than Flower carries")
         waiting = {name: node for name, node in zip(names, nodes, strict=True) if name}
         self.lost |= {node: "it left" for name, node in zip(names, nodes, strict=True) if not name}
         replies, end, pause = [], time.monotonic() + timeout, PAUSES[0]
@@ -323,7 +322,7 @@ def _forget_lost(state: Any) -> None:
 def _explain_lack(asked: int, active: Iterable[int], needed: int, stage: int, lost: Mapping[int, str]) -> str:
     reasons = "; ".join(f"node {node}: {reason}" for node, reason in list(lost.items())[:3])
     left = len(set(active))
-    return f"secure mean: {left} of {asked} nodes are left after stage {stage} of 4, {needed} are needed ({reasons})"
+    return f"secure sum: {left} of {asked} nodes are left after stage {stage} of 4, {needed} are needed ({reasons})"
 
 
 def _say(error: BaseException) -> str:
