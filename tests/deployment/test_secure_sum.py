@@ -15,7 +15,15 @@ import pytest
 from secure_sum import LocalGrid, make_messages, run_sum
 
 from fedvlm_jax.deployment.flower import secure_sum
-from fedvlm_jax.deployment.flower.secure_sum import STAGES, TooFewNodesError, answer_stage, ask_sum, count_needed
+from fedvlm_jax.deployment.flower.secure_sum import (
+    STAGES,
+    TooFewNodesError,
+    answer_stage,
+    ask_sum,
+    count_needed,
+    read_vector,
+)
+from fedvlm_jax.deployment.packets import Packet
 from fedvlm_jax.errors import UserError
 
 needs_flower = pytest.mark.skipif(
@@ -270,3 +278,12 @@ def test_without_flower_it_is_said():
         ask_sum(None, {1: {}, 2: {}, 3: {}}, clip=1, timeout=1)
     with pytest.raises(UserError, match="Flower is not installed"):
         answer_stage(None, None, lambda header: np.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("packet", "reason"),
+    [(Packet({"error": "the worker is not running"}), "worker is not running"), (Packet({}, b"12345"), "5 bytes")],
+)
+def test_answers_of_a_worker_that_are_no_vector(packet, reason):
+    with pytest.raises(UserError, match=reason):
+        read_vector(packet)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from fedvlm_jax.deployment.flower.library import load_flower
+from fedvlm_jax.deployment.packets import Packet
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.utils.untrusted_text import clean, cut
 
@@ -168,6 +169,22 @@ def answer_stage(message: Any, context: Any, fetch: Fetch) -> Any:
     if stage == "unmask":
         del context.state[STATE_RECORD]
     return reply
+
+
+def read_vector(packet: Packet) -> np.ndarray:
+    """Read what a worker answered to its header, for a `Fetch`.
+
+    >>> read_vector(Packet({}, np.float32([1, 2]).tobytes()))
+    array([1., 2.], dtype=float32)
+
+    Raises:
+        UserError: it answered with an error, or with no vector.
+    """
+    if "error" in packet.header:
+        raise UserError(str(packet.header["error"]))
+    if len(packet.payload) % 4:
+        raise UserError(f"secure sum: {len(packet.payload)} bytes are no vector of float32")
+    return np.frombuffer(packet.payload, np.float32)
 
 
 def count_needed(nodes: int, threshold: float) -> int:
