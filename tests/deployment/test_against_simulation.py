@@ -102,6 +102,27 @@ def test_two_rounds_with_a_lost_reply_and_restarts(method, model, loaded, rows, 
         assert_near(*adapters)
 
 
+@pytest.mark.broad
+def test_two_of_three_clients_are_drawn_as_the_simulator_draws_them(model, loaded, rows, tmp_path):
+    run = make_run(model, tmp_path / "simulated", rows / "all", method="plora", cohort=2)
+    experiment = open_experiment(run, loaded)
+    simulator = make_simulator(experiment)
+    reports = [simulator.run_round(simulator.read_round(n), find_rates(run.train, n)) for n in (1, 2)]
+    plan, tokens = plan_run(run)
+    nodes, show = open_nodes(plan, tokens, rows, tmp_path, loaded=loaded), SilentProgress()
+    transport = LocalTransport(nodes)
+    coordinate(plan, None, transport, tmp_path / "server", show)
+    for line, report in zip(show.lines, reports, strict=True):
+        trained = [
+            (order.header["round"], reply.header["number"])
+            for order, reply in transport.carried
+            if order.header["kind"] == "train"
+        ]
+        assert line["clients"] == 2
+        assert line["loss"] == pytest.approx(report.metrics["loss"].mean(), rel=1e-5)
+        assert [number for round_, number in trained if round_ == line["round"]] == report.numbers.tolist()
+
+
 def restore(folder, plan):
     """The server's state in the newest checkpoint."""
     program = open_server_program(plan, plan.run.model)

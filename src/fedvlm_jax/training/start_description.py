@@ -1,4 +1,4 @@
-"""The description of a run's start in its `config.json`: options, sizes, devices, versions, and the digests of what it read."""
+"""The description of a run's start in its `config.json`: options, sizes, devices, versions, digests of what was read."""
 
 import dataclasses
 from collections import Counter
