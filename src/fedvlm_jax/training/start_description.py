@@ -1,4 +1,4 @@
-"""The description of a run's start in its `config.json`: options, sizes, devices, versions, digests of what was read."""
+"""The description of a run's start in its `config.json`: options, sizes, devices, versions, digests of what it read."""
 
 import dataclasses
 from collections import Counter
