@@ -201,22 +201,28 @@ class Peer:
             self.models[kind] = (model, from_arrays(self.places, self.start))
         return self.models[kind]
 
+    def train(
+        self, model: torch.nn.Module, start: State, steps: list[State], context: Any = contextlib.nullcontext
+    ) -> State:
+        """One client's round from a start, in the model that all share."""
+        settings = self.settings
+        set_peft_model_state_dict(model, start)
+        rates = (settings["rate_a"], settings["rate_b"])
+        train_client(model, steps, settings["clip_norm"], rates, torch.optim.AdamW, context, weight_decay=0.0)
+        return {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+
     def run(self, order: dict[str, Any]) -> dict[str, float]:
         """One round: every client from the start, then their mean."""
         torch.set_num_threads(order["threads"])
-        settings, form = self.settings, order["form"]
+        form = order["form"]
         model, start = self.load(form)
         clients = order.get("clients") or len(self.indices)
         batches = self.read(order["vision"], next(model.parameters()).dtype, model.config)[:clients]
         context = contextlib.nullcontext
         if form == "autocast":
             context = lambda: torch.autocast(DEVICE.type, torch.bfloat16)  # noqa: E731
-        rates = (settings["rate_a"], settings["rate_b"])
-        began, states = time.perf_counter(), []
-        for steps in batches:
-            set_peft_model_state_dict(model, start)
-            train_client(model, steps, settings["clip_norm"], rates, torch.optim.AdamW, context, weight_decay=0.0)
-            states.append({name: value.clone() for name, value in get_peft_model_state_dict(model).items()})
+        began = time.perf_counter()
+        states = [self.train(model, start, steps, context) for steps in batches]
         mean = average(states, self.weights[:clients])
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()

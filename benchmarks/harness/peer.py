@@ -18,6 +18,7 @@ from harness.ours import Vision
 from harness.world import World, write_world
 
 SCRIPT = Path(__file__).parents[1] / "pytorch_peft.py"
+NEEDS = "torch, transformers and peft"
 
 FORMS = {"float32": ("float32",), "bfloat16": ("bfloat16", "autocast")}
 """Arithmetic -> the forms in which PyTorch may be asked to do it; the fastest counts."""
@@ -29,13 +30,15 @@ Choice = tuple[int, str]
 class Peer:
     """The process; ends with the `with` block."""
 
-    def __init__(self, python: str, model: Path, world: World) -> None:
+    def __init__(self, python: str, model: Path, world: World, script: Path | None = None, needs: str = NEEDS) -> None:
         """Start it.
 
         Args:
-            python: an interpreter that has torch, transformers and peft.
+            python: an interpreter that has what is needed.
             model: a Hugging Face folder.
             world: what is to be done.
+            script: what it runs; a loop over clients by default.
+            needs: packages, for messages.
 
         Raises:
             UserError: there is no such interpreter.
@@ -45,7 +48,7 @@ class Peer:
         self._said = file.with_name("said.txt")  # a file, because nobody would empty a pipe
         write_world(world, file)
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-        command = [python, str(SCRIPT), str(model), str(file)]
+        command = [python, str(script or SCRIPT), str(model), str(file)]
         try:
             with self._said.open("w") as said:
                 self._process = subprocess.Popen(
@@ -54,10 +57,13 @@ class Peer:
                 )  # fmt: skip
         except OSError as error:
             self._scratch.cleanup()
-            raise UserError(
-                f"--peer-python {python}: {error.strerror}; name a Python that has torch and peft"
-            ) from None
-        self._python = python
+            raise UserError(f"--peer-python {python}: {error.strerror}; name a Python that has {needs}") from None
+        self._python, self._needs = python, needs
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
 
     def __enter__(self) -> "Peer":
         return self
@@ -69,7 +75,11 @@ class Peer:
         self._scratch.cleanup()
 
     def ask(self, choice: Choice, vision: Vision, **more: Any) -> float:
-        """Run a round; returns its seconds.
+        """Run a round; returns its seconds. Arguments and errors are those of `describe_round`."""
+        return float(self.describe_round(choice, vision, **more)["seconds"])
+
+    def describe_round(self, choice: Choice, vision: Vision, **more: Any) -> dict[str, Any]:
+        """Run a round; returns what the script says of it, its `seconds` among it.
 
         Args:
             choice: threads and form.
@@ -91,8 +101,8 @@ class Peer:
         if not answer:
             self._process.communicate()
             said = self._said.read_text().strip().splitlines()[-1:] or ["it said nothing"]
-            raise UserError(f"--peer-python {self._python} ended: {said[0]}; it needs torch, transformers and peft")
-        return float(json.loads(answer)["seconds"])
+            raise UserError(f"--peer-python {self._python} ended: {said[0]}; it needs {self._needs}")
+        return json.loads(answer)
 
     def choose(self, vision: Vision, arithmetic: str, threads: Sequence[int] = (1, 2)) -> Choice:
         """Its best number of threads, and of the ways to do this arithmetic, by one client's round after a warm-up.

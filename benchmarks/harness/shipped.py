@@ -66,15 +66,16 @@ class Shipped:
         return self.experiment.model.params
 
 
-def open_shipped(shape: Shape, model: LoadedModel | None = None) -> Shipped:
+def open_shipped(shape: Shape, model: LoadedModel | None = None, name: str = MODEL) -> Shipped:
     """Prepare the federation that ships, of all its clients.
 
     Args:
         shape: its rounds; as many clients as the data have.
         model: of an earlier call, to start faster.
+        name: of the model, one that ships.
     """
     run = Run(
-        model=MODEL,
+        model=name,
         method=METHOD,
         data=emoji.Options(images_per_client=IMAGES, prompt="neutral"),
         train=TrainOptions(local_steps=shape.steps, batch_size=shape.batch, weighting="uniform"),

@@ -164,6 +164,18 @@ def draw_world(
     return World(shape, examples, indices, weights, start, settings, modules)
 
 
+def take_clients(world: World, count: int) -> World:
+    """Return the same world of its first clients alone, whose weights sum to 1 again."""
+    weights = world.weights[:count]
+    return dataclasses.replace(
+        world,
+        shape=dataclasses.replace(world.shape, clients=count),
+        examples={name: rows[:count] for name, rows in world.examples.items()},
+        indices=world.indices[:count],
+        weights=weights / weights.sum(),
+    )
+
+
 def write_world(world: World, path: Path) -> None:
     """Write a world as one `.npz` that needs nothing of this package to be read."""
     examples = {f"example/{name}": array for name, array in world.examples.items()}
