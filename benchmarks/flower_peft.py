@@ -4,11 +4,12 @@
 
 Arguments, orders and answers are those of `pytorch_peft.py`, so that rounds can be run in turn with others: the
 ServerApp waits for an order, runs a round of Flower's FedAvg from the world's start over all its clients, and answers.
-Of an order `save` alone is read: rounds are in float32, with features given, and a client has one thread. An answer has
-`seconds`, from the order to the mean, and `clients_cpu`, the processor seconds inside of the clients' functions.
-Nothing of fedvlm_jax is in it.
+Of an order `save` and `reload` are read: rounds are in float32, with features given, and a client has one thread. An
+answer has `seconds`, from the order to the mean, and `clients_cpu`, the processor seconds inside of the clients'
+functions. Nothing of fedvlm_jax is in it.
 
-Each of Ray's processes, of which there are as many as processors, loads the model once and keeps it.
+Each of Ray's processes, of which there are as many as processors, loads the model once and keeps it; with `reload` a
+client loads it for every message, as Flower's examples do (examples/flowertune-llm, `model = get_model(cfg.model)`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}  # before flwr is imported
+# Before flwr is imported. Ray would have its workers give way to whatever else a machine does (nice 15).
+os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 
 import numpy as np
 import torch
@@ -50,6 +52,8 @@ def train(message: Message, context: Context) -> Message:
     """A client's round: the factors that came, its own steps, the factors that go back."""
     began, config = time.process_time(), message.content["config"]
     peer = open_peer(config["model"], config["world"])
+    if config["reload"]:
+        peer.models.clear()
     model, _ = peer.load("float32")
     steps = peer.read("cached", torch.float32, model.config)[context.node_config["partition-id"]]
     state = peer.train(model, message.content["arrays"].to_torch_state_dict(), steps)
@@ -61,9 +65,10 @@ def serve(grid: Grid, answers: TextIO, model: str, world: str, clients: int) -> 
     """Run a round of FedAvg for every order on stdin."""
     strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
     peer = Peer(Path(model), Path(world))
-    start, config = from_arrays(peer.places, peer.start), ConfigRecord({"model": model, "world": world})
+    start = from_arrays(peer.places, peer.start)
     for number, line in enumerate(sys.stdin, 1):
         order, began = json.loads(line), time.perf_counter()
+        config = ConfigRecord({"model": model, "world": world, "reload": order.get("reload", False)})
         messages = strategy.configure_train(number, ArrayRecord(start), config, grid)
         replies = list(grid.send_and_receive(messages))
         mean, _ = strategy.aggregate_train(number, replies)

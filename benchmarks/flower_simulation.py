@@ -5,11 +5,12 @@
     python benchmarks/flower_simulation.py --peer-python ~/flower/bin/python --models smolvlm-nano --rounds 7
 
 The first eight clients of the emoji set, two local steps of four examples, float32, AdamW and the same initial factors;
-the frozen tower's features are kept by all. Three take turns, a round each: this package's compiled round; Flower's
-FedAvg over Ray (`benchmarks/flower_peft.py`), a process per processor with one client at a time and one thread in each;
-and the loop that Flower's clients are made of, in one process with one thread (`benchmarks/pytorch_peft.py`), which
-says how much of the difference is Flower's and Ray's. The first round, in which models are loaded and programs
-compiled, is not counted; the adapters after it are compared.
+the frozen tower's features are kept by all. Four take turns, a round each: this package's compiled round; Flower's
+FedAvg over Ray (`benchmarks/flower_peft.py`), a process per processor with one client at a time and one thread in each,
+where a process keeps the model; the same where every client loads it, as Flower's examples do; and the loop that
+Flower's clients are made of, in one process with one thread (`benchmarks/pytorch_peft.py`), which says how much of the
+difference is Flower's and Ray's. A first round of each, in which models are loaded and programs compiled, is not
+counted; the adapters after it are compared.
 
 Of each round the seconds are taken and the processor seconds of the whole process tree, by the kernel's count (Linux).
 On a machine that has other work to do the latter, and ratios of neighbouring rounds, are the fairer figures. Writes
@@ -25,8 +26,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,32 +99,26 @@ def measure(model: str, options: Options) -> dict[str, Any]:
     """Measure rounds of a model that ships; returns what goes into JSON."""
     shipped = open_shipped(Shape(CLIENTS, options.steps, options.batch), name=model)
     world, folder = take_clients(shipped.world, options.clients), resolve_folder(model)
-    ours, loads = Ours(shipped.vlm, shipped.params, world, "cached", options.clients), [os.getloadavg()[0]]
+    ours = Ours(shipped.vlm, shipped.params, world, "cached", options.clients)
     ours()
     with (
         Peer(options.peer_python, folder, world, FLOWER, f"{NEEDS}, and flwr[simulation]") as flower,
         Peer(options.peer_python, folder, world) as loop,
     ):
-        peers = {"flower": flower, "loop": loop}
-        apart = {
-            name: compare_factors(world.start, ours.give_factors(), peer.give_factors(CHOICE, "cached"))
-            for name, peer in peers.items()
+        load = os.getloadavg()[0]
+        asked: dict[str, tuple[Peer, dict[str, bool]]] = {
+            "flower": (flower, {}),
+            "flower_reload": (flower, {"reload": True}),
+            "loop": (loop, {}),
         }
-        rounds: dict[str, list[Round]] = {"ours": [], **{name: [] for name in peers}}
-
-        def keep(name: str, run: Callable[[], Round]) -> Callable[[], float]:
-            def run_and_keep() -> float:
-                rounds[name].append(run())
-                loads.append(os.getloadavg()[0])
-                return rounds[name][-1]["wall"]
-
-            return run_and_keep
-
-        contestants = {name: keep(name, lambda peer=peer: run_peer(peer)) for name, peer in peers.items()}
-        interleave({"ours": keep("ours", lambda: run_ours(ours)), **contestants}, options.rounds)
-    taken = {
-        name: {kind: [line[kind] for line in lines] for kind in lines[0]} for name, lines in rounds.items()
-    }  # side -> kind of seconds -> rounds
+        apart = {
+            name: compare_factors(world.start, ours.give_factors(), peer.give_factors(CHOICE, "cached", **more))
+            for name, (peer, more) in asked.items()
+        }
+        peers = {name: partial(run_peer, peer, **more) for name, (peer, more) in asked.items()}
+        found = interleave({"ours": partial(run_ours, ours), **peers}, options.rounds)
+    # Side -> kind of seconds -> each round's.
+    taken = {name: {kind: [line[kind] for line in lines] for kind in lines[0]} for name, lines in found.items()}
     return {
         "command": name_command(),
         "clients": options.clients,
@@ -134,10 +130,10 @@ def measure(model: str, options: Options) -> dict[str, Any]:
         },
         **{
             f"times_{name}": {kind: describe_ratio(taken[name][kind], taken["ours"][kind]) for kind in ("cpu", "wall")}
-            for name in peers
+            for name in asked
         },
         "adapters": apart,
-        "load": {"least": round(min(loads), 1), "most": round(max(loads), 1)},
+        "load": {"before": round(load, 1), "after": round(os.getloadavg()[0], 1)},
         **describe_machine(),
     }
 
@@ -149,10 +145,10 @@ def run_ours(ours: Ours) -> Round:
     return {"wall": wall, "cpu": time.process_time() - before}
 
 
-def run_peer(peer: Peer) -> Round:
+def run_peer(peer: Peer, **more: Any) -> Round:
     """A round of a peer's processes."""
     before = count_tree_seconds(peer.pid)
-    answer = peer.describe_round(CHOICE, "cached")
+    answer = peer.describe_round(CHOICE, "cached", **more)
     cpu = count_tree_seconds(peer.pid) - before
     return {"wall": answer.pop("seconds"), "cpu": cpu, **answer}
 
@@ -166,7 +162,12 @@ def describe_ratio(above: list[float], below: list[float]) -> dict[str, float]:
 def tabulate(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Markdown: a row per model and side."""
     rows = ["| model | round | CPU s | wall s | CPU, times | wall, times | apart |", "| --- | --- |" + " ---: |" * 5]
-    names = {"ours": "ours", "flower": "Flower + Ray + PEFT", "loop": "PEFT loop, one thread"}
+    names = {
+        "ours": "ours",
+        "flower": "Flower, model kept",
+        "flower_reload": "Flower, model loaded by every client",
+        "loop": "the clients' loop alone",
+    }
     for model, line in found.items():
         for side, name in names.items():
             kinds, times = line["seconds"][side], line.get(f"times_{side}")

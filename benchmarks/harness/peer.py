@@ -84,7 +84,8 @@ class Peer:
         Args:
             choice: threads and form.
             vision: are features given, or computed in every step?
-            more: `clients`, to run so many of them only; `save`, a file for the mean of their adapters.
+            more: `clients`, to run so many of them only; `save`, a file for the mean of their adapters; what else
+                the script knows.
 
         Raises:
             UserError: the process ended, with what it last said.
@@ -120,9 +121,9 @@ class Peer:
         """A contestant for `timing.interleave`."""
         return lambda: self.ask(choice, vision)
 
-    def give_factors(self, choice: Choice, vision: Vision) -> dict[str, np.ndarray]:
+    def give_factors(self, choice: Choice, vision: Vision, **more: Any) -> dict[str, np.ndarray]:
         """Run a round; the mean of the clients' factors, by path."""
         file = Path(self._scratch.name) / "after.npz"
-        self.ask(choice, vision, save=str(file))
+        self.ask(choice, vision, save=str(file), **more)
         with np.load(file) as found:
             return dict(found)

@@ -2,9 +2,12 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+Measured = TypeVar("Measured")
 
 
-def interleave(contestants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def interleave(contestants: Mapping[str, Callable[[], Measured]], repeats: int) -> dict[str, list[Measured]]:
     """Run all contestants in turn, `repeats` times over.
 
     Args:
@@ -14,7 +17,7 @@ def interleave(contestants: Mapping[str, Callable[[], float]], repeats: int) -> 
     Returns:
         name -> what was measured, in the order of the runs.
     """
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+    found: dict[str, list[Measured]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, run in contestants.items():
             found[name].append(run())
