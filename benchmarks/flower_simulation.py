@@ -120,7 +120,7 @@ def measure(model: str, options: Options) -> dict[str, Any]:
     # Side -> kind of seconds -> each round's.
     taken = {name: {kind: [line[kind] for line in lines] for kind in lines[0]} for name, lines in found.items()}
     return {
-        "command": name_command(),
+        "command": name_command().replace(options.peer_python, "PYTHON"),
         "clients": options.clients,
         "steps": options.steps,
         "batch": options.batch,
