@@ -35,7 +35,7 @@ from fedvlm_jax.training import federated_run
 
 folder, has_peft = Path(tempfile.mkdtemp()), bool(find_spec("torch") and find_spec("peft"))
 if not has_peft:
-    print("PEFT's part is left out; to run it: pip install 'fedvlm-jax[parity]'")
+    print("PEFT's part is left out; to run it: pip install '.[parity]'")
 
 # %% [markdown]
 # ## A base
