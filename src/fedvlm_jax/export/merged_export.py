@@ -15,7 +15,7 @@ from fedvlm_jax import lora
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.export.exported_run import ExportedRun, choose_clients, open_run
 from fedvlm_jax.export.logit_check import LogitError, make_check
-from fedvlm_jax.export.model_card import write_card
+from fedvlm_jax.export.model_card import tabulate_metrics, write_card
 from fedvlm_jax.export.new_folder import check_free, write_beside
 from fedvlm_jax.models import Params, Vlm, load_weights, save_checkpoint
 from fedvlm_jax.models.folder_files import read_json
@@ -82,7 +82,7 @@ def export_merged(
             )
             loading = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")  # this folder'
             title = f"{run.record.method}: {name}"
-            write_card(place / inside, run, title, about, loading, "transformers", run.base, scores)
+            write_card(place / inside, run, title, about, loading, "transformers", run.base, tabulate_metrics(scores))
             entries[inside] = {"client": name, "logit_error": error.error, "largest_logit": error.largest}
             entries[inside] |= {"scores": scores["this model"]}
             errors.append(error)
