@@ -24,7 +24,6 @@ pytestmark = [
     ),
 ]
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
-NO_MODULE = {"gemma3": ("image_projector/linear",), "internvl": ("vision_tower/position_embedding",)}
 QUESTIONS, ANSWERS = ["what is this?", "is it a red car, or two?"], ["a car", "yes it is one"]
 GROUPS = {
     "text": r"language_model/.*(layers/|lm_head)",
@@ -142,14 +141,14 @@ def world(request, tmp_path_factory):
         yield make_world(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("name", ["clip", "llava", "llava_onevision", "qwen2.5-vl", "paligemma2", "gemma3", "internvl"])
+@pytest.mark.parametrize("name", ["clip", "llava", "llava_onevision", "qwen2.5-vl"])
 def test_every_family_s_logits_are_those_of_peft(name, tmp_path):
     """Every site that is a module, at once: vision, text and tables."""
     from peft import PeftModel
 
     with jax.enable_x64(True):
         world = make_world(name, tmp_path)
-        sites = [s for s in world.vlm.sites.values() if not s.obstacle and s.path not in NO_MODULE.get(name, ())]
+        sites = [s for s in world.vlm.sites.values() if not s.obstacle]
         adapter = jax.tree.map(lambda leaf: 0.05 * leaf if leaf.ndim > 1 else leaf, draw(sites))
         write_peft(tmp_path / "peft", world.vlm, adapter, str(world.folder))
         model = PeftModel.from_pretrained(world.open(), tmp_path / "peft", autocast_adapter_dtype=False).eval()

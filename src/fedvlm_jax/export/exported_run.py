@@ -23,6 +23,9 @@ from fedvlm_jax.training.round_setup import deal_ranks
 
 SPLITS = ("validation", "test")
 
+ALL = "all"
+"""In the place of clients' names: everybody."""
+
 
 @dataclass(frozen=True, eq=False)
 class ExportedRun:
@@ -170,9 +173,11 @@ def _find_first(run: Run, clients: Sequence[str]) -> int:
 
 
 def choose_clients(run: ExportedRun, asked: Sequence[str]) -> tuple[str, ...]:
-    """Return the clients that are asked for, all of them by default.
+    """Return the clients that are asked for, all of them by default and for "all".
 
     Raises:
         UserError: the run has no client of such a name.
     """
-    return tuple(dict.fromkeys(find_client(name, run.clients) for name in asked)) or run.clients
+    if tuple(asked) in ((), (ALL,)):
+        return run.clients
+    return tuple(dict.fromkeys(find_client(name, run.clients) for name in asked))
