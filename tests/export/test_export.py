@@ -204,6 +204,7 @@ def damage(folder):
         (lambda folder: None, ["--clients", "nobody"], "there is no client 'nobody'; did you mean noto-de?"),
         (lambda folder: None, ["--to", "merged", "--uniform"], "--uniform is for --to peft"),
         (lambda folder: None, ["--push", "x"], "expected a hub id"),
+        (lambda folder: None, ["--push", "owner/"], "expected a hub id"),
         (lambda folder: None, ["--push", "owner/name"], "by its place on this machine, where nobody else finds it"),
         (lambda folder: shutil.rmtree(folder), [], "there is no such folder"),
     ],

@@ -231,6 +231,17 @@ def test_damaged_folders_are_refused(tmp_path, damage, reason):
         read_peft(folder, read_vlm(GOLDEN / "single"))
 
 
+def test_an_export_or_a_run_is_told_from_a_folder_of_peft_s(tmp_path):
+    vlm = read_vlm(GOLDEN / "single")
+    copy_golden(tmp_path / "out" / "clients" / "ann")
+    with pytest.raises(UserError, match=r"it is no PEFT folder: name one of those in it, such as .*out/clients/ann$"):
+        read_peft(tmp_path / "out", vlm)
+    (tmp_path / "run" / "adapters").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").touch()
+    with pytest.raises(UserError, match=r"it is a run's, of which `fedvlm export .*run` makes such folders"):
+        read_peft(tmp_path / "run", vlm)
+
+
 def test_names_that_fit_nothing_are_refused_by_name(tmp_path):
     folder = copy_golden(tmp_path / "peft")
     tensors = load_file(folder / "adapter_model.safetensors")

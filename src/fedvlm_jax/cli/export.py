@@ -1,5 +1,6 @@
 """`fedvlm export RUN --to peft|merged`: the models of a finished run, for other programs."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,7 +40,7 @@ def export(
     """
     if to == "merged" and (uniform or base):
         raise UserError(f"{'--uniform' if uniform else '--base'} is for --to peft: leave it out")
-    if push is not None and push.count("/") != 1:
+    if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
         raise UserError(f"--push {push}: expected a hub id, owner/name")
     if push is not None and to == "peft" and not base:
         _require_hub_id(run)

@@ -93,4 +93,5 @@ def tabulate_clients(run: ExportedRun, folders: Mapping[str, str], models: Mappi
         return []
     more = f"; the first {LISTED} of {len(rows)} clients" if len(rows) > LISTED else ""
     heads = ("client", *(["folder"] if any(folders.values()) else []), *models)
-    return [Table(f"{measure.label} on test{more}", heads, tuple(rows[:LISTED]))]
+    left = frozenset({1} if any(folders.values()) else ())
+    return [Table(f"{measure.label} on test{more}", heads, tuple(rows[:LISTED]), prose=left)]

@@ -14,20 +14,19 @@ from fedvlm_jax import lora
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.lora.sites import Site
 from fedvlm_jax.models.base import Vlm
-from fedvlm_jax.models.folder_files import encode_tensors, open_tensors, read_json
-from fedvlm_jax.models.weight_table import FLOATS, Slot
+from fedvlm_jax.models.folder_files import encode_tensors
+from fedvlm_jax.models.weight_table import Slot
+from fedvlm_jax.peft.files import CONFIG, TENSORS, read_peft_config, read_tensors
 from fedvlm_jax.peft.format import Factors, pack, unpack
 from fedvlm_jax.peft.patterns import show
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.files import write_bytes, write_json
 from fedvlm_jax.utils.untrusted_text import clean, cut
 
-CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 WEIGHTS = "base_weights"
 """Metadata of the tensors' file: the digest of the base's weights, by which another base is known."""
 
 _NAMED = 4  # so many modules are named in a message
-_TIMES, _ROOM = 4, 2**20  # a file is at most so many times as large as the model, and so many bytes
 
 
 class PeftFolder(NamedTuple):
@@ -78,7 +77,7 @@ def read_peft(folder: Path, vlm: Vlm) -> PeftFolder:
         UserError: a file is missing or damaged, it is more than LoRA, or its modules are not the model's.
     """
     config = read_peft_config(folder)
-    tensors, about = _read_tensors(folder, _ROOM + _TIMES * tree.count_bytes(vlm.shapes()))
+    tensors, about = read_tensors(folder, tree.count_bytes(vlm.shapes()))
     base = cut(clean(str(config.get("base_model_name_or_path") or "")), 200)
     try:
         adapter, unread = place_factors(vlm, unpack(config, tensors, str(folder)))
@@ -86,38 +85,6 @@ def read_peft(folder: Path, vlm: Vlm) -> PeftFolder:
         named = f"its base is {base}, " if base else ""
         raise UserError(f"{folder} does not fit a model of the family {vlm.family}: {named}{error.args[0]}") from None
     return PeftFolder(adapter, base, about.get(WEIGHTS, ""), unread)
-
-
-def _read_tensors(folder: Path, most: int) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
-    """Read the tensors of a file of at most so many bytes, and what it says of itself."""
-    file = folder / TENSORS
-    file = file if file.is_file() else folder / PICKLE
-    if not file.is_file():
-        raise UserError(f"{folder} has no {TENSORS}")
-    if (size := file.stat().st_size) > most:
-        raise UserError(
-            f"{file} has {size:,} bytes, and an adapter of this model at most {most:,}: is it a whole model?"
-        )
-    with open_tensors(file) as opened:
-        names = list(opened.keys())
-        for name in names:
-            if (kind := opened.get_slice(name).get_dtype()) not in FLOATS:
-                raise UserError(f"{file}: {show(name)} is of type {kind}, expected one of {', '.join(FLOATS)}")
-        about: Mapping[str, str] | None = opened.metadata() if file.name == TENSORS else None
-        return {name: opened.get_tensor(name) for name in names}, about or {}
-
-
-def read_peft_config(folder: Path) -> dict[str, Any]:
-    """Read `adapter_config.json`.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder")
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} has no {CONFIG}, so it is no PEFT folder")
-    return read_json(folder / CONFIG)
 
 
 def list_factors(vlm: Vlm, adapter: lora.Adapter) -> dict[str, Factors]:
