@@ -1,19 +1,20 @@
 """The page's server over HTTP: what it answers, and whom and what it refuses."""
 
 import base64
+import contextlib
 import http.client
 import io
 import json
 import socket
 import threading
-from contextlib import contextmanager
+import time
 
 import pytest
 from PIL import Image
 
 from fedvlm_jax.asking import demo_server
 from fedvlm_jax.asking.asker import Answer, Sample
-from fedvlm_jax.asking.demo_requests import MOST_BODY
+from fedvlm_jax.asking.demo_requests import MOST_BODY, RefusedError, read_form
 from fedvlm_jax.asking.demo_server import About, open_server
 from fedvlm_jax.asking.question import Shown
 from fedvlm_jax.errors import UserError
@@ -53,7 +54,7 @@ class Fake:
         return Shown((("picture 1",),), contents=(draw((600, 300)),))
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(host="127.0.0.1", samples=3):
     with open_server(host, 0) as server:
         server.models, server.samples, server.about = Fake(), samples, About("run", "plora", ("a note",))
@@ -157,6 +158,7 @@ BOMB = draw((200, 51))
         ({"body": "{"}, "the request is not as this server's page sends it"),
         ({"body": "[1]"}, "the request is not as this server's page sends it"),
         ({"body": "[" * 100_000}, "the request is not as this server's page sends it"),
+        ({"question": "what \ud800 is"}, "has bytes that are no UTF-8"),
     ],
 )
 def test_bad_questions_are_refused_in_a_line(server, form, told):
@@ -221,6 +223,47 @@ def test_a_silent_visitor_is_left(monkeypatch):
         connection.sendall(b"GET / HTTP/1.0\r\n")
         assert connection.recv(10) == b""
         assert call(server, "GET", "/")[0].status == 200
+
+
+def test_a_visitor_who_sends_a_byte_now_and_then_is_left(monkeypatch):
+    """In the head of a request, and in its body, where a place in the line of questions is taken."""
+    monkeypatch.setattr(demo_server, "REQUEST", 0.5)
+    with serving() as server:
+        head = f"POST /ask HTTP/1.0\r\nHost: 127.0.0.1:{server.server_port}\r\nContent-Type: application/json\r\n"
+        for sent in ("GET / HTTP/1.0\r\n", f"{head}Content-Length: 1000\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", server.server_port), 10) as connection:
+                connection.sendall(sent.encode())
+                began = time.monotonic()
+                with contextlib.suppress(OSError):
+                    while time.monotonic() - began < 5:
+                        connection.sendall(b"x")
+                        time.sleep(0.05)
+                assert time.monotonic() - began < 5
+        monkeypatch.setattr(server.models, "ask", lambda *_: time.sleep(1) or ["slow"])
+        assert ask(server) == (400, {"error": "slow"}), "an answer may take longer than a request"
+
+
+def test_visitors_are_counted(monkeypatch):
+    monkeypatch.setattr(demo_server, "VISITORS", 2)
+    with serving() as server, contextlib.ExitStack() as held:
+        for _ in range(2):
+            held.enter_context(socket.create_connection(("127.0.0.1", server.server_port), 10))
+        with pytest.raises((http.client.HTTPException, OSError)):
+            call(server, "GET", "/")
+        held.close()
+        for _ in range(100):
+            with contextlib.suppress(http.client.HTTPException, OSError):
+                assert call(server, "GET", "/")[0].status == 200
+                return
+            time.sleep(0.05)
+        pytest.fail("places that were left are not taken again")
+
+
+def test_a_request_of_lists_alone_takes_no_memory(monkeypatch):
+    """Of 44 MB that would be a gigabyte."""
+    monkeypatch.setattr("json.loads", lambda body: pytest.fail("it was read"))
+    with pytest.raises(RefusedError, match="not as this server's page sends it"):
+        read_form(b'{"pictures":[' + b"[]," * 50_000 + b"[]]}")
 
 
 def test_a_port_that_is_taken_is_told(server):

@@ -38,6 +38,16 @@ def test_of_many_clients_a_few_are_listed():
         find_client(None, [f"c{number}" for number in range(1000)])
 
 
+def test_names_of_strangers_make_no_lines_of_a_message():
+    hostile = ["a\nfedvlm: all is well", "\x1b[2J", "x" * 300]
+    for asked in (None, "nobody", "x" * 299):
+        with pytest.raises(UserError) as caught:
+            find_client(asked, hostile)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 400
+    assert find_client(hostile[0], hostile) == hostile[0]
+
+
 def test_a_question_says_something_and_not_a_book():
     assert check_question("  Was ist das?\n") == "Was ist das?"
     for text, told in ((" \n", "the question is empty"), ("x" * (MOST_CHARACTERS + 1), "20,001 characters; 20,000")):

@@ -13,12 +13,14 @@ from tiny_run import tiny_run
 from fedvlm_jax import lora
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.export.exported_run import choose_clients, open_run
 from fedvlm_jax.export.hub_upload import upload
 from fedvlm_jax.export.merged_export import export_merged
 from fedvlm_jax.export.peft_export import export_peft
 from fedvlm_jax.models import load_vlm
 from fedvlm_jax.peft import read_peft
 from fedvlm_jax.run_dir.artifacts import open_adapters, open_global
+from fedvlm_jax.run_dir.config_seal import seal
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.evaluate import evaluate_adapter
 from fedvlm_jax.utils import tree
@@ -85,6 +87,30 @@ def test_every_client_and_the_shared_part_have_a_folder(run, exported, model):
             assert file.stat().st_mode & 0o777 == 0o644
 
 
+def test_cards_of_all_and_of_the_shared_part_have_every_client_s_scores(run, exported, model):
+    out, results = exported[0], json.loads((run / "results.json").read_text())
+    scores = {name: results[name]["test"][results["selected_by"]] for name in ("zero_shot", "global", "personal")}
+    for file, name in ((out / "README.md", "personal"), (out / "shared" / "README.md", "global")):
+        card = file.read_text()
+        for client in names_of(run):
+            row = next(line for line in card.splitlines() if line.startswith(f"| {client} |"))
+            shown = [scores[column][client] for column in ("zero_shot", name)]
+            assert row.endswith(" | ".join(f"{100 * score:.1f} %" for score in shown) + " |")
+        assert "No score" not in card
+        assert f"- Base: {model.name}\n" in card, "no path, which is nobody else's to know"
+    assert json.loads((out / "manifest.json").read_text())["base"]["name"] == model.name
+
+
+@pytest.mark.broad
+def test_a_shared_part_with_a_start_of_one_client_s_says_so(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    change_options(tmp_path / "run", lambda options: options["lora"].update(private_a="per-client"))
+    export_peft(tmp_path / "run", tmp_path / "out", clients=names_of(run)[:1])
+    card = (tmp_path / "out" / "shared" / "README.md").read_text()
+    assert f"the private part that one of the clients, {names_of(run)[0]}, began with" in card
+    assert "No score was kept of it" in card
+
+
 def test_the_shared_part_is_that_of_the_server(run):
     stored, shared = tree.flatten(read_general(run)), load_file(run / "adapters" / "shared.safetensors")
     assert shared
@@ -140,17 +166,26 @@ def test_merged_models_of_many_are_refused_with_their_size(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_all_is_everybody_whatever_is_written(run):
+    opened = open_run(run)
+    for asked in ((), ("all",)):
+        assert choose_clients(opened, asked) == tuple(names_of(run))
+    assert choose_clients(opened, ("noto-en", "noto-de", "noto-en")) == ("noto-en", "noto-de")
+
+
 def unfinish(folder):
     (folder / "results.json").unlink()
 
 
-def remember(folder):
-    """As a run with neighbours has it."""
-    from fedvlm_jax.run_dir.config_seal import seal
-
+def change_options(folder, change):
+    """As a run with other options has them."""
     content = json.loads((folder / "config.json").read_text())
-    content["run"]["evaluation"]["neighbours"] = 4
+    change(content["run"])
     (folder / "config.json").write_text(json.dumps(seal(content)))
+
+
+def remember(folder):
+    change_options(folder, lambda options: options["evaluation"].update(neighbours=4))
 
 
 def damage(folder):
@@ -169,6 +204,8 @@ def damage(folder):
         (lambda folder: None, ["--clients", "nobody"], "there is no client 'nobody'; did you mean noto-de?"),
         (lambda folder: None, ["--to", "merged", "--uniform"], "--uniform is for --to peft"),
         (lambda folder: None, ["--push", "x"], "expected a hub id"),
+        (lambda folder: None, ["--push", "owner/"], "expected a hub id"),
+        (lambda folder: None, ["--push", "owner/name"], "by its place on this machine, where nobody else finds it"),
         (lambda folder: shutil.rmtree(folder), [], "there is no such folder"),
     ],
 )

@@ -22,6 +22,7 @@ from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.errors import ADVICE, UserError, describe_os_error, naming
 from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.federation.client_states import ClientStates
+from fedvlm_jax.models import load_vlm, save_checkpoint
 from fedvlm_jax.reporting import report
 from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.training import federated_run
@@ -117,6 +118,14 @@ def test_the_last_checkpoint_s_error_arrives_when_all_is_closed(tmp_path):
         checkpoints.save(1, state, {})
         with pytest.raises(OSError, match="File too large"):
             checkpoints.close()
+
+
+def test_a_merged_model_s_file(model, tmp_path):
+    """safetensors writes it, and leaves of the disk's error a text alone."""
+    vlm, params = load_vlm(model)
+    with limit_files(1000), pytest.raises(OSError, match="File too large") as told:
+        save_checkpoint(vlm, params, tmp_path / "merged")
+    assert (told.value.errno, told.value.filename) == (errno.EFBIG, str(tmp_path / "merged" / "model.safetensors"))
 
 
 @pytest.mark.parametrize(("error", "told"), [("Event loop is closed", False), ("something else", True)])

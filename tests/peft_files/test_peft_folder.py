@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from models import causal_cases, clip_cases
@@ -230,6 +231,17 @@ def test_damaged_folders_are_refused(tmp_path, damage, reason):
         read_peft(folder, read_vlm(GOLDEN / "single"))
 
 
+def test_an_export_or_a_run_is_told_from_a_folder_of_peft_s(tmp_path):
+    vlm = read_vlm(GOLDEN / "single")
+    copy_golden(tmp_path / "out" / "clients" / "ann")
+    with pytest.raises(UserError, match=r"it is no PEFT folder: name one of those in it, such as .*out/clients/ann$"):
+        read_peft(tmp_path / "out", vlm)
+    (tmp_path / "run" / "adapters").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").touch()
+    with pytest.raises(UserError, match=r"it is a run's, of which `fedvlm export .*run` makes such folders"):
+        read_peft(tmp_path / "run", vlm)
+
+
 def test_names_that_fit_nothing_are_refused_by_name(tmp_path):
     folder = copy_golden(tmp_path / "peft")
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -239,4 +251,43 @@ def test_names_that_fit_nothing_are_refused_by_name(tmp_path):
     config["alpha_pattern"] = {}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"self_attn\.query is none of its modules"):
+        read_peft(folder, read_vlm(GOLDEN / "single"))
+
+
+def rename(folder, old, new, kind=np.float32):
+    """Add what is called like `old` once more, by another name, or of another type."""
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"rank_pattern": {}, "alpha_pattern": {}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = {key: tensor for key, tensor in tensors.items() if "q_proj" in key}
+    more = {key.replace(old, new): tensor.astype(kind) for key, tensor in tensors.items() if old in key}
+    assert more
+    save_file(tensors | more, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("base_model.model.model.", "base_model.model."), "is there twice, by two names"),
+        (("layers.0.", "layers.00."), r"layers\.00\.\S+ is none of its modules"),
+        (("layers.0.", "layers.\u0660."), "is none of its modules"),  # int() would take it
+        (("layers.0.", f"layers.{'9' * 900}."), "is none of its modules"),
+        (("q_proj", "q_proj", np.int64), "is of type I64, expected one of F64"),
+        (("q_proj", "q_proj", ml_dtypes.float8_e4m3fn), "is of type F8_E4M3"),
+    ],
+)
+def test_names_and_types_that_are_not_peft_s_are_refused(tmp_path, words, reason):
+    folder = copy_golden(tmp_path / "peft")
+    rename(folder, *words)
+    with pytest.raises(UserError, match=reason) as caught:
+        read_peft(folder, read_vlm(GOLDEN / "single"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_larger_than_any_adapter_is_not_read(tmp_path):
+    """A terabyte that takes no place on the disk."""
+    folder = copy_golden(tmp_path / "peft")
+    with (folder / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match=r"has 1,099,511,627,776 bytes, .*: is it a whole model\?"):
         read_peft(folder, read_vlm(GOLDEN / "single"))

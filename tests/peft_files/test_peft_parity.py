@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import causal_cases
+from models import causal_cases, clip_cases
 from models.cases import CASES, make_batch
 from peft_cases import draw
 from PIL import Image
@@ -87,17 +87,74 @@ class Causal:
         return causal_reference.find_logits(model, self.batch, self.labels)
 
 
+class Clip:
+    """A tiny CLIP, in float64: logits of pictures over classes."""
+
+    def __init__(self, folder, name):
+        from models.test_clip_parity import TEMPLATE, make_model
+
+        self.folder = folder
+        clip_cases.CASES[name](folder)
+        make_model(folder)
+        vlm, processor = open_model(folder, compute_dtype=jnp.float64)
+        self.vlm, processor = vlm.bind(processor, clip_cases.CLASSES, TEMPLATE)
+        self.params = load_weights(vlm, folder, dtype=jnp.float64)
+        random = np.random.default_rng(0)
+        images = [Image.fromarray(random.integers(0, 255, (20, 30, 3), dtype=np.uint8)) for _ in QUESTIONS]
+        self.batch = {"pixel_values": processor.pixels(images), "labels": np.zeros((2, 1), np.int32)}
+        self.labels = self.batch["labels"]
+        self.texts = [TEMPLATE.replace("{}", name) for name in clip_cases.CLASSES]
+
+    def open(self):
+        import torch
+        from transformers import CLIPModel
+
+        return CLIPModel.from_pretrained(self.folder, dtype=torch.float64)
+
+    def answer(self, model):
+        import torch
+        from transformers import CLIPTokenizer
+
+        told = CLIPTokenizer.from_pretrained(self.folder)(self.texts, padding=True, return_tensors="pt")
+        pixels = torch.tensor(self.batch["pixel_values"]).permute(0, 3, 1, 2).double()
+        with torch.no_grad():
+            return model(**told, pixel_values=pixels).logits_per_image[:, None].numpy()
+
+
+def make_world(name, folder):
+    """A model twice over, and its bare error."""
+    kind = {"florence2": Florence, "clip": Clip}.get(name)
+    if name == "florence2":
+        made = Florence(folder)
+    else:
+        made = (kind or Causal)(folder, name)
+    made.logits = jax.jit(made.vlm.logits)
+    counted = True if kind else made.labels[..., None] != -100
+    made.ours = lambda adapter: np.where(counted, made.logits(made.params, adapter, made.batch), 0)
+    made.bare = np.abs(made.ours(None) - made.answer(made.open().eval())).max()
+    return made
+
+
 @pytest.fixture(scope="module", params=["florence2", "smolvlm-tied", "qwen3-vl"])
 def world(request, tmp_path_factory):
-    """A model twice over, and its bare error."""
     with jax.enable_x64(True):
-        folder = tmp_path_factory.mktemp(request.param)
-        made = Florence(folder) if request.param == "florence2" else Causal(folder, request.param)
-        made.logits = jax.jit(made.vlm.logits)
-        counted = made.labels[..., None] != -100 if request.param != "florence2" else True
-        made.ours = lambda adapter: np.where(counted, made.logits(made.params, adapter, made.batch), 0)
-        made.bare = np.abs(made.ours(None) - made.answer(made.open().eval())).max()
-        yield made
+        yield make_world(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("name", ["clip", "llava", "llava_onevision", "qwen2.5-vl"])
+def test_every_family_s_logits_are_those_of_peft(name, tmp_path):
+    """Every site that is a module, at once: vision, text and tables."""
+    from peft import PeftModel
+
+    with jax.enable_x64(True):
+        world = make_world(name, tmp_path)
+        sites = [s for s in world.vlm.sites.values() if not s.obstacle]
+        adapter = jax.tree.map(lambda leaf: 0.05 * leaf if leaf.ndim > 1 else leaf, draw(sites))
+        write_peft(tmp_path / "peft", world.vlm, adapter, str(world.folder))
+        model = PeftModel.from_pretrained(world.open(), tmp_path / "peft", autocast_adapter_dtype=False).eval()
+        found, wanted = world.answer(model.double()), world.ours(adapter)
+        assert np.abs(wanted - world.ours(None)).max() > 0.05
+        assert np.abs(found - wanted).max() <= 3 * max(world.bare, 1e-12)
 
 
 @pytest.mark.parametrize("uniform", [False, True], ids=["patterns", "uniform"])

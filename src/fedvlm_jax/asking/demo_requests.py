@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from fedvlm_jax.asking.answers_shown import describe_answer
 from fedvlm_jax.asking.asker import Answer, Answers, Sample
-from fedvlm_jax.asking.question import Shown, check_picture
+from fedvlm_jax.asking.question import MOST_CHARACTERS, Shown, check_picture
 from fedvlm_jax.data.config import MOST_PICTURES
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.untrusted_text import clean
@@ -18,6 +18,9 @@ MOST_UPLOAD = 2**25
 
 MOST_BODY = MOST_UPLOAD * 4 // 3 + 2**17
 """Bytes of a request at most: the pictures in base64, and the question."""
+
+MOST_PARTS = 2 * MOST_CHARACTERS
+"""Lists, objects and commas in a request at most: of JSON that is nothing else, each takes 30 times its bytes."""
 
 NUMBER = re.compile(r"[0-9]{1,12}")
 
@@ -85,6 +88,8 @@ def read_form(body: bytes) -> dict[str, Any]:
         RefusedError: it is something else.
     """
     try:
+        if sum(map(body.count, (b"[", b"{", b","))) > MOST_PARTS:
+            raise ValueError
         sent = json.loads(body)
         if not isinstance(sent, dict):
             raise TypeError

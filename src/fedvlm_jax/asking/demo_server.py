@@ -49,6 +49,12 @@ SIDE = 256
 SECONDS = 30
 """Seconds that a reader or a writer may be silent."""
 
+REQUEST = 120.0
+"""Seconds that a whole request may take to arrive: who sends a byte now and then is never silent."""
+
+VISITORS = 64
+"""Connections at a time; further ones are closed."""
+
 
 class About(NamedTuple):
     """Lines at the head of the page: the run's name, what it is, and what a reader should know."""
@@ -70,6 +76,7 @@ class DemoServer(ThreadingHTTPServer):
         """Bind the address; `host` is what the user calls it."""
         self.address_family, self.host = family, host
         self.asking, self.waiting = threading.Lock(), threading.BoundedSemaphore(1 + WAITING)
+        self.places = threading.BoundedSemaphore(VISITORS)
         super().__init__((address[0], address[1]), _Handler)
 
     @property
@@ -89,6 +96,20 @@ class DemoServer(ThreadingHTTPServer):
         if not is_loopback(self.host):
             names.add(socket.gethostname().lower())
         return port == self.server_port and (name in names or (not is_loopback(self.host) and _is_number(name)))
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own, as long as there are places."""
+        if self.places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and free the place."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Drop a connection that failed: whoever asked has left."""
@@ -135,6 +156,22 @@ class _Handler(BaseHTTPRequestHandler):
     def demo(self) -> DemoServer:
         assert isinstance(self.server, DemoServer)
         return self.server
+
+    def setup(self) -> None:
+        """Open the connection, for as long as a request may take to arrive."""
+        super().setup()
+        self._late = threading.Timer(REQUEST, self._leave)
+        self._late.daemon = True
+        self._late.start()
+
+    def finish(self) -> None:
+        """Close the connection."""
+        self._late.cancel()
+        super().finish()
+
+    def _leave(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Write no log of requests: they hold what people ask."""
@@ -212,7 +249,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.demo.waiting.acquire(blocking=False):
             raise RefusedError(503, "too many questions are waiting: try again")
         try:
-            self._send_json(self._ask(read_form(self.rfile.read(int(length)))))
+            body = self.rfile.read(int(length))
+            self._late.cancel()  # what follows may take its time
+            self._send_json(self._ask(read_form(body)))
         finally:
             self.demo.waiting.release()
 

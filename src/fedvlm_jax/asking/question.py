@@ -11,7 +11,7 @@ from pathlib import Path
 from fedvlm_jax.data.config import MAX_IMAGE_PIXELS, MOST_PICTURES, PICTURE_COLUMNS
 from fedvlm_jax.data.image_decoding import BrokenImageError, decode_picture
 from fedvlm_jax.data.table import Table
-from fedvlm_jax.errors import UserError, describe_os_error
+from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
 from fedvlm_jax.records.files import PICTURE
 from fedvlm_jax.utils.safe_paths import OutsideError, read_below
 
@@ -43,13 +43,14 @@ def check_question(text: str) -> str:
     """Return a question without the white space around it.
 
     Raises:
-        UserError: nothing is left, or it is longer than anybody asks.
+        UserError: nothing is left, it is longer than anybody asks, or it is no text that can be written.
     """
     text = text.strip()
     if not text:
         raise UserError("the question is empty: say what to ask, in quotes")
     if len(text) > MOST_CHARACTERS:
         raise UserError(f"the question has {len(text):,} characters; {MOST_CHARACTERS:,} are the most")
+    check_utf8("the question", text)
     return text
 
 

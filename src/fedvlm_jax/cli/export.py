@@ -1,5 +1,6 @@
 """`fedvlm export RUN --to peft|merged`: the models of a finished run, for other programs."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,8 +40,10 @@ def export(
     """
     if to == "merged" and (uniform or base):
         raise UserError(f"{'--uniform' if uniform else '--base'} is for --to peft: leave it out")
-    if push is not None and push.count("/") != 1:
+    if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
         raise UserError(f"--push {push}: expected a hub id, owner/name")
+    if push is not None and to == "peft" and not base:
+        _require_hub_id(run)
     start_quickly()
 
     import jax.numpy as jnp
@@ -65,3 +68,14 @@ def export(
     print(f"logits, read back, against the run's own: largest difference {error}")
     if push is not None:
         print(f"pushed  {upload(place, push)}")
+
+
+def _require_hub_id(run: Path) -> None:
+    from fedvlm_jax.export.exported_run import find_hub_id
+    from fedvlm_jax.run_dir.reader import read_finished
+
+    if not find_hub_id(model := read_finished(run).run.model):
+        raise UserError(
+            f"--push: the folders would name their base, {model}, by its place on this machine, where nobody else "
+            "finds it: say how others get it with --base owner/name"
+        )

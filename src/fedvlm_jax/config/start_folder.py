@@ -14,7 +14,8 @@ from fedvlm_jax.config.run_options import LoraOptions, Run
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import Vlm, read_vlm, resolve_folder
 from fedvlm_jax.models.folder_files import find_files
-from fedvlm_jax.peft.folder import CONFIG, PICKLE, TENSORS, PeftFolder, read_peft
+from fedvlm_jax.peft.files import CONFIG, PICKLE, TENSORS
+from fedvlm_jax.peft.folder import PeftFolder, read_peft
 from fedvlm_jax.utils import digests, tree
 
 

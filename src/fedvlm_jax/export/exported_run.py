@@ -23,6 +23,9 @@ from fedvlm_jax.training.round_setup import deal_ranks
 
 SPLITS = ("validation", "test")
 
+ALL = "all"
+"""In the place of clients' names: everybody."""
+
 
 @dataclass(frozen=True, eq=False)
 class ExportedRun:
@@ -64,8 +67,17 @@ class ExportedRun:
     @property
     def base(self) -> str:
         """Name the base for others: its hub id, or the folder where it lies."""
-        is_id = "/" in self.run.model and not Path(self.run.model).is_dir()
-        return self.run.model if is_id else str(self.model.absolute())
+        return find_hub_id(self.run.model) or str(self.model.absolute())
+
+    @property
+    def begins_alike(self) -> bool:
+        """Say whether all clients began with one adapter, of one rank."""
+        return self.run.lora.private_a == "common" and not self.run.lora.ranks
+
+    @property
+    def first(self) -> str:
+        """Name the client that begins with the largest rank, the first of several."""
+        return self.clients[_find_first(self.run, self.clients)]
 
     def scores(self, model: str, client: str) -> dict[str, dict[str, float]]:
         """Return split -> metric -> the client's score with a model, `personal`, `global` or `zero_shot`."""
@@ -86,8 +98,8 @@ class ExportedRun:
             "round": self.record.results.get("selected_round"),
             "metric": self.record.metric,
             "seed": self.run.seed,
-            "base": {"name": self.run.model, "weights": self.weights, "moved": self.moves_base},
-            "data": self.run.data.source,
+            "base": {"name": _hide_place(self.run.model), "weights": self.weights, "moved": self.moves_base},
+            "data": _hide_place(self.run.data.source),
             "module_names": f"transformers {versions['transformers']}",
             "versions": versions,
         }
@@ -135,17 +147,37 @@ def open_run(folder: Path, note: Callable[[str], None] = lambda text: None) -> E
     )
 
 
+def find_hub_id(model: str) -> str:
+    """Return a model's hub id; nothing for one that lies on this machine.
+
+    >>> find_hub_id("owner/name"), find_hub_id("florence2-nano")
+    ('owner/name', '')
+    """
+    return model if model.count("/") == 1 and not Path(model).is_absolute() and not Path(model).is_dir() else ""
+
+
+def _hide_place(source: str) -> str:
+    """Leave of a path its last part: where somebody keeps models and data is nobody else's to know."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
 def _read_general(folder: Path, run: Run, clients: Sequence[str]) -> PyTree | None:
     """Read the global model as a client of the largest rank would begin with it."""
-    read, ranks = open_global(folder, clients), deal_ranks(run.lora.ranks, len(clients))
-    number = max(range(len(clients)), key=lambda number: ranks[number] if ranks else 0)
-    return None if read is None else jax.tree.map(lambda leaf: leaf[0], read(np.asarray([number])))
+    read = open_global(folder, clients)
+    return None if read is None else jax.tree.map(lambda leaf: leaf[0], read(np.asarray([_find_first(run, clients)])))
+
+
+def _find_first(run: Run, clients: Sequence[str]) -> int:
+    ranks = deal_ranks(run.lora.ranks, len(clients))
+    return max(range(len(clients)), key=lambda number: ranks[number] if ranks else 0)
 
 
 def choose_clients(run: ExportedRun, asked: Sequence[str]) -> tuple[str, ...]:
-    """Return the clients that are asked for, all of them by default.
+    """Return the clients that are asked for, all of them by default and for "all".
 
     Raises:
         UserError: the run has no client of such a name.
     """
-    return tuple(dict.fromkeys(find_client(name, run.clients) for name in asked)) or run.clients
+    if tuple(asked) in ((), (ALL,)):
+        return run.clients
+    return tuple(dict.fromkeys(find_client(name, run.clients) for name in asked))

@@ -1,4 +1,4 @@
-"""How far the logits of what was written, read back, are from those of the run's own model."""
+"""The distance of the logits of what was written, read back, from those of the run's own model."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from fedvlm_jax import lora
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.export.exported_run import ExportedRun, choose_clients, open_run
+from fedvlm_jax.export.exported_run import ALL, ExportedRun, choose_clients, open_run
 from fedvlm_jax.export.logit_check import LogitError, make_check
-from fedvlm_jax.export.model_card import write_card
+from fedvlm_jax.export.model_card import tabulate_metrics, write_card
 from fedvlm_jax.export.new_folder import check_free, write_beside
 from fedvlm_jax.models import Params, Vlm, load_weights, save_checkpoint
 from fedvlm_jax.models.folder_files import read_json
@@ -23,9 +23,6 @@ from fedvlm_jax.reporting.tables import format_bytes
 from fedvlm_jax.run_dir.artifacts import name_file
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.files import write_json
-
-ALL = "all"
-"""In the place of clients' names: everybody."""
 
 _BESIDE = ("*.json", "*.jinja", "*.txt", "*.model")
 _OTHERS = ("config.json", "generation_config.json", "adapter_config.json")
@@ -63,7 +60,7 @@ def export_merged(
             f"a merged model takes {format_bytes(size)}, those of all {len(run.clients)} clients take "
             f"{format_bytes(size * len(run.clients))}: say whose with --clients NAME [NAME ...], or --clients {ALL}"
         )
-    names = choose_clients(run, () if tuple(clients) == (ALL,) else clients)
+    names = choose_clients(run, clients)
     dict(lora.sites_of(run.adapter(names[0])))  # for its error
     kind = name_class(run.vlm)
     with write_beside(out) as place:
@@ -82,7 +79,7 @@ def export_merged(
             )
             loading = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")  # this folder'
             title = f"{run.record.method}: {name}"
-            write_card(place / inside, run, title, about, loading, "transformers", run.base, scores)
+            write_card(place / inside, run, title, about, loading, "transformers", run.base, tabulate_metrics(scores))
             entries[inside] = {"client": name, "logit_error": error.error, "largest_logit": error.largest}
             entries[inside] |= {"scores": scores["this model"]}
             errors.append(error)

@@ -3,22 +3,30 @@
 import shutil
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedvlm_jax.errors import UserError, naming
 
 
 def check_free(out: Path) -> None:
-    """Refuse a place where something is already.
+    """Refuse a place where something is already, or where no folder can get its name.
 
     Raises:
-        UserError: it is a file, or a folder that is not empty.
+        UserError: it is a file, a link, a folder that is not empty or cannot be replaced, or it is below a file.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"{out} is no folder: choose another --out")
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: choose another --out")
+        raise UserError(f"{out} is no folder, or a link to one: choose another --out")
+    if out.is_dir():
+        if any(out.iterdir()):
+            raise UserError(f"{out} is not empty: choose another --out")
+        place = out.resolve()
+        if place == Path.cwd() or place.is_mount():
+            kind = "the top of a disk" if place.is_mount() else "the working folder"
+            raise UserError(f"{out} is {kind}, which cannot be replaced by what is written: name a folder in it")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"{above} is a file, so there is no folder in it: choose another --out")
 
 
 @contextmanager
@@ -29,9 +37,10 @@ def write_beside(out: Path) -> Generator[Path]:
         UserError: as `check_free`.
     """
     check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    new = [parent for parent in out.parents if not parent.exists()]
+    scratch = out.with_name(f".{out.name[:100]}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with naming(scratch):
             scratch.mkdir()
         yield scratch
@@ -41,4 +50,7 @@ def write_beside(out: Path) -> Generator[Path]:
         scratch.rename(out)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
+        for parent in new:
+            with suppress(OSError):  # somebody else may have put something there
+                parent.rmdir()
         raise

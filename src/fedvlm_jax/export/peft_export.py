@@ -13,17 +13,19 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from fedvlm_jax.export.exported_run import choose_clients, open_run
+from fedvlm_jax.export.exported_run import ExportedRun, choose_clients, open_run
 from fedvlm_jax.export.logit_check import LogitError, make_check
 from fedvlm_jax.export.merged_export import name_class, write_checkpoint
-from fedvlm_jax.export.model_card import write_card
+from fedvlm_jax.export.model_card import tabulate_clients, tabulate_metrics, write_card
 from fedvlm_jax.export.new_folder import check_free, write_beside
 from fedvlm_jax.models import load_weights
 from fedvlm_jax.models.folder_files import find_files
 from fedvlm_jax.peft.folder import list_factors, read_peft, write_peft
+from fedvlm_jax.reporting.tables import Table
 from fedvlm_jax.run_dir.artifacts import name_file
 from fedvlm_jax.utils import digests
 from fedvlm_jax.utils.files import write_json
+from fedvlm_jax.utils.untrusted_text import escape_markdown
 
 CLIENTS, SHARED, BASE, MANIFEST = "clients", "shared", "base", "manifest.json"
 
@@ -70,12 +72,12 @@ def export_peft(
             named, weights = base or str((out / BASE).absolute()), digests.digest_files(find_files(place / BASE))
             held = load_weights(run.vlm, place / BASE)
 
-        def write(inside: str, adapter: PyTree, title: str, about: str, scores: Any) -> LogitError:
+        def write(inside: str, adapter: PyTree, title: str, about: str, tables: Sequence[Table]) -> LogitError:
             target = place / inside
             write_peft(target, run.vlm, adapter, named, uniform=uniform, dtype=dtype, weights=weights)
             back = read_peft(target, run.vlm)
             error = check(run.params, adapter, held, back.adapter)
-            write_card(target, run, title, about, _show_loading(named, name_class(run.vlm)), "peft", named, scores)
+            write_card(target, run, title, about, _show_loading(named, name_class(run.vlm)), "peft", named, tables)
             ranks = {pair.a.shape[0] for pair in list_factors(run.vlm, back.adapter).values()}
             entries[inside] = {"rank": max(ranks), "logit_error": error.error, "largest_logit": error.largest}
             return error
@@ -85,19 +87,23 @@ def export_peft(
             inside = f"{CLIENTS}/{name_file(name).removesuffix('.safetensors')}"
             about = f"The adapter of the client in a federation of {len(run.clients)}, shared factors included."
             scores = {"zero-shot": run.scores("zero_shot", name), "this adapter": run.scores("personal", name)}
-            errors.append(write(inside, run.adapter(name), f"{run.record.method}: {name}", about, scores))
+            errors.append(
+                write(inside, run.adapter(name), f"{run.record.method}: {name}", about, tabulate_metrics(scores))
+            )
             entries[inside] |= {"client": name, "scores": scores["this adapter"]}
         if run.general is not None:
-            about = (
-                f"What {len(run.clients)} clients share, with the private part that everybody began with: what a "
-                "newcomer would have."
-            )
-            errors.append(write(SHARED, run.general, f"{run.record.method}: shared part", about, {}))
+            about = f"What {len(run.clients)} clients share, {_describe_start(run)}"
+            zero_and_global = {"zero-shot": "zero_shot", "this adapter": "global"}
+            # Where clients begin unlike each other the scores of global models are those of other adapters.
+            tables = tabulate_clients(run, dict.fromkeys(run.clients, ""), zero_and_global) if run.begins_alike else []
+            errors.append(write(SHARED, run.general, f"{run.record.method}: shared part", about, tables))
         else:
             note("no folder of the shared part: nothing is shared, or the run did not keep it")
         about = f"Adapters of {len(names)} clients, each in a folder of its own: `{MANIFEST}` says whose is which."
         loading = _show_loading(named, name_class(run.vlm)).replace('"."', f'".", subfolder="{next(iter(entries))}"')
-        write_card(place, run, f"{run.record.method}: adapters", about, loading, "peft", named, {})
+        folders = {entry["client"]: inside for inside, entry in entries.items() if "client" in entry}
+        tables = tabulate_clients(run, folders, {"zero-shot": "zero_shot", "its adapter": "personal"})
+        write_card(place, run, f"{run.record.method}: adapters", about, loading, "peft", named, tables)
         write_json(
             place / MANIFEST,
             {
@@ -110,6 +116,13 @@ def export_peft(
             },
         )
     return len(errors), max(errors)
+
+
+def _describe_start(run: ExportedRun) -> str:
+    """Say whose private part stands beside the shared one."""
+    if run.begins_alike:
+        return "with the private part that everybody began with: what a newcomer would have."
+    return f"with the private part that one of the clients, {escape_markdown(run.first)}, began with."
 
 
 def _show_loading(base: str, kind: str) -> str:

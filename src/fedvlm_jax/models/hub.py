@@ -1,5 +1,7 @@
 """Models from a folder: a local one, one that ships with the package, or one of the Hugging Face hub."""
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,7 +229,9 @@ def save_checkpoint(
 
     Raises:
         UserError: `source` holds no weights.
+        OSError: the disk does not take it.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     folder = Path(folder)
@@ -236,7 +240,21 @@ def save_checkpoint(
     if source is not None:
         unread = read_unread(vlm.table, find_files(Path(source)))
         tensors |= {name: tensor.astype(dtype) for name, tensor in unread.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    file = folder / "model.safetensors"
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise _find_fault(error, file) from None
     vlm.write_configs(folder)
     # safetensors leaves its file readable by its owner alone, whatever the umask says.
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode & 0o666)
+    file.chmod((folder / "config.json").stat().st_mode & 0o666)
+
+
+def _find_fault(error: Exception, file: Path) -> Exception:
+    """Return the fault of the disk, of which safetensors leaves a text alone, or else the error itself.
+
+    >>> _find_fault(ValueError("I/O error: No space left on device (os error 28)"), Path("model.safetensors"))
+    OSError(28, 'No space left on device')
+    """
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return error if number is None else OSError(int(number[1]), os.strerror(int(number[1])), str(file))

@@ -19,7 +19,9 @@ from fedvlm_jax.models.folder_files import open_tensors
 from fedvlm_jax.utils.tree import flatten, unflatten
 
 _NAMED = 12  # so many tensors are named of those that have something wrong
-_KINDS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of weights, as safetensors calls them."""
+
 _COUNTS = ("I64", "I32")  # of constants alone
 
 Change = Callable[[np.ndarray], np.ndarray]
@@ -119,7 +121,8 @@ class Table:
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], re.Pattern[str], Rule]]:
         """Expressions for the names and the paths of every rule, with a group for each of its fields."""
-        fields = {"layer": r"\d+", **self.fields}
+        # One spelling for each number: a file may name no layer twice, nor one of a thousand digits.
+        fields = {"layer": r"0|[1-9][0-9]{0,5}", **self.fields}
 
         def compile_(template: str, separator: str) -> re.Pattern[str]:
             # After re.split every second part is the name of a field.
@@ -235,7 +238,7 @@ def _plan(table: Table, expected: dict[str, Any], files: list[Path]) -> tuple[di
     problems: list[str] = []
     for name, shape, kind in headers:
         slot = table.find_slot(table.tied if name == serves else short[name])
-        wrong = [] if kind in _KINDS else [f"of type {kind}: {name}; weights must be one of {', '.join(_KINDS)}"]
+        wrong = [] if kind in FLOATS else [f"of type {kind}: {name}; weights must be one of {', '.join(FLOATS)}"]
         if name != serves and short[name] in table.constants:
             repeats.add(name)
             problems += [] if kind in _COUNTS else wrong

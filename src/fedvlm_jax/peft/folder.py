@@ -14,14 +14,15 @@ from fedvlm_jax import lora
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.lora.sites import Site
 from fedvlm_jax.models.base import Vlm
-from fedvlm_jax.models.folder_files import encode_tensors, open_tensors, read_json
+from fedvlm_jax.models.folder_files import encode_tensors
 from fedvlm_jax.models.weight_table import Slot
+from fedvlm_jax.peft.files import CONFIG, TENSORS, read_peft_config, read_tensors
 from fedvlm_jax.peft.format import Factors, pack, unpack
+from fedvlm_jax.peft.patterns import show
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.files import write_bytes, write_json
 from fedvlm_jax.utils.untrusted_text import clean, cut
 
-CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 WEIGHTS = "base_weights"
 """Metadata of the tensors' file: the digest of the base's weights, by which another base is known."""
 
@@ -75,33 +76,15 @@ def read_peft(folder: Path, vlm: Vlm) -> PeftFolder:
     Raises:
         UserError: a file is missing or damaged, it is more than LoRA, or its modules are not the model's.
     """
-    config, file = read_peft_config(folder), folder / TENSORS
-    file = file if file.is_file() else folder / PICKLE
-    if not file.is_file():
-        raise UserError(f"{folder} has no {TENSORS}")
-    with open_tensors(file) as opened:
-        tensors: dict[str, np.ndarray] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        about: Any = opened.metadata() if file.name == TENSORS else None
+    config = read_peft_config(folder)
+    tensors, about = read_tensors(folder, tree.count_bytes(vlm.shapes()))
     base = cut(clean(str(config.get("base_model_name_or_path") or "")), 200)
     try:
         adapter, unread = place_factors(vlm, unpack(config, tensors, str(folder)))
     except LookupError as error:
         named = f"its base is {base}, " if base else ""
         raise UserError(f"{folder} does not fit a model of the family {vlm.family}: {named}{error.args[0]}") from None
-    return PeftFolder(adapter, base, (about or {}).get(WEIGHTS, ""), unread)
-
-
-def read_peft_config(folder: Path) -> dict[str, Any]:
-    """Read `adapter_config.json`.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder")
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} has no {CONFIG}, so it is no PEFT folder")
-    return read_json(folder / CONFIG)
+    return PeftFolder(adapter, base, about.get(WEIGHTS, ""), unread)
 
 
 def list_factors(vlm: Vlm, adapter: lora.Adapter) -> dict[str, Factors]:
@@ -163,6 +146,7 @@ def place_factors(vlm: Vlm, modules: Mapping[str, Factors]) -> tuple[lora.Adapte
     for module, pair in modules.items():
         name = table.spell(f"{module}.weight")
         if table.ties.fullmatch(name):
+            strange += [f"{show(module)} is there twice, by two names"] if name in tied else []
             tied[name] = pair
             continue
         slot = table.find_slot(name)
@@ -172,12 +156,14 @@ def place_factors(vlm: Vlm, modules: Mapping[str, Factors]) -> tuple[lora.Adapte
             if table.unread.fullmatch(name):
                 unread.append(module)
             else:
-                strange.append(f"{_show(module)} is none of its modules")
+                strange.append(f"{show(module)} is none of its modules")
             continue
         if table.counted.fullmatch(name) or site.obstacle:
-            strange.append(f"{_show(module)} cannot be adapted: {site.obstacle or _COUNTED}")
+            strange.append(f"{show(module)} cannot be adapted: {site.obstacle or _COUNTED}")
         elif wrong := _compare(site, slot, pair):
-            strange.append(f"{_show(module)} {wrong}")
+            strange.append(f"{show(module)} {wrong}")
+        elif slot.layer in layers.get(path, {}):
+            strange.append(f"{show(module)} is there twice, by two names")
         else:
             layers.setdefault(path, {})[slot.layer] = pair
     strange += _compare_tied(vlm, layers, tied)
@@ -266,8 +252,8 @@ def _compare_tied(
     slot = table.find_slot(table.tied) if table.tied else None
     path = slot.path.rpartition("/")[0] if slot is not None else ""
     main = layers.get(path, {}).get(None)
-    wanted = {table.spell(f"{module}.weight"): _show(module) for module in (*table.lookups, table.head)}
-    present = [wanted.get(name, _show(name)) for name in tied]
+    wanted = {table.spell(f"{module}.weight"): show(module) for module in (*table.lookups, table.head)}
+    present = [wanted.get(name, show(name)) for name in tied]
     if main is None and not tied:
         return []
     lacking = [module for name, module in wanted.items() if name not in tied]
@@ -297,7 +283,3 @@ def _stack(
         a[layer or 0, :, : left.shape[1]], b[layer or 0, : len(right)], scale[layer or 0] = left, right, factor
     leaves = {"a": a, "b": b, "scale": scale}
     return {f"{path}/{name}": leaf if site.stack else leaf[0] for name, leaf in leaves.items()}
-
-
-def _show(text: str) -> str:
-    return cut(clean(text), 100)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.utils.untrusted_text import clean, cut
+from fedvlm_jax.peft.patterns import LONGEST, is_number, read_patterns, show
 
 PREFIX = "base_model.model."
 """What PEFT puts before the name of a module."""
@@ -118,29 +118,35 @@ def unpack(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: 
     found: dict[str, dict[str, np.ndarray]] = {}
     tables: set[str] = set()
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key.removeprefix(PREFIX))
+        match = _KEY.fullmatch(key.removeprefix(PREFIX)) if len(key) <= LONGEST else None
         if key.endswith(".base_layer.weight"):
             continue  # the base's own table, which PEFT saves beside the factors of one
         if match is None:
             reason = _REFUSED["use_dora"] if "magnitude" in key else "expected names as …q_proj.lora_A.weight"
-            raise UserError(f"{where} holds a tensor {_show(key)} beside the factors of LoRA: {reason}")
-        found.setdefault(match["module"], {})[match["side"]] = tensor
+            raise UserError(f"{where} holds a tensor {show(key)} beside the factors of LoRA: {reason}")
+        sides = found.setdefault(match["module"], {})
+        if match["side"] in sides:
+            raise UserError(f"{where} holds {match['side']} of {show(match['module'])} twice, by two names")
+        sides[match["side"]] = tensor
         if match["kind"] == "lora_embedding_":
             tables.add(match["module"])
     if not found:
         raise UserError(f"{where} holds no factors at all")
     modules = dict[str, Factors]()
+    find_rank, find_alpha = (read_patterns(config.get(name), where) for name in ("rank_pattern", "alpha_pattern"))
     for name, pair in sorted(found.items()):
         if pair.keys() != {"A", "B"}:
-            raise UserError(f"{where}: {_show(name)} has but one of its two factors; is the file cut short?")
-        a, b = (pair[side].astype(np.float32) for side in "AB")
-        rank = _find(config.get("rank_pattern"), name, config["r"], where)
-        if min(a.ndim, b.ndim) < 2 or not a.shape[0] == b.shape[1] == rank or set(b.shape[2:]) - {1}:
+            raise UserError(f"{where}: {show(name)} has but one of its two factors; is the file cut short?")
+        with np.errstate(over="ignore"):  # an overflow is no finite number, which is refused below
+            a, b = (pair[side].astype(np.float32) for side in "AB")
+        rank = find_rank(name, config["r"])
+        fits = min(a.ndim, b.ndim) >= 2 and 1 <= rank == a.shape[0] == b.shape[1] and not set(b.shape[2:]) - {1}
+        if not fits:
             shapes = f"A {list(a.shape)} and B {list(b.shape)}"
-            raise UserError(f"{where}: {_show(name)} has {shapes}, and adapter_config.json says rank {rank}")
+            raise UserError(f"{where}: {show(name)} has {shapes}, and adapter_config.json says rank {rank}")
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise UserError(f"{where}: {_show(name)} holds numbers that are not finite")
-        alpha = _find(config.get("alpha_pattern"), name, config["lora_alpha"], where)
+            raise UserError(f"{where}: {show(name)} holds numbers that are not finite")
+        alpha = find_alpha(name, config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         modules[name] = Factors(a, b, scale, name in tables)
     return modules
@@ -149,53 +155,28 @@ def unpack(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     file = f"{where}: adapter_config.json"
     if config.get("peft_type") != "LORA":
-        kind = _show(config.get("peft_type"))
+        kind = show(config.get("peft_type"))
         raise UserError(f"{where} is a PEFT folder of {kind}, and of all PEFT's methods LORA alone is read")
     for name, value in config.items():
         if value and name not in _SILENT:
             reason = _REFUSED.get(name, "it is not known here what that adds")
-            raise UserError(f"{file} has {_show(name)}={_show(value)}, so it is not read: {reason}")
+            raise UserError(f"{file} has {show(name)}={show(value)}, so it is not read: {reason}")
     if config.get("bias", "none") != "none":
-        raise UserError(f"{where} trained biases too (bias={_show(config['bias'])}): merge it with PEFT first")
+        raise UserError(f"{where} trained biases too (bias={show(config['bias'])}): merge it with PEFT first")
     start = config.get("init_lora_weights", True)
     if start not in _KEEPS_BASE:
         raise UserError(
-            f"{where} began with init_lora_weights={_show(start)}, which changes the base, and the folder does not "
+            f"{where} began with init_lora_weights={show(start)}, which changes the base, and the folder does not "
             "hold that base: save it with PEFT's path_initial_model_for_weight_conversion"
         )
     for name in ("r", "lora_alpha"):
-        if not _is_number(config.get(name)) or (name == "r" and config["r"] < 1):
-            raise UserError(f"{file} has {name}={_show(config.get(name))}, expected a number; is it damaged?")
+        if not is_number(config.get(name)) or (name == "r" and config["r"] < 1):
+            raise UserError(f"{file} has {name}={show(config.get(name))}, expected a number; is it damaged?")
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(name) or {}, dict):
-            raise UserError(f"{file} has {name}={_show(config[name])}, expected an object; is it damaged?")
-
-
-def _find(patterns: Any, name: str, otherwise: float, where: str) -> Any:
-    """Find what a pattern says of a module, as PEFT does: the first that is its name, or the end of it, counts."""
-    import regex  # not re: a stranger's expression may take for ever, and is given a second
-
-    for pattern, value in (patterns or {}).items():
-        named = f"{where}: adapter_config.json has a pattern {_show(pattern)}"
-        try:
-            match = regex.match(rf"(.*\.)?({pattern})$", name, timeout=1)
-        except (regex.error, TimeoutError):
-            raise UserError(f"{named} that cannot be used") from None
-        if match:
-            if not _is_number(value):
-                raise UserError(f"{named} with {_show(value)}, expected a number; is it damaged?")
-            return value
-    return otherwise
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
+            raise UserError(f"{file} has {name}={show(config[name])}, expected an object; is it damaged?")
 
 
 def _shorten(value: float) -> float:
     """Write a whole number without a point, as people write alphas."""
     return int(value) if float(value).is_integer() else float(value)
-
-
-def _show(value: Any) -> str:
-    return cut(clean(str(value)), 100)

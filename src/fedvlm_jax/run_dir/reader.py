@@ -14,9 +14,10 @@ from typing import Any
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir import absolute_paths, config_seal, validated_files
+from fedvlm_jax.utils.untrusted_text import clean, cut
 
-LISTED = 12
-"""Clients that a message lists."""
+LISTED, LONG = 12, 60
+"""Clients that a message lists, and characters of a name."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,14 @@ def find_client(name: str | None, clients: Sequence[str]) -> str:
     """
     if name in clients:
         return str(name)
-    listed = ", ".join(clients[:LISTED]) + (f" and {len(clients) - LISTED} more" if len(clients) > LISTED else "")
+    shown = [cut(clean(each), LONG) for each in clients[:LISTED]]  # strangers', who may write lines into a message
+    listed = ", ".join(shown) + (f" and {len(clients) - LISTED} more" if len(clients) > LISTED else "")
     if name is None:
         raise UserError(f"say whose model: --client NAME; the run's clients are {listed}")
     if close := difflib.get_close_matches(name, clients, n=3):
-        raise UserError(f"there is no client {name!r}; did you mean {' or '.join(close)}?")
-    raise UserError(f"there is no client {name!r}; the run's are {listed}")
+        meant = " or ".join(cut(clean(each), LONG) for each in close)
+        raise UserError(f"there is no client {cut(repr(name), LONG)}; did you mean {meant}?")
+    raise UserError(f"there is no client {cut(repr(name), LONG)}; the run's are {listed}")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ EVERY_LINE = "seconds"  # a number that the line of every round has
 
 
 def check() -> None:
-    """Do nothing: whether a server is there is seen when the run begins."""
+    """Require nothing yet: whether a server is there is seen when the run begins."""
 
 
 def open_tracker(session: Session) -> "MlflowRun":

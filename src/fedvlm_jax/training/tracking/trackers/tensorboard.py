@@ -14,7 +14,7 @@ PACKAGE, REQUIREMENT = "tensorboardX", "tensorboardX>=2.6.5,<3"
 
 
 def check() -> None:
-    """Do nothing: it needs a disk alone."""
+    """Require nothing but a disk."""
 
 
 def open_tracker(session: Session) -> "TensorboardRun":

@@ -13,7 +13,7 @@ PACKAGE, REQUIREMENT = "trackio", "trackio>=0.43,<1"
 
 
 def check() -> None:
-    """Do nothing: it needs a disk alone, unless its variables name a server."""
+    """Require nothing but a disk, unless its variables name a server."""
 
 
 def open_tracker(session: Session) -> "TrackioRun":
