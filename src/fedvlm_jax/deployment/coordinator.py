@@ -10,16 +10,26 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from fedvlm_jax.config.learning_rates import find_rates
+from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.deployment.packets import Packet, SecureTransport, Transport
 from fedvlm_jax.deployment.plan import Plan
+from fedvlm_jax.deployment.replies import (
+    FINISHED,
+    SCORED,
+    Trained,
+    check_replies,
+    join_results,
+    mean_by_name,
+    read_trained,
+)
 from fedvlm_jax.deployment.roll import Roll
 from fedvlm_jax.deployment.server_folder import ServerFolder
 from fedvlm_jax.deployment.server_program import ServerProgram, open_server_program
@@ -31,32 +41,14 @@ from fedvlm_jax.models import resolve_folder
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.run_dir.fingerprints import describe_model
 from fedvlm_jax.run_dir.folder_lock import Claim
-from fedvlm_jax.run_dir.validated_files import Form, check_form
 from fedvlm_jax.training.failures import UNFIT, describe_unfit, list_names
-from fedvlm_jax.utils.progress import Progress
+from fedvlm_jax.utils.progress import Progress, working
 from fedvlm_jax.utils.untrusted_text import clean, cut
 
-TRAINED: Form = {"round": int, "finite": bool, "metrics": dict[str, float], "schema": str, "largest": float}
-SCORED: Form = {"round": int, "scores": dict[str, float | None]}
-MODEL: Form = {"*": dict[str, float | None]}
-FINISHED: Form = {
-    "results": {"zero_shot": MODEL, "personal": MODEL, "global?": MODEL},
-    "gains": dict[str, list[float]],
-    "generation": dict[str, Any],
-}
-REPLY = Path("its reply")
 HEADROOM = 1.25
 """The clip of a secure sum over the largest entry that a node says it sends."""
 POLL, TELL = 0.5, 30.0
 """Seconds between two looks at who is there, and between two lines about who is missing."""
-
-
-class _Trained(NamedTuple):
-    """The replies of a round, by client number."""
-
-    headers: dict[int, Mapping[str, Any]]
-    messages: dict[int, PyTree]
-    unfit: list[int]
 
 
 @dataclass
@@ -91,7 +83,7 @@ class Coordinator:
         done, train = self._restore(), self.plan.run.train
         self.folder.start_lines(done)
         self._gather(range(self.plan.clients), "before the first round" if not done else "to go on")
-        adapter = start_adapter(self.program.key, self.program.vlm.sites, self._spec)
+        adapter = start_adapter(self.program.key, self.program.vlm.sites, make_spec(self.plan.run, self.program.vlm))
         self.folder.write_config(self.model, adapter, self.roll.members, self._steps)
         every = self.plan.run.evaluation.every
         validated = sum(self._is_validated(round_, every) for round_ in range(done + 1, train.rounds + 1))
@@ -110,12 +102,6 @@ class Coordinator:
         return self.folder.path
 
     @property
-    def _spec(self) -> Any:
-        from fedvlm_jax.config.method_setup import make_spec
-
-        return make_spec(self.plan.run, self.program.vlm)
-
-    @property
     def _steps(self) -> int:
         """Local steps of a round, those of the largest client where they go by epochs."""
         train, members = self.plan.run.train, self.roll.members.values()
@@ -123,6 +109,11 @@ class Coordinator:
             return train.local_steps
         sizes = [member.sizes["train"] for member in members]
         return max((count_steps(size, train.local_epochs, train.batch_size) for size in sizes if size), default=1)
+
+    @property
+    def _select_by(self) -> str:
+        """The metric by which the best round is chosen."""
+        return self.plan.run.evaluation.select_by or load_objective(self.plan.run.objective).select_by
 
     def _is_validated(self, round_: int, every: int) -> bool:
         return round_ == self.plan.run.train.rounds or round_ % every == 0
@@ -152,6 +143,11 @@ class Coordinator:
     def _name(self, number: int) -> str:
         member = self.roll.members.get(number)
         return f"client {number}" if member is None else member.name
+
+    def _tell(self, faults: Mapping[int, str], sentence: str) -> None:
+        """Note each client's fault in a sentence with places for its name and the fault."""
+        for number, fault in faults.items():
+            self.show.note(sentence.format(self._name(number), fault))
 
     def _draw(self, round_: int) -> tuple[np.ndarray, dict[int, float]]:
         """Draw the cohort of a round as the simulator does; return it with everyone's share of the weight."""
@@ -186,7 +182,9 @@ class Coordinator:
             for number in there
         }  # fmt: skip
         replies = self._ask(orders, round_)
-        trained = self._read_trained(replies, round_)
+        shapes = self.program.message(self.program.method.phase(round_))
+        trained, faults = read_trained(replies, shapes, round_, summed=self.plan.secure)
+        self._tell(faults, f"round {round_}: {{}} is left out: {{}}")
         if len(trained.headers) < self.plan.least:
             self.show.note(
                 f"round {round_}: {len(trained.headers)} clients counted, and a round needs {self.plan.least}: it "
@@ -197,14 +195,16 @@ class Coordinator:
             counted, health = self._aggregate(trained, numbers, round_)
         for number in counted:
             self.roll.members[number].kept = round_
-        means = _mean([trained.headers[number]["metrics"] for number in counted])
-        shapes = self.program.message(self.program.method.phase(round_))
+        means = mean_by_name([trained.headers[number]["metrics"] for number in counted])
         line: dict[str, Any] = {
             "round": round_,
             "method": self.plan.run.method,
             "clients": len(numbers),
             "dropped": len(numbers) - len(counted) - len(trained.unfit),
-            **means,
+        }
+        line = {
+            **line,
+            **{name: value for name, value in means.items() if name not in line},
             **health,
             "bytes_up_per_client": count_bytes(shapes),
             "bytes_down_per_client": count_bytes(self.program.received),
@@ -223,7 +223,8 @@ class Coordinator:
     def _ask(self, orders: Mapping[int, Packet], round_: int) -> dict[int, Packet]:
         """Send orders to clients; return their replies, and tell of everyone who has none."""
         nodes = {self.roll.nodes[number]: number for number in orders}
-        answers = self.transport.ask({node: orders[number] for node, number in nodes.items()}, self.plan.timeout)
+        with working(self.show, f"waiting for {len(nodes)} nodes"):
+            answers = self.transport.ask({node: orders[number] for node, number in nodes.items()}, self.plan.timeout)
         found = dict[int, Packet]()
         for node, number in nodes.items():
             reply = answers.get(node)
@@ -237,27 +238,7 @@ class Coordinator:
             self.show.note(f"round {round_}: {self._name(number)} is left out: {reason}")
         return found
 
-    def _read_trained(self, replies: Mapping[int, Packet], round_: int) -> _Trained:
-        shapes = self.program.message(self.program.method.phase(round_))
-        schema, found = digest_schema(shapes), _Trained({}, {}, [])
-        for number, reply in sorted(replies.items()):
-            header = reply.header
-            try:
-                check_form(REPLY, header, TRAINED)
-                if header["round"] != round_ or header["schema"] != schema:
-                    raise UserError("it is of another round, or of arrays of other shapes")
-                message = {} if self.plan.secure or not header["finite"] else unpack(reply.payload, shapes)
-            except UserError as error:
-                self.show.note(f"round {round_}: {self._name(number)} is left out: {clean(cut(str(error), 300))}")
-                continue
-            # Who says that its numbers are finite may be wrong, and would take everybody's with it.
-            if not header["finite"] or not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(message)):
-                found.unfit.append(number)
-                continue
-            found.headers[number], found.messages[number] = header, message
-        return found
-
-    def _aggregate(self, trained: _Trained, numbers: Sequence[int], round_: int) -> tuple[list[int], dict[str, float]]:
+    def _aggregate(self, trained: Trained, numbers: Sequence[int], round_: int) -> tuple[list[int], dict[str, float]]:
         """Aggregate what came; return who counted, and the aggregation's metrics."""
         counted = sorted(trained.headers)
         if self.plan.secure:
@@ -287,7 +268,7 @@ class Coordinator:
             self.last |= {number: trained.messages[number] for number in counted}
         return counted, health
 
-    def _sum_secretly(self, trained: _Trained, round_: int) -> tuple[list[int], PyTree]:
+    def _sum_secretly(self, trained: Trained, round_: int) -> tuple[list[int], PyTree]:
         """Have the nodes' messages summed so that nobody sees a single one; return who counted, and the mean [1, …]."""
         assert isinstance(self.transport, SecureTransport), "a plan with --secure needs a transport that sums"
         numbers = sorted(trained.headers)
@@ -309,19 +290,13 @@ class Coordinator:
 
     def _validate(self, round_: int) -> dict[str, Any]:
         """Have every node that is there score its model on its own validation data; keep the best round."""
-        select_by = self.plan.run.evaluation.select_by or load_objective(self.plan.run.objective).select_by
         there = [n for n in sorted(self.roll.nodes) if self.roll.members[n].sizes["validation"]]
         orders = {number: self._order("evaluate", number, self.server, round=round_) for number in there}
-        scores = dict[int, Mapping[str, float | None]]()
-        for number, reply in self._ask(orders, round_).items():
-            try:
-                check_form(REPLY, reply.header, SCORED)
-            except UserError as error:
-                self.show.note(f"round {round_}: {self._name(number)} is not scored: {clean(cut(str(error), 300))}")
-                continue
-            scores[number] = reply.header["scores"]
-        found: dict[str, Any] = {"metric": select_by, **_mean(list(scores.values()))}
-        value, loss = found.get(select_by), found.get("loss")
+        replies, faults = check_replies(self._ask(orders, round_), SCORED)
+        self._tell(faults, f"round {round_}: {{}} is not scored: {{}}")
+        found: dict[str, Any] = mean_by_name([header["scores"] for header in replies.values()])
+        found["metric"] = self._select_by
+        value, loss = found.get(self._select_by), found.get("loss")
         score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
         if value is None or (all(map(math.isfinite, score)) and score > self.best[2]):
             self.best = (self.server, round_, score)
@@ -338,26 +313,12 @@ class Coordinator:
         for member in self.roll.members.values():
             member.kept = member.best
         orders = {number: self._order("finish", number, server, round=round_) for number in sorted(self.roll.nodes)}
-        results: dict[str, Any] = {"zero_shot": {}, "personal": {}}
-        generation: dict[str, Any] = {}
-        for number, reply in self._ask(orders, round_).items():
-            try:
-                check_form(REPLY, reply.header, FINISHED)
-            except UserError as error:
-                self.show.note(f"{self._name(number)} has no results: {clean(cut(str(error), 300))}")
-                continue
-            name, generation = self._name(number), generation or dict(reply.header["generation"])
-            for model, by_split in reply.header["results"].items():
-                for split, by_metric in by_split.items():
-                    for metric, value in by_metric.items():
-                        results.setdefault(model, {}).setdefault(split, {}).setdefault(metric, {})[name] = value
-            for metric, ends in reply.header["gains"].items():
-                if len(ends) == 2:
-                    results.setdefault("gain_intervals", {}).setdefault(metric, {})[name] = ends
+        replies, faults = check_replies(self._ask(orders, round_), FINISHED)
+        self._tell(faults, "{} has no results: {}")
+        results = join_results({self._name(number): header for number, header in replies.items()})
         if not results["personal"]:
             raise UserError("no node sent results: start the nodes, and then this again")
-        select_by = self.plan.run.evaluation.select_by or load_objective(self.plan.run.objective).select_by
-        about = {"selected_round": round_, "selected_by": select_by, "generation": generation}
+        about = {"selected_round": round_, "selected_by": self._select_by}
         shared = self.program.method.download(server=server)
         self.folder.write_results(self.plan.run.method, round_, shared, {**about, **results})
 
@@ -389,20 +350,6 @@ class Coordinator:
             self.last = {n: jax.tree.map(lambda leaf, n=n: leaf[n], state["sent"]["last"]) for n in known}
         self.show.note(f"going on after round {round_}")
         return round_
-
-
-def _mean(found: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
-    """Average each number over the clients that have it.
-
-    >>> _mean([{"loss": 1.0, "cider": None}, {"loss": 3.0}])
-    {'loss': 2.0}
-    """
-    values: dict[str, list[float]] = {}
-    for each in found:
-        for name, value in each.items():
-            if value is not None:
-                values.setdefault(name, []).append(value)
-    return {name: sum(held) / len(held) for name, held in values.items()}
 
 
 def coordinate(plan: Plan, model: str | None, transport: Transport, folder: Path, show: Progress) -> Path:

@@ -22,6 +22,7 @@ from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.deployment.node_states import NodeStates
 from fedvlm_jax.deployment.packets import Packet
 from fedvlm_jax.deployment.plan import NodeFile
+from fedvlm_jax.deployment.replies import MODELS
 from fedvlm_jax.deployment.vectors import count_bytes, digest_schema, pack, unpack
 from fedvlm_jax.distributed.sharding import place_like
 from fedvlm_jax.errors import UserError
@@ -53,8 +54,6 @@ TRAIN: Form = {
 EVALUATE: Form = {"round": int, "kept": int}
 MESSAGE: Form = {"round": int, "weight": float}
 ORDERS = Path("the coordinator's order")
-MODELS = ("zero_shot", "personal", "global")
-"""The models that are scored in the end."""
 
 
 @dataclass

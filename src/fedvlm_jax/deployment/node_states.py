@@ -51,10 +51,14 @@ class NodeStates:
         try:
             stored = read_plain(file)
         except FileNotFoundError:
-            raise DamagedError(f"{file} is missing: put it back, or the client begins anew") from None
+            raise DamagedError(
+                f"{file} is missing: put it back; a node that is started again without it begins anew"
+            ) from None
         seal, content = stored[:DIGEST_SIZE], stored[DIGEST_SIZE:]
         if seal != digest_parts([self._schema, content], round_):
-            raise DamagedError(f"{file} is damaged, or of another method or model: put it back, or remove it")
+            raise DamagedError(
+                f"{file} is damaged: put it back, or remove it and start the node again, which then begins anew"
+            )
         return unpack(content, self._shapes)
 
     def blank(self) -> PyTree:
