@@ -37,11 +37,11 @@ def make_signature(command: Callable[..., None], words: Sequence[str]) -> inspec
                 chosen[parameter.name] = Request(method=name, method_options=find_method_options(name)())
             case Run():
                 chosen[parameter.name] = Run(method=_choose_method(words, named), data=_choose_data(words))
-            case MethodOptions():  # of `explain`, which takes the method without its flag
-                named = [word for word in words if word in (*methods_available(), SHARE)]
-                run = Run(method=_choose_method(words, named), data=_choose_data(words))
-                chosen[parameter.name] = run.method_options
-                if run.method == SHARE:
+            case MethodOptions():  # `explain` takes the method without its flag
+                named = named or [word for word in words if word in (*methods_available(), SHARE)]
+                name = _choose_method(words, named)
+                chosen[parameter.name] = find_method_options(name)()
+                if name == SHARE:
                     chosen["method"] = SHARE
             case _:
                 pass

@@ -28,7 +28,10 @@ from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
 from fedvlm_jax.utils.option_ranges import check_arguments
 from fedvlm_jax.utils.standard_streams import PIPE_GONE, is_reader_gone, silence, silence_closed_loops, soften
 
-ORDER = ("data", "explain", "plan", "train", "compare", "evaluate", "ask", "demo", "report", "export", "cache")
+ORDER = (
+    "data", "explain", "plan", "train", "compare", "evaluate", "ask", "demo", "report", "export", "deploy", "node",
+    "cache",
+)  # fmt: skip
 # Environment of the commands, where the user's own says nothing.
 QUIET = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # it tells at import that PyTorch is missing, as it should be here

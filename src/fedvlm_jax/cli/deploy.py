@@ -1,0 +1,105 @@
+"""`fedvlm deploy init DIR`: a federation of real clients, as an app of Flower's and a file for each node."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from annotated_types import Ge, Le
+
+from fedvlm_jax.config.option_checks import validate
+from fedvlm_jax.config.run_options import (
+    EvaluationOptions,
+    LocalOptions,
+    LoraOptions,
+    MethodOptions,
+    Run,
+    ServerOptions,
+    SystemOptions,
+    TrainOptions,
+    methods_available,
+    optional,
+)
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.federation.config import ParticipationOptions
+from fedvlm_jax.objectives.config import PreferenceOptions
+from fedvlm_jax.utils.option_ranges import Count, Seed
+
+MOST_CLIENTS = 10_000
+
+
+def deploy(
+    what: Annotated[tyro.conf.Positional[Literal["init"]], tyro.conf.arg(help="What to do: there is init.")],
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR", help="A folder to write to.")],
+    clients: Annotated[int, Ge(1), Le(MOST_CLIENTS), tyro.conf.arg(metavar="INT")],
+    port: Annotated[int, Ge(1), Le(65535)] = 8000,
+    out: Annotated[Path | None, optional("RUN", "DIR/run")] = None,
+    method: Annotated[str, optional(f"{{{','.join(methods_available())}}}", "plora")] = Run().method,
+    model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = Run().model,
+    image_size: Annotated[Count | None, optional("PIXELS", "its own")] = None,
+    image_tiles: Annotated[Count | None, optional("INT", "none")] = None,
+    start: Annotated[Path | None, optional("PEFT_DIR", "a fresh adapter")] = None,
+    seed: Seed = 0,
+    cohort: Annotated[Count | None, optional("INT", "all of them")] = None,
+    objective: Annotated[str, optional("{dpo,sft,sft+dpo}", "sft")] = Run().objective,
+    checkpoint_every: Count = 1,
+    method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = MethodOptions(),  # noqa: B008  # frozen
+    train: TrainOptions = TrainOptions(),  # noqa: B008
+    lora: LoraOptions = LoraOptions(),  # noqa: B008
+    evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008
+    participation: ParticipationOptions = ParticipationOptions(),  # noqa: B008
+    local: LocalOptions = LocalOptions(),  # noqa: B008
+    server: ServerOptions = ServerOptions(),  # noqa: B008
+    preference: PreferenceOptions = PreferenceOptions(),  # noqa: B008
+    system: SystemOptions = SystemOptions(),  # noqa: B008
+) -> None:
+    """Write a federation of real clients for Flower: its app, a secret file for each node, and the commands.
+
+    The options after --out are those of `fedvlm train`; rows are each node's own, so --data goes with `fedvlm node`.
+
+    Args:
+        clients: so many nodes, each with a file of its own.
+        port: of the SuperLink, which the commands name.
+        out: the run's folder, on the machine of the SuperLink.
+        method: what clients share and what stays theirs.
+        model: the frozen base, which every node must have.
+        image_size: side of the square that pictures are brought to.
+        image_tiles: tiles along a picture's longer side.
+        start: an adapter of PEFT's to begin with.
+        seed: decides every random choice.
+        cohort: clients drawn each round.
+        objective: of local training.
+        checkpoint_every: rounds between checkpoints.
+        method_options: the method's own numbers.
+        train: rounds and local training.
+        lora: the adapter.
+        evaluation: of every client's own model, at its node.
+        participation: how clients are drawn.
+        local: terms of local training.
+        server: the server's optimiser.
+        preference: of preference losses.
+        system: devices and memory.
+    """
+    del what
+    if cohort is not None and cohort > clients:
+        raise UserError(f"--cohort {cohort}: there are only {clients} clients")
+    run = Run(
+        method=method, model=model, image_size=image_size, image_tiles=image_tiles, start=start, seed=seed,
+        cohort=cohort, objective=objective, checkpoint_every=checkpoint_every, method_options=method_options,
+        train=train, lora=lora, evaluation=evaluation, participation=participation, local=local, server=server,
+        preference=preference, system=system,
+    )  # fmt: skip
+    validate(run)
+
+    from fedvlm_jax.deployment.flower.app_folder import write_deployment
+    from fedvlm_jax.deployment.plan import make_plan
+    from fedvlm_jax.export.new_folder import write_beside
+
+    place = folder.absolute()
+    with write_beside(place, "DIR") as scratch:
+        plan, tokens = make_plan(run, clients)
+        write_deployment(scratch, plan, tokens, place=place, out=out or place / "run", port=port)
+    last = f" to {place}/nodes/client-{clients - 1}.json" if clients > 1 else ""
+    print(f"nodes   {place}/nodes/client-0.json{last}: copy each to its machine by a safe way, and only there:")
+    print("        whoever has such a file is that client")
+    print(f"app     {place}/app for `flwr run`")
+    print(f"next    {place}/README.md has the commands")

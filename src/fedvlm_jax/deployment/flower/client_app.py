@@ -1,0 +1,51 @@
+"""The ClientApp: hands an order of the coordinator to this machine's worker, and its reply back.
+
+Flower starts a process for it with every message, which must be at work within 30 seconds (flwr 1.42,
+`HEARTBEAT_DEFAULT_INTERVAL`): it imports neither jax nor a model.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedvlm_jax.deployment.flower.library import load_flower
+from fedvlm_jax.deployment.flower.records import read_record, write_record
+from fedvlm_jax.deployment.packets import Packet
+from fedvlm_jax.deployment.worker_client import ask_worker
+from fedvlm_jax.errors import UserError
+
+SOCKET = "socket"
+"""The key of a SuperNode's `--node-config` under which it says where the worker listens."""
+
+
+def make_client_app() -> Any:
+    """Make the ClientApp of a SuperNode.
+
+    Raises:
+        UserError: Flower is not installed.
+    """
+    app = load_flower("clientapp").ClientApp()
+
+    @app.query()
+    def hand_over(message: Any, context: Any) -> Any:
+        reply = pass_on(message.content, context.node_config, message.metadata.ttl)
+        return load_flower("app").Message(write_record(reply), reply_to=message)
+
+    return app
+
+
+def pass_on(content: Any, node_config: Mapping[str, Any], timeout: float) -> Packet:
+    """Ask the worker; what goes wrong is the reply, so that the coordinator can say it.
+
+    Args:
+        content: of Flower's message.
+        node_config: of the SuperNode.
+        timeout: seconds after which nobody waits for the reply any more.
+    """
+    try:
+        socket = node_config.get(SOCKET)
+        if not isinstance(socket, str) or not socket:
+            raise UserError(f"the SuperNode does not say where its worker is: --node-config '{SOCKET}=\"PATH\"'")
+        return ask_worker(Path(socket), read_record(content), timeout)
+    except UserError as error:
+        return Packet({"error": " ".join(str(error).split())})
