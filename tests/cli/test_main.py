@@ -23,7 +23,7 @@ HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "scipy.stats",
     [
         ["--help"],
         [],
-        *([command, "--help"] for command in ("train", "compare", "explain", "plan", "ask", "demo", "report")),
+        *([command, "--help"] for command in ("train", "compare", "explain", "plan", "ask", "demo", "report", "deploy", "node")),
     ],
 )
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
@@ -38,7 +38,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 
 def test_every_command_is_listed_in_order() -> None:
-    named = "data explain plan train compare evaluate ask demo report export cache"
+    named = "data explain plan train compare evaluate ask demo report export deploy node cache"
     assert list(commands_available()) == named.split()
 
 

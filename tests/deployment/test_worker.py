@@ -228,7 +228,7 @@ def test_places_that_cannot_be_a_socket_are_refused(tmp_path):
     for name, told in (
         ("file", "no socket has that name"),
         ("link", "no socket"),
-        ("file/w", "file is where a folder"),
+        ("file/w", "something else has that name"),
     ):
         with pytest.raises(UserError, match=told), open_worker(tmp_path / name):
             pass

@@ -1,5 +1,6 @@
 """`fedvlm deploy init DIR`: a federation of real clients, as an app of Flower's and a file for each node."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,18 +20,28 @@ from fedvlm_jax.config.run_options import (
     methods_available,
     optional,
 )
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.objectives.config import PreferenceOptions
-from fedvlm_jax.utils.option_ranges import Count, Seed
+from fedvlm_jax.utils.option_ranges import Count, Positive, Seed
 
-MOST_CLIENTS = 10_000
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of texts, at every node"""
+
+    max_prompt_tokens: Count = emoji.Options.max_prompt_tokens
+    """Skip rows with longer prompts, image tokens included."""
+    max_answer_tokens: Count = emoji.Options.max_answer_tokens
+    """Cut longer answers here for training."""
 
 
 def deploy(
     what: Annotated[tyro.conf.Positional[Literal["init"]], tyro.conf.arg(help="What to do: there is init.")],
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR", help="A folder to write to.")],
-    clients: Annotated[int, Ge(1), Le(MOST_CLIENTS), tyro.conf.arg(metavar="INT")],
+    clients: Count,
+    at_least: Count = 1,
+    timeout: Positive = 3600.0,
     port: Annotated[int, Ge(1), Le(65535)] = 8000,
     out: Annotated[Path | None, optional("RUN", "DIR/run")] = None,
     method: Annotated[str, optional(f"{{{','.join(methods_available())}}}", "plora")] = Run().method,
@@ -44,6 +55,7 @@ def deploy(
     checkpoint_every: Count = 1,
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = MethodOptions(),  # noqa: B008  # frozen
     train: TrainOptions = TrainOptions(),  # noqa: B008
+    data: Lengths = Lengths(),
     lora: LoraOptions = LoraOptions(),  # noqa: B008
     evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008
     participation: ParticipationOptions = ParticipationOptions(),  # noqa: B008
@@ -54,10 +66,12 @@ def deploy(
 ) -> None:
     """Write a federation of real clients for Flower: its app, a secret file for each node, and the commands.
 
-    The options after --out are those of `fedvlm train`; rows are each node's own, so --data goes with `fedvlm node`.
+    The options after --out are those of `fedvlm train`; rows are each node's own, and so `fedvlm node` has --data.
 
     Args:
         clients: so many nodes, each with a file of its own.
+        at_least: a round counts if so many clients answered; else it changes nothing.
+        timeout: seconds that a node has for an order, from the first round's compilation on.
         port: of the SuperLink, which the commands name.
         out: the run's folder, on the machine of the SuperLink.
         method: what clients share and what stays theirs.
@@ -71,6 +85,7 @@ def deploy(
         checkpoint_every: rounds between checkpoints.
         method_options: the method's own numbers.
         train: rounds and local training.
+        data: the same at every node.
         lora: the adapter.
         evaluation: of every client's own model, at its node.
         participation: how clients are drawn.
@@ -80,13 +95,12 @@ def deploy(
         system: devices and memory.
     """
     del what
-    if cohort is not None and cohort > clients:
-        raise UserError(f"--cohort {cohort}: there are only {clients} clients")
     run = Run(
         method=method, model=model, image_size=image_size, image_tiles=image_tiles, start=start, seed=seed,
         cohort=cohort, objective=objective, checkpoint_every=checkpoint_every, method_options=method_options,
         train=train, lora=lora, evaluation=evaluation, participation=participation, local=local, server=server,
         preference=preference, system=system,
+        data=emoji.Options().replace(**asdict(data)),
     )  # fmt: skip
     validate(run)
 
@@ -96,7 +110,7 @@ def deploy(
 
     place = folder.absolute()
     with write_beside(place, "DIR") as scratch:
-        plan, tokens = make_plan(run, clients)
+        plan, tokens = make_plan(run, clients, least=at_least, timeout=timeout)
         write_deployment(scratch, plan, tokens, place=place, out=out or place / "run", port=port)
     last = f" to {place}/nodes/client-{clients - 1}.json" if clients > 1 else ""
     print(f"nodes   {place}/nodes/client-0.json{last}: copy each to its machine by a safe way, and only there:")

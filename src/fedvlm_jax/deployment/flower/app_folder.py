@@ -1,6 +1,7 @@
 """The folder of a deployment: Flower's app of a plan, a file for each node, and a text with the commands."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -8,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from fedvlm_jax import __version__
 from fedvlm_jax.deployment.flower.server_app import PLAN
-from fedvlm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from fedvlm_jax.deployment.plan import Plan
@@ -81,15 +81,10 @@ def write_deployment(
         place: where the folder will be: what is written names it.
         out: the run's folder, on the machine of the SuperLink.
         port: of the SuperLink.
-
-    Raises:
-        UserError: a path cannot be written into Flower's files.
     """
     from fedvlm_jax.deployment.plan import write_node_file, write_plan
 
     place, out = place.absolute(), out.absolute()
-    if "certificates" in (out.name, place.name) and out == place / "certificates":
-        raise UserError(f"--out {out}: certificates go there")
     app, nodes, home = folder / "app", folder / "nodes", folder / "flwr"
     package = app / PACKAGE
     package.mkdir(parents=True)
@@ -117,11 +112,20 @@ def write_deployment(
 def describe_deployment(plan: "Plan", place: Path, out: Path, clients: int, port: int) -> str:
     """Write the deployment's README: what is where, and the commands, with the paths and ports of this plan."""
     template = Template(Path(__file__).with_name("deployment_readme.md").read_text(encoding="utf-8"))
+    run = plan.run
     return template.substitute(
-        version=__version__, place=place, out=out, clients=clients, last=clients - 1, port=port, node_port=NODE_PORT,
-        method=plan.run.method, model=plan.run.model, rounds=plan.run.train.rounds,
-        flags=f"--clients {clients} --train.rounds {plan.run.train.rounds}",
-    )  # fmt: skip
+        version=__version__,
+        place=shlex.quote(str(place)),
+        out=shlex.quote(str(out)),
+        clients=clients,
+        last=clients - 1,
+        port=port,
+        node_port=NODE_PORT,
+        method=run.method,
+        model=run.model,
+        rounds=run.train.rounds,
+        flags=f"--clients {clients} --train.rounds {run.train.rounds}",
+    )
 
 
 def describe_supernode(socket: Path, number: int, port: int = PORT) -> str:
@@ -130,8 +134,6 @@ def describe_supernode(socket: Path, number: int, port: int = PORT) -> str:
     >>> print(describe_supernode(Path("/n/w.sock"), 1))
     flower-supernode --insecure --superlink 127.0.0.1:8000 --port 9095 --node-config 'socket="/n/w.sock"'
     """
-    config = f"socket={json.dumps(str(socket), ensure_ascii=False)}"
-    quoted = "'" + config.replace("'", "'\\''") + "'"
-    return (
-        f"flower-supernode --insecure --superlink 127.0.0.1:{port} --port {NODE_PORT + number} --node-config {quoted}"
-    )
+    config = shlex.quote(f"socket={json.dumps(str(socket), ensure_ascii=False)}")
+    ports = f"--superlink 127.0.0.1:{port} --port {NODE_PORT + number % 1000}"
+    return f"flower-supernode --insecure {ports} --node-config {config}"

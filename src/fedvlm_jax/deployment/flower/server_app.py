@@ -60,6 +60,6 @@ def run_plan(folder: Path, config: Mapping[str, Any], grid: Any) -> Path:
     plan = read_plan(folder / PLAN)
     show = open_progress()
     try:
-        return coordinate(plan, str(config.get("model") or plan.run.model), GridTransport(grid), Path(out), show)
+        return coordinate(plan, str(config.get("model") or "") or None, GridTransport(grid), Path(out), show)
     finally:
         show.finish()

@@ -1,0 +1,144 @@
+"""`fedvlm deploy init` and `fedvlm node`: the folder that is written, and what is refused before long work."""
+
+import ast
+import json
+import re
+import shlex
+import stat
+import tomllib
+
+import pytest
+
+from fedvlm_jax.cli import main
+from fedvlm_jax.cli.main import main as fedvlm
+from fedvlm_jax.deployment.flower.app_folder import describe_supernode
+from fedvlm_jax.deployment.plan import read_node_file, read_plan
+from fedvlm_jax.deployment.worker import open_worker
+
+
+def init(folder, model, *words):
+    fedvlm(["deploy", "init", str(folder), "--clients", "3", "--model", str(model), *words])
+
+
+@pytest.fixture(scope="module")
+def written(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("new") / "two words"
+    init(folder, model, "--rounds", "7", "--port", "8123", "--method", "ditto", "--method.lambda", "2", "--at-least",
+         "2", "--timeout", "600", "--data.max-answer-tokens", "9")  # fmt: skip
+    return folder
+
+
+def test_the_app_is_flower_s(written):
+    app = written / "app"
+    project = tomllib.loads((app / "pyproject.toml").read_text())
+    about = project["tool"]["flwr"]["app"]
+    assert about["config"] == {"out": str(written / "run"), "model": ""}
+    assert project["project"]["dependencies"] == []
+    for name, make in {"serverapp": "make_server_app", "clientapp": "make_client_app"}.items():
+        module, _, variable = about["components"][name].partition(":")
+        text = (app / (module.replace(".", "/") + ".py")).read_text()
+        assert make in text
+        assert variable in {node.targets[0].id for node in ast.parse(text).body if isinstance(node, ast.Assign)}
+    connections = tomllib.loads((written / "flwr" / "config.toml").read_text())["superlink"]
+    assert connections[connections["default"]] == {"address": "127.0.0.1:8123", "insecure": True}
+    assert connections["tls"]["root-certificates"] == str(written / "certificates" / "ca.crt")
+
+
+def test_the_plan_says_what_was_asked_for_and_holds_no_secret(written):
+    plan = read_plan(written / "app" / "fedvlm_app" / "plan.json")
+    assert (plan.clients, plan.least, plan.timeout, plan.run.train.rounds) == (3, 2, 600.0, 7)
+    assert plan.run.method_options.lambda_ == 2
+    assert plan.run.data.max_answer_tokens == 9
+    texts = "".join(path.read_text() for path in written.rglob("*") if path.is_file() and path.parent.name != "nodes")
+    nodes = [read_node_file(written / "nodes" / f"client-{number}.json") for number in range(3)]
+    assert [node.number for node in nodes] == [0, 1, 2]
+    assert len({node.token for node in nodes}) == 3
+    for node in nodes:
+        assert node.plan == plan
+        assert node.token not in texts
+
+
+def test_a_node_s_file_is_for_its_owner_alone(written):
+    assert stat.S_IMODE((written / "nodes").stat().st_mode) == 0o700
+    files = list((written / "nodes").iterdir())
+    assert len(files) == 3
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+
+
+def test_commands_of_its_text_are_ours_and_flower_s(written, monkeypatch):
+    text = (written / "README.md").read_text()
+    assert "$" not in text
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    commands = [shlex.split(line.partition(" #")[0]) for line in blocks.splitlines()]
+    programs = {words[0] for words in commands if words}
+    assert {"fedvlm", "flower-superlink", "flower-supernode", "openssl", "ssh-keygen"} <= programs
+    asked = []
+    monkeypatch.setattr(main, "_check_and_run", lambda command, args, kwargs: asked.append((command, kwargs)))
+    ours = [words[1:] for words in commands if words and words[0] == "fedvlm"]
+    for words in ours:
+        main._dispatch([word for word in words if word != "..."])
+    assert len(asked) == len(ours) == 2
+    assert str(written / "nodes" / "client-0.json") in ours[0]
+    runs = [words for words in commands if "flwr" in words]
+    assert {words[0] for words in runs} == {f"FLWR_HOME={written / 'flwr'}"}
+    assert {words[3] for words in runs if words[2] == "run"} == {str(written / "app")}
+
+
+def test_the_command_of_a_supernode_survives_a_shell():
+    words = shlex.split(describe_supernode("/a dir/it's/w.sock", 2, 8123))
+    assert words[:4] == ["flower-supernode", "--insecure", "--superlink", "127.0.0.1:8123"]
+    assert tomllib.loads(words[-1]) == {"socket": "/a dir/it's/w.sock"}
+    assert "9096" in words
+
+
+def refuse(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fedvlm(list(map(str, words)))
+    said = capsys.readouterr()
+    assert stop.value.code == 2, said
+    assert said.err.count("\n") == 1, said.err
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--clients", "1"), "expected 2 to"),
+        (("--clients", "3", "--cohort", "4"), "there are only 3 clients"),
+        (("--clients", "3", "--method", "plorra"), "did you mean plora?"),
+        (("--clients", "3", "--data", "x"), "Unrecognized options: --data"),
+        (("--clients", "3", "--port", "0"), "--port is 0: it must be from 1 to 65535"),
+        (("--clients", "3", "--timeout", "0"), "--timeout is 0.0: it must be above 0"),
+        (("--clients", "3", "--train.finetune-steps", "2"), "not in a deployment"),
+        (("--clients", "3", "--model", "./nowhere"), "there is no such folder"),
+        ((), "--clients"),
+    ],
+)
+def test_what_cannot_be_leaves_nothing(words, told, tmp_path, capsys):
+    assert told in refuse(["deploy", "init", tmp_path / "new", *words], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_empty_stays_as_it_is(tmp_path, model, capsys):
+    (tmp_path / "mine").write_text("x")
+    told = refuse(["deploy", "init", tmp_path, "--clients", "3", "--model", model], capsys)
+    assert "is not empty: choose another DIR" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_node_that_cannot_be_is_refused_before_a_model_is_loaded(written, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = written / "nodes" / "client-1.json"
+    data = ("--data", "emoji")
+    assert "say whose rows" in refuse(["node", file], capsys)
+    assert "is the plan's" in refuse(["node", file, *data, "--data.max-answer-tokens", "3"], capsys)
+    assert "nowhere.json" in refuse(["node", "nowhere.json", *data], capsys)
+    edited = json.loads(file.read_text()) | {"number": 2}
+    (tmp_path / "edited.json").write_text(json.dumps(edited))
+    assert "its secret is not that of client 2" in refuse(["node", "edited.json", *data], capsys)
+    long = tmp_path / ("x" * 100)
+    assert "at most 103 bytes" in refuse(["node", file, *data, "--socket", long], capsys)
+    with open_worker(tmp_path / "w.sock"):
+        told = refuse(["node", file, *data, "--socket", tmp_path / "w.sock"], capsys)
+    assert "a running `fedvlm node` has it" in told
+    assert not list(tmp_path.glob("node-*"))
