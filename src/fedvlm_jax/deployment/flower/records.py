@@ -36,9 +36,8 @@ def read_record(content: Any) -> Packet:
         header = content[PACKET][HEADER]
         array = content[PAYLOAD][PAYLOAD] if PAYLOAD in content else None
         payload = b"" if array is None else array.data
-        right = isinstance(header, str) and isinstance(payload, bytes) and (array is None or array.stype == RAW)
+        if isinstance(header, str) and isinstance(payload, bytes) and (array is None or array.stype == RAW):
+            return Packet.from_text(header, payload)
     except (KeyError, TypeError, AttributeError):
-        right = False
-    if not right:
-        raise UserError("a message of Flower's holds no packet: the other side is another app, or of another version")
-    return Packet.from_text(header, payload)
+        pass
+    raise UserError("a message of Flower's holds no packet: the other side is another app, or of another version")
