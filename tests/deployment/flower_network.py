@@ -80,7 +80,6 @@ class Network:
             "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200",
             **(environment or {}),
         }  # fmt: skip
-        self.environment.pop("XLA_FLAGS", None)
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, name, *words):

@@ -70,7 +70,7 @@ class Deployment:
         said = self.network.run("flwr-run", "flwr", "run", self.folder / "d" / "app", self.network.connection)
         assert "Successfully started run" in said, said
 
-    def wait_until(self, done, what, seconds=240):
+    def wait_until(self, done, what, seconds=400):
         end = time.monotonic() + seconds
         while not done():
             for process in (self.link, *self.workers.values(), *self.supernodes.values()):
