@@ -113,15 +113,13 @@ def deployment(tmp_path, model, rows):
         yield Deployment(network, tmp_path, rows, port, node_ports)
 
 
-def test_two_rounds_over_loopback(deployment, record_property):
-    began = time.monotonic()
+def test_two_rounds_over_loopback(deployment):
     for number in range(CLIENTS):
         deployment.start_worker(number)
     deployment.start_link()
     for number in range(CLIENTS):
         deployment.workers[number].wait_for("flower-supernode --insecure")
         deployment.start_supernode(number)
-    ready = time.monotonic()
     deployment.start_run()
     deployment.wait_until(lambda: (deployment.out / "results.json").is_file(), "results")
     record = deployment.check()
@@ -131,8 +129,6 @@ def test_two_rounds_over_loopback(deployment, record_property):
         lines = re.findall(r"train (\d) +([\d,]+) bytes in, ([\d,]+) out", said)
         assert [line[0] for line in lines] == ["1", "2"]
         assert {int(line[2].replace(",", "")) for line in lines} == {record.rounds[0]["bytes_up_per_client"]}
-    record_property("seconds until ready", round(ready - began, 1))
-    record_property("seconds of two rounds", round(time.monotonic() - ready, 1))
 
 
 def test_tls_and_node_keys(deployment):
