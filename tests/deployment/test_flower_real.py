@@ -18,7 +18,6 @@ pytestmark = [
     pytest.mark.skipif(find_spec("flwr") is None, reason="flwr is not installed: pip install -e '.[flower,test]'"),
 ]
 
-CLIENTS = 2
 OPTIONS = (
     "--rounds", "2", "--train.local-steps", "2", "--train.batch-size", "2", "--rank", "2", "--seed", "1",
     "--evaluation.max-answer-tokens", "4", "--data.max-prompt-tokens", "40", "--data.max-answer-tokens", "12",
@@ -36,6 +35,7 @@ class Deployment:
 
     def __init__(self, network, folder, rows, port, node_ports):
         self.network, self.folder, self.rows, self.port, self.node_ports = network, folder, rows, port, node_ports
+        self.clients = len(node_ports)
         self.secure, self.workers, self.supernodes = {}, {}, {}
 
     def start_link(self):
@@ -95,29 +95,38 @@ class Deployment:
         assert {line["bytes_up_per_client"] for line in record.rounds} == {
             sum(array.nbytes for array in load_file(self.out / "adapters" / "shared.safetensors").values())
         }
-        assert set(record.scores("personal", "loss")) == set(NAMES[:CLIENTS])
+        assert set(record.scores("personal", "loss")) == set(NAMES[: self.clients])
         assert not list((self.out / "adapters").glob("clients/*"))
-        for number in range(CLIENTS):
+        for number in range(self.clients):
             assert read_finished(self.folder / f"node-{number}" / "run").clients == (NAMES[number],)
         return record
 
 
 @pytest.fixture
-def deployment(tmp_path, model, rows):
-    port, *node_ports = find_ports(1 + CLIENTS)
+def deploy(tmp_path, model, rows):
     with open_network(tmp_path / "logs", tmp_path / "d" / "flwr") as network:
-        network.run(
-            "init", "fedvlm", "deploy", "init", tmp_path / "d", "--clients", CLIENTS, "--port", port,
-            "--model", model, *OPTIONS,
-        )  # fmt: skip
-        yield Deployment(network, tmp_path, rows, port, node_ports)
+
+        def make(clients=2, *options):
+            port, *node_ports = find_ports(1 + clients)
+            network.run(
+                "init", "fedvlm", "deploy", "init", tmp_path / "d", "--clients", clients, "--port", port,
+                "--model", model, *OPTIONS, *options,
+            )  # fmt: skip
+            return Deployment(network, tmp_path, rows, port, node_ports)
+
+        yield make
+
+
+@pytest.fixture
+def deployment(deploy):
+    return deploy()
 
 
 def test_two_rounds_over_loopback(deployment):
-    for number in range(CLIENTS):
+    for number in range(deployment.clients):
         deployment.start_worker(number)
     deployment.start_link()
-    for number in range(CLIENTS):
+    for number in range(deployment.clients):
         deployment.workers[number].wait_for("flower-supernode --insecure")
         deployment.start_supernode(number)
     deployment.start_run()
@@ -138,7 +147,7 @@ def test_tls_and_node_keys(deployment):
     deployment.secure = make_certificates(deployment.folder / "d" / "certificates")
     deployment.network.connection = "tls"
     deployment.start_link()
-    for number in range(CLIENTS):
+    for number in range(deployment.clients):
         deployment.start_worker(number)
         key = f"{deployment.secure[f'node-{number}']}.pub"
         said = deployment.network.run(f"register-{number}", "flwr", "supernode", "register", key, "tls")
@@ -157,7 +166,7 @@ def test_tls_and_node_keys(deployment):
 def test_a_node_killed_between_rounds_goes_on_with_its_personal_state(deployment):
     """Killed with -9 and started again while the coordinator is at work, it takes part with what it had."""
     deployment.start_link()
-    for number in range(CLIENTS):
+    for number in range(deployment.clients):
         deployment.start_worker(number)
         deployment.start_supernode(number)
     deployment.start_run()
@@ -176,6 +185,44 @@ def test_a_node_killed_between_rounds_goes_on_with_its_personal_state(deployment
     assert "has lost its personal state" not in said
 
 
+def test_a_server_killed_between_rounds_goes_on(deployment):
+    """SuperLink, app and SuperNodes killed with -9, and started again: workers stay, the run goes on where it was."""
+    deployment.start_link()
+    for number in range(deployment.clients):
+        deployment.start_worker(number)
+        deployment.start_supernode(number)
+    deployment.start_run()
+    deployment.wait_until(lambda: deployment.count_rounds() == 1, "the first round")
+    for process in (deployment.link, *deployment.supernodes.values()):
+        process.kill()
+    before = (deployment.out / "metrics.jsonl").read_text().splitlines()[0]
+    deployment.start_link()
+    for number in range(deployment.clients):
+        deployment.start_supernode(number)
+    deployment.start_run()
+    deployment.wait_until(lambda: (deployment.out / "results.json").is_file(), "results")
+    assert deployment.check().rounds[1]["dropped"] == 0
+    assert (deployment.out / "metrics.jsonl").read_text().splitlines()[0] == before
+
+
+def test_a_secret_sum_of_three(deploy):
+    """The server gets no message by itself, and the run is as another."""
+    deployment = deploy(3, "--secure")
+    deployment.start_link()
+    for number in range(3):
+        deployment.start_worker(number)
+        deployment.start_supernode(number)
+    deployment.start_run()
+    deployment.wait_until(lambda: (deployment.out / "results.json").is_file(), "results")
+    assert [line["dropped"] for line in deployment.check().rounds] == [0, 0]
+    for worker in deployment.workers.values():
+        said = re.findall(r"(train|message) +(\d) +([\d,]+) bytes in, ([\d,]+) out", worker.read())
+        assert [(kind, number) for kind, number, _, _ in said] == [
+            ("train", "1"), ("message", "1"), ("train", "2"), ("message", "2")
+        ]  # fmt: skip
+        assert {went for kind, _, _, went in said if kind == "train"} == {"0"}
+
+
 def make_certificates(folder):
     """A certificate for 127.0.0.1 and a key for each node, as the README has it."""
     folder.mkdir(mode=0o700)
@@ -189,7 +236,7 @@ def make_certificates(folder):
         "-days", "2", "-extfile", "san.txt", "-out", "server.crt",
     )  # fmt: skip
     made = {"ca": folder / "ca.crt", "certificate": folder / "server.crt", "key": folder / "server.key"}
-    return made | {f"node-{number}": make_key(folder / f"node-{number}") for number in range(CLIENTS)}
+    return made | {f"node-{number}": make_key(folder / f"node-{number}") for number in range(2)}
 
 
 def make_key(file):

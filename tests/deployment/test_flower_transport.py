@@ -37,6 +37,9 @@ class FakeClientApp:
 
         return note
 
+    def train(self):
+        return lambda function: function
+
     def __call__(self, message, context):
         return self.function(message, context)
 

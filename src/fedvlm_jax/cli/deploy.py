@@ -42,6 +42,7 @@ def deploy(
     clients: Count,
     at_least: Count = 1,
     timeout: Positive = 3600.0,
+    secure: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="(default: no)")] = False,
     port: Annotated[int, Ge(1), Le(65535)] = 8000,
     out: Annotated[Path | None, optional("RUN", "DIR/run")] = None,
     method: Annotated[str, optional(f"{{{','.join(methods_available())}}}", "plora")] = Run().method,
@@ -72,6 +73,8 @@ def deploy(
         clients: so many nodes, each with a file of its own.
         at_least: a round counts if so many clients answered; else it changes nothing.
         timeout: seconds that a node has for an order, from the first round's compilation on.
+        secure: the server learns the mean of the clients' messages and no single one (SecAgg+), where the method's
+            server needs no more.
         port: of the SuperLink, which the commands name.
         out: the run's folder, on the machine of the SuperLink.
         method: what clients share and what stays theirs.
@@ -110,7 +113,7 @@ def deploy(
 
     place = folder.absolute()
     with write_beside(place, "DIR") as scratch:
-        plan, tokens = make_plan(run, clients, least=at_least, timeout=timeout)
+        plan, tokens = make_plan(run, clients, least=at_least, timeout=timeout, secure=secure)
         write_deployment(scratch, plan, tokens, place=place, out=out or place / "run", port=port)
     last = f" to {place}/nodes/client-{clients - 1}.json" if clients > 1 else ""
     print(f"nodes   {place}/nodes/client-0.json{last}: copy each to its machine by a safe way, and only there:")

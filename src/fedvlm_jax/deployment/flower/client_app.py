@@ -31,7 +31,31 @@ def make_client_app() -> Any:
         reply = pass_on(message.content, context.node_config, message.metadata.ttl)
         return load_flower("app").Message(write_record(reply), reply_to=message)
 
+    @app.train()
+    def sum_secretly(message: Any, context: Any) -> Any:
+        from fedvlm_jax.deployment.flower.secure_sum import answer_stage, read_vector
+
+        def fetch(header: Mapping[str, Any]) -> Any:
+            return read_vector(ask_worker(find_socket(context.node_config), Packet(header), message.metadata.ttl))
+
+        return answer_stage(message, context, fetch)
+
     return app
+
+
+def find_socket(node_config: Mapping[str, Any]) -> Path:
+    """Find where the worker listens.
+
+    Raises:
+        UserError: the SuperNode does not say.
+
+    >>> str(find_socket({"socket": "/node/worker.sock"}))
+    '/node/worker.sock'
+    """
+    socket = node_config.get(SOCKET)
+    if not isinstance(socket, str) or not socket:
+        raise UserError(f"the SuperNode does not say where its worker is: --node-config '{SOCKET}=\"PATH\"'")
+    return Path(socket)
 
 
 def pass_on(content: Any, node_config: Mapping[str, Any], timeout: float) -> Packet:
@@ -43,9 +67,6 @@ def pass_on(content: Any, node_config: Mapping[str, Any], timeout: float) -> Pac
         timeout: seconds after which nobody waits for the reply any more.
     """
     try:
-        socket = node_config.get(SOCKET)
-        if not isinstance(socket, str) or not socket:
-            raise UserError(f"the SuperNode does not say where its worker is: --node-config '{SOCKET}=\"PATH\"'")
-        return ask_worker(Path(socket), read_record(content), timeout)
+        return ask_worker(find_socket(node_config), read_record(content), timeout)
     except UserError as error:
         return Packet({"error": " ".join(str(error).split())})

@@ -4,9 +4,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from fedvlm_jax.deployment.flower.library import load_flower
 from fedvlm_jax.deployment.flower.records import read_record, write_record
-from fedvlm_jax.deployment.packets import Failure, Packet
+from fedvlm_jax.deployment.packets import Failure, Packet, SecureSum
 from fedvlm_jax.errors import UserError, explain_error
 from fedvlm_jax.utils.untrusted_text import clean, cut
 
@@ -68,6 +70,20 @@ class GridTransport:
             time.sleep(min(pause, left))
             pause = min(PAUSES[1], pause * 1.5)
         return replies
+
+    def ask_sum(self, orders: Mapping[int, Packet], clip: float, timeout: float) -> SecureSum:
+        """Have the nodes send what they would answer into one secret sum; see `SecureTransport`.
+
+        Of fewer nodes than the sum's threshold there is none: it is of nobody.
+        """
+        from fedvlm_jax.deployment.flower.secure_sum import TooFewNodesError, ask_sum
+
+        headers = {node: order.header for node, order in orders.items()}
+        try:
+            found = ask_sum(self._grid, headers, clip=clip, timeout=timeout)
+        except TooFewNodesError:
+            return SecureSum(np.zeros(0, np.float32), [])
+        return SecureSum(found.vector, found.nodes)
 
     def _read(self, reply: Any) -> Packet | Failure | None:
         """Read a reply; None where the node left or it came too late."""
