@@ -119,7 +119,7 @@ def measure() -> list[tuple[int, float, float, float]]:
         def start(*words: object) -> None:
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             process = subprocess.Popen([*map(str, words)], env=here, **quiet)
-            running.callback(process.wait, 60)
+            running.callback(process.wait)
             running.callback(process.terminate)
 
         start("flower-superlink", "--insecure", "--port", port, "--disable-runtime-dependency-installation")

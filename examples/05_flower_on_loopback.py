@@ -128,9 +128,17 @@ def start(running, name, *words, ready):
     log = folder / f"{name}.log"
     with log.open("wb") as written:
         process = subprocess.Popen([*map(str, words)], env=here, stdout=written, stderr=subprocess.STDOUT)
-    running.callback(process.wait, 30)
-    running.callback(process.terminate)
+    running.callback(end, process)
     wait_until(lambda: ready in log.read_text(encoding="utf-8"), log, process)
+
+
+def end(process):
+    """Ask a process to end, and kill it where it is inside of a compilation."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    process.kill()
+    process.wait()
 
 
 def wait_until(done, log, process=None):
