@@ -1,7 +1,7 @@
 """Packets as the content of Flower's messages: one array of bytes, and the header's text beside it.
 
-An array for each leaf would cost an HTTP request and some hundred bytes each; one of raw bytes costs half a percent of
-what it carries, and the same bytes for several nodes are uploaded once (flwr names objects by their content).
+An array for each leaf would cost an HTTP request and some hundred bytes each. The same bytes for several nodes are
+uploaded once: flwr names objects by their content.
 """
 
 from typing import Any
