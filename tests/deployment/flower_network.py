@@ -31,6 +31,7 @@ class Process:
 
     def __init__(self, words, log, environment):
         self.words, self.log = words, log
+        self.before = log.stat().st_size if log.exists() else 0  # what an earlier process of this name has said
         with log.open("ab") as written:
             self.process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=written, stderr=subprocess.STDOUT, env=environment,
@@ -38,7 +39,7 @@ class Process:
             )  # fmt: skip
 
     def read(self):
-        return self.log.read_text(encoding="utf-8", errors="replace")
+        return self.log.read_bytes()[self.before :].decode(errors="replace")
 
     def wait_for(self, text, times=1, seconds=PATIENCE):
         """Wait until it has said this so often."""
