@@ -53,6 +53,13 @@ def trackers(session: nox.Session) -> None:
 
 
 @nox.session
+def flower(session: nox.Session) -> None:
+    """Real clients over Flower's own processes, in an environment that has it."""
+    _install(session, "test", "flower")
+    session.run("pytest", "-q", "-m", "", "tests/deployment", "-k", "flower or secure", *session.posargs)
+
+
+@nox.session
 def parity(session: nox.Session) -> None:
     """The live comparison with transformers, PyTorch and PEFT."""
     _install(session, "test", "parity")
