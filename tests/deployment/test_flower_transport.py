@@ -3,6 +3,7 @@
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from fedvlm_jax.deployment.flower import library, transport
 from fedvlm_jax.deployment.flower.client_app import make_client_app, pass_on
 from fedvlm_jax.deployment.flower.records import read_record, write_record
+from fedvlm_jax.deployment.flower.server_app import run_plan
 from fedvlm_jax.deployment.flower.transport import GRACE, GridTransport
 from fedvlm_jax.deployment.packets import Failure, Packet
 from fedvlm_jax.errors import UserError
@@ -210,3 +212,23 @@ def test_without_flower_one_line_names_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "flwr.clientapp", raising=False)
     with pytest.raises(UserError, match=r"pip install 'fedvlm-jax\[flower\]', in an environment of its own"):
         make_client_app()
+
+
+# --- The ServerApp ---
+
+
+def test_the_server_app_coordinates_its_plan(flower, tmp_path, monkeypatch):
+    """With the model and the folder that Flower's run is given."""
+    given = []
+    monkeypatch.setattr("fedvlm_jax.deployment.coordinator.coordinate", lambda *words: given.append(words) or words[3])
+    monkeypatch.setattr("fedvlm_jax.deployment.plan.read_plan", lambda file: f"plan of {file.name}")
+    monkeypatch.setattr("fedvlm_jax.utils.compilation_cache.keep_programs", lambda: None)
+    with pytest.raises(UserError, match="does not say where the run shall be"):
+        run_plan(tmp_path, {"out": ""}, Grid({}))
+    assert run_plan(tmp_path, {"out": "runs/a", "model": ""}, Grid({7: echo})) == Path("runs/a")
+    run_plan(tmp_path, {"out": "runs/a", "model": "./there"}, Grid({}))
+    assert [(plan, model) for plan, model, *_ in given] == [
+        ("plan of plan.json", None),
+        ("plan of plan.json", "./there"),
+    ]
+    assert given[0][2].list_nodes() == [7]
