@@ -173,6 +173,7 @@ class Answers:
 def say(planned, schema, number=0, **changes):
     sizes = {"train": 3, "validation": 1, "test": 1}
     header = {"number": number, "token": planned[1][number % 3], "name": "ann", "sizes": sizes, "states": []}
+    header["session"] = "5"
     return {**header, "schema": schema, **changes}
 
 
@@ -204,7 +205,18 @@ def test_who_is_nobody_is_left_out(planned, roll, change, reason):
 
 def test_two_nodes_of_one_client_are_refused(planned, roll):
     with pytest.raises(UserError, match=r"two nodes say that they are client 0"):
-        roll.update(Answers(say(planned, "schema"), say(planned, "schema")), 1.0)
+        roll.update(Answers(say(planned, "schema"), say(planned, "schema", session="6")), 1.0)
+
+
+def test_a_node_that_was_killed_is_listed_for_a_while_beside_the_one_in_its_place(planned, roll):
+    """Its own process behind another connection, or nobody any more."""
+    one = say(planned, "schema")
+    roll.update(Answers(one), 1.0)
+    roll.update(Answers(one, one), 1.0)
+    assert roll.nodes == {0: 101}
+    roll.update(Answers(one, Failure("gone"), say(planned, "schema", session="7")), 1.0)
+    assert roll.nodes == {0: 102}
+    assert set(roll.refused) == {100, 101}
 
 
 def test_a_worker_that_is_not_started_yet_is_asked_again(planned, roll):

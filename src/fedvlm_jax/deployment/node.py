@@ -4,6 +4,7 @@ Base, features and compiled programs stay in memory from order to order. What a 
 the method says how to make, and numbers about its training; no leaf of the personal state is in it.
 """
 
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,7 @@ class Node:
     folder: Path
     _shapes: dict[int, PyTree] = field(default_factory=dict, init=False, repr=False)
     _message: tuple[int, PyTree] | None = field(default=None, init=False, repr=False)
+    _session: str = field(default_factory=lambda: secrets.token_hex(8), init=False, repr=False)  # of this process
 
     @property
     def name(self) -> str:
@@ -161,6 +163,7 @@ class Node:
         return Packet(
             {
                 "token": self.file.token,
+                "session": self._session,
                 "name": self.name,
                 "sizes": {"train": len(client.train), "validation": len(client.validation), "test": len(client.test)},
                 "states": self._states.rounds(),

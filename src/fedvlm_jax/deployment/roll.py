@@ -1,6 +1,6 @@
 """The nodes that a coordinator knows: who is which client, how many rows each has, and after which round it counted."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ from fedvlm_jax.utils.untrusted_text import clean, cut
 HELLO: Form = {
     "number": int,
     "token": str,
+    "session": str,
     "name": str,
     "sizes": {"train": int, "validation": int, "test": int},
     "states": list[int],
     "schema": str,
 }
 LONGEST_NAME = 100
+PATIENCE = 60.0
+"""Seconds that a node has to say who it is; one whose worker is busy is asked again."""
 
 
 @dataclass
@@ -63,21 +66,27 @@ class Roll:
         Raises:
             UserError: two nodes say that they are the same client.
         """
-        there, told = transport.list_nodes(), list[str]()
+        there, told, timeout = transport.list_nodes(), list[str](), min(timeout, PATIENCE)
         self.nodes = {number: node for number, node in self.nodes.items() if node in there}
         known = {*self.nodes.values(), *self.refused}
         order = Packet({"kind": "hello", "plan": self.plan.digest})
         replies = transport.ask({node: order for node in there if node not in known}, timeout)
         for node, reply in sorted(replies.items()):
-            fault = self._admit(node, reply, told)
+            fault = self._admit(node, reply, told, lambda old: transport.ask({old: order}, timeout).get(old))
             if fault:
                 if not isinstance(reply, Failure):  # a worker that is not started yet may be asked again
                     self.refused[node] = fault
                 told.append(f"a node is left out: {fault}")
         return told
 
-    def _admit(self, node: int, reply: Packet | Failure, told: list[str]) -> str:
-        """Take a node for the client whose secret it knows; return what speaks against it."""
+    def _admit(
+        self, node: int, reply: Packet | Failure, told: list[str], ask: Callable[[int], Packet | Failure | None]
+    ) -> str:
+        """Take a node for the client whose secret it knows; return what speaks against it.
+
+        The network may list a node that was killed for a while, beside the one that took its place: `ask` finds out
+        whether the old one still answers, and whether both are one process.
+        """
         if isinstance(reply, Failure):
             return clean(cut(reply.reason, 300))
         header = reply.header
@@ -91,9 +100,12 @@ class Roll:
         if header["schema"] != self.schema:
             return f"client {number} expects arrays of other shapes: its model, method or version is another"
         if number in self.nodes:
-            raise UserError(
-                f"two nodes say that they are client {number}: a node file is for one machine; stop one of the two"
-            )
+            before = ask(self.nodes[number])
+            if isinstance(before, Packet) and before.header.get("session") != header["session"]:
+                raise UserError(
+                    f"two nodes say that they are client {number}: a node file is for one machine; stop one of the two"
+                )
+            self.refused[self.nodes[number]] = f"another has taken its place as client {number}"
         self.nodes[number] = node
         self._enter(number, header, told)
         return ""
