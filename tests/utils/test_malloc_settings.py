@@ -98,7 +98,7 @@ def test_commands_that_compute_start_again_and_no_others(words, expected, monkey
 
 def test_every_command_that_computes_is_one():
     """A new command is put into one of the two, by whether it computes for long."""
-    others = {"ask", "cache", "data", "demo", "explain", "export", "report"}
+    others = {"ask", "cache", "data", "demo", "deploy", "explain", "export", "report"}
     assert set(commands_available()) - set(__main__.COMPUTING) == others
     assert set(__main__.COMPUTING) <= set(commands_available())
     assert {ALL} <= __main__.HELP

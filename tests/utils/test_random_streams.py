@@ -56,7 +56,7 @@ def test_no_bare_number_is_folded_into_a_key():
     assert sum(is_stream(number) or (isinstance(number, ast.Name) and number.id == "stream") for number in folded) == 3
     for path, call in calls:
         assert not isinstance(call.args[1], ast.Constant), f"{path}:{call.lineno}"
-    nodes = ast.walk(ast.parse((SOURCE / "federation/round.py").read_text(encoding="utf-8")))
+    nodes = ast.walk(ast.parse((SOURCE / "federation/client_round.py").read_text(encoding="utf-8")))
     rounds = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "fold"]
     assert len(rounds) == 3
     assert all(is_stream(call.args[0]) for call in rounds)

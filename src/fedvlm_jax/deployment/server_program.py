@@ -14,7 +14,7 @@ from fedvlm_jax.config.method_checks import check_rule
 from fedvlm_jax.config.method_setup import make_setup, make_spec
 from fedvlm_jax.deployment.plan import Plan
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.federation.client_round import start_personal
+from fedvlm_jax.federation.client_round import aggregation_key, start_personal
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round_shapes import shape_client
 from fedvlm_jax.federation.simulator import start_adapter
@@ -23,7 +23,6 @@ from fedvlm_jax.models import Vlm, read_vlm
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.training.round_setup import deal_ranks
 from fedvlm_jax.utils import tree
-from fedvlm_jax.utils.random_streams import Stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +73,7 @@ class ServerProgram:
         def aggregate(
             server: PyTree, messages: PyTree, weights: Array, numbers: Array, round_: Array, key: Array, phase: int
         ) -> tuple[PyTree, dict[str, Array], Array]:
-            drawn = jax.random.fold_in(jax.random.fold_in(key, Stream.AGGREGATION), round_)
+            drawn = aggregation_key(key, round_)
             ctx = Context({}, round_, phase, {}, _refuse, drawn, numbers=numbers)
             new, health = method.aggregate(ctx, server=server, messages=messages, weights=weights)
             return new, health, tree.is_finite(new)

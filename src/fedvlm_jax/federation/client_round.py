@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ def make_context(trainer: LocalTrainer, frame: Frame, phase: int, drops: PRNGKey
         drawn = {} if drops is None else {"key": jax.random.fold_in(drops, next(asked))}
         return trainer.run(frame.params, factors, optimizer, client, frame.rates, **choices, **drawn)
 
-    return Context(frame.params, frame.round, phase, frame.rates, train, _fold(frame, Stream.AGGREGATION))
+    return Context(frame.params, frame.round, phase, frame.rates, train, aggregation_key(frame.key, frame.round))
 
 
 def make_client_round(method: Method, trainer: LocalTrainer) -> Callable[..., ClientUpdated]:
@@ -52,17 +53,17 @@ def make_client_round(method: Method, trainer: LocalTrainer) -> Callable[..., Cl
     """
 
     def run(frame: Frame, personal: PyTree, client: Client, phase: int = 0) -> ClientUpdated:
-        number = client.number
+        number, fold = client.number, partial(_fold, frame.key, frame.round)
         with jax.named_scope("start_clients"):
             fresh = start_personal(method, frame.key, frame.server, number)
             personal = _choose(client.new, fresh, personal)
-        drops = jax.random.fold_in(_fold(frame, Stream.DROPOUT), number) if trainer.draws else None
+        drops = jax.random.fold_in(fold(Stream.DROPOUT), number) if trainer.draws else None
         new, message, metrics = method.client_update(
             make_context(trainer, frame, phase, drops),
             server=frame.server,
             personal=personal,
             client=client,
-            key=jax.random.fold_in(_fold(frame, Stream.UPDATES), number),
+            key=jax.random.fold_in(fold(Stream.UPDATES), number),
         )
         with jax.named_scope("look_for_numbers_that_are_not_finite"):
             finite = tree.is_finite((new, message, metrics["loss"]))
@@ -78,8 +79,14 @@ def start_personal(method: Method, key: PRNGKeyArray, server: PyTree, number: Nu
     return method.init_client(key=key, server=server, number=number)
 
 
-def _fold(frame: Frame, stream: Stream) -> PRNGKeyArray:
-    return jax.random.fold_in(jax.random.fold_in(frame.key, stream), frame.round)
+def aggregation_key(key: PRNGKeyArray, round_: Number) -> PRNGKeyArray:
+    """Fold the key of what the server draws in a round from the run's."""
+    fold = partial(_fold, key, round_)
+    return fold(Stream.AGGREGATION)
+
+
+def _fold(key: PRNGKeyArray, round_: Number, stream: Stream) -> PRNGKeyArray:
+    return jax.random.fold_in(jax.random.fold_in(key, stream), round_)
 
 
 def _choose(first: Bool[Array, ""], one: PyTree, other: PyTree) -> PyTree:
