@@ -17,6 +17,7 @@ from deployment_world import (
 )
 from safetensors.numpy import load_file
 
+from fedvlm_jax.config.learning_rates import find_rates
 from fedvlm_jax.config.run_options import LoraOptions, TrainOptions
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.deployment.coordinator import coordinate
@@ -267,10 +268,48 @@ def test_orders_that_are_none_are_refused(finished):
         ({"kind": ["train"], "plan": plan}, "is unknown"),
         ({"kind": "train", "plan": plan}, "'round' is missing"),
         ({"kind": "evaluate", "plan": plan, "round": 1, "kept": 0}, r"0 bytes came"),
-        ({"kind": "message", "plan": plan, "round": 77, "weight": 1.0}, "no message of round 77"),
+        ({"kind": "message", "plan": plan, "round": 1, "weight": 1.0}, "no message of round 1"),
     ]:
         with pytest.raises(UserError, match=reason):
             nodes[0].answer(Packet(header))
+
+
+def test_orders_outside_the_plan_are_refused(finished):
+    """And leave every state as it was; a learning rate of 1e9 would have ended this client's model."""
+    _, nodes, _, _ = finished
+    node = nodes[0]
+    train = {"round": 2, "kept": 1, "keep": [], "rates": find_rates(node.file.plan.run.train, 2), "steps": 2}
+    train |= {"kind": "train", "plan": node.file.plan.digest, "weight": 0.5, "share": 0.5}
+    before = {file: file.read_bytes() for file in node.folder.rglob("*") if file.is_file()}
+    for changes in [
+        *({"round": round_} for round_ in (0, -1, 3, 2**40)),
+        *({"kept": kept} for kept in (-1, 2, 10**30)),
+        *({"steps": steps} for steps in (0, 3, 10**12)),
+        *({"rates": {"a": rate, "b": rate}} for rate in (1e9, "nan", -1.0, "inf")),
+        *({name: weight} for name in ("weight", "share") for weight in (-0.5, 1.5, "nan", "inf")),
+        {"kind": "evaluate", "kept": 3},
+        {"kind": "finish", "round": 3},
+        {"kind": "message", "weight": "nan"},
+    ]:
+        with pytest.raises(UserError, match="the coordinator's order is outside the plan"):
+            node.answer(Packet(train | changes))
+    assert {file: file.read_bytes() for file in node.folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_message_goes_into_one_sum_alone(finished):
+    """The difference of two sums is one client's message."""
+    _, nodes, _, _ = finished
+    order = Packet({"kind": "message", "plan": nodes[0].file.plan.digest, "round": 2, "weight": 1.0})
+    assert nodes[0].answer(order).payload
+    with pytest.raises(UserError, match="no message of round 2"):
+        nodes[0].answer(order)
+
+
+def test_a_folder_of_another_client_is_refused_before_the_model_is_loaded(finished, planned):
+    _, nodes, _, _ = finished
+    file, data = NodeFile(1, planned[1][1], planned[0]), make_options("nothing-there", **LENGTHS)
+    with pytest.raises(UserError, match="has the states of another client"):
+        open_node(file, data, None, nodes[0].folder, SilentProgress())
 
 
 def test_plans_and_node_files_come_back_as_they_were(planned, tmp_path):

@@ -63,7 +63,7 @@ def node(
             def answer(order: Any) -> Any:
                 began = time.perf_counter()
                 reply = opened.answer(order)
-                named = " ".join(str(order.header[name]) for name in ("kind", "round") if name in order.header)
+                named = " ".join(str(reply.header[name]) for name in ("kind", "round") if name in reply.header)
                 came, went = len(order.payload), len(reply.payload)
                 show.note(f"{named:12} {came:,} bytes in, {went:,} out, {time.perf_counter() - began:.1f} s")
                 return reply

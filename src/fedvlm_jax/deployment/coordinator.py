@@ -20,7 +20,7 @@ from fedvlm_jax.config.learning_rates import find_rates
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.deployment.packets import Packet, SecureTransport, Transport
-from fedvlm_jax.deployment.plan import Plan
+from fedvlm_jax.deployment.plan import SECURE, Plan
 from fedvlm_jax.deployment.replies import (
     FINISHED,
     SCORED,
@@ -42,6 +42,7 @@ from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.run_dir.fingerprints import describe_model
 from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.training.failures import UNFIT, describe_unfit, list_names
+from fedvlm_jax.training.round_setup import MOST_ROWS
 from fedvlm_jax.utils.progress import Progress, working
 from fedvlm_jax.utils.untrusted_text import clean, cut
 
@@ -82,7 +83,11 @@ class Coordinator:
         """
         done, train = self._restore(), self.plan.run.train
         self.folder.start_lines(done)
-        self._gather(range(self.plan.clients), "before the first round" if not done else "to go on")
+        if done:
+            self._gather(range(self.plan.clients), "to go on", enough=self.plan.least)
+        else:
+            self._gather(range(self.plan.clients), "before the first round")
+        self._check_least()
         adapter = start_adapter(self.program.key, self.program.vlm.sites, make_spec(self.plan.run, self.program.vlm))
         self.folder.write_config(self.model, adapter, self.roll.members, self._steps)
         every = self.plan.run.evaluation.every
@@ -108,7 +113,8 @@ class Coordinator:
         if train.local_epochs is None:
             return train.local_steps
         sizes = [member.sizes["train"] for member in members]
-        return max((count_steps(size, train.local_epochs, train.batch_size) for size in sizes if size), default=1)
+        steps = max((count_steps(size, train.local_epochs, train.batch_size) for size in sizes if size), default=1)
+        return min(steps, MOST_ROWS)  # nodes make their own alone, and refuse what cannot be
 
     @property
     def _select_by(self) -> str:
@@ -118,19 +124,43 @@ class Coordinator:
     def _is_validated(self, round_: int, every: int) -> bool:
         return round_ == self.plan.run.train.rounds or round_ % every == 0
 
-    def _gather(self, wanted: Collection[int], when: str, least: int | None = None) -> None:
-        """Wait until these clients' nodes are there, or `least` of them, at most as long as an order may take."""
+    def _check_least(self) -> None:
+        """Refuse a deployment in which no round could ever count.
+
+        Raises:
+            UserError: fewer clients can train than a round needs.
+        """
+        able = sum(bool(member.sizes["train"]) for member in self.roll.members.values())
+        least = max(self.plan.least, SECURE) if self.plan.secure else self.plan.least
+        if able < least:
+            raise UserError(
+                f"{able} clients have training examples, and a round needs {least}: make a deployment with a lower "
+                "--at-least, or without these clients"
+            )
+
+    def _look(self) -> None:
+        """See who is there."""
+        for text in self.roll.update(self.transport, self.plan.timeout):
+            self.show.note(text)
+
+    def _gather(self, wanted: Collection[int], when: str, least: int | None = None, enough: int | None = None) -> None:
+        """Wait until these clients' nodes are there, or `least` of them, at most as long as an order may take.
+
+        After that `enough` of them do.
+        """
         began = told = time.monotonic()
         least = len(wanted) if least is None else least
         while True:
-            for text in self.roll.update(self.transport, self.plan.timeout):
-                self.show.note(text)
+            self._look()
             missing = [number for number in wanted if number not in self.roll.nodes]
             if len(wanted) - len(missing) >= least:
                 return
             now = time.monotonic()
             names = list_names([self._name(number) for number in missing])
             if now - began > self.plan.timeout:
+                if enough is not None and len(wanted) - len(missing) >= enough:
+                    self.show.note(f"{names} did not come within {self.plan.timeout:g} seconds {when}: without them")
+                    return
                 raise UserError(
                     f"{names} did not come within {self.plan.timeout:g} seconds {when}: start their nodes, and then "
                     "this again, which goes on where it was"
@@ -193,6 +223,8 @@ class Coordinator:
             counted, health = list[int](), dict[str, float]()
         else:
             counted, health = self._aggregate(trained, numbers, round_)
+        for member in self.roll.members.values():
+            member.older = sorted({member.kept, member.best} - {0})
         for number in counted:
             self.roll.members[number].kept = round_
         means = mean_by_name([trained.headers[number]["metrics"] for number in counted])
@@ -217,7 +249,7 @@ class Coordinator:
     def _order(self, kind: str, number: int, server: PyTree, **header: Any) -> Packet:
         member = self.roll.members[number]
         payload = pack(self.program.broadcast(server, number, self.last.get(number)))
-        about = {"kind": kind, "plan": self.plan.digest, "kept": member.kept, "keep": [member.best]}
+        about = {"kind": kind, "plan": self.plan.digest, "kept": member.kept, "keep": member.keep}
         return Packet({**about, **header}, payload)
 
     def _ask(self, orders: Mapping[int, Packet], round_: int) -> dict[int, Packet]:
@@ -236,6 +268,8 @@ class Coordinator:
             else:
                 reason = "no answer in time" if reply is None else clean(cut(reply.reason, 300))
             self.show.note(f"round {round_}: {self._name(number)} is left out: {reason}")
+            if reply is not None:
+                self.roll.drop(number)
         return found
 
     def _aggregate(self, trained: Trained, numbers: Sequence[int], round_: int) -> tuple[list[int], dict[str, float]]:
@@ -274,31 +308,40 @@ class Coordinator:
         numbers = sorted(trained.headers)
         weights = dict(zip(numbers, self._weigh(numbers).tolist(), strict=True))
         largest = max(trained.headers[number]["largest"] * weights[number] for number in numbers)
-        if not math.isfinite(largest):
-            raise UserError(f"round {round_}: a node sends numbers that are not finite")
         about = {"kind": "message", "plan": self.plan.digest, "round": round_}
         orders = {self.roll.nodes[number]: Packet({**about, "weight": weights[number]}) for number in numbers}
-        total = self.transport.ask_sum(orders, HEADROOM * max(largest, 1e-12), self.plan.timeout)
-        counted = [number for number in numbers if self.roll.nodes[number] in total.nodes]
-        if len(counted) < self.plan.least:
-            self.show.note(f"round {round_}: the secure sum came of {len(counted)} clients: the round changes nothing")
-            return [], {}
-        share = sum(weights[number] for number in counted)
         shapes = self.program.message(self.program.method.phase(round_))
-        mean = unpack(np.asarray(total.vector / share, np.float32).tobytes(), shapes)
+        try:
+            total = self.transport.ask_sum(orders, HEADROOM * max(largest, 1e-12), self.plan.timeout)
+            counted = [number for number in numbers if self.roll.nodes[number] in total.nodes]
+            if len(counted) < self.plan.least:
+                raise UserError(f"the secure sum came of {len(counted)} clients")
+            share = sum(weights[number] for number in counted)
+            mean = unpack(np.asarray(total.vector / share, np.float32).tobytes(), shapes)
+        except UserError as error:  # of what one node sent, for example, which nobody can look at
+            self.show.note(f"round {round_}: {clean(cut(str(error), 300))}: the round changes nothing")
+            return [], {}
         return counted, jax.tree.map(lambda leaf: leaf[None], mean)
 
     def _validate(self, round_: int) -> dict[str, Any]:
         """Have every node that is there score its model on its own validation data; keep the best round."""
+        self._look()
         there = [n for n in sorted(self.roll.nodes) if self.roll.members[n].sizes["validation"]]
         orders = {number: self._order("evaluate", number, self.server, round=round_) for number in there}
         replies, faults = check_replies(self._ask(orders, round_), SCORED)
+        for number, said in list(replies.items()):
+            if said["round"] != round_:
+                faults[number] = f"its scores are of round {replies.pop(number)['round']!s:.20}"
+            elif not all(math.isfinite(score) for score in said["scores"].values() if score is not None):
+                faults[number] = "it has scores that are not finite"
         self._tell(faults, f"round {round_}: {{}} is not scored: {{}}")
         found: dict[str, Any] = mean_by_name([header["scores"] for header in replies.values()])
         found["metric"] = self._select_by
         value, loss = found.get(self._select_by), found.get("loss")
         score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
-        if value is None or (all(map(math.isfinite, score)) and score > self.best[2]):
+        # Without validation data, or anybody who has scored, the newest is the best there is.
+        newest = value is None and not math.isfinite(self.best[2][0])
+        if newest or (all(map(math.isfinite, score)) and score > self.best[2]):
             self.best = (self.server, round_, score)
             for member in self.roll.members.values():
                 member.best = member.kept

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from fedvlm_jax.config.learning_rates import find_rates
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.batches import bucket, count_steps, round_rows
 from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.deployment.node_states import NodeStates
+from fedvlm_jax.deployment.node_states import NodeStates, claim_states
 from fedvlm_jax.deployment.packets import Packet
 from fedvlm_jax.deployment.plan import NodeFile
-from fedvlm_jax.deployment.replies import MODELS
+from fedvlm_jax.deployment.replies import MODELS, read_header
 from fedvlm_jax.deployment.vectors import count_bytes, digest_schema, pack, unpack
 from fedvlm_jax.distributed.sharding import place_like
 from fedvlm_jax.errors import UserError
@@ -33,12 +34,12 @@ from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.methods import Client
 from fedvlm_jax.run_dir import artifacts, fingerprints
 from fedvlm_jax.run_dir.config_seal import seal
-from fedvlm_jax.run_dir.validated_files import Form, check_form
+from fedvlm_jax.run_dir.validated_files import Form
 from fedvlm_jax.training import final_evaluation
 from fedvlm_jax.training.best_round import score_validation
 from fedvlm_jax.training.experiment import Experiment, open_experiment
 from fedvlm_jax.training.loaded_model import LoadedModel, load_model
-from fedvlm_jax.training.round_setup import choose_program_options, deal_ranks
+from fedvlm_jax.training.round_setup import MOST_ROWS, choose_program_options, deal_ranks
 from fedvlm_jax.training.start_description import describe_start
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.progress import COMPILING, Progress, working
@@ -54,6 +55,8 @@ TRAIN: Form = {
 }
 EVALUATE: Form = {"round": int, "kept": int}
 MESSAGE: Form = {"round": int, "weight": float}
+SHARES = ("weight", "share")
+STATES = "states"
 ORDERS = Path("the coordinator's order")
 
 
@@ -102,7 +105,7 @@ class Node:
         shapes = jax.eval_shape(
             lambda key, server: start_personal(method, key, server, jnp.int32(0)), self._key, server
         )
-        return NodeStates(self.folder / "states", shapes)
+        return NodeStates(self.folder / STATES, shapes, _name_owner(self.file))
 
     @cached_property
     def _received(self) -> PyTree:
@@ -172,8 +175,7 @@ class Node:
         )
 
     def _train(self, order: Packet) -> Packet:
-        header = order.header
-        check_form(ORDERS, header, TRAIN)
+        header = self._check(order, TRAIN)
         round_, rates = header["round"], header["rates"]
         programs, server = self._programs(header["steps"]), self._view(order.payload)
         personal, known = self._load(header["kept"])
@@ -202,36 +204,34 @@ class Node:
 
     def _send(self, order: Packet) -> Packet:
         """Hand over the message of a round, weighted, for a sum in which nobody sees it alone."""
-        check_form(ORDERS, order.header, MESSAGE)
-        if self._message is None or self._message[0] != order.header["round"]:
-            raise UserError(f"there is no message of round {order.header['round']} here")
+        header = self._check(order, MESSAGE)
+        if self._message is None or self._message[0] != header["round"]:
+            raise UserError(f"there is no message of round {header['round']} here")
         leaves = [np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(self._message[1])]
+        self._message = None  # two sums with other clients would tell it by their difference
         vector = np.concatenate([*leaves, np.zeros(0, np.float32)])
-        return Packet({}, (vector * np.float32(order.header["weight"])).tobytes())
+        return Packet({}, (vector * np.float32(header["weight"])).tobytes())
 
     def _evaluate(self, order: Packet) -> Packet:
-        check_form(ORDERS, order.header, EVALUATE)
-        server = self._view(order.payload)
+        header, server = self._check(order, EVALUATE), self._view(order.payload)
         final_evaluation.ask_base(self.experiment)  # rewards are relative to what it answers
         with working(self.experiment.show, "validating this client's model"):
-            scores = score_validation(
-                self.experiment, self._base(server), self._personal(server, order.header["kept"]), [0]
-            )
+            scores = score_validation(self.experiment, self._base(server), self._personal(server, header["kept"]), [0])
         found = _select(scores, self.name)
-        return Packet({"round": order.header["round"], "scores": found})
+        return Packet({"round": header["round"], "scores": found})
 
     def _finish(self, order: Packet) -> Packet:
         """Score the models that the deployment ends with, and keep them in the folder of a run of one client."""
-        check_form(ORDERS, order.header, EVALUATE)
+        header = self._check(order, EVALUATE)
         experiment, server = self.experiment, self._view(order.payload)
         base, zero_shot = self._base(server), final_evaluation.ask_base(experiment)
         method = self._programs(self._steps).method
         shared = jax.device_get(method.download(server=server)) if not method.mixes else {}
-        personal = self._personal(server, order.header["kept"])
+        personal = self._personal(server, header["kept"])
         general = self._personal(server, 0) if jax.tree.leaves(shared) else None
         with working(experiment.show, "evaluating this client's model"):
             _, scores = final_evaluation.score_models(experiment, base, personal, general, zero_shot)
-        folder, about = experiment.folder, {"method": self._run.method, "round": order.header["round"]}
+        folder, about = experiment.folder, {"method": self._run.method, "round": header["round"]}
         folder.mkdir(parents=True, exist_ok=True)
         artifacts.save_base(folder / "adapters" / artifacts.BASE, experiment.model.params, base)
         listed = [
@@ -241,7 +241,7 @@ class Node:
         ]
         artifacts.save_adapters(folder / "adapters", listed[0], shared, about, *listed[1:])
         write_json(folder / "config.json", seal(describe_start(experiment)))
-        results = {"selected_round": order.header["round"], "selected_by": experiment.select_by, **scores}
+        results = {"selected_round": header["round"], "selected_by": experiment.select_by, **scores}
         write_json(folder / "results.json", results)
         own = {
             name: {split: _select(by_metric, self.name) for split, by_metric in scores[name].items()}
@@ -250,6 +250,19 @@ class Node:
         }
         gains = _select(scores.get("gain_intervals", {}), self.name)
         return Packet({"results": own, "gains": gains, "generation": scores["generation"]})
+
+    def _check(self, order: Packet, form: Form) -> dict[str, Any]:
+        """Read an order's header; what is outside the plan is refused, whoever asks for it."""
+        header, train = read_header(ORDERS, order.header, form), self._run.train
+        round_, kept = header["round"], header.get("kept", 0)
+        if not 1 <= round_ <= train.rounds or not 0 <= kept <= round_ - (form is TRAIN):
+            raise UserError(f"{ORDERS} is outside the plan: no round {round_!s:.20} goes on from {kept!s:.20}")
+        if form is TRAIN and header["rates"] != find_rates(train, round_):
+            raise UserError(f"{ORDERS} is outside the plan: its learning rates are others")
+        most = train.local_steps if train.local_epochs is None else MOST_ROWS
+        if not 1 <= header.get("steps", 1) <= most or not all(0 <= header.get(name, 0) <= 1 for name in SHARES):
+            raise UserError(f"{ORDERS} is outside the plan: it has steps, or a weight, that cannot be")
+        return header
 
     def _view(self, payload: bytes) -> PyTree:
         method = self._programs(self._steps).method
@@ -273,12 +286,14 @@ class Node:
         return lambda numbers: jax.tree.map(lambda leaf: jnp.repeat(leaf, len(numbers), axis=0), adapter)
 
     def _read(self, round_: int, steps: int, weight: float, share: float, *, new: bool) -> Client:
-        """Read the rows of a round: those that the simulator would read for this client's number."""
+        """Read the rows of a round: those that the simulator would read for this client's number.
+
+        Steps beyond this client's own, which a larger client takes, are not made.
+        """
         train, rows = self._run.train, self.experiment.examples.clients[0].train
+        steps = min(steps, self._steps)
         size = bucket(max(min(len(rows), steps * train.batch_size), 1))
-        drawn = round_rows(
-            self._run.seed, round_, [self.file.number], [rows], steps, train.batch_size, size, [min(steps, self._steps)]
-        )
+        drawn = round_rows(self._run.seed, round_, [self.file.number], [rows], steps, train.batch_size, size, [steps])
         return Client(
             examples={name: jnp.asarray(array) for name, array in self.experiment.inputs(drawn.rows[0]).items()},
             indices=drawn.indices[0],
@@ -310,6 +325,10 @@ def _select(scores: Mapping[str, Mapping[str, Any]], client: str) -> dict[str, A
     return {metric: values[client] for metric, values in scores.items() if client in values}
 
 
+def _name_owner(file: NodeFile) -> str:
+    return f"client {file.number} of the plan {file.plan.digest}"
+
+
 def open_node(
     file: NodeFile,
     data: DataOptions,
@@ -329,8 +348,10 @@ def open_node(
         loaded: the base, where this process has it already.
 
     Raises:
-        UserError: the base is not the plan's, the rows are not those of one client, or none of them can be trained on.
+        UserError: the base is not the plan's, the rows are not those of one client, or none of them can be trained on;
+            or the folder is another node's.
     """
+    claim_states(folder / STATES, _name_owner(file))
     plan = file.plan
     lengths = {name: getattr(plan.run.data, name) for name in ("max_prompt_tokens", "max_answer_tokens")}
     # Ranks are dealt by numbers of the whole population, of which there is one here.

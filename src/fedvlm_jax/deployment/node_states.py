@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from fedvlm_jax.deployment.vectors import digest_schema, pack, unpack
-from fedvlm_jax.errors import DamagedError
+from fedvlm_jax.errors import DamagedError, UserError
+from fedvlm_jax.run_dir.validated_files import read_json
 from fedvlm_jax.utils.digests import DIGEST_SIZE, digest_parts
-from fedvlm_jax.utils.files import read_plain, write_bytes
+from fedvlm_jax.utils.files import read_plain, write_bytes, write_json
 
 
 class NodeStates:
@@ -22,11 +23,17 @@ class NodeStates:
     states that were there.
     """
 
-    def __init__(self, folder: Path, shapes: PyTree) -> None:
-        """Open the folder, made where there is none, for states of these shapes."""
+    def __init__(self, folder: Path, shapes: PyTree, owner: str = "") -> None:
+        """Open the folder, made where there is none, for states of these shapes.
+
+        Raises:
+            UserError: it has the states of another owner.
+        """
         self._folder, self._shapes = folder, shapes
         self._schema = digest_schema(shapes).encode()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        claim_states(folder, owner)
+        for left in folder.glob("state-*.bin.*.tmp"):  # by a kill that came while it was written
+            left.unlink(missing_ok=True)
 
     def rounds(self) -> list[int]:
         """List the rounds whose states are there."""
@@ -34,11 +41,16 @@ class NodeStates:
         return sorted(int(name[1]) for name in names if name)
 
     def save(self, round_: int, state: PyTree, keep: Collection[int]) -> None:
-        """Write the state after a round, on the disk when this returns; of others only those to keep stay."""
+        """Write the state after a round, on the disk when this returns; of earlier ones only those to keep stay.
+
+        Later ones stay: a coordinator that goes back, or begins anew in another folder, is not to be trusted with them.
+        So do all where none is to be kept, for a client that begins anew may have been sent to by mistake.
+        """
         content = pack(state)
         write_bytes(self._name(round_), digest_parts([self._schema, content], round_) + content, sync=True)
-        for other in self.rounds():
-            if other != round_ and other not in keep:
+        kept = {held for held in keep if held}
+        for other in self.rounds() if kept else ():
+            if other < round_ and other not in kept:
                 self._name(other).unlink(missing_ok=True)
 
     def load(self, round_: int) -> PyTree:
@@ -67,3 +79,19 @@ class NodeStates:
 
     def _name(self, round_: int) -> Path:
         return self._folder / f"state-{round_}.bin"
+
+
+def claim_states(folder: Path, owner: str) -> None:
+    """Make a folder for states where there is none, and write whose they are where nothing says so yet.
+
+    Raises:
+        UserError: they are another's.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = folder / "owner.json"
+    if not file.is_file():
+        write_json(file, {"owner": owner})
+    elif read_json(file, {"owner": str})["owner"] != owner:
+        raise UserError(
+            f"{folder} has the states of another client, or of another deployment: say another --folder, or remove it"
+        )

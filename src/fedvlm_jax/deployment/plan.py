@@ -97,7 +97,7 @@ def make_plan(
 
 def digest_token(token: str) -> str:
     """Return the digest of a secret of 128 random bits."""
-    return hashlib.sha256(token.encode()).hexdigest()
+    return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()
 
 
 def _check(run: Run, clients: int, least: int, timeout: float, secure: bool) -> None:

@@ -1,5 +1,6 @@
 """Nodes' replies, read as what a stranger wrote: forms, names, sizes and numbers are looked at before they are used."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.deployment.packets import Packet
 from fedvlm_jax.deployment.vectors import digest_schema, unpack
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.run_dir.validated_files import Form, check_form
+from fedvlm_jax.run_dir.validated_files import VALIDATION, Form, check_form
+from fedvlm_jax.training.failures import UNFIT
+from fedvlm_jax.utils.serialization import fit
 from fedvlm_jax.utils.untrusted_text import clean, cut
 
 TRAINED: Form = {"round": int, "finite": bool, "metrics": dict[str, float], "schema": str, "largest": float}
@@ -29,6 +32,12 @@ FINISHED: Form = {
 REPLY = Path("its reply")
 NAME, MOST_NUMBERS = re.compile(r"[a-z][a-z0-9_]{0,39}"), 64
 """Names of numbers that a node may give, and how many."""
+RESERVED = frozenset({*VALIDATION, UNFIT})
+"""Names of a line's entries that are no numbers."""
+
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+LARGEST = 10**9
+"""The most that an option may be which a node says it evaluated with."""
 
 Headers = dict[int, Mapping[str, Any]]
 Faults = dict[int, str]
@@ -43,13 +52,34 @@ class Trained(NamedTuple):
     unfit: list[int]
 
 
+def read_header(source: Path, header: Mapping[str, Any], form: Form) -> dict[str, Any]:
+    """Return the entries of a form, numbers as float64: JSON may have texts for them, and integers without end.
+
+    Raises:
+        UserError: an entry is missing or of another type; names `source`.
+
+    >>> read_header(REPLY, {"largest": "inf", "round": 3, "odd": []}, {"largest": float, "round": int})
+    {'largest': inf, 'round': 3}
+    """
+    check_form(source, header, form)
+    return _convert(header, form)
+
+
+def _convert(stored: Mapping[str, Any], form: Form) -> dict[str, Any]:
+    kinds = dict.fromkeys(stored, form["*"]) if "*" in form else {name.removesuffix("?"): form[name] for name in form}
+    return {
+        name: _convert(stored[name], kind) if isinstance(kind, dict) else fit(kind, stored[name], name)
+        for name, kind in kinds.items()
+        if name in stored
+    }
+
+
 def check_replies(replies: Mapping[int, Packet], form: Form) -> tuple[Headers, Faults]:
     """Return the headers that have a form, and what is wrong with the others."""
     found, faults = Headers(), Faults()
     for number, reply in sorted(replies.items()):
         try:
-            check_form(REPLY, reply.header, form)
-            found[number] = reply.header
+            found[number] = read_header(REPLY, reply.header, form)
         except UserError as error:
             faults[number] = clean(cut(str(error), 300))
     return found, faults
@@ -70,6 +100,8 @@ def read_trained(replies: Mapping[int, Packet], shapes: PyTree, round_: int, *, 
         try:
             if header["round"] != round_ or header["schema"] != schema:
                 raise UserError("it is of another round, or of arrays of other shapes")
+            if header["finite"] and not 0 <= header["largest"] < math.inf:
+                raise UserError("it says that its largest entry is none that can be")
             message = {} if summed or not header["finite"] else unpack(replies[number].payload, shapes)
         except UserError as error:
             faults[number] = str(error)
@@ -85,7 +117,9 @@ def read_trained(replies: Mapping[int, Packet], shapes: PyTree, round_: int, *, 
 def mean_by_name(found: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
     """Average each number over the clients that have it; names that nodes cannot have from us are left out.
 
-    >>> mean_by_name([{"loss": 1.0, "cider": None, "<b>": 7.0}, {"loss": 3.0}])
+    Numbers that are not finite are left out as well, unless all are: one node would take everybody's with it.
+
+    >>> mean_by_name([{"loss": 1.0, "cider": None, "<b>": 7.0}, {"loss": 3.0}, {"loss": math.nan}])
     {'loss': 2.0}
     """
     values: dict[str, list[float]] = {}
@@ -93,7 +127,8 @@ def mean_by_name(found: Sequence[Mapping[str, float | None]]) -> dict[str, float
         for name, value in _list_named(each):
             if value is not None:
                 values.setdefault(name, []).append(value)
-    return {name: sum(held) / len(held) for name, held in values.items()}
+    finite = {name: list(filter(math.isfinite, held)) or held for name, held in values.items()}
+    return {name: sum(value / len(held) for value in held) for name, held in finite.items()}
 
 
 def join_results(replies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -105,17 +140,31 @@ def join_results(replies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     results: dict[str, Any] = {"zero_shot": {}, "personal": {}, "generation": {}}
     for client, reply in replies.items():
-        plain = {name: value for name, value in _list_named(reply["generation"]) if isinstance(value, int | float)}
+        plain = {name: value for name, value in _list_named(reply["generation"]) if _is_plain(value)}
         results["generation"] = results["generation"] or plain
         for model in MODELS:
             for split in SPLITS:
                 for metric, value in _list_named(reply["results"].get(model, {}).get(split, {})):
                     results.setdefault(model, {}).setdefault(split, {}).setdefault(metric, {})[client] = value
         for metric, ends in _list_named(reply["gains"]):
-            if len(ends) == 2:
+            if len(ends) == 2 and all(map(_is_float32, ends)):
                 results.setdefault("gain_intervals", {}).setdefault(metric, {})[client] = ends
     return results
 
 
 def _list_named(numbers: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    return ((name, value) for name, value in list(numbers.items())[:MOST_NUMBERS] if NAME.fullmatch(name))
+    shown = list(numbers.items())[:MOST_NUMBERS]
+    return ((name, value) for name, value in shown if _is_name(name) and _is_float32(value))
+
+
+def _is_name(name: str) -> bool:
+    return NAME.fullmatch(name) is not None and name not in RESERVED
+
+
+def _is_float32(value: Any) -> bool:
+    """Tell whether a float could have been computed in float32, as all are; squares of what is larger overflow."""
+    return not isinstance(value, float) or not LARGEST_FLOAT < abs(value) < math.inf
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= LARGEST

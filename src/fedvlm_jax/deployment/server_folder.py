@@ -47,7 +47,7 @@ class ServerFolder:
         if (path / "config.json").is_file():
             stored = read_config(path).content
             check_seal(path / "config.json", stored)
-            if stored["federation"].get("plan") != plan.digest:
+            if stored.get("federation", {}).get("plan") != plan.digest:
                 raise UserError(f"{path} is the folder of another run or plan: choose another for this one")
         self.checkpoints = Checkpoints(path / "checkpoints", keep=KEPT)
 

@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,21 @@ def write_bytes(file: Path, content: bytes, *, sync: bool = False) -> None:
                 opened.flush()
                 os.fsync(opened.fileno())
         scratch.replace(file)
+        if sync:
+            _sync_name(file)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def _sync_name(file: Path) -> None:
+    """Wait until the disk has a file's name as well, which is its folder's."""
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network disks do not sync folders
+            os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_text(file: Path, text: str, *, sync: bool = False) -> None:

@@ -17,6 +17,9 @@ from fedvlm_jax.errors import UserError
 SOCKET = "socket"
 """The key of a SuperNode's `--node-config` under which it says where the worker listens."""
 
+SUMMED = "message"
+"""The kind of an order whose reply only a secure sum may take."""
+
 
 def make_client_app() -> Any:
     """Make the ClientApp of a SuperNode.
@@ -67,6 +70,9 @@ def pass_on(content: Any, node_config: Mapping[str, Any], timeout: float) -> Pac
         timeout: seconds after which nobody waits for the reply any more.
     """
     try:
-        return ask_worker(find_socket(node_config), read_record(content), timeout)
+        packet = read_record(content)
+        if packet.header.get("kind") == SUMMED:
+            raise UserError("a message is handed over into a secure sum alone, and not to whoever asks for it")
+        return ask_worker(find_socket(node_config), packet, timeout)
     except UserError as error:
         return Packet({"error": " ".join(str(error).split())})

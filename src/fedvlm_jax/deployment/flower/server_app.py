@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.deployment.flower.library import load_flower
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.utils.untrusted_text import clean
 
 PLAN = "plan.json"
@@ -28,8 +28,9 @@ def make_server_app(folder: Path) -> Any:
     def run(grid: Any, context: Any) -> None:
         try:
             run_plan(folder, context.run_config, grid)
-        except UserError as error:
-            sys.stderr.write(f"fedvlm: {clean(str(error))}\n")  # which Flower shows beside its own traceback
+        except (UserError, OSError) as error:
+            text = describe_os_error(error) if isinstance(error, OSError) else str(error)
+            sys.stderr.write(f"fedvlm: {clean(text)}\n")  # which Flower shows beside its own traceback
             raise
 
     return app
