@@ -10,7 +10,7 @@
 #
 # A SuperLink, two SuperNodes and two `fedvlm node` beside them, each with rows that nobody else opens: two rounds of
 # pLoRA over the loopback interface. It is what *Real clients* does on several machines, with a random model of a few
-# thousand parameters. Without Flower (`pip install 'fedvlm-jax[flower]'`, in an environment of its own) only the
+# thousand parameters. Without Flower (`pip install '.[flower]'` in a clone, in an environment of its own) only the
 # deployment's folder is made.
 
 # %%
@@ -173,7 +173,7 @@ INSTALLED = find_spec("flwr") is not None
 if INSTALLED:
     train()
 else:
-    print("Flower is not installed here: pip install 'fedvlm-jax[flower]', in an environment of its own")
+    print("Flower is not installed here: pip install '.[flower]' in a clone, in an environment of its own")
 
 # %% [markdown]
 # ## What the server has

@@ -55,6 +55,7 @@ def test_the_plan_says_what_was_asked_for_and_holds_no_secret(written):
     assert len({node.token for node in nodes}) == 3
     for node in nodes:
         assert node.plan == plan
+        assert node.port == 8123
         assert node.token not in texts
 
 
@@ -84,6 +85,15 @@ def test_commands_of_its_text_are_ours_and_flower_s(written, monkeypatch):
     assert {words[3] for words in runs if words[2] == "run"} == {str(written / "app")}
 
 
+def test_the_short_help_has_what_is_a_deployment_s_own(capsys):
+    with pytest.raises(SystemExit):
+        fedvlm(["deploy", "--help"])
+    shown = capsys.readouterr().out
+    assert "--help-all lists" in shown
+    for flag in ("--clients", "--at-least", "--timeout", "--secure", "--port", "--out"):
+        assert f"\n  {flag} " in shown or f"\n  {flag}\n" in shown
+
+
 def test_the_command_of_a_supernode_survives_a_shell():
     words = shlex.split(describe_supernode("/a dir/it's/w.sock", 2, 8123))
     assert words[:4] == ["flower-supernode", "--insecure", "--superlink", "127.0.0.1:8123"]
@@ -111,6 +121,7 @@ def refuse(words, capsys):
         (("--clients", "3", "--timeout", "0"), "--timeout is 0.0: it must be above 0"),
         (("--clients", "3", "--train.finetune-steps", "2"), "not in a deployment"),
         (("--clients", "3", "--model", "./nowhere"), "there is no such folder"),
+        (("--clients", "3", "--method", "flora", "--secure"), "--secure: the server of flora needs every client's"),
         ((), "--clients"),
     ],
 )

@@ -25,7 +25,8 @@ from fedvlm_jax.deployment.node import open_node
 from fedvlm_jax.deployment.packets import Failure, Packet
 from fedvlm_jax.deployment.plan import NodeFile, make_plan, read_node_file, read_plan, write_node_file, write_plan
 from fedvlm_jax.errors import DamagedError, UserError
-from fedvlm_jax.run_dir.reader import read_finished, read_run
+from fedvlm_jax.run_dir.reader import find_client, read_finished, read_run
+from fedvlm_jax.training.extend_run import lengthen
 from fedvlm_jax.training.loaded_model import load_model
 from fedvlm_jax.utils.progress import SilentProgress
 
@@ -117,6 +118,23 @@ def test_the_server_s_folder_is_a_run_s(finished, capsys):
     assert "ann" in page
     assert "cyd" in page
     assert any("ann is there" in note for note in show.notes)
+    assert show.notes[-1].splitlines()[0].split() == ["run", str(folder)]
+
+
+@pytest.mark.parametrize(
+    "words", [("ask", "--client", "ann", "what?"), ("evaluate",), ("export",), ("demo",), ("train", "--resume")]
+)
+def test_the_server_s_folder_has_no_models_and_says_so(finished, words, capsys):
+    from fedvlm_jax.cli.main import main
+
+    folder, _, _, _ = finished
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    name, *others = words
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--resume", str(folder), "--rounds", "9"] if name == "train" else [name, str(folder), *others])
+    assert stop.value.code == 2
+    assert "is that of a deployment's server" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_node_s_folder_is_that_of_a_run_of_one_client(finished, capsys):
@@ -126,6 +144,9 @@ def test_a_node_s_folder_is_that_of_a_run_of_one_client(finished, capsys):
     _, nodes, _, _ = finished
     own = nodes[1].folder / "run"
     assert read_finished(own).clients == ("bob",)
+    assert find_client(None, ("bob",)) == "bob"
+    with pytest.raises(UserError, match=r"is a node's, and more rounds need a new deployment"):
+        lengthen(own, 9)
     assert main(["export", str(own), "--to", "peft", "--out", str(own.parent / "peft")]) in (None, 0)
     assert list((own.parent / "peft").rglob("adapter_model.safetensors"))
 
@@ -363,7 +384,7 @@ def test_another_base_and_rows_of_several_clients_are_refused(model, planned, ro
     with pytest.raises(UserError, match=r"has 3 clients \(ann, bob, cyd\), and a node is one"):
         open_node(file, make_options(str(rows / "all"), **LENGTHS), None, tmp_path / "node", SilentProgress())
     data = make_options(str(rows / "ann"), **LENGTHS)
-    with pytest.raises(UserError, match=r"weights of the model .* are others"):
+    with pytest.raises(UserError, match=r"made with:\n  the weights of the model .* are others"):
         open_node(file, data, "florence2-nano", tmp_path / "node", SilentProgress())
 
 

@@ -108,6 +108,11 @@ def test_clients_without_examples_count_nowhere(tmp_path: Path) -> None:
     assert tabulate_run(record)[0].rows[1][1] == "50.0 %"
 
 
+def test_the_gain_of_one_client_has_no_interval(tmp_path: Path) -> None:
+    table = tabulate_run(read_run(write_run(tmp_path / "r", {"a": 0.25}, {"a": 0.5})))[0]
+    assert [row[-1] for row in table.rows] == ["–", "+25.0"]
+
+
 def test_fine_tuning_after_federation_shows_in_the_name(tmp_path: Path) -> None:
     stored = Run(method="fedavg-lora")
     folder = write_run(tmp_path / "r", {"a": 0.1}, {"a": 0.5}, stored)

@@ -109,14 +109,18 @@ def deploy(
 
     from fedvlm_jax.deployment.flower.app_folder import write_deployment
     from fedvlm_jax.deployment.plan import make_plan
+    from fedvlm_jax.deployment.server_program import open_method
     from fedvlm_jax.export.new_folder import write_beside
 
     place = folder.absolute()
     with write_beside(place, "DIR") as scratch:
         plan, tokens = make_plan(run, clients, least=at_least, timeout=timeout, secure=secure)
+        open_method(plan, run.model)  # what the server would refuse is refused before there are nodes
         write_deployment(scratch, plan, tokens, place=place, out=out or place / "run", port=port)
-    last = f" to {place}/nodes/client-{clients - 1}.json" if clients > 1 else ""
-    print(f"nodes   {place}/nodes/client-0.json{last}: copy each to its machine by a safe way, and only there:")
-    print("        whoever has such a file is that client")
-    print(f"app     {place}/app for `flwr run`")
-    print(f"next    {place}/README.md has the commands")
+    print(f"nodes   {place}/nodes")
+    print(f"        client-0.json to client-{clients - 1}.json: copy each to its machine by a safe way,")
+    print("        and only there: whoever has such a file is that client")
+    print(f"app     {place}/app")
+    print("        for `flwr run`, on the server's machine")
+    print(f"next    {place}/README.md")
+    print("        has the commands")

@@ -9,7 +9,6 @@ import functools
 import importlib
 import inspect
 import io
-import os
 import re
 import sys
 import textwrap
@@ -26,17 +25,19 @@ from fedvlm_jax.cli._numbers import make_registry
 from fedvlm_jax.cli._process.signals import exit_code, heed_signals, say
 from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
 from fedvlm_jax.utils.option_ranges import check_arguments
-from fedvlm_jax.utils.standard_streams import PIPE_GONE, is_reader_gone, silence, silence_closed_loops, soften
+from fedvlm_jax.utils.standard_streams import (
+    PIPE_GONE,
+    is_reader_gone,
+    quieten_libraries,
+    silence,
+    silence_closed_loops,
+    soften,
+)
 
 ORDER = (
     "data", "explain", "plan", "train", "compare", "evaluate", "ask", "demo", "report", "export", "deploy", "node",
     "cache",
 )  # fmt: skip
-# Environment of the commands, where the user's own says nothing.
-QUIET = {
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # it tells at import that PyTorch is missing, as it should be here
-    "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's compiler calls itself very slow after two minutes; what fails raises anyway
-}
 
 DESCRIPTION = (
     "Federated fine-tuning of vision-language models: one frozen base, a low-rank adapter per client, a part of it "
@@ -58,8 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
     143, SIGHUP with 129.
     """
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
-    for name, value in QUIET.items():  # before jax and transformers are imported, which read them then
-        os.environ.setdefault(name, value)
+    quieten_libraries()
     soften()
     silence_closed_loops()
     try:

@@ -73,7 +73,7 @@ def node(
 
 def _describe(opened: Any, path: Path) -> None:
     """Print what a newcomer needs."""
-    from fedvlm_jax.deployment.flower.app_folder import describe_supernode
+    from fedvlm_jax.deployment.flower.app_folder import PORT, describe_supernode
     from fedvlm_jax.utils.untrusted_text import clean
 
     plan, client = opened.file.plan, opened.experiment.examples.clients[0]
@@ -83,5 +83,5 @@ def _describe(opened: Any, path: Path) -> None:
     print(f"plan    {plan.run.method} on {plan.run.model}, {plan.run.train.rounds} rounds, digest {plan.digest}")
     print(f"wire    a round takes {traffic['down']:,} bytes in and {traffic['up']:,} out, beside scores and counts;")
     print(f"        the rest stays in {opened.folder}")
-    print(f"beside  {describe_supernode(path, opened.file.number)}")
+    print(f"beside  {describe_supernode(path, opened.file.number, opened.file.port or PORT)}")
     print("        for another machine's SuperLink see the deployment's README; Ctrl-C ends this", flush=True)

@@ -6,6 +6,7 @@ at its node; a coordinator that is started again goes on from its last checkpoin
 """
 
 import math
+import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -211,14 +212,14 @@ class Coordinator:
             )
             for number in there
         }  # fmt: skip
-        replies = self._ask(orders, round_)
+        replies = self._ask(orders, round_, "train")
         shapes = self.program.message(self.program.method.phase(round_))
         trained, faults = read_trained(replies, shapes, round_, summed=self.plan.secure)
         self._tell(faults, f"round {round_}: {{}} is left out: {{}}")
         if len(trained.headers) < self.plan.least:
             self.show.note(
-                f"round {round_}: {len(trained.headers)} clients counted, and a round needs {self.plan.least}: it "
-                "changes nothing"
+                f"round {round_}: {len(trained.headers)} of {len(numbers)} clients counted, and a round needs "
+                f"{self.plan.least}: it changes nothing"
             )
             counted, health = list[int](), dict[str, float]()
         else:
@@ -252,10 +253,10 @@ class Coordinator:
         about = {"kind": kind, "plan": self.plan.digest, "kept": member.kept, "keep": member.keep}
         return Packet({**about, **header}, payload)
 
-    def _ask(self, orders: Mapping[int, Packet], round_: int) -> dict[int, Packet]:
+    def _ask(self, orders: Mapping[int, Packet], round_: int, verb: str) -> dict[int, Packet]:
         """Send orders to clients; return their replies, and tell of everyone who has none."""
         nodes = {self.roll.nodes[number]: number for number in orders}
-        with working(self.show, f"waiting for {len(nodes)} nodes"):
+        with working(self.show, f"waiting for {len(nodes)} nodes to {verb}"):
             answers = self.transport.ask({node: orders[number] for node, number in nodes.items()}, self.plan.timeout)
         found = dict[int, Packet]()
         for node, number in nodes.items():
@@ -328,7 +329,7 @@ class Coordinator:
         self._look()
         there = [n for n in sorted(self.roll.nodes) if self.roll.members[n].sizes["validation"]]
         orders = {number: self._order("evaluate", number, self.server, round=round_) for number in there}
-        replies, faults = check_replies(self._ask(orders, round_), SCORED)
+        replies, faults = check_replies(self._ask(orders, round_, "validate"), SCORED)
         for number, said in list(replies.items()):
             if said["round"] != round_:
                 faults[number] = f"its scores are of round {replies.pop(number)['round']!s:.20}"
@@ -356,7 +357,7 @@ class Coordinator:
         for member in self.roll.members.values():
             member.kept = member.best
         orders = {number: self._order("finish", number, server, round=round_) for number in sorted(self.roll.nodes)}
-        replies, faults = check_replies(self._ask(orders, round_), FINISHED)
+        replies, faults = check_replies(self._ask(orders, round_, "evaluate"), FINISHED)
         self._tell(faults, "{} has no results: {}")
         results = join_results({self._name(number): header for number, header in replies.items()})
         if not results["personal"]:
@@ -421,6 +422,8 @@ def coordinate(plan: Plan, model: str | None, transport: Transport, folder: Path
                 return folder
             roll = Roll(plan, digest_schema(program.received))
             best = (program.start, 0, (-math.inf, -math.inf))
-            return Coordinator(plan, name, transport, files, show, program, roll, program.start, best).run()
+            ended = Coordinator(plan, name, transport, files, show, program, roll, program.start, best).run()
+            show.note(f"run     {folder}\nnext    fedvlm report {shlex.quote(str(folder))}")
+            return ended
         finally:
             files.checkpoints.close()

@@ -240,7 +240,7 @@ class Node:
             if models is not None
         ]
         artifacts.save_adapters(folder / "adapters", listed[0], shared, about, *listed[1:])
-        write_json(folder / "config.json", seal(describe_start(experiment)))
+        write_json(folder / "config.json", seal({**describe_start(experiment), "node": self.file.number}))
         results = {"selected_round": header["round"], "selected_by": experiment.select_by, **scores}
         write_json(folder / "results.json", results)
         own = {
@@ -362,7 +362,11 @@ def open_node(
 
     def check(sources: Mapping[str, Any]) -> None:
         here = {"data": sources["data"], **{name: sources[name] for name in ("weights", "model_files")}}
-        fingerprints.compare_sources(folder, run, {"data": sources["data"], **plan.model}, here)
+        if other := fingerprints.list_other_sources(run, {"data": sources["data"], **plan.model}, here):
+            raise UserError(
+                "\n  ".join(["the base here is not the one that the deployment was made with:", *other])
+                + "\nEvery node needs that one's files: --model DIR says where they are."
+            )
 
     if loaded is None:
         loaded = load_model(run, show.note, check)

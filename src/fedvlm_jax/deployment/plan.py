@@ -29,7 +29,7 @@ PLAN: Form = {
     "tokens": list[str],
     "model": {"weights": str, "model_files": dict[str, str]},
 }
-NODE: Form = {"number": int, "token": str, "plan": dict[str, Any]}
+NODE: Form = {"number": int, "token": str, "port": int | None, "plan": dict[str, Any]}
 MOST_CLIENTS = 100_000
 SECURE = 3
 """Clients of a secure sum, at least."""
@@ -72,11 +72,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class NodeFile:
-    """The file that one node is given, and nobody else."""
+    """The file that one node is given, and nobody else.
+
+    Attributes:
+        number, token: who it is, and its secret.
+        plan: on which all agree.
+        port: of the server, for the commands that a node prints; None: the usual one.
+    """
 
     number: int
     token: str
     plan: Plan
+    port: int | None = None
 
 
 def make_plan(
@@ -141,10 +148,11 @@ def read_plan(file: Path) -> Plan:
     return _decode(file, read_json(file, PLAN))
 
 
-def write_node_file(file: Path, plan: Plan, number: int, token: str) -> None:
+def write_node_file(file: Path, plan: Plan, number: int, token: str, port: int | None = None) -> None:
     """Write what one node is given."""
     file.touch(mode=0o600)  # before there is a secret in it
-    write_json(file, {"number": number, "token": token, "plan": {**_encode(plan), "digest": plan.digest}})
+    about = {"number": number, "token": token, "port": port}
+    write_json(file, {**about, "plan": {**_encode(plan), "digest": plan.digest}})
     file.chmod(0o600)
 
 
@@ -159,7 +167,7 @@ def read_node_file(file: Path) -> NodeFile:
     plan, number, token = _decode(file, stored["plan"]), stored["number"], stored["token"]
     if not 0 <= number < plan.clients or digest_token(token) != plan.tokens[number]:
         raise UserError(f"{file}: its secret is not that of client {number} in its plan; was it edited?")
-    return NodeFile(number, token, plan)
+    return NodeFile(number, token, plan, stored["port"])
 
 
 def _encode(plan: Plan) -> dict[str, Any]:

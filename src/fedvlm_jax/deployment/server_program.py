@@ -108,7 +108,16 @@ def _refuse(*args: Any, **choices: Any) -> Any:
 
 
 def open_server_program(plan: Plan, model: str) -> ServerProgram:
-    """Make a plan's server for the model whose configuration is in this folder.
+    """Make a plan's server for the model whose configuration is in this folder; raises what `open_method` does."""
+    vlm, method = open_method(plan, model)
+    key = jax.random.key(plan.run.seed)
+    start = method.init(adapter=start_adapter(key, vlm.sites, make_spec(plan.run, vlm)))
+    received = jax.eval_shape(lambda server: method.broadcast(server=server, number=jnp.int32(0), last=None), start)
+    return ServerProgram(plan, vlm, method, jax.device_get(start), key, received)
+
+
+def open_method(plan: Plan, model: str) -> tuple[Vlm, Method]:
+    """Read the configuration of a plan's model and set its method up; nothing is computed.
 
     Raises:
         UserError: the model is not there, or does not fit the options; or the plan asks for what the method cannot do.
@@ -132,7 +141,4 @@ def open_server_program(plan: Plan, model: str) -> ServerProgram:
             f"--secure: the server of {method.name} needs every client's message, and a secure sum gives it the mean "
             "alone; leave it out, or choose a method that averages, such as plora"
         )
-    key = jax.random.key(run.seed)
-    start = method.init(adapter=start_adapter(key, vlm.sites, make_spec(run, vlm)))
-    received = jax.eval_shape(lambda server: method.broadcast(server=server, number=jnp.int32(0), last=None), start)
-    return ServerProgram(plan, vlm, method, jax.device_get(start), key, received)
+    return vlm, method

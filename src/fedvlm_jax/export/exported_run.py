@@ -17,7 +17,7 @@ from fedvlm_jax.models import Params, Vlm, load_weights, read_vlm, resolve_folde
 from fedvlm_jax.run_dir import fingerprints
 from fedvlm_jax.run_dir.artifacts import BASE, describe_versions, load_base, open_adapters, open_global
 from fedvlm_jax.run_dir.config_seal import check_seal
-from fedvlm_jax.run_dir.reader import RunRecord, find_client, read_run
+from fedvlm_jax.run_dir.reader import RunRecord, find_client, read_run, refuse_server
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training.round_setup import deal_ranks
 
@@ -114,6 +114,7 @@ def open_run(folder: Path, note: Callable[[str], None] = lambda text: None) -> E
     """
     record = read_run(folder)
     stored = read_config(folder)
+    refuse_server(stored, folder)
     check_seal(folder / "config.json", stored.content)
     run = dataclasses.replace(stored.run, out=folder)
     if run.evaluation.neighbours:

@@ -105,7 +105,8 @@ def _tabulate_models(title: str, models: Mapping[str, str], scores: Mapping[str,
         written = "–"
         if not model.endswith("zero_shot") and (gains := gain_by_client(scores[model], base)):
             gain = summarise(gains)
-            written = f"{points(gain.mean)} [{points(gain.low)}, {points(gain.high)}]"
+            interval = f" [{points(gain.low)}, {points(gain.high)}]" * (not math.isnan(gain.low))  # one client has none
+            written = points(gain.mean) + interval
         figures = (summary.mean, summary.std, summary.min, summary.worst_decile)
         jain = "–" if math.isnan(summary.jain) else f"{summary.jain:.3f}"
         rows.append((label, *map(percent, figures), jain, written))

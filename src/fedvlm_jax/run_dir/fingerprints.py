@@ -66,13 +66,18 @@ def compare_sources(folder: Path, run: Run, stored: Mapping[str, Any], now: Mapp
     Raises:
         UserError: each that differs, a line for each.
     """
+    _refuse(folder, list_other_sources(run, stored, now))
+
+
+def list_other_sources(run: Run, stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say in a line each what of data, weights and the model's files is another than it was."""
     lines = list[str]()
     if stored["data"] != now["data"]:
         lines.append(f"the data, {getattr(run.data, 'path', None) or run.data.source}, have another content")
     if stored["weights"] != now["weights"]:
         lines.append(f"the weights of the model {run.model} are others")
     files = _list_differences(stored["model_files"], now["model_files"], "has another content")
-    _refuse(folder, [*lines, *(f"{name} of the model {run.model} {what}" for name, what in files)])
+    return [*lines, *(f"{name} of the model {run.model} {what}" for name, what in files)]
 
 
 def compare_start(folder: Path, run: Run, stored: Mapping[str, Any]) -> None:

@@ -120,9 +120,10 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder}: there is no such folder")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json there, so it is not the folder of a run")
-    if not (folder / "results.json").is_file():
-        raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
     config = validated_files.read_json(folder / "config.json", validated_files.ORIGIN)
+    if not (folder / "results.json").is_file():
+        again = f"fedvlm train --resume {folder}" if _find_deployment(config) is None else "flwr run, given again"
+        raise UserError(f"{folder}: this run is not finished; go on with: {again}")
     if config_seal.SEAL in config:
         config_seal.check_seal(folder / "config.json", config)
     return RunRecord(folder, config, read_metrics(folder), validated_files.read_results(folder / "results.json"))
@@ -136,6 +137,7 @@ def read_finished(folder: Path) -> validated_files.StoredConfig:
             gone.
     """
     stored = validated_files.read_config(folder)
+    refuse_server(stored, folder)
     if not (folder / "results.json").is_file():
         raise UserError(f"{folder}: this run is not finished; go on with: fedvlm train --resume {folder}")
     config_seal.check_seal(folder / "config.json", stored.content)
@@ -143,8 +145,26 @@ def read_finished(folder: Path) -> validated_files.StoredConfig:
     return stored
 
 
+def refuse_server(stored: validated_files.StoredConfig, folder: Path) -> None:
+    """Refuse the folder of a deployment's server to what needs rows or clients' models, which are at the nodes.
+
+    Raises:
+        UserError: it is such a folder.
+    """
+    if _find_deployment(stored.content) is not None:
+        raise UserError(
+            f"{folder} is that of a deployment's server, which has no rows and no client's model: say the folder `run` "
+            "of a node, on its machine. `fedvlm report` works here, and what is unfinished goes on with `flwr run`"
+        )
+
+
+def _find_deployment(config: Mapping[str, Any]) -> Any:
+    federation = config.get("federation")
+    return federation.get("deployment") if isinstance(federation, Mapping) else None
+
+
 def find_client(name: str | None, clients: Sequence[str]) -> str:
-    """Return the name of one of a run's clients.
+    """Return the name of one of a run's clients; where there is only one it need not be named.
 
     Raises:
         UserError: there is no such client, or none is named; with those that it may have meant.
@@ -153,6 +173,8 @@ def find_client(name: str | None, clients: Sequence[str]) -> str:
     Traceback (most recent call last):
     fedvlm_jax.errors.UserError: there is no client 'noto_de'; did you mean noto-de or noto-en?
     """
+    if name is None and len(clients) == 1:
+        return clients[0]
     if name in clients:
         return str(name)
     shown = [cut(clean(each), LONG) for each in clients[:LISTED]]  # strangers', who may write lines into a message

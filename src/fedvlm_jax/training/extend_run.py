@@ -16,6 +16,7 @@ from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.config_seal import check_seal, seal
 from fedvlm_jax.run_dir.folder_lock import Claim
+from fedvlm_jax.run_dir.reader import refuse_server
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.utils.files import write_json
 
@@ -29,13 +30,15 @@ def lengthen(folder: Path, rounds: int) -> None:
     Raises:
         UserError: the run is not finished or has more rounds, or something of it depends on how many there are.
     """
-    read_config(folder)  # before the folder is claimed, for it may be none
+    refuse_server(read_config(folder), folder)  # before the folder is claimed, for it may be none
     with Claim(folder):
         stored = read_config(folder)
         run = dataclasses.replace(stored.run, train=dataclasses.replace(stored.run.train, rounds=rounds))
         if run == stored.run:
             return
         validate(run)
+        if "node" in stored.content:
+            raise UserError(f"--train.rounds: {folder} is a node's, and more rounds need a new deployment")
         _check(folder, stored.run, run)
         check_seal(folder / "config.json", stored.content)
         done = stored.run.train.rounds

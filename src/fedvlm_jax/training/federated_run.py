@@ -29,7 +29,7 @@ from fedvlm_jax.models import resolve_folder
 from fedvlm_jax.run_dir import absolute_paths, artifacts, fingerprints
 from fedvlm_jax.run_dir.config_seal import check_seal, seal
 from fedvlm_jax.run_dir.folder_lock import Claim, clear, is_used
-from fedvlm_jax.run_dir.reader import read_run
+from fedvlm_jax.run_dir.reader import read_run, refuse_server
 from fedvlm_jax.run_dir.validated_files import StoredConfig, read_config
 from fedvlm_jax.training import final_evaluation
 from fedvlm_jax.training.best_round import BestRound
@@ -116,7 +116,7 @@ def resume(
         UserError: the folder is no run's, its checkpoint does not fit, the devices of then are not there, or data,
             clients, model or options are not those that it began with.
     """
-    read_config(folder)  # before the folder is claimed, for it may be none
+    refuse_server(read_config(folder), folder)  # before the folder is claimed, for it may be none
     with _claim(folder):
         return _run_to_end(callbacks, lambda: _go_on(folder, show or SilentProgress(), model, callbacks, places))
 

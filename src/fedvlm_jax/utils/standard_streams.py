@@ -21,6 +21,18 @@ PLAIN = {
     "─": "-", "━": "=", "│": "|", "╸": "=", "╺": "=",
 }  # fmt: skip
 
+# Environment of libraries, where the user's own says nothing.
+QUIET = {
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # it tells at import that PyTorch is missing, as it should be here
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's compiler calls itself very slow after two minutes; what fails raises anyway
+}
+
+
+def quieten_libraries() -> None:
+    """Have jax and transformers warn of nothing that is as it should be; before they are imported, which read it."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
 
 def silence() -> None:
     """Lead both outputs nowhere, so that what Python still has to write at its end is no error."""

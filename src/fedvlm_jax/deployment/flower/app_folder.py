@@ -104,7 +104,7 @@ def write_deployment(
     certificate = json.dumps(str(place / "certificates" / "ca.crt"), ensure_ascii=False)
     (home / "config.toml").write_text(CONNECTIONS.format(port=port, certificate=certificate), encoding="utf-8")
     for number, token in enumerate(tokens):
-        write_node_file(nodes / f"client-{number}.json", plan, number, token)
+        write_node_file(nodes / f"client-{number}.json", plan, number, token, port)
         (nodes / f"client-{number}.json").chmod(0o600)
     (folder / "README.md").write_text(describe_deployment(plan, place, out, len(tokens), port), encoding="utf-8")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedvlm_jax.deployment.flower.library import load_flower
 from fedvlm_jax.errors import UserError, describe_os_error
+from fedvlm_jax.utils.standard_streams import quieten_libraries
 from fedvlm_jax.utils.untrusted_text import clean
 
 PLAN = "plan.json"
@@ -50,6 +51,8 @@ def run_plan(folder: Path, config: Mapping[str, Any], grid: Any) -> Path:
     out = config.get("out")
     if not isinstance(out, str) or not out:
         raise UserError("the app does not say where the run shall be: flwr run ... --run-config 'out=\"DIR\"'")
+
+    quieten_libraries()
 
     from fedvlm_jax.deployment.coordinator import coordinate
     from fedvlm_jax.deployment.flower.transport import GridTransport
