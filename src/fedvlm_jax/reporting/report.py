@@ -23,13 +23,21 @@ from fedvlm_jax.reporting.score_tables import read_scores, tabulate_comparison, 
 from fedvlm_jax.reporting.sentences import describe_comparison, describe_run, describe_runs
 from fedvlm_jax.reporting.tables import MARKS, format_bytes, format_duration, points
 from fedvlm_jax.run_dir.folder_lock import Claim
-from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord, is_comparison, read_comparison, read_run
+from fedvlm_jax.run_dir.reader import (
+    ComparisonRecord,
+    RunRecord,
+    find_deployment,
+    is_comparison,
+    read_comparison,
+    read_run,
+)
 from fedvlm_jax.utils.files import write_text
 
 BEST = 5  # of many methods, so many have their figure at the top of the page
 HEALTH = "The health of the aggregation"
 SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 UNSTORED = ("out", "resume")  # options that say where a run lies, not what it is
+LENGTHS = ("max_prompt_tokens", "max_answer_tokens")  # what a deployment's plan says of data
 
 
 def write_report(folders: Sequence[Path]) -> Path:
@@ -85,7 +93,7 @@ def _report_run(record: RunRecord) -> Report:
     health = Section(title=HEALTH, pictures=draw_run_health(record, record.folder))
     return Report(
         title=f"fedvlm: {record.method}",
-        subtitle=f"{_name_subject(record.options)}seed {record.options.get('seed')}",
+        subtitle=f"{_name_subject(record.config)}seed {record.options.get('seed')}",
         figures=figures,
         sections=[results, examples, health, _show_making(record)],
     )
@@ -157,7 +165,7 @@ def _report_comparison(record: ComparisonRecord) -> Report:
     ]
     clients = len({client for by_seed in scores.values() for by_client in by_seed.values() for client in by_client})
     subtitle = (
-        f"{_name_subject(config.get('run') or {})}{clients} clients, seeds {seeds}; "
+        f"{_name_subject(config)}{clients} clients, seeds {seeds}; "
         f"{find_measure(record.metric).label} on test, mean of clients"
     )
     return Report(title="fedvlm: methods side by side", subtitle=subtitle, figures=figures, sections=sections)
@@ -191,9 +199,10 @@ def _show_making(record: RunRecord) -> Section:
     return Section(title="How it was made", sentences=sentences, command=command, facts=_list_facts(record.config))
 
 
-def _name_subject(options: Mapping[str, Any]) -> str:
+def _name_subject(config: Mapping[str, Any]) -> str:
     """Name the model and the data that a page is about, as the beginning of its subtitle."""
-    source = (options.get("data") or {}).get("source")
+    options, nodes = config.get("run") or {}, find_deployment(config)
+    source = f"the rows of {nodes}" if nodes else (options.get("data") or {}).get("source")
     return f"{options.get('model')} on {source}, " if source else ""
 
 
@@ -221,7 +230,10 @@ def _describe_origin(runs: Sequence[RunRecord]) -> list[str]:
 def _list_facts(config: Mapping[str, Any]) -> list[Facts]:
     facts = []
     if config.get("run"):
-        stored = flatten({name: value for name, value in config["run"].items() if name not in UNSTORED})
+        options = {name: value for name, value in config["run"].items() if name not in UNSTORED}
+        if find_deployment(config):  # whose server has no data
+            options["data"] = {name: value for name, value in options["data"].items() if name in LENGTHS}
+        stored = flatten(options)
         default = {**flatten(to_json(Run(method=config["run"]["method"]))), "method": Run().method}
         marked = frozenset(name for name, value in stored.items() if default.get(name) != value)
         facts.append(Facts(title="Options (bold: not the default)", values=stored, marked=marked))

@@ -14,7 +14,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -193,10 +193,17 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def name_command() -> str:
-    """Return the command that was given, as a shell takes it."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return shlex.join(["fedvlm" if words[0] == "__main__.py" else words[0], *words[1:]])
+def name_command(words: Sequence[str] | None = None) -> str:
+    """Return the command that was given (`sys.argv` by default), as a shell takes it, but for secrets.
+
+    >>> name_command(["/bin/flwr-serverapp", "--token", "5e", "--insecure"])
+    'flwr-serverapp --token ... --insecure'
+    """
+    first, *others = sys.argv if words is None else words
+    # Flower gives its processes a token in this way, and what is written here is shown in reports.
+    shown = ["..." if before == "--token" else word for before, word in zip(["", *others], others, strict=False)]
+    name = Path(first).name
+    return shlex.join(["fedvlm" if name == "__main__.py" else name, *shown])
 
 
 def _describe_refusal(folder: Path, error: OSError) -> str:

@@ -122,7 +122,7 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder}: no config.json there, so it is not the folder of a run")
     config = validated_files.read_json(folder / "config.json", validated_files.ORIGIN)
     if not (folder / "results.json").is_file():
-        again = f"fedvlm train --resume {folder}" if _find_deployment(config) is None else "flwr run, given again"
+        again = f"fedvlm train --resume {folder}" if not find_deployment(config) else "flwr run, given again"
         raise UserError(f"{folder}: this run is not finished; go on with: {again}")
     if config_seal.SEAL in config:
         config_seal.check_seal(folder / "config.json", config)
@@ -151,16 +151,21 @@ def refuse_server(stored: validated_files.StoredConfig, folder: Path) -> None:
     Raises:
         UserError: it is such a folder.
     """
-    if _find_deployment(stored.content) is not None:
+    if find_deployment(stored.content):
         raise UserError(
             f"{folder} is that of a deployment's server, which has no rows and no client's model: say the folder `run` "
             "of a node, on its machine. `fedvlm report` works here, and what is unfinished goes on with `flwr run`"
         )
 
 
-def _find_deployment(config: Mapping[str, Any]) -> Any:
+def find_deployment(config: Mapping[str, Any]) -> str:
+    """Return what the `config.json` of a deployment's server says of its nodes; nothing where it is another run's.
+
+    >>> find_deployment({"federation": {"deployment": "3 nodes"}}), find_deployment({"federation": {"kind": "iid"}})
+    ('3 nodes', '')
+    """
     federation = config.get("federation")
-    return federation.get("deployment") if isinstance(federation, Mapping) else None
+    return str(federation.get("deployment", "")) if isinstance(federation, Mapping) else ""
 
 
 def find_client(name: str | None, clients: Sequence[str]) -> str:
