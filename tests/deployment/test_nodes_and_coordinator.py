@@ -121,7 +121,7 @@ def test_the_server_s_folder_is_a_run_s(finished, capsys):
     assert "data.max_answer_tokens" in page
     assert "data.vendors" not in page
     assert any("ann is there" in note for note in show.notes)
-    assert show.notes[-1].splitlines()[0].split() == ["run", str(folder)]
+    assert show.notes[-2:] == [f"run     {folder}", f"next    fedvlm report {folder}"]
 
 
 @pytest.mark.parametrize(

@@ -423,7 +423,8 @@ def coordinate(plan: Plan, model: str | None, transport: Transport, folder: Path
             roll = Roll(plan, digest_schema(program.received))
             best = (program.start, 0, (-math.inf, -math.inf))
             ended = Coordinator(plan, name, transport, files, show, program, roll, program.start, best).run()
-            show.note(f"run     {folder}\nnext    fedvlm report {shlex.quote(str(folder))}")
+            show.note(f"run     {folder}")
+            show.note(f"next    fedvlm report {shlex.quote(str(folder))}")
             return ended
         finally:
             files.checkpoints.close()
