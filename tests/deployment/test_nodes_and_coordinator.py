@@ -117,7 +117,7 @@ def test_the_server_s_folder_is_a_run_s(finished, capsys):
     page = (folder / "report.html").read_text()
     assert "ann" in page
     assert "cyd" in page
-    assert "on the rows of 3 nodes, seed 0" in page
+    assert "on the rows of 3 nodes, seed 1" in page
     assert "data.max_answer_tokens" in page
     assert "data.vendors" not in page
     assert any("ann is there" in note for note in show.notes)
