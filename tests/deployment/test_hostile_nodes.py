@@ -284,15 +284,18 @@ def test_a_coordinator_that_ends_at_any_moment(moment, lost, planned, quick, tmp
             ended.append(at)
             raise EndError
 
-    for name in ("save", "write_line"):
-        method = getattr(coordinator.ServerFolder, name)
+    save, append = coordinator.ServerFolder.save, coordinator.metrics_lines.append
 
-        def patched(self, *given, method=method, name=name):
-            number = given[0] if name == "save" else given[0]["round"]
-            cut("save" if name == "save" else "line", number, "")
-            return method(self, *given)
+    def save_or_end(self, round_, *given):
+        cut("save", round_, "")
+        return save(self, round_, *given)
 
-        monkeypatch.setattr(coordinator.ServerFolder, name, patched)
+    def append_or_end(folder, line):
+        cut("line", line["round"], "")
+        return append(folder, line)
+
+    monkeypatch.setattr(coordinator.ServerFolder, "save", save_or_end)
+    monkeypatch.setattr(coordinator.metrics_lines, "append", append_or_end)
     with pytest.raises(EndError):
         drive(planned, Strings(puppets, cut), tmp_path)
     if lost:

@@ -40,6 +40,7 @@ from fedvlm_jax.federation.participation import draw_cohort, find_shares
 from fedvlm_jax.federation.simulator import start_adapter
 from fedvlm_jax.models import resolve_folder
 from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.run_dir import metrics_lines
 from fedvlm_jax.run_dir.fingerprints import describe_model
 from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.training.failures import UNFIT, describe_unfit, list_names
@@ -83,7 +84,7 @@ class Coordinator:
             UserError: too few nodes come, two are the same client, or what is aggregated is not finite.
         """
         done, train = self._restore(), self.plan.run.train
-        self.folder.start_lines(done)
+        metrics_lines.drop_later(self.folder.path, done)
         if done:
             self._gather(range(self.plan.clients), "to go on", enough=self.plan.least)
         else:
@@ -100,7 +101,7 @@ class Coordinator:
             line |= {"seconds": time.perf_counter() - began, "validation": None}
             if self._is_validated(round_, every):
                 line["validation"] = self._validate(round_)
-            self.folder.write_line(line)
+            metrics_lines.append(self.folder.path, line)
             self._save(round_)
             self.show.round(line)
         self._finish()
@@ -194,9 +195,8 @@ class Coordinator:
 
     def _weigh(self, numbers: Sequence[int]) -> np.ndarray:
         """Return p_k of these clients, Σ = 1."""
-        sizes = np.asarray([self.roll.members[number].sizes["train"] for number in numbers], np.float64)
-        counts = sizes if self.plan.run.train.weighting == "examples" else (sizes > 0).astype(np.float64)
-        return (counts / max(counts.sum(), 1.0)).astype(np.float32)
+        sizes = np.asarray([self.roll.members[number].sizes["train"] for number in numbers])
+        return find_shares(sizes, self.plan.run.train.weighting).astype(np.float32)
 
     def _run_round(self, round_: int) -> dict[str, Any]:
         cohort, shares = self._draw(round_)

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from fedvlm_jax.deployment.node_states import NodeStates, claim_states
 from fedvlm_jax.deployment.packets import Packet
 from fedvlm_jax.deployment.plan import NodeFile
 from fedvlm_jax.deployment.replies import MODELS, read_header
+from fedvlm_jax.deployment.shapes import shape_message, shape_personal, shape_received
 from fedvlm_jax.deployment.vectors import count_bytes, digest_schema, pack, unpack
 from fedvlm_jax.distributed.sharding import place_like
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import Adapters
-from fedvlm_jax.federation.client_round import Frame, start_personal
+from fedvlm_jax.federation.client_round import Frame
 from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.methods import Client
 from fedvlm_jax.run_dir import artifacts, fingerprints
@@ -73,7 +74,7 @@ class Node:
     file: NodeFile
     experiment: Experiment
     folder: Path
-    _shapes: dict[int, PyTree] = field(default_factory=dict, init=False, repr=False)
+    _compiled: set[int] = field(default_factory=set, init=False, repr=False)  # phases whose program has run
     _message: tuple[int, PyTree] | None = field(default=None, init=False, repr=False)
     _session: str = field(default_factory=lambda: secrets.token_hex(8), init=False, repr=False)  # of this process
 
@@ -91,36 +92,19 @@ class Node:
         return jax.random.key(self._run.seed)
 
     @cached_property
-    def _number(self) -> jax.Array:
-        return jnp.int32(self.file.number)
-
-    @cached_property
     def _start(self) -> PyTree:
         """The server's state at the start, which the seed tells."""
         return self._programs(self._steps).method.init(adapter=self.experiment.adapter)
 
     @cached_property
     def _states(self) -> NodeStates:
-        method, server = self._programs(self._steps).method, self._view_shapes
-        shapes = jax.eval_shape(
-            lambda key, server: start_personal(method, key, server, jnp.int32(0)), self._key, server
-        )
+        shapes = shape_personal(self._programs(self._steps).method, self._start)
         return NodeStates(self.folder / STATES, shapes, _name_owner(self.file))
 
     @cached_property
     def _received(self) -> PyTree:
         """The shapes of what the server sends."""
-        method = self._programs(self._steps).method
-        return jax.eval_shape(
-            lambda server: method.broadcast(server=server, number=jnp.int32(0), last=None), self._start
-        )
-
-    @cached_property
-    def _view_shapes(self) -> PyTree:
-        method = self._programs(self._steps).method
-        return jax.eval_shape(
-            lambda start, received: method.view(start=start, received=received), self._start, self._received
-        )
+        return shape_received(self._programs(self._steps).method, self._start)
 
     @property
     def _steps(self) -> int:
@@ -138,7 +122,9 @@ class Node:
 
     def describe_traffic(self) -> dict[str, int]:
         """Count what leaves and reaches this machine in a round, in bytes beside headers: `up` and `down`."""
-        return {"up": count_bytes(self._message_shapes(1)), "down": count_bytes(self._received)}
+        method = self._programs(self._steps).method
+        message = shape_message(method, self._start, self._run.train, method.phase(1))
+        return {"up": count_bytes(message), "down": count_bytes(self._received)}
 
     def answer(self, order: Packet) -> Packet:
         """Carry out an order.
@@ -184,9 +170,9 @@ class Node:
             self._base(server), server, {k: jnp.float32(v) for k, v in rates.items()}, jnp.int32(round_), self._key
         )
         client = self._read(round_, header["steps"], header["weight"], header["share"], new=not known)
-        with working(self.experiment.show, COMPILING) if phase not in self._shapes else nullcontext():
+        with working(self.experiment.show, COMPILING) if phase not in self._compiled else nullcontext():
             done = programs.client_round(frame, personal, client, phase=phase)
-        self._shapes[phase] = jax.eval_shape(lambda message: message, done.message)
+        self._compiled.add(phase)
         finite = bool(done.finite)
         if finite:
             self._states.save(round_, done.personal, [header["kept"], *header["keep"]])
@@ -303,17 +289,6 @@ class Node:
             new=np.bool_(new),
             share=np.float32(share),
         )
-
-    def _message_shapes(self, round_: int) -> PyTree:
-        programs = self._programs(self._steps)
-        phase = programs.method.phase(round_)
-        if phase not in self._shapes:
-            rates = {"a": jnp.float32(0), "b": jnp.float32(0)}
-            frame = Frame(self.experiment.model.params, self._view_shapes, rates, jnp.int32(round_), self._key)
-            client = self._read(round_, self._steps, 1.0, 1.0, new=True)
-            made = jax.eval_shape(partial(programs.client_round, phase=phase), frame, self._states.blank(), client)
-            return made.message
-        return self._shapes[phase]
 
 
 def _select(scores: Mapping[str, Mapping[str, Any]], client: str) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """The folder of a deployment's server: that of a run, with what nodes said of themselves in place of data."""
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,14 +13,13 @@ from fedvlm_jax.config.run_options import to_json
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.deployment.plan import Plan
 from fedvlm_jax.deployment.roll import Member
-from fedvlm_jax.errors import DamagedError, UserError, naming
+from fedvlm_jax.errors import DamagedError, UserError
 from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.run_dir import artifacts
 from fedvlm_jax.run_dir.config_seal import check_seal, seal
-from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.run_dir.validated_files import read_config
-from fedvlm_jax.utils import tree
-from fedvlm_jax.utils.files import write_json, write_text
+from fedvlm_jax.training.start_description import describe_adapter
+from fedvlm_jax.utils.files import write_json
 
 KEPT = 2
 """The newest checkpoints that are kept."""
@@ -73,10 +70,7 @@ class ServerFolder:
             "clients": names,
             "evaluated": names,
             "train_examples": [held["train"] for held in sizes],
-            "adapter_parameters": sum(
-                leaf.size for path, leaf in tree.flatten(adapter).items() if not path.endswith("scale")
-            ),
-            "adapted_sites": [path for path, _ in lora.sites_of(adapter)],
+            **describe_adapter(adapter),
             "skipped": [],
         }
         config = {
@@ -90,21 +84,6 @@ class ServerFolder:
             "federation": {"deployment": f"{plan.clients} nodes", "plan": plan.digest},
         }
         write_json(file, seal(config))
-
-    def start_lines(self, done: int) -> None:
-        """Drop the lines of rounds that are in no checkpoint: they are run again."""
-        file = self.path / "metrics.jsonl"
-        if file.is_file():
-            kept = [line for line in read_metrics(self.path) if line["round"] <= done]
-            write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def write_line(self, line: Mapping[str, Any]) -> None:
-        """Append a round's line, on the disk when this returns."""
-        file = self.path / "metrics.jsonl"
-        with naming(file), file.open("a", encoding="utf-8") as opened:
-            opened.write(json.dumps(line) + "\n")
-            opened.flush()
-            os.fsync(opened.fileno())
 
     def save(self, round_: int, state: PyTree, members: Mapping[int, Member], best: tuple[int, list[float]]) -> None:
         """Write the checkpoint of a round."""

@@ -1,15 +1,13 @@
 """Callbacks of every run: judge a round's clients, write the round's line, show it; the best round has its file."""
 
-import json
-import os
 from collections.abc import Callable
 
 from fedvlm_jax.distributed import processes
-from fedvlm_jax.errors import UserError, naming
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.run_dir import metrics_lines
 from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training.failures import UNFIT, describe_rounds, describe_unfit, explain_aggregate, explain_all_unfit
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
-from fedvlm_jax.utils.files import write_text
 
 
 class FiniteCheck(Callback):
@@ -48,22 +46,14 @@ class MetricsWriter(Callback):
 
     def on_start(self, trainer: FederatedTrainer, done: int) -> None:
         """Drop lines of rounds that are in no checkpoint: they are run again."""
-        experiment, path = trainer.experiment, trainer.experiment.folder / "metrics.jsonl"
-        if not processes.is_first() or not (done or path.exists()):
-            return
-        kept = [line for line in read_metrics(experiment.folder) if line["round"] <= done]
-        if lost := done - len(kept):
+        experiment, path = trainer.experiment, trainer.experiment.folder / metrics_lines.NAME
+        if processes.is_first() and (lost := metrics_lines.drop_later(experiment.folder, done)):
             experiment.show.note(f"{path} lacks {lost} of {done} rounds: reports leave them out, and nothing else does")
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
         """Append the round's line, on the disk before the checkpoint that follows."""
         if processes.is_first():
-            path = trainer.experiment.folder / "metrics.jsonl"
-            with naming(path), path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result.line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            metrics_lines.append(trainer.experiment.folder, result.line)
 
 
 class ProgressReporter(Callback):

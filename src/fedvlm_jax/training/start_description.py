@@ -23,6 +23,15 @@ def _describe_classes(model: LoadedModel) -> dict[str, int]:
     return {"classes": len(model.vlm.classes), "trained_classes": len(model.learner.classes)}
 
 
+def describe_adapter(adapter: lora.Adapter) -> dict[str, Any]:
+    """Count an adapter's numbers that can be trained, and list its sites."""
+    factors = [leaf for path, leaf in tree.flatten(adapter).items() if not path.endswith("scale")]
+    return {
+        "adapter_parameters": sum(leaf.size for leaf in factors),
+        "adapted_sites": [path for path, _ in lora.sites_of(adapter)],
+    }
+
+
 def describe_start(experiment: Experiment) -> dict[str, Any]:
     """Describe how a run began, for its `config.json`."""
     run, layout, mesh, examples = experiment.run, experiment.layout, experiment.model.mesh, experiment.examples
@@ -38,11 +47,8 @@ def describe_start(experiment: Experiment) -> dict[str, Any]:
         "clients": [client.name for client in clients],
         "evaluated": [clients[number].name for number in experiment.scored],
         "train_examples": [len(client.train) for client in clients],
-        "adapter_parameters": sum(
-            leaf.size for path, leaf in tree.flatten(experiment.adapter).items() if not path.endswith("scale")
-        ),
+        **describe_adapter(experiment.adapter),
         "targets": experiment.spec.targets,
-        "adapted_sites": [path for path, _ in lora.sites_of(experiment.adapter)],
         "skipped": [dataclasses.asdict(row) for row in examples.skipped],
         **_describe_classes(experiment.model),
         "question_column": find_question_column(experiment.data.table, run.data),
