@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
+from fedvlm_jax.config.method_setup import make_method
 from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import choose_layout
-from fedvlm_jax.methods import load_method
 from fedvlm_jax.methods.components.personalized_download import start_pool
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
 from fedvlm_jax.methods.zoo import ditto
@@ -21,7 +21,7 @@ from fedvlm_jax.training import round_setup
 def test_a_pool_has_room_for_the_cohort_however_it_is_laid_out(monkeypatch, wave, places):
     """Of 40 clients 20 a round: places beyond them are nobody's, and depend on the devices."""
     made = []
-    monkeypatch.setattr(round_setup, "load_method", lambda name, setup: made.append(setup) or load_method(name, setup))
+    monkeypatch.setattr(round_setup, "make_method", lambda run, setup: made.append(setup) or make_method(run, setup))
     layout = choose_layout([9] * 40, cohort=20, wave=wave, devices=1, steps=2, batch=2)
     run, vlm = Run(method="fedalt"), SimpleNamespace(sites={}, targets="x", components={}, component=lambda path: None)
     round_setup.build_programs(vlm, make_mesh(1), run, 40, layout.cohort, layout.places, layout.steps)
@@ -60,7 +60,7 @@ CHANGES = {
 def test_no_option_that_programs_depend_on_is_put_at_its_default(monkeypatch, changed):
     """Objective, local training and method are made of the same, from a run's options and from those chosen of them."""
     monkeypatch.setattr(round_setup, "load_objective", lambda name, preference: (name, preference))
-    monkeypatch.setattr(round_setup, "load_method", lambda name, setup: (name, setup))
+    monkeypatch.setattr(round_setup, "make_method", lambda run, setup: (run.method, setup))
     monkeypatch.setattr(round_setup, "Programs", lambda method, trainer, *_: (method, trainer.options))
 
     def make_local_trainer(vlm, objective, **options):

@@ -13,11 +13,11 @@ from jaxtyping import PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.analysis.trace_method import OPTIMIZER, Stage, Tracer, flatten_state
 from fedvlm_jax.config.method_checks import check_rule
-from fedvlm_jax.config.method_setup import make_setup
+from fedvlm_jax.config.method_setup import make_method, make_setup
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round_shapes import shape_key
-from fedvlm_jax.methods import Method, Setup, load_method
+from fedvlm_jax.methods import Method, Setup
 from fedvlm_jax.methods.base import is_factor
 from fedvlm_jax.models import Vlm, read_vlm
 from fedvlm_jax.objectives import load_objective
@@ -51,7 +51,7 @@ def explain(run: Run, population: int = 16) -> Explanation:
     """
     vlm = read_vlm(run.model)
     check_rule(run, vlm)
-    return explain_method(vlm, run, population, lambda setup: load_method(run.method, setup))
+    return explain_method(vlm, run, population, lambda setup: make_method(run, setup))
 
 
 def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], Method]) -> Explanation:

@@ -1,4 +1,4 @@
-"""A run's options as the form of its adapters and as what its method is made for; without data or weights."""
+"""A run's options as the form of its adapters and as its method with what is around it; without data or weights."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from jaxtyping import PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.methods import Setup
+from fedvlm_jax.methods import Method, Setup, load_method
 from fedvlm_jax.models import Vlm
 
 
@@ -38,6 +38,15 @@ def make_setup(run: Run, vlm: Vlm | None, start_optimizer: Callable[..., PyTree]
         server=run.server,
         options=run.method_options,
     )
+
+
+def make_method(run: Run, setup: Setup) -> Method:
+    """Make a run's method, with what happens to its messages on their way to the server.
+
+    Raises:
+        UserError: options that the method cannot work with.
+    """
+    return load_method(run.method, setup)
 
 
 def _check_reach(targets: str, vlm: Vlm) -> None:

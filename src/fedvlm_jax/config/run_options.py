@@ -19,6 +19,7 @@ from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.data.sources.registry import find_options, find_partition
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.config import ParticipationOptions
+from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import (
     SHARE,
     LocalOptions,
@@ -28,6 +29,7 @@ from fedvlm_jax.methods.config import (
     name_module,
 )
 from fedvlm_jax.objectives.config import PreferenceOptions
+from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.utils.option_ranges import Amount, Chance, Count, NonNegative, Positive, Seed, Share
 from fedvlm_jax.utils.serialization import decode, encode
 
@@ -253,6 +255,8 @@ class Run:
     local: LocalOptions = field(default_factory=LocalOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
+    messages: MessageOptions = field(default_factory=MessageOptions)
+    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     system: SystemOptions = field(default_factory=SystemOptions)
 
     def __post_init__(self) -> None:
@@ -298,8 +302,10 @@ def from_json(stored: Any) -> Run:
     source, method = data.get("source"), stored.get("method")
     form = data.get("form") if isinstance(data.get("form"), str) else None
     kind = find_options(source, form) if isinstance(source, str) else DataOptions
-    if "method" in stored:  # of folders from before there was --start
-        stored = {"start": None, **stored}
+    if "method" in stored:  # of folders from before there were these options
+        stored = {"start": None, "messages": encode(MessageOptions()), "privacy": encode(PrivacyOptions()), **stored}
+        if isinstance(taking_part := stored.get("participation"), Mapping):
+            stored["participation"] = {**encode(ParticipationOptions()), **taking_part}
     chosen = {
         "method_options": find_method_options(method) if isinstance(method, str) else MethodOptions,
         "data": kind,

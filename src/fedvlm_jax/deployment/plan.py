@@ -14,7 +14,9 @@ from fedvlm_jax.config.run_options import Run, from_json, to_json
 from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.config import ParticipationOptions
+from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.models import resolve_folder
+from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.run_dir.fingerprints import describe_model
 from fedvlm_jax.run_dir.validated_files import Form, check_form, read_json
 from fedvlm_jax.utils.files import write_json
@@ -113,6 +115,8 @@ def _check(run: Run, clients: int, least: int, timeout: float, secure: bool) -> 
             replace(run.participation, sampling="uniform") != ParticipationOptions(),
             "who drops out or comes late is not drawn: real clients do it themselves",
         ),
+        "--messages": (run.messages != MessageOptions(), "what nodes send is as the method has it"),
+        "--privacy": (run.privacy != PrivacyOptions(), "noise is drawn in a simulation alone so far"),
         "--start": (run.start is not None, "nodes draw the adapter to start from by the seed, and have no such folder"),
         "--train.finetune-steps": (run.train.finetune_steps > 0, "no node takes steps after the last round"),
         "--evaluation.cross-clients": (run.evaluation.cross_clients, "no client's model leaves its node"),

@@ -233,10 +233,11 @@ class Simulator:
         finite = bool(out.finite) and (programs.base is None or bool(programs.base_is_finite(self.params, out.server)))
         if len(counted):
             health = health | (found if len(counted) > 1 else {k: v for k, v in found.items() if k not in OF_PAIRS})
-        if len(counted) and finite:
-            with TraceAnnotation("store personal states"):
-                self._store(numbers[counted], counted, out.personal)
-            self.server = out.server
+        if finite:
+            if len(counted):
+                with TraceAnnotation("store personal states"):
+                    self._store(numbers[counted], counted, out.personal)
+            self.server = out.server  # where nobody counts the same, unless noise has to be released all the same
         up, down = self._travelling(out.messages, max(1, len(counted)), read.round)
         redistributed = len(counted) > 0 and len(jax.tree.leaves(out.messages)) > 0
         return RoundReport(

@@ -27,8 +27,10 @@ from fedvlm_jax.federation.inputs.batch_reader import Inputs, make_blank_inputs,
 from fedvlm_jax.federation.inputs.feature_cache import GIB, FeatureStore, is_vision_frozen
 from fedvlm_jax.federation.inputs.reference_log_probs import Reference, add_reference
 from fedvlm_jax.federation.simulator import Simulator, start_adapter
+from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.objectives import Objective, load_objective
+from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.training.federated_data import BaseScoring, FederatedData, open_data
 from fedvlm_jax.training.loaded_model import LoadedModel
 from fedvlm_jax.training.round_setup import check_room, choose_program_options, deal_ranks, lay_out_sizes
@@ -300,6 +302,8 @@ def make_finetuner(experiment: Experiment, adapter: lora.Adapter, params: PyTree
         local=LocalOptions(),
         server=ServerOptions(),
         participation=ParticipationOptions(),
+        messages=MessageOptions(),
+        privacy=PrivacyOptions(),
     )
     alone = replace(experiment, run=run, adapter=adapter, wave=experiment.layout.wave)
     simulator = make_simulator(alone, file)

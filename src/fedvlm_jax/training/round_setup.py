@@ -10,15 +10,15 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from fedvlm_jax.config.method_setup import make_setup
+from fedvlm_jax.config.method_setup import make_method, make_setup
 from fedvlm_jax.config.run_options import Run, SystemOptions, TrainOptions
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.distributed.mesh import CLIENTS
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.compiled import Programs
+from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.federation.local_training import make_local_trainer
-from fedvlm_jax.methods import load_method
 from fedvlm_jax.models import Stacking, Vlm
 from fedvlm_jax.objectives import load_objective
 
@@ -98,6 +98,9 @@ def choose_program_options(run: Run) -> Run:
         lora=run.lora,
         local=run.local,
         server=run.server,
+        messages=run.messages,
+        privacy=run.privacy,
+        participation=ParticipationOptions(attack=run.participation.attack, attackers=run.participation.attackers),
         train=TrainOptions(
             rounds=train.rounds,
             optimizer=train.optimizer,
@@ -137,7 +140,7 @@ def build_programs(vlm: Vlm, mesh: Mesh, run: Run, clients: int, cohort: int, pl
         local_steps=steps,
         ranks=deal_ranks(run.lora.ranks, clients),
     )
-    return Programs(load_method(run.method, setup), trainer, mesh, vlm.component)
+    return Programs(make_method(run, setup), trainer, mesh, vlm.component)
 
 
 def check_room(run: Run, vlm: Vlm) -> None:
