@@ -1,0 +1,247 @@
+"""What client-level differential privacy costs a federation of thousands: methods by epsilon, one table.
+
+    python experiments/private_population.py            # runs what is missing, then reports; goes on if it was stopped
+    python experiments/private_population.py --quick    # a smoke run, reported below --out
+
+4,000 clients of the emoji set, each drawn into a round with the chance that makes 256 of them on average, and the noise
+that spends epsilon (delta 1e-5) over all rounds; the clipping norm follows the median of the clients' norms, privately.
+Learning rates are the study's (`study_emoji.py`), chosen on validation without noise and the same at every epsilon, so
+the numbers are no best case of private training. The last round is taken. A bound on epsilon covers what is shared
+alone: factors that stay with their client are not in it.
+"""
+
+from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
+
+if __name__ == "__main__":
+    restart_with_kept_memory()  # before what takes long to import
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import study_summary
+import tyro
+from matplotlib.figure import Figure
+from study_emoji import RESULTS
+
+from fedvlm_jax.config.run_options import EvaluationOptions, Run, TrainOptions
+from fedvlm_jax.data.sources import emoji
+from fedvlm_jax.evaluation.statistics.over_seeds import spread
+from fedvlm_jax.privacy.config import PrivacyOptions
+from fedvlm_jax.reporting.figures import theme
+from fedvlm_jax.reporting.tables import Table, to_markdown
+
+RATES = {
+    "plora": (5e-3, 2e-3),
+    "ffa-lora": (5e-3, 2e-3),
+    "fedsa-lora": (5e-3, 2e-3),
+    "fed-sb": (5e-3, 2e-3),
+    "local": (5e-3, 2e-3),
+}
+"""Learning rates of A and B, those of the defaults."""
+NOISELESS = 0.0
+"""No noise: epsilon is infinite."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is run"""
+
+    out: Path = Path("runs/private-population")
+    """Folder of the runs, and of a line per finished one."""
+    results: Path | None = None
+    """Where the report goes (default: experiments/results; with --quick, into --out)."""
+    methods: tuple[str, ...] = ("plora", "ffa-lora", "fedsa-lora", "fed-sb")
+    epsilons: tuple[float, ...] = (NOISELESS, 8.0, 3.0, 1.0)
+    """Epsilons that all rounds spend; 0 for no noise."""
+    seeds: tuple[int, ...] = (0,)
+    clients: int = 4000
+    cohort: int = 256
+    rounds: int = 40
+    local_steps: int = 2
+    batch_size: int = 8
+    images: int = 20
+    scored: int = 64
+    """Clients whose models are evaluated, drawn by the seed."""
+    model: str = "florence2-nano"
+    quick: bool = False
+    """A smoke run: 24 clients, two rounds."""
+
+    @property
+    def place(self) -> Path:
+        """Where the report goes."""
+        return self.results or (self.out if self.quick else RESULTS)
+
+
+SMALL: dict[str, Any] = {"clients": 24, "cohort": 8, "rounds": 2, "images": 6, "scored": 4, "epsilons": (0.0, 8.0)}
+
+
+def make_run(options: Options, method: str, epsilon: float, seed: int) -> Run:
+    """One run; local training has no rounds to be drawn into, so it takes the steps that a client has on average."""
+    rate_a, rate_b = RATES[method]
+    alone = method == "local"
+    train = TrainOptions(
+        rounds=max(1, round(options.rounds * options.cohort / options.clients)) if alone else options.rounds,
+        local_steps=options.local_steps, batch_size=options.batch_size, learning_rate_a=rate_a, learning_rate_b=rate_b,
+    )  # fmt: skip
+    data = emoji.Options(
+        partition=emoji.Topics(clients=options.clients), images_per_client=options.images, validation_per_client=6,
+        test_per_client=12,
+    )  # fmt: skip
+    evaluation = EvaluationOptions(
+        every=train.rounds, clients=options.scored, before_redistribution=False, metrics=("exact_match",), examples=0
+    )
+    privacy = PrivacyOptions(epsilon=epsilon, quantile=0.5) if epsilon else PrivacyOptions()
+    out = options.out / f"{method}-{epsilon:g}-{seed}"
+    return Run(
+        method=method, model=options.model, seed=seed, cohort=None if alone else options.cohort, data=data, train=train,
+        evaluation=evaluation, privacy=privacy, out=out, checkpoint_every=5,
+    )  # fmt: skip
+
+
+def list_missing(options: Options) -> Iterator[tuple[str, float, int]]:
+    """Runs without a line, those of the first seed first."""
+    there = {(line["method"], line["epsilon"], line["seed"]) for line in read_lines(options)}
+    for seed in options.seeds:
+        for cell in [*((m, e) for m in options.methods for e in options.epsilons), ("local", NOISELESS)]:
+            if (*cell, seed) not in there:
+                yield *cell, seed
+
+
+def read_lines(options: Options) -> list[dict[str, Any]]:
+    """The finished runs."""
+    return study_summary.read_lines(options.out / "lines.jsonl")
+
+
+def run_missing(options: Options) -> None:
+    """Run what has no line yet; a run that was stopped goes on."""
+    from fedvlm_jax.run_dir.reader import read_run
+    from fedvlm_jax.training import federated_run
+    from fedvlm_jax.training.loaded_model import load_model
+    from fedvlm_jax.utils.progress import SilentProgress
+
+    model = None
+    for method, epsilon, seed in list(list_missing(options)):
+        run = make_run(options, method, epsilon, seed)
+        assert run.out is not None
+        model = model or load_model(run)
+        began = time.monotonic()
+        begun = (run.out / "config.json").exists()
+        show = SilentProgress()
+        folder = federated_run.resume(run.out, show, model) if begun else federated_run.train(run, show, model)
+        record = read_run(folder)
+        rounds = [line for line in record.metrics if line["method"] == method]
+        line = {
+            "method": method, "epsilon": epsilon, "seed": seed, "rates": RATES[method],
+            "scores": record.scores("personal", split="test"), "zero_shot": record.scores("zero_shot", split="test"),
+            "spent": rounds[-1].get("epsilon"), "noise": rounds[-1].get("noise"), "clip": rounds[-1].get("clip"),
+            "noise_to_update": rounds[-1].get("noise_to_update"), "bytes_up": rounds[-1]["bytes_up_per_client"],
+            "seconds": round(time.monotonic() - began, 1),
+        }  # fmt: skip
+        with (options.out / "lines.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        print(f"{method} epsilon {epsilon or 'inf'} seed {seed}: {_mean(line['scores']):.1%}", flush=True)
+
+
+def _mean(scores: Mapping[str, float]) -> float:
+    return sum(scores.values()) / len(scores)
+
+
+def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Method -> epsilon, as text -> mean and spread over seeds, and what the last round told."""
+    found: dict[str, dict[str, Any]] = {}
+    for method, epsilon in dict.fromkeys((line["method"], line["epsilon"]) for line in lines):
+        own = [line for line in lines if (line["method"], line["epsilon"]) == (method, epsilon)]
+        means = [_mean(line["scores"]) for line in own]
+        told = {name: own[0][name] for name in ("spent", "noise", "clip", "noise_to_update", "bytes_up")}
+        cell = {**vars(spread(means)), "by_seed": means, **told, "zero_shot": _mean(own[0]["zero_shot"])}
+        found.setdefault(method, {})[f"{epsilon:g}"] = cell
+    return found
+
+
+def tabulate(found: Mapping[str, Mapping[str, Any]], epsilons: Sequence[float]) -> Table:
+    """A row per method, a column per epsilon, from no noise to the most."""
+    columns = ["method", *("no noise" if not e else f"ε = {e:g}" for e in epsilons), "sent, KiB"]
+    rows = []
+    for method, cells in found.items():
+        sent = next(iter(cells.values()))["bytes_up"] / 1024
+        rows.append((method, *(_format(cells.get(f"{e:g}")) for e in epsilons), f"{sent:.0f}"))
+    return Table("Thousands of clients, by epsilon", tuple(columns), tuple(rows))
+
+
+def _format(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return "–"
+    error = "" if cell["std"] is None else f" ± {100 * cell['std']:.1f}"
+    noise = cell["noise_to_update"]
+    return f"{100 * cell['mean']:.1f}{error} %" + ("" if noise is None else f" (noise {noise:.1f})")
+
+
+def draw(found: Mapping[str, Mapping[str, Any]], epsilons: Sequence[float]) -> Figure:
+    """Draw exact match against epsilon, with the bare base and training alone as lines."""
+    figure, axes = theme.make_figure(6.4, 4.0)
+    ax, places = axes, range(len(epsilons))
+    federated = [method for method in found if method != "local"]
+    for number, method in enumerate(federated):
+        cells = found[method]
+        there = [(place, cells[f"{e:g}"]) for place, e in zip(places, epsilons, strict=True) if f"{e:g}" in cells]
+        errors = [100 * (cell["std"] or 0) for _, cell in there]
+        ax.errorbar(
+            [place for place, _ in there], [100 * cell["mean"] for _, cell in there], yerr=errors, label=method,
+            color=theme.SERIES[number], marker=theme.MARKERS[number], markersize=5, capsize=2, linewidth=1.4,
+        )  # fmt: skip
+    any_cell = next(iter(next(iter(found.values())).values()))
+    lines = {"zero-shot": any_cell["zero_shot"]}
+    if "local" in found:
+        lines["training alone"] = found["local"]["0"]["mean"]
+    for style, (name, value) in zip(("--", ":"), lines.items(), strict=False):
+        ax.axhline(100 * value, color=theme.MUTED, linewidth=1, linestyle=style, label=name)
+    ax.set_xticks(list(places), ["no noise" if not e else f"{e:g}" for e in epsilons])
+    ax.set_xlabel("ε that all rounds spend")
+    ax.set_ylabel("exact match on test, %")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def report(options: Options) -> None:
+    """Write JSON, table and picture, and print the table."""
+    lines = read_lines(options)
+    found = summarise(lines)
+    place = options.place
+    place.mkdir(parents=True, exist_ok=True)
+    command = "python experiments/private_population.py" + " --quick" * options.quick
+    content = {
+        "command": command, "clients": options.clients, "cohort": options.cohort, "rounds": options.rounds,
+        "methods": found, "lines": lines,
+    }  # fmt: skip
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    (place / "private_population.json").write_text(text, encoding="utf-8")
+    seeds = sorted({line["seed"] for line in lines})
+    note = (
+        f"Exact match on test of {options.scored} of {options.clients:,} clients after {options.rounds} rounds of "
+        f"{options.cohort} on average; ± the standard deviation over {len(seeds)} seeds where there are several; in "
+        "brackets how large the last round's noise is, as a multiple of the mean update. Delta is 1e-5. "
+        f"Made by `{command}`."
+    )
+    table = to_markdown(tabulate(found, options.epsilons))
+    (place / "private_population.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
+    theme.save_png(draw(found, options.epsilons), place / "private_population.png")
+    print(f"{table}\n\n{note}")
+
+
+def main() -> None:
+    """Run what is missing, and report."""
+    options = tyro.cli(Options, description=__doc__)
+    if options.quick:
+        options = dataclasses.replace(options, **SMALL)
+    options.out.mkdir(parents=True, exist_ok=True)
+    run_missing(options)
+    report(options)
+
+
+if __name__ == "__main__":
+    main()
