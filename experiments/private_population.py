@@ -119,7 +119,7 @@ def read_lines(options: Options) -> list[dict[str, Any]]:
 
 def run_missing(options: Options) -> None:
     """Run what has no line yet; a run that was stopped goes on."""
-    from fedvlm_jax.run_dir.reader import read_run
+    from fedvlm_jax.run_dir.reader import read_metrics, read_run
     from fedvlm_jax.training import federated_run
     from fedvlm_jax.training.loaded_model import load_model
     from fedvlm_jax.utils.progress import SilentProgress
@@ -134,7 +134,7 @@ def run_missing(options: Options) -> None:
         show = SilentProgress()
         folder = federated_run.resume(run.out, show, model) if begun else federated_run.train(run, show, model)
         record = read_run(folder)
-        rounds = [line for line in record.metrics if line["method"] == method]
+        rounds = [line for line in read_metrics(folder) if line["method"] == method]
         line = {
             "method": method, "epsilon": epsilon, "seed": seed, "rates": RATES[method],
             "scores": record.scores("personal", split="test"), "zero_shot": record.scores("zero_shot", split="test"),
@@ -184,7 +184,7 @@ def _format(cell: Mapping[str, Any] | None) -> str:
 def draw(found: Mapping[str, Mapping[str, Any]], epsilons: Sequence[float]) -> Figure:
     """Draw exact match against epsilon, with the bare base and training alone as lines."""
     figure, axes = theme.make_figure(6.4, 4.0)
-    ax, places = axes, range(len(epsilons))
+    ax, places = axes[0], range(len(epsilons))
     federated = [method for method in found if method != "local"]
     for number, method in enumerate(federated):
         cells = found[method]
@@ -223,7 +223,7 @@ def report(options: Options) -> None:
     seeds = sorted({line["seed"] for line in lines})
     note = (
         f"Exact match on test of {options.scored} of {options.clients:,} clients after {options.rounds} rounds of "
-        f"{options.cohort} on average; ± the standard deviation over {len(seeds)} seeds where there are several; in "
+        f"{options.cohort} on average; {_describe_seeds(seeds)}; in "
         "brackets how large the last round's noise is, as a multiple of the mean update. Delta is 1e-5. "
         f"Made by `{command}`."
     )
@@ -231,6 +231,10 @@ def report(options: Options) -> None:
     (place / "private_population.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     theme.save_png(draw(found, options.epsilons), place / "private_population.png")
     print(f"{table}\n\n{note}")
+
+
+def _describe_seeds(seeds: Sequence[int]) -> str:
+    return "one seed" if len(seeds) == 1 else f"± the standard deviation over {len(seeds)} seeds"
 
 
 def main() -> None:
