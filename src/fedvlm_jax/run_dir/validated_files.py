@@ -15,7 +15,8 @@ from typing import Any
 from fedvlm_jax.config.run_options import Run, from_json
 from fedvlm_jax.distributed.mesh_option import MeshShape
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.utils.serialization import fit
+from fedvlm_jax.privacy.budget import Budget
+from fedvlm_jax.utils.serialization import decode, fit
 
 EXAMPLES = "examples.json"
 EXAMPLE_MODELS = {"zero_shot": "zero-shot", "global": "global model", "personal": "personal model"}
@@ -97,6 +98,7 @@ class StoredConfig:
     wave: int
     mesh: MeshShape
     clients: tuple[str, ...]
+    budget: Budget | None = None  # of differential privacy
 
 
 def parse_json(path: Path, text: str, where: str = "") -> dict[str, Any]:
@@ -163,9 +165,10 @@ def read_config(folder: Path) -> StoredConfig:
         raise UserError(f"{path}: resolved has no mesh or wave that could be; was it written by another version?")
     try:
         run = from_json(stored["run"])
+        budget = decode(Budget, resolved["privacy"], "resolved.privacy") if "privacy" in resolved else None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return StoredConfig(stored, run, resolved["wave"], MeshShape(**mesh), tuple(resolved["clients"]))
+    return StoredConfig(stored, run, resolved["wave"], MeshShape(**mesh), tuple(resolved["clients"]), budget)
 
 
 def read_results(path: Path) -> dict[str, Any]:
