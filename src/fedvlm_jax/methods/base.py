@@ -121,6 +121,7 @@ class Setup:
         keep_optimizer: whether a client keeps its optimiser state between its rounds.
         common_start: whether all clients start from the same personal factors; otherwise each draws its own.
         population, cohort: clients in all, and in a round at most.
+        trainable: clients that can be drawn; None: all.
         places: of a round, with a message at each: the cohort and what fills up its waves, so devices decide it.
         rounds: that the run will have.
         local_steps: of a client in a round at most; 0 while the data, on which it depends, is not read.
@@ -136,6 +137,7 @@ class Setup:
     keep_optimizer: bool = True
     common_start: bool = True
     population: int = 1
+    trainable: int | None = None
     cohort: int = 1
     places: int = 1
     rounds: int = 1

@@ -32,6 +32,7 @@ from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.objectives import Objective, load_objective
 from fedvlm_jax.privacy.budget import Budget, describe_budget, settle
 from fedvlm_jax.privacy.config import PrivacyOptions
+from fedvlm_jax.privacy.sampling import plan_sampling
 from fedvlm_jax.training.federated_data import BaseScoring, FederatedData, open_data
 from fedvlm_jax.training.loaded_model import LoadedModel
 from fedvlm_jax.training.round_setup import check_room, choose_program_options, deal_ranks, lay_out_sizes
@@ -282,8 +283,9 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
         UserError: options that the method cannot work with.
     """
     run, layout, clients = experiment.run, experiment.layout, len(experiment.examples.clients)
-    options = choose_program_options(run)
-    programs = experiment.model.programs(options, clients, layout.cohort, layout.places, layout.steps)
+    options, private = choose_program_options(run), run.privacy.on
+    trainable = sum(client.trains for client in experiment.examples.clients)
+    programs = experiment.model.programs(options, clients, layout.cohort, layout.places, layout.steps, trainable)
     return Simulator(
         programs=programs,
         params=experiment.model.params,
@@ -292,7 +294,8 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
         layout=layout,
         seed=run.seed,
         key=jax.random.key(run.seed),
-        weighting=run.train.weighting,
+        weighting="uniform" if private else run.train.weighting,  # as the pool has it
+        sampling=plan_sampling(run.privacy, trainable, run.cohort) if private else None,
         server=programs.method.init(adapter=experiment.adapter),
         ranks=deal_ranks(run.lora.ranks, clients),
         participation=run.participation,
