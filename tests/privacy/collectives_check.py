@@ -1,6 +1,6 @@
-"""Runs by itself with four forced host devices: a round's compiled text and results with noise in it, as JSON.
+"""Runs by itself with four forced host devices: a round's collectives and results with noise in it, as JSON.
 
-Arguments are the names of pools; every one is compiled on one device and on four, for the toy model.
+Arguments are METHOD:POOL; each is compiled on one device and on four, for the toy model.
 """
 
 import os
@@ -23,6 +23,7 @@ from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.distributed.sharding import place_waves, replicate
 from fedvlm_jax.federation.round import make_round, to_waves
 from fedvlm_jax.messages.pool import with_pool
+from fedvlm_jax.privacy.banded import make_banded_pool
 from fedvlm_jax.privacy.gaussian import make_gaussian_pool
 from fedvlm_jax.utils import tree
 
@@ -31,13 +32,15 @@ COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "
 POOLS = {
     "gaussian": lambda: make_gaussian_pool(1.0, 0.1, CLIENTS),
     "adaptive": lambda: make_gaussian_pool(0.5, 0.1, CLIENTS, 0.5),
+    "banded": lambda: make_banded_pool(1.0, 0.1, CLIENTS, 3, 6),
 }
 
 
-def run(name, devices, waves):
+def run(case, devices, waves):
     """-> all that a round's server has, and the program's text."""
-    _, params, trainer, method, adapter = make_method("plora", cohort=CLIENTS, places=CLIENTS)
-    method = method if name == "none" else with_pool(method, POOLS[name]())
+    name, pool = case.split(":")
+    _, params, trainer, method, adapter = make_method(name, cohort=CLIENTS, places=CLIENTS)
+    method = method if pool == "none" else with_pool(method, POOLS[pool]())
     mesh = make_mesh(devices)
     server = method.init(adapter=adapter)
     states = start_states(method, server, CLIENTS)
@@ -59,11 +62,11 @@ def run(name, devices, waves):
 
 def main():
     found = {}
-    for name in sys.argv[1:]:
-        (alone, _), (spread, text) = run(name, 1, 1), run(name, 4, 2)
+    for case in sys.argv[1:]:
+        (alone, _), (spread, text) = run(case, 1, 1), run(case, 4, 2)
         counted = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES}
         apart = max(float(np.max(np.abs(spread[path] - leaf), initial=0)) for path, leaf in alone.items())
-        found[name] = {"collectives": counted, "apart": apart}
+        found[case] = {"collectives": counted, "apart": apart}
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -23,41 +23,37 @@ class ClippedSum(NamedTuple):
     sampled: Float[Array, ""]
 
 
-class Factors(NamedTuple):
-    """The factors that clip rows, and which rows did not have to be clipped."""
+class Clipped(NamedTuple):
+    """Rows of at most some norm, and which of them did not have to be clipped."""
 
-    by: Float[Array, " cohort"]
+    rows: Float[Array, "cohort entries"]
     below: Bool[Array, " cohort"]
 
 
-def find_factors(rows: Float[Array, "cohort entries"], clip: Float[Array, ""] | float) -> Factors:
-    """Find min(1, clip / norm) of every row; 0 where a number is not finite.
+def clip_rows(rows: Float[Array, "cohort entries"], clip: Float[Array, ""] | float) -> Clipped:
+    """Multiply each row by min(1, clip / norm); a row whose norm is not finite becomes zero.
 
-    >>> find_factors(jnp.asarray([[3.0, 4.0], [0.3, 0.4], [jnp.inf, 0.0]]), 2.5).by.tolist()
-    [0.5, 1.0, 0.0]
+    >>> clip_rows(jnp.asarray([[3.0, 4.0], [0.5, 0.0], [jnp.inf, 0.0]]), 2.5).rows.tolist()
+    [[1.5, 2.0], [0.5, 0.0], [0.0, 0.0]]
     """
-    largest = jnp.max(jnp.abs(rows), axis=1, initial=0)
-    finite = jnp.isfinite(largest)
-    # Of numbers between -1 and 1: the square of a large number may overflow, and then a norm says nothing.
-    unit = jnp.where(finite, jnp.maximum(largest, 1e-30), 1)
-    norm = jnp.sqrt(jnp.sum(jnp.square(jnp.where(finite[:, None], rows, 0) / unit[:, None]), axis=1))
-    room = clip / unit / norm
-    return Factors(jnp.where(finite, jnp.minimum(room, 1), 0), finite & (room >= 1))
+    norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    finite = jnp.isfinite(norm)
+    kept = jnp.where(finite, rows, 0) * jnp.minimum(1, clip / jnp.maximum(norm, jnp.finfo(rows.dtype).tiny))
+    return Clipped(jnp.where(finite, kept, 0), (finite & (norm <= clip))[:, 0])
 
 
 def sum_clipped(messages: PyTree, weights: Weights, clip: Float[Array, ""] | float) -> ClippedSum:
     """Clip each client's whole message to a norm and add up those of who counts, whatever else their weights are.
 
-    A message that holds a number that is not finite counts as zero. The counts ride on the one all-reduce of the sum.
+    A message whose norm is not finite counts as zero. The counts ride on the one all-reduce of the sum.
 
     >>> messages = {"b": jnp.asarray([[3.0, 4.0], [0.0, 0.5], [9.0, 9.0]])}
     >>> sum_clipped(messages, jnp.asarray([0.9, 0.1, 0.0]), 2.5).total.tolist()
     [1.5, 2.5]
     """
-    rows, counts = to_rows(messages).astype(jnp.float32), weights > 0
-    factors = find_factors(jnp.where(counts[:, None], rows, 0), clip)
-    valid = counts & (factors.by > 0)
-    told = jnp.stack([counts & factors.below, counts], axis=1).astype(jnp.float32)
-    scaled = jnp.where(valid[:, None], rows * factors.by[:, None], 0)
-    sums = jnp.sum(jnp.concatenate([scaled, told], axis=1), axis=0)
+    counts = weights > 0
+    rows = jnp.where(counts[:, None], to_rows(messages).astype(jnp.float32), 0)
+    clipped = clip_rows(rows, clip)
+    told = jnp.stack([counts & clipped.below, counts], axis=1).astype(jnp.float32)
+    sums = jnp.sum(jnp.concatenate([clipped.rows, told], axis=1), axis=0)
     return ClippedSum(sums[:-2], sums[-2], sums[-1])
