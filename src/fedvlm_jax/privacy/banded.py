@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.messages.pool import Pool, Pooled, count_entries, from_row
 from fedvlm_jax.methods.base import Context, Weights
 from fedvlm_jax.privacy.clipping import sum_clipped
@@ -36,10 +37,12 @@ def make_banded_pool(noise: float, clip: float, expected: float, bands: int, rou
         rounds: of the run.
 
     Raises:
-        ValueError: there are fewer than two bands, or more than rounds.
+        UserError: there are fewer than two bands, or more than rounds.
     """
     if not 2 <= bands <= rounds:
-        raise ValueError(f"{bands} bands: at least 2 are needed, and at most the {rounds} rounds")
+        raise UserError(
+            f"--privacy.bands {bands}: noise is correlated over 2 rounds or more, and over the run's {rounds} at most"
+        )
     coefficients = optimize_bands(bands, rounds)
     norms = np.asarray([np.linalg.norm(coefficients[: rounds - at]) for at in range(rounds)], np.float32)
 
