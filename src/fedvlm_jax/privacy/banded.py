@@ -44,7 +44,7 @@ def make_banded_pool(noise: float, clip: float, expected: float, bands: int, rou
             f"--privacy.bands {bands}: noise is correlated over 2 rounds or more, and over the run's {rounds} at most"
         )
     coefficients = optimize_bands(bands, rounds)
-    norms = np.asarray([np.linalg.norm(coefficients[: rounds - at]) for at in range(rounds)], np.float32)
+    norms = _find_norms(coefficients, rounds).astype(np.float32)
 
     def init(shared: PyTree) -> PyTree:
         return {"noise": jax.tree.map(lambda leaf: jnp.zeros((bands - 1, *leaf.shape), jnp.float32), shared)}
@@ -92,6 +92,27 @@ def optimize_bands(bands: int, rounds: int) -> Coefficients:
     found = minimize(lambda rest: _loss(np.append(1.0, rest), rounds), start[1:], jac=True, method="L-BFGS-B")
     coefficients = np.append(1.0, found.x)
     return coefficients / np.linalg.norm(coefficients)
+
+
+def find_growth(bands: int, rounds: int) -> float:
+    """Find the noise's deviation in the sum of all rounds, over that of a round whose noise stands alone.
+
+    It is √rounds for noise that is new in every round.
+
+    >>> round(find_growth(bands=8, rounds=64), 2)
+    3.27
+    """
+    from scipy.signal import lfilter
+
+    # The last row of (matrix of ones) C⁻¹, by solving with C's transpose from the last round back.
+    coefficients = optimize_bands(bands, rounds)
+    row = lfilter([1.0], coefficients, _find_norms(coefficients, rounds)[::-1])
+    return float(np.linalg.norm(row))
+
+
+def _find_norms(coefficients: Coefficients, rounds: int) -> Float[np.ndarray, " rounds"]:
+    """Return the norm of every column of the matrix of these bands: 1, but for the last few that are cut short."""
+    return np.asarray([np.linalg.norm(coefficients[: rounds - at]) for at in range(rounds)])
 
 
 def _loss(coefficients: Coefficients, rounds: int) -> tuple[float, Float[np.ndarray, " rest"]]:

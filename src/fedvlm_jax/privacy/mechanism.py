@@ -17,7 +17,19 @@ def make_mechanism(options: PrivacyOptions, sampling: Sampling, rounds: int) -> 
     >>> make_mechanism(PrivacyOptions(noise=1.0), Sampling("all", population=9, expected=9, places=9), rounds=3).name
     'gaussian'
     """
-    noise = options.noise or find_noise(sampling, rounds, options.delta, options.epsilon)
+    noise = choose_noise(options, sampling, rounds)
     if options.mechanism == "banded":
         return make_banded_pool(noise, options.clip, sampling.expected, options.bands, rounds)
     return make_gaussian_pool(noise, options.clip, sampling.expected, options.quantile)
+
+
+def choose_noise(options: PrivacyOptions, sampling: Sampling, rounds: int) -> float:
+    """Choose the noise multiplier: what the options say, or what spends their ε over so many rounds.
+
+    Raises:
+        UserError: no noise is enough, or dp-accounting is not installed.
+
+    >>> choose_noise(PrivacyOptions(noise=1.5), Sampling("all", population=9, expected=9, places=9), rounds=3)
+    1.5
+    """
+    return options.noise or find_noise(sampling, rounds, options.delta, options.epsilon)
