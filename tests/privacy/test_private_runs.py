@@ -15,7 +15,7 @@ MECHANISMS = {
     "adaptive": (3, PrivacyOptions(noise=0.25, clip=0.05, quantile=0.5, delta=1e-3)),
     "banded": (1, PrivacyOptions(noise=1.0, clip=0.05, mechanism="banded", bands=2, delta=1e-3)),
 }
-SEED = 4  # with which a round of `banded` has nobody in it
+SEED = 3  # with which a round of `banded` has nobody in it
 
 
 @pytest.mark.parametrize("name", MECHANISMS)

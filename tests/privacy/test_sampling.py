@@ -1,14 +1,20 @@
 """Sampling under differential privacy: frequencies, independence, an unbiased cut, groups that take turns."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 from federation.test_cohort import make_examples
 from hypothesis import given
 from hypothesis import strategies as st
+from methods.test_contract import make_context
 from scipy.stats import binom
-from toy import LABELS, RATES, VOCABULARY, WIDTH, make_method
+from toy import LABELS, RATES, VOCABULARY, WIDTH, make_method, make_toy
 
+from fedvlm_jax.config.method_setup import make_method as make_method_of_run
+from fedvlm_jax.config.method_setup import make_setup
+from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import choose_layout
@@ -19,6 +25,7 @@ from fedvlm_jax.messages.pool import with_pool
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.privacy.gaussian import make_gaussian_pool
 from fedvlm_jax.privacy.sampling import OVERFLOW, Sampling, choose_places, plan_sampling
+from fedvlm_jax.training.round_setup import choose_program_options, lay_out_sizes
 
 ROUNDS = 4000
 
@@ -166,3 +173,27 @@ def test_waves_and_rounds_read_ahead_draw_the_same(make_simulator):
     other.layout = choose_layout([6] * 5, cohort=5, wave=2, devices=1, steps=2, batch=3)
     for number in (3, 1, 2):
         assert one.read_round(number).numbers.tolist() == other.read_round(number).numbers.tolist()
+
+
+# --- From a run's options ---
+
+
+def test_a_run_s_options_reach_its_layout_its_pool_and_its_programs():
+    """10 of 1,000 on average: 34 places, and a sum that is divided by 10; without privacy nothing of it."""
+    run = Run(cohort=10, privacy=PrivacyOptions(noise=1.0, clip=1.0))
+    assert lay_out_sizes(run, [9] * 1000, make_mesh(1), 10, None).cohort == 34
+    assert lay_out_sizes(Run(cohort=10), [9] * 1000, make_mesh(1), 10, None).cohort == 10
+    kept = choose_program_options(run)
+    assert (kept.cohort, kept.privacy) == (10, run.privacy)
+    assert choose_program_options(Run(cohort=10)).cohort is None, "so that runs share programs"
+    setup = replace(make_setup(run, None, lambda *_: {}), sites=make_toy()[0].sites, population=1200, trainable=1000)
+    method, plain = make_method_of_run(run, setup), make_method_of_run(Run(), setup)
+    adapter = setup.draw(jax.random.key(0))
+    server = method.init(adapter=adapter)
+    assert "pool" in server
+    assert "pool" not in plain.init(adapter=adapter)
+    messages = jax.tree.map(lambda leaf: np.zeros((34, *leaf.shape), np.float32), method.download(server=server))
+    told = method.aggregate(make_context({}, None), server=server, messages=messages, weights=np.ones(34))[1]
+    entries = sum(leaf[0].size for leaf in jax.tree.leaves(messages))
+    assert float(told["noise_norm"]) == pytest.approx(np.sqrt(entries) / 10, rel=0.3)
+    assert float(told["sampled"]) == 34
