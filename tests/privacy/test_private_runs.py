@@ -18,7 +18,7 @@ MECHANISMS = {
 SEED = 3  # with which a round of `banded` has nobody in it
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("name", [pytest.param("adaptive", marks=pytest.mark.slow), "banded"])
 def test_stopped_and_resumed_is_never_stopped(name, model, loaded, tmp_path):
     cohort, privacy = MECHANISMS[name]
     whole, halved = (

@@ -18,7 +18,7 @@ def tabulate_noise(method: str, size: NoiseSize) -> Table:
         f"{method} and where B alone is shared (plora, ffa-lora), A alone (fedsa-lora; through a B of norm "
         f"{clip:.4g}, at first it is zero) or both (fedavg-lora). More clients a round lower the noise in proportion; "
         "fewer sites (--lora.targets), a lower rank, and fewer numbers sent (fed-sb) by the root of what is left out; "
-        "an orthonormal A (fedsvd) what B's noise does to the model."
+        "an orthonormal A, which fedsvd has after its first rounds, what B's noise does to the model."
     )
     columns = ("clients", "noise", "over the most", f"s·A·B: {method}", "B alone", "A alone", "both")
     return Table("Noise in a round", columns, tuple(_row(at, clip) for at in size.at), note=note)
