@@ -12,7 +12,8 @@ def make_mechanism(options: PrivacyOptions, sampling: Sampling, rounds: int) -> 
     """Make the pool of a run of so many rounds, with the noise that the options say or that spends their ε.
 
     Raises:
-        UserError: adaptive clipping with too few clients, more bands than rounds, no noise is enough, or dp-accounting is not installed.
+        UserError: adaptive clipping with too few clients, more bands than rounds, no noise is enough, or dp-accounting
+            is not installed.
 
     >>> make_mechanism(PrivacyOptions(noise=1.0), Sampling("all", population=9, expected=9, places=9), rounds=3).name
     'gaussian'
