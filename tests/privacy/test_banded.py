@@ -8,7 +8,7 @@ from methods.test_contract import make_context
 from scipy.optimize import approx_fprime
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.privacy.banded import _loss, find_growth, make_banded_pool, optimize_bands
+from fedvlm_jax.privacy.banded import _loss, find_deviations, make_banded_pool, optimize_bands
 from fedvlm_jax.privacy.gaussian import draw
 
 
@@ -43,7 +43,8 @@ def test_rounds_get_the_noise_of_the_inverse_matrix(bands, rounds):
     wanted = np.linalg.inv(matrix) @ np.stack(fresh) * (noise * clip / expected)
     np.testing.assert_allclose(np.stack(got), wanted, rtol=2e-5, atol=1e-6)
     sums = np.tril(np.ones((rounds, rounds))) @ np.linalg.inv(matrix)
-    assert find_growth(bands, rounds) == pytest.approx(np.linalg.norm(sums[-1]), rel=1e-9)
+    each = np.linalg.norm(np.linalg.inv(matrix)) / np.sqrt(rounds)
+    assert find_deviations(bands, rounds) == pytest.approx((each, np.linalg.norm(sums[-1])), rel=1e-9)
 
 
 def test_columns_have_norm_one_and_those_of_one_client_share_no_row():
@@ -70,7 +71,7 @@ def test_the_bands_are_the_best_there_are_and_better_than_none():
 
 
 def test_more_bands_leave_less_noise_in_the_sum():
-    growth = [np.sqrt(64), *(find_growth(bands, 64) for bands in (2, 4, 8, 16))]
+    growth = [np.sqrt(64), *(find_deviations(bands, 64).sum for bands in (2, 4, 8, 16))]
     assert (np.diff(growth) < 0).all()
 
 

@@ -90,6 +90,19 @@ def test_the_table_tells_it_and_what_lowers_it(explained):
         assert word in table.note
 
 
+@pytest.mark.broad
+def test_correlated_noise_is_larger_in_a_round_and_smaller_in_the_sum():
+    options = dataclasses.replace(EVERYBODY, sampling="poisson", clip=1.0)
+    banded = dataclasses.replace(options, mechanism="banded")
+    run = Run(method="fed-sb", cohort=4, privacy=options, train=dataclasses.replace(Run().train, rounds=64))
+    new, correlated = (
+        explain(dataclasses.replace(run, privacy=each), population=64).noise for each in (options, banded)
+    )
+    assert new.whole == pytest.approx(8 * new.at[0].message)
+    assert correlated.at[0].message > 1.2 * new.at[0].message
+    assert correlated.whole < 0.7 * new.whole
+
+
 def test_without_privacy_there_is_none():
     assert explain(Run(method="fed-sb"), population=4).noise is None
     with pytest.raises(UserError, match="flora"):

@@ -1,7 +1,8 @@
 """The noise of differential privacy beside an update, before anything is run: in the message, and in the products A·B.
 
 A message of D numbers has noise of norm z·C·√D / m, and its clients' mean at most the norm C. What the model feels of
-it is s·A·B, at a site with A [d_in, r] and B [r, d_out]: with deviation σ = z·C / m of an entry the expected norms are
+it is s·A·B, at a site with A [d_in, r] and B [r, d_out]. With deviation σ = z·C / m of an entry (correlated noise has
+more in a round, and less in the sum of all) the expected norms are
 
     noise in B, through A    s σ √d_out ‖A‖
     noise in A, through B    s σ √d_in ‖B‖      nothing at the start, where B is zero; here for a B of norm C
@@ -24,7 +25,7 @@ from fedvlm_jax import lora
 from fedvlm_jax.methods import Method
 from fedvlm_jax.methods.base import Context
 from fedvlm_jax.methods.components.factors import matmul
-from fedvlm_jax.privacy.banded import find_growth
+from fedvlm_jax.privacy.banded import Deviations, find_deviations
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.privacy.sampling import Sampling
 
@@ -75,7 +76,7 @@ class NoiseSize:
         sampling: of the rounds.
         rounds: T.
         entries: D, numbers of a message.
-        growth: the noise's norm in the sum of all rounds, over that in a round.
+        whole: norm of the noise in the sum of all rounds' means.
         at: rounds as they are, and larger ones.
     """
 
@@ -84,7 +85,7 @@ class NoiseSize:
     sampling: Sampling
     rounds: int
     entries: int
-    growth: float
+    whole: float
     at: tuple[RoundNoise, ...]
 
 
@@ -102,10 +103,12 @@ def measure_noise(
     """
     noise, clip, try_noise = options.noise, options.clip, _make_trial(method, adapter, message)
     entries = sum(leaf.size for leaf in jax.tree.leaves(message))
+    banded = options.mechanism == "banded"
+    deviations = find_deviations(options.bands, rounds) if banded else Deviations(1.0, math.sqrt(rounds))
     at = []
     for times in LARGER:
         expected = sampling.expected * times
-        sigma = noise * clip / expected
+        sigma = deviations.round * noise * clip / expected
         products = expect_products(adapter, sigma, clip)
         at.append(
             RoundNoise(
@@ -117,8 +120,8 @@ def measure_noise(
                 both=math.hypot(products.through_a, products.through_b, products.both),
             )
         )
-    growth = find_growth(options.bands, rounds) if options.mechanism == "banded" else math.sqrt(rounds)
-    return NoiseSize(noise, clip, sampling, rounds, entries, growth, tuple(at))
+    whole = deviations.sum * noise * clip / sampling.expected * math.sqrt(entries)
+    return NoiseSize(noise, clip, sampling, rounds, entries, whole, tuple(at))
 
 
 def expect_products(adapter: lora.Adapter, sigma: float, b_norm: float) -> Products:

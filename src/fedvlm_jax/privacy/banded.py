@@ -12,6 +12,7 @@ so the last b − 1 of v, each as large as what the server shares, are the pool'
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,20 +95,28 @@ def optimize_bands(bands: int, rounds: int) -> Coefficients:
     return coefficients / np.linalg.norm(coefficients)
 
 
-def find_growth(bands: int, rounds: int) -> float:
-    """Find the noise's deviation in the sum of all rounds, over that of a round whose noise stands alone.
+class Deviations(NamedTuple):
+    """Deviations of noise over z C / m: of a round's, the root mean square over rounds, and of the sum of all."""
 
-    It is √rounds for noise that is new in every round.
+    round: float
+    sum: float
 
-    >>> round(find_growth(bands=8, rounds=64), 2)
-    3.27
+
+def find_deviations(bands: int, rounds: int) -> Deviations:
+    """Find how large correlated noise is; noise that is new in every round has 1 and √rounds.
+
+    >>> [round(deviation, 2) for deviation in find_deviations(bands=8, rounds=64)]
+    [1.74, 3.27]
     """
     from scipy.signal import lfilter
 
-    # The last row of (matrix of ones) C⁻¹, by solving with C's transpose from the last round back.
     coefficients = optimize_bands(bands, rounds)
-    row = lfilter([1.0], coefficients, _find_norms(coefficients, rounds)[::-1])
-    return float(np.linalg.norm(row))
+    norms = _find_norms(coefficients, rounds)
+    inverse = np.asarray(lfilter([1.0], coefficients, np.eye(1, rounds)[0]))
+    each = norms * np.sqrt(np.cumsum(inverse**2))
+    # The last row of (matrix of ones) C⁻¹, by solving with C's transpose from the last round back.
+    last = np.asarray(lfilter([1.0], coefficients, norms[::-1]))
+    return Deviations(float(np.sqrt(np.mean(each**2))), float(np.linalg.norm(last)))
 
 
 def _find_norms(coefficients: Coefficients, rounds: int) -> Float[np.ndarray, " rounds"]:

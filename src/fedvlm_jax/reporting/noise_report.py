@@ -7,7 +7,7 @@ from fedvlm_jax.reporting.tables import Table
 def tabulate_noise(method: str, size: NoiseSize) -> Table:
     """Tabulate a round's noise in the message and in s·A·B, for rounds as they are and for larger ones."""
     clip, now = size.clip, size.at[0]
-    whole = size.growth * now.message / (size.rounds * clip)
+    whole = size.whole / (size.rounds * clip)
     groups = f" in {size.sampling.groups} groups that take turns" if size.sampling.groups > 1 else ""
     note = (
         f"Noise multiplier {size.noise:.4g}, clipping norm {clip:.4g}, {size.entries:,} numbers in a message; "
@@ -26,4 +26,5 @@ def tabulate_noise(method: str, size: NoiseSize) -> Table:
 
 def _row(at: RoundNoise, clip: float) -> tuple[str, ...]:
     numbers = (at.message, at.message / clip, at.method, at.b, at.a, at.both)
-    return (f"{at.expected:,.4g}", *(f"{number:.3g}" for number in numbers))
+    clients = f"{at.expected:,.0f}" if at.expected >= 100 else f"{at.expected:.4g}"
+    return (clients, *(f"{number:.3g}" for number in numbers))
