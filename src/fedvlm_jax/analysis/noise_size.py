@@ -142,7 +142,7 @@ def expect_products(adapter: lora.Adapter, sigma: float, b_norm: float) -> Produ
         through_a += d_out * float(np.sum(np.square(scale) * np.square(a).sum(axis=(-2, -1))))
         through_b += squared * d_in * rank * d_out / total * b_norm**2
         both += squared * d_in * rank * d_out
-    return Products(*(sigma * math.sqrt(part) for part in (through_a, through_b)), sigma**2 * math.sqrt(both))
+    return Products(sigma * math.sqrt(through_a), sigma * math.sqrt(through_b), sigma**2 * math.sqrt(both))
 
 
 def _make_trial(method: Method, adapter: lora.Adapter, message: PyTree) -> Callable[[float], float]:
