@@ -70,7 +70,7 @@ def test_the_shipped_model_has_the_noise_that_was_measured_once(explained):
         assert noise.method == pytest.approx(noise.b, rel=0.02), "plora shares B"
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_what_is_said_to_reduce_the_noise_does():
     def at_once(method, **changes):
         noise = explain(Run(method=method, privacy=EVERYBODY, **changes), population=16).noise
@@ -90,7 +90,7 @@ def test_the_table_tells_it_and_what_lowers_it(explained):
         assert word in table.note
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_correlated_noise_is_larger_in_a_round_and_smaller_in_the_sum():
     options = dataclasses.replace(EVERYBODY, sampling="poisson", clip=1.0)
     banded = dataclasses.replace(options, mechanism="banded")

@@ -58,7 +58,7 @@ def flat(message):
 # --- Clipping ---
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(row=st.lists(NUMBERS, min_size=1, max_size=6), clip=st.floats(1e-3, 1e3))
 def test_no_message_is_longer_than_the_clipping_norm(row, clip):
     message = {"b": jnp.asarray([row], jnp.float32)}
@@ -80,7 +80,7 @@ def test_the_norm_is_that_of_all_leaves_together():
     assert float(sum_clipped(messages, jnp.ones(1), 5.0).below) == 1.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(st.lists(NUMBERS, min_size=3, max_size=3), min_size=2, max_size=6),
     other=st.lists(NUMBERS, min_size=3, max_size=3), clip=st.floats(1e-2, 1e2), weight=st.floats(1e-3, 1),
