@@ -8,7 +8,7 @@ import math
 
 import dp_accounting as dp
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedvlm_jax.errors import UserError
@@ -33,11 +33,12 @@ def fixed(population, expected, groups=1):
 
 
 def ask_pld(event, rounds, delta):
-    return dp.pld.PLDAccountant().compose(event, rounds).get_epsilon(delta)
+    return pytest.approx(dp.pld.PLDAccountant().compose(event, rounds).get_epsilon(delta), rel=1e-9)
 
 
 def ask_rdp(event, rounds, delta, relation=dp.NeighboringRelation.ADD_OR_REMOVE_ONE):
-    return dp.rdp.RdpAccountant(neighboring_relation=relation).compose(event, rounds).get_epsilon(delta)
+    accountant = dp.rdp.RdpAccountant(neighboring_relation=relation)
+    return pytest.approx(accountant.compose(event, rounds).get_epsilon(delta), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +51,8 @@ def ask_rdp(event, rounds, delta, relation=dp.NeighboringRelation.ADD_OR_REMOVE_
         (0.8, poisson(1000, 8), 1000, 1e-6, 3.016732, 3.594346),
         (0.7, poisson(1000, 64), 200, 1e-4, 11.376538, 13.070283),
         (1.0, poisson(1000, 10, places=30), 100, 1e-5, 0.718123, None),
-        (1.0, poisson(1000, 10, places=20), 100, 1e-5, 2.257471, None),
-        (1.0, poisson(1000, 64, places=128), 50, 1e-4, 2.721381, None),
+        pytest.param(1.0, poisson(1000, 10, places=20), 100, 1e-5, 2.257471, None, marks=pytest.mark.broad),
+        pytest.param(1.0, poisson(1000, 64, places=128), 50, 1e-4, 2.721381, None, marks=pytest.mark.broad),
         (1.0, fixed(1000, 10), 100, 1e-5, 11.212675, 11.212675),
         (1.0, fixed(16, 8), 16, 1e-3, 59.006727, 59.006727),
     ],
@@ -62,6 +63,7 @@ def test_vectors(noise, sampling, rounds, delta, exact, bound):
         assert bound_epsilon(noise, sampling, rounds, delta) == pytest.approx(bound, abs=1e-3)
 
 
+@pytest.mark.broad
 def test_it_is_what_dp_accounting_says_of_the_event():
     """The very number, of rounds that are asked for one after another from what is kept of the first."""
     cut = poisson(500, 20, places=40)
@@ -77,7 +79,8 @@ def test_clients_of_a_fixed_number_are_accounted_by_replacing_one():
     """One of 1000 replaced moves the sum by 2 C, so the noise counts half: passing z itself would tell 1.48."""
     half, whole = (dp.SampledWithoutReplacementDpEvent(1000, 10, dp.GaussianDpEvent(z)) for z in (0.5, 1.0))
     assert find_epsilon(1.0, fixed(1000, 10), 100, 1e-5) == ask_rdp(half, 100, 1e-5, WITHOUT)
-    assert ask_rdp(whole, 100, 1e-5, WITHOUT) == pytest.approx(1.482526, abs=1e-6)
+    assert find_epsilon(2.0, fixed(1000, 10), 100, 1e-5) == ask_rdp(whole, 100, 1e-5, WITHOUT)
+    assert bound_epsilon(2.0, fixed(1000, 10), 100, 1e-5) == pytest.approx(1.482526, abs=1e-6)
 
 
 @pytest.mark.parametrize(("rounds", "turns"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
@@ -100,8 +103,12 @@ def test_the_fast_bound_of_a_cut_sample_takes_the_cut_into_account():
     assert bound_epsilon(1.0, poisson(1000, 10, places=15), 100, 1e-5) == math.inf
 
 
+@settings(deadline=None, max_examples=6)
 @given(
-    noise=st.floats(0.7, 4), rounds=st.integers(1, 200), expected=st.integers(1, 99), kind=st.sampled_from(["p", "f", "a"])
+    noise=st.floats(0.7, 4),
+    rounds=st.integers(1, 200),
+    expected=st.integers(1, 99),
+    kind=st.sampled_from(["p", "f", "a"]),
 )
 def test_epsilon_grows_with_rounds_and_falls_with_noise_and_delta(noise, rounds, expected, kind):
     sampling = {"p": poisson(100, expected), "f": fixed(100, expected), "a": everybody(100)}[kind]
@@ -134,8 +141,11 @@ def test_much_of_it_is_told_by_the_bound_rather_than_by_gigabytes():
 
 @pytest.mark.parametrize(
     ("sampling", "rounds", "delta", "epsilon"),
-    [(everybody(16), 10, 1e-3, 3.0), (fixed(64, 8), 10, 1e-3, 30.0), (poisson(64, 16), 10, 1e-3, 2.0)],
-    ids=["all", "fixed", "poisson"],
+    [
+        pytest.param(everybody(16), 10, 1e-3, 3.0, id="all", marks=pytest.mark.broad),
+        pytest.param(fixed(64, 8), 10, 1e-3, 30.0, id="fixed"),
+        pytest.param(poisson(64, 16), 10, 1e-3, 2.0, id="poisson", marks=pytest.mark.broad),
+    ],
 )
 def test_the_noise_for_an_epsilon_is_the_smallest_that_keeps_to_it(sampling, rounds, delta, epsilon):
     noise = find_noise(sampling, rounds, delta, epsilon)
@@ -143,16 +153,17 @@ def test_the_noise_for_an_epsilon_is_the_smallest_that_keeps_to_it(sampling, rou
     assert noise == float(f"{noise:.5g}")
 
 
-@pytest.mark.broad
-@pytest.mark.parametrize("places", [None, 100, 75])
-def test_the_noise_of_a_sample_that_is_cut_is_that_of_its_cut(places):
-    """With 75 places for 50 on average truncation costs something, and the noise is still enough for it."""
-    sampling = poisson(500, 50, places=places)
-    noise = find_noise(sampling, 50, 1e-5, 8.0)
-    event = dp.PoissonSampledDpEvent(0.1, dp.GaussianDpEvent(noise))
-    if places:
-        event = dp.TruncatedSubsampledGaussianDpEvent(500, 0.1, places, noise)
-    assert 7.98 < ask_pld(event, 50, 1e-5) <= 8
+@pytest.mark.parametrize("more", [1.0, 1.000001, 1.4])
+def test_the_noise_of_a_sample_that_is_cut_is_that_of_its_cut(more, monkeypatch):
+    """By an ε that is worked out by hand, T / z², and more where the sample is cut: rarely, or often."""
+    cut = poisson(1000, 10, places=34)
+    monkeypatch.setattr(
+        accounting, "find_epsilon", lambda z, drawn, rounds, delta: rounds / z**2 * (more if drawn == cut else 1)
+    )
+    accounting._find_noise.cache_clear()
+    exact = math.sqrt(50 * more / 3)
+    assert exact <= find_noise(cut, 50, 1e-5, 3.0) <= exact * (1 + 1.1e-4)
+    accounting._find_noise.cache_clear()
 
 
 def test_noise_by_renyi_as_it_was_written_down(monkeypatch):
@@ -163,16 +174,17 @@ def test_noise_by_renyi_as_it_was_written_down(monkeypatch):
     accounting._find_noise.cache_clear()
 
 
-def test_an_epsilon_that_no_noise_keeps_to_is_refused():
-    """With two places for five clients on average δ is spent on rounds that overflow, whatever the noise."""
-    accounting._find_noise.cache_clear()
-    with pytest.raises(UserError, match=r"--privacy.epsilon 1e-12 .* cannot be kept to over 5 rounds"):
-        find_noise(fixed(16, 8), 5, 1e-5, 1e-12)
+def test_an_epsilon_that_no_noise_keeps_to_is_refused(monkeypatch):
+    monkeypatch.setattr(accounting, "MOST", 8.0)
+    monkeypatch.setattr(accounting, "LARGE", 0.0)
+    with pytest.raises(UserError, match=r"--privacy.epsilon 0.01 .* cannot be kept to over 5 rounds"):
+        find_noise(everybody(16), 5, 1e-5, 0.01)
     with pytest.raises(UserError, match=r"--privacy.epsilon 1e\+09 protects nobody"):
         find_noise(everybody(16), 5, 1e-5, 1e9)
 
 
-def test_rounds_for_an_epsilon():
+def test_rounds_for_an_epsilon(monkeypatch):
+    monkeypatch.setattr(accounting, "LARGE", 0.0)  # by the fast bound
     sampling = everybody(16)
     rounds = count_rounds(4.0, sampling, 1e-3, 5.0, most=100)
     assert find_epsilon(4.0, sampling, rounds, 1e-3) <= 5 < find_epsilon(4.0, sampling, rounds + 1, 1e-3)
@@ -183,10 +195,14 @@ def test_rounds_for_an_epsilon():
 def test_orders_that_do_not_converge_are_not_shown(caplog):
     with caplog.at_level(logging.WARNING):
         bound_epsilon(0.5, poisson(16, 8), 5, 1e-3)
-    assert not caplog.records
+        assert not caplog.records
+        ask_rdp(dp.PoissonSampledDpEvent(0.5, dp.GaussianDpEvent(0.5)), 5, 1e-3)
+        assert caplog.records  # of the accountant by itself
 
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "dp_accounting", None)
-    with pytest.raises(UserError, match=r"--privacy needs the package dp-accounting.*pip install 'fedvlm-jax\[privacy\]'"):
+    with pytest.raises(
+        UserError, match=r"--privacy needs the package dp-accounting.*pip install 'fedvlm-jax\[privacy\]'"
+    ):
         find_epsilon(1.0, everybody(), 1, 1e-5)

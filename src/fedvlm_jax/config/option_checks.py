@@ -211,6 +211,11 @@ def _check_privacy(run: Run) -> None:
         return
     if privacy.mechanism != "banded" and "privacy.bands" in changed:
         raise UserError(f"--privacy.bands means nothing to --privacy.mechanism {privacy.mechanism}: leave it out")
+    if privacy.mechanism == "banded" and not 2 <= privacy.bands <= run.train.rounds:
+        raise UserError(
+            f"--privacy.bands {privacy.bands}: noise is correlated over 2 rounds or more, and at most over all "
+            f"--train.rounds {run.train.rounds}"
+        )
     if privacy.mechanism == "banded" and privacy.quantile is not None:
         raise UserError(
             "--privacy.quantile and --privacy.mechanism banded exclude each other: rounds take back noise of rounds "

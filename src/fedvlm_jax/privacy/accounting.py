@@ -9,20 +9,20 @@ comes to depends on how the round's clients are drawn, so each way has an event 
              by up to 2 C: in the accountant's terms the noise is z / 2. Rényi differential privacy alone has a bound.
     all      everybody: the Gaussian mechanism without amplification; neighbours as with poisson.
 
-With groups that take turns, b of them, noise is correlated over b rounds by a lower triangular matrix C of b bands whose
-columns have norm 1 at most (arXiv 2306.08153). The columns of the rounds of one group have no row in common, and the
-rounds between see this group's clients through what was released before alone. So, whatever later rounds make of that,
-each round of a group is a Gaussian mechanism of noise z on its draw, and a client is in ⌈T / b⌉ of them (theorem 4
-there).
+With b groups that take turns, noise is correlated over b rounds by a lower triangular matrix C of b bands whose columns
+have norm 1 at most (arXiv 2306.08153). The columns of the rounds of one group have no row in common, and the rounds
+between see this group's clients through what was released before alone. So, whatever later rounds make of that, each
+round of a group is a Gaussian mechanism of noise z on its draw, and a client is in ⌈T / b⌉ of them (theorem 4 there).
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.privacy.sampling import Sampling
@@ -51,7 +51,8 @@ def find_epsilon(noise: float, sampling: Sampling, rounds: int, delta: float) ->
     >>> round(find_epsilon(5.0, Sampling("all", population=20, expected=20, places=20), rounds=100, delta=1e-5), 3)
     9.997
     """
-    bound = bound_epsilon(noise, sampling, rounds, delta)
+    # Of a sample that is not cut, for a small δ may be spent on the cut alone.
+    bound = bound_epsilon(noise, sampling._replace(places=sampling.population), rounds, delta)
     if bound == 0 or bound > LARGE or sampling.kind == "fixed":
         return bound
     return float(_compose(noise, sampling, sampling.turns(rounds)).get_epsilon_for_delta(delta))
@@ -91,24 +92,29 @@ def find_noise(sampling: Sampling, rounds: int, delta: float, epsilon: float) ->
 
     Raises:
         UserError: no noise is enough, or dp-accounting is not installed.
-
-    >>> find_noise(Sampling("all", population=20, expected=20, places=20), rounds=100, delta=1e-5, epsilon=10)
-    4.9989
     """
     return _find_noise(sampling, rounds, delta, epsilon)
 
 
 @lru_cache(maxsize=64)  # the runs of a comparison ask alike
 def _find_noise(sampling: Sampling, rounds: int, delta: float, epsilon: float) -> float:
+    # A cut that is as rare as `choose_places` has it changes the sixth digit, and takes five times as long.
+    easy = sampling._replace(places=sampling.population)
+    found = _search(easy, rounds, delta, epsilon, near=1.0)
+    if find_epsilon(_round_up(found, 1), sampling, rounds, delta) > epsilon:
+        found = _search(sampling, rounds, delta, epsilon, near=found)
+    rounded = (_round_up(found, steps) for steps in itertools.count())
+    return next(noise for noise in rounded if find_epsilon(noise, sampling, rounds, delta) <= epsilon)
+
+
+def _search(sampling: Sampling, rounds: int, delta: float, epsilon: float, near: float) -> float:
+    """Find the noise multiplier at which ε is reached, from one that is near."""
     from scipy.optimize import brentq  # late: it takes half a second
 
-    # Truncation changes the sixth digit and takes five times as long: it is looked at in the end.
-    easy = sampling._replace(places=sampling.largest_group)
-
     def excess(log_noise: float) -> float:
-        return math.log(max(find_epsilon(math.exp(log_noise), easy, rounds, delta), 1e-12) / epsilon)
+        return math.log(max(find_epsilon(math.exp(log_noise), sampling, rounds, delta), 1e-12) / epsilon)
 
-    low = high = 0.0
+    low = high = math.log(near)
     while excess(high) > 0:
         low, high = high, high + math.log(2)
         if high > math.log(MOST):
@@ -120,12 +126,13 @@ def _find_noise(sampling: Sampling, rounds: int, delta: float, epsilon: float) -
         low, high = low - math.log(2), low
         if low < math.log(LEAST):
             raise UserError(f"--privacy.epsilon {epsilon:g} protects nobody: lower it, or leave it out")
-    found = math.exp(float(brentq(excess, low, high, xtol=1e-7)))
-    step = 10.0 ** (math.floor(math.log10(found)) + 1 - DIGITS)
-    steps = math.ceil(found / step)
-    while find_epsilon(chosen := float(f"{steps * step:.{DIGITS}g}"), sampling, rounds, delta) > epsilon:
-        steps += 1
-    return chosen
+    return math.exp(cast("float", brentq(excess, low, high, xtol=1e-7)))
+
+
+def _round_up(number: float, steps: int) -> float:
+    """Round up to so many digits, and then so many steps further."""
+    step = 10.0 ** (math.floor(math.log10(number)) + 1 - DIGITS)
+    return float(f"{(math.ceil(number / step) + steps) * step:.{DIGITS}g}")
 
 
 def count_rounds(noise: float, sampling: Sampling, delta: float, epsilon: float, most: int) -> int:
@@ -133,9 +140,6 @@ def count_rounds(noise: float, sampling: Sampling, delta: float, epsilon: float,
 
     Raises:
         UserError: dp-accounting is not installed.
-
-    >>> count_rounds(5.0, Sampling("all", population=20, expected=20, places=20), delta=1e-5, epsilon=8, most=100)
-    69
     """
     if find_epsilon(noise, sampling, most, delta) <= epsilon:
         return most

@@ -3,6 +3,8 @@
 It is settled before anything is trained and stored with the run, so whoever goes on with the run goes on with it.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +12,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.privacy.accounting import bound_epsilon, count_rounds, find_epsilon, find_noise
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.privacy.sampling import Sampling, plan_sampling
-from fedvlm_jax.utils.serialization import encode
+from fedvlm_jax.utils.serialization import decode, encode
 
 COVERED = "what the server releases of all rounds: the shared part of the adapters"
 """The part that ε holds for, as results and reports put it."""
@@ -77,9 +79,9 @@ def settle(options: PrivacyOptions, clients: int, cohort: int | None, rounds: in
         UserError: δ is too large for so many clients, not a single round can be had for this ε, so many clients cannot
             be drawn, or dp-accounting is not installed.
 
-    >>> budget = settle(PrivacyOptions(noise=5.0, epsilon=8.0, sampling="all"), clients=20, cohort=None, rounds=100)
+    >>> budget = settle(PrivacyOptions(noise=5.0, sampling="all"), clients=20, cohort=None, rounds=69)
     >>> budget.rounds, round(budget.epsilon, 2)
-    (69, 7.99)
+    (69, 7.97)
     """
     if options.delta * clients >= 1:
         raise UserError(
@@ -98,6 +100,12 @@ def settle(options: PrivacyOptions, clients: int, cohort: int | None, rounds: in
             f"--privacy.epsilon {options.epsilon:g}: the first round spends "
             f"{find_epsilon(noise, drawn, 1, options.delta):.3g} already; raise it, or --privacy.noise {noise:g}"
         )
+    spent = find_epsilon(noise, drawn, possible, options.delta)
+    if not math.isfinite(spent):
+        raise UserError(
+            f"--privacy.delta {options.delta:g}: rounds of such noise have no finite epsilon at so small a delta; "
+            "raise it, or --privacy.noise"
+        )
     return Budget(
         noise=noise,
         clip=options.clip,
@@ -105,7 +113,7 @@ def settle(options: PrivacyOptions, clients: int, cohort: int | None, rounds: in
         delta=options.delta,
         limit=options.epsilon,
         rounds=possible,
-        epsilon=find_epsilon(noise, drawn, possible, options.delta),
+        epsilon=spent,
         mechanism=options.mechanism,
         sampling=options.sampling,
         clients=clients,
@@ -120,9 +128,14 @@ def lengthen_budget(budget: Budget, rounds: int) -> Budget:
     """Return the budget of a run that is to have more rounds, with the noise that it had.
 
     Raises:
-        UserError: its ε does not allow so many.
+        UserError: its ε does not allow so many, or its noise was planned for those that it has.
     """
     drawn, delta = budget.drawn, budget.delta
+    if budget.mechanism == "banded":
+        raise UserError(
+            f"--train.rounds {rounds}: the noise of --privacy.mechanism banded is planned for the {budget.rounds} "
+            "rounds that there are; more need a new run"
+        )
     if budget.limit and (most := count_rounds(budget.noise, drawn, delta, budget.limit, rounds)) < rounds:
         raise UserError(
             f"--train.rounds {rounds}: epsilon {budget.limit:g} of the run is spent after {most} rounds; what is "
@@ -149,8 +162,8 @@ def describe_sampling(budget: Budget) -> str:
 def describe_budget(budget: Budget, asked: int) -> str:
     """Say in a line what a run's privacy comes to, and where it stops before the rounds that were asked for.
 
-    >>> budget = settle(PrivacyOptions(noise=5.0, epsilon=8.0, sampling="all"), clients=20, cohort=None, rounds=100)
-    >>> describe_budget(budget, 100).rpartition("; ")[2]
+    >>> budget = settle(PrivacyOptions(noise=5.0, sampling="all"), clients=20, cohort=None, rounds=69)
+    >>> describe_budget(replace(budget, limit=8.0), 100).rpartition("; ")[2]
     'stops after 69 of 100 rounds, where epsilon 8 is spent'
     """
     text = (
@@ -165,3 +178,17 @@ def describe_budget(budget: Budget, asked: int) -> str:
 def describe_coverage(budget: Budget) -> dict[str, Any]:
     """Describe the privacy of a finished run for its results."""
     return {**encode(budget), "covers": COVERED, "does_not_cover": NOT_COVERED}
+
+
+def read_coverage(stored: Mapping[str, Any]) -> Budget:
+    """Read the budget that `describe_coverage` described.
+
+    Raises:
+        UserError: something of it is missing, or of another type.
+
+    >>> budget = settle(PrivacyOptions(noise=5.0, sampling="all"), clients=20, cohort=None, rounds=1)
+    >>> read_coverage(describe_coverage(budget)) == budget
+    True
+    """
+    own = {name: value for name, value in stored.items() if name not in ("covers", "does_not_cover")}
+    return decode(Budget, own, "privacy")

@@ -22,7 +22,19 @@ EXAMPLES = "examples.json"
 EXAMPLE_MODELS = {"zero_shot": "zero-shot", "global": "global model", "personal": "personal model"}
 """Models whose answers are kept beside an example -> what a reader sees."""
 
-HEALTH = ("loss", "seconds", "clients_per_second", "bytes_", "aggregation_error", "angle_", "update_", "personal_drift")
+HEALTH = (
+    "loss",
+    "seconds",
+    "clients_per_second",
+    "bytes_",
+    "aggregation_error",
+    "angle_",
+    "update_",
+    "personal_drift",
+    "epsilon",
+    "clip",
+    "noise",
+)
 """Beginnings of the names of a line's numbers that are drawn or summed."""
 
 Scores = dict[str, float | None]
@@ -48,6 +60,12 @@ SEALED: Form = {
     "fingerprint": {"data": str, "weights": str, "model_files": dict[str, str], "clients": dict[str, str]},
     "versions": dict[str, str | None],
 }
+PRIVACY: Form = {
+    **dict.fromkeys(("noise", "clip", "delta", "limit", "epsilon", "expected", "chance"), float),
+    **dict.fromkeys(("rounds", "clients", "places", "groups"), int),
+    **dict.fromkeys(("mechanism", "sampling", "covers", "does_not_cover"), str),
+    "quantile": float | None,
+}
 RESULTS: Form = {
     "zero_shot": BySplit,
     "personal": BySplit,
@@ -56,6 +74,7 @@ RESULTS: Form = {
     "selected_by?": str,
     "gain_intervals?": dict[str, dict[str, tuple[float, float]]],
     "neighbours?": dict[str, Scores | str],
+    "privacy?": PRIVACY,
 }
 HELD_OUT: Form = {"held_out": {"cold_start": str, "zero_shot": BySplit, "personal": BySplit}}
 LINE: Form = {"round": int, "method?": str, "validation?": dict[str, Any] | None}

@@ -91,7 +91,11 @@ class BestRound(Callback):
         value, loss = result.get(chosen), result.get("loss")
         # Without validation data the newest is the best there is. A model whose loss is not finite is never the best.
         score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
-        if value is None or experiment.budget is not None or (all(map(math.isfinite, score)) and score > self.best.score):
+        if (
+            value is None
+            or experiment.budget is not None
+            or (all(map(math.isfinite, score)) and score > self.best.score)
+        ):
             server = trainer.last_server or self.best.server
             if trainer.phase == 0:
                 server = jax.device_get(simulator.server)

@@ -61,7 +61,7 @@ class PrivacyLedger(Callback):
         # JSON has no infinity.
         known = {name: value for name, value in told.items() if math.isfinite(value)}
         # What stands in the line beside it is of the clients' own numbers, without noise.
-        result.line.update({**known, "delta": self.budget.delta, "private": False})
+        result.line.update({**known, "delta": self.budget.delta, "noise": self.budget.noise, "private": False})
 
 
 class MetricsWriter(Callback):

@@ -8,6 +8,7 @@ for the rates of rounds that lie beyond `decay_at` of 16 and not of 24, and for 
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.option_checks import validate
@@ -49,7 +50,7 @@ def lengthen(folder: Path, rounds: int) -> None:
         (folder / "evaluation.json").unlink(missing_ok=True)  # of models that will be others
         (folder / "results.json").replace(folder / f"results-{done}.json")
         longer = [*stored.content.get("longer", []), {"from": done, "to": rounds}]
-        content = {**stored.content, "run": to_json(run), "longer": longer}
+        content: dict[str, Any] = {**stored.content, "run": to_json(run), "longer": longer}
         if budget is not None:
             content["resolved"] = {**content["resolved"], "privacy": encode(budget)}
         if processes.is_first():
