@@ -160,6 +160,21 @@ def test_one_is_killed_and_the_same_command_goes_on(runs, model, tmp_path, victi
     assert rounds[0] == rounds[1]
 
 
+def test_two_processes_draw_the_same_clients_and_noise(model, tmp_path):
+    """With this seed the third round has nobody in it."""
+    private = [*OPTIONS, "--cohort", "1", "--privacy.noise", "1", "--privacy.clip", "0.01", "--privacy.delta", "1e-3"]
+    for processes in (1, 2):
+        finish(start(model, tmp_path / str(processes), processes, *private))
+    one, two = (read_metrics(tmp_path / str(processes)) for processes in (1, 2))
+    assert [line["clients"] for line in one] == [2, 1, 0, 1, 1]
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in ("clients", "sampled", "noise_norm", "clip_fraction"):
+            if name in mine:
+                assert theirs[name] == pytest.approx(mine[name], rel=1e-5), name
+    assert_alike(tmp_path / "1", tmp_path / "2")
+
+
 def test_strangers_at_the_port_change_nothing(runs, model, tmp_path):
     """Odd bytes, and connections that say nothing, while the processes meet and train."""
     started = start(model, tmp_path / "visited", 2, *OPTIONS)

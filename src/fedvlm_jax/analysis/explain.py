@@ -11,16 +11,20 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from fedvlm_jax import lora
+from fedvlm_jax.analysis.noise_size import NoiseSize, measure_noise
 from fedvlm_jax.analysis.trace_method import OPTIMIZER, Stage, Tracer, flatten_state
 from fedvlm_jax.config.method_checks import check_rule
 from fedvlm_jax.config.method_setup import make_method, make_setup
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round_shapes import shape_key
-from fedvlm_jax.methods import Method, Setup
+from fedvlm_jax.methods import Method, Setup, load_method
 from fedvlm_jax.methods.base import is_factor
+from fedvlm_jax.methods.config import ServerOptions
 from fedvlm_jax.models import Vlm, read_vlm
 from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.privacy.mechanism import choose_noise
+from fedvlm_jax.privacy.sampling import plan_sampling
 from fedvlm_jax.training.round_setup import deal_ranks
 from fedvlm_jax.utils import tree
 
@@ -41,6 +45,7 @@ class Explanation:
     population: int
     cohort: int
     layer: str  # a virtual path, to show how a rule names a single layer; empty where nothing is stacked
+    noise: NoiseSize | None = None  # under differential privacy
 
 
 def explain(run: Run, population: int = 16) -> Explanation:
@@ -81,7 +86,14 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
     for number in range(1, train.rounds + 1):
         rounds.setdefault(method.phase(number), []).append(number)
     sites = {path: len(site.stack) for path, site in vlm.sites.items() if f"{path}/a" in tree.flatten(adapter)}
+    noise = None
     tracer = Tracer(method, vlm, train.local_steps, train.batch_size, server, personal, cohort, ranks, sites)
+    if run.privacy.on:
+        plain = load_method(run.method, replace(setup, server=ServerOptions()))
+        drawn = plan_sampling(run.privacy, population, run.cohort)
+        options = replace(run.privacy, noise=choose_noise(run.privacy, drawn, train.rounds))
+        start = jax.jit(setup.draw)(jax.random.key(run.seed))
+        noise = measure_noise(plain, start, tracer.message(method.phase(1)), options, drawn, train.rounds)
     state = flatten_state(personal)
     stacked = next((path for path, count in sites.items() if count), "")
     return Explanation(
@@ -97,4 +109,5 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
         population=population,
         cohort=cohort,
         layer=lora.virtual_paths(adapter, f"{stacked}/b", vlm.sites)[0] if stacked else "",
+        noise=noise,
     )

@@ -109,7 +109,7 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         layout, began = lay_out(wave), time.monotonic()
         share = "a device" if together == 1 else f"{together} devices with one base"
         waves = f"{layout.waves} x {layout.wave}, {layout.wave // groups} side by side on {share}"
-        note(f"compiling for {topology.name}: {cohort} clients, {waves}")
+        note(f"compiling for {topology.name}: {layout.cohort} clients, {waves}")
         programs = round_setup.build_programs(vlm, mesh, run, clients, layout.cohort, layout.places, layout.steps)
         arguments = round_shapes.shape_round(programs, vlm, spec, layout, example)
         phase = programs.method.phase(1)
@@ -123,8 +123,10 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         account(layout, footprint.total, began)
         return (layout, compiled, unread, partial(programs.round, phase=phase), arguments), footprint
 
-    widest = lay_out(run.system.wave).wave
-    (layout, compiled, unread, program, arguments), footprint = memory.find_wave(try_wave, widest, cohort, groups, room)
+    widest = lay_out(run.system.wave)
+    (layout, compiled, unread, program, arguments), footprint = memory.find_wave(
+        try_wave, widest.wave, widest.cohort, groups, room
+    )
     needs = {"needed": footprint.total, "base": footprint.base, "per_client": footprint.per_client}
     flops, hourly = count_flops(program, *arguments) // mesh.devices.size, request.price_per_chip_hour
     seconds = None if chip is None else flops / (chip.flops * 1e12)

@@ -10,6 +10,7 @@ from fedvlm_jax.analysis.tpu_topologies import CHIPS, CPU, parse_topology
 from fedvlm_jax.config import run_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.config import MethodOptions
+from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.utils.option_ranges import Count, Positive, check_ranges
 
 
@@ -55,6 +56,7 @@ class Request:
     preference: run_options.PreferenceOptions = field(default_factory=run_options.PreferenceOptions)
     local: run_options.LocalOptions = field(default_factory=run_options.LocalOptions)
     server: run_options.ServerOptions = field(default_factory=run_options.ServerOptions)
+    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = field(default_factory=MethodOptions)
     system: run_options.SystemOptions = field(default_factory=run_options.SystemOptions)
 
@@ -62,7 +64,9 @@ class Request:
     def run(self) -> run_options.Run:
         """The options of the training, without a folder and with a cohort."""
         shared = {option.name for option in fields(run_options.Run)} & (vars(self).keys() - {"out", "cohort"})
-        return run_options.Run(cohort=self.cohort or self.clients, **{name: getattr(self, name) for name in shared})
+        everybody = self.privacy.on and self.privacy.sampling == "all"  # which says so already
+        cohort = self.cohort or (None if everybody else self.clients)
+        return run_options.Run(cohort=cohort, **{name: getattr(self, name) for name in shared})
 
 
 def check_request(request: Request) -> None:

@@ -131,6 +131,10 @@ class Tracer:
             },
         )
 
+    def message(self, phase: int) -> PyTree:
+        """Return the shapes of a client's message in a round of this phase."""
+        return self._trace_client(phase, _Training())[1]
+
     def _trace_client(self, phase: int, training: _Training) -> tuple[set[str], PyTree]:
         """Return the paths in the personal state that a round changes, and the message."""
 

@@ -31,6 +31,8 @@ def close_run(record: RunRecord) -> list[str]:
     lines[record.method] = percent(summarise(personal).mean) + against
     width = max(map(len, lines))
     title = f"{find_measure(record.metric).label} on test, mean of {len(personal)} clients"
+    if private := record.results.get("privacy"):
+        title += f"; epsilon {private['epsilon']:.3g} at delta {private['delta']:g}, of what is shared"
     return [title, *(f"  {name:<{width}}  {value}" for name, value in lines.items())]
 
 

@@ -7,6 +7,7 @@ import tyro
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import LocalOptions, LoraOptions, MethodOptions, Run, ServerOptions, TrainOptions
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.utils.option_ranges import Count
 
 
@@ -21,6 +22,7 @@ def explain(
     lora: LoraOptions = LoraOptions(),  # noqa: B008
     local: LocalOptions = LocalOptions(),  # noqa: B008
     server: ServerOptions = ServerOptions(),  # noqa: B008
+    privacy: PrivacyOptions = PrivacyOptions(),  # noqa: B008
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = MethodOptions(),  # noqa: B008
 ) -> None:
     """Show what a method trains, sends and keeps, tensor by tensor, without data or weights.
@@ -36,11 +38,12 @@ def explain(
         lora: the adapter.
         local: terms of local training.
         server: the server's optimiser.
+        privacy: differential privacy; how large its noise is beside an update is shown too.
         method_options: the method's own numbers.
     """
     run = Run(
         method=method or Run().method, model=model or Run().model, cohort=cohort, train=train, lora=lora, local=local,
-        server=server, method_options=method_options,
+        server=server, privacy=privacy, method_options=method_options,
     )  # fmt: skip
     if cohort is not None and cohort > clients:
         raise UserError(f"--cohort {cohort}: there are only {clients} clients; say --clients {cohort}, for example")
@@ -49,6 +52,7 @@ def explain(
 
     from fedvlm_jax.reporting import tables
     from fedvlm_jax.reporting.method_report import tabulate_explanation, tabulate_methods
+    from fedvlm_jax.reporting.noise_report import tabulate_noise
     from fedvlm_jax.utils.console import Terminal
 
     if not method and model is not None:
@@ -65,3 +69,5 @@ def explain(
     explained = explain_run(run, clients)
     Terminal().say(f"{explained.name}  {explained.source}\n")
     tables.show_all(tabulate_explanation(explained))
+    if explained.noise is not None:
+        tables.show_all([tabulate_noise(explained.name, explained.noise)])

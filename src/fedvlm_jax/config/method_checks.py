@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.config import SHARE, LocalOptions, MethodOptions, ServerOptions, find_method_options
+from fedvlm_jax.privacy.config import PrivacyOptions
 
 if TYPE_CHECKING:
     from fedvlm_jax.methods import Method
     from fedvlm_jax.models import Vlm
 
-MATHEMATICS = ("server", "local", "train.weighting", "lora.ranks", "start")
+MATHEMATICS = ("server", "local", "train.weighting", "lora.ranks", "start", "privacy")
 """The options, and groups of options, that change how a round computes, for the methods that have a place for them."""
 
 
@@ -40,8 +41,25 @@ def check_method(run: Run, label: str) -> None:
             raise UserError(
                 f"{write_flag(path)} does not go with {label}, because {why}. Leave it out, or leave the method out"
             )
+    if run.privacy.on:
+        _check_privacy(run, method, label)
     if run.method == SHARE and not find_rule(run.method_options):
         raise UserError(f"{label} needs its rule: add --share REGEX, for example --share 'decoder/.*/b$'")
+
+
+def _check_privacy(run: Run, method: "Method", label: str) -> None:
+    if not method.linear:
+        raise UserError(
+            f"--privacy.* does not go with {label}, because its server needs every client's message, and only their "
+            "sum is private. Leave it out, or take a method that averages"
+        )
+    # Rounds of different phases share different factors, so later noise cannot take earlier noise back.
+    rounds = range(2, run.train.rounds + 1)
+    if run.privacy.mechanism == "banded" and any(method.phase(number) != method.phase(1) for number in rounds):
+        raise UserError(
+            f"--privacy.mechanism banded does not go with {label}, because its rounds do not all send the same "
+            "factors: take gaussian"
+        )
 
 
 def list_changed(run: Run, *groups: str) -> list[str]:
@@ -79,6 +97,7 @@ def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Ru
         server=ServerOptions() if "server" in moot else run.server,
         local=dataclasses.replace(run.local, **local),
         train=dataclasses.replace(run.train, weighting=weighting),
+        privacy=PrivacyOptions() if "privacy" in moot else run.privacy,
     )
 
 

@@ -7,8 +7,11 @@ from jaxtyping import PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.messages.pool import with_pool
 from fedvlm_jax.methods import Method, Setup, load_method
 from fedvlm_jax.models import Vlm
+from fedvlm_jax.privacy.mechanism import make_mechanism
+from fedvlm_jax.privacy.sampling import plan_sampling
 
 
 def make_spec(run: Run, vlm: Vlm) -> lora.LoRA:
@@ -46,7 +49,11 @@ def make_method(run: Run, setup: Setup) -> Method:
     Raises:
         UserError: options that the method cannot work with.
     """
-    return load_method(run.method, setup)
+    method = load_method(run.method, setup)
+    if not run.privacy.on:
+        return method
+    sampling = plan_sampling(run.privacy, setup.trainable or setup.population, run.cohort)
+    return with_pool(method, make_mechanism(run.privacy, sampling, run.train.rounds))
 
 
 def _check_reach(targets: str, vlm: Vlm) -> None:

@@ -117,6 +117,7 @@ def _check_common(run: Run) -> None:
             raise UserError(f"{flag} {pattern!r} is not a regular expression: {error}") from None
     _check_pairs(run)
     _check_mathematics(run)
+    _check_privacy(run)
 
 
 def _check_pairs(run: Run) -> None:
@@ -196,6 +197,53 @@ def _check_mathematics(run: Run) -> None:
             f"--lora.ranks {' '.join(map(str, ranks))}: they must be 1 or more, and the largest of them --lora.rank, "
             f"which is {largest}"
         )
+
+
+def _check_privacy(run: Run) -> None:
+    """Refuse what no accountant has a number for, and options of privacy that do nothing."""
+    privacy, changed = run.privacy, list_changed(run, "privacy")
+    if not privacy.on:
+        for path in changed:
+            raise UserError(
+                f"{write_flag(path)} means nothing without noise: say --privacy.epsilon or --privacy.noise, or leave "
+                "it out"
+            )
+        return
+    if privacy.mechanism != "banded" and "privacy.bands" in changed:
+        raise UserError(f"--privacy.bands means nothing to --privacy.mechanism {privacy.mechanism}: leave it out")
+    if privacy.mechanism == "banded" and not 2 <= privacy.bands <= run.train.rounds:
+        raise UserError(
+            f"--privacy.bands {privacy.bands}: noise is correlated over 2 rounds or more, and at most over all "
+            f"--train.rounds {run.train.rounds}"
+        )
+    if privacy.mechanism == "banded" and privacy.quantile is not None:
+        raise UserError(
+            "--privacy.quantile and --privacy.mechanism banded exclude each other: rounds take back noise of rounds "
+            "before, which was drawn for another clipping norm"
+        )
+    if privacy.sampling == "all" and run.cohort is not None:
+        raise UserError(
+            f"--privacy.sampling all and --cohort {run.cohort} exclude each other: leave one out; with --cohort the "
+            "sampling is poisson by default"
+        )
+    if privacy.sampling != "all" and run.cohort is None:
+        number = "how many on average" if privacy.sampling == "poisson" else "how many"
+        raise UserError(
+            f"--privacy.sampling {privacy.sampling} draws clients: say {number} with --cohort, or let everybody take "
+            "part with --privacy.sampling all"
+        )
+    reasons = {
+        "--participation.sampling": (
+            run.participation.sampling != "uniform",
+            "epsilon is known of clients that are drawn with equal chances alone",
+        ),
+        "--local.scaffold": (run.local.scaffold, "control variates leave the clients too, without noise"),
+        "--lora.ranks": (bool(run.lora.ranks), "a message of lower rank tells whose it is"),
+        "--messages.pool": (run.messages.pool != "mean", "what noise hides is known of a sum alone"),
+    }
+    for flag, (asked, reason) in reasons.items():
+        if asked:
+            raise UserError(f"{flag} does not go with --privacy.*, because {reason}: leave one out")
 
 
 def _require_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, order_measures
 from fedvlm_jax.export.exported_run import ExportedRun
@@ -25,6 +26,15 @@ license_name: to-be-filled-in
 """
 
 
+def _describe_privacy(stored: Mapping[str, Any] | None) -> list[str]:
+    if not stored:
+        return []
+    return [
+        f"- Differential privacy of clients: epsilon {stored['epsilon']:.3g} at delta {stored['delta']:g}, of "
+        f"{stored['covers']}. Not covered: {stored['does_not_cover']}."
+    ]
+
+
 def write_card(
     folder: Path, run: ExportedRun, title: str, about: str, loading: str, library: str, base: str,
     tables: Sequence[Table],
@@ -42,6 +52,8 @@ def write_card(
     # The hub takes no card whose base is none of its own.
     known = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
     name = f"base_model: {json.dumps(base)}" if known else "# base_model: to be filled in with the base's hub id"
+    results = run.record.results
+    chosen = "the last" if results.get("privacy") else f"chosen by {run.record.metric} on validation"
     lines = [
         _HEAD.format(base=name, library=library, method=run.run.method),
         f"# {escape_markdown(title)}",
@@ -54,8 +66,9 @@ def write_card(
         "",
         f"- Base: {escape_markdown(base if known else Path(base).name)}",
         f"- Data: {escape_markdown(Path(run.run.data.source).name)}",
-        f"- Method: {run.record.method}, the models of round {run.record.results.get('selected_round')}, chosen by "
-        f"{run.record.metric} on validation; seed {run.run.seed}",
+        f"- Method: {run.record.method}, the models of round {results.get('selected_round')}, {chosen}; seed "
+        f"{run.run.seed}",
+        *_describe_privacy(results.get("privacy")),
         "- Licence: to be filled in, here and above. That of the base and that of the data hold for this model, too.",
         "- What it must not be used for, and whose data it was trained on: to be filled in.",
         "",

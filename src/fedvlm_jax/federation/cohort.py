@@ -21,7 +21,7 @@ WAVE = 16  # clients trained side by side on one device, unless the user says ot
 class Layout:
     """The fixed shapes of all rounds of a run, so that they share one program."""
 
-    cohort: int  # clients drawn each round
+    cohort: int  # clients drawn each round, or the most of them where their number is drawn too
     wave: int  # clients trained side by side, V; a multiple of the mesh's `clients`
     waves: int  # W; W·V ≥ cohort, the rest is padding
     rows: int  # M, the most rows a client touches in a round, rounded up

@@ -22,6 +22,7 @@ from fedvlm_jax import lora
 from fedvlm_jax.methods.components.factors import deviations, matmul, side_by_side
 
 OF_PAIRS = ("angle_a", "update_dissimilarity")  # they mean something only where at least two clients count
+OF_CLIENTS = ("clip_fraction", "noise_to_update")  # of a private round, where at least one does
 
 
 Component = Callable[[str], str | None]  # (path) -> the part of the model that it lies in

@@ -1,11 +1,13 @@
 """Participation in a round: the clients that are drawn, drop out or straggle, and their share of the weight."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from fedvlm_jax.federation.config import ParticipationOptions
+from fedvlm_jax.privacy.sampling import Sampling
 from fedvlm_jax.utils.random_streams import Stream
 
 
@@ -29,6 +31,37 @@ def draw_cohort(
     never = np.full(population, np.inf)
     arrivals = np.divide(-np.log1p(-rng.random(population)), sizes, out=never, where=sizes > 0)
     return np.sort(np.argsort(arrivals, kind="stable")[:cohort])
+
+
+def draw_members(seed: int, round_: int, sampling: Sampling) -> Int[np.ndarray, " some"]:
+    """Draw the clients of a round under differential privacy, in ascending order; there may be none.
+
+    The draw depends on the seed, the round and the sampling, and on nothing else.
+
+    >>> draw_members(0, 1, Sampling("all", population=3, expected=3, places=3)).tolist()
+    [0, 1, 2]
+    """
+    members = deal_groups(seed, sampling.population, sampling.groups)[(round_ - 1) % sampling.groups]
+    if sampling.kind == "all":
+        return members
+    if sampling.kind == "fixed":
+        return members[draw_cohort(seed, round_, len(members), sampling.places)]
+    clocks = np.random.default_rng([Stream.COHORTS, seed, round_]).random(len(members))
+    # Below q all numbers are alike, so the smallest of them are a cut that prefers nobody.
+    first = np.argsort(clocks, kind="stable")[: sampling.places]
+    return members[np.sort(first[clocks[first] < sampling.chance])]
+
+
+def deal_groups(seed: int, population: int, groups: int) -> Sequence[Int[np.ndarray, " some"]]:
+    """Deal the clients into groups that take turns, the same in all rounds of a seed; sizes differ by one at most.
+
+    >>> sorted(np.concatenate(deal_groups(0, 5, 2)).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    order = np.arange(population)
+    if groups > 1:
+        order = np.random.default_rng([Stream.GROUPS, seed]).permutation(population)
+    return [np.sort(order[group::groups]) for group in range(groups)]
 
 
 class Turnout(NamedTuple):

@@ -23,14 +23,14 @@ from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.distributed.sharding import fetch, fetch_local, local_places, place_like, place_waves, replicate
 from fedvlm_jax.federation.client_round import start_personal
 from fedvlm_jax.federation.client_states import NOBODY, ClientStates, Slots
-from fedvlm_jax.federation.cohort import Layout, fill_places, make_clients
+from fedvlm_jax.federation.cohort import Layout, make_clients
 from fedvlm_jax.federation.communication import count_bytes, find_travelling
 from fedvlm_jax.federation.compiled import Around, Programs
 from fedvlm_jax.federation.config import ParticipationOptions
-from fedvlm_jax.federation.diagnostics import OF_PAIRS
+from fedvlm_jax.federation.diagnostics import OF_CLIENTS, OF_PAIRS
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
 from fedvlm_jax.federation.memory import Footprint, count_unread, measure
-from fedvlm_jax.federation.participation import draw_cohort, draw_turnout, find_shares
+from fedvlm_jax.federation.participation import draw_cohort, draw_members, draw_turnout, find_shares
 from fedvlm_jax.federation.round import (
     RoundArguments,
     RoundOutput,
@@ -39,6 +39,7 @@ from fedvlm_jax.federation.round import (
     to_waves,
 )
 from fedvlm_jax.methods import Client
+from fedvlm_jax.privacy.sampling import Sampling
 from fedvlm_jax.utils.random_streams import Stream
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class RoundInputs(NamedTuple):
     """A round's inputs, on the host."""
 
     round: int  # its number
-    numbers: Int[np.ndarray, " cohort"]
+    numbers: Int[np.ndarray, " cohort"]  # none at all where a Poisson sample is empty
     clients: Client  # arrays [W, V, …], or of this process's places; who is new is settled when the round begins
     weights: Float[np.ndarray, " places"]  # p_k in the cohort's order
     turnout: dict[str, int]  # how many dropped out and how many straggled, where that may happen
@@ -101,6 +102,7 @@ class Simulator:
     server: PyTree
     ranks: Sequence[int] = ()  # of every client; empty where all have the adapter's
     participation: ParticipationOptions = field(default_factory=ParticipationOptions)
+    sampling: Sampling | None = None  # how clients are drawn under differential privacy
     epochs: float | None = None  # passes over a client's examples in a round; None: the layout's local steps, all alike
     file: Path | None = None  # where the personal states are; a temporary file by default
     compiling: Around = nullcontext
@@ -139,7 +141,13 @@ class Simulator:
         """
         layout, options = self.layout, self.participation
         by_size = self._sizes if options.sampling == "size" else None
-        drawn = draw_cohort(self.seed, round_, len(self._trainable), layout.cohort, by_size)
+        if self.sampling is None:
+            drawn = draw_cohort(self.seed, round_, len(self._trainable), layout.cohort, by_size)
+        else:
+            drawn = draw_members(self.seed, round_, self.sampling)
+        cohort = len(drawn)
+        if not cohort:
+            drawn, steps = np.asarray([0]), 0  # somebody has to fill the places, and takes no step
         numbers = self._trainable[drawn]
         full = np.full(len(numbers), layout.steps)
         if self.epochs is not None:
@@ -150,9 +158,9 @@ class Simulator:
             self.seed, round_, numbers, self.examples, self.inputs, layout, self.weighting, turnout.steps, self._places,
             self._shares[drawn],
         )  # fmt: skip
-        missing = {"dropped": int(turnout.dropped.sum())} if options.dropout else {}
-        missing |= {"stragglers": int(turnout.late.sum())} if options.stragglers else {}
-        return RoundInputs(round_, numbers, clients, weights, missing)
+        missing = {"dropped": int(turnout.dropped[:cohort].sum())} if options.dropout else {}
+        missing |= {"stragglers": int(turnout.late[:cohort].sum())} if options.stragglers else {}
+        return RoundInputs(round_, numbers[:cohort], clients, weights, missing)
 
     @property
     def base(self) -> PyTree:
@@ -182,7 +190,7 @@ class Simulator:
     def _arguments(self, read: RoundInputs, rates: dict[str, float] | None = None) -> RoundArguments:
         """Make what the compiled round takes; personal states as they are now."""
         mesh, waves, table = self.programs.mesh, self.layout.waves, self.client_states
-        held = read.numbers[fill_places(self._places, len(read.numbers))]
+        held = from_waves(read.clients.number)
         left, self._left = self._left, None
         if left is not None and np.array_equal(left[0], table.slots[held]):
             personal = left[1]  # the cohort is the last round's, whose states, still on the devices, are overwritten
@@ -233,6 +241,8 @@ class Simulator:
         finite = bool(out.finite) and (programs.base is None or bool(programs.base_is_finite(self.params, out.server)))
         if len(counted):
             health = health | (found if len(counted) > 1 else {k: v for k, v in found.items() if k not in OF_PAIRS})
+        else:
+            health = {name: value for name, value in health.items() if name not in OF_CLIENTS}
         if finite:
             if len(counted):
                 with TraceAnnotation("store personal states"):

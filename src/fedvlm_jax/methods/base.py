@@ -121,6 +121,7 @@ class Setup:
         keep_optimizer: whether a client keeps its optimiser state between its rounds.
         common_start: whether all clients start from the same personal factors; otherwise each draws its own.
         population, cohort: clients in all, and in a round at most.
+        trainable: clients that can be drawn; None: all.
         places: of a round, with a message at each: the cohort and what fills up its waves, so devices decide it.
         rounds: that the run will have.
         local_steps: of a client in a round at most; 0 while the data, on which it depends, is not read.
@@ -136,6 +137,7 @@ class Setup:
     keep_optimizer: bool = True
     common_start: bool = True
     population: int = 1
+    trainable: int | None = None
     cohort: int = 1
     places: int = 1
     rounds: int = 1
@@ -322,8 +324,8 @@ class Method:
         pairs: of factors of one rank that stand side by side in the adapters that it assembles, in the same order for
             everybody: 2 for a global beside a local one. A's of different clients are compared pair by pair.
         refuses: what it does not take of `AVERAGING`, the options that come with an average, all of them unless it says
-            otherwise, of `train.weighting`, and of `start`, an adapter to begin with -> why not, to be read after
-            "because".
+            otherwise, of `train.weighting`, of `privacy`, and of `start`, an adapter to begin with -> why not, to be
+            read after "because".
         moot: those of them that would merely do nothing: a comparison, in which others take them, leaves them out here.
     """
 

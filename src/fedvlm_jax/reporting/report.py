@@ -19,6 +19,7 @@ from fedvlm_jax.reporting.figures.cost_pareto_figures import draw_costs
 from fedvlm_jax.reporting.figures.diagnostics_figures import draw_comparison_health, draw_run_health
 from fedvlm_jax.reporting.figures.run_figures import draw_run
 from fedvlm_jax.reporting.pages import Facts, Report, Section, render
+from fedvlm_jax.reporting.privacy_report import show_privacy
 from fedvlm_jax.reporting.score_tables import read_scores, tabulate_comparison, tabulate_run, tabulate_runs
 from fedvlm_jax.reporting.sentences import describe_comparison, describe_run, describe_runs
 from fedvlm_jax.reporting.tables import MARKS, format_bytes, format_duration, points
@@ -83,6 +84,8 @@ def _report_run(record: RunRecord) -> Report:
     # Of the first round, for in the last one there may be nothing but local fine-tuning.
     if record.rounds and (sent := record.rounds[0].get("bytes_up_per_client")) is not None:
         figures.append((format_bytes(sent), "sent per client and round"))
+    if private := record.results.get("privacy"):
+        figures.append((f"ε {private['epsilon']:.3g}", f"at δ {private['delta']:g}, of what is shared"))
     examples = _show_examples(record.folder)  # a damaged file is reported before anything is drawn
     results = Section(
         title="What came out",
@@ -95,7 +98,7 @@ def _report_run(record: RunRecord) -> Report:
         title=f"fedvlm: {record.method}",
         subtitle=f"{_name_subject(record.config)}seed {record.options.get('seed')}",
         figures=figures,
-        sections=[results, examples, health, _show_making(record)],
+        sections=[results, show_privacy([record], record.folder), examples, health, _show_making(record)],
     )
 
 
@@ -105,10 +108,12 @@ def _report_runs(records: Sequence[RunRecord], target: Path) -> Report:
     for number, record in enumerate(records):
         name = record.folder.name
         figures.append((percent(summarise(record.scores("personal")).mean), f"{record.method}, {name}"))
+        private = show_privacy([record], target, f"{number}-")
         pictures = [*draw_run(record, target, f"{number}-"), *draw_run_health(record, target, f"{number}-")]
+        pictures += private.pictures
         made = _show_making(record)
         # The last sentence compares one run with training alone, which the tables of several runs do not show.
-        sentences = [*describe_run(record)[:-1], *made.sentences]
+        sentences = [*describe_run(record)[:-1], *private.sentences, *made.sentences]
         sections.append(
             dataclasses.replace(made, title=f"{name} ({record.method})", sentences=sentences, pictures=pictures)
         )
@@ -159,6 +164,7 @@ def _report_comparison(record: ComparisonRecord) -> Report:
             pictures=draw_comparison(record, record.folder),
         ),
         Section(title="What it cost", pictures=draw_costs(record, record.folder)),
+        show_privacy(runs, record.folder),
         examples,
         Section(title=HEALTH, pictures=draw_comparison_health(record, record.folder)),
         Section(title="How it was made", sentences=how, command=record.command, facts=facts),

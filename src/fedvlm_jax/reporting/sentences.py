@@ -47,7 +47,9 @@ def describe_run(record: RunRecord) -> list[str]:
     if chosen is not None:
         ends = [str(extension["from"]) for extension in record.config.get("longer") or []]
         read = f"read then, and after round {' and '.join(ends)} before" if ends else "read once"
-        sentences.append(f"The adapters are those of round {chosen}, chosen on validation; test was {read}.")
+        # A choice on validation data would tell of them.
+        how = "the last" if record.results.get("privacy") else "chosen on validation"
+        sentences.append(f"The adapters are those of round {chosen}, {how}; test was {read}.")
     lost = describe_lost(record.results)
     return [*sentences, *([lost] if lost else []), *describe_rounds(record.rounds), _describe_sharing(record)]
 

@@ -15,13 +15,26 @@ from typing import Any
 from fedvlm_jax.config.run_options import Run, from_json
 from fedvlm_jax.distributed.mesh_option import MeshShape
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.utils.serialization import fit
+from fedvlm_jax.privacy.budget import Budget
+from fedvlm_jax.utils.serialization import decode, fit
 
 EXAMPLES = "examples.json"
 EXAMPLE_MODELS = {"zero_shot": "zero-shot", "global": "global model", "personal": "personal model"}
 """Models whose answers are kept beside an example -> what a reader sees."""
 
-HEALTH = ("loss", "seconds", "clients_per_second", "bytes_", "aggregation_error", "angle_", "update_", "personal_drift")
+HEALTH = (
+    "loss",
+    "seconds",
+    "clients_per_second",
+    "bytes_",
+    "aggregation_error",
+    "angle_",
+    "update_",
+    "personal_drift",
+    "epsilon",
+    "clip",
+    "noise",
+)
 """Beginnings of the names of a line's numbers that are drawn or summed."""
 
 Scores = dict[str, float | None]
@@ -47,6 +60,12 @@ SEALED: Form = {
     "fingerprint": {"data": str, "weights": str, "model_files": dict[str, str], "clients": dict[str, str]},
     "versions": dict[str, str | None],
 }
+PRIVACY: Form = {
+    **dict.fromkeys(("noise", "clip", "delta", "limit", "epsilon", "expected", "chance"), float),
+    **dict.fromkeys(("rounds", "clients", "places", "groups"), int),
+    **dict.fromkeys(("mechanism", "sampling", "covers", "does_not_cover"), str),
+    "quantile": float | None,
+}
 RESULTS: Form = {
     "zero_shot": BySplit,
     "personal": BySplit,
@@ -55,6 +74,7 @@ RESULTS: Form = {
     "selected_by?": str,
     "gain_intervals?": dict[str, dict[str, tuple[float, float]]],
     "neighbours?": dict[str, Scores | str],
+    "privacy?": PRIVACY,
 }
 HELD_OUT: Form = {"held_out": {"cold_start": str, "zero_shot": BySplit, "personal": BySplit}}
 LINE: Form = {"round": int, "method?": str, "validation?": dict[str, Any] | None}
@@ -97,6 +117,7 @@ class StoredConfig:
     wave: int
     mesh: MeshShape
     clients: tuple[str, ...]
+    budget: Budget | None = None  # of differential privacy
 
 
 def parse_json(path: Path, text: str, where: str = "") -> dict[str, Any]:
@@ -163,9 +184,10 @@ def read_config(folder: Path) -> StoredConfig:
         raise UserError(f"{path}: resolved has no mesh or wave that could be; was it written by another version?")
     try:
         run = from_json(stored["run"])
+        budget = decode(Budget, resolved["privacy"], "resolved.privacy") if "privacy" in resolved else None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return StoredConfig(stored, run, resolved["wave"], MeshShape(**mesh), tuple(resolved["clients"]))
+    return StoredConfig(stored, run, resolved["wave"], MeshShape(**mesh), tuple(resolved["clients"]), budget)
 
 
 def read_results(path: Path) -> dict[str, Any]:

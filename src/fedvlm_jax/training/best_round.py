@@ -1,4 +1,7 @@
-"""The best round: models are validated after a round, and those of the best are kept."""
+"""The best round: models are validated after a round, and those of the best are kept.
+
+With differential privacy those of the last are: a choice by validation data would tell of them what ε does not cover.
+"""
 
 import math
 from collections.abc import Sequence
@@ -88,7 +91,11 @@ class BestRound(Callback):
         value, loss = result.get(chosen), result.get("loss")
         # Without validation data the newest is the best there is. A model whose loss is not finite is never the best.
         score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
-        if value is None or (all(map(math.isfinite, score)) and score > self.best.score):
+        if (
+            value is None
+            or experiment.budget is not None
+            or (all(map(math.isfinite, score)) and score > self.best.score)
+        ):
             server = trainer.last_server or self.best.server
             if trainer.phase == 0:
                 server = jax.device_get(simulator.server)

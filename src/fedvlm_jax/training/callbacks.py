@@ -1,9 +1,14 @@
-"""Callbacks of every run: judge a round's clients, write the round's line, show it; the best round has its file."""
+"""Callbacks of every run: judge a round's clients, account for what it released, write its line, show it.
 
+The best round has its file.
+"""
+
+import math
 from collections.abc import Callable
 
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.privacy.budget import Budget
 from fedvlm_jax.run_dir import metrics_lines
 from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training.failures import UNFIT, describe_rounds, describe_unfit, explain_aggregate, explain_all_unfit
@@ -39,6 +44,24 @@ class FiniteCheck(Callback):
             model, left = trainer.experiment.run.model, self.describe_left()
             raise UserError(explain_all_unfit(result.round, names, from_the_start, model, left))
         trainer.experiment.show.note(describe_unfit(result.round, names, from_the_start))
+
+
+class PrivacyLedger(Callback):
+    """Account for what the rounds so far have released."""
+
+    def __init__(self, budget: Budget) -> None:
+        """Take the run's privacy."""
+        self.budget = budget
+
+    def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
+        """Add ε and δ to the line of a round that is validated, and a bound of ε, which is fast, to every line."""
+        told: dict[str, float] = {"epsilon_bound": self.budget.bound(result.round)}
+        if trainer.is_validated(result.round):
+            told["epsilon"] = self.budget.spent(result.round)
+        # JSON has no infinity.
+        known = {name: value for name, value in told.items() if math.isfinite(value)}
+        # What stands in the line beside it is of the clients' own numbers, without noise.
+        result.line.update({**known, "delta": self.budget.delta, "noise": self.budget.noise, "private": False})
 
 
 class MetricsWriter(Callback):

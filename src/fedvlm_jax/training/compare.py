@@ -20,6 +20,7 @@ from fedvlm_jax.config.start_folder import fit_start
 from fedvlm_jax.config.track_options import TrackOptions, check_tracking
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.privacy.accounting import import_accounting
 from fedvlm_jax.run_dir.absolute_paths import anchor, move
 from fedvlm_jax.run_dir.artifacts import describe_environment
 from fedvlm_jax.run_dir.fingerprints import compare_sources
@@ -60,6 +61,8 @@ def compare(
     check_tracking(track)
     require(track)
     validate_comparison(comparison)
+    if comparison.base.privacy.on:
+        import_accounting()
     for method, train in settings.items():
         if method not in comparison.methods:
             raise UserError(f"settings for {method}, which is not compared: there are {', '.join(comparison.methods)}")
@@ -200,6 +203,7 @@ def _describe(record: RunRecord, method: str, seed: int, folder: Path) -> dict[s
         **record.results["personal"],
         **{name: record.results[name] for name in ("global", "held_out") if name in record.results},
         "selected_round": record.results["selected_round"],
+        **({"epsilon": found["epsilon"]} if (found := record.results.get("privacy")) else {}),
         "seconds": sum(line["seconds"] for line in record.rounds),
         **{name: round(sum(line[name] for line in federated) / len(federated)) for name in BYTES},
     }

@@ -60,7 +60,7 @@ def open_finished(folder: Path, stored: StoredConfig, show: Progress, *, scoring
     fingerprints.tell_versions(stored.content["versions"], show.note)
     fingerprints.compare_start(folder, run, then)
     model = load_model(run, show.note, partial(fingerprints.compare_sources, folder, run, then))
-    experiment = open_experiment(run, model, show, reference=scoring)
+    experiment = open_experiment(run, model, show, reference=scoring, budget=stored.budget)
     clients = experiment.data.fingerprint["clients"]
     fingerprints.compare_clients(folder, then["clients"], clients)
     params = place_base(model.mesh, load_base(folder / "adapters", model.params), model.vlm.cuts)

@@ -30,7 +30,9 @@ from fedvlm_jax.federation.simulator import Simulator, start_adapter
 from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.objectives import Objective, load_objective
+from fedvlm_jax.privacy.budget import Budget, describe_budget, settle
 from fedvlm_jax.privacy.config import PrivacyOptions
+from fedvlm_jax.privacy.sampling import plan_sampling
 from fedvlm_jax.training.federated_data import BaseScoring, FederatedData, open_data
 from fedvlm_jax.training.loaded_model import LoadedModel
 from fedvlm_jax.training.round_setup import check_room, choose_program_options, deal_ranks, lay_out_sizes
@@ -51,11 +53,13 @@ class Experiment:
     """One run, with its data and the adapter that all methods start from.
 
     Attributes:
-        run: the options.
+        run: the options; with differential privacy the noise is settled in them, and rounds beyond its ε are left out.
         data: the clients and the model, shared with other runs.
         adapter: the one to start from; a federation's is drawn by the seed alone.
         show: receives the run's progress.
         wave: clients side by side, once it is known what fits on a device; before that, what the options say.
+        budget: what was settled; None without differential privacy.
+        asked: the options as they were given, where something was settled.
     """
 
     run: Run
@@ -63,6 +67,8 @@ class Experiment:
     adapter: lora.Adapter
     show: Progress = field(default_factory=SilentProgress)
     wave: int | None = None
+    budget: Budget | None = None
+    asked: Run | None = None
 
     @property
     def model(self) -> LoadedModel:
@@ -201,11 +207,12 @@ class Experiment:
 
 
 def open_experiment(
-    run: Run, model: LoadedModel, show: Progress | None = None, *, reference: bool = True
+    run: Run, model: LoadedModel, show: Progress | None = None, *, reference: bool = True, budget: Budget | None = None
 ) -> Experiment:
     """Cut the data into clients, tokenise, compute what is frozen, and lay out the rounds.
 
     Without `reference` the bare base's log-probabilities, which objectives may need, are left until they are asked for.
+    `budget` is that of a run that has begun.
 
     Raises:
         UserError: data, targets, ranks or sizes that cannot work; each with what to change.
@@ -223,6 +230,11 @@ def open_experiment(
     experiment = Experiment(run, open_data(model, run), adapter, show)
     examples, clients = experiment.examples, experiment.examples.clients
     show.note(f"{len(clients)} clients, {sum(len(c.train) for c in clients)} training examples")
+    trainable = sum(client.trains for client in clients)
+    if run.privacy.on and trainable:
+        budget = budget or settle(run.privacy, trainable, run.cohort, run.train.rounds)
+        show.note(describe_budget(budget, run.train.rounds))
+        experiment = replace(experiment, run=keep_within(run, budget), budget=budget, asked=run)
     if (most := examples.view.shape[1]) > 1:
         tokens = most * model.processor.image_tokens
         show.note(f"prompts have up to {most} pictures and tiles, {tokens:,} image tokens")
@@ -238,7 +250,6 @@ def open_experiment(
         show.note(f"{examples.rejected_truncated} rejected {cut}")
     if experiment.store is not None:
         _announce(model, examples.views.keys, views=examples.views, store=experiment.store, note=show.note)
-    trainable = sum(client.trains for client in clients)
     if not trainable:
         raise UserError(f"none of the {len(clients)} clients has a training example, so there is nothing to train on")
     if run.cohort is not None and run.cohort > trainable:
@@ -249,6 +260,12 @@ def open_experiment(
     for text in experiment.answering.explain():
         show.note(text)
     return experiment
+
+
+def keep_within(run: Run, budget: Budget) -> Run:
+    """Put what was settled into a run's options: its noise, and the rounds that its ε allows."""
+    privacy, train = replace(run.privacy, noise=budget.noise), replace(run.train, rounds=budget.rounds)
+    return replace(run, privacy=privacy, train=train)
 
 
 @memoized
@@ -266,8 +283,9 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
         UserError: options that the method cannot work with.
     """
     run, layout, clients = experiment.run, experiment.layout, len(experiment.examples.clients)
-    options = choose_program_options(run)
-    programs = experiment.model.programs(options, clients, layout.cohort, layout.places, layout.steps)
+    options, private = choose_program_options(run), run.privacy.on
+    trainable = sum(client.trains for client in experiment.examples.clients)
+    programs = experiment.model.programs(options, clients, layout.cohort, layout.places, layout.steps, trainable)
     return Simulator(
         programs=programs,
         params=experiment.model.params,
@@ -276,7 +294,8 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
         layout=layout,
         seed=run.seed,
         key=jax.random.key(run.seed),
-        weighting=run.train.weighting,
+        weighting="uniform" if private else run.train.weighting,  # as the pool has it
+        sampling=plan_sampling(run.privacy, trainable, run.cohort) if private else None,
         server=programs.method.init(adapter=experiment.adapter),
         ranks=deal_ranks(run.lora.ranks, clients),
         participation=run.participation,

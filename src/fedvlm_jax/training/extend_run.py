@@ -8,17 +8,20 @@ for the rates of rounds that lie beyond `decay_at` of 16 and not of 24, and for 
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run, to_json
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.privacy.budget import lengthen_budget
 from fedvlm_jax.run_dir.config_seal import check_seal, seal
 from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.run_dir.reader import refuse_server
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.utils.files import write_json
+from fedvlm_jax.utils.serialization import encode
 
 
 def lengthen(folder: Path, rounds: int) -> None:
@@ -39,6 +42,7 @@ def lengthen(folder: Path, rounds: int) -> None:
         validate(run)
         if "node" in stored.content:
             raise UserError(f"--train.rounds: {folder} is a node's, and more rounds need a new deployment")
+        budget = None if stored.budget is None else lengthen_budget(stored.budget, rounds)
         _check(folder, stored.run, run)
         check_seal(folder / "config.json", stored.content)
         done = stored.run.train.rounds
@@ -46,8 +50,11 @@ def lengthen(folder: Path, rounds: int) -> None:
         (folder / "evaluation.json").unlink(missing_ok=True)  # of models that will be others
         (folder / "results.json").replace(folder / f"results-{done}.json")
         longer = [*stored.content.get("longer", []), {"from": done, "to": rounds}]
+        content: dict[str, Any] = {**stored.content, "run": to_json(run), "longer": longer}
+        if budget is not None:
+            content["resolved"] = {**content["resolved"], "privacy": encode(budget)}
         if processes.is_first():
-            write_json(folder / "config.json", seal({**stored.content, "run": to_json(run), "longer": longer}))
+            write_json(folder / "config.json", seal(content))
 
 
 def _check(folder: Path, before: Run, after: Run) -> None:

@@ -116,7 +116,8 @@ def describe_rounds(lines: Sequence[Mapping[str, Any]]) -> list[str]:
             "are those of the start. A lower --participation.dropout or a larger --cohort changes that."
         )
     elif empty:
-        sentences.append(f"In {len(empty)} of {len(lines)} rounds nobody's training counted: these changed nothing.")
+        effect = "released noise alone" if "noise_norm" in empty[0] else "changed nothing"
+        sentences.append(f"In {len(empty)} of {len(lines)} rounds nobody's training counted: these {effect}.")
     often = Counter(name for line in lines for name in line.get(UNFIT, ()))
     if often:
         counted = [f"{name} ({count})" for name, count in often.most_common()]

@@ -26,6 +26,8 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.federation.simulator import Moment
 from fedvlm_jax.models import resolve_folder
+from fedvlm_jax.privacy.accounting import import_accounting
+from fedvlm_jax.privacy.budget import describe_coverage
 from fedvlm_jax.run_dir import absolute_paths, artifacts, fingerprints
 from fedvlm_jax.run_dir.config_seal import check_seal, seal
 from fedvlm_jax.run_dir.folder_lock import Claim, clear, is_used
@@ -33,7 +35,7 @@ from fedvlm_jax.run_dir.reader import read_run, refuse_server
 from fedvlm_jax.run_dir.validated_files import StoredConfig, read_config
 from fedvlm_jax.training import final_evaluation
 from fedvlm_jax.training.best_round import BestRound
-from fedvlm_jax.training.callbacks import FiniteCheck, MetricsWriter, ProgressReporter
+from fedvlm_jax.training.callbacks import FiniteCheck, MetricsWriter, PrivacyLedger, ProgressReporter
 from fedvlm_jax.training.checkpointing import CheckpointWriter
 from fedvlm_jax.training.example_outputs import write_examples
 from fedvlm_jax.training.experiment import Experiment, open_experiment
@@ -80,6 +82,8 @@ def train(
 
 def _check_new(run: Run) -> tuple[Run, Path]:
     validate(run)
+    if run.privacy.on:
+        import_accounting()
     run = fit_start(absolute_paths.anchor(run))
     if run.out is None:
         raise UserError("a run needs a folder: set out")
@@ -152,6 +156,8 @@ def _go_on(
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     check_seal(folder / "config.json", stored.content)
+    if stored.budget is not None and not finished:
+        import_accounting()
     if finished:
         sources = {"data": read_table(run.data).digest, **fingerprints.describe_model(resolve_folder(run.model))}
         fingerprints.compare_sources(folder, run, stored.content["fingerprint"], sources)
@@ -223,6 +229,8 @@ def _execute(
     with working(show, "evaluating every client's own model"):
         scored, scores = final_evaluation.score_models(experiment, base, personal, general, zero_shot)
         results = {"selected_round": best.round, "selected_by": experiment.select_by, **scores}
+    if experiment.budget is not None:
+        results["privacy"] = describe_coverage(experiment.budget)
     if lost := describe_lost(results):
         show.note(lost)
     if processes.is_first():
@@ -243,7 +251,7 @@ def _open(run: Run, show: Progress, given: Model | None, stored: StoredConfig | 
     else:
         model = given(run) if callable(given) else given
         check(model.sources(run.data))
-    experiment = fit(open_experiment(run, model, show))
+    experiment = fit(open_experiment(run, model, show, budget=stored.budget if stored else None))
     if stored:
         fingerprints.compare_clients(folder, then["clients"], experiment.data.fingerprint["clients"])
         _note_places(run, stored)
@@ -259,7 +267,8 @@ def _run_rounds(experiment: Experiment, more: Sequence[Callback]) -> tuple[Feder
     checkpoints = CheckpointWriter(trainer, best)
     # The line is complete before it is written, and on the disk before the checkpoint of its round.
     check = FiniteCheck(checkpoints.describe_newest)
-    callbacks = (check, best, MetricsWriter(), checkpoints, ProgressReporter(), *more)
+    ledger = () if experiment.budget is None else (PrivacyLedger(experiment.budget),)
+    callbacks = (check, best, *ledger, MetricsWriter(), checkpoints, ProgressReporter(), *more)
     try:
         trainer.run(checkpoints.load(), callbacks)
     finally:

@@ -125,9 +125,11 @@ class LoadedModel:
         return federate(self.table(options), options, seed)
 
     @memoized
-    def programs(self, run: Run, clients: int, cohort: int, places: int, steps: int, /) -> Programs:
+    def programs(
+        self, run: Run, clients: int, cohort: int, places: int, steps: int, trainable: int | None = None, /
+    ) -> Programs:
         """Make a method's programs; arguments and errors are those of `build_programs`."""
-        return build_programs(self.learner or self.vlm, self.mesh, run, clients, cohort, places, steps)
+        return build_programs(self.learner or self.vlm, self.mesh, run, clients, cohort, places, steps, trainable)
 
     def drop_programs(self) -> None:
         """Free what the programs of all methods take: they fill memory once their methods are done with."""

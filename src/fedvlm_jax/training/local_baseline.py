@@ -19,6 +19,7 @@ from fedvlm_jax.run_dir.stored_baseline import BASELINE
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.compare import finish_run, refuse_other_sources
+from fedvlm_jax.training.experiment import keep_within
 from fedvlm_jax.training.extend_run import lengthen
 from fedvlm_jax.training.trainer import Callback
 from fedvlm_jax.utils.progress import Progress
@@ -71,7 +72,9 @@ def train_alone(
         UserError: as `make_baseline`, what lies in its folder is a run with other options, or data or model are not
             those of the finished run any more.
     """
-    run = dataclasses.replace(from_json(read_run(folder).options), out=folder)
+    run, budget = dataclasses.replace(from_json(read_run(folder).options), out=folder), read_config(folder).budget
+    if budget is not None:
+        run = keep_within(run, budget)  # as many rounds as the run had
     alone = make_baseline(run)
     assert alone.out is not None
     if not (alone.out / "results.json").is_file():

@@ -21,6 +21,7 @@ from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.models import Stacking, Vlm
 from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.privacy.sampling import plan_sampling
 
 MOST_ROWS = 2**28
 """Rows that a round may take; their numbers alone are a GiB then."""
@@ -52,15 +53,18 @@ def lay_out_sizes(run: Run, sizes: Sequence[int], mesh: Mesh, cohort: int | None
         run: the options.
         sizes: training examples of every client that trains.
         mesh: the devices.
-        cohort, wave: clients a round (None: all), and side by side (None: as many as is usual).
+        cohort, wave: clients a round (None: all), and side by side (None: as many as is usual). Under differential
+            privacy a round has places for more, see `plan_sampling`.
 
     >>> from fedvlm_jax.distributed.mesh import make_mesh
     >>> lay_out_sizes(Run(), [9, 30], make_mesh(1), cohort=None, wave=None).wave
     2
 
     Raises:
-        UserError: a round would take more rows than a computer can list.
+        UserError: a round would take more rows than a computer can list, or so many clients cannot be drawn.
     """
+    if run.privacy.on:
+        cohort = plan_sampling(run.privacy, len(sizes), cohort).places
     train, steps = run.train, run.train.local_steps
     # All clients run the steps of the largest, so that they share one program; what is beyond theirs does not count.
     if train.local_epochs is not None:
@@ -100,6 +104,7 @@ def choose_program_options(run: Run) -> Run:
         server=run.server,
         messages=run.messages,
         privacy=run.privacy,
+        cohort=run.cohort if run.privacy.on else None,
         participation=ParticipationOptions(attack=run.participation.attack, attackers=run.participation.attackers),
         train=TrainOptions(
             rounds=train.rounds,
@@ -111,7 +116,9 @@ def choose_program_options(run: Run) -> Run:
     )
 
 
-def build_programs(vlm: Vlm, mesh: Mesh, run: Run, clients: int, cohort: int, places: int, steps: int) -> Programs:
+def build_programs(
+    vlm: Vlm, mesh: Mesh, run: Run, clients: int, cohort: int, places: int, steps: int, trainable: int | None = None
+) -> Programs:
     """Make a method's programs on a mesh; nothing is compiled yet.
 
     Args:
@@ -119,6 +126,7 @@ def build_programs(vlm: Vlm, mesh: Mesh, run: Run, clients: int, cohort: int, pl
         run: the options; `choose_program_options` names those that are read.
         clients: in the population.
         cohort, places, steps: of a round, as `Layout` has them.
+        trainable: clients of the population that can be drawn; None: all.
 
     Raises:
         UserError: options that the method cannot work with.
@@ -135,6 +143,7 @@ def build_programs(vlm: Vlm, mesh: Mesh, run: Run, clients: int, cohort: int, pl
     setup = replace(
         make_setup(run, vlm, trainer.start),
         population=clients,
+        trainable=trainable,
         cohort=cohort,
         places=places,
         local_steps=steps,

@@ -14,6 +14,7 @@ from fedvlm_jax.run_dir import artifacts
 from fedvlm_jax.training.experiment import Experiment
 from fedvlm_jax.training.loaded_model import LoadedModel
 from fedvlm_jax.utils import tree
+from fedvlm_jax.utils.serialization import encode
 
 
 def _describe_classes(model: LoadedModel) -> dict[str, int]:
@@ -52,10 +53,11 @@ def describe_start(experiment: Experiment) -> dict[str, Any]:
         "skipped": [dataclasses.asdict(row) for row in examples.skipped],
         **_describe_classes(experiment.model),
         "question_column": find_question_column(experiment.data.table, run.data),
+        **({} if experiment.budget is None else {"privacy": encode(experiment.budget)}),
     }
     kinds = Counter(device.device_kind for device in mesh.devices.flat)
     return {
-        "run": to_json(run),
+        "run": to_json(experiment.asked or run),
         **artifacts.describe_start(),
         **artifacts.describe_environment(),
         "devices": [f"{count} × {kind}" for kind, count in kinds.items()],

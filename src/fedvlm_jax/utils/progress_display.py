@@ -64,8 +64,8 @@ def estimate_seconds_left(
 def describe_line(line: Mapping[str, Any]) -> list[str]:
     """Say a round's line in a few short phrases; what the line lacks is left out.
 
-    >>> describe_line({"loss": 1.23456, "unfit": ["a"]})
-    ['loss 1.235', '1 not finite']
+    >>> describe_line({"loss": 1.23456, "epsilon_bound": 2.5, "unfit": ["a"]})
+    ['loss 1.235', 'ε below 2.5', '1 not finite']
     """
     phrases = []
     if line.get("loss") is not None:
@@ -73,6 +73,10 @@ def describe_line(line: Mapping[str, Any]) -> list[str]:
     score = _read_score(line)
     if score is not None:
         phrases.append(f"validation {score:.1%}")
+    if line.get("epsilon") is not None:
+        phrases.append(f"ε {line['epsilon']:.3g}")
+    elif line.get("epsilon_bound") is not None:
+        phrases.append(f"ε below {line['epsilon_bound']:.3g}")
     if line.get("unfit"):
         phrases.append(f"{len(line['unfit'])} not finite")
     if line.get("clients_per_second") is not None:
