@@ -7,6 +7,9 @@ from jaxtyping import PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.messages.attacks import with_attack
+from fedvlm_jax.messages.pool import with_pool
+from fedvlm_jax.messages.robust import make_pool
 from fedvlm_jax.methods import Method, Setup, load_method
 from fedvlm_jax.models import Vlm
 
@@ -46,7 +49,9 @@ def make_method(run: Run, setup: Setup) -> Method:
     Raises:
         UserError: options that the method cannot work with.
     """
-    return load_method(run.method, setup)
+    method = with_attack(load_method(run.method, setup), run.participation.attack)
+    pool = make_pool(run.messages)
+    return method if pool is None else with_pool(method, pool)
 
 
 def _check_reach(targets: str, vlm: Vlm) -> None:

@@ -105,7 +105,7 @@ def _is_same(personal: Adapters, general: Adapters, numbers: list[int]) -> bool:
 
 def _describe(experiment: Experiment, scored: ScoredModels) -> dict[str, Any]:
     options, clients = experiment.run.evaluation, experiment.examples.clients
-    trained = {clients[number].name for number in experiment.scored}
+    trained = {clients[number].name for number in experiment.judged}
     results: dict[str, Any] = {"generation": {"decoding": options.decoding, **experiment.answering.describe()}}
     results |= {name: _keep(by_split, trained) for name, by_split in scored.items()}
     if experiment.scored_newcomers:
@@ -157,7 +157,7 @@ def _score_matrix(experiment: Experiment, params: PyTree, adapters: Adapters) ->
     if not (experiment.run.evaluation.cross_clients and experiment.run.evaluation.test):
         return {}
     clients = experiment.examples.clients
-    numbers = [number for number in experiment.scored if len(clients[number].test)]
+    numbers = [number for number in experiment.judged if len(clients[number].test)]
     names = [clients[number].name for number in numbers]
 
     def always(number: int) -> Adapters:  # whoever's data are read

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     TURNOUT = 103  # clients that drop out or stop early, by round
     COHORTS = 104  # the clients of a round; 101 in release 0.1, which was also that of `TOPICS`
     EVALUATED = 105  # the clients that are evaluated, where not all are
+    ATTACKERS = 106  # the clients that are hostile; what they train on, by client; and, of their keys, what they send
     BATCHES = 201  # the examples of each local step, by round and client
     LIMIT = 301  # the rows of a table that `--data.limit` keeps
     PARTITIONS = 302  # the cut of a table into clients, by attempt
