@@ -10,6 +10,9 @@ from annotated_types import Gt, Le
 
 from fedvlm_jax.utils.option_ranges import Amount, Positive
 
+WITHSTANDS = "pool_withstands"
+"""Name of a round's number: how many hostile clients its pool could withstand."""
+
 PoolName = Literal["mean", "median", "trimmed", "krum", "multi-krum", "geometric", "bound"]
 
 

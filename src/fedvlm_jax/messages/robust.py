@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fedvlm_jax.distributed.mesh import CLIENTS
 from fedvlm_jax.distributed.sharding import constrain
-from fedvlm_jax.messages.config import MessageOptions
+from fedvlm_jax.messages.config import WITHSTANDS, MessageOptions
 from fedvlm_jax.messages.pool import Pool, Pooled, count_entries, from_row, to_rows
 from fedvlm_jax.methods.base import Context, Metrics, Weights
 
@@ -43,7 +43,6 @@ STEPS = 100
 """Weiszfeld's steps; each takes K² products."""
 NEAR = 1e-4
 """Distances below this share of a typical one count as that: the point would never leave a message that it meets."""
-WITHSTANDS = "pool_withstands"
 
 Row = Float[Array, " entries"]
 Selection = Float[Array, " cohort"]
