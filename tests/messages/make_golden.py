@@ -1,7 +1,7 @@
 """Write `golden_pools.npz`: robust rules of flwr and of ByzFL on sixteen rows, six of them hostile.
 
-Of ByzFL's Krum there is none: it sums over n - f - 1 neighbours, the paper and Flower over n - f - 2. Each package is in
-an environment of its own:
+Of ByzFL's Krum there is none: it sums over n - f - 1 neighbours, the paper and Flower over n - f - 2. Each package is
+in an environment of its own:
 
     python make_golden.py flwr FILE      with flwr 1.42.0
     python make_golden.py byzfl FILE     with byzfl 0.0.11 (and torch)

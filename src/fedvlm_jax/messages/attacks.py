@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from fedvlm_jax.methods.base import Client, Context, Key, Method, Updated
+from fedvlm_jax.methods.components.factors import norm_of
 from fedvlm_jax.utils.random_streams import Stream
 
 Attack = Literal["none", "sign-flip", "scale", "noise", "label-flip", "backdoor"]
@@ -33,7 +34,7 @@ def draw_attackers(seed: int, clients: Int[np.ndarray, " some"], count: int) -> 
     """Draw the hostile ones of these clients, in ascending order: by the seed, the same for all methods and attacks.
 
     >>> draw_attackers(0, np.arange(16), 2)
-    (5, 9)
+    (8, 15)
     """
     drawn = np.random.default_rng([Stream.ATTACKERS, seed]).choice(clients, count, replace=False)
     return tuple(sorted(drawn.tolist()))
@@ -55,12 +56,15 @@ def with_attack(method: Method, attack: Attack) -> Method:
 
 
 def _change(message: PyTree, attack: Attack, key: Key) -> PyTree:
-    if attack != "noise":
-        factor = FACTOR if attack == "scale" else -1
-        return jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), message)
+    """Make what is sent; what is no real number, such as a rank, stays."""
     leaves, structure = jax.tree.flatten(message)
-    drawn = [
-        jax.random.normal(jax.random.fold_in(key, place), leaf.shape, leaf.dtype) for place, leaf in enumerate(leaves)
-    ]
-    norm, of_drawn = (jnp.sqrt(sum((jnp.sum(jnp.square(x)) for x in part), jnp.float32(0))) for part in (leaves, drawn))
-    return jax.tree.unflatten(structure, [leaf * norm / jnp.maximum(of_drawn, 1e-30) for leaf in drawn])
+    real = [place for place, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    if attack == "noise":
+        keys = jax.random.split(key, max(len(real), 1))
+        drawn = [jax.random.normal(keys[n], leaves[at].shape, leaves[at].dtype) for n, at in enumerate(real)]
+        factor = norm_of([leaves[at] for at in real]) / jnp.maximum(norm_of(drawn), 1e-30)
+    else:
+        drawn, factor = [leaves[at] for at in real], FACTOR if attack == "scale" else -1.0
+    for at, leaf in zip(real, drawn, strict=True):
+        leaves[at] = (factor * leaf).astype(leaf.dtype)
+    return jax.tree.unflatten(structure, leaves)
