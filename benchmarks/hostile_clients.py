@@ -4,8 +4,8 @@
     python benchmarks/hostile_clients.py --methods plora --pools mean krum --attacks none scale --rounds 3
 
 Every cell is a run of `fedvlm train` with 2 of the 16 clients hostile (`none`: the same two behave), scored on the
-other 14. A cell that is there is read, one that was stopped goes on. The default, 84 runs, takes hours on two cores: give
---methods and --pools to share it out over machines, with folders of their own.
+other 14. A cell that is there is read, one that was stopped goes on. The default is 84 runs: give --methods and --pools
+to share them out over machines.
 """
 
 from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory

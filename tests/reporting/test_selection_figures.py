@@ -91,8 +91,8 @@ def test_sentences_say_who_attacked_and_how_often_a_backdoor_opens(tmp_path):
     config["run"]["participation"] |= {"attack": "backdoor", "attackers": 1}
     (folder / "config.json").write_text(json.dumps(config))
     attack, backdoor, rule = describe_attack(read_run(folder))
-    assert attack.startswith("1 clients are simulated attackers (backdoor): c. No score")
-    assert "50.0 %" in backdoor or "50.0" in backdoor
+    assert attack.startswith("Simulated attackers (backdoor): c. No score")
+    assert "50.0" in backdoor
     assert "\x1b" not in backdoor
     assert rule.endswith("the server took: krum.")
 

@@ -67,7 +67,7 @@ def test_the_report_tells_of_attackers_and_marks_them(finished):
     page = write_report([finished]).read_text(encoding="utf-8")
     record = read_run(finished)
     assert "Hostile and unusual clients" in page
-    assert f"1 clients are simulated attackers (backdoor): {record.attackers[0]}" in page
+    assert f"Simulated attackers (backdoor): {record.attackers[0]}" in page
     assert "The backdoor" in page
     assert "cannot tell an attacker from a client whose data are unusual" in page
     assert (finished / "figures" / "selection.png").is_file()

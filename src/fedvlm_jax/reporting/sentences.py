@@ -60,10 +60,8 @@ def describe_attack(record: RunRecord) -> list[str]:
     sentences = []
     if attackers := record.attackers:
         kind = (record.options.get("participation") or {}).get("attack", "none")
-        are = "behave, as attackers of other runs" if kind == "none" else f"are simulated attackers ({kind})"
-        sentences.append(
-            f"{len(attackers)} clients {are}: {list_names(attackers)}. No score and no mean over clients has them."
-        )
+        who = "Attackers of other runs, who behave in this one" if kind == "none" else f"Simulated attackers ({kind})"
+        sentences.append(f"{who}: {list_names(attackers)}. No score and no mean over clients has them.")
     attack = record.results.get("attack") or {}
     marked, plain = (
         [rate for rate in (attack.get(part) or {}).values() if rate is not None]
