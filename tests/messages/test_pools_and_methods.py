@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from toy import SPEC, make_cohort, make_method, run_round, start_states, take
 
+from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.method_setup import make_method as make_run_method
-from fedvlm_jax.config.option_checks import validate
+from fedvlm_jax.config.option_checks import validate, validate_comparison
 from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions, methods_available
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
@@ -24,6 +26,7 @@ from fedvlm_jax.methods import Setup
 from fedvlm_jax.methods.base import Context
 from fedvlm_jax.methods.config import LocalOptions
 from fedvlm_jax.privacy.config import PrivacyOptions
+from fedvlm_jax.training.local_baseline import make_baseline
 
 POOLS = ("median", "trimmed", "krum", "multi-krum", "geometric", "bound")
 CLIENTS = 7
@@ -112,6 +115,19 @@ def test_what_goes_together_is_let_through():
         {"participation": ParticipationOptions(attack="backdoor", attackers=2)},
     ):
         validate(Run(**changes))
+
+
+def test_training_alone_is_compared_with_whatever_happens_to_messages():
+    """Nothing of it is sent; who would attack is scored in neither."""
+    attacked = ParticipationOptions(attack="scale", attackers=2)
+    base = Run(messages=MessageOptions(pool="krum", hostile=2), participation=attacked, out=Path("unused"))
+    validate_comparison(Compare(methods=("local", "plora"), base=base))
+    alone = make_baseline(base)
+    assert alone.participation == ParticipationOptions(attackers=2)
+    assert alone.messages == MessageOptions()
+    for changes in ({"messages": base.messages}, {"participation": attacked}):
+        with pytest.raises(UserError, match="means nothing to any of --methods local"):
+            validate_comparison(Compare(methods=("local",), base=Run(**changes)))
 
 
 # --- The contract, on the method's own aggregate ---

@@ -11,10 +11,12 @@ from made_up import write_run
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.answer_distances import measure_answer_distances
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.reporting.figures import selection_figures
 from fedvlm_jax.reporting.sentences import describe_attack
 from fedvlm_jax.run_dir.reader import read_run
+from fedvlm_jax.run_dir.stored_baseline import read_baseline
 
 
 def write(folder, selections, attackers=("c",), distances=None, names=("a", "b", "c", "d", "e")):
@@ -95,6 +97,19 @@ def test_sentences_say_who_attacked_and_how_often_a_backdoor_opens(tmp_path):
     assert "50.0" in backdoor
     assert "\x1b" not in backdoor
     assert rule.endswith("the server took: krum.")
+
+
+def test_a_baseline_without_the_attack_stands_beside_a_run_with_it(tmp_path):
+    scores = {"a": 0.1, "b": 0.2}
+    attacked = Run(participation=ParticipationOptions(attack="scale", attackers=1))
+    folder = write_run(tmp_path / "r", scores, scores, attacked)
+    alone = Run(method="local", participation=ParticipationOptions(attackers=1))
+    write_run(folder / "baseline", scores, scores, alone)
+    assert read_baseline(read_run(folder)).method == "local"
+    config = json.loads((folder / "baseline" / "config.json").read_text())
+    config["run"]["participation"]["attackers"] = 2
+    (folder / "baseline" / "config.json").write_text(json.dumps(config))
+    assert read_baseline(read_run(folder)) is None
 
 
 @pytest.mark.parametrize(
