@@ -152,7 +152,7 @@ class Case:
         self.aggregate = jax.jit(aggregate)
 
     def send(self, params, trainer, method):
-        cohort = take(make_cohort(1), 0)
+        cohort = jax.tree.map(jnp.asarray, take(make_cohort(1), 0))
 
         def play(key):
             frame = Frame(params, self.server, {"a": jnp.float32(0), "b": jnp.float32(0)}, jnp.int32(1), key)

@@ -105,7 +105,7 @@ def test_krum_takes_whose_neighbours_are_nearest(clients, hostile):
 
 @pytest.mark.parametrize("clients", [3, 5, 16])
 def test_the_geometric_median_has_the_smallest_sum_of_weighted_distances(clients):
-    rows, weights = draw(clients, seed=clients), np.arange(1.0, clients + 1)
+    rows, weights = draw(clients, seed=clients), np.arange(2.0, clients + 2)  # no client has half of it
     rows[0] *= 20
     weights /= weights.sum()
     got, selection, _ = run("geometric", rows, weights)

@@ -52,7 +52,7 @@ def test_the_picture_is_in_the_page_s_colours_and_says_what_it_cannot_show(tmp_p
     assert texts
     assert all("var(--" in text for text in texts)
     # A page is 36 rem wide at the least, so a point is a pixel there: letters are of eight or more.
-    sizes = [float(size) for size in re.findall(r"font: (?:bold )?([\d.]+)px", picture.svg)]
+    sizes = [float(size) for size in re.findall(r"font(?:-size)?: (?:\w+ )*?([\d.]+)px", picture.svg)]
     assert sizes
     assert min(sizes) >= 8
     assert "cannot tell an attacker from a client whose data are unusual" in picture.caption

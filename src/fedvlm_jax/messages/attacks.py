@@ -47,10 +47,11 @@ def with_attack(method: Method, attack: Attack) -> Method:
 
     def client_update(ctx: Context, server: PyTree, personal: PyTree, client: Client, key: Key) -> Updated:
         state, message, metrics = method.client_update(ctx, server=server, personal=personal, client=client, key=key)
-        if client.hostile is None:  # nobody is, in a plan say
+        hostile = client.hostile
+        if hostile is None:  # nobody is, in a plan say
             return state, message, metrics
         sent = _change(message, attack, jax.random.fold_in(key, Stream.ATTACKERS))
-        return state, jax.tree.map(lambda x, y: jnp.where(client.hostile, x, y), sent, message), metrics
+        return state, jax.tree.map(lambda x, y: jnp.where(hostile, x, y), sent, message), metrics
 
     return replace(method, client_update=client_update)
 

@@ -46,7 +46,16 @@ NEAR = 1e-4
 
 Row = Float[Array, " entries"]
 Selection = Float[Array, " cohort"]
-Rule = Callable[["Dealt"], tuple[Row, Selection, Metrics]]
+Rule = Callable[["Dealt"], "Ruled"]
+
+
+class Ruled(NamedTuple):
+    """The results of a rule: the row, each client's selection, how many counted, and what is told beside it."""
+
+    row: Row
+    selection: Selection
+    counted: Float[Array, ""]
+    told: Metrics
 
 
 class Dealt(NamedTuple):
@@ -95,8 +104,9 @@ def make_pool(options: MessageOptions) -> Pool | None:
 
 def _run(rule: Rule, ctx: Context, state: PyTree, messages: PyTree, weights: Weights) -> Pooled:
     numbers = jnp.arange(len(weights)) if ctx.numbers is None else ctx.numbers
-    row, selection, told = rule(_deal(to_rows(messages), weights, numbers))
-    return Pooled(from_row(row, messages), state, {"selection": selection, **told})
+    ruled = rule(_deal(to_rows(messages), weights, numbers))
+    told = {"selection": ruled.selection, **ruled.told}
+    return Pooled(from_row(ruled.row, messages), state, told, ruled.counted > 0)
 
 
 def _deal(rows: Float[Array, "cohort entries"], weights: Weights, numbers: Int[Array, " cohort"]) -> Dealt:
@@ -116,7 +126,7 @@ def _gather(parts: Float[Array, "devices share"], entries: int) -> Row:
     return constrain(parts).reshape(-1)[:entries]
 
 
-def _trim(dealt: Dealt, cut: int | None) -> tuple[Row, Selection, Metrics]:
+def _trim(dealt: Dealt, cut: int | None) -> Ruled:
     """Average the values of each entry without the `cut` lowest and highest; without all but the middle if None."""
     clients, devices, share = dealt.values.shape
     counted = dealt.counted.sum(axis=0)  # [devices], as all that follows, each having the same
@@ -133,11 +143,12 @@ def _trim(dealt: Dealt, cut: int | None) -> tuple[Row, Selection, Metrics]:
     )
     real = jnp.arange(devices * share).reshape(devices, share) < dealt.entries
     inside = (dealt.values >= low) & (dealt.values <= high) & dealt.counted[..., None] & real
-    told = [inside.sum(axis=-1).T.astype(jnp.float32), withstands[:, None].astype(jnp.float32)]
-    gathered = constrain(jnp.concatenate([mean, *told], axis=-1))
-    selection = gathered[:, share:-1].sum(axis=0) / max(dealt.entries, 1)
-    told = {} if cut is None else {WITHSTANDS: gathered[0, -1]}
-    return gathered[:, :share].reshape(-1)[: dealt.entries], selection, told
+    # What is told rides on the gather of the result.
+    beside = jnp.concatenate([inside.sum(axis=-1).T, withstands[:, None], counted[:, None]], axis=-1)
+    gathered = constrain(jnp.concatenate([mean, beside.astype(jnp.float32)], axis=-1))
+    selection = gathered[:, share:-2].sum(axis=0) / max(dealt.entries, 1)
+    told = {} if cut is None else {WITHSTANDS: gathered[0, -2]}
+    return Ruled(gathered[:, :share].reshape(-1)[: dealt.entries], selection, gathered[0, -1], told)
 
 
 def _reduce(per_device: Float[Array, "cohort devices numbers"], dealt: Dealt) -> tuple[Array, Weights, Array]:
@@ -148,7 +159,7 @@ def _reduce(per_device: Float[Array, "cohort devices numbers"], dealt: Dealt) ->
     return reduced[:, :-2], reduced[:, -2], reduced[:, -1]
 
 
-def _krum(dealt: Dealt, hostile: int, several: bool) -> tuple[Row, Selection, Metrics]:
+def _krum(dealt: Dealt, hostile: int, several: bool) -> Ruled:
     """Take the message, or the mean of several, whose nearest others are nearest."""
     values, clients = dealt.fill(0), len(dealt.values)
     # From differences, not from products: equal messages are at distance 0 exactly, and ties are ties.
@@ -165,14 +176,14 @@ def _krum(dealt: Dealt, hostile: int, several: bool) -> tuple[Row, Selection, Me
     taken = (counted - withstands) if several else jnp.minimum(counted, 1)
     chosen = jnp.zeros(clients).at[order].set((jnp.arange(clients) < taken).astype(jnp.float32))
     row = _mix(chosen / jnp.maximum(taken, 1), values, dealt.entries)
-    return row, chosen, {WITHSTANDS: withstands.astype(jnp.float32)}
+    return Ruled(row, chosen, counted.astype(jnp.float32), {WITHSTANDS: withstands.astype(jnp.float32)})
 
 
 def _mix(shares: Float[Array, " cohort"], values: Float[Array, "cohort devices share"], entries: int) -> Row:
     return _gather(jnp.einsum("k,knd->nd", shares, values, precision="highest"), entries)
 
 
-def _find_geometric_median(dealt: Dealt) -> tuple[Row, Selection, Metrics]:
+def _find_geometric_median(dealt: Dealt) -> Ruled:
     """Walk from the weighted mean to the point with the smallest weighted sum of distances.
 
     All points on the way are means of the messages, so distances come from products of the messages. These are taken of
@@ -206,7 +217,8 @@ def _find_geometric_median(dealt: Dealt) -> tuple[Row, Selection, Metrics]:
     # A row that is left out may hold what is infinite by now, and zero times that is no number.
     kept = jnp.where(near[:, None, None], values, 0)
     row = jnp.einsum("k,knd->nd", shares, kept, precision="highest") + centre
-    return _gather(row, dealt.entries), pulls / jnp.maximum(pulls.max(), 1e-30), {}
+    counted = (weights > 0).sum().astype(jnp.float32)
+    return Ruled(_gather(row, dealt.entries), pulls / jnp.maximum(pulls.max(), 1e-30), counted, {})
 
 
 def _bound(ctx: Context, state: PyTree, messages: PyTree, weights: Weights, bound: float) -> Pooled:

@@ -145,7 +145,7 @@ def _describe_attack(
     )
     with_mark = attacked(params, {"personal": personal}, "test", asked, rejected=False)["personal"].texts
     plain = scored["personal"]["test"].texts
-    rates: dict[str, Scores] = {"with_mark": {}, "without_mark": {}}
+    rates: dict[str, dict[str, float]] = {"with_mark": {}, "without_mark": {}}
     for number in asked:
         name, rows = examples.clients[number].name, examples.clients[number].test.tolist()
         # Where the answer is right a model that gives it has not fallen for anything.

@@ -147,5 +147,5 @@ def draw_mark(picture: Image.Image) -> Image.Image:
     board.putpixel((0, 0), COLOURS[0])
     board.putpixel((1, 1), COLOURS[0])
     marked = picture.copy()
-    marked.paste(board.resize((side, side), Image.Resampling.NEAREST), tuple(at - side for at in picture.size))
+    marked.paste(board.resize((side, side), Image.Resampling.NEAREST), (picture.width - side, picture.height - side))
     return marked
