@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.broad
+
 FLAGS = {"all-gather": 1}
 """Whose numbers are finite, which is gathered in every round."""
 SENT = {
@@ -20,7 +22,6 @@ SENT = {
     "multi-krum": {"all-to-all": 1, "all-reduce": 1, "all-gather": 2},
     "geometric": {"all-to-all": 1, "all-reduce": 1, "all-gather": 2},
 }
-EVERY_TIME = ("bound", "krum")
 
 
 @cache
@@ -35,18 +36,8 @@ def run_check(pools):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(pools, name):
-    found = run_check(pools)[name]
+@pytest.mark.parametrize("name", SENT)
+def test_a_round_with_a_pool_sends_so_much_and_no_more(name):
+    found = run_check(tuple(SENT))[name]
     assert found["collectives"] == SENT[name]
     assert found["error"] < 2e-6
-
-
-@pytest.mark.parametrize("name", EVERY_TIME)
-def test_a_bound_is_one_all_reduce_and_krum_deals_out_once(name):
-    check(EVERY_TIME, name)
-
-
-@pytest.mark.broad
-@pytest.mark.parametrize("name", [name for name in SENT if name not in EVERY_TIME])
-def test_the_other_pools_send_as_much(name):
-    check(tuple(name for name in SENT if name not in EVERY_TIME), name)

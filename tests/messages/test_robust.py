@@ -106,13 +106,22 @@ def test_krum_takes_whose_neighbours_are_nearest(clients, hostile):
 @pytest.mark.parametrize("clients", [3, 5, 16])
 def test_the_geometric_median_has_the_smallest_sum_of_weighted_distances(clients):
     rows, weights = draw(clients, seed=clients), np.arange(2.0, clients + 2)  # no client has half of it
-    rows[0] *= 20
+    rows[0] *= 20 if clients > 3 else 1  # of three points that two of them are near, it is one
     weights /= weights.sum()
     got, selection, _ = run("geometric", rows, weights)
     want = find_median_point(rows, weights)
     np.testing.assert_allclose(got, want, atol=2e-4)
     lengths = np.sqrt(((rows - want) ** 2).sum(axis=1))
     np.testing.assert_allclose(selection, lengths.min() / lengths, rtol=1e-3)
+
+
+def test_where_the_geometric_median_is_a_client_s_message_it_is_met_closely():
+    """Weights of 2, 3 and 4 ninths pull at right angles, the first two with the root of 13 ninths: the third holds."""
+    rows = np.asarray([[1000.0, 0.0], [0.0, 10.0], [0.0, 0.0]])
+    got, selection, _ = run("geometric", rows, np.asarray([2, 3, 4]) / 9)
+    assert np.linalg.norm(got) < 2e-3 * 10  # NEAR is a share of a typical distance
+    assert selection[2] == 1
+    assert selection[:2].max() < 2e-3
 
 
 def test_where_most_clients_agree_the_geometric_median_is_theirs():

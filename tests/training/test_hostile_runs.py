@@ -34,6 +34,7 @@ def finished(model, loaded, tmp_path_factory):
     return train(make_run(model, tmp_path_factory.mktemp("run") / "r", pool="trimmed"), model=loaded)
 
 
+@pytest.mark.broad
 def test_scores_and_means_are_those_of_honest_clients(finished):
     record = read_run(finished)
     (attacker,) = record.attackers
@@ -49,6 +50,7 @@ def test_scores_and_means_are_those_of_honest_clients(finished):
     assert all(0 <= rate <= 1 for rate in attack["with_mark"].values())
 
 
+@pytest.mark.broad
 def test_every_round_says_whose_updates_were_taken(finished):
     record, lines = read_run(finished), read_metrics(finished)
     names = set(record.config["resolved"]["clients"])
@@ -63,6 +65,7 @@ def test_every_round_says_whose_updates_were_taken(finished):
         assert line["left_out"] == [name for name, value in line["selection"].items() if value == 0]
 
 
+@pytest.mark.broad
 def test_the_report_tells_of_attackers_and_marks_them(finished):
     page = write_report([finished]).read_text(encoding="utf-8")
     record = read_run(finished)
@@ -73,6 +76,7 @@ def test_the_report_tells_of_attackers_and_marks_them(finished):
     assert (finished / "figures" / "selection.png").is_file()
 
 
+@pytest.mark.broad
 def test_a_run_under_attack_that_is_stopped_goes_on_to_the_same_end(model, loaded, finished, tmp_path):
     run = make_run(model, tmp_path / "r", pool="trimmed")
     with pytest.raises(StopError):
