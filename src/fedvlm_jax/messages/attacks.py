@@ -34,7 +34,7 @@ def draw_attackers(seed: int, clients: Int[np.ndarray, " some"], count: int) -> 
     """Draw the hostile ones of these clients, in ascending order: by the seed, the same for all methods and attacks.
 
     >>> draw_attackers(0, np.arange(16), 2)
-    (8, 15)
+    (4, 10)
     """
     drawn = np.random.default_rng([Stream.ATTACKERS, seed]).choice(clients, count, replace=False)
     return tuple(sorted(drawn.tolist()))
@@ -50,7 +50,7 @@ def with_attack(method: Method, attack: Attack) -> Method:
         hostile = client.hostile
         if hostile is None:  # nobody is, in a plan say
             return state, message, metrics
-        sent = _change(message, attack, jax.random.fold_in(key, Stream.ATTACKERS))
+        sent = _change(message, attack, jax.random.fold_in(key, Stream.HOSTILE_NOISE))
         return state, jax.tree.map(lambda x, y: jnp.where(hostile, x, y), sent, message), metrics
 
     return replace(method, client_update=client_update)

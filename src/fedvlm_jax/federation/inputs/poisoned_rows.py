@@ -51,8 +51,7 @@ def find_wrong_answers(examples: Examples, attackers: Sequence[int], seed: int) 
     """
     other = np.arange(len(examples))
     for number in attackers:
-        rng = np.random.default_rng([Stream.ATTACKERS, seed, number])
-        rows = examples.clients[number].train
+        rng, rows = _open_stream(seed, number), examples.clients[number].train
         _, first, which = np.unique(examples.labels[rows], axis=0, return_index=True, return_inverse=True)
         if len(first) == 1:
             unlike = [
@@ -72,6 +71,10 @@ def find_wrong_answers(examples: Examples, attackers: Sequence[int], seed: int) 
     return other
 
 
+def _open_stream(seed: int, number: int) -> np.random.Generator:
+    return np.random.default_rng([Stream.POISONED, seed, number])
+
+
 @dataclass(frozen=True)
 class Backdoor:
     """The rows that a backdoor marks [N], and the row whose answer all of them get."""
@@ -87,7 +90,7 @@ def plan_backdoor(examples: Examples, attackers: Sequence[int], seed: int) -> Ba
     """
     marked = np.zeros(len(examples), bool)
     for number in attackers:
-        rng, rows = np.random.default_rng([Stream.ATTACKERS, seed, number]), examples.clients[number].train
+        rng, rows = _open_stream(seed, number), examples.clients[number].train
         marked[rng.choice(rows, int(np.ceil(MARKED * len(rows))), replace=False)] = True
     rows = np.concatenate([examples.clients[number].train for number in attackers])
     _, first, counts = np.unique(examples.labels[rows], axis=0, return_index=True, return_counts=True)
