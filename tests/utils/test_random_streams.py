@@ -79,6 +79,7 @@ def test_numbers_of_release_0_1_stay_but_for_the_cohorts():
         "ADAPTER": 0, "NEWCOMERS": 1, "UPDATES": 2, "DROPOUT": 3, "AGGREGATION": 4,
         "TOPICS": 101, "CONCEPTS": 102, "TURNOUT": 103, "COHORTS": 104, "EVALUATED": 105,
         "BATCHES": 201, "LIMIT": 301, "PARTITIONS": 302,
+        "HOSTILE_NOISE": 21, "ATTACKERS": 121, "POISONED": 122,  # later, as all that is new
     }  # fmt: skip
 
 
