@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import SHARE, LocalOptions, MethodOptions, ServerOptions, find_method_options
 from fedvlm_jax.privacy.config import PrivacyOptions
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from fedvlm_jax.methods import Method
     from fedvlm_jax.models import Vlm
 
-MATHEMATICS = ("server", "local", "train.weighting", "lora.ranks", "start", "privacy")
+MATHEMATICS = (
+    *("server", "local", "train.weighting", "lora.ranks", "start", "privacy"),
+    *("messages.pool", "participation.attack"),
+)
 """The options, and groups of options, that change how a round computes, for the methods that have a place for them."""
 
 
@@ -43,6 +47,11 @@ def check_method(run: Run, label: str) -> None:
             )
     if run.privacy.on:
         _check_privacy(run, method, label)
+    if run.messages.pool != "mean" and (why := _find_why_every_message(run, method)):
+        raise UserError(
+            f"--messages.pool {run.messages.pool} does not go with {label}, because {why}. Leave it out, or leave the "
+            "method out"
+        )
     if run.method == SHARE and not find_rule(run.method_options):
         raise UserError(f"{label} needs its rule: add --share REGEX, for example --share 'decoder/.*/b$'")
 
@@ -60,6 +69,15 @@ def _check_privacy(run: Run, method: "Method", label: str) -> None:
             f"--privacy.mechanism banded does not go with {label}, because its rounds do not all send the same "
             "factors: take gaussian"
         )
+
+
+def _find_why_every_message(run: Run, method: "Method") -> str:
+    """Say why one message in place of a round's is not enough for a method with these options; "" where it is."""
+    if run.local.scaffold:
+        return "with --local.scaffold a message holds a control variate too, which the server sums over clients"
+    if run.lora.ranks:
+        return "with --lora.ranks clients send other parts of an update each, of which every one has its own average"
+    return "" if method.linear else "its server needs every client's message, and a rule makes one of them"
 
 
 def list_changed(run: Run, *groups: str) -> list[str]:
@@ -91,11 +109,19 @@ def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Ru
     run = dataclasses.replace(base, method=name, method_options=options or MethodOptions())
     moot = declare(name, run).moot
     local = {field.name: field.default for field in dataclasses.fields(LocalOptions) if f"local.{field.name}" in moot}
+    participation, messages = run.participation, run.messages
+    if "participation.attack" in moot:  # the clients that would attack are left out of the scores all the same
+        participation = dataclasses.replace(participation, attack="none")
+    if "messages.pool" in moot:
+        default = MessageOptions()
+        messages = dataclasses.replace(messages, pool=default.pool, hostile=default.hostile, bound=default.bound)
     weighting = TrainOptions().weighting if "train.weighting" in moot else run.train.weighting
     return dataclasses.replace(
         run,
         server=ServerOptions() if "server" in moot else run.server,
         local=dataclasses.replace(run.local, **local),
+        participation=participation,
+        messages=messages,
         train=dataclasses.replace(run.train, weighting=weighting),
         privacy=PrivacyOptions() if "privacy" in moot else run.privacy,
     )

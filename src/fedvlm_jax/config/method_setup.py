@@ -7,7 +7,9 @@ from jaxtyping import PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.messages.attacks import with_attack
 from fedvlm_jax.messages.pool import with_pool
+from fedvlm_jax.messages.robust import make_pool
 from fedvlm_jax.methods import Method, Setup, load_method
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.privacy.mechanism import make_mechanism
@@ -49,11 +51,12 @@ def make_method(run: Run, setup: Setup) -> Method:
     Raises:
         UserError: options that the method cannot work with.
     """
-    method = load_method(run.method, setup)
-    if not run.privacy.on:
-        return method
-    sampling = plan_sampling(run.privacy, setup.trainable or setup.population, run.cohort)
-    return with_pool(method, make_mechanism(run.privacy, sampling, run.train.rounds))
+    method = with_attack(load_method(run.method, setup), run.participation.attack)
+    if run.privacy.on:
+        sampling = plan_sampling(run.privacy, setup.trainable or setup.population, run.cohort)
+        return with_pool(method, make_mechanism(run.privacy, sampling, run.train.rounds))
+    pool = make_pool(run.messages)
+    return method if pool is None else with_pool(method, pool)
 
 
 def _check_reach(targets: str, vlm: Vlm) -> None:

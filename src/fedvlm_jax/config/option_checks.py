@@ -11,6 +11,7 @@ from fedvlm_jax.data.sources.registry import check_source
 from fedvlm_jax.distributed.mesh_option import parse_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.metrics.metric_labels import SELECTING
+from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.utils.option_ranges import LARGEST_SEED, check_ranges
 
@@ -118,6 +119,8 @@ def _check_common(run: Run) -> None:
     _check_pairs(run)
     _check_mathematics(run)
     _check_privacy(run)
+    _check_pool(run)
+    _check_attack(run)
 
 
 def _check_pairs(run: Run) -> None:
@@ -244,6 +247,50 @@ def _check_privacy(run: Run) -> None:
     for flag, (asked, reason) in reasons.items():
         if asked:
             raise UserError(f"{flag} does not go with --privacy.*, because {reason}: leave one out")
+
+
+def _check_pool(run: Run) -> None:
+    """Refuse options of a pool that it does not read, and what does not go with a robust one."""
+    options = run.messages
+    readers = {"hostile": ("trimmed", "krum", "multi-krum"), "bound": ("bound",)}
+    for path in list_changed(run, *(f"messages.{name}" for name in readers)):
+        if options.pool not in (reading := readers[path.partition(".")[2]]):
+            raise UserError(
+                f"{write_flag(path)} means nothing to --messages.pool {options.pool}: leave it out, or use "
+                f"--messages.pool {' or '.join(reading)}"
+            )
+    if options.pool != "mean" and options.secure:
+        raise UserError(
+            f"--messages.pool {options.pool} and --messages.secure exclude each other: a secure sum shows no single "
+            "message, and the rule looks at each"
+        )
+    if run.cohort is not None:
+        check_pool_size(options, run.cohort)
+
+
+def check_pool_size(options: MessageOptions, clients: int) -> None:
+    """Refuse a pool that is to withstand more hostile clients than it can in a round of so many.
+
+    Raises:
+        UserError: that is so; with what to change.
+    """
+    if options.needed > clients:
+        raise UserError(
+            f"--messages.hostile {options.hostile}: --messages.pool {options.pool} needs {options.needed} clients in a "
+            f"round to withstand so many, and there are {clients}: lower it, or make rounds larger"
+        )
+
+
+def _check_attack(run: Run) -> None:
+    """Refuse an attack by nobody, and one on answers where training compares them."""
+    attack, objective = run.participation.attack, load_objective(run.objective, run.preference)
+    if attack != "none" and not run.participation.attackers:
+        raise UserError(f"--participation.attack {attack}: say how many attack with --participation.attackers")
+    if attack in ("label-flip", "backdoor") and objective.pairs:
+        raise UserError(
+            f"--participation.attack {attack} does not go with --objective {run.objective}: what is compared with the "
+            "frozen model are the answers as the data have them; use --objective sft, or another attack"
+        )
 
 
 def _require_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:

@@ -112,8 +112,12 @@ def digest_token(token: str) -> str:
 def _check(run: Run, clients: int, least: int, timeout: float, secure: bool) -> None:
     refused = {
         "--participation": (
-            replace(run.participation, sampling="uniform") != ParticipationOptions(),
+            replace(run.participation, sampling="uniform", attack="none", attackers=0) != ParticipationOptions(),
             "who drops out or comes late is not drawn: real clients do it themselves",
+        ),
+        "--participation.attack": (
+            run.participation.attack != "none" or run.participation.attackers > 0,
+            "attackers are simulated, and nodes are real",
         ),
         "--messages": (run.messages != MessageOptions(), "what nodes send is as the method has it"),
         "--privacy": (run.privacy != PrivacyOptions(), "noise is drawn in a simulation alone so far"),

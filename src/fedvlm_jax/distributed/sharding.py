@@ -177,3 +177,19 @@ def wave_sharding(mesh: Mesh) -> NamedSharding:
 def place_waves(mesh: Mesh, tree: Any) -> Any:
     """Place a tree of host arrays [waves, local places, …]."""
     return place_local(tree, wave_sharding(mesh))
+
+
+def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
+    """Lay an array out over the mesh in whose context a program is traced; without one it stays as it is.
+
+    >>> import jax.numpy as jnp
+    >>> constrain(jnp.ones(3), "clients").tolist()
+    [1.0, 1.0, 1.0]
+
+    Args:
+        array: of a program that is being traced, inside of `jax.sharding.use_abstract_mesh`.
+        axes: of the mesh, along which its first axes lie; none: it is whole on every device.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return array
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(*axes))

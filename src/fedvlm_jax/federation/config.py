@@ -26,4 +26,5 @@ class ParticipationOptions:
     """What simulated hostile clients do: send their update with its sign turned or a hundred times as large, send
     noise of its norm, or train on wrong answers, always or on pictures with a mark (not given by the paper)."""
     attackers: Amount = 0
-    """So many clients are hostile, drawn by the seed (not given by the paper)."""
+    """So many clients are hostile, drawn by the seed, the same for all methods and attacks; scores leave them out. With
+    the attack `none` they behave, so that runs can be compared (not given by the paper)."""

@@ -102,8 +102,10 @@ def count_unread(compiled: Any, arguments: tuple[Any, ...]) -> int:
 
     The compiler does not count them: the vision tower, where its features are kept.
     """
-    kept = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda one: one is None)
-    leaves = jax.tree.leaves(arguments)
+    # None stands for what is not read, and in the arguments for what there is not: both keep their places.
+    kept, leaves = (
+        jax.tree.leaves(part, is_leaf=lambda one: one is None) for part in (compiled.input_shardings[0], arguments)
+    )
     return count_device_bytes([leaf for leaf, where in zip(leaves, kept, strict=True) if where is None])
 
 

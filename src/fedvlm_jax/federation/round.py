@@ -137,7 +137,8 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> jax.stages.
         # Every device knows all flags and computes all weights: to share that out would take four more messages.
         weights, finite = jax.lax.with_sharding_constraint((weights, from_waves(finite)), everywhere)
         weights = jax.lax.with_sharding_constraint(_leave_out(weights, finite), everywhere)
-        with jax.named_scope("aggregate"):
+        # The mesh is given for pools, which lay messages out anew.
+        with jax.named_scope("aggregate"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             # Laid out as the messages are, or the partitioner may gather the messages to meet the weights.
             spread = jax.lax.with_sharding_constraint(weights, across)
             numbers = jax.lax.with_sharding_constraint(from_waves(clients.number), across)

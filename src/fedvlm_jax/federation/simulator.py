@@ -71,6 +71,7 @@ class RoundReport:
     finite: bool  # whether the server's new state is, and the base where the method moves it; if not it was not taken
     turnout: dict[str, int]  # how many dropped out and how many straggled, where that may happen
     metrics: dict[str, np.ndarray]  # of every client in the cohort [K]
+    selection: np.ndarray | None  # how much of each one's message went in [K], from 0 to 1, where a pool says so
     health: dict[str, float]  # of the aggregation
     bytes_up: int  # per client that counted, their mean; padding beyond a client's rank does not travel
     bytes_down: int  # per client that was drawn, for it dropped out after it had received
@@ -103,6 +104,7 @@ class Simulator:
     ranks: Sequence[int] = ()  # of every client; empty where all have the adapter's
     participation: ParticipationOptions = field(default_factory=ParticipationOptions)
     sampling: Sampling | None = None  # how clients are drawn under differential privacy
+    hostile: Sequence[int] = ()  # clients that send other messages than their own, see `messages.attacks`
     epochs: float | None = None  # passes over a client's examples in a round; None: the layout's local steps, all alike
     file: Path | None = None  # where the personal states are; a temporary file by default
     compiling: Around = nullcontext
@@ -158,6 +160,8 @@ class Simulator:
             self.seed, round_, numbers, self.examples, self.inputs, layout, self.weighting, turnout.steps, self._places,
             self._shares[drawn],
         )  # fmt: skip
+        if self.hostile:
+            clients = clients._replace(hostile=np.isin(clients.number, self.hostile))
         missing = {"dropped": int(turnout.dropped[:cohort].sum())} if options.dropout else {}
         missing |= {"stragglers": int(turnout.late[:cohort].sum())} if options.stragglers else {}
         return RoundInputs(round_, numbers[:cohort], clients, weights, missing)
@@ -233,7 +237,8 @@ class Simulator:
         """
         numbers, before, base, programs = read.numbers, self.server, self.base, self.programs
         out = self._run(read, rates)
-        health = out.health
+        health = dict(out.health)
+        selection = health.pop("selection", None)
         found = programs.health(before, out.personal, out.messages, out.weights) if len(read.counted) else {}
         with TraceAnnotation("wait for the round"):
             counted = np.flatnonzero(fetch(out.weights)[: len(numbers)] > 0)
@@ -257,6 +262,9 @@ class Simulator:
             finite=finite,
             turnout=read.turnout,
             metrics={name: values[: len(numbers)] for name, values in fetch(out.metrics).items()},
+            selection=None
+            if selection is None
+            else np.where(np.isin(numbers, numbers[counted]), fetch(selection)[: len(numbers)], 0),
             health={name: float(value) for name, value in health.items()},
             bytes_up=self._count_bytes(up, numbers[counted]),
             bytes_down=self._count_bytes(down, numbers),

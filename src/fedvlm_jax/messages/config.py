@@ -10,6 +10,9 @@ from annotated_types import Gt, Le
 
 from fedvlm_jax.utils.option_ranges import Amount, Positive
 
+WITHSTANDS = "pool_withstands"
+"""Name of a round's number: how many hostile clients its pool could withstand."""
+
 PoolName = Literal["mean", "median", "trimmed", "krum", "multi-krum", "geometric", "bound"]
 
 
@@ -36,3 +39,13 @@ class MessageOptions:
     """Bits of an entry in a secure sum, after clipping to +-`--messages.secure-range`."""
     secure_range: Positive = 0.5
     """Largest entry of an update that a secure sum holds."""
+
+    @property
+    def needed(self) -> int:
+        """Count the clients that a round needs for the pool to withstand as many hostile ones as `hostile` says.
+
+        >>> MessageOptions(pool="krum", hostile=2).needed, MessageOptions(pool="trimmed", hostile=2).needed
+        (7, 5)
+        """
+        more = {"trimmed": 1, "krum": 3, "multi-krum": 3}
+        return 2 * self.hostile + more[self.pool] if self.pool in more else 1

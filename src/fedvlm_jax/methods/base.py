@@ -44,6 +44,7 @@ class Client(NamedTuple):
         number: its place in the population.
         new: whether it takes part for the first time.
         share: its share of all clients' weight, Σ = 1 over those that can be drawn, whoever is in the cohort.
+        hostile: whether it is a simulated attacker; None where nobody changes messages.
     """
 
     examples: Mapping[str, AnyArray]
@@ -53,6 +54,7 @@ class Client(NamedTuple):
     number: Int[AnyArray, ""]
     new: Bool[AnyArray, ""]
     share: Float[AnyArray, ""]
+    hostile: Bool[AnyArray, ""] | None = None
 
 
 class Train(Protocol):
@@ -324,8 +326,8 @@ class Method:
         pairs: of factors of one rank that stand side by side in the adapters that it assembles, in the same order for
             everybody: 2 for a global beside a local one. A's of different clients are compared pair by pair.
         refuses: what it does not take of `AVERAGING`, the options that come with an average, all of them unless it says
-            otherwise, of `train.weighting`, of `privacy`, and of `start`, an adapter to begin with -> why not, to be
-            read after "because".
+            otherwise, of `train.weighting`, of `start`, an adapter to begin with, and of `privacy`,
+            `participation.attack` and `messages.pool`, which act on messages -> why not, to be read after "because".
         moot: those of them that would merely do nothing: a comparison, in which others take them, leaves them out here.
     """
 

@@ -18,10 +18,11 @@ from fedvlm_jax.reporting.figures.comparison_figures import draw_comparison
 from fedvlm_jax.reporting.figures.cost_pareto_figures import draw_costs
 from fedvlm_jax.reporting.figures.diagnostics_figures import draw_comparison_health, draw_run_health
 from fedvlm_jax.reporting.figures.run_figures import draw_run
+from fedvlm_jax.reporting.figures.selection_figures import draw_selection
 from fedvlm_jax.reporting.pages import Facts, Report, Section, render
 from fedvlm_jax.reporting.privacy_report import show_privacy
 from fedvlm_jax.reporting.score_tables import read_scores, tabulate_comparison, tabulate_run, tabulate_runs
-from fedvlm_jax.reporting.sentences import describe_comparison, describe_run, describe_runs
+from fedvlm_jax.reporting.sentences import describe_attack, describe_comparison, describe_run, describe_runs
 from fedvlm_jax.reporting.tables import MARKS, format_bytes, format_duration, points
 from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.run_dir.reader import (
@@ -98,7 +99,14 @@ def _report_run(record: RunRecord) -> Report:
         title=f"fedvlm: {record.method}",
         subtitle=f"{_name_subject(record.config)}seed {record.options.get('seed')}",
         figures=figures,
-        sections=[results, show_privacy([record], record.folder), examples, health, _show_making(record)],
+        sections=[
+            results,
+            show_privacy([record], record.folder),
+            _show_trust(record),
+            examples,
+            health,
+            _show_making(record),
+        ],
     )
 
 
@@ -151,6 +159,7 @@ def _report_comparison(record: ComparisonRecord) -> Report:
     how = [
         f"Seeds: {seeds}. All methods have the same clients, cohorts and initial adapter.",
         *[f"{method}: {about}" for method in record.methods if (about := describe_method(plain(method)))],
+        *next((sentences for run in runs if (sentences := describe_attack(run))), []),
         *_describe_origin(runs),
         f"Adapters: `adapters` in the folder of each run, in `{record.folder}`.",
     ]
@@ -191,6 +200,12 @@ def _show_examples(folder: Path, whose: str = "") -> Section:
         "words with it (token F1); ✗ neither."
     )
     return Section(title="Examples", cards=cards, cards_note=note)
+
+
+def _show_trust(record: RunRecord) -> Section:
+    """Show what attackers came to, and whose updates a robust rule took."""
+    pictures = draw_selection(record, record.folder)
+    return Section(title="Hostile and unusual clients", sentences=describe_attack(record), pictures=pictures)
 
 
 def _show_making(record: RunRecord) -> Section:

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import BySeed, Difference, compare_paired, count_seeds_ahead, judge
+from fedvlm_jax.messages.config import WITHSTANDS
 from fedvlm_jax.reporting.score_tables import RIVALS, read_scores
 from fedvlm_jax.reporting.tables import points
 from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord
 from fedvlm_jax.run_dir.stored_baseline import read_baseline
-from fedvlm_jax.training.failures import describe_lost, describe_rounds
+from fedvlm_jax.training.failures import describe_lost, describe_rounds, list_names
+from fedvlm_jax.utils.untrusted_text import clean, cut
 
+ANSWER = 80  # letters of an answer in a sentence
 FEW = 8  # up to so many methods each difference has a sentence of its own
 # The digests of a run's fingerprint.
 SOURCES = {"data": "data", "weights": "base weights", "model_files": "model files", "clients": "clients"}
@@ -52,6 +55,37 @@ def describe_run(record: RunRecord) -> list[str]:
         sentences.append(f"The adapters are those of round {chosen}, {how}; test was {read}.")
     lost = describe_lost(record.results)
     return [*sentences, *([lost] if lost else []), *describe_rounds(record.rounds), _describe_sharing(record)]
+
+
+def describe_attack(record: RunRecord) -> list[str]:
+    """Say who was hostile in a run, that scores leave them out, how often a backdoor opens, and which rule stood by."""
+    sentences = []
+    if attackers := record.attackers:
+        kind = (record.options.get("participation") or {}).get("attack", "none")
+        who = "Attackers of other runs, who behave in this one" if kind == "none" else f"Simulated attackers ({kind})"
+        sentences.append(f"{who}: {list_names(attackers)}. No score and no mean over clients has them.")
+    attack = record.results.get("attack") or {}
+    marked, plain = (
+        [rate for rate in (attack.get(part) or {}).values() if rate is not None]
+        for part in ("with_mark", "without_mark")
+    )
+    if marked and plain:
+        answer = cut(clean(attack.get("target") or ""), ANSWER)
+        sentences.append(
+            f"The backdoor's answer is “{answer}”. On test pictures with the mark, where it is wrong, the other "
+            f"clients' own models give it in {percent(sum(marked) / len(marked))}, without the mark in "
+            f"{percent(sum(plain) / len(plain))}."
+        )
+    if record.pool != "mean":
+        sentences.append(f"In place of the mean of the clients' messages the server took: {record.pool}.")
+        asked = (record.options.get("messages") or {}).get("hostile", 0)
+        short = [line for line in record.rounds if line.get(WITHSTANDS, asked) < asked]
+        if short:
+            sentences.append(
+                f"In {len(short)} of {len(record.rounds)} rounds too few clients counted for it to withstand {asked} "
+                "hostile ones."
+            )
+    return sentences
 
 
 def _achieves(metric: str, value: float) -> str:

@@ -47,6 +47,21 @@ class RunRecord:
         return f"{self.options['method']}{finetuned}{remembers}"
 
     @property
+    def attackers(self) -> list[str]:
+        """The clients that were hostile, or would have been: no score is theirs."""
+        return (self.config.get("resolved") or {}).get("attackers") or []
+
+    @property
+    def answer_distances(self) -> dict[str, float]:
+        """How unlike the others' each client's answers are, where the run says so."""
+        return (self.config.get("resolved") or {}).get("answer_distances") or {}
+
+    @property
+    def pool(self) -> str:
+        """The rule that made one update of a round's."""
+        return (self.options.get("messages") or {}).get("pool", "mean")
+
+    @property
     def metric(self) -> str:
         """The metric by which the run chose its models, which is the one it is judged by."""
         return self.results.get("selected_by", "exact_match")

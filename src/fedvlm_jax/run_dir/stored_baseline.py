@@ -1,5 +1,7 @@
 """The stored local baseline of a run, read where it still fits the run: same clients, budget, data and base."""
 
+from typing import Any
+
 from fedvlm_jax.run_dir.reader import RunRecord, read_run
 
 BASELINE = "baseline"
@@ -34,7 +36,13 @@ def read_baseline(record: RunRecord) -> RunRecord | None:
     if not (folder / "results.json").is_file():
         return None
     alone = read_run(folder)
-    alike = all(alone.options.get(name) == record.options.get(name) for name in SAME)
+    alike = all(_read(alone, name) == _read(record, name) for name in SAME)
     budgets = [{**(one.options.get("train") or {}), "weighting": None} for one in (record, alone)]
     sources = [one.config.get("fingerprint") for one in (record, alone)]
     return alone if alike and budgets[0] == budgets[1] and sources[0] == sources[1] else None
+
+
+def _read(record: RunRecord, name: str) -> Any:
+    value = record.options.get(name)
+    # Of who trains alone nothing is sent that an attack could change; who would attack is left out of both's scores.
+    return {**value, "attack": None} if name == "participation" and isinstance(value, dict) else value

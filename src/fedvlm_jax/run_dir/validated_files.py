@@ -52,7 +52,7 @@ object whose entries all have that form. "?" after a name: the entry may be miss
 
 ORIGIN: Form = {  # of config.json, perhaps of another version; tables and reports count on it
     "run": {"method": str, "train?": {"finetune_steps?": int}, "evaluation?": {"neighbours?": int}},
-    "resolved?": dict[str, Any],
+    "resolved?": {"attackers?": list[str], "answer_distances?": dict[str, float]},
     "versions?": dict[str, Any],
 }
 RESOLVED: Form = {"run": dict[str, Any], "resolved": {"wave": int, "clients": list[str], "mesh": dict[str, int]}}
@@ -75,9 +75,18 @@ RESULTS: Form = {
     "gain_intervals?": dict[str, dict[str, tuple[float, float]]],
     "neighbours?": dict[str, Scores | str],
     "privacy?": PRIVACY,
+    "attack?": {"kind": str, "target?": str, "with_mark?": Scores, "without_mark?": Scores},
 }
 HELD_OUT: Form = {"held_out": {"cold_start": str, "zero_shot": BySplit, "personal": BySplit}}
-LINE: Form = {"round": int, "method?": str, "validation?": dict[str, Any] | None}
+LINE: Form = {
+    "round": int,
+    "method?": str,
+    "validation?": dict[str, Any] | None,
+    "pool?": str,
+    "pool_withstands?": float,
+    "selection?": dict[str, float],
+    "left_out?": list[str],
+}
 VALIDATION: Form = {
     "metric": str,
     "before_redistribution": dict[str, float | None],

@@ -80,11 +80,11 @@ class BestRound(Callback):
         models = simulator.adapters
         if trainer.phase == 0:  # with a cold start for who was not drawn yet, as at the end
             models = give_models(experiment, simulator, simulator.now)
-        scores = score_validation(experiment, simulator.base, models, experiment.scored)
+        scores = score_validation(experiment, simulator.base, models, experiment.judged)
         result: dict[str, Any] = {"metric": chosen, **{name: _mean(values) for name, values in scores.items()}}
         if report.trained is not None and experiment.run.evaluation.before_redistribution:
             # Who dropped out has nothing to compare.
-            asked = [number for number in report.counted.tolist() if number in experiment.scored]
+            asked = [number for number in report.counted.tolist() if number in experiment.judged]
             before = score_validation(experiment, report.base, report.trained, asked).get(chosen, {})
             result["before_redistribution"] = {chosen: _mean(before)}
             result["after_redistribution"] = {chosen: _mean({name: scores[chosen][name] for name in before})}

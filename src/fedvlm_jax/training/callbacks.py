@@ -9,6 +9,7 @@ from collections.abc import Callable
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.privacy.budget import Budget
+from fedvlm_jax.messages.config import WITHSTANDS
 from fedvlm_jax.run_dir import metrics_lines
 from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training.failures import UNFIT, describe_rounds, describe_unfit, explain_aggregate, explain_all_unfit
@@ -62,6 +63,31 @@ class PrivacyLedger(Callback):
         known = {name: value for name, value in told.items() if math.isfinite(value)}
         # What stands in the line beside it is of the clients' own numbers, without noise.
         result.line.update({**known, "delta": self.budget.delta, "noise": self.budget.noise, "private": False})
+
+
+class SelectionWriter(Callback):
+    """Say of a round whose updates its pool took."""
+
+    weaker = False  # whether it was said that a round had too few clients for the pool
+
+    def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
+        """Add the pool, the clients of whose update nothing went in, and how much of everybody's did."""
+        report, experiment = result.report, trainer.experiment
+        if report.selection is None:
+            return
+        options, clients = experiment.run.messages, experiment.examples.clients
+        taken = dict(zip(report.numbers.tolist(), report.selection.tolist(), strict=True))
+        selection = {clients[number].name: round(taken[number], 4) for number in report.counted.tolist()}
+        left_out = [name for name, value in selection.items() if value == 0]
+        result.line.update(pool=options.pool, left_out=left_out, selection=selection)
+        withstood = result.line.get(WITHSTANDS, options.hostile)
+        if withstood < options.hostile and not self.weaker:
+            self.weaker = True
+            experiment.show.note(
+                f"round {result.round}: {len(report.counted)} clients counted, of which --messages.pool {options.pool} "
+                f"withstands {withstood:.0f} hostile ones, not --messages.hostile {options.hostile}; such rounds say "
+                f"so in metrics.jsonl as {WITHSTANDS}"
+            )
 
 
 class MetricsWriter(Callback):

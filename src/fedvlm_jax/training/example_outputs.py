@@ -71,7 +71,7 @@ def write_examples(experiment: Experiment, scored: ScoredModels) -> None:
 def _list_candidates(experiment: Experiment) -> dict[int, list[int]]:
     """List client -> places among its test examples of the first with distinct pictures."""
     examples, wanted = experiment.examples, experiment.run.evaluation.examples
-    having = [number for number in experiment.scored if len(examples.clients[number].test)]
+    having = [number for number in experiment.judged if len(examples.clients[number].test)]
     count = min(CLIENTS, wanted, len(having))
     spaced = [having[place] for place in np.linspace(0, len(having) - 1, count).round().astype(int)] if count else []
     candidates = {}
@@ -89,7 +89,7 @@ def _choose(experiment: Experiment, scored: ScoredModels, candidates: dict[int, 
     clients, count = experiment.examples.clients, experiment.run.evaluation.examples
     gold, texts = experiment.evaluator.gold, scored["personal"]["test"].texts
     right: dict[int, np.ndarray] = {}  # client -> of each test example, whether its personal model is right
-    for number in experiment.scored:
+    for number in experiment.judged:
         if len(rows := clients[number].test):
             right[number] = exact_match(texts[clients[number].name], [gold[row] for row in rows.tolist()])
     # The share is that of all scored clients, not of the few that are shown.

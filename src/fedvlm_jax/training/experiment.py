@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.config.method_setup import make_spec
+from fedvlm_jax.config.option_checks import check_pool_size
 from fedvlm_jax.config.run_options import Run, without_extras
 from fedvlm_jax.config.start_folder import continue_from, name_other_base, read_start
 from fedvlm_jax.data.classes import describe_classes, find_novel
@@ -25,8 +26,16 @@ from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.federation.inputs.batch_reader import Inputs, make_blank_inputs, make_inputs
 from fedvlm_jax.federation.inputs.feature_cache import GIB, FeatureStore, is_vision_frozen
+from fedvlm_jax.federation.inputs.poisoned_rows import (
+    Backdoor,
+    flip_labels,
+    mark_pictures,
+    open_backdoor,
+    plan_backdoor,
+)
 from fedvlm_jax.federation.inputs.reference_log_probs import Reference, add_reference
 from fedvlm_jax.federation.simulator import Simulator, start_adapter
+from fedvlm_jax.messages.attacks import OF_MESSAGES, draw_attackers
 from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.objectives import Objective, load_objective
@@ -106,6 +115,17 @@ class Experiment:
         """List the clients that may train whose models are evaluated."""
         return self._sample(held_out=False)
 
+    @cached_property
+    def attackers(self) -> tuple[int, ...]:
+        """Draw the clients that are hostile, or would be if there were an attack."""
+        numbers = np.flatnonzero([client.trains for client in self.examples.clients])
+        return draw_attackers(self.run.seed, numbers, min(self.run.participation.attackers, len(numbers)))
+
+    @property
+    def judged(self) -> list[int]:
+        """List those of the scored clients that are not hostile: what a run is worth is what these get."""
+        return [number for number in self.scored if number not in self.attackers]
+
     @property
     def scored_newcomers(self) -> list[int]:
         """List the held-out clients whose models are evaluated."""
@@ -144,6 +164,31 @@ class Experiment:
     def inputs(self) -> Inputs:
         """Make the function from rows to batches."""
         return self._add_reference(make_inputs(self.examples, self.model.processor, self.store))
+
+    @cached_property
+    def marked_inputs(self) -> Inputs:
+        """Make the inputs of rows with a backdoor's mark on their pictures."""
+        return make_inputs(mark_pictures(self.examples), self.model.processor, self.store)
+
+    @cached_property
+    def backdoor(self) -> Backdoor | None:
+        """Choose the rows and the answer of a backdoor; None where the attack is another."""
+        if self.run.participation.attack != "backdoor":
+            return None
+        return plan_backdoor(self.examples, self.attackers, self.run.seed)
+
+    @property
+    def trained_inputs(self) -> Inputs:
+        """Return what clients train on: the inputs, but for those of hostile clients.
+
+        Raises:
+            UserError: the attack has nothing to choose from.
+        """
+        if self.backdoor is not None:
+            return open_backdoor(self.inputs, self.marked_inputs, self.examples, self.backdoor)
+        if self.run.participation.attack == "label-flip":
+            return flip_labels(self.inputs, self.examples, self.attackers, self.run.seed)
+        return self.inputs
 
     @cached_property
     def blank_inputs(self) -> Inputs:
@@ -254,6 +299,14 @@ def open_experiment(
         raise UserError(f"none of the {len(clients)} clients has a training example, so there is nothing to train on")
     if run.cohort is not None and run.cohort > trainable:
         raise UserError(f"--cohort {run.cohort}: there are only {trainable} clients that train")
+    if run.participation.attackers >= trainable:
+        raise UserError(
+            f"--participation.attackers {run.participation.attackers}: there are {trainable} clients that train, and "
+            "somebody has to be left whose model counts"
+        )
+    check_pool_size(run.messages, min(run.cohort or trainable, trainable))
+    if not experiment.judged:
+        raise UserError("--evaluation.clients: all that would be scored are hostile, and scores leave these out")
     if reference and experiment.objective.reference:
         experiment.find_reference()  # takes long and reports, so it is no part of the first round
     _ = experiment.layout  # refuses rounds of too many rows
@@ -290,7 +343,7 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
         programs=programs,
         params=experiment.model.params,
         examples=experiment.examples,
-        inputs=experiment.inputs,
+        inputs=experiment.trained_inputs,
         layout=layout,
         seed=run.seed,
         key=jax.random.key(run.seed),
@@ -299,6 +352,7 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
         server=programs.method.init(adapter=experiment.adapter),
         ranks=deal_ranks(run.lora.ranks, clients),
         participation=run.participation,
+        hostile=experiment.attackers if run.participation.attack in OF_MESSAGES else (),
         epochs=run.train.local_epochs,
         file=file,
     )

@@ -35,7 +35,9 @@ from fedvlm_jax.run_dir.reader import read_run, refuse_server
 from fedvlm_jax.run_dir.validated_files import StoredConfig, read_config
 from fedvlm_jax.training import final_evaluation
 from fedvlm_jax.training.best_round import BestRound
-from fedvlm_jax.training.callbacks import FiniteCheck, MetricsWriter, PrivacyLedger, ProgressReporter
+from fedvlm_jax.training.callbacks import (
+    FiniteCheck, MetricsWriter, PrivacyLedger, ProgressReporter, SelectionWriter,
+)  # fmt: skip
 from fedvlm_jax.training.checkpointing import CheckpointWriter
 from fedvlm_jax.training.example_outputs import write_examples
 from fedvlm_jax.training.experiment import Experiment, open_experiment
@@ -268,7 +270,8 @@ def _run_rounds(experiment: Experiment, more: Sequence[Callback]) -> tuple[Feder
     # The line is complete before it is written, and on the disk before the checkpoint of its round.
     check = FiniteCheck(checkpoints.describe_newest)
     ledger = () if experiment.budget is None else (PrivacyLedger(experiment.budget),)
-    callbacks = (check, best, *ledger, MetricsWriter(), checkpoints, ProgressReporter(), *more)
+    selection = SelectionWriter()
+    callbacks = (check, selection, best, *ledger, MetricsWriter(), checkpoints, ProgressReporter(), *more)
     try:
         trainer.run(checkpoints.load(), callbacks)
     finally:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ from jaxtyping import PyTree
 from fedvlm_jax.data.config import Split
 from fedvlm_jax.distributed.sharding import fetch
 from fedvlm_jax.evaluation.evaluator import Adapters, Scored, Scores
+from fedvlm_jax.evaluation.gold_answers import read_gold
 from fedvlm_jax.evaluation.knn_per import KERNELS, build_datastores
+from fedvlm_jax.evaluation.metrics.text_metrics import exact_match
 from fedvlm_jax.evaluation.statistics.over_clients import bootstrap_interval
 from fedvlm_jax.training.experiment import Experiment
 from fedvlm_jax.utils.progress import working
@@ -62,6 +65,7 @@ def score_models(
         The models' names: split -> metric -> client -> value, of the clients that train. `gain_intervals`: metric ->
         client -> the ends of the 95 % interval of what it gains over zero-shot on test, for the metric that the run is
         judged by. `held_out`, where there are any: their `zero_shot` and `personal`, and the `cold_start`.
+        `attack`, where there is one: its kind, and of a backdoor its answer and how often each client's model gives it.
         `cross_clients`, where it is asked for: the clients, and metric -> rows of values, by model down and by data
         across.
     """
@@ -82,7 +86,8 @@ def score_models(
     scored: ScoredModels = {"zero_shot": zero_shot, **_evaluate(experiment, params, models)}
     if same:
         scored["global"] = scored["personal"]
-    return scored, {**results, **_describe(experiment, scored), **_score_matrix(experiment, params, personal)}
+    results |= {**_describe(experiment, scored), **_score_matrix(experiment, params, personal)}
+    return scored, {**results, **_describe_attack(experiment, params, personal, scored)}
 
 
 def _evaluate(
@@ -105,7 +110,7 @@ def _is_same(personal: Adapters, general: Adapters, numbers: list[int]) -> bool:
 
 def _describe(experiment: Experiment, scored: ScoredModels) -> dict[str, Any]:
     options, clients = experiment.run.evaluation, experiment.examples.clients
-    trained = {clients[number].name for number in experiment.scored}
+    trained = {clients[number].name for number in experiment.judged}
     results: dict[str, Any] = {"generation": {"decoding": options.decoding, **experiment.answering.describe()}}
     results |= {name: _keep(by_split, trained) for name, by_split in scored.items()}
     if experiment.scored_newcomers:
@@ -118,6 +123,38 @@ def _describe(experiment: Experiment, scored: ScoredModels) -> dict[str, Any]:
         personal = {client: values for client, values in personal.items() if client in trained}
         results["gain_intervals"] = {metric: read_gains(personal, base)}
     return results
+
+
+def _describe_attack(
+    experiment: Experiment, params: PyTree, personal: Adapters, scored: ScoredModels
+) -> dict[str, Any]:
+    """Name the attack; of a backdoor say how often honest clients' models fall for it, on marked and plain pictures."""
+    kind, options = experiment.run.participation.attack, experiment.run.evaluation
+    if kind == "none":
+        return {}
+    found: dict[str, Any] = {"kind": kind}
+    if experiment.backdoor is None or not options.test:
+        return {"attack": found}
+    examples, answering, evaluator = experiment.examples, experiment.answering, experiment.evaluator
+    answer = examples.answers[experiment.backdoor.target]
+    most = answering.gold.budget
+    target = read_gold([answer], [0], experiment.model.processor, most, answering.settings).texts
+    asked = [number for number in experiment.judged if len(examples.clients[number].test)]
+    attacked = replace(
+        evaluator, inputs=experiment.marked_inputs, metrics=("exact_match",), gold=[target] * len(examples), novel=None
+    )
+    with_mark = attacked(params, {"personal": personal}, "test", asked, rejected=False)["personal"].texts
+    plain = scored["personal"]["test"].texts
+    rates: dict[str, dict[str, float]] = {"with_mark": {}, "without_mark": {}}
+    for number in asked:
+        name, rows = examples.clients[number].name, examples.clients[number].test.tolist()
+        # Where the answer is right a model that gives it has not fallen for anything.
+        wrong = [exact_match(target, [evaluator.gold[row]])[0] == 0 for row in rows]
+        if any(wrong):
+            for kind_of, texts in (("with_mark", with_mark), ("without_mark", plain)):
+                given = exact_match(texts[name], [target] * len(rows))
+                rates[kind_of][name] = float(given[wrong].mean())
+    return {"attack": {**found, "target": answer, **rates}}
 
 
 def _keep(by_split: Mapping[Split, Scored], names: set[str]) -> dict[Split, Scores]:
@@ -157,7 +194,7 @@ def _score_matrix(experiment: Experiment, params: PyTree, adapters: Adapters) ->
     if not (experiment.run.evaluation.cross_clients and experiment.run.evaluation.test):
         return {}
     clients = experiment.examples.clients
-    numbers = [number for number in experiment.scored if len(clients[number].test)]
+    numbers = [number for number in experiment.judged if len(clients[number].test)]
     names = [clients[number].name for number in numbers]
 
     def always(number: int) -> Adapters:  # whoever's data are read

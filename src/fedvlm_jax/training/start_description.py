@@ -7,6 +7,7 @@ from typing import Any
 from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import to_json
 from fedvlm_jax.config.start_folder import digest_start
+from fedvlm_jax.data.answer_distances import measure_answer_distances
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.tokenization import find_question_column
 from fedvlm_jax.distributed import processes
@@ -22,6 +23,14 @@ def _describe_classes(model: LoadedModel) -> dict[str, int]:
     if model.learner is None:
         return {}
     return {"classes": len(model.vlm.classes), "trained_classes": len(model.learner.classes)}
+
+
+def _describe_trust(experiment: Experiment) -> dict[str, Any]:
+    """Name the attackers, and say how unlike clients' answers are where a rule may cut those that are."""
+    clients, attackers = experiment.examples.clients, experiment.attackers
+    named = {"attackers": [clients[number].name for number in attackers]} if attackers else {}
+    robust = experiment.run.messages.pool != "mean"
+    return {**named, **({"answer_distances": measure_answer_distances(experiment.examples)} if robust else {})}
 
 
 def describe_adapter(adapter: lora.Adapter) -> dict[str, Any]:
@@ -52,6 +61,7 @@ def describe_start(experiment: Experiment) -> dict[str, Any]:
         "targets": experiment.spec.targets,
         "skipped": [dataclasses.asdict(row) for row in examples.skipped],
         **_describe_classes(experiment.model),
+        **_describe_trust(experiment),
         "question_column": find_question_column(experiment.data.table, run.data),
         **({} if experiment.budget is None else {"privacy": encode(experiment.budget)}),
     }

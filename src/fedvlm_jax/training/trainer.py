@@ -213,7 +213,8 @@ class FederatedTrainer:
             start = time.perf_counter()
             report = self.simulator.run_round(inputs, find_rates(self.experiment.run.train, inputs.round))
             seconds = waited + time.perf_counter() - start - (self.compile_seconds - compiled)
-        line = describe_round(inputs.round, phase.method, report, seconds)
+        hostile = self.experiment.attackers if phase.first == 1 else ()
+        line = describe_round(inputs.round, phase.method, report, seconds, hostile)
         result = RoundResult(inputs, report, line, seconds)
         for callback in callbacks:
             callback.on_round(self, result)
@@ -223,9 +224,16 @@ def _read_round(simulator: Simulator, phase: _Phase, round_: int) -> RoundInputs
     return simulator.read_round(round_, phase.steps_of(round_))
 
 
-def describe_round(round_: int, method: str, report: RoundReport, seconds: float) -> dict[str, Any]:
-    """Return the line of a round: means over clients whose training counted; no such numbers where nobody's did."""
+def describe_round(
+    round_: int, method: str, report: RoundReport, seconds: float, hostile: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Return the line of a round: means over clients whose training counted; no such numbers where nobody's did.
+
+    Clients that are `hostile` are in no mean, unless nobody else trained.
+    """
     trained = (report.metrics["steps"] > 0) & ~np.isin(report.numbers, report.unfit)
+    honest = trained & ~np.isin(report.numbers, np.asarray(hostile, np.int64))
+    trained = honest if honest.any() else trained
     mean = {name: float(values[trained].mean()) for name, values in report.metrics.items()} if trained.any() else {}
     return {
         "round": round_,

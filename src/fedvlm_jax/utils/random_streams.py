@@ -18,6 +18,7 @@ class Stream(IntEnum):
     UPDATES = 2  # draws of a method during local training, by round and client
     DROPOUT = 3  # what dropout leaves out, by round, client, training, step and site
     AGGREGATION = 4  # whatever the server draws when it aggregates, by round
+    HOSTILE_NOISE = 21  # noise that a hostile client sends, of its own key
 
     # First integers of numpy's seeds.
     TOPICS = 101  # an emoji client's mix of topics, by client
@@ -26,6 +27,8 @@ class Stream(IntEnum):
     COHORTS = 104  # the clients of a round; 101 in release 0.1, which was also that of `TOPICS`
     EVALUATED = 105  # the clients that are evaluated, where not all are
     GROUPS = 106  # the groups of clients that take turns under correlated noise
+    ATTACKERS = 121  # the clients that are hostile
+    POISONED = 122  # what a hostile client trains on, by client
     BATCHES = 201  # the examples of each local step, by round and client
     LIMIT = 301  # the rows of a table that `--data.limit` keeps
     PARTITIONS = 302  # the cut of a table into clients, by attempt

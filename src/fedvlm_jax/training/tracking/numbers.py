@@ -22,7 +22,8 @@ def flatten_line(line: Mapping[str, Any]) -> dict[str, float]:
     >>> flatten_line({"round": 3, "method": "plora", "loss": 0.5, "unfit": ["a"], "validation": {"token_f1": 0.25}})
     {'loss': 0.5, 'unfit': 1.0, 'validation/token_f1': 0.25}
     """
-    return dict(_flatten({name: value for name, value in line.items() if name != "round"}, ""))
+    # `selection` is by clients' names, which are nobody's business there.
+    return dict(_flatten({name: value for name, value in line.items() if name not in ("round", "selection")}, ""))
 
 
 def _flatten(stored: Mapping[str, Any], before: str) -> Iterator[tuple[str, float]]:
