@@ -9,15 +9,17 @@ import re
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from fedvlm_jax.config.compression_checks import check_fewer_bytes
 from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import SHARE, LocalOptions, MethodOptions, ServerOptions, find_method_options
 
 if TYPE_CHECKING:
     from fedvlm_jax.methods import Method
     from fedvlm_jax.models import Vlm
 
-MATHEMATICS = ("server", "local", "train.weighting", "lora.ranks", "start")
+MATHEMATICS = ("server", "local", "train.weighting", "lora.ranks", "start", "messages")
 """The options, and groups of options, that change how a round computes, for the methods that have a place for them."""
 
 
@@ -42,6 +44,7 @@ def check_method(run: Run, label: str) -> None:
             )
     if run.method == SHARE and not find_rule(run.method_options):
         raise UserError(f"{label} needs its rule: add --share REGEX, for example --share 'decoder/.*/b$'")
+    check_fewer_bytes(run, method, label)
 
 
 def list_changed(run: Run, *groups: str) -> list[str]:
@@ -79,6 +82,7 @@ def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Ru
         server=ServerOptions() if "server" in moot else run.server,
         local=dataclasses.replace(run.local, **local),
         train=dataclasses.replace(run.train, weighting=weighting),
+        messages=MessageOptions() if "messages" in moot else run.messages,
     )
 
 

@@ -7,6 +7,9 @@ from jaxtyping import PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.messages.compression import with_compression
+from fedvlm_jax.messages.pool import with_pool
+from fedvlm_jax.messages.secure_sum import make_secure_sum
 from fedvlm_jax.methods import Method, Setup, load_method
 from fedvlm_jax.models import Vlm
 
@@ -46,7 +49,10 @@ def make_method(run: Run, setup: Setup) -> Method:
     Raises:
         UserError: options that the method cannot work with.
     """
-    return load_method(run.method, setup)
+    method = with_compression(load_method(run.method, setup), run.messages)
+    if run.messages.secure:
+        method = with_pool(method, make_secure_sum(run.messages, setup.cohort))
+    return method
 
 
 def _check_reach(targets: str, vlm: Vlm) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.methods.base import Aggregated, Context, Method, Metrics, Weights
@@ -26,11 +26,13 @@ class Pooled(NamedTuple):
         message: one, of the form of a client's; not a number of it comes from who has weight 0.
         state: the pool's, of the same shapes as before.
         told: scalars, and `selection` [K] where the rule chooses: each client's part in the result, 0 for none.
+        counted: whether anybody counted, where the rule knows that without a sum of the weights over the devices.
     """
 
     message: PyTree
     state: PyTree
     told: Metrics
+    counted: Bool[Array, ""] | None = None
 
 
 class PoolMessages(Protocol):
@@ -75,8 +77,8 @@ def with_pool(method: Method, pool: Pool) -> Method:
         return {**server, "pool": pool.init(method.download(server=server))}
 
     def aggregate(ctx: Context, server: PyTree, messages: PyTree, weights: Weights) -> Aggregated:
-        counts = jnp.asarray(pool.always) | (weights.sum() > 0)
         pooled = pool.run(ctx, state=server["pool"], messages=messages, weights=weights)
+        counts = jnp.asarray(pool.always) | (weights.sum() > 0 if pooled.counted is None else pooled.counted)
         alone = ctx._replace(numbers=None, held=None)
         # Where nobody counts the server stays as it is, and so does the pool.
         new, health = method.aggregate(

@@ -18,6 +18,7 @@ class Stream(IntEnum):
     UPDATES = 2  # draws of a method during local training, by round and client
     DROPOUT = 3  # what dropout leaves out, by round, client, training, step and site
     AGGREGATION = 4  # whatever the server draws when it aggregates, by round
+    ROUNDING = 5  # of a message to fewer bits, by round and client: folded into the key of `UPDATES`
 
     # First integers of numpy's seeds.
     TOPICS = 101  # an emoji client's mix of topics, by client

@@ -6,6 +6,6 @@ from fedvlm_jax.methods.rule_based import NOTHING, Parts, make_share_method
 
 def make(setup: Setup) -> Method:
     """Make local: a share rule that names nothing."""
-    moot = ("server", "local.proximal", "local.scaffold", "train.weighting")
+    moot = ("server", "local.proximal", "local.scaffold", "train.weighting", "messages")
     parts = Parts(refuses=dict.fromkeys(moot, "nothing is shared, so there is no average"), moot=frozenset(moot))
     return make_share_method("local", "no communication: A_k and B_k stay private", NOTHING, setup, parts)
