@@ -1,14 +1,14 @@
-"""Accuracy against uploaded bytes: pLoRA, FFA-LoRA and Fed-SB, sent whole, rounded to int8, and as their largest entries.
+"""Accuracy against uploaded bytes: pLoRA, FFA-LoRA and Fed-SB, sent whole, as int8, and as their largest entries.
 
     python experiments/fewer_bytes.py            # tunes, runs what is missing, reports; goes on where it was stopped
     python experiments/fewer_bytes.py report     # the table and the picture of what there is
     python experiments/fewer_bytes.py --quick    # a smoke run, reported below --out
 
-The cell `lang-20` of `methods_emoji.py`: 16 emoji clients, the question in the client's language, 20 images each, twelve
-rounds of four steps. Every method with every way of sending has its learning rates of A and B chosen on validation, from
-the grid of that study and with its seed, which is not used again; then come five seeds, and test is scored once, after
-the last round. Training alone, which sends nothing, is beside them. Bytes are those of what was encoded, as a round's
-line has them, over all rounds of a client.
+The cell `lang-20` of `methods_emoji.py`: 16 emoji clients, the question in the client's language, 20 images each,
+twelve rounds of four steps. Every method with every way of sending has its learning rates of A and B chosen on
+validation, from the grid of that study and with its seed, which is not used again; then come five seeds, and test is
+scored once, after the last round. Training alone, which sends nothing, is beside them. Bytes are those of what was
+encoded, as a round's line has them, over all rounds of a client.
 """
 
 from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory

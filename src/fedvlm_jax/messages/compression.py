@@ -73,7 +73,7 @@ def make_codec(options: MessageOptions) -> Codec:
 
 def refuse_top_k(method: Method) -> str | None:
     """Return why a method's messages cannot be sent in part, to be read after "because"; None if they can."""
-    if why := method.refuses.get("top-k"):
+    if why := method.refuses.get("top-k") or method.refuses.get("messages"):
         return why
     if method.split is None:
         return "a message is not the update of what is shared, and alone, so the next one cannot make up for it"

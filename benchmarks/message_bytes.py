@@ -1,12 +1,12 @@
 """What compression does to real updates: its error and bytes, of one client and of the mean, on the model that ships.
 
-    python benchmarks/compression.py > benchmarks/results/compression.md
+    python benchmarks/message_bytes.py > benchmarks/results/message_bytes.md
 
 Eight rounds of all sixteen emoji clients, four steps of batch 8, the rates that `experiments/methods_emoji.py` chose;
 the updates are those of a run that sends them whole. *one client*: ‖sent − update‖ / ‖update‖, the mean over clients
-and rounds. *mean*: the same of the uniform mean over clients, in one round. *sum*: of the mean, added up over the eight
-rounds, where errors of rounds may cancel. int8 has a scale for a whole tensor, for each layer's matrix (as
-`--messages.compress int8` has), or for each direction of the rank; *nearest* rounds to the nearest level, not at random.
+and rounds. *mean*: the same of the uniform mean over clients, in one round. *sum*: of the mean, added up over the
+rounds, where errors of rounds may cancel. int8 has a scale for a whole tensor, for each layer's matrix, as
+`--messages.compress int8` has, or for each direction of the rank; *nearest* rounds to the nearest level, not at random.
 """
 
 from collections.abc import Callable, Sequence
