@@ -21,7 +21,10 @@ EXAMPLES = "examples.json"
 EXAMPLE_MODELS = {"zero_shot": "zero-shot", "global": "global model", "personal": "personal model"}
 """Models whose answers are kept beside an example -> what a reader sees."""
 
-HEALTH = ("loss", "seconds", "clients_per_second", "bytes_", "aggregation_error", "angle_", "update_", "personal_drift")
+HEALTH = (
+    *("loss", "seconds", "clients_per_second", "bytes_", "aggregation_error", "angle_", "update_", "personal_drift"),
+    *("compression_error", "quantisation_error", "clipped_share"),
+)
 """Beginnings of the names of a line's numbers that are drawn or summed."""
 
 Scores = dict[str, float | None]
