@@ -59,7 +59,6 @@ def test_what_cannot_work_is_refused_in_a_line(run, expected):
         Run(messages=INT8, lora=RANKS),
         Run(method="rolora", messages=TOP_K),
         Run(messages=MessageOptions(secure=True, secure_bits=30), cohort=4),
-        Run(messages=INT8, privacy=PrivacyOptions(noise=1.0), cohort=4),
     ],
 )
 def test_what_can_work_is_not(run):

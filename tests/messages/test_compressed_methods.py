@@ -26,7 +26,7 @@ KINDS = {
 }
 """One of each kind: an update of one part, of a part in each phase, factors and not their update, another's factors
 delivered, a model beside the shared one."""
-ORDINARY = {("plora", "int8"), ("plora", "top-k"), ("plora", "secure")}
+ORDINARY = {("plora", "int8"), ("plora", "top-k")}
 BROAD = {(name, way) for way, names in KINDS.items() for name in names}
 
 
@@ -125,25 +125,25 @@ def test_what_holds_more_than_the_update_is_refused_too():
         assert wrap(method, INT8).linear is False
 
 
-@pytest.mark.parametrize("name", ["plora", "rolora"])
-def test_to_keep_everything_is_to_send_the_message(name):
-    """Bit for bit, also where a share below 1 rounds to all entries; and the bytes are those of the message."""
-    plain, whole = contract.make_case(name), make_compressed(name, MessageOptions(compress="top-k", keep=1.0))
-    nearly = wrap(make_method(name)[3], MessageOptions(compress="top-k", keep=0.9999))
-    for at, other in zip(plain.rounds, whole.rounds, strict=True):
-        contract.assert_close(other.out.server, at.out.server, rtol=0, atol=0)
-        contract.assert_close(other.out.messages, at.out.messages, rtol=0, atol=0)
+def test_to_keep_all_entries_is_to_send_the_message():
+    """Where a share below 1 rounds to all of them; the bytes are those of the message, which needs no places."""
+    nearly = make_compressed("rolora", MessageOptions(compress="top-k", keep=0.9999))
+    for at, other in zip(contract.make_case("rolora").rounds, nearly.rounds, strict=True):
+        contract.assert_close(other.out.server, at.out.server, **contract.later(at))
         shapes = jax.eval_shape(lambda part: part, at.out.messages)
         sizes = {
-            count_bytes(find_travelling(method, at.server, shapes)[0])
-            for method in (plain.method, whole.method, nearly)
+            count_bytes(find_travelling(case.method, at.server, shapes)[0])
+            for case in (contract.make_case("rolora"), nearly)
         }
         assert len(sizes) == 1
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(other.personal["owed"]))
 
 
 def test_what_is_not_asked_for_is_the_method_itself():
+    """Nothing is compiled anew, so a run has the same bits."""
     method = make_method("plora")[3]
     assert wrap(method, MessageOptions()) is method
+    assert wrap(method, MessageOptions(compress="top-k", keep=1.0)) is method
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_any_numbers_are_added_from_left_to_right_until_they_are_sent():
 
 def test_trained_is_what_was_trained_whatever_was_sent():
     """Not what the server has of it: for top-k; with int8 it is within a level of each entry."""
-    for way, distance in ((TOP_K, 1e-6), (INT8, 0.02)):
+    for way, distance in ((TOP_K, 1e-5), (INT8, 0.02)):
         case = make_compressed("plora", way)
         contract_case = contract.make_case("plora")
         first, plain = case.rounds[0], contract_case.rounds[0]
@@ -265,10 +265,10 @@ def test_trained_is_what_was_trained_whatever_was_sent():
 
 
 def test_error_is_told():
-    for way, most in ((INT8, 0.02), (TOP_K, 0.9), (MessageOptions(compress="top-k", keep=1.0), 0.0)):
-        metrics = make_compressed("plora", way).rounds[0].out.metrics
-        assert (metrics["compression_error"] <= most).all()
-        assert (metrics["compression_error"] > 0).all() == (most > 0)
+    for way, most in ((INT8, 0.02), (TOP_K, 0.9)):
+        error = make_compressed("plora", way).rounds[0].out.metrics["compression_error"]
+        assert error.shape == (4,)
+        assert ((error > 0) & (error < most)).all()
 
 
 def test_a_client_s_state_holds_what_the_docs_say():

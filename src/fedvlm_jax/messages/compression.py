@@ -44,18 +44,18 @@ class Codec(NamedTuple):
 
 
 def with_compression(method: Method, options: MessageOptions) -> Method:
-    """Have a method's clients send less, as `options.compress` says; with "none" the method stays as it is.
+    """Have a method's clients send less, as `options.compress` says; where nothing is left out it stays as it is.
 
     Raises:
         ValueError: what a message leaves out could not be made up for, see `refuse_top_k`.
     """
     if options.compress == "int8":
         return _with_rounding(method)
-    if options.compress == "top-k":
-        if reason := refuse_top_k(method):
-            raise ValueError(f"top-k does not go with {method.name}, because {reason}")
-        return _with_feedback(method, options.keep)
-    return method
+    if options.compress == "none" or options.keep == 1:
+        return method
+    if reason := refuse_top_k(method):
+        raise ValueError(f"top-k does not go with {method.name}, because {reason}")
+    return _with_feedback(method, options.keep)
 
 
 def make_codec(options: MessageOptions) -> Codec:
