@@ -125,6 +125,7 @@ def test_what_holds_more_than_the_update_is_refused_too():
         assert wrap(method, INT8).linear is False
 
 
+@pytest.mark.broad
 def test_to_keep_all_entries_is_to_send_the_message():
     """Where a share below 1 rounds to all of them; the bytes are those of the message, which needs no places."""
     nearly = make_compressed("rolora", MessageOptions(compress="top-k", keep=0.9999))

@@ -28,10 +28,10 @@ def check_fewer_bytes(run: Run, method: "Method", label: str) -> None:
             "--messages.compress top-k"
         )
     if messages.compress == "top-k":
-        from fedvlm_jax.messages.compression import refuse_top_k  # late: it imports jax
+        from fedvlm_jax.messages.compression import MORE_THAN_UPDATE, refuse_top_k  # late: it imports jax
 
-        if why := refuse_top_k(method):
-            beside = "".join(f" and {flag}" for flag, on in _list_additions(run).items() if on)
+        beside = "".join(f" and {flag}" for flag, on in _list_additions(run).items() if on)
+        if why := refuse_top_k(method) or (MORE_THAN_UPDATE if beside else None):
             raise UserError(
                 f"--messages.compress top-k does not go with {label}{beside}, because {why}; --messages.compress int8 "
                 "goes with all methods that send something"
@@ -73,14 +73,14 @@ def _check_secure_sum(run: Run, method: "Method", label: str) -> None:
     for flag, (given, why) in apart.items():
         if given:
             raise UserError(f"--messages.secure and {flag} exclude each other: {why}; leave one out")
-    if not method.linear:
-        raise UserError(
-            f"--messages.secure does not go with {label}, because its server needs every client's message by itself"
-        )
     if beside := [flag for flag, on in _list_additions(run).items() if on]:
         raise UserError(
             f"--messages.secure and {beside[0]} exclude each other: a server that knows the mean alone cannot use what "
             "else is in a message"
+        )
+    if not method.linear:
+        raise UserError(
+            f"--messages.secure does not go with {label}, because its server needs every client's message by itself"
         )
     if run.cohort is not None:
         check_width(messages, run.cohort)

@@ -30,6 +30,8 @@ LEVELS = 127  # of int8 on either side of zero; -128 is left out, so that both s
 OWED, UNLIKE = "owed", "unlike"
 """Names in a client's state: what it has not sent yet, and its last update less what it sent in place of it."""
 
+MORE_THAN_UPDATE = "a message is not the update of what is shared, and alone, so the next one cannot make up for it"
+
 
 class Codec(NamedTuple):
     """A way to write a message with fewer bytes.
@@ -76,7 +78,7 @@ def refuse_top_k(method: Method) -> str | None:
     if why := method.refuses.get("top-k") or method.refuses.get("messages"):
         return why
     if method.split is None:
-        return "a message is not the update of what is shared, and alone, so the next one cannot make up for it"
+        return MORE_THAN_UPDATE
     return None
 
 
@@ -88,9 +90,9 @@ def encode_int8(message: PyTree, key: Key) -> PyTree:
         where a stack of layers is as many matrices; `plain`, leaves as they were: integers, and what would not become
         smaller. A matrix that is not finite has a scale that is not either.
 
-    >>> encoded = encode_int8({"b": jnp.asarray([[0.0, -2.54], [1.27, 2.54]])}, jax.random.key(0))
-    >>> (encoded["rounded"]["b"] / 1).tolist(), round(float(encoded["scales"][0]), 6)
-    ([[0.0, -127.0], [63.0, 127.0]], 0.02)
+    >>> encoded = encode_int8({"b": jnp.asarray([[0.0, -63.5], [31.5, 63.5]])}, jax.random.key(0))
+    >>> encoded["rounded"]["b"].tolist(), encoded["scales"].tolist()
+    ([[0, -127], [63, 127]], [0.5])
     """
     rounded: dict[str, Array] = {}
     plain: dict[str, Array] = {}
