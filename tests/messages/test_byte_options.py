@@ -72,26 +72,27 @@ def test_a_comparison_leaves_compression_out_where_nothing_is_sent():
         validate_comparison(Compare(("local",), base=Run(messages=INT8)))
 
 
+FEW = LoraOptions(rank=2, targets="encoder/layers/fc1")
+"""B of one site, two layers: 2 x 2 x 512 numbers in two matrices."""
+
+
 def test_explain_shows_the_bytes_of_what_is_encoded():
-    """plora on the model that ships: 45,056 entries of B in 32 matrices; tensors are told as without compression."""
-    plain, int8, top_k = (explain(Run(messages=messages)) for messages in (MessageOptions(), INT8, TOP_K))
+    """And the tensors as without compression."""
+    plain, int8, top_k = (explain(Run(messages=messages, lora=FEW)) for messages in (MessageOptions(), INT8, TOP_K))
     (one,), (rounded,), (largest,) = plain.stages, int8.stages, top_k.stages
-    assert one.up == 4 * 45_056
-    assert rounded.up == 45_056 + 4 * 32
-    assert largest.up == (4 + 2) * 4506
+    assert one.up == 4 * 2048
+    assert rounded.up == 2048 + 4 * 2
+    assert largest.up == (4 + 2) * 205
     assert {stage.down for stage in (one, rounded, largest)} == {one.down}
-    told = [
-        [(t.group, t.name, t.trained, t.sent, t.received) for t in stage.tensors] for stage in (one, rounded, largest)
-    ]
+    stages = (one, rounded, largest)
+    told = [[(t.group, t.name, t.trained, t.sent, t.received) for t in stage.tensors] for stage in stages]
     assert told[0] == told[1] == told[2]
     assert any(tensor.sent for tensor in one.tensors)
-    assert (int8.state, top_k.state) == (plain.state, plain.state + 2 * 4 * 45_056)
+    assert (int8.state, top_k.state) == (plain.state, plain.state + 2 * 4 * 2048)
 
 
 def test_padding_of_ranks_is_not_counted_in_what_is_encoded():
-    (stage,) = explain(Run(messages=INT8, lora=RANKS)).stages
-    scales, rank = 4 * 32, 4
-    assert {rank: up for rank, (up, _) in stage.by_rank.items()} == {
-        2: 45_056 // 4 + scales + rank,
-        4: 45_056 // 2 + scales + rank,
-    }
+    lora = dataclasses.replace(FEW, ranks=(1, 2))
+    (stage,) = explain(Run(messages=INT8, lora=lora)).stages
+    scales, rank = 4 * 2, 4
+    assert {rank: up for rank, (up, _) in stage.by_rank.items()} == {1: 1024 + scales + rank, 2: 2048 + scales + rank}
