@@ -26,7 +26,7 @@ KINDS = {
 }
 """One of each kind: an update of one part, of a part in each phase, factors and not their update, another's factors
 delivered, a model beside the shared one."""
-ORDINARY = {("plora", "int8"), ("plora", "top-k")}
+ORDINARY = {("plora", "top-k")}
 BROAD = {(name, way) for way, names in KINDS.items() for name in names}
 
 
@@ -180,6 +180,7 @@ def test_padding_beyond_a_client_s_rank_does_not_travel():
     assert count_bytes(up, 0.5) == rows + scales + rank
 
 
+@pytest.mark.broad
 def test_a_phase_leaves_what_others_owe_as_it_is():
     """rolora trains B in odd rounds and A in even ones."""
     case = make_compressed("rolora", TOP_K)

@@ -1,7 +1,7 @@
 """Whole runs with compressed messages on the tiny model: stopped and resumed bit for bit, and bytes in their lines."""
 
 import pytest
-from tiny_run import StopAfter, StopError, assert_same_adapters, tiny_run
+from tiny_run import StopAfter, StopError, assert_same_adapters, read_adapters, tiny_run
 
 from fedvlm_jax.config.run_options import TrainOptions
 from fedvlm_jax.messages.config import MessageOptions
@@ -26,7 +26,12 @@ def test_a_run_that_was_stopped_goes_on_with_what_its_clients_owe(model, loaded,
         federated_run.train(stopped, StopAfter(2), loaded)
     federated_run.resume(stopped.out, model=loaded)
     assert_same_adapters(stopped.out, whole)
-    assert read_lines(stopped.out) == read_lines(whole)
+    lines = read_lines(whole)
+    assert read_lines(stopped.out) == lines
+    entries = sum(array.size for array in read_adapters(whole)["adapters/shared.safetensors"].values())
+    assert entries > 256
+    assert {line["bytes_up_per_client"] for line in lines} == {(4 + 2) * round(0.05 * entries)}
+    assert all(0 < line["compression_error"] < 1 for line in lines)
 
 
 @pytest.mark.slow
@@ -40,6 +45,7 @@ def test_a_run_with_int8_stopped_and_resumed(model, loaded, tmp_path):
     assert_same_adapters(stopped.out, whole)
 
 
+@pytest.mark.slow
 def test_lines_have_the_bytes_of_what_was_encoded_and_the_error(model, loaded, tmp_path):
     """Local fine-tuning after the federation sends nothing and owes nothing."""
     messages = MessageOptions(secure=True)

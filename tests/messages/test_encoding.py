@@ -47,7 +47,7 @@ def messages(floats):
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)  # zeros, negative ones and denormals among them
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(messages(FINITE), st.integers(0, 2**31))
 def test_int8_is_within_a_level_of_each_entry(leaves, seed):
     got = flat(send_int8(tree.unflatten(leaves), jax.random.key(seed)))
@@ -61,7 +61,7 @@ def test_int8_is_within_a_level_of_each_entry(leaves, seed):
         ).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(messages(FINITE))
 def test_top_k_sends_the_largest_as_they_are_and_nothing_else(leaves):
     got = flat(send_top_k(tree.unflatten(leaves)))
@@ -75,7 +75,7 @@ def test_top_k_sends_the_largest_as_they_are_and_nothing_else(leaves):
     assert (np.abs(row[~out]) <= max(order[kept - 1], TINY)).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(messages(FINITE), st.sampled_from([np.nan, np.inf, -np.inf]), st.integers(0, ENTRIES - 1))
 def test_what_is_not_finite_stays_so(leaves, poison, place):
     """So that the engine leaves its client out, as without compression."""

@@ -125,6 +125,7 @@ def test_padding_of_a_round_changes_nothing():
     assert one.told == other.told
 
 
+@pytest.mark.broad
 def test_many_bits_are_the_method_without_it():
     """The round of plora to the grid's tolerance: 30 bits of a range of 0.5 are 1e-9."""
     plain, summed = contract.make_case("plora"), make_compressed("plora", MessageOptions(secure=True, secure_bits=30))
@@ -137,6 +138,7 @@ def test_methods_that_need_every_message_take_no_sum():
         wrap(make_method("flora")[3], SECURE)
 
 
+@pytest.mark.broad
 def test_what_is_told_is_in_the_round_s_health():
     health = make_compressed("plora", SECURE).rounds[0].out.health
     assert {"quantisation_error", "clipped_share"} <= set(health)
