@@ -29,8 +29,8 @@ ROUNDS = 8
 RATES = {"plora": (5e-3, 2e-3), "ffa-lora": (1e-2, 5e-3), "fed-sb": (1e-2, 5e-3)}
 KEEPS = (0.25, 0.1, 0.01)
 Message = dict[str, Any]
-Send = Callable[[Sequence[Message]], tuple[list[Message], int]]
-"""(a client's updates, round by round) -> what the server has of them, and the bytes of one."""
+Send = Callable[[Sequence[Message], int], tuple[list[Message], int]]
+"""(a client's updates, round by round, its number) -> what the server has of them, and the bytes of one."""
 
 
 def read_updates(method: str, model: LoadedModel | None = None, rounds: int = ROUNDS) -> tuple[LoadedModel, list[Any]]:
@@ -75,8 +75,8 @@ def round_to_int8(grouping: str, *, nearest: bool = False) -> Send:
             sent = decode_int8(encoded, grouped)
         return jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), sent, message), encoded
 
-    def run(updates: Sequence[Message]) -> tuple[list[Message], int]:
-        both = [send(update, jax.random.key(number)) for number, update in enumerate(updates)]
+    def run(updates: Sequence[Message], client: int) -> tuple[list[Message], int]:
+        both = [send(update, jax.random.key(1000 * client + number)) for number, update in enumerate(updates)]
         return [sent for sent, _ in both], tree.count_bytes(both[0][1])
 
     return run
@@ -92,7 +92,8 @@ def send_largest(keep: float, *, feedback: bool) -> Send:
         sent = decode_top_k(encoded, whole)
         return sent, jax.tree.map(jnp.subtract, whole, sent), encoded
 
-    def run(updates: Sequence[Message]) -> tuple[list[Message], int]:
+    def run(updates: Sequence[Message], client: int) -> tuple[list[Message], int]:
+        del client
         owed, all_sent, size = jax.tree.map(np.zeros_like, updates[0]), list[Message](), 0
         for update in updates:
             sent, left, encoded = send(update, owed)
@@ -114,7 +115,7 @@ def measure(rounds: Sequence[Any], send: Send) -> tuple[float, float, float, int
     exact, sent, size = [], [], 0
     for client in range(count):
         updates = [jax.tree.map(lambda leaf: leaf[client], one) for one in rounds]  # noqa: B023
-        received, size = send(updates)
+        received, size = send(updates, client)
         exact.append([flatten(update) for update in updates])
         sent.append([flatten(update) for update in received])
     exact, sent = np.asarray(exact, np.float64), np.asarray(sent, np.float64)  # [K, rounds, entries]
@@ -150,7 +151,7 @@ def main() -> None:
         rows = [("float32", "0", "0", "0", f"{whole:,}", "1")]
         for name, send in ways.items():
             alone, mean, total, size = measure(rounds, send)
-            rows.append((name, *(f"{100 * x:.2g} %" for x in (alone, mean, total)), f"{size:,}", f"{size / whole:.3f}"))
+            rows.append((name, *(f"{100 * x:.2f} %" for x in (alone, mean, total)), f"{size:,}", f"{size / whole:.3f}"))
         columns = ("sent as", "one client", "mean", "sum", "bytes", "of float32")
         print(to_markdown(Table(f"{method}, {len(rounds)} rounds of 16 clients", columns, tuple(rows))))
         print()
