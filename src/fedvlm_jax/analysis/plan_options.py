@@ -9,6 +9,7 @@ import tyro
 from fedvlm_jax.analysis.tpu_topologies import CHIPS, CPU, parse_topology
 from fedvlm_jax.config import run_options
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.utils.option_ranges import Count, Positive, check_ranges
@@ -56,6 +57,7 @@ class Request:
     preference: run_options.PreferenceOptions = field(default_factory=run_options.PreferenceOptions)
     local: run_options.LocalOptions = field(default_factory=run_options.LocalOptions)
     server: run_options.ServerOptions = field(default_factory=run_options.ServerOptions)
+    messages: MessageOptions = field(default_factory=MessageOptions)
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = field(default_factory=MethodOptions)
     system: run_options.SystemOptions = field(default_factory=run_options.SystemOptions)

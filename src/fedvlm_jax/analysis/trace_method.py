@@ -108,7 +108,8 @@ class Tracer:
         up, down = find_travelling(self.method, self.server, messages)
         state = {path: leaf for path, leaf in flatten_state(self.personal).items() if path in changed}
         sizes = {path: leaf.size for path, leaf in training.seen.items()}
-        sent, received = (_leave_out_common(self._locate(flatten_state(part), sizes)) for part in (up, down))
+        # Of what is sent the message tells the tensors: `up` may be in another form, that of compressed numbers.
+        sent, received = (_leave_out_common(self._locate(flatten_state(part), sizes)) for part in (message, down))
         kept = self._locate(state, sizes)
         tensors: list[Tensor] = []
         for path, leaf in training.seen.items():

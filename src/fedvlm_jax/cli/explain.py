@@ -7,6 +7,7 @@ import tyro
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import LocalOptions, LoraOptions, MethodOptions, Run, ServerOptions, TrainOptions
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.utils.option_ranges import Count
 
@@ -22,6 +23,7 @@ def explain(
     lora: LoraOptions = LoraOptions(),  # noqa: B008
     local: LocalOptions = LocalOptions(),  # noqa: B008
     server: ServerOptions = ServerOptions(),  # noqa: B008
+    messages: MessageOptions = MessageOptions(),  # noqa: B008
     privacy: PrivacyOptions = PrivacyOptions(),  # noqa: B008
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = MethodOptions(),  # noqa: B008
 ) -> None:
@@ -38,12 +40,13 @@ def explain(
         lora: the adapter.
         local: terms of local training.
         server: the server's optimiser.
+        messages: what happens to messages on their way.
         privacy: differential privacy; how large its noise is beside an update is shown too.
         method_options: the method's own numbers.
     """
     run = Run(
         method=method or Run().method, model=model or Run().model, cohort=cohort, train=train, lora=lora, local=local,
-        server=server, privacy=privacy, method_options=method_options,
+        server=server, messages=messages, privacy=privacy, method_options=method_options,
     )  # fmt: skip
     if cohort is not None and cohort > clients:
         raise UserError(f"--cohort {cohort}: there are only {clients} clients; say --clients {cohort}, for example")

@@ -9,6 +9,7 @@ import re
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from fedvlm_jax.config.compression_checks import check_fewer_bytes
 from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.messages.config import MessageOptions
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 MATHEMATICS = (
     *("server", "local", "train.weighting", "lora.ranks", "start", "privacy"),
-    *("messages.pool", "participation.attack"),
+    *("messages", "participation.attack"),
 )
 """The options, and groups of options, that change how a round computes, for the methods that have a place for them."""
 
@@ -54,6 +55,7 @@ def check_method(run: Run, label: str) -> None:
         )
     if run.method == SHARE and not find_rule(run.method_options):
         raise UserError(f"{label} needs its rule: add --share REGEX, for example --share 'decoder/.*/b$'")
+    check_fewer_bytes(run, method, label)
 
 
 def _check_privacy(run: Run, method: "Method", label: str) -> None:
@@ -109,19 +111,16 @@ def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Ru
     run = dataclasses.replace(base, method=name, method_options=options or MethodOptions())
     moot = declare(name, run).moot
     local = {field.name: field.default for field in dataclasses.fields(LocalOptions) if f"local.{field.name}" in moot}
-    participation, messages = run.participation, run.messages
+    participation = run.participation
     if "participation.attack" in moot:  # the clients that would attack are left out of the scores all the same
         participation = dataclasses.replace(participation, attack="none")
-    if "messages.pool" in moot:
-        default = MessageOptions()
-        messages = dataclasses.replace(messages, pool=default.pool, hostile=default.hostile, bound=default.bound)
     weighting = TrainOptions().weighting if "train.weighting" in moot else run.train.weighting
     return dataclasses.replace(
         run,
         server=ServerOptions() if "server" in moot else run.server,
         local=dataclasses.replace(run.local, **local),
         participation=participation,
-        messages=messages,
+        messages=MessageOptions() if "messages" in moot else run.messages,
         train=dataclasses.replace(run.train, weighting=weighting),
         privacy=PrivacyOptions() if "privacy" in moot else run.privacy,
     )

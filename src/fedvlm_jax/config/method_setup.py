@@ -8,8 +8,10 @@ from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.messages.attacks import with_attack
+from fedvlm_jax.messages.compression import with_compression
 from fedvlm_jax.messages.pool import with_pool
 from fedvlm_jax.messages.robust import make_pool
+from fedvlm_jax.messages.secure_sum import make_secure_sum
 from fedvlm_jax.methods import Method, Setup, load_method
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.privacy.mechanism import make_mechanism
@@ -52,10 +54,11 @@ def make_method(run: Run, setup: Setup) -> Method:
         UserError: options that the method cannot work with.
     """
     method = with_attack(load_method(run.method, setup), run.participation.attack)
+    method = with_compression(method, run.messages)
     if run.privacy.on:
         sampling = plan_sampling(run.privacy, setup.trainable or setup.population, run.cohort)
         return with_pool(method, make_mechanism(run.privacy, sampling, run.train.rounds))
-    pool = make_pool(run.messages)
+    pool = make_secure_sum(run.messages, setup.cohort) if run.messages.secure else make_pool(run.messages)
     return method if pool is None else with_pool(method, pool)
 
 

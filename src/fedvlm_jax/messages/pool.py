@@ -26,13 +26,13 @@ class Pooled(NamedTuple):
         message: one, of the form of a client's; not a number of it comes from who has weight 0.
         state: the pool's, of the same shapes as before.
         told: scalars, and `selection` [K] where the rule chooses: each client's part in the result, 0 for none.
-        counts: whether anybody counts, where every device knows it already: to ask them is a message of its own.
+        counted: whether anybody counted, where the rule knows that without a sum of the weights over the devices.
     """
 
     message: PyTree
     state: PyTree
     told: Metrics
-    counts: Bool[Array, ""] | None = None
+    counted: Bool[Array, ""] | None = None
 
 
 class PoolMessages(Protocol):
@@ -78,8 +78,7 @@ def with_pool(method: Method, pool: Pool) -> Method:
 
     def aggregate(ctx: Context, server: PyTree, messages: PyTree, weights: Weights) -> Aggregated:
         pooled = pool.run(ctx, state=server["pool"], messages=messages, weights=weights)
-        counts = weights.sum() > 0 if pooled.counts is None else pooled.counts
-        counts = jnp.asarray(pool.always) | counts
+        counts = jnp.asarray(pool.always) | (weights.sum() > 0 if pooled.counted is None else pooled.counted)
         alone = ctx._replace(numbers=None, held=None)
         # Where nobody counts the server stays as it is, and so does the pool.
         new, health = method.aggregate(

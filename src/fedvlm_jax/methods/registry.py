@@ -21,7 +21,7 @@ def load_method(name: str, setup: Setup) -> Method:
     method = make(setup)
     if method.name != name:
         raise UserError(f"{file} makes a method named {method.name!r}: it must have its file's name, {name!r}")
-    known = {*AVERAGING, "train.weighting", "start", "privacy", "participation.attack", "messages.pool"}
+    known = {*AVERAGING, "train.weighting", "start", "privacy", "participation.attack", "messages", "top-k"}
     if unknown := sorted({*method.refuses, *method.moot} - known):
         raise UserError(
             f"{file} names options that there are not: {', '.join(unknown)}; there are {', '.join(sorted(known))}"

@@ -27,6 +27,9 @@ from fedvlm_jax.methods.components.factors import norm_of, only_a, personal_drif
 from fedvlm_jax.methods.config import SHARE, MethodOptions
 from fedvlm_jax.utils import tree
 
+_ANOTHER_BASIS = {
+    "top-k": "the server gives what is trained another basis, in which what was left out is another update"
+}
 NOTHING = lora.Rule(())
 FACTORS = lora.Rule(r"(^|/)(a|b)$")
 FACTOR_A = lora.Rule(r"(^|/)a$")
@@ -193,7 +196,8 @@ def _make_plain(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Pa
         personalise=personalise, trained=trained_adapter, download=lambda server: server["shared"], phase=parts.phase,
         broadcast=base.broadcast_parts("shared"), travels=travels, split=split,
         linear=parts.average is mean_update if parts.linear is None else parts.linear,
-        refuses=parts.refuses, moot=parts.moot,
+        refuses={**_ANOTHER_BASIS, **parts.refuses} if parts.fresh or parts.basis is not None else parts.refuses,
+        moot=parts.moot,
     )  # fmt: skip
 
 

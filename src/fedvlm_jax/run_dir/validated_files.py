@@ -23,17 +23,8 @@ EXAMPLE_MODELS = {"zero_shot": "zero-shot", "global": "global model", "personal"
 """Models whose answers are kept beside an example -> what a reader sees."""
 
 HEALTH = (
-    "loss",
-    "seconds",
-    "clients_per_second",
-    "bytes_",
-    "aggregation_error",
-    "angle_",
-    "update_",
-    "personal_drift",
-    "epsilon",
-    "clip",
-    "noise",
+    *("loss", "seconds", "clients_per_second", "bytes_", "aggregation_error", "angle_", "update_", "personal_drift"),
+    *("compression_error", "quantisation_error", "epsilon", "clip", "noise"),
 )
 """Beginnings of the names of a line's numbers that are drawn or summed."""
 

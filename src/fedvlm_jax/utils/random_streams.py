@@ -19,6 +19,7 @@ class Stream(IntEnum):
     DROPOUT = 3  # what dropout leaves out, by round, client, training, step and site
     AGGREGATION = 4  # whatever the server draws when it aggregates, by round
     HOSTILE_NOISE = 21  # noise that a hostile client sends, of its own key
+    ROUNDING = 5  # of a message to fewer bits, by round and client: folded into the key of `UPDATES`
 
     # First integers of numpy's seeds.
     TOPICS = 101  # an emoji client's mix of topics, by client

@@ -108,7 +108,8 @@ def with_scaffold(method: Method) -> Method:
 
     return replace(
         method, init=init, init_client=init_client, client_update=client_update, aggregate=aggregate, trained=trained,
-        download=download, broadcast=broadcast, linear=False,  # who counts counts once for the control variates
+        download=download, broadcast=broadcast, split=None,  # a message is more than the update
+        linear=False,  # who counts counts once for the control variates
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def with_ranks(method: Method, ranks: Sequence[int], *, send_rank: bool = True) 
 
     return replace(
         method, init_client=init_client, client_update=client_update, aggregate=aggregate, personalise=personalise,
-        trained=trained, linear=False,
+        trained=trained, linear=False, split=None,
     )  # fmt: skip
 
 
