@@ -9,6 +9,7 @@ import re
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from fedvlm_jax.config.audit_options import AuditOptions
 from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.config import SHARE, LocalOptions, MethodOptions, ServerOptions, find_method_options
@@ -16,6 +17,9 @@ from fedvlm_jax.methods.config import SHARE, LocalOptions, MethodOptions, Server
 if TYPE_CHECKING:
     from fedvlm_jax.methods import Method
     from fedvlm_jax.models import Vlm
+
+KEEPING = "audit.keep"
+"""The option that means nothing to a method that sends nothing."""
 
 MATHEMATICS = ("server", "local", "train.weighting", "lora.ranks", "start")
 """The options, and groups of options, that change how a round computes, for the methods that have a place for them."""
@@ -33,7 +37,7 @@ def check_method(run: Run, label: str) -> None:
     method = declare(run.method, run)
     if type(run.method_options) is not find_method_options(run.method):
         raise UserError(f"{run.method_options} are the numbers of another method than {label}")
-    for path in list_changed(run, *MATHEMATICS):
+    for path in list_changed(run, *MATHEMATICS, KEEPING):
         # A method refuses a single option or the whole group: an aggregation by SVD has no place for any optimiser.
         why = method.refuses.get(path) or method.refuses.get(path.partition(".")[0])
         if why:
@@ -76,6 +80,7 @@ def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Ru
     weighting = TrainOptions().weighting if "train.weighting" in moot else run.train.weighting
     return dataclasses.replace(
         run,
+        audit=AuditOptions() if KEEPING in moot else run.audit,
         server=ServerOptions() if "server" in moot else run.server,
         local=dataclasses.replace(run.local, **local),
         train=dataclasses.replace(run.train, weighting=weighting),

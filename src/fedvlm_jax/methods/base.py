@@ -322,8 +322,8 @@ class Method:
         pairs: of factors of one rank that stand side by side in the adapters that it assembles, in the same order for
             everybody: 2 for a global beside a local one. A's of different clients are compared pair by pair.
         refuses: what it does not take of `AVERAGING`, the options that come with an average, all of them unless it says
-            otherwise, of `train.weighting`, and of `start`, an adapter to begin with -> why not, to be read after
-            "because".
+            otherwise, of `train.weighting`, of `start`, an adapter to begin with, and of `audit.keep`, to keep what
+            is sent -> why not, to be read after "because".
         moot: those of them that would merely do nothing: a comparison, in which others take them, leaves them out here.
     """
 

@@ -26,7 +26,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.federation.simulator import Moment
 from fedvlm_jax.models import resolve_folder
-from fedvlm_jax.run_dir import absolute_paths, artifacts, fingerprints
+from fedvlm_jax.run_dir import absolute_paths, artifacts, fingerprints, kept_messages
 from fedvlm_jax.run_dir.config_seal import check_seal, seal
 from fedvlm_jax.run_dir.folder_lock import Claim, clear, is_used
 from fedvlm_jax.run_dir.reader import read_run, refuse_server
@@ -39,6 +39,7 @@ from fedvlm_jax.training.example_outputs import write_examples
 from fedvlm_jax.training.experiment import Experiment, open_experiment
 from fedvlm_jax.training.failures import describe_lost
 from fedvlm_jax.training.loaded_model import LoadedModel, load_model
+from fedvlm_jax.training.message_keeping import MessageKeeper
 from fedvlm_jax.training.personalization import each_model
 from fedvlm_jax.training.start_description import describe_start
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer
@@ -195,6 +196,8 @@ def extend(
             shutil.copy(folder / "metrics.jsonl", scratch)
             if (folder / "checkpoints").is_dir():  # without checkpoints the copy starts anew
                 shutil.copytree(folder / "checkpoints", scratch / "checkpoints")
+                if (folder / kept_messages.FOLDER).is_dir():
+                    shutil.copytree(folder / kept_messages.FOLDER, scratch / kept_messages.FOLDER)
                 for file in folder.glob("states-*.bin"):
                     shutil.copy(file, scratch)
         if processes.is_first():
@@ -259,7 +262,8 @@ def _run_rounds(experiment: Experiment, more: Sequence[Callback]) -> tuple[Feder
     checkpoints = CheckpointWriter(trainer, best)
     # The line is complete before it is written, and on the disk before the checkpoint of its round.
     check = FiniteCheck(checkpoints.describe_newest)
-    callbacks = (check, best, MetricsWriter(), checkpoints, ProgressReporter(), *more)
+    keeper = (MessageKeeper(),) if experiment.run.audit.keep else ()
+    callbacks = (check, best, MetricsWriter(), *keeper, checkpoints, ProgressReporter(), *more)
     try:
         trainer.run(checkpoints.load(), callbacks)
     finally:
