@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from fedvlm_jax.messages.pool import from_row
 from fedvlm_jax.methods import Context, Method
+from fedvlm_jax.utils import tree
 
 LEVEL = 0.95
 LOUD = 100.0
@@ -106,9 +107,9 @@ class Replay:
         server: the state that it begins with.
         message: the shapes of a client's message.
         rounds: that are released.
-        chance: of each client, to take part in a round.
+        chance: of each client, to take part in a round in which it is its group's turn.
         norm: of a canary's message.
-        entries: the numbers of a message.
+        groups: of clients that take turns, as with correlated noise.
     """
 
     method: Method
@@ -117,6 +118,7 @@ class Replay:
     rounds: int
     chance: float
     norm: float
+    groups: int = 1
 
     @property
     def entries(self) -> int:
@@ -132,7 +134,8 @@ class Replay:
         rows = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
         scores, server, step = np.zeros(canaries), self.server, self._make_step()
         for round_ in range(1, self.rounds + 1):
-            present = included & (rng.random(canaries) < self.chance)
+            turn = np.arange(canaries) % self.groups == round_ % self.groups
+            present = included & turn & (rng.random(canaries) < self.chance)
             server, seen = step(server, rows, jnp.asarray(present), jnp.int32(round_), jax.random.fold_in(key, round_))
             scores += np.asarray(seen, np.float64)
         return scores, included
@@ -140,8 +143,13 @@ class Replay:
     def _make_step(self) -> Callable[..., tuple[PyTree, Array]]:
         form = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), self.message)
 
-        def lay_out(part: PyTree) -> Array:
-            return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(part)])
+        paths = tree.flatten(self.message)
+
+        def lay_out(server: PyTree) -> Array:  # what of it messages hold, in their order
+            held = tree.flatten(self.method.download(server=server))
+            return jnp.concatenate(
+                [leaf.reshape(-1) for leaf in jax.tree.leaves(tree.unflatten({at: held[at] for at in paths}))]
+            )
 
         @jax.jit
         def step(server: PyTree, rows: Array, present: Array, round_: Array, key: Array) -> tuple[PyTree, Array]:
@@ -149,9 +157,7 @@ class Replay:
             ctx = Context({}, round_, 0, {}, None, key)  # type: ignore[arg-type]  # nothing is trained
             weights = present / jnp.maximum(present.sum(), 1)
             new, _ = self.method.aggregate(ctx, server=server, messages=messages, weights=weights)
-            before, after = (self.method.download(server=state) for state in (server, new))
-            moved = lay_out(jax.tree.map(lambda now, then: now - then, after, before))
-            return new, rows @ moved
+            return new, rows @ (lay_out(new) - lay_out(server))
 
         return step
 

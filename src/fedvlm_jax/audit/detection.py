@@ -91,9 +91,7 @@ def trace_roc(members: Scores, others: Scores, most: int = 200) -> list[tuple[fl
     [(0.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
     """
     thresholds = np.unique(np.concatenate([members, others]))[::-1]
-    passed = [
-        len(scores) - np.searchsorted(np.sort(scores), thresholds, "left") for scores in (others, members)
-    ]
+    passed = [len(scores) - np.searchsorted(np.sort(scores), thresholds, "left") for scores in (others, members)]
     points = np.stack([np.r_[0, passed[0] / len(others)], np.r_[0, passed[1] / len(members)]], axis=1)
     # Evenly spread over the logarithm of the false positive rate, for that is how the curve is looked at.
     if len(points) > most:

@@ -148,9 +148,7 @@ def measure_spans(spans: Mapping[Layer, np.ndarray], batch: Inputs, unrelated: I
         return float(np.mean([share_in(spans[layer], np.concatenate(inputs[layer])) for layer in layers]))
 
     shape = np.asarray([spans[layer].shape for layer in layers], np.float64)
-    return Captured(
-        mean(batch), mean(unrelated), float((shape[:, 1] / shape[:, 0]).mean()), float(shape[:, 1].mean())
-    )
+    return Captured(mean(batch), mean(unrelated), float((shape[:, 1] / shape[:, 0]).mean()), float(shape[:, 1].mean()))
 
 
 def rank_rows(spans: Mapping[Layer, np.ndarray], rows: Inputs) -> Float[np.ndarray, " rows"]:

@@ -35,8 +35,8 @@ from fedvlm_jax.utils.standard_streams import (
 )
 
 ORDER = (
-    "data", "explain", "plan", "train", "compare", "evaluate", "ask", "demo", "report", "export", "deploy", "node",
-    "cache",
+    "data", "explain", "plan", "train", "compare", "evaluate", "ask", "demo", "report", "audit", "export", "deploy",
+    "node", "cache",
 )  # fmt: skip
 
 DESCRIPTION = (

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import fedvlm_jax
-from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.audit_options import AuditOptions
+from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run, from_json, to_json
 from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.errors import UserError

@@ -75,6 +75,15 @@ def drop_later(folder: Path, done: int) -> None:
             (place / name_file(int(name))).unlink(missing_ok=True)
 
 
+def count_bytes(messages: PyTree, server: PyTree, clients: int) -> int:
+    """Count the bytes of a round's file at most, of the shapes of a client's message and of the server's state."""
+    total = 4096 + 8 * clients  # numbers, weights, and the file's own description
+    for part, count, values in (("messages", clients, messages), ("server", 1, server)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(values):
+            total += count * leaf.size * np.dtype(leaf.dtype).itemsize + len(_name(part, path)) + 160
+    return total
+
+
 def list_rounds(folder: Path) -> list[int]:
     """List the rounds that a run kept, in order.
 
@@ -141,7 +150,9 @@ def _read_list(folder: Path) -> dict[str, str]:
         listed = parse_json(file, read_plain(file).decode())
         check_form(file, listed, LIST_FORM)
     except (OSError, ValueError):
-        raise UserError(f"{file} is damaged; it lists the kept rounds: put it back from a copy, or train again") from None
+        raise UserError(
+            f"{file} is damaged; it lists the kept rounds: put it back from a copy, or train again"
+        ) from None
     if odd := [name for name in listed["rounds"] if not (name.isascii() and name.isdigit() and len(name) < 10)]:
         raise UserError(f"{file}: there is no round {odd[0]!r:.20}; is the file damaged?")
     return listed["rounds"]

@@ -14,7 +14,6 @@ from fedvlm_jax.federation.memory import GIB
 from fedvlm_jax.run_dir import kept_messages
 from fedvlm_jax.training.experiment import Experiment, make_simulator
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
-from fedvlm_jax.utils import tree
 
 
 class MessageKeeper(Callback):
@@ -29,13 +28,15 @@ class MessageKeeper(Callback):
         experiment, options = trainer.experiment, trainer.experiment.run.audit
         size = count_kept(experiment)
         rounds, cohort = experiment.run.train.rounds, experiment.layout.cohort
-        text = f"what {cohort} clients send in {rounds} rounds takes up to {size / GIB:.3g} GiB of the disk ({size:,} bytes)"
+        text = f"what {cohort} clients send in {rounds} rounds takes up to {size:,} bytes of the disk"
         if size > options.most_gib * GIB:
             raise UserError(
                 f"--audit.keep: {text}, more than --audit.most-gib {options.most_gib:g}: allow more, or take fewer "
                 "rounds or a smaller --cohort"
             )
-        experiment.show.note(f"kept for `fedvlm audit`: {text}; whoever reads it can attack the clients as a server could")
+        experiment.show.note(
+            f"kept for `fedvlm audit`: {text}; whoever reads it can attack the clients as a server could"
+        )
         if processes.is_first():
             kept_messages.drop_later(experiment.folder, done)
 
@@ -58,13 +59,14 @@ class MessageKeeper(Callback):
 
 
 def count_kept(experiment: Experiment) -> int:
-    """Count the bytes of arrays that a run keeps at most, before it has run; nothing is computed."""
+    """Count the bytes that a run keeps at most, before it has run; nothing is computed."""
     simulator = make_simulator(experiment)
     simulator.inputs = experiment.blank_inputs
-    server, found = tree.count_bytes(simulator.server), dict[int, int]()
+    cohort, found = experiment.layout.cohort, dict[int, int]()
     rounds = range(1, experiment.run.train.rounds + 1)
     for round_ in rounds:
         phase = simulator.phase_of(round_)
         if phase not in found:
-            found[phase] = tree.count_bytes(simulator.find_messages(simulator.read_round(round_)))
-    return sum(experiment.layout.cohort * found[simulator.phase_of(round_)] + server for round_ in rounds)
+            message = simulator.find_messages(simulator.read_round(round_))
+            found[phase] = kept_messages.count_bytes(message, simulator.server, cohort)
+    return sum(found[simulator.phase_of(round_)] for round_ in rounds)

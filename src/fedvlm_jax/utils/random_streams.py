@@ -27,4 +27,5 @@ class Stream(IntEnum):
     EVALUATED = 105  # the clients that are evaluated, where not all are
     BATCHES = 201  # the examples of each local step, by round and client
     LIMIT = 301  # the rows of a table that `--data.limit` keeps
+    AUDITS = 401  # the clients, rows and canaries of an audit
     PARTITIONS = 302  # the cut of a table into clients, by attempt

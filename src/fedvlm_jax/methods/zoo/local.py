@@ -7,6 +7,9 @@ from fedvlm_jax.methods.rule_based import NOTHING, Parts, make_share_method
 def make(setup: Setup) -> Method:
     """Make local: a share rule that names nothing."""
     moot = ("server", "local.proximal", "local.scaffold", "train.weighting")
-    refuses = {**dict.fromkeys(moot, "nothing is shared, so there is no average"), "audit.keep": "nothing leaves a client"}
+    refuses = {
+        **dict.fromkeys(moot, "nothing is shared, so there is no average"),
+        "audit.keep": "nothing leaves a client",
+    }
     parts = Parts(refuses=refuses, moot=frozenset(refuses))
     return make_share_method("local", "no communication: A_k and B_k stay private", NOTHING, setup, parts)
