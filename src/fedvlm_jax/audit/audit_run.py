@@ -262,5 +262,5 @@ def describe_shared(shared: PyTree) -> str:
     >>> describe_shared({"fc": {"a": 1, "b": 2}})
     'A and B'
     """
-    names = {leaf_name(path) for path in tree.flatten(shared)}
-    return {("a",): "A", ("b",): "B", ("a", "b"): "A and B"}.get(tuple(sorted(names)), "other factors")
+    names = "".join(sorted({leaf_name(path) for path in tree.flatten(shared)}))
+    return {"a": "A", "b": "B", "ab": "A and B"}.get(names, "other factors")

@@ -10,9 +10,14 @@ from fedvlm_jax.run_dir.validated_files import Form, check_form, read_json
 
 NAME = "audit.json"
 BASE = "base"
-TESTS = {"loss": "loss", "projection": "projection", "span": "span of inputs", BASE: "bare base (control)"}
+TESTS: dict[str, str] = {
+    "loss": "loss",
+    "projection": "projection",
+    "span": "span of inputs",
+    BASE: "bare base (control)",
+}
 """Tests, as tables call them."""
-KNOWN = {"": "no message", "start": "the start", "others": "others' mean", "own": "the client's own"}
+KNOWN: dict[str, str] = {"": "no message", "start": "the start", "others": "others' mean", "own": "the client's own"}
 """What an attacker takes for the private factor."""
 
 _SCORES: Form = {"auroc": list[float], "tpr": list[float], "members": int, "others": int}
@@ -77,7 +82,7 @@ def tabulate_audit(found: Mapping[str, Any]) -> list[Table]:
 
 def _tabulate_membership(found: Mapping[str, Any]) -> Table:
     rows = tuple(
-        (TESTS.get(one["test"], one["test"]), _name_known(found, one["knows"]), _area(one["auroc"]), _share(one["tpr"]))
+        (_name_test(one["test"]), _name_known(found, one["knows"]), _area(one["auroc"]), _share(one["tpr"]))
         for one in found["membership"]
     )
     first = found["membership"][0] if found["membership"] else {"members": 0, "others": 0}
@@ -96,7 +101,7 @@ def _tabulate_membership(found: Mapping[str, Any]) -> Table:
 def _tabulate_attribution(found: Mapping[str, Any]) -> Table:
     rows = tuple(
         (
-            TESTS.get(one["test"], one["test"]),
+            _name_test(one["test"]),
             _name_known(found, one["knows"]),
             _share(one["top"]),
             percent(one["chance"]),
@@ -158,14 +163,20 @@ def _tabulate_clients(found: Mapping[str, Any]) -> Table | None:
         (name, _area(one["auroc"]), _share(one["tpr"]), str(one["members"]), str(one["others"]))
         for name, one in sorted(best["clients"].items(), key=lambda item: -item[1]["auroc"][0])
     )
-    title = f"By client: {TESTS[best['test']]}, {_name_known(found, best['knows'])}"
+    title = f"By client: {_name_test(best['test'])}, {_name_known(found, best['knows'])}"
     return Table(title, ("client", "AUROC", "TPR at 1 % FPR", "members", "others"), rows)
+
+
+def _name_test(test: str) -> str:
+    return TESTS.get(test, test)
 
 
 def _name_known(found: Mapping[str, Any], knows: str) -> str:
     """Name what an attacker takes for the private factor; where there is none to guess, all is known."""
     alone = not any(one["knows"] in ("others", "own") for one in found["membership"])
-    return "none to guess" if alone and knows == "start" else KNOWN.get(knows, knows)
+    if alone and knows == "start":
+        return "none to guess"
+    return KNOWN.get(knows, knows)
 
 
 def _area(share: Sequence[float]) -> str:
@@ -187,13 +198,13 @@ def describe_audit(found: Mapping[str, Any]) -> list[str]:
     best = max(server, key=lambda one: one["auroc"][0])
     sentences = [
         f"What left the clients was attacked as the server can: {found['shares']} shared by {found['method']}. Its "
-        f"best test of membership ({TESTS[best['test']]}) has an AUROC of {_area(best['auroc'])} and finds "
+        f"best test of membership ({_name_test(best['test'])}) has an AUROC of {_area(best['auroc'])} and finds "
         f"{_share(best['tpr'])} of the members where 1 % of the others pass."
     ]
     wider = max(tested, key=lambda one: one["auroc"][0])
     if wider["knows"] != "start":
         whose = "the private factor" if wider["knows"] == "own" else "the mean of the others' private factors"
-        sentences.append(f"Who knows {whose} has up to {_area(wider['auroc'])} ({TESTS[wider['test']]}).")
+        sentences.append(f"Who knows {whose} has up to {_area(wider['auroc'])} ({_name_test(wider['test'])}).")
     control = next((one for one in found["membership"] if one["test"] == BASE), None)
     if control is not None:
         apart = control["auroc"][1] > 0.5 or control["auroc"][2] < 0.5
