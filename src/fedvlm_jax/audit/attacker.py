@@ -47,7 +47,7 @@ class Attacker:
     """The attacks on a message, as compiled functions.
 
     Attributes:
-        vlm, objective, params: of the run; the base is public.
+        vlm, objective, params: of the run; the base is public, and here without what a method adds to it.
         method: the run's, with a start that is common to all clients, which is what is known of them.
         inputs: rows -> a batch.
         batch: rows at a time.
@@ -71,18 +71,22 @@ class Attacker:
 
     def probe(self, rows: np.ndarray, server: PyTree, message: PyTree, private: PyTree | None) -> Probed:
         """Attack a message with candidate rows."""
-        found = self._run(partial(self._probe, server, message, private), rows)
+        found = self._run(partial(self._probe, server, message, private), rows, self.base_at(server))
         return Probed(*found)
 
     def score_base(self, rows: np.ndarray) -> Float[np.ndarray, " rows"]:
         """Compute the bare base's loss of rows: what tells them apart without any message."""
-        return self._run(self._base_loss, rows)[0]
+        return self._run(self._base_loss, rows, self.params)[0]
 
-    def _run(self, program: Callable[..., Sequence[Array]], rows: np.ndarray) -> list[np.ndarray]:
+    def base_at(self, server: PyTree) -> PyTree:
+        """Return the base as the method has it with this state of the server."""
+        return self.params if self.method.base is None else self.method.base(params=self.params, server=server)
+
+    def _run(self, program: Callable[..., Sequence[Array]], rows: np.ndarray, params: PyTree) -> list[np.ndarray]:
         parts = []
         for start in range(0, len(rows), self.batch):
             part = rows[start : start + self.batch]
-            found = program(self.params, self.inputs(pad_rows(part, self.batch)))
+            found = program(params, self.inputs(pad_rows(part, self.batch)))
             parts.append([np.asarray(values, np.float64)[: len(part)] for values in found])
         return [np.concatenate(values) for values in zip(*parts, strict=True)]
 

@@ -241,7 +241,7 @@ def attack_inputs(target: Target, number: int, spans: SpanScores) -> None:
         # Of one shape in all rounds and clients: what is done operation by operation is compiled so, too.
         rows = np.concatenate([pad_rows(part, LARGEST_GROUP) for part in (batch, unrelated)])
         inputs = reconstruction.capture_inputs(
-            attacker.vlm, attacker.params, attacker.assemble(server, nothing, None), attacker.inputs(rows)
+            attacker.vlm, attacker.base_at(server), attacker.assemble(server, nothing, None), attacker.inputs(rows)
         )
         ours, theirs = (
             {layer: held[start : start + len(part)] for layer, held in inputs.items()}
