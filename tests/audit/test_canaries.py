@@ -79,10 +79,12 @@ def test_below_the_epsilon_of_rounds_of_a_method_with_noise():
 
 
 def test_a_mechanism_that_does_not_clip_is_found():
-    bound = canaries.audit_mechanism(make_replay(make_pool(2.0, clips=False), 1), 32, DELTA, [0])
-    assert bound.epsilon < 5, "32 guesses of 46 directions"
-    few = canaries.audit_mechanism(make_replay(make_pool(4.0, clips=False), 4), 24, DELTA, [0])
-    assert few.epsilon > gaussian_epsilon(4.0 / 4**0.5 * 4)
+    """24 right guesses of 24 refute every ε up to 1.6, and with clipping it would be half of one."""
+    noise, rounds = 16.0, 4
+    bound = canaries.audit_mechanism(make_replay(make_pool(noise, clips=False), rounds), 24, DELTA, [0])
+    assert bound.epsilon > 1.5 * gaussian_epsilon(noise / rounds**0.5)
+    honest = canaries.audit_mechanism(make_replay(make_pool(noise), rounds), 24, DELTA, [0])
+    assert honest.epsilon <= gaussian_epsilon(noise / rounds**0.5)
 
 
 def test_who_is_not_drawn_is_not_seen():
