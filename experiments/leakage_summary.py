@@ -19,6 +19,7 @@ NAMES = {
     "usual": "Usual: 4 local steps of AdamW on 16 of 40 rows",
     "few": "Few rows: a local step of SGD on 2 of 40 rows",
 }
+TESTS = ("loss", "projection", "span")
 WHO = ("start", "others", "own")
 FIRST = "plora"
 """The variant that the others are compared with: B alone, with a private A."""
@@ -73,6 +74,7 @@ def tabulate_setting(setting: str, variants: Sequence[str], lines: Sequence[Line
                     named,
                     of_seeds(collect(own, "membership", lambda one: one["auroc"][0], **tested["loss"])),
                     of_seeds(collect(own, "membership", lambda one: one["auroc"][0], **tested["projection"])),
+                    of_seeds(collect(own, "membership", lambda one: one["auroc"][0], **tested["span"])),
                     of_seeds(collect(own, "membership", lambda one: one["tpr"][0], **tested["projection"]), 100, 1),
                     of_seeds(collect(own, "attribution", lambda one: one["top"][0], **tested["projection"]), 100, 1),
                     of_seeds(collect(own, "attribution", lambda one: one["top"][0], **tested["span"]), 100, 1),
@@ -82,19 +84,16 @@ def tabulate_setting(setting: str, variants: Sequence[str], lines: Sequence[Line
             )
     of_setting = [line for line in lines if line["setting"] == setting]
     control = collect(of_setting, "membership", lambda one: one["auroc"][0], test="base")
-    chances = {
-        test: collect(of_setting, "attribution", lambda one: one["chance"], test=test)
-        for test in ("projection", "span")
-    }
+    chances = {test: collect(of_setting, "attribution", lambda one: one["chance"], test=test) for test in TESTS}
     randoms = collect(of_setting, "reconstruction", lambda one: one["random"])
     note = (
         f"Mean ± standard deviation over {len({line['seed'] for line in of_setting})} seeds; AUROC 0.5 is chance, the "
         f"bare base's loss has {of_seeds(control)}. By chance the first row is in the batch in "
-        f"{of_seeds(chances['projection'], 100, 1)} % (projection) and {of_seeds(chances['span'], 100, 1)} % (span); a "
-        f"random span holds {of_seeds(randoms, 100, 1)} % of the inputs."
+        f"{of_seeds(chances, 100, 1)} %; a random span holds {of_seeds(randoms, 100, 1)} % of the inputs."
     )
     columns = (
-        "what is shared", "private factor", "AUROC, loss", "AUROC, projection", "TPR at 1 % FPR, %",
+        "what is shared", "private factor", "AUROC, loss", "AUROC, projection", "AUROC, span",
+        "TPR at 1 % FPR by projection, %",
         "batch by projection, %", "batch by span, %", "inputs in span, %", "unrelated in span, %",
     )  # fmt: skip
     return Table(NAMES[setting], columns, tuple(rows), note=note)
@@ -122,27 +121,30 @@ def tabulate_differences(settings: Sequence[str], variants: Sequence[str], lines
                     score_clients(lines, setting, FIRST, test, "start"),
                     score_clients(lines, setting, variant, test, "start"),
                 )
-                for test in ("loss", "projection")
+                for test in TESTS
             ]
             rows.append((f"{setting}: {FIRST} − {variant}", *map(format_paired, differences)))
     note = (
         "AUROC of a client times 100, the server alone attacking, on the same clients and seeds; 95 % t-interval over "
         "seeds. Below zero: B alone, with a private A, tells less."
     )
-    return Table("Does B alone leak less?", ("difference", "by loss", "by projection"), tuple(rows), note=note)
+    return Table("Does B alone leak less?", ("difference", *(f"by {test}" for test in TESTS)), tuple(rows), note=note)
 
 
 def draw(settings: Sequence[str], variants: Sequence[str], lines: Sequence[Line]) -> Figure:
     """Draw the AUROC of both tests for every variant and attacker: dots are seeds, bars their means."""
     with theme.style():
-        figure, axes = theme.make_figure(theme.WIDE, 0.9 + 0.55 * len(variants), 2, len(settings), sharex=True)
+        figure, axes = theme.make_figure(
+            9.5, 0.6 + 0.9 * len(variants) * len(settings) / 2, len(TESTS), len(settings), sharex=True, sharey=True
+        )
         for number, setting in enumerate(settings):
-            for place, test in enumerate(("loss", "projection")):
-                ax = axes[2 * number + place]
+            for place, test in enumerate(TESTS):
+                ax = axes[len(TESTS) * number + place]
                 _draw_panel(ax, variants, [line for line in lines if line["setting"] == setting], test)
                 ax.set_title(f"{setting}, by {test}")
-        axes[0].legend(loc="upper left", fontsize=7)
-        for ax in axes[-2:]:
+        axes[0].legend(loc="lower right", fontsize=7)
+        axes[0].invert_yaxis()
+        for ax in axes[-len(TESTS) :]:
             ax.set_xlabel("AUROC of membership")
         return figure
 
@@ -163,7 +165,6 @@ def _draw_panel(ax: Any, variants: Sequence[str], lines: Sequence[Line], test: s
     if control:
         ax.axvline(float(np.mean(control)), color=theme.MUTED, linewidth=1, linestyle=theme.LEVEL)
     theme.name_rows(ax, variants)
-    ax.invert_yaxis()
 
 
 def write(lines: Sequence[Line], folder: Path, settings: Sequence[str], variants: Sequence[str], command: str) -> None:

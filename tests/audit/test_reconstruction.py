@@ -16,6 +16,11 @@ from fedvlm_jax.utils import tree
 LAYER = ("encoder/fc1", 0)
 
 
+def share_of(basis, inputs):
+    """The share of a span that inputs explain."""
+    return reconstruction.share_in(reconstruction.find_span(np.asarray(inputs, float).T), basis.T)
+
+
 def take_step(rows, seed=0):
     """One step of SGD on so many rows, B not zero: the adapter before, the update, the rows' inputs."""
     _, params, trainer, _, adapter = toy.make_method("fedsa-lora", optimizer="sgd")
@@ -44,7 +49,7 @@ def test_shares_by_hand():
     basis = reconstruction.find_span(np.asarray([[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]))
     assert basis.shape == (3, 1)
     assert reconstruction.share_in(basis, np.asarray([[3.0, 4.0, 0.0], [0.0, 5.0, 0.0]])) == pytest.approx(9 / 50)
-    assert reconstruction.share_of(basis, np.asarray([[3.0, 4.0, 0.0], [0.0, 5.0, 0.0]])) == pytest.approx(1)
+    assert share_of(basis, np.asarray([[3.0, 4.0, 0.0], [0.0, 5.0, 0.0]])) == pytest.approx(1)
     assert reconstruction.find_span(np.zeros((3, 2))).shape == (3, 0)
 
 
@@ -60,8 +65,8 @@ def test_the_update_of_a_after_a_step_spans_the_inputs():
 def test_of_more_rows_than_ranks_the_span_lies_in_the_inputs():
     adapter, update, inputs = take_step(rows=4)
     basis = reconstruction.find_spans(of_factor(update, "a"), adapter)[LAYER]
-    assert reconstruction.share_of(basis, inputs) == pytest.approx(1, abs=1e-9)
-    assert reconstruction.share_of(basis, take_step(rows=4, seed=7)[2]) < 0.999
+    assert share_of(basis, inputs) == pytest.approx(1, abs=1e-9)
+    assert share_of(basis, take_step(rows=4, seed=7)[2]) < 0.999
     assert reconstruction.share_in(basis, inputs) < 0.999
 
 
@@ -88,9 +93,9 @@ def test_of_as_many_rows_as_ranks_the_update_of_b_shows_the_columns_of_a_and_no_
 
 def test_measures_of_spans_by_hand():
     spans = {("fc", 0): np.asarray([[1.0], [0.0]]), ("none", 0): np.zeros((2, 0))}
-    batch, unrelated = ({("fc", 0): [np.asarray([row])]} for row in ([1.0, 0.0], [3.0, 4.0]))
+    batch, unrelated = ({("fc", 0): np.asarray([[row]])} for row in ([1.0, 0.0], [3.0, 4.0]))
     assert reconstruction.measure_spans(spans, batch, unrelated) == (1.0, pytest.approx(0.36), 0.5, 1.0)
-    both = {("fc", 0): [*unrelated[("fc", 0)], *batch[("fc", 0)]]}
+    both = reconstruction.find_bases({("fc", 0): np.concatenate([unrelated[("fc", 0)], batch[("fc", 0)]])})
     assert reconstruction.rank_rows(spans, both).tolist() == pytest.approx([0.36, 1.0])
     assert reconstruction.measure_spans({("none", 0): np.zeros((2, 0))}, batch, unrelated) is None
 
@@ -118,14 +123,15 @@ def test_captured_inputs_explain_the_gradient_of_a(tmp_path):
     }
     inputs = reconstruction.capture_inputs(vlm, params, adapter, batch)
     assert {path for path, _ in inputs} == {path.rpartition("/")[0] for path in flat}
-    loss = load_objective("sft").loss
+    loss, bases = load_objective("sft").loss, reconstruction.find_bases(inputs)
     for row, tokens in enumerate((24, 20)):
         one = {name: values[[row]] for name, values in batch.items()}
         gradient = jax.grad(lambda adapter, one=one: loss(vlm, params, adapter, one)[0])(adapter)
         of_a = tree.partition(gradient, lambda path: path.endswith("/a"))[0]
         for layer, span in reconstruction.find_spans(of_a, adapter).items():
-            assert reconstruction.share_of(span, inputs[layer][row]) == pytest.approx(1, abs=1e-3), layer
-        assert len(inputs["language_model/encoder/layers/fc1", 0][row]) == tokens
-        other = reconstruction.rank_rows(reconstruction.find_spans(of_a, adapter), inputs)
+            assert share_of(span, inputs[layer][row]) == pytest.approx(1, abs=1e-3), layer
+        real = inputs["language_model/encoder/layers/fc1", 0][row].any(axis=-1)
+        assert real.tolist() == [True] * tokens + [False] * (24 - tokens)
+        other = reconstruction.rank_rows(reconstruction.find_spans(of_a, adapter), bases)
         assert other.argmax() == row
     assert jnp.isfinite(other).all()

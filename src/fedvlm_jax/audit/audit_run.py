@@ -40,8 +40,6 @@ LOSS, PROJECTION, SPAN, BASE = "loss", "projection", "span", "base"
 """Tests: by the loss that a message takes off a row, by its product with the row's gradient, by the inputs that are in
 its span; and by the loss of the bare base, which no message has touched: where that tells members from others, the two
 are not alike."""
-LARGEST_GROUP = 32
-"""Rows of a batch, and as many unrelated rows, whose layer inputs are looked at."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +183,7 @@ def attack(target: Target, record: RunRecord, show: Progress) -> dict[str, Any]:
     text = f"attacking what {total} clients sent in {len(target.kept)} rounds, which compiles first"
     with working(show, text):
         for done, number in enumerate(target.clients, start=1):
-            attack_rows(target, number, membership, spans)
-            attack_inputs(target, number, spans)
+            attack_client(target, number, membership, spans)
             show.advance(done, total, "clients")
     return {
         "version": VERSION,
@@ -204,8 +201,8 @@ def attack(target: Target, record: RunRecord, show: Progress) -> dict[str, Any]:
     }
 
 
-def attack_rows(target: Target, number: int, membership: MembershipScores, spans: SpanScores) -> None:
-    """Attack a client's messages with its rows: which of them were trained on, and which of those in which round."""
+def attack_client(target: Target, number: int, membership: MembershipScores, spans: SpanScores) -> None:
+    """Attack a client's messages with its rows: which were trained on, in which round, and what inputs they have."""
     batches, attacker = target.batches, target.attacker
     sent = {round_: target.message_of(round_, number) for round_ in target.kept}
     rounds = [round_ for round_, message in sent.items() if message is not None and number in batches[round_]]
@@ -217,43 +214,51 @@ def attack_rows(target: Target, number: int, membership: MembershipScores, spans
     if not len(others):
         return
     rows, name, count = np.concatenate([members, others]), target.names[number], len(members)
+    within = {round_: np.isin(rows, batches[round_][number]) for round_ in rounds}
+    inputs = capture_candidates(target, rows, target.kept[rounds[0]].server, sent[rounds[0]])
+    bases = reconstruction.find_bases(inputs)
     membership.add(BASE, "", name, -attacker.score_base(rows), count)
     for who, private in target.known[number].items():
-        probed = {round_: attacker.probe(rows, target.kept[round_].server, sent[round_], private) for round_ in rounds}
-        lost = np.mean([one.before - one.after for one in probed.values()], axis=0)
-        aligned = np.mean([one.aligned for one in probed.values()], axis=0)
-        membership.add(LOSS, who, name, lost, count)
-        membership.add(PROJECTION, who, name, aligned, count)
-        for round_, one in probed.items():
-            spans.add_ranking(PROJECTION, who, one.aligned, np.isin(rows, batches[round_][number]))
-
-
-def attack_inputs(target: Target, number: int, spans: SpanScores) -> None:
-    """Look for the layer inputs of a client's batches in the spans of its messages: first, middle and last round."""
-    rng = np.random.default_rng([Stream.AUDITS, target.experiment.run.seed, number, 1])
-    rounds, attacker = list(target.kept), target.attacker
-    for round_ in sorted({rounds[0], rounds[len(rounds) // 2], rounds[-1]}):
-        message, others = target.message_of(round_, number), target.others_of(number)
-        if message is None or number not in target.batches[round_] or not len(others):
-            continue
-        batch, unrelated = (draw_rows(rng, rows, LARGEST_GROUP) for rows in (target.batches[round_][number], others))
-        server, nothing = target.kept[round_].server, jax.tree.map(np.zeros_like, message)
-        # Of one shape in all rounds and clients: what is done operation by operation is compiled so, too.
-        rows = np.concatenate([pad_rows(part, LARGEST_GROUP) for part in (batch, unrelated)])
-        inputs = reconstruction.capture_inputs(
-            attacker.vlm, attacker.base_at(server), attacker.assemble(server, nothing, None), attacker.inputs(rows)
-        )
-        ours, theirs = (
-            {layer: held[start : start + len(part)] for layer, held in inputs.items()}
-            for start, part in ((0, batch), (LARGEST_GROUP, unrelated))
-        )
-        both = {layer: [*held, *theirs[layer]] for layer, held in ours.items()}
-        for who, private in target.known[number].items():
+        scores: dict[str, list[np.ndarray]] = {LOSS: [], PROJECTION: [], SPAN: []}
+        for round_ in rounds:
+            server, message = target.kept[round_].server, sent[round_]
+            probed = attacker.probe(rows, server, message, private)
+            nothing = jax.tree.map(np.zeros_like, message)
             found = reconstruction.find_spans(message, attacker.assemble(server, nothing, private))
-            if captured := reconstruction.measure_spans(found, ours, theirs):
-                spans.add_captured(who, captured)
-                ranks = reconstruction.rank_rows(found, both)
-                spans.add_ranking(SPAN, who, ranks, np.arange(len(ranks)) < len(batch))
+            spans.add_captured(who, measure_round(found, inputs, within[round_], count))
+            scores[LOSS].append(probed.before - probed.after)
+            scores[PROJECTION].append(probed.aligned)
+            scores[SPAN].append(reconstruction.rank_rows(found, bases))
+        for test, by_round in scores.items():
+            membership.add(test, who, name, np.mean(by_round, axis=0), count)
+            for round_, of_round in zip(rounds, by_round, strict=True):
+                spans.add_ranking(test, who, of_round, within[round_])
+
+
+def capture_candidates(target: Target, rows: Rows, server: PyTree, message: PyTree) -> reconstruction.Inputs:
+    """Capture the layer inputs of candidates with what everybody knows: the server's state, and the start."""
+    attacker = target.attacker
+    adapter = attacker.assemble(server, jax.tree.map(np.zeros_like, message), None)
+    params, parts = attacker.base_at(server), list[reconstruction.Inputs]()
+    # Of one shape for all clients: what is done operation by operation is compiled so, too.
+    for start in range(0, len(rows), attacker.batch):
+        part = rows[start : start + attacker.batch]
+        batch = attacker.inputs(pad_rows(part, attacker.batch))
+        found = reconstruction.capture_inputs(attacker.vlm, params, adapter, batch)
+        parts.append({layer: x[: len(part)] for layer, x in found.items()})
+    return {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]}
+
+
+def measure_round(
+    found: Mapping[reconstruction.Layer, np.ndarray], inputs: reconstruction.Inputs, within: np.ndarray, members: int
+) -> reconstruction.Captured | None:
+    """Compare a message's span on the rows of its batch, and on rows that were never trained on."""
+    if not within.any():
+        return None
+    batch, others = (
+        {layer: x[kept] for layer, x in inputs.items()} for kept in (within, np.arange(len(within)) >= members)
+    )
+    return reconstruction.measure_spans(found, batch, others)
 
 
 def describe_shared(shared: PyTree) -> str:

@@ -9,6 +9,7 @@ That inputs lie in the span of a gradient is what exact gradient inversion rests
 B rows, T tokens, D width of a layer's input, R rank.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,14 +22,15 @@ from fedvlm_jax import lora
 from fedvlm_jax.lora.adapter import COLLECTION
 from fedvlm_jax.models import Params, Vlm
 from fedvlm_jax.utils import tree
+from fedvlm_jax.utils.digests import digest_parts
 
 TOLERANCE = 1e-4
 """Singular values below this share of the largest count as none: float32 leaves about 1e-6 of them."""
 
 Layer = tuple[str, int]
 """A site and which of its stacked layers."""
-Inputs = dict[Layer, list[Float[np.ndarray, "tokens width"]]]
-"""The inputs of every row [B] at each layer, without padding."""
+Inputs = dict[Layer, Float[np.ndarray, "rows tokens width"]]
+"""The inputs of every row at each layer; zeros where it is padded."""
 
 
 class Captured(NamedTuple):
@@ -67,15 +69,6 @@ def share_in(basis: Float[np.ndarray, "width dimension"], inputs: Float[np.ndarr
     return float(((inputs @ basis) ** 2).sum()) / total if total else 0.0
 
 
-def share_of(basis: Float[np.ndarray, "width dimension"], inputs: Float[np.ndarray, "tokens width"]) -> float:
-    """Compute the share of a span that inputs explain: 1 where all of it is made of them.
-
-    >>> share_of(np.asarray([[1.0], [0.0]]), np.asarray([[3.0, 4.0]]))
-    0.36
-    """
-    return share_in(find_span(inputs.T), basis.T) if basis.shape[1] else 0.0
-
-
 def list_matrices(message: Mapping[str, Any], adapter: lora.Adapter) -> dict[Layer, Float[np.ndarray, "width columns"]]:
     """Lay out what a message tells of each layer's input space: columns of ∆A, and of A ∆B.
 
@@ -100,7 +93,7 @@ def list_matrices(message: Mapping[str, Any], adapter: lora.Adapter) -> dict[Lay
 
 
 def capture_inputs(vlm: Vlm, params: Params, adapter: lora.Adapter, batch: Mapping[str, np.ndarray]) -> Inputs:
-    """Run a model on rows and keep what enters each dense layer with an adapter, without padding.
+    """Run a model on rows and keep what enters each dense layer with an adapter.
 
     Operation by operation, so that what is inside of a scan over layers can be read. Layers that a row enters more than
     once, as those of a tower that sees several pictures, are left out.
@@ -120,44 +113,66 @@ def capture_inputs(vlm: Vlm, params: Params, adapter: lora.Adapter, batch: Mappi
     whole = {
         path: layers
         for path, layers in seen.items()
-        if len(layers) == int(np.prod(stacks[path])) and all(x.ndim == 3 and len(x) == rows for x in layers)
+        if len(layers) == math.prod(stacks[path]) and all(x.ndim == 3 and len(x) == rows for x in layers)
     }
     return {
-        (path, layer): [x[row][_find_real(batch, row, x.shape[1])] for row in range(rows)]
+        (path, layer): x * _mark_real(batch, x.shape[1])[..., None]
         for path, layers in whole.items()
         for layer, x in enumerate(layers)
     }
 
 
-def _find_real(batch: Mapping[str, np.ndarray], row: int, tokens: int) -> np.ndarray:
-    """Find the tokens that are no padding: of the prompt, of the answer, or of both after each other."""
-    prompt, answer = batch["attention_mask"][row] > 0, batch["labels"][row] >= 0
-    for real in (prompt, answer, np.concatenate([prompt, answer])):
-        if len(real) == tokens:
-            return np.flatnonzero(real)
-    return np.arange(tokens)
+def _mark_real(batch: Mapping[str, np.ndarray], tokens: int) -> np.ndarray:
+    """Mark the tokens that are no padding: of the prompt, of the answer, or of both after each other."""
+    prompt, answer = batch["attention_mask"] > 0, batch["labels"] >= 0
+    for real in (prompt, answer, np.concatenate([prompt, answer], axis=1)):
+        if real.shape[1] == tokens:
+            return real
+    return np.ones((len(prompt), tokens), bool)
+
+
+def find_bases(inputs: Inputs) -> Inputs:
+    """Find an orthonormal basis of each row's inputs at every layer, as rows of a matrix; zeros after the last.
+
+    >>> np.abs(find_bases({("fc", 0): np.asarray([[[0.0, 2.0], [0.0, 4.0]]])})[("fc", 0)]).round(3).tolist()
+    [[[0.0, 1.0], [0.0, 0.0]]]
+    """
+    found, known = Inputs(), dict[bytes, np.ndarray]()
+    for layer, x in inputs.items():
+        digest = digest_parts([np.ascontiguousarray(x)], *x.shape)  # projections of one layer often share their input
+        if digest not in known:
+            _, values, bases = np.linalg.svd(x, full_matrices=False)
+            real = values > TOLERANCE * np.maximum(values[:, :1], np.finfo(np.float32).tiny)
+            known[digest] = bases * real[..., None]
+        found[layer] = known[digest]
+    return found
 
 
 def measure_spans(spans: Mapping[Layer, np.ndarray], batch: Inputs, unrelated: Inputs) -> Captured | None:
     """Compare what a span holds of the rows that were trained on and of others; None where it holds nothing."""
-    layers = [layer for layer, basis in spans.items() if basis.shape[1] and layer in batch]
+    layers = _list_layers(spans, batch)
     if not layers:
         return None
 
     def mean(inputs: Inputs) -> float:
-        return float(np.mean([share_in(spans[layer], np.concatenate(inputs[layer])) for layer in layers]))
+        return float(np.mean([share_in(spans[at], inputs[at].reshape(-1, inputs[at].shape[-1])) for at in layers]))
 
     shape = np.asarray([spans[layer].shape for layer in layers], np.float64)
     return Captured(mean(batch), mean(unrelated), float((shape[:, 1] / shape[:, 0]).mean()), float(shape[:, 1].mean()))
 
 
-def rank_rows(spans: Mapping[Layer, np.ndarray], rows: Inputs) -> Float[np.ndarray, " rows"]:
-    """Score every row by the share of the spans that its inputs explain, the mean over layers."""
-    layers = [layer for layer, basis in spans.items() if basis.shape[1] and layer in rows]
-    count = len(next(iter(rows.values()), []))
+def rank_rows(spans: Mapping[Layer, np.ndarray], bases: Inputs) -> Float[np.ndarray, " rows"]:
+    """Score every row by the share of the spans that its inputs explain (see `find_bases`), the mean over layers."""
+    layers = _list_layers(spans, bases)
+    count = len(next(iter(bases.values()), ()))
     if not layers:
         return np.zeros(count)
-    return np.asarray([np.mean([share_of(spans[at], rows[at][row]) for at in layers]) for row in range(count)])
+    shares = [((bases[at] @ spans[at]) ** 2).sum((1, 2)) / spans[at].shape[1] for at in layers]
+    return np.mean(shares, axis=0)
+
+
+def _list_layers(spans: Mapping[Layer, np.ndarray], inputs: Inputs) -> list[Layer]:
+    return [layer for layer, basis in spans.items() if basis.shape[1] and layer in inputs]
 
 
 def find_spans(message: PyTree, adapter: lora.Adapter) -> dict[Layer, np.ndarray]:

@@ -54,9 +54,10 @@ class SpanScores:
         self.captured: dict[str, list[reconstruction.Captured]] = {}
         self.rankings: dict[tuple[str, str], list[tuple[float, float]]] = {}
 
-    def add_captured(self, who: str, captured: reconstruction.Captured) -> None:
-        """Add what the spans of a message captured."""
-        self.captured.setdefault(who, []).append(captured)
+    def add_captured(self, who: str, captured: reconstruction.Captured | None) -> None:
+        """Add what the spans of a message captured; nothing where it spans none."""
+        if captured is not None:
+            self.captured.setdefault(who, []).append(captured)
 
     def add_ranking(self, test: str, who: str, scores: np.ndarray, inside: np.ndarray) -> None:
         """Add a ranking: was the first row in the batch, and how likely is that by chance; rows at a tie share it."""

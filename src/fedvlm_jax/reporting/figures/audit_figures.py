@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from fedvlm_jax.reporting.figures import theme
 
-NAMES = {"loss": "loss", "projection": "projection"}
+NAMES = {"loss": "loss", "projection": "projection", "span": "span of inputs"}
 DASHES = {"start": "-", "others": (0, (5, 2)), "own": (0, (1, 1.5))}
 WHO = {"start": "server alone", "others": "with the other clients", "own": "with the private factor"}
 
