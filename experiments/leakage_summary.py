@@ -84,7 +84,7 @@ def tabulate_setting(setting: str, variants: Sequence[str], lines: Sequence[Line
             )
     of_setting = [line for line in lines if line["setting"] == setting]
     control = collect(of_setting, "membership", lambda one: one["auroc"][0], test="base")
-    chances = {test: collect(of_setting, "attribution", lambda one: one["chance"], test=test) for test in TESTS}
+    chances = collect(of_setting, "attribution", lambda one: one["chance"], test="projection")
     randoms = collect(of_setting, "reconstruction", lambda one: one["random"])
     note = (
         f"Mean ± standard deviation over {len({line['seed'] for line in of_setting})} seeds; AUROC 0.5 is chance, the "

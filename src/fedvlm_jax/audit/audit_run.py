@@ -150,7 +150,7 @@ def open_target(finished: FinishedRun, kept: list[int], choices: AuditChoices) -
         batches,
         clients,
         {number: list_known(method, shared, adapters, number) for number in clients},
-        {round_: read_kept(experiment, simulator, round_) for round_ in rounds},
+        read_kept(experiment, rounds),
     )
 
 
@@ -168,12 +168,20 @@ def make_attacker(experiment: Experiment) -> Attacker:
     )
 
 
-def read_kept(experiment: Experiment, simulator: Simulator, round_: int) -> KeptRound:
-    """Read a round's messages in the structure that the run's method has them in."""
-    blank = make_simulator(experiment)
-    blank.inputs = experiment.blank_inputs
-    form = blank.find_messages(blank.read_round(round_))
-    return kept_messages.read_round(experiment.folder, round_, form, simulator.server)
+def read_kept(experiment: Experiment, rounds: list[int]) -> dict[int, KeptRound]:
+    """Read rounds in the structure that the run's method has its messages and its server in.
+
+    Raises:
+        UserError: a file is missing, damaged or another method's.
+    """
+    found, forms, simulator = dict[int, KeptRound](), dict[int, PyTree](), make_simulator(experiment)
+    simulator.inputs = experiment.blank_inputs
+    for round_ in rounds:
+        phase = simulator.phase_of(round_)
+        if phase not in forms:
+            forms[phase] = simulator.find_messages(simulator.read_round(round_))
+        found[round_] = kept_messages.read_round(experiment.folder, round_, forms[phase], simulator.server)
+    return found
 
 
 def attack(target: Target, record: RunRecord, show: Progress) -> dict[str, Any]:

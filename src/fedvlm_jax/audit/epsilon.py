@@ -30,8 +30,7 @@ def bound_run(
         return {**found, "lower": None, "why": "cohorts of a fixed size replace clients, and canaries come and go"}
     blank = make_simulator(experiment)
     blank.inputs = experiment.blank_inputs
-    message = blank.find_messages(blank.read_round(1))
-    replay = make_replay(run, simulator, message, len(record.rounds))
+    replay = make_replay(run, simulator, blank.find_messages(blank.read_round(1)), len(record.rounds))
     many = min(count, MOST_NUMBERS // replay.entries)
     if many < 8:
         raise UserError(f"a message has {replay.entries:,} numbers: there is no room for canaries; say --canaries 0")
