@@ -6,7 +6,6 @@ from jaxtyping import PyTree
 
 from fedvlm_jax.audit import canaries
 from fedvlm_jax.config.run_options import Run
-from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.run_dir.reader import RunRecord
 from fedvlm_jax.training.experiment import Experiment, make_simulator
@@ -33,10 +32,11 @@ def bound_run(
     replay = make_replay(run, simulator, blank.find_messages(blank.read_round(1)), len(record.rounds))
     many = min(count, MOST_NUMBERS // replay.entries)
     if many < 8:
-        raise UserError(f"a message has {replay.entries:,} numbers: there is no room for canaries; say --canaries 0")
+        return {**found, "lower": None, "why": f"a message has {replay.entries:,} numbers, too many for canaries"}
     with working(show, f"replaying the noise of {replay.rounds} rounds with {many} canaries"):
         bound = canaries.audit_mechanism(replay, many, run.privacy.delta, [Stream.AUDITS, run.seed, 2])
-    return {**found, "lower": bound.epsilon, **bound._asdict()}
+    counts = {"correct": bound.correct, "guesses": bound.guesses, "canaries": bound.canaries}
+    return {**found, "lower": bound.epsilon, **counts}
 
 
 def make_replay(run: Run, simulator: Simulator, message: PyTree, rounds: int) -> canaries.Replay:

@@ -41,6 +41,15 @@ AUDIT: Form = {
     "reconstruction": [_SPANNED],
     "epsilon": dict[str, float | int | str | None] | None,
 }
+EPSILON: Form = {
+    "lower": float | None,
+    "accounted": float | None,
+    "delta": float,
+    "why?": str,
+    "correct?": int,
+    "guesses?": int,
+    "canaries?": int,
+}
 
 
 def read_audit(folder: Path) -> dict[str, Any] | None:
@@ -53,6 +62,8 @@ def read_audit(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = read_json(path, AUDIT)
+    if found["epsilon"] is not None:
+        check_form(path, found["epsilon"], EPSILON, before="epsilon.")
     for entry in found["membership"]:
         for one in (entry, *entry["clients"].values()):
             _check_shares(path, one["auroc"], one["tpr"])
