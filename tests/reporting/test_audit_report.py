@@ -11,7 +11,7 @@ from fedvlm_jax.reporting.figures.audit_figures import draw_audit
 from fedvlm_jax.reporting.tables import cut_to_width
 
 
-def tested(name, knows, auroc):
+def make_tested(name, knows, auroc):
     scores = {"auroc": list(auroc), "tpr": [0.1, 0.05, 0.2], "members": 40, "others": 60}
     curve = [[0.0, 0.0], [0.0, 0.1], [0.5, 0.6], [1.0, 1.0]]
     return {"test": name, "knows": knows, **scores, "curve": curve, "clients": {"noto-de": scores}}
@@ -27,9 +27,9 @@ FOUND = {
     "clients": ["noto-de"],
     "others": "test",
     "membership": [
-        tested("base", "", (0.52, 0.4, 0.6)),
-        tested("loss", "start", (0.6, 0.55, 0.65)),
-        tested("projection", "own", (0.9, 0.85, 0.95)),
+        make_tested("base", "", (0.52, 0.4, 0.6)),
+        make_tested("loss", "start", (0.6, 0.55, 0.65)),
+        make_tested("projection", "own", (0.9, 0.85, 0.95)),
     ],
     "attribution": [{"test": "loss", "knows": "start", "top": [0.5, 0.2, 0.8], "chance": 0.25, "rankings": 8}],
     "reconstruction": [
