@@ -21,7 +21,7 @@ def load_method(name: str, setup: Setup) -> Method:
     method = make(setup)
     if method.name != name:
         raise UserError(f"{file} makes a method named {method.name!r}: it must have its file's name, {name!r}")
-    known = {*AVERAGING, "train.weighting", "start"}
+    known = {*AVERAGING, "train.weighting", "start", "audit.keep"}
     if unknown := sorted({*method.refuses, *method.moot} - known):
         raise UserError(
             f"{file} names options that there are not: {', '.join(unknown)}; there are {', '.join(sorted(known))}"
