@@ -176,8 +176,8 @@ def test_more_than_is_allowed_is_refused_before_the_first_round(made, loaded, tm
 
 @pytest.mark.slow
 def test_what_is_said_beforehand_is_enough(made, loaded):
+    from fedvlm_jax.training.callbacks import count_kept
     from fedvlm_jax.training.experiment import open_experiment
-    from fedvlm_jax.training.message_keeping import count_kept
 
     folder, _, run = made
     said = count_kept(open_experiment(run, loaded))

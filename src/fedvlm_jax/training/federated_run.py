@@ -33,13 +33,12 @@ from fedvlm_jax.run_dir.reader import read_run, refuse_server
 from fedvlm_jax.run_dir.validated_files import StoredConfig, read_config
 from fedvlm_jax.training import final_evaluation
 from fedvlm_jax.training.best_round import BestRound
-from fedvlm_jax.training.callbacks import FiniteCheck, MetricsWriter, ProgressReporter
+from fedvlm_jax.training.callbacks import FiniteCheck, MessageKeeper, MetricsWriter, ProgressReporter
 from fedvlm_jax.training.checkpointing import CheckpointWriter
 from fedvlm_jax.training.example_outputs import write_examples
 from fedvlm_jax.training.experiment import Experiment, open_experiment
 from fedvlm_jax.training.failures import describe_lost
 from fedvlm_jax.training.loaded_model import LoadedModel, load_model
-from fedvlm_jax.training.message_keeping import MessageKeeper
 from fedvlm_jax.training.personalization import each_model
 from fedvlm_jax.training.start_description import describe_start
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer
