@@ -99,3 +99,13 @@ def test_the_same_seed_is_the_same_audit():
     replay = make_replay(make_pool(1.0), 2)
     np.testing.assert_array_equal(replay.run(16, [1])[0], replay.run(16, [1])[0])
     assert not np.array_equal(replay.run(16, [1])[0], replay.run(16, [2])[0])
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_below_the_epsilon_of_the_gaussian_mechanism_of_runs(rounds):
+    """The pool that a run has, at a clipping norm that is not 1."""
+    gaussian = pytest.importorskip("fedvlm_jax.privacy.gaussian")
+    noise = 1.0
+    replay = make_replay(gaussian.make_gaussian_pool(noise, 0.5, 4), rounds)
+    bounds = [canaries.audit_mechanism(replay, 32, DELTA, [seed]).epsilon for seed in SEEDS]
+    assert max(bounds) <= gaussian_epsilon(noise / rounds**0.5)
