@@ -69,6 +69,11 @@ class Attacker:
         assert self.method.split is not None
         return lora.combine(self.method.split(adapter)[0], private)
 
+    @cached_property
+    def assemble_quickly(self) -> Callable[[PyTree, PyTree, PyTree | None], lora.Adapter]:
+        """Return `assemble`, compiled."""
+        return jax.jit(self.assemble)
+
     def probe(self, rows: np.ndarray, server: PyTree, message: PyTree, private: PyTree | None) -> Probed:
         """Attack a message with candidate rows."""
         found = self._run(partial(self._probe, server, message, private), rows, self.base_at(server))

@@ -232,7 +232,7 @@ def attack_client(target: Target, number: int, membership: MembershipScores, spa
             server, message = target.kept[round_].server, sent[round_]
             probed = attacker.probe(rows, server, message, private)
             nothing = jax.tree.map(np.zeros_like, message)
-            found = reconstruction.find_spans(message, attacker.assemble(server, nothing, private))
+            found = reconstruction.find_spans(message, attacker.assemble_quickly(server, nothing, private))
             spans.add_captured(who, measure_round(found, inputs, within[round_], count))
             scores[LOSS].append(probed.before - probed.after)
             scores[PROJECTION].append(probed.aligned)
@@ -246,7 +246,7 @@ def attack_client(target: Target, number: int, membership: MembershipScores, spa
 def capture_candidates(target: Target, rows: Rows, server: PyTree, message: PyTree) -> reconstruction.Inputs:
     """Capture the layer inputs of candidates with what everybody knows: the server's state, and the start."""
     attacker = target.attacker
-    adapter = attacker.assemble(server, jax.tree.map(np.zeros_like, message), None)
+    adapter = attacker.assemble_quickly(server, jax.tree.map(np.zeros_like, message), None)
     params, parts = attacker.base_at(server), list[reconstruction.Inputs]()
     # Of one shape for all clients: what is done operation by operation is compiled so, too.
     for start in range(0, len(rows), attacker.batch):
