@@ -60,6 +60,8 @@ class Study:
 
     out: Path = Path("runs/message-leakage")
     """Folder of what is measured: a line per finished cell."""
+    results: Path | None = None
+    """Where the report goes (default: experiments/results; with --quick, into --out)."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     variants: tuple[str, ...] = tuple(VARIANTS)
     settings: tuple[Setting, ...] = tuple(SETTINGS)
@@ -143,7 +145,7 @@ def run_missing(study: Study) -> None:
 
 def report(study: Study, words: Sequence[str]) -> None:
     """Write JSON, tables and picture, and print the tables."""
-    folder = study.out / "results" if study.quick else RESULTS
+    folder = study.results or (study.out / "results" if study.quick else RESULTS)
     leakage_summary.write(study.lines, folder, study.settings, study.variants, " ".join(words))
 
 
