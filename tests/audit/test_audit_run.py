@@ -112,7 +112,7 @@ def test_an_audit_and_its_report(audited, capsys):
     assert found["shares"] == "B"
     assert {(one["test"], one["knows"]) for one in found["membership"]} == {
         ("base", ""),
-        *((test, who) for test in ("loss", "projection") for who in ("start", "others", "own")),
+        *((test, who) for test in ("loss", "projection", "span") for who in ("start", "others", "own")),
     }
     for one in found["membership"]:
         assert one["members"] == sum(client["members"] for client in one["clients"].values())
