@@ -4,7 +4,7 @@
     git archive COMMIT src | tar -x -C OLD && python tools/measure_source.py OLD/src src     # a column each
 
 Comments are counted by token, also those behind code. A room is a folder of the package. `fedvlm plan` is made of its
-command and of the files that only these files and the parser of all commands (`cli/_*.py`) import.
+command and of the files that only these files and the parser of all commands (`cli/_*`) import.
 """
 
 import argparse

@@ -9,7 +9,7 @@ import tyro
 from made_up import write_run
 
 from fedvlm_jax.cli._closing import close_run, suggest_comparison
-from fedvlm_jax.cli._method_and_data_options import make_signature
+from fedvlm_jax.cli._parsing.method_and_data_options import make_signature
 from fedvlm_jax.cli.compare import compare
 from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.option_checks import validate_comparison

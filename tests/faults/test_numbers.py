@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedvlm_jax.cli._numbers import read_float, read_int
+from fedvlm_jax.cli._parsing.numbers import read_float, read_int
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.option_checks import validate, validate_comparison

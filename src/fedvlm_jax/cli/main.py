@@ -20,8 +20,8 @@ import tyro
 from fedvlm_jax import __version__
 from fedvlm_jax.cli._flags import WORDS, expand_rate
 from fedvlm_jax.cli._help import ALL, WIDTH, show_help
-from fedvlm_jax.cli._method_and_data_options import make_signature
-from fedvlm_jax.cli._numbers import make_registry
+from fedvlm_jax.cli._parsing.method_and_data_options import make_signature
+from fedvlm_jax.cli._parsing.numbers import make_registry
 from fedvlm_jax.cli._process.signals import exit_code, heed_signals, say
 from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
 from fedvlm_jax.utils.option_ranges import check_arguments
@@ -35,8 +35,8 @@ from fedvlm_jax.utils.standard_streams import (
 )
 
 ORDER = (
-    "data", "explain", "plan", "train", "compare", "evaluate", "ask", "demo", "report", "export", "deploy", "node",
-    "cache",
+    "data", "explain", "plan", "train", "compare", "evaluate", "ask", "demo", "report", "audit", "export", "deploy",
+    "node", "cache",
 )  # fmt: skip
 
 DESCRIPTION = (

@@ -9,6 +9,7 @@ import re
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from fedvlm_jax.config.audit_options import AuditOptions
 from fedvlm_jax.config.compression_checks import check_fewer_bytes
 from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.errors import UserError
@@ -19,6 +20,9 @@ from fedvlm_jax.privacy.config import PrivacyOptions
 if TYPE_CHECKING:
     from fedvlm_jax.methods import Method
     from fedvlm_jax.models import Vlm
+
+KEEPING = "audit.keep"
+"""The option that means nothing to a method that sends nothing."""
 
 MATHEMATICS = (
     *("server", "local", "train.weighting", "lora.ranks", "start", "privacy"),
@@ -39,7 +43,7 @@ def check_method(run: Run, label: str) -> None:
     method = declare(run.method, run)
     if type(run.method_options) is not find_method_options(run.method):
         raise UserError(f"{run.method_options} are the numbers of another method than {label}")
-    for path in list_changed(run, *MATHEMATICS):
+    for path in list_changed(run, *MATHEMATICS, KEEPING):
         # A method refuses a single option or the whole group: an aggregation by SVD has no place for any optimiser.
         why = method.refuses.get(path) or method.refuses.get(path.partition(".")[0])
         if why:
@@ -117,6 +121,7 @@ def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Ru
     weighting = TrainOptions().weighting if "train.weighting" in moot else run.train.weighting
     return dataclasses.replace(
         run,
+        audit=AuditOptions() if KEEPING in moot else run.audit,
         server=ServerOptions() if "server" in moot else run.server,
         local=dataclasses.replace(run.local, **local),
         participation=participation,

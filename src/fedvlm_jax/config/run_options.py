@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from annotated_types import Ge, Gt, Le
 
+from fedvlm_jax.config.audit_options import AuditOptions
 from fedvlm_jax.data.config import KINDS, DataOptions, Partition, Split
 from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.data.sources.registry import find_options, find_partition
@@ -257,6 +258,7 @@ class Run:
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     messages: MessageOptions = field(default_factory=MessageOptions)
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
+    audit: AuditOptions = field(default_factory=AuditOptions)
     system: SystemOptions = field(default_factory=SystemOptions)
 
     def __post_init__(self) -> None:
@@ -304,6 +306,7 @@ def from_json(stored: Any) -> Run:
     kind = find_options(source, form) if isinstance(source, str) else DataOptions
     if "method" in stored:  # of folders from before there were these options
         stored = {"start": None, "messages": encode(MessageOptions()), "privacy": encode(PrivacyOptions()), **stored}
+        stored = {"audit": encode(AuditOptions()), **stored}
         if isinstance(taking_part := stored.get("participation"), Mapping):
             stored["participation"] = {**encode(ParticipationOptions()), **taking_part}
     chosen = {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fedvlm_jax
+from fedvlm_jax.config.audit_options import AuditOptions
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run, from_json, to_json
 from fedvlm_jax.data.sources import emoji
@@ -120,6 +121,7 @@ def _check(run: Run, clients: int, least: int, timeout: float, secure: bool) -> 
             "attackers are simulated, and nodes are real",
         ),
         "--messages": (run.messages != MessageOptions(), "what nodes send is as the method has it"),
+        "--audit": (run.audit != AuditOptions(), "what nodes send is kept nowhere"),
         "--privacy": (run.privacy != PrivacyOptions(), "noise is drawn in a simulation alone so far"),
         "--start": (run.start is not None, "nodes draw the adapter to start from by the seed, and have no such folder"),
         "--train.finetune-steps": (run.train.finetune_steps > 0, "no node takes steps after the last round"),

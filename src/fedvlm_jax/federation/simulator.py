@@ -8,7 +8,7 @@ know the table of states, what was measured, and who counted.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -39,6 +39,7 @@ from fedvlm_jax.federation.round import (
     to_waves,
 )
 from fedvlm_jax.methods import Client
+from fedvlm_jax.methods.base import shape_of_one
 from fedvlm_jax.privacy.sampling import Sampling
 from fedvlm_jax.utils.random_streams import Stream
 
@@ -79,6 +80,15 @@ class RoundReport:
     # `base`; None where nothing was redistributed.
     trained: Callable[[np.ndarray], PyTree] | None
     base: PyTree
+    sent: "Sent"
+
+
+class Sent(NamedTuple):
+    """What left the clients in a round, as it left, on the devices, and the server's state before it."""
+
+    messages: PyTree  # [K, …], in the cohort's order, and after it the padding's
+    weights: Float[np.ndarray, " places"]  # p_k as they counted
+    server: PyTree
 
 
 class Moment(NamedTuple):
@@ -241,7 +251,8 @@ class Simulator:
         selection = health.pop("selection", None)
         found = programs.health(before, out.personal, out.messages, out.weights) if len(read.counted) else {}
         with TraceAnnotation("wait for the round"):
-            counted = np.flatnonzero(fetch(out.weights)[: len(numbers)] > 0)
+            weights = fetch(out.weights)
+            counted = np.flatnonzero(weights[: len(numbers)] > 0)
         # Finite factors may overflow in their product, so a base that the method moves is looked at itself.
         finite = bool(out.finite) and (programs.base is None or bool(programs.base_is_finite(self.params, out.server)))
         if len(counted):
@@ -270,7 +281,13 @@ class Simulator:
             bytes_down=self._count_bytes(down, numbers),
             trained=self._trained(before, numbers, out.messages) if redistributed else None,
             base=base,
+            sent=Sent(out.messages, weights, before),
         )
+
+    def find_messages(self, read: RoundInputs) -> PyTree:
+        """Find the shapes of a client's message in the round that was read; nothing is computed."""
+        run = partial(self.programs.round, phase=self.phase_of(read.round))
+        return shape_of_one(jax.eval_shape(run, *self._arguments(read)).messages)
 
     def find_unfit(self, read: RoundInputs) -> Int[np.ndarray, " some"]:
         """Run a round once more at learning rates of 0, which changes nothing: who is unfit then always is."""

@@ -21,7 +21,8 @@ def load_method(name: str, setup: Setup) -> Method:
     method = make(setup)
     if method.name != name:
         raise UserError(f"{file} makes a method named {method.name!r}: it must have its file's name, {name!r}")
-    known = {*AVERAGING, "train.weighting", "start", "privacy", "participation.attack", "messages", "top-k"}
+    acting = ("privacy", "participation.attack", "messages", "top-k", "audit.keep")  # on messages
+    known = {*AVERAGING, "train.weighting", "start", *acting}
     if unknown := sorted({*method.refuses, *method.moot} - known):
         raise UserError(
             f"{file} names options that there are not: {', '.join(unknown)}; there are {', '.join(sorted(known))}"

@@ -12,8 +12,10 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, judge, order_by_mean, spread
+from fedvlm_jax.reporting.audit_report import describe_audit, read_audit, tabulate_audit
 from fedvlm_jax.reporting.example_cards import read_cards
 from fedvlm_jax.reporting.figures import theme
+from fedvlm_jax.reporting.figures.audit_figures import draw_audit
 from fedvlm_jax.reporting.figures.comparison_figures import draw_comparison
 from fedvlm_jax.reporting.figures.cost_pareto_figures import draw_costs
 from fedvlm_jax.reporting.figures.diagnostics_figures import draw_comparison_health, draw_run_health
@@ -95,6 +97,7 @@ def _report_run(record: RunRecord) -> Report:
         pictures=draw_run(record, record.folder),
     )
     health = Section(title=HEALTH, pictures=draw_run_health(record, record.folder))
+    audit = _show_audit(record.folder)
     return Report(
         title=f"fedvlm: {record.method}",
         subtitle=f"{_name_subject(record.config)}seed {record.options.get('seed')}",
@@ -105,6 +108,7 @@ def _report_run(record: RunRecord) -> Report:
             _show_trust(record),
             examples,
             health,
+            audit,
             _show_making(record),
         ],
     )
@@ -206,6 +210,14 @@ def _show_trust(record: RunRecord) -> Section:
     """Show what attackers came to, and whose updates a robust rule took."""
     pictures = draw_selection(record, record.folder)
     return Section(title="Hostile and unusual clients", sentences=describe_attack(record), pictures=pictures)
+
+
+def _show_audit(folder: Path) -> Section:
+    title, found = "What the messages tell of the clients' rows", read_audit(folder)
+    if found is None:
+        return Section(title=title)
+    pictures = draw_audit(found, folder)
+    return Section(title=title, sentences=describe_audit(found), tables=tabulate_audit(found), pictures=pictures)
 
 
 def _show_making(record: RunRecord) -> Section:

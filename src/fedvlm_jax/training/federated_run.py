@@ -28,7 +28,7 @@ from fedvlm_jax.federation.simulator import Moment
 from fedvlm_jax.models import resolve_folder
 from fedvlm_jax.privacy.accounting import import_accounting
 from fedvlm_jax.privacy.budget import describe_coverage
-from fedvlm_jax.run_dir import absolute_paths, artifacts, fingerprints
+from fedvlm_jax.run_dir import absolute_paths, artifacts, fingerprints, kept_messages
 from fedvlm_jax.run_dir.config_seal import check_seal, seal
 from fedvlm_jax.run_dir.folder_lock import Claim, clear, is_used
 from fedvlm_jax.run_dir.reader import read_run, refuse_server
@@ -36,8 +36,13 @@ from fedvlm_jax.run_dir.validated_files import StoredConfig, read_config
 from fedvlm_jax.training import final_evaluation
 from fedvlm_jax.training.best_round import BestRound
 from fedvlm_jax.training.callbacks import (
-    FiniteCheck, MetricsWriter, PrivacyLedger, ProgressReporter, SelectionWriter,
-)  # fmt: skip
+    FiniteCheck,
+    MessageKeeper,
+    MetricsWriter,
+    PrivacyLedger,
+    ProgressReporter,
+    SelectionWriter,
+)
 from fedvlm_jax.training.checkpointing import CheckpointWriter
 from fedvlm_jax.training.example_outputs import write_examples
 from fedvlm_jax.training.experiment import Experiment, open_experiment
@@ -203,6 +208,8 @@ def extend(
             shutil.copy(folder / "metrics.jsonl", scratch)
             if (folder / "checkpoints").is_dir():  # without checkpoints the copy starts anew
                 shutil.copytree(folder / "checkpoints", scratch / "checkpoints")
+                if (folder / kept_messages.FOLDER).is_dir():
+                    shutil.copytree(folder / kept_messages.FOLDER, scratch / kept_messages.FOLDER)
                 for file in folder.glob("states-*.bin"):
                     shutil.copy(file, scratch)
         if processes.is_first():
@@ -270,8 +277,9 @@ def _run_rounds(experiment: Experiment, more: Sequence[Callback]) -> tuple[Feder
     # The line is complete before it is written, and on the disk before the checkpoint of its round.
     check = FiniteCheck(checkpoints.describe_newest)
     ledger = () if experiment.budget is None else (PrivacyLedger(experiment.budget),)
-    selection = SelectionWriter()
-    callbacks = (check, selection, best, *ledger, MetricsWriter(), checkpoints, ProgressReporter(), *more)
+    keeper = (MessageKeeper(),) if experiment.run.audit.keep else ()
+    judged = (check, SelectionWriter(), best, *ledger)
+    callbacks = (*judged, MetricsWriter(), *keeper, checkpoints, ProgressReporter(), *more)
     try:
         trainer.run(checkpoints.load(), callbacks)
     finally:

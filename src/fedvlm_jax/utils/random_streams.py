@@ -32,4 +32,5 @@ class Stream(IntEnum):
     POISONED = 122  # what a hostile client trains on, by client
     BATCHES = 201  # the examples of each local step, by round and client
     LIMIT = 301  # the rows of a table that `--data.limit` keeps
+    AUDITS = 401  # the clients, rows and canaries of an audit
     PARTITIONS = 302  # the cut of a table into clients, by attempt

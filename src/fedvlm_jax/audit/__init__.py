@@ -1,0 +1,1 @@
+"""Attacks on what left a run's clients, by which it is measured how much of their rows the messages tell."""
