@@ -15,7 +15,7 @@ from fedvlm_jax.data.config import FAULT, PICTURE_COLUMNS
 from fedvlm_jax.data.forms.base import FormOptions
 from fedvlm_jax.data.record_rows import ANSWERS, PICTURES, QUESTIONS, Row, make_rows
 from fedvlm_jax.data.table import Table
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.records.files import Content
 from fedvlm_jax.utils.cache_folders import read_bound
 from fedvlm_jax.utils.digests import digest_files
@@ -118,7 +118,9 @@ def _check_columns(options: FormOptions, found: _Found) -> None:
     reading = options.reading
     has = ", ".join([shorten(repr(name)) for name in found.theirs][:SHOWN]) or "nothing"
     if not found.theirs:
-        raise UserError(f"{options.source} cannot be read as {options.form}: all {found.rows} rows: {found.faults}")
+        raise UserError(
+            f"{options.source} cannot be read as {options.form}: all {format_count(found.rows, 'row')}: {found.faults}"
+        )
     if unknown := [theirs for _, theirs in reading.columns if theirs not in found.theirs]:
         raise UserError(f"--data.columns names {unknown[0]!r}; {options.source} has {has}")
     names = {name for name in found.theirs if name not in {theirs for _, theirs in reading.columns}}

@@ -19,7 +19,7 @@ from PIL import Image
 from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.data.config import MOST_PICTURES
 from fedvlm_jax.data.prompts import Prompt, Tiles, to_prompt
-from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.errors import UserError, explain_error, format_count
 from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.processor_files import digest_settings, list_files, make_pixels, open_files, pad, try_out
 
@@ -209,7 +209,9 @@ class ChatProcessor:
         for prompt, row in zip(rows, ids, strict=True):
             if row.count(image) != prompt.views * self.image_tokens:
                 count = prompt.views * self.image_tokens
-                raise UserError(f"the tokenizer makes {row.count(image)} image tokens of a prompt, expected {count}")
+                raise UserError(
+                    f"the tokenizer makes {format_count(row.count(image), 'image token')} of a prompt, expected {count}"
+                )
         return pad(ids, self.tokenizer.pad_token_id or 0), pad([[1] * len(row) for row in ids], 0)
 
     def write(self, prompt: Prompt) -> str:

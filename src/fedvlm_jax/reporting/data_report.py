@@ -10,6 +10,7 @@ from fedvlm_jax.data.config import SPLITS, DataOptions
 from fedvlm_jax.data.dataset_summary import describe
 from fedvlm_jax.data.federated_dataset import federate
 from fedvlm_jax.data.sources.registry import read_table
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.reporting.figures.data_figures import draw_data
 from fedvlm_jax.reporting.figures.theme import save_png
 from fedvlm_jax.reporting.tables import Table, keep_ends
@@ -39,7 +40,7 @@ def describe_data(
     """
     note(f"reading {options.source}")
     table = read_table(options)
-    note(f"giving {len(table):,} rows to clients")
+    note(f"giving {format_count(len(table), 'row')} to clients")
     federation = federate(table, options, seed)
     found = describe(table, federation, options, check_images=check_images, note=note)
     description = {"seed": seed, "options": encode(options), **found}
@@ -57,8 +58,9 @@ def find_leaks(description: Mapping[str, Any]) -> list[str]:
             first, second = line.split("/")
             row, other = found["examples"][0]
             sentences.append(
-                f"LEAK: {_count(found['distinct'], 'image is', 'images are')} in {first} and in {second}, on "
-                f"{_count(found['rows'], 'row', 'rows')} of {second} ({found['rows_of_the_same_client']:,} of them the "
+                f"LEAK: {format_count(found['distinct'], 'image is', 'images are')} in {first} and in {second}, on "
+                f"{format_count(found['rows'], 'row', 'rows')} of {second} "
+                f"({found['rows_of_the_same_client']:,} of them the "
                 f"same client's). Row {other}, for example, shows what row {row} shows."
             )
     return sentences
@@ -72,7 +74,8 @@ def word_findings(description: Mapping[str, Any]) -> list[str]:
     allowed = description["options"]["max_bad_share"]
     if unusable > allowed * total:
         findings.append(
-            f"{unusable:,} of {total:,} rows cannot be used, more than --data.max-bad-share {allowed:g} allows: "
+            f"{unusable:,} of {format_count(total, 'row')} cannot be used, more than --data.max-bad-share "
+            f"{allowed:g} allows: "
             "training would refuse them."
         )
     clients = description["clients"]
@@ -82,7 +85,7 @@ def word_findings(description: Mapping[str, Any]) -> list[str]:
         lacking = [client["name"] for client in needing if not client[split]]
         if lacking:
             names = ", ".join(lacking[:5]) + (", …" if len(lacking) > 5 else "")
-            findings.append(f"{_count(len(lacking), 'client has', 'clients have')} {meaning}: {names}.")
+            findings.append(f"{format_count(len(lacking), 'client has', 'clients have')} {meaning}: {names}.")
     names = [client["name"] for client in clients]
     missing = [name for name in names if name.casefold() in MISSING]
     if missing:
@@ -92,15 +95,16 @@ def word_findings(description: Mapping[str, Any]) -> list[str]:
         alike[" ".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
     if twins := [group for group in alike.values() if len(group) > 1]:
         findings.append(
-            f"{_count(len(twins), 'name is', 'names are')} written in more than one way, and counts as many clients: "
+            f"{format_count(len(twins), 'name is', 'names are')} written in more than one way, and counts "
+            "as many clients: "
             f"{twins[0][0]!r} and {twins[0][1]!r}, for example."
         )
     shared = description["overlap"]["images"]["between_clients"]
     if shared["distinct"]:
         first, second, count = shared["most"][0]
         findings.append(
-            f"{_count(shared['distinct'], 'image is', 'images are')} with two or more clients, on "
-            f"{shared['rows']:,} rows; {first} and {second} have most in common ({count:,})."
+            f"{format_count(shared['distinct'], 'image is', 'images are')} with two or more clients, on "
+            f"{format_count(shared['rows'], 'row')}; {first} and {second} have most in common ({count:,})."
         )
     return findings
 
@@ -127,7 +131,7 @@ def _tabulate_clients(description: Mapping[str, Any]) -> Table:
     shown, note = keep_ends(rows, "largest and the smallest")
     images = f"{description['images']['distinct']:,}"
     sums = ("all", *(f"{sum(client[split] for client in clients):,}" for split in SPLITS), images)
-    title = f"{description['source']}, seed {description['seed']}: {_count(len(clients), 'client', 'clients')}"
+    title = f"{description['source']}, seed {description['seed']}: {format_count(len(clients), 'client', 'clients')}"
     return Table(title, columns, (*shown, sums), frozenset({len(shown)}), note)
 
 
@@ -160,7 +164,7 @@ def _tabulate_texts(description: Mapping[str, Any]) -> Table:
     note = ""
     if pairs is not None:
         why = "".join(f"; {count:,} × {reason}" for reason, count in pairs["reasons"].items())
-        note = f"{pairs['rows']:,} rows state a preference{why}."
+        note = f"{format_count(pairs['rows'], 'row states', 'rows state')} a preference{why}."
     return Table("Texts", columns, tuple(rows), note=note)
 
 
@@ -184,11 +188,7 @@ def _tabulate_overlap(description: Mapping[str, Any]) -> Table:
     alike = "pixels" if description["images"]["decoded"] else "bytes (by pixels with --check-images)"
     note = f"The same image: the same {alike}. A question with its answer may well recur."
     if description["repeated_rows"]:
-        repeated = _count(description["repeated_rows"], "row repeats", "rows repeat")
+        repeated = format_count(description["repeated_rows"], "row repeats", "rows repeat")
         note += f" {repeated} another: image, question and answer."
     columns = ("in both", "images", "rows", "questions with answer", "rows ")
     return Table("What is in two places", columns, rows, note=note)
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"

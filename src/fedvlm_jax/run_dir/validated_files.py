@@ -47,6 +47,9 @@ SEALED: Form = {
     "fingerprint": {"data": str, "weights": str, "model_files": dict[str, str], "clients": dict[str, str]},
     "versions": dict[str, str | None],
 }
+AWAY = "away"
+"""Results of a deployment: clients that were away when it ended, and so are not in them."""
+
 RESULTS: Form = {
     "zero_shot": BySplit,
     "personal": BySplit,
@@ -55,6 +58,7 @@ RESULTS: Form = {
     "selected_by?": str,
     "gain_intervals?": dict[str, dict[str, tuple[float, float]]],
     "neighbours?": dict[str, Scores | str],
+    f"{AWAY}?": list[str],
 }
 HELD_OUT: Form = {"held_out": {"cold_start": str, "zero_shot": BySplit, "personal": BySplit}}
 LINE: Form = {"round": int, "method?": str, "validation?": dict[str, Any] | None}

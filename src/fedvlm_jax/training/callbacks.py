@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from fedvlm_jax.distributed import processes
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.run_dir import metrics_lines
 from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training.failures import UNFIT, describe_rounds, describe_unfit, explain_aggregate, explain_all_unfit
@@ -48,7 +48,9 @@ class MetricsWriter(Callback):
         """Drop lines of rounds that are in no checkpoint: they are run again."""
         experiment, path = trainer.experiment, trainer.experiment.folder / metrics_lines.NAME
         if processes.is_first() and (lost := metrics_lines.drop_later(experiment.folder, done)):
-            experiment.show.note(f"{path} lacks {lost} of {done} rounds: reports leave them out, and nothing else does")
+            experiment.show.note(
+                f"{path} lacks {lost} of {format_count(done, 'round')}: reports leave them out, and nothing else does"
+            )
 
     def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
         """Append the round's line, on the disk before the checkpoint that follows."""

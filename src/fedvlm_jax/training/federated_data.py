@@ -16,7 +16,7 @@ from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import Examples, encode
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import local_base, local_mesh
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.evaluation.answer_generation import SEARCHES, Answering
 from fedvlm_jax.evaluation.evaluator import Numbers, Scored
 from fedvlm_jax.evaluation.gold_answers import read_gold
@@ -159,7 +159,8 @@ def open_data(model: LoadedModel, run: Run) -> FederatedData:
     prompt = vlm.most_prompt_tokens(longest)
     if prompt < 1:
         raise UserError(
-            f"the model has {vlm.positions} positions, and answers of up to {longest} tokens leave none of them for a "
+            f"the model has {format_count(vlm.positions, 'position')}, and answers of up to "
+            f"{format_count(longest, 'token')} leave none of them for a "
             "prompt: lower --data.max-answer-tokens and --evaluation.max-answer-tokens"
         )
     fitted = data.replace(max_prompt_tokens=min(data.max_prompt_tokens, prompt), max_answer_tokens=answer)
