@@ -9,7 +9,8 @@ import tomllib
 
 import pytest
 
-from fedvlm_jax.cli import main
+from fedvlm_jax.cli import deploy, main
+from fedvlm_jax.cli import node as node_command
 from fedvlm_jax.cli.main import main as fedvlm
 from fedvlm_jax.deployment.flower.app_folder import describe_supernode
 from fedvlm_jax.deployment.plan import read_node_file, read_plan
@@ -92,6 +93,30 @@ def test_the_short_help_has_what_is_a_deployment_s_own(capsys):
     assert "--help-all lists" in shown
     for flag in ("--clients", "--at-least", "--timeout", "--secure", "--port", "--out"):
         assert f"\n  {flag} " in shown or f"\n  {flag}\n" in shown
+
+
+NOT_THERE = [
+    ("--start", "folder"), ("--train.finetune-steps", "2"), ("--evaluation.clients", "2"),
+    ("--evaluation.cross-clients",), ("--evaluation.cold-start", "mean"), ("--participation.dropout", "0.1"), ("--participation.stragglers", "0.1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", NOT_THERE, ids="".join)
+def test_what_is_always_refused_is_not_listed(words, tmp_path, capsys):
+    told = refuse(["deploy", "init", tmp_path / "new", "--clients", "3", *words], capsys)
+    assert "not in a deployment" in told or "no such folder" in told
+    assert words[0] in deploy.REFUSED
+
+
+@pytest.mark.parametrize("words", [("deploy", "init"), ("node",)])
+def test_the_help_lists_what_can_be_given(words, capsys):
+    with pytest.raises(SystemExit):
+        fedvlm([*words, "--help-all"])
+    shown = capsys.readouterr().out
+    assert not [flag for flag in (deploy if len(words) > 1 else node_command).REFUSED if flag in shown]
+    assert {flag for flag, *_ in NOT_THERE} < deploy.REFUSED
+    assert "--participation.sampling" in shown or words == ("node",)
+    assert "(default: emoji)" not in shown
 
 
 def test_the_command_of_a_supernode_survives_a_shell():

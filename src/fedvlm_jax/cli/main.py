@@ -112,7 +112,11 @@ def _dispatch(words: list[str]) -> None:
     except SystemExit as stop:
         if stop.code in (0, None):
             text = shown.getvalue()  # what is no help is a script that completes words in a shell
-            print(show_help(text, everything=asked == ALL) if asked else text)
+            if asked:
+                about = sys.modules[commands[name].__module__]
+                refused, required = (getattr(about, marked, ()) for marked in ("REFUSED", "REQUIRED"))
+                text = show_help(text, everything=asked == ALL, refused=refused, required=required)
+            print(text)
             raise
         sentence = _read_box(complaint.getvalue())
         flag = re.match(r"Error parsing (--[\w.-]+)", sentence)

@@ -15,7 +15,9 @@ from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.errors import UserError, format_count
 
 SOCKET = "worker.sock"
-PLANNED = {"--data.max-prompt-tokens", "--data.max-answer-tokens"}
+REFUSED = {"--data.max-prompt-tokens", "--data.max-answer-tokens"}
+"""Options that are the plan's, and so not listed here."""
+REQUIRED = {"--data"}
 
 
 def node(
@@ -35,9 +37,9 @@ def node(
         folder: for its personal state and, in the end, its model; say the same one when it is started again.
         socket: where orders are taken, from this user alone.
     """
-    if "--data" not in find_written():
+    if not find_written() >= REQUIRED:
         raise UserError("say whose rows this client trains on: fedvlm node NODE_FILE --data rows.parquet, for example")
-    if of_plan := sorted(find_written() & PLANNED):
+    if of_plan := sorted(find_written() & REFUSED):
         raise UserError(f"{of_plan[0]} is the plan's, the same at every node: leave it out")
     start_quickly()
 
