@@ -8,6 +8,7 @@ import stat
 import tomllib
 
 import pytest
+from deployment_world import write_rows
 
 from fedvlm_jax.cli import deploy, main
 from fedvlm_jax.cli import node as node_command
@@ -97,7 +98,8 @@ def test_the_short_help_has_what_is_a_deployment_s_own(capsys):
 
 NOT_THERE = [
     ("--start", "folder"), ("--train.finetune-steps", "2"), ("--evaluation.clients", "2"),
-    ("--evaluation.cross-clients",), ("--evaluation.cold-start", "mean"), ("--participation.dropout", "0.1"), ("--participation.stragglers", "0.1"),
+    ("--evaluation.cross-clients",), ("--evaluation.cold-start", "mean"), ("--participation.dropout", "0.1"),
+    ("--participation.stragglers", "0.1"),
 ]  # fmt: skip
 
 
@@ -131,7 +133,7 @@ def refuse(words, capsys):
         fedvlm(list(map(str, words)))
     said = capsys.readouterr()
     assert stop.value.code == 2, said
-    assert said.err.count("\n") == 1, said.err
+    assert said.err.count("fedvlm: ") == 1, said.err
     return said.err
 
 
@@ -178,3 +180,12 @@ def test_a_node_that_cannot_be_is_refused_before_a_model_is_loaded(written, tmp_
         told = refuse(["node", file, *data, "--socket", tmp_path / "w.sock"], capsys)
     assert "a running `fedvlm node` has it" in told
     assert not list(tmp_path.glob("node-*"))
+
+
+def test_a_node_that_is_refused_leaves_no_folder(written, tmp_path, capsys, monkeypatch):
+    """One that held nothing but an owner and a lock had stayed, and looked like a node's."""
+    rows = write_rows(tmp_path / "rows")
+    monkeypatch.chdir(tmp_path)
+    told = refuse(["node", written / "nodes" / "client-1.json", "--data", rows / "all", "--socket", "s/w"], capsys)
+    assert "has 3 clients (ann, bob, cyd), and a node is one" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]

@@ -21,7 +21,7 @@ from fedvlm_jax.config.learning_rates import find_rates
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.batches import bucket, count_steps, round_rows
 from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.deployment.node_states import NodeStates, claim_states
+from fedvlm_jax.deployment.node_states import NodeStates, check_owner
 from fedvlm_jax.deployment.packets import Packet
 from fedvlm_jax.deployment.plan import NodeFile
 from fedvlm_jax.deployment.replies import MODELS, read_header
@@ -326,7 +326,7 @@ def open_node(
         UserError: the base is not the plan's, the rows are not those of one client, or none of them can be trained on;
             or the folder is another node's.
     """
-    claim_states(folder / STATES, _name_owner(file))
+    check_owner(folder / STATES, _name_owner(file))
     plan = file.plan
     lengths = {name: getattr(plan.run.data, name) for name in ("max_prompt_tokens", "max_answer_tokens")}
     # Ranks are dealt by numbers of the whole population, of which there is one here.
