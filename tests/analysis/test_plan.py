@@ -175,7 +175,7 @@ def test_forced_devices_reduce_once_over_clients(model, tmp_path):
 @pytest.mark.slow
 def test_a_pod_that_is_not_there(model, tmp_path):
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip('libtpu is not installed: pip install "fedvlm-jax[plan]"')
+        pytest.skip('libtpu is not installed: pip install -e ".[plan]"')
     words = ("--system.compute", "bfloat16", "--mesh", "clients=2,model=2", "--price-per-chip-hour", "3.6")
     done, stored = run_command(model, tmp_path, "v5e:2x2", *words)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -27,7 +27,7 @@ from fedvlm_jax.deployment.packets import Packet
 from fedvlm_jax.errors import UserError
 
 needs_flower = pytest.mark.skipif(
-    find_spec("flwr") is None, reason="needs Flower: pip install 'fedvlm-jax[flower]', in an environment of its own"
+    find_spec("flwr") is None, reason="needs the extra `flower`: pip install -e '.[flower,test]'"
 )
 ENTRIES = 2_000
 

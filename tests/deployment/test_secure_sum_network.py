@@ -14,7 +14,7 @@ import pytest
 
 import fedvlm_jax
 
-pytest.importorskip("flwr", reason="needs Flower: pip install 'fedvlm-jax[flower]', in an environment of its own")
+pytest.importorskip("flwr", reason="needs the extra `flower`: pip install -e '.[flower,test]'")
 pytestmark = pytest.mark.slow
 
 NODES, ENTRIES, CLIP = 3, 45_056, 0.05

@@ -103,8 +103,8 @@ def open_devices(topology: Topology) -> list[Any]:
         return devices[:count]
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f'--topology {topology.name} is compiled by libtpu, which is not installed: pip install "fedvlm-jax[plan]" '
-            "(no TPU is needed), or plan for --topology cpu"
+            f"--topology {topology.name} is compiled by libtpu, which is not installed: pip install '.[plan]' in a "
+            "clone of fedvlm-jax (no TPU is needed), or plan for --topology cpu"
         )
     from jax.experimental import topologies
 
