@@ -193,7 +193,7 @@ def test_a_node_killed_between_rounds_goes_on_with_its_personal_state(deployment
 
 
 def test_a_server_killed_between_rounds_goes_on(deployment):
-    """SuperLink and app killed with -9, and started again: workers and SuperNodes stay, the run goes on where it was."""
+    """SuperLink and app, with -9, and started again: workers and SuperNodes stay, the run goes on where it was."""
     deployment.start_link()
     for number in range(deployment.clients):
         deployment.start_worker(number)
