@@ -13,6 +13,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import tyro
@@ -152,5 +153,8 @@ def _read_box(text: str) -> str:
     above = rules[0] if rules else len(rows)
     sentence = " ".join(row for row in rows[:above] if row).rstrip(".") or " ".join(text.split())
     sentence = re.sub(r"^Error parsing \S+: (?=--)", "", sentence)
-    flag = next((row.split()[0].rstrip(",") for row in rows[above:] if re.match(r"--\w", row)), None)
+    flags = [row.split()[0].rstrip(",") for row in rows[above:] if re.match(r"--\w", row)]
+    wrong = re.search(r"--[\w.-]+", sentence)
+    # Those that tyro finds equally alike come in any order.
+    flag = max(flags, key=lambda flag: SequenceMatcher(None, wrong[0] if wrong else "", flag).ratio(), default=None)
     return f"{sentence}; did you mean {flag}?" if flag and sentence.startswith("Unrecognized") else sentence
