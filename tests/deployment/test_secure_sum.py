@@ -136,7 +136,7 @@ def test_a_worker_that_has_kept_nothing_is_left_out():
 def test_too_few_nodes_are_left(stage, number):
     grid = LocalGrid(keep([0.5], [0], [0.25]), [(1, stage), (2, stage)])
     with pytest.raises(
-        TooFewNodesError, match=f"1 of 3 nodes are left after stage {number} of 4, 2 are needed"
+        TooFewNodesError, match=f"1 of 3 nodes is left after stage {number} of 4, 2 are needed"
     ) as caught:
         ask(grid)
     assert "\n" not in str(caught.value)

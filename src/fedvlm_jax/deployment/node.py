@@ -196,7 +196,7 @@ class Node:
         leaves = [np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(self._message[1])]
         self._message = None  # two sums with other clients would tell it by their difference
         vector = np.concatenate([*leaves, np.zeros(0, np.float32)])
-        return Packet({}, (vector * np.float32(header["weight"])).tobytes())
+        return Packet({"round": header["round"]}, (vector * np.float32(header["weight"])).tobytes())
 
     def _evaluate(self, order: Packet) -> Packet:
         header, server = self._check(order, EVALUATE), self._view(order.payload)
