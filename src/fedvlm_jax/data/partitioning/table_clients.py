@@ -215,7 +215,7 @@ def _draw_clients(
     raise UserError(
         f"--data.min-examples is {wanted}, and in {DRAWS} draws of --data.partition {partition.kind} the smallest of "
         f"{format_count(count, 'client')} had {format_count(best, 'training row')} at best; shared out "
-        f"evenly, {format_count(train, 'row makes', 'rows make')} {train // count} each. "
+        f"evenly, {format_count(train, 'row is', 'rows are')} {train // count} each. "
         f"Ask for less, for fewer --data.clients{larger}. {left_out}".rstrip()
     )
 
