@@ -104,7 +104,7 @@ def test_no_room_for_anyone(model, monkeypatch):
     ("changes", "expected"),
     [
         ({"topology": "cpu:4096"}, "has settled for"),
-        ({"system": SystemOptions(mesh="clients=4096")}, "--mesh clients=4096 takes 4096 devices"),
+        ({"system": SystemOptions(mesh="clients=4096")}, "--mesh clients=4096 takes 4,096 devices"),
         ({"lora": LoraOptions(rank=2, targets="nothing_is_called_so")}, "nothing_is_called_so"),
     ],
 )
