@@ -111,4 +111,4 @@ def _note_dtype(file: Path, name: str) -> None:
 
 def name_class(vlm: Vlm) -> str:
     """Name the class of transformers that opens a checkpoint of this model."""
-    return "CLIPModel" if vlm.family == "clip" else "AutoModelForImageTextToText"
+    return "AutoModelForImageTextToText" if vlm.bind is None else "AutoModel"

@@ -26,6 +26,10 @@ from fedvlm_jax.models.processor_files import digest_settings, list_files, make_
 QUESTION, ANSWER = "\ue000", "\ue001"  # of Unicode's private use, so that no template holds them
 FIRST_MARK = 0xE100  # of the marks for a conversation's texts
 MARKS = re.compile(f"([{chr(FIRST_MARK)}-\uf8ff])")
+TRIAL = "Is it <one>, or 'two' & \"three\"? Ja: groß, 4 €. " * 8 + "End."
+"""A text that templates could escape, shorten, or write in capitals."""
+MOST_CHARACTERS = 2**18
+"""Longest chat template, and longest text that one writes around a question; the longest known has 2**14."""
 
 Shape = tuple[tuple[str, tuple[bool, ...]], ...]
 """Who speaks, and of each part whether it is a text; the others are pictures."""
@@ -61,10 +65,20 @@ def read_template(folder: Path, tokenizer: Any) -> str | None:
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {explain_error(error)}") from None
     for name in list_files(folder, ("chat_template.json", "processor_config.json")):
-        if isinstance(template := read_json(folder / name).get("chat_template"), str):
-            return template
+        if template := read_json(folder / name).get("chat_template"):
+            return _choose_template(template, folder / name)
     template = getattr(tokenizer, "chat_template", None)
-    return template if isinstance(template, str) else None
+    return _choose_template(template, folder) if template else None
+
+
+def _choose_template(template: Any, where: Path) -> str:
+    """Choose the default of several named templates."""
+    if isinstance(template, list) and all(isinstance(one, dict) for one in template):
+        template = {one.get("name"): one.get("template") for one in template}
+    chosen = template.get("default") if isinstance(template, dict) else template
+    if not isinstance(chosen, str):
+        raise UserError(f"chat_template of {where} is no text, and holds none of the name 'default'")
+    return chosen
 
 
 def make_frame(template: str, tokenizer: Any, folder: Path) -> Frame:
@@ -73,21 +87,39 @@ def make_frame(template: str, tokenizer: Any, folder: Path) -> Frame:
     Raises:
         UserError: the template fails, changes a text, or writes a prompt otherwise once it is answered.
     """
-    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-    answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
-    try:
-        prompt = tokenizer.apply_chat_template(
-            asked, chat_template=template, tokenize=False, add_generation_prompt=True
+    if len(template) > MOST_CHARACTERS:
+        raise UserError(
+            f"the chat template in {folder} has {format_count(len(template), 'character')}, expected "
+            f"{MOST_CHARACTERS:,} at most"
         )
-        whole = tokenizer.apply_chat_template(answered, chat_template=template, tokenize=False)
+
+    def render(question: str, answer: str | None = None) -> str:
+        said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        if answer is not None:
+            said.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return tokenizer.apply_chat_template(
+            said, chat_template=template, tokenize=False, add_generation_prompt=answer is None
+        )
+
+    try:
+        prompt, whole, tried = render(QUESTION), render(QUESTION, ANSWER), render(TRIAL, TRIAL)
     except Exception as error:  # of Jinja, whose sandbox the template runs in, or of what the template calls
         raise UserError(f"the chat template in {folder} cannot be used: {explain_error(error)}") from None
+    if len(whole) > MOST_CHARACTERS:
+        raise UserError(
+            f"the chat template in {folder} writes {format_count(len(whole), 'character')} around a question"
+        )
+    if whole.count(QUESTION) == whole.count(ANSWER) == 1 and tried != re.sub(
+        f"[{QUESTION}{ANSWER}]", lambda _: TRIAL, whole
+    ):
+        raise UserError(f"the chat template in {folder} changes texts, or writes other texts around others")
     bare = prompt.rstrip()
     if not whole.startswith(prompt) and whole.startswith(bare) and whole[len(bare) :].lstrip().startswith(ANSWER):
         # Some templates write other white space before an answer than where one is asked for (LLaVA-OneVision's); the
         # latter is what generation sees.
         whole = prompt + whole[len(bare) :].lstrip()
-    if prompt.count(QUESTION) != 1 or not whole.startswith(prompt) or whole[len(prompt) :].count(ANSWER) != 1:
+    once = prompt.count(QUESTION) == whole[len(prompt) :].count(ANSWER) == 1
+    if not once or not whole.startswith(prompt) or MARKS.search(whole):
         raise UserError(
             f"the chat template in {folder} does not write a question and its answer one after another, each once: a "
             "prompt must be the same whether it is answered or not"
@@ -291,7 +323,12 @@ def open_chat_processor(
     def join(images: Any, tokenizer: Any) -> ChatProcessor:
         if missing := [token for token in tokens if token not in tokenizer.get_vocab()]:
             raise UserError(f"the tokenizer in {folder} lacks {', '.join(missing)}, which a picture needs")
-        return build(images, tokenizer)
+        made = build(images, tokenizer)
+        if (count := (made.frame.head + made.frame.tail).count(made.placeholder)) != 1:
+            raise UserError(
+                f"the chat template in {folder} writes {made.placeholder} {format_count(count, 'time')} for a picture"
+            )
+        return made
 
     processor = open_files(folder, join, needs)
     try_out(processor, processor.images, folder)
