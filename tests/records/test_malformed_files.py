@@ -139,7 +139,7 @@ LINES: dict[str, tuple[str | bytes, str | None]] = {
     "a picture less than its marks": (talk(ASKS_TWICE, SAYS), "1 picture for 2 places"),
     "a picture more than its marks": (talk(ASKS_TWICE, SAYS, image=["03.png"] * 3), "3 pictures for 2 places"),
     "marks without a picture": (talk(ASKS_TWICE, SAYS, image=None), "no image"),
-    "marks without end": (talk({"from": "human", "value": "<image>" * 10**6}, SAYS), "1 picture for 1000000 places"),
+    "marks without end": (talk({"from": "human", "value": "<image>" * 10**6}, SAYS), "1 picture for 1,000,000 places"),
     "a picture in an answer": (talk(USER, {"from": "gpt", "value": "<image> a"}), IN_ANSWER),
     "a picture in an answer of TRL": (change(chosen=SHOWS), IN_ANSWER),
     "a picture in a rejected answer": (change(rejected=SHOWS), IN_ANSWER),
