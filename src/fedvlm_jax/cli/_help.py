@@ -14,7 +14,7 @@ FIRST = (
     "--out", "--resume", "--adapter",
 )  # fmt: skip
 
-FEW = 24  # a command with no more options shows all of them
+FEW = 28  # a command with no more options shows all of them
 
 
 def show_help(text: str, *, everything: bool, refused: Collection[str] = (), required: Collection[str] = ()) -> str:

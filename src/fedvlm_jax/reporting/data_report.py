@@ -16,6 +16,7 @@ from fedvlm_jax.reporting.figures.theme import save_png
 from fedvlm_jax.reporting.tables import Table, keep_ends
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.serialization import encode
+from fedvlm_jax.utils.untrusted_text import clean
 
 MISSING = frozenset({"nan", "none", "null", "<na>", "n/a", "nat"})  # missing values, once they were turned into text
 LISTED = 12  # values of a key, and reasons, that a table shows
@@ -27,23 +28,38 @@ def describe_data(
     out: Path,
     *,
     check_images: bool = False,
+    model: str | None = None,
+    image_size: int | None = None,
+    image_tiles: int | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Make the federation that a run with these options and this seed would have, and describe it.
+
+    With a `model` its tokens are counted too, in `tokens`; see `training.token_lengths`.
 
     Returns:
         The content of `out`/data.json, beside which `data.png` lies: the seed, the options, and what
         `data.dataset_summary.describe` found.
 
     Raises:
-        UserError: the data cannot be read, or make no federation.
+        UserError: the data cannot be read, or make no federation; or the model cannot.
     """
+    opened = None
+    if model is not None:  # quick to fail
+        from fedvlm_jax.models import open_model  # late: it imports jax
+
+        opened = open_model(model, image_size=image_size, image_tiles=image_tiles)
     note(f"reading {options.source}")
     table = read_table(options)
     note(f"giving {format_count(len(table), 'row')} to clients")
     federation = federate(table, options, seed)
     found = describe(table, federation, options, check_images=check_images, note=note)
     description = {"seed": seed, "options": encode(options), **found}
+    if opened is not None:
+        from fedvlm_jax.training.token_lengths import describe_lengths
+
+        note(f"counting the tokens of {model}")
+        description["tokens"] = {"model": model, **describe_lengths(table, federation, options, *opened)}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "data.json", description)
     save_png(draw_data(description), out / "data.png")
@@ -69,7 +85,8 @@ def find_leaks(description: Mapping[str, Any]) -> list[str]:
 def word_findings(description: Mapping[str, Any]) -> list[str]:
     """Describe where a run would fail, and what its scores would hide; nothing where all is well."""
     findings = []
-    unusable = description["unusable"]["rows"]
+    tokens = description.get("tokens")
+    unusable = description["unusable"]["rows"] if tokens is None else sum(tokens["left_out"].values())
     total = description["rows"]["in_use"] + description["rows"]["without_client"]
     allowed = description["options"]["max_bad_share"]
     if unusable > allowed * total:
@@ -115,6 +132,7 @@ def tabulate_data(description: Mapping[str, Any]) -> list[Table]:
         _tabulate_clients(description),
         *(_tabulate_key(key, found) for key, found in description["keys"].items()),
         _tabulate_texts(description),
+        *([_tabulate_tokens(description["tokens"])] if "tokens" in description else []),
         _tabulate_left_out(description),
         _tabulate_overlap(description),
     ]
@@ -168,11 +186,30 @@ def _tabulate_texts(description: Mapping[str, Any]) -> Table:
     return Table("Texts", columns, tuple(rows), note=note)
 
 
+def _tabulate_tokens(found: Mapping[str, Any]) -> Table:
+    rows = tuple(
+        (name, *(f"{found[name][length]:,.0f}" for length in ("median", "p95", "most", "limit")))
+        for name in ("prompt", "answer")
+    )
+    pictures, each = found["most_pictures"], found["image_tokens"]
+    note = f"Of a prompt {pictures * each:,} tokens are the picture's."
+    if pictures > 1:
+        note = f"A prompt has up to {pictures} pictures and tiles of {format_count(each, 'token')} each."
+    if found["cut"]:
+        note += f" {format_count(found['cut'], 'answer is longer and is', 'answers are longer and are')} cut."
+    if found["left_out"]:
+        reasons = ", ".join(f"{count:,} × {reason}" for reason, count in found["left_out"].items())
+        note += f" Left out: {reasons}."
+    columns = ("tokens", "median", "95 % have at most", "longest", "most there may be")
+    return Table(f"Tokens of {clean(found['model'])}", columns, rows, note=note)
+
+
 def _tabulate_left_out(description: Mapping[str, Any]) -> Table:
     unusable = description["unusable"]
     rows = tuple((reason, f"{count:,}") for reason, count in list(unusable["reasons"].items())[:LISTED])
-    rest = "." if description["images"]["decoded"] else "; and broken images, which only --check-images looks for."
-    note = f"{unusable['lost']}Prompts that are too long for the model come on top{rest}"
+    more = [] if "tokens" in description else ["prompts that are too long for the model, which --model counts"]
+    more += [] if description["images"]["decoded"] else ["broken images, which only --check-images looks for"]
+    note = f"{unusable['lost']}On top come {', and '.join(more)}." if more else unusable["lost"]
     return Table("Rows that will be left out", ("reason", "rows"), rows, note=note)
 
 
