@@ -155,6 +155,7 @@ def train():
     """Run SuperLink, nodes and all rounds."""
     local = ("--insecure", "--superlink", f"127.0.0.1:{port}", "--port")
     link = ("flower-superlink", "--insecure", "--port", port, "--disable-runtime-dependency-installation")
+    link += ("--database", folder / "d" / "superlink.db")  # it knows its nodes when it is started again
     with contextlib.ExitStack() as running:
         start(running, "superlink", *link, ready="Uvicorn running")
         for number, (name, node_port) in enumerate(zip(WORDS, node_ports, strict=True)):

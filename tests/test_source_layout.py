@@ -50,3 +50,18 @@ def test_docstrings_begin_with_a_verb_or_the_noun():
 def test_docstrings_show_examples():
     docstrings = [text for _, text in read_docstrings()]
     assert sum(">>> " in text for text in docstrings) > 0.1 * len(docstrings)
+
+
+SEVERAL = {  # lines that are reached with more than one alone, or that no user sees
+    "{len(looked_at)} clients", "{len(runs)} runs", "{len(rows)} clients", "{len(records)} runs",
+    "{len(names)} clients",
+    "{len(predictions)} predictions", "{len(references)} lists", "{len(given)} pictures", "{len(paths)} pictures",
+    "{len(rows)} rows", "{len(clients)} clients",
+}  # fmt: skip
+
+
+def test_a_single_thing_is_not_told_of_as_several():
+    """A message had said "1 clients": `format_count` writes a number of things."""
+    text = "".join(path.read_text(encoding="utf-8") for path in FILES)
+    found = re.findall(r"\{len\([^{}]*\)(?::,)?\} (?:training )?[a-z]{3,}s\b", text)
+    assert {text for text in found if not text.endswith((" bytes", " characters"))} == SEVERAL

@@ -15,9 +15,12 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in COMPUTING and HELP.isdisjoint(sys.argv):
         restart_with_kept_memory()
 
-    from fedvlm_jax.cli.main import main as run
+    from fedvlm_jax.cli._process.signals import ending_at_once
 
-    run()
+    with ending_at_once():
+        from fedvlm_jax.cli.main import main as run
+
+        run()
 
 
 if __name__ == "__main__":

@@ -101,3 +101,20 @@ def naming(path: Path | str) -> Generator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def format_count(number: float, one: str, many: str = "") -> str:
+    """Write a number of things, for messages.
+
+    >>> format_count(1, "client"), format_count(1200, "client"), format_count(2, "class", "classes")
+    ('1 client', '1,200 clients', '2 classes')
+    >>> format_count(2.5, "second")
+    '2.5 seconds'
+
+    Args:
+        number: of them.
+        one: the noun of a single one, with what agrees with it.
+        many: of several; with an "s" unless it is given.
+    """
+    written = f"{number:,g}" if isinstance(number, float) else f"{number:,}"
+    return f"{written} {one if number == 1 else many or one + 's'}"

@@ -35,7 +35,7 @@ def run_python(*words):
 def both(tmp_path_factory):
     """-> plan.json, and what the compiler says of the round written by hand."""
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip('libtpu is not installed, which compiles for TPUs: pip install "fedvlm-jax[plan]"')
+        pytest.skip('libtpu is not installed, which compiles for TPUs: pip install -e ".[plan]"')
     folder = tmp_path_factory.mktemp("plan")
     options = ["--topology", "v5e:2x2", "--model", "florence2-base", "--method", "fedavg-lora"]
     options += ["--clients", str(CHIPS * CLIENTS), "--train.local-steps", str(STEPS)]

@@ -104,7 +104,7 @@ def test_no_room_for_anyone(model, monkeypatch):
     ("changes", "expected"),
     [
         ({"topology": "cpu:4096"}, "has settled for"),
-        ({"system": SystemOptions(mesh="clients=4096")}, "--mesh clients=4096 takes 4096 devices"),
+        ({"system": SystemOptions(mesh="clients=4096")}, "--mesh clients=4096 takes 4,096 devices"),
         ({"lora": LoraOptions(rank=2, targets="nothing_is_called_so")}, "nothing_is_called_so"),
     ],
 )
@@ -175,7 +175,7 @@ def test_forced_devices_reduce_once_over_clients(model, tmp_path):
 @pytest.mark.slow
 def test_a_pod_that_is_not_there(model, tmp_path):
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip('libtpu is not installed: pip install "fedvlm-jax[plan]"')
+        pytest.skip('libtpu is not installed: pip install -e ".[plan]"')
     words = ("--system.compute", "bfloat16", "--mesh", "clients=2,model=2", "--price-per-chip-hour", "3.6")
     done, stored = run_command(model, tmp_path, "v5e:2x2", *words)
     assert done.returncode == 0, done.stderr[-3000:]

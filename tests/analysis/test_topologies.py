@@ -63,7 +63,7 @@ def test_what_is_no_topology(text, expected):
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "fedvlm-jax\[plan\]"'):
+    with pytest.raises(UserError, match=r"pip install '\.\[plan\]' in a clone"):
         open_devices(parse_topology("v5e:2x2"))
 
 
@@ -111,7 +111,7 @@ KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 l
 @pytest.mark.slow
 def test_libtpu_knows_every_slice_of_the_table():
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip('libtpu is not installed: pip install "fedvlm-jax[plan]"')
+        pytest.skip('libtpu is not installed: pip install -e ".[plan]"')
     done = subprocess.run([sys.executable, "-c", EVERY_SLICE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     opened = [line.split(",") for line in done.stdout.splitlines()]

@@ -93,7 +93,7 @@ def test_a_link_to_a_picture_is_the_user_s_own(tmp_path):
         (["text.png"], "text.png: broken or truncated image"),
         (["large.png"], "large.png: image of more than 50 pixels"),
         (["empty"], "empty: no picture is in it"),
-        (["broken"], r"broken: none of its 1 pictures can be read \(broken or truncated image\)"),
+        (["broken"], r"broken: none of its 1 picture can be read \(broken or truncated image\)"),
         (["small.png", "empty"], "empty is a folder, about each picture of which is asked: give it alone"),
         (["small.png"] * 9, "9 pictures of one question; 8 are the most"),
         (["pipe"], "pipe: it is no file"),

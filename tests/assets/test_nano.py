@@ -135,7 +135,9 @@ def test_names_the_group_of_unseen_pictures(folder: Path) -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch: pip install 'fedvlm-jax[parity]'")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="needs the extra `parity`: pip install -e '.[parity]'"
+)
 def test_transformers_loads_smolvlm_nano_and_answers_alike() -> None:
     import torch
     from models import causal_reference

@@ -55,6 +55,21 @@ def test_a_leak_is_loud_and_fails_only_when_strict(
     assert "--strict" in capsys.readouterr().err
 
 
+def test_tokens_of_a_model_are_counted(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["data", "--data", str(rows), "--model", "florence2-nano", "--out", str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    assert "Tokens of florence2-nano" in shown
+    found = json.loads((tmp_path / "out" / "data.json").read_text())["tokens"]
+    assert found["image_tokens"] == 17
+    assert found["prompt"]["median"] > found["image_tokens"]
+    assert found["left_out"] == {}
+    words = ["data", "--data", str(rows), "--model", "florence2-nano", "--data.max-prompt-tokens", "18"]
+    main([*words, "--out", str(tmp_path / "short")])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Left out: 6 × prompt too long." in shown
+    assert "6 of 6 rows cannot be used, more than --data.max-bad-share" in shown
+
+
 def test_options_are_those_of_train(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--data.partition", "iid", "--data.clients", "2", "--seed", "4", "--check-images", "--strict"]
     source = ["--data", str(rows), "--data.max-bad-share", "0.5"]
@@ -74,6 +89,8 @@ def test_options_are_those_of_train(rows: Path, tmp_path: Path, capsys: pytest.C
         (["--data", "nowhere"], "neither a named data set nor a path"),
         (["--seed", "-1"], "--seed is -1"),
         (["--data.alpha", "0"], "--data.alpha is 0.0"),
+        (["--model", "nothere"], "no model 'nothere'"),
+        (["--image-size", "64"], "--image-size and --image-tiles are for --model"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,8 @@ def test_one_rate_sets_both(words):
         (["--lr", "--seed", "1"], "--lr: expected a learning rate"),
         (["--lr", "fast"], "--train.learning-rate-a"),
         (["--methdo", "local"], "did you mean --method?"),
+        (["--learning-rate-a", "1"], "did you mean --train.learning-rate-a?"),
+        (["--learning-rate-b", "1"], "did you mean --train.learning-rate-b?"),
     ],
 )
 def test_what_cannot_be_is_one_line(words, message, asked, capsys):

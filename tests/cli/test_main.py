@@ -57,7 +57,7 @@ def test_every_command_is_listed_in_order() -> None:
         (["train", "--system.mesh", "clients=0"], "--mesh clients=0: every axis must be 1 or more"),
         (["train", "--mesh", "clients=4", "--wave", "6"], "--wave 6 does not divide over --mesh clients=4"),
         (["compare", "--mesh", "model=2,clients=4"], "--mesh model=2,clients=4: expected"),
-        (["train", "--mesh", "clients=4096"], "--mesh clients=4096 takes 4096 devices: there are"),
+        (["train", "--mesh", "clients=4096"], "--mesh clients=4096 takes 4,096 devices: there are"),
         (["train", "--resume", "nowhere", "--mesh", "clients=2"], "leave out --system.mesh"),
         (["train", "--method", "plorra"], "did you mean plora?"),
         (["train", "--model", "./nowhere"], "there is no such folder"),

@@ -55,7 +55,7 @@ def test_client_and_split_columns_are_taken_as_they_are(tmp_path):
 
 def test_unknown_splits_are_refused_with_their_counts(tmp_path):
     rows = [make_row(n, client="a", split=("train", "val", "dev")[min(n, 2)]) for n in range(5)]
-    with pytest.raises(UserError, match=r"'dev' \(3 rows\), 'val' \(1 rows\); expected train, validation, test"):
+    with pytest.raises(UserError, match=r"'dev' \(3 rows\), 'val' \(1 row\); expected train, validation, test"):
         federate(read(tmp_path, rows), make_options("rows.parquet"), 0)
 
 
@@ -64,7 +64,7 @@ def test_without_clients_or_training_rows_there_is_no_federation(tmp_path):
         federate(read(tmp_path, make_rows(3), drop=["origin_dataset"]), make_options("rows.parquet"), 0)
     with pytest.raises(UserError, match=r"no client is left of 1; --data.min-examples is 9 .* has 1 training"):
         federate(read(tmp_path, [make_row(0, client="a")]), make_options("rows.parquet", min_examples=9), 0)
-    with pytest.raises(UserError, match="none of the 1 clients has a training row"):
+    with pytest.raises(UserError, match="none of the 1 client has a training row"):
         federate(read(tmp_path, [make_row(0, client="a", split="test")]), make_options("rows.parquet"), 0)
 
 

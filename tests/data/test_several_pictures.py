@@ -144,7 +144,7 @@ class Talker(Album):
         ("[" * 100_000, "turns that are no messages"),
         (
             '[{"role": "user", "content": [{"type": "image"}]}]',
-            "turns with places for 1 pictures, and 2 pictures",
+            "turns with places for 1 picture, and 2 pictures",
         ),
         ('[{"role": "system", "content": "a"}]', "no turn of the user in which its pictures could stand"),
     ],

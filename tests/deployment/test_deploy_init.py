@@ -8,8 +8,10 @@ import stat
 import tomllib
 
 import pytest
+from deployment_world import write_rows
 
-from fedvlm_jax.cli import main
+from fedvlm_jax.cli import deploy, main
+from fedvlm_jax.cli import node as node_command
 from fedvlm_jax.cli.main import main as fedvlm
 from fedvlm_jax.deployment.flower.app_folder import describe_supernode
 from fedvlm_jax.deployment.plan import read_node_file, read_plan
@@ -94,6 +96,31 @@ def test_the_short_help_has_what_is_a_deployment_s_own(capsys):
         assert f"\n  {flag} " in shown or f"\n  {flag}\n" in shown
 
 
+NOT_THERE = [
+    ("--start", "folder"), ("--train.finetune-steps", "2"), ("--evaluation.clients", "2"),
+    ("--evaluation.cross-clients",), ("--evaluation.cold-start", "mean"), ("--participation.dropout", "0.1"),
+    ("--participation.stragglers", "0.1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", NOT_THERE, ids="".join)
+def test_what_is_always_refused_is_not_listed(words, tmp_path, capsys):
+    told = refuse(["deploy", "init", tmp_path / "new", "--clients", "3", *words], capsys)
+    assert "not in a deployment" in told or "no such folder" in told
+    assert words[0] in deploy.REFUSED
+
+
+@pytest.mark.parametrize("words", [("deploy", "init"), ("node",)])
+def test_the_help_lists_what_can_be_given(words, capsys):
+    with pytest.raises(SystemExit):
+        fedvlm([*words, "--help-all"])
+    shown = capsys.readouterr().out
+    assert not [flag for flag in (deploy if len(words) > 1 else node_command).REFUSED if flag in shown]
+    assert {flag for flag, *_ in NOT_THERE} < deploy.REFUSED
+    assert "--participation.sampling" in shown or words == ("node",)
+    assert "(default: emoji)" not in shown
+
+
 def test_the_command_of_a_supernode_survives_a_shell():
     words = shlex.split(describe_supernode("/a dir/it's/w.sock", 2, 8123))
     assert words[:4] == ["flower-supernode", "--insecure", "--superlink", "127.0.0.1:8123"]
@@ -106,7 +133,7 @@ def refuse(words, capsys):
         fedvlm(list(map(str, words)))
     said = capsys.readouterr()
     assert stop.value.code == 2, said
-    assert said.err.count("\n") == 1, said.err
+    assert said.err.count("fedvlm: ") == 1, said.err
     return said.err
 
 
@@ -153,3 +180,12 @@ def test_a_node_that_cannot_be_is_refused_before_a_model_is_loaded(written, tmp_
         told = refuse(["node", file, *data, "--socket", tmp_path / "w.sock"], capsys)
     assert "a running `fedvlm node` has it" in told
     assert not list(tmp_path.glob("node-*"))
+
+
+def test_a_node_that_is_refused_leaves_no_folder(written, tmp_path, capsys, monkeypatch):
+    """One that held nothing but an owner and a lock had stayed, and looked like a node's."""
+    rows = write_rows(tmp_path / "rows")
+    monkeypatch.chdir(tmp_path)
+    told = refuse(["node", written / "nodes" / "client-1.json", "--data", rows / "all", "--socket", "s/w"], capsys)
+    assert "has 3 clients (ann, bob, cyd), and a node is one" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]

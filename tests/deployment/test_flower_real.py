@@ -15,7 +15,7 @@ from fedvlm_jax.run_dir.reader import read_finished, read_run
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("flwr") is None, reason="flwr is not installed: pip install -e '.[flower,test]'"),
+    pytest.mark.skipif(find_spec("flwr") is None, reason="needs the extra `flower`: pip install -e '.[flower,test]'"),
 ]
 
 OPTIONS = (
@@ -44,7 +44,14 @@ class Deployment:
             words = ["--enable-supernode-auth", "--ssl-ca-certfile", self.secure["ca"]]
             words += ["--ssl-certfile", self.secure["certificate"], "--ssl-keyfile", self.secure["key"]]
         self.link = self.network.start(
-            "superlink", "flower-superlink", *words, "--port", self.port, "--disable-runtime-dependency-installation"
+            "superlink",
+            "flower-superlink",
+            *words,
+            "--port",
+            self.port,
+            "--disable-runtime-dependency-installation",
+            "--database",
+            self.folder / "d" / "superlink.db",
         )
         self.link.wait_for(RUNNING)
 
@@ -186,19 +193,16 @@ def test_a_node_killed_between_rounds_goes_on_with_its_personal_state(deployment
 
 
 def test_a_server_killed_between_rounds_goes_on(deployment):
-    """SuperLink, app and SuperNodes killed with -9, and started again: workers stay, the run goes on where it was."""
+    """SuperLink and app, with -9, and started again: workers and SuperNodes stay, the run goes on where it was."""
     deployment.start_link()
     for number in range(deployment.clients):
         deployment.start_worker(number)
         deployment.start_supernode(number)
     deployment.start_run()
     deployment.wait_until(lambda: deployment.count_rounds() == 1, "the first round")
-    for process in (deployment.link, *deployment.supernodes.values()):
-        process.kill()
+    deployment.link.kill()
     before = (deployment.out / "metrics.jsonl").read_text().splitlines()[0]
     deployment.start_link()
-    for number in range(deployment.clients):
-        deployment.start_supernode(number)
     deployment.start_run()
     deployment.wait_until(lambda: (deployment.out / "results.json").is_file(), "results")
     assert deployment.check().rounds[1]["dropped"] == 0

@@ -210,7 +210,9 @@ def test_the_app_hands_the_order_to_the_worker(flower, request, monkeypatch):
 def test_without_flower_one_line_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "flwr", None)
     monkeypatch.delitem(sys.modules, "flwr.clientapp", raising=False)
-    with pytest.raises(UserError, match=r"pip install 'fedvlm-jax\[flower\]', in an environment of its own"):
+    with pytest.raises(
+        UserError, match=r"pip install '\.\[flower\]' in a clone of fedvlm-jax, in an environment of its own"
+    ):
         make_client_app()
 
 

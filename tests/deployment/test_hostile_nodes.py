@@ -403,3 +403,97 @@ def test_a_message_that_is_summed_in_secret_is_handed_to_nobody_who_asks(monkeyp
     monkeypatch.setattr(client_app, "read_record", lambda content: content)
     order = Packet({"kind": "message", "round": 1, "weight": 1.0})
     assert "into a secure sum alone" in client_app.pass_on(order, {"socket": "/nowhere"}, 1.0).header["error"]
+
+
+class Coming(Strings):
+    """The transport of puppets of which one is listed at some times alone."""
+
+    def __init__(self, puppets, number, is_there):
+        super().__init__(puppets)
+        self.number, self.is_there, self.looked = number, is_there, 0
+
+    def list_nodes(self):
+        self.looked += 1
+        return [node for node in super().list_nodes() if node != 100 + self.number or self.is_there(self)]
+
+
+def test_the_end_waits_for_a_node_that_connects_again(planned, quick, tmp_path, monkeypatch):
+    """It had gone on with --at-least nodes, and the last evaluation had come a second before this one."""
+    puppets, ending = [Puppet(planned, number, tmp_path) for number in range(3)], []
+    gather = Coordinator._gather
+
+    def note(self, wanted, when, *more, **options):
+        if when == "for the last evaluation":
+            ending.append(transport.looked)
+        gather(self, wanted, when, *more, **options)
+
+    monkeypatch.setattr(Coordinator, "_gather", note)
+    transport = Coming(puppets, 2, lambda self: not ending or self.looked > ending[0] + 3)
+    show = drive(planned, transport, tmp_path)
+    record = read_run(tmp_path / "server")
+    assert set(record.scores("personal", "loss")) == set(NAMES)
+    assert "away" not in record.results
+    assert "waiting for cyd for the last evaluation" in show.notes
+
+
+def test_a_node_that_comes_after_the_end_gets_its_model_from_the_same_command(planned, quick, tmp_path):
+    puppets, asked = [Puppet(planned, number, tmp_path) for number in range(3)], []
+    there = [True]
+
+    def cut(kind, round_, when):
+        if kind == "evaluate" and round_ == 4:
+            there[0] = False
+
+    transport = Coming(puppets, 2, lambda self: there[0])
+    transport.cut = cut
+    show = drive(planned, transport, tmp_path)
+    assert any("cyd did not come within 0.5 seconds for the last evaluation" in note for note in show.notes)
+    assert any("cyd did not get the final model: when the node is there, give" in note for note in show.notes)
+    before = read_run(tmp_path / "server")
+    assert before.results["away"] == ["cyd"]
+    assert set(before.scores("personal", "loss")) == {"ann", "bob"}
+    shared = (tmp_path / "server" / "adapters" / "shared.safetensors").read_bytes()
+    drive(planned, transport, tmp_path)  # still away: nothing changes
+    assert read_run(tmp_path / "server").results == before.results
+    there[0] = True
+    puppets[2].changes = {"finish": lambda packet: asked.append(packet) or packet}
+    puppets[0].changes = puppets[1].changes = {"finish": lambda packet: pytest.fail("asked twice")}
+    transport.cut = lambda *at: None
+    show = drive(planned, transport, tmp_path)
+    after = read_run(tmp_path / "server")
+    assert len(asked) == 1
+    assert set(after.scores("personal", "loss")) == set(NAMES)
+    assert after.results["away"] == []
+    assert after.results["selected_round"] == before.results["selected_round"] == 4
+    assert (tmp_path / "server" / "adapters" / "shared.safetensors").read_bytes() == shared
+    assert show.notes[-1] == f"{tmp_path / 'server'} is finished"
+
+
+BY_ROUND = {  # of each client: exact matches in rounds 1 to 4; None: no answer
+    # Means over whoever is there would choose round 3, in which cyd, whose rows are hard, was away.
+    "one is away": ([0.6, 0.6, 0.6, 0.6], [0.6, 0.6, 0.5, 0.5], [0.0, 0.1, None, 0.0], 2),
+    "and better on those that are there": ([0.6, 0.6, 0.7, 0.6], [0.6, 0.6, 0.6, 0.6], [0.0, 0.1, None, 0.9], 3),
+    "nobody in both": ([0.6, None, None, None], [0.6, None, None, None], [None, 0.9, 0.9, 0.9], 1),
+}
+
+
+@pytest.mark.parametrize("case", BY_ROUND)
+def test_rounds_are_compared_on_the_clients_that_are_scored_in_both(case, planned, quick, tmp_path):
+    *values, best = BY_ROUND[case]
+
+    def say(value):
+        def change(packet):
+            exact = value[packet.header["round"] - 1]
+            scores = {"loss": 1.0, "exact_match": exact, "token_f1": exact}
+            return None if exact is None else replace(packet, header={**packet.header, "scores": scores})
+
+        return change
+
+    puppets = [Puppet(planned, number, tmp_path, evaluate=say(value)) for number, value in enumerate(values)]
+    show = drive(planned, Strings(puppets), tmp_path)
+    assert read_run(tmp_path / "server").results["selected_round"] == best
+    told = [note for note in show.notes if note.startswith("round") and "compared" in note]
+    if case == "nobody in both":
+        assert told == [f"round {at} cannot be compared with round 1: no client is scored in both" for at in (2, 3, 4)]
+    else:
+        assert "round 3 is compared with round 2 by the scores of ann, bob: others lack one" in told

@@ -13,7 +13,7 @@ from fedvlm_jax.deployment.flower.secure_sum import ask_sum, read_vector
 from fedvlm_jax.deployment.packets import Packet, SecureSum
 from fedvlm_jax.utils.progress import SilentProgress
 
-pytest.importorskip("flwr", reason="needs Flower: pip install 'fedvlm-jax[flower]', in an environment of its own")
+pytest.importorskip("flwr", reason="needs the extra `flower`: pip install -e '.[flower,test]'")
 pytestmark = pytest.mark.slow
 
 

@@ -27,7 +27,7 @@ from fedvlm_jax.deployment.packets import Packet
 from fedvlm_jax.errors import UserError
 
 needs_flower = pytest.mark.skipif(
-    find_spec("flwr") is None, reason="needs Flower: pip install 'fedvlm-jax[flower]', in an environment of its own"
+    find_spec("flwr") is None, reason="needs the extra `flower`: pip install -e '.[flower,test]'"
 )
 ENTRIES = 2_000
 
@@ -136,7 +136,7 @@ def test_a_worker_that_has_kept_nothing_is_left_out():
 def test_too_few_nodes_are_left(stage, number):
     grid = LocalGrid(keep([0.5], [0], [0.25]), [(1, stage), (2, stage)])
     with pytest.raises(
-        TooFewNodesError, match=f"1 of 3 nodes are left after stage {number} of 4, 2 are needed"
+        TooFewNodesError, match=f"1 of 3 nodes is left after stage {number} of 4, 2 are needed"
     ) as caught:
         ask(grid)
     assert "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ import pytest
 
 import fedvlm_jax
 
-pytest.importorskip("flwr", reason="needs Flower: pip install 'fedvlm-jax[flower]', in an environment of its own")
+pytest.importorskip("flwr", reason="needs the extra `flower`: pip install -e '.[flower,test]'")
 pytestmark = pytest.mark.slow
 
 NODES, ENTRIES, CLIP = 3, 45_056, 0.05
@@ -206,5 +206,5 @@ def test_a_sum_of_three_supernodes(tmp_path):
     assert full["lost"] == []
     assert refused["lost"] == ["secure sum: an entry of 0.5 is beyond 0.05, which the server allows: not sent"]
     assert late["lost"] == ["no reply within 60 s"]
-    assert "1 of 3 nodes are left after stage 3 of 4, 2 are needed" in few["error"]
+    assert "1 of 3 nodes is left after stage 3 of 4, 2 are needed" in few["error"]
     assert 8 * ENTRIES < full["bytes"] < 8 * ENTRIES + 4096

@@ -69,7 +69,7 @@ def test_an_order_is_answered_with_its_payload(path):
 def test_the_socket_is_this_users_alone_and_goes_at_the_end(path):
     with serving(path, echo):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert not path.exists()
+    assert not path.parent.exists()
     with pytest.raises(UserError, match="worker is not running: start `fedvlm node`"):
         ask_worker(path, Packet({}), 1)
 

@@ -1,5 +1,7 @@
 """Folders that are there whole or not at all, and places where none can be."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,22 @@ def test_the_top_of_a_disk_is_no_place(here, monkeypatch):
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
     with pytest.raises(UserError, match=r"disk is the top of a disk, .*: name a folder in it"):
         check_free(Path("disk"))
+
+
+def test_what_a_kill_left_goes_and_what_another_writes_stays(tmp_path):
+    """Hidden folders as large as a model had stayed beside the export."""
+    out = tmp_path / "out"
+    program = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom fedvlm_jax.export.new_folder import write_beside\n"
+        "with write_beside(Path(sys.argv[1])) as place:\n"
+        "    (place / 'half').write_text('x')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(out)], check=False)
+    (left,) = tmp_path.iterdir()
+    assert (left / "half").is_file()
+    (tmp_path / ".out.mine.tmp").mkdir()
+    (tmp_path / ".other.01234567.tmp").mkdir()
+    with write_beside(out) as place:
+        assert not left.exists()
+        (place / "file").write_text("x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.01234567.tmp", ".out.mine.tmp", "out"]

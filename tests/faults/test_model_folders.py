@@ -12,12 +12,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from models import causal_cases, clip_cases
 from models.pickles import write_pickle
 from safetensors.numpy import load_file, save_file
 
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models import Vlm, load_vlm, load_weights, open_model
+from fedvlm_jax.models import Vlm, load_vlm, load_weights, open_model, read_vlm
 
 Spoil = Callable[[Path], object]
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -169,6 +170,7 @@ CONFIGURATIONS: dict[str, tuple[Spoil, str]] = {
     "width beyond 64 bits": (change(CONFIG, text__d_model=10**30), r"d_model is 1000"),
     "a thousand million layers": (change(CONFIG, text__encoder_layers=10**9), r"encoder_layers is 1000000000"),
     "no layers": (change(CONFIG, text__decoder_layers=0), r"decoder_layers is 0"),
+    "random weights of no deviation": (change(CONFIG, text__init_std=None), r"init_std is None, expected a number"),
     "heads that do not divide": (change(CONFIG, text__encoder_attention_heads=3), r"encoder_attention_heads=3"),
     "no heads": (change(CONFIG, text__decoder_attention_heads=0), r"decoder_attention_heads is 0"),
     "an endless vocabulary": (change(CONFIG, text__vocab_size=10**12), r"vocab_size is 1000000000000"),
@@ -182,7 +184,7 @@ CONFIGURATIONS: dict[str, tuple[Spoil, str]] = {
     "depths of texts": (change(CONFIG, vision__depths=["a"]), r"config\.json .*depths"),
     "depths of 10^9": (change(CONFIG, vision__depths=[10**9]), r"depths is 1000000000"),
     "no stages": (change(CONFIG, vision__depths=[]), r"depths has 0 stages"),
-    "a hundred thousand stages": (change(CONFIG, vision__depths=[1] * 100_000), r"depths has 100000 stages"),
+    "a hundred thousand stages": (change(CONFIG, vision__depths=[1] * 100_000), r"depths has 100,000 stages"),
     "stages of unequal lists": (change(CONFIG, vision__num_heads=[2, 2]), r"one entry per stage"),
     "stride zero": (change(CONFIG, vision__patch_stride=[0]), r"patch_stride is 0"),
     "window zero": (change(CONFIG, vision__window_size=0), r"window_size is 0"),
@@ -397,6 +399,24 @@ def test_a_folder_that_is_no_model(folder: Path, case: str) -> None:
         open_model(folder)
     assert_one_line(str(caught.value), folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "internvl", "qwen2.5-vl"])
+@pytest.mark.parametrize("part", ["text", "vision"])
+def test_layers_without_end_are_refused_at_once(tmp_path: Path, kind: str, part: str) -> None:
+    """transformers would list 10^9 of them before they could be counted."""
+    causal_cases.CASES[kind](tmp_path)
+    change(CONFIG, **{f"{part}__num_hidden_layers": 10**9})(tmp_path)
+    with pytest.raises(UserError, match=rf"config\.json: {part}_config\.num_hidden_layers is 1000000000, expected"):
+        read_vlm(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [None, float("nan"), 10**9, "x"])
+def test_a_scale_that_no_clip_has_is_refused(tmp_path: Path, scale: Any) -> None:
+    clip_cases.write_clip(tmp_path)
+    change(CONFIG, logit_scale_init_value=scale)(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json.*logit_scale_init_value"):
+        read_vlm(tmp_path)
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)

@@ -130,6 +130,50 @@ def test_a_signal_that_was_ignored_stays_ignored():
     assert process.communicate(timeout=30)[0] == "through\n"
 
 
+DROPPING = """import weakref
+        class Thing: pass
+        def work_long(_):
+            end = time.monotonic() + 0.5
+            while time.monotonic() < end: pass
+        for _ in range(3):
+            thing = Thing()
+            reference = weakref.ref(thing, work_long)
+            del thing
+        time.sleep(60)"""
+
+
+def test_a_signal_that_python_drops_is_sent_again():
+    """It is raised in a weak reference's callback, of which jax has many: a node went on as if nobody had asked."""
+    process = start(HEED.format(work=DROPPING, after="pass"))
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=30)
+    assert said == "stopped 143\n"
+    assert errors == ""
+
+
+LATE = """
+import atexit, time
+from fedvlm_jax.cli._process.signals import ending_at_once
+class Late:
+    def __del__(self): print("destroyed", flush=True)
+with ending_at_once():
+    late = Late()
+    atexit.register(print, "at the end")
+    print("ready", flush=True)
+    time.sleep(0.3)  # else what is said would be read with that line
+    raise SystemExit({code})
+"""
+
+
+@pytest.mark.parametrize(("code", "told"), [(143, "at the end\n"), (2, "at the end\ndestroyed\n")])
+def test_what_threads_may_use_is_not_destroyed_after_a_signal(code, told):
+    """XLA's crashed in the middle of a computation: the exit code was that of a segmentation fault."""
+    process = start(LATE.format(code=code))
+    assert process.communicate(timeout=30)[0] == told
+    assert process.returncode == code
+
+
 # --- What the commands say ---
 
 

@@ -90,6 +90,37 @@ def find_logits(model, batch, labels):
 
 
 @torch.no_grad()
+def find_features(model, batch):
+    """What the text model reads of each row's picture, [B, P, D]; of OneVision's two equal tiles the first."""
+    rows = []
+    for row in range(len(batch["pixel_values"])):
+        inputs, count = to_inputs(model, batch, row)
+        found = model.model.get_image_features(**inputs)
+        found = getattr(found, "pooler_output", found)
+        if isinstance(found, list | tuple):
+            found = torch.cat([one.reshape(-1, one.shape[-1]) for one in found])
+        found = found.reshape(-1, found.shape[-1])
+        rows.append(found[: len(found) // count].numpy())
+    return np.stack(rows)
+
+
+@torch.no_grad()
+def find_loss(model, batch, labels):
+    """Cross-entropy as the model computes it of each row alone and unpadded; the mean over all tokens of all rows."""
+    total, tokens = 0.0, 0
+    for row, (ids, mask, label) in enumerate(zip(batch["input_ids"], batch["attention_mask"], labels, strict=True)):
+        prompt, answer = ids[mask != 0], label[label != -100]
+        inputs, count = to_inputs(model, batch, row)
+        whole = torch.tensor(np.concatenate([prompt, answer])[None]).long().repeat(count, 1)
+        wanted = whole.clone()
+        wanted[:, : len(prompt)] = -100
+        inputs |= find_kinds(model, whole, len(prompt))
+        found = model(input_ids=whole, attention_mask=torch.ones_like(whole), labels=wanted, **inputs)
+        total, tokens = total + float(found.loss) * len(answer), tokens + len(answer)
+    return total / tokens
+
+
+@torch.no_grad()
 def generate(model, batch, length, **options):
     """Tokens [B, length] after each prompt alone, padded with the pad token."""
     rows = []

@@ -12,11 +12,13 @@ from models.llava_folders import SPELLINGS, save, spell
 from PIL import Image
 
 from fedvlm_jax.models import load_vlm, load_weights, open_model, read_vlm, save_checkpoint
+from fedvlm_jax.objectives import load_objective
+from fedvlm_jax.objectives.config import PreferenceOptions
 
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.skipif(
-        importlib.util.find_spec("torch") is None, reason="needs PyTorch: pip install 'fedvlm-jax[parity]'"
+        importlib.util.find_spec("torch") is None, reason="needs the extra `parity`: pip install -e '.[parity]'"
     ),
 ]
 QUESTIONS, ANSWERS = ["what is this?", "a", "is it a red car, or two?"], ["a car", "no", "yes it is one"]
@@ -46,6 +48,25 @@ def test_logits_are_those_of_transformers(case):
     wanted = causal_reference.find_logits(reference, batch, labels)
     assert np.abs(wanted).max() > 3, "logits that are all alike show nothing"
     np.testing.assert_allclose(np.where(labels[..., None] == -100, 0, found), wanted, atol=1e-4)
+
+
+def test_features_are_those_of_transformers(case):
+    from models import causal_reference
+
+    _, reference, vlm, params, batch, _ = case
+    wanted = causal_reference.find_features(reference, batch)
+    found = jax.jit(lambda params, pixels: vlm.image_features(params, None, pixels))(params, batch["pixel_values"])
+    # Qwen3-VL's have what is added to deeper layers beside them.
+    np.testing.assert_allclose(found[..., : wanted.shape[-1]], wanted, atol=2e-6 * np.abs(wanted).max())
+
+
+def test_the_loss_is_that_of_transformers(case):
+    from models import causal_reference
+
+    _, reference, vlm, params, batch, labels = case
+    loss = load_objective("sft", PreferenceOptions()).loss
+    found, _ = jax.jit(lambda params, batch: loss(vlm, params, None, batch))(params, batch | {"labels": labels})
+    np.testing.assert_allclose(found, causal_reference.find_loss(reference, batch, labels), rtol=1e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

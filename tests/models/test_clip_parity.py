@@ -19,7 +19,7 @@ from fedvlm_jax.models.layers import USUAL
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.skipif(
-        importlib.util.find_spec("torch") is None, reason="needs PyTorch: pip install 'fedvlm-jax[parity]'"
+        importlib.util.find_spec("torch") is None, reason="needs the extra `parity`: pip install -e '.[parity]'"
     ),
 ]
 TEMPLATE = "a photo of a {}."

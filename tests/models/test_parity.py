@@ -13,7 +13,7 @@ from fedvlm_jax.models import load_vlm, save_checkpoint
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.skipif(
-        importlib.util.find_spec("torch") is None, reason="needs PyTorch: pip install 'fedvlm-jax[parity]'"
+        importlib.util.find_spec("torch") is None, reason="needs the extra `parity`: pip install -e '.[parity]'"
     ),
 ]
 

@@ -14,7 +14,7 @@ from fedvlm_jax.models import load_weights, open_model
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.skipif(
-        importlib.util.find_spec("torch") is None, reason="needs PyTorch: pip install 'fedvlm-jax[parity]'"
+        importlib.util.find_spec("torch") is None, reason="needs the extra `parity`: pip install -e '.[parity]'"
     ),
 ]
 ANSWERS = ["a car", "no", "yes it is one"]

@@ -14,7 +14,7 @@ from fedvlm_jax.models.qwen_vl.grid import place_tokens
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.skipif(
-        importlib.util.find_spec("torch") is None, reason="needs PyTorch: pip install 'fedvlm-jax[parity]'"
+        importlib.util.find_spec("torch") is None, reason="needs the extra `parity`: pip install -e '.[parity]'"
     ),
 ]
 

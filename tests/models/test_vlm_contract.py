@@ -3,6 +3,7 @@
 import re
 import shutil
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from fedvlm_jax.utils import tree
 # them. Live comparisons with transformers cover every case.
 NAMES = ["florence2", "toy_decoder", *causal_cases.CASES, *clip_cases.CASES]
 ORDINARY, BROAD = ("florence2", "smolvlm-tied"), ("qwen3-vl", "clip")
+GOLDEN = Path(__file__).parent / "golden" / "families.npz"
+"""What transformers finds of all cases but `florence2`, which has golden files of its own, and `toy_decoder`."""
 DESCRIBED = (*BROAD, "gemma3", "llava")
 QUESTIONS, ANSWERS = ["what is this?", "a", "is it a red car, or two?"], ["a car", "no", "yes it is one"]
 
@@ -93,6 +96,12 @@ def described(request, make):
     return make(request.param)
 
 
+def project(logits):
+    """Project logits [B, U, V] onto three directions."""
+    directions = np.random.default_rng(0).standard_normal((logits.shape[-1], 3)) / logits.shape[-1] ** 0.5
+    return logits @ directions
+
+
 def assert_close(found, wanted, atol=2e-5):
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=atol), found, wanted)
 
@@ -112,6 +121,18 @@ def test_shapes_are_those_of_the_contract(described):
         path: leaf.shape for path, leaf in shapes.items()
     }
     jax.eval_shape(vlm.states, vlm.shapes(), None, vlm.example_batch())
+
+
+def test_logits_are_those_of_transformers(case, request):
+    """By make_family_golden.py; the live comparisons find those of other weights."""
+    name = request.node.callspec.params["case"]
+    if name in ("florence2", "toy_decoder"):
+        pytest.skip("it has golden files of its own, or no reference")
+    with np.load(GOLDEN) as golden:
+        wanted = golden[name]
+    assert wanted.std() > 0.3, "logits that are all alike show nothing"
+    found = np.where(case.labels[..., None] == -100, 0, case.logits())
+    np.testing.assert_allclose(project(found), wanted, rtol=0, atol=1e-4)
 
 
 def test_features_in_the_place_of_pixels_are_the_same(case):

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.parity,
     pytest.mark.skipif(
         any(importlib.util.find_spec(name) is None for name in ("torch", "peft")),
-        reason="needs PyTorch and PEFT: pip install 'fedvlm-jax[parity]'",
+        reason="needs the extra `parity`: pip install -e '.[parity]'",
     ),
 ]
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"

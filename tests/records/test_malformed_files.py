@@ -139,7 +139,7 @@ LINES: dict[str, tuple[str | bytes, str | None]] = {
     "a picture less than its marks": (talk(ASKS_TWICE, SAYS), "1 picture for 2 places"),
     "a picture more than its marks": (talk(ASKS_TWICE, SAYS, image=["03.png"] * 3), "3 pictures for 2 places"),
     "marks without a picture": (talk(ASKS_TWICE, SAYS, image=None), "no image"),
-    "marks without end": (talk({"from": "human", "value": "<image>" * 10**6}, SAYS), "1 picture for 1000000 places"),
+    "marks without end": (talk({"from": "human", "value": "<image>" * 10**6}, SAYS), "1 picture for 1,000,000 places"),
     "a picture in an answer": (talk(USER, {"from": "gpt", "value": "<image> a"}), IN_ANSWER),
     "a picture in an answer of TRL": (change(chosen=SHOWS), IN_ANSWER),
     "a picture in a rejected answer": (change(rejected=SHOWS), IN_ANSWER),
@@ -255,6 +255,12 @@ def _make_pipe(folder: Path) -> Path:
     return folder
 
 
+def _write_both_metadata(folder: Path) -> Path:
+    write("metadata.csv", "file_name,chosen\n00.png,a\n")(folder)
+    write("metadata.jsonl", '{"file_name": "00.png", "chosen": "a"}')(folder)
+    return folder
+
+
 def _write_two(folder: Path) -> Path:
     write("a.csv", CSV_HEAD)(folder)
     write("b.jsonl", "{}")(folder)
@@ -296,6 +302,11 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "two forms": (_write_two, "may be csv or json. Forms are parquet"),
     "pictures of no class": (lambda folder: folder, "least two classes"),
     "metadata that leads out": (_link_out, "leads out of the folder"),
+    "metadata of two kinds": (_write_both_metadata, r"metadata\.csv and metadata\.jsonl, of which only one"),
+    "CSV in UTF-16": (write("a.csv", CSV_HEAD.encode("utf-16")), r"a\.csv is in UTF-16"),
+    "lines in UTF-16": (write("a.jsonl", json.dumps(GOOD[0]).encode("utf-16")), r"a\.jsonl is in UTF-16"),
+    "COCO in UTF-16": (write("a.json", (COCO + "]}").encode("utf-16")), r"a\.json is in UTF-16"),
+    "talks without an answer": (write("a.json", f"[{talk(USER)}, {talk(USER)}]"), "all 2 rows: no assistant turn"),
     "a pipe": (_make_pipe, "is no regular file"),
     "saved, no state": (
         save(lambda folder: (folder / "train" / "state.json").unlink()),
@@ -338,6 +349,19 @@ def test_a_malformed_file_is_one_clear_error(name: str, place: Path) -> None:
     assert str(place) in str(caught.value)
     assert len(str(caught.value)) < 1500
     assert "\n" not in str(caught.value)
+
+
+def test_a_column_that_has_another_use_is_not_offered(place: Path) -> None:
+    (place / "rows.jsonl").write_text("\n".join(map(json.dumps, GOOD)))
+    with pytest.raises(
+        UserError, match=r"'image' beside those that --data\.columns names; it has 'question', 'chosen', 'c"
+    ):
+        read_table(make_options(str(place), columns=("rejected=image",)))
+
+
+def test_a_saved_folder_without_its_description_is_read(place: Path) -> None:
+    folder = save(lambda saved: (saved / "train" / "dataset_info.json").unlink())(place) / "train"
+    assert len(read_table(make_options(str(folder)))) == 4
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])

@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, loaded, tmp_path):
 
 
 def test_too_large_a_cohort(model, loaded, tmp_path):
-    with pytest.raises(UserError, match="--cohort 9: there are only 4 clients that train"):
+    with pytest.raises(UserError, match="--cohort 9: 4 clients train at most"):
         federated_run.train(tiny_run(model, tmp_path / "run", cohort=9), model=loaded)
 
 

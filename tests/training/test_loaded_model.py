@@ -92,7 +92,8 @@ def test_what_is_memoized_is_made_once_and_dropped_with_its_programs(monkeypatch
     assert loaded.neighbours(5, 1.0) is neighbours
     assert load().neighbours(5, 1.0) is not neighbours
     assert made == [
-        *((run, 4, 2, 2, 3, None) for run in (Run(), Run(method="local"))), (5, 1.0), (Run(), 4, 2, 2, 3, None), (5, 1.0),
+        *((run, 4, 2, 2, 3, None) for run in (Run(), Run(method="local"))),
+        (5, 1.0), (Run(), 4, 2, 2, 3, None), (5, 1.0),
     ]  # fmt: skip
 
 

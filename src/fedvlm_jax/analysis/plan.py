@@ -21,7 +21,7 @@ from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.data.batches import MULTIPLE
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.distributed.mesh_option import parse_mesh
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.federation import memory, round_shapes
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.models import read_size, read_vlm
@@ -86,7 +86,10 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
     most = {"prompt": max(vlm.most_prompt_tokens(answer), 0), "answer": vlm.positions}
     for name, length in (("prompt", prompt), ("answer", answer)):
         if length > most[name]:
-            makes = f"that makes {length} tokens with the picture's, and the model has {most[name]} positions"
+            makes = (
+                f"that makes {format_count(length, 'token')} with the picture's, and the model has "
+                f"{most[name]} positions"
+            )
             raise UserError(f"--sizes.{name}-tokens: {makes}")
     cached = run.system.cache != "off"
     example = round_shapes.shape_examples(
@@ -109,7 +112,7 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         layout, began = lay_out(wave), time.monotonic()
         share = "a device" if together == 1 else f"{together} devices with one base"
         waves = f"{layout.waves} x {layout.wave}, {layout.wave // groups} side by side on {share}"
-        note(f"compiling for {topology.name}: {layout.cohort} clients, {waves}")
+        note(f"compiling for {topology.name}: {format_count(layout.cohort, 'client')}, {waves}")
         programs = round_setup.build_programs(vlm, mesh, run, clients, layout.cohort, layout.places, layout.steps)
         arguments = round_shapes.shape_round(programs, vlm, spec, layout, example)
         phase = programs.method.phase(1)

@@ -8,7 +8,7 @@ import tyro
 
 from fedvlm_jax.analysis.tpu_topologies import CHIPS, CPU, parse_topology
 from fedvlm_jax.config import run_options
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import MethodOptions
 from fedvlm_jax.privacy.config import PrivacyOptions
@@ -80,7 +80,10 @@ def check_request(request: Request) -> None:
     topology = parse_topology(request.topology)
     check_ranges(request)
     if (cohort := request.cohort or 0) > request.clients:
-        raise UserError(f"--cohort {cohort}: there are only {request.clients} clients; say --clients {cohort}")
+        raise UserError(
+            f"--cohort {cohort}: there {'is' if request.clients == 1 else 'are'} only "
+            f"{format_count(request.clients, 'client')}; say --clients {cohort}"
+        )
     if request.train.local_epochs is not None and request.sizes.examples is None:
         raise UserError("--train.local-epochs decide how many steps a client takes: say --sizes.examples too")
     for name in ("cache_gib", "cache_dir"):

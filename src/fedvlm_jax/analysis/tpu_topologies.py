@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 
 CPU = "cpu"
 CUBE = 4  # three-dimensional pods are made of cubes of 4x4x4; what is smaller is part of one
@@ -103,8 +103,8 @@ def open_devices(topology: Topology) -> list[Any]:
         return devices[:count]
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f'--topology {topology.name} is compiled by libtpu, which is not installed: pip install "fedvlm-jax[plan]" '
-            "(no TPU is needed), or plan for --topology cpu"
+            f"--topology {topology.name} is compiled by libtpu, which is not installed: pip install '.[plan]' in a "
+            "clone of fedvlm-jax (no TPU is needed), or plan for --topology cpu"
         )
     from jax.experimental import topologies
 
@@ -133,5 +133,7 @@ def open_devices(topology: Topology) -> list[Any]:
         if flags:  # the processes that this one starts compute on the CPU as it does
             os.environ["XLA_FLAGS"] = flags
     if len(devices) != count:
-        raise UserError(f"--topology {topology.name}: libtpu makes {len(devices)} devices of its {count} chips")
+        raise UserError(
+            f"--topology {topology.name}: libtpu makes {format_count(len(devices), 'device')} of its {count} chips"
+        )
     return list(devices)

@@ -22,7 +22,7 @@ from fedvlm_jax.data.federated_dataset import ClientRows, Federation
 from fedvlm_jax.data.token_arrays import widen
 from fedvlm_jax.data.tokenization import Examples, encode_usable, find_question_column
 from fedvlm_jax.distributed.mesh import CLIENTS
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.evaluation.evaluator import Adapters, Evaluator
 from fedvlm_jax.evaluation.knn_per import KERNELS, build_datastores
 from fedvlm_jax.federation.inputs.batch_reader import make_inputs
@@ -121,7 +121,7 @@ class Asker:
         """
         number, experiment = self.find(client), self.finished.experiment
         if (most := max(map(len, shown.rows))) > self.most_pictures:
-            takes = "one picture" if self.most_pictures == 1 else f"{self.most_pictures} pictures"
+            takes = format_count(self.most_pictures, "picture")
             raise UserError(
                 f"{experiment.run.model} takes {takes} in a question and there are {most}: ask about each alone"
                 " (--image FOLDER asks about every picture of a folder)"

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedvlm_jax.data.config import MAX_IMAGE_PIXELS, MOST_PICTURES, PICTURE_COLUMNS
 from fedvlm_jax.data.image_decoding import BrokenImageError, decode_picture
 from fedvlm_jax.data.table import Table
-from fedvlm_jax.errors import UserError, check_utf8, describe_os_error
+from fedvlm_jax.errors import UserError, check_utf8, describe_os_error, format_count
 from fedvlm_jax.records.files import PICTURE
 from fedvlm_jax.utils.safe_paths import OutsideError, read_below
 
@@ -110,7 +110,11 @@ def _look_into(folder: Path, max_pixels: int) -> Shown:
             reason = "leads out of the folder" if isinstance(error, OutsideError) else str(error)
             broken.append((name, reason))
     if not sound:
-        why = f"none of its {len(names)} pictures can be read ({broken[0][1]})" if names else "no picture is in it"
+        why = (
+            f"none of its {format_count(len(names), 'picture')} can be read ({broken[0][1]})"
+            if names
+            else "no picture is in it"
+        )
         raise UserError(f"--image {folder}: {why}")
     return Shown(tuple(sound), folder, broken=tuple(broken))
 

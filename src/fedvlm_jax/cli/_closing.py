@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.config.run_options import Run, from_json
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired
@@ -30,7 +31,7 @@ def close_run(record: RunRecord) -> list[str]:
         against = f"  {paired} against training alone, in points; 95 % interval over clients, one seed"
     lines[record.method] = percent(summarise(personal).mean) + against
     width = max(map(len, lines))
-    title = f"{find_measure(record.metric).label} on test, mean of {len(personal)} clients"
+    title = f"{find_measure(record.metric).label} on test, mean of {format_count(len(personal), 'client')}"
     if private := record.results.get("privacy"):
         title += f"; epsilon {private['epsilon']:.3g} at delta {private['delta']:g}, of what is shared"
     return [title, *(f"  {name:<{width}}  {value}" for name, value in lines.items())]

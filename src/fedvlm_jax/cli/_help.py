@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 ALL = "--help-all"
 WIDTH = 80
@@ -14,15 +14,21 @@ FIRST = (
     "--out", "--resume", "--adapter",
 )  # fmt: skip
 
-FEW = 24  # a command with no more options shows all of them
+FEW = 28  # a command with no more options shows all of them
 
 
-def show_help(text: str, *, everything: bool) -> str:
+def show_help(text: str, *, everything: bool, refused: Collection[str] = (), required: Collection[str] = ()) -> str:
     """Leave of tyro's help the options that people use first; of all of it, break only lines that are too long.
 
     The text has no frames: groups of options, each a line of flags and lines about it, indented further.
+
+    Args:
+        text: tyro's.
+        everything: whether `--help-all` asked.
+        refused: options that the command always refuses, with the reason; they are not listed.
+        required: options that it refuses to go without, though they have a default elsewhere.
     """
-    lines = [line.rstrip() for line in text.splitlines()]
+    lines = _correct([line.rstrip() for line in text.splitlines()], refused, required)
     start = next((number for number, line in enumerate(lines) if re.match(r" \w", line)), len(lines))
     head = [part for line in lines[:start] for part in textwrap.wrap(line, WIDTH) or [""]]
     entries = list_entries(lines[start:])
@@ -56,6 +62,27 @@ def list_entries(lines: Sequence[str]) -> list[list[str]]:
         elif inside:
             entries[-1].append(line)
     return entries
+
+
+def _correct(lines: Sequence[str], refused: Collection[str], required: Collection[str]) -> list[str]:
+    """Take out the entries of options that are refused, and correct those of options that must be there.
+
+    >>> _correct(["  --data NAME", "        rows. (default: x)", "  --old INT", "        y"], ["--old"], ["--data"])
+    ['  --data NAME', '        rows. (required)']
+    """
+    kept, at = list[str](), 0
+    while at < len(lines):
+        end = at + 1
+        if flags := _find_flags([lines[at]]) if re.match(r"  -[-\w]\w", lines[at]) else set():
+            while end < len(lines) and lines[end].startswith("   "):
+                end += 1
+        entry = "\n".join(lines[at:end])
+        if flags & {*required}:
+            entry = re.sub(r"\(default:\s[^)]*\)", "(required)", entry)
+        if not (flags and flags <= {*refused}):
+            kept += entry.split("\n")
+        at = end
+    return kept
 
 
 def _find_flags(entry: Sequence[str]) -> set[str]:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.utils import cache_folders
 
 Kind = Literal["programs", "features", "reference", "arrow", "contents"]
@@ -47,7 +48,10 @@ def cache(
 
 def _sum(entries: Sequence[cache_folders.Entry]) -> str:
     files = sum(entry.count for entry in entries)
-    return f"{write_size(sum(entry.size for entry in entries))} in {files} files of {len(entries)} folders"
+    return (
+        f"{write_size(sum(entry.size for entry in entries))} in {format_count(files, 'file')} of "
+        f"{format_count(len(entries), 'folder')}"
+    )
 
 
 def write_size(count: int) -> str:

@@ -9,6 +9,7 @@ import tyro
 from annotated_types import Ge, Le
 
 from fedvlm_jax.cli._process.startup import start_quickly
+from fedvlm_jax.errors import format_count
 
 PORT = 8765
 
@@ -54,7 +55,7 @@ def demo(
             show.finish()
         server.models, server.samples = dataclasses.replace(asker, show=NoProgress()), samples
         record = asker.record
-        subtitle = f"{record.method} on {stored.run.model}, {len(asker.clients)} clients"
+        subtitle = f"{record.method} on {stored.run.model}, {format_count(len(asker.clients), 'client')}"
         server.about = About(clean(record.folder.resolve().name), clean(subtitle), asker.list_notes())
         print(f"page    {server.url}\n        Ctrl-C ends it", flush=True)
         server.serve_forever()

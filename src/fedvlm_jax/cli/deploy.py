@@ -25,6 +25,12 @@ from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.utils.option_ranges import Count, Positive, Seed
 
+REFUSED = {
+    "--start", "--train.finetune-steps", "--evaluation.clients", "--evaluation.cross-clients",
+    "--evaluation.no-cross-clients", "--evaluation.cold-start", "--participation.dropout", "--participation.stragglers",
+}  # fmt: skip
+"""Options of `fedvlm train` that are refused with a reason (`deployment.plan`), and so not listed here."""
+
 
 @dataclass(frozen=True)
 class Lengths:

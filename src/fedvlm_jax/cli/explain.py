@@ -6,7 +6,7 @@ import tyro
 
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import LocalOptions, LoraOptions, MethodOptions, Run, ServerOptions, TrainOptions
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.utils.option_ranges import Count
@@ -49,7 +49,10 @@ def explain(
         server=server, messages=messages, privacy=privacy, method_options=method_options,
     )  # fmt: skip
     if cohort is not None and cohort > clients:
-        raise UserError(f"--cohort {cohort}: there are only {clients} clients; say --clients {cohort}, for example")
+        raise UserError(
+            f"--cohort {cohort}: there {'is' if clients == 1 else 'are'} only "
+            f"{format_count(clients, 'client')}; say --clients {cohort}, for example"
+        )
     if method:
         validate(run)
 

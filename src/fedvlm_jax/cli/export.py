@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fedvlm_jax.cli._process.startup import start_quickly
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 
 
 def export(
@@ -64,7 +64,7 @@ def export(
             count, error = export_merged(run, place, clients=clients, dtype=kind, note=show.note)
     finally:
         show.finish()
-    print(f"{count} {'adapter' if to == 'peft' else 'model'}{'' if count == 1 else 's'}  {place}")
+    print(f"{format_count(count, 'adapter' if to == 'peft' else 'model')}  {place}")
     print(f"logits, read back, against the run's own: largest difference {error}")
     if push is not None:
         print(f"pushed  {upload(place, push)}")

@@ -13,6 +13,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import tyro
@@ -112,7 +113,11 @@ def _dispatch(words: list[str]) -> None:
     except SystemExit as stop:
         if stop.code in (0, None):
             text = shown.getvalue()  # what is no help is a script that completes words in a shell
-            print(show_help(text, everything=asked == ALL) if asked else text)
+            if asked:
+                about = sys.modules[commands[name].__module__]
+                refused, required = (getattr(about, marked, ()) for marked in ("REFUSED", "REQUIRED"))
+                text = show_help(text, everything=asked == ALL, refused=refused, required=required)
+            print(text)
             raise
         sentence = _read_box(complaint.getvalue())
         flag = re.match(r"Error parsing (--[\w.-]+)", sentence)
@@ -148,5 +153,8 @@ def _read_box(text: str) -> str:
     above = rules[0] if rules else len(rows)
     sentence = " ".join(row for row in rows[:above] if row).rstrip(".") or " ".join(text.split())
     sentence = re.sub(r"^Error parsing \S+: (?=--)", "", sentence)
-    flag = next((row.split()[0].rstrip(",") for row in rows[above:] if re.match(r"--\w", row)), None)
+    flags = [row.split()[0].rstrip(",") for row in rows[above:] if re.match(r"--\w", row)]
+    wrong = re.search(r"--[\w.-]+", sentence)
+    # Those that tyro finds equally alike come in any order.
+    flag = max(flags, key=lambda flag: SequenceMatcher(None, wrong[0] if wrong else "", flag).ratio(), default=None)
     return f"{sentence}; did you mean {flag}?" if flag and sentence.startswith("Unrecognized") else sentence

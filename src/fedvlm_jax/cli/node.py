@@ -12,10 +12,12 @@ from fedvlm_jax.cli._process.startup import start_quickly
 from fedvlm_jax.config.run_options import optional
 from fedvlm_jax.data.config import DataOptions
 from fedvlm_jax.data.sources import emoji
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 
 SOCKET = "worker.sock"
-PLANNED = {"--data.max-prompt-tokens", "--data.max-answer-tokens"}
+REFUSED = {"--data.max-prompt-tokens", "--data.max-answer-tokens"}
+"""Options that are the plan's, and so not listed here."""
+REQUIRED = {"--data"}
 
 
 def node(
@@ -35,9 +37,9 @@ def node(
         folder: for its personal state and, in the end, its model; say the same one when it is started again.
         socket: where orders are taken, from this user alone.
     """
-    if "--data" not in find_written():
+    if not find_written() >= REQUIRED:
         raise UserError("say whose rows this client trains on: fedvlm node NODE_FILE --data rows.parquet, for example")
-    if of_plan := sorted(find_written() & PLANNED):
+    if of_plan := sorted(find_written() & REFUSED):
         raise UserError(f"{of_plan[0]} is the plan's, the same at every node: leave it out")
     start_quickly()
 
@@ -78,9 +80,15 @@ def _describe(opened: Any, path: Path) -> None:
 
     plan, client = opened.file.plan, opened.experiment.examples.clients[0]
     traffic = opened.describe_traffic()
-    sizes = f"{len(client.train)} training, {len(client.validation)} validation, {len(client.test)} test examples"
+    sizes = (
+        f"{len(client.train)} training, {len(client.validation)} validation, "
+        f"{format_count(len(client.test), 'test example')}"
+    )
     print(f"client  {opened.file.number} of {plan.clients}, {clean(opened.name)}: {sizes}")
-    print(f"plan    {plan.run.method} on {plan.run.model}, {plan.run.train.rounds} rounds, digest {plan.digest}")
+    print(
+        f"plan    {plan.run.method} on {plan.run.model}, {format_count(plan.run.train.rounds, 'round')}, "
+        f"digest {plan.digest}"
+    )
     print(f"wire    a round takes {traffic['down']:,} bytes in and {traffic['up']:,} out, beside scores and counts;")
     print(f"        the rest stays in {opened.folder}")
     print(f"beside  {describe_supernode(path, opened.file.number, opened.file.port or PORT)}")

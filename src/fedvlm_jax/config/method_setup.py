@@ -6,7 +6,7 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import Run
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.messages.attacks import with_attack
 from fedvlm_jax.messages.compression import with_compression
 from fedvlm_jax.messages.pool import with_pool
@@ -74,7 +74,8 @@ def _check_reach(targets: str, vlm: Vlm) -> None:
     if unnamed and len(seeing) < len(chosen):
         top, text = (min(paths).partition("/")[0] for paths in (unnamed, chosen.difference(seeing)))
         raise UserError(
-            f"--lora.targets {targets!r} is found in the text model, and in {len(unnamed)} sites of its vision too, "
+            f"--lora.targets {targets!r} is found in the text model, and in "
+            f"{format_count(len(unnamed), 'site')} of its vision too, "
             f"such as {unnamed[0]}. For the text model alone say {text}/.*({targets}); for both name them: "
             f"({top}|{text})/.*({targets})"
         )

@@ -13,6 +13,7 @@ from jaxtyping import Bool
 from fedvlm_jax.data.federated_dataset import Federation
 from fedvlm_jax.data.table import UNREADABLE, Table
 from fedvlm_jax.data.tokenization import Examples
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.utils.untrusted_text import clean, cut
 
 
@@ -56,7 +57,7 @@ def describe_classes(trained: Sequence[str], every: Sequence[str]) -> str:
     unseen = f", of which {others} {'is' if others == 1 else 'are'} in no training example" if others else ""
     shown = [clean(cut(name, _LONG)) for name in every[:_SHOWN]]
     more = ", …" if len(every) > _SHOWN else ""
-    return f"answers are chosen among {len(every):,} classes{unseen}: {', '.join(shown)}{more}"
+    return f"answers are chosen among {format_count(len(every), 'class', 'classes')}{unseen}: {', '.join(shown)}{more}"
 
 
 _SHOWN, _LONG = 8, 40  # classes that are named, and their characters

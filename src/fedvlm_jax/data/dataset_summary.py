@@ -19,6 +19,7 @@ from fedvlm_jax.data.partitioning.row_keys import UNKNOWN, list_keys, read_key
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import find_question_column
 from fedvlm_jax.data.unique_images import number_distinct, unique_images
+from fedvlm_jax.errors import format_count
 
 # Keys that are counted where a table has them, after the one that the partition is made by.
 KEYS = ("group", "origin_dataset", "question_type", "language")
@@ -53,13 +54,13 @@ def describe(
         the lengths in characters and in words.
     """
     places = place_rows(federation)
-    note(f"hashing the images of {len(places.rows)} rows")
+    note(f"hashing the images of {format_count(len(places.rows), 'row')}")
     images, image, missing = unique_images(table, places.rows)
     columns = {"question": find_question_column(table, options), "chosen": "chosen", "rejected": "rejected"}
     texts = {name: table.read_stripped(c, places.rows) for name, c in columns.items() if c in table.columns}
     pictures, broken = np.arange(len(images)), dict[int, str]()
     if check_images:
-        note(f"decoding {len(images)} images")
+        note(f"decoding {format_count(len(images), 'image')}")
         pictures, broken = images.number_pictures()
     picture = np.where(image >= 0, pictures[image], -1) if len(images) else image  # [rows, pictures of a row]
     faults: dict[int, str] = {}  # place -> why the row there will be skipped, in the order of `encode`

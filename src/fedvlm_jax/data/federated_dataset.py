@@ -14,7 +14,7 @@ from jaxtyping import Int
 from fedvlm_jax.data.config import SPLITS, DataOptions, Split
 from fedvlm_jax.data.image_decoding import BrokenImageError
 from fedvlm_jax.data.table import LOST, OUTSIDE, Table
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.records.conversations import UNREADABLE
 
 Rows = Int[np.ndarray, " rows"]  # int64, row numbers of a table or values of these rows
@@ -122,7 +122,7 @@ def federate(table: Table, options: DataOptions, seed: int) -> Federation:
     if not kept:
         raise UserError(
             f"--data {options.source}: no client is left of {len(sizes)}; --data.min-examples is "
-            f"{options.min_examples} and the largest client has {max(sizes, default=0)} training rows. "
+            f"{options.min_examples} and the largest client has {format_count(max(sizes, default=0), 'training row')}. "
             f"{describe_skipped(table, federation.skipped)}".rstrip()
         )
     out = [client.name for client in federation.clients if len(client.train) < options.min_examples]
@@ -137,7 +137,8 @@ def _hold_out(federation: Federation, share: float, seed: int) -> Federation:
     count = max(1, int(np.floor(share * len(federation.clients) + 0.5)))
     if count >= len(federation.clients):
         raise UserError(
-            f"--data.held-out-clients {share:g} of {len(federation.clients)} clients is {count}: nobody would be left "
+            f"--data.held-out-clients {share:g} of {format_count(len(federation.clients), 'client')} is "
+            f"{count}: nobody would be left "
             "to train. Hold out fewer, or make more clients."
         )
     names = federation.names
@@ -171,7 +172,8 @@ def check_federation(table: Table, federation: Federation, options: DataOptions)
             raise UserError(f"--data {options.source}: the client name {name!r} cannot be written as UTF-8.") from None
     if not any(len(client.train) for client in federation.clients):
         raise UserError(
-            f"--data {options.source}: none of the {len(federation.clients)} clients has a training row. "
+            f"--data {options.source}: none of the {format_count(len(federation.clients), 'client')} has "
+            "a training row. "
             f"{describe_skipped(table, federation.skipped)}Check the split column, --data.images-per-client, "
             "--data.validation-share and --data.test-share."
         )
@@ -264,12 +266,16 @@ def check_share(table: Table, skipped: tuple[Skipped, ...], total: int, options:
         counted, lost = list_reasons(skipped), describe_lost(table, skipped)
         shown = "; ".join(f"row {s.row}{f' (idx {s.idx})' if s.idx else ''}: {s.reason}" for s in skipped[:5])
         if any(entry.reason == TOO_LONG for entry in skipped):
-            lost += f"Prompts have at most {options.max_prompt_tokens:,} tokens, those of their pictures among them: "
+            lost += (
+                f"Prompts have at most {format_count(options.max_prompt_tokens, 'token')}, those of their "
+                "pictures among them: "
+            )
             lost += "--data.max-prompt-tokens says so, or the model's positions, of which a decoder-only model keeps "
             lost += f"some for answers (--data.max-answer-tokens {options.max_answer_tokens}). "
         raise UserError(
-            f"{table.name}: {len(skipped)} of {total} rows cannot be used ({counted}), more than --data.max-bad-share "
+            f"{table.name}: {len(skipped)} of {format_count(total, 'row')} cannot be used ({counted}), "
+            "more than --data.max-bad-share "
             f"{options.max_bad_share:g} allows. The first are {shown}. {lost}Mend them, or raise the share."
         )
     if len(skipped) == total:
-        raise UserError(f"{table.name}: none of the {total} rows can be used.")
+        raise UserError(f"{table.name}: none of the {format_count(total, 'row')} can be used.")

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as is_a
 
-from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.errors import UserError, explain_error, format_count
 from fedvlm_jax.records.arrow_files import BINARIES, is_list, read_class_names
 
 NEEDED = ("image", "question", "chosen")
@@ -75,7 +75,9 @@ def _read_footer(file: Path) -> _Shard:
             f"{file} cannot be read as parquet ({explain_error(error)}); replace it or remove it."
         ) from error
     if min(groups, default=0) < 0 or sum(groups) != count:
-        raise UserError(f"{file} promises {count} rows and has {sum(groups)}: it is damaged; write it again.")
+        raise UserError(
+            f"{file} promises {format_count(count, 'row')} and has {sum(groups)}: it is damaged; write it again."
+        )
     if twice := [column for column, times in Counter(schema.names).items() if times > 1]:
         raise UserError(f"{file} has more than one column {_quote(twice)}; keep the one that is meant.")
     classes = frozenset(read_class_names(schema))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from fedvlm_jax.data.config import FAULT, INLINE, MOST_PICTURES, PICTURE_COLUMNS, TURNS
 from fedvlm_jax.data.forms.base import Reading
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.records.conversations import (
     Turn,
     UnusableError,
@@ -58,8 +59,7 @@ def make_rows(record: Record, part: Part, reading: Reading) -> list[Row]:
         pictures = _read_pictures(record, inside, part.base)
         # A row without pictures is found later, as in all tables; of those that were not read nobody knows how many.
         if (places := count_places(talk)) not in (0, len(pictures)) and pictures and UNREAD not in pictures:
-            count = f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''}"
-            raise UnusableError(f"{count} for {places} place{'s' if places > 1 else ''}")
+            raise UnusableError(f"{format_count(len(pictures), 'picture')} for {format_count(places, 'place')}")
         # Each example has the pictures that stand in its prompt; where none says where, all.
         held = [pictures[: count_places(example.turns) if places else None] for example in examples]
         made = [_make_example(*example, some, reading) for example, some in zip(examples, held, strict=True)]

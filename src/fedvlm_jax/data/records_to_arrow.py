@@ -5,7 +5,7 @@ files: the table has their names.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +15,7 @@ from fedvlm_jax.data.config import FAULT, PICTURE_COLUMNS
 from fedvlm_jax.data.forms.base import FormOptions
 from fedvlm_jax.data.record_rows import ANSWERS, PICTURES, QUESTIONS, Row, make_rows
 from fedvlm_jax.data.table import Table
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.records.files import Content
 from fedvlm_jax.utils.cache_folders import read_bound
 from fedvlm_jax.utils.digests import digest_files
@@ -30,7 +30,10 @@ PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 @dataclasses.dataclass
 class _Found:
-    """What the first reading finds: columns of rows, those of records, whether answers are of several people."""
+    """What the first reading finds: columns of rows, those of records, whether answers are of several people.
+
+    Of its rows so many are lost, the first of them by the fault.
+    """
 
     columns: dict[str, None]
     theirs: dict[str, None]
@@ -38,6 +41,7 @@ class _Found:
     asked: bool = False
     pictured: bool = False
     rows: int = 0
+    lost: int = 0
     faults: str = ""
 
 
@@ -106,6 +110,7 @@ def _find_columns(options: FormOptions, content: Content) -> _Found:
         found.asked = found.asked or bool(row.get("question"))
         found.pictured = found.pictured or bool(row.get("image"))
         found.faults = found.faults or row.get(FAULT, "")
+        found.lost += FAULT in row
         if len(found.theirs) > MOST_COLUMNS:
             raise UserError(f"{options.source} has more than {MOST_COLUMNS} columns; is it a table of pictures?")
     if not found.rows:
@@ -114,11 +119,17 @@ def _find_columns(options: FormOptions, content: Content) -> _Found:
     return found
 
 
+def _show(names: Iterable[str]) -> str:
+    return ", ".join([shorten(repr(name)) for name in names][:SHOWN]) or "nothing"
+
+
 def _check_columns(options: FormOptions, found: _Found) -> None:
     reading = options.reading
-    has = ", ".join([shorten(repr(name)) for name in found.theirs][:SHOWN]) or "nothing"
-    if not found.theirs:
-        raise UserError(f"{options.source} cannot be read as {options.form}: all {found.rows} rows: {found.faults}")
+    has = _show(found.theirs)
+    if not found.theirs or found.lost == found.rows:
+        raise UserError(
+            f"{options.source} cannot be read as {options.form}: all {format_count(found.rows, 'row')}: {found.faults}"
+        )
     if unknown := [theirs for _, theirs in reading.columns if theirs not in found.theirs]:
         raise UserError(f"--data.columns names {unknown[0]!r}; {options.source} has {has}")
     names = {name for name in found.theirs if name not in {theirs for _, theirs in reading.columns}}
@@ -127,7 +138,10 @@ def _check_columns(options: FormOptions, found: _Found) -> None:
     for what, has_it in {**there, "chosen": {*ANSWERS} & names}.items():
         if not has_it:
             fixed = ", or ask all alike with --data.question TEXT" if what == "question" else ""
+            used = {theirs for _, theirs in reading.columns}
+            beside = " beside those that --data.columns names" if used else ""
+            has = _show(name for name in found.theirs if name not in used)
             raise UserError(
-                f"{options.source} has no column {what!r}; it has {has}. Say which one it is: --data.columns "
+                f"{options.source} has no column {what!r}{beside}; it has {has}. Say which one it is: --data.columns "
                 f"{what}=NAME{fixed}."
             )

@@ -21,7 +21,7 @@ from fedvlm_jax.data.prompts import Prompt, Tiles, to_prompt
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.token_arrays import ask_processor, list_unfit, stack, take, widen
 from fedvlm_jax.data.unique_images import Images, number_distinct, unique_images
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.records.conversations import UnusableError, count_places, parse_turns, place_pictures
 
 CLIENT_QUESTION = "question_client"  # the column of the question in the client's language
@@ -166,7 +166,7 @@ def encode_usable(
     for place, (row, held) in enumerate(zip(rows.tolist(), pictures.tolist(), strict=True)):
         reason = missing.get(row) or next((broken[index] for index in held if index in broken), None)
         if not reason and (count := sum(index >= 0 for index in held)) > processor.most_pictures:
-            reason = f"{count} pictures, the model takes {processor.most_pictures}"
+            reason = f"{format_count(count, 'picture')}, the model takes {processor.most_pictures}"
         reason = reason or federated.find_text_fault(questions[place], chosen.texts[place]) or refused.get(place)
         if not reason and pairs and not is_pair[place]:
             reason = federated.find_pair_fault(chosen.texts[place], rejected.texts[place])
@@ -222,7 +222,9 @@ def _ask(
             except UnusableError as error:
                 refused[place] = str(error)
             if prompt.turns and (places := count_places(prompt.turns)) != len(cut):
-                refused[place] = f"turns with places for {places} pictures, and {len(cut)} pictures"
+                refused[place] = (
+                    f"turns with places for {format_count(places, 'picture')}, and {format_count(len(cut), 'picture')}"
+                )
         asked.append(question if prompt == Prompt(question) else prompt)
     return asked, refused
 

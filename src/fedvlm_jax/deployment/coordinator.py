@@ -24,18 +24,23 @@ from fedvlm_jax.deployment.packets import Packet, SecureTransport, Transport
 from fedvlm_jax.deployment.plan import SECURE, Plan
 from fedvlm_jax.deployment.replies import (
     FINISHED,
+    NO_SCORE,
     SCORED,
+    Score,
     Trained,
+    add_results,
     check_replies,
     join_results,
     mean_by_name,
+    mean_scores,
+    read_score,
     read_trained,
 )
 from fedvlm_jax.deployment.roll import Roll
 from fedvlm_jax.deployment.server_folder import ServerFolder
 from fedvlm_jax.deployment.server_program import ServerProgram, open_server_program
 from fedvlm_jax.deployment.vectors import count_bytes, digest_schema, pack, unpack
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.federation.participation import draw_cohort, find_shares
 from fedvlm_jax.federation.simulator import start_adapter
 from fedvlm_jax.models import resolve_folder
@@ -43,6 +48,7 @@ from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.run_dir import metrics_lines
 from fedvlm_jax.run_dir.fingerprints import describe_model
 from fedvlm_jax.run_dir.folder_lock import Claim
+from fedvlm_jax.run_dir.validated_files import AWAY
 from fedvlm_jax.training.failures import UNFIT, describe_unfit, list_names
 from fedvlm_jax.training.round_setup import MOST_ROWS
 from fedvlm_jax.utils.progress import Progress, working
@@ -74,7 +80,7 @@ class Coordinator:
     program: ServerProgram
     roll: Roll
     server: PyTree
-    best: tuple[PyTree, int, tuple[float, float]]
+    best: tuple[PyTree, int, Score]
     last: dict[int, PyTree] = field(default_factory=dict)  # what each client sent last, where the method mixes
 
     def run(self) -> Path:
@@ -86,6 +92,7 @@ class Coordinator:
         done, train = self._restore(), self.plan.run.train
         metrics_lines.drop_later(self.folder.path, done)
         if done:
+            self.show.note(f"going on after round {done}")
             self._gather(range(self.plan.clients), "to go on", enough=self.plan.least)
         else:
             self._gather(range(self.plan.clients), "before the first round")
@@ -94,7 +101,9 @@ class Coordinator:
         self.folder.write_config(self.model, adapter, self.roll.members, self._steps)
         every = self.plan.run.evaluation.every
         validated = sum(self._is_validated(round_, every) for round_ in range(done + 1, train.rounds + 1))
-        self.show.start(train.rounds, f"{self.plan.run.method} · {self.plan.clients} nodes", done, validated)
+        self.show.start(
+            train.rounds, f"{self.plan.run.method} · {format_count(self.plan.clients, 'node')}", done, validated
+        )
         for round_ in range(done + 1, train.rounds + 1):
             began = time.perf_counter()
             line = self._run_round(round_)
@@ -136,7 +145,8 @@ class Coordinator:
         least = max(self.plan.least, SECURE) if self.plan.secure else self.plan.least
         if able < least:
             raise UserError(
-                f"{able} clients have training examples, and a round needs {least}: make a deployment with a lower "
+                f"{format_count(able, 'client has', 'clients have')} training examples, and a round needs "
+                f"{least}: make a deployment with a lower "
                 "--at-least, or without these clients"
             )
 
@@ -161,10 +171,13 @@ class Coordinator:
             names = list_names([self._name(number) for number in missing])
             if now - began > self.plan.timeout:
                 if enough is not None and len(wanted) - len(missing) >= enough:
-                    self.show.note(f"{names} did not come within {self.plan.timeout:g} seconds {when}: without them")
+                    self.show.note(
+                        f"{names} did not come within {format_count(self.plan.timeout, 'second')} {when}: without them"
+                    )
                     return
                 raise UserError(
-                    f"{names} did not come within {self.plan.timeout:g} seconds {when}: start their nodes, and then "
+                    f"{names} did not come within {format_count(self.plan.timeout, 'second')} {when}: "
+                    "start their nodes, and then "
                     "this again, which goes on where it was"
                 )
             if now - told >= TELL or told == began:
@@ -218,7 +231,8 @@ class Coordinator:
         self._tell(faults, f"round {round_}: {{}} is left out: {{}}")
         if len(trained.headers) < self.plan.least:
             self.show.note(
-                f"round {round_}: {len(trained.headers)} of {len(numbers)} clients counted, and a round needs "
+                f"round {round_}: {len(trained.headers)} of {format_count(len(numbers), 'client')} "
+                "counted, and a round needs "
                 f"{self.plan.least}: it changes nothing"
             )
             counted, health = list[int](), dict[str, float]()
@@ -256,7 +270,7 @@ class Coordinator:
     def _ask(self, orders: Mapping[int, Packet], round_: int, verb: str) -> dict[int, Packet]:
         """Send orders to clients; return their replies, and tell of everyone who has none."""
         nodes = {self.roll.nodes[number]: number for number in orders}
-        with working(self.show, f"waiting for {len(nodes)} nodes to {verb}"):
+        with working(self.show, f"waiting for {format_count(len(nodes), 'node')} to {verb}"):
             answers = self.transport.ask({node: orders[number] for node, number in nodes.items()}, self.plan.timeout)
         found = dict[int, Packet]()
         for node, number in nodes.items():
@@ -316,7 +330,7 @@ class Coordinator:
             total = self.transport.ask_sum(orders, HEADROOM * max(largest, 1e-12), self.plan.timeout)
             counted = [number for number in numbers if self.roll.nodes[number] in total.nodes]
             if len(counted) < self.plan.least:
-                raise UserError(f"the secure sum came of {len(counted)} clients")
+                raise UserError(f"the secure sum came of {format_count(len(counted), 'client')}")
             share = sum(weights[number] for number in counted)
             mean = unpack(np.asarray(total.vector / share, np.float32).tobytes(), shapes)
         except UserError as error:  # of what one node sent, for example, which nobody can look at
@@ -338,33 +352,69 @@ class Coordinator:
         self._tell(faults, f"round {round_}: {{}} is not scored: {{}}")
         found: dict[str, Any] = mean_by_name([header["scores"] for header in replies.values()])
         found["metric"] = self._select_by
-        value, loss = found.get(self._select_by), found.get("loss")
-        score = (-math.inf, -math.inf) if value is None or loss is None else (value, -loss)
-        # Without validation data, or anybody who has scored, the newest is the best there is.
-        newest = value is None and not math.isfinite(self.best[2][0])
-        if newest or (all(map(math.isfinite, score)) and score > self.best[2]):
-            self.best = (self.server, round_, score)
-            for member in self.roll.members.values():
-                member.best = member.kept
+        read = {number: read_score(header["scores"], self._select_by) for number, header in replies.items()}
+        scored = {number: score for number, score in read.items() if score is not None}
+        if self._is_best(round_, scored, found):
+            self.best = (self.server, round_, mean_scores([*scored.values()]))
+            for number, member in self.roll.members.items():
+                member.best, member.score = member.kept, list(scored.get(number, ()))
         return found
+
+    def _is_best(self, round_: int, scored: Mapping[int, Score], found: Mapping[str, Any]) -> bool:
+        """Tell whether a round did better than the best so far, on the clients that are scored in both.
+
+        Who is there differs from round to round, and so would means over all, however good the models are.
+        """
+        _, before, score = self.best
+        if not math.isfinite(score[0]):
+            # Without validation data, or anybody who has scored, the newest is the best there is.
+            return bool(scored) or self._select_by not in found
+        held = {n: (member.score[0], member.score[1]) for n, member in self.roll.members.items() if member.score}
+        both = sorted(scored.keys() & held.keys())
+        if scored and not both:
+            self.show.note(f"round {round_} cannot be compared with round {before}: no client is scored in both")
+        elif scored and scored.keys() != held.keys():
+            names = list_names([self._name(number) for number in both])
+            self.show.note(f"round {round_} is compared with round {before} by the scores of {names}: others lack one")
+        return bool(both) and mean_scores([scored[n] for n in both]) > mean_scores([held[n] for n in both])
 
     def _finish(self) -> None:
         """Have every node score the models of the best round on all its data and keep its own; write the results."""
-        server, round_, _ = self.best
-        if not round_:
+        if not self.best[1]:
             raise UserError("no round's models have a finite loss on the nodes' validation data: lower the rates")
-        self._gather(range(self.plan.clients), "for the last evaluation", self.plan.least)
+        found = self._ask_results(sorted(self.roll.members), self.plan.least)
+        if not found["personal"]:
+            raise UserError("no node sent results: start the nodes, and then this again")
+        about = {"selected_round": self.best[1], "selected_by": self._select_by}
+        shared = self.program.method.download(server=self.best[0])
+        self.folder.write_results(self.plan.run.method, self.best[1], shared, {**about, **found})
+
+    def complete(self) -> None:
+        """Give clients that were away when the deployment ended their final models, if their nodes come now."""
+        results = self.folder.read_results()
+        if results.get(AWAY) and self._restore():
+            away = [number for number, member in sorted(self.roll.members.items()) if member.name in results[AWAY]]
+            found = self._ask_results(away, 0)
+            self.folder.replace_results(add_results({**results, AWAY: []}, found))
+
+    def _ask_results(self, numbers: Sequence[int], enough: int) -> dict[str, Any]:
+        """Have these clients keep and score their models of the best round; return the results, with who is away."""
+        server, round_, _ = self.best
+        self._gather(numbers, "for the last evaluation", enough=enough)
         for member in self.roll.members.values():
             member.kept = member.best
-        orders = {number: self._order("finish", number, server, round=round_) for number in sorted(self.roll.nodes)}
+        there = [number for number in numbers if number in self.roll.nodes]
+        orders = {number: self._order("finish", number, server, round=round_) for number in there}
         replies, faults = check_replies(self._ask(orders, round_, "evaluate"), FINISHED)
         self._tell(faults, "{} has no results: {}")
-        results = join_results({self._name(number): header for number, header in replies.items()})
-        if not results["personal"]:
-            raise UserError("no node sent results: start the nodes, and then this again")
-        about = {"selected_round": round_, "selected_by": self._select_by}
-        shared = self.program.method.download(server=server)
-        self.folder.write_results(self.plan.run.method, round_, shared, {**about, **results})
+        found = join_results({self._name(number): header for number, header in replies.items()})
+        if away := [self._name(number) for number in numbers if number not in replies]:
+            found[AWAY] = away
+            self.show.note(
+                f"{list_names(away)} did not get the final model: when the node is there, give `flwr run` again, and "
+                "leave the run's folder as it is"
+            )
+        return found
 
     def _state(self) -> PyTree:
         """Return all that changes, for a checkpoint; what clients sent last only where a method mixes it."""
@@ -392,7 +442,6 @@ class Coordinator:
         if state["sent"]:
             known = np.flatnonzero(state["sent"]["known"]).tolist()
             self.last = {n: jax.tree.map(lambda leaf, n=n: leaf[n], state["sent"]["last"]) for n in known}
-        self.show.note(f"going on after round {round_}")
         return round_
 
 
@@ -417,12 +466,14 @@ def coordinate(plan: Plan, model: str | None, transport: Transport, folder: Path
         program = open_server_program(plan, name)
         files = ServerFolder(folder, plan)
         try:
+            roll = Roll(plan, digest_schema(program.received))
+            best = (program.start, 0, NO_SCORE)
+            coordinator = Coordinator(plan, name, transport, files, show, program, roll, program.start, best)
             if files.is_finished:
+                coordinator.complete()
                 show.note(f"{folder} is finished")
                 return folder
-            roll = Roll(plan, digest_schema(program.received))
-            best = (program.start, 0, (-math.inf, -math.inf))
-            ended = Coordinator(plan, name, transport, files, show, program, roll, program.start, best).run()
+            ended = coordinator.run()
             show.note(f"run     {folder}")
             show.note(f"next    fedvlm report {shlex.quote(str(folder))}")
             return ended

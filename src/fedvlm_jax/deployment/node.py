@@ -21,7 +21,7 @@ from fedvlm_jax.config.learning_rates import find_rates
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.batches import bucket, count_steps, round_rows
 from fedvlm_jax.data.config import DataOptions
-from fedvlm_jax.deployment.node_states import NodeStates, claim_states
+from fedvlm_jax.deployment.node_states import NodeStates, check_owner
 from fedvlm_jax.deployment.packets import Packet
 from fedvlm_jax.deployment.plan import NodeFile
 from fedvlm_jax.deployment.replies import MODELS, read_header
@@ -196,7 +196,7 @@ class Node:
         leaves = [np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(self._message[1])]
         self._message = None  # two sums with other clients would tell it by their difference
         vector = np.concatenate([*leaves, np.zeros(0, np.float32)])
-        return Packet({}, (vector * np.float32(header["weight"])).tobytes())
+        return Packet({"round": header["round"]}, (vector * np.float32(header["weight"])).tobytes())
 
     def _evaluate(self, order: Packet) -> Packet:
         header, server = self._check(order, EVALUATE), self._view(order.payload)
@@ -326,7 +326,7 @@ def open_node(
         UserError: the base is not the plan's, the rows are not those of one client, or none of them can be trained on;
             or the folder is another node's.
     """
-    claim_states(folder / STATES, _name_owner(file))
+    check_owner(folder / STATES, _name_owner(file))
     plan = file.plan
     lengths = {name: getattr(plan.run.data, name) for name in ("max_prompt_tokens", "max_answer_tokens")}
     # Ranks are dealt by numbers of the whole population, of which there is one here.

@@ -14,6 +14,9 @@ from fedvlm_jax.run_dir.validated_files import read_json
 from fedvlm_jax.utils.digests import DIGEST_SIZE, digest_parts
 from fedvlm_jax.utils.files import read_plain, write_bytes, write_json
 
+OWNER = "owner.json"
+"""The file that says whose states they are."""
+
 
 class NodeStates:
     """The states that this client had after rounds, by the rounds' numbers.
@@ -31,7 +34,9 @@ class NodeStates:
         """
         self._folder, self._shapes = folder, shapes
         self._schema = digest_schema(shapes).encode()
-        claim_states(folder, owner)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not check_owner(folder, owner):
+            write_json(folder / OWNER, {"owner": owner})
         for left in folder.glob("state-*.bin.*.tmp"):  # by a kill that came while it was written
             left.unlink(missing_ok=True)
 
@@ -81,17 +86,17 @@ class NodeStates:
         return self._folder / f"state-{round_}.bin"
 
 
-def claim_states(folder: Path, owner: str) -> None:
-    """Make a folder for states where there is none, and write whose they are where nothing says so yet.
+def check_owner(folder: Path, owner: str) -> bool:
+    """Tell whether a folder says that its states are this owner's; False where it says nothing yet.
 
     Raises:
         UserError: they are another's.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    file = folder / "owner.json"
+    file = folder / OWNER
     if not file.is_file():
-        write_json(file, {"owner": owner})
-    elif read_json(file, {"owner": str})["owner"] != owner:
+        return False
+    if read_json(file, {"owner": str})["owner"] != owner:
         raise UserError(
             f"{folder} has the states of another client, or of another deployment: say another --folder, or remove it"
         )
+    return True

@@ -39,6 +39,10 @@ LARGEST_FLOAT = float(np.finfo(np.float32).max)
 LARGEST = 10**9
 """The most that an option may be which a node says it evaluated with."""
 
+Score = tuple[float, float]
+"""The metric by which rounds are compared, and the loss with its sign turned, which decides between equals."""
+NO_SCORE: Score = (-math.inf, -math.inf)
+
 Headers = dict[int, Mapping[str, Any]]
 Faults = dict[int, str]
 """client number -> what is wrong with its reply, in a line."""
@@ -131,6 +135,31 @@ def mean_by_name(found: Sequence[Mapping[str, float | None]]) -> dict[str, float
     return {name: sum(value / len(held) for value in held) for name, held in finite.items()}
 
 
+def read_score(scores: Mapping[str, float | None], metric: str) -> Score | None:
+    """Return what a round is compared by; None where a client lacks it, or has numbers that are not finite.
+
+    >>> read_score({"cider": 0.5, "loss": 2.0}, "cider"), read_score({"cider": 0.5, "loss": math.inf}, "cider")
+    ((0.5, -2.0), None)
+    """
+    named = dict(_list_named(scores))
+    value, loss = named.get(metric), named.get("loss")
+    if value is None or loss is None or not (math.isfinite(value) and math.isfinite(loss)):
+        return None
+    return value, -loss
+
+
+def mean_scores(scores: Sequence[Score]) -> Score:
+    """Average scores of clients.
+
+    >>> mean_scores([(0.5, -2.0), (1.0, -1.0)]), mean_scores([])
+    ((0.75, -1.5), (-inf, -inf))
+    """
+    if not scores:
+        return NO_SCORE
+    values, losses = zip(*scores, strict=True)
+    return sum(values) / len(scores), sum(losses) / len(scores)
+
+
 def join_results(replies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Join the results of clients, by name, to those of a run.
 
@@ -150,6 +179,19 @@ def join_results(replies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             if len(ends) == 2 and all(map(_is_float32, ends)):
                 results.setdefault("gain_intervals", {}).setdefault(metric, {})[client] = ends
     return results
+
+
+def add_results(stored: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the results of further clients to those of a run.
+
+    >>> add_results({"personal": {"test": {"loss": {"ann": 0.5}}}}, {"personal": {"test": {"loss": {"bob": 0.4}}}})
+    {'personal': {'test': {'loss': {'ann': 0.5, 'bob': 0.4}}}}
+    """
+    joined = dict(stored)
+    for name, value in more.items():
+        before = joined.get(name)
+        joined[name] = add_results(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return joined
 
 
 def _list_named(numbers: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

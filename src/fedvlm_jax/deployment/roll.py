@@ -10,7 +10,7 @@ from typing import Any
 from fedvlm_jax.deployment.packets import Failure, Packet, Transport
 from fedvlm_jax.deployment.plan import Plan, digest_token
 from fedvlm_jax.deployment.replies import read_header
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.run_dir.validated_files import Form
 from fedvlm_jax.training.round_setup import MOST_ROWS
 from fedvlm_jax.utils.untrusted_text import clean, cut
@@ -38,13 +38,15 @@ class Member:
         sizes: split -> number of rows.
         kept: the round in which it last counted, whose personal state it goes on from; 0: it begins.
         best: the same as it was in the best round so far.
-        older: both, as the checkpoint before the newest has them: that is gone back to where the newest is not whole.
+        score: its model's score on validation data in the best round (`replies.Score`); empty where it has none.
+        older: kept and best, as in the checkpoint before the newest: that is gone back to where the newest is damaged.
     """
 
     name: str
     sizes: dict[str, int]
     kept: int = 0
     best: int = 0
+    score: list[float] = field(default_factory=list[float])
     older: list[int] = field(default_factory=list)
 
     @property
@@ -146,7 +148,7 @@ class Roll:
             # "client-3" is what client 3 is called where its own name cannot be, and nobody else.
             name = spare if not name or name in taken or re.fullmatch(r"client-\d+", name) else name
             self.members[number] = Member(name, sizes)
-            told.append(f"{name} is there (client {number}), {sizes['train']} training examples")
+            told.append(f"{name} is there (client {number}), {format_count(sizes['train'], 'training example')}")
             return
         told.append(f"{member.name} is there again")
         if member.sizes != sizes:

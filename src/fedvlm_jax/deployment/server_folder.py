@@ -17,10 +17,11 @@ from fedvlm_jax.errors import DamagedError, UserError
 from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.run_dir import artifacts
 from fedvlm_jax.run_dir.config_seal import check_seal, seal
-from fedvlm_jax.run_dir.validated_files import read_config
+from fedvlm_jax.run_dir.validated_files import read_config, read_results
 from fedvlm_jax.training.start_description import describe_adapter
 from fedvlm_jax.utils.files import write_json
 
+RESULTS = "results.json"
 KEPT = 2
 """The newest checkpoints that are kept."""
 
@@ -51,7 +52,7 @@ class ServerFolder:
     @property
     def is_finished(self) -> bool:
         """Say whether the deployment has ended with its results."""
-        return (self.path / "results.json").is_file()
+        return (self.path / RESULTS).is_file()
 
     def write_config(self, model: str, adapter: lora.Adapter, members: Mapping[int, Member], steps: int) -> None:
         """Write the record of the start, once."""
@@ -114,4 +115,16 @@ class ServerFolder:
     def write_results(self, method: str, round_: int, shared: PyTree, results: Mapping[str, Any]) -> None:
         """Write what is shared and the numbers that the deployment ends with."""
         artifacts.save_adapters(self.path / "adapters", [], jax.device_get(shared), {"method": method, "round": round_})
-        write_json(self.path / "results.json", results)
+        self.replace_results(results)
+
+    def read_results(self) -> dict[str, Any]:
+        """Read the numbers that the deployment ended with.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        return read_results(self.path / RESULTS)
+
+    def replace_results(self, results: Mapping[str, Any]) -> None:
+        """Write the numbers anew, for clients that came later."""
+        write_json(self.path / RESULTS, results)

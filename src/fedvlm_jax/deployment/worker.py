@@ -23,6 +23,7 @@ from pathlib import Path
 from fedvlm_jax.deployment.frames import check_path, receive_packet, send_packet
 from fedvlm_jax.deployment.packets import Packet
 from fedvlm_jax.errors import UserError, describe_os_error, explain_error
+from fedvlm_jax.run_dir.folder_lock import remove_unused
 
 WAITING = 16
 """Orders that may wait for the one that is being answered."""
@@ -169,17 +170,24 @@ class _TakenError(Exception):
 @contextmanager
 def _claim(path: Path) -> Generator[None]:
     """Hold a lock beside the socket: it ends with its process, while a socket's name stays behind."""
-    lock = path.with_name(f"{path.name}.lock")
+    lock, made = path.with_name(f"{path.name}.lock"), not path.parent.is_dir()
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            stack.callback(lambda: remove_unused(path.parent) if made else None)
             held = stack.enter_context(lock.open("ab"))
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(held.fileno()), lock.stat()):
+                raise BlockingIOError  # of one that has just ended, or just begun
         except BlockingIOError:
             raise _TakenError("a running `fedvlm node` has it; stop that one, or choose another path") from None
         except OSError as error:
             raise _TakenError(describe_os_error(error)) from None
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()  # before its lock goes: whoever has opened it then finds another file there, or none
 
 
 def _bind(listener: socket.socket, path: Path) -> None:

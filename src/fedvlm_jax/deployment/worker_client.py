@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedvlm_jax.deployment.frames import HungUpError, check_path, receive_packet, send_packet
 from fedvlm_jax.deployment.packets import Packet
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 
 
 def ask_worker(path: Path, packet: Packet, timeout: float) -> Packet:
@@ -34,6 +34,8 @@ def ask_worker(path: Path, packet: Packet, timeout: float) -> Packet:
             send_packet(stream, packet, deadline)
             return receive_packet(stream, deadline)
         except TimeoutError:
-            raise UserError(f"worker did not answer within {timeout:.0f} seconds: allow more, or look there") from None
+            raise UserError(
+                f"worker did not answer within {format_count(round(timeout), 'second')}: allow more, or look there"
+            ) from None
         except (HungUpError, BrokenPipeError, ConnectionResetError):
             raise UserError("worker ended while it had the order: start it again") from None

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedvlm_jax.distributed.mesh_option import MeshShape
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 
 CLIENTS = "clients"
 MODEL = "model"
@@ -27,7 +27,8 @@ def make_mesh(clients: int | None = None, model: int = 1, *, devices: Sequence[A
     shape = MeshShape(len(devices) // model if clients is None else clients, model)
     if not 1 <= shape.devices <= len(devices):
         raise UserError(
-            f"--mesh {shape} takes {shape.devices} devices: there are {len(devices)} ({devices[0].platform})"
+            f"--mesh {shape} takes {format_count(shape.devices, 'device')}: there are {len(devices)} "
+            f"({devices[0].platform})"
         )
     return Mesh(np.asarray(devices[: shape.devices]).reshape(shape), (CLIENTS, MODEL))
 
@@ -58,7 +59,8 @@ def refuse_split_groups(mesh: Mesh) -> None:
     clients, model = mesh.devices.shape
     if mesh.size != total:
         raise UserError(
-            f"--mesh clients={clients},model={model} takes {mesh.size} of {total} devices: with {processes} processes "
+            f"--mesh clients={clients},model={model} takes {mesh.size} of "
+            f"{format_count(total, 'device')}: with {processes} processes "
             "it must take all of them; leave clients out of it, or start fewer processes"
         )
     if any(len({device.process_index for device in group}) > 1 for group in mesh.devices):

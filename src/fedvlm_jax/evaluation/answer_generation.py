@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.evaluator import GREEDY
 from fedvlm_jax.evaluation.gold_answers import Gold
 from fedvlm_jax.models.beam_search import Settings
@@ -36,9 +37,10 @@ class Answering:
         gold, settings = self.gold, self.settings
         search = "greedily" if settings.num_beams == 1 else f"by {settings.num_beams} beams"
         banned = settings.no_repeat_ngram_size
-        ban = f", no {banned} tokens twice" if banned else ""
+        ban = f", no {format_count(banned, 'token')} twice" if banned else ""
         lines = [
-            f"answers are generated {search}{ban}, in at most {gold.budget} tokens; the gold ones take {gold.longest}"
+            f"answers are generated {search}{ban}, in at most {format_count(gold.budget, 'token')}; the "
+            f"gold ones take {gold.longest}"
         ]
         if settings.ignored:
             lines.append(
@@ -49,7 +51,8 @@ class Answering:
             reasons = ", ".join(f"{count} {reason}" for reason, count in gold.unreachable.items())
             lines.append(
                 f"whatever a model says, exact_match is 0 and no metric is full on {sum(gold.unreachable.values())} of "
-                f"{gold.scored} gold answers: {reasons} (--evaluation.max-answer-tokens and --evaluation.decoding "
+                f"{format_count(gold.scored, 'gold answer')}: {reasons} (--evaluation.max-answer-tokens "
+                "and --evaluation.decoding "
                 "decide that)"
             )
         return lines

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.data.token_arrays import ask_processor
 from fedvlm_jax.data.tokenization import CHARACTERS, CHUNK
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.metrics.answer_tokens import normalise
 from fedvlm_jax.models import Processor
 from fedvlm_jax.models.beam_search import Settings
@@ -87,7 +88,7 @@ def _write(
             if text in faults:
                 continue
             if len(tokens) > most:
-                faults[text] = f"longer than {most} tokens"
+                faults[text] = f"longer than {format_count(most, 'token')}"
             elif not _is_same(decoded, text):
                 faults[text] = UNWRITABLE
             else:
@@ -108,7 +109,7 @@ def _find_ban(ids: Int[np.ndarray, " tokens"], settings: Settings) -> str:
     history = [settings.decoder_start_token_id, *ids.tolist()]
     grams = [tuple(history[start : start + size]) for start in range(len(history) - size + 1)] if size else []
     repeats = len(set(grams)) < len(grams)
-    return f"repeating {size} tokens, which no_repeat_ngram_size bans" if repeats else ""
+    return f"repeating {format_count(size, 'token')}, which no_repeat_ngram_size bans" if repeats else ""
 
 
 def _is_same(decoded: str, text: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fedvlm_jax import lora
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.export.exported_run import ALL, ExportedRun, choose_clients, open_run
 from fedvlm_jax.export.logit_check import LogitError, make_check
 from fedvlm_jax.export.model_card import tabulate_metrics, write_card
@@ -57,7 +57,7 @@ def export_merged(
     size = tree.count_bytes(run.vlm.shapes()) // 4 * jnp.dtype(dtype).itemsize
     if not clients and len(run.clients) > 1:
         raise UserError(
-            f"a merged model takes {format_bytes(size)}, those of all {len(run.clients)} clients take "
+            f"a merged model takes {format_bytes(size)}, those of all {format_count(len(run.clients), 'client')} take "
             f"{format_bytes(size * len(run.clients))}: say whose with --clients NAME [NAME ...], or --clients {ALL}"
         )
     names = choose_clients(run, clients)
@@ -66,8 +66,11 @@ def export_merged(
     with write_beside(out) as place:
         if (room := shutil.disk_usage(place).free) < size * len(names):
             needed = format_bytes(size * len(names))
-            raise UserError(f"{len(names)} models take {needed}, and {out.parent} has {format_bytes(room)} left")
-        note(f"writing {len(names)} {'model' if len(names) == 1 else 'models'} of {format_bytes(size)}")
+            raise UserError(
+                f"{format_count(len(names), 'model takes', 'models take')} {needed}, and {out.parent} has "
+                f"{format_bytes(room)} left"
+            )
+        note(f"writing {format_count(len(names), 'model')} of {format_bytes(size)}")
         check, errors, entries = make_check(run.vlm), list[LogitError](), dict[str, dict[str, Any]]()
         for name in names:
             adapter, inside = run.adapter(name), f"clients/{name_file(name).removesuffix('.safetensors')}"
@@ -108,4 +111,4 @@ def _note_dtype(file: Path, name: str) -> None:
 
 def name_class(vlm: Vlm) -> str:
     """Name the class of transformers that opens a checkpoint of this model."""
-    return "CLIPModel" if vlm.family == "clip" else "AutoModelForImageTextToText"
+    return "AutoModelForImageTextToText" if vlm.bind is None else "AutoModel"

@@ -1,5 +1,8 @@
 """A folder that is there whole or not at all: written beside its place, and renamed."""
 
+import fcntl
+import os
+import re
 import shutil
 import uuid
 from collections.abc import Generator
@@ -33,16 +36,21 @@ def check_free(out: Path, flag: str = "--out") -> None:
 def write_beside(out: Path, flag: str = "--out") -> Generator[Path]:
     """Give a folder to write into, which gets its name when the block ends, and goes when the block fails.
 
+    One that a kill left behind goes when the same place is written to again.
+
     Raises:
         UserError: as `check_free`.
     """
     check_free(out, flag)
     new = [parent for parent in out.parents if not parent.exists()]
-    scratch = out.with_name(f".{out.name[:100]}.{uuid.uuid4().hex[:8]}.tmp")
+    begin = f".{out.name[:100]}."
+    scratch, held = out.with_name(f"{begin}{uuid.uuid4().hex[:8]}.tmp"), -1
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        sweep_left(out.parent, begin)
         with naming(scratch):
             scratch.mkdir()
+            held = _hold(scratch)
         yield scratch
         check_free(out, flag)
         if out.is_dir():
@@ -54,3 +62,30 @@ def write_beside(out: Path, flag: str = "--out") -> Generator[Path]:
             with suppress(OSError):  # somebody else may have put something there
                 parent.rmdir()
         raise
+    finally:
+        if held >= 0:
+            os.close(held)
+
+
+def sweep_left(folder: Path, begin: str) -> None:
+    """Remove the folders whose names begin so and that nobody writes into any more."""
+    for left in folder.iterdir():
+        if re.fullmatch(re.escape(begin) + r"[0-9a-f]{8}\.tmp", left.name) and not left.is_symlink():
+            with suppress(OSError):  # somebody writes into it, or it is not ours to remove
+                held = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left, ignore_errors=True)
+                finally:
+                    os.close(held)
+
+
+def _hold(folder: Path) -> int:
+    """Lock a folder for as long as the descriptor that is returned is open; -1 where the disk has no locks."""
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        return -1
+    return held

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.export.exported_run import ExportedRun, choose_clients, open_run
 from fedvlm_jax.export.logit_check import LogitError, make_check
 from fedvlm_jax.export.merged_export import name_class, write_checkpoint
@@ -92,14 +93,17 @@ def export_peft(
             )
             entries[inside] |= {"client": name, "scores": scores["this adapter"]}
         if run.general is not None:
-            about = f"What {len(run.clients)} clients share, {_describe_start(run)}"
+            about = f"What {format_count(len(run.clients), 'client shares', 'clients share')}, {_describe_start(run)}"
             zero_and_global = {"zero-shot": "zero_shot", "this adapter": "global"}
             # Where clients begin unlike each other the scores of global models are those of other adapters.
             tables = tabulate_clients(run, dict.fromkeys(run.clients, ""), zero_and_global) if run.begins_alike else []
             errors.append(write(SHARED, run.general, f"{run.record.method}: shared part", about, tables))
         else:
             note("no folder of the shared part: nothing is shared, or the run did not keep it")
-        about = f"Adapters of {len(names)} clients, each in a folder of its own: `{MANIFEST}` says whose is which."
+        about = (
+            f"Adapters of {format_count(len(names), 'client')}, each in a folder of its own: `{MANIFEST}` "
+            "says whose is which."
+        )
         loading = _show_loading(named, name_class(run.vlm)).replace('"."', f'".", subfolder="{next(iter(entries))}"')
         folders = {entry["client"]: inside for inside, entry in entries.items() if "client" in entry}
         tables = tabulate_clients(run, folders, {"zero-shot": "zero_shot", "its adapter": "personal"})

@@ -19,13 +19,17 @@ from PIL import Image
 from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.data.config import MOST_PICTURES
 from fedvlm_jax.data.prompts import Prompt, Tiles, to_prompt
-from fedvlm_jax.errors import UserError, explain_error
+from fedvlm_jax.errors import UserError, explain_error, format_count
 from fedvlm_jax.models.folder_files import read_json
 from fedvlm_jax.models.processor_files import digest_settings, list_files, make_pixels, open_files, pad, try_out
 
 QUESTION, ANSWER = "\ue000", "\ue001"  # of Unicode's private use, so that no template holds them
 FIRST_MARK = 0xE100  # of the marks for a conversation's texts
 MARKS = re.compile(f"([{chr(FIRST_MARK)}-\uf8ff])")
+TRIAL = "Is it <one>, or 'two' & \"three\"? Ja: groß, 4 €. " * 8 + "End."
+"""A text that templates could escape, shorten, or write in capitals."""
+MOST_CHARACTERS = 2**18
+"""Longest chat template, and longest text that one writes around a question; the longest known has 2**14."""
 
 Shape = tuple[tuple[str, tuple[bool, ...]], ...]
 """Who speaks, and of each part whether it is a text; the others are pictures."""
@@ -61,10 +65,20 @@ def read_template(folder: Path, tokenizer: Any) -> str | None:
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {explain_error(error)}") from None
     for name in list_files(folder, ("chat_template.json", "processor_config.json")):
-        if isinstance(template := read_json(folder / name).get("chat_template"), str):
-            return template
+        if template := read_json(folder / name).get("chat_template"):
+            return _choose_template(template, folder / name)
     template = getattr(tokenizer, "chat_template", None)
-    return template if isinstance(template, str) else None
+    return _choose_template(template, folder) if template else None
+
+
+def _choose_template(template: Any, where: Path) -> str:
+    """Choose the default of several named templates."""
+    if isinstance(template, list) and all(isinstance(one, dict) for one in template):
+        template = {one.get("name"): one.get("template") for one in template}
+    chosen = template.get("default") if isinstance(template, dict) else template
+    if not isinstance(chosen, str):
+        raise UserError(f"chat_template of {where} is no text, and holds none of the name 'default'")
+    return chosen
 
 
 def make_frame(template: str, tokenizer: Any, folder: Path) -> Frame:
@@ -73,21 +87,39 @@ def make_frame(template: str, tokenizer: Any, folder: Path) -> Frame:
     Raises:
         UserError: the template fails, changes a text, or writes a prompt otherwise once it is answered.
     """
-    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-    answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
-    try:
-        prompt = tokenizer.apply_chat_template(
-            asked, chat_template=template, tokenize=False, add_generation_prompt=True
+    if len(template) > MOST_CHARACTERS:
+        raise UserError(
+            f"the chat template in {folder} has {format_count(len(template), 'character')}, expected "
+            f"{MOST_CHARACTERS:,} at most"
         )
-        whole = tokenizer.apply_chat_template(answered, chat_template=template, tokenize=False)
+
+    def render(question: str, answer: str | None = None) -> str:
+        said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        if answer is not None:
+            said.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return tokenizer.apply_chat_template(
+            said, chat_template=template, tokenize=False, add_generation_prompt=answer is None
+        )
+
+    try:
+        prompt, whole, tried = render(QUESTION), render(QUESTION, ANSWER), render(TRIAL, TRIAL)
     except Exception as error:  # of Jinja, whose sandbox the template runs in, or of what the template calls
         raise UserError(f"the chat template in {folder} cannot be used: {explain_error(error)}") from None
+    if len(whole) > MOST_CHARACTERS:
+        raise UserError(
+            f"the chat template in {folder} writes {format_count(len(whole), 'character')} around a question"
+        )
+    if whole.count(QUESTION) == whole.count(ANSWER) == 1 and tried != re.sub(
+        f"[{QUESTION}{ANSWER}]", lambda _: TRIAL, whole
+    ):
+        raise UserError(f"the chat template in {folder} changes texts, or writes other texts around others")
     bare = prompt.rstrip()
     if not whole.startswith(prompt) and whole.startswith(bare) and whole[len(bare) :].lstrip().startswith(ANSWER):
         # Some templates write other white space before an answer than where one is asked for (LLaVA-OneVision's); the
         # latter is what generation sees.
         whole = prompt + whole[len(bare) :].lstrip()
-    if prompt.count(QUESTION) != 1 or not whole.startswith(prompt) or whole[len(prompt) :].count(ANSWER) != 1:
+    once = prompt.count(QUESTION) == whole[len(prompt) :].count(ANSWER) == 1
+    if not once or not whole.startswith(prompt) or MARKS.search(whole):
         raise UserError(
             f"the chat template in {folder} does not write a question and its answer one after another, each once: a "
             "prompt must be the same whether it is answered or not"
@@ -209,7 +241,9 @@ class ChatProcessor:
         for prompt, row in zip(rows, ids, strict=True):
             if row.count(image) != prompt.views * self.image_tokens:
                 count = prompt.views * self.image_tokens
-                raise UserError(f"the tokenizer makes {row.count(image)} image tokens of a prompt, expected {count}")
+                raise UserError(
+                    f"the tokenizer makes {format_count(row.count(image), 'image token')} of a prompt, expected {count}"
+                )
         return pad(ids, self.tokenizer.pad_token_id or 0), pad([[1] * len(row) for row in ids], 0)
 
     def write(self, prompt: Prompt) -> str:
@@ -289,7 +323,12 @@ def open_chat_processor(
     def join(images: Any, tokenizer: Any) -> ChatProcessor:
         if missing := [token for token in tokens if token not in tokenizer.get_vocab()]:
             raise UserError(f"the tokenizer in {folder} lacks {', '.join(missing)}, which a picture needs")
-        return build(images, tokenizer)
+        made = build(images, tokenizer)
+        if (count := (made.frame.head + made.frame.tail).count(made.placeholder)) != 1:
+            raise UserError(
+                f"the chat template in {folder} writes {made.placeholder} {format_count(count, 'time')} for a picture"
+            )
+        return made
 
     processor = open_files(folder, join, needs)
     try_out(processor, processor.images, folder)

@@ -60,6 +60,10 @@ def check_whole(values: Mapping[str, Any], file: Path) -> None:
     """
     if not all(isinstance(part := values.get(name), dict) and part for name in ("text_config", "vision_config")):
         raise UserError(f"{file} has no text_config or no vision_config: is it cut short?")
+    for name in ("text_config", "vision_config"):
+        # transformers lists the kinds of all layers, so that a file of a line could ask for all memory.
+        if isinstance(layers := values[name].get("num_hidden_layers"), int) and layers > DEPTH:
+            raise UserError(f"{file}: {name}.num_hidden_layers is {layers}, expected a whole number from 1 to {DEPTH}")
     if "quantization_config" in values:
         raise UserError(f"{file} is of quantised weights, which are not supported: take them as they were before")
 

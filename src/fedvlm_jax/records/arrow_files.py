@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as is_a
 
-from fedvlm_jax.errors import UserError, explain_error, find_machine_fault
+from fedvlm_jax.errors import UserError, explain_error, find_machine_fault, format_count
 from fedvlm_jax.records.conversations import UNREADABLE
 from fedvlm_jax.records.files import LEFT_OUT, Record
 
@@ -78,7 +78,10 @@ def _list_rows(batch: pa.RecordBatch, schema: pa.Schema) -> Iterator[Record]:
     for name in filter(columns.__contains__, classes):
         names, codes = classes[name], columns[name]
         if unknown := [code for code in codes if code is not None and not -1 <= code < len(names)]:
-            raise ValueError(f"column {name!r} has the class {unknown[0]}, and names for {len(names)} classes")
+            raise ValueError(
+                f"column {name!r} has the class {unknown[0]}, and names for "
+                f"{format_count(len(names), 'class', 'classes')}"
+            )
         columns[name] = [None if code is None or code < 0 else names[code] for code in codes]
     for row in range(len(batch)):
         yield {name: columns[name][row] if name in columns else LEFT_OUT for name in schema.names}

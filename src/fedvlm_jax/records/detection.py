@@ -58,7 +58,7 @@ def list_forms() -> str:
 def _find_folder_form(folder: Path) -> str:
     found, documents, pictures = dict[str, None](), list[Path](), False
     for place, names in walk(folder):
-        if not place.name and ("dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}):
+        if not place.name and ("dataset_dict.json" in names or _is_saved(names)):
             return "saved"
         if {*METADATA} & {*names}:
             return "imagefolder"
@@ -76,6 +76,10 @@ def _find_folder_form(folder: Path) -> str:
         said = f"may be {' or '.join(forms)}" if forms else "is of no form that is read"
         raise UserError(f"the folder {folder} {said}. {list_forms()}")
     return forms[0]
+
+
+def _is_saved(names: list[str]) -> bool:
+    return "state.json" in names and any(PurePath(name).suffix == ".arrow" for name in names)
 
 
 def _find_json_form(file: Path) -> str:

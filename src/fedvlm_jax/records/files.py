@@ -105,6 +105,11 @@ def find_pictures(path: Path) -> Content:
         UserError: it is no folder, or pictures without metadata do not lie in folders of at least two classes.
     """
     if names := [place / name for place, held in walk(path) for name in held if name in METADATA]:
+        # `datasets` reads one kind alone; both would be every picture twice.
+        if len(kinds := {name.name for name in names}) > 1:
+            raise UserError(
+                f"{path} has {' and '.join(sorted(kinds))}, of which only one kind is read: remove the others."
+            )
         return _gather(path, names)
     listed: list[Any] = list(list_classes(path))
     if len({record["chosen"] for record in listed} - {None}) < 2:

@@ -4,6 +4,7 @@ What strangers wrote may be endless, nested without end or no UTF-8: records hav
 spoil the text that they are in, not the file.
 """
 
+import codecs
 import csv
 import json
 from collections import Counter
@@ -22,6 +23,9 @@ SPACE = " \t\r\n"
 
 
 def _open(file: Path) -> IO[str]:
+    with file.open("rb") as opened:
+        if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{file} is in UTF-16, as its byte order mark says; write it in UTF-8.")
     return file.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 

@@ -7,7 +7,7 @@ from fedvlm_jax.analysis.explain import Explanation
 from fedvlm_jax.analysis.trace_method import Held, Stage, Tensor
 from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.run_options import SHARE, Run, methods_available
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.methods.base import AVERAGING
 from fedvlm_jax.methods.config import list_method_flags
 from fedvlm_jax.reporting.tables import Table, format_bytes
@@ -115,7 +115,7 @@ def _tabulate_totals(explained: Explanation) -> Table:
         "Per client and round",
         ("", *(_write_rounds(stage.rounds, explained) for stage in stages)) if len(stages) > 1 else ("", ""),
         tuple(rows),
-        note=f"{explained.cohort} of {explained.population} clients in a round{ranks}; the base has "
+        note=f"{explained.cohort} of {format_count(explained.population, 'client')} in a round{ranks}; the base has "
         f"{explained.base:,} parameters.",
         prose=frozenset(range(1, 1 + len(stages))),
     )

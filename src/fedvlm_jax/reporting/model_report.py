@@ -4,6 +4,7 @@ import math
 from collections import Counter
 
 from fedvlm_jax import lora
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.reporting.method_report import fold_path, join_path
 from fedvlm_jax.reporting.tables import Table
@@ -26,7 +27,7 @@ def tabulate_model(vlm: Vlm, name: str, size: tuple[int, int] | None, rank: int)
     rows = [(part, f"{counted[part]:,} parameters") for part in (*vlm.components, "other") if counted[part]]
     rows.append(("in all", f"{counted.total():,} parameters"))
     if size is not None:
-        rows.append(("picture", f"{size[1]}×{size[0]} pixels, {vlm.image_tokens(*size):,} image tokens"))
+        rows.append(("picture", f"{size[1]}×{size[0]} pixels, {format_count(vlm.image_tokens(*size), 'image token')}"))
     share = "an answer goes on where its prompt ends" if vlm.shared_positions else "for a prompt, and for an answer"
     written = ("vocabulary", f"{vlm.vocabulary:,} tokens")
     if vlm.bind is not None:

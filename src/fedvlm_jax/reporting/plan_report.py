@@ -5,6 +5,7 @@ from pathlib import Path
 from fedvlm_jax.analysis.plan import Plan
 from fedvlm_jax.distributed.mesh import MODEL
 from fedvlm_jax.distributed.mesh_option import MeshShape
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.federation.memory import GIB
 from fedvlm_jax.reporting.tables import Table, format_bytes, to_markdown
 from fedvlm_jax.run_dir.artifacts import describe_environment
@@ -33,7 +34,8 @@ def describe_refusal(plan: Plan) -> str:
     needs = "too much" if first.bytes is None else f"{first.bytes / GIB:.1f}"
     return (
         f"does not fit: {needs} of {plan.room / GIB:.1f} GiB (a tenth stays free); wave {first.wave} → "
-        f"{plan.layout.wave} fits, {plan.clients} clients a {_name_place(plan)} in place of {first.clients}"
+        f"{plan.layout.wave} fits, {format_count(plan.clients, 'client')} a {_name_place(plan)} in place "
+        f"of {first.clients}"
     )
 
 
@@ -56,8 +58,9 @@ def tabulate_plan(plan: Plan) -> list[Table]:
         ("method", f"{run.method}, rank {run.lora.rank}, {run.objective}"),
         ("clients", f"{layout.cohort} of {plan.request.clients} a round: {layout.waves} × {layout.wave}, "
          f"{plan.clients} side by side on a {_name_place(plan)}"),
-        ("local training", f"{layout.steps} steps of {layout.batch} examples"),
-        ("example", f"{tokens} tokens in, {plan.image_tokens} of them {whose} ({pictures}); {answer} out"),
+        ("local training", f"{format_count(layout.steps, 'step')} of {format_count(layout.batch, 'example')}"),
+        ("example", f"{format_count(tokens, 'token')} in, {plan.image_tokens} of them {whose} ({pictures}); "
+         f"{answer} out"),
     ]  # fmt: skip
     memory = [(name.replace("_", " "), format_bytes(plan.memory[name]), text) for name, text in MEANINGS.items()]
     if plan.room is not None:
@@ -77,7 +80,10 @@ def tabulate_plan(plan: Plan) -> list[Table]:
     ]  # fmt: skip
     note = "" if sent else "None: no device sends another anything."
     if plan.unknown_loops:
-        note = f"Those in {plan.unknown_loops} loops count once: their turns are not in the program's text."
+        note = (
+            f"Those in {format_count(plan.unknown_loops, 'loop')} of unknown length count once: their turns "
+            "are not in the program's text."
+        )
     return [
         Table("Round", ("", "planned"), tuple(planned), prose=frozenset({1})),
         # The row of what is needed stands out.

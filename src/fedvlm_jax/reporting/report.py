@@ -8,7 +8,7 @@ from typing import Any
 
 from fedvlm_jax.config.option_checks import plain
 from fedvlm_jax.config.run_options import Run, describe_method, to_json
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, judge, order_by_mean, spread
@@ -130,7 +130,7 @@ def _report_runs(records: Sequence[RunRecord], target: Path) -> Report:
             dataclasses.replace(made, title=f"{name} ({record.method})", sentences=sentences, pictures=pictures)
         )
     return Report(
-        title=f"fedvlm: {len(records)} runs",
+        title=f"fedvlm: {format_count(len(records), 'run')}",
         subtitle=f"{find_measure(records[0].metric).label} on test, mean of clients",
         figures=figures,
         sections=sections,
@@ -184,7 +184,7 @@ def _report_comparison(record: ComparisonRecord) -> Report:
     ]
     clients = len({client for by_seed in scores.values() for by_client in by_seed.values() for client in by_client})
     subtitle = (
-        f"{_name_subject(config)}{clients} clients, seeds {seeds}; "
+        f"{_name_subject(config)}{format_count(clients, 'client')}, seeds {seeds}; "
         f"{find_measure(record.metric).label} on test, mean of clients"
     )
     return Report(title="fedvlm: methods side by side", subtitle=subtitle, figures=figures, sections=sections)
@@ -248,7 +248,9 @@ def _describe_origin(runs: Sequence[RunRecord]) -> list[str]:
         sentences.append(f"Rows of all clients: {parts}.")
     machine = config.get("machine") or {}
     if devices := config.get("devices"):
-        sentences.append(f"On {' and '.join(devices)}; {machine.get('platform')}, {machine.get('cores')} cores.")
+        sentences.append(
+            f"On {' and '.join(devices)}; {machine.get('platform')}, {format_count(machine.get('cores') or 1, 'core')}."
+        )
     if commit := config.get("commit"):
         sentences.append(f"Commit {commit}.")
     if started := [run.config["started"] for run in runs if run.config.get("started")]:

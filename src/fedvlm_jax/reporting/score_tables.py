@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.metrics.metric_labels import MEASURES, Measure, find_measure, order_measures, percent
 from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise, summarise_matrix
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, order_by_mean, spread
@@ -38,7 +39,9 @@ def tabulate_run(record: RunRecord) -> list[Table]:
     if alone := read_baseline(record):
         scores["alone"] = alone.scores("personal", record.metric)
     models = {model: label for model, label in named.items() if scores[model]}
-    title = f"{_capitalise(find_measure(record.metric).label)} on test, {len(scores['personal'])} clients"
+    title = (
+        f"{_capitalise(find_measure(record.metric).label)} on test, {format_count(len(scores['personal']), 'client')}"
+    )
     tables = [
         _tabulate_models(title, models, scores),
         _tabulate_metrics(record, {model: label for model, label in models.items() if model != "alone"}),
@@ -79,7 +82,7 @@ def tabulate_comparison(record: ComparisonRecord) -> list[Table]:
         upload = format_bytes(sum(sent) / len(sent)) if sent else "–"
         around = "" if accuracy.std is None else f" ± {100 * accuracy.std:.1f}"
         rows.append((method, f"{100 * accuracy.mean:.1f}{around} %", percent(worst.mean), *against, upload))
-    seeds = f"{len(record.seeds)} seed{'s' if len(record.seeds) != 1 else ''}"
+    seeds = format_count(len(record.seeds), "seed")
     note = (
         f"{_capitalise(find_measure(record.metric).label)} on test, mean over clients ± standard deviation over "
         f"{seeds}; worst decile: mean of the worst tenth of the clients. Bold: the highest mean."

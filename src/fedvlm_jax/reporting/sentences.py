@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import BySeed, Difference, compare_paired, count_seeds_ahead, judge
@@ -27,7 +28,7 @@ def describe_run(record: RunRecord) -> list[str]:
     gain = after.mean - before.mean
     change = f"{points(gain)} points" if gain else "no change"
     sentences = [
-        f"With {record.method}, each of {after.clients} clients with its own model "
+        f"With {record.method}, each of {format_count(after.clients, 'client')} with its own model "
         f"{_achieves(record.metric, after.mean)} on average; the frozen model "
         f"{_achieves(record.metric, before.mean)} ({change})."
     ]
@@ -45,7 +46,7 @@ def describe_run(record: RunRecord) -> list[str]:
     common = [client for client in personal if client in zero_shot]
     better = sum(personal[client] > zero_shot[client] for client in common)
     worse = sum(personal[client] < zero_shot[client] for client in common)
-    sentences.append(f"{better} of {len(common)} clients gained, {worse} lost.")
+    sentences.append(f"{better} of {format_count(len(common), 'client')} gained, {worse} lost.")
     chosen = record.results.get("selected_round")
     if chosen is not None:
         ends = [str(extension["from"]) for extension in record.config.get("longer") or []]

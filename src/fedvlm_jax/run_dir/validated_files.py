@@ -51,6 +51,9 @@ SEALED: Form = {
     "fingerprint": {"data": str, "weights": str, "model_files": dict[str, str], "clients": dict[str, str]},
     "versions": dict[str, str | None],
 }
+AWAY = "away"
+"""Results of a deployment: clients that were away when it ended, and so are not in them."""
+
 PRIVACY: Form = {
     **dict.fromkeys(("noise", "clip", "delta", "limit", "epsilon", "expected", "chance"), float),
     **dict.fromkeys(("rounds", "clients", "places", "groups"), int),
@@ -67,6 +70,7 @@ RESULTS: Form = {
     "neighbours?": dict[str, Scores | str],
     "privacy?": PRIVACY,
     "attack?": {"kind": str, "target?": str, "with_mark?": Scores, "without_mark?": Scores},
+    f"{AWAY}?": list[str],
 }
 HELD_OUT: Form = {"held_out": {"cold_start": str, "zero_shot": BySplit, "personal": BySplit}}
 LINE: Form = {

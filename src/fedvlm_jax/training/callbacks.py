@@ -11,7 +11,7 @@ import numpy as np
 
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import fetch
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.federation.memory import GIB
 from fedvlm_jax.messages.config import WITHSTANDS
 from fedvlm_jax.privacy.budget import Budget
@@ -103,7 +103,9 @@ class MetricsWriter(Callback):
         """Drop lines of rounds that are in no checkpoint: they are run again."""
         experiment, path = trainer.experiment, trainer.experiment.folder / metrics_lines.NAME
         if processes.is_first() and (lost := metrics_lines.drop_later(experiment.folder, done)):
-            experiment.show.note(f"{path} lacks {lost} of {done} rounds: reports leave them out, and nothing else does")
+            experiment.show.note(
+                f"{path} lacks {lost} of {format_count(done, 'round')}: reports leave them out, and nothing else does"
+            )
 
     def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
         """Append the round's line, on the disk before the checkpoint that follows."""

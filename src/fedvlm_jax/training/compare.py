@@ -19,7 +19,7 @@ from fedvlm_jax.config.run_options import SHARE, Run, TrainOptions, to_json, wit
 from fedvlm_jax.config.start_folder import fit_start
 from fedvlm_jax.config.track_options import TrackOptions, check_tracking
 from fedvlm_jax.distributed import processes
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.privacy.accounting import import_accounting
 from fedvlm_jax.run_dir.absolute_paths import anchor, move
 from fedvlm_jax.run_dir.artifacts import describe_environment
@@ -175,7 +175,10 @@ class _Plan:
         for method in self.comparison.methods:
             groups.setdefault(plain(method), []).append(method)
         count = self.comparison.processes
-        show.note(f"{len(groups)} methods, {len(self.seeds)} seeds each, in {count} processes")
+        show.note(
+            f"{format_count(len(groups), 'method')}, {format_count(len(self.seeds), 'seed')} each, in "
+            f"{format_count(count, 'process', 'processes')}"
+        )
         tasks = [(self, tuple(methods)) for methods in groups.values()]
         for number, methods in enumerate(spread(_work, tasks, count), start=1):
             show.note(f"{number} of {len(groups)} finished: {', '.join(methods)}")

@@ -14,6 +14,7 @@ from fedvlm_jax.config.run_options import Run, to_json
 from fedvlm_jax.config.start_folder import fit_start
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import place_base
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.run_dir import absolute_paths, fingerprints
 from fedvlm_jax.run_dir.artifacts import load_base, open_adapters, open_global
@@ -82,7 +83,7 @@ def evaluate(folder: Path, show: Progress | None = None) -> dict[str, Any]:
     with Claim(folder):
         finished = open_finished(folder, read_finished(folder), show)
         experiment, count = finished.experiment, len(finished.experiment.examples.clients)
-        with working(show, f"evaluating {count} clients and the bare base, which compiles first"):
+        with working(show, f"evaluating {format_count(count, 'client')} and the bare base, which compiles first"):
             # Of the global model the results have all there is to know: it is no client's.
             _, scores = score_models(experiment, finished.params, finished.personal, None, score_base(experiment))
         if processes.is_first():
@@ -107,7 +108,9 @@ def evaluate_adapter(run: Run, show: Progress | None = None) -> RunRecord:
     def everywhere(numbers: np.ndarray) -> PyTree:
         return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(numbers), *np.shape(leaf))), experiment.adapter)
 
-    with working(show, f"evaluating {len(experiment.scored)} clients and the bare base, which compiles first"):
+    with working(
+        show, f"evaluating {format_count(len(experiment.scored), 'client')} and the bare base, which compiles first"
+    ):
         base = score_base(experiment)
         _, scores = score_models(experiment, experiment.model.params, everywhere, None, base)
     results = {"selected_round": None, "selected_by": experiment.select_by, **scores}

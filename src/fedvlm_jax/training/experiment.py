@@ -18,7 +18,7 @@ from fedvlm_jax.data.classes import describe_classes, find_novel
 from fedvlm_jax.data.federated_dataset import describe_lost, list_reasons
 from fedvlm_jax.data.picture_views import Views
 from fedvlm_jax.data.tokenization import Examples
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.evaluation.answer_generation import Answering
 from fedvlm_jax.evaluation.evaluator import Evaluator
 from fedvlm_jax.evaluation.knn_per import Neighbours
@@ -274,7 +274,10 @@ def open_experiment(
         show.note(f"--lora.targets: {', '.join(dead)} match no weight of {run.model}; the others have adapters")
     experiment = Experiment(run, open_data(model, run), adapter, show)
     examples, clients = experiment.examples, experiment.examples.clients
-    show.note(f"{len(clients)} clients, {sum(len(c.train) for c in clients)} training examples")
+    show.note(
+        f"{format_count(len(clients), 'client')}, "
+        f"{format_count(sum(len(c.train) for c in clients), 'training example')}"
+    )
     trainable = sum(client.trains for client in clients)
     if run.privacy.on and trainable:
         budget = budget or settle(run.privacy, trainable, run.cohort, run.train.rounds)
@@ -288,7 +291,7 @@ def open_experiment(
     if examples.skipped:
         lost = describe_lost(experiment.data.table, examples.skipped)
         show.note(f"left out: {list_reasons(examples.skipped)} (listed in the run's config.json). {lost}".rstrip())
-    cut = f"answers cut to {experiment.data.fitted.max_answer_tokens} tokens"
+    cut = f"answers cut to {format_count(experiment.data.fitted.max_answer_tokens, 'token')}"
     if examples.truncated:
         show.note(f"{examples.truncated} {cut}")
     if experiment.data.pairs and examples.rejected_truncated:
@@ -296,9 +299,12 @@ def open_experiment(
     if experiment.store is not None:
         _announce(model, examples.views.keys, views=examples.views, store=experiment.store, note=show.note)
     if not trainable:
-        raise UserError(f"none of the {len(clients)} clients has a training example, so there is nothing to train on")
+        raise UserError(
+            f"none of the {format_count(len(clients), 'client')} has a training example, so there is "
+            "nothing to train on"
+        )
     if run.cohort is not None and run.cohort > trainable:
-        raise UserError(f"--cohort {run.cohort}: there are only {trainable} clients that train")
+        raise UserError(f"--cohort {run.cohort}: {format_count(trainable, 'client trains', 'clients train')} at most")
     if run.participation.attackers >= trainable:
         raise UserError(
             f"--participation.attackers {run.participation.attackers}: there are {trainable} clients that train, and "

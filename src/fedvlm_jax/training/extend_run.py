@@ -14,7 +14,7 @@ from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run, to_json
 from fedvlm_jax.distributed import processes
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.privacy.budget import lengthen_budget
 from fedvlm_jax.run_dir.config_seal import check_seal, seal
 from fedvlm_jax.run_dir.folder_lock import Claim
@@ -61,11 +61,13 @@ def _check(folder: Path, before: Run, after: Run) -> None:
     done, asked = before.train.rounds, after.train.rounds
     if asked < done:
         raise UserError(
-            f"--train.rounds {asked}: {folder} has {done} rounds already; say how many there shall be in all"
+            f"--train.rounds {asked}: {folder} has {format_count(done, 'round')} already; say how many "
+            "there shall be in all"
         )
     if not (folder / "results.json").is_file():
         raise UserError(
-            f"{folder} is not finished: its {done} rounds come first: fedvlm train --resume {folder}; then it can have "
+            f"{folder} is not finished: its {format_count(done, 'round comes', 'rounds come')} first: "
+            f"fedvlm train --resume {folder}; then it can have "
             f"--train.rounds {asked}"
         )
     start_anew = f"start a new run with --train.rounds {asked}"

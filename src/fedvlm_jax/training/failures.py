@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 
 UNFIT = "unfit"
 SHOWN = 3
@@ -112,17 +112,21 @@ def describe_rounds(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     empty = [line for line in lines if line.get("loss") is None]
     if lines and len(empty) == len(lines):
         sentences.append(
-            f"Nothing was trained: in none of the {len(lines)} rounds did a client's training count, so the adapters "
+            f"Nothing was trained: in none of the {format_count(len(lines), 'round')} did a client's "
+            "training count, so the adapters "
             "are those of the start. A lower --participation.dropout or a larger --cohort changes that."
         )
     elif empty:
         effect = "released noise alone" if "noise_norm" in empty[0] else "changed nothing"
-        sentences.append(f"In {len(empty)} of {len(lines)} rounds nobody's training counted: these {effect}.")
+        sentences.append(
+            f"In {len(empty)} of {format_count(len(lines), 'round')} nobody's training counted: these {effect}."
+        )
     often = Counter(name for line in lines for name in line.get(UNFIT, ()))
     if often:
         counted = [f"{name} ({count})" for name, count in often.most_common()]
         sentences.append(
-            f"For numbers that are not finite {len(often)} clients did not count in some rounds (how many): "
+            f"For numbers that are not finite {format_count(len(often), 'client')} did not count in some "
+            "rounds (how many): "
             f"{list_names(counted)}. Look at their examples, or {RATES}."
         )
     return sentences

@@ -16,12 +16,13 @@ from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.tokenization import Examples, encode
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import local_base, local_mesh
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.evaluation.answer_generation import SEARCHES, Answering
 from fedvlm_jax.evaluation.evaluator import Numbers, Scored
 from fedvlm_jax.evaluation.gold_answers import read_gold
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
 from fedvlm_jax.federation.inputs.reference_log_probs import Reference, compute_reference
+from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.run_dir.fingerprints import describe_clients
@@ -153,14 +154,23 @@ def open_data(model: LoadedModel, run: Run) -> FederatedData:
     """
     data, pairs = run.data, load_objective(run.objective, run.preference).pairs
     model = model.bind(data, run.seed, pairs=pairs)
-    vlm = model.vlm
+    fitted = fit_lengths(model.vlm, data, run.evaluation.max_answer_tokens or 0)
+    return _share_data(model, data, fitted, run.seed, pairs)
+
+
+def fit_lengths(vlm: Vlm, data: DataOptions, generated: int = 0) -> DataOptions:
+    """Cut the longest prompt and answer down to what the model has positions for, with answers of so many tokens.
+
+    Raises:
+        UserError: a decoder-only model has no more positions than an answer takes.
+    """
     answer = min(data.max_answer_tokens, vlm.positions)
-    longest = max(answer, run.evaluation.max_answer_tokens or 0)
+    longest = max(answer, generated)
     prompt = vlm.most_prompt_tokens(longest)
     if prompt < 1:
         raise UserError(
-            f"the model has {vlm.positions} positions, and answers of up to {longest} tokens leave none of them for a "
+            f"the model has {format_count(vlm.positions, 'position')}, and answers of up to "
+            f"{format_count(longest, 'token')} leave none of them for a "
             "prompt: lower --data.max-answer-tokens and --evaluation.max-answer-tokens"
         )
-    fitted = data.replace(max_prompt_tokens=min(data.max_prompt_tokens, prompt), max_answer_tokens=answer)
-    return _share_data(model, data, fitted, run.seed, pairs)
+    return data.replace(max_prompt_tokens=min(data.max_prompt_tokens, prompt), max_answer_tokens=answer)

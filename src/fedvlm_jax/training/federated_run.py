@@ -22,7 +22,7 @@ from fedvlm_jax.config.start_folder import fit_start
 from fedvlm_jax.data.sources.registry import read_table
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.sharding import fetch, replicate
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.evaluation.evaluator import Adapters
 from fedvlm_jax.federation.simulator import Moment
 from fedvlm_jax.models import resolve_folder
@@ -174,7 +174,8 @@ def _go_on(
     fingerprints.tell_versions(stored.content["versions"], show.note)
     if stored.mesh.devices > len(jax.devices()):
         raise UserError(
-            f"{folder} ran on {stored.mesh.devices} devices ({stored.mesh}) and there are {len(jax.devices())} now. "
+            f"{folder} ran on {format_count(stored.mesh.devices, 'device')} ({stored.mesh}) and there are "
+            f"{len(jax.devices())} now. "
             "Numbers on another mesh agree to rounding only, so the run is not continued; start a new one."
         )
     # A wave of another width would round otherwise.

@@ -31,6 +31,7 @@ from fedvlm_jax.data.tokenization import require_pairs
 from fedvlm_jax.distributed import processes, sharding
 from fedvlm_jax.distributed.mesh import connect, make_mesh, refuse_split_groups
 from fedvlm_jax.distributed.mesh_option import parse_mesh
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.answer_generation import SEARCHES
 from fedvlm_jax.evaluation.evaluator import make_answer
 from fedvlm_jax.evaluation.knn_per import Neighbours, make_neighbours
@@ -257,6 +258,6 @@ def load_model(
     check({"data": table.digest, **digests})
     (height, width), tokens = processor.size, processor.image_tokens
     cut = f", cut into tiles, up to {run.image_tiles} along the longer side" if processor.cut else ""
-    note(f"loading {run.model}: pictures of {width}x{height} pixels{cut}, {tokens:,} image tokens each")
+    note(f"loading {run.model}: pictures of {width}x{height} pixels{cut}, {format_count(tokens, 'image token')} each")
     params = load_weights(vlm, folder, mesh=mesh)
     return LoadedModel(vlm, params, processor, mesh, run.system, digests, {anchor(run).data.place: table})

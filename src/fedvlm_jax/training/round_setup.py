@@ -14,7 +14,7 @@ from fedvlm_jax.config.method_setup import make_method, make_setup
 from fedvlm_jax.config.run_options import Run, SystemOptions, TrainOptions
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.distributed.mesh import CLIENTS
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.config import ParticipationOptions
@@ -73,8 +73,9 @@ def lay_out_sizes(run: Run, sizes: Sequence[int], mesh: Mesh, cohort: int | None
     rows = (cohort or len(sizes)) * steps * train.batch_size
     if rows > MOST_ROWS:
         raise UserError(
-            f"a round would take {rows:,} rows ({cohort or len(sizes)} clients, {steps} steps, batches of "
-            f"{train.batch_size}): {MOST_ROWS:,} is the most; lower the local steps or --train.batch-size"
+            f"a round would take {rows:,} rows ({format_count(cohort or len(sizes), 'client')}, "
+            f"{format_count(steps, 'step')}, "
+            f"batches of {train.batch_size}): {MOST_ROWS:,} is the most; lower the local steps or --train.batch-size"
         )
     return choose_layout(
         sizes,

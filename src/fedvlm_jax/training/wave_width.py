@@ -6,7 +6,7 @@ from functools import partial
 
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.mesh import CLIENTS
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.federation.memory import GIB, USABLE, Footprint, TooLargeError, find_wave, read_device_bytes
 from fedvlm_jax.training.experiment import Experiment, make_simulator
 from fedvlm_jax.utils.progress import COMPILING, working
@@ -42,8 +42,8 @@ def fit(experiment: Experiment) -> Experiment:
     layout = fitted.layout
     show.note(
         f"a round takes {footprint.total / GIB:.2f}{room} GiB of a device: the base {footprint.base / GIB:.2f}, each "
-        f"client {footprint.per_client / 2**20:.0f} MiB; {layout.cohort} clients in {layout.waves} "
-        f"wave{'s' if layout.waves > 1 else ''} of {layout.wave} (compiled in {time.monotonic() - began:.0f} s)"
+        f"client {footprint.per_client / 2**20:.0f} MiB; {format_count(layout.cohort, 'client')} in "
+        f"{format_count(layout.waves, 'wave')} of {layout.wave} (compiled in {time.monotonic() - began:.0f} s)"
     )
     if asked is not None and limit and footprint.total > USABLE * limit:
         show.note(f"--wave {asked} may be too wide for the device: it is used because it was asked for")

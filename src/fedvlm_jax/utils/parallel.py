@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -36,7 +36,10 @@ def spread(work: Callable[[Task], Result], tasks: Sequence[Task], processes: int
         raise UserError(f"--processes {processes}: processes cannot share an accelerator; leave it out")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     if processes > len(cores):
-        raise UserError(f"--processes {processes}: there are {len(cores)} cores, ask for as many at most")
+        raise UserError(
+            f"--processes {processes}: there {'is' if len(cores) == 1 else 'are'} "
+            f"{format_count(len(cores), 'core')}, ask for as many at most"
+        )
     context = get_context("spawn")  # a fork would inherit JAX's threads' locks
     shares, stop = context.SimpleQueue(), context.Event()
     for number in range(processes):

@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.utils.console import Terminal
 from fedvlm_jax.utils.progress import Progress
 from fedvlm_jax.utils.untrusted_text import clean
@@ -204,7 +205,7 @@ class PlainProgress(_Display):
     def start(self, total_rounds: int, description: str, done: int = 0, evaluations: int = 0) -> None:
         """Print what begins."""
         super().start(total_rounds, description, done, evaluations)
-        self.note(f"{description}: {total_rounds} rounds" + (f", {done} of them done" if done else ""))
+        self.note(f"{description}: {format_count(total_rounds, 'round')}" + (f", {done} of them done" if done else ""))
 
     def note(self, text: str) -> None:
         """Print the note."""

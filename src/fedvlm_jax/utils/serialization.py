@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.utils.untrusted_text import cut
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def fit(hint: Any, value: Any, where: str, chosen: Mapping[str, Any] | None = No
             raise _misfit(where, value, "a list")
         kinds = inner[:1] * len(value) if origin is list or inner[1:] == (...,) else inner
         if len(kinds) != len(value):
-            raise _misfit(where, value, f"{len(kinds)} values")
+            raise _misfit(where, value, format_count(len(kinds), "value"))
         return origin(fit(kind, item, where) for kind, item in zip(kinds, value, strict=True))
     if origin is dict:
         if not isinstance(value, Mapping):

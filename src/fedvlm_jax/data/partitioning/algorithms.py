@@ -14,7 +14,7 @@ import heapq
 import numpy as np
 from jaxtyping import Int
 
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 
 # Concentration from which shares are even to a millionth; far beyond it, numbers drawn for them overflow.
 ALIKE = 1e12
@@ -82,17 +82,20 @@ def cut_pathological(labels: Units, clients: int, classes: int, rng: np.random.G
     shards = clients * classes
     if classes > len(values):
         raise UserError(
-            f"--data.classes-per-client is {classes}, and the key has only {len(values)} values; choose fewer."
+            f"--data.classes-per-client is {classes}, and the key has only "
+            f"{format_count(len(values), 'value')}; choose fewer."
         )
     if len(values) > shards:
         raise UserError(
-            f"--data.partition pathological: {clients} clients of {classes} values each hold {shards} values, and the "
+            f"--data.partition pathological: {format_count(clients, 'client')} of "
+            f"{format_count(classes, 'value')} each hold {format_count(shards, 'value')}, and the "
             f"key has {len(values)}, so some rows would belong to nobody; choose --data.clients "
             f"{-(-len(values) // classes)} or more, or --data.classes-per-client {-(-len(values) // clients)} or more."
         )
     if shards > len(labels):
         raise UserError(
-            f"--data.partition pathological: {clients} clients of {classes} shards each need {shards} images, and "
+            f"--data.partition pathological: {format_count(clients, 'client')} of "
+            f"{format_count(classes, 'shard')} each need {format_count(shards, 'image')}, and "
             f"there are {len(labels)}; choose fewer --data.clients."
         )
     takers = rng.permutation(shards) // classes

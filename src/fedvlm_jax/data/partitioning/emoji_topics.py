@@ -24,7 +24,7 @@ from fedvlm_jax.data.partitioning.algorithms import ALIKE
 from fedvlm_jax.data.partitioning.table_clients import federate_rows
 from fedvlm_jax.data.sources.emoji import Options, Topics
 from fedvlm_jax.data.table import Table
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.utils.digests import digest_files
 from fedvlm_jax.utils.random_streams import Stream
 
@@ -84,8 +84,10 @@ def _sample_clients(table: Table, options: Options, alpha: float, seed: int, cou
     count = len(chosen) if count is None else count
     if count < len(chosen):
         raise UserError(
-            f"--data.clients is {count}, and the {len(options.vendors)} styles and {len(options.languages)} languages "
-            f"make {len(chosen)} clients at least: choose fewer --data.vendors or --data.languages, or more clients."
+            f"--data.clients is {count}, and the {format_count(len(options.vendors), 'style')} and "
+            f"{format_count(len(options.languages), 'language')} "
+            f"make {format_count(len(chosen), 'client')} at least: choose fewer --data.vendors or "
+            "--data.languages, or more clients."
         )
 
     group_of, split_of = _read_concepts(table)

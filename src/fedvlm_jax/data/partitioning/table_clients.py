@@ -24,7 +24,7 @@ from fedvlm_jax.data.partitioning import algorithms
 from fedvlm_jax.data.partitioning.row_keys import UNKNOWN, list_keys, read_key
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.unique_images import digest_rows, number_distinct
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.utils.random_streams import Stream
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
@@ -85,7 +85,7 @@ def federate_by_column(table: Table, options: RowOptions, seed: int) -> Federati
     if "split" in table.columns:
         names = table.read_text("split", rows)
         if unknown := Counter(repr(name and name[:SHOWN]) for name in names if name not in SPLITS):
-            listed = ", ".join(f"{value} ({count} rows)" for value, count in unknown.most_common(5))
+            listed = ", ".join(f"{value} ({format_count(count, 'row')})" for value, count in unknown.most_common(5))
             raise UserError(
                 f"{table.name}: column 'split' has {listed}; expected {', '.join(SPLITS)}. Rename them, or leave the "
                 "column out to have rows split by image content."
@@ -123,7 +123,7 @@ def choose_rows(table: Table, options: RowOptions, seed: int) -> Rows:
         counts = Counter(origin for origin in found if origin)
         wanted = {unicodedata.normalize("NFC", origin.strip()) for origin in options.origins}
         if unknown := sorted(wanted - set(counts)):
-            known = ", ".join(f"{origin} ({count} rows)" for origin, count in sorted(counts.items()))
+            known = ", ".join(f"{origin} ({format_count(count, 'row')})" for origin, count in sorted(counts.items()))
             raise UserError(f"--data.origins has {', '.join(unknown)}; {table.name} has {known or 'none'}.")
         rows = rows[[origin in wanted for origin in found]]
     if options.limit is not None and options.limit < len(rows):
@@ -214,7 +214,8 @@ def _draw_clients(
     larger = ", or for a larger --data.alpha" if "alpha" in about else ""
     raise UserError(
         f"--data.min-examples is {wanted}, and in {DRAWS} draws of --data.partition {partition.kind} the smallest of "
-        f"{count} clients had {best} training rows at best; shared out evenly, {train} rows are {train // count} each. "
+        f"{format_count(count, 'client')} had {format_count(best, 'training row')} at best; shared out "
+        f"evenly, {format_count(train, 'row is', 'rows are')} {train // count} each. "
         f"Ask for less, for fewer --data.clients{larger}. {left_out}".rstrip()
     )
 

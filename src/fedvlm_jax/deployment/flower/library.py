@@ -7,8 +7,8 @@ from typing import Any
 from fedvlm_jax.errors import UserError
 
 MISSING = (
-    "Flower is not installed here: pip install 'fedvlm-jax[flower]', in an environment of its own, since it takes "
-    "older versions of protobuf, rich, typer and packaging"
+    "Flower is not installed here: pip install '.[flower]' in a clone of fedvlm-jax, in an environment of its own, "
+    "since it takes older versions of protobuf, rich, typer and packaging"
 )
 """A message to whoever lacks the extra."""
 

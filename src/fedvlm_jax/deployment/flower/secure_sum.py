@@ -339,7 +339,10 @@ def _forget_lost(state: Any) -> None:
 def _explain_lack(asked: int, active: Iterable[int], needed: int, stage: int, lost: Mapping[int, str]) -> str:
     reasons = "; ".join(f"node {node}: {reason}" for node, reason in list(lost.items())[:3])
     left = len(set(active))
-    return f"secure sum: {left} of {asked} nodes are left after stage {stage} of 4, {needed} are needed ({reasons})"
+    return (
+        f"secure sum: {left} of {asked} nodes {'is' if left == 1 else 'are'} left after stage {stage} of 4, "
+        f"{needed} are needed ({reasons})"
+    )
 
 
 def _say(error: BaseException) -> str:

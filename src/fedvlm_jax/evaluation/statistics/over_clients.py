@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 
 LEVEL = 0.95  # of the bootstrap's interval
 RESAMPLES = 2000  # from one random seed to another the ends of a 95 % interval move by about 2 % of its width
@@ -44,7 +44,8 @@ def summarise(values: Mapping[str, float]) -> Summary:
     odd = [client for client, value in values.items() if not math.isfinite(value)]
     if odd:
         raise UserError(
-            f"the values of {len(odd)} of {len(values)} clients are not finite ({', '.join(odd[:5])}); leave clients "
+            f"the values of {len(odd)} of {format_count(len(values), 'client')} are not finite "
+            f"({', '.join(odd[:5])}); leave clients "
             "without examples out, and look at the losses of the others."
         )
     numbers = np.asarray(list(values.values()), np.float64)

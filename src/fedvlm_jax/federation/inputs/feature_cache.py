@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from fedvlm_jax import lora
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.models import Params, Processor, Vlm
 from fedvlm_jax.utils.files import read_plain, write_bytes
 from fedvlm_jax.utils.record_store import Records
@@ -128,7 +128,9 @@ class FeatureStore:
         new = sum(not self._has(key) for key in views.keys)
         room = self._count_room()
         where = "in memory" if self._folder is None else f"in {self._folder}"
-        what = f"{len(views.images)} images" + (f" in {len(views)} parts" if len(views) > len(views.images) else "")
+        what = format_count(len(views.images), "image") + (
+            f" in {format_count(len(views), 'part')}" if len(views) > len(views.images) else ""
+        )
         text = f"image features: {what}, {_size(len(views) * self.row_bytes)} {where}"
         text += f", {len(views) - new} of them there already" if new < len(views) and len(self) else ""
         if new > room:

@@ -24,7 +24,7 @@ from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.distributed.mesh import CLIENTS
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.federation.inputs.batch_reader import Inputs
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives.log_probs import score_pairs
@@ -99,7 +99,9 @@ def compute_reference(
     across = NamedSharding(mesh, PartitionSpec(CLIENTS))
     size = batch * mesh.shape[CLIENTS]
     if missing:
-        note(f"reference log-probabilities: {len(missing)} of {len(own)} pairs to compute, {store.where}")
+        note(
+            f"reference log-probabilities: {len(missing)} of {format_count(len(own), 'pair')} to compute, {store.where}"
+        )
     done, noted, running = 0, time.monotonic(), None
     for start in range(0, len(missing) + size, size):
         rows, finished = missing[start : start + size], running

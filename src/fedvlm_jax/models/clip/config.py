@@ -19,6 +19,8 @@ from fedvlm_jax.models.layers import activation
 from fedvlm_jax.models.vision_transformer import StackShape, VisionShape
 
 MODEL_TYPES = ("clip",)
+LARGEST_SCALE = 50
+"""Of the scale's logarithm; CLIP's begins with 2.66 and ends with 4.61."""
 LARGEST_ENDS = 2
 """The `eos_token_id` of older configurations, under which the largest id of a text ends it, whatever its number."""
 
@@ -45,6 +47,11 @@ def check_config(config: Any) -> None:
     read_tower(config)
     read_text(config)
     require_integer("projection_dim", config.projection_dim, 1, WIDTH)
+    scale = config.logit_scale_init_value
+    if not isinstance(scale, int | float) or not abs(scale) <= LARGEST_SCALE:
+        raise UserError(
+            f"logit_scale_init_value is {scale!r}, expected a number from -{LARGEST_SCALE} to {LARGEST_SCALE}"
+        )
     require_integer("text_config.vocab_size", text.vocab_size, 1, VOCABULARY)
     require_integer("text_config.max_position_embeddings", text.max_position_embeddings, 4, VOCABULARY)
     if text.eos_token_id != LARGEST_ENDS:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.data.prompts import Prompt
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.models import base
 from fedvlm_jax.models.clip.answers import END, IMAGE
 from fedvlm_jax.models.clip.config import LARGEST_ENDS, read_config
@@ -108,7 +108,8 @@ class ClassProcessor(base.Processor):
         classes = tuple(text for text, fit in zip(answers, fits, strict=True) if fit)
         if not classes:
             raise UserError(
-                f"none of the data's {len(answers)} answers, written into {template!r}, is a text of at most "
+                f"none of the data's {format_count(len(answers), 'answer')}, written into {template!r}, "
+                "is a text of at most "
                 f"{self.positions} tokens: there is no class to choose; mend --data.class-prompt"
             )
         ids = pad([row for row, fit in zip(rows, fits, strict=True) if fit], 0)

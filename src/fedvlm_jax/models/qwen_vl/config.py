@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.models.configuration import DEPTH, WIDTH, parse_config, read_positive, read_text_shape, require
 from fedvlm_jax.models.folder_files import require_integer
 from fedvlm_jax.models.layers import activation
@@ -51,7 +51,8 @@ def check_config(config: Any) -> None:
         )
     if len(vision.deep) > text.layers:
         raise UserError(
-            f"vision_config.deepstack_visual_indexes names {len(vision.deep)} layers, more than the text model has"
+            f"vision_config.deepstack_visual_indexes names {format_count(len(vision.deep), 'layer')}, "
+            "more than the text model has"
         )
     require_integer("image_token_id", config.image_token_id, 0, text.vocabulary - 1)
     read_axes(config)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, mean_over_seeds, order_by_mean
 from fedvlm_jax.reporting.figures import theme
@@ -123,7 +124,7 @@ def draw_heatmap(record: ComparisonRecord) -> Figure:
     if not named:
         (ax,) = figure.axes
         ax.xaxis.set_label_position("top")
-        (ax.set_xlabel if many else ax.set_ylabel)(f"{len(clients)} clients")
+        (ax.set_xlabel if many else ax.set_ylabel)(format_count(len(clients), "client"))
     return figure
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.reporting.figures import theme
 
 WIDTH = 9.6
@@ -53,7 +54,9 @@ def draw_data(description: Mapping[str, Any]) -> Figure:
             ax.grid(axis="y")
             ax.set(xticks=[], xlim=(-0.8, at.max() + 0.8))
         out = sum(client["held_out"] for client in clients)
-        axes[-1].set_xlabel(f"{len(clients)} clients" + (f", on the right the {out} that are held out" if out else ""))
+        axes[-1].set_xlabel(
+            format_count(len(clients), "client") + (f", on the right the {out} that are held out" if out else "")
+        )
     return figure
 
 
@@ -113,7 +116,7 @@ def _share_values(clients: Clients, found: Mapping[str, Any], named: bool) -> Pa
     colours = {value: thin(theme.SERIES[place], 0.9) for place, value in enumerate(shown)}
     if len(values) > len(shown):
         full = np.asarray([100.0 if counts else 0.0 for counts in held])
-        name = f"{len(values) - len(shown)} others"
+        name = f"{format_count(len(values) - len(shown), 'other')}"
         shares[name] = full - sum(shares.values())
         colours[name] = thin(theme.MUTED, 0.35)
     order = np.arange(len(clients))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
 from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise
 from fedvlm_jax.reporting.figures import theme
@@ -124,5 +125,5 @@ def _make_rows(order: Sequence[str], margin: float, row: float) -> tuple[Figure,
     named = len(order) <= theme.LABELLED
     figure, (ax,) = theme.make_figure(theme.WIDE, margin + (row * len(order) if named else min(6.0, 0.05 * len(order))))
     theme.name_rows(ax, order if named else [])
-    ax.set(ylabel="" if named else f"{len(order)} clients, sorted", ylim=(-0.8, len(order) - 0.2))
+    ax.set(ylabel="" if named else f"{format_count(len(order), 'client')}, sorted", ylim=(-0.8, len(order) - 0.2))
     return figure, ax, np.arange(len(order)), 34 if named else 8

@@ -1,0 +1,48 @@
+"""Lengths of prompts and answers in a model's tokens, before its weights are read."""
+
+from typing import Any
+
+import numpy as np
+
+from fedvlm_jax.data.classes import list_classes
+from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.data.federated_dataset import Federation, count_reasons
+from fedvlm_jax.data.table import Table
+from fedvlm_jax.data.tokenization import encode_usable
+from fedvlm_jax.models import Processor, Vlm
+from fedvlm_jax.training.federated_data import fit_lengths
+from fedvlm_jax.training.loaded_model import choose_among
+
+
+def describe_lengths(
+    table: Table, federation: Federation, options: DataOptions, vlm: Vlm, processor: Processor
+) -> dict[str, Any]:
+    """Tokenise a federation as a run with this model would.
+
+    Returns:
+        Tokens of a picture or tile, and how many of them the longest prompt has; of prompts and answers the
+        median, the longest and the most that there may be; answers that are cut; rows left out -> how many.
+
+    Raises:
+        UserError: the model has no room for a prompt, or a column is missing.
+    """
+    if vlm.bind is not None:
+        classes = list_classes(table, federation, pairs=False)
+        _, vlm, processor = choose_among(vlm, processor, *classes, options.class_prompt)
+    fitted = fit_lengths(vlm, options)
+    examples = encode_usable(table, federation, processor, fitted)
+    prompts, answers = examples.attention_mask.sum(axis=1), (examples.labels != -100).sum(axis=1)
+    return {
+        "image_tokens": processor.image_tokens,
+        "most_pictures": examples.view.shape[1],
+        "prompt": _measure(prompts) | {"limit": fitted.max_prompt_tokens},
+        "answer": _measure(answers) | {"limit": fitted.max_answer_tokens},
+        "cut": examples.truncated,
+        "left_out": count_reasons(examples.skipped),
+    }
+
+
+def _measure(lengths: np.ndarray) -> dict[str, float]:
+    if not len(lengths):
+        return {"median": 0.0, "p95": 0.0, "most": 0}
+    return {"median": float(np.median(lengths)), "p95": float(np.percentile(lengths, 95)), "most": int(lengths.max())}
