@@ -11,7 +11,7 @@ from fedvlm_jax.reporting.figures import theme
 
 NAMES = {"loss": "loss", "projection": "projection", "span": "span of inputs"}
 DASHES = {"start": "-", "others": (0, (5, 2)), "own": (0, (1, 1.5))}
-WHO = {"start": "server alone", "others": "with the other clients", "own": "with the private factor"}
+WHO = {"start": "server", "others": "with the others", "own": "with the factor"}
 
 
 def draw_audit(found: Mapping[str, Any], target: Path) -> list[theme.Picture]:
@@ -38,12 +38,12 @@ def draw_roc(found: Mapping[str, Any]) -> Figure:
                 where="post",
                 color=theme.SERIES[number],
                 linestyle=DASHES.get(one["knows"], "-"),
-                label=f"{WHO.get(one['knows'], one['knows'])}, AUROC {one['auroc'][0]:.2f}",
+                label=f"{WHO.get(one['knows'], one['knows'])} {one['auroc'][0]:.2f}",
             )
         ax.plot([least, 1], [least, 1], color=theme.MUTED, linewidth=1, linestyle=theme.DOTTED)
         ax.axvline(0.01, color=theme.GRID, linewidth=1, zorder=0)
         ax.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.1), title=f"by {NAMES[test]}")
-        ax.set_xlabel("others that pass (false positive rate)")
-        ax.legend(loc="lower right", fontsize=8)
+        ax.set_xlabel("others that pass")
+        ax.legend(loc="lower right", fontsize=7, title="AUROC", title_fontsize=7).set_in_layout(False)
     axes[0].set_ylabel("members that are found")
     return figure
