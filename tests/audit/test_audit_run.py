@@ -201,5 +201,5 @@ def test_a_method_that_sends_nothing_keeps_nothing():
 
 def test_rounds_are_spread_evenly():
     assert choose_rounds([2, 4, 6], 9) == [2, 4, 6]
-    assert choose_rounds(list(range(1, 101)), 5) == [1, 26, 50, 75, 100]
+    assert choose_rounds(list(range(1, 101)), 5) == [1, 26, 51, 75, 100]
     assert choose_rounds([1, 2, 3], 1) == [3]

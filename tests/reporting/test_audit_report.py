@@ -79,7 +79,7 @@ def test_where_nothing_is_private_there_is_nothing_to_guess():
 def test_the_picture(tmp_path):
     (picture,) = draw_audit(FOUND, tmp_path)
     assert (tmp_path / "figures" / "audit.png").stat().st_size > 1000
-    assert "AUROC 0.60" in picture.svg
+    assert "server 0.60" in picture.svg
     assert draw_audit({**FOUND, "membership": FOUND["membership"][:1]}, tmp_path) == []
 
 

@@ -70,6 +70,7 @@ def audit(folder: Path, choices: AuditChoices = AuditChoices(), show: Progress |
     """
     show = show or SilentProgress()
     stored, record, kept = open_kept(folder)
+    kept_messages.check_rounds(folder, choose_rounds(kept, choices.rounds))  # before anything is loaded
     with Claim(folder):
         target = open_target(open_finished(folder, stored, show, scoring=False), kept, choices)
         found = attack(target, record, show)

@@ -4,7 +4,7 @@ A file holds what left the clients whose messages counted, as it left, who they 
 server's state before the round. Rounds of local fine-tuning send nothing and have no file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +99,28 @@ def list_rounds(folder: Path) -> list[int]:
     return sorted(map(int, listed))
 
 
+def check_rounds(folder: Path, rounds: Sequence[int]) -> None:
+    """See that the files of rounds are as they were written.
+
+    Raises:
+        UserError: one is missing, or is not.
+    """
+    listed = _read_list(folder)
+    for round_ in rounds:
+        _read_file(folder, round_, listed)
+
+
+def _read_file(folder: Path, round_: int, listed: Mapping[str, str]) -> bytes:
+    file = folder / FOLDER / name_file(round_)
+    try:
+        content = read_plain(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): put it back from a copy, or train again") from None
+    if digests.digest_parts([content]).hex() != listed.get(str(round_)):
+        raise DamagedError(f"{file} is not as it was written: put it back from a copy, or train again")
+    return content
+
+
 def read_round(folder: Path, round_: int, messages: PyTree, server: PyTree) -> KeptRound:
     """Read a round that was kept, into the structure of a client's message and of the server's state (or shapes).
 
@@ -108,14 +130,7 @@ def read_round(folder: Path, round_: int, messages: PyTree, server: PyTree) -> K
     from safetensors.numpy import load
 
     file = folder / FOLDER / name_file(round_)
-    digest = _read_list(folder).get(str(round_))
-    try:
-        content = read_plain(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): put it back from a copy, or train again") from None
-    if digests.digest_parts([content]).hex() != digest:
-        raise DamagedError(f"{file} is not as it was written: put it back from a copy, or train again")
-    arrays = load(content)
+    arrays = load(_read_file(folder, round_, _read_list(folder)))
     return KeptRound(
         round_,
         arrays["numbers"],

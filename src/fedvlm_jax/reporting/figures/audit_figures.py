@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 from fedvlm_jax.reporting.figures import theme
 
 NAMES = {"loss": "loss", "projection": "projection", "span": "span of inputs"}
+SHARES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Where the axes have ticks."""
 DASHES = {"start": "-", "others": (0, (5, 2)), "own": (0, (1, 1.5))}
-WHO = {"start": "server alone", "others": "with the other clients", "own": "with the private factor"}
+WHO = {"start": "server", "others": "with the others", "own": "with the factor"}
 
 
 def draw_audit(found: Mapping[str, Any], target: Path) -> list[theme.Picture]:
@@ -38,12 +40,16 @@ def draw_roc(found: Mapping[str, Any]) -> Figure:
                 where="post",
                 color=theme.SERIES[number],
                 linestyle=DASHES.get(one["knows"], "-"),
-                label=f"{WHO.get(one['knows'], one['knows'])}, AUROC {one['auroc'][0]:.2f}",
+                label=f"{WHO.get(one['knows'], one['knows'])} {one['auroc'][0]:.2f}",
             )
         ax.plot([least, 1], [least, 1], color=theme.MUTED, linewidth=1, linestyle=theme.DOTTED)
         ax.axvline(0.01, color=theme.GRID, linewidth=1, zorder=0)
         ax.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.1), title=f"by {NAMES[test]}")
-        ax.set_xlabel("others that pass (false positive rate)")
-        ax.legend(loc="lower right", fontsize=8)
+        shares = [share for share in SHARES if share >= least]
+        ax.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
+        ax.set_yticks(shares, [f"{100 * share:g} %" for share in shares])
+        ax.minorticks_off()
+        ax.set_xlabel("others that pass")
+        ax.legend(loc="lower right", fontsize=7, title="AUROC", title_fontsize=7).set_in_layout(False)
     axes[0].set_ylabel("members that are found")
     return figure
