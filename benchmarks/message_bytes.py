@@ -148,7 +148,7 @@ def main() -> None:
     for method in RATES:
         model, rounds = read_updates(method, model)
         whole = sum(leaf[0].nbytes for leaf in jax.tree.leaves(rounds[0]))
-        rows = [("float32", "0", "0", "0", f"{whole:,}", "1")]
+        rows: list[tuple[str, ...]] = [("float32", "0", "0", "0", f"{whole:,}", "1")]
         for name, send in ways.items():
             alone, mean, total, size = measure(rounds, send)
             rows.append((name, *(f"{100 * x:.2f} %" for x in (alone, mean, total)), f"{size:,}", f"{size / whole:.3f}"))

@@ -76,6 +76,7 @@ FEW = LoraOptions(rank=2, targets="encoder/layers/fc1")
 """B of one site, two layers: 2 x 2 x 512 numbers in two matrices."""
 
 
+@pytest.mark.broad
 def test_explain_shows_the_bytes_of_what_is_encoded():
     """And the tensors as without compression."""
     plain, int8, top_k = (explain(Run(messages=messages, lora=FEW)) for messages in (MessageOptions(), INT8, TOP_K))
@@ -91,6 +92,7 @@ def test_explain_shows_the_bytes_of_what_is_encoded():
     assert (int8.state, top_k.state) == (plain.state, plain.state + 2 * 4 * 2048)
 
 
+@pytest.mark.broad
 def test_padding_of_ranks_is_not_counted_in_what_is_encoded():
     lora = dataclasses.replace(FEW, ranks=(1, 2))
     (stage,) = explain(Run(messages=INT8, lora=lora)).stages

@@ -19,15 +19,9 @@ from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.base import shape_of_one
 from fedvlm_jax.utils import tree
 
-KINDS = {
-    "int8": ("plora", "rolora", "flora", "fedalt"),
-    "top-k": ("plora", "rolora", "pfedme"),
-    "secure": ("plora", "rolora"),
-}
-"""One of each kind: an update of one part, of a part in each phase, factors and not their update, another's factors
-delivered, a model beside the shared one."""
 ORDINARY = {("plora", "top-k")}
-BROAD = {(name, way) for way, names in KINDS.items() for name in names}
+BROAD = {("plora", "int8"), ("plora", "secure"), ("rolora", "top-k")}
+"""Those of every time and of each change; all others are slow: their engine and their wrappers are the same."""
 
 
 def refuses(name, way):
