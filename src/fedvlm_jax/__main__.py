@@ -4,7 +4,7 @@ import sys
 
 from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
 
-COMPUTING = ("plan", "train", "compare", "evaluate", "node")
+COMPUTING = ("plan", "train", "compare", "evaluate", "audit", "node")
 """Commands that compile or compute; the others, and a command's help, gain nothing by settings of malloc."""
 
 HELP = {"-h", "--help", "--help-all"}

@@ -118,7 +118,7 @@ def test_what_the_model_does_not_take_is_told(asker):
     picture = asker.read_sample(int(asker.finished.experiment.examples.clients[0].test[0])).contents[0]
     one, two = (Shown((("x",) * count,), contents=(picture,) * count) for count in (1, 2))
     client = asker.clients[0]
-    with pytest.raises(UserError, match="takes one picture in a question and there are 2: ask about each alone"):
+    with pytest.raises(UserError, match="takes 1 picture in a question and there are 2: ask about each alone"):
         asker.ask(client, "What?", two)
     with pytest.raises(UserError, match="cannot be asked that: prompt too long"):
         asker.ask(client, "What? " * 500, one)

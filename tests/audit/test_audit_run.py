@@ -193,7 +193,7 @@ def test_options_of_a_run_and_of_an_older_folder():
 
 
 def test_a_method_that_sends_nothing_keeps_nothing():
-    with pytest.raises(UserError, match="nothing leaves a client"):
+    with pytest.raises(UserError, match="no client sends anything"):
         validate(Run(method="local", audit=KEEP))
     assert for_method(Run(audit=KEEP), "local").audit == AuditOptions()
     assert for_method(Run(audit=KEEP), "ffa-lora").audit == KEEP

@@ -39,7 +39,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 
 def test_every_command_is_listed_in_order() -> None:
-    named = "data explain plan train compare evaluate ask demo report export deploy node cache"
+    named = "data explain plan train compare evaluate ask demo report audit export deploy node cache"
     assert list(commands_available()) == named.split()
 
 

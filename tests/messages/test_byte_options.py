@@ -18,6 +18,7 @@ SECURE = MessageOptions(secure=True)
 SGD = TrainOptions(optimizer="sgd")
 SCAFFOLD = LocalOptions(scaffold=True)
 RANKS = LoraOptions(rank=4, ranks=(2, 4))
+NOISE = PrivacyOptions(noise=1.0, sampling="all")
 
 REFUSED = [
     (Run(messages=MessageOptions(keep=0.2)), "--messages.keep means nothing to --messages.compress none"),
@@ -31,14 +32,20 @@ REFUSED = [
     (Run(method="flora", messages=TOP_K), "top-k does not go with --method flora, because a message is not the update"),
     (Run(messages=TOP_K, local=SCAFFOLD, train=SGD), "--method plora and --local.scaffold, because a message is not"),
     (Run(messages=TOP_K, lora=RANKS), "--method plora and --lora.ranks, because a message is not"),
-    (Run(method="local", messages=INT8), "--messages.compress does not go with --method local, because nothing is sh"),
+    (
+        Run(method="local", messages=INT8),
+        "--messages.compress does not go with --method local, because no client",
+    ),
     (Run(method="local", messages=SECURE), "--messages.secure does not go with --method local"),
     (Run(method="flexlora", messages=SECURE), "--messages.secure does not go with --method flexlora"),
     (Run(messages=SECURE, local=SCAFFOLD, train=SGD), "--messages.secure and --local.scaffold exclude each other"),
     (Run(messages=SECURE, lora=RANKS), "--messages.secure and --lora.ranks exclude each other"),
     (Run(messages=dataclasses.replace(SECURE, compress="int8")), "secure and --messages.compress int8 exclude"),
     (Run(messages=dataclasses.replace(SECURE, pool="median")), "--messages.secure .*exclude each other"),
-    (Run(messages=SECURE, privacy=PrivacyOptions(noise=1.0)), "--messages.secure and --privacy exclude each other"),
+    (
+        Run(messages=SECURE, privacy=NOISE),
+        "--messages.secure and --privacy exclude each other",
+    ),
     (Run(messages=dataclasses.replace(SECURE, secure_bits=31), cohort=3), "a sum of 3 clients could need 33 bits"),
 ]
 

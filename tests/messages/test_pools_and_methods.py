@@ -65,8 +65,8 @@ def test_a_method_takes_every_pool_or_says_why_none(name):
             "--messages.bound means nothing to --messages.pool krum",
         ),
         (
-            {"messages": MessageOptions(pool="krum"), "privacy": PrivacyOptions(noise=1.0)},
-            "--messages.pool krum and --privacy",
+            {"messages": MessageOptions(pool="krum"), "privacy": PrivacyOptions(noise=1.0, sampling="all")},
+            "--messages.pool does not go with --privacy",
         ),
         ({"messages": MessageOptions(pool="median", secure=True)}, "--messages.pool median and --messages.secure"),
         (
@@ -109,7 +109,7 @@ def test_what_makes_no_sense_is_refused_with_the_reason(changes, expected):
 
 def test_what_goes_together_is_let_through():
     for changes in (
-        {"messages": MessageOptions(pool="bound", bound=0.5), "privacy": PrivacyOptions(noise=1.0)},
+        {"messages": MessageOptions(pool="bound", bound=0.5)},
         {"messages": MessageOptions(pool="krum", hostile=2), "cohort": 7},
         {"participation": ParticipationOptions(attackers=2)},  # who behave, for the sake of comparison
         {"participation": ParticipationOptions(attack="backdoor", attackers=2)},

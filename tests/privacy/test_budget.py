@@ -145,7 +145,7 @@ POISSON = PrivacyOptions(epsilon=8.0)
             Run(privacy=ALL, method="flora"),
             "--privacy.* does not go with --method flora, because its server needs",
         ),
-        (Run(privacy=ALL, method="local"), "--privacy.noise does not go with --method local, because nothing is sh"),
+        (Run(privacy=ALL, method="local"), "--privacy.noise does not go with --method local, because no client sends"),
         (Run(privacy=change(mechanism="banded"), method="rolora"), "banded does not go with --method rolora"),
     ],
 )

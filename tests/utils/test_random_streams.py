@@ -19,9 +19,11 @@ NOT_OF_A_RUN = {
     "methods/zoo/fed_sb.py",
     "lora/adapter.py",
     "export/logit_check.py",
+    "audit/canaries.py",
 }
 """Resampling for intervals has a seed of its own; Fed-SB's frozen factors are the same for every seed; an adapter folds
-its sites' paths into a key that it is given; exports are all checked on the same noise."""
+its sites' paths into a key that it is given; exports are all checked on the same noise; who
+replays canaries gives the seed, with its stream."""
 
 
 def read_calls(name):
@@ -53,7 +55,7 @@ def test_no_bare_number_is_folded_into_a_key():
     """A run's keys are folded from it with a stream first: by name, or by the round's `fold(stream)`."""
     calls = list(read_calls("fold_in"))
     folded = [call.args[1] for _, call in calls]
-    assert sum(is_stream(number) or (isinstance(number, ast.Name) and number.id == "stream") for number in folded) == 4
+    assert sum(is_stream(number) or (isinstance(number, ast.Name) and number.id == "stream") for number in folded) == 5
     for path, call in calls:
         assert not isinstance(call.args[1], ast.Constant), f"{path}:{call.lineno}"
     nodes = ast.walk(ast.parse((SOURCE / "federation/client_round.py").read_text(encoding="utf-8")))
@@ -78,7 +80,8 @@ def test_numbers_of_release_0_1_stay_but_for_the_cohorts():
     assert {name: int(stream) for name, stream in Stream.__members__.items()} == {
         "ADAPTER": 0, "NEWCOMERS": 1, "UPDATES": 2, "DROPOUT": 3, "AGGREGATION": 4,
         "TOPICS": 101, "CONCEPTS": 102, "TURNOUT": 103, "COHORTS": 104, "EVALUATED": 105,
-        "BATCHES": 201, "LIMIT": 301, "PARTITIONS": 302,
+        "BATCHES": 201, "LIMIT": 301, "PARTITIONS": 302, "ROUNDING": 5, "GROUPS": 106,
+        "AUDITED": 401, "CANDIDATES": 402, "CANARIES": 403,
         "HOSTILE_NOISE": 21, "ATTACKERS": 121, "POISONED": 122,  # later, as all that is new
     }  # fmt: skip
 

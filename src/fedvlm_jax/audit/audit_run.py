@@ -20,6 +20,7 @@ from fedvlm_jax.audit.candidates import Batches, Rows, choose_clients, choose_ro
 from fedvlm_jax.audit.epsilon import bound_run
 from fedvlm_jax.audit.summaries import MembershipScores, SpanScores
 from fedvlm_jax.data.batches import pad_rows
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.methods.components.factors import leaf_name
 from fedvlm_jax.run_dir import kept_messages
@@ -189,7 +190,8 @@ def attack(target: Target, record: RunRecord, show: Progress) -> dict[str, Any]:
     """Attack all clients: -> the content of `audit.json`."""
     membership, spans = MembershipScores(), SpanScores()
     experiment, total = target.experiment, len(target.clients)
-    text = f"attacking what {total} clients sent in {len(target.kept)} rounds, which compiles first"
+    rounds = format_count(len(target.kept), "round")
+    text = f"attacking what {format_count(total, 'client')} sent in {rounds}, which compiles first"
     with working(show, text):
         for done, number in enumerate(target.clients, start=1):
             attack_client(target, number, membership, spans)
@@ -217,7 +219,7 @@ def attack_client(target: Target, number: int, membership: MembershipScores, spa
     rounds = [round_ for round_, message in sent.items() if message is not None and number in batches[round_]]
     if not rounds:
         return
-    rng = np.random.default_rng([Stream.AUDITS, target.experiment.run.seed, number])
+    rng = np.random.default_rng([Stream.CANDIDATES, target.experiment.run.seed, number])
     trained = np.unique(np.concatenate([batches[round_][number] for round_ in rounds]))
     members, others = (draw_rows(rng, rows, target.choices.candidates) for rows in (trained, target.others_of(number)))
     if not len(others):

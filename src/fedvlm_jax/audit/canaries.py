@@ -129,8 +129,8 @@ class Replay:
         """Release all rounds with so many canaries: -> their scores, and which were in."""
         rng = np.random.default_rng(seed)
         included = rng.random(canaries) < 0.5
-        key = jax.random.key(int(rng.integers(2**31)))
-        rows = jax.random.normal(jax.random.fold_in(key, 0), (canaries, self.entries))
+        drawn, key = jax.random.split(jax.random.key(int(rng.integers(2**31))))
+        rows = jax.random.normal(drawn, (canaries, self.entries))
         rows = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
         scores, server, step = np.zeros(canaries), self.server, self._make_step()
         for round_ in range(1, self.rounds + 1):

@@ -27,7 +27,7 @@ def choose_rounds(kept: list[int], most: int) -> list[int]:
 def choose_clients(batches: Batches, most: int, seed: int) -> list[int]:
     """Choose clients of whom a message was kept, by the seed."""
     there = sorted({number for of_round in batches.values() for number in of_round})
-    rng = np.random.default_rng([Stream.AUDITS, seed])
+    rng = np.random.default_rng([Stream.AUDITED, seed])
     return sorted(rng.choice(there, most, replace=False).tolist()) if len(there) > most else there
 
 

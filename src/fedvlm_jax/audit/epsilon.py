@@ -34,7 +34,7 @@ def bound_run(
     if many < 8:
         return {**found, "lower": None, "why": f"a message has {replay.entries:,} numbers, too many for canaries"}
     with working(show, f"replaying the noise of {replay.rounds} rounds with {many} canaries"):
-        bound = canaries.audit_mechanism(replay, many, run.privacy.delta, [Stream.AUDITS, run.seed, 2])
+        bound = canaries.audit_mechanism(replay, many, run.privacy.delta, [Stream.CANARIES, run.seed])
     counts = {"correct": bound.correct, "guesses": bound.guesses, "canaries": bound.canaries}
     return {**found, "lower": bound.epsilon, **counts}
 

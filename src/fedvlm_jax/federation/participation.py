@@ -25,7 +25,7 @@ def draw_cohort(
     """
     if cohort >= population:
         return np.arange(population)
-    rng = np.random.default_rng([Stream.COHORTS, seed, round_])
+    rng = _start_draw(seed, round_)
     if sizes is None:
         return np.sort(rng.choice(population, cohort, replace=False))
     never = np.full(population, np.inf)
@@ -46,10 +46,14 @@ def draw_members(seed: int, round_: int, sampling: Sampling) -> Int[np.ndarray, 
         return members
     if sampling.kind == "fixed":
         return members[draw_cohort(seed, round_, len(members), sampling.places)]
-    clocks = np.random.default_rng([Stream.COHORTS, seed, round_]).random(len(members))
+    clocks = _start_draw(seed, round_).random(len(members))
     # Below q all numbers are alike, so the smallest of them are a cut that prefers nobody.
     first = np.argsort(clocks, kind="stable")[: sampling.places]
     return members[np.sort(first[clocks[first] < sampling.chance])]
+
+
+def _start_draw(seed: int, round_: int) -> np.random.Generator:
+    return np.random.default_rng([Stream.COHORTS, seed, round_])
 
 
 def deal_groups(seed: int, population: int, groups: int) -> Sequence[Int[np.ndarray, " some"]]:

@@ -94,12 +94,12 @@ def make_gaussian_pool(noise: float, clip: float, expected: float, quantile: flo
 
 def draw(key: Key, shape: tuple[int, ...]) -> Float[Array, " entries"]:
     """Draw a round's standard normal noise; `key` is the context's. The numbers do not depend on the mesh."""
-    return jax.random.normal(jax.random.fold_in(key, 0), shape)
+    return jax.random.normal(jax.random.split(key)[0], shape)
 
 
 def draw_count(key: Key) -> Float[Array, ""]:
     """Draw the standard normal noise of a round's count."""
-    return jax.random.normal(jax.random.fold_in(key, 1))
+    return jax.random.normal(jax.random.split(key)[1])
 
 
 def tell(

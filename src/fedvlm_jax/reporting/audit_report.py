@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.metrics.metric_labels import percent
 from fedvlm_jax.reporting.tables import Table
 from fedvlm_jax.run_dir.validated_files import Form, check_form, read_json
@@ -99,7 +100,8 @@ def _tabulate_membership(found: Mapping[str, Any]) -> Table:
     first = found["membership"][0] if found["membership"] else {"members": 0, "others": 0}
     note = (
         f"{first['members']} rows that were trained on against {first['others']} of the {found['others']} split, "
-        f"{len(found['clients'])} clients, {len(found['rounds'])} rounds; AUROC 0.5 is chance. In brackets: 95 %."
+        f"{format_count(len(found['clients']), 'client')}, {format_count(len(found['rounds']), 'round')}; AUROC 0.5 is "
+        "chance. In brackets: 95 %."
     )
     return Table(
         f"Was a row trained on? {found['method']}, {found['shares']} shared",

@@ -35,7 +35,7 @@ def describe_data(
 ) -> dict[str, Any]:
     """Make the federation that a run with these options and this seed would have, and describe it.
 
-    With a `model` its tokens are counted too, in `tokens`; see `training.token_lengths`.
+    With a `model` its tokens are counted too, in `tokens`; see `analysis.token_lengths`.
 
     Returns:
         The content of `out`/data.json, beside which `data.png` lies: the seed, the options, and what
@@ -56,7 +56,7 @@ def describe_data(
     found = describe(table, federation, options, check_images=check_images, note=note)
     description = {"seed": seed, "options": encode(options), **found}
     if opened is not None:
-        from fedvlm_jax.training.token_lengths import describe_lengths
+        from fedvlm_jax.analysis.token_lengths import describe_lengths
 
         note(f"counting the tokens of {model}")
         description["tokens"] = {"model": model, **describe_lengths(table, federation, options, *opened)}

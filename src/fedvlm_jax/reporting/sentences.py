@@ -83,8 +83,8 @@ def describe_attack(record: RunRecord) -> list[str]:
         short = [line for line in record.rounds if line.get(WITHSTANDS, asked) < asked]
         if short:
             sentences.append(
-                f"In {len(short)} of {len(record.rounds)} rounds too few clients counted for it to withstand {asked} "
-                "hostile ones."
+                f"In {len(short)} of {format_count(len(record.rounds), 'round')} too few clients counted for it to "
+                f"withstand {asked} hostile ones."
             )
     return sentences
 

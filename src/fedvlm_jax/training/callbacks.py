@@ -90,7 +90,8 @@ class SelectionWriter(Callback):
         if withstood < options.hostile and not self.weaker:
             self.weaker = True
             experiment.show.note(
-                f"round {result.round}: {len(report.counted)} clients counted, of which --messages.pool {options.pool} "
+                f"round {result.round}: {format_count(len(report.counted), 'client')} counted, of which "
+                f"--messages.pool {options.pool} "
                 f"withstands {withstood:.0f} hostile ones, not --messages.hostile {options.hostile}; such rounds say "
                 f"so in metrics.jsonl as {WITHSTANDS}"
             )

@@ -32,5 +32,7 @@ class Stream(IntEnum):
     POISONED = 122  # what a hostile client trains on, by client
     BATCHES = 201  # the examples of each local step, by round and client
     LIMIT = 301  # the rows of a table that `--data.limit` keeps
-    AUDITS = 401  # the clients, rows and canaries of an audit
     PARTITIONS = 302  # the cut of a table into clients, by attempt
+    AUDITED = 401  # the clients that an audit attacks, where not all are
+    CANDIDATES = 402  # the rows that it asks about, by client
+    CANARIES = 403  # the canaries that replay a run's noise
