@@ -55,6 +55,10 @@ def test_a_run_stops_where_its_epsilon_is_spent(stopped):
     assert [line["delta"] for line in lines] == [1e-2] * 4
     assert [line["private"] for line in lines] == [False] * 4
     assert [line["epsilon_bound"] > ask(1.5, line["round"]) for line in lines] == [True] * 4
+    loud = [line["round"] for line in lines if line["noise_to_update"] > 10]
+    assert sum("times as large as the clients' mean update" in note for note in show.notes) == (
+        max(loud, default=0) > 2
+    )
     assert results["privacy"]["epsilon"] == spent[4]
     assert results["privacy"]["clients"] == results["selected_round"] == 4
 

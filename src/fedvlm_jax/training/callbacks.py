@@ -21,6 +21,9 @@ from fedvlm_jax.training.experiment import Experiment, make_simulator
 from fedvlm_jax.training.failures import UNFIT, describe_rounds, describe_unfit, explain_aggregate, explain_all_unfit
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
 
+LOUD = 10
+"""Noise of a round, over its mean update, beyond which a run is told so."""
+
 
 class FiniteCheck(Callback):
     """Name clients whose numbers are not finite; end the run where nobody else is left."""
@@ -56,6 +59,8 @@ class FiniteCheck(Callback):
 class PrivacyLedger(Callback):
     """Account for what the rounds so far have released."""
 
+    warned = False  # whether it was said that a round's noise is much larger than its update
+
     def __init__(self, budget: Budget) -> None:
         """Take the run's privacy."""
         self.budget = budget
@@ -69,6 +74,14 @@ class PrivacyLedger(Callback):
         known = {name: value for name, value in told.items() if math.isfinite(value)}
         # What stands in the line beside it is of the clients' own numbers, without noise.
         result.line.update({**known, "delta": self.budget.delta, "noise": self.budget.noise, "private": False})
+        size = result.line.get("noise_to_update", 0.0)
+        if size > LOUD and not self.warned:
+            self.warned = True
+            trainer.experiment.show.note(
+                f"round {result.round}: the noise is {size:.0f} times as large as the clients' mean update, so hardly "
+                "anything else is learnt. More clients in a round, a larger epsilon or fewer numbers to send help: "
+                "`fedvlm explain METHOD --privacy.*` shows by how much"
+            )
 
 
 class SelectionWriter(Callback):
