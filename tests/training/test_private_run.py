@@ -102,6 +102,34 @@ def test_its_report_says_what_epsilon_covers(stopped):
     assert "ε so far" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.broad
+def test_noise_of_a_secret_is_no_other_runs_and_is_kept_and_not_told(model, loaded, tmp_path):
+    """Who knows the seed could take noise that comes from it off again."""
+    run = tiny_run(model, tmp_path / "one", train=TrainOptions(rounds=2, local_steps=1, batch_size=4),
+                   privacy=PrivacyOptions(noise=1.5, delta=1e-2, secret=True))  # fmt: skip
+    other = dataclasses.replace(run, out=tmp_path / "other")
+    with pytest.raises(StopError):
+        federated_run.train(run, StopAfter(1), loaded)
+    federated_run.resume(run.out, model=loaded)
+    federated_run.train(other, model=loaded)
+    one, two = (read_config(folder).budget.secret for folder in (run.out, other.out))
+    assert len(one) == len(two) == 32
+    assert one != two
+    noise = [[line["noise_norm"] for line in read_run(folder).rounds] for folder in (run.out, other.out)]
+    assert not set(noise[0]) & set(noise[1])
+    write_report([run.out])
+    told = [file for file in run.out.rglob("*") if file.is_file() and one.encode() in file.read_bytes()]
+    assert [file.name for file in told] == ["config.json"]
+    assert "seed" not in read_run(run.out).results["privacy"]["does_not_cover"]
+
+
+@pytest.mark.broad
+def test_noise_of_a_seed_is_said_to_protect_from_who_does_not_know_it(stopped):
+    run, folder, show = stopped
+    assert "who knows or guesses the run's seed" in read_run(folder).results["privacy"]["does_not_cover"]
+    assert f"noise and draws come from --seed {run.seed}: for what is to be released add --privacy.secret" in show.notes
+
+
 @pytest.mark.slow
 def test_a_comparison_has_the_noise_of_its_epsilon(model, loaded, tmp_path):
     base = tiny_run(

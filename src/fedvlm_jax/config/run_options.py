@@ -305,10 +305,11 @@ def from_json(stored: Any) -> Run:
     form = data.get("form") if isinstance(data.get("form"), str) else None
     kind = find_options(source, form) if isinstance(source, str) else DataOptions
     if "method" in stored:  # of folders from before there were these options
-        stored = {"start": None, "messages": encode(MessageOptions()), "privacy": encode(PrivacyOptions()), **stored}
+        stored = {"start": None, "messages": encode(MessageOptions()), "privacy": {}, **stored}
         stored = {"audit": encode(AuditOptions()), **stored}
-        if isinstance(taking_part := stored.get("participation"), Mapping):
-            stored["participation"] = {**encode(ParticipationOptions()), **taking_part}
+        for group, default in (("privacy", PrivacyOptions()), ("participation", ParticipationOptions())):
+            if isinstance(given := stored.get(group), Mapping):
+                stored[group] = {**encode(default), **given}
     chosen = {
         "method_options": find_method_options(method) if isinstance(method, str) else MethodOptions,
         "data": kind,

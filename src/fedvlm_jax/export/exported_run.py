@@ -97,7 +97,7 @@ class ExportedRun:
             "method": self.record.method,
             "round": self.record.results.get("selected_round"),
             "metric": self.record.metric,
-            "seed": self.run.seed,
+            **({} if self.run.privacy.on else {"seed": self.run.seed}),  # from which noise may come
             "base": {"name": _hide_place(self.run.model), "weights": self.weights, "moved": self.moves_base},
             "data": _hide_place(self.run.data.source),
             "module_names": f"transformers {versions['transformers']}",

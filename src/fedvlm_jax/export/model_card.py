@@ -66,8 +66,8 @@ def write_card(
         "",
         f"- Base: {escape_markdown(base if known else Path(base).name)}",
         f"- Data: {escape_markdown(Path(run.run.data.source).name)}",
-        f"- Method: {run.record.method}, the models of round {results.get('selected_round')}, {chosen}; seed "
-        f"{run.run.seed}",
+        f"- Method: {run.record.method}, the models of round {results.get('selected_round')}, {chosen}"
+        + ("" if results.get("privacy") else f"; seed {run.run.seed}"),  # from which noise may come
         *_describe_privacy(results.get("privacy")),
         "- Licence: to be filled in, here and above. That of the base and that of the data hold for this model, too.",
         "- What it must not be used for, and whose data it was trained on: to be filled in.",

@@ -114,6 +114,7 @@ class Simulator:
     ranks: Sequence[int] = ()  # of every client; empty where all have the adapter's
     participation: ParticipationOptions = field(default_factory=ParticipationOptions)
     sampling: Sampling | None = None  # how clients are drawn under differential privacy
+    secret: str = ""  # hexadecimal; with `sampling` it decides cohorts in place of the seed
     hostile: Sequence[int] = ()  # clients that send other messages than their own, see `messages.attacks`
     epochs: float | None = None  # passes over a client's examples in a round; None: the layout's local steps, all alike
     file: Path | None = None  # where the personal states are; a temporary file by default
@@ -156,7 +157,7 @@ class Simulator:
         if self.sampling is None:
             drawn = draw_cohort(self.seed, round_, len(self._trainable), layout.cohort, by_size)
         else:
-            drawn = draw_members(self.seed, round_, self.sampling)
+            drawn = draw_members(int(self.secret, 16) if self.secret else self.seed, round_, self.sampling)
         cohort = len(drawn)
         if not cohort:
             drawn, steps = np.asarray([0]), 0  # somebody has to fill the places, and takes no step

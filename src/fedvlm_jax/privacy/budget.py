@@ -4,6 +4,7 @@ It is settled before anything is trained and stored with the run, so whoever goe
 """
 
 import math
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from fedvlm_jax.utils.serialization import decode, encode
 
 COVERED = "what the server releases of all rounds: the shared part of the adapters"
 """The part that ε holds for, as results and reports put it."""
+FROM_SEED = "; nor does it hold for who knows or guesses the run's seed, from which noise and draws of clients come"
+"""What else it says nothing of without `--privacy.secret`."""
 NOT_COVERED = (
     "private factors and optimiser states, which stay with their clients; and losses, norms and scores on validation "
     "and test data, which are computed without noise"
@@ -41,6 +44,8 @@ class Budget:
         places: K, the most clients of a round.
         chance: q, of a client to be drawn when it is its group's turn.
         groups: that take turns; 1 but with correlated noise.
+        secret: what noise and draws of clients come from, in hexadecimal digits; "" for the run's seed. It is nobody's
+            but the run's: `publish_budget` leaves it out.
     """
 
     noise: float
@@ -57,6 +62,7 @@ class Budget:
     places: int
     chance: float
     groups: int
+    secret: str = ""
 
     @property
     def drawn(self) -> Sampling:
@@ -175,13 +181,29 @@ def describe_budget(budget: Budget, asked: int) -> str:
     return text
 
 
+def draw_secret() -> str:
+    """Draw what noise and draws of clients come from: 128 bits of the system's randomness."""
+    return secrets.token_hex(16)
+
+
+def publish_budget(budget: Budget) -> dict[str, Any]:
+    """Return a budget for a file that others may see: without its secret.
+
+    >>> budget = settle(PrivacyOptions(noise=5.0, sampling="all"), clients=20, cohort=None, rounds=1)
+    >>> publish_budget(replace(budget, secret="ab")) == publish_budget(budget)
+    True
+    """
+    return {name: value for name, value in encode(budget).items() if name != "secret"}
+
+
 def describe_coverage(budget: Budget) -> dict[str, Any]:
     """Describe the privacy of a finished run for its results."""
-    return {**encode(budget), "covers": COVERED, "does_not_cover": NOT_COVERED}
+    missing = NOT_COVERED + ("" if budget.secret else FROM_SEED)
+    return {**publish_budget(budget), "covers": COVERED, "does_not_cover": missing}
 
 
 def read_coverage(stored: Mapping[str, Any]) -> Budget:
-    """Read the budget that `describe_coverage` described.
+    """Read the budget that `describe_coverage` described; its secret stays with the run.
 
     Raises:
         UserError: something of it is missing, or of another type.
@@ -191,4 +213,4 @@ def read_coverage(stored: Mapping[str, Any]) -> Budget:
     True
     """
     own = {name: value for name, value in stored.items() if name not in ("covers", "does_not_cover")}
-    return decode(Budget, own, "privacy")
+    return decode(Budget, {**own, "secret": ""}, "privacy")

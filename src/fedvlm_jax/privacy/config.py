@@ -36,6 +36,10 @@ class PrivacyOptions:
     bands: Count = 4
     """Rounds that the noise of `banded` is correlated over; a client takes part at most once in so many."""
 
+    secret: bool = False
+    """Draw the noise, and who takes part, from the system's randomness, which config.json keeps, and not from --seed,
+    which others can guess: with what guards them known, epsilon protects nobody. For what is to be released."""
+
     @property
     def on(self) -> bool:
         """Say whether any is asked for."""

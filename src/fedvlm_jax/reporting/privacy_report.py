@@ -27,6 +27,10 @@ def show_privacy(records: Sequence[RunRecord], target: Path, prefix: str = "") -
     sentences = describe_privacy(private[0])
     if others := sorted({record.method for record in records} - {record.method for record in private}):
         sentences.append(f"It does not concern {', '.join(others)}, where nothing is released.")
+    if len(private) > 1:
+        sentences.append(
+            "Every run spends its own ε: to release several, or the best of them, costs their sum at least."
+        )
     pictures: list[theme.Picture] = []
     if any(pick(private[0].rounds, name)[0] for name in ("epsilon", "epsilon_bound")):
         figure = draw_epsilon(private[0])

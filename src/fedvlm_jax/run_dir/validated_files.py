@@ -7,6 +7,7 @@ No heavy package is imported here.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,12 @@ def read_config(folder: Path) -> StoredConfig:
         raise UserError(f"{path}: resolved has no mesh or wave that could be; was it written by another version?")
     try:
         run = from_json(stored["run"])
-        budget = decode(Budget, resolved["privacy"], "resolved.privacy") if "privacy" in resolved else None
+        budget = None
+        if "privacy" in resolved:
+            known = {**resolved["privacy"], "secret": stored.get("secret", "")}
+            budget = decode(Budget, known, "resolved.privacy")
+            if not re.fullmatch(r"([0-9a-f]{32})?", budget.secret):
+                raise UserError("the secret is not of 32 hexadecimal digits; is the file damaged?")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return StoredConfig(stored, run, resolved["wave"], MeshShape(**mesh), tuple(resolved["clients"]), budget)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.config.method_setup import make_spec
@@ -18,6 +18,7 @@ from fedvlm_jax.data.classes import describe_classes, find_novel
 from fedvlm_jax.data.federated_dataset import describe_lost, list_reasons
 from fedvlm_jax.data.picture_views import Views
 from fedvlm_jax.data.tokenization import Examples
+from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.evaluation.answer_generation import Answering
 from fedvlm_jax.evaluation.evaluator import Evaluator
@@ -39,7 +40,7 @@ from fedvlm_jax.messages.attacks import OF_MESSAGES, draw_attackers
 from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.objectives import Objective, load_objective
-from fedvlm_jax.privacy.budget import Budget, describe_budget, settle
+from fedvlm_jax.privacy.budget import Budget, describe_budget, draw_secret, settle
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.privacy.sampling import plan_sampling
 from fedvlm_jax.training.federated_data import BaseScoring, FederatedData, open_data
@@ -280,8 +281,12 @@ def open_experiment(
     )
     trainable = sum(client.trains for client in clients)
     if run.privacy.on and trainable:
-        budget = budget or settle(run.privacy, trainable, run.cohort, run.train.rounds)
+        if budget is None:
+            budget = settle(run.privacy, trainable, run.cohort, run.train.rounds)
+            budget = replace(budget, secret=processes.tell_all(draw_secret) if run.privacy.secret else "")
         show.note(describe_budget(budget, run.train.rounds))
+        if not budget.secret:
+            show.note(f"noise and draws come from --seed {run.seed}: for what is to be released add --privacy.secret")
         experiment = replace(experiment, run=keep_within(run, budget), budget=budget, asked=run)
     if (most := examples.view.shape[1]) > 1:
         tokens = most * model.processor.image_tokens
@@ -343,6 +348,7 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
     """
     run, layout, clients = experiment.run, experiment.layout, len(experiment.examples.clients)
     options, private = choose_program_options(run), run.privacy.on
+    secret = experiment.budget.secret if private and experiment.budget is not None else ""
     trainable = sum(client.trains for client in experiment.examples.clients)
     programs = experiment.model.programs(options, clients, layout.cohort, layout.places, layout.steps, trainable)
     return Simulator(
@@ -352,7 +358,8 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
         inputs=experiment.trained_inputs,
         layout=layout,
         seed=run.seed,
-        key=jax.random.key(run.seed),
+        key=_make_key(run.seed, secret),
+        secret=secret,
         weighting="uniform" if private else run.train.weighting,  # as the pool has it
         sampling=plan_sampling(run.privacy, trainable, run.cohort) if private else None,
         server=programs.method.init(adapter=experiment.adapter),
@@ -362,6 +369,14 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
         epochs=run.train.local_epochs,
         file=file,
     )
+
+
+def _make_key(seed: int, secret: str) -> PRNGKeyArray:
+    """Make a run's key, of its seed and of 32 bits of its secret after another."""
+    key = jax.random.key(seed)
+    for place in range(0, len(secret), 8):
+        key = jax.random.fold_in(key, int(secret[place : place + 8], 16))
+    return key
 
 
 def make_finetuner(experiment: Experiment, adapter: lora.Adapter, params: PyTree, file: Path) -> Simulator:

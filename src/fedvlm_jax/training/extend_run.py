@@ -15,13 +15,12 @@ from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run, to_json
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError, format_count
-from fedvlm_jax.privacy.budget import lengthen_budget
+from fedvlm_jax.privacy.budget import lengthen_budget, publish_budget
 from fedvlm_jax.run_dir.config_seal import check_seal, seal
 from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.run_dir.reader import refuse_server
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.utils.files import write_json
-from fedvlm_jax.utils.serialization import encode
 
 
 def lengthen(folder: Path, rounds: int) -> None:
@@ -52,7 +51,7 @@ def lengthen(folder: Path, rounds: int) -> None:
         longer = [*stored.content.get("longer", []), {"from": done, "to": rounds}]
         content: dict[str, Any] = {**stored.content, "run": to_json(run), "longer": longer}
         if budget is not None:
-            content["resolved"] = {**content["resolved"], "privacy": encode(budget)}
+            content["resolved"] = {**content["resolved"], "privacy": publish_budget(budget)}
         if processes.is_first():
             write_json(folder / "config.json", seal(content))
 

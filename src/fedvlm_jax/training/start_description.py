@@ -11,11 +11,11 @@ from fedvlm_jax.data.answer_distances import measure_answer_distances
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.tokenization import find_question_column
 from fedvlm_jax.distributed import processes
+from fedvlm_jax.privacy.budget import publish_budget
 from fedvlm_jax.run_dir import artifacts
 from fedvlm_jax.training.experiment import Experiment
 from fedvlm_jax.training.loaded_model import LoadedModel
 from fedvlm_jax.utils import tree
-from fedvlm_jax.utils.serialization import encode
 
 
 def _describe_classes(model: LoadedModel) -> dict[str, int]:
@@ -63,7 +63,7 @@ def describe_start(experiment: Experiment) -> dict[str, Any]:
         **_describe_classes(experiment.model),
         **_describe_trust(experiment),
         "question_column": find_question_column(experiment.data.table, run.data),
-        **({} if experiment.budget is None else {"privacy": encode(experiment.budget)}),
+        **({} if experiment.budget is None else {"privacy": publish_budget(experiment.budget)}),
     }
     kinds = Counter(device.device_kind for device in mesh.devices.flat)
     return {
@@ -73,6 +73,8 @@ def describe_start(experiment: Experiment) -> dict[str, Any]:
         "devices": [f"{count} × {kind}" for kind, count in kinds.items()],
         "examples": {split: sum(len(client.rows_of(split)) for client in clients) for split in SPLITS},
         "resolved": resolved,
+        # Not among what was resolved, which reports list.
+        **({"secret": budget.secret} if (budget := experiment.budget) and budget.secret else {}),
         "fingerprint": {
             **experiment.data.fingerprint,
             **({} if run.start is None else {"start": digest_start(run.start)}),
