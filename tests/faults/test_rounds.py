@@ -13,6 +13,7 @@ from tiny_run import tiny_run
 from fedvlm_jax.config.run_options import EvaluationOptions, TrainOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods.config import ServerOptions
+from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.reporting.sentences import describe_run
 from fedvlm_jax.run_dir.reader import read_metrics, read_run
 from fedvlm_jax.training import best_round, federated_run, trainer
@@ -168,6 +169,21 @@ def test_the_base_is_not_blamed_on_the_rates(model, loaded, tmp_path, monkeypatc
         federated_run.train(short(model, tmp_path / "run", **train), model=loaded)
     assert not (tmp_path / "run" / "results.json").exists()
     assert read_metrics(tmp_path / "run") == []
+
+
+@pytest.mark.broad
+def test_a_run_with_noise_does_not_tell_by_its_end_that_all_of_a_round_were_unfit(model, loaded, tmp_path, monkeypatch):
+    """The round has released noise, and a Poisson sample may well be a single client."""
+    read = trainer._read_round
+    places = {1: [0, 1, 2, 3], 2: []}
+    monkeypatch.setattr(trainer, "_read_round", lambda *given: poison(found := read(*given), places[found.round]))
+    privacy = PrivacyOptions(noise=1.0, clip=1e-3, sampling="all", delta=1e-2)
+    run = dataclasses.replace(short(model, tmp_path / "run"), privacy=privacy)
+    lines = read_metrics(federated_run.train(run, show := SilentProgress(), loaded))
+    assert [len(line.get("unfit", [])) for line in lines] == [4, 0]
+    assert [line["sampled"] for line in lines] == [0, 4]
+    assert lines[0]["noise_norm"] > 0
+    assert sum(note.startswith("round 1: 4 of its clients did not count") for note in show.notes) == 1
 
 
 def test_an_overflow_in_the_last_round_is_no_success(model, loaded, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ class FiniteCheck(Callback):
         """Name them in the line.
 
         Raises:
-            UserError: all clients of the round are unfit, or what became of the others is not finite.
+            UserError: all clients of a round without noise are unfit, or what became of the others is not finite.
         """
         report, clients = result.report, trainer.experiment.examples.clients
         if not report.finite:
@@ -46,11 +46,13 @@ class FiniteCheck(Callback):
             return
         names = [clients[number].name for number in report.unfit]
         result.line[UNFIT] = names
-        if len(report.counted) and self.known.issuperset(names):
+        # With differential privacy the round has released its noise, and that a run ends would tell of a client's data.
+        goes_on = len(report.counted) > 0 or trainer.experiment.budget is not None
+        if goes_on and self.known.issuperset(names):
             return  # to ask again whether they are unfit at rates of 0 would cost a round
         self.known.update(names)
         from_the_start = {clients[number].name for number in trainer.simulator.find_unfit(result.inputs)}
-        if not len(report.counted):
+        if not goes_on:
             model, left = trainer.experiment.run.model, self.describe_left()
             raise UserError(explain_all_unfit(result.round, names, from_the_start, model, left))
         trainer.experiment.show.note(describe_unfit(result.round, names, from_the_start))
