@@ -9,19 +9,23 @@ import numpy as np
 import pytest
 from tiny_run import StopAfter, StopError, tiny_run
 
-from fedvlm_jax.audit import audit_run
+from fedvlm_jax.audit import audit_run, canaries
 from fedvlm_jax.audit.candidates import choose_rounds
+from fedvlm_jax.audit.epsilon import bound_run
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.config.audit_options import AuditOptions
 from fedvlm_jax.config.method_checks import for_method
 from fedvlm_jax.config.option_checks import validate
-from fedvlm_jax.config.run_options import EvaluationOptions, Run, from_json, to_json
+from fedvlm_jax.config.run_options import EvaluationOptions, Run, TrainOptions, from_json, to_json
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.round import from_waves
+from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.reporting.audit_report import describe_audit, read_audit, tabulate_audit
 from fedvlm_jax.run_dir import kept_messages
 from fedvlm_jax.training import federated_run
+from fedvlm_jax.training.experiment import make_simulator, open_experiment
 from fedvlm_jax.training.trainer import Callback
+from fedvlm_jax.utils.progress import SilentProgress
 
 KEEP = AuditOptions(keep=True)
 QUICK = EvaluationOptions(every=4, max_answer_tokens=4, batch_size=6, global_model=False, examples=0)
@@ -102,6 +106,24 @@ def test_rows_are_those_that_were_trained_on(made, loaded):
     for (round_, number), labels in watch.rows.items():
         if round_ in found:
             np.testing.assert_array_equal(experiment.examples.labels[found[round_][number]], labels)
+
+
+def test_the_noise_that_is_replayed_is_of_the_rounds_that_epsilon_allowed(model, loaded, tmp_path, monkeypatch):
+    """Rounds of local fine-tuning release nothing, and rounds that were asked for may not have been run."""
+    privacy = PrivacyOptions(noise=5.0, epsilon=2.0, delta=1e-2, sampling="all")
+    train = TrainOptions(rounds=50, local_steps=1, batch_size=4, finetune_steps=3)
+    run = tiny_run(model, tmp_path / "run", privacy=privacy, cohort=None, train=train)
+    experiment = open_experiment(run, loaded)
+    replayed = []
+    monkeypatch.setattr(
+        canaries,
+        "audit_mechanism",
+        lambda replay, *given: replayed.append(replay) or canaries.Bound(1.0, 8, 8, 8, 0.95),
+    )
+    found = bound_run(experiment, make_simulator(experiment), 8, SilentProgress())
+    assert 1 < experiment.budget.rounds < 50
+    assert [replay.rounds for replay in replayed] == [experiment.budget.rounds]
+    assert (found["accounted"], found["lower"]) == (experiment.budget.epsilon, 1.0)
 
 
 @pytest.mark.slow

@@ -208,7 +208,7 @@ def attack(target: Target, record: RunRecord, show: Progress) -> dict[str, Any]:
         "membership": membership.summarise(),
         "attribution": spans.summarise_rankings(),
         "reconstruction": spans.summarise_spans(),
-        "epsilon": bound_run(experiment, target.simulator, record, target.choices.canaries, show),
+        "epsilon": bound_run(experiment, target.simulator, target.choices.canaries, show),
     }
 
 

@@ -7,7 +7,6 @@ from jaxtyping import PyTree
 from fedvlm_jax.audit import canaries
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.federation.simulator import Simulator
-from fedvlm_jax.run_dir.reader import RunRecord
 from fedvlm_jax.training.experiment import Experiment, make_simulator
 from fedvlm_jax.utils.progress import Progress, working
 from fedvlm_jax.utils.random_streams import Stream
@@ -16,25 +15,23 @@ MOST_NUMBERS = 2**28
 """Of all canaries' messages, a GiB."""
 
 
-def bound_run(
-    experiment: Experiment, simulator: Simulator, record: RunRecord, count: int, show: Progress
-) -> dict[str, Any] | None:
+def bound_run(experiment: Experiment, simulator: Simulator, count: int, show: Progress) -> dict[str, Any] | None:
     """Bound the ε of a run with noise from below, beside the ε that it accounted; None without noise."""
-    run = experiment.run
-    if not run.privacy.on:
+    run, budget = experiment.run, experiment.budget
+    if budget is None:
         return None
-    accounted = [line["epsilon"] for line in record.rounds if line.get("epsilon") is not None]
-    found: dict[str, Any] = {"accounted": accounted[-1] if accounted else None, "delta": run.privacy.delta}
+    # Lines may be lost, and those of local fine-tuning release nothing: what was settled is what the rounds spent.
+    found: dict[str, Any] = {"accounted": budget.epsilon, "delta": budget.delta}
     if run.privacy.sampling == "fixed":
         return {**found, "lower": None, "why": "cohorts of a fixed size replace clients, and canaries come and go"}
     blank = make_simulator(experiment)
     blank.inputs = experiment.blank_inputs
-    replay = make_replay(run, simulator, blank.find_messages(blank.read_round(1)), len(record.rounds))
+    replay = make_replay(run, simulator, blank.find_messages(blank.read_round(1)), budget.rounds)
     many = min(count, MOST_NUMBERS // replay.entries)
     if many < 8:
         return {**found, "lower": None, "why": f"a message has {replay.entries:,} numbers, too many for canaries"}
     with working(show, f"replaying the noise of {replay.rounds} rounds with {many} canaries"):
-        bound = canaries.audit_mechanism(replay, many, run.privacy.delta, [Stream.CANARIES, run.seed])
+        bound = canaries.audit_mechanism(replay, many, budget.delta, [Stream.CANARIES, run.seed])
     counts = {"correct": bound.correct, "guesses": bound.guesses, "canaries": bound.canaries}
     return {**found, "lower": bound.epsilon, **counts}
 
