@@ -20,7 +20,7 @@ from fedvlm_jax.audit.candidates import Batches, Rows, choose_clients, choose_ro
 from fedvlm_jax.audit.epsilon import bound_run
 from fedvlm_jax.audit.summaries import MembershipScores, SpanScores
 from fedvlm_jax.data.batches import pad_rows
-from fedvlm_jax.errors import format_count
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.federation.simulator import Simulator
 from fedvlm_jax.methods.components.factors import leaf_name
 from fedvlm_jax.run_dir import kept_messages
@@ -132,11 +132,23 @@ def open_target(finished: FinishedRun, kept: list[int], choices: AuditChoices) -
     """Read all that an audit attacks.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is missing or damaged, or of a round or a client that the run had not.
     """
     experiment = finished.experiment
+    if not 1 <= kept[0] <= kept[-1] <= experiment.run.train.rounds:
+        raise UserError(
+            f"{experiment.folder / kept_messages.FOLDER} lists rounds {kept[0]} to {kept[-1]}, and the run had 1 to "
+            f"{experiment.run.train.rounds}: put it back from a copy, or train again"
+        )
     simulator, rounds = make_simulator(experiment), choose_rounds(kept, choices.rounds)
     batches = read_batches(experiment, rounds)
+    found = read_kept(experiment, rounds)
+    for round_ in rounds:
+        if not batches[round_].keys() >= set(found[round_].numbers.tolist()):
+            raise UserError(
+                f"{experiment.folder / kept_messages.FOLDER / kept_messages.name_file(round_)} holds messages of clients "
+                "that took no part in that round: put it back from a copy, or train again"
+            )
     clients = choose_clients(batches, choices.clients, experiment.run.seed)
     method = simulator.programs.method
     shared = method.download(server=simulator.server)
@@ -152,7 +164,7 @@ def open_target(finished: FinishedRun, kept: list[int], choices: AuditChoices) -
         batches,
         clients,
         {number: list_known(method, shared, adapters, number) for number in clients},
-        read_kept(experiment, rounds),
+        found,
     )
 
 

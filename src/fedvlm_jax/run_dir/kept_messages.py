@@ -125,16 +125,28 @@ def read_round(folder: Path, round_: int, messages: PyTree, server: PyTree) -> K
     """Read a round that was kept, into the structure of a client's message and of the server's state (or shapes).
 
     Raises:
-        UserError: a file is missing or not as it was written, or holds another method's messages.
+        UserError: a file is missing or not as it was written, or holds another method's messages, or none at all.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
     file = folder / FOLDER / name_file(round_)
-    arrays = load(_read_file(folder, round_, _read_list(folder)))
+    content = _read_file(folder, round_, _read_list(folder))
+    # Whoever makes a file can make its digest too.
+    try:
+        arrays = load(content)
+        numbers, weights = arrays["numbers"], arrays["weights"]
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise DamagedError(f"{file} holds no round's messages: put it back from a copy, or train again") from None
+    kinds = [(x.ndim, x.dtype) for x in (numbers, weights)]
+    if kinds != [(1, np.int32), (1, np.float32)] or len(numbers) != len(weights) or (np.diff(numbers) <= 0).any():
+        raise UserError(f"{file} does not say whose messages it holds; is it of another version?")
+    if any(not np.isfinite(x).all() for x in arrays.values()):
+        raise UserError(f"{file} holds numbers that are not finite, which no run keeps: train again")
     return KeptRound(
         round_,
-        arrays["numbers"],
-        arrays["weights"],
+        numbers,
+        weights,
         _fill(file, "messages", messages, arrays),
         _fill(file, "server", server, arrays),
     )
