@@ -145,9 +145,10 @@ def open_target(finished: FinishedRun, kept: list[int], choices: AuditChoices) -
     found = read_kept(experiment, rounds)
     for round_ in rounds:
         if not batches[round_].keys() >= set(found[round_].numbers.tolist()):
+            file = experiment.folder / kept_messages.FOLDER / kept_messages.name_file(round_)
             raise UserError(
-                f"{experiment.folder / kept_messages.FOLDER / kept_messages.name_file(round_)} holds messages of clients "
-                "that took no part in that round: put it back from a copy, or train again"
+                f"{file} holds messages of clients that took no part in that round: put it back from a copy, or train "
+                "again"
             )
     clients = choose_clients(batches, choices.clients, experiment.run.seed)
     method = simulator.programs.method

@@ -4,6 +4,7 @@ A file holds what left the clients whose messages counted, as it left, who they 
 server's state before the round. Rounds of local fine-tuning send nothing and have no file.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,6 +181,6 @@ def _read_list(folder: Path) -> dict[str, str]:
         raise UserError(
             f"{file} is damaged; it lists the kept rounds: put it back from a copy, or train again"
         ) from None
-    if odd := [name for name in listed["rounds"] if not (name.isascii() and name.isdigit() and len(name) < 10)]:
+    if odd := [name for name in listed["rounds"] if not re.fullmatch("[1-9][0-9]{0,8}", name)]:
         raise UserError(f"{file}: there is no round {odd[0]!r:.20}; is the file damaged?")
     return listed["rounds"]
