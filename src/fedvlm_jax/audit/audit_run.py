@@ -250,13 +250,22 @@ def attack_client(target: Target, number: int, membership: MembershipScores, spa
             nothing = jax.tree.map(np.zeros_like, message)
             found = reconstruction.find_spans(message, attacker.assemble_quickly(server, nothing, private))
             spans.add_captured(who, measure_round(found, inputs, within[round_], count))
-            scores[LOSS].append(probed.before - probed.after)
-            scores[PROJECTION].append(probed.aligned)
+            scores[LOSS].append(rank_last(probed.before - probed.after))
+            scores[PROJECTION].append(rank_last(probed.aligned))
             scores[SPAN].append(reconstruction.rank_rows(found, bases))
         for test, by_round in scores.items():
             membership.add(test, who, name, np.mean(by_round, axis=0), count)
             for round_, of_round in zip(rounds, by_round, strict=True):
                 spans.add_ranking(test, who, of_round, within[round_])
+
+
+def rank_last(scores: np.ndarray) -> np.ndarray:
+    """Put rows last whose score is no finite number: a message may be so large that a loss with it is none.
+
+    >>> rank_last(np.asarray([0.5, np.nan, -np.inf])).tolist()
+    [0.5, -1e+30, -1e+30]
+    """
+    return np.where(np.isfinite(scores), scores, -1e30)
 
 
 def capture_candidates(target: Target, rows: Rows, server: PyTree, message: PyTree) -> reconstruction.Inputs:

@@ -116,7 +116,8 @@ def capture_inputs(vlm: Vlm, params: Params, adapter: lora.Adapter, batch: Mappi
         if len(layers) == math.prod(stacks[path]) and all(x.ndim == 3 and len(x) == rows for x in layers)
     }
     return {
-        (path, layer): x * _mark_real(batch, x.shape[1])[..., None]
+        # What has overflowed tells nothing.
+        (path, layer): np.where(np.isfinite(x), x, 0) * _mark_real(batch, x.shape[1])[..., None]
         for path, layers in whole.items()
         for layer, x in enumerate(layers)
     }
