@@ -86,7 +86,17 @@ def test_what_is_said_to_reduce_the_noise_does():
 def test_the_table_tells_it_and_what_lowers_it(explained):
     table = tabulate_noise("plora", explained.noise)
     assert table.rows[0] == ("16", "18.6", "13.3", *table.rows[0][3:])
-    for word in ("fed-sb", "fedsvd", "lower rank", "fewer sites", "More clients", "45,056", "16 a round on average"):
+    for word in (
+        "fed-sb",
+        "fedsvd",
+        "lower rank",
+        "fewer sites",
+        "More clients",
+        "45,056",
+        "16 a round on average",
+        "Noise: its",
+        "Over the clip: ",
+    ):
         assert word in table.note
 
 

@@ -40,9 +40,15 @@ def test_dots_stand_at_distance_and_mean_selection_and_attackers_are_crosses(tmp
     (ax,) = selection_figures.draw(record).axes
     honest, hostile = (np.asarray(part.get_offsets()).round(6).tolist() for part in ax.collections)
     assert hostile == [[50, 0]]
-    assert honest == [[35, 25], [65, 50], [20, 100], [80, 100]]  # those of whom least was taken first
-    assert {text.get_text() for text in ax.texts} == {"c", "b", "d", "a"}
+    assert honest == [[35, 25], [65, 50], [80, 100], [20, 100]]  # least taken, then most unlike, first
+    assert {text.get_text() for text in ax.texts} == {"c", "b", "d", "e"}
     assert [text.get_text() for text in ax.texts if text.get_weight() == "bold"] == ["c"]
+
+
+def test_of_equals_the_most_unlike_are_named(tmp_path):
+    """Krum takes one client of a round: which of the others was first in the table says nothing."""
+    record = read_run(write(tmp_path / "r", [{"a": 0, "b": 0, "c": 0, "d": 0, "e": 0}], attackers=()))
+    assert {text.get_text() for text in selection_figures.draw(record).axes[0].texts} == {"c", "d", "e"}
 
 
 def test_the_picture_is_in_the_page_s_colours_and_says_what_it_cannot_show(tmp_path):
@@ -92,11 +98,12 @@ def test_sentences_say_who_attacked_and_how_often_a_backdoor_opens(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["run"]["participation"] |= {"attack": "backdoor", "attackers": 1}
     (folder / "config.json").write_text(json.dumps(config))
-    attack, backdoor, rule = describe_attack(read_run(folder))
+    attack, backdoor, rule, left = describe_attack(read_run(folder))
     assert attack.startswith("Simulated attackers (backdoor): c. No score")
     assert "50.0" in backdoor
     assert "\x1b" not in backdoor
     assert rule.endswith("the server took: krum.")
+    assert left == "Of 2 clients a round 1 gave nothing to it, on average."
 
 
 def test_a_baseline_without_the_attack_stands_beside_a_run_with_it(tmp_path):

@@ -34,7 +34,11 @@ def close_run(record: RunRecord) -> list[str]:
     title = f"{find_measure(record.metric).label} on test, mean of {format_count(len(personal), 'client')}"
     if private := record.results.get("privacy"):
         title += f"; epsilon {private['epsilon']:.3g} at delta {private['delta']:g}, of what is shared"
-    return [title, *(f"  {name:<{width}}  {value}" for name, value in lines.items())]
+    # Late, for it draws.
+    from fedvlm_jax.reporting.privacy_report import describe_noise
+
+    noise = describe_noise(record) if record.results.get("privacy") else []
+    return [title, *(f"  {name:<{width}}  {value}" for name, value in lines.items()), *noise]
 
 
 def suggest_comparison(record: RunRecord) -> str:

@@ -160,7 +160,7 @@ def import_accounting() -> Any:
         return import_module("dp_accounting")
     except ImportError:
         raise UserError(
-            "--privacy needs the package dp-accounting, which is not installed: pip install 'fedvlm-jax[privacy]'"
+            "--privacy needs the package dp-accounting, which is not installed: pip install '.[privacy]' in a clone"
         ) from None
 
 

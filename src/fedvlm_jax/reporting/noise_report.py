@@ -12,15 +12,16 @@ def tabulate_noise(method: str, size: NoiseSize) -> Table:
     note = (
         f"Noise multiplier {size.noise:.4g}, clipping norm {clip:.4g}, {size.entries:,} numbers in a message; "
         f"{size.sampling.population:,} clients{groups}, {now.expected:.4g} a round on average and "
-        f"{size.sampling.places:,} at most. The clients' mean update has norm {clip:.4g} at most, mostly far less: a "
-        f"ratio of 1 hides it. Updates that agree add up and noise does not: over all {size.rounds} rounds the noise "
-        f"in their sum is {whole:.2g} of the most that updates can come to. In s·A·B: expected norms at the start, for "
-        f"{method} and where B alone is shared (plora, ffa-lora), A alone (fedsa-lora; through a B of norm "
-        f"{clip:.4g}, at first it is zero) or both (fedavg-lora). More clients a round lower the noise in proportion; "
-        "fewer sites (--lora.targets), a lower rank, and fewer numbers sent (fed-sb) by the root of what is left out; "
-        "an orthonormal A, which fedsvd has after its first rounds, what B's noise does to the model."
+        f"{size.sampling.places:,} at most. "
+        f"Noise: its expected norm in the mean update. Over the clip: that over {clip:.4g}, which the mean update is "
+        "at most, mostly far less; from 1 on the noise is surely the longer. Updates that agree add up over rounds "
+        f"and noise does not: after all {size.rounds} rounds the ratio is {whole:.2g}. "
+        f"s·A·B: the noise in the model's weights at the start, for {method}, and if B alone were shared (plora, "
+        f"ffa-lora), A alone (fedsa-lora; through a B of norm {clip:.4g}, at first it is zero) or both (fedavg-lora)."
+        " More clients a round lower the noise in proportion; fewer sites (--lora.targets), a lower rank and fewer "
+        "numbers sent (fed-sb) by a root; an orthonormal A (fedsvd, after its first rounds) what the model feels of it."
     )
-    columns = ("clients", "noise", "over the most", f"s·A·B: {method}", "B alone", "A alone", "both")
+    columns = ("clients", "noise", "over the clip", f"s·A·B: {method}", "B alone", "A alone", "both")
     return Table("Noise in a round", columns, tuple(_row(at, clip) for at in size.at), note=note)
 
 

@@ -1,5 +1,6 @@
 """A run's differential privacy as its report tells it: ε, what it covers and what it does not, and its way there."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from fedvlm_jax.reporting.pages import Section
 from fedvlm_jax.run_dir.reader import RunRecord
 
 TITLE = "Differential privacy"
+RATIO = "noise_to_update"
+"""Name of a round's number: the norm of the noise over that of the sum that it hides."""
 FEW = 1000
 """Clients below which ε and use are hardly to be had together (docs/how-to/differential-privacy.md)."""
 
@@ -55,6 +58,7 @@ def describe_privacy(record: RunRecord) -> list[str]:
         f"ε covers {stored['covers']}. It does not cover {stored['does_not_cover']}.",
         "The last round's adapters are taken, for a choice on validation data would not be covered.",
     ]
+    sentences += describe_noise(record)
     asked = record.options.get("train", {}).get("rounds", 0)
     if budget.limit and budget.rounds < asked:
         sentences.append(f"It was to have {asked} rounds, and stopped where ε {budget.limit:g} was spent.")
@@ -66,19 +70,35 @@ def describe_privacy(record: RunRecord) -> list[str]:
     return sentences
 
 
+def describe_noise(record: RunRecord) -> list[str]:
+    """Say how long the noise of a run's rounds was beside what it hides; nothing where no round has a number."""
+    _, ratios = pick(record.rounds, RATIO)
+    if not ratios:
+        return []
+    middle = statistics.median(ratios)
+    advice = ": what is shared is mostly noise" if middle > 1 else ""
+    return [f"In the median round the noise was {middle:.3g} times as long as the sum of the updates{advice}."]
+
+
 @theme.style()
 def draw_epsilon(record: RunRecord) -> Figure:
-    """Draw ε over the rounds, as it is and as it is bounded, below the most that it may be."""
-    figure, (ax,) = theme.make_figure(theme.WIDE / 2, 2.6)
+    """Draw ε over the rounds, as it is and as it is bounded, below the most that it may be; and noise over updates."""
+    figure, (ax, beside) = theme.make_figure(theme.WIDE, 2.6, 2)
+    rounds, ratios = pick(record.rounds, RATIO)
+    beside.plot(rounds, ratios, color=theme.SERIES[0], marker="o", markersize=4, linewidth=1.8)
+    beside.axhline(1, color=theme.MUTED, linewidth=1, linestyle=theme.DOTTED)
+    beside.set_title("Noise over the sum of updates")
+    beside.set_ylim(bottom=0)
     colour = theme.SERIES[theme.choose_series([record.method])[record.method]]
     ax.plot(*pick(record.rounds, "epsilon_bound"), color=theme.MUTED, linewidth=1.2, linestyle=theme.BEFORE)
     ax.plot(*pick(record.rounds, "epsilon"), color=colour, marker="o", markersize=4, linewidth=1.8)
     if limit := record.results["privacy"]["limit"]:
         ax.axhline(limit, color=theme.MUTED, linewidth=1, linestyle=theme.DOTTED)
     ax.set_title("ε so far")
-    ax.grid(axis="y")
-    ax.grid(visible=False, axis="x")
-    ax.set_xlabel("round")
     ax.set_ylim(bottom=0)
-    theme.use_whole_numbers(ax)
+    for each in (ax, beside):
+        each.grid(axis="y")
+        each.grid(visible=False, axis="x")
+        each.set_xlabel("round")
+        theme.use_whole_numbers(each)
     return figure

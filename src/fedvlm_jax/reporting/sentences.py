@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
@@ -79,6 +80,7 @@ def describe_attack(record: RunRecord) -> list[str]:
         )
     if record.pool != "mean":
         sentences.append(f"In place of the mean of the clients' messages the server took: {record.pool}.")
+        sentences += _describe_left_out(record)
         asked = (record.options.get("messages") or {}).get("hostile", 0)
         short = [line for line in record.rounds if line.get(WITHSTANDS, asked) < asked]
         if short:
@@ -87,6 +89,18 @@ def describe_attack(record: RunRecord) -> list[str]:
                 f"withstand {asked} hostile ones."
             )
     return sentences
+
+
+def _describe_left_out(record: RunRecord) -> list[str]:
+    rounds = [
+        [value for value in line["selection"].values() if value is not None]
+        for line in record.rounds
+        if line.get("selection")
+    ]
+    if not any(0 in values for values in rounds):
+        return []
+    nothing = fmean(values.count(0) for values in rounds)
+    return [f"Of {fmean(map(len, rounds)):.3g} clients a round {nothing:.3g} gave nothing to it, on average."]
 
 
 def _achieves(metric: str, value: float) -> str:

@@ -10,7 +10,7 @@ from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.run_dir.reader import RunRecord
 
 NAMED = 3
-"""Clients that are no attackers and are named, those of whom least was taken."""
+"""Clients that are no attackers and are named, those of whom least was taken; of equals the most unlike the others."""
 LETTERS = 22
 
 
@@ -39,7 +39,7 @@ def draw(record: RunRecord) -> Figure:
     taken, apart, attackers = average_selection(record), record.answer_distances, set(record.attackers)
     names = [name for name in taken if name in apart]
     figure, (ax,) = theme.make_figure(theme.WIDE, 3.6)
-    honest = sorted((name for name in names if name not in attackers), key=lambda name: taken[name])
+    honest = sorted((name for name in names if name not in attackers), key=lambda name: (taken[name], -apart[name]))
     hostile = [name for name in names if name in attackers]
     _scatter(ax, honest, taken, apart, color=theme.SERIES[0], marker="o", s=42, alpha=0.8)
     _scatter(ax, hostile, taken, apart, color=theme.SERIES[3], marker="X", s=80)
