@@ -56,4 +56,4 @@ def test_the_median_round_s_noise_is_told_where_it_is_large_and_where_it_is_not(
 def test_it_is_drawn_beside_epsilon(tmp_path):
     ax = draw_epsilon(write(tmp_path / "r", [3, None, 5])).axes[1]
     assert ax.lines[0].get_xydata().tolist() == [[1, 3], [3, 5]]
-    assert ax.get_title() == "Noise over the sum of updates"
+    assert ax.get_title("left") == "Noise over the sum of updates"

@@ -18,4 +18,4 @@ class AuditOptions:
     `fedvlm audit`; what it takes of the disk is said first. Whoever reads that folder can attack the clients as the
     server could."""
     most_gib: Annotated[float, Gt(0), Le(2**20)] = 8.0
-    """Begin no run of which more would be kept."""
+    """GiB of the disk: a run of which more would be kept is refused."""

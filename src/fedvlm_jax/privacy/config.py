@@ -29,7 +29,7 @@ class PrivacyOptions:
     """Let the clipping norm follow this quantile of the clients' norms, found privately (arXiv 1905.03871)."""
     sampling: Literal["poisson", "fixed", "all"] = "poisson"
     """How a round's clients are drawn, which decides what epsilon is: each with the same chance, --cohort on average;
-    exactly --cohort; or everybody, in every round."""
+    exactly --cohort; or everybody, in every round. Only `all` goes without --cohort."""
     mechanism: Literal["gaussian", "banded"] = "gaussian"
     """Noise that is drawn anew in every round, or that later rounds take back in part (banded matrix, arXiv
     2306.08153), which the sum of many rounds gains by."""
