@@ -60,6 +60,7 @@ def test_every_command_is_listed_in_order() -> None:
         (["train", "--mesh", "clients=4096"], "--mesh clients=4096 takes 4,096 devices: there are"),
         (["train", "--resume", "nowhere", "--mesh", "clients=2"], "leave out --system.mesh"),
         (["train", "--method", "plorra"], "did you mean plora?"),
+        (["explain", "--privacy.noise", "1"], "--privacy.* is explained for a method"),
         (["train", "--model", "./nowhere"], "there is no such folder"),
         (["train", "--resume", "nowhere"], "no config.json there"),
         (["train", "--resume", "nowhere", "--seed", "3", "--data", "x"], "leave out --seed"),

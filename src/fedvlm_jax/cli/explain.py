@@ -55,6 +55,8 @@ def explain(
         )
     if method:
         validate(run)
+    elif run.privacy.on:
+        raise UserError("--privacy.* is explained for a method: name one, for example fedvlm explain plora")
 
     from fedvlm_jax.reporting import tables
     from fedvlm_jax.reporting.method_report import tabulate_explanation, tabulate_methods

@@ -59,7 +59,7 @@ def find_epsilon(noise: float, sampling: Sampling, rounds: int, delta: float) ->
 
 
 def bound_epsilon(noise: float, sampling: Sampling, rounds: int, delta: float) -> float:
-    """Bound ε of so many rounds at δ by Rényi differential privacy: too high by a tenth to a half, and fast.
+    """Bound ε of so many rounds at δ by Rényi differential privacy: too high by a tenth to two thirds, and fast.
 
     Where a group has more clients than a round has places, the chance that a round overflows is taken off δ: unless the
     others of a client's group leave it no place, truncated sampling is Poisson sampling.
