@@ -14,7 +14,7 @@ from fedvlm_jax.config.option_checks import validate, validate_comparison
 from fedvlm_jax.config.run_options import ParticipationOptions, Run, TrainOptions, from_json, to_json
 from fedvlm_jax.data.config import Quantity
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.federation.simulator import RoundReport
+from fedvlm_jax.federation.simulator import RoundReport, Sent
 from fedvlm_jax.run_dir.reader import read_metrics, read_run
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.trainer import describe_round
@@ -86,7 +86,8 @@ def test_a_line_s_means_are_over_those_who_trained():
         numbers=np.asarray([0, 4, 7]), counted=np.asarray([0, 7]), unfit=np.asarray([], int), finite=True,
         turnout={"dropped": 1, "stragglers": 1},
         metrics={"loss": np.asarray([1.0, 0.0, 3.0]), "steps": np.asarray([4.0, 0.0, 2.0])},
-        health={"shared_norm": 5.0}, bytes_up=8, bytes_down=9, trained=None, base={},
+        selection=None, health={"shared_norm": 5.0}, bytes_up=8, bytes_down=9, trained=None, base={},
+        sent=Sent({}, np.asarray([0.5, 0, 0.5]), {}),
     )  # fmt: skip
     line = describe_round(6, "plora", report, 2.0)
     assert (line["clients"], line["dropped"], line["stragglers"]) == (3, 1, 1)
