@@ -6,6 +6,7 @@ import subprocess
 import time
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 from deployment_world import NAMES, write_rows
 from flower_network import find_ports, open_network
@@ -145,6 +146,41 @@ def test_two_rounds_over_loopback(deployment):
         lines = re.findall(r"train (\d) +([\d,]+) bytes in, ([\d,]+) out", said)
         assert [line[0] for line in lines] == ["1", "2"]
         assert {int(line[2].replace(",", "")) for line in lines} == {record.rounds[0]["bytes_up_per_client"]}
+
+
+def test_three_nodes_do_what_the_simulator_does(deploy, model, rows):
+    """Losses, the shared part and every client's own adapter, within 1e-4 of what training moved."""
+    deployment = deploy(3)
+    deployment.start_link()
+    for number in range(3):
+        deployment.start_worker(number)
+        deployment.start_supernode(number)
+    deployment.start_run()
+    deployment.wait_until(lambda: (deployment.out / "results.json").is_file(), "results")
+    record, out = deployment.check(), deployment.folder / "simulated"
+    deployment.network.run(
+        "train", "fedvlm", "train", "--data", rows / "all", "--model", model, *OPTIONS, "--no-baseline", "--out", out
+    )
+    simulated = read_run(out)
+    assert record.results["selected_round"] == simulated.results["selected_round"] == 2
+    for line, other in zip(record.rounds, simulated.rounds, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    shared = [load_file(folder / "adapters" / "shared.safetensors") for folder in (deployment.out, out)]
+    for path, b in shared[1].items():  # B begins at zero
+        assert np.abs(shared[0][path] - b).max() <= 1e-4 * np.abs(b).max()
+    clients = [load_file(find_adapter(out, name)) for name in NAMES]
+    for number, want in enumerate(clients):
+        got = load_file(find_adapter(deployment.folder / f"node-{number}" / "run", NAMES[number]))
+        assert got.keys() == want.keys()
+        for path, factor in want.items():  # A begins the same for all, so clients' are as far apart as they went
+            moved = max(np.abs(factor - other[path]).max() for other in clients) if path.endswith("/a") else 0
+            moved = moved or np.abs(factor).max()
+            assert np.abs(got[path] - factor).max() <= 1e-4 * moved
+
+
+def find_adapter(run, name):
+    (file,) = (run / "adapters" / "clients").glob(f"*{name}*.safetensors")
+    return file
 
 
 def test_tls_and_node_keys(deployment):
