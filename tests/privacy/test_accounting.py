@@ -202,7 +202,5 @@ def test_orders_that_do_not_converge_are_not_shown(caplog):
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "dp_accounting", None)
-    with pytest.raises(
-        UserError, match=r"--privacy needs the package dp-accounting.*pip install 'fedvlm-jax\[privacy\]'"
-    ):
+    with pytest.raises(UserError, match=r"--privacy needs the package dp-accounting.*pip install '\.\[privacy\]'"):
         find_epsilon(1.0, everybody(), 1, 1e-5)
