@@ -20,8 +20,8 @@ LOST = ("train", 1, 2)
 """The third client's reply of the first round never arrives, though the client has trained."""
 
 
-BROAD = ("fedex-lora", "fedalt", "rolora", "apfl")
-"""A base that moves, clients that receive different things, two phases, two models in one scan; the others are alike
+BROAD = ("fedex-lora", "fedalt", "rolora")
+"""A base that moves, clients that receive different things, two phases; the others are alike
 to the engine and slow tests here, and each has its view held against the server's state in methods/test_contract.py."""
 
 
