@@ -160,18 +160,18 @@ def test_the_noise_of_a_sample_that_is_cut_is_that_of_its_cut(more, monkeypatch)
     monkeypatch.setattr(
         accounting, "find_epsilon", lambda z, drawn, rounds, delta: rounds / z**2 * (more if drawn == cut else 1)
     )
-    accounting._find_noise.cache_clear()
+    accounting.find_noise.cache_clear()
     exact = math.sqrt(50 * more / 3)
     assert exact <= find_noise(cut, 50, 1e-5, 3.0) <= exact * (1 + 1.1e-4)
-    accounting._find_noise.cache_clear()
+    accounting.find_noise.cache_clear()
 
 
 def test_noise_by_renyi_as_it_was_written_down(monkeypatch):
     """ε 8, δ 1e-5, q 0.1, T 50 by Rényi's alone: z = 0.857344."""
     monkeypatch.setattr(accounting, "LARGE", 0.0)
-    accounting._find_noise.cache_clear()
+    accounting.find_noise.cache_clear()
     assert find_noise(poisson(500, 50), 50, 1e-5, 8.0) == pytest.approx(0.857344, abs=2e-5)
-    accounting._find_noise.cache_clear()
+    accounting.find_noise.cache_clear()
 
 
 def test_an_epsilon_that_no_noise_keeps_to_is_refused(monkeypatch):

@@ -36,9 +36,9 @@ ALL = PrivacyOptions(noise=4.0, delta=1e-3, sampling="all")
 def fast(monkeypatch):
     """ε by its fast bound, which these tests do not ask the size of."""
     monkeypatch.setattr(accounting, "LARGE", 0.0)
-    accounting._find_noise.cache_clear()
+    accounting.find_noise.cache_clear()
     yield
-    accounting._find_noise.cache_clear()
+    accounting.find_noise.cache_clear()
 
 
 def change(options: PrivacyOptions = ALL, **changed: object) -> PrivacyOptions:

@@ -23,7 +23,7 @@ from fedvlm_jax.methods.base import is_factor
 from fedvlm_jax.methods.config import ServerOptions
 from fedvlm_jax.models import Vlm, read_vlm
 from fedvlm_jax.objectives import load_objective
-from fedvlm_jax.privacy.mechanism import choose_noise
+from fedvlm_jax.privacy.accounting import choose_noise
 from fedvlm_jax.privacy.sampling import plan_sampling
 from fedvlm_jax.training.round_setup import deal_ranks
 from fedvlm_jax.utils import tree

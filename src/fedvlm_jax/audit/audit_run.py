@@ -29,7 +29,7 @@ from fedvlm_jax.run_dir.kept_messages import KeptRound
 from fedvlm_jax.run_dir.reader import RunRecord, read_finished, read_run
 from fedvlm_jax.run_dir.validated_files import StoredConfig
 from fedvlm_jax.training.evaluate import FinishedRun, open_finished
-from fedvlm_jax.training.experiment import Experiment, make_simulator
+from fedvlm_jax.training.experiment import Experiment, make_simulator, shape_messages
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.files import write_json
 from fedvlm_jax.utils.progress import Progress, SilentProgress, working
@@ -189,14 +189,11 @@ def read_kept(experiment: Experiment, rounds: list[int]) -> dict[int, KeptRound]
     Raises:
         UserError: a file is missing, damaged or another method's.
     """
-    found, forms, simulator = dict[int, KeptRound](), dict[int, PyTree](), make_simulator(experiment)
-    simulator.inputs = experiment.blank_inputs
-    for round_ in rounds:
-        phase = simulator.phase_of(round_)
-        if phase not in forms:
-            forms[phase] = simulator.find_messages(simulator.read_round(round_))
-        found[round_] = kept_messages.read_round(experiment.folder, round_, forms[phase], simulator.server)
-    return found
+    server = make_simulator(experiment).server
+    return {
+        round_: kept_messages.read_round(experiment.folder, round_, message, server)
+        for round_, message in shape_messages(experiment, rounds).items()
+    }
 
 
 def attack(target: Target, record: RunRecord, show: Progress) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from typing import Any
 from jaxtyping import PyTree
 
 from fedvlm_jax.audit import canaries
-from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.federation.simulator import Simulator
-from fedvlm_jax.training.experiment import Experiment, make_simulator
+from fedvlm_jax.privacy.budget import Budget
+from fedvlm_jax.training.experiment import Experiment, shape_messages
 from fedvlm_jax.utils.progress import Progress, working
 from fedvlm_jax.utils.random_streams import Stream
 
@@ -24,9 +24,7 @@ def bound_run(experiment: Experiment, simulator: Simulator, count: int, show: Pr
     found: dict[str, Any] = {"accounted": budget.epsilon, "delta": budget.delta}
     if run.privacy.sampling == "fixed":
         return {**found, "lower": None, "why": "cohorts of a fixed size replace clients, and canaries come and go"}
-    blank = make_simulator(experiment)
-    blank.inputs = experiment.blank_inputs
-    replay = make_replay(run, simulator, blank.find_messages(blank.read_round(1)), budget.rounds)
+    replay = make_replay(budget, simulator, shape_messages(experiment, [1])[1])
     many = min(count, MOST_NUMBERS // replay.entries)
     if many < 8:
         return {**found, "lower": None, "why": f"a message has {replay.entries:,} numbers, too many for canaries"}
@@ -36,12 +34,9 @@ def bound_run(experiment: Experiment, simulator: Simulator, count: int, show: Pr
     return {**found, "lower": bound.epsilon, **counts}
 
 
-def make_replay(run: Run, simulator: Simulator, message: PyTree, rounds: int) -> canaries.Replay:
+def make_replay(budget: Budget, simulator: Simulator, message: PyTree) -> canaries.Replay:
     """Make the replay of a run's mechanism: its method, with the pool around it, from the start."""
-    options, population = run.privacy, int(sum(client.trains for client in simulator.examples.clients))
-    groups = options.bands if options.mechanism == "banded" else 1
-    expected = population / groups if options.sampling == "all" or run.cohort is None else run.cohort
-    chance = 1.0 if options.sampling == "all" else min(1.0, expected * groups / population)
     return canaries.Replay(
-        simulator.programs.method, simulator.server, message, rounds, chance, canaries.LOUD * options.clip, groups
-    )
+        simulator.programs.method, simulator.server, message, budget.rounds, budget.chance, canaries.LOUD * budget.clip,
+        budget.groups,
+    )  # fmt: skip

@@ -61,10 +61,6 @@ def _check_secure_sum(run: Run, method: "Method", label: str) -> None:
             messages.compress != "none",
             "masks are as wide as the sum and cover every entry, so nothing smaller could be sent",
         ),
-        f"--messages.pool {messages.pool}": (
-            messages.pool != "mean",
-            "a rule needs every client's message, and the sum hides them",
-        ),
         "--privacy": (
             run.privacy.on,
             "rounding can lengthen an update beyond the clipping norm, which epsilon does not count",

@@ -6,6 +6,7 @@ Imports nothing heavy: the command line reads it.
 from dataclasses import dataclass
 from typing import Literal
 
+from fedvlm_jax.messages.config import Attack
 from fedvlm_jax.utils.option_ranges import Amount, Chance, Share
 
 
@@ -22,7 +23,7 @@ class ParticipationOptions:
     stragglers: Share = 0.0
     """Chance that a drawn client comes only so far, a number of steps drawn from 1 to one less than its own; what it
     learned counts like any other's (not given by the paper)."""
-    attack: Literal["none", "sign-flip", "scale", "noise", "label-flip", "backdoor"] = "none"
+    attack: Attack = "none"
     """What simulated hostile clients do: send their update with its sign turned or a hundred times as large, send
     noise of its norm, or train on wrong answers, always or on pictures with a mark (not given by the paper)."""
     attackers: Amount = 0

@@ -274,9 +274,7 @@ class Simulator:
             finite=finite,
             turnout=read.turnout,
             metrics={name: values[: len(numbers)] for name, values in fetch(out.metrics).items()},
-            selection=None
-            if selection is None
-            else np.where(np.isin(numbers, numbers[counted]), fetch(selection)[: len(numbers)], 0),
+            selection=None if selection is None else np.where(weights > 0, fetch(selection), 0)[: len(numbers)],
             health={name: float(value) for name, value in health.items()},
             bytes_up=self._count_bytes(up, numbers[counted]),
             bytes_down=self._count_bytes(down, numbers),

@@ -11,18 +11,16 @@ any other; what it sends is changed after that, and before the message is looked
 """
 
 from dataclasses import replace
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PyTree
 
+from fedvlm_jax.messages.config import Attack
 from fedvlm_jax.methods.base import Client, Context, Key, Method, Updated
 from fedvlm_jax.methods.components.factors import norm_of
 from fedvlm_jax.utils.random_streams import Stream
-
-Attack = Literal["none", "sign-flip", "scale", "noise", "label-flip", "backdoor"]
 
 OF_MESSAGES = ("sign-flip", "scale", "noise")
 """The attacks that change what a client sends; the others change what it trains on."""

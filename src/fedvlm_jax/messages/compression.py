@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.messages.config import MessageOptions
-from fedvlm_jax.messages.pool import from_row, to_rows
+from fedvlm_jax.messages.pool import from_row, round_at_random, to_rows
 from fedvlm_jax.methods.base import Client, Context, Key, Method, Number, Travelling, Updated, shape_of_one
 from fedvlm_jax.methods.components.factors import norm_of
 from fedvlm_jax.utils import tree
@@ -105,10 +105,8 @@ def encode_int8(message: PyTree, key: Key) -> PyTree:
         largest = jnp.max(jnp.abs(values), axis=tuple(range(len(_stack(leaf)), leaf.ndim)), keepdims=True)
         # The smallest normal number: below it a division would not be by the scale, and of zeros it would be 0 / 0.
         scale = jnp.maximum(largest / LEVELS, jnp.finfo(jnp.float32).tiny)
-        exact = values / scale
-        below = jnp.floor(exact)
-        up = jax.random.uniform(jax.random.fold_in(key, number), leaf.shape) < exact - below
-        rounded[path] = jnp.clip(below + up, -LEVELS, LEVELS).astype(jnp.int8)
+        levels = round_at_random(values / scale, jax.random.fold_in(key, number))
+        rounded[path] = jnp.clip(levels, -LEVELS, LEVELS).astype(jnp.int8)
         scales.append(scale.ravel())
     return {
         "rounded": tree.unflatten(rounded),

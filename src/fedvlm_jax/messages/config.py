@@ -13,6 +13,7 @@ from fedvlm_jax.utils.option_ranges import Amount, Positive
 WITHSTANDS = "pool_withstands"
 """Name of a round's number: how many hostile clients its pool could withstand."""
 
+Attack = Literal["none", "sign-flip", "scale", "noise", "label-flip", "backdoor"]
 PoolName = Literal["mean", "median", "trimmed", "krum", "multi-krum", "geometric", "bound"]
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.methods.base import Aggregated, Context, Method, Metrics, Weights
+from fedvlm_jax.methods.base import Aggregated, Context, Key, Method, Metrics, Weights
 from fedvlm_jax.utils import tree
 
 
@@ -123,3 +123,13 @@ def count_entries(messages: PyTree) -> int:
     8
     """
     return sum(leaf.size // leaf.shape[0] for leaf in tree.flatten(messages).values())
+
+
+def round_at_random(exact: Float[Array, "..."], key: Key) -> Float[Array, "..."]:
+    """Round each number to the integer above or below, at random so that the mean is the number.
+
+    >>> round_at_random(jnp.asarray([2.0, -3.0]), jax.random.key(0)).tolist()
+    [2.0, -3.0]
+    """
+    below = jnp.floor(exact)
+    return below + (jax.random.uniform(key, exact.shape) < exact - below)

@@ -10,12 +10,12 @@ from math import ceil, log2
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import PyTree
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.messages.config import MessageOptions
-from fedvlm_jax.messages.pool import Pool, Pooled, from_row, to_rows
-from fedvlm_jax.methods.base import Context, Key, Weights
+from fedvlm_jax.messages.pool import Pool, Pooled, from_row, round_at_random, to_rows
+from fedvlm_jax.methods.base import Context, Weights
 
 WIDTH = 32  # bits of the integers that are added
 SQUARES = 2**20  # levels of a client's mean squared rounding error, in squared levels of the grid; it is at most 1
@@ -43,7 +43,8 @@ def make_secure_sum(options: MessageOptions, cohort: int) -> Pool:
         clipped = jnp.clip(rows, -options.secure_range, options.secure_range)
         # Weights add up to 1, so the sum stays within `cohort` times the range whatever they are.
         exact = clipped * (cohort * weights)[:, None] / level
-        integers = jax.vmap(_round)(exact, jax.vmap(lambda number: jax.random.fold_in(ctx.key, number))(ctx.numbers))
+        keys = jax.vmap(lambda number: jax.random.fold_in(ctx.key, number))(ctx.numbers)
+        integers = jax.vmap(round_at_random)(exact, keys).astype(jnp.int32)
         squares = jnp.mean(jnp.square(integers.astype(jnp.float32) - exact), axis=1)
         beside = (counts, jnp.sum(rows != clipped, axis=1), jnp.round(SQUARES * jnp.minimum(squares, 1)))
         columns = jnp.stack([column.astype(jnp.int32) for column in beside], axis=1)
@@ -61,13 +62,6 @@ def make_secure_sum(options: MessageOptions, cohort: int) -> Pool:
         return Pooled(from_row(mean, messages), state, told, counted > 0)
 
     return Pool("secure", run)
-
-
-def _round(exact: Float[Array, " entries"], key: Key) -> Int[Array, " entries"]:
-    """Round to the integer above or below, at random so that the mean is the value."""
-    below = jnp.floor(exact)
-    up = jax.random.uniform(key, exact.shape) < exact - below
-    return below.astype(jnp.int32) + up
 
 
 def check_width(options: MessageOptions, cohort: int) -> None:

@@ -25,6 +25,7 @@ from importlib import import_module
 from typing import Any, cast
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.privacy.sampling import Sampling
 
 LARGE = 100.0
@@ -87,17 +88,13 @@ def bound_epsilon(noise: float, sampling: Sampling, rounds: int, delta: float) -
         return float(dp.rdp.RdpAccountant(neighboring_relation=relation).compose(event, count).get_epsilon(left))
 
 
+@lru_cache(maxsize=64)  # the runs of a comparison ask alike
 def find_noise(sampling: Sampling, rounds: int, delta: float, epsilon: float) -> float:
     """Find the smallest noise multiplier, to five digits, with which so many rounds spend this ε at most.
 
     Raises:
         UserError: no noise is enough, or dp-accounting is not installed.
     """
-    return _find_noise(sampling, rounds, delta, epsilon)
-
-
-@lru_cache(maxsize=64)  # the runs of a comparison ask alike
-def _find_noise(sampling: Sampling, rounds: int, delta: float, epsilon: float) -> float:
     # A cut that is as rare as `choose_places` has it changes the sixth digit, and takes five times as long.
     easy = sampling._replace(places=sampling.population)
     found = _search(easy, rounds, delta, epsilon, near=1.0)
@@ -105,6 +102,18 @@ def _find_noise(sampling: Sampling, rounds: int, delta: float, epsilon: float) -
         found = _search(sampling, rounds, delta, epsilon, near=found)
     rounded = (_round_up(found, steps) for steps in itertools.count())
     return next(noise for noise in rounded if find_epsilon(noise, sampling, rounds, delta) <= epsilon)
+
+
+def choose_noise(options: PrivacyOptions, sampling: Sampling, rounds: int) -> float:
+    """Choose the noise multiplier: what the options say, or what spends their ε over so many rounds.
+
+    Raises:
+        UserError: no noise is enough, or dp-accounting is not installed.
+
+    >>> choose_noise(PrivacyOptions(noise=1.5), Sampling("all", population=9, expected=9, places=9), rounds=3)
+    1.5
+    """
+    return options.noise or find_noise(sampling, rounds, options.delta, options.epsilon)
 
 
 def _search(sampling: Sampling, rounds: int, delta: float, epsilon: float, near: float) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.privacy.accounting import bound_epsilon, count_rounds, find_epsilon, find_noise
+from fedvlm_jax.privacy.accounting import bound_epsilon, choose_noise, count_rounds, find_epsilon
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.privacy.sampling import Sampling, plan_sampling
 from fedvlm_jax.utils.serialization import decode, encode
@@ -95,7 +95,7 @@ def settle(options: PrivacyOptions, clients: int, cohort: int | None, rounds: in
             f"them to be published whole. Take a tenth of that or less, {0.1 / clients:.1g}"
         )
     drawn = plan_sampling(options, clients, cohort)
-    noise = options.noise or find_noise(drawn, rounds, options.delta, options.epsilon)
+    noise = choose_noise(options, drawn, rounds)
     if options.quantile is not None:
         from fedvlm_jax.privacy.gaussian import split_noise  # late: it imports jax
 

@@ -35,7 +35,6 @@ class PrivacyOptions:
     2306.08153), which the sum of many rounds gains by."""
     bands: Count = 4
     """Rounds that the noise of `banded` is correlated over; a client takes part at most once in so many."""
-
     secret: bool = False
     """Draw the noise, and who takes part, from the system's randomness, which config.json keeps, and not from --seed,
     which others can guess: with what guards them known, epsilon protects nobody. For what is to be released."""

@@ -1,7 +1,7 @@
 """The mechanism that a run's options of privacy ask for, as the pool that goes before a method's `aggregate`."""
 
 from fedvlm_jax.messages.pool import Pool
-from fedvlm_jax.privacy.accounting import find_noise
+from fedvlm_jax.privacy.accounting import choose_noise
 from fedvlm_jax.privacy.banded import make_banded_pool
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.privacy.gaussian import make_gaussian_pool
@@ -22,15 +22,3 @@ def make_mechanism(options: PrivacyOptions, sampling: Sampling, rounds: int) -> 
     if options.mechanism == "banded":
         return make_banded_pool(noise, options.clip, sampling.expected, options.bands, rounds)
     return make_gaussian_pool(noise, options.clip, sampling.expected, options.quantile)
-
-
-def choose_noise(options: PrivacyOptions, sampling: Sampling, rounds: int) -> float:
-    """Choose the noise multiplier: what the options say, or what spends their ε over so many rounds.
-
-    Raises:
-        UserError: no noise is enough, or dp-accounting is not installed.
-
-    >>> choose_noise(PrivacyOptions(noise=1.5), Sampling("all", population=9, expected=9, places=9), rounds=3)
-    1.5
-    """
-    return options.noise or find_noise(sampling, rounds, options.delta, options.epsilon)

@@ -9,7 +9,7 @@ No heavy package is imported here.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,8 @@ AWAY = "away"
 """Results of a deployment: clients that were away when it ended, and so are not in them."""
 
 PRIVACY: Form = {
-    **dict.fromkeys(("noise", "clip", "delta", "limit", "epsilon", "expected", "chance"), float),
-    **dict.fromkeys(("rounds", "clients", "places", "groups"), int),
-    **dict.fromkeys(("mechanism", "sampling", "covers", "does_not_cover"), str),
-    "quantile": float | None,
+    **{field.name: field.type for field in fields(Budget) if field.name != "secret"},
+    **dict.fromkeys(("covers", "does_not_cover"), str),
 }
 RESULTS: Form = {
     "zero_shot": BySplit,

@@ -17,7 +17,7 @@ from fedvlm_jax.messages.config import WITHSTANDS
 from fedvlm_jax.privacy.budget import Budget
 from fedvlm_jax.run_dir import kept_messages, metrics_lines
 from fedvlm_jax.run_dir.reader import read_metrics
-from fedvlm_jax.training.experiment import Experiment, make_simulator
+from fedvlm_jax.training.experiment import Experiment, make_simulator, shape_messages
 from fedvlm_jax.training.failures import UNFIT, describe_rounds, describe_unfit, explain_aggregate, explain_all_unfit
 from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
 
@@ -204,13 +204,6 @@ class MessageKeeper(Callback):
 
 def count_kept(experiment: Experiment) -> int:
     """Count the bytes that a run keeps at most, before it has run; nothing is computed."""
-    simulator = make_simulator(experiment)
-    simulator.inputs = experiment.blank_inputs
-    cohort, found = experiment.layout.cohort, dict[int, int]()
-    rounds = range(1, experiment.run.train.rounds + 1)
-    for round_ in rounds:
-        phase = simulator.phase_of(round_)
-        if phase not in found:
-            message = simulator.find_messages(simulator.read_round(round_))
-            found[phase] = kept_messages.count_bytes(message, simulator.server, cohort)
-    return sum(found[simulator.phase_of(round_)] for round_ in rounds)
+    server, cohort = make_simulator(experiment).server, experiment.layout.cohort
+    shapes = shape_messages(experiment, range(1, experiment.run.train.rounds + 1))
+    return sum(kept_messages.count_bytes(message, server, cohort) for message in shapes.values())

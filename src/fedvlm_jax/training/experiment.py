@@ -1,6 +1,6 @@
 """One run over federated data: from its options to what its rounds and evaluations need."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,6 @@ from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.objectives import Objective, load_objective
 from fedvlm_jax.privacy.budget import Budget, describe_budget, draw_secret, settle
 from fedvlm_jax.privacy.config import PrivacyOptions
-from fedvlm_jax.privacy.sampling import plan_sampling
 from fedvlm_jax.training.federated_data import BaseScoring, FederatedData, open_data
 from fedvlm_jax.training.loaded_model import LoadedModel
 from fedvlm_jax.training.round_setup import check_room, choose_program_options, deal_ranks, lay_out_sizes
@@ -347,8 +346,8 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
         UserError: options that the method cannot work with.
     """
     run, layout, clients = experiment.run, experiment.layout, len(experiment.examples.clients)
-    options, private = choose_program_options(run), run.privacy.on
-    secret = experiment.budget.secret if private and experiment.budget is not None else ""
+    budget = experiment.budget if run.privacy.on else None  # none in the fine-tuning after a federation
+    options, secret = choose_program_options(run), "" if budget is None else budget.secret
     trainable = sum(client.trains for client in experiment.examples.clients)
     programs = experiment.model.programs(options, clients, layout.cohort, layout.places, layout.steps, trainable)
     return Simulator(
@@ -360,8 +359,8 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
         seed=run.seed,
         key=_make_key(run.seed, secret),
         secret=secret,
-        weighting="uniform" if private else run.train.weighting,  # as the pool has it
-        sampling=plan_sampling(run.privacy, trainable, run.cohort) if private else None,
+        weighting="uniform" if budget else run.train.weighting,  # as the pool has it
+        sampling=budget.drawn if budget else None,
         server=programs.method.init(adapter=experiment.adapter),
         ranks=deal_ranks(run.lora.ranks, clients),
         participation=run.participation,
@@ -369,6 +368,19 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
         epochs=run.train.local_epochs,
         file=file,
     )
+
+
+def shape_messages(experiment: Experiment, rounds: Iterable[int]) -> dict[int, PyTree]:
+    """Find the shapes of a client's message in each of these rounds; nothing is computed and no picture is read."""
+    simulator, by_phase = make_simulator(experiment), dict[int, PyTree]()
+    simulator.inputs = experiment.blank_inputs
+    found = dict[int, PyTree]()
+    for round_ in rounds:
+        phase = simulator.phase_of(round_)
+        if phase not in by_phase:
+            by_phase[phase] = simulator.find_messages(simulator.read_round(round_))
+        found[round_] = by_phase[phase]
+    return found
 
 
 def _make_key(seed: int, secret: str) -> PRNGKeyArray:
