@@ -40,6 +40,7 @@ from typing import Any, Literal
 import methods_summary as summary
 import tyro
 
+from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.run_options import EvaluationOptions, MethodOptions, Run, TrainOptions, methods_available
 from fedvlm_jax.data.config import DataOptions, Iid
 from fedvlm_jax.data.sources import emoji
@@ -135,7 +136,7 @@ class Study:
 
     def plan(self) -> dict[str, Cell]:
         """The cells by name, in the order in which they are run."""
-        names = [name for name in methods_available() if name not in FIRST]
+        names = [name for name in methods_available() if name not in FIRST and not declare(name, Run()).classes]
         everything = FIRST if self.quick else (*FIRST, *names)
         cells: dict[str, Cell] = {}
         evenly = Iid(clients=len(self.data.vendors) * len(self.data.languages))

@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from prompted_toy import make_prompted
 
 from fedvlm_jax import lora
+from fedvlm_jax.config.method_checks import declare
+from fedvlm_jax.config.run_options import Run, methods_available
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.distributed.sharding import replicate
 from fedvlm_jax.federation.local_training import make_local_trainer
@@ -19,6 +22,10 @@ from fedvlm_jax.methods import Client, Setup, load_method
 from fedvlm_jax.objectives import load_objective
 
 WIDTH, VOCABULARY, LABELS = 6, 5, 3
+WRITES = {"bind": None, "prompt_at": "", "layers": (), "texts": None, "image_width": WIDTH}
+"""Fields of a model that writes its answers."""
+WRITING = [name for name in methods_available() if not declare(name, Run()).classes]
+"""Methods for models that write their answers, as most here are; the others' are tried on a CLIP."""
 SPEC = lora.LoRA(rank=2, alpha=4.0, targets="fc")
 
 
@@ -53,7 +60,7 @@ def make_toy():
         return jnp.broadcast_to(found[..., None, :, :], (*batch["labels"].shape, VOCABULARY)) if several else found
 
     sites = lora.find_sites(model.apply, params, example)
-    return SimpleNamespace(logits=logits, sites=sites, component=lambda path: None), params
+    return SimpleNamespace(logits=logits, sites=sites, component=lambda path: None, **WRITES), params
 
 
 def make_method(
@@ -70,17 +77,20 @@ def make_method(
         "components": halves,
         **choices,
     }
-    vlm, params = make_toy()
+    declared = declare(name, Run())
+    vlm, params, spec = make_prompted(declared) if declared.classes else (*make_toy(), SPEC)
     trainer = make_local_trainer(vlm, load_objective(objective), optimizer=optimizer, clip_norm=clip_norm)
     setup = Setup(
         sites=vlm.sites,
-        spec=SPEC,
+        spec=spec,
         start_optimizer=trainer.start,
+        texts=vlm.texts,
+        width=vlm.image_width,
         keep_optimizer=keep_optimizer,
         common_start=common_start,
         **choices,
     )
-    adapter = lora.init(jax.random.key(9), vlm.sites, SPEC)
+    adapter = lora.init(jax.random.key(9), vlm.sites, spec)
     return vlm, params, trainer, load_method(name, setup), adapter
 
 

@@ -9,7 +9,7 @@ import pytest
 from config.test_method_checks import trace_shapes
 from models import causal_cases
 from tiny_run import make_folder
-from toy import SPEC, WIDTH, make_toy
+from toy import SPEC, WIDTH, WRITES, WRITING, make_toy
 
 from fedvlm_jax import lora
 from fedvlm_jax.analysis.explain import explain_method
@@ -39,7 +39,7 @@ def toy():
     components = {name: f"{name}/" for name in ("encoder", "decoder")}
     return SimpleNamespace(
         sites=vlm.sites, components=components, component=vlm.component, logits=vlm.logits, shapes=lambda: shapes,
-        example_batch=lambda: batch,
+        example_batch=lambda: batch, **WRITES,
     )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def test_ranks_count_for_what_they_are(toy):
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("name", methods_available())
+@pytest.mark.parametrize("name", WRITING)
 def test_bytes_are_those_of_a_real_round(toy, name):
     """What `explain` counts from one client's message is what the simulator counts from a round's."""
     method, server, outs = trace_shapes(name)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from deployment_world import LocalTransport, make_run, open_nodes, plan_run, write_rows
 from tiny_run import StopAfter, StopError
+from toy import WRITING
 
 from fedvlm_jax.config.learning_rates import find_rates
-from fedvlm_jax.config.run_options import methods_available
 from fedvlm_jax.deployment.coordinator import Coordinator, coordinate
 from fedvlm_jax.deployment.roll import Roll
 from fedvlm_jax.deployment.server_folder import ServerFolder
@@ -29,7 +29,7 @@ def mark(name):
     return [] if name == "plora" else pytest.mark.broad if name in BROAD else pytest.mark.slow
 
 
-METHODS = [pytest.param(name, marks=mark(name)) for name in methods_available()]
+METHODS = [pytest.param(name, marks=mark(name)) for name in WRITING]
 
 
 @pytest.fixture(scope="module")

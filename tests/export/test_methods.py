@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy import WRITING
 
 from fedvlm_jax import lora
-from fedvlm_jax.config.run_options import methods_available
 from fedvlm_jax.federation.client_round import start_personal
 from fedvlm_jax.methods import Setup, load_method
 from fedvlm_jax.models import read_vlm
@@ -35,7 +35,7 @@ def noise(state, seed=0):
     return jax.tree_util.tree_map_with_path(move, state)
 
 
-@pytest.mark.parametrize("name", methods_available())
+@pytest.mark.parametrize("name", WRITING)
 def test_the_adapter_of_a_client_goes_out_whole_or_is_refused(name, vlm):
     spec = lora.LoRA(rank=2, alpha=3, targets=TARGETS)
     setup = Setup(

@@ -16,7 +16,7 @@ CLIENTS = 3
 ORDINARY = ("local", "fedavg-lora", "plora", "flora", "fedalt")
 """Methods that every objective is tried with; with the others it is a slow test."""
 
-ALIKE = ("sft", "sft+dpo")
+ALIKE = ("classify", "sft", "sft+dpo")
 """Objectives that train as `dpo` does, which is tried with all of those: with plora, and with the others slowly."""
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny_run import StopAfter, StopError, assert_same_adapters, tiny_run
+from toy import WRITING
 
-from fedvlm_jax.config.run_options import LocalOptions, LoraOptions, ServerOptions, TrainOptions, methods_available
+from fedvlm_jax.config.run_options import LocalOptions, LoraOptions, ServerOptions, TrainOptions
 from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training import evaluate, federated_run
 
@@ -21,7 +22,7 @@ ORDINARY = RICH[:1]
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=[] if m in ORDINARY else [pytest.mark.slow]) for m in methods_available()]
+    "method", [pytest.param(m, marks=[] if m in ORDINARY else [pytest.mark.slow]) for m in WRITING]
 )
 def test_a_stopped_run_ends_as_a_whole_one(method, model, loaded, tmp_path):
     train = TrainOptions(rounds=4, local_steps=2, batch_size=4, finetune_steps=2 if method in RICH else 0)

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
+from toy import WRITES
 
 from fedvlm_jax.config.method_setup import make_method
 from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import choose_layout
-from fedvlm_jax.methods.components.personalized_download import start_pool
+from fedvlm_jax.methods.components.personalized_download import count_places, start_pool
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
 from fedvlm_jax.methods.zoo import ditto
 from fedvlm_jax.objectives.config import PreferenceOptions
@@ -23,11 +24,12 @@ def test_a_pool_has_room_for_the_cohort_however_it_is_laid_out(monkeypatch, wave
     made = []
     monkeypatch.setattr(round_setup, "make_method", lambda run, setup: made.append(setup) or make_method(run, setup))
     layout = choose_layout([9] * 40, cohort=20, wave=wave, devices=1, steps=2, batch=2)
-    run, vlm = Run(method="fedalt"), SimpleNamespace(sites={}, targets="x", components={}, component=lambda path: None)
+    known = {"sites": {}, "targets": "x", "components": {}, "component": lambda path: None}
+    run, vlm = Run(method="fedalt"), SimpleNamespace(**known, **WRITES)
     round_setup.build_programs(vlm, make_mesh(1), run, 40, layout.cohort, layout.places, layout.steps)
     (setup,) = made
     assert (setup.cohort, setup.places) == (20, places)
-    assert len(start_pool({"b": jnp.zeros(1)}, setup)["number"]) == 20
+    assert len(start_pool({"b": jnp.zeros(1)}, count_places(setup))["number"]) == 20
 
 
 @pytest.mark.parametrize("train", [{"local_steps": 2**31 - 1}, {"batch_size": 2**31 - 1}, {"local_epochs": 1e9}])
@@ -67,7 +69,7 @@ def test_no_option_that_programs_depend_on_is_put_at_its_default(monkeypatch, ch
         return SimpleNamespace(start=None, options=(objective, options))
 
     monkeypatch.setattr(round_setup, "make_local_trainer", make_local_trainer)
-    vlm = SimpleNamespace(sites={}, targets="", components={}, component=str)
+    vlm = SimpleNamespace(sites={}, targets="", components={}, component=str, **WRITES)
 
     def make(run):
         return round_setup.build_programs(vlm, None, run, clients=4, cohort=2, places=2, steps=3)

@@ -85,17 +85,19 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
     rounds: dict[int, list[int]] = {}
     for number in range(1, train.rounds + 1):
         rounds.setdefault(method.phase(number), []).append(number)
-    sites = {path: len(site.stack) for path, site in vlm.sites.items() if f"{path}/a" in tree.flatten(adapter)}
+    flat = tree.flatten(adapter)
+    sites = {path: len(site.stack) for path, site in vlm.sites.items() if f"{path}/a" in flat}
+    sites |= {path.rpartition("/")[0]: leaf.ndim - 2 for path, leaf in flat.items() if leaf.ndim > 1}
     noise = None
     tracer = Tracer(method, vlm, train.local_steps, train.batch_size, server, personal, cohort, ranks, sites)
-    if run.privacy.on:
+    if run.privacy.on and lora.low_rank(adapter):
         plain = load_method(run.method, replace(setup, server=ServerOptions()))
         drawn = plan_sampling(run.privacy, population, run.cohort)
         options = replace(run.privacy, noise=choose_noise(run.privacy, drawn, train.rounds))
         start = jax.jit(setup.draw)(jax.random.key(run.seed))
         noise = measure_noise(plain, start, tracer.message(method.phase(1)), options, drawn, train.rounds)
     state = flatten_state(personal)
-    stacked = next((path for path, count in sites.items() if count), "")
+    stacked = next((path for path, count in sites.items() if count and f"{path}/b" in flat), "")
     return Explanation(
         name=method.name,
         source=method.source,

@@ -133,7 +133,7 @@ def expect_products(adapter: lora.Adapter, sigma: float, b_norm: float) -> Produ
     >>> expect_products({"fc": site}, sigma=0.5, b_norm=1.0)
     Products(through_a=8.0, through_b=2.8284271247461903, both=4.0)
     """
-    sites = [(np.asarray(a), b.shape, np.asarray(scale)) for _, (a, b, scale) in lora.sites_of(adapter)]
+    sites = [(np.asarray(a), b.shape, np.asarray(scale)) for _, (a, b, scale) in lora.sites_of(lora.low_rank(adapter))]
     total = sum(math.prod(shape) for _, shape, _ in sites)
     through_a = through_b = both = 0.0
     for a, shape, scale in sites:
@@ -174,7 +174,9 @@ def _train_nothing(*_: Any, **__: Any) -> Any:
 def _distance(one: lora.Adapter, other: lora.Adapter) -> Array:
     """Compute the norm of the difference of s·A·B over all sites, without forming a product."""
     squared = jnp.zeros(())
-    for (_, (a, b, scale)), (_, (c, d, _)) in zip(lora.sites_of(one), lora.sites_of(other), strict=True):
+    for (_, (a, b, scale)), (_, (c, d, _)) in zip(
+        lora.sites_of(lora.low_rank(one)), lora.sites_of(lora.low_rank(other)), strict=True
+    ):
         left = jnp.concatenate([a, c], axis=-1)
         right = jnp.concatenate([-b, d], axis=-2) * scale[..., None, None]
         squared += jnp.sum(matmul(left.mT, left) * matmul(right, right.mT))

@@ -16,7 +16,7 @@ from fedvlm_jax.analysis.collectives import Collective, find_collectives
 from fedvlm_jax.analysis.flops import count_flops
 from fedvlm_jax.analysis.plan_options import Request, check_request
 from fedvlm_jax.analysis.tpu_topologies import Chip, open_devices, parse_topology
-from fedvlm_jax.config.method_checks import check_rule
+from fedvlm_jax.config.method_checks import check_rule, declare
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.data.batches import MULTIPLE
 from fedvlm_jax.distributed.mesh import make_mesh
@@ -76,6 +76,8 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
     mesh, chip = make_mesh(*(parse_mesh(run.system.mesh) or ()), devices=open_devices(topology)), topology.chip
     vlm = read_vlm(run.model, **round_setup.choose_arithmetic(run.system))
     check_rule(run, vlm)
+    if vlm.see_patches is not None and declare(run.method, run).patches:
+        vlm = vlm.see_patches()
     objective, spec = load_objective(run.objective, run.preference), make_spec(run, vlm)
     size = (sizes.image_size, sizes.image_size) if sizes.image_size else read_size(request.model)
     if size is None:

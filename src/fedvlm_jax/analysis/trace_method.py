@@ -163,8 +163,9 @@ class Tracer:
                 continue
             site = next((site for site in longest_first if f"/{site}/" in f"/{path}"), None)
             if site is None:  # a leaf that belongs to no site, such as a number that all layers share
-                place, _, tensor = path.rpartition("/")
-                layer = ""
+                known = (name for name in sorted(sizes, key=len, reverse=True) if f"/{path}".endswith(f"/{name}"))
+                tensor, layer = next(known, path.rpartition("/")[2]), ""
+                place = path.removesuffix(tensor)
             else:
                 place, _, after = f"/{path}".partition(f"/{site}/")
                 name, _, layer = after.partition("/")

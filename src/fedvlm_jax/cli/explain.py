@@ -5,7 +5,15 @@ from typing import Annotated
 import tyro
 
 from fedvlm_jax.config.option_checks import validate
-from fedvlm_jax.config.run_options import LocalOptions, LoraOptions, MethodOptions, Run, ServerOptions, TrainOptions
+from fedvlm_jax.config.run_options import (
+    LocalOptions,
+    LoraOptions,
+    MethodOptions,
+    PromptOptions,
+    Run,
+    ServerOptions,
+    TrainOptions,
+)
 from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.privacy.config import PrivacyOptions
@@ -21,6 +29,7 @@ def explain(
     cohort: Annotated[Count | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all of them)")] = None,
     train: TrainOptions = TrainOptions(),  # noqa: B008  # frozen
     lora: LoraOptions = LoraOptions(),  # noqa: B008
+    prompt: PromptOptions = PromptOptions(),  # noqa: B008
     local: LocalOptions = LocalOptions(),  # noqa: B008
     server: ServerOptions = ServerOptions(),  # noqa: B008
     messages: MessageOptions = MessageOptions(),  # noqa: B008
@@ -38,6 +47,7 @@ def explain(
         cohort: clients drawn each round.
         train: the same options as those of `fedvlm train`, and so the next.
         lora: the adapter.
+        prompt: the soft prompt of a model that chooses among classes.
         local: terms of local training.
         server: the server's optimiser.
         messages: what happens to messages on their way.
@@ -45,8 +55,9 @@ def explain(
         method_options: the method's own numbers.
     """
     run = Run(
-        method=method or Run().method, model=model or Run().model, cohort=cohort, train=train, lora=lora, local=local,
-        server=server, messages=messages, privacy=privacy, method_options=method_options,
+        method=method or Run().method, model=model or Run().model, cohort=cohort, train=train, lora=lora,
+        soft_prompt=prompt, local=local, server=server, messages=messages, privacy=privacy,
+        method_options=method_options,
     )  # fmt: skip
     if cohort is not None and cohort > clients:
         raise UserError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedvlm_jax.config.audit_options import AuditOptions
 from fedvlm_jax.config.compression_checks import check_fewer_bytes
-from fedvlm_jax.config.run_options import Run, TrainOptions
+from fedvlm_jax.config.run_options import LoraOptions, PromptOptions, Run, TrainOptions
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import SHARE, LocalOptions, MethodOptions, ServerOptions, find_method_options
@@ -26,7 +26,7 @@ KEEPING = "audit.keep"
 
 MATHEMATICS = (
     *("server", "local", "train.weighting", "lora.ranks", "start", "privacy"),
-    *("messages", "participation.attack"),
+    *("messages", "participation.attack", "soft_prompt", "lora.targets"),
 )
 """The options, and groups of options, that change how a round computes, for the methods that have a place for them."""
 
@@ -57,9 +57,23 @@ def check_method(run: Run, label: str) -> None:
             f"--messages.pool {run.messages.pool} does not go with {label}, because {why}. Leave it out, or leave the "
             "method out"
         )
+    _check_prompt(run, method, label)
     if run.method == SHARE and not find_rule(run.method_options):
         raise UserError(f"{label} needs its rule: add --share REGEX, for example --share 'decoder/.*/b$'")
     check_fewer_bytes(run, method, label)
+
+
+def _check_prompt(run: Run, method: "Method", label: str) -> None:
+    """Refuse a soft prompt where the method trains none, and what does not go with one."""
+    if run.soft_prompt.vectors is not None and method.prompt == "refused":
+        raise UserError(
+            f"--prompt.vectors does not go with {label}, because it trains low-rank factors alone. Leave it out, or "
+            "take a method that trains a soft prompt, promptfl say"
+        )
+    if run.soft_prompt.vectors is not None or method.prompt == "needed":
+        for path, why in (("lora.ranks", "has no rank"), ("start", "is not in a folder of PEFT's")):
+            if list_changed(run, path):
+                raise UserError(f"{write_flag(path)} does not go with a soft prompt, which {why}: leave it out")
 
 
 def _check_privacy(run: Run, method: "Method", label: str) -> None:
@@ -101,8 +115,12 @@ def list_changed(run: Run, *groups: str) -> list[str]:
 
 
 def write_flag(path: str) -> str:
-    """Write an option's path as its flag."""
-    return "--" + path.replace("_", "-")
+    """Write an option's path as its flag.
+
+    >>> write_flag("soft_prompt.vectors")
+    '--prompt.vectors'
+    """
+    return "--" + path.removeprefix("soft_").replace("_", "-")
 
 
 def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Run:
@@ -113,19 +131,23 @@ def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Ru
     """
     # A comparison has one set of options for all methods, so one that a method has no use for is no mistake.
     run = dataclasses.replace(base, method=name, method_options=options or MethodOptions())
-    moot = declare(name, run).moot
+    declared = declare(name, run)
+    moot = declared.moot
     local = {field.name: field.default for field in dataclasses.fields(LocalOptions) if f"local.{field.name}" in moot}
     participation = run.participation
     if "participation.attack" in moot:  # the clients that would attack are left out of the scores all the same
         participation = dataclasses.replace(participation, attack="none")
     weighting = TrainOptions().weighting if "train.weighting" in moot else run.train.weighting
+    targets = LoraOptions().targets if "lora.targets" in declared.refuses else run.lora.targets
     return dataclasses.replace(
         run,
+        lora=dataclasses.replace(run.lora, targets=targets),
         audit=AuditOptions() if KEEPING in moot else run.audit,
         server=ServerOptions() if "server" in moot else run.server,
         local=dataclasses.replace(run.local, **local),
         participation=participation,
         messages=MessageOptions() if "messages" in moot else run.messages,
+        soft_prompt=PromptOptions() if declared.prompt == "refused" else run.soft_prompt,
         train=dataclasses.replace(run.train, weighting=weighting),
         privacy=PrivacyOptions() if "privacy" in moot else run.privacy,
     )

@@ -65,7 +65,7 @@ def objectives_available() -> tuple[str, ...]:
     """Name the training objectives: one per public file in `objectives/`; `sft_dpo` is both of them.
 
     >>> objectives_available()
-    ('dpo', 'sft', 'sft+dpo')
+    ('classify', 'dpo', 'sft', 'sft+dpo')
     """
     stems = [stem for stem in _list_files("objectives") if stem not in ("base", "config", "log_probs")]
     return tuple(stem.replace("_", "+") for stem in stems)
@@ -98,6 +98,16 @@ class LoraOptions:
     by the paper)."""
     private_a: Literal["common", "per-client"] = "common"
     """Do clients start from one common A, or does each draw its own (not given by the paper)?"""
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """The soft prompt of a model that chooses among classes (CLIP), of methods that train one"""
+
+    vectors: Annotated[Count | None, optional("INT", "4 where the method trains a soft prompt, else none")] = None
+    """Vectors of the soft prompt, which stand before a class's name: they are added to the words of
+    --data.class-prompt, of which CLIP's has 4, and to an X for each word that is lacking (papers take 16). Low-rank
+    factors are trained beside it where --lora.targets names weights."""
 
 
 @dataclass(frozen=True)
@@ -244,13 +254,15 @@ class Run:
     cohort: Annotated[Count | None, optional("INT", "all of them")] = None
     """Clients drawn each round (not given by the paper)."""
     objective: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(objectives_available())}}}")] = "sft"
-    """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both."""
+    """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both. Of a model
+    that chooses among classes sft is classify, which refuses other models."""
     checkpoint_every: Count = 1
     """Rounds between checkpoints."""
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = field(default_factory=MethodOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     data: DataOptions = field(default_factory=emoji.Options)
     lora: LoraOptions = field(default_factory=LoraOptions)
+    soft_prompt: Annotated[PromptOptions, tyro.conf.arg(name="prompt")] = field(default_factory=PromptOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     participation: ParticipationOptions = field(default_factory=ParticipationOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
@@ -306,7 +318,7 @@ def from_json(stored: Any) -> Run:
     kind = find_options(source, form) if isinstance(source, str) else DataOptions
     if "method" in stored:  # of folders from before there were these options
         stored = {"start": None, "messages": encode(MessageOptions()), "privacy": {}, **stored}
-        stored = {"audit": encode(AuditOptions()), **stored}
+        stored = {"audit": encode(AuditOptions()), "soft_prompt": encode(PromptOptions()), **stored}
         for group, default in (("privacy", PrivacyOptions()), ("participation", ParticipationOptions())):
             if isinstance(given := stored.get(group), Mapping):
                 stored[group] = {**encode(default), **given}

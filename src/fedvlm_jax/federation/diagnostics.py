@@ -33,10 +33,15 @@ def examine(
 ) -> dict[str, Float[Array, ""]]:
     """Compute the numbers for adapters [K, …] as they were trained; none where a gate makes their term no matrix.
 
+    They are of the low-rank factors alone: of a soft prompt without any there is none.
+
     `beside` is how many adapters of one rank stand side by side in each, see `Method.pairs`; `component` tells parts of
     the model apart, see `Vlm.component`, and "rest" stands for None.
     """
     if any("gate" in str(path[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(adapters)):
+        return {}
+    adapters = lora.low_rank(adapters)
+    if not adapters:
         return {}
     counts = (weights > 0).astype(jnp.float32)
     pairs = jnp.maximum(counts.sum() ** 2 - counts.sum(), 1)

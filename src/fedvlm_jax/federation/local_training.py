@@ -22,8 +22,14 @@ from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import Objective
 from fedvlm_jax.utils import tree
 
-# The learning rate by a leaf's name; all others, b and whatever lies between a and b, have b's.
-RATE = {"a": "a", "gate": "a"}
+
+def find_rate(path: str) -> str:
+    """Find which learning rate a leaf has: A's have theirs, and so have gates and all below one; all others B's.
+
+    >>> [find_rate(path) for path in ("fc1/a", "head/moap/gate/query", "fc1/b", "token_embedding/prompt")]
+    ['a', 'a', 'b', 'b']
+    """
+    return "a" if path.rpartition("/")[2] in ("a", "gate") or "/gate/" in path else "b"
 
 
 class LocalTrainer(NamedTuple):
@@ -89,7 +95,7 @@ def make_local_trainer(
             return objective.loss(vlm, params, adapter, batch)
 
         def descend(path: str, update: Array) -> Array:
-            return -rates[RATE.get(path.rpartition("/")[2], "b")] * update
+            return -rates[find_rate(path)] * update
 
         def step(carry: tuple[PyTree, PyTree], at: tuple[Array, ...]) -> tuple[tuple[PyTree, PyTree], Metrics]:
             moving, state = carry

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from fedvlm_jax.lora.sites import LoraError, Sites, join, select
+from fedvlm_jax.lora.sites import LoraError, Site, Sites, join, select
 from fedvlm_jax.utils import tree
 
 Adapter = dict[str, Any]
@@ -19,6 +19,16 @@ FACTORS = ("a", "b", "scale")
 GATE = "gate"
 """A fourth leaf that a site of an `nn.Dense` may have, [*stack, d_in, n]: the ranks are n groups of equal size, and
 each token weighs them by softmax(x · gate)."""
+
+PROMPT = "prompt"
+"""The leaf of a soft prompt, [n, width], at the site of an `nn.Embed`: it is added to the embeddings of the n tokens
+that follow the first."""
+
+BESIDE = "beside"
+"""The place in a layer that what stands beside it is added at: the name of a module that passes its output on."""
+
+PARALLEL = ("into", "middle", "back")
+"""The matrices of an adapter beside whole layers, see `lora.parallel`."""
 
 DROPOUT = ("dropout_key", "dropout_rate")
 """Two leaves that `with_dropout` gives to a site for one training step: a key and a share, [*stack] each."""
@@ -38,6 +48,10 @@ class LoRA:
         init: how `a` starts. "gaussian": N(0, 1/rank²); "kaiming": U(±1/√d_in). Both are PEFT's
             for dense layers and convolutions; for embeddings PEFT starts the other way round, `a` at zero, `b` random.
         dtype: of `a` and `b`.
+        prompt: vectors of a soft prompt; 0: there is none.
+        prompt_at: path of the embedding that the soft prompt is added to.
+        parallel: rank of adapters beside whole layers (`lora.parallel`); 0: there are none.
+        parallel_at: paths of the stacks of layers that have them. `targets` is () where there are no low-rank factors.
     """
 
     rank: int = 8
@@ -47,6 +61,10 @@ class LoRA:
     rslora: bool = False
     init: Literal["gaussian", "kaiming"] = "gaussian"
     dtype: Any = jnp.float32
+    prompt: int = 0
+    prompt_at: str = ""
+    parallel: int = 0
+    parallel_at: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -59,7 +77,7 @@ class LoRA:
 
 
 def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
-    """Make a fresh adapter: `b` is zero, so it changes nothing yet.
+    """Make a fresh adapter: `b` is zero, and so is a soft prompt, so it changes nothing yet.
 
     A site's key is folded from its path, so `a` does not depend on which others are adapted; a stack is one draw.
 
@@ -76,7 +94,11 @@ def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
     if spec.init not in ("gaussian", "kaiming"):
         raise LoraError(f'init must be "gaussian" or "kaiming", not {spec.init!r}')
     flat = {}
-    for site in select(sites, spec.targets, spec.exclude):
+    if spec.prompt:
+        flat[join(spec.prompt_at, PROMPT)] = jnp.zeros((spec.prompt, sites[spec.prompt_at].d_out), spec.dtype)
+    for path in spec.parallel_at if spec.parallel else ():
+        flat |= _start_parallel(key, path, sites[f"{path}/mlp/fc2"], spec)
+    for site in () if spec.targets == () else select(sites, spec.targets, spec.exclude):
         if spec.rank > min(site.d_in, site.d_out):
             raise LoraError(f"rank {spec.rank} is above min(d_in, d_out) of {site}: lower the rank or narrow targets")
         draw = jax.random.fold_in(key, _path_number(site.path))
@@ -89,6 +111,21 @@ def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
         flat[join(site.path, "b")] = jnp.zeros((*site.stack, spec.rank, site.d_out), spec.dtype)
         flat[join(site.path, "scale")] = jnp.full(site.stack, spec.scale, jnp.float32)
     return tree.unflatten(flat)
+
+
+def _start_parallel(key: PRNGKeyArray, path: str, last: Site, spec: LoRA) -> dict[str, Any]:
+    """Make the leaves beside the layers of a stack, whose last weight has the site `last`."""
+    place, rank, width = join(path, BESIDE), spec.parallel, last.d_out
+    keys = jax.random.split(jax.random.fold_in(key, _path_number(place)))
+    deviation = math.sqrt(2 / rank)
+
+    def draw(key: PRNGKeyArray, rows: int) -> Any:
+        drawn = deviation * jax.random.normal(key, (*last.stack, rows, rank), spec.dtype)
+        return jnp.concatenate([drawn, jnp.zeros((*last.stack, 1, rank), spec.dtype)], axis=-2)
+
+    back = jnp.zeros((*last.stack, rank + 1, width), spec.dtype)
+    leaves = {"into": draw(keys[0], width), "middle": draw(keys[1], rank), "back": back}
+    return {join(place, name): leaf for name, leaf in (leaves | {"scale": jnp.ones(last.stack)}).items()}
 
 
 def trainable(adapter: Adapter) -> dict[str, Any]:
@@ -109,9 +146,25 @@ def sites_of(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, Any, Any]]]:
         if join(path, GATE) in flat:
             raise LoraError(f"the adapter at {path!r} has a gate: what it adds depends on the token, and is no matrix")
         missing = [name for name in FACTORS if join(path, name) not in flat]
+        here = {name.rpartition("/")[2] for name in flat if name.rpartition("/")[0] == path}
+        if {"a", "b"} <= {*missing} and (others := sorted(here - {*FACTORS})):
+            raise LoraError(
+                f"the adapter at {path!r} is no low-rank matrix, but holds {', '.join(others)}: such an adapter is "
+                "neither merged into weights nor written as a folder of PEFT's"
+            )
         if missing:
             raise LoraError(f"the adapter at {path!r} lacks {', '.join(missing)}; is it one side of a partition?")
         yield path, tuple(flat[join(path, name)] for name in FACTORS)  # type: ignore[misc]
+
+
+def low_rank(adapter: Adapter) -> Adapter:
+    """Select the sites of an adapter that have low-rank factors; a soft prompt, say, is left out.
+
+    >>> low_rank({"embed": {"prompt": 1}, "fc": {"a": 2, "b": 3, "scale": 4}})
+    {'fc': {'a': 2, 'b': 3, 'scale': 4}}
+    """
+    flat = tree.flatten(adapter)
+    return tree.partition(adapter, lambda path: join(path.rpartition("/")[0], "a") in flat)[0]
 
 
 def with_dropout(key: PRNGKeyArray, adapter: Adapter, rate: float) -> Adapter:
@@ -121,7 +174,7 @@ def with_dropout(key: PRNGKeyArray, adapter: Adapter, rate: float) -> Adapter:
     PEFT does; every layer of a stack draws for itself. Embeddings have none, as in PEFT.
     """
     flat = tree.flatten(adapter)
-    for path in sorted({path.rpartition("/")[0] for path in flat}):
+    for path in sorted({path.rpartition("/")[0] for path in tree.flatten(low_rank(adapter))}):
         stack = flat[join(path, "scale")].shape
         site_key = jax.random.fold_in(key, _path_number(path))
         flat[join(path, DROPOUT[0])] = jax.random.split(site_key, stack) if stack else site_key

@@ -10,7 +10,8 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array
 
-from fedvlm_jax.lora.adapter import COLLECTION, DROPOUT, FACTORS, GATE, Adapter
+from fedvlm_jax.lora.adapter import COLLECTION, DROPOUT, FACTORS, GATE, PARALLEL, PROMPT, Adapter
+from fedvlm_jax.lora.parallel import add_parallel
 from fedvlm_jax.lora.sites import LoraError, Site, as_tuple, as_variables, join, listing, read_site
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.products import project
@@ -50,6 +51,12 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
             module = context.module
             if context.method_name not in ("__call__", "attend") or module.scope is None:
                 return out
+            if context.method_name == "__call__" and module.has_variable(COLLECTION, PROMPT):
+                out = _add_prompt(module, out)
+                read.add("/".join(module.path))
+            if module.has_variable(COLLECTION, PARALLEL[0]):
+                read.add("/".join(module.path))
+                return add_parallel(module, *args)
             site = read_site(module) if module.has_variable(COLLECTION, "a") else None
             if site is None:
                 return out
@@ -75,6 +82,20 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
         return out
 
     return fn
+
+
+def _add_prompt(module: nn.Module, embedded: Array) -> Array:
+    """Add a soft prompt to embeddings [..., T, width]: to those of the n tokens after the first."""
+    path, prompt = "/".join(module.path), module.get_variable(COLLECTION, PROMPT)
+    *_, tokens, width = embedded.shape
+    if type(module) is not nn.Embed or prompt.ndim != 2 or prompt.shape[-1] != width or len(prompt) >= tokens:
+        raise LoraError(
+            f"the soft prompt at {path} has shape {prompt.shape}: it needs an nn.Embed, here of width {width}, and a "
+            f"text of more tokens than it has vectors, here {tokens}"
+        )
+    before, after = 1, tokens - 1 - len(prompt)
+    # Padded and added, not scattered: a client's own prompt under vmap then costs no scatter.
+    return embedded + jnp.pad(prompt.astype(embedded.dtype), ((before, after), (0, 0)))
 
 
 def _share_ranks(site: Site, x: Array, a: Array, gate: Array) -> Array:

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fedvlm_jax.lora.adapter import FACTORS, Adapter
-from fedvlm_jax.lora.sites import LoraError, Sites, as_patterns, listing, search
+from fedvlm_jax.lora.adapter import FACTORS, PARALLEL, PROMPT, Adapter
+from fedvlm_jax.lora.sites import LoraError, Sites, as_patterns, join, listing, search
 from fedvlm_jax.utils import tree
 
 
@@ -19,7 +19,8 @@ class Rule:
     """Names leaves of an adapter: those that one of `include` is found in and none of `exclude`.
 
     Regular expressions are searched in the leaves' paths, `decoder/layers/fc1/b`, and for stacked layers in their
-    virtual paths, `decoder/layers/3/fc1/b`. An empty `include` is the one rule that may match nothing.
+    virtual paths, `decoder/layers/3/fc1/b`; those of a soft prompt's vectors are `token_embedding/prompt/0` and so on.
+    An empty `include` is the one rule that may match nothing.
     """
 
     include: str | Sequence[str]
@@ -81,7 +82,7 @@ def combine(shared: Adapter, personal: Adapter) -> Adapter:
     for path, leaf in joined.items():
         head, _, last = path.rpartition("/")
         # A layer may itself be called "0": below a factor's name only an index can stand.
-        if head.rpartition("/")[2] in FACTORS and re.fullmatch(r"\d+(\.\d+)*", last):
+        if head.rpartition("/")[2] in (*FACTORS, PROMPT) and re.fullmatch(r"\d+(\.\d+)*", last):
             layers.setdefault(head, {})[tuple(map(int, last.split(".")))] = leaf
         else:
             flat[path] = leaf
@@ -96,7 +97,10 @@ def combine(shared: Adapter, personal: Adapter) -> Adapter:
 
 
 def virtual_paths(adapter: Adapter, path: str, sites: Sites | None = None) -> list[str]:
-    """List all paths that a leaf answers to: one per layer where it is stacked and `sites` are known, else `path`."""
+    """List all paths that a leaf answers to: one per layer where it is stacked and `sites` are known, else `path`.
+
+    A soft prompt answers to those of its vectors.
+    """
     stack = _stack_of(adapter, path)
     if not stack or sites is None:
         return [path]
@@ -122,7 +126,10 @@ def _names(rule: str | Rule | Callable[[str], bool], path: str, index: tuple[int
 
 def _place_index(path: str, index: tuple[int, ...], sites: Sites | None) -> Iterator[str]:
     """The leaf's path with the layer's index put in: where `sites` say, or in every place it could stand."""
-    site = path.rpartition("/")[0]
+    site, _, name = path.rpartition("/")
+    if name == PROMPT:
+        yield join(path, str(*index))
+        return
     places: Iterable[tuple[int, ...]]
     places = itertools.combinations_with_replacement(range(1, path.count("/") + 1), len(index))
     if sites is not None:
@@ -142,5 +149,9 @@ def _stack_of(adapter: Adapter, path: str) -> tuple[int, ...]:
     site: Any = adapter
     for part in above:
         site = site[part]
+    if leaf in PARALLEL:
+        return ()
+    if leaf == PROMPT:
+        return tuple(site[leaf].shape[:1])
     # Where `scale` was taken away, the stack is all axes but the last two of `a` or `b`.
     return tuple(site["scale"].shape if "scale" in site else site[leaf].shape[:-2])

@@ -10,7 +10,7 @@ of them with keywords.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
@@ -131,6 +131,10 @@ class Setup:
         local, server: options of local training and of the server's optimiser.
         options: the method's numbers, see `own`.
         components: parts of the model, name -> regular expression of paths (`Vlm.components`); empty where unknown.
+        width: numbers of an image token, or of an embedding of a picture and a class (`Vlm.image_width`); 0 while no
+            model is known.
+        texts: (params, adapter) -> embeddings of the classes that are trained among (`Vlm.texts`); None where the model
+            chooses among none, or is not known.
     """
 
     sites: lora.Sites
@@ -149,6 +153,8 @@ class Setup:
     server: ServerOptions = field(default_factory=ServerOptions)
     options: MethodOptions = field(default_factory=MethodOptions)
     components: Mapping[str, str] = field(default_factory=dict)
+    width: int = 0
+    texts: Callable[[PyTree, PyTree], Array] | None = None
 
     def draw(self, key: Key) -> lora.Adapter:
         """Draw a fresh adapter."""
@@ -174,10 +180,12 @@ class Setup:
 def is_factor(path: str) -> bool:
     """Return whether the path ends in a factor of an adapter: what is trained unless a method says otherwise.
 
-    >>> is_factor("encoder/fc1/a"), is_factor("encoder/fc1/scale")
-    (True, False)
+    That are the factors of low rank and a soft prompt.
+
+    >>> is_factor("encoder/fc1/a"), is_factor("text_model/token_embedding/prompt"), is_factor("encoder/fc1/scale")
+    (True, True, False)
     """
-    return path.rpartition("/")[2] in ("a", "b")
+    return path.rpartition("/")[2] in ("a", "b", lora.PROMPT)
 
 
 def shape_of_one(stacked: PyTree) -> PyTree:
@@ -328,8 +336,14 @@ class Method:
         refuses: what it does not take of `AVERAGING`, the options that come with an average, all of them unless it says
             otherwise, of `train.weighting`, of `start`, an adapter to begin with, of `privacy`, `participation.attack`
             and `messages`, which act on messages, of `top-k`, messages of which a part comes later, and of
-            `audit.keep`, to keep what is sent -> why not, to be read after "because".
+            `lora.targets`, low-rank factors beside a soft prompt, and of `audit.keep`, to keep what is sent -> why not,
+            to be read after "because".
         moot: those of them that would merely do nothing: a comparison, in which others take them, leaves them out here.
+        prompt: whether the adapters that it makes may have a soft prompt, which it then treats as its factors, or must.
+        parallel: whether its adapters stand beside whole layers of both towers (`lora.parallel`), of the run's rank,
+            and nowhere else.
+        classes: whether it is for models that choose among classes alone; so is what needs a soft prompt.
+        patches: whether its adapters' head compares patches of pictures.
     """
 
     name: str
@@ -354,3 +368,7 @@ class Method:
         default_factory=lambda: dict.fromkeys(AVERAGING, "the method was not written for it")
     )
     moot: frozenset[str] = frozenset()
+    prompt: Literal["refused", "taken", "needed"] = "refused"
+    parallel: bool = False
+    classes: bool = False
+    patches: bool = False

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,7 @@ class Parts:
             that meets another one than in its last round starts its optimiser anew.
         linear: as in `Method`, for the average; None: it is the plain one, which is.
         refuses, moot: as in `Method`, but nothing is refused unless it is said here.
+        prompt, parallel, patches: as in `Method`.
     """
 
     extend: Callable[[lora.Adapter], PyTree] = lambda adapter: adapter
@@ -79,6 +80,9 @@ class Parts:
     linear: bool | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
     moot: frozenset[str] = frozenset()
+    prompt: Literal["refused", "taken", "needed"] = "refused"
+    parallel: bool = False
+    patches: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def make(setup: Setup) -> Method:
     """Make the method of the rule that `--share` gives."""
     rule = setup.own(Options).rule
     source = f"ours: factors whose path holds {rule or 'what --share says'} are averaged, the others are private"
-    return make_share_method(SHARE, source, lora.Rule(rule), setup)
+    return make_share_method(SHARE, source, lora.Rule(rule), setup, Parts(prompt="taken"))
 
 
 def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Parts = Parts()) -> Method:
@@ -197,7 +201,8 @@ def _make_plain(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Pa
         broadcast=base.broadcast_parts("shared"), travels=travels, split=split,
         linear=parts.average is mean_update if parts.linear is None else parts.linear,
         refuses={**_ANOTHER_BASIS, **parts.refuses} if parts.fresh or parts.basis is not None else parts.refuses,
-        moot=parts.moot,
+        moot=parts.moot, prompt=parts.prompt, classes=parts.prompt == "needed" or parts.parallel,
+        parallel=parts.parallel, patches=parts.patches,
     )  # fmt: skip
 
 

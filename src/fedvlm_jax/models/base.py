@@ -88,7 +88,14 @@ class Vlm:
             bound yet.
         bind: (processor, answers, template) -> the model and the processor that choose among these answers, each
             asked as the template with the answer in the place of {}, in this order but for those that cannot be
-            asked; its weights are the same. None where the model writes its answers.
+            asked; its weights are the same. None where the model writes its answers. A fourth argument makes room for
+            a soft prompt of so many vectors.
+        prompt_at: path of the embedding that a soft prompt is added to, of a model that chooses among classes.
+        layers: paths of its stacks of layers, beside which adapters can stand (`lora.parallel`); empty where none can.
+        texts: (params, adapter) -> embeddings of the classes, of length 1: [C, E], or [N, C, E] where the adapter has N
+            soft prompts. None where the model writes its answers.
+        see_patches: () -> the same model with image features of all patches behind that of the picture; None where
+            there are none.
     """
 
     family: str
@@ -114,7 +121,11 @@ class Vlm:
     write_configs: Callable[[Path], None]
     example_batch: Callable[[], dict[str, jax.ShapeDtypeStruct]]
     classes: tuple[str, ...] = ()
-    bind: "Callable[[Processor, Sequence[str], str], tuple[Vlm, Processor]] | None" = None
+    bind: "Callable[..., tuple[Vlm, Processor]] | None" = None
+    prompt_at: str = ""
+    layers: tuple[str, ...] = ()
+    texts: Callable[[Params, PyTree], Array] | None = None
+    see_patches: "Callable[[], Vlm] | None" = None
 
     def __repr__(self) -> str:
         # Configuration and functions would fill pages.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fedvlm_jax.distributed.sharding import Cut, Cuts
+from fedvlm_jax.lora.adapter import BESIDE
 from fedvlm_jax.models.layers import HIDDEN, Norm, Stacking, activation, dot_attention, scanned
 
 
@@ -101,6 +102,14 @@ class Mlp(nn.Module):
         return dense(self.shape.width, name="fc2")(wide)
 
 
+class Beside(nn.Module):
+    """A place where an adapter may add to a layer's output what it makes of the normed input (`lora.parallel`)."""
+
+    def __call__(self, normed: Float[Array, "B P D"], out: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        del normed
+        return out
+
+
 class Layer(nn.Module):
     """Attention and feed-forward part, each after its norm."""
 
@@ -116,9 +125,10 @@ class Layer(nn.Module):
                 return y
             return y * self.param(name, nn.initializers.constant(start), y.shape[-1:]).astype(self.dtype)
 
-        attended = SelfAttention(self.shape, self.dtype, name="self_attn")(norm(name="layer_norm1")(x))
-        x = x + scale("lambda_1", attended)
-        return x + scale("lambda_2", Mlp(self.shape, self.dtype, name="mlp")(norm(name="layer_norm2")(x))), None
+        normed = norm(name="layer_norm1")(x)
+        x = x + scale("lambda_1", SelfAttention(self.shape, self.dtype, name="self_attn")(normed))
+        out = x + scale("lambda_2", Mlp(self.shape, self.dtype, name="mlp")(norm(name="layer_norm2")(x)))
+        return Beside(name=BESIDE)(normed, out), None
 
 
 class VisionTransformer(nn.Module):

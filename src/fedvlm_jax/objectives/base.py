@@ -29,6 +29,7 @@ class Objective(NamedTuple):
             log-probabilities under the bare base.
         select_by: the metric by which the best round is chosen, unless the user says otherwise.
         reads: the fields of `PreferenceOptions` that mean something to it.
+        classes: whether it is for models that choose among classes alone.
     """
 
     name: str
@@ -38,3 +39,4 @@ class Objective(NamedTuple):
     reference: bool = False
     select_by: str = "exact_match"
     reads: tuple[str, ...] = ()
+    classes: bool = False

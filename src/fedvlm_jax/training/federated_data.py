@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from fedvlm_jax.config.method_checks import declare
+from fedvlm_jax.config.method_setup import count_vectors
 from fedvlm_jax.config.run_options import EvaluationOptions, Run
 from fedvlm_jax.data.config import DataOptions, Split
 from fedvlm_jax.data.federated_dataset import Federation
@@ -153,7 +155,8 @@ def open_data(model: LoadedModel, run: Run) -> FederatedData:
         UserError: a decoder-only model has no more positions than an answer takes.
     """
     data, pairs = run.data, load_objective(run.objective, run.preference).pairs
-    model = model.bind(data, run.seed, pairs=pairs)
+    patches = declare(run.method, run).patches
+    model = model.bind(data, run.seed, pairs=pairs, vectors=count_vectors(run), patches=patches)
     fitted = fit_lengths(model.vlm, data, run.evaluation.max_answer_tokens or 0)
     return _share_data(model, data, fitted, run.seed, pairs)
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 import fedvlm_jax
 from fedvlm_jax.config.method_checks import check_rule
+from fedvlm_jax.config.method_setup import count_vectors, make_spec
 from fedvlm_jax.config.run_options import Run, SystemOptions
 from fedvlm_jax.data.classes import list_classes
 from fedvlm_jax.data.config import DataOptions
@@ -82,12 +83,16 @@ class LoadedModel:
     unbound: "LoadedModel | None" = None
     bindings: "list[LoadedModel]" = field(default_factory=list)
 
-    def bind(self, options: DataOptions, seed: int, *, pairs: bool) -> "LoadedModel":
+    def bind(
+        self, options: DataOptions, seed: int, *, pairs: bool, vectors: int = 0, patches: bool = False
+    ) -> "LoadedModel":
         """Return the model of these data: itself, unless it chooses among their answers.
 
         Args:
             options, seed: of the federation.
             pairs: whether rejected answers are learnt from.
+            vectors: of a soft prompt that the classes' prompts are to have room for.
+            patches: whether image features are to hold those of all patches.
 
         Raises:
             UserError: there are too many answers to choose among, or none that can be asked about.
@@ -95,11 +100,21 @@ class LoadedModel:
         if self.vlm.bind is None:
             return self
         classes = list_classes(self.table(options), self.federation(options, seed), pairs=pairs)
-        return self._choose_among(*classes, options.class_prompt)
+        seen = self._see_patches() if patches else self
+        return seen._choose_among(*classes, options.class_prompt, vectors)
 
     @memoized
-    def _choose_among(self, trained: tuple[str, ...], others: tuple[str, ...], prompt: str, /) -> "LoadedModel":
-        learner, vlm, processor = choose_among(self.vlm, self.processor, trained, others, prompt)
+    def _see_patches(self, /) -> "LoadedModel":
+        assert self.vlm.see_patches is not None
+        seen = replace(self, vlm=self.vlm.see_patches(), bindings=[])
+        self.bindings.append(seen)
+        return seen
+
+    @memoized
+    def _choose_among(
+        self, trained: tuple[str, ...], others: tuple[str, ...], prompt: str, vectors: int, /
+    ) -> "LoadedModel":
+        learner, vlm, processor = choose_among(self.vlm, self.processor, trained, others, prompt, vectors)
         bound = replace(self, vlm=vlm, processor=processor, learner=learner, unbound=self, bindings=[])
         self.bindings.append(bound)
         return bound
@@ -134,9 +149,13 @@ class LoadedModel:
 
     def drop_programs(self) -> None:
         """Free what the programs of all methods take: they fill memory once their methods are done with."""
-        for model in (self, *self.bindings):
-            forget(model, LoadedModel.programs)
+        self._forget_programs()
         gc.collect()  # traced functions and what they close over refer to each other
+
+    def _forget_programs(self) -> None:
+        forget(self, LoadedModel.programs)
+        for model in self.bindings:
+            model._forget_programs()
 
     @memoized
     def neighbours(self, count: int, temperature: float, /) -> Neighbours:
@@ -204,16 +223,18 @@ class LoadedModel:
 
 
 def choose_among(
-    vlm: Vlm, processor: Processor, trained: Sequence[str], others: Sequence[str], prompt: str
+    vlm: Vlm, processor: Processor, trained: Sequence[str], others: Sequence[str], prompt: str, vectors: int = 0
 ) -> tuple[Vlm, Vlm, Processor]:
     """Bind a model to classes: to those that it trains among, and with its processor to all, those first.
+
+    Each is asked by `prompt`, with room for a soft prompt of so many vectors.
 
     Raises:
         UserError: there are too many, or none that can be asked about.
     """
     assert vlm.bind is not None
-    learner, _ = vlm.bind(processor, trained, prompt)
-    return learner, *vlm.bind(processor, (*learner.classes, *others), prompt)
+    learner, _ = vlm.bind(processor, trained, prompt, vectors)
+    return learner, *vlm.bind(processor, (*learner.classes, *others), prompt, vectors)
 
 
 @cache
@@ -250,7 +271,8 @@ def load_model(
     )
     if vlm.bind is not None:  # for its errors
         classes = list_classes(table, federate(table, run.data, run.seed), pairs=pairs)
-        choose_among(vlm, processor, *classes, run.data.class_prompt)
+        choose_among(vlm, processor, *classes, run.data.class_prompt, count_vectors(run))
+    make_spec(run, vlm)  # for its errors
     check_room(run, vlm)
     check_rule(run, vlm)
     folder = resolve_folder(run.model)

@@ -101,6 +101,7 @@ def choose_program_options(run: Run) -> Run:
         objective=run.objective,
         preference=run.preference,
         lora=run.lora,
+        soft_prompt=run.soft_prompt,
         local=run.local,
         server=run.server,
         messages=run.messages,

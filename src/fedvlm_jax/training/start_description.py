@@ -35,10 +35,10 @@ def _describe_trust(experiment: Experiment) -> dict[str, Any]:
 
 def describe_adapter(adapter: lora.Adapter) -> dict[str, Any]:
     """Count an adapter's numbers that can be trained, and list its sites."""
-    factors = [leaf for path, leaf in tree.flatten(adapter).items() if not path.endswith("scale")]
+    factors = {path: leaf for path, leaf in tree.flatten(adapter).items() if not path.endswith("scale")}
     return {
-        "adapter_parameters": sum(leaf.size for leaf in factors),
-        "adapted_sites": [path for path, _ in lora.sites_of(adapter)],
+        "adapter_parameters": sum(leaf.size for leaf in factors.values()),
+        "adapted_sites": sorted({path.rpartition("/")[0] for path in factors}),
     }
 
 
@@ -58,7 +58,8 @@ def describe_start(experiment: Experiment) -> dict[str, Any]:
         "evaluated": [clients[number].name for number in experiment.scored],
         "train_examples": [len(client.train) for client in clients],
         **describe_adapter(experiment.adapter),
-        "targets": experiment.spec.targets,
+        "targets": experiment.spec.targets or "",
+        **({"prompt_vectors": experiment.spec.prompt} if experiment.spec.prompt else {}),
         "skipped": [dataclasses.asdict(row) for row in examples.skipped],
         **_describe_classes(experiment.model),
         **_describe_trust(experiment),

@@ -9,5 +9,5 @@ def make(setup: Setup) -> Method:
     moot = ("server", "local.proximal", "local.scaffold", "train.weighting")
     refuses: dict[str, str] = dict.fromkeys(moot, "nothing is shared, so there is no average")
     refuses |= dict.fromkeys(("privacy", "participation.attack", "messages", "audit.keep"), "no client sends anything")
-    parts = Parts(refuses=refuses, moot=frozenset(refuses))
+    parts = Parts(refuses=refuses, moot=frozenset(refuses), prompt="taken")
     return make_share_method("local", "no communication: A_k and B_k stay private", NOTHING, setup, parts)

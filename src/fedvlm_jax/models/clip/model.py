@@ -4,11 +4,16 @@ An answer is one token, a class. Its logit is the scaled cosine of the picture's
 prompt, "a photo of a cat."; so cross-entropy of the answer is that of a classifier, and `generate` takes the largest.
 The tokens of the classes' prompts are constants of a bound model. Its text tower reads them in every call, with the
 adapter that it has; pictures meet it at the end alone.
+
+A soft prompt (CoOp, arXiv 2109.01134) is added to the embeddings of the prompt's first words, so that a fresh one
+changes nothing where the words are as many as its vectors. An adapter may bring several, and a head that compares
+otherwise (`models.clip.heads`).
 """
 
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import flax.linen as nn
@@ -24,10 +29,12 @@ from fedvlm_jax.models import base
 from fedvlm_jax.models.base import Batch, Params, Vlm, select_leaves
 from fedvlm_jax.models.clip.answers import IMAGE, SETTINGS, make_generate, make_states
 from fedvlm_jax.models.clip.config import LARGEST_ENDS, check_config, read_text, read_tower
+from fedvlm_jax.models.clip.heads import normalise, split_head
 from fedvlm_jax.models.clip.processor import ClassProcessor
 from fedvlm_jax.models.clip.weights import make_table
 from fedvlm_jax.models.layers import USUAL, Norm, Stacking, scanned, widen
 from fedvlm_jax.models.vision_transformer import Layer, StackShape, VisionShape, VisionTransformer, cut_tower
+from fedvlm_jax.utils import tree
 
 COMPONENTS = {
     "vision": "vision_tower/",
@@ -41,7 +48,8 @@ TARGETS = r"text_model/layers/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 UNBOUND = (100, 16)
 """Classes, and tokens of each one's prompt, of a model that is not bound to any: what a plan reckons with."""
 
-_SMALL = 1e-30  # of a squared length, so that an embedding of zeros gives zeros and not NaN
+PROMPT_AT = "text_model/token_embedding"
+"""The embedding that a soft prompt is added to."""
 
 
 class TextTower(nn.Module):
@@ -99,8 +107,9 @@ class Clip(nn.Module):
         self.visual_projection, self.text_projection = project
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.scale), ())
 
-    def image_features(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B 1 E"]:
-        return self.visual_projection(self.vision_tower(pixel_values)[:, :1])
+    def image_features(self, pixel_values: Float[Array, "B H W 3"], patches: bool = False) -> Float[Array, "B P E"]:
+        """Embed pictures: by their class token alone, or by it and all `patches`."""
+        return self.visual_projection(self.vision_tower(pixel_values)[:, : None if patches else 1])
 
     def text_features(self, ids: Int[Array, "C T"]) -> Float[Array, "C E"]:
         states = self.text_model(self.text_model.embed(ids))
@@ -111,12 +120,8 @@ class Clip(nn.Module):
         """Compute the memory of pictures: `state` [B, E], their embeddings of length 1, and `logits` [B, C]."""
         found = batch.get("image_features")
         features = self.image_features(batch["pixel_values"]) if found is None else found.astype(self.dtype)
-        images, texts = (_normalise(widen(x)) for x in (features[:, 0], self.text_features(ids)))
+        images, texts = (normalise(widen(x)) for x in (features[:, 0], self.text_features(ids)))
         return {"state": images, "logits": jnp.exp(widen(self.logit_scale)) * images @ texts.T}
-
-
-def _normalise(x: Float[Array, "N E"]) -> Float[Array, "N E"]:
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), _SMALL))
 
 
 def build(config: Any, *, dtype: Any, stacking: Stacking = USUAL, generation_config: Any | None = None) -> Vlm:
@@ -145,11 +150,50 @@ def build(config: Any, *, dtype: Any, stacking: Stacking = USUAL, generation_con
         dtype=dtype,
         stacking=stacking,
     )
-    return _make_record(module, config, np.zeros(UNBOUND, np.int32), ())
+    return _make_record(module, config, _Asked())
 
 
-def _make_record(module: Clip, config: Any, ids: Int[np.ndarray, "C T"], classes: tuple[str, ...]) -> Vlm:
+@dataclass(frozen=True)
+class _Asked:
+    """The classes of a bound model, and how it asks about them.
+
+    Attributes:
+        classes: texts, by id.
+        ids: tokens [C, T] of their prompts.
+        prompted: the same with room for a soft prompt of so many `vectors` before every class's name.
+        patches: whether image features hold those of all patches.
+    """
+
+    classes: tuple[str, ...] = ()
+    ids: Int[np.ndarray, "C T"] = field(default_factory=lambda: np.zeros(UNBOUND, np.int32))
+    prompted: Int[np.ndarray, "C T"] = field(default_factory=lambda: np.zeros(UNBOUND, np.int32))
+    vectors: int = 0
+    patches: bool = False
+
+    def read(self, vectors: int) -> Int[np.ndarray, "C T"]:
+        """Return the prompts' tokens for a soft prompt of so many vectors, 0 for none.
+
+        Raises:
+            UserError: the model was bound with room for another number of them.
+        """
+        if not vectors:
+            return self.ids
+        if not self.classes:  # a plan still reckons with a class's name
+            return np.zeros((UNBOUND[0], vectors + UNBOUND[1]), np.int32)
+        if vectors != self.vectors:
+            raise UserError(
+                f"the soft prompt has {vectors} vectors, and the classes were bound with room for {self.vectors}"
+            )
+        return self.prompted
+
+
+def _find_prompt(adapter: lora.Adapter | None) -> Array | None:
+    return tree.flatten(adapter or {}).get(f"{PROMPT_AT}/{lora.PROMPT}")
+
+
+def _make_record(module: Clip, config: Any, asked: _Asked) -> Vlm:
     injected, side = lora.inject(module.apply), module.vision.image
+    ids, tokens = asked.ids, module.vision.tokens if asked.patches else 1
 
     def select(adapter: lora.Adapter | None, keep: Callable[[bool], bool]) -> lora.Adapter | None:
         """Select leaves by whether they lie on the way from pixels to features."""
@@ -166,25 +210,54 @@ def _make_record(module: Clip, config: Any, ids: Int[np.ndarray, "C T"], classes
         return dict(module.init(key, {"pixel_values": pixels}, jnp.asarray(ids), method="compare")["params"])
 
     def image_features(params: Params, adapter: lora.Adapter | None, pixel_values: Array) -> Array:
-        return injected(params, select(adapter, lambda seen: seen), pixel_values, method="image_features")
+        seeing = select(split_head(adapter)[2], lambda seen: seen)
+        return injected(params, seeing, pixel_values, asked.patches, method="image_features")
+
+    def texts(params: Params, adapter: lora.Adapter | None) -> Float[Array, "*prompts C E"]:
+        reading = select(split_head(adapter)[2], lambda seen: not seen)
+        prompt = _find_prompt(reading)
+        read = jnp.asarray(asked.read(0 if prompt is None else prompt.shape[-2]))
+
+        def embed(prompt: Array | None) -> Array:
+            path, flat = f"{PROMPT_AT}/{lora.PROMPT}", tree.flatten(reading or {})
+            with_prompt = reading if prompt is None else tree.unflatten({**flat, path: prompt})
+            return normalise(widen(injected(params, with_prompt, read, method="text_features")))
+
+        return embed(prompt) if prompt is None or prompt.ndim == 2 else jax.vmap(embed)(prompt)
 
     def encode(params: Params, adapter: lora.Adapter | None, batch: Batch) -> PyTree:
         if "memory" in batch:
             return batch["memory"]
-        read = select(adapter, lambda seen: not seen) if "image_features" in batch else adapter
-        return injected(params, read, batch, jnp.asarray(ids), method="compare")
+        head, leaves, towers = split_head(adapter)
+        if head is not None:
+            features = batch.get("image_features")
+            features = image_features(params, adapter, batch["pixel_values"]) if features is None else features
+            images, found = normalise(widen(features)), texts(params, adapter)
+            scale = jnp.exp(widen(params["logit_scale"]))
+            found = found if found.ndim == 3 else found[None]
+            return {"state": images[:, 0], "logits": head(images, found, leaves, scale)}
+        read = select(towers, lambda seen: not seen) if "image_features" in batch else towers
+        prompt = _find_prompt(read)
+        words = jnp.asarray(asked.read(0 if prompt is None else len(prompt)))
+        return injected(params, read, batch, words, method="compare")
 
     def image_tokens(height: int, width: int) -> int:
         if (height, width) != (side, side):
             raise UserError(f"the tower takes pictures of {side}x{side} pixels, not {height}x{width}")
-        return 1
+        return tokens
 
-    def bind(processor: base.Processor, answers: Sequence[str], template: str) -> tuple[Vlm, base.Processor]:
+    def bind(
+        processor: base.Processor, answers: Sequence[str], template: str, vectors: int = 0
+    ) -> tuple[Vlm, base.Processor]:
         assert isinstance(processor, ClassProcessor)
-        bound = processor.bind(answers, template)
-        return _make_record(module, config, bound.prompt_ids, bound.classes), bound
+        bound = processor.bind(answers, template, vectors)
+        found = _Asked(bound.classes, bound.prompt_ids, bound.prompted_ids, vectors, asked.patches)
+        return _make_record(module, config, found), bound
 
-    digest = hashlib.blake2b(repr((classes, ids.tolist())).encode(), digest_size=16).hexdigest()
+    # What is not there is not hashed: a model without soft prompts has the caches that it had before there were any.
+    more = [asked.vectors, asked.prompted.tolist()] if asked.vectors else []
+    hashed = (asked.classes, ids.tolist(), *more, *(["patches"] if asked.patches else []))
+    digest = hashlib.blake2b(repr(hashed).encode(), digest_size=16).hexdigest()
     return Vlm(
         family="clip",
         config=config,
@@ -211,6 +284,10 @@ def _make_record(module: Clip, config: Any, ids: Int[np.ndarray, "C T"], classes
         table=make_table(config),
         write_configs=lambda folder: config.save_pretrained(folder),
         example_batch=example_batch,
-        classes=classes,
+        classes=asked.classes,
         bind=bind,
+        prompt_at=PROMPT_AT,
+        layers=("text_model/layers", "vision_tower/layers"),
+        texts=texts,
+        see_patches=lambda: _make_record(module, config, replace(asked, patches=True)),
     )

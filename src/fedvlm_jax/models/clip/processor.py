@@ -34,6 +34,9 @@ from fedvlm_jax.models.processor_files import (
 MOST_CLASSES = 4096
 """Most classes: the text tower reads the prompts of all of them in every step."""
 
+FILLER = "X "
+"""A word of one token, in the place of a soft prompt's vectors for which a template has no word."""
+
 
 @dataclass(frozen=True, eq=False)
 class ClassProcessor(base.Processor):
@@ -45,6 +48,7 @@ class ClassProcessor(base.Processor):
         positions: most tokens of a class's prompt.
         classes: texts, by id.
         prompt_ids: tokens [C, T] of their prompts, padded on the right.
+        prompted_ids: the same with room for a soft prompt before every class's name.
     """
 
     tokenizer: Any
@@ -54,6 +58,7 @@ class ClassProcessor(base.Processor):
     positions: int
     classes: tuple[str, ...] = ()
     prompt_ids: Int[np.ndarray, "C T"] = field(default_factory=lambda: np.zeros((0, 1), np.int32))
+    prompted_ids: Int[np.ndarray, "C T"] = field(default_factory=lambda: np.zeros((0, 1), np.int32))
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -91,8 +96,18 @@ class ClassProcessor(base.Processor):
         """Tokenise whole texts, begun and ended as CLIP's are."""
         return self.tokenizer(list(texts))["input_ids"] if texts else []
 
-    def bind(self, answers: Sequence[str], template: str) -> Self:
+    def make_room(self, template: str, vectors: int) -> str:
+        """Fill a template's words before {} up to so many tokens, with X as CoOp (arXiv 2109.01134) does.
+
+        They are what a soft prompt of so many vectors is added to.
+        """
+        framed, frame = self.tokenise([template.partition("{}")[0], ""])
+        return FILLER * max(0, vectors - (len(framed) - len(frame))) + template
+
+    def bind(self, answers: Sequence[str], template: str, vectors: int = 0) -> Self:
         """Choose among answers, each written into the template in the place of {}; those that cannot be are left out.
+
+        With a soft prompt of so many `vectors` the template is made room in, for those who have the prompt.
 
         Raises:
             UserError: there are none, or more than `MOST_CLASSES`.
@@ -102,18 +117,23 @@ class ClassProcessor(base.Processor):
                 f"the data have {len(answers):,} different answers, and CLIP chooses among {MOST_CLASSES:,} at most: "
                 "take data with fewer classes, or a model that writes its answers"
             )
-        rows = self.tokenise([template.replace("{}", text) for text in answers])
+        roomy = self.make_room(template, vectors) if vectors else template
+        rows, prompted = (
+            self.tokenise([wording.replace("{}", text) for text in answers]) for wording in (template, roomy)
+        )
         # A text is known by the first token that ends it, which a class must not hold.
-        fits = [len(row) <= self.positions and row.index(row[-1]) == len(row) - 1 for row in rows]
+        fits = [len(row) <= self.positions and row.index(row[-1]) == len(row) - 1 for row in prompted]
         classes = tuple(text for text, fit in zip(answers, fits, strict=True) if fit)
         if not classes:
             raise UserError(
-                f"none of the data's {format_count(len(answers), 'answer')}, written into {template!r}, "
+                f"none of the data's {format_count(len(answers), 'answer')}, written into {roomy!r}, "
                 "is a text of at most "
                 f"{self.positions} tokens: there is no class to choose; mend --data.class-prompt"
             )
-        ids = pad([row for row, fit in zip(rows, fits, strict=True) if fit], 0)
-        return replace(self, classes=classes, prompt_ids=ids)
+        ids, roomy_ids = (
+            pad([row for row, fit in zip(kind, fits, strict=True) if fit], 0) for kind in (rows, prompted)
+        )
+        return replace(self, classes=classes, prompt_ids=ids, prompted_ids=roomy_ids)
 
     def pixels(self, images: Sequence[Image.Image], /) -> Float[np.ndarray, "B H W 3"]:
         return make_pixels(self.render, images, self.side)
