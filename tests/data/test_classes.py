@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 from made_table import make_table
 
-from fedvlm_jax.data.classes import describe_classes, find_novel, list_classes
+from fedvlm_jax.data.classes import describe_classes, find_novel, find_own, list_classes
 from fedvlm_jax.data.federated_dataset import ClientRows, Federation
 from fedvlm_jax.data.table import UNREADABLE
 
@@ -36,6 +36,13 @@ def test_novel_is_what_no_training_example_of_anybody_has():
     answers = [text.strip() for text in CHOSEN]
     found = find_novel(SimpleNamespace(clients=CLIENTS, answers=answers))
     assert [answer for answer, novel in zip(answers, found, strict=True) if novel] == answers[3:4] + answers[5:]
+
+
+def test_own_is_what_the_client_itself_trains_on():
+    answers = [text.strip() for text in CHOSEN]
+    found = find_own(SimpleNamespace(clients=CLIENTS, answers=answers))
+    # Ann trains on dog and cat, and is asked about cat and emu; bob on dog, and is asked about gnu; eve on nothing.
+    assert found.tolist() == [True, True, True, False, True, False, False, False, False]
 
 
 def test_strange_and_long_names_are_told_on_one_line():

@@ -233,3 +233,29 @@ def test_the_same_picture_at_two_clients_is_in_one_split(tmp_path):
     federation = federate(read(tmp_path, rows), make_options("rows.parquet"), 11)
     holders = {split for split in SPLITS for c in federation.clients for row in c.rows_of(split) if row % 10 == 0}
     assert len(holders) == 1
+
+
+def test_novel_classes_are_left_out_of_training_and_validation_alone(tmp_path):
+    rows = [
+        make_row(n, client="ab"[n % 2], split=SPLITS[n // 20], chosen=f" class {n % 5} ", rejected="none")
+        for n in range(60)
+    ]
+    table = read(tmp_path, rows)
+    options = make_options("rows.parquet", novel_classes=0.4)
+    federation, whole = federate(table, options, 1), federate(table, make_options("rows.parquet"), 1)
+
+    def classes(part, split):
+        return {n % 5 for client in part.clients for n in client.rows_of(split).tolist()}
+
+    assert classes(federation, "train") == classes(federation, "validation")
+    assert len(classes(federation, "train")) == 3
+    assert classes(federation, "test") == set(range(5))
+    assert [client.test.tolist() for client in federation.clients] == [c.test.tolist() for c in whole.clients]
+    said = federation.description["novel_classes"]
+    assert said == {"share": 0.4, "seed": 1, "classes": 2, "rows_set_aside": 16}
+    assert "novel_classes" not in whole.description
+    drawn = {frozenset(classes(federate(table, options, seed), "train")) for seed in range(8)}
+    assert len(drawn) > 1
+    assert len(classes(federate(table, options.replace(novel_classes=0.01), 0), "train")) == 4
+    with pytest.raises(UserError, match=r"--data\.novel-classes 0\.95 of 5 different answers is 5: none would be left"):
+        federate(table, options.replace(novel_classes=0.95), 0)

@@ -319,6 +319,7 @@ def from_json(stored: Any) -> Run:
     if "method" in stored:  # of folders from before there were these options
         stored = {"start": None, "messages": encode(MessageOptions()), "privacy": {}, **stored}
         stored = {"audit": encode(AuditOptions()), "soft_prompt": encode(PromptOptions()), **stored}
+        stored |= {"data": {"novel_classes": 0.0, **data}} if data else {}
         for group, default in (("privacy", PrivacyOptions()), ("participation", ParticipationOptions())):
             if isinstance(given := stored.get(group), Mapping):
                 stored[group] = {**encode(default), **given}

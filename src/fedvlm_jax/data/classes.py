@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
+from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.federated_dataset import Federation
 from fedvlm_jax.data.table import UNREADABLE, Table
 from fedvlm_jax.data.tokenization import Examples
@@ -45,6 +46,17 @@ def find_novel(examples: Examples) -> Bool[np.ndarray, " examples"]:
     """Find the examples whose answer is that of no training example."""
     trained = {examples.answers[row] for client in examples.clients for row in client.train}
     return np.asarray([answer not in trained for answer in examples.answers], bool)
+
+
+def find_own(examples: Examples) -> Bool[np.ndarray, " examples"]:
+    """Find the examples whose answer is that of a training example of the same client."""
+    own = np.zeros(len(examples.answers), bool)
+    for client in examples.clients:
+        trained = {examples.answers[row] for row in client.train}
+        for split in SPLITS:
+            rows = client.rows_of(split)
+            own[rows] = [examples.answers[row] in trained for row in rows]
+    return own
 
 
 def describe_classes(trained: Sequence[str], every: Sequence[str]) -> str:

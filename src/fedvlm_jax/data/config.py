@@ -128,6 +128,9 @@ class DataOptions:
         Prompt | None, tyro.conf.arg(metavar="{neutral,client-language}", help_behavior_hint=_DEFAULT_PROMPT)
     ] = None
     """Ask all clients alike (column question), or each in its language (question_client). Ours, not the paper's."""
+    novel_classes: Chance = 0.0
+    """Share of the different answers that nobody trains or validates on: their rows of these splits are left out, so
+    that test rows ask about novel classes too. Drawn by the seed. Ours, not the paper's."""
     class_prompt: str = "a photo of a {}."
     """Where the model chooses among the data's answers (CLIP): what it reads in place of each, {} being the answer.
     CLIP's own for photographs."""

@@ -117,6 +117,8 @@ def federate(table: Table, options: DataOptions, seed: int) -> Federation:
     federation = options.federate(table, seed)
     if table.revision:
         federation = federation.note(revision=table.revision)
+    if options.novel_classes > 0:
+        federation = _hold_out_classes(federation, table, options.novel_classes, seed)
     sizes = [len(client.train) for client in federation.clients]
     kept = tuple(client for client in federation.clients if len(client.train) >= options.min_examples)
     if not kept:
@@ -151,6 +153,30 @@ def _hold_out(federation: Federation, share: float, seed: int) -> Federation:
             clients[place] = dataclasses.replace(client, train=np.empty(0, np.int64), held_out=True)
     held_out = {"share": share, "seed": seed, "clients": sorted(chosen), "training_rows_set_aside": unused}
     return dataclasses.replace(federation, clients=tuple(clients)).note(held_out=held_out)
+
+
+def _hold_out_classes(federation: Federation, table: Table, share: float, seed: int) -> Federation:
+    """Take a share of the different answers out of training and validation, by the seed and their texts alone."""
+    texts = dict(zip(federation.rows.tolist(), table.read_stripped("chosen", federation.rows), strict=True))
+    names = sorted(set(texts.values()) - {"", UNREADABLE})
+    count = max(1, int(np.floor(share * len(names) + 0.5)))
+    if count >= len(names):
+        raise UserError(
+            f"--data.novel-classes {share:g} of {format_count(len(names), 'different answer')} is {count}: none would "
+            "be left to train on"
+        )
+    chosen = {names[place] for place in sort_by_hash([name.encode() for name in names], seed, b"novel classes")[:count]}
+
+    def keep(rows: Rows) -> Rows:
+        return rows[np.asarray([texts[row] not in chosen for row in rows.tolist()], bool)]
+
+    clients = tuple(
+        dataclasses.replace(client, train=keep(client.train), validation=keep(client.validation))
+        for client in federation.clients
+    )
+    after = dataclasses.replace(federation, clients=clients)
+    aside = len(federation.rows) - len(after.rows)
+    return after.note(novel_classes={"share": share, "seed": seed, "classes": len(chosen), "rows_set_aside": aside})
 
 
 def check_federation(table: Table, federation: Federation, options: DataOptions) -> Federation:

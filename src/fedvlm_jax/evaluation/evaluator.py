@@ -76,6 +76,7 @@ class Evaluator:
     base: dict[tuple[Split, int], Numbers]  # split and client -> sums of the bare base, once it was evaluated
     # Of a model that chooses among classes: which of `examples` have one that no training example has.
     novel: Bool[np.ndarray, " examples"] | None = None
+    own: Bool[np.ndarray, " examples"] | None = None  # and which have one that their client trains on
     advance: Callable[[int, int, str], None] = lambda done, total, split: None  # shows progress
 
     def __call__(
@@ -97,8 +98,8 @@ class Evaluator:
 
         Returns:
             For every model: `metrics` of generated answers; `token_accuracy` and `loss` (nats per token) of the gold
-            answers; those of `score_preferences`; and where the split has `novel` examples `exact_match` of the base
-            and of the novel classes, each by the names of clients that have some; all by client's name.
+            answers; those of `score_preferences`; and of a model that chooses among classes those of `_match_classes`;
+            all by client's name.
         """
 
         def answer(params: PyTree, adapters: PyTree, batch: dict[str, Array]) -> Any:
@@ -172,17 +173,28 @@ class Evaluator:
         return [self.gold[row] for number in numbers for row in self.examples.clients[number].rows_of(split)]
 
     @memoized
-    def _has_novel(self, split: Split, /) -> bool:
-        assert self.novel is not None
-        return any(self.novel[client.rows_of(split)].any() for client in self.examples.clients)
+    def _has(self, kind: str, value: bool, split: Split, /) -> bool:
+        """Tell whether some example of the split is of a kind, `novel` or `own`, or is not."""
+        known: Bool[np.ndarray, " examples"] = getattr(self, kind)
+        return any((known[client.rows_of(split)] == value).any() for client in self.examples.clients)
 
     def _match_classes(self, split: Split, client: int, matches: Float[np.ndarray, " examples"]) -> dict[str, float]:
-        """Compute the exact match of base and of novel classes, where the split has novel ones."""
-        if self.novel is None or not self._has_novel(split):
+        """Compute the exact match of kinds of classes, each where the client has examples of it.
+
+        Of its own classes, where the split has examples of others; and where it has novel ones, of base and of novel
+        classes, and the harmonic mean of these two.
+        """
+        if self.novel is None or self.own is None:
             return {}
-        novel = self.novel[self.examples.clients[client].rows_of(split)]
-        kinds = {"exact_match_base": ~novel, "exact_match_novel": novel}
-        return {name: float(matches[chosen].mean()) for name, chosen in kinds.items() if chosen.any()}
+        rows, kinds = self.examples.clients[client].rows_of(split), {}
+        if self._has("own", False, split):
+            kinds |= {"exact_match_own": self.own[rows]}
+        if self._has("novel", True, split):
+            kinds |= {"exact_match_base": ~self.novel[rows], "exact_match_novel": self.novel[rows]}
+        found = {name: float(matches[chosen].mean()) for name, chosen in kinds.items() if chosen.any()}
+        if {"exact_match_base", "exact_match_novel"} <= found.keys():
+            found["exact_match_harmonic"] = harmonic_mean(found["exact_match_base"], found["exact_match_novel"])
+        return found
 
     def _score(
         self, split: Split, answered: dict[int, list[Any]], metrics: Mapping[str, Metric], is_base: bool
@@ -206,6 +218,15 @@ class Evaluator:
             for metric, value in of_client.items():
                 scored.scores.setdefault(metric, {})[name] = value
         return scored
+
+
+def harmonic_mean(one: float, other: float) -> float:
+    """Compute the harmonic mean of two shares; 0 where one is.
+
+    >>> harmonic_mean(1.0, 0.5), harmonic_mean(0.0, 0.5)
+    (0.6666666666666666, 0.0)
+    """
+    return 2 * one * other / (one + other) if one and other else 0.0
 
 
 GREEDY: Mapping[str, int] = {"num_beams": 1, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0}

@@ -14,7 +14,7 @@ from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.option_checks import check_pool_size
 from fedvlm_jax.config.run_options import Run, without_extras
 from fedvlm_jax.config.start_folder import continue_from, name_other_base, read_start
-from fedvlm_jax.data.classes import describe_classes, find_novel
+from fedvlm_jax.data.classes import describe_classes, find_novel, find_own
 from fedvlm_jax.data.federated_dataset import describe_lost, list_reasons
 from fedvlm_jax.data.picture_views import Views
 from fedvlm_jax.data.tokenization import Examples
@@ -245,6 +245,7 @@ class Experiment:
             gold=gold.all,
             metrics=options.metrics,
             novel=find_novel(self.examples) if model.vlm.classes else None,
+            own=find_own(self.examples) if model.vlm.classes else None,
             beta=self.run.preference.beta,
             base=self.data.base_numbers(self.base_scoring),
             advance=self.show.advance,

@@ -29,8 +29,10 @@ class Measure:
 
 _LISTED = (
     Measure("exact_match", "exact match"),
+    Measure("exact_match_own", "exact match, own classes", partial=True),
     Measure("exact_match_base", "exact match, base classes", partial=True),
     Measure("exact_match_novel", "exact match, novel classes", partial=True),
+    Measure("exact_match_harmonic", "exact match, harmonic mean of base and novel", partial=True),
     Measure("preference_accuracy", "preference accuracy"),
     Measure("preference_accuracy_per_token", "preference accuracy per token"),
     Measure("reward_margin", "reward margin", share=False),
