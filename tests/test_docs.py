@@ -16,7 +16,7 @@ from fedvlm_jax.config.run_options import Run
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-STANDS_FOR = {"RUN": "runs/x", "./Florence-2-base": "microsoft/Florence-2-base"}
+STANDS_FOR = {"RUN": "runs/x", "./Florence-2-base": "microsoft/Florence-2-base", "./clip-vit-base-patch16": "openai/x"}
 """Words that a reader replaces."""
 
 
@@ -84,7 +84,7 @@ def test_links_to_files_lead_to_files(page):
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
-NEW = {"methods/zoo/encoder_b.py"}
+NEW = {"methods/zoo/encoder_b.py", "methods/zoo/prompt_pair.py"}
 """Files that a page tells the reader to write."""
 
 

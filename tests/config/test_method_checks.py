@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from models import causal_cases
+from prompted_toy import make_bound
 from toy import RATES, make_cohort, make_method, start_states
 
 from fedvlm_jax import lora
@@ -13,7 +14,7 @@ from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.method_checks import check_rule, declare, for_method
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.option_checks import validate, validate_comparison
-from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions, methods_available
+from fedvlm_jax.config.run_options import LoraOptions, PromptOptions, Run, TrainOptions, methods_available
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.config import ParticipationOptions
@@ -22,7 +23,7 @@ from fedvlm_jax.methods import Method, Setup
 from fedvlm_jax.methods.base import AVERAGING
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions, find_method_options, list_method_flags
 from fedvlm_jax.methods.rule_based import Options as Rule
-from fedvlm_jax.methods.zoo import apfl, ce_lora, ditto, feddpa_t, fedrpca, lora_fair
+from fedvlm_jax.methods.zoo import apfl, ce_lora, ditto, feddpa_t, fedotp, fedrpca, lora_fair
 from fedvlm_jax.models import read_vlm
 from fedvlm_jax.utils.option_ranges import list_options
 
@@ -30,6 +31,8 @@ SGD = TrainOptions(optimizer="sgd")
 ADAM = ServerOptions(optimizer="adam", learning_rate=0.01)
 RANKS = LoraOptions(rank=8, ranks=(2, 8))
 SCAFFOLD = LocalOptions(scaffold=True)
+SOFT = PromptOptions(vectors=4)
+TARGETS = LoraOptions(targets="text_model/.*fc1")
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,15 @@ SCAFFOLD = LocalOptions(scaffold=True)
         (Run(method="ditto", method_options=ditto.Options(-1.0)), "--method.lambda is -1.0: it must be 0 or more"),
         (Run(method="ce-lora", method_options=ce_lora.Options(0)), "--method.temperature is 0: it must be above 0"),
         (Run(method="fedrpca", method_options=fedrpca.Options(beta=float("nan"))), "--method.beta is nan"),
+        (Run(soft_prompt=SOFT), "--prompt.vectors does not go with --method plora, because it trains low-rank factors"),
+        (
+            Run(method="local", soft_prompt=SOFT, lora=RANKS),
+            "--lora.ranks does not go with a soft prompt, which has no",
+        ),
+        (Run(method="promptfl", lora=RANKS), "--lora.ranks does not go with --method promptfl, because a soft prompt"),
+        (Run(method="pfedmoap", lora=TARGETS), "--lora.targets .* pfedmoap, because it trains soft prompts alone"),
+        (Run(method="pfedmma", lora=TARGETS), "--lora.targets .* pfedmma, because its adapters stand beside"),
+        (Run(method="fedotp", method_options=fedotp.Options(share=0.0)), "--method.share is 0.0: it must be above 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(run: Run, expected: str) -> None:
@@ -87,6 +99,8 @@ def test_what_makes_no_sense_is_refused_with_the_reason(run: Run, expected: str)
         Run(method="local", lora=RANKS),
         Run(method="lora-fair", local=LocalOptions(proximal=0.1), method_options=lora_fair.Options(1.0)),
         Run(server=ServerOptions(optimizer="yogi", beta2=0.9, epsilon=0.01)),
+        Run(method="promptfl", lora=TARGETS, server=ADAM),
+        Run(method="share", method_options=Rule("prompt$"), soft_prompt=SOFT),
     ],
 )
 def test_what_makes_sense_is_let_through(run: Run) -> None:
@@ -240,6 +254,42 @@ def test_a_method_is_made_without_a_model(name: str) -> None:
     method = declare(name, Run())
     assert method.name == name
     assert method.source
+
+
+def test_a_comparison_gives_each_method_the_adapter_that_it_has_a_place_for() -> None:
+    base = Run(soft_prompt=SOFT, lora=TARGETS)
+    validate_comparison(Compare(methods=("plora", "promptfl", "pfedmoap", "local"), base=base))
+    runs = {name: for_method(base, name) for name in ("plora", "promptfl", "pfedmoap")}
+    assert [run.soft_prompt for run in runs.values()] == [PromptOptions(), SOFT, SOFT]
+    assert [run.lora.targets for run in runs.values()] == [TARGETS.targets, TARGETS.targets, ""]
+    with pytest.raises(UserError, match=r"--prompt\.vectors means nothing to any of --methods plora"):
+        validate_comparison(Compare(methods=("plora",), base=Run(soft_prompt=SOFT)))
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (Run(method="promptfl"), "--method promptfl trains a soft prompt for models that choose among classes, and "),
+        (Run(method="local", soft_prompt=SOFT), "--method local trains a soft prompt for models that choose"),
+        (Run(method="pfedmma"), "--method pfedmma is for models that choose among classes, and "),
+        (Run(objective="classify"), "--objective classify: florence2-nano writes its answers"),
+    ],
+)
+def test_a_model_that_writes_its_answers_has_no_classes(run: Run, expected: str) -> None:
+    validate(run)
+    with pytest.raises(UserError, match=expected) as refusal:
+        make_spec(run, read_vlm("florence2-nano"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_form_of_adapters_with_a_soft_prompt() -> None:
+    vlm = make_bound()[0]
+    specs = {name: make_spec(Run(method=name), vlm) for name in ("plora", "promptfl", "pfedmma")}
+    assert [(spec.prompt, spec.parallel, bool(spec.targets)) for spec in specs.values()] == [
+        (0, 0, True), (4, 0, False), (0, 8, False),
+    ]  # fmt: skip
+    beside = make_spec(Run(method="promptfl", soft_prompt=PromptOptions(2), lora=TARGETS), vlm)
+    assert (beside.prompt, beside.targets) == (2, TARGETS.targets)
 
 
 def test_a_rule_that_matches_nothing_lists_the_paths_there_are() -> None:

@@ -19,7 +19,7 @@ from fedvlm_jax.federation.client_round import Frame, make_client_round, start_p
 from fedvlm_jax.federation.round import make_round
 from fedvlm_jax.methods.base import AVERAGING, Context, is_factor
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions, find_method_options, list_method_flags
-from fedvlm_jax.methods.zoo import fedrpca
+from fedvlm_jax.methods.zoo import fedrpca, pfedmma
 from fedvlm_jax.utils import tree
 
 CLIENTS = 4
@@ -33,6 +33,8 @@ SENT = {
     **dict.fromkeys(("fedavg-lora", "iat", "iat-inverted", "hetlora", "lora-fair", "flexlora", "fedrpca"), ("a", "b")),
     **dict.fromkeys(("flora", "fedex-lora", "ditto", "apfl", "pfedme", "feddpa-t", "feddpa-f"), ("a", "b")),
     **dict.fromkeys(("fedalt", "fedmosaic"), ("a", "b")),
+    **dict.fromkeys(("promptfl", "fedotp", "fedpgp", "pfedmoap"), ("prompt",)),
+    **dict.fromkeys(("pfedmma",), ("middle",)),
 }
 """What a message holds, by the methods' papers; of rolora in its first phase."""
 
@@ -54,12 +56,24 @@ LIKE_LOCAL = (
 BEGIN_ANEW = ("flexlora", "plora-reset-a")
 """Those of them whose second round begins with another basis, or another A, than the first ended with."""
 
-CHOICES = {"fedrpca": {"options": fedrpca.Options(beta=1.0)}}  # above 1 it amplifies, with one client too
+CHOICES = {
+    "fedrpca": {"options": fedrpca.Options(beta=1.0)},  # above 1 it amplifies, with one client too
+    "pfedmma": {"options": pfedmma.Options(scale=1.0)},  # at its default a few steps hardly move the model
+}
+
+OTHER_FORWARD = ("fedotp",)
+"""Methods that compare pictures and classes otherwise than the base does, so that a fresh client is not the base."""
+
+VALUES = {"--method.experts": 2, "--method.gate-width": 8, "--method.layers": 1}
+"""Values of options at which a tiny model differs from what it does at the default."""
 
 
 @pytest.mark.parametrize("name", methods_available())
 def test_a_client_begins_with_the_adapter_that_is_given_or_the_method_refuses_it(name):
     _, _, _, method, adapter = make_method(name)
+    if method.classes:  # what it trains is in no folder of PEFT's
+        assert "start" in method.refuses
+        return
     given = {path: leaf + 0.5 if path.endswith("/b") else leaf for path, leaf in tree.flatten(adapter).items()}
     server = method.init(adapter=tree.unflatten(given))
     personal = start_personal(method, jax.random.key(3), server, jnp.int32(0))
@@ -223,10 +237,12 @@ def test_structure_shapes_and_types_are_kept(case):
         adapter = case.method.personalise(server=at.out.server, personal=own)
         assert describe(adapter) == describe(case.method.trained(server=at.server, personal=own, message=message))
         assert describe(adapter) == describe(case.method.personalise(server=case.server, personal=case.fresh))
-        assert dict.fromkeys(sites(adapter)) == dict.fromkeys(sites(case.adapter))
+        assert {site for site in sites(adapter) if not site.startswith("head/")} == sites(case.adapter)
 
 
 def test_a_fresh_client_has_the_bare_base(case):
+    if case.name in OTHER_FORWARD:
+        pytest.skip("it compares pictures and classes otherwise")
     adapter = case.method.personalise(server=case.server, personal=case.fresh)
     np.testing.assert_allclose(case.model(case.server, adapter), case.model(case.server, None), atol=1e-6)
 
@@ -763,7 +779,7 @@ def change(name, option):
         default = find_method_options(name)()
         field = next(f for f in dataclasses.fields(default) if option == f"--method.{f.name.rstrip('_')}")
         kinds = {bool: lambda x: not x, int: lambda x: x // 2, float: lambda x: 1 - x / 2}
-        value = kinds[type(field.default)](field.default)
+        value = VALUES.get(option, kinds[type(field.default)](field.default))
         return {"options": dataclasses.replace(default, **{field.name: value})}
     return {
         "server": {"server": ServerOptions(optimizer="adam", learning_rate=0.1)},

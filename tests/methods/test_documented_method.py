@@ -15,25 +15,32 @@ from fedvlm_jax.utils import tree
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "add-a-method.md"
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    """The contract's case for the block of code, in a file of the name that the text gives it."""
-    text = PAGE.read_text(encoding="utf-8")
-    stem = re.search(r"`methods/zoo/(\w+)\.py`, say", text)[1]
+BLOCK = re.compile(r"`methods/zoo/(\w+)\.py`, say.*?```python\n(.*?)```", re.DOTALL)
+
+
+@pytest.fixture(scope="module", params=["encoder-b", pytest.param("prompt-pair", marks=pytest.mark.broad)])
+def case(request, tmp_path_factory):
+    """The contract's case for a block of code, in a file of the name that the text gives it."""
+    blocks = {stem.replace("_", "-"): (stem, code) for stem, code in BLOCK.findall(PAGE.read_text(encoding="utf-8"))}
+    stem, code = blocks[request.param]
     folder = tmp_path_factory.mktemp("zoo")
-    (folder / f"{stem}.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], encoding="utf-8")
+    (folder / f"{stem}.py").write_text(code, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fedvlm_jax.methods.zoo, "__path__", [*fedvlm_jax.methods.zoo.__path__, str(folder)])
-        yield contract.Case(stem.replace("_", "-"))
+        yield contract.Case(request.param)
+
+
+SENT = {"encoder-b": ["encoder/fc1/b"], "prompt-pair": ["text_model/token_embedding/prompt"]}
 
 
 def test_it_shares_what_it_says(case):
-    assert case.method.name == case.name == "encoder-b"
-    assert list(tree.flatten(case.out.messages)) == ["encoder/fc1/b"]
+    assert case.method.name == case.name
+    assert list(tree.flatten(case.out.messages)) == SENT[case.name]
 
 
 def test_it_declares_what_its_average_takes(case):
-    assert declare(case.name, Run()).refuses == {}
+    refused = {"encoder-b": set(), "prompt-pair": {"lora.ranks", "lora.targets", "start"}}
+    assert declare(case.name, Run()).refuses.keys() == refused[case.name]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from linear_world import KEY, RANK, SHAPES, World, as_theta, assert_close
 from fedvlm_jax import lora
 from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.run_options import Run, methods_available
-from fedvlm_jax.methods.base import Context, Setup
+from fedvlm_jax.methods.base import Context
 from fedvlm_jax.methods.components import heterogeneous_ranks, personalized_download
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
 from fedvlm_jax.methods.zoo import (
@@ -82,9 +82,12 @@ def test_share_rules(name):
     assert_rounds(world, SIMPLE[name](world.problem()))
 
 
+FILES = ("test_papers.py", "test_prompt_papers.py")
+
+
 def test_every_method_with_a_paper_is_here():
-    """A method that names an arXiv number and that this file does not name was not compared with its paper."""
-    text = Path(__file__).read_text(encoding="utf-8")
+    """A method that names an arXiv number and that no such file names was not compared with its paper."""
+    text = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in FILES)
     papers = [name for name in methods_available() if "arXiv" in declare(name, Run()).source]
     missing = [name for name in papers if f'"{name}"' not in text]
     assert not missing, f"transcribe the papers of {missing} in paper_rounds.py, and compare here"
@@ -338,9 +341,7 @@ def test_ce_lora(turns):
 
 def test_a_pool_keeps_the_newest():
     """Three places: 4 and 7 come in round 1, 5 and 9 in round 2, 7 again and 4, who does not count, in round 3."""
-    pool = personalized_download.start_pool(
-        {"b": jnp.zeros(1)}, Setup(sites={}, spec=None, start_optimizer=None, population=3)
-    )
+    pool = personalized_download.start_pool({"b": jnp.zeros(1)}, 3)
     for number, (who, weights) in enumerate([((4, 7), (1, 1)), ((5, 9), (1, 1)), ((7, 4), (1, 0))], start=1):
         moved = {"b": jnp.asarray([[10.0 * number + w] if w else [jnp.nan] for w in weights])}
         counts = jnp.asarray(weights, jnp.float32)

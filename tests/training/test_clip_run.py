@@ -9,14 +9,18 @@ from models.causal_cases import write_model
 from safetensors.numpy import load_file
 from tiny_run import tiny_run
 
+from fedvlm_jax import lora
+from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import EvaluationOptions, LoraOptions, TrainOptions
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.methods.zoo import pfedmoap
 from fedvlm_jax.models.clip import processor as clip_processor
 from fedvlm_jax.run_dir.reader import read_run
-from fedvlm_jax.training import federated_run, loaded_model
+from fedvlm_jax.training import evaluate, federated_run, loaded_model
 from fedvlm_jax.training.experiment import open_experiment
 from fedvlm_jax.training.loaded_model import load_model
+from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.progress import SilentProgress
 
 DATA = make_options(
@@ -84,6 +88,11 @@ def test_base_and_novel_classes_are_scored_apart(folder, loaded):
             found = scored.scores[f"exact_match_{kind}"].get(client.name)
             assert found == (matches[chosen].mean() if chosen.any() else None)
         assert counts["novel"] > 0
+        own = np.isin(answers, [experiment.examples.answers[row] for row in client.train])
+        assert scored.scores["exact_match_own"].get(client.name) == (matches[own].mean() if own.any() else None)
+        both = [scored.scores[f"exact_match_{kind}"].get(client.name) for kind in ("base", "novel")]
+        mean = None if None in both else 0 if 0 in both else 2 / sum(1 / value for value in both)
+        assert scored.scores.get("exact_match_harmonic", {}).get(client.name) == (mean and pytest.approx(mean))
         texts = np.asarray(scored.texts[client.name])
         np.testing.assert_array_equal(matches, texts == answers)
 
@@ -117,3 +126,36 @@ def test_preferences_and_neighbours_choose_among_classes_too(folder, loaded, tmp
     record = read_run(federated_run.train(run, model=loaded))
     assert np.isfinite(record.rounds[-1]["loss"])
     assert set(record.results["neighbours"]["share"]) == set(record.config["resolved"]["clients"])
+
+
+PROMPTED = {
+    "promptfl": {"text_model"}, "fedpgp": {"text_model"}, "fedotp": {"text_model", "head"},
+    "pfedmoap": {"text_model", "head"}, "pfedmma": {"text_model", "vision_tower"},
+}  # fmt: skip
+"""Method -> the parts of a client's adapter."""
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name == "fedotp" else pytest.mark.slow) for name in PROMPTED]
+)
+def test_prompt_methods_from_train_to_a_second_evaluation(folder, loaded, tmp_path, method):
+    """Stored adapters are asked again as they were: they say themselves how pictures are compared with classes."""
+    numbers = {"pfedmoap": {"method_options": pfedmoap.Options(gate_heads=4)}}.get(method, {})
+    run = make_run(folder, tmp_path / "run", method=method, objective="classify", **numbers)
+    validate(run)
+    record = read_run(federated_run.train(run, model=loaded))
+    assert np.isfinite(record.rounds[-1]["loss"])
+    assert {"exact_match_own", "exact_match_harmonic"} <= record.results["personal"]["test"].keys()
+    files = sorted((run.out / "adapters" / "clients").glob("*.safetensors"))
+    assert {path.split("/")[0] for path in load_file(files[0])} == PROMPTED[method]
+    again = evaluate.evaluate(run.out)
+    for client, loss in record.results["personal"]["test"]["loss"].items():
+        assert again["personal"]["test"]["loss"][client] == pytest.approx(loss, rel=1e-5)
+    with pytest.raises(UserError, match="neither merged into weights nor written as a folder of PEFT's"):
+        read_adapter(run.out)
+
+
+def read_adapter(out):
+    """What an export reads first of a client's adapter."""
+    return dict(lora.sites_of(tree.unflatten(load_file(next((out / "adapters" / "clients").glob("*.safetensors"))))))
