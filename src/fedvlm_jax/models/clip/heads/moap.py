@@ -50,10 +50,9 @@ def logits(
     width, precision = gate["query"].shape[0], "highest"
     query, keys = pool(image, width), pool(experts, width)
     q = jnp.einsum("bw,whd->bhd", query, gate["query"], precision=precision) + gate["query_bias"]
-    k, v = (
-        jnp.einsum("ncw,whd->nchd", keys, gate[name], precision=precision) + gate[f"{name}_bias"]
-        for name in ("key", "value")
-    )
+    k, v = (jnp.einsum("ncw,whd->nchd", keys, gate[name], precision=precision) for name in ("key", "value"))
+    # A bias of keys moves all scores of a query alike: its gradient is 0, of which rounding and Adam would make steps.
+    k, v = k + jax.lax.stop_gradient(gate["key_bias"]), v + gate["value_bias"]
     scores = jnp.einsum("bhd,nchd->bchn", q, k, precision=precision) * jax.lax.stop_gradient(leaves["scaling"])
     present = jax.lax.stop_gradient(leaves["present"]) > 0
     shares = jax.nn.softmax(jnp.where(present, scores, ABSENT), axis=-1)
