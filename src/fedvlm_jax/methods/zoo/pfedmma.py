@@ -3,9 +3,9 @@
     layer(x) + α W_u relu(W_s relu(W_d norm(x))),    W_s (r × r, with its bias) is one for both towers, and averaged;
                                                      W_d and W_u of each tower stay with their client
 
-See `lora.parallel` for the form. As in the authors' configurations there are 8 layers from the top, r is 32 there (`--lora.rank`
-here), α is 0.001 and does not scale gradients: it is made for SGD, and AdamW may want a larger one. W_u starts at zero,
-theirs at random. Towers of unlike depth share from the top; theirs are numbered from the bottom.
+See `lora.parallel` for the form. As in the authors' configurations there are 8 layers from the top, r is 32 there
+(`--lora.rank` here), α is 0.001 and does not scale gradients: it is made for SGD, and AdamW may want a larger one. W_u
+starts at zero, theirs at random. Towers of unlike depth share from the top; theirs are numbered from the bottom.
 
 The authors' code keeps the text features of its first test for all later clients and rounds; nothing here is kept.
 """
