@@ -244,7 +244,8 @@ def test_a_fresh_client_has_the_bare_base(case):
     if case.name in OTHER_FORWARD:
         pytest.skip("it compares pictures and classes otherwise")
     adapter = case.method.personalise(server=case.server, personal=case.fresh)
-    np.testing.assert_allclose(case.model(case.server, adapter), case.model(case.server, None), atol=1e-6)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if case.method.classes else {"atol": 1e-6}  # of logits up to 20
+    np.testing.assert_allclose(case.model(case.server, adapter), case.model(case.server, None), **tolerance)
 
 
 def test_training_moves_the_model_and_never_the_scale(case):
