@@ -70,7 +70,9 @@ def share_in(basis: Float[np.ndarray, "width dimension"], inputs: Float[np.ndarr
 
 
 def list_matrices(message: Mapping[str, Any], adapter: lora.Adapter) -> dict[Layer, Float[np.ndarray, "width columns"]]:
-    """Lay out what a message tells of each layer's input space: columns of ∆A, and of A ∆B.
+    """Lay out what a message tells of each layer's input space: ∆A, and of A ∆B as many columns as it has ranks.
+
+    A ∆B = (A Rᵀ) Qᵀ, where ∆Bᵀ = Q R: so A Rᵀ has its left singular vectors and its singular values.
 
     Args:
         message: a client's, a tree of updates; leaves that are no factors at whole sites are left out.
@@ -88,7 +90,7 @@ def list_matrices(message: Mapping[str, Any], adapter: lora.Adapter) -> dict[Lay
             continue
         updates, factors = (np.asarray(x, np.float64).reshape(-1, *np.shape(x)[-2:]) for x in (leaf, factor))
         for layer, (update, a) in enumerate(zip(updates, factors, strict=True)):
-            found.setdefault((site, layer), []).append(update if name == "a" else a @ update)
+            found.setdefault((site, layer), []).append(update if name == "a" else a @ np.linalg.qr(update.T, mode="r").T)
     return {layer: np.concatenate(parts, axis=1) for layer, parts in found.items()}
 
 
