@@ -65,8 +65,9 @@ def share_in(basis: Float[np.ndarray, "width dimension"], inputs: Float[np.ndarr
     >>> share_in(np.asarray([[1.0], [0.0]]), np.asarray([[3.0, 4.0]]))
     0.36
     """
-    total = float((inputs.astype(np.float64) ** 2).sum())
-    return float(((inputs @ basis) ** 2).sum()) / total if total else 0.0
+    exact = inputs.astype(np.float64)
+    inside, total = exact @ basis, float(np.vdot(exact, exact))
+    return float(np.vdot(inside, inside)) / total if total else 0.0
 
 
 def list_matrices(message: Mapping[str, Any], adapter: lora.Adapter) -> dict[Layer, Float[np.ndarray, "width columns"]]:
