@@ -146,9 +146,13 @@ def find_bases(inputs: Inputs) -> Inputs:
     for layer, x in inputs.items():
         digest = digest_parts([np.ascontiguousarray(x)], *x.shape)  # projections of one layer often share their input
         if digest not in known:
-            _, values, bases = np.linalg.svd(x, full_matrices=False)
+            # From the tokens' products, which are fewer numbers than the inputs: X Xᵀ = U Λ Uᵀ, basis Λ^(-1/2) Uᵀ X.
+            exact = x.astype(np.float64)
+            squares, vectors = (part[..., ::-1] for part in np.linalg.eigh(exact @ exact.swapaxes(1, 2)))
+            values = np.sqrt(np.maximum(squares, 0))
             real = values > TOLERANCE * np.maximum(values[:, :1], np.finfo(np.float32).tiny)
-            known[digest] = bases * real[..., None]
+            scales = np.divide(1, values, out=np.zeros_like(values), where=real)
+            known[digest] = (scales[..., None] * (vectors.swapaxes(1, 2) @ exact)).astype(x.dtype)
         found[layer] = known[digest]
     return found
 
