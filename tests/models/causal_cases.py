@@ -332,6 +332,13 @@ CASES = {
 }
 """Name -> what writes a folder of it."""
 
+# name -> generation options, as transformers' generate takes them; a sixth of all tokens end answers of the last
+SEARCHES = {
+    "greedy": {"num_beams": 1},
+    "beams": {"num_beams": 3, "early_stopping": True},
+    "beams_ends": {"num_beams": 3, "early_stopping": True, "eos_token_id": [*range(3, 312, 6)]},
+}
+
 
 def write_model(name: str, folder: Path, seed: int = 5, cases=CASES) -> None:
     """A folder of a case with random weights, strong enough that answers depend on everything."""

@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 from harness.published import describe_clip
 from models.causal_cases import write_json
+
+from fedvlm_jax.models.clip.config import read_text, read_tower
+from fedvlm_jax.models.clip.model import Clip
+from fedvlm_jax.models.layers import USUAL
 
 MERGES = [("c", "a"), ("d", "o"), ("r", "e"), ("o", "f</w>")]
 LAYERS = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -56,6 +61,22 @@ CASES = {
     "clip-legacy": lambda folder: write_clip(folder, legacy=True, act="gelu", num_hidden_layers=4),
 }
 """Name -> what writes a folder of it."""
+
+
+def open_module(vlm, dtype) -> Clip:
+    """The module of a model, for what its record does not give out: embeddings of texts, and of any tokens."""
+    text = vlm.config.text_config
+    return Clip(
+        vision=read_tower(vlm.config), text=read_text(vlm.config), width=vlm.image_width, vocabulary=text.vocab_size,
+        positions=text.max_position_embeddings, ends=text.eos_token_id, scale=0.0, dtype=dtype, stacking=USUAL,
+    )  # fmt: skip
+
+
+def embed_texts(vlm, params, ids):
+    """The embeddings of tokens [C, T], of length 1."""
+    found = open_module(vlm, jnp.float32).apply({"params": params}, jnp.asarray(ids), method="text_features")
+    return found / jnp.linalg.norm(found, axis=-1, keepdims=True)
+
 
 PARAMETERS = {"ViT-B/32": 151_277_313, "ViT-B/16": 149_620_737, "ViT-L/14": 427_616_513}
 """Name of a published model -> how many there are."""
