@@ -1,8 +1,8 @@
 """Writes tests/models/golden/families.npz: `PYTHONPATH=src:tests:benchmarks python tests/models/make_family_golden.py`.
 
-Needs the extra `parity`. Per case of the contract's, what transformers finds of the folder that `write_model` makes:
+Needs the extra `parity`. Per case of the contract's, what transformers finds of the folder of `write_sharp_model`:
 features of the first picture, logits that predict the answers' tokens, their loss, tokens of every search, and of beams
-the scores. So the contract is held to it without PyTorch.
+the scores. So every family is held to it without PyTorch.
 """
 
 import tempfile
@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from models import causal_cases, causal_reference, clip_cases
-from models.test_family_golden import GOLDEN, LENGTH
-from models.test_vlm_contract import write_case
+from models import causal_cases, causal_reference
+from models.test_family_golden import CASES, GOLDEN, LENGTH, open_case
 from transformers import AutoModelForImageTextToText, CLIPModel
 
 
@@ -53,11 +52,11 @@ def ask(folder, case):
 
 def main():
     found = {}
-    for name in (*causal_cases.CASES, *clip_cases.CASES):
+    for name in CASES:
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / name
             folder.mkdir()
-            case = write_case(name, folder)
+            case = open_case(name, folder)
             answers = ask_clip(folder, case) if case.chooses else ask(folder, case)
         for kind, array in answers.items():
             array = np.asarray(array)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from models import causal_cases, clip_cases
 from models.cases import mean_log_probs, to_labels, to_settings
-from models.test_vlm_contract import Case, write_case
+from models.test_vlm_contract import Case
 
 from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.objectives import load_objective
@@ -22,8 +22,21 @@ from fedvlm_jax.objectives.config import PreferenceOptions
 GOLDEN = Path(__file__).parent / "golden" / "families.npz"
 LENGTH = 8
 """Tokens of generated answers."""
-ORDINARY = "smolvlm-tied"
-CAUSAL = [pytest.param(name, marks=[] if name == ORDINARY else [pytest.mark.broad]) for name in causal_cases.CASES]
+CASES = causal_cases.CASES | clip_cases.CASES
+ORDINARY, BROAD = ("smolvlm-tied", "clip"), ("llava", "paligemma2", "gemma3", "internvl", "qwen3-vl", "qwen2.5-vl")
+"""An architecture each; a case takes some five seconds, so that variants of them are slow."""
+
+
+def mark(cases):
+    """Parameters of a fixture, all but the ordinary ones marked."""
+    others = {name: pytest.mark.broad if name in BROAD else pytest.mark.slow for name in cases if name not in ORDINARY}
+    return [pytest.param(name, marks=others.get(name, ())) for name in cases]
+
+
+def open_case(name, folder):
+    """Write a case's folder, and open it."""
+    causal_cases.write_sharp_model(name, folder, CASES)
+    return Case(folder)
 
 
 def read_golden(name):
@@ -47,9 +60,9 @@ class Asked(NamedTuple):
     wanted: dict[str, np.ndarray]
 
 
-@pytest.fixture(scope="module", params=CAUSAL)
+@pytest.fixture(scope="module", params=mark(causal_cases.CASES))
 def asked(request, tmp_path_factory):
-    case = write_case(request.param, tmp_path_factory.mktemp(request.param))
+    case = open_case(request.param, tmp_path_factory.mktemp(request.param))
     features = jax.jit(lambda params, pixels: case.vlm.image_features(params, None, pixels))
     case.batch["image_features"] = features(case.params, case.batch.pop("pixel_values"))
     room = LENGTH - case.labels.shape[1]
@@ -60,9 +73,9 @@ def asked(request, tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module", params=clip_cases.CASES)
+@pytest.fixture(scope="module", params=mark(clip_cases.CASES))
 def clip(request, tmp_path_factory):
-    return write_case(request.param, tmp_path_factory.mktemp(request.param)), read_golden(request.param)
+    return open_case(request.param, tmp_path_factory.mktemp(request.param)), read_golden(request.param)
 
 
 def test_features_logits_and_loss_are_those_of_transformers(asked):
@@ -99,7 +112,7 @@ def test_embeddings_logits_and_classes_are_those_of_transformers(clip):
     np.testing.assert_array_equal(chosen, wanted["greedy"])
 
 
-@pytest.mark.parametrize("name", [*causal_cases.CASES, *clip_cases.CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_golden_answers_are_not_degenerate(name):
     wanted = read_golden(name)
     assert wanted["logits"].std() > 0.3, "logits that are all alike show nothing"

@@ -62,13 +62,6 @@ class Case:
         return jax.jit(self.vlm.logits)(self.params, adapter, batch)
 
 
-def write_case(name, folder):
-    """Write the folder of a decoder-only model or of CLIP, and open it."""
-    cases = causal_cases.CASES if name in causal_cases.CASES else clip_cases.CASES
-    causal_cases.write_model(name, folder, cases=cases)
-    return Case(folder)
-
-
 @pytest.fixture(scope="module")
 def make(request, tmp_path_factory):
     """Name -> its case, made once."""
@@ -78,7 +71,10 @@ def make(request, tmp_path_factory):
     def make(name):
         if name in homes:
             return Case(request.getfixturevalue(homes[name]))
-        return write_case(name, tmp_path_factory.mktemp(name))
+        folder = tmp_path_factory.mktemp(name)
+        cases = causal_cases.CASES if name in causal_cases.CASES else clip_cases.CASES
+        causal_cases.write_model(name, folder, cases=cases)
+        return Case(folder)
 
     return make
 
