@@ -112,13 +112,14 @@ def test_embeddings_logits_and_classes_are_those_of_transformers(clip):
     np.testing.assert_array_equal(chosen, wanted["greedy"])
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_golden_answers_are_not_degenerate(name):
-    wanted = read_golden(name)
-    assert wanted["logits"].std() > 0.3, "logits that are all alike show nothing"
-    if name in clip_cases.CASES:
-        return
-    for search in causal_cases.SEARCHES:
-        assert len({tuple(row) for row in wanted[search].tolist()}) == 3, "answers must depend on picture and question"
-    ended = np.isin(wanted["beams_ends"], causal_cases.SEARCHES["beams_ends"]["eos_token_id"])
-    assert ended[:, :-1].any(), "no answer ends before it is full"
+def test_golden_answers_are_not_degenerate():
+    golden = {name: read_golden(name) for name in CASES}
+    for name, wanted in golden.items():
+        assert wanted["logits"].std() > 0.3, f"{name}: logits that are all alike show nothing"
+    causal = [golden[name] for name in causal_cases.CASES]
+    for wanted in causal:
+        for search in ("beams", "beams_ends"):
+            assert len(np.unique(wanted[f"{search}_scores"])) == 3, "answers must depend on picture and question"
+    assert len(np.unique([wanted["greedy"] for wanted in causal])) > 100
+    ends = causal_cases.SEARCHES["beams_ends"]["eos_token_id"]
+    assert np.mean([np.isin(wanted["beams_ends"][:, :-1], ends).any(1) for wanted in causal]) > 0.5, "few answers end"
