@@ -2,13 +2,8 @@
 
 from pathlib import Path
 
-import jax.numpy as jnp
 from harness.published import describe_clip
 from models.causal_cases import write_json
-
-from fedvlm_jax.models.clip.config import read_text, read_tower
-from fedvlm_jax.models.clip.model import Clip
-from fedvlm_jax.models.layers import USUAL
 
 MERGES = [("c", "a"), ("d", "o"), ("r", "e"), ("o", "f</w>")]
 LAYERS = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -63,8 +58,12 @@ CASES = {
 """Name -> what writes a folder of it."""
 
 
-def open_module(vlm, dtype) -> Clip:
+def open_module(vlm, dtype):
     """The module of a model, for what its record does not give out: embeddings of texts, and of any tokens."""
+    from fedvlm_jax.models.clip.config import read_text, read_tower
+    from fedvlm_jax.models.clip.model import Clip
+    from fedvlm_jax.models.layers import USUAL
+
     text = vlm.config.text_config
     return Clip(
         vision=read_tower(vlm.config), text=read_text(vlm.config), width=vlm.image_width, vocabulary=text.vocab_size,
@@ -74,6 +73,8 @@ def open_module(vlm, dtype) -> Clip:
 
 def embed_texts(vlm, params, ids):
     """The embeddings of tokens [C, T], of length 1."""
+    import jax.numpy as jnp
+
     found = open_module(vlm, jnp.float32).apply({"params": params}, jnp.asarray(ids), method="text_features")
     return found / jnp.linalg.norm(found, axis=-1, keepdims=True)
 

@@ -21,7 +21,7 @@ from fedvlm_jax.utils import tree
 
 # What they share takes a minute to compile for each, so one decoder-only model is in the ordinary suite, and in the
 # broad one that which is least like it, and CLIP. What a family alone decides, and takes seconds, is broad for more of
-# them. Live comparisons with transformers cover every case.
+# them. Comparisons with transformers, kept (`test_family_golden.py`) and live, cover every case.
 NAMES = ["florence2", "toy_decoder", *causal_cases.CASES, *clip_cases.CASES]
 ORDINARY, BROAD = ("florence2", "smolvlm-tied"), ("qwen3-vl", "clip")
 DESCRIBED = (*BROAD, "gemma3", "llava")
