@@ -21,7 +21,15 @@ from fedvlm_jax.data.config import MOST_PICTURES
 from fedvlm_jax.data.prompts import Prompt, Tiles, to_prompt
 from fedvlm_jax.errors import UserError, explain_error, format_count
 from fedvlm_jax.models.folder_files import read_json
-from fedvlm_jax.models.processor_files import digest_settings, list_files, make_pixels, open_files, pad, try_out
+from fedvlm_jax.models.processor_files import (
+    decode,
+    digest_settings,
+    list_files,
+    make_pixels,
+    open_files,
+    pad,
+    try_out,
+)
 
 QUESTION, ANSWER = "\ue000", "\ue001"  # of Unicode's private use, so that no template holds them
 FIRST_MARK = 0xE100  # of the marks for a conversation's texts
@@ -294,10 +302,7 @@ class ChatProcessor:
         ]
 
     def decode(self, ids: Int[np.ndarray, "B U"], /) -> list[str]:
-        framing = self.framing
-        rows = [[number for number in row if number >= 0 and number not in framing] for row in np.asarray(ids).tolist()]
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return [text.strip() for text in texts]
+        return decode(self.tokenizer, ids, self.framing)
 
     def tokenise(self, texts: list[str], *, whole: bool = False) -> list[list[int]]:
         """Tokenise; of `whole` prompts the tokenizer adds what it begins texts with, unless the template has."""

@@ -6,13 +6,13 @@ when something is made of them.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 
 from fedvlm_jax.errors import UserError, explain_error
@@ -283,3 +283,10 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
     for line, row in zip(padded, rows, strict=True):
         line[: len(row)] = row
     return padded
+
+
+def decode(tokenizer: Any, ids: Int[np.ndarray, "B U"], left_out: Collection[int]) -> list[str]:
+    """Write tokens as texts without white space around them; negative ids, as of ignored labels, are left out, too."""
+    rows = [[number for number in row if number >= 0 and number not in left_out] for row in np.asarray(ids).tolist()]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [text.strip() for text in texts]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fedvlm_jax.distributed.sharding import Cut, Cuts
-from fedvlm_jax.models.layers import HIDDEN, Norm, Stacking, activation, dot_attention, scanned
+from fedvlm_jax.models.layers import HIDDEN, Mlp, Norm, Stacking, dot_attention, scanned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,19 +88,6 @@ class SelfAttention(nn.Module):
         return dense(name="out_proj")(dot_attention(query, key, value, bias))
 
 
-class Mlp(nn.Module):
-    """Feed-forward part."""
-
-    shape: StackShape
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(self.shape.deviation))
-        wide = activation(self.shape.activation)(dense(self.shape.hidden, name="fc1")(x))
-        return dense(self.shape.width, name="fc2")(wide)
-
-
 class Layer(nn.Module):
     """Attention and feed-forward part, each after its norm."""
 
@@ -118,7 +105,8 @@ class Layer(nn.Module):
 
         attended = SelfAttention(self.shape, self.dtype, name="self_attn")(norm(name="layer_norm1")(x))
         x = x + scale("lambda_1", attended)
-        return x + scale("lambda_2", Mlp(self.shape, self.dtype, name="mlp")(norm(name="layer_norm2")(x))), None
+        mlp = Mlp(self.shape.hidden, self.shape.activation, self.shape.deviation, self.dtype, name="mlp")
+        return x + scale("lambda_2", mlp(norm(name="layer_norm2")(x))), None
 
 
 class VisionTransformer(nn.Module):
