@@ -91,7 +91,7 @@ def list_matrices(message: Mapping[str, Any], adapter: lora.Adapter) -> dict[Lay
             continue
         updates, factors = (np.asarray(x, np.float64).reshape(-1, *np.shape(x)[-2:]) for x in (leaf, factor))
         for layer, (update, a) in enumerate(zip(updates, factors, strict=True)):
-            columns = update if name == "a" else a @ np.linalg.qr(update.T, mode="r").T
+            columns = update if name == "a" else a @ np.asarray(np.linalg.qr(update.T, mode="r")).T
             found.setdefault((site, layer), []).append(columns)
     return {layer: np.concatenate(parts, axis=1) for layer, parts in found.items()}
 
