@@ -75,9 +75,8 @@ def optimiser(rate: float, steps: int, speeds: Mapping[str, float] = NOTHING) ->
     adam = optax.adamw(schedule, b2=0.995, weight_decay=0.08, mask=mask)
 
     def slow(updates: Any, _: Any) -> Any:
-        return {
-            name: jax.tree.map(partial(jnp.multiply, speeds.get(name, 1.0)), part) for name, part in updates.items()
-        }
+        factors = {name: speeds.get(name, 1.0) for name in updates}
+        return {name: jax.tree.map(partial(jnp.multiply, factors[name]), part) for name, part in updates.items()}
 
     return optax.chain(optax.clip_by_global_norm(1.0), adam, *([optax.stateless(slow)] if speeds else []))
 
