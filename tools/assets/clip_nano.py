@@ -48,7 +48,7 @@ def train_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
 def make_config(vocabulary: int) -> CLIPConfig:
     """The architecture: SmolVLM-nano's tower with a class token, and a text model that reads many classes cheaply."""
     text = {
-        "vocab_size": vocabulary, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
+        "vocab_size": vocabulary, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
         "num_attention_heads": 4, "max_position_embeddings": POSITIONS, "projection_dim": 128,
         "hidden_act": "quick_gelu", "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1,

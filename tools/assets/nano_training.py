@@ -44,12 +44,12 @@ class Pretrain:
     """Steps of every cosine cycle of the text phase."""
     text_batch: int = 64
     text_rate: float = 2e-3
-    clip_steps: tuple[int, ...] = (560,)
+    clip_steps: tuple[int, ...] = (300,)
     """Steps of every cosine cycle of CLIP-nano's phase, in which the tower sees half of every picture."""
-    clip_whole_steps: int = 40
+    clip_whole_steps: int = 20
     """Steps behind them at a fifth of the rate, in which it sees pictures whole."""
     clip_batch: int = 32
-    clip_rate: float = 1e-3
+    clip_rate: float = 2e-3
     save_seconds: float = 120.0
 
     @property

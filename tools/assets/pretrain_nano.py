@@ -53,7 +53,7 @@ def main(run: Pretrain) -> None:
     params = jax.jit(vlm.init)(jax.random.key(run.seed))
     log(run, phase="start", train=len(corpus.names), valid=len(valid.names), **classes.sizes)
     if run.model == "clip-nano":
-        params = begin(params, corpus.pixels[::10])
+        params = begin(vlm.config, params, processor, corpus)
         params = train_contrast(run, vlm.config, params, processor, classes, corpus, valid)
     else:
         params = train_vision(run, vlm, params, classes, corpus, valid)
