@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import tyro
-from clip_nano import POSITIONS
 from emoji_texts import LANGUAGES, TASKS
-from nano_contrast import embed, encode_texts
+from nano_contrast import embed
 from nano_report import BATCH, Report, extract_features, list_public_styles, load_pictures, write_figures
 
 from fedvlm_jax.data.config import DataOptions
@@ -79,14 +78,14 @@ def score_zero_shot(vlm: Any, params: Any, processor: Any, report: Report) -> Me
 def embed_texts(config: Any, params: Any, processor: Any, texts: list[str]) -> dict[str, np.ndarray]:
     """Text -> embedding [E] in the default prompt, computed in batches of one shape."""
     run = jax.jit(partial(embed, make_module(config, jnp.float32), params, method="text_features"))
-    ids = encode_texts(processor, [DataOptions.class_prompt.replace("{}", text) for text in texts], POSITIONS)
-    ids = ids[:, : int((ids != 0).sum(1).max())]
+    asked = processor.bind(texts, DataOptions.class_prompt)
+    ids = asked.prompt_ids
     parts = []
     for start in range(0, len(ids), BATCH):
         part = ids[start : start + BATCH]
         padded = np.pad(part, ((0, BATCH - len(part)), (0, 0)), mode="edge")
         parts.append(np.asarray(run(padded))[: len(part)])
-    return dict(zip(texts, np.concatenate(parts), strict=True))
+    return dict(zip(asked.classes, np.concatenate(parts), strict=True))
 
 
 def tabulate(before: Measured, after: Measured, counts: dict[str, int], public: set[str]) -> str:

@@ -122,12 +122,12 @@ def make_texts(classes: Classes, corpus: Corpus) -> tuple[list[dict], list[dict]
     return found
 
 
-def encode_texts(processor: Any, texts: list[str], length: int = LENGTH) -> np.ndarray:
-    """int32 [N, length]; a text that is longer loses what is before its end."""
+def encode_texts(processor: Any, texts: list[str]) -> np.ndarray:
+    """int32 [N, LENGTH]; a text that is longer loses what is before its end."""
     rows = processor.tokenise(texts)
-    ids = np.zeros((len(rows), length), np.int32)
+    ids = np.zeros((len(rows), LENGTH), np.int32)
     for line, row in zip(ids, rows, strict=True):
-        kept = row if len(row) <= length else [*row[: length - 1], row[-1]]
+        kept = row if len(row) <= LENGTH else [*row[: LENGTH - 1], row[-1]]
         line[: len(kept)] = kept
     return ids
 
