@@ -1,20 +1,16 @@
-"""CLIP-nano's only phase: pictures and texts that are true of them come together (CLIP, arXiv 2103.00020, section 2.3).
+"""CLIP-nano's only phase: texts come to the pictures that they are true of (CLIP, arXiv 2103.00020, section 2.3).
 
-The tower begins as SmolVLM-nano's, which learned from the same pictures; class token and text model begin at
-random. A step has three contrastive losses with one learned temperature: against the names or keywords of the
-batch's concepts, against its subgroups and some others, and against all groups, each text in a language and a template
-of its own. It deviates from CLIP where several texts are true of a picture, or several pictures of a text: they share
-the target. But for a last stretch the tower sees a random half of a picture's patches, which halves its cost (FLIP,
-arXiv 2212.00794).
+The tower is SmolVLM-nano's, which learned from the same pictures, and stays as it is (LiT, arXiv 2111.07991); the text
+model begins at random. A step has three contrastive losses with one learned temperature: against the names or keywords
+of some of the batch's concepts, against its subgroups and some others, and against all groups, each text in a language
+and a template of its own. It deviates from CLIP where several texts are true of a picture, or several pictures of a
+text: they share the target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import nano_augment
@@ -22,6 +18,7 @@ import numpy as np
 from clip_nano import TEMPLATES
 from emoji_texts import LANGUAGES
 from nano_corpus import Classes, Corpus, draw_epoch
+from nano_text import feature_copies
 from nano_training import ROOT, Pretrain, smoothed, spread_kernels, train
 
 from fedvlm_jax.models import load_vlm
@@ -32,10 +29,10 @@ LENGTH = 20
 TAG_SHARE = 0.4
 """Of the batch's concepts, how many are stood for by a keyword in the place of their name."""
 KIND_WEIGHTS = {"concept": 1.0, "subgroup": 1.0, "group": 0.3}
-SUBGROUPS = 40
-"""That a step compares with: those of its pictures, and others."""
-SPEEDS = {"vision_tower": 0.15}
-"""What has learned already goes on more slowly."""
+CONCEPTS, SUBGROUPS = 40, 40
+"""Texts of either kind that a step compares with: those of its pictures first."""
+NOISE = 0.15
+"""Deviation of the noise on features of pictures, which have deviation 1."""
 LARGEST_SCALE = np.log(100.0)
 TOWER = ROOT / "src" / "fedvlm_jax" / "assets" / "smolvlm-nano"
 
@@ -46,7 +43,7 @@ def begin(config: Any, params: dict, processor: Any, corpus: Corpus) -> dict:
     At random embeddings are all but the same, and nothing is learned (cf. `nano_vision`): so both last norms and
     projections are set to give them mean 0 and variance 1 in their main directions, over some pictures and texts.
     """
-    pixels = nano_augment.normalize(corpus.pixels[::4])
+    pixels = nano_augment.normalize(corpus.pixels[::5])
     params = {**params, "vision_tower": take_tower(params["vision_tower"], pixels)}
     params |= {"text_model": spread_kernels(params["text_model"])}
     ids = encode_texts(processor, [names[language]["label"] for names in corpus.names[::50] for language in LANGUAGES])
@@ -95,24 +92,6 @@ def whiten(params: dict, states: Any, part: str, norm: str, projection: str) -> 
     return {part: {**params[part], norm: moved}, projection: {"kernel": jnp.asarray(white)}}
 
 
-def show_patches(kept: Any) -> Callable[..., Any]:
-    """A linen interceptor that leaves of the states behind the tower's first norm those of numbers ``kept`` [B, P]."""
-
-    def choose(run: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
-        states = run(*args, **kwargs)
-        if context.module.name != "pre_layernorm" or context.method_name != "__call__":
-            return states
-        return jnp.take_along_axis(states, kept[:, :, None], 1)
-
-    return choose
-
-
-def draw_patches(rng: np.random.Generator, images: int, tokens: int, share: float) -> np.ndarray:
-    """int32 [images, 1 + P]: the class token, and a share of the others in an order of their own."""
-    order = np.argsort(rng.random((images, tokens - 1)), 1)[:, : round(share * (tokens - 1))]
-    return np.concatenate([np.zeros((images, 1), np.int32), 1 + order.astype(np.int32)], 1)
-
-
 def make_texts(classes: Classes, corpus: Corpus) -> tuple[list[dict], list[dict]]:
     """Names of all subgroups, and of all groups, by language, as the rows of ``corpus`` have them."""
     found: tuple[list[dict], list[dict]] = [{} for _ in classes.subgroups], [{} for _ in classes.groups]
@@ -135,36 +114,47 @@ def encode_texts(processor: Any, texts: list[str]) -> np.ndarray:
 def embed(module: Any, params: dict, inputs: Any, method: str) -> Any:
     """Embeddings [N, E] of length 1, of pixels ("image_features") or of tokens ("text_features")."""
     features = module.apply({"params": params}, inputs, method=method)
-    features = features[:, 0] if method == "image_features" else features
+    return normalise(features[:, 0] if method == "image_features" else features)
+
+
+def normalise(features: Any) -> Any:
     return features * jax.lax.rsqrt(jnp.square(features).sum(-1, keepdims=True) + 1e-12)
 
 
 def train_contrast(
-    run: Pretrain, config: Any, params: dict, processor: Any, classes: Classes, corpus: Corpus, valid: Corpus
+    run: Pretrain, vlm: Any, params: dict, processor: Any, classes: Classes, corpus: Corpus, valid: Corpus
 ) -> dict:
-    """Both towers after the contrastive phase."""
-    module = make_module(config, jnp.float32)
+    """The text model, and both projections, after the contrastive phase."""
+    module = make_module(vlm.config, jnp.float32)
     subgroups, groups = make_texts(classes, corpus)
+    features = feature_copies(run, vlm, params, corpus, run.clip_copies)[:, :, 0]
+    unseen = feature_copies(run, vlm, params, valid, 1)[0, :, 0].astype(np.float32)
+    learned = {name: params[name] for name in ("text_model", "text_projection", "logit_scale")}
+    learned["turn"] = jnp.eye(features.shape[-1])  # of pictures' features; the projection takes it over at the end
 
-    def loss(params: dict, pixels: Any, kept: Any, ids: Any, truths: dict) -> tuple[Any, dict]:
-        with nn.intercept_methods(show_patches(kept)):
-            images = embed(module, params, pixels, "image_features")
-        texts = embed(module, params, ids, "text_features")
-        logits = jnp.exp(jnp.minimum(params["logit_scale"], LARGEST_SCALE)) * images @ texts.T
-        total, metrics, start = 0.0, {"scale": params["logit_scale"]}, 0
-        for kind, truth in truths.items():
+    def compare(learned: dict, features: Any, ids: Any) -> Any:
+        """Cosines [B, C]."""
+        kept = {name: part for name, part in learned.items() if name != "turn"}
+        texts = embed(module, params | kept, ids, "text_features")
+        return normalise(features @ learned["turn"]) @ texts.T
+
+    def loss(learned: dict, features: Any, ids: Any, truths: dict) -> tuple[Any, dict]:
+        logits = jnp.exp(jnp.minimum(learned["logit_scale"], LARGEST_SCALE)) * compare(learned, features, ids)
+        total, metrics, start = 0.0, {"scale": learned["logit_scale"]}, 0
+        for kind, weight in KIND_WEIGHTS.items():  # not in the order of `truths`, whose keys jit sorts
+            truth = truths[kind]
             part = logits[:, start : start + truth.shape[1]]
             start += truth.shape[1]
-            both = [
-                smoothed(scores, true / jnp.maximum(true.sum(1, keepdims=True), 1), 0.05).sum()
-                / jnp.sum(true.any(1), dtype=jnp.float32)
-                for scores, true in ((part, truth), (part.T, truth.T))
-            ]
-            metrics[f"loss_{kind}"] = value = sum(both) / 2
-            total += KIND_WEIGHTS[kind] * value
+            metrics[f"loss_{kind}"] = value = (spread(part, truth) + spread(part.T, truth.T)) / 2
+            total += weight * value
             right = jnp.take_along_axis(truth, part.argmax(1)[:, None], 1)
-            metrics[f"train_{kind}"] = right.mean(dtype=jnp.float32)
+            metrics[f"train_{kind}"] = right.sum() / truth.any(1).sum()
         return total, metrics
+
+    def spread(scores: Any, true: Any) -> Any:
+        """Mean cross-entropy of the rows for which something is true, which share their target."""
+        target = true / jnp.maximum(true.sum(1, keepdims=True), 1)
+        return smoothed(scores, target, 0.05).sum() / true.any(1).sum()
 
     def write(rng: np.random.Generator, names: dict) -> str:
         template = rng.choice(list(TEMPLATES), p=list(TEMPLATES.values()))
@@ -177,49 +167,39 @@ def train_contrast(
         tags = {language: names[language]["tags"] or [names[language]["label"]] for language in LANGUAGES}
         return {language: str(rng.choice(words)) for language, words in tags.items()}
 
-    def batches(share: float, rng: np.random.Generator, number: int) -> tuple:
+    def batches(rng: np.random.Generator, number: int) -> tuple:
         chosen = draw_epoch(run.seed, len(corpus.pixels), run.clip_batch, number)
-        images = nano_augment.blend_styles(rng, corpus.pixels, chosen, corpus.peers)
+        named = chosen[:CONCEPTS]
         shown = np.unique(corpus.subgroup[chosen])
+        asked = rng.permutation(shown)[:SUBGROUPS]
         others = rng.permutation(np.setdiff1d(np.arange(len(subgroups)), shown))
-        asked = np.concatenate([shown, others])[:SUBGROUPS]
-        texts = [draw_concept(rng, corpus.names[row]) for row in chosen]
+        asked = np.concatenate([asked, others])[:SUBGROUPS]
+        texts = [draw_concept(rng, corpus.names[row]) for row in named]
         texts += [*(subgroups[number] for number in asked), *groups]
-        ids = encode_texts(processor, [write(rng, names) for names in texts])
         truths = {
-            "concept": corpus.concept[chosen][:, None] == corpus.concept[chosen],
+            "concept": corpus.concept[chosen][:, None] == corpus.concept[named],
             "subgroup": corpus.subgroup[chosen][:, None] == asked,
             "group": corpus.group[chosen][:, None] == np.arange(len(groups)),
         }
-        kept = draw_patches(rng, len(chosen), module.vision.tokens, share)
-        return nano_augment.augment(rng, images, run.strength), kept, ids, truths
+        seen = features[rng.integers(0, run.clip_copies, len(chosen)), chosen].astype(np.float32)
+        seen += rng.normal(0, NOISE, seen.shape).astype(np.float32)
+        return seen, encode_texts(processor, [write(rng, names) for names in texts]), truths
 
-    embed_jit = jax.jit(partial(embed, module), static_argnums=2)
+    compare_jit = jax.jit(compare)
 
-    def evaluate(params: dict) -> dict:
-        """Zero-shot top-1 of validation concepts: groups and subgroups in two languages, and names among their own."""
-        pixels = nano_augment.normalize(valid.pixels)
-        starts = range(0, len(pixels), 102)
-        images = np.concatenate([embed_jit(params, pixels[i : i + 102], "image_features") for i in starts])
-        named = {names["en"]["label"]: number for number, names in enumerate(valid.names)}
-        truths = {"group": (groups, valid.group), "subgroup": (subgroups, valid.subgroup)}
-        truths["name"] = (
-            [valid.names[number] for number in named.values()],
-            np.array([list(named).index(names["en"]["label"]) for names in valid.names]),
-        )
+    def evaluate(learned: dict) -> dict:
+        """Zero-shot top-1 of validation concepts: groups and subgroups in two languages."""
         found = {}
-        for kind, (texts, truth) in truths.items():
+        for kind, texts, truth in (("group", groups, valid.group), ("subgroup", subgroups, valid.subgroup)):
             for language in ("en", "de"):
-                written = [names[language] if kind != "name" else names[language]["label"] for names in texts]
-                ids = encode_texts(processor, [f"a photo of a {text}." for text in written])
-                scores = images @ np.asarray(embed_jit(params, ids, "text_features")).T
+                ids = encode_texts(processor, [f"a photo of a {names[language]}." for names in texts])
+                scores = compare_jit(learned, unseen, ids)
                 found[f"valid_{kind}_{language}"] = float(np.mean(scores.argmax(1) == truth))
         return found
 
-    half, whole = (partial(batches, share) for share in (0.5, 1.0))
     for cycle, steps in enumerate(run.clip_steps):
         drawn = sum(run.clip_steps[:cycle])
-        params = train(run, f"contrast{cycle}", params, steps, run.clip_rate, loss, half, evaluate, drawn, SPEEDS)
-    drawn, rate = sum(run.clip_steps), run.clip_rate / 5
-    params = train(run, f"whole{drawn}", params, run.clip_whole_steps, rate, loss, whole, evaluate, drawn, SPEEDS)
-    return {**params, "logit_scale": jnp.minimum(params["logit_scale"], LARGEST_SCALE)}
+        learned = train(run, f"contrast{cycle}", learned, steps, run.clip_rate, loss, batches, evaluate, drawn)
+    kernel = params["visual_projection"]["kernel"] @ learned.pop("turn")
+    learned["logit_scale"] = jnp.minimum(learned["logit_scale"], LARGEST_SCALE)
+    return {**params, **learned, "visual_projection": {"kernel": kernel}}

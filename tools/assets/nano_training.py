@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -18,7 +17,6 @@ import optax
 from flax import serialization
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,12 @@ class Pretrain:
     """Steps of every cosine cycle of the text phase."""
     text_batch: int = 64
     text_rate: float = 2e-3
-    clip_steps: tuple[int, ...] = (300,)
-    """Steps of every cosine cycle of CLIP-nano's phase, in which the tower sees half of every picture."""
-    clip_whole_steps: int = 20
-    """Steps behind them at a fifth of the rate, in which it sees pictures whole."""
-    clip_batch: int = 32
+    clip_steps: tuple[int, ...] = (300, 700)
+    """Steps of every cosine cycle of CLIP-nano's phase."""
+    clip_batch: int = 256
     clip_rate: float = 2e-3
+    clip_copies: int = 1
+    """As ``copies``, of which the first is not augmented."""
     save_seconds: float = 120.0
 
     @property
@@ -68,23 +66,15 @@ def log(run: Pretrain, **values: Any) -> None:
         file.write(line + "\n")
 
 
-def optimiser(rate: float, steps: int, speeds: Mapping[str, float] = NOTHING) -> optax.GradientTransformation:
-    """``speeds`` are factors of the rate, of parts of the weights by their name."""
+def optimiser(rate: float, steps: int) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(100, steps // 10), steps, rate * 0.01)
     mask = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
-    adam = optax.adamw(schedule, b2=0.995, weight_decay=0.08, mask=mask)
-
-    def slow(updates: Any, _: Any) -> Any:
-        factors = {name: speeds.get(name, 1.0) for name in updates}
-        return {name: jax.tree.map(partial(jnp.multiply, factors[name]), part) for name, part in updates.items()}
-
-    return optax.chain(optax.clip_by_global_norm(1.0), adam, *([optax.stateless(slow)] if speeds else []))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.995, weight_decay=0.08, mask=mask))
 
 
-def make_step(
-    loss: Callable[..., tuple[Any, dict]], transform: optax.GradientTransformation
-) -> Callable[..., tuple[dict, dict]]:
+def make_step(loss: Callable[..., tuple[Any, dict]], rate: float, steps: int) -> Callable[..., tuple[dict, dict]]:
     """One jitted step on {params, ema, opt, step}; ``loss(params, *frozen_and_batch)`` returns a value and metrics."""
+    transform = optimiser(rate, steps)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: dict, *inputs: Any) -> tuple[dict, dict]:
@@ -108,19 +98,17 @@ def train(
     batches: Any,
     evaluate: Any,
     drawn: int = 0,
-    speeds: Mapping[str, float] = NOTHING,
 ) -> Any:
     """Run ``steps`` steps, resuming from the phase's checkpoint where there is one; returns the averaged weights.
 
     ``drawn`` is how many batches earlier cycles have drawn, so that this one draws others."""
     # A copy, because the step donates its state and `params` and `ema` start as the same arrays.
     state = {"params": params, "ema": jax.tree.map(jnp.copy, params), "step": jnp.zeros((), jnp.int32)}
-    transform = optimiser(rate, steps, speeds)
-    state["opt"] = transform.init(params)
+    state["opt"] = optimiser(rate, steps).init(params)
     file = run.state / f"{phase}.msgpack"
     if file.is_file():
         state = jax.tree.map(jnp.asarray, serialization.from_bytes(state, file.read_bytes()))
-    step, saved, began = make_step(loss, transform), time.time(), time.time()
+    step, saved, began = make_step(loss, rate, steps), time.time(), time.time()
     first, sums = int(state["step"]), []
     log(run, phase=phase, resumed_at=first)
     for number in range(first, steps):

@@ -3,14 +3,14 @@
     python tools/assets/build_emoji.py          # the corpus, once
     python tools/assets/pretrain_nano.py        # vision, text, folder; killed and started again, it resumes
     python tools/assets/pretrain_nano.py --model smolvlm-nano
-    python tools/assets/pretrain_nano.py --model clip-nano      # behind SmolVLM-nano, whose tower it begins with
+    python tools/assets/pretrain_nano.py --model clip-nano      # behind SmolVLM-nano, whose tower it takes
     python tools/assets/nano_report.py          # how good it is, into the model card
 
 Only training concepts in public styles are learned from; validation concepts in public styles choose nothing but are
 logged; the clients' pictures are not read here. First the vision tower and the projector learn to tell groups,
 subgroups, concepts and English keywords apart, with linear heads that are thrown away. Then the text half learns to
-answer questions on the frozen tower's features of several augmented copies of every picture. CLIP-nano learns pictures
-and texts at once, from SmolVLM-nano's tower on.
+answer questions on the frozen tower's features of several augmented copies of every picture. CLIP-nano takes
+SmolVLM-nano's tower, and its text model learns to tell which texts are true of a picture.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(run: Pretrain) -> None:
     log(run, phase="start", train=len(corpus.names), valid=len(valid.names), **classes.sizes)
     if run.model == "clip-nano":
         params = begin(vlm.config, params, processor, corpus)
-        params = train_contrast(run, vlm.config, params, processor, classes, corpus, valid)
+        params = train_contrast(run, vlm, params, processor, classes, corpus, valid)
     else:
         params = train_vision(run, vlm, params, classes, corpus, valid)
         params = centre_tokens(vlm, params, corpus)
