@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
+from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.federated_dataset import Federation
 from fedvlm_jax.data.table import UNREADABLE, Table
 from fedvlm_jax.data.tokenization import Examples
@@ -45,6 +46,28 @@ def find_novel(examples: Examples) -> Bool[np.ndarray, " examples"]:
     """Find the examples whose answer is that of no training example."""
     trained = {examples.answers[row] for client in examples.clients for row in client.train}
     return np.asarray([answer not in trained for answer in examples.answers], bool)
+
+
+def count_ambiguous(examples: Examples) -> int:
+    """Count the pictures of which some client has rows with different answers, over all clients."""
+    found = 0
+    for client in examples.clients:
+        answers: dict[int, set[str]] = {}
+        for row in np.concatenate([client.rows_of(split) for split in SPLITS]).tolist():
+            answers.setdefault(int(examples.image[row]), set()).add(examples.answers[row])
+        found += sum(len(different) > 1 for different in answers.values())
+    return found
+
+
+def describe_ambiguous(pictures: int) -> str:
+    """Say in a line what a model that reads no question makes of pictures with several answers.
+
+    >>> describe_ambiguous(2)
+    '2 pictures have rows with different answers, and one can be given, for no question is read: take one question'
+    """
+    have = "has" if pictures == 1 else "have"
+    told = f"{format_count(pictures, 'picture')} {have} rows with different answers"
+    return f"{told}, and one can be given, for no question is read: take one question"
 
 
 def describe_classes(trained: Sequence[str], every: Sequence[str]) -> str:

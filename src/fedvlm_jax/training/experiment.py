@@ -14,7 +14,7 @@ from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.option_checks import check_pool_size
 from fedvlm_jax.config.run_options import Run, without_extras
 from fedvlm_jax.config.start_folder import continue_from, name_other_base, read_start
-from fedvlm_jax.data.classes import describe_classes, find_novel
+from fedvlm_jax.data.classes import count_ambiguous, describe_ambiguous, describe_classes, find_novel
 from fedvlm_jax.data.federated_dataset import describe_lost, list_reasons
 from fedvlm_jax.data.picture_views import Views
 from fedvlm_jax.data.tokenization import Examples
@@ -292,6 +292,8 @@ def open_experiment(
         show.note(f"prompts have up to {most} pictures and tiles, {tokens:,} image tokens")
     if experiment.model.learner is not None:
         show.note(describe_classes(experiment.model.learner.classes, experiment.model.vlm.classes))
+        if pictures := count_ambiguous(examples):
+            show.note(describe_ambiguous(pictures))
     if examples.skipped:
         lost = describe_lost(experiment.data.table, examples.skipped)
         show.note(f"left out: {list_reasons(examples.skipped)} (listed in the run's config.json). {lost}".rstrip())

@@ -132,9 +132,14 @@ def build(config: Any, *, dtype: Any, stacking: Stacking = USUAL, generation_con
         UserError: for a configuration that is not implemented, naming the field.
     """
     del generation_config
+    return _make_record(make_module(config, dtype, stacking), config, np.zeros(UNBOUND, np.int32), ())
+
+
+def make_module(config: Any, dtype: Any, stacking: Stacking = USUAL) -> Clip:
+    """Make both towers of a transformers `CLIPConfig`; arguments and errors are those of `build`."""
     check_config(config)
     text = config.text_config
-    module = Clip(
+    return Clip(
         vision=read_tower(config),
         text=read_text(config),
         width=config.projection_dim,
@@ -145,7 +150,6 @@ def build(config: Any, *, dtype: Any, stacking: Stacking = USUAL, generation_con
         dtype=dtype,
         stacking=stacking,
     )
-    return _make_record(module, config, np.zeros(UNBOUND, np.int32), ())
 
 
 def _make_record(module: Clip, config: Any, ids: Int[np.ndarray, "C T"], classes: tuple[str, ...]) -> Vlm:
