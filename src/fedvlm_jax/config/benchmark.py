@@ -1,9 +1,9 @@
 """Benchmarks by name: a set-up that anybody can rerun, and whose table others can enter.
 
-A benchmark is a file of `assets/benchmarks`: data, partition, model, budget, the grid of learning rates, seeds, and what
-is scored. Learning rates are chosen on validation with a seed of their own; test is scored once, with the other seeds.
-What a benchmark leaves out is as `fedvlm compare` has it. `setup`, a digest of the file's numbers, is in every line of
-its table: figures of another set-up stand in another table.
+A benchmark is a file of `assets/benchmarks`: data, partition, model, budget, the grid of learning rates, seeds, and
+what is scored. Learning rates are chosen on validation with a seed of their own; test is scored once, with the other
+seeds. What a benchmark leaves out is as `fedvlm compare` has it. `setup`, a digest of the file's numbers, is in every
+line of its table: figures of another set-up stand in another table.
 """
 
 import hashlib
@@ -161,8 +161,8 @@ def check_comparison(benchmark: Benchmark, comparison: Compare) -> None:
         free = option.flag in ("--methods", "--seeds", "--processes") or option.flag.startswith((*FREE, "--method."))
         if (not free or option.flag == BOUND) and option.value != settled.get(option.flag, option.value):
             raise UserError(
-                f"{option.flag} is settled by --benchmark {benchmark.name}, as {settled[option.flag]}: leave it out, or "
-                "leave out --benchmark"
+                f"{option.flag} is settled by --benchmark {benchmark.name}, as {settled[option.flag]}: leave it out, "
+                "or leave out --benchmark"
             )
 
 

@@ -153,7 +153,7 @@ class DataOptions:
     def place(self) -> tuple[Any, ...]:
         """Return all that the opened rows depend on: runs that cut them otherwise share what was read."""
         names = ("source", "path", "image_root", "revision", "max_image_pixels")
-        own = ("form", "config", "splits", "reading")  # of the forms that one's own data may have
+        own = ("form", "config", "splits", "reading", "scenario")  # of the forms that one's own data may have
         return tuple(getattr(self, name, None) for name in names + own)
 
     def read(self) -> "Table":

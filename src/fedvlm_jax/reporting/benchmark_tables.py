@@ -51,17 +51,16 @@ def _write(estimate: Estimate) -> str:
 
 
 def _note(entry: Entry) -> str:
-    of = ""
-    if entry.benchmark in list_benchmarks() and (all_of_them := find_benchmark(entry.benchmark).seeds) > len(entry.seeds):
-        of = f" of {all_of_them}"
-    over = "seeds" if len(entry.seeds) > 1 else "clients"
+    count = len(entry.seeds)
+    planned = find_benchmark(entry.benchmark).seeds if entry.benchmark in list_benchmarks() else count
+    seeds = format_count(count, "seed") if count == planned else f"{count} of {planned} seeds"
     machine = ", ".join(str(entry.machine[name]) for name in ("platform", "devices") if name in entry.machine)
     marks = ", ".join(f"{mark} {meaning}" for meaning, mark in MARKS.items())
     return (
-        f"{find_measure(entry.metric).label} on test in per cent, mean over clients and {len(entry.seeds)}{of} "
-        f"{'seed' if len(entry.seeds) == 1 and not of else 'seeds'}, with its 95 % t-interval over {over}; differences on "
-        f"the same clients and seeds ({marks}). Set-up {entry.setup}; fedvlm-jax {entry.package}, jax {entry.jax}; "
-        f"{machine}; {format_duration(entry.seconds)} of training."
+        f"{find_measure(entry.metric).label} on test in per cent, mean over clients and {seeds}, with its 95 % "
+        f"t-interval over {'seeds' if count > 1 else 'clients'}; differences on the same clients and seeds ({marks}). "
+        f"Set-up {entry.setup}; fedvlm-jax {entry.package}, jax {entry.jax}; {machine}; "
+        f"{format_duration(entry.seconds)} of training."
     )
 
 

@@ -37,16 +37,19 @@ def run_benchmark(
     benchmark: Benchmark,
     comparison: Compare,
     show: Progress | None = None,
+    model: LoadedModel | None = None,
     track: TrackOptions = TrackOptions(),  # noqa: B008  frozen
 ) -> Entry:
     """Measure the comparison's methods with its seeds, and write the line of what came out.
+
+    A model that earlier runs have loaded saves a start.
 
     Raises:
         UserError: an option is settled otherwise by the benchmark; or as `compare`.
     """
     check_comparison(benchmark, comparison)
     show = show or SilentProgress()
-    model = load_model(comparison.base, show.note)
+    model = model or load_model(comparison.base, show.note)
     rates = dict(benchmark.rates)
     if untuned := list_untuned(benchmark, comparison):
         rates |= _tune(benchmark, comparison, untuned, show, model)
@@ -222,4 +225,3 @@ def judge_row(claimed: Row, rerun: Row) -> Verdict:
         raise UserError(f"the clients of {claimed.method} in the line are not those of the benchmark")
     difference = estimate_mean(subtract_scores(rerun.by_seed, mine)).mean
     return Verdict(claimed.method, estimate_mean(claimed.by_seed), seeds, difference)
-

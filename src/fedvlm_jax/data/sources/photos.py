@@ -1,12 +1,13 @@
 """Photographs of animals, plants and things, asked about in several languages: those of Tux Paint's stamps.
 
-The pictures are Debian's package tuxpaint-stamps-default (GPL-2, 161 MB), which does not ship; they are read where it
-puts them, or from `--data.path`. Folders of drawings are left out. The kind of thing is that of the folder, named as the
-emoji set names it in twelve languages; so the words are those which the shipped bases have learnt, and the pictures are
-of another nature. A client has a language and a part of the pictures, which is dealt anew for each language.
+The pictures are those of Debian's package tuxpaint-stamps-default (GPL-2, 161 MB), which does not ship; they are read
+where it puts them, or from `--data.path`. Folders of drawings are left out. The kind of thing is that of the folder,
+named as the emoji set names it in twelve languages: the words are those which the shipped bases have learnt, and the
+pictures are of another nature. A client has a language and a part of the pictures, dealt anew for each language.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,8 +19,8 @@ import tyro
 from fedvlm_jax.data.config import Source, check_names
 from fedvlm_jax.data.forms.base import FormOptions, RowOptions
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.records.files import Content, Part, Record, walk
-from fedvlm_jax.utils.digests import digest_files, digest_parts
+from fedvlm_jax.records.files import Content, Part, Record, gather, walk
+from fedvlm_jax.utils.digests import digest_parts
 from fedvlm_jax.utils.option_ranges import Count
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ KINDS = {
     "vehicles/masstransit": "ground transportation",
     "vehicles/race": "ground transportation",
 }
-"""Folder -> what is on its pictures, and on those of folders in it that are not named themselves: a subgroup of emoji."""
+"""Folder -> the subgroup of emoji that its pictures show, and those of folders in it that are not named themselves."""
 TASK = "subgroup"
 
 
@@ -107,28 +108,29 @@ class _Stamps(FormOptions):
                 f"{PACKAGE}; or apt-get download {PACKAGE}, dpkg-deb -x {PACKAGE}_*.deb DIR and --data.path "
                 f"DIR{PLACE}"
             )
-        found = [str(place / name) for place, names in walk(folder) for name in names if find_kind(place / name)]
+        found = sorted(place / name for place, names in walk(folder) for name in names if find_kind(place / name))
         if not found:
             raise UserError(f"--data {NAME}: {folder} has no pictures in {', '.join(list(KINDS)[:3])} and so on")
-        parts = tuple(Part(folder / name, name) for name in sorted(found))
-        return Content(folder, parts, digest_files(part.file for part in parts))
+        content = gather(folder, found)
+        return content._replace(
+            parts=tuple(part._replace(base="", split=None, label=part.name) for part in content.parts)
+        )
 
     def read_records(self, part: Part, pictures: bool) -> Iterator[Record]:
         """Give the rows of a photograph, one for each language."""
-        kind = find_kind(PurePath(part.name))
+        kind, words = find_kind(PurePath(part.label)), read_words()
         for language in self.languages:
-            words = read_words()
             if language not in words:
                 raise UserError(f"--data.languages has {language}; there are {', '.join(sorted(words))}")
             neutral, question, answers = words[language]
-            dealt = digest_parts([part.name.encode("utf-8", "surrogateescape"), language.encode()])
+            dealt = digest_parts([os.fsencode(part.label), language.encode()])
             number = int.from_bytes(dealt[:8]) % self.clients_per_language + 1
             yield {
-                "image": part.name,
+                "image": part.label,
                 "question": neutral,
                 "question_client": question,
                 "chosen": answers[kind],
-                "idx": f"{language}/{part.name}",
+                "idx": f"{language}/{part.label}",
                 "language": language,
                 "kind": kind,
                 "client": f"{language}-{number}",
@@ -148,7 +150,7 @@ def find_kind(name: PurePath) -> str:
 
 @lru_cache(maxsize=1)
 def read_words() -> dict[str, tuple[str, str, dict[str, str]]]:
-    """Return language -> the neutral question, the language's own, and the name of every kind, as the emoji set has them.
+    """Return language -> the neutral question, the language's own, and the name of every kind, of the emoji set.
 
     >>> read_words()["de"][2]["birds"]
     'Vögel'
@@ -156,7 +158,9 @@ def read_words() -> dict[str, tuple[str, str, dict[str, str]]]:
     from fedvlm_jax.data.sources.registry import read_table
 
     table = read_table("emoji")
-    columns = [table.read_text(name) for name in ("task", "language", "concept", "chosen", "question", "question_client")]
+    columns = [
+        table.read_text(name) for name in ("task", "language", "concept", "chosen", "question", "question_client")
+    ]
     rows = [row for row in zip(*columns, strict=True) if row[0] == TASK]
     english = {concept: answer for _, language, concept, answer, _, _ in rows if language == "en"}
     words: dict[str, tuple[str, str, dict[str, str]]] = {}

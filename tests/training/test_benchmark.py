@@ -1,0 +1,291 @@
+"""A tiny benchmark from the command to its line, to the table, and to the check of that line and of others."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from fedvlm_jax.cli.main import main
+from fedvlm_jax.config import benchmark as benchmarks
+from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.statistics.over_seeds import estimate_mean
+from fedvlm_jax.reporting import benchmark_tables
+from fedvlm_jax.run_dir.benchmark_entry import ZERO_SHOT, Entry, Row, read_entries, read_submission, write_entry
+from fedvlm_jax.run_dir.reader import read_comparison, read_run
+from fedvlm_jax.training.benchmark import judge_row, run_benchmark
+from fedvlm_jax.utils.progress import SilentProgress
+
+TINY = """
+about = "Four clients."
+version = 1
+scored = "{scored}"
+seeds = 3
+tuning_seed = 100
+grid = [[0.002, 0.002], [0.01, 0.005]]
+finetune_steps = 2
+neighbours = 3
+methods = ["local", "plora"]
+seconds = 1
+
+[rates]
+local = [0.01, 0.005]
+
+[options]
+model = "{model}"
+
+[options.data]
+source = "emoji"
+languages = ["en", "de"]
+vendors = ["noto", "fluent"]
+images_per_client = 5
+validation_per_client = 2
+test_per_client = 3
+held_out_clients = {held_out}
+
+[options.data.partition]
+kind = "natural"
+
+[options.lora]
+rank = 2
+
+[options.train]
+rounds = 1
+local_steps = 2
+batch_size = 4
+
+[options.evaluation]
+select_by = "token_accuracy"
+max_answer_tokens = 4
+batch_size = 6
+metrics = ["exact_match"]
+examples = 0
+cold_start = "mean"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    """Where the tests' benchmarks lie, in place of those that ship."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    (folder / "tiny.toml").write_text(TINY.format(scored="personal", model=model, held_out=0.0))
+    (folder / "joining.toml").write_text(TINY.format(scored="newcomers", model=model, held_out=0.25))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmarks, "FOLDER", folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def tiny(folder):
+    return benchmarks.find_benchmark("tiny")
+
+
+@pytest.fixture(scope="module")
+def out(tiny, loaded, tmp_path_factory):
+    """Two of the three seeds."""
+    out = tmp_path_factory.mktemp("benchmark") / "out"
+    run_benchmark(tiny, replace(tiny.make_comparison(out), seeds=2), SilentProgress(), loaded)
+    return out
+
+
+@pytest.fixture(scope="module")
+def entry(out):
+    (entry,) = read_entries(out / "line.json")
+    return entry
+
+
+def test_a_line_has_the_scores_that_the_runs_have(out, entry, tiny):
+    assert (entry.benchmark, entry.version, entry.setup, entry.seeds) == ("tiny", 1, tiny.setup, (0, 1))
+    assert entry.methods == ("local", "plora")
+    assert [row.method for row in entry.rows] == [ZERO_SHOT, "local", "plora"]
+    for row in entry.rows:
+        for seed, scores in row.by_seed.items():
+            name = "local" if row.method == ZERO_SHOT else row.method
+            record = read_run(out / "runs" / f"{name}-seed{seed}")
+            found = record.scores("zero_shot" if row.method == ZERO_SHOT else "personal", "token_accuracy")
+            assert scores == pytest.approx(found, abs=1e-6)
+            assert len(scores) == 4
+    assert any(score > 0 for row in entry.rows for score in row.by_seed[0].values())
+    assert entry.jax
+    assert entry.machine["devices"].endswith("cpu")
+    assert entry.row("plora").upload > entry.row("local").upload == 0
+
+
+def test_known_rates_are_used_and_others_are_tuned_without_a_look_at_test(out, entry, tiny):
+    assert entry.row("local").rates == tiny.rates["local"]
+    scores = []
+    for number, (rate_a, rate_b) in enumerate(tiny.grid):
+        record = read_comparison(out / "tuning" / str(number))
+        assert (record.methods, record.seeds) == (["plora"], [100])
+        run = read_run(out / "tuning" / str(number) / "runs" / "plora-seed100")
+        assert (run.options["train"]["learning_rate_a"], run.options["train"]["learning_rate_b"]) == (rate_a, rate_b)
+        assert "test" not in run.results["personal"]
+        scores.append(estimate_mean(record.scores("plora", split="validation")).mean)
+    assert entry.row("plora").rates == tiny.grid[scores.index(max(scores))]
+    assert read_run(out / "runs" / "plora-seed0").options["train"]["learning_rate_a"] == entry.row("plora").rates[0]
+
+
+def test_a_finished_benchmark_is_only_read(out, entry, tiny, loaded):
+    show = SilentProgress()
+    assert run_benchmark(tiny, replace(tiny.make_comparison(out), seeds=2), show, loaded) == replace(
+        entry, commit=entry.commit
+    )
+    assert not show.lines
+
+
+def test_the_table_fits_eighty_columns_and_says_what_it_is_of(entry, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    table = benchmark_tables.tabulate_entry(entry)
+    benchmark_tables_shown(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    assert "2 of 3 seeds" in text
+    assert "jax" in text
+    assert {row[0] for row in table.rows} == {"local", "plora", ZERO_SHOT}
+    mean = estimate_mean(entry.row("plora").by_seed)
+    assert next(row for row in table.rows if row[0] == "plora")[1].startswith(f"{100 * mean.mean:.1f} [")
+
+
+def benchmark_tables_shown(table):
+    from fedvlm_jax.reporting.tables import show_all
+
+    show_all([table])
+
+
+def test_a_line_reproduces_on_the_command_line(folder, entry, tmp_path, capsys):
+    (tmp_path / "line.json").write_text(write_entry(entry) + "\n")
+    main(["compare", "--benchmark", "tiny", "--check", str(tmp_path / "line.json"), "--out", str(tmp_path / "rerun")])
+    shown = capsys.readouterr().out
+    assert "NO" not in shown
+    assert shown.count("yes") == 2
+    assert sorted(path.name for path in (tmp_path / "rerun" / "runs").iterdir()) == ["local-seed0", "plora-seed0"]
+    assert not (tmp_path / "rerun" / "tuning").exists()
+    # The same folder, and a line whose scores nobody can get.
+    wrong = replace(
+        entry.row("plora"), scores={seed: dict.fromkeys(by, 1.0) for seed, by in entry.row("plora").scores.items()}
+    )
+    (tmp_path / "line.json").write_text(write_entry(replace(entry, rows=(*entry.rows[:2], wrong))))
+    words = ["compare", "--benchmark", "tiny", "--check", str(tmp_path / "line.json"), "--out", str(tmp_path / "rerun")]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--methods", "local", "plora"])
+    assert stop.value.code == 1
+    assert "NO" in capsys.readouterr().out
+
+
+def test_newcomers_are_scored_with_what_they_join_with(folder, loaded, tmp_path):
+    benchmark = benchmarks.find_benchmark("joining")
+    comparison = replace(benchmark.make_comparison(tmp_path / "out"), methods=("local",), seeds=1)
+    entry = run_benchmark(benchmark, comparison, SilentProgress(), loaded)
+    held_out = read_run(tmp_path / "out" / "runs" / "local-seed0").results["held_out"]
+    assert entry.row("local").by_seed[0] == pytest.approx(held_out["personal"]["test"]["token_accuracy"], abs=1e-6)
+    assert entry.row(ZERO_SHOT).by_seed[0] == pytest.approx(held_out["zero_shot"]["test"]["token_accuracy"], abs=1e-6)
+    assert len(entry.row("local").by_seed[0]) == 1
+
+
+def make_row(scores, method="plora"):
+    return Row(method, (0.002, 0.002), {}, {str(seed): by for seed, by in enumerate(scores)}, 8.0, 1.0)
+
+
+@pytest.mark.parametrize(("rerun", "expected"), [(0.50, True), (0.58, True), (0.60, False), (0.40, False)])
+def test_a_row_reproduces_within_its_interval(rerun, expected):
+    """Seeds at 0.5, 0.5, 0.6: mean 0.533, standard error 0.0333, t with two degrees of freedom 4.303: 0.143 each way.
+
+    The rerun of the first two seeds is held against the same two of the line.
+    """
+    claimed = make_row([{"a": 0.4, "b": 0.6}, {"a": 0.5, "b": 0.5}, {"a": 0.6, "b": 0.6}])
+    again = make_row([{"a": rerun, "b": rerun + 0.05}, {"a": rerun, "b": rerun + 0.05}])
+    verdict = judge_row(claimed, again)
+    assert verdict.difference == pytest.approx(rerun + 0.025 - 0.5)
+    assert verdict.claimed.high - verdict.claimed.mean == pytest.approx(0.1434, abs=1e-4)
+    assert verdict.reproduced == (abs(rerun + 0.025 - 0.5) < 0.1434)
+    assert expected or abs(rerun - 0.475) > 0.07
+
+
+def test_other_clients_are_no_rerun():
+    with pytest.raises(UserError, match="the clients of plora in the line are not those of the benchmark"):
+        judge_row(make_row([{"a": 0.4}]), make_row([{"b": 0.4}]))
+
+
+def spoil(entry, **changes):
+    return json.dumps({**json.loads(write_entry(entry)), **changes})
+
+
+def spoil_row(entry, **changes):
+    rows = json.loads(write_entry(entry))["rows"]
+    return spoil(entry, rows=[*rows[:-1], {**rows[-1], **changes}])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda entry: "", "has no line"),
+        (lambda entry: "[1]", "expected a JSON object"),
+        (lambda entry: "[" * 100_000, "not readable as JSON"),
+        (lambda entry: spoil(entry, setup="0" * 16), "the two cannot be compared"),
+        (lambda entry: spoil(entry, benchmark="other"), "has 0 lines of tiny"),
+        (lambda entry: spoil(entry, seeds=[0, 2]), "expected 0, 1 and so on"),
+        (lambda entry: spoil(entry, seeds=[]), "expected 0, 1 and so on"),
+        (lambda entry: spoil(entry, rows=[]), "expected a row for every method"),
+        (lambda entry: spoil(entry, extra=1), "unknown option extra"),
+        (lambda entry: spoil(entry, seconds="nan"), "seconds that cannot be"),
+        (lambda entry: spoil_row(entry, rates=[1.0, 1.0]), "not in the grid"),
+        (lambda entry: spoil_row(entry, rates=None), "has no learning rates"),
+        (lambda entry: spoil_row(entry, method="local"), "a row for every method, and one only"),
+        (lambda entry: spoil_row(entry, scores={"0": {"a": 1.5}, "1": {"a": 0.5}}), "a score of 1.5"),
+        (lambda entry: spoil_row(entry, scores={"0": {"a": math.nan}, "1": {"a": 0.5}}), "a score of nan"),
+        (lambda entry: spoil_row(entry, scores={"0": {"a": 0.5}}), "scores of other seeds"),
+        (lambda entry: spoil_row(entry, method="x\x1b[31m" * 50), "this version has no method x"),
+        (lambda entry: spoil_row(entry, options={"lambda_": 3}), "unknown option the numbers of plora.lambda_"),
+        (lambda entry: spoil(entry, data="0"), "was measured on another version of the data"),
+        (lambda entry: write_entry(entry) + "\n" + write_entry(entry), "has 2 lines of tiny"),
+    ],
+)
+def test_a_stranger_s_line_is_refused_in_a_line(folder, entry, make, message, tmp_path, capsys):
+    (tmp_path / "line.json").write_text(make(entry))
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--benchmark", "tiny", "--check", str(tmp_path / "line.json"), "--out", str(tmp_path / "out")])
+    shown = capsys.readouterr().err
+    said = [line for line in shown.splitlines() if line.startswith("fedvlm: ")]
+    assert stop.value.code == 2
+    assert len(said) == 1
+    assert message in said[0]
+    assert "\x1b" not in shown
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_file_that_is_no_text_is_refused(tiny, tmp_path):
+    (tmp_path / "line.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is no UTF-8"):
+        read_submission(tmp_path / "line.json", tiny)
+    with pytest.raises(UserError, match="No such file"):
+        read_submission(tmp_path / "none.json", tiny)
+    with pytest.raises(UserError, match=r"line\.json|folder|director"):
+        read_submission(tmp_path, tiny)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--benchmark", "nothing"], "--benchmark nothing: there are joining, tiny"),
+        (["--check", "x.json"], "say which with --benchmark NAME"),
+        (["--benchmark", "tiny", "--rounds", "9"], "--train.rounds is settled by --benchmark tiny"),
+        (["--benchmark", "tiny", "--data", "rlaif-v"], "--data is settled by --benchmark tiny"),
+        (["--benchmark", "tiny", "--seeds", "4"], "--seeds is 4, and tiny has 3"),
+        (["--benchmark", "tiny", "--check", "none.json"], "none.json"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(folder, words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *words])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_board_has_every_benchmark(folder, entry, tmp_path):
+    old = Entry(**{**entry.__dict__, "setup": "0" * 16})
+    (tmp_path / "board.jsonl").write_text(f"{write_entry(entry)}\n{write_entry(old)}\n")
+    text = benchmark_tables.write_board(tmp_path / "board.jsonl")
+    assert text.index("### joining") < text.index("Nobody has entered") < text.index("### tiny")
+    assert text.count("| plora |") == 1
+    assert "1 line of earlier set-ups" in text
