@@ -96,7 +96,6 @@ def _run_benchmark(name: str, comparison: Compare, check: Path | None, tracked: 
         placed = dataclasses.replace(comparison, base=dataclasses.replace(comparison.base, out=folder))
         show = progress_display.open_progress()
         with advising(show.finish, lambda: _advise(folder)):
-            show.note(benchmark.about)
             if entry is None:
                 table = benchmark_tables.tabulate_entry(benching.run_benchmark(benchmark, placed, show, **tracked))
                 verdicts = []

@@ -49,9 +49,13 @@ def run_benchmark(
     """
     check_comparison(benchmark, comparison)
     show = show or SilentProgress()
+    untuned = list_untuned(benchmark, comparison)
+    runs = len(comparison.methods) * comparison.seeds + len(untuned) * len(benchmark.grid)
+    minutes = runs * benchmark.seconds / 60
+    show.note(f"{benchmark.about} {format_count(runs, 'run')}: about {minutes:.0f} min on two cores, and compiling")
     model = model or load_model(comparison.base, show.note)
     rates = dict(benchmark.rates)
-    if untuned := list_untuned(benchmark, comparison):
+    if untuned:
         rates |= _tune(benchmark, comparison, untuned, show, model)
     return _measure(benchmark, comparison, rates, show, model, track)
 
