@@ -89,7 +89,8 @@ def _run_benchmark(name: str, comparison: Compare, check: Path | None, tracked: 
     start_quickly()
 
     from fedvlm_jax.reporting import benchmark_tables, report, tables
-    from fedvlm_jax.training import benchmark as benching
+    from fedvlm_jax.training.benchmarks.check import check_entry
+    from fedvlm_jax.training.benchmarks.measure import LINE, run_benchmark
     from fedvlm_jax.utils import progress_display
 
     with choose_folder(comparison.out, "benchmark") as folder:
@@ -97,14 +98,14 @@ def _run_benchmark(name: str, comparison: Compare, check: Path | None, tracked: 
         show = progress_display.open_progress()
         with advising(show.finish, lambda: _advise(folder)):
             if entry is None:
-                table = benchmark_tables.tabulate_entry(benching.run_benchmark(benchmark, placed, show, **tracked))
+                table = benchmark_tables.tabulate_entry(run_benchmark(benchmark, placed, show, **tracked))
                 verdicts = []
             else:
-                verdicts = benching.check_entry(benchmark, entry, placed, show, **tracked)
+                verdicts = check_entry(benchmark, entry, placed, show, **tracked)
                 table = benchmark_tables.tabulate_verdicts(benchmark, verdicts)
     page = report.write_report([folder])
     console = tables.show_all([table])
-    console.say(f"line        {folder / benching.LINE}\nreport      {page}")
+    console.say(f"line        {folder / LINE}\nreport      {page}")
     if not all(verdict.reproduced for verdict in verdicts):
         raise SystemExit(1)
 

@@ -11,7 +11,7 @@ from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import Estimate, estimate_mean, spread, subtract_scores
 from fedvlm_jax.reporting.tables import MARKS, Table, format_bytes, format_duration, format_paired, points, to_markdown
 from fedvlm_jax.run_dir.benchmark_entry import ZERO_SHOT, Entry, read_entries
-from fedvlm_jax.training.benchmark import Verdict
+from fedvlm_jax.training.benchmarks.check import Verdict
 
 RIVAL = "local"
 

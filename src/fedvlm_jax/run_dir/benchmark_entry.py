@@ -178,7 +178,9 @@ def read_submission(file: Path, benchmark: Benchmark) -> Entry:
             f"{benchmark.version}, set-up {benchmark.setup}: the two cannot be compared"
         )
     if len(entry.seeds) > benchmark.seeds:
-        raise UserError(f"{file} has {len(entry.seeds)} seeds, and {benchmark.name} has {benchmark.seeds}")
+        raise UserError(
+            f"{file} has {format_count(len(entry.seeds), 'seed')}, and {benchmark.name} has {benchmark.seeds}"
+        )
     for row in entry.rows:
         if row.rates is not None and row.rates not in benchmark.grid:
             raise UserError(f"{file}: {_show(row.method)} has learning rates {row.rates}, which are not in the grid")

@@ -2,8 +2,8 @@
 
 As the authors' public code reads them: each file is a list of LLaVA's conversations, paths of pictures begin in the
 folder that `dataset/`, the folder of the sets, lies in, and a scenario (JSON: `client_id` and `datasets` of each
-client) gives each client its tasks. Without a scenario every task is a client. The order of a client's tasks in time, which
-DRAKE has besides, is not kept: a client trains on all of them, as in the code's setting without it.
+client) gives each client its tasks. Without a scenario every task is a client. The order of a client's tasks in time,
+which DRAKE has besides, is not kept: a client trains on all of them, as in the code's setting without it.
 """
 
 import json

@@ -5,7 +5,7 @@ never reads the test split, and `line.json`, the line for the benchmark's table.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,10 +18,10 @@ from fedvlm_jax.config.track_options import TrackOptions
 from fedvlm_jax.data.config import Split
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError, format_count
-from fedvlm_jax.evaluation.statistics.over_seeds import BySeed, Estimate, estimate_mean, subtract_scores
-from fedvlm_jax.methods.config import MethodOptions, find_method_options
+from fedvlm_jax.evaluation.statistics.over_seeds import BySeed, estimate_mean
+from fedvlm_jax.methods.config import find_method_options
 from fedvlm_jax.run_dir.artifacts import describe_environment
-from fedvlm_jax.run_dir.benchmark_entry import ZERO_SHOT, Entry, Row, check_known, write_entry
+from fedvlm_jax.run_dir.benchmark_entry import ZERO_SHOT, Entry, Row, write_entry
 from fedvlm_jax.run_dir.reader import ComparisonRecord, drop_missing, read_comparison
 from fedvlm_jax.training import compare as comparing
 from fedvlm_jax.training.loaded_model import LoadedModel, load_model
@@ -57,7 +57,7 @@ def run_benchmark(
     rates = dict(benchmark.rates)
     if untuned:
         rates |= _tune(benchmark, comparison, untuned, show, model)
-    return _measure(benchmark, comparison, rates, show, model, track)
+    return measure(benchmark, comparison, rates, show, model, track)
 
 
 def _tune(
@@ -91,7 +91,7 @@ def _keep_numbers(comparison: Compare) -> Compare:
     return replace(comparison, method_options=kept)
 
 
-def _measure(
+def measure(
     benchmark: Benchmark,
     comparison: Compare,
     rates: Mapping[str, Rates],
@@ -99,6 +99,11 @@ def _measure(
     model: LoadedModel,
     track: TrackOptions,
 ) -> Entry:
+    """Run every method with its learning rates and every seed; write the line and return it.
+
+    Raises:
+        UserError: as `compare`.
+    """
     settings = {method: benchmark.train_with(rates[method]) for method in comparison.methods}
     folder = comparing.compare(_keep_numbers(comparison), show, model, settings, track)
     record = read_comparison(folder)
@@ -157,75 +162,3 @@ def _describe(
         commit=about["commit"],
         seconds=round(sum(row.seconds for row in rows), 1),
     )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A row of somebody's line, and the same rerun with some of its seeds."""
-
-    method: str
-    claimed: Estimate
-    seeds: tuple[int, ...]
-    """Those that were rerun."""
-    difference: float
-    """The rerun's mean minus the line's, of these seeds."""
-
-    @property
-    def reproduced(self) -> bool:
-        """Tell whether the line's mean, moved by the difference, stays in its interval.
-
-        >>> Verdict("local", Estimate(0.42, 0.40, 0.44, "seeds"), (0,), -0.03).reproduced
-        False
-        """
-        return self.claimed.low <= self.claimed.mean + self.difference <= self.claimed.high
-
-
-def check_entry(
-    benchmark: Benchmark,
-    entry: Entry,
-    comparison: Compare,
-    show: Progress | None = None,
-    track: TrackOptions = TrackOptions(),  # noqa: B008  frozen
-) -> list[Verdict]:
-    """Rerun the comparison's methods and seeds with the learning rates and numbers of a line, which has them.
-
-    Data and weights must be those that the line names. Seeds are the line's own, so what separates seeds cancels, and
-    the interval is the bound for what versions and machines may differ by.
-
-    Raises:
-        UserError: the line has no such rows or seeds, or was measured on other data or another base.
-    """
-    if any(numbers != type(numbers)() for numbers in comparison.method_options.values()):
-        raise UserError("--check reruns a row with the numbers of its line: leave out --method.*")
-    check_known(entry, comparison.methods)
-    if comparison.seeds > len(entry.seeds):
-        raise UserError(f"--seeds is {comparison.seeds}, and the line has {format_count(len(entry.seeds), 'seed')}")
-    numbers = {plain(name): entry.row(name).make_options() for name in comparison.methods}
-    given = {name: options for name, options in numbers.items() if type(options) is not MethodOptions}
-    comparison = replace(comparison, method_options=given)
-    check_comparison(benchmark, comparison)
-    rates = {row.method: row.rates for row in entry.rows if row.rates is not None}
-    show = show or SilentProgress()
-    model = load_model(comparison.base, show.note, lambda sources: _refuse_other(entry, sources))
-    rerun = _measure(benchmark, comparison, rates, show, model, track)
-    return [judge_row(entry.row(method), rerun.row(method)) for method in comparison.methods]
-
-
-def _refuse_other(entry: Entry, sources: Mapping[str, Any]) -> None:
-    for what, name in (("data", "data"), ("base", "weights")):
-        if sources[name] != getattr(entry, name):
-            raise UserError(f"the line was measured on another version of the {what} than there is here")
-
-
-def judge_row(claimed: Row, rerun: Row) -> Verdict:
-    """Hold a row against its rerun.
-
-    Raises:
-        UserError: they have not the same clients in the rerun's seeds.
-    """
-    seeds = tuple(rerun.by_seed)
-    mine = {seed: claimed.by_seed[seed] for seed in seeds}
-    if any(mine[seed].keys() != rerun.by_seed[seed].keys() for seed in seeds):
-        raise UserError(f"the clients of {claimed.method} in the line are not those of the benchmark")
-    difference = estimate_mean(subtract_scores(rerun.by_seed, mine)).mean
-    return Verdict(claimed.method, estimate_mean(claimed.by_seed), seeds, difference)
