@@ -1,8 +1,8 @@
 """DRAKE's and HFLB's sets (arXiv 2506.11024): folders `SET/train/dataset-K.json` and `SET/test/dataset-K.json`.
 
-As the authors' public code reads them: each file is a list of LLaVA's conversations, paths of pictures begin in the
-folder that `dataset/`, the folder of the sets, lies in, and a scenario (JSON: `client_id` and `datasets` of each
-client) gives each client its tasks. Without a scenario every task is a client. The order of a client's tasks in time,
+As the authors' public code reads them: each file is a list of LLaVA's conversations, paths of pictures begin with
+`dataset/`, the folder of the sets, and a scenario (JSON: `client_id` and `datasets` of each client) gives each client
+its tasks. Without a scenario every task is a client. The order of a client's tasks in time,
 which DRAKE has besides, is not kept: a client trains on all of them, as in the code's setting without it.
 """
 
@@ -72,13 +72,26 @@ class Options(TurnOptions):
             part._replace(base="", split=split, label=client)
             for part, (client, split, _) in zip(content.parts, cells, strict=True)
         ]
-        # Paths of pictures begin beside the folder of the sets: `dataset/SET/images/1.jpg`.
-        return content._replace(folder=folder.absolute().parent, parts=tuple(parts))
+        return content._replace(parts=tuple(parts))
 
     def read_records(self, part: Part, pictures: bool) -> Iterator[Record]:
         """Read a task's conversations, with their client."""
         for record in read_json(part.file):
-            yield record if isinstance(record, str) else {**record, "client": part.label}
+            if isinstance(record, str):
+                yield record
+                continue
+            image = record.get("image")
+            placed = list(map(place_picture, image)) if isinstance(image, list) else place_picture(image)
+            yield {**record, "image": placed, "client": part.label}
+
+
+def place_picture(path: Any) -> Any:
+    """Write the path of a picture from the folder of the sets on; what is no text stays.
+
+    >>> place_picture("./dataset/VSR/images/1.jpg"), place_picture("VSR/images/1.jpg")
+    ('VSR/images/1.jpg', 'VSR/images/1.jpg')
+    """
+    return path.removeprefix("./").removeprefix("dataset/") if isinstance(path, str) else path
 
 
 def read_scenario(file: Path) -> dict[str, list[Task]]:
