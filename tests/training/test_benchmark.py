@@ -27,7 +27,7 @@ tuning_seed = 100
 grid = [[0.1, 0.1], [0.3, 0.3]]
 finetune_steps = 2
 neighbours = 3
-methods = ["local", "plora"]
+methods = ["local", "plora", "ditto"]
 seconds = 1
 
 [rates]
@@ -66,6 +66,9 @@ cold_start = "mean"
 """
 
 
+SOME = {"methods": ("local", "plora"), "seeds": 2}
+
+
 def write_benchmarks(folder, model):
     (folder / "tiny.toml").write_text(TINY.format(scored="personal", model=model, held_out=0.0))
     (folder / "joining.toml").write_text(TINY.format(scored="newcomers", model=model, held_out=0.25))
@@ -92,7 +95,7 @@ def tiny(model, tmp_path_factory):
 def out(tiny, loaded, tmp_path_factory):
     """Two of the three seeds."""
     out = tmp_path_factory.mktemp("benchmark") / "out"
-    run_benchmark(tiny, replace(tiny.make_comparison(out), seeds=2), SilentProgress(), loaded)
+    run_benchmark(tiny, replace(tiny.make_comparison(out), **SOME), SilentProgress(), loaded)
     return out
 
 
@@ -152,7 +155,7 @@ def test_known_rates_are_used_and_others_are_tuned_without_a_look_at_test(out, m
 @pytest.mark.broad
 def test_a_finished_benchmark_is_only_read(out, measured, tiny, loaded):
     show = SilentProgress()
-    assert run_benchmark(tiny, replace(tiny.make_comparison(out), seeds=2), show, loaded) == measured
+    assert run_benchmark(tiny, replace(tiny.make_comparison(out), **SOME), show, loaded) == measured
     assert not show.lines
 
 
@@ -203,7 +206,9 @@ def test_newcomers_are_scored_with_what_they_join_with(tiny, loaded, tmp_path):
     assert len(entry.row("local").by_seed[0]) == 1
 
 
-@pytest.mark.parametrize(("rerun", "expected"), [(0.50, True), (0.61, True), (0.63, False), (0.34, True), (0.32, False)])
+@pytest.mark.parametrize(
+    ("rerun", "expected"), [(0.50, True), (0.61, True), (0.63, False), (0.34, True), (0.32, False)]
+)
 def test_a_row_reproduces_within_its_interval(rerun, expected):
     """Seeds at 0.5, 0.5, 0.6: mean 0.533, standard error 0.0333, t with two degrees of freedom 4.303: 0.143 each way.
 
@@ -269,6 +274,22 @@ def test_a_stranger_s_line_is_refused_in_a_line(entry, make, message, tmp_path, 
     assert not (tmp_path / "out" / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "rolora"], "--methods rolora: the line has rows of local, plora"),
+        (["--seeds", "3"], "--seeds is 3, and the line has 2 seeds"),
+        (["--methods", "plora", "ditto", "--method.ditto.lambda", "0.5"], "leave out --method.ditto.lambda"),
+    ],
+)
+def test_rows_that_the_line_does_not_have_are_refused(entry, words, message, tmp_path, capsys):
+    (tmp_path / "line.json").write_text(write_entry(entry))
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--benchmark", "tiny", "--check", str(tmp_path / "line.json"), "--out", str(tmp_path), *words])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_text_is_refused(shipped, tmp_path):
     (tmp_path / "line.json").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="is no UTF-8"):
@@ -288,6 +309,7 @@ def test_a_file_that_is_no_text_is_refused(shipped, tmp_path):
         (["--benchmark", "tiny", "--data", "rlaif-v"], "--data is settled by --benchmark tiny"),
         (["--benchmark", "tiny", "--seeds", "4"], "--seeds is 4, and tiny has 3"),
         (["--benchmark", "tiny", "--check", "none.json"], "none.json"),
+        (["--benchmark", "tiny", "--out"], "--out"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(shipped, words, message, capsys):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -14,6 +14,10 @@ from fedvlm_jax.config.option_checks import validate_comparison
 from fedvlm_jax.config.track_options import TrackOptions, check_tracking
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.folder_lock import choose_folder
+
+if TYPE_CHECKING:
+    from fedvlm_jax.config.benchmark import Benchmark
+    from fedvlm_jax.run_dir.benchmark_entry import Entry
 
 
 def compare(
@@ -77,14 +81,7 @@ def _run_benchmark(name: str, comparison: Compare, check: Path | None, tracked: 
     benchmark = find_benchmark(name)
     entry = None
     if check is not None:
-        from fedvlm_jax.run_dir.benchmark_entry import check_known, read_submission
-
-        entry = read_submission(check, benchmark)
-        written = find_written()
-        methods = comparison.methods if "--methods" in written else entry.methods[:2]
-        check_known(entry, methods)
-        seeds = comparison.seeds if "--seeds" in written else 1
-        comparison = dataclasses.replace(comparison, methods=methods, seeds=seeds)
+        entry, comparison = _choose_rows(check, benchmark, comparison)
     check_comparison(benchmark, comparison)
     start_quickly()
 
@@ -108,6 +105,19 @@ def _run_benchmark(name: str, comparison: Compare, check: Path | None, tracked: 
     console.say(f"line        {folder / LINE}\nreport      {page}")
     if not all(verdict.reproduced for verdict in verdicts):
         raise SystemExit(1)
+
+
+def _choose_rows(check: Path, benchmark: "Benchmark", comparison: Compare) -> "tuple[Entry, Compare]":
+    """Read a line, and choose what of it is rerun: what is written, else its first two rows with one seed."""
+    from fedvlm_jax.run_dir.benchmark_entry import check_known, read_submission
+
+    entry, written = read_submission(check, benchmark), find_written()
+    if numbers := [flag for flag in written if flag.startswith("--method.")]:
+        raise UserError(f"--check reruns a row with the numbers of its line: leave out {numbers[0]}")
+    methods = comparison.methods if "--methods" in written else entry.methods[:2]
+    check_known(entry, methods)
+    seeds = comparison.seeds if "--seeds" in written else 1
+    return entry, dataclasses.replace(comparison, methods=methods, seeds=seeds, method_options={})
 
 
 def _advise(folder: Path) -> str:

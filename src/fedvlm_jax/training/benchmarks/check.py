@@ -53,8 +53,8 @@ def check_entry(
     Raises:
         UserError: the line has no such rows or seeds, or was measured on other data or another base.
     """
-    if any(numbers != type(numbers)() for numbers in comparison.method_options.values()):
-        raise UserError("--check reruns a row with the numbers of its line: leave out --method.*")
+    if comparison.method_options:
+        raise UserError("a row is rerun with the numbers of its line: leave out method_options")
     check_known(entry, comparison.methods)
     if comparison.seeds > len(entry.seeds):
         raise UserError(f"--seeds is {comparison.seeds}, and the line has {format_count(len(entry.seeds), 'seed')}")
