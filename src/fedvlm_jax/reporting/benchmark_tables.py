@@ -87,7 +87,7 @@ def write_board(file: Path) -> str:
     Raises:
         UserError: as `read_entries`.
     """
-    entries = read_entries(file)
+    entries = read_entries(file) if file.stat().st_size else []
     parts = list[str]()
     for name in list_benchmarks():
         benchmark = find_benchmark(name)
