@@ -53,11 +53,11 @@ rank = 2
 
 [options.train]
 rounds = 1
-local_steps = 8
+local_steps = 2
 batch_size = 4
 
 [options.evaluation]
-select_by = "token_accuracy"
+select_by = "preference_accuracy"
 max_answer_tokens = 4
 batch_size = 6
 metrics = ["exact_match"]
@@ -128,7 +128,7 @@ def test_a_line_has_the_scores_that_the_runs_have(out, measured, tiny):
         for seed, scores in row.by_seed.items():
             name = "local" if row.method == ZERO_SHOT else row.method
             record = read_run(out / "runs" / f"{name}-seed{seed}")
-            found = record.scores("zero_shot" if row.method == ZERO_SHOT else "personal", "token_accuracy")
+            found = record.scores("zero_shot" if row.method == ZERO_SHOT else "personal", "preference_accuracy")
             assert scores == pytest.approx(found, abs=1e-6)
             assert len(scores) == 4
     assert any(score > 0 for row in measured.rows for score in row.by_seed[0].values())
@@ -201,8 +201,8 @@ def test_newcomers_are_scored_with_what_they_join_with(tiny, loaded, tmp_path):
     comparison = replace(benchmark.make_comparison(tmp_path / "out"), methods=("local",), seeds=1)
     entry = run_benchmark(benchmark, comparison, SilentProgress(), loaded)
     held_out = read_run(tmp_path / "out" / "runs" / "local-seed0").results["held_out"]
-    assert entry.row("local").by_seed[0] == pytest.approx(held_out["personal"]["test"]["token_accuracy"], abs=1e-6)
-    assert entry.row(ZERO_SHOT).by_seed[0] == pytest.approx(held_out["zero_shot"]["test"]["token_accuracy"], abs=1e-6)
+    assert entry.row("local").by_seed[0] == pytest.approx(held_out["personal"]["test"]["preference_accuracy"], abs=1e-6)
+    assert entry.row(ZERO_SHOT).by_seed[0] == pytest.approx(held_out["zero_shot"]["test"]["preference_accuracy"], abs=1e-6)
     assert len(entry.row("local").by_seed[0]) == 1
 
 

@@ -142,7 +142,7 @@ def _describe(
                 encode(comparison.method_options.get(plain(method), find_method_options(plain(method))())),
                 {str(seed): {client: round(score, 6) for client, score in by.items()} for seed, by in scores.items()},
                 float(np.mean([run["bytes_up_per_client"] for run in runs])) if runs else None,
-                round(sum(run["seconds"] for run in runs), 1),
+                round(sum((run["seconds"] for run in runs), 0.0), 1),
             )
         )
     about, device = describe_environment(), jax.devices()[0]
