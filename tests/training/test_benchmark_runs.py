@@ -66,7 +66,7 @@ cold_start = "mean"
 """
 
 
-SOME = {"methods": ("local", "plora"), "seeds": 2}
+SOME = {"methods": ("local", "plora"), "seeds": 1}
 
 
 def write_benchmarks(folder, model):
@@ -93,7 +93,7 @@ def tiny(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def out(tiny, loaded, tmp_path_factory):
-    """Two of the three seeds."""
+    """One of the three seeds."""
     out = tmp_path_factory.mktemp("benchmark") / "out"
     run_benchmark(tiny, replace(tiny.make_comparison(out), **SOME), SilentProgress(), loaded)
     return out
@@ -121,7 +121,7 @@ def entry(shipped):
 
 @pytest.mark.broad
 def test_a_line_has_the_scores_that_the_runs_have(out, measured, tiny):
-    assert (measured.benchmark, measured.version, measured.setup, measured.seeds) == ("tiny", 1, tiny.setup, (0, 1))
+    assert (measured.benchmark, measured.version, measured.setup, measured.seeds) == ("tiny", 1, tiny.setup, (0,))
     assert measured.methods == ("local", "plora")
     assert [row.method for row in measured.rows] == [ZERO_SHOT, "local", "plora"]
     for row in measured.rows:
