@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,11 +13,21 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.evaluation.statistics.over_seeds import estimate_mean
 from fedvlm_jax.reporting import benchmark_tables
 from fedvlm_jax.reporting.tables import show_all
-from fedvlm_jax.run_dir.benchmark_entry import ZERO_SHOT, Entry, Row, read_entries, read_submission, write_entry
+from fedvlm_jax.run_dir.benchmark_entry import (
+    ZERO_SHOT,
+    Entry,
+    Row,
+    check_known,
+    read_entries,
+    read_submission,
+    write_entry,
+)
 from fedvlm_jax.run_dir.reader import read_comparison, read_run
 from fedvlm_jax.training.benchmarks.check import judge_row
 from fedvlm_jax.training.benchmarks.measure import run_benchmark
 from fedvlm_jax.utils.progress import SilentProgress
+
+BOARD = Path(__file__).parents[2] / "docs" / "benchmarks.jsonl"
 
 TINY = """
 about = "Four clients."
@@ -200,9 +211,10 @@ def test_newcomers_are_scored_with_what_they_join_with(tiny, loaded, tmp_path):
     benchmark = benchmarks.find_benchmark("joining")
     comparison = replace(benchmark.make_comparison(tmp_path / "out"), methods=("local",), seeds=1)
     entry = run_benchmark(benchmark, comparison, SilentProgress(), loaded)
-    held_out = read_run(tmp_path / "out" / "runs" / "local-seed0").results["held_out"]
-    assert entry.row("local").by_seed[0] == pytest.approx(held_out["personal"]["test"]["preference_accuracy"], abs=1e-6)
-    assert entry.row(ZERO_SHOT).by_seed[0] == pytest.approx(held_out["zero_shot"]["test"]["preference_accuracy"], abs=1e-6)
+    record = read_run(tmp_path / "out" / "runs" / "local-seed0")
+    for method, model in (("local", "personal"), (ZERO_SHOT, "zero_shot")):
+        found = record.scores(f"held_out/{model}", "preference_accuracy")
+        assert entry.row(method).by_seed[0] == pytest.approx(found, abs=1e-6)
     assert len(entry.row("local").by_seed[0]) == 1
 
 
@@ -317,6 +329,18 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(shipped, words, mes
         main(["compare", *words])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_lines_of_the_board_can_be_checked(tmp_path):
+    entries = read_entries(BOARD)
+    assert entries
+    for entry in entries:
+        benchmark = benchmarks.find_benchmark(entry.benchmark)
+        assert entry.version <= benchmark.version
+        (tmp_path / "line.json").write_text(write_entry(entry))
+        if entry.setup == benchmark.setup:
+            assert read_submission(tmp_path / "line.json", benchmark) == entry
+            check_known(entry, entry.methods)
 
 
 def test_a_board_has_every_benchmark(entry, tmp_path):
