@@ -12,7 +12,7 @@ from typing import Any
 
 from fedvlm_jax.config.benchmark import Benchmark, Rates
 from fedvlm_jax.config.option_checks import plain
-from fedvlm_jax.config.run_options import methods_available
+from fedvlm_jax.config.run_options import SHARE, methods_available
 from fedvlm_jax.errors import UserError, describe_os_error, format_count
 from fedvlm_jax.evaluation.statistics.over_seeds import BySeed
 from fedvlm_jax.methods.config import MethodOptions, find_method_options
@@ -195,7 +195,7 @@ def check_known(entry: Entry, methods: tuple[str, ...]) -> None:
     """
     for method in methods:
         row = entry.row(method)
-        if plain(method) not in methods_available():
+        if plain(method) not in (*methods_available(), SHARE):
             raise UserError(f"this version has no method {_show(method)}, so its row cannot be rerun")
         row.make_options()
 
