@@ -206,7 +206,7 @@ def test_a_line_reproduces_on_the_command_line(tiny, measured, tmp_path, capsys)
     assert "NO" in capsys.readouterr().out
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_newcomers_are_scored_with_what_they_join_with(tiny, loaded, tmp_path):
     benchmark = benchmarks.find_benchmark("joining")
     comparison = replace(benchmark.make_comparison(tmp_path / "out"), methods=("local",), seeds=1)
