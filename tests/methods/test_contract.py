@@ -32,6 +32,7 @@ SENT = {
     **dict.fromkeys(("ce-lora",), ("c",)),
     **dict.fromkeys(("fedavg-lora", "iat", "iat-inverted", "hetlora", "lora-fair", "flexlora", "fedrpca"), ("a", "b")),
     **dict.fromkeys(("flora", "fedex-lora", "ditto", "apfl", "pfedme", "feddpa-t", "feddpa-f"), ("a", "b")),
+    **dict.fromkeys(("feddat",), ("a", "b")),
     **dict.fromkeys(("fedalt", "fedmosaic"), ("a", "b")),
 }
 """What a message holds, by the methods' papers; of rolora in its first phase."""
@@ -39,6 +40,7 @@ SENT = {
 TRAINED_APART = {
     "apfl": "its two models step side by side inside a scan: held against the paper in test_papers.py",
     "feddpa-t": "its model joins the pairs of two trainings: held against the paper in test_papers.py",
+    "feddat": "its two adapters step in turn inside a scan: held against the paper in test_papers.py",
 }
 """Methods whose model at the end is not that of one training, the last: name -> why, and where it is tested."""
 
