@@ -40,6 +40,7 @@ def train(objective="sft", **choices):
     client = jax.tree.map(jnp.asarray, take(make_cohort(1), 0))
     if objective != "sft":
         client.examples["rejected_labels"] = client.examples["labels"][:, ::-1]
+        client.examples |= dict.fromkeys(("reference_chosen", "reference_rejected"), jnp.full(10, -4.0))
     if "weight" in choices:
         choices = {"distil": Distillation(moved, **choices)}
     factors, _, metrics = trainer.run(params, adapters[0], trainer.start(adapters[0]), client, RATES, **choices)

@@ -92,7 +92,7 @@ class World:
             base={layer: kernel.T.astype(float) for layer, kernel in self.base.items()},
             start=as_theta(self.adapter) if start is None else start,
             scale=SCALE,
-            rates={"A": RATES["a"], "B": RATES["b"], "C": RATES["b"], "G": RATES["a"]},
+            rates={"A": RATES["a"], "B": RATES["b"], "C": RATES["b"], "G": RATES["a"], "M": RATES["b"]},
             shares=self.shares.astype(float).tolist(),
             batches=[[as_steps(data, k) for k in range(len(self.shares))] for data in self.data],
             ranks=self.ranks,

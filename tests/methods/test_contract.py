@@ -32,7 +32,8 @@ SENT = {
     **dict.fromkeys(("ce-lora",), ("c",)),
     **dict.fromkeys(("fedavg-lora", "iat", "iat-inverted", "hetlora", "lora-fair", "flexlora", "fedrpca"), ("a", "b")),
     **dict.fromkeys(("flora", "fedex-lora", "ditto", "apfl", "pfedme", "feddpa-t", "feddpa-f"), ("a", "b")),
-    **dict.fromkeys(("feddat",), ("a", "b")),
+    **dict.fromkeys(("feddat", "hilora", "fedtreelora"), ("a", "b")),
+    "fedlease": ("a", "b", "gate"),
     **dict.fromkeys(("fedalt", "fedmosaic"), ("a", "b")),
 }
 """What a message holds, by the methods' papers; of rolora in its first phase."""

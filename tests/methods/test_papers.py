@@ -84,8 +84,9 @@ def test_share_rules(name):
 
 
 def test_every_method_with_a_paper_is_here():
-    """A method that names an arXiv number and that this file does not name was not compared with its paper."""
+    """A method that names an arXiv number and that no file of papers names was not compared with its paper."""
     text = Path(__file__).read_text(encoding="utf-8")
+    text += (Path(__file__).parent / "test_papers_of_clusters.py").read_text(encoding="utf-8")
     papers = [name for name in methods_available() if "arXiv" in declare(name, Run()).source]
     missing = [name for name in papers if f'"{name}"' not in text]
     assert not missing, f"transcribe the papers of {missing} in paper_rounds.py, and compare here"
