@@ -197,11 +197,15 @@ def spectral_clusters(who: Sequence[int], distance: Callable[[int, int], float],
 
 
 def best_pair(thetas: Sequence[Theta], shares: Sequence[float], rank: int) -> Theta:
-    """Σ p_k B_k A_k = U Σ Vᵀ, B := U, A := Σ Vᵀ, of the first `rank` components."""
+    """Σ p_k B_k A_k = U Σ Vᵀ, B := U, A := Σ Vᵀ, of the first `rank` components.
+
+    The largest entry of every column of U is positive: the running mean of B over rounds depends on signs.
+    """
     pair = {}
     for layer, matrix in mean_product(thetas, shares).items():
         u, vt = best_factors(matrix, rank, even=False)  # U Σ and Vᵀ
-        sizes = np.linalg.norm(u, axis=0)
+        largest = u[np.abs(u).argmax(axis=0), np.arange(rank)]
+        sizes = np.linalg.norm(u, axis=0) * np.sign(largest)
         pair |= {(layer, "B"): u / sizes, (layer, "A"): sizes[:, None] * vt}
     return pair
 

@@ -18,6 +18,12 @@ WEIGHTS = jnp.asarray(FOUR)
 PROBE = np.random.default_rng(1).normal(size=(6, 5))
 
 
+def attendance(turns):
+    """All clients in all rounds, which is a broad test, and some who come and go."""
+    everybody = pytest.param(None, marks=pytest.mark.broad, id="all")
+    return pytest.mark.parametrize("turns", [everybody, pytest.param(turns, id="coming-and-going")])
+
+
 def assert_outputs(world, wanted, turns=None):
     """What every client says after every round, and said when it had trained."""
     batch, history = {"inputs": jnp.asarray(PROBE, jnp.float32)}, world.run(turns)
@@ -62,7 +68,7 @@ LATE = [(0.3, 0.3, 0.4, 0.0), (0.0, 0.5, 0.3, 0.2), (0.2, 0.0, 0.4, 0.4), (0.2, 
 """The fourth comes when there are clusters, in the second round; one is missing in the second, one in the third."""
 
 
-@pytest.mark.parametrize("turns", [None, LATE], ids=["all", "coming-and-going"])
+@attendance(LATE)
 def test_fedlease(turns):
     """Every round after the warm-up begins with the cluster's mean (known mistake 4 of public code: it did not)."""
     world = World(
@@ -85,7 +91,7 @@ LATER = [(0.3, 0.3, 0.4, 0.0), (0.5, 0.2, 0.3, 0.0), (0.2, 0.0, 0.4, 0.4), (0.2,
 """The fourth comes when the others have clusters."""
 
 
-@pytest.mark.parametrize("turns", [None, LATER], ids=["all", "coming-and-going"])
+@attendance(LATER)
 def test_hilora(turns):
     options = hilora.Options(**THIRDS, orthogonal=0.2, memory=0.3)
     world = World("hilora", clients=4, shares=FOUR, rounds=6, options=options)
@@ -100,7 +106,7 @@ def test_hilora(turns):
         assert_close(b @ b.T, np.eye(2))
 
 
-@pytest.mark.parametrize("turns", [None, LATE], ids=["all", "coming-and-going"])
+@attendance(LATE)
 def test_fedtreelora(turns):
     """With a layer of one cluster above one of several, and λ that moved where there are others alone."""
     options = fedtreelora.Options(warmup=1, clusters=3, window=2, threshold=0.0 if turns else 0.1)

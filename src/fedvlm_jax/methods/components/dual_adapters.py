@@ -18,7 +18,7 @@ from fedvlm_jax.utils import tree
 
 
 class Pairs(NamedTuple):
-    """A client's two adapters as its training finds them.
+    """A client's two adapters before its training.
 
     Attributes:
         received: the global factors.
@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
 
 
 class PairsTrained(NamedTuple):
-    """What a client's training made of its two adapters.
+    """A client's two adapters after its training.
 
     Attributes:
         own: the local factors.

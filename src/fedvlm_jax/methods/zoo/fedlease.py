@@ -218,7 +218,6 @@ def make(setup: Setup) -> Method:
             **dict.fromkeys(("server", "local.proximal", "local.scaffold"), average),
             "lora.ranks": "experts stand side by side with one rank for all",
             "train.weighting": alike,
-            "start": "who is alike is told by how far B went from zero",
         },
         moot=frozenset({"train.weighting"}),
     )  # fmt: skip

@@ -201,7 +201,6 @@ def make(setup: Setup) -> Method:
             **dict.fromkeys(("server", "local.proximal", "local.scaffold"), average),
             "lora.ranks": "clients receive the others' factors, which must have the form of their own",
             "train.weighting": "a cluster's pair is the plain mean over its clients",
-            "start": "who is alike is told by how far B went from zero",
         },
         moot=frozenset({"train.weighting"}),
     )  # fmt: skip

@@ -13,10 +13,11 @@ exp(−d² / 2σ²), σ the median of d; spectral clustering, in which the large
 
 The abstract and others' accounts of the equations were read, the paper itself was not, and no code is published. Ours
 are: the stages' shares of the rounds, where the paper ends one when it moves no more; one γ for all penalties, and its
-size; how fast the running mean forgets; k-means that begins with points far apart; at least two clusters, and less
-than clients; that the optimiser starts anew in every round, as the pair gets another basis. The server clusters the
-last 64 clients that were there in the root's stage, or a whole cohort; who was not trains a pair alone in its next
-round of the second stage, and joins the cluster whose B spans nearly the same.
+size; how fast the running mean forgets; the signs of an SVD, on which that mean depends: the largest entry of each
+column of U is positive; k-means that begins with points far apart; at least two clusters, and less than clients; that
+the optimiser starts anew in every round, as the pair gets another basis. The server clusters the last 64 clients that
+were there in the root's stage, or a whole cohort; who was not trains a pair alone in its next round of the second
+stage, and joins the cluster whose B spans nearly the same.
 """
 
 from dataclasses import dataclass
