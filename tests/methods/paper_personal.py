@@ -123,6 +123,53 @@ def feddpa(problem: Problem, alpha: float, local_steps: Callable[[int, int], int
     return rounds
 
 
+def softened(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(z / T), row by row."""
+    raised = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
+    return raised / raised.sum(axis=1, keepdims=True)
+
+
+def feddat(problem: Problem, weight: float, temperature: float) -> list[Round]:
+    """arXiv 2308.12305 as its authors' code has it: t = ½ l + ½ r, r a frozen copy of the g that was received.
+
+        g: (1−w) F(g) + w T² KL(σ(z_t/T) ‖ σ(z_g/T)),    then l: (1−w) F(t) + w T² KL(σ(z_g/T) ‖ σ(z_t/T))
+
+    on every batch, with z_g of before the step of g. The gradient of T² KL by a student's logits is T (σ_student −
+    σ_teacher), over the rows; that of F is (z − t), over the rows. Here the outputs are the logits of one token.
+    """
+    s, shared, own, rounds = problem.scale, problem.start, [problem.start for _ in problem.clients], []
+
+    def outputs(weights: Weights, x: np.ndarray) -> np.ndarray:
+        return x @ weights["encoder"].T @ weights["decoder"].T
+
+    def step(theta: Theta, base: Weights, scale: float, x: np.ndarray, t: np.ndarray, taught: np.ndarray) -> Theta:
+        z = outputs(effective(base, (scale, theta)), x)
+        apart = temperature * (softened(z, temperature) - softened(taught, temperature))
+        wanted = z - ((1 - weight) * (z - t) + weight * apart)  # whose squared error has the gradient of the sum
+        return descend(theta, [(x, wanted)], problem.rates, lora_gradients(base, scale))
+
+    for batches in problem.batches:
+        sent = []
+        for k in problem.clients:
+            beside, g = effective(problem.base, (s / 2, shared)), shared
+            for x, t in batches[k]:
+                of_teacher = outputs(effective(beside, (s / 2, own[k])), x)
+                of_global = outputs(effective(problem.base, (s, g)), x)
+                g = step(g, problem.base, s, x, t, of_teacher)
+                own[k] = step(own[k], beside, s / 2, x, t, of_global)
+            sent.append(g)
+        shared = mean(sent, problem.shares)
+        after, trained = (
+            [
+                effective(problem.base, (s / 2, own[k]), (s / 2, pair))
+                for k, pair in zip(problem.clients, part, strict=True)
+            ]
+            for part in ([shared] * len(sent), sent)
+        )
+        rounds.append(Round(after, shared, trained))
+    return rounds
+
+
 def cosine_softmax(moved: Sequence[Theta], temperature: float, *, own: bool) -> np.ndarray:
     """Row k: softmax over j of cos(Δ_k, Δ_j) / τ; j = k only if `own`."""
     vectors = [np.concatenate([m.ravel() for _, m in sorted(one.items())]) for one in moved]

@@ -24,6 +24,7 @@ from fedvlm_jax.methods.zoo import (
     apfl,
     ce_lora,
     ditto,
+    feddat,
     feddpa_f,
     feddpa_t,
     fedmosaic,
@@ -83,8 +84,9 @@ def test_share_rules(name):
 
 
 def test_every_method_with_a_paper_is_here():
-    """A method that names an arXiv number and that this file does not name was not compared with its paper."""
+    """A method that names an arXiv number and that no file of papers names was not compared with its paper."""
     text = Path(__file__).read_text(encoding="utf-8")
+    text += (Path(__file__).parent / "test_papers_of_clusters.py").read_text(encoding="utf-8")
     papers = [name for name in methods_available() if "arXiv" in declare(name, Run()).source]
     missing = [name for name in papers if f'"{name}"' not in text]
     assert not missing, f"transcribe the papers of {missing} in paper_rounds.py, and compare here"
@@ -318,6 +320,12 @@ def test_feddpa_f():
     assert_rounds(world, personal.feddpa(world.problem(), 0.4, lambda number, steps: steps if number == 2 else 0))
 
 
+@pytest.mark.parametrize(("weight", "temperature"), [(0.5, 3.0), (0.3, 0.7)])
+def test_feddat(weight, temperature):
+    world = World("feddat", options=feddat.Options(weight, temperature))
+    assert_rounds(world, personal.feddat(world.problem(), weight, temperature))
+
+
 COMING = [(0.4, 0.6, 0.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.4, 0.6), (0.4, 0.0, 0.6)]
 """Two together, rounds of one alone, somebody who comes back, and a third who is new in the fourth round."""
 
@@ -361,7 +369,7 @@ def test_fedalt(turns):
         for adapters, outputs in ((found.adapters, after), (found.trained, trained)):
             for adapter, output in zip(adapters, outputs, strict=True):
                 if output is not None:
-                    assert_close(world.vlm.logits(found.base, adapter, batch), output)
+                    assert_close(world.vlm.logits(found.base, adapter, batch)[:, 0], output)
         for layer in SHAPES:
             assert np.abs(found.states[0]["own"][layer]["fc"]["gate"]).max() > 1e-3
 

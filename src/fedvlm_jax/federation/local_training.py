@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.data.batches import IGNORED, LABELS
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.federation.distillation import add_distillation
 from fedvlm_jax.methods import Client
-from fedvlm_jax.methods.base import Metrics, is_factor
+from fedvlm_jax.methods.base import Distillation, Metrics, is_factor
 from fedvlm_jax.methods.components.training_metrics import over_steps
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import Objective
@@ -75,18 +76,20 @@ def make_local_trainer(
         assemble: Callable[[PyTree], lora.Adapter] = lambda factors: factors,
         nudge: Callable[[PyTree], PyTree] | None = None,
         first: Int[Array, ""] | int = 0,
+        distil: Distillation | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[PyTree, PyTree, Metrics]:
         if not client.indices.shape[0]:
             raise UserError("a method asks for a training of no steps at all: it needs more --train.local-steps")
         moving, frozen = tree.partition(factors, trained)
+        minimised = objective.loss if distil is None else add_distillation(objective.loss, distil)
 
         def loss(moving: PyTree, batch: dict[str, Array], number: Sequence[Array]) -> tuple[Array, Metrics]:
             adapter = assemble(tree.combine(moving, frozen))
             if dropout:
                 assert key is not None, "dropout draws, and needs a key"
                 adapter = lora.with_dropout(jax.random.fold_in(key, number[0]), adapter, dropout)
-            return objective.loss(vlm, params, adapter, batch)
+            return minimised(vlm, params, adapter, batch)
 
         def descend(path: str, update: Array) -> Array:
             return -rates[RATE.get(path.rpartition("/")[2], "b")] * update

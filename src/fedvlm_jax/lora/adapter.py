@@ -20,6 +20,11 @@ GATE = "gate"
 """A fourth leaf that a site of an `nn.Dense` may have, [*stack, d_in, n]: the ranks are n groups of equal size, and
 each token weighs them by softmax(x · gate)."""
 
+SLOTS = "slots"
+"""A fifth leaf beside a gate, [*stack, n, groups] of 0 and 1, where several of the gate's outputs may lead to one group
+of ranks and some to none (their rows are zero). Each token keeps its best outputs, as many as there are groups that are
+led to, and weighs them by a softmax over these alone."""
+
 DROPOUT = ("dropout_key", "dropout_rate")
 """Two leaves that `with_dropout` gives to a site for one training step: a key and a share, [*stack] each."""
 
@@ -94,12 +99,13 @@ def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
 def trainable(adapter: Adapter) -> dict[str, Any]:
     """Mark the leaves of an adapter that are to be trained, in optax's form of a mask: a tree of booleans.
 
-    All but `scale`, whose gradient is zero but which weight decay would move: `optax.adamw(1e-3, mask=trainable)`.
+    All but `scale` and `slots`, whose gradient is zero but which weight decay would move:
+    `optax.adamw(1e-3, mask=trainable)`.
 
     >>> trainable({"fc": {"a": 1, "b": 2, "scale": 3}})
     {'fc': {'a': True, 'b': True, 'scale': False}}
     """
-    return tree.unflatten({path: path.rpartition("/")[2] != "scale" for path in tree.flatten(adapter)})
+    return tree.unflatten({path: path.rpartition("/")[2] not in ("scale", SLOTS) for path in tree.flatten(adapter)})
 
 
 def sites_of(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, Any, Any]]]:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array
 
-from fedvlm_jax.lora.adapter import COLLECTION, DROPOUT, FACTORS, GATE, Adapter
+from fedvlm_jax.lora.adapter import COLLECTION, DROPOUT, FACTORS, GATE, SLOTS, Adapter
 from fedvlm_jax.lora.sites import LoraError, Site, as_tuple, as_variables, join, listing, read_site
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.products import project
@@ -65,7 +65,9 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
             shares: tuple[Array, ...] = ()
             if module.has_variable(COLLECTION, GATE):
                 # Dropout drops what enters A; the router sees all of the layer's input.
-                shares = (_share_ranks(site, seen, a, module.get_variable(COLLECTION, GATE)),)
+                gate = module.get_variable(COLLECTION, GATE)
+                slots = module.get_variable(COLLECTION, SLOTS) if module.has_variable(COLLECTION, SLOTS) else None
+                shares = (_share_ranks(site, seen, a, gate, slots),)
             delta = _DELTAS[site.kind, context.method_name](module, inputs, a, b, scale, *shares)
             return out + delta.astype(out.dtype)
 
@@ -77,16 +79,33 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn
 
 
-def _share_ranks(site: Site, x: Array, a: Array, gate: Array) -> Array:
+def _share_ranks(site: Site, x: Array, a: Array, gate: Array, slots: Array | None) -> Array:
     """Each token's weights of the ranks [..., rank]: softmax(x · gate) over n groups of them, in float32."""
-    rank, groups = a.shape[-1], gate.shape[-1]
-    if site.kind != "dense" or gate.shape != (a.shape[-2], groups) or rank % groups:
+    rank, outputs = a.shape[-1], gate.shape[-1]
+    groups = outputs if slots is None else slots.shape[-1]
+    fits = gate.shape == (a.shape[-2], outputs) and (slots is None or slots.shape == (outputs, groups))
+    if site.kind != "dense" or not fits or rank % groups:
         raise LoraError(
-            f"the gate at {site.path} has shape {gate.shape}: it needs an nn.Dense, and [d_in, n] with n a divisor of "
-            f"the rank {rank}"
+            f"the gate at {site.path} has shape {gate.shape}: it needs an nn.Dense, and [d_in, n] with n, or the "
+            f"columns of {SLOTS} [n, groups], a divisor of the rank {rank}"
         )
-    shares = jax.nn.softmax(jnp.matmul(x.astype(jnp.float32), gate.astype(jnp.float32)), axis=-1)
+    scores = jnp.matmul(x.astype(jnp.float32), gate.astype(jnp.float32))
+    if slots is None:
+        shares = jax.nn.softmax(scores, axis=-1)
+    else:
+        slots = jax.lax.stop_gradient(slots).astype(jnp.float32)
+        shares = jnp.matmul(_softmax_of_best(scores, slots), slots, precision="highest")
     return jnp.repeat(shares, rank // groups, axis=-1)
+
+
+def _softmax_of_best(scores: Array, slots: Array) -> Array:
+    """Softmax over each token's best outputs [..., n], as many as there are groups that outputs lead to."""
+    leads = slots.any(axis=-1)
+    scores = jnp.where(leads, scores, -jnp.inf)
+    mine, other, place = scores[..., :, None], scores[..., None, :], jnp.arange(scores.shape[-1])
+    ahead = (other > mine) | ((other == mine) & (place < place[:, None]))  # of equal ones the first
+    best = leads & (ahead.sum(axis=-1) < slots.any(axis=-2).sum())
+    return jax.nn.softmax(jnp.where(best, scores, -jnp.inf), axis=-1)
 
 
 def _dense_delta(
