@@ -21,6 +21,8 @@ class SizeOptions:
 
     image_size: Annotated[Count | None, run_options.optional("PIXELS", "as the model's processor has it")] = None
     """Side of the pictures."""
+    image_pixels: Annotated[Count | None, run_options.optional("PIXELS", "all have one size")] = None
+    """Pixels that each has at most on a grid of its own, where the model has such grids (Qwen-VL)."""
     pictures: Count = 1
     """Pictures of a prompt, or tiles that its picture is cut into, the whole of it among them."""
     prompt_tokens: Count = 24
