@@ -9,12 +9,15 @@ from models.causal_cases import write_model, write_qwen3
 from PIL import Image
 from tiny_run import StopAfter, StopError, assert_same_adapters, read_adapters, tiny_run
 
+from fedvlm_jax.asking.asker import open_asker
+from fedvlm_jax.asking.question import look_at
+from fedvlm_jax.cli.main import main
 from fedvlm_jax.config.run_options import EvaluationOptions, LoraOptions, SystemOptions, TrainOptions
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.inputs.batch_reader import make_blank_inputs, make_inputs
 from fedvlm_jax.reporting.report import write_report
-from fedvlm_jax.run_dir.reader import read_run
+from fedvlm_jax.run_dir.reader import read_finished, read_run
 from fedvlm_jax.training import evaluate, federated_run
 from fedvlm_jax.training.experiment import open_experiment
 from fedvlm_jax.training.loaded_model import load_model
@@ -62,6 +65,12 @@ def make_run(model, rows, out, **changes):
 
 
 @pytest.fixture(scope="module")
+def straight(folder, rows, loaded, tmp_path_factory):
+    """The run that nothing happened to."""
+    return federated_run.train(make_run(folder, rows, tmp_path_factory.mktemp("runs") / "run"), model=loaded[0])
+
+
+@pytest.fixture(scope="module")
 def loaded(folder, rows, tmp_path_factory):
     run = make_run(folder, rows, tmp_path_factory.mktemp("none"))
     show = SilentProgress()
@@ -97,8 +106,7 @@ def test_rows_have_the_tokens_and_grids_of_their_pictures(folder, rows, loaded, 
         assert array.any(1).tolist() == [place < wanted[row] for place in range(28)]
 
 
-def test_a_run_that_stops_and_goes_on_ends_with_the_same_bits(folder, rows, loaded, tmp_path):
-    straight = federated_run.train(make_run(folder, rows, tmp_path / "straight"), model=loaded[0])
+def test_a_run_that_stops_and_goes_on_ends_with_the_same_bits(folder, rows, loaded, straight, tmp_path):
     adapters = read_adapters(straight)
     assert any(np.abs(array).max() > 0 for array in adapters["adapters/shared.safetensors"].values())
     run = make_run(folder, rows, tmp_path / "stopped")
@@ -111,6 +119,63 @@ def test_a_run_that_stops_and_goes_on_ends_with_the_same_bits(folder, rows, load
     assert set(results["personal"]["test"]["exact_match"]) == {"a", "b"}
     assert "image_pixels" in write_report([again]).read_text(encoding="utf-8")
     assert evaluate.evaluate(again)["personal"] == results["personal"]
+
+
+def test_questions_are_asked_about_pictures_of_other_shapes(straight, tmp_path):
+    asker = open_asker(straight, read_finished(straight), SilentProgress())
+    client, pictures, folder = asker.clients[0], [], tmp_path / "pictures"
+    folder.mkdir()
+    for number, size in enumerate([(90, 30), (32, 32), (30, 90), (4, 900)]):
+        pictures.append(folder / f"{number}.png")
+        Image.new("RGB", size, (60 * number, 10, 90)).save(pictures[-1])
+    together = asker.ask(client, "what is it?", look_at([folder]))
+    assert set(together[0]) == {"zero_shot", "global", "personal"}
+    assert "picture of 4x900 pixels: one side is more than 200 times the other" in together[3]
+    for picture, answers in zip(pictures[:3], together, strict=False):
+        assert asker.ask(client, "what is it?", look_at([picture])) == [answers]
+    (answers,) = asker.ask(client, "what is it?", look_at(pictures[:3]))  # more image tokens than any row of the run
+    assert set(answers) == set(together[0])
+    with pytest.raises(UserError, match="picture of 4x900 pixels: one side is more than 200 times the other"):
+        asker.ask(client, "what is it?", look_at(pictures[3:]))
+
+
+def test_fedvlm_data_counts_the_tokens_of_every_picture(folder, rows, tmp_path, capsys):
+    words = ["data", "--data", str(rows), "--model", str(folder), "--image-pixels", str(PIXELS)]
+    main([*words, "--data.max-prompt-tokens", "200", "--out", str(tmp_path / "data")])
+    found = json.loads((tmp_path / "data" / "data.json").read_text())["tokens"]
+    assert (found["image_tokens"], found["most_pictures"], found["most_image_tokens"]) == (14, 2, 28)
+    assert "up to 28 tokens are pictures', of each up to 14" in " ".join(capsys.readouterr().out.split())
+    assert sum(found["left_out"].values()) == 1
+
+
+@pytest.mark.broad
+def test_preferences_neighbours_and_newcomers_read_grids_too(folder, rows, tmp_path):
+    records = json.loads(rows.read_text())
+    pairs = [
+        {
+            "images": [str(rows.parent / name) for name in record["image"]], "client": record["client"],
+            "prompt": [{"role": "user", "content": "what is it?"}],
+            "chosen": [{"role": "assistant", "content": record["conversations"][1]["value"]}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        }
+        for record in records
+    ]  # fmt: skip
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, pairs)))
+    run = make_run(folder, file, tmp_path / "dpo", objective="dpo", train=TrainOptions(rounds=1, local_steps=1))
+    evaluation = dataclasses.replace(run.evaluation, every=1, neighbours=2, cold_start="nearest")
+    run = dataclasses.replace(run, evaluation=evaluation)
+    experiment = open_experiment(run, load_model(run))
+    examples, store = experiment.examples, experiment.store
+    reference = experiment.find_reference()
+    assert np.isfinite(reference).all()
+    means = experiment.data.client_means(inputs=experiment.inputs)
+    rows_of = examples.clients[0].train
+    features = [store.gather(examples.views, examples.view[[row]], count)[0] for row, count in
+                zip(rows_of, examples.views.count_tokens(examples.view[rows_of]).tolist(), strict=True)]  # fmt: skip
+    np.testing.assert_allclose(means[0], np.concatenate(features).mean(0), rtol=1e-4, atol=1e-5)
+    results = read_run(federated_run.train(run)).results
+    assert "neighbours" in results
 
 
 @pytest.mark.parametrize("cache", ["off", "disk"])

@@ -164,7 +164,7 @@ def _choose_size(request: Request, vlm: Vlm) -> tuple[tuple[int, int], int | Non
     if (pixels := sizes.image_pixels) is not None:
         if vlm.grids is None:
             raise UserError(f"pictures of {request.model} have no grids of their own: leave --sizes.image-pixels out")
-        if not vlm.grids.pixels <= pixels:
+        if pixels < vlm.grids.pixels:
             raise UserError(f"--sizes.image-pixels {pixels}: an image token alone has {vlm.grids.pixels}")
         round_setup.check_frozen(request.run, vlm, "--sizes.image-pixels")
         side = math.isqrt(vlm.grids.pixels)

@@ -91,6 +91,8 @@ def check_request(request: Request) -> None:
     for name in ("cache_gib", "cache_dir"):
         if getattr(request.system, name) != getattr(run_options.SystemOptions(), name):
             raise UserError(f"--system.{name.replace('_', '-')} means nothing to a plan: leave it out")
+    if request.sizes.image_size is not None and request.sizes.image_pixels is not None:
+        raise UserError("--sizes.image-size and --sizes.image-pixels exclude each other: leave one out")
     if request.price_per_chip_hour is not None and topology.chip is None:
         raise UserError(
             f"--price-per-chip-hour needs a time per round, and nothing is known of the speed of {request.topology}: "
