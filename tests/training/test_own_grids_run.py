@@ -84,15 +84,15 @@ def test_rows_have_the_tokens_and_grids_of_their_pictures(folder, rows, loaded, 
     experiment = open_experiment(make_run(folder, rows, tmp_path), model, show)
     examples, store = experiment.examples, experiment.store
     told = "\n".join(show.notes)
-    # 24 x 24, 56 x 16, 16 x 56 and 32 x 24 pixels.
-    counts = np.asarray([9, 14, 14, 12])
+    # 24 x 24, 64 x 16, 16 x 56 and 32 x 24 pixels.
+    counts = np.asarray([9, 16, 14, 12])
     wanted = [counts[row % 4] + (0 if row % 2 else counts[(12 + row) % 4]) for row in examples.rows.tolist()]
     assert (examples.input_ids == model.vlm.image_token_id).sum(1).tolist() == wanted
     assert examples.image_tokens == 28
     assert "prompts have up to 2 pictures, 28 image tokens" in told
     assert "1 × picture of 201x1 pixels: one side is more than 200 times the other" in told
     sizes = store.count_bytes(examples.views)
-    assert sorted(set(sizes.tolist())) == [count * model.vlm.image_width * 4 for count in (9, 12, 14)]
+    assert sorted(set(sizes.tolist())) == [count * model.vlm.image_width * 4 for count in (9, 12, 14, 16)]
     assert f"{len(examples.views)} images, {sizes.sum() / 2**20:.1f} MiB in memory" in told
     asked = np.asarray([[0, 3], [5, 1]])
     batch = make_inputs(examples, model.processor, store)(asked)
@@ -143,8 +143,8 @@ def test_fedvlm_data_counts_the_tokens_of_every_picture(folder, rows, tmp_path, 
     words = ["data", "--data", str(rows), "--model", str(folder), "--image-pixels", str(PIXELS)]
     main([*words, "--data.max-prompt-tokens", "200", "--out", str(tmp_path / "data")])
     found = json.loads((tmp_path / "data" / "data.json").read_text())["tokens"]
-    assert (found["image_tokens"], found["most_pictures"], found["most_image_tokens"]) == (14, 2, 28)
-    assert "up to 28 tokens are pictures', of each up to 14" in " ".join(capsys.readouterr().out.split())
+    assert (found["image_tokens"], found["most_pictures"], found["most_image_tokens"]) == (16, 2, 28)
+    assert "up to 28 tokens are pictures', of each up to 16" in " ".join(capsys.readouterr().out.split())
     assert sum(found["left_out"].values()) == 1
 
 
@@ -163,7 +163,7 @@ def test_preferences_neighbours_and_newcomers_read_grids_too(folder, rows, tmp_p
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, pairs)))
     run = make_run(folder, file, tmp_path / "dpo", objective="dpo", train=TrainOptions(rounds=1, local_steps=1))
-    evaluation = dataclasses.replace(run.evaluation, every=1, neighbours=2, cold_start="nearest")
+    evaluation = dataclasses.replace(run.evaluation, every=1, neighbours=2)
     run = dataclasses.replace(run, evaluation=evaluation)
     experiment = open_experiment(run, load_model(run))
     examples, store = experiment.examples, experiment.store
@@ -188,9 +188,9 @@ def test_what_is_kept_changes_nothing(folder, rows, loaded, tmp_path, cache):
     first, second = (experiment.inputs(np.arange(6)) for experiment in experiments)
     np.testing.assert_array_equal(first["image_features"], second["image_features"])
     views = experiments[1].examples.views
-    shown = len(np.unique(experiments[1].examples.view[:6])) - 1
-    assert len(views) > shown
-    assert len(experiments[1].store) == (0 if cache == "off" else shown)
+    shown = np.unique(experiments[1].examples.view[:6])
+    assert len(shown) < len(views)
+    assert len(experiments[1].store) == (0 if cache == "off" else (shown >= 0).sum())
 
 
 def test_an_adapter_in_the_tower_or_the_projector_is_refused(folder, rows, loaded, tmp_path):
