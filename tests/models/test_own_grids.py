@@ -19,7 +19,7 @@ from fedvlm_jax.models.qwen_vl.grid import place_tokens
 from fedvlm_jax.utils.record_store import ENTRY
 
 
-@pytest.fixture(scope="module", params=["qwen3-vl", "qwen2.5-vl"])
+@pytest.fixture(scope="module", params=["qwen2.5-vl", pytest.param("qwen3-vl", marks=pytest.mark.broad)])
 def folder(request, tmp_path_factory):
     made = tmp_path_factory.mktemp("folder")
     causal_cases.write_model(request.param, made)
