@@ -93,7 +93,7 @@ def test_rows_have_the_tokens_and_grids_of_their_pictures(folder, rows, loaded, 
     assert "1 × picture of 201x1 pixels: one side is more than 200 times the other" in told
     sizes = store.count_bytes(examples.views)
     assert sorted(set(sizes.tolist())) == [count * model.vlm.image_width * 4 for count in (9, 12, 14, 16)]
-    assert f"{len(examples.views)} images, {sizes.sum() / 2**20:.1f} MiB in memory" in told
+    assert f"{len(examples.views)} images, {sizes.sum() / 2**20:.1f} MiB in memory" in store.announce(examples.views)
     asked = np.asarray([[0, 3], [5, 1]])
     batch = make_inputs(examples, model.processor, store)(asked)
     blank = make_blank_inputs(examples, model.processor, store)(asked)
