@@ -168,13 +168,12 @@ def _choose_grids(images: Any, vision: GridShape, pixels: int, folder: Path) -> 
         )
 
     def choose(height: int, width: int) -> Grid:
-        shown = f"picture of {width}x{height} pixels"
         try:
             high, wide = smart_resize(height, width, step, least, pixels)
         except ValueError:
-            raise UserError(f"{shown}: one side is more than 200 times the other") from None
+            raise UserError("a picture's side is more than 200 times the other") from None
         if high * wide > pixels:
-            raise UserError(f"{shown}: no grid of these proportions has {pixels:,} pixels or fewer")
+            raise UserError(f"a picture is so long that its grid has more than --image-pixels {pixels}")
         return Grid(high // step, wide // step)
 
     return choose
