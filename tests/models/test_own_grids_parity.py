@@ -71,11 +71,8 @@ def test_features_logits_loss_and_answers_are_those_of_transformers(case):
         inputs = {name: torch.tensor(part) for name, part in join(made, numbers).items()}
         with torch.no_grad():
             theirs = reference.model.get_image_features(*inputs.values(), return_dict=True)
-        wanted = [
-            torch.cat(list(theirs.pooler_output)),
-            *(part for part in getattr(theirs, "deepstack_features", None) or ()),
-        ]
-        wanted = np.concatenate([part.numpy() for part in wanted], -1)
+        parts = [theirs.pooler_output, *(getattr(theirs, "deepstack_features", None) or ())]
+        wanted = np.concatenate([torch.cat(list(part)).numpy() for part in parts], -1)
         np.testing.assert_allclose(found[: len(wanted)], wanted, atol=2e-5)
         assert not found[len(wanted) :].any()
     cut = [tuple(Grid(*views.grids[number]) for number in numbers) for numbers in SHOWN]
