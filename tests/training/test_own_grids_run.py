@@ -121,6 +121,7 @@ def test_a_run_that_stops_and_goes_on_ends_with_the_same_bits(folder, rows, load
     assert evaluate.evaluate(again)["personal"] == results["personal"]
 
 
+@pytest.mark.broad
 def test_questions_are_asked_about_pictures_of_other_shapes(straight, tmp_path):
     asker = open_asker(straight, read_finished(straight), SilentProgress())
     client, pictures, folder = asker.clients[0], [], tmp_path / "pictures"
