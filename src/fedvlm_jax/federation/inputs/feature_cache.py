@@ -136,6 +136,8 @@ class FeatureStore:
                     self._records.refresh()
                     found |= self._load(views, part)
                     part = np.asarray([view for view in part.tolist() if view not in found], np.int64)
+                if not len(part):
+                    continue
                 made = dict(zip(part.tolist(), self._features.make(views, part), strict=True))
                 self._keep([views.keys[view] for view in made], list(made.values()))
                 found |= made

@@ -111,8 +111,6 @@ class GridFeatures:
         Raises:
             UserError: an image cannot be decoded.
         """
-        if not len(part):
-            return []
         grids, size = views.find_grids(part).tolist(), int(self._choose_sizes(views, part).max())
         length, width, made = size * self.vision.patches, _choose_width(size), list[np.ndarray]()
         cut = views.cut(part, self.pictures.patches, self.workers)
