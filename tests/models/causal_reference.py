@@ -31,6 +31,8 @@ def make_model(folder, seed=0):
 def to_inputs(model, batch, row):
     """A row's pictures as the model takes them, and how many equal rows are asked at once."""
     shown = batch["pixel_values"][row]
+    if isinstance(shown, dict):  # patches and grids of a row's pictures, as Qwen-VL's own processor makes them
+        return {name: torch.tensor(part) for name, part in shown.items()}, 1
     shown = shown[None] if shown.ndim == 3 else shown
     pixels = torch.tensor(shown).permute(0, 3, 1, 2).to(model.dtype)
     kind = model.config.model_type

@@ -160,6 +160,11 @@ def _check_pairs(run: Run) -> None:
     if run.start is not None and (run.lora.ranks or run.lora.private_a != "common"):
         other = "--lora.ranks" if run.lora.ranks else f"--lora.private-a {run.lora.private_a}"
         raise UserError(f"--start and {other} exclude each other: all clients begin with the one adapter that is given")
+    if run.image_size is not None and run.image_pixels is not None:
+        raise UserError(
+            f"--image-size {run.image_size} and --image-pixels {run.image_pixels} exclude each other: pictures have "
+            "one size, or each a grid of its own; leave one out"
+        )
     if run.out is not None and run.resume is not None:
         raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
 

@@ -232,6 +232,9 @@ class Run:
     image_tiles: Annotated[Count | None, optional("INT", "none")] = None
     """Tiles along a picture's longer side that it is cut into beside the whole of it, where the model cuts pictures
     (SmolVLM, whose own processor makes 4: up to 17 times the image tokens)."""
+    image_pixels: Annotated[Count | None, optional("PIXELS", "all have one size")] = None
+    """Pixels that a picture has at most, each on a grid of its own as its processor makes it, where the model has such
+    grids (Qwen-VL) and its tower is frozen: pictures keep their proportions and differ in image tokens."""
     out: Annotated[Path | None, optional("DIR", "runs/<time>-<name>")] = None
     """Folder to write to."""
     resume: Annotated[Path | None, optional("RUN", "start anew")] = None
@@ -305,7 +308,7 @@ def from_json(stored: Any) -> Run:
     form = data.get("form") if isinstance(data.get("form"), str) else None
     kind = find_options(source, form) if isinstance(source, str) else DataOptions
     if "method" in stored:  # of folders from before there were these options
-        stored = {"start": None, "messages": encode(MessageOptions()), "privacy": {}, **stored}
+        stored = {"start": None, "image_pixels": None, "messages": encode(MessageOptions()), "privacy": {}, **stored}
         stored = {"audit": encode(AuditOptions()), **stored}
         for group, default in (("privacy", PrivacyOptions()), ("participation", ParticipationOptions())):
             if isinstance(given := stored.get(group), Mapping):

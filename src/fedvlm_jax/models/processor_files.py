@@ -230,7 +230,9 @@ def try_out(processor: Processor, images: Any, folder: Path) -> None:
 def _try_picture(processor: Processor, images: Any) -> None:
     if images.do_normalize and not all(np.isfinite(std) and std > 0 for std in images.image_std):
         raise UserError(f"image_std is {list(images.image_std)}, and pixels are divided by it: it must be above 0")
-    sizes = (getattr(images, name, None) for name in ("size", "crop_size", "max_image_size"))
+    # Qwen's `size` is how many pixels a picture has, and here it is brought to `processor.size` before.
+    names = ("size", "crop_size", "max_image_size") if not hasattr(images, "merge_size") else ()
+    sizes = (getattr(images, name, None) for name in names)
     asked = [side for size in sizes for side in dict(size or {}).values() if side]
     if max(*processor.size, *asked) > MOST_PIXELS:
         raise UserError(f"it brings pictures to {max(asked)} pixels, expected at most {MOST_PIXELS} a side")

@@ -44,7 +44,13 @@ from fedvlm_jax.privacy.budget import Budget, describe_budget, draw_secret, sett
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.training.federated_data import BaseScoring, FederatedData, open_data
 from fedvlm_jax.training.loaded_model import LoadedModel
-from fedvlm_jax.training.round_setup import check_room, choose_program_options, deal_ranks, lay_out_sizes
+from fedvlm_jax.training.round_setup import (
+    check_frozen,
+    check_room,
+    choose_program_options,
+    deal_ranks,
+    lay_out_sizes,
+)
 from fedvlm_jax.utils.memoized import memoized
 from fedvlm_jax.utils.progress import Progress, SilentProgress
 from fedvlm_jax.utils.random_streams import Stream
@@ -140,15 +146,20 @@ class Experiment:
 
     @cached_property
     def store(self) -> FeatureStore | None:
-        """Open where image features are kept; None where the adapter changes them or the options keep none."""
+        """Open where image features are kept; None where the adapter changes them or the options keep none.
+
+        Pictures on grids of their own are read as features always: where none are kept, each is computed every time.
+        """
         model, system = self.model, self.run.system
+        if system.cache == "off" and model.processor.grids is not None:
+            return model.feature_store(0, False, None)
         if system.cache == "off" or not is_vision_frozen(model.vlm, self.adapter):
             return None
         limit = int(system.cache_gib * GIB)
         on_disk = system.cache == "disk"
         store = model.feature_store(limit, on_disk, system.cache_dir if on_disk else None)
         # What a picture takes is known by a store; one in memory that stays empty costs nothing.
-        if system.cache == "auto" and len(self.examples.views) * store.row_bytes > IN_MEMORY:
+        if system.cache == "auto" and store.count_bytes(self.examples.views).sum() > IN_MEMORY:
             store = model.feature_store(limit, True, system.cache_dir)
         return store
 
@@ -264,6 +275,8 @@ def open_experiment(
     """
     show = show or SilentProgress()
     check_room(run, model.vlm)  # the model may have been loaded for another run
+    if model.processor.grids is not None:
+        check_frozen(run, model.vlm, "--image-pixels")
     adapter = start_adapter(jax.random.key(run.seed), model.vlm.sites, make_spec(run, model.vlm))
     if run.start is not None:
         found = read_start(run.start, run.model, model.vlm)
@@ -287,7 +300,10 @@ def open_experiment(
         if not budget.secret:
             show.note(f"noise and draws come from --seed {run.seed}: for what is to be released add --privacy.secret")
         experiment = replace(experiment, run=keep_within(run, budget), budget=budget, asked=run)
-    if (most := examples.view.shape[1]) > 1:
+    most = examples.view.shape[1]
+    if (tokens := examples.image_tokens) is not None:
+        show.note(f"prompts have up to {format_count(most, 'picture')}, {format_count(tokens, 'image token')}")
+    elif most > 1:
         tokens = most * model.processor.image_tokens
         show.note(f"prompts have up to {most} pictures and tiles, {tokens:,} image tokens")
     if experiment.model.learner is not None:
