@@ -33,6 +33,7 @@ SENT = {
     **dict.fromkeys(("fedavg-lora", "iat", "iat-inverted", "hetlora", "lora-fair", "flexlora", "fedrpca"), ("a", "b")),
     **dict.fromkeys(("flora", "fedex-lora", "ditto", "apfl", "pfedme", "feddpa-t", "feddpa-f"), ("a", "b")),
     **dict.fromkeys(("fedalt", "fedmosaic"), ("a", "b")),
+    **dict.fromkeys(("pftt",), ("down", "up")),
 }
 """What a message holds, by the methods' papers; of rolora in its first phase."""
 
@@ -64,6 +65,8 @@ def test_a_client_begins_with_the_adapter_that_is_given_or_the_method_refuses_it
     server = method.init(adapter=tree.unflatten(given))
     personal = start_personal(method, jax.random.key(3), server, jnp.int32(0))
     used = method.personalise(server=server, personal=personal)
+    bottlenecks, used = tree.partition(used, lambda path: path.endswith(("/down", "/up")))
+    assert not any(leaf.any() for path, leaf in tree.flatten(bottlenecks).items() if path.endswith("/up"))
     gated = any(path.endswith("/gate") for path in tree.flatten(used))
     wanted = {path: scale * a @ b for path, (a, b, scale) in lora.sites_of(tree.unflatten(given))}
     found = {} if gated else {path: scale * a @ b for path, (a, b, scale) in lora.sites_of(used)}
@@ -762,7 +765,8 @@ def change(name, option):
     if option.startswith("--method."):
         default = find_method_options(name)()
         field = next(f for f in dataclasses.fields(default) if option == f"--method.{f.name.rstrip('_')}")
-        kinds = {bool: lambda x: not x, int: lambda x: x // 2, float: lambda x: 1 - x / 2}
+        # A pattern of the sites' paths, of which the toy has fc1 and fc2.
+        kinds = {bool: lambda x: not x, int: lambda x: x // 2, float: lambda x: 1 - x / 2, str: lambda x: "fc"}
         value = kinds[type(field.default)](field.default)
         return {"options": dataclasses.replace(default, **{field.name: value})}
     return {

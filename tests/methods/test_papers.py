@@ -32,6 +32,7 @@ from fedvlm_jax.methods.zoo import (
     flexlora,
     lora_fair,
     pfedme,
+    pftt,
 )
 from fedvlm_jax.methods.zoo.fedrpca import split
 
@@ -364,6 +365,32 @@ def test_fedalt(turns):
                     assert_close(world.vlm.logits(found.base, adapter, batch), output)
         for layer in SHAPES:
             assert np.abs(found.states[0]["own"][layer]["fc"]["gate"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "dealt", [pytest.param((), id="one-rank", marks=pytest.mark.broad), pytest.param((2, 1, 2), id="ranks")]
+)
+def test_pftt(dealt):
+    """The shared bottlenecks, the private pairs at their ranks, and what every client computes with them."""
+    world = World("pftt", ranks=dealt, options=pftt.Options(width=3, after="fc$"))
+    probe = np.random.default_rng(1).normal(size=(6, 5))
+    start = {
+        (layer, name): np.asarray(world.server["shared"][layer]["fc"][leaf], float).T
+        for layer in SHAPES
+        for name, leaf in (("D", "down"), ("U", "up"))
+    }
+    batch = {"inputs": jnp.asarray(probe, jnp.float32)}
+    rounds = zip(world.run(), personal.pftt(world.problem(), start, probe), strict=True)
+    for found, (shared, own, outputs) in rounds:
+        for (layer, name), value in shared.items():
+            assert np.abs(value - start[layer, name]).max() > 1e-3, "nothing was learned, so nothing was compared"
+            assert_close(found.server["shared"][layer]["fc"][{"D": "down", "U": "up"}[name]].T, value)
+        for k, (mine, output) in enumerate(zip(own, outputs, strict=True)):
+            rank = dealt[k] if dealt else RANK
+            kept = as_theta(lora.combine(found.server["shared"], found.states[k]["own"]))
+            for key, value in mine.items():
+                assert_close(kept[key][:rank] if key[1] == "A" else kept[key][:, :rank], value)
+            assert_close(world.vlm.logits(found.base, found.adapters[k], batch), output)
 
 
 def test_fedrpca():
