@@ -97,7 +97,7 @@ def test_what_top_k_is_refused_for(name):
             wrap(method, TOP_K)
         assert not why.endswith(".")
         assert name in (
-            *("local", "flora", "fedalt", "fedmosaic", "ce-lora", "feddpa-t", "feddpa-f"),
+            *("local", "flora", "fedalt", "fedmosaic", "ce-lora", "feddpa-t", "feddpa-f", "pfit"),
             *("fedsvd", "flexlora"),  # another basis
         )
         return

@@ -317,3 +317,32 @@ def pftt(problem: Problem, bottlenecks: Theta, probe: np.ndarray) -> list[tuple[
         outputs = [bottleneck_output(problem.base, shared | mine, problem.scale, probe) for mine in own]
         rounds.append((shared, own, outputs))
     return rounds
+
+
+# Personal models around their mean
+
+
+def pfit(problem: Problem, pull: float, layer: str) -> list[Round]:
+    """arXiv 2404.13238v1 for any loss: θ_k ← θ_k − η (∇F_k(θ_k) + λ (θ_k − θ_g)) in one layer, θ_g ← Σ p_k θ_k.
+
+    Every θ_k goes on from where it was; θ_g is what the clients received.
+    """
+    frozen = {key: m for key, m in problem.start.items() if key[0] != layer}
+    shared = {key: m for key, m in problem.start.items() if key[0] == layer}
+    own, rounds = [shared for _ in problem.clients], []
+    whole = lora_gradients(problem.base, problem.scale)
+
+    def gradients(theta: Theta, x: np.ndarray, t: np.ndarray) -> Theta:
+        return {key: g for key, g in whole(frozen | theta, x, t).items() if key in theta}
+
+    for batches in problem.batches:
+        received = shared
+
+        def towards(theta: Theta, received: Theta = received) -> Theta:
+            return {key: pull * (theta[key] - m) for key, m in received.items()}
+
+        own = [descend(own[k], batches[k], problem.rates, gradients, "AB", towards) for k in problem.clients]
+        shared = mean(own, problem.shares)
+        after = [effective(problem.base, (problem.scale, frozen | one)) for one in own]
+        rounds.append(Round(after, shared, after))
+    return rounds

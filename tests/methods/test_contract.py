@@ -32,7 +32,7 @@ SENT = {
     **dict.fromkeys(("ce-lora",), ("c",)),
     **dict.fromkeys(("fedavg-lora", "iat", "iat-inverted", "hetlora", "lora-fair", "flexlora", "fedrpca"), ("a", "b")),
     **dict.fromkeys(("flora", "fedex-lora", "ditto", "apfl", "pfedme", "feddpa-t", "feddpa-f"), ("a", "b")),
-    **dict.fromkeys(("fedalt", "fedmosaic"), ("a", "b")),
+    **dict.fromkeys(("fedalt", "fedmosaic", "pfit"), ("a", "b")),
     **dict.fromkeys(("pftt",), ("down", "up")),
 }
 """What a message holds, by the methods' papers; of rolora in its first phase."""

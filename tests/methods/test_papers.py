@@ -32,13 +32,17 @@ from fedvlm_jax.methods.zoo import (
     flexlora,
     lora_fair,
     pfedme,
+    pfit,
     pftt,
 )
 from fedvlm_jax.methods.zoo.fedrpca import split
 
 
-def assert_rounds(world, wanted, *, shared=True, turns=None):
-    """Every client's layers after every round and when it had trained, and the server's factors."""
+def assert_rounds(world, wanted, *, shared=True, turns=None, last=None):
+    """Every client's layers after every round and when it had trained, and the server's factors.
+
+    `last` is the layer that is trained, where it is one alone.
+    """
     start = {layer: kernel.T for layer, kernel in world.base.items()}
     history = world.run(turns)
     assert len(history) == len(wanted)
@@ -48,7 +52,8 @@ def assert_rounds(world, wanted, *, shared=True, turns=None):
             merged = lora.merge(found.base, adapter)
             for layer in SHAPES:
                 assert_close(merged[layer]["fc"]["kernel"].T, weights[layer])
-                moved.append(np.abs(weights[layer] - start[layer]).max())
+                if last in (None, layer):
+                    moved.append(np.abs(weights[layer] - start[layer]).max())
         assert (max if turns else min)(moved) > 1e-2, "nothing was learned, so nothing was compared"
         there = [(one, weights) for one, weights in zip(found.trained, want.trained, strict=True) if weights]
         assert there
@@ -391,6 +396,18 @@ def test_pftt(dealt):
             for key, value in mine.items():
                 assert_close(kept[key][:rank] if key[1] == "A" else kept[key][:, :rank], value)
             assert_close(world.vlm.logits(found.base, found.adapters[k], batch), output)
+
+
+def test_pfit():
+    """With squared errors in place of the reward, which tests/objectives/test_reward.py holds; here the last layer."""
+    world = World("pfit", options=pfit.Options(pull=0.7))
+    history = assert_rounds(world, personal.pfit(world.problem(), 0.7, "decoder"), last="decoder")
+    assert set(history[-1].server["shared"]) == {"decoder"}
+
+
+def test_pfit_of_named_layers():
+    world = World("pfit", options=pfit.Options(pull=0.7, layers="encoder/"))
+    assert_rounds(world, personal.pfit(world.problem(), 0.7, "encoder"), last="encoder")
 
 
 def test_fedrpca():

@@ -21,13 +21,15 @@ ALIKE = ("sft", "sft+dpo")
 
 
 def add_pairs(examples):
-    """Rejected answers, and made-up log-probabilities of both under the base."""
+    """Rejected answers, made-up log-probabilities of both under the base, and keys to draw answers with."""
     rng = np.random.default_rng(1)
     shape = examples["labels"].shape
     return examples | {
         "rejected_labels": rng.integers(0, VOCABULARY, shape).astype(np.int32),
         "reference_chosen": rng.normal(-5, 1, shape[:-1]).astype(np.float32),
         "reference_rejected": rng.normal(-5, 1, shape[:-1]).astype(np.float32),
+        "sampling_keys": rng.integers(0, 2**32, (*shape[:-1], 2), np.uint32),
+        "client": np.zeros(shape[:-1], np.int32),
     }
 
 
@@ -68,6 +70,8 @@ def test_what_it_does_not_ask_for_it_does_not_read(case):
         given = {name: array for name, array in given.items() if not name.startswith("reference_")}
     if not objective.pairs:
         del given["rejected_labels"]
+    if not objective.samples:
+        del given["sampling_keys"], given["client"]
     assert run(given)[0][0] == run(batch)[0][0]
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import tyro
 
 from fedvlm_jax import lora
+from fedvlm_jax.lora.sites import search
 from fedvlm_jax.methods.base import Method, MethodOptions, Setup
 from fedvlm_jax.methods.components.factors import only
 from fedvlm_jax.methods.rule_based import Parts, make_share_method
@@ -39,6 +40,9 @@ class Options(MethodOptions):
     after: Annotated[str, tyro.conf.arg(metavar="REGEX")] = "(out_proj|o_proj|fc2|down_proj)$"
     """Layers of the text model that a bottleneck comes after: those in whose path this is found. By default what
     attention and feed-forward give; '(fc2|down_proj)$' is after feed-forward alone (not given by the paper)."""
+
+    def __post_init__(self) -> None:
+        search(self.after, "")  # refuses what is no regular expression
 
 
 def make(setup: Setup) -> Method:
