@@ -236,11 +236,12 @@ def report(options: Options) -> None:
     content = {"command": command, "seeds": options.seeds, "reward": vars(REWARD), "models": found, "lines": lines}
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     (folder / "reward_emoji.json").write_text(text, encoding="utf-8")
+    mixes = " and ".join(map(str, REWARD.mix))
     note = (
         f"Test split, mean over four clients ± standard deviation over {len(options.seeds)} seeds. The reward is token "
-        f"F1 and brevity, mixed by {' and '.join(map(str, REWARD.mix))} for clients in turn, of greedy answers; beta is "
-        f"{REWARD.beta}. Differences: percentage points on the same clients and seeds, with a 95 % t-interval over "
-        f"seeds. A / B: the learning rates with the highest reward on validation, with another seed. Made by `{command}`."
+        f"F1 and brevity, mixed by {mixes} for clients in turn, of greedy answers; beta is {REWARD.beta}. Differences: "
+        "percentage points on the same clients and seeds, with a 95 % t-interval over seeds. A / B: the learning rates "
+        f"with the highest reward on validation, with another seed. Made by `{command}`."
     )
     table = f"{to_markdown(tabulate(found))}\n\n{note}\n"
     (folder / "reward_emoji.md").write_text(table, encoding="utf-8")

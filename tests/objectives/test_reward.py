@@ -84,7 +84,7 @@ def drawn():
     """The objective on the toy: its batch, the answers that it draws, its value, metrics and gradient."""
     vlm, params = make_toy()
     options = PreferenceOptions(rewards=("token-f1", "brevity"), mix=(0.25, 0.75), beta=BETA, samples=3)
-    adapter = jax.tree.map(lambda x: x + 0.1, lora.init(jax.random.key(9), vlm.sites, SPEC))
+    adapter = jax.tree.map(lambda x: x + 0.3, lora.init(jax.random.key(9), vlm.sites, SPEC))
     batch = {name: rows[0] for name, rows in make_cohort(1, rows=6).examples.items()}
     batch["labels"][:, -1] = [0, 0, -100, 0, -100, -100]
     batch["labels"][4] = -100  # does not count
@@ -93,7 +93,8 @@ def drawn():
         "client": np.asarray([0, 1, 1, 0, 0, 1], np.int32),
     }
     loss = load_objective("reward", options).loss
-    (value, metrics), gradient = jax.value_and_grad(lambda a: loss(vlm, params, a, batch), has_aux=True)(adapter)
+    step = jax.jit(jax.value_and_grad(lambda a: loss(vlm, params, a, batch), has_aux=True))
+    (value, metrics), gradient = step(adapter)
     keys = jax.random.wrap_key_data(jnp.asarray(batch["sampling_keys"]))
     answers = vlm.generate(params, adapter, batch, LABELS, samples=3, keys=keys)
     return params, adapter, batch, np.asarray(answers), float(value), metrics, gradient

@@ -22,7 +22,7 @@ REWARDS = PreferenceOptions(rewards=("token-f1", "brevity"), mix=(1.0, 0.0), bet
 
 def make_run(model, out, **changes):
     """At a high rate, so that a few steps show."""
-    train = TrainOptions(rounds=3, local_steps=4, batch_size=4, learning_rate_a=3e-2, learning_rate_b=3e-2)
+    train = TrainOptions(rounds=3, local_steps=2, batch_size=4, learning_rate_a=3e-2, learning_rate_b=3e-2)
     run = tiny_run(
         model, out, method="pfit", objective="reward", preference=REWARDS, train=train,
         evaluation=EvaluationOptions(every=3, max_answer_tokens=4, batch_size=6),
@@ -39,6 +39,7 @@ def finished(model, tmp_path_factory):
     return run, loaded
 
 
+@pytest.mark.broad
 def test_lines_tell_reward_and_kl_and_results_the_held_out_reward(finished):
     run, _ = finished
     lines = read_metrics(run.out)
@@ -56,6 +57,7 @@ def test_lines_tell_reward_and_kl_and_results_the_held_out_reward(finished):
     assert len(clients) == 4
 
 
+@pytest.mark.broad
 def test_the_held_out_reward_is_that_of_the_client_s_mix(finished):
     """Clients 0 and 2 have the first reward alone, 1 and 3 the second alone."""
     run, loaded = finished
@@ -95,6 +97,7 @@ def test_numbers_out_of_range_are_refused(options, message):
         PreferenceOptions(**options)
 
 
+@pytest.mark.broad
 def test_an_audit_has_no_loss_to_compare(finished):
     with pytest.raises(UserError, match="draws answers anew in every step"):
         make_attacker(open_experiment(*finished))
