@@ -19,6 +19,8 @@ ORDINARY = ("local", "fedavg-lora", "plora", "flora", "fedalt")
 ALIKE = ("sft", "sft+dpo")
 """Objectives that train as `dpo` does, which is tried with all of those: with plora, and with the others slowly."""
 
+MADE_FOR = ("reward", "pfit")
+
 
 def add_pairs(examples):
     """Rejected answers, made-up log-probabilities of both under the base, and keys to draw answers with."""
@@ -108,7 +110,7 @@ def test_padding_labels_change_nothing(case):
 
 
 def mark(objective, method):
-    broad = method in ORDINARY and (objective not in ALIKE or method == "plora")
+    broad = (method in ORDINARY and (objective not in ALIKE or method == "plora")) or (objective, method) == MADE_FOR
     return pytest.param(objective, method, marks=pytest.mark.broad if broad else pytest.mark.slow)
 
 
@@ -131,3 +133,4 @@ def test_every_method_trains_it(case, method):
         losses.append(float(out.metrics["loss"].mean()))
         assert all(np.isfinite(values).all() for values in out.metrics.values())
     assert losses[-1] < losses[0]
+    assert program._cache_size() == 1, "all rounds of a phase are one program"
