@@ -324,3 +324,72 @@ def fedalt(
         )  # fmt: skip
         rounds.append((after, trained))
     return rounds
+
+
+# Shared bottlenecks, private LoRA
+
+
+def bottleneck_output(base: Weights, theta: Theta, scale: float, x: np.ndarray) -> np.ndarray:
+    """y = (W_0 + s B A) x, then y + U [gelu(D [y, 1]), 1], layer by layer; the last columns of D and U are biases."""
+    for layer in LAYERS:
+        y = x @ (base[layer] + scale * theta[layer, "B"] @ theta[layer, "A"]).T
+        h = with_ones(y) @ theta[layer, "D"].T
+        g = h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+        x = y + with_ones(g) @ theta[layer, "U"].T
+    return x
+
+
+def with_ones(x: np.ndarray) -> np.ndarray:
+    return np.concatenate([x, np.ones((len(x), 1))], axis=1)
+
+
+def pftt(problem: Problem, bottlenecks: Theta, probe: np.ndarray) -> list[tuple[Theta, list[Theta], list[np.ndarray]]]:
+    """arXiv 2404.13238v1: all of D, U, A_k and B_k are trained; D̄ = Σ p_k D_k and Ū = Σ p_k U_k, A_k and B_k stay.
+
+    -> of every round the shared part, the clients' private parts, and their outputs on `probe`.
+    """
+    rates = {**problem.rates, "D": problem.rates["B"], "U": problem.rates["B"]}
+    shared, own, rounds = bottlenecks, [problem.start_of(k) for k in problem.clients], []
+
+    def gradients(theta: Theta, x: np.ndarray, t: np.ndarray) -> Theta:
+        def loss(at: Theta) -> float:
+            return 0.5 * float(np.sum((bottleneck_output(problem.base, at, problem.scale, x) - t) ** 2)) / len(x)
+
+        return differences(loss, theta)
+
+    for batches in problem.batches:
+        after = [descend(shared | own[k], batches[k], rates, gradients, "ABDU") for k in problem.clients]
+        own = [only(theta, "AB") for theta in after]
+        shared = mean([only(theta, "DU") for theta in after], problem.shares)
+        outputs = [bottleneck_output(problem.base, shared | mine, problem.scale, probe) for mine in own]
+        rounds.append((shared, own, outputs))
+    return rounds
+
+
+# Personal models around their mean
+
+
+def pfit(problem: Problem, pull: float, layer: str) -> list[Round]:
+    """arXiv 2404.13238v1 for any loss: θ_k ← θ_k − η (∇F_k(θ_k) + λ (θ_k − θ_g)) in one layer, θ_g ← Σ p_k θ_k.
+
+    Every θ_k goes on from where it was; θ_g is what the clients received.
+    """
+    frozen = {key: m for key, m in problem.start.items() if key[0] != layer}
+    shared = {key: m for key, m in problem.start.items() if key[0] == layer}
+    own, rounds = [shared for _ in problem.clients], []
+    whole = lora_gradients(problem.base, problem.scale)
+
+    def gradients(theta: Theta, x: np.ndarray, t: np.ndarray) -> Theta:
+        return {key: g for key, g in whole(frozen | theta, x, t).items() if key in theta}
+
+    for batches in problem.batches:
+        received = shared
+
+        def towards(theta: Theta, received: Theta = received) -> Theta:
+            return {key: pull * (theta[key] - m) for key, m in received.items()}
+
+        own = [descend(own[k], batches[k], problem.rates, gradients, "AB", towards) for k in problem.clients]
+        shared = mean(own, problem.shares)
+        after = [effective(problem.base, (problem.scale, frozen | one)) for one in own]
+        rounds.append(Round(after, shared, after))
+    return rounds

@@ -34,7 +34,8 @@ SENT = {
     **dict.fromkeys(("flora", "fedex-lora", "ditto", "apfl", "pfedme", "feddpa-t", "feddpa-f"), ("a", "b")),
     **dict.fromkeys(("feddat", "hilora", "fedtreelora"), ("a", "b")),
     "fedlease": ("a", "b", "gate"),
-    **dict.fromkeys(("fedalt", "fedmosaic"), ("a", "b")),
+    **dict.fromkeys(("fedalt", "fedmosaic", "pfit"), ("a", "b")),
+    **dict.fromkeys(("pftt",), ("down", "up")),
 }
 """What a message holds, by the methods' papers; of rolora in its first phase."""
 
@@ -768,7 +769,8 @@ def change(name, option):
     if option.startswith("--method."):
         default = find_method_options(name)()
         field = next(f for f in dataclasses.fields(default) if option == f"--method.{f.name.rstrip('_')}")
-        kinds = {bool: lambda x: not x, int: lambda x: x // 2, float: lambda x: 1 - x / 2}
+        # A pattern of the sites' paths, of which the toy has fc1 and fc2.
+        kinds = {bool: lambda x: not x, int: lambda x: x // 2, float: lambda x: 1 - x / 2, str: lambda x: "fc"}
         value = kinds[type(field.default)](field.default)
         return {"options": dataclasses.replace(default, **{field.name: value})}
     return {

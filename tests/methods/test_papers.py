@@ -33,12 +33,17 @@ from fedvlm_jax.methods.zoo import (
     flexlora,
     lora_fair,
     pfedme,
+    pfit,
+    pftt,
 )
 from fedvlm_jax.methods.zoo.fedrpca import split
 
 
-def assert_rounds(world, wanted, *, shared=True, turns=None):
-    """Every client's layers after every round and when it had trained, and the server's factors."""
+def assert_rounds(world, wanted, *, shared=True, turns=None, last=None):
+    """Every client's layers after every round and when it had trained, and the server's factors.
+
+    `last` is the layer that is trained, where it is one alone.
+    """
     start = {layer: kernel.T for layer, kernel in world.base.items()}
     history = world.run(turns)
     assert len(history) == len(wanted)
@@ -48,7 +53,8 @@ def assert_rounds(world, wanted, *, shared=True, turns=None):
             merged = lora.merge(found.base, adapter)
             for layer in SHAPES:
                 assert_close(merged[layer]["fc"]["kernel"].T, weights[layer])
-                moved.append(np.abs(weights[layer] - start[layer]).max())
+                if last in (None, layer):
+                    moved.append(np.abs(weights[layer] - start[layer]).max())
         assert (max if turns else min)(moved) > 1e-2, "nothing was learned, so nothing was compared"
         there = [(one, weights) for one, weights in zip(found.trained, want.trained, strict=True) if weights]
         assert there
@@ -372,6 +378,44 @@ def test_fedalt(turns):
                     assert_close(world.vlm.logits(found.base, adapter, batch)[:, 0], output)
         for layer in SHAPES:
             assert np.abs(found.states[0]["own"][layer]["fc"]["gate"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "dealt", [pytest.param((), id="one-rank", marks=pytest.mark.broad), pytest.param((2, 1, 2), id="ranks")]
+)
+def test_pftt(dealt):
+    """The shared bottlenecks, the private pairs at their ranks, and what every client computes with them."""
+    world = World("pftt", ranks=dealt, options=pftt.Options(width=3, after="fc$"))
+    probe = np.random.default_rng(1).normal(size=(6, 5))
+    start = {
+        (layer, name): np.asarray(world.server["shared"][layer]["fc"][leaf], float).T
+        for layer in SHAPES
+        for name, leaf in (("D", "down"), ("U", "up"))
+    }
+    batch = {"inputs": jnp.asarray(probe, jnp.float32)}
+    rounds = zip(world.run(), personal.pftt(world.problem(), start, probe), strict=True)
+    for found, (shared, own, outputs) in rounds:
+        for (layer, name), value in shared.items():
+            assert np.abs(value - start[layer, name]).max() > 1e-3, "nothing was learned, so nothing was compared"
+            assert_close(found.server["shared"][layer]["fc"][{"D": "down", "U": "up"}[name]].T, value)
+        for k, (mine, output) in enumerate(zip(own, outputs, strict=True)):
+            rank = dealt[k] if dealt else RANK
+            kept = as_theta(lora.combine(found.server["shared"], found.states[k]["own"]))
+            for key, value in mine.items():
+                assert_close(kept[key][:rank] if key[1] == "A" else kept[key][:, :rank], value)
+            assert_close(world.vlm.logits(found.base, found.adapters[k], batch), output)
+
+
+def test_pfit():
+    """With squared errors in place of the reward, which tests/objectives/test_reward.py holds; here the last layer."""
+    world = World("pfit", options=pfit.Options(pull=0.7))
+    history = assert_rounds(world, personal.pfit(world.problem(), 0.7, "decoder"), last="decoder")
+    assert set(history[-1].server["shared"]) == {"decoder"}
+
+
+def test_pfit_of_named_layers():
+    world = World("pfit", options=pfit.Options(pull=0.7, layers="encoder/"))
+    assert_rounds(world, personal.pfit(world.problem(), 0.7, "encoder"), last="encoder")
 
 
 def test_fedrpca():

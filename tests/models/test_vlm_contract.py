@@ -191,6 +191,23 @@ def test_greedy_answers_are_the_likeliest_tokens_one_after_another(case, targets
     np.testing.assert_array_equal(np.where(labels == IGNORED, IGNORED, likeliest), labels)
 
 
+def test_drawn_answers_are_the_likeliest_under_their_noise(case):
+    """Each token of two answers a prompt, again from the logits of the answer so far and the noise of its step."""
+    if case.chooses:
+        pytest.skip("objectives that draw answers refuse a model that chooses among them")
+    keys, length = jax.random.split(jax.random.key(3), len(case.labels)), 5
+    adapter = case.adapt(case.vlm.targets)
+    ids = np.asarray(case.vlm.generate(case.params, adapter, case.batch, length, samples=2, keys=keys))
+    ends = np.isin(ids, case.vlm.settings().eos_token_ids)
+    counts = np.cumsum(ends, -1) - ends == 0
+    logits = case.logits(adapter, labels=np.where(counts, ids, -100))
+    shape = (2, case.vlm.vocabulary)
+    noise = [[jax.random.gumbel(jax.random.fold_in(key, step), shape) for step in range(1, length + 1)] for key in keys]
+    likeliest = (logits + np.moveaxis(np.asarray(noise), 1, 2)).argmax(-1)
+    np.testing.assert_array_equal(np.where(counts, likeliest, 0), np.where(counts, ids, 0))
+    assert not np.array_equal(ids[:, 0], ids[:, 1])
+
+
 def test_the_best_of_two_beams_is_as_likely_as_it_says(case):
     """Of all continuations of two tokens two beams find at least one that is no less likely than the greedy one."""
     if case.chooses:

@@ -85,7 +85,7 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
     rounds: dict[int, list[int]] = {}
     for number in range(1, train.rounds + 1):
         rounds.setdefault(method.phase(number), []).append(number)
-    sites = {path: len(site.stack) for path, site in vlm.sites.items() if f"{path}/a" in tree.flatten(adapter)}
+    sites = {path: len(site.stack) for path, site in vlm.sites.items()}
     noise = None
     tracer = Tracer(method, vlm, train.local_steps, train.batch_size, server, personal, cohort, ranks, sites)
     if run.privacy.on:
@@ -95,7 +95,7 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
         start = jax.jit(setup.draw)(jax.random.key(run.seed))
         noise = measure_noise(plain, start, tracer.message(method.phase(1)), options, drawn, train.rounds)
     state = flatten_state(personal)
-    stacked = next((path for path, count in sites.items() if count), "")
+    stacked = next((path for path, count in sites.items() if count and f"{path}/b" in tree.flatten(adapter)), "")
     return Explanation(
         name=method.name,
         source=method.source,

@@ -102,6 +102,8 @@ def _check_common(run: Run) -> None:
     if evaluation.select_by:
         _require_choice("--evaluation.select-by", evaluation.select_by, SELECTING)
     judged_by = evaluation.select_by or objective.select_by
+    if judged_by == "reward" and not objective.samples:
+        raise UserError(f"--evaluation.select-by reward: --objective {run.objective} has none, only reward does")
     if judged_by in METRICS and judged_by not in evaluation.metrics:
         raise UserError(f"--evaluation.metrics leaves out {judged_by}, by which the best round is chosen: add it")
     if not run.model:

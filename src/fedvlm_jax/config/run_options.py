@@ -65,9 +65,10 @@ def objectives_available() -> tuple[str, ...]:
     """Name the training objectives: one per public file in `objectives/`; `sft_dpo` is both of them.
 
     >>> objectives_available()
-    ('dpo', 'sft', 'sft+dpo')
+    ('dpo', 'reward', 'sft', 'sft+dpo')
     """
-    stems = [stem for stem in _list_files("objectives") if stem not in ("base", "config", "log_probs")]
+    parts = ("answer_rewards", "base", "config", "log_probs")
+    stems = [stem for stem in _list_files("objectives") if stem not in parts]
     return tuple(stem.replace("_", "+") for stem in stems)
 
 
@@ -159,7 +160,7 @@ class EvaluationOptions:
     """Examples of one client that are answered at a time."""
     metrics: tuple[str, ...] = ("exact_match", "token_f1", "rouge_l", "cider", "vqa_accuracy")
     """Metrics of generated answers."""
-    select_by: Annotated[str, optional("METRIC", "exact_match; preference_accuracy for dpo")] = ""
+    select_by: Annotated[str, optional("METRIC", "exact_match; preference_accuracy for dpo, reward for reward")] = ""
     """Keep the models of the round that is best on validation by this metric, ties broken by the loss."""
     global_model: bool = True
     """At the end, evaluate also the shared part with the initial private one, as a newcomer would have it."""
@@ -247,7 +248,8 @@ class Run:
     cohort: Annotated[Count | None, optional("INT", "all of them")] = None
     """Clients drawn each round (not given by the paper)."""
     objective: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(objectives_available())}}}")] = "sft"
-    """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both."""
+    """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both; or reward, a
+    mix of two rewards of answers that the model draws."""
     checkpoint_every: Count = 1
     """Rounds between checkpoints."""
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = field(default_factory=MethodOptions)
@@ -310,7 +312,10 @@ def from_json(stored: Any) -> Run:
     if "method" in stored:  # of folders from before there were these options
         stored = {"start": None, "image_pixels": None, "messages": encode(MessageOptions()), "privacy": {}, **stored}
         stored = {"audit": encode(AuditOptions()), **stored}
-        for group, default in (("privacy", PrivacyOptions()), ("participation", ParticipationOptions())):
+        groups = {
+            "privacy": PrivacyOptions(), "participation": ParticipationOptions(), "preference": PreferenceOptions(),
+        }  # fmt: skip
+        for group, default in groups.items():
             if isinstance(given := stored.get(group), Mapping):
                 stored[group] = {**encode(default), **given}
     chosen = {

@@ -10,6 +10,8 @@ and the site computes `y = f(x) + scale · (x a) b`. In the notation of the pape
 and `b` is B transposed. `d_in` and `d_out` are products where a layer has several input or output axes (DenseGeneral,
 Conv); `stack` are the leading axes that `nn.scan` or `nn.vmap` put on the parameters.
 
+A site may have a nonlinear adapter after its layer too, beside these leaves or in their place: see `lora.bottleneck`.
+
 The model is not changed and knows nothing of this. The adapter is passed as one more variable collection, `lora`, and
 an interceptor adds the low-rank term to every `nn.Dense`, `nn.DenseGeneral`, `nn.Conv` and `nn.Embed` (its tied
 `attend` too) whose scope holds such variables: exactly these types, not their subclasses. A scanned model must carry
@@ -27,13 +29,14 @@ from fedvlm_jax.lora.adapter_algebra import (
     truncate,
     unmerge,
 )
+from fedvlm_jax.lora.bottleneck import add_bottlenecks
 from fedvlm_jax.lora.forward_injection import inject
 from fedvlm_jax.lora.share_rules import Rule, combine, partition, virtual_paths
 from fedvlm_jax.lora.sites import LoraError, Site, Sites, find_sites, select, trace_init
 from fedvlm_jax.lora.target_patterns import find_dead_targets
 
 __all__ = [
-    "Adapter", "LoRA", "LoraError", "Rule", "Site", "Sites", "add_to_weights", "combine", "concatenate",
-    "find_dead_targets", "find_sites", "fix_signs", "init", "inject", "merge", "one_by_one", "partition", "select",
-    "sites_of", "thin_svd", "trace_init", "trainable", "truncate", "unmerge", "virtual_paths", "with_dropout",
+    "Adapter", "LoRA", "LoraError", "Rule", "Site", "Sites", "add_bottlenecks", "add_to_weights", "combine",
+    "concatenate", "find_dead_targets", "find_sites", "fix_signs", "init", "inject", "merge", "one_by_one", "partition",
+    "select", "sites_of", "thin_svd", "trace_init", "trainable", "truncate", "unmerge", "virtual_paths", "with_dropout",
 ]  # fmt: skip

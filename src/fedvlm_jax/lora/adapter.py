@@ -25,6 +25,9 @@ SLOTS = "slots"
 of ranks and some to none (their rows are zero). Each token keeps its best outputs, as many as there are groups that are
 led to, and weighs them by a softmax over these alone."""
 
+BOTTLENECK = ("down", "up")
+"""Two leaves of a site after which a bottleneck stands, see `lora.bottleneck`; it need not have the factors too."""
+
 DROPOUT = ("dropout_key", "dropout_rate")
 """Two leaves that `with_dropout` gives to a site for one training step: a key and a share, [*stack] each."""
 
@@ -84,7 +87,7 @@ def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
     for site in select(sites, spec.targets, spec.exclude):
         if spec.rank > min(site.d_in, site.d_out):
             raise LoraError(f"rank {spec.rank} is above min(d_in, d_out) of {site}: lower the rank or narrow targets")
-        draw = jax.random.fold_in(key, _path_number(site.path))
+        draw = fold_path(key, site.path)
         shape = (*site.stack, site.d_in, spec.rank)
         if spec.init == "gaussian":
             a = jax.random.normal(draw, shape, spec.dtype) / spec.rank
@@ -114,6 +117,8 @@ def sites_of(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, Any, Any]]]:
     for path in sorted({path.rpartition("/")[0] for path in flat}):
         if join(path, GATE) in flat:
             raise LoraError(f"the adapter at {path!r} has a gate: what it adds depends on the token, and is no matrix")
+        if join(path, BOTTLENECK[0]) in flat:
+            raise LoraError(f"the adapter at {path!r} has a bottleneck: its nonlinearity is no matrix")
         missing = [name for name in FACTORS if join(path, name) not in flat]
         if missing:
             raise LoraError(f"the adapter at {path!r} lacks {', '.join(missing)}; is it one side of a partition?")
@@ -127,17 +132,18 @@ def with_dropout(key: PRNGKeyArray, adapter: Adapter, rate: float) -> Adapter:
     PEFT does; every layer of a stack draws for itself. Embeddings have none, as in PEFT.
     """
     flat = tree.flatten(adapter)
-    for path in sorted({path.rpartition("/")[0] for path in flat}):
+    for path in sorted(path.rpartition("/")[0] for path in flat if path.rpartition("/")[2] == "scale"):
         stack = flat[join(path, "scale")].shape
-        site_key = jax.random.fold_in(key, _path_number(path))
+        site_key = fold_path(key, path)
         flat[join(path, DROPOUT[0])] = jax.random.split(site_key, stack) if stack else site_key
         flat[join(path, DROPOUT[1])] = jnp.full(stack, rate, jnp.float32)
     return tree.unflatten(flat)
 
 
-def _path_number(path: str) -> int:
+def fold_path(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
+    """Fold a site's path into a key, so that what is drawn there does not depend on the other sites."""
     # FNV-1a, cut to the 31 bits that `fold_in` takes: Python's `hash` of a text differs between processes.
     number = 2166136261
     for byte in path.encode():
         number = (number ^ byte) * 16777619 % 2**32
-    return number >> 1
+    return jax.random.fold_in(key, number >> 1)

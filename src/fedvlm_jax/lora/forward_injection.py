@@ -11,6 +11,7 @@ from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array
 
 from fedvlm_jax.lora.adapter import COLLECTION, DROPOUT, FACTORS, GATE, SLOTS, Adapter
+from fedvlm_jax.lora.bottleneck import DOWN, pass_bottleneck
 from fedvlm_jax.lora.sites import LoraError, Site, as_tuple, as_variables, join, listing, read_site
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.products import project
@@ -50,14 +51,20 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
             module = context.module
             if context.method_name not in ("__call__", "attend") or module.scope is None:
                 return out
-            site = read_site(module) if module.has_variable(COLLECTION, "a") else None
+            low_rank, narrow = (module.has_variable(COLLECTION, name) for name in ("a", DOWN))
+            site = read_site(module) if low_rank or narrow else None
             if site is None:
                 return out
+            read.add(site.path)
+            if low_rank:
+                out = add_low_rank(site, context, args[0] if args else next(iter(kw.values())), out)
+            return pass_bottleneck(site, module, out) if narrow else out
+
+        def add_low_rank(site: Site, context: nn.module.InterceptorContext, inputs: Array, out: Array) -> Array:
+            module, seen = context.module, inputs
             a, b, scale = (module.get_variable(COLLECTION, name) for name in FACTORS)
             _check_shapes(site, a, b, scale)
             scale = jax.lax.stop_gradient(scale)  # data: whoever differentiates by the whole adapter leaves it alone
-            read.add(site.path)
-            seen = inputs = args[0] if args else next(iter(kw.values()))
             if site.kind != "embed" and module.has_variable(COLLECTION, DROPOUT[0]):
                 key, rate = (module.get_variable(COLLECTION, name) for name in DROPOUT)
                 kept = jax.random.bernoulli(key, 1 - rate, inputs.shape)

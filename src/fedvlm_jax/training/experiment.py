@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -21,7 +21,7 @@ from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.evaluation.answer_generation import Answering
-from fedvlm_jax.evaluation.evaluator import Evaluator
+from fedvlm_jax.evaluation.evaluator import Evaluator, Reward
 from fedvlm_jax.evaluation.knn_per import Neighbours
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.config import ParticipationOptions
@@ -40,6 +40,7 @@ from fedvlm_jax.messages.attacks import OF_MESSAGES, draw_attackers
 from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.objectives import Objective, load_objective
+from fedvlm_jax.objectives.reward import judge_answers
 from fedvlm_jax.privacy.budget import Budget, describe_budget, draw_secret, settle
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.training.federated_data import BaseScoring, FederatedData, open_data
@@ -240,6 +241,12 @@ class Experiment:
         evaluation = replace(without_extras(self.run).evaluation, examples=0, cross_clients=False)
         return BaseScoring(evaluation, self.run.preference, pixels=self.store is None)
 
+    @property
+    def judge(self) -> Reward | None:
+        """Return what rewards answers, where the objective trains for that."""
+        settings = self.model.vlm.settings()
+        return partial(judge_answers, self.run.preference, settings) if self.objective.samples else None
+
     @cached_property
     def evaluator(self) -> Evaluator:
         """Make what scores clients."""
@@ -257,6 +264,9 @@ class Experiment:
             metrics=options.metrics,
             novel=find_novel(self.examples) if model.vlm.classes else None,
             beta=self.run.preference.beta,
+            reward=partial(judge_answers, self.run.preference, model.vlm.settings())
+            if self.objective.samples
+            else None,
             base=self.data.base_numbers(self.base_scoring),
             advance=self.show.advance,
         )
@@ -286,6 +296,10 @@ def open_experiment(
     if run.lora.targets and (dead := lora.find_dead_targets(model.vlm.sites, run.lora.targets)):
         show.note(f"--lora.targets: {', '.join(dead)} match no weight of {run.model}; the others have adapters")
     experiment = Experiment(run, open_data(model, run), adapter, show)
+    if experiment.objective.samples and model.vlm.bind is not None:
+        raise UserError(
+            f"--objective {run.objective} draws answers token by token, and {run.model} chooses among classes: use sft"
+        )
     examples, clients = experiment.examples, experiment.examples.clients
     show.note(
         f"{format_count(len(clients), 'client')}, "
