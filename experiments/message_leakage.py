@@ -4,10 +4,11 @@
     python experiments/message_leakage.py --quick    # a smoke run, reported below --out
 
 Each cell is a run on the emoji data and Florence2-nano that keeps its messages, and its audit (`fedvlm audit`): 8
-clients of 20 pictures (40 rows), 8 rounds, all rounds and clients attacked. Two settings: `usual`, 4 local steps of
-AdamW on 16 rows, in which a client's every round has most of its rows; and `few`, a local step of SGD on 2 rows, in
-which gradients leave almost bare. Rates are the same for all methods. Others are rows of the same client's test split;
-the bare base's loss, which no message has touched, says how far these are from the members without any attack.
+clients of 20 pictures (40 rows), 8 rounds, of which four are attacked, of all clients. Two settings: `usual`, 4 local
+steps of AdamW on 16 rows, in which a client's every round has most of its rows; and `few`, a local step of SGD on 2
+rows, in which gradients leave almost bare. Rates are the same for all methods. Others are rows of the same client's
+test split; the bare base's loss, which no message has touched, says how far these are from the members without any
+attack.
 """
 
 from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
@@ -66,6 +67,8 @@ class Study:
     variants: tuple[str, ...] = tuple(VARIANTS)
     settings: tuple[Setting, ...] = tuple(SETTINGS)
     rounds: int = 8
+    attacked: int = 4
+    """Rounds that are attacked, evenly spread, the first and the last among them."""
     images: int = 20
     """Training images per client; each has two questions."""
     held_out: tuple[int, int] = (10, 60)
@@ -118,7 +121,7 @@ def run_missing(study: Study) -> None:
     from fedvlm_jax.training.loaded_model import load_model
 
     model = None
-    choices = AuditChoices(study.rounds, len(study.vendors) * len(study.languages), study.candidates)
+    choices = AuditChoices(study.attacked, len(study.vendors) * len(study.languages), study.candidates)
     for setting, variant, seed in list(list_missing(study)):
         run = study.make_run(setting, variant, seed)
         assert run.out is not None

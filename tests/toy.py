@@ -19,6 +19,8 @@ from fedvlm_jax.distributed.sharding import replicate
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round import make_round, to_waves
 from fedvlm_jax.methods import Client, Setup, load_method
+from fedvlm_jax.models.beam_search import Cache, Decoder, Settings
+from fedvlm_jax.models.generation import make_generate
 from fedvlm_jax.objectives import load_objective
 
 WIDTH, VOCABULARY, LABELS = 6, 5, 3
@@ -27,6 +29,12 @@ WRITES = {"bind": None, "prompt_at": "", "layers": (), "texts": None, "image_wid
 WRITING = [name for name in methods_available() if not declare(name, Run()).classes]
 """Methods for models that write their answers, as most here are; the others' are tried on a CLIP."""
 SPEC = lora.LoRA(rank=2, alpha=4.0, targets="fc")
+SETTINGS = Settings(
+    num_beams=1, decoder_start_token_id=VOCABULARY, pad_token_id=0, eos_token_ids=(0,), forced_bos_token_id=None,
+    forced_eos_token_ids=(), no_repeat_ngram_size=0, min_length=0, min_new_tokens=0, length_penalty=1.0,
+    early_stopping=False,
+)  # fmt: skip
+"""Answers end with token 0."""
 
 
 class Half(nn.Module):
@@ -59,8 +67,20 @@ def make_toy():
         several = batch["labels"].ndim == found.ndim
         return jnp.broadcast_to(found[..., None, :, :], (*batch["labels"].shape, VOCABULARY)) if several else found
 
-    sites = lora.find_sites(model.apply, params, example)
-    return SimpleNamespace(logits=logits, sites=sites, component=lambda path: None, **WRITES), params
+    def open_decoder(params, adapter, batch, beams, length):
+        said = forward(params, adapter, batch["image_features"])
+        states = jnp.zeros((len(said), beams, 1))
+
+        def say(count):
+            at = jax.lax.dynamic_index_in_dim(said, count, 1)
+            return states, jnp.broadcast_to(at, (len(said), beams, VOCABULARY)), Cache({}, {})
+
+        return Decoder(len(said), lambda ids: say(0), lambda ids, count, cache: say(count))
+
+    return SimpleNamespace(
+        logits=logits, sites=lora.find_sites(model.apply, params, example), component=lambda path: None,
+        settings=lambda: SETTINGS, generate=make_generate(lambda: SETTINGS, open_decoder), **WRITES,
+    ), params  # fmt: skip
 
 
 def make_method(

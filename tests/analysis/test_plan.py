@@ -141,6 +141,33 @@ def test_a_config_json_alone_is_planned(name, tmp_path):
     assert found.flops > 0
 
 
+@pytest.mark.broad
+def test_pictures_on_grids_of_their_own_are_planned_with_the_most_image_tokens(tmp_path):
+    causal_cases.CASES["qwen3-vl"](tmp_path)
+    sizes = SizeOptions(image_pixels=1030, pictures=2, prompt_tokens=3, answer_tokens=3)
+    found = plan_round(make_request(tmp_path, lora=LoraOptions(rank=2), sizes=sizes))
+    assert found.image_tokens == 2 * 16
+    assert found.example["image_features"] == (32, read_vlm(tmp_path).image_width)
+    assert found.example["image_grids"] == (2, 2)
+    assert found.flops > 0
+
+
+def test_grids_that_cannot_be_planned_are_refused(model, tmp_path):
+    def ask(folder, targets="", **sizes):
+        lora = LoraOptions(rank=2, targets=targets)
+        return plan_round(make_request(folder, lora=lora, sizes=SizeOptions(**sizes)))
+
+    with pytest.raises(UserError, match=r"have no grids of their own: leave --sizes\.image-pixels out"):
+        ask(model, image_pixels=4096)
+    with pytest.raises(UserError, match=r"--sizes\.image-size and --sizes\.image-pixels exclude each other"):
+        ask(model, image_pixels=4096, image_size=64)
+    causal_cases.CASES["qwen3-vl"](tmp_path)
+    with pytest.raises(UserError, match=r"--sizes\.image-pixels 63: an image token alone has 64"):
+        ask(tmp_path, image_pixels=63)
+    with pytest.raises(UserError, match=r"--sizes\.image-pixels needs a frozen tower"):
+        ask(tmp_path, image_pixels=4096, targets="vision_tower/.*qkv")
+
+
 PROGRAM = """
 import sys
 from fedvlm_jax.cli.main import main

@@ -1,7 +1,6 @@
 """The small bases that ship: complete, small, readable by transformers and by us, and not random."""
 
 import importlib.util
-import io
 import json
 from pathlib import Path
 
@@ -10,17 +9,15 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from assets.shipped import ASSETS, EMOJI, NAMES, read_unseen
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Florence2Processor
 
-import fedvlm_jax
 from fedvlm_jax.models import load_weights, open_model
 
-ASSETS = Path(fedvlm_jax.__file__).parent / "assets"
 FOLDER = ASSETS / "florence2-nano"
 SMOLVLM = ASSETS / "smolvlm-nano"
 BOTH = pytest.mark.parametrize("folder", [FOLDER, SMOLVLM], ids=lambda folder: folder.name)
-EMOJI = ASSETS / "emoji" / "emoji.parquet"
 FILES = {
     "README.md",
     "config.json",
@@ -31,20 +28,6 @@ FILES = {
     "tokenizer_config.json",
 }
 MORE = {FOLDER: set[str](), SMOLVLM: {"chat_template.jinja", "preprocessor_config.json"}}
-NAMES = {
-    "en": "animals & nature",
-    "de": "Süßigkeiten",
-    "fr": "visage avec bouche en cœur",
-    "es": "¡piñata!",
-    "it": "tempo atmosferico",
-    "pt": "coração",
-    "nl": "sloten & sleutels",
-    "pl": "kłódki & klucze",
-    "sv": "ansikten på katter",
-    "ru": "смайлики и эмоции",
-    "ja": "食べ物と飲み物",
-    "zh": "微笑",
-}
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +91,6 @@ def test_shipped_answers_are_short(folder: Path) -> None:
     lengths = (processor.answers(answers, 24) != -100).sum(1)
     assert len(answers) > 500
     assert lengths.max() <= 12, answers[int(lengths.argmax())]
-
-
-def read_unseen(processor):
-    """Sixty validation pictures of vendors that neither model saw, as a batch, and their groups."""
-    columns = ["image", "idx", "chosen", "question_neutral"]
-    filters = [("split", "=", "validation"), ("task", "=", "group"), ("language", "=", "en")]
-    rows = sorted(pq.read_table(EMOJI, columns=columns, filters=filters).to_pylist(), key=lambda row: row["idx"])
-    rows = rows[:: len(rows) // 60][:60]
-    images = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
-    ids, mask = processor.prompts([row["question_neutral"] for row in rows])
-    batch = {"pixel_values": processor.pixels(images), "input_ids": ids, "attention_mask": mask}
-    return batch, [row["chosen"] for row in rows]
 
 
 @BOTH

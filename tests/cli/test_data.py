@@ -90,7 +90,8 @@ def test_options_are_those_of_train(rows: Path, tmp_path: Path, capsys: pytest.C
         (["--seed", "-1"], "--seed is -1"),
         (["--data.alpha", "0"], "--data.alpha is 0.0"),
         (["--model", "nothere"], "no model 'nothere'"),
-        (["--image-size", "64"], "--image-size and --image-tiles are for --model"),
+        (["--image-size", "64"], "--image-size, --image-tiles and --image-pixels are for --model"),
+        (["--image-pixels", "4096", "--model", "florence2-nano"], "leave --image-pixels out"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

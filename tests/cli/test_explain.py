@@ -44,7 +44,8 @@ def toy():
 
 
 def explain(toy, name, make=None, **choices):
-    options = LoraOptions(rank=SPEC.rank, alpha=SPEC.alpha, targets="fc", ranks=choices.pop("ranks", ()))
+    changes = {name: choices.pop(name) for name in ("targets", "ranks") if name in choices}
+    options = LoraOptions(**{"rank": SPEC.rank, "alpha": SPEC.alpha, "targets": "fc", **changes})
     run = Run(method=name, lora=options, **{"train": TrainOptions(rounds=4), **choices})
     return explain_method(toy, run, CLIENTS, make or (lambda setup: load_method(name, setup)))
 
@@ -122,6 +123,13 @@ def test_bases_that_move_and_downloads_of_ones_own(toy):
     assert fedalt.own_download
     assert statuses(fedalt.stages[0]) == {"a": (1, YES, YES, OWN), "b": (1, YES, YES, OWN), "gate": (1, (), (), OWN)}
     assert statuses(explain(toy, "ce-lora").stages[0])["c"] == (1, YES, YES, OWN)
+
+
+def test_leaves_after_layers_that_have_no_lora_are_told(toy):
+    """pftt's bottlenecks come after fc2, whether or not a target is there."""
+    stage = explain(toy, "pftt", targets="fc1").stages[0]
+    assert statuses(stage, "fc2") == {"down": (1, YES, YES, ()), "up": (1, YES, YES, ())}
+    assert statuses(stage) == {"a": (1, (), (), OWN), "b": (1, (), (), OWN)}
 
 
 def test_control_variates_travel_and_stay_beside_the_factors(toy):

@@ -162,7 +162,7 @@ def test_local_training_is_compared_with_whatever_the_server_does() -> None:
 
 def test_weights_are_for_methods_that_weigh_by_them() -> None:
     uniform = Run(train=TrainOptions(weighting="uniform"))
-    idle = ("local", "hetlora", "fedalt", "ce-lora", "fedmosaic")
+    idle = ("local", "hetlora", "fedalt", "ce-lora", "fedmosaic", "fedlease", "fedtreelora")
     for name in methods_available():
         run = dataclasses.replace(uniform, method=name)
         if name in idle:

@@ -73,7 +73,7 @@ def test_methods_are_found_without_their_infrastructure() -> None:
 
 
 def test_objectives_are_found_without_their_infrastructure() -> None:
-    assert objectives_available() == ("classify", "dpo", "sft", "sft+dpo")
+    assert objectives_available() == ("classify", "dpo", "reward", "sft", "sft+dpo")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 from made_table import make_table
 
-from fedvlm_jax.data.classes import describe_classes, find_novel, find_own, list_classes
+from fedvlm_jax.data.classes import count_ambiguous, describe_classes, find_novel, find_own, list_classes
 from fedvlm_jax.data.federated_dataset import ClientRows, Federation
 from fedvlm_jax.data.table import UNREADABLE
 
@@ -30,6 +30,12 @@ def test_classes_are_the_answers_of_rows_in_use():
     assert list_classes(table, federation, pairs=True) == (("cat", "dog", "yak"), ("emu", "fox", "gnu"))
     alone = make_table([None] * 9, chosen=CHOSEN)
     assert list_classes(alone, federation, pairs=False) == (("cat", "dog"), ("emu", "gnu"))
+
+
+def test_a_picture_is_ambiguous_to_a_client_that_has_two_answers_to_it():
+    image = np.asarray([0, 0, 1, 1, 1, 2, 1, 1])  # ann: 0 once, 1 with cat and emu; eve: 1 with two again; bob: apart
+    answers = ["dog", "dog", "cat", "emu", "dog", "gnu", "cat", "yak"]
+    assert count_ambiguous(SimpleNamespace(clients=CLIENTS, answers=answers, image=image)) == 2
 
 
 def test_novel_is_what_no_training_example_of_anybody_has():

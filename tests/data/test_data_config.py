@@ -45,8 +45,8 @@ def test_impossible_values_are_refused_at_once(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"path": Path("d")}, "--data.path belongs to --data rlaif-v, and not to emoji"),
-        ({"limit": 5}, "--data.limit belongs to --data rlaif-v, one's own data, and not to emoji"),
+        ({"path": Path("d")}, "--data.path belongs to --data photos, --data rlaif-v, and not to emoji"),
+        ({"limit": 5}, "--data.limit belongs to --data photos, --data rlaif-v, one's own data, and not to emoji"),
         ({"source": "x", "vendors": ("noto",)}, "--data.vendors belongs to --data emoji, and not to x"),
         ({"source": "rlaif-v", "tasks": ("name",)}, "--data.tasks belongs to --data emoji, and not to rlaif-v"),
         (

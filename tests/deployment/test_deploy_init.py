@@ -110,6 +110,12 @@ def test_what_is_always_refused_is_not_listed(words, tmp_path, capsys):
     assert words[0] in deploy.REFUSED
 
 
+def test_a_node_scores_by_one_mix_of_rewards(tmp_path, capsys):
+    words = ["--objective", "reward", "--preference.mix", "0.2", "0.8"]
+    told = refuse(["deploy", "init", tmp_path / "new", "--clients", "3", *words], capsys)
+    assert "--preference.mix: not in a deployment, for a node scores its model as the only client" in told
+
+
 @pytest.mark.parametrize("words", [("deploy", "init"), ("node",)])
 def test_the_help_lists_what_can_be_given(words, capsys):
     with pytest.raises(SystemExit):

@@ -16,7 +16,10 @@ from fedvlm_jax.peft.folder import list_factors, make_uniform, place_factors
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden" / "single"
 TARGETS = "language_model/(en|de)coder/layers/(self_attn/q_proj|fc1)|image_projection"
-REFUSED = {"fedalt": "depends on the token"}
+REFUSED = {
+    **dict.fromkeys(("fedalt", "fedlease"), "depends on the token"),
+    "pftt": "nonlinearity is no matrix",
+}
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.artifacts import LIST, open_adapters
 from fedvlm_jax.utils import digests
 from fedvlm_jax.utils.files import read_plain
-from fedvlm_jax.utils.record_store import KEY, Records
+from fedvlm_jax.utils.record_store import ENTRY, KEY, Records
 
 SIZE = 3000
 KEYS = 60
@@ -220,7 +220,7 @@ def test_nobody_waits_for_what_is_no_file(tmp_path, monkeypatch, kind):
         with pytest.raises(OSError, match=r"no regular|No such|Too many"):
             read_plain(tmp_path / name)
     (tmp_path / "a.rows").write_bytes(b"x" * SIZE)
-    (tmp_path / "b.keys").write_bytes(b"x" * 32)
+    (tmp_path / "b.keys").write_bytes(b"x" * ENTRY)
     records = Records(tmp_path, SIZE)
     assert records.read(b"x" * KEY) is None
     assert not ImageFacts.open(tmp_path / "facts.npz").digests

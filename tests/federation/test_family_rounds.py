@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -28,10 +27,6 @@ FAMILIES = {
     "paligemma2": "paligemma",
     "gemma3": "gemma3",
     "clip": "clip",
-}
-"""Case -> its `model_type`."""
-
-SLOW = {
     "smolvlm-tied": "smolvlm",  # one head of keys for four of queries
     "idefics3": "idefics3",
     "internvl": "internvl",
@@ -42,19 +37,16 @@ SLOW = {
     "qwen2.5-vl:tower": "qwen2_5_vl",
     "clip:tower": "clip",
 }
-CASES = [*FAMILIES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
+"""Case -> its `model_type`."""
 
 
-def look(case):
-    return run_check(tuple(SLOW if case in SLOW else FAMILIES))
-
-
-@lru_cache
-def run_check(cases):
+@pytest.fixture(scope="module")
+def found():
+    """What the programs of all cases hold, by case."""
     script = Path(__file__).with_name("family_rounds_check.py")
     paths = [TESTS, TESTS.parent / "benchmarks", os.environ.get("PYTHONPATH", "")]  # as pytest has it
     done = subprocess.run(
-        [sys.executable, str(script), *cases],
+        [sys.executable, str(script), *FAMILIES],
         capture_output=True,
         text=True,
         check=False,
@@ -64,21 +56,19 @@ def run_check(cases):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_one_all_reduce_between_clients_one_flag_of_each_and_nothing_else(case):
-    assert look(case)[case]["between_clients"] == {"all-reduce": 1, "all-gather": 1}
+@pytest.mark.parametrize("case", FAMILIES)
+def test_one_all_reduce_between_clients_one_flag_of_each_and_nothing_else(case, found):
+    assert found[case]["between_clients"] == {"all-reduce": 1, "all-gather": 1}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_no_base_weight_is_copied_per_client(case):
-    found = look(case)
+@pytest.mark.parametrize("case", FAMILIES)
+def test_no_base_weight_is_copied_per_client(case, found):
     assert found["control"]["copies"], "the search itself finds nothing any more"
     assert found[case]["copies"] == []
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_cuts_cost_no_gather(case):
-    found = look(case)
+@pytest.mark.parametrize("case", FAMILIES)
+def test_cuts_cost_no_gather(case, found):
     assert found["control"]["inside"], "the search itself finds nothing any more"
     assert found[case]["gathered"] == []
     if not case.endswith(":tower"):  # where image tokens have a gradient, their projection's is made whole
@@ -88,4 +78,4 @@ def test_cuts_cost_no_gather(case):
 def test_every_kind_of_model_is_looked_at(monkeypatch):
     monkeypatch.setattr(models, "__path__", models.__path__[:1])  # other tests put packages of theirs beside
     kinds = {kind for family in list_families() for kind in family.model_types if "florence2" not in family.model_types}
-    assert kinds <= {*FAMILIES.values(), *SLOW.values()}
+    assert kinds <= {*FAMILIES.values()}

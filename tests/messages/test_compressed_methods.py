@@ -98,6 +98,7 @@ def test_what_top_k_is_refused_for(name):
         assert not why.endswith(".")
         assert name in (
             *("local", "flora", "fedalt", "fedmosaic", "ce-lora", "feddpa-t", "feddpa-f", "pfedmoap"),
+            *("feddat", "fedlease", "hilora", "fedtreelora", "pfit"),
             *("fedsvd", "flexlora"),  # another basis
         )
         return

@@ -32,16 +32,8 @@ POOLS = ("median", "trimmed", "krum", "multi-krum", "geometric", "bound")
 CLIENTS = 7
 WEIGHTS = np.arange(1, CLIENTS + 1, dtype=np.float32) / np.float32(28)
 ALL = (
-    "flora",
-    "fedex-lora",
-    "hetlora",
-    "flexlora",
-    "lora-fair",
-    "fedrpca",
-    "fedalt",
-    "fedmosaic",
-    "ce-lora",
-    "pfedmoap",
+    *("flora", "fedex-lora", "hetlora", "flexlora", "lora-fair", "fedrpca", "fedalt", "fedmosaic", "ce-lora"),
+    *("fedlease", "hilora", "fedtreelora", "pfedmoap"),
 )
 """Methods whose servers need every message; `test_contract.py` holds that they do."""
 EVERY_TIME = [*itertools.product(("plora",), POOLS), ("rolora", "krum"), ("apfl", "trimmed"), ("fedsvd", "geometric")]

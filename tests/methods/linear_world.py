@@ -49,7 +49,7 @@ class Linear(nn.Module):
 def squared_error(vlm, params, adapter, batch):
     """½‖y − t‖², the mean over the rows that count; a row counts unless its one label is ignored."""
     counts = (batch["labels"][:, 0] != IGNORED).astype(jnp.float32)
-    rows = 0.5 * jnp.sum(jnp.square(vlm.logits(params, adapter, batch) - batch["targets"]), axis=-1)
+    rows = 0.5 * jnp.sum(jnp.square(vlm.logits(params, adapter, batch)[:, 0] - batch["targets"]), axis=-1)
     loss = jnp.sum(rows * counts) / jnp.maximum(counts.sum(), 1)
     return loss, {"loss": loss}
 
@@ -66,7 +66,9 @@ class World:
         self.params = {layer: {"fc": {"kernel": jnp.asarray(kernel)}} for layer, kernel in self.base.items()}
         forward = lora.inject(Linear().apply)
         self.sites = lora.find_sites(Linear().apply, self.params, jnp.zeros((1, 5)))
-        self.vlm = SimpleNamespace(logits=lambda params, adapter, batch: forward(params, adapter, batch["inputs"]))
+        self.vlm = SimpleNamespace(  # y is what an answer of one token has
+            logits=lambda params, adapter, batch: forward(params, adapter, batch["inputs"])[:, None]
+        )
         trainer = make_local_trainer(
             self.vlm, Objective("squared", "this file", squared_error), optimizer="sgd", clip_norm=None
         )
@@ -90,7 +92,7 @@ class World:
             base={layer: kernel.T.astype(float) for layer, kernel in self.base.items()},
             start=as_theta(self.adapter) if start is None else start,
             scale=SCALE,
-            rates={"A": RATES["a"], "B": RATES["b"], "C": RATES["b"], "G": RATES["a"]},
+            rates={"A": RATES["a"], "B": RATES["b"], "C": RATES["b"], "G": RATES["a"], "M": RATES["b"]},
             shares=self.shares.astype(float).tolist(),
             batches=[[as_steps(data, k) for k in range(len(self.shares))] for data in self.data],
             ranks=self.ranks,

@@ -123,6 +123,53 @@ def feddpa(problem: Problem, alpha: float, local_steps: Callable[[int, int], int
     return rounds
 
 
+def softened(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(z / T), row by row."""
+    raised = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
+    return raised / raised.sum(axis=1, keepdims=True)
+
+
+def feddat(problem: Problem, weight: float, temperature: float) -> list[Round]:
+    """arXiv 2308.12305 as its authors' code has it: t = ½ l + ½ r, r a frozen copy of the g that was received.
+
+        g: (1−w) F(g) + w T² KL(σ(z_t/T) ‖ σ(z_g/T)),    then l: (1−w) F(t) + w T² KL(σ(z_g/T) ‖ σ(z_t/T))
+
+    on every batch, with z_g of before the step of g. The gradient of T² KL by a student's logits is T (σ_student −
+    σ_teacher), over the rows; that of F is (z − t), over the rows. Here the outputs are the logits of one token.
+    """
+    s, shared, own, rounds = problem.scale, problem.start, [problem.start for _ in problem.clients], []
+
+    def outputs(weights: Weights, x: np.ndarray) -> np.ndarray:
+        return x @ weights["encoder"].T @ weights["decoder"].T
+
+    def step(theta: Theta, base: Weights, scale: float, x: np.ndarray, t: np.ndarray, taught: np.ndarray) -> Theta:
+        z = outputs(effective(base, (scale, theta)), x)
+        apart = temperature * (softened(z, temperature) - softened(taught, temperature))
+        wanted = z - ((1 - weight) * (z - t) + weight * apart)  # whose squared error has the gradient of the sum
+        return descend(theta, [(x, wanted)], problem.rates, lora_gradients(base, scale))
+
+    for batches in problem.batches:
+        sent = []
+        for k in problem.clients:
+            beside, g = effective(problem.base, (s / 2, shared)), shared
+            for x, t in batches[k]:
+                of_teacher = outputs(effective(beside, (s / 2, own[k])), x)
+                of_global = outputs(effective(problem.base, (s, g)), x)
+                g = step(g, problem.base, s, x, t, of_teacher)
+                own[k] = step(own[k], beside, s / 2, x, t, of_global)
+            sent.append(g)
+        shared = mean(sent, problem.shares)
+        after, trained = (
+            [
+                effective(problem.base, (s / 2, own[k]), (s / 2, pair))
+                for k, pair in zip(problem.clients, part, strict=True)
+            ]
+            for part in ([shared] * len(sent), sent)
+        )
+        rounds.append(Round(after, shared, trained))
+    return rounds
+
+
 def cosine_softmax(moved: Sequence[Theta], temperature: float, *, own: bool) -> np.ndarray:
     """Row k: softmax over j of cos(Δ_k, Δ_j) / τ; j = k only if `own`."""
     vectors = [np.concatenate([m.ravel() for _, m in sorted(one.items())]) for one in moved]
@@ -276,4 +323,73 @@ def fedalt(
             for part in ({k: mean_for(k) for k in problem.clients}, rest)
         )  # fmt: skip
         rounds.append((after, trained))
+    return rounds
+
+
+# Shared bottlenecks, private LoRA
+
+
+def bottleneck_output(base: Weights, theta: Theta, scale: float, x: np.ndarray) -> np.ndarray:
+    """y = (W_0 + s B A) x, then y + U [gelu(D [y, 1]), 1], layer by layer; the last columns of D and U are biases."""
+    for layer in LAYERS:
+        y = x @ (base[layer] + scale * theta[layer, "B"] @ theta[layer, "A"]).T
+        h = with_ones(y) @ theta[layer, "D"].T
+        g = h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+        x = y + with_ones(g) @ theta[layer, "U"].T
+    return x
+
+
+def with_ones(x: np.ndarray) -> np.ndarray:
+    return np.concatenate([x, np.ones((len(x), 1))], axis=1)
+
+
+def pftt(problem: Problem, bottlenecks: Theta, probe: np.ndarray) -> list[tuple[Theta, list[Theta], list[np.ndarray]]]:
+    """arXiv 2404.13238v1: all of D, U, A_k and B_k are trained; D̄ = Σ p_k D_k and Ū = Σ p_k U_k, A_k and B_k stay.
+
+    -> of every round the shared part, the clients' private parts, and their outputs on `probe`.
+    """
+    rates = {**problem.rates, "D": problem.rates["B"], "U": problem.rates["B"]}
+    shared, own, rounds = bottlenecks, [problem.start_of(k) for k in problem.clients], []
+
+    def gradients(theta: Theta, x: np.ndarray, t: np.ndarray) -> Theta:
+        def loss(at: Theta) -> float:
+            return 0.5 * float(np.sum((bottleneck_output(problem.base, at, problem.scale, x) - t) ** 2)) / len(x)
+
+        return differences(loss, theta)
+
+    for batches in problem.batches:
+        after = [descend(shared | own[k], batches[k], rates, gradients, "ABDU") for k in problem.clients]
+        own = [only(theta, "AB") for theta in after]
+        shared = mean([only(theta, "DU") for theta in after], problem.shares)
+        outputs = [bottleneck_output(problem.base, shared | mine, problem.scale, probe) for mine in own]
+        rounds.append((shared, own, outputs))
+    return rounds
+
+
+# Personal models around their mean
+
+
+def pfit(problem: Problem, pull: float, layer: str) -> list[Round]:
+    """arXiv 2404.13238v1 for any loss: θ_k ← θ_k − η (∇F_k(θ_k) + λ (θ_k − θ_g)) in one layer, θ_g ← Σ p_k θ_k.
+
+    Every θ_k goes on from where it was; θ_g is what the clients received.
+    """
+    frozen = {key: m for key, m in problem.start.items() if key[0] != layer}
+    shared = {key: m for key, m in problem.start.items() if key[0] == layer}
+    own, rounds = [shared for _ in problem.clients], []
+    whole = lora_gradients(problem.base, problem.scale)
+
+    def gradients(theta: Theta, x: np.ndarray, t: np.ndarray) -> Theta:
+        return {key: g for key, g in whole(frozen | theta, x, t).items() if key in theta}
+
+    for batches in problem.batches:
+        received = shared
+
+        def towards(theta: Theta, received: Theta = received) -> Theta:
+            return {key: pull * (theta[key] - m) for key, m in received.items()}
+
+        own = [descend(own[k], batches[k], problem.rates, gradients, "AB", towards) for k in problem.clients]
+        shared = mean(own, problem.shares)
+        after = [effective(problem.base, (problem.scale, frozen | one)) for one in own]
+        rounds.append(Round(after, shared, after))
     return rounds

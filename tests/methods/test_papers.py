@@ -17,13 +17,14 @@ from linear_world import KEY, RANK, SHAPES, World, as_theta, assert_close
 from fedvlm_jax import lora
 from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.run_options import Run, methods_available
-from fedvlm_jax.methods.base import Context
+from fedvlm_jax.methods.base import Context, Setup
 from fedvlm_jax.methods.components import heterogeneous_ranks, personalized_download
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
 from fedvlm_jax.methods.zoo import (
     apfl,
     ce_lora,
     ditto,
+    feddat,
     feddpa_f,
     feddpa_t,
     fedmosaic,
@@ -32,12 +33,17 @@ from fedvlm_jax.methods.zoo import (
     flexlora,
     lora_fair,
     pfedme,
+    pfit,
+    pftt,
 )
 from fedvlm_jax.methods.zoo.fedrpca import split
 
 
-def assert_rounds(world, wanted, *, shared=True, turns=None):
-    """Every client's layers after every round and when it had trained, and the server's factors."""
+def assert_rounds(world, wanted, *, shared=True, turns=None, last=None):
+    """Every client's layers after every round and when it had trained, and the server's factors.
+
+    `last` is the layer that is trained, where it is one alone.
+    """
     start = {layer: kernel.T for layer, kernel in world.base.items()}
     history = world.run(turns)
     assert len(history) == len(wanted)
@@ -47,7 +53,8 @@ def assert_rounds(world, wanted, *, shared=True, turns=None):
             merged = lora.merge(found.base, adapter)
             for layer in SHAPES:
                 assert_close(merged[layer]["fc"]["kernel"].T, weights[layer])
-                moved.append(np.abs(weights[layer] - start[layer]).max())
+                if last in (None, layer):
+                    moved.append(np.abs(weights[layer] - start[layer]).max())
         assert (max if turns else min)(moved) > 1e-2, "nothing was learned, so nothing was compared"
         there = [(one, weights) for one, weights in zip(found.trained, want.trained, strict=True) if weights]
         assert there
@@ -82,11 +89,11 @@ def test_share_rules(name):
     assert_rounds(world, SIMPLE[name](world.problem()))
 
 
-FILES = ("test_papers.py", "test_prompt_papers.py")
+FILES = ("test_papers.py", "test_papers_of_clusters.py", "test_prompt_papers.py")
 
 
 def test_every_method_with_a_paper_is_here():
-    """A method that names an arXiv number and that no such file names was not compared with its paper."""
+    """A method that names an arXiv number and that no file of papers names was not compared with its paper."""
     text = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in FILES)
     papers = [name for name in methods_available() if "arXiv" in declare(name, Run()).source]
     missing = [name for name in papers if f'"{name}"' not in text]
@@ -321,6 +328,12 @@ def test_feddpa_f():
     assert_rounds(world, personal.feddpa(world.problem(), 0.4, lambda number, steps: steps if number == 2 else 0))
 
 
+@pytest.mark.parametrize(("weight", "temperature"), [(0.5, 3.0), (0.3, 0.7)])
+def test_feddat(weight, temperature):
+    world = World("feddat", options=feddat.Options(weight, temperature))
+    assert_rounds(world, personal.feddat(world.problem(), weight, temperature))
+
+
 COMING = [(0.4, 0.6, 0.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.4, 0.6), (0.4, 0.0, 0.6)]
 """Two together, rounds of one alone, somebody who comes back, and a third who is new in the fourth round."""
 
@@ -341,7 +354,9 @@ def test_ce_lora(turns):
 
 def test_a_pool_keeps_the_newest():
     """Three places: 4 and 7 come in round 1, 5 and 9 in round 2, 7 again and 4, who does not count, in round 3."""
-    pool = personalized_download.start_pool({"b": jnp.zeros(1)}, 3)
+    pool = personalized_download.start_pool(
+        {"b": jnp.zeros(1)}, Setup(sites={}, spec=None, start_optimizer=None, population=3)
+    )
     for number, (who, weights) in enumerate([((4, 7), (1, 1)), ((5, 9), (1, 1)), ((7, 4), (1, 0))], start=1):
         moved = {"b": jnp.asarray([[10.0 * number + w] if w else [jnp.nan] for w in weights])}
         counts = jnp.asarray(weights, jnp.float32)
@@ -362,9 +377,47 @@ def test_fedalt(turns):
         for adapters, outputs in ((found.adapters, after), (found.trained, trained)):
             for adapter, output in zip(adapters, outputs, strict=True):
                 if output is not None:
-                    assert_close(world.vlm.logits(found.base, adapter, batch), output)
+                    assert_close(world.vlm.logits(found.base, adapter, batch)[:, 0], output)
         for layer in SHAPES:
             assert np.abs(found.states[0]["own"][layer]["fc"]["gate"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "dealt", [pytest.param((), id="one-rank", marks=pytest.mark.broad), pytest.param((2, 1, 2), id="ranks")]
+)
+def test_pftt(dealt):
+    """The shared bottlenecks, the private pairs at their ranks, and what every client computes with them."""
+    world = World("pftt", ranks=dealt, options=pftt.Options(width=3, after="fc$"))
+    probe = np.random.default_rng(1).normal(size=(6, 5))
+    start = {
+        (layer, name): np.asarray(world.server["shared"][layer]["fc"][leaf], float).T
+        for layer in SHAPES
+        for name, leaf in (("D", "down"), ("U", "up"))
+    }
+    batch = {"inputs": jnp.asarray(probe, jnp.float32)}
+    rounds = zip(world.run(), personal.pftt(world.problem(), start, probe), strict=True)
+    for found, (shared, own, outputs) in rounds:
+        for (layer, name), value in shared.items():
+            assert np.abs(value - start[layer, name]).max() > 1e-3, "nothing was learned, so nothing was compared"
+            assert_close(found.server["shared"][layer]["fc"][{"D": "down", "U": "up"}[name]].T, value)
+        for k, (mine, output) in enumerate(zip(own, outputs, strict=True)):
+            rank = dealt[k] if dealt else RANK
+            kept = as_theta(lora.combine(found.server["shared"], found.states[k]["own"]))
+            for key, value in mine.items():
+                assert_close(kept[key][:rank] if key[1] == "A" else kept[key][:, :rank], value)
+            assert_close(world.vlm.logits(found.base, found.adapters[k], batch), output)
+
+
+def test_pfit():
+    """With squared errors in place of the reward, which tests/objectives/test_reward.py holds; here the last layer."""
+    world = World("pfit", options=pfit.Options(pull=0.7))
+    history = assert_rounds(world, personal.pfit(world.problem(), 0.7, "decoder"), last="decoder")
+    assert set(history[-1].server["shared"]) == {"decoder"}
+
+
+def test_pfit_of_named_layers():
+    world = World("pfit", options=pfit.Options(pull=0.7, layers="encoder/"))
+    assert_rounds(world, personal.pfit(world.problem(), 0.7, "encoder"), last="encoder")
 
 
 def test_fedrpca():

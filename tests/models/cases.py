@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from fedvlm_jax.data.batches import IGNORED
+from fedvlm_jax.objectives.log_probs import token_losses
+
 IMAGE_TOKEN, PAD, VOCABULARY = 98, 1, 99
 
 _VISION: dict[str, Any] = {
@@ -116,3 +119,15 @@ def to_settings(options: dict[str, Any]) -> dict[str, Any]:
         names.get(name, name): tuple(np.atleast_1d(value).tolist()) if name in names else value
         for name, value in options.items()
     }
+
+
+def to_labels(ids: np.ndarray, ends: Any) -> np.ndarray:
+    """Generated tokens as labels: what comes after the first of those that end an answer is ignored."""
+    ended = np.isin(ids, ends)
+    return np.where(np.cumsum(ended, 1) - ended == 0, ids, IGNORED)
+
+
+def mean_log_probs(logits: Any, labels: np.ndarray) -> np.ndarray:
+    """The mean log-probability of each answer's tokens [B]: a beam's score where the length penalty is 1."""
+    losses, _, counts = token_losses(logits, labels)
+    return np.asarray(-losses.sum(1) / counts.sum(1))

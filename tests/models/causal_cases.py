@@ -1,6 +1,7 @@
 """Tiny models of the decoder-only families: folders as transformers has them, without weights."""
 
 import json
+import re
 from pathlib import Path
 
 SENTENCES = [
@@ -332,6 +333,13 @@ CASES = {
 }
 """Name -> what writes a folder of it."""
 
+# name -> generation options, as transformers' generate takes them; a quarter of all tokens end answers of the last
+SEARCHES = {
+    "greedy": {"num_beams": 1},
+    "beams": {"num_beams": 3, "early_stopping": True},
+    "beams_ends": {"num_beams": 3, "early_stopping": True, "eos_token_id": [*range(3, 312, 4)]},
+}
+
 
 def write_model(name: str, folder: Path, seed: int = 5, cases=CASES) -> None:
     """A folder of a case with random weights, strong enough that answers depend on everything."""
@@ -345,8 +353,45 @@ def write_model(name: str, folder: Path, seed: int = 5, cases=CASES) -> None:
     drawn = []
     for (path, leaf), key in zip(paths, jax.random.split(jax.random.key(seed + 1), len(paths)), strict=True):
         noise = jax.random.normal(key, leaf.shape)
-        if path[-1].key == "kernel":
-            drawn.append(noise / (leaf.size / leaf.shape[-1] / (leaf.shape[0] if leaf.ndim == 3 else 1)) ** 0.5)
-        else:
-            drawn.append(leaf + 0.2 * noise)
+        drawn.append(noise / count_inputs(leaf) ** 0.5 if path[-1].key == "kernel" else leaf + 0.2 * noise)
     save_checkpoint(vlm, jax.tree.unflatten(structure, drawn), folder)
+
+
+def write_sharp_model(name: str, folder: Path, cases=CASES) -> None:
+    """A folder of a case with weights that are the same on every machine, for answers that are kept.
+
+    They are so strong that answers do not repeat a token, as those of `write_model` do where token embeddings are tied
+    or large: norms behind sub-layers, where a model has them, multiply by 2 more.
+    """
+    import jax
+    import numpy as np
+
+    from fedvlm_jax.models import read_vlm, save_checkpoint
+    from fedvlm_jax.utils import tree
+
+    cases[name](folder)
+    vlm, rng = read_vlm(folder), np.random.default_rng(5)
+    shapes = tree.flatten(vlm.shapes())
+
+    def start():
+        """All that begins as a constant, so that nothing is compiled that draws."""
+        drawn = ("kernel", "embedding", "image_newline")
+        return tree.partition(vlm.init(jax.random.key(0)), lambda path: not path.endswith(drawn))[0]
+
+    starts = tree.flatten(jax.device_get(jax.jit(start)()))
+    behind = any("post_feedforward" in path for path in shapes)
+    drawn = {}
+    for path, shape in shapes.items():
+        noise = np.asarray(rng.standard_normal(shape.shape, np.float32))
+        if path.endswith("kernel"):
+            drawn[path] = 1.5 * noise / count_inputs(shape) ** 0.5
+        else:
+            drawn[path] = starts.get(path, 0) + 0.2 * noise
+            if behind and re.search("/post_(attention|feedforward)_layernorm/", path):
+                drawn[path] += 2
+    save_checkpoint(vlm, tree.unflatten(drawn), folder)
+
+
+def count_inputs(kernel) -> float:
+    """Numbers that each output of a product, one of a stack of them, is a sum of."""
+    return kernel.size / kernel.shape[-1] / (kernel.shape[0] if kernel.ndim == 3 else 1)

@@ -31,6 +31,8 @@ def make_model(folder, seed=0):
 def to_inputs(model, batch, row):
     """A row's pictures as the model takes them, and how many equal rows are asked at once."""
     shown = batch["pixel_values"][row]
+    if isinstance(shown, dict):  # patches and grids of a row's pictures, as Qwen-VL's own processor makes them
+        return {name: torch.tensor(part) for name, part in shown.items()}, 1
     shown = shown[None] if shown.ndim == 3 else shown
     pixels = torch.tensor(shown).permute(0, 3, 1, 2).to(model.dtype)
     kind = model.config.model_type
@@ -91,17 +93,23 @@ def find_logits(model, batch, labels):
 
 @torch.no_grad()
 def find_features(model, batch):
-    """What the text model reads of each row's picture, [B, P, D]; of OneVision's two equal tiles the first."""
+    """What the text model reads of each row's picture, [B, P, D]; of OneVision's two equal tiles the first.
+
+    Qwen3-VL's have what is added to deeper layers beside them.
+    """
     rows = []
     for row in range(len(batch["pixel_values"])):
         inputs, count = to_inputs(model, batch, row)
-        found = model.model.get_image_features(**inputs)
-        found = getattr(found, "pooler_output", found)
-        if isinstance(found, list | tuple):
-            found = torch.cat([one.reshape(-1, one.shape[-1]) for one in found])
-        found = found.reshape(-1, found.shape[-1])
-        rows.append(found[: len(found) // count].numpy())
+        made = model.model.get_image_features(**inputs, return_dict=True)
+        parts = map(join_tokens, [made.pooler_output, *(getattr(made, "deepstack_features", None) or ())])
+        rows.append(torch.cat([part[: len(part) // count] for part in parts], -1).numpy())
     return np.stack(rows)
+
+
+def join_tokens(found):
+    """Image tokens [..., D], or several arrays of them, as one array [N, D]."""
+    several = found if isinstance(found, list | tuple) else [found]
+    return torch.cat([one.reshape(-1, one.shape[-1]) for one in several])
 
 
 @torch.no_grad()
@@ -120,18 +128,24 @@ def find_loss(model, batch, labels):
     return total / tokens
 
 
-@torch.no_grad()
 def generate(model, batch, length, **options):
     """Tokens [B, length] after each prompt alone, padded with the pad token."""
-    rows = []
+    return search(model, batch, length, **options)[0]
+
+
+@torch.no_grad()
+def search(model, batch, length, **options):
+    """Tokens as of `generate`, and of beams the scores [B] by which they are chosen, else None."""
+    rows, scores = [], []
     for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
         inputs, count = to_inputs(model, batch, row)
         prompt = torch.tensor(ids[mask != 0][None]).long().repeat(count, 1)
         inputs |= find_kinds(model, prompt, prompt.shape[1])
         found = model.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, do_sample=False,
-            **inputs, **options,
+            return_dict_in_generate=True, output_scores=True, **inputs, **options,
         )  # fmt: skip
-        said = found[0, prompt.shape[1] :].numpy()
+        said = found.sequences[0, prompt.shape[1] :].numpy()
         rows.append(np.pad(said, (0, length - len(said)), constant_values=model.generation_config.pad_token_id))
-    return np.stack(rows)
+        scores.append(getattr(found, "sequences_scores", [None])[0])
+    return np.stack(rows), None if scores[0] is None else np.array(scores)

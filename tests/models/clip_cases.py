@@ -57,6 +57,28 @@ CASES = {
 }
 """Name -> what writes a folder of it."""
 
+
+def open_module(vlm, dtype):
+    """The module of a model, for what its record does not give out: embeddings of texts, and of any tokens."""
+    from fedvlm_jax.models.clip.config import read_text, read_tower
+    from fedvlm_jax.models.clip.model import Clip
+    from fedvlm_jax.models.layers import USUAL
+
+    text = vlm.config.text_config
+    return Clip(
+        vision=read_tower(vlm.config), text=read_text(vlm.config), width=vlm.image_width, vocabulary=text.vocab_size,
+        positions=text.max_position_embeddings, ends=text.eos_token_id, scale=0.0, dtype=dtype, stacking=USUAL,
+    )  # fmt: skip
+
+
+def embed_texts(vlm, params, ids):
+    """The embeddings of tokens [C, T], of length 1."""
+    import jax.numpy as jnp
+
+    found = open_module(vlm, jnp.float32).apply({"params": params}, jnp.asarray(ids), method="text_features")
+    return found / jnp.linalg.norm(found, axis=-1, keepdims=True)
+
+
 PARAMETERS = {"ViT-B/32": 151_277_313, "ViT-B/16": 149_620_737, "ViT-L/14": 427_616_513}
 """Name of a published model -> how many there are."""
 

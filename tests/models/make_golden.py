@@ -1,7 +1,8 @@
 """Writes the golden files in tests/models/golden: `PYTHONPATH=tests python tests/models/make_golden.py`.
 
 Needs the extra `parity`. Per case of `cases.py`, a folder as transformers saves it (random weights) and answers.npz
-with image features, logits, loss and generated tokens. Ordinary tests then check this package without PyTorch.
+with image features, logits, loss, generated tokens and beams' scores. Ordinary tests then check this package without
+PyTorch.
 """
 
 from __future__ import annotations

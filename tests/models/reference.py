@@ -44,7 +44,7 @@ def to_torch(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def answer(model: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Image features, logits and loss, and tokens for every generation option, padded to MAX_TOKENS."""
+    """Image features, logits and loss; for every generation option tokens, padded to MAX_TOKENS, and beams' scores."""
     inputs = to_torch(batch)
     output = model(**inputs)
     found = {
@@ -54,8 +54,14 @@ def answer(model: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
     del inputs["labels"]
     for name, options in OPTIONS.items():
-        tokens = model.generate(**inputs, **options, max_new_tokens=MAX_TOKENS, do_sample=False).numpy()[:, 1:]
+        answers = model.generate(
+            **inputs, **options, max_new_tokens=MAX_TOKENS, do_sample=False, return_dict_in_generate=True,
+            output_scores=True,
+        )  # fmt: skip
+        tokens = answers.sequences.numpy()[:, 1:]
         padded = np.full((len(tokens), MAX_TOKENS), PAD, np.int32)
         padded[:, : tokens.shape[1]] = tokens
         found[f"tokens/{name}"] = padded
+        if options["num_beams"] > 1:
+            found[f"scores/{name}"] = answers.sequences_scores.numpy()
     return found

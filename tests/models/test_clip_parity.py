@@ -12,9 +12,6 @@ from PIL import Image
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models import load_weights, open_model, save_checkpoint
-from fedvlm_jax.models.clip.config import read_text, read_tower
-from fedvlm_jax.models.clip.model import Clip
-from fedvlm_jax.models.layers import USUAL
 
 pytestmark = [
     pytest.mark.parity,
@@ -84,6 +81,8 @@ def test_embeddings_and_logits_are_those_of_transformers(case):
     assert min(wanted.std(0).min(), wanted.std(1).min()) > 0.3, "logits that are all alike show nothing"
     np.testing.assert_allclose(memory["logits"], wanted, atol=1e-5)
     np.testing.assert_allclose(memory["state"], theirs.image_embeds.numpy(), atol=1e-6)
+    texts = clip_cases.embed_texts(vlm, params, processor.prompt_ids)
+    np.testing.assert_allclose(texts, theirs.text_embeds.numpy(), atol=1e-6)
     answers = vlm.generate(params, None, {"pixel_values": processor.pixels(images)}, 1)[:, 0]
     np.testing.assert_array_equal(answers, wanted.argmax(-1))
 
@@ -92,16 +91,12 @@ def test_a_text_is_known_by_the_token_that_ends_it(case):
     """Rows whose end stands anywhere, twice, and before what is padded, as transformers reads them; in float64."""
     _, reference, vlm, params, processor, images = case
     rng = np.random.default_rng(1)
-    text = vlm.config.text_config
-    largest = text.vocab_size - 1
+    largest = vlm.config.text_config.vocab_size - 1
     ids = rng.integers(0, largest, (5, 9))
     for row, place in enumerate((8, 4, 2, 6, 5)):
         ids[row, place] = largest
     ids[2, 5] = ids[4, 8] = largest
-    module = Clip(
-        vision=read_tower(vlm.config), text=read_text(vlm.config), width=12, vocabulary=largest + 1, positions=40,
-        ends=text.eos_token_id, scale=0.0, dtype=jnp.float64, stacking=USUAL,
-    )  # fmt: skip
+    module = clip_cases.open_module(vlm, jnp.float64)
     pixels = processor.pixels(images).astype(np.float64)
     with jax.enable_x64(True):
         exact = {"params": jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)}

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.cases import CASES, MAX_TOKENS, OPTIONS, make_batch, to_settings
+from models.cases import CASES, MAX_TOKENS, OPTIONS, make_batch, mean_log_probs, to_labels, to_settings
 
+from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.models import Stacking, Vlm, load_vlm
 from fedvlm_jax.models.florence2 import build
 
@@ -50,6 +51,22 @@ def test_tokens_are_those_of_transformers(case: Any, name: str) -> None:
     vlm, params, batch, answers = case
     tokens = vlm.generate(params, None, batch, MAX_TOKENS, **to_settings(OPTIONS[name]))
     np.testing.assert_array_equal(tokens, answers[f"tokens/{name}"])
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("case", [FASTEST], indirect=True)
+def test_scores_of_beams_are_those_of_transformers(case: Any) -> None:
+    """Where no token is forced, which costs nothing; tokens are compared above."""
+    vlm, params, batch, answers = case
+    find = jax.jit(lambda params, batch: vlm.logits(params, None, batch))
+    names = [name for name in OPTIONS if f"scores/{name}" in answers and "forced_eos_token_id" not in OPTIONS[name]]
+    assert len(names) == 4
+    for name in names:
+        tokens, options = answers[f"tokens/{name}"], OPTIONS[name]
+        labels = to_labels(tokens, options.get("eos_token_id", vlm.settings().eos_token_ids))
+        found = mean_log_probs(find(params, {**batch, "labels": labels}), labels)
+        lengths = (labels != IGNORED).sum(1) ** (options.get("length_penalty", 1.0) - 1)
+        np.testing.assert_allclose(found, answers[f"scores/{name}"] * lengths, rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_golden_answers_are_not_degenerate() -> None:

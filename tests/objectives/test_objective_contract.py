@@ -19,15 +19,19 @@ ORDINARY = ("local", "fedavg-lora", "plora", "flora", "fedalt")
 ALIKE = ("classify", "sft", "sft+dpo")
 """Objectives that train as `dpo` does, which is tried with all of those: with plora, and with the others slowly."""
 
+MADE_FOR = ("reward", "pfit")
+
 
 def add_pairs(examples):
-    """Rejected answers, and made-up log-probabilities of both under the base."""
+    """Rejected answers, made-up log-probabilities of both under the base, and keys to draw answers with."""
     rng = np.random.default_rng(1)
     shape = examples["labels"].shape
     return examples | {
         "rejected_labels": rng.integers(0, VOCABULARY, shape).astype(np.int32),
         "reference_chosen": rng.normal(-5, 1, shape[:-1]).astype(np.float32),
         "reference_rejected": rng.normal(-5, 1, shape[:-1]).astype(np.float32),
+        "sampling_keys": rng.integers(0, 2**32, (*shape[:-1], 2), np.uint32),
+        "client": np.zeros(shape[:-1], np.int32),
     }
 
 
@@ -68,6 +72,8 @@ def test_what_it_does_not_ask_for_it_does_not_read(case):
         given = {name: array for name, array in given.items() if not name.startswith("reference_")}
     if not objective.pairs:
         del given["rejected_labels"]
+    if not objective.samples:
+        del given["sampling_keys"], given["client"]
     assert run(given)[0][0] == run(batch)[0][0]
 
 
@@ -104,7 +110,7 @@ def test_padding_labels_change_nothing(case):
 
 
 def mark(objective, method):
-    broad = method in ORDINARY and (objective not in ALIKE or method == "plora")
+    broad = (method in ORDINARY and (objective not in ALIKE or method == "plora")) or (objective, method) == MADE_FOR
     return pytest.param(objective, method, marks=pytest.mark.broad if broad else pytest.mark.slow)
 
 
@@ -127,3 +133,4 @@ def test_every_method_trains_it(case, method):
         losses.append(float(out.metrics["loss"].mean()))
         assert all(np.isfinite(values).all() for values in out.metrics.values())
     assert losses[-1] < losses[0]
+    assert program._cache_size() == 1, "all rounds of a phase are one program"

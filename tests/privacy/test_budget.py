@@ -165,7 +165,8 @@ def test_linear_methods_take_it_and_the_others_do_not():
         except UserError as error:
             refused.append(name if f"does not go with --method {name}" in str(error) else str(error))
     sees_all = ["fedex-lora", "fedrpca", "flexlora", "flora", "hetlora", "lora-fair"]
-    assert refused == sorted(["ce-lora", "fedalt", "fedmosaic", "local", "pfedmoap", *sees_all])
+    clustered = ["fedlease", "fedtreelora", "hilora"]
+    assert refused == sorted(["ce-lora", "fedalt", "fedmosaic", "local", "pfedmoap", *clustered, *sees_all])
 
 
 def test_a_comparison_leaves_privacy_out_where_nothing_is_shared():

@@ -60,6 +60,22 @@ def test_much_noise_is_told_once():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("fractions", "quantile", "told"),
+    [([0.0] * 5, None, 1), ([0.0, 0.0, 0.1, 0.0, 0.0, 0.0], None, 0), ([0.0] * 5, 0.5, 0), ([0.5] * 5, None, 0)],
+)
+def test_a_clip_that_nothing_reaches_is_told_once(fractions: list[float], quantile: float | None, told: int):
+    options = PrivacyOptions(noise=5.0, clip=0.7, quantile=quantile, sampling="all")
+    ledger = PrivacyLedger(settle(options, clients=100, cohort=None, rounds=9))
+    show = SilentProgress()
+    trainer = SimpleNamespace(experiment=SimpleNamespace(show=show), is_validated=lambda _: False)
+    for round_, fraction in enumerate(fractions, start=1):
+        ledger.on_round(trainer, SimpleNamespace(round=round_, line={"clip_fraction": fraction}))
+    assert [note.startswith("no update of 3 rounds was as long as --privacy.clip 0.7") for note in show.notes] == [
+        True
+    ] * told
+
+
 @pytest.mark.broad
 def test_a_run_stops_where_its_epsilon_is_spent(stopped):
     run, folder, show = stopped

@@ -11,7 +11,7 @@ from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import choose_layout
-from fedvlm_jax.methods.components.personalized_download import count_places, start_pool
+from fedvlm_jax.methods.components.personalized_download import start_pool
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
 from fedvlm_jax.methods.zoo import ditto
 from fedvlm_jax.objectives.config import PreferenceOptions
@@ -29,7 +29,7 @@ def test_a_pool_has_room_for_the_cohort_however_it_is_laid_out(monkeypatch, wave
     round_setup.build_programs(vlm, make_mesh(1), run, 40, layout.cohort, layout.places, layout.steps)
     (setup,) = made
     assert (setup.cohort, setup.places) == (20, places)
-    assert len(start_pool({"b": jnp.zeros(1)}, count_places(setup))["number"]) == 20
+    assert len(start_pool({"b": jnp.zeros(1)}, setup)["number"]) == 20
 
 
 @pytest.mark.parametrize("train", [{"local_steps": 2**31 - 1}, {"batch_size": 2**31 - 1}, {"local_epochs": 1e9}])

@@ -65,6 +65,21 @@ def test_it_can_be_switched_off():
     assert run(MALLOC_ARENA_MAX="0") == "['--out', 'a b'] same False False"
 
 
+@LINUX
+@pytest.mark.parametrize(("chosen", "wanted"), [(None, "1"), ("3", "3")])
+def test_numpy_has_one_thread_unless_somebody_chose(chosen, wanted, monkeypatch):
+    for name in (*SETTINGS, "OPENBLAS_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    if chosen:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", chosen)
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *command: started.append(command[2]))
+    restart_with_kept_memory()
+    assert started[0]["OPENBLAS_NUM_THREADS"] == wanted
+    assert started[0].keys() >= SETTINGS.keys()
+
+
 def test_where_an_accelerator_computes_nothing_happens(monkeypatch):
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)

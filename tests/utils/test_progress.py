@@ -55,6 +55,19 @@ def test_the_time_left_does_not_jump_at_compiling_or_at_an_evaluation(
     assert all(text.endswith(" left, evaluation apart") for text in told[: every - 1])
 
 
+def test_a_log_says_how_far_long_work_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, out = 0.0, io.StringIO()
+    monkeypatch.setattr("fedvlm_jax.utils.progress_display.time.monotonic", lambda: now)
+    show = PlainProgress(Console(file=out, width=200))
+    with working(show, "attacking"):
+        for part in range(8):
+            now += 12
+            show.advance(part + 1, 8, "clients")
+    assert out.getvalue().splitlines() == [
+        "attacking", "  3 of 8 clients", "  6 of 8 clients", "  done in 1:36"
+    ]  # fmt: skip
+
+
 def test_plain_lines_where_nobody_watches() -> None:
     out = io.StringIO()
     show = open_progress(Console(file=out, width=200))

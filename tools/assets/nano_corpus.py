@@ -103,6 +103,13 @@ def _to_arrays(rows: list[dict], classes: Classes) -> Corpus:
     )
 
 
+def draw_epoch(seed: int, count: int, size: int, number: int) -> np.ndarray:
+    """Rows of batch ``number``: every epoch goes through all ``count`` rows in an order of its own."""
+    per_epoch = count // size
+    order = np.random.default_rng([seed, 7, number // per_epoch]).permutation(count)
+    return order[number % per_epoch * size :][:size]
+
+
 def draw_pair(rng: np.random.Generator, names: dict) -> tuple[str, str]:
     """A question about a picture, and its answer in the question's language (English where it gives none away)."""
     task = rng.choice(list(TASK_WEIGHTS), p=list(TASK_WEIGHTS.values()))

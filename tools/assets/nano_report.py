@@ -1,7 +1,7 @@
 """Measure a nano model as it lies in its folder, and write the figures into its model card.
 
     python tools/assets/nano_report.py
-    python tools/assets/nano_report.py --model smolvlm-nano
+    python tools/assets/nano_report.py --model smolvlm-nano     # of CLIP-nano: clip_report.py
 
 Greedy generation from images and questions, exact match of normalised answers, on validation concepts, none of which
 the model has seen in any style: in the public styles (which it trained on) and in the client vendors' (which it never
@@ -162,16 +162,26 @@ def format_figures(figures: dict[str, Any], unseen: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def list_public_styles(report: Report) -> set[str]:
+    """Styles of the corpus that pre-training reads."""
+    return set(pq.read_table(report.public, columns=["style"])["style"].to_pylist())
+
+
+def write_figures(folder: Path, text: str) -> None:
+    """Put figures between the marks of a folder's model card."""
+    card = folder / "README.md"
+    before, _, after = card.read_text().partition(MARK)
+    _, _, after = after.partition(MARK)
+    card.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}")
+
+
 def main(report: Report) -> None:
     figures = measure(report)
-    public = set(pq.read_table(report.public, columns=["style"])["style"].to_pylist())
+    public = list_public_styles(report)
     text = format_figures(figures, tuple(style for style in figures["pictures"] if style not in public))
     print(text)
     if report.write:
-        card = report.folder / "README.md"
-        before, _, after = card.read_text().partition(MARK)
-        _, _, after = after.partition(MARK)
-        card.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}")
+        write_figures(report.folder, text)
 
 
 if __name__ == "__main__":

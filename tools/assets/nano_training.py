@@ -24,7 +24,7 @@ class Pretrain:
     """Where things are and how long to train."""
 
     corpus: Path = ROOT / "build" / "emoji" / "public.parquet"
-    model: Literal["florence2-nano", "smolvlm-nano"] = "florence2-nano"
+    model: Literal["florence2-nano", "smolvlm-nano", "clip-nano"] = "florence2-nano"
     work: Path = ROOT / "build" / "pretrain"
     """Checkpoints and log.jsonl, in a folder of the model's name."""
     assets: Path = ROOT / "src" / "fedvlm_jax" / "assets"
@@ -42,6 +42,12 @@ class Pretrain:
     """Steps of every cosine cycle of the text phase."""
     text_batch: int = 64
     text_rate: float = 2e-3
+    clip_steps: tuple[int, ...] = (300, 700)
+    """Steps of every cosine cycle of CLIP-nano's phase."""
+    clip_batch: int = 256
+    clip_rate: float = 2e-3
+    clip_copies: int = 1
+    """As ``copies``, of which the first is not augmented."""
     save_seconds: float = 120.0
 
     @property

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import nano_augment
 import numpy as np
-from nano_corpus import Classes, Corpus
+from nano_corpus import Classes, Corpus, draw_epoch
 from nano_speed import with_cheap_gradient
 from nano_training import Pretrain, smoothed, spread_kernels, train
 
@@ -58,12 +58,8 @@ def train_vision(run: Pretrain, vlm: Any, params: dict, classes: Classes, corpus
         right = jnp.argmax(logits["subgroup"], -1) == rows["subgroup"]
         return total, metrics | {"train_subgroup": right.mean(dtype=jnp.float32)}
 
-    count = len(corpus.pixels)
-
     def batches(rng: np.random.Generator, number: int) -> tuple:
-        per_epoch = count // run.vision_batch
-        order = np.random.default_rng([run.seed, 7, number // per_epoch]).permutation(count)
-        chosen = order[number % per_epoch * run.vision_batch :][: run.vision_batch]
+        chosen = draw_epoch(run.seed, len(corpus.pixels), run.vision_batch, number)
         images = nano_augment.blend_styles(rng, corpus.pixels, chosen, corpus.peers)
         ramp = min(1.0, 2 * number / run.vision_steps[0])  # gently at first: under full augmentation nothing is learned
         images = nano_augment.augment(rng, images, run.strength * (0.2 + 0.8 * ramp))

@@ -86,7 +86,7 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
     for number in range(1, train.rounds + 1):
         rounds.setdefault(method.phase(number), []).append(number)
     flat = tree.flatten(adapter)
-    sites = {path: len(site.stack) for path, site in vlm.sites.items() if f"{path}/a" in flat}
+    sites = {path: len(site.stack) for path, site in vlm.sites.items()}
     sites |= {path.rpartition("/")[0]: leaf.ndim - 2 for path, leaf in flat.items() if leaf.ndim > 1}
     noise = None
     tracer = Tracer(method, vlm, train.local_steps, train.batch_size, server, personal, cohort, ranks, sites)

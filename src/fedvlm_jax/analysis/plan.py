@@ -4,6 +4,7 @@ Everything is shapes: no data, no weights, nothing runs. A plan has what the com
 what stands in its text; its only time is a bound that no chip has confirmed, the arithmetic at the chip's peak.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from fedvlm_jax.distributed.mesh_option import parse_mesh
 from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.federation import memory, round_shapes
 from fedvlm_jax.federation.cohort import Layout
-from fedvlm_jax.models import read_size, read_vlm
+from fedvlm_jax.models import Vlm, read_size, read_vlm
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.training import round_setup
 
@@ -79,10 +80,8 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
     if vlm.see_patches is not None and declare(run.method, run).patches:
         vlm = vlm.see_patches()
     objective, spec = load_objective(run.objective, run.preference), make_spec(run, vlm)
-    size = (sizes.image_size, sizes.image_size) if sizes.image_size else read_size(request.model)
-    if size is None:
-        raise UserError(f"{request.model} does not say how large its pictures are: say --sizes.image-size, say 768")
-    tokens = sizes.pictures * vlm.image_tokens(*size)
+    size, grid_tokens = _choose_size(request, vlm)
+    tokens = sizes.pictures * (grid_tokens or vlm.image_tokens(*size))
     # Sequences are padded as batches are.
     prompt, answer = (-(-n // MULTIPLE) * MULTIPLE for n in (tokens + sizes.prompt_tokens, sizes.answer_tokens))
     most = {"prompt": max(vlm.most_prompt_tokens(answer), 0), "answer": vlm.positions}
@@ -95,8 +94,9 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
             raise UserError(f"--sizes.{name}-tokens: {makes}")
     cached = run.system.cache != "off"
     example = round_shapes.shape_examples(
-        vlm, objective, spec, size=size, views=sizes.pictures, prompt=prompt, answer=answer, cached=cached
-    )
+        vlm, objective, spec, size=size, views=sizes.pictures, prompt=prompt, answer=answer, cached=cached,
+        grid_tokens=grid_tokens,
+    )  # fmt: skip
     room = memory.read_device_bytes(mesh) if chip is None else int(chip.hbm * memory.GIB)
     groups, together, cohort = *mesh.devices.shape, request.cohort or clients
     examples = [sizes.examples or run.train.local_steps * run.train.batch_size] * clients
@@ -154,3 +154,24 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         unknown_loops=unknown_loops,
         attempts=tuple(attempts),
     )
+
+
+def _choose_size(request: Request, vlm: Vlm) -> tuple[tuple[int, int], int | None]:
+    """Choose height and width of pictures, and of those on grids of their own the most image tokens.
+
+    Raises:
+        UserError: the model does not say its size, or has no such grids.
+    """
+    sizes = request.sizes
+    if (pixels := sizes.image_pixels) is not None:
+        if vlm.grids is None:
+            raise UserError(f"pictures of {request.model} have no grids of their own: leave --sizes.image-pixels out")
+        if pixels < vlm.grids.pixels:
+            raise UserError(f"--sizes.image-pixels {pixels}: an image token alone has {vlm.grids.pixels}")
+        round_setup.check_frozen(request.run, vlm, "--sizes.image-pixels")
+        side = math.isqrt(vlm.grids.pixels)
+        return (side, side), pixels // vlm.grids.pixels
+    size = (sizes.image_size, sizes.image_size) if sizes.image_size else read_size(request.model)
+    if size is None:
+        raise UserError(f"{request.model} does not say how large its pictures are: say --sizes.image-size, say 768")
+    return size, None

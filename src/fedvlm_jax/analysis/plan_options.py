@@ -21,6 +21,8 @@ class SizeOptions:
 
     image_size: Annotated[Count | None, run_options.optional("PIXELS", "as the model's processor has it")] = None
     """Side of the pictures."""
+    image_pixels: Annotated[Count | None, run_options.optional("PIXELS", "all have one size")] = None
+    """Pixels that each has at most on a grid of its own, where the model has such grids (Qwen-VL)."""
     pictures: Count = 1
     """Pictures of a prompt, or tiles that its picture is cut into, the whole of it among them."""
     prompt_tokens: Count = 24
@@ -89,6 +91,8 @@ def check_request(request: Request) -> None:
     for name in ("cache_gib", "cache_dir"):
         if getattr(request.system, name) != getattr(run_options.SystemOptions(), name):
             raise UserError(f"--system.{name.replace('_', '-')} means nothing to a plan: leave it out")
+    if request.sizes.image_size is not None and request.sizes.image_pixels is not None:
+        raise UserError("--sizes.image-size and --sizes.image-pixels exclude each other: leave one out")
     if request.price_per_chip_hour is not None and topology.chip is None:
         raise UserError(
             f"--price-per-chip-hour needs a time per round, and nothing is known of the speed of {request.topology}: "

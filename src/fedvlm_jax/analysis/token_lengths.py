@@ -20,8 +20,9 @@ def describe_lengths(
     """Tokenise a federation as a run with this model would.
 
     Returns:
-        Tokens of a picture or tile, and how many of them the longest prompt has; of prompts and answers the
-        median, the longest and the most that there may be; answers that are cut; rows left out -> how many.
+        Tokens of a picture or tile, the most where they differ, and how many of them the longest prompt has; image
+        tokens of the prompt with most; of prompts and answers the median, the longest and the most that there may be;
+        answers that are cut; rows left out -> how many.
 
     Raises:
         UserError: the model has no room for a prompt, or a column is missing.
@@ -32,9 +33,14 @@ def describe_lengths(
     fitted = fit_lengths(vlm, options)
     examples = encode_usable(table, federation, processor, fitted)
     prompts, answers = examples.attention_mask.sum(axis=1), (examples.labels != -100).sum(axis=1)
+    each, most = processor.image_tokens, examples.view.shape[1]
+    if processor.grids is not None:
+        each = int(examples.views.count_tokens(np.arange(len(examples.views))[:, None]).max(initial=0))
     return {
-        "image_tokens": processor.image_tokens,
-        "most_pictures": examples.view.shape[1],
+        "image_tokens": each,
+        "most_pictures": most,
+        "own_grids": processor.grids is not None,
+        "most_image_tokens": most * each if examples.image_tokens is None else examples.image_tokens,
         "prompt": _measure(prompts) | {"limit": fitted.max_prompt_tokens},
         "answer": _measure(answers) | {"limit": fitted.max_answer_tokens},
         "cut": examples.truncated,

@@ -98,7 +98,7 @@ class Tracer:
     personal: PyTree
     cohort: int
     ranks: tuple[int, ...]  # of all clients, or empty
-    sites: Mapping[str, int]  # path of every adapted site -> how many stacked axes it has
+    sites: Mapping[str, int]  # path of every site -> how many stacked axes it has
 
     def stage(self, phase: int, rounds: tuple[int, ...]) -> Stage:
         """Trace a round of this phase."""

@@ -194,6 +194,7 @@ class Asker:
             input_ids=widen(examples.input_ids, width, int(padded[0]) if len(padded) else 0),
             attention_mask=widen(examples.attention_mask, width, 0),
             view=widen(examples.view, views, -1),
+            image_tokens=_widen_features(examples.image_tokens, own.image_tokens),
         )
 
     def _open(self, examples: Examples, store: FeatureStore | None, batch: int, advance: Any) -> Evaluator:
@@ -281,6 +282,17 @@ class Asker:
                 tuple(known for known in KERNELS if known == kernel) or KERNELS[:1],
             )
         return models
+
+
+def _widen_features(asked: int | None, own: int | None) -> int | None:
+    """Return the image tokens that rows have room for: the run's own, or the next step above.
+
+    >>> _widen_features(40, 100), _widen_features(101, 100)
+    (100, 128)
+    """
+    if asked is None or own is None or asked <= own:
+        return own
+    return -(-asked // WIDER) * WIDER
 
 
 def open_asker(folder: Path, stored: StoredConfig, show: Progress) -> Asker:

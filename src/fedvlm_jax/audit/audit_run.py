@@ -172,6 +172,11 @@ def open_target(finished: FinishedRun, kept: list[int], choices: AuditChoices) -
 def make_attacker(experiment: Experiment) -> Attacker:
     """Make the attacker of a run, who knows its code, its options and the base."""
     run, model = experiment.run, experiment.model
+    if experiment.objective.samples:
+        raise UserError(
+            f"--objective {run.objective} draws answers anew in every step, so an example has no loss of its own that "
+            "an attack could compare: audit a run of another objective"
+        )
     common = replace(experiment, run=replace(run, lora=replace(run.lora, private_a="common")))
     return Attacker(
         vlm=model.learner or model.vlm,

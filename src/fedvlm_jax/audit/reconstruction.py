@@ -65,12 +65,15 @@ def share_in(basis: Float[np.ndarray, "width dimension"], inputs: Float[np.ndarr
     >>> share_in(np.asarray([[1.0], [0.0]]), np.asarray([[3.0, 4.0]]))
     0.36
     """
-    total = float((inputs.astype(np.float64) ** 2).sum())
-    return float(((inputs @ basis) ** 2).sum()) / total if total else 0.0
+    exact = inputs.astype(np.float64)
+    inside, total = exact @ basis, float(np.vdot(exact, exact))
+    return float(np.vdot(inside, inside)) / total if total else 0.0
 
 
 def list_matrices(message: Mapping[str, Any], adapter: lora.Adapter) -> dict[Layer, Float[np.ndarray, "width columns"]]:
-    """Lay out what a message tells of each layer's input space: columns of ∆A, and of A ∆B.
+    """Lay out what a message tells of each layer's input space: ∆A, and of A ∆B as many columns as it has ranks.
+
+    A ∆B = (A Rᵀ) Qᵀ, where ∆Bᵀ = Q R: so A Rᵀ has its left singular vectors and its singular values.
 
     Args:
         message: a client's, a tree of updates; leaves that are no factors at whole sites are left out.
@@ -88,7 +91,8 @@ def list_matrices(message: Mapping[str, Any], adapter: lora.Adapter) -> dict[Lay
             continue
         updates, factors = (np.asarray(x, np.float64).reshape(-1, *np.shape(x)[-2:]) for x in (leaf, factor))
         for layer, (update, a) in enumerate(zip(updates, factors, strict=True)):
-            found.setdefault((site, layer), []).append(update if name == "a" else a @ update)
+            columns = update if name == "a" else a @ np.asarray(np.linalg.qr(update.T, mode="r")).T
+            found.setdefault((site, layer), []).append(columns)
     return {layer: np.concatenate(parts, axis=1) for layer, parts in found.items()}
 
 
@@ -142,9 +146,13 @@ def find_bases(inputs: Inputs) -> Inputs:
     for layer, x in inputs.items():
         digest = digest_parts([np.ascontiguousarray(x)], *x.shape)  # projections of one layer often share their input
         if digest not in known:
-            _, values, bases = np.linalg.svd(x, full_matrices=False)
+            # From the tokens' products, which are fewer numbers than the inputs: X Xᵀ = U Λ Uᵀ, basis Λ^(-1/2) Uᵀ X.
+            exact = x.astype(np.float64)
+            squares, vectors = (part[..., ::-1] for part in np.linalg.eigh(exact @ exact.swapaxes(1, 2)))
+            values = np.sqrt(np.maximum(squares, 0))
             real = values > TOLERANCE * np.maximum(values[:, :1], np.finfo(np.float32).tiny)
-            known[digest] = bases * real[..., None]
+            scales = np.divide(1, values, out=np.zeros_like(values), where=real)
+            known[digest] = (scales[..., None] * (vectors.swapaxes(1, 2) @ exact)).astype(x.dtype)
         found[layer] = known[digest]
     return found
 

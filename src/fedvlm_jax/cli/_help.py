@@ -11,7 +11,7 @@ FIRST = (
     "--method", "--methods", "--share", "--model", "--data", "--clients", "--at-least", "--timeout",
     "--secure", "--port", "--cohort", "--rounds", "--batch-size",
     "--rank", "--objective", "--topology", "--seed", "--seeds", "--baseline", "--check-images", "--strict", "--track",
-    "--out", "--resume", "--adapter",
+    "--out", "--resume", "--adapter", "--benchmark", "--check",
 )  # fmt: skip
 
 FEW = 28  # a command with no more options shows all of them

@@ -22,6 +22,7 @@ def data(
     model: Annotated[str | None, optional("NAME|DIR|HUB_ID", "no tokens are counted")] = None,
     image_size: Annotated[Count | None, optional("PIXELS", "as the model's processor has it")] = None,
     image_tiles: Annotated[Count | None, optional("INT", "none")] = None,
+    image_pixels: Annotated[Count | None, optional("PIXELS", "all have one size")] = None,
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/<time>-data)")] = None,
     check_images: bool = False,
     strict: bool = False,
@@ -34,12 +35,15 @@ def data(
         model: count prompts and answers in the tokens of this model, whose weights are not read.
         image_size: as `fedvlm train` has it, for --model.
         image_tiles: as `fedvlm train` has it, for --model.
+        image_pixels: as `fedvlm train` has it, for --model.
         out: folder for data.json and data.png.
         check_images: decode every image too, to find broken ones and files that show the same; else they are hashed.
         strict: end with exit code 1 if an image is in two splits.
     """
-    if model is None and (image_size or image_tiles):
-        raise UserError("--image-size and --image-tiles are for --model, whose tokens they change: name it")
+    if model is None and (image_size or image_tiles or image_pixels):
+        raise UserError(
+            "--image-size, --image-tiles and --image-pixels are for --model, whose tokens they change: name it"
+        )
     from fedvlm_jax.reporting import data_report, tables
     from fedvlm_jax.utils import progress_display
     from fedvlm_jax.utils.console import Terminal
@@ -49,7 +53,7 @@ def data(
         try:
             description = data_report.describe_data(
                 data, seed, folder, check_images=check_images, model=model, image_size=image_size,
-                image_tiles=image_tiles, note=show.note,
+                image_tiles=image_tiles, image_pixels=image_pixels, note=show.note,
             )  # fmt: skip
         finally:
             show.finish()

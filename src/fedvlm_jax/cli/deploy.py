@@ -55,6 +55,7 @@ def deploy(
     model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR|HUB_ID")] = Run().model,
     image_size: Annotated[Count | None, optional("PIXELS", "its own")] = None,
     image_tiles: Annotated[Count | None, optional("INT", "none")] = None,
+    image_pixels: Annotated[Count | None, optional("PIXELS", "all have one size")] = None,
     start: Annotated[Path | None, optional("PEFT_DIR", "a fresh adapter")] = None,
     seed: Seed = 0,
     cohort: Annotated[Count | None, optional("INT", "all of them")] = None,
@@ -87,6 +88,7 @@ def deploy(
         model: the frozen base, which every node must have.
         image_size: side of the square that pictures are brought to.
         image_tiles: tiles along a picture's longer side.
+        image_pixels: of a picture at most, each on a grid of its own.
         start: an adapter of PEFT's to begin with.
         seed: decides every random choice.
         cohort: clients drawn each round.
@@ -105,10 +107,10 @@ def deploy(
     """
     del what
     run = Run(
-        method=method, model=model, image_size=image_size, image_tiles=image_tiles, start=start, seed=seed,
-        cohort=cohort, objective=objective, checkpoint_every=checkpoint_every, method_options=method_options,
-        train=train, lora=lora, evaluation=evaluation, participation=participation, local=local, server=server,
-        preference=preference, system=system,
+        method=method, model=model, image_size=image_size, image_tiles=image_tiles, image_pixels=image_pixels,
+        start=start, seed=seed, cohort=cohort, objective=objective, checkpoint_every=checkpoint_every,
+        method_options=method_options, train=train, lora=lora, evaluation=evaluation, participation=participation,
+        local=local, server=server, preference=preference, system=system,
         data=emoji.Options().replace(**asdict(data)),
     )  # fmt: skip
     validate(run)

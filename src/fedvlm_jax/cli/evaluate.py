@@ -28,6 +28,9 @@ def evaluate(
         Count | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="(default: its own)")
     ] = None,
     image_tiles: Annotated[Count | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: none)")] = None,
+    image_pixels: Annotated[
+        Count | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="(default: all have one size)")
+    ] = None,
     seed: Seed = 0,
     data: DataOptions = emoji.Options(),  # noqa: B008  # frozen
     evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008
@@ -42,6 +45,7 @@ def evaluate(
         model: the base that it was trained on, as for `fedvlm train`, and so the next.
         image_size: side of the square that pictures are brought to.
         image_tiles: tiles along a picture's longer side.
+        image_pixels: of a picture at most, each on a grid of its own.
         seed: decides the clients and their splits.
         data: whose rows.
         evaluation: how.
@@ -57,8 +61,8 @@ def evaluate(
     if run is not None:
         raise UserError(f"{run} and --adapter {adapter} exclude each other: leave one out")
     options = Run(
-        method="local", model=model, image_size=image_size, image_tiles=image_tiles, start=adapter, seed=seed,
-        data=data, evaluation=evaluation, system=system,
+        method="local", model=model, image_size=image_size, image_tiles=image_tiles,
+        image_pixels=image_pixels, start=adapter, seed=seed, data=data, evaluation=evaluation, system=system,
     )  # fmt: skip
     validate(options)
     start_quickly()

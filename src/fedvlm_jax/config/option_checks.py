@@ -102,6 +102,8 @@ def _check_common(run: Run) -> None:
     if evaluation.select_by:
         _require_choice("--evaluation.select-by", evaluation.select_by, SELECTING)
     judged_by = evaluation.select_by or objective.select_by
+    if judged_by == "reward" and not objective.samples:
+        raise UserError(f"--evaluation.select-by reward: --objective {run.objective} has none, only reward does")
     if judged_by in METRICS and judged_by not in evaluation.metrics:
         raise UserError(f"--evaluation.metrics leaves out {judged_by}, by which the best round is chosen: add it")
     if not run.model:
@@ -160,6 +162,11 @@ def _check_pairs(run: Run) -> None:
     if run.start is not None and (run.lora.ranks or run.lora.private_a != "common"):
         other = "--lora.ranks" if run.lora.ranks else f"--lora.private-a {run.lora.private_a}"
         raise UserError(f"--start and {other} exclude each other: all clients begin with the one adapter that is given")
+    if run.image_size is not None and run.image_pixels is not None:
+        raise UserError(
+            f"--image-size {run.image_size} and --image-pixels {run.image_pixels} exclude each other: pictures have "
+            "one size, or each a grid of its own; leave one out"
+        )
     if run.out is not None and run.resume is not None:
         raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
 

@@ -65,9 +65,10 @@ def objectives_available() -> tuple[str, ...]:
     """Name the training objectives: one per public file in `objectives/`; `sft_dpo` is both of them.
 
     >>> objectives_available()
-    ('classify', 'dpo', 'sft', 'sft+dpo')
+    ('classify', 'dpo', 'reward', 'sft', 'sft+dpo')
     """
-    stems = [stem for stem in _list_files("objectives") if stem not in ("base", "config", "log_probs")]
+    parts = ("answer_rewards", "base", "config", "log_probs")
+    stems = [stem for stem in _list_files("objectives") if stem not in parts]
     return tuple(stem.replace("_", "+") for stem in stems)
 
 
@@ -169,7 +170,7 @@ class EvaluationOptions:
     """Examples of one client that are answered at a time."""
     metrics: tuple[str, ...] = ("exact_match", "token_f1", "rouge_l", "cider", "vqa_accuracy")
     """Metrics of generated answers."""
-    select_by: Annotated[str, optional("METRIC", "exact_match; preference_accuracy for dpo")] = ""
+    select_by: Annotated[str, optional("METRIC", "exact_match; preference_accuracy for dpo, reward for reward")] = ""
     """Keep the models of the round that is best on validation by this metric, ties broken by the loss."""
     global_model: bool = True
     """At the end, evaluate also the shared part with the initial private one, as a newcomer would have it."""
@@ -242,6 +243,9 @@ class Run:
     image_tiles: Annotated[Count | None, optional("INT", "none")] = None
     """Tiles along a picture's longer side that it is cut into beside the whole of it, where the model cuts pictures
     (SmolVLM, whose own processor makes 4: up to 17 times the image tokens)."""
+    image_pixels: Annotated[Count | None, optional("PIXELS", "all have one size")] = None
+    """Pixels that a picture has at most, each on a grid of its own as its processor makes it, where the model has such
+    grids (Qwen-VL) and its tower is frozen: pictures keep their proportions and differ in image tokens."""
     out: Annotated[Path | None, optional("DIR", "runs/<time>-<name>")] = None
     """Folder to write to."""
     resume: Annotated[Path | None, optional("RUN", "start anew")] = None
@@ -254,8 +258,9 @@ class Run:
     cohort: Annotated[Count | None, optional("INT", "all of them")] = None
     """Clients drawn each round (not given by the paper)."""
     objective: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(objectives_available())}}}")] = "sft"
-    """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both. Of a model
-    that chooses among classes sft is classify, which refuses other models."""
+    """What local training minimises: cross-entropy of the chosen answers, or a preference loss, or both; or reward, a
+    mix of two rewards of answers that the model draws. Of a model that chooses among classes sft is classify, which
+    refuses other models."""
     checkpoint_every: Count = 1
     """Rounds between checkpoints."""
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = field(default_factory=MethodOptions)
@@ -317,10 +322,13 @@ def from_json(stored: Any) -> Run:
     form = data.get("form") if isinstance(data.get("form"), str) else None
     kind = find_options(source, form) if isinstance(source, str) else DataOptions
     if "method" in stored:  # of folders from before there were these options
-        stored = {"start": None, "messages": encode(MessageOptions()), "privacy": {}, **stored}
+        stored = {"start": None, "image_pixels": None, "messages": encode(MessageOptions()), "privacy": {}, **stored}
         stored = {"audit": encode(AuditOptions()), "soft_prompt": encode(PromptOptions()), **stored}
         stored |= {"data": {"novel_classes": 0.0, **data}} if data else {}
-        for group, default in (("privacy", PrivacyOptions()), ("participation", ParticipationOptions())):
+        groups = {
+            "privacy": PrivacyOptions(), "participation": ParticipationOptions(), "preference": PreferenceOptions(),
+        }  # fmt: skip
+        for group, default in groups.items():
             if isinstance(given := stored.get(group), Mapping):
                 stored[group] = {**encode(default), **given}
     chosen = {

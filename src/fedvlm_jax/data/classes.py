@@ -59,6 +59,28 @@ def find_own(examples: Examples) -> Bool[np.ndarray, " examples"]:
     return own
 
 
+def count_ambiguous(examples: Examples) -> int:
+    """Count the pictures of which some client has rows with different answers, over all clients."""
+    found = 0
+    for client in examples.clients:
+        answers: dict[int, set[str]] = {}
+        for row in np.concatenate([client.rows_of(split) for split in SPLITS]).tolist():
+            answers.setdefault(int(examples.image[row]), set()).add(examples.answers[row])
+        found += sum(len(different) > 1 for different in answers.values())
+    return found
+
+
+def describe_ambiguous(pictures: int) -> str:
+    """Say in a line what a model that reads no question makes of pictures with several answers.
+
+    >>> describe_ambiguous(2)
+    '2 pictures have rows with different answers, and one can be given, for no question is read: take one question'
+    """
+    have = "has" if pictures == 1 else "have"
+    told = f"{format_count(pictures, 'picture')} {have} rows with different answers"
+    return f"{told}, and one can be given, for no question is read: take one question"
+
+
 def describe_classes(trained: Sequence[str], every: Sequence[str]) -> str:
     """Say in a line what a model chooses among, of which it trains among the first.
 

@@ -39,7 +39,9 @@ INLINE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and We
 FAULT = "why_unusable"  # the column that says why a row cannot be used; a table has it only where there is such a row
 TURNS = "prompt_turns"  # the column of a conversation's turns before the answer, as JSON that chat templates take
 
-_SOURCE = "emoji (ships), rlaif-v, a file or folder (parquet, JSON, CSV, pictures, saved by `datasets`), or a hub id."
+_SOURCE = (
+    "emoji (ships), photos, rlaif-v, a file or folder (parquet, JSON, CSV, pictures, saved by `datasets`), or a hub id."
+)
 _ALPHA = "Concentration; small = clients unlike, inf = alike. Ours; the paper gives none."
 _KIND = "natural: clients as the data have them; the others cut their rows anew. Ours, not the paper's."
 _KEY = (
@@ -156,7 +158,7 @@ class DataOptions:
     def place(self) -> tuple[Any, ...]:
         """Return all that the opened rows depend on: runs that cut them otherwise share what was read."""
         names = ("source", "path", "image_root", "revision", "max_image_pixels")
-        own = ("form", "config", "splits", "reading")  # of the forms that one's own data may have
+        own = ("form", "config", "splits", "reading", "scenario")  # of the forms that one's own data may have
         return tuple(getattr(self, name, None) for name in names + own)
 
     def read(self) -> "Table":

@@ -22,6 +22,27 @@ class Tiles(NamedTuple):
         return self.rows * self.columns + 1
 
 
+class Grid(NamedTuple):
+    """Rows and columns of the image tokens of a picture that keeps its proportions, and has as many as these make.
+
+    >>> Grid(3, 4).tokens
+    12
+    """
+
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of the picture."""
+        return self.rows * self.columns
+
+    @property
+    def views(self) -> int:
+        """What the vision tower sees of the picture: the whole of it."""
+        return 1
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What a row asks.
@@ -29,12 +50,13 @@ class Prompt:
     Attributes:
         text: the question; of a conversation, all that is said before the answer.
         turns: the conversation, for processors that read turns; none where the question is all of it.
-        pictures: how each picture is cut, in their order. Where turns are not read, pictures stand before the text.
+        pictures: how each picture is cut, or its grid, in their order. Where turns are not read, pictures stand before
+            the text.
     """
 
     text: str
     turns: tuple[Turn, ...] = ()
-    pictures: tuple[Tiles, ...] = (Tiles(),)
+    pictures: tuple[Tiles | Grid, ...] = (Tiles(),)
 
     @property
     def views(self) -> int:

@@ -53,7 +53,7 @@ def read_content(options: FormOptions) -> Table:
     """
     read_bound()  # a wrong value in the environment is refused before anything is done
     content = options.find_content()
-    parts = [(part.base, part.split) for part in content.parts]
+    parts = [(part.base, part.split, *([part.label] if part.label else [])) for part in content.parts]
     form = repr((VERSION, options.form, options.reading, parts))
     table = open_cached(content.digest, form, lambda: _make_tables(options, content))
     data = table.data if table.data[FAULT].null_count < len(table) else table.data.drop_columns([FAULT])

@@ -17,7 +17,7 @@ from fedvlm_jax.data import federated_dataset as federated
 from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.data.config import SPLITS, TURNS, DataOptions
 from fedvlm_jax.data.picture_views import Views, list_views, number_views
-from fedvlm_jax.data.prompts import Prompt, Tiles, to_prompt
+from fedvlm_jax.data.prompts import Grid, Prompt, Tiles, to_prompt
 from fedvlm_jax.data.table import Table
 from fedvlm_jax.data.token_arrays import ask_processor, list_unfit, stack, take, widen
 from fedvlm_jax.data.unique_images import Images, number_distinct, unique_images
@@ -46,8 +46,8 @@ class TextProcessor(Protocol):
         ...
 
     @property
-    def cut(self) -> Callable[[int, int], Tiles] | None:
-        """Height and width of a picture -> the tiles that it is cut into; None where all stay whole."""
+    def cut(self) -> Callable[[int, int], Tiles | Grid] | None:
+        """Height and width of a picture -> its tiles or its grid; None where all stay whole and have one size."""
         ...
 
     def prompts(self, asked: Sequence[str | Prompt], /) -> tuple[np.ndarray, np.ndarray]:
@@ -85,6 +85,7 @@ class Examples:
     rejected_answers: list[str] | None = None  # as they stand in the data
     rejected_truncated: int = 0
     all_answers: list[tuple[str, ...]] | None = None  # every person's, where the data has several
+    image_tokens: int | None = None  # of the row with most, where pictures have grids of their own
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -160,7 +161,8 @@ def encode_usable(
     turns = table.read_text(TURNS, rows) if has_turns else [None] * len(rows)
     chosen, rejected, is_pair, refused = _read_answers(table, rows, processor, options.max_answer_tokens)
     images, pictures, missing = unique_images(table, rows)
-    broken = images.find_broken()
+    tiles, refused_pictures = _cut(images, processor.cut)
+    broken = refused_pictures | images.find_broken()
 
     reasons: dict[int, str] = {}
     for place, (row, held) in enumerate(zip(rows.tolist(), pictures.tolist(), strict=True)):
@@ -173,7 +175,6 @@ def encode_usable(
             reason = reason or "chosen equals rejected once cut"
         if reason:
             reasons[place] = reason
-    tiles = [processor.cut(*size) for size in images.read_sizes()] if processor.cut else [Tiles()] * len(images)
     asked, refused = _ask(questions, turns, pictures, tiles, set(reasons))
     ids, mask, which, pad, unfit = _tokenise_prompts(processor, asked, options.max_prompt_tokens)
     for place, reason in (refused | unfit).items():
@@ -184,9 +185,10 @@ def encode_usable(
     images, pictures = images.narrow(pictures[kept])  # images of skipped rows alone are dropped
     tiles = [cut[key] for key in images.keys]
     has_rejected = "rejected" in table.columns
+    views, view = list_views(images, tiles), number_views(pictures, tiles)
     return Examples(
         pictures=pictures,
-        view=number_views(pictures, tiles),
+        view=view,
         input_ids=take(ids, which[kept], mask, pad),
         attention_mask=take(mask, which[kept], mask, 0),
         labels=take(chosen.labels, kept, chosen.labels != IGNORED, IGNORED),
@@ -194,18 +196,33 @@ def encode_usable(
         rows=rows[kept],
         clients=_renumber(federation.clients, kept),
         images=images,
-        views=list_views(images, tiles),
+        views=views,
         skipped=skipped,
         truncated=int(chosen.cut[kept].sum()),
         rejected=take(rejected.labels, kept, rejected.labels != IGNORED, IGNORED) if has_rejected else None,
         rejected_answers=[rejected.texts[place] for place in kept] if has_rejected else None,
         rejected_truncated=int(rejected.cut[kept].sum()),
         all_answers=table.read_answers(rows[kept]) if table.has_several_answers else None,
+        image_tokens=None if views.grids is None else int(views.count_tokens(view).max(initial=1)),
     )
 
 
+def _cut(images: Images, cut: Callable[[int, int], Tiles | Grid] | None) -> tuple[list[Tiles | Grid], dict[int, str]]:
+    """Cut every image; also index -> why one cannot be, which then counts as whole."""
+    if cut is None:
+        return [Tiles()] * len(images), {}
+    found, refused = list[Tiles | Grid](), dict[int, str]()
+    for index, size in enumerate(images.read_sizes()):
+        try:
+            found.append(cut(*size))
+        except UserError as error:
+            found.append(cut(1, 1))
+            refused[index] = str(error)
+    return found, refused
+
+
 def _ask(
-    questions: list[str], turns: Sequence[str | None], pictures: np.ndarray, tiles: list[Tiles], lost: set[int]
+    questions: list[str], turns: Sequence[str | None], pictures: np.ndarray, tiles: list[Tiles | Grid], lost: set[int]
 ) -> tuple[list[str | Prompt], dict[int, str]]:
     """List what each row asks, a text where it is one question about a whole picture; also place -> why it cannot.
 

@@ -127,6 +127,7 @@ def _check(run: Run, clients: int, least: int, timeout: float, secure: bool) -> 
         "--train.finetune-steps": (run.train.finetune_steps > 0, "no node takes steps after the last round"),
         "--evaluation.cross-clients": (run.evaluation.cross_clients, "no client's model leaves its node"),
         "--evaluation.cold-start": (run.evaluation.cold_start != "initial", "newcomers begin with the adapter drawn"),
+        "--preference.mix": (len(run.preference.mix) > 1, "a node scores its model as the only client that it knows"),
         "--evaluation.clients": (run.evaluation.clients is not None, "every node evaluates its own model"),
     }
     for flag, (given, why) in refused.items():

@@ -35,6 +35,9 @@ Scores = dict[str, dict[str, float]]
 Adapters = Callable[[np.ndarray], PyTree]
 """(client numbers [V], which may repeat) -> their adapters [V, …]."""
 
+Reward = Callable[[Int[np.ndarray, "N U"], Int[np.ndarray, "N V"], int], Float[np.ndarray, " N"]]
+"""(ids of generated answers, labels, the client's number) -> their rewards."""
+
 
 class Scored(NamedTuple):
     """Scores of a model on a split."""
@@ -77,6 +80,7 @@ class Evaluator:
     # Of a model that chooses among classes: which of `examples` have one that no training example has.
     novel: Bool[np.ndarray, " examples"] | None = None
     own: Bool[np.ndarray, " examples"] | None = None  # and which have one that their client trains on
+    reward: Reward | None = None  # the metric `reward`, of runs that train for one
     advance: Callable[[int, int, str], None] = lambda done, total, split: None  # shows progress
 
     def __call__(
@@ -199,12 +203,17 @@ class Evaluator:
     def _score(
         self, split: Split, answered: dict[int, list[Any]], metrics: Mapping[str, Metric], is_base: bool
     ) -> Scored:
-        scored = Scored({name: {} for name in (*metrics, "token_accuracy", "loss")}, {name: {} for name in metrics}, {})
+        named = (*metrics, *(["reward"] if self.reward is not None else []))
+        scored = Scored({name: {} for name in (*named, "token_accuracy", "loss")}, {name: {} for name in named}, {})
         for client, parts in answered.items():
             name, gold = self.examples.clients[client].name, self._gold(split, [client])
             texts = scored.texts[name] = [text for ids, _ in parts for text in self.processor.decode(ids)]
             for metric, score in metrics.items():
                 scored.values[metric][name] = np.asarray(score(texts, gold))
+            if self.reward is not None:
+                ids, labels = np.concatenate([ids for ids, _ in parts]), self.examples.labels
+                rows = self.examples.clients[client].rows_of(split)
+                scored.values["reward"][name] = self.reward(ids, labels[rows], client)
             of_client = {metric: float(values[name].mean()) for metric, values in scored.values.items()}
             numbers = {key: np.concatenate([sums[key] for _, sums in parts]) for key in parts[0][1]}
             tokens = max(float(numbers["chosen_tokens"].sum()), 1.0)  # all answers may be empty

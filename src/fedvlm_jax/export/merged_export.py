@@ -49,8 +49,8 @@ def export_merged(
         How many, and the largest difference of their logits from the run's.
 
     Raises:
-        UserError: the run is not finished or its files are damaged, an adapter has a gate, no client is named or it
-            has none of that name, there is no room, or `out` is taken.
+        UserError: the run is not finished or its files are damaged, an adapter has a gate or a bottleneck, no client is
+            named or it has none of that name, there is no room, or `out` is taken.
     """
     check_free(out)
     run = open_run(folder, note)

@@ -56,7 +56,7 @@ def make_client_round(method: Method, trainer: LocalTrainer) -> Callable[..., Cl
         number, fold = client.number, partial(_fold, frame.key, frame.round)
         with jax.named_scope("start_clients"):
             fresh = start_personal(method, frame.key, frame.server, number)
-            personal = _choose(client.new, fresh, personal)
+            personal = tree.choose(client.new, fresh, personal)
         drops = jax.random.fold_in(fold(Stream.DROPOUT), number) if trainer.draws else None
         new, message, metrics = method.client_update(
             make_context(trainer, frame, phase, drops),
@@ -67,7 +67,7 @@ def make_client_round(method: Method, trainer: LocalTrainer) -> Callable[..., Cl
         )
         with jax.named_scope("look_for_numbers_that_are_not_finite"):
             finite = tree.is_finite((new, message, metrics["loss"]))
-            new, message = _choose(finite, (new, message), (personal, jax.tree.map(jnp.zeros_like, message)))
+            new, message = tree.choose(finite, (new, message), (personal, jax.tree.map(jnp.zeros_like, message)))
         return ClientUpdated(new, message, metrics, finite)
 
     return run
@@ -87,8 +87,3 @@ def aggregation_key(key: PRNGKeyArray, round_: Number) -> PRNGKeyArray:
 
 def _fold(key: PRNGKeyArray, round_: Number, stream: Stream) -> PRNGKeyArray:
     return jax.random.fold_in(jax.random.fold_in(key, stream), round_)
-
-
-def _choose(first: Bool[Array, ""], one: PyTree, other: PyTree) -> PyTree:
-    """Select one tree or the other; what is not chosen leaves no trace, as a product with zero would."""
-    return jax.tree.map(lambda x, y: jnp.where(first, x, y), one, other)

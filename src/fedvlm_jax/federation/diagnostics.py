@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora
+from fedvlm_jax.lora.adapter import BOTTLENECK, GATE
 from fedvlm_jax.methods.components.factors import deviations, matmul, side_by_side
+from fedvlm_jax.utils import tree
 
 OF_PAIRS = ("angle_a", "update_dissimilarity")  # they mean something only where at least two clients count
 OF_CLIENTS = ("clip_fraction", "noise_to_update")  # of a private round, where at least one does
@@ -31,14 +33,14 @@ Component = Callable[[str], str | None]  # (path) -> the part of the model that 
 def examine(
     adapters: PyTree, weights: Float[Array, " K"], beside: int = 1, component: Component = lambda path: None
 ) -> dict[str, Float[Array, ""]]:
-    """Compute the numbers for adapters [K, …] as they were trained; none where a gate makes their term no matrix.
+    """Compute the numbers for adapters [K, …] as they were trained; none where a gate or a bottleneck is no matrix.
 
     They are of the low-rank factors alone: of a soft prompt without any there is none.
 
     `beside` is how many adapters of one rank stand side by side in each, see `Method.pairs`; `component` tells parts of
     the model apart, see `Vlm.component`, and "rest" stands for None.
     """
-    if any("gate" in str(path[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(adapters)):
+    if any(path.rpartition("/")[2] in (GATE, *BOTTLENECK) for path in tree.flatten(adapters)):
         return {}
     adapters = lora.low_rank(adapters)
     if not adapters:

@@ -15,21 +15,25 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.data.batches import IGNORED, LABELS
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.federation.distillation import add_distillation
 from fedvlm_jax.methods import Client
-from fedvlm_jax.methods.base import Metrics, is_factor
+from fedvlm_jax.methods.base import Distillation, Metrics, is_factor
+from fedvlm_jax.methods.components.factors import leaf_name
 from fedvlm_jax.methods.components.training_metrics import over_steps
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.objectives import Objective
 from fedvlm_jax.utils import tree
 
+ANSWERS = 0  # folded into a step's key for what the objective draws; dropout folds the paths of its sites
+
 
 def find_rate(path: str) -> str:
     """Find which learning rate a leaf has: A's have theirs, and so have gates and all below one; all others B's.
 
-    >>> [find_rate(path) for path in ("fc1/a", "head/moap/gate/query", "fc1/b", "token_embedding/prompt")]
-    ['a', 'a', 'b', 'b']
+    >>> [find_rate(path) for path in ("fc1/a", "fc1/a/3", "head/moap/gate/query", "fc1/b", "token_embedding/prompt")]
+    ['a', 'a', 'a', 'b', 'b']
     """
-    return "a" if path.rpartition("/")[2] in ("a", "gate") or "/gate/" in path else "b"
+    return "a" if leaf_name(path) in ("a", "gate") or "/gate/" in path else "b"
 
 
 class LocalTrainer(NamedTuple):
@@ -39,7 +43,7 @@ class LocalTrainer(NamedTuple):
     # (params, factors, optimiser state, client, rates, **choices) -> (factors, optimiser state, metrics); the choices
     # are those of `methods.base.Train`, and `key` where it draws.
     run: Callable[..., tuple[PyTree, PyTree, Metrics]]
-    draws: bool = False  # whether it draws random numbers, for dropout
+    draws: bool = False  # whether it draws random numbers, for dropout or for answers
 
 
 def make_local_trainer(
@@ -57,11 +61,12 @@ def make_local_trainer(
     into a direction (AdamW 1711.05101 with optax's defaults, or the gradient itself), decayed, and scaled by the rate
     of its factor: `rates["a"]` or `rates["b"]`.
 
-    With `dropout` each step leaves out that share of what enters A, see `lora.with_dropout`; a step's key is folded
-    from the training's and the step's number. Without it nothing is drawn.
+    With `dropout` each step leaves out that share of what enters A, see `lora.with_dropout`, and an objective may draw
+    answers; a step's key is folded from the training's and the step's number. Without either nothing is drawn.
 
     The metrics are means over the steps that counted, the loss of the last of them as `last_loss`, and `steps`.
     """
+    draws = dropout > 0 or objective.samples
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     rules = [optax.scale_by_adam()] if optimizer == "adamw" else []
     rules += [optax.add_decayed_weights(weight_decay)] if weight_decay else []
@@ -81,18 +86,25 @@ def make_local_trainer(
         assemble: Callable[[PyTree], lora.Adapter] = lambda factors: factors,
         nudge: Callable[[PyTree], PyTree] | None = None,
         first: Int[Array, ""] | int = 0,
+        distil: Distillation | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[PyTree, PyTree, Metrics]:
         if not client.indices.shape[0]:
             raise UserError("a method asks for a training of no steps at all: it needs more --train.local-steps")
         moving, frozen = tree.partition(factors, trained)
+        minimised = objective.loss if distil is None else add_distillation(objective.loss, distil)
 
         def loss(moving: PyTree, batch: dict[str, Array], number: Sequence[Array]) -> tuple[Array, Metrics]:
             adapter = assemble(tree.combine(moving, frozen))
+            if not draws:
+                return minimised(vlm, params, adapter, batch)
+            assert key is not None, "dropout and answers are drawn, and need a key"
+            step_key = jax.random.fold_in(key, number[0])
             if dropout:
-                assert key is not None, "dropout draws, and needs a key"
-                adapter = lora.with_dropout(jax.random.fold_in(key, number[0]), adapter, dropout)
-            return objective.loss(vlm, params, adapter, batch)
+                adapter = lora.with_dropout(step_key, adapter, dropout)
+            if objective.samples:
+                batch = add_draws(batch, jax.random.fold_in(step_key, ANSWERS), client.number)
+            return minimised(vlm, params, adapter, batch)
 
         def descend(path: str, update: Array) -> Array:
             return -rates[find_rate(path)] * update
@@ -120,8 +132,15 @@ def make_local_trainer(
             return carry, metrics | {"last_loss": metrics["loss"] * steps, "steps": steps}
 
         with jax.named_scope("local_step"):
-            numbers = [first + jnp.arange(len(client.indices))] if dropout else []
+            numbers = [first + jnp.arange(len(client.indices))] if draws else []
             (moving, state), history = jax.lax.scan(step, (moving, state), (client.indices, client.mask, *numbers))
         return tree.combine(moving, frozen), state, over_steps(history)
 
-    return LocalTrainer(start, run, draws=dropout > 0)
+    return LocalTrainer(start, run, draws=draws)
+
+
+def add_draws(batch: dict[str, Array], key: PRNGKeyArray, client: Int[Array, ""]) -> dict[str, Array]:
+    """Add to a batch what objectives that draw answers need, see `Objective.samples`."""
+    rows = len(batch["labels"])
+    keys = jax.random.key_data(jax.random.split(key, rows))
+    return batch | {"sampling_keys": keys, "client": jnp.broadcast_to(client, (rows,))}

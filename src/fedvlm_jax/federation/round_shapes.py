@@ -28,11 +28,12 @@ Shape = jax.ShapeDtypeStruct
 
 def shape_examples(
     vlm: Vlm, objective: Objective, spec: lora.LoRA, *, size: tuple[int, int], views: int = 1, prompt: int, answer: int,
-    cached: bool,
+    cached: bool, grid_tokens: int | None = None,
 ) -> dict[str, Shape]:  # fmt: skip
     """Make the shapes of one example: pictures of `size` (height, width), `prompt` tokens, the images' among them.
 
     `cached` is whether features of frozen vision are kept; with an adapter in the vision tower they never are.
+    `grid_tokens`: image tokens of a picture at most, where each has a grid of its own, whose features are always read.
     """
     pixels, several = Shape((1, *size, 3), jnp.float32), (views,) if views > 1 else ()
     adapter = jax.eval_shape(lambda key: lora.init(key, vlm.sites, spec), shape_key())
@@ -42,6 +43,9 @@ def shape_examples(
         example |= {"rejected_labels": Shape((answer,), jnp.int32)}
     if objective.reference:
         example |= {name: Shape((), jnp.float32) for name in ("reference_chosen", "reference_rejected")}
+    if grid_tokens is not None:
+        grids = {"image_grids": Shape((views, 2), jnp.int32)}
+        return example | grids | {"image_features": Shape((views * grid_tokens, vlm.image_width), vlm.dtype)}
     if cached and is_vision_frozen(vlm, adapter):
         made = jax.eval_shape(lambda params, pixels: vlm.image_features(params, None, pixels), vlm.shapes(), pixels)
         return example | {"image_features": Shape((*several, *made.shape[1:]), made.dtype)}

@@ -14,6 +14,7 @@ A soft prompt (CoOp, arXiv 2109.01134) is one more kind of leaf, at the site of 
 
     prompt [n, width]             starts at zero; added to the embeddings of the n tokens after the first
 
+A site may have a nonlinear adapter after its layer too, beside `a` and `b` or in their place: see `lora.bottleneck`.
 Adapters beside whole layers are in `lora.parallel`.
 
 The model is not changed and knows nothing of this. The adapter is passed as one more variable collection, `lora`, and
@@ -33,13 +34,15 @@ from fedvlm_jax.lora.adapter_algebra import (
     truncate,
     unmerge,
 )
+from fedvlm_jax.lora.bottleneck import add_bottlenecks
 from fedvlm_jax.lora.forward_injection import inject
 from fedvlm_jax.lora.share_rules import Rule, combine, partition, virtual_paths
 from fedvlm_jax.lora.sites import LoraError, Site, Sites, find_sites, select, trace_init
 from fedvlm_jax.lora.target_patterns import find_dead_targets
 
 __all__ = [
-    "PROMPT", "Adapter", "LoRA", "LoraError", "Rule", "Site", "Sites", "add_to_weights", "combine", "concatenate",
-    "find_dead_targets", "find_sites", "fix_signs", "init", "inject", "low_rank", "merge", "one_by_one", "partition",
+    "PROMPT", "Adapter", "LoRA", "LoraError", "Rule", "Site", "Sites", "add_bottlenecks", "add_to_weights", "combine",
+    "concatenate", "find_dead_targets", "find_sites", "fix_signs", "init", "inject", "low_rank", "merge", "one_by_one",
+    "partition",
     "select", "sites_of", "thin_svd", "trace_init", "trainable", "truncate", "unmerge", "virtual_paths", "with_dropout",
 ]  # fmt: skip

@@ -20,6 +20,13 @@ GATE = "gate"
 """A fourth leaf that a site of an `nn.Dense` may have, [*stack, d_in, n]: the ranks are n groups of equal size, and
 each token weighs them by softmax(x · gate)."""
 
+SLOTS = "slots"
+"""A fifth leaf beside a gate, [*stack, n, groups] of 0 and 1, where several of the gate's outputs may lead to one group
+of ranks and some to none (their rows are zero). Each token keeps its best outputs, as many as there are groups that are
+led to, and weighs them by a softmax over these alone."""
+
+BOTTLENECK = ("down", "up")
+"""Two leaves of a site after which a bottleneck stands, see `lora.bottleneck`; it need not have the factors too."""
 PROMPT = "prompt"
 """The leaf of a soft prompt, [n, width], at the site of an `nn.Embed`: it is added to the embeddings of the n tokens
 that follow the first."""
@@ -101,7 +108,7 @@ def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
     for site in () if spec.targets == () else select(sites, spec.targets, spec.exclude):
         if spec.rank > min(site.d_in, site.d_out):
             raise LoraError(f"rank {spec.rank} is above min(d_in, d_out) of {site}: lower the rank or narrow targets")
-        draw = jax.random.fold_in(key, _path_number(site.path))
+        draw = fold_path(key, site.path)
         shape = (*site.stack, site.d_in, spec.rank)
         if spec.init == "gaussian":
             a = jax.random.normal(draw, shape, spec.dtype) / spec.rank
@@ -116,7 +123,7 @@ def init(key: PRNGKeyArray, sites: Sites, spec: LoRA) -> Adapter:
 def _start_parallel(key: PRNGKeyArray, path: str, last: Site, spec: LoRA) -> dict[str, Any]:
     """Make the leaves beside the layers of a stack, whose last weight has the site `last`."""
     place, rank, width = join(path, BESIDE), spec.parallel, last.d_out
-    keys = jax.random.split(jax.random.fold_in(key, _path_number(place)))
+    keys = jax.random.split(fold_path(key, place))
     deviation = math.sqrt(2 / rank)
 
     def draw(key: PRNGKeyArray, rows: int) -> Any:
@@ -131,12 +138,13 @@ def _start_parallel(key: PRNGKeyArray, path: str, last: Site, spec: LoRA) -> dic
 def trainable(adapter: Adapter) -> dict[str, Any]:
     """Mark the leaves of an adapter that are to be trained, in optax's form of a mask: a tree of booleans.
 
-    All but `scale`, whose gradient is zero but which weight decay would move: `optax.adamw(1e-3, mask=trainable)`.
+    All but `scale` and `slots`, whose gradient is zero but which weight decay would move:
+    `optax.adamw(1e-3, mask=trainable)`.
 
     >>> trainable({"fc": {"a": 1, "b": 2, "scale": 3}})
     {'fc': {'a': True, 'b': True, 'scale': False}}
     """
-    return tree.unflatten({path: path.rpartition("/")[2] != "scale" for path in tree.flatten(adapter)})
+    return tree.unflatten({path: path.rpartition("/")[2] not in ("scale", SLOTS) for path in tree.flatten(adapter)})
 
 
 def sites_of(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, Any, Any]]]:
@@ -145,6 +153,8 @@ def sites_of(adapter: Adapter) -> Iterator[tuple[str, tuple[Any, Any, Any]]]:
     for path in sorted({path.rpartition("/")[0] for path in flat}):
         if join(path, GATE) in flat:
             raise LoraError(f"the adapter at {path!r} has a gate: what it adds depends on the token, and is no matrix")
+        if join(path, BOTTLENECK[0]) in flat:
+            raise LoraError(f"the adapter at {path!r} has a bottleneck: its nonlinearity is no matrix")
         missing = [name for name in FACTORS if join(path, name) not in flat]
         here = {name.rpartition("/")[2] for name in flat if name.rpartition("/")[0] == path}
         if {"a", "b"} <= {*missing} and (others := sorted(here - {*FACTORS})):
@@ -176,15 +186,16 @@ def with_dropout(key: PRNGKeyArray, adapter: Adapter, rate: float) -> Adapter:
     flat = tree.flatten(adapter)
     for path in sorted({path.rpartition("/")[0] for path in tree.flatten(low_rank(adapter))}):
         stack = flat[join(path, "scale")].shape
-        site_key = jax.random.fold_in(key, _path_number(path))
+        site_key = fold_path(key, path)
         flat[join(path, DROPOUT[0])] = jax.random.split(site_key, stack) if stack else site_key
         flat[join(path, DROPOUT[1])] = jnp.full(stack, rate, jnp.float32)
     return tree.unflatten(flat)
 
 
-def _path_number(path: str) -> int:
+def fold_path(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
+    """Fold a site's path into a key, so that what is drawn there does not depend on the other sites."""
     # FNV-1a, cut to the 31 bits that `fold_in` takes: Python's `hash` of a text differs between processes.
     number = 2166136261
     for byte in path.encode():
         number = (number ^ byte) * 16777619 % 2**32
-    return number >> 1
+    return jax.random.fold_in(key, number >> 1)

@@ -10,7 +10,8 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array
 
-from fedvlm_jax.lora.adapter import COLLECTION, DROPOUT, FACTORS, GATE, PARALLEL, PROMPT, Adapter
+from fedvlm_jax.lora.adapter import COLLECTION, DROPOUT, FACTORS, GATE, PARALLEL, PROMPT, SLOTS, Adapter
+from fedvlm_jax.lora.bottleneck import DOWN, pass_bottleneck
 from fedvlm_jax.lora.parallel import add_parallel
 from fedvlm_jax.lora.sites import LoraError, Site, as_tuple, as_variables, join, listing, read_site
 from fedvlm_jax.utils import tree
@@ -57,14 +58,20 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
             if module.has_variable(COLLECTION, PARALLEL[0]):
                 read.add("/".join(module.path))
                 return add_parallel(module, *args)
-            site = read_site(module) if module.has_variable(COLLECTION, "a") else None
+            low_rank, narrow = (module.has_variable(COLLECTION, name) for name in ("a", DOWN))
+            site = read_site(module) if low_rank or narrow else None
             if site is None:
                 return out
+            read.add(site.path)
+            if low_rank:
+                out = add_low_rank(site, context, args[0] if args else next(iter(kw.values())), out)
+            return pass_bottleneck(site, module, out) if narrow else out
+
+        def add_low_rank(site: Site, context: nn.module.InterceptorContext, inputs: Array, out: Array) -> Array:
+            module, seen = context.module, inputs
             a, b, scale = (module.get_variable(COLLECTION, name) for name in FACTORS)
             _check_shapes(site, a, b, scale)
             scale = jax.lax.stop_gradient(scale)  # data: whoever differentiates by the whole adapter leaves it alone
-            read.add(site.path)
-            seen = inputs = args[0] if args else next(iter(kw.values()))
             if site.kind != "embed" and module.has_variable(COLLECTION, DROPOUT[0]):
                 key, rate = (module.get_variable(COLLECTION, name) for name in DROPOUT)
                 kept = jax.random.bernoulli(key, 1 - rate, inputs.shape)
@@ -72,7 +79,9 @@ def inject(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
             shares: tuple[Array, ...] = ()
             if module.has_variable(COLLECTION, GATE):
                 # Dropout drops what enters A; the router sees all of the layer's input.
-                shares = (_share_ranks(site, seen, a, module.get_variable(COLLECTION, GATE)),)
+                gate = module.get_variable(COLLECTION, GATE)
+                slots = module.get_variable(COLLECTION, SLOTS) if module.has_variable(COLLECTION, SLOTS) else None
+                shares = (_share_ranks(site, seen, a, gate, slots),)
             delta = _DELTAS[site.kind, context.method_name](module, inputs, a, b, scale, *shares)
             return out + delta.astype(out.dtype)
 
@@ -98,16 +107,33 @@ def _add_prompt(module: nn.Module, embedded: Array) -> Array:
     return embedded + jnp.pad(prompt.astype(embedded.dtype), ((before, after), (0, 0)))
 
 
-def _share_ranks(site: Site, x: Array, a: Array, gate: Array) -> Array:
+def _share_ranks(site: Site, x: Array, a: Array, gate: Array, slots: Array | None) -> Array:
     """Each token's weights of the ranks [..., rank]: softmax(x · gate) over n groups of them, in float32."""
-    rank, groups = a.shape[-1], gate.shape[-1]
-    if site.kind != "dense" or gate.shape != (a.shape[-2], groups) or rank % groups:
+    rank, outputs = a.shape[-1], gate.shape[-1]
+    groups = outputs if slots is None else slots.shape[-1]
+    fits = gate.shape == (a.shape[-2], outputs) and (slots is None or slots.shape == (outputs, groups))
+    if site.kind != "dense" or not fits or rank % groups:
         raise LoraError(
-            f"the gate at {site.path} has shape {gate.shape}: it needs an nn.Dense, and [d_in, n] with n a divisor of "
-            f"the rank {rank}"
+            f"the gate at {site.path} has shape {gate.shape}: it needs an nn.Dense, and [d_in, n] with n, or the "
+            f"columns of {SLOTS} [n, groups], a divisor of the rank {rank}"
         )
-    shares = jax.nn.softmax(jnp.matmul(x.astype(jnp.float32), gate.astype(jnp.float32)), axis=-1)
+    scores = jnp.matmul(x.astype(jnp.float32), gate.astype(jnp.float32))
+    if slots is None:
+        shares = jax.nn.softmax(scores, axis=-1)
+    else:
+        slots = jax.lax.stop_gradient(slots).astype(jnp.float32)
+        shares = jnp.matmul(_softmax_of_best(scores, slots), slots, precision="highest")
     return jnp.repeat(shares, rank // groups, axis=-1)
+
+
+def _softmax_of_best(scores: Array, slots: Array) -> Array:
+    """Softmax over each token's best outputs [..., n], as many as there are groups that outputs lead to."""
+    leads = slots.any(axis=-1)
+    scores = jnp.where(leads, scores, -jnp.inf)
+    mine, other, place = scores[..., :, None], scores[..., None, :], jnp.arange(scores.shape[-1])
+    ahead = (other > mine) | ((other == mine) & (place < place[:, None]))  # of equal ones the first
+    best = leads & (ahead.sum(axis=-1) < slots.any(axis=-2).sum())
+    return jax.nn.softmax(jnp.where(best, scores, -jnp.inf), axis=-1)
 
 
 def _dense_delta(

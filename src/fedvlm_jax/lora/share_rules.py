@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fedvlm_jax.lora.adapter import FACTORS, PARALLEL, PROMPT, Adapter
+from fedvlm_jax.lora.adapter import BOTTLENECK, FACTORS, PARALLEL, PROMPT, Adapter
 from fedvlm_jax.lora.sites import LoraError, Sites, as_patterns, join, listing, search
 from fedvlm_jax.utils import tree
 
@@ -82,7 +82,7 @@ def combine(shared: Adapter, personal: Adapter) -> Adapter:
     for path, leaf in joined.items():
         head, _, last = path.rpartition("/")
         # A layer may itself be called "0": below a factor's name only an index can stand.
-        if head.rpartition("/")[2] in (*FACTORS, PROMPT) and re.fullmatch(r"\d+(\.\d+)*", last):
+        if head.rpartition("/")[2] in (*FACTORS, *BOTTLENECK, PROMPT) and re.fullmatch(r"\d+(\.\d+)*", last):
             layers.setdefault(head, {})[tuple(map(int, last.split(".")))] = leaf
         else:
             flat[path] = leaf

@@ -57,6 +57,20 @@ class Client(NamedTuple):
     hostile: Bool[AnyArray, ""] | None = None
 
 
+class Distillation(NamedTuple):
+    """A teacher of local training, whose answers the trained adapter shall give too.
+
+    Attributes:
+        teacher: the adapter; it is not trained by this, and has no dropout.
+        weight: of the distance from the teacher in what is minimised; the objective has the rest.
+        temperature: that both distributions are softened by.
+    """
+
+    teacher: lora.Adapter
+    weight: float = 0.5
+    temperature: float = 1.0
+
+
 class Train(Protocol):
     """Take S local steps on a tree of factors: -> the tree, the optimiser's state, metrics.
 
@@ -72,6 +86,7 @@ class Train(Protocol):
         nudge: (trained leaves) -> a tree of the same form that is added to their gradient: a proximal term's
             gradient, a control variate.
         first: the number of its first step, where a method asks for one step at a time: dropout masks depend on it.
+        distil: what is minimised is the objective and the distance from a teacher, which is the metric `distillation`.
     """
 
     def __call__(
@@ -84,6 +99,7 @@ class Train(Protocol):
         assemble: Callable[[PyTree], lora.Adapter] = ...,
         nudge: Callable[[PyTree], PyTree] | None = None,
         first: Int[Array, ""] | int = 0,
+        distil: Distillation | None = None,
     ) -> tuple[PyTree, PyTree, Metrics]: ...
 
 

@@ -1,6 +1,6 @@
 """Vision-language models as records of facts and pure functions: a package per family, found by `model_type`."""
 
-from fedvlm_jax.models.base import Batch, Family, Params, Processor, Vlm
+from fedvlm_jax.models.base import Batch, Family, GridVision, Params, PictureGrids, Processor, Vlm
 from fedvlm_jax.models.hub import (
     load_vlm,
     load_weights,
@@ -14,6 +14,6 @@ from fedvlm_jax.models.hub import (
 from fedvlm_jax.models.layers import Stacking
 
 __all__ = [
-    "Batch", "Family", "Params", "Processor", "Stacking", "Vlm", "load_vlm", "load_weights", "open_model",
-    "open_processor", "read_size", "read_vlm", "resolve_folder", "save_checkpoint",
+    "Batch", "Family", "GridVision", "Params", "PictureGrids", "Processor", "Stacking", "Vlm", "load_vlm",
+    "load_weights", "open_model", "open_processor", "read_size", "read_vlm", "resolve_folder", "save_checkpoint",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from PIL import Image
 
 from fedvlm_jax import lora
-from fedvlm_jax.data.prompts import Prompt, Tiles
+from fedvlm_jax.data.prompts import Grid, Prompt, Tiles
 from fedvlm_jax.distributed.sharding import Cuts
 from fedvlm_jax.models.beam_search import Settings
 from fedvlm_jax.models.weight_table import Table
@@ -26,6 +26,26 @@ from fedvlm_jax.utils import tree
 Params = dict[str, Any]
 Batch = Mapping[str, Any]
 """Arrays by name; `memory` may be a pytree of them."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GridVision:
+    """The vision of a model whose pictures may have grids of their own, for frozen towers.
+
+    Axes: N patches, F numbers of a patch.
+
+    Attributes:
+        pixels, patches: of a picture, that become an image token.
+        places: (rows and columns of image tokens, N) -> a pytree of arrays [N, …]: where a picture's patches lie, those
+            after its last being told apart as padding.
+        features: (params, patches [B, N, F], places [B, N, …]) -> image tokens [B, N / patches, D], those of a picture
+            first and in their order; what padding makes means nothing.
+    """
+
+    pixels: int
+    patches: int
+    places: Callable[[int, int, int], PyTree]
+    features: Callable[[Params, Array, PyTree], Array]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -39,6 +59,8 @@ class Vlm:
                         has several pictures or tiles, the last ones of which may be filled up; or, in its place,
         image_features  [B, P, D] or [B, N, P, D], what `image_features` returned of each (for frozen towers: computed
                         once and kept); if both are there, these are used
+        image_grids     [B, N, 2] int32, where pictures have grids of their own: rows and columns of each one's image
+                        tokens, 0 after the last. `image_features` then has a row's tokens one after another, [B, P, D]
         input_ids       [B, T] int32, image tokens included, padded on the right
         attention_mask  [B, T] int32, 0 where padded
         memory          in the place of all these but the mask: what `encode` returned of them, so that the prompt is
@@ -86,6 +108,7 @@ class Vlm:
         example_batch: () -> shapes of a smallest batch, to trace with.
         classes: the answers among which the model chooses, by their token; none where it writes answers, or is not
             bound yet.
+        grids: how it sees pictures on grids of their own; None where all have one size.
         bind: (processor, answers, template) -> the model and the processor that choose among these answers, each
             asked as the template with the answer in the place of {}, in this order but for those that cannot be
             asked; its weights are the same. None where the model writes its answers. A fourth argument makes room for
@@ -121,6 +144,7 @@ class Vlm:
     write_configs: Callable[[Path], None]
     example_batch: Callable[[], dict[str, jax.ShapeDtypeStruct]]
     classes: tuple[str, ...] = ()
+    grids: GridVision | None = None
     bind: "Callable[..., tuple[Vlm, Processor]] | None" = None
     prompt_at: str = ""
     layers: tuple[str, ...] = ()
@@ -157,11 +181,26 @@ class Vlm:
         return self._traced[1]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PictureGrids:
+    """How a processor gives pictures grids of their own.
+
+    Attributes:
+        pixels: of a picture, at most.
+        most: its image tokens, at most.
+        patches: a picture -> its patches [N, F], float32.
+    """
+
+    pixels: int
+    most: int
+    patches: Callable[[Image.Image], Float[np.ndarray, "N F"]]
+
+
 class Processor(Protocol):
     """Text and pictures to arrays and back, as a model was trained with.
 
     Attributes:
-        size: height and width in pixels that every picture is brought to.
+        size: height and width in pixels that every picture is brought to; with `grids`, the largest square.
         image_tokens: of a whole picture, or of a tile: `Vlm.image_tokens` of `size`.
         image_token_id: id of the token in whose places image tokens are put; no text yields it.
         eos_token_id: id of the token that ends answers.
@@ -170,7 +209,10 @@ class Processor(Protocol):
         fingerprint: a hash of all that decides how a picture becomes pixels, for the keys of caches.
         most_pictures: that a prompt may have.
         reads_turns: does it read the turns of a conversation? Else it is asked their text.
-        cut: (height, width) of a picture -> the tiles that it is cut into; None where all pictures stay whole.
+        cut: (height, width) of a picture -> the tiles that it is cut into, or with `grids` the grid of its image
+            tokens, where it raises `UserError` for a picture that has none; None where all stay whole and have one
+            size.
+        grids: how pictures get grids of their own; None where they have none.
         pixels: pictures of any size and mode to normalised float32 pixels, of each its tiles first and then the whole
             of it; none to an array of length 0.
         prompts: texts, or prompts, to `input_ids` and `attention_mask`, image tokens included, padded on the right to
@@ -204,7 +246,11 @@ class Processor(Protocol):
         return False
 
     @property
-    def cut(self) -> Callable[[int, int], Tiles] | None:
+    def cut(self) -> Callable[[int, int], Tiles | Grid] | None:
+        return None
+
+    @property
+    def grids(self) -> PictureGrids | None:
         return None
 
     def pixels(self, images: Sequence[Image.Image], /) -> Float[np.ndarray, "B H W 3"]: ...
@@ -229,6 +275,8 @@ class Family:
             None where it is not given.
         cuts: may a run have pictures cut into tiles? Then `open_processor` takes how many lie along the longer side as
             `image_tiles`, None where it is not given.
+        grids: may a run give pictures grids of their own? Then `open_processor` takes how many pixels a picture has at
+            most as `image_pixels`, None where it is not given.
     """
 
     model_types: tuple[str, ...]
@@ -238,6 +286,7 @@ class Family:
     read_size: Callable[..., tuple[int, int] | None]
     resizes: bool = False
     cuts: bool = False
+    grids: bool = False
 
 
 def select_leaves(adapter: lora.Adapter | None, belongs: Callable[[str], bool]) -> lora.Adapter | None:

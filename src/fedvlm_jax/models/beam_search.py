@@ -1,4 +1,4 @@
-"""Greedy and beam search over a decoder step, token for token as transformers 5.24 does them.
+"""Greedy and beam search over a decoder step, token for token as transformers 5.24 does them, and plain sampling.
 
 Scores are processed in its order: no_repeat_ngram_size, min_length, min_new_tokens, forced BOS, forced EOS. Beam search
 follows its vectorised search: 2 K candidates a step (more with several EOS tokens), scores divided by
@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 FAR = -1e9  # the score of what must not win but may still be compared; transformers' own number
 
@@ -116,14 +116,41 @@ def _ban_repeats(scores: Array, history: Array, count: Array, size: int) -> Arra
 
 def search_greedy(decoder: Decoder, length: int, settings: Settings) -> Int[Array, "..."]:
     """The likeliest token at every step, until every row has met EOS or is full."""
-    start = jnp.full((decoder.batch, 1, 1 + length), settings.pad_token_id, jnp.int32)
+
+    def pick(scores: Array, count: Array) -> Array:
+        del count
+        # The first of the greatest, as two reductions: XLA does not vectorise `argmax` on a CPU.
+        best, width = scores == scores.max(-1, keepdims=True), scores.shape[-1]
+        return jnp.where(best, jnp.arange(width, dtype=jnp.int32), width - 1).min(-1)
+
+    return _search(decoder, 1, length, settings, pick)[:, 0]
+
+
+def draw_answers(
+    decoder: Decoder, length: int, settings: Settings, keys: PRNGKeyArray, samples: int
+) -> Int[Array, "B A U"]:
+    """Answers drawn token by token from the model's own distribution, until every row has met EOS or is full.
+
+    A row's draws depend on its key [B] alone, whatever stands beside it.
+    """
+
+    def pick(scores: Array, count: Array) -> Array:
+        # The greatest of logits with Gumbel noise is a draw from their softmax.
+        each = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, count), scores.shape[1:]))
+        return jnp.argmax(scores.astype(jnp.float32) + each(keys), axis=-1).astype(jnp.int32)
+
+    return _search(decoder, samples, length, settings, pick)
+
+
+def _search(
+    decoder: Decoder, rows: int, length: int, settings: Settings, pick: Callable[[Array, Array], Array]
+) -> Int[Array, "B A U"]:
+    """Continue so many rows per example with what `pick` makes of (scores [B, A, V], how many tokens there are)."""
+    start = jnp.full((decoder.batch, rows, 1 + length), settings.pad_token_id, jnp.int32)
     start = start.at[..., 0].set(settings.decoder_start_token_id)
 
     def choose(logits: Array, history: Array, done: Array, count: Array) -> tuple[Array, Array]:
-        scores = process_scores(logits, history, count, settings)
-        # The first of the greatest, as two reductions: XLA does not vectorise `argmax` on a CPU.
-        best, width = scores == scores.max(-1, keepdims=True), scores.shape[-1]
-        token = jnp.where(best, jnp.arange(width, dtype=jnp.int32), width - 1).min(-1)
+        token = pick(process_scores(logits, history, count, settings), count)
         token = jnp.where(done, settings.pad_token_id, token)
         history = jax.lax.dynamic_update_slice_in_dim(history, token[..., None], count, 2)
         return history, done | _is_one_of(token, settings.eos_token_ids)
@@ -135,9 +162,9 @@ def search_greedy(decoder: Decoder, length: int, settings: Settings) -> Int[Arra
         return count + 1, *choose(logits, history, done, count), cache
 
     _, logits, cache = decoder.first(start[..., 0])
-    history, done = choose(logits, start, jnp.zeros((decoder.batch, 1), bool), jnp.int32(1))
+    history, done = choose(logits, start, jnp.zeros((decoder.batch, rows), bool), jnp.int32(1))
     state = (jnp.int32(2), history, done, cache)
-    return jax.lax.while_loop(lambda s: (s[0] <= length) & _anywhere(~s[2]), body, state)[1][:, 0, 1:]
+    return jax.lax.while_loop(lambda s: (s[0] <= length) & _anywhere(~s[2]), body, state)[1][..., 1:]
 
 
 class _Beams(NamedTuple):

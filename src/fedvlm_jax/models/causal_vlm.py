@@ -49,8 +49,9 @@ class CausalVlm(nn.Module):
             added to the tokens' states, one after each of the text model's first K layers (arXiv 2406.04334).
         text: shape of the text model.
         image_token_id: the token whose places image tokens take.
-        place: (is image token [B, T], P of a picture) -> a position of every token, or one for each frequency [B, T,
-            F], as rotary positions on a grid have; None where a token's place in its row is its position.
+        place: (is image token [B, T], P of a picture, or their grids [B, N, 2]) -> a position of every token, or one
+            for each frequency [B, T, F], as rotary positions on a grid have; None where a token's place in its row is
+            its position.
         prompts: which tokens of a prompt attend to later ones: none, those of a picture to all of its own, or all.
     """
 
@@ -60,7 +61,7 @@ class CausalVlm(nn.Module):
     image_token_id: int
     dtype: Any
     stacking: Stacking
-    place: Callable[[Array, int], Array] | None = None
+    place: Callable[[Array, Any], Array] | None = None
     prompts: Literal["causal", "pictures", "whole"] = "causal"
 
     def setup(self) -> None:
@@ -68,6 +69,10 @@ class CausalVlm(nn.Module):
 
     def image_features(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
         return self.image_projector(self.vision_tower(pixel_values))
+
+    def grid_features(self, patches: Float[Array, "B N F"], places: Any) -> Float[Array, "B P D"]:
+        """Read pictures on grids of their own, where the tower does (`GridVision`)."""
+        return self.image_projector(self.vision_tower(patches, places))
 
     def _open_prompts(self, batch: Batch) -> tuple[Float[Array, "B T D"], tuple[View, ...], Int[Array, " B"]]:
         """Embed prompts; also their views for every kind of layer, and the positions that follow them."""
@@ -87,7 +92,7 @@ class CausalVlm(nn.Module):
         # Prompts are padded on the right, so a token's place in the row is its position, pictures on a grid apart.
         places, following = jnp.arange(ids.shape[1])[None], mask.sum(-1)
         if self.place is not None:
-            places = self.place(is_image, tokens)
+            places = self.place(is_image, batch.get("image_grids", tokens))
             following = 1 + jnp.max(places * mask[..., None], (1, 2))
 
         def view(reach: Reach) -> View:

@@ -18,10 +18,19 @@ from PIL import Image
 
 from fedvlm_jax.data.batches import IGNORED
 from fedvlm_jax.data.config import MOST_PICTURES
-from fedvlm_jax.data.prompts import Prompt, Tiles, to_prompt
+from fedvlm_jax.data.prompts import Grid, Prompt, Tiles, to_prompt
 from fedvlm_jax.errors import UserError, explain_error, format_count
+from fedvlm_jax.models.base import PictureGrids
 from fedvlm_jax.models.folder_files import read_json
-from fedvlm_jax.models.processor_files import digest_settings, list_files, make_pixels, open_files, pad, try_out
+from fedvlm_jax.models.processor_files import (
+    decode,
+    digest_settings,
+    list_files,
+    make_pixels,
+    open_files,
+    pad,
+    try_out,
+)
 
 QUESTION, ANSWER = "\ue000", "\ue001"  # of Unicode's private use, so that no template holds them
 FIRST_MARK = 0xE100  # of the marks for a conversation's texts
@@ -167,13 +176,15 @@ class ChatProcessor:
         images: transformers' image processor, for its settings.
         frame: the texts around questions and answers.
         image_token: the token in whose places image tokens are put, as text.
-        write_picture: how a picture is cut -> what stands for it in a prompt, `image_token` repeated in it.
+        write_picture: how a picture is cut -> what stands for it in a prompt, `image_token` repeated in it. For one on
+            a grid of its own it is `image_token` alone, repeated.
         render: pictures in RGB -> pixels [B, 3, H, W], a picture's tiles first and then the whole of it.
         placeholder: what `frame` and the template write in the place of a picture.
         template: the chat template; None where only a question can be asked.
         most_pictures: that a prompt may hold.
-        cut: (height, width) of a picture in pixels -> its tiles; None where all stay whole.
+        cut: (height, width) of a picture in pixels -> its tiles, or its grid; None where all stay whole in one size.
         tiles: along a picture's longer side.
+        grids: how pictures get grids of their own; None where they have none.
     """
 
     tokenizer: Any
@@ -186,8 +197,9 @@ class ChatProcessor:
     placeholder: str
     template: str | None = None
     most_pictures: int = MOST_PICTURES
-    cut: Callable[[int, int], Tiles] | None = None
+    cut: Callable[[int, int], Tiles | Grid] | None = None
     tiles: int = 1
+    grids: PictureGrids | None = None
 
     @cached_property
     def _special(self) -> dict[int, str]:
@@ -224,6 +236,8 @@ class ChatProcessor:
 
     @property
     def fingerprint(self) -> str:
+        if self.grids is not None:
+            return f"{digest_settings(self.images)}-{self.grids.pixels}"
         tiles = f"-{self.tiles}" if self.cut else ""
         return f"{digest_settings(self.images)}-{self.size[0]}x{self.size[1]}{tiles}"
 
@@ -239,12 +253,14 @@ class ChatProcessor:
         ids = self.tokenise([self.write(prompt) for prompt in rows], whole=True)
         image = self.image_token_id
         for prompt, row in zip(rows, ids, strict=True):
-            if row.count(image) != prompt.views * self.image_tokens:
-                count = prompt.views * self.image_tokens
+            if row.count(image) != (count := sum(map(self._count_tokens, prompt.pictures))):
                 raise UserError(
                     f"the tokenizer makes {format_count(row.count(image), 'image token')} of a prompt, expected {count}"
                 )
         return pad(ids, self.tokenizer.pad_token_id or 0), pad([[1] * len(row) for row in ids], 0)
+
+    def _count_tokens(self, picture: Tiles | Grid) -> int:
+        return picture.tokens if isinstance(picture, Grid) else picture.views * self.image_tokens
 
     def write(self, prompt: Prompt) -> str:
         """Write out what is asked, up to where the model answers.
@@ -263,8 +279,11 @@ class ChatProcessor:
                 written.append(texts[piece])
                 continue
             first, *others = piece.split(self.placeholder)
-            written += [first, *(part for other in others for part in (self.write_picture(next(pictures)), other))]
+            written += [first, *(part for other in others for part in (self._stand_for(next(pictures)), other))]
         return "".join(written)
+
+    def _stand_for(self, picture: Tiles | Grid) -> str:
+        return self.image_token * picture.tokens if isinstance(picture, Grid) else self.write_picture(picture)
 
     def _refuse_special(self, text: str) -> None:
         if found := self._strange.search(text):
@@ -294,10 +313,7 @@ class ChatProcessor:
         ]
 
     def decode(self, ids: Int[np.ndarray, "B U"], /) -> list[str]:
-        framing = self.framing
-        rows = [[number for number in row if number >= 0 and number not in framing] for row in np.asarray(ids).tolist()]
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return [text.strip() for text in texts]
+        return decode(self.tokenizer, ids, self.framing)
 
     def tokenise(self, texts: list[str], *, whole: bool = False) -> list[list[int]]:
         """Tokenise; of `whole` prompts the tokenizer adds what it begins texts with, unless the template has."""

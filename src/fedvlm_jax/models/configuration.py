@@ -21,9 +21,9 @@ _TEXT = {
     "vocab_size": VOCABULARY, "max_position_embeddings": VOCABULARY, "num_hidden_layers": DEPTH,
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), WIDTH),
 }  # fmt: skip
-_VISION = {
+_STACK = {
     "num_hidden_layers": DEPTH,
-    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size"), WIDTH),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), WIDTH),
 }
 
 
@@ -84,6 +84,19 @@ def require(where: str, part: Any, wanted: Mapping[str, tuple[Any, ...]]) -> Non
             raise UserError(f"{where}.{name}={value!r} is not supported, only {names}")
 
 
+def require_sizes(where: str, part: Any, most: Mapping[str, int]) -> None:
+    """Refuse a configuration of which a field is no whole number from 1 to the most that is known of it.
+
+    Raises:
+        UserError: naming the field, its value and what it may be.
+
+    >>> from types import SimpleNamespace
+    >>> require_sizes("text_config", SimpleNamespace(hidden_size=64), {"hidden_size": WIDTH})
+    """
+    for name, largest in most.items():
+        require_integer(f"{where}.{name}", getattr(part, name, None), 1, largest)
+
+
 def read_text_shape(text: Any, *, tied: bool, **options: Any) -> TextShape:
     """Read a Llama-like `text_config`.
 
@@ -94,8 +107,7 @@ def read_text_shape(text: Any, *, tied: bool, **options: Any) -> TextShape:
     Raises:
         UserError: a size, an activation or rotary positions that no model has.
     """
-    for name, most in _TEXT.items():
-        require_integer(f"text_config.{name}", getattr(text, name, None), 1, most)
+    require_sizes("text_config", text, _TEXT)
     width, heads = text.hidden_size, text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or width // heads
     require_integer("text_config.head_dim", head_width, 2, WIDTH)
@@ -148,27 +160,32 @@ def read_vision_shape(vision: Any) -> VisionShape:
     Raises:
         UserError: a size or an activation that no tower has, or pictures smaller than a patch.
     """
-    for name, most in _VISION.items():
-        require_integer(f"vision_config.{name}", getattr(vision, name, None), 1, most)
+    require_sizes("vision_config", vision, dict.fromkeys(("image_size", "patch_size"), WIDTH))
     require("vision_config", vision, {"num_channels": (3,)})
-    if vision.hidden_size % vision.num_attention_heads:
-        raise UserError(
-            f"vision_config.hidden_size={vision.hidden_size} does not divide by {vision.num_attention_heads} heads"
-        )
     if vision.image_size < vision.patch_size:
         raise UserError(f"vision_config.image_size={vision.image_size} is below its patch_size={vision.patch_size}")
-    activation(vision.hidden_act)  # for its error
-    return VisionShape(
-        image=vision.image_size,
-        patch=vision.patch_size,
-        width=vision.hidden_size,
-        heads=vision.num_attention_heads,
-        hidden=vision.intermediate_size,
-        layers=vision.num_hidden_layers,
-        activation=vision.hidden_act,
-        epsilon=read_positive("vision_config.layer_norm_eps", vision.layer_norm_eps),
-        deviation=getattr(vision, "initializer_range", 0.02),
-    )
+    return VisionShape(image=vision.image_size, patch=vision.patch_size, **read_stack("vision_config", vision))
+
+
+def read_stack(where: str, part: Any) -> dict[str, Any]:
+    """Read the fields of a `StackShape` off a configuration like SigLIP's and CLIP's, of pictures or of text.
+
+    Raises:
+        UserError: a size or an activation that no model has.
+    """
+    require_sizes(where, part, _STACK)
+    if part.hidden_size % part.num_attention_heads:
+        raise UserError(f"{where}.hidden_size={part.hidden_size} does not divide by {part.num_attention_heads} heads")
+    activation(part.hidden_act)  # for its error
+    return {
+        "width": part.hidden_size,
+        "heads": part.num_attention_heads,
+        "hidden": part.intermediate_size,
+        "layers": part.num_hidden_layers,
+        "activation": part.hidden_act,
+        "epsilon": read_positive(f"{where}.layer_norm_eps", part.layer_norm_eps),
+        "deviation": getattr(part, "initializer_range", 0.02),
+    }
 
 
 def read_positive(name: str, value: Any) -> float:

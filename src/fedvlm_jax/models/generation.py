@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import jax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.models.base import Batch, Params
-from fedvlm_jax.models.beam_search import Decoder, Settings, Step, search_beams, search_greedy
+from fedvlm_jax.models.beam_search import Decoder, Settings, Step, draw_answers, search_beams, search_greedy
 from fedvlm_jax.models.folder_files import require_integer
 
 Amend = Callable[[PyTree, Array, Array], Array]
@@ -33,6 +33,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "max_time"), (None,)),
     "exponential_decay_length_penalty": (None,),
 }
+UNFORCED: dict[str, Any] = {
+    "forced_bos_token_id": None, "forced_eos_token_ids": (), "no_repeat_ngram_size": 0, "min_length": 0,
+    "min_new_tokens": 0,
+}  # fmt: skip
+"""Settings with which the logits are what the model says."""
 MOST_BEAMS = 64  # more than anybody searches by
 _SAMPLING = (
     "repetition_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
@@ -146,7 +151,7 @@ def make_generate(
     @partial(jax.jit, static_argnames=("length", "settings", "amend"))
     def run(
         params: Params, adapter: PyTree, batch: Batch, datastore: PyTree, length: int, settings: Settings,
-        amend: Amend | None,
+        amend: Amend | None, keys: PRNGKeyArray | None,
     ) -> Array:  # fmt: skip
         decoder = open_decoder(params, adapter, batch, settings.num_beams, length)
 
@@ -154,14 +159,18 @@ def make_generate(
             states, logits, cache = step(*args)
             return states, logits if amend is None else amend(datastore, states, logits), cache
 
-        search = search_greedy if settings.num_beams == 1 else search_beams
         first, step = partial(amended, decoder.first), partial(amended, decoder.step)
-        return search(Decoder(decoder.batch, first, step), length, settings)
+        decoder = Decoder(decoder.batch, first, step)
+        if keys is not None:
+            return draw_answers(decoder, length, settings, keys, settings.num_beams)
+        search = search_greedy if settings.num_beams == 1 else search_beams
+        return search(decoder, length, settings)
 
     def generate(
         params: Params, adapter: PyTree, batch: Batch, max_tokens: int, *, num_beams: int | None = None,
-        amend: Amend | None = None, datastore: PyTree = None, **options: Any,
-    ) -> Int[Array, "B U"]:  # fmt: skip
+        amend: Amend | None = None, datastore: PyTree = None, samples: int = 0, keys: PRNGKeyArray | None = None,
+        **options: Any,
+    ) -> Int[Array, "B U"] | Int[Array, "B A U"]:  # fmt: skip
         """Answers to a batch, without the decoder's start token.
 
         Args:
@@ -170,12 +179,15 @@ def make_generate(
             num_beams: 1 for greedy search; None for what the generation configuration says.
             amend: changes the logits at every step; compiled once per function, so it must not be made anew each time.
             datastore: the arrays that `amend` reads.
+            samples, keys: in place of a search, draw so many answers to each prompt, with a key for each of them [B];
+                from the model's own distribution, with nothing forced or banned. No other option is read then.
             **options: other fields of `Settings` in place of the generation configuration's: forced_bos_token_id,
                 forced_eos_token_ids, no_repeat_ngram_size, min_length, min_new_tokens, length_penalty, early_stopping.
 
         Returns:
             int32 [B, max_tokens]. Row by row: the tokens that `transformers`' `generate` returns after the start token,
-            EOS included where one was produced, then the padding token. For beam search, the best hypothesis.
+            EOS included where one was produced, then the padding token. For beam search, the best hypothesis. Of
+            `samples`, A of them, int32 [B, A, max_tokens].
 
         Raises:
             UserError: for an option that is not known or not implemented, or a max_tokens the positions do not hold.
@@ -185,11 +197,11 @@ def make_generate(
             raise UserError(f"generate does not know {', '.join(sorted(unknown))}")
         if num_beams is not None:
             options["num_beams"] = num_beams
-        settings = replace(settings, **options)
+        settings = replace(settings, **options) if keys is None else replace(settings, num_beams=samples, **UNFORCED)
         if max_tokens < 1 or settings.num_beams < 1:
             raise UserError(f"max_tokens={max_tokens} and num_beams={settings.num_beams} must both be at least 1")
         # What is not read would only compile the program anew for its shape.
         batch = {name: batch[name] for name in batch if name not in ("labels", "decoder_input_ids")}
-        return run(params, adapter, batch, datastore, max_tokens, settings, amend)
+        return run(params, adapter, batch, datastore, max_tokens, settings, amend, keys)
 
     return generate

@@ -109,13 +109,16 @@ def read_vlm(path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: St
     return family.build(config, dtype=compute_dtype, stacking=stacking, generation_config=generation)
 
 
-def open_processor(path: str | Path, image_size: int | None = None, image_tiles: int | None = None) -> Processor:
+def open_processor(
+    path: str | Path, image_size: int | None = None, image_tiles: int | None = None, image_pixels: int | None = None
+) -> Processor:
     """The processor of a model.
 
     Args:
         path: as `load_vlm` takes it.
         image_size: side in pixels that pictures are brought to, where the family leaves the choice.
         image_tiles: that lie along a picture's longer side, where the family cuts pictures.
+        image_pixels: of a picture at most, where the family gives pictures grids of their own.
 
     Raises:
         UserError: its files are missing, cannot be read, or make nonsense, or its pictures have another size.
@@ -130,6 +133,10 @@ def open_processor(path: str | Path, image_size: int | None = None, image_tiles:
         options["image_tiles"] = image_tiles
     elif image_tiles is not None and image_tiles > 1:
         raise UserError(f"{path} sees every picture whole: leave --image-tiles out")
+    if family.grids:
+        options["image_pixels"] = image_pixels
+    elif image_pixels is not None:
+        raise UserError(f"pictures of {path} have no grids of their own: leave --image-pixels out")
     return family.open_processor(folder, **options)
 
 
@@ -148,7 +155,7 @@ def read_size(path: str | Path) -> tuple[int, int] | None:
 
 def open_model(
     path: str | Path, *, compute_dtype: Any = jnp.float32, stacking: Stacking = USUAL, image_size: int | None = None,
-    image_tiles: int | None = None,
+    image_tiles: int | None = None, image_pixels: int | None = None,
 ) -> tuple[Vlm, Processor]:  # fmt: skip
     """A model but for its weights, and its processor; arguments as `load_vlm` and `open_processor` take them.
 
@@ -163,7 +170,7 @@ def open_model(
     except UserError as error:
         file = folder / "generation_config.json"
         raise UserError(f"{file if file.is_file() else folder / 'config.json'}: {error}") from None
-    processor = open_processor(folder, image_size, image_tiles)
+    processor = open_processor(folder, image_size, image_tiles, image_pixels)
     check_tokens(vlm, settings, processor, folder)
     try:
         tokens = vlm.image_tokens(*processor.size)
@@ -174,7 +181,7 @@ def open_model(
             f"{folder}: the processor puts image_seq_length={processor.image_tokens} image tokens before a text, and "
             f"the tower of config.json makes {tokens} of its pictures of {processor.size} pixels"
         )
-    if tokens + 3 > vlm.positions:  # beside <s>, </s> and at least one token
+    if processor.grids is None and tokens + 3 > vlm.positions:  # beside <s>, </s> and at least one token
         raise UserError(f"{folder}: {tokens} image tokens leave no room for a text in {vlm.positions} positions")
     return vlm, processor
 

@@ -88,6 +88,21 @@ class Norm(nn.Module):
         return (centred * inverse * widen(scale) + widen(bias)).astype(self.dtype)
 
 
+class Mlp(nn.Module):
+    """Feed-forward part of a tower's layers: a product to `hidden` numbers, the activation, and a product back."""
+
+    hidden: int
+    activation: str
+    deviation: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(self.deviation))
+        wide = activation(self.activation)(dense(self.hidden, name="fc1")(x))
+        return dense(x.shape[-1], name="fc2")(wide)
+
+
 def multiply(indices: str, left: Array, right: Array) -> Array:
     """`einsum` of scores: what narrow types multiply is summed and kept in float32."""
     kind = jnp.promote_types(jnp.result_type(left, right), jnp.float32)

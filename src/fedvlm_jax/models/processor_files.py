@@ -6,13 +6,13 @@ when something is made of them.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 
 from fedvlm_jax.errors import UserError, explain_error
@@ -230,7 +230,9 @@ def try_out(processor: Processor, images: Any, folder: Path) -> None:
 def _try_picture(processor: Processor, images: Any) -> None:
     if images.do_normalize and not all(np.isfinite(std) and std > 0 for std in images.image_std):
         raise UserError(f"image_std is {list(images.image_std)}, and pixels are divided by it: it must be above 0")
-    sizes = (getattr(images, name, None) for name in ("size", "crop_size", "max_image_size"))
+    # Qwen's `size` is how many pixels a picture has, and here it is brought to `processor.size` before.
+    names = ("size", "crop_size", "max_image_size") if not hasattr(images, "merge_size") else ()
+    sizes = (getattr(images, name, None) for name in names)
     asked = [side for size in sizes for side in dict(size or {}).values() if side]
     if max(*processor.size, *asked) > MOST_PIXELS:
         raise UserError(f"it brings pictures to {max(asked)} pixels, expected at most {MOST_PIXELS} a side")
@@ -283,3 +285,10 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
     for line, row in zip(padded, rows, strict=True):
         line[: len(row)] = row
     return padded
+
+
+def decode(tokenizer: Any, ids: Int[np.ndarray, "B U"], left_out: Collection[int]) -> list[str]:
+    """Write tokens as texts without white space around them; negative ids, as of ignored labels, are left out, too."""
+    rows = [[number for number in row if number >= 0 and number not in left_out] for row in np.asarray(ids).tolist()]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [text.strip() for text in texts]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from fedvlm_jax.distributed.sharding import Cut, Cuts
 from fedvlm_jax.lora.adapter import BESIDE
-from fedvlm_jax.models.layers import HIDDEN, Norm, Stacking, activation, dot_attention, scanned
+from fedvlm_jax.models.layers import HIDDEN, Mlp, Norm, Stacking, dot_attention, scanned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,19 +89,6 @@ class SelfAttention(nn.Module):
         return dense(name="out_proj")(dot_attention(query, key, value, bias))
 
 
-class Mlp(nn.Module):
-    """Feed-forward part."""
-
-    shape: StackShape
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(self.shape.deviation))
-        wide = activation(self.shape.activation)(dense(self.shape.hidden, name="fc1")(x))
-        return dense(self.shape.width, name="fc2")(wide)
-
-
 class Beside(nn.Module):
     """A place where an adapter may add to a layer's output what it makes of the normed input (`lora.parallel`)."""
 
@@ -127,7 +114,8 @@ class Layer(nn.Module):
 
         normed = norm(name="layer_norm1")(x)
         x = x + scale("lambda_1", SelfAttention(self.shape, self.dtype, name="self_attn")(normed))
-        out = x + scale("lambda_2", Mlp(self.shape, self.dtype, name="mlp")(norm(name="layer_norm2")(x)))
+        mlp = Mlp(self.shape.hidden, self.shape.activation, self.shape.deviation, self.dtype, name="mlp")
+        out = x + scale("lambda_2", mlp(norm(name="layer_norm2")(x)))
         return Beside(name=BESIDE)(normed, out), None
 
 

@@ -27,6 +27,8 @@ class Objective(NamedTuple):
         pairs: whether it needs `rejected_labels` [B, U'] in the batch.
         reference: whether it needs `reference_chosen` and `reference_rejected` [B] in the batch, the answers'
             log-probabilities under the bare base.
+        samples: whether it draws answers, and needs in the batch `sampling_keys` [B, 2] uint32, the data of a random
+            key for each example, and `client` [B], the number of the client.
         select_by: the metric by which the best round is chosen, unless the user says otherwise.
         reads: the fields of `PreferenceOptions` that mean something to it.
         classes: whether it is for models that choose among classes alone.
@@ -37,6 +39,7 @@ class Objective(NamedTuple):
     loss: Callable[[Vlm, Params, lora.Adapter | None, Batch], Loss]
     pairs: bool = False
     reference: bool = False
+    samples: bool = False
     select_by: str = "exact_match"
     reads: tuple[str, ...] = ()
     classes: bool = False

@@ -6,12 +6,15 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.utils.option_ranges import Positive, check_ranges
+from fedvlm_jax.utils.option_ranges import Positive, Share, check_ranges
+
+Reward = Literal["exact-match", "token-f1", "brevity"]
+"""A reward of `answer_rewards`."""
 
 
 @dataclass(frozen=True)
 class PreferenceOptions:
-    """Learning of the preference for the chosen answer: --objective dpo and sft+dpo
+    """Learning of preferences (--objective dpo, sft+dpo) and of rewards (--objective reward)
 
     Raises:
         UserError: at construction, when a value cannot mean anything; the message has the flag, the value and what is
@@ -19,8 +22,8 @@ class PreferenceOptions:
     """
 
     beta: Positive = 0.1
-    """Pull towards the base, arXiv 2305.18290's beta; tau for ipo. length-normalised wants some 50 times as much (not
-    given by the paper)."""
+    """Pull towards the base, arXiv 2305.18290's beta; tau for ipo; the KL's weight in reward. length-normalised wants
+    some 50 times as much (not given by the paper)."""
     variant: Literal["sigmoid", "length-normalised", "ipo"] = "sigmoid"
     """DPO as published, on whole answers; on means per token (arXiv 2411.15124); or IPO (arXiv 2310.12036), here also
     on means per token (not given by the paper)."""
@@ -29,8 +32,19 @@ class PreferenceOptions:
     sft_weight: Positive = 1.0
     """sft+dpo: weight of the chosen answer's cross-entropy beside the preference loss (not given by the paper)."""
 
+    rewards: tuple[Reward, Reward] = ("token-f1", "brevity")
+    """reward: the two that are mixed, by an answer's tokens: equal to the gold answer's, F1 with them, 1 / their
+    number (the paper's are helpful and safe, by models)."""
+    mix: tuple[Share, ...] = (0.5,)
+    """reward: weights of the first of them, dealt to the clients in turn, client k getting the k-th, over and over;
+    the second one's is the rest (not given by the paper)."""
+    samples: Annotated[int, Ge(2), Le(64)] = 4
+    """reward: answers drawn to each question in a step; each is compared with the others (not given by the paper)."""
+
     def __post_init__(self) -> None:
         check_ranges(self, "preference")
+        if not self.mix:
+            raise UserError("--preference.mix is empty: give a weight between 0 and 1, or several")
         if self.variant == "ipo" and self.label_smoothing:
             raise UserError(
                 f"--preference.label-smoothing is {self.label_smoothing}: it must be 0 with --preference.variant ipo, "

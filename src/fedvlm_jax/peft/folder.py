@@ -93,7 +93,7 @@ def list_factors(vlm: Vlm, adapter: lora.Adapter) -> dict[str, Factors]:
     Pairs of directions that are zero in both factors, as clients of a lower rank have them, are left out.
 
     Raises:
-        UserError: the adapter has a gate, or sits on what PEFT cannot adapt; each with the reason.
+        UserError: the adapter has a gate or a bottleneck, or sits on what PEFT cannot adapt; each with the reason.
     """
     found: dict[str, Factors] = {}
     for path, leaves in lora.sites_of(adapter):

@@ -18,10 +18,13 @@ FORMS = {
     "csv": "CSV or TSV",
     "imagefolder": "pictures with metadata.jsonl, .csv or .parquet, or in a folder for every class",
     "coco": "COCO captions",
+    "fedvlmbench": "a set of FedVLMBench, clients/train/client_0.json and so on",
+    "drake": "the folder of DRAKE's sets, SET/train/dataset-0.json and so on",
     "saved": "a folder of datasets.save_to_disk",
     "hub": "owner/name of the Hugging Face hub",
 }
 SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
+LAYOUTS = {"fedvlmbench": "clients/train/client_*.json", "drake": "*/train/dataset-*.json"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FIRST = 2**20  # characters of a file's first line that are looked at
 
@@ -56,6 +59,9 @@ def list_forms() -> str:
 
 
 def _find_folder_form(folder: Path) -> str:
+    for form, layout in LAYOUTS.items():
+        if next(folder.glob(layout), None):
+            return form
     found, documents, pictures = dict[str, None](), list[Path](), False
     for place, names in walk(folder):
         if not place.name and ("dataset_dict.json" in names or _is_saved(names)):

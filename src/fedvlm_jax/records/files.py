@@ -40,12 +40,14 @@ class Part(NamedTuple):
         name: its name in the data, for messages.
         base: the folder, below the data's, in which its relative names of pictures begin; "" for the data's own.
         split: the split that its place says; None where it says none.
+        label: what its place says beside, for forms whose rows depend on it.
     """
 
     file: Path
     name: str
     base: str = ""
     split: str | None = None
+    label: str = ""
 
 
 class Content(NamedTuple):
@@ -94,7 +96,7 @@ def find_files(path: Path, *suffixes: Sequence[str], below: bool = False) -> Con
     names = [place / name for place, held in walk(path) if below or not place.name for name in held]
     for group in suffixes:
         if found := [name for name in names if name.suffix.lower() in group and name.name not in DESCRIPTIONS]:
-            return _gather(path, sorted(found), links=below)
+            return gather(path, sorted(found), links=below)
     raise UserError(f"the folder {path} has no file *{', *'.join(s for group in suffixes for s in group)}.")
 
 
@@ -110,7 +112,7 @@ def find_pictures(path: Path) -> Content:
             raise UserError(
                 f"{path} has {' and '.join(sorted(kinds))}, of which only one kind is read: remove the others."
             )
-        return _gather(path, names)
+        return gather(path, names)
     listed: list[Any] = list(list_classes(path))
     if len({record["chosen"] for record in listed} - {None}) < 2:
         raise UserError(
@@ -147,11 +149,15 @@ def find_saved(folder: Path) -> Content:
             found += [(PurePath(split, entry["filename"]), split) for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} is no folder of datasets.save_to_disk, or its state.json is damaged") from error
-    return _gather(folder, [name for name, _ in found], [split for _, split in found])
+    return gather(folder, [name for name, _ in found], [split for _, split in found])
 
 
-def _gather(folder: Path, names: Sequence[PurePath], labels: Sequence[str] = (), links: bool = False) -> Content:
-    """Gather files that lie in a folder, with the splits that their labels, or their own names, say."""
+def gather(folder: Path, names: Sequence[PurePath], labels: Sequence[str] = (), links: bool = False) -> Content:
+    """Gather files that lie in a folder, with the splits that their labels, or their own names, say.
+
+    Raises:
+        UserError: one leads out of the folder, or is no regular file.
+    """
     place = os.path.realpath(folder)
     for name in names:
         inside = "\0" not in str(name) and Path(os.path.realpath(folder / name)).is_relative_to(place)

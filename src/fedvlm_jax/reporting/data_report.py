@@ -31,6 +31,7 @@ def describe_data(
     model: str | None = None,
     image_size: int | None = None,
     image_tiles: int | None = None,
+    image_pixels: int | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Make the federation that a run with these options and this seed would have, and describe it.
@@ -48,7 +49,7 @@ def describe_data(
     if model is not None:  # quick to fail
         from fedvlm_jax.models import open_model  # late: it imports jax
 
-        opened = open_model(model, image_size=image_size, image_tiles=image_tiles)
+        opened = open_model(model, image_size=image_size, image_tiles=image_tiles, image_pixels=image_pixels)
     note(f"reading {options.source}")
     table = read_table(options)
     note(f"giving {format_count(len(table), 'row')} to clients")
@@ -191,9 +192,11 @@ def _tabulate_tokens(found: Mapping[str, Any]) -> Table:
         (name, *(f"{found[name][length]:,.0f}" for length in ("median", "p95", "most", "limit")))
         for name in ("prompt", "answer")
     )
-    pictures, each = found["most_pictures"], found["image_tokens"]
-    note = f"Of a prompt {pictures * each:,} tokens are the picture's."
-    if pictures > 1:
+    pictures, each, most = (found[name] for name in ("most_pictures", "image_tokens", "most_image_tokens"))
+    note = f"Of a prompt {most:,} tokens are the picture's."
+    if found["own_grids"]:
+        note = f"Of a prompt up to {most:,} tokens are pictures', of each up to {each:,}."
+    elif pictures > 1:
         note = f"A prompt has up to {pictures} pictures and tiles of {format_count(each, 'token')} each."
     if found["cut"]:
         note += f" {format_count(found['cut'], 'answer is longer and is', 'answers are longer and are')} cut."

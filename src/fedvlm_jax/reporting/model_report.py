@@ -28,6 +28,9 @@ def tabulate_model(vlm: Vlm, name: str, size: tuple[int, int] | None, rank: int)
     rows.append(("in all", f"{counted.total():,} parameters"))
     if size is not None:
         rows.append(("picture", f"{size[1]}×{size[0]} pixels, {format_count(vlm.image_tokens(*size), 'image token')}"))
+    if vlm.grids is not None:
+        each = f"{vlm.grids.pixels:,} pixels an image token: --image-pixels says how many a picture has at most"
+        rows.append(("on a grid of its own", each))
     share = "an answer goes on where its prompt ends" if vlm.shared_positions else "for a prompt, and for an answer"
     written = ("vocabulary", f"{vlm.vocabulary:,} tokens")
     if vlm.bind is not None:

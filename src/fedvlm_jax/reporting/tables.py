@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fedvlm_jax.evaluation.statistics.over_seeds import Difference, judge
+from fedvlm_jax.evaluation.statistics.over_seeds import Difference, Estimate, judge
 from fedvlm_jax.utils.console import Terminal
 from fedvlm_jax.utils.standard_streams import to_ascii
 from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
@@ -62,7 +62,7 @@ def keep_ends(rows: Sequence[tuple[str, ...]], ends: str) -> tuple[Sequence[tupl
     return [*rows[:10], ("…",) * len(rows[0]), *rows[-10:]], f"The {ends} ten of {len(rows)} clients."
 
 
-def format_paired(difference: Difference | None) -> str:
+def format_paired(difference: Difference | Estimate | None) -> str:
     """Write a paired difference in percentage points: `▲ +1.2 [+0.3, +2.1]`."""
     if difference is None:
         return "–"

@@ -8,7 +8,7 @@ from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.sources.registry import list_sets
 from fedvlm_jax.errors import UserError, check_utf8
 
-FOLDERS = ("path", "image_root")
+FOLDERS = ("path", "image_root", "scenario")
 """Options of some data sources that say where files are, and nothing else; so does `source`, where it is a path."""
 
 

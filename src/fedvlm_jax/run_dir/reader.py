@@ -78,11 +78,11 @@ class RunRecord:
         found: Any = self.results
         for part in (*model.split("/"), split, metric or self.metric):
             found = (found or {}).get(part)
-        return _drop_missing(found or {})
+        return drop_missing(found or {})
 
     def metrics(self, model: str = "personal", split: str = "test") -> tuple[str, ...]:
         """Name the metrics that there are."""
-        return tuple(name for name, values in (self.results[model].get(split) or {}).items() if _drop_missing(values))
+        return tuple(name for name, values in (self.results[model].get(split) or {}).items() if drop_missing(values))
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class ComparisonRecord:
         """Give a metric of a method (or "zero-shot") by seed and client; the one it is judged by, unless named."""
         entries = self.zero_shot if method == "zero-shot" else [run for run in self.runs if run["method"] == method]
         name = metric or self.metric
-        by_seed = {entry["seed"]: _drop_missing((entry.get(split) or {}).get(name) or {}) for entry in entries}
+        by_seed = {entry["seed"]: drop_missing((entry.get(split) or {}).get(name) or {}) for entry in entries}
         return {seed: scores for seed, scores in sorted(by_seed.items()) if scores}
 
     def folder_of(self, run: Mapping[str, Any]) -> Path:
@@ -111,10 +111,10 @@ class ComparisonRecord:
         return inside if inside.is_dir() else Path(run["folder"])
 
 
-def _drop_missing(scores: Mapping[str, float | None]) -> dict[str, float]:
+def drop_missing(scores: Mapping[str, float | None]) -> dict[str, float]:
     """Leave out clients without examples, whose score is `null` or NaN.
 
-    >>> _drop_missing({"ann": 0.5, "bob": None})
+    >>> drop_missing({"ann": 0.5, "bob": None})
     {'ann': 0.5}
     """
     return {client: float(score) for client, score in scores.items() if score is not None and not math.isnan(score)}

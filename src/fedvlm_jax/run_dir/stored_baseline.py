@@ -11,6 +11,7 @@ SAME = (
     "model",
     "image_size",
     "image_tiles",
+    "image_pixels",
     "objective",
     "cohort",
     "seed",

@@ -23,6 +23,8 @@ from fedvlm_jax.training.trainer import Callback, FederatedTrainer, RoundResult
 
 LOUD = 10
 """Noise of a round, over its mean update, beyond which a run is told so."""
+LOOSE = 3
+"""Rounds in which nothing was clipped after which a private run is told so."""
 
 
 class FiniteCheck(Callback):
@@ -66,6 +68,7 @@ class PrivacyLedger(Callback):
     def __init__(self, budget: Budget) -> None:
         """Take the run's privacy."""
         self.budget = budget
+        self.unclipped = 0  # rounds so far without an update that was clipped, as long as there is no other
 
     def on_round(self, trainer: FederatedTrainer, result: RoundResult) -> None:
         """Add ε and δ to the line of a round that is validated, and a bound of ε, which is fast, to every line."""
@@ -83,6 +86,18 @@ class PrivacyLedger(Callback):
                 f"round {result.round}: the noise is {size:.0f} times as large as the clients' mean update, so hardly "
                 "anything else is learnt. More clients in a round, a larger epsilon or fewer numbers to send help: "
                 "`fedvlm explain METHOD --privacy.*` shows by how much"
+            )
+        self._watch_clip(trainer, result.line.get("clip_fraction"))
+
+    def _watch_clip(self, trainer: FederatedTrainer, clipped: float | None) -> None:
+        """Say once that no update is as long as the clipping norm, with which the noise grows."""
+        if clipped is None or self.unclipped < 0:
+            return
+        self.unclipped = -1 if clipped else self.unclipped + 1
+        if self.unclipped == LOOSE and self.budget.quantile is None:
+            trainer.experiment.show.note(
+                f"no update of {LOOSE} rounds was as long as --privacy.clip {self.budget.clip:g}, so the noise, which "
+                "is in proportion to it, is larger than it need be: take a smaller one, or --privacy.quantile 0.5"
             )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -14,14 +14,14 @@ from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.option_checks import check_pool_size
 from fedvlm_jax.config.run_options import Run, without_extras
 from fedvlm_jax.config.start_folder import continue_from, name_other_base, read_start
-from fedvlm_jax.data.classes import describe_classes, find_novel, find_own
+from fedvlm_jax.data.classes import count_ambiguous, describe_ambiguous, describe_classes, find_novel, find_own
 from fedvlm_jax.data.federated_dataset import describe_lost, list_reasons
 from fedvlm_jax.data.picture_views import Views
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.evaluation.answer_generation import Answering
-from fedvlm_jax.evaluation.evaluator import Evaluator
+from fedvlm_jax.evaluation.evaluator import Evaluator, Reward
 from fedvlm_jax.evaluation.knn_per import Neighbours
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.config import ParticipationOptions
@@ -40,11 +40,18 @@ from fedvlm_jax.messages.attacks import OF_MESSAGES, draw_attackers
 from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.objectives import Objective, load_objective
+from fedvlm_jax.objectives.reward import judge_answers
 from fedvlm_jax.privacy.budget import Budget, describe_budget, draw_secret, settle
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.training.federated_data import BaseScoring, FederatedData, open_data
 from fedvlm_jax.training.loaded_model import LoadedModel
-from fedvlm_jax.training.round_setup import check_room, choose_program_options, deal_ranks, lay_out_sizes
+from fedvlm_jax.training.round_setup import (
+    check_frozen,
+    check_room,
+    choose_program_options,
+    deal_ranks,
+    lay_out_sizes,
+)
 from fedvlm_jax.utils.memoized import memoized
 from fedvlm_jax.utils.progress import Progress, SilentProgress
 from fedvlm_jax.utils.random_streams import Stream
@@ -140,15 +147,20 @@ class Experiment:
 
     @cached_property
     def store(self) -> FeatureStore | None:
-        """Open where image features are kept; None where the adapter changes them or the options keep none."""
+        """Open where image features are kept; None where the adapter changes them or the options keep none.
+
+        Pictures on grids of their own are read as features always: where none are kept, each is computed every time.
+        """
         model, system = self.model, self.run.system
+        if system.cache == "off" and model.processor.grids is not None:
+            return model.feature_store(0, False, None)
         if system.cache == "off" or not is_vision_frozen(model.vlm, self.adapter):
             return None
         limit = int(system.cache_gib * GIB)
         on_disk = system.cache == "disk"
         store = model.feature_store(limit, on_disk, system.cache_dir if on_disk else None)
         # What a picture takes is known by a store; one in memory that stays empty costs nothing.
-        if system.cache == "auto" and len(self.examples.views) * store.row_bytes > IN_MEMORY:
+        if system.cache == "auto" and store.count_bytes(self.examples.views).sum() > IN_MEMORY:
             store = model.feature_store(limit, True, system.cache_dir)
         return store
 
@@ -229,6 +241,12 @@ class Experiment:
         evaluation = replace(without_extras(self.run).evaluation, examples=0, cross_clients=False)
         return BaseScoring(evaluation, self.run.preference, pixels=self.store is None)
 
+    @property
+    def judge(self) -> Reward | None:
+        """Return what rewards answers, where the objective trains for that."""
+        settings = self.model.vlm.settings()
+        return partial(judge_answers, self.run.preference, settings) if self.objective.samples else None
+
     @cached_property
     def evaluator(self) -> Evaluator:
         """Make what scores clients."""
@@ -247,6 +265,9 @@ class Experiment:
             novel=find_novel(self.examples) if model.vlm.classes else None,
             own=find_own(self.examples) if model.vlm.classes else None,
             beta=self.run.preference.beta,
+            reward=partial(judge_answers, self.run.preference, model.vlm.settings())
+            if self.objective.samples
+            else None,
             base=self.data.base_numbers(self.base_scoring),
             advance=self.show.advance,
         )
@@ -265,6 +286,8 @@ def open_experiment(
     """
     show = show or SilentProgress()
     check_room(run, model.vlm)  # the model may have been loaded for another run
+    if model.processor.grids is not None:
+        check_frozen(run, model.vlm, "--image-pixels")
     adapter = start_adapter(jax.random.key(run.seed), model.vlm.sites, make_spec(run, model.vlm))
     if run.start is not None:
         found = read_start(run.start, run.model, model.vlm)
@@ -274,6 +297,10 @@ def open_experiment(
     if run.lora.targets and (dead := lora.find_dead_targets(model.vlm.sites, run.lora.targets)):
         show.note(f"--lora.targets: {', '.join(dead)} match no weight of {run.model}; the others have adapters")
     experiment = Experiment(run, open_data(model, run), adapter, show)
+    if experiment.objective.samples and model.vlm.bind is not None:
+        raise UserError(
+            f"--objective {run.objective} draws answers token by token, and {run.model} chooses among classes: use sft"
+        )
     examples, clients = experiment.examples, experiment.examples.clients
     show.note(
         f"{format_count(len(clients), 'client')}, "
@@ -288,11 +315,16 @@ def open_experiment(
         if not budget.secret:
             show.note(f"noise and draws come from --seed {run.seed}: for what is to be released add --privacy.secret")
         experiment = replace(experiment, run=keep_within(run, budget), budget=budget, asked=run)
-    if (most := examples.view.shape[1]) > 1:
+    most = examples.view.shape[1]
+    if (tokens := examples.image_tokens) is not None:
+        show.note(f"prompts have up to {format_count(most, 'picture')}, {format_count(tokens, 'image token')}")
+    elif most > 1:
         tokens = most * model.processor.image_tokens
         show.note(f"prompts have up to {most} pictures and tiles, {tokens:,} image tokens")
     if experiment.model.learner is not None:
         show.note(describe_classes(experiment.model.learner.classes, experiment.model.vlm.classes))
+        if pictures := count_ambiguous(examples):
+            show.note(describe_ambiguous(pictures))
     if examples.skipped:
         lost = describe_lost(experiment.data.table, examples.skipped)
         show.note(f"left out: {list_reasons(examples.skipped)} (listed in the run's config.json). {lost}".rstrip())

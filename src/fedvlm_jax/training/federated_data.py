@@ -107,6 +107,8 @@ class FederatedData:
         arrays = (examples.input_ids, examples.labels, examples.rejected)
         # Programs of other shapes round otherwise: what they compute is kept apart, in memory as on disk.
         shapes = (*(array.shape[1] for array in arrays if array is not None), batch, mesh.size, int(pixels))
+        if examples.image_tokens is not None:
+            shapes += (examples.image_tokens, examples.view.shape[1])
         # Each process scores its share with the copy of the base on its devices.
         store, params = model.reference_store(shapes, on_disk, cache_dir), local_base(model.params)
         score = model.reference_scorer
@@ -136,6 +138,9 @@ class FederatedData:
                     "tower, and --system.cache on; or choose mean or initial."
                 )
             features = batch["image_features"]
+            if "image_grids" in batch:  # all tokens of all pictures, without what rows are filled up with
+                counts = batch["image_grids"].prod(-1).sum(-1)
+                features = features[np.arange(features.shape[1]) < counts[:, None]][:, None]
             if features.ndim > 3:  # of several views to a row, of which those that are filled up are zeros
                 features = features.reshape(-1, *features.shape[-2:])
                 features = features[features.any((1, 2))]

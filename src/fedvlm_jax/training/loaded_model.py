@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,19 @@ from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.inputs import feature_cache
 from fedvlm_jax.federation.inputs.feature_cache import FeatureStore
 from fedvlm_jax.federation.inputs.reference_log_probs import ReferenceStore, make_score
+from fedvlm_jax.federation.inputs.view_features import WIDTH, Features, open_features
 from fedvlm_jax.models import Params, Processor, Vlm, load_weights, open_model, resolve_folder
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.run_dir.absolute_paths import anchor
 from fedvlm_jax.run_dir.fingerprints import describe_model
-from fedvlm_jax.training.round_setup import build_programs, check_room, choose_arithmetic
+from fedvlm_jax.training.round_setup import build_programs, check_frozen, check_room, choose_arithmetic
 from fedvlm_jax.utils.cache_folders import find_cache, read_bound, trim
 from fedvlm_jax.utils.compilation_cache import describe_processor
 from fedvlm_jax.utils.memoized import forget, memoized
 
 SOURCES = (
     *("models/**/*.py", "objectives/*.py", "utils/products.py", "data/image_decoding.py", "data/unique_images.py"),
-    *("federation/inputs/feature_cache.py", "federation/inputs/reference_log_probs.py"),
+    *(f"federation/inputs/{name}.py" for name in ("feature_cache", "view_features", "reference_log_probs")),
 )
 """The code between a row's bytes and what is kept of it: where it changes, so may the numbers."""
 
@@ -181,19 +182,20 @@ class LoadedModel:
         weights = feature_cache.fingerprint_params(sharding.local_base(self.params))
         return ReferenceStore(self.name_folder(cache_dir, "reference", weights, *shapes))
 
+    @cached_property
+    def _features(self) -> Features:
+        return open_features(self.vlm, sharding.local_base(self.params), self.processor)
+
     @memoized
     def feature_store(self, limit: int, on_disk: bool, cache_dir: Path | None, /) -> FeatureStore:
         """Open the store of frozen image features, of at most `limit` bytes."""
         if self.unbound is not None:
             return self.unbound.feature_store(limit, on_disk, cache_dir)
-        folder, vlm, params = None, self.vlm, sharding.local_base(self.params)
+        folder = None
         if on_disk:
-            weights = feature_cache.fingerprint_vision(vlm, params)
-            folder = self.name_folder(cache_dir, "features", weights, feature_cache.WIDTH)
-        row = jax.ShapeDtypeStruct((vlm.image_tokens(*self.processor.size), vlm.image_width), vlm.dtype)
-        # The weights are an argument: as a constant each program would have its copy.
-        compute = partial(jax.jit(lambda params, pixels: vlm.image_features(params, None, pixels)), params)
-        store = FeatureStore(compute, self.processor, limit=limit, row=row, folder=folder)
+            weights = feature_cache.fingerprint_vision(self.vlm, sharding.local_base(self.params))
+            folder = self.name_folder(cache_dir, "features", weights, WIDTH)
+        store = FeatureStore(self._features, limit=limit, folder=folder)
         if on_disk:
             trim(read_bound())  # this one, now in use, stays
         return store
@@ -267,19 +269,29 @@ def load_model(
         processes.wait_for_all()
         connect(mesh)
     vlm, processor = open_model(
-        run.model, image_size=run.image_size, image_tiles=run.image_tiles, **choose_arithmetic(run.system)
-    )
+        run.model, image_size=run.image_size, image_tiles=run.image_tiles, image_pixels=run.image_pixels,
+        **choose_arithmetic(run.system),
+    )  # fmt: skip
     if vlm.bind is not None:  # for its errors
         classes = list_classes(table, federate(table, run.data, run.seed), pairs=pairs)
         choose_among(vlm, processor, *classes, run.data.class_prompt, count_vectors(run))
     make_spec(run, vlm)  # for its errors
     check_room(run, vlm)
+    if processor.grids is not None:
+        check_frozen(run, vlm, "--image-pixels")
     check_rule(run, vlm)
     folder = resolve_folder(run.model)
     digests = describe_model(folder)
     check({"data": table.digest, **digests})
-    (height, width), tokens = processor.size, processor.image_tokens
-    cut = f", cut into tiles, up to {run.image_tiles} along the longer side" if processor.cut else ""
-    note(f"loading {run.model}: pictures of {width}x{height} pixels{cut}, {format_count(tokens, 'image token')} each")
+    note(f"loading {run.model}: {_describe_pictures(processor, run.image_tiles)}")
     params = load_weights(vlm, folder, mesh=mesh)
     return LoadedModel(vlm, params, processor, mesh, run.system, digests, {anchor(run).data.place: table})
+
+
+def _describe_pictures(processor: Processor, tiles: int | None) -> str:
+    if (grids := processor.grids) is not None:
+        most = format_count(grids.most, "image token")
+        return f"pictures of up to {grids.pixels:,} pixels on grids of their own, at most {most} each"
+    (height, width), tokens = processor.size, format_count(processor.image_tokens, "image token")
+    cut = f", cut into tiles, up to {tiles} along the longer side" if processor.cut else ""
+    return f"pictures of {width}x{height} pixels{cut}, {tokens} each"

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from fedvlm_jax.config.method_setup import make_method, make_setup
+from fedvlm_jax import lora
+from fedvlm_jax.config.method_setup import make_method, make_setup, make_spec
 from fedvlm_jax.config.run_options import Run, SystemOptions, TrainOptions
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.distributed.mesh import CLIENTS
@@ -18,6 +20,7 @@ from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.federation.cohort import Layout, choose_layout
 from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.config import ParticipationOptions
+from fedvlm_jax.federation.inputs.feature_cache import is_vision_frozen
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.models import Stacking, Vlm
 from fedvlm_jax.objectives import load_objective
@@ -164,4 +167,18 @@ def check_room(run: Run, vlm: Vlm) -> None:
     if asked is not None and asked > positions:
         raise UserError(
             f"--evaluation.max-answer-tokens is {asked}: {run.model} has {positions} positions, ask for fewer"
+        )
+
+
+def check_frozen(run: Run, vlm: Vlm, flag: str) -> None:
+    """Refuse adapters that change features, where `flag` gives pictures grids of their own: features alone are read.
+
+    Raises:
+        UserError: the adapter reaches into the vision tower or the connector.
+    """
+    spec = make_spec(run, vlm)
+    if not is_vision_frozen(vlm, jax.eval_shape(lambda: lora.init(jax.random.key(0), vlm.sites, spec))):
+        raise UserError(
+            f"{flag} needs a frozen tower, and --lora.targets reach into it or into its projector: keep them in the "
+            "text model, or leave the option out, so that all pictures have one size"
         )

@@ -19,12 +19,16 @@ SETTINGS = {
 }
 """Variables of the environment, which glibc reads when a process starts."""
 
+THREADS = {"OPENBLAS_NUM_THREADS": "1"}
+"""NumPy's threads wait for one another and for XLA's: on two busy cores many small decompositions took 20 times as long
+with two of them. What the environment says goes first."""
+
 DEVICES = ("nvidia[0-9]*", "accel*", "vfio/[0-9]*", "kfd", "dxg")
 """Accelerators among Linux's devices: NVIDIA's, TPUs, AMD's, and GPUs under Windows."""
 
 
 def restart_with_kept_memory() -> None:
-    """Start this very process again, with its words and its number, under `SETTINGS`.
+    """Start this very process again, with its words and its number, under `SETTINGS` and `THREADS`.
 
     Does nothing where the environment has one of them already (so `MALLOC_ARENA_MAX=0` switches it off), and where an
     accelerator is going to be used: its buffers are elsewhere, and the threads that compile for it would share one
@@ -32,7 +36,7 @@ def restart_with_kept_memory() -> None:
     """
     if sys.platform.startswith("linux") and not SETTINGS.keys() & os.environ.keys() and not expect_accelerator():
         sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | SETTINGS)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], THREADS | os.environ | SETTINGS)
 
 
 def expect_accelerator(devices: Path = Path("/dev")) -> bool:

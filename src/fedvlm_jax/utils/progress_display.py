@@ -25,6 +25,8 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 LONG = 2.0
 """Seconds after which it is reported how long a piece of work took."""
+WHILE = 30.0
+"""Seconds between lines in a log about the same piece of work."""
 
 
 def open_progress(console: Console | None = None) -> Progress:
@@ -125,6 +127,7 @@ class _Work:
     what: str = ""
     done: int = 0
     total: int = 0
+    told: float = 0.0  # seconds after which it was last printed how far it is
 
     @property
     def seconds(self) -> float:
@@ -200,7 +203,7 @@ class _Display(Progress):
 
 
 class PlainProgress(_Display):
-    """One line per round and per note, for output that nobody watches live."""
+    """One line per round and per note, for output that nobody watches live; of long work a line in a while."""
 
     def start(self, total_rounds: int, description: str, done: int = 0, evaluations: int = 0) -> None:
         """Print what begins."""
@@ -215,6 +218,14 @@ class PlainProgress(_Display):
         """Print what begins."""
         super().begin(text)
         self.note(text)
+
+    def advance(self, done: int, total: int, what: str = "") -> None:
+        """Print how far it is where nothing was printed for a while."""
+        super().advance(done, total, what)
+        work = self.work
+        if work is not None and done < total and work.seconds - work.told >= WHILE:
+            work.told = work.seconds
+            self.note(f"  {done} of {total} {what}".rstrip())
 
     def end(self) -> None:
         """Say how long it took, where one had to wait."""

@@ -1,14 +1,17 @@
-"""Records of one size by key, in a folder that any number of processes read and write at once.
+"""Records of rows of one size by key, in a folder that any number of processes read and write at once.
 
-Each process that adds records writes a segment, two files that no other process ever writes: `ID.rows` has the records
-one after the other, `ID.keys` for each its key and a digest of key and record, written after it. So no process can
-overwrite what another relies on, on network file systems too, and a kill leaves at most a tail without a whole entry. A
-record that does not fit its digest counts as missing: it is computed again and added again.
+Each process that adds records writes a segment, two files that no other process ever writes: `ID.rows` has the rows of
+its records one after the other, `ID.keys` for each record its key, its first row and their number, and a digest of key
+and record, written after them. So no process can overwrite what another relies on, on network file systems too, and a
+kill leaves at most a tail without a whole entry. A record that does not fit its digest counts as missing: it is
+computed again and added again.
 """
 
 import contextlib
 import hashlib
+import itertools
 import logging
+import struct
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,20 +23,30 @@ from fedvlm_jax.utils.digests import DIGEST_SIZE
 KEY = 16
 """Bytes of a key."""
 
-ENTRY = KEY + DIGEST_SIZE
+ROWS = struct.Struct("<QQ")
+"""A record's first row in its segment, and how many there are."""
+
+ENTRY = KEY + ROWS.size + DIGEST_SIZE
+
+MOST_ROWS = 2**40
+"""More are in no segment: a larger number is a damaged one, which a file cannot be asked for."""
 
 
 class _Place(NamedTuple):
     segment: str
-    row: int
+    start: int
+    rows: int
     digest: bytes
 
 
 class Records:
-    """Records of `size` bytes in a folder, by keys of `KEY` bytes. Threads must take turns; processes need not."""
+    """Records in a folder, by keys of `KEY` bytes. Threads must take turns; processes need not."""
 
     def __init__(self, folder: Path, size: int) -> None:
         """Open the folder, which is made where it does not exist, and hold it as in use.
+
+        Args:
+            size: bytes of a row.
 
         Raises:
             OSError: it cannot be made.
@@ -43,6 +56,7 @@ class Records:
         self._places: dict[bytes, list[_Place]] = {}
         self._seen: dict[str, int] = {}
         self._segment = uuid.uuid4().hex
+        self._written = 0  # rows of this segment
         self._writable = True
         self.refresh()
 
@@ -53,7 +67,7 @@ class Records:
         return key in self._places
 
     def count_bytes(self) -> int:
-        """Count the bytes of all records in the folder, twice where two processes added one at the same time."""
+        """Count the bytes of all rows in the folder, twice where two processes added a record at the same time."""
         total = 0
         for file in self._folder.glob("*.rows"):
             with contextlib.suppress(OSError):
@@ -73,34 +87,47 @@ class Records:
             except OSError:
                 continue
             whole = len(content) // ENTRY  # the last entry may be in the middle of being written
-            for row in range(whole):
-                entry = content[row * ENTRY : (row + 1) * ENTRY]
-                place = _Place(file.stem, first + row, entry[KEY:])
+            for number in range(whole):
+                entry = content[number * ENTRY : (number + 1) * ENTRY]
+                start, rows = ROWS.unpack_from(entry, KEY)
+                place = _Place(file.stem, start, rows, entry[KEY + ROWS.size :])
                 self._places.setdefault(entry[:KEY], []).append(place)
             self._seen[file.stem] = first + whole
 
-    def read(self, key: bytes) -> bytes | None:
-        """Read the record of a key; None where none is whole, and the key is then no longer counted."""
+    def read(self, key: bytes, rows: int = 1) -> bytes | None:
+        """Read the record of a key, which has so many rows; None where none is whole: the key no longer counts then."""
         for place in list(self._places.get(key, ())):
             content = b""
-            with contextlib.suppress(OSError), (self._folder / f"{place.segment}.rows").open("rb", buffering=0) as file:
-                file.seek(place.row * self._size)
-                content = file.read(self._size)
-            if len(content) == self._size and _digest(key, content) == place.digest:
+            if place.rows == rows and place.start < MOST_ROWS:
+                content = self._read(place)
+            if len(content) == rows * self._size and _digest(key, content) == place.digest:
                 return content
             self._places[key].remove(place)
         self._places.pop(key, None)
         return None
 
+    def _read(self, place: _Place) -> bytes:
+        with contextlib.suppress(OSError), (self._folder / f"{place.segment}.rows").open("rb", buffering=0) as file:
+            file.seek(place.start * self._size)
+            return file.read(place.rows * self._size)
+        return b""
+
     def add(self, keys: Sequence[bytes], records: Iterable[bytes]) -> None:
-        """Add records; where the disk does not take them, warn once and go on without."""
+        """Add records of whole rows; where the disk does not take them, warn once and go on without."""
         if not self._writable:
             return
         contents = list(records)
-        digests = [_digest(key, content) for key, content in zip(keys, contents, strict=True)]
+        counts = [len(content) // self._size for content in contents]
+        starts = [*itertools.accumulate(counts, initial=self._written)][:-1]
+        places = [
+            _Place(self._segment, start, count, _digest(key, content))
+            for key, content, start, count in zip(keys, contents, starts, counts, strict=True)
+        ]
         try:
             # Keys last: an entry then never stands for a record that a kill cut short.
-            entries = [key + digest for key, digest in zip(keys, digests, strict=True)]
+            entries = [
+                key + ROWS.pack(place.start, place.rows) + place.digest for key, place in zip(keys, places, strict=True)
+            ]
             for kind, written in (("rows", contents), ("keys", entries)):
                 with (self._folder / f"{self._segment}.{kind}").open("ab") as file:
                     file.write(b"".join(written))
@@ -108,10 +135,10 @@ class Records:
             self._writable = False
             logging.getLogger(__name__).warning("%s takes no more: %s", self._folder, error.strerror or error)
             return
-        first = self._seen.get(self._segment, 0)
-        for row, (key, digest) in enumerate(zip(keys, digests, strict=True), first):
-            self._places.setdefault(key, []).append(_Place(self._segment, row, digest))
-        self._seen[self._segment] = first + len(contents)
+        for key, place in zip(keys, places, strict=True):
+            self._places.setdefault(key, []).append(place)
+        self._seen[self._segment] = self._seen.get(self._segment, 0) + len(contents)
+        self._written += sum(counts)
 
 
 def _digest(key: bytes, content: bytes) -> bytes:

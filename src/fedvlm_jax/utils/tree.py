@@ -84,6 +84,15 @@ def weighted_sum(stacked: PyTree, weights: Float[Array, " clients"]) -> PyTree:
     return unravel(summed)
 
 
+def choose(first: Bool[Array, ""], one: PyTree, other: PyTree) -> PyTree:
+    """Select one tree or the other; what is not chosen leaves no trace, as a product with zero would.
+
+    >>> choose(jnp.asarray(False), {"b": 1.0}, {"b": 2.0})["b"].tolist()
+    2.0
+    """
+    return jax.tree.map(lambda x, y: jnp.where(first, x, y), one, other)
+
+
 def count_bytes(tree: PyTree) -> int:
     """Count the bytes of all leaves; works on shapes as on arrays.
 

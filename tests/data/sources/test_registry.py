@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from make_parquet import make_rows, write_rows
+from stamps import write_stamps
 
 from fedvlm_jax.data.config import SPLITS, DataOptions
 from fedvlm_jax.data.federated_dataset import federate
@@ -22,7 +23,8 @@ from fedvlm_jax.errors import UserError
 def stand_in(tmp_path):
     """Where sets lie that do not ship: made-up rows of their form."""
     write_rows(tmp_path / "rows.parquet", make_rows(60))
-    return {"rlaif-v": {"path": tmp_path}}
+    write_stamps(tmp_path / "stamps")
+    return {"rlaif-v": {"path": tmp_path}, "photos": {"path": tmp_path / "stamps"}}
 
 
 @pytest.mark.parametrize("name", sorted(list_sets()))

@@ -16,7 +16,7 @@ class Processor:
     framing = frozenset(range(FIRST))
     fingerprint = "toy"
     reads_turns = False
-    cut = None
+    cut = grids = None
 
     def pixels(self, images, /):
         resized = [np.asarray(image.convert("RGB").resize(self.size), np.float32) / 127.5 - 1 for image in images]

@@ -3,6 +3,7 @@
 So a command's parser is made for what was chosen, and knows no option that would not be read.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 
@@ -50,13 +51,24 @@ def make_signature(command: Callable[..., None], words: Sequence[str]) -> inspec
 
 
 def _choose_methods(words: Sequence[str]) -> Compare:
-    compared = list(dict.fromkeys(map(plain, _find_values(words, "--methods") or Compare().methods)))
+    named = _find_values(words, "--benchmark")
+    default = _choose_benchmark(words, named[0]) if named else Compare(base=Run(data=_choose_data(words)))
+    compared = list(dict.fromkeys(map(plain, _find_values(words, "--methods") or default.methods)))
     if SHARE not in compared and _find_values(words, "--share"):
         raise UserError(f"--share is the rule of {SHARE}, which is not compared: compare {SHARE} too")
     taken = [flag.replace(".", f".{name}.", 1) for name in compared for flag in list_method_flags(name)]
     _refuse_others(words, "--method.", taken, _list_methods, f"--methods {' '.join(compared)} has")
     numbers = {name: find_method_options(name)() for name in compared if list_method_flags(name)}
-    return Compare(base=Run(data=_choose_data(words)), method_options=numbers)
+    return dataclasses.replace(default, method_options=numbers)
+
+
+def _choose_benchmark(words: Sequence[str], name: str) -> Compare:
+    from fedvlm_jax.config.benchmark import find_benchmark
+
+    for flag in ("--data", "--data.partition", "--data.form"):
+        if _find_values(words, flag):
+            raise UserError(f"{flag} is settled by --benchmark {name}: leave it out, or leave out --benchmark")
+    return find_benchmark(name).make_comparison()
 
 
 def _choose_method(words: Sequence[str], names: Sequence[str]) -> str:

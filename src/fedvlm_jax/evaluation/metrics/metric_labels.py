@@ -36,6 +36,7 @@ _LISTED = (
     Measure("preference_accuracy", "preference accuracy"),
     Measure("preference_accuracy_per_token", "preference accuracy per token"),
     Measure("reward_margin", "reward margin", share=False),
+    Measure("reward", "reward"),
     Measure("token_f1", "token F1"),
     Measure("rouge_l", "ROUGE-L"),
     Measure("cider", "CIDEr", share=False),

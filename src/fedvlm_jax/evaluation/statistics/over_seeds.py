@@ -108,12 +108,8 @@ def paired_difference(a: BySeed, b: BySeed) -> Difference:
             )
     pairs = np.asarray([[a[seed][client] - b[seed][client] for client in clients] for seed in sorted(a)], np.float64)
     units = pairs.mean(axis=1) if len(pairs) > 1 else pairs[0]  # seeds, or the clients of the only one
-    mean, error, reach = float(pairs.mean()), math.nan, math.nan
-    if len(units) > 1:
-        from scipy.stats import t  # late: it takes a second to import
-
-        error = float(units.std(ddof=1) / np.sqrt(len(units)))
-        reach = error * float(t.ppf((1 + 0.95) / 2, len(units) - 1))
+    mean = float(pairs.mean())
+    error, reach = _find_reach(units)
     return Difference(
         mean=mean,
         standard_error=error,
@@ -124,6 +120,57 @@ def paired_difference(a: BySeed, b: BySeed) -> Difference:
         clients=len(clients),
         over="seeds" if len(pairs) > 1 else "clients",
     )
+
+
+def _find_reach(units: np.ndarray) -> tuple[float, float]:
+    """Return the standard error of the mean of n values, and how far its 95 % t-interval reaches; NaN for one."""
+    if len(units) < 2:
+        return math.nan, math.nan
+    from scipy.stats import t  # late: it takes a second to import
+
+    error = float(units.std(ddof=1) / np.sqrt(len(units)))
+    return error, error * float(t.ppf((1 + 0.95) / 2, len(units) - 1))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval, over clients that may be others in every seed."""
+
+    mean: float  # over clients within a seed, then over seeds
+    low: float  # 95 % confidence interval, Student's t; NaN with a single value
+    high: float
+    over: str  # the population of the interval: "seeds", or "clients" where there is a single seed
+
+
+def estimate_mean(by_seed: BySeed) -> Estimate:
+    """Estimate a mean over new seeds; each has clients of its own. With one seed the interval is over its clients.
+
+    Raises:
+        UserError: no seeds, or one without clients.
+
+    >>> estimate = estimate_mean({0: {"ann": 0.4, "bob": 0.6}, 1: {"cyd": 0.7}})
+    >>> round(estimate.mean, 3), round(estimate.high, 3), estimate.over
+    (0.6, 1.871, 'seeds')
+    """
+    if not by_seed or not all(by_seed.values()):
+        raise UserError("there is nothing to average; expected the score of at least one client in every seed.")
+    means = np.asarray([np.mean(list(scores.values())) for _, scores in sorted(by_seed.items())])
+    units = means if len(means) > 1 else np.asarray(list(next(iter(by_seed.values())).values()), np.float64)
+    mean, reach = float(means.mean()), _find_reach(units)[1]
+    return Estimate(mean, mean - reach, mean + reach, "seeds" if len(means) > 1 else "clients")
+
+
+def subtract_scores(method: BySeed, other: BySeed) -> dict[int, dict[str, float]]:
+    """Subtract the other method's scores, in the seeds and of the clients that both have.
+
+    >>> subtract_scores({0: {"ann": 0.75, "bob": 1.0}}, {0: {"ann": 0.5}, 1: {"ann": 0.7}})
+    {0: {'ann': 0.25}}
+    """
+    both = {
+        seed: {client: score - other[seed][client] for client, score in method[seed].items() if client in other[seed]}
+        for seed in sorted(method.keys() & other.keys())
+    }
+    return {seed: scores for seed, scores in both.items() if scores}
 
 
 def compare_paired(method: BySeed, other: BySeed) -> Difference | None:
@@ -138,7 +185,7 @@ def count_seeds_ahead(method: BySeed, other: BySeed) -> int:
     return sum(bool(np.mean(list(ours[seed].values())) > np.mean(list(theirs[seed].values()))) for seed in ours)
 
 
-def judge(difference: Difference) -> str:
+def judge(difference: Difference | Estimate) -> str:
     """Say "ahead" or "behind" where the 95 % interval leaves zero out, else "level" (also where there is none)."""
     if difference.low > 0:
         return "ahead"

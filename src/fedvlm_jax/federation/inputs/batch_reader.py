@@ -29,9 +29,11 @@ def make_inputs(examples: "Examples", processor: Processor, store: FeatureStore 
     """
 
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
-        batch, views = _read_text(examples, rows), _drop_one(examples.view[rows])
+        batch, views = _read_text(examples, rows), examples.view[rows]
         if store is not None:
-            return batch | {"image_features": store.gather(examples.views, views)}
+            features = store.gather(examples.views, views, _count_tokens(examples, store))
+            return batch | _arrange(examples, store, views, features)
+        views = _drop_one(views)
         distinct, which = np.unique(views, return_inverse=True)
         blank, shown = distinct[distinct < 0], distinct[distinct >= 0]
         pixels = examples.views.render(shown, processor.pixels, WORKERS)
@@ -44,11 +46,32 @@ def make_inputs(examples: "Examples", processor: Processor, store: FeatureStore 
 
 def make_blank_inputs(examples: "Examples", processor: Processor, store: FeatureStore | None) -> Inputs:
     """As `make_inputs`, of the same shapes and at once, for all pictures are blank: what compiling a round takes."""
-    name = "pixel_values" if store is None else "image_features"
-    shape, dtype = ((*processor.size, 3), np.dtype(np.float32)) if store is None else (store.shape, store.dtype)
-    if (most := examples.view.shape[1]) > 1:
-        shape = (most, *shape)
-    return lambda rows: _read_text(examples, rows) | {name: np.zeros((*rows.shape, *shape), dtype)}
+
+    def read(rows: np.ndarray) -> dict[str, np.ndarray]:
+        batch, views = _read_text(examples, rows), examples.view[rows]
+        if store is not None:
+            shape = (*rows.shape, _count_tokens(examples, store), store.width)
+            return batch | _arrange(examples, store, views, np.zeros(shape, store.dtype))
+        shape = (*_drop_one(views).shape, *processor.size, 3)
+        return batch | {"pixel_values": np.zeros(shape, np.float32)}
+
+    return read
+
+
+def _count_tokens(examples: "Examples", store: FeatureStore) -> int:
+    """Count the image tokens that every row has room for."""
+    return examples.view.shape[1] * store.each if store.each else examples.image_tokens or 0
+
+
+def _arrange(
+    examples: "Examples", store: FeatureStore, views: np.ndarray, features: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Arrange rows of features as a batch has them: by view where all have one size, and else with their grids."""
+    if examples.views.grids is not None:
+        return {"image_features": features, "image_grids": examples.views.find_grids(views)}
+    if store.each and views.shape[-1] > 1:
+        features = features.reshape(*views.shape, store.each, store.width)
+    return {"image_features": features}
 
 
 def _drop_one(views: np.ndarray) -> np.ndarray:

@@ -6,26 +6,25 @@ bound that is announced before the work starts, and nothing that reads the whole
 by row, never mapped, so resident memory does not grow with it. What does not fit is computed each time it is asked for;
 nothing is thrown out, because on data that is read epoch by epoch a cache that replaces its oldest entries hits never.
 
-Features must be the same bits whatever was computed before, or a resumed run would end elsewhere. A compiled program
-gives a picture the same bits at every place of a batch and beside any others (the tests check it on the shipped model),
-but programs for batches of other sizes round otherwise: so every picture goes through batches of one size.
+A row of a store is an image token, and a view has as many as its features take: all the same number where pictures are
+brought to one size, others where they have grids of their own. Features must be the same bits whatever was computed
+before, or a resumed run would end elsewhere: `view_features` sees to that.
 """
 
 import hashlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from fedvlm_jax import lora
 from fedvlm_jax.errors import UserError, format_count
-from fedvlm_jax.models import Params, Processor, Vlm
+from fedvlm_jax.federation.inputs.view_features import Features
+from fedvlm_jax.models import Params, Vlm
 from fedvlm_jax.utils.files import read_plain, write_bytes
 from fedvlm_jax.utils.record_store import Records
 from fedvlm_jax.utils.tree import flatten, partition
@@ -33,8 +32,6 @@ from fedvlm_jax.utils.tree import flatten, partition
 if TYPE_CHECKING:
     from fedvlm_jax.data.picture_views import Views  # which loads pyarrow
 
-PIXELS = 32 * 64 * 64 * 20  # decoded at a time, about: 32 pictures at most, 4 of 768x768
-WIDTH = 4  # pictures that go through the vision tower at a time, always: the last batch is filled up
 GIB = 2**30
 
 
@@ -61,146 +58,130 @@ def _makes_features(vlm: Vlm) -> Callable[[str], bool]:
     return lambda path: vlm.component(path) in ("vision", "connector")
 
 
-def choose_chunk(height: int, width: int) -> int:
-    """Choose how many pictures of this size are decoded at a time: a power of two, 32 at most.
-
-    >>> choose_chunk(64, 64), choose_chunk(768, 768)
-    (32, 4)
-    """
-    fitting = max(1, PIXELS // (height * width))
-    return min(32, 1 << (fitting.bit_length() - 1))
-
-
 class FeatureStore:
-    """Frozen features [P, D] of whole pictures and tiles, by content, computed at most once each while they fit.
+    """Frozen features of whole pictures and tiles, by content, computed at most once each while they fit.
 
     On disk a store is a folder of `Records`, which several processes may share: each finds what the others added, and
-    rows that do not fit their digest are computed again. Safe to use from several threads.
+    features that do not fit their digest are computed again. Safe to use from several threads.
+
+    Attributes:
+        each: image tokens of every view; None where they differ.
+        width, dtype: of an image token.
+        capacity: bytes that are kept at most.
     """
 
-    def __init__(
-        self,
-        compute: Callable[[Any], Any],
-        read: Processor,
-        *,
-        limit: int,
-        row: jax.ShapeDtypeStruct | None = None,
-        folder: Path | None = None,
-        workers: int = 4,
-    ) -> None:
+    def __init__(self, features: Features, *, limit: int, folder: Path | None = None) -> None:
         """Open a store of at most `limit` bytes.
 
         Args:
-            compute: pixels [B, H, W, 3], as `read` makes them, -> features [B, P, D]; jitted.
-            row: shape and dtype of one view's features [P, D]; by default `compute` is traced for them.
-            folder: where to keep features; in memory by default.
-            workers: threads that decode images.
+            features: what makes them.
+            folder: where to keep them; in memory by default.
 
         Raises:
             UserError: the folder cannot be made, or holds features of another shape.
         """
-        self._compute, self._read, self._folder, self._workers = compute, read, folder, workers
-        self.chunk = choose_chunk(*read.size)
-        if row is None:
-            made = jax.eval_shape(compute, jax.ShapeDtypeStruct((WIDTH, *read.size, 3), jnp.float32))
-            row = jax.ShapeDtypeStruct(made.shape[1:], made.dtype)
-        self.shape, self.dtype = tuple(row.shape), np.dtype(row.dtype)
-        self.capacity = int(limit) // self.row_bytes
+        self._features, self._folder = features, folder
+        self.each, self.width, self.dtype, self.capacity = features.each, features.width, features.dtype, int(limit)
         self._lock = threading.Lock()
         self._known: dict[str, np.ndarray] = {}  # what is kept in memory
+        self._held = 0  # bytes of it
         self._records = None if folder is None else self._open(folder)
 
     def __len__(self) -> int:
         return len(self._known if self._records is None else self._records)
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one view's features."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-    @property
     def on_disk(self) -> bool:
         """Whether features are kept in files, which later runs find again."""
         return self._folder is not None
 
+    def count_bytes(self, views: "Views") -> Int[np.ndarray, " views"]:
+        """Count the bytes that the features of each view take."""
+        return self._features.count(views) * (self.width * self.dtype.itemsize)
+
     def announce(self, views: "Views") -> str:
         """Say what keeping these views' features takes, before any is computed."""
-        new = sum(not self._has(key) for key in views.keys)
-        room = self._count_room()
+        sizes = self.count_bytes(views)
+        new = [int(size) for key, size in zip(views.keys, sizes, strict=True) if not self._has(key)]
+        fitting = len(_choose_fitting(new, self.capacity - self._count_used()))
         where = "in memory" if self._folder is None else f"in {self._folder}"
         what = format_count(len(views.images), "image") + (
             f" in {format_count(len(views), 'part')}" if len(views) > len(views.images) else ""
         )
-        text = f"image features: {what}, {_size(len(views) * self.row_bytes)} {where}"
-        text += f", {len(views) - new} of them there already" if new < len(views) and len(self) else ""
-        if new > room:
-            text += f"; {room} of {new} new ones fit the bound of {_size(self.capacity * self.row_bytes)}, the others "
+        text = f"image features: {what}, {_size(int(sizes.sum()))} {where}"
+        text += f", {len(views) - len(new)} of them there already" if len(new) < len(views) and len(self) else ""
+        if fitting < len(new):
+            text += f"; {fitting} of {len(new)} new ones fit the bound of {_size(self.capacity)}, the others "
             text += "are computed each time (--system.cache-gib, --system.cache)"
         return text
 
-    def gather(self, views: "Views", index: Int[np.ndarray, "..."]) -> Float[np.ndarray, "... tokens width"]:
-        """Return features [..., P, D] of views at these positions, zeros at -1, computing those that are not kept.
+    def gather(
+        self, views: "Views", index: Int[np.ndarray, "*rows W"], tokens: int
+    ) -> Float[np.ndarray, "*rows tokens width"]:
+        """Return the features of rows of views at these positions, one after another, computing those not kept.
+
+        Args:
+            index: positions; -1 after a row's last view.
+            tokens: image tokens that rows have room for; zeros follow the last.
 
         Raises:
             UserError: an image that cannot be decoded.
         """
-        distinct, which = np.unique(index, return_inverse=True)
-        blank = int((distinct[:1] < 0).sum())
-        out = np.zeros((len(distinct), *self.shape), self.dtype)
+        distinct = np.unique(index[index >= 0])
         with self._lock:
-            keys = ["" if view < 0 else views.keys[view] for view in distinct]
-            missing = self._load(keys, np.arange(blank, len(keys)), out)
-            for start in range(0, len(missing), self.chunk):
-                part = missing[start : start + self.chunk]
+            found = self._load(views, distinct)
+            missing = np.asarray([view for view in distinct.tolist() if view not in found], np.int64)
+            for part in self._features.split(views, missing):
                 if self._records is not None:  # another process may have been quicker
                     self._records.refresh()
-                    part = self._load(keys, part, out)
-                out[part] = self._make(views, distinct[part])
-                self._keep([keys[row] for row in part], out[part])
-        return out[which.reshape(np.shape(index))]
-
-    def _make(self, views: "Views", chosen: np.ndarray) -> np.ndarray:
-        if not len(chosen):
-            return np.empty((0, *self.shape), self.dtype)
-        pixels = views.render(chosen, self._read.pixels, self._workers)
-        parts = [pixels[start : start + WIDTH] for start in range(0, len(pixels), WIDTH)]
-        parts[-1] = np.concatenate([parts[-1], np.repeat(pixels[:1], WIDTH - len(parts[-1]), axis=0)])
-        return np.concatenate([np.asarray(self._compute(part)) for part in parts])[: len(chosen)]
+                    found |= self._load(views, part)
+                    part = np.asarray([view for view in part.tolist() if view not in found], np.int64)
+                if not len(part):
+                    continue
+                made = dict(zip(part.tolist(), self._features.make(views, part), strict=True))
+                self._keep([views.keys[view] for view in made], list(made.values()))
+                found |= made
+        rows = index.reshape(-1, index.shape[-1]).tolist()
+        out = np.zeros((len(rows), tokens, self.width), self.dtype)
+        for line, row in zip(out, rows, strict=True):
+            start = 0
+            for features in (found[view] for view in row if view >= 0):
+                line[start : start + len(features)] = features
+                start += len(features)
+        return out.reshape(*index.shape[:-1], tokens, self.width)
 
     def _has(self, key: str) -> bool:
         return key in self._known if self._records is None else bytes.fromhex(key) in self._records
 
-    def _count_room(self) -> int:
-        used = len(self) if self._records is None else self._records.count_bytes() // self.row_bytes
-        return max(0, self.capacity - used)
+    def _count_used(self) -> int:
+        return self._held if self._records is None else self._records.count_bytes()
 
-    def _load(self, keys: list[str], rows: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Fill these rows of `out` with what is kept; returns those that are not."""
-        missing = []
-        for row in rows:
+    def _load(self, views: "Views", chosen: np.ndarray) -> dict[int, np.ndarray]:
+        """Load what is kept of views: position -> features."""
+        loaded, counts = dict[int, np.ndarray](), self._features.count(views)
+        for view in chosen.tolist():
+            key, count = views.keys[view], int(counts[view])
             if self._records is None:
-                stored = self._known.get(keys[row])
+                stored = self._known.get(key)
             else:
-                read = self._records.read(bytes.fromhex(keys[row]))
-                stored = None if read is None else np.frombuffer(read, self.dtype).reshape(self.shape)
-            if stored is None:
-                missing.append(row)
-            else:
-                out[row] = stored
-        return np.asarray(missing, np.int64)
+                read = self._records.read(bytes.fromhex(key), count)
+                stored = None if read is None else np.frombuffer(read, self.dtype).reshape(count, self.width)
+            if stored is not None:
+                loaded[view] = stored
+        return loaded
 
-    def _keep(self, keys: list[str], features: np.ndarray) -> None:
-        room = self._count_room()
+    def _keep(self, keys: list[str], made: list[np.ndarray]) -> None:
+        fitting = _choose_fitting([each.nbytes for each in made], self.capacity - self._count_used())
         if self._records is not None:
-            found = [bytes.fromhex(key) for key in keys[:room]]
-            self._records.add(found, (row.tobytes() for row in features[:room]))
+            self._records.add([bytes.fromhex(keys[at]) for at in fitting], (made[at].tobytes() for at in fitting))
         else:  # copies, for a view would keep the whole batch in memory
-            self._known |= {key: row.copy() for key, row in zip(keys[:room], features[:room], strict=True)}
+            self._known |= {keys[at]: made[at].copy() for at in fitting}
+            self._held += sum(made[at].nbytes for at in fitting)
 
     def _open(self, folder: Path) -> Records:
-        header = json.dumps({"shape": list(self.shape), "dtype": str(self.dtype)})
+        header = json.dumps({"width": self.width, "dtype": str(self.dtype)})
         try:
-            records = Records(folder, self.row_bytes)
+            records = Records(folder, self.width * self.dtype.itemsize)
             file = folder / "shape.json"
             if not file.exists():
                 write_bytes(file, header.encode())
@@ -210,6 +191,20 @@ class FeatureStore:
         if stored != header:
             raise UserError(f"{folder} holds features of {stored}, not {header}: remove it")
         return records
+
+
+def _choose_fitting(sizes: Sequence[int], room: int) -> list[int]:
+    """Choose places of what fits together, in order, leaving out what does not fit any more.
+
+    >>> _choose_fitting([3, 4, 2], 6)
+    [0, 2]
+    """
+    chosen = list[int]()
+    for place, size in enumerate(sizes):
+        if size <= room:
+            chosen.append(place)
+            room -= size
+    return chosen
 
 
 def _size(count: int) -> str:

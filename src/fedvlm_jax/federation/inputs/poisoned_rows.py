@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Bool, Int
 from PIL import Image
 
-from fedvlm_jax.data.picture_views import Views
 from fedvlm_jax.data.tokenization import Examples
 from fedvlm_jax.data.unique_images import Images
 from fedvlm_jax.errors import UserError
@@ -122,7 +121,7 @@ def mark_pictures(examples: Examples) -> Examples:
     views, images = examples.views, examples.views.images
     keys = tuple(digest_parts([key.encode(), b"marked"]).hex() for key in views.keys)
     marked = MarkedImages(images.table, images.rows, images.places, images.keys)
-    return replace(examples, views=Views(marked, views.image, views.number, keys))
+    return replace(examples, views=replace(views, images=marked, keys=keys))
 
 
 @dataclass(frozen=True, eq=False)

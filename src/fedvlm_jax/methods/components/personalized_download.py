@@ -40,22 +40,23 @@ Assemble = Callable[[PyTree, PyTree, PyTree], lora.Adapter]
 Weigh = Callable[[PyTree, PyTree, Bool[Array, " P"], Bool[Array, ""]], Float[Array, " P"]]
 
 
-def count_places(setup: Setup) -> int:
-    """Count the places of the pool, P.
+def count_places(setup: Setup, least: int = POOL) -> int:
+    """Count the places of the pool, P: the cohort, and `least` where there are so many clients.
 
     >>> count_places(Setup(sites={}, spec=lora.LoRA(), start_optimizer=lambda *_: {}, population=40, cohort=2))
     16
     """
-    return max(setup.cohort, min(POOL, setup.population))
+    return max(setup.cohort, min(least, setup.population))
 
 
-def start_pool(sent: PyTree, size: int) -> PyTree:
-    """Make an empty pool for what has the form of `sent`: P = `size` places, the newest first, of one round by number.
+def start_pool(sent: PyTree, setup: Setup, least: int = POOL) -> PyTree:
+    """Make an empty pool for what has the form of `sent`: P places, the newest first, of one round by number.
 
     Returns:
         `moved` [P, …], what was sent, zero at free places, which come last; `number` [P], whose it is; `round` [P],
         when it came, 0 at free places.
     """
+    size = count_places(setup, least)
     moved = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), sent)
     return {"moved": moved, "number": jnp.full(size, NOBODY, jnp.int32), "round": jnp.zeros(size, jnp.int32)}
 
@@ -112,7 +113,7 @@ def make_delivering_method(
     def init(adapter: lora.Adapter) -> PyTree:
         factors, scales = split_scales(adapter)
         start = extend(factors)
-        return {"start": start, "scales": scales, "pool": start_pool(select_sent(start), places)}
+        return {"start": start, "scales": scales, "pool": start_pool(select_sent(start), setup)}
 
     def init_client(key: Key, server: PyTree, number: Number) -> PyTree:
         own = server["start"] if setup.common_start else extend(split_scales(setup.draw(key))[0])

@@ -6,7 +6,8 @@ See `feddpa_t.py` for the two adapters.
 from dataclasses import dataclass
 
 from fedvlm_jax.methods.base import Method, MethodOptions, Setup
-from fedvlm_jax.methods.zoo.feddpa_t import make_dual_method
+from fedvlm_jax.methods.components.dual_adapters import make_dual_method
+from fedvlm_jax.methods.zoo.feddpa_t import train_in_turn
 from fedvlm_jax.utils.option_ranges import Share
 
 
@@ -24,8 +25,9 @@ def make(setup: Setup) -> Method:
     """Make feddpa-f: as many rounds as any other method's, of which the last train the local adapter."""
     options = setup.own(Options)
     first_local = setup.rounds - max(1, round(options.local * setup.rounds)) + 1
+    train = train_in_turn(options.alpha, lambda phase, client: (client, None) if phase else (None, client))
     return make_dual_method(
         "feddpa-f", "arXiv 2403.19211: (A_g, B_g) averaged, then (A_l, B_l) trained alone; y = W_0 x + (1−α) g + α l",
-        setup, options.alpha, stages=lambda phase, client: (client, None) if phase else (None, client),
+        setup, options.alpha, train=train,
         phase=lambda round_: int(round_ >= max(first_local, 2)),
     )  # fmt: skip

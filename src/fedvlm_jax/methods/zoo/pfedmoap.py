@@ -36,7 +36,7 @@ from fedvlm_jax.methods.base import (
     Weights,
 )
 from fedvlm_jax.methods.components.factors import norm_of
-from fedvlm_jax.methods.components.personalized_download import NOBODY, renew, start_pool
+from fedvlm_jax.methods.components.personalized_download import NOBODY, count_places, renew, start_pool
 from fedvlm_jax.methods.components.soft_prompts import PROMPT_ALONE, find_path, get_leaf, set_leaf
 from fedvlm_jax.utils import tree
 from fedvlm_jax.utils.option_ranges import Count, NonNegative, Positive
@@ -69,12 +69,11 @@ class Options(MethodOptions):
 def make(setup: Setup) -> Method:
     """Make pfedmoap."""
     options, path = setup.own(Options), find_path(setup)
-    places = min(max(setup.population, setup.cohort), max(MOST, setup.cohort))
-    slots = max(1, min(options.experts, places) - 1)
+    slots = max(1, min(options.experts, count_places(setup, MOST)) - 1)
     width = choose_width(options, setup.width)
 
     def init(adapter: lora.Adapter) -> PyTree:
-        return {"shared": adapter, "pool": start_pool(adapter, places)}
+        return {"shared": adapter, "pool": start_pool(adapter, setup, MOST)}
 
     def init_client(key: Key, server: PyTree, number: Number) -> PyTree:
         gate = draw_gate(key, width, options.gate_heads)

@@ -5,17 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.configuration import (
-    DEPTH,
-    VOCABULARY,
-    WIDTH,
-    parse_config,
-    read_positive,
-    read_vision_shape,
-    require,
-)
+from fedvlm_jax.models.configuration import VOCABULARY, WIDTH, parse_config, read_stack, read_vision_shape, require
 from fedvlm_jax.models.folder_files import require_integer
-from fedvlm_jax.models.layers import activation
 from fedvlm_jax.models.vision_transformer import StackShape, VisionShape
 
 MODEL_TYPES = ("clip",)
@@ -23,11 +14,6 @@ LARGEST_SCALE = 50
 """Of the scale's logarithm; CLIP's begins with 2.66 and ends with 4.61."""
 LARGEST_ENDS = 2
 """The `eos_token_id` of older configurations, under which the largest id of a text ends it, whatever its number."""
-
-_TEXT = {
-    "num_hidden_layers": DEPTH,
-    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), WIDTH),
-}
 
 
 def read_config(values: dict[str, Any], file: Path) -> Any:
@@ -64,25 +50,5 @@ def read_tower(config: Any) -> VisionShape:
 
 
 def read_text(config: Any) -> StackShape:
-    """Read the shape of the text model's layers.
-
-    Raises:
-        UserError: a size or an activation that no model has.
-    """
-    text = config.text_config
-    for name, most in _TEXT.items():
-        require_integer(f"text_config.{name}", getattr(text, name, None), 1, most)
-    width, heads = text.hidden_size, text.num_attention_heads
-    if width % heads:
-        raise UserError(f"text_config.hidden_size={width} does not divide by {heads} heads")
-    activation(text.hidden_act)  # for its error
-    return StackShape(
-        width=width,
-        heads=heads,
-        hidden=text.intermediate_size,
-        layers=text.num_hidden_layers,
-        activation=text.hidden_act,
-        epsilon=read_positive("text_config.layer_norm_eps", text.layer_norm_eps),
-        causal=True,
-        deviation=text.initializer_range,
-    )
+    """Read the shape of the text model's layers."""
+    return StackShape(**read_stack("text_config", config.text_config), causal=True)

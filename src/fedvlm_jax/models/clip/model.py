@@ -137,9 +137,14 @@ def build(config: Any, *, dtype: Any, stacking: Stacking = USUAL, generation_con
         UserError: for a configuration that is not implemented, naming the field.
     """
     del generation_config
+    return _make_record(make_module(config, dtype, stacking), config, _Asked())
+
+
+def make_module(config: Any, dtype: Any, stacking: Stacking = USUAL) -> Clip:
+    """Make both towers of a transformers `CLIPConfig`; arguments and errors are those of `build`."""
     check_config(config)
     text = config.text_config
-    module = Clip(
+    return Clip(
         vision=read_tower(config),
         text=read_text(config),
         width=config.projection_dim,
@@ -150,7 +155,6 @@ def build(config: Any, *, dtype: Any, stacking: Stacking = USUAL, generation_con
         dtype=dtype,
         stacking=stacking,
     )
-    return _make_record(module, config, _Asked())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError, format_count
-from fedvlm_jax.models.configuration import DEPTH, VOCABULARY, WIDTH, check_whole, parse_config, read_positive
+from fedvlm_jax.models.configuration import (
+    DEPTH,
+    VOCABULARY,
+    WIDTH,
+    check_whole,
+    parse_config,
+    read_positive,
+    require_sizes,
+)
 from fedvlm_jax.models.florence2.microsoft_layout import has_layout, translate
 from fedvlm_jax.models.folder_files import require_integer
 from fedvlm_jax.models.layers import activation
@@ -86,8 +94,7 @@ def _check_sizes(config: Any) -> None:
     """Refuse sizes that no model has, and tokens outside of the vocabulary."""
     text, vision = config.text_config, config.vision_config
     for where, part, bounds in (("text_config", text, _TEXT), ("vision_config", vision, _VISION)):
-        for name, most in bounds.items():
-            require_integer(f"{where}.{name}", getattr(part, name, None), 1, most)
+        require_sizes(where, part, bounds)
     read_positive("text_config.init_std", text.init_std)
     if not 1 <= len(vision.depths) <= 16:
         raise UserError(f"vision_config.depths has {format_count(len(vision.depths), 'stage')}, expected 1 to 16")

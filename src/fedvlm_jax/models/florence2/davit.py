@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fedvlm_jax.models.layers import USUAL, Norm, Stacking, activation, dot_attention, multiply, scanned, softmax
+from fedvlm_jax.models.layers import USUAL, Mlp, Norm, Stacking, dot_attention, multiply, scanned, softmax
 
 
 class StageModule(nn.Module):
@@ -99,18 +99,6 @@ class ChannelAttention(Attention):
         return self.proj(mixed.reshape(batch, height, width, channels))
 
 
-class Mlp(StageModule):
-    """Two dense layers with the configuration's activation between."""
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
-        vision, width = self.vision, self.vision.embed_dim[self.stage]
-        init = nn.initializers.normal(vision.initializer_range)
-        hidden = nn.Dense(int(width * vision.mlp_ratio), dtype=self.dtype, kernel_init=init, name="fc1")(x)
-        hidden = activation(vision.activation_function)(hidden)
-        return nn.Dense(width, dtype=self.dtype, kernel_init=init, name="fc2")(hidden)
-
-
 class HalfBlock(StageModule):
     """Depthwise convolution, attention, depthwise convolution, MLP; each added to what came in."""
 
@@ -123,7 +111,9 @@ class HalfBlock(StageModule):
         x = x + DepthwiseConv(std, self.dtype, name="conv1")(x)
         x = x + attention(*where, name=name)(Norm(self.dtype, name="norm1")(x))
         x = x + DepthwiseConv(std, self.dtype, name="conv2")(x)
-        return x + Mlp(*where, name="ffn")(Norm(self.dtype, name="norm2")(x))
+        hidden = int(x.shape[-1] * self.vision.mlp_ratio)
+        mlp = Mlp(hidden, self.vision.activation_function, std, self.dtype, name="ffn")
+        return x + mlp(Norm(self.dtype, name="norm2")(x))
 
 
 class Block(StageModule):

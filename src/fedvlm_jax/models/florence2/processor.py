@@ -24,6 +24,7 @@ from fedvlm_jax.models.processor_files import (
     IMAGES,
     MOST_TOKENS,
     check_files,
+    decode,
     digest_settings,
     list_files,
     make_pixels,
@@ -135,11 +136,8 @@ class Processor(base.Processor):
         return pad([row if len(row) <= max_tokens else [*row[: max_tokens - 1], eos] for row in rows], IGNORED)
 
     def decode(self, ids: Int[np.ndarray, "B U"], /) -> list[str]:
-        framing = self.framing
-        rows = [[number for number in row if number >= 0 and number not in framing] for row in np.asarray(ids).tolist()]
         # Added tokens that belong to an answer stay, as `<loc_12>` does, though the tokenizer calls them special too.
-        texts = self.wrapped.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return [text.strip() for text in texts]
+        return decode(self.wrapped.tokenizer, ids, self.framing)
 
     @property
     def framing(self) -> frozenset[int]:

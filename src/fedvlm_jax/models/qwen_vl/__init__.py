@@ -14,4 +14,5 @@ FAMILY = Family(
     open_processor=open_processor,
     read_size=read_size,
     resizes=True,
+    grids=True,
 )

@@ -4,7 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm_jax.errors import UserError, format_count
-from fedvlm_jax.models.configuration import DEPTH, WIDTH, parse_config, read_positive, read_text_shape, require
+from fedvlm_jax.models.configuration import (
+    DEPTH,
+    WIDTH,
+    parse_config,
+    read_positive,
+    read_text_shape,
+    require,
+    require_sizes,
+)
 from fedvlm_jax.models.folder_files import require_integer
 from fedvlm_jax.models.layers import activation
 from fedvlm_jax.models.qwen_vl.grid import FRAMES, choose_axes
@@ -13,7 +21,12 @@ from fedvlm_jax.models.text_shape import TextShape
 
 MODEL_TYPES = ("qwen3_vl", "qwen2_5_vl")
 _CLASSES = {"qwen3_vl": "Qwen3VLConfig", "qwen2_5_vl": "Qwen2_5_VLConfig"}
-_SIZES = ("hidden_size", "intermediate_size", "num_heads", "patch_size", "spatial_merge_size", "out_hidden_size")
+_SIZES = {
+    "depth": DEPTH,
+    **dict.fromkeys(
+        ("hidden_size", "intermediate_size", "num_heads", "patch_size", "spatial_merge_size", "out_hidden_size"), WIDTH
+    ),
+}
 _WHOLE = (
     "model_type", "architectures", "image_token_id", "video_token_id", "tie_word_embeddings", "quantization_config",
     "transformers_version", "torch_dtype", "dtype",
@@ -99,9 +112,7 @@ def read_tower(vision: Any) -> GridShape:
     Raises:
         UserError: a field that no tower has, or that is not implemented.
     """
-    require_integer("vision_config.depth", vision.depth, 1, DEPTH)
-    for name in _SIZES:
-        require_integer(f"vision_config.{name}", getattr(vision, name, None), 1, WIDTH)
+    require_sizes("vision_config", vision, _SIZES)
     require("vision_config", vision, {"in_channels": (3,), "temporal_patch_size": (FRAMES,)})
     if vision.hidden_size % (4 * vision.num_heads):
         raise UserError(

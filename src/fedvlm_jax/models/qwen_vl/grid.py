@@ -103,20 +103,36 @@ def choose_axes(sections: tuple[int, int, int], *, interleaved: bool) -> tuple[i
     return tuple(axes)
 
 
-def place_tokens(is_image: Bool[Array, "B T"], tokens: int, axes: tuple[int, ...]) -> Int[Array, "B T F"]:
+def place_tokens(
+    is_image: Bool[Array, "B T"], pictures: int | Int[Array, "B N 2"], axes: tuple[int, ...]
+) -> Int[Array, "B T F"]:
     """Position of every token for every frequency (M-RoPE, arXiv 2409.12191, section 2.1).
 
-    Texts count on in all axes. A square picture of `tokens` image tokens has one time, its rows and its columns from
-    there on, and takes as many positions as it has rows.
+    Texts count on in all axes. A picture has one time, its rows and its columns from there on, and takes as many
+    positions as it has rows, or columns if these are more.
+
+    Args:
+        pictures: image tokens of each, where all are squares of one size; or rows and columns of each, 0 after the
+            last.
 
     >>> place_tokens(jnp.array([[False, True, True, True, True, False]]), 4, (0, 1, 2))[0].T.tolist()
     [[0, 1, 1, 1, 1, 3], [0, 1, 1, 2, 2, 3], [0, 1, 2, 1, 2, 3]]
+    >>> place_tokens(jnp.array([[True, True, True, False]]), jnp.array([[[1, 3], [0, 0]]]), (0, 1, 2))[0].T.tolist()
+    [[0, 0, 0, 3], [0, 0, 0, 3], [0, 1, 2, 3]]
     """
-    side = math.isqrt(tokens)
     seen = jnp.cumsum(is_image, 1)
     number = jnp.maximum(seen - 1, 0)  # of an image token among its row's
-    begun = jnp.where(is_image, number // tokens, seen // tokens)  # whole pictures before a token
-    start = jnp.arange(is_image.shape[1]) - jnp.where(is_image, number, seen) + begun * side
-    inside = jnp.where(is_image, number % tokens, 0)
-    by_axis = jnp.stack([start, start + inside // side, start + inside % side], -1)
+    if isinstance(pictures, int):
+        columns = math.isqrt(pictures)
+        begun = jnp.where(is_image, number // pictures, seen // pictures)  # whole pictures before a token
+        taken, inside = begun * columns, number % pictures
+    else:
+        counts = pictures.prod(-1)
+        over = jnp.cumsum(counts, 1)[:, None] <= jnp.where(is_image, number, seen)[..., None]  # [B, T, N]: is before
+        taken, inside = (over * pictures.max(-1)[:, None]).sum(-1), number - (over * counts[:, None]).sum(-1)
+        which = jnp.minimum(over.sum(-1), pictures.shape[1] - 1)
+        columns = jnp.maximum(jnp.take_along_axis(pictures[..., 1], which, 1), 1)
+    start = jnp.arange(is_image.shape[1]) - jnp.where(is_image, number, seen) + taken
+    inside = jnp.where(is_image, inside, 0)
+    by_axis = jnp.stack([start, start + inside // columns, start + inside % columns], -1)
     return by_axis[..., jnp.asarray(axes)]

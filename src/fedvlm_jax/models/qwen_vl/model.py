@@ -1,19 +1,22 @@
 """Qwen3-VL (arXiv 2511.21631) and Qwen2.5-VL (arXiv 2502.13923): a tower on a grid, mergers, and a causal text model.
 
-Rotary positions of the text model have three axes, and those of a picture are its rows and columns. All pictures have
-one square size, so the positions follow from the tokens alone and are computed where they are used.
+Rotary positions of the text model have three axes, and those of a picture are its rows and columns. Where all pictures
+have one square size, positions follow from the tokens alone; where they have grids of their own, from these, too. They
+are computed where they are used.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from fedvlm_jax import lora
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.models.base import Vlm
+from fedvlm_jax.models.base import GridVision, Vlm
 from fedvlm_jax.models.causal_vlm import CausalVlm, make_record
 from fedvlm_jax.models.layers import USUAL, Stacking
 from fedvlm_jax.models.qwen_vl.config import check_config, read_axes, read_shape, read_tower
 from fedvlm_jax.models.qwen_vl.grid import place_tokens
-from fedvlm_jax.models.qwen_vl.tower import GridShape, GridTower, Mergers, cut_grid_tower
+from fedvlm_jax.models.qwen_vl.tower import GridShape, GridTower, Mergers, cut_grid_tower, place_on_grid
 from fedvlm_jax.models.qwen_vl.weights import make_table
 
 
@@ -40,7 +43,7 @@ def build(config: Any, *, dtype: Any, stacking: Stacking = USUAL, generation_con
         stacking=stacking,
         place=partial(place_tokens, axes=read_axes(config)),
     )
-    return make_record(
+    vlm = make_record(
         module,
         family=config.model_type,
         config=config,
@@ -51,6 +54,14 @@ def build(config: Any, *, dtype: Any, stacking: Stacking = USUAL, generation_con
         generation_config=generation_config,
         parts=1 + len(vision.deep),
     )
+    injected = lora.inject(module.apply)
+    grids = GridVision(
+        pixels=(vision.patch * vision.merge) ** 2,
+        patches=vision.merge**2,
+        places=partial(place_on_grid, vision),
+        features=lambda params, *pictures: injected(params, None, *pictures, method="grid_features"),
+    )
+    return replace(vlm, grids=grids)
 
 
 def count_tokens(vision: GridShape, height: int, width: int) -> int:

@@ -7,7 +7,7 @@ layers, the latter learned positions, and gives out the states of some layers be
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -66,11 +66,52 @@ class GridShape:
         return partial(nn.Dense, dtype=dtype, kernel_init=nn.initializers.normal(self.deviation))
 
 
+class Places(NamedTuple):
+    """Where the patches [N] of a picture lie, or [B, N] of several that are filled up to a length.
+
+    Attributes:
+        taps, weights: [..., N, 4], of learned positions; None where none are learned.
+        cos, sin: [..., N, d], of rotary angles.
+        windows: number of a patch's window; None where there are none. Padding lies in none, -1.
+        real: false of padding; None where there is none.
+    """
+
+    taps: Any
+    weights: Any
+    cos: Any
+    sin: Any
+    windows: Any
+    real: Any = None
+
+
+def place_patches(vision: GridShape, rows: int, columns: int) -> Places:
+    """Make the places of a picture that has so many rows and columns of patches."""
+    merge = vision.merge
+    taps, weights = blend_positions(rows, columns, merge, vision.learned) if vision.learned else (None, None)
+    cos, sin = rotate_axes(rows, columns, merge, vision.width // vision.heads, vision.theta)
+    windows = number_windows(rows, columns, merge, vision.window) if vision.window else None
+    return Places(taps, weights, cos, sin, windows)
+
+
+def place_on_grid(vision: GridShape, rows: int, columns: int, length: int) -> Places:
+    """Make the places of a picture of so many rows and columns of image tokens, filled up to `length` patches."""
+    places = place_patches(vision, rows * vision.merge, columns * vision.merge)
+    missing = length - len(places.cos)
+
+    def fill(leaf: np.ndarray | None, value: int = 0) -> np.ndarray | None:
+        if leaf is None:
+            return None
+        return np.pad(leaf, [(0, missing), *[(0, 0)] * (leaf.ndim - 1)], constant_values=value)
+
+    taps, weights, cos, sin = (fill(leaf) for leaf in places[:4])
+    return Places(taps, weights, cos, sin, fill(places.windows, -1), np.arange(length) < length - missing)
+
+
 class Block(nn.Module):
     """One layer: attention of the patches of a picture, or of a window where `windows` is given and `whole` is not set.
 
-    States go through with those of `deep` layers [K, B, N, D], which the layer puts its own into if it is one of them,
-    at `slot`.
+    `padding` is added to the scores of layers without windows. States go through with those of `deep` layers [K, B, N,
+    D], which the layer puts its own into if it is one of them, at `slot`.
     """
 
     vision: GridShape
@@ -78,14 +119,20 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Array, Array], whole: Array, slot: Array, rotation: Rotation, windows: Array | None
+        self,
+        carry: tuple[Array, Array],
+        whole: Array,
+        slot: Array,
+        rotation: Rotation,
+        windows: Array | None,
+        padding: Array | None,
     ) -> tuple[tuple[Array, Array], None]:
         vision, dense = self.vision, self.vision.dense(self.dtype)
         x, deep = carry
         qkv = dense(3 * vision.width, name="qkv")(vision.norm(self.dtype, "norm1")(x))
         qkv = qkv.reshape(*x.shape[:2], 3, vision.heads, -1).transpose(2, 0, 3, 1, 4)
         query, key = (rotate(widen(part), rotation).astype(self.dtype) for part in qkv[:2])
-        bias = None if windows is None else jnp.where(whole, 0.0, windows)
+        bias = padding if windows is None else jnp.where(whole, 0.0 if padding is None else padding, windows)
         x = x + dense(vision.width, name="proj")(dot_attention(query, key, qkv[2], bias))
         x = x + self._feed(vision.norm(self.dtype, "norm2")(x))
         if vision.deep:
@@ -102,40 +149,50 @@ class Block(nn.Module):
 
 
 class GridTower(nn.Module):
-    """A tower from pictures [B, H, W, 3] to states of their patches [1 + K, B, N, D], the last layer's first."""
+    """A tower from pictures [B, H, W, 3] to states of their patches [1 + K, B, N, D], the last layer's first.
+
+    With `places`, pictures on grids of their own are given as patches [B, N, F].
+    """
 
     vision: GridShape
     dtype: Any
     stacking: Stacking
 
     @nn.compact
-    def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "K B N D"]:
-        vision, merge = self.vision, self.vision.merge
-        grid = pixels.shape[1] // vision.patch, pixels.shape[2] // vision.patch
-        patches = cut_patches(pixels.astype(self.dtype), vision.patch, merge)
+    def __call__(self, pictures: Float[Array, "B ..."], places: Places | None = None) -> Float[Array, "K B N D"]:
+        vision, patches = self.vision, pictures.astype(self.dtype)
+        if places is None:
+            places = place_patches(vision, *(length // vision.patch for length in pictures.shape[1:3]))
+            patches = cut_patches(patches, vision.patch, vision.merge)
         dense = vision.dense(self.dtype)
         x: Array = dense(vision.width, use_bias=not vision.gated, name="patch_embed")(patches)
         if vision.learned:
-            taps, weights = blend_positions(*grid, merge, vision.learned)
             init = nn.initializers.normal(vision.deviation)
             table = nn.Embed(vision.learned**2, vision.width, dtype=self.dtype, embedding_init=init, name="pos_embed")
-            x = x + (widen(table(jnp.asarray(taps))) * weights[..., None]).sum(-2).astype(self.dtype)
-        cos, sin = rotate_axes(*grid, merge, vision.width // vision.heads, vision.theta)
-        windows = None
-        if vision.window:
-            numbers = number_windows(*grid, merge, vision.window)
-            # Made on the device: as a constant of the program it would have as many numbers as patches squared.
-            near = jnp.asarray(numbers)[:, None] == numbers
-            windows = jnp.where(near, 0.0, HIDDEN) if numbers.any() else None
+            x = x + (widen(table(jnp.asarray(places.taps))) * places.weights[..., None]).sum(-2).astype(self.dtype)
+        windows, padding = _hide(places)
         layers, count = np.arange(vision.layers), len(vision.deep)
         slots = [vision.deep.index(layer) if layer in vision.deep else count for layer in layers]
         whole = jnp.asarray(np.isin(layers, vision.whole))
-        axes = (0, 0, nn.broadcast, nn.broadcast)
+        axes = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
         blocks = scanned(Block, vision.layers, axes, self.stacking)(vision, self.dtype, name="blocks")
         deep = jnp.zeros((count, *x.shape), x.dtype)
-        rotation = Rotation(jnp.asarray(cos)[None, None], jnp.asarray(sin)[None, None])
-        (x, deep), _ = blocks((x, deep), whole, jnp.asarray(slots), rotation, windows)
+        turns = (jnp.asarray(turn) for turn in (places.cos, places.sin))
+        rotation = Rotation(*(turn[None, None] if turn.ndim == 2 else turn[:, None] for turn in turns))
+        (x, deep), _ = blocks((x, deep), whole, jnp.asarray(slots), rotation, windows, padding)
         return jnp.concatenate([x[None], deep])
+
+
+def _hide(places: Places) -> tuple[Array | None, Array | None]:
+    """Numbers to add to scores: 0 where a patch is in the same window; and 0 where it is none of the padding."""
+    padding = None if places.real is None else jnp.where(places.real, 0.0, HIDDEN)[:, None, None]
+    numbers = places.windows
+    if numbers is None or (padding is None and not numbers.any()):
+        return None, padding
+    # Made on the device: as a constant of the program it would have as many numbers as patches squared.
+    near = jnp.asarray(numbers)[..., None] == (numbers if padding is None else numbers[:, None])
+    windows = jnp.where(near, 0.0, HIDDEN)
+    return windows if padding is None else windows[:, None], padding
 
 
 class Merger(nn.Module):

@@ -1,0 +1,1 @@
+"""Benchmarks: a line measured, and a line of somebody else rerun."""
