@@ -18,7 +18,7 @@ class Tiles(NamedTuple):
 
     @property
     def views(self) -> int:
-        """What the vision tower sees of the picture: its tiles, and the whole of it."""
+        """Views of the picture for the vision tower: its tiles, and the whole of it."""
         return self.rows * self.columns + 1
 
 
@@ -39,7 +39,7 @@ class Grid(NamedTuple):
 
     @property
     def views(self) -> int:
-        """What the vision tower sees of the picture: the whole of it."""
+        """Views of the picture for the vision tower: the whole of it."""
         return 1
 
 

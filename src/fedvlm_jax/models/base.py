@@ -183,7 +183,7 @@ class Vlm:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PictureGrids:
-    """How a processor gives pictures grids of their own.
+    """The way that a processor gives pictures grids of their own.
 
     Attributes:
         pixels: of a picture, at most.
