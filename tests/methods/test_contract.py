@@ -66,6 +66,8 @@ KEEP_NOTHING = {"hilora": (0, 1)}
 CHOICES = {
     "fedrpca": {"options": fedrpca.Options(beta=1.0)},  # above 1 it amplifies, with one client too
     "pfedmma": {"options": pfedmma.Options(scale=1.0)},  # at its default a few steps hardly move the model
+    # A gate between nearly equal experts has gradients of the size of rounding, of which AdamW makes whole steps.
+    "pfedmoap": {"optimizer": "sgd"},
 }
 
 OTHER_FORWARD = ("fedotp",)
@@ -789,7 +791,9 @@ def change(name, option):
     """Choices for `make_method` in which an option is not at its default."""
     if option.startswith("--method."):
         default = find_method_options(name)()
-        field = next(f for f in dataclasses.fields(default) if option == f"--method.{f.name.rstrip('_')}")
+        field = next(
+            f for f in dataclasses.fields(default) if option == f"--method.{f.name.rstrip('_').replace('_', '-')}"
+        )
         # A pattern of the sites' paths, of which the toy has fc1 and fc2.
         kinds = {bool: lambda x: not x, int: lambda x: x // 2, float: lambda x: 1 - x / 2, str: lambda x: "fc"}
         value = VALUES.get((name, option), kinds[type(field.default)](field.default))

@@ -51,13 +51,17 @@ def logits(
     query, keys = pool(image, width), pool(experts, width)
     q = jnp.einsum("bw,whd->bhd", query, gate["query"], precision=precision) + gate["query_bias"]
     k, v = (jnp.einsum("ncw,whd->nchd", keys, gate[name], precision=precision) for name in ("key", "value"))
-    # A bias of keys moves all scores of a query alike: its gradient is 0, of which rounding and Adam would make steps.
-    k, v = k + jax.lax.stop_gradient(gate["key_bias"]), v + gate["value_bias"]
+    # These biases move all scores of a query alike, or the logits of all classes: their gradients are 0, and AdamW
+    # would make whole steps of the rounding of that.
+    key_bias, value_bias, output_bias = (
+        jax.lax.stop_gradient(gate[f"{name}_bias"]) for name in ("key", "value", "output")
+    )
+    k, v = k + key_bias, v + value_bias
     scores = jnp.einsum("bhd,nchd->bchn", q, k, precision=precision) * jax.lax.stop_gradient(leaves["scaling"])
     present = jax.lax.stop_gradient(leaves["present"]) > 0
     shares = jax.nn.softmax(jnp.where(present, scores, ABSENT), axis=-1)
     heads = jnp.einsum("bchn,nchd->bchd", shares, v, precision=precision)
     mixed = jnp.matmul(heads.reshape(*heads.shape[:2], width), gate["output"], precision=precision)
     local = scale * jnp.matmul(image, texts[0].T, precision=precision)
-    gated = scale * jnp.einsum("bw,bcw->bc", query, mixed + gate["output_bias"], precision=precision)
+    gated = scale * jnp.einsum("bw,bcw->bc", query, mixed + output_bias, precision=precision)
     return jnp.where(present[1:].any(), jax.lax.stop_gradient(leaves["weight"]) * local + gated, local)
