@@ -348,7 +348,7 @@ def test_pfedmoap_s_forward_is_its_authors_module(make_world):
     adapter = {**tree.unflatten({PROMPT: prompts}), "head": {"moap": leaves}}
     words = world.torch.words(VECTORS).detach()
     texts = [world.torch.texts(words + tensor(prompt)) for prompt in prompts]
-    want = moap_logits(world.torch.images(world.probe)[:, 0], texts, module, 0.5, world.torch.scale)
-    error, largest = np.abs(world.say(adapter) - want.detach().numpy()).max(), float(want.abs().max())
+    want = moap_logits(world.torch.images(world.probe)[:, 0], texts, module, 0.5, world.torch.scale).detach().numpy()
+    error, largest = np.abs(world.say(adapter) - want).max(), float(np.abs(want).max())
     print(f"largest error {error:.1e}, of logits up to {largest:.1f}")  # noqa: T201
     assert error < 1e-5 * max(1.0, largest)
