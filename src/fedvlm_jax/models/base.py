@@ -172,7 +172,7 @@ class Vlm:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PictureGrids:
-    """How a processor gives pictures grids of their own.
+    """Grids of their own that a processor gives pictures.
 
     Attributes:
         pixels: of a picture, at most.
