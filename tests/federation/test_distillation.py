@@ -7,9 +7,13 @@ import pytest
 from toy import RATES, make_cohort, make_toy, take
 
 from fedvlm_jax import lora
+from fedvlm_jax.config.method_checks import check_method
+from fedvlm_jax.config.run_options import Run
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.distillation import soft_divergence
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.methods.base import Distillation
+from fedvlm_jax.methods.config import find_method_options
 from fedvlm_jax.objectives import load_objective
 
 
@@ -40,7 +44,7 @@ def train(objective="sft", **choices):
     client = jax.tree.map(jnp.asarray, take(make_cohort(1), 0))
     if objective != "sft":
         client.examples["rejected_labels"] = client.examples["labels"][:, ::-1]
-        client.examples |= dict.fromkeys(("reference_chosen", "reference_rejected"), jnp.full(10, -4.0))
+        client.examples.update(dict.fromkeys(("reference_chosen", "reference_rejected"), jnp.full(10, -4.0)))
     if "weight" in choices:
         choices = {"distil": Distillation(moved, **choices)}
     factors, _, metrics = trainer.run(params, adapters[0], trainer.start(adapters[0]), client, RATES, **choices)
@@ -63,3 +67,9 @@ def test_a_pupil_comes_nearer_to_its_teacher():
 
 def test_answers_of_pairs_are_compared_too():
     assert train("sft+dpo", weight=0.5)[1]["distillation"] > 0
+
+
+def test_answers_that_are_drawn_have_no_teacher():
+    with pytest.raises(UserError, match="--objective reward does not go with --method feddat, because its adapters"):
+        check_method(Run(method="feddat", method_options=find_method_options("feddat")(), objective="reward"),
+                     "--method feddat")  # fmt: skip

@@ -71,7 +71,7 @@ def test_reference_log_probabilities_of_other_shapes_are_kept_apart(monkeypatch)
     for width, batch, pixels in ((4, 32, False), (8, 32, False), (4, 16, False), (4, 32, False), (4, 32, True)):
         arrays = {name: np.zeros((2, width), np.int32) for name in ("input_ids", "labels", "rejected")}
         data = FederatedData(loaded, None, None, 0, True)
-        vars(data)["examples"] = SimpleNamespace(**arrays)
+        vars(data)["examples"] = SimpleNamespace(**arrays, image_tokens=None)
         data.reference(batch, False, None, pixels, inputs=None, note=print)
     assert len({id(store) for store in stores}) == 4
     assert stores[0] is stores[3]

@@ -154,14 +154,14 @@ def test_preferences_neighbours_and_newcomers_read_grids_too(folder, rows, tmp_p
     records = json.loads(rows.read_text())
     pairs = [
         {
-            "images": [str(rows.parent / name) for name in record["image"]], "client": record["client"],
+            "images": record["image"], "client": record["client"],
             "prompt": [{"role": "user", "content": "what is it?"}],
             "chosen": [{"role": "assistant", "content": record["conversations"][1]["value"]}],
             "rejected": [{"role": "assistant", "content": "no"}],
         }
         for record in records
     ]  # fmt: skip
-    file = tmp_path / "pairs.jsonl"
+    file = rows.parent / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, pairs)))
     run = make_run(folder, file, tmp_path / "dpo", objective="dpo", train=TrainOptions(rounds=1, local_steps=1))
     evaluation = dataclasses.replace(run.evaluation, every=1, neighbours=2)

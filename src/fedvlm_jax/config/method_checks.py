@@ -15,6 +15,7 @@ from fedvlm_jax.config.run_options import LoraOptions, PromptOptions, Run, Train
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import SHARE, LocalOptions, MethodOptions, ServerOptions, find_method_options
+from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.privacy.config import PrivacyOptions
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def check_method(run: Run, label: str) -> None:
             raise UserError(
                 f"{write_flag(path)} does not go with {label}, because {why}. Leave it out, or leave the method out"
             )
+    if load_objective(run.objective, run.preference).samples and (why := method.refuses.get("samples")):
+        raise UserError(f"--objective {run.objective} does not go with {label}, because {why}: use another of the two")
     if run.privacy.on:
         _check_privacy(run, method, label)
     if run.messages.pool != "mean" and (why := _find_why_every_message(run, method)):

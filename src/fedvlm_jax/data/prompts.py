@@ -18,7 +18,7 @@ class Tiles(NamedTuple):
 
     @property
     def views(self) -> int:
-        """Views of the picture for the vision tower: its tiles, and the whole of it."""
+        """The tiles of the picture, and the whole of it, are what the vision tower sees."""
         return self.rows * self.columns + 1
 
 
@@ -39,7 +39,7 @@ class Grid(NamedTuple):
 
     @property
     def views(self) -> int:
-        """Views of the picture for the vision tower: the whole of it."""
+        """The whole of the picture is all that the vision tower sees of it."""
         return 1
 
 

@@ -351,9 +351,9 @@ class Method:
             everybody: 2 for a global beside a local one. A's of different clients are compared pair by pair.
         refuses: what it does not take of `AVERAGING`, the options that come with an average, all of them unless it says
             otherwise, of `train.weighting`, of `start`, an adapter to begin with, of `privacy`, `participation.attack`
-            and `messages`, which act on messages, of `top-k`, messages of which a part comes later, and of
-            `lora.targets`, low-rank factors beside a soft prompt, and of `audit.keep`, to keep what is sent -> why not,
-            to be read after "because".
+            and `messages`, which act on messages, of `top-k`, messages of which a part comes later, of `audit.keep`,
+            to keep what is sent, of `samples`, objectives that draw answers, and of `lora.targets`, low-rank factors
+            beside a soft prompt -> why not, to be read after "because".
         moot: those of them that would merely do nothing: a comparison, in which others take them, leaves them out here.
         prompt: whether the adapters that it makes may have a soft prompt, which it then treats as its factors, or must.
         parallel: whether its adapters stand beside whole layers of both towers (`lora.parallel`), of the run's rank,

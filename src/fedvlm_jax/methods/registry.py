@@ -22,7 +22,7 @@ def load_method(name: str, setup: Setup) -> Method:
     if method.name != name:
         raise UserError(f"{file} makes a method named {method.name!r}: it must have its file's name, {name!r}")
     acting = ("privacy", "participation.attack", "messages", "top-k", "audit.keep")  # on messages
-    known = {*AVERAGING, "train.weighting", "start", "lora.targets", *acting}
+    known = {*AVERAGING, "train.weighting", "start", "lora.targets", "samples", *acting}
     if unknown := sorted({*method.refuses, *method.moot} - known):
         raise UserError(
             f"{file} names options that there are not: {', '.join(unknown)}; there are {', '.join(sorted(known))}"

@@ -183,7 +183,7 @@ class Vlm:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PictureGrids:
-    """The way that a processor gives pictures grids of their own.
+    """Grids of their own that a processor gives pictures.
 
     Attributes:
         pixels: of a picture, at most.

@@ -16,7 +16,7 @@ that starts anew; clients count as `--train.weighting` says, in the code alike; 
 with the r of the round before, which it trained beside.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -77,4 +77,6 @@ def make(setup: Setup) -> Method:
         message = jax.tree.map(jnp.subtract, g, received)
         return PairsTrained(own, message, {"global": g_state, "local": own_state}, client.mask.any(), metrics)
 
-    return make_dual_method("feddat", source, setup, HALF, train=train)
+    method = make_dual_method("feddat", source, setup, HALF, train=train)
+    drawn = "its adapters learn from each other's answers to what the data say, and there every step draws its own"
+    return replace(method, refuses={**method.refuses, "samples": drawn})
