@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from assets.shipped import ASSETS, EMOJI, NAMES, read_unseen
+from assets.shipped_folders import ASSETS, EMOJI, NAMES, read_unseen
 from tiny_run import tiny_run
 
 from fedvlm_jax.config.run_options import EvaluationOptions, TrainOptions

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from assets.shipped import ASSETS, EMOJI, NAMES, read_unseen
+from assets.shipped_folders import ASSETS, EMOJI, NAMES, read_unseen
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Florence2Processor
 
