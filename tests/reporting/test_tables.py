@@ -10,8 +10,10 @@ from rich.console import Console
 
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.reporting.figures import run_figures
 from fedvlm_jax.reporting.pages import render
 from fedvlm_jax.reporting.score_tables import tabulate_comparison, tabulate_run, tabulate_runs
+from fedvlm_jax.reporting.sentences import describe_run
 from fedvlm_jax.reporting.tables import (
     Table,
     cut_to_width,
@@ -192,3 +194,14 @@ def test_a_table_wider_than_a_phone_folds_there():
     assert 'class="fold"' not in render("table.html.j2", table=narrow)
     assert 'class="fold"' in render("table.html.j2", table=wide)
     assert '<td data-label="against local">+1.0 [−0.5, +2.5]</td>' in render("table.html.j2", table=wide)
+
+
+def test_table_picture_and_sentence_have_one_interval(tmp_path):
+    """Gains of −12.5, −12.5, 0 and −12.5 points: t of three degrees of freedom reaches 9.9 around −9.4."""
+    zero_shot = {"a": 0.375, "b": 0.375, "c": 0.125, "d": 0.125}
+    personal = {"a": 0.25, "b": 0.25, "c": 0.125, "d": 0.0}
+    record = read_run(write_run(tmp_path / "r", zero_shot, personal))
+    assert tabulate_run(record)[0].rows[1][6] == "−9.4 [−19.3, +0.6]"
+    (ax,) = run_figures.draw_gains(record).axes
+    assert [text.get_text() for text in ax.texts] == ["mean −9.4 [−19.3, +0.6]"]
+    assert "That is inside the noise: the 95 % interval over clients holds zero." in describe_run(record)

@@ -8,7 +8,7 @@ import numpy as np
 from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.metrics.metric_labels import MEASURES, Measure, find_measure, order_measures, percent
 from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise, summarise_matrix
-from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, order_by_mean, spread
+from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, estimate_mean, order_by_mean, spread
 from fedvlm_jax.reporting.tables import MANY, MARKS, Table, format_bytes, format_paired, keep_ends, points
 from fedvlm_jax.run_dir.reader import ComparisonRecord, RunRecord
 from fedvlm_jax.run_dir.stored_baseline import read_baseline
@@ -107,7 +107,7 @@ def _tabulate_models(title: str, models: Mapping[str, str], scores: Mapping[str,
         base = scores["held_out/zero_shot" if model.startswith("held_out") else "zero_shot"]
         written = "–"
         if not model.endswith("zero_shot") and (gains := gain_by_client(scores[model], base)):
-            gain = summarise(gains)
+            gain = estimate_mean({0: gains})
             interval = f" [{points(gain.low)}, {points(gain.high)}]" * (not math.isnan(gain.low))  # one client has none
             written = points(gain.mean) + interval
         figures = (summary.mean, summary.std, summary.min, summary.worst_decile)
@@ -117,7 +117,7 @@ def _tabulate_models(title: str, models: Mapping[str, str], scores: Mapping[str,
     strong = frozenset(number for number, model in enumerate(models) if model == "personal")
     note = (
         "Spread over clients; Jain: fairness index, 1 where all are alike, none where all are zero; gain in points "
-        "with its 95 % interval."
+        "with its 95 % t-interval over clients."
     )
     return Table(title, columns, tuple(rows), strong, note)
 

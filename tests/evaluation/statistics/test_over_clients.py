@@ -72,11 +72,7 @@ def test_summaries_are_ordered_and_know_no_order_of_clients(values, random):
     assert summary.worst_decile <= summary.mean + slack
     assert summary.mean <= summary.max + slack
     assert summary.std <= (summary.max - summary.min) / 2 + slack, "Popoviciu's bound"
-    if len(values) > 1:
-        assert summary.min - slack <= summary.low <= summary.mean + slack
-        assert summary.mean - slack <= summary.high <= summary.max + slack
     other = summarise(dict(random.sample(sorted(values.items()), len(values))))
-    assert (other.low, other.high) == pytest.approx((summary.low, summary.high), nan_ok=True)
     assert (other.mean, other.std, other.jain) == pytest.approx(
         (summary.mean, summary.std, summary.jain), abs=slack, nan_ok=True
     )
@@ -91,16 +87,8 @@ def test_clients_with_copies_of_themselves_leave_mean_and_spread(values):
     )
 
 
-def test_a_summary_carries_its_interval():
-    values = {f"c{n}": float(value) for n, value in enumerate(np.random.default_rng(3).random(30))}
-    summary = summarise(values)
-    theirs = stats.bootstrap((list(values.values()),), np.mean, method="percentile", n_resamples=20_000)
-    reach = summary.high - summary.low
-    assert summary.low == pytest.approx(theirs.confidence_interval.low, abs=0.06 * reach)
-    assert summary.high == pytest.approx(theirs.confidence_interval.high, abs=0.06 * reach)
+def test_one_client_is_a_summary():
     alone = summarise({"a": 0.5})
-    assert math.isnan(alone.low)
-    assert math.isnan(alone.high)
     assert (alone.mean, alone.std, alone.jain) == (0.5, 0.0, 1.0)
 
 
@@ -110,7 +98,6 @@ def test_gain_by_hand():
     assert gain_by_client(values, base) == {"a": 0.25, "b": -0.25, "c": 0.0}
     gain = summarise(gain_by_client(values | {"d": 1.0}, base | {"d": 0.0}))
     assert (gain.mean, gain.min, gain.max, gain.clients) == (0.25, -0.25, 1.0, 4)
-    assert gain.low < 0.25 < gain.high
 
 
 def name(values):

@@ -1,4 +1,4 @@
-"""Statistics over clients: mean, spread, confidence interval, fairness, gains, and the cross-client matrix."""
+"""Statistics over clients: mean, spread, resampled intervals, fairness, gains, and the cross-client matrix."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,6 @@ class Summary:
     max: float
     clients: int
     jain: float  # Jain's fairness index; NaN where a value is negative or all are zero
-    low: float  # 95 % bootstrap interval of the mean; NaN with one client
-    high: float
 
 
 def summarise(values: Mapping[str, float]) -> Summary:
@@ -52,7 +50,6 @@ def summarise(values: Mapping[str, float]) -> Summary:
     # Products with shares, not `mean`, whose last bits differ: stored results were computed so.
     shares = np.full(len(numbers), 1 / len(numbers))
     mean = float(shares @ numbers)
-    low, high = bootstrap_interval(values)
     return Summary(
         mean=mean,
         std=float(np.sqrt(shares @ (numbers - mean) ** 2)),
@@ -61,17 +58,15 @@ def summarise(values: Mapping[str, float]) -> Summary:
         max=float(numbers.max()),
         clients=len(numbers),
         jain=jain_index(numbers),
-        low=low,
-        high=high,
     )
 
 
 def bootstrap_interval(values: Mapping[str, float]) -> tuple[float, float]:
-    """Bootstrap the mean over clients by percentiles (Efron 1979); the 95 % interval's ends, NaN with a single client.
+    """Bootstrap a mean by percentiles (Efron 1979); the 95 % interval's ends, NaN with a single value.
 
-    It says nothing about other seeds, since the clients share a training run: to compare methods over seeds there is
-    `paired_difference`. Percentiles stay within a metric's bounds, but are too narrow for few clients, by about
-    sqrt((n - 1) / n). The order of clients makes no difference.
+    For many values, as a client's test examples are: percentiles stay within a metric's bounds, but are too narrow for
+    few, by about sqrt((n - 1) / n). Over clients and seeds there are `estimate_mean` and `paired_difference`. The order
+    of names makes no difference.
 
     Raises:
         UserError: there is no client, or a value is not finite.

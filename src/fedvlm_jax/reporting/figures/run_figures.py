@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure
-from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client, summarise
+from fedvlm_jax.evaluation.statistics.over_clients import gain_by_client
+from fedvlm_jax.evaluation.statistics.over_seeds import estimate_mean
 from fedvlm_jax.reporting.figures import theme
 from fedvlm_jax.reporting.figures.cross_client_heatmap import draw_matrix
 from fedvlm_jax.reporting.figures.round_lines import lift_validation, pick
@@ -63,10 +64,10 @@ def draw_clients(record: RunRecord) -> Figure:
 
 @theme.style()
 def draw_gains(record: RunRecord) -> Figure:
-    """Draw what every client gains over the frozen model, with the mean and its bootstrap interval over clients."""
+    """Draw what every client gains over the frozen model, with the mean and its t-interval over clients."""
     zero_shot, personal = record.scores("zero_shot"), record.scores("personal")
     gains = dict(sorted(gain_by_client(personal, zero_shot).items(), key=itemgetter(1)))
-    order, values, gain = list(gains), 100 * np.asarray(list(gains.values())), summarise(gains)
+    order, values, gain = list(gains), 100 * np.asarray(list(gains.values())), estimate_mean({0: gains})
     figure, ax, rows, size = _make_rows(order, 1.2, 0.2)
     colour = _colour(record)
     ax.hlines(rows, 0, values, color=theme.GRID, linewidth=0.07 * size, zorder=1)
