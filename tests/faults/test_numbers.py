@@ -11,6 +11,7 @@ import pytest
 from fedvlm_jax.cli._parsing.numbers import read_float, read_int
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.config.compare_options import Compare
+from fedvlm_jax.config.method_checks import write_flag
 from fedvlm_jax.config.option_checks import validate, validate_comparison
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.sources.registry import make_options
@@ -57,7 +58,7 @@ def test_numbers_of_the_chosen_method_and_of_its_data_have_ranges() -> None:
 @pytest.mark.parametrize("value", [2**31, 2**63, 2**64, 10**30, -(2**63)])
 @pytest.mark.parametrize("path", COUNTS)
 def test_no_count_is_larger_than_devices_count(path: str, value: int) -> None:
-    flag = "--" + path.replace("_", "-")
+    flag = write_flag(path)
     with pytest.raises(UserError, match=rf"{flag} (is|-9|means nothing).*") as caught:
         validate(change(Run(), path, value))
     assert "\n" not in str(caught.value)
@@ -70,13 +71,13 @@ def test_no_batch_is_larger_than_memory() -> None:
 
 @pytest.mark.parametrize("path", FLOATS)
 def test_no_number_is_none(path: str) -> None:
-    with pytest.raises(UserError, match="--" + path.replace("_", "-") + " is nan"):
+    with pytest.raises(UserError, match=write_flag(path) + " is nan"):
         validate(change(Run(), path, math.nan))
 
 
 @pytest.mark.parametrize("path", FLOATS)
 def test_no_number_is_infinite(path: str) -> None:
-    with pytest.raises(UserError, match="--" + path.replace("_", "-")):
+    with pytest.raises(UserError, match=write_flag(path)):
         validate(change(Run(), path, math.inf))
 
 
