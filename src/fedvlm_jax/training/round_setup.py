@@ -185,7 +185,7 @@ def check_frozen(run: Run, vlm: Vlm, flag: str) -> None:
 
 
 def check_grids(run: Run, vlm: Vlm, pixels: int, flag: str) -> None:
-    """Refuse what no model's folder is read for, where `flag` gives each picture a grid of its own of so many pixels.
+    """Refuse grids of their own, of so many pixels at most, that `flag` asks for in vain; no processor is read.
 
     Raises:
         UserError: the model has no such grids, an image token has more pixels, or the tower is not frozen.
