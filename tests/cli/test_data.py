@@ -70,6 +70,21 @@ def test_tokens_of_a_model_are_counted(rows: Path, tmp_path: Path, capsys: pytes
     assert "6 of 6 rows cannot be used, more than --data.max-bad-share" in shown
 
 
+def test_a_model_s_tokens_are_those_of_sound_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = make_row(6)["image"]["bytes"][:40]
+    made = [*map(make_row, range(6)), make_row(6, image={"bytes": broken, "path": "6.png"}), make_row(7, chosen=" ")]
+    words = ["data", "--data", str(write_rows(tmp_path / "rows.parquet", made)), "--out", str(tmp_path / "out")]
+    main(words)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "which --model counts, and broken images, which --check-images looks for" in shown
+    assert "pictures were not decoded: --check-images does that, and finds broken ones" in shown
+    main([*words, "--model", "florence2-nano"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 × broken or truncated image" in shown
+    assert "pictures were decoded to find broken ones, and not compared: --check-images does that" in shown
+    assert "looks for" not in shown
+
+
 def test_options_are_those_of_train(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--data.partition", "iid", "--data.clients", "2", "--seed", "4", "--check-images", "--strict"]
     source = ["--data", str(rows), "--data.max-bad-share", "0.5"]

@@ -9,6 +9,7 @@ import tomllib
 
 import pytest
 from deployment_world import write_rows
+from models import causal_cases
 
 from fedvlm_jax.cli import deploy, main
 from fedvlm_jax.cli import node as node_command
@@ -155,12 +156,25 @@ def refuse(words, capsys):
         (("--clients", "3", "--train.finetune-steps", "2"), "not in a deployment"),
         (("--clients", "3", "--model", "./nowhere"), "there is no such folder"),
         (("--clients", "3", "--method", "flora", "--secure"), "--secure: the server of flora needs every client's"),
+        (("--clients", "3", "--image-pixels", "4096"), "have no grids of their own: leave --image-pixels out"),
         ((), "--clients"),
     ],
 )
 def test_what_cannot_be_leaves_nothing(words, told, tmp_path, capsys):
     assert told in refuse(["deploy", "init", tmp_path / "new", *words], capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_grids_of_their_own_that_no_node_could_make_are_refused(tmp_path, capsys):
+    model = tmp_path / "model"
+    model.mkdir()
+    causal_cases.write_qwen3(model)
+    (model / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # of which the plan has the digest alone
+    words = ["deploy", "init", tmp_path / "new", "--clients", "3", "--model", model, "--image-pixels"]
+    assert "--image-pixels 63: an image token alone has 64" in refuse([*words, "63"], capsys)
+    told = refuse([*words, "1024", "--lora.targets", "vision_tower/.*qkv"], capsys)
+    assert "--image-pixels needs a frozen tower" in told
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_is_not_empty_stays_as_it_is(tmp_path, model, capsys):

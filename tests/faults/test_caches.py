@@ -107,6 +107,15 @@ def test_a_flipped_bit_or_byte_anywhere_is_noticed(tmp_path, suffix, place):
     assert all(record in (None, make_record(number)) for number, record in enumerate(found))
 
 
+def test_nothing_added_leaves_no_files(tmp_path):
+    """A store that is full adds nothing for the whole of a run, and every later one would open its files."""
+    records = Records(tmp_path, SIZE)
+    records.add([], [])
+    assert [path.suffix for path in tmp_path.iterdir() if path.suffix] == []
+    records.add([make_key(1)], [make_record(1)])
+    assert Records(tmp_path, SIZE).read(make_key(1)) == make_record(1)
+
+
 def test_records_of_another_key_in_place_of_one_s_own_are_noticed(tmp_path):
     Records(tmp_path, SIZE).add([make_key(1), make_key(2)], [make_record(1), make_record(2)])
     (file,) = tmp_path.glob("*.rows")

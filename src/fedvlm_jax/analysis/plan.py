@@ -164,11 +164,8 @@ def _choose_size(request: Request, vlm: Vlm) -> tuple[tuple[int, int], int | Non
     """
     sizes = request.sizes
     if (pixels := sizes.image_pixels) is not None:
-        if vlm.grids is None:
-            raise UserError(f"pictures of {request.model} have no grids of their own: leave --sizes.image-pixels out")
-        if pixels < vlm.grids.pixels:
-            raise UserError(f"--sizes.image-pixels {pixels}: an image token alone has {vlm.grids.pixels}")
-        round_setup.check_frozen(request.run, vlm, "--sizes.image-pixels")
+        round_setup.check_grids(request.run, vlm, pixels, "--sizes.image-pixels")
+        assert vlm.grids is not None
         side = math.isqrt(vlm.grids.pixels)
         return (side, side), pixels // vlm.grids.pixels
     size = (sizes.image_size, sizes.image_size) if sizes.image_size else read_size(request.model)

@@ -68,7 +68,10 @@ def data(
         for sentence in sentences:
             console.say(sentence, style=style)
     if not check_images:
-        console.say("pictures were not decoded: --check-images does that, and finds broken ones", style="dim")
+        todo = "were not decoded: --check-images does that, and finds broken ones"
+        if model is not None:  # whose tokens are counted of sound ones
+            todo = "were decoded to find broken ones, and not compared: --check-images does that"
+        console.say(f"pictures {todo}", style="dim")
     console.say(f"picture  {folder / 'data.png'}\ndata     {folder / 'data.json'}")
     if leaks and strict:
         print(f"fedvlm: --strict: {len(leaks)} of the checks found a leak", file=sys.stderr)

@@ -20,7 +20,7 @@ from fedvlm_jax.federation.client_round import aggregation_key
 from fedvlm_jax.federation.simulator import start_adapter
 from fedvlm_jax.methods import Context, Method
 from fedvlm_jax.models import Vlm, read_vlm
-from fedvlm_jax.training.round_setup import build_programs, choose_program_options
+from fedvlm_jax.training.round_setup import build_programs, check_grids, choose_program_options
 from fedvlm_jax.utils import tree
 
 
@@ -103,6 +103,8 @@ def open_method(plan: Plan, model: str) -> tuple[Vlm, Method]:
     if vlm.bind is not None:
         raise UserError(f"{model} chooses among the answers of its data, which differ between nodes: not deployed")
     check_rule(run, vlm)
+    if run.image_pixels is not None:
+        check_grids(run, vlm, run.image_pixels, "--image-pixels")
     programs = build_programs(
         vlm, make_mesh(1), choose_program_options(run), plan.clients, plan.cohort, plan.cohort, run.train.local_steps
     )

@@ -210,8 +210,10 @@ def _tabulate_tokens(found: Mapping[str, Any]) -> Table:
 def _tabulate_left_out(description: Mapping[str, Any]) -> Table:
     unusable = description["unusable"]
     rows = tuple((reason, f"{count:,}") for reason, count in list(unusable["reasons"].items())[:LISTED])
-    more = [] if "tokens" in description else ["prompts that are too long for the model, which --model counts"]
-    more += [] if description["images"]["decoded"] else ["broken images, which only --check-images looks for"]
+    more = list[str]()
+    if "tokens" not in description:
+        more = ["prompts that are too long for the model, which --model counts"]
+        more += [] if description["images"]["decoded"] else ["broken images, which --check-images looks for"]
     note = f"{unusable['lost']}On top come {', and '.join(more)}." if more else unusable["lost"]
     return Table("Rows that will be left out", ("reason", "rows"), rows, note=note)
 

@@ -182,3 +182,16 @@ def check_frozen(run: Run, vlm: Vlm, flag: str) -> None:
             f"{flag} needs a frozen tower, and --lora.targets reach into it or into its projector: keep them in the "
             "text model, or leave the option out, so that all pictures have one size"
         )
+
+
+def check_grids(run: Run, vlm: Vlm, pixels: int, flag: str) -> None:
+    """Refuse grids of their own, of so many pixels at most, that `flag` asks for in vain; no processor is read.
+
+    Raises:
+        UserError: the model has no such grids, an image token has more pixels, or the tower is not frozen.
+    """
+    if vlm.grids is None:
+        raise UserError(f"pictures of {run.model} have no grids of their own: leave {flag} out")
+    if pixels < vlm.grids.pixels:
+        raise UserError(f"{flag} {pixels}: an image token alone has {vlm.grids.pixels}")
+    check_frozen(run, vlm, flag)

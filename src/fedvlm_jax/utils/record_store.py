@@ -114,7 +114,7 @@ class Records:
 
     def add(self, keys: Sequence[bytes], records: Iterable[bytes]) -> None:
         """Add records of whole rows; where the disk does not take them, warn once and go on without."""
-        if not self._writable:
+        if not (keys and self._writable):  # no files of nothing, each of which every reader would open
             return
         contents = list(records)
         counts = [len(content) // self._size for content in contents]
