@@ -124,7 +124,7 @@ def test_every_method_trains_it(case, method):
     _, params, trainer, record, adapter = make_method(method, objective=case[0].name)
     server, cohort = record.init(adapter), make_cohort(CLIENTS)
     cohort = cohort._replace(examples=add_pairs(cohort.examples))
-    states, losses = start_states(record, server, CLIENTS), []
+    states, losses, programs = start_states(record, server, CLIENTS), [], []
     program = make_round(record, trainer, make_mesh(1))
     for round_ in range(1, 4):
         base = params if record.base is None else record.base(params, server)
@@ -132,5 +132,7 @@ def test_every_method_trains_it(case, method):
         server, cohort = out.server, cohort._replace(new=np.zeros(CLIENTS, bool))
         losses.append(float(out.metrics["loss"].mean()))
         assert all(np.isfinite(values).all() for values in out.metrics.values())
+        programs.append(program._cache_size())
     assert losses[-1] < losses[0]
-    assert program._cache_size() == 1, "all rounds of a phase are one program"
+    # A base that the server's state is added to is, in the first round alone, on no device in particular.
+    assert programs[-1] == programs[1] <= 1 + (record.base is not None), "all rounds of a phase are one program"
