@@ -27,6 +27,7 @@ led to, and weighs them by a softmax over these alone."""
 
 BOTTLENECK = ("down", "up")
 """Two leaves of a site after which a bottleneck stands, see `lora.bottleneck`; it need not have the factors too."""
+
 PROMPT = "prompt"
 """The leaf of a soft prompt, [n, width], at the site of an `nn.Embed`: it is added to the embeddings of the n tokens
 that follow the first."""

@@ -244,8 +244,9 @@ class Experiment:
     @property
     def judge(self) -> Reward | None:
         """Return what rewards answers, where the objective trains for that."""
-        settings = self.model.vlm.settings()
-        return partial(judge_answers, self.run.preference, settings) if self.objective.samples else None
+        if not self.objective.samples:
+            return None
+        return partial(judge_answers, self.run.preference, self.model.vlm.settings())
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -265,9 +266,7 @@ class Experiment:
             novel=find_novel(self.examples) if model.vlm.classes else None,
             own=find_own(self.examples) if model.vlm.classes else None,
             beta=self.run.preference.beta,
-            reward=partial(judge_answers, self.run.preference, model.vlm.settings())
-            if self.objective.samples
-            else None,
+            reward=self.judge,
             base=self.data.base_numbers(self.base_scoring),
             advance=self.show.advance,
         )

@@ -148,6 +148,26 @@ def read_cluster(clusters: Int[Array, " population"], number: Number, none: int)
     return jnp.take(jnp.asarray(clusters), number, mode="fill", fill_value=none)
 
 
+def find_part(parts: PyTree, cluster: Number, none: int, otherwise: PyTree) -> PyTree:
+    """Select what a cluster has of parts [M, …], and what else there is for a client that is in none.
+
+    >>> parts, other = {"b": jnp.asarray([1.0, 2.0])}, {"b": jnp.asarray(9.0)}
+    >>> [find_part(parts, jnp.int32(cluster), 2, other)["b"].tolist() for cluster in (1, 2)]
+    [2.0, 9.0]
+    """
+    mine = jax.tree.map(lambda leaf: jnp.take(leaf, jnp.minimum(cluster, none - 1), axis=0), parts)
+    return tree.choose(cluster == none, otherwise, mine)
+
+
+def replace_table(start: PyTree, received: PyTree) -> PyTree:
+    """Put what a client received beside the start, and no table of clusters: the `View` of clustered methods.
+
+    >>> replace_table({"start": 0, "scales": 1, "clusters": 2}, {"cluster": 3})
+    {'start': 0, 'scales': 1, 'cluster': 3}
+    """
+    return {"start": start["start"], "scales": start["scales"], **received}
+
+
 def write_clusters(
     table: Int[Array, " population"],
     numbers: Int[Array, " K"],

@@ -41,9 +41,11 @@ from fedvlm_jax.methods.base import (
 from fedvlm_jax.methods.components.clusters import (
     SEEN,
     choose_clusters,
+    find_part,
     mean_by_cluster,
     measure_distances,
     read_cluster,
+    replace_table,
     write_clusters,
 )
 from fedvlm_jax.methods.components.factors import map_sites, norm_of, only, split_scales
@@ -96,8 +98,7 @@ def make(setup: Setup) -> Method:
 
     def find_expert(server: PyTree, cluster: Number, otherwise: PyTree) -> PyTree:
         """Return the expert of a cluster, and what else there is for a client that has none."""
-        experts = jax.tree.map(lambda leaf: jnp.take(leaf, jnp.minimum(cluster, most - 1), axis=0), server["experts"])
-        return tree.choose(cluster == none, otherwise, experts)
+        return find_part(server["experts"], cluster, none, otherwise)
 
     def assemble(own: PyTree, cluster: Number, server: PyTree, beside: Bool[Array, ""] | bool) -> lora.Adapter:
         """Put all experts side by side, `own` in its cluster's place; without a cluster it is alone, or not there."""
@@ -199,9 +200,6 @@ def make(setup: Setup) -> Method:
         del last
         return {"experts": server["experts"], "many": server["many"], "cluster": find_cluster(server, number)}
 
-    def view(start: PyTree, received: PyTree) -> PyTree:
-        return {"start": start["start"], "scales": start["scales"], **received}
-
     def travels(server: PyTree, messages: PyTree) -> base.Travelling:
         return base.shape_of_one(messages), server["experts"]
 
@@ -212,8 +210,8 @@ def make(setup: Setup) -> Method:
         source="arXiv 2509.15087: clusters by cosine of B after a warm-up, an expert each, the mean over its clients; "
         "router with 2E−1 outputs, the best E kept; routers start at zero, who comes later joins the nearest cluster",
         init=init, init_client=init_client, client_update=client_update, aggregate=aggregate, personalise=personalise,
-        trained=trained, download=lambda server: server["experts"], broadcast=broadcast, view=view, travels=travels,
-        pairs=most,
+        trained=trained, download=lambda server: server["experts"], broadcast=broadcast, view=replace_table,
+        travels=travels, pairs=most,
         refuses={
             **dict.fromkeys(("server", "local.proximal", "local.scaffold"), average),
             "lora.ranks": "experts stand side by side with one rank for all",

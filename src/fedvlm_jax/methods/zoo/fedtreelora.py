@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.methods import base
 from fedvlm_jax.methods.base import Aggregated, Client, Context, Key, Method, Number, Setup, Updated, Weights, is_factor
-from fedvlm_jax.methods.components.clusters import SEEN
+from fedvlm_jax.methods.components.clusters import SEEN, replace_table
 from fedvlm_jax.methods.components.factors import by_site, map_sites, norm_of, only, split_scales
 from fedvlm_jax.methods.components.layer_clusters import cut_tree, mean_by_layer, measure_layer_distances, number_layers
 from fedvlm_jax.methods.components.personalized_download import NOBODY, renew, start_pool
@@ -181,9 +181,6 @@ def make(setup: Setup) -> Method:
         del last
         return {"parts": find_parts(server, number), "made": server["made"]}
 
-    def view(start: PyTree, received: PyTree) -> PyTree:
-        return {"start": start["start"], "scales": start["scales"], **received}
-
     def travels(server: PyTree, messages: PyTree) -> base.Travelling:
         del server
         one = base.shape_of_one(messages)
@@ -195,8 +192,8 @@ def make(setup: Setup) -> Method:
         source="arXiv 2603.13282: a tree of clients by their B after a warm-up, cut more finely with depth; "
         "W_0 + λ B_c A_c + (1−λ) B_e A_e, means of the layer's cluster and of the others; equations at second hand",
         init=init, init_client=init_client, client_update=client_update, aggregate=aggregate, personalise=personalise,
-        trained=trained, download=lambda server: {}, broadcast=broadcast, view=view, travels=travels, mixes=True,
-        pairs=2,
+        trained=trained, download=lambda server: {}, broadcast=broadcast, view=replace_table,
+        travels=travels, mixes=True, pairs=2,
         refuses={
             **dict.fromkeys(("server", "local.proximal", "local.scaffold"), average),
             "lora.ranks": "clients receive the others' factors, which must have the form of their own",

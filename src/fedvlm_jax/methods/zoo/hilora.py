@@ -30,7 +30,7 @@ from fedvlm_jax import lora
 from fedvlm_jax.methods import base
 from fedvlm_jax.methods.base import Aggregated, Client, Context, Key, Method, Number, Setup, Updated, Weights
 from fedvlm_jax.methods.components.client_regularizers import Nudge
-from fedvlm_jax.methods.components.clusters import SEEN, read_cluster, write_clusters
+from fedvlm_jax.methods.components.clusters import SEEN, find_part, read_cluster, replace_table, write_clusters
 from fedvlm_jax.methods.components.factors import map_sites, matmul, norm_of, only, side_by_side, split_scales
 from fedvlm_jax.methods.components.personalized_download import NOBODY, renew, start_pool
 from fedvlm_jax.methods.components.spectral_clusters import cluster_spectrally, measure_subspace_distances
@@ -88,9 +88,7 @@ def make(setup: Setup) -> Method:
         """Return the pair of a client's cluster; what all began with where it has none."""
         if "tier" in server:
             return tree.choose(number == nobody, server["start"], server["tier"])
-        cluster = read_cluster(server["clusters"], number, none)
-        mine = jax.tree.map(lambda leaf: jnp.take(leaf, jnp.minimum(cluster, most - 1), axis=0), server["tiers"])
-        return tree.choose(cluster == none, server["start"], mine)
+        return find_part(server["tiers"], read_cluster(server["clusters"], number, none), none, server["start"])
 
     def add_up(server: PyTree, *pairs: PyTree) -> lora.Adapter:
         return lora.concatenate(*[tree.combine(pair, server["scales"]) for pair in pairs])
@@ -182,9 +180,6 @@ def make(setup: Setup) -> Method:
         del last
         return {"root": server["root"], "tier": find_tier(server, number)}
 
-    def view(start: PyTree, received: PyTree) -> PyTree:
-        return {"start": start["start"], "scales": start["scales"], **received}
-
     def travels(server: PyTree, messages: PyTree) -> base.Travelling:
         del server
         return base.shape_of_one(messages), base.shape_of_one(messages)
@@ -195,8 +190,8 @@ def make(setup: Setup) -> Method:
         source="arXiv 2603.02785: W_0 + s(B_r A_r + B_c A_c + B_l A_l), root, cluster and leaf trained in turn; "
         "products averaged, B := U, A := ΣVᵀ; clusters by subspaces of B; stages are shares of the rounds",
         init=init, init_client=init_client, client_update=client_update, aggregate=aggregate, personalise=personalise,
-        trained=trained_adapter, download=lambda server: server["root"], phase=phase, broadcast=broadcast, view=view,
-        travels=travels, pairs=3,
+        trained=trained_adapter, download=lambda server: server["root"], phase=phase, broadcast=broadcast,
+        view=replace_table, travels=travels, pairs=3,
         refuses={
             **dict.fromkeys(("server", "local.proximal", "local.scaffold"), new_basis),
             "lora.ranks": "the three adapters have one rank for all",

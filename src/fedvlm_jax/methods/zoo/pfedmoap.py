@@ -118,12 +118,10 @@ def make(setup: Setup) -> Method:
             assemble=lambda factors: assemble(factors, found["present"] & again, experts=experts),
         )  # fmt: skip
         # The gate of a client's first round was not asked, but weight decay would move it.
-        new = {**new, "head": jax.tree.map(lambda x, old: jnp.where(again, x, old), new["head"], own["head"])}
+        new = {**new, "head": tree.choose(again, new["head"], own["head"])}
         moved = {name: jax.tree.map(jnp.subtract, new[name], part) for name, part in server["shared"].items()}
         state = {**personal, "own": new, "sent": jnp.ones((), bool), "gated": again, **setup.kept(optimizer)}
-        took = client.mask.any()
-        state = jax.tree.map(lambda x, old: jnp.where(took, x, old), state, personal)
-        return state, moved, metrics | {"update_norm": norm_of(moved)}
+        return tree.choose(client.mask.any(), state, personal), moved, metrics | {"update_norm": norm_of(moved)}
 
     def aggregate(ctx: Context, server: PyTree, messages: PyTree, weights: Weights) -> Aggregated:
         assert ctx.numbers is not None

@@ -143,8 +143,8 @@ def _choose_largest(folder: Path, pixels: int) -> int:
     """
     _, vision = _choose_side(folder, None)
     step = vision.patch * vision.merge
-    if not step**2 <= pixels <= min(MOST_TOKENS * step**2, MOST_PIXELS**2):
-        most = min(MOST_TOKENS * step**2, MOST_PIXELS**2)
+    most = min(MOST_TOKENS * step**2, MOST_PIXELS**2)
+    if not step**2 <= pixels <= most:
         raise UserError(
             f"--image-pixels {pixels}: an image token of {folder} has {step**2:,} pixels, so expected from that to "
             f"{most:,}"
