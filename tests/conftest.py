@@ -4,8 +4,10 @@ Many files of tests compile the same small programs, in every worker. A folder t
 them: the first process makes it, and its workers and the processes that tests start find it in their environment.
 """
 
+import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +19,8 @@ hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
 FOLDER = "JAX_COMPILATION_CACHE_DIR"
+FULL = 2 * 2**30
+"""Resident bytes beyond which a worker drops its compiled programs: a thousand tests fill a machine otherwise."""
 
 QUICKLY = (
     "--xla_backend_optimization_level=0",
@@ -89,6 +93,30 @@ def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadFileScheduling
 
     return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """The limit of one test's time is there for those that hang; slow ones may take as long as they do."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(0))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """After the last test of a file; what is dropped is read from the folder of programs when it is asked for again."""
+    if (nextitem is None or nextitem.path != item.path) and _resident() > FULL:
+        sys.modules["jax"].clear_caches()
+        gc.collect()  # traced functions and what they close over refer to each other
+
+
+def _resident() -> int:
+    """-> bytes in memory, or 0 where nothing has been compiled or the system has no such file."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1] if "jax" in sys.modules else 0
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def pytest_unconfigure() -> None:
