@@ -22,6 +22,7 @@ from fedvlm_jax.methods.components import server_optimizers
 from fedvlm_jax.methods.components.factors import leaf_name
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
 from fedvlm_jax.methods.zoo import ditto, pfedme
+from fedvlm_jax.objectives import load_objective
 
 pytestmark = pytest.mark.broad
 
@@ -187,7 +188,7 @@ def test_who_never_took_part_has_nobodys_private_weights():
     """Mistake 6: a "global" evaluation that silently uses the last client's private weights."""
     world = World("plora")
     found = world.run()[-1]
-    trainer = make_local_trainer(world.vlm, None, optimizer="sgd")  # type: ignore[arg-type]
+    trainer = make_local_trainer(world.vlm, load_objective("sft"), optimizer="sgd")
     programs = Programs(world.method, trainer, make_mesh(1))
     states = jax.tree.map(lambda *rows: np.stack(rows), *found.states)
     numbers = np.arange(3, dtype=np.int32)
