@@ -4,6 +4,7 @@ Many files of tests compile the same small programs, in every worker. A folder t
 them: the first process makes it, and its workers and the processes that tests start find it in their environment.
 """
 
+import ctypes
 import gc
 import os
 import shutil
@@ -108,6 +109,9 @@ def pytest_runtest_teardown(item, nextitem):
     if (nextitem is None or nextitem.path != item.path) and _resident() > FULL:
         sys.modules["jax"].clear_caches()
         gc.collect()  # traced functions and what they close over refer to each other
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc, which else keeps most of what was freed
+        if trim is not None:
+            trim(0)
 
 
 def _resident() -> int:

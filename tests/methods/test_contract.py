@@ -67,6 +67,7 @@ CHOICES = {
     "fedrpca": {"options": fedrpca.Options(beta=1.0)},  # above 1 it amplifies, with one client too
     "pfedmma": {"options": pfedmma.Options(scale=1.0)},  # at its default a few steps hardly move the model
     # A gate between nearly equal experts has gradients of the size of rounding, of which AdamW makes whole steps.
+    "fedlease": {"optimizer": "sgd"},
     "pfedmoap": {"optimizer": "sgd"},
 }
 
