@@ -55,7 +55,7 @@ class Options:
     seeds: tuple[int, ...] = (0,)
     clients: int = 4000
     cohort: int = 256
-    rounds: int = 40
+    rounds: int = 20
     local_steps: int = 2
     batch_size: int = 8
     images: int = 20
