@@ -70,6 +70,7 @@ def test_few_clients_are_one_cluster():
         assert cluster_spectrally(jnp.asarray(apart), jnp.asarray(present), 3)[1] == 1
 
 
+@pytest.mark.broad
 def test_planted_clusters_are_found():
     """B's of two directions with noise, in two layers of a stack: both rules, each with its distance."""
     rng = np.random.default_rng(1)

@@ -125,7 +125,7 @@ def test_features_in_the_place_of_pixels_are_the_same(case):
     assert np.abs(case.logits(pixel_values=others) - case.logits())[0].max() > 1e-4, "pictures are not looked at"
 
 
-@pytest.mark.parametrize("targets", ["default", ".*"])
+@pytest.mark.parametrize("targets", [pytest.param("default", marks=pytest.mark.broad), ".*"])
 def test_a_memory_in_the_place_of_a_prompt_is_the_same(case, targets):
     """In float64: adapters everywhere make so much of float32's rounding that another processor's is too far off.
 
@@ -236,6 +236,7 @@ def test_default_targets_are_sites_of_the_text_model(described):
     assert not lora.find_dead_targets(described.vlm.sites, described.vlm.targets)
 
 
+@pytest.mark.broad
 def test_every_site_moves_the_answers(described):
     adapter = described.adapt(".*")
     batch = {**described.batch, "labels": described.labels}
