@@ -135,15 +135,15 @@ def draw(settings: Sequence[str], variants: Sequence[str], lines: Sequence[Line]
     """Draw the AUROC of both tests for every variant and attacker: dots are seeds, bars their means."""
     with theme.style():
         figure, axes = theme.make_figure(
-            9.5, 0.6 + 0.9 * len(variants) * len(settings) / 2, len(TESTS), len(settings), sharex=True, sharey=True
+            9.5, 1.0 + 0.9 * len(variants) * len(settings) / 2, len(TESTS), len(settings), sharex=True, sharey=True
         )
         for number, setting in enumerate(settings):
             for place, test in enumerate(TESTS):
                 ax = axes[len(TESTS) * number + place]
                 _draw_panel(ax, variants, [line for line in lines if line["setting"] == setting], test)
                 ax.set_title(f"{setting}, by {test}")
-        axes[0].legend(loc="lower right", fontsize=7)
-        axes[0].invert_yaxis()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        axes[0].set_ylim(len(variants) - 0.5, -0.5)
         for ax in axes[-len(TESTS) :]:
             ax.set_xlabel("AUROC of membership")
         return figure
