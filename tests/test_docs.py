@@ -84,7 +84,7 @@ def test_links_to_files_lead_to_files(page):
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
-NEW = {"methods/zoo/encoder_b.py", "methods/zoo/prompt_pair.py"}
+NEW = {f"methods/zoo/{name}.py" for name in ("encoder_b", "prompt_half", "prompt_pair")}
 """Files that a page tells the reader to write."""
 
 

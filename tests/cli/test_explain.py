@@ -1,6 +1,7 @@
 """`fedvlm explain`: what is told of a method is what the method does, a stranger's as well."""
 
 import dataclasses
+import io
 from types import SimpleNamespace
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from config.test_method_checks import trace_shapes
 from models import causal_cases
+from rich.console import Console
 from tiny_run import make_folder
 from toy import SPEC, WIDTH, WRITES, WRITING, make_toy
 
@@ -15,7 +17,7 @@ from fedvlm_jax import lora
 from fedvlm_jax.analysis.explain import explain_method
 from fedvlm_jax.analysis.trace_method import Held
 from fedvlm_jax.cli.main import main
-from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions, methods_available
+from fedvlm_jax.config.run_options import LoraOptions, PromptOptions, Run, TrainOptions, methods_available
 from fedvlm_jax.federation.communication import count_bytes, find_travelling
 from fedvlm_jax.methods import Method, load_method
 from fedvlm_jax.methods.config import LocalOptions
@@ -23,6 +25,7 @@ from fedvlm_jax.methods.rule_based import Options as Rule
 from fedvlm_jax.methods.rule_based import Parts, make_share_method
 from fedvlm_jax.methods.zoo import feddpa_f
 from fedvlm_jax.reporting.method_report import tabulate_explanation, tabulate_methods
+from fedvlm_jax.reporting.tables import show
 from fedvlm_jax.utils import tree
 
 CLIENTS = 4
@@ -202,6 +205,22 @@ def test_single_layers_are_named():
     assert stage.up == 4 * 2 * 512
     table = tabulate_explanation(explained)[0]
     assert ("b", "2×2×512", "trained", "layer 1", "layer 1", "own layer 0") in [row[1:] for row in table.rows]
+
+
+def test_single_vectors_are_named_and_names_stay_whole_in_80_columns():
+    """A rule that splits a soft prompt: vectors 0 and 1 are sent, the others are kept."""
+    from fedvlm_jax.models import read_vlm
+
+    run = Run(method="share", model="clip-nano", method_options=Rule("prompt/[01]$"), soft_prompt=PromptOptions(4))
+    explained = explain_method(read_vlm("clip-nano"), run, 4, lambda setup: load_method(run.method, setup))
+    table = tabulate_explanation(explained)[0]
+    held = ("vectors 0–1", "vectors 0–1", "own vectors 2–3")
+    assert table.rows == (("token_embedding", "prompt", "4×128", "trained", *held),)
+    console = Console(file=io.StringIO(), width=80)
+    show(console, table)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("│ token_embedding │ prompt │") for line in lines)
 
 
 def test_the_catalogue_has_every_method_with_its_source():

@@ -12,7 +12,7 @@ from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.round import make_round
-from fedvlm_jax.methods.config import LocalOptions
+from fedvlm_jax.methods.config import LocalOptions, list_method_flags
 from fedvlm_jax.reporting.method_report import tabulate_methods
 
 GOOD = """
@@ -36,6 +36,7 @@ def write(tmp_path, monkeypatch):
     def write(stem, text):
         (tmp_path / f"{stem}.py").write_text(text, encoding="utf-8")
         monkeypatch.delitem(sys.modules, f"fedvlm_jax.methods.zoo.{stem}", raising=False)
+        list_method_flags.cache_clear()
 
     return write
 
@@ -46,6 +47,13 @@ def write(tmp_path, monkeypatch):
         ("without_make", "", r"methods/zoo/without_make.py defines no make\(setup\)"),
         ("misnamed", GOOD, "a method named 'mine': it must have its file's name, 'misnamed'"),
         ("mine", GOOD.replace("Parts(", "Parts(refuses={'server.mu': 'no'}, "), "server.mu; "),
+        (
+            "mine",
+            GOOD.replace("return", "retrun"),
+            r"methods/zoo/mine.py cannot be imported: SyntaxError: .*line 10\)$",
+        ),
+        ("mine", GOOD.replace("Parts,", "Prats,"), "methods/zoo/mine.py cannot be imported: ImportError: .*'Prats'"),
+        ("with-hyphen", GOOD, "there is no methods/zoo/with_hyphen.py; a method's file is named with _ where"),
     ],
 )
 def test_what_a_file_must_say(write, stem, text, message):
@@ -56,8 +64,11 @@ def test_what_a_file_must_say(write, stem, text, message):
 
 def test_a_broken_file_hides_no_other_method(write, monkeypatch):
     write("without_make", "")
-    monkeypatch.setattr("fedvlm_jax.reporting.method_report.methods_available", lambda: ("plora", "without-make"))
+    write("mistyped", "def make(setup) return setup")
+    names = ("mistyped", "plora", "without-make")
+    monkeypatch.setattr("fedvlm_jax.reporting.method_report.methods_available", lambda: names)
     rows = {row[0]: row[1] for row in tabulate_methods(Run()).rows}
+    assert rows["mistyped"].startswith("cannot be used: methods/zoo/mistyped.py cannot be imported: SyntaxError")
     assert rows["without-make"].startswith("cannot be used: methods/zoo/without_make.py defines no make")
     assert "Σ p_k B_k" in rows["plora"]
 

@@ -64,6 +64,7 @@ def test_a_run_trains_among_base_classes_and_is_asked_about_all(folder, loaded):
     assert classes[: len(learner)] == learner
     assert set(examples.answers) | set(examples.rejected_answers) == set(classes)
     assert any(f"chosen among {len(classes)} classes" in note for note in show.notes)
+    assert not any("generated" in note for note in show.notes)
     np.testing.assert_array_equal(examples.labels[:, 0], [classes.index(answer) for answer in examples.answers])
     # What does not depend on classes is computed once for all that the data may be cut into.
     other = open_experiment(make_run(folder, None, seed=2), loaded)

@@ -116,6 +116,15 @@ def test_settings_of_a_method_that_is_not_compared(base, loaded, tmp_path):
         comparing.compare(comparison, None, loaded, settings={"plora": base.train})
 
 
+def test_a_method_that_the_model_cannot_have_is_refused_before_another_is_run(base, loaded, tmp_path, monkeypatch):
+    comparison = Compare(methods=("local", "promptfl"), seeds=1, base=dataclasses.replace(base, out=tmp_path / "out"))
+    monkeypatch.setattr(comparing, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    for model in (None, loaded):
+        with pytest.raises(UserError, match=r"--method promptfl trains a soft prompt .*: say --model clip-nano"):
+            comparing.compare(comparison, None, model)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_is_continued_by_its_own_fine_tuning_only(folder, base, loaded, tmp_path):
     train = dataclasses.replace(base.train, finetune_steps=3, learning_rate_b=1e-4)
     run = dataclasses.replace(base, method="fedavg-lora", train=train, out=tmp_path / "run")

@@ -36,7 +36,8 @@ def make_spec(run: Run, vlm: Vlm) -> lora.LoRA:
     if vlm.bind is None and (vectors or method.classes):
         raise UserError(
             f"--method {run.method} {'trains a soft prompt' if vectors else 'is'} for models that choose among classes,"
-            f" and {run.model} writes its answers: say --model, a folder of CLIP's, or take another method"
+            f" and {run.model} writes its answers: say --model clip-nano, which ships, or a folder of CLIP's, or take"
+            " another method"
         )
     if vlm.bind is None and load_objective(run.objective, run.preference).classes:
         raise UserError(f"--objective {run.objective}: {run.model} writes its answers, it has no classes; take sft")

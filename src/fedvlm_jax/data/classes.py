@@ -74,11 +74,13 @@ def describe_ambiguous(pictures: int) -> str:
     """Say in a line what a model that reads no question makes of pictures with several answers.
 
     >>> describe_ambiguous(2)
-    '2 pictures have rows with different answers, and one can be given, for no question is read: take one question'
+    '2 pictures have rows with different answers, and one can be given, for no question is read: take one ...'
     """
     have = "has" if pictures == 1 else "have"
     told = f"{format_count(pictures, 'picture')} {have} rows with different answers"
-    return f"{told}, and one can be given, for no question is read: take one question"
+    return (
+        f"{told}, and one can be given, for no question is read: take one (--data.tasks subgroup of the shipped data)"
+    )
 
 
 def describe_classes(trained: Sequence[str], every: Sequence[str]) -> str:

@@ -32,16 +32,18 @@ class Answering:
             **({"ignored": list(self.settings.ignored)} if self.settings.ignored else {}),
         }
 
-    def explain(self) -> list[str]:
-        """Say how answers are generated and, in one line, which gold answers none can reach."""
+    def explain(self, *, chosen: bool = False) -> list[str]:
+        """Say how answers are generated, if not `chosen` among classes, and which gold answers none can reach."""
         gold, settings = self.gold, self.settings
         search = "greedily" if settings.num_beams == 1 else f"by {settings.num_beams} beams"
         banned = settings.no_repeat_ngram_size
         ban = f", no {format_count(banned, 'token')} twice" if banned else ""
-        lines = [
-            f"answers are generated {search}{ban}, in at most {format_count(gold.budget, 'token')}; the "
-            f"gold ones take {gold.longest}"
-        ]
+        lines = []
+        if not chosen:
+            lines.append(
+                f"answers are generated {search}{ban}, in at most {format_count(gold.budget, 'token')}; the "
+                f"gold ones take {gold.longest}"
+            )
         if settings.ignored:
             lines.append(
                 f"the model's generation_config.json draws tokens ({', '.join(settings.ignored)}): that is ignored, "

@@ -114,7 +114,8 @@ class Checkpoints:
             odd = [f"  {line}" for line in sorted({*map(str, stored)} ^ {*map(str, wanted)})]
             raise UserError(
                 f"the checkpoint of round {round_} in {self._folder} does not fit this run; was its configuration "
-                "changed, or is it of another version? Entries of only one of the two:\n" + "\n".join(odd[:20])
+                "or its method's file changed, or is it of another version? Entries of only one of the two:\n"
+                + "\n".join(odd[:20])
             )
         leaves = jax.tree.leaves(template)
         sizes: dict[str, int] = {}

@@ -78,7 +78,10 @@ def list_method_flags(name: str) -> tuple[str, ...]:
     spec = importlib.util.find_spec(name_module(name)) if name.replace("-", "_").isidentifier() else None
     if spec is None or spec.origin is None:
         return ()
-    body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    try:
+        body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    except SyntaxError:  # who loads the method says so
+        return ()
     classes = [node for node in body if isinstance(node, ast.ClassDef) and node.name == "Options"]
     names = [node.target for made in classes for node in made.body if isinstance(node, ast.AnnAssign)]
     return tuple("--method." + name.id.rstrip("_").replace("_", "-") for name in names if isinstance(name, ast.Name))

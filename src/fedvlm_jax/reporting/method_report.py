@@ -8,6 +8,7 @@ from fedvlm_jax.analysis.trace_method import Held, Stage, Tensor
 from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.run_options import SHARE, Run, methods_available
 from fedvlm_jax.errors import UserError, format_count
+from fedvlm_jax.lora import PROMPT
 from fedvlm_jax.methods.base import AVERAGING
 from fedvlm_jax.methods.config import list_method_flags
 from fedvlm_jax.reporting.tables import Table, format_bytes
@@ -74,15 +75,16 @@ def _tabulate_stage(explained: Explanation, stage: Stage) -> Table:
 
 def _describe(tensor: Tensor) -> tuple[str, ...]:
     trained = "trained" if tensor.trained == 1 else f"{tensor.trained} trained"
-    held = map(_write_held, (tensor.sent, tensor.received, tensor.kept))
+    one = "vector" if tensor.name == PROMPT else "layer"
+    held = (_write_held(places, one) for places in (tensor.sent, tensor.received, tensor.kept))
     shape = "×".join(map(str, tensor.shape)) or "number"
     return (tensor.name, shape, trained if tensor.trained else "frozen", *held)
 
 
-def _write_held(places: Sequence[Held]) -> str:
+def _write_held(places: Sequence[Held], one: str) -> str:
     words = []
     for held in places:
-        layers = f"layer{'s'[: len(held.layers) > 1]} {write_layers(held.layers)}" if held.layers else ""
+        layers = f"{one}{'s'[: len(held.layers) > 1]} {write_layers(held.layers)}" if held.layers else ""
         times = f"{held.times}×" if held.times > 1 else ""
         words.append(" ".join(word for word in (times, held.place, layers) if word) or "yes")
     return ", ".join(words) or NOTHING

@@ -18,6 +18,8 @@ from fedvlm_jax.utils.untrusted_text import clean, escape_markdown
 MANY = 40  # above so many clients a table shows the two ends of the list only
 # Characters across a phone. There a wider table shows each row as a list of names and figures.
 PHONE = 50
+# Characters of a name that is not broken beside prose.
+LONGEST = 24
 MARKS = {"ahead": "▲", "behind": "▼", "level": "≈"}
 
 
@@ -168,6 +170,9 @@ def to_rich(table: Table, *, tight: bool = False) -> RichTable:
     shown.caption_justify = "left"
     for number, column in enumerate(table.columns):
         width = _measure(table, number) if tight and not table.prose else None
+        if tight and table.prose and not number:  # prose wraps as it likes, names beside it stay whole
+            longest = max((len(name) for name in (*column.split(), *(row[0] for row in table.rows))), default=0)
+            width = longest if longest <= LONGEST else None
         side = "left" if number in (0, *table.prose) else "right"
         shown.add_column(column, justify=side, overflow="fold", width=width)
     for number, row in enumerate(table.rows):

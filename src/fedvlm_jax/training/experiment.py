@@ -352,7 +352,7 @@ def open_experiment(
     if reference and experiment.objective.reference:
         experiment.find_reference()  # takes long and reports, so it is no part of the first round
     _ = experiment.layout  # refuses rounds of too many rows
-    for text in experiment.answering.explain():
+    for text in experiment.answering.explain(chosen=experiment.model.learner is not None):
         show.note(text)
     return experiment
 
