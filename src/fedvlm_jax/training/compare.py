@@ -20,6 +20,7 @@ from fedvlm_jax.config.start_folder import fit_start
 from fedvlm_jax.config.track_options import TrackOptions, check_tracking
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError, format_count
+from fedvlm_jax.models import read_vlm
 from fedvlm_jax.privacy.accounting import import_accounting
 from fedvlm_jax.run_dir.absolute_paths import anchor, move
 from fedvlm_jax.run_dir.artifacts import describe_environment
@@ -29,6 +30,7 @@ from fedvlm_jax.run_dir.reader import RunRecord, read_run
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.loaded_model import LoadedModel, load_model
+from fedvlm_jax.training.round_setup import check_fit
 from fedvlm_jax.training.tracking.base import read_records, require
 from fedvlm_jax.training.tracking.run_tracking import RunTracking
 from fedvlm_jax.training.trainer import Callback
@@ -113,6 +115,7 @@ class _Plan:
 
     def run(self, show: Progress, model: LoadedModel | None) -> Path:
         methods = self.comparison.methods
+        self.check_methods(model)
         if self.comparison.processes > 1:
             self.spread_out(show)
             self.tell_faults(show)
@@ -150,6 +153,12 @@ class _Plan:
             for record in read_records(run.out):
                 if record.fault and record.tracker in self.track.trackers:
                     show.note(f"{run.out.name}: {record.tracker} was dropped: {record.fault}")
+
+    def check_methods(self, model: LoadedModel | None) -> None:
+        """Refuse a method that cannot work with the model, before another one is trained."""
+        vlm = read_vlm(self.comparison.base.model) if model is None else model.vlm
+        for method in dict.fromkeys(map(plain, self.comparison.methods)):
+            check_fit(self.make_run(method, self.seeds[0]), vlm)
 
     def check_finished(self, methods: Sequence[str], model: LoadedModel) -> None:
         """Refuse to compare runs of other data or another model: those that are finished are only read."""
