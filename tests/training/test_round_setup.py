@@ -84,8 +84,8 @@ def test_no_option_that_programs_depend_on_is_put_at_its_default(monkeypatch, ch
     ("method", "numbers", "message"),
     [
         ("pfedmma", {}, "--method pfedmma is for models that choose among classes"),
-        ("pftt", {"pftt": pftt.Options(after="nowhere$")}, "nowhere"),
-        ("pfit", {"pfit": pfit.Options(layers="nowhere")}, "nowhere"),
+        ("pftt", {"pftt": pftt.Options(after="nowhere$")}, r"--method.after 'nowhere\$': no site matches"),
+        ("pfit", {"pfit": pfit.Options(layers="nowhere")}, "--method.layers 'nowhere' is found in no adapter's path"),
     ],
 )
 def test_a_method_that_does_not_fit_the_model_is_refused_before_another_trains(
