@@ -34,12 +34,12 @@ def validate(run: Run) -> None:
 
 
 def plain(method: str) -> str:
-    """Drop the "+ft" or "+knn" of a method's name in a comparison.
+    """Drop the "+ft" or "+knn" of a method's name in a comparison; it has one of them at most.
 
-    >>> plain("plora+ft")
-    'plora'
+    >>> plain("plora+ft"), plain("plora+knn+ft")
+    ('plora', 'plora+knn')
     """
-    return method.removesuffix(FINETUNED).removesuffix(REMEMBERING)
+    return method.removesuffix(FINETUNED if method.endswith(FINETUNED) else REMEMBERING)
 
 
 def validate_comparison(comparison: Compare) -> None:
