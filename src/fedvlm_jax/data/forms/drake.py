@@ -58,8 +58,8 @@ class Options(TurnOptions):
         if missing := [task for tasks in clients.values() for task in tasks if task not in there]:
             name, number = missing[0]
             raise UserError(
-                f"--data.scenario {self.scenario} has {shorten(name)}, subset {number}, and {folder} has no "
-                "train/dataset of it: fetch that set too"
+                f"--data.scenario {self.scenario} has {shorten(name)}, subset {shorten(str(number))}, and {folder} has "
+                "no train/dataset of it: fetch that set too"
             )
         cells = [
             (client, split, PurePath(name, split, f"dataset-{number}.json"))
@@ -82,7 +82,8 @@ class Options(TurnOptions):
                 continue
             image = record.get("image")
             placed = list(map(place_picture, image)) if isinstance(image, list) else place_picture(image)
-            yield {**record, "image": placed, "client": part.label}
+            # Whose a row is and what it is for is told by its file, whatever else the record says.
+            yield {**record, "image": placed, "client": part.label, "split": part.split}
 
 
 def place_picture(path: Any) -> Any:
@@ -103,15 +104,19 @@ def read_scenario(file: Path) -> dict[str, list[Task]]:
     try:
         if (size := file.stat().st_size) > LARGEST:
             raise UserError(f"it has {size:,} bytes")
-        content = read_plain(file)
-        return {
-            str(fit(int, client["client_id"], "client_id")): [
+        clients = dict[str, list[Task]]()
+        for client in fit(list[dict[str, Any]], json.loads(read_plain(file)), "scenario"):
+            number = str(fit(int, client["client_id"], "client_id"))
+            if number in clients:
+                raise UserError(f"client {shorten(number)} is in it twice")
+            clients[number] = [
                 (fit(str, task["dataset"], "dataset"), fit(int, task["subset_id"], "subset_id"))
                 for task in fit(list[dict[str, Any]], client["datasets"], "datasets")
                 if task.get("dataset") != "dummy"
             ]
-            for client in fit(list[dict[str, Any]], json.loads(content), "scenario")
-        }
+        if not any(clients.values()):
+            raise UserError("nobody has a task in it")
+        return clients
     except OSError as error:
         raise UserError(f"--data.scenario {describe_os_error(error)}") from None
     except (ValueError, KeyError, RecursionError) as error:

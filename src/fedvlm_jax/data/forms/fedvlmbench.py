@@ -51,6 +51,7 @@ class Options(TurnOptions):
         return content._replace(parts=tuple(parts))
 
     def read_records(self, part: Part, pictures: bool) -> Iterator[Record]:
-        """Read a file's conversations, with their client."""
+        """Read a file's conversations, with their client and split."""
         for record in read_json(part.file):
-            yield record if isinstance(record, str) else {**record, "client": part.label}
+            # Whose a row is and what it is for is told by its file, whatever else the record says.
+            yield record if isinstance(record, str) else {**record, "client": part.label, "split": part.split}
