@@ -23,7 +23,7 @@ from fedvlm_jax.methods import Method, Setup
 from fedvlm_jax.methods.base import AVERAGING
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions, find_method_options, list_method_flags
 from fedvlm_jax.methods.rule_based import Options as Rule
-from fedvlm_jax.methods.zoo import apfl, ce_lora, ditto, feddpa_t, fedotp, fedrpca, lora_fair
+from fedvlm_jax.methods.zoo import apfl, ce_lora, ditto, feddpa_t, fedotp, fedrpca, hilora, lora_fair
 from fedvlm_jax.models import read_vlm
 from fedvlm_jax.utils.option_ranges import list_options
 
@@ -80,6 +80,10 @@ TARGETS = LoraOptions(targets="text_model/.*fc1")
         (Run(method="promptfl", lora=RANKS), "--lora.ranks does not go with --method promptfl, because a soft prompt"),
         (Run(method="pfedmoap", lora=TARGETS), "--lora.targets .* pfedmoap, because it trains soft prompts alone"),
         (Run(method="pfedmma", lora=TARGETS), "--lora.targets .* pfedmma, because its adapters stand beside"),
+        (
+            Run(method="hilora", method_options=hilora.Options(clusters=65)),
+            "--method.clusters is 65: .* at most 64",
+        ),
         (Run(method="fedotp", method_options=fedotp.Options(share=0.0)), "--method.share is 0.0: it must be above 0"),
     ],
 )
