@@ -350,7 +350,7 @@ class Method:
         travels: see `Travels`; None: a client sends its message and receives `download`.
         split: (factors) -> the part of them that is shared, in the form of `download`, and the rest. For wrappers of
             methods whose message is the update of that part, or of the leaves of it that the round trains.
-        mixes: whether each client receives another download, which the server mixes for it, as `explain` then says.
+        mixes: whether each client receives another download, which the server mixes for it.
         pairs: of factors of one rank that stand side by side in the adapters that it assembles, in the same order for
             everybody: 2 for a global beside a local one. A's of different clients are compared pair by pair.
         refuses: what it does not take of `AVERAGING`, the options that come with an average, all of them unless it says
