@@ -26,6 +26,7 @@ from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.methods.rule_based import Options as Rule
 from fedvlm_jax.methods.zoo import apfl, ce_lora, ditto, feddpa_t, fedotp, fedrpca, hilora, lora_fair
 from fedvlm_jax.models import read_vlm
+from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.utils.option_ranges import list_options
 
 SGD = TrainOptions(optimizer="sgd")
@@ -123,6 +124,13 @@ def test_what_makes_no_sense_is_refused_with_the_reason(run: Run, expected: str)
 )
 def test_what_makes_sense_is_let_through(run: Run) -> None:
     validate(run)
+
+
+def test_numbers_that_exclude_each_other_are_refused_where_they_are_said() -> None:
+    with pytest.raises(UserError, match=r"--method\.root 0\.8 and --method\.cluster 0\.3 are shares of the rounds"):
+        hilora.Options(root=0.8)
+    with pytest.raises(UserError, match=r"--preference\.rewards names brevity twice"):
+        PreferenceOptions(rewards=("brevity", "brevity"))
 
 
 def test_a_method_has_its_numbers_where_none_are_given() -> None:

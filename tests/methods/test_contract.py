@@ -76,6 +76,8 @@ OTHER_FORWARD = ("fedotp",)
 """Methods that compare pictures and classes otherwise than the base does, so that a fresh client is not the base."""
 
 VALUES = {
+    ("hilora", "--method.root"): 0.7,  # with the others' shares not more than all rounds
+    ("hilora", "--method.cluster"): 0.6,
     ("pfedmoap", "--method.experts"): 2,
     ("pfedmoap", "--method.gate-width"): 8,
     ("pfedmma", "--method.layers"): 1,

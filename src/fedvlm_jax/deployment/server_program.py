@@ -20,7 +20,7 @@ from fedvlm_jax.federation.client_round import aggregation_key
 from fedvlm_jax.federation.simulator import start_adapter
 from fedvlm_jax.methods import Context, Method
 from fedvlm_jax.models import Vlm, read_vlm
-from fedvlm_jax.training.round_setup import build_programs, check_grids, choose_program_options
+from fedvlm_jax.training.round_setup import build_programs, check_fit, check_grids, choose_program_options
 from fedvlm_jax.utils import tree
 
 
@@ -102,6 +102,7 @@ def open_method(plan: Plan, model: str) -> tuple[Vlm, Method]:
     vlm = read_vlm(model)
     if vlm.bind is not None:
         raise UserError(f"{model} chooses among the answers of its data, which differ between nodes: not deployed")
+    check_fit(run, vlm)
     check_rule(run, vlm)
     if run.image_pixels is not None:
         check_grids(run, vlm, run.image_pixels, "--image-pixels")

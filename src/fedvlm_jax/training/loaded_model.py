@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 import fedvlm_jax
 from fedvlm_jax.config.method_checks import check_rule
-from fedvlm_jax.config.method_setup import count_vectors
+from fedvlm_jax.config.method_setup import count_vectors, make_spec
 from fedvlm_jax.config.run_options import Run, SystemOptions
 from fedvlm_jax.data.classes import list_classes
 from fedvlm_jax.data.config import DataOptions
@@ -45,7 +45,7 @@ from fedvlm_jax.models import Params, Processor, Vlm, load_weights, open_model, 
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.run_dir.absolute_paths import anchor
 from fedvlm_jax.run_dir.fingerprints import describe_model
-from fedvlm_jax.training.round_setup import build_programs, check_fit, check_frozen, check_room, choose_arithmetic
+from fedvlm_jax.training.round_setup import build_programs, check_frozen, check_room, choose_arithmetic
 from fedvlm_jax.utils.cache_folders import find_cache, read_bound, trim
 from fedvlm_jax.utils.compilation_cache import describe_processor
 from fedvlm_jax.utils.memoized import forget, memoized
@@ -275,7 +275,7 @@ def load_model(
     if vlm.bind is not None:  # for its errors
         classes = list_classes(table, federate(table, run.data, run.seed), pairs=pairs)
         choose_among(vlm, processor, *classes, run.data.class_prompt, count_vectors(run))
-    check_fit(run, vlm)
+    make_spec(run, vlm)  # for its errors
     check_room(run, vlm)
     if processor.grids is not None:
         check_frozen(run, vlm, "--image-pixels")

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods import base
 from fedvlm_jax.methods.base import Aggregated, Client, Context, Key, Method, Number, Setup, Updated, Weights
 from fedvlm_jax.methods.components.client_regularizers import Nudge
@@ -61,6 +62,13 @@ class Options(base.MethodOptions):
     """Weight of the squared overlap of an adapter's B with those of the stages before."""
     memory: Chance = 0.5
     """Weight of the former rounds in the running mean of a client's B."""
+
+    def __post_init__(self) -> None:
+        if self.root + self.cluster > 1:
+            raise UserError(
+                f"--method.root {self.root:g} and --method.cluster {self.cluster:g} are shares of the rounds, and more "
+                "than all of them together: lower one"
+            )
 
 
 def make(setup: Setup) -> Method:
