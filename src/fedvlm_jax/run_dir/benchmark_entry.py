@@ -5,7 +5,6 @@ they are shown, so a line cannot say what its scores do not. It may be a strange
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ LARGEST = 2**24
 
 ZERO_SHOT = "zero-shot"
 """The row of the bare base, which has no learning rates."""
+MOST = 1e15  # bytes or seconds
 LONG = 60  # characters of a name that a message shows
 
 
@@ -138,8 +138,10 @@ def _check(entry: Entry) -> None:
                 raise UserError(f"{_show(row.method)} has a score of {value:g}; expected one from 0 to 1")
         if (row.rates is None) != (row.method == ZERO_SHOT):
             raise UserError(f"{_show(row.method)} has {'no' if row.rates is None else 'strange'} learning rates")
-        if not all(0 <= number < math.inf for number in (row.upload or 0.0, row.seconds, entry.seconds)):
+        if not all(0 <= number < MOST for number in (row.upload or 0.0, row.seconds, entry.seconds)):
             raise UserError(f"{_show(row.method)} has bytes or seconds that cannot be")
+        if any(row.scores[seed].keys() != first.keys() for seed, first in entry.rows[0].scores.items()):
+            raise UserError(f"{_show(row.method)} has scores of other clients than {_show(entry.rows[0].method)}")
 
 
 def read_entries(file: Path) -> list[Entry]:
