@@ -172,8 +172,10 @@ def test_a_record_that_says_otherwise_does_not_move_a_test_row(
     said = {"split": "train", "client": "another"}
     if form == "drake":
         write(drake / "VSR" / "test" / "dataset-0.json", [say(8, f"dataset/VSR/{name(8)}", **said)])
+        rows = [say(n, f"dataset/VSR/{name(n)}", split=split) for n, split in ((6, "test"), (7, "validation"))]
+        write(drake / "VSR" / "train" / "dataset-0.json", rows)
         found = read_splits(make_options(str(drake)))["VSR-0"]
-        assert (found["train"], found["test"]) == (["6", "7"], ["8"])
+        assert found == {"train": ["6"], "validation": ["7"], "test": ["8"]}
         return
     write(fedvlmbench / "clients" / "test" / "test.json", [say(8, name(8), **said)])
     found = read_splits(make_options(str(fedvlmbench), image_root=tmp_path / "images"))

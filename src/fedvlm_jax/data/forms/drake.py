@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fedvlm_jax.data.forms.base import Form, TurnOptions
+from fedvlm_jax.data.forms.base import Form, TurnOptions, settle
 from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.records.files import LARGEST, Content, Part, Record, gather
 from fedvlm_jax.records.text_files import read_json
@@ -75,15 +75,14 @@ class Options(TurnOptions):
         return content._replace(parts=tuple(parts))
 
     def read_records(self, part: Part, pictures: bool) -> Iterator[Record]:
-        """Read a task's conversations, with their client."""
+        """Read a task's conversations, with their client and split."""
         for record in read_json(part.file):
             if isinstance(record, str):
                 yield record
                 continue
             image = record.get("image")
             placed = list(map(place_picture, image)) if isinstance(image, list) else place_picture(image)
-            # Whose a row is and what it is for is told by its file, whatever else the record says.
-            yield {**record, "image": placed, "client": part.label, "split": part.split}
+            yield settle({**record, "image": placed}, part)
 
 
 def place_picture(path: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from fedvlm_jax.data.forms.base import Form, TurnOptions
+from fedvlm_jax.data.forms.base import Form, TurnOptions, settle
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.records.files import Content, Part, Record, gather
 from fedvlm_jax.records.text_files import read_json
@@ -53,5 +53,4 @@ class Options(TurnOptions):
     def read_records(self, part: Part, pictures: bool) -> Iterator[Record]:
         """Read a file's conversations, with their client and split."""
         for record in read_json(part.file):
-            # Whose a row is and what it is for is told by its file, whatever else the record says.
-            yield record if isinstance(record, str) else {**record, "client": part.label, "split": part.split}
+            yield record if isinstance(record, str) else settle(record, part)
