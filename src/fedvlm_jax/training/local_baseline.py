@@ -41,13 +41,14 @@ def make_baseline(run: Run) -> Run:
         UserError: options of the run mean something else, or nothing, where nothing is shared; or nothing trains
             adapters of its form alone.
     """
-    assert run.out is not None
+    out = run.out
+    assert out is not None
     if declare(run.method, run).parallel:
         raise UserError(f"--method {run.method} has adapters beside whole layers, and --method {ALONE} has none")
     if vectors := count_vectors(run):
         run = dataclasses.replace(run, soft_prompt=PromptOptions(vectors))
     evaluation = dataclasses.replace(run.evaluation, cross_clients=False, examples=0)
-    alone = dataclasses.replace(for_method(run, ALONE), evaluation=evaluation, resume=None, out=run.out / BASELINE)
+    alone = dataclasses.replace(for_method(run, ALONE), evaluation=evaluation, resume=None, out=out / BASELINE)
     validate(alone)
     return alone
 
