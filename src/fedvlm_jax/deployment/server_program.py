@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from fedvlm_jax.config.method_checks import check_rule
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.deployment.plan import Plan
 from fedvlm_jax.deployment.shapes import shape_message, shape_received
@@ -103,7 +102,6 @@ def open_method(plan: Plan, model: str) -> tuple[Vlm, Method]:
     if vlm.bind is not None:
         raise UserError(f"{model} chooses among the answers of its data, which differ between nodes: not deployed")
     check_fit(run, vlm)
-    check_rule(run, vlm)
     if run.image_pixels is not None:
         check_grids(run, vlm, run.image_pixels, "--image-pixels")
     programs = build_programs(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fedvlm_jax import lora
+from fedvlm_jax.config.method_checks import check_rule
 from fedvlm_jax.config.method_setup import make_method, make_setup, make_spec
 from fedvlm_jax.config.run_options import Run, SystemOptions, TrainOptions
 from fedvlm_jax.data.batches import count_steps
@@ -163,8 +164,9 @@ def check_fit(run: Run, vlm: Vlm) -> None:
     """Refuse a method that cannot work with the model or its sites, from shapes alone.
 
     Raises:
-        UserError: as `make_spec`, and what the method itself says.
+        UserError: as `make_spec` and `check_rule`, and what the method itself says.
     """
+    check_rule(run, vlm)
     setup = make_setup(run, vlm, lambda *_: {})
     method = load_method(run.method, setup)
     jax.eval_shape(lambda key: method.init(adapter=setup.draw(key)), shape_key())
