@@ -64,7 +64,7 @@ class Options(base.MethodOptions):
     """Weight of the former rounds in the running mean of a client's B."""
 
     def __post_init__(self) -> None:
-        if self.root + self.cluster > 1:
+        if self.root + self.cluster > 1 + 1e-9:
             raise UserError(
                 f"--method.root {self.root:g} and --method.cluster {self.cluster:g} are shares of the rounds, and more "
                 "than all of them together: lower one"
