@@ -1,6 +1,7 @@
 """The last lines of `fedvlm train`, and the baseline that stands in them."""
 
 import dataclasses
+import json
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fedvlm_jax.cli._closing import close_run, suggest_comparison
 from fedvlm_jax.cli._parsing.method_and_data_options import make_signature
 from fedvlm_jax.cli.compare import compare
 from fedvlm_jax.config.compare_options import Compare
+from fedvlm_jax.config.method_setup import VECTORS
 from fedvlm_jax.config.option_checks import validate_comparison
 from fedvlm_jax.config.run_options import (
     EvaluationOptions,
@@ -126,3 +128,16 @@ def test_the_next_command_means_the_same_options(run: Run, tmp_path: Path) -> No
     assert parsed.methods[0] == "local"
     assert parsed.finetune_steps == (run.train.finetune_steps or 20)
     assert parsed.neighbours == (run.evaluation.neighbours or 10)
+
+
+def test_a_soft_prompt_is_held_against_one_that_is_trained_alone(tmp_path: Path) -> None:
+    """Its number of vectors is the method's own, and of local training it has to be said."""
+    run = Run(method="promptfl", model="clip-nano", objective="classify")
+    folder = write_run(tmp_path / "run", ZERO, OWN, run)
+    alone = make_baseline(dataclasses.replace(run, out=folder))
+    write_run(folder / "baseline", ZERO, ALONE, alone)
+    assert read_baseline(read_run(folder)) is not None
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "resolved": {"prompt_vectors": VECTORS}}))
+    parsed = parse(shlex.split(suggest_comparison(read_run(folder)))[2:])
+    assert parsed.base.soft_prompt == alone.soft_prompt

@@ -270,3 +270,13 @@ def test_a_rule_that_names_nothing_is_one_message_before_weights_are_read(tmp_pa
         shown = capsys.readouterr().err
         assert shown.startswith("fedvlm: --share 'nothing/b$' is found in no factor's path; there are:\n")
         assert "  language_model/decoder/layers/encoder_attn/k_proj/a\n" in shown
+
+
+OWN_DOWNLOAD = ("ce-lora", "fedalt", "fedmosaic", "fedtreelora", "hilora")
+"""Methods whose clients receive numbers that others do not: mixtures, or what a cluster has."""
+
+
+@pytest.mark.parametrize("name", [*OWN_DOWNLOAD, "plora", "fedlease", "feddat"])
+def test_who_receives_something_of_its_own_is_found_in_what_is_sent(toy, name):
+    """Of fedlease all experts go to all, and beside them the number of the client's own."""
+    assert explain(toy, name).own_download == (name in OWN_DOWNLOAD)

@@ -15,6 +15,7 @@ from fedvlm_jax.config.method_checks import check_rule, declare, for_method
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.option_checks import validate, validate_comparison
 from fedvlm_jax.config.run_options import LoraOptions, PromptOptions, Run, TrainOptions, methods_available
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.config import ParticipationOptions
@@ -23,8 +24,9 @@ from fedvlm_jax.methods import Method, Setup
 from fedvlm_jax.methods.base import AVERAGING
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions, find_method_options, list_method_flags
 from fedvlm_jax.methods.rule_based import Options as Rule
-from fedvlm_jax.methods.zoo import apfl, ce_lora, ditto, feddpa_t, fedotp, fedrpca, lora_fair
+from fedvlm_jax.methods.zoo import apfl, ce_lora, ditto, feddpa_t, fedotp, fedrpca, hilora, lora_fair
 from fedvlm_jax.models import read_vlm
+from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.utils.option_ranges import list_options
 
 SGD = TrainOptions(optimizer="sgd")
@@ -80,6 +82,20 @@ TARGETS = LoraOptions(targets="text_model/.*fc1")
         (Run(method="promptfl", lora=RANKS), "--lora.ranks does not go with --method promptfl, because a soft prompt"),
         (Run(method="pfedmoap", lora=TARGETS), "--lora.targets .* pfedmoap, because it trains soft prompts alone"),
         (Run(method="pfedmma", lora=TARGETS), "--lora.targets .* pfedmma, because its adapters stand beside"),
+        (
+            Run(method="hilora", method_options=hilora.Options(clusters=65)),
+            "--method.clusters is 65: .* at most 64",
+        ),
+        (
+            Run(method="promptfl", lora=LoraOptions(rank=4)),
+            "--lora.rank means nothing to --method promptfl, whose adap",
+        ),
+        (Run(method="pfedmma", lora=LoraOptions(dropout=0.1)), "--lora.dropout means nothing to --method pfedmma"),
+        (Run(method="local", soft_prompt=SOFT, lora=LoraOptions(alpha=4.0)), "--lora.alpha means nothing to --meth"),
+        (
+            Run(objective="dpo", data=make_options(novel_classes=0.3)),
+            "--data.novel-classes does not go with --objective dpo",
+        ),
         (Run(method="fedotp", method_options=fedotp.Options(share=0.0)), "--method.share is 0.0: it must be above 0"),
     ],
 )
@@ -101,10 +117,20 @@ def test_what_makes_no_sense_is_refused_with_the_reason(run: Run, expected: str)
         Run(server=ServerOptions(optimizer="yogi", beta2=0.9, epsilon=0.01)),
         Run(method="promptfl", lora=TARGETS, server=ADAM),
         Run(method="share", method_options=Rule("prompt$"), soft_prompt=SOFT),
+        Run(method="promptfl", lora=dataclasses.replace(TARGETS, rank=4, dropout=0.1)),
+        Run(method="pfedmma", lora=LoraOptions(rank=4, private_a="per-client")),
+        Run(method="local", lora=LoraOptions(rank=4)),
     ],
 )
 def test_what_makes_sense_is_let_through(run: Run) -> None:
     validate(run)
+
+
+def test_numbers_that_exclude_each_other_are_refused_where_they_are_said() -> None:
+    with pytest.raises(UserError, match=r"--method\.root 0\.8 and --method\.cluster 0\.3 are shares of the rounds"):
+        hilora.Options(root=0.8)
+    with pytest.raises(UserError, match=r"--preference\.rewards names brevity twice"):
+        PreferenceOptions(rewards=("brevity", "brevity"))
 
 
 def test_a_method_has_its_numbers_where_none_are_given() -> None:
@@ -158,6 +184,16 @@ def test_local_training_is_compared_with_whatever_the_server_does() -> None:
     validate_comparison(Compare(methods=("local", "plora"), base=base))
     assert for_method(base, "plora") == base
     assert for_method(base, "local") == Run(method="local")
+
+
+def test_factors_are_formed_in_a_comparison_where_there_are_some() -> None:
+    base = Run(lora=LoraOptions(rank=4, alpha=4.0))
+    validate_comparison(Compare(methods=("plora", "promptfl", "pfedmma"), base=base))
+    assert for_method(base, "plora") == base
+    assert for_method(base, "promptfl").lora == LoraOptions()
+    assert for_method(base, "pfedmma").lora == LoraOptions(rank=4)
+    with pytest.raises(UserError, match=r"--lora\.rank means nothing to any of --methods promptfl fedotp"):
+        validate_comparison(Compare(methods=("promptfl", "fedotp"), base=base))
 
 
 def test_weights_are_for_methods_that_weigh_by_them() -> None:

@@ -18,6 +18,7 @@ from fedvlm_jax.methods.components.clusters import (
     measure_distances,
     score_silhouette,
 )
+from fedvlm_jax.methods.components.layer_clusters import cut_tree
 from fedvlm_jax.methods.components.spectral_clusters import cluster_spectrally, measure_subspace_distances
 
 
@@ -135,3 +136,10 @@ def test_the_choice_has_no_gradient_and_the_slots_none():
 def test_slots_of_another_shape_are_refused():
     with pytest.raises(LoraError, match="slots"):
         route(jnp.zeros((3, 4)), jnp.zeros((3, 2)), jnp.ones((1, 3)))
+
+
+def test_a_layer_may_choose_among_any_number_of_clusters():
+    """A window as wide as integers go is one of all clusters."""
+    apart = jnp.asarray(np.abs(np.subtract.outer([0, 1, 10, 11, 30, 31], [0, 1, 10, 11, 30, 31])), jnp.float32)
+    found = jax.jit(cut_tree, static_argnums=(2, 3, 4))(apart[None], jnp.ones(6, bool), 4, 2**31 - 1, 0.1)
+    assert found.tolist() == [[0, 0, 1, 1, 2, 2]]

@@ -17,6 +17,7 @@ from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.distributed.sharding import replicate
 from fedvlm_jax.federation.client_round import Frame, make_client_round, start_personal
 from fedvlm_jax.federation.round import make_round
+from fedvlm_jax.methods import Setup, load_method
 from fedvlm_jax.methods.base import AVERAGING, Context, is_factor
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions, find_method_options, list_method_flags
 from fedvlm_jax.methods.zoo import fedrpca, pfedmma
@@ -75,6 +76,8 @@ OTHER_FORWARD = ("fedotp",)
 """Methods that compare pictures and classes otherwise than the base does, so that a fresh client is not the base."""
 
 VALUES = {
+    ("hilora", "--method.root"): 0.7,  # with the others' shares not more than all rounds
+    ("hilora", "--method.cluster"): 0.6,
     ("pfedmoap", "--method.experts"): 2,
     ("pfedmoap", "--method.gate-width"): 8,
     ("pfedmma", "--method.layers"): 1,
@@ -822,3 +825,31 @@ def test_a_new_file_is_tried_every_time():
     assert plain == "a-new-method"
     assert [mark.name for mark in marked.marks] == ["broad"]
     assert {*EVERY_TIME, *RULES, *UNLIKE} <= SENT.keys() <= set(methods_available())
+
+
+ODD = ("pfedmma", "pfedmoap")
+"""Methods whose clients' adapters have leaves that stand at no site of the model."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ODD else pytest.mark.broad) for name in methods_available()]
+)
+def test_every_client_s_model_can_be_fine_tuned(name: str) -> None:
+    """By local training of the assembled adapter, which must find something to train and may know no site in it."""
+    vlm, _, trainer, method, adapter = make_method(name)
+
+    def assemble(key: Any, adapter: lora.Adapter) -> lora.Adapter:
+        server = method.init(adapter=adapter)
+        personal = method.init_client(key=key, server=server, number=jnp.int32(0))
+        return method.personalise(server=server, personal=personal)
+
+    own = jax.eval_shape(assemble, jax.random.key(0), adapter)
+    local = load_method("local", Setup(sites=vlm.sites, spec=lora.LoRA(), start_optimizer=trainer.start))
+    state = jax.eval_shape(
+        lambda own: local.init_client(key=jax.random.key(0), server=local.init(adapter=own), number=jnp.int32(0)), own
+    )
+    assert {path: leaf.shape for path, leaf in tree.flatten(state["own"]).items()} == {
+        path: leaf.shape for path, leaf in tree.flatten(own).items()
+    }
+    (optimizer,) = state["optimizer"]
+    assert tree.flatten(optimizer[0].mu)

@@ -83,6 +83,8 @@ def test_each_client_begins_with_a_gate_of_its_own():
     ]
     assert not np.array_equal(gates[0]["query"], gates[1]["query"])
     assert pfedmoap.choose_width(pfedmoap.Options(), 512) == 128
+    widest = pfedmoap.Options(gate_width=2**31 - 1)
+    assert [pfedmoap.choose_width(widest, embedding) for embedding in (512, 0)] == [512, 2**31 - 1], "at once"
     drawn = pfedmoap.draw_gate(jax.random.key(0), 128, 8)
     assert sum(leaf.size for leaf in drawn.values()) == 4 * (128 * 128 + 128)
     bound = max(float(jnp.abs(leaf).max()) for leaf in drawn.values())

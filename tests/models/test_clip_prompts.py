@@ -37,6 +37,11 @@ def test_words_are_filled_up_for_the_prompt_alone():
     assert (wide.prompt_ids[:, -1] == END).all()
 
 
+def test_more_vectors_than_a_prompt_has_tokens_are_refused_before_they_are_written_out():
+    with pytest.raises(UserError, match=r"--prompt\.vectors 2147483647: prompts have 12 tokens at most"):
+        make_bound(vectors=2**31 - 1)
+
+
 @pytest.mark.broad  # seconds of compiling
 def test_a_fresh_prompt_changes_nothing_and_others_are_embedded_one_by_one(bound):
     vlm, _, params = bound

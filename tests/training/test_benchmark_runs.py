@@ -127,7 +127,7 @@ def entry(shipped):
     scores = {ZERO_SHOT: (0.1, 0.2), "local": (0.4, 0.6), "plora": (0.5, 0.7)}
     rows = tuple(make_row([{"a": low, "b": high}, {"a": low, "b": low}], name) for name, (low, high) in scores.items())
     about = {"data": "0", "weights": "1", "package": "0.1.0", "jax": "0.10", "machine": {"devices": "1 cpu"}}
-    return Entry("tiny", 1, shipped.setup, "exact_match", (0, 1), rows, **about, commit=None, seconds=3.0)
+    return Entry("tiny", 1, shipped.setup, shipped.metric, (0, 1), rows, **about, commit=None, seconds=3.0)
 
 
 @pytest.mark.broad
@@ -248,6 +248,15 @@ def spoil_row(entry, **changes):
     return spoil(entry, rows=[*rows[:-1], {**rows[-1], **changes}])
 
 
+def make_other_numbers(entry):
+    """A method that is trained with one number, and fine-tuned as if it had been with another."""
+    rows = json.loads(write_entry(entry))["rows"]
+    both = [
+        {**rows[-1], "method": name, "options": {"lambda_": size}} for name, size in (("ditto", 0.5), ("ditto+ft", 1.0))
+    ]
+    return spoil(entry, rows=[rows[0], *both])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -261,14 +270,30 @@ def spoil_row(entry, **changes):
         (lambda entry: spoil(entry, rows=[]), "expected a row for every method"),
         (lambda entry: spoil(entry, extra=1), "unknown option extra"),
         (lambda entry: spoil(entry, seconds="nan"), "seconds that cannot be"),
+        (lambda entry: spoil_row(entry, upload=1e300), "plora has bytes or seconds that cannot be"),
         (lambda entry: spoil_row(entry, rates=[1.0, 1.0]), "not in the grid"),
         (lambda entry: spoil_row(entry, rates=None), "has no learning rates"),
         (lambda entry: spoil_row(entry, method="local"), "a row for every method, and one only"),
         (lambda entry: spoil_row(entry, scores={"0": {"a": 1.5}, "1": {"a": 0.5}}), "a score of 1.5"),
         (lambda entry: spoil_row(entry, scores={"0": {"a": math.nan}, "1": {"a": 0.5}}), "a score of nan"),
         (lambda entry: spoil_row(entry, scores={"0": {"a": 0.5}}), "scores of other seeds"),
+        (
+            lambda entry: spoil_row(entry, scores={"0": {"a": 0.5, "b": 0.7}, "1": {"b": 0.7}}),
+            "plora has scores of other clients than zero-shot",
+        ),
         (lambda entry: spoil_row(entry, method="x\x1b[31m" * 50), "this version has no method x"),
         (lambda entry: spoil_row(entry, options={"lambda_": 3}), "unknown option the numbers of plora.lambda_"),
+        (lambda entry: spoil_row(entry, method="plora+knn+ft"), "this version has no method plora+knn+ft"),
+        (lambda entry: spoil(entry, metric="cider\x1b[31m"), "and tiny is judged by preference_accuracy"),
+        (lambda entry: spoil(entry, rows=json.loads(write_entry(entry))["rows"][:1]), "no row but that of zero-shot"),
+        (lambda entry: spoil(entry, version=10**4000), "the two cannot be compared"),
+        (lambda entry: spoil(entry, **{"x\nfedvlm: fine" + "y" * 9999: 1}), "unknown option x\\nfedvlm: fine"),
+        (lambda entry: spoil_row(entry, scores={"0": {"\x1b" * 9999: "x"}}), "expected float"),
+        (
+            lambda entry: spoil_row(entry, method="share", options={"rule": "/b$"}),
+            "was measured on another version of the data",
+        ),
+        (make_other_numbers, "the line has rows of ditto with other numbers"),
         (lambda entry: spoil(entry, data="0"), "was measured on another version of the data"),
         (lambda entry: write_entry(entry) + "\n" + write_entry(entry), "has 2 lines of tiny"),
     ],
@@ -282,6 +307,7 @@ def test_a_stranger_s_line_is_refused_in_a_line(entry, make, message, tmp_path, 
     assert stop.value.code == 2
     assert len(said) == 1
     assert message in said[0]
+    assert len(said[0]) < 1000
     assert "\x1b" not in shown
     assert not (tmp_path / "out" / "runs").exists()
 
@@ -349,4 +375,4 @@ def test_a_board_has_every_benchmark(entry, tmp_path):
     text = benchmark_tables.write_board(tmp_path / "board.jsonl")
     assert text.index("### joining") < text.index("Nobody has entered") < text.index("### tiny")
     assert text.count("plora") == 1
-    assert "1 line of earlier set-ups" in text
+    assert "1 line of other set-ups" in text

@@ -143,7 +143,8 @@ PROMPTED = {
 def test_prompt_methods_from_train_to_a_second_evaluation(folder, loaded, tmp_path, method):
     """Stored adapters are asked again as they were: they say themselves how pictures are compared with classes."""
     numbers = {"pfedmoap": {"method_options": pfedmoap.Options(gate_heads=4)}}.get(method, {})
-    run = make_run(folder, tmp_path / "run", method=method, objective="classify", **numbers)
+    form = LoraOptions(rank=2) if method == "pfedmma" else LoraOptions()
+    run = make_run(folder, tmp_path / "run", method=method, objective="classify", lora=form, **numbers)
     validate(run)
     record = read_run(federated_run.train(run, model=loaded))
     assert np.isfinite(record.rounds[-1]["loss"])

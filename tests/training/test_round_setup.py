@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 from toy import WRITES
 
+from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.method_setup import make_method
 from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions
 from fedvlm_jax.distributed.mesh import make_mesh
@@ -13,9 +14,9 @@ from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.cohort import choose_layout
 from fedvlm_jax.methods.components.personalized_download import start_pool
 from fedvlm_jax.methods.config import LocalOptions, ServerOptions
-from fedvlm_jax.methods.zoo import ditto
+from fedvlm_jax.methods.zoo import ditto, pfit, pftt
 from fedvlm_jax.objectives.config import PreferenceOptions
-from fedvlm_jax.training import round_setup
+from fedvlm_jax.training import compare, round_setup
 
 
 @pytest.mark.parametrize(("wave", "places"), [(20, 20), (12, 24), (8, 24)])
@@ -77,3 +78,22 @@ def test_no_option_that_programs_depend_on_is_put_at_its_default(monkeypatch, ch
     run = CHANGES[changed]
     assert make(run) == make(round_setup.choose_program_options(run))
     assert make(run) != make(Run())
+
+
+@pytest.mark.parametrize(
+    ("method", "numbers", "message"),
+    [
+        ("pfedmma", {}, "--method pfedmma is for models that choose among classes"),
+        ("pftt", {"pftt": pftt.Options(after="nowhere$")}, r"--method.after 'nowhere\$': no site matches"),
+        ("pfit", {"pfit": pfit.Options(layers="nowhere")}, "--method.layers 'nowhere' is found in no adapter's path"),
+    ],
+)
+def test_a_method_that_does_not_fit_the_model_is_refused_before_another_trains(
+    method, numbers, message, monkeypatch, tmp_path
+):
+    """The methods before it would have trained for hours."""
+    monkeypatch.setattr(compare, "load_model", lambda *_: pytest.fail("weights were read"))
+    comparison = Compare(methods=("local", method), method_options=numbers, base=Run(out=tmp_path / "out"))
+    with pytest.raises(UserError, match=message):
+        compare.compare(comparison)
+    assert not (tmp_path / "out" / "runs").exists()

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.analysis.noise_size import NoiseSize, measure_noise
-from fedvlm_jax.analysis.trace_method import OPTIMIZER, Stage, Tracer, flatten_state
+from fedvlm_jax.analysis.trace_method import OPTIMIZER, Stage, Tracer, differs_by_client, flatten_state
 from fedvlm_jax.config.method_checks import check_rule
 from fedvlm_jax.config.method_setup import make_method, make_setup
 from fedvlm_jax.config.run_options import Run
@@ -107,7 +107,7 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
         state=tree.count_bytes(personal),
         optimizer=tree.count_bytes({path: leaf for path, leaf in state.items() if OPTIMIZER in path}),
         moves_base=method.base is not None,
-        own_download=method.mixes,
+        own_download=method.mixes or differs_by_client(method, server),
         population=population,
         cohort=cohort,
         layer=lora.virtual_paths(adapter, f"{stacked}/b", vlm.sites)[0] if stacked else "",

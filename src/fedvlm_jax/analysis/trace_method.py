@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Literal
 from jaxtyping import PyTree
 
 from fedvlm_jax.federation.communication import count_bytes, find_travelling
@@ -179,6 +180,21 @@ class Tracer:
                 held = Held(place, tuple(layer for layer, _ in leaves if layer), times)
                 located[path] = (*located.get(path, ()), held)
         return located
+
+
+def differs_by_client(method: Method, server: PyTree) -> bool:
+    """Tell whether numbers that a client receives depend on which client it is, for a server's state or its shapes."""
+
+    def send(server: PyTree, number: Any) -> list[Any]:
+        received = method.broadcast(server=server, number=number, last=None)
+        return [leaf for leaf in jax.tree.leaves(received) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    traced = jax.make_jaxpr(send)(server, jax.ShapeDtypeStruct((), jnp.int32)).jaxpr
+    own = {traced.invars[-1]}
+    for step in traced.eqns:  # in the order in which they are computed
+        if any(variable in own for variable in step.invars if not isinstance(variable, Literal)):
+            own |= {*step.outvars}
+    return any(variable in own for variable in traced.outvars if not isinstance(variable, Literal))
 
 
 def _leave_out_common(found: Mapping[str, tuple[Held, ...]]) -> Mapping[str, tuple[Held, ...]]:

@@ -55,6 +55,9 @@ def suggest_comparison(record: RunRecord) -> str:
         said = value != default.get(flag, standard) or flag == "--data.form"  # which a folder may not show
         if said and flag not in NOT_TAKEN:
             words += _write_flag(flag.replace("--method.", f"--method.{run.method}."), value)
+    vectors = (record.config.get("resolved") or {}).get("prompt_vectors")
+    if vectors and run.soft_prompt.vectors is None:  # the method's own number, which training alone is to have too
+        words += _write_flag("--prompt.vectors", vectors)
     return shlex.join(words)
 
 

@@ -17,6 +17,7 @@ from fedvlm_jax.run_dir.folder_lock import choose_folder
 
 if TYPE_CHECKING:
     from fedvlm_jax.config.benchmark import Benchmark
+    from fedvlm_jax.methods.config import MethodOptions
     from fedvlm_jax.run_dir.benchmark_entry import Entry
 
 
@@ -80,9 +81,11 @@ def _run_benchmark(name: str, comparison: Compare, check: Path | None, tracked: 
 
     benchmark = find_benchmark(name)
     entry = None
-    if check is not None:
-        entry, comparison = _choose_rows(check, benchmark, comparison)
-    check_comparison(benchmark, comparison)
+    if check is None:
+        check_comparison(benchmark, comparison)
+    else:
+        entry, comparison, numbers = _choose_rows(check, benchmark, comparison)
+        check_comparison(benchmark, dataclasses.replace(comparison, method_options=numbers))
     start_quickly()
 
     from fedvlm_jax.reporting import benchmark_tables, report, tables
@@ -107,17 +110,22 @@ def _run_benchmark(name: str, comparison: Compare, check: Path | None, tracked: 
         raise SystemExit(1)
 
 
-def _choose_rows(check: Path, benchmark: "Benchmark", comparison: Compare) -> "tuple[Entry, Compare]":
-    """Read a line, and choose what of it is rerun: what is written, else its first two rows with one seed."""
-    from fedvlm_jax.run_dir.benchmark_entry import check_known, read_submission
+def _choose_rows(
+    check: Path, benchmark: "Benchmark", comparison: Compare
+) -> "tuple[Entry, Compare, dict[str, MethodOptions]]":
+    """Read a line, and choose what of it is rerun: what is written, else its first two rows with one seed.
+
+    With that come the numbers that the line has for these methods.
+    """
+    from fedvlm_jax.run_dir.benchmark_entry import read_submission, take_numbers
 
     entry, written = read_submission(check, benchmark), find_written()
     if numbers := [flag for flag in written if flag.startswith("--method.")]:
         raise UserError(f"--check reruns a row with the numbers of its line: leave out {numbers[0]}")
     methods = comparison.methods if "--methods" in written else entry.methods[:2]
-    check_known(entry, methods)
     seeds = comparison.seeds if "--seeds" in written else 1
-    return entry, dataclasses.replace(comparison, methods=methods, seeds=seeds, method_options={})
+    chosen = dataclasses.replace(comparison, methods=methods, seeds=seeds, method_options={})
+    return entry, chosen, take_numbers(entry, methods)
 
 
 def _advise(folder: Path) -> str:

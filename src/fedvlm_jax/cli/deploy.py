@@ -59,7 +59,7 @@ def deploy(
     start: Annotated[Path | None, optional("PEFT_DIR", "a fresh adapter")] = None,
     seed: Seed = 0,
     cohort: Annotated[Count | None, optional("INT", "all of them")] = None,
-    objective: Annotated[str, optional("{dpo,sft,sft+dpo}", "sft")] = Run().objective,
+    objective: Annotated[str, optional("{dpo,reward,sft,sft+dpo}", "sft")] = Run().objective,
     checkpoint_every: Count = 1,
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = MethodOptions(),  # noqa: B008  # frozen
     train: TrainOptions = TrainOptions(),  # noqa: B008

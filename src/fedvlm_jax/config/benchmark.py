@@ -19,6 +19,7 @@ from fedvlm_jax.config.option_checks import plain, validate_comparison
 from fedvlm_jax.config.run_options import Run, TrainOptions, from_json, to_json
 from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.utils.option_ranges import list_options
 from fedvlm_jax.utils.serialization import fit
 
@@ -72,6 +73,15 @@ class Benchmark:
             neighbours=self.neighbours,
             base=replace(self.run, out=out),
         )
+
+    @property
+    def metric(self) -> str:
+        """Return the metric of its scores: that by which its runs choose their rounds.
+
+        >>> find_benchmark("emoji-16").metric
+        'exact_match'
+        """
+        return self.run.evaluation.select_by or load_objective(self.run.objective, self.run.preference).select_by
 
     def train_with(self, rates: Rates) -> TrainOptions:
         """Return the training options with other learning rates of A and of B."""

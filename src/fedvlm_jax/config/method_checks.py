@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 KEEPING = "audit.keep"
 """The option that means nothing to a method that sends nothing."""
 
+OF_FACTORS = ("lora.rank", "lora.alpha", "lora.rslora", "lora.init", "lora.dropout", "lora.private_a")
+"""The options of low-rank factors, wherever these are."""
+
 MATHEMATICS = (
     *("server", "local", "train.weighting", "lora.ranks", "start", "privacy"),
-    *("messages", "participation.attack", "soft_prompt", "lora.targets"),
+    *("messages", "participation.attack", "soft_prompt", "lora.targets", *OF_FACTORS),
 )
 """The options, and groups of options, that change how a round computes, for the methods that have a place for them."""
 
@@ -77,6 +80,21 @@ def _check_prompt(run: Run, method: "Method", label: str) -> None:
         for path, why in (("lora.ranks", "has no rank"), ("start", "is not in a folder of PEFT's")):
             if list_changed(run, path):
                 raise UserError(f"{write_flag(path)} does not go with a soft prompt, which {why}: leave it out")
+    for path in list_changed(run, *list_idle(run, method)):
+        raise UserError(
+            f"{write_flag(path)} means nothing to {label}, whose adapters have no low-rank factors: leave it out"
+        )
+
+
+def list_idle(run: Run, method: "Method") -> tuple[str, ...]:
+    """List the options of low-rank factors that mean nothing to a run whose adapters have none.
+
+    Adapters beside whole layers have a rank, and are drawn.
+    """
+    if method.parallel:
+        return tuple(path for path in OF_FACTORS if path not in ("lora.rank", "lora.private_a"))
+    prompted = method.prompt == "needed" or (method.prompt == "taken" and run.soft_prompt.vectors is not None)
+    return OF_FACTORS if prompted and not run.lora.targets else ()
 
 
 def _check_privacy(run: Run, method: "Method", label: str) -> None:
@@ -141,10 +159,13 @@ def for_method(base: Run, name: str, options: MethodOptions | None = None) -> Ru
     if "participation.attack" in moot:  # the clients that would attack are left out of the scores all the same
         participation = dataclasses.replace(participation, attack="none")
     weighting = TrainOptions().weighting if "train.weighting" in moot else run.train.weighting
-    targets = LoraOptions().targets if "lora.targets" in declared.refuses else run.lora.targets
+    if "lora.targets" in declared.refuses:
+        run = dataclasses.replace(run, lora=dataclasses.replace(run.lora, targets=LoraOptions().targets))
+    names = (path.removeprefix("lora.") for path in list_idle(run, declared))
+    idle = {name: getattr(LoraOptions(), name) for name in names}
     return dataclasses.replace(
         run,
-        lora=dataclasses.replace(run.lora, targets=targets),
+        lora=dataclasses.replace(run.lora, **idle),
         audit=AuditOptions() if KEEPING in moot else run.audit,
         server=ServerOptions() if "server" in moot else run.server,
         local=dataclasses.replace(run.local, **local),

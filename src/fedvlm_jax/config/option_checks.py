@@ -34,12 +34,12 @@ def validate(run: Run) -> None:
 
 
 def plain(method: str) -> str:
-    """Drop the "+ft" or "+knn" of a method's name in a comparison.
+    """Drop the "+ft" or "+knn" of a method's name in a comparison; it has one of them at most.
 
-    >>> plain("plora+ft")
-    'plora'
+    >>> plain("plora+ft"), plain("plora+knn+ft")
+    ('plora', 'plora+knn')
     """
-    return method.removesuffix(FINETUNED).removesuffix(REMEMBERING)
+    return method.removesuffix(FINETUNED if method.endswith(FINETUNED) else REMEMBERING)
 
 
 def validate_comparison(comparison: Compare) -> None:
@@ -159,6 +159,11 @@ def _check_pairs(run: Run) -> None:
         raise UserError(f"--wave {system.wave} does not divide over --mesh {mesh}: use a multiple of {mesh.clients}")
     if system.cache_dir is not None and system.cache not in ("auto", "disk"):
         raise UserError(f"--system.cache-dir is for --system.cache disk, not {system.cache}")
+    if run.data.novel_classes and load_objective(run.objective, run.preference).pairs:
+        raise UserError(
+            f"--data.novel-classes does not go with --objective {run.objective}, whose rejected answers would name "
+            "classes that nobody is to have heard of: take sft or classify"
+        )
     if run.start is not None and (run.lora.ranks or run.lora.private_a != "common"):
         other = "--lora.ranks" if run.lora.ranks else f"--lora.private-a {run.lora.private_a}"
         raise UserError(f"--start and {other} exclude each other: all clients begin with the one adapter that is given")

@@ -21,7 +21,7 @@ from fedvlm_jax.utils.cache_folders import read_bound
 from fedvlm_jax.utils.digests import digest_files
 from fedvlm_jax.utils.option_ranges import shorten
 
-VERSION = 2  # of the rules by which records become rows: tables of another one are made again
+VERSION = 3  # of the rules by which records become rows: tables of another one are made again
 MOST_COLUMNS = 500
 SHOWN = 16  # columns that a message lists
 ROWS, BYTES = 1000, 2**24  # of rows that are written at a time, at most

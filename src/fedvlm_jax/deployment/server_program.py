@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from fedvlm_jax.config.method_checks import check_rule
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.deployment.plan import Plan
 from fedvlm_jax.deployment.shapes import shape_message, shape_received
@@ -20,7 +19,7 @@ from fedvlm_jax.federation.client_round import aggregation_key
 from fedvlm_jax.federation.simulator import start_adapter
 from fedvlm_jax.methods import Context, Method
 from fedvlm_jax.models import Vlm, read_vlm
-from fedvlm_jax.training.round_setup import build_programs, check_grids, choose_program_options
+from fedvlm_jax.training.round_setup import build_programs, check_fit, check_grids, choose_program_options
 from fedvlm_jax.utils import tree
 
 
@@ -102,7 +101,7 @@ def open_method(plan: Plan, model: str) -> tuple[Vlm, Method]:
     vlm = read_vlm(model)
     if vlm.bind is not None:
         raise UserError(f"{model} chooses among the answers of its data, which differ between nodes: not deployed")
-    check_rule(run, vlm)
+    check_fit(run, vlm)
     if run.image_pixels is not None:
         check_grids(run, vlm, run.image_pixels, "--image-pixels")
     programs = build_programs(

@@ -49,6 +49,8 @@ def partition(
     >>> list(shared["fc"]), list(personal["fc"])
     (['b'], ['a', 'scale'])
     """
+    if isinstance(rule, Rule) and not as_patterns(rule.include):
+        return {}, tree.unflatten(tree.flatten(adapter))  # whatever leaves there are, also at no site
     shared: dict[str, Any] = {}
     personal: dict[str, Any] = {}
     for path, leaf in tree.flatten(adapter).items():
@@ -58,7 +60,7 @@ def partition(
             continue
         for index, is_shared in named.items():
             (shared if is_shared else personal)[f"{path}/{'.'.join(map(str, index))}"] = leaf[index]
-    if not shared and not (isinstance(rule, Rule) and not as_patterns(rule.include)):
+    if not shared:
         paths = [v for path in tree.flatten(adapter) for v in virtual_paths(adapter, path, sites)]
         raise LoraError(f"the rule {rule!r} matches no leaf of the adapter; there are:\n{listing(paths)}")
     return tree.unflatten(shared), tree.unflatten(personal)

@@ -16,6 +16,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora
+from fedvlm_jax.lora.adapter import BOTTLENECK, PARALLEL
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 
 Metrics = dict[str, Array]
@@ -196,12 +197,15 @@ class Setup:
 def is_factor(path: str) -> bool:
     """Return whether the path ends in a factor of an adapter: what is trained unless a method says otherwise.
 
-    That are the factors of low rank and a soft prompt.
+    That are the factors of low rank, a soft prompt, and the matrices of bottlenecks and of adapters beside layers.
 
     >>> is_factor("encoder/fc1/a"), is_factor("text_model/token_embedding/prompt"), is_factor("encoder/fc1/scale")
     (True, True, False)
     """
-    return path.rpartition("/")[2] in ("a", "b", lora.PROMPT)
+    return path.rpartition("/")[2] in _FACTORS
+
+
+_FACTORS = frozenset(("a", "b", lora.PROMPT, *BOTTLENECK, *PARALLEL))
 
 
 def shape_of_one(stacked: PyTree) -> PyTree:
@@ -346,7 +350,7 @@ class Method:
         travels: see `Travels`; None: a client sends its message and receives `download`.
         split: (factors) -> the part of them that is shared, in the form of `download`, and the rest. For wrappers of
             methods whose message is the update of that part, or of the leaves of it that the round trains.
-        mixes: whether each client receives another download, which the server mixes for it, as `explain` then says.
+        mixes: whether each client receives another download, which the server mixes for it.
         pairs: of factors of one rank that stand side by side in the adapters that it assembles, in the same order for
             everybody: 2 for a global beside a local one. A's of different clients are compared pair by pair.
         refuses: what it does not take of `AVERAGING`, the options that come with an average, all of them unless it says

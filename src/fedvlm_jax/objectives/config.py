@@ -45,6 +45,8 @@ class PreferenceOptions:
         check_ranges(self, "preference")
         if not self.mix:
             raise UserError("--preference.mix is empty: give a weight between 0 and 1, or several")
+        if len({*self.rewards}) < 2:
+            raise UserError(f"--preference.rewards names {self.rewards[0]} twice: a mix is of two")
         if self.variant == "ipo" and self.label_smoothing:
             raise UserError(
                 f"--preference.label-smoothing is {self.label_smoothing}: it must be 0 with --preference.variant ipo, "

@@ -10,8 +10,9 @@ from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import Estimate, estimate_mean, spread, subtract_scores
 from fedvlm_jax.reporting.tables import MARKS, Table, format_bytes, format_duration, format_paired, points, to_markdown
-from fedvlm_jax.run_dir.benchmark_entry import ZERO_SHOT, Entry, read_entries
+from fedvlm_jax.run_dir.benchmark_entry import LONG, ZERO_SHOT, Entry, read_entries
 from fedvlm_jax.training.benchmarks.check import Verdict
+from fedvlm_jax.utils.untrusted_text import cut
 
 RIVAL = "local"
 
@@ -39,7 +40,7 @@ def tabulate_entry(entry: Entry) -> Table:
             against = format_paired(estimate_mean(apart)) if apart else "–"
         upload = "–" if row.upload is None else format_bytes(row.upload)
         rates = "–" if row.rates is None else f"{row.rates[0]:g} {row.rates[1]:g}"
-        rows.append((row.method, _write(estimates[row.method]), against, percent(worst), upload, rates))
+        rows.append((cut(row.method, LONG), _write(estimates[row.method]), against, percent(worst), upload, rates))
     columns = ("method", "score", f"against {rival}", "worst decile", "sent a round", "rates of A, B")
     return Table(f"{entry.benchmark}, version {entry.version}", columns, tuple(rows), frozenset({0}), _note(entry))
 
@@ -54,12 +55,13 @@ def _note(entry: Entry) -> str:
     count = len(entry.seeds)
     planned = find_benchmark(entry.benchmark).seeds if entry.benchmark in list_benchmarks() else count
     seeds = format_count(count, "seed") if count == planned else f"{count} of {planned} seeds"
-    machine = ", ".join(str(entry.machine[name]) for name in ("platform", "devices") if name in entry.machine)
+    found = [str(entry.machine[name]) for name in ("platform", "devices") if name in entry.machine]
+    setup, package, jax, *machine = (cut(text, LONG) for text in (entry.setup, entry.package, entry.jax, *found))
     marks = ", ".join(f"{mark} {meaning}" for meaning, mark in MARKS.items())
     return (
-        f"{find_measure(entry.metric).label} on test in per cent, mean over clients and {seeds}, with its 95 % "
-        f"t-interval over {'seeds' if count > 1 else 'clients'}; differences on the same clients and seeds ({marks}). "
-        f"Set-up {entry.setup}; fedvlm-jax {entry.package}, jax {entry.jax}; {machine}; "
+        f"{cut(find_measure(entry.metric).label, LONG)} on test in per cent, mean over clients and {seeds}, with its "
+        f"95 % t-interval over {'seeds' if count > 1 else 'clients'}; differences on the same clients and seeds "
+        f"({marks}). Set-up {setup}; fedvlm-jax {package}, jax {jax}; {', '.join(machine)}; "
         f"{format_duration(entry.seconds)} of training."
     )
 
@@ -82,7 +84,7 @@ def tabulate_verdicts(benchmark: Benchmark, verdicts: Sequence[Verdict]) -> Tabl
 
 
 def write_board(file: Path) -> str:
-    """Write all lines of a file in Markdown, by benchmark; of an earlier set-up only what it was is said.
+    """Write all lines of a file in Markdown, by benchmark; those of another set-up or metric are only counted.
 
     Raises:
         UserError: as `read_entries`.
@@ -93,8 +95,8 @@ def write_board(file: Path) -> str:
         benchmark = find_benchmark(name)
         parts += [f"### {name}", benchmark.about]
         lines = [entry for entry in entries if entry.benchmark == name]
-        current = [entry for entry in lines if entry.setup == benchmark.setup]
+        current = [entry for entry in lines if (entry.setup, entry.metric) == (benchmark.setup, benchmark.metric)]
         parts += [to_markdown(tabulate_entry(entry)) for entry in current] or ["Nobody has entered a line yet."]
         if others := len(lines) - len(current):
-            parts.append(f"{format_count(others, 'line')} of earlier set-ups: not comparable, and not shown.")
+            parts.append(f"{format_count(others, 'line')} of other set-ups: not comparable, and not shown.")
     return "\n\n".join(parts)

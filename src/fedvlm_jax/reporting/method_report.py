@@ -60,7 +60,7 @@ def _tabulate_stage(explained: Explanation, stage: Stage) -> Table:
     if stage is explained.stages[-1]:
         note = "Kept: from round to round, by the client, and as what the method calls it."
         if times := {held.times for tensor in stage.tensors for held in tensor.received} - {1}:
-            note += f" {max(times)}×: those of so many clients."
+            note += f" {max(times)}×: so many of them, of other clients or of clusters."
         if explained.layer:
             note += f" A single layer is, for --share, {explained.layer}."
     heading = f"tensors in {top}" if top else "tensors"

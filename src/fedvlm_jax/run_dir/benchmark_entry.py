@@ -5,7 +5,6 @@ they are shown, so a line cannot say what its scores do not. It may be a strange
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ LARGEST = 2**24
 
 ZERO_SHOT = "zero-shot"
 """The row of the bare base, which has no learning rates."""
+MOST = 1e15  # bytes or seconds
 LONG = 60  # characters of a name that a message shows
 
 
@@ -138,8 +138,10 @@ def _check(entry: Entry) -> None:
                 raise UserError(f"{_show(row.method)} has a score of {value:g}; expected one from 0 to 1")
         if (row.rates is None) != (row.method == ZERO_SHOT):
             raise UserError(f"{_show(row.method)} has {'no' if row.rates is None else 'strange'} learning rates")
-        if not all(0 <= number < math.inf for number in (row.upload or 0.0, row.seconds, entry.seconds)):
+        if not all(0 <= number < MOST for number in (row.upload or 0.0, row.seconds, entry.seconds)):
             raise UserError(f"{_show(row.method)} has bytes or seconds that cannot be")
+        if any(row.scores[seed].keys() != first.keys() for seed, first in entry.rows[0].scores.items()):
+            raise UserError(f"{_show(row.method)} has scores of other clients than {_show(entry.rows[0].method)}")
 
 
 def read_entries(file: Path) -> list[Entry]:
@@ -174,9 +176,15 @@ def read_submission(file: Path, benchmark: Benchmark) -> Entry:
     entry = entries[0]
     if (entry.version, entry.setup) != (benchmark.version, benchmark.setup):
         raise UserError(
-            f"{file} is of version {entry.version}, set-up {_show(entry.setup)}, and {benchmark.name} here is version "
-            f"{benchmark.version}, set-up {benchmark.setup}: the two cannot be compared"
+            f"{file} is of version {_show(str(entry.version))}, set-up {_show(entry.setup)}, and {benchmark.name} here "
+            f"is version {benchmark.version}, set-up {benchmark.setup}: the two cannot be compared"
         )
+    if entry.metric != benchmark.metric:
+        raise UserError(
+            f"{file} has scores of {_show(entry.metric)}, and {benchmark.name} is judged by {benchmark.metric}"
+        )
+    if not entry.methods:
+        raise UserError(f"{file} has no row but that of {ZERO_SHOT}, which nothing was trained for")
     if len(entry.seeds) > benchmark.seeds:
         raise UserError(
             f"{file} has {format_count(len(entry.seeds), 'seed')}, and {benchmark.name} has {benchmark.seeds}"
@@ -185,6 +193,21 @@ def read_submission(file: Path, benchmark: Benchmark) -> Entry:
         if row.rates is not None and row.rates not in benchmark.grid:
             raise UserError(f"{file}: {_show(row.method)} has learning rates {row.rates}, which are not in the grid")
     return entry
+
+
+def take_numbers(entry: Entry, methods: tuple[str, ...]) -> dict[str, MethodOptions]:
+    """Return the numbers that a line has for methods, by their plain names; without those of methods that have none.
+
+    Raises:
+        UserError: as `check_known`; or two rows of one method have other numbers, with and without an ending.
+    """
+    check_known(entry, methods)
+    numbers = dict[str, MethodOptions]()
+    for method in methods:
+        options = entry.row(method).make_options()
+        if numbers.setdefault(plain(method), options) != options:
+            raise UserError(f"the line has rows of {_show(plain(method))} with other numbers: rerun one of them")
+    return {name: options for name, options in numbers.items() if type(options) is not MethodOptions}
 
 
 def check_known(entry: Entry, methods: tuple[str, ...]) -> None:

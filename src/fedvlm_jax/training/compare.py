@@ -14,14 +14,13 @@ from typing import Any
 
 from fedvlm_jax.config.compare_options import Compare
 from fedvlm_jax.config.method_checks import for_method
-from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.option_checks import FINETUNED, REMEMBERING, plain, validate_comparison
 from fedvlm_jax.config.run_options import SHARE, Run, TrainOptions, to_json, without_extras
 from fedvlm_jax.config.start_folder import fit_start
 from fedvlm_jax.config.track_options import TrackOptions, check_tracking
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError, format_count
-from fedvlm_jax.models import Vlm, read_vlm
+from fedvlm_jax.models import read_vlm
 from fedvlm_jax.privacy.accounting import import_accounting
 from fedvlm_jax.run_dir.absolute_paths import anchor, move
 from fedvlm_jax.run_dir.artifacts import describe_environment
@@ -31,6 +30,7 @@ from fedvlm_jax.run_dir.reader import RunRecord, read_run
 from fedvlm_jax.run_dir.validated_files import read_config
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.loaded_model import LoadedModel, load_model
+from fedvlm_jax.training.round_setup import check_fit
 from fedvlm_jax.training.tracking.base import read_records, require
 from fedvlm_jax.training.tracking.run_tracking import RunTracking
 from fedvlm_jax.training.trainer import Callback
@@ -72,7 +72,6 @@ def compare(
     if comparison.out is None:
         raise UserError("a comparison needs a folder: set out")
     plan = _Plan(replace(comparison, base=fit_start(anchor(comparison.base))), settings, track)
-    plan.check_forms(read_vlm(comparison.base.model) if model is None else model.vlm)
     with Claim(comparison.out):
         return plan.run(show or SilentProgress(), model)
 
@@ -116,6 +115,7 @@ class _Plan:
 
     def run(self, show: Progress, model: LoadedModel | None) -> Path:
         methods = self.comparison.methods
+        self.check_methods(model)
         if self.comparison.processes > 1:
             self.spread_out(show)
             self.tell_faults(show)
@@ -154,10 +154,11 @@ class _Plan:
                 if record.fault and record.tracker in self.track.trackers:
                     show.note(f"{run.out.name}: {record.tracker} was dropped: {record.fault}")
 
-    def check_forms(self, vlm: Vlm) -> None:
-        """Refuse a method that the model has no adapter for, before those that stand before it are run."""
-        for method in self.comparison.methods:
-            make_spec(self.make_run(method, self.seeds[0]), vlm)
+    def check_methods(self, model: LoadedModel | None) -> None:
+        """Refuse a method that cannot work with the model, before another one is trained."""
+        vlm = read_vlm(self.comparison.base.model) if model is None else model.vlm
+        for method in dict.fromkeys(map(plain, self.comparison.methods)):
+            check_fit(self.make_run(method, self.seeds[0]), vlm)
 
     def check_finished(self, methods: Sequence[str], model: LoadedModel) -> None:
         """Refuse to compare runs of other data or another model: those that are finished are only read."""

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from fedvlm_jax.config.method_checks import for_method
+from fedvlm_jax.config.method_checks import declare, for_method
+from fedvlm_jax.config.method_setup import count_vectors
 from fedvlm_jax.config.option_checks import validate
-from fedvlm_jax.config.run_options import Run, from_json
+from fedvlm_jax.config.run_options import PromptOptions, Run, from_json
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.run_dir.reader import read_run
@@ -29,7 +30,7 @@ ALONE = "local"
 
 
 def make_baseline(run: Run) -> Run:
-    """Give the run of the same budget that trains every client alone.
+    """Give the run of the same budget that trains every client alone, with a soft prompt where the run has one.
 
     What is scored only for the report of a method (other clients' data, examples) is left out.
 
@@ -37,11 +38,17 @@ def make_baseline(run: Run) -> Run:
     'local'
 
     Raises:
-        UserError: options of the run mean something else, or nothing, where nothing is shared.
+        UserError: options of the run mean something else, or nothing, where nothing is shared; or nothing trains
+            adapters of its form alone.
     """
-    assert run.out is not None
+    out = run.out
+    assert out is not None
+    if declare(run.method, run).parallel:
+        raise UserError(f"--method {run.method} has adapters beside whole layers, and --method {ALONE} has none")
+    if vectors := count_vectors(run):
+        run = dataclasses.replace(run, soft_prompt=PromptOptions(vectors))
     evaluation = dataclasses.replace(run.evaluation, cross_clients=False, examples=0)
-    alone = dataclasses.replace(for_method(run, ALONE), evaluation=evaluation, resume=None, out=run.out / BASELINE)
+    alone = dataclasses.replace(for_method(run, ALONE), evaluation=evaluation, resume=None, out=out / BASELINE)
     validate(alone)
     return alone
 

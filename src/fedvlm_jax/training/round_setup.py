@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fedvlm_jax import lora
+from fedvlm_jax.config.method_checks import check_rule
 from fedvlm_jax.config.method_setup import make_method, make_setup, make_spec
 from fedvlm_jax.config.run_options import Run, SystemOptions, TrainOptions
 from fedvlm_jax.data.batches import count_steps
@@ -22,6 +23,8 @@ from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.federation.inputs.feature_cache import is_vision_frozen
 from fedvlm_jax.federation.local_training import make_local_trainer
+from fedvlm_jax.federation.round_shapes import shape_key
+from fedvlm_jax.methods import load_method
 from fedvlm_jax.models import Stacking, Vlm
 from fedvlm_jax.objectives import load_objective
 from fedvlm_jax.privacy.sampling import plan_sampling
@@ -155,6 +158,18 @@ def build_programs(
         ranks=deal_ranks(run.lora.ranks, clients),
     )
     return Programs(make_method(run, setup), trainer, mesh, vlm.component)
+
+
+def check_fit(run: Run, vlm: Vlm) -> None:
+    """Refuse a method that cannot work with the model or its sites, from shapes alone.
+
+    Raises:
+        UserError: as `make_spec` and `check_rule`, and what the method itself says.
+    """
+    check_rule(run, vlm)
+    setup = make_setup(run, vlm, lambda *_: {})
+    method = load_method(run.method, setup)
+    jax.eval_shape(lambda key: method.init(adapter=setup.draw(key)), shape_key())
 
 
 def check_room(run: Run, vlm: Vlm) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedvlm_jax.errors import UserError, format_count
-from fedvlm_jax.utils.untrusted_text import cut
+from fedvlm_jax.utils.untrusted_text import clean, cut
 
 T = TypeVar("T")
 
@@ -55,8 +55,8 @@ def decode(kind: type[T], stored: Any, where: str = "", chosen: Mapping[str, Any
     unknown = sorted(set(stored) - set(names))
     if unknown:
         raise UserError(
-            f"unknown option {prefix}{unknown[0]} in the stored configuration; there are {', '.join(names)}. Was it "
-            "written by another version?"
+            f"unknown option {_show(prefix + unknown[0])} in the stored configuration; there are {', '.join(names)}. "
+            "Was it written by another version?"
         )
     missing = [name for name in names if name not in stored]
     if missing:
@@ -115,4 +115,9 @@ def fit(hint: Any, value: Any, where: str, chosen: Mapping[str, Any] | None = No
 
 def _misfit(where: str, value: Any, expected: str) -> UserError:
     shown = "[…]" if isinstance(value, list) else "{…}" if isinstance(value, dict) else repr(value)
-    return UserError(f"{where} = {cut(shown, 80)}; expected {expected}")
+    return UserError(f"{_show(where)} = {cut(shown, 80)}; expected {expected}")
+
+
+def _show(path: str) -> str:
+    """Show the path of an entry, whose names may be a stranger's."""
+    return cut(clean(path), 120)

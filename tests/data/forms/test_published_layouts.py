@@ -151,6 +151,10 @@ def test_a_scenario_of_drake_deals_the_tasks(drake: Path, tmp_path: Path):
         ([{"client_id": 0, "datasets": [{"dataset": "VSR", "subset_id": "0"}]}], "is no scenario of DRAKE"),
         ([{"client_id": 0}], "is no scenario of DRAKE"),
         ({"a": 1}, "is no scenario of DRAKE"),
+        ([], "nobody has a task"),
+        ([{"client_id": 0, "datasets": [{"dataset": "dummy"}]}], "nobody has a task"),
+        ([{"client_id": 3, "datasets": [{"dataset": "VSR", "subset_id": k}]} for k in (0, 1)], "client 3 is in it tw"),
+        ([{"client_id": 0, "datasets": [{"dataset": "VSR", "subset_id": 10**99}]}], r"subset 1000.*\(100 characters\)"),
         ("x" * (2**20 + 1), "is no scenario of DRAKE"),
     ],
 )
@@ -158,6 +162,24 @@ def test_a_damaged_scenario_is_refused(drake: Path, tmp_path: Path, content: Any
     write(tmp_path / "scenario.json", content)
     with pytest.raises(UserError, match=message):
         read_table(make_options(str(drake), "natural", "drake", scenario=tmp_path / "scenario.json"))
+
+
+@pytest.mark.parametrize("form", ["fedvlmbench", "drake"])
+def test_a_record_that_says_otherwise_does_not_move_a_test_row(
+    fedvlmbench: Path, drake: Path, tmp_path: Path, form: str
+):
+    """LLaVA's records keep fields of the set that they come from, its splits among them."""
+    said = {"split": "train", "client": "another"}
+    if form == "drake":
+        write(drake / "VSR" / "test" / "dataset-0.json", [say(8, f"dataset/VSR/{name(8)}", **said)])
+        rows = [say(n, f"dataset/VSR/{name(n)}", split=split) for n, split in ((6, "test"), (7, "validation"))]
+        write(drake / "VSR" / "train" / "dataset-0.json", rows)
+        found = read_splits(make_options(str(drake)))["VSR-0"]
+        assert found == {"train": ["6"], "validation": ["7"], "test": ["8"]}
+        return
+    write(fedvlmbench / "clients" / "test" / "test.json", [say(8, name(8), **said)])
+    found = read_splits(make_options(str(fedvlmbench), image_root=tmp_path / "images"))
+    assert {client: splits["test"] for client, splits in found.items()} == {"client_0": ["8"], "client_1": ["8"]}
 
 
 @pytest.mark.parametrize("form", ["fedvlmbench", "drake"])

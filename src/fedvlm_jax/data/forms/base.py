@@ -5,10 +5,10 @@ Nothing heavy is imported here, because `fedvlm --help` reads this file.
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -160,3 +160,13 @@ class TurnOptions(FormOptions):
     def reading(self) -> Reading:
         """Return how the records become rows."""
         return super().reading._replace(each=self.turns == "each")
+
+
+def settle(record: Mapping[str, Any], part: Part) -> dict[str, Any]:
+    """Give a record the client and the split of its file, whatever it says itself, but for validation out of train.
+
+    >>> settle({"split": "train"}, Part(Path("a.json"), "a.json", split="test", label="ann"))
+    {'split': 'test', 'client': 'ann'}
+    """
+    validates = part.split == "train" and record.get("split") == "validation"
+    return {**record, "split": "validation" if validates else part.split, "client": part.label}

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fedvlm_jax.data.forms.base import Form, TurnOptions
+from fedvlm_jax.data.forms.base import Form, TurnOptions, settle
 from fedvlm_jax.errors import UserError, describe_os_error
 from fedvlm_jax.records.files import LARGEST, Content, Part, Record, gather
 from fedvlm_jax.records.text_files import read_json
@@ -58,8 +58,8 @@ class Options(TurnOptions):
         if missing := [task for tasks in clients.values() for task in tasks if task not in there]:
             name, number = missing[0]
             raise UserError(
-                f"--data.scenario {self.scenario} has {shorten(name)}, subset {number}, and {folder} has no "
-                "train/dataset of it: fetch that set too"
+                f"--data.scenario {self.scenario} has {shorten(name)}, subset {shorten(str(number))}, and {folder} has "
+                "no train/dataset of it: fetch that set too"
             )
         cells = [
             (client, split, PurePath(name, split, f"dataset-{number}.json"))
@@ -75,14 +75,14 @@ class Options(TurnOptions):
         return content._replace(parts=tuple(parts))
 
     def read_records(self, part: Part, pictures: bool) -> Iterator[Record]:
-        """Read a task's conversations, with their client."""
+        """Read a task's conversations, with their client and split."""
         for record in read_json(part.file):
             if isinstance(record, str):
                 yield record
                 continue
             image = record.get("image")
             placed = list(map(place_picture, image)) if isinstance(image, list) else place_picture(image)
-            yield {**record, "image": placed, "client": part.label}
+            yield settle({**record, "image": placed}, part)
 
 
 def place_picture(path: Any) -> Any:
@@ -103,15 +103,19 @@ def read_scenario(file: Path) -> dict[str, list[Task]]:
     try:
         if (size := file.stat().st_size) > LARGEST:
             raise UserError(f"it has {size:,} bytes")
-        content = read_plain(file)
-        return {
-            str(fit(int, client["client_id"], "client_id")): [
+        clients = dict[str, list[Task]]()
+        for client in fit(list[dict[str, Any]], json.loads(read_plain(file)), "scenario"):
+            number = str(fit(int, client["client_id"], "client_id"))
+            if number in clients:
+                raise UserError(f"client {shorten(number)} is in it twice")
+            clients[number] = [
                 (fit(str, task["dataset"], "dataset"), fit(int, task["subset_id"], "subset_id"))
                 for task in fit(list[dict[str, Any]], client["datasets"], "datasets")
                 if task.get("dataset") != "dummy"
             ]
-            for client in fit(list[dict[str, Any]], json.loads(content), "scenario")
-        }
+        if not any(clients.values()):
+            raise UserError("nobody has a task in it")
+        return clients
     except OSError as error:
         raise UserError(f"--data.scenario {describe_os_error(error)}") from None
     except (ValueError, KeyError, RecursionError) as error:

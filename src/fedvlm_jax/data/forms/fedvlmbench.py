@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from fedvlm_jax.data.forms.base import Form, TurnOptions
+from fedvlm_jax.data.forms.base import Form, TurnOptions, settle
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.records.files import Content, Part, Record, gather
 from fedvlm_jax.records.text_files import read_json
@@ -51,6 +51,6 @@ class Options(TurnOptions):
         return content._replace(parts=tuple(parts))
 
     def read_records(self, part: Part, pictures: bool) -> Iterator[Record]:
-        """Read a file's conversations, with their client."""
+        """Read a file's conversations, with their client and split."""
         for record in read_json(part.file):
-            yield record if isinstance(record, str) else {**record, "client": part.label}
+            yield record if isinstance(record, str) else settle(record, part)

@@ -4,8 +4,11 @@ All shapes are fixed: P places, of which some are nobody's, at most M clusters, 
 M, or M where it has none. Clusters are numbered by their first place.
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge, Le
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fedvlm_jax.methods.base import Number, Weights
@@ -14,6 +17,8 @@ from fedvlm_jax.utils import tree
 Distances = Float[Array, "P P"]
 
 SEEN = 64  # clients that are clustered at least, where there are so many
+Clusters = Annotated[int, Ge(1), Le(SEEN)]
+"""An option's number of clusters at most: each is a part of a compiled program, and has adapters at the server."""
 
 
 def measure_distances(one: PyTree, other: PyTree) -> Float[Array, "P Q"]:

@@ -86,6 +86,7 @@ def cut_tree(
     [[0, 0, 0, 0], [0, 0, 1, 1]]
     """
     finest, many = min(most, len(present)), present.sum()
+    window = min(window, most)  # beyond which it would leave the integers
     partitions = link_averages(distances.mean(axis=0), present)
     scores = jnp.stack(
         [jnp.full(len(distances), threshold)]

@@ -40,6 +40,7 @@ from fedvlm_jax.methods.base import (
 )
 from fedvlm_jax.methods.components.clusters import (
     SEEN,
+    Clusters,
     choose_clusters,
     find_part,
     mean_by_cluster,
@@ -60,7 +61,7 @@ class Options(MethodOptions):
 
     warmup: Count = 2
     """Rounds in which clients train alone; after the last of them they are clustered."""
-    clusters: Count = 4
+    clusters: Clusters = 4
     """Clusters, and so experts, at most."""
 
 

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.methods import base
 from fedvlm_jax.methods.base import Aggregated, Client, Context, Key, Method, Number, Setup, Updated, Weights, is_factor
-from fedvlm_jax.methods.components.clusters import SEEN, replace_table
+from fedvlm_jax.methods.components.clusters import SEEN, Clusters, replace_table
 from fedvlm_jax.methods.components.factors import by_site, map_sites, norm_of, only, split_scales
 from fedvlm_jax.methods.components.layer_clusters import cut_tree, mean_by_layer, measure_layer_distances, number_layers
 from fedvlm_jax.methods.components.personalized_download import NOBODY, renew, start_pool
@@ -42,7 +42,7 @@ class Options(base.MethodOptions):
 
     warmup: Count = 2
     """Rounds in which clients train alone; after the last of them they are clustered."""
-    clusters: Count = 4
+    clusters: Clusters = 4
     """Clusters of a layer at most."""
     window: Count = 2
     """Numbers of clusters that a layer may choose among, from that of the layer before on (the paper's K)."""

@@ -27,15 +27,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.methods import base
 from fedvlm_jax.methods.base import Aggregated, Client, Context, Key, Method, Number, Setup, Updated, Weights
 from fedvlm_jax.methods.components.client_regularizers import Nudge
-from fedvlm_jax.methods.components.clusters import SEEN, find_part, read_cluster, replace_table, write_clusters
+from fedvlm_jax.methods.components.clusters import (
+    SEEN,
+    Clusters,
+    find_part,
+    read_cluster,
+    replace_table,
+    write_clusters,
+)
 from fedvlm_jax.methods.components.factors import map_sites, matmul, norm_of, only, side_by_side, split_scales
 from fedvlm_jax.methods.components.personalized_download import NOBODY, renew, start_pool
 from fedvlm_jax.methods.components.spectral_clusters import cluster_spectrally, measure_subspace_distances
 from fedvlm_jax.utils import tree
-from fedvlm_jax.utils.option_ranges import Chance, Count, NonNegative, Share
+from fedvlm_jax.utils.option_ranges import Chance, NonNegative, Share
 
 ROOT, CLUSTER, LEAF = range(3)  # the stages, and so the phases of rounds
 
@@ -48,12 +56,19 @@ class Options(base.MethodOptions):
     """Share of the rounds, the first ones, that train the adapter of all clients; one at least."""
     cluster: Share = 0.3
     """Share of the rounds after these that train the clusters' adapters; one at least. The rest train the leaves."""
-    clusters: Count = 4
+    clusters: Clusters = 4
     """Clusters at most."""
     orthogonal: NonNegative = 0.01
     """Weight of the squared overlap of an adapter's B with those of the stages before."""
     memory: Chance = 0.5
     """Weight of the former rounds in the running mean of a client's B."""
+
+    def __post_init__(self) -> None:
+        if self.root + self.cluster > 1 + 1e-9:
+            raise UserError(
+                f"--method.root {self.root:g} and --method.cluster {self.cluster:g} are shares of the rounds, and more "
+                "than all of them together: lower one"
+            )
 
 
 def make(setup: Setup) -> Method:

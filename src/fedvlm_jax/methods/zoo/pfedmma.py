@@ -63,7 +63,9 @@ def make(setup: Setup) -> Method:
         for tower, depth in depths.items():
             place = f"{tower}/{BESIDE}"
             made |= {f"{place}/{name}": fill(flat[f"{place}/{name}"], depth) for name in ("into", "back")}
-            made |= {f"{place}/middle": fill(flat[SHARED], depth), f"{place}/scale": jnp.full(depth, options.scale)}
+            # Of scale 0 they have no gradient either, in a fine-tuning of the whole adapter.
+            scale = jnp.where(jnp.arange(depth) < depth - top, 0.0, options.scale)
+            made |= {f"{place}/middle": fill(flat[SHARED], depth), f"{place}/scale": scale}
         return tree.unflatten(made)
 
     refuses = {

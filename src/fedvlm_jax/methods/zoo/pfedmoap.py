@@ -171,14 +171,16 @@ def choose_width(options: Options, embedding: int) -> int:
     >>> [choose_width(Options(), embedding) for embedding in (512, 768, 192)]
     [128, 128, 96]
     """
-    whole = embedding or options.gate_width  # 0: no model is known yet
-    fits = [w for w in range(1, options.gate_width + 1) if whole % w == 0 and w % options.gate_heads == 0]
-    if not fits and embedding:
+    if not embedding:  # no model is known yet
+        return options.gate_width
+    most = min(options.gate_width, embedding)
+    fits = [w for w in range(1, most + 1) if embedding % w == 0 and w % options.gate_heads == 0]
+    if not fits:
         raise UserError(
             f"--method.gate-heads {options.gate_heads} and --method.gate-width {options.gate_width}: no multiple of "
             f"the heads up to that width divides the {embedding} numbers of the model's embeddings; lower the heads"
         )
-    return max(fits, default=options.gate_width)
+    return max(fits)
 
 
 def draw_gate(key: Key, width: int, heads: int) -> dict[str, Array]:

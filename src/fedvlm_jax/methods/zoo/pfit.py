@@ -29,7 +29,7 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.errors import UserError
-from fedvlm_jax.lora.sites import search
+from fedvlm_jax.lora.sites import listing, search
 from fedvlm_jax.methods import base
 from fedvlm_jax.methods.base import (
     Aggregated,
@@ -72,7 +72,7 @@ def make(setup: Setup) -> Method:
     )
 
     def split(adapter: lora.Adapter) -> tuple[PyTree, PyTree]:
-        chosen = partial(search, options.layers) if options.layers else find_last(adapter, setup)
+        chosen = find_named(adapter, setup, options.layers) if options.layers else find_last(adapter, setup)
         return lora.partition(adapter, lambda path: leaf_name(path) in ("a", "b") and chosen(path), setup.sites)
 
     def init(adapter: lora.Adapter) -> PyTree:
@@ -133,8 +133,7 @@ def find_last(adapter: lora.Adapter, setup: Setup) -> Callable[[str], bool]:
         UserError: no adapter sits there.
     """
     part = next((setup.components[name] for name in ("decoder", "encoder") if name in setup.components), "")
-    paths = [path for leaf in tree.flatten(adapter) for path in lora.virtual_paths(adapter, leaf, setup.sites)]
-    inside = [path for path in paths if re.match(part, path)]
+    inside = [path for path in list_paths(adapter, setup) if re.match(part, path)]
     if not inside:
         raise UserError(
             "pfit trains the last layers of the text decoder, where --lora.targets names no weight: say with "
@@ -143,6 +142,23 @@ def find_last(adapter: lora.Adapter, setup: Setup) -> Callable[[str], bool]:
     layers = sorted({number_layer(path) for path in inside} - {()})
     chosen = {(), *layers[len(layers) - math.ceil(len(layers) / 3) :]}
     return lambda path: re.match(part, path) is not None and number_layer(path) in chosen
+
+
+def find_named(adapter: lora.Adapter, setup: Setup, layers: str) -> Callable[[str], bool]:
+    """Find which virtual paths of an adapter hold what `--method.layers` says.
+
+    Raises:
+        UserError: none does.
+    """
+    paths = list_paths(adapter, setup)
+    if not any(search(layers, path) for path in paths):
+        raise UserError(f"--method.layers {layers!r} is found in no adapter's path; there are:\n{listing(paths)}")
+    return partial(search, layers)
+
+
+def list_paths(adapter: lora.Adapter, setup: Setup) -> list[str]:
+    """List the virtual paths of an adapter's leaves."""
+    return [path for leaf in tree.flatten(adapter) for path in lora.virtual_paths(adapter, leaf, setup.sites)]
 
 
 def number_layer(path: str) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import tyro
 
 from fedvlm_jax import lora
+from fedvlm_jax.errors import UserError
 from fedvlm_jax.lora.sites import search
 from fedvlm_jax.methods.base import Method, MethodOptions, Setup
 from fedvlm_jax.methods.components.factors import only
@@ -56,9 +57,16 @@ def make(setup: Setup) -> Method:
 
 
 def extend(setup: Setup, options: Options, adapter: lora.Adapter) -> lora.Adapter:
-    """Give an adapter the bottlenecks; what they start from depends on its first number, and so on the run's seed."""
+    """Give an adapter the bottlenecks; what they start from depends on its first number, and so on the run's seed.
+
+    Raises:
+        UserError: a bottleneck cannot come after the layers that the options name, or they name none.
+    """
     first = jnp.ravel(jax.tree.leaves(adapter)[0])[0].astype(jnp.float32)
     key = jax.random.fold_in(jax.random.key(SEED), jax.lax.bitcast_convert_type(first, jnp.uint32))
     text = [pattern for part, pattern in setup.components.items() if part in ("encoder", "decoder")]
     inside = {path: site for path, site in setup.sites.items() if not text or re.match("|".join(text), path)}
-    return lora.add_bottlenecks(key, adapter, inside, options.width, options.after, setup.spec.dtype)
+    try:
+        return lora.add_bottlenecks(key, adapter, inside, options.width, options.after, setup.spec.dtype)
+    except lora.LoraError as error:
+        raise UserError(f"--method.after {options.after!r}: {error}") from None

@@ -110,13 +110,15 @@ class ClassProcessor(base.Processor):
         With a soft prompt of so many `vectors` the template is made room in, for those who have the prompt.
 
         Raises:
-            UserError: there are none, or more than `MOST_CLASSES`.
+            UserError: there are none, or more than `MOST_CLASSES`; or more vectors than a prompt has tokens.
         """
         if len(answers) > MOST_CLASSES:
             raise UserError(
                 f"the data have {len(answers):,} different answers, and CLIP chooses among {MOST_CLASSES:,} at most: "
                 "take data with fewer classes, or a model that writes its answers"
             )
+        if vectors > self.positions:  # as many words would be written
+            raise UserError(f"--prompt.vectors {vectors}: prompts have {self.positions} tokens at most: take fewer")
         roomy = self.make_room(template, vectors) if vectors else template
         rows, prompted = (
             self.tokenise([wording.replace("{}", text) for text in answers]) for wording in (template, roomy)

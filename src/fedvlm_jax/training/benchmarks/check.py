@@ -6,12 +6,10 @@ from typing import Any
 
 from fedvlm_jax.config.benchmark import Benchmark, check_comparison
 from fedvlm_jax.config.compare_options import Compare
-from fedvlm_jax.config.option_checks import plain
 from fedvlm_jax.config.track_options import TrackOptions
 from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.evaluation.statistics.over_seeds import Estimate, estimate_mean, subtract_scores
-from fedvlm_jax.methods.config import MethodOptions
-from fedvlm_jax.run_dir.benchmark_entry import Entry, Row, check_known
+from fedvlm_jax.run_dir.benchmark_entry import Entry, Row, take_numbers
 from fedvlm_jax.training.benchmarks.measure import measure
 from fedvlm_jax.training.loaded_model import load_model
 from fedvlm_jax.utils.progress import Progress, SilentProgress
@@ -55,12 +53,10 @@ def check_entry(
     """
     if comparison.method_options:
         raise UserError("a row is rerun with the numbers of its line: leave out method_options")
-    check_known(entry, comparison.methods)
+    numbers = take_numbers(entry, comparison.methods)
     if comparison.seeds > len(entry.seeds):
         raise UserError(f"--seeds is {comparison.seeds}, and the line has {format_count(len(entry.seeds), 'seed')}")
-    numbers = {plain(name): entry.row(name).make_options() for name in comparison.methods}
-    given = {name: options for name, options in numbers.items() if type(options) is not MethodOptions}
-    comparison = replace(comparison, method_options=given)
+    comparison = replace(comparison, method_options=numbers)
     check_comparison(benchmark, comparison)
     rates = {row.method: row.rates for row in entry.rows if row.rates is not None}
     show = show or SilentProgress()
