@@ -6,10 +6,10 @@
 4,000 clients of the emoji set, each drawn into a round with the chance that makes 256 of them on average, and the noise
 that spends epsilon (delta 1e-5) over all rounds; the clipping norm follows the median of the clients' norms, privately.
 All are asked in English and answer in German, which the base does not guess: what there is to learn is the same for
-all, so that sharing can be worth something, and noise can be seen to cost it.
-Learning rates are the defaults of `fedvlm train` for every epsilon, of Fed-SB ten times these: nothing is tuned for
-noise, so the numbers are no best case of private training. The last round is taken. A bound on epsilon covers what is shared
-alone: factors that stay with their client are not in it.
+all, so that sharing can be worth something, and noise can be seen to cost it. Learning rates are the defaults of
+`fedvlm train` for every epsilon, of Fed-SB ten times these: nothing is tuned for noise, so the numbers are no best case
+of private training. The last round is taken. A bound on epsilon covers what is shared alone: factors that stay with
+their client are not in it.
 """
 
 from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
