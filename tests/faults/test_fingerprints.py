@@ -22,6 +22,7 @@ from fedvlm_jax.config.run_options import Run, TrainOptions
 from fedvlm_jax.data.sources.registry import make_options, read_table
 from fedvlm_jax.data.unique_images import digest_rows
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.models import read_vlm
 from fedvlm_jax.reporting.report import write_report
 from fedvlm_jax.run_dir import fingerprints
 from fedvlm_jax.run_dir.absolute_paths import anchor
@@ -340,7 +341,7 @@ def finished(tmp_path):
     folder = write_run(tmp_path / "runs" / "local-seed0", {"a": 0.1}, {"a": 0.2}, anchor(Run(method="local")))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(seal({**config, "fingerprint": then})))
-    return folder, SimpleNamespace(sources=lambda data: {**then, "data": "other"})
+    return folder, SimpleNamespace(sources=lambda data: {**then, "data": "other"}, vlm=read_vlm(Run().model))
 
 
 @pytest.mark.parametrize("method", ["local", "local+ft"])
