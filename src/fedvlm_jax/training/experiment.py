@@ -24,6 +24,7 @@ from fedvlm_jax.evaluation.answer_generation import Answering
 from fedvlm_jax.evaluation.evaluator import Evaluator, Reward
 from fedvlm_jax.evaluation.knn_per import Neighbours
 from fedvlm_jax.federation.cohort import Layout
+from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.federation.inputs.batch_reader import Inputs, make_blank_inputs, make_inputs
 from fedvlm_jax.federation.inputs.feature_cache import GIB, FeatureStore, is_vision_frozen
@@ -371,6 +372,18 @@ def _announce(
     note(store.announce(views))
 
 
+def find_programs(experiment: Experiment) -> Programs:
+    """Find the programs of a run's method, which runs of one model share.
+
+    Raises:
+        UserError: options that the method cannot work with.
+    """
+    clients, layout = experiment.examples.clients, experiment.layout
+    trainable = sum(client.trains for client in clients)
+    options = choose_program_options(experiment.run)
+    return experiment.model.programs(options, len(clients), layout.cohort, layout.places, layout.steps, trainable)
+
+
 def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulator:
     """Start the federation of a run; personal states are kept in `file`, a temporary one by default.
 
@@ -379,9 +392,7 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
     """
     run, layout, clients = experiment.run, experiment.layout, len(experiment.examples.clients)
     budget = experiment.budget if run.privacy.on else None  # none in the fine-tuning after a federation
-    options, secret = choose_program_options(run), "" if budget is None else budget.secret
-    trainable = sum(client.trains for client in experiment.examples.clients)
-    programs = experiment.model.programs(options, clients, layout.cohort, layout.places, layout.steps, trainable)
+    secret, programs = "" if budget is None else budget.secret, find_programs(experiment)
     return Simulator(
         programs=programs,
         params=experiment.model.params,
