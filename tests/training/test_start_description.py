@@ -6,8 +6,10 @@ import functools
 import jax
 import pytest
 from methods.test_contract import each
+from tiny_run import tiny_run
 
 from fedvlm_jax.analysis.explain import explain_method
+from fedvlm_jax.cli.main import main
 from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.method_setup import make_method, make_spec
 from fedvlm_jax.config.run_options import LoraOptions, Run, TrainOptions, methods_available
@@ -15,8 +17,10 @@ from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.federation.simulator import start_adapter
 from fedvlm_jax.methods.zoo import feddpa_t, pftt
 from fedvlm_jax.models import read_vlm
+from fedvlm_jax.training.experiment import open_experiment
 from fedvlm_jax.training.round_setup import build_programs
 from fedvlm_jax.training.start_description import describe_adapter
+from fedvlm_jax.utils.progress import SilentProgress
 
 CLIENTS, STEPS = 4, 3
 read_model = functools.cache(read_vlm)
@@ -64,3 +68,17 @@ def test_rounds_that_come_and_steps_that_there_are_count():
     assert twice == 2 * once == 2 * describe(make_run("feddpa-t", train=TrainOptions(local_steps=1)))
     widths = [describe(make_run("pftt", method_options=pftt.Options(width=width))) for width in (4, 8, 12)]
     assert widths[2] - widths[1] == widths[1] - widths[0] > 0
+
+
+def test_rounds_that_never_come_are_told_before_training(model, loaded):
+    for rounds, told in ((2, 1), (3, 0)):
+        train = TrainOptions(rounds=rounds, local_steps=2, batch_size=4)
+        show = SilentProgress()
+        open_experiment(tiny_run(model, None, method="fedlease", train=train), loaded, show)
+        assert sum("fedlease trains no cluster's expert" in note for note in show.notes) == told
+
+
+@pytest.mark.broad
+def test_explain_tells_them_too(capsys):
+    main(["explain", "hilora", "--train.rounds", "2"])
+    assert "in 2 rounds hilora trains no leaf: the root's stage has 1 round" in capsys.readouterr().out

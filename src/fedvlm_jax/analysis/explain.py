@@ -47,6 +47,7 @@ class Explanation:
     cohort: int
     layer: str  # a virtual path, to show how a rule names a single layer; empty where nothing is stacked
     noise: NoiseSize | None = None  # under differential privacy
+    unreached: str = ""  # see `Method.unreached`
 
 
 def explain(run: Run, population: int = 16) -> Explanation:
@@ -113,4 +114,5 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
         cohort=cohort,
         layer=lora.virtual_paths(adapter, f"{stacked}/b", vlm.sites)[0] if stacked else "",
         noise=noise,
+        unreached=method.unreached,
     )

@@ -98,6 +98,8 @@ class Coordinator:
         else:
             self._gather(range(self.plan.clients), "before the first round")
         self._check_least()
+        if unreached := self.program.method.unreached:
+            self.show.note(unreached)
         vlm, steps = self.program.vlm, self._steps
         adapter = start_adapter(self.program.key, vlm.sites, make_spec(self.plan.run, vlm))
         described = describe_adapter(adapter, self.program.method, vlm, train, steps)
