@@ -1,6 +1,7 @@
 """Options and methods: what goes together is what a method says, and what it says is so."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,21 @@ from fedvlm_jax.methods import Method, Setup
 from fedvlm_jax.methods.base import AVERAGING
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions, find_method_options, list_method_flags
 from fedvlm_jax.methods.rule_based import Options as Rule
-from fedvlm_jax.methods.zoo import apfl, ce_lora, ditto, feddpa_t, fedotp, fedrpca, hilora, lora_fair
+from fedvlm_jax.methods.zoo import (
+    apfl,
+    ce_lora,
+    ditto,
+    feddpa_f,
+    feddpa_t,
+    fedlease,
+    fedotp,
+    fedrpca,
+    fedsvd,
+    fedtreelora,
+    hilora,
+    lora_fair,
+    pfedmoap,
+)
 from fedvlm_jax.models import read_vlm
 from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.utils.option_ranges import list_options
@@ -358,3 +373,50 @@ def test_targets_that_reach_the_tower_unnamed_are_refused(tmp_path):
     assert reach(both.targets) == {"vision", "decoder"}
     assert reach(make_spec(Run(lora=LoraOptions(targets="fc1")), vlm).targets) == {"vision"}, "it is in the tower alone"
     assert make_spec(Run(), vlm).targets == vlm.targets
+
+
+def say_unreached(name, rounds=16, steps=10, **choices):
+    return declare(name, Run(method=name, train=TrainOptions(rounds=rounds, local_steps=steps), **choices)).unreached
+
+
+@pytest.mark.parametrize("name", methods_available())
+def test_phases_that_never_come_are_told(name):
+    def phases(rounds):
+        method = declare(name, Run(method=name, train=TrainOptions(rounds=rounds)))
+        return {method.phase(number) for number in range(1, rounds + 1)}
+
+    for rounds in (1, 2, 3, 5, 16):
+        told = say_unreached(name, rounds)
+        assert told or phases(rounds) == phases(50)
+        assert not told or (rounds < 3 and told.startswith(f"in {rounds} round"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rounds", "told"),
+    [
+        ("fedlease", fedlease.Options(warmup=5), 5, "in 5 rounds fedlease trains no cluster's expert: .* of round 5"),
+        ("fedtreelora", fedtreelora.Options(warmup=5), 5, "fedtreelora trains no cluster's pair: .* end of round 5"),
+        ("hilora", hilora.Options(), 1, "in 1 round hilora trains no cluster's adapter and no leaf: .* has 1 round "),
+        ("hilora", hilora.Options(), 2, "in 2 rounds hilora trains no leaf"),
+        ("hilora", hilora.Options(root=0.7, cluster=0.3), 10, r"has 7 rounds \(--method.root\), the clusters' 3"),
+        ("rolora", MethodOptions(), 1, "in 1 round rolora trains no A"),
+        ("feddpa-f", feddpa_f.Options(), 1, "in 1 round feddpa-f trains no local adapter"),
+        ("feddpa-t", feddpa_t.Options(whole=True), 1, "in 1 round feddpa-t trains no local adapter"),
+        ("fedsvd", fedsvd.Options(every=3), 3, "in 3 rounds fedsvd trains beside no renewed A: .* after round 3"),
+        ("pfedmoap", pfedmoap.Options(), 1, "in 1 round pfedmoap trains no gate"),
+    ],
+)
+def test_a_run_of_so_few_rounds_is_told_what_it_lacks_and_a_longer_one_nothing(name, options, rounds, told):
+    assert re.search(told, say_unreached(name, rounds, method_options=options))
+    if "root=0.7" not in repr(options):  # whose stages are shares of all rounds
+        assert not say_unreached(name, max(rounds + 1, 3), method_options=options)
+
+
+def test_too_few_steps_and_control_variates_of_one_round_are_told():
+    assert "trains no local adapter" in say_unreached("feddpa-t", steps=1)
+    assert not say_unreached("feddpa-t", steps=2)
+    both = say_unreached("rolora", 1, local=SCAFFOLD)
+    assert both.startswith(
+        "in 1 round rolora trains no A: even rounds do; in 1 round --local.scaffold corrects nothing"
+    )
+    assert not say_unreached("rolora", 2, local=SCAFFOLD)

@@ -144,9 +144,11 @@ def test_a_node_s_folder_is_that_of_a_run_of_one_client(finished, capsys):
     """So its own model is asked, evaluated and exported there."""
     from fedvlm_jax.cli.main import main
 
-    _, nodes, _, _ = finished
+    folder, nodes, _, _ = finished
     own = nodes[1].folder / "run"
     assert read_finished(own).clients == ("bob",)
+    trained = [read_run(at).config["resolved"]["adapter_parameters"] for at in (folder, own)]
+    assert trained[0] == trained[1] > 0
     assert find_client(None, ("bob",)) == "bob"
     with pytest.raises(UserError, match=r"is a node's, and more rounds need a new deployment"):
         lengthen(own, 9)

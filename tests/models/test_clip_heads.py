@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.methods.zoo import fedotp
 from fedvlm_jax.models.clip.heads import moap, split_head, transport
+from fedvlm_jax.utils.option_ranges import check_ranges
 
 GOLDEN = np.load(Path(__file__).parents[1] / "methods" / "golden_heads.npz")
 HEADS, WIDTH = 2, 6
@@ -53,12 +55,38 @@ def test_fedotp_s_transport_is_its_authors(balanced, share):
 
 
 def test_a_plan_takes_what_prompts_ask_for_and_no_patch_gives_more_than_it_has():
-    kernel = jax.random.uniform(jax.random.key(0), (5, 4, 2), minval=0.1)
+    log_kernel = jnp.log(jax.random.uniform(jax.random.key(0), (5, 4, 2), minval=0.1))
     for balanced, share in ((True, 1.0), (False, 0.6)):
-        plan = transport.find_plan(kernel, jnp.float32(share), jnp.asarray(balanced))
+        plan = transport.find_plan(log_kernel, jnp.float32(share), jnp.asarray(balanced))
         np.testing.assert_allclose(plan.sum(-2), share / 2, rtol=1e-4)
         assert (plan.sum(-1) <= 1 / 4 + 1e-4).all()
         assert np.allclose(plan.sum(-1), 1 / 4, atol=1e-3) == balanced
+
+
+def find_plan_in_doubles(likeness, epsilon, share, balanced):
+    """The same turns in NumPy, on logarithms in float64."""
+    scores = (likeness.astype(np.float64) - 1) / epsilon
+    *batch, patches, prompts = scores.shape
+    u, v = np.zeros((*batch, patches)), np.zeros((*batch, prompts))
+    for _ in range(transport.ITERATIONS):
+        u = -np.log(patches) - np.logaddexp.reduce(scores + v[..., None, :], axis=-1)
+        u = u if balanced else np.minimum(u, 0)
+        v = np.log(share / prompts) - np.logaddexp.reduce(scores + u[..., None], axis=-2)
+    return np.exp(u[..., None] + scores + v[..., None, :])
+
+
+def test_a_plan_of_little_entropy_is_that_of_doubles():
+    """Of likenesses from -1 to 1, at ε down to the smallest that the option takes, where K is 0 in float32."""
+    find_plan, smallest = jax.jit(transport.find_plan), 1e-4
+    likeness = np.random.default_rng(0).uniform(-1, 1, (3, 6, 2)).astype(np.float32)
+    for balanced, share in ((True, 1.0), (False, 1.0), (False, 0.6)):
+        for epsilon, atol in ((0.1, 1e-6), (1e-2, 1e-5), (1e-3, 1e-4), (smallest, 1e-3)):
+            plan = find_plan((likeness - 1) / np.float32(epsilon), np.float32(share), np.asarray(balanced))
+            wanted = find_plan_in_doubles(likeness, epsilon, share, balanced)
+            np.testing.assert_allclose(plan, wanted, rtol=0, atol=atol)
+    check_ranges(fedotp.Options(epsilon=smallest), "method")
+    with pytest.raises(UserError, match=r"--method.epsilon is 9e-05: it must be 0.0001 or more"):
+        check_ranges(fedotp.Options(epsilon=9e-5), "method")
 
 
 def test_what_cannot_be_is_refused():

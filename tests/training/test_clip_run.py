@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from tiny_run import tiny_run
 
 from fedvlm_jax import lora
+from fedvlm_jax.analysis.explain import explain
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import EvaluationOptions, LoraOptions, TrainOptions
 from fedvlm_jax.data.sources.registry import make_options
@@ -151,6 +152,8 @@ def test_prompt_methods_from_train_to_a_second_evaluation(folder, loaded, tmp_pa
     assert {"exact_match_own", "exact_match_harmonic"} <= record.results["personal"]["test"].keys()
     files = sorted((run.out / "adapters" / "clients").glob("*.safetensors"))
     assert {path.split("/")[0] for path in load_file(files[0])} == PROMPTED[method]
+    (stage,) = explain(run).stages
+    assert record.config["resolved"]["adapter_parameters"] == stage.trained
     again = evaluate.evaluate(run.out)
     for client, loss in record.results["personal"]["test"]["loss"].items():
         assert again["personal"]["test"]["loss"][client] == pytest.approx(loss, rel=1e-5)

@@ -46,6 +46,9 @@ def test_what_a_run_leaves(finished):
     shared = adapters["adapters/shared.safetensors"]
     assert all(path.endswith("/b") for path in shared)
     assert sum(array.nbytes for array in shared.values()) == record.rounds[0]["bytes_up_per_client"]
+    own = next(arrays for path, arrays in adapters.items() if path.startswith("adapters/clients/"))
+    trained = sum(array.size for path, array in own.items() if not path.endswith("scale"))
+    assert record.config["resolved"]["adapter_parameters"] == trained
 
 
 def test_a_federated_model_s_shared_factors_are_everybody_s(model, loaded, tmp_path):

@@ -12,12 +12,13 @@ from jaxtyping import PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.analysis.noise_size import NoiseSize, measure_noise
-from fedvlm_jax.analysis.trace_method import OPTIMIZER, Stage, Tracer, differs_by_client, flatten_state
+from fedvlm_jax.analysis.trace_method import OPTIMIZER, Stage, Tracer, differs_by_client
 from fedvlm_jax.config.method_checks import check_rule
 from fedvlm_jax.config.method_setup import make_method, make_setup
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round_shapes import shape_key
+from fedvlm_jax.federation.traced_update import flatten_state
 from fedvlm_jax.methods import Method, Setup, load_method
 from fedvlm_jax.methods.base import is_factor
 from fedvlm_jax.methods.config import ServerOptions
@@ -46,6 +47,7 @@ class Explanation:
     cohort: int
     layer: str  # a virtual path, to show how a rule names a single layer; empty where nothing is stacked
     noise: NoiseSize | None = None  # under differential privacy
+    unreached: str = ""  # see `Method.unreached`
 
 
 def explain(run: Run, population: int = 16) -> Explanation:
@@ -112,4 +114,5 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
         cohort=cohort,
         layer=lora.virtual_paths(adapter, f"{stacked}/b", vlm.sites)[0] if stacked else "",
         noise=noise,
+        unreached=method.unreached,
     )

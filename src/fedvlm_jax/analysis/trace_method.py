@@ -1,7 +1,7 @@
 """A method's functions traced on shapes: which tensors a round trains, sends, receives and keeps.
 
-Local training is replaced by a stand-in that notes what it is given to train. Nothing is computed, and no method is
-known by name. Axes: K clients of the cohort.
+A client's update is traced by `federation.traced_update`. Nothing is computed, and no method is known by name. Axes: K
+clients of the cohort.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,9 @@ from jax.extend.core import Literal
 from jaxtyping import PyTree
 
 from fedvlm_jax.federation.communication import count_bytes, find_travelling
-from fedvlm_jax.federation.round_shapes import shape_client, shape_key
-from fedvlm_jax.methods import Client, Context, Method
-from fedvlm_jax.methods.base import is_factor, shape_of_one
+from fedvlm_jax.federation.traced_update import TracedUpdate, flatten_state, trace_update
+from fedvlm_jax.methods import Method
 from fedvlm_jax.models import Vlm
-from fedvlm_jax.utils import tree
 
 OPTIMIZER = "the optimiser's state"
 """A mark around every optimiser state that a method asks for, so it is found again wherever the method keeps it."""
@@ -58,35 +56,6 @@ class Stage:
     by_rank: Mapping[int, tuple[int, int]]  # rank -> bytes up and down of such a client; empty where all are alike
 
 
-class _Training:
-    """Stand-in for local training: what it is given to train comes back changed, and is noted.
-
-    Several calls may go on with the same factors, and then these are trained once, not several times: a call that is
-    given what an earlier call gave back goes on.
-    """
-
-    def __init__(self) -> None:
-        self.copies: dict[str, list[Any]] = {}  # path -> the newest value of every copy that is trained
-        self.seen: dict[str, Any] = {}  # path -> shape, of everything that local training was given
-
-    def __call__(
-        self, factors: PyTree, optimizer: PyTree, client: Client, *, trained: Any = is_factor, **_: Any
-    ) -> tuple[PyTree, PyTree, dict[str, Any]]:
-        moving, frozen = tree.partition(factors, trained)
-        moved: dict[str, Any] = {}
-        for path, leaf in tree.flatten(moving).items():
-            moved[path] = leaf + 1
-            copies = self.copies.setdefault(path, [])
-            at = next((number for number, copy in enumerate(copies) if copy is leaf), len(copies))
-            copies[at : at + 1] = [moved[path]]
-        self.seen |= tree.flatten(factors)
-        metrics: dict[str, Any] = {
-            name: jnp.zeros(()) for name in ("loss", "last_loss", "gradient_norm", "token_accuracy")
-        }
-        metrics["steps"] = client.mask.any(axis=-1).sum() * 1.0
-        return tree.combine(tree.unflatten(moved), frozen), optimizer, metrics
-
-
 @dataclass(frozen=True)
 class Tracer:
     """A method on a model, ready to be traced."""
@@ -103,19 +72,19 @@ class Tracer:
 
     def stage(self, phase: int, rounds: tuple[int, ...]) -> Stage:
         """Trace a round of this phase."""
-        training = _Training()
-        changed, message = self._trace_client(phase, training)
+        traced = self._trace(phase)
+        message, seen = traced.message, traced.seen
         messages = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.cohort, *leaf.shape), leaf.dtype), message)
         up, down = find_travelling(self.method, self.server, messages)
-        state = {path: leaf for path, leaf in flatten_state(self.personal).items() if path in changed}
-        sizes = {path: leaf.size for path, leaf in training.seen.items()}
+        state = {path: leaf for path, leaf in flatten_state(self.personal).items() if path in traced.changed}
+        sizes = {path: leaf.size for path, leaf in seen.items()}
         # Of what is sent the message tells the tensors: `up` may be in another form, that of compressed numbers.
         sent, received = (_leave_out_common(self._locate(flatten_state(part), sizes)) for part in (message, down))
         kept = self._locate(state, sizes)
         tensors: list[Tensor] = []
-        for path, leaf in training.seen.items():
+        for path, leaf in seen.items():
             group, _, name = path.rpartition("/")
-            copies = len(training.copies.get(path, ()))
+            copies = traced.copies.get(path, 0)
             if len(leaf.shape) <= self.sites.get(group, 0) and not copies:
                 continue  # a scale: data, a number per layer
             places = sent.get(path, ()), received.get(path, ()), kept.get(path, ()) if copies else ()
@@ -125,7 +94,7 @@ class Tracer:
         return Stage(
             rounds=rounds,
             tensors=tuple(tensors),
-            trained=sum(copy.size for copies in training.copies.values() for copy in copies),
+            trained=traced.trained,
             up=count_bytes(up, share),
             down=count_bytes(down, share),
             by_rank={
@@ -135,25 +104,12 @@ class Tracer:
 
     def message(self, phase: int) -> PyTree:
         """Return the shapes of a client's message in a round of this phase."""
-        return self._trace_client(phase, _Training())[1]
+        return self._trace(phase).message
 
-    def _trace_client(self, phase: int, training: _Training) -> tuple[set[str], PyTree]:
-        """Return the paths in the personal state that a round changes, and the message."""
-
-        def update(personal: PyTree, params: PyTree, server: PyTree, client: Client, number: Any, key: Any) -> Any:
-            rates = {"a": jnp.zeros(()), "b": jnp.zeros(())}
-            ctx = Context(params=params, round=number, phase=phase, rates=rates, train=training, key=key)
-            return self.method.client_update(ctx, server=server, personal=personal, client=client, key=key)[:2]
-
-        client = shape_client(shape_of_one(self.vlm.example_batch()), self.batch, self.steps, self.batch)
-        number = jax.ShapeDtypeStruct((), jnp.int32)
-        traced, (personal, message) = jax.make_jaxpr(update, return_shape=True)(
-            self.personal, self.vlm.shapes(), self.server, client, number, shape_key()
+    def _trace(self, phase: int) -> TracedUpdate:
+        return trace_update(
+            self.method, self.vlm, self.server, self.personal, phase, steps=self.steps, batch=self.batch
         )
-        # What comes back as it is, is the same variable of the trace.
-        came = dict(zip(flatten_state(self.personal), traced.jaxpr.invars, strict=False))
-        went = dict(zip(flatten_state(personal), traced.jaxpr.outvars, strict=False))
-        return {path for path, variable in went.items() if variable is not came.get(path)}, message
 
     def _locate(self, part: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, tuple[Held, ...]]:
         """Return path of a tensor -> where a tree has it."""
@@ -202,15 +158,3 @@ def _leave_out_common(found: Mapping[str, tuple[Held, ...]]) -> Mapping[str, tup
     if len({held.place for several in found.values() for held in several}) > 1:
         return found
     return {path: tuple(replace(held, place="") for held in several) for path, several in found.items()}
-
-
-def flatten_state(part: PyTree) -> dict[str, Any]:
-    """Return path -> leaf in JAX's order, of any tree: dictionaries, tuples, records of optimisers.
-
-    >>> flatten_state({"control": (1, {"b": 2})})
-    {'control/0': 1, 'control/1/b': 2}
-    """
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]
-    }

@@ -88,5 +88,7 @@ def explain(
     explained = explain_run(run, clients)
     Terminal().say(f"{explained.name}  {explained.source}\n")
     tables.show_all(tabulate_explanation(explained))
+    if explained.unreached:
+        Terminal().say(f"{explained.unreached}\n")
     if explained.noise is not None:
         tables.show_all([tabulate_noise(explained.name, explained.noise)])

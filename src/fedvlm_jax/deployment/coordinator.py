@@ -51,6 +51,7 @@ from fedvlm_jax.run_dir.folder_lock import Claim
 from fedvlm_jax.run_dir.validated_files import AWAY
 from fedvlm_jax.training.failures import UNFIT, describe_unfit, list_names
 from fedvlm_jax.training.round_setup import MOST_ROWS
+from fedvlm_jax.training.start_description import describe_adapter
 from fedvlm_jax.utils.progress import Progress, working
 from fedvlm_jax.utils.untrusted_text import clean, cut
 
@@ -97,8 +98,12 @@ class Coordinator:
         else:
             self._gather(range(self.plan.clients), "before the first round")
         self._check_least()
-        adapter = start_adapter(self.program.key, self.program.vlm.sites, make_spec(self.plan.run, self.program.vlm))
-        self.folder.write_config(self.model, adapter, self.roll.members, self._steps)
+        if unreached := self.program.method.unreached:
+            self.show.note(unreached)
+        vlm, steps = self.program.vlm, self._steps
+        adapter = start_adapter(self.program.key, vlm.sites, make_spec(self.plan.run, vlm))
+        described = describe_adapter(adapter, self.program.method, vlm, train, steps)
+        self.folder.write_config(self.model, described, self.roll.members, steps)
         every = self.plan.run.evaluation.every
         validated = sum(self._is_validated(round_, every) for round_ in range(done + 1, train.rounds + 1))
         self.show.start(

@@ -226,7 +226,7 @@ class Node:
             if models is not None
         ]
         artifacts.save_adapters(folder / "adapters", listed[0], shared, about, *listed[1:])
-        write_json(folder / "config.json", seal({**describe_start(experiment), "node": self.file.number}))
+        write_json(folder / "config.json", seal({**describe_start(experiment, method), "node": self.file.number}))
         results = {"selected_round": header["round"], "selected_by": experiment.select_by, **scores}
         write_json(folder / "results.json", results)
         own = {

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import to_json
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.deployment.plan import Plan
@@ -18,7 +17,6 @@ from fedvlm_jax.federation.checkpoint import Checkpoints
 from fedvlm_jax.run_dir import artifacts
 from fedvlm_jax.run_dir.config_seal import check_seal, seal
 from fedvlm_jax.run_dir.validated_files import read_config, read_results
-from fedvlm_jax.training.start_description import describe_adapter
 from fedvlm_jax.utils.files import write_json
 
 RESULTS = "results.json"
@@ -54,8 +52,8 @@ class ServerFolder:
         """Say whether the deployment has ended with its results."""
         return (self.path / RESULTS).is_file()
 
-    def write_config(self, model: str, adapter: lora.Adapter, members: Mapping[int, Member], steps: int) -> None:
-        """Write the record of the start, once."""
+    def write_config(self, model: str, adapter: Mapping[str, Any], members: Mapping[int, Member], steps: int) -> None:
+        """Write the record of the start, once; `adapter` is what `describe_adapter` says."""
         file = self.path / "config.json"
         if file.is_file():
             return
@@ -71,7 +69,7 @@ class ServerFolder:
             "clients": names,
             "evaluated": names,
             "train_examples": [held["train"] for held in sizes],
-            **describe_adapter(adapter),
+            **adapter,
             "skipped": [],
         }
         config = {

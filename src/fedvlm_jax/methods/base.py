@@ -364,6 +364,8 @@ class Method:
             and nowhere else.
         classes: whether it is for models that choose among classes alone; so is what needs a soft prompt.
         patches: whether its adapters' head compares patches of pictures.
+        unreached: what of the method none of the setup's rounds comes to, and why: a sentence that is told before a run
+            trains, empty where there is nothing. It is no refusal, for a run may be trained longer.
     """
 
     name: str
@@ -392,3 +394,4 @@ class Method:
     parallel: bool = False
     classes: bool = False
     patches: bool = False
+    unreached: str = ""

@@ -65,7 +65,7 @@ class Parts:
             that meets another one than in its last round starts its optimiser anew.
         linear: as in `Method`, for the average; None: it is the plain one, which is.
         refuses, moot: as in `Method`, but nothing is refused unless it is said here.
-        prompt, parallel, patches: as in `Method`.
+        prompt, parallel, patches, unreached: as in `Method`.
     """
 
     extend: Callable[[lora.Adapter], PyTree] = lambda adapter: adapter
@@ -83,6 +83,7 @@ class Parts:
     prompt: Literal["refused", "taken", "needed"] = "refused"
     parallel: bool = False
     patches: bool = False
+    unreached: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ def make_share_method(name: str, source: str, rule: lora.Rule, setup: Setup, par
         method = client_regularizers.with_proximal(method, setup.local.proximal)
     if setup.local.scaffold:
         method = client_regularizers.with_scaffold(method)
+        if setup.rounds < 2:
+            idle = "in 1 round --local.scaffold corrects nothing: control variates begin at zero"
+            method = dataclasses.replace(method, unreached="; ".join(filter(None, (method.unreached, idle))))
     # Outermost, so that the anchors and control variates of the other two are truncated as well.
     return heterogeneous_ranks.with_ranks(method, setup.ranks)
 
@@ -202,7 +206,7 @@ def _make_plain(name: str, source: str, rule: lora.Rule, setup: Setup, parts: Pa
         linear=parts.average is mean_update if parts.linear is None else parts.linear,
         refuses={**_ANOTHER_BASIS, **parts.refuses} if parts.fresh or parts.basis is not None else parts.refuses,
         moot=parts.moot, prompt=parts.prompt, classes=parts.prompt == "needed" or parts.parallel,
-        parallel=parts.parallel, patches=parts.patches,
+        parallel=parts.parallel, patches=parts.patches, unreached=parts.unreached,
     )  # fmt: skip
 
 

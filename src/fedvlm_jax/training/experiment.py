@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora
+from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.option_checks import check_pool_size
 from fedvlm_jax.config.run_options import Run, without_extras
@@ -24,6 +25,7 @@ from fedvlm_jax.evaluation.answer_generation import Answering
 from fedvlm_jax.evaluation.evaluator import Evaluator, Reward
 from fedvlm_jax.evaluation.knn_per import Neighbours
 from fedvlm_jax.federation.cohort import Layout
+from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.config import ParticipationOptions
 from fedvlm_jax.federation.inputs.batch_reader import Inputs, make_blank_inputs, make_inputs
 from fedvlm_jax.federation.inputs.feature_cache import GIB, FeatureStore, is_vision_frozen
@@ -314,6 +316,8 @@ def open_experiment(
         if not budget.secret:
             show.note(f"noise and draws come from --seed {run.seed}: for what is to be released add --privacy.secret")
         experiment = replace(experiment, run=keep_within(run, budget), budget=budget, asked=run)
+    if unreached := declare(run.method, experiment.run).unreached:
+        show.note(unreached)
     most = examples.view.shape[1]
     if (tokens := examples.image_tokens) is not None:
         show.note(f"prompts have up to {format_count(most, 'picture')}, {format_count(tokens, 'image token')}")
@@ -371,6 +375,18 @@ def _announce(
     note(store.announce(views))
 
 
+def find_programs(experiment: Experiment) -> Programs:
+    """Find the programs of a run's method, which runs of one model share.
+
+    Raises:
+        UserError: options that the method cannot work with.
+    """
+    clients, layout = experiment.examples.clients, experiment.layout
+    trainable = sum(client.trains for client in clients)
+    options = choose_program_options(experiment.run)
+    return experiment.model.programs(options, len(clients), layout.cohort, layout.places, layout.steps, trainable)
+
+
 def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulator:
     """Start the federation of a run; personal states are kept in `file`, a temporary one by default.
 
@@ -379,9 +395,7 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
     """
     run, layout, clients = experiment.run, experiment.layout, len(experiment.examples.clients)
     budget = experiment.budget if run.privacy.on else None  # none in the fine-tuning after a federation
-    options, secret = choose_program_options(run), "" if budget is None else budget.secret
-    trainable = sum(client.trains for client in experiment.examples.clients)
-    programs = experiment.model.programs(options, clients, layout.cohort, layout.places, layout.steps, trainable)
+    secret, programs = "" if budget is None else budget.secret, find_programs(experiment)
     return Simulator(
         programs=programs,
         params=experiment.model.params,

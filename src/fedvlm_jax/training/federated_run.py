@@ -45,7 +45,7 @@ from fedvlm_jax.training.callbacks import (
 )
 from fedvlm_jax.training.checkpointing import CheckpointWriter
 from fedvlm_jax.training.example_outputs import write_examples
-from fedvlm_jax.training.experiment import Experiment, open_experiment
+from fedvlm_jax.training.experiment import Experiment, find_programs, open_experiment
 from fedvlm_jax.training.failures import describe_lost
 from fedvlm_jax.training.loaded_model import LoadedModel, load_model
 from fedvlm_jax.training.personalization import each_model
@@ -310,7 +310,7 @@ def _write_config(experiment: Experiment) -> None:
     file = experiment.folder / "config.json"
     if processes.is_first() and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, seal(describe_start(experiment)))
+        write_json(file, seal(describe_start(experiment, find_programs(experiment).method)))
     processes.wait_for_all()
     if not file.exists():
         raise UserError(

@@ -5,12 +5,15 @@ from collections import Counter
 from typing import Any
 
 from fedvlm_jax import lora
-from fedvlm_jax.config.run_options import to_json
+from fedvlm_jax.config.run_options import TrainOptions, to_json
 from fedvlm_jax.config.start_folder import digest_start
 from fedvlm_jax.data.answer_distances import measure_answer_distances
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.tokenization import find_question_column
 from fedvlm_jax.distributed import processes
+from fedvlm_jax.federation.traced_update import count_trained
+from fedvlm_jax.methods import Method
+from fedvlm_jax.models import Vlm
 from fedvlm_jax.privacy.budget import publish_budget
 from fedvlm_jax.run_dir import artifacts
 from fedvlm_jax.training.experiment import Experiment
@@ -33,17 +36,22 @@ def _describe_trust(experiment: Experiment) -> dict[str, Any]:
     return {**named, **({"answer_distances": measure_answer_distances(experiment.examples)} if robust else {})}
 
 
-def describe_adapter(adapter: lora.Adapter) -> dict[str, Any]:
-    """Count an adapter's numbers that can be trained, and list its sites."""
-    factors = {path: leaf for path, leaf in tree.flatten(adapter).items() if not path.endswith("scale")}
-    return {
-        "adapter_parameters": sum(leaf.size for leaf in factors.values()),
-        "adapted_sites": sorted({path.rpartition("/")[0] for path in factors}),
-    }
+def describe_adapter(
+    adapter: lora.Adapter, method: Method, vlm: Vlm, train: TrainOptions, steps: int
+) -> dict[str, Any]:
+    """Count the numbers that a client trains in a round of so many steps, and list the sites of the adapter.
+
+    Args:
+        adapter: the one that a run starts from.
+        method, vlm: the method, made for the model that is trained.
+    """
+    factors = {path for path in tree.flatten(adapter) if not path.endswith("scale")}
+    trained = count_trained(method, vlm, adapter, train.rounds, steps=steps, batch=train.batch_size)
+    return {"adapter_parameters": trained, "adapted_sites": sorted({path.rpartition("/")[0] for path in factors})}
 
 
-def describe_start(experiment: Experiment) -> dict[str, Any]:
-    """Describe how a run began, for its `config.json`."""
+def describe_start(experiment: Experiment, method: Method) -> dict[str, Any]:
+    """Describe how a run with this method, made for its model, began: for its `config.json`."""
     run, layout, mesh, examples = experiment.run, experiment.layout, experiment.model.mesh, experiment.examples
     clients = examples.clients
     resolved = {
@@ -57,7 +65,9 @@ def describe_start(experiment: Experiment) -> dict[str, Any]:
         "clients": [client.name for client in clients],
         "evaluated": [clients[number].name for number in experiment.scored],
         "train_examples": [len(client.train) for client in clients],
-        **describe_adapter(experiment.adapter),
+        **describe_adapter(
+            experiment.adapter, method, experiment.model.learner or experiment.model.vlm, run.train, layout.steps
+        ),
         "targets": experiment.spec.targets or "",
         **({"prompt_vectors": experiment.spec.prompt} if experiment.spec.prompt else {}),
         "skipped": [dataclasses.asdict(row) for row in examples.skipped],

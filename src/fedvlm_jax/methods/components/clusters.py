@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from annotated_types import Ge, Le
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.methods.base import Number, Weights
 from fedvlm_jax.utils import tree
 
@@ -142,6 +143,25 @@ def mean_by_cluster(stacked: PyTree, clusters: Int[Array, " K"], weights: Weight
         return tree.weighted_sum(stacked, mine / jnp.maximum(mine.sum(), 1e-12))
 
     return jax.lax.map(average, jnp.arange(most))
+
+
+def describe_unreached(name: str, shared: str, warmup: int, rounds: int) -> str:
+    """Say that no round comes after the warm-up of a method; "" where one does.
+
+    Args:
+        name: the method's.
+        shared: what a cluster shares, which is trained after the warm-up.
+        warmup, rounds: so many there are.
+
+    >>> describe_unreached("fedlease", "expert", warmup=2, rounds=1)
+    "in 1 round fedlease trains no cluster's expert: clients train alone up to the end of round 2 (--method.warmup)"
+    """
+    if warmup < rounds:
+        return ""
+    return (
+        f"in {format_count(rounds, 'round')} {name} trains no cluster's {shared}: clients train alone up to the end of "
+        f"round {warmup} (--method.warmup)"
+    )
 
 
 def read_cluster(clusters: Int[Array, " population"], number: Number, none: int) -> Number:

@@ -62,6 +62,7 @@ def make_dual_method(
     *,
     train: TrainPairs,
     phase: Callable[[int], int] = lambda round_: 0,
+    unreached: str = "",
 ) -> Method:
     """Make a method of two adapters in which the local one has the weight `alpha`.
 
@@ -110,5 +111,6 @@ def make_dual_method(
         personalise=personalise, trained=trained, download=lambda server: server["shared"], phase=phase,
         broadcast=base.broadcast_parts("shared"), linear=True,
         travels=lambda server, messages: (base.shape_of_one(messages), base.shape_of_one(messages)), pairs=2,
+        unreached=unreached,
         refuses={"server": plain, "local.proximal": plain, "local.scaffold": plain, "lora.ranks": ranks},
     )  # fmt: skip

@@ -26,8 +26,9 @@ def make(setup: Setup) -> Method:
     options = setup.own(Options)
     first_local = setup.rounds - max(1, round(options.local * setup.rounds)) + 1
     train = train_in_turn(options.alpha, lambda phase, client: (client, None) if phase else (None, client))
+    unreached = "in 1 round feddpa-f trains no local adapter: round 1 is the global one's" if setup.rounds < 2 else ""
     return make_dual_method(
         "feddpa-f", "arXiv 2403.19211: (A_g, B_g) averaged, then (A_l, B_l) trained alone; y = W_0 x + (1−α) g + α l",
         setup, options.alpha, train=train,
-        phase=lambda round_: int(round_ >= max(first_local, 2)),
+        phase=lambda round_: int(round_ >= max(first_local, 2)), unreached=unreached,
     )  # fmt: skip

@@ -45,9 +45,15 @@ def make(setup: Setup) -> Method:
     )
     if not options.whole:
         halves = train_in_turn(options.alpha, lambda phase, client: halve(client))
-        return make_dual_method("feddpa-t", source, setup, options.alpha, train=halves)
+        single = "with --train.local-steps 1 feddpa-t trains no local adapter: a round's only step is the global one's"
+        unreached = single if setup.local_steps == 1 else ""
+        return make_dual_method("feddpa-t", source, setup, options.alpha, train=halves, unreached=unreached)
     whole = train_in_turn(options.alpha, lambda phase, client: (client if phase else None, client))
-    return make_dual_method("feddpa-t", source, setup, options.alpha, train=whole, phase=lambda round_: int(round_ > 1))
+    first = "in 1 round feddpa-t trains no local adapter: with --method.whole it is trained from round 2 on"
+    return make_dual_method(
+        "feddpa-t", source, setup, options.alpha, train=whole, phase=lambda round_: int(round_ > 1),
+        unreached=first if setup.rounds < 2 else "",
+    )  # fmt: skip
 
 
 def halve(client: Client) -> tuple[Client | None, Client]:

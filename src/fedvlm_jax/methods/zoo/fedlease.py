@@ -42,6 +42,7 @@ from fedvlm_jax.methods.components.clusters import (
     SEEN,
     Clusters,
     choose_clusters,
+    describe_unreached,
     find_part,
     mean_by_cluster,
     measure_distances,
@@ -219,6 +220,7 @@ def make(setup: Setup) -> Method:
             "train.weighting": alike,
         },
         moot=frozenset({"train.weighting"}),
+        unreached=describe_unreached("fedlease", "expert", options.warmup, setup.rounds),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import jax.numpy as jnp
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le
 from jaxtyping import PyTree
 
 from fedvlm_jax import lora
@@ -18,7 +18,6 @@ from fedvlm_jax.methods.base import Method, MethodOptions, Setup
 from fedvlm_jax.methods.components.factors import only
 from fedvlm_jax.methods.components.soft_prompts import PROMPT_ALONE, draw_like, find_path, get_leaf, set_leaf
 from fedvlm_jax.methods.rule_based import Parts, make_share_method
-from fedvlm_jax.utils.option_ranges import Positive
 
 SEED = 41
 
@@ -27,8 +26,8 @@ SEED = 41
 class Options(MethodOptions):
     """Numbers of fedotp"""
 
-    epsilon: Positive = 0.1
-    """Strength of the entropy in the cost of transport."""
+    epsilon: Annotated[float, Ge(1e-4)] = 0.1
+    """Strength of the entropy in the cost of transport; below this bound rounding decides the plan."""
     share: Annotated[float, Gt(0), Le(1)] = 1.0
     """Share of a picture that is matched, in unbalanced transport."""
     balanced: bool = False

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from fedvlm_jax import lora
+from fedvlm_jax.errors import format_count
 from fedvlm_jax.methods.base import Method, MethodOptions, Number, Setup
 from fedvlm_jax.methods.components.factors import map_sites, matmul, only
 from fedvlm_jax.methods.rule_based import FACTORS, Parts, make_share_method
@@ -42,8 +43,11 @@ def make(setup: Setup) -> Method:
         now = round_ % every == 0
         return jax.tree.map(lambda new, old: jnp.where(now, new, old), map_sites(renew, shared), shared)
 
+    rounds = format_count(setup.rounds, "round")
+    never = f"in {rounds} fedsvd trains beside no renewed A: the first comes after round {every} (--method.every)"
     parts = Parts(
         trained=(only("b"),), after=after, basis=lambda round_: (round_ - 1) // every, fresh=every == 1,
         refuses=dict.fromkeys(("server", "local.scaffold"), new_basis),
+        unreached=never if every >= setup.rounds else "",
     )  # fmt: skip
     return make_share_method("fedsvd", source, FACTORS, setup, parts)

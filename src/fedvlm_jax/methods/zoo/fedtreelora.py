@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, PyTree
 from fedvlm_jax import lora
 from fedvlm_jax.methods import base
 from fedvlm_jax.methods.base import Aggregated, Client, Context, Key, Method, Number, Setup, Updated, Weights, is_factor
-from fedvlm_jax.methods.components.clusters import SEEN, Clusters, replace_table
+from fedvlm_jax.methods.components.clusters import SEEN, Clusters, describe_unreached, replace_table
 from fedvlm_jax.methods.components.factors import by_site, map_sites, norm_of, only, split_scales
 from fedvlm_jax.methods.components.layer_clusters import cut_tree, mean_by_layer, measure_layer_distances, number_layers
 from fedvlm_jax.methods.components.personalized_download import NOBODY, renew, start_pool
@@ -200,6 +200,7 @@ def make(setup: Setup) -> Method:
             "train.weighting": "a cluster's pair is the plain mean over its clients",
         },
         moot=frozenset({"train.weighting"}),
+        unreached=describe_unreached("fedtreelora", "pair", options.warmup, setup.rounds),
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.errors import UserError
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.methods import base
 from fedvlm_jax.methods.base import Aggregated, Client, Context, Key, Method, Number, Setup, Updated, Weights
 from fedvlm_jax.methods.components.client_regularizers import Nudge
@@ -199,6 +199,9 @@ def make(setup: Setup) -> Method:
         del server
         return base.shape_of_one(messages), base.shape_of_one(messages)
 
+    untrained = ("no cluster's adapter and no leaf", "no leaf", "")[phase(setup.rounds)]
+    rounds, first = (format_count(count, "round") for count in (setup.rounds, of_root))
+    why = f"the root's stage has {first} (--method.root), the clusters' {of_cluster} (--method.cluster)"
     new_basis = "every round's SVD gives the factors another basis, in which the last round's state means nothing"
     return Method(
         name="hilora",
@@ -211,6 +214,7 @@ def make(setup: Setup) -> Method:
             **dict.fromkeys(("server", "local.proximal", "local.scaffold"), new_basis),
             "lora.ranks": "the three adapters have one rank for all",
         },
+        unreached=f"in {rounds} hilora trains {untrained}: {why}" if untrained else "",
     )  # fmt: skip
 
 

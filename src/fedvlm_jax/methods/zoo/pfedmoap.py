@@ -45,6 +45,7 @@ MOST = 256
 """Clients whose prompts the server keeps, at most."""
 SEED = 47
 _WHOLE = {"top-k": "others use a client's prompt whole, as it was trained"}
+_NO_GATE = "in 1 round pfedmoap trains no gate: a client's is trained from its second round on"
 _NO_AVERAGE = "clients do not use the average, but begin their rounds with it"
 
 
@@ -150,6 +151,7 @@ def make(setup: Setup) -> Method:
         trained=trained_adapter, download=lambda server: server["shared"], travels=travels, mixes=True,
         broadcast=lambda server, number, last: {"shared": server["shared"], **find_experts(server, number)},
         refuses=dict.fromkeys(AVERAGING, _NO_AVERAGE) | PROMPT_ALONE | _WHOLE, prompt="needed", classes=True,
+        unreached=_NO_GATE if setup.rounds < 2 else "",
     )  # fmt: skip
 
 

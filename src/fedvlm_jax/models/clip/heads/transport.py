@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float
 
 from fedvlm_jax.errors import UserError
@@ -21,23 +22,27 @@ ITERATIONS = 100
 
 
 def find_plan(
-    kernel: Float[Array, "*batch M N"], share: Float[Array, ""], balanced: Bool[Array, ""]
+    log_kernel: Float[Array, "*batch M N"], share: Float[Array, ""], balanced: Bool[Array, ""]
 ) -> Float[Array, "*batch M N"]:
     """Find the plan diag(u) K diag(v) that gives 1/M a row, at most unless `balanced`, and takes share/N a column.
 
-    >>> find_plan(jnp.ones((2, 2)), jnp.float32(0.5), jnp.asarray(False)).tolist()
+    K, u and v are kept as logarithms: in float32 K itself is 0 where a likeness is 87 ε below 1, and a row of zeros
+    makes numbers that are not finite.
+
+    >>> find_plan(jnp.zeros((2, 2)), jnp.float32(0.5), jnp.asarray(False)).tolist()
     [[0.125, 0.125], [0.125, 0.125]]
     """
-    rows, columns = kernel.shape[-2:]
+    rows, columns = log_kernel.shape[-2:]
+    largest = log_kernel.max(-2, keepdims=True)  # of a column; a factor of K that v takes over, which keeps digits
+    kernel = log_kernel - largest
 
     def turn(_: Any, scales: tuple[Array, Array]) -> tuple[Array, Array]:
-        u = 1 / (rows * (kernel * scales[1][..., None, :]).sum(-1))
-        u = jnp.where(balanced, u, jnp.minimum(u, 1))
-        return u, share / (columns * (kernel * u[..., None]).sum(-2))
+        u = -jnp.log(rows) - logsumexp(kernel + scales[1][..., None, :], axis=-1)
+        u = jnp.where(balanced, u, jnp.minimum(u, 0))
+        return u, jnp.log(share / columns) - logsumexp(kernel + u[..., None], axis=-2)
 
-    start = jnp.ones(kernel.shape[:-1]), jnp.ones((*kernel.shape[:-2], columns))
-    u, v = jax.lax.fori_loop(0, ITERATIONS, turn, start)
-    return u[..., None] * kernel * v[..., None, :]
+    u, v = jax.lax.fori_loop(0, ITERATIONS, turn, (jnp.zeros(kernel.shape[:-1]), largest[..., 0, :]))
+    return jnp.exp(u[..., None] + kernel + v[..., None, :])
 
 
 def logits(
@@ -54,6 +59,6 @@ def logits(
         raise UserError("this method compares patches of pictures: the model's features hold none (Vlm.see_patches)")
     leaves = jax.lax.stop_gradient(leaves)
     likeness = jnp.einsum("bme,nce->bcmn", images[:, 1:], texts, precision="highest")
-    kernel = jnp.exp((jax.lax.stop_gradient(likeness) - 1) / leaves["epsilon"])
-    plan = find_plan(kernel, leaves["share"], leaves["balanced"] > 0)
+    log_kernel = (jax.lax.stop_gradient(likeness) - 1) / leaves["epsilon"]
+    plan = find_plan(log_kernel, leaves["share"], leaves["balanced"] > 0)
     return scale * (plan * likeness).sum((-2, -1))
