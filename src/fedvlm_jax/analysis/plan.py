@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fedvlm_jax.analysis.collectives import Collective, find_collectives
 from fedvlm_jax.analysis.flops import count_flops
@@ -23,6 +24,7 @@ from fedvlm_jax.data.batches import MULTIPLE
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.distributed.mesh_option import parse_mesh
 from fedvlm_jax.errors import UserError, format_count
+from fedvlm_jax.evaluation.reward_tables import make_blank_tables
 from fedvlm_jax.federation import memory, round_shapes
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.models import Vlm, read_size, read_vlm
@@ -97,6 +99,9 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         vlm, objective, spec, size=size, views=sizes.pictures, prompt=prompt, answer=answer, cached=cached,
         grid_tokens=grid_tokens,
     )  # fmt: skip
+    tables = make_blank_tables(run.preference) if objective.samples else {}
+    if "listed" in tables:
+        example["reward_question"] = jax.ShapeDtypeStruct((), jnp.int32)
     room = memory.read_device_bytes(mesh) if chip is None else int(chip.hbm * memory.GIB)
     groups, together, cohort = *mesh.devices.shape, request.cohort or clients
     examples = [sizes.examples or run.train.local_steps * run.train.batch_size] * clients
@@ -116,7 +121,7 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         waves = f"{layout.waves} x {layout.wave}, {layout.wave // groups} side by side on {share}"
         note(f"compiling for {topology.name}: {format_count(layout.cohort, 'client')}, {waves}")
         programs = round_setup.build_programs(vlm, mesh, run, clients, layout.cohort, layout.places, layout.steps)
-        arguments = round_shapes.shape_round(programs, vlm, spec, layout, example)
+        arguments = round_shapes.shape_round(programs, vlm, spec, layout, example, tables or None)
         phase = programs.method.phase(1)
         try:
             compiled = programs.compile_round(arguments, phase)

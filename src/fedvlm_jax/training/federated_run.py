@@ -255,7 +255,7 @@ def _open(run: Run, show: Progress, given: Model | None, stored: StoredConfig | 
     assert folder is not None
     check = partial(fingerprints.compare_sources, folder, run, then) if stored else lambda sources: None
     if stored:
-        fingerprints.compare_start(folder, run, then)
+        fingerprints.compare_given(folder, run, then)
     if given is None:
         model = load_model(run, show.note, check)
     else:
