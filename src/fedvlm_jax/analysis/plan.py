@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fedvlm_jax.analysis.collectives import Collective, find_collectives
 from fedvlm_jax.analysis.flops import count_flops
@@ -24,7 +23,6 @@ from fedvlm_jax.data.batches import MULTIPLE
 from fedvlm_jax.distributed.mesh import make_mesh
 from fedvlm_jax.distributed.mesh_option import parse_mesh
 from fedvlm_jax.errors import UserError, format_count
-from fedvlm_jax.evaluation.reward_tables import make_blank_tables
 from fedvlm_jax.federation import memory, round_shapes
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.models import Vlm, read_size, read_vlm
@@ -71,17 +69,23 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
     The request's run must have passed `validate`; `note` receives progress in words.
 
     Raises:
-        UserError: the topology, the mesh, the model or the sizes cannot be, or not even one client fits.
+        UserError: the topology, the mesh, the model or the sizes cannot be, not even one client fits, or the objective
+            draws answers.
     """
     check_request(request)
     run, sizes, topology, clients = request.run, request.sizes, parse_topology(request.topology), request.clients
+    if (objective := load_objective(run.objective, run.preference)).samples:
+        raise UserError(
+            f"--objective {run.objective} draws answers, whose length nobody knows before, so its round cannot be "
+            "planned: leave it out; a run says how long its rounds take"
+        )
     # Devices come first: jax settles their number when it is first asked.
     mesh, chip = make_mesh(*(parse_mesh(run.system.mesh) or ()), devices=open_devices(topology)), topology.chip
     vlm = read_vlm(run.model, **round_setup.choose_arithmetic(run.system))
     check_rule(run, vlm)
     if vlm.see_patches is not None and declare(run.method, run).patches:
         vlm = vlm.see_patches()
-    objective, spec = load_objective(run.objective, run.preference), make_spec(run, vlm)
+    spec = make_spec(run, vlm)
     size, grid_tokens = _choose_size(request, vlm)
     tokens = sizes.pictures * (grid_tokens or vlm.image_tokens(*size))
     # Sequences are padded as batches are.
@@ -99,9 +103,6 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         vlm, objective, spec, size=size, views=sizes.pictures, prompt=prompt, answer=answer, cached=cached,
         grid_tokens=grid_tokens,
     )  # fmt: skip
-    tables = make_blank_tables(run.preference) if objective.samples else {}
-    if "listed" in tables:
-        example["reward_question"] = jax.ShapeDtypeStruct((), jnp.int32)
     room = memory.read_device_bytes(mesh) if chip is None else int(chip.hbm * memory.GIB)
     groups, together, cohort = *mesh.devices.shape, request.cohort or clients
     examples = [sizes.examples or run.train.local_steps * run.train.batch_size] * clients
@@ -121,7 +122,7 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
         waves = f"{layout.waves} x {layout.wave}, {layout.wave // groups} side by side on {share}"
         note(f"compiling for {topology.name}: {format_count(layout.cohort, 'client')}, {waves}")
         programs = round_setup.build_programs(vlm, mesh, run, clients, layout.cohort, layout.places, layout.steps)
-        arguments = round_shapes.shape_round(programs, vlm, spec, layout, example, tables or None)
+        arguments = round_shapes.shape_round(programs, vlm, spec, layout, example)
         phase = programs.method.phase(1)
         try:
             compiled = programs.compile_round(arguments, phase)

@@ -94,12 +94,6 @@ def make_reward_tables(
     return RewardTables(arrays | tabulate_answers(found, rewards.default), of_examples, note)
 
 
-def make_blank_tables(options: PreferenceOptions) -> dict[str, np.ndarray]:
-    """Make the smallest arrays of the rewards that the options name, for a round that is only planned."""
-    arrays = count_documents([], ()) if "cider" in options.rewards else {}
-    return arrays | (tabulate_answers({}, 0.0) if "file" in options.rewards else {})
-
-
 def count_documents(labels: Iterable[np.ndarray], frame: Sequence[int]) -> dict[str, np.ndarray]:
     """Count in how many gold answers an n-gram of tokens is, as the reward `cider` reads it.
 

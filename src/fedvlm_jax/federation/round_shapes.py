@@ -53,9 +53,9 @@ def shape_examples(
 
 
 def shape_round(
-    programs: Programs, vlm: Vlm, spec: lora.LoRA, layout: Layout, example: dict[str, Shape], tables: PyTree = None
+    programs: Programs, vlm: Vlm, spec: lora.LoRA, layout: Layout, example: dict[str, Shape]
 ) -> RoundArguments:
-    """Make the arguments of a compiled round, as shapes; `example` is one of `shape_examples`, `tables` arrays."""
+    """Make the arguments of a compiled round, as shapes; `example` is one of `shape_examples`."""
     mesh, method, key = programs.mesh, programs.method, shape_key()
     everywhere, across = NamedSharding(mesh, PartitionSpec()), wave_sharding(mesh)
     params = jax.tree.map(_place, vlm.shapes(), cut_base(mesh, vlm.shapes(), vlm.cuts))
@@ -77,7 +77,6 @@ def shape_round(
         clients=spread(shape_client(example, layout.rows, layout.steps, layout.batch)),
         weights=Shape((layout.places,), jnp.float32),
         key=key,  # type: ignore[arg-type]
-        tables=jax.tree.map(lambda leaf: _place(leaf, everywhere), tables),
     )
 
 

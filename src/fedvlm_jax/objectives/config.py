@@ -39,7 +39,7 @@ class PreferenceOptions:
         "brevity",
     )
     """reward: the two that are mixed, by an answer's tokens: equal to the gold answer's, F1 with them, 1 / their
-    number, CIDEr-D / 10, what --preference.reward-file has for them (the paper's are helpful and safe, by models)."""
+    number, CIDEr-D / 10, what a file has for them (the paper's are helpful and safe, by models)."""
     reward_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     """reward: JSON lines or CSV that the reward `file` reads: per line an answer and its reward from 0 to 1, and where
     it is not for all the question and the client (not given by the paper)."""

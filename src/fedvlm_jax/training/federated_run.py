@@ -320,4 +320,5 @@ def _write_config(experiment: Experiment) -> None:
     if processes.count() > 1:  # each reads data and model from what it takes for the same place
         then, now = read_config(file.parent).content["fingerprint"], experiment.data.fingerprint
         fingerprints.compare_sources(file.parent, experiment.run, then, now)
+        fingerprints.compare_given(file.parent, experiment.run, then)
         fingerprints.compare_clients(file.parent, then["clients"], now["clients"])
