@@ -16,6 +16,7 @@ from fedvlm_jax.objectives.reward import find_frame, judge_answers
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.run_dir.reader import read_metrics
 from fedvlm_jax.training import federated_run
+from fedvlm_jax.training.compare import refuse_other_sources
 from fedvlm_jax.training.experiment import open_experiment
 from fedvlm_jax.training.loaded_model import load_model
 from fedvlm_jax.utils.digests import digest_file
@@ -125,6 +126,11 @@ def test_a_run_with_a_file_and_cider_is_gone_on_with_while_its_file_is_the_same(
     gold = np.where((labels := experiment.examples.labels[rows]) < 0, settings.pad_token_id, labels)
     tokens = (labels >= 0).sum(axis=1) - np.isin(labels, find_frame(settings)).sum(axis=1)
     np.testing.assert_allclose(judge(gold, rows, 1), np.minimum(tokens, 4) / 4, rtol=1e-5)  # all orders that it has
+
+    refuse_other_sources(run.out, run, loaded)  # which a comparison asks of runs that are finished
+    file.write_text(before.replace("0.75", "0.7"))
+    with pytest.raises(UserError, match=r"the file of rewards, .*, is gone or has another content"):
+        refuse_other_sources(run.out, run, loaded)
 
 
 @pytest.mark.parametrize(
