@@ -106,6 +106,7 @@ def test_no_room_for_anyone(model, monkeypatch):
         ({"topology": "cpu:4096"}, "has settled for"),
         ({"system": SystemOptions(mesh="clients=4096")}, "--mesh clients=4096 takes 4,096 devices"),
         ({"lora": LoraOptions(rank=2, targets="nothing_is_called_so")}, "nothing_is_called_so"),
+        ({"objective": "reward"}, "--objective reward draws answers, whose length nobody knows before"),
     ],
 )
 def test_what_cannot_be_planned(model, changes, expected):

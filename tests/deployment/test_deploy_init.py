@@ -117,6 +117,16 @@ def test_a_node_scores_by_one_mix_of_rewards(tmp_path, capsys):
     assert "--preference.mix: not in a deployment, for a node scores its model as the only client" in told
 
 
+def test_a_node_has_no_file_of_rewards_and_no_others_answers(tmp_path, capsys):
+    file = tmp_path / "rewards.csv"
+    file.write_text("answer,reward\na bus,1\n")
+    for words in (("file", "brevity", "--preference.reward-file", file), ("cider", "brevity")):
+        words = ["--objective", "reward", "--preference.rewards", *map(str, words)]
+        told = refuse(["deploy", "init", tmp_path / "new", "--clients", "3", *words], capsys)
+        assert f"{'--preference.reward-file' if len(words) > 5 else '--preference.rewards cider'}: not in a dep" in told
+    assert "--preference.reward-file" in deploy.REFUSED
+
+
 @pytest.mark.parametrize("words", [("deploy", "init"), ("node",)])
 def test_the_help_lists_what_can_be_given(words, capsys):
     with pytest.raises(SystemExit):

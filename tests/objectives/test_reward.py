@@ -10,9 +10,11 @@ import pytest
 from toy import LABELS, SPEC, VOCABULARY, make_cohort, make_toy
 
 from fedvlm_jax import lora
+from fedvlm_jax.evaluation.metrics.cider import cider, weigh_corpus, weigh_documents
 from fedvlm_jax.objectives import PreferenceOptions, load_objective
-from fedvlm_jax.objectives.answer_rewards import REWARDS, cut_at_end
+from fedvlm_jax.objectives.answer_rewards import SCORES, cut_at_end
 from fedvlm_jax.objectives.reward import follow_reward
+from fedvlm_jax.objectives.reward_tables import tabulate_answers, tabulate_rarity
 
 WORDS, PLACES = 3, 2
 ANSWERS = np.asarray(list(itertools.product(range(WORDS), repeat=PLACES)))  # all that can be said
@@ -55,7 +57,7 @@ def test_the_expected_gradient_is_that_of_reward_minus_kl():
     assert -np.sum(chances * values) == pytest.approx(exact(theta), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", ["exact-match", "token-f1", "brevity"])
 def test_rewards_are_those_of_plain_python(name):
     rng = np.random.default_rng(1)
 
@@ -76,7 +78,7 @@ def test_rewards_are_those_of_plain_python(name):
     gold[:60] = drawn[:60]
     wanted = [score(*both) for both in zip(drawn, gold, strict=True)]
     assert len(set(wanted)) > 1
-    np.testing.assert_allclose(REWARDS[name](jnp.asarray(drawn), jnp.asarray(gold)), wanted, rtol=1e-6)
+    np.testing.assert_allclose(SCORES[name](jnp.asarray(drawn), jnp.asarray(gold), {}), wanted, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,40 @@ def test_value_metrics_and_gradient_against_numpy(drawn):
     wanted = float(site["scale"]) * (hidden @ np.asarray(site["a"])).T @ slope.reshape(len(answers), -1)
     assert np.abs(wanted).max() > 1e-2
     np.testing.assert_allclose(gradient["decoder"]["fc2"]["b"], wanted, atol=1e-5)
+
+
+def test_rewards_of_tables_are_looked_up_for_what_is_drawn(drawn, tmp_path):
+    """By dictionary and by the text metric, of the very answers that the module's batch gets."""
+    params, adapter, batch, answers, *_ = drawn
+    vlm, _ = make_toy()
+    listed = {(0, 0, (word,)): word / 5 for word in range(1, 5)} | {(0, 0, ()): 0.7, (1, 0, (2,)): 0.9, (0, 2, ()): 0.1}
+    documents = [[[1, 2]], [[2]], [[3, 4, 4]]]
+    rarity = weigh_documents(documents)
+    questions = np.asarray([0, 1, 0, 1, 0, 1], np.int32)
+    known = tabulate_answers(listed, 0.3) | tabulate_rarity(rarity.weights, rarity.most)
+    options = PreferenceOptions(rewards=("file", "cider"), reward_file=tmp_path, mix=(1.0,), beta=BETA, samples=3)
+    loss = load_objective("reward", options).loss
+    run = jax.jit(lambda known, asked: loss(vlm, params, adapter, batch | {"reward_question": asked} | known)[1])
+    metrics, counts = run(known, questions), (batch["labels"] >= 0).any(axis=-1)
+    bare = [[tuple(word for word in cut_words(one) if word) for one in row] for row in answers.tolist()]
+    wanted = []
+    for row, said in enumerate(bare):
+        client, question = int(batch["client"][row]) + 1, int(questions[row])
+        keys = ((question, client), (question, 0), (0, client), (0, 0))
+        wanted.append([next((listed[*key, one] for key in keys if (*key, one) in listed), 0.3) for one in said])
+    assert len({*np.ravel(wanted)}) > 3
+    assert float(metrics["first_reward"]) == pytest.approx(np.asarray(wanted)[counts].mean(), rel=1e-5)
+    gold = [" ".join(str(word) for word in row if word > 0) for row in batch["labels"].tolist()]
+    texts = [[" ".join(map(str, one)) for one in row] for row in bare]
+    corpus = weigh_corpus([[" ".join(map(str, one)) for one in each] for each in documents])
+    scores = np.stack([cider([row[one] for row in texts], [[text] for text in gold], corpus) / 10 for one in range(3)])
+    assert float(metrics["second_reward"]) == pytest.approx(scores.T[counts].mean(), rel=1e-5)
+    assert scores.any()
+
+
+def cut_words(row):
+    """Up to the token 0 that ends an answer."""
+    return row[: row.index(0)] if 0 in row else row
 
 
 def test_answers_are_drawn_from_the_model_s_distribution():

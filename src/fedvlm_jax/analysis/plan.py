@@ -69,17 +69,23 @@ def plan_round(request: Request, note: Callable[[str], None] = lambda text: None
     The request's run must have passed `validate`; `note` receives progress in words.
 
     Raises:
-        UserError: the topology, the mesh, the model or the sizes cannot be, or not even one client fits.
+        UserError: the topology, the mesh, the model or the sizes cannot be, not even one client fits, or the objective
+            draws answers.
     """
     check_request(request)
     run, sizes, topology, clients = request.run, request.sizes, parse_topology(request.topology), request.clients
+    if (objective := load_objective(run.objective, run.preference)).samples:
+        raise UserError(
+            f"--objective {run.objective} draws answers, whose length nobody knows before, so its round cannot be "
+            "planned: leave it out; a run says how long its rounds take"
+        )
     # Devices come first: jax settles their number when it is first asked.
     mesh, chip = make_mesh(*(parse_mesh(run.system.mesh) or ()), devices=open_devices(topology)), topology.chip
     vlm = read_vlm(run.model, **round_setup.choose_arithmetic(run.system))
     check_rule(run, vlm)
     if vlm.see_patches is not None and declare(run.method, run).patches:
         vlm = vlm.see_patches()
-    objective, spec = load_objective(run.objective, run.preference), make_spec(run, vlm)
+    spec = make_spec(run, vlm)
     size, grid_tokens = _choose_size(request, vlm)
     tokens = sizes.pictures * (grid_tokens or vlm.image_tokens(*size))
     # Sequences are padded as batches are.

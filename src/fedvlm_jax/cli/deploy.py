@@ -28,6 +28,7 @@ from fedvlm_jax.utils.option_ranges import Count, Positive, Seed
 REFUSED = {
     "--start", "--train.finetune-steps", "--evaluation.clients", "--evaluation.cross-clients",
     "--evaluation.no-cross-clients", "--evaluation.cold-start", "--participation.dropout", "--participation.stragglers",
+    "--preference.reward-file",
 }  # fmt: skip
 """Options of `fedvlm train` that are refused with a reason (`deployment.plan`), and so not listed here."""
 

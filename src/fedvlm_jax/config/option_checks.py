@@ -113,6 +113,10 @@ def _check_common(run: Run) -> None:
     if is_path and not Path(run.model).expanduser().is_dir():
         raise UserError(f"--model {run.model}: there is no such folder")
     check_source(run.data)
+    if run.preference.reward_file is not None:
+        from fedvlm_jax.records.reward_file import read_rewards
+
+        read_rewards(run.preference.reward_file)  # for its errors
     for flag, pattern in (("--lora.targets", run.lora.targets), ("--share", find_rule(run.method_options) or "")):
         try:
             re.compile(pattern)
@@ -254,6 +258,10 @@ def _check_privacy(run: Run) -> None:
         ),
         "--local.scaffold": (run.local.scaffold, "control variates leave the clients too, without noise"),
         "--lora.ranks": (bool(run.lora.ranks), "a message of lower rank tells whose it is"),
+        "--preference.rewards cider": (
+            "cider" in run.preference.rewards,
+            "its document frequencies are counted over all clients without noise",
+        ),
         "--messages.pool": (run.messages.pool != "mean", "what noise hides is known of a sum alone"),
     }
     for flag, (asked, reason) in reasons.items():

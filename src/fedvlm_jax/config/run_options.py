@@ -67,7 +67,7 @@ def objectives_available() -> tuple[str, ...]:
     >>> objectives_available()
     ('classify', 'dpo', 'reward', 'sft', 'sft+dpo')
     """
-    parts = ("answer_rewards", "base", "config", "log_probs")
+    parts = ("answer_rewards", "base", "config", "log_probs", "reward_tables")
     stems = [stem for stem in _list_files("objectives") if stem not in parts]
     return tuple(stem.replace("_", "+") for stem in stems)
 

@@ -270,7 +270,7 @@ def _read_answers(
     """Read the chosen and the rejected answers, which rows are a pair [N], and those refused by the processor."""
     chosen = table.read_stripped("chosen", rows)
     rejected = table.read_stripped("rejected", rows) if "rejected" in table.columns else [""] * len(rows)
-    both, cut, unfit = _tokenise_answers(processor, [*chosen, *rejected], most)
+    both, cut, unfit = tokenise_answers(processor, [*chosen, *rejected], most)
     refused = {place % len(rows): reason for place, reason in unfit.items()}
     labels, rejected_labels = both[: len(rows)], both[len(rows) :]
     states = [federated.find_pair_fault(*pair) is None for pair in zip(chosen, rejected, strict=True)]
@@ -280,7 +280,7 @@ def _read_answers(
     return _Side(chosen, labels, cut[: len(rows)]), right, is_pair, refused
 
 
-def _tokenise_answers(
+def tokenise_answers(
     processor: TextProcessor, texts: Sequence[str], most: int
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Tokenise answers: labels [N, U] of at most `most` tokens, which of the N were longer, place -> why refused."""

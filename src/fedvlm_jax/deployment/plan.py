@@ -128,6 +128,11 @@ def _check(run: Run, clients: int, least: int, timeout: float, secure: bool) -> 
         "--evaluation.cross-clients": (run.evaluation.cross_clients, "no client's model leaves its node"),
         "--evaluation.cold-start": (run.evaluation.cold_start != "initial", "newcomers begin with the adapter drawn"),
         "--preference.mix": (len(run.preference.mix) > 1, "a node scores its model as the only client that it knows"),
+        "--preference.rewards cider": (
+            "cider" in run.preference.rewards,
+            "no node knows how often others' answers have a word",
+        ),
+        "--preference.reward-file": (run.preference.reward_file is not None, "nodes have no such file"),
         "--evaluation.clients": (run.evaluation.clients is not None, "every node evaluates its own model"),
     }
     for flag, (given, why) in refused.items():

@@ -35,8 +35,8 @@ Scores = dict[str, dict[str, float]]
 Adapters = Callable[[np.ndarray], PyTree]
 """(client numbers [V], which may repeat) -> their adapters [V, …]."""
 
-Reward = Callable[[Int[np.ndarray, "N U"], Int[np.ndarray, "N V"], int], Float[np.ndarray, " N"]]
-"""(ids of generated answers, labels, the client's number) -> their rewards."""
+Reward = Callable[[Int[np.ndarray, "N U"], Int[np.ndarray, " N"], int], Float[np.ndarray, " N"]]
+"""(ids of generated answers, the examples' numbers, the client's number) -> their rewards."""
 
 
 class Scored(NamedTuple):
@@ -211,9 +211,8 @@ class Evaluator:
             for metric, score in metrics.items():
                 scored.values[metric][name] = np.asarray(score(texts, gold))
             if self.reward is not None:
-                ids, labels = np.concatenate([ids for ids, _ in parts]), self.examples.labels
-                rows = self.examples.clients[client].rows_of(split)
-                scored.values["reward"][name] = self.reward(ids, labels[rows], client)
+                ids, rows = np.concatenate([ids for ids, _ in parts]), self.examples.clients[client].rows_of(split)
+                scored.values["reward"][name] = self.reward(ids, rows, client)
             of_client = {metric: float(values[name].mean()) for metric, values in scored.values.items()}
             numbers = {key: np.concatenate([sums[key] for _, sums in parts]) for key in parts[0][1]}
             tokens = max(float(numbers["chosen_tokens"].sum()), 1.0)  # all answers may be empty

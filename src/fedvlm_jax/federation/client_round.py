@@ -24,6 +24,7 @@ class Frame(NamedTuple):
     rates: dict[str, Float[Array, ""]]  # learning rates of `a` and `b`
     round: Number
     key: PRNGKeyArray  # the run's
+    tables: PyTree = None  # name -> array, what an objective that draws answers reads beside its batch
 
 
 class ClientUpdated(NamedTuple):
@@ -40,7 +41,7 @@ def make_context(trainer: LocalTrainer, frame: Frame, phase: int, drops: PRNGKey
     asked = itertools.count()  # each training that the method asks for has a key of its own
 
     def train(factors: PyTree, optimizer: PyTree, client: Client, **choices: Any) -> Any:
-        drawn = {} if drops is None else {"key": jax.random.fold_in(drops, next(asked))}
+        drawn = {} if drops is None else {"key": jax.random.fold_in(drops, next(asked)), "tables": frame.tables}
         return trainer.run(frame.params, factors, optimizer, client, frame.rates, **choices, **drawn)
 
     return Context(frame.params, frame.round, phase, frame.rates, train, aggregation_key(frame.key, frame.round))

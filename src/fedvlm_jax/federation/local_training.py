@@ -41,7 +41,7 @@ class LocalTrainer(NamedTuple):
 
     start: Callable[..., PyTree]  # (factors, trained) -> a fresh optimiser state for the leaves that `trained` names
     # (params, factors, optimiser state, client, rates, **choices) -> (factors, optimiser state, metrics); the choices
-    # are those of `methods.base.Train`, and `key` where it draws.
+    # are those of `methods.base.Train`, and where it draws `key` and `tables`, of what it draws.
     run: Callable[..., tuple[PyTree, PyTree, Metrics]]
     draws: bool = False  # whether it draws random numbers, for dropout or for answers
 
@@ -88,6 +88,7 @@ def make_local_trainer(
         first: Int[Array, ""] | int = 0,
         distil: Distillation | None = None,
         key: PRNGKeyArray | None = None,
+        tables: dict[str, Array] | None = None,
     ) -> tuple[PyTree, PyTree, Metrics]:
         if not client.indices.shape[0]:
             raise UserError("a method asks for a training of no steps at all: it needs more --train.local-steps")
@@ -103,7 +104,7 @@ def make_local_trainer(
             if dropout:
                 adapter = lora.with_dropout(step_key, adapter, dropout)
             if objective.samples:
-                batch = add_draws(batch, jax.random.fold_in(step_key, ANSWERS), client.number)
+                batch = add_draws(batch, jax.random.fold_in(step_key, ANSWERS), client.number) | (tables or {})
             return minimised(vlm, params, adapter, batch)
 
         def descend(path: str, update: Array) -> Array:

@@ -36,6 +36,7 @@ class RoundArguments(NamedTuple):
     rates: dict[str, Float[Array, ""]]  # learning rates of `a` and `b`
     round: Number
     key: PRNGKeyArray  # the run's; a client's is folded from it, the round and the client's number
+    tables: PyTree = None  # see `Frame`; the same for all clients
 
 
 def make_arguments(
@@ -48,6 +49,7 @@ def make_arguments(
     key: PRNGKeyArray,
     rates: Mapping[str, float] | None = None,
     round_: int = 1,
+    tables: PyTree = None,
 ) -> RoundArguments:
     """Make the arguments of a compiled round, of arrays or of shapes alike.
 
@@ -55,7 +57,7 @@ def make_arguments(
     """
     rates = {"a": 0.0, "b": 0.0} if rates is None else rates
     scalars = {name: jnp.float32(rate) for name, rate in rates.items()}
-    return RoundArguments(params, server, personal, clients, weights, scalars, jnp.int32(round_), key)
+    return RoundArguments(params, server, personal, clients, weights, scalars, jnp.int32(round_), key, tables)
 
 
 class RoundOutput(NamedTuple):
@@ -120,9 +122,10 @@ def make_round(method: Method, trainer: LocalTrainer, mesh: Mesh) -> jax.stages.
         rates: dict[str, Float[Array, ""]],
         round: Number,
         key: PRNGKeyArray,
+        tables: PyTree = None,
         phase: int = 0,
     ) -> RoundOutput:
-        frame = Frame(params, server, rates, round, key)
+        frame = Frame(params, server, rates, round, key, tables)
         ctx = make_context(trainer, frame, phase)
         wave = jax.vmap(lambda personal, client: client_round(frame, personal, client, phase), spmd_axis_name=CLIENTS)
 

@@ -117,6 +117,7 @@ class Simulator:
     secret: str = ""  # hexadecimal; with `sampling` it decides cohorts in place of the seed
     hostile: Sequence[int] = ()  # clients that send other messages than their own, see `messages.attacks`
     epochs: float | None = None  # passes over a client's examples in a round; None: the layout's local steps, all alike
+    tables: PyTree = None  # what the objective reads beside its batches, see `Frame`
     file: Path | None = None  # where the personal states are; a temporary file by default
     compiling: Around = nullcontext
     client_states: ClientStates = field(init=False)
@@ -143,6 +144,7 @@ class Simulator:
         by_size = self.participation.sampling == "size" and self.layout.cohort < len(self._sizes)
         self._shares = find_shares(self._sizes, "examples" if by_size else self.weighting)
         self.server = replicate(self.programs.mesh, self.server)
+        self.tables = replicate(self.programs.mesh, self.tables)
 
     def read_round(self, round_: int, steps: int | None = None) -> RoundInputs:
         """Draw the cohort of round `round_` (from 1) and read its data.
@@ -220,6 +222,7 @@ class Simulator:
             key=self.key,
             rates=rates,
             round_=read.round,
+            tables=self.tables,
         )
 
     def phase_of(self, round_: int) -> int:

@@ -1,15 +1,17 @@
 """Options of the objective, the `--preference.*` ones; imports nothing heavy, for `fedvlm --help` reads this file."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
+import tyro
 from annotated_types import Ge, Le
 
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.utils.option_ranges import Positive, Share, check_ranges
 
-Reward = Literal["exact-match", "token-f1", "brevity"]
-"""A reward of `answer_rewards`."""
+REWARDS = ("exact-match", "token-f1", "brevity", "cider", "file")
+"""Names of rewards; each is the function of `answer_rewards` with that name."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,15 @@ class PreferenceOptions:
     sft_weight: Positive = 1.0
     """sft+dpo: weight of the chosen answer's cross-entropy beside the preference loss (not given by the paper)."""
 
-    rewards: tuple[Reward, Reward] = ("token-f1", "brevity")
+    rewards: Annotated[tuple[str, str], tyro.conf.arg(metavar=f"{{{','.join(REWARDS)}}} {{...}}")] = (
+        "token-f1",
+        "brevity",
+    )
     """reward: the two that are mixed, by an answer's tokens: equal to the gold answer's, F1 with them, 1 / their
-    number (the paper's are helpful and safe, by models)."""
+    number, CIDEr-D / 10, what a file has for them (the paper's are helpful and safe, by models)."""
+    reward_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    """reward: JSON lines or CSV that the reward `file` reads: per line an answer and its reward from 0 to 1, and where
+    it is not for all the question and the client (not given by the paper)."""
     mix: tuple[Share, ...] = (0.5,)
     """reward: weights of the first of them, dealt to the clients in turn, client k getting the k-th, over and over;
     the second one's is the rest (not given by the paper)."""
@@ -45,8 +53,18 @@ class PreferenceOptions:
         check_ranges(self, "preference")
         if not self.mix:
             raise UserError("--preference.mix is empty: give a weight between 0 and 1, or several")
+        for name in self.rewards:
+            if name not in REWARDS:
+                raise UserError(f"--preference.rewards {name}: there are {', '.join(REWARDS)}")
         if len({*self.rewards}) < 2:
             raise UserError(f"--preference.rewards names {self.rewards[0]} twice: a mix is of two")
+        if "file" in self.rewards and self.reward_file is None:
+            raise UserError("--preference.rewards file: say which with --preference.reward-file")
+        if self.reward_file is not None and "file" not in self.rewards:
+            raise UserError(
+                f"--preference.reward-file {self.reward_file}: no reward reads it; name file among "
+                "--preference.rewards, or leave it out"
+            )
         if self.variant == "ipo" and self.label_smoothing:
             raise UserError(
                 f"--preference.label-smoothing is {self.label_smoothing}: it must be 0 with --preference.variant ipo, "

@@ -11,8 +11,9 @@ serves one step alone, and where the policy is the one that drew them PPO's rati
 left of it is this gradient, without the network of values that a client would have to train and keep.
 
 Published is the linear mix of two rewards, helpful and safe, by a client's own weights. Both of the paper's rewards are
-models; here they are numbers that tokens decide (`answer_rewards`), so that drawing, scoring and the step are one
-compiled program of fixed shapes. Answers have as many tokens as the data's labels at most.
+models. Here, by this project's choice, they are numbers that tokens decide (`answer_rewards`: metrics, or what a file
+has for an answer), so that drawing, scoring and the step are one compiled program of fixed shapes. Answers have as many
+tokens as the data's labels at most.
 """
 
 import jax
@@ -28,13 +29,15 @@ from fedvlm_jax.objectives.answer_rewards import cut_at_end, score_answers
 from fedvlm_jax.objectives.base import Loss, Objective
 from fedvlm_jax.objectives.config import PreferenceOptions
 from fedvlm_jax.objectives.log_probs import token_losses
+from fedvlm_jax.objectives.reward_tables import OF_ANSWERS, TABLES, Known
 
 
 def make(options: PreferenceOptions) -> Objective:
     """Make reward, of two rewards and a client's mix of them."""
 
     def loss(vlm: Vlm, params: Params, adapter: lora.Adapter | None, batch: Batch) -> Loss:
-        settings, labels = vlm.settings(), batch["labels"]
+        settings, labels, given = vlm.settings(), batch["labels"], batch
+        batch = {name: rows for name, rows in batch.items() if name not in TABLES}
         keys = jax.random.wrap_key_data(batch["sampling_keys"])
         drawn = vlm.generate(
             params, jax.lax.stop_gradient(adapter), batch, labels.shape[-1], samples=options.samples, keys=keys
@@ -42,7 +45,10 @@ def make(options: PreferenceOptions) -> Objective:
         answers = cut_at_end(drawn, settings.eos_token_ids)
         gold = jnp.broadcast_to(labels[:, None], (*answers.shape[:2], labels.shape[-1]))
         mix = jnp.broadcast_to(find_mix(options, batch["client"])[:, None], answers.shape[:2])
-        mixed, both = score_answers(options.rewards, mix, answers, gold, find_frame(settings))
+        known = {name: given[name] for name in TABLES if name in given}
+        of_rows = {name: batch[name][:, None] for name in OF_ANSWERS if name in batch}
+        known |= {name: jnp.broadcast_to(rows, answers.shape[:2]) for name, rows in of_rows.items()}
+        mixed, both = score_answers(options.rewards, mix, answers, gold, find_frame(settings), known)
         asked = {**batch, "labels": answers}
         logits, base = vlm.logits(params, adapter, asked), vlm.logits(params, None, asked)
         ours, theirs = (-token_losses(part, answers)[0].sum(axis=-1) for part in (logits, base))
@@ -56,7 +62,7 @@ def make(options: PreferenceOptions) -> Objective:
     return Objective("reward", source, loss, samples=True, select_by="reward", reads=READS)
 
 
-READS = ("beta", "rewards", "mix", "samples")
+READS = ("beta", "rewards", "reward_file", "mix", "samples")
 
 
 def judge_answers(
@@ -65,12 +71,17 @@ def judge_answers(
     generated: Int[np.ndarray, "N U"],
     labels: Int[np.ndarray, "N V"],
     client: int,
+    known: Known | None = None,
 ) -> Float[np.ndarray, " N"]:
-    """Compute a client's mixed reward of generated answers, as `Vlm.generate` gives them, beside gold labels."""
+    """Compute a client's mixed reward of generated answers, as `Vlm.generate` gives them, beside gold labels.
+
+    `known` is what the rewards read beside: the tables, and `reward_question` [N] where there is a file.
+    """
     answers, who = cut_at_end(jnp.asarray(generated), settings.eos_token_ids), jnp.full(len(labels), client)
     mixed, _ = score_answers(
-        options.rewards, find_mix(options, who), answers, jnp.asarray(labels), find_frame(settings)
-    )
+        options.rewards, find_mix(options, who), answers, jnp.asarray(labels), find_frame(settings),
+        {**(known or {}), "client": who},
+    )  # fmt: skip
     return np.asarray(mixed)
 
 

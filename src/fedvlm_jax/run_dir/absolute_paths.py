@@ -28,9 +28,11 @@ def anchor(run: Run) -> Run:
         model = str(_absolute(model))
     cache = run.system.cache_dir and _absolute(run.system.cache_dir)
     start = run.start and _absolute(run.start)
+    rewards = run.preference.reward_file and _absolute(run.preference.reward_file)
+    preference = replace(run.preference, reward_file=rewards)
     places = {name: _absolute(place) for name in FOLDERS if (place := getattr(run.data, name, None)) is not None}
     data, system = run.data.replace(source=source, **places), replace(run.system, cache_dir=cache)
-    return replace(run, model=model, data=data, system=system, start=start)
+    return replace(run, model=model, data=data, system=system, start=start, preference=preference)
 
 
 def move(run: Run, places: Run) -> Run:

@@ -80,14 +80,30 @@ def list_other_sources(run: Run, stored: Mapping[str, Any], now: Mapping[str, An
     return [*lines, *(f"{name} of the model {run.model} {what}" for name, what in files)]
 
 
-def compare_start(folder: Path, run: Run, stored: Mapping[str, Any]) -> None:
-    """Refuse a PEFT folder to start with that is not the one which the run in a folder began with.
+def describe_given(run: Run) -> dict[str, str]:
+    """Digest what a run was given beside data and model: a PEFT folder to start with, a file of rewards.
+
+    Raises:
+        UserError: a file cannot be read.
+
+    >>> describe_given(Run())
+    {}
+    """
+    rewards = run.preference.reward_file
+    found = {} if run.start is None else {"start": digest_start(run.start)}
+    return found if rewards is None else {**found, "rewards": digests.digest_file(rewards)}
+
+
+def compare_given(folder: Path, run: Run, stored: Mapping[str, Any]) -> None:
+    """Refuse what a run was given beside data and model, where it is not what the run in a folder began with.
 
     Raises:
         UserError: it is gone, or has another content.
     """
-    if run.start is not None and digest_start(run.start) != stored.get("start"):
-        _refuse(folder, [f"the adapter to start with, {run.start}, is gone or has another content"])
+    names = {"start": f"the adapter to start with, {run.start},"}
+    names |= {"rewards": f"the file of rewards, {run.preference.reward_file},"}
+    now = describe_given(run)
+    _refuse(folder, [f"{names[key]} is gone or has another content" for key in now if now[key] != stored.get(key)])
 
 
 def compare_clients(folder: Path, stored: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -24,7 +24,7 @@ from fedvlm_jax.models import read_vlm
 from fedvlm_jax.privacy.accounting import import_accounting
 from fedvlm_jax.run_dir.absolute_paths import anchor, move
 from fedvlm_jax.run_dir.artifacts import describe_environment
-from fedvlm_jax.run_dir.fingerprints import compare_sources
+from fedvlm_jax.run_dir.fingerprints import compare_given, compare_sources
 from fedvlm_jax.run_dir.folder_lock import Claim, name_command
 from fedvlm_jax.run_dir.reader import RunRecord, read_run
 from fedvlm_jax.run_dir.validated_files import read_config
@@ -222,13 +222,14 @@ def _describe(record: RunRecord, method: str, seed: int, folder: Path) -> dict[s
 
 
 def refuse_other_sources(folder: Path, run: Run, model: LoadedModel) -> None:
-    """Refuse a finished run, which is only read, of other data or another model than the runs it is put beside.
+    """Refuse a finished run, which is only read, of other files than the runs it is put beside.
 
     Raises:
         UserError: they have changed since.
     """
     if stored := read_config(folder).content.get("fingerprint"):
         compare_sources(folder, run, stored, model.sources(run.data))
+        compare_given(folder, run, stored)
 
 
 def finish_run(

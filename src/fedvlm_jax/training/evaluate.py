@@ -59,7 +59,7 @@ def open_finished(folder: Path, stored: StoredConfig, show: Progress, *, scoring
     if not scoring and stored.mesh.devices > len(jax.devices()):
         run = dataclasses.replace(run, system=dataclasses.replace(run.system, mesh="", wave=None))
     fingerprints.tell_versions(stored.content["versions"], show.note)
-    fingerprints.compare_start(folder, run, then)
+    fingerprints.compare_given(folder, run, then)
     model = load_model(run, show.note, partial(fingerprints.compare_sources, folder, run, then))
     experiment = open_experiment(run, model, show, reference=scoring, budget=stored.budget)
     clients = experiment.data.fingerprint["clients"]

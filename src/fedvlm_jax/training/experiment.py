@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -18,16 +18,17 @@ from fedvlm_jax.config.start_folder import continue_from, name_other_base, read_
 from fedvlm_jax.data.classes import count_ambiguous, describe_ambiguous, describe_classes, find_novel, find_own
 from fedvlm_jax.data.federated_dataset import describe_lost, list_reasons
 from fedvlm_jax.data.picture_views import Views
-from fedvlm_jax.data.tokenization import Examples
+from fedvlm_jax.data.tokenization import Examples, find_question_column
 from fedvlm_jax.distributed import processes
 from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.evaluation.answer_generation import Answering
 from fedvlm_jax.evaluation.evaluator import Evaluator, Reward
 from fedvlm_jax.evaluation.knn_per import Neighbours
+from fedvlm_jax.evaluation.reward_tables import RewardTables, make_reward_tables
 from fedvlm_jax.federation.cohort import Layout
 from fedvlm_jax.federation.compiled import Programs
 from fedvlm_jax.federation.config import ParticipationOptions
-from fedvlm_jax.federation.inputs.batch_reader import Inputs, make_blank_inputs, make_inputs
+from fedvlm_jax.federation.inputs.batch_reader import Inputs, add_questions, make_blank_inputs, make_inputs
 from fedvlm_jax.federation.inputs.feature_cache import GIB, FeatureStore, is_vision_frozen
 from fedvlm_jax.federation.inputs.poisoned_rows import (
     Backdoor,
@@ -42,7 +43,7 @@ from fedvlm_jax.messages.attacks import OF_MESSAGES, draw_attackers
 from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods.config import LocalOptions, MethodOptions, ServerOptions
 from fedvlm_jax.objectives import Objective, load_objective
-from fedvlm_jax.objectives.reward import judge_answers
+from fedvlm_jax.objectives.reward import find_frame, judge_answers
 from fedvlm_jax.privacy.budget import Budget, describe_budget, draw_secret, settle
 from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.training.federated_data import BaseScoring, FederatedData, open_data
@@ -177,7 +178,7 @@ class Experiment:
     @cached_property
     def inputs(self) -> Inputs:
         """Make the function from rows to batches."""
-        return self._add_reference(make_inputs(self.examples, self.model.processor, self.store))
+        return self._add_columns(make_inputs(self.examples, self.model.processor, self.store))
 
     @cached_property
     def marked_inputs(self) -> Inputs:
@@ -207,9 +208,12 @@ class Experiment:
     @cached_property
     def blank_inputs(self) -> Inputs:
         """Make the same but for the pictures, which are not looked at."""
-        return self._add_reference(make_blank_inputs(self.examples, self.model.processor, self.store))
+        return self._add_columns(make_blank_inputs(self.examples, self.model.processor, self.store))
 
-    def _add_reference(self, inputs: Inputs) -> Inputs:
+    def _add_columns(self, inputs: Inputs) -> Inputs:
+        """Put what the objective reads of a row beside its tokens."""
+        if (questions := self.reward_tables.questions) is not None:
+            return add_questions(inputs, questions)
         return add_reference(inputs, self.find_reference()) if self.objective.reference else inputs
 
     @cached_property
@@ -243,12 +247,33 @@ class Experiment:
         evaluation = replace(without_extras(self.run).evaluation, examples=0, cross_clients=False)
         return BaseScoring(evaluation, self.run.preference, pixels=self.store is None)
 
+    @cached_property
+    def reward_tables(self) -> RewardTables:
+        """Make what the objective's rewards read beside an example.
+
+        Raises:
+            UserError: the file of rewards cannot be used.
+        """
+        if not self.objective.samples:
+            return RewardTables({})
+        table, most = self.data.table, max(self.data.fitted.max_answer_tokens, self.answering.gold.budget)
+        asked = table.read_stripped(find_question_column(table, self.data.options), self.examples.rows)
+        frame = find_frame(self.model.vlm.settings())
+        return make_reward_tables(self.run.preference, self.examples, asked, self.model.processor, frame, most)
+
     @property
     def judge(self) -> Reward | None:
         """Return what rewards answers, where the objective trains for that."""
         if not self.objective.samples:
             return None
-        return partial(judge_answers, self.run.preference, self.model.vlm.settings())
+        options, settings, labels = self.run.preference, self.model.vlm.settings(), self.examples.labels
+        tables, questions, _ = self.reward_tables
+
+        def judge(ids: np.ndarray, rows: np.ndarray, client: int) -> np.ndarray:
+            of_rows = {} if questions is None else {"reward_question": questions[rows]}
+            return judge_answers(options, settings, ids, labels[rows], client, tables | of_rows)
+
+        return judge
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -353,6 +378,8 @@ def open_experiment(
     check_pool_size(run.messages, min(run.cohort or trainable, trainable))
     if not experiment.judged:
         raise UserError("--evaluation.clients: all that would be scored are hostile, and scores leave these out")
+    if note := experiment.reward_tables.note:  # refuses a file before anything is computed
+        show.note(note)
     if reference and experiment.objective.reference:
         experiment.find_reference()  # takes long and reports, so it is no part of the first round
     _ = experiment.layout  # refuses rounds of too many rows
@@ -412,6 +439,7 @@ def make_simulator(experiment: Experiment, file: Path | None = None) -> Simulato
         participation=run.participation,
         hostile=experiment.attackers if run.participation.attack in OF_MESSAGES else (),
         epochs=run.train.local_epochs,
+        tables=experiment.reward_tables.arrays or None,
         file=file,
     )
 

@@ -255,7 +255,7 @@ def _open(run: Run, show: Progress, given: Model | None, stored: StoredConfig | 
     assert folder is not None
     check = partial(fingerprints.compare_sources, folder, run, then) if stored else lambda sources: None
     if stored:
-        fingerprints.compare_start(folder, run, then)
+        fingerprints.compare_given(folder, run, then)
     if given is None:
         model = load_model(run, show.note, check)
     else:
@@ -320,4 +320,5 @@ def _write_config(experiment: Experiment) -> None:
     if processes.count() > 1:  # each reads data and model from what it takes for the same place
         then, now = read_config(file.parent).content["fingerprint"], experiment.data.fingerprint
         fingerprints.compare_sources(file.parent, experiment.run, then, now)
+        fingerprints.compare_given(file.parent, experiment.run, then)
         fingerprints.compare_clients(file.parent, then["clients"], now["clients"])

@@ -6,7 +6,6 @@ from typing import Any
 
 from fedvlm_jax import lora
 from fedvlm_jax.config.run_options import TrainOptions, to_json
-from fedvlm_jax.config.start_folder import digest_start
 from fedvlm_jax.data.answer_distances import measure_answer_distances
 from fedvlm_jax.data.config import SPLITS
 from fedvlm_jax.data.tokenization import find_question_column
@@ -16,6 +15,7 @@ from fedvlm_jax.methods import Method
 from fedvlm_jax.models import Vlm
 from fedvlm_jax.privacy.budget import publish_budget
 from fedvlm_jax.run_dir import artifacts
+from fedvlm_jax.run_dir.fingerprints import describe_given
 from fedvlm_jax.training.experiment import Experiment
 from fedvlm_jax.training.loaded_model import LoadedModel
 from fedvlm_jax.utils import tree
@@ -86,9 +86,6 @@ def describe_start(experiment: Experiment, method: Method) -> dict[str, Any]:
         "resolved": resolved,
         # Not among what was resolved, which reports list.
         **({"secret": budget.secret} if (budget := experiment.budget) and budget.secret else {}),
-        "fingerprint": {
-            **experiment.data.fingerprint,
-            **({} if run.start is None else {"start": digest_start(run.start)}),
-        },
+        "fingerprint": {**experiment.data.fingerprint, **describe_given(run)},
         "federation": experiment.data.federation.description,
     }

@@ -11,7 +11,7 @@ its few examples alone, a client's score could not be compared with another's.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from fedvlm_jax.evaluation.metrics.answer_tokens import pair_up, tokenise
 ORDERS = (1, 2, 3, 4)
 SIGMA = 6.0
 
-Gram = tuple[str, ...]
+Gram = tuple[Hashable, ...]
 
 
 class Rarity(NamedTuple):
@@ -49,7 +49,15 @@ def weigh_corpus(corpus: Sequence[Sequence[str]]) -> Rarity:
     >>> weigh_corpus([["a bus"], ["a cat"], ["two"]]).weights.keys()
     dict_keys([('a',)])
     """
-    documents = [[tokenise(text) for text in texts] for texts in corpus]
+    return weigh_documents([[tokenise(text) for text in texts] for texts in corpus])
+
+
+def weigh_documents(documents: Sequence[Sequence[Sequence[Hashable]]]) -> Rarity:
+    """Weigh the n-grams of documents, each of which is some texts as tokens of any kind.
+
+    >>> weigh_documents([[[5, 7]], [[5]]]).weights
+    {(5,): 0.0}
+    """
     most = math.log(max(len(documents), 1))  # an empty split has no documents
     weights: dict[Gram, float] = {}
     for order in ORDERS:  # one after the other, for what is dropped at once needs no memory
@@ -82,11 +90,11 @@ def cider(
     return np.asarray(scores, np.float64)
 
 
-def _list_grams(tokens: list[str], order: int) -> list[Gram]:
+def _list_grams(tokens: Sequence[Hashable], order: int) -> list[Gram]:
     return list(zip(*(tokens[start:] for start in range(order)), strict=False))
 
 
-def _weigh(tokens: list[str], rarity: Rarity) -> _Vector:
+def _weigh(tokens: Sequence[Hashable], rarity: Rarity) -> _Vector:
     counts = [Counter(_list_grams(tokens, order)) for order in ORDERS]
     weights = [
         {gram: times * rarity.weights.get(gram, rarity.most) for gram, times in found.items()} for found in counts

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Int
 
 from fedvlm_jax.federation.inputs.feature_cache import FeatureStore
 from fedvlm_jax.models import Processor
@@ -56,6 +57,11 @@ def make_blank_inputs(examples: "Examples", processor: Processor, store: Feature
         return batch | {"pixel_values": np.zeros(shape, np.float32)}
 
     return read
+
+
+def add_questions(inputs: Inputs, questions: Int[np.ndarray, " rows"]) -> Inputs:
+    """Put the number of a row's question, as rewards of a file go by it, beside what is in every batch."""
+    return lambda rows: inputs(rows) | {"reward_question": questions[rows]}
 
 
 def _count_tokens(examples: "Examples", store: FeatureStore) -> int:
