@@ -32,7 +32,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -129,6 +130,11 @@ class Study:
         return self.out / Path(self.model).name
 
     @property
+    def scratch(self) -> Path:
+        """Where this process's runs are, one after the other."""
+        return self.folder / "scratch" / f"part-{self.part.replace('/', '-')}"
+
+    @property
     def report_folder(self) -> Path:
         """Where the report goes."""
         usual = RESULTS if self.model == "florence2-nano" else RESULTS / f"methods_{Path(self.model).name}"
@@ -185,7 +191,7 @@ class Study:
         return Run(
             model=self.model, method=name, method_options=options, seed=seed, data=cell.data, train=train,
             evaluation=evaluation, checkpoint_every=self.rounds,
-            out=self.folder / "scratch" / f"part-{self.part.replace('/', '-')}",
+            out=self.scratch,
         )  # fmt: skip
 
     def mine(self, names: Iterator[str] | list[str] | tuple[str, ...]) -> list[str]:
@@ -267,7 +273,6 @@ class Bench:
         """Try the patterns on validation, then confirm the best two on fresh seeds; a single process does this."""
         candidates = (*PATTERNS, *TWO_ADAPTERS, "plora", "local")
         candidates = ("B of attention", "plora", "local") if self.study.quick else candidates
-        fresh = FRESH_SEEDS[: self.study.seeds]
         tried = {}
         for method in self.study.mine(candidates):
             scores = [self.score("search", "lang-20", method, seed, SEARCH_RATES) for seed in SEARCH_SEEDS]
@@ -277,9 +282,13 @@ class Bench:
             print("the search's part is done; once all are, run it without --part to confirm the best")
             return
         best = sorted((name for name in tried if name not in ("plora", "local")), key=lambda name: -tried[name])[:2]
-        for method in (*best, "local", "plora"):
-            for seed in fresh:
-                self.score("confirm", "lang-20", method, seed, SEARCH_RATES)
+        self.confirm("lang-20", dict.fromkeys((*best, "local", "plora"), SEARCH_RATES))
+
+    def confirm(self, cell: str, rates: Mapping[str, Rates]) -> None:
+        """Score methods with their rates on test, with seeds that no choice has seen."""
+        for method, chosen in rates.items():
+            for seed in FRESH_SEEDS[: self.study.seeds]:
+                self.score("confirm", cell, method, seed, chosen)
             self.forget()
 
     def forget(self) -> None:
@@ -301,25 +310,42 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
+def start(study: Study) -> None:
+    """Refuse cells that there are not, and make the folder.
+
+    Raises:
+        SystemExit: an unknown cell.
+    """
+    unknown = [name for name in study.cells if name not in study.plan()]
+    if unknown:
+        raise SystemExit(f"--cells {unknown[0]}: there are {', '.join(study.plan())}")
+    study.folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def open_bench(study: Study) -> Iterator[Bench]:
+    """Open a bench whose runs leave nothing but their lines.
+
+    Programs are kept between processes: a method that was compiled for one cell starts at once when it goes on.
+    """
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", os.fspath(study.folder.resolve() / "compiled"))
+    yield Bench(study)
+    shutil.rmtree(study.scratch, ignore_errors=True)
+
+
 def main() -> None:
     """Run the stage that was asked for."""
     study = tyro.cli(Study, description=__doc__)
     if study.quick:
         study = dataclasses.replace(study, **QUICK)
-    unknown = [name for name in study.cells if name not in study.plan()]
-    if unknown:
-        raise SystemExit(f"--cells {unknown[0]}: there are {', '.join(study.plan())}")
-    study.folder.mkdir(parents=True, exist_ok=True)
+    start(study)
     if study.stage == "report":
         summary.write(study.folder, study.report_folder, study.plan(), study.model)
         return
-    import jax
-
-    # Programs are kept between processes: a method that was compiled for one cell starts at once when it goes on.
-    jax.config.update("jax_compilation_cache_dir", os.fspath(study.folder.resolve() / "compiled"))
-    bench = Bench(study)
-    bench.search() if study.stage == "search" else bench.run()
-    shutil.rmtree(study.folder / "scratch" / f"part-{study.part.replace('/', '-')}", ignore_errors=True)
+    with open_bench(study) as bench:
+        bench.search() if study.stage == "search" else bench.run()
 
 
 if __name__ == "__main__":

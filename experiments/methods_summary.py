@@ -146,7 +146,8 @@ def summarise_search(lines: Sequence[Json]) -> Json:
     }
 
 
-def _format(one: Json, rival: str) -> str:
+def format_against(one: Json, rival: str) -> str:
+    """Write a method's paired difference from a rival; a dash from itself."""
     found = one["against"].get(rival)
     return "–" if found is None else format_paired(Difference(**found))
 
@@ -177,7 +178,7 @@ def tabulate_overview(cells: Mapping[str, Json]) -> list[Table]:
     for method in order:
         found = [cell["methods"].get(method) for cell in wide.values()]
         sent = next((one["bytes_up"] for one in found if one), None)
-        cells_of = ["–" if one is None else f"{format_mean(one)}, {_format(one, 'local')}" for one in found]
+        cells_of = ["–" if one is None else f"{format_mean(one)}, {format_against(one, 'local')}" for one in found]
         rows.append((method, *cells_of, "–" if sent is None else format_bytes(sent)))
     return [Table("Every method in every cell", ("method", *wide, "up"), tuple(rows), frozenset())]
 
@@ -200,7 +201,7 @@ def tabulate(name: str, cell: Json) -> Table:
             method,
             format_mean(one),
             percent(one["worst_decile"]),
-            *(_format(one, rival) for rival in RIVALS),
+            *(format_against(one, rival) for rival in RIVALS),
             "–" if one["bytes_up"] is None else format_bytes(one["bytes_up"]),
             "–" if one["bytes_down"] is None else format_bytes(one["bytes_down"]),
             _format_level(one["bytes_to_level"]),
@@ -218,13 +219,14 @@ def tabulate_shift(cells: Mapping[str, Json]) -> list[Table]:
     if not names:
         return []
     methods = list(dict.fromkeys(method for name in names for method in cells[name]["methods"]))
-    rows = [(method, *(_cell_text(cells[name], method) for name in names)) for method in sorted(methods)]
+    rows = [(method, *(format_cell(cells[name], method) for name in names)) for method in sorted(methods)]
     return [Table("Which factor to share under which shift", ("method", *names), tuple(rows), frozenset())]
 
 
-def _cell_text(cell: Json, method: str) -> str:
+def format_cell(cell: Json, method: str) -> str:
+    """Write a method's mean in a cell, and its difference from local training; a dash where it has not run."""
     one = cell["methods"].get(method)
-    return "–" if one is None else f"{format_mean(one)}, {_format(one, 'local')}"
+    return "–" if one is None else f"{format_mean(one)}, {format_against(one, 'local')}"
 
 
 def tabulate_neighbours(cells: Mapping[str, Json]) -> list[Table]:
@@ -241,7 +243,7 @@ def tabulate_neighbours(cells: Mapping[str, Json]) -> list[Table]:
                 "–" if local is None else points(local["mean"] - plain["mean"]),
                 format_mean(plain),
                 format_mean(mixed),
-                _format(mixed, "fedavg-lora"),
+                format_against(mixed, "fedavg-lora"),
                 f"{mixed['neighbours']:.2f}",
             )
         )
@@ -261,7 +263,7 @@ def tabulate_search(search: Json) -> list[Table]:
         )
     if search["confirmed"]:
         rows = [
-            (name, format_mean(one), _format(one, "local"), _format(one, "plora"))
+            (name, format_mean(one), format_against(one, "local"), format_against(one, "plora"))
             for name, one in search["confirmed"].items()
         ]
         columns = ("averaged", "mean", "against local", "against plora")

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from methods_summary import read_all
+from methods_summary import format_against, format_cell, read_all
 from study_summary import Json, format_mean, summarise_scores
 
 from fedvlm_jax.evaluation.metrics.metric_labels import percent
 from fedvlm_jax.evaluation.statistics.over_seeds import Difference, judge
 from fedvlm_jax.reporting.figures import theme
-from fedvlm_jax.reporting.tables import Table, format_paired, points, to_markdown
+from fedvlm_jax.reporting.tables import Table, points, to_markdown
 from fedvlm_jax.run_dir.artifacts import describe_environment
 
 RIVALS = ("local", "plora")
+USUAL_IMAGES, USUAL_CLIENTS = 10, 16
+"""At which the other is varied."""
 CONFLICTS = {"none": "one language", "half": "two languages", "full": "four languages"}
 FAR = 6.0
 """Points behind local training beyond which the picture does not show a method."""
@@ -61,7 +63,7 @@ def write(folder: Path, results: Path, cells: Sequence[str], methods: Sequence[s
     words = "\n\n".join([*map(to_markdown, tables), write_note(content)])
     (results / "sharing_sweep.md").write_text(words + "\n", encoding="utf-8")
     for base, found in bases.items():
-        if any(cell["clients"] == 16 for cell in found["cells"].values()):
+        if any(cell["clients"] == USUAL_CLIENTS for cell in found["cells"].values()):
             theme.save_png(draw_curves(found["cells"]), results / f"sharing_sweep_{base}.png")
     if any(found["cells"] for found in bases.values()):
         theme.save_png(
@@ -115,9 +117,10 @@ def summarise_search(lines: Sequence[Json]) -> dict[str, Json]:
         for line in lines:
             if line["stage"] == "search" and line["cell"] == cell:
                 tried.setdefault(line["method"], {}).setdefault(tuple(line["rates"]), []).append(line["validation"])
-        # Only the best rates meet the second seed, so they are those of most runs.
+        # Only the best rates meet the second seed: of what has met most seeds, the best mean.
         means = {
-            method: sum(max(of.values(), key=len)) / len(max(of.values(), key=len)) for method, of in tried.items()
+            method: max((len(scores), sum(scores) / len(scores)) for scores in of.values())[1]
+            for method, of in tried.items()
         }
         scores = collect(lines, "confirm", cell)
         found[cell] = {
@@ -125,11 +128,6 @@ def summarise_search(lines: Sequence[Json]) -> dict[str, Json]:
             "confirmed": {method: _against(method, scores) for method in scores if set(RIVALS) <= scores.keys()},
         }
     return found
-
-
-def _format(one: Json, rival: str) -> str:
-    found = one["against"].get(rival)
-    return "–" if found is None else format_paired(Difference(**found))
 
 
 def describe(name: str) -> str:
@@ -151,7 +149,7 @@ def tabulate(base: str, found: Json) -> list[Table]:
     for conflict, words in CONFLICTS.items():
         if chosen := {name: cell for name, cell in cells.items() if cell["conflict"] == conflict}:
             methods = list(dict.fromkeys(method for cell in chosen.values() for method in cell["methods"]))
-            rows = [(method, *(_cell_text(cell, method) for cell in chosen.values())) for method in methods]
+            rows = [(method, *(format_cell(cell, method) for cell in chosen.values())) for method in methods]
             columns = [f"{cell['images']} images, {cell['clients']} clients" for cell in chosen.values()]
             tables.append(Table(f"{base}: answers in {words}", ("method", *columns), tuple(rows), frozenset()))
     for name, one in found["search"].items():
@@ -160,18 +158,13 @@ def tabulate(base: str, found: Json) -> list[Table]:
         tables.append(Table(title, ("shared, or method", "mean"), tuple(rows), frozenset()))
         if one["confirmed"]:
             rows = [
-                (method, format_mean(each), _format(each, "local"), _format(each, "plora"))
+                (method, format_mean(each), format_against(each, "local"), format_against(each, "plora"))
                 for method, each in one["confirmed"].items()
             ]
             columns = ("shared, or method", "mean", "against local", "against plora")
             title = f"{base}: the best of them on fresh seeds, test, {describe(name)}"
             tables.append(Table(title, columns, tuple(rows), frozenset()))
     return tables
-
-
-def _cell_text(cell: Json, method: str) -> str:
-    one = cell["methods"].get(method)
-    return "–" if one is None else f"{format_mean(one)}, {_format(one, 'local')}"
 
 
 def pick_winner(cell: Json) -> tuple[str, Json]:
@@ -191,7 +184,7 @@ def _tabulate_winners(base: str, cells: Mapping[str, Json]) -> Table:
             if each["against"].get("local") and judge(Difference(**each["against"]["local"])) == "ahead"
         ]
         seeds = str(len(one["seeds"]))
-        row = (describe(name), best, format_mean(one), _format(one, "local"), _format(one, "plora"))
+        row = (describe(name), best, format_mean(one), format_against(one, "local"), format_against(one, "plora"))
         rows.append((*row, ", ".join(ahead) or "none", seeds))
     columns = ("cell", "highest mean", "mean", "against local", "against plora", "ahead of local", "seeds")
     return Table(f"{base}: who is ahead where", columns, tuple(rows), frozenset())
@@ -213,7 +206,7 @@ def write_note(content: Json) -> str:
 def draw_curves(cells: Mapping[str, Json]) -> Figure:
     """Draw points ahead of local training by images per client, a panel per conflict, at 16 clients."""
     figure, axes = theme.make_figure(10.4, 4.2, len(CONFLICTS), 1, sharey=True)
-    usual = [cell for cell in cells.values() if cell["clients"] == 16]
+    usual = [cell for cell in cells.values() if cell["clients"] == USUAL_CLIENTS]
     methods = list(dict.fromkeys(method for cell in usual for method in cell["methods"]))
     methods = [method for method in methods if method not in ("zero-shot", "local", "fedavg-lora")]
     for ax, (conflict, words) in zip(axes, CONFLICTS.items(), strict=True):
@@ -222,7 +215,8 @@ def draw_curves(cells: Mapping[str, Json]) -> Figure:
             _draw_series(ax, chosen, method, place, (place - (len(methods) - 1) / 2) * 0.02)
         ax.axhline(0, color=theme.MUTED, linewidth=1)
         ax.set_xscale("log")
-        ax.set_xticks([5, 10, 20, 60], ["5", "10", "20", "60"])
+        images = sorted({cell["images"] for cell in usual})
+        ax.set_xticks(images, list(map(str, images)))
         ax.minorticks_off()
         ax.set_title(f"answers in {words}", fontsize=9, loc="left", color=theme.INK)
         ax.set_xlabel("images per client")
@@ -250,14 +244,18 @@ def draw_regions(bases: Mapping[str, Mapping[str, Json]]) -> Figure:
     """Draw who has the highest mean where: a row of panels per base; bold where its interval is ahead of local."""
     figure, axes = theme.make_figure(10.4, 2.7 * len(bases), 2, len(bases))
     for row, (base, cells) in enumerate(bases.items()):
-        usual = {(str(one["images"]), one["conflict"]): one for one in cells.values() if one["clients"] == 16}
-        scaled = {(str(one["clients"]), one["conflict"]): one for one in cells.values() if one["images"] == 10}
-        _draw_tiles(axes[2 * row], usual, ("5", "10", "20", "60"), f"{base}, 16 clients: images per client")
-        _draw_tiles(axes[2 * row + 1], scaled, ("8", "16", "64"), f"{base}, 10 images: clients")
+        usual = {(one["images"], one["conflict"]): one for one in cells.values() if one["clients"] == USUAL_CLIENTS}
+        scaled = {(one["clients"], one["conflict"]): one for one in cells.values() if one["images"] == USUAL_IMAGES}
+        _draw_tiles(axes[2 * row], usual, f"{base}, {USUAL_CLIENTS} clients: images per client")
+        _draw_tiles(axes[2 * row + 1], scaled, f"{base}, {USUAL_IMAGES} images: clients")
     return figure
 
 
-def _draw_tiles(ax: Any, cells: Mapping[tuple[str, str], Json], across: Sequence[str], title: str) -> None:
+def _draw_tiles(ax: Any, cells: Mapping[tuple[int, str], Json], title: str) -> None:
+    if not cells:
+        ax.set_axis_off()
+        return
+    across = sorted({level for level, _ in cells})
     for column, level in enumerate(across):
         for row, conflict in enumerate(CONFLICTS):
             if (level, conflict) not in cells:
@@ -269,7 +267,7 @@ def _draw_tiles(ax: Any, cells: Mapping[tuple[str, str], Json], across: Sequence
             text = best if against is None else f"{best}\n{points(against['mean'])}"
             look = {"weight": "bold", "color": theme.INK} if sure else {"color": theme.MUTED}
             ax.text(column, row, text, ha="center", va="center", fontsize=8, **look)
-    ax.set_xticks(range(len(across)), across)
+    ax.set_xticks(range(len(across)), list(map(str, across)))
     ax.set_yticks(range(len(CONFLICTS)), list(CONFLICTS.values()))
     ax.set(xlim=(-0.5, len(across) - 0.5), ylim=(len(CONFLICTS) - 0.5, -0.5))
     ax.grid(visible=False)

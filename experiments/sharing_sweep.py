@@ -27,8 +27,6 @@ if __name__ == "__main__":
     restart_with_kept_memory()  # before what takes long to import
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +35,8 @@ from typing import Any, Literal
 import methods_emoji
 import sharing_summary
 import tyro
-from methods_emoji import FRESH_SEEDS, PATTERNS, RESULTS, SEARCH_SEEDS, Bench, Cell, Rates
+from methods_emoji import PATTERNS, RESULTS, SEARCH_SEEDS, Bench, Cell, Rates
+from sharing_summary import USUAL_CLIENTS, USUAL_IMAGES
 
 from fedvlm_jax.config.run_options import EvaluationOptions, Run
 from fedvlm_jax.data.sources import emoji
@@ -49,8 +48,8 @@ METHODS = (
 LANGUAGES: Mapping[str, tuple[str, ...]] = {"none": ("en",), "half": ("en", "de"), "full": ("en", "de", "fr", "es")}
 """Conflict -> the languages of the clients' answers."""
 STYLES = ("noto", "fluent")
-IMAGES, USUAL_IMAGES, CLIENTS, USUAL_CLIENTS = (10, 5, 20, 60), 10, (8, 64), 16
-"""The levels of both, and the one at which the other is varied."""
+IMAGES, CLIENTS = (10, 5, 20, 60), (8, 64)
+"""Images are varied at the usual number of clients, clients at the usual number of images."""
 SEARCHED = ("5-16-full", "10-16-full")
 CANDIDATES = (
     *PATTERNS, "fedavg-lora+ft", "fedsa-lora", "iat", "iat-inverted", "ditto", "apfl", "feddpa-t", "feddpa-f",
@@ -115,10 +114,7 @@ def search(bench: Bench) -> None:
             tried[method] = sum(scores) / len(scores)
             bench.forget()
         chosen = sorted(candidates, key=lambda name: -tried[name])[:2]
-        for method in (*chosen, "local", "plora"):
-            for seed in FRESH_SEEDS[: sweep.seeds]:
-                bench.score("confirm", cell, method, seed, rates[method])
-            bench.forget()
+        bench.confirm(cell, {method: rates[method] for method in (*chosen, "local", "plora")})
 
 
 def _validate(bench: Bench, cell: str, method: str, seed: int, rates: Rates) -> float:
@@ -137,20 +133,12 @@ def main() -> None:
     sweep = tyro.cli(Sweep, description=__doc__)
     if sweep.quick:
         sweep = dataclasses.replace(sweep, **QUICK)
-    unknown = [name for name in sweep.cells if name not in sweep.plan()]
-    if unknown:
-        raise SystemExit(f"--cells {unknown[0]}: there are {', '.join(sweep.plan())}")
-    sweep.folder.mkdir(parents=True, exist_ok=True)
+    methods_emoji.start(sweep)
     if sweep.stage == "report":
         sharing_summary.write(sweep.out, sweep.report_folder, list(sweep.plan()), METHODS)
         return
-    import jax
-
-    # Programs are kept between processes: a method that was compiled for one cell starts at once when it goes on.
-    jax.config.update("jax_compilation_cache_dir", os.fspath(sweep.folder.resolve() / "compiled"))
-    bench = Bench(sweep)
-    search(bench) if sweep.stage == "search" else bench.run()
-    shutil.rmtree(sweep.folder / "scratch" / f"part-{sweep.part.replace('/', '-')}", ignore_errors=True)
+    with methods_emoji.open_bench(sweep) as bench:
+        search(bench) if sweep.stage == "search" else bench.run()
 
 
 if __name__ == "__main__":

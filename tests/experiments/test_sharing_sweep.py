@@ -38,6 +38,8 @@ LINES = [
     make_line("apfl", 102, None, "search", validation=0.5, rates=(2e-3, 2e-3)),
     make_line("local", 101, None, "search", validation=0.5),
     make_line("local", 102, None, "search", validation=0.6),
+    make_line("feddat", 101, None, "search", validation=0.3),  # has no second seed yet
+    make_line("feddat", 101, None, "search", validation=0.4, rates=(2e-3, 2e-3)),
     *(make_line(method, 200, {"a": score}, "confirm") for method, score in (("apfl", 0.6), ("local", 0.5))),
     make_line("plora", 200, {"a": 0.4}, "confirm"),
 ]
@@ -102,7 +104,7 @@ def test_differences_and_winners_by_hand():
 
 def test_the_search_by_hand():
     search = sharing_summary.summarise_search(LINES)[CELL]
-    assert search["validation"] == pytest.approx({"apfl": 0.6, "local": 0.55})
+    assert search["validation"] == pytest.approx({"apfl": 0.6, "local": 0.55, "feddat": 0.4})
     assert search["confirmed"]["apfl"]["against"]["plora"]["mean"] == pytest.approx(0.2)
 
 
@@ -112,7 +114,7 @@ def test_the_report_of_what_there_is(tmp_path, capsys):
     results = tmp_path / "results"
     sharing_summary.write(tmp_path / "runs", results, list(SWEEP.plan()), sharing_sweep.METHODS)
     stored = json.loads((results / "sharing_sweep.json").read_text())
-    assert (stored["runs"], stored["hours"]) == (len(LINES), 0.1)
+    assert (stored["runs"], stored["hours"]) == (len(LINES), 0.2)
     assert {path.name for path in results.iterdir()} == {
         "sharing_sweep.json", "sharing_sweep.md", "sharing_sweep_nano.png", "sharing_regions.png",
     }  # fmt: skip
