@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,9 +55,9 @@ class Options:
     """Folder of the runs, and of a line per finished one."""
     results: Path | None = None
     """Where the report goes (default: experiments/results; with --quick, into --out)."""
-    methods: tuple[str, ...] = ("plora", "ffa-lora", "fedsa-lora", "fed-sb")
-    epsilons: tuple[float, ...] = (NOISELESS, 8.0, 3.0, 1.0)
-    """Epsilons that all rounds spend; 0 for no noise."""
+    methods: tuple[str, ...] = ("plora", "ffa-lora", "fedsa-lora", "fed-sb", "local")
+    epsilons: tuple[float, ...] = (NOISELESS, 8.0, 3.0, 1.0, 0.1)
+    """Epsilons that all rounds spend; 0 for no noise. The last is there to see noise that spoils everything."""
     seeds: tuple[int, ...] = (0,)
     clients: int = 4000
     cohort: int = 256
@@ -112,9 +113,10 @@ def list_missing(options: Options) -> Iterator[tuple[str, float, int]]:
     """Runs without a line, those of the first seed first."""
     there = {(line["method"], line["epsilon"], line["seed"]) for line in read_lines(options)}
     for seed in options.seeds:
-        for cell in [*((m, e) for m in options.methods for e in options.epsilons), ("local", NOISELESS)]:
-            if (*cell, seed) not in there:
-                yield *cell, seed
+        for method in options.methods:
+            for epsilon in (NOISELESS,) if method == "local" else options.epsilons:
+                if (method, epsilon, seed) not in there:
+                    yield method, epsilon, seed
 
 
 def read_lines(options: Options) -> list[dict[str, Any]]:
@@ -123,7 +125,7 @@ def read_lines(options: Options) -> list[dict[str, Any]]:
 
 
 def run_missing(options: Options) -> None:
-    """Run what has no line yet; a run that was stopped goes on."""
+    """Run what has no line yet; a run that was stopped goes on. A finished run's states (gigabytes) are let go of."""
     from fedvlm_jax.run_dir.reader import read_metrics, read_run
     from fedvlm_jax.training import federated_run
     from fedvlm_jax.training.loaded_model import load_model
@@ -149,6 +151,10 @@ def run_missing(options: Options) -> None:
         }  # fmt: skip
         with (options.out / "lines.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for name in ("checkpoints", "adapters"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for file in folder.glob("states-*.bin"):
+            file.unlink()
         print(f"{method} epsilon {epsilon or 'inf'} seed {seed}: {_mean(line['scores']):.1%}", flush=True)
 
 

@@ -46,7 +46,7 @@ def test_the_picture_has_every_method_and_both_lines():
 def test_every_run_can_work(tmp_path):
     options = experiment.Options(out=tmp_path)
     missing = list(experiment.list_missing(options))
-    assert len(missing) == len(options.methods) * len(options.epsilons) + 1
+    assert len(missing) == (len(options.methods) - 1) * len(options.epsilons) + 1
     for method, epsilon, seed in missing:
         run = experiment.make_run(options, method, epsilon, seed)
         validate(run)
