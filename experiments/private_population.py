@@ -65,6 +65,8 @@ class Options:
     local_steps: int = 2
     batch_size: int = 8
     images: int = 20
+    scale: float | None = None
+    """Multiplies the default learning rates (default: 10 for Fed-SB, 1 for the others)."""
     scored: int = 64
     """Clients whose models are evaluated, drawn by the seed."""
     model: str = "florence2-nano"
@@ -82,7 +84,7 @@ SMALL: dict[str, Any] = {"clients": 24, "cohort": 8, "rounds": 2, "images": 6, "
 
 def make_run(options: Options, method: str, epsilon: float, seed: int) -> Run:
     """One run; local training has no rounds to be drawn into, so it takes the steps that a client has on average."""
-    rate_a, rate_b = find_rates(method)
+    rate_a, rate_b = find_rates(method, options.scale)
     alone = method == "local"
     train = TrainOptions(
         rounds=max(1, round(options.rounds * options.cohort / options.clients)) if alone else options.rounds,
@@ -103,9 +105,9 @@ def make_run(options: Options, method: str, epsilon: float, seed: int) -> Run:
     )  # fmt: skip
 
 
-def find_rates(method: str) -> tuple[float, float]:
-    """Return the learning rates of A and B of a method."""
-    scale = SCALES.get(method, 1.0)
+def find_rates(method: str, scale: float | None = None) -> tuple[float, float]:
+    """Return the learning rates of A and B of a method; `scale` in place of what SCALES says."""
+    scale = SCALES.get(method, 1.0) if scale is None else scale
     return RATES[0] * scale, RATES[1] * scale
 
 
@@ -143,7 +145,7 @@ def run_missing(options: Options) -> None:
         record = read_run(folder)
         rounds = [line for line in read_metrics(folder) if line["method"] == method]
         line = {
-            "method": method, "epsilon": epsilon, "seed": seed, "rates": find_rates(method),
+            "method": method, "epsilon": epsilon, "seed": seed, "rates": find_rates(method, options.scale),
             "scores": record.scores("personal", split="test"), "zero_shot": record.scores("zero_shot", split="test"),
             "spent": rounds[-1].get("epsilon"), "noise": rounds[-1].get("noise"), "clip": rounds[-1].get("clip"),
             "noise_to_update": rounds[-1].get("noise_to_update"), "bytes_up": rounds[-1]["bytes_up_per_client"],
