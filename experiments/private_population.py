@@ -7,9 +7,9 @@
 that spends epsilon (delta 1e-5) over all rounds; the clipping norm follows the median of the clients' norms, privately.
 All are asked in English and answer in German, which the base does not guess: what there is to learn is the same for
 all, so that sharing can be worth something, and noise can be seen to cost it. Learning rates are the defaults of
-`fedvlm train` for every epsilon, of Fed-SB fifty times these: nothing is tuned for noise, so the numbers are no best case
-of private training. The last round is taken. A bound on epsilon covers what is shared alone: factors that stay with
-their client are not in it.
+`fedvlm train` for every epsilon, of Fed-SB fifty times these: nothing is tuned for noise, so the numbers are no best
+case of private training. The last round is taken. A bound on epsilon covers what is shared alone: factors that stay
+with their client are not in it.
 """
 
 from fedvlm_jax.utils.malloc_settings import restart_with_kept_memory
@@ -44,6 +44,8 @@ SCALES = {"fed-sb": 50.0}
 """What a method's rates are multiplied by. Fed-SB trains a matrix of 8 × 8 a layer, which hardly moves at the others'
 rates: without noise its loss went from 1.94 to 1.88 in twelve rounds. With ten times as much it came to 0.96 and 21.2 %
 on validation, with fifty times to 0.54 and 34.8 % (`--methods fed-sb --epsilons 0 --scale 50`)."""
+TOLD = ("spent", "noise", "clip", "noise_to_update", "shared_norm", "bytes_up")
+"""What the last round told, of the first seed."""
 NOISELESS = 0.0
 """No noise: epsilon is infinite."""
 
@@ -149,7 +151,8 @@ def run_missing(options: Options) -> None:
             "method": method, "epsilon": epsilon, "seed": seed, "rates": find_rates(method, options.scale),
             "scores": record.scores("personal", split="test"), "zero_shot": record.scores("zero_shot", split="test"),
             "spent": rounds[-1].get("epsilon"), "noise": rounds[-1].get("noise"), "clip": rounds[-1].get("clip"),
-            "noise_to_update": rounds[-1].get("noise_to_update"), "bytes_up": rounds[-1]["bytes_up_per_client"],
+            "noise_to_update": rounds[-1].get("noise_to_update"), "shared_norm": rounds[-1].get("shared_norm"),
+            "bytes_up": rounds[-1]["bytes_up_per_client"],
             "seconds": round(time.monotonic() - began, 1),
         }  # fmt: skip
         with (options.out / "lines.jsonl").open("a", encoding="utf-8") as file:
@@ -171,7 +174,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for method, epsilon in dict.fromkeys((line["method"], line["epsilon"]) for line in lines):
         own = [line for line in lines if (line["method"], line["epsilon"]) == (method, epsilon)]
         means = [_mean(line["scores"]) for line in own]
-        told = {name: own[0][name] for name in ("spent", "noise", "clip", "noise_to_update", "bytes_up")}
+        told = {name: own[0][name] for name in TOLD}
         cell = {**vars(spread(means)), "by_seed": means, **told, "zero_shot": _mean(own[0]["zero_shot"])}
         found.setdefault(method, {})[f"{epsilon:g}"] = cell
     return found
@@ -179,12 +182,27 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def tabulate(found: Mapping[str, Mapping[str, Any]], epsilons: Sequence[float]) -> Table:
     """A row per method, a column per epsilon, from no noise to the most."""
-    columns = ["method", *("no noise" if not e else f"ε = {e:g}" for e in epsilons), "sent, KiB"]
+    columns = ["method", *map(_name_epsilon, epsilons), "sent, KiB"]
     rows = []
     for method, cells in found.items():
         sent = next(iter(cells.values()))["bytes_up"] / 1024
         rows.append((method, *(_format(cells.get(f"{e:g}")) for e in epsilons), f"{sent:.0f}"))
     return Table("Thousands of clients, by epsilon", tuple(columns), tuple(rows))
+
+
+def tabulate_norms(found: Mapping[str, Mapping[str, Any]], epsilons: Sequence[float]) -> Table:
+    """A row per method that shares, a column per epsilon: the norm of what is shared at the end, noise included."""
+    rows = []
+    for method, cells in found.items():
+        norms = [cells[f"{e:g}"]["shared_norm"] if f"{e:g}" in cells else None for e in epsilons]
+        if any(norms):
+            rows.append((method, *("–" if norm is None else f"{norm:.2f}" for norm in norms)))
+    title = "Norm of what was learnt and shared, with the noise of all rounds"
+    return Table(title, ("method", *map(_name_epsilon, epsilons)), tuple(rows))
+
+
+def _name_epsilon(epsilon: float) -> str:
+    return f"ε = {epsilon:g}" if epsilon else "no noise"
 
 
 def _format(cell: Mapping[str, Any] | None) -> str:
@@ -241,7 +259,8 @@ def report(options: Options) -> None:
         "brackets how large the last round's noise is, as a multiple of the mean update. Delta is 1e-5. "
         f"Made by `{command}`."
     )
-    table = to_markdown(tabulate(found, options.epsilons))
+    tables = [to_markdown(make(found, options.epsilons)) for make in (tabulate, tabulate_norms)]
+    table = "\n\n".join(tables)
     (place / "private_population.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     theme.save_png(draw(found, options.epsilons), place / "private_population.png")
     print(f"{table}\n\n{note}")

@@ -15,6 +15,7 @@ def make_line(method, epsilon, seed, scores, noise=None):
     return {
         "method": method, "epsilon": epsilon, "seed": seed, "scores": scores, "zero_shot": {"a": 0.25, "b": 0.35},
         "spent": epsilon or None, "noise": noise, "clip": noise, "noise_to_update": noise, "bytes_up": 2048,
+        "shared_norm": None if method == "local" else 2.0 + (noise or 0.0),
     }  # fmt: skip
 
 
@@ -35,6 +36,11 @@ def test_cells_by_hand():
     assert rows == (
         ("plora", "60.0 ± 14.1 %", "40.0 % (noise 1.5)", "–", "2"), ("local", "45.0 %", "–", "–", "2")
     )  # fmt: skip
+
+
+def test_norms_have_the_methods_that_share():
+    table = experiment.tabulate_norms(experiment.summarise(LINES), (0.0, 8.0, 1.0))
+    assert table.rows == (("plora", "2.00", "3.50", "–"),)
 
 
 def test_the_picture_has_every_method_and_both_lines():
