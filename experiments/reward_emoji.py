@@ -6,7 +6,7 @@
 Four clients of the emoji set, questions in the client's language, Florence2-nano. The reward is token F1 mixed with
 brevity, by a weight of each client's own. Both arms share and pull alike (`--method pfit`, the last layers) and take
 the same steps on the same rows; one minimises cross-entropy of the gold answers, the other follows the reward. Each
-arm's learning rates are those of two pairs with the highest reward on validation, with a seed that is not among the
+arm's learning rates are those of three pairs with the highest reward on validation, with a seed that is not among the
 study's; the best round is chosen on validation by the reward, or by exact match for SFT, which knows no reward. What
 is reported is of the test split: rewards of greedy answers, and the KL of the model to the frozen base over answers
 that it draws.
@@ -38,7 +38,7 @@ from fedvlm_jax.reporting.tables import Table, format_paired, to_markdown
 RESULTS = Path(__file__).parent / "results"
 ARMS = {"sft": "sft", "pfit": "reward"}
 """Arm -> its objective."""
-GRID = ((5e-3, 2e-3), (2e-2, 8e-3))
+GRID = ((5e-3, 2e-3), (2e-2, 8e-3), (8e-2, 3.2e-2))
 """Learning rates of A and B."""
 REWARD = PreferenceOptions(rewards=("token-f1", "brevity"), mix=(0.3, 0.7), beta=0.03, samples=6)
 TUNING_SEED = 100
