@@ -85,11 +85,11 @@ def _correct(lines: Sequence[str], refused: Collection[str], required: Collectio
         entry = "\n".join(lines[at:end])
         if flags & {*required}:
             entry = re.sub(r"\(default:\s[^)]*\)", "(required)", entry)
+        last = end == len(lines) or not lines[end].strip()  # of its group
         if not (flags and flags <= {*refused}):
             kept += entry.split("\n")
-        elif end == len(lines) or not lines[end].strip():  # the last of its group
-            if not any(map(_starts_entry, kept[title:])):
-                kept, end = kept[:title], end + 1
+        elif last and not any(map(_starts_entry, kept[title:])):
+            kept, end = kept[:title], end + 1
         at = end
     return kept
 
