@@ -202,6 +202,18 @@ def describe_coverage(budget: Budget) -> dict[str, Any]:
     return {**publish_budget(budget), "covers": COVERED, "does_not_cover": missing}
 
 
+def describe_subject(stored: Mapping[str, Any]) -> str:
+    """Say in few words of what the ε of a finished run is, and on which condition.
+
+    >>> budget = settle(PrivacyOptions(noise=5.0, sampling="all"), clients=20, cohort=None, rounds=1)
+    >>> describe_subject(describe_coverage(budget))
+    'of what is shared, if nobody knows the seed'
+    >>> describe_subject(describe_coverage(replace(budget, secret="ab")))
+    'of what is shared'
+    """
+    return "of what is shared" + (", if nobody knows the seed" if FROM_SEED in stored["does_not_cover"] else "")
+
+
 def read_coverage(stored: Mapping[str, Any]) -> Budget:
     """Read the budget that `describe_coverage` described; its secret stays with the run.
 
