@@ -231,8 +231,8 @@ def describe_audit(found: Mapping[str, Any]) -> list[str]:
         )
     if found["epsilon"] is not None:
         sentences.append(
-            "These messages are as they left the clients, before the server clipped them and added noise: they are what "
-            "the server sees. ε bounds what can be told from what it releases."
+            "These messages are as they left the clients, before the server clipped them and added noise: they are "
+            "what the server sees. ε bounds what can be told from what it releases."
         )
     sentences.append(
         "Attacks are lower bounds: that these find little does not say that others would not find more, and an audit "
