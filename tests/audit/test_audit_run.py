@@ -11,7 +11,7 @@ from tiny_run import StopAfter, StopError, tiny_run
 
 from fedvlm_jax.audit import audit_run, canaries
 from fedvlm_jax.audit.candidates import choose_rounds
-from fedvlm_jax.audit.epsilon import bound_run
+from fedvlm_jax.audit.epsilon import bound_run, make_replay
 from fedvlm_jax.cli.main import main
 from fedvlm_jax.config.audit_options import AuditOptions
 from fedvlm_jax.config.method_checks import for_method
@@ -23,7 +23,7 @@ from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.reporting.audit_report import describe_audit, read_audit, tabulate_audit
 from fedvlm_jax.run_dir import kept_messages
 from fedvlm_jax.training import federated_run
-from fedvlm_jax.training.experiment import make_simulator, open_experiment
+from fedvlm_jax.training.experiment import make_simulator, open_experiment, shape_messages
 from fedvlm_jax.training.trainer import Callback
 from fedvlm_jax.utils.progress import SilentProgress
 
@@ -124,6 +124,21 @@ def test_the_noise_that_is_replayed_is_of_the_rounds_that_epsilon_allowed(model,
     assert 1 < experiment.budget.rounds < 50
     assert [replay.rounds for replay in replayed] == [experiment.budget.rounds]
     assert (found["accounted"], found["lower"]) == (experiment.budget.epsilon, 1.0)
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("mechanism", ["gaussian", pytest.param("banded", marks=pytest.mark.slow)])
+def test_canaries_of_a_run_stay_below_its_epsilon_over_ten_seeds(mechanism, model, loaded, tmp_path):
+    """And show a run whose noise is an eightieth of what was accounted."""
+    privacy = PrivacyOptions(noise=8.0, clip=0.05, delta=1e-5, sampling="all", mechanism=mechanism)
+    run = tiny_run(model, tmp_path / "run", privacy=privacy, cohort=None)
+    quiet = replace(run, privacy=replace(privacy, noise=0.1))
+    honest, broken = (open_experiment(each, loaded) for each in (run, quiet))
+    message, budget = shape_messages(honest, [1])[1], honest.budget
+    replay, loud = (make_replay(budget, make_simulator(each), message) for each in (honest, broken))
+    bounds = [canaries.audit_mechanism(replay, 32, budget.delta, [seed]).epsilon for seed in range(10)]
+    assert max(bounds) <= budget.epsilon
+    assert canaries.audit_mechanism(loud, 32, budget.delta, [0]).epsilon > budget.epsilon
 
 
 @pytest.mark.slow

@@ -100,7 +100,9 @@ def test_the_short_help_has_what_is_a_deployment_s_own(capsys):
 NOT_THERE = [
     ("--start", "folder"), ("--train.finetune-steps", "2"), ("--evaluation.clients", "2"),
     ("--evaluation.cross-clients",), ("--evaluation.cold-start", "mean"), ("--participation.dropout", "0.1"),
-    ("--participation.stragglers", "0.1"),
+    ("--participation.stragglers", "0.1"), ("--participation.attack", "scale"), ("--participation.attackers", "1"),
+    ("--messages.pool", "krum"), ("--messages.compress", "int8"), ("--messages.secure",), ("--privacy.noise", "1"),
+    ("--privacy.epsilon", "8"), ("--audit.keep",),
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Tiny models do not tell: their features and products round alike in programs tha
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,3 +112,38 @@ def test_the_main_job_killed_after_its_third_round_ends_as_if_nothing_had_happen
     kill_after(start(*words, folder), folder, 3)
     finish(start("--resume", folder))
     assert_same_end(folder, whole)
+
+
+REMEMBERING = (
+    *("--privacy.noise", "0.1", "--privacy.clip", "0.05", "--privacy.quantile", "0.5", "--privacy.delta", "1e-3"),
+    *("--messages.compress", "top-k"),
+)
+"""What a round needs of those before it: the clipping norm that adapts, and what clients owe."""
+SECRET = (
+    *("--privacy.noise", "1", "--privacy.delta", "1e-3", "--privacy.mechanism", "banded", "--privacy.bands", "2"),
+    "--privacy.secret",
+)
+"""The noise of the round before, and what neither seed nor checkpoint knows."""
+
+
+def test_a_killed_run_with_noise_ends_as_if_nothing_had_happened(start, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    finish(start(*TRAIN, *REMEMBERING, "--no-baseline", "--out", whole))
+    kill_after(start(*TRAIN, *REMEMBERING, "--no-baseline", "--out", folder), folder, 2, 0.05)
+    kill_after(start("--resume", folder), folder, 4)
+    finish(start("--resume", folder))
+    assert_same_end(folder, whole)
+
+
+def test_a_killed_run_keeps_its_secret_and_its_noise(start, tmp_path):
+    """Of two copies of a killed run one is killed again; the noise is nowhere but in what the folder holds."""
+    folder, copy = tmp_path / "run", tmp_path / "copy"
+    kill_after(start(*TRAIN, *SECRET, "--no-baseline", "--out", folder), folder, 2)
+    shutil.copytree(folder, copy)
+    finish(start("--resume", folder))
+    kill_after(start("--resume", copy), copy, 4, 0.05)
+    finish(start("--resume", copy))
+    secrets = [json.loads((path / "config.json").read_text())["secret"] for path in (folder, copy)]
+    assert secrets[0] == secrets[1]
+    assert len(secrets[0]) == 32
+    assert_same_end(folder, copy)

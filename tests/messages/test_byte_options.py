@@ -11,6 +11,7 @@ from fedvlm_jax.config.run_options import LocalOptions, LoraOptions, Run, TrainO
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.privacy.config import PrivacyOptions
+from fedvlm_jax.reporting.method_report import tabulate_explanation
 
 INT8 = MessageOptions(compress="int8")
 TOP_K = MessageOptions(compress="top-k")
@@ -92,6 +93,9 @@ def test_explain_shows_the_bytes_of_what_is_encoded():
     assert rounded.up == 2048 + 4 * 2
     assert largest.up == (4 + 2) * 205
     assert {stage.down for stage in (one, rounded, largest)} == {one.down}
+    assert {stage.whole for stage in (one, rounded, largest)} == {one.up}
+    said = [dict(tabulate_explanation(explained)[-1].rows)["sent by a client"] for explained in (plain, int8)]
+    assert said == ["8.0 KiB (8,192 bytes)", "2.0 KiB (2,056 bytes) in place of 8.0 KiB"]
     stages = (one, rounded, largest)
     told = [[(t.group, t.name, t.trained, t.sent, t.received) for t in stage.tensors] for stage in stages]
     assert told[0] == told[1] == told[2]

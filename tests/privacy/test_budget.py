@@ -111,6 +111,9 @@ def test_it_is_stored_and_read_again(fast):
     assert read_coverage(stored) == budget
     assert "shared part" in stored["covers"]
     assert "private factors" in stored["does_not_cover"]
+    assert "whether a client was drawn" not in stored["does_not_cover"]
+    drawn = settle(change(sampling="fixed"), clients=100, cohort=5, rounds=2)
+    assert "whether a client was drawn" in describe_coverage(drawn)["does_not_cover"]
 
 
 POISSON = PrivacyOptions(epsilon=8.0)

@@ -100,6 +100,16 @@ def test_the_table_tells_it_and_what_lowers_it(explained):
         assert word in table.note
 
 
+def test_of_a_soft_prompt_alone_the_noise_in_the_message_is_told():
+    run = Run(method="promptfl", model="clip-nano", privacy=EVERYBODY)
+    noise = explain(run, population=16).noise
+    assert noise.at[0].message == pytest.approx(1.4 * np.sqrt(4 * 128) / 16, rel=1e-3)
+    table = tabulate_noise("promptfl", noise)
+    assert table.columns == ("clients", "noise", "over the clip")
+    assert table.rows[0] == ("16", "1.98", "1.41")
+    assert "A·B" not in table.note
+
+
 @pytest.mark.slow
 def test_correlated_noise_is_larger_in_a_round_and_smaller_in_the_sum():
     options = dataclasses.replace(EVERYBODY, sampling="poisson", clip=1.0)

@@ -71,6 +71,12 @@ def test_sentences_name_the_servers_best_and_who_knows_more():
     assert "not alike to begin with" in " ".join(describe_audit(apart))
 
 
+def test_of_a_run_with_noise_it_says_that_messages_have_none():
+    said = "before the server clipped them and added noise"
+    assert said in " ".join(describe_audit(FOUND))
+    assert said not in " ".join(describe_audit(FOUND | {"epsilon": None}))
+
+
 def test_where_nothing_is_private_there_is_nothing_to_guess():
     alone = {**FOUND, "membership": FOUND["membership"][:2]}
     assert tabulate_audit(alone)[0].rows[1][1] == "none to guess"

@@ -127,6 +127,7 @@ def test_its_report_says_what_epsilon_covers(stopped):
     assert "does not cover private factors" in text
     assert "the last; test was read once" in text
     assert "It was to have 6 rounds" in text
+    assert "of what is shared, if nobody knows the seed" in text
     assert (folder / "figures" / "epsilon.png").is_file()
     assert "ε so far" in page.read_text(encoding="utf-8")
 
@@ -146,7 +147,7 @@ def test_noise_of_a_secret_is_no_other_runs_and_is_kept_and_not_told(model, load
     assert one != two
     noise = [[line["noise_norm"] for line in read_run(folder).rounds] for folder in (run.out, other.out)]
     assert not set(noise[0]) & set(noise[1])
-    write_report([run.out])
+    assert "of what is shared, if" not in write_report([run.out]).read_text(encoding="utf-8")
     told = [file for file in run.out.rglob("*") if file.is_file() and one.encode() in file.read_bytes()]
     assert [file.name for file in told] == ["config.json"]
     assert "seed" not in read_run(run.out).results["privacy"]["does_not_cover"]

@@ -19,6 +19,7 @@ from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.federation.local_training import make_local_trainer
 from fedvlm_jax.federation.round_shapes import shape_key
 from fedvlm_jax.federation.traced_update import flatten_state
+from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.methods import Method, Setup, load_method
 from fedvlm_jax.methods.base import is_factor
 from fedvlm_jax.methods.config import ServerOptions
@@ -79,6 +80,8 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
         ranks=ranks,
     )
     method = make(setup)
+    compressed = run.messages.compress != "none"
+    plain = make_method(replace(run, messages=MessageOptions()), setup) if compressed else method
     adapter = jax.eval_shape(setup.draw, shape_key())
     server = jax.eval_shape(lambda adapter: method.init(adapter=adapter), adapter)
     personal = jax.eval_shape(
@@ -91,13 +94,13 @@ def explain_method(vlm: Vlm, run: Run, population: int, make: Callable[[Setup], 
     sites = {path: len(site.stack) for path, site in vlm.sites.items()}
     sites |= {path.rpartition("/")[0]: leaf.ndim - 2 for path, leaf in flat.items() if leaf.ndim > 1}
     noise = None
-    tracer = Tracer(method, vlm, train.local_steps, train.batch_size, server, personal, cohort, ranks, sites)
-    if run.privacy.on and lora.low_rank(adapter):
-        plain = load_method(run.method, replace(setup, server=ServerOptions()))
+    tracer = Tracer(method, plain, vlm, train.local_steps, train.batch_size, server, personal, cohort, ranks, sites)
+    if run.privacy.on:
+        bare = load_method(run.method, replace(setup, server=ServerOptions()))
         drawn = plan_sampling(run.privacy, population, run.cohort)
         options = replace(run.privacy, noise=choose_noise(run.privacy, drawn, train.rounds))
         start = jax.jit(setup.draw)(jax.random.key(run.seed))
-        noise = measure_noise(plain, start, tracer.message(method.phase(1)), options, drawn, train.rounds)
+        noise = measure_noise(bare, start, tracer.message(method.phase(1)), options, drawn, train.rounds)
     state = flatten_state(personal)
     stacked = next((path for path, count in sites.items() if count and f"{path}/b" in flat), "")
     return Explanation(

@@ -56,7 +56,7 @@ class RoundNoise:
         expected: m.
         message: norm in the mean of the messages.
         method: norm in s·A·B, of the method that is explained.
-        b, a, both: norms in s·A·B where B alone is shared, A alone, or both of them.
+        b, a, both: norms in s·A·B where B alone is shared, A alone, or both of them; 0 where no adapter has A and B.
     """
 
     expected: float

@@ -52,6 +52,7 @@ class Stage:
     tensors: tuple[Tensor, ...]
     trained: int  # numbers that a client trains in such a round
     up: int  # bytes per client, the mean over the clients
+    whole: int  # bytes up without compression
     down: int
     by_rank: Mapping[int, tuple[int, int]]  # rank -> bytes up and down of such a client; empty where all are alike
 
@@ -61,6 +62,7 @@ class Tracer:
     """A method on a model, ready to be traced."""
 
     method: Method
+    plain: Method  # the same without compression
     vlm: Vlm
     steps: int  # of local training
     batch: int
@@ -76,6 +78,7 @@ class Tracer:
         message, seen = traced.message, traced.seen
         messages = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.cohort, *leaf.shape), leaf.dtype), message)
         up, down = find_travelling(self.method, self.server, messages)
+        whole, _ = find_travelling(self.plain, self.server, messages)
         state = {path: leaf for path, leaf in flatten_state(self.personal).items() if path in traced.changed}
         sizes = {path: leaf.size for path, leaf in seen.items()}
         # Of what is sent the message tells the tensors: `up` may be in another form, that of compressed numbers.
@@ -96,6 +99,7 @@ class Tracer:
             tensors=tuple(tensors),
             trained=traced.trained,
             up=count_bytes(up, share),
+            whole=count_bytes(whole, share),
             down=count_bytes(down, share),
             by_rank={
                 rank: (count_bytes(up, rank / most), count_bytes(down, rank / most)) for rank in sorted(set(self.ranks))

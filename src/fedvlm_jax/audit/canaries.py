@@ -2,10 +2,10 @@
 
 All canaries are audited in one run of the mechanism (Steinke, Nasr and Jagielski, arXiv 2305.08846); that a canary is a
 client's whole message, in a direction that no other has, is Andrew et al. (arXiv 2302.03098). The mechanism is replayed
-with the run's own code: clip, noise, sampling and rounds as the run has them, and no other client, which is one of the
-worst neighbours that ε has to hold for. The server's new state minus the old is what an attacker sees; a canary's score
-is its product with the sum of these. ε is sound if this bound lies below it but in 5 of 100 audits; the bound says
-nothing of how far below the truth is.
+with the run's own pool and `aggregate` over as many rounds, with draws of its own, and no other client, which is one of
+the worst neighbours that ε has to hold for. The server's new state minus the old is what an attacker sees; a canary's
+score is its product with the sum of these. ε is sound if this bound lies below it but in 5 of 100 audits; the bound
+says nothing of how far below the truth is.
 """
 
 import math

@@ -9,6 +9,7 @@ from fedvlm_jax.errors import format_count
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired
+from fedvlm_jax.privacy.budget import describe_subject
 from fedvlm_jax.reporting.tables import format_paired
 from fedvlm_jax.run_dir.reader import RunRecord
 from fedvlm_jax.run_dir.stored_baseline import read_baseline
@@ -33,7 +34,7 @@ def close_run(record: RunRecord) -> list[str]:
     width = max(map(len, lines))
     title = f"{find_measure(record.metric).label} on test, mean of {format_count(len(personal), 'client')}"
     if private := record.results.get("privacy"):
-        title += f"; epsilon {private['epsilon']:.3g} at delta {private['delta']:g}, of what is shared"
+        title += f"; epsilon {private['epsilon']:.3g} at delta {private['delta']:g}, {describe_subject(private)}"
     # Late, for it draws.
     from fedvlm_jax.reporting.privacy_report import describe_noise
 

@@ -67,22 +67,35 @@ def list_entries(lines: Sequence[str]) -> list[list[str]]:
 def _correct(lines: Sequence[str], refused: Collection[str], required: Collection[str]) -> list[str]:
     """Take out the entries of options that are refused, and correct those of options that must be there.
 
+    A group of which no option is left goes with its title.
+
     >>> _correct(["  --data NAME", "        rows. (default: x)", "  --old INT", "        y"], ["--old"], ["--data"])
     ['  --data NAME', '        rows. (required)']
+    >>> _correct([" one options", " ---", "  --old INT", "", " two options", " ---", "  --new INT"], ["--old"], [])
+    [' two options', ' ---', '  --new INT']
     """
-    kept, at = list[str](), 0
+    kept, at, title = list[str](), 0, 0
     while at < len(lines):
         end = at + 1
-        if flags := _find_flags([lines[at]]) if re.match(r"  -[-\w]\w", lines[at]) else set():
+        if re.match(r" \w", lines[at]):
+            title = len(kept)
+        if flags := _find_flags([lines[at]]) if _starts_entry(lines[at]) else set():
             while end < len(lines) and lines[end].startswith("   "):
                 end += 1
         entry = "\n".join(lines[at:end])
         if flags & {*required}:
             entry = re.sub(r"\(default:\s[^)]*\)", "(required)", entry)
+        last = end == len(lines) or not lines[end].strip()  # of its group
         if not (flags and flags <= {*refused}):
             kept += entry.split("\n")
+        elif last and not any(map(_starts_entry, kept[title:])):
+            kept, end = kept[:title], end + 1
         at = end
     return kept
+
+
+def _starts_entry(line: str) -> bool:
+    return re.match(r"  -[-\w]\w", line) is not None
 
 
 def _find_flags(entry: Sequence[str]) -> set[str]:

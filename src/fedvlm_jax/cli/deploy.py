@@ -1,13 +1,13 @@
 """`fedvlm deploy init DIR`: a federation of real clients, as an app of Flower's and a file for each node."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from annotated_types import Ge, Le
 
-from fedvlm_jax.config.option_checks import validate
+from fedvlm_jax.config.audit_options import AuditOptions
 from fedvlm_jax.config.run_options import (
     EvaluationOptions,
     LocalOptions,
@@ -22,13 +22,23 @@ from fedvlm_jax.config.run_options import (
 )
 from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.federation.config import ParticipationOptions
+from fedvlm_jax.messages.config import MessageOptions
 from fedvlm_jax.objectives.config import PreferenceOptions
+from fedvlm_jax.privacy.config import PrivacyOptions
 from fedvlm_jax.utils.option_ranges import Count, Positive, Seed
 
+SIMULATED = {"messages": MessageOptions, "privacy": PrivacyOptions, "audit": AuditOptions}
+"""Groups of options that are there to be refused: who asks for them is told why."""
 REFUSED = {
+    *(
+        f"--{group}.{no}{field.name.replace('_', '-')}"
+        for group, options in SIMULATED.items()
+        for field in fields(options)
+        for no in ("", "no-")
+    ),
     "--start", "--train.finetune-steps", "--evaluation.clients", "--evaluation.cross-clients",
     "--evaluation.no-cross-clients", "--evaluation.cold-start", "--participation.dropout", "--participation.stragglers",
-    "--preference.reward-file",
+    "--participation.attack", "--participation.attackers", "--preference.reward-file",
 }  # fmt: skip
 """Options of `fedvlm train` that are refused with a reason (`deployment.plan`), and so not listed here."""
 
@@ -72,6 +82,9 @@ def deploy(
     server: ServerOptions = ServerOptions(),  # noqa: B008
     preference: PreferenceOptions = PreferenceOptions(),  # noqa: B008
     system: SystemOptions = SystemOptions(),  # noqa: B008
+    messages: MessageOptions = MessageOptions(),  # noqa: B008
+    privacy: PrivacyOptions = PrivacyOptions(),  # noqa: B008
+    audit: AuditOptions = AuditOptions(),  # noqa: B008
 ) -> None:
     """Write a federation of real clients for Flower: its app, a secret file for each node, and the commands.
 
@@ -105,6 +118,9 @@ def deploy(
         server: the server's optimiser.
         preference: of preference losses.
         system: devices and memory.
+        messages: refused with the reason, and so the next two.
+        privacy: differential privacy.
+        audit: what `fedvlm audit` needs.
     """
     del what
     run = Run(
@@ -112,9 +128,8 @@ def deploy(
         start=start, seed=seed, cohort=cohort, objective=objective, checkpoint_every=checkpoint_every,
         method_options=method_options, train=train, lora=lora, evaluation=evaluation, participation=participation,
         local=local, server=server, preference=preference, system=system,
-        data=emoji.Options().replace(**asdict(data)),
+        messages=messages, privacy=privacy, audit=audit, data=emoji.Options().replace(**asdict(data)),
     )  # fmt: skip
-    validate(run)
 
     from fedvlm_jax.deployment.flower.app_folder import write_deployment
     from fedvlm_jax.deployment.plan import make_plan

@@ -97,6 +97,7 @@ def make_plan(
     Raises:
         UserError: the options cannot work, or belong to a simulation; or the model is not there.
     """
+    _refuse_simulated(run)
     validate(run)
     _check(run, clients, least, timeout, secure)
     tokens = [secrets.token_hex(16) for _ in range(clients)]
@@ -110,7 +111,8 @@ def digest_token(token: str) -> str:
     return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()
 
 
-def _check(run: Run, clients: int, least: int, timeout: float, secure: bool) -> None:
+def _refuse_simulated(run: Run) -> None:
+    """Refuse options that belong to a simulation, whatever else they would need there."""
     refused = {
         "--participation": (
             replace(run.participation, sampling="uniform", attack="none", attackers=0) != ParticipationOptions(),
@@ -138,6 +140,9 @@ def _check(run: Run, clients: int, least: int, timeout: float, secure: bool) -> 
     for flag, (given, why) in refused.items():
         if given:
             raise UserError(f"{flag}: not in a deployment, for {why}; leave it out")
+
+
+def _check(run: Run, clients: int, least: int, timeout: float, secure: bool) -> None:
     if not 2 <= clients <= MOST_CLIENTS:
         raise UserError(f"--clients {clients}: expected 2 to {MOST_CLIENTS:,}")
     if not 1 <= least <= min(run.cohort or clients, clients):

@@ -9,6 +9,10 @@ comes to depends on how the round's clients are drawn, so each way has an event 
              by up to 2 C: in the accountant's terms the noise is z / 2. Rényi differential privacy alone has a bound.
     all      everybody: the Gaussian mechanism without amplification; neighbours as with poisson.
 
+Clients have states, private factors say, that change where they are drawn. With poisson the others' draws say nothing
+of a client's, so given all of them each round is the event above, whatever its own state. With fixed they do, and so,
+in a round that is cut, with poisson: that others' states tell of a client's draw is not accounted for.
+
 With b groups that take turns, noise is correlated over b rounds by a lower triangular matrix C of b bands whose columns
 have norm 1 at most (arXiv 2306.08153). The columns of the rounds of one group have no row in common, and the rounds
 between see this group's clients through what was released before alone. So, whatever later rounds make of that, each

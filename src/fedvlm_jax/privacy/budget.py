@@ -19,6 +19,8 @@ COVERED = "what the server releases of all rounds: the shared part of the adapte
 """The part that ε holds for, as results and reports put it."""
 FROM_SEED = "; nor does it hold for who knows or guesses the run's seed, from which noise and draws of clients come"
 """What else it says nothing of without `--privacy.secret`."""
+FIXED = "; and what the others' private factors and optimiser states tell of whether a client was drawn"
+"""What else it says nothing of where a fixed number is drawn, see `privacy.accounting`."""
 NOT_COVERED = (
     "private factors and optimiser states, which stay with their clients; and losses, norms and scores on validation "
     "and test data, which are computed without noise"
@@ -198,8 +200,20 @@ def publish_budget(budget: Budget) -> dict[str, Any]:
 
 def describe_coverage(budget: Budget) -> dict[str, Any]:
     """Describe the privacy of a finished run for its results."""
-    missing = NOT_COVERED + ("" if budget.secret else FROM_SEED)
+    missing = NOT_COVERED + (FIXED if budget.sampling == "fixed" else "") + ("" if budget.secret else FROM_SEED)
     return {**publish_budget(budget), "covers": COVERED, "does_not_cover": missing}
+
+
+def describe_subject(stored: Mapping[str, Any]) -> str:
+    """Say in few words of what the ε of a finished run is, and on which condition.
+
+    >>> budget = settle(PrivacyOptions(noise=5.0, sampling="all"), clients=20, cohort=None, rounds=1)
+    >>> describe_subject(describe_coverage(budget))
+    'of what is shared, if nobody knows the seed'
+    >>> describe_subject(describe_coverage(replace(budget, secret="ab")))
+    'of what is shared'
+    """
+    return "of what is shared" + (", if nobody knows the seed" if FROM_SEED in stored["does_not_cover"] else "")
 
 
 def read_coverage(stored: Mapping[str, Any]) -> Budget:

@@ -229,6 +229,11 @@ def describe_audit(found: Mapping[str, Any]) -> list[str]:
                 else "members and others are alike to begin with."
             )
         )
+    if found["epsilon"] is not None:
+        sentences.append(
+            "These messages are as they left the clients, before the server clipped them and added noise: they are "
+            "what the server sees. ε bounds what can be told from what it releases."
+        )
     sentences.append(
         "Attacks are lower bounds: that these find little does not say that others would not find more, and an audit "
         "proves no privacy. Intervals are over rows; they know nothing of other seeds, rounds or data."

@@ -97,7 +97,7 @@ def _tabulate_totals(explained: Explanation) -> Table:
             "trained by a client",
             *(f"{stage.trained:,} ({100 * stage.trained / explained.base:.2g} % of the base)" for stage in stages),
         ),
-        ("sent by a client", *(_write_bytes(stage.up) for stage in stages)),
+        ("sent by a client", *(_write_sent(stage) for stage in stages)),
         ("received by a client", *(_write_bytes(stage.down) for stage in stages)),
     ]
     for rank in stages[0].by_rank:
@@ -130,6 +130,10 @@ def _write_rounds(rounds: tuple[int, ...], explained: Explanation) -> str:
     if steps <= {1}:
         return f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {rounds[0]}–{rounds[-1]}"
     return f"rounds {', '.join(map(str, rounds[:3]))}{', …' if len(rounds) > 3 else ''}"
+
+
+def _write_sent(stage: Stage) -> str:
+    return _write_bytes(stage.up) + (f" in place of {format_bytes(stage.whole)}" if stage.whole != stage.up else "")
 
 
 def _write_bytes(count: int) -> str:

@@ -12,6 +12,7 @@ from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
 from fedvlm_jax.evaluation.statistics.over_seeds import compare_paired, judge, order_by_mean, spread
+from fedvlm_jax.privacy.budget import describe_subject
 from fedvlm_jax.reporting.audit_report import describe_audit, read_audit, tabulate_audit
 from fedvlm_jax.reporting.example_cards import read_cards
 from fedvlm_jax.reporting.figures import theme
@@ -88,7 +89,7 @@ def _report_run(record: RunRecord) -> Report:
     if record.rounds and (sent := record.rounds[0].get("bytes_up_per_client")) is not None:
         figures.append((format_bytes(sent), "sent per client and round"))
     if private := record.results.get("privacy"):
-        figures.append((f"ε {private['epsilon']:.3g}", f"at δ {private['delta']:g}, of what is shared"))
+        figures.append((f"ε {private['epsilon']:.3g}", f"at δ {private['delta']:g}, {describe_subject(private)}"))
     examples = _show_examples(record.folder)  # a damaged file is reported before anything is drawn
     results = Section(
         title="What came out",
