@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from hub_server import TOKEN, Repository, open_hub
 from safetensors.numpy import load_file
 from tiny_run import tiny_run
 
@@ -226,6 +227,60 @@ def test_a_hub_that_cannot_be_reached_is_a_line(exported, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"--push owner/name: the hub did not take it"):
         upload(exported[0], "owner/name")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of this machine in the place of the one that huggingface_hub asks, and a login there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # whose server would be another one
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with open_hub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        yield hub
+
+
+def read_files(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("to", "words"), [("peft", ["--base", "owner/base"]), ("merged", ["--clients", "noto-de"])], ids=["peft", "merged"]
+)
+def test_what_is_pushed_is_what_was_written(run, tmp_path, hub, capsys, model, to, words):
+    out = tmp_path / "out"
+    main(["export", str(run), "--to", to, "--out", str(out), "--push", "owner/name", *words])
+    assert capsys.readouterr().out.splitlines()[-1] == f"pushed  {hub.address}/owner/name"
+    repository = hub.repositories["owner/name"]
+    assert repository.private
+    assert repository.files == read_files(out)
+    assert {path for path in repository.files if path.endswith(".safetensors")}
+    for path, content in repository.files.items():
+        assert str(model).encode() not in content, f"{path} names a place on this machine"
+        assert str(run).encode() not in content, f"{path} names a place on this machine"
+
+
+def test_a_repository_that_is_there_stays_as_open_as_it_is(exported, hub):
+    hub.repositories["owner/name"] = Repository(private=False, files={"LICENSE": b"mine", "README.md": b"old"})
+    upload(exported[0] / "shared", "owner/name")
+    files = hub.repositories["owner/name"].files
+    assert files == {"LICENSE": b"mine", **read_files(exported[0] / "shared")}
+    assert not hub.repositories["owner/name"].private
+
+
+@pytest.mark.parametrize("fault", ["/create", "/validate-yaml", "/preupload/main", "/batch", "/commit/main", "token"])
+def test_a_push_that_fails_is_a_line_and_the_folder_stays(exported, hub, monkeypatch, fault):
+    if fault == "token":
+        monkeypatch.setenv("HF_TOKEN", "hf_of_another")
+    else:
+        hub.broken.add(fault)
+    before = read_files(exported[0])
+    with pytest.raises(UserError, match=r"--push owner/name: the hub did not take it") as told:
+        upload(exported[0], "owner/name")
+    assert f"hf upload owner/name {exported[0]}" in str(told.value)
+    assert "\n" not in str(told.value)
+    assert not hub.repositories.get("owner/name", Repository(True)).files
+    assert read_files(exported[0]) == before
 
 
 @pytest.mark.parametrize(
