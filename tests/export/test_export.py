@@ -145,6 +145,27 @@ def test_a_run_begins_with_a_client_s_adapter(run, exported, model, loaded, tmp_
         assert record.scores("personal", "loss")[client] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.broad
+@pytest.mark.parametrize("method", ["flora", "fedex-lora"])
+def test_a_base_that_moved_goes_out_once_beside_the_adapters(method, model, loaded, tmp_path):
+    """Who opens that base with a client's folder scores what the run's client scored."""
+    run = tiny_run(model, tmp_path / "run", method=method)
+    fast = dataclasses.replace(run.train, rounds=2, learning_rate_a=0.03, learning_rate_b=0.03)
+    run = dataclasses.replace(run, train=fast, evaluation=dataclasses.replace(run.evaluation, examples=0))
+    folder, out = federated_run.train(run, model=loaded), tmp_path / "out"
+    _, worst = export_peft(folder, out)
+    manifest, results = (json.loads(file.read_text()) for file in (out / "manifest.json", folder / "results.json"))
+    assert manifest["base"]["moved"]
+    assert manifest["base_model_name_or_path"] == str(out / "base")
+    assert worst.error < 1e-5
+    inside, client = next((path, entry["client"]) for path, entry in manifest["folders"].items() if "client" in entry)
+    again = dataclasses.replace(run, out=None, method="local", start=out / inside, lora=type(run.lora)())
+    record = evaluate_adapter(dataclasses.replace(again, model=str(out / "base")))
+    wanted = results["personal"]["test"]["loss"][client]
+    assert record.scores("personal", "loss")[client] == pytest.approx(wanted, rel=1e-5)
+    assert abs(results["zero_shot"]["test"]["loss"][client] - wanted) > 1e-3
+
+
 def test_a_merged_model_gives_the_logits_of_base_and_adapter(run, tmp_path, model):
     name = names_of(run)[0]
     count, worst = export_merged(run, tmp_path / "merged", clients=[name])

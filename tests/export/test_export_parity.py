@@ -68,7 +68,7 @@ def assert_logits(found, bare, wanted, of_base):
 
 def test_a_merged_model_with_tied_tables_and_positions_is_transformers_own(model, loaded, tmp_path):
     """What PEFT cannot have: positions that count themselves, and a token table that is the head as well."""
-    targets = r"language_model/shared|embed_positions|q_proj|row_embeddings|conv"
+    targets = "(language_model|image_projector|vision_tower)/.*(shared|embed_positions|q_proj|row_embeddings|conv)"
     run = train(model, loaded, tmp_path / "run", lora=LoraOptions(rank=2, targets=targets))
     export_merged(run, tmp_path / "out", clients=[NAME])
     bare, wanted, batch = find_logits(run, model)

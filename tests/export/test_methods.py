@@ -43,6 +43,7 @@ def test_the_adapter_of_a_client_goes_out_whole_or_is_refused(name, vlm):
             assert np.abs(product).max() > 0.01
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", sorted({*methods_available()} - {*WRITING}))
 def test_what_is_no_matrix_beside_a_weight_is_neither_merged_nor_written(name):
     """Soft prompts, heads, and adapters beside whole layers, of models that choose among classes."""

@@ -189,7 +189,7 @@ def test_every_method_s_clients_have_peft_s_logits(name, florence, tmp_path):
     from peft import PeftModel
 
     adapter = make_client_adapter(name, florence.vlm, r"language_model/.*layers/(self_attn/q_proj|fc1)|qkv")
-    adapter = jax.tree.map(lambda leaf: 0.3 * leaf if leaf.ndim > 1 else leaf, adapter)
+    adapter = jax.tree.map(lambda leaf: np.float32(0.3 * leaf if leaf.ndim > 1 else leaf), adapter)
     write_peft(tmp_path, florence.vlm, adapter, str(florence.folder))
     model = PeftModel.from_pretrained(florence.open(), tmp_path, autocast_adapter_dtype=False).eval()
     found, wanted = florence.answer(model.double()), florence.ours(adapter)
