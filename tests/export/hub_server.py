@@ -1,4 +1,4 @@
-"""A hub on this machine, as far as an upload asks it: repositories, cards, large files by Git LFS, and commits.
+"""A hub on this machine, as far as an upload asks it: repositories, cards, large files by Git LFS, commits; and files.
 
 What it answers is what huggingface_hub's own client reads: it stands in for the server alone.
 """
@@ -101,6 +101,30 @@ class Answer(BaseHTTPRequestHandler):
         if whole:
             self.server.objects[name] = content
         self.say(200 if whole else 400, {})
+
+    def do_HEAD(self):
+        self.give(whole=False)
+
+    def do_GET(self):
+        self.give(whole=True)
+
+    def give(self, *, whole):
+        """A file of a repository, to those who may read it."""
+        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
+        repository = self.server.repositories.get(match[1]) if match else None
+        known = self.headers["Authorization"] == f"Bearer {TOKEN}"
+        if repository is None or (repository.private and not known) or match[2] not in repository.files:
+            missing = "Entry" if repository is not None and known else "Repo"
+            self.send_response(404)
+            self.send_header("X-Error-Code", f"{missing}NotFound")
+            return self.end_headers()
+        content = repository.files[match[2]]
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", "1" * 40)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        return self.wfile.write(content) if whole else None
 
     def say(self, status, content):
         text = json.dumps(content).encode()

@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from hub_server import TOKEN, Repository, open_hub
+from hub_server import Repository
 from safetensors.numpy import load_file
 from tiny_run import tiny_run
 
@@ -248,17 +248,6 @@ def test_a_hub_that_cannot_be_reached_is_a_line(exported, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"--push owner/name: the hub did not take it"):
         upload(exported[0], "owner/name")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub of this machine in the place of the one that huggingface_hub asks, and a login there."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # whose server would be another one
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with open_hub() as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
-        yield hub
 
 
 def read_files(folder):

@@ -3,12 +3,14 @@
 import dataclasses
 import importlib.util
 import json
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from tiny_run import tiny_run
 
+from fedvlm_jax.cli.main import main
 from fedvlm_jax.config.run_options import LoraOptions
 from fedvlm_jax.export.logit_check import make_batch
 from fedvlm_jax.export.merged_export import export_merged
@@ -89,3 +91,18 @@ def test_the_folder_of_a_client_is_peft_s_on_the_base_that_it_names(method, mode
     bare, wanted, batch = find_logits(run, model)
     found = answer(PeftModel.from_pretrained(open_base(named), place).eval(), batch)
     assert_logits(found, bare, wanted, answer(open_base(model), batch))
+
+
+def test_peft_loads_a_client_s_adapter_from_the_hub(model, loaded, tmp_path, hub, monkeypatch):
+    """Of a private repository, by the line that the docs have; without a login there is nothing."""
+    from peft import PeftModel
+
+    run = train(model, loaded, tmp_path / "run")
+    main(["export", str(run), "--base", "owner/base", "--clients", NAME, "--push", "owner/name"])
+    bare, wanted, batch = find_logits(run, model)
+    load = partial(PeftModel.from_pretrained, model_id="owner/name", subfolder=f"clients/{NAME}")
+    found = answer(load(open_base(model), cache_dir=tmp_path / "one").eval(), batch)
+    assert_logits(found, bare, wanted, answer(open_base(model), batch))
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="Can't find"):
+        load(open_base(model), cache_dir=tmp_path / "two")
