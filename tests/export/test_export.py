@@ -20,7 +20,7 @@ from fedvlm_jax.export.merged_export import export_merged
 from fedvlm_jax.export.peft_export import export_peft
 from fedvlm_jax.models import load_vlm
 from fedvlm_jax.peft import read_peft
-from fedvlm_jax.run_dir.artifacts import open_adapters, open_global
+from fedvlm_jax.run_dir.artifacts import open_adapters, open_global, save_adapters
 from fedvlm_jax.run_dir.config_seal import seal
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.evaluate import evaluate_adapter
@@ -178,6 +178,22 @@ def test_a_merged_model_gives_the_logits_of_base_and_adapter(run, tmp_path, mode
     }
     assert json.loads((folder / "config.json").read_text()).get("dtype", "float32") == "float32"
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_the_scale_of_a_layer_in_no_stack_is_a_number_again(tmp_path):
+    """Files had [1] for it, and such an adapter could not be merged: of token tables, positions, projectors."""
+    layer = {"a": np.ones((4, 2), np.float32), "b": np.ones((2, 3), np.float32), "scale": np.float32(2)}
+    stacked = {"a": np.ones((1, 4, 2), np.float32), "b": np.ones((1, 2, 3), np.float32), "scale": np.ones(1)}
+    before = {"fc": {**layer, "scale": np.full(1, 2, np.float32)}, "qkv": stacked}  # as earlier versions wrote them
+    for number, adapter in enumerate(({"fc": layer, "qkv": stacked}, before)):
+        folder = tmp_path / str(number)
+        save_adapters(folder, [("ann", adapter)], {}, {})
+        found = jax.tree.map(lambda leaf: leaf[0], open_adapters(folder, ["ann"])(np.asarray([0])))
+        assert found["fc"]["scale"].shape == ()
+        assert found["qkv"]["scale"].shape == (1,)
+        weights = {"fc": {"kernel": np.zeros((4, 3), np.float32)}, "qkv": {"kernel": np.zeros((1, 4, 3), np.float32)}}
+        assert np.asarray(lora.merge(weights, found)["fc"]["kernel"]).tolist() == [[4.0] * 3] * 4
+    assert load_file(tmp_path / "0" / "clients" / "ann.safetensors")["fc/scale"].shape == ()
 
 
 def test_merged_models_of_many_are_refused_with_their_size(run, tmp_path):
