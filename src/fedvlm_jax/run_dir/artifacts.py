@@ -169,12 +169,9 @@ def _restore_numbers(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     >>> _restore_numbers(layer)["fc/scale"].shape
     ()
     """
-    return {
-        path: leaf.reshape(pair.shape[:-2])
-        if path.endswith("/scale") and (pair := flat.get(path.removesuffix("scale") + "a")) is not None
-        else leaf
-        for path, leaf in flat.items()
-    }
+    pairs = {path.removesuffix("a") for path, leaf in flat.items() if path.endswith("/a") and leaf.ndim == 2}
+    alone = {f"{pair}scale" for pair in pairs}
+    return {path: leaf.reshape(()) if path in alone and leaf.shape == (1,) else leaf for path, leaf in flat.items()}
 
 
 def name_file(client: str) -> str:
