@@ -84,7 +84,8 @@ def test_two_rounds_with_a_lost_reply_and_restarts(method, model, loaded, rows, 
         counted = np.isin(report.numbers, report.counted)
         assert line["loss"] == pytest.approx(report.metrics["loss"][counted].mean(), rel=1e-5)
         for name, values in report.metrics.items():
-            assert line[name] == pytest.approx(values[counted].mean(), rel=1e-3)
+            # A distance of two models that begin alike is rounding at first.
+            assert line[name] == pytest.approx(values[counted].mean(), rel=1e-3, abs=1e-7)
     assert [line["dropped"] for line in lines] == [1, 0]
     start = simulator.programs.method.init(adapter=open_experiment(run, loaded).adapter)
     server = restore(tmp_path / "server", plan)

@@ -168,6 +168,8 @@ def refuse(words, capsys):
         (("--clients", "3", "--train.finetune-steps", "2"), "not in a deployment"),
         (("--clients", "3", "--model", "./nowhere"), "there is no such folder"),
         (("--clients", "3", "--method", "flora", "--secure"), "--secure: the server of flora needs every client's"),
+        (("--clients", "3", "--model", "clip-nano"), "clip-nano chooses among the answers of its data, which differ"),
+        (("--clients", "3", "--model", "clip-nano", "--method", "promptfl"), "between nodes: not deployed"),
         (("--clients", "3", "--image-pixels", "4096"), "have no grids of their own: leave --image-pixels out"),
         (("--clients", "3", "--method", "pfit", "--method.layers", "nowhere"), "--method.layers 'nowhere' is found in"),
         ((), "--clients"),

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from hub_server import Repository
 from safetensors.numpy import load_file
 from tiny_run import tiny_run
 
@@ -19,7 +20,7 @@ from fedvlm_jax.export.merged_export import export_merged
 from fedvlm_jax.export.peft_export import export_peft
 from fedvlm_jax.models import load_vlm
 from fedvlm_jax.peft import read_peft
-from fedvlm_jax.run_dir.artifacts import open_adapters, open_global
+from fedvlm_jax.run_dir.artifacts import open_adapters, open_global, save_adapters
 from fedvlm_jax.run_dir.config_seal import seal
 from fedvlm_jax.training import federated_run
 from fedvlm_jax.training.evaluate import evaluate_adapter
@@ -144,6 +145,27 @@ def test_a_run_begins_with_a_client_s_adapter(run, exported, model, loaded, tmp_
         assert record.scores("personal", "loss")[client] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.broad
+@pytest.mark.parametrize("method", ["flora", "fedex-lora"])
+def test_a_base_that_moved_goes_out_once_beside_the_adapters(method, model, loaded, tmp_path):
+    """Who opens that base with a client's folder scores what the run's client scored."""
+    run = tiny_run(model, tmp_path / "run", method=method)
+    fast = dataclasses.replace(run.train, rounds=2, learning_rate_a=0.03, learning_rate_b=0.03)
+    run = dataclasses.replace(run, train=fast, evaluation=dataclasses.replace(run.evaluation, examples=0))
+    folder, out = federated_run.train(run, model=loaded), tmp_path / "out"
+    _, worst = export_peft(folder, out)
+    manifest, results = (json.loads(file.read_text()) for file in (out / "manifest.json", folder / "results.json"))
+    assert manifest["base"]["moved"]
+    assert manifest["base_model_name_or_path"] == str(out / "base")
+    assert worst.error < 1e-5
+    inside, client = next((path, entry["client"]) for path, entry in manifest["folders"].items() if "client" in entry)
+    again = dataclasses.replace(run, out=None, method="local", start=out / inside, lora=type(run.lora)())
+    record = evaluate_adapter(dataclasses.replace(again, model=str(out / "base")))
+    wanted = results["personal"]["test"]["loss"][client]
+    assert record.scores("personal", "loss")[client] == pytest.approx(wanted, rel=1e-5)
+    assert abs(results["zero_shot"]["test"]["loss"][client] - wanted) > 1e-3
+
+
 def test_a_merged_model_gives_the_logits_of_base_and_adapter(run, tmp_path, model):
     name = names_of(run)[0]
     count, worst = export_merged(run, tmp_path / "merged", clients=[name])
@@ -156,6 +178,22 @@ def test_a_merged_model_gives_the_logits_of_base_and_adapter(run, tmp_path, mode
     }
     assert json.loads((folder / "config.json").read_text()).get("dtype", "float32") == "float32"
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_the_scale_of_a_layer_in_no_stack_is_a_number_again(tmp_path):
+    """Files had [1] for it, and such an adapter could not be merged: of token tables, positions, projectors."""
+    layer = {"a": np.ones((4, 2), np.float32), "b": np.ones((2, 3), np.float32), "scale": np.float32(2)}
+    stacked = {"a": np.ones((1, 4, 2), np.float32), "b": np.ones((1, 2, 3), np.float32), "scale": np.ones(1)}
+    before = {"fc": {**layer, "scale": np.full(1, 2, np.float32)}, "qkv": stacked}  # as earlier versions wrote them
+    for number, adapter in enumerate(({"fc": layer, "qkv": stacked}, before)):
+        folder = tmp_path / str(number)
+        save_adapters(folder, [("ann", adapter)], {}, {})
+        found = jax.tree.map(lambda leaf: leaf[0], open_adapters(folder, ["ann"])(np.asarray([0])))
+        assert found["fc"]["scale"].shape == ()
+        assert found["qkv"]["scale"].shape == (1,)
+        weights = {"fc": {"kernel": np.zeros((4, 3), np.float32)}, "qkv": {"kernel": np.zeros((1, 4, 3), np.float32)}}
+        assert np.asarray(lora.merge(weights, found)["fc"]["kernel"]).tolist() == [[4.0] * 3] * 4
+    assert load_file(tmp_path / "0" / "clients" / "ann.safetensors")["fc/scale"].shape == ()
 
 
 def test_merged_models_of_many_are_refused_with_their_size(run, tmp_path):
@@ -226,6 +264,49 @@ def test_a_hub_that_cannot_be_reached_is_a_line(exported, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"--push owner/name: the hub did not take it"):
         upload(exported[0], "owner/name")
+
+
+def read_files(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("to", "words"), [("peft", ["--base", "owner/base"]), ("merged", ["--clients", "noto-de"])], ids=["peft", "merged"]
+)
+def test_what_is_pushed_is_what_was_written(run, tmp_path, hub, capsys, model, to, words):
+    out = tmp_path / "out"
+    main(["export", str(run), "--to", to, "--out", str(out), "--push", "owner/name", *words])
+    assert capsys.readouterr().out.splitlines()[-1] == f"pushed  {hub.address}/owner/name"
+    repository = hub.repositories["owner/name"]
+    assert repository.private
+    assert repository.files == read_files(out)
+    assert {path for path in repository.files if path.endswith(".safetensors")}
+    for path, content in repository.files.items():
+        assert str(model).encode() not in content, f"{path} names a place on this machine"
+        assert str(run).encode() not in content, f"{path} names a place on this machine"
+
+
+def test_a_repository_that_is_there_stays_as_open_as_it_is(exported, hub):
+    hub.repositories["owner/name"] = Repository(private=False, files={"LICENSE": b"mine", "README.md": b"old"})
+    upload(exported[0] / "shared", "owner/name")
+    files = hub.repositories["owner/name"].files
+    assert files == {"LICENSE": b"mine", **read_files(exported[0] / "shared")}
+    assert not hub.repositories["owner/name"].private
+
+
+@pytest.mark.parametrize("fault", ["/create", "/validate-yaml", "/preupload/main", "/batch", "/commit/main", "token"])
+def test_a_push_that_fails_is_a_line_and_the_folder_stays(exported, hub, monkeypatch, fault):
+    if fault == "token":
+        monkeypatch.setenv("HF_TOKEN", "hf_of_another")
+    else:
+        hub.broken.add(fault)
+    before = read_files(exported[0])
+    with pytest.raises(UserError, match=r"--push owner/name: the hub did not take it") as told:
+        upload(exported[0], "owner/name")
+    assert f"hf upload owner/name {exported[0]}" in str(told.value)
+    assert "\n" not in str(told.value)
+    assert not hub.repositories.get("owner/name", Repository(True)).files
+    assert read_files(exported[0]) == before
 
 
 @pytest.mark.parametrize(

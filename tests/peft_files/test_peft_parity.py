@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from export.method_adapters import REFUSED, make_client_adapter
 from models import causal_cases, clip_cases
 from models.cases import CASES, make_batch
 from peft_cases import draw
 from PIL import Image
+from toy import WRITING
 
 from fedvlm_jax.models import load_vlm, load_weights, open_model
 from fedvlm_jax.peft import write_peft
@@ -173,3 +175,23 @@ def test_logits_of_peft_are_ours(world, group, uniform, tmp_path):
     assert effect > 0.05
     # One rank and alpha for all rounds scale into b, in float32.
     assert np.abs(found - wanted).max() <= 3 * max(world.bare, 1e-12) + (1e-6 * max(effect, 1) if uniform else 0)
+
+
+@pytest.fixture(scope="module")
+def florence():
+    with jax.enable_x64(True):
+        yield make_world("florence2", None)
+
+
+@pytest.mark.parametrize("name", [name for name in WRITING if name not in REFUSED])
+def test_every_method_s_clients_have_peft_s_logits(name, florence, tmp_path):
+    """Whatever they are assembled from: two adapters, a small matrix between two factors, a mixture of factors."""
+    from peft import PeftModel
+
+    adapter = make_client_adapter(name, florence.vlm, r"language_model/.*layers/(self_attn/q_proj|fc1)|qkv")
+    adapter = jax.tree.map(lambda leaf: np.float32(0.3 * leaf if leaf.ndim > 1 else leaf), adapter)
+    write_peft(tmp_path, florence.vlm, adapter, str(florence.folder))
+    model = PeftModel.from_pretrained(florence.open(), tmp_path, autocast_adapter_dtype=False).eval()
+    found, wanted = florence.answer(model.double()), florence.ours(adapter)
+    assert np.abs(wanted - florence.ours(None)).max() > 0.05
+    assert np.abs(found - wanted).max() <= 3 * max(florence.bare, 1e-12)

@@ -1,6 +1,7 @@
 """CLIP through the whole engine: classes of the data, base and novel ones apart, adapters in either tower."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -118,6 +119,12 @@ def test_from_train_to_report(folder, tmp_path, towers):
     main(["report", str(tmp_path / "run")])
     page = (tmp_path / "run" / "report.html").read_text()
     assert "exact match, novel classes" in page
+    for to in ("peft", "merged"):
+        main(["export", str(tmp_path / "run"), "--to", to, "--clients", "noto-en"])
+        manifest = json.loads((tmp_path / "run" / to / "manifest.json").read_text())
+        entry = manifest["folders"]["clients/noto-en"]
+        assert entry["logit_error"] <= 1e-5 < 0.1 < entry["largest_logit"]
+        assert "AutoModel.from_pretrained" in (tmp_path / "run" / to / "clients" / "noto-en" / "README.md").read_text()
 
 
 @pytest.mark.broad

@@ -105,7 +105,8 @@ def encode_tensors(arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> by
     import numpy as np
     from safetensors.numpy import save
 
-    content = save({name: np.ascontiguousarray(leaf) for name, leaf in arrays.items()}, dict(metadata))
+    # Not `ascontiguousarray`, which makes a list of one number of a number.
+    content = save({name: np.asarray(leaf, order="C") for name, leaf in arrays.items()}, dict(metadata))
     # The library's order of the metadata is another in every process.
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])

@@ -156,10 +156,22 @@ def _read_later(paths: Sequence[Path], written: Sequence[str]) -> Callable[[np.n
 
     def adapters(numbers: np.ndarray) -> PyTree:
         distinct, which = np.unique(numbers, return_inverse=True)
-        read = [_read_arrays(paths[number], written[number]) for number in map(int, distinct)]
+        read = [_restore_numbers(_read_arrays(paths[number], written[number])) for number in map(int, distinct)]
         return tree.unflatten({path: np.stack([flat[path] for flat in read])[which] for path in read[0]})
 
     return adapters
+
+
+def _restore_numbers(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Give the scale of a layer that is in no stack its shape again: earlier versions wrote [1] for a number.
+
+    >>> layer = {"fc/a": np.ones((4, 2)), "fc/b": np.ones((2, 3)), "fc/scale": np.ones(1)}
+    >>> _restore_numbers(layer)["fc/scale"].shape
+    ()
+    """
+    pairs = {path.removesuffix("a") for path, leaf in flat.items() if path.endswith("/a") and leaf.ndim == 2}
+    alone = {f"{pair}scale" for pair in pairs}
+    return {path: leaf.reshape(()) if path in alone and leaf.shape == (1,) else leaf for path, leaf in flat.items()}
 
 
 def name_file(client: str) -> str:
