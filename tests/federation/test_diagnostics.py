@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedvlm_jax.federation.diagnostics import examine
+from fedvlm_jax.federation.diagnostics import _draw_few, examine
 
 SHAPES = {"language_model/encoder/fc1": (2, 7, 3, 5), "language_model/decoder/fc2": (2, 5, 3, 6)}
 """Site -> layers, d_in, rank, d_out."""
@@ -65,6 +65,34 @@ def test_the_numbers_are_those_of_dense_matrices(weights):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert float(found[name]) == pytest.approx(value, rel=1e-4), name
+
+
+def test_pairs_of_many_clients_are_those_of_some_that_count():
+    """420 places, of which 280 count: what averaging loses is of all, pairs are of 64."""
+    adapters, sites = make_adapters(clients=420)
+    weights = np.where(np.arange(420) % 3 == 0, 0, 1 / 280).astype(np.float32)
+    few = np.asarray(_draw_few(weights))
+    assert len({*few.tolist()}) == 64
+    assert np.all(weights[few] > 0)
+    some = {path: {name: leaf[few] for name, leaf in site.items()} for path, site in sites.items()}
+    found = jax.jit(examine)(adapters, weights)
+    of_few = expect(some, np.full(64, 1 / 64))
+    for name in ("angle_a", "update_dissimilarity"):
+        assert float(found[name]) == pytest.approx(of_few[name], rel=1e-4), name
+    means = {path: [np.tensordot(weights, site[x], 1) for x in "ab"] for path, site in sites.items()}
+    whole = {path: np.einsum("k,klir,klro->lio", weights, site["a"], site["b"]) for path, site in sites.items()}
+    lost = sum(np.sum((whole[path] - a @ b) ** 2) for path, (a, b) in means.items())
+    assert float(found["aggregation_error"]) == pytest.approx(
+        np.sqrt(lost / sum(np.sum(each**2) for each in whole.values())), rel=1e-3
+    )
+
+
+def test_the_numbers_of_thousands_of_clients_need_no_memory_of_their_square():
+    """4,000 clients of rank 8: Gram matrices over all of them would take 4 GB a layer."""
+    site = {"a": (4000, 32, 8), "b": (4000, 8, 32), "scale": (4000,)}
+    adapters = {"fc1": {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in site.items()}}
+    program = jax.jit(examine).lower(adapters, jax.ShapeDtypeStruct((4000,), np.float32)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2**28
 
 
 def test_equal_clients_are_at_no_angle_and_lose_nothing():

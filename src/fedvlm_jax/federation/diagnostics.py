@@ -10,13 +10,16 @@ the round itself keeps its one all-reduce. Clients that do not count are left ou
                           adapters stand side by side, like with like, mean over both. Of unlike ranks the smaller
                           one's angles count, and an adapter that is zero as yet is compared with nothing
     update_dissimilarity  1 − cosine of two clients' low-rank terms s·A B, mean over pairs of clients
+
+Pairs are those of all clients that count, or of PAIRED of them, drawn alike in each round: they grow with the square.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
 
 from fedvlm_jax import lora
 from fedvlm_jax.lora.adapter import BOTTLENECK, GATE
@@ -25,7 +28,8 @@ from fedvlm_jax.utils import tree
 
 OF_PAIRS = ("angle_a", "update_dissimilarity")  # they mean something only where at least two clients count
 OF_CLIENTS = ("clip_fraction", "noise_to_update")  # of a private round, where at least one does
-
+PAIRED = 64  # clients among whom pairs are compared, where more train
+WIDEST_GRAM = 1024  # columns side by side; with more the product itself takes less memory
 
 Component = Callable[[str], str | None]  # (path) -> the part of the model that it lies in
 
@@ -46,10 +50,12 @@ def examine(
     if not adapters:
         return {}
     counts = (weights > 0).astype(jnp.float32)
+    few = _draw_few(counts)
+    counts = counts[few]
     pairs = jnp.maximum(counts.sum() ** 2 - counts.sum(), 1)
     lost: dict[str, Array] = {}
     whole: dict[str, Array] = {}
-    clients = len(weights)
+    clients = len(counts)
     grams = jnp.zeros((clients, clients))
     cosines, zero = [], jnp.float32(0)
     for path, (a, b, scale) in lora.sites_of(adapters):
@@ -57,6 +63,7 @@ def examine(
         group = component(f"{path}/") or "rest"
         lost[group] = lost.get(group, 0) + _squared_norm(*deviations(a, b, weights))
         whole[group] = whole.get(group, 0) + _squared_norm(*side_by_side(a, b, weights))
+        a, b = a[few], b[few]
         # ⟨a_i b_i, a_j b_j⟩ for all pairs of clients, summed over layers, from one Gram matrix [*stack, KR, KR].
         gram, rank = _gram(*side_by_side(a, b, counts)), a.shape[-1]
         grams += gram.reshape(-1, clients, rank, clients, rank).sum(axis=(0, 2, 4))
@@ -76,6 +83,21 @@ def examine(
     }
 
 
+def _draw_few(counts: Float[Array, " K"]) -> Int[Array, " few"] | slice:
+    """Draw PAIRED of the clients that count, by their places; all where there are no more places than that.
+
+    >>> sorted(_draw_few(jnp.arange(200) % 3 == 0).tolist())[:4]
+    [0, 3, 6, 9]
+    >>> _draw_few(jnp.ones(16))
+    slice(None, None, None)
+    """
+    if len(counts) <= PAIRED:
+        return slice(None)
+    order = np.random.default_rng(0).permutation(len(counts))
+    first = jnp.argsort(-counts[order].astype(jnp.float32), stable=True)[:PAIRED]
+    return jnp.asarray(order)[first]
+
+
 def _ratio(part: Array, of: Array) -> Array:
     return jnp.sqrt(part / jnp.maximum(of, 1e-24))
 
@@ -90,6 +112,8 @@ def _squared_norm(left: Float[Array, "*stack d_in R"], right: Float[Array, "*sta
     >>> float(_squared_norm(jnp.asarray([[3.0], [4.0]]), jnp.asarray([[1.0, 0.0]])))
     25.0
     """
+    if left.shape[-1] > WIDEST_GRAM:
+        return jnp.sum(jnp.square(matmul(left, right)))
     return jnp.maximum(jnp.sum(_gram(left, right)), 0)
 
 
