@@ -89,12 +89,10 @@ SMALL: dict[str, Any] = {"clients": 24, "cohort": 8, "rounds": 2, "images": 6, "
 
 
 def make_run(options: Options, method: str, epsilon: float, seed: int) -> Run:
-    """One run; local training has no rounds to be drawn into, so it takes the steps that a client has on average."""
+    """One run; who trains alone does so in the rounds that it would be drawn into."""
     rate_a, rate_b = find_rates(method, options.scale)
-    alone = method == "local"
     train = TrainOptions(
-        rounds=max(1, round(options.rounds * options.cohort / options.clients)) if alone else options.rounds,
-        local_steps=options.local_steps, batch_size=options.batch_size, learning_rate_a=rate_a, learning_rate_b=rate_b,
+        rounds=options.rounds, local_steps=options.local_steps, batch_size=options.batch_size, learning_rate_a=rate_a, learning_rate_b=rate_b,
     )  # fmt: skip
     data = emoji.Options(
         partition=emoji.Topics(clients=options.clients), languages=("de",), prompt="neutral",
@@ -108,7 +106,7 @@ def make_run(options: Options, method: str, epsilon: float, seed: int) -> Run:
         privacy = PrivacyOptions(epsilon=epsilon, quantile=0.5, clip=CLIPS.get(method, privacy.clip))
     out = options.out / f"{method}-{epsilon:g}-{seed}"
     return Run(
-        method=method, model=options.model, seed=seed, cohort=None if alone else options.cohort, data=data, train=train,
+        method=method, model=options.model, seed=seed, cohort=options.cohort, data=data, train=train,
         evaluation=evaluation, privacy=privacy, out=out, checkpoint_every=5,
     )  # fmt: skip
 
