@@ -92,7 +92,8 @@ def make_run(options: Options, method: str, epsilon: float, seed: int) -> Run:
     """One run; who trains alone does so in the rounds that it would be drawn into."""
     rate_a, rate_b = find_rates(method, options.scale)
     train = TrainOptions(
-        rounds=options.rounds, local_steps=options.local_steps, batch_size=options.batch_size, learning_rate_a=rate_a, learning_rate_b=rate_b,
+        rounds=options.rounds, local_steps=options.local_steps, batch_size=options.batch_size, learning_rate_a=rate_a,
+        learning_rate_b=rate_b,
     )  # fmt: skip
     data = emoji.Options(
         partition=emoji.Topics(clients=options.clients), languages=("de",), prompt="neutral",
