@@ -6,7 +6,7 @@
 Four clients of the emoji set, questions in the client's language, Florence2-nano. The reward is token F1 mixed with
 brevity, by a weight of each client's own. Both arms share and pull alike (`--method pfit`, the last layers) and take
 the same steps on the same rows; one minimises cross-entropy of the gold answers, the other follows the reward. Each
-arm's learning rates are those of three pairs with the highest reward on validation, with a seed that is not among the
+arm's learning rates are those of four pairs with the highest reward on validation, with a seed that is not among the
 study's; the best round is chosen on validation by the reward, or by exact match for SFT, which knows no reward. What
 is reported is of the test split: rewards of greedy answers, and the KL of the model to the frozen base over answers
 that it draws.
@@ -38,7 +38,7 @@ from fedvlm_jax.reporting.tables import Table, format_paired, to_markdown
 RESULTS = Path(__file__).parent / "results"
 ARMS = {"sft": "sft", "pfit": "reward"}
 """Arm -> its objective."""
-GRID = ((5e-3, 2e-3), (2e-2, 8e-3), (8e-2, 3.2e-2))
+GRID = ((5e-3, 2e-3), (2e-2, 8e-3), (8e-2, 3.2e-2), (0.32, 0.128))
 """Learning rates of A and B."""
 REWARD = PreferenceOptions(rewards=("token-f1", "brevity"), mix=(0.3, 0.7), beta=0.03, samples=6)
 TUNING_SEED = 100
@@ -174,6 +174,13 @@ def choose_rates(lines: list[dict[str, Any]]) -> tuple[float, float]:
     return tuple(best["rates"])
 
 
+def list_tested(lines: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    """An arm's runs on test at the rates that were chosen; a grid that grew may have chosen others before."""
+    own = [line for line in lines if line["arm"] == arm]
+    rates = choose_rates(own)
+    return [line for line in own if line["split"] == "test" and tuple(line["rates"]) == rates]
+
+
 def read_lines(options: Options) -> list[dict[str, Any]]:
     """The finished runs."""
     return study_summary.read_lines(options.out / "lines.jsonl")
@@ -181,7 +188,7 @@ def read_lines(options: Options) -> list[dict[str, Any]]:
 
 def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Model -> its metrics over seeds, on test, and PFIT's reward minus each of the others', paired."""
-    tested = [line for line in lines if line["split"] == "test"]
+    tested = [line for arm in ARMS for line in list_tested(lines, arm)]
     rewards: dict[str, BySeed] = {}
     found: dict[str, Any] = {}
     for name, arm, key in (

@@ -21,7 +21,9 @@ def make_line(arm, seed, reward, *, split="test", rates=(0.1, 0.2), base=0.25):
 
 
 LINES = [
-    make_line("pfit", 100, 0.9, split="validation"),
+    *(make_line(arm, 100, 0.9, split="validation") for arm in ("pfit", "sft")),
+    make_line("pfit", 100, 0.3, split="validation", rates=(0.01, 0.02)),
+    make_line("pfit", 0, 0.0, rates=(0.01, 0.02)),  # of a smaller grid, which had chosen other rates
     *(make_line("pfit", seed, 0.5 + 0.1 * seed) for seed in (0, 1)),
     *(make_line("sft", seed, 0.4) for seed in (0, 1)),
 ]
