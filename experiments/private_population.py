@@ -73,6 +73,8 @@ class Options:
     images: int = 20
     scale: float | None = None
     """Multiplies the default learning rates (default: 50 for Fed-SB, 1 for the others)."""
+    clip: float | None = None
+    """The clipping norm of the first round (default: 10 for Fed-SB, 1 for the others)."""
     scored: int = 64
     """Clients whose models are evaluated, drawn by the seed."""
     model: str = "florence2-nano"
@@ -104,7 +106,8 @@ def make_run(options: Options, method: str, epsilon: float, seed: int) -> Run:
     )
     privacy = PrivacyOptions()
     if epsilon:
-        privacy = PrivacyOptions(epsilon=epsilon, quantile=0.5, clip=CLIPS.get(method, privacy.clip))
+        clip = options.clip or CLIPS.get(method, privacy.clip)
+        privacy = PrivacyOptions(epsilon=epsilon, quantile=0.5, clip=clip)
     out = options.out / f"{method}-{epsilon:g}-{seed}"
     return Run(
         method=method, model=options.model, seed=seed, cohort=options.cohort, data=data, train=train,
