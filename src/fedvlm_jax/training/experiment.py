@@ -290,7 +290,7 @@ class Experiment:
             answer=model.answer_program(gold.budget, options.decoding, *asked),
             gold=gold.all,
             metrics=options.metrics,
-            novel=find_novel(self.examples) if model.vlm.classes else None,
+            novel=find_novel(self.examples, self.run.data.agreed_classes) if model.vlm.classes else None,
             own=find_own(self.examples) if model.vlm.classes else None,
             beta=self.run.preference.beta,
             reward=self.judge,
