@@ -84,7 +84,7 @@ def test_two_rounds_with_a_lost_reply_and_restarts(method, model, loaded, rows, 
     compare_with_simulator(run, run, loaded, rows, tmp_path)
 
 
-SGD = TrainOptions(rounds=2, local_steps=2, batch_size=2, optimizer="sgd", learning_rate_a=0.1, learning_rate_b=0.1)
+SGD = TrainOptions(rounds=2, local_steps=2, batch_size=2, optimizer="sgd", learning_rate_a=1.0, learning_rate_b=1.0)
 CHOOSING = {
     "plora": {}, "promptfl": {}, "fedpgp": {}, "fedotp": {}, "pfedmma": {"lora": LoraOptions(rank=2)},
     "pfedmoap": {"method_options": pfedmoap.Options(gate_heads=4), "train": SGD},

@@ -5,7 +5,7 @@ from pathlib import Path
 from fedvlm_jax.config.method_setup import count_vectors
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.table import UNREADABLE
-from fedvlm_jax.errors import UserError, describe_os_error
+from fedvlm_jax.errors import UserError, describe_os_error, format_count
 from fedvlm_jax.models import Vlm, open_processor
 from fedvlm_jax.models.clip.processor import MOST_CLASSES
 from fedvlm_jax.utils.files import read_plain
@@ -54,7 +54,7 @@ def _read(file: Path, flag: str, first: dict[str, str]) -> tuple[str, ...]:
             raise UserError(f"{where}: {shown} is there already ({first[text]}); expected each class once")
         first[text] = f"{flag}, line {number:,}"
     if len(first) > MOST_CLASSES:
-        raise UserError(f"{named}: {len(first):,} classes; expected {MOST_CLASSES:,} at most")
+        raise UserError(f"{named}: {format_count(len(first), 'class', 'classes')}; expected {MOST_CLASSES:,} at most")
     return tuple(line.strip() for line in lines)
 
 
