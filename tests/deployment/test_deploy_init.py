@@ -17,6 +17,7 @@ from fedvlm_jax.cli.main import main as fedvlm
 from fedvlm_jax.deployment.flower.app_folder import describe_supernode
 from fedvlm_jax.deployment.plan import read_node_file, read_plan
 from fedvlm_jax.deployment.worker import open_worker
+from fedvlm_jax.errors import UserError
 
 
 def init(folder, model, *words):
@@ -168,8 +169,11 @@ def refuse(words, capsys):
         (("--clients", "3", "--train.finetune-steps", "2"), "not in a deployment"),
         (("--clients", "3", "--model", "./nowhere"), "there is no such folder"),
         (("--clients", "3", "--method", "flora", "--secure"), "--secure: the server of flora needs every client's"),
-        (("--clients", "3", "--model", "clip-nano"), "clip-nano chooses among the answers of its data, which differ"),
-        (("--clients", "3", "--model", "clip-nano", "--method", "promptfl"), "between nodes: not deployed"),
+        (("--clients", "3", "--model", "clip-nano"), "clip-nano chooses among the answers of all clients' rows"),
+        (("--clients", "3", "--model", "clip-nano", "--method", "promptfl"), "a class per line, --classes FILE"),
+        (("--clients", "3", "--model", "clip-nano", "--novel-classes", __file__), "of --classes, which is missing"),
+        (("--clients", "3", "--model", "clip-nano", "--classes", "nowhere.txt"), "nowhere.txt: No such file"),
+        (("--clients", "3", "--model", "clip-nano", "--classes", "/dev/zero"), "/dev/zero: no regular file"),
         (("--clients", "3", "--image-pixels", "4096"), "have no grids of their own: leave --image-pixels out"),
         (("--clients", "3", "--method", "pfit", "--method.layers", "nowhere"), "--method.layers 'nowhere' is found in"),
         ((), "--clients"),
@@ -178,6 +182,63 @@ def refuse(words, capsys):
 def test_what_cannot_be_leaves_nothing(words, told, tmp_path, capsys):
     assert told in refuse(["deploy", "init", tmp_path / "new", *words], capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+CLASSES = {
+    "": "line 1: there is no class",
+    "cat\n\ndog\n": "line 2: there is no class",
+    "cat\ndog\n\n": "line 3: there is no class",
+    "cat\n\N{REPLACEMENT CHARACTER}\n": "line 2: there is no class",
+    "cat\n cat\t\n": "line 2: 'cat' is there already (--classes, line 1)",
+    "dog\n" + "\x1b[31m" + "x" * 301: f"line 2: '\\\\x1b[31m{'x' * 35}…' has 306 characters; expected 300 at most",
+    "\n".join(map(str, range(4097))): "4,097 classes; expected 4,096 at most",
+    "x\n" * 2**22 + "x\n": "more than 8,388,608 bytes",
+    b"caf\xe9\n": "not UTF-8 at byte 3",
+    "cat\n" + "a b " * 50: "cannot read 'a b a b a b a b a b a b a b a b a b a b …'",
+    "cat\n<|endoftext|>\n": "cannot read '<|endoftext|>'",
+}
+
+
+@pytest.mark.parametrize("content", CLASSES, ids=[str(number) for number in range(len(CLASSES))])
+def test_classes_that_cannot_be_are_refused(content, tmp_path, capsys):
+    file = tmp_path / "classes.txt"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    words = ["--clients", "3", "--model", "clip-nano", "--classes", file]
+    told = refuse(["deploy", "init", tmp_path / "new", *words], capsys)
+    assert CLASSES[content] in told
+    assert "\x1b" not in told
+    assert [path.name for path in tmp_path.iterdir()] == ["classes.txt"]
+
+
+def test_classes_are_one_or_the_other_kind_and_of_a_base_that_has_some(tmp_path, model, capsys):
+    for name, text in {"a.txt": "cat\r\ndog", "b.txt": "emu\ncat\n"}.items():
+        (tmp_path / name).write_text(text)
+    words = ["deploy", "init", tmp_path / "new", "--clients", "3", "--classes", tmp_path / "a.txt"]
+    both = [*words, "--model", "clip-nano", "--novel-classes", tmp_path / "b.txt"]
+    assert "b.txt, line 2: 'cat' is there already (--classes, line 1)" in refuse(both, capsys)
+    assert f"--classes: {model} writes its answers" in refuse([*words, "--model", model], capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_plan_has_the_classes_and_what_stands_in_their_place(tmp_path):
+    for name, text in {"a.txt": "\ufeffcat\r\n chow chow \r\n", "b.txt": "\N{SNOWMAN} emu"}.items():
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    init(
+        tmp_path / "new", "clip-nano", "--objective", "classify", "--method", "promptfl", "--prompt.vectors", "3",
+        "--data.class-prompt", "{}, drawn", "--classes", str(tmp_path / "a.txt"), "--novel-classes",
+        str(tmp_path / "b.txt"),
+    )  # fmt: skip
+    plan = read_plan(tmp_path / "new" / "app" / "fedvlm_app" / "plan.json")
+    data = plan.run.data
+    assert (data.agreed_classes, data.agreed_novel) == (("cat", "chow chow"), ("\N{SNOWMAN} emu",))
+    assert (data.class_prompt, plan.run.soft_prompt.vectors) == ("{}, drawn", 3)
+    file = tmp_path / "new" / "nodes" / "client-1.json"
+    assert read_node_file(file).plan == plan
+    edited = json.loads(file.read_text())
+    edited["plan"]["run"]["data"]["agreed_classes"].reverse()
+    file.write_text(json.dumps(edited))
+    with pytest.raises(UserError, match="was it edited"):
+        read_node_file(file)
 
 
 def test_grids_of_their_own_that_no_node_could_make_are_refused(tmp_path, capsys):
@@ -205,6 +266,7 @@ def test_a_node_that_cannot_be_is_refused_before_a_model_is_loaded(written, tmp_
     data = ("--data", "emoji")
     assert "say whose rows" in refuse(["node", file], capsys)
     assert "is the plan's" in refuse(["node", file, *data, "--data.max-answer-tokens", "3"], capsys)
+    assert "is the plan's" in refuse(["node", file, *data, "--data.class-prompt", "{}"], capsys)
     assert "nowhere.json" in refuse(["node", "nowhere.json", *data], capsys)
     edited = json.loads(file.read_text()) | {"number": 2}
     (tmp_path / "edited.json").write_text(json.dumps(edited))

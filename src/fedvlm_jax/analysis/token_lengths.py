@@ -28,7 +28,7 @@ def describe_lengths(
         UserError: the model has no room for a prompt, or a column is missing.
     """
     if vlm.bind is not None:
-        classes = list_classes(table, federation, pairs=False)
+        classes = list_classes(table, federation, options, pairs=False)
         _, vlm, processor = choose_among(vlm, processor, *classes, options.class_prompt)
     fitted = fit_lengths(vlm, options)
     examples = encode_usable(table, federation, processor, fitted)

@@ -13,11 +13,13 @@ from fedvlm_jax.config.run_options import (
     LocalOptions,
     LoraOptions,
     MethodOptions,
+    PromptOptions,
     Run,
     ServerOptions,
     SystemOptions,
     TrainOptions,
     methods_available,
+    objectives_available,
     optional,
 )
 from fedvlm_jax.data.sources import emoji
@@ -44,13 +46,15 @@ REFUSED = {
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Lengths of texts, at every node"""
+class Texts:
+    """Lengths of texts, and how a model is asked about a class, at every node"""
 
     max_prompt_tokens: Count = emoji.Options.max_prompt_tokens
     """Skip rows with longer prompts, image tokens included."""
     max_answer_tokens: Count = emoji.Options.max_answer_tokens
     """Cut longer answers here for training."""
+    class_prompt: str = emoji.Options.class_prompt
+    """What a model that chooses among --classes (CLIP) reads in place of each, {} being the class."""
 
 
 def deploy(
@@ -60,6 +64,8 @@ def deploy(
     at_least: Count = 1,
     timeout: Positive = 3600.0,
     secure: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="(default: no)")] = False,
+    classes: Annotated[Path | None, optional("FILE", "none")] = None,
+    novel_classes: Annotated[Path | None, optional("FILE", "none")] = None,
     port: Annotated[int, Ge(1), Le(65535)] = 8000,
     out: Annotated[Path | None, optional("RUN", "DIR/run")] = None,
     method: Annotated[str, optional(f"{{{','.join(methods_available())}}}", "plora")] = Run().method,
@@ -70,12 +76,13 @@ def deploy(
     start: Annotated[Path | None, optional("PEFT_DIR", "a fresh adapter")] = None,
     seed: Seed = 0,
     cohort: Annotated[Count | None, optional("INT", "all of them")] = None,
-    objective: Annotated[str, optional("{dpo,reward,sft,sft+dpo}", "sft")] = Run().objective,
+    objective: Annotated[str, optional(f"{{{','.join(objectives_available())}}}", "sft")] = Run().objective,
     checkpoint_every: Count = 1,
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="method")] = MethodOptions(),  # noqa: B008  # frozen
     train: TrainOptions = TrainOptions(),  # noqa: B008
-    data: Lengths = Lengths(),
+    data: Texts = Texts(),
     lora: LoraOptions = LoraOptions(),  # noqa: B008
+    soft_prompt: Annotated[PromptOptions, tyro.conf.arg(name="prompt")] = PromptOptions(),  # noqa: B008
     evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008
     participation: ParticipationOptions = ParticipationOptions(),  # noqa: B008
     local: LocalOptions = LocalOptions(),  # noqa: B008
@@ -96,6 +103,9 @@ def deploy(
         timeout: seconds that a node has for an order, from the first round's compilation on.
         secure: the server learns the mean of the clients' messages and no single one (SecAgg+), where the method's
             server needs no more.
+        classes: text file with a class per line, for a base that chooses among them (CLIP): the answers of the clients'
+            rows, which no node knows of the others.
+        novel_classes: text file with the classes of test rows that nobody trains on.
         port: of the SuperLink, which the commands name.
         out: the run's folder, on the machine of the SuperLink.
         method: what clients share and what stays theirs.
@@ -112,6 +122,7 @@ def deploy(
         train: rounds and local training.
         data: the same at every node.
         lora: the adapter.
+        soft_prompt: of a model that chooses among classes.
         evaluation: of every client's own model, at its node.
         participation: how clients are drawn.
         local: terms of local training.
@@ -123,12 +134,16 @@ def deploy(
         audit: what `fedvlm audit` needs.
     """
     del what
+
+    from fedvlm_jax.deployment.agreed_classes import read_agreed, try_agreed
+
+    texts = emoji.Options().replace(**asdict(data), **read_agreed(classes, novel_classes))
     run = Run(
         method=method, model=model, image_size=image_size, image_tiles=image_tiles, image_pixels=image_pixels,
         start=start, seed=seed, cohort=cohort, objective=objective, checkpoint_every=checkpoint_every,
-        method_options=method_options, train=train, lora=lora, evaluation=evaluation, participation=participation,
-        local=local, server=server, preference=preference, system=system,
-        messages=messages, privacy=privacy, audit=audit, data=emoji.Options().replace(**asdict(data)),
+        method_options=method_options, train=train, lora=lora, soft_prompt=soft_prompt, evaluation=evaluation,
+        participation=participation, local=local, server=server, preference=preference, system=system,
+        messages=messages, privacy=privacy, audit=audit, data=texts,
     )  # fmt: skip
 
     from fedvlm_jax.deployment.flower.app_folder import write_deployment
@@ -139,7 +154,8 @@ def deploy(
     place = folder.absolute()
     with write_beside(place, "DIR") as scratch:
         plan, tokens = make_plan(run, clients, least=at_least, timeout=timeout, secure=secure)
-        open_method(plan, run.model)  # what the server would refuse is refused before there are nodes
+        vlm, _ = open_method(plan, run.model)  # what the server would refuse is refused before there are nodes
+        try_agreed(run, vlm)
         write_deployment(scratch, plan, tokens, place=place, out=out or place / "run", port=port)
     print(f"nodes   {place}/nodes")
     print(f"        client-0.json to client-{clients - 1}.json: copy each to its machine by a safe way,")

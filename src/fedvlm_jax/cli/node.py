@@ -15,7 +15,7 @@ from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.errors import UserError, format_count
 
 SOCKET = "worker.sock"
-REFUSED = {"--data.max-prompt-tokens", "--data.max-answer-tokens"}
+REFUSED = {"--data.max-prompt-tokens", "--data.max-answer-tokens", "--data.class-prompt"}
 """Options that are the plan's, and so not listed here."""
 REQUIRED = {"--data"}
 

@@ -324,7 +324,7 @@ def from_json(stored: Any) -> Run:
     if "method" in stored:  # of folders from before there were these options
         stored = {"start": None, "image_pixels": None, "messages": encode(MessageOptions()), "privacy": {}, **stored}
         stored = {"audit": encode(AuditOptions()), "soft_prompt": encode(PromptOptions()), **stored}
-        stored |= {"data": {"novel_classes": 0.0, **data}} if data else {}
+        stored |= {"data": {"novel_classes": 0.0, "agreed_classes": [], "agreed_novel": [], **data}} if data else {}
         groups = {
             "privacy": PrivacyOptions(), "participation": ParticipationOptions(), "preference": PreferenceOptions(),
         }  # fmt: skip

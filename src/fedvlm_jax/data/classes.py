@@ -4,17 +4,17 @@ Base classes are the answers of somebody's training rows, novel ones those of va
 trains without having heard of a novel class, and is asked to tell it from all others.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
 
-from fedvlm_jax.data.config import SPLITS
+from fedvlm_jax.data.config import SPLITS, DataOptions
 from fedvlm_jax.data.federated_dataset import Federation
 from fedvlm_jax.data.table import UNREADABLE, Table
 from fedvlm_jax.data.tokenization import Examples
-from fedvlm_jax.errors import format_count
+from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.utils.untrusted_text import clean, cut
 
 
@@ -25,26 +25,48 @@ class Classes(NamedTuple):
     others: tuple[str, ...]
 
 
-def list_classes(table: Table, federation: Federation, *, pairs: bool) -> Classes:
-    """List the answers of all rows of a federation.
+def list_classes(table: Table, federation: Federation, options: DataOptions, *, pairs: bool) -> Classes:
+    """List the answers of all rows of a federation, or the classes that `options` has in their place.
 
     Those that are trained among are the chosen ones of training rows and, where `pairs` are, their rejected ones. The
     others are all that rows hold besides, rejected ones too, which are only scored.
+
+    Raises:
+        UserError: a row has an answer that is none of the classes agreed on, or is trained on and novel there.
     """
     train = np.concatenate([np.empty(0, np.int64), *(client.train for client in federation.clients)])
     columns = [column for column in ("chosen", "rejected") if column in table.columns]
     trained = {text for column in columns[: 1 + pairs] for text in table.read_stripped(column, train)}
     every = {text for column in columns for text in table.read_stripped(column, federation.rows)}
-    return Classes(_order(trained), _order(every - trained))
+    found = Classes(_order(trained), _order(every - trained))
+    return _check_agreed(found, options) if options.agreed_classes else found
+
+
+def _check_agreed(found: Classes, options: DataOptions) -> Classes:
+    """Return the classes agreed on, if the answers found in the data are among them."""
+    agreed = Classes(_order(options.agreed_classes), _order(options.agreed_novel))
+    rows, what = "rows", "which is none of the classes agreed on: mend these rows, or leave them out"
+    unfit = {*found.trained, *found.others}.difference(*agreed)
+    if not unfit and (unfit := {*found.trained}.intersection(agreed.others)):
+        rows, what = "training rows", "a novel class, which nobody trains on: make them test rows"
+    if unfit:
+        raise UserError(
+            f"{rows} of {clean(options.source)} have the answer {clean(cut(min(unfit), _LONG))!r}, {what}; or have a "
+            "new deployment made with it among its --classes"
+        )
+    return agreed
 
 
 def _order(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(texts) - {"", UNREADABLE}))
 
 
-def find_novel(examples: Examples) -> Bool[np.ndarray, " examples"]:
-    """Find the examples whose answer is that of no training example."""
-    trained = {examples.answers[row] for client in examples.clients for row in client.train}
+def find_novel(examples: Examples, agreed: Collection[str] = ()) -> Bool[np.ndarray, " examples"]:
+    """Find the examples whose answer is that of no training example, of clients that are not here neither.
+
+    `agreed` are the classes that those train among, where there are any.
+    """
+    trained = set(agreed) or {examples.answers[row] for client in examples.clients for row in client.train}
     return np.asarray([answer not in trained for answer in examples.answers], bool)
 
 

@@ -136,6 +136,11 @@ class DataOptions:
     class_prompt: str = "a photo of a {}."
     """Where the model chooses among the data's answers (CLIP): what it reads in place of each, {} being the answer.
     CLIP's own for photographs."""
+    agreed_classes: Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
+    """From a deployment's plan or Python only: the classes to train among, in place of the answers that the data hold,
+    on which clients that do not see each other's rows have agreed."""
+    agreed_novel: Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
+    """Beside them, the classes that nobody trains on and test rows ask about."""
     min_examples: Amount = 0
     """Training rows a client needs: natural leaves out smaller ones, others draw again. Ours, not the paper's."""
     max_prompt_tokens: Count = 1024

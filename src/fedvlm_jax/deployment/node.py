@@ -21,9 +21,10 @@ from fedvlm_jax.config.learning_rates import find_rates
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.data.batches import bucket, count_steps, round_rows
 from fedvlm_jax.data.config import DataOptions
+from fedvlm_jax.deployment.agreed_classes import check_agreed
 from fedvlm_jax.deployment.node_states import NodeStates, check_owner
 from fedvlm_jax.deployment.packets import Packet
-from fedvlm_jax.deployment.plan import NodeFile
+from fedvlm_jax.deployment.plan import NodeFile, list_agreed
 from fedvlm_jax.deployment.replies import MODELS, read_header
 from fedvlm_jax.deployment.shapes import shape_message, shape_personal, shape_received
 from fedvlm_jax.deployment.vectors import count_bytes, digest_schema, pack, unpack
@@ -123,7 +124,8 @@ class Node:
     def describe_traffic(self) -> dict[str, int]:
         """Count what leaves and reaches this machine in a round, in bytes beside headers: `up` and `down`."""
         method = self._programs(self._steps).method
-        message = shape_message(method, self._start, self._run.train, method.phase(1))
+        params = self.experiment.model.vlm.shapes()
+        message = shape_message(method, params, self._start, self._run.train, method.phase(1))
         return {"up": count_bytes(message), "down": count_bytes(self._received)}
 
     def answer(self, order: Packet) -> Packet:
@@ -316,23 +318,22 @@ def open_node(
 
     Args:
         file: what the node was given.
-        data: its rows, which must be those of one client; lengths are the plan's.
+        data: its rows, which must be those of one client; lengths and classes are the plan's.
         model: where the base is on this machine; None: what the plan says.
         folder: of this node, kept over restarts.
         show: receives progress.
         loaded: the base, where this process has it already.
 
     Raises:
-        UserError: the base is not the plan's, the rows are not those of one client, or none of them can be trained on;
-            or the folder is another node's.
+        UserError: the base is not the plan's, the rows are not those of one client, one has an answer that is no class
+            of the plan, or none of them can be trained on; or the folder is another node's.
     """
     check_owner(folder / STATES, _name_owner(file))
     plan = file.plan
-    lengths = {name: getattr(plan.run.data, name) for name in ("max_prompt_tokens", "max_answer_tokens")}
     # Ranks are dealt by numbers of the whole population, of which there is one here.
     run = replace(
-        plan.run, model=model or plan.run.model, data=data.replace(**lengths), cohort=None, out=folder / "run",
-        system=replace(plan.run.system, mesh="clients=1"),
+        plan.run, model=model or plan.run.model, data=data.replace(**list_agreed(plan.run)), cohort=None,
+        out=folder / "run", system=replace(plan.run.system, mesh="clients=1"),
     )  # fmt: skip
 
     def check(sources: Mapping[str, Any]) -> None:
@@ -347,8 +348,7 @@ def open_node(
         loaded = load_model(run, show.note, check)
     else:
         check(loaded.sources(run.data))
-    if loaded.vlm.bind is not None:
-        raise UserError(f"{run.model} chooses among the answers of its data, which differ between nodes: not deployed")
+    check_agreed(run, loaded.vlm)
     experiment = open_experiment(run, loaded, show)
     clients = experiment.examples.clients
     if len(clients) != 1:

@@ -43,7 +43,7 @@ class Plan:
     """The terms on which coordinator and nodes agree before the first round.
 
     Attributes:
-        run: the options; where data and model are is each side's own matter.
+        run: the options, with the classes that were agreed on; where data and model are is each side's own matter.
         clients: so many nodes, with the numbers from 0.
         tokens: digests of their secrets, by number.
         model: digests of the model's files, see `run_dir.fingerprints.describe_model`.
@@ -193,7 +193,7 @@ def read_node_file(file: Path) -> NodeFile:
 
 def _encode(plan: Plan) -> dict[str, Any]:
     # Each side has its own data and devices, and the plan is read where neither is.
-    run = replace(plan.run, data=_strip(plan.run))
+    run = replace(plan.run, data=emoji.Options().replace(**list_agreed(plan.run)))
     return {
         "version": plan.version,
         "run": to_json(run),
@@ -206,10 +206,10 @@ def _encode(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _strip(run: Run) -> Any:
-    data = run.data
-    lengths = {name: getattr(data, name) for name in ("max_prompt_tokens", "max_answer_tokens")}
-    return emoji.Options().replace(**lengths)
+def list_agreed(run: Run) -> dict[str, Any]:
+    """Return the options of the data that are the same at every node, by name."""
+    names = ("max_prompt_tokens", "max_answer_tokens", "class_prompt", "agreed_classes", "agreed_novel")
+    return {name: getattr(run.data, name) for name in names}
 
 
 def _decode(file: Path, stored: dict[str, Any]) -> Plan:

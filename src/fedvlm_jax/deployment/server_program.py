@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from fedvlm_jax.config.method_setup import make_spec
+from fedvlm_jax.deployment.agreed_classes import check_agreed
 from fedvlm_jax.deployment.plan import Plan
 from fedvlm_jax.deployment.shapes import shape_message, shape_received
 from fedvlm_jax.distributed.mesh import make_mesh
@@ -57,7 +58,7 @@ class ServerProgram:
 
     def message(self, phase: int) -> PyTree:
         """Return the shapes of a client's message in rounds of a phase."""
-        return shape_message(self.method, self.start, self.plan.run.train, phase)
+        return shape_message(self.method, self.vlm.shapes(), self.start, self.plan.run.train, phase)
 
     @cached_property
     def _broadcast(self) -> Callable[..., PyTree]:
@@ -99,8 +100,7 @@ def open_method(plan: Plan, model: str) -> tuple[Vlm, Method]:
     """
     run = plan.run
     vlm = read_vlm(model)
-    if vlm.bind is not None:
-        raise UserError(f"{model} chooses among the answers of its data, which differ between nodes: not deployed")
+    check_agreed(run, vlm)
     check_fit(run, vlm)
     if run.image_pixels is not None:
         check_grids(run, vlm, run.image_pixels, "--image-pixels")

@@ -23,15 +23,16 @@ def shape_personal(method: Method, start: PyTree) -> PyTree:
     return jax.eval_shape(partial(start_personal, method), shape_key(), _shape_view(method, start), _NUMBER)
 
 
-def shape_message(method: Method, start: PyTree, train: TrainOptions, phase: int) -> PyTree:
-    """Make the shapes of a client's message in rounds of a phase."""
+def shape_message(method: Method, params: PyTree, start: PyTree, train: TrainOptions, phase: int) -> PyTree:
+    """Make the shapes of a client's message in rounds of a phase; `params` are the base's, or their shapes."""
     client = shape_client({}, 1, max(1, train.local_steps), train.batch_size)
 
-    def update(server: PyTree, personal: PyTree, client: Any, key: Array) -> PyTree:
-        ctx = Context({}, jnp.int32(1), phase, {"a": jnp.float32(0), "b": jnp.float32(0)}, _stay, key)
+    def update(params: PyTree, server: PyTree, personal: PyTree, client: Any, key: Array) -> PyTree:
+        ctx = Context(params, jnp.int32(1), phase, {"a": jnp.float32(0), "b": jnp.float32(0)}, _stay, key)
         return method.client_update(ctx, server=server, personal=personal, client=client, key=key)[1]
 
-    return jax.eval_shape(update, _shape_view(method, start), shape_personal(method, start), client, shape_key())
+    server, personal = _shape_view(method, start), shape_personal(method, start)
+    return jax.eval_shape(update, params, server, personal, client, shape_key())
 
 
 _NUMBER = jax.ShapeDtypeStruct((), jnp.int32)

@@ -80,6 +80,7 @@ class Evaluator:
     # Of a model that chooses among classes: which of `examples` have one that no training example has.
     novel: Bool[np.ndarray, " examples"] | None = None
     own: Bool[np.ndarray, " examples"] | None = None  # and which have one that their client trains on
+    elsewhere: frozenset[str] = frozenset()  # those of the two, of which clients that are not here may have both kinds
     reward: Reward | None = None  # the metric `reward`, of runs that train for one
     advance: Callable[[int, int, str], None] = lambda done, total, split: None  # shows progress
 
@@ -178,9 +179,10 @@ class Evaluator:
 
     @memoized
     def _has(self, kind: str, value: bool, split: Split, /) -> bool:
-        """Tell whether some example of the split is of a kind, `novel` or `own`, or is not."""
+        """Tell whether some example of the split is of a kind, `novel` or `own`, or is not, as far as is known here."""
         known: Bool[np.ndarray, " examples"] = getattr(self, kind)
-        return any((known[client.rows_of(split)] == value).any() for client in self.examples.clients)
+        here = (known[client.rows_of(split)] == value for client in self.examples.clients)
+        return kind in self.elsewhere or any(found.any() for found in here)
 
     def _match_classes(self, split: Split, client: int, matches: Float[np.ndarray, " examples"]) -> dict[str, float]:
         """Compute the exact match of kinds of classes, each where the client has examples of it.

@@ -279,6 +279,7 @@ class Experiment:
     def evaluator(self) -> Evaluator:
         """Make what scores clients."""
         model, options, gold = self.model, self.run.evaluation, self.answering.gold
+        agreed = {"own": self.run.data.agreed_classes, "novel": self.run.data.agreed_novel}
         asked = (options.neighbours, options.neighbour_temperature) if options.neighbours else (0, 0.0)
         return Evaluator(
             examples=self.examples,
@@ -290,8 +291,9 @@ class Experiment:
             answer=model.answer_program(gold.budget, options.decoding, *asked),
             gold=gold.all,
             metrics=options.metrics,
-            novel=find_novel(self.examples) if model.vlm.classes else None,
+            novel=find_novel(self.examples, agreed["own"]) if model.vlm.classes else None,
             own=find_own(self.examples) if model.vlm.classes else None,
+            elsewhere=frozenset(kind for kind, classes in agreed.items() if classes),
             beta=self.run.preference.beta,
             reward=self.judge,
             base=self.data.base_numbers(self.base_scoring),

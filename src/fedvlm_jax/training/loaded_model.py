@@ -96,11 +96,12 @@ class LoadedModel:
             patches: whether image features are to hold those of all patches.
 
         Raises:
-            UserError: there are too many answers to choose among, or none that can be asked about.
+            UserError: there are too many answers to choose among, or none that can be asked about; or one that is none
+                of the classes agreed on.
         """
         if self.vlm.bind is None:
             return self
-        classes = list_classes(self.table(options), self.federation(options, seed), pairs=pairs)
+        classes = list_classes(self.table(options), self.federation(options, seed), options, pairs=pairs)
         seen = self._see_patches() if patches else self
         return seen._choose_among(*classes, options.class_prompt, vectors)
 
@@ -273,7 +274,7 @@ def load_model(
         **choose_arithmetic(run.system),
     )  # fmt: skip
     if vlm.bind is not None:  # for its errors
-        classes = list_classes(table, federate(table, run.data, run.seed), pairs=pairs)
+        classes = list_classes(table, federate(table, run.data, run.seed), run.data, pairs=pairs)
         choose_among(vlm, processor, *classes, run.data.class_prompt, count_vectors(run))
     make_spec(run, vlm)  # for its errors
     check_room(run, vlm)
