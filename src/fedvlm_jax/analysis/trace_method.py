@@ -115,7 +115,8 @@ class Tracer:
         """Return the group of a tensor that is trained, its name, and the layer where it is one of a stack, or ""."""
         group, _, name = path.rpartition("/")
         parent, _, leaf = group.rpartition("/")
-        return (parent, f"{leaf}/{name}", name) if parent in self.sites and group not in self.sites else (group, name, "")
+        apart = parent in self.sites and group not in self.sites
+        return (parent, f"{leaf}/{name}", name) if apart else (group, name, "")
 
     def _locate(self, part: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, tuple[Held, ...]]:
         """Return path of a tensor -> where a tree has it."""
