@@ -207,6 +207,21 @@ def test_single_layers_are_named():
     assert ("b", "2×2×512", "trained", "layer 1", "layer 1", "own layer 0") in [row[1:] for row in table.rows]
 
 
+def test_a_layer_that_is_trained_apart_is_told_with_where_it_goes():
+    """pfit trains the last layer of a stack as a tensor of its own; sites that are alike share its lines."""
+    from fedvlm_jax.models import read_vlm
+
+    run = Run(method="pfit", lora=LoraOptions(rank=2, targets="decoder/layers/self_attn"), train=TrainOptions(rounds=2))
+    explained = explain_method(read_vlm("florence2-nano"), run, 4, lambda setup: load_method(run.method, setup))
+    table = tabulate_explanation(explained)[0]
+    assert table.rows == (
+        ("decoder/layers/", "a/1", "128×2", "trained", "yes", "yes", "own"),
+        (" self_attn/", "b/1", "2×128", "trained", "yes", "yes", "own"),
+        (" {k,out,q,v}_proj", *[""] * 6),
+    )
+    assert explained.stages[0].up == 4 * sum(4 * 2 * 128 for _ in "ab")
+
+
 def test_single_vectors_are_named_and_names_stay_whole_in_80_columns():
     """A rule that splits a soft prompt: vectors 0 and 1 are sent, the others are kept."""
     from fedvlm_jax.models import read_vlm

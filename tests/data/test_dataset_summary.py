@@ -104,6 +104,15 @@ def test_texts_that_recur_are_told(tmp_path: Path) -> None:
     assert found["repeated_rows"] == 1
 
 
+def test_rows_whose_picture_is_missing_repeat_no_other(tmp_path: Path) -> None:
+    rows = [
+        {"image": f"{name}.jpg", "question": "What?", "chosen": "it", "client": "a", "split": "train"} for name in "xyz"
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = describe_source(tmp_path)
+    assert (found["unusable"]["rows"], found["repeated_rows"]) == (3, 0)
+
+
 def test_broken_images_are_found_when_asked_for(tmp_path: Path) -> None:
     write_folder(tmp_path, Form(rows=120, spoil=dict.fromkeys(REASONS, 2)))
     blind = describe_source(tmp_path)["unusable"]["reasons"]

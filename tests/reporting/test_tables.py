@@ -8,8 +8,11 @@ import pytest
 from made_up import CLIENTS, write_comparison, write_run
 from rich.console import Console
 
+from fedvlm_jax.config.benchmark import find_benchmark
 from fedvlm_jax.config.run_options import Run
 from fedvlm_jax.errors import UserError
+from fedvlm_jax.evaluation.statistics.over_seeds import Estimate
+from fedvlm_jax.reporting.benchmark_tables import tabulate_verdicts
 from fedvlm_jax.reporting.figures import run_figures
 from fedvlm_jax.reporting.pages import render
 from fedvlm_jax.reporting.score_tables import tabulate_comparison, tabulate_run, tabulate_runs
@@ -23,6 +26,7 @@ from fedvlm_jax.reporting.tables import (
     to_rich,
 )
 from fedvlm_jax.run_dir.reader import read_comparison, read_metrics, read_run
+from fedvlm_jax.training.benchmarks.check import Verdict
 
 # Two seeds, two clients. Means per seed: local .5, .6; plora .6, .8. Differences by seed: .1 and .2, mean .15;
 # standard error .05; Student's t with one degree of freedom at 97.5 % is 12.7062, so ± .6353.
@@ -205,3 +209,11 @@ def test_table_picture_and_sentence_have_one_interval(tmp_path):
     (ax,) = run_figures.draw_gains(record).axes
     assert [text.get_text() for text in ax.texts] == ["mean −9.4 [−19.3, +0.6]"]
     assert "That is inside the noise: the 95 % interval over clients holds zero." in describe_run(record)
+
+
+def test_a_check_names_its_seeds():
+    """The seed 0 alone is not read as no seed."""
+    claimed = Estimate(0.42, 0.40, 0.44, "seeds")
+    verdicts = [Verdict("local", claimed, seeds, 0.0) for seeds in ((0,), (0, 1))]
+    table = tabulate_verdicts(find_benchmark("emoji-16"), verdicts)
+    assert [row[2] for row in table.rows] == ["seed 0", "seeds 0 1"]

@@ -86,11 +86,11 @@ class Tracer:
         kept = self._locate(state, sizes)
         tensors: list[Tensor] = []
         for path, leaf in seen.items():
-            group, _, name = path.rpartition("/")
+            group, name, layer = self._split_path(path)
             copies = traced.copies.get(path, 0)
             if len(leaf.shape) <= self.sites.get(group, 0) and not copies:
                 continue  # a scale: data, a number per layer
-            places = sent.get(path, ()), received.get(path, ()), kept.get(path, ()) if copies else ()
+            places = (_find_held(held, path, layer) for held in (sent, received, kept if copies else {}))
             tensors.append(Tensor(group, name, leaf.shape, copies, *places))
         most = max(self.ranks, default=1)
         share = sum(self.ranks) / len(self.ranks) / most if self.ranks else 1.0
@@ -114,6 +114,13 @@ class Tracer:
         return trace_update(
             self.method, self.vlm, self.server, self.personal, phase, steps=self.steps, batch=self.batch
         )
+
+    def _split_path(self, path: str) -> tuple[str, str, str]:
+        """Return the group of a tensor that is trained, its name, and the layer where it is one of a stack, or ""."""
+        group, _, name = path.rpartition("/")
+        parent, _, leaf = group.rpartition("/")
+        apart = parent in self.sites and group not in self.sites
+        return (parent, f"{leaf}/{name}", name) if apart else (group, name, "")
 
     def _locate(self, part: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, tuple[Held, ...]]:
         """Return path of a tensor -> where a tree has it."""
@@ -155,6 +162,14 @@ def differs_by_client(method: Method, server: PyTree) -> bool:
         if any(variable in own for variable in step.invars if not isinstance(variable, Literal)):
             own |= {*step.outvars}
     return any(variable in own for variable in traced.outvars if not isinstance(variable, Literal))
+
+
+def _find_held(found: Mapping[str, tuple[Held, ...]], path: str, layer: str) -> tuple[Held, ...]:
+    """Return where a tensor is; of a stack's layer that is trained apart, where this layer is."""
+    if not layer:
+        return found.get(path, ())
+    held = found.get(path.removesuffix(f"/{layer}"), ())
+    return tuple(replace(place, layers=()) for place in held if layer in place.layers)
 
 
 def _leave_out_common(found: Mapping[str, tuple[Held, ...]]) -> Mapping[str, tuple[Held, ...]]:

@@ -75,6 +75,10 @@ def describe(
         pairs = {"rows": len(places.rows) - unpaired.total(), "reasons": dict(unpaired.most_common())}
     keys = _count_keys(table, federation, places)
     _, asked = number_distinct(zip(texts["question"], texts["chosen"], strict=True))
+    # Of a row whose pictures cannot be read, which are told by no number, it is not known what it shows.
+    shown = [
+        row for row in zip(asked.tolist(), map(tuple, picture.tolist()), strict=True) if max(row[1], default=-1) >= 0
+    ]
     return {
         "source": options.source,
         "form": table.form,
@@ -100,7 +104,7 @@ def describe(
             "images": find_overlap(picture.astype(np.int64), places, federation.names),
             "texts": find_overlap(asked, places, federation.names),
         },
-        "repeated_rows": len(asked) - len({*zip(asked.tolist(), map(tuple, picture.tolist()), strict=True)}),
+        "repeated_rows": len(shown) - len(set(shown)),
     }
 
 

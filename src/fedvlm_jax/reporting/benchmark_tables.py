@@ -72,13 +72,13 @@ def tabulate_verdicts(benchmark: Benchmark, verdicts: Sequence[Verdict]) -> Tabl
         (
             verdict.method,
             _write(verdict.claimed),
-            " ".join(map(str, verdict.seeds)),
+            f"seed{'s'[: len(verdict.seeds) > 1]} {' '.join(map(str, verdict.seeds))}",  # a bare 0 reads as none
             points(verdict.difference),
             "yes" if verdict.reproduced else "NO",
         )
         for verdict in verdicts
     ]
-    columns = ("method", "the line's score", "seeds rerun", "rerun minus line, points", "within the interval")
+    columns = ("method", "the line's score", "rerun", "rerun minus line, points", "within the interval")
     note = "The difference is that of the rerun seeds; the line's mean, moved by it, must stay in the line's interval."
     return Table(f"{benchmark.name}: the line rerun", columns, tuple(rows), note=note)
 

@@ -185,7 +185,7 @@ def _report_comparison(record: ComparisonRecord) -> Report:
     ]
     clients = len({client for by_seed in scores.values() for by_client in by_seed.values() for client in by_client})
     subtitle = (
-        f"{_name_subject(config)}{format_count(clients, 'client')}, seeds {seeds}; "
+        f"{_name_subject(config)}{format_count(clients, 'client')}, seed{'s'[: len(record.seeds) > 1]} {seeds}; "
         f"{find_measure(record.metric).label} on test, mean of clients"
     )
     return Report(title="fedvlm: methods side by side", subtitle=subtitle, figures=figures, sections=sections)

@@ -19,12 +19,12 @@ class Measure:
     def write(self, value: float) -> str:
         """Write a value, or a dash where there is none.
 
-        >>> find_measure("loss").write(1.23456), find_measure("rouge_l").write(math.nan)
-        ('1.235', '–')
+        >>> find_measure("reward_margin").write(-0.0001), find_measure("rouge_l").write(math.nan)
+        ('0.000', '–')
         """
         if self.share:
             return percent(value)
-        return "–" if math.isnan(value) else f"{value:.3f}"
+        return "–" if math.isnan(value) else f"{value:z.3f}"
 
 
 _LISTED = (

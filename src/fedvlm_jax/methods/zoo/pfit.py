@@ -5,7 +5,7 @@
 The reward is the objective's (`--objective reward`, see `objectives.reward`, with `--preference.*`), and this is what
 is shared: every client keeps its adapter θ_k from round to round, pulls it towards the global one, which is the mean of
 all, and sends how far it is from there. So a client that takes no part goes on from its own model, and one that is new
-begins at the global one. Only the last layers are trained (`--method.last`), and only they travel.
+begins at the global one. Only the last layers are trained (`--method.layers` names others), and only they travel.
 
 Published are the rewards mixed linearly per client, the penalty on the deviation of the local from the global
 parameters, that the last layers alone are trained and aggregated, and PPO. No code of its authors was found. Ours: that
