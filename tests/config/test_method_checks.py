@@ -12,7 +12,7 @@ from toy import RATES, make_cohort, make_method, start_states
 
 from fedvlm_jax import lora
 from fedvlm_jax.config.compare_options import Compare
-from fedvlm_jax.config.method_checks import check_rule, declare, for_method
+from fedvlm_jax.config.method_checks import check_rule, declare, for_method, list_left_out
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.option_checks import validate, validate_comparison
 from fedvlm_jax.config.run_options import LoraOptions, PromptOptions, Run, TrainOptions, methods_available
@@ -410,6 +410,13 @@ def test_a_run_of_so_few_rounds_is_told_what_it_lacks_and_a_longer_one_nothing(n
     assert re.search(told, say_unreached(name, rounds, method_options=options))
     if "root=0.7" not in repr(options):  # whose stages are shares of all rounds
         assert not say_unreached(name, max(rounds + 1, 3), method_options=options)
+
+
+def test_a_method_without_the_objective_that_it_was_published_for_says_so():
+    assert [name for name in methods_available() if list_left_out(Run(method=name))] == ["pfit"]
+    assert not list_left_out(Run(method="pfit", objective="reward"))
+    (told,) = list_left_out(Run(method="rolora", train=TrainOptions(rounds=1)))
+    assert told == say_unreached("rolora", 1)
 
 
 def test_too_few_steps_and_control_variates_of_one_round_are_told():

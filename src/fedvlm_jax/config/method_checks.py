@@ -193,6 +193,22 @@ def declare(name: str, run: Run) -> "Method":
     return load_method(name, dataclasses.replace(make_setup(run, None, refuse_call), options=options))
 
 
+def list_left_out(run: Run) -> list[str]:
+    """List what a run leaves out of its method, a sentence each, to be told before it trains.
+
+    >>> list_left_out(Run(method="pfit"))
+    ['pfit was published for --objective reward; with sft what is left of it is who shares what']
+    """
+    method = declare(run.method, run)
+    told = [method.unreached] if method.unreached else []
+    if method.objective not in ("", run.objective):
+        told.append(
+            f"{method.name} was published for --objective {method.objective}; with {run.objective} what is left of it "
+            "is who shares what"
+        )
+    return told
+
+
 def find_rule(options: MethodOptions) -> str | None:
     """Return the rule of the method that `--share` makes; None for the options of any other method."""
     # By its name: the class stands in a file that imports jax, which options without a rule need not wait for.

@@ -366,6 +366,7 @@ class Method:
         patches: whether its adapters' head compares patches of pictures.
         unreached: what of the method none of the setup's rounds comes to, and why: a sentence that is told before a run
             trains, empty where there is nothing. It is no refusal, for a run may be trained longer.
+        objective: the one that it was published with, where that is not any; a run with another is told so.
     """
 
     name: str
@@ -395,3 +396,4 @@ class Method:
     classes: bool = False
     patches: bool = False
     unreached: str = ""
+    objective: str = ""

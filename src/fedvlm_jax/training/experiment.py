@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from fedvlm_jax import lora
-from fedvlm_jax.config.method_checks import declare
+from fedvlm_jax.config.method_checks import list_left_out
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.config.option_checks import check_pool_size
 from fedvlm_jax.config.run_options import Run, without_extras
@@ -343,8 +343,8 @@ def open_experiment(
         if not budget.secret:
             show.note(f"noise and draws come from --seed {run.seed}: for what is to be released add --privacy.secret")
         experiment = replace(experiment, run=keep_within(run, budget), budget=budget, asked=run)
-    if unreached := declare(run.method, experiment.run).unreached:
-        show.note(unreached)
+    for sentence in list_left_out(experiment.run):
+        show.note(sentence)
     most = examples.view.shape[1]
     if (tokens := examples.image_tokens) is not None:
         show.note(f"prompts have up to {format_count(most, 'picture')}, {format_count(tokens, 'image token')}")

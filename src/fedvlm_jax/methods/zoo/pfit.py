@@ -120,6 +120,7 @@ def make(setup: Setup) -> Method:
             "lora.ranks": "clients are pulled towards a mean, which must have their form",
             "top-k": "a message is how far a client is from the mean, and what was left out of it would be sent again",
         },
+        objective="reward",
     )  # fmt: skip
 
 
