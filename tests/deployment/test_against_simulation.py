@@ -14,7 +14,10 @@ from toy import WRITING
 
 from fedvlm_jax.config.learning_rates import find_rates
 from fedvlm_jax.config.run_options import LoraOptions, TrainOptions
+from fedvlm_jax.data.sources.registry import make_options
 from fedvlm_jax.deployment.coordinator import Coordinator, coordinate
+from fedvlm_jax.deployment.node import open_node
+from fedvlm_jax.deployment.plan import NodeFile
 from fedvlm_jax.deployment.roll import Roll
 from fedvlm_jax.deployment.server_folder import ServerFolder
 from fedvlm_jax.deployment.server_program import open_server_program
@@ -142,6 +145,9 @@ def test_a_node_with_an_answer_that_is_no_class_does_not_start(clip, loaded_clip
     plan, tokens = plan_run(replace(run, data=run.data.replace(agreed_classes=("cat", "dog"))))
     with pytest.raises(UserError, match=r"ann have the answer '.*', which is none of the classes agreed on"):
         open_nodes(plan, tokens, rows, tmp_path, [0], loaded_clip)
+    file, data = NodeFile(0, tokens[0], plan), make_options(str(rows / "ann"), novel_classes=0.3)
+    with pytest.raises(UserError, match="the plan says which classes are novel"):
+        open_node(file, data, None, tmp_path / "node-0", SilentProgress(), loaded_clip)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -62,9 +62,9 @@ def _order(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def find_novel(examples: Examples, agreed: Collection[str] = ()) -> Bool[np.ndarray, " examples"]:
-    """Find the examples whose answer is that of no training example, of clients that are not here neither.
+    """Find the examples whose answer is that of no training example.
 
-    `agreed` are the classes that those train among, where there are any.
+    Where clients are elsewhere, `agreed` are the classes that all of them train among.
     """
     trained = set(agreed) or {examples.answers[row] for client in examples.clients for row in client.train}
     return np.asarray([answer not in trained for answer in examples.answers], bool)

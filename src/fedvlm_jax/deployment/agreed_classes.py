@@ -1,4 +1,7 @@
-"""The classes that clients agree on beforehand, for a base that chooses among them: no node knows others' answers."""
+"""The classes that clients agree on beforehand, for a base that chooses among them: no node knows others' answers.
+
+They are options of the data in the plan, by which nodes bind the base. The server computes nothing with classes.
+"""
 
 from pathlib import Path
 
@@ -84,8 +87,8 @@ def try_agreed(run: Run, vlm: Vlm) -> None:
         return
     every = (*data.agreed_classes, *data.agreed_novel)
     bound, _ = vlm.bind(open_processor(run.model), every, data.class_prompt, count_vectors(run))
-    if lost := [text for text in every if text not in set(bound.classes)]:
+    if lost := set(every).difference(bound.classes):
         raise UserError(
-            f"--classes: {run.model} cannot read {clean(cut(lost[0], 40))!r}, written into {data.class_prompt!r}: it "
+            f"--classes: {run.model} cannot read {clean(cut(min(lost), 40))!r}, written into {data.class_prompt!r}: it "
             f"is longer than {vlm.positions} tokens, or holds what ends texts; give it another name, in the rows too"
         )

@@ -336,6 +336,9 @@ def open_node(
         out=folder / "run", system=replace(plan.run.system, mesh="clients=1"),
     )  # fmt: skip
 
+    if plan.run.data.agreed_classes and data.novel_classes:
+        raise UserError("--data.novel-classes: the plan says which classes are novel, so leave it out")
+
     def check(sources: Mapping[str, Any]) -> None:
         here = {"data": sources["data"], **{name: sources[name] for name in ("weights", "model_files")}}
         if other := fingerprints.list_other_sources(run, {"data": sources["data"], **plan.model}, here):

@@ -42,7 +42,8 @@ BEST = 5  # of many methods, so many have their figure at the top of the page
 HEALTH = "The health of the aggregation"
 SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 UNSTORED = ("out", "resume")  # options that say where a run lies, not what it is
-LENGTHS = ("max_prompt_tokens", "max_answer_tokens")  # what a deployment's plan says of data
+PLANNED = ("max_prompt_tokens", "max_answer_tokens", "class_prompt", "agreed_classes", "agreed_novel")
+"""What a deployment's plan says of data."""
 
 
 def write_report(folders: Sequence[Path]) -> Path:
@@ -268,7 +269,7 @@ def _list_facts(config: Mapping[str, Any]) -> list[Facts]:
     if config.get("run"):
         options = {name: value for name, value in config["run"].items() if name not in UNSTORED}
         if find_deployment(config):  # whose server has no data
-            options["data"] = {name: value for name, value in options["data"].items() if name in LENGTHS}
+            options["data"] = {name: value for name, value in options["data"].items() if name in PLANNED}
         stored = flatten(options)
         default = {**flatten(to_json(Run(method=config["run"]["method"]))), "method": Run().method}
         marked = frozenset(name for name, value in stored.items() if default.get(name) != value)
