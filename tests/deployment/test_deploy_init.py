@@ -94,7 +94,7 @@ def test_the_short_help_has_what_is_a_deployment_s_own(capsys):
         fedvlm(["deploy", "--help"])
     shown = capsys.readouterr().out
     assert "--help-all lists" in shown
-    for flag in ("--clients", "--at-least", "--timeout", "--secure", "--port", "--out"):
+    for flag in ("--clients", "--at-least", "--classes", "--timeout", "--secure", "--port", "--out"):
         assert f"\n  {flag} " in shown or f"\n  {flag}\n" in shown
 
 

@@ -8,7 +8,7 @@ ALL = "--help-all"
 WIDTH = 80
 # Options that are used first; those of the chosen method are shown with them.
 FIRST = (
-    "--method", "--methods", "--share", "--model", "--data", "--clients", "--at-least", "--timeout",
+    "--method", "--methods", "--share", "--model", "--data", "--clients", "--at-least", "--classes", "--timeout",
     "--secure", "--port", "--cohort", "--rounds", "--batch-size",
     "--rank", "--objective", "--topology", "--seed", "--seeds", "--baseline", "--check-images", "--strict", "--track",
     "--out", "--resume", "--adapter", "--benchmark", "--check",
