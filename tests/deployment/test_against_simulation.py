@@ -89,11 +89,12 @@ def test_two_rounds_with_a_lost_reply_and_restarts(method, model, loaded, rows, 
 
 SGD = TrainOptions(rounds=2, local_steps=2, batch_size=2, optimizer="sgd", learning_rate_a=1.0, learning_rate_b=1.0)
 CHOOSING = {
-    "plora": {}, "promptfl": {}, "fedpgp": {}, "fedotp": {}, "pfedmma": {"lora": LoraOptions(rank=2)},
+    "plora": {"train": SGD}, "promptfl": {}, "fedpgp": {}, "fedotp": {}, "pfedmma": {"lora": LoraOptions(rank=2)},
     "pfedmoap": {"method_options": pfedmoap.Options(gate_heads=4), "train": SGD},
 }  # fmt: skip
 """Methods on a CLIP, with what they need there; plora stands for those of low-rank factors. In pfedmoap experts are
-nearly alike at first, so gradients of the gate's keys are rounding, of which AdamW would make full steps."""
+nearly alike at first, and so is A of plora while its B is tiny: gradients are rounding, of which AdamW would make full
+steps."""
 CHOSEN = {"pfedmoap": [], "plora": pytest.mark.broad, "fedpgp": pytest.mark.broad}
 
 
@@ -123,8 +124,7 @@ def test_nodes_that_agree_on_classes_do_what_the_simulator_does_with_those_that_
     # In another order than the model has them in.
     agreed = {"agreed_classes": (*sorted(trained, reverse=True),), "agreed_novel": (*sorted(novel, reverse=True),)}
     planned = replace(run, data=run.data.replace(**agreed))
-    # AdamW makes full steps of A's first gradients, which are tiny while B is: rounding is more of them.
-    compare_with_simulator(run, planned, loaded_clip, rows, tmp_path, most=1e-3 if method == "plora" else 1e-4)
+    compare_with_simulator(run, planned, loaded_clip, rows, tmp_path)
     # The bare base is asked about all classes everywhere, and nodes know which of them others train on.
     found = read_results(tmp_path / "server" / "results.json")
     asked = open_experiment(run, loaded_clip).evaluator(loaded_clip.params, {"bare": None}, "test", range(3))["bare"]
@@ -151,7 +151,7 @@ def test_a_node_with_an_answer_that_is_no_class_does_not_start(clip, loaded_clip
     assert list(tmp_path.iterdir()) == []
 
 
-def compare_with_simulator(run, planned, loaded, rows, tmp_path, most=1e-4):
+def compare_with_simulator(run, planned, loaded, rows, tmp_path):
     """Two rounds of a run in the simulator and of a plan with nodes, of which one reply is lost; both begin again."""
     simulator, reports = simulate(run, loaded)
     plan, tokens = plan_run(planned)
@@ -184,7 +184,7 @@ def compare_with_simulator(run, planned, loaded, rows, tmp_path, most=1e-4):
             simulator.programs.personalise(on, of, np.asarray([True]), at, simulator.key)
             for on, of in ((server, held), (simulator.server, state), (start, begun))
         ]
-        assert_near(*adapters, most=most)
+        assert_near(*adapters)
 
 
 @pytest.mark.broad
