@@ -20,10 +20,11 @@ NOT_OF_A_RUN = {
     "lora/adapter.py",
     "export/logit_check.py",
     "audit/canaries.py",
+    "federation/diagnostics.py",
 }
 """Resampling for intervals has a seed of its own; Fed-SB's frozen factors are the same for every seed; an adapter folds
 its sites' paths into a key that it is given; exports are all checked on the same noise; who
-replays canaries gives the seed, with its stream."""
+replays canaries gives the seed, with its stream; diagnostics compare the same places of a round in every run."""
 
 
 def read_calls(name):
