@@ -191,7 +191,7 @@ def test_chat_models_are_asked_as_their_rows_are_and_about_several_pictures(case
         }
         lines.append(json.dumps(line) + "\n")
     (tmp_path / "rows.jsonl").write_text("".join(lines))
-    data = make_options(str(tmp_path / "rows.jsonl"), columns=("chosen=answer",))
+    data = make_options(str(tmp_path / "rows.jsonl"), columns=("chosen=answer",), max_answer_tokens=16)
     run = tiny_run(
         tmp_path / "model", tmp_path / "run", data=data, cohort=None, train=MUCH, evaluation=FEW,
         lora=LoraOptions(rank=2),
