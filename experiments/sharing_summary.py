@@ -195,9 +195,9 @@ def write_note(content: Json) -> str:
     return (
         "Exact match on test: mean over clients ± standard deviation over seeds. Differences: percentage points on the "
         "same clients and seeds, with a 95 % t-interval over seeds, not corrected for the number of methods; ▲ ahead, "
-        "▼ behind, ≈ the interval holds zero. Rates of A and B: the best on validation of three pairs, for each number "
-        "of images and each conflict at 16 clients, with a seed that is not among the study's; the validated round "
-        "that did best is scored. Methods that cluster know the largest number of languages as their largest number of "
+        "▼ behind, ≈ the interval holds zero. Rates of A and B: the best on validation of three pairs, for each "
+        "conflict at 10 images and 16 clients, with a seed that is not among the study's; the validated round that did "
+        "best is scored. Methods that cluster know the largest number of languages as their largest number of "
         f"clusters, by their defaults. {content['runs']} runs, {content['hours']} hours.\n\n"
         "Made by `python experiments/sharing_sweep.py`."
     )

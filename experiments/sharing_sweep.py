@@ -13,8 +13,8 @@ other clients call another answer right) or in one of four (`full`: three quarte
 at 16 clients; 8 and 64 clients have 10 images.
 
 In every cell every method takes the same local steps, validates every fourth round and keeps its best one. Rates of A
-and B are chosen on validation from the same grid, with a seed that is not used again, for each number of images and
-each conflict at 16 clients. Then come five seeds, and test is scored once.
+and B are chosen on validation from the same grid, with a seed that is not used again, for each conflict at 10 images
+and 16 clients. Then come five seeds, and test is scored once.
 
 The search looks for a way to share that beats local and plora at 5 and at 10 images of full conflict. It chooses rates
 on validation with one seed and orders the candidates by two; the best two of each cell meet local and plora on five
@@ -42,7 +42,7 @@ from fedvlm_jax.config.run_options import EvaluationOptions, Run
 from fedvlm_jax.data.sources import emoji
 
 METHODS = (
-    "local", "plora", "fedavg-lora+ft", "fedsa-lora", "ditto", "apfl", "fedlease", "hilora", "feddat", "fedavg-lora",
+    "local", "plora", "fedavg-lora+ft", "fedsa-lora", "ditto", "apfl", "fedlease", "hilora", "fedavg-lora", "feddat",
 )  # fmt: skip
 """Those that the sweep compares; averaging both factors is there as the start of its fine-tuned form."""
 LANGUAGES: Mapping[str, tuple[str, ...]] = {"none": ("en",), "half": ("en", "de"), "full": ("en", "de", "fr", "es")}
@@ -81,7 +81,7 @@ class Sweep(methods_emoji.Study):
         return self.results or (self.out / "results" if self.quick else RESULTS)
 
     def plan(self) -> dict[str, Cell]:
-        """The cells by name, in the order in which they are run: few images first, many clients last."""
+        """The cells by name, in the order in which they are run: those that choose rates first, many clients last."""
         crossed = [(images, USUAL_CLIENTS, conflict) for images in IMAGES for conflict in LANGUAGES]
         scaled = [(USUAL_IMAGES, clients, conflict) for clients in CLIENTS for conflict in LANGUAGES]
         cells = {}
@@ -89,7 +89,7 @@ class Sweep(methods_emoji.Study):
             data = self.data.replace(
                 languages=LANGUAGES[conflict], images_per_client=images, partition=emoji.Topics(clients=clients)
             )
-            cells[f"{images}-{clients}-{conflict}"] = Cell(data, METHODS, f"{images}-{USUAL_CLIENTS}-{conflict}")
+            cells[f"{images}-{clients}-{conflict}"] = Cell(data, METHODS, f"{USUAL_IMAGES}-{USUAL_CLIENTS}-{conflict}")
         return cells
 
     def make_run(self, stage: str, cell: Cell, method: str, seed: int, rates: Rates) -> Run:

@@ -54,7 +54,7 @@ def test_cells_cross_images_and_conflict_and_vary_clients():
         assert (data.images_per_client, data.partition.clients) == (int(images), int(clients))
         assert len(data.languages) == {"none": 1, "half": 2, "full": 4}[conflict]
         assert (data.vendors, data.prompt) == (("noto", "fluent"), "neutral")
-        assert cell.tuned_in == f"{images}-16-{conflict}"
+        assert cell.tuned_in == f"10-16-{conflict}"
         assert cell.tuned_in in plan
 
 
