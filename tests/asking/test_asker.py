@@ -166,7 +166,7 @@ def test_classes_are_told_with_their_probabilities(tmp_path):
     assert ask_all(asker) == score(asker)
     sample = asker.read_sample(int(asker.finished.experiment.examples.clients[0].test[0]))
     (answers,) = asker.ask(asker.clients[0], "?", sample)
-    assert asker.list_notes() == ["the model chooses among the answers of the run's data, and reads no question"]
+    assert asker.list_notes() == ["the model chooses among the classes of its run, and reads no question"]
     for answer in answers.values():
         shares = [share for _, share in answer.classes]
         assert answer.text == answer.classes[0][0]

@@ -84,6 +84,14 @@ def test_what_a_benchmark_settles_is_not_changed(changes, message):
         check_comparison(benchmark, replace(whole, base=replace(base, **run), **own))
 
 
+@pytest.mark.parametrize("method", ["promptfl", "pfedmoap+ft"])
+def test_a_prompt_method_is_refused_before_anything_is_read(method):
+    benchmark = find_benchmark("emoji-16")
+    comparison = replace(benchmark.make_comparison(), methods=("local", method))
+    with pytest.raises(UserError, match=rf"--methods {method[:8]}.* and emoji-16 has florence2-nano, which writes"):
+        check_comparison(benchmark, comparison)
+
+
 def test_where_and_how_fast_is_free(tmp_path):
     benchmark = find_benchmark("photos-languages")
     whole = benchmark.make_comparison(tmp_path)

@@ -109,7 +109,7 @@ class Asker:
                 else f"{self.record.method} has no part that all clients share, so there is no global model"
             )
         if self.chooses:
-            found.append("the model chooses among the answers of the run's data, and reads no question")
+            found.append("the model chooses among the classes of its run, and reads no question")
         found += [f"{name} is left out: {reason}" for name, reason in (shown.broken if shown else ())]
         return found
 

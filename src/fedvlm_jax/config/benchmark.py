@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from fedvlm_jax.config.compare_options import Compare
+from fedvlm_jax.config.method_checks import declare
 from fedvlm_jax.config.option_checks import plain, validate_comparison
 from fedvlm_jax.config.run_options import Run, TrainOptions, from_json, to_json
 from fedvlm_jax.data.sources.registry import make_options
@@ -161,7 +162,8 @@ def check_comparison(benchmark: Benchmark, comparison: Compare) -> None:
     """Refuse a comparison that is not the benchmark's: all but its methods, its seeds and `FREE` is settled.
 
     Raises:
-        UserError: the first option that is another, or more seeds than the table has.
+        UserError: the first option that is another, a method that its model cannot have, or more seeds than the table
+            has.
     """
     validate_comparison(comparison)
     if comparison.seeds > benchmark.seeds:
@@ -173,6 +175,13 @@ def check_comparison(benchmark: Benchmark, comparison: Compare) -> None:
             raise UserError(
                 f"{option.flag} is settled by --benchmark {benchmark.name}, as {settled[option.flag]}: leave it out, "
                 "or leave out --benchmark"
+            )
+    chooses = load_objective(benchmark.run.objective, benchmark.run.preference).classes
+    for name in comparison.methods:
+        if declare(plain(name), benchmark.run).classes and not chooses:
+            raise UserError(
+                f"--methods {name} is for models that choose among classes, and {benchmark.name} has "
+                f"{benchmark.run.model}, which writes its answers: leave it out"
             )
 
 
