@@ -190,8 +190,7 @@ class Study:
             options = pfedme.Options(rate=rates[2])
         return Run(
             model=self.model, method=name, method_options=options, seed=seed, data=cell.data, train=train,
-            evaluation=evaluation, checkpoint_every=self.rounds,
-            out=self.scratch,
+            evaluation=evaluation, checkpoint_every=self.rounds, out=self.scratch,
         )  # fmt: skip
 
     def mine(self, names: Iterator[str] | list[str] | tuple[str, ...]) -> list[str]:

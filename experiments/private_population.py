@@ -92,7 +92,7 @@ SMALL: dict[str, Any] = {"clients": 24, "cohort": 8, "rounds": 2, "images": 6, "
 
 def make_run(options: Options, method: str, epsilon: float, seed: int) -> Run:
     """One run; who trains alone does so in the rounds that it would be drawn into."""
-    rate_a, rate_b = find_rates(method, options.scale)
+    rate_a, rate_b = find_rates(options, method)
     train = TrainOptions(
         rounds=options.rounds, local_steps=options.local_steps, batch_size=options.batch_size, learning_rate_a=rate_a,
         learning_rate_b=rate_b,
@@ -104,21 +104,24 @@ def make_run(options: Options, method: str, epsilon: float, seed: int) -> Run:
     evaluation = EvaluationOptions(
         every=train.rounds, clients=options.scored, before_redistribution=False, metrics=("exact_match",), examples=0
     )
-    privacy = PrivacyOptions()
-    if epsilon:
-        clip = options.clip or CLIPS.get(method, privacy.clip)
-        privacy = PrivacyOptions(epsilon=epsilon, quantile=0.5, clip=clip)
-    out = options.out / f"{method}-{epsilon:g}-{seed}"
+    clip = find_clip(options, method, epsilon)
+    privacy = PrivacyOptions() if clip is None else PrivacyOptions(epsilon=epsilon, quantile=0.5, clip=clip)
+    out = options.out / f"{method}-{epsilon:g}-{seed}-rate{rate_b:g}-clip{clip or 0:g}"
     return Run(
         method=method, model=options.model, seed=seed, cohort=options.cohort, data=data, train=train,
         evaluation=evaluation, privacy=privacy, out=out, checkpoint_every=5,
     )  # fmt: skip
 
 
-def find_rates(method: str, scale: float | None = None) -> tuple[float, float]:
-    """Return the learning rates of A and B of a method; `scale` in place of what SCALES says."""
-    scale = SCALES.get(method, 1.0) if scale is None else scale
+def find_rates(options: Options, method: str) -> tuple[float, float]:
+    """Return the learning rates of A and B of a method."""
+    scale = SCALES.get(method, 1.0) if options.scale is None else options.scale
     return RATES[0] * scale, RATES[1] * scale
+
+
+def find_clip(options: Options, method: str, epsilon: float) -> float | None:
+    """Return the clipping norm of the first round; None without noise."""
+    return (options.clip or CLIPS.get(method, PrivacyOptions.clip)) if epsilon else None
 
 
 def list_missing(options: Options) -> Iterator[tuple[str, float, int]]:
@@ -132,8 +135,13 @@ def list_missing(options: Options) -> Iterator[tuple[str, float, int]]:
 
 
 def read_lines(options: Options) -> list[dict[str, Any]]:
-    """The finished runs."""
-    return study_summary.read_lines(options.out / "lines.jsonl")
+    """The finished runs at the learning rates and first clipping norms of the options."""
+
+    def fits(line: dict[str, Any]) -> bool:
+        set_up = [*find_rates(options, line["method"])], find_clip(options, line["method"], line["epsilon"])
+        return (line["rates"], line["first_clip"]) == set_up
+
+    return [line for line in study_summary.read_lines(options.out / "lines.jsonl") if fits(line)]
 
 
 def run_missing(options: Options) -> None:
@@ -155,7 +163,8 @@ def run_missing(options: Options) -> None:
         record = read_run(folder)
         rounds = [line for line in read_metrics(folder) if line["method"] == method]
         line = {
-            "method": method, "epsilon": epsilon, "seed": seed, "rates": find_rates(method, options.scale),
+            "method": method, "epsilon": epsilon, "seed": seed, "rates": find_rates(options, method),
+            "first_clip": find_clip(options, method, epsilon),
             "scores": record.scores("personal", split="test"), "zero_shot": record.scores("zero_shot", split="test"),
             "spent": rounds[-1].get("epsilon"), "noise": rounds[-1].get("noise"), "clip": rounds[-1].get("clip"),
             "noise_to_update": rounds[-1].get("noise_to_update"), "shared_norm": rounds[-1].get("shared_norm"),

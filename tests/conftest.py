@@ -52,6 +52,17 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """The folder of a tiny CLIP; whoever changes one changes a copy."""
+    from models import clip_cases
+    from models.causal_cases import write_model
+
+    folder = tmp_path_factory.mktemp("clip")
+    write_model("clip", folder, cases=clip_cases.CASES)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def toy_decoder(tmp_path_factory):
     """The folder of a model of a second family, whose package stands beside the others while tests run."""
     import jax

@@ -7,8 +7,6 @@ import jax
 import numpy as np
 import pytest
 from deployment_world import LocalTransport, make_run, open_nodes, plan_run, write_rows
-from models import clip_cases
-from models.causal_cases import write_model
 from tiny_run import StopAfter, StopError
 from toy import WRITING
 
@@ -72,13 +70,12 @@ def simulate(run, loaded):
 
 
 def assert_near(got, want, start, most=1e-4):
-    """Within this part of the way that each leaf went since the start, and two units in its last place."""
+    """Within this part of the way that each leaf went since the start; of what did not move, of its size."""
     got, want, start = (jax.tree.leaves(part) for part in (got, want, start))
     for one, other, first in zip(got, want, start, strict=True):
         one, other, first = (np.asarray(leaf, np.float64) for leaf in (one, other, first))
         scale = max(np.abs(other - first).max(initial=0), 1e-7)
-        unit = np.finfo(np.float32).eps * np.abs(other).max(initial=0)
-        assert np.abs(one - other).max(initial=0) <= most * scale + 2 * unit
+        assert np.abs(one - other).max(initial=0) <= most * scale
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -96,13 +93,6 @@ CHOOSING = {
 nearly alike at first, and so is A of plora while its B is tiny: gradients are rounding, of which AdamW would make full
 steps."""
 CHOSEN = {"pfedmoap": [], "plora": pytest.mark.broad, "fedpgp": pytest.mark.broad}
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    write_model("clip", folder, cases=clip_cases.CASES)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +158,8 @@ def compare_with_simulator(run, planned, loaded, rows, tmp_path):
         assert line["loss"] == pytest.approx(report.metrics["loss"][counted].mean(), rel=1e-5)
         for name, values in report.metrics.items():
             # A distance of two models that begin alike is rounding at first.
-            assert line[name] == pytest.approx(values[counted].mean(), rel=1e-3, abs=1e-7)
+            least = 1e-7 if name == "distillation" else 0
+            assert line[name] == pytest.approx(values[counted].mean(), rel=1e-3, abs=least)
     assert [line["dropped"] for line in lines] == [1, 0]
     start = simulator.programs.method.init(adapter=open_experiment(run, loaded).adapter)
     server = restore(tmp_path / "server", plan)

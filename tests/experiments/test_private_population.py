@@ -1,5 +1,7 @@
 """The study of thousands of private clients: its runs can work, and its numbers by hand."""
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -47,6 +49,19 @@ def test_the_picture_has_every_method_and_both_lines():
     (ax,) = experiment.draw(experiment.summarise(LINES), (0.0, 8.0, 1.0)).axes
     assert {line.get_label() for line in ax.get_lines()} >= {"zero-shot", "training alone"}
     assert [text.get_text() for text in ax.get_xticklabels()] == ["no noise", "8", "1"]
+
+
+def test_runs_at_other_rates_and_clips_are_others(tmp_path):
+    options = experiment.Options(out=tmp_path)
+    line = make_line("plora", 8.0, 0, {"a": 0.5}) | {"rates": [5e-3, 2e-3], "first_clip": 1.0}
+    other = line | {"first_clip": 3.0}
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (line, other)))
+    assert experiment.read_lines(options) == [line]
+    tighter = dataclasses.replace(options, clip=3.0)
+    assert experiment.read_lines(tighter) == [other]
+    folders = {experiment.make_run(one, "plora", 8.0, 0).out for one in (options, tighter)}
+    assert len(folders) == 2
+    assert ("plora", 8.0, 0) in experiment.list_missing(dataclasses.replace(options, scale=2.0))
 
 
 def test_every_run_can_work(tmp_path):

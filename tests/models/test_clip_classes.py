@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from models import clip_cases
-from models.causal_cases import write_model
 from PIL import Image
 
 from fedvlm_jax import lora
@@ -24,10 +23,8 @@ TEMPLATE = "a photo of a {}."
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    write_model("clip", folder, cases=clip_cases.CASES)
-    return folder
+def folder(clip):
+    return clip
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from models import clip_cases
-from models.causal_cases import write_model
 from safetensors.numpy import load_file
 from tiny_run import tiny_run
 
@@ -32,10 +30,8 @@ DATA = make_options(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    write_model("clip", folder, cases=clip_cases.CASES)
-    return folder
+def folder(clip):
+    return clip
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ class Tracer:
         message, seen = traced.message, traced.seen
         messages = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.cohort, *leaf.shape), leaf.dtype), message)
         up, down = find_travelling(self.method, self.server, messages)
-        whole, _ = find_travelling(self.plain, self.server, messages)
+        whole = up if self.plain is self.method else find_travelling(self.plain, self.server, messages)[0]
         state = {path: leaf for path, leaf in flatten_state(self.personal).items() if path in traced.changed}
         sizes = {path: leaf.size for path, leaf in seen.items()}
         # Of what is sent the message tells the tensors: `up` may be in another form, that of compressed numbers.

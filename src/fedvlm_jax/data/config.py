@@ -117,6 +117,9 @@ class Pathological(Drawn):
 
 PARTITIONS: dict[str, type[Partition]] = {k().kind: k for k in (Natural, Dirichlet, Pathological, Quantity, Iid)}
 
+PLANNED = ("max_prompt_tokens", "max_answer_tokens", "class_prompt", "agreed_classes", "agreed_novel")
+"""Options of the data that a deployment's plan has, the same at every node."""
+
 
 @dataclass(frozen=True)
 class DataOptions:

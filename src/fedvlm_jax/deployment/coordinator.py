@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from fedvlm_jax.config.learning_rates import find_rates
+from fedvlm_jax.config.method_checks import list_left_out
 from fedvlm_jax.config.method_setup import make_spec
 from fedvlm_jax.data.batches import count_steps
 from fedvlm_jax.deployment.packets import Packet, SecureTransport, Transport
@@ -98,8 +99,8 @@ class Coordinator:
         else:
             self._gather(range(self.plan.clients), "before the first round")
         self._check_least()
-        if unreached := self.program.method.unreached:
-            self.show.note(unreached)
+        for sentence in list_left_out(self.plan.run):
+            self.show.note(sentence)
         vlm, steps = self.program.vlm, self._steps
         adapter = start_adapter(self.program.key, vlm.sites, make_spec(self.plan.run, vlm))
         described = describe_adapter(adapter, self.program.method, vlm, train, steps)

@@ -12,6 +12,7 @@ import fedvlm_jax
 from fedvlm_jax.config.audit_options import AuditOptions
 from fedvlm_jax.config.option_checks import validate
 from fedvlm_jax.config.run_options import Run, from_json, to_json
+from fedvlm_jax.data.config import PLANNED
 from fedvlm_jax.data.sources import emoji
 from fedvlm_jax.errors import UserError
 from fedvlm_jax.federation.config import ParticipationOptions
@@ -208,8 +209,7 @@ def _encode(plan: Plan) -> dict[str, Any]:
 
 def list_agreed(run: Run) -> dict[str, Any]:
     """Return the options of the data that are the same at every node, by name."""
-    names = ("max_prompt_tokens", "max_answer_tokens", "class_prompt", "agreed_classes", "agreed_novel")
-    return {name: getattr(run.data, name) for name in names}
+    return {name: getattr(run.data, name) for name in PLANNED}
 
 
 def _decode(file: Path, stored: dict[str, Any]) -> Plan:

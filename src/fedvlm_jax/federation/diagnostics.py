@@ -94,7 +94,7 @@ def _draw_few(counts: Float[Array, " K"]) -> Int[Array, " few"] | slice:
     if len(counts) <= PAIRED:
         return slice(None)
     order = np.random.default_rng(0).permutation(len(counts))
-    first = jnp.argsort(-counts[order].astype(jnp.float32), stable=True)[:PAIRED]
+    first = jnp.argsort(counts[order] == 0, stable=True)[:PAIRED]
     return jnp.asarray(order)[first]
 
 

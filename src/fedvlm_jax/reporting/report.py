@@ -8,6 +8,7 @@ from typing import Any
 
 from fedvlm_jax.config.option_checks import plain
 from fedvlm_jax.config.run_options import Run, describe_method, to_json
+from fedvlm_jax.data.config import PLANNED
 from fedvlm_jax.errors import UserError, format_count
 from fedvlm_jax.evaluation.metrics.metric_labels import find_measure, percent
 from fedvlm_jax.evaluation.statistics.over_clients import summarise
@@ -42,8 +43,6 @@ BEST = 5  # of many methods, so many have their figure at the top of the page
 HEALTH = "The health of the aggregation"
 SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 UNSTORED = ("out", "resume")  # options that say where a run lies, not what it is
-PLANNED = ("max_prompt_tokens", "max_answer_tokens", "class_prompt", "agreed_classes", "agreed_novel")
-"""What a deployment's plan says of data."""
 
 
 def write_report(folders: Sequence[Path]) -> Path:
